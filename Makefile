@@ -1,0 +1,56 @@
+# Every habit is one target. The virtual environment makes itself.
+VENV    := .venv
+PY      := $(VENV)/bin/python
+PREFILL ?= 1
+DECODE  ?= 1
+MIXED   ?= 0
+MODEL   ?=
+PORT    ?= 8000
+
+.DEFAULT_GOAL := help
+.PHONY: help install up test test-full lint fmt clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@echo "  make up takes PREFILL=n DECODE=n MIXED=n MODEL=folder-or-hub-id PORT=n"
+
+install: $(VENV)/ready-dev ## install everything, for development too
+
+$(VENV)/bin/python:
+	@echo "[make] creating the virtual environment"
+	python3 -m venv $(VENV)
+
+# torch first and alone: whatever else is resolved later then fits the pinned build.
+$(VENV)/ready: $(VENV)/bin/python requirements.txt constraints.txt $(wildcard */*/pyproject.toml)
+	@echo "[make] installing torch"
+	$(VENV)/bin/pip install --disable-pip-version-check --progress-bar on -c constraints.txt torch
+	@echo "[make] installing FlowKV"
+	$(VENV)/bin/pip install --disable-pip-version-check --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
+	@echo "[make] installing what tests and linters need"
+	$(VENV)/bin/pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	@touch $@
+
+up: $(VENV)/ready ## start NATS and all services as processes; Ctrl-C drains and stops them
+	@$(PY) scripts/up.py --prefill $(PREFILL) --decode $(DECODE) --mixed $(MIXED) --model "$(MODEL)" --port $(PORT)
+
+test: $(VENV)/ready-dev ## the tests: real NATS, real model, real processes
+	$(PY) -m pytest -m "not full and not gpu"
+
+test-full: $(VENV)/ready-dev ## the tests and the long matrices
+	$(PY) -m pytest -m "not gpu"
+
+lint: $(VENV)/ready-dev ## ruff, mypy --strict, import boundaries
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+fmt: $(VENV)/ready-dev ## format the code
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## remove the virtual environment and all that was built
+	rm -rf $(VENV) .run .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,97 @@
+"""Settings of every service: one struct each, read from `FLOWKV_*` and from flags, checked once at start.
+
+Flags win over the environment. An unknown flag or `FLOWKV_` variable is refused: a typo must not be silent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import msgspec
+
+# Read outside the services: by the model download and by scripts/up.py.
+_OTHER_VARIABLES = {"FLOWKV_CACHE", "FLOWKV_NATS_SERVER"}
+
+
+class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What all services share. Addresses are loopback unless said otherwise."""
+
+    nats_url: str = "nats://127.0.0.1:4222"
+    host: str = "127.0.0.1"  # what the HTTP server (and a node's data socket) binds to
+
+
+class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
+    model_path: str  # folder with tokenizer.json and the chat template
+    port: int = 8000
+    model_name: str = ""  # the name clients use; the folder's name if empty
+    request_timeout_s: float = 600.0
+    max_body_bytes: int = 4 * 1024 * 1024
+    send_timeout_s: float = 30.0  # a client that reads nothing for so long is cut off
+
+
+class SchedulerSettings(ServiceSettings, frozen=True, kw_only=True):
+    http_port: int = 0  # 0: any free port
+
+
+class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
+    """A prefill, decode or mixed node. `role` only sets the prefill cap the node starts with."""
+
+    model_path: str
+    model_name: str = ""
+    node_id: str = ""  # `<role>-<host>-<4 random>` if empty
+    load_format: str = "auto"  # auto | dummy (random weights from config.json)
+    attention: str = "auto"  # auto | cpu | torch
+    num_threads: int = 0  # 0: torch's own choice
+    kv_cache_bytes: int = 1 << 30
+    block_size: int = 16  # tokens
+    kv_dtype: str = "float32"
+    token_budget: int = 512  # tokens per engine step
+    max_num_seqs: int = 64
+    max_model_len: int = 0  # 0: the model's own
+    connectors: str = "shm,tcp"  # in order of preference
+    advertise_host: str = ""  # where other nodes reach the data socket; `host` if empty
+    http_port: int = 0
+    load_period_s: float = 0.5
+    wedge_timeout_s: float = 8.0  # an engine step longer than this is called wedged
+    drain_timeout_s: float = 30.0
+    max_handoffs: int = 16  # handoffs in flight per node, and their bytes: apart from the batch size
+    max_handoff_bytes: int = 1 << 29
+    test_hooks: bool = False
+
+
+S = TypeVar("S", bound=ServiceSettings)
+
+
+def load(kind: type[S], argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> S:
+    """The settings from flags over environment over defaults.
+
+    Raises SystemExit with a message for an unknown name, a missing one or a value of the wrong type.
+    """
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    _refuse_unknown(environ)
+    parser = argparse.ArgumentParser(prog=kind.__name__.removesuffix("Settings").lower())
+    for field in fields.values():
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS)
+    values: dict[str, str] = {
+        name: environ[f"FLOWKV_{name.upper()}"] for name in fields if f"FLOWKV_{name.upper()}" in environ
+    }
+    values.update(vars(parser.parse_args(argv)))
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise SystemExit(f"settings: {error}") from None
+
+
+def _refuse_unknown(environ: Mapping[str, str]) -> None:
+    known = set(_OTHER_VARIABLES)
+    for kind in (GatewaySettings, SchedulerSettings, NodeSettings):
+        known.update(f"FLOWKV_{field.name.upper()}" for field in msgspec.structs.fields(kind))
+    for name in environ:
+        if name.startswith("FLOWKV_") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise SystemExit(f"settings: unknown variable {name}{hint}")

@@ -1,0 +1,75 @@
+"""Attention on the CPU: decode walks the block table in a compiled kernel, prefill gathers and uses SDPA.
+
+One call of the decode kernel reads KV once, where it lies; a prefill computes enough per byte for the gather
+not to matter. A bfloat16 pool is widened while it is read.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowkv_common.engine.attention_torch import TorchAttention
+from flowkv_common.engine.batch import PackedBatch
+from flowkv_common.engine.kernels_cpu import make_decode, write_slots
+
+# Tokens per unit of work. Fixed, so that a sequence is summed in the same order in any batch.
+SPLIT_LEN = 256
+
+
+class CpuAttention(TorchAttention):
+    """Equal to `TorchAttention` up to rounding, by test. For float32 and bfloat16 pools on the CPU."""
+
+    def __init__(self, pool: Tensor) -> None:
+        super().__init__(pool)
+        self._pool_array = _as_numpy(pool)
+        self._slots = np.empty(0, np.int64)
+        self._tables = np.empty((0, 0), np.int32)
+        self._context_lens = np.empty(0, np.int32)
+        self._split_len = max(1, SPLIT_LEN // self._block_size) * self._block_size
+        self._num_splits = 0
+
+    def bind(self, batch: PackedBatch) -> None:
+        super().bind(batch)
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # of this thread
+        decode = batch.query_lens == 1
+        self._slots = batch.slots
+        self._tables = batch.block_tables[decode]
+        self._context_lens = batch.context_lens[decode]
+        self._num_splits = -(-int(self._context_lens.max(initial=0)) // self._split_len)
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        keys, values = (_as_numpy(states.to(self._pool.dtype)) for states in (key, value))
+        write_slots(self._pool_array, layer, keys, values, self._slots)
+
+    def _decode(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        num_rows, num_heads, head_dim = query.shape
+        num_kv_heads = self._pool.shape[4]
+        decode = make_decode(num_heads // num_kv_heads, head_dim)
+        queries = (query.float() * scale).contiguous().numpy()
+        out = np.empty((num_rows, num_heads, head_dim), np.float32)
+        parts = np.empty((num_rows, self._num_splits, num_heads, head_dim), np.float32)
+        peaks, totals = np.empty((2, num_rows, self._num_splits, num_heads), np.float32)
+        decode(
+            self._pool_array,
+            layer,
+            self._split_len,
+            queries,
+            self._tables,
+            self._context_lens,
+            parts,
+            peaks,
+            totals,
+            out,
+        )
+        return torch.from_numpy(out).to(query.dtype)
+
+
+def _as_numpy(tensor: Tensor) -> NDArray[np.float32] | NDArray[np.uint16]:
+    """The same memory; bfloat16, which numpy does not know, as its bits."""
+    array: NDArray[np.float32] | NDArray[np.uint16]
+    array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array

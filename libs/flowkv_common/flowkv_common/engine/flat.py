@@ -1,0 +1,128 @@
+"""The forward pass of the Llama family as one loop over fused weights: what the modules compute, with less between.
+
+The modules stay valid: their weights become views of the fused ones, so nothing is held twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear, rms_norm, silu
+
+from flowkv_common.engine.attention import Attention
+
+ARCHITECTURES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # those that turn a position the same way in any batch
+
+
+class _Linear(NamedTuple):
+    weight: Tensor  # [out, in]
+    bias: Tensor | None  # [out]
+
+
+class _Layer(NamedTuple):
+    input_norm: Tensor  # [hidden]
+    qkv: _Linear
+    qk_norm: Tensor | None  # [heads + kv heads, dim]: Qwen3 normalizes each head
+    output: _Linear
+    mlp_norm: Tensor
+    gate_up: _Linear
+    down: _Linear
+
+
+class FlatForward:
+    """Equal to `ModulesForward` up to rounding, by test."""
+
+    name = "flat"
+
+    def __init__(self, model: Any) -> None:
+        """`model`: a causal LM of one of `ARCHITECTURES`; its projections are fused in place."""
+        config = model.config
+        self._num_heads: int = config.num_attention_heads
+        self._num_kv_heads: int = config.num_key_value_heads
+        self._head_dim: int = model.model.layers[0].self_attn.head_dim
+        self._scale: float = model.model.layers[0].self_attn.scaling
+        self._eps: float = config.rms_norm_eps
+        self._embedding: Tensor = model.model.embed_tokens.weight
+        self._norm: Tensor = model.model.norm.weight
+        self._head: Tensor = model.lm_head.weight
+        self._layers = [self._fuse(layer) for layer in model.model.layers]
+        self._cos, self._sin = _rope_tables(model)
+
+    def __call__(
+        self, token_ids: Tensor, position_ids: Tensor, attention: Attention, logits_indices: Tensor
+    ) -> Tensor:
+        hidden = embedding(token_ids, self._embedding)  # [T, hidden]
+        cos = self._cos[position_ids].unsqueeze(1)  # [T, 1, dim]
+        sin = self._sin[position_ids].unsqueeze(1)
+        for index, layer in enumerate(self._layers):
+            normed = self._rms(hidden, layer.input_norm)
+            hidden = hidden + self._attend(index, layer, normed, cos, sin, attention)
+            gate, up = linear(self._rms(hidden, layer.mlp_norm), *layer.gate_up).chunk(2, dim=-1)
+            hidden = hidden + linear(silu(gate) * up, *layer.down)
+        return linear(self._rms(hidden[logits_indices], self._norm), self._head)
+
+    def _attend(
+        self, index: int, layer: _Layer, normed: Tensor, cos: Tensor, sin: Tensor, attention: Attention
+    ) -> Tensor:
+        qkv = linear(normed, *layer.qkv).unflatten(-1, (-1, self._head_dim))  # [T, heads + 2 kv heads, dim]
+        qk, value = qkv.split([self._num_heads + self._num_kv_heads, self._num_kv_heads], dim=1)
+        if layer.qk_norm is not None:
+            qk = rms_norm(qk, (self._head_dim,), eps=self._eps) * layer.qk_norm
+        first, second = qk.chunk(2, dim=-1)
+        qk = qk * cos + torch.cat((-second, first), dim=-1) * sin
+        query, key = qk.split([self._num_heads, self._num_kv_heads], dim=1)
+        attention.write(index, key, value)
+        return linear(attention.attend(index, query, self._scale).flatten(1), *layer.output)
+
+    def _rms(self, states: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(states, weight.shape, weight, self._eps)
+
+    def _fuse(self, layer: Any) -> _Layer:
+        attn, mlp = layer.self_attn, layer.mlp
+        qk_norm = None
+        if hasattr(attn, "q_norm"):
+            qk_norm = torch.stack(
+                [attn.q_norm.weight] * self._num_heads + [attn.k_norm.weight] * self._num_kv_heads
+            )
+        return _Layer(
+            input_norm=layer.input_layernorm.weight,
+            qkv=_fuse_linears(attn.q_proj, attn.k_proj, attn.v_proj),
+            qk_norm=qk_norm,
+            output=_Linear(attn.o_proj.weight, attn.o_proj.bias),
+            mlp_norm=layer.post_attention_layernorm.weight,
+            gate_up=_fuse_linears(mlp.gate_proj, mlp.up_proj),
+            down=_Linear(mlp.down_proj.weight, mlp.down_proj.bias),
+        )
+
+
+def build_flat(model: nn.Module) -> FlatForward | None:
+    """The fast path for `model`, or `None` if it is not of the Llama family."""
+    config: Any = model.config
+    if type(model).__name__ not in ARCHITECTURES or config.hidden_act != "silu":
+        return None
+    if config.rope_parameters["rope_type"] not in ROPE_TYPES:
+        return None
+    return FlatForward(model)
+
+
+@torch.no_grad()
+def _fuse_linears(*linears: nn.Linear) -> _Linear:
+    """One projection in place of several of the same input; theirs become views of it."""
+    sizes = [linear.out_features for linear in linears]
+    weight = torch.cat([linear.weight for linear in linears])
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    for part, view in zip(linears, weight.split(sizes), strict=True):
+        part.weight.data = view
+    return _Linear(weight, torch.cat(biases) if biases else None)
+
+
+@torch.no_grad()
+def _rope_tables(model: Any) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position, both [max positions, dim], as the model's own rotary gives them."""
+    weight = model.model.embed_tokens.weight
+    positions = torch.arange(model.config.max_position_embeddings, device=weight.device).unsqueeze(0)
+    cos, sin = model.model.rotary_emb(weight, positions)
+    return cos[0], sin[0]

@@ -1,0 +1,106 @@
+"""Loads a causal language model of `transformers` with its attention replaced by ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from flowkv_common.engine.attention import IMPLEMENTATION
+from flowkv_common.engine.fingerprint import fingerprint, weight_files
+from flowkv_common.engine.servable import UnsupportedModel, max_model_len, servable_config
+from flowkv_common.wire.messages import ModelCard, PoolLayout
+
+DUMMY_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Weights on their device, and what others must know of them."""
+
+    module: nn.Module
+    card: ModelCard
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        return self.card.eos_token_ids
+
+    def layout(self, block_size: int, kv_dtype: str) -> PoolLayout:
+        """The layout of a pool for this model, of `block_size` tokens per block and dtype such as "float32"."""
+        return PoolLayout(
+            num_layers=self.num_layers,
+            block_size=block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=kv_dtype,
+        )
+
+
+def load_model(
+    path: str, *, name: str | None, dtype: torch.dtype, load_format: str, on_progress: Callable[[str], None]
+) -> LoadedModel:
+    """The model in the folder `path`, in `dtype`, on the CPU. `load_format`: "auto", or "dummy" for random weights.
+
+    Raises `UnsupportedModel`, a `ValueError`, before weights are read if the model can't be served.
+    """
+    folder = Path(path)
+    config = servable_config(path)
+    if load_format not in ("auto", "dummy"):
+        raise ValueError(f"unknown load format {load_format!r}: auto and dummy are")
+    on_progress(f"loading {path} ({load_format})")
+    module = _dummy(config, dtype) if load_format == "dummy" else _from_folder(folder, dtype)
+    module.eval().requires_grad_(False)
+    card = ModelCard(
+        name=name or folder.resolve().name,
+        fingerprint=fingerprint(folder, str(dtype), has_weights=load_format != "dummy"),
+        max_model_len=max_model_len(config),
+        vocab_size=config.vocab_size,
+        eos_token_ids=_eos_token_ids(folder, config),
+    )
+    on_progress(f"loaded {card.name}: {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters")
+    num_heads = config.num_attention_heads
+    return LoadedModel(
+        module=module,
+        card=card,
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+    )
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
+    if not weight_files(folder):
+        raise UnsupportedModel(f"{folder} holds no weights; load format dummy makes random ones")
+    module: nn.Module = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=IMPLEMENTATION
+    )
+    return module
+
+
+def _dummy(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """Random weights, the same in every process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(DUMMY_SEED)
+        module: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=IMPLEMENTATION
+        )
+    return module
+
+
+def _eos_token_ids(folder: Path, config: PretrainedConfig) -> list[int]:
+    """What ends a text: as generation_config.json says, else config.json."""
+    generation = folder / "generation_config.json"
+    eos = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
+    if eos is None:
+        eos = config.eos_token_id
+    if eos is None:
+        return []
+    return list(eos) if isinstance(eos, list) else [eos]

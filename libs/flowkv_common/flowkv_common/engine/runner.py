@@ -1,0 +1,133 @@
+"""Runs packed batches: on the calling thread (`Runner`), or on one of its own for an event loop (`EngineThread`)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from flowkv_common.engine.backends import make_attention
+from flowkv_common.engine.batch import PackedBatch
+from flowkv_common.engine.flat import build_flat
+from flowkv_common.engine.model import LoadedModel
+from flowkv_common.engine.modules import Forward, ModulesForward
+from flowkv_common.engine.sampler import Sampled, sample
+
+CLOSE_TIMEOUT_S = 5.0
+
+Result = list[Sampled | None]
+
+
+class Runner:
+    """A model, a KV pool and an attention backend; `attention_name` and `forward_name` say which were chosen."""
+
+    def __init__(self, model: LoadedModel, pool: Tensor, *, attention: str = "torch") -> None:
+        """`pool`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
+
+        `attention`: "torch", "cpu", or "auto" for the faster one that works here. Raises `ValueError` if the
+        pool is not of this model, or the backend is unknown or can't run.
+        """
+        expected = (model.num_layers, 2, model.num_kv_heads, model.head_dim)
+        if (pool.shape[1], pool.shape[2], pool.shape[4], pool.shape[5]) != expected:
+            raise ValueError(f"a pool of shape {tuple(pool.shape)} is not for {model.card.name}")
+        self.attention_name, self._attention = make_attention(attention, pool)
+        self._forward: Forward = build_flat(model.module) or ModulesForward(model.module)
+        self._eos_token_ids = model.eos_token_ids
+        self._device = pool.device
+
+    @property
+    def forward_name(self) -> str:
+        """ "flat" or "modules"."""
+        return self._forward.name
+
+    @torch.inference_mode()
+    def run(self, batch: PackedBatch) -> Result:
+        """Computes the batch and samples: per item a token, or `None` where it has not reached its last token.
+
+        Raises `FloatingPointError` if the model gives logits that are not finite.
+        """
+        self._attention.bind(batch)
+        token_ids, position_ids, logits_indices = (
+            torch.from_numpy(array).to(self._device)
+            for array in (batch.token_ids, batch.position_ids, batch.logits_indices)
+        )
+        logits = self._forward(token_ids, position_ids, self._attention, logits_indices)
+        inputs = [input for input in batch.samples if input is not None]
+        sampled = iter(sample(logits, inputs, self._eos_token_ids))
+        return [None if input is None else next(sampled) for input in batch.samples]
+
+
+class EngineThread:
+    """One worker thread that runs steps in the order asked for. An async context manager.
+
+    A step that is cancelled while it waits or runs goes on, and its result is dropped: its blocks may be
+    written until a later step returns.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._ended = asyncio.Event()
+        self.busy_since: float | None = None  # monotonic seconds; None while the thread waits for work
+
+    async def __aenter__(self) -> EngineThread:
+        loop = asyncio.get_running_loop()
+        # A daemon: a step that never ends must not keep the process from ending.
+        threading.Thread(target=self._work_off, args=(loop,), name="flowkv-engine", daemon=True).start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._work.put(None)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), CLOSE_TIMEOUT_S)
+
+    async def step(self, batch: PackedBatch) -> Result:
+        """`Runner.run` on the engine's thread; raises what that raises."""
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[Result] = loop.create_future()
+        self._work.put(lambda: self._run(batch, result, loop))
+        return await result
+
+    def wedge(self, for_s: float) -> None:
+        """Blocks the thread for so long (a test hook: the step that never ends)."""
+        self._work.put(lambda: time.sleep(for_s))
+
+    def _work_off(self, loop: asyncio.AbstractEventLoop) -> None:
+        while (work := self._work.get()) is not None:
+            self.busy_since = time.monotonic()
+            work()
+            self.busy_since = None
+        _tell(loop, self._ended.set)
+
+    def _run(
+        self, batch: PackedBatch, result: asyncio.Future[Result], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        try:
+            value = self._runner.run(batch)
+        except Exception as error:
+            _tell(loop, _settle, result, error)
+        else:
+            _tell(loop, _settle, result, value)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
+        loop.call_soon_threadsafe(callback, *args)
+
+
+def _settle(result: asyncio.Future[Result], outcome: Result | Exception) -> None:
+    if result.done():  # cancelled
+        return
+    if isinstance(outcome, Exception):
+        result.set_exception(outcome)
+    else:
+        result.set_result(outcome)

@@ -1,0 +1,65 @@
+"""Decides from a config alone, before any weights are read, whether a model can be served and how far."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+class UnsupportedModel(ValueError):
+    """The model can't be served; the message says why."""
+
+
+def servable_config(path: str) -> PretrainedConfig:
+    """The config in the folder `path`. Raises `UnsupportedModel` if FlowKV can't serve such a model."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{path} has no config that transformers knows: {error}") from error
+    if reason := _why_not(config):
+        raise UnsupportedModel(f"{path} ({config.model_type}) can't be served: {reason}")
+    return config
+
+
+def _why_not(config: PretrainedConfig) -> str | None:
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder, only decoder-only models are"
+    if config.get_text_config() is not config:
+        return "it takes more than text"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "it is not a causal language model"
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if model_class._is_stateful or not model_class._supports_attention_backend:
+        return "its attention is not pluggable"
+    if getattr(config, "kv_lora_rank", None):
+        return "its KV cache is compressed (MLA)"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "its attention caps logits"
+    if unknown := set(_layer_types(config)) - LAYER_TYPES:
+        return f"it has layers of type {', '.join(sorted(unknown))}"
+    return None
+
+
+def _layer_types(config: PretrainedConfig) -> list[str]:
+    return getattr(config, "layer_types", None) or []
+
+
+def max_model_len(config: PretrainedConfig) -> int:
+    """The longest sequence that full attention with fixed positions computes as the model means it."""
+    limits = [int(config.max_position_embeddings), *_window(config)]
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond this length all positions turn differently, those whose keys are cached too.
+        limits.append(int(rope["original_max_position_embeddings"]))
+    return min(limits)
+
+
+def _window(config: PretrainedConfig) -> list[int]:
+    """The sliding window if any layer has one: up to its length it is full attention."""
+    window = getattr(config, "sliding_window", None)
+    types = _layer_types(config)
+    is_used = "sliding_attention" in types if types else getattr(config, "use_sliding_window", True)
+    return [int(window)] if window and is_used else []

@@ -1,0 +1,98 @@
+"""What can go wrong, as one tree. An error knows its code; over the wire it is rebuilt as the same class.
+
+FlowKVError
+|- BadRequest        400  the input is wrong; `field` says where
+|- NotFound          404  no such model, request or path
+|- Stale             409  a message of a former life: other incarnation, older epoch, ended attempt
+|- TooLarge          413  the body is over the limit
+|- Full              429  no room now; `retry_after_s` says when to ask again
+|- Cancelled         499  the client has gone, or its gateway
+|- Internal          500  our fault
+|- TransferFailed    502  the KV cache did not arrive
+|- Unavailable       503  no node, no scheduler, not ready, draining
+`- DeadlineExceeded  504  out of time
+"""
+
+from __future__ import annotations
+
+from flowkv_common.wire.messages import Refusal
+
+
+class FlowKVError(Exception):
+    """Base of all errors that cross a service boundary."""
+
+    code = 500
+
+    def __init__(self, message: str, *, field: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.retry_after_s = retry_after_s
+
+    def to_wire(self) -> Refusal:
+        return Refusal(
+            code=self.code, message=self.message, field=self.field, retry_after_s=self.retry_after_s
+        )
+
+
+class BadRequest(FlowKVError):
+    code = 400
+
+
+class NotFound(FlowKVError):
+    code = 404
+
+
+class Stale(FlowKVError):
+    code = 409
+
+
+class TooLarge(FlowKVError):
+    code = 413
+
+
+class Full(FlowKVError):
+    code = 429
+
+
+class Cancelled(FlowKVError):
+    code = 499
+
+
+class Internal(FlowKVError):
+    code = 500
+
+
+class TransferFailed(FlowKVError):
+    code = 502
+
+
+class Unavailable(FlowKVError):
+    code = 503
+
+
+class DeadlineExceeded(FlowKVError):
+    code = 504
+
+
+_BY_CODE: dict[int, type[FlowKVError]] = {
+    kind.code: kind
+    for kind in (
+        BadRequest,
+        NotFound,
+        Stale,
+        TooLarge,
+        Full,
+        Cancelled,
+        Internal,
+        TransferFailed,
+        Unavailable,
+        DeadlineExceeded,
+    )
+}
+
+
+def from_wire(refusal: Refusal) -> FlowKVError:
+    """The error that the other side raised; an unknown code is our fault and becomes `Internal`."""
+    kind = _BY_CODE.get(refusal.code, Internal)
+    return kind(refusal.message, field=refusal.field, retry_after_s=refusal.retry_after_s)

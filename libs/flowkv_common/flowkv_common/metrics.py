@@ -1,0 +1,80 @@
+"""Metrics and health over HTTP, the same for every service. Knows nothing of what is measured."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import uvicorn
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+
+def metrics_routes(registry: CollectorRegistry) -> list[Route]:
+    """`GET` and `HEAD /metrics` in Prometheus' text form."""
+
+    async def metrics(_: Request) -> Response:
+        return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    return [Route("/metrics", metrics)]
+
+
+def health_routes(why_not_ready: Callable[[], str | None]) -> list[Route]:
+    """`/health/live` answers while the loop turns; `/health/ready` and `/health` say 503 with the reason."""
+
+    async def live(_: Request) -> Response:
+        return PlainTextResponse("live\n")
+
+    async def ready(_: Request) -> Response:
+        reason = why_not_ready()
+        return PlainTextResponse(f"{reason or 'ready'}\n", status_code=503 if reason else 200)
+
+    return [Route("/health/live", live), Route("/health/ready", ready), Route("/health", ready)]
+
+
+def service_app(registry: CollectorRegistry, why_not_ready: Callable[[], str | None]) -> Starlette:
+    """The HTTP side of a service that has no API of its own."""
+    return Starlette(routes=[*metrics_routes(registry), *health_routes(why_not_ready)])
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the service decides when it stops."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.asynccontextmanager
+async def serve_http(
+    app: Starlette, host: str, port: int, *, max_header_bytes: int = 64 * 1024, drain_timeout_s: int = 5
+) -> AsyncIterator[int]:
+    """Serve `app` while the context lasts; gives the bound port (`port` 0 takes any free one).
+
+    On exit no new connection is taken, and open responses have `drain_timeout_s` to end.
+    Raises OSError when the address can't be had.
+    """
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        http="h11",
+        h11_max_incomplete_event_size=max_header_bytes,
+        timeout_graceful_shutdown=drain_timeout_s,
+    )
+    server = _QuietServer(config)
+    with socket.create_server((host, port), backlog=2048) as listener:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(server.serve(sockets=[listener]))
+            try:
+                # The kernel queues connections from here on: nobody has to wait for the server.
+                yield int(listener.getsockname()[1])
+            finally:
+                server.should_exit = True

@@ -1,0 +1,56 @@
+"""The endpoints that every node has, whatever its guests: link, drain, check, and the test hook."""
+
+from __future__ import annotations
+
+from flowkv_common.bus.service import Endpoint
+from flowkv_common.engine.runner import EngineThread
+from flowkv_common.node.guest import Node
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import (
+    Accepted,
+    Check,
+    Checked,
+    Drain,
+    LinkOffer,
+    LinkRequest,
+    Message,
+    Wedge,
+)
+
+
+def node_endpoints(node: Node, engine: EngineThread) -> list[Endpoint]:
+    """`flowkv.v1.node.<verb>.<node_id>`; `wedge` only where test hooks are on."""
+
+    async def link(request: LinkRequest) -> LinkOffer:
+        node.refuse_other_life(request.node)
+        return node.links.offer(request)
+
+    async def drain(_: Drain) -> Message:
+        node.draining = True
+        node.changed.set()
+        return Accepted(node_id=node.ref.node_id)
+
+    async def check(_: Check) -> Checked:
+        node.blocks.check_integrity()
+        return Checked(
+            node=node.ref,
+            blocks=node.blocks.counts(),
+            num_requests=len(node.attempts),
+            num_reservations=node.reservations.num_open,
+        )
+
+    async def wedge(request: Wedge) -> Message:
+        engine.wedge(request.for_s)
+        return Accepted(node_id=node.ref.node_id)
+
+    def at(subject: str) -> str:
+        return subjects.at(subject, node.ref.node_id)
+
+    endpoints = [
+        Endpoint(at(subjects.NODE_LINK), LinkRequest, link),
+        Endpoint(at(subjects.NODE_DRAIN), Drain, drain),
+        Endpoint(at(subjects.NODE_CHECK), Check, check),
+    ]
+    if node.settings.test_hooks:
+        endpoints.append(Endpoint(at(subjects.NODE_WEDGE), Wedge, wedge))
+    return endpoints

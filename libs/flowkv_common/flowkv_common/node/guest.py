@@ -1,0 +1,142 @@
+"""What a guest is, and what its node lends it. A guest brings one side of the work: prefill or decode.
+
+Guests are found by name through the entry-point group `flowkv.roles`, so services never import each other.
+Every node hosts both: the paper's hybrid scheduler, two sub-schedulers over one block manager (section 8).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Protocol
+
+from flowkv_common.bus.connection import Bus
+from flowkv_common.bus.service import Endpoint
+from flowkv_common.config import NodeSettings
+from flowkv_common.engine.batch import WorkItem
+from flowkv_common.engine.sampler import Sampled
+from flowkv_common.engine.sequence import Sequence
+from flowkv_common.errors import FlowKVError, Stale, Unavailable
+from flowkv_common.kv.blocks import Blocks
+from flowkv_common.kv.reservations import Reservations
+from flowkv_common.node.attempts import Attempts
+from flowkv_common.node.budget import HandoffBudget
+from flowkv_common.node.instruments import Instruments
+from flowkv_common.node.links import Links
+from flowkv_common.node.outbox import Outbox
+from flowkv_common.node.steps import Retire
+from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout
+
+ROLES_GROUP = "flowkv.roles"
+
+
+@dataclass(slots=True)
+class Node:
+    """Everything that guests share. Lives on the asyncio loop; only that loop takes and frees blocks."""
+
+    ref: NodeRef
+    settings: NodeSettings
+    card: ModelCard
+    layout: PoolLayout
+    bus: Bus
+    blocks: Blocks
+    reservations: Reservations
+    attempts: Attempts
+    outbox: Outbox
+    links: Links
+    budget: HandoffBudget
+    instruments: Instruments
+    retire: Retire
+    wake: asyncio.Event  # set when there is work for the engine
+    changed: asyncio.Event  # set when the next load report should not wait
+    guests: dict[str, Guest] = field(default_factory=dict)
+    draining: bool = False
+    wedged: bool = False
+
+    def why_not_ready(self) -> str | None:
+        if self.draining:
+            return "draining"
+        if self.wedged:
+            return "the engine makes no progress"
+        if not self.bus.is_connected:
+            return "not connected to NATS"
+        return None
+
+    def refuse_other_life(self, ref: NodeRef) -> None:
+        """Raises Stale for a message to a former life of this node."""
+        if ref != self.ref:
+            raise Stale(f"meant for {ref.node_id}/{ref.incarnation}, this is {self.ref.incarnation}")
+
+    def refuse_new_work(self, ref: NodeRef) -> None:
+        """Raises Stale for a message to a former life, Unavailable while this node takes nothing new."""
+        self.refuse_other_life(ref)
+        if reason := self.why_not_ready():
+            raise Unavailable(f"{self.ref.node_id}: {reason}")
+
+    def commit_computed(self, sequence: Sequence) -> None:
+        """Let the prefix cache find the blocks that the sequence has filled since the last call."""
+        block_size = self.settings.block_size
+        num_full = sequence.num_computed_tokens // block_size
+        if num_full == sequence.num_committed_blocks:
+            return
+        hashes = sequence.full_block_hashes(self.card.fingerprint, block_size)
+        for i in range(sequence.num_committed_blocks, num_full):
+            parent = hashes[i - 1] if i else None
+            self.blocks.commit(sequence.block_table[i], hashes[i], parent)
+        sequence.num_committed_blocks = num_full
+
+    async def fail_all(self, error: FlowKVError) -> None:
+        """End every attempt here; gateways will try elsewhere."""
+        for attempt in self.attempts:
+            self.outbox.fail(attempt.gateway_id, attempt.transfer_id, error)
+            self.attempts.cancel(attempt.transfer_id, error.message)
+        await self.outbox.flush()
+
+
+class Guest(Protocol):
+    """One side of the work. The node calls `decode_work`, `prefill_work` and `apply` between steps."""
+
+    name: str
+
+    def endpoints(self) -> list[Endpoint]:
+        """The NATS endpoints of this guest, each with this node's id last."""
+
+    async def run(self) -> None:
+        """Background work, until cancelled."""
+
+    def decode_work(self) -> list[WorkItem]:
+        """One token for each running sequence: all of these are in the next step."""
+
+    def prefill_work(self, max_tokens: int) -> list[WorkItem]:
+        """At most `max_tokens` tokens of prompts."""
+
+    def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
+        """A step has computed tokens of a sequence that is this guest's; `sampled` is its new token."""
+
+    def fail(self, sequence: Sequence, error: FlowKVError) -> None:
+        """The attempt of this sequence has failed here: free it, tell its gateway."""
+
+    def adopt(self, sequence: Sequence) -> None:
+        """Take over a sequence, with its blocks, from the other guest of the same node."""
+
+    def num_waiting(self) -> int: ...
+
+    def num_running(self) -> int: ...
+
+    def queued_prefill_tokens(self) -> int: ...
+
+
+class GuestFactory(Protocol):
+    def __call__(self, node: Node) -> Guest: ...
+
+
+def load_guests(node: Node) -> dict[str, Guest]:
+    """All installed guests by name. Raises Unavailable when prefill or decode is not installed."""
+    guests = {}
+    for entry in entry_points(group=ROLES_GROUP):
+        factory: GuestFactory = entry.load()
+        guests[entry.name] = factory(node)
+    if missing := {"prefill", "decode"} - set(guests):
+        raise Unavailable(f"no guest installed for {', '.join(sorted(missing))}")
+    return guests

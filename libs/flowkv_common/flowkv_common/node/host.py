@@ -1,0 +1,185 @@
+"""The node's process: opens what it needs, hosts the guests, reports, drains, leaves.
+
+A node is a prefill, a decode or a mixed node by one number only, its prefill cap; weights, pool and running
+work don't depend on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator
+
+from flowkv_common import __version__
+from flowkv_common.bus.connection import connect
+from flowkv_common.bus.registry import keep_announced, watch_nodes
+from flowkv_common.bus.service import Endpoint, Service
+from flowkv_common.config import NodeSettings
+from flowkv_common.engine.model import LoadedModel
+from flowkv_common.engine.runner import EngineThread, Runner
+from flowkv_common.errors import Unavailable
+from flowkv_common.kv.blocks import Blocks
+from flowkv_common.kv.connectors import make_connectors
+from flowkv_common.kv.pool import KVPool
+from flowkv_common.kv.reservations import Reservations
+from flowkv_common.metrics import serve_http, service_app
+from flowkv_common.node.attempts import Attempts
+from flowkv_common.node.budget import HandoffBudget
+from flowkv_common.node.endpoints import node_endpoints
+from flowkv_common.node.guest import Node, load_guests
+from flowkv_common.node.instruments import Instruments
+from flowkv_common.node.links import Links
+from flowkv_common.node.load import report_load
+from flowkv_common.node.outbox import Outbox
+from flowkv_common.node.steps import Retire, Steps
+from flowkv_common.node.watch import sweep, watch_cancels, watch_engine
+from flowkv_common.tasks import running, stop_on_signals
+from flowkv_common.wire.messages import NodeDescriptor, NodeRef
+
+log = logging.getLogger(__name__)
+
+
+async def serve(settings: NodeSettings, role: str, model: LoadedModel) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. `model` is loaded already."""
+    stop = stop_on_signals()
+    async with contextlib.AsyncExitStack() as opened:
+        node, steps, engine = await _open(settings, role, model, opened)
+        app = service_app(node.instruments.registry, node.why_not_ready)
+        port = await opened.enter_async_context(serve_http(app, settings.host, settings.http_port))
+
+        def descriptor() -> NodeDescriptor:
+            return _describe(node, steps, role, port)
+
+        guests = [guest.run() for guest in node.guests.values()]
+        watches = (watch_nodes(node.bus, node.links.follow), watch_cancels(node), watch_engine(node, engine))
+        async with running(steps.run(), *guests, node.links.run(), *watches, sweep(node)):
+            async with running(node.outbox.keep_alive()), _services(node, engine, role):
+                async with running(keep_announced(node.bus, descriptor), report_load(node, steps)):
+                    log.info("%s is ready: %d blocks", node.ref.node_id, node.blocks.num_blocks)
+                    await stop.wait()
+                    await _drain(node)
+
+
+async def _open(
+    settings: NodeSettings, role: str, model: LoadedModel, opened: contextlib.AsyncExitStack
+) -> tuple[Node, Steps, EngineThread]:
+    """Everything a node consists of, each entered into `opened` in the order in which it may be used."""
+    ref = NodeRef(node_id=settings.node_id or _new_node_id(role), incarnation=secrets.token_hex(4))
+    layout = model.layout(settings.block_size, settings.kv_dtype)
+    num_blocks = settings.kv_cache_bytes // layout.block_bytes
+    pool = opened.enter_context(KVPool(layout, num_blocks))
+    engine = await opened.enter_async_context(
+        EngineThread(Runner(model, pool.tensor, attention=settings.attention))
+    )
+    bus = await opened.enter_async_context(connect(settings.nats_url, name=f"flowkv-{role}/{ref.node_id}"))
+    blocks = Blocks(num_blocks, settings.block_size)
+    reservations = Reservations(blocks)
+    attempts = Attempts()
+    instruments = Instruments(model.card.name, ref.node_id)
+    instruments.block_gauges(blocks.counts)
+    links = Links(bus, ref, layout, model.card.fingerprint, num_blocks)
+    reached_at = settings.advertise_host or settings.host
+    for connector in make_connectors(
+        settings.connectors.split(","), pool, reservations, links.admits, host=reached_at
+    ):
+        await links.listen(await opened.enter_async_context(connector))
+    retire = Retire(blocks)
+    node = Node(
+        ref=ref,
+        settings=settings,
+        card=model.card,
+        layout=layout,
+        bus=bus,
+        blocks=blocks,
+        reservations=reservations,
+        attempts=attempts,
+        outbox=Outbox(bus, ref, attempts),
+        links=links,
+        budget=HandoffBudget(settings.max_handoffs, settings.max_handoff_bytes),
+        instruments=instruments,
+        retire=retire,
+        wake=asyncio.Event(),
+        changed=asyncio.Event(),
+    )
+    node.guests.update(load_guests(node))
+    steps = Steps(
+        engine,
+        node.guests.values,
+        node.outbox,
+        retire,
+        instruments,
+        block_size=settings.block_size,
+        token_budget=settings.token_budget,
+        max_prefill_tokens_per_step=prefill_cap(role, settings),
+        wake=node.wake,
+    )
+    return node, steps, engine
+
+
+def prefill_cap(role: str, settings: NodeSettings) -> int:
+    """Prompt tokens per step of a role: all, the floor of one block, or half for a mixed node."""
+    caps = {
+        "prefill": settings.token_budget,
+        "decode": settings.block_size,
+        "mixed": max(settings.block_size, settings.token_budget // 2),
+    }
+    return caps[role]
+
+
+@contextlib.asynccontextmanager
+async def _services(node: Node, engine: EngineThread, role: str) -> AsyncIterator[None]:
+    """One ADR-32 service per guest and one for the node, found by `nats micro ls`."""
+    metadata = {"role": role, "model": node.card.name, "incarnation": node.ref.incarnation}
+    endpoints: dict[str, list[Endpoint]] = {name: guest.endpoints() for name, guest in node.guests.items()}
+    endpoints["node"] = node_endpoints(node, engine)
+    async with contextlib.AsyncExitStack() as stack:
+        for name, mine in endpoints.items():
+            service = Service(
+                node.bus,
+                name=name,
+                version=__version__,
+                service_id=node.ref.node_id,
+                metadata=metadata,
+                endpoints=mine,
+            )
+            await stack.enter_async_context(service)
+        yield
+
+
+async def _drain(node: Node) -> None:
+    """Take nothing new, let what is here finish; what remains at the deadline is given back to gateways."""
+    node.draining = True
+    node.changed.set()
+    log.info("draining %s: %d requests", node.ref.node_id, len(node.attempts))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(node.settings.drain_timeout_s):
+            await node.attempts.wait_empty()
+    await node.fail_all(Unavailable(f"{node.ref.node_id} leaves"))
+
+
+def _describe(node: Node, steps: Steps, role: str, http_port: int) -> NodeDescriptor:
+    host = node.settings.advertise_host or node.settings.host
+    return NodeDescriptor(
+        node=node.ref,
+        role=role,
+        model=node.card,
+        layout=node.layout,
+        num_blocks=node.blocks.num_blocks,
+        token_budget=node.settings.token_budget,
+        max_prefill_tokens_per_step=steps.max_prefill_tokens_per_step,
+        guests=sorted(node.guests),
+        connectors=node.settings.connectors.split(","),
+        host=host,
+        pid=os.getpid(),
+        metrics_url=f"http://{host}:{http_port}/metrics",
+        version=__version__,
+    )
+
+
+def _new_node_id(role: str) -> str:
+    host = "".join(c if c.isalnum() else "-" for c in socket.gethostname().lower())
+    return f"{role}-{host}-{secrets.token_hex(2)}"

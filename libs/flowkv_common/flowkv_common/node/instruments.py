@@ -1,0 +1,101 @@
+"""What a node measures of itself: Prometheus metrics, and the two rates that its load reports carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from flowkv_common.kv.connector import TransferStats
+from flowkv_common.wire.messages import BlockCounts
+
+# Weight of the newest step in the measured rates: about the last ten steps count.
+SMOOTHING = 0.2
+
+_STEP_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_TRANSFER_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+
+class Instruments:
+    """The node's own registry. Label `model_name` as vLLM's dashboards expect, `node_id` for ours."""
+
+    def __init__(self, model_name: str, node_id: str) -> None:
+        self.registry = CollectorRegistry()
+        self.prefill_tokens_per_s = 0.0
+        self.decode_step_s = 0.0
+        self._labels = {"model_name": model_name, "node_id": node_id}
+        self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens per step", _STEP_BUCKETS)
+        self._preemptions = self._counter("vllm:num_preemptions", "Sequences preempted, to be recomputed")
+        self._transfer_s = Histogram(
+            "flowkv_kv_transfer_seconds",
+            "Duration of a request's KV transfer",
+            ["connector", *self._labels],
+            buckets=_TRANSFER_BUCKETS,
+            registry=self.registry,
+        )
+        self._transfer_bytes = self._per_connector("flowkv_kv_transfer_bytes", "Bytes of KV sent")
+        self._transfer_copies = self._per_connector("flowkv_kv_transfer_copies", "Copies, after alignment")
+        self._transfer_calls = self._per_connector(
+            "flowkv_kv_transfer_calls", "Calls that the transport made"
+        )
+        self._handoffs = Counter(
+            "flowkv_handoffs", "Handoffs by result", ["result", *self._labels], registry=self.registry
+        )
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, list(self._labels), registry=self.registry).labels(**self._labels)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        made = Histogram(name, text, list(self._labels), buckets=buckets, registry=self.registry)
+        return made.labels(**self._labels)
+
+    def _per_connector(self, name: str, text: str) -> Counter:
+        return Counter(name, text, ["connector", *self._labels], registry=self.registry)
+
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A gauge whose value is read when somebody asks."""
+        made = Gauge(name, text, list(self._labels), registry=self.registry)
+        made.labels(**self._labels).set_function(read)
+
+    def block_gauges(self, counts: Callable[[], BlockCounts]) -> None:
+        """The pool: use as vLLM counts it, and how long its free runs are."""
+
+        def usage() -> float:
+            now = counts()
+            return (now.leased + now.quarantined) / now.total
+
+        self.gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", usage)
+        self.gauge(
+            "flowkv_pool_free_blocks", "Blocks free or evictable", lambda: counts().free + counts().cached
+        )
+        self.gauge(
+            "flowkv_pool_longest_free_run",
+            "Blocks of the longest free run",
+            lambda: counts().longest_free_run,
+        )
+
+    def observe_step(self, num_tokens: list[int], duration_s: float) -> None:
+        """One engine step: tokens per sequence, and how long it took."""
+        total = sum(num_tokens)
+        self._step_tokens.observe(total)
+        if max(num_tokens) == 1:
+            self.decode_step_s = _smooth(self.decode_step_s, duration_s)
+        elif total >= 16:
+            self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, total / duration_s)
+
+    def count_preemption(self) -> None:
+        self._preemptions.inc()
+
+    def count_handoff(self, result: str) -> None:
+        self._handoffs.labels(result=result, **self._labels).inc()
+
+    def observe_transfer(self, connector: str, stats: TransferStats) -> None:
+        labels = {"connector": connector, **self._labels}
+        self._transfer_s.labels(**labels).observe(stats.duration_s)
+        self._transfer_bytes.labels(**labels).inc(stats.num_bytes)
+        self._transfer_copies.labels(**labels).inc(stats.num_copies)
+        self._transfer_calls.labels(**labels).inc(stats.num_calls)
+
+
+def _smooth(old: float, new: float) -> float:
+    return new if old == 0.0 else old + SMOOTHING * (new - old)

@@ -1,0 +1,157 @@
+"""Links to other nodes' pools, set up when a node is discovered, never by the first request.
+
+Each pair uses the first connector that a probe shows to work, in the node's order of preference; the choice
+is in the load report and the metrics. A link that fails is tried again with back-off (DESIGN 7.8).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+
+from flowkv_common.bus.connection import Bus
+from flowkv_common.errors import BadRequest, FlowKVError, Unavailable
+from flowkv_common.kv.connector import ConnectorUnavailable, KVConnector, KVLink
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import (
+    LinkOffer,
+    LinkRequest,
+    NodeDescriptor,
+    NodeRef,
+    PoolLayout,
+)
+
+log = logging.getLogger(__name__)
+
+FIRST_RETRY_S = 0.2
+LONGEST_RETRY_S = 5.0
+LINK_TIMEOUT_S = 5.0
+# A peer that is missing from the registry may only be between two lives of the bucket.
+FORGET_AFTER_S = 30.0
+
+
+class Links:
+    """Both ends: offers this node's pool to peers, and keeps a link to each peer's pool."""
+
+    def __init__(
+        self, bus: Bus, node: NodeRef, layout: PoolLayout, fingerprint: str, num_blocks: int
+    ) -> None:
+        self._bus = bus
+        self._node = node
+        self._layout = layout
+        self._fingerprint = fingerprint
+        self._num_blocks = num_blocks
+        self._connectors: dict[str, KVConnector] = {}
+        self._addresses: dict[str, str] = {}
+        self._tokens: dict[str, NodeRef] = {}  # link token -> the peer it was given to
+        self._peers: dict[str, NodeRef] = {}
+        self._missing_since: dict[str, float] = {}
+        self._links: dict[str, tuple[NodeRef, KVLink]] = {}
+        self._changed = asyncio.Event()
+
+    async def listen(self, connector: KVConnector) -> None:
+        """Open this node's pool through a connector too; the first one is preferred."""
+        self._addresses[connector.name] = await connector.listen()
+        self._connectors[connector.name] = connector
+
+    def admits(self, token: str) -> bool:
+        """Whether a peer that presents `token` may write into this pool."""
+        return token in self._tokens
+
+    def offer(self, request: LinkRequest) -> LinkOffer:
+        """Answer a peer's wish to send here. Raises BadRequest when the pools don't fit each other."""
+        if request.layout != self._layout:
+            raise BadRequest(f"KV layouts differ: {request.layout} and {self._layout}", field="layout")
+        if request.fingerprint != self._fingerprint:
+            raise BadRequest("the nodes serve different models", field="fingerprint")
+        self._tokens = {
+            token: peer for token, peer in self._tokens.items() if peer.node_id != request.peer.node_id
+        }
+        token = secrets.token_hex(16)
+        self._tokens[token] = request.peer
+        return LinkOffer(node=self._node, num_blocks=self._num_blocks, token=token, addresses=self._addresses)
+
+    def to(self, peer: NodeRef) -> KVLink:
+        """The link to a peer. Raises Unavailable while there is none to this incarnation."""
+        known = self._links.get(peer.node_id)
+        if known is None or known[0] != peer:
+            raise Unavailable(f"no link to {peer.node_id} yet", retry_after_s=FIRST_RETRY_S)
+        return known[1]
+
+    def connectors_in_use(self) -> dict[str, str]:
+        """node_id -> name of the connector."""
+        return {node_id: link.name for node_id, (_, link) in self._links.items()}
+
+    def follow(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
+        """The registry has changed: link to who came; who is missing is forgotten after a while."""
+        now = time.monotonic()
+        for node_id in self._peers:
+            if node_id not in descriptors:
+                self._missing_since.setdefault(node_id, now)
+        for node_id, descriptor in descriptors.items():
+            self._missing_since.pop(node_id, None)
+            if node_id != self._node.node_id:
+                self._peers[node_id] = descriptor.node
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Until cancelled: one keeper task per peer."""
+        keepers: dict[NodeRef, asyncio.Task[None]] = {}
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                self._changed.clear()
+                self._forget_missing()
+                wanted = set(self._peers.values())
+                for peer in set(keepers) - wanted:
+                    keepers.pop(peer).cancel()
+                for peer in wanted - set(keepers):
+                    keepers[peer] = tasks.create_task(self._keep(peer))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(FORGET_AFTER_S):
+                        await self._changed.wait()
+
+    def _forget_missing(self) -> None:
+        now = time.monotonic()
+        for node_id, since in list(self._missing_since.items()):
+            if now - since > FORGET_AFTER_S and self._bus.is_connected:
+                del self._missing_since[node_id]
+                del self._peers[node_id]
+
+    async def _keep(self, peer: NodeRef) -> None:
+        """Link to one incarnation of a peer, again and again until it works, then hold the link."""
+        retry_s = FIRST_RETRY_S
+        while True:
+            try:
+                link = await self._connect(peer)
+                break
+            except (FlowKVError, ConnectorUnavailable) as error:
+                level = logging.WARNING if isinstance(error, BadRequest) else logging.INFO
+                log.log(level, "no link to %s yet, next try in %.1f s: %s", peer.node_id, retry_s, error)
+            await asyncio.sleep(retry_s)
+            retry_s = min(2 * retry_s, LONGEST_RETRY_S)
+        self._links[peer.node_id] = (peer, link)
+        log.info("linked to %s by %s", peer.node_id, link.name)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            if self._links.get(peer.node_id) == (peer, link):
+                del self._links[peer.node_id]
+            await link.close()
+
+    async def _connect(self, peer: NodeRef) -> KVLink:
+        request = LinkRequest(node=peer, peer=self._node, layout=self._layout, fingerprint=self._fingerprint)
+        subject = subjects.at(subjects.NODE_LINK, peer.node_id)
+        offer = await self._bus.request(subject, request, LinkOffer, timeout_s=LINK_TIMEOUT_S)
+        reasons = []
+        for name, connector in self._connectors.items():
+            if address := offer.addresses.get(name):
+                try:
+                    async with asyncio.timeout(LINK_TIMEOUT_S):
+                        return await connector.connect(address, offer.token, offer.num_blocks)
+                except (ConnectorUnavailable, TimeoutError) as error:
+                    reasons.append(f"{name}: {error or 'timed out'}")
+        raise ConnectorUnavailable("; ".join(reasons) or "no connector in common")

@@ -1,0 +1,42 @@
+"""The entry point that `python -m flowkv_prefill` and `python -m flowkv_decode` share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+
+from flowkv_common import logs
+from flowkv_common.config import NodeSettings, load
+
+log = logging.getLogger(__name__)
+
+
+def main(default_role: str) -> None:
+    """`[prefill|decode|mixed] [--flags]`: load the model, then serve until SIGTERM.
+
+    The role only sets the prefill cap that the node starts with.
+    """
+    arguments = sys.argv[1:]
+    named = bool(arguments) and not arguments[0].startswith("-")
+    role = arguments.pop(0) if named else default_role
+    settings = load(NodeSettings, arguments)
+    logs.setup(role)
+    # Idle compute threads must not spin: two nodes may share the cores of one host. Before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    from flowkv_common.engine.model import load_model
+    from flowkv_common.node.host import serve
+
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    model = load_model(
+        settings.model_path,
+        name=settings.model_name or None,
+        dtype=torch.float32,
+        load_format=settings.load_format,
+        on_progress=log.info,
+    )
+    asyncio.run(serve(settings, role, model))

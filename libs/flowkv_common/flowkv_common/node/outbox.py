@@ -1,0 +1,93 @@
+"""What a node tells gateways: tokens, one message per step and gateway, and once a second a keepalive.
+
+The keepalive is a request, so a gateway that is gone shows at once, and a gateway can say which attempts it
+no longer wants, should a cancel have been lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+
+from flowkv_common.bus.connection import Bus
+from flowkv_common.errors import FlowKVError, Unavailable
+from flowkv_common.node.attempts import Attempts
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import (
+    Keepalive,
+    KeepaliveReply,
+    NodeRef,
+    StepTokens,
+    TokenChunk,
+)
+
+log = logging.getLogger(__name__)
+
+KEEPALIVE_PERIOD_S = 1.0
+KEEPALIVE_TIMEOUT_S = 2.0
+# A gateway is gone when two keepalives in a row found nobody; not while NATS itself is coming back.
+MISSES_UNTIL_GONE = 2
+RECONNECT_GRACE_S = 4.0
+
+
+class Outbox:
+    """Collects the chunks of a step, sends them on `flush()`."""
+
+    def __init__(self, bus: Bus, node: NodeRef, attempts: Attempts) -> None:
+        self._bus = bus
+        self._node = node
+        self._attempts = attempts
+        self._chunks: defaultdict[str, list[TokenChunk]] = defaultdict(list)
+        self._misses: defaultdict[str, int] = defaultdict(int)
+
+    def add(self, gateway_id: str, chunk: TokenChunk) -> None:
+        self._chunks[gateway_id].append(chunk)
+
+    async def flush(self) -> None:
+        """Publish what was added, one message per gateway."""
+        chunks, self._chunks = self._chunks, defaultdict(list)
+        for gateway_id, mine in chunks.items():
+            message = StepTokens(node_id=self._node.node_id, chunks=mine)
+            await self._bus.publish(subjects.tokens(gateway_id), message)
+
+    def fail(self, gateway_id: str, transfer_id: str, error: FlowKVError) -> None:
+        """Add that the attempt has failed here; what was sent before stays good."""
+        self.add(
+            gateway_id, TokenChunk(transfer_id=transfer_id, index=0, token_ids=[], error=error.to_wire())
+        )
+
+    async def keep_alive(self) -> None:
+        """Until cancelled: show every gateway its attempts, drop those of gateways that are gone."""
+        while True:
+            states = self._attempts.states_by_gateway()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(asyncio.sleep(KEEPALIVE_PERIOD_S))
+                for gateway_id, mine in states.items():
+                    tasks.create_task(self._show(gateway_id, mine))
+
+    async def _show(self, gateway_id: str, states: dict[str, str]) -> None:
+        try:
+            reply = await self._bus.request(
+                subjects.keepalive(gateway_id),
+                Keepalive(node=self._node, states=states),
+                KeepaliveReply,
+                timeout_s=KEEPALIVE_TIMEOUT_S,
+            )
+        except FlowKVError as error:
+            self._miss(gateway_id, error)
+            return
+        self._misses.pop(gateway_id, None)
+        for transfer_id in reply.unknown:
+            self._attempts.cancel(transfer_id, "the gateway does not know it")
+
+    def _miss(self, gateway_id: str, error: FlowKVError) -> None:
+        if not self._bus.is_connected or self._bus.connected_for_s < RECONNECT_GRACE_S:
+            return  # cut off ourselves: no verdict on others (DESIGN 7.8)
+        # An answer with an error in it is an answer: only silence counts.
+        self._misses[gateway_id] += 1
+        if self._misses[gateway_id] >= MISSES_UNTIL_GONE:
+            del self._misses[gateway_id]
+            num = self._attempts.cancel_gateway(gateway_id, "its gateway is gone")
+            reason = "no responders" if isinstance(error, Unavailable) else str(error)
+            log.warning("dropped %d requests of gateway %s: %s", num, gateway_id, reason)

@@ -1,0 +1,60 @@
+"""What a node keeps an eye on: cancels, things that expire, and whether its engine makes progress."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from nats.aio.msg import Msg
+
+from flowkv_common.engine.runner import EngineThread
+from flowkv_common.errors import Unavailable
+from flowkv_common.node.guest import Node
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import Cancel
+
+log = logging.getLogger(__name__)
+
+SWEEP_PERIOD_S = 0.5
+
+
+async def watch_cancels(node: Node) -> None:
+    """Until cancelled: stop the attempts that gateways cancel, wherever they stand."""
+
+    def cancel(message: Cancel, _: Msg) -> None:
+        node.attempts.cancel(message.transfer_id, message.reason)
+        node.wake.set()
+
+    async with await node.bus.subscribe(subjects.CANCEL_ALL, Cancel, cancel):
+        await asyncio.Event().wait()
+
+
+async def sweep(node: Node) -> None:
+    """Until cancelled: drop reservations that have expired, also when nothing new arrives."""
+    while True:
+        await asyncio.sleep(SWEEP_PERIOD_S)
+        for transfer_id in node.reservations.sweep():
+            log.info("reservation %s expired", transfer_id)
+            node.attempts.end(transfer_id)
+            node.wake.set()
+
+
+async def watch_engine(node: Node, engine: EngineThread) -> None:
+    """Until cancelled: a step that takes far too long makes the node unready and gives its work back.
+
+    The blocks of the stuck step stay held until it ends, if it ever does; then the node is ready again.
+    """
+    while True:
+        await asyncio.sleep(SWEEP_PERIOD_S)
+        busy_since = engine.busy_since
+        stuck = busy_since is not None and time.monotonic() - busy_since > node.settings.wedge_timeout_s
+        if stuck == node.wedged:
+            continue
+        node.wedged = stuck
+        node.changed.set()
+        if stuck:
+            log.error("the engine has made no progress for %.1f s", node.settings.wedge_timeout_s)
+            await node.fail_all(Unavailable(f"the engine of {node.ref.node_id} is stuck"))
+        else:
+            log.warning("the engine makes progress again")

@@ -1,0 +1,429 @@
+"""Every message that crosses NATS, as JSON with its class name under `type`.
+
+Units stand in the names: `_s` seconds, `_bytes`, `_tokens`, `num_` counts. Durations cross the wire,
+timestamps never do: two hosts don't share a clock. A new field needs a default; none is ever renamed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
+
+import msgspec
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
+    """Base of all that travels on its own."""
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of all that travels inside a message."""
+
+
+M = TypeVar("M")
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """The JSON bytes of a message."""
+    return msgspec.json.encode(message)
+
+
+def decode(payload: bytes, kind: type[M]) -> M:
+    """The message in `payload`. Raises `msgspec.ValidationError` or `DecodeError` if it is not a `kind`."""
+    return msgspec.json.decode(payload, type=kind)
+
+
+def transfer_id(request_id: str, attempt: int) -> str:
+    """The one name of an attempt, on both nodes, at the gateway and in cancel (DESIGN 7.2)."""
+    return f"{request_id}.{attempt}"
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """A stretch of consecutive blocks on one side: `start, start + 1, ... start + length - 1`."""
+
+    start: int
+    length: int
+
+
+class PoolLayout(Part):
+    """Shape of one block: `[num_layers, 2, block_size, num_kv_heads, head_dim]` of `dtype`.
+
+    Two pools can exchange blocks only when their layouts are equal.
+    """
+
+    num_layers: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def block_bytes(self) -> int:
+        item = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+        return self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim * item
+
+
+class NodeRef(Part):
+    """A node in one of its lives: a restarted process keeps its `node_id`, never its `incarnation`."""
+
+    node_id: str
+    incarnation: str
+
+
+class ModelCard(Part):
+    """What a gateway must know of the model. `fingerprint` names weights and dtype; it seeds block hashes."""
+
+    name: str
+    fingerprint: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+
+
+class SamplingParams(Part):
+    """How tokens are chosen. The text is a function of these and the prompt, whichever node samples."""
+
+    max_tokens: int
+    seed: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    num_logprobs: int | None = None  # None: none; 0: of the chosen token; k: and of the k best
+
+
+class TokenLogprob(Part):
+    """Log probability of a chosen token, and of the best ones as `(token id, log probability)`."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class Candidate(Part):
+    """A node that the scheduler weighed: predicted seconds until it could serve, smaller is better."""
+
+    node_id: str
+    predicted_s: float
+    reason: str
+
+
+class BlockCounts(Part):
+    """Where a pool's blocks are. `free + cached + leased + quarantined == total`, always (DESIGN 7.5)."""
+
+    total: int
+    free: int
+    cached: int
+    leased: int
+    quarantined: int
+    longest_free_run: int
+
+
+# --- replies and errors --------------------------------------------------------------------------
+
+
+class Accepted(Message):
+    """The node has taken the request on; tokens or an error will follow."""
+
+    node_id: str
+
+
+class Refusal(Message):
+    """The body of every error reply; `code` is HTTP-like, `field` names what was wrong with the input."""
+
+    code: int
+    message: str
+    field: str | None = None
+    retry_after_s: float | None = None
+
+
+# --- scheduling ----------------------------------------------------------------------------------
+
+
+class ScheduleRequest(Message):
+    """Asks for a pair of nodes. Lengths only: the scheduler never sees the text."""
+
+    request_id: str
+    attempt: int
+    num_prompt_tokens: int
+    max_new_tokens: int
+    priority: int = 0
+    age_s: float = 0.0
+    avoid: list[str] = []  # nodes that failed this request before
+
+
+class Assignment(Message):
+    """The pair for one attempt, with the best candidates of each side, so that anyone can see why."""
+
+    request_id: str
+    attempt: int
+    epoch: int
+    prefill: NodeRef
+    decode: NodeRef
+    reason: str
+    prefill_candidates: list[Candidate]
+    decode_candidates: list[Candidate]
+
+
+class Wait(Message):
+    """Nothing can take the request now; ask again in `retry_in_s` with your age."""
+
+    retry_in_s: float
+    reason: str
+
+
+# --- the life of a request -----------------------------------------------------------------------
+
+
+class PrefillRun(Message):
+    """Gateway to prefill node: compute the prompt, hand over to `decode`.
+
+    `output_ids` holds what earlier attempts have produced; generation goes on from there.
+    """
+
+    request_id: str
+    attempt: int
+    epoch: int
+    node: NodeRef
+    decode: NodeRef
+    gateway_id: str
+    prompt_ids: list[int]
+    output_ids: list[int]
+    sampling: SamplingParams
+    deadline_in_s: float
+
+
+class Reserve(Message):
+    """Prefill to decode node: keep room for `num_tokens` tokens.
+
+    `block_hashes` are of the full blocks, so that decode can pin what it has; `run_lengths` are the runs in
+    which the sender's blocks will lie, so that decode can choose runs to match.
+    """
+
+    transfer_id: str
+    node: NodeRef
+    prefill: NodeRef
+    gateway_id: str
+    num_tokens: int
+    block_hashes: list[str]
+    run_lengths: list[int]
+    expires_in_s: float
+
+
+class Reserved(Message):
+    """Decode's answer: the blocks in order, of which the first `num_cached_blocks` hold their KV already.
+
+    `token` must come with every byte written into these blocks.
+    """
+
+    transfer_id: str
+    token: str
+    runs: list[Run]
+    num_cached_blocks: int
+
+
+class Release(Message):
+    """Prefill to decode node: the reservation is not needed, the request has ended."""
+
+    transfer_id: str
+    token: str
+
+
+class DecodeRun(Message):
+    """Prefill to decode node: the KV cache has landed, go on from the last of `output_ids`.
+
+    This is the commit: prefill sends it only when its own blocks were leased throughout every copy.
+    """
+
+    request_id: str
+    attempt: int
+    epoch: int
+    node: NodeRef
+    prefill: NodeRef
+    token: str
+    gateway_id: str
+    prompt_ids: list[int]
+    output_ids: list[int]
+    sampling: SamplingParams
+    deadline_in_s: float
+
+
+class Resume(Message):
+    """Gateway to decode node: send the output again from `from_index`, a message was lost."""
+
+    transfer_id: str
+    from_index: int
+
+
+class Cancel(Message):
+    """Gateway to everyone: stop this attempt and free all it holds. Idempotent, may come first."""
+
+    transfer_id: str
+    reason: str
+
+
+class TokenChunk(Part):
+    """What one step gave one request. `index` is the place of the first of `token_ids` in the output.
+
+    Also the reply to `Resume`. An `error` ends the attempt, a `finish_reason` the request.
+    """
+
+    transfer_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] = []
+    finish_reason: str | None = None
+    error: Refusal | None = None
+    num_cached_tokens: int = 0
+    phases_s: dict[str, float] = {}  # seconds spent per phase on the node that sends this
+
+
+class Resumed(Message):
+    """The output from the asked index on."""
+
+    chunk: TokenChunk
+
+
+class StepTokens(Message):
+    """All that one engine step gave the requests of one gateway: one message per step and gateway."""
+
+    node_id: str
+    chunks: list[TokenChunk]
+
+
+class Keepalive(Message):
+    """Node to gateway, once a second, as a request: these attempts live here. No answer: gateway is gone."""
+
+    node: NodeRef
+    states: dict[str, str]  # transfer_id -> queued | prefill | handoff | reserved | decode | preempted
+
+
+class KeepaliveReply(Message):
+    """Those of the attempts that the gateway does not want any more (a cancel was lost)."""
+
+    unknown: list[str]
+
+
+# --- nodes ---------------------------------------------------------------------------------------
+
+
+class NodeDescriptor(Message):
+    """What a node is; a record in the bucket `flowkv_nodes`, renewed while the node lives."""
+
+    node: NodeRef
+    role: str
+    model: ModelCard
+    layout: PoolLayout
+    num_blocks: int
+    token_budget: int
+    max_prefill_tokens_per_step: int
+    guests: list[str]
+    connectors: list[str]
+    host: str
+    pid: int
+    metrics_url: str
+    version: str
+
+
+class LoadReport(Message):
+    """A complete snapshot of a node, published every `period_s` and on change; the latest wins."""
+
+    node: NodeRef
+    seq: int
+    period_s: float
+    ready: bool
+    draining: bool
+    max_prefill_tokens_per_step: int
+    queued_prefill_tokens: int
+    num_waiting: int
+    num_running: int
+    max_num_seqs: int
+    blocks: BlockCounts
+    prefill_tokens_per_s: float  # 0: nothing measured yet
+    decode_step_s: float
+    num_handoffs: int
+    handoff_bytes: int
+    links: dict[str, str] = {}  # node_id -> connector in use
+
+
+class LinkRequest(Message):
+    """Node to node, at discovery: let me send KV to you. Refused unless layout and model are the same."""
+
+    node: NodeRef
+    peer: NodeRef
+    layout: PoolLayout
+    fingerprint: str
+
+
+class LinkOffer(Message):
+    """How to reach the peer's pool: per connector its address, and the secret that opens it."""
+
+    node: NodeRef
+    num_blocks: int
+    token: str
+    addresses: dict[str, str]  # connector -> address
+
+
+class Drain(Message):
+    """Accept nothing new, finish what is here, then leave."""
+
+    reason: str = ""
+
+
+class Check(Message):
+    """Count the blocks and check that none is lost."""
+
+
+class Checked(Message):
+    """The counts, taken after `check_integrity()` passed, and how many requests and tasks the node holds."""
+
+    node: NodeRef
+    blocks: BlockCounts
+    num_requests: int
+    num_reservations: int
+
+
+class Wedge(Message):
+    """Test hook, only with `FLOWKV_TEST_HOOKS=1`: block the engine thread."""
+
+    for_s: float
+
+
+# --- events --------------------------------------------------------------------------------------
+
+
+class RequestFinished(Message):
+    """One per request, at its end: where it ran and where its time went."""
+
+    request_id: str
+    attempts: int
+    outcome: str  # stop | length | cancelled | error
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+    prefill_node: str
+    decode_node: str
+    phases_s: dict[str, float]
+    error: str | None = None
+
+
+class KVTransferred(Message):
+    """One per handoff: what moved, over which connector, how long it took and how much of it prefill hid."""
+
+    transfer_id: str
+    prefill_node: str
+    decode_node: str
+    connector: str
+    num_bytes: int
+    num_copies: int
+    num_calls: int
+    total_s: float
+    exposed_s: float

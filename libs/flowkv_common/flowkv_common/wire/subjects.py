@@ -1,0 +1,60 @@
+"""Every subject, bucket and header name. Nothing else spells one.
+
+General to specific, the version second, the verb before the id, the id last: `*` selects over nodes.
+"""
+
+from __future__ import annotations
+
+ALL = "flowkv.>"
+
+SCHEDULE = "flowkv.v1.scheduler.schedule"
+
+# Only the version and the verb differ between nodes' endpoints: `flowkv.v1.<guest>.<verb>.<node_id>`.
+PREFILL_RUN = "flowkv.v1.prefill.run"
+DECODE_RESERVE = "flowkv.v1.decode.reserve"
+DECODE_RELEASE = "flowkv.v1.decode.release"
+DECODE_RUN = "flowkv.v1.decode.run"
+DECODE_RESUME = "flowkv.v1.decode.resume"
+NODE_LINK = "flowkv.v1.node.link"
+NODE_DRAIN = "flowkv.v1.node.drain"
+NODE_CHECK = "flowkv.v1.node.check"
+NODE_WEDGE = "flowkv.v1.node.wedge"
+
+LOAD_ALL = "flowkv.v1.load.*"
+CANCEL_ALL = "flowkv.v1.request.cancel.>"
+
+NODES_BUCKET = "flowkv_nodes"
+
+REQUEST_ID_HEADER = "Flowkv-Request-Id"
+ERROR_HEADER = "Nats-Service-Error"  # ADR-32
+ERROR_CODE_HEADER = "Nats-Service-Error-Code"
+
+
+def at(endpoint: str, node_id: str) -> str:
+    """The subject of one node's endpoint."""
+    return f"{endpoint}.{node_id}"
+
+
+def load(node_id: str) -> str:
+    return f"flowkv.v1.load.{node_id}"
+
+
+def assignment(request_id: str) -> str:
+    return f"flowkv.v1.assignment.{request_id}"
+
+
+def cancel(transfer_id: str) -> str:
+    return f"flowkv.v1.request.cancel.{transfer_id}"
+
+
+def tokens(gateway_id: str) -> str:
+    """Where nodes send the tokens of a gateway's requests."""
+    return f"flowkv.v1.gateway.tokens.{gateway_id}"
+
+
+def keepalive(gateway_id: str) -> str:
+    return f"flowkv.v1.gateway.keepalive.{gateway_id}"
+
+
+def event(past_tense: str, subject_id: str) -> str:
+    return f"flowkv.v1.event.{past_tense}.{subject_id}"

@@ -1,0 +1,1 @@
+"""Decode: running sequences, one token per step."""

@@ -1,0 +1,101 @@
+"""How requests come in: room is reserved, KV lands, the handoff makes a running sequence of it."""
+
+from __future__ import annotations
+
+import time
+
+from flowkv_common.engine.sequence import Sequence
+from flowkv_common.errors import BadRequest, Full
+from flowkv_common.kv.alignment import runs_of
+from flowkv_common.kv.blocks import OutOfBlocks
+from flowkv_common.kv.reservations import Reservation
+from flowkv_common.node.attempts import Attempt
+from flowkv_common.node.guest import Node
+from flowkv_common.wire.messages import DecodeRun, Release, Reserve, Reserved, transfer_id
+
+# What a prefill node is told to wait before it asks a full node again.
+RETRY_S = 0.05
+
+
+def reserve(node: Node, request: Reserve, num_running: int) -> Reserved:
+    """Room for a handoff, with what is cached of the prefix pinned; asking again renews it.
+
+    Raises Full while there is no room, BadRequest when there never will be, Stale for an ended attempt.
+    """
+    node.attempts.refuse_ended(request.transfer_id)
+    if request.transfer_id in node.reservations:
+        return _answer(node.reservations.extend(request.transfer_id, request.expires_in_s))
+    reservation = _open(node, request, num_running)
+    stop = Attempt(
+        request.transfer_id,
+        request.gateway_id,
+        "reserved",
+        lambda _: node.reservations.cancel(request.transfer_id),
+    )
+    node.attempts.begin(stop)
+    return _answer(reservation)
+
+
+def _open(node: Node, request: Reserve, num_running: int) -> Reservation:
+    block_size = node.settings.block_size
+    num_blocks = -(-request.num_tokens // block_size)
+    if num_blocks > node.blocks.num_blocks:
+        raise BadRequest(f"{request.num_tokens} tokens never fit into {node.blocks.num_blocks} blocks")
+    if node.reservations.num_open >= node.settings.max_handoffs:
+        raise Full("too many handoffs in flight", retry_after_s=RETRY_S)
+    # The watermark: one block of growth for each running sequence, or handoffs would preempt them at once.
+    if not node.blocks.can_take(num_blocks + num_running):
+        raise Full(f"no room for {num_blocks} blocks", retry_after_s=RETRY_S)
+    try:
+        return node.reservations.open(
+            request.transfer_id,
+            num_blocks,
+            # The block of the last prompt token is always sent: prefill recomputes that token anyway.
+            request.block_hashes[: (request.num_tokens - 2) // block_size],
+            like=request.run_lengths,
+            owner_gateway=request.gateway_id,
+            owner_node=request.prefill,
+            expires_in_s=request.expires_in_s,
+        )
+    except OutOfBlocks:
+        raise Full(f"no room for {num_blocks} blocks", retry_after_s=RETRY_S) from None
+
+
+def _answer(reservation: Reservation) -> Reserved:
+    return Reserved(
+        transfer_id=reservation.transfer_id,
+        token=reservation.token,
+        runs=runs_of(reservation.block_ids),
+        num_cached_blocks=reservation.num_cached_blocks,
+    )
+
+
+def release(node: Node, message: Release) -> None:
+    """The request has ended at prefill: its room comes back."""
+    node.reservations.cancel(message.transfer_id)
+    node.attempts.end(message.transfer_id)
+
+
+def claim(node: Node, run: DecodeRun) -> Sequence:
+    """The commit of a handoff: a sequence whose KV stands, all but the last token's.
+
+    Raises Stale when the reservation has expired or the token is wrong.
+    """
+    tid = transfer_id(run.request_id, run.attempt)
+    node.attempts.refuse_ended(tid)
+    reservation = node.reservations.claim(tid, run.token)
+    sequence = Sequence(
+        request_id=run.request_id,
+        attempt=run.attempt,
+        transfer_id=tid,
+        gateway_id=run.gateway_id,
+        prompt_ids=run.prompt_ids,
+        output_ids=list(run.output_ids),
+        sampling=run.sampling,
+        deadline=time.monotonic() + run.deadline_in_s,
+        block_table=list(reservation.block_ids),
+        num_committed_blocks=reservation.num_cached_blocks,
+    )
+    sequence.num_computed_tokens = sequence.num_tokens - 1
+    node.commit_computed(sequence)
+    return sequence

@@ -1,0 +1,1 @@
+"""Gateway: OpenAI-style REST and SSE in front of the bus."""

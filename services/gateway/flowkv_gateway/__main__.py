@@ -1,0 +1,43 @@
+"""`python -m flowkv_gateway`: serve HTTP until SIGTERM, then let open answers end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from flowkv_common import logs
+from flowkv_common.config import GatewaySettings, load
+from flowkv_common.metrics import serve_http
+from flowkv_common.tasks import stop_on_signals
+from flowkv_gateway.app import build_app
+from flowkv_gateway.dispatch import open_dispatch
+from flowkv_gateway.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+DRAIN_TIMEOUT_S = 30
+
+
+async def serve(settings: GatewaySettings) -> None:
+    """Open the bus, serve the API on it, drain when told to stop."""
+    stop = stop_on_signals()
+    tokenizer = await asyncio.to_thread(Tokenizer.load, Path(settings.model_path))
+    async with open_dispatch(settings.nats_url) as dispatch:
+        app = build_app(settings, tokenizer, dispatch, CollectorRegistry())
+        async with serve_http(app, settings.host, settings.port, drain_timeout_s=DRAIN_TIMEOUT_S) as port:
+            log.info("serving http://%s:%d", settings.host, port)
+            await stop.wait()
+            log.info("draining")
+
+
+def main() -> None:
+    logs.setup("gateway")
+    asyncio.run(serve(load(GatewaySettings, sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    main()

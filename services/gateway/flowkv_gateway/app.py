@@ -1,0 +1,186 @@
+"""The gateway's HTTP side: its routes, and what each of them does with a request."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+import flowkv_common
+from flowkv_common.config import GatewaySettings
+from flowkv_common.errors import FlowKVError, Unavailable
+from flowkv_common.metrics import health_routes, metrics_routes
+from flowkv_common.wire.messages import ModelCard
+from flowkv_gateway.answering import Answer
+from flowkv_gateway.body import read_body
+from flowkv_gateway.errors import ModelNotFound
+from flowkv_gateway.errors_http import error_response, on_http_exception, on_unexpected, status_of
+from flowkv_gateway.generation import Generator
+from flowkv_gateway.metrics import GatewayMetrics
+from flowkv_gateway.openai import ChatShape, Model, ModelList, Shape, TextShape, Writer
+from flowkv_gateway.params import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    StreamOptions,
+    TokenizeRequest,
+)
+from flowkv_gateway.parsing import parse_json
+from flowkv_gateway.planning import Prompt, plan
+from flowkv_gateway.prompts import chat_prompt, completion_prompts, tokenize_prompt
+from flowkv_gateway.request_id import EchoRequestId
+from flowkv_gateway.responses import AnswerResponse
+from flowkv_gateway.tokenizer import Tokenizer
+
+B = TypeVar("B", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+
+
+def build_app(
+    settings: GatewaySettings, tokenizer: Tokenizer, generator: Generator, registry: CollectorRegistry
+) -> Starlette:
+    """The ASGI application. It owns nothing that must be closed."""
+    api = Api(settings, tokenizer, generator, registry)
+    routes = [
+        Route("/v1/chat/completions", api.chat, methods=["POST"]),
+        Route("/v1/completions", api.completions, methods=["POST"]),
+        Route("/v1/models", api.models),
+        Route("/v1/models/{model:path}", api.model),
+        Route("/tokenize", api.tokenize, methods=["POST"]),
+        Route("/detokenize", api.detokenize, methods=["POST"]),
+        Route("/version", api.version),
+        Route("/ping", api.ping),
+        *health_routes(api.why_not_ready),
+        *metrics_routes(registry),
+    ]
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(EchoRequestId)],
+        exception_handlers={
+            FlowKVError: api.on_error,
+            HTTPException: on_http_exception,
+            Exception: on_unexpected,
+        },
+    )
+    app.router.redirect_slashes = False  # a path that is not ours gets its 404
+    return app
+
+
+class Api:
+    """The endpoints. Errors leave them as FlowKVError."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        tokenizer: Tokenizer,
+        generator: Generator,
+        registry: CollectorRegistry,
+    ) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._generator = generator
+        self._model_name = settings.model_name or Path(settings.model_path).name
+        self._metrics = GatewayMetrics(registry, self._model_name)
+        self._created = int(time.time())
+
+    async def chat(self, request: Request) -> ASGIApp:
+        body = await self._parse(request, ChatRequest)
+        card = self._card()
+        prompt = await chat_prompt(body, self._tokenizer)
+        return self._answer(body, [prompt], card, ChatShape(self._tokenizer.vocabulary))
+
+    async def completions(self, request: Request) -> ASGIApp:
+        body = await self._parse(request, CompletionRequest)
+        card = self._card()
+        prompts = await completion_prompts(body, self._tokenizer)
+        return self._answer(body, prompts, card, TextShape(self._tokenizer.vocabulary))
+
+    async def models(self, _: Request) -> Response:
+        return _json(ModelList([self._model_entry()]))
+
+    async def model(self, request: Request) -> Response:
+        self._check_model(request.path_params["model"])
+        return _json(self._model_entry())
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await self._parse(request, TokenizeRequest)
+        token_ids = await tokenize_prompt(body, self._tokenizer)
+        max_model_len = self._model_entry().max_model_len
+        return _json({"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids})
+
+    async def detokenize(self, request: Request) -> Response:
+        body = await self._parse(request, DetokenizeRequest)
+        return _json({"prompt": await self._tokenizer.decode(body.tokens)})
+
+    async def version(self, _: Request) -> Response:
+        return _json({"version": flowkv_common.__version__})
+
+    async def ping(self, _: Request) -> Response:
+        return Response(status_code=200 if self._generator.is_ready() else 503)
+
+    def why_not_ready(self) -> str | None:
+        return None if self._generator.is_ready() else "no pair of nodes is ready"
+
+    async def on_error(self, _: Request, error: Exception) -> Response:
+        assert isinstance(error, FlowKVError)
+        self._metrics.count_error(status_of(error))
+        return error_response(error)
+
+    async def _parse(self, request: Request, kind: type[B]) -> B:
+        """The checked body. Raises BadRequest, TooLarge or ModelNotFound."""
+        body = parse_json(await read_body(request, self._settings.max_body_bytes), kind)
+        body.check()
+        if body.model is not None:
+            self._check_model(body.model)
+        return body
+
+    def _check_model(self, name: str) -> None:
+        if name != self._model_name:
+            raise ModelNotFound(f"The model {name!r} does not exist.", field="model")
+
+    def _card(self) -> ModelCard:
+        card = self._generator.model()
+        if card is None:
+            raise Unavailable("No node has joined yet.", retry_after_s=1.0)
+        return card
+
+    def _model_entry(self) -> Model:
+        card = self._generator.model()
+        max_model_len = card.max_model_len if card else None
+        return Model(self._model_name, self._created, self._model_name, max_model_len)
+
+    def _answer(
+        self, body: ChatRequest | CompletionRequest, prompts: list[Prompt], card: ModelCard, shape: Shape
+    ) -> ASGIApp:
+        request_id = f"{shape.id_prefix}-{secrets.token_hex(12)}"
+        groups = plan(
+            body,
+            prompts,
+            card,
+            request_id=request_id,
+            seed=random.getrandbits(63),
+            deadline_s=self._settings.request_timeout_s,
+        )
+        return AnswerResponse(
+            Answer.of(groups, self._tokenizer.vocabulary, body.stops),
+            Writer(shape, reply_id=request_id, created=int(time.time()), model=self._model_name),
+            self._generator,
+            self._metrics,
+            stream_options=(body.stream_options or StreamOptions()) if body.stream else None,
+            send_timeout_s=self._settings.send_timeout_s,
+        )
+
+
+def _json(content: object) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")

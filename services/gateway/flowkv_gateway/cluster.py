@@ -1,0 +1,46 @@
+"""What the gateway knows of the nodes: which model they serve, and whether a request could be served now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from flowkv_common.wire.messages import LoadReport, ModelCard, NodeDescriptor
+
+# A node that has missed so many reports does not count as ready.
+MISSED_REPORTS = 4
+
+
+class Cluster:
+    """Fed by the registry and by load reports; chooses nothing."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._descriptors: dict[str, NodeDescriptor] = {}
+        self._reports: dict[str, tuple[float, LoadReport]] = {}
+        self._model: ModelCard | None = None
+
+    def follow(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
+        """The registry has changed. The model outlives its nodes: clients may ask for it at any time."""
+        self._descriptors = dict(descriptors)
+        for descriptor in self._descriptors.values():
+            self._model = descriptor.model
+
+    def hear(self, report: LoadReport) -> None:
+        self._reports[report.node.node_id] = (self._clock(), report)
+
+    def model(self) -> ModelCard | None:
+        return self._model
+
+    def is_ready(self) -> bool:
+        """At least one node that takes prompts and one that takes decodes; a mixed node is both."""
+        caps = [
+            (report.max_prefill_tokens_per_step, self._descriptors[node_id])
+            for node_id, (heard_at, report) in self._reports.items()
+            if node_id in self._descriptors
+            and report.ready
+            and self._clock() - heard_at < MISSED_REPORTS * report.period_s
+        ]
+        can_prefill = any(cap > node.layout.block_size for cap, node in caps)
+        can_decode = any(cap < node.token_budget for cap, node in caps)
+        return can_prefill and can_decode

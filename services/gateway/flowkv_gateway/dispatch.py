@@ -1,0 +1,239 @@
+"""A request's life: schedule, run, and when an attempt fails, the same again with what it has so far.
+
+There is one recovery path for silence, death, refusal and loss: another attempt with
+`prompt_ids + output_ids`. The client sees a pause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from flowkv_common import __version__
+from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.registry import watch_nodes
+from flowkv_common.bus.service import Endpoint, Service
+from flowkv_common.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    FlowKVError,
+    Full,
+    NotFound,
+    TooLarge,
+    TransferFailed,
+    Unavailable,
+    from_wire,
+)
+from flowkv_common.tasks import running
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import (
+    Accepted,
+    Assignment,
+    Cancel,
+    Keepalive,
+    LoadReport,
+    ModelCard,
+    PrefillRun,
+    Resume,
+    Resumed,
+    StepTokens,
+    TokenChunk,
+    Wait,
+)
+from flowkv_gateway.cluster import Cluster
+from flowkv_gateway.generation import Generation, Piece
+from flowkv_gateway.journey import Journey
+from flowkv_gateway.streams import AttemptStream, Streams
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+CONTROL_TIMEOUT_S = 2.0
+# No token and no keepalive for so long: the attempt is lost. Nodes send keepalives once a second.
+SILENCE_S = 3.0
+# A message that is out of order by more than this was lost.
+GAP_S = 0.1
+# After NATS itself was away, nodes get this long to be heard again before anyone is called dead.
+RECONNECT_GRACE_S = 4.0
+# What another attempt can't mend: the request itself is wrong, refused, or out of time.
+FINAL = (BadRequest, NotFound, TooLarge, Full, DeadlineExceeded)
+
+
+class Dispatch:
+    """Runs requests on the cluster; the `Generator` behind the HTTP side. Made by `open_dispatch`."""
+
+    def __init__(self, bus: Bus, gateway_id: str) -> None:
+        self._bus = bus
+        self._gateway_id = gateway_id
+        self.streams = Streams()
+        self.cluster = Cluster()
+
+    def model(self) -> ModelCard | None:
+        return self.cluster.model()
+
+    def is_ready(self) -> bool:
+        return self._bus.is_connected and self.cluster.is_ready()
+
+    async def generate(self, generation: Generation) -> AsyncGenerator[Piece, None]:
+        """The answer in pieces, over as many attempts as it takes. Raises FlowKVError."""
+        journey = Journey(generation)
+        try:
+            while True:
+                try:
+                    async with contextlib.aclosing(self._attempt(journey)) as pieces:
+                        async for piece in pieces:
+                            yield piece
+                    return
+                except FlowKVError as error:
+                    self._consider_retry(journey, error)
+        except FlowKVError as error:
+            journey.failed(error)
+            raise
+        finally:
+            event = subjects.event("request_finished", generation.request_id)
+            with contextlib.suppress(FlowKVError):
+                await self._bus.publish(event, journey.finished())
+
+    def _consider_retry(self, journey: Journey, error: FlowKVError) -> None:
+        """Raises the error when another attempt would not help."""
+        if isinstance(error, FINAL) or journey.attempt + 1 >= MAX_ATTEMPTS:
+            raise error
+        if journey.remaining_s() <= 0:
+            raise DeadlineExceeded("the request ran out of time") from error
+        log.warning("attempt %s failed, trying again: %s", journey.transfer_id, error.message)
+        journey.next_attempt()
+
+    async def _attempt(self, journey: Journey) -> AsyncGenerator[Piece, None]:
+        """One attempt on one pair of nodes; cancelled on both, however it ends but by itself."""
+        with journey.phases.phase("schedule"):
+            assignment = await self._schedule(journey)
+        journey.assigned(assignment)
+        with self.streams.open(journey.transfer_id, len(journey.output_ids)) as stream:
+            try:
+                await self._start(journey, assignment)
+                while not journey.is_finished:
+                    chunk = await self._next_chunk(journey, assignment, stream)
+                    yield journey.take(chunk)
+            finally:
+                if not journey.is_finished:
+                    await self._cancel(journey.transfer_id)
+
+    async def _schedule(self, journey: Journey) -> Assignment:
+        """Ask until there is a pair: the gateway does the waiting, so no queue is lost with a scheduler."""
+        while True:
+            answer = await self._ask_scheduler(journey)
+            if isinstance(answer, Assignment):
+                return answer
+            remaining_s = journey.remaining_s()
+            if remaining_s <= 0:
+                raise DeadlineExceeded(f"waited in vain: {answer.reason}")
+            await asyncio.sleep(min(answer.retry_in_s, remaining_s))
+
+    async def _ask_scheduler(self, journey: Journey) -> Assignment | Wait:
+        request = journey.schedule_request()
+        kinds = Assignment | Wait
+        try:
+            answer = await self._bus.request(subjects.SCHEDULE, request, kinds, timeout_s=CONTROL_TIMEOUT_S)
+        except (Unavailable, DeadlineExceeded) as error:
+            # No scheduler just now, or we are cut off: worth waiting for, a while.
+            if journey.waited_too_long_for_scheduler():
+                raise Unavailable(error.message, retry_after_s=1.0) from error
+            return Wait(retry_in_s=0.2, reason=error.message)
+        assert isinstance(answer, Assignment | Wait)
+        return answer
+
+    async def _start(self, journey: Journey, assignment: Assignment) -> None:
+        run = PrefillRun(
+            request_id=journey.generation.request_id,
+            attempt=journey.attempt,
+            epoch=assignment.epoch,
+            node=assignment.prefill,
+            decode=assignment.decode,
+            gateway_id=self._gateway_id,
+            prompt_ids=journey.generation.prompt_ids,
+            output_ids=journey.output_ids,
+            sampling=journey.generation.sampling,
+            deadline_in_s=journey.remaining_s(),
+        )
+        subject = subjects.at(subjects.PREFILL_RUN, assignment.prefill.node_id)
+        try:
+            await self._bus.request(subject, run, Accepted, timeout_s=CONTROL_TIMEOUT_S)
+        except DeadlineExceeded as error:
+            journey.avoid.add(assignment.prefill.node_id)
+            # That was the node's time, not the client's: another node may answer.
+            raise Unavailable(error.message) from error
+        except FlowKVError:
+            journey.avoid.add(assignment.prefill.node_id)
+            raise
+
+    async def _next_chunk(
+        self, journey: Journey, assignment: Assignment, stream: AttemptStream
+    ) -> TokenChunk:
+        """The next chunk, by resume if a message was lost. Raises FlowKVError when the attempt has failed."""
+        while True:
+            remaining_s = journey.remaining_s()
+            if remaining_s <= 0:
+                raise DeadlineExceeded("the request ran out of time")
+            patience_s = GAP_S if stream.gap_since else SILENCE_S / 4
+            chunk = await stream.next(min(patience_s, remaining_s))
+            if chunk is None:
+                await self._look_after(journey, assignment, stream)
+            elif chunk.error is not None:
+                error = from_wire(chunk.error)
+                # Prefill says by this code that it was the decode node that failed.
+                failed = isinstance(error, TransferFailed)
+                journey.avoid.add(assignment.decode.node_id if failed else journey.suspect(assignment))
+                raise error
+            else:
+                return chunk
+
+    async def _look_after(self, journey: Journey, assignment: Assignment, stream: AttemptStream) -> None:
+        """Nothing came for a while: is a message lost, or the node? Raises Unavailable for the latter."""
+        now = time.monotonic()
+        silent = now - stream.heard_at > SILENCE_S
+        lost = stream.gap_since is not None and now - stream.gap_since > GAP_S
+        if not silent and not lost:
+            return
+        if self._bus.connected_for_s < RECONNECT_GRACE_S and not lost:
+            return  # cut off ourselves, or just back: no verdict on others
+        try:
+            resume = Resume(transfer_id=journey.transfer_id, from_index=stream.expected)
+            subject = subjects.at(subjects.DECODE_RESUME, assignment.decode.node_id)
+            stream.push((await self._bus.request(subject, resume, Resumed, timeout_s=1.0)).chunk)
+        except FlowKVError as error:
+            suspect = journey.suspect(assignment)
+            journey.avoid.add(suspect)
+            raise Unavailable(f"{suspect} fell silent: {error.message}") from error
+
+    async def _cancel(self, tid: str) -> None:
+        with contextlib.suppress(FlowKVError):
+            await self._bus.publish(
+                subjects.cancel(tid), Cancel(transfer_id=tid, reason="not wanted any more")
+            )
+
+
+@contextlib.asynccontextmanager
+async def open_dispatch(nats_url: str) -> AsyncIterator[Dispatch]:
+    """A gateway's connection to the cluster, listening for tokens, keepalives, nodes and their load."""
+    gateway_id = f"gateway-{secrets.token_hex(4)}"
+    async with connect(nats_url, name=f"flowkv-gateway/{gateway_id}") as bus:
+        dispatch = Dispatch(bus, gateway_id)
+        service = Service(
+            bus,
+            name="gateway",
+            version=__version__,
+            service_id=gateway_id,
+            metadata={},
+            endpoints=[Endpoint(subjects.keepalive(gateway_id), Keepalive, dispatch.streams.keepalive)],
+        )
+        async with (
+            await bus.subscribe(subjects.tokens(gateway_id), StepTokens, dispatch.streams.take),
+            await bus.subscribe(subjects.LOAD_ALL, LoadReport, lambda r, _: dispatch.cluster.hear(r)),
+            service,
+            running(watch_nodes(bus, dispatch.cluster.follow)),
+        ):
+            yield dispatch

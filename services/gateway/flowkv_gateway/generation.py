@@ -1,0 +1,48 @@
+"""What the HTTP side asks for and what it gets back. Knows neither HTTP nor NATS."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from flowkv_common.wire.messages import ModelCard, SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One prompt to continue once. `deadline_s` counts from the call of `generate`."""
+
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    deadline_s: float
+    priority: int = 0
+
+
+class Piece(NamedTuple):
+    """The next tokens of an answer, in order and without gaps; `finish_reason` is set in the last piece.
+
+    `logprobs` is empty or has one entry per token.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    finish_reason: str | None
+    num_cached_tokens: int
+
+
+class Generator(Protocol):
+    """Makes answers. The HTTP side knows nothing of nodes, attempts or waiting."""
+
+    def generate(self, generation: Generation) -> AsyncGenerator[Piece, None]:
+        """The answer in pieces. Raises FlowKVError; closing the iterator cancels the request."""
+        ...
+
+    def model(self) -> ModelCard | None:
+        """The model that the nodes serve; None while no node is known."""
+        ...
+
+    def is_ready(self) -> bool:
+        """Whether a request sent now could be served."""
+        ...

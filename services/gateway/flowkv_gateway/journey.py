@@ -1,0 +1,115 @@
+"""What has become of a request so far: its attempts, its output, and where its time went. Does no I/O."""
+
+from __future__ import annotations
+
+import time
+
+from flowkv_common.errors import FlowKVError
+from flowkv_common.phases import Phases
+from flowkv_common.wire.messages import (
+    Assignment,
+    RequestFinished,
+    ScheduleRequest,
+    TokenChunk,
+    transfer_id,
+)
+from flowkv_gateway.generation import Generation, Piece
+
+SCHEDULER_PATIENCE_S = 10.0
+
+
+class Journey:
+    """One request from its arrival to its end, over all of its attempts."""
+
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
+        self.attempt = 0
+        self.output_ids: list[int] = []
+        self.avoid: set[str] = set()
+        self._first_of_attempt = 0
+        self._began = time.monotonic()
+        self._asked_since = self._began
+        self._outcome = "cancelled"  # unless it ends otherwise
+        self._error: str | None = None
+        self._nodes = ("", "")
+        self._num_cached_tokens = 0
+        self.phases = Phases()
+
+    @property
+    def transfer_id(self) -> str:
+        return transfer_id(self.generation.request_id, self.attempt)
+
+    @property
+    def is_finished(self) -> bool:
+        return self._outcome in ("stop", "length")
+
+    def remaining_s(self) -> float:
+        return self._began + self.generation.deadline_s - time.monotonic()
+
+    def waited_too_long_for_scheduler(self) -> bool:
+        return time.monotonic() - self._asked_since > SCHEDULER_PATIENCE_S
+
+    def schedule_request(self) -> ScheduleRequest:
+        generation = self.generation
+        return ScheduleRequest(
+            request_id=generation.request_id,
+            attempt=self.attempt,
+            num_prompt_tokens=len(generation.prompt_ids) + len(self.output_ids),
+            max_new_tokens=generation.sampling.max_tokens - len(self.output_ids),
+            priority=generation.priority,
+            age_s=time.monotonic() - self._began,
+            avoid=sorted(self.avoid),
+        )
+
+    def assigned(self, assignment: Assignment) -> None:
+        self._nodes = (assignment.prefill.node_id, assignment.decode.node_id)
+
+    def next_attempt(self) -> None:
+        """The same request again, going on from the output that it has."""
+        self.attempt += 1
+        self._asked_since = time.monotonic()
+        self._first_of_attempt = len(self.output_ids)
+
+    def suspect(self, assignment: Assignment) -> str:
+        """The node that holds the attempt: decode from the second token of the attempt on."""
+        has_first = len(self.output_ids) > self._first_of_attempt
+        return (assignment.decode if has_first else assignment.prefill).node_id
+
+    def take(self, chunk: TokenChunk) -> Piece:
+        """Add a chunk to the output; gives what the client gets of it."""
+        if not self.output_ids:
+            self.phases.add({"ttft": time.monotonic() - self._began})
+        self.output_ids += chunk.token_ids
+        self._num_cached_tokens = max(self._num_cached_tokens, chunk.num_cached_tokens)
+        self.phases.add(chunk.phases_s)
+        if chunk.finish_reason:
+            self._outcome = chunk.finish_reason
+        return Piece(
+            token_ids=chunk.token_ids,
+            logprobs=chunk.logprobs,
+            finish_reason=chunk.finish_reason,
+            num_cached_tokens=self._num_cached_tokens,
+        )
+
+    def failed(self, error: FlowKVError) -> None:
+        self._outcome = "error"
+        self._error = error.message
+
+    def finished(self) -> RequestFinished:
+        """The event that closes the journey."""
+        total_s = time.monotonic() - self._began
+        self.phases.add({"total": total_s})
+        if "ttft" in self.phases.seconds:
+            self.phases.add({"decode": total_s - self.phases.seconds["ttft"]})
+        return RequestFinished(
+            request_id=self.generation.request_id,
+            attempts=self.attempt + 1,
+            outcome=self._outcome,
+            num_prompt_tokens=len(self.generation.prompt_ids),
+            num_output_tokens=len(self.output_ids),
+            num_cached_tokens=self._num_cached_tokens,
+            prefill_node=self._nodes[0],
+            decode_node=self._nodes[1],
+            phases_s=self.phases.seconds,
+            error=self._error,
+        )

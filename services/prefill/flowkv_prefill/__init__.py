@@ -1,0 +1,1 @@
+"""Prefill: prompts in, first tokens and KV caches out."""

@@ -1,0 +1,4 @@
+from flowkv_common.node.main import main
+
+if __name__ == "__main__":
+    main("prefill")

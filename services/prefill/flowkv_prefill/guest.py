@@ -1,0 +1,238 @@
+"""The prefill guest: one task per prompt, which reads from top to bottom as the life of a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+from flowkv_common.bus.service import Endpoint
+from flowkv_common.engine.batch import WorkItem
+from flowkv_common.engine.sampler import Sampled
+from flowkv_common.engine.sequence import Sequence
+from flowkv_common.errors import BadRequest, DeadlineExceeded, FlowKVError, Internal, TransferFailed
+from flowkv_common.kv.blocks import OutOfBlocks
+from flowkv_common.node.attempts import Attempt
+from flowkv_common.node.guest import Node
+from flowkv_common.tasks import running
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import Accepted, PrefillRun, TokenChunk
+from flowkv_prefill.chunking import plan_chunks
+from flowkv_prefill.handoff import Handoff, num_blocks_for, reserve
+from flowkv_prefill.prompt import Prompt
+
+log = logging.getLogger(__name__)
+
+# Blocks are also freed by those who don't tell: look again after so long.
+ROOM_RETRY_S = 0.1
+
+
+class PrefillGuest:
+    """Queues prompts, computes them in chunks, hands their KV cache to a decode node."""
+
+    name = "prefill"
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._arrived: asyncio.Queue[Prompt] = asyncio.Queue()
+        self._prompts: dict[str, Prompt] = {}  # transfer_id -> prompt, in order of arrival
+        self._computing: dict[str, Prompt] = {}  # those with blocks, in the order of their chunks
+        self._blocks_turn = asyncio.Lock()  # blocks are given out first come, first served
+
+    def endpoints(self) -> list[Endpoint]:
+        return [Endpoint(subjects.at(subjects.PREFILL_RUN, self._node.ref.node_id), PrefillRun, self.accept)]
+
+    async def accept(self, run: PrefillRun) -> Accepted:
+        """Take a prompt on. Raises Stale for a former life or an ended attempt, Unavailable when draining."""
+        self._node.refuse_new_work(run.node)
+        prompt = Prompt(run)
+        tid = prompt.sequence.transfer_id
+        if tid not in self._prompts:
+            self._node.attempts.begin(Attempt(tid, run.gateway_id, "queued", lambda _: self._stop(prompt)))
+            self._prompts[tid] = prompt
+            self._arrived.put_nowait(prompt)
+            self._node.changed.set()
+        return Accepted(node_id=self._node.ref.node_id)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                prompt = await self._arrived.get()
+                if prompt.sequence.transfer_id in self._prompts:  # else cancelled before it began
+                    prompt.task = tasks.create_task(self._serve(prompt))
+
+    # --- the life of a prompt ---------------------------------------------------------------------
+
+    async def _serve(self, prompt: Prompt) -> None:
+        """From the queue to the decode node. Whatever happens, blocks come back and the gateway is told."""
+        sequence, node = prompt.sequence, self._node
+        try:
+            async with asyncio.timeout(prompt.run.deadline_in_s):
+                if prompt.run.decode == node.ref:
+                    await self._serve_here(prompt)
+                else:
+                    await self._serve_and_hand_off(prompt)
+        except BadRequest as error:
+            self._give_up(prompt, error)
+        except FlowKVError as error:
+            # All that is asked of others here is asked of the decode node: the code tells whom to avoid.
+            node_id = prompt.run.decode.node_id
+            self._give_up(prompt, TransferFailed(f"{node_id}: {error.message}"))
+        except TimeoutError:
+            self._give_up(prompt, DeadlineExceeded("out of time in prefill"))
+        except Exception as error:
+            log.exception("prefill of %s failed", sequence.transfer_id)
+            self._give_up(prompt, Internal(f"prefill failed: {error}"))
+        finally:
+            self._prompts.pop(sequence.transfer_id, None)
+            await node.outbox.flush()
+
+    async def _serve_and_hand_off(self, prompt: Prompt) -> None:
+        sequence, node = prompt.sequence, self._node
+        num_bytes = node.layout.block_bytes * num_blocks_for(sequence, node.settings.block_size)
+        async with contextlib.AsyncExitStack() as held:
+            with prompt.phases.phase("queue"):
+                await held.enter_async_context(node.budget.hold(num_bytes))
+            with prompt.phases.phase("reserve"):
+                handoff = await reserve(node, prompt.run, sequence)
+            async with running(handoff.keep_reserved()), self._blocks(prompt):
+                with prompt.phases.phase("prefill"):
+                    await self._compute(prompt, handoff)
+                if await self._emit_first(prompt):
+                    node.attempts.end(sequence.transfer_id)
+                    await handoff.release()
+                else:
+                    await self._hand_over(prompt, handoff)
+
+    async def _serve_here(self, prompt: Prompt) -> None:
+        """Prefill and decode are the same node: the handoff moves no bytes."""
+        async with self._blocks(prompt):
+            with prompt.phases.phase("prefill"):
+                await self._compute(prompt, None)
+            if await self._emit_first(prompt):
+                self._node.attempts.end(prompt.sequence.transfer_id)
+            else:
+                self._node.guests["decode"].adopt(prompt.give_away())
+
+    async def _compute(self, prompt: Prompt, handoff: Handoff | None) -> None:
+        """Wait until all chunks are computed; meanwhile send the blocks that are complete."""
+        tid = prompt.sequence.transfer_id
+        self._node.attempts.set_state(tid, "prefill")
+        self._computing[tid] = prompt
+        self._node.wake.set()
+        while prompt.first is None:
+            await prompt.progress.wait()
+            prompt.progress.clear()
+            if handoff and prompt.first is None:
+                await handoff.send_computed(prompt.sequence, prompt_done=False)
+
+    async def _emit_first(self, prompt: Prompt) -> bool:
+        """Send output token 0 to the gateway at once; True when it ends the request."""
+        assert prompt.first is not None
+        sequence, token = prompt.sequence, prompt.first
+        finish_reason = sequence.finish_reason_after(
+            token.token_id, self._node.card.eos_token_ids, self._node.card.max_model_len
+        )
+        chunk = TokenChunk(
+            transfer_id=sequence.transfer_id,
+            index=sequence.next_output_index,
+            token_ids=[token.token_id],
+            logprobs=[token.logprob] if token.logprob else [],
+            finish_reason=finish_reason,
+            num_cached_tokens=sequence.num_cached_tokens,
+            phases_s=prompt.phases.seconds,
+        )
+        sequence.output_ids.append(token.token_id)
+        self._node.outbox.add(sequence.gateway_id, chunk)
+        await self._node.outbox.flush()
+        return finish_reason is not None
+
+    async def _hand_over(self, prompt: Prompt, handoff: Handoff) -> None:
+        """Send what is left, then commit: from here on the decode node holds the attempt."""
+        tid = prompt.sequence.transfer_id
+        self._node.attempts.set_state(tid, "handoff")
+        with prompt.phases.phase("handoff"):
+            await handoff.send_computed(prompt.sequence, prompt_done=True)
+        await handoff.hand_over(prompt.sequence)
+        self._node.attempts.end(tid)
+        await handoff.report(exposed_s=prompt.phases.seconds["handoff"])
+
+    def _stop(self, prompt: Prompt) -> None:
+        """Cancelled from outside. A prompt that has not begun has no task yet."""
+        if prompt.task:
+            prompt.task.cancel()
+        else:
+            self._prompts.pop(prompt.sequence.transfer_id, None)
+
+    def _give_up(self, prompt: Prompt, error: FlowKVError) -> None:
+        tid = prompt.sequence.transfer_id
+        self._node.outbox.fail(prompt.run.gateway_id, tid, error)
+        self._node.attempts.end(tid)
+        log.warning("gave up %s: %s", tid, error.message)
+
+    # --- blocks -----------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _blocks(self, prompt: Prompt) -> AsyncIterator[None]:
+        """Blocks for the whole prompt and one token more, those of a cached prefix among them."""
+        with prompt.phases.phase("queue"):
+            async with self._blocks_turn:
+                while not self._take(prompt.sequence):
+                    await self._node.retire.wait_for_room(ROOM_RETRY_S)
+        try:
+            yield
+        finally:
+            self._computing.pop(prompt.sequence.transfer_id, None)
+            self._node.retire(prompt.sequence)
+            self._node.wake.set()
+
+    def _take(self, sequence: Sequence) -> bool:
+        """Pin the cached prefix, take the rest; False when there is no room now."""
+        blocks, block_size = self._node.blocks, self._node.settings.block_size
+        hashes = sequence.full_block_hashes(self._node.card.fingerprint, block_size)
+        # The last token is always computed: its logits give the first output token.
+        cached = blocks.match_prefix(hashes[: (sequence.num_tokens - 1) // block_size])
+        try:
+            fresh = blocks.take(num_blocks_for(sequence, block_size) - len(cached))
+        except OutOfBlocks:
+            blocks.release(cached)
+            return False
+        sequence.block_table = cached + fresh
+        sequence.num_committed_blocks = len(cached)
+        sequence.num_computed_tokens = sequence.num_cached_tokens = len(cached) * block_size
+        return True
+
+    # --- between steps ----------------------------------------------------------------------------
+
+    def decode_work(self) -> list[WorkItem]:
+        return []
+
+    def prefill_work(self, max_tokens: int) -> list[WorkItem]:
+        waiting = (prompt.sequence for prompt in self._computing.values() if prompt.first is None)
+        return plan_chunks(waiting, max_tokens, self._node.settings.block_size)
+
+    def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
+        self._node.commit_computed(sequence)
+        prompt = self._computing[sequence.transfer_id]
+        prompt.first = sampled
+        prompt.progress.set()
+
+    def fail(self, sequence: Sequence, error: FlowKVError) -> None:
+        if prompt := self._computing.get(sequence.transfer_id):
+            self._give_up(prompt, error)
+            self._stop(prompt)
+
+    def adopt(self, sequence: Sequence) -> None:
+        raise Internal("prefill adopts no sequences")
+
+    # --- load -------------------------------------------------------------------------------------
+
+    def num_waiting(self) -> int:
+        return len(self._prompts) - len(self._computing)
+
+    def num_running(self) -> int:
+        return len(self._computing)
+
+    def queued_prefill_tokens(self) -> int:
+        return sum(p.sequence.num_new_tokens for p in self._prompts.values() if p.first is None)

@@ -1,0 +1,163 @@
+"""Moving one request's KV cache to its decode node: reserve, send what is computed, hand over.
+
+The decode node reserves first, before prefill takes blocks of its own: that is what keeps two full nodes from
+waiting for each other. `DecodeRun` is the commit: it is sent only after every copy was confirmed while this
+node's blocks were held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+from flowkv_common.engine.sequence import Sequence
+from flowkv_common.errors import FlowKVError
+from flowkv_common.kv.alignment import align, ids_of
+from flowkv_common.kv.connector import KVLink, TransferStats
+from flowkv_common.node.guest import Node
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import (
+    Accepted,
+    DecodeRun,
+    KVTransferred,
+    PrefillRun,
+    Release,
+    Reserve,
+    Reserved,
+)
+
+CONTROL_TIMEOUT_S = 2.0
+# A reservation outlives the last sign of life of its prefill node by so much.
+RESERVATION_S = 30.0
+RENEW_S = 10.0
+FIRST_RETRY_S = 0.02
+LONGEST_RETRY_S = 0.5
+
+
+class Handoff:
+    """One attempt's way to one decode node. Made by `reserve()`."""
+
+    def __init__(
+        self, node: Node, run: PrefillRun, link: KVLink, request: Reserve, reserved: Reserved
+    ) -> None:
+        self._node = node
+        self._run = run
+        self._link = link
+        self._request = request
+        self._token = reserved.token
+        self._transfer_id = reserved.transfer_id
+        self._target = ids_of(reserved.runs)  # block ids at the decode node, in order
+        self._num_landed = reserved.num_cached_blocks
+        self._sent = TransferStats(0, 0, 0, 0.0)
+
+    async def keep_reserved(self) -> None:
+        """Until cancelled: renew the reservation, which is a matter of asking again."""
+        while True:
+            await asyncio.sleep(RENEW_S)
+            with contextlib.suppress(FlowKVError):  # a lost reservation shows in the next copy
+                await _ask(self._node, self._request)
+
+    async def send_computed(self, sequence: Sequence, *, prompt_done: bool) -> None:
+        """Send the blocks that are complete and not yet there; with `prompt_done` also the last, partial one.
+
+        Raises TransferFailed.
+        """
+        block_size = self._node.settings.block_size
+        num_ready = sequence.num_computed_tokens // block_size
+        if prompt_done:
+            num_ready = -(-sequence.num_computed_tokens // block_size)
+        if num_ready <= self._num_landed:
+            return
+        source = sequence.block_table[self._num_landed : num_ready]
+        copies = align(source, self._target[self._num_landed : num_ready])
+        sent = await self._link.send(self._transfer_id, self._token, copies)
+        self._num_landed = num_ready
+        self._sent = _sum(self._sent, sent)
+
+    async def hand_over(self, sequence: Sequence) -> None:
+        """Commit: from here on the decode node answers for the request. Raises FlowKVError if it refuses."""
+        run = DecodeRun(
+            request_id=self._run.request_id,
+            attempt=self._run.attempt,
+            epoch=self._run.epoch,
+            node=self._run.decode,
+            prefill=self._node.ref,
+            token=self._token,
+            gateway_id=self._run.gateway_id,
+            prompt_ids=self._run.prompt_ids,
+            output_ids=sequence.output_ids,
+            sampling=self._run.sampling,
+            deadline_in_s=sequence.deadline - time.monotonic(),
+        )
+        subject = subjects.at(subjects.DECODE_RUN, self._run.decode.node_id)
+        await self._node.bus.request(subject, run, Accepted, timeout_s=CONTROL_TIMEOUT_S)
+
+    async def release(self) -> None:
+        """The request has ended without decode: give the room back. If that is lost, it expires."""
+        message = Release(transfer_id=self._transfer_id, token=self._token)
+        subject = subjects.at(subjects.DECODE_RELEASE, self._run.decode.node_id)
+        with contextlib.suppress(FlowKVError):
+            await self._node.bus.request(subject, message, Accepted, timeout_s=CONTROL_TIMEOUT_S)
+
+    async def report(self, exposed_s: float) -> None:
+        """Publish what was moved; `exposed_s` is what prefill could not hide."""
+        self._node.instruments.observe_transfer(self._link.name, self._sent)
+        event = KVTransferred(
+            transfer_id=self._transfer_id,
+            prefill_node=self._node.ref.node_id,
+            decode_node=self._run.decode.node_id,
+            connector=self._link.name,
+            num_bytes=self._sent.num_bytes,
+            num_copies=self._sent.num_copies,
+            num_calls=self._sent.num_calls,
+            total_s=self._sent.duration_s,
+            exposed_s=exposed_s,
+        )
+        await self._node.bus.publish(subjects.event("kv_transferred", self._transfer_id), event)
+
+
+async def reserve(node: Node, run: PrefillRun, sequence: Sequence) -> Handoff:
+    """Room for the prompt and the token after it at the decode node; asks again while that node is full.
+
+    Raises FlowKVError when the node refuses for good: without saying when to ask again.
+    """
+    request = Reserve(
+        transfer_id=sequence.transfer_id,
+        node=run.decode,
+        prefill=node.ref,
+        gateway_id=run.gateway_id,
+        num_tokens=sequence.num_tokens + 1,
+        block_hashes=sequence.full_block_hashes(node.card.fingerprint, node.settings.block_size),
+        run_lengths=node.blocks.plan_runs(num_blocks_for(sequence, node.settings.block_size)),
+        expires_in_s=RESERVATION_S,
+    )
+    retry_s = FIRST_RETRY_S
+    while True:
+        try:
+            link = node.links.to(run.decode)
+            return Handoff(node, run, link, request, await _ask(node, request))
+        except FlowKVError as error:
+            if error.retry_after_s is None:
+                raise
+        await asyncio.sleep(retry_s)
+        retry_s = min(2 * retry_s, LONGEST_RETRY_S)
+
+
+async def _ask(node: Node, request: Reserve) -> Reserved:
+    subject = subjects.at(subjects.DECODE_RESERVE, request.node.node_id)
+    return await node.bus.request(subject, request, Reserved, timeout_s=CONTROL_TIMEOUT_S)
+
+
+def num_blocks_for(sequence: Sequence, block_size: int) -> int:
+    """Blocks for the tokens there are and the one that comes next."""
+    return sequence.num_tokens // block_size + 1
+
+
+def _sum(one: TransferStats, other: TransferStats) -> TransferStats:
+    return TransferStats(
+        num_bytes=one.num_bytes + other.num_bytes,
+        num_copies=one.num_copies + other.num_copies,
+        num_calls=one.num_calls + other.num_calls,
+        duration_s=one.duration_s + other.duration_s,
+    )

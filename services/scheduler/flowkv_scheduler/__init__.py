@@ -1,0 +1,1 @@
+"""The scheduler: pairs a prefill and a decode node per request, from live load reports."""

@@ -1,0 +1,100 @@
+"""Makes descriptors, load reports and views of imagined nodes for scheduler tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from flowkv_common.wire.messages import (
+    BlockCounts,
+    LoadReport,
+    ModelCard,
+    NodeDescriptor,
+    NodeRef,
+    PoolLayout,
+    ScheduleRequest,
+)
+from flowkv_scheduler.state import NodeView, Work
+
+BLOCK_SIZE = 16
+TOKEN_BUDGET = 512
+NUM_BLOCKS = 256  # 4096 tokens
+PERIOD_S = 0.5
+NOTHING = Work()
+CAPS = {"prefill": TOKEN_BUDGET, "decode": BLOCK_SIZE, "mixed": 128}
+
+
+def descriptor(
+    node_id: str, role: str, *, incarnation: str = "i1", num_blocks: int = NUM_BLOCKS, **layout: Any
+) -> NodeDescriptor:
+    return NodeDescriptor(
+        node=NodeRef(node_id=node_id, incarnation=incarnation),
+        role=role,
+        model=ModelCard(name="m", fingerprint="f", max_model_len=4096, vocab_size=64, eos_token_ids=[0]),
+        layout=PoolLayout(
+            **{"num_layers": 2, "block_size": BLOCK_SIZE, "num_kv_heads": 2, "head_dim": 16}
+            | {"dtype": "float32"}
+            | layout
+        ),
+        num_blocks=num_blocks,
+        token_budget=TOKEN_BUDGET,
+        max_prefill_tokens_per_step=CAPS[role],
+        guests=["prefill", "decode"],
+        connectors=["shm"],
+        host="h",
+        pid=1,
+        metrics_url="",
+        version="0.1.0",
+    )
+
+
+def report(
+    node_id: str, role: str, *, incarnation: str = "i1", free: int = NUM_BLOCKS, **changes: Any
+) -> LoadReport:
+    idle = LoadReport(
+        node=NodeRef(node_id=node_id, incarnation=incarnation),
+        seq=1,
+        period_s=PERIOD_S,
+        ready=True,
+        draining=False,
+        max_prefill_tokens_per_step=CAPS[role],
+        queued_prefill_tokens=0,
+        num_waiting=0,
+        num_running=0,
+        max_num_seqs=16,
+        blocks=BlockCounts(
+            total=NUM_BLOCKS,
+            free=free,
+            cached=0,
+            leased=NUM_BLOCKS - free,
+            quarantined=0,
+            longest_free_run=free,
+        ),
+        prefill_tokens_per_s=1000.0,
+        decode_step_s=0.03,
+        num_handoffs=0,
+        handoff_bytes=0,
+    )
+    return msgspec.structs.replace(idle, **changes)
+
+
+def view(
+    node_id: str,
+    role: str,
+    *,
+    age_s: float = 0.0,
+    given: Work = NOTHING,
+    num_blocks: int = NUM_BLOCKS,
+    **changes: Any,
+) -> NodeView:
+    return NodeView(
+        descriptor(node_id, role, num_blocks=num_blocks), report(node_id, role, **changes), age_s, given
+    )
+
+
+def request(num_prompt_tokens: int = 100, max_new_tokens: int = 50, **changes: Any) -> ScheduleRequest:
+    plain = ScheduleRequest(
+        request_id="r", attempt=1, num_prompt_tokens=num_prompt_tokens, max_new_tokens=max_new_tokens
+    )
+    return msgspec.structs.replace(plain, **changes)

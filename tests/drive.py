@@ -1,0 +1,56 @@
+"""Drives an engine without a node: makes sequences on blocks of any order and steps them to the end."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from flowkv_common.engine.batch import WorkItem, pack
+from flowkv_common.engine.model import LoadedModel
+from flowkv_common.engine.runner import Runner
+from flowkv_common.engine.sequence import Sequence
+from flowkv_common.wire.messages import SamplingParams, transfer_id
+
+BLOCK_SIZE = 8
+GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+
+_numbers: Iterator[int] = itertools.count()
+
+
+def make_pool(model: LoadedModel, num_blocks: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A pool full of NaN: what is read without having been written shows."""
+    shape = (num_blocks, model.num_layers, 2, BLOCK_SIZE, model.num_kv_heads, model.head_dim)
+    return torch.full(shape, torch.nan, dtype=dtype)
+
+
+def make_sequence(
+    prompt_ids: list[int], block_table: list[int] | None = None, sampling: SamplingParams = GREEDY
+) -> Sequence:
+    request_id = f"r{next(_numbers)}"
+    return Sequence(
+        request_id=request_id,
+        attempt=0,
+        transfer_id=transfer_id(request_id, 0),
+        gateway_id="g",
+        prompt_ids=prompt_ids,
+        output_ids=[],
+        sampling=sampling,
+        deadline=float("inf"),
+        block_table=[] if block_table is None else block_table,
+    )
+
+
+def step(runner: Runner, items: list[WorkItem]) -> None:
+    """Runs one batch and books its outcome."""
+    sampled = runner.run(pack(items, BLOCK_SIZE))
+    for item, token in zip(items, sampled, strict=True):
+        item.sequence.num_computed_tokens += item.num_tokens
+        if token is not None:
+            item.sequence.output_ids.append(token.token_id)
+
+
+def generate(runner: Runner, sequences: list[Sequence], num_outputs: int, chunk_tokens: int = 512) -> None:
+    """Steps all `sequences` together, prompts in chunks, until each has `num_outputs` tokens."""
+    while running := [sequence for sequence in sequences if len(sequence.output_ids) < num_outputs]:
+        step(runner, [WorkItem(sequence, min(chunk_tokens, sequence.num_new_tokens)) for sequence in running])

@@ -1,0 +1,197 @@
+"""Publish, subscribe and request over a real server, and what happens when it goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable
+from typing import TypeVar
+
+import pytest
+from nats.aio.msg import Msg
+from nats_server import NatsServer
+
+from flowkv_common import errors
+from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import Accepted, Cancel, Drain, Wait, encode
+
+T = TypeVar("T")
+SUBJECT = "flowkv.v1.test.cancel.x"
+
+
+async def soon(wait: Awaitable[T], timeout_s: float = 5.0) -> T:
+    async with asyncio.timeout(timeout_s):
+        return await wait
+
+
+def reconnected(bus: Bus) -> asyncio.Event:
+    event = asyncio.Event()
+    bus.on_reconnect(event.set)
+    return event
+
+
+async def test_subscriber_gets_what_is_published(nats_server: NatsServer) -> None:
+    got: asyncio.Queue[Cancel] = asyncio.Queue()
+    async with connect(nats_server.url, name="test") as bus:
+        async with await bus.subscribe(SUBJECT, Cancel, lambda message, msg: got.put(message)):
+            await bus.publish(SUBJECT, Cancel(transfer_id="r.1", reason="gone"))
+            assert await soon(got.get()) == Cancel(transfer_id="r.1", reason="gone")
+
+
+async def test_bad_payload_and_failing_handler_are_counted_and_survived(
+    nats_server: NatsServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    got: asyncio.Queue[Cancel] = asyncio.Queue()
+
+    def handler(message: Cancel, msg: Msg) -> None:
+        if message.reason == "raise":
+            raise ValueError("on purpose")
+        got.put_nowait(message)
+
+    async with connect(nats_server.url, name="test") as bus:
+        async with await bus.subscribe(SUBJECT, Cancel, handler) as subscription:
+            await bus.nc.publish(SUBJECT, b"\xff not json")
+            await bus.publish(SUBJECT, Drain())
+            await bus.publish(SUBJECT, Cancel(transfer_id="r.1", reason="raise"))
+            await bus.publish(SUBJECT, Cancel(transfer_id="r.2", reason="fine"))
+            assert (await soon(got.get())).transfer_id == "r.2"
+            assert subscription.num_undecodable == 2
+            assert subscription.num_failed == 1
+    assert "on purpose" in caplog.text
+
+
+async def test_leaving_a_subscription_handles_what_has_arrived(nats_server: NatsServer) -> None:
+    num_handled = 0
+
+    async def slow(message: Cancel, msg: Msg) -> None:
+        nonlocal num_handled
+        await asyncio.sleep(0)
+        num_handled += 1
+
+    async with connect(nats_server.url, name="test") as bus:
+        async with await bus.subscribe(SUBJECT, Cancel, slow):
+            for number in range(200):
+                await bus.publish(SUBJECT, Cancel(transfer_id=f"r.{number}", reason=""))
+        assert num_handled == 200
+
+
+async def test_over_the_pending_limit_messages_are_dropped_and_counted(nats_server: NatsServer) -> None:
+    may_go_on = asyncio.Event()
+
+    async def stuck(message: Cancel, msg: Msg) -> None:
+        await may_go_on.wait()
+
+    async with connect(nats_server.url, name="test") as bus:
+        async with await bus.subscribe(SUBJECT, Cancel, stuck, max_pending_messages=4):
+            for number in range(20):
+                await bus.publish(SUBJECT, Cancel(transfer_id=f"r.{number}", reason=""))
+            await bus.nc.flush()
+            assert bus.num_slow_consumer_drops >= 15
+            may_go_on.set()
+
+
+async def test_request_without_a_responder_fails_at_once(nats_server: NatsServer) -> None:
+    async with connect(nats_server.url, name="test") as bus:
+        with pytest.raises(errors.Unavailable, match="nobody listens"):
+            await soon(bus.request(SUBJECT, Drain(), Accepted, timeout_s=30), timeout_s=2)
+
+
+async def test_request_without_an_answer_ends_at_its_deadline(nats_server: NatsServer) -> None:
+    async with connect(nats_server.url, name="test") as bus:
+        async with await bus.subscribe(SUBJECT, Drain, lambda message, msg: None):
+            with pytest.raises(errors.DeadlineExceeded):
+                await bus.request(SUBJECT, Drain(), Accepted, timeout_s=0.05)
+
+
+async def test_answer_may_be_one_of_a_union_and_must_be_of_it(nats_server: NatsServer) -> None:
+    async with connect(nats_server.url, name="test") as bus:
+
+        async def answer(message: Drain, msg: Msg) -> None:
+            await msg.respond(encode(Wait(retry_in_s=1.0, reason="full")))
+
+        async with await bus.subscribe(SUBJECT, Drain, answer):
+            reply = await bus.request(SUBJECT, Drain(), Accepted | Wait, timeout_s=5)
+            assert reply == Wait(retry_in_s=1.0, reason="full")
+            with pytest.raises(errors.Internal):
+                await bus.request(SUBJECT, Drain(), Accepted, timeout_s=5)
+
+
+async def test_error_of_a_foreign_service_is_rebuilt_from_its_headers(nats_server: NatsServer) -> None:
+    async with connect(nats_server.url, name="test") as bus:
+
+        async def refuse(message: Drain, msg: Msg) -> None:
+            headers = {subjects.ERROR_HEADER: "not here", subjects.ERROR_CODE_HEADER: "404"}
+            await bus.nc.publish(msg.reply, b"", headers=headers)
+
+        async with await bus.subscribe(SUBJECT, Drain, refuse):
+            with pytest.raises(errors.NotFound, match="not here"):
+                await bus.request(SUBJECT, Drain(), Accepted, timeout_s=5)
+
+
+async def test_message_over_max_payload_is_too_large(nats_server: NatsServer) -> None:
+    async with connect(nats_server.url, name="test") as bus:
+        message = Drain(reason="x" * bus.nc.max_payload)
+        with pytest.raises(errors.TooLarge):
+            await bus.publish(SUBJECT, message)
+        with pytest.raises(errors.TooLarge):
+            await bus.request(SUBJECT, message, Accepted, timeout_s=5)
+
+
+async def test_everything_works_again_after_a_server_restart(nats_server: NatsServer) -> None:
+    got: asyncio.Queue[Cancel] = asyncio.Queue()
+    async with connect(nats_server.url, name="test") as bus:
+        back = reconnected(bus)
+        async with await bus.subscribe(SUBJECT, Cancel, lambda message, msg: got.put(message)):
+            nats_server.kill()
+            nats_server.start()
+            await soon(back.wait())
+            assert bus.is_connected
+            assert bus.connected_for_s < 5.0
+            await bus.publish(SUBJECT, Cancel(transfer_id="r.1", reason="after"))
+            assert (await soon(got.get())).reason == "after"
+
+
+async def test_cut_off_requests_fail_at_once_and_the_exit_is_quick(
+    nats_server: NatsServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with contextlib.AsyncExitStack() as stack:
+        bus = await stack.enter_async_context(connect(nats_server.url, name="test"))
+        await stack.enter_async_context(await bus.subscribe(SUBJECT, Cancel, lambda message, msg: None))
+        assert bus.connected_for_s > 0.0
+        lost = asyncio.Event()
+        handler = _Notify("lost the connection", lost)
+        logging.getLogger("flowkv_common.bus.connection").addHandler(handler)
+        stack.callback(logging.getLogger("flowkv_common.bus.connection").removeHandler, handler)
+        nats_server.kill()
+        await soon(lost.wait())
+
+        assert not bus.is_connected
+        assert bus.connected_for_s == 0.0
+        with pytest.raises(errors.Unavailable):
+            await bus.request(SUBJECT, Drain(), Accepted, timeout_s=30)
+        await bus.publish(SUBJECT, Cancel(transfer_id="r.1", reason="buffered"))
+        started = asyncio.get_running_loop().time()
+    assert asyncio.get_running_loop().time() - started < 5.0
+
+
+async def test_no_server_is_unavailable_after_the_timeout(nats_server: NatsServer) -> None:
+    nats_server.kill()
+    with pytest.raises(errors.Unavailable, match="no NATS server"):
+        async with connect(nats_server.url, name="test", connect_timeout_s=0.3):
+            pass
+
+
+class _Notify(logging.Handler):
+    """Sets an event when a log line holds a text."""
+
+    def __init__(self, text: str, event: asyncio.Event) -> None:
+        super().__init__()
+        self.text = text
+        self.event = event
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.text in record.getMessage():
+            self.event.set()

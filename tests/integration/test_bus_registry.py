@@ -1,0 +1,176 @@
+"""The registry of nodes on a real server: who comes, who leaves, who dies, and a server that forgets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+from nats_server import NatsServer
+
+from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.registry import keep_announced, watch_nodes
+from flowkv_common.wire.messages import ModelCard, NodeDescriptor, NodeRef, PoolLayout
+
+TTL_S = 1.2  # the server's shortest marker lives 1 s
+
+
+def descriptor(node_id: str, cap: int = 512) -> NodeDescriptor:
+    return NodeDescriptor(
+        node=NodeRef(node_id=node_id, incarnation="i1"),
+        role="prefill",
+        model=ModelCard(name="m", fingerprint="f", max_model_len=64, vocab_size=8, eos_token_ids=[0]),
+        layout=PoolLayout(num_layers=1, block_size=16, num_kv_heads=1, head_dim=8, dtype="float32"),
+        num_blocks=32,
+        token_budget=512,
+        max_prefill_tokens_per_step=cap,
+        guests=["prefill"],
+        connectors=["shm"],
+        host="h",
+        pid=1,
+        metrics_url="",
+        version="0.1.0",
+    )
+
+
+class Nodes:
+    """What a watch has told, as something to wait for."""
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, NodeDescriptor]] = []
+        self._changed = asyncio.Event()
+
+    def take(self, nodes: dict[str, NodeDescriptor]) -> None:
+        self.history.append(nodes)
+        self._changed.set()
+
+    async def until(self, *ids: str, timeout_s: float = 8.0) -> None:
+        await self.until_true(lambda nodes: set(nodes) == set(ids), timeout_s)
+
+    async def until_true(
+        self, is_met: Callable[[dict[str, NodeDescriptor]], bool], timeout_s: float = 8.0
+    ) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not (self.history and is_met(self.history[-1])):
+                self._changed.clear()
+                await self._changed.wait()
+
+
+@contextlib.asynccontextmanager
+async def running(*loops: asyncio.Task[None]) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.cancel()
+        await asyncio.gather(*loops, return_exceptions=True)
+
+
+def announce(bus: Bus, node_id: str) -> asyncio.Task[None]:
+    return asyncio.create_task(keep_announced(bus, lambda: descriptor(node_id), TTL_S))
+
+
+def watch(bus: Bus, nodes: Nodes) -> asyncio.Task[None]:
+    return asyncio.create_task(watch_nodes(bus, nodes.take, TTL_S))
+
+
+async def test_watch_tells_an_empty_registry_then_who_comes_and_leaves(nats_server: NatsServer) -> None:
+    nodes = Nodes()
+    async with (
+        connect(nats_server.url, name="watcher") as bus,
+        connect(nats_server.url, name="n") as node_bus,
+    ):
+        async with running(watch(bus, nodes)):
+            await nodes.until()
+            async with running(announce(node_bus, "p0")):
+                await nodes.until("p0")
+                async with running(announce(node_bus, "d0")):
+                    await nodes.until("d0", "p0")
+                await nodes.until("p0", timeout_s=TTL_S / 2)  # a clean exit does not wait for the expiry
+    assert nodes.history[1]["p0"] == descriptor("p0")
+
+
+async def test_watch_that_comes_late_gets_all_at_once(nats_server: NatsServer) -> None:
+    early, late = Nodes(), Nodes()
+    async with connect(nats_server.url, name="test") as bus:
+        async with running(watch(bus, early), announce(bus, "p0"), announce(bus, "d0")):
+            await early.until("d0", "p0")
+            async with running(watch(bus, late)):
+                await late.until("d0", "p0")
+    assert set(late.history[0]) == {"d0", "p0"}
+
+
+async def test_node_that_lives_longer_than_the_ttl_stays(nats_server: NatsServer) -> None:
+    nodes = Nodes()
+    async with connect(nats_server.url, name="test") as bus:
+        async with running(watch(bus, nodes), announce(bus, "p0")):
+            await nodes.until("p0")
+            with contextlib.suppress(TimeoutError):
+                await nodes.until(timeout_s=2 * TTL_S)
+    assert set(nodes.history[-1]) == {"p0"}
+
+
+async def test_dead_node_expires(nats_server: NatsServer) -> None:
+    nodes = Nodes()
+    async with connect(nats_server.url, name="watcher") as bus, contextlib.AsyncExitStack() as node:
+        node_bus = await node.enter_async_context(connect(nats_server.url, name="node"))
+        async with running(watch(bus, nodes)):
+            async with running(announce(node_bus, "p0")):
+                await nodes.until("p0")
+                await node.aclose()  # its connection goes first, as in a crash: nothing is deleted
+            await nodes.until()
+
+
+async def test_new_descriptor_is_told(nats_server: NatsServer) -> None:
+    nodes = Nodes()
+    cap = 512
+    async with connect(nats_server.url, name="test") as bus:
+        lent = asyncio.create_task(keep_announced(bus, lambda: descriptor("p0", cap), TTL_S))
+        async with running(watch(bus, nodes), lent):
+            await nodes.until("p0")
+            cap = 16
+            await nodes.until_true(lambda told: told["p0"].max_prefill_tokens_per_step == 16)
+
+
+async def test_bucket_lost_by_the_server_is_made_anew_without_a_verdict(nats_server: NatsServer) -> None:
+    nodes = Nodes()
+    async with (
+        connect(nats_server.url, name="watcher") as bus,
+        connect(nats_server.url, name="n") as node_bus,
+    ):
+        async with running(watch(bus, nodes), announce(node_bus, "p0")):
+            await nodes.until("p0")
+            num_told = len(nodes.history)
+            nats_server.kill()
+            nats_server.start()  # the bucket was in memory
+            async with running(announce(node_bus, "d0")):
+                await nodes.until("d0", "p0")
+                assert all("p0" in told for told in nodes.history[num_told:])
+            await nodes.until("p0")
+
+
+async def test_node_that_died_with_the_server_is_dropped_after_the_grace(nats_server: NatsServer) -> None:
+    nodes = Nodes()
+    async with connect(nats_server.url, name="watcher") as bus, contextlib.AsyncExitStack() as node:
+        node_bus = await node.enter_async_context(connect(nats_server.url, name="node"))
+        async with running(watch(bus, nodes), announce(bus, "d0")):
+            async with running(announce(node_bus, "p0")):
+                await nodes.until("d0", "p0")
+                await node.aclose()
+            nats_server.kill()
+            nats_server.start()
+            await nodes.until("d0")
+
+
+async def test_old_life_does_not_delete_the_record_of_the_new_one(nats_server: NatsServer) -> None:
+    nodes = Nodes()
+    async with connect(nats_server.url, name="test") as bus:
+        async with running(watch(bus, nodes)):
+            async with running(announce(bus, "p0")):
+                await nodes.until("p0")
+                new_life = asyncio.create_task(keep_announced(bus, lambda: descriptor("p0", cap=16), TTL_S))
+                await nodes.until_true(lambda told: told["p0"].max_prefill_tokens_per_step == 16)
+            async with running(new_life):
+                with contextlib.suppress(TimeoutError):
+                    await nodes.until(timeout_s=TTL_S / 4)
+                assert set(nodes.history[-1]) == {"p0"}

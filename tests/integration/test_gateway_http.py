@@ -1,0 +1,480 @@
+"""The gateway over real HTTP, with the official client where it can and raw bytes where it must."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from flowkv_common.config import GatewaySettings
+from flowkv_common.errors import (
+    DeadlineExceeded,
+    FlowKVError,
+    Full,
+    Internal,
+    Stale,
+    Unavailable,
+)
+from flowkv_common.metrics import serve_http
+from flowkv_common.wire.messages import TokenLogprob
+from flowkv_gateway.app import build_app
+from flowkv_gateway.generation import Piece
+from flowkv_gateway.tokenizer import Tokenizer
+from gateway_support import EOS, MODEL, ScriptedGenerator, text_pieces, write_tokenizer
+from prometheus_client import CollectorRegistry
+
+USER: Any = [{"role": "user", "content": "say hello"}]
+CHAT = {"messages": USER}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@dataclass
+class Gateway:
+    generator: ScriptedGenerator
+    port: int
+    http: httpx.AsyncClient
+    client: openai.AsyncOpenAI
+
+    async def metric(self, name: str) -> float:
+        """The sum of a metric's samples."""
+        text = (await self.http.get("/metrics")).text
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+    async def events(self, path: str, body: dict[str, Any]) -> list[str]:
+        """The payloads of all events, after the exact framing has been checked."""
+        response = await self.http.post(path, json={**body, "stream": True})
+        assert response.headers["content-type"].startswith("text/event-stream")
+        *events, rest = response.text.split("\n\n")
+        assert rest == ""
+        assert all(event.startswith("data: ") and "\n" not in event for event in events)
+        return [event.removeprefix("data: ") for event in events]
+
+
+@contextlib.asynccontextmanager
+async def running(tokenizer: Tokenizer, **settings: Any) -> AsyncIterator[Gateway]:
+    generator = ScriptedGenerator(text_pieces(tokenizer, "hello w\u00f6rld \U0001f600"))
+    app = build_app(
+        GatewaySettings(model_path="unused", model_name=MODEL, **settings), tokenizer, generator, CollectorRegistry()
+    )
+    async with serve_http(app, "127.0.0.1", 0, drain_timeout_s=1) as port:
+        url = f"http://127.0.0.1:{port}"
+        async with (
+            httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as http,
+            openai.AsyncOpenAI(
+                base_url=f"{url}/v1",
+                api_key="none",
+                max_retries=0,
+                timeout=10,
+                http_client=httpx.AsyncClient(trust_env=False),
+            ) as client,
+        ):
+            yield Gateway(generator, port, http, client)
+
+
+@pytest.fixture
+async def gateway(tokenizer: Tokenizer) -> AsyncIterator[Gateway]:
+    async with running(tokenizer) as gateway:
+        yield gateway
+
+
+# --- answers ---------------------------------------------------------------------------------------
+
+
+async def test_chat(gateway: Gateway) -> None:
+    reply = await gateway.client.chat.completions.create(model=MODEL, messages=USER, max_tokens=50)
+    [choice] = reply.choices
+    assert choice.message.content == "hello w\u00f6rld \U0001f600"
+    assert (choice.message.role, choice.finish_reason) == ("assistant", "stop")
+    [asked] = gateway.generator.asked
+    assert reply.id == asked.request_id
+    assert len(reply.id) == len("chatcmpl-") + 24
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == len(asked.prompt_ids)
+    assert reply.usage.completion_tokens == len(list(gateway.generator.script))
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+
+
+async def test_chat_stream(gateway: Gateway) -> None:
+    chunks = [
+        chunk
+        async for chunk in await gateway.client.chat.completions.create(
+            model=MODEL, messages=USER, stream=True, stream_options={"include_usage": True}
+        )
+    ]
+    *tokens, last = chunks
+    assert len(tokens) == len(list(gateway.generator.script)), "one chunk per token, also where it has no text"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in tokens) == "hello w\u00f6rld \U0001f600"
+    assert [chunk.choices[0].delta.role for chunk in tokens] == ["assistant"] + [None] * (len(tokens) - 1)
+    assert [chunk.choices[0].finish_reason for chunk in tokens] == [None] * (len(tokens) - 1) + ["stop"]
+    assert all(chunk.usage is None for chunk in tokens)
+    assert last.choices == []
+    assert last.usage is not None
+    assert last.usage.completion_tokens == len(tokens)
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+
+
+async def test_stream_framing_and_usage_in_every_chunk(gateway: Gateway) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *events, done = await gateway.events("/v1/completions", {"prompt": "a", "stream_options": options})
+    assert done == "[DONE]"
+    used = [json.loads(event)["usage"]["completion_tokens"] for event in events]
+    assert used == [*range(1, len(used)), len(used) - 1]
+    plain = await gateway.events("/v1/completions", {"prompt": "a"})
+    assert "usage" not in json.loads(plain[0])
+
+
+async def test_nothing_is_sent_before_the_first_token(gateway: Gateway, tokenizer: Tokenizer) -> None:
+    gate = asyncio.Event()
+    gateway.generator.script = [gate, *text_pieces(tokenizer, "hi")]
+    reader, writer = await raw_post(gateway, {**CHAT, "stream": True})
+    await until_asked(gateway)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await reader.read(1)
+    gate.set()
+    head = await reader.readuntil(b"\n\n")
+    assert b"200 OK" in head
+    assert b'"role":"assistant"' in head
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_prompts"), [("ab", 1), (["ab", "cd"], 2), ([5, 6, 7], 1), ([[5], [6, 7], [8]], 3)]
+)
+async def test_completion_prompts(gateway: Gateway, prompt: Any, num_prompts: int) -> None:
+    reply = await gateway.client.completions.create(model=MODEL, prompt=prompt)
+    assert [choice.index for choice in reply.choices] == list(range(num_prompts))
+    assert {choice.text for choice in reply.choices} == {"hello w\u00f6rld \U0001f600"}
+    assert reply.object == "text_completion"
+    if prompt == [[5], [6, 7], [8]]:
+        assert [asked.prompt_ids for asked in gateway.generator.asked] == prompt
+        assert reply.usage is not None
+        assert reply.usage.prompt_tokens == 4
+
+
+async def test_n_choices_start_after_the_first_token_of_the_first(gateway: Gateway) -> None:
+    reply = await gateway.client.chat.completions.create(model=MODEL, messages=USER, n=3, seed=5)
+    assert [choice.index for choice in reply.choices] == [0, 1, 2]
+    log = gateway.generator.log
+    assert log[:2] == ["ask 0", "piece 0"]
+    assert {"ask 1", "ask 2"} <= set(log)
+    asked = gateway.generator.asked
+    assert [one.sampling.seed for one in asked] == [5, 6, 7]
+    assert [one.request_id for one in asked] == [f"{reply.id}-{i}" for i in range(3)]
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == len(asked[0].prompt_ids)
+
+
+async def test_stop_string_is_cut_and_the_request_cancelled(gateway: Gateway) -> None:
+    reply = await gateway.client.chat.completions.create(model=MODEL, messages=USER, stop=["lo w", "zzz"])
+    assert reply.choices[0].message.content == "hel"
+    assert reply.choices[0].finish_reason == "stop"
+    assert gateway.generator.cancelled == [reply.id]
+
+
+async def test_logprobs(gateway: Gateway) -> None:
+    entry = TokenLogprob(token_id=EOS, logprob=-0.25, top=[(EOS, -0.25), (40, -2.0)])
+    gateway.generator.script = [Piece([EOS], [entry], "stop", 2)]
+    chat = await gateway.client.chat.completions.create(
+        model=MODEL, messages=USER, logprobs=True, top_logprobs=2
+    )
+    logprobs = chat.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert (logprobs.content[0].token, logprobs.content[0].logprob) == ("<|end|>", -0.25)
+    assert [top.logprob for top in logprobs.content[0].top_logprobs] == [-0.25, -2.0]
+    assert chat.usage is not None
+    assert chat.usage.prompt_tokens_details is not None
+    assert chat.usage.prompt_tokens_details.cached_tokens == 2
+    text = await gateway.client.completions.create(model=MODEL, prompt="a", logprobs=1)
+    assert text.choices[0].logprobs is not None
+    assert text.choices[0].logprobs.token_logprobs == [-0.25]
+    assert [asked.sampling.num_logprobs for asked in gateway.generator.asked] == [2, 1]
+
+
+async def test_messages_reach_the_template(gateway: Gateway, tokenizer: Tokenizer) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    call = {"type": "function", "id": "c", "function": {"name": "f", "arguments": '{"a":1}'}}
+    messages = [
+        {"role": "developer", "content": "x"},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    await gateway.http.post("/v1/chat/completions", json={"messages": messages, "tools": tools})
+    prompt = await tokenizer.decode(gateway.generator.asked[0].prompt_ids)
+    assert prompt.startswith("<|start|>system\nx<|end|>\n<|start|>user\na\nb<|end|>\n")
+    assert '"arguments": {"a": 1}' in prompt
+    assert prompt.endswith('"function": {"name": "f"}}]<|start|>assistant\n')
+
+
+# --- errors ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (Full("full", retry_after_s=2.2), 429, "rate_limit_error"),
+        (Unavailable("no node"), 503, "service_unavailable"),
+        (DeadlineExceeded("late"), 504, "timeout_error"),
+        (Internal("broken"), 500, "server_error"),
+        (Stale("old"), 500, "server_error"),
+        (ValueError("a bug, with secrets"), 500, "server_error"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_errors_before_the_first_token(
+    gateway: Gateway, error: Exception, status: int, kind: str, stream: bool
+) -> None:
+    gateway.generator.script = [error]
+    response = await gateway.http.post("/v1/chat/completions", json={**CHAT, "stream": stream})
+    assert response.status_code == status
+    shown = response.json()["error"]
+    assert (shown["type"], shown["param"], shown["code"]) == (kind, None, None)
+    assert "secrets" not in shown["message"]
+    retry_after = {429: "3", 503: "1"}.get(status)
+    assert response.headers.get("retry-after") == retry_after
+
+
+async def test_error_after_the_first_token_is_an_event_and_the_end(
+    gateway: Gateway, tokenizer: Tokenizer
+) -> None:
+    gateway.generator.script = [*text_pieces(tokenizer, "hello")[:1], Unavailable("all nodes are gone")]
+    token, failure = await gateway.events("/v1/chat/completions", CHAT)
+    assert json.loads(token)["choices"]
+    assert json.loads(failure)["error"]["message"] == "all nodes are gone"
+    with pytest.raises(openai.APIError, match="all nodes are gone"):
+        async for _ in await gateway.client.chat.completions.create(
+            model=MODEL, messages=USER, stream=True
+        ):
+            pass
+
+
+async def test_an_answer_that_breaks_off_is_an_error(gateway: Gateway, tokenizer: Tokenizer) -> None:
+    gateway.generator.script = text_pieces(tokenizer, "hello")[:1]
+    assert (await gateway.http.post("/v1/chat/completions", json=CHAT)).status_code == 500
+
+
+async def test_one_failing_choice_cancels_the_others(gateway: Gateway, tokenizer: Tokenizer) -> None:
+    first = text_pieces(tokenizer, "hello")[:1]
+    gateway.generator.script = [*first, FullOnThird(gateway.generator), asyncio.Event()]
+    response = await gateway.http.post("/v1/chat/completions", json={**CHAT, "n": 3})
+    assert response.status_code == 429
+    assert len(gateway.generator.cancelled) == 2
+
+
+class FullOnThird(asyncio.Event):
+    """Lets all requests wait, but raises in the third."""
+
+    def __init__(self, generator: ScriptedGenerator) -> None:
+        super().__init__()
+        self.generator = generator
+        self.num_waiting = 0
+
+    async def wait(self) -> Any:
+        self.num_waiting += 1
+        if self.num_waiting == 3:
+            raise Full("no room")
+        return await super().wait()
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "code"),
+    [
+        ({"model": "other"}, 404, "model", "model_not_found"),
+        ({"messages": []}, 400, "messages", None),
+        ({"messages": [{"role": "user", "content": "refuse me"}]}, 400, "messages", None),
+        ({"messages": [{"role": "user", "content": "x" * 9000}]}, 400, "messages", "context_length_exceeded"),
+        ({"max_tokens": 128}, 400, "max_tokens", "context_length_exceeded"),
+        ({"temperature": 3}, 400, "temperature", None),
+    ],
+)
+async def test_refused_requests_name_the_field(
+    gateway: Gateway, fields: dict[str, Any], status: int, param: str, code: str | None
+) -> None:
+    response = await gateway.http.post("/v1/chat/completions", json={**CHAT, **fields})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (status, param, code)
+    assert gateway.generator.asked == []
+
+
+async def test_the_client_maps_errors_to_its_classes(gateway: Gateway) -> None:
+    with pytest.raises(openai.NotFoundError):
+        await gateway.client.chat.completions.create(model="other", messages=USER)
+    with pytest.raises(openai.BadRequestError):
+        await gateway.client.chat.completions.create(model=MODEL, messages=[])
+    gateway.generator.script = [Full("full")]
+    with pytest.raises(openai.RateLimitError):
+        await gateway.client.chat.completions.create(model=MODEL, messages=USER)
+
+
+@pytest.mark.parametrize("body", [b"{", b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', b""])
+async def test_broken_bodies(gateway: Gateway, body: bytes) -> None:
+    response = await gateway.http.post("/v1/chat/completions", content=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_body_limit_also_without_a_declared_length(tokenizer: Tokenizer) -> None:
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(8):
+            yield b" " * 1000
+
+    async with running(tokenizer, max_body_bytes=4000) as gateway:
+        for content in (parts(), b" " * 4001):
+            response = await gateway.http.post("/v1/completions", content=content)
+            assert response.status_code == 413
+        assert (await gateway.http.post("/v1/chat/completions", json=CHAT)).status_code == 200
+
+
+async def test_unknown_paths_and_methods(gateway: Gateway) -> None:
+    for path in ("/nope", "/v1/embeddings", "/v1/responses", "/v1/models/", "/v1/models/nope"):
+        response = await gateway.http.get(path)
+        assert (response.status_code, response.json()["error"]["type"]) == (404, "not_found_error")
+    response = await gateway.http.get("/v1/chat/completions")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert "error" in response.json()
+
+
+async def test_header_flood_is_cut_and_others_are_served(gateway: Gateway) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(b"GET / HTTP/1.1\r\n" + b"x: " + b"a" * 200_000)
+    async with asyncio.timeout(5):
+        assert b"400" in await reader.readline()
+    writer.close()
+    assert (await gateway.http.get("/health")).status_code == 200
+
+
+# --- clients that go away --------------------------------------------------------------------------
+
+
+async def raw_post(
+    gateway: Gateway, body: dict[str, Any], limit: int = 2**16
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A request over a connection of its own, of which nothing is read yet."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", gateway.port))
+    reader, writer = await asyncio.open_connection(sock=sock, limit=limit)
+    payload = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(payload)}\r\n\r\n"
+    writer.write(head.encode() + payload)
+    return reader, writer
+
+
+async def until_asked(gateway: Gateway) -> None:
+    async with asyncio.timeout(5):
+        while not gateway.generator.asked:
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 2])
+async def test_a_client_that_leaves_cancels_its_request(
+    gateway: Gateway, tokenizer: Tokenizer, stream: bool, num_tokens: int
+) -> None:
+    gateway.generator.script = [*text_pieces(tokenizer, "hello world")[:num_tokens], asyncio.Event()]
+    _, writer = await raw_post(gateway, {**CHAT, "stream": stream})
+    await until_asked(gateway)
+    writer.close()
+    async with asyncio.timeout(5):
+        await gateway.generator.was_cancelled.wait()
+    assert await gateway.metric('vllm:request_success_total{finished_reason="abort"') == 1
+    assert await gateway.metric("flowkv_gateway_open_choices") == 0
+
+
+async def test_a_client_that_never_reads_is_cut_off(tokenizer: Tokenizer) -> None:
+    async with running(tokenizer, send_timeout_s=0.2) as gateway:
+        gateway.generator.script = Endless(text_pieces(tokenizer, "hello")[0])
+        _, writer = await raw_post(gateway, {**CHAT, "stream": True}, limit=1)
+        async with asyncio.timeout(10):
+            await gateway.generator.was_cancelled.wait()
+        assert await gateway.metric("flowkv_gateway_slow_clients_total") == 1
+        writer.close()
+
+
+class Endless(list[Piece]):
+    """The same piece, for ever."""
+
+    def __init__(self, piece: Piece) -> None:
+        super().__init__([piece])
+
+    def __iter__(self) -> Any:
+        while True:
+            yield self[0]
+
+
+# --- the rest of the surface -----------------------------------------------------------------------
+
+
+async def test_models(gateway: Gateway) -> None:
+    [model] = (await gateway.client.models.list()).data
+    assert (model.id, model.object, model.owned_by) == (MODEL, "model", "flowkv")
+    assert (await gateway.http.get(f"/v1/models/{MODEL}")).json()["max_model_len"] == 128
+    gateway.generator.card = None
+    [entry] = (await gateway.http.get("/v1/models")).json()["data"]
+    assert entry["max_model_len"] is None
+
+
+async def test_health(gateway: Gateway) -> None:
+    for path in ("/health", "/health/ready", "/ping", "/health/live", "/version"):
+        assert (await gateway.http.get(path)).status_code == 200
+    gateway.generator.ready = False
+    gateway.generator.card = None
+    for path in ("/health", "/health/ready", "/ping"):
+        assert (await gateway.http.get(path)).status_code == 503
+    assert (await gateway.http.get("/health/live")).status_code == 200
+    response = await gateway.http.post("/v1/chat/completions", json=CHAT)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+
+
+async def test_tokenize_and_back(gateway: Gateway) -> None:
+    reply = (await gateway.http.post("/tokenize", json={"prompt": "h\u00e9llo", "model": MODEL})).json()
+    assert reply["count"] == len(reply["tokens"])
+    back = await gateway.http.post("/detokenize", json={"tokens": reply["tokens"]})
+    assert back.json() == {"prompt": "h\u00e9llo"}
+    chat = (await gateway.http.post("/tokenize", json=CHAT)).json()
+    assert chat["max_model_len"] == 128
+    await gateway.http.post("/v1/chat/completions", json=CHAT)
+    assert gateway.generator.asked[0].prompt_ids == chat["tokens"]
+    for body in ({}, {"prompt": "a", **CHAT}):
+        assert (await gateway.http.post("/tokenize", json=body)).status_code == 400
+
+
+async def test_request_id_is_echoed(gateway: Gateway) -> None:
+    for path in ("/health", "/nope"):
+        response = await gateway.http.get(path, headers={"x-request-id": "abc-1"})
+        assert response.headers["x-request-id"] == "abc-1"
+    assert "x-request-id" not in (await gateway.http.get("/health")).headers
+
+
+async def test_metrics(gateway: Gateway) -> None:
+    await gateway.http.post("/v1/chat/completions", json=CHAT)
+    num_tokens = len(list(gateway.generator.script))
+    prompt_tokens = len(gateway.generator.asked[0].prompt_ids)
+    expected = {
+        "vllm:time_to_first_token_seconds_count": 1,
+        "vllm:inter_token_latency_seconds_count": num_tokens - 1,
+        "vllm:request_time_per_output_token_seconds_count": 1,
+        "vllm:e2e_request_latency_seconds_count": 1,
+        "vllm:prompt_tokens_total": prompt_tokens,
+        "vllm:generation_tokens_total": num_tokens,
+        "vllm:request_prompt_tokens_sum": prompt_tokens,
+        "vllm:request_generation_tokens_sum": num_tokens,
+        f'vllm:request_success_total{{finished_reason="stop",model_name="{MODEL}"}}': 1,
+    }
+    assert {name: await gateway.metric(name) for name in expected} == expected
+    assert (await gateway.http.head("/metrics")).status_code == 200

@@ -1,0 +1,218 @@
+"""The scheduler on a real server, fed by nodes that announce themselves and report their load."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+from cluster import descriptor, report, request
+from nats_server import NatsServer
+
+from flowkv_common import errors
+from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.registry import keep_announced
+from flowkv_common.config import SchedulerSettings
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import Assignment, LoadReport, Message, ScheduleRequest, Wait
+from flowkv_scheduler.app import serve
+
+PERIOD_S = 0.1
+
+
+class Node:
+    """Announces itself and reports every period until its context is left; `changes` go into each report."""
+
+    def __init__(self, bus: Bus, node_id: str, role: str, **changes: Any) -> None:
+        self.bus = bus
+        self.node_id = node_id
+        self.role = role
+        self.changes = changes
+        self._seq = 0
+
+    async def report(self) -> None:
+        self._seq += 1
+        load: LoadReport = report(
+            self.node_id, self.role, **({"seq": self._seq, "period_s": PERIOD_S} | self.changes)
+        )
+        await self.bus.publish(subjects.load(self.node_id), load)
+
+    async def live(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(keep_announced(self.bus, lambda: descriptor(self.node_id, self.role)))
+            while True:
+                await self.report()
+                await asyncio.sleep(PERIOD_S)
+
+
+@contextlib.asynccontextmanager
+async def living(*nodes: Node) -> AsyncIterator[None]:
+    tasks = [asyncio.create_task(node.live()) for node in nodes]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def scheduler(server: NatsServer) -> AsyncIterator[None]:
+    stop = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(serve(SchedulerSettings(nats_url=server.url), stop))
+        try:
+            yield
+        finally:
+            stop.set()
+
+
+async def schedule(bus: Bus, wanted: ScheduleRequest | None = None) -> Message:
+    return await bus.request(subjects.SCHEDULE, wanted or request(), Assignment | Wait, timeout_s=5)
+
+
+async def until(bus: Bus, is_met: Callable[[Message], bool], timeout_s: float = 8.0) -> Message:
+    """Ask as a gateway does, again when told to, until the answer is as wanted."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            try:
+                answer = await schedule(bus)
+            except errors.Unavailable:
+                answer = Wait(retry_in_s=0.02, reason="the scheduler is not there")
+            if is_met(answer):
+                return answer
+            await asyncio.sleep(answer.retry_in_s if isinstance(answer, Wait) else PERIOD_S)
+
+
+def is_assigned(*pair: str) -> Callable[[Message], bool]:
+    return lambda m: isinstance(m, Assignment) and (m.prefill.node_id, m.decode.node_id) == pair
+
+
+def is_wait(message: Message) -> bool:
+    return isinstance(message, Wait) and "not there" not in message.reason
+
+
+async def test_waits_for_nodes_then_pairs_them_and_tells_everyone(nats_server: NatsServer) -> None:
+    told: asyncio.Queue[Assignment] = asyncio.Queue()
+    async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
+        async with await bus.subscribe(subjects.assignment("r"), Assignment, lambda m, _: told.put(m)):
+            await until(bus, is_wait)
+            async with living(Node(bus, "p0", "prefill"), Node(bus, "d0", "decode")):
+                answer = await until(bus, is_assigned("p0", "d0"))
+                assert isinstance(answer, Assignment)
+                assert answer.epoch == 1
+                assert [c.node_id for c in answer.prefill_candidates] == ["p0"]
+                async with asyncio.timeout(5):
+                    assert await told.get() == answer
+
+
+async def test_live_load_moves_requests_to_the_idler_node(nats_server: NatsServer) -> None:
+    async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
+        p0, p1 = Node(bus, "p0", "prefill"), Node(bus, "p1", "prefill", queued_prefill_tokens=3000)
+        async with living(p0, p1, Node(bus, "d0", "decode")):
+            await until(bus, is_assigned("p0", "d0"))
+            p0.changes = {"queued_prefill_tokens": 9000}
+            await until(bus, is_assigned("p1", "d0"))
+
+
+async def test_a_burst_between_two_reports_is_spread(nats_server: NatsServer) -> None:
+    async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
+        nodes = [
+            Node(bus, name, role) for name, role in (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"))
+        ]
+        for node in nodes:
+            node.changes = {"period_s": 30.0}  # choices count for a minute: no report can hide them
+        async with living(*nodes):
+            await until(bus, lambda m: isinstance(m, Assignment) and len(m.prefill_candidates) == 2)
+            answers = [await schedule(bus) for _ in range(10)]
+    chosen = [answer.prefill.node_id for answer in answers if isinstance(answer, Assignment)]
+    assert abs(chosen.count("p0") - chosen.count("p1")) <= 2
+    assert len(chosen) == 10
+
+
+async def test_silent_and_draining_nodes_get_nothing(nats_server: NatsServer) -> None:
+    async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
+        d0, d1 = Node(bus, "d0", "decode"), Node(bus, "d1", "decode", num_running=9)
+        async with living(Node(bus, "p0", "prefill"), d1):
+            async with living(d0):
+                await until(bus, is_assigned("p0", "d0"))
+                d0.changes = {"draining": True}
+                await until(bus, is_assigned("p0", "d1"))
+                d0.changes = {}
+                await until(bus, is_assigned("p0", "d0"))
+            await until(bus, is_assigned("p0", "d1"))
+
+
+async def test_refusals_arrive_as_errors(nats_server: NatsServer) -> None:
+    async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
+        p0 = Node(bus, "p0", "prefill")
+        async with living(p0, Node(bus, "d0", "decode")):
+            await until(bus, is_assigned("p0", "d0"))
+            with pytest.raises(errors.BadRequest) as bad:
+                await schedule(bus, request(num_prompt_tokens=5000))
+            assert bad.value.field == "prompt"
+            p0.changes = {"queued_prefill_tokens": 90_000}
+            with pytest.raises(errors.Full) as full:
+                await until(bus, lambda _: False)
+            assert full.value.retry_after_s is not None
+            assert 55 < full.value.retry_after_s < 65
+
+
+async def test_scheduling_goes_on_after_a_server_restart(nats_server: NatsServer) -> None:
+    async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
+        async with living(Node(bus, "p0", "prefill"), Node(bus, "d0", "decode")):
+            await until(bus, is_assigned("p0", "d0"))
+            back = asyncio.Event()
+            bus.on_reconnect(back.set)
+            nats_server.kill()
+            nats_server.start()
+            async with asyncio.timeout(5):
+                await back.wait()
+            await until(bus, is_assigned("p0", "d0"))
+
+
+async def test_process_serves_metrics_and_leaves_on_sigterm(nats_server: NatsServer) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "flowkv_scheduler", "--nats-url", nats_server.url),
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(20), connect(nats_server.url, name="test") as bus:
+            url = await _metrics_url(process)
+            assert isinstance(await schedule(bus), Wait)
+            async with httpx.AsyncClient() as http:
+                metrics = (await http.get(url)).text
+                ready = await http.get(url.replace("/metrics", "/health"))
+            assert 'flowkv_schedule_decisions_total{outcome="wait"} 1.0' in metrics
+            assert "flowkv_usable_nodes 0.0" in metrics
+            assert ready.status_code == 200
+            process.send_signal(signal.SIGTERM)
+            await process.communicate()
+        assert process.returncode == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+
+
+async def _metrics_url(process: asyncio.subprocess.Process) -> str:
+    assert process.stderr is not None
+    async for line in process.stderr:
+        if b"metrics on " in line:
+            return line.decode().split("metrics on ")[1].split('"')[0].strip()
+    raise AssertionError("the scheduler ended before it was ready")
+
+
+async def test_scheduler_never_loads_torch() -> None:
+    code = "import sys, flowkv_scheduler.__main__; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(20):
+        output, _ = await process.communicate()
+    assert output.strip() == b"[]"

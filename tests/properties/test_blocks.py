@@ -1,0 +1,126 @@
+"""Blocks against a model that keeps one record per block and scans for everything."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from flowkv_common.kv.blocks import Blocks, OutOfBlocks
+
+NUM_BLOCKS = 14
+BLOCK_SIZE = 4
+
+# Two families of prompts with common beginnings; a prompt is its chain of hashes.
+prompts = st.tuples(st.sampled_from("ab"), st.integers(1, 5), st.booleans()).map(
+    lambda made: [f"{made[0]}{depth}{'+' if made[2] and depth > 2 else ''}" for depth in range(made[1])]
+)
+
+
+class Sequence:
+    """A holder of blocks; its first `num_committed` ones are in the cache under `hashes`."""
+
+    def __init__(self, hashes: list[str], block_ids: list[int], num_committed: int) -> None:
+        self.hashes = hashes
+        self.block_ids = block_ids
+        self.num_committed = num_committed
+
+
+class BlocksMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = Blocks(NUM_BLOCKS, BLOCK_SIZE)
+        self.sequences: list[Sequence] = []
+        self.quarantined: list[int] = []
+
+    def refs(self) -> Counter[int]:
+        return Counter(block for sequence in self.sequences for block in sequence.block_ids)
+
+    @rule(hashes=prompts, extra=st.integers(0, 3), room=st.integers(0, 2))
+    def start(self, hashes: list[str], extra: int, room: int) -> None:
+        cached = self.blocks.match_prefix(hashes)
+        missing = len(hashes) - len(cached) + extra
+        occupied = set(self.refs()) | set(cached) | set(self.quarantined)
+        if NUM_BLOCKS - len(occupied) < missing:
+            assert not self.blocks.can_take(missing)
+            with pytest.raises(OutOfBlocks):
+                self.blocks.take(missing)
+            self.blocks.release(cached)
+            return
+        fresh = self.blocks.take(missing, room=room)
+        assert len(set(fresh)) == missing
+        assert not occupied & set(fresh)
+        self.sequences.append(Sequence(hashes, cached + fresh, len(cached)))
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def compute(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(self.sequences))
+        for i in range(sequence.num_committed, len(sequence.hashes)):
+            parent = sequence.hashes[i - 1] if i else None
+            self.blocks.commit(sequence.block_ids[i], sequence.hashes[i], parent)
+        sequence.num_committed = len(sequence.hashes)
+        found = self.blocks.match_prefix(sequence.hashes)
+        self.blocks.release(found)
+        assert len(found) <= len(sequence.hashes)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def grow(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(self.sequences))
+        last = sequence.block_ids[-1] if sequence.block_ids else None
+        occupied = set(self.refs()) | set(self.quarantined)
+        if len(occupied) == NUM_BLOCKS:
+            with pytest.raises(OutOfBlocks):
+                self.blocks.grow(last)
+            return
+        block = self.blocks.grow(last)
+        assert block not in occupied
+        sequence.block_ids.append(block)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        sequence = self.pop(data)
+        self.blocks.release(sequence.block_ids)
+        found = self.blocks.match_prefix(sequence.hashes[: sequence.num_committed])
+        self.blocks.release(found)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def abort_under_a_copy(self, data: st.DataObject) -> None:
+        sequence = self.pop(data)
+        still_held = self.refs()
+        expected = [block for block in sequence.block_ids if not still_held[block]]
+        assert self.blocks.quarantine(sequence.block_ids) == expected
+        self.quarantined += expected
+
+    @precondition(lambda self: self.quarantined)
+    @rule(data=st.data())
+    def settle(self, data: st.DataObject) -> None:
+        settled = data.draw(st.lists(st.sampled_from(self.quarantined), unique=True))
+        self.blocks.settle(settled)
+        self.quarantined = [block for block in self.quarantined if block not in settled]
+
+    def pop(self, data: st.DataObject) -> Sequence:
+        return self.sequences.pop(data.draw(st.integers(0, len(self.sequences) - 1)))
+
+    @rule(n=st.integers(0, NUM_BLOCKS))
+    def plan(self, n: int) -> None:
+        if self.blocks.can_take(n):
+            assert sum(self.blocks.plan_runs(n)) == n
+
+    @invariant()
+    def every_block_is_accounted_for(self) -> None:
+        self.blocks.check_integrity()
+        counts = self.blocks.counts()
+        assert counts.leased == len(self.refs())
+        assert counts.quarantined == len(self.quarantined)
+        assert counts.free + counts.cached == NUM_BLOCKS - counts.leased - counts.quarantined
+
+
+TestBlocks = BlocksMachine.TestCase
+TestBlocks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -1,0 +1,47 @@
+"""Makes tiny random models on the spot, one per architecture, as plain `transformers` folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCAB_SIZE = 512
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
+
+_COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,  # large enough for logits to differ: greedy tokens must not hang on rounding
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def make_tiny_model(
+    folder: Path, arch: str = "llama", seed: int = 0, *, vocab_size: int = VOCAB_SIZE, **config: object
+) -> Path:
+    """Writes config and fp32 safetensors of a random `arch` ("llama", "qwen2", "qwen3", "mistral", "gpt2", ...)."""
+    values = {**_COMMON, "vocab_size": vocab_size, **config}
+    if arch == "gpt2":  # knows neither, and would believe them
+        del values["num_key_value_heads"], values["head_dim"]
+    if arch == "mistral":
+        values.setdefault("sliding_window", None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **values), dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "norm.weight", "layernorm.weight")):
+                # As initialized they change nothing, and a test could not see them forgotten.
+                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,97 @@
+"""One answer in the making: one delta per token, and what each of them shows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from flowkv_common.wire.messages import SamplingParams, TokenLogprob
+from flowkv_gateway.choice import Choice, Delta
+from flowkv_gateway.generation import Generation, Piece
+from flowkv_gateway.openai import ChatShape, TextShape, WholeChoice
+from flowkv_gateway.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(
+    {0: b"<|end|>", 1: b"one", 2: b" two", 3: b" thr", 4: b"ee", 5: b"\xe2", 6: b"\x82\xac"}, frozenset({0})
+)
+
+
+def make_choice(stops: tuple[str, ...] = (), min_tokens: int = 0) -> Choice:
+    sampling = SamplingParams(max_tokens=9, min_tokens=min_tokens)
+    return Choice(3, Generation("cmpl-1", [1], sampling, 60.0), VOCABULARY, stops)
+
+
+def push(choice: Choice, *token_ids: int, finish_reason: str | None = None) -> list[Delta]:
+    return list(choice.push(Piece(list(token_ids), [], finish_reason, 0)))
+
+
+def test_one_delta_per_token_also_within_a_piece() -> None:
+    choice = make_choice()
+    deltas = push(choice, 1, 2) + push(choice, 5) + push(choice, 6, 0, finish_reason="stop")
+    assert [delta.text for delta in deltas] == ["one", " two", "", "\u20ac", ""]
+    assert [delta.is_first for delta in deltas] == [True, False, False, False, False]
+    assert [delta.finish_reason for delta in deltas] == [None] * 4 + ["stop"]
+    assert [delta.text_offset for delta in deltas] == [0, 3, 7, 7, 8]
+    assert (choice.num_tokens, choice.finish_reason) == (5, "stop")
+
+
+def test_a_stop_string_over_tokens_ends_the_answer_before_it() -> None:
+    choice = make_choice(stops=("o three",))
+    deltas = push(choice, 1, 2) + push(choice, 3, 4, 1, 1)
+    assert "".join(delta.text for delta in deltas) == "one tw"
+    assert (choice.finish_reason, choice.num_tokens) == ("stop", 4)
+
+
+def test_text_held_back_comes_with_the_end() -> None:
+    choice = make_choice(stops=(" twins",))
+    deltas = push(choice, 1, 2, 5, finish_reason="length")
+    assert [delta.text for delta in deltas] == ["one", " two", "\ufffd"]
+    held = make_choice(stops=(" two!",))
+    assert [delta.text for delta in push(held, 1, 2, finish_reason="length")] == ["one", " two"]
+
+
+def test_stop_strings_wait_for_min_tokens() -> None:
+    choice = make_choice(stops=("one",), min_tokens=2)
+    deltas = push(choice, 1, 1, 1)
+    assert [delta.text for delta in deltas] == ["one", "one", ""]
+    assert choice.finish_reason == "stop"
+
+
+def test_an_end_without_a_token() -> None:
+    choice = make_choice(stops=("one two three",))
+    assert push(choice, 1)[0].text == ""
+    [delta] = push(choice, finish_reason="length")
+    assert (delta.text, delta.finish_reason, choice.num_tokens) == ("one", "length", 1)
+
+
+def logprob_delta() -> Delta:
+    logprob = TokenLogprob(token_id=5, logprob=-0.5, top=[(5, -0.5), (1, -math.inf), (2, math.nan)])
+    return Delta(0, "", True, None, logprob, 4)
+
+
+def test_chat_logprobs() -> None:
+    logprobs = ChatShape(VOCABULARY).chunk(logprob_delta()).logprobs
+    assert logprobs is not None
+    [entry] = logprobs.content
+    assert (entry.token, entry.logprob, entry.bytes) == ("bytes:\\xe2", -0.5, [0xE2])
+    assert [(top.token, top.logprob, bytes(top.bytes)) for top in entry.top_logprobs] == [
+        ("bytes:\\xe2", -0.5, b"\xe2"),
+        ("one", -9999.0, b"one"),
+        (" two", -9999.0, b" two"),
+    ]
+
+
+def test_completion_logprobs() -> None:
+    whole = WholeChoice(0)
+    whole.add(logprob_delta())
+    logprobs = TextShape(VOCABULARY).whole(whole).logprobs
+    assert logprobs is not None
+    assert logprobs.tokens == ["bytes:\\xe2"]
+    assert logprobs.token_logprobs == [-0.5]
+    assert logprobs.top_logprobs == [{"bytes:\\xe2": -0.5, "one": -9999.0, " two": -9999.0}]
+    assert logprobs.text_offset == [4]
+
+
+@pytest.mark.parametrize("shape", [ChatShape(VOCABULARY), TextShape(VOCABULARY)])
+def test_no_logprobs_unless_asked_for(shape: ChatShape | TextShape) -> None:
+    assert shape.chunk(Delta(0, "one", True, None, None, 0)).logprobs is None

@@ -1,0 +1,112 @@
+"""Text from tokens: exact for any text and any split, with nothing of it cut in two."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from flowkv_gateway.detokenizer import Detokenizer
+from flowkv_gateway.stops import StopFinder
+from flowkv_gateway.vocabulary import Vocabulary
+from gateway_support import write_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as RawTokenizer
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> RawTokenizer:
+    folder = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return RawTokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def vocabulary(raw: RawTokenizer) -> Vocabulary:
+    return Vocabulary.from_json(json.loads(raw.to_str()), raw.get_vocab(with_added_tokens=True))
+
+
+def decode(vocabulary: Vocabulary, token_ids: list[int]) -> list[str]:
+    detokenizer = Detokenizer(vocabulary)
+    return [*(detokenizer.push(token_id) for token_id in token_ids), detokenizer.finish()]
+
+
+@given(text=st.text())
+def test_chunks_join_to_the_text(raw: RawTokenizer, vocabulary: Vocabulary, text: str) -> None:
+    chunks = decode(vocabulary, raw.encode(text, add_special_tokens=False).ids)
+    skipped = text.replace("<|end|>", "").replace("<|start|>", "")
+    assert "".join(chunks) == skipped
+
+
+@given(token_ids=st.lists(st.integers(0, 420), max_size=40))
+def test_any_tokens_decode_as_tokenizers_does(
+    raw: RawTokenizer, vocabulary: Vocabulary, token_ids: list[int]
+) -> None:
+    assert "".join(decode(vocabulary, token_ids)) == raw.decode(token_ids, skip_special_tokens=True)
+
+
+def test_a_character_comes_whole_with_its_last_token(raw: RawTokenizer, vocabulary: Vocabulary) -> None:
+    token_ids = raw.encode("\U0001f600", add_special_tokens=False).ids
+    assert len(token_ids) == 4
+    assert decode(vocabulary, token_ids) == ["", "", "", "\U0001f600", ""]
+    assert decode(vocabulary, token_ids[:2])[-1] == "\ufffd"
+
+
+def test_time_is_linear_in_the_output(raw: RawTokenizer, vocabulary: Vocabulary) -> None:
+    # Bytes that never become a character are what makes others quadratic.
+    half = raw.encode("\U0001f600", add_special_tokens=False).ids[:1]
+    start = time.perf_counter()
+    decode(vocabulary, half * 100_000)
+    assert time.perf_counter() - start < 2.0
+
+
+def test_sentencepiece_vocabulary() -> None:
+    decoder = {
+        "type": "Sequence",
+        "decoders": [{"type": "Replace"}, {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip"}],
+    }
+    vocab = {"<s>": 0, "\u2581hi": 1, "<0xE2>": 2, "<0x82>": 3, "<0xAC>": 4}
+    tokenizer_json = {"decoder": decoder, "added_tokens": [{"id": 0, "special": True}]}
+    vocabulary = Vocabulary.from_json(tokenizer_json, vocab)
+    assert decode(vocabulary, [0, 1, 2, 3, 4]) == ["", " hi", "", "", "\u20ac", ""]
+    assert vocabulary.token_text(0) == "<s>"
+    assert vocabulary.token_text(2) == "bytes:\\xe2"
+
+
+def test_a_decoder_that_needs_more_than_one_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="WordPiece"):
+        Vocabulary.from_json({"decoder": {"type": "WordPiece"}}, {})
+
+
+def naive_stop(text: str, stops: list[str]) -> str:
+    """The text before the stop string that ends first; the longest of those that end there."""
+    found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    return text[: min(found)[1]] if found else text
+
+
+LETTERS = st.text(alphabet="ab", max_size=12)
+
+
+@given(chunks=st.lists(LETTERS, max_size=6), stops=st.lists(LETTERS.filter(bool), max_size=4))
+def test_stop_strings_at_any_split(chunks: list[str], stops: list[str]) -> None:
+    finder = StopFinder(stops)
+    shown = [finder.push(chunk) for chunk in chunks]
+    whole = "".join(chunks)
+    assert "".join(shown) + finder.finish() == naive_stop(whole, stops)
+    assert finder.is_stopped == any(stop in whole for stop in stops)
+
+
+def test_only_what_may_be_a_stop_string_is_held_back() -> None:
+    finder = StopFinder(["END"])
+    assert [finder.push(text) for text in ("say E", "N", "G ", "E", "ND!", "more")] == [
+        "say ",
+        "",
+        "ENG ",
+        "",
+        "",
+        "",
+    ]
+    assert finder.is_stopped
+    assert finder.finish() == ""
+    unfinished = StopFinder(["END"])
+    assert unfinished.push("the EN") + unfinished.finish() == "the EN"

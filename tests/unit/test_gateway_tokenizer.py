@@ -1,0 +1,104 @@
+"""Encoding and chat templates give what `transformers` gives for the same folder."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flowkv_common.errors import BadRequest
+from flowkv_gateway.chat_template import ChatTemplate
+from flowkv_gateway.tokenizer import Tokenizer
+from gateway_support import TEMPLATE, write_tokenizer
+
+CHAT = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "h\u00e9llo <b> \U0001f600\n"},
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "\u00e9"}}}]},
+]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"),
+        chat_template=TEMPLATE,
+        eos_token="<|end|>",
+        bos_token="<|start|>",
+    )
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+async def test_chat_is_that_of_transformers(
+    folder: Path, reference: Any, tools: list[dict[str, Any]] | None, add_generation_prompt: bool
+) -> None:
+    ours = await Tokenizer.load(folder).encode_chat(CHAT, tools, add_generation_prompt=add_generation_prompt)
+    theirs = reference.apply_chat_template(
+        CHAT, tools=tools, add_generation_prompt=add_generation_prompt, return_dict=False
+    )
+    assert ours == theirs
+
+
+async def test_long_texts_are_encoded_like_short_ones_but_off_the_loop(folder: Path, reference: Any) -> None:
+    tokenizer = Tokenizer.load(folder)
+    text = "the quick brown fox \u00e9 " * 20_000
+    encoding = asyncio.ensure_future(tokenizer.encode([text, "fox"]))
+    await asyncio.sleep(0)  # one turn: all that runs on the loop itself has now been done
+    assert not encoding.done()
+    assert await encoding == [reference.encode(text), reference.encode("fox")]
+
+
+async def test_decode_shows_special_tokens(folder: Path, reference: Any) -> None:
+    token_ids = [0, 1, 200, 300, 9999]
+    assert await Tokenizer.load(folder).decode(token_ids) == reference.decode(token_ids[:-1])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0].missing.deeper }}",
+        "{{ ''.__class__.__mro__ }}",  # the sandbox
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('no') }}",
+        "{{ messages[0]['content'] + 1 }}",
+    ],
+)
+def test_whatever_a_template_raises_is_a_bad_request(source: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        ChatTemplate(source, {}).render(CHAT)
+    assert caught.value.field == "messages"
+
+
+def test_template_language() -> None:
+    template = ChatTemplate(
+        "{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %}{% break %}{% endfor %}\n"
+        "  {% set _ = 1 %}\n{{ strftime_now('%%') }}{{ bos_token }}{{ {'a': '<é>'} | tojson }}",
+        {"bos_token": "<s>"},
+    )
+    assert template.render(CHAT) == 'system%<s>{"a": "<é>"}'
+
+
+async def test_named_and_missing_templates(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    with pytest.raises(BadRequest):
+        await Tokenizer.load(tmp_path).encode_chat(CHAT)
+    config = '{"bos_token": {"content": "<|start|>"}, "chat_template": [{"name": "default", "template": "%s"}]}'
+    (tmp_path / "tokenizer_config.json").write_text(config % "{{ bos_token }}")
+    assert await Tokenizer.load(tmp_path).encode_chat(CHAT) == [1]
+
+
+def test_neither_torch_nor_transformers_is_loaded() -> None:
+    script = "import sys, flowkv_gateway.app; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0

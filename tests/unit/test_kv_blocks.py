@@ -1,0 +1,196 @@
+"""States of blocks, case by case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from flowkv_common.kv.blocks import Blocks, IntegrityError, OutOfBlocks
+
+
+@pytest.fixture
+def blocks() -> Iterator[Blocks]:
+    blocks = Blocks(num_blocks=10, block_size=16)
+    yield blocks
+    blocks.check_integrity()
+
+
+def commit_chain(blocks: Blocks, block_ids: Sequence[int], hashes: Sequence[str]) -> None:
+    for block_id, block_hash, parent in zip(block_ids, hashes, [None, *hashes], strict=False):
+        blocks.commit(block_id, block_hash, parent)
+
+
+def cache_chain(blocks: Blocks, *hashes: str) -> list[int]:
+    """Leaves one block per hash in the cache."""
+    block_ids = blocks.take(len(hashes))
+    commit_chain(blocks, block_ids, hashes)
+    blocks.release(block_ids)
+    return block_ids
+
+
+def states(blocks: Blocks) -> tuple[int, int, int, int]:
+    counts = blocks.counts()
+    return counts.free, counts.cached, counts.leased, counts.quarantined
+
+
+def test_taken_blocks_are_leased_and_come_back_free(blocks: Blocks) -> None:
+    taken = blocks.take(4)
+    assert states(blocks) == (6, 0, 4, 0)
+    blocks.release(taken)
+    assert states(blocks) == (10, 0, 0, 0)
+    assert blocks.counts().longest_free_run == 10
+
+
+def test_committed_blocks_are_found_by_their_chain(blocks: Blocks) -> None:
+    chain = cache_chain(blocks, "a", "b", "c")
+    assert blocks.match_prefix(["a", "b", "x", "c"]) == chain[:2]
+    assert states(blocks) == (7, 1, 2, 0)
+    assert (blocks.num_queried_tokens, blocks.num_hit_tokens) == (64, 32)
+    blocks.release(chain[:2])
+
+
+def test_a_shared_block_is_cached_only_after_its_last_holder(blocks: Blocks) -> None:
+    chain = cache_chain(blocks, "a")
+    assert blocks.match_prefix(["a"]) == blocks.match_prefix(["a"]) == chain
+    blocks.release(chain)
+    assert states(blocks) == (9, 0, 1, 0)
+    blocks.release(chain)
+    assert states(blocks) == (9, 1, 0, 0)
+
+
+def test_the_older_of_two_equal_blocks_is_kept(blocks: Blocks) -> None:
+    first, second = blocks.take(2)
+    blocks.commit(first, "a", None)
+    blocks.commit(second, "a", None)
+    blocks.release([first, second])
+    assert states(blocks) == (9, 1, 0, 0)
+    assert blocks.match_prefix(["a"]) == [first]
+
+
+def test_evicts_tails_first_and_the_least_recently_used_chain_first(blocks: Blocks) -> None:
+    old, new = cache_chain(blocks, "a", "b", "c"), cache_chain(blocks, "x", "y", "z")
+    blocks.release(blocks.match_prefix(["a", "b", "c"]))  # now x y z is the older one
+    blocks.take(4)
+    blocks.take(1)
+    assert blocks.match_prefix(["x", "y", "z"]) == new[:2]
+    assert blocks.match_prefix(["a", "b", "c"]) == old
+
+
+def full_pool_with_chain(*released: int) -> tuple[Blocks, list[int]]:
+    """Ten blocks: five leased, of which `released` are free again, then a cached chain of five."""
+    blocks = Blocks(num_blocks=10, block_size=16)
+    taken = blocks.take(10)
+    commit_chain(blocks, taken[5:], "abcde")
+    blocks.release(taken[5:])
+    blocks.release(taken[place] for place in released)
+    return blocks, taken
+
+
+def test_a_few_more_evictions_are_worth_one_run() -> None:
+    blocks, taken = full_pool_with_chain(0, 2)
+    assert blocks.take(4) == taken[6:]  # two are free, and two evictions would leave three runs
+    assert states(blocks) == (2, 1, 7, 0)
+    blocks.check_integrity()
+
+
+def test_evictions_that_can_not_make_one_run_are_spared() -> None:
+    blocks, taken = full_pool_with_chain(0, 1, 2)
+    assert len(blocks.take(7)) == 7  # the leased block between them prevents it
+    assert blocks.match_prefix(["a", "b"]) == [taken[5]]
+    blocks.check_integrity()
+
+
+def test_a_parent_whose_child_is_leased_goes_last_but_goes(blocks: Blocks) -> None:
+    parent, child = blocks.take(2)
+    blocks.commit(parent, "a", None)
+    blocks.commit(child, "b", "a")
+    blocks.release([parent])
+    cache_chain(blocks, "x")
+    blocks.take(8)
+    assert blocks.match_prefix(["x"]) == []
+    assert blocks.can_take(1)
+    assert blocks.take(1) == [parent]
+    assert blocks.match_prefix(["a", "b"]) == []
+
+
+def test_out_of_blocks_changes_nothing(blocks: Blocks) -> None:
+    chain = cache_chain(blocks, "a", "b")
+    held = blocks.take(6)
+    assert not blocks.can_take(5)
+    with pytest.raises(OutOfBlocks, match="5 blocks wanted, 2 are free, 2 evictable"):
+        blocks.take(5)
+    with pytest.raises(OutOfBlocks):
+        blocks.plan_runs(5)
+    assert blocks.match_prefix(["a", "b"]) == chain
+    blocks.release(held)
+
+
+def test_grows_in_place_while_it_can(blocks: Blocks) -> None:
+    [first] = blocks.take(1, room=2)
+    assert blocks.grow(first) == first + 1
+    assert blocks.grow(first + 1) == first + 2
+    moved = blocks.grow(first + 2)
+    assert moved not in range(first, first + 3)
+    assert blocks.grow(None) not in (first, moved)
+
+
+def test_grow_raises_when_nothing_is_left(blocks: Blocks) -> None:
+    blocks.take(10)
+    with pytest.raises(OutOfBlocks):
+        blocks.grow(3)
+
+
+def test_plan_runs_tells_what_take_will_give(blocks: Blocks) -> None:
+    taken = blocks.take(10)
+    blocks.release([taken[1], taken[2], taken[5]])
+    plan = blocks.plan_runs(3)
+    assert plan == [2, 1]
+    assert blocks.take(3) == [taken[1], taken[2], taken[5]]
+
+
+def test_plan_runs_counts_what_will_be_evicted(blocks: Blocks) -> None:
+    cache_chain(blocks, *"abc")
+    blocks.take(5)
+    assert blocks.plan_runs(4) == [2, 2]
+
+
+def test_quarantined_blocks_are_nobodys_until_settled(blocks: Blocks) -> None:
+    shared, own, anonymous = blocks.take(3)
+    commit_chain(blocks, [shared, own], ["a", "b"])
+    blocks.match_prefix(["a"])
+    assert blocks.quarantine([shared, own, anonymous]) == [own, anonymous]
+    assert states(blocks) == (7, 0, 1, 2)
+    assert blocks.match_prefix(["a", "b"]) == [shared]
+    blocks.settle([own, anonymous])
+    assert states(blocks) == (9, 0, 1, 0)
+
+
+def test_refuses_to_release_what_is_not_leased_and_then_changes_nothing(blocks: Blocks) -> None:
+    [block] = blocks.take(1)
+    for wrong in ([block, block], [block, 7 - block], [99]):
+        with pytest.raises(ValueError, match="not leased"):
+            blocks.release(wrong)
+        with pytest.raises(ValueError, match="not leased"):
+            blocks.quarantine(wrong)
+    assert states(blocks) == (9, 0, 1, 0)
+    with pytest.raises(ValueError, match="not quarantined"):
+        blocks.settle([block])
+
+
+def test_refuses_to_commit_wrongly(blocks: Blocks) -> None:
+    [block] = blocks.take(1)
+    blocks.commit(block, "a", None)
+    blocks.commit(block, "a", None)
+    with pytest.raises(ValueError, match="committed as a"):
+        blocks.commit(block, "b", None)
+    with pytest.raises(ValueError, match="not leased"):
+        blocks.commit(block - 1, "b", "a")
+
+
+def test_a_lost_block_is_reported_with_both_sides(blocks: Blocks) -> None:
+    [block] = blocks.take(1)
+    refs = blocks._refs.pop(block)
+    with pytest.raises(IntegrityError, match="9 != 10"):
+        blocks.check_integrity()
+    blocks._refs[block] = refs

@@ -1,0 +1,170 @@
+"""Room for handoffs: who may write, and when blocks come back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from flowkv_common.errors import BadRequest, Stale
+from flowkv_common.kv.blocks import Blocks, OutOfBlocks
+from flowkv_common.kv.reservations import Reservation, Reservations
+from flowkv_common.wire.messages import NodeRef
+
+NODE = NodeRef(node_id="prefill-1", incarnation="a")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def blocks() -> Iterator[Blocks]:
+    blocks = Blocks(num_blocks=16, block_size=16)
+    yield blocks
+    blocks.check_integrity()
+
+
+@pytest.fixture
+def reservations(blocks: Blocks, clock: Clock) -> Reservations:
+    return Reservations(blocks, clock)
+
+
+def reserve(
+    reservations: Reservations, num_blocks: int, *, name: str = "r.1", hashes: tuple[str, ...] = ()
+) -> Reservation:
+    return reservations.open(name, num_blocks, hashes, [num_blocks], "gw-1", NODE, expires_in_s=10.0)
+
+
+def cache(blocks: Blocks, *hashes: str) -> list[int]:
+    block_ids = blocks.take(len(hashes))
+    for block_id, block_hash, parent in zip(block_ids, hashes, [None, *hashes], strict=False):
+        blocks.commit(block_id, block_hash, parent)
+    blocks.release(block_ids)
+    return block_ids
+
+
+def test_claimed_blocks_belong_to_the_caller(reservations: Reservations, blocks: Blocks) -> None:
+    reserved = reserve(reservations, 5)
+    with reservations.landing("r.1", reserved.token, reserved.block_ids) as landing:
+        assert not landing.revoked
+    assert reservations.claim("r.1", reserved.token).block_ids == reserved.block_ids
+    assert (reservations.num_open, blocks.counts().leased) == (0, 5)
+    with pytest.raises(Stale):
+        reservations.claim("r.1", reserved.token)
+    reservations.cancel("r.1")
+    assert blocks.counts().leased == 5
+    blocks.release(reserved.block_ids)
+
+
+def test_the_cached_prefix_is_pinned_and_comes_first(reservations: Reservations, blocks: Blocks) -> None:
+    cached = cache(blocks, "a", "b")
+    reserved = reserve(reservations, 4, hashes=("a", "b", "c"))
+    assert (reserved.num_cached_blocks, reserved.cached_block_ids) == (2, cached)
+    assert not blocks.can_take(13)
+    with pytest.raises(BadRequest, match="not reserved"):
+        with reservations.landing("r.1", reserved.token, cached):
+            pass
+    reservations.cancel("r.1")
+    assert blocks.counts().cached == 2
+
+
+def test_like_is_read_from_behind_the_cached_prefix(reservations: Reservations, blocks: Blocks) -> None:
+    cache(blocks, "a", "b")
+    scattered = blocks.take(14)
+    blocks.release(scattered[0:4] + scattered[6:8] + scattered[10:12])
+    reserved = reservations.open("r.1", 6, ["a", "b"], [4, 2], "gw-1", NODE, 10.0)
+    assert reserved.empty_block_ids == scattered[0:4]
+    reservations.cancel("r.1")
+    blocks.release(scattered[4:6] + scattered[8:10] + scattered[12:])
+
+
+def test_too_little_room_leaves_nothing_pinned(reservations: Reservations, blocks: Blocks) -> None:
+    cache(blocks, "a", "b")
+    with pytest.raises(OutOfBlocks):
+        reserve(reservations, 17, hashes=("a", "b"))
+    assert (blocks.counts().leased, blocks.counts().cached, reservations.num_open) == (0, 2, 0)
+
+
+def test_opens_once_and_never_empty(reservations: Reservations) -> None:
+    reserve(reservations, 2)
+    with pytest.raises(Stale, match="already"):
+        reserve(reservations, 2)
+    with pytest.raises(BadRequest, match="at least one"):
+        reserve(reservations, 0, name="r.2")
+    assert reservations.num_open == 1
+
+
+@pytest.mark.parametrize("token", ["", "0" * 32, "gefälscht"])
+def test_a_wrong_token_opens_nothing(reservations: Reservations, token: str) -> None:
+    reserved = reserve(reservations, 2)
+    with pytest.raises(Stale, match="token"):
+        reservations.claim("r.1", token)
+    with pytest.raises(Stale, match="token"):
+        with reservations.landing("r.1", token, reserved.block_ids):
+            pass
+
+
+def test_expires_unless_extended(reservations: Reservations, blocks: Blocks, clock: Clock) -> None:
+    reserved = reserve(reservations, 2)
+    clock.now += 9.0
+    reservations.extend("r.1", 10.0)
+    clock.now += 9.0
+    assert reservations.sweep() == []
+    clock.now += 1.0
+    with pytest.raises(Stale):
+        reservations.extend("r.1", 10.0)
+    with pytest.raises(Stale):
+        reservations.claim("r.1", reserved.token)
+    with pytest.raises(Stale):
+        with reservations.landing("r.1", reserved.token, reserved.block_ids):
+            pass
+    assert reservations.sweep() == ["r.1"]
+    assert blocks.counts().free == 16
+
+
+def test_blocks_under_a_copy_wait_for_the_last_copy(reservations: Reservations, blocks: Blocks) -> None:
+    reserved = reserve(reservations, 4)
+    first, second = reserved.block_ids[:2], reserved.block_ids[2:]
+    with reservations.landing("r.1", reserved.token, first) as landing:
+        with reservations.landing("r.1", reserved.token, second):
+            with pytest.raises(Stale, match="still copying"):
+                reservations.claim("r.1", reserved.token)
+            reservations.cancel("r.1")
+            reservations.cancel("r.1")
+            assert landing.revoked
+            assert (blocks.counts().quarantined, reservations.num_open) == (4, 0)
+        assert blocks.counts().quarantined == 4
+    assert blocks.counts().free == 16
+
+
+def test_a_copy_that_fails_ends_too(reservations: Reservations, blocks: Blocks) -> None:
+    reserved = reserve(reservations, 1)
+    with pytest.raises(ConnectionError):
+        with reservations.landing("r.1", reserved.token, reserved.block_ids):
+            raise ConnectionError
+    assert reservations.claim("r.1", reserved.token).num_copying == 0
+    blocks.release(reserved.block_ids)
+
+
+def test_all_of_an_owner_can_be_cancelled(reservations: Reservations, blocks: Blocks) -> None:
+    reserve(reservations, 2)
+    reservations.open("r.2", 2, [], [], "gw-2", NODE, 10.0)
+    assert reservations.cancel_where(lambda kept: kept.owner_gateway == "gw-2") == ["r.2"]
+    assert reservations.cancel_where(lambda kept: kept.owner_node == NODE) == ["r.1"]
+    assert blocks.counts().free == 16
+
+
+def test_the_secret_does_not_show_in_logs(reservations: Reservations) -> None:
+    reserved = reserve(reservations, 1)
+    assert len(reserved.token) == 32
+    assert reserved.token not in repr(reserved)
