@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
+
 from flowkv_common.engine.batch import WorkItem, pack
 from flowkv_common.engine.model import LoadedModel
 from flowkv_common.engine.runner import Runner

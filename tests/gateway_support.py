@@ -8,12 +8,13 @@ from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as RawTokenizer
+
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import ModelCard
 from flowkv_gateway.generation import Generation, Piece
 from flowkv_gateway.tokenizer import Tokenizer
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
-from tokenizers import Tokenizer as RawTokenizer
 
 MODEL = "tiny/model"
 CARD = ModelCard(name=MODEL, fingerprint="f", max_model_len=128, vocab_size=512, eos_token_ids=[0])
@@ -40,10 +41,14 @@ def write_tokenizer(folder: Path) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raw.train_from_iterator(["the quick brown fox jumps over the lazy dog, hello world, user assistant"], trainer)
+    raw.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog, hello world, user assistant"], trainer
+    )
     raw.add_tokens([AddedToken("<tool call>", special=False)])
     raw.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", "bos_token": "<|start|>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|end|>", "bos_token": "<|start|>"})
+    )
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
@@ -69,12 +74,14 @@ class ScriptedGenerator:
     asked: list[Generation] = field(default_factory=list)
     log: list[str] = field(default_factory=list)  # "ask <n>", "piece <n>" in the order they happened
     cancelled: list[str] = field(default_factory=list)
+    was_asked: asyncio.Event = field(default_factory=asyncio.Event)
     was_cancelled: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Piece, None]:
         number = len(self.asked)
         self.asked.append(generation)
         self.log.append(f"ask {number}")
+        self.was_asked.set()
         try:
             for step in self.script:
                 if isinstance(step, asyncio.Event):

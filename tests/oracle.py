@@ -19,7 +19,7 @@ def _reference(model_path: Path) -> Any:
 def check_identity(
     model_path: Path | str, prompt_ids: list[int], output_ids: list[int], tolerance: float = 1e-3
 ) -> None:
-    """Asserts that each of `output_ids` is what `transformers` alone would choose, up to `tolerance` in its logit."""
+    """Asserts that `output_ids` are what `transformers` alone would choose, up to `tolerance` in logits."""
     assert output_ids, "there is no output to check"
     model = _reference(Path(model_path).resolve())
     token_ids = torch.tensor([prompt_ids + output_ids[:-1]])

@@ -30,7 +30,7 @@ _COMMON = {
 def make_tiny_model(
     folder: Path, arch: str = "llama", seed: int = 0, *, vocab_size: int = VOCAB_SIZE, **config: object
 ) -> Path:
-    """Writes config and fp32 safetensors of a random `arch` ("llama", "qwen2", "qwen3", "mistral", "gpt2", ...)."""
+    """Writes config and fp32 safetensors of a random model of type `arch`, such as "llama" or "gpt2"."""
     values = {**_COMMON, "vocab_size": vocab_size, **config}
     if arch == "gpt2":  # knows neither, and would believe them
         del values["num_key_value_heads"], values["head_dim"]

@@ -110,15 +110,15 @@ async def test_node_that_lives_longer_than_the_ttl_stays(nats_server: NatsServer
     assert set(nodes.history[-1]) == {"p0"}
 
 
-async def test_dead_node_expires(nats_server: NatsServer) -> None:
+async def test_dead_node_expires_while_others_live(nats_server: NatsServer) -> None:
     nodes = Nodes()
     async with connect(nats_server.url, name="watcher") as bus, contextlib.AsyncExitStack() as node:
         node_bus = await node.enter_async_context(connect(nats_server.url, name="node"))
-        async with running(watch(bus, nodes)):
+        async with running(watch(bus, nodes), announce(bus, "d0")):
             async with running(announce(node_bus, "p0")):
-                await nodes.until("p0")
+                await nodes.until("d0", "p0")
                 await node.aclose()  # its connection goes first, as in a crash: nothing is deleted
-            await nodes.until()
+            await nodes.until("d0")
 
 
 async def test_new_descriptor_is_told(nats_server: NatsServer) -> None:
@@ -149,17 +149,23 @@ async def test_bucket_lost_by_the_server_is_made_anew_without_a_verdict(nats_ser
             await nodes.until("p0")
 
 
-async def test_node_that_died_with_the_server_is_dropped_after_the_grace(nats_server: NatsServer) -> None:
+async def test_node_that_died_with_the_server_is_dropped_only_after_a_grace(nats_server: NatsServer) -> None:
     nodes = Nodes()
     async with connect(nats_server.url, name="watcher") as bus, contextlib.AsyncExitStack() as node:
         node_bus = await node.enter_async_context(connect(nats_server.url, name="node"))
-        async with running(watch(bus, nodes), announce(bus, "d0")):
+        async with running(watch(bus, nodes)):
             async with running(announce(node_bus, "p0")):
-                await nodes.until("d0", "p0")
+                await nodes.until("p0")
                 await node.aclose()
+            back = asyncio.Event()
+            bus.on_reconnect(back.set)
             nats_server.kill()
             nats_server.start()
-            await nodes.until("d0")
+            async with asyncio.timeout(5):
+                await back.wait()
+            async with running(announce(bus, "d0")):
+                await nodes.until("d0", "p0")  # the server has forgotten p0, we have not
+                await nodes.until("d0")
 
 
 async def test_old_life_does_not_delete_the_record_of_the_new_one(nats_server: NatsServer) -> None:

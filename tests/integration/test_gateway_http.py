@@ -8,16 +8,18 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
+from gateway_support import CARD, EOS, MODEL, ScriptedGenerator, text_pieces, write_tokenizer
+from prometheus_client import CollectorRegistry
+
 from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import (
     DeadlineExceeded,
-    FlowKVError,
     Full,
     Internal,
     Stale,
@@ -28,8 +30,6 @@ from flowkv_common.wire.messages import TokenLogprob
 from flowkv_gateway.app import build_app
 from flowkv_gateway.generation import Piece
 from flowkv_gateway.tokenizer import Tokenizer
-from gateway_support import EOS, MODEL, ScriptedGenerator, text_pieces, write_tokenizer
-from prometheus_client import CollectorRegistry
 
 USER: Any = [{"role": "user", "content": "say hello"}]
 CHAT = {"messages": USER}
@@ -66,18 +66,21 @@ class Gateway:
 async def running(tokenizer: Tokenizer, **settings: Any) -> AsyncIterator[Gateway]:
     generator = ScriptedGenerator(text_pieces(tokenizer, "hello w\u00f6rld \U0001f600"))
     app = build_app(
-        GatewaySettings(model_path="unused", model_name=MODEL, **settings), tokenizer, generator, CollectorRegistry()
+        GatewaySettings(model_path="unused", model_name=MODEL, **settings),
+        tokenizer,
+        generator,
+        CollectorRegistry(),
     )
     async with serve_http(app, "127.0.0.1", 0, drain_timeout_s=1) as port:
         url = f"http://127.0.0.1:{port}"
         async with (
-            httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as http,
+            httpx.AsyncClient(base_url=url, timeout=10, trust_env=False, verify=False) as http,
             openai.AsyncOpenAI(
                 base_url=f"{url}/v1",
                 api_key="none",
                 max_retries=0,
                 timeout=10,
-                http_client=httpx.AsyncClient(trust_env=False),
+                http_client=httpx.AsyncClient(trust_env=False, verify=False),
             ) as client,
         ):
             yield Gateway(generator, port, http, client)
@@ -114,7 +117,9 @@ async def test_chat_stream(gateway: Gateway) -> None:
         )
     ]
     *tokens, last = chunks
-    assert len(tokens) == len(list(gateway.generator.script)), "one chunk per token, also where it has no text"
+    assert len(tokens) == len(list(gateway.generator.script)), (
+        "one chunk per token, also where it has no text"
+    )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in tokens) == "hello w\u00f6rld \U0001f600"
     assert [chunk.choices[0].delta.role for chunk in tokens] == ["assistant"] + [None] * (len(tokens) - 1)
     assert [chunk.choices[0].finish_reason for chunk in tokens] == [None] * (len(tokens) - 1) + ["stop"]
@@ -164,7 +169,18 @@ async def test_completion_prompts(gateway: Gateway, prompt: Any, num_prompts: in
         assert reply.usage.prompt_tokens == 4
 
 
-async def test_n_choices_start_after_the_first_token_of_the_first(gateway: Gateway) -> None:
+class Prefill(asyncio.Event):
+    """Set after so many turns of the loop that whatever could start meanwhile has started."""
+
+    async def wait(self) -> Any:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+
+async def test_n_choices_start_after_the_first_token_of_the_first(
+    gateway: Gateway, tokenizer: Tokenizer
+) -> None:
+    gateway.generator.script = [Prefill(), *text_pieces(tokenizer, "hello")]
     reply = await gateway.client.chat.completions.create(model=MODEL, messages=USER, n=3, seed=5)
     assert [choice.index for choice in reply.choices] == [0, 1, 2]
     log = gateway.generator.log
@@ -213,10 +229,11 @@ async def test_messages_reach_the_template(gateway: Gateway, tokenizer: Tokenize
         {"role": "assistant", "content": None, "tool_calls": [call]},
     ]
     tools = [{"type": "function", "function": {"name": "f"}}]
+    gateway.generator.card = msgspec.structs.replace(CARD, max_model_len=1000)
     await gateway.http.post("/v1/chat/completions", json={"messages": messages, "tools": tools})
     prompt = await tokenizer.decode(gateway.generator.asked[0].prompt_ids)
     assert prompt.startswith("<|start|>system\nx<|end|>\n<|start|>user\na\nb<|end|>\n")
-    assert '"arguments": {"a": 1}' in prompt
+    assert '<|start|>assistant\n{"function": {"name": "f", "arguments": {"a": 1}}' in prompt
     assert prompt.endswith('"function": {"name": "f"}}]<|start|>assistant\n')
 
 
@@ -256,9 +273,7 @@ async def test_error_after_the_first_token_is_an_event_and_the_end(
     assert json.loads(token)["choices"]
     assert json.loads(failure)["error"]["message"] == "all nodes are gone"
     with pytest.raises(openai.APIError, match="all nodes are gone"):
-        async for _ in await gateway.client.chat.completions.create(
-            model=MODEL, messages=USER, stream=True
-        ):
+        async for _ in await gateway.client.chat.completions.create(model=MODEL, messages=USER, stream=True):
             pass
 
 
@@ -377,8 +392,7 @@ async def raw_post(
 
 async def until_asked(gateway: Gateway) -> None:
     async with asyncio.timeout(5):
-        while not gateway.generator.asked:
-            await asyncio.sleep(0)
+        await gateway.generator.was_asked.wait()
 
 
 @pytest.mark.parametrize("stream", [False, True])

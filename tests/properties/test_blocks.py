@@ -35,13 +35,19 @@ class BlocksMachine(RuleBasedStateMachine):
         self.blocks = Blocks(NUM_BLOCKS, BLOCK_SIZE)
         self.sequences: list[Sequence] = []
         self.quarantined: list[int] = []
+        self.content: dict[int, str] = {}  # the hash of what was last computed into a block
+
+    def match(self, hashes: list[str]) -> list[int]:
+        found = self.blocks.match_prefix(hashes)
+        assert [self.content[block] for block in found] == hashes[: len(found)]
+        return found
 
     def refs(self) -> Counter[int]:
         return Counter(block for sequence in self.sequences for block in sequence.block_ids)
 
     @rule(hashes=prompts, extra=st.integers(0, 3), room=st.integers(0, 2))
     def start(self, hashes: list[str], extra: int, room: int) -> None:
-        cached = self.blocks.match_prefix(hashes)
+        cached = self.match(hashes)
         missing = len(hashes) - len(cached) + extra
         occupied = set(self.refs()) | set(cached) | set(self.quarantined)
         if NUM_BLOCKS - len(occupied) < missing:
@@ -53,6 +59,8 @@ class BlocksMachine(RuleBasedStateMachine):
         fresh = self.blocks.take(missing, room=room)
         assert len(set(fresh)) == missing
         assert not occupied & set(fresh)
+        for block in fresh:
+            self.content.pop(block, None)
         self.sequences.append(Sequence(hashes, cached + fresh, len(cached)))
 
     @precondition(lambda self: self.sequences)
@@ -61,11 +69,11 @@ class BlocksMachine(RuleBasedStateMachine):
         sequence = data.draw(st.sampled_from(self.sequences))
         for i in range(sequence.num_committed, len(sequence.hashes)):
             parent = sequence.hashes[i - 1] if i else None
+            self.content[sequence.block_ids[i]] = sequence.hashes[i]
             self.blocks.commit(sequence.block_ids[i], sequence.hashes[i], parent)
         sequence.num_committed = len(sequence.hashes)
-        found = self.blocks.match_prefix(sequence.hashes)
+        found = self.match(sequence.hashes)
         self.blocks.release(found)
-        assert len(found) <= len(sequence.hashes)
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -79,6 +87,7 @@ class BlocksMachine(RuleBasedStateMachine):
             return
         block = self.blocks.grow(last)
         assert block not in occupied
+        self.content.pop(block, None)
         sequence.block_ids.append(block)
 
     @precondition(lambda self: self.sequences)
@@ -86,7 +95,7 @@ class BlocksMachine(RuleBasedStateMachine):
     def finish(self, data: st.DataObject) -> None:
         sequence = self.pop(data)
         self.blocks.release(sequence.block_ids)
-        found = self.blocks.match_prefix(sequence.hashes[: sequence.num_committed])
+        found = self.match(sequence.hashes)
         self.blocks.release(found)
 
     @precondition(lambda self: self.sequences)

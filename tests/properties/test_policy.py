@@ -93,15 +93,15 @@ loads = st.sampled_from(
 )
 
 
-def loaded(node: NodeView, load: str) -> NodeView:
+def loaded(node: NodeView, load: str, by: int) -> NodeView:
     """The same node with more to do."""
     if load == "given":
-        return node._replace(given=Work(*(have + 8 for have in node.given)))
+        return node._replace(given=Work(*(have + by for have in node.given)))
     if load == "free":
         blocks = node.report.blocks
         less = msgspec.structs.replace(blocks, free=blocks.free // 2, leased=blocks.total - blocks.free // 2)
         return node._replace(report=msgspec.structs.replace(node.report, blocks=less))
-    more = {"decode_step_s": 0.2}.get(load) or getattr(node.report, load) + 700
+    more = {"decode_step_s": 0.2}.get(load) or getattr(node.report, load) + by
     return node._replace(report=msgspec.structs.replace(node.report, **{load: more}))
 
 
@@ -113,7 +113,7 @@ def test_more_load_never_makes_a_node_more_attractive(
         return
     which = data.draw(st.integers(0, len(nodes) - 1))
     busier = list(nodes)
-    busier[which] = loaded(nodes[which], data.draw(loads))
+    busier[which] = loaded(nodes[which], data.draw(loads), by=data.draw(st.sampled_from([1, 8, 700])))
     before, after = pair(choose(wanted, nodes)) or (), pair(choose(wanted, busier)) or ()
     node_id = nodes[which].node_id
     assert after.count(node_id) <= before.count(node_id)

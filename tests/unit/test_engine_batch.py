@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 from drive import make_sequence
+
 from flowkv_common.engine.batch import WorkItem, pack
 from flowkv_common.wire.messages import SamplingParams
 

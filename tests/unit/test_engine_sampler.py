@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from flowkv_common.engine.nucleus import PREFIX_LEN
 from flowkv_common.engine.sampler import SampleInput, sample
 from flowkv_common.wire.messages import SamplingParams
@@ -57,7 +58,7 @@ def test_draws_follow_the_probabilities() -> None:
 
 def test_temperature_flattens() -> None:
     logits = torch.tensor([0.8, 0.2]).log()
-    assert frequencies(logits, temperature=100.0)[1] == pytest.approx(0.5, abs=0.06)
+    assert frequencies(logits, num_draws=1500, temperature=100.0)[1] == pytest.approx(0.5, abs=0.04)
     assert frequencies(logits, temperature=1e-9) == {0: 1.0}
 
 
@@ -76,20 +77,30 @@ def test_top_k_over_the_vocabulary_is_no_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    "sampling",
-    [{}, {"top_p": 0.9}, {"top_k": PREFIX_LEN + 44}, {"min_p": 0.5}, {"top_k": 300, "top_p": 0.9}],
+    ("sampling", "num_kept"),
+    [
+        ({}, 1024),
+        ({"top_p": 0.9}, 922),
+        ({"min_p": 0.5}, 1024),
+        ({"top_k": 300}, 300),
+        ({"top_k": 300, "top_p": 0.9}, 270),
+    ],
 )
-def test_flat_distributions_reach_beyond_the_prefix(sampling: dict[str, Any]) -> None:
-    size = 4 * PREFIX_LEN
-    logits = -torch.arange(size) * 1e-4
-    ranks = [choose(logits, index, seed=3, **sampling) for index in range(60)]
-    kept = sampling.get("top_k", size) * sampling.get("top_p", 1.0)
-    assert PREFIX_LEN < max(ranks) <= kept + 1 or kept * 0.85 < max(ranks) <= kept + 1
+def test_flat_distributions_reach_beyond_the_prefix(sampling: dict[str, Any], num_kept: int) -> None:
+    logits = -torch.arange(1024) * 1e-4
+    highest = max(choose(logits, index, seed=3, **sampling) for index in range(60))
+    assert PREFIX_LEN <= highest < num_kept
 
 
 def test_the_prefix_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(500, generator=torch.manual_seed(1)) * 3
-    cases: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.05}, {"top_k": 9, "top_p": 0.5}]
+    cases: list[dict[str, Any]] = [
+        {},
+        {"top_p": 0.9},
+        {"top_k": 40},
+        {"min_p": 0.05},
+        {"top_k": 9, "top_p": 0.5},
+    ]
     short = [[choose(logits, index, **case) for index in range(30)] for case in cases]
     monkeypatch.setattr("flowkv_common.engine.nucleus.PREFIX_LEN", 500)
     assert short == [[choose(logits, index, **case) for index in range(30)] for case in cases]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 from drive import make_sequence
+
 from flowkv_common.wire.hashing import block_hashes
 from flowkv_common.wire.messages import SamplingParams
 

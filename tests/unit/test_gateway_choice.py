@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from flowkv_common.wire.messages import SamplingParams, TokenLogprob
 from flowkv_gateway.choice import Choice, Delta
 from flowkv_gateway.generation import Generation, Piece

@@ -6,13 +6,14 @@ import json
 import time
 
 import pytest
-from flowkv_gateway.detokenizer import Detokenizer
-from flowkv_gateway.stops import StopFinder
-from flowkv_gateway.vocabulary import Vocabulary
 from gateway_support import write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
+
+from flowkv_gateway.detokenizer import Detokenizer
+from flowkv_gateway.stops import StopFinder
+from flowkv_gateway.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
 import pytest
-from flowkv_common.errors import BadRequest, FlowKVError
+from gateway_support import CARD
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import SamplingParams
 from flowkv_gateway.errors import ContextLengthExceeded
 from flowkv_gateway.generation import Generation
 from flowkv_gateway.params import ChatRequest, CompletionRequest
 from flowkv_gateway.parsing import parse_json
 from flowkv_gateway.planning import plan
-from gateway_support import CARD
-from hypothesis import given
-from hypothesis import strategies as st
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -117,7 +119,15 @@ def test_bad_completion_field_is_named(fields: dict[str, Any], field: str) -> No
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b"null", b'{"messages": "\xff"}', b'{"a":' + b"[" * 100_000, b'{"messages": "\\ud800"}'],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"messages": "\xff"}',
+        b'{"a":' + b"[" * 100_000,
+        b'{"messages": "\\ud800"}',
+    ],
 )
 def test_bytes_that_are_no_request(body: bytes) -> None:
     with pytest.raises(BadRequest):
@@ -136,12 +146,10 @@ FIELDS = st.sampled_from([*ChatRequest.__struct_fields__, *CompletionRequest.__s
 def test_any_json_is_planned_or_refused(fields: dict[str, Any], body: bytes) -> None:
     for kind in (ChatRequest, CompletionRequest):
         for payload in (body, json.dumps({"messages": USER, "prompt": "a", **fields}).encode()):
-            try:
+            with contextlib.suppress(BadRequest):
                 request = parse_json(payload, kind)
                 request.check()
                 planned(request)
-            except FlowKVError as error:
-                assert error.code == 400
 
 
 def test_null_and_unknown_fields_are_nothing() -> None:

@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gateway_support import TEMPLATE, write_tokenizer
+
 from flowkv_common.errors import BadRequest
 from flowkv_gateway.chat_template import ChatTemplate
 from flowkv_gateway.tokenizer import Tokenizer
-from gateway_support import TEMPLATE, write_tokenizer
 
 CHAT = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": "h\u00e9llo <b> \U0001f600\n"},
-    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "\u00e9"}}}]},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "f", "arguments": {"a": "\u00e9"}}}],
+    },
 ]
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 
@@ -94,7 +99,9 @@ async def test_named_and_missing_templates(folder: Path, tmp_path: Path) -> None
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     with pytest.raises(BadRequest):
         await Tokenizer.load(tmp_path).encode_chat(CHAT)
-    config = '{"bos_token": {"content": "<|start|>"}, "chat_template": [{"name": "default", "template": "%s"}]}'
+    config = (
+        '{"bos_token": {"content": "<|start|>"}, "chat_template": [{"name": "default", "template": "%s"}]}'
+    )
     (tmp_path / "tokenizer_config.json").write_text(config % "{{ bos_token }}")
     assert await Tokenizer.load(tmp_path).encode_chat(CHAT) == [1]
 

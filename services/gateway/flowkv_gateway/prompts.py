@@ -65,7 +65,7 @@ def _for_template(messages: list[ChatMessage]) -> list[dict[str, Any]]:
             fields["role"] = "system"
         if isinstance(message.content, list):
             fields["content"] = "\n".join(part.text or "" for part in message.content)
-        fields.setdefault("content", None)
+        fields.setdefault("content", "")  # tool calls alone; few templates know a null
         for call in fields.get("tool_calls", ()):
             function = call["function"]
             function["arguments"] = _arguments(function["arguments"], place)

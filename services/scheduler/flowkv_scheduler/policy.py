@@ -57,19 +57,22 @@ class Sides(NamedTuple):
 
 
 def choose(request: ScheduleRequest, nodes: Sequence[NodeView]) -> Choice | None:
-    """The best pair; None when no pair has room for the prompt now. Ties go to the smaller node id."""
+    """The best pair; None when no pair has room for the prompt now.
+
+    Ties go to the less loaded prefill node, then to the smaller node ids.
+    """
     sides = split(request, nodes)
     prefill = sorted((prefill_cost(request, node) for node in sides.prefill), key=_rank)
     decode = sorted((decode_cost(node) for node in sides.decode if has_room(request, node)), key=_rank)
     pairs = [
-        (p.total_s + transfer_s(request, p.node, d.node) + d.total_s, p.node.node_id, d.node.node_id, p, d)
+        (p.total_s + transfer_s(request, p.node, d.node) + d.total_s, p, d)
         for p in prefill
         for d in decode
         if can_pair(p.node, d.node)
     ]
     if not pairs:
         return None
-    predicted_s, _, _, p, d = min(pairs, key=lambda pair: pair[:3])
+    predicted_s, p, d = min(pairs, key=lambda pair: pair[0])
     return Choice(
         prefill=p.node,
         decode=d.node,

@@ -15,12 +15,12 @@ from typing import Any, overload
 
 import msgspec
 import nats.errors
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
 from flowkv_common import errors
 from flowkv_common.bus.answers import open_answer
+from flowkv_common.bus.client import BarrierClient
 from flowkv_common.bus.subscription import Subscription
 from flowkv_common.wire.messages import M, Message, decode, encode
 
@@ -50,9 +50,14 @@ async def connect(
     try:
         async with asyncio.timeout(connect_timeout_s):
             await bus._open(url, name, drain_timeout_s)
-    except TimeoutError:
+    except BaseException as error:
         await bus.nc.close()
-        raise errors.Unavailable(f"no NATS server at {url} within {connect_timeout_s} s") from None
+        if not isinstance(error, TimeoutError):
+            raise
+        where = url.rpartition("@")[2]  # without a password
+        raise errors.Unavailable(
+            f"no NATS at {where} in {connect_timeout_s} s: {bus.nc.last_error}"
+        ) from None
     try:
         yield bus
     finally:
@@ -63,7 +68,7 @@ class Bus:
     """Typed access to one NATS connection, made by `connect`. `nc` is nats-py's client underneath."""
 
     def __init__(self, on_closed: Callable[[], None] | None) -> None:
-        self.nc = Client()
+        self.nc = BarrierClient()
         self.num_slow_consumer_drops = 0
         self._on_closed = on_closed
         self._reconnect_callbacks: list[Callable[[], None]] = []

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 
 import msgspec
 import nats.errors
@@ -47,13 +47,13 @@ async def keep_announced(bus: Bus, descriptor: Callable[[], NodeDescriptor], ttl
             pause_s = ttl_s / 3
             try:
                 if bus.is_connected:  # else the reconnect wakes us
-                    async with asyncio.timeout(_CALL_TIMEOUT_S):
+                    async with _until_reconnect(bus), asyncio.timeout(_CALL_TIMEOUT_S):
                         bucket = bucket or await _open_bucket(bus, ttl_s)
                         record = descriptor()
                         revision = await bucket.put(record.node.node_id, encode(record))
                     retry_s = _FIRST_RETRY_S
             except _TROUBLE as error:
-                log.warning("the node is not announced: %s", error or type(error).__name__)
+                log.warning("the node is not announced: %s", str(error) or type(error).__name__)
                 bucket = None
                 pause_s, retry_s = retry_s, min(2 * retry_s, ttl_s / 3)
             with suppress(TimeoutError):
@@ -77,12 +77,40 @@ async def watch_nodes(
     retry_s = _FIRST_RETRY_S
     while True:
         try:
-            await _follow_until_reconnect(bus, known, ttl_s)
+            async with _until_reconnect(bus):
+                await _follow(bus, known, ttl_s)
+            retry_s = _FIRST_RETRY_S
+        except _Reconnected:
             retry_s = _FIRST_RETRY_S
         except _TROUBLE as error:
-            log.warning("the watch on nodes ended: %s", error or type(error).__name__)
+            log.warning("the watch on nodes ended: %s", str(error) or type(error).__name__)
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, ttl_s / 3)
+
+
+class _Reconnected(TimeoutError):
+    """The connection was lost and is back: what was asked before will not be answered."""
+
+
+@asynccontextmanager
+async def _until_reconnect(bus: Bus) -> AsyncIterator[None]:
+    """Cut the body off at the next reconnect. Raises `_Reconnected`."""
+    loop = asyncio.get_running_loop()
+
+    def cut() -> None:
+        if not life.expired():
+            life.reschedule(loop.time())
+
+    forget_callback = bus.on_reconnect(cut)
+    try:
+        async with asyncio.timeout(None) as life:
+            yield
+    except TimeoutError:
+        if life.expired():
+            raise _Reconnected("reconnected to NATS") from None
+        raise
+    finally:
+        forget_callback()
 
 
 class _KnownNodes:
@@ -122,25 +150,6 @@ class _KnownNodes:
             self._on_change(dict(self._nodes))
 
 
-async def _follow_until_reconnect(bus: Bus, known: _KnownNodes, ttl_s: float) -> None:
-    """One life of the watch. The consumer of a watch may not survive what cut us off, hence a new one."""
-    loop = asyncio.get_running_loop()
-
-    def end() -> None:
-        if not life.expired():
-            life.reschedule(loop.time())
-
-    forget_callback = bus.on_reconnect(end)
-    try:
-        async with asyncio.timeout(None) as life:
-            await _follow(bus, known, ttl_s)
-    except TimeoutError:
-        if not life.expired():
-            raise
-    finally:
-        forget_callback()
-
-
 async def _follow(bus: Bus, known: _KnownNodes, ttl_s: float) -> None:
     """One watch, from its opening to `ttl_s` of silence: living nodes renew more often, so it may be dead."""
     loop = asyncio.get_running_loop()
@@ -172,7 +181,7 @@ async def _delete(bucket: KeyValue, node_id: str, revision: int) -> None:
         async with asyncio.timeout(_CALL_TIMEOUT_S):
             await bucket.delete(node_id, last=revision)
     except _TROUBLE as error:
-        log.info("record of node %s is left to expire: %s", node_id, error or type(error).__name__)
+        log.info("record of node %s is left to expire: %s", node_id, str(error) or type(error).__name__)
 
 
 async def _open_bucket(bus: Bus, ttl_s: float) -> KeyValue:

@@ -31,7 +31,7 @@ class Attention(Protocol):
         ...
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
-        """Attention of `query` [T, num_heads, head_dim] over each item's context: the same shape and dtype."""
+        """`query` [T, num_heads, head_dim] attends to its items' contexts: the same shape and dtype."""
         ...
 
 

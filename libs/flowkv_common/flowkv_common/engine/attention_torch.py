@@ -68,10 +68,16 @@ class TorchAttention:
         return out
 
     def _decode(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        # Padding may hold anything, NaN too, which no mask on the scores would keep out.
+        is_padding = ~self._decode_mask.transpose(2, 3)  # [N, 1, padded context, 1]
         keys, values = (
-            self._pool[:, layer, side][self._decode_tables].flatten(1, 2).transpose(1, 2).to(query.dtype)
+            self._pool[:, layer, side][self._decode_tables]
+            .flatten(1, 2)
+            .transpose(1, 2)  # [N, kv heads, padded context, dim]
+            .to(query.dtype)
+            .masked_fill(is_padding, 0)
             for side in (0, 1)
-        )  # [N, kv heads, padded context, dim]
+        )
         out = scaled_dot_product_attention(
             query.unsqueeze(2), keys, values, self._decode_mask, scale=scale, enable_gqa=True
         )
@@ -87,7 +93,9 @@ class TorchAttention:
         if num_cached:  # is_causal would line the triangle up with the first key
             mask = query.new_ones(len(query), item.context_len, dtype=torch.bool).tril(num_cached)
         out = scaled_dot_product_attention(
-            *(states.transpose(0, 1).unsqueeze(0) for states in (query, keys, values)),
+            query.transpose(0, 1).unsqueeze(0),
+            keys.transpose(0, 1).unsqueeze(0),
+            values.transpose(0, 1).unsqueeze(0),
             attn_mask=mask,
             is_causal=mask is None,
             scale=scale,

@@ -1,4 +1,4 @@
-"""One engine step's work as plain arrays: a snapshot, taken by the loop, that the engine thread alone reads."""
+"""One engine step's work as plain arrays: a snapshot taken by the loop, read by the engine thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowkv_common.engine.sequence import Sequence
 
 
 class WorkItem(NamedTuple):
-    """Compute the next `num_tokens` tokens of `sequence`; the one that completes it is followed by a sample."""
+    """Compute the next `num_tokens` tokens of `sequence`; if that is all of them, sample one more."""
 
     sequence: Sequence
     num_tokens: int
@@ -41,7 +41,7 @@ class PackedBatch:
 
 
 def pack(items: list[WorkItem], block_size: int) -> PackedBatch:
-    """The batch of `items`, in their order. Raises `ValueError` where an item has too few tokens or blocks."""
+    """The batch of `items`, in their order. Raises `ValueError` if one has too few tokens or blocks."""
     query_lens = np.array([item.num_tokens for item in items], np.int32)
     starts = np.array([item.sequence.num_computed_tokens for item in items], np.int32)
     context_lens = starts + query_lens

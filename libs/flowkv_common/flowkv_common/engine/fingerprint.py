@@ -10,7 +10,7 @@ SAMPLE_BYTES = 4096
 
 
 def fingerprint(folder: Path, dtype: str, *, has_weights: bool) -> str:
-    """32 hex digits over the config, the dtype and, if `has_weights`, the weight files (no names, no dates)."""
+    """32 hex digits over config, dtype and, if `has_weights`, the weight files (no names, no dates)."""
     digest = blake2b(digest_size=16)
     digest.update((folder / "config.json").read_bytes())
     digest.update(f"\0{dtype}\0{has_weights}".encode())

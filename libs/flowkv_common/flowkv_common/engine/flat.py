@@ -1,4 +1,4 @@
-"""The forward pass of the Llama family as one loop over fused weights: what the modules compute, with less between.
+"""The forward pass of the Llama family as one loop over fused weights.
 
 The modules stay valid: their weights become views of the fused ones, so nothing is held twice.
 """
@@ -67,13 +67,13 @@ class FlatForward:
     def _attend(
         self, index: int, layer: _Layer, normed: Tensor, cos: Tensor, sin: Tensor, attention: Attention
     ) -> Tensor:
-        qkv = linear(normed, *layer.qkv).unflatten(-1, (-1, self._head_dim))  # [T, heads + 2 kv heads, dim]
-        qk, value = qkv.split([self._num_heads + self._num_kv_heads, self._num_kv_heads], dim=1)
+        qkv = linear(normed, *layer.qkv).view(len(normed), -1, self._head_dim)  # [T, heads + 2 kv heads, dim]
+        qk, value = torch.split(qkv, [self._num_heads + self._num_kv_heads, self._num_kv_heads], dim=1)
         if layer.qk_norm is not None:
             qk = rms_norm(qk, (self._head_dim,), eps=self._eps) * layer.qk_norm
         first, second = qk.chunk(2, dim=-1)
         qk = qk * cos + torch.cat((-second, first), dim=-1) * sin
-        query, key = qk.split([self._num_heads, self._num_kv_heads], dim=1)
+        query, key = torch.split(qk, [self._num_heads, self._num_kv_heads], dim=1)
         attention.write(index, key, value)
         return linear(attention.attend(index, query, self._scale).flatten(1), *layer.output)
 
@@ -112,16 +112,16 @@ def build_flat(model: nn.Module) -> FlatForward | None:
 def _fuse_linears(*linears: nn.Linear) -> _Linear:
     """One projection in place of several of the same input; theirs become views of it."""
     sizes = [linear.out_features for linear in linears]
-    weight = torch.cat([linear.weight for linear in linears])
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    for part, view in zip(linears, weight.split(sizes), strict=True):
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    for part, view in zip(linears, torch.split(weight, sizes), strict=True):
         part.weight.data = view
     return _Linear(weight, torch.cat(biases) if biases else None)
 
 
 @torch.no_grad()
 def _rope_tables(model: Any) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, both [max positions, dim], as the model's own rotary gives them."""
+    """Cosines and sines of all positions, both [max positions, dim], from the model's own rotary."""
     weight = model.model.embed_tokens.weight
     positions = torch.arange(model.config.max_position_embeddings, device=weight.device).unsqueeze(0)
     cos, sin = model.model.rotary_emb(weight, positions)

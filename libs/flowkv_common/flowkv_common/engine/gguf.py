@@ -1,4 +1,4 @@
-"""Turns a GGUF file into a plain `transformers` folder: fp32 safetensors, tokenizer, chat template, configs."""
+"""Turns a GGUF file into a plain `transformers` folder: fp32 weights, tokenizer, chat template, configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled loops of CPU attention: storing keys and values, and decode over a block table (flash decoding).
+"""The compiled loops of CPU attention: storing keys and values, and flash decoding over a block table.
 
 Compiled at first use and cached on disk (`NUMBA_CACHE_DIR`). Knows arrays only.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
@@ -100,21 +100,16 @@ def _merge(parts, peaks, totals, out):
 
 @functools.cache
 def make_decode(group_size: int, head_dim: int) -> Callable[..., None]:
-    """The decode kernel for `group_size` query heads per KV head; both sizes are compiled in, so loops unroll.
+    """The decode kernel for `group_size` query heads per KV head; both sizes are compiled in.
 
-    `decode(pool, layer, split_len, query, tables, context_lens, parts, peaks, totals, out)`: `query` and `out`
-    [N, heads, dim] float32, the query scaled; scratch: `parts` [N, splits, heads, dim], `peaks` and `totals`
+    `decode(pool, layer, split_len, query, tables, context_lens, parts, peaks, totals, out)`: `query` (scaled)
+    and `out` [N, heads, dim] float32; scratch: `parts` [N, splits, heads, dim], `peaks` and `totals`
     [N, splits, heads], float32. `split_len`: tokens per unit of work, a multiple of the block size.
     """
 
     @numba.njit(cache=True, nogil=True, parallel=True, fastmath=FASTMATH)
     def decode(pool, layer, split_len, query, tables, context_lens, parts, peaks, totals, out):
-        num_rows, num_splits, num_heads, num_kv_heads = (
-            len(query),
-            parts.shape[1],
-            query.shape[1],
-            pool.shape[4],
-        )
+        num_rows, num_splits, num_kv_heads = len(query), parts.shape[1], pool.shape[4]
         for unit in numba.prange(num_rows * num_splits * num_kv_heads):
             row, rest = unit // (num_splits * num_kv_heads), unit % (num_splits * num_kv_heads)
             split, head = rest // num_kv_heads, rest % num_kv_heads

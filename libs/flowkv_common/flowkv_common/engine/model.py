@@ -34,7 +34,7 @@ class LoadedModel:
         return self.card.eos_token_ids
 
     def layout(self, block_size: int, kv_dtype: str) -> PoolLayout:
-        """The layout of a pool for this model, of `block_size` tokens per block and dtype such as "float32"."""
+        """The layout of this model's pool: `block_size` tokens per block, a dtype such as "float32"."""
         return PoolLayout(
             num_layers=self.num_layers,
             block_size=block_size,
@@ -47,7 +47,7 @@ class LoadedModel:
 def load_model(
     path: str, *, name: str | None, dtype: torch.dtype, load_format: str, on_progress: Callable[[str], None]
 ) -> LoadedModel:
-    """The model in the folder `path`, in `dtype`, on the CPU. `load_format`: "auto", or "dummy" for random weights.
+    """The model in the folder `path`, in `dtype`, on the CPU; random weights if `load_format` is "dummy".
 
     Raises `UnsupportedModel`, a `ValueError`, before weights are read if the model can't be served.
     """

@@ -12,7 +12,7 @@ PREFIX_LEN = 256  # the most likely tokens: nearly always enough, and far cheape
 
 
 def draw(logits: Tensor, sampling: SamplingParams, uniform: float) -> int:
-    """The token at `uniform` in [0, 1) of the distribution of `logits` [vocab], temperature already applied."""
+    """The token at `uniform` in [0, 1) of the distribution of `logits` [vocab] (temperature is applied)."""
     logits = logits.float()
     log_total = logits.logsumexp(-1)
     vocab_size = len(logits)

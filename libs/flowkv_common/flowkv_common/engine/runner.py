@@ -1,4 +1,4 @@
-"""Runs packed batches: on the calling thread (`Runner`), or on one of its own for an event loop (`EngineThread`)."""
+"""Runs packed batches: on the caller's thread (`Runner`), or on one of its own (`EngineThread`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Result = list[Sampled | None]
 
 
 class Runner:
-    """A model, a KV pool and an attention backend; `attention_name` and `forward_name` say which were chosen."""
+    """A model, a KV pool and an attention backend; `attention_name` and `forward_name` tell the choice."""
 
     def __init__(self, model: LoadedModel, pool: Tensor, *, attention: str = "torch") -> None:
         """`pool`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
@@ -49,7 +49,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: PackedBatch) -> Result:
-        """Computes the batch and samples: per item a token, or `None` where it has not reached its last token.
+        """Computes the batch and samples: per item a token, or `None` if its last token was not reached.
 
         Raises `FloatingPointError` if the model gives logits that are not finite.
         """

@@ -60,7 +60,7 @@ class Sequence:
         return self.prompt_ids[start:stop] + self.output_ids[: max(0, stop - num_prompt)]
 
     def full_block_hashes(self, fingerprint: str, block_size: int) -> list[str]:
-        """`wire.hashing.block_hashes` of all tokens so far; hashes only the blocks that are new since the last call."""
+        """`wire.hashing.block_hashes` of all tokens so far; only blocks that are new get hashed."""
         hashes = self._hashes
         while (len(hashes) + 1) * block_size <= self.num_tokens:
             parent = bytes.fromhex(hashes[-1]) if hashes else fingerprint.encode()

@@ -1,0 +1,133 @@
+"""Two nodes' worth of KV parts, joined by the connector under test."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flowkv_common.kv.alignment import Copy, align
+from flowkv_common.kv.blocks import Blocks
+from flowkv_common.kv.connector import KVConnector
+from flowkv_common.kv.connectors.inprocess import InProcessConnector, Switchboard
+from flowkv_common.kv.connectors.shm import ShmConnector
+from flowkv_common.kv.connectors.tcp import TcpConnector
+from flowkv_common.kv.pool import KVPool
+from flowkv_common.kv.reservations import Reservation, Reservations
+from flowkv_common.wire.messages import NodeRef, PoolLayout
+
+LINK_TOKEN = "open sesame"
+SMALL = PoolLayout(num_layers=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="float32")  # 1 KiB blocks
+LARGE = PoolLayout(num_layers=8, block_size=16, num_kv_heads=8, head_dim=128, dtype="float32")  # 1 MiB
+NODE = NodeRef(node_id="prefill-1", incarnation="a")
+
+
+class WatchedLandings:
+    """Reservations whose copies can be watched: `on_enter` runs when one begins, `ended` counts the ends."""
+
+    def __init__(self, reservations: Reservations) -> None:
+        self._reservations = reservations
+        self.on_enter: Callable[[], None] = lambda: None
+        self.num_ended = 0
+        self.ended = asyncio.Event()
+
+    @contextlib.contextmanager
+    def landing(self, transfer_id: str, token: str, dst_blocks: Sequence[int]) -> Iterator[Reservation]:
+        try:
+            with self._reservations.landing(transfer_id, token, dst_blocks) as landing:
+                self.on_enter()
+                yield landing
+        finally:
+            self.num_ended += 1
+            self.ended.set()
+
+
+@dataclass
+class Node:
+    """One side: its pool, its blocks, its connector."""
+
+    pool: KVPool
+    blocks: Blocks
+    reservations: Reservations
+    landings: WatchedLandings
+    connector: KVConnector
+    clock: list[float]  # its one item is the time
+    lifetime: contextlib.AsyncExitStack
+    address: str = ""
+
+    async def stop_serving(self) -> None:
+        await self.lifetime.aclose()
+
+    def fill(self, seed: int) -> None:
+        """Random bytes, other ones for each seed."""
+        made = torch.randint(0, 256, (self.pool.num_bytes,), dtype=torch.uint8, generator=_generator(seed))
+        self.pool.buffer[:] = made.numpy().data
+
+    def block(self, block_id: int) -> bytes:
+        size = self.pool.layout.block_bytes
+        return bytes(self.pool.buffer[block_id * size : (block_id + 1) * size])
+
+    def reserve(self, num_blocks: int, transfer_id: str = "r.1") -> Reservation:
+        return self.reservations.open(transfer_id, num_blocks, [], [], "gw-1", NODE, 10.0)
+
+    def scatter(self) -> None:
+        """Leaves every third block taken, so that runs are short."""
+        taken = self.blocks.take(self.blocks.num_blocks)
+        self.blocks.release(block for block in taken if block % 3)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Network:
+    """Makes nodes of one transport and tears them down."""
+
+    def __init__(self, kind: str, stack: contextlib.AsyncExitStack) -> None:
+        self.kind = kind
+        self._stack = stack
+        self._switchboard = Switchboard()
+        self.nodes: list[Node] = []
+
+    async def node(
+        self, layout: PoolLayout = SMALL, num_blocks: int = 24, *, io_timeout_s: float = 5.0
+    ) -> Node:
+        pool = self._stack.enter_context(KVPool(layout, num_blocks))
+        blocks = Blocks(num_blocks, layout.block_size)
+        clock = [0.0]
+        reservations = Reservations(blocks, lambda: clock[0])
+        landings = WatchedLandings(reservations)
+        connector = self._connector(pool, landings, io_timeout_s)
+        lifetime = await self._stack.enter_async_context(contextlib.AsyncExitStack())
+        await lifetime.enter_async_context(connector)
+        node = Node(pool, blocks, reservations, landings, connector, clock, lifetime)
+        node.address = await connector.listen()
+        self.nodes.append(node)
+        node.fill(len(self.nodes))
+        return node
+
+    def _connector(self, pool: KVPool, landings: WatchedLandings, io_timeout_s: float) -> KVConnector:
+        if self.kind == "inprocess":
+            return InProcessConnector(pool, landings, LINK_TOKEN.__eq__, self._switchboard)
+        if self.kind == "shm":
+            return ShmConnector(pool, landings, LINK_TOKEN.__eq__, io_timeout_s=io_timeout_s)
+        return TcpConnector(pool, landings, LINK_TOKEN.__eq__, io_timeout_s=io_timeout_s)
+
+
+@contextlib.asynccontextmanager
+async def network(kind: str) -> AsyncIterator[Network]:
+    """Nodes that end, with their books in order, when the block does."""
+    async with contextlib.AsyncExitStack() as stack:
+        made = Network(kind, stack)
+        yield made
+    for node in made.nodes:
+        node.blocks.check_integrity()
+        assert node.blocks.counts().quarantined == 0
+
+
+def copies_between(sender: Node, num_blocks: int, reservation: Reservation) -> list[Copy]:
+    """Leases `num_blocks` at the sender and aligns them with the reservation."""
+    return align(sender.blocks.take(num_blocks), reservation.block_ids)

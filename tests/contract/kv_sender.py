@@ -1,0 +1,43 @@
+"""A sender in a process of its own, which the contract tests kill: `kv_sender.py tcp|shm <json of a Job>`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+
+import msgspec
+
+from flowkv_common.kv.alignment import Copy
+from flowkv_common.kv.blocks import Blocks
+from flowkv_common.kv.connectors.shm import ShmConnector
+from flowkv_common.kv.connectors.tcp import TcpConnector
+from flowkv_common.kv.pool import KVPool
+from flowkv_common.kv.reservations import Reservations
+from flowkv_common.wire.messages import PoolLayout
+
+
+class Job(msgspec.Struct):
+    """One transfer of all blocks `0 ... num_blocks - 1` to the same places at the receiver."""
+
+    address: str
+    link_token: str
+    layout: PoolLayout
+    num_blocks: int
+    transfer_id: str
+    token: str
+
+
+async def send(kind: str, job: Job) -> None:
+    connector_type = {"tcp": TcpConnector, "shm": ShmConnector}[kind]
+    reservations = Reservations(Blocks(job.num_blocks, job.layout.block_size))
+    async with contextlib.AsyncExitStack() as stack:
+        pool = stack.enter_context(KVPool(job.layout, job.num_blocks))
+        connector = connector_type(pool, reservations, lambda _: False)
+        await stack.enter_async_context(connector)
+        link = await connector.connect(job.address, job.link_token, job.num_blocks)
+        await link.send(job.transfer_id, job.token, [Copy(0, 0, job.num_blocks)])
+
+
+if __name__ == "__main__":
+    asyncio.run(send(sys.argv[1], msgspec.json.decode(sys.argv[2], type=Job)))

@@ -1,0 +1,414 @@
+"""What every KV connector keeps, and what those on sockets survive."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from kv_nodes import LARGE, LINK_TOKEN, SMALL, Network, Node, copies_between, network
+from kv_sender import Job
+
+from flowkv_common.errors import TransferFailed
+from flowkv_common.kv.alignment import Copy
+from flowkv_common.kv.connector import ConnectorUnavailable
+from flowkv_common.kv.connectors.frames import MAX_FRAME_BYTES, Channel, Hello, Reply, Transfer
+from flowkv_common.kv.reservations import Reservation
+from flowkv_common.wire.messages import PoolLayout
+
+every_connector = pytest.mark.parametrize("kind", ["inprocess", "shm", "tcp"])
+on_sockets = pytest.mark.parametrize("kind", ["shm", "tcp"])
+
+BFLOAT16 = PoolLayout(num_layers=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="bfloat16")
+
+
+async def assert_serves(receiver: Node, sender: Node, transfer_id: str = "check.1") -> None:
+    """A link opened now can send a block, and its bytes arrive."""
+    link = await sender.connector.connect(receiver.address, LINK_TOKEN, receiver.pool.num_blocks)
+    reserved = receiver.reserve(1, transfer_id)
+    await link.send(transfer_id, reserved.token, [Copy(3, reserved.block_ids[0], 1)])
+    assert receiver.block(reserved.block_ids[0]) == sender.block(3)
+    reserved = receiver.reservations.claim(transfer_id, reserved.token)
+    receiver.blocks.release(reserved.block_ids)
+    await link.close()
+
+
+# --- all connectors ------------------------------------------------------------------------------
+
+
+@every_connector
+async def test_the_right_bytes_arrive_and_nothing_else_changes(kind: str) -> None:
+    async with network(kind) as net:
+        receiver, sender = await net.node(num_blocks=30), await net.node(num_blocks=24)
+        receiver.scatter()
+        sender.scatter()
+        link = await sender.connector.connect(receiver.address, LINK_TOKEN, 30)
+        before = [receiver.block(block) for block in range(30)]
+        reserved = receiver.reserve(9)
+        copies = copies_between(sender, 9, reserved)
+        assert len(copies) > 3
+
+        stats = await link.send("r.1", reserved.token, copies)
+
+        expected = dict(enumerate(before))
+        for src, dst, length in copies:
+            expected.update({dst + i: sender.block(src + i) for i in range(length)})
+        assert [receiver.block(block) for block in range(30)] == list(expected.values())
+        assert (stats.num_bytes, stats.num_copies) == (9 * SMALL.block_bytes, len(copies))
+        assert stats.num_calls == len(copies)
+        assert (link.name, link.closed) == (kind, False)
+        assert receiver.reservations.claim("r.1", reserved.token) is reserved
+
+
+@every_connector
+async def test_large_copies_arrive_whole(kind: str) -> None:
+    async with network(kind) as net:
+        receiver, sender = await net.node(LARGE, 72), await net.node(LARGE, 72)
+        link = await sender.connector.connect(receiver.address, LINK_TOKEN, 72)
+        reserved = receiver.reserve(70)
+        stats = await link.send("r.1", reserved.token, [Copy(1, reserved.block_ids[0], 70)])
+        size = LARGE.block_bytes
+        start = reserved.block_ids[0] * size
+        assert receiver.pool.buffer[start : start + 70 * size] == sender.pool.buffer[size : 71 * size]
+        assert stats.num_calls == {"inprocess": 1, "shm": 18, "tcp": 70}[kind]
+
+
+@every_connector
+async def test_links_in_both_directions_and_many_transfers_at_once(kind: str) -> None:
+    async with network(kind) as net:
+        one, other = await net.node(), await net.node()
+        links = [
+            (one, other, await one.connector.connect(other.address, LINK_TOKEN, 24)),
+            (other, one, await other.connector.connect(one.address, LINK_TOKEN, 24)),
+        ]
+        async with asyncio.TaskGroup() as tasks:
+            for sender, receiver, link in links:
+                sources = sender.blocks.take(6)
+                for number, source in enumerate(sources):
+                    reserved = receiver.reserve(1, f"r{number}.1")
+                    copies = [Copy(source, reserved.block_ids[0], 1)]
+                    tasks.create_task(link.send(f"r{number}.1", reserved.token, copies))
+        assert one.landings.num_ended == other.landings.num_ended == 6
+
+
+@every_connector
+@pytest.mark.parametrize("wrong", ["token", "expired", "foreign block", "out of range", "unknown"])
+async def test_what_may_not_be_written_is_refused_and_the_link_stays_good(kind: str, wrong: str) -> None:
+    async with network(kind) as net:
+        receiver, sender = await net.node(), await net.node()
+        link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
+        reserved = receiver.reserve(2)
+        start = reserved.block_ids[0]
+        copies = [Copy(0, start - (wrong == "foreign block"), 2)]
+        copies = [Copy(0, 23, 2)] if wrong == "out of range" else copies
+        token = "no" if wrong == "token" else reserved.token
+        transfer_id = "r.2" if wrong == "unknown" else "r.1"
+        receiver.clock[0] += 11.0 if wrong == "expired" else 0.0
+        before = bytes(receiver.pool.buffer)
+        with pytest.raises(TransferFailed):
+            await link.send(transfer_id, token, copies)
+        assert bytes(receiver.pool.buffer) == before
+
+        reserved = receiver.reserve(2, "r.3")
+        await link.send("r.3", reserved.token, [Copy(0, reserved.block_ids[0], 2)])
+        assert receiver.block(reserved.block_ids[1]) == sender.block(1)
+
+
+@every_connector
+async def test_a_cancelled_send_ends_and_the_next_one_works(kind: str) -> None:
+    async with network(kind) as net:
+        receiver, sender = await net.node(LARGE, 16), await net.node(LARGE, 16)
+        link = await sender.connector.connect(receiver.address, LINK_TOKEN, 16)
+        cancelled, used = receiver.reserve(8, "r.1"), receiver.reserve(8, "r.2")
+        sending = asyncio.create_task(link.send("r.1", cancelled.token, [Copy(0, cancelled.block_ids[0], 8)]))
+        receiver.landings.on_enter = sending.cancel
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        receiver.landings.on_enter = lambda: None
+
+        await link.send("r.2", used.token, [Copy(8, used.block_ids[0], 8)])
+        for i in range(8):
+            assert receiver.block(used.block_ids[i]) == sender.block(8 + i)
+        async with asyncio.timeout(5):
+            while receiver.landings.num_ended < 2:
+                receiver.landings.ended.clear()
+                await receiver.landings.ended.wait()
+        receiver.reservations.cancel("r.1")
+        assert receiver.blocks.counts().free == 8
+
+
+@every_connector
+async def test_a_reservation_revoked_under_the_copy_stops_it_and_settles(kind: str) -> None:
+    async with network(kind) as net:
+        receiver, sender = await net.node(LARGE, 16), await net.node(LARGE, 16)
+        link = await sender.connector.connect(receiver.address, LINK_TOKEN, 16)
+        reserved = receiver.reserve(16)
+        receiver.landings.on_enter = lambda: receiver.reservations.cancel("r.1")
+        before = bytes(receiver.pool.buffer)
+        with pytest.raises(TransferFailed):
+            await link.send("r.1", reserved.token, [Copy(0, 0, 16)])
+        assert bytes(receiver.pool.buffer) == before
+        assert receiver.blocks.counts().free == 16
+
+
+@every_connector
+async def test_a_receiver_that_has_closed_fails_the_transfer(kind: str) -> None:
+    async with network(kind) as net:
+        sender, receiver = await net.node(), await net.node()
+        link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
+        await receiver.stop_serving()
+        with pytest.raises(TransferFailed):
+            async with asyncio.timeout(5):
+                await link.send("r.1", "any", [Copy(0, 0, 1)])
+        with pytest.raises(ConnectorUnavailable):
+            await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
+
+
+@every_connector
+async def test_peers_that_do_not_fit_get_no_link(kind: str) -> None:
+    async with network(kind) as net:
+        receiver, sender, unlike = await net.node(), await net.node(), await net.node(BFLOAT16)
+        with pytest.raises(ConnectorUnavailable, match=r"layouts differ: .*float32.*bfloat16"):
+            await unlike.connector.connect(receiver.address, LINK_TOKEN, 24)
+        with pytest.raises(ConnectorUnavailable, match="wrong link token"):
+            await sender.connector.connect(receiver.address, "guessed", 24)
+        with pytest.raises(ConnectorUnavailable):
+            await sender.connector.connect("nowhere", LINK_TOKEN, 24)
+        await assert_serves(receiver, sender)
+
+
+@every_connector
+async def test_a_closed_link_says_so(kind: str) -> None:
+    async with network(kind) as net:
+        receiver, sender = await net.node(), await net.node()
+        link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
+        await link.close()
+        await link.close()
+        assert link.closed
+        with pytest.raises(TransferFailed, match="closed"):
+            await link.send("r.1", "any", [Copy(0, 0, 1)])
+
+
+# --- those on sockets ----------------------------------------------------------------------------
+
+
+async def dial(receiver: Node, io_timeout_s: float = 5.0) -> Channel:
+    """A raw connection to the receiver, as anybody could open one."""
+    loop = asyncio.get_running_loop()
+    is_path = receiver.address.startswith("/")
+    sock = socket.socket(socket.AF_UNIX if is_path else socket.AF_INET, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    host, _, port = receiver.address.rpartition(":")
+    await loop.sock_connect(sock, receiver.address if is_path else (host, int(port)))
+    return Channel(sock, io_timeout_s)
+
+
+async def assert_hangs_up(channel: Channel) -> None:
+    with pytest.raises(ConnectionError):
+        await channel.receive(Reply)
+
+
+def hello(layout: PoolLayout = SMALL, num_blocks: int = 24) -> Hello:
+    return Hello(token=LINK_TOKEN, layout=repr(layout), num_blocks=num_blocks)
+
+
+def framed(payload: bytes) -> bytes:
+    return len(payload).to_bytes(4, "big") + payload
+
+
+GARBAGE = {
+    "noise": b"GET / HTTP/1.1\r\n\r\n" * 100,
+    "oversize frame": (MAX_FRAME_BYTES + 1).to_bytes(4, "big"),
+    "no json": framed(b"\xff\xfe{"),
+    "another frame": framed(msgspec.json.encode(Reply())),
+    "a list": framed(b"[" * 5000),
+    "an empty frame": framed(b""),
+}
+
+
+@on_sockets
+@pytest.mark.parametrize("garbage", GARBAGE)
+async def test_garbage_costs_only_its_connection(kind: str, garbage: str) -> None:
+    async with network(kind) as net:
+        receiver, sender = await net.node(), await net.node()
+        with await dial(receiver) as channel:
+            await channel.write(memoryview(GARBAGE[garbage]))
+            await assert_hangs_up(channel)
+        await assert_serves(receiver, sender)
+
+
+@on_sockets
+async def test_garbage_after_the_greeting_costs_only_its_connection(kind: str) -> None:
+    async with network(kind) as net:
+        receiver, sender = await net.node(), await net.node()
+        with await dial(receiver) as channel:
+            await channel.send(hello())
+            await channel.expect_yes()
+            await channel.write(memoryview(GARBAGE["noise"]))
+            await assert_hangs_up(channel)
+        await assert_serves(receiver, sender)
+
+
+@on_sockets
+@pytest.mark.parametrize("said", [b"", b"\0\0", framed(b"x" * 20)[:12]])
+async def test_a_peer_that_falls_silent_is_hung_up_on(kind: str, said: bytes) -> None:
+    async with network(kind) as net:
+        receiver, sender = await net.node(io_timeout_s=0.05), await net.node()
+        with await dial(receiver) as channel:
+            if said:
+                await channel.write(memoryview(said))
+            await assert_hangs_up(channel)
+        await assert_serves(receiver, sender)
+
+
+@on_sockets
+async def test_many_silent_peers_do_not_keep_a_good_one_out(kind: str) -> None:
+    async with network(kind) as net:
+        receiver, sender = await net.node(), await net.node()
+        silent = [await dial(receiver) for _ in range(50)]
+        await assert_serves(receiver, sender)
+        for channel in silent:
+            channel.close()
+
+
+async def greet_and_hang(listener: socket.socket, kind: str) -> Channel:
+    """A receiver that says yes to one peer and then nothing any more."""
+    sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+    channel = Channel(sock, 5.0)
+    await channel.receive(Hello)
+    await channel.send(Reply())
+    if kind == "shm":
+        await channel.fill(memoryview(bytearray(1)))
+        await channel.send(Reply())
+    return channel
+
+
+@on_sockets
+async def test_a_receiver_that_hangs_fails_the_transfer_in_time(
+    kind: str, tmp_path: Path
+) -> None:
+    async with network(kind) as net:
+        sender = await net.node(io_timeout_s=0.05)
+        is_path = kind == "shm"
+        with socket.socket(socket.AF_UNIX if is_path else socket.AF_INET) as listener:
+            listener.setblocking(False)
+            listener.bind(str(tmp_path / "s") if is_path else ("127.0.0.1", 0))
+            listener.listen()
+            address = listener.getsockname() if is_path else f"127.0.0.1:{listener.getsockname()[1]}"
+            async with asyncio.TaskGroup() as tasks:
+                hanging = tasks.create_task(greet_and_hang(listener, kind))
+                link = await sender.connector.connect(address, LINK_TOKEN, 24)
+            with await hanging:
+                with pytest.raises(TransferFailed, match=r"0\.05 s"):
+                    await link.send("r.1", "any", [Copy(0, 0, 1)])
+
+
+@on_sockets
+async def test_a_link_outlives_a_connection(kind: str) -> None:
+    """The peer closed the idle connection: the next send dials anew instead of failing."""
+    async with network(kind) as net:
+        receiver, sender = await net.node(), await net.node()
+        link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
+        link._channel.sock.shutdown(socket.SHUT_RDWR)
+        reserved = receiver.reserve(1)
+        await link.send("r.1", reserved.token, [Copy(5, reserved.block_ids[0], 1)])
+        assert receiver.block(reserved.block_ids[0]) == sender.block(5)
+
+
+async def tcp_half_sent(receiver: Node, reserved: Reservation) -> Channel:
+    """A raw sender that has sent three of four blocks and a half."""
+    channel = await dial(receiver)
+    await channel.send(hello())
+    await channel.expect_yes()
+    copies = [Copy(0, reserved.block_ids[0], 4)]
+    await channel.send(Transfer(transfer_id="r.1", token=reserved.token, copies=copies))
+    await channel.expect_yes()
+    await channel.write(memoryview(b"\1" * (3 * SMALL.block_bytes + 512)))
+    return channel
+
+
+async def test_tcp_bytes_that_come_after_the_revocation_are_not_taken() -> None:
+    async with network("tcp") as net:
+        receiver, sender = await net.node(), await net.node()
+        reserved = receiver.reserve(4)
+        with await tcp_half_sent(receiver, reserved) as channel:
+            receiver.reservations.cancel("r.1")
+            assert receiver.blocks.counts().quarantined == 4
+            await channel.write(memoryview(b"\1" * 512))
+            await assert_hangs_up(channel)
+        assert receiver.blocks.counts().free == 24
+        await assert_serves(receiver, sender)
+
+
+async def test_tcp_a_sender_that_leaves_halfway_leaves_the_reservation_intact() -> None:
+    async with network("tcp") as net:
+        receiver, sender = await net.node(), await net.node()
+        reserved = receiver.reserve(4)
+        (await tcp_half_sent(receiver, reserved)).close()
+        async with asyncio.timeout(5):
+            await receiver.landings.ended.wait()
+        assert receiver.reservations.claim("r.1", reserved.token).num_copying == 0
+        await assert_serves(receiver, sender)
+
+
+@pytest.mark.parametrize("passed", ["nothing", "a plain file", "a short pool"])
+async def test_shm_maps_only_what_was_announced(passed: str, tmp_path: Path) -> None:
+    async with network("shm") as net:
+        receiver, sender = await net.node(), await net.node()
+        plain = tmp_path / "plain"
+        plain.write_bytes(bytes(24 * SMALL.block_bytes))
+        with await dial(receiver) as channel, plain.open() as file:
+            await channel.send(hello(num_blocks=25 if passed == "a short pool" else 24))
+            await channel.expect_yes()
+            if passed == "nothing":
+                await channel.write(memoryview(b"\0"))
+            else:
+                fd = file.fileno() if passed == "a plain file" else sender.pool.fd
+                socket.send_fds(channel.sock, [b"\0"], [fd])
+            await assert_hangs_up(channel)
+        await assert_serves(receiver, sender)
+
+
+async def test_shm_gives_mappings_and_descriptors_back() -> None:
+    async with network("shm") as net:
+        receiver, sender = await net.node(), await net.node()
+        before = len(os.listdir("/proc/self/fd")), pool_mappings()
+        for number in range(3):
+            await assert_serves(receiver, sender, f"check.{number}")
+        await receiver.stop_serving()
+        after = len(os.listdir("/proc/self/fd")), pool_mappings()
+        assert after == (before[0] - 1, before[1])  # the listener has gone as well
+
+
+def pool_mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:flowkv-pool")
+
+
+async def start_sender(net: Network, receiver: Node, reserved: Reservation) -> asyncio.subprocess.Process:
+    job = Job(
+        receiver.address, LINK_TOKEN, receiver.pool.layout, receiver.pool.num_blocks, "r.1", reserved.token
+    )
+    script = str(Path(__file__).with_name("kv_sender.py"))
+    return await asyncio.create_subprocess_exec(sys.executable, script, net.kind, msgspec.json.encode(job))
+
+
+@on_sockets
+async def test_a_sender_killed_in_mid_transfer_costs_no_block(kind: str) -> None:
+    async with network(kind) as net:
+        receiver, sender = await net.node(LARGE, 32), await net.node(LARGE, 8)
+        reserved = receiver.reserve(32)
+        process = await start_sender(net, receiver, reserved)
+        receiver.landings.on_enter = process.kill
+        async with asyncio.timeout(60):
+            assert await process.wait() == -9
+            await receiver.landings.ended.wait()
+        receiver.landings.on_enter = lambda: None
+        receiver.blocks.check_integrity()
+        assert receiver.blocks.counts().leased == 32
+        receiver.reservations.cancel("r.1")
+        assert receiver.blocks.counts().free == 32
+        await assert_serves(receiver, sender)

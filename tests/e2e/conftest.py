@@ -1,0 +1,54 @@
+"""Whole clusters of real processes, as `make up` starts them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+
+READY_TIMEOUT_S = 120.0
+
+StartCluster = Callable[..., Cluster]
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """The default model, prepared as `make up` does it."""
+    command = [sys.executable, "-m", "flowkv_common.engine.weights"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def start_cluster(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[StartCluster]:
+    """Starts clusters that end with the module. Shows their logs when one does not get ready."""
+    started: list[Cluster] = []
+
+    def start(*, model: Path | None = None, settings: dict[str, str] | None = None, **nodes: int) -> Cluster:
+        cluster = Cluster(
+            tmp_path_factory.mktemp("cluster"),
+            str(model or model_path),
+            nodes=nodes,
+            model_name="test-model",
+            settings={"FLOWKV_TEST_HOOKS": "1", **(settings or {})},
+            drain_timeout_s=15,
+        )
+        started.append(cluster.__enter__())
+        cluster.wait_ready(READY_TIMEOUT_S)
+        return cluster
+
+    try:
+        yield start
+    finally:
+        for cluster in started:
+            cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(start_cluster: StartCluster) -> Cluster:
+    """One prefill and one decode node, handing over through shared memory."""
+    return start_cluster(prefill=1, decode=1)

@@ -1,0 +1,89 @@
+"""Greedy output is what `transformers` alone gives (DESIGN 7.13), whatever the nodes, transport or batch."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import httpx
+import pytest
+from cluster import Cluster
+from load import Streamed, run_all
+from observer import observe
+from oracle import check_identity
+from prompts import make_prompts
+from tiny_models import VOCAB_SIZE, make_tiny_model
+
+TOKENS = 12
+AT_ONCE = 8
+
+
+async def generate_all(cluster: Cluster, prompts: list[list[int]]) -> list[Streamed]:
+    """Greedy output of all prompts, several at once."""
+    done: list[Streamed] = []
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=120) as http:
+        for start in range(0, len(prompts), AT_ONCE):
+            done += await run_all(http, prompts[start : start + AT_ONCE], TOKENS)
+    return done
+
+
+def check_all(model: Path, done: list[Streamed]) -> None:
+    for stream in done:
+        assert stream.error is None, stream.error
+        assert (len(stream.token_ids), stream.finish_reason) == (TOKENS, "length")
+        check_identity(model, stream.prompt_ids, stream.token_ids)
+
+
+async def test_shared_memory_1p1d(cluster: Cluster, model_path: Path) -> None:
+    prompts = make_prompts(vocab_size=49_152)
+    assert len(prompts) >= 40
+    async with observe(cluster.nats_url) as observer:
+        events = await observer.events("flowkv.v1.event.kv_transferred.>")
+        done = await generate_all(cluster, prompts)
+        await observer.wait_idle(["prefill-0", "decode-0"])
+    check_all(model_path, done)
+    # Every request crossed the wire, or was found whole in the prefix cache of the decode node.
+    assert {event["connector"] for _, event in events.events} == {"shm"}
+    assert len(events.events) == len(prompts)
+
+
+def clusters() -> list[tuple[str, dict[str, int]]]:
+    pairs = itertools.product(("shm", "tcp"), ({"prefill": 1, "decode": 1}, {"prefill": 2, "decode": 2}))
+    return [*pairs, ("shm", {"mixed": 1})]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("connector", "nodes"), clusters(), ids=str)
+async def test_real_model_matrix(
+    start_cluster, model_path: Path, connector: str, nodes: dict[str, int]
+) -> None:
+    cluster = start_cluster(settings={"FLOWKV_CONNECTORS": connector}, **nodes)
+    try:
+        check_all(model_path, await generate_all(cluster, make_prompts(vocab_size=49_152)))
+    finally:
+        cluster.stop()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize(("connector", "nodes"), clusters(), ids=str)
+async def test_tiny_model_matrix(
+    start_cluster, tmp_path: Path, model_path: Path, arch: str, connector: str, nodes: dict[str, int]
+) -> None:
+    model = tiny_with_tokenizer(tmp_path, arch, model_path)
+    # Small chunks and few blocks: borders everywhere, and preemption.
+    settings = {"FLOWKV_CONNECTORS": connector, "FLOWKV_TOKEN_BUDGET": "64", "FLOWKV_BLOCK_SIZE": "8"}
+    cluster = start_cluster(model=model, settings=settings, **nodes)
+    try:
+        prompts = make_prompts(vocab_size=VOCAB_SIZE, longest=220)
+        check_all(model, await generate_all(cluster, prompts))
+    finally:
+        cluster.stop()
+
+
+def tiny_with_tokenizer(folder: Path, arch: str, model_path: Path) -> Path:
+    """A tiny random model; prompts are token ids, so any tokenizer serves."""
+    model = make_tiny_model(folder, arch)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_bytes((model_path / name).read_bytes())
+    return model

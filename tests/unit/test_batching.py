@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from flowkv_common.engine.sequence import Sequence
+from flowkv_common.wire.messages import SamplingParams
+from flowkv_decode.batching import decode_items, num_missing_blocks, pick_victim, recompute_items
+from flowkv_prefill.chunking import plan_chunks
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def sequence(num_prompt: int, num_computed: int = 0, num_blocks: int = 0, num_output: int = 0) -> Sequence:
+    return Sequence(
+        request_id="r",
+        attempt=0,
+        transfer_id="r.0",
+        gateway_id="g",
+        prompt_ids=[1] * num_prompt,
+        output_ids=[2] * num_output,
+        sampling=SamplingParams(max_tokens=8),
+        deadline=0.0,
+        block_table=list(range(num_blocks)),
+        num_computed_tokens=num_computed,
+    )
+
+
+def lengths(items) -> list[int]:
+    return [item.num_tokens for item in items]
+
+
+def test_chunks_are_first_come_first_served() -> None:
+    queue = [sequence(40), sequence(10), sequence(100)]
+    assert lengths(plan_chunks(queue, 64, 16)) == [40, 10]
+    assert lengths(plan_chunks(queue, 70, 16)) == [40, 10, 16]
+
+
+def test_a_chunk_that_ends_no_prompt_ends_on_a_block_border() -> None:
+    assert lengths(plan_chunks([sequence(100, num_computed=16)], 50, 16)) == [48]
+    assert lengths(plan_chunks([sequence(100, num_computed=96)], 50, 16)) == [4]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 200), st.integers(0, 12)), max_size=6),
+    st.integers(16, 256),
+)
+def test_chunks_keep_to_the_cap_and_always_proceed(prompts: list[tuple[int, int]], cap: int) -> None:
+    queue = [sequence(length, min(16 * done, (length - 1) // 16 * 16)) for length, done in prompts]
+    items = plan_chunks(queue, cap, 16)
+    assert sum(lengths(items)) <= cap
+    assert bool(items) == bool(queue)
+    assert [item.sequence for item in items] == queue[: len(items)]
+    for item in items:
+        end = item.sequence.num_computed_tokens + item.num_tokens
+        assert end == item.sequence.num_tokens or end % 16 == 0
+
+
+def test_missing_blocks_include_the_newest_token() -> None:
+    assert num_missing_blocks(sequence(16, num_blocks=1), 16) == 0
+    assert num_missing_blocks(sequence(16, num_blocks=1, num_output=1), 16) == 1
+    assert num_missing_blocks(sequence(40), 16) == 3
+
+
+def test_decoding_sequences_get_one_token_preempted_ones_a_chunk() -> None:
+    decoding = sequence(20, num_computed=20, num_blocks=2, num_output=1)
+    preempted = sequence(20, num_computed=0, num_blocks=2, num_output=5)
+    running = [decoding, preempted]
+    assert [(item.sequence, item.num_tokens) for item in decode_items(running)] == [(decoding, 1)]
+    assert [(item.sequence, item.num_tokens) for item in recompute_items(running, 16)] == [(preempted, 16)]
+    assert recompute_items(running, 0) == []
+
+
+def test_the_youngest_gives_way() -> None:
+    old, young = sequence(1), sequence(1)
+    assert pick_victim([old, young]) is young

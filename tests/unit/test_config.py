@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+from flowkv_common.config import GatewaySettings, NodeSettings, SchedulerSettings, load
+
+
+def test_flags_win_over_environment_over_defaults() -> None:
+    environ = {"FLOWKV_MODEL_PATH": "/m", "FLOWKV_BLOCK_SIZE": "32", "FLOWKV_TOKEN_BUDGET": "128"}
+    settings = load(NodeSettings, ["--block-size", "8"], environ)
+    assert (settings.model_path, settings.block_size, settings.token_budget) == ("/m", 8, 128)
+    assert settings.max_num_seqs == NodeSettings(model_path="").max_num_seqs
+
+
+def test_a_typo_in_the_environment_is_refused_with_a_hint() -> None:
+    with pytest.raises(SystemExit, match="FLOWKV_BLOCKSIZE; did you mean FLOWKV_BLOCK_SIZE"):
+        load(SchedulerSettings, [], {"FLOWKV_BLOCKSIZE": "8"})
+
+
+def test_variables_of_other_services_are_let_pass() -> None:
+    assert load(SchedulerSettings, [], {"FLOWKV_BLOCK_SIZE": "8", "OTHER": "x"}).http_port == 0
+
+
+def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load(SchedulerSettings, ["--block-size", "8"], {})
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_a_value_of_the_wrong_type_and_a_missing_one_are_refused() -> None:
+    with pytest.raises(SystemExit, match="port"):
+        load(GatewaySettings, ["--model-path", "/m", "--port", "many"], {})
+    with pytest.raises(SystemExit, match="model_path"):
+        load(GatewaySettings, [], {})

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from drive import make_sequence
+from torch.nn.functional import scaled_dot_product_attention
+
+from flowkv_common.engine.attention import Attention
+from flowkv_common.engine.attention_torch import TorchAttention
+from flowkv_common.engine.backends import make_attention
+from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
+
+NUM_LAYERS, NUM_KV_HEADS, NUM_HEADS, HEAD_DIM, BLOCK_SIZE = 2, 2, 6, 16, 8
+# (tokens computed before, tokens of this step): decode, chunks, a prompt of one, a long context.
+MIXED = [(12, 1), (0, 5), (11, 7), (0, 1), (300, 1), (40, 24)]
+
+
+def filled(dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    shape = (128, NUM_LAYERS, 2, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    return torch.randn(shape, generator=torch.manual_seed(seed)).to(dtype)
+
+
+def batch_of(parts: list[tuple[int, int]]) -> PackedBatch:
+    """Sequences that have got so far and go on by so much, on scattered blocks."""
+    blocks = torch.randperm(128, generator=torch.manual_seed(1)).tolist()
+    items = []
+    for num_computed, num_tokens in parts:
+        num_blocks = -(-(num_computed + num_tokens) // BLOCK_SIZE)
+        sequence = make_sequence([0] * (num_computed + num_tokens), [blocks.pop() for _ in range(num_blocks)])
+        sequence.num_computed_tokens = num_computed
+        items.append(WorkItem(sequence, num_tokens))
+    return pack(items, BLOCK_SIZE)
+
+
+def states(batch: PackedBatch) -> list[torch.Tensor]:
+    """Query, key and value of a step."""
+    torch.manual_seed(2)
+    size = len(batch.token_ids)
+    return [torch.randn(size, heads, HEAD_DIM) for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)]
+
+
+def attended(attention: Attention, batch: PackedBatch) -> torch.Tensor:
+    query, key, value = states(batch)
+    attention.bind(batch)
+    attention.write(1, key, value)
+    return attention.attend(1, query, 0.3)
+
+
+@pytest.mark.parametrize("name", ["torch", "cpu"])
+@pytest.mark.parametrize("part", MIXED)
+def test_equals_plain_attention_over_the_whole_sequence(name: str, part: tuple[int, int]) -> None:
+    pool = filled(torch.float32)
+    batch = batch_of([part])
+    _, attention = make_attention(name, pool)
+    out = attended(attention, batch)
+    num_computed, num_tokens = part
+    context = pool[batch.block_tables[0], 1].transpose(0, 1).flatten(1, 2)[:, : num_computed + num_tokens]
+    keys, values = context.transpose(1, 2).repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=1)
+    mask = torch.ones(num_tokens, num_computed + num_tokens, dtype=torch.bool).tril(num_computed)
+    expected = scaled_dot_product_attention(
+        states(batch)[0].transpose(0, 1), keys, values, attn_mask=mask, scale=0.3
+    )
+    torch.testing.assert_close(out, expected.transpose(0, 1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parts", [MIXED, [(300, 1), (7, 1), (0, 1), (256, 1)], [(0, 9), (30, 2)]])
+def test_cpu_equals_torch(dtype: torch.dtype, parts: list[tuple[int, int]]) -> None:
+    pools = filled(dtype), filled(dtype)
+    batch = batch_of(parts)
+    expected = attended(TorchAttention(pools[0]), batch)
+    name, attention = make_attention("cpu", pools[1])
+    torch.testing.assert_close(attended(attention, batch), expected, atol=1e-5, rtol=0)
+    assert name == "cpu"
+    assert torch.equal(pools[0], pools[1])
+
+
+@pytest.mark.parametrize("name", ["torch", "cpu"])
+def test_writes_only_its_slots(name: str) -> None:
+    pool, before = filled(torch.float32), filled(torch.float32)
+    batch = batch_of([(3, 1), (0, 5)])
+    _, attention = make_attention(name, pool)
+    attended(attention, batch)
+    changed = (pool != before).flatten(4).any(-1).nonzero().tolist()  # [block, layer, side, offset]
+    slots = sorted(
+        [slot // BLOCK_SIZE, 1, side, slot % BLOCK_SIZE] for slot in batch.slots for side in (0, 1)
+    )
+    assert sorted(changed) == slots
+
+
+@pytest.mark.parametrize("name", ["torch", "cpu"])
+def test_a_sequence_gets_the_same_alone_and_in_company(name: str) -> None:
+    _, attention = make_attention(name, filled(torch.float32))
+    alone, company = batch_of([(300, 1)]), batch_of([(300, 1), (9, 1), (70, 1)])
+    attention.bind(alone)
+    query = torch.randn(3, NUM_HEADS, HEAD_DIM, generator=torch.manual_seed(5))
+    first = attention.attend(0, query[:1], 0.3)
+    attention.bind(company)
+    torch.testing.assert_close(attention.attend(0, query, 0.3)[:1], first, atol=1e-6, rtol=0)
+
+
+def test_backends_are_chosen_by_name() -> None:
+    assert make_attention("auto", filled(torch.float32))[0] == "cpu"
+    assert make_attention("auto", filled(torch.float16))[0] == "torch"
+    with pytest.raises(ValueError, match="float16"):
+        make_attention("cpu", filled(torch.float16))
+    with pytest.raises(ValueError, match="unknown attention"):
+        make_attention("flash", filled(torch.float32))

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from drive import BLOCK_SIZE, make_pool, make_sequence
+from tiny_models import ARCHITECTURES, make_tiny_model
+
+from flowkv_common.engine.attention_torch import TorchAttention
+from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
+from flowkv_common.engine.flat import build_flat
+from flowkv_common.engine.model import LoadedModel, load_model
+from flowkv_common.engine.modules import Forward, ModulesForward
+
+
+def load(folder: Path) -> LoadedModel:
+    return load_model(
+        str(folder), name=None, dtype=torch.float32, load_format="auto", on_progress=lambda line: None
+    )
+
+
+def packed() -> PackedBatch:
+    """Two prompts, of which the second is not the last chunk."""
+    prompts = [[token * 7 % 512 for token in range(20)], [token * 5 % 512 for token in range(33)]]
+    sequences = [make_sequence(prompts[0], [4, 1, 2]), make_sequence(prompts[1], [3, 0, 7, 5])]
+    return pack([WorkItem(sequences[0], 20), WorkItem(sequences[1], 30)], BLOCK_SIZE)
+
+
+@torch.inference_mode()
+def logits(forward: Forward, model: LoadedModel, batch: PackedBatch, places: list[int]) -> torch.Tensor:
+    attention = TorchAttention(make_pool(model, num_blocks=8))
+    attention.bind(batch)
+    rows = (torch.from_numpy(batch.token_ids), torch.from_numpy(batch.position_ids))
+    return forward(*rows, attention, torch.tensor(places, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("arch", "config"),
+    [
+        *((arch, {}) for arch in ARCHITECTURES),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 1e4,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                }
+            },
+        ),
+    ],
+)
+def test_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, object]) -> None:
+    model = load(make_tiny_model(tmp_path / "m", arch, seed=3, **config))
+    batch = packed()
+    places = list(range(50))
+    expected = logits(ModulesForward(model.module), model, batch, places)
+    flat = build_flat(model.module)
+    assert flat is not None
+    got = logits(flat, model, batch, places)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+    # The modules go on working on the fused weights, which are not held twice.
+    torch.testing.assert_close(logits(ModulesForward(model.module), model, batch, places), expected)
+
+
+def test_fused_weights_are_shared_with_the_modules(tmp_path: Path) -> None:
+    model = load(make_tiny_model(tmp_path / "m"))
+    assert build_flat(model.module) is not None
+    attention = model.module.get_submodule("model.layers.1.self_attn")
+    storages = {getattr(attention, name).weight.untyped_storage().data_ptr() for name in ("q_proj", "v_proj")}
+    assert len(storages) == 1
+
+
+def test_no_logits_where_none_are_asked_for(tmp_path: Path) -> None:
+    model = load(make_tiny_model(tmp_path / "m"))
+    flat = build_flat(model.module)
+    assert flat is not None
+    assert logits(flat, model, packed(), []).shape == (0, 512)
+
+
+@pytest.mark.parametrize(("arch", "config"), [("gpt2", {}), ("llama", {"hidden_act": "gelu"})])
+def test_other_models_have_none(tmp_path: Path, arch: str, config: dict[str, object]) -> None:
+    assert build_flat(load(make_tiny_model(tmp_path / "m", arch, **config)).module) is None

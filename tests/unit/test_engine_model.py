@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make_tiny_model
+
+from flowkv_common.engine.model import LoadedModel, load_model
+from flowkv_common.engine.servable import UnsupportedModel
+
+
+def load(folder: Path, load_format: str = "auto", dtype: torch.dtype = torch.float32) -> LoadedModel:
+    return load_model(
+        str(folder), name=None, dtype=dtype, load_format=load_format, on_progress=lambda line: None
+    )
+
+
+def config_only(folder: Path, **config: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+def test_card_and_layout(llama: Path) -> None:
+    model = load(llama)
+    assert (model.card.name, model.card.max_model_len, model.card.vocab_size) == ("llama", 256, 512)
+    assert model.eos_token_ids == [2]
+    layout = model.layout(16, "bfloat16")
+    assert (layout.num_layers, layout.num_kv_heads, layout.head_dim, layout.block_size) == (3, 2, 16, 16)
+    assert layout.block_bytes == 3 * 2 * 16 * 2 * 16 * 2
+
+
+def test_generation_config_names_several_eos(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    assert load(folder).eos_token_ids == [5, 7]
+
+
+def test_fingerprint_names_content_and_dtype(llama: Path, tmp_path: Path) -> None:
+    fingerprint = load(llama).card.fingerprint
+    assert load(make_tiny_model(tmp_path / "copy")).card.fingerprint == fingerprint
+    others = {
+        load(make_tiny_model(tmp_path / "other", seed=1)).card.fingerprint,
+        load(llama, dtype=torch.bfloat16).card.fingerprint,
+        load(llama, "dummy").card.fingerprint,
+    }
+    assert len(others | {fingerprint}) == 4
+
+
+def test_dummy_weights_do_not_depend_on_the_generator(llama: Path) -> None:
+    first = load(llama, "dummy").module.state_dict()
+    torch.manual_seed(1234)
+    state = torch.get_rng_state()
+    second = load(llama, "dummy").module.state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first["model.embed_tokens.weight"].std() > 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "config", "limit"),
+    [
+        ("mistral", {"sliding_window": 32}, 32),
+        ("mistral", {"sliding_window": None}, 256),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 32}, 256),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, 32),
+        ("qwen3", {"layer_types": ["full_attention"] * 3, "sliding_window": 32}, 256),
+    ],
+)
+def test_a_sliding_window_limits_the_length(
+    tmp_path: Path, arch: str, config: dict[str, Any], limit: int
+) -> None:
+    assert load(make_tiny_model(tmp_path / "m", arch, **config)).card.max_model_len == limit
+
+
+def test_rope_that_changes_with_the_batch_limits_the_length(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 64,
+    }
+    folder = make_tiny_model(tmp_path / "m", "phi3", head_dim=8, rope_parameters=rope)
+    assert load(folder).card.max_model_len == 64
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"model_type": "t5"}, "encoder-decoder"),
+        ({"model_type": "mamba"}, "not pluggable"),
+        ({"model_type": "vit"}, "not a causal language model"),
+        ({"model_type": "deepseek_v3", "num_hidden_layers": 2}, "MLA"),
+        ({"model_type": "gemma2", "num_hidden_layers": 2}, "caps logits"),
+        ({"model_type": "qwen3_next", "num_hidden_layers": 4}, "linear_attention|not pluggable"),
+        ({"model_type": "no-such-model"}, "no config that transformers knows"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_weights_are_read(
+    tmp_path: Path, config: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=why):
+        load(config_only(tmp_path / "model", **config))
+
+
+def test_a_folder_without_config_or_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="no config"):
+        load(tmp_path)
+    with pytest.raises(UnsupportedModel, match="holds no weights"):
+        load(config_only(tmp_path / "model", model_type="llama"))
+
+
+def test_an_unknown_load_format_is_refused(llama: Path) -> None:
+    with pytest.raises(ValueError, match="unknown load format 'npz'"):
+        load(llama, "npz")

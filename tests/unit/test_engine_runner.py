@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drive import BLOCK_SIZE, GREEDY, generate, make_pool, make_sequence, step
+from oracle import check_identity
+from tiny_models import ARCHITECTURES, VOCAB_SIZE, make_tiny_model
+from transformers import AutoModelForCausalLM
+
+from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
+from flowkv_common.engine.model import LoadedModel, load_model
+from flowkv_common.engine.runner import EngineThread, Runner
+from flowkv_common.engine.sequence import Sequence
+from flowkv_common.wire.messages import SamplingParams
+
+NUM_BLOCKS = 64
+NUM_OUTPUTS = 16
+PROMPT_LENS = (5, 33, 17, 1)
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    return load_model(str(folder), name=None, dtype=dtype, load_format="auto", on_progress=lambda line: None)
+
+
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, "gpt2"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / request.param, request.param, seed=1)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "llama", seed=1)
+
+
+def sequences(sampling: SamplingParams = GREEDY, lens: tuple[int, ...] = PROMPT_LENS) -> list[Sequence]:
+    """The same prompts every time, on shuffled blocks."""
+    rng = random.Random(0)
+    blocks = rng.sample(range(NUM_BLOCKS), NUM_BLOCKS)
+    made = []
+    for length in lens:
+        prompt_ids = [rng.randrange(VOCAB_SIZE) for _ in range(length)]
+        num_blocks = -(-(length + NUM_OUTPUTS) // BLOCK_SIZE)
+        made.append(make_sequence(prompt_ids, [blocks.pop() for _ in range(num_blocks)], sampling))
+    return made
+
+
+def reference(folder: Path, prompt_ids: list[int]) -> list[int]:
+    """What `transformers` generates for the prompt, alone."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    tokens = torch.tensor([prompt_ids])
+    out = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NUM_OUTPUTS
+    )
+    output_ids: list[int] = out[0, len(prompt_ids) :].tolist()
+    return output_ids
+
+
+@pytest.mark.parametrize("attention", ["torch", "cpu"])
+def test_greedy_tokens_are_those_of_transformers(folder: Path, attention: str) -> None:
+    """Chunks of 11 tokens beside decode, shuffled blocks of 8, four sequences at once."""
+    model = load(folder)
+    runner = Runner(model, make_pool(model, NUM_BLOCKS), attention=attention)
+    batch = sequences()
+    generate(runner, batch, NUM_OUTPUTS, chunk_tokens=11)
+    for sequence in batch:
+        assert sequence.output_ids == reference(folder, sequence.prompt_ids)
+        check_identity(folder, sequence.prompt_ids, sequence.output_ids)
+
+
+def test_oracle_sees_a_wrong_token(llama: Path) -> None:
+    prompt_ids = [3, 4, 5]
+    output_ids = reference(llama, prompt_ids)
+    output_ids[4] ^= 1
+    with pytest.raises(AssertionError, match="output 4 of 16"):
+        check_identity(llama, prompt_ids, output_ids)
+
+
+def test_drawn_tokens_are_the_same_alone_in_company_and_after_a_retry(llama: Path) -> None:
+    model = load(llama)
+    runner = Runner(model, make_pool(model, NUM_BLOCKS))
+    sampling = SamplingParams(max_tokens=64, seed=11, temperature=1.2, top_p=0.9, repetition_penalty=1.1)
+    company = sequences(sampling)
+    generate(runner, company, NUM_OUTPUTS)
+    alone = sequences(sampling)[1]
+    generate(runner, [alone], NUM_OUTPUTS, chunk_tokens=7)
+    assert alone.output_ids == company[1].output_ids
+
+    retried = sequences(sampling)[1]
+    retried.output_ids += alone.output_ids[:6]  # the second attempt starts with what the first has shown
+    generate(runner, [retried], NUM_OUTPUTS)
+    assert retried.output_ids == alone.output_ids
+
+
+def test_bfloat16_kv_runs(llama: Path) -> None:
+    model = load(llama)
+    first, second = sequences(), sequences()
+    generate(Runner(model, make_pool(model, NUM_BLOCKS, torch.bfloat16), attention="torch"), first, 4)
+    generate(Runner(model, make_pool(model, NUM_BLOCKS, torch.bfloat16), attention="cpu"), second, 4)
+    assert [sequence.output_ids for sequence in first] == [sequence.output_ids for sequence in second]
+
+
+def test_says_what_it_chose(folder: Path) -> None:
+    model = load(folder)
+    runner = Runner(model, make_pool(model, 2), attention="auto")
+    assert runner.attention_name == "cpu"
+    assert runner.forward_name == ("flat" if folder.name in ARCHITECTURES else "modules")
+
+
+def test_refuses_the_pool_of_another_model(llama: Path) -> None:
+    with pytest.raises(ValueError, match="is not for llama"):
+        Runner(load(llama), torch.zeros(4, 3, 2, BLOCK_SIZE, 2, 8))
+
+
+def test_logits_that_are_not_finite_raise(llama: Path) -> None:
+    model = load(llama)
+    runner = Runner(model, make_pool(model, NUM_BLOCKS))
+    sequence = sequences()[1]
+    sequence.num_computed_tokens = 8  # a lie: nothing has been written there
+    with pytest.raises(FloatingPointError):
+        step(runner, [WorkItem(sequence, sequence.num_new_tokens)])
+
+
+# --- the engine's thread ----------------------------------------------------------------------------
+
+
+class HeldRunner(Runner):
+    """A runner whose steps wait until they are let go."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        super().__init__(model, make_pool(model, NUM_BLOCKS))
+        self.started = threading.Event()
+        self.go = threading.Event()
+
+    def run(self, batch: PackedBatch) -> Any:
+        self.started.set()
+        assert self.go.wait(5)
+        return super().run(batch)
+
+
+def batch_of(sequence: Sequence) -> PackedBatch:
+    return pack([WorkItem(sequence, sequence.num_new_tokens)], BLOCK_SIZE)
+
+
+async def test_steps_run_off_the_loop(llama: Path) -> None:
+    runner = HeldRunner(load(llama))
+    sequence = sequences()[0]
+    async with asyncio.timeout(10), EngineThread(runner) as engine:
+        assert engine.busy_since is None
+        stepping = asyncio.create_task(engine.step(batch_of(sequence)))
+        await asyncio.to_thread(runner.started.wait, 5)
+        assert engine.busy_since is not None
+        assert engine.busy_since <= time.monotonic()
+        runner.go.set()
+        [sampled] = await stepping
+    assert engine.busy_since is None
+    assert sampled is not None
+    assert sampled.token_id == reference(llama, sequence.prompt_ids)[0]
+
+
+async def test_a_cancelled_step_goes_on_and_the_next_ones_are_right(llama: Path) -> None:
+    runner = HeldRunner(load(llama))
+    sequence = sequences()[1]
+    async with asyncio.timeout(10), EngineThread(runner) as engine:
+        stepping = asyncio.create_task(engine.step(batch_of(sequence)))
+        await asyncio.to_thread(runner.started.wait, 5)
+        stepping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stepping
+        runner.go.set()
+        while len(sequence.output_ids) < NUM_OUTPUTS:
+            [sampled] = await engine.step(batch_of(sequence))
+            assert sampled is not None
+            sequence.num_computed_tokens = sequence.num_tokens
+            sequence.output_ids.append(sampled.token_id)
+    assert sequence.output_ids == reference(llama, sequence.prompt_ids)
+
+
+async def test_a_failed_step_raises_and_the_thread_goes_on(llama: Path) -> None:
+    model = load(llama)
+    runner = Runner(model, make_pool(model, NUM_BLOCKS))
+    broken, sound = sequences()[1], sequences()[0]
+    broken.num_computed_tokens = 8
+    async with asyncio.timeout(10), EngineThread(runner) as engine:
+        with pytest.raises(FloatingPointError):
+            await engine.step(batch_of(broken))
+        assert await engine.step(batch_of(sound)) != [None]
+
+
+async def test_a_wedged_thread_shows_and_does_not_hold_up_the_end(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowkv_common.engine.runner.CLOSE_TIMEOUT_S", 0.05)
+    model = load(llama)
+    before = set(threading.enumerate())
+    async with asyncio.timeout(10), EngineThread(Runner(model, make_pool(model, 1))) as engine:
+        [thread] = set(threading.enumerate()) - before
+        engine.wedge(for_s=0.5)
+        began = time.monotonic()
+    assert time.monotonic() - began < 0.4
+    assert engine.busy_since is not None
+    assert thread.daemon
+    thread.join(5)
+    assert engine.busy_since is None

@@ -1,0 +1,73 @@
+"""Whatever JSON comes to the endpoints, the answer is 200 or says what is wrong with it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from gateway_support import MODEL, ScriptedGenerator, text_pieces, write_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+
+from flowkv_common.config import GatewaySettings
+from flowkv_gateway.app import build_app
+from flowkv_gateway.tokenizer import Tokenizer
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+PART = st.fixed_dictionaries({"type": st.just("text"), "text": JSON})
+CALL = st.fixed_dictionaries(
+    {"function": st.fixed_dictionaries({"name": st.text(max_size=3), "arguments": JSON | st.just("{}")})}
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool", "nobody"])},
+    optional={
+        "content": st.text(max_size=5) | st.lists(PART, max_size=2),
+        "tool_calls": st.lists(CALL, max_size=2),
+        "name": JSON,
+    },
+)
+BODY = st.fixed_dictionaries(
+    {},
+    optional={
+        "messages": st.lists(MESSAGE, max_size=3) | JSON,
+        "prompt": JSON | st.lists(st.integers(0, 600), max_size=4),
+        "tokens": st.lists(st.integers(-1, 600), max_size=4),
+        "tools": st.lists(JSON, max_size=2),
+        "tool_choice": JSON,
+        "stream": st.booleans(),
+        "logit_bias": st.dictionaries(st.text(max_size=3), JSON, max_size=2),
+        "stop": st.lists(st.text(max_size=3), max_size=3),
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Starlette:
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    generator = ScriptedGenerator(text_pieces(tokenizer, "hello"))
+    gateway_settings = GatewaySettings(model_path="unused", model_name=MODEL)
+    return build_app(gateway_settings, tokenizer, generator, CollectorRegistry())
+
+
+@settings(deadline=None, max_examples=60)
+@given(body=BODY)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
+def test_any_json_is_answered_or_refused(app: Starlette, path: str, body: dict[str, Any]) -> None:
+    async def post() -> httpx.Response:
+        transport = httpx.ASGITransport(app)  # raises what the app raises
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            return await client.post(path, content=json.dumps(body))
+
+    response = asyncio.run(post())
+    assert response.status_code in (200, 400)
+    if response.status_code == 400:
+        assert response.json()["error"]["type"] == "invalid_request_error"

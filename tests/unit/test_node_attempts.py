@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+from flowkv_common.errors import Stale
+from flowkv_common.node.attempts import TOMBSTONE_S, Attempt, Attempts
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def begin(attempts: Attempts, transfer_id: str, stopped: list[str], gateway: str = "g") -> None:
+    attempts.begin(Attempt(transfer_id, gateway, "queued", lambda _: stopped.append(transfer_id)))
+
+
+def test_cancel_stops_once_and_buries() -> None:
+    attempts, stopped = Attempts(), []
+    begin(attempts, "r.0", stopped)
+    attempts.cancel("r.0", "test")
+    attempts.cancel("r.0", "test")
+    assert stopped == ["r.0"]
+    assert len(attempts) == 0
+    with pytest.raises(Stale):
+        begin(attempts, "r.0", stopped)
+
+
+def test_cancel_that_comes_first_wins() -> None:
+    attempts = Attempts()
+    attempts.cancel("r.0", "overtook the message")
+    with pytest.raises(Stale):
+        attempts.refuse_ended("r.0")
+
+
+def test_newer_attempt_ends_older_and_keeps_it_out() -> None:
+    attempts, stopped = Attempts(), []
+    begin(attempts, "r.0", stopped)
+    begin(attempts, "r.1", stopped)
+    assert stopped == ["r.0"]
+    with pytest.raises(Stale):
+        begin(attempts, "r.0", stopped)
+    assert "r.1" in attempts
+
+
+def test_next_phase_takes_the_place_of_the_last() -> None:
+    attempts, stopped = Attempts(), []
+    begin(attempts, "r.0", stopped)
+    attempts.begin(Attempt("r.0", "g", "decode", lambda _: stopped.append("as decode")))
+    assert attempts.states_by_gateway() == {"g": {"r.0": "decode"}}
+    attempts.cancel("r.0", "test")
+    assert stopped == ["as decode"]
+
+
+def test_ended_attempt_leaves_no_tombstone() -> None:
+    attempts, stopped = Attempts(), []
+    begin(attempts, "r.0", stopped)
+    attempts.end("r.0")
+    attempts.refuse_ended("r.0")
+    assert stopped == []
+
+
+def test_cancel_gateway_takes_only_its_own() -> None:
+    attempts, stopped = Attempts(), []
+    begin(attempts, "a.0", stopped, gateway="one")
+    begin(attempts, "b.0", stopped, gateway="two")
+    assert attempts.cancel_gateway("one", "gone") == 1
+    assert stopped == ["a.0"]
+
+
+def test_tombstones_are_forgotten_in_the_end() -> None:
+    clock = Clock()
+    attempts = Attempts(clock)
+    attempts.cancel("r.0", "test")
+    clock.now = TOMBSTONE_S + 1
+    attempts.cancel("other.0", "test")
+    attempts.refuse_ended("r.0")
+
+
+async def test_wait_empty_ends_with_the_last_attempt() -> None:
+    attempts, stopped = Attempts(), []
+    begin(attempts, "r.0", stopped)
+    attempts.end("r.0")
+    await attempts.wait_empty()
