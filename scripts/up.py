@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from cluster import Cluster, ClusterError
+from local_cluster import Cluster, ClusterError
 
 RUN_DIR = Path(__file__).resolve().parent.parent / ".run"
 READY_TIMEOUT_S = 300.0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from local_cluster import Cluster
 
 READY_TIMEOUT_S = 120.0
 

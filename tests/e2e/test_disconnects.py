@@ -7,7 +7,7 @@ import random
 import time
 
 import httpx
-from cluster import Cluster
+from local_cluster import Cluster
 from load import Streamed, stream_completion
 from observer import observe
 

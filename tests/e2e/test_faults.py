@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from cluster import Cluster, free_port
+from local_cluster import Cluster, free_port
 from load import Streamed, stream_completion
 from observer import Observer, observe
 from oracle import check_identity

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from cluster import Cluster
+from local_cluster import Cluster
 from load import Streamed, run_all
 from observer import observe
 from oracle import check_identity

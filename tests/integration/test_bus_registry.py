@@ -66,12 +66,12 @@ async def running(*loops: asyncio.Task[None]) -> AsyncIterator[None]:
         await asyncio.gather(*loops, return_exceptions=True)
 
 
-def announce(bus: Bus, node_id: str) -> asyncio.Task[None]:
-    return asyncio.create_task(keep_announced(bus, lambda: descriptor(node_id), TTL_S))
+def announce(bus: Bus, node_id: str, ttl_s: float = TTL_S) -> asyncio.Task[None]:
+    return asyncio.create_task(keep_announced(bus, lambda: descriptor(node_id), ttl_s))
 
 
-def watch(bus: Bus, nodes: Nodes) -> asyncio.Task[None]:
-    return asyncio.create_task(watch_nodes(bus, nodes.take, TTL_S))
+def watch(bus: Bus, nodes: Nodes, ttl_s: float = TTL_S) -> asyncio.Task[None]:
+    return asyncio.create_task(watch_nodes(bus, nodes.take, ttl_s))
 
 
 async def test_watch_tells_an_empty_registry_then_who_comes_and_leaves(nats_server: NatsServer) -> None:
@@ -147,6 +147,20 @@ async def test_bucket_lost_by_the_server_is_made_anew_without_a_verdict(nats_ser
                 await nodes.until("d0", "p0")
                 assert all("p0" in told for told in nodes.history[num_told:])
             await nodes.until("p0")
+
+
+async def test_reconnect_reopens_the_watch_and_renews_long_before_the_ttl(nats_server: NatsServer) -> None:
+    nodes = Nodes()
+    async with (
+        connect(nats_server.url, name="watcher") as bus,
+        connect(nats_server.url, name="n") as node_bus,
+    ):
+        async with running(watch(bus, nodes, ttl_s=30.0), announce(node_bus, "p0", ttl_s=30.0)):
+            await nodes.until("p0")
+            nats_server.kill()
+            nats_server.start()
+            async with running(announce(node_bus, "d0", ttl_s=30.0)):
+                await nodes.until("d0", "p0")
 
 
 async def test_node_that_died_with_the_server_is_dropped_only_after_a_grace(nats_server: NatsServer) -> None:

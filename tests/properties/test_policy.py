@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv_common.wire.messages import ScheduleRequest
-from flowkv_scheduler.policy import Choice, choose
+from flowkv_scheduler.policy import Choice, choose, decode_cost, prefill_cost
 from flowkv_scheduler.state import NodeView, Work
 
 
@@ -117,3 +117,13 @@ def test_more_load_never_makes_a_node_more_attractive(
     before, after = pair(choose(wanted, nodes)) or (), pair(choose(wanted, busier)) or ()
     node_id = nodes[which].node_id
     assert after.count(node_id) <= before.count(node_id)
+
+
+@given(clusters(), requests, loads, st.sampled_from([1, 8, 700]))
+def test_more_load_never_lowers_a_cost(
+    nodes: list[NodeView], wanted: ScheduleRequest, load: str, by: int
+) -> None:
+    for node in nodes:
+        busier = loaded(node, load, by)
+        assert prefill_cost(wanted, busier).total_s >= prefill_cost(wanted, node).total_s
+        assert decode_cost(busier).total_s >= decode_cost(node).total_s

@@ -135,9 +135,12 @@ class HeldRunner(Runner):
     """A runner whose steps wait until they are let go."""
 
     def __init__(self, model: LoadedModel) -> None:
-        super().__init__(model, make_pool(model, NUM_BLOCKS))
         self.started = threading.Event()
         self.go = threading.Event()
+        self.go.set()
+        super().__init__(model, make_pool(model, NUM_BLOCKS))
+        self.go.clear()
+        self.started.clear()
 
     def run(self, batch: PackedBatch) -> Any:
         self.started.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 
 from flowkv_common.wire.messages import SamplingParams, TokenLogprob
@@ -67,7 +68,7 @@ def test_an_end_without_a_token() -> None:
 
 def logprob_delta() -> Delta:
     logprob = TokenLogprob(token_id=5, logprob=-0.5, top=[(5, -0.5), (1, -math.inf), (2, math.nan)])
-    return Delta(0, "", True, None, logprob, 4)
+    return Delta(0, "", True, None, logprob, 4, 7)
 
 
 def test_chat_logprobs() -> None:
@@ -95,4 +96,14 @@ def test_completion_logprobs() -> None:
 
 @pytest.mark.parametrize("shape", [ChatShape(VOCABULARY), TextShape(VOCABULARY)])
 def test_no_logprobs_unless_asked_for(shape: ChatShape | TextShape) -> None:
-    assert shape.chunk(Delta(0, "one", True, None, None, 0)).logprobs is None
+    assert shape.chunk(Delta(0, "one", True, None, None, 0, 7)).logprobs is None
+
+
+@pytest.mark.parametrize("shape", [ChatShape, TextShape])
+def test_token_ids_are_shown_only_when_asked_for(shape: type[ChatShape | TextShape]) -> None:
+    delta = Delta(0, "one", True, None, None, 0, 7)
+    whole = WholeChoice(0)
+    whole.add(delta)
+    assert shape(VOCABULARY, True).chunk(delta).token_ids == [7]
+    assert shape(VOCABULARY, True).whole(whole).token_ids == [7]
+    assert b"token_ids" not in msgspec.json.encode(shape(VOCABULARY).chunk(delta))

@@ -98,13 +98,13 @@ class Api:
         body = await self._parse(request, ChatRequest)
         card = self._card()
         prompt = await chat_prompt(body, self._tokenizer)
-        return self._answer(body, [prompt], card, ChatShape(self._tokenizer.vocabulary))
+        return self._answer(body, [prompt], card, ChatShape(self._tokenizer.vocabulary, _with_ids(body)))
 
     async def completions(self, request: Request) -> ASGIApp:
         body = await self._parse(request, CompletionRequest)
         card = self._card()
         prompts = await completion_prompts(body, self._tokenizer)
-        return self._answer(body, prompts, card, TextShape(self._tokenizer.vocabulary))
+        return self._answer(body, prompts, card, TextShape(self._tokenizer.vocabulary, _with_ids(body)))
 
     async def models(self, _: Request) -> Response:
         return _json(ModelList([self._model_entry()]))
@@ -180,6 +180,10 @@ class Api:
             stream_options=(body.stream_options or StreamOptions()) if body.stream else None,
             send_timeout_s=self._settings.send_timeout_s,
         )
+
+
+def _with_ids(body: ChatRequest | CompletionRequest) -> bool:
+    return body.return_token_ids or False
 
 
 def _json(content: object) -> Response:

@@ -16,7 +16,8 @@ class Delta(NamedTuple):
     """What one token adds to the choice with this number.
 
     `text` is empty for half a character, or while it may be the beginning of a stop string. `text_offset` is
-    where the token's own text begins in the answer. `logprob` is None if not asked for.
+    where the token's own text begins in the answer. `logprob` is None if not asked for, `token_id` only in a
+    last delta without a token.
     """
 
     choice: int
@@ -25,6 +26,7 @@ class Delta(NamedTuple):
     finish_reason: str | None
     logprob: TokenLogprob | None
     text_offset: int
+    token_id: int | None
 
 
 class Choice:
@@ -69,7 +71,7 @@ class Choice:
         elif reason is not None:
             shown += self._stops.finish()
         self.finish_reason = reason
-        return Delta(self.index, shown, is_first, reason, logprob, offset)
+        return Delta(self.index, shown, is_first, reason, logprob, offset, token_id)
 
     def _show(self, decoded: str) -> str:
         if self.num_tokens <= self.generation.sampling.min_tokens:

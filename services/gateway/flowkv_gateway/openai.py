@@ -15,6 +15,8 @@ from flowkv_gateway.vocabulary import Vocabulary
 
 _LEAST_LOGPROB = -9999.0  # what OpenAI shows for minus infinity, which JSON can't
 
+TokenIds = list[int] | UnsetType  # shown only to those who ask for `return_token_ids`
+
 
 class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
@@ -65,6 +67,7 @@ class ChatChoice(msgspec.Struct):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    token_ids: TokenIds
 
 
 class ChatChunkChoice(msgspec.Struct):
@@ -72,6 +75,7 @@ class ChatChunkChoice(msgspec.Struct):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    token_ids: TokenIds
 
 
 class TextChoice(msgspec.Struct):
@@ -79,6 +83,7 @@ class TextChoice(msgspec.Struct):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: str | None
+    token_ids: TokenIds
 
 
 class Reply(msgspec.Struct):
@@ -117,9 +122,12 @@ class WholeChoice:
     texts: list[str] = field(default_factory=list)
     logprobs: list[tuple[TokenLogprob, int]] = field(default_factory=list)  # with their text offsets
     finish_reason: str | None = None
+    token_ids: list[int] = field(default_factory=list)
 
     def add(self, delta: Delta) -> None:
         self.texts.append(delta.text)
+        if delta.token_id is not None:
+            self.token_ids.append(delta.token_id)
         if delta.logprob is not None:
             self.logprobs.append((delta.logprob, delta.text_offset))
         self.finish_reason = delta.finish_reason
@@ -172,18 +180,21 @@ class ChatShape:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, with_token_ids: bool = False) -> None:
         self._vocabulary = vocabulary
+        self._with_token_ids = with_token_ids
 
     def whole(self, choice: WholeChoice) -> ChatChoice:
         message = ChatMessage("assistant", "".join(choice.texts))
         logprobs = self._logprobs([logprob for logprob, _ in choice.logprobs])
-        return ChatChoice(choice.index, message, logprobs, choice.finish_reason)
+        token_ids = choice.token_ids if self._with_token_ids else UNSET
+        return ChatChoice(choice.index, message, logprobs, choice.finish_reason, token_ids)
 
     def chunk(self, delta: Delta) -> ChatChunkChoice:
         shown = ChatDelta(delta.text, "assistant" if delta.is_first else UNSET)
         logprobs = self._logprobs([] if delta.logprob is None else [delta.logprob])
-        return ChatChunkChoice(delta.choice, shown, logprobs, delta.finish_reason)
+        token_ids = _ids_of(delta) if self._with_token_ids else UNSET
+        return ChatChunkChoice(delta.choice, shown, logprobs, delta.finish_reason, token_ids)
 
     def _logprobs(self, logprobs: list[TokenLogprob]) -> ChatLogprobs | None:
         if not logprobs:
@@ -206,16 +217,19 @@ class TextShape:
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, with_token_ids: bool = False) -> None:
         self._vocabulary = vocabulary
+        self._with_token_ids = with_token_ids
 
     def whole(self, choice: WholeChoice) -> TextChoice:
         logprobs = self._logprobs(choice.logprobs)
-        return TextChoice(choice.index, "".join(choice.texts), logprobs, choice.finish_reason)
+        token_ids = choice.token_ids if self._with_token_ids else UNSET
+        return TextChoice(choice.index, "".join(choice.texts), logprobs, choice.finish_reason, token_ids)
 
     def chunk(self, delta: Delta) -> TextChoice:
         logprobs = self._logprobs([] if delta.logprob is None else [(delta.logprob, delta.text_offset)])
-        return TextChoice(delta.choice, delta.text, logprobs, delta.finish_reason)
+        token_ids = _ids_of(delta) if self._with_token_ids else UNSET
+        return TextChoice(delta.choice, delta.text, logprobs, delta.finish_reason, token_ids)
 
     def _logprobs(self, logprobs: list[tuple[TokenLogprob, int]]) -> TextLogprobs | None:
         if not logprobs:
@@ -230,6 +244,10 @@ class TextShape:
             ],
             text_offset=[offset for _, offset in logprobs],
         )
+
+
+def _ids_of(delta: Delta) -> list[int]:
+    return [] if delta.token_id is None else [delta.token_id]
 
 
 def _finite(logprob: float) -> float:

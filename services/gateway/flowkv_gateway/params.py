@@ -50,6 +50,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     logit_bias: LogitBias | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
+    return_token_ids: bool | None = None  # vLLM's: the ids of the output tokens beside the text
     priority: Annotated[int, Meta(ge=-_MAX_INT, le=_MAX_INT)] | None = None
 
     @property

@@ -12,8 +12,8 @@ class BarrierClient(Client):
     """Sends a PING only behind all that was sent before it.
 
     nats-py 2.16 writes the PING straight to the socket while SUB, UNSUB and PUB may still wait in its buffer.
-    The PONG then proves nothing: `flush` returns before the server knows of a subscription, and `drain` before
-    the last messages have come, which are then dropped.
+    The PONG then proves nothing: `flush` returns before the server knows of a subscription, and `drain`
+    before the last messages have come, which are then dropped.
     """
 
     async def _send_ping(self, future: asyncio.Future[Any] | None = None) -> None:

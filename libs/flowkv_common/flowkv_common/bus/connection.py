@@ -75,8 +75,6 @@ class Bus:
         self._connected_at: float | None = None
         self._is_closing = False
 
-    # --- state ---------------------------------------------------------------------------------
-
     @property
     def is_connected(self) -> bool:
         return bool(self.nc.is_connected)
@@ -99,8 +97,6 @@ class Bus:
         nats-py's own timer is `asyncio.wait_for`, which on Python 3.11 can lose a cancellation.
         """
         return self.nc.jetstream(timeout=None)
-
-    # --- messages ------------------------------------------------------------------------------
 
     async def publish(
         self, subject: str, message: msgspec.Struct, *, headers: Mapping[str, str] | None = None
@@ -231,8 +227,6 @@ class Bus:
         size = len(payload) + sum(len(key) + len(value) + 4 for key, value in (headers or {}).items())
         if size > self.nc.max_payload:
             raise errors.TooLarge(f"{size} bytes for {subject}, NATS takes {self.nc.max_payload}")
-
-    # --- life ----------------------------------------------------------------------------------
 
     async def _open(self, url: str, name: str, drain_timeout_s: float) -> None:
         await self.nc.connect(

@@ -143,8 +143,6 @@ class Service:
         for subscription in self._control:
             await subscription.drain()
 
-    # --- requests ------------------------------------------------------------------------------
-
     async def _on_request(self, served: _Served, msg: Msg) -> None:
         served.num_requests += 1
         if served.num_running >= served.endpoint.limit:
@@ -182,8 +180,6 @@ class Service:
             await self._bus.publish(msg.reply, error.to_wire(), headers=error_headers(error))
         except errors.FlowKVError as unsent:
             log.warning("can't answer on %s: %s", msg.subject, unsent)
-
-    # --- discovery -----------------------------------------------------------------------------
 
     def _control_subjects(self, verb: ServiceVerb) -> list[str]:
         return [

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from flowkv_common.engine.backends import make_attention
-from flowkv_common.engine.batch import PackedBatch
+from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
 from flowkv_common.engine.flat import build_flat
 from flowkv_common.engine.model import LoadedModel
 from flowkv_common.engine.modules import Forward, ModulesForward
 from flowkv_common.engine.sampler import Sampled, sample
+from flowkv_common.engine.sequence import Sequence
+from flowkv_common.wire.messages import SamplingParams
 
 CLOSE_TIMEOUT_S = 5.0
 
@@ -31,7 +33,8 @@ class Runner:
     def __init__(self, model: LoadedModel, pool: Tensor, *, attention: str = "torch") -> None:
         """`pool`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
 
-        `attention`: "torch", "cpu", or "auto" for the faster one that works here. Raises `ValueError` if the
+        Runs one token through block 0, so that kernels are compiled before the first request needs them
+        (seconds, once per machine). `attention`: "torch", "cpu", or "auto" for the faster one that works here. Raises `ValueError` if the
         pool is not of this model, or the backend is unknown or can't run.
         """
         expected = (model.num_layers, 2, model.num_kv_heads, model.head_dim)
@@ -41,6 +44,7 @@ class Runner:
         self._forward: Forward = build_flat(model.module) or ModulesForward(model.module)
         self._eos_token_ids = model.eos_token_ids
         self._device = pool.device
+        self.run(_one_token(pool.shape[3]))
 
     @property
     def forward_name(self) -> str:
@@ -117,6 +121,11 @@ class EngineThread:
             _tell(loop, _settle, result, error)
         else:
             _tell(loop, _settle, result, value)
+
+
+def _one_token(block_size: int) -> PackedBatch:
+    sampling = SamplingParams(max_tokens=1, temperature=0.0)
+    return pack([WorkItem(Sequence("", 0, "warm-up", "", [0], [], sampling, 0.0, [0]), 1)], block_size)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:

@@ -1,0 +1,82 @@
+"""What every message looks like on the wire, held by golden files; a change of one shows in the diff."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from wire_examples import EXAMPLES, GOLDEN, MESSAGES, PARTS, as_golden, golden_file
+
+from flowkv_common.wire import messages
+from flowkv_common.wire.messages import Accepted, Message, Part, decode, encode
+
+each_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: type(example).__name__)
+
+
+def structs_in(value: Any) -> Iterator[Message | Part]:
+    """`value`, if it is one of ours, and all of ours inside it."""
+    if isinstance(value, Message | Part):
+        yield value
+        for field in value.__struct_fields__:
+            yield from structs_in(getattr(value, field))
+    elif isinstance(value, list):
+        for item in value:
+            yield from structs_in(item)
+
+
+# Objects whose keys are values, not fields.
+MAPS = {"logit_bias", "states", "phases_s", "links", "addresses"}
+
+
+def with_unknown_fields(value: Any) -> Any:
+    """The JSON value with a field that nobody knows in every struct."""
+    if isinstance(value, list):
+        return [with_unknown_fields(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    known = {name: item if name in MAPS else with_unknown_fields(item) for name, item in value.items()}
+    return known | {"of_tomorrow": [1]}
+
+
+def test_every_message_has_one_example_and_one_golden_file() -> None:
+    kinds = sorted(kind.__name__ for kind in MESSAGES)
+    assert sorted(type(example).__name__ for example in EXAMPLES) == kinds
+    assert sorted(file.stem for file in GOLDEN.iterdir()) == kinds
+
+
+def test_the_examples_set_every_field_of_every_struct() -> None:
+    shown = {type(found) for example in EXAMPLES for found in structs_in(example)}
+    assert shown == {*MESSAGES, *PARTS}
+    for found in (found for example in EXAMPLES for found in structs_in(example)):
+        shown_fields = msgspec.json.decode(encode(found)).keys() - {"type"}
+        assert shown_fields == set(found.__struct_fields__), type(found).__name__
+
+
+@each_example
+def test_a_message_is_written_as_its_golden_file(example: Message) -> None:
+    assert as_golden(example) == golden_file(type(example)).read_bytes()
+
+
+@each_example
+def test_a_golden_file_is_read_as_its_message(example: Message) -> None:
+    assert decode(golden_file(type(example)).read_bytes(), type(example)) == example
+
+
+@each_example
+def test_fields_of_a_newer_version_are_ignored(example: Message) -> None:
+    golden = msgspec.json.decode(golden_file(type(example)).read_bytes())
+    newer = msgspec.json.encode(with_unknown_fields(golden))
+    assert decode(newer, type(example)) == example
+
+
+@each_example
+def test_a_message_is_not_taken_for_another_kind(example: Message) -> None:
+    other = Accepted if type(example) is not Accepted else messages.Check
+    with pytest.raises(msgspec.ValidationError):
+        decode(encode(example), other)
+
+
+def test_defaults_are_left_out() -> None:
+    assert encode(messages.Drain()) == b'{"type":"Drain"}'

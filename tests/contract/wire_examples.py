@@ -1,0 +1,248 @@
+"""One example of every message, with every field set, and the golden file that shows it as JSON.
+
+After a meant change of a message, `python tests/contract/wire_examples.py` writes the golden files anew; the
+diff then shows what changes for everyone on the wire.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from flowkv_common.wire import messages
+from flowkv_common.wire.messages import (
+    Accepted,
+    Assignment,
+    BlockCounts,
+    Cancel,
+    Candidate,
+    Check,
+    Checked,
+    DecodeRun,
+    Drain,
+    Keepalive,
+    KeepaliveReply,
+    KVTransferred,
+    LinkOffer,
+    LinkRequest,
+    LoadReport,
+    Message,
+    ModelCard,
+    NodeDescriptor,
+    NodeRef,
+    Part,
+    PoolLayout,
+    PrefillRun,
+    Refusal,
+    Release,
+    RequestFinished,
+    Reserve,
+    Reserved,
+    Resume,
+    Resumed,
+    Run,
+    SamplingParams,
+    ScheduleRequest,
+    StepTokens,
+    TokenChunk,
+    TokenLogprob,
+    Wait,
+    Wedge,
+    encode,
+)
+
+GOLDEN = Path(__file__).with_name("golden")
+
+# All that the protocol has; tests may define more, which are none of it.
+MESSAGES = [kind for kind in Message.__subclasses__() if kind.__module__ == messages.__name__]
+PARTS = [kind for kind in Part.__subclasses__() if kind.__module__ == messages.__name__]
+
+REQUEST_ID = "chatcmpl-5f2a"
+TRANSFER_ID = "chatcmpl-5f2a.1"
+GATEWAY_ID = "gateway-0c11"
+PREFILL = NodeRef(node_id="prefill-0", incarnation="a1b2c3d4")
+DECODE = NodeRef(node_id="decode-0", incarnation="99887766")
+LAYOUT = PoolLayout(num_layers=30, block_size=16, num_kv_heads=3, head_dim=64, dtype="float32")
+CARD = ModelCard(
+    name="SmolLM2-135M-Instruct",
+    fingerprint="3bb4e6a0",
+    max_model_len=8192,
+    vocab_size=49152,
+    eos_token_ids=[2],
+)
+SAMPLING = SamplingParams(
+    max_tokens=32,
+    seed=7,
+    temperature=0.5,
+    top_p=0.75,
+    top_k=40,
+    min_p=0.125,
+    frequency_penalty=0.25,
+    presence_penalty=0.5,
+    repetition_penalty=1.25,
+    logit_bias={42: -1.5},
+    min_tokens=2,
+    ignore_eos=True,
+    num_logprobs=2,
+)
+BLOCKS = BlockCounts(total=1024, free=900, cached=100, leased=20, quarantined=4, longest_free_run=880)
+FULL = Refusal(code=429, message="no room for 5 blocks", field="num_tokens", retry_after_s=0.05)
+PHASES_S = {"queue": 0.25, "prefill": 0.5}
+CHUNK = TokenChunk(
+    transfer_id=TRANSFER_ID,
+    index=3,
+    token_ids=[504, 260],
+    logprobs=[
+        TokenLogprob(token_id=504, logprob=-0.25, top=[(504, -0.25), (28, -1.75)]),
+        TokenLogprob(token_id=260, logprob=-0.5, top=[(260, -0.5), (253, -1.25)]),
+    ],
+    finish_reason="length",
+    error=FULL,
+    num_cached_tokens=16,
+    phases_s=PHASES_S,
+)
+
+EXAMPLES: list[Message] = [
+    Accepted(node_id="prefill-0"),
+    FULL,
+    ScheduleRequest(
+        request_id=REQUEST_ID,
+        attempt=1,
+        num_prompt_tokens=70,
+        max_new_tokens=32,
+        priority=-1,
+        age_s=0.75,
+        avoid=["decode-1"],
+    ),
+    Assignment(
+        request_id=REQUEST_ID,
+        attempt=1,
+        epoch=1,
+        prefill=PREFILL,
+        decode=DECODE,
+        reason="best of 1 pairs",
+        prefill_candidates=[Candidate(node_id="prefill-0", predicted_s=0.125, reason="0 tokens ahead")],
+        decode_candidates=[Candidate(node_id="decode-0", predicted_s=0.03125, reason="2 of 64 sequences")],
+    ),
+    Wait(retry_in_s=0.25, reason="no node is ready"),
+    PrefillRun(
+        request_id=REQUEST_ID,
+        attempt=1,
+        epoch=1,
+        node=PREFILL,
+        decode=DECODE,
+        gateway_id=GATEWAY_ID,
+        prompt_ids=[1, 4093, 28],
+        output_ids=[504],
+        sampling=SAMPLING,
+        deadline_in_s=599.5,
+    ),
+    Reserve(
+        transfer_id=TRANSFER_ID,
+        node=DECODE,
+        prefill=PREFILL,
+        gateway_id=GATEWAY_ID,
+        num_tokens=71,
+        block_hashes=["00112233445566778899aabbccddeeff"],
+        run_lengths=[4, 1],
+        expires_in_s=30.0,
+    ),
+    Reserved(transfer_id=TRANSFER_ID, token="secret", runs=[Run(8, 4), Run(2, 1)], num_cached_blocks=1),
+    Release(transfer_id=TRANSFER_ID, token="secret"),
+    DecodeRun(
+        request_id=REQUEST_ID,
+        attempt=1,
+        epoch=1,
+        node=DECODE,
+        prefill=PREFILL,
+        token="secret",
+        gateway_id=GATEWAY_ID,
+        prompt_ids=[1, 4093, 28],
+        output_ids=[504, 260],
+        sampling=SAMPLING,
+        deadline_in_s=599.0,
+    ),
+    Resume(transfer_id=TRANSFER_ID, from_index=3),
+    Resumed(chunk=CHUNK),
+    Cancel(transfer_id=TRANSFER_ID, reason="not wanted any more"),
+    StepTokens(node_id="decode-0", chunks=[CHUNK]),
+    Keepalive(node=DECODE, states={TRANSFER_ID: "decode"}),
+    KeepaliveReply(unknown=[TRANSFER_ID]),
+    NodeDescriptor(
+        node=DECODE,
+        role="decode",
+        model=CARD,
+        layout=LAYOUT,
+        num_blocks=1024,
+        token_budget=512,
+        max_prefill_tokens_per_step=16,
+        guests=["decode", "prefill"],
+        connectors=["shm", "tcp"],
+        host="10.0.0.7",
+        pid=4711,
+        metrics_url="http://10.0.0.7:9102/metrics",
+        version="0.1.0",
+    ),
+    LoadReport(
+        node=DECODE,
+        seq=12,
+        period_s=0.5,
+        ready=True,
+        draining=False,
+        max_prefill_tokens_per_step=16,
+        queued_prefill_tokens=128,
+        num_waiting=1,
+        num_running=2,
+        max_num_seqs=64,
+        blocks=BLOCKS,
+        prefill_tokens_per_s=1200.0,
+        decode_step_s=0.03125,
+        num_handoffs=1,
+        handoff_bytes=1843200,
+        links={"prefill-0": "shm"},
+    ),
+    LinkRequest(node=DECODE, peer=PREFILL, layout=LAYOUT, fingerprint="3bb4e6a0"),
+    LinkOffer(node=DECODE, num_blocks=1024, token="secret", addresses={"tcp": "10.0.0.7:40123"}),
+    Drain(reason="maintenance"),
+    Check(),
+    Checked(node=DECODE, blocks=BLOCKS, num_requests=2, num_reservations=1),
+    Wedge(for_s=10.0),
+    RequestFinished(
+        request_id=REQUEST_ID,
+        attempts=2,
+        outcome="error",
+        num_prompt_tokens=70,
+        num_output_tokens=5,
+        num_cached_tokens=16,
+        prefill_node="prefill-0",
+        decode_node="decode-0",
+        phases_s=PHASES_S,
+        error="the request ran out of time",
+    ),
+    KVTransferred(
+        transfer_id=TRANSFER_ID,
+        prefill_node="prefill-0",
+        decode_node="decode-0",
+        connector="shm",
+        num_bytes=1843200,
+        num_copies=2,
+        num_calls=2,
+        total_s=0.0625,
+        exposed_s=0.03125,
+    ),
+]
+
+
+def golden_file(kind: type[Message]) -> Path:
+    return GOLDEN / f"{kind.__name__}.json"
+
+
+def as_golden(message: Message) -> bytes:
+    """The message's JSON, laid out for people."""
+    return msgspec.json.format(encode(message), indent=2) + b"\n"
+
+
+if __name__ == "__main__":
+    for example in EXAMPLES:
+        golden_file(type(example)).write_bytes(as_golden(example))
