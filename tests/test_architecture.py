@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,8 @@ def test_imports_keep_to_the_contracts_of_pyproject() -> None:
         "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache", "--no-logo"
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 kept, 0 broken" in done.stdout
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    assert f"{len(contracts)} kept, 0 broken" in done.stdout
 
 
 @pytest.mark.parametrize("module", ["flowkv_gateway.__main__", "flowkv_scheduler.__main__"])
@@ -45,4 +47,4 @@ def test_services_without_a_model_load_no_engine(module: str) -> None:
 
 
 def test_the_probe_sees_what_a_module_loads() -> None:
-    assert loaded_by("flowkv_common.engine.batch", ("numpy", "nats")) == ["numpy"]
+    assert loaded_by("flowkv_common.wire.messages", ("msgspec", "nats")) == ["msgspec"]

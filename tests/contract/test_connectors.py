@@ -288,9 +288,7 @@ async def greet_and_hang(listener: socket.socket, kind: str) -> Channel:
 
 
 @on_sockets
-async def test_a_receiver_that_hangs_fails_the_transfer_in_time(
-    kind: str, tmp_path: Path
-) -> None:
+async def test_a_receiver_that_hangs_fails_the_transfer_in_time(kind: str, tmp_path: Path) -> None:
     async with network(kind) as net:
         sender = await net.node(io_timeout_s=0.05)
         is_path = kind == "shm"

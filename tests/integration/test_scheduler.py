@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from cluster import descriptor, report, request
+from imagined_nodes import descriptor, report, request
 from nats_server import NatsServer
 
 from flowkv_common import errors

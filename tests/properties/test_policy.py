@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import msgspec
-from cluster import CAPS, NUM_BLOCKS, request, view
+from imagined_nodes import CAPS, NUM_BLOCKS, request, view
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import threading
 import time
@@ -51,12 +52,17 @@ def sequences(sampling: SamplingParams = GREEDY, lens: tuple[int, ...] = PROMPT_
     return made
 
 
+@functools.cache
+def reference_model(folder: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
 def reference(folder: Path, prompt_ids: list[int]) -> list[int]:
     """What `transformers` generates for the prompt, alone."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None
     tokens = torch.tensor([prompt_ids])
-    out = model.generate(
+    out = reference_model(folder).generate(
         tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NUM_OUTPUTS
     )
     output_ids: list[int] = out[0, len(prompt_ids) :].tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from cluster import NUM_BLOCKS, request, view
+from imagined_nodes import NUM_BLOCKS, request, view
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import Wait
@@ -57,16 +57,23 @@ def test_full_decode_nodes_make_it_wait() -> None:
 
 def test_full_decode_nodes_refuse_what_has_waited_too_long() -> None:
     with pytest.raises(errors.Full) as caught:
-        decide(request(age_s=31.0), [view("p0", "prefill"), view("d0", "decode", free=0)], LIMITS)
+        decide(request(age_s=LIMITS.max_wait_s + 1), [view("p0", "prefill"), view("d0", "decode", free=0)], LIMITS)
     assert caught.value.retry_after_s is not None
     assert caught.value.retry_after_s > 0
 
 
 def test_long_queue_is_refused_and_the_retry_time_is_true() -> None:
-    queue = view("p0", "prefill", queued_prefill_tokens=42_000)  # at 1000 tokens/s
+    queue = view("p0", "prefill", queued_prefill_tokens=72_000)  # at 1000 tokens/s
     with pytest.raises(errors.Full) as caught:
         decide(request(), [queue, PAIR[1]], LIMITS)
     assert caught.value.retry_after_s == pytest.approx(12.0)
 
-    later = msgspec.structs.replace(queue.report, queued_prefill_tokens=42_000 - 12_000)
+    later = msgspec.structs.replace(queue.report, queued_prefill_tokens=72_000 - 12_000)
     assert isinstance(decide(request(), [queue._replace(report=later), PAIR[1]], LIMITS), Choice)
+
+
+def test_retry_of_a_running_request_is_never_shed() -> None:
+    queue = view("p0", "prefill", queued_prefill_tokens=72_000)
+    retry = msgspec.structs.replace(request(age_s=LIMITS.max_wait_s + 1), attempt=1)
+    assert isinstance(decide(retry, [queue, PAIR[1]], LIMITS), Choice)
+    assert isinstance(decide(retry, [PAIR[0], view("d0", "decode", free=0)], LIMITS), Wait)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cluster import BLOCK_SIZE, descriptor, report, request, view
+from imagined_nodes import BLOCK_SIZE, descriptor, report, request, view
 
 from flowkv_scheduler.policy import (
     Choice,

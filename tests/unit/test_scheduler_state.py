@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cluster import PERIOD_S, descriptor, report
+from imagined_nodes import PERIOD_S, descriptor, report
 
 from flowkv_scheduler.state import ClusterState, Work
 

@@ -57,7 +57,7 @@ class Journey:
             num_prompt_tokens=len(generation.prompt_ids) + len(self.output_ids),
             max_new_tokens=generation.sampling.max_tokens - len(self.output_ids),
             priority=generation.priority,
-            age_s=time.monotonic() - self._began,
+            age_s=time.monotonic() - self._asked_since,
             avoid=sorted(self.avoid),
         )
 

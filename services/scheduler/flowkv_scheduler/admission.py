@@ -21,7 +21,7 @@ class Limits(msgspec.Struct, frozen=True):
 
     no_node_age_s: float = 10.0
     no_node_retry_s: float = 0.25
-    max_wait_s: float = 30.0
+    max_wait_s: float = 60.0
     min_retry_s: float = 0.05
     max_retry_s: float = 2.0
 
@@ -39,7 +39,8 @@ def decide(request: ScheduleRequest, nodes: Sequence[NodeView], limits: Limits) 
     choice = policy.choose(request, nodes)
     if choice is None:
         return _without_room(request, sides.decode, limits)
-    if choice.wait_s > limits.max_wait_s:
+    # The retry of a running request is never shed: its client has seen half of the answer.
+    if choice.wait_s > limits.max_wait_s and request.attempt == 0:
         raise errors.Full(
             f"{choice.wait_s:.0f} s of work are queued, at most {limits.max_wait_s:.0f} s are admitted",
             retry_after_s=choice.wait_s - limits.max_wait_s,
@@ -70,7 +71,7 @@ def _without_nodes(request: ScheduleRequest, limits: Limits) -> Wait:
 
 def _without_room(request: ScheduleRequest, decode: Sequence[NodeView], limits: Limits) -> Wait:
     room_in_s = min(policy.room_in_s(request, node) for node in decode)
-    if request.age_s > limits.max_wait_s:
+    if request.age_s > limits.max_wait_s and request.attempt == 0:
         raise errors.Full(
             f"no decode node has had room for {request.age_s:.0f} s",
             retry_after_s=max(room_in_s, limits.min_retry_s),

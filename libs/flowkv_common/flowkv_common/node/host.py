@@ -68,7 +68,7 @@ async def _open(
     settings: NodeSettings, role: str, model: LoadedModel, opened: contextlib.AsyncExitStack
 ) -> tuple[Node, Steps, EngineThread]:
     """Everything a node consists of, each entered into `opened` in the order in which it may be used."""
-    ref = NodeRef(node_id=settings.node_id or _new_node_id(role), incarnation=secrets.token_hex(4))
+    ref = NodeRef(node_id=_node_id(settings.node_id, role), incarnation=secrets.token_hex(4))
     layout = model.layout(settings.block_size, settings.kv_dtype)
     num_blocks = settings.kv_cache_bytes // layout.block_bytes
     pool = opened.enter_context(KVPool(layout, num_blocks))
@@ -180,6 +180,8 @@ def _describe(node: Node, steps: Steps, role: str, http_port: int) -> NodeDescri
     )
 
 
-def _new_node_id(role: str) -> str:
-    host = "".join(c if c.isalnum() else "-" for c in socket.gethostname().lower())
-    return f"{role}-{host}-{secrets.token_hex(2)}"
+def _node_id(wanted: str, role: str) -> str:
+    """The name asked for, or one that nobody else has. It is a token of subjects: no dots, no blanks."""
+    if not wanted:
+        wanted = f"{role}-{socket.gethostname().lower()}-{secrets.token_hex(2)}"
+    return "".join(c if c.isalnum() else "-" for c in wanted)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
@@ -66,6 +67,7 @@ class StreamConnector(abc.ABC):
     async def listen(self) -> str:
         """Begins to serve; returns the address that peers connect to. Raises `OSError`."""
         listener, address = await self._bind()
+        self._resources.enter_context(listener)
         listener.setblocking(False)
         listener.listen(_BACKLOG)
         self._start(self._accept(listener))
@@ -131,15 +133,15 @@ class StreamConnector(abc.ABC):
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        with listener:
-            while True:
-                try:
-                    sock, _ = await loop.sock_accept(listener)
-                except OSError as error:  # out of file descriptors, say: others may free some
-                    logger.warning("%s: can't accept: %s", self.name, error)
-                    await asyncio.sleep(_ACCEPT_RETRY_S)
-                else:
-                    self._start(self._serve(sock))
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError as error:  # out of file descriptors, say: others may free some
+                logger.warning("%s: can't accept: %s", self.name, error)
+                await asyncio.sleep(_ACCEPT_RETRY_S)
+            else:
+                serving = self._start(self._serve(sock))
+                serving.add_done_callback(functools.partial(_close, sock))  # it may never get to run
 
     async def _serve(self, sock: socket.socket) -> None:
         """One connection. Whatever a peer does costs only this."""
@@ -164,10 +166,11 @@ class StreamConnector(abc.ABC):
             return f"layouts differ: receiver {self._pool.layout!r}, sender {hello.layout}"
         return None
 
-    def _start(self, work: Coroutine[object, object, None]) -> None:
+    def _start(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = self._tasks.create_task(work)
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
+        return task
 
     # --- sending -----------------------------------------------------------------------------------
 
@@ -186,3 +189,7 @@ class StreamConnector(abc.ABC):
                 raise ConnectorUnavailable(f"{self.name} to {address}: {error or 'out of time'}") from error
             undo.pop_all()
             return channel
+
+
+def _close(sock: socket.socket, _: asyncio.Task[None]) -> None:
+    sock.close()

@@ -95,6 +95,6 @@ def view(
 
 def request(num_prompt_tokens: int = 100, max_new_tokens: int = 50, **changes: Any) -> ScheduleRequest:
     plain = ScheduleRequest(
-        request_id="r", attempt=1, num_prompt_tokens=num_prompt_tokens, max_new_tokens=max_new_tokens
+        request_id="r", attempt=0, num_prompt_tokens=num_prompt_tokens, max_new_tokens=max_new_tokens
     )
     return msgspec.structs.replace(plain, **changes)
