@@ -12,9 +12,10 @@ from pathlib import Path
 
 from local_cluster import Cluster, ClusterError
 
+from flowkv_common.engine.weights import served_name
+
 RUN_DIR = Path(__file__).resolve().parent.parent / ".run"
 READY_TIMEOUT_S = 300.0
-DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 
 
 def main() -> int:
@@ -27,7 +28,7 @@ def main() -> int:
         _say(f"starting {', '.join(f'{count} {role}' for role, count in nodes.items() if count)}")
         began = time.monotonic()
         run_dir = RUN_DIR / str(options.port)
-        name = Path(options.model).name or DEFAULT_MODEL_NAME
+        name = served_name(options.model or None)
         with Cluster(run_dir, model_path, nodes=nodes, port=options.port, model_name=name) as cluster:
             cluster.wait_ready(READY_TIMEOUT_S)
             _say(f"ready after {time.monotonic() - began:.1f} s, logs in {run_dir}")

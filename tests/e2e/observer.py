@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import nats
+
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Check, Checked, LoadReport

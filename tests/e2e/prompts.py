@@ -14,7 +14,7 @@ LENGTHS += [100, 200, 255, 256, 257, 300, 400, 511, 512, 513, 600, 768, 1023, 10
 
 
 def make_prompts(vocab_size: int, longest: int = 3000, seed: int = 7) -> list[list[int]]:
-    """At least 40 prompts of at most `longest` random tokens; the last few share prefixes with earlier ones."""
+    """At least 40 prompts of at most `longest` random tokens; the last few share a prefix."""
     rng = random.Random(seed)
     # Special tokens stand at the start of the vocabulary; random text has none.
     lengths = [min(length, longest) for length in LENGTHS]

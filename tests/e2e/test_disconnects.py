@@ -7,8 +7,8 @@ import random
 import time
 
 import httpx
-from local_cluster import Cluster
 from load import Streamed, stream_completion
+from local_cluster import Cluster
 from observer import observe
 
 NUM_CLIENTS = 200

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from local_cluster import Cluster, free_port
 from load import Streamed, stream_completion
+from local_cluster import Cluster, free_port
 from observer import Observer, observe
 from oracle import check_identity
 
@@ -39,9 +39,7 @@ class Load:
         self._num = num
         prompts = [[rng.randrange(20, 49_000) for _ in range(rng.randrange(20, 120))] for _ in range(num)]
         self._tasks = [
-            tasks.create_task(
-                stream_completion(http, prompt, max_tokens=TOKENS, on_chunk=self._count)
-            )
+            tasks.create_task(stream_completion(http, prompt, max_tokens=TOKENS, on_chunk=self._count))
             for prompt in prompts
         ]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from local_cluster import Cluster
 from load import Streamed, run_all
+from local_cluster import Cluster
 from observer import observe
 from oracle import check_identity
 from prompts import make_prompts

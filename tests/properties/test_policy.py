@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import msgspec
-from imagined_nodes import CAPS, NUM_BLOCKS, request, view
 from hypothesis import given
 from hypothesis import strategies as st
+from imagined_nodes import CAPS, NUM_BLOCKS, request, view
 
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_scheduler.policy import Choice, choose, decode_cost, prefill_cost

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from flowkv_common.config import GatewaySettings, NodeSettings, SchedulerSettings, load
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from flowkv_common.errors import Stale
 from flowkv_common.node.attempts import TOMBSTONE_S, Attempt, Attempts
 

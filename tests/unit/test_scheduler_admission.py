@@ -57,7 +57,11 @@ def test_full_decode_nodes_make_it_wait() -> None:
 
 def test_full_decode_nodes_refuse_what_has_waited_too_long() -> None:
     with pytest.raises(errors.Full) as caught:
-        decide(request(age_s=LIMITS.max_wait_s + 1), [view("p0", "prefill"), view("d0", "decode", free=0)], LIMITS)
+        decide(
+            request(age_s=LIMITS.max_wait_s + 1),
+            [view("p0", "prefill"), view("d0", "decode", free=0)],
+            LIMITS,
+        )
     assert caught.value.retry_after_s is not None
     assert caught.value.retry_after_s > 0
 

@@ -51,7 +51,6 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     kv_dtype: str = "float32"
     token_budget: int = 512  # tokens per engine step
     max_num_seqs: int = 64
-    max_model_len: int = 0  # 0: the model's own
     connectors: str = "shm,tcp"  # in order of preference
     advertise_host: str = ""  # where other nodes reach the data socket; `host` if empty
     http_port: int = 0

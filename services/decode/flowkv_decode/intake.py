@@ -15,6 +15,8 @@ from flowkv_common.wire.messages import DecodeRun, Release, Reserve, Reserved, t
 
 # What a prefill node is told to wait before it asks a full node again.
 RETRY_S = 0.05
+# Blocks to leave free behind a sequence, where there are: it will grow, and should grow in place.
+ROOM_TO_GROW = 8
 
 
 def reserve(node: Node, request: Reserve, num_running: int) -> Reserved:
@@ -56,6 +58,7 @@ def _open(node: Node, request: Reserve, num_running: int) -> Reservation:
             owner_gateway=request.gateway_id,
             owner_node=request.prefill,
             expires_in_s=request.expires_in_s,
+            room=ROOM_TO_GROW,
         )
     except OutOfBlocks:
         raise Full(f"no room for {num_blocks} blocks", retry_after_s=RETRY_S) from None

@@ -29,7 +29,7 @@ class Journey:
         self._first_of_attempt = 0
         self._began = time.monotonic()
         self._asked_since = self._began
-        self._outcome = "cancelled"  # unless it ends otherwise
+        self._outcome = "closed"  # unless it ends otherwise: a stop string was found, or the client left
         self._error: str | None = None
         self._nodes = ("", "")
         self._num_cached_tokens = 0

@@ -34,7 +34,7 @@ class Runner:
         """`pool`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
 
         Runs one token through block 0, so that kernels are compiled before the first request needs them
-        (seconds, once per machine). `attention`: "torch", "cpu", or "auto" for the faster one that works here.
+        (seconds, once per machine). `attention`: "torch", "cpu", or "auto" for the faster that works here.
         Raises `ValueError` if the pool is not of this model, or the backend is unknown or can't run.
         """
         expected = (model.num_layers, 2, model.num_kv_heads, model.head_dim)

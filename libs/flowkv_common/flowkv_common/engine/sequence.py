@@ -5,10 +5,9 @@ Owned by the asyncio loop. Knows neither pool nor tensors.
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
+from flowkv_common.wire.hashing import chained_hash
 from flowkv_common.wire.messages import SamplingParams
 
 
@@ -63,11 +62,9 @@ class Sequence:
         """`wire.hashing.block_hashes` of all tokens so far; only blocks that are new get hashed."""
         hashes = self._hashes
         while (len(hashes) + 1) * block_size <= self.num_tokens:
-            parent = bytes.fromhex(hashes[-1]) if hashes else fingerprint.encode()
-            digest = blake2b(parent, digest_size=16)
             start = len(hashes) * block_size
-            digest.update(array("I", self.tokens_between(start, start + block_size)).tobytes())
-            hashes.append(digest.hexdigest())
+            block = self.tokens_between(start, start + block_size)
+            hashes.append(chained_hash(fingerprint, hashes[-1] if hashes else None, block))
         return hashes.copy()
 
     def finish_reason_after(self, token_id: int, eos_ids: list[int], max_model_len: int) -> str | None:

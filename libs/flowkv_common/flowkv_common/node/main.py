@@ -25,6 +25,7 @@ def main(default_role: str) -> None:
     logs.setup(role)
     # Idle compute threads must not spin: two nodes may share the cores of one host. Before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import torch
 
     from flowkv_common.engine.model import load_model

@@ -13,10 +13,14 @@ def block_hashes(fingerprint: str, token_ids: Sequence[int], block_size: int) ->
     The chain starts at the model's fingerprint, so caches of different weights never meet.
     """
     hashes: list[str] = []
-    parent = fingerprint.encode()
     for end in range(block_size, len(token_ids) + 1, block_size):
-        digest = blake2b(parent, digest_size=16)
-        digest.update(array("I", token_ids[end - block_size : end]).tobytes())
-        parent = digest.digest()
-        hashes.append(parent.hex())
+        parent = hashes[-1] if hashes else None
+        hashes.append(chained_hash(fingerprint, parent, token_ids[end - block_size : end]))
     return hashes
+
+
+def chained_hash(fingerprint: str, parent: str | None, block: Sequence[int]) -> str:
+    """The hash of one full block behind the block of hash `parent`, or of a first block."""
+    digest = blake2b(fingerprint.encode() if parent is None else bytes.fromhex(parent), digest_size=16)
+    digest.update(array("I", block).tobytes())
+    return digest.hexdigest()

@@ -47,7 +47,7 @@ class Run(NamedTuple):
     length: int
 
 
-class PoolLayout(Part):
+class PoolLayout(Part, frozen=True):
     """Shape of one block: `[num_layers, 2, block_size, num_kv_heads, head_dim]` of `dtype`.
 
     Two pools can exchange blocks only when their layouts are equal.
@@ -65,14 +65,14 @@ class PoolLayout(Part):
         return self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim * item
 
 
-class NodeRef(Part):
+class NodeRef(Part, frozen=True):
     """A node in one of its lives: a restarted process keeps its `node_id`, never its `incarnation`."""
 
     node_id: str
     incarnation: str
 
 
-class ModelCard(Part):
+class ModelCard(Part, frozen=True):
     """What a gateway must know of the model. `fingerprint` names weights and dtype; it seeds block hashes."""
 
     name: str
@@ -82,7 +82,7 @@ class ModelCard(Part):
     eos_token_ids: list[int]
 
 
-class SamplingParams(Part):
+class SamplingParams(Part, frozen=True):
     """How tokens are chosen. The text is a function of these and the prompt, whichever node samples."""
 
     max_tokens: int
@@ -100,7 +100,7 @@ class SamplingParams(Part):
     num_logprobs: int | None = None  # None: none; 0: of the chosen token; k: and of the k best
 
 
-class TokenLogprob(Part):
+class TokenLogprob(Part, frozen=True):
     """Log probability of a chosen token, and of the best ones as `(token id, log probability)`."""
 
     token_id: int
@@ -108,7 +108,7 @@ class TokenLogprob(Part):
     top: list[tuple[int, float]] = []
 
 
-class Candidate(Part):
+class Candidate(Part, frozen=True):
     """A node that the scheduler weighed: predicted seconds until it could serve, smaller is better."""
 
     node_id: str
@@ -116,7 +116,7 @@ class Candidate(Part):
     reason: str
 
 
-class BlockCounts(Part):
+class BlockCounts(Part, frozen=True):
     """Where a pool's blocks are. `free + cached + leased + quarantined == total`, always (DESIGN 7.5)."""
 
     total: int
@@ -130,13 +130,13 @@ class BlockCounts(Part):
 # --- replies and errors --------------------------------------------------------------------------
 
 
-class Accepted(Message):
+class Accepted(Message, frozen=True):
     """The node has taken the request on; tokens or an error will follow."""
 
     node_id: str
 
 
-class Refusal(Message):
+class Refusal(Message, frozen=True):
     """The body of every error reply; `code` is HTTP-like, `field` names what was wrong with the input."""
 
     code: int
@@ -148,7 +148,7 @@ class Refusal(Message):
 # --- scheduling ----------------------------------------------------------------------------------
 
 
-class ScheduleRequest(Message):
+class ScheduleRequest(Message, frozen=True):
     """Asks for a pair of nodes. Lengths only: the scheduler never sees the text."""
 
     request_id: str
@@ -160,7 +160,7 @@ class ScheduleRequest(Message):
     avoid: list[str] = []  # nodes that failed this request before
 
 
-class Assignment(Message):
+class Assignment(Message, frozen=True):
     """The pair for one attempt, with the best candidates of each side, so that anyone can see why."""
 
     request_id: str
@@ -173,7 +173,7 @@ class Assignment(Message):
     decode_candidates: list[Candidate]
 
 
-class Wait(Message):
+class Wait(Message, frozen=True):
     """Nothing can take the request now; ask again in `retry_in_s` with your age."""
 
     retry_in_s: float
@@ -183,7 +183,7 @@ class Wait(Message):
 # --- the life of a request -----------------------------------------------------------------------
 
 
-class PrefillRun(Message):
+class PrefillRun(Message, frozen=True):
     """Gateway to prefill node: compute the prompt, hand over to `decode`.
 
     `output_ids` holds what earlier attempts have produced; generation goes on from there.
@@ -201,7 +201,7 @@ class PrefillRun(Message):
     deadline_in_s: float
 
 
-class Reserve(Message):
+class Reserve(Message, frozen=True):
     """Prefill to decode node: keep room for `num_tokens` tokens.
 
     `block_hashes` are of the full blocks, so that decode can pin what it has; `run_lengths` are the runs in
@@ -218,7 +218,7 @@ class Reserve(Message):
     expires_in_s: float
 
 
-class Reserved(Message):
+class Reserved(Message, frozen=True):
     """Decode's answer: the blocks in order, of which the first `num_cached_blocks` hold their KV already.
 
     `token` must come with every byte written into these blocks.
@@ -230,14 +230,14 @@ class Reserved(Message):
     num_cached_blocks: int
 
 
-class Release(Message):
+class Release(Message, frozen=True):
     """Prefill to decode node: the reservation is not needed, the request has ended."""
 
     transfer_id: str
     token: str
 
 
-class DecodeRun(Message):
+class DecodeRun(Message, frozen=True):
     """Prefill to decode node: the KV cache has landed, go on from the last of `output_ids`.
 
     This is the commit: prefill sends it only when its own blocks were leased throughout every copy.
@@ -256,21 +256,21 @@ class DecodeRun(Message):
     deadline_in_s: float
 
 
-class Resume(Message):
+class Resume(Message, frozen=True):
     """Gateway to decode node: send the output again from `from_index`, a message was lost."""
 
     transfer_id: str
     from_index: int
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     """Gateway to everyone: stop this attempt and free all it holds. Idempotent, may come first."""
 
     transfer_id: str
     reason: str
 
 
-class TokenChunk(Part):
+class TokenChunk(Part, frozen=True):
     """What one step gave one request. `index` is the place of the first of `token_ids` in the output.
 
     Also the reply to `Resume`. An `error` ends the attempt, a `finish_reason` the request.
@@ -286,27 +286,27 @@ class TokenChunk(Part):
     phases_s: dict[str, float] = {}  # seconds spent per phase on the node that sends this
 
 
-class Resumed(Message):
+class Resumed(Message, frozen=True):
     """The output from the asked index on."""
 
     chunk: TokenChunk
 
 
-class StepTokens(Message):
+class StepTokens(Message, frozen=True):
     """All that one engine step gave the requests of one gateway: one message per step and gateway."""
 
     node_id: str
     chunks: list[TokenChunk]
 
 
-class Keepalive(Message):
+class Keepalive(Message, frozen=True):
     """Node to gateway, once a second, as a request: these attempts live here. No answer: gateway is gone."""
 
     node: NodeRef
     states: dict[str, str]  # transfer_id -> queued | prefill | handoff | reserved | decode | preempted
 
 
-class KeepaliveReply(Message):
+class KeepaliveReply(Message, frozen=True):
     """Those of the attempts that the gateway does not want any more (a cancel was lost)."""
 
     unknown: list[str]
@@ -315,7 +315,7 @@ class KeepaliveReply(Message):
 # --- nodes ---------------------------------------------------------------------------------------
 
 
-class NodeDescriptor(Message):
+class NodeDescriptor(Message, frozen=True):
     """What a node is; a record in the bucket `flowkv_nodes`, renewed while the node lives."""
 
     node: NodeRef
@@ -333,7 +333,7 @@ class NodeDescriptor(Message):
     version: str
 
 
-class LoadReport(Message):
+class LoadReport(Message, frozen=True):
     """A complete snapshot of a node, published every `period_s` and on change; the latest wins."""
 
     node: NodeRef
@@ -354,7 +354,7 @@ class LoadReport(Message):
     links: dict[str, str] = {}  # node_id -> connector in use
 
 
-class LinkRequest(Message):
+class LinkRequest(Message, frozen=True):
     """Node to node, at discovery: let me send KV to you. Refused unless layout and model are the same."""
 
     node: NodeRef
@@ -363,7 +363,7 @@ class LinkRequest(Message):
     fingerprint: str
 
 
-class LinkOffer(Message):
+class LinkOffer(Message, frozen=True):
     """How to reach the peer's pool: per connector its address, and the secret that opens it."""
 
     node: NodeRef
@@ -372,17 +372,17 @@ class LinkOffer(Message):
     addresses: dict[str, str]  # connector -> address
 
 
-class Drain(Message):
+class Drain(Message, frozen=True):
     """Accept nothing new, finish what is here, then leave."""
 
     reason: str = ""
 
 
-class Check(Message):
+class Check(Message, frozen=True):
     """Count the blocks and check that none is lost."""
 
 
-class Checked(Message):
+class Checked(Message, frozen=True):
     """The counts, taken after `check_integrity()` passed, and how many requests and tasks the node holds."""
 
     node: NodeRef
@@ -391,7 +391,7 @@ class Checked(Message):
     num_reservations: int
 
 
-class Wedge(Message):
+class Wedge(Message, frozen=True):
     """Test hook, only with `FLOWKV_TEST_HOOKS=1`: block the engine thread."""
 
     for_s: float
@@ -400,12 +400,12 @@ class Wedge(Message):
 # --- events --------------------------------------------------------------------------------------
 
 
-class RequestFinished(Message):
+class RequestFinished(Message, frozen=True):
     """One per request, at its end: where it ran and where its time went."""
 
     request_id: str
     attempts: int
-    outcome: str  # stop | length | cancelled | error
+    outcome: str  # stop | length | closed (a stop string was found, or the client left) | error
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int
@@ -415,7 +415,7 @@ class RequestFinished(Message):
     error: str | None = None
 
 
-class KVTransferred(Message):
+class KVTransferred(Message, frozen=True):
     """One per handoff: what moved, over which connector, how long it took and how much of it prefill hid."""
 
     transfer_id: str
