@@ -53,6 +53,14 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def refuse_taken(port: int) -> None:
+    """Raises ClusterError if something listens there: its answers would pass for ours."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise ClusterError(f"port {port} can't be had: {error.strerror}; choose another by PORT=") from None
+
+
 class Process:
     """One service. It gets a session of its own, so that Ctrl-C reaches only who started it."""
 
@@ -154,6 +162,7 @@ class Cluster:
         return f"nats://127.0.0.1:{self._nats_port}"
 
     def __enter__(self) -> Self:
+        refuse_taken(self.port)
         try:
             self.start_nats()
             self.start_scheduler()
