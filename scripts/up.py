@@ -67,7 +67,8 @@ def _prepare_model(spec: str) -> str:
 
 
 def _welcome(cluster: Cluster) -> str:
-    body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "stream": true}'
+    body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], '
+    body += '"temperature": 0, "stream": true}'
     header = "-H 'content-type: application/json'"
     curl = f"curl -N {cluster.url}/v1/chat/completions {header} -d {shlex.quote(body)}"
     return (

@@ -1,4 +1,4 @@
-"""Checks greedy output against plain `transformers` (DESIGN 7.13)."""
+"""Checks greedy output against plain `transformers` (docs/architecture.md, rule 13)."""
 
 from __future__ import annotations
 

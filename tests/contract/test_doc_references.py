@@ -45,7 +45,7 @@ def test_files_and_names_in_the_code_exist(doc: str) -> None:
             assert is_defined(name, ast.parse(found[0].read_text()).body), f"{doc} names {path}:{name}"
 
 
-@pytest.mark.parametrize("doc", DOCS)
+@pytest.mark.parametrize("doc", ["README.md", "CHANGELOG.md", *DOCS])
 def test_links_lead_somewhere(doc: str) -> None:
     for path, anchor in LINK.findall((ROOT / doc).read_text()):
         target = (ROOT / doc).parent / path if path else ROOT / doc

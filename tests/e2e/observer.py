@@ -32,7 +32,7 @@ class Observer:
         )
 
     async def wait_idle(self, node_ids: Iterable[str], timeout_s: float = 10.0) -> None:
-        """Until no node holds a request, a reservation or a leased block; blocks add up (DESIGN 7.5).
+        """Until no node holds anything and its blocks add up (docs/architecture.md, rule 5).
 
         Raises AssertionError with what is still held. Looks again with each load report.
         """
@@ -51,6 +51,17 @@ class Observer:
                             news.clear()
                             await news.wait()
         assert not left, f"not idle after {timeout_s} s: {[held.get(node_id) for node_id in left]}"
+
+    async def wait_linked(self, node_id: str, num_peers: int, timeout_s: float = 60.0) -> None:
+        """Until a node is ready and its load report shows links to all of its peers; raises TimeoutError."""
+        linked = asyncio.Event()
+
+        def look(report: LoadReport, _: object) -> None:
+            if report.node.node_id == node_id and len(report.links) >= num_peers and report.ready:
+                linked.set()
+
+        async with await self.bus.subscribe(subjects.LOAD_ALL, LoadReport, look), asyncio.timeout(timeout_s):
+            await linked.wait()
 
     async def events(self, subject: str) -> EventLog:
         """Collects the JSON of all that is published on `subject` from now on."""
@@ -74,6 +85,14 @@ class EventLog:
     def add(self, subject: str, content: Any) -> None:
         self.events.append((subject, content))
         self._news.set()
+
+    async def wait_for_all(self, count: int, timeout_s: float = 5.0) -> list[dict[str, Any]]:
+        """All messages, once there are `count` of them; raises TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            while len(self.events) < count:
+                self._news.clear()
+                await self._news.wait()
+        return [content for _, content in self.events]
 
     async def wait_for(self, type_name: str, timeout_s: float = 5.0) -> dict[str, Any]:
         """The first message of a type; raises TimeoutError."""

@@ -1,4 +1,4 @@
-"""Processes that really die, servers that really restart, during load (DESIGN 3.8 and 7)."""
+"""Processes that really die, servers that really restart, during load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Greedy output is what `transformers` alone gives (DESIGN 7.13), whatever the nodes, transport or batch."""
+"""Greedy output is what `transformers` alone gives, whatever the nodes (docs/architecture.md, rule 13)."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from flowkv_common.errors import (
 from flowkv_common.metrics import serve_http
 from flowkv_common.wire.messages import TokenLogprob
 from flowkv_gateway.app import build_app
+from flowkv_gateway.connection import ApiConnection
 from flowkv_gateway.generation import Piece
 from flowkv_gateway.tokenizer import Tokenizer
 
@@ -71,7 +72,7 @@ async def running(tokenizer: Tokenizer, **settings: Any) -> AsyncIterator[Gatewa
         generator,
         CollectorRegistry(),
     )
-    async with serve_http(app, "127.0.0.1", 0, drain_timeout_s=1) as port:
+    async with serve_http(app, "127.0.0.1", 0, connection=ApiConnection, drain_timeout_s=1) as port:
         url = f"http://127.0.0.1:{port}"
         async with (
             httpx.AsyncClient(base_url=url, timeout=10, trust_env=False, verify=False) as http,
@@ -367,7 +368,10 @@ async def test_header_flood_is_cut_and_others_are_served(gateway: Gateway) -> No
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     writer.write(b"GET / HTTP/1.1\r\n" + b"x: " + b"a" * 200_000)
     async with asyncio.timeout(5):
-        assert b"400" in await reader.readline()
+        head = await reader.readuntil(b"\r\n\r\n")
+        error = json.loads(await reader.read(1000))["error"]
+    assert b"431" in head.splitlines()[0]
+    assert error["type"] == "invalid_request_error"
     writer.close()
     assert (await gateway.http.get("/health")).status_code == 200
 

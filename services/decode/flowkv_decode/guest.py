@@ -58,7 +58,6 @@ class DecodeGuest:
         ]
 
     async def reserve(self, request: Reserve) -> Reserved:
-        self._node.refuse_new_work(request.node)
         return intake.reserve(self._node, request, len(self._running))
 
     async def release(self, message: Release) -> Accepted:

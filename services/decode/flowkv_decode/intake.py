@@ -22,11 +22,14 @@ ROOM_TO_GROW = 8
 def reserve(node: Node, request: Reserve, num_running: int) -> Reserved:
     """Room for a handoff, with what is cached of the prefix pinned; asking again renews it.
 
-    Raises Full while there is no room, BadRequest when there never will be, Stale for an ended attempt.
+    Raises Full while there is no room, BadRequest when there never will be, Stale for an ended attempt or a
+    former life, Unavailable when draining; what is reserved already may still be renewed then.
     """
+    node.refuse_other_life(request.node)
     node.attempts.refuse_ended(request.transfer_id)
     if request.transfer_id in node.reservations:
         return _answer(node.reservations.extend(request.transfer_id, request.expires_in_s))
+    node.refuse_new_work(request.node)
     reservation = _open(node, request, num_running)
     stop = Attempt(
         request.transfer_id,
@@ -74,8 +77,9 @@ def _answer(reservation: Reservation) -> Reserved:
 
 
 def release(node: Node, message: Release) -> None:
-    """The request has ended at prefill: its room comes back."""
-    node.reservations.cancel(message.transfer_id)
+    """The request has ended at prefill: its room comes back. Raises Stale for a wrong token."""
+    reservation = node.reservations.claim(message.transfer_id, message.token)
+    node.blocks.release(reservation.block_ids)
     node.attempts.end(message.transfer_id)
 
 

@@ -14,6 +14,7 @@ from flowkv_common.config import GatewaySettings, load
 from flowkv_common.metrics import serve_http
 from flowkv_common.tasks import stop_on_signals
 from flowkv_gateway.app import build_app
+from flowkv_gateway.connection import ApiConnection
 from flowkv_gateway.dispatch import open_dispatch
 from flowkv_gateway.tokenizer import Tokenizer
 
@@ -28,7 +29,9 @@ async def serve(settings: GatewaySettings) -> None:
     tokenizer = await asyncio.to_thread(Tokenizer.load, Path(settings.model_path))
     async with open_dispatch(settings.nats_url) as dispatch:
         app = build_app(settings, tokenizer, dispatch, CollectorRegistry())
-        async with serve_http(app, settings.host, settings.port, drain_timeout_s=DRAIN_TIMEOUT_S) as port:
+        async with serve_http(
+            app, settings.host, settings.port, connection=ApiConnection, drain_timeout_s=DRAIN_TIMEOUT_S
+        ) as port:
             log.info("serving http://%s:%d", settings.host, port)
             await stop.wait()
             log.info("draining")

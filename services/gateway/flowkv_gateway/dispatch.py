@@ -162,12 +162,12 @@ class Dispatch:
         subject = subjects.at(subjects.PREFILL_RUN, assignment.prefill.node_id)
         try:
             await self._bus.request(subject, run, Accepted, timeout_s=CONTROL_TIMEOUT_S)
-        except DeadlineExceeded as error:
-            journey.avoid.add(assignment.prefill.node_id)
-            # That was the node's time, not the client's: another node may answer.
-            raise Unavailable(error.message) from error
-        except FlowKVError:
-            journey.avoid.add(assignment.prefill.node_id)
+        except FlowKVError as error:
+            if self._bus.is_connected:  # else it was us
+                journey.avoid.add(assignment.prefill.node_id)
+            if isinstance(error, DeadlineExceeded):
+                # That was the node's time, not the client's: another node may answer.
+                raise Unavailable(error.message) from error
             raise
 
     async def _next_chunk(
@@ -185,8 +185,8 @@ class Dispatch:
             elif chunk.error is not None:
                 error = from_wire(chunk.error)
                 # Prefill says by this code that it was the decode node that failed.
-                failed = isinstance(error, TransferFailed)
-                journey.avoid.add(assignment.decode.node_id if failed else journey.suspect(assignment))
+                failed = assignment.decode.node_id if isinstance(error, TransferFailed) else stream.failed_at
+                journey.avoid.add(failed or journey.suspect(assignment))
                 raise error
             else:
                 return chunk
@@ -203,7 +203,8 @@ class Dispatch:
         try:
             resume = Resume(transfer_id=journey.transfer_id, from_index=stream.expected)
             subject = subjects.at(subjects.DECODE_RESUME, assignment.decode.node_id)
-            stream.push((await self._bus.request(subject, resume, Resumed, timeout_s=1.0)).chunk)
+            resumed = await self._bus.request(subject, resume, Resumed, timeout_s=1.0)
+            stream.push(resumed.chunk, assignment.decode.node_id)
         except FlowKVError as error:
             suspect = journey.suspect(assignment)
             journey.avoid.add(suspect)

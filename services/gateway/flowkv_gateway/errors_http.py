@@ -20,6 +20,7 @@ _TYPES = {
     408: "timeout_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
+    431: "invalid_request_error",
     499: "request_cancelled",
     500: "server_error",
     503: "service_unavailable",
@@ -63,6 +64,11 @@ def error_response(error: FlowKVError) -> Response:
     return Response(error_body(error), status, headers, media_type="application/json")
 
 
+def plain_error(status: int, message: str) -> Response:
+    """An error that is not about any one field."""
+    return Response(_body(status, message, None, None), status, media_type="application/json")
+
+
 def on_http_exception(request: Request, error: Exception) -> Response:
     """No such path, or not with this method."""
     assert isinstance(error, HTTPException)
@@ -72,7 +78,7 @@ def on_http_exception(request: Request, error: Exception) -> Response:
 
 def on_unexpected(_: Request, __: Exception) -> Response:
     """Our own fault; what exactly is for the log (starlette raises the error again), not for the client."""
-    return Response(_body(500, "Internal error.", None, None), 500, media_type="application/json")
+    return plain_error(500, "Internal error.")
 
 
 def _body(status: int, message: str, param: str | None, code: str | None) -> bytes:

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from flowkv_common.errors import FlowKVError, Internal
 from flowkv_gateway.answering import Answer
 from flowkv_gateway.choice import Delta
+from flowkv_gateway.connection import ABORT
 from flowkv_gateway.errors import ClientTooSlow
 from flowkv_gateway.errors_http import error_body, error_response, status_of
 from flowkv_gateway.generation import Generator
@@ -119,7 +120,7 @@ class AnswerResponse:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sink = self._sink(scope, receive, send)
         async with asyncio.TaskGroup() as tasks:
-            working = tasks.create_task(self._work(sink))
+            working = tasks.create_task(self._work(sink, scope.get("extensions", {}).get(ABORT)))
             watching = tasks.create_task(disconnected(receive))
             await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
             working.cancel()
@@ -134,7 +135,7 @@ class AnswerResponse:
         stream = EventStream(send, self._send_timeout_s)
         return StreamSink(self._answer, self._writer, reply, stream, self._stream_options)
 
-    async def _work(self, sink: Sink) -> None:
+    async def _work(self, sink: Sink, abort: Callable[[], None] | None) -> None:
         try:
             if error := await self._run(sink):
                 self._metrics.count_error(status_of(error))
@@ -142,6 +143,8 @@ class AnswerResponse:
         except ClientTooSlow as error:
             self._metrics.slow_clients.inc()
             log.warning("cut off a client: %s", error)
+            if abort is not None:  # closing would wait for the client to read what is left
+                abort()
 
     async def _run(self, sink: Sink) -> FlowKVError | None:
         """What the client must be told, if anything. Raises ClientTooSlow."""

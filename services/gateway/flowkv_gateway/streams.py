@@ -17,6 +17,9 @@ from nats.aio.msg import Msg
 from flowkv_common.bus.stream import Reorder
 from flowkv_common.wire.messages import Keepalive, KeepaliveReply, StepTokens, TokenChunk
 
+# Decode only keeps room for the attempt: it is prefill that must show signs of life.
+RESERVED = "reserved"
+
 
 class AttemptStream:
     """The chunks of one attempt, in order. `heard_at` is the last sign of life, token or keepalive."""
@@ -24,6 +27,7 @@ class AttemptStream:
     def __init__(self, from_index: int) -> None:
         self.heard_at = time.monotonic()
         self.gap_since: float | None = None
+        self.failed_at: str | None = None  # the node that sent an error
         self._reorder = Reorder(from_index)
         self._due: deque[TokenChunk] = deque()
         self._news = asyncio.Event()
@@ -33,8 +37,11 @@ class AttemptStream:
         """Index of the next token that is missing here."""
         return self._reorder.expected
 
-    def push(self, chunk: TokenChunk) -> None:
+    def push(self, chunk: TokenChunk, node_id: str) -> None:
+        """Take a chunk that `node_id` has sent."""
         self.heard_at = time.monotonic()
+        if chunk.error is not None:
+            self.failed_at = node_id
         self._due.extend(self._reorder.push(chunk))
         if not self._reorder.has_gap:
             self.gap_since = None
@@ -73,14 +80,15 @@ class Streams:
     def take(self, step: StepTokens, _: Msg) -> None:
         for chunk in step.chunks:
             if stream := self._streams.get(chunk.transfer_id):
-                stream.push(chunk)
+                stream.push(chunk, step.node_id)
 
     async def keepalive(self, message: Keepalive) -> KeepaliveReply:
         now = time.monotonic()
         unknown = []
-        for transfer_id in message.states:
-            if stream := self._streams.get(transfer_id):
-                stream.heard_at = now
-            else:
+        for transfer_id, state in message.states.items():
+            stream = self._streams.get(transfer_id)
+            if stream is None:
                 unknown.append(transfer_id)
+            elif state != RESERVED:
+                stream.heard_at = now
         return KeepaliveReply(unknown=unknown)

@@ -14,6 +14,7 @@ import time
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.errors import FlowKVError
 from flowkv_common.kv.alignment import align, ids_of
+from flowkv_common.kv.blocks import OutOfBlocks
 from flowkv_common.kv.connector import KVLink, TransferStats
 from flowkv_common.node.guest import Node
 from flowkv_common.wire import subjects
@@ -114,7 +115,8 @@ class Handoff:
             total_s=self._sent.duration_s,
             exposed_s=exposed_s,
         )
-        await self._node.bus.publish(subjects.event("kv_transferred", self._transfer_id), event)
+        with contextlib.suppress(FlowKVError):  # the handoff is done, told or not
+            await self._node.bus.publish(subjects.event("kv_transferred", self._transfer_id), event)
 
 
 async def reserve(node: Node, run: PrefillRun, sequence: Sequence) -> Handoff:
@@ -129,7 +131,7 @@ async def reserve(node: Node, run: PrefillRun, sequence: Sequence) -> Handoff:
         gateway_id=run.gateway_id,
         num_tokens=sequence.num_tokens + 1,
         block_hashes=sequence.full_block_hashes(node.card.fingerprint, node.settings.block_size),
-        run_lengths=node.blocks.plan_runs(num_blocks_for(sequence, node.settings.block_size)),
+        run_lengths=_planned_runs(node, sequence),
         expires_in_s=RESERVATION_S,
     )
     retry_s = FIRST_RETRY_S
@@ -142,6 +144,14 @@ async def reserve(node: Node, run: PrefillRun, sequence: Sequence) -> Handoff:
                 raise
         await asyncio.sleep(retry_s)
         retry_s = min(2 * retry_s, LONGEST_RETRY_S)
+
+
+def _planned_runs(node: Node, sequence: Sequence) -> list[int]:
+    """The runs that this node's blocks will lie in; a hint, so none while its own pool is full."""
+    try:
+        return node.blocks.plan_runs(num_blocks_for(sequence, node.settings.block_size))
+    except OutOfBlocks:
+        return []
 
 
 async def _ask(node: Node, request: Reserve) -> Reserved:

@@ -1,4 +1,4 @@
-"""Chooses tokens: a pure function of seed, output index, logits, prompt and output ids (DESIGN 5).
+"""Chooses tokens: a pure function of seed, output index, logits, prompt and output ids.
 
 So a request gets the same text whichever node samples, in whatever company, also after a retry.
 """

@@ -1,7 +1,7 @@
 """Which attempts live on this node, and which are over for good. Knows neither blocks nor tokens.
 
 A cancel may overtake the message that it cancels, so an attempt that has ended leaves a tombstone for
-longer than any request's deadline (DESIGN 7.2).
+longer than any request's deadline (docs/architecture.md, rule 2).
 """
 
 from __future__ import annotations

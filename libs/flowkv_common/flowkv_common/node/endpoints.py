@@ -26,8 +26,7 @@ def node_endpoints(node: Node, engine: EngineThread) -> list[Endpoint]:
         return node.links.offer(request)
 
     async def drain(_: Drain) -> Message:
-        node.draining = True
-        node.changed.set()
+        node.stop.set()
         return Accepted(node_id=node.ref.node_id)
 
     async def check(_: Check) -> Checked:

@@ -50,6 +50,7 @@ class Node:
     retire: Retire
     wake: asyncio.Event  # set when there is work for the engine
     changed: asyncio.Event  # set when the next load report should not wait
+    stop: asyncio.Event  # set when the node is to drain and leave
     guests: dict[str, Guest] = field(default_factory=dict)
     draining: bool = False
     wedged: bool = False

@@ -45,7 +45,6 @@ log = logging.getLogger(__name__)
 
 async def serve(settings: NodeSettings, role: str, model: LoadedModel) -> None:
     """Serve until SIGTERM or SIGINT, then drain. `model` is loaded already."""
-    stop = stop_on_signals()
     async with contextlib.AsyncExitStack() as opened:
         node, steps, engine = await _open(settings, role, model, opened)
         app = service_app(node.instruments.registry, node.why_not_ready)
@@ -60,7 +59,7 @@ async def serve(settings: NodeSettings, role: str, model: LoadedModel) -> None:
             async with running(node.outbox.keep_alive()), _services(node, engine, role):
                 async with running(keep_announced(node.bus, descriptor), report_load(node, steps)):
                     log.info("%s is ready: %d blocks", node.ref.node_id, node.blocks.num_blocks)
-                    await stop.wait()
+                    await node.stop.wait()
                     await _drain(node)
 
 
@@ -104,6 +103,7 @@ async def _open(
         retire=retire,
         wake=asyncio.Event(),
         changed=asyncio.Event(),
+        stop=stop_on_signals(),
     )
     node.guests.update(load_guests(node))
     steps = Steps(

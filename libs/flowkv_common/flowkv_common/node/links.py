@@ -1,7 +1,8 @@
 """Links to other nodes' pools, set up when a node is discovered, never by the first request.
 
 Each pair uses the first connector that a probe shows to work, in the node's order of preference; the choice
-is in the load report and the metrics. A link that fails is tried again with back-off (DESIGN 7.8).
+is in the load report and the metrics. A link that fails is tried again with back-off (docs/architecture.md,
+rule 8).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from collections.abc import Mapping
 
 from flowkv_common.bus.connection import Bus
-from flowkv_common.errors import BadRequest, FlowKVError, Unavailable
+from flowkv_common.errors import BadRequest, FlowKVError, Stale, Unavailable
 from flowkv_common.kv.connector import ConnectorUnavailable, KVConnector, KVLink
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 FIRST_RETRY_S = 0.2
 LONGEST_RETRY_S = 5.0
 LINK_TIMEOUT_S = 5.0
+# How long a request may wait for a link that is being set up.
+LINK_PATIENCE_S = 5.0
 # A peer that is missing from the registry may only be between two lives of the bucket.
 FORGET_AFTER_S = 30.0
 
@@ -51,6 +54,7 @@ class Links:
         self._peers: dict[str, NodeRef] = {}
         self._missing_since: dict[str, float] = {}
         self._links: dict[str, tuple[NodeRef, KVLink]] = {}
+        self._wanted_since: dict[NodeRef, float] = {}
         self._changed = asyncio.Event()
 
     async def listen(self, connector: KVConnector) -> None:
@@ -76,11 +80,22 @@ class Links:
         return LinkOffer(node=self._node, num_blocks=self._num_blocks, token=token, addresses=self._addresses)
 
     def to(self, peer: NodeRef) -> KVLink:
-        """The link to a peer. Raises Unavailable while there is none to this incarnation."""
-        known = self._links.get(peer.node_id)
-        if known is None or known[0] != peer:
-            raise Unavailable(f"no link to {peer.node_id} yet", retry_after_s=FIRST_RETRY_S)
-        return known[1]
+        """The link to a peer.
+
+        Raises Stale for a life of the peer that is over, Unavailable, with when to ask again, while the link
+        is being set up, and without when that takes too long.
+        """
+        linked = self._links.get(peer.node_id)
+        if linked is not None and linked[0] == peer:
+            self._wanted_since.pop(peer, None)
+            return linked[1]
+        if self._peers.get(peer.node_id, peer) != peer:
+            raise Stale(f"{peer.node_id} has been restarted")
+        waited_s = time.monotonic() - self._wanted_since.setdefault(peer, time.monotonic())
+        if waited_s > LINK_PATIENCE_S:
+            del self._wanted_since[peer]
+            raise Unavailable(f"no link to {peer.node_id}")
+        raise Unavailable(f"no link to {peer.node_id} yet", retry_after_s=FIRST_RETRY_S)
 
     def connectors_in_use(self) -> dict[str, str]:
         """node_id -> name of the connector."""

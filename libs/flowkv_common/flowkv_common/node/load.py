@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
+from flowkv_common.errors import FlowKVError
 from flowkv_common.node.guest import Node
 from flowkv_common.node.steps import Steps
 from flowkv_common.wire import subjects
@@ -40,7 +42,8 @@ async def report_load(node: Node, steps: Steps) -> None:
         node.changed.clear()
         if node.bus.is_connected:
             seq += 1
-            await node.bus.publish(subjects.load(node.ref.node_id), snapshot(node, steps, seq))
+            with contextlib.suppress(FlowKVError):  # the next one says it all again
+                await node.bus.publish(subjects.load(node.ref.node_id), snapshot(node, steps, seq))
         try:
             async with asyncio.timeout(node.settings.load_period_s):
                 await node.changed.wait()

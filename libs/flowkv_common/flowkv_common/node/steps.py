@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Retire:
-    """Frees the blocks of sequences, but never while a running step may still write them (DESIGN 7.3)."""
+    """Frees blocks of sequences, never while a step may still write them (docs/architecture.md, rule 3)."""
 
     def __init__(self, blocks: Blocks) -> None:
         self._blocks = blocks

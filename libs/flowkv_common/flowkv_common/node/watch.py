@@ -17,6 +17,7 @@ from flowkv_common.wire.messages import Cancel
 log = logging.getLogger(__name__)
 
 SWEEP_PERIOD_S = 0.5
+CHECK_PERIOD_S = 10.0
 
 
 async def watch_cancels(node: Node) -> None:
@@ -31,9 +32,17 @@ async def watch_cancels(node: Node) -> None:
 
 
 async def sweep(node: Node) -> None:
-    """Until cancelled: drop reservations that have expired, also when nothing new arrives."""
+    """Until cancelled: drop reservations that have expired, also when nothing new arrives.
+
+    An idle node goes through its books too. Raises IntegrityError if a block is lost: a node that can't
+    count its blocks must not serve.
+    """
+    checked_at = 0.0
     while True:
         await asyncio.sleep(SWEEP_PERIOD_S)
+        if not len(node.attempts) and time.monotonic() - checked_at > CHECK_PERIOD_S:
+            node.blocks.check_integrity()
+            checked_at = time.monotonic()
         for transfer_id in node.reservations.sweep():
             log.info("reservation %s expired", transfer_id)
             node.attempts.end(transfer_id)

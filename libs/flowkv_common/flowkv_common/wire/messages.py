@@ -33,7 +33,7 @@ def decode(payload: bytes, kind: type[M]) -> M:
 
 
 def transfer_id(request_id: str, attempt: int) -> str:
-    """The one name of an attempt, on both nodes, at the gateway and in cancel (DESIGN 7.2)."""
+    """The one name of an attempt: at nodes, at the gateway, in cancel (docs/architecture.md, rule 2)."""
     return f"{request_id}.{attempt}"
 
 
@@ -117,7 +117,7 @@ class Candidate(Part, frozen=True):
 
 
 class BlockCounts(Part, frozen=True):
-    """Where a pool's blocks are. `free + cached + leased + quarantined == total`, always (DESIGN 7.5)."""
+    """Where a pool's blocks are: `total` is the sum of the next four (docs/architecture.md, rule 5)."""
 
     total: int
     free: int
