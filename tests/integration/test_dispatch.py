@@ -1,0 +1,315 @@
+"""A request's life at the gateway, over a real NATS, with nodes whose every word the test decides."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from nats_server import NatsServer
+
+from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.service import Endpoint, Service
+from flowkv_common.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    FlowKVError,
+    NotFound,
+    TransferFailed,
+    Unavailable,
+)
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import (
+    Accepted,
+    Assignment,
+    Cancel,
+    Keepalive,
+    KeepaliveReply,
+    NodeRef,
+    PrefillRun,
+    RequestFinished,
+    Resume,
+    Resumed,
+    SamplingParams,
+    ScheduleRequest,
+    StepTokens,
+    TokenChunk,
+    Wait,
+    transfer_id,
+)
+from flowkv_gateway import dispatch as dispatch_module
+from flowkv_gateway.dispatch import Dispatch, open_dispatch
+from flowkv_gateway.generation import Generation, Piece
+
+P, D = NodeRef(node_id="p", incarnation="1"), NodeRef(node_id="d", incarnation="1")
+Behaviour = Callable[["Nodes", PrefillRun], Awaitable[None]]
+
+
+class Nodes:
+    """Scheduler, prefill and decode in one: does with each attempt what the test says, and takes notes."""
+
+    def __init__(self, bus: Bus, attempts: list[Behaviour]) -> None:
+        self.bus = bus
+        self.asked: list[ScheduleRequest] = []
+        self.runs: list[PrefillRun] = []
+        self.cancelled: list[str] = []
+        self.finished: list[RequestFinished] = []
+        self.waits: list[Wait] = []
+        self.resumable: dict[str, list[int]] = {}
+        self.news = asyncio.Event()
+        self._attempts = attempts
+
+    async def schedule(self, request: ScheduleRequest) -> Assignment | Wait:
+        self.asked.append(request)
+        if self.waits:
+            return self.waits.pop(0)
+        return Assignment(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            epoch=1,
+            prefill=P,
+            decode=D,
+            reason="the only pair",
+            prefill_candidates=[],
+            decode_candidates=[],
+        )
+
+    async def prefill(self, run: PrefillRun) -> Accepted:
+        self.runs.append(run)
+        await self._attempts[run.attempt](self, run)
+        return Accepted(node_id="p")
+
+    async def resume(self, request: Resume) -> Resumed:
+        if request.transfer_id not in self.resumable:
+            raise NotFound("not here")
+        token_ids = self.resumable[request.transfer_id][request.from_index :]
+        return Resumed(chunk=chunk(request.transfer_id, request.from_index, token_ids, "length"))
+
+    async def send(self, run: PrefillRun, *chunks: TokenChunk, node_id: str = "d") -> None:
+        await self.bus.publish(
+            subjects.tokens(run.gateway_id), StepTokens(node_id=node_id, chunks=list(chunks))
+        )
+
+    def take_note(self, notes: list[Any], note: Any) -> None:
+        notes.append(note)
+        self.news.set()
+
+    async def wait_for(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(5):
+            while not condition():
+                self.news.clear()
+                await self.news.wait()
+
+
+def chunk(tid: str, index: int, token_ids: list[int], finish_reason: str | None = None) -> TokenChunk:
+    return TokenChunk(transfer_id=tid, index=index, token_ids=token_ids, finish_reason=finish_reason)
+
+
+def failure(tid: str, error: FlowKVError) -> TokenChunk:
+    return TokenChunk(transfer_id=tid, index=0, token_ids=[], error=error.to_wire())
+
+
+def tid_of(run: PrefillRun) -> str:
+    return transfer_id(run.request_id, run.attempt)
+
+
+@contextlib.asynccontextmanager
+async def cluster(nats_server: NatsServer, *attempts: Behaviour) -> AsyncIterator[tuple[Dispatch, Nodes]]:
+    async with connect(nats_server.url, name="nodes") as bus, open_dispatch(nats_server.url) as dispatch:
+        nodes = Nodes(bus, list(attempts))
+        endpoints = [
+            Endpoint(subjects.SCHEDULE, ScheduleRequest, nodes.schedule),
+            Endpoint(subjects.at(subjects.PREFILL_RUN, "p"), PrefillRun, nodes.prefill),
+            Endpoint(subjects.at(subjects.DECODE_RESUME, "d"), Resume, nodes.resume),
+        ]
+        async with (
+            Service(bus, name="nodes", version="0.1.0", service_id="nodes", endpoints=endpoints),
+            await bus.subscribe(
+                subjects.CANCEL_ALL, Cancel, lambda c, _: nodes.take_note(nodes.cancelled, c.transfer_id)
+            ),
+            await bus.subscribe(
+                subjects.event("request_finished", "*"),
+                RequestFinished,
+                lambda event, _: nodes.take_note(nodes.finished, event),
+            ),
+        ):
+            yield dispatch, nodes
+
+
+def generation(deadline_s: float = 10.0) -> Generation:
+    return Generation("r", [1, 2, 3], SamplingParams(max_tokens=4, seed=1), deadline_s)
+
+
+async def collect(dispatch: Dispatch, one: Generation | None = None) -> list[Piece]:
+    return [piece async for piece in dispatch.generate(one or generation())]
+
+
+def tokens(pieces: list[Piece]) -> list[int]:
+    return [token_id for piece in pieces for token_id in piece.token_ids]
+
+
+async def answer(nodes: Nodes, run: PrefillRun) -> None:
+    """All that is missing of the output 10, 11, 12, 13."""
+    first = len(run.output_ids)
+    for index in range(first, 4):
+        await nodes.send(run, chunk(tid_of(run), index, [10 + index], "length" if index == 3 else None))
+
+
+async def test_one_attempt(nats_server: NatsServer) -> None:
+    async with cluster(nats_server, answer) as (dispatch, nodes):
+        pieces = await collect(dispatch)
+        assert tokens(pieces) == [10, 11, 12, 13]
+        assert pieces[-1].finish_reason == "length"
+        await nodes.wait_for(lambda: bool(nodes.finished))
+        event = nodes.finished[0]
+        assert (event.outcome, event.attempts, event.num_output_tokens) == ("length", 1, 4)
+        assert (event.prefill_node, event.decode_node) == ("p", "d")
+        assert set(event.phases_s) >= {"schedule", "ttft", "decode", "total"}
+        assert nodes.cancelled == []
+        assert len(dispatch.streams) == 0
+
+
+async def test_wait_is_obeyed_and_asked_again_with_age(nats_server: NatsServer) -> None:
+    async with cluster(nats_server, answer) as (dispatch, nodes):
+        nodes.waits = [Wait(retry_in_s=0.05, reason="full"), Wait(retry_in_s=0.05, reason="full")]
+        assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+        ages = [request.age_s for request in nodes.asked]
+        assert len(ages) == 3
+        assert ages == sorted(ages)
+        assert ages[2] >= 0.1
+
+
+async def test_failed_attempt_goes_on_with_what_it_has(nats_server: NatsServer) -> None:
+    async def fail_after_two(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.send(run, chunk(tid_of(run), 0, [10]), node_id="p")
+        await nodes.send(run, chunk(tid_of(run), 1, [11]))
+        await nodes.send(run, failure(tid_of(run), Unavailable("stuck")), node_id="d")
+
+    async with cluster(nats_server, fail_after_two, answer) as (dispatch, nodes):
+        assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+        assert nodes.runs[1].output_ids == [10, 11]
+        assert (nodes.asked[1].attempt, nodes.asked[1].avoid) == (1, ["d"])
+        assert nodes.asked[1].num_prompt_tokens == 5
+        await nodes.wait_for(lambda: nodes.cancelled == ["r.0"])
+
+
+async def test_prefill_that_could_not_hand_over_blames_decode(nats_server: NatsServer) -> None:
+    async def cant_reach_decode(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.send(run, failure(tid_of(run), TransferFailed("d: gone")), node_id="p")
+
+    async with cluster(nats_server, cant_reach_decode, answer) as (dispatch, nodes):
+        assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+        assert nodes.asked[1].avoid == ["d"]
+
+
+async def test_three_attempts_are_all(nats_server: NatsServer) -> None:
+    async def fail(nodes: Nodes, run: PrefillRun) -> None:
+        raise Unavailable("draining")
+
+    async with cluster(nats_server, fail, fail, fail) as (dispatch, nodes):
+        with pytest.raises(Unavailable, match="draining"):
+            await collect(dispatch)
+        assert [request.attempt for request in nodes.asked] == [0, 1, 2]
+        assert nodes.asked[2].avoid == ["p"]
+        await nodes.wait_for(lambda: bool(nodes.finished))
+        assert (nodes.finished[0].outcome, nodes.finished[0].error) == ("error", "draining")
+
+
+async def test_what_another_attempt_cannot_mend_is_not_tried_again(nats_server: NatsServer) -> None:
+    async def refuse(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.send(run, failure(tid_of(run), BadRequest("never fits", field="prompt")), node_id="p")
+
+    async with cluster(nats_server, refuse) as (dispatch, nodes):
+        with pytest.raises(BadRequest) as caught:
+            await collect(dispatch)
+        assert caught.value.field == "prompt"
+        assert len(nodes.runs) == 1
+
+
+async def test_lost_message_is_asked_for_again(nats_server: NatsServer) -> None:
+    async def lose_one(nodes: Nodes, run: PrefillRun) -> None:
+        nodes.resumable[tid_of(run)] = [10, 11, 12, 13]
+        await nodes.send(run, chunk(tid_of(run), 0, [10]))
+        await nodes.send(run, chunk(tid_of(run), 2, [12]))
+
+    async with cluster(nats_server, lose_one) as (dispatch, nodes):
+        assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+        assert len(nodes.runs) == 1
+
+
+async def test_lost_last_message_is_noticed_by_silence(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch_module, "SILENCE_S", 0.4)
+    monkeypatch.setattr(dispatch_module, "RECONNECT_GRACE_S", 0.0)
+
+    async def lose_the_end(nodes: Nodes, run: PrefillRun) -> None:
+        nodes.resumable[tid_of(run)] = [10, 11, 12, 13]
+        await nodes.send(run, chunk(tid_of(run), 0, [10]))
+
+    async with cluster(nats_server, lose_the_end) as (dispatch, nodes):
+        assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+        assert len(nodes.runs) == 1
+
+
+async def test_silent_node_is_given_up(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch_module, "SILENCE_S", 0.4)
+    monkeypatch.setattr(dispatch_module, "RECONNECT_GRACE_S", 0.0)
+
+    async def fall_silent(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.send(run, chunk(tid_of(run), 0, [10]))
+
+    async with cluster(nats_server, fall_silent, answer) as (dispatch, nodes):
+        assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+        assert nodes.asked[1].avoid == ["d"]
+
+
+async def test_late_words_of_a_former_attempt_are_dropped(nats_server: NatsServer) -> None:
+    async def fail(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.send(run, failure(tid_of(run), Unavailable("leaves")))
+
+    async def answer_amid_echoes(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.send(run, chunk("r.0", 0, [66]))
+        await answer(nodes, run)
+
+    async with cluster(nats_server, fail, answer_amid_echoes) as (dispatch, _):
+        assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+
+
+async def test_client_that_leaves_cancels(nats_server: NatsServer) -> None:
+    async def begin(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.send(run, chunk(tid_of(run), 0, [10]))
+
+    async with cluster(nats_server, begin) as (dispatch, nodes):
+        async with contextlib.aclosing(dispatch.generate(generation())) as pieces:
+            assert (await anext(pieces)).token_ids == [10]
+        await nodes.wait_for(lambda: nodes.cancelled == ["r.0"] and bool(nodes.finished))
+        assert nodes.finished[0].outcome == "closed"
+        assert len(dispatch.streams) == 0
+
+
+async def test_deadline_ends_the_request_cleanly(nats_server: NatsServer) -> None:
+    async def dawdle(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.send(run, chunk(tid_of(run), 0, [10]))
+
+    async with cluster(nats_server, dawdle) as (dispatch, nodes):
+        with pytest.raises(DeadlineExceeded):
+            await collect(dispatch, generation(deadline_s=0.3))
+        await nodes.wait_for(lambda: nodes.cancelled == ["r.0"])
+
+
+async def test_keepalive_tells_what_nobody_wants(nats_server: NatsServer) -> None:
+    replies: list[KeepaliveReply] = []
+
+    async def ask(nodes: Nodes, run: PrefillRun) -> None:
+        states = {tid_of(run): "decode", "stranger.0": "decode"}
+        keepalive = Keepalive(node=D, states=states)
+        subject = subjects.keepalive(run.gateway_id)
+        replies.append(await nodes.bus.request(subject, keepalive, KeepaliveReply, timeout_s=2))
+        await answer(nodes, run)
+
+    async with cluster(nats_server, ask) as (dispatch, _):
+        await collect(dispatch)
+        assert [reply.unknown for reply in replies] == [["stranger.0"]]
