@@ -12,7 +12,7 @@ import nats
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Check, Checked, LoadReport
+from flowkv_common.wire.messages import Check, Checked, LoadReport, NodeDescriptor, decode
 
 
 @contextlib.asynccontextmanager
@@ -62,6 +62,13 @@ class Observer:
 
         async with await self.bus.subscribe(subjects.LOAD_ALL, LoadReport, look), asyncio.timeout(timeout_s):
             await linked.wait()
+
+    async def descriptors(self) -> list[NodeDescriptor]:
+        """All nodes in the bucket `flowkv_nodes`."""
+        async with asyncio.timeout(5):
+            bucket = await self.bus.jetstream().key_value(subjects.NODES_BUCKET)
+            entries = [await bucket.get(key) for key in await bucket.keys()]
+        return [decode(entry.value, NodeDescriptor) for entry in entries if entry.value]
 
     async def events(self, subject: str) -> EventLog:
         """Collects the JSON of all that is published on `subject` from now on."""

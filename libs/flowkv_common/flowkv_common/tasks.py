@@ -11,14 +11,22 @@ from typing import Any
 
 @contextlib.asynccontextmanager
 async def running(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run `coroutines` while the block runs, cancel them when it ends; if one fails, so does the block."""
-    async with asyncio.TaskGroup() as tasks:
-        mine = [tasks.create_task(coroutine) for coroutine in coroutines]
-        try:
-            yield
-        finally:
-            for task in mine:
-                task.cancel()
+    """Run `coroutines` while the block runs, cancel them when it ends; if one fails, so does the block.
+
+    A single error leaves as itself, whoever raised it, and several as a group.
+    """
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            mine = [tasks.create_task(coroutine) for coroutine in coroutines]
+            try:
+                yield
+            finally:
+                for task in mine:
+                    task.cancel()
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) == 1:
+            raise group.exceptions[0] from None
+        raise
 
 
 def stop_on_signals() -> asyncio.Event:

@@ -58,7 +58,7 @@ class DecodeGuest:
         ]
 
     async def reserve(self, request: Reserve) -> Reserved:
-        return intake.reserve(self._node, request, len(self._running))
+        return intake.reserve(self._node, request, self._num_blocks_owed())
 
     async def release(self, message: Release) -> Accepted:
         intake.release(self._node, message)
@@ -137,12 +137,19 @@ class DecodeGuest:
     # --- the batch --------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Give places in the batch, first come, first served; preempted sequences first need blocks again."""
-        while self._waiting and len(self._running) < self._node.settings.max_num_seqs:
-            sequence = self._waiting[0]
-            if not sequence.block_table and not self._take_again(sequence):
+        """Give places in the batch, first come, first served; preempted sequences first need blocks again.
+
+        One that has its blocks does not wait behind one that has none: it may be what holds them.
+        """
+        has_room = True
+        for sequence in list(self._waiting):
+            if len(self._running) == self._node.settings.max_num_seqs:
                 return
-            self._waiting.popleft()
+            if not sequence.block_table:
+                has_room = has_room and self._take_again(sequence)
+                if not has_room:
+                    continue
+            self._waiting.remove(sequence)
             self._running.append(sequence)
             self._node.attempts.set_state(sequence.transfer_id, "decode")
 
@@ -180,6 +187,12 @@ class DecodeGuest:
         self._waiting.appendleft(sequence)
         self._node.attempts.set_state(sequence.transfer_id, "preempted")
         log.info("preempted %s at %d tokens", sequence.transfer_id, sequence.num_tokens)
+
+    def _num_blocks_owed(self) -> int:
+        """Blocks that those who are here need before anyone new: one to grow each, or all of them again."""
+        block_size = self._node.settings.block_size
+        preempted = (sequence for sequence in self._waiting if not sequence.block_table)
+        return len(self._running) + sum(num_missing_blocks(sequence, block_size) for sequence in preempted)
 
     def _drop(self, sequence: Sequence) -> None:
         if sequence in self._running:

@@ -19,7 +19,7 @@ RETRY_S = 0.05
 ROOM_TO_GROW = 8
 
 
-def reserve(node: Node, request: Reserve, num_running: int) -> Reserved:
+def reserve(node: Node, request: Reserve, num_blocks_owed: int) -> Reserved:
     """Room for a handoff, with what is cached of the prefix pinned; asking again renews it.
 
     Raises Full while there is no room, BadRequest when there never will be, Stale for an ended attempt or a
@@ -30,7 +30,7 @@ def reserve(node: Node, request: Reserve, num_running: int) -> Reserved:
     if request.transfer_id in node.reservations:
         return _answer(node.reservations.extend(request.transfer_id, request.expires_in_s))
     node.refuse_new_work(request.node)
-    reservation = _open(node, request, num_running)
+    reservation = _open(node, request, num_blocks_owed)
     stop = Attempt(
         request.transfer_id,
         request.gateway_id,
@@ -41,15 +41,15 @@ def reserve(node: Node, request: Reserve, num_running: int) -> Reserved:
     return _answer(reservation)
 
 
-def _open(node: Node, request: Reserve, num_running: int) -> Reservation:
+def _open(node: Node, request: Reserve, num_blocks_owed: int) -> Reservation:
     block_size = node.settings.block_size
     num_blocks = -(-request.num_tokens // block_size)
     if num_blocks > node.blocks.num_blocks:
         raise BadRequest(f"{request.num_tokens} tokens never fit into {node.blocks.num_blocks} blocks")
     if node.reservations.num_open >= node.settings.max_handoffs:
         raise Full("too many handoffs in flight", retry_after_s=RETRY_S)
-    # The watermark: one block of growth for each running sequence, or handoffs would preempt them at once.
-    if not node.blocks.can_take(num_blocks + num_running):
+    # The watermark: or a handoff would preempt those who run, and starve those it has preempted.
+    if not node.blocks.can_take(num_blocks + num_blocks_owed):
         raise Full(f"no room for {num_blocks} blocks", retry_after_s=RETRY_S)
     try:
         return node.reservations.open(

@@ -1,0 +1,65 @@
+"""More work than blocks: sequences are preempted and computed again, requests wait, the text stays right."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import httpx
+import pytest
+from load import run_all
+from observer import observe
+from oracle import check_identity
+from prometheus_client.parser import text_string_to_metric_families
+from test_identity import tiny_with_tokenizer
+
+from flowkv_common.wire.messages import NodeDescriptor
+
+NUM_REQUESTS = 10
+TOKENS = 60
+# 24 blocks of 8 tokens of the tiny model: two or three sequences of up to 100 tokens.
+NUM_BLOCKS = 24
+BLOCK_BYTES = 3 * 2 * 8 * 2 * 16 * 4
+
+
+@pytest.mark.parametrize("nodes", [{"mixed": 1}, {"prefill": 1, "decode": 1}], ids=["mixed", "1p1d"])
+async def test_preemption_keeps_the_text(
+    start_cluster, tmp_path: Path, model_path: Path, nodes: dict[str, int]
+) -> None:
+    model = tiny_with_tokenizer(tmp_path, "llama", model_path)
+    settings = {
+        "FLOWKV_BLOCK_SIZE": "8",
+        "FLOWKV_TOKEN_BUDGET": "64",
+        "FLOWKV_KV_CACHE_BYTES": str(NUM_BLOCKS * BLOCK_BYTES),
+    }
+    cluster = start_cluster(model=model, settings=settings, **nodes)
+    rng = random.Random(11)
+    prompts = [[rng.randrange(20, 500) for _ in range(rng.randrange(5, 40))] for _ in range(NUM_REQUESTS)]
+    try:
+        async with (
+            httpx.AsyncClient(base_url=cluster.url, timeout=120) as http,
+            observe(cluster.nats_url) as observer,
+        ):
+            streams = await run_all(http, prompts, TOKENS)
+            descriptors = await observer.descriptors()
+            assert {node.num_blocks for node in descriptors} == {NUM_BLOCKS}
+            await observer.wait_idle(node.node.node_id for node in descriptors)
+            preemptions = [await count_preemptions(node) for node in descriptors if node.role != "prefill"]
+    finally:
+        cluster.stop()
+    for stream in streams:
+        assert stream.error is None, stream.error
+        assert len(stream.token_ids) == TOKENS
+        check_identity(model, stream.prompt_ids, stream.token_ids)
+    assert sum(preemptions) > 0
+
+
+async def count_preemptions(node: NodeDescriptor) -> float:
+    async with httpx.AsyncClient() as http:
+        text = (await http.get(node.metrics_url)).text
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "vllm:num_preemptions_total"
+    )
