@@ -120,6 +120,10 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def _flags(settings: Mapping[str, str]) -> list[str]:
+    return [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
+
+
 class Cluster:
     """Starts in the order NATS, scheduler, gateway, nodes; stops in the order gateway, nodes, the rest."""
 
@@ -187,15 +191,16 @@ class Cluster:
     def start_scheduler(self) -> Process:
         return self._start("scheduler", [sys.executable, "-m", "flowkv_scheduler"])
 
-    def start_gateway(self, name: str = "gateway", port: int = 0) -> Process:
-        port = port or self.port
-        return self._start(name, [sys.executable, "-m", "flowkv_gateway", "--port", str(port)])
+    def start_gateway(self, name: str = "gateway", port: int = 0, **settings: str) -> Process:
+        """One more gateway, or the first one; `settings` are flags of its own."""
+        command = [sys.executable, "-m", "flowkv_gateway", "--port", str(port or self.port)]
+        return self._start(name, command + _flags(settings))
 
     def start_node(self, role: str, name: str, **settings: str) -> Process:
         """A node that is called `name` on the bus too; `settings` are flags of its own."""
         module = "flowkv_prefill" if role == "prefill" else "flowkv_decode"
-        flags = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
-        return self._start(name, [sys.executable, "-m", module, role, "--node-id", name, *flags])
+        command = [sys.executable, "-m", module, role, "--node-id", name]
+        return self._start(name, command + _flags(settings))
 
     def _start(self, name: str, command: list[str]) -> Process:
         process = Process(name, command, self._env, self.run_dir / f"{name}.log")

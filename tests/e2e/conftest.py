@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,32 +25,39 @@ def model_path() -> Path:
     return Path(done.stdout.strip().splitlines()[-1])
 
 
+@contextlib.contextmanager
+def clusters(folder: Path, model_path: Path) -> Iterator[StartCluster]:
+    """Gives a function that starts clusters; they end with the context."""
+    with contextlib.ExitStack() as started:
+        numbers = itertools.count()
+
+        def start(
+            *, model: Path | None = None, settings: dict[str, str] | None = None, **nodes: int
+        ) -> Cluster:
+            cluster = Cluster(
+                folder / str(next(numbers)),
+                str(model or model_path),
+                nodes=nodes,
+                model_name="test-model",
+                settings={"FLOWKV_TEST_HOOKS": "1", **(settings or {})},
+                drain_timeout_s=15,
+            )
+            started.enter_context(cluster)
+            cluster.wait_ready(READY_TIMEOUT_S)
+            return cluster
+
+        yield start
+
+
 @pytest.fixture(scope="module")
 def start_cluster(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[StartCluster]:
     """Starts clusters that end with the module. Shows their logs when one does not get ready."""
-    started: list[Cluster] = []
-
-    def start(*, model: Path | None = None, settings: dict[str, str] | None = None, **nodes: int) -> Cluster:
-        cluster = Cluster(
-            tmp_path_factory.mktemp("cluster"),
-            str(model or model_path),
-            nodes=nodes,
-            model_name="test-model",
-            settings={"FLOWKV_TEST_HOOKS": "1", **(settings or {})},
-            drain_timeout_s=15,
-        )
-        started.append(cluster.__enter__())
-        cluster.wait_ready(READY_TIMEOUT_S)
-        return cluster
-
-    try:
+    with clusters(tmp_path_factory.mktemp("clusters"), model_path) as start:
         yield start
-    finally:
-        for cluster in started:
-            cluster.stop()
 
 
-@pytest.fixture(scope="module")
-def cluster(start_cluster: StartCluster) -> Cluster:
-    """One prefill and one decode node, handing over through shared memory."""
-    return start_cluster(prefill=1, decode=1)
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Cluster]:
+    """One prefill and one decode node, handing over through shared memory: shared, so leave it as it was."""
+    with clusters(tmp_path_factory.mktemp("shared"), model_path) as start:
+        yield start(prefill=1, decode=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -77,3 +78,13 @@ async def run_all(
             tasks.create_task(stream_completion(http, ids, max_tokens=max_tokens, **extra)) for ids in prompts
         ]
     return [stream.result() for stream in streams]
+
+
+async def wait_healthy(http: httpx.AsyncClient, timeout_s: float = 30.0) -> None:
+    """Until a gateway that was just started can serve requests; raises TimeoutError."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if (await http.get("/health/ready")).status_code == 200:
+                    return
+            await asyncio.sleep(0.1)

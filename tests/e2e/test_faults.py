@@ -9,9 +9,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from load import Streamed, stream_completion
+from load import Streamed, stream_completion, wait_healthy
 from local_cluster import Cluster, free_port
-from observer import Observer, observe
+from observer import observe
 from oracle import check_identity
 
 from flowkv_common.wire import subjects
@@ -70,18 +70,6 @@ def client(cluster: Cluster) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=cluster.url, timeout=120)
 
 
-async def wait_linked(observer: Observer, node_id: str, num_peers: int) -> None:
-    """Until a node's load report shows links to all of its peers."""
-    linked = asyncio.Event()
-
-    def look(report: LoadReport, _: object) -> None:
-        if report.node.node_id == node_id and len(report.links) >= num_peers and report.ready:
-            linked.set()
-
-    async with await observer.bus.subscribe(subjects.LOAD_ALL, LoadReport, look), asyncio.timeout(60):
-        await linked.wait()
-
-
 @pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
 async def test_killed_node_costs_no_stream(cluster: Cluster, model_path: Path, victim: str) -> None:
     survivors = [node for node in NODES if node != victim]
@@ -96,7 +84,7 @@ async def test_killed_node_costs_no_stream(cluster: Cluster, model_path: Path, v
         check_finished(model_path, streams)
         await observer.wait_idle(survivors, timeout_s=10)
         cluster.start_node(victim.split("-")[0], victim)
-        await wait_linked(observer, victim, num_peers=3)
+        await observer.wait_linked(victim, num_peers=3)
 
 
 @pytest.mark.parametrize("down_s", [0.0, 8.0], ids=["shorter than the TTL", "longer than the TTL"])
@@ -143,17 +131,6 @@ async def test_killed_gateway_leaves_nothing_behind(cluster: Cluster) -> None:
     del cluster.processes["gateway-doomed"]
 
 
-async def wait_healthy(http: httpx.AsyncClient) -> None:
-    async with asyncio.timeout(30):
-        while True:
-            try:
-                if (await http.get("/health/ready")).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            await asyncio.sleep(0.1)
-
-
 @pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
 async def test_wedged_engine_goes_red_and_its_requests_move(
     cluster: Cluster, model_path: Path, victim: str
@@ -179,7 +156,7 @@ async def test_wedged_engine_goes_red_and_its_requests_move(
             streams = await load.results() + await more.results()
         check_finished(model_path, streams)
         # The stuck step ends at last; the node is as good as new.
-        await wait_linked(observer, victim, num_peers=3)
+        await observer.wait_linked(victim, num_peers=3)
         await observer.wait_idle(NODES, timeout_s=15)
 
 
@@ -194,4 +171,4 @@ async def test_stopped_node_drains(cluster: Cluster, model_path: Path) -> None:
         check_finished(model_path, streams)
         assert await asyncio.to_thread(cluster.processes["decode-1"].wait, 30) == 0
         cluster.start_node("decode", "decode-1")
-        await wait_linked(observer, "decode-1", num_peers=3)
+        await observer.wait_linked("decode-1", num_peers=3)

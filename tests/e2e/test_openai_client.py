@@ -1,9 +1,9 @@
-"""The official `openai` client against the running system: what it sends is served, what it reads is there."""
+"""The official `openai` client against the running system: it is served all that it can ask for."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
@@ -13,10 +13,16 @@ from local_cluster import Cluster
 from observer import Observer, observe
 
 MODEL = "test-model"
-NODES = ("prefill-0", "decode-0")
+NODES = ("prefill-0", "decode-0", "decode-1")
 FRANCE: Any = [{"role": "user", "content": "What is the capital of France?"}]
 STORY = "Once upon a time"
 GREEDY: Any = {"model": MODEL, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
+    """Two decode nodes, so that one may die."""
+    return start_cluster(prefill=1, decode=2, settings={"FLOWKV_KV_CACHE_BYTES": str(256 << 20)})
 
 
 def connect(cluster: Cluster) -> dict[str, Any]:
@@ -75,13 +81,13 @@ def test_chat(client: openai.OpenAI) -> None:
 
 async def test_chat_stream_is_the_same_text(async_client: openai.AsyncOpenAI) -> None:
     create = async_client.chat.completions.create
-    whole = await create(messages=FRANCE, max_completion_tokens=8, **GREEDY)
-    stream = await create(messages=FRANCE, max_completion_tokens=8, stream=True, **GREEDY)
+    whole = await create(messages=FRANCE, max_completion_tokens=5, **GREEDY)
+    stream = await create(messages=FRANCE, max_completion_tokens=5, stream=True, **GREEDY)
     chunks = [chunk async for chunk in stream]
     deltas = [chunk.choices[0].delta for chunk in chunks]
     assert "".join(delta.content or "" for delta in deltas) == whole.choices[0].message.content
-    assert [delta.role for delta in deltas] == ["assistant", *[None] * 7]
-    assert [chunk.choices[0].finish_reason for chunk in chunks] == [*[None] * 7, "length"]
+    assert [delta.role for delta in deltas] == ["assistant", *[None] * 4]
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [*[None] * 4, "length"]
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
 
 
@@ -195,9 +201,9 @@ def test_eos_ends_is_held_back_or_ignored(client: openai.OpenAI, eos_id: int) ->
     "penalty", [{"frequency_penalty": 2}, {"presence_penalty": 2}, {"extra_body": {"repetition_penalty": 2}}]
 )
 def test_penalties_break_a_repetition(client: openai.OpenAI, penalty: dict[str, Any]) -> None:
-    chant = "la la la la la la la la la la"
-    assert complete(client, chant).choices[0].text == " la" * 12
-    assert complete(client, chant, **penalty).choices[0].text.count(" la") < 12
+    chant = "Repeat after me: ha ha ha"
+    assert complete(client, chant).choices[0].text == " ha" * 12
+    assert complete(client, chant, **penalty).choices[0].text.count(" ha") < 12
 
 
 # --- what comes with the text ------------------------------------------------------------------------------
@@ -336,9 +342,7 @@ async def test_leaving_amid_the_stream_frees_the_blocks(
 async def test_same_seed_same_text_after_a_forced_retry(
     cluster: Cluster, async_client: openai.AsyncOpenAI, observer: Observer
 ) -> None:
-    cluster.start_node("decode", "decode-1")
-    await observer.wait_linked("decode-1", num_peers=2)
-    fields: Any = {"model": MODEL, "prompt": STORY, "temperature": 1, "seed": 11, "max_tokens": 40}
+    fields: Any = {"model": MODEL, "prompt": STORY, "temperature": 1, "seed": 11, "max_tokens": 24}
     fields["extra_body"] = {"ignore_eos": True}
     alone = await async_client.completions.create(**fields)
     assignments = await observer.events("flowkv.v1.assignment.>")
@@ -354,4 +358,4 @@ async def test_same_seed_same_text_after_a_forced_retry(
     assert assignments.events[1][1]["decode"]["node_id"] != victim
     cluster.start_node("decode", victim)
     await observer.wait_linked(victim, num_peers=2)
-    await observer.wait_idle([*NODES, "decode-1"])
+    await observer.wait_idle(NODES)

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import socket
+import statistics
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -364,6 +366,16 @@ async def test_unknown_paths_and_methods(gateway: Gateway) -> None:
     assert "error" in response.json()
 
 
+async def test_no_response_waits_for_an_acknowledgement(gateway: Gateway) -> None:
+    """The second write of a response would wait 40 ms for it, were Nagle's algorithm not off."""
+    times_s = []
+    for _ in range(40):
+        began = time.perf_counter()
+        await gateway.http.get("/version")
+        times_s.append(time.perf_counter() - began)
+    assert statistics.median(times_s) < 0.03
+
+
 async def test_header_flood_is_cut_and_others_are_served(gateway: Gateway) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     writer.write(b"GET / HTTP/1.1\r\n" + b"x: " + b"a" * 200_000)
@@ -414,7 +426,9 @@ async def test_a_client_that_leaves_cancels_its_request(
     assert await gateway.metric("flowkv_gateway_open_choices") == 0
 
 
-async def test_a_client_that_never_reads_is_cut_off(tokenizer: Tokenizer) -> None:
+async def test_a_client_that_never_reads_is_cut_off(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
     async with running(tokenizer, send_timeout_s=0.2) as gateway:
         gateway.generator.script = Endless(text_pieces(tokenizer, "hello")[0])
         _, writer = await raw_post(gateway, {**CHAT, "stream": True}, limit=1)
@@ -422,6 +436,7 @@ async def test_a_client_that_never_reads_is_cut_off(tokenizer: Tokenizer) -> Non
             await gateway.generator.was_cancelled.wait()
         assert await gateway.metric("flowkv_gateway_slow_clients_total") == 1
         writer.close()
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 class Endless(list[Piece]):

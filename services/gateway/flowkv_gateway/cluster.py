@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
 
 from flowkv_common.wire.messages import LoadReport, ModelCard, NodeDescriptor
 
@@ -23,8 +25,8 @@ class Cluster:
     def follow(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         """The registry has changed. The model outlives its nodes: clients may ask for it at any time."""
         self._descriptors = dict(descriptors)
-        for descriptor in self._descriptors.values():
-            self._model = descriptor.model
+        if self._descriptors:
+            self._model = _servable(list(self._descriptors.values()))
 
     def hear(self, report: LoadReport) -> None:
         self._reports[report.node.node_id] = (self._clock(), report)
@@ -44,3 +46,10 @@ class Cluster:
         can_prefill = any(cap > node.layout.block_size for cap, node in caps)
         can_decode = any(cap < node.token_budget for cap, node in caps)
         return can_prefill and can_decode
+
+
+def _servable(nodes: Sequence[NodeDescriptor]) -> ModelCard:
+    """The model, its context no longer than the largest KV cache: the scheduler refuses what is."""
+    model = nodes[-1].model
+    largest = max(node.num_blocks * node.layout.block_size for node in nodes)
+    return msgspec.structs.replace(model, max_model_len=min(model.max_model_len, largest))

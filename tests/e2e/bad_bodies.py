@@ -1,0 +1,184 @@
+"""Bodies that can't be served: (name, path, bytes, field that must be named). All of them get status 400."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+
+USER = [{"role": "user", "content": "hi"}]
+HUGE = b"1" + b"0" * 400
+
+
+class BadBody(NamedTuple):
+    """`param` None: the error is about no one field."""
+
+    name: str
+    path: str
+    body: bytes
+    param: str | None
+
+
+def bad_field(path: str, field: str, value: Any, param: str | None = None) -> BadBody:
+    """A request that is good but for one field."""
+    good = {"messages": USER} if path == CHAT else {"prompt": "hi"}
+    body = json.dumps({**good, "max_tokens": 2, field: value}).encode()
+    return BadBody(f"{field}={value!r}"[:40], path, body, param or field)
+
+
+def raw_field(field: str, value: bytes, param: str | None = None, name: str = "") -> BadBody:
+    """A completion with a value that `json` would not write."""
+    body = b'{"prompt": "hi", "%s": %s}' % (field.encode(), value)
+    return BadBody(name or f"{field}: {value[:20]!r}", TEXT, body, param or field)
+
+
+NO_JSON = [
+    BadBody("nothing", CHAT, b"", None),
+    BadBody("cut off", CHAT, b'{"messages": [', None),
+    BadBody("no object", CHAT, b"[]", None),
+    BadBody("null", TEXT, b"null", None),
+    BadBody("not UTF-8", TEXT, b'{"prompt": "\xff\xfe"}', None),
+    BadBody("raw surrogate", TEXT, b'{"prompt": "\xed\xa0\x80"}', None),
+    BadBody("escaped surrogate", TEXT, b'{"prompt": "\\ud800 hi"}', None),
+    BadBody("surrogates the wrong way round", TEXT, b'{"prompt": "\\udc00\\ud800"}', None),
+    BadBody("surrogate in a stop string", TEXT, b'{"prompt": "hi", "stop": "\\ud800"}', None),
+    BadBody("deep lists", TEXT, b'{"prompt": "hi", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", None),
+    BadBody("deep objects", TEXT, b'{"prompt": "hi", "x": ' + b'{"a":' * 100_000 + b"}" * 100_000, None),
+]
+
+WRONG_TYPES = [
+    bad_field(CHAT, field, value)
+    for field, values in {
+        "model": (5, ["test-model"]),
+        "messages": ("hi", None, {}, 5),
+        "stream": ("yes", 1),
+        "stream_options": ("x", []),
+        "max_tokens": ("5", 1.5, 1e300, True),
+        "max_completion_tokens": ("5", [5]),
+        "n": ("1", 1.5, True),
+        "stop": (5, {}),
+        "seed": ("a", 1.5),
+        "temperature": ("hot", True, []),
+        "top_p": ("a", {}),
+        "top_k": ("a", 0.5),
+        "min_p": ("a",),
+        "frequency_penalty": ("a",),
+        "presence_penalty": ("a", [1]),
+        "repetition_penalty": ("a",),
+        "logit_bias": ([], 5, {"a": 1}, {"5": "a"}),
+        "min_tokens": ("a", 1.5),
+        "ignore_eos": ("x", 1),
+        "return_token_ids": (3,),
+        "priority": ("high",),
+        "logprobs": (5, "x"),
+        "top_logprobs": ("a", True),
+        "tools": ("x", {}),
+        "tool_choice": (5,),
+        "response_format": ("text",),
+    }.items()
+    for value in values
+]
+
+OUT_OF_RANGE = [
+    bad_field(CHAT, field, value)
+    for field, values in {
+        "max_tokens": (0, -5, 10**18, 10**400),
+        "max_completion_tokens": (0, -1),
+        "n": (0, -1, 1000),
+        "stop": ("", ["a"] * 17, "a" * 1001),
+        "seed": (2**63, -(10**30)),
+        "temperature": (-0.1, 2.1, 10**400),
+        "top_p": (-0.1, 1.1),
+        "top_k": (-2, 10**12),
+        "min_p": (-0.1, 1.1),
+        "frequency_penalty": (-2.1, 2.1),
+        "presence_penalty": (-2.1, 2.1),
+        "repetition_penalty": (0, -1, 101),
+        "logit_bias": ({"5": 101}, {"-1": 1}, {"49152": 1}, {str(10**30): 1}, dict.fromkeys(range(1025), 1)),
+        "min_tokens": (-1, 3),
+        "top_logprobs": (-1, 21),
+        "model": (),
+        "messages": ([],),
+    }.items()
+    for value in values
+] + [
+    raw_field(field, value)
+    for field in ("temperature", "top_p", "frequency_penalty", "max_tokens")
+    for value in (b"NaN", b"Infinity", b"-Infinity")
+]
+OUT_OF_RANGE += [
+    raw_field("temperature", b"1e999"),
+    raw_field("temperature", HUGE),
+    raw_field("seed", HUGE),
+    raw_field("logit_bias", b'{"5": NaN}'),
+]
+
+MESSAGES = [
+    bad_field(CHAT, "messages", value, param)
+    for value, param in (
+        ([5], "messages[0]"),
+        ([{}], "messages[0].role"),
+        ([{"role": "alien", "content": "hi"}], "messages[0].role"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([*USER, {"role": "user", "content": None}], "messages[1].content"),
+        ([{"role": "user", "content": 5}], "messages[0].content"),
+        ([{"role": "user", "content": [5]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": "a b " * 8192}], "messages"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 50_000}}]}],
+            "messages[0].tool_calls",
+        ),
+    )
+]
+
+PROMPTS = [
+    bad_field(TEXT, "prompt", value, param)
+    for value, param in (
+        ("", "prompt"),
+        ([], "prompt"),
+        ([[]], "prompt"),
+        ([[5], []], "prompt"),
+        ([""], "prompt"),
+        (5, "prompt"),
+        (None, "prompt"),
+        ({}, "prompt"),
+        ([1, "a"], "prompt"),
+        ([True], "prompt[0]"),
+        ([1.5], "prompt[0]"),
+        ([[["a"]]], "prompt[0][0]"),
+        ([-1], "prompt"),
+        ([49152], "prompt"),
+        ([2**63], "prompt"),
+        ([10**400], "prompt"),
+        (["a"] * 1000, "prompt"),
+        ([[5]] * 1000, "prompt"),
+        ([5] * 8192, "prompt"),
+        ("a b " * 8192, "prompt"),
+    )
+]
+
+CONTRADICTIONS = [
+    bad_field(CHAT, "stream_options", {"include_usage": True}),
+    bad_field(CHAT, "top_logprobs", 2),
+    bad_field(CHAT, "max_tokens", 8192),
+    bad_field(CHAT, "max_completion_tokens", 8192),
+    bad_field(TEXT, "prompt", [5] * 8191, "max_tokens"),
+    bad_field(CHAT, "response_format", {"type": "json_object"}),
+    bad_field(CHAT, "tool_choice", "required"),
+    bad_field(TEXT, "echo", True),
+    bad_field(TEXT, "suffix", "the end"),
+    bad_field(TEXT, "best_of", 3),
+    BadBody("100 choices of 2 prompts", TEXT, b'{"prompt": ["a", "b"], "n": 100}', "n"),
+    BadBody("neither", "/tokenize", b"{}", "prompt"),
+    BadBody("both", "/tokenize", b'{"prompt": "a", "messages": []}', "prompt"),
+    BadBody("no text", "/tokenize", b'{"prompt": 5}', "prompt"),
+    BadBody("nothing to decode", "/detokenize", b"{}", "tokens"),
+    BadBody("negative id", "/detokenize", b'{"tokens": [-1]}', "tokens[0]"),
+    BadBody("huge id", "/detokenize", b'{"tokens": [' + HUGE + b"]}", "tokens[0]"),
+]
+
+BAD_BODIES = [*NO_JSON, *WRONG_TYPES, *OUT_OF_RANGE, *MESSAGES, *PROMPTS, *CONTRADICTIONS]
