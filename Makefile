@@ -6,9 +6,13 @@ DECODE  ?= 1
 MIXED   ?= 0
 MODEL   ?=
 PORT    ?= 8000
+TRACE   ?=
+TRANSFER ?=
+OVERLAP ?=
+REQUESTS ?= 100000
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full lint fmt clean
+.PHONY: help install up test test-full bench-transfer bench-peers-install bench-fragmentation bench-overlap lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -51,6 +55,22 @@ lint: $(VENV)/ready-dev ## ruff, mypy --strict, import boundaries
 fmt: $(VENV)/ready-dev ## format the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+bench-transfer: $(VENV)/ready-dev ## what each idea is worth in KV transfers; TRANSFER="--quick"
+	@mkdir -p .run
+	$(PY) -m benchmarks.transfer --json .run/transfer.json $(TRANSFER)
+
+bench-peers-install: $(VENV)/ready-dev ## the libraries that bench-transfer measures beside; Mooncake's needs libibverbs1
+	$(VENV)/bin/pip install --disable-pip-version-check -c constraints.txt matplotlib
+	$(VENV)/bin/pip install --disable-pip-version-check -c constraints.txt nixl-cu12 mooncake-transfer-engine-non-cuda
+
+bench-fragmentation: $(VENV)/ready-dev ## copies per request in pools long in use; TRACE=file REQUESTS=n
+	@mkdir -p .run
+	$(PY) -m benchmarks.fragmentation --json .run/fragmentation.json --requests $(REQUESTS) $(addprefix --trace ,$(TRACE))
+
+bench-overlap: $(VENV)/ready-dev ## time to the second token, overlap off and on, beside one node; OVERLAP="--repeat 3"
+	@mkdir -p .run
+	$(PY) -m benchmarks.overlap --json .run/overlap.json $(OVERLAP)
 
 clean: ## remove the virtual environment and all that was built
 	rm -rf $(VENV) .run .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -8,11 +8,15 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from gloo_pair import GlooPair
+from memfd_device import MemfdDevice
 
 from flowkv_common.kv.alignment import Copy, align
 from flowkv_common.kv.blocks import Blocks
-from flowkv_common.kv.connector import KVConnector
+from flowkv_common.kv.connector import KVConnector, Landings
+from flowkv_common.kv.connectors.cuda_ipc import CudaIpcConnector
 from flowkv_common.kv.connectors.inprocess import InProcessConnector, Switchboard
+from flowkv_common.kv.connectors.nccl import NcclConnector
 from flowkv_common.kv.connectors.shm import ShmConnector
 from flowkv_common.kv.connectors.tcp import TcpConnector
 from flowkv_common.kv.pool import KVPool
@@ -83,6 +87,20 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def connector_on_host(
+    kind: str, pool: KVPool, landings: Landings, admits: Callable[[str], bool], *, io_timeout_s: float = 5.0
+) -> KVConnector:
+    """The connector of this name; those for GPUs move host memory by stand-ins for the CUDA libraries."""
+    if kind == "shm":
+        return ShmConnector(pool, landings, admits, io_timeout_s=io_timeout_s)
+    if kind == "tcp":
+        return TcpConnector(pool, landings, admits, io_timeout_s=io_timeout_s)
+    if kind == "cuda_ipc":
+        device = MemfdDevice(pool)
+        return CudaIpcConnector(pool, landings, admits, device=device, io_timeout_s=io_timeout_s)
+    return NcclConnector(pool, landings, admits, new_backend=GlooPair, io_timeout_s=io_timeout_s)
+
+
 class Network:
     """Makes nodes of one transport and tears them down."""
 
@@ -112,9 +130,7 @@ class Network:
     def _connector(self, pool: KVPool, landings: WatchedLandings, io_timeout_s: float) -> KVConnector:
         if self.kind == "inprocess":
             return InProcessConnector(pool, landings, LINK_TOKEN.__eq__, self._switchboard)
-        if self.kind == "shm":
-            return ShmConnector(pool, landings, LINK_TOKEN.__eq__, io_timeout_s=io_timeout_s)
-        return TcpConnector(pool, landings, LINK_TOKEN.__eq__, io_timeout_s=io_timeout_s)
+        return connector_on_host(self.kind, pool, landings, LINK_TOKEN.__eq__, io_timeout_s=io_timeout_s)
 
 
 @contextlib.asynccontextmanager

@@ -1,4 +1,4 @@
-"""A sender in a process of its own, which the contract tests kill: `kv_sender.py tcp|shm <json of a Job>`."""
+"""A sender in a process of its own, which the contract tests kill: `kv_sender.py <kind> <json of a Job>`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import contextlib
 import sys
 
 import msgspec
+from kv_nodes import connector_on_host
 
 from flowkv_common.kv.alignment import Copy
 from flowkv_common.kv.blocks import Blocks
-from flowkv_common.kv.connectors.shm import ShmConnector
-from flowkv_common.kv.connectors.tcp import TcpConnector
 from flowkv_common.kv.pool import KVPool
 from flowkv_common.kv.reservations import Reservations
 from flowkv_common.wire.messages import PoolLayout
@@ -29,11 +28,10 @@ class Job(msgspec.Struct):
 
 
 async def send(kind: str, job: Job) -> None:
-    connector_type = {"tcp": TcpConnector, "shm": ShmConnector}[kind]
     reservations = Reservations(Blocks(job.num_blocks, job.layout.block_size))
     async with contextlib.AsyncExitStack() as stack:
         pool = stack.enter_context(KVPool(job.layout, job.num_blocks))
-        connector = connector_type(pool, reservations, lambda _: False)
+        connector = connector_on_host(kind, pool, reservations, lambda _: False)
         await stack.enter_async_context(connector)
         link = await connector.connect(job.address, job.link_token, job.num_blocks)
         await link.send(job.transfer_id, job.token, [Copy(0, 0, job.num_blocks)])

@@ -10,18 +10,22 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from gloo_pair import GlooPair
 from kv_nodes import LARGE, LINK_TOKEN, SMALL, Network, Node, copies_between, network
 from kv_sender import Job
 
 from flowkv_common.errors import TransferFailed
 from flowkv_common.kv.alignment import Copy
 from flowkv_common.kv.connector import ConnectorUnavailable
+from flowkv_common.kv.connectors.communicator import RECEIVER, Communicator
+from flowkv_common.kv.connectors.cuda_ipc import PoolHandle
 from flowkv_common.kv.connectors.frames import MAX_FRAME_BYTES, Channel, Hello, Reply, Transfer
+from flowkv_common.kv.connectors.nccl import Invitation
 from flowkv_common.kv.reservations import Reservation
 from flowkv_common.wire.messages import PoolLayout
 
-every_connector = pytest.mark.parametrize("kind", ["inprocess", "shm", "tcp"])
-on_sockets = pytest.mark.parametrize("kind", ["shm", "tcp"])
+every_connector = pytest.mark.parametrize("kind", ["inprocess", "shm", "tcp", "cuda_ipc", "nccl"])
+on_sockets = pytest.mark.parametrize("kind", ["shm", "tcp", "cuda_ipc", "nccl"])
 
 BFLOAT16 = PoolLayout(num_layers=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="bfloat16")
 
@@ -74,7 +78,7 @@ async def test_large_copies_arrive_whole(kind: str) -> None:
         size = LARGE.block_bytes
         start = reserved.block_ids[0] * size
         assert receiver.pool.buffer[start : start + 70 * size] == sender.pool.buffer[size : 71 * size]
-        assert stats.num_calls == {"inprocess": 1, "shm": 18, "tcp": 70}[kind]
+        assert stats.num_calls == {"inprocess": 1, "shm": 1, "tcp": 70, "cuda_ipc": 1, "nccl": 1}[kind]
 
 
 @every_connector
@@ -284,14 +288,30 @@ async def greet_and_hang(listener: socket.socket, kind: str) -> Channel:
     if kind == "shm":
         await channel.fill(memoryview(bytearray(1)))
         await channel.send(Reply())
+    if kind == "cuda_ipc":
+        await channel.receive(PoolHandle)
+        await channel.send(Reply())
+    if kind == "nccl":
+        await join(channel)
+        await channel.send(Reply())
     return channel
+
+
+async def join(channel: Channel) -> Communicator:
+    """The receiver's part in making a communicator, which ends with the channel."""
+    invitation = await channel.receive(Invitation)
+    await channel.send(Reply())
+    communicator = Communicator(GlooPair(), RECEIVER)
+    channel.lifetime.callback(communicator.abort)
+    await communicator.open(invitation.unique_id, 5.0)
+    return communicator
 
 
 @on_sockets
 async def test_a_receiver_that_hangs_fails_the_transfer_in_time(kind: str, tmp_path: Path) -> None:
     async with network(kind) as net:
         sender = await net.node(io_timeout_s=0.05)
-        is_path = kind == "shm"
+        is_path = kind in ("shm", "cuda_ipc")
         with socket.socket(socket.AF_UNIX if is_path else socket.AF_INET) as listener:
             listener.setblocking(False)
             listener.bind(str(tmp_path / "s") if is_path else ("127.0.0.1", 0))

@@ -230,6 +230,7 @@ EXAMPLES: list[Message] = [
         num_calls=2,
         total_s=0.0625,
         exposed_s=0.03125,
+        hidden_s=0.03125,
     ),
 ]
 

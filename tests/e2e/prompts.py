@@ -8,9 +8,9 @@ BLOCK = 16
 CHUNK = 512  # the default token budget of a prefill node
 
 # 3 to 3,000 tokens; the borders of blocks and chunks, and both sides of each.
-LENGTHS = [3, 4, 7, 8]
+LENGTHS = [3, 4, 5, 7, 8, 9, 20, 24, 40, 50, 80, 100]
 LENGTHS += [length for border in (16, 32, 64, 128) for length in (border - 1, border, border + 1)]
-LENGTHS += [100, 200, 255, 256, 257, 300, 400, 511, 512, 513, 600, 768, 1023, 1024, 1025, 1500, 2000, 3000]
+LENGTHS += [200, 255, 256, 257, 300, 511, 512, 513, 1024, 1025, 3000]
 
 
 def make_prompts(vocab_size: int, longest: int = 3000, seed: int = 7) -> list[list[int]]:

@@ -18,7 +18,7 @@ from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, LoadReport, Wedge
 
 NUM_STREAMS = 6
-TOKENS = 48
+TOKENS = 32
 NODES = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
 
@@ -149,7 +149,7 @@ async def test_wedged_engine_goes_red_and_its_requests_move(
             load = Load(http, tasks)
             await load.wait_under_way()
             wedge = subjects.at(subjects.NODE_WEDGE, victim)
-            await observer.bus.request(wedge, Wedge(for_s=14), Accepted, timeout_s=5)
+            await observer.bus.request(wedge, Wedge(for_s=8), Accepted, timeout_s=5)
             more = Load(http, tasks)
             async with asyncio.timeout(10):
                 await red.wait()
@@ -161,7 +161,7 @@ async def test_wedged_engine_goes_red_and_its_requests_move(
 
 
 async def test_stopped_node_drains(cluster: Cluster, model_path: Path) -> None:
-    """SIGTERM is not a crash: what runs there may finish, nothing new arrives."""
+    """SIGTERM is not a crash: what runs there may finish, nothing new arrives. The last test: it is gone."""
     async with client(cluster) as http, observe(cluster.nats_url) as observer:
         async with asyncio.TaskGroup() as tasks:
             load = Load(http, tasks)
@@ -170,5 +170,5 @@ async def test_stopped_node_drains(cluster: Cluster, model_path: Path) -> None:
             streams = await load.results()
         check_finished(model_path, streams)
         assert await asyncio.to_thread(cluster.processes["decode-1"].wait, 30) == 0
-        cluster.start_node("decode", "decode-1")
-        await observer.wait_linked("decode-1", num_peers=3)
+        # Its record is gone at once, not when it would have expired.
+        assert "decode-1" not in {node.node.node_id for node in await observer.descriptors()}

@@ -62,6 +62,16 @@ class SegmentsMachine(RuleBasedStateMachine):
         assert set(taken) <= self.free
         self.free -= set(taken)
 
+    @rule(start=st.integers(0, NUM_BLOCKS - 1), length=st.integers(1, 6))
+    def take_at(self, start: int, length: int) -> None:
+        run = Run(start, length)
+        if set(ids_of([run])) <= self.free:
+            self.segments.take_at(run)
+            self.move([run])
+        else:
+            with pytest.raises(ValueError, match="not free"):
+                self.segments.take_at(run)
+
     @rule(block=st.integers(0, NUM_BLOCKS - 1))
     def take_after(self, block: int) -> None:
         if block in self.free:

@@ -82,6 +82,16 @@ def test_grows_into_the_next_block_only_if_it_is_free() -> None:
     assert segments.take_after(9) is None
 
 
+def test_takes_a_run_by_its_place_if_all_of_it_is_free() -> None:
+    segments = segments_with(10, Run(2, 6))
+    segments.take_at(Run(4, 2))
+    assert segments.free_blocks() == [2, 3, 6, 7]
+    for wrong in (Run(3, 2), Run(4, 1), Run(7, 2), Run(10, 1)):
+        with pytest.raises(ValueError, match="not free"):
+            segments.take_at(wrong)
+    segments.check_integrity()
+
+
 def test_neighbours_merge() -> None:
     segments = segments_with(10, Run(0, 3), Run(6, 4))
     assert segments.num_segments == 2

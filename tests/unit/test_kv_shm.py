@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 
 from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.connectors.shm import _copy_steps, _outlived, _steps
+from flowkv_common.kv.connectors.shm import _copy_steps, _steps
+from flowkv_common.kv.connectors.worker import outlived
 
 MIB = 1 << 20
 
 
-def test_copies_are_cut_into_steps() -> None:
-    assert list(_steps([Copy(1, 2, 3), Copy(7, 9, 1)], block_bytes=3 * MIB)) == [
-        (3 * MIB, 6 * MIB, 4 * MIB),
-        (7 * MIB, 10 * MIB, 4 * MIB),
-        (11 * MIB, 14 * MIB, 1 * MIB),
-        (21 * MIB, 27 * MIB, 3 * MIB),
+def test_copies_are_cut_into_even_steps_of_at_least_256_mib() -> None:
+    assert list(_steps([Copy(1, 2, 3), Copy(7, 9, 1)], block_bytes=300 * MIB)) == [
+        (300 * MIB, 600 * MIB, 300 * MIB),
+        (600 * MIB, 900 * MIB, 300 * MIB),
+        (900 * MIB, 1200 * MIB, 300 * MIB),
+        (2100 * MIB, 2700 * MIB, 300 * MIB),
     ]
+    assert list(_steps([Copy(0, 0, 1)], block_bytes=300 * MIB + 1)) == [(0, 0, 300 * MIB + 1)]
 
 
 def test_stops_between_two_steps() -> None:
@@ -40,7 +42,7 @@ async def test_a_cancel_waits_until_the_thread_has_left_the_pool() -> None:
         return 1
 
     loop = asyncio.get_running_loop()
-    waiting = asyncio.create_task(_outlived(loop.run_in_executor(None, copy), abandoned))
+    waiting = asyncio.create_task(outlived(loop.run_in_executor(None, copy), abandoned))
     await loop.run_in_executor(None, is_copying.wait, 5)
     for _ in range(2):  # an impatient parent cancels twice
         waiting.cancel()

@@ -52,6 +52,7 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     token_budget: int = 512  # tokens per engine step
     max_num_seqs: int = 64
     connectors: str = "shm,tcp"  # in order of preference
+    overlap_transfer: bool = True  # send blocks while later chunks compute; off: all after the last chunk
     advertise_host: str = ""  # where other nodes reach the data socket; `host` if empty
     http_port: int = 0
     load_period_s: float = 0.5

@@ -97,35 +97,45 @@ class PrefillGuest:
             with prompt.phases.phase("reserve"):
                 handoff = await reserve(node, prompt.run, sequence)
             async with running(handoff.keep_reserved()), self._blocks(prompt):
-                with prompt.phases.phase("prefill"):
-                    await self._compute(prompt, handoff)
-                if await self._emit_first(prompt):
-                    node.attempts.end(sequence.transfer_id)
-                    await handoff.release()
-                else:
-                    await self._hand_over(prompt, handoff)
+                async with running(self._send_early(prompt, handoff)):
+                    await self._compute(prompt)
+                    if await self._emit_first(prompt):
+                        node.attempts.end(sequence.transfer_id)
+                        await handoff.release()
+                    else:
+                        await self._hand_over(prompt, handoff)
 
     async def _serve_here(self, prompt: Prompt) -> None:
         """Prefill and decode are the same node: the handoff moves no bytes."""
         async with self._blocks(prompt):
-            with prompt.phases.phase("prefill"):
-                await self._compute(prompt, None)
+            await self._compute(prompt)
             if await self._emit_first(prompt):
                 self._node.attempts.end(prompt.sequence.transfer_id)
             else:
                 self._node.guests["decode"].adopt(prompt.give_away())
 
-    async def _compute(self, prompt: Prompt, handoff: Handoff | None) -> None:
-        """Wait until all chunks are computed; meanwhile send the blocks that are complete."""
+    async def _compute(self, prompt: Prompt) -> None:
+        """Wait until all chunks are computed."""
         tid = prompt.sequence.transfer_id
         self._node.attempts.set_state(tid, "prefill")
         self._computing[tid] = prompt
         self._node.wake.set()
-        while prompt.first is None:
+        with prompt.phases.phase("prefill"):
+            await prompt.computed.wait()
+
+    async def _send_early(self, prompt: Prompt, handoff: Handoff) -> None:
+        """After each chunk but the last: send the blocks that are complete, while the next one computes.
+
+        It runs beside the prompt, so that the first token never waits for a copy.
+        """
+        if not self._node.settings.overlap_transfer:
+            return
+        while True:
             await prompt.progress.wait()
             prompt.progress.clear()
-            if handoff and prompt.first is None:
-                await handoff.send_computed(prompt.sequence, prompt_done=False)
+            if prompt.computed.is_set():
+                return
+            await handoff.send_computed(prompt.sequence, prompt_done=False)
 
     async def _emit_first(self, prompt: Prompt) -> bool:
         """Send output token 0 to the gateway at once; True when it ends the request."""
@@ -156,7 +166,7 @@ class PrefillGuest:
             await handoff.send_computed(prompt.sequence, prompt_done=True)
         await handoff.hand_over(prompt.sequence)
         self._node.attempts.end(tid)
-        await handoff.report(exposed_s=prompt.phases.seconds["handoff"])
+        await handoff.report(prompt.computed_at)
 
     def _stop(self, prompt: Prompt) -> None:
         """Cancelled from outside. A prompt that has not begun has no task yet."""
@@ -214,9 +224,7 @@ class PrefillGuest:
 
     def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
         self._node.commit_computed(sequence)
-        prompt = self._computing[sequence.transfer_id]
-        prompt.first = sampled
-        prompt.progress.set()
+        self._computing[sequence.transfer_id].advance(sampled)
 
     def fail(self, sequence: Sequence, error: FlowKVError) -> None:
         if prompt := self._computing.get(sequence.transfer_id):

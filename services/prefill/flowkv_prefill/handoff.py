@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.errors import FlowKVError
@@ -36,6 +38,13 @@ FIRST_RETRY_S = 0.02
 LONGEST_RETRY_S = 0.5
 
 
+class Span(NamedTuple):
+    """Of one send, waiting for the link included; on the monotonic clock."""
+
+    began: float
+    ended: float
+
+
 class Handoff:
     """One attempt's way to one decode node. Made by `reserve()`."""
 
@@ -50,7 +59,9 @@ class Handoff:
         self._transfer_id = reserved.transfer_id
         self._target = ids_of(reserved.runs)  # block ids at the decode node, in order
         self._num_landed = reserved.num_cached_blocks
-        self._sent = TransferStats(0, 0, 0, 0.0)
+        self._turn = asyncio.Lock()  # one send at a time: each begins where the one before ended
+        self._sent: list[TransferStats] = []
+        self._spans: list[Span] = []
 
     async def keep_reserved(self) -> None:
         """Until cancelled: renew the reservation, which is a matter of asking again."""
@@ -64,17 +75,19 @@ class Handoff:
 
         Raises TransferFailed.
         """
-        block_size = self._node.settings.block_size
-        num_ready = sequence.num_computed_tokens // block_size
-        if prompt_done:
-            num_ready = -(-sequence.num_computed_tokens // block_size)
-        if num_ready <= self._num_landed:
-            return
-        source = sequence.block_table[self._num_landed : num_ready]
-        copies = align(source, self._target[self._num_landed : num_ready])
-        sent = await self._link.send(self._transfer_id, self._token, copies)
-        self._num_landed = num_ready
-        self._sent = _sum(self._sent, sent)
+        async with self._turn:
+            block_size = self._node.settings.block_size
+            num_ready = sequence.num_computed_tokens // block_size
+            if prompt_done:
+                num_ready = -(-sequence.num_computed_tokens // block_size)
+            if num_ready <= self._num_landed:
+                return
+            source = sequence.block_table[self._num_landed : num_ready]
+            copies = align(source, self._target[self._num_landed : num_ready])
+            began = time.monotonic()
+            self._sent.append(await self._link.send(self._transfer_id, self._token, copies))
+            self._spans.append(Span(began, time.monotonic()))
+            self._num_landed = num_ready
 
     async def hand_over(self, sequence: Sequence) -> None:
         """Commit: from here on the decode node answers for the request. Raises FlowKVError if it refuses."""
@@ -99,22 +112,25 @@ class Handoff:
         message = Release(transfer_id=self._transfer_id, token=self._token)
         subject = subjects.at(subjects.DECODE_RELEASE, self._run.decode.node_id)
         with contextlib.suppress(FlowKVError):
-            await self._node.bus.request(subject, message, Accepted, timeout_s=CONTROL_TIMEOUT_S)
+            async with self._turn:  # a copy may still be on its way
+                await self._node.bus.request(subject, message, Accepted, timeout_s=CONTROL_TIMEOUT_S)
 
-    async def report(self, exposed_s: float) -> None:
-        """Publish what was moved; `exposed_s` is what prefill could not hide."""
-        self._node.instruments.observe_transfer(self._link.name, self._sent)
+    async def report(self, computed_at: float) -> None:
+        """Publish and measure what was moved; `computed_at` is when the last chunk was done (monotonic)."""
+        hidden_s, exposed_s = split_at(computed_at, self._spans)
         event = KVTransferred(
             transfer_id=self._transfer_id,
             prefill_node=self._node.ref.node_id,
             decode_node=self._run.decode.node_id,
             connector=self._link.name,
-            num_bytes=self._sent.num_bytes,
-            num_copies=self._sent.num_copies,
-            num_calls=self._sent.num_calls,
-            total_s=self._sent.duration_s,
-            exposed_s=exposed_s,
+            num_bytes=sum(sent.num_bytes for sent in self._sent),
+            num_copies=sum(sent.num_copies for sent in self._sent),
+            num_calls=sum(sent.num_calls for sent in self._sent),
+            total_s=round(hidden_s + exposed_s, 6),
+            exposed_s=round(exposed_s, 6),
+            hidden_s=round(hidden_s, 6),
         )
+        self._node.instruments.observe_transfer(event)
         with contextlib.suppress(FlowKVError):  # the handoff is done, told or not
             await self._node.bus.publish(subjects.event("kv_transferred", self._transfer_id), event)
 
@@ -164,10 +180,11 @@ def num_blocks_for(sequence: Sequence, block_size: int) -> int:
     return sequence.num_tokens // block_size + 1
 
 
-def _sum(one: TransferStats, other: TransferStats) -> TransferStats:
-    return TransferStats(
-        num_bytes=one.num_bytes + other.num_bytes,
-        num_copies=one.num_copies + other.num_copies,
-        num_calls=one.num_calls + other.num_calls,
-        duration_s=one.duration_s + other.duration_s,
-    )
+def split_at(instant: float, spans: Iterable[Span]) -> tuple[float, float]:
+    """Seconds of `spans` before `instant` and after it."""
+    before = after = 0.0
+    for began, ended in spans:
+        middle = min(max(instant, began), ended)
+        before += middle - began
+        after += ended - middle
+    return before, after

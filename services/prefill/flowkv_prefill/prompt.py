@@ -12,15 +12,24 @@ from flowkv_common.wire.messages import PrefillRun, transfer_id
 
 
 class Prompt:
-    """`progress` is set after each chunk; `first` is the first output token once all chunks are computed."""
+    """`progress` is set after each chunk, `computed` after the last, which gives `first`, an output token."""
 
     def __init__(self, run: PrefillRun) -> None:
         self.run = run
         self.sequence = _new_sequence(run)
         self.task: asyncio.Task[None] | None = None
         self.progress = asyncio.Event()
+        self.computed = asyncio.Event()
+        self.computed_at = 0.0  # on the monotonic clock
         self.first: Sampled | None = None
         self.phases = Phases()
+
+    def advance(self, sampled: Sampled | None) -> None:
+        """One more chunk is computed; the last one comes with a token."""
+        if sampled is not None:
+            self.first, self.computed_at = sampled, time.monotonic()
+            self.computed.set()
+        self.progress.set()
 
     def give_away(self) -> Sequence:
         """The sequence with its blocks, for another owner; an empty one stays behind."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from flowkv_common.wire.messages import Run
@@ -21,26 +21,43 @@ def align(src: Sequence[int], dst: Sequence[int]) -> list[Copy]:
 
     Raises `ValueError` if the lists differ in length.
     """
-    # Blocks belong to one copy exactly when they keep their distance and follow each other.
-    by_distance = sorted((there - here, here) for here, there in zip(src, dst, strict=True))
+    # Pieces belong to one copy exactly when they keep their distance and follow each other.
     copies: list[Copy] = []
-    for distance, here in by_distance:
+    for piece in sorted(_pieces(src, dst), key=lambda piece: (piece.dst - piece.src, piece.src)):
         last = copies[-1] if copies else None
-        if last and last.src + last.length == here and last.dst - last.src == distance:
-            copies[-1] = last._replace(length=last.length + 1)
+        if last and piece.src == last.src + last.length and piece.dst == last.dst + last.length:
+            copies[-1] = last._replace(length=last.length + piece.length)
         else:
-            copies.append(Copy(here, here + distance, 1))
+            copies.append(piece)
     return copies
+
+
+def _pieces(src: Sequence[int], dst: Sequence[int]) -> Iterator[Copy]:
+    """Stretches that are contiguous on both sides, in the order of the lists."""
+    first_src = first_dst = length = 0
+    for here, there in zip(src, dst, strict=True):
+        if here == first_src + length and there == first_dst + length:
+            length += 1
+            continue
+        if length:
+            yield Copy(first_src, first_dst, length)
+        first_src, first_dst, length = here, there, 1
+    if length:
+        yield Copy(first_src, first_dst, length)
 
 
 def runs_of(block_ids: Iterable[int]) -> list[Run]:
     """The runs of a block table, in its order: `[7, 8, 3]` is `[Run(7, 2), Run(3, 1)]`."""
     runs: list[Run] = []
+    start = end = -1
     for block_id in block_ids:
-        if runs and runs[-1].start + runs[-1].length == block_id:
-            runs[-1] = Run(runs[-1].start, runs[-1].length + 1)
-        else:
-            runs.append(Run(block_id, 1))
+        if block_id != end:
+            if end > start:
+                runs.append(Run(start, end - start))
+            start = block_id
+        end = block_id + 1
+    if end > start:
+        runs.append(Run(start, end - start))
     return runs
 
 

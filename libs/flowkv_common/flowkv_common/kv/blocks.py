@@ -1,6 +1,6 @@
 """The only owner of block states: who holds which block, what is cached, what must not be touched yet.
 
-Used from the asyncio loop alone (DESIGN 7.3). Knows no bytes and no sequences.
+Used from the asyncio loop alone (docs/architecture.md, rule 3). Knows no bytes and no sequences.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from flowkv_common.kv.alignment import ids_of, runs_of
+from flowkv_common.kv.alignment import runs_of
 from flowkv_common.kv.integrity import IntegrityError, expect_equal
 from flowkv_common.kv.prefix_cache import PrefixCache
 from flowkv_common.kv.segments import Segments
-from flowkv_common.wire.messages import BlockCounts
+from flowkv_common.wire.messages import BlockCounts, Run
 
 __all__ = ["Blocks", "IntegrityError", "OutOfBlocks"]
 
@@ -29,8 +29,8 @@ class Blocks:
 
     | state       | meaning                                                              |
     | ----------- | -------------------------------------------------------------------- |
-    | free        | in a segment                                                         |
-    | cached      | nobody holds it, its KV is findable by hash, it may be evicted       |
+    | free        | nobody holds it; in a segment                                        |
+    | cached      | nobody holds it, its KV is findable by hash; in a segment once cold  |
     | leased      | held by `ref >= 1` holders                                           |
     | quarantined | nobody holds it, but a copy or a step may still write it             |
     """
@@ -42,13 +42,20 @@ class Blocks:
         self.num_hit_tokens = 0
         self._segments = Segments(num_blocks)
         self._cache = PrefixCache()
-        self._refs: dict[int, int] = {}
+        self._refs = [0] * num_blocks
+        self._num_leased = 0
         self._quarantined: set[int] = set()
+        # Slices of lists: a prompt of 85,000 tokens is 5,000 blocks, to be leased in microseconds.
+        self._ids = list(range(num_blocks))
+
+    @property
+    def num_leased(self) -> int:
+        return self._num_leased
 
     # --- taking ----------------------------------------------------------------------------------
 
     def can_take(self, n: int) -> bool:
-        return self._segments.num_free + self._cache.num_idle >= n
+        return self._segments.num_free + self._cache.num_warm >= n
 
     def take(self, n: int, *, like: Sequence[int] = (), room: int = 0) -> list[int]:
         """`n` blocks, leased once each, in as few runs as possible; evicts cached blocks if it must.
@@ -56,8 +63,9 @@ class Blocks:
         `like` and `room` are those of `Segments.take`. Raises `OutOfBlocks`; then nothing has changed.
         """
         self._make_room(n)
-        block_ids = ids_of(self._segments.take(n, like, room=room))
-        self._refs.update(dict.fromkeys(block_ids, 1))
+        block_ids: list[int] = []
+        for run in self._segments.take(n, like, room=room):
+            block_ids += self._lease(run)
         return block_ids
 
     def grow(self, last_block: int | None) -> int:
@@ -68,11 +76,10 @@ class Blocks:
         following = None if last_block is None else self._segments.take_after(last_block)
         if following is None:
             return self.take(1, room=GROWTH_ROOM)[0]
-        self._refs[following] = 1
-        return following
+        return self._lease(Run(following, 1))[0]
 
     def plan_runs(self, n: int) -> list[int]:
-        """Lengths of the runs that `take(n)` would give now: a hint when it must evict, else exact.
+        """Lengths of the runs that `take(n)` would give now: exact while nothing is cached, else a hint.
 
         Raises `OutOfBlocks`.
         """
@@ -90,13 +97,18 @@ class Blocks:
         A caller that must compute the last token of a prompt leaves out the hash of the block it ends.
         """
         matched: list[int] = []
+        cold: list[int] = []
         for block_hash in hashes:
             block_id = self._cache.find(block_hash)
             if block_id is None:
                 break
-            self._cache.revive(block_id)
-            self._refs[block_id] = self._refs.get(block_id, 0) + 1
+            if self._cache.revive(block_id):
+                cold.append(block_id)
+            self._num_leased += not self._refs[block_id]
+            self._refs[block_id] += 1
             matched.append(block_id)
+        for run in runs_of(sorted(cold)):
+            self._segments.take_at(run)
         self.num_queried_tokens += len(hashes) * self.block_size
         self.num_hit_tokens += len(matched) * self.block_size
         return matched
@@ -107,7 +119,8 @@ class Blocks:
         If another block is known by that hash already, that one stays and this one remains anonymous.
         Raises `ValueError` if the block is not leased or was committed under another hash.
         """
-        self._check_leased([block_id])
+        if not 0 <= block_id < self.num_blocks or not self._refs[block_id]:
+            raise ValueError(f"block {block_id} is not leased")
         known = self._cache.hash_of(block_id)
         if known is not None and known != block_hash:
             raise ValueError(f"block {block_id} is committed as {known}, not as {block_hash}")
@@ -122,8 +135,9 @@ class Blocks:
         Raises `ValueError` if one is not leased that often; then nothing has changed.
         """
         unheld = self._drop_holders(list(block_ids))
-        self._cache.retire([block_id for block_id in unheld if self._cache.hash_of(block_id)])
-        self._free(block_id for block_id in unheld if not self._cache.hash_of(block_id))
+        known = self._cache.known(unheld)
+        self._cache.retire([block_id for block_id in unheld if block_id in known])
+        self._free(block_id for block_id in unheld if block_id not in known)
 
     def quarantine(self, block_ids: Iterable[int]) -> list[int]:
         """As `release`, but blocks without holders left are set aside until `settle`; returns those.
@@ -149,9 +163,9 @@ class Blocks:
     def counts(self) -> BlockCounts:
         return BlockCounts(
             total=self.num_blocks,
-            free=self._segments.num_free,
-            cached=self._cache.num_idle,
-            leased=len(self._refs),
+            free=self._segments.num_free - self._cache.num_cold,
+            cached=self._cache.num_warm + self._cache.num_cold,
+            leased=self._num_leased,
             quarantined=len(self._quarantined),
             longest_free_run=self._segments.longest_run,
         )
@@ -164,54 +178,59 @@ class Blocks:
         counts = self.counts()
         in_states = counts.free + counts.cached + counts.leased + counts.quarantined
         expect_equal(f"blocks in all states ({counts}) and in the pool", in_states, self.num_blocks)
-        held = self._refs.keys() | self._quarantined | idle
+        leased = {block_id for block_id, ref in enumerate(self._refs) if ref}
+        held = leased | self._quarantined | idle
         num_held = counts.leased + counts.quarantined + counts.cached
         expect_equal("blocks not free, each in one state only", len(held), num_held)
-        free = set(range(self.num_blocks)) - held
-        expect_equal("free blocks", sorted(free), self._segments.free_blocks())
-        expect_equal("leased blocks without a holder", [b for b, ref in self._refs.items() if ref < 1], [])
+        takeable = set(range(self.num_blocks)) - leased - self._quarantined - self._cache.warm_blocks()
+        expect_equal("free and cold blocks", sorted(takeable), self._segments.free_blocks())
+        expect_equal("leased blocks", len(leased), counts.leased)
 
     # --- bookkeeping -----------------------------------------------------------------------------
 
     def _make_room(self, n: int) -> None:
-        """Evicts until `n` blocks are free, and then on, if a few more make one run of them."""
+        """Opens cached blocks to be overwritten: enough for `n`, and enough to choose a long run from.
+
+        Taken one by one as they age, they would lie scattered; a growing sequence would find none behind it.
+        """
         if not self.can_take(n):
             raise OutOfBlocks(self._shortage(n))
-        evicted: int | None = None
-        while self._segments.num_free < n:
-            evicted = self._evict_next()
-        if evicted is not None and self._can_lengthen(evicted, n):
-            while self._segments.longest_run < n and self._cache.next_victim() == evicted - 1:
-                evicted = self._evict_next()
+        num_open, num_warm = self._segments.num_free, self._cache.num_warm
+        # Towards half of what nobody holds, in steps that no caller has to wait for.
+        wanted = max(n, min(num_open + 2 * n, (num_open + num_warm) // 2))
+        if num_open < wanted:
+            self._open(wanted - num_open)
+        if self._segments.longest_run < n:
+            self._open(n)
 
-    def _evict_next(self) -> int:
-        victim = self._cache.next_victim()
-        assert victim is not None  # `can_take` has counted them
-        self._cache.forget(victim)
-        self._free([victim])
-        return victim
+    def _open(self, n: int) -> None:
+        self._free(self._cache.cool(n))
 
-    def _can_lengthen(self, free_block: int, n: int) -> bool:
-        """Whether all blocks are free or evictable that would complete the segment in front to `n` blocks."""
-        segment = self._segments.segment_of(free_block)
-        start = segment.start + segment.length - n
-        missing = range(start, segment.start)
-        return start >= 0 and not any(block in self._refs or block in self._quarantined for block in missing)
+    def _lease(self, run: Run) -> list[int]:
+        """Leases blocks that have just been taken; what was cached in them is lost."""
+        block_ids = self._ids[run.start : run.start + run.length]
+        if self._cache.num_cold:
+            for block_id in self._cache.known(block_ids):
+                self._cache.forget(block_id)
+        self._refs[run.start : run.start + run.length] = [1] * run.length
+        self._num_leased += run.length
+        return block_ids
 
     def _drop_holders(self, block_ids: list[int]) -> list[int]:
         """Takes one holder off each and returns the blocks that have none left, in order."""
         self._check_leased(block_ids)
-        unheld = []
+        refs, unheld = self._refs, []
         for block_id in block_ids:
-            self._refs[block_id] -= 1
-            if not self._refs[block_id]:
-                del self._refs[block_id]
+            refs[block_id] -= 1
+            if not refs[block_id]:
                 unheld.append(block_id)
+        self._num_leased -= len(unheld)
         return unheld
 
     def _check_leased(self, block_ids: Iterable[int]) -> None:
+        num_blocks, refs = self.num_blocks, self._refs
         for block_id, times in Counter(block_ids).items():
-            if self._refs.get(block_id, 0) < times:
+            if not 0 <= block_id < num_blocks or refs[block_id] < times:
                 raise ValueError(f"block {block_id} is not leased {times} times")
 
     def _free(self, block_ids: Iterable[int]) -> None:
@@ -219,4 +238,5 @@ class Blocks:
             self._segments.give(run)
 
     def _shortage(self, n: int) -> str:
-        return f"{n} blocks wanted, {self._segments.num_free} are free, {self._cache.num_idle} evictable"
+        counts = self.counts()
+        return f"{n} blocks wanted, {counts.free} are free, {counts.cached} evictable"

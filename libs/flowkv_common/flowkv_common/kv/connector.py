@@ -9,13 +9,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from flowkv_common.kv.alignment import Copy
+from flowkv_common.wire.messages import PoolLayout
+
+if TYPE_CHECKING:
+    import torch
 
 
 class ConnectorUnavailable(Exception):
     """This transport can't be had between the two nodes; the message says why."""
+
+
+class Pool(Protocol):
+    """What connectors know of a pool, wherever its bytes lie: `tensor` begins where the first block does."""
+
+    layout: PoolLayout
+    num_blocks: int
+    num_bytes: int
+    tensor: torch.Tensor  # [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]
 
 
 class TransferStats(NamedTuple):

@@ -133,7 +133,7 @@ class Reservations:
         return chosen
 
     def sweep(self) -> list[str]:
-        """Cancels the expired and returns their transfer ids. To be called by a timer (DESIGN 7.4)."""
+        """Cancels the expired and returns their transfer ids, for a timer (docs/architecture.md, rule 4)."""
         now = self._clock()
         return self.cancel_where(lambda reservation: reservation.expires_at <= now)
 

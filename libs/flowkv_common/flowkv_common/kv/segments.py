@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from sortedcontainers import SortedDict, SortedList
+from sortedcontainers import SortedList
 
-from flowkv_common.kv.alignment import ids_of
+from flowkv_common.kv.alignment import ids_of, runs_of
 from flowkv_common.kv.integrity import expect_equal
 from flowkv_common.wire.messages import Run
+
+_Cut = tuple[Run, Run]  # a segment, and the run that is taken out of it
 
 
 class Segments:
@@ -21,10 +23,12 @@ class Segments:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.num_free = 0
-        self._by_start = SortedDict()  # start -> length
         self._by_length = SortedList()  # (length, start)
+        self._length_at: dict[int, int] = {}  # by start
+        self._start_before: dict[int, int] = {}  # by end: where the segment starts that ends there
+        self._is_free = bytearray(num_blocks)
         if num_blocks:
-            self._add(Run(0, num_blocks))
+            self.give(Run(0, num_blocks))
 
     @property
     def longest_run(self) -> int:
@@ -41,92 +45,103 @@ class Segments:
         be cut, they are cut where the other side is, if that saves copies. `room` is how many blocks should
         stay free behind the last run. Raises `ValueError` if fewer than `n` are free.
         """
-        runs = self._choose(n, like, room)
-        for run in runs:
-            self._cut(run)
-        return runs
+        cuts = self._choose(n, like, room)
+        for segment, run in cuts:
+            self._cut(segment, run)
+        return [run for _, run in cuts]
 
     def plan(self, n: int) -> list[int]:
         """Lengths of the runs that `take(n)` would give now. Raises `ValueError` as `take` does."""
-        return [run.length for run in self._choose(n, (), 0)]
+        return [run.length for _, run in self._choose(n, (), 0)]
 
     def take_after(self, block_id: int) -> int | None:
         """Takes the block behind the taken block `block_id` and returns it, or None if it is not free."""
         following = block_id + 1
-        if following not in self._by_start:
+        length = self._length_at.get(following)
+        if length is None:
             return None
-        self._cut(Run(following, 1))
+        self._cut(Run(following, length), Run(following, 1))
         return following
+
+    def take_at(self, run: Run) -> None:
+        """Takes exactly `run`. Raises `ValueError` if part of it is not free."""
+        segment = self.segment_of(run.start)
+        if run.start + run.length > segment.start + segment.length:
+            raise ValueError(f"{run} is not free: {segment} ends before it")
+        self._cut(segment, run)
 
     def give(self, run: Run) -> None:
         """Frees `run`. Raises `ValueError` if part of it is free already or outside the pool."""
         start, end = run.start, run.start + run.length
         if run.length < 1 or start < 0 or end > self.num_blocks:
             raise ValueError(f"{run} is no run of a pool of {self.num_blocks} blocks")
-        before = self._last_before(end)
-        if before is not None and before.start + before.length > start:
-            raise ValueError(f"double free: {run} overlaps the free {before}")
-        if before is not None and before.start + before.length == start:
-            self._drop(before)
-            start = before.start
-        if (length_behind := self._by_start.get(end)) is not None:
+        if (free := self._is_free.find(1, start, end)) >= 0:
+            raise ValueError(f"double free: block {free} of {run} is free")
+        self._is_free[start:end] = b"\x01" * run.length
+        self.num_free += run.length
+        if (start_before := self._start_before.get(start)) is not None:
+            self._drop(Run(start_before, start - start_before))
+            start = start_before
+        if (length_behind := self._length_at.get(end)) is not None:
             self._drop(Run(end, length_behind))
             end += length_behind
         self._add(Run(start, end - start))
 
     def segment_of(self, block_id: int) -> Run:
         """The segment that holds the free block `block_id`. Raises `ValueError` if it is not free."""
-        segment = self._last_before(block_id + 1)
-        if segment is None or segment.start + segment.length <= block_id:
+        if not (0 <= block_id < self.num_blocks and self._is_free[block_id]):
             raise ValueError(f"block {block_id} is not free")
-        return segment
+        start = self._is_free.rfind(0, 0, block_id) + 1  # a scan of bytes: 100,000 take microseconds
+        return Run(start, self._length_at[start])
 
     def free_blocks(self) -> list[int]:
         """All free block ids, ascending. O(n): for checks."""
-        return ids_of(Run(start, length) for start, length in self._by_start.items())
+        return ids_of(Run(start, length) for start, length in sorted(self._length_at.items()))
 
     def check_integrity(self) -> None:
-        """Raises `IntegrityError` if the two indexes disagree or neighbours were not merged."""
-        segments = [Run(start, length) for start, length in self._by_start.items()]
+        """Raises `IntegrityError` if the indexes disagree or neighbours were not merged."""
+        segments = [Run(start, length) for start, length in sorted(self._length_at.items())]
         by_length = sorted((segment.length, segment.start) for segment in segments)
         expect_equal("segments by start and by length", by_length, list(self._by_length))
-        expect_equal("free blocks", sum(segment.length for segment in segments), self.num_free)
-        end = -1
-        for segment in segments:
-            expect_equal(f"{segment} lies apart from the one before", segment.start > end, True)
-            end = segment.start + segment.length
-        expect_equal("segments end inside the pool", end <= self.num_blocks, True)
+        by_end = {segment.start + segment.length: segment.start for segment in segments}
+        expect_equal("segments by start and by end", by_end, self._start_before)
+        marked = [block_id for block_id, is_free in enumerate(self._is_free) if is_free]
+        expect_equal("blocks of segments and blocks marked free", ids_of(segments), marked)
+        expect_equal("free blocks", len(marked), self.num_free)
+        expect_equal("segments, neighbours merged", runs_of(marked), segments)
 
     # --- choosing --------------------------------------------------------------------------------
 
-    def _choose(self, n: int, like: Sequence[int], room: int) -> list[Run]:
+    def _choose(self, n: int, like: Sequence[int], room: int) -> list[_Cut]:
         if n > self.num_free:
             raise ValueError(f"{n} blocks wanted, {self.num_free} are free")
         if n < 1:
             return []
         fewest = self._fewest(n, room)
+        if len(fewest) == 1 or not like:
+            return fewest
         lengths = _fitted(like, n)
-        if set(_cuts([run.length for run in fewest])) <= set(_cuts(lengths)):
+        if set(_cuts([run.length for _, run in fewest])) <= set(_cuts(lengths)):
             return fewest  # no copy more than the other side's own cuts cost
         return self._matching(lengths, room) or fewest
 
-    def _fewest(self, n: int, room: int) -> list[Run]:
+    def _fewest(self, n: int, room: int) -> list[_Cut]:
         """Whole segments, longest first, then the smallest one that holds the rest and its room."""
-        runs: list[Run] = []
+        cuts: list[_Cut] = []
         longest = len(self._by_length) - 1
         while n > self._by_length[longest][0]:
             length, start = self._by_length[longest]
-            runs.append(Run(start, length))
+            cuts.append((Run(start, length), Run(start, length)))
             n -= length
             longest -= 1
         # Where no segment has that much room, the longest one left has the most.
         fitting = min(self._by_length.bisect_left((n + room, -1)), longest)
-        runs.append(self._placed(fitting, n, room))
-        return runs
+        cuts.append(self._placed(fitting, n, room))
+        return cuts
 
-    def _matching(self, lengths: Sequence[int], room: int) -> list[Run] | None:
+    def _matching(self, lengths: Sequence[int], room: int) -> list[_Cut] | None:
         """One segment of its own for each of `lengths`, or None. Shortest first, each gets its best fit."""
-        chosen: dict[int, Run] = {}
+        chosen: dict[int, _Cut] = {}
         index = -1
         for place in sorted(range(len(lengths)), key=lengths.__getitem__):
             index = max(index + 1, self._by_length.bisect_left((lengths[place], -1)))
@@ -136,38 +151,33 @@ class Segments:
             chosen[place] = self._placed(index, lengths[place], room if is_last else 0)
         return [chosen[place] for place in range(len(lengths))]
 
-    def _placed(self, index: int, n: int, room: int) -> Run:
+    def _placed(self, index: int, n: int, room: int) -> _Cut:
         length, start = self._by_length[index]
         spare = length - n
-        return Run(start + spare - min(room, spare), n)
+        return Run(start, length), Run(start + spare - min(room, spare), n)
 
     # --- bookkeeping -----------------------------------------------------------------------------
 
-    def _cut(self, run: Run) -> None:
-        """Takes `run` out of the segment around it."""
-        end = run.start + run.length
-        segment = self._last_before(end)
-        assert segment is not None
+    def _cut(self, segment: Run, run: Run) -> None:
+        """Takes `run` out of `segment`."""
+        end, segment_end = run.start + run.length, segment.start + segment.length
+        self._is_free[run.start : end] = bytes(run.length)
+        self.num_free -= run.length
         self._drop(segment)
         if segment.start < run.start:
             self._add(Run(segment.start, run.start - segment.start))
-        if end < segment.start + segment.length:
-            self._add(Run(end, segment.start + segment.length - end))
-
-    def _last_before(self, end: int) -> Run | None:
-        """The last segment that starts before `end`."""
-        index = self._by_start.bisect_left(end) - 1
-        return Run(*self._by_start.peekitem(index)) if index >= 0 else None
+        if end < segment_end:
+            self._add(Run(end, segment_end - end))
 
     def _add(self, segment: Run) -> None:
-        self._by_start[segment.start] = segment.length
+        self._length_at[segment.start] = segment.length
+        self._start_before[segment.start + segment.length] = segment.start
         self._by_length.add((segment.length, segment.start))
-        self.num_free += segment.length
 
     def _drop(self, segment: Run) -> None:
-        del self._by_start[segment.start]
+        del self._length_at[segment.start]
+        del self._start_before[segment.start + segment.length]
         self._by_length.remove((segment.length, segment.start))
-        self.num_free -= segment.length
 
 
 def _cuts(lengths: Sequence[int]) -> list[int]:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from flowkv_common.kv.connector import TransferStats
-from flowkv_common.wire.messages import BlockCounts
+from flowkv_common.wire.messages import BlockCounts, KVTransferred
 
 # Weight of the newest step in the measured rates: about the last ten steps count.
 SMOOTHING = 0.2
@@ -26,12 +25,14 @@ class Instruments:
         self._labels = {"model_name": model_name, "node_id": node_id}
         self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens per step", _STEP_BUCKETS)
         self._preemptions = self._counter("vllm:num_preemptions", "Sequences preempted, to be recomputed")
-        self._transfer_s = Histogram(
-            "flowkv_kv_transfer_seconds",
-            "Duration of a request's KV transfer",
-            ["connector", *self._labels],
-            buckets=_TRANSFER_BUCKETS,
-            registry=self.registry,
+        self._transfer_s = self._durations(
+            "flowkv_kv_transfer_seconds", "A request's KV transfer: time spent sending"
+        )
+        self._transfer_hidden_s = self._durations(
+            "flowkv_kv_transfer_hidden_seconds", "Of that, while chunks were still computing"
+        )
+        self._transfer_exposed_s = self._durations(
+            "flowkv_kv_transfer_exposed_seconds", "Of that, after the last chunk"
         )
         self._transfer_bytes = self._per_connector("flowkv_kv_transfer_bytes", "Bytes of KV sent")
         self._transfer_copies = self._per_connector("flowkv_kv_transfer_copies", "Copies, after alignment")
@@ -48,6 +49,10 @@ class Instruments:
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         made = Histogram(name, text, list(self._labels), buckets=buckets, registry=self.registry)
         return made.labels(**self._labels)
+
+    def _durations(self, name: str, text: str) -> Histogram:
+        labels = ["connector", *self._labels]
+        return Histogram(name, text, labels, buckets=_TRANSFER_BUCKETS, registry=self.registry)
 
     def _per_connector(self, name: str, text: str) -> Counter:
         return Counter(name, text, ["connector", *self._labels], registry=self.registry)
@@ -89,12 +94,15 @@ class Instruments:
     def count_handoff(self, result: str) -> None:
         self._handoffs.labels(result=result, **self._labels).inc()
 
-    def observe_transfer(self, connector: str, stats: TransferStats) -> None:
-        labels = {"connector": connector, **self._labels}
-        self._transfer_s.labels(**labels).observe(stats.duration_s)
-        self._transfer_bytes.labels(**labels).inc(stats.num_bytes)
-        self._transfer_copies.labels(**labels).inc(stats.num_copies)
-        self._transfer_calls.labels(**labels).inc(stats.num_calls)
+    def observe_transfer(self, event: KVTransferred) -> None:
+        """Counts what the event tells: both agree."""
+        labels = {"connector": event.connector, **self._labels}
+        self._transfer_s.labels(**labels).observe(event.total_s)
+        self._transfer_hidden_s.labels(**labels).observe(event.hidden_s)
+        self._transfer_exposed_s.labels(**labels).observe(event.exposed_s)
+        self._transfer_bytes.labels(**labels).inc(event.num_bytes)
+        self._transfer_copies.labels(**labels).inc(event.num_copies)
+        self._transfer_calls.labels(**labels).inc(event.num_calls)
 
 
 def _smooth(old: float, new: float) -> float:

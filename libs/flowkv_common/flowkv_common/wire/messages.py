@@ -416,7 +416,10 @@ class RequestFinished(Message, frozen=True):
 
 
 class KVTransferred(Message, frozen=True):
-    """One per handoff: what moved, over which connector, how long it took and how much of it prefill hid."""
+    """One per handoff: what moved, over which connector, how long it took and how much of it prefill hid.
+
+    `total_s` is the sum of `hidden_s` and `exposed_s`.
+    """
 
     transfer_id: str
     prefill_node: str
@@ -427,3 +430,4 @@ class KVTransferred(Message, frozen=True):
     num_calls: int
     total_s: float
     exposed_s: float
+    hidden_s: float = 0.0

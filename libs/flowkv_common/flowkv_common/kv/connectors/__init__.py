@@ -4,23 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from flowkv_common.kv.connector import KVConnector, Landings
+from flowkv_common.kv.connector import KVConnector, Landings, Pool
 from flowkv_common.kv.connectors.shm import ShmConnector
 from flowkv_common.kv.connectors.tcp import TcpConnector
 from flowkv_common.kv.pool import KVPool
 
+_Makers = dict[str, Callable[[], KVConnector]]
+
 
 def make_connectors(
-    names: Sequence[str], pool: KVPool, landings: Landings, admits: Callable[[str], bool], *, host: str
+    names: Sequence[str], pool: Pool, landings: Landings, admits: Callable[[str], bool], *, host: str
 ) -> list[KVConnector]:
-    """The connectors called `names`, in that order; `host` is where peers reach the TCP one.
+    """The connectors called `names`, in that order; `host` is where peers reach those that listen on TCP.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for a name that is unknown, or not one for memory where `pool` lies.
     """
-    makers: dict[str, Callable[[], KVConnector]] = {
+    if isinstance(pool, KVPool):
+        makers = _for_host_memory(pool, landings, admits, host)
+    else:
+        makers = _for_device_memory(pool, landings, admits, host)
+    if unknown := set(names) - set(makers):
+        kind = type(pool).__name__
+        raise ValueError(f"no connectors for a {kind}: {sorted(unknown)}; {', '.join(makers)} are")
+    return [makers[name]() for name in names]
+
+
+def _for_host_memory(pool: KVPool, landings: Landings, admits: Callable[[str], bool], host: str) -> _Makers:
+    return {
         "shm": lambda: ShmConnector(pool, landings, admits),
         "tcp": lambda: TcpConnector(pool, landings, admits, host=host),
     }
-    if unknown := set(names) - set(makers):
-        raise ValueError(f"unknown connectors {sorted(unknown)}: {', '.join(makers)} are")
-    return [makers[name]() for name in names]
+
+
+def _for_device_memory(pool: Pool, landings: Landings, admits: Callable[[str], bool], host: str) -> _Makers:
+    # CuPy is an extra, and there is nothing to import it for on a host without a GPU.
+    from flowkv_common.kv.connectors.cuda_ipc import CudaIpcConnector
+    from flowkv_common.kv.connectors.cuda_runtime import CudaDevice
+    from flowkv_common.kv.connectors.nccl import NcclConnector
+    from flowkv_common.kv.connectors.nccl_cupy import CupyNccl
+
+    index = pool.tensor.device.index
+    return {
+        "cuda_ipc": lambda: CudaIpcConnector(pool, landings, admits, device=CudaDevice(index)),
+        "nccl": lambda: NcclConnector(pool, landings, admits, new_backend=lambda: CupyNccl(index), host=host),
+    }

@@ -61,7 +61,7 @@ F = TypeVar("F", bound=Frame)
 
 
 class Channel:
-    """A connected socket that belongs to one task at a time.
+    """A connected socket that belongs to one task at a time. What enters `lifetime` ends when it is closed.
 
     Raises `OSError` for all that ends a connection: closed, out of time, garbage.
     """
@@ -69,6 +69,7 @@ class Channel:
     def __init__(self, sock: socket.socket, io_timeout_s: float) -> None:
         sock.setblocking(False)
         self.sock = sock
+        self.lifetime = contextlib.ExitStack()
         self._io_timeout_s = io_timeout_s
         self._loop = asyncio.get_running_loop()
 
@@ -150,6 +151,7 @@ class Channel:
         return False
 
     def close(self) -> None:
+        self.lifetime.close()
         self.sock.close()
 
     def __enter__(self) -> Self:

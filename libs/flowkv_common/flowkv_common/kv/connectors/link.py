@@ -8,12 +8,12 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from flowkv_common.errors import TransferFailed
 from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.connector import ConnectorUnavailable, TransferStats, find_stray
+from flowkv_common.kv.connector import ConnectorUnavailable, Pool, TransferStats, find_stray
 from flowkv_common.kv.connectors.frames import Channel, Refused, Transfer
-from flowkv_common.kv.pool import KVPool
 
-# What one frame asks for: little enough that its confirmation comes well within the deadline of a step.
-_MAX_FRAME_PAYLOAD_BYTES = 64 << 20
+# What one frame asks for: little enough that its confirmation comes well within the deadline of a step,
+# much enough that most requests need one.
+_MAX_FRAME_PAYLOAD_BYTES = 1 << 30
 _MAX_FRAME_BLOCKS = 8192
 
 
@@ -23,7 +23,7 @@ class StreamLink:
     def __init__(
         self,
         name: str,
-        pool: KVPool,
+        pool: Pool,
         num_peer_blocks: int,
         dial: Callable[[], Awaitable[Channel]],
         push: Callable[[Channel, list[Copy]], Awaitable[int]],

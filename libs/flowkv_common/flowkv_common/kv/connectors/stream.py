@@ -13,14 +13,13 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 from flowkv_common.errors import BadRequest, FlowKVError, Stale
 from flowkv_common.kv.alignment import Copy, ids_of
-from flowkv_common.kv.connector import ConnectorUnavailable, KVLink, Landing, Landings, find_stray
+from flowkv_common.kv.connector import ConnectorUnavailable, KVLink, Landing, Landings, Pool, find_stray
 from flowkv_common.kv.connectors.frames import Channel, Hello, Refused, Reply, Transfer
 from flowkv_common.kv.connectors.link import StreamLink
-from flowkv_common.kv.pool import KVPool
 from flowkv_common.wire.messages import Run
 
 logger = logging.getLogger(__name__)
@@ -29,15 +28,16 @@ _BACKLOG = 128
 _ACCEPT_RETRY_S = 0.1
 
 Land = Callable[[list[Copy], Landing], Awaitable[int]]
+P = TypeVar("P", bound=Pool)
 
 
-class StreamConnector(abc.ABC):
-    """A connector over stream sockets. Its tasks end with its `async with` block."""
+class StreamConnector(abc.ABC, Generic[P]):
+    """A connector of pools of type `P` over stream sockets. Its tasks end with its `async with` block."""
 
     name: str
 
     def __init__(
-        self, pool: KVPool, landings: Landings, admits: Callable[[str], bool], *, io_timeout_s: float = 10.0
+        self, pool: P, landings: Landings, admits: Callable[[str], bool], *, io_timeout_s: float = 10.0
     ) -> None:
         self._pool = pool
         self._landings = landings

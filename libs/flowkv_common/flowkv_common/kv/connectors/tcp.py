@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import select
 import socket
+import threading
 from collections.abc import Callable, Iterator
 
 from flowkv_common.kv.alignment import Copy
 from flowkv_common.kv.connector import Landing, Landings
+from flowkv_common.kv.connectors import sockets
 from flowkv_common.kv.connectors.frames import Channel, Hello, Reply
 from flowkv_common.kv.connectors.stream import StreamConnector
+from flowkv_common.kv.connectors.worker import outlived
 from flowkv_common.kv.pool import KVPool
 from flowkv_common.wire.messages import Run
 
 # Larger system calls are slower: the bytes have left the CPU's cache before the receiver gets to them.
 _STEP_BYTES = 1 << 20
-# A host that died without a word is found out after about a minute.
-_KEEPALIVE = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 3}
+# A receiver that is woken for every packet spends its time on waking up.
+_WAKE_BYTES = 512 << 10
 
 
-class TcpConnector(StreamConnector):
+class TcpConnector(StreamConnector[KVPool]):
     """Listens on `host`, a name or an address under which the peers reach this node."""
 
     name = "tcp"
@@ -38,74 +43,90 @@ class TcpConnector(StreamConnector):
         self._host = host
 
     async def _bind(self) -> tuple[socket.socket, str]:
-        family, address = await _resolve(self._host, 0)
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listener.bind(address)
-        except BaseException:
-            listener.close()
-            raise
-        return listener, f"{self._host}:{listener.getsockname()[1]}"
+        return await sockets.bind_tcp(self._host)
 
     async def _open_socket(self, address: str) -> socket.socket:
-        host, _, port = address.rpartition(":")
-        if not port.isascii() or not port.isdigit():
-            raise OSError(f"{address!r} is not host:port")
-        family, resolved = await _resolve(host, int(port))
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(sock, resolved)
-            _tune(sock)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
+        return await sockets.dial_tcp(address)
 
     async def _introduce(self, channel: Channel) -> None:
         """Nothing to say: the greeting was all."""
 
     async def _push(self, channel: Channel, copies: list[Copy]) -> int:
         await channel.expect_yes()  # asked first, so that a refusal costs no bytes
-        num_calls = 0
-        for copy in copies:
-            for step in _steps(self._pool.bytes_of(Run(copy.src, copy.length))):
-                await channel.write(step)
-                num_calls += 1
-        return num_calls
+        views = [self._pool.bytes_of(Run(copy.src, copy.length)) for copy in copies]
+        steps = [step for view in views for step in _steps(view)]
+        await _in_thread(channel.sock, functools.partial(_send, channel.sock, steps, self._io_timeout_s))
+        return len(steps)
 
     async def _receive_from(self, channel: Channel, hello: Hello) -> None:
-        _tune(channel.sock)
+        sockets.tune_tcp(channel.sock)
         await self._answer(channel, hello, functools.partial(self._pull, channel))
 
     async def _pull(self, channel: Channel, copies: list[Copy], landing: Landing) -> int:
         """Reads the bytes into the pool. A revoked landing ends the connection: its bytes are on the way."""
-
-        def keep_going() -> None:
-            if landing.revoked:
-                raise ConnectionAbortedError("the reservation ended during the copy")
-
+        views = [self._pool.bytes_of(Run(copy.dst, copy.length)) for copy in copies]
+        receive = functools.partial(
+            _receive, channel.sock, views, lambda: landing.revoked, self._io_timeout_s
+        )
         await channel.send(Reply())
-        for copy in copies:
-            for step in _steps(self._pool.bytes_of(Run(copy.dst, copy.length))):
-                await channel.fill(step, keep_going)
+        await _in_thread(channel.sock, receive)
         return 0
+
+
+async def _in_thread(sock: socket.socket, work: Callable[[], None]) -> None:
+    """Waits for `work`, which the loop's other tasks would slow down. A cancel ends the connection."""
+    working = asyncio.get_running_loop().run_in_executor(None, work)
+    try:
+        await asyncio.shield(working)
+    except asyncio.CancelledError:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)  # wakes the thread, which then fails
+        with contextlib.suppress(OSError):
+            await outlived(working, threading.Event())
+        raise
+
+
+def _send(sock: socket.socket, steps: list[memoryview], io_timeout_s: float) -> None:
+    """Hands one step after the other to the kernel. Raises `OSError`."""
+    poller = select.poll()
+    poller.register(sock, select.POLLOUT)
+    for step in steps:
+        while step:
+            _await_event(poller, io_timeout_s)
+            with contextlib.suppress(BlockingIOError):
+                step = step[sock.send(step) :]
+
+
+def _receive(
+    sock: socket.socket, views: list[memoryview], is_revoked: Callable[[], bool], io_timeout_s: float
+) -> None:
+    """Fills `views`, and asks before each read whether it still may; raises `OSError` if it can't."""
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    for view in views:
+        while view:
+            _wake_at(sock, min(_WAKE_BYTES, len(view)))
+            _await_event(poller, io_timeout_s)
+            if is_revoked():
+                raise ConnectionAbortedError("the reservation ended during the copy")
+            with contextlib.suppress(BlockingIOError):
+                num_received = sock.recv_into(view[:_STEP_BYTES])
+                if not num_received:
+                    raise ConnectionResetError("closed by the peer")
+                view = view[num_received:]
+    _wake_at(sock, 1)
+
+
+def _await_event(poller: select.poll, io_timeout_s: float) -> None:
+    if not poller.poll(io_timeout_s * 1000):
+        raise TimeoutError(f"nothing came or went for {io_timeout_s} s")
+
+
+def _wake_at(sock: socket.socket, num_bytes: int) -> None:
+    """The socket counts as readable once it holds that much, or has ended."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
 
 
 def _steps(view: memoryview) -> Iterator[memoryview]:
     for begin in range(0, len(view), _STEP_BYTES):
         yield view[begin : begin + _STEP_BYTES]
-
-
-def _tune(sock: socket.socket) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE.items():
-        sock.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-async def _resolve(host: str, port: int) -> tuple[int, tuple[object, ...]]:
-    """Address family and socket address of `host`. Raises `OSError`."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    family, _, _, _, address = found[0]
-    return family, address

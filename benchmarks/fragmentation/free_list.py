@@ -1,0 +1,67 @@
+"""The baseline: blocks handed out from a stack of free ones, last freed first, wherever they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from flowkv_common.kv.alignment import runs_of
+from flowkv_common.kv.blocks import OutOfBlocks
+from flowkv_common.kv.prefix_cache import PrefixCache
+
+
+class FreeList:
+    """As `Blocks` where it has the same methods, with the same prefix cache, but with a free list in place
+    of segments."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_leased = 0
+        self._free = list(range(num_blocks))[::-1]
+        self._refs = [0] * num_blocks
+        self._cache = PrefixCache()
+
+    def longest_free_run(self) -> int:
+        """O(n log n): a free list does not know."""
+        return max((run.length for run in runs_of(sorted(self._free))), default=0)
+
+    def take(self, n: int, *, like: Sequence[int] = (), room: int = 0) -> list[int]:
+        for victim in self._cache.cool(n - len(self._free)):
+            self._cache.forget(victim)
+            self._free.append(victim)
+        if len(self._free) < n:
+            raise OutOfBlocks(f"{n} blocks wanted, {len(self._free)} are free")
+        taken = self._free[len(self._free) - n :][::-1]
+        del self._free[len(self._free) - n :]
+        for block_id in taken:
+            self._refs[block_id] = 1
+        self.num_leased += n
+        return taken
+
+    def grow(self, last_block: int | None) -> int:
+        return self.take(1)[0]
+
+    def match_prefix(self, hashes: Sequence[str]) -> list[int]:
+        matched: list[int] = []
+        for block_hash in hashes:
+            block_id = self._cache.find(block_hash)
+            if block_id is None:
+                break
+            self._cache.revive(block_id)
+            self.num_leased += not self._refs[block_id]
+            self._refs[block_id] += 1
+            matched.append(block_id)
+        return matched
+
+    def commit(self, block_id: int, block_hash: str, parent_hash: str | None) -> None:
+        if self._cache.find(block_hash) is None:
+            self._cache.insert(block_id, block_hash, parent_hash)
+
+    def release(self, block_ids: Iterable[int]) -> None:
+        unheld = []
+        for block_id in block_ids:
+            self._refs[block_id] -= 1
+            if not self._refs[block_id]:
+                unheld.append(block_id)
+        self.num_leased -= len(unheld)
+        known = self._cache.known(unheld)
+        self._cache.retire([block_id for block_id in unheld if block_id in known])
+        self._free += [block_id for block_id in reversed(unheld) if block_id not in known]

@@ -1,0 +1,53 @@
+"""FlowKV's own connectors, as the product uses them; only nobody guards the receiver's blocks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from flowkv_common.kv.alignment import Copy
+from flowkv_common.kv.connector import KVLink
+from flowkv_common.kv.connectors import make_connectors
+from flowkv_common.kv.pool import KVPool
+
+
+class _Unguarded:
+    """Any block may be written at any time. The product's check is one set comparison per transfer."""
+
+    revoked = False
+
+    @contextlib.contextmanager
+    def landing(self, transfer_id: str, token: str, dst_blocks: Sequence[int]) -> Iterator[_Unguarded]:
+        yield self
+
+
+class ConnectorTransport:
+    """A `send` is one `KVLink.send`, or one per copy."""
+
+    _link: KVLink
+
+    def __init__(self, name: str, pool: KVPool) -> None:
+        self._num_blocks = pool.num_blocks
+        self._lifetime = contextlib.AsyncExitStack()
+        (self._connector,) = make_connectors([name], pool, _Unguarded(), lambda _: True, host="127.0.0.1")
+
+    async def listen(self) -> str:
+        await self._lifetime.enter_async_context(self._connector)
+        return await self._connector.listen()
+
+    async def connect(self, address: str) -> None:
+        await self._lifetime.enter_async_context(self._connector)
+        self._link = await self._connector.connect(address, "", self._num_blocks)
+
+    async def send(self, copies: Sequence[Copy], one_by_one: bool) -> int:
+        parts = [[copy] for copy in copies] if one_by_one else [copies]
+        return sum([(await self._link.send("bench.1", "", part)).num_calls for part in parts])
+
+    async def receive(self, copies: Sequence[Copy], one_by_one: bool) -> None:
+        """Nothing to do: the connector serves."""
+
+    async def close(self) -> None:
+        await self._lifetime.aclose()
+
+
+make = ConnectorTransport

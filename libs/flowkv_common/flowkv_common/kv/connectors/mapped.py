@@ -1,0 +1,124 @@
+"""KV blocks pulled out of a peer's pool that is mapped here: the flow, whatever maps and copies.
+
+The sender shows its pool once, when it connects, and afterwards only names blocks; the receiver copies.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextlib
+import functools
+import socket
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from flowkv_common.kv.alignment import Copy
+from flowkv_common.kv.connector import Landing, Pool
+from flowkv_common.kv.connectors import sockets
+from flowkv_common.kv.connectors.frames import Channel, Frame, Hello, Reply
+from flowkv_common.kv.connectors.stream import StreamConnector
+from flowkv_common.kv.connectors.worker import outlived
+
+# What is queued can't be called back: so much that waiting for it costs nothing, over any link between GPUs,
+# and little enough that a revocation is heeded within tens of milliseconds.
+_MAX_QUEUED_BYTES = 256 << 20
+
+
+class PeerPool(Protocol):
+    """A peer's pool as it is seen from here. One worker thread at a time uses it. Raises `OSError`."""
+
+    def copy(self, src: int, dst: int, num_bytes: int) -> None:
+        """Copies from byte `src` of the peer's pool to byte `dst` of ours; may only queue the copy."""
+
+    def settle(self) -> None:
+        """Returns when all queued copies have ended; whether it raises or not, none of them is left."""
+
+    def close(self) -> None:
+        """Ends the mapping."""
+
+
+class Written(Frame, frozen=True, kw_only=True):
+    """The sender's blocks hold what they shall hold: follows each transfer that was not refused."""
+
+
+class MappedConnector(StreamConnector[Pool]):
+    """Listens on a Unix socket: only processes of this host can map each other's memory."""
+
+    async def _bind(self) -> tuple[socket.socket, str]:
+        return sockets.bind_unix(self._resources)
+
+    async def _open_socket(self, address: str) -> socket.socket:
+        return await sockets.dial_unix(address)
+
+    # --- what a kind of memory brings --------------------------------------------------------------
+
+    @abc.abstractmethod
+    async def _show_pool(self, channel: Channel) -> None:
+        """Sends what the receiver needs to map this pool. Raises `OSError`."""
+
+    @abc.abstractmethod
+    async def _map_pool(self, channel: Channel, num_bytes: int) -> PeerPool:
+        """Receives that and maps the pool, of `num_bytes`. Raises `OSError`."""
+
+    @abc.abstractmethod
+    def _finish_writes(self) -> None:
+        """Runs in a thread: returns when all that was queued to write this pool has been done."""
+
+    # --- the flow ----------------------------------------------------------------------------------
+
+    async def _introduce(self, channel: Channel) -> None:
+        await self._show_pool(channel)
+        await channel.expect_yes()
+
+    async def _push(self, channel: Channel, copies: list[Copy]) -> int:
+        """Moves nothing: the receiver pulls as soon as the bytes are there."""
+        async with channel.deadline():
+            await asyncio.to_thread(self._finish_writes)
+        await channel.expect_yes()  # meanwhile the receiver has looked at the reservation
+        await channel.send(Written())
+        return 0
+
+    async def _receive_from(self, channel: Channel, hello: Hello) -> None:
+        with contextlib.closing(
+            await self._map_pool(channel, hello.num_blocks * self._pool.layout.block_bytes)
+        ) as peer:
+            await channel.send(Reply())
+            await self._answer(channel, hello, functools.partial(self._pull, channel, peer))
+
+    async def _pull(self, channel: Channel, peer: PeerPool, copies: list[Copy], landing: Landing) -> int:
+        """Copies in a worker thread, which has left the pool alone by the time this returns or raises."""
+        await channel.send(Reply())
+        await channel.receive(Written)
+        abandoned = threading.Event()
+        work = functools.partial(
+            _copy_all,
+            peer,
+            copies,
+            self._pool.layout.block_bytes,
+            lambda: landing.revoked or abandoned.is_set(),
+        )
+        with channel.watching(abandoned.set):
+            num_calls = await outlived(asyncio.get_running_loop().run_in_executor(None, work), abandoned)
+        if abandoned.is_set():
+            raise ConnectionAbortedError("the sender hung up during the copy")
+        return num_calls
+
+
+def _copy_all(peer: PeerPool, copies: list[Copy], block_bytes: int, should_stop: Callable[[], bool]) -> int:
+    """Queues copies until it should stop, waits for those queued, and returns how many there were."""
+    num_calls = num_queued_bytes = 0
+    try:
+        for src, dst, length in copies:
+            if num_queued_bytes >= _MAX_QUEUED_BYTES:
+                peer.settle()
+                num_queued_bytes = 0
+            if should_stop():
+                break
+            peer.copy(src * block_bytes, dst * block_bytes, length * block_bytes)
+            num_queued_bytes += length * block_bytes
+            num_calls += 1
+    finally:
+        peer.settle()
+    return num_calls
