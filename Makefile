@@ -12,10 +12,10 @@ OVERLAP ?=
 REQUESTS ?= 100000
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full bench-transfer bench-peers-install bench-fragmentation bench-overlap lint fmt clean
+.PHONY: help install up test test-full bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects lint fmt clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
 	@echo "  make up takes PREFILL=n DECODE=n MIXED=n MODEL=folder-or-hub-id PORT=n"
 
 install: $(VENV)/ready-dev ## install everything, for development too
@@ -71,6 +71,10 @@ bench-fragmentation: $(VENV)/ready-dev ## copies per request in pools long in us
 bench-overlap: $(VENV)/ready-dev ## time to the second token, overlap off and on, beside one node; OVERLAP="--repeat 3"
 	@mkdir -p .run
 	$(PY) -m benchmarks.overlap --json .run/overlap.json $(OVERLAP)
+
+bench-disconnects: $(VENV)/ready-dev ## how long blocks stay held after a client has left
+	@mkdir -p .run
+	$(PY) -m benchmarks.disconnects --json .run/disconnects.json
 
 clean: ## remove the virtual environment and all that was built
 	rm -rf $(VENV) .run .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.transfer.host import describe_host
+from benchmarks.host import describe_host
 from benchmarks.transfer.shapes import SHAPES
 from flowkv_common.engine.attention_cpu import CpuAttention
 from flowkv_common.engine.batch import PackedBatch

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from benchmarks.host import commit, describe_host
 from benchmarks.overlap.measure import Sample
 from benchmarks.overlap.setups import SETUPS, Setup
-from benchmarks.transfer.host import commit, describe_host
 from flowkv_common.wire.messages import KVTransferred
 
 

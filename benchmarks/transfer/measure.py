@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from benchmarks.transfer.host import available_bytes
+from benchmarks.host import available_bytes
 from benchmarks.transfer.pair import Pair, Timing, WorkerFailed
 from benchmarks.transfer.shapes import SHAPES, Shape
 from benchmarks.transfer.strategies import STRATEGIES, USED_SHARE, Strategy

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.transfer.host import commit, describe_host
+from benchmarks.host import commit, describe_host
 from benchmarks.transfer.measure import Row
 from benchmarks.transfer.strategies import STRATEGIES
 

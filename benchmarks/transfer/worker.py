@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.transfer.host import cache_bytes
+from benchmarks.host import cache_bytes
 from benchmarks.transfer.shapes import Shape
 from benchmarks.transfer.transports import Transport, Unavailable, make_transport
 from flowkv_common.kv.alignment import Copy

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = ("docs/architecture.md", "docs/paper-map.md", "docs/protocol.md", "CONTRIBUTING.md")
+DOCS = (
+    "docs/architecture.md",
+    "docs/kv-transfer.md",
+    "docs/paper-map.md",
+    "docs/protocol.md",
+    "CONTRIBUTING.md",
+)
 CODE = [ROOT / "libs/flowkv_common/flowkv_common", *sorted((ROOT / "services").iterdir()), ROOT]
 REFERENCE = re.compile(r"`([\w/]+\.py)(?::([\w.]+))?`")
 LINK = re.compile(r"\]\(([\w./-]+\.md)?(?:#([\w-]+))?\)")
