@@ -1,7 +1,8 @@
 """How long blocks stay held after a client has left: `python -m benchmarks.disconnects --json FILE`.
 
-One client at a time leaves at a random moment of its request: while it waits, before the first token, amid the
-stream, at its end. The time runs from the closed connection to the first check in which both nodes are empty.
+One client at a time leaves at a random moment of its request: while it waits, before the first token, amid
+the stream, at its end. The time runs from the closed connection to the first check that finds both nodes
+empty.
 """
 
 from __future__ import annotations

@@ -22,16 +22,16 @@ from kv_nodes import LARGE, LINK_TOKEN, NODE, connector_on_host
 
 from flowkv_common.errors import FlowKVError, TransferFailed
 from flowkv_common.kv.alignment import Copy, align
-from flowkv_common.kv.blocks import Blocks
+from flowkv_common.kv.blocks import Blocks, OutOfBlocks
 from flowkv_common.kv.connector import ConnectorUnavailable, KVLink, Landing
 from flowkv_common.kv.pool import KVPool
-from flowkv_common.kv.reservations import Reservation, Reservations
+from flowkv_common.kv.reservations import Reservations
 from flowkv_common.wire.messages import Run
 
 IO_TIMEOUT_S = 1.0
 
 NUM_RUNS, RUN_BLOCKS = 8, 24
-NUM_USED = NUM_RUNS * RUN_BLOCKS  # blocks of 1 MiB that are reserved and sent
+NUM_USED = NUM_RUNS * RUN_BLOCKS  # blocks of 1 MiB, free at first
 NUM_BLOCKS = NUM_USED + NUM_RUNS + 1
 GUARDS = range(0, NUM_BLOCKS, RUN_BLOCKS + 1)  # one before and one after each run: nobody may write them
 
@@ -119,14 +119,21 @@ class FaultNode:
     """Its public methods are what may be asked of it."""
 
     def __init__(
-        self, kind: str, seed: int, reports: Reports, stack: contextlib.AsyncExitStack, tasks: asyncio.TaskGroup
+        self,
+        kind: str,
+        seed: int,
+        reports: Reports,
+        stack: contextlib.AsyncExitStack,
+        tasks: asyncio.TaskGroup,
     ) -> None:
         self._reports = reports
         self._stack = stack
         self._tasks = tasks
         self._pool = stack.enter_context(KVPool(LARGE, NUM_BLOCKS))
         words = np.frombuffer(self._pool.buffer, dtype=np.uint64)
-        words[:] = np.arange(seed << 40, (seed << 40) + len(words), dtype=np.uint64)  # no word twice, anywhere
+        words[:] = np.arange(
+            seed << 40, (seed << 40) + len(words), dtype=np.uint64
+        )  # no word twice, anywhere
         self._blocks = Blocks(NUM_BLOCKS, LARGE.block_size)
         everything = self._blocks.take(NUM_BLOCKS)
         self._blocks.release(block for block in everything if block not in GUARDS)
@@ -262,5 +269,5 @@ async def _obey(node: FaultNode, reports: Reports, method: str, arguments: tuple
     try:
         value = getattr(node, method)(*arguments)
         reports.say("reply", await value if inspect.isawaitable(value) else value)
-    except (FlowKVError, ConnectorUnavailable, AssertionError, ValueError) as error:
+    except (FlowKVError, ConnectorUnavailable, OutOfBlocks, AssertionError, ValueError) as error:
         reports.say("error", f"{type(error).__name__}: {error}")

@@ -49,6 +49,7 @@ class Peer:
         pipe.close()
         gate.close()
         self._events: deque[tuple[str, Any]] = deque()
+        self.num_descriptors: int | None = None  # once it had its first transfer
         self.address = str(self.wait("listening"))
 
     def ask(self, method: str, *arguments: object, timeout_s: float = PATIENCE_S) -> Any:
@@ -113,6 +114,10 @@ class Peer:
         self._gate.close()
 
     @property
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    @property
     def _pid(self) -> int:
         assert self._process.pid is not None
         return self._process.pid
@@ -152,6 +157,7 @@ class Transfer:
     token: str
     target: list[int]
     source: list[int] = field(default_factory=list)
+    following: Transfer | None = None  # reserved as well, to be sent next over the same link
 
 
 class SendEnd(NamedTuple):
@@ -175,15 +181,25 @@ class Pair:
     def link(self) -> None:
         self.sender.ask("connect", self.receiver.address)
 
-    def replace_receiver(self) -> None:
-        self.receiver.discard()
-        self.receiver = Peer(self.kind)
+    def check_living(self) -> None:
+        """Raises `PeerError` unless the books and guards of all that live are as at the start."""
+        for peer in (self.receiver, self.sender):
+            if peer.is_alive:
+                peer.ask("check")
+
+    def replace_dead(self) -> None:
+        """New processes for those that were killed, linked with those that were not."""
+        if self.receiver.is_alive and self.sender.is_alive:
+            return
+        self.receiver = self._living(self.receiver)
+        self.sender = self._living(self.sender)
         self.link()
 
-    def replace_sender(self) -> None:
-        self.sender.discard()
-        self.sender = Peer(self.kind)
-        self.link()
+    def _living(self, peer: Peer) -> Peer:
+        if peer.is_alive:
+            return peer
+        peer.discard()
+        return Peer(self.kind)
 
     def reserve(self, num_blocks: int) -> Transfer:
         transfer_id = f"r{next(self._numbers)}.1"
@@ -209,18 +225,28 @@ class Pair:
         arrived = self.receiver.ask("checksums", transfer.target)
         assert [sent[block] for block in transfer.source] == [arrived[block] for block in transfer.target]
 
-    def transfer_works(self) -> None:
-        """One whole transfer, committed; afterwards both sides' books and guards are as at the start."""
-        transfer = self.reserve(8)
-        self.send(transfer)
-        assert self.send_ended().event == "sent"
+    def finish(self, transfer: Transfer) -> None:
+        """Sends if that has not begun, sees all bytes arrive, commits and gives the blocks back."""
+        if not transfer.source:
+            self.send(transfer)
+        end = self.send_ended()
+        assert end.event == "sent", end
         self.assert_arrived(transfer)
         self.claim(transfer)
+
+    def transfer_works(self) -> None:
+        """One whole transfer; afterwards both sides' books and guards are as at the start."""
+        self.finish(self.reserve(8))
+        self.check_living()
         for peer in (self.receiver, self.sender):
-            peer.ask("check")
             peer.forget_events()
+            if peer.num_descriptors is None:
+                peer.num_descriptors = peer.ask("num_descriptors")
 
     def leave(self) -> None:
+        """Ends both in good order. They hold as many open files as at first."""
+        for peer in (self.receiver, self.sender):
+            assert peer.ask("num_descriptors") == peer.num_descriptors
         assert (self.sender.leave(), self.receiver.leave()) == (0, 0)
 
     def discard(self) -> None:

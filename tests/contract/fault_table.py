@@ -1,4 +1,4 @@
-"""What became of each fault, as a table for the docs: written to the file that `FAULT_TABLE` names, if any."""
+"""What became of each fault, as a table for the docs: goes to the file that `FAULT_TABLE` names, if any."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """`send_s`: how long `send()` took; `free_s`: from the fault until all blocks were free on the survivor."""
+    """`send_s`: what `send()` took; `free_s`: from the fault until all blocks of the survivor were free."""
 
     phase: str
     fault: str

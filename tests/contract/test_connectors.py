@@ -362,6 +362,20 @@ async def test_tcp_bytes_that_come_after_the_revocation_are_not_taken() -> None:
         await assert_serves(receiver, sender)
 
 
+async def test_tcp_nodes_that_send_to_each_other_over_many_links_do_not_starve() -> None:
+    """Every transfer waits for its peer's half, so none may wait for a free thread."""
+    async with network("tcp") as net:
+        one, other = await net.node(LARGE, 32), await net.node(LARGE, 32)
+        async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+            for number in range(12):
+                for sender, receiver in ((one, other), (other, one)):
+                    link = await sender.connector.connect(receiver.address, LINK_TOKEN, 32)
+                    reserved = receiver.reserve(2, f"r{number}.1")
+                    copies = [Copy(0, reserved.block_ids[0], 2)]
+                    tasks.create_task(link.send(f"r{number}.1", reserved.token, copies))
+        assert one.landings.num_ended == other.landings.num_ended == 12
+
+
 async def test_tcp_a_sender_that_leaves_halfway_leaves_the_reservation_intact() -> None:
     async with network("tcp") as net:
         receiver, sender = await net.node(), await net.node()

@@ -9,6 +9,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from flowkv_common.kv.alignment import Copy
 from flowkv_common.kv.connector import Landing, Landings
@@ -74,8 +75,13 @@ class TcpConnector(StreamConnector[KVPool]):
 
 
 async def _in_thread(sock: socket.socket, work: Callable[[], None]) -> None:
-    """Waits for `work`, which the loop's other tasks would slow down. A cancel ends the connection."""
-    working = asyncio.get_running_loop().run_in_executor(None, work)
+    """Waits for `work`, which the loop's other tasks would slow down. A cancel ends the connection.
+
+    A thread of its own, for each waits for one of the peer's: in pools of a fixed size, two nodes that send
+    to each other could hold all threads and wait for none.
+    """
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flowkv-tcp")
+    working = asyncio.get_running_loop().run_in_executor(thread, work)
     try:
         await asyncio.shield(working)
     except asyncio.CancelledError:
@@ -84,6 +90,8 @@ async def _in_thread(sock: socket.socket, work: Callable[[], None]) -> None:
         with contextlib.suppress(OSError):
             await outlived(working, threading.Event())
         raise
+    finally:
+        thread.shutdown(wait=False)
 
 
 def _send(sock: socket.socket, steps: list[memoryview], io_timeout_s: float) -> None:
