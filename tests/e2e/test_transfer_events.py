@@ -53,7 +53,7 @@ async def ask_all(http: httpx.AsyncClient, observer: Observer, prompts: list[lis
     return told
 
 
-@pytest.mark.parametrize("overlap", ["true", "false"])
+@pytest.mark.parametrize("overlap", ["true", pytest.param("false", marks=pytest.mark.full)])
 async def test_events_and_metrics_agree_with_the_request(
     start_cluster, tmp_path: Path, model_path: Path, overlap: str
 ) -> None:
