@@ -41,6 +41,7 @@ up: $(VENV)/ready ## start NATS and all services as processes; Ctrl-C drains and
 	@$(PY) scripts/up.py --prefill $(PREFILL) --decode $(DECODE) --mixed $(MIXED) --model "$(MODEL)" --port $(PORT)
 
 test: $(VENV)/ready-dev ## the tests: real NATS, real model, real processes
+	@$(PY) -m flowkv_common.engine.weights
 	$(PY) -m pytest -m "not full and not gpu"
 
 test-full: $(VENV)/ready-dev ## the tests and the long matrices

@@ -22,7 +22,7 @@ class Left(Exception):
 async def leave_after(http: httpx.AsyncClient, rng: random.Random) -> None:
     """One client that hangs up before the answer, before the first token, amid the stream or at its end."""
     num_tokens = rng.choice([0, 0, 1, 2, 5, 9, 10])
-    prompt = [rng.randrange(20, 49_000) for _ in range(rng.choice([5, 40, 200]))]
+    prompt = [rng.randrange(20, 49_000) for _ in range(rng.choice([5, 20, 60]))]
 
     def look(stream: Streamed) -> None:
         if len(stream.token_ids) >= num_tokens:
