@@ -21,6 +21,8 @@ READY_TIMEOUT_S = 300.0
 def main() -> int:
     options = _options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # A shell starts what runs in its background with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _say("preparing the model")
         model_path = _prepare_model(options.model)
