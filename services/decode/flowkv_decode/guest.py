@@ -155,18 +155,7 @@ class DecodeGuest:
 
     def _take_again(self, sequence: Sequence) -> bool:
         """Blocks for a preempted sequence, its own cached ones first; they are computed again as a prompt."""
-        blocks, block_size = self._node.blocks, self._node.settings.block_size
-        hashes = sequence.full_block_hashes(self._node.card.fingerprint, block_size)
-        cached = blocks.match_prefix(hashes[: (sequence.num_tokens - 1) // block_size])
-        try:
-            fresh = blocks.take(num_missing_blocks(sequence, block_size) - len(cached))
-        except OutOfBlocks:
-            blocks.release(cached)
-            return False
-        sequence.block_table = cached + fresh
-        sequence.num_committed_blocks = len(cached)
-        sequence.num_computed_tokens = len(cached) * block_size
-        return True
+        return self._node.take_blocks(sequence, num_missing_blocks(sequence, self._node.settings.block_size))
 
     def _ensure_blocks(self, sequence: Sequence) -> None:
         """Room for the newest token, if need be at the cost of the youngest sequence."""

@@ -12,7 +12,6 @@ from flowkv_common.engine.batch import WorkItem
 from flowkv_common.engine.sampler import Sampled
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.errors import BadRequest, DeadlineExceeded, FlowKVError, Internal, TransferFailed
-from flowkv_common.kv.blocks import OutOfBlocks
 from flowkv_common.node.attempts import Attempt
 from flowkv_common.node.guest import Node
 from flowkv_common.tasks import running
@@ -198,19 +197,10 @@ class PrefillGuest:
             self._node.wake.set()
 
     def _take(self, sequence: Sequence) -> bool:
-        """Pin the cached prefix, take the rest; False when there is no room now."""
-        blocks, block_size = self._node.blocks, self._node.settings.block_size
-        hashes = sequence.full_block_hashes(self._node.card.fingerprint, block_size)
-        # The last token is always computed: its logits give the first output token.
-        cached = blocks.match_prefix(hashes[: (sequence.num_tokens - 1) // block_size])
-        try:
-            fresh = blocks.take(num_blocks_for(sequence, block_size) - len(cached))
-        except OutOfBlocks:
-            blocks.release(cached)
+        """Blocks for the prompt and the token after it; False when there is no room now."""
+        if not self._node.take_blocks(sequence, num_blocks_for(sequence, self._node.settings.block_size)):
             return False
-        sequence.block_table = cached + fresh
-        sequence.num_committed_blocks = len(cached)
-        sequence.num_computed_tokens = sequence.num_cached_tokens = len(cached) * block_size
+        sequence.num_cached_tokens = sequence.num_computed_tokens
         return True
 
     # --- between steps ----------------------------------------------------------------------------

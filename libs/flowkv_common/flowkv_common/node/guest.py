@@ -18,7 +18,7 @@ from flowkv_common.engine.batch import WorkItem
 from flowkv_common.engine.sampler import Sampled
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.errors import FlowKVError, Stale, Unavailable
-from flowkv_common.kv.blocks import Blocks
+from flowkv_common.kv.blocks import Blocks, OutOfBlocks
 from flowkv_common.kv.reservations import Reservations
 from flowkv_common.node.attempts import Attempts
 from flowkv_common.node.budget import HandoffBudget
@@ -74,6 +74,22 @@ class Node:
         self.refuse_other_life(ref)
         if reason := self.why_not_ready():
             raise Unavailable(f"{self.ref.node_id}: {reason}")
+
+    def take_blocks(self, sequence: Sequence, num_blocks: int) -> bool:
+        """`num_blocks` blocks for a sequence without any, its cached prefix among them; False if full."""
+        block_size = self.settings.block_size
+        hashes = sequence.full_block_hashes(self.card.fingerprint, block_size)
+        # The last token is always computed: its logits give the next one.
+        cached = self.blocks.match_prefix(hashes[: (sequence.num_tokens - 1) // block_size])
+        try:
+            fresh = self.blocks.take(num_blocks - len(cached))
+        except OutOfBlocks:
+            self.blocks.release(cached)
+            return False
+        sequence.block_table = cached + fresh
+        sequence.num_committed_blocks = len(cached)
+        sequence.num_computed_tokens = len(cached) * block_size
+        return True
 
     def commit_computed(self, sequence: Sequence) -> None:
         """Let the prefix cache find the blocks that the sequence has filled since the last call."""
