@@ -1,10 +1,15 @@
-"""KV blocks over TCP, between any two hosts: out of one pool's memory, straight into the other's."""
+"""KV blocks over TCP, between any two hosts: out of one pool's memory, straight into the other's.
+
+The sender lends the kernel its pages instead of copying them. Blocks that it frees before the confirmation may
+arrive with other bytes, and are not committed then.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import functools
+import os
 import select
 import socket
 import threading
@@ -20,7 +25,7 @@ from flowkv_common.kv.connectors.worker import outlived
 from flowkv_common.kv.pool import KVPool
 from flowkv_common.wire.messages import Run
 
-# Larger system calls are slower: the bytes have left the CPU's cache before the receiver gets to them.
+# One system call, on either side: as much may still be read after a reservation has ended.
 _STEP_BYTES = 1 << 20
 # A receiver that is woken for every packet spends its time on waking up.
 _WAKE_BYTES = 512 << 10
@@ -54,9 +59,9 @@ class TcpConnector(StreamConnector[KVPool]):
 
     async def _push(self, channel: Channel, copies: list[Copy]) -> int:
         await channel.expect_yes()  # asked first, so that a refusal costs no bytes
-        views = [self._pool.bytes_of(Run(copy.src, copy.length)) for copy in copies]
-        steps = [step for view in views for step in _steps(view)]
-        await _in_thread(channel.sock, functools.partial(_send, channel.sock, steps, self._io_timeout_s))
+        steps = list(_steps(copies, self._pool.layout.block_bytes))
+        send = functools.partial(_send, channel.sock, self._pool.fd, steps, self._io_timeout_s)
+        await _in_thread(channel.sock, send)
         return len(steps)
 
     async def _receive_from(self, channel: Channel, hello: Hello) -> None:
@@ -94,15 +99,16 @@ async def _in_thread(sock: socket.socket, work: Callable[[], None]) -> None:
         thread.shutdown(wait=False)
 
 
-def _send(sock: socket.socket, steps: list[memoryview], io_timeout_s: float) -> None:
-    """Hands one step after the other to the kernel. Raises `OSError`."""
+def _send(sock: socket.socket, pool_fd: int, steps: list[tuple[int, int]], io_timeout_s: float) -> None:
+    """Hands one step after the other, each an offset and a length, to the kernel. Raises `OSError`."""
     poller = select.poll()
     poller.register(sock, select.POLLOUT)
-    for step in steps:
-        while step:
+    for offset, num_bytes in steps:
+        end = offset + num_bytes
+        while offset < end:
             _await_event(poller, io_timeout_s)
             with contextlib.suppress(BlockingIOError):
-                step = step[sock.send(step) :]
+                offset += os.sendfile(sock.fileno(), pool_fd, offset, end - offset)
 
 
 def _receive(
@@ -135,6 +141,9 @@ def _wake_at(sock: socket.socket, num_bytes: int) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
 
 
-def _steps(view: memoryview) -> Iterator[memoryview]:
-    for begin in range(0, len(view), _STEP_BYTES):
-        yield view[begin : begin + _STEP_BYTES]
+def _steps(copies: list[Copy], block_bytes: int) -> Iterator[tuple[int, int]]:
+    """Offset in the sender's pool and length, in bytes, of each system call."""
+    for copy in copies:
+        begin, end = copy.src * block_bytes, (copy.src + copy.length) * block_bytes
+        for offset in range(begin, end, _STEP_BYTES):
+            yield offset, min(_STEP_BYTES, end - offset)
