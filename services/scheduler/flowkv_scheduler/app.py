@@ -20,9 +20,8 @@ from flowkv_common.config import SchedulerSettings
 from flowkv_common.metrics import serve_http, service_app
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, LoadReport, ScheduleRequest, Wait
-from flowkv_scheduler import admission, policy
+from flowkv_scheduler.planner import Goals, Planner
 from flowkv_scheduler.policy import Choice
-from flowkv_scheduler.state import ClusterState
 
 log = logging.getLogger(__name__)
 
@@ -34,29 +33,27 @@ class Scheduler:
     """Answers schedule requests from the state it is fed. `clock` gives monotonic seconds."""
 
     def __init__(self, bus: Bus, registry: CollectorRegistry, clock: Callable[[], float]) -> None:
-        self.state = ClusterState()
+        self.planner = Planner(Goals())
         self._bus = bus
         self._clock = clock
-        self._limits = admission.Limits()
         self._decisions = Counter(
             "flowkv_schedule_decisions", "Schedule requests by outcome", ["outcome"], registry=registry
         )
         self._seconds = Histogram("flowkv_schedule_seconds", "Time to decide", registry=registry)
         usable = Gauge("flowkv_usable_nodes", "Nodes that may get new work", registry=registry)
-        usable.set_function(lambda: sum(node.is_usable for node in self.state.views(clock())))
+        usable.set_function(lambda: sum(node.is_usable for node in self.planner.state.views(clock())))
 
     def on_report(self, report: LoadReport) -> None:
-        self.state.add_report(report, self._clock())
+        self.planner.add_report(report, self._clock())
 
     def on_reconnect(self) -> None:
-        self.state.touch_all(self._clock())
+        self.planner.touch_all(self._clock())
 
     async def schedule(self, request: ScheduleRequest) -> Assignment | Wait:
         """The pair for one attempt, published too; or when to ask again. Raises as `admission.decide`."""
-        now = self._clock()
         try:
             with self._seconds.time():
-                decision = admission.decide(request, self.state.views(now), self._limits)
+                decision = self.planner.schedule(request, self._clock())
         except errors.FlowKVError as error:
             self._decisions.labels(str(error.code)).inc()
             raise
@@ -64,9 +61,6 @@ class Scheduler:
             self._decisions.labels("wait").inc()
             return decision
         self._decisions.labels("assigned").inc()
-        for_prefill, for_decode = policy.added_work(request, decision)
-        self.state.add_work(decision.prefill.descriptor.node, for_prefill, now)
-        self.state.add_work(decision.decode.descriptor.node, for_decode, now)
         assignment = _assignment(request, decision)
         await self._bus.publish(subjects.assignment(request.request_id), assignment)
         return assignment
@@ -108,7 +102,7 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event) -> None:
             await bus.subscribe(subjects.LOAD_ALL, LoadReport, lambda report, _: scheduler.on_report(report)),
             asyncio.TaskGroup() as tasks,
         ):
-            watch = tasks.create_task(watch_nodes(bus, scheduler.state.set_descriptors))
+            watch = tasks.create_task(watch_nodes(bus, scheduler.planner.set_descriptors))
             async with service:
                 log.info("scheduler is ready, metrics on http://%s:%d/metrics", settings.host, http_port)
                 await stop.wait()

@@ -127,6 +127,20 @@ class BlockCounts(Part, frozen=True):
     longest_free_run: int
 
 
+class StepFit(Part, frozen=True):
+    """Seconds of one engine step, as a node has measured itself: a sum of costs, each 0 until it is known.
+
+    base_s + prefill_token_s x prompt tokens + attended_token_s x their pairs of token and context token
+           + sequence_s x decoding sequences + context_token_s x tokens in their KV caches
+    """
+
+    base_s: float
+    prefill_token_s: float
+    attended_token_s: float
+    sequence_s: float
+    context_token_s: float
+
+
 # --- replies and errors --------------------------------------------------------------------------
 
 
@@ -155,9 +169,11 @@ class ScheduleRequest(Message, frozen=True):
     attempt: int
     num_prompt_tokens: int
     max_new_tokens: int
-    priority: int = 0
+    priority: int = 0  # smaller is more urgent
     age_s: float = 0.0
     avoid: list[str] = []  # nodes that failed this request before
+    deadline_in_s: float = 600.0
+    block_hashes: list[str] = []  # of the prompt's full blocks: who has them need not compute them
 
 
 class Assignment(Message, frozen=True):
@@ -352,6 +368,56 @@ class LoadReport(Message, frozen=True):
     num_handoffs: int
     handoff_bytes: int
     links: dict[str, str] = {}  # node_id -> connector in use
+    num_context_tokens: int = 0  # in the KV caches of the running sequences
+    step: StepFit | None = None
+    epoch: int = 0  # the highest that this node has heard of
+
+
+class SetPrefillCap(Message, frozen=True):
+    """Scheduler to node: from the next step on, compute at most so many prompt tokens per step.
+
+    This is how a node is lent to the other side and taken back. Refused from a leader of an older epoch.
+    """
+
+    node: NodeRef
+    epoch: int
+    max_prefill_tokens_per_step: int
+    reason: str
+
+
+class BlocksChanged(Message, frozen=True):
+    """Which prefixes a node's cache has gained and lost since its message `seq - 1`.
+
+    Who missed one asks for the whole by `ListBlocks`.
+    """
+
+    node: NodeRef
+    seq: int
+    stored: list[str]
+    removed: list[str]
+
+
+class ListBlocks(Message, frozen=True):
+    """Anyone to node: what is in your prefix cache? In pages, counted from 0."""
+
+    node: NodeRef
+    page: int
+
+
+class BlockList(Message, frozen=True):
+    """One page. `seq` is of the last `BlocksChanged` before it: apply those after the first page's."""
+
+    node: NodeRef
+    seq: int
+    num_pages: int
+    block_hashes: list[str]
+
+
+class Leader(Message, frozen=True):
+    """Who schedules; a record in the bucket `flowkv_leader`, renewed while it lives."""
+
+    scheduler_id: str
+    epoch: int
 
 
 class LinkRequest(Message, frozen=True):

@@ -19,11 +19,15 @@ NODE_LINK = "flowkv.v1.node.link"
 NODE_DRAIN = "flowkv.v1.node.drain"
 NODE_CHECK = "flowkv.v1.node.check"
 NODE_WEDGE = "flowkv.v1.node.wedge"
+NODE_CAP = "flowkv.v1.node.cap"
+NODE_BLOCKS = "flowkv.v1.node.blocks"
 
 LOAD_ALL = "flowkv.v1.load.*"
+BLOCKS_ALL = "flowkv.v1.blocks.*"
 CANCEL_ALL = "flowkv.v1.request.cancel.>"
 
 NODES_BUCKET = "flowkv_nodes"
+LEADER_BUCKET = "flowkv_leader"
 
 REQUEST_ID_HEADER = "Flowkv-Request-Id"
 ERROR_HEADER = "Nats-Service-Error"  # ADR-32
@@ -37,6 +41,10 @@ def at(endpoint: str, node_id: str) -> str:
 
 def load(node_id: str) -> str:
     return f"flowkv.v1.load.{node_id}"
+
+
+def blocks(node_id: str) -> str:
+    return f"flowkv.v1.blocks.{node_id}"
 
 
 def assignment(request_id: str) -> str:

@@ -1,7 +1,7 @@
 """KV blocks over TCP, between any two hosts: out of one pool's memory, straight into the other's.
 
-The sender lends the kernel its pages instead of copying them. Blocks that it frees before the confirmation may
-arrive with other bytes, and are not committed then.
+The sender lends the kernel its pages instead of copying them. Blocks that it frees before the confirmation
+may arrive with other bytes, and are not committed then.
 """
 
 from __future__ import annotations
