@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -15,7 +15,7 @@ from flowkv_common.wire.messages import (
     PoolLayout,
     ScheduleRequest,
 )
-from flowkv_scheduler.state import NodeView, Work
+from flowkv_scheduler.state import ClusterState, NodeView, Work
 
 BLOCK_SIZE = 16
 TOKEN_BUDGET = 512
@@ -79,18 +79,49 @@ def report(
     return msgspec.structs.replace(idle, **changes)
 
 
-def view(
+class Imagined(NamedTuple):
+    """A node before the scheduler has looked at it: last heard of `age_s` ago, `given` work since."""
+
+    descriptor: NodeDescriptor
+    report: LoadReport
+    age_s: float
+    given: Work
+
+    @property
+    def node_id(self) -> str:
+        return self.descriptor.node.node_id
+
+
+def node(
     node_id: str,
     role: str,
     *,
     age_s: float = 0.0,
     given: Work = NOTHING,
     num_blocks: int = NUM_BLOCKS,
+    layout: dict[str, Any] | None = None,
     **changes: Any,
-) -> NodeView:
-    return NodeView(
-        descriptor(node_id, role, num_blocks=num_blocks), report(node_id, role, **changes), age_s, given
-    )
+) -> Imagined:
+    described = descriptor(node_id, role, num_blocks=num_blocks, **(layout or {}))
+    return Imagined(described, report(node_id, role, **changes), age_s, given)
+
+
+def cluster(*nodes: Imagined) -> ClusterState:
+    """What the scheduler knows of them at time 0."""
+    state = ClusterState()
+    state.mean_prompt_tokens = 0.0
+    state.set_descriptors({node.node_id: node.descriptor for node in nodes})
+    for node in nodes:
+        state.add_report(node.report, -node.age_s)
+        if node.given != NOTHING:
+            state.add_sequence(node.descriptor.node, node.given, arrives_in_s=1e9, now=-node.age_s)
+    return state
+
+
+def view(imagined: Imagined) -> NodeView:
+    """How the policy sees it."""
+    (seen,) = cluster(imagined).views()
+    return seen
 
 
 def request(num_prompt_tokens: int = 100, max_new_tokens: int = 50, **changes: Any) -> ScheduleRequest:

@@ -210,6 +210,7 @@ EXAMPLES: list[Message] = [
         handoff_bytes=1843200,
         links={"prefill-0": "shm"},
         num_context_tokens=1024,
+        num_accepted=9,
         step=StepFit(
             base_s=0.015625,
             prefill_token_s=0.0009765625,

@@ -2,128 +2,206 @@
 
 from __future__ import annotations
 
+import math
+from random import Random
+
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
-from imagined_nodes import CAPS, NUM_BLOCKS, request, view
+from imagined_nodes import CAPS, NUM_BLOCKS, Imagined, cluster, node, request, view
 
-from flowkv_common.wire.messages import ScheduleRequest
-from flowkv_scheduler.policy import Choice, choose, decode_cost, prefill_cost
-from flowkv_scheduler.state import NodeView, Work
+from flowkv_common import errors
+from flowkv_common.wire.messages import ScheduleRequest, StepFit, Wait
+from flowkv_scheduler import admission, policy
+from flowkv_scheduler.admission import Limits
+from flowkv_scheduler.policy import Choice, Goals, Weighing
+from flowkv_scheduler.state import Work
+
+FITS = [
+    None,
+    StepFit(base_s=0.02, prefill_token_s=1e-3, attended_token_s=0.0, sequence_s=1e-3, context_token_s=1e-6),
+    StepFit(base_s=0.01, prefill_token_s=2e-4, attended_token_s=1e-7, sequence_s=5e-3, context_token_s=1e-5),
+]
 
 
 @st.composite
-def clusters(draw: st.DrawFn) -> list[NodeView]:
+def clusters(draw: st.DrawFn) -> list[Imagined]:
     """Up to six nodes in any state, of few distinct loads so that ties are common."""
     few = st.sampled_from
     return [
-        view(
+        node(
             f"n{number}",
             draw(few(sorted(CAPS))),
             age_s=draw(few([0.0, 0.4, 9.0])),
-            given=Work(draw(few([0, 64])), draw(few([0, 1])), draw(few([0, 8]))),
+            given=Work(draw(few([0, 64])), draw(few([0, 1])), draw(few([0, 8])), draw(few([0, 500]))),
             ready=draw(few([True, True, True, False])),
             draining=draw(few([False, False, False, True])),
             queued_prefill_tokens=draw(few([0, 64, 4000])),
             num_running=draw(few([0, 1, 16])),
+            num_context_tokens=draw(few([0, 3000])),
             free=draw(few([0, 12, NUM_BLOCKS])),
             prefill_tokens_per_s=draw(few([0.0, 500.0, 4000.0])),
             decode_step_s=draw(few([0.0, 0.01, 0.1])),
+            step=draw(few(FITS)),
         )
         for number in range(draw(st.integers(0, 6)))
     ]
 
 
 requests = st.builds(
-    lambda num_prompt, num_new, avoid: request(num_prompt, num_new, avoid=avoid),
+    lambda num_prompt, num_new, avoid, attempt: request(num_prompt, num_new, avoid=avoid, attempt=attempt),
     st.integers(1, 5000),
     st.integers(1, 500),
     st.lists(st.sampled_from(["n0", "n1", "n2"]), max_size=2),
+    st.sampled_from([0, 0, 1]),
 )
+goals = st.builds(Goals, itl_s=st.sampled_from([0.01, 0.05, 0.25]), max_wait_s=st.sampled_from([0.1, 5.0]))
+
+
+def choose(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> Choice | None:
+    return policy.choose(wanted, cluster(*nodes), aims, now=0.0)
 
 
 def pair(choice: Choice | None) -> tuple[str, str] | None:
     return choice and (choice.prefill.node_id, choice.decode.node_id)
 
 
-@given(clusters(), requests)
-def test_unusable_nodes_are_never_chosen(nodes: list[NodeView], wanted: ScheduleRequest) -> None:
-    choice = choose(wanted, nodes)
+@given(clusters(), requests, goals)
+def test_unusable_nodes_are_never_chosen(nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals) -> None:
+    choice = choose(wanted, nodes, aims)
     if choice is None:
         return
-    for node in (choice.prefill, choice.decode):
-        assert node.report.ready
-        assert not node.report.draining
-        assert node.age_s <= 3 * node.report.period_s
-        assert node.node_id not in wanted.avoid or all(
-            n.node_id in wanted.avoid for n in nodes if n.is_usable
-        )
+    for taken in (choice.prefill, choice.decode):
+        assert taken.report.ready
+        assert not taken.report.draining
+        assert -taken.heard_at <= 3 * taken.report.period_s
     num_blocks = -(-(wanted.num_prompt_tokens + 1) // 16)
     counts = choice.decode.report.blocks
     assert num_blocks <= counts.free + counts.cached - choice.decode.given.num_blocks
 
 
-@given(clusters(), requests, st.randoms())
-def test_order_of_nodes_changes_nothing(nodes: list[NodeView], wanted: ScheduleRequest, random) -> None:  # type: ignore[no-untyped-def]
+@given(clusters(), requests, goals, st.randoms())
+def test_order_of_nodes_changes_nothing(
+    nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals, random: Random
+) -> None:
     shuffled = list(nodes)
     random.shuffle(shuffled)
-    assert choose(wanted, shuffled) == choose(wanted, nodes)
+    assert choose(wanted, shuffled, aims) == choose(wanted, nodes, aims)
 
 
-@given(clusters(), requests)
-def test_no_other_candidates_promise_less(nodes: list[NodeView], wanted: ScheduleRequest) -> None:
-    choice = choose(wanted, nodes)
+def brute_force(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> float:
+    """The least prediction over all pairs of the two sides, without an index; infinite without a pair."""
+    state = cluster(*nodes)
+    weighing = Weighing(wanted, state, aims, 0.0)
+    usable = [one for one in state.views() if one.is_usable(0.0) and one.node_id not in wanted.avoid]
+    prefill = [one for one in usable if one.may_prefill and weighing.takes_prompt(one)]
+    decode = [one for one in usable if one.may_decode and weighing.takes_sequence(one)]
+    totals = [
+        p.total_s + weighing.transfer_s(p, d) + d.total_s
+        for p in map(weighing.prefill_cost, prefill)
+        for d in map(weighing.decode_cost, filter(weighing.has_place, decode))
+    ]
+    return min(totals, default=math.inf) if prefill and decode else math.inf
+
+
+@given(clusters(), requests, goals)
+def test_no_pair_of_the_sides_promises_less(
+    nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals
+) -> None:
+    choice = choose(wanted, nodes, aims)
+    least = brute_force(wanted, nodes, aims)
     if choice is None:
-        return
-    for p in nodes:
-        for d in nodes:
-            alone = choose(wanted, [p, d])
-            if alone is not None and pair(alone) == (p.node_id, d.node_id) and _on_same_sides(choice, p, d):
-                assert choice.predicted_s <= alone.predicted_s
-
-
-def _on_same_sides(choice: Choice, p: NodeView, d: NodeView) -> bool:
-    return p.node_id in {c.node_id for c in choice.prefill_candidates} and d.node_id in {
-        c.node_id for c in choice.decode_candidates
-    }
+        assert least == math.inf
+    else:
+        assert choice.predicted_s <= least
 
 
 loads = st.sampled_from(
-    ["queued_prefill_tokens", "num_running", "num_waiting", "decode_step_s", "free", "given"]
+    ["queued_prefill_tokens", "num_running", "num_waiting", "num_context_tokens", "free", "given"]
 )
 
 
-def loaded(node: NodeView, load: str, by: int) -> NodeView:
+def loaded(one: Imagined, load: str, by: int) -> Imagined:
     """The same node with more to do."""
     if load == "given":
-        return node._replace(given=Work(*(have + by for have in node.given)))
+        return one._replace(given=Work(*(have + by for have in one.given)))
     if load == "free":
-        blocks = node.report.blocks
+        blocks = one.report.blocks
         less = msgspec.structs.replace(blocks, free=blocks.free // 2, leased=blocks.total - blocks.free // 2)
-        return node._replace(report=msgspec.structs.replace(node.report, blocks=less))
-    more = {"decode_step_s": 0.2}.get(load) or getattr(node.report, load) + by
-    return node._replace(report=msgspec.structs.replace(node.report, **{load: more}))
+        return one._replace(report=msgspec.structs.replace(one.report, blocks=less))
+    more = getattr(one.report, load) + by
+    return one._replace(report=msgspec.structs.replace(one.report, **{load: more}))
 
 
-@given(clusters(), requests, st.data())
+@given(clusters(), requests, goals, st.data())
 def test_more_load_never_makes_a_node_more_attractive(
-    nodes: list[NodeView], wanted: ScheduleRequest, data: st.DataObject
+    nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals, data: st.DataObject
 ) -> None:
     if not nodes:
         return
     which = data.draw(st.integers(0, len(nodes) - 1))
     busier = list(nodes)
     busier[which] = loaded(nodes[which], data.draw(loads), by=data.draw(st.sampled_from([1, 8, 700])))
-    before, after = pair(choose(wanted, nodes)) or (), pair(choose(wanted, busier)) or ()
+    before, after = pair(choose(wanted, nodes, aims)) or (), pair(choose(wanted, busier, aims)) or ()
     node_id = nodes[which].node_id
     assert after.count(node_id) <= before.count(node_id)
 
 
 @given(clusters(), requests, loads, st.sampled_from([1, 8, 700]))
 def test_more_load_never_lowers_a_cost(
-    nodes: list[NodeView], wanted: ScheduleRequest, load: str, by: int
+    nodes: list[Imagined], wanted: ScheduleRequest, load: str, by: int
 ) -> None:
-    for node in nodes:
-        busier = loaded(node, load, by)
-        assert prefill_cost(wanted, busier).total_s >= prefill_cost(wanted, node).total_s
-        assert decode_cost(busier).total_s >= decode_cost(node).total_s
+    weighing = Weighing(wanted, cluster(), Goals(), 0.0)
+    weighing.state.mean_prompt_tokens = 0.0
+    for one in nodes:
+        idle, busy = view(one), view(loaded(one, load, by))
+        assert weighing.prefill_cost(busy).total_s >= weighing.prefill_cost(idle).total_s
+        assert weighing.decode_cost(busy).total_s >= weighing.decode_cost(idle).total_s
+
+
+def refused(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> bool:
+    try:
+        admission.decide(wanted, cluster(*nodes), aims, Limits(), now=0.0)
+    except errors.Full:
+        return True
+    except errors.FlowKVError:
+        return False
+    return False
+
+
+@given(
+    clusters(),
+    requests,
+    goals,
+    st.tuples(st.integers(-2, 2), st.integers(-2, 2)),
+    st.tuples(st.sampled_from([0.2, 5.0, 600.0]), st.sampled_from([0.2, 5.0, 600.0])),
+)
+def test_the_more_urgent_and_the_more_patient_are_refused_last(
+    nodes: list[Imagined],
+    wanted: ScheduleRequest,
+    aims: Goals,
+    priorities: tuple[int, int],
+    deadlines: tuple[float, float],
+) -> None:
+    favoured = msgspec.structs.replace(wanted, priority=min(priorities), deadline_in_s=max(deadlines))
+    other = msgspec.structs.replace(wanted, priority=max(priorities), deadline_in_s=min(deadlines))
+    assert refused(favoured, nodes, aims) <= refused(other, nodes, aims)
+
+
+@given(clusters(), requests, goals)
+def test_retries_of_running_requests_are_never_shed(
+    nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals
+) -> None:
+    assert not refused(msgspec.structs.replace(wanted, attempt=1, deadline_in_s=0.1), nodes, aims)
+
+
+@given(clusters(), requests, goals)
+def test_who_is_told_to_wait_is_told_for_how_long(
+    nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals
+) -> None:
+    try:
+        decision = admission.decide(wanted, cluster(*nodes), aims, Limits(), now=0.0)
+    except errors.FlowKVError:
+        return
+    if isinstance(decision, Wait):
+        assert Limits().min_retry_s <= decision.retry_in_s <= Limits().max_retry_s

@@ -2,82 +2,105 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
-from imagined_nodes import NUM_BLOCKS, request, view
+from imagined_nodes import NUM_BLOCKS, Imagined, cluster, node, request, view
 
 from flowkv_common import errors
-from flowkv_common.wire.messages import Wait
-from flowkv_scheduler.admission import Limits, decide
-from flowkv_scheduler.policy import Choice
+from flowkv_common.wire.messages import ScheduleRequest, Wait
+from flowkv_scheduler import admission
+from flowkv_scheduler.admission import Limits, room_in
+from flowkv_scheduler.policy import Choice, Goals, Weighing
 
 LIMITS = Limits()
-PAIR = [view("p0", "prefill"), view("d0", "decode")]
+GOALS = Goals(max_wait_s=60.0)
+PAIR = [node("p0", "prefill"), node("d0", "decode")]
+# It decodes, but would compute no prompt of its own soon.
+D0 = node("d0", "decode", queued_prefill_tokens=500_000)
+
+
+def decide(wanted: ScheduleRequest, nodes: list[Imagined]) -> Choice | Wait:
+    return admission.decide(wanted, cluster(*nodes), GOALS, LIMITS, now=0.0)
 
 
 def test_pair_with_room_is_taken() -> None:
-    assert isinstance(decide(request(), PAIR, LIMITS), Choice)
+    assert isinstance(decide(request(), PAIR), Choice)
 
 
 @pytest.mark.parametrize(("num_prompt", "num_new", "field"), [(4096, 1, "prompt"), (96, 4001, "max_tokens")])
 def test_request_that_fits_no_pool_is_a_bad_request(num_prompt: int, num_new: int, field: str) -> None:
     with pytest.raises(errors.BadRequest, match="4096 tokens") as caught:
-        decide(request(num_prompt, num_new), PAIR, LIMITS)
+        decide(request(num_prompt, num_new), PAIR)
     assert caught.value.field == field
 
 
 def test_request_that_just_fits_is_taken() -> None:
-    assert isinstance(decide(request(96, 4000), PAIR, LIMITS), Choice)
+    assert isinstance(decide(request(96, 4000), PAIR), Choice)
 
 
 def test_request_for_a_node_that_is_not_ready_is_no_bad_request() -> None:
-    large = view("d1", "decode", num_blocks=2 * NUM_BLOCKS, ready=False)
-    assert isinstance(decide(request(96, 5000), [*PAIR, large], LIMITS), Wait)
+    large = node("d1", "decode", num_blocks=2 * NUM_BLOCKS, ready=False)
+    assert isinstance(decide(request(96, 5000), [*PAIR, large]), Wait)
 
 
 @pytest.mark.parametrize(
-    "nodes", [[], [view("p0", "prefill", ready=False)], [view("d0", "decode", age_s=9.0)]]
+    "nodes", [[], [node("p0", "prefill", ready=False)], [node("d0", "decode", age_s=9.0)]]
 )
-def test_without_nodes_it_waits_then_gives_up(nodes: list) -> None:
-    decision = decide(request(), nodes, LIMITS)
+def test_without_nodes_it_waits_then_gives_up(nodes: list[Imagined]) -> None:
+    decision = decide(request(), nodes)
     assert isinstance(decision, Wait)
     assert decision.retry_in_s == LIMITS.no_node_retry_s
     with pytest.raises(errors.Unavailable) as caught:
-        decide(request(age_s=LIMITS.no_node_age_s + 0.1), nodes, LIMITS)
+        decide(request(age_s=LIMITS.no_node_age_s + 0.1), nodes)
     assert caught.value.retry_after_s is not None
 
 
 def test_full_decode_nodes_make_it_wait() -> None:
-    nodes = [view("p0", "prefill"), view("d0", "decode", free=0), view("d1", "decode", free=5)]
-    decision = decide(request(), nodes, LIMITS)
+    nodes = [node("p0", "prefill"), node("d0", "decode", free=0), node("d1", "decode", free=5)]
+    decision = decide(request(), nodes)
     assert isinstance(decision, Wait)
     assert LIMITS.min_retry_s <= decision.retry_in_s <= LIMITS.max_retry_s
-    assert "2 decode nodes" in decision.reason
+    assert "decode nodes are full" in decision.reason
 
 
 def test_full_decode_nodes_refuse_what_has_waited_too_long() -> None:
     with pytest.raises(errors.Full) as caught:
-        decide(
-            request(age_s=LIMITS.max_wait_s + 1),
-            [view("p0", "prefill"), view("d0", "decode", free=0)],
-            LIMITS,
-        )
+        decide(request(age_s=GOALS.max_wait_s + 1), [node("p0", "prefill"), node("d0", "decode", free=0)])
     assert caught.value.retry_after_s is not None
     assert caught.value.retry_after_s > 0
 
 
 def test_long_queue_is_refused_and_the_retry_time_is_true() -> None:
-    queue = view("p0", "prefill", queued_prefill_tokens=72_000)  # at 1000 tokens/s
     with pytest.raises(errors.Full) as caught:
-        decide(request(), [queue, PAIR[1]], LIMITS)
+        decide(request(), [node("p0", "prefill", queued_prefill_tokens=72_000), D0])  # at 1000 tokens/s
     assert caught.value.retry_after_s == pytest.approx(12.0)
+    later = node("p0", "prefill", queued_prefill_tokens=72_000 - 12_000)
+    assert isinstance(decide(request(), [later, D0]), Choice)
 
-    later = msgspec.structs.replace(queue.report, queued_prefill_tokens=72_000 - 12_000)
-    assert isinstance(decide(request(), [queue._replace(report=later), PAIR[1]], LIMITS), Choice)
+
+def test_less_urgent_requests_are_refused_first() -> None:
+    nodes = [node("p0", "prefill", queued_prefill_tokens=31_000), D0]
+    assert isinstance(decide(request(priority=0), nodes), Choice)
+    with pytest.raises(errors.Full):
+        decide(request(priority=1), nodes)
+
+
+def test_request_without_hope_of_its_deadline_is_refused() -> None:
+    nodes = [node("p0", "prefill", queued_prefill_tokens=20_000), D0]
+    assert isinstance(decide(request(deadline_in_s=30.0), nodes), Choice)
+    with pytest.raises(errors.Full, match="left"):
+        decide(request(deadline_in_s=10.0), nodes)
 
 
 def test_retry_of_a_running_request_is_never_shed() -> None:
-    queue = view("p0", "prefill", queued_prefill_tokens=72_000)
-    retry = msgspec.structs.replace(request(age_s=LIMITS.max_wait_s + 1), attempt=1)
-    assert isinstance(decide(retry, [queue, PAIR[1]], LIMITS), Choice)
-    assert isinstance(decide(retry, [PAIR[0], view("d0", "decode", free=0)], LIMITS), Wait)
+    queue = node("p0", "prefill", queued_prefill_tokens=72_000)
+    retry = request(age_s=GOALS.max_wait_s + 1, attempt=1, priority=1, deadline_in_s=1.0)
+    assert isinstance(decide(retry, [queue, D0]), Choice)
+    assert isinstance(decide(retry, [PAIR[0], node("d0", "decode", free=0)]), Wait)
+
+
+def test_room_comes_sooner_the_less_is_missing() -> None:
+    wanted = request(num_prompt_tokens=400)
+    full = [node("d0", "decode", free=free) for free in (26, 25, 10, 0)]
+    waits = [room_in(view(one), Weighing(wanted, cluster(one), GOALS, 0.0)) for one in full]
+    assert waits[0] == 0.0
+    assert 0.0 < waits[1] < waits[2] < waits[3]

@@ -2,141 +2,189 @@
 
 from __future__ import annotations
 
-import pytest
-from imagined_nodes import BLOCK_SIZE, descriptor, report, request, view
+from typing import Any
 
-from flowkv_scheduler.policy import (
-    Choice,
-    added_work,
-    choose,
-    decode_cost,
-    prefill_cost,
-    room_in_s,
-    transfer_s,
-)
-from flowkv_scheduler.state import NodeView, Work
+import pytest
+from imagined_nodes import BLOCK_SIZE, Imagined, cluster, node, request, view
+
+from flowkv_common.wire.messages import ScheduleRequest, StepFit
+from flowkv_scheduler import policy
+from flowkv_scheduler.policy import HANDOFF_S, Choice, Goals, Weighing, added_work
+from flowkv_scheduler.state import Work
+
+GOALS = Goals()
+BLOCK_BYTES = 2 * 2 * BLOCK_SIZE * 2 * 16 * 4  # layers, K and V, slots, heads, head_dim, fp32
+
+
+def choose(wanted: ScheduleRequest, nodes: list[Imagined], goals: Goals = GOALS) -> Choice | None:
+    return policy.choose(wanted, cluster(*nodes), goals, now=0.0)
 
 
 def pair(choice: Choice | None) -> tuple[str, str] | None:
     return choice and (choice.prefill.node_id, choice.decode.node_id)
 
 
+def weighing(wanted: ScheduleRequest, *nodes: Imagined) -> Weighing:
+    return Weighing(wanted, cluster(*nodes), GOALS, 0.0)
+
+
 def test_sides_follow_the_prefill_cap() -> None:
-    assert pair(choose(request(), [view("a", "decode"), view("b", "prefill")])) == ("b", "a")
+    assert pair(choose(request(), [node("a", "decode"), node("b", "prefill")])) == ("b", "a")
 
 
 def test_mixed_node_serves_both_sides_and_saves_the_transfer() -> None:
-    nodes = [view("a", "prefill"), view("m", "mixed"), view("z", "decode")]
+    nodes = [node("a", "prefill"), node("m", "mixed"), node("z", "decode")]
     assert pair(choose(request(), nodes)) == ("m", "m")
 
 
 def test_side_without_nodes_is_taken_by_the_others() -> None:
-    assert pair(choose(request(), [view("p", "prefill")])) == ("p", "p")
-    assert pair(choose(request(), [view("d", "decode")])) == ("d", "d")
+    assert pair(choose(request(), [node("p", "prefill")])) == ("p", "p")
+    assert pair(choose(request(), [node("d", "decode")])) == ("d", "d")
 
 
 def test_queued_tokens_send_the_prompt_elsewhere() -> None:
-    nodes = [view("p0", "prefill", queued_prefill_tokens=500), view("p1", "prefill"), view("d0", "decode")]
+    nodes = [node("p0", "prefill", queued_prefill_tokens=500), node("p1", "prefill"), node("d0", "decode")]
     assert pair(choose(request(), nodes)) == ("p1", "d0")
 
 
 def test_unlike_nodes_are_known_by_their_rates() -> None:
-    fast = view("p1", "prefill", prefill_tokens_per_s=8000.0, queued_prefill_tokens=2000)
-    nodes = [view("p0", "prefill"), fast, view("d0", "decode")]
+    fast = node("p1", "prefill", prefill_tokens_per_s=8000.0, queued_prefill_tokens=2000)
+    nodes = [node("p0", "prefill"), fast, node("d0", "decode")]
     assert pair(choose(request(num_prompt_tokens=1000), nodes)) == ("p1", "d0")
     assert pair(choose(request(num_prompt_tokens=10), nodes)) == ("p0", "d0")
 
 
 def test_own_choices_count_before_a_report_shows_them() -> None:
-    given = view("p0", "prefill", given=Work(prefill_tokens=100))
-    assert pair(choose(request(), [given, view("p1", "prefill"), view("d0", "decode")])) == ("p1", "d0")
-    busy = view("d0", "decode", given=Work(num_sequences=1))
-    assert pair(choose(request(), [view("p0", "prefill"), busy, view("d1", "decode")])) == ("p0", "d1")
+    given = node("p0", "prefill", given=Work(prefill_tokens=100))
+    assert pair(choose(request(), [given, node("p1", "prefill"), node("d0", "decode")])) == ("p1", "d0")
+    busy = node("d0", "decode", given=Work(num_sequences=1))
+    assert pair(choose(request(), [node("p0", "prefill"), busy, node("d1", "decode")])) == ("p0", "d1")
 
 
 def test_node_without_blocks_for_the_prompt_is_passed_over() -> None:
-    nodes = [view("p0", "prefill"), view("d0", "decode", free=6), view("d1", "decode", num_running=9)]
+    nodes = [node("p0", "prefill"), node("d0", "decode", free=6), node("d1", "decode", num_running=9)]
     assert pair(choose(request(num_prompt_tokens=100), nodes)) == ("p0", "d1")
     assert choose(request(num_prompt_tokens=100), nodes[:2]) is None
     assert pair(choose(request(num_prompt_tokens=95), nodes[:2])) == ("p0", "d0")
 
 
 def test_blocks_given_away_are_not_given_again() -> None:
-    nodes = [view("p0", "prefill"), view("d0", "decode", free=10, given=Work(num_blocks=5))]
+    nodes = [node("p0", "prefill"), node("d0", "decode", free=10, given=Work(num_blocks=5))]
     assert choose(request(num_prompt_tokens=100), nodes) is None
 
 
 def test_pool_too_small_for_the_whole_request_is_passed_over() -> None:
-    nodes = [view("p0", "prefill"), view("d0", "decode", num_blocks=8), view("d1", "decode", num_running=9)]
+    nodes = [node("p0", "prefill"), node("d0", "decode", num_blocks=8), node("d1", "decode", num_running=9)]
     assert pair(choose(request(num_prompt_tokens=100, max_new_tokens=200), nodes)) == ("p0", "d1")
 
 
 def test_full_batch_is_a_wait() -> None:
-    nodes = [
-        view("p0", "prefill"),
-        view("d0", "decode", num_running=16),
-        view("d1", "decode", num_running=15),
-    ]
-    assert pair(choose(request(), nodes)) == ("p0", "d1")
-    assert decode_cost(nodes[1]).wait_s > 0 == decode_cost(nodes[2]).wait_s
+    full, nearly = node("d0", "decode", num_running=16), node("d1", "decode", num_running=15)
+    assert pair(choose(request(), [node("p0", "prefill"), full, nearly])) == ("p0", "d1")
+    weighed = weighing(request(), full, nearly)
+    assert weighed.decode_cost(view(full)).wait_s > 0 == weighed.decode_cost(view(nearly)).wait_s
+
+
+def test_decode_node_over_its_rhythm_is_passed_over_unless_the_request_runs_already() -> None:
+    slow = StepFit(
+        base_s=0.1, prefill_token_s=0.001, attended_token_s=0.0, sequence_s=0.02, context_token_s=0.0
+    )
+    nodes = [node("p0", "prefill"), node("d0", "decode", step=slow, num_running=7)]
+    assert pair(choose(request(), nodes, Goals(itl_s=0.27))) == ("p0", "d0")
+    assert choose(request(), nodes, Goals(itl_s=0.25)) is None
+    assert pair(choose(request(attempt=1), nodes, Goals(itl_s=0.25))) == ("p0", "d0")
+
+
+def test_idle_decode_node_is_taken_however_slow_it_is() -> None:
+    nodes = [node("p0", "prefill"), node("d0", "decode", decode_step_s=2.0)]
+    assert pair(choose(request(), nodes)) == ("p0", "d0")
+
+
+def test_short_prompt_stays_on_an_idle_decode_node() -> None:
+    base = StepFit(
+        base_s=0.03, prefill_token_s=0.001, attended_token_s=0.0, sequence_s=0.002, context_token_s=0.0
+    )
+    nodes = [node("p0", "prefill", step=base), node("d0", "decode", step=base)]
+    assert pair(choose(request(num_prompt_tokens=16), nodes)) == ("d0", "d0")
+    assert pair(choose(request(num_prompt_tokens=300), nodes)) == ("p0", "d0")
+
+
+def test_node_that_has_cached_the_prefix_is_worth_a_wait() -> None:
+    hashes = [f"{number:032x}" for number in range(6)]
+    nodes = [node("p0", "prefill", queued_prefill_tokens=50), node("p1", "prefill"), node("d0", "decode")]
+    state = cluster(*nodes)
+    state.prefixes.expect("p0", hashes[:5], until=9.0)
+    wanted = request(num_prompt_tokens=100, block_hashes=hashes)
+    choice = policy.choose(wanted, state, GOALS, now=0.0)
+    assert choice is not None
+    assert (choice.prefill.node_id, choice.num_cached_tokens) == ("p0", 80)
+    assert added_work(wanted, choice)[0] == Work(prefill_tokens=20)
 
 
 @pytest.mark.parametrize("changes", [{"ready": False}, {"draining": True}, {"age_s": 10.0}])
-def test_unusable_node_is_never_taken(changes: dict[str, float]) -> None:
-    nodes = [view("d0", "decode", **changes), view("d1", "decode", num_running=12), view("p0", "prefill")]
+def test_unusable_node_is_never_taken(changes: dict[str, Any]) -> None:
+    nodes = [node("d0", "decode", **changes), node("d1", "decode", num_running=12), node("p0", "prefill")]
     assert pair(choose(request(), nodes)) == ("p0", "d1")
     assert choose(request(), nodes[:1]) is None
 
 
 def test_node_that_failed_the_request_is_avoided_while_there_are_others() -> None:
-    nodes = [view("p0", "prefill"), view("p1", "prefill", queued_prefill_tokens=900), view("d0", "decode")]
+    nodes = [node("p0", "prefill"), node("p1", "prefill", queued_prefill_tokens=90), node("d0", "decode")]
     assert pair(choose(request(avoid=["p0"]), nodes)) == ("p1", "d0")
     assert pair(choose(request(avoid=["p0", "p1", "d0"]), nodes)) == ("p0", "d0")
 
 
 def test_only_equal_layouts_and_weights_are_paired() -> None:
-    other = NodeView(descriptor("p0", "prefill", head_dim=32), report("p0", "prefill"), 0.0)
-    nodes = [other, view("p1", "prefill", queued_prefill_tokens=900), view("d0", "decode")]
+    other = node("p0", "prefill", layout={"head_dim": 32})
+    nodes = [other, node("p1", "prefill", queued_prefill_tokens=90), node("d0", "decode")]
     assert pair(choose(request(), nodes)) == ("p1", "d0")
+    assert pair(choose(request(), [other])) == ("p0", "p0")
 
 
 def test_prediction_is_the_sum_of_its_parts() -> None:
-    p = view("p0", "prefill", queued_prefill_tokens=300, given=Work(prefill_tokens=200))
-    d = view("d0", "decode", num_running=8)
-    choice = choose(request(num_prompt_tokens=100), [p, d])
+    nodes = [
+        node("p0", "prefill", queued_prefill_tokens=300, given=Work(prefill_tokens=200), links={"d0": "tcp"}),
+        node("d0", "decode", num_running=8, max_num_seqs=16),
+    ]
+    choice = choose(request(num_prompt_tokens=200), nodes)
     assert choice is not None
-    bytes_moved = 7 * 2 * 2 * BLOCK_SIZE * 2 * 16 * 4  # blocks, layers, K and V, slots, heads, head_dim, fp32
-    assert transfer_s(request(), p, d) == pytest.approx(bytes_moved / 1e9)
-    assert choice.predicted_s == pytest.approx(0.5 + 0.1 + bytes_moved / 1e9 + 0.03 * 1.5)
-    assert choice.wait_s == pytest.approx(0.5)
-    assert prefill_cost(request(num_prompt_tokens=100), p).total_s == pytest.approx(0.6)
+    assert pair(choice) == ("p0", "d0")
+    transfer_s = HANDOFF_S + 200 / BLOCK_SIZE * BLOCK_BYTES / 1e9
+    step_s = 0.03 + 9 * 0.03 / 16
+    assert choice.predicted_s == pytest.approx(0.5 + 0.2 + transfer_s + step_s)
+    assert (choice.wait_s, choice.first_token_s) == (pytest.approx(0.5), pytest.approx(0.7))
+
+
+def test_transfer_hides_behind_prefill_as_far_as_the_link_keeps_up() -> None:
+    tokens, token_s = 5120, BLOCK_BYTES / BLOCK_SIZE / 1e9
+    p, d = node("p0", "prefill", links={"d0": "tcp"}, prefill_tokens_per_s=1e9), node("d0", "decode")
+    weighed = weighing(request(num_prompt_tokens=tokens), p, d)
+    prefill, decode = weighed.prefill_cost(view(p)), weighed.decode_cost(view(d))
+    assert weighed.transfer_s(prefill, decode) == pytest.approx(HANDOFF_S + tokens * token_s, rel=1e-2)
+    slow = prefill._replace(work_s=10.0)
+    assert weighed.transfer_s(slow, decode) == pytest.approx(HANDOFF_S + 512 * token_s)
 
 
 def test_unmeasured_node_is_taken_to_be_middling() -> None:
-    fresh = view("p0", "prefill", prefill_tokens_per_s=0.0)
-    assert prefill_cost(request(num_prompt_tokens=1000), fresh).total_s == pytest.approx(1.0)
-    assert decode_cost(view("d0", "decode", decode_step_s=0.0)).total_s == pytest.approx(0.03)
+    fresh = node("p0", "prefill", prefill_tokens_per_s=0.0)
+    wanted = request(num_prompt_tokens=1000)
+    assert weighing(wanted, fresh).prefill_cost(view(fresh)).total_s == pytest.approx(1.0)
+    idle = node("d0", "decode", decode_step_s=0.0)
+    assert weighing(wanted, idle).decode_cost(view(idle)).total_s == pytest.approx(0.03 * 17 / 16)
 
 
 def test_candidates_are_the_best_eight_of_each_side_in_order() -> None:
-    nodes = [view(f"p{n}", "prefill", queued_prefill_tokens=100 * n) for n in range(9)]
-    choice = choose(request(), [*reversed(nodes), view("d0", "decode")])
+    nodes = [node(f"p{n}", "prefill", queued_prefill_tokens=100 * n) for n in range(9)]
+    choice = choose(request(), [*reversed(nodes), node("d0", "decode", num_running=1)])
     assert choice is not None
     assert [c.node_id for c in choice.prefill_candidates] == [f"p{n}" for n in range(8)]
     assert [c.node_id for c in choice.decode_candidates] == ["d0"]
-    assert choice.prefill_candidates[1].reason == "100 tokens ahead at 1000 tokens/s"
+    assert choice.prefill_candidates[1].reason == "100 tokens ahead, 0 of the prompt cached"
     assert "best of 9 pairs" in choice.reason
 
 
 def test_choice_adds_tokens_to_prefill_and_blocks_to_decode() -> None:
-    choice = choose(request(num_prompt_tokens=96), [view("p0", "prefill"), view("d0", "decode")])
+    wanted = request(num_prompt_tokens=96)
+    choice = choose(wanted, [node("p0", "prefill"), node("d0", "decode")])
     assert choice is not None
-    assert added_work(request(num_prompt_tokens=96), choice) == (Work(prefill_tokens=96), Work(0, 1, 7))
-
-
-def test_room_comes_sooner_the_less_is_missing() -> None:
-    wanted = request(num_prompt_tokens=400)
-    waits = [room_in_s(wanted, view("d0", "decode", free=free)) for free in (26, 25, 10, 0)]
-    assert waits[0] == 0.0
-    assert waits == sorted(waits)
-    assert 0.0 < waits[1] < waits[2] < waits[3]
+    assert added_work(wanted, choice) == (Work(prefill_tokens=96), Work(0, 1, 7, 96))

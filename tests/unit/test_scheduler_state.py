@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 from imagined_nodes import PERIOD_S, descriptor, report
 
-from flowkv_scheduler.state import ClusterState, Work
+from flowkv_common.wire.messages import NodeRef
+from flowkv_scheduler.state import ClusterState, NodeView, Work
+
+D0 = NodeRef(node_id="d0", incarnation="i1")
 
 
 @pytest.fixture
@@ -17,61 +20,87 @@ def state() -> ClusterState:
     return state
 
 
+def only(state: ClusterState) -> NodeView:
+    (view,) = state.views()
+    return view
+
+
 def test_node_is_seen_when_descriptor_and_report_are_there() -> None:
     state = ClusterState()
     state.add_report(report("d0", "decode"), now=0.0)
-    assert state.views(0.0) == []
+    assert state.views() == []
     state.set_descriptors({"d0": descriptor("d0", "decode"), "p0": descriptor("p0", "prefill")})
-    assert [view.node_id for view in state.views(0.0)] == ["d0"]
+    assert [view.node_id for view in state.views()] == ["d0"]
 
 
 def test_latest_report_wins_and_one_that_was_overtaken_is_dropped(state: ClusterState) -> None:
     state.add_report(report("d0", "decode", seq=3, num_running=3), now=0.1)
     state.add_report(report("d0", "decode", seq=2, num_running=2), now=0.2)
-    (view,) = state.views(0.3)
-    assert view.report.num_running == 3
-    assert view.age_s == pytest.approx(0.2)
+    assert (only(state).report.num_running, only(state).heard_at) == (3, 0.1)
 
 
 def test_node_is_silent_after_three_periods(state: ClusterState) -> None:
-    assert not state.views(3 * PERIOD_S)[0].is_silent
-    assert state.views(3 * PERIOD_S + 0.01)[0].is_silent
-    assert not state.views(3 * PERIOD_S + 0.01)[0].is_usable
+    assert only(state).is_usable(3 * PERIOD_S)
+    assert not only(state).is_usable(3 * PERIOD_S + 0.01)
 
 
 def test_after_a_reconnect_nobody_is_silent_at_once(state: ClusterState) -> None:
     state.touch_all(100.0)
-    assert not state.views(100.0 + 2 * PERIOD_S)[0].is_silent
-    assert state.views(100.0 + 4 * PERIOD_S)[0].is_silent
+    assert only(state).is_usable(100.0 + 2 * PERIOD_S)
+    assert not only(state).is_usable(100.0 + 4 * PERIOD_S)
 
 
-def test_choices_count_at_once_and_are_forgotten_after_two_periods(state: ClusterState) -> None:
-    node = state.views(0.0)[0].descriptor.node
-    state.add_work(node, Work(prefill_tokens=100), now=0.0)
-    state.add_work(node, Work(num_sequences=1, num_blocks=7), now=PERIOD_S)
-    assert state.views(PERIOD_S)[0].given == Work(100, 1, 7)
+def test_prompts_count_at_once_and_are_forgotten_after_two_periods(state: ClusterState) -> None:
+    state.add_prompt(D0, Work(prefill_tokens=100), now=0.0)
+    state.add_prompt(D0, Work(prefill_tokens=7), now=PERIOD_S)
+    assert only(state).given == Work(prefill_tokens=107)
     state.add_report(report("d0", "decode", seq=2), now=2 * PERIOD_S)
-    assert state.views(2 * PERIOD_S)[0].given == Work(0, 1, 7)
-    assert state.views(3 * PERIOD_S)[0].given == Work()
+    assert only(state).given == Work(prefill_tokens=7)
+    state.add_report(report("d0", "decode", seq=3), now=3 * PERIOD_S)
+    assert only(state).given == Work()
+
+
+def test_a_prompt_that_the_report_shows_is_not_counted_twice(state: ClusterState) -> None:
+    state.add_prompt(D0, Work(prefill_tokens=100), now=0.0)
+    state.add_prompt(D0, Work(prefill_tokens=7), now=0.0)
+    state.add_report(report("d0", "decode", seq=2, num_accepted=1), now=0.1)
+    assert only(state).given == Work(prefill_tokens=7)
+    state.add_report(report("d0", "decode", seq=3, num_accepted=2), now=0.2)
+    assert only(state).given == Work()
+
+
+def test_a_prompt_that_never_came_does_not_hide_those_after_it(state: ClusterState) -> None:
+    state.add_prompt(D0, Work(prefill_tokens=100), now=0.0)  # its gateway died
+    state.add_report(report("d0", "decode", seq=2), now=2 * PERIOD_S)
+    state.add_prompt(D0, Work(prefill_tokens=7), now=2 * PERIOD_S)
+    state.add_report(report("d0", "decode", seq=3, num_accepted=1), now=2.1 * PERIOD_S)
+    assert only(state).given == Work()
+
+
+def test_a_sequence_counts_until_it_should_have_come(state: ClusterState) -> None:
+    state.add_sequence(D0, Work(num_sequences=1, num_blocks=7), arrives_in_s=5.0, now=0.0)
+    state.add_report(report("d0", "decode", seq=2), now=5.0)
+    assert only(state).given == Work(num_sequences=1, num_blocks=7)
+    state.add_report(report("d0", "decode", seq=3), now=5.0 + 2 * PERIOD_S)
+    assert only(state).given == Work()
 
 
 def test_new_life_of_a_node_starts_without_the_old_report_and_choices(state: ClusterState) -> None:
-    state.add_work(state.views(0.0)[0].descriptor.node, Work(prefill_tokens=100), now=0.0)
+    state.add_prompt(D0, Work(prefill_tokens=100), now=0.0)
     state.set_descriptors({"d0": descriptor("d0", "decode", incarnation="i2")})
-    assert state.views(0.1) == []
+    assert state.views() == []
     state.add_report(report("d0", "decode", incarnation="i2"), now=0.1)
     state.add_report(report("d0", "decode", seq=9, num_running=9), now=0.2)  # the old life, late
-    (view,) = state.views(0.2)
-    assert view.report.node.incarnation == "i2"
-    assert view.given == Work()
+    assert only(state).report.node.incarnation == "i2"
+    assert only(state).given == Work()
 
 
 def test_node_that_left_the_registry_is_gone(state: ClusterState) -> None:
     state.set_descriptors({})
-    assert state.views(0.0) == []
+    assert state.views() == []
+    assert state.index.groups == []
 
 
-def test_reports_of_the_long_gone_are_not_kept(state: ClusterState) -> None:
-    state.views(1000.0)
-    state.touch_all(1000.0)
-    assert state.views(1000.0) == []
+def test_lives_of_the_long_gone_are_not_kept(state: ClusterState) -> None:
+    state.add_report(report("d1", "decode"), now=1000.0)  # a new life: time to look for old ones
+    assert state.views() == []

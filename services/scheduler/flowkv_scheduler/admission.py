@@ -11,47 +11,67 @@ import msgspec
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
-from flowkv_scheduler import policy
-from flowkv_scheduler.policy import Choice
-from flowkv_scheduler.state import NodeView
+from flowkv_scheduler.policy import ASSUMED_TOKENS_LEFT, Choice, Goals, Weighing, choose
+from flowkv_scheduler.state import ClusterState, NodeView
+
+# A less urgent request is refused at this part of the longest wait: the rest is for others.
+LESS_URGENT_SHARE = 0.5
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """Seconds. How long a request may look for nodes, and the longest predicted wait that is admitted."""
+    """Seconds: how long a request may look for nodes, and how soon it is asked for again."""
 
     no_node_age_s: float = 10.0
     no_node_retry_s: float = 0.25
-    max_wait_s: float = 60.0
     min_retry_s: float = 0.05
     max_retry_s: float = 2.0
 
 
-def decide(request: ScheduleRequest, nodes: Sequence[NodeView], limits: Limits) -> Choice | Wait:
+def decide(
+    request: ScheduleRequest, state: ClusterState, goals: Goals, limits: Limits, now: float
+) -> Choice | Wait:
     """The pair, or when to ask again.
 
     Raises `BadRequest` when no pool could ever hold the request, `Unavailable` when there has been no node
-    for too long, `Full` when the wait would be too long; `retry_after_s` is the predicted end of that.
+    for too long, `Full` when the wait would be too long or outlast the request's deadline; `retry_after_s` is
+    the predicted end of that.
     """
-    _check_fits(request, nodes)
-    sides = policy.split(request, nodes)
-    if not any(policy.can_pair(p, d) for p in sides.prefill for d in sides.decode):
-        return _without_nodes(request, limits)
-    choice = policy.choose(request, nodes)
+    choice = choose(request, state, goals, now)
     if choice is None:
-        return _without_room(request, sides.decode, limits)
+        _check_fits(request, state.views())
+        weighing = Weighing(request, state, goals, now)
+        if not any(weighing.stands(group) for group in state.index.groups):
+            return _without_nodes(request, limits)
+        return _without_room(request, weighing, limits)
     # The retry of a running request is never shed: its client has seen half of the answer.
-    if choice.wait_s > limits.max_wait_s and request.attempt == 0:
-        raise errors.Full(
-            f"{choice.wait_s:.0f} s of work are queued, at most {limits.max_wait_s:.0f} s are admitted",
-            retry_after_s=choice.wait_s - limits.max_wait_s,
-        )
+    if request.attempt == 0:
+        _check_wait(request, choice.wait_s, choice.predicted_s, goals)
     return choice
+
+
+def longest_wait_s(request: ScheduleRequest, goals: Goals) -> float:
+    """Never longer for a less urgent request than for a more urgent one."""
+    return goals.max_wait_s * (LESS_URGENT_SHARE if request.priority > 0 else 1.0)
+
+
+def _check_wait(request: ScheduleRequest, wait_s: float, predicted_s: float, goals: Goals) -> None:
+    longest_s = longest_wait_s(request, goals)
+    if wait_s > longest_s:
+        raise errors.Full(
+            f"{wait_s:.1f} s of work are queued, at most {longest_s:.1f} s are admitted",
+            retry_after_s=wait_s - longest_s,
+        )
+    if predicted_s > request.deadline_in_s:
+        raise errors.Full(
+            f"{predicted_s:.1f} s to the second token, the request has {request.deadline_in_s:.1f} s left",
+            retry_after_s=predicted_s - request.deadline_in_s,
+        )
 
 
 def _check_fits(request: ScheduleRequest, nodes: Sequence[NodeView]) -> None:
     """Nodes count that are not ready now, too: they may be when the request is asked for again."""
     num_tokens = request.num_prompt_tokens + request.max_new_tokens
-    if not nodes or any(policy.can_ever_hold(node, num_tokens) for node in nodes):
+    if not nodes or any(node.can_ever_hold(num_tokens) for node in nodes):
         return
     largest = max(node.descriptor.num_blocks * node.descriptor.layout.block_size for node in nodes)
     raise errors.BadRequest(
@@ -69,12 +89,27 @@ def _without_nodes(request: ScheduleRequest, limits: Limits) -> Wait:
     return Wait(retry_in_s=limits.no_node_retry_s, reason="no node is ready")
 
 
-def _without_room(request: ScheduleRequest, decode: Sequence[NodeView], limits: Limits) -> Wait:
-    room_in_s = min(policy.room_in_s(request, node) for node in decode)
-    if request.age_s > limits.max_wait_s and request.attempt == 0:
-        raise errors.Full(
-            f"no decode node has had room for {request.age_s:.0f} s",
-            retry_after_s=max(room_in_s, limits.min_retry_s),
-        )
+def _without_room(request: ScheduleRequest, weighing: Weighing, limits: Limits) -> Wait:
+    """Decode nodes are full, or one sequence more would spoil their rhythm."""
+    nodes = [node for node in weighing.state.usable(weighing.now) if weighing.takes_sequence(node)]
+    room_in_s = min((room_in(node, weighing) for node in nodes), default=limits.max_retry_s)
+    wait_s = room_in_s + request.age_s
+    if request.attempt == 0:
+        _check_wait(request, wait_s, room_in_s, weighing.goals)
     retry_in_s = min(max(room_in_s, limits.min_retry_s), limits.max_retry_s)
-    return Wait(retry_in_s=retry_in_s, reason=f"all {len(decode)} decode nodes are full")
+    return Wait(retry_in_s=retry_in_s, reason=f"all {len(nodes)} decode nodes are full")
+
+
+def room_in(node: NodeView, weighing: Weighing) -> float:
+    """Seconds until the node will have room and rhythm for the request.
+
+    Sequences are taken to end evenly over `ASSUMED_TOKENS_LEFT` steps, each with an equal share of blocks.
+    """
+    lifetime_s = ASSUMED_TOKENS_LEFT * node.step_s
+    num_held = max(1, node.descriptor.num_blocks - node.num_available_blocks)
+    for_blocks_s = max(0, weighing.num_missing_blocks(node)) / num_held * lifetime_s
+    if weighing.keeps_rhythm(node):
+        return for_blocks_s
+    over_s = weighing.step_s(node) - weighing.goals.itl_s
+    loaded_s = max(over_s, weighing.step_s(node) - node.speed.decode_step_s(1, 0))
+    return max(for_blocks_s, over_s / loaded_s * lifetime_s)

@@ -20,8 +20,8 @@ from flowkv_common.config import SchedulerSettings
 from flowkv_common.metrics import serve_http, service_app
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, LoadReport, ScheduleRequest, Wait
-from flowkv_scheduler.planner import Goals, Planner
-from flowkv_scheduler.policy import Choice
+from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.policy import Choice, Goals
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Scheduler:
         )
         self._seconds = Histogram("flowkv_schedule_seconds", "Time to decide", registry=registry)
         usable = Gauge("flowkv_usable_nodes", "Nodes that may get new work", registry=registry)
-        usable.set_function(lambda: sum(node.is_usable for node in self.planner.state.views(clock())))
+        usable.set_function(lambda: sum(1 for _ in self.planner.state.usable(clock())))
 
     def on_report(self, report: LoadReport) -> None:
         self.planner.add_report(report, self._clock())

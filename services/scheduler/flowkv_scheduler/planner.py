@@ -5,48 +5,14 @@ Reads no clock and does no I/O: `now` is seconds of any monotonic clock, what is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
-import msgspec
-
-from flowkv_common.wire.messages import LoadReport, NodeDescriptor, NodeRef, ScheduleRequest, Wait
+from flowkv_common.wire.messages import LoadReport, NodeDescriptor, ScheduleRequest, Wait
 from flowkv_scheduler import admission, policy
-from flowkv_scheduler.policy import Choice
-from flowkv_scheduler.state import ClusterState
-
-
-class Goals(msgspec.Struct, frozen=True):
-    """What users are to see. Seconds."""
-
-    ttft_s: float = 5.0
-    itl_s: float = 0.2
-
-
-class MoveCap(NamedTuple):
-    """Lend the node to the other side, or take it back: its prefill cap becomes `cap`."""
-
-    node: NodeRef
-    cap: int
-    reason: str
-
-
-class RegimeChange(NamedTuple):
-    before: str
-    after: str
-    reason: str
-
-
-class ScaleWanted(NamedTuple):
-    """`change` more nodes of a role (fewer if negative) would meet the goals."""
-
-    role: str
-    change: int
-    reason: str
-
-
-Order = MoveCap | RegimeChange | ScaleWanted
-Chooser = Callable[[ScheduleRequest, ClusterState, Goals, float], Choice | None]
+from flowkv_scheduler.orders import Order
+from flowkv_scheduler.policy import Choice, Goals
+from flowkv_scheduler.regimes import Regimes, Thresholds
+from flowkv_scheduler.state import CHOICES_COUNT_FOR_PERIODS, ClusterState
 
 
 class Planner:
@@ -54,6 +20,7 @@ class Planner:
 
     def __init__(self, goals: Goals, *, lends: bool = True) -> None:
         self.state = ClusterState()
+        self.regimes = Regimes(goals, Thresholds(), lends=lends)
         self._goals = goals
         self._limits = admission.Limits()
 
@@ -69,13 +36,22 @@ class Planner:
 
     def schedule(self, request: ScheduleRequest, now: float) -> Choice | Wait:
         """The pair for one attempt, counted at once; or when to ask again. Raises as `admission.decide`."""
-        decision = admission.decide(request, self.state.views(now), self._limits)
+        decision = admission.decide(request, self.state, self._goals, self._limits, now)
         if isinstance(decision, Choice):
-            for_prefill, for_decode = policy.added_work(request, decision)
-            self.state.add_work(decision.prefill.descriptor.node, for_prefill, now)
-            self.state.add_work(decision.decode.descriptor.node, for_decode, now)
+            self._count(request, decision, now)
         return decision
 
     def tick(self, now: float) -> list[Order]:
         """Once per period: regimes, lending, scaling."""
-        return []
+        return self.regimes.tick(list(self.state.usable(now)), now)
+
+    def _count(self, request: ScheduleRequest, choice: Choice, now: float) -> None:
+        """Load reports lag: what we have just given must not be given twice."""
+        self.state.see_prompt(request.num_prompt_tokens)
+        for_prefill, for_decode = policy.added_work(request, choice)
+        arrives_in_s = choice.first_token_s
+        self.state.add_prompt(choice.prefill.descriptor.node, for_prefill, now)
+        self.state.add_sequence(choice.decode.descriptor.node, for_decode, arrives_in_s, now)
+        until = now + choice.predicted_s + CHOICES_COUNT_FOR_PERIODS * choice.prefill.report.period_s
+        for node in {choice.prefill.node_id, choice.decode.node_id}:
+            self.state.prefixes.expect(node, request.block_hashes, until)

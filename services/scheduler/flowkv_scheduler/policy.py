@@ -1,27 +1,46 @@
 """Chooses the pair of nodes with the least predicted time to a request's second token.
 
 Pure: plain data in, a choice with its reasons out; no clock, no I/O. The paper publishes no formula for its
-load-aware scheduler. This one is ours: in seconds, from measured rates, never from node names.
+load-aware scheduler. This one is ours: in seconds, from what nodes measure of themselves, never from names.
 
-    wait at P + prefill of the prompt + transfer of its KV + wait at D + one decode step
+    wait at P + prefill of what P has not cached + exposed transfer of what D has not cached
+              + wait for a place at D + one decode step, while D keeps the time between tokens
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
-from flowkv_common.wire.messages import Candidate, ScheduleRequest
-from flowkv_scheduler.state import NodeView, Work
+import msgspec
 
-# Assumed until a node has measured its own: middling figures of a small model on CPU.
-DEFAULT_PREFILL_TOKENS_PER_S = 1000.0
-DEFAULT_DECODE_STEP_S = 0.03
-# The part of a transfer that prefill doesn't hide, at a memory copy's or a fast network's rate.
-TRANSFER_BYTES_PER_S = 1e9
+from flowkv_common.wire.messages import Candidate, ScheduleRequest
+from flowkv_scheduler.index import Group
+from flowkv_scheduler.state import ClusterState, NodeView, Work
+
+# Bytes per second of the way between two nodes, by connector: orders of magnitude, all that a choice needs.
+LINK_BYTES_PER_S = {"shm": 5e9, "cuda_ipc": 200e9, "nccl": 20e9, "tcp": 1e9}
+UNKNOWN_LINK_BYTES_PER_S = 1e9
+# Reserve, commit and the first token's detour: what a handoff costs however short the prompt is.
+HANDOFF_S = 0.005
 # How long sequences run on is not known to anyone; a chat answer's usual length.
 ASSUMED_TOKENS_LEFT = 128
+# So many nodes per side and class of speed are weighed, and so many more that have cached the most.
+NUM_WEIGHED = 8
+NUM_BY_PREFIX = 4
 MAX_CANDIDATES = 8
+
+
+Accepts = Callable[[NodeView], bool]
+FindNodes = Callable[[Group, int, Accepts], list[NodeView]]
+
+
+class Goals(msgspec.Struct, frozen=True):
+    """What users are to see, in seconds. A wait for prefill over `max_wait_s` is refused at the door."""
+
+    ttft_s: float = 5.0
+    itl_s: float = 0.25
+    max_wait_s: float = 60.0
 
 
 class Cost(NamedTuple):
@@ -30,7 +49,7 @@ class Cost(NamedTuple):
     node: NodeView
     wait_s: float
     work_s: float
-    reason: str
+    num_cached_tokens: int
 
     @property
     def total_s(self) -> float:
@@ -44,162 +63,240 @@ class Choice(NamedTuple):
     decode: NodeView
     predicted_s: float
     wait_s: float
+    first_token_s: float
+    num_cached_tokens: int  # at prefill
     reason: str
     prefill_candidates: list[Candidate]
     decode_candidates: list[Candidate]
 
 
-class Sides(NamedTuple):
-    """The nodes that may take a request, for each of its halves. A mixed node stands on both."""
+class _Pair(NamedTuple):
+    predicted_s: float
+    prefill: Cost
+    decode: Cost
+    transfer_s: float
 
-    prefill: list[NodeView]
-    decode: list[NodeView]
+
+class Weighing:
+    """One request against the cluster as it is: who may take which half, at what cost."""
+
+    def __init__(self, request: ScheduleRequest, state: ClusterState, goals: Goals, now: float) -> None:
+        self.request = request
+        self.state = state
+        self.goals = goals
+        self.now = now
+        self.hits = state.prefixes.hits(request.block_hashes, now)
+        self._avoid = frozenset(request.avoid)
+
+    # --- who may -----------------------------------------------------------------------------------
+
+    def takes_prompt(self, node: NodeView) -> bool:
+        return node.is_usable(self.now) and node.can_ever_hold(self.request.num_prompt_tokens)
+
+    def takes_sequence(self, node: NodeView) -> bool:
+        num_tokens = self.request.num_prompt_tokens + self.request.max_new_tokens
+        return node.is_usable(self.now) and node.can_ever_hold(num_tokens)
+
+    def has_place(self, node: NodeView) -> bool:
+        """Is there room for the whole prompt, and a token, now, and does the node keep its rhythm?"""
+        if self.num_missing_blocks(node) > 0:
+            return False
+        # The retry of a running request is never held up for the sake of others' rhythm.
+        return self.request.attempt > 0 or self.keeps_rhythm(node)
+
+    def num_missing_blocks(self, node: NodeView) -> int:
+        wanted = node.num_blocks_for(self.request.num_prompt_tokens + 1) - self.hits.get(node.node_id, 0)
+        return wanted - node.num_available_blocks
+
+    def keeps_rhythm(self, node: NodeView) -> bool:
+        """Would the time between tokens stay within its goal? An idle node is as good as it gets."""
+        return node.num_sequences == 0 or self.step_s(node) <= self.goals.itl_s
+
+    # --- what it costs -----------------------------------------------------------------------------
+
+    def step_s(self, node: NodeView) -> float:
+        """Of a decode step with this request in it."""
+        longer = self.request.num_prompt_tokens - self.state.mean_prompt_tokens
+        return node.step_s + longer * node.speed.context_token_s
+
+    def num_cached_tokens(self, node: NodeView) -> int:
+        """Of the prompt, in the node's prefix cache; the last token is always computed."""
+        cached = self.hits.get(node.node_id, 0) * node.descriptor.layout.block_size
+        return min(cached, self.request.num_prompt_tokens - 1)
+
+    def prefill_cost(self, node: NodeView) -> Cost:
+        """Wait behind the queued tokens and those we have sent since, then what is not cached here."""
+        num_cached = self.num_cached_tokens(node)
+        num_new = self.request.num_prompt_tokens - num_cached
+        work_s = node.speed.prefill_s(num_new, num_cached, node.chunk, node.chunk_beside_s)
+        return Cost(node, node.prefill_wait_s, work_s, num_cached)
+
+    def decode_cost(self, node: NodeView) -> Cost:
+        """Wait for a place among the sequences, then one step."""
+        step_s = self.step_s(node)
+        num_places = max(1, node.report.max_num_seqs)
+        # A full batch gives a place back every `ASSUMED_TOKENS_LEFT / num_places` steps.
+        num_ahead = max(0, node.num_sequences + 1 - num_places)
+        wait_s = num_ahead * step_s * ASSUMED_TOKENS_LEFT / num_places
+        return Cost(node, wait_s, step_s, self.num_cached_tokens(node))
+
+    def transfer_s(self, prefill: Cost, decode: Cost) -> float:
+        """What the second token waits for: the last chunk's blocks at least, and the handoff."""
+        p, d = prefill.node, decode.node
+        if p.node_id == d.node_id:
+            return 0.0
+        layout = p.descriptor.layout
+        num_sent = self.request.num_prompt_tokens - decode.num_cached_tokens
+        connector = p.report.links.get(d.node_id)
+        rate = LINK_BYTES_PER_S.get(connector or "", UNKNOWN_LINK_BYTES_PER_S)
+        token_s = layout.block_bytes / layout.block_size / rate
+        last_chunk = min(num_sent, p.chunk)
+        # Earlier chunks travel while later ones compute, as far as the link keeps up with prefill.
+        return HANDOFF_S + max(last_chunk * token_s, num_sent * token_s - prefill.work_s)
+
+    # --- weighing ----------------------------------------------------------------------------------
+
+    def prefill_side(self, group: Group) -> list[Cost]:
+        """The best of those that take prompts, soonest first."""
+        nodes = self._nodes(group, self.state.index.prefill, self.takes_prompt, lambda _: True)
+        return sorted(map(self.prefill_cost, nodes), key=_rank)[: 2 * MAX_CANDIDATES]
+
+    def decode_side(self, group: Group) -> list[Cost]:
+        """The best of those that take sequences and have a place now, soonest first."""
+        nodes = self._nodes(group, self.state.index.decode, self.takes_sequence, self.has_place)
+        return sorted(map(self.decode_cost, nodes), key=_rank)[: 2 * MAX_CANDIDATES]
+
+    def stands(self, group: Group) -> bool:
+        """Is there anyone at all, on both sides, be they full?"""
+        index = self.state.index
+        return bool(
+            self._nodes(group, index.prefill, self.takes_prompt, lambda _: True)
+            and self._nodes(group, index.decode, self.takes_sequence, lambda _: True)
+        )
+
+    def _nodes(self, group: Group, side: FindNodes, takes: Accepts, fits: Accepts) -> list[NodeView]:
+        """Those of a side that fit, the soonest and those that have cached most of the prompt.
+
+        A side on which nobody stands is taken by all: slow is better than not at all. Who failed the request
+        before is left out while there are others.
+        """
+        for avoid in (self._avoid, frozenset[str]()):
+            for find in (side, self.state.index.members):
+
+                def stands(node: NodeView, avoid: frozenset[str] = avoid) -> bool:
+                    return node.node_id not in avoid and takes(node)
+
+                if find(group, 1, stands):
+                    found = find(group, NUM_WEIGHED, lambda node: stands(node) and fits(node))
+                    return found + self._by_prefix(found, group, lambda node: stands(node) and fits(node))
+        return []
+
+    def _by_prefix(self, known: list[NodeView], group: Group, accepts: Accepts) -> list[NodeView]:
+        """Further nodes of the same role, those that have cached most of the prompt."""
+        if not known:
+            return []
+        may_prefill, may_decode = known[0].may_prefill, known[0].may_decode
+        seen = {node.node_id for node in known}
+        found: list[NodeView] = []
+        for node_id in sorted(self.hits, key=lambda node_id: (-self.hits[node_id], node_id)):
+            node = self.state.index.member(group, node_id)
+            if node is None or node_id in seen or len(found) == NUM_BY_PREFIX:
+                continue
+            if (node.may_prefill, node.may_decode) == (may_prefill, may_decode) and accepts(node):
+                found.append(node)
+        return found
 
 
-def choose(request: ScheduleRequest, nodes: Sequence[NodeView]) -> Choice | None:
+def choose(request: ScheduleRequest, state: ClusterState, goals: Goals, now: float) -> Choice | None:
     """The best pair; None when no pair has room for the prompt now.
 
     Ties go to the less loaded prefill node, then to the smaller node ids.
     """
-    sides = split(request, nodes)
-    prefill = sorted((prefill_cost(request, node) for node in sides.prefill), key=_rank)
-    decode = sorted((decode_cost(node) for node in sides.decode if has_room(request, node)), key=_rank)
-    pairs = [
-        (p.total_s + transfer_s(request, p.node, d.node) + d.total_s, p, d)
-        for p in prefill
-        for d in decode
-        if can_pair(p.node, d.node)
-    ]
+    weighing = Weighing(request, state, goals, now)
+    # A node with nobody to exchange blocks with serves alone, if nobody else can.
+    for groups in (state.index.whole_groups, state.index.groups):
+        choices = [choice for group in groups if (choice := _choose_in(weighing, group))]
+        if choices:
+            return min(choices, key=lambda choice: choice.predicted_s)
+    return None
+
+
+def _choose_in(weighing: Weighing, group: Group) -> Choice | None:
+    decode = weighing.decode_side(group)
+    if not decode:
+        return None
+    prefill = weighing.prefill_side(group)
+    pairs = [_pair(weighing, p, d) for p in prefill for d in decode]
+    pairs += [_pair(weighing, weighing.prefill_cost(d.node), d) for d in decode if _stays(weighing, d.node)]
     if not pairs:
         return None
-    predicted_s, p, d = min(pairs, key=lambda pair: pair[0])
-    return Choice(
-        prefill=p.node,
-        decode=d.node,
-        predicted_s=predicted_s,
-        wait_s=p.wait_s + d.wait_s,
-        reason=_pair_reason(request, p, d, predicted_s, len(pairs)),
-        prefill_candidates=[_candidate(cost) for cost in prefill[:MAX_CANDIDATES]],
-        decode_candidates=[_candidate(cost) for cost in decode[:MAX_CANDIDATES]],
-    )
+    return _choice(weighing.request, min(pairs, key=_pair_rank), len(pairs), prefill, decode)
 
 
-def split(request: ScheduleRequest, nodes: Sequence[NodeView]) -> Sides:
-    """Who may take which half: usable nodes whose pool can ever hold it, by their prefill cap.
+def _stays(weighing: Weighing, node: NodeView) -> bool:
+    """May a prompt be computed where it will be decoded, though the node is no prefill node?
 
-    Nodes that failed the request before are left out while there are others. A side on which nobody stands is
-    taken by all: slow is better than not at all.
+    Only if its chunks don't disturb those that run there.
     """
-    usable = [node for node in nodes if node.is_usable]
-    usable = [node for node in usable if node.node_id not in request.avoid] or usable
-    for_prompt = [node for node in usable if can_ever_hold(node, request.num_prompt_tokens)]
-    for_all = [node for node in usable if can_ever_hold(node, _all_tokens(request))]
-    return Sides(
-        prefill=[node for node in for_prompt if _may_prefill(node)] or for_prompt,
-        decode=[node for node in for_all if _may_decode(node)] or for_all,
-    )
-
-
-def prefill_cost(request: ScheduleRequest, node: NodeView) -> Cost:
-    """Wait behind the queued tokens and those we have sent since, then the prompt, at the measured rate."""
-    rate = node.report.prefill_tokens_per_s or DEFAULT_PREFILL_TOKENS_PER_S
-    num_queued = node.report.queued_prefill_tokens + node.given.prefill_tokens
-    wait_s, work_s = num_queued / rate, request.num_prompt_tokens / rate
-    return Cost(node, wait_s, work_s, f"{num_queued} tokens ahead at {rate:.0f} tokens/s")
-
-
-def decode_cost(node: NodeView) -> Cost:
-    """Wait for a place among the sequences, then one step, the longer the fuller the batch is."""
-    report = node.report
-    step_s = report.decode_step_s or DEFAULT_DECODE_STEP_S
-    num_sequences = report.num_running + report.num_waiting + node.given.num_sequences
-    num_places = max(1, report.max_num_seqs)
-    # A full batch gives a place back every `ASSUMED_TOKENS_LEFT / num_places` steps.
-    num_ahead = max(0, num_sequences + 1 - num_places)
-    wait_s = num_ahead * step_s * ASSUMED_TOKENS_LEFT / num_places
-    work_s = step_s * (1 + num_sequences / num_places)
-    reason = (
-        f"{num_sequences} of {num_places} sequences, {num_available_blocks(node)} blocks available, "
-        f"step {step_s * 1e3:.0f} ms"
-    )
-    return Cost(node, wait_s, work_s, reason)
-
-
-def transfer_s(request: ScheduleRequest, prefill: NodeView, decode: NodeView) -> float:
-    """Seconds to move the prompt's KV cache; none within one node."""
-    if prefill.node_id == decode.node_id:
-        return 0.0
-    num_blocks = num_blocks_for(prefill, request.num_prompt_tokens)
-    return num_blocks * prefill.descriptor.layout.block_bytes / TRANSFER_BYTES_PER_S
-
-
-def can_pair(prefill: NodeView, decode: NodeView) -> bool:
-    """Only equal layouts of the same weights can exchange blocks."""
-    ours, theirs = prefill.descriptor, decode.descriptor
-    return ours.layout == theirs.layout and ours.model.fingerprint == theirs.model.fingerprint
-
-
-def can_ever_hold(node: NodeView, num_tokens: int) -> bool:
-    return num_blocks_for(node, num_tokens) <= node.descriptor.num_blocks
-
-
-def has_room(request: ScheduleRequest, node: NodeView) -> bool:
-    """Can decode reserve room for the whole prompt, and a token, now?"""
-    return num_blocks_for(node, request.num_prompt_tokens + 1) <= num_available_blocks(node)
-
-
-def num_available_blocks(node: NodeView) -> int:
-    """Free blocks and cached ones, which are evicted on demand, less what we have given away since."""
-    return node.report.blocks.free + node.report.blocks.cached - node.given.num_blocks
-
-
-def num_blocks_for(node: NodeView, num_tokens: int) -> int:
-    return -(-num_tokens // node.descriptor.layout.block_size)
-
-
-def room_in_s(request: ScheduleRequest, node: NodeView) -> float:
-    """Seconds until running sequences will have given back the blocks that the prompt lacks.
-
-    They are taken to end evenly over `ASSUMED_TOKENS_LEFT` steps and to free the same number of blocks each.
-    """
-    num_missing = num_blocks_for(node, request.num_prompt_tokens + 1) - num_available_blocks(node)
-    num_held = max(1, node.descriptor.num_blocks - num_available_blocks(node))
-    step_s = node.report.decode_step_s or DEFAULT_DECODE_STEP_S
-    return max(0, num_missing) / num_held * ASSUMED_TOKENS_LEFT * step_s
+    chunk_s = node.cap * node.speed.prefill_token_s
+    return not node.may_prefill and weighing.step_s(node) + chunk_s <= weighing.goals.itl_s
 
 
 def added_work(request: ScheduleRequest, choice: Choice) -> tuple[Work, Work]:
     """What the choice adds to its prefill node and to its decode node."""
-    num_blocks = num_blocks_for(choice.decode, request.num_prompt_tokens + 1)
-    return Work(prefill_tokens=request.num_prompt_tokens), Work(num_sequences=1, num_blocks=num_blocks)
+    num_blocks = choice.decode.num_blocks_for(request.num_prompt_tokens + 1)
+    return (
+        Work(prefill_tokens=request.num_prompt_tokens - choice.num_cached_tokens),
+        Work(num_sequences=1, num_blocks=num_blocks, context_tokens=request.num_prompt_tokens),
+    )
 
 
-def _may_prefill(node: NodeView) -> bool:
-    """A decode node's cap is one block: that is for its own preempted sequences."""
-    return node.report.max_prefill_tokens_per_step > node.descriptor.layout.block_size
-
-
-def _may_decode(node: NodeView) -> bool:
-    """A prefill node's cap is its whole token budget."""
-    return node.report.max_prefill_tokens_per_step < node.descriptor.token_budget
-
-
-def _all_tokens(request: ScheduleRequest) -> int:
-    return request.num_prompt_tokens + request.max_new_tokens
+def _pair(weighing: Weighing, p: Cost, d: Cost) -> _Pair:
+    transfer_s = weighing.transfer_s(p, d)
+    return _Pair(p.total_s + transfer_s + d.total_s, p, d, transfer_s)
 
 
 def _rank(cost: Cost) -> tuple[float, str]:
     return cost.total_s, cost.node.node_id
 
 
-def _candidate(cost: Cost) -> Candidate:
-    return Candidate(node_id=cost.node.node_id, predicted_s=cost.total_s, reason=cost.reason)
+def _pair_rank(pair: _Pair) -> tuple[float, float, str, str]:
+    return pair.predicted_s, pair.prefill.total_s, pair.prefill.node.node_id, pair.decode.node.node_id
 
 
-def _pair_reason(request: ScheduleRequest, p: Cost, d: Cost, predicted_s: float, num_pairs: int) -> str:
-    moved_s = transfer_s(request, p.node, d.node)
+def _choice(
+    request: ScheduleRequest, best: _Pair, num_pairs: int, prefill: list[Cost], decode: list[Cost]
+) -> Choice:
+    p, d = best.prefill, best.decode
+    return Choice(
+        prefill=p.node,
+        decode=d.node,
+        predicted_s=best.predicted_s,
+        wait_s=p.wait_s + d.wait_s,
+        first_token_s=p.total_s,
+        num_cached_tokens=p.num_cached_tokens,
+        reason=(
+            f"best of {num_pairs} pairs, {best.predicted_s:.3f} s to the second token: wait at "
+            f"{p.node.node_id} {p.wait_s:.3f} s, prefill of "
+            f"{request.num_prompt_tokens - p.num_cached_tokens} tokens {p.work_s:.3f} s, transfer "
+            f"{best.transfer_s:.3f} s, wait at {d.node.node_id} {d.wait_s:.3f} s, step {d.work_s:.3f} s"
+        ),
+        prefill_candidates=[_candidate(cost, _prefill_reason(cost)) for cost in prefill[:MAX_CANDIDATES]],
+        decode_candidates=[_candidate(cost, _decode_reason(cost)) for cost in decode[:MAX_CANDIDATES]],
+    )
+
+
+def _candidate(cost: Cost, reason: str) -> Candidate:
+    return Candidate(node_id=cost.node.node_id, predicted_s=cost.total_s, reason=reason)
+
+
+def _prefill_reason(cost: Cost) -> str:
+    return f"{cost.node.num_queued_tokens} tokens ahead, {cost.num_cached_tokens} of the prompt cached"
+
+
+def _decode_reason(cost: Cost) -> str:
+    node = cost.node
     return (
-        f"best of {num_pairs} pairs, {predicted_s:.3f} s to the second token: wait at {p.node.node_id} "
-        f"{p.wait_s:.3f} s, prefill {p.work_s:.3f} s, transfer {moved_s:.3f} s, "
-        f"wait at {d.node.node_id} {d.wait_s:.3f} s, step {d.work_s:.3f} s"
+        f"{node.num_sequences} of {node.report.max_num_seqs} sequences, "
+        f"{node.num_available_blocks} blocks available, step {cost.work_s * 1e3:.0f} ms"
     )

@@ -5,16 +5,24 @@ Plain data, rebuilt from reports within a period. Reads no clock: `now` is secon
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from flowkv_common.wire.messages import LoadReport, NodeDescriptor, NodeRef
+from flowkv_scheduler.index import Index
+from flowkv_scheduler.prefixes import PrefixIndex
+from flowkv_scheduler.speed import Speed, speed_of
 
 # A node is silent after this many of its own report periods: no new work.
 SILENT_AFTER_PERIODS = 3.0
-# Load reports lag: what we gave a node counts on top of its report for so long, then the report shows it.
+# Load reports lag: what we gave a node counts on top of its report for so long, unless it shows it sooner.
 CHOICES_COUNT_FOR_PERIODS = 2.0
 _FORGET_REPORT_AFTER_S = 60.0
+# Weight of the newest prompt in the mean length.
+_SMOOTHING = 0.05
+_FIRST_MEAN_TOKENS = 512.0
 
 
 class Work(NamedTuple):
@@ -23,90 +31,209 @@ class Work(NamedTuple):
     prefill_tokens: int = 0
     num_sequences: int = 0
     num_blocks: int = 0
+    context_tokens: int = 0
+
+    def plus(self, other: Work, sign: int = 1) -> Work:
+        return Work(*(mine + sign * theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 class NodeView(NamedTuple):
-    """A node as the policy sees it: what it is, its last report, and what we gave it since."""
+    """A node as the policy sees it: what it is, its last report, what we gave it since, and what it costs."""
 
     descriptor: NodeDescriptor
     report: LoadReport
-    age_s: float
-    given: Work = Work()
+    heard_at: float
+    given: Work
+    speed: Speed
+    chunk_beside_s: float  # what a prompt's steps compute besides
+    prefill_wait_s: float  # until a prompt that comes now is begun
+    step_s: float  # of a decode step, were one more sequence of mean length there
 
     @property
     def node_id(self) -> str:
         return self.descriptor.node.node_id
 
     @property
-    def is_silent(self) -> bool:
-        return self.age_s > SILENT_AFTER_PERIODS * self.report.period_s
+    def cap(self) -> int:
+        return self.report.max_prefill_tokens_per_step
 
     @property
-    def is_usable(self) -> bool:
+    def chunk(self) -> int:
+        """Tokens of a prompt in one step."""
+        return max(self.cap, self.descriptor.layout.block_size)
+
+    @property
+    def may_prefill(self) -> bool:
+        """A decode node's cap is one block: that is for its own preempted sequences."""
+        return self.cap > self.descriptor.layout.block_size
+
+    @property
+    def may_decode(self) -> bool:
+        """A prefill node's cap is its whole token budget."""
+        return self.cap < self.descriptor.token_budget
+
+    @property
+    def num_sequences(self) -> int:
+        return self.report.num_running + self.report.num_waiting + self.given.num_sequences
+
+    @property
+    def num_context_tokens(self) -> int:
+        return self.report.num_context_tokens + self.given.context_tokens
+
+    @property
+    def num_queued_tokens(self) -> int:
+        return self.report.queued_prefill_tokens + self.given.prefill_tokens
+
+    @property
+    def num_available_blocks(self) -> int:
+        """Free blocks and cached ones, which are evicted on demand, less what we have given away since."""
+        blocks = self.report.blocks
+        return blocks.free + blocks.cached - self.given.num_blocks
+
+    def is_usable(self, now: float) -> bool:
         """May it get new work?"""
-        return self.report.ready and not self.report.draining and not self.is_silent
+        silent = now - self.heard_at > SILENT_AFTER_PERIODS * self.report.period_s
+        return self.report.ready and not self.report.draining and not silent
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.descriptor.layout.block_size)
+
+    def can_ever_hold(self, num_tokens: int) -> bool:
+        return self.num_blocks_for(num_tokens) <= self.descriptor.num_blocks
 
 
-class _Received(NamedTuple):
-    report: LoadReport
-    at: float
+class _Given(NamedTuple):
+    """One choice of ours: it counts until `until`, or until the node has taken on `ticket` prompts."""
+
+    until: float
+    ticket: float
+    work: Work
+
+
+class _Node:
+    """What belongs to one life of one node."""
+
+    def __init__(self, report: LoadReport, now: float) -> None:
+        self.report = report
+        self.heard_at = now
+        self.given: deque[_Given] = deque()
+        self.given_sum = Work()
+        self.num_sent = report.num_accepted  # prompts that it will have taken on once all of ours are there
+
+    def forget(self, now: float) -> None:
+        """Drop the choices that the report shows, and those that have had their time."""
+        kept: deque[_Given] = deque()
+        num_lost = 0
+        for given in self.given:
+            is_shown = given.ticket <= self.report.num_accepted
+            if is_shown or given.until <= now:
+                self.given_sum = self.given_sum.plus(given.work, -1)
+                # A prompt that never came must not keep those after it from being recognized.
+                num_lost += not is_shown and given.ticket < math.inf
+            else:
+                kept.append(given._replace(ticket=given.ticket - num_lost))
+        self.given = kept
+        self.num_sent = max(self.num_sent - num_lost, self.report.num_accepted)
 
 
 class ClusterState:
     """Joins descriptors and reports by node *and* incarnation: a former life never passes for the present."""
 
     def __init__(self) -> None:
+        self.index = Index()
+        self.prefixes = PrefixIndex()
+        self.mean_prompt_tokens = _FIRST_MEAN_TOKENS
         self._descriptors: dict[str, NodeDescriptor] = {}
-        self._received: dict[NodeRef, _Received] = {}
-        self._given: dict[NodeRef, list[tuple[float, Work]]] = {}
+        self._nodes: dict[NodeRef, _Node] = {}
+        self._views: dict[str, NodeView] = {}
 
     def set_descriptors(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         """All nodes of the registry, by id."""
-        self._descriptors = dict(descriptors)
+        before, self._descriptors = self._descriptors, dict(descriptors)
+        for node_id in before.keys() | descriptors.keys():
+            if before.get(node_id) != descriptors.get(node_id):
+                self._refresh(node_id)
 
     def add_report(self, report: LoadReport, now: float) -> None:
         """Take a report; the latest of a life wins, an older one that was overtaken is dropped."""
-        known = self._received.get(report.node)
-        if known is None or report.seq >= known.report.seq:
-            self._received[report.node] = _Received(report, now)
+        known = self._nodes.get(report.node)
+        if known is None:
+            self._nodes[report.node] = _Node(report, now)
+            self._forget_silent(now)
+        elif report.seq >= known.report.seq:
+            known.report, known.heard_at = report, now
+            known.forget(now)
+        self._refresh(report.node.node_id)
 
-    def add_work(self, node: NodeRef, work: Work, now: float) -> None:
-        """Count what we gave a node at once, until its reports show it."""
-        self._given.setdefault(node, []).append((now, work))
+    def add_prompt(self, node: NodeRef, work: Work, now: float) -> None:
+        """Count a prompt that we gave a node, until its report shows it or two periods have passed."""
+        if known := self._nodes.get(node):
+            known.num_sent += 1
+            until = now + CHOICES_COUNT_FOR_PERIODS * known.report.period_s
+            self._give(known, _Given(until, known.num_sent, work))
+
+    def add_sequence(self, node: NodeRef, work: Work, arrives_in_s: float, now: float) -> None:
+        """Count a sequence that will come to a node in `arrives_in_s`, until two periods after that."""
+        if known := self._nodes.get(node):
+            until = now + arrives_in_s + CHOICES_COUNT_FOR_PERIODS * known.report.period_s
+            self._give(known, _Given(until, math.inf, work))
+
+    def see_prompt(self, num_tokens: int) -> None:
+        """Learn how long prompts are: that tells what a queue of so many tokens costs."""
+        self.mean_prompt_tokens += _SMOOTHING * (num_tokens - self.mean_prompt_tokens)
 
     def touch_all(self, now: float) -> None:
         """Start all ages anew: after a reconnect the silence was ours, not the nodes'."""
-        self._received = {node: known._replace(at=now) for node, known in self._received.items()}
+        for ref, known in self._nodes.items():
+            known.heard_at = now
+            self._refresh(ref.node_id)
 
-    def views(self, now: float) -> list[NodeView]:
+    def views(self) -> list[NodeView]:
         """The nodes that have both told what they are and reported, by id."""
-        self._forget(now)
-        views = []
-        for _, descriptor in sorted(self._descriptors.items()):
-            known = self._received.get(descriptor.node)
-            if known is not None:
-                given = _sum(work for _, work in self._given.get(descriptor.node, ()))
-                views.append(NodeView(descriptor, known.report, now - known.at, given))
-        return views
+        return [view for _, view in sorted(self._views.items())]
 
-    def _forget(self, now: float) -> None:
-        for node, known in list(self._received.items()):
-            if now - known.at > max(_FORGET_REPORT_AFTER_S, SILENT_AFTER_PERIODS * known.report.period_s):
-                del self._received[node]
-        for node, given in list(self._given.items()):
-            if node not in self._received:
-                del self._given[node]
-                continue
-            counts_for_s = CHOICES_COUNT_FOR_PERIODS * self._received[node].report.period_s
-            self._given[node] = [(at, work) for at, work in given if now - at < counts_for_s]
+    def view(self, node_id: str) -> NodeView | None:
+        return self._views.get(node_id)
 
+    def usable(self, now: float) -> Iterator[NodeView]:
+        return (view for view in self._views.values() if view.is_usable(now))
 
-def _sum(works: Iterable[Work]) -> Work:
-    total = Work()
-    for work in works:
-        total = Work(
-            total.prefill_tokens + work.prefill_tokens,
-            total.num_sequences + work.num_sequences,
-            total.num_blocks + work.num_blocks,
+    def _give(self, known: _Node, given: _Given) -> None:
+        known.given.append(given)
+        known.given_sum = known.given_sum.plus(given.work)
+        self._refresh(known.report.node.node_id)
+
+    def _refresh(self, node_id: str) -> None:
+        """Compute the node's view anew and put it where the index keeps it."""
+        descriptor = self._descriptors.get(node_id)
+        known = self._nodes.get(descriptor.node) if descriptor else None
+        if descriptor is None or known is None:
+            self._views.pop(node_id, None)
+            self.index.remove(node_id)
+            return
+        view = self._make_view(descriptor, known)
+        self._views[node_id] = view
+        self.index.put(view)
+
+    def _make_view(self, descriptor: NodeDescriptor, known: _Node) -> NodeView:
+        report, given = known.report, known.given_sum
+        speed = speed_of(report)
+        view = NodeView(descriptor, report, known.heard_at, given, speed, 0.0, 0.0, 0.0)
+        mean, num_queued = self.mean_prompt_tokens, view.num_queued_tokens
+        beside_s = speed.chunk_beside_s(
+            report.num_running, report.num_context_tokens, is_decode=not view.may_prefill
         )
-    return total
+        wait_s = speed.prefill_s(num_queued, 0, view.chunk, beside_s)
+        # The queue is of prompts of mean length, not one prompt.
+        wait_s += num_queued * (mean - num_queued) / 2 * speed.attended_token_s
+        step_s = speed.decode_step_s(view.num_sequences + 1, view.num_context_tokens + int(mean))
+        step_s += min(num_queued, view.chunk) * speed.prefill_token_s
+        return view._replace(chunk_beside_s=beside_s, prefill_wait_s=max(0.0, wait_s), step_s=step_s)
+
+    def _forget_silent(self, now: float) -> None:
+        """Lives that ended long ago; asked when a new one begins, so memory stays bounded."""
+        for ref, known in list(self._nodes.items()):
+            silent_s = SILENT_AFTER_PERIODS * known.report.period_s
+            if now - known.heard_at > max(_FORGET_REPORT_AFTER_S, silent_s):
+                del self._nodes[ref]
+                self._refresh(ref.node_id)

@@ -1,0 +1,249 @@
+"""What a scheduling decision costs: `python -m benchmarks.decisions --json FILE`.
+
+One planner, fed with the reports of many nodes and asked for pairs, as the scheduler's process does it, but
+without NATS. Half of the nodes prefill, half decode; a third of each is three times slower. Requests end after
+a while, so that a steady number of them is in flight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from benchmarks.host import commit, describe_host
+from flowkv_common.errors import Full
+from flowkv_common.wire.messages import (
+    BlockCounts,
+    LoadReport,
+    ModelCard,
+    NodeDescriptor,
+    NodeRef,
+    PoolLayout,
+    ScheduleRequest,
+    StepFit,
+    Wait,
+)
+from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.policy import Choice, Goals
+
+PERIOD_S = 0.5
+NUM_BLOCKS = 20_000
+TOKEN_BUDGET = 2048
+LAYOUT = PoolLayout(num_layers=32, block_size=16, num_kv_heads=8, head_dim=128, dtype="bfloat16")
+CARD = ModelCard(name="m", fingerprint="f", max_model_len=131072, vocab_size=128256, eos_token_ids=[2])
+
+
+class Timed(NamedTuple):
+    """What was measured, in microseconds where nothing else is said."""
+
+    num_nodes: int
+    num_in_flight: int
+    num_decisions: int
+    decisions_per_s: float
+    decision_p50_us: float
+    decision_p99_us: float
+    decision_max_us: float
+    report_p50_us: float
+    tick_ms: float
+    rss_mb_before: float
+    rss_mb_after: float
+    num_waits_and_refusals: int
+
+
+class Nodes:
+    """What the nodes would report: counts of what they were given and have not finished."""
+
+    def __init__(self, num_nodes: int) -> None:
+        self.ids = [f"node-{number:04}" for number in range(num_nodes)]
+        self.tokens = dict.fromkeys(self.ids, 0)
+        self.sequences = dict.fromkeys(self.ids, 0)
+        self.accepted = dict.fromkeys(self.ids, 0)
+        self._seq = 0
+
+    def descriptors(self) -> dict[str, NodeDescriptor]:
+        return {node_id: _descriptor(node_id, _role(number)) for number, node_id in enumerate(self.ids)}
+
+    def report(self, number: int) -> LoadReport:
+        node_id = self.ids[number]
+        self._seq += 1
+        used = self.sequences[node_id] * 70
+        return LoadReport(
+            node=NodeRef(node_id=node_id, incarnation="i"),
+            seq=self._seq,
+            period_s=PERIOD_S,
+            ready=True,
+            draining=False,
+            max_prefill_tokens_per_step=TOKEN_BUDGET if _role(number) == "prefill" else 16,
+            queued_prefill_tokens=self.tokens[node_id],
+            num_waiting=0,
+            num_running=self.sequences[node_id],
+            max_num_seqs=256,
+            blocks=BlockCounts(
+                total=NUM_BLOCKS,
+                free=NUM_BLOCKS - used,
+                cached=0,
+                leased=used,
+                quarantined=0,
+                longest_free_run=NUM_BLOCKS - used,
+            ),
+            prefill_tokens_per_s=20_000.0,
+            decode_step_s=0.01,
+            num_handoffs=0,
+            handoff_bytes=0,
+            num_context_tokens=self.sequences[node_id] * 1100,
+            num_accepted=self.accepted[node_id],
+            step=_fit(1.0 if number % 3 else 3.0),
+        )
+
+
+def _role(number: int) -> str:
+    return "decode" if number % 2 else "prefill"
+
+
+def _descriptor(node_id: str, role: str) -> NodeDescriptor:
+    return NodeDescriptor(
+        node=NodeRef(node_id=node_id, incarnation="i"),
+        role=role,
+        model=CARD,
+        layout=LAYOUT,
+        num_blocks=NUM_BLOCKS,
+        token_budget=TOKEN_BUDGET,
+        max_prefill_tokens_per_step=TOKEN_BUDGET if role == "prefill" else 16,
+        guests=["decode", "prefill"],
+        connectors=["tcp"],
+        host="h",
+        pid=1,
+        metrics_url="",
+        version="0",
+    )
+
+
+def _fit(slower: float) -> StepFit:
+    return StepFit(
+        base_s=0.008 * slower,
+        prefill_token_s=4e-5 * slower,
+        attended_token_s=1e-9 * slower,
+        sequence_s=2e-5 * slower,
+        context_token_s=1e-8 * slower,
+    )
+
+
+def requests(seed: int) -> Iterator[ScheduleRequest]:
+    """Prompts of about 1,000 tokens; every second one begins like one of 200 others."""
+    draw = random.Random(seed)
+    number = 0
+    while True:
+        number += 1
+        num_tokens = max(16, round(draw.lognormvariate(6.9, 0.8)))
+        chain = draw.randrange(200) if draw.random() < 0.5 else 1000 + number
+        hashes = [f"{chain:016x}{place:016x}" for place in range(num_tokens // 16)]
+        yield ScheduleRequest(
+            request_id=f"r{number}",
+            attempt=0,
+            num_prompt_tokens=num_tokens,
+            max_new_tokens=300,
+            block_hashes=hashes,
+        )
+
+
+def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> Timed:
+    """Asks `num_decisions` times; reports come in between, as many as fall into the time at 5,000 a second."""
+    planner, nodes = Planner(Goals(max_wait_s=1e9)), Nodes(num_nodes)
+    planner.set_descriptors(nodes.descriptors())
+    for number in range(num_nodes):
+        planner.add_report(nodes.report(number), 0.0)
+    running: deque[Choice] = deque()
+    decisions, reports, ticks = [], [], []
+    num_others, due, now = 0, 0.0, 0.0
+    memory_before = 0.0
+    for place, request in enumerate(requests(0)):
+        if place == num_decisions:
+            break
+        if place == num_decisions // 10:
+            memory_before = _rss_mb()
+        now += 1 / 5000
+        due += num_nodes / PERIOD_S / 5000
+        while due >= 1:
+            due -= 1
+            report = nodes.report(len(reports) % num_nodes)
+            reports.append(_timed(lambda report=report: planner.add_report(report, now)))
+        if place % 2500 == 0:
+            ticks.append(_timed(lambda: planner.tick(now)))
+        began = time.perf_counter()
+        try:
+            decision = planner.schedule(request, now)
+        except Full:
+            decision = Wait(retry_in_s=1.0, reason="refused")
+        decisions.append(time.perf_counter() - began)
+        if isinstance(decision, Choice):
+            _begin(nodes, decision, running, num_in_flight)
+        else:
+            num_others += 1
+        if len(reports) > 100_000:
+            del reports[num_nodes * (50_000 // num_nodes) :]
+    decisions.sort()
+    return Timed(
+        num_nodes=num_nodes,
+        num_in_flight=len(running),
+        num_decisions=num_decisions,
+        decisions_per_s=num_decisions / sum(decisions),
+        decision_p50_us=decisions[len(decisions) // 2] * 1e6,
+        decision_p99_us=decisions[len(decisions) * 99 // 100] * 1e6,
+        decision_max_us=decisions[-1] * 1e6,
+        report_p50_us=sorted(reports)[len(reports) // 2] * 1e6,
+        tick_ms=sorted(ticks)[len(ticks) // 2] * 1e3,
+        rss_mb_before=memory_before,
+        rss_mb_after=_rss_mb(),
+        num_waits_and_refusals=num_others,
+    )
+
+
+def _begin(nodes: Nodes, choice: Choice, running: deque[Choice], num_in_flight: int) -> None:
+    """The nodes take it on; the oldest ends when there are enough."""
+    nodes.accepted[choice.prefill.node_id] += 1
+    nodes.sequences[choice.decode.node_id] += 1
+    running.append(choice)
+    if len(running) > num_in_flight:
+        nodes.sequences[running.popleft().decode.node_id] -= 1
+
+
+def _timed(work) -> float:  # type: ignore[no-untyped-def]
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _rss_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decisions", description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--nodes", type=int, nargs="+", default=[8, 100, 1000])
+    parser.add_argument("--in-flight", type=int, default=10_000)
+    parser.add_argument("--decisions", type=int, default=100_000)
+    options = parser.parse_args(argv)
+    rows = []
+    for num_nodes in options.nodes:
+        row = measure(num_nodes, options.in_flight, options.decisions)
+        rows.append(row._asdict())
+        print("  ".join(f"{name} {value:,.1f}" for name, value in row._asdict().items()), flush=True)
+    report = {"benchmark": "decisions", "commit": commit(), "host": describe_host(), "rows": rows}
+    options.json.write_bytes(msgspec.json.format(json.dumps(report).encode(), indent=1) + b"\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

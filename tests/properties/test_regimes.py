@@ -1,0 +1,88 @@
+"""What lending never does, whatever the load: checked over random histories of a cluster."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from imagined_nodes import BLOCK_SIZE, CAPS, NUM_BLOCKS, TOKEN_BUDGET, Imagined, cluster, node
+
+from flowkv_scheduler.orders import MoveCap, Order
+from flowkv_scheduler.policy import Goals
+from flowkv_scheduler.regimes import Regimes, Thresholds, home_cap
+
+GOALS = Goals(ttft_s=4.0, itl_s=0.25)
+AT = Thresholds(dwell_s=5.0)
+TICK_S = 0.5
+
+# Per tick: tokens queued at prefill nodes, sequences at decode nodes, and who answers.
+loads = st.tuples(st.sampled_from([0, 100, 9000]), st.sampled_from([0, 2, 15]), st.integers(0, 15))
+histories = st.lists(st.tuples(loads, st.integers(1, 12)), max_size=12)
+
+
+def nodes_under(load: tuple[int, int, int], caps: dict[str, int], num_each: int) -> list[Imagined]:
+    queued, running, absent = load
+    found = []
+    for number in range(2 * num_each):
+        role = "prefill" if number < num_each else "decode"
+        if absent & (1 << number):
+            continue
+        name = f"n{number}"
+        busy = {"queued_prefill_tokens": queued} if role == "prefill" else {"num_running": running}
+        free = NUM_BLOCKS - 8 * running if role == "decode" else NUM_BLOCKS
+        found.append(
+            node(name, role, free=free, max_prefill_tokens_per_step=caps.get(name, CAPS[role]), **busy)
+        )
+    return found
+
+
+def played(history: list[tuple[tuple[int, int, int], int]], num_each: int = 2) -> list[tuple[float, Order]]:
+    """All orders of a history in which nodes obey at once."""
+    regimes, caps, orders, now = Regimes(GOALS, AT), dict[str, int](), list[tuple[float, Order]](), 0.0
+    for load, num_ticks in history:
+        for _ in range(num_ticks):
+            now += TICK_S
+            views = cluster(*nodes_under(load, caps, num_each)).views()
+            for order in regimes.tick(views, now):
+                orders.append((now, order))
+                if isinstance(order, MoveCap):
+                    caps[order.node.node_id] = order.cap
+    return orders
+
+
+@given(histories)
+def test_no_move_is_undone_within_its_dwell_time(history: list[tuple[tuple[int, int, int], int]]) -> None:
+    lent_at: dict[str, float] = {}
+    for now, order in played(history):
+        if not isinstance(order, MoveCap):
+            continue
+        name = order.node.node_id
+        if order.cap == home_of(name):
+            assert now - lent_at.pop(name) >= AT.dwell_s
+        else:
+            lent_at.setdefault(name, now)
+
+
+@given(histories)
+def test_caps_stay_between_a_block_and_the_budget(history: list[tuple[tuple[int, int, int], int]]) -> None:
+    for _, order in played(history):
+        if isinstance(order, MoveCap):
+            assert BLOCK_SIZE <= order.cap <= TOKEN_BUDGET
+
+
+@given(histories)
+def test_the_same_history_gives_the_same_orders(history: list[tuple[tuple[int, int, int], int]]) -> None:
+    assert played(history) == played(history)
+
+
+@given(loads, st.integers(40, 80))
+def test_under_steady_load_it_comes_to_rest(load: tuple[int, int, int], num_ticks: int) -> None:
+    """No load makes it lend and take back for ever: in each dwell time at most one move per node."""
+    moves = [(now, order) for now, order in played([(load, num_ticks)]) if isinstance(order, MoveCap)]
+    allowed = 1 + num_ticks * TICK_S / AT.dwell_s
+    for name in {order.node.node_id for _, order in moves}:
+        assert sum(order.node.node_id == name for _, order in moves) <= allowed
+
+
+def home_of(name: str) -> int:
+    role = "prefill" if int(name[1:]) < 2 else "decode"
+    return home_cap(node(name, role).descriptor)

@@ -1,0 +1,156 @@
+"""Signs, lending and scaling, case by case."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from imagined_nodes import CAPS, NUM_BLOCKS, TOKEN_BUDGET, Imagined, cluster, node
+
+from flowkv_common.wire.messages import StepFit
+from flowkv_scheduler.orders import MoveCap, Order, RegimeChange, ScaleWanted
+from flowkv_scheduler.policy import Goals
+from flowkv_scheduler.regimes import Regimes, Thresholds
+
+GOALS = Goals(ttft_s=4.0, itl_s=0.25)
+AT = Thresholds()
+FIT = StepFit(base_s=0.05, prefill_token_s=1e-3, attended_token_s=0.0, sequence_s=0.01, context_token_s=0.0)
+
+
+def prefill(name: str = "p0", queued: int = 0, **changes: Any) -> Imagined:
+    return node(name, "prefill", queued_prefill_tokens=queued, step=FIT, **changes)
+
+
+def decode(name: str = "d0", running: int = 0, **changes: Any) -> Imagined:
+    free = NUM_BLOCKS - 2 * running
+    return node(name, "decode", num_running=running, step=FIT, **({"free": free} | changes))
+
+
+class Run:
+    """Ticks every half second; nodes obey at once unless `obey` is off."""
+
+    def __init__(self, regimes: Regimes | None = None) -> None:
+        self.regimes = regimes or Regimes(GOALS, AT)
+        self.caps: dict[str, int] = {}
+        self.now = 0.0
+
+    def tick(self, *nodes: Imagined, times: int = 1, obey: bool = True) -> list[Order]:
+        orders: list[Order] = []
+        for _ in range(times):
+            self.now += 0.5
+            found = [self._with_cap(one) for one in nodes]
+            said = self.regimes.tick(cluster(*found).views(), self.now)
+            if obey:
+                self.caps |= {o.node.node_id: o.cap for o in said if isinstance(o, MoveCap)}
+            orders += said
+        return orders
+
+    def _with_cap(self, one: Imagined) -> Imagined:
+        cap = self.caps.get(one.node_id, one.report.max_prefill_tokens_per_step)
+        fields = {name: getattr(one.report, name) for name in one.report.__struct_fields__}
+        return one._replace(report=type(one.report)(**fields | {"max_prefill_tokens_per_step": cap}))
+
+
+def moves(orders: list[Order]) -> list[tuple[str, int]]:
+    return [(order.node.node_id, order.cap) for order in orders if isinstance(order, MoveCap)]
+
+
+def test_idle_cluster_is_left_alone() -> None:
+    assert Run().tick(prefill(), decode(), times=10) == []
+
+
+def test_a_sign_must_last_before_a_node_is_lent() -> None:
+    run = Run()
+    assert run.tick(prefill(queued=4000), decode(), times=AT.num_ticks - 1) == []
+    run.tick(prefill(), decode())
+    assert run.tick(prefill(queued=4000), decode(), times=AT.num_ticks - 1) == []
+    orders = run.tick(prefill(queued=4000), decode())
+    assert [type(order) for order in orders] == [RegimeChange, MoveCap]
+    assert "imbalance prefill" in orders[0].reason
+
+
+def test_the_idlest_node_is_lent_with_the_cap_that_its_sequences_leave() -> None:
+    nodes = (prefill(queued=4000), decode("d0", running=3), decode("d1", running=1))
+    orders = Run().tick(*nodes, times=AT.num_ticks)
+    # 0.8 x 250 ms, less the base and one sequence: 140 tokens of 1 ms, in whole blocks.
+    assert moves(orders) == [("d1", 128)]
+
+
+def test_prefill_node_is_lent_to_decode() -> None:
+    nodes = (prefill(), decode("d0", running=15))
+    orders = Run().tick(*nodes, times=AT.num_ticks)
+    assert [name for name, _ in moves(orders)] == ["p0"]
+    assert CAPS["decode"] < moves(orders)[0][1] < TOKEN_BUDGET
+
+
+def test_it_is_taken_back_when_all_is_well_but_not_before_its_time() -> None:
+    run = Run()
+    run.tick(prefill(queued=4000), decode(), times=AT.num_ticks)
+    lent_at = run.now
+    orders = []
+    while not orders:
+        orders = moves(run.tick(prefill(), decode()))
+        assert run.now < 60
+    assert orders == [("d0", CAPS["decode"])]
+    assert run.now - lent_at >= AT.dwell_s
+
+
+def test_a_lent_node_stays_while_it_is_needed() -> None:
+    run = Run()
+    run.tick(prefill(queued=4000), decode(), times=AT.num_ticks)
+    assert moves(run.tick(prefill(queued=1500), decode(), times=100)) == []
+
+
+def test_cap_of_a_lent_node_follows_its_sequences() -> None:
+    run = Run()
+    run.tick(prefill(queued=4000), decode(), times=AT.num_ticks)
+    assert run.caps["d0"] == 144
+    run.tick(prefill(queued=4000), decode(running=9))
+    assert run.caps["d0"] == 48
+
+
+def test_an_order_is_repeated_until_the_report_shows_it() -> None:
+    run = Run()
+    nodes = (prefill(queued=4000), decode())
+    first = moves(run.tick(*nodes, times=AT.num_ticks, obey=False))
+    assert moves(run.tick(*nodes, obey=False)) == first == [("d0", 144)]
+    run.caps["d0"] = 144
+    assert moves(run.tick(*nodes)) == []
+
+
+def test_a_new_leader_takes_over_what_another_has_lent() -> None:
+    run = Run()
+    run.caps["d0"] = 144
+    assert moves(run.tick(prefill(), decode(), times=int(AT.dwell_s / 0.5))) == []
+    assert moves(run.tick(prefill(), decode(), times=2)) == [("d0", CAPS["decode"])]
+
+
+def test_when_all_prefill_nodes_are_gone_decode_nodes_prefill_at_once() -> None:
+    assert [name for name, _ in moves(Run().tick(decode("d0"), decode("d1")))] == ["d0"]
+
+
+def test_when_all_decode_nodes_are_gone_prefill_nodes_decode_at_once() -> None:
+    run = Run()
+    assert [name for name, _ in moves(run.tick(prefill("p0")))] == ["p0"]
+    assert moves(run.tick(prefill("p0"), times=100)) == []  # nobody else would
+
+
+def test_overload_asks_for_nodes() -> None:
+    nodes = (prefill(queued=9000), decode("d0", running=15), decode("d1", running=15))
+    orders = Run().tick(*nodes, times=AT.num_ticks)
+    wanted = [order for order in orders if isinstance(order, ScaleWanted)]
+    assert [(order.role, order.change) for order in wanted] == [("prefill", 1)]
+    assert moves(orders) == []
+    assert orders[0] == RegimeChange("normal", "overload", orders[0].reason)
+
+
+def test_a_long_idle_cluster_could_do_with_fewer_nodes() -> None:
+    nodes = (prefill(), decode("d0"), decode("d1"))
+    orders = Run().tick(*nodes, times=int(AT.idle_s / 0.5) + 2)
+    assert [(o.role, o.change) for o in orders if isinstance(o, ScaleWanted)] == [("decode", -1)]
+
+
+@pytest.mark.parametrize("queued", [0, 4000])
+def test_without_lending_no_cap_is_moved(queued: int) -> None:
+    run = Run(Regimes(GOALS, AT, lends=False))
+    assert moves(run.tick(prefill(queued=queued), decode(), times=50)) == []
