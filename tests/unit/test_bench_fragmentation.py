@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fragmentation import traces
+from benchmarks import traces
 from benchmarks.fragmentation.__main__ import main
 from benchmarks.fragmentation.replay import Conditions, Replay, num_runs
 from benchmarks.fragmentation.report import COLUMNS, of_counts, table
-from benchmarks.fragmentation.traces import Request, TraceError
+from benchmarks.traces import Request, TraceError
 
 
 def replayed(requests: list[Request], *, num_blocks: int, level: float, has_cache: bool, room: int) -> Replay:
