@@ -7,7 +7,7 @@ decode, so that nothing is ever preempted; it waits for room instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -19,7 +19,6 @@ from benchmarks.traces import TOKENS_PER_HASH_ID
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import LoadReport, NodeDescriptor, ScheduleRequest, Wait
 from flowkv_scheduler.planner import MoveCap, Order
-from flowkv_scheduler.policy import Choice
 
 # What clients ask for: the scheduler knows no more of the length of an answer.
 ASKED_NEW_TOKENS = 2048
@@ -32,14 +31,29 @@ REQUEST_TIMEOUT_S = 600.0
 TIMEOUT_CODE = 504
 
 
+class Chosen(Protocol):
+    """A node of the pair: as FlowKV's view of it, or just its name."""
+
+    @property
+    def node_id(self) -> str: ...
+
+
+class Pair(Protocol):
+    @property
+    def prefill(self) -> Chosen: ...
+
+    @property
+    def decode(self) -> Chosen: ...
+
+
 class Scheduling(Protocol):
     """What the simulator asks of a planner: FlowKV's, or one that it is compared with."""
 
-    def set_descriptors(self, descriptors: dict[str, NodeDescriptor]) -> None: ...
+    def set_descriptors(self, descriptors: Mapping[str, NodeDescriptor]) -> None: ...
 
     def add_report(self, report: LoadReport, now: float) -> None: ...
 
-    def schedule(self, request: ScheduleRequest, now: float) -> Choice | Wait: ...
+    def schedule(self, request: ScheduleRequest, now: float) -> Pair | Wait: ...
 
     def tick(self, now: float) -> list[Order]: ...
 

@@ -75,7 +75,7 @@ def make_planner(policy: str, targets: Targets, seed: int) -> Scheduling:
     goals = Goals(ttft_s=targets.ttft_s, itl_s=targets.tpot_s)
     if policy in ("flowkv", "static"):
         return Planner(goals, lends=policy == "flowkv")
-    return BASELINES[policy](seed)
+    return BASELINES[policy](goals, seed)
 
 
 POLICIES = ("flowkv", "static", *BASELINES)
