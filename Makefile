@@ -9,10 +9,11 @@ PORT    ?= 8000
 TRACE   ?=
 TRANSFER ?=
 OVERLAP ?=
+SIMULATE ?=
 REQUESTS ?= 100000
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects lint fmt clean
+.PHONY: help install up test test-full bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects simulate lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -46,6 +47,10 @@ test: $(VENV)/ready-dev ## the tests: real NATS, real model, real processes
 
 test-full: $(VENV)/ready-dev ## the tests and the long matrices
 	$(PY) -m pytest -m "not gpu"
+
+simulate: $(VENV)/ready-dev ## policies side by side in simulated clusters; TRACE=file SIMULATE="--load 1.0"
+	@mkdir -p .run
+	$(PY) -m benchmarks.simulate --json .run/simulate.json $(addprefix --trace ,$(TRACE)) $(SIMULATE)
 
 lint: $(VENV)/ready-dev ## ruff, mypy --strict, import boundaries
 	$(VENV)/bin/ruff check .

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.fragmentation.plot import plot
 from benchmarks.fragmentation.replay import Conditions, Replay
 from benchmarks.fragmentation.report import figures, table
-from benchmarks.fragmentation.traces import Request, TraceError, load, repeated, synthetic
+from benchmarks.traces import Request, TraceError, load, repeated, synthetic
 from flowkv_common.kv.blocks import OutOfBlocks
 
 LEVELS = (0.6, 0.75, 0.9)

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from benchmarks.fragmentation.free_list import FreeList
 from benchmarks.fragmentation.sides import DecodeSide, PrefillSide, Running
-from benchmarks.fragmentation.traces import Request
+from benchmarks.traces import Request
 from flowkv_common.kv.alignment import align
 from flowkv_common.kv.blocks import Blocks
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from time import thread_time_ns
 from typing import Protocol
 
-from benchmarks.fragmentation.traces import Request
+from benchmarks.traces import Request
 from flowkv_common.kv.alignment import runs_of
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fragmentation import traces
+from benchmarks import traces
 from benchmarks.fragmentation.__main__ import main
 from benchmarks.fragmentation.replay import Conditions, Replay, num_runs
 from benchmarks.fragmentation.report import COLUMNS, of_counts, table
-from benchmarks.fragmentation.traces import Request, TraceError
+from benchmarks.traces import Request, TraceError
 
 
 def replayed(requests: list[Request], *, num_blocks: int, level: float, has_cache: bool, room: int) -> Replay:
@@ -74,11 +74,14 @@ def test_equal_hash_ids_are_equal_blocks() -> None:
 
 def test_reads_both_formats(tmp_path: Path) -> None:
     mooncake, azure = tmp_path / "m.jsonl", tmp_path / "a.csv"
-    mooncake.write_text('{"timestamp": 0, "input_length": 700, "output_length": 5, "hash_ids": [0, 4]}\n')
-    azure.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,374,44\n")
-    assert traces.load(mooncake) == [Request(700, 5, (0, 4))]
-    assert traces.load(azure) == [Request(374, 44)]
-    azure.write_text("TIMESTAMP,Tokens\nnow,1\n")
+    mooncake.write_text('{"timestamp": 27500, "input_length": 700, "output_length": 5, "hash_ids": [0, 4]}\n')
+    azure.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:48.1805900,91,0\n"
+    )
+    assert traces.load(mooncake) == [Request(700, 5, (0, 4), 27.5)]
+    assert traces.load(azure) == [Request(374, 44), Request(91, 1, (), 1.5)]
+    azure.write_text("TIMESTAMP,Tokens\n2023-11-16 18:15:46,1\n")
     with pytest.raises(TraceError, match="ContextTokens"):
         traces.load(azure)
 
@@ -94,7 +97,7 @@ def test_writes_json_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_pool_that_is_outgrown_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "a.csv"
-    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\nnow,20,900\n")
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,20,900\n")
     assert main(["--json", str(tmp_path / "out.json"), "--trace", str(trace), "--blocks", "30"]) == 1
     assert "outgrow a pool of 30 blocks" in capsys.readouterr().err
 

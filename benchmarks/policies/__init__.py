@@ -1,0 +1,1 @@
+"""Policies that the scheduler is compared with."""

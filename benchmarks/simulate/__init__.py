@@ -1,0 +1,1 @@
+"""A FlowKV cluster as discrete events, around the very scheduler code that serves."""

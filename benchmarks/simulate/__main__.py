@@ -1,0 +1,132 @@
+"""`python -m benchmarks.simulate`: policies side by side on one trace, in simulated clusters."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from benchmarks.host import commit, describe_host
+from benchmarks.simulate.capacity import capacity
+from benchmarks.simulate.presets import PRESETS, with_fit
+from benchmarks.simulate.report import figures, table
+from benchmarks.simulate.run import POLICIES, Machines, Outcome, best_static, simulate
+from benchmarks.simulate.shifting import shifting
+from benchmarks.simulate.targets import Targets, default_targets
+from benchmarks.simulate.traffic import at_rate, cut_to, own_rate, window
+from benchmarks.traces import Request, TraceError, load, synthetic
+
+BEST_STATIC = "best_static"
+MADE_UP = {"synthetic": synthetic, "shifting": shifting}
+
+
+class Scene(NamedTuple):
+    """The machines and the traffic that all policies get."""
+
+    machines: Machines
+    num_prefill: int
+    requests: list[Request]
+    targets: Targets
+    rate: float
+    seed: int
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.simulate", description=__doc__)
+    parser.add_argument(
+        "--trace", default="synthetic", help="Mooncake .jsonl, Azure .csv, `shifting` or `synthetic`"
+    )
+    parser.add_argument("--requests", type=int, default=2000, help="a window of the trace")
+    parser.add_argument("--nodes", choices=PRESETS, default="h100", help="kind of all nodes")
+    parser.add_argument("--fit", type=Path, help="JSON with the StepFit to use instead of the kind's")
+    parser.add_argument("--fit-noise", type=float, default=0.0, help="relative error of the fits reported")
+    parser.add_argument("--split", default="8:8", help="prefill and decode nodes to start with")
+    parser.add_argument("--slow-half", action="store_true", help="every second node is 3 x slower")
+    rates = parser.add_mutually_exclusive_group()
+    rates.add_argument("--rate", type=float, help="requests per second; the trace's own without")
+    rates.add_argument("--load", type=float, help="share of what the best static split carries, found first")
+    parser.add_argument("--ttft", type=float, help="target, seconds")
+    parser.add_argument("--tpot", "--itl", type=float, help="target, seconds")
+    parser.add_argument(
+        "--policy", action="append", choices=(*POLICIES, BEST_STATIC), help="several; all without"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="where the figures go; the plot lies beside")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    options = arguments(argv)
+    try:
+        scene = make_scene(options)
+    except (OSError, TraceError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(conditions(options, scene))
+    outcomes = []
+    for policy in options.policy or (*POLICIES, BEST_STATIC):
+        outcomes += [outcome_of(policy, scene)]
+    found = [figures(outcome) for outcome in outcomes]
+    print(table(found))
+    if options.json:
+        report = {
+            "benchmark": "simulate",
+            "commit": commit(),
+            "host": describe_host(),
+            "options": {name: str(value) for name, value in vars(options).items()},
+            "rate": scene.rate,
+            "targets": scene.targets._asdict(),
+            "runs": msgspec.to_builtins(found),
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def make_scene(options: argparse.Namespace) -> Scene:
+    """Raises `OSError`, `TraceError` or `ValueError` for what the options name wrongly."""
+    kind = PRESETS[options.nodes]
+    if options.fit:
+        kind = with_fit(kind, options.fit)
+    num_prefill, num_decode = map(int, options.split.split(":"))
+    machines = Machines(kind, num_prefill + num_decode, options.slow_half, options.fit_noise)
+    chosen = cut_to(read_window(options.trace, options.requests, options.seed), kind.max_model_len)
+    targets = default_targets(kind, chosen)
+    targets = Targets(options.ttft or targets.ttft_s, options.tpot or targets.tpot_s)
+    rate = options.rate or own_rate(chosen)
+    if options.load:
+        rate = options.load * capacity(machines, chosen, targets, options.seed).rate
+    timed = at_rate(chosen, rate, options.seed)
+    return Scene(machines, num_prefill, timed, targets, rate, options.seed)
+
+
+def read_window(trace: str, num_requests: int, seed: int) -> list[Request]:
+    """For made-up traffic the seed is that of its generator. Raises as `traces.load`."""
+    if trace in MADE_UP:
+        return MADE_UP[trace](num_requests, seed)
+    return window(load(Path(trace)), num_requests, seed)
+
+
+def outcome_of(policy: str, scene: Scene) -> Outcome:
+    machines, num_prefill, requests, targets, _, seed = scene
+    if policy != BEST_STATIC:
+        return simulate(machines, num_prefill, policy, requests, targets, seed)
+    outcome, others = best_static(machines, requests, targets, seed)
+    outcome.policy = BEST_STATIC
+    return outcome
+
+
+def conditions(options: argparse.Namespace, scene: Scene) -> str:
+    return (
+        f"{options.trace}: {len(scene.requests)} requests at {scene.rate:.3f}/s, seed {scene.seed}\n"
+        f"{scene.machines.num_nodes} x {scene.machines.kind.name}"
+        f"{', every second one 3 x slower' if options.slow_half else ''}, {options.split} to start with\n"
+        f"targets: TTFT {scene.targets.ttft_s:.3f} s, TPOT {scene.targets.tpot_s * 1e3:.1f} ms"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

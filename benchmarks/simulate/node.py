@@ -1,0 +1,151 @@
+"""A simulated node: its batch, its pool, its link, and the reports that are all the scheduler sees of it."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import msgspec
+
+from benchmarks.simulate.batch import Batch
+from benchmarks.simulate.histogram import Histogram
+from benchmarks.simulate.life import Life
+from benchmarks.simulate.pool import Pool
+from benchmarks.simulate.presets import NodeKind
+from benchmarks.simulate.stretch import slowed
+from flowkv_common.wire.messages import BlockCounts, LoadReport, ModelCard, NodeDescriptor, NodeRef, StepFit
+
+REPORT_PERIOD_S = 0.5
+
+
+class SimNode:
+    """One node. `slow` multiplies what all its steps cost; `fit_noise` is the relative error of the fit that
+    it reports."""
+
+    def __init__(
+        self,
+        index: int,
+        kind: NodeKind,
+        role: str,
+        itl: Histogram,
+        *,
+        slow: float = 1.0,
+        fit_noise: float = 0.0,
+    ) -> None:
+        self.index = index
+        self.kind = kind
+        self.role = role
+        self.ref = NodeRef(node_id=f"node-{index:04}", incarnation="0")
+        cap = kind.token_budget if role == "prefill" else kind.layout.block_size
+        self.batch = Batch(slowed(kind.fit, slow), kind.limits, cap, itl)
+        self.pool = Pool(kind.num_blocks, kind.layout.block_size)
+        self.line: deque[Life] = deque()  # prompts that wait for blocks here and at their decode node
+        self.blocked_senders: dict[int, None] = {}  # nodes with a line that waits for blocks here
+        self.num_sending = 0
+        self.sending_tokens = 0
+        self.wake_at: float | None = None  # the end of the running stretch
+        self.is_ending = False  # between two stretches: the next one will see all changes
+        self._link_free_at = 0.0
+        self._seq = 0
+        self._reported_fit = _noisy(self.batch.fit, fit_noise, random.Random(index))
+        self._last_report: LoadReport | None = None
+        self._was_idle = False  # at the last report
+        self._reported_cap = cap
+
+    @property
+    def has_work(self) -> bool:
+        return self.batch.stretch is not None or bool(self.line) or self.num_sending > 0
+
+    def num_queued_tokens(self, now: float) -> int:
+        """Prompt tokens to compute, of prompts with and without blocks."""
+        num_waiting = sum(life.request.num_prompt_tokens for life in self.line)
+        return num_waiting + self.batch.num_queued_tokens(now)
+
+    def send(self, num_tokens: int, num_last: int, began_at: float, now: float) -> float:
+        """When the KV of a prompt has landed, whose last chunk of `num_last` tokens ended now.
+
+        Earlier chunks were sent while later ones computed; all handoffs share the node's link in order.
+        """
+        token_s = self.kind.token_bytes / self.kind.link_bytes_per_s
+        num_late = min(num_tokens, num_last)
+        early_sent_at = max(self._link_free_at, began_at) + (num_tokens - num_late) * token_s
+        self._link_free_at = max(early_sent_at, now) + num_late * token_s
+        return self._link_free_at + self.kind.link_latency_s
+
+    def descriptor(self) -> NodeDescriptor:
+        return NodeDescriptor(
+            node=self.ref,
+            role=self.role,
+            model=ModelCard(
+                name=self.kind.name,
+                fingerprint="simulated",
+                max_model_len=self.kind.max_model_len,
+                vocab_size=1,
+                eos_token_ids=[],
+            ),
+            layout=self.kind.layout,
+            num_blocks=self.kind.num_blocks,
+            token_budget=self.kind.token_budget,
+            max_prefill_tokens_per_step=self.batch.cap,
+            guests=["prefill", "decode"],
+            connectors=["tcp"],
+            host=self.ref.node_id,
+            pid=1,
+            metrics_url="",
+            version="simulated",
+        )
+
+    def report(self, now: float) -> LoadReport:
+        """What the node would publish at `now`; the last report again if it has been idle since."""
+        last = self._last_report
+        is_idle = not self.has_work and self.batch.cap == self._reported_cap
+        if last is not None and is_idle and self._was_idle:
+            return last
+        self._was_idle, self._reported_cap = is_idle, self.batch.cap
+        self._seq += 1
+        self._last_report = self._snapshot(now)
+        return self._last_report
+
+    def _snapshot(self, now: float) -> LoadReport:
+        batch = self.batch
+        return LoadReport(
+            node=self.ref,
+            seq=self._seq,
+            period_s=REPORT_PERIOD_S,
+            ready=True,
+            draining=False,
+            max_prefill_tokens_per_step=batch.cap,
+            queued_prefill_tokens=self.num_queued_tokens(now),
+            num_waiting=len(self.line) + len(batch.waiting),
+            num_running=len(batch.prompts) + batch.num_decoding,
+            max_num_seqs=self.kind.max_num_seqs,
+            blocks=self._blocks(now),
+            prefill_tokens_per_s=batch.prefill_tokens_per_s,
+            decode_step_s=batch.decode_step_s,
+            num_handoffs=self.num_sending,
+            handoff_bytes=int(self.sending_tokens * self.kind.token_bytes),
+            num_context_tokens=batch.num_context_at(now),
+            step=self._reported_fit,
+        )
+
+    def _blocks(self, now: float) -> BlockCounts:
+        """A real node takes a block when a sequence grows into it, the simulated one takes all at the start:
+        so what is still to grow is told as free. Else the scheduler would learn how long answers get."""
+        pool = self.pool
+        num_free = pool.num_free + self.batch.num_to_come_at(now) // self.kind.layout.block_size
+        return BlockCounts(
+            total=pool.num_blocks,
+            free=num_free,
+            cached=pool.num_cached,
+            leased=pool.num_blocks - num_free - pool.num_cached,
+            quarantined=0,
+            longest_free_run=num_free,
+        )
+
+
+def _noisy(fit: StepFit, noise: float, draw: random.Random) -> StepFit:
+    """Each figure off by its own normal error, never below zero."""
+    if not noise:
+        return fit
+    costs = msgspec.structs.asdict(fit)
+    return StepFit(**{name: value * max(0.0, draw.gauss(1.0, noise)) for name, value in costs.items()})

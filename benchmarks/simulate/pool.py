@@ -1,0 +1,104 @@
+"""The blocks of a simulated node: counted, with a prefix cache that lives in those that are free."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.traces import TOKENS_PER_HASH_ID
+
+
+@dataclass(slots=True)
+class Lease:
+    """Blocks of one sequence: `num_own` that only it uses, and the cached prefixes that it pins, in order."""
+
+    num_own: int
+    pinned: list[int] = field(default_factory=list)
+
+
+class Pool:
+    """Counts blocks. A prefix is cached as one of the trace's ids, 512 tokens each, whole or not at all.
+
+    An id of the trace names all tokens before it, too, so a chain is cached as far as its ids are. Ends of
+    chains are evicted first, the least recently used of them.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        assert TOKENS_PER_HASH_ID % block_size == 0, "an id covers whole blocks"
+        self.num_blocks = num_blocks
+        self.num_free = num_blocks
+        self.stored: set[int] = set()  # since `take_news`
+        self.removed: set[int] = set()
+        self._block_size = block_size
+        self._blocks_per_id = TOKENS_PER_HASH_ID // block_size
+        self._pins: dict[int, int] = {}  # of ids that sequences use
+        self._idle: OrderedDict[int, None] = OrderedDict()  # the others, the next victim first
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that hold prefixes which no sequence uses."""
+        return len(self._idle) * self._blocks_per_id
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def hits(self, ids: Sequence[int]) -> int:
+        """How many of the ids in front are cached."""
+        for number, key in enumerate(ids):
+            if key not in self._pins and key not in self._idle:
+                return number
+        return len(ids)
+
+    def has_room(self, num_tokens: int, ids: Sequence[int]) -> bool:
+        """Can `take` succeed? Ids that would be pinned can't be evicted for the rest."""
+        num_hits = self.hits(ids)
+        num_idle_hits = sum(key in self._idle for key in ids[:num_hits])
+        num_own = self.num_blocks_for(num_tokens) - num_hits * self._blocks_per_id
+        return num_own <= self.num_free + self.num_cached - num_idle_hits * self._blocks_per_id
+
+    def take(self, num_tokens: int, ids: Sequence[int]) -> Lease:
+        """Blocks for so many tokens, of which those of cached ids are shared. Only after `has_room`."""
+        pinned = list(ids[: self.hits(ids)])
+        for key in pinned:
+            self._idle.pop(key, None)
+            self._pins[key] = self._pins.get(key, 0) + 1
+        num_own = self.num_blocks_for(num_tokens) - len(pinned) * self._blocks_per_id
+        while self.num_free < num_own:
+            victim, _ = self._idle.popitem(last=False)
+            self.num_free += self._blocks_per_id
+            self._tell(victim, self.removed, self.stored)
+        self.num_free -= num_own
+        return Lease(num_own, pinned)
+
+    def commit(self, lease: Lease, ids: Sequence[int]) -> None:
+        """The KV of `ids` has been computed or has landed: the cache has it, if not from others already."""
+        for key in ids[len(lease.pinned) :]:
+            if key in self._pins or key in self._idle:
+                return  # the lease keeps its own copy, which nobody will find
+            self._pins[key] = 1
+            lease.pinned.append(key)
+            lease.num_own -= self._blocks_per_id
+            self._tell(key, self.stored, self.removed)
+
+    def release(self, lease: Lease) -> None:
+        """The sequence's own blocks are free; what it pinned stays cached, its end being the next victim."""
+        self.num_free += lease.num_own
+        for key in reversed(lease.pinned):
+            self._pins[key] -= 1
+            if not self._pins[key]:
+                del self._pins[key]
+                self._idle[key] = None
+
+    def take_news(self) -> tuple[set[int], set[int]]:
+        """Ids stored and removed since the last call; what came and went is in neither."""
+        news = self.stored, self.removed
+        self.stored, self.removed = set(), set()
+        return news
+
+    @staticmethod
+    def _tell(key: int, now_in: set[int], was_in: set[int]) -> None:
+        if key in was_in:
+            was_in.discard(key)
+        else:
+            now_in.add(key)

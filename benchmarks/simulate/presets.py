@@ -1,0 +1,128 @@
+"""Kinds of nodes: what a step costs, how much KV fits, how fast it leaves.
+
+`smollm2-cpu` stands for a measured engine. The GPU kinds are derived from published peaks by the stated
+efficiencies: they have the right proportions, and are no measurement of anything.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.simulate.batch import Limits
+from flowkv_common.wire.messages import PoolLayout, StepFit
+
+
+class NodeKind(msgspec.Struct, frozen=True, kw_only=True):
+    """A model on a device. `link_bytes_per_s` is what leaves a node, `link_latency_s` is per handoff."""
+
+    name: str
+    fit: StepFit
+    layout: PoolLayout
+    num_blocks: int
+    token_budget: int
+    max_num_seqs: int
+    max_model_len: int
+    link_bytes_per_s: float
+    link_latency_s: float = 0.002
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.layout.block_size, self.token_budget, self.max_num_seqs)
+
+    @property
+    def token_bytes(self) -> float:
+        return self.layout.block_bytes / self.layout.block_size
+
+
+class Device(msgspec.Struct, frozen=True):
+    """Published peaks: dense bf16 tensor FLOP/s, bytes/s of memory, bytes of memory, bytes/s of network."""
+
+    flops: float
+    bandwidth: float
+    memory: float
+    network: float
+
+
+# Llama-3.1-8B, bf16 (its config.json): 8.03e9 parameters, of which the 0.53e9 of the embedding only look up.
+_WEIGHT_BYTES = 2 * 8.03e9
+_TOKEN_FLOPS = 2 * 7.5e9
+# Scores and values of one pair, in each of 32 layers with 32 heads of 128.
+_PAIR_FLOPS = 4 * 32 * 32 * 128
+# Blocks of 64 tokens, to keep the lists of hashes short.
+_LLAMA_LAYOUT = PoolLayout(num_layers=32, block_size=64, num_kv_heads=8, head_dim=128, dtype="bfloat16")
+
+# What of the peaks an engine gets: dense layers of long chunks, attention, and reading weights and KV.
+COMPUTE_EFFICIENCY = 0.5
+ATTENTION_EFFICIENCY = 0.3
+BANDWIDTH_EFFICIENCY = 0.75
+NETWORK_EFFICIENCY = 0.8
+# Of the memory; what weights leave of it is KV.
+MEMORY_IN_USE = 0.9
+# Launches and Python per step, sampling and bookkeeping per sequence.
+STEP_OVERHEAD_S = 0.002
+SEQUENCE_OVERHEAD_S = 10e-6
+
+DEVICES = {
+    # NVIDIA A100 80GB SXM data sheet: 312 TFLOPS, 2,039 GB/s; in hosts with 200 Gbit/s per GPU.
+    "a100": Device(312e12, 2.039e12, 80e9, 25e9),
+    # NVIDIA H100 SXM data sheet: 989 TFLOPS without sparsity, 3.35 TB/s; 400 Gbit/s per GPU.
+    "h100": Device(989e12, 3.35e12, 80e9, 50e9),
+    # NVIDIA L40S data sheet: 362 TFLOPS without sparsity, 864 GB/s, 48 GB; 100 Gbit/s.
+    "l40s": Device(362e12, 0.864e12, 48e9, 12.5e9),
+    # NVIDIA A10G as in AWS g5: 70 TFLOPS dense, 600 GB/s, 24 GB; 25 Gbit/s.
+    "a10g": Device(70e12, 0.6e12, 24e9, 3.125e9),
+}
+
+
+def derived(name: str, device: Device) -> NodeKind:
+    """Llama-3.1-8B on the device. Reading weights and computing are added, where a GPU overlaps them:
+    steps of few prompt tokens come out too long by at most the time of their computing."""
+    flops, bandwidth = device.flops, device.bandwidth * BANDWIDTH_EFFICIENCY
+    token_s = _TOKEN_FLOPS / (flops * COMPUTE_EFFICIENCY)
+    kv_bytes = device.memory * MEMORY_IN_USE - _WEIGHT_BYTES
+    return NodeKind(
+        name=name,
+        fit=StepFit(
+            base_s=_WEIGHT_BYTES / bandwidth + STEP_OVERHEAD_S,
+            prefill_token_s=token_s,
+            attended_token_s=_PAIR_FLOPS / (flops * ATTENTION_EFFICIENCY),
+            sequence_s=token_s + SEQUENCE_OVERHEAD_S,
+            context_token_s=_LLAMA_LAYOUT.block_bytes / _LLAMA_LAYOUT.block_size / bandwidth,
+        ),
+        layout=_LLAMA_LAYOUT,
+        num_blocks=int(kv_bytes / _LLAMA_LAYOUT.block_bytes),
+        token_budget=4096,
+        max_num_seqs=256,
+        max_model_len=131_072,
+        link_bytes_per_s=device.network * NETWORK_EFFICIENCY,
+    )
+
+
+# SmolLM2-135M, fp32, one core of two: about 27 ms for one sequence of 512 tokens, 82 ms for 16, 1,000 prompt
+# tokens/s. 1 GiB of KV; the link is a copy through shared memory.
+SMOLLM2_CPU = NodeKind(
+    name="smollm2-cpu",
+    fit=StepFit(
+        base_s=0.0235, prefill_token_s=0.0008, attended_token_s=5e-7, sequence_s=0.0026, context_token_s=2e-6
+    ),
+    layout=PoolLayout(num_layers=30, block_size=16, num_kv_heads=3, head_dim=64, dtype="float32"),
+    num_blocks=1456,
+    token_budget=512,
+    max_num_seqs=64,
+    max_model_len=8192,
+    link_bytes_per_s=1e9,
+)
+
+PRESETS = {"smollm2-cpu": SMOLLM2_CPU, **{name: derived(name, device) for name, device in DEVICES.items()}}
+
+
+def with_fit(kind: NodeKind, file: Path) -> NodeKind:
+    """The kind with the fit in a JSON file, as a `StepFit` or under `step` as in a load report.
+
+    Raises `OSError` or `msgspec.ValidationError`.
+    """
+    found = json.loads(file.read_text())
+    return msgspec.structs.replace(kind, fit=msgspec.convert(found.get("step", found), StepFit))
