@@ -1,8 +1,8 @@
 """What a scheduling decision costs: `python -m benchmarks.decisions --json FILE`.
 
 One planner, fed with the reports of many nodes and asked for pairs, as the scheduler's process does it, but
-without NATS. Half of the nodes prefill, half decode; a third of each is three times slower. Requests end after
-a while, so that a steady number of them is in flight.
+without NATS. Half of the nodes prefill, half decode; a third of each is three times slower. Requests end
+after a while, so that a steady number of them is in flight.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +68,8 @@ class Nodes:
         self.ids = [f"node-{number:04}" for number in range(num_nodes)]
         self.tokens = dict.fromkeys(self.ids, 0)
         self.sequences = dict.fromkeys(self.ids, 0)
-        self.accepted = dict.fromkeys(self.ids, 0)
+        self.prompts = dict.fromkeys(self.ids, 0)
+        self.handed_over = dict.fromkeys(self.ids, 0)
         self._seq = 0
 
     def descriptors(self) -> dict[str, NodeDescriptor]:
@@ -101,7 +103,8 @@ class Nodes:
             num_handoffs=0,
             handoff_bytes=0,
             num_context_tokens=self.sequences[node_id] * 1100,
-            num_accepted=self.accepted[node_id],
+            num_prompts_accepted=self.prompts[node_id],
+            num_sequences_accepted=self.handed_over[node_id],
             step=_fit(1.0 if number % 3 else 3.0),
         )
 
@@ -157,7 +160,7 @@ def requests(seed: int) -> Iterator[ScheduleRequest]:
 
 
 def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> Timed:
-    """Asks `num_decisions` times; reports come in between, as many as fall into the time at 5,000 a second."""
+    """Asks `num_decisions` times, 5,000 a second; reports come in between as they would in that time."""
     planner, nodes = Planner(Goals(max_wait_s=1e9)), Nodes(num_nodes)
     planner.set_descriptors(nodes.descriptors())
     for number in range(num_nodes):
@@ -176,9 +179,9 @@ def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> Timed:
         while due >= 1:
             due -= 1
             report = nodes.report(len(reports) % num_nodes)
-            reports.append(_timed(lambda report=report: planner.add_report(report, now)))
+            reports.append(_timed(partial(planner.add_report, report, now)))
         if place % 2500 == 0:
-            ticks.append(_timed(lambda: planner.tick(now)))
+            ticks.append(_timed(partial(planner.tick, now)))
         began = time.perf_counter()
         try:
             decision = planner.schedule(request, now)
@@ -210,14 +213,15 @@ def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> Timed:
 
 def _begin(nodes: Nodes, choice: Choice, running: deque[Choice], num_in_flight: int) -> None:
     """The nodes take it on; the oldest ends when there are enough."""
-    nodes.accepted[choice.prefill.node_id] += 1
+    nodes.prompts[choice.prefill.node_id] += 1
+    nodes.handed_over[choice.decode.node_id] += 1
     nodes.sequences[choice.decode.node_id] += 1
     running.append(choice)
     if len(running) > num_in_flight:
         nodes.sequences[running.popleft().decode.node_id] -= 1
 
 
-def _timed(work) -> float:  # type: ignore[no-untyped-def]
+def _timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began

@@ -8,7 +8,9 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from flowkv_common.wire.messages import LoadReport, NodeDescriptor, NodeRef, ScheduleRequest, Wait
-from flowkv_scheduler.planner import Goals, Order, Planner
+from flowkv_scheduler.orders import Order
+from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.policy import Goals
 
 # A choice that no report shows yet counts for so long: two report periods.
 CHOICES_COUNT_FOR_S = 1.0

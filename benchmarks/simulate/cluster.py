@@ -18,7 +18,7 @@ from benchmarks.simulate.node import REPORT_PERIOD_S, SimNode
 from benchmarks.traces import TOKENS_PER_HASH_ID
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import LoadReport, NodeDescriptor, ScheduleRequest, Wait
-from flowkv_scheduler.planner import MoveCap, Order
+from flowkv_scheduler.orders import MoveCap, Order
 
 # What clients ask for: the scheduler knows no more of the length of an answer.
 ASKED_NEW_TOKENS = 2048
@@ -80,6 +80,9 @@ class Cluster:
 
     def run(self) -> None:
         """Until every request has ended."""
+        links = {node.ref.node_id: node.kind.connector for node in self.nodes}
+        for node in self.nodes:
+            node.links = links
         self._planner.set_descriptors({node.ref.node_id: node.descriptor() for node in self.nodes})
         self._tick()
         for life in self._lives:
@@ -135,6 +138,7 @@ class Cluster:
         life.decode = self._by_id[decision.decode.node_id]
         node = self.nodes[life.prefill]
         node.line.append(life)
+        node.num_prompts_accepted += 1
         self._start_line(node)
 
     def _refuse(self, life: Life, code: int) -> None:
@@ -195,6 +199,7 @@ class Cluster:
             self._finish(life)
         elif life.prefill == life.decode:
             node.batch.waiting.append(life)
+            node.num_sequences_accepted += 1
             self._changed(node)
         else:
             landed_at = node.send(life.num_moved_tokens, prompt.num_last, life.compute_began_s, self.now)
@@ -205,6 +210,7 @@ class Cluster:
         assert life.at_decode is not None, "it has landed in blocks"
         node.pool.commit(life.at_decode, life.cacheable_ids)
         node.batch.waiting.append(life)
+        node.num_sequences_accepted += 1
         self._changed(node)
         self._left_prefill(life)
 

@@ -45,6 +45,9 @@ class SimNode:
         self.sending_tokens = 0
         self.wake_at: float | None = None  # the end of the running stretch
         self.is_ending = False  # between two stretches: the next one will see all changes
+        self.links: dict[str, str] = {}  # to the other nodes, by connector
+        self.num_prompts_accepted = 0
+        self.num_sequences_accepted = 0
         self._link_free_at = 0.0
         self._seq = 0
         self._reported_fit = _noisy(self.batch.fit, fit_noise, random.Random(index))
@@ -124,7 +127,10 @@ class SimNode:
             decode_step_s=batch.decode_step_s,
             num_handoffs=self.num_sending,
             handoff_bytes=int(self.sending_tokens * self.kind.token_bytes),
+            links=self.links,
             num_context_tokens=batch.num_context_at(now),
+            num_prompts_accepted=self.num_prompts_accepted,
+            num_sequences_accepted=self.num_sequences_accepted,
             step=self._reported_fit,
         )
 

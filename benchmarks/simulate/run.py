@@ -15,9 +15,13 @@ from benchmarks.simulate.node import SimNode
 from benchmarks.simulate.presets import NodeKind
 from benchmarks.simulate.targets import Targets
 from benchmarks.traces import Request
-from flowkv_scheduler.planner import Goals, MoveCap, Planner
+from flowkv_scheduler.orders import MoveCap
+from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.policy import Goals
 
 SLOW_FACTOR = 3.0
+# Who would wait longer than this part of the target is refused: with its prefill it would miss it.
+WAIT_SHARE = 0.6
 # Of the simulated time, between two looks at it.
 NUM_SAMPLES = 200
 
@@ -72,7 +76,7 @@ class Sample(NamedTuple):
 
 def make_planner(policy: str, targets: Targets, seed: int) -> Scheduling:
     """FlowKV's planner (`static`: without lending), or a baseline. Raises KeyError for an unknown name."""
-    goals = Goals(ttft_s=targets.ttft_s, itl_s=targets.tpot_s)
+    goals = Goals(ttft_s=targets.ttft_s, itl_s=targets.tpot_s, max_wait_s=WAIT_SHARE * targets.ttft_s)
     if policy in ("flowkv", "static"):
         return Planner(goals, lends=policy == "flowkv")
     return BASELINES[policy](goals, seed)

@@ -6,7 +6,7 @@ import math
 from random import Random
 
 import msgspec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from imagined_nodes import CAPS, NUM_BLOCKS, Imagined, cluster, node, request, view
 
@@ -66,6 +66,7 @@ def pair(choice: Choice | None) -> tuple[str, str] | None:
     return choice and (choice.prefill.node_id, choice.decode.node_id)
 
 
+@settings(deadline=None)
 @given(clusters(), requests, goals)
 def test_unusable_nodes_are_never_chosen(nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals) -> None:
     choice = choose(wanted, nodes, aims)
@@ -80,6 +81,7 @@ def test_unusable_nodes_are_never_chosen(nodes: list[Imagined], wanted: Schedule
     assert num_blocks <= counts.free + counts.cached - choice.decode.given.num_blocks
 
 
+@settings(deadline=None)
 @given(clusters(), requests, goals, st.randoms())
 def test_order_of_nodes_changes_nothing(
     nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals, random: Random
@@ -104,6 +106,7 @@ def brute_force(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> 
     return min(totals, default=math.inf) if prefill and decode else math.inf
 
 
+@settings(deadline=None)
 @given(clusters(), requests, goals)
 def test_no_pair_of_the_sides_promises_less(
     nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals
@@ -133,6 +136,7 @@ def loaded(one: Imagined, load: str, by: int) -> Imagined:
     return one._replace(report=msgspec.structs.replace(one.report, **{load: more}))
 
 
+@settings(deadline=None)
 @given(clusters(), requests, goals, st.data())
 def test_more_load_never_makes_a_node_more_attractive(
     nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals, data: st.DataObject
@@ -147,6 +151,7 @@ def test_more_load_never_makes_a_node_more_attractive(
     assert after.count(node_id) <= before.count(node_id)
 
 
+@settings(deadline=None)
 @given(clusters(), requests, loads, st.sampled_from([1, 8, 700]))
 def test_more_load_never_lowers_a_cost(
     nodes: list[Imagined], wanted: ScheduleRequest, load: str, by: int
@@ -169,6 +174,7 @@ def refused(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> bool
     return False
 
 
+@settings(deadline=None)
 @given(
     clusters(),
     requests,
@@ -188,6 +194,7 @@ def test_the_more_urgent_and_the_more_patient_are_refused_last(
     assert refused(favoured, nodes, aims) <= refused(other, nodes, aims)
 
 
+@settings(deadline=None)
 @given(clusters(), requests, goals)
 def test_retries_of_running_requests_are_never_shed(
     nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals
@@ -195,6 +202,7 @@ def test_retries_of_running_requests_are_never_shed(
     assert not refused(msgspec.structs.replace(wanted, attempt=1, deadline_in_s=0.1), nodes, aims)
 
 
+@settings(deadline=None)
 @given(clusters(), requests, goals)
 def test_who_is_told_to_wait_is_told_for_how_long(
     nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals

@@ -8,9 +8,10 @@ import pytest
 from imagined_nodes import CAPS, NUM_BLOCKS, TOKEN_BUDGET, Imagined, cluster, node
 
 from flowkv_common.wire.messages import StepFit
+from flowkv_scheduler.lending import Thresholds
 from flowkv_scheduler.orders import MoveCap, Order, RegimeChange, ScaleWanted
 from flowkv_scheduler.policy import Goals
-from flowkv_scheduler.regimes import Regimes, Thresholds
+from flowkv_scheduler.regimes import Regimes
 
 GOALS = Goals(ttft_s=4.0, itl_s=0.25)
 AT = Thresholds()
@@ -23,7 +24,8 @@ def prefill(name: str = "p0", queued: int = 0, **changes: Any) -> Imagined:
 
 def decode(name: str = "d0", running: int = 0, **changes: Any) -> Imagined:
     free = NUM_BLOCKS - 2 * running
-    return node(name, "decode", num_running=running, step=FIT, **({"free": free} | changes))
+    context = {"num_context_tokens": 100 * running}
+    return node(name, "decode", num_running=running, step=FIT, **({"free": free} | context | changes))
 
 
 class Run:
@@ -66,47 +68,58 @@ def test_a_sign_must_last_before_a_node_is_lent() -> None:
     assert run.tick(prefill(queued=4000), decode(), times=AT.num_ticks - 1) == []
     orders = run.tick(prefill(queued=4000), decode())
     assert [type(order) for order in orders] == [RegimeChange, MoveCap]
-    assert "imbalance prefill" in orders[0].reason
+    assert "prefill is short of nodes" in orders[0].reason
 
 
-def test_the_idlest_node_is_lent_with_the_cap_that_its_sequences_leave() -> None:
-    nodes = (prefill(queued=4000), decode("d0", running=3), decode("d1", running=1))
-    orders = Run().tick(*nodes, times=AT.num_ticks)
+def test_the_idlest_node_is_lent_and_works_off_its_sequences_in_rhythm() -> None:
+    run = Run()
+    busy = (prefill(queued=4000), decode("d0", running=3))
+    orders = run.tick(*busy, decode("d1", running=1), times=AT.num_ticks)
     # 0.8 x 250 ms, less the base and one sequence: 140 tokens of 1 ms, in whole blocks.
     assert moves(orders) == [("d1", 128)]
+    assert run.regimes.leaving == {"d1": "decode"}
+    assert moves(run.tick(*busy, decode("d1", running=0))) == [("d1", TOKEN_BUDGET)]
 
 
-def test_prefill_node_is_lent_to_decode() -> None:
-    nodes = (prefill(), decode("d0", running=15))
-    orders = Run().tick(*nodes, times=AT.num_ticks)
-    assert [name for name, _ in moves(orders)] == ["p0"]
-    assert CAPS["decode"] < moves(orders)[0][1] < TOKEN_BUDGET
+def test_the_last_node_of_a_side_serves_both() -> None:
+    run = Run()
+    assert moves(run.tick(prefill(queued=4000), decode(), times=AT.num_ticks)) == [("d0", 144)]
+    assert run.regimes.leaving == {}
+    assert moves(run.tick(prefill(queued=4000), decode(running=9))) == [("d0", 48)]
+
+
+def test_prefill_node_is_lent_to_decode_when_its_queue_is_done() -> None:
+    run = Run()
+    assert moves(
+        run.tick(prefill("p0"), prefill("p1", queued=100), decode(running=15), times=AT.num_ticks)
+    ) == [("p0", CAPS["decode"])]
+
+
+def test_a_side_gives_no_node_that_it_would_miss() -> None:
+    nodes = (prefill(queued=4000), decode("d0", running=8), decode("d1", running=8))
+    assert moves(Run().tick(*nodes, times=20)) == []
 
 
 def test_it_is_taken_back_when_all_is_well_but_not_before_its_time() -> None:
     run = Run()
-    run.tick(prefill(queued=4000), decode(), times=AT.num_ticks)
+    idle = (prefill(), decode("d0"), decode("d1"))
+    run.tick(prefill(queued=4000), *idle[1:], times=AT.num_ticks)
     lent_at = run.now
     orders = []
     while not orders:
-        orders = moves(run.tick(prefill(), decode()))
+        orders = moves(run.tick(*idle))
         assert run.now < 60
     assert orders == [("d0", CAPS["decode"])]
     assert run.now - lent_at >= AT.dwell_s
+    run.tick(*idle, times=30)
+    assert run.regimes.leaving == {}
 
 
 def test_a_lent_node_stays_while_it_is_needed() -> None:
     run = Run()
-    run.tick(prefill(queued=4000), decode(), times=AT.num_ticks)
-    assert moves(run.tick(prefill(queued=1500), decode(), times=100)) == []
-
-
-def test_cap_of_a_lent_node_follows_its_sequences() -> None:
-    run = Run()
-    run.tick(prefill(queued=4000), decode(), times=AT.num_ticks)
-    assert run.caps["d0"] == 144
-    run.tick(prefill(queued=4000), decode(running=9))
-    assert run.caps["d0"] == 48
+    nodes = (decode("d0"), decode("d1"))
+    run.tick(prefill(queued=4000), *nodes, times=AT.num_ticks)
+    assert moves(run.tick(prefill(queued=700), *nodes, times=100)) == []
 
 
 def test_an_order_is_repeated_until_the_report_shows_it() -> None:
@@ -120,19 +133,22 @@ def test_an_order_is_repeated_until_the_report_shows_it() -> None:
 
 def test_a_new_leader_takes_over_what_another_has_lent() -> None:
     run = Run()
-    run.caps["d0"] = 144
-    assert moves(run.tick(prefill(), decode(), times=int(AT.dwell_s / 0.5))) == []
-    assert moves(run.tick(prefill(), decode(), times=2)) == [("d0", CAPS["decode"])]
+    run.caps["d0"] = TOKEN_BUDGET
+    nodes = (prefill(), decode("d0"), decode("d1"))
+    assert moves(run.tick(*nodes, times=int(AT.dwell_s / 0.5))) == []
+    assert moves(run.tick(*nodes, times=2)) == [("d0", CAPS["decode"])]
 
 
 def test_when_all_prefill_nodes_are_gone_decode_nodes_prefill_at_once() -> None:
-    assert [name for name, _ in moves(Run().tick(decode("d0"), decode("d1")))] == ["d0"]
+    run = Run()
+    assert moves(run.tick(decode("d0"), decode("d1"))) == [("d0", TOKEN_BUDGET)]
+    assert moves(run.tick(decode("d0"), decode("d1"), times=60)) == []  # nobody else would
 
 
 def test_when_all_decode_nodes_are_gone_prefill_nodes_decode_at_once() -> None:
     run = Run()
     assert [name for name, _ in moves(run.tick(prefill("p0")))] == ["p0"]
-    assert moves(run.tick(prefill("p0"), times=100)) == []  # nobody else would
+    assert moves(run.tick(prefill("p0"), times=100)) == []
 
 
 def test_overload_asks_for_nodes() -> None:
@@ -146,7 +162,7 @@ def test_overload_asks_for_nodes() -> None:
 
 def test_a_long_idle_cluster_could_do_with_fewer_nodes() -> None:
     nodes = (prefill(), decode("d0"), decode("d1"))
-    orders = Run().tick(*nodes, times=int(AT.idle_s / 0.5) + 2)
+    orders = Run().tick(*nodes, times=122)
     assert [(o.role, o.change) for o in orders if isinstance(o, ScaleWanted)] == [("decode", -1)]
 
 

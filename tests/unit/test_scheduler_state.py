@@ -63,9 +63,9 @@ def test_prompts_count_at_once_and_are_forgotten_after_two_periods(state: Cluste
 def test_a_prompt_that_the_report_shows_is_not_counted_twice(state: ClusterState) -> None:
     state.add_prompt(D0, Work(prefill_tokens=100), now=0.0)
     state.add_prompt(D0, Work(prefill_tokens=7), now=0.0)
-    state.add_report(report("d0", "decode", seq=2, num_accepted=1), now=0.1)
+    state.add_report(report("d0", "decode", seq=2, num_prompts_accepted=1), now=0.1)
     assert only(state).given == Work(prefill_tokens=7)
-    state.add_report(report("d0", "decode", seq=3, num_accepted=2), now=0.2)
+    state.add_report(report("d0", "decode", seq=3, num_prompts_accepted=2), now=0.2)
     assert only(state).given == Work()
 
 
@@ -73,8 +73,17 @@ def test_a_prompt_that_never_came_does_not_hide_those_after_it(state: ClusterSta
     state.add_prompt(D0, Work(prefill_tokens=100), now=0.0)  # its gateway died
     state.add_report(report("d0", "decode", seq=2), now=2 * PERIOD_S)
     state.add_prompt(D0, Work(prefill_tokens=7), now=2 * PERIOD_S)
-    state.add_report(report("d0", "decode", seq=3, num_accepted=1), now=2.1 * PERIOD_S)
+    state.add_report(report("d0", "decode", seq=3, num_prompts_accepted=1), now=2.1 * PERIOD_S)
     assert only(state).given == Work()
+
+
+def test_a_sequence_that_the_report_shows_is_not_counted_twice(state: ClusterState) -> None:
+    state.add_sequence(D0, Work(num_sequences=1), arrives_in_s=5.0, now=0.0)
+    state.add_sequence(D0, Work(num_sequences=1), arrives_in_s=0.1, now=0.0)
+    state.add_report(report("d0", "decode", seq=2, num_sequences_accepted=1), now=0.2)
+    assert only(state).given == Work(num_sequences=1)
+    state.add_report(report("d0", "decode", seq=3, num_sequences_accepted=1), now=5.5)
+    assert only(state).given == Work(num_sequences=1)  # it was the second one that came
 
 
 def test_a_sequence_counts_until_it_should_have_come(state: ClusterState) -> None:

@@ -45,7 +45,7 @@ def decide(
         return _without_room(request, weighing, limits)
     # The retry of a running request is never shed: its client has seen half of the answer.
     if request.attempt == 0:
-        _check_wait(request, choice.wait_s, choice.predicted_s, goals)
+        _check_wait(request, request.age_s + choice.wait_s, choice.predicted_s, goals)
     return choice
 
 
@@ -58,7 +58,7 @@ def _check_wait(request: ScheduleRequest, wait_s: float, predicted_s: float, goa
     longest_s = longest_wait_s(request, goals)
     if wait_s > longest_s:
         raise errors.Full(
-            f"{wait_s:.1f} s of work are queued, at most {longest_s:.1f} s are admitted",
+            f"the first token would wait for {wait_s:.1f} s, at most {longest_s:.1f} s are admitted",
             retry_after_s=wait_s - longest_s,
         )
     if predicted_s > request.deadline_in_s:

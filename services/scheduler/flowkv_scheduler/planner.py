@@ -9,9 +9,10 @@ from collections.abc import Mapping
 
 from flowkv_common.wire.messages import LoadReport, NodeDescriptor, ScheduleRequest, Wait
 from flowkv_scheduler import admission, policy
+from flowkv_scheduler.lending import Thresholds
 from flowkv_scheduler.orders import Order
 from flowkv_scheduler.policy import Choice, Goals
-from flowkv_scheduler.regimes import Regimes, Thresholds
+from flowkv_scheduler.regimes import Regimes
 from flowkv_scheduler.state import CHOICES_COUNT_FOR_PERIODS, ClusterState
 
 
@@ -43,7 +44,9 @@ class Planner:
 
     def tick(self, now: float) -> list[Order]:
         """Once per period: regimes, lending, scaling."""
-        return self.regimes.tick(list(self.state.usable(now)), now)
+        orders = self.regimes.tick(list(self.state.usable(now)), now)
+        self.state.set_leaving(self.regimes.leaving)
+        return orders
 
     def _count(self, request: ScheduleRequest, choice: Choice, now: float) -> None:
         """Load reports lag: what we have just given must not be given twice."""

@@ -5,8 +5,7 @@ Plain data, rebuilt from reports within a period. Reads no clock: `now` is secon
 
 from __future__ import annotations
 
-import math
-from collections import deque
+from bisect import bisect_right, insort
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -48,6 +47,7 @@ class NodeView(NamedTuple):
     chunk_beside_s: float  # what a prompt's steps compute besides
     prefill_wait_s: float  # until a prompt that comes now is begun
     step_s: float  # of a decode step, were one more sequence of mean length there
+    leaves: str | None = None  # the side that it gets nothing new on: it is being moved to the other
 
     @property
     def node_id(self) -> str:
@@ -65,12 +65,12 @@ class NodeView(NamedTuple):
     @property
     def may_prefill(self) -> bool:
         """A decode node's cap is one block: that is for its own preempted sequences."""
-        return self.cap > self.descriptor.layout.block_size
+        return self.cap > self.descriptor.layout.block_size and self.leaves != "prefill"
 
     @property
     def may_decode(self) -> bool:
         """A prefill node's cap is its whole token budget."""
-        return self.cap < self.descriptor.token_budget
+        return self.cap < self.descriptor.token_budget and self.leaves != "decode"
 
     @property
     def num_sequences(self) -> int:
@@ -103,11 +103,32 @@ class NodeView(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """One choice of ours: it counts until `until`, or until the node has taken on `ticket` prompts."""
+    """One choice of ours, which counts until `until` at the latest."""
 
     until: float
-    ticket: float
     work: Work
+
+
+class _Pending:
+    """Our choices for one side of a node, until its reports show them."""
+
+    def __init__(self, num_accepted: int) -> None:
+        self.sum = Work()
+        self._num_accepted = num_accepted
+        self._given: list[_Given] = []  # in the order in which they end
+
+    def add(self, given: _Given) -> None:
+        insort(self._given, given, key=lambda one: one.until)
+        self.sum = self.sum.plus(given.work)
+
+    def settle(self, num_accepted: int, now: float) -> None:
+        """Drop as many as the node has taken on since, oldest first, and those that have had their time."""
+        num_shown = max(0, num_accepted - self._num_accepted)
+        self._num_accepted = num_accepted
+        num_ended = bisect_right(self._given, now, key=lambda given: given.until)
+        for given in self._given[: max(num_shown, num_ended)]:
+            self.sum = self.sum.plus(given.work, -1)
+        del self._given[: max(num_shown, num_ended)]
 
 
 class _Node:
@@ -116,24 +137,17 @@ class _Node:
     def __init__(self, report: LoadReport, now: float) -> None:
         self.report = report
         self.heard_at = now
-        self.given: deque[_Given] = deque()
-        self.given_sum = Work()
-        self.num_sent = report.num_accepted  # prompts that it will have taken on once all of ours are there
+        self.prompts = _Pending(report.num_prompts_accepted)
+        self.sequences = _Pending(report.num_sequences_accepted)
 
-    def forget(self, now: float) -> None:
-        """Drop the choices that the report shows, and those that have had their time."""
-        kept: deque[_Given] = deque()
-        num_lost = 0
-        for given in self.given:
-            is_shown = given.ticket <= self.report.num_accepted
-            if is_shown or given.until <= now:
-                self.given_sum = self.given_sum.plus(given.work, -1)
-                # A prompt that never came must not keep those after it from being recognized.
-                num_lost += not is_shown and given.ticket < math.inf
-            else:
-                kept.append(given._replace(ticket=given.ticket - num_lost))
-        self.given = kept
-        self.num_sent = max(self.num_sent - num_lost, self.report.num_accepted)
+    @property
+    def given(self) -> Work:
+        return self.prompts.sum.plus(self.sequences.sum)
+
+    def hear(self, report: LoadReport, now: float) -> None:
+        self.report, self.heard_at = report, now
+        self.prompts.settle(report.num_prompts_accepted, now)
+        self.sequences.settle(report.num_sequences_accepted, now)
 
 
 class ClusterState:
@@ -146,6 +160,7 @@ class ClusterState:
         self._descriptors: dict[str, NodeDescriptor] = {}
         self._nodes: dict[NodeRef, _Node] = {}
         self._views: dict[str, NodeView] = {}
+        self._leaving: dict[str, str] = {}
 
     def set_descriptors(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         """All nodes of the registry, by id."""
@@ -161,26 +176,33 @@ class ClusterState:
             self._nodes[report.node] = _Node(report, now)
             self._forget_silent(now)
         elif report.seq >= known.report.seq:
-            known.report, known.heard_at = report, now
-            known.forget(now)
+            known.hear(report, now)
         self._refresh(report.node.node_id)
 
     def add_prompt(self, node: NodeRef, work: Work, now: float) -> None:
         """Count a prompt that we gave a node, until its report shows it or two periods have passed."""
         if known := self._nodes.get(node):
-            known.num_sent += 1
             until = now + CHOICES_COUNT_FOR_PERIODS * known.report.period_s
-            self._give(known, _Given(until, known.num_sent, work))
+            known.prompts.add(_Given(until, work))
+            self._refresh(node.node_id)
 
     def add_sequence(self, node: NodeRef, work: Work, arrives_in_s: float, now: float) -> None:
         """Count a sequence that will come to a node in `arrives_in_s`, until two periods after that."""
         if known := self._nodes.get(node):
             until = now + arrives_in_s + CHOICES_COUNT_FOR_PERIODS * known.report.period_s
-            self._give(known, _Given(until, math.inf, work))
+            known.sequences.add(_Given(until, work))
+            self._refresh(node.node_id)
 
     def see_prompt(self, num_tokens: int) -> None:
         """Learn how long prompts are: that tells what a queue of so many tokens costs."""
         self.mean_prompt_tokens += _SMOOTHING * (num_tokens - self.mean_prompt_tokens)
+
+    def set_leaving(self, leaving: Mapping[str, str]) -> None:
+        """Which side each of these nodes gets nothing new on, by id."""
+        before, self._leaving = self._leaving, dict(leaving)
+        for node_id in before.keys() | leaving.keys():
+            if before.get(node_id) != leaving.get(node_id):
+                self._refresh(node_id)
 
     def touch_all(self, now: float) -> None:
         """Start all ages anew: after a reconnect the silence was ours, not the nodes'."""
@@ -198,11 +220,6 @@ class ClusterState:
     def usable(self, now: float) -> Iterator[NodeView]:
         return (view for view in self._views.values() if view.is_usable(now))
 
-    def _give(self, known: _Node, given: _Given) -> None:
-        known.given.append(given)
-        known.given_sum = known.given_sum.plus(given.work)
-        self._refresh(known.report.node.node_id)
-
     def _refresh(self, node_id: str) -> None:
         """Compute the node's view anew and put it where the index keeps it."""
         descriptor = self._descriptors.get(node_id)
@@ -216,9 +233,19 @@ class ClusterState:
         self.index.put(view)
 
     def _make_view(self, descriptor: NodeDescriptor, known: _Node) -> NodeView:
-        report, given = known.report, known.given_sum
+        report, given = known.report, known.given
         speed = speed_of(report)
-        view = NodeView(descriptor, report, known.heard_at, given, speed, 0.0, 0.0, 0.0)
+        view = NodeView(
+            descriptor,
+            report,
+            known.heard_at,
+            given,
+            speed,
+            0.0,
+            0.0,
+            0.0,
+            self._leaving.get(descriptor.node.node_id),
+        )
         mean, num_queued = self.mean_prompt_tokens, view.num_queued_tokens
         beside_s = speed.chunk_beside_s(
             report.num_running, report.num_context_tokens, is_decode=not view.may_prefill

@@ -369,7 +369,9 @@ class LoadReport(Message, frozen=True):
     handoff_bytes: int
     links: dict[str, str] = {}  # node_id -> connector in use
     num_context_tokens: int = 0  # in the KV caches of the running sequences
-    num_accepted: int = 0  # prompts taken on in this life, so that a scheduler knows which it has counted
+    # Taken on in this life: a scheduler sees by these which of its choices the report shows.
+    num_prompts_accepted: int = 0
+    num_sequences_accepted: int = 0
     step: StepFit | None = None
     epoch: int = 0  # the highest that this node has heard of
 

@@ -1,0 +1,194 @@
+"""Lends idle nodes to the other side by moving their prefill caps, and takes them back. It can't flap.
+
+A node changes sides without a pause: it gets nothing new on the side that it leaves, works off what it has
+there in rhythm, and is all the other side's when that is done. The last node of a side serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from flowkv_common.wire.messages import NodeDescriptor, NodeRef
+from flowkv_scheduler.orders import MoveCap, Order
+from flowkv_scheduler.policy import Goals
+from flowkv_scheduler.scores import SIDES, Scores, Side, decode_score, other, prefill_score
+from flowkv_scheduler.state import NodeView
+
+
+class Thresholds(msgspec.Struct, frozen=True):
+    """Scores are 0 when idle and 1 at the goal. Ticks are calls of `Regimes.tick`."""
+
+    high_prefill: float = 0.4
+    high_decode: float = 0.8
+    gives_prefill: float = 0.3  # a side that would stay below this can spare a node
+    gives_decode: float = 0.5
+    back: float = 0.2  # a side that would stay below this does well without what was lent to it
+    num_ticks: int = 3
+    dwell_s: float = 5.0  # what was moved stays so long
+    # While a node works off what is left, its steps take this part of the inter-token goal.
+    rhythm_share: float = 0.8
+    recap_ratio: float = 1.25  # a cap is adjusted when it is off by so much
+    lent_at_once: float = 0.25  # of the lending side, at least one node
+
+    def high(self, side: Side) -> float:
+        return self.high_prefill if side == "prefill" else self.high_decode
+
+    def gives(self, side: Side) -> float:
+        return self.gives_prefill if side == "prefill" else self.gives_decode
+
+
+class Moved(NamedTuple):
+    """A node that we have moved `to` a side; `is_shared` if it serves both."""
+
+    to: Side
+    since: float
+    is_shared: bool
+    cap: int
+
+
+def home_cap(descriptor: NodeDescriptor) -> int:
+    """The cap that the node was started with: see `flowkv_common.node.host.prefill_cap`."""
+    block_size, budget = descriptor.layout.block_size, descriptor.token_budget
+    return {"prefill": budget, "decode": block_size}.get(descriptor.role, max(block_size, budget // 2))
+
+
+class Lending:
+    """Remembers what it has moved, and when. `see`, `move`, `orders`: once per tick, in this order."""
+
+    def __init__(self, goals: Goals, thresholds: Thresholds) -> None:
+        self._goals = goals
+        self._at = thresholds
+        self._moved: dict[NodeRef, Moved] = {}
+        self._roles: dict[NodeRef, str] = {}
+
+    @property
+    def leaving(self) -> Mapping[str, Side]:
+        return {ref.node_id: other(m.to) for ref, m in self._moved.items() if not m.is_shared}
+
+    @property
+    def lent(self) -> Mapping[NodeRef, Side]:
+        return {ref: moved.to for ref, moved in self._moved.items() if self._roles[ref] != moved.to}
+
+    def see(self, nodes: Sequence[NodeView], now: float) -> None:
+        """Forget lives that ended; take over what a leader before us has lent; let caps follow the work."""
+        self._roles = {node.descriptor.node: node.descriptor.role for node in nodes}
+        self._moved = {ref: moved for ref, moved in self._moved.items() if ref in self._roles}
+        for node in nodes:
+            ref, home = node.descriptor.node, home_cap(node.descriptor)
+            moved = self._moved.get(ref)
+            if moved is None and node.cap != home and node.descriptor.role in SIDES:
+                self._moved[ref] = Moved("prefill" if node.cap > home else "decode", now, False, node.cap)
+            elif moved is not None:
+                self._moved[ref] = self._adjusted(node, moved)
+                is_settled = now - moved.since >= self._at.dwell_s
+                if moved.to == node.descriptor.role and node.cap == home and is_settled:
+                    del self._moved[ref]
+
+    def move(self, nodes: Sequence[NodeView], scores: Scores, needy: Side | None, now: float) -> bool:
+        """Lend to the needy side, and to one on which nobody stands; take back what is not needed."""
+        moved_any = False
+        for side in SIDES:
+            is_gone = scores.num(side) == 0
+            if is_gone or side == needy:
+                moved_any |= self._lend(nodes, scores, side, now, is_gone)
+        return self._take_back(nodes, scores, needy, now) or moved_any
+
+    def orders(self, nodes: Sequence[NodeView], regime: str) -> list[Order]:
+        """For each node whose report does not show its cap yet; asked again until it does."""
+        orders: list[Order] = []
+        for node in nodes:
+            moved = self._moved.get(node.descriptor.node)
+            if moved is None or moved.cap == node.cap:
+                continue
+            is_home = moved.to == node.descriptor.role
+            reason = f"{'taken back' if is_home else 'lent'} to {moved.to}, regime {regime}"
+            orders.append(MoveCap(node.descriptor.node, moved.cap, reason))
+        return orders
+
+    # --- lending and taking back -------------------------------------------------------------------
+
+    def _lend(self, nodes: Sequence[NodeView], scores: Scores, to: Side, now: float, is_gone: bool) -> bool:
+        """The idlest of the other side, a share of them at once; never so many that it would miss them."""
+        lenders = [node for node in nodes if self._may_move(node, to, now, is_gone)]
+        lenders.sort(key=lambda node: (self._load(node, other(to)), node.node_id))
+        num_at_home = sum(self._serves(node, other(to)) for node in nodes)
+        num = max(1, int(len(lenders) * self._at.lent_at_once))
+        for node in lenders[:num]:
+            if not is_gone and not self._can_spare(scores, other(to), num_at_home):
+                break
+            moved = self._moved.get(node.descriptor.node)
+            if moved is not None and now - moved.since < self._at.dwell_s:
+                # Nobody stands there: it helps out, and what it was moved for goes on.
+                self._moved[node.descriptor.node] = moved._replace(is_shared=True)
+            else:
+                self._put(node, to, now, is_shared=num_at_home <= 1)
+            num_at_home -= 1
+        return bool(lenders)
+
+    def _can_spare(self, scores: Scores, side: Side, num_left: int) -> bool:
+        """Its work, on one node less than `num_left`."""
+        work = scores.of(side) * scores.num(side)
+        return work / max(1, num_left - 1) < self._at.gives(side)
+
+    def _take_back(self, nodes: Sequence[NodeView], scores: Scores, needy: Side | None, now: float) -> bool:
+        for node in nodes:
+            moved = self._moved.get(node.descriptor.node)
+            role = node.descriptor.role
+            if moved is None or role not in SIDES or now - moved.since < self._at.dwell_s:
+                continue
+            if moved.to == role and not moved.is_shared:
+                continue
+            helped = other(role)
+            is_well = scores.without_one(helped) < self._at.back
+            others = [one for one in nodes if one is not node and self._serves(one, helped)]
+            if (is_well or needy == role) and others:
+                self._put(node, other(helped), now, is_shared=False)
+                return True  # one at a time, to see what that does
+        return False
+
+    def _may_move(self, node: NodeView, to: Side, now: float, is_gone: bool) -> bool:
+        """It serves the other side only, and has done so for a while."""
+        moved = self._moved.get(node.descriptor.node)
+        if moved is None:
+            return node.descriptor.role == other(to)
+        is_settled = now - moved.since >= self._at.dwell_s
+        return (moved.to == other(to) or moved.is_shared) and moved.to != to and (is_settled or is_gone)
+
+    def _serves(self, node: NodeView, side: Side) -> bool:
+        moved = self._moved.get(node.descriptor.node)
+        if moved is None:
+            return node.descriptor.role in (side, "mixed")
+        return moved.is_shared or moved.to == side
+
+    def _load(self, node: NodeView, side: Side) -> float:
+        score = decode_score if side == "decode" else prefill_score
+        return score(node, self._goals)
+
+    # --- caps --------------------------------------------------------------------------------------
+
+    def _put(self, node: NodeView, to: Side, now: float, *, is_shared: bool) -> None:
+        moved = Moved(to, now, is_shared, node.cap)
+        self._moved[node.descriptor.node] = moved._replace(cap=self._cap_for(node, moved))
+
+    def _cap_for(self, node: NodeView, moved: Moved) -> int:
+        """All or nothing once the other work is done, until then as much as keeps the rhythm."""
+        block_size, budget = node.descriptor.layout.block_size, node.descriptor.token_budget
+        if not moved.is_shared and moved.to == "prefill" and not node.num_context_tokens:
+            return budget
+        if not moved.is_shared and moved.to == "decode" and not node.num_queued_tokens:
+            return block_size
+        step_s = self._goals.itl_s * self._at.rhythm_share
+        chunk = node.speed.chunk_within(step_s, node.num_sequences, node.num_context_tokens)
+        return max(2 * block_size, min(chunk // block_size * block_size, budget - block_size))
+
+    def _adjusted(self, node: NodeView, moved: Moved) -> Moved:
+        whole = (node.descriptor.token_budget, node.descriptor.layout.block_size)
+        if moved.cap in whole and not moved.is_shared:
+            return moved  # it has arrived
+        cap = self._cap_for(node, moved)
+        is_whole = cap in whole and not moved.is_shared
+        is_off = max(cap, moved.cap) > self._at.recap_ratio * min(cap, moved.cap)
+        return moved._replace(cap=cap) if is_whole or is_off else moved
