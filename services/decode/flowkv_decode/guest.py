@@ -200,5 +200,8 @@ class DecodeGuest:
     def num_running(self) -> int:
         return len(self._running)
 
+    def num_context_tokens(self) -> int:
+        return sum(sequence.num_computed_tokens for sequence in self._running)
+
     def queued_prefill_tokens(self) -> int:
         return sum(s.num_new_tokens for s in [*self._running, *self._waiting] if s.is_prefilling)

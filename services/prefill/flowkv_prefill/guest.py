@@ -232,5 +232,8 @@ class PrefillGuest:
     def num_running(self) -> int:
         return len(self._computing)
 
+    def num_context_tokens(self) -> int:
+        return 0
+
     def queued_prefill_tokens(self) -> int:
         return sum(p.sequence.num_new_tokens for p in self._prompts.values() if p.first is None)

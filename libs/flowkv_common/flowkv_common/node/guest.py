@@ -54,6 +54,7 @@ class Node:
     guests: dict[str, Guest] = field(default_factory=dict)
     draining: bool = False
     wedged: bool = False
+    epoch: int = 0  # the highest of a leading scheduler that this node has heard of
 
     def why_not_ready(self) -> str | None:
         if self.draining:
@@ -140,6 +141,9 @@ class Guest(Protocol):
     def num_waiting(self) -> int: ...
 
     def num_running(self) -> int: ...
+
+    def num_context_tokens(self) -> int:
+        """Tokens in the KV caches of the sequences that decode here."""
 
     def queued_prefill_tokens(self) -> int: ...
 

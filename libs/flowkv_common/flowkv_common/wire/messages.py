@@ -368,7 +368,7 @@ class LoadReport(Message, frozen=True):
     num_handoffs: int
     handoff_bytes: int
     links: dict[str, str] = {}  # node_id -> connector in use
-    num_context_tokens: int = 0  # in the KV caches of the running sequences
+    num_context_tokens: int = 0  # in the KV caches of the sequences that decode here
     step: StepFit | None = None
     epoch: int = 0  # the highest that this node has heard of
 
