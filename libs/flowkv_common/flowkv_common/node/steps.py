@@ -46,6 +46,10 @@ class Retire:
         else:
             self._release(block_ids)
 
+    def notice_room(self) -> None:
+        """Somebody else has freed blocks: who waits for room looks again."""
+        self._freed.set()
+
     async def wait_for_room(self, timeout_s: float) -> None:
         """Until some blocks were freed, or `timeout_s`: others than sequences free blocks too."""
         self._freed.clear()
@@ -64,7 +68,7 @@ class Retire:
 
     def _release(self, block_ids: list[int]) -> None:
         self._blocks.release(block_ids)
-        self._freed.set()
+        self.notice_room()
 
 
 class Steps:

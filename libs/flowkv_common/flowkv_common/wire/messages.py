@@ -247,7 +247,7 @@ class Reserved(Message, frozen=True):
 
 
 class Release(Message, frozen=True):
-    """Prefill to decode node: the reservation is not needed, the request has ended."""
+    """Prefill to decode node: the reservation is not needed: the request has ended, or waits for others."""
 
     transfer_id: str
     token: str
