@@ -53,6 +53,8 @@ class PrefillGuest:
     async def accept(self, run: PrefillRun) -> Accepted:
         """Take a prompt on. Raises Stale for a former life or an ended attempt, Unavailable when draining."""
         self._node.refuse_new_work(run.node)
+        # Heard, but never refused for being old: the assignment was a promise to a client.
+        self._node.hear_epoch(run.epoch)
         prompt = Prompt(run, next(self._numbers))
         tid = prompt.sequence.transfer_id
         if tid not in self._prompts:

@@ -76,6 +76,10 @@ class Node:
         if reason := self.why_not_ready():
             raise Unavailable(f"{self.ref.node_id}: {reason}")
 
+    def hear_epoch(self, epoch: int) -> None:
+        """A scheduler of this epoch has led: an older one is refused when it wants to change this node."""
+        self.epoch = max(self.epoch, epoch)
+
     def take_blocks(self, sequence: Sequence, num_blocks: int) -> bool:
         """`num_blocks` blocks for a sequence without any, its cached prefix among them; False if full."""
         block_size = self.settings.block_size

@@ -27,6 +27,7 @@ class Instruments:
         self._labels = {"model_name": model_name, "node_id": node_id}
         self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens per step", _STEP_BUCKETS)
         self._preemptions = self._counter("vllm:num_preemptions", "Sequences preempted, to be recomputed")
+        self._cap_changes = self._counter("flowkv_cap_changes", "Times that the prefill cap was moved")
         self._transfer_s = self._durations(
             "flowkv_kv_transfer_seconds", "A request's KV transfer: time spent sending"
         )
@@ -93,6 +94,9 @@ class Instruments:
 
     def count_preemption(self) -> None:
         self._preemptions.inc()
+
+    def count_cap_change(self) -> None:
+        self._cap_changes.inc()
 
     def count_handoff(self, result: str) -> None:
         self._handoffs.labels(result=result, **self._labels).inc()
