@@ -67,6 +67,7 @@ class DecodeGuest:
     async def accept(self, run: DecodeRun) -> Accepted:
         """The handoff: the sequence runs from the next step on. A drain does not refuse what it reserved."""
         self._node.refuse_other_life(run.node)
+        self._node.hear_epoch(run.epoch)
         self.adopt(intake.claim(self._node, run))
         return Accepted(node_id=self._node.ref.node_id)
 
@@ -199,6 +200,9 @@ class DecodeGuest:
 
     def num_running(self) -> int:
         return len(self._running)
+
+    def num_context_tokens(self) -> int:
+        return sum(sequence.num_computed_tokens for sequence in self._running)
 
     def queued_prefill_tokens(self) -> int:
         return sum(s.num_new_tokens for s in [*self._running, *self._waiting] if s.is_prefilling)

@@ -77,10 +77,13 @@ def _answer(reservation: Reservation) -> Reserved:
 
 
 def release(node: Node, message: Release) -> None:
-    """The request has ended at prefill: its room comes back. Raises Stale for a wrong token."""
+    """Prefill does not want the room, or not now: it comes back. Raises Stale for a wrong token."""
     reservation = node.reservations.claim(message.transfer_id, message.token)
     node.blocks.release(reservation.block_ids)
     node.attempts.end(message.transfer_id)
+    # Who waits here for room comes before the next reservation.
+    node.retire.notice_room()
+    node.wake.set()
 
 
 def claim(node: Node, run: DecodeRun) -> Sequence:

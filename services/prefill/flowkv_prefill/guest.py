@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
-from collections.abc import AsyncIterator
+import random
+from collections.abc import Iterator
 
 from flowkv_common.bus.service import Endpoint
 from flowkv_common.engine.batch import WorkItem
@@ -20,11 +22,16 @@ from flowkv_common.wire.messages import Accepted, PrefillRun, TokenChunk
 from flowkv_prefill.chunking import plan_chunks
 from flowkv_prefill.handoff import Handoff, num_blocks_for, reserve
 from flowkv_prefill.prompt import Prompt
+from flowkv_prefill.turns import Turns
 
 log = logging.getLogger(__name__)
 
 # Blocks are also freed by those who don't tell: look again after so long.
 ROOM_RETRY_S = 0.1
+# Who waits so long for blocks here gives its reservation elsewhere back; longer each time, and never for as
+# long as a reservation lives.
+FIRST_PATIENCE_S = 1.0
+LONGEST_PATIENCE_S = 8.0
 
 
 class PrefillGuest:
@@ -37,7 +44,8 @@ class PrefillGuest:
         self._arrived: asyncio.Queue[Prompt] = asyncio.Queue()
         self._prompts: dict[str, Prompt] = {}  # transfer_id -> prompt, in order of arrival
         self._computing: dict[str, Prompt] = {}  # those with blocks, in the order of their chunks
-        self._blocks_turn = asyncio.Lock()  # blocks are given out first come, first served
+        self._numbers = itertools.count()
+        self._turns = Turns()  # blocks are given out first come, first served
 
     def endpoints(self) -> list[Endpoint]:
         return [Endpoint(subjects.at(subjects.PREFILL_RUN, self._node.ref.node_id), PrefillRun, self.accept)]
@@ -45,7 +53,9 @@ class PrefillGuest:
     async def accept(self, run: PrefillRun) -> Accepted:
         """Take a prompt on. Raises Stale for a former life or an ended attempt, Unavailable when draining."""
         self._node.refuse_new_work(run.node)
-        prompt = Prompt(run)
+        # Heard, but never refused for being old: the assignment was a promise to a client.
+        self._node.hear_epoch(run.epoch)
+        prompt = Prompt(run, next(self._numbers))
         tid = prompt.sequence.transfer_id
         if tid not in self._prompts:
             self._node.attempts.begin(Attempt(tid, run.gateway_id, "queued", lambda _: self._stop(prompt)))
@@ -93,20 +103,20 @@ class PrefillGuest:
         async with contextlib.AsyncExitStack() as held:
             with prompt.phases.phase("queue"):
                 await held.enter_async_context(node.budget.hold(num_bytes))
-            with prompt.phases.phase("reserve"):
-                handoff = await reserve(node, prompt.run, sequence)
-            async with running(handoff.keep_reserved()), self._blocks(prompt):
-                async with running(self._send_early(prompt, handoff)):
-                    await self._compute(prompt)
-                    if await self._emit_first(prompt):
-                        node.attempts.end(sequence.transfer_id)
-                        await handoff.release()
-                    else:
-                        await self._hand_over(prompt, handoff)
+            held.enter_context(self._blocks(prompt))
+            handoff = await self._reserve_and_take(prompt)
+            async with running(handoff.keep_reserved(), self._send_early(prompt, handoff)):
+                await self._compute(prompt)
+                if await self._emit_first(prompt):
+                    node.attempts.end(sequence.transfer_id)
+                    await handoff.release()
+                else:
+                    await self._hand_over(prompt, handoff)
 
     async def _serve_here(self, prompt: Prompt) -> None:
         """Prefill and decode are the same node: the handoff moves no bytes."""
-        async with self._blocks(prompt):
+        with self._blocks(prompt):
+            await self._take_in_turn(prompt)
             await self._compute(prompt)
             if await self._emit_first(prompt):
                 self._node.attempts.end(prompt.sequence.transfer_id)
@@ -182,13 +192,38 @@ class PrefillGuest:
 
     # --- blocks -----------------------------------------------------------------------------------
 
-    @contextlib.asynccontextmanager
-    async def _blocks(self, prompt: Prompt) -> AsyncIterator[None]:
-        """Blocks for the whole prompt and one token more, those of a cached prefix among them."""
+    async def _reserve_and_take(self, prompt: Prompt) -> Handoff:
+        """Room at the decode node, then blocks here: in that order everywhere.
+
+        Nodes that prefill for each other could still wait in a circle, each for blocks that are reserved for
+        a prompt of the next. So who has waited for a while gives its reservation back and begins again.
+        """
+        patience_s = FIRST_PATIENCE_S
+        while True:
+            with prompt.phases.phase("reserve"):
+                handoff = await reserve(self._node, prompt.run, prompt.sequence)  # or renew
+            try:
+                # Drawn anew each time, so that two who wait for each other don't give way at once.
+                async with asyncio.timeout(patience_s * random.uniform(1.0, 1.5)):
+                    await self._take_in_turn(prompt)
+                return handoff
+            except TimeoutError:
+                if not self._node.reservations.num_open:
+                    continue  # no circle: what holds the blocks here waits for nobody
+            log.info("%s lets others go first: no blocks here", prompt.sequence.transfer_id)
+            await handoff.release()
+            patience_s = min(2 * patience_s, LONGEST_PATIENCE_S)
+
+    async def _take_in_turn(self, prompt: Prompt) -> None:
+        """Wait for blocks for the whole prompt and one token more, those of a cached prefix among them."""
         with prompt.phases.phase("queue"):
-            async with self._blocks_turn:
+            async with self._turns.turn(prompt.number):
                 while not self._take(prompt.sequence):
                     await self._node.retire.wait_for_room(ROOM_RETRY_S)
+
+    @contextlib.contextmanager
+    def _blocks(self, prompt: Prompt) -> Iterator[None]:
+        """Gives the blocks back that the prompt has taken in the context, if any."""
         try:
             yield
         finally:
@@ -197,7 +232,7 @@ class PrefillGuest:
             self._node.wake.set()
 
     def _take(self, sequence: Sequence) -> bool:
-        """Blocks for the prompt and the token after it; False when there is no room now."""
+        """False when there is no room now."""
         if not self._node.take_blocks(sequence, num_blocks_for(sequence, self._node.settings.block_size)):
             return False
         sequence.num_cached_tokens = sequence.num_computed_tokens
@@ -231,6 +266,9 @@ class PrefillGuest:
 
     def num_running(self) -> int:
         return len(self._computing)
+
+    def num_context_tokens(self) -> int:
+        return 0
 
     def queued_prefill_tokens(self) -> int:
         return sum(p.sequence.num_new_tokens for p in self._prompts.values() if p.first is None)

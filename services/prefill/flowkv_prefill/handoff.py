@@ -1,8 +1,8 @@
 """Moving one request's KV cache to its decode node: reserve, send what is computed, hand over.
 
-The decode node reserves first, before prefill takes blocks of its own: that is what keeps two full nodes from
-waiting for each other. `DecodeRun` is the commit: it is sent only after every copy was confirmed while this
-node's blocks were held.
+The decode node reserves first, before prefill takes blocks of its own: that is what keeps a full prefill node
+and a full decode node from waiting for each other. `DecodeRun` is the commit: it is sent only after every
+copy was confirmed while this node's blocks were held.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Handoff:
         await self._node.bus.request(subject, run, Accepted, timeout_s=CONTROL_TIMEOUT_S)
 
     async def release(self) -> None:
-        """The request has ended without decode: give the room back. If that is lost, it expires."""
+        """Give the room back: the request has ended, or begins again at `reserve()`. If lost, it expires."""
         message = Release(transfer_id=self._transfer_id, token=self._token)
         subject = subjects.at(subjects.DECODE_RELEASE, self._run.decode.node_id)
         with contextlib.suppress(FlowKVError):

@@ -12,10 +12,14 @@ from flowkv_common.wire.messages import PrefillRun, transfer_id
 
 
 class Prompt:
-    """`progress` is set after each chunk, `computed` after the last, which gives `first`, an output token."""
+    """`progress` is set after each chunk, `computed` after the last, which gives `first`, an output token.
 
-    def __init__(self, run: PrefillRun) -> None:
+    `number` grows from prompt to prompt: its place where prompts wait.
+    """
+
+    def __init__(self, run: PrefillRun, number: int) -> None:
         self.run = run
+        self.number = number
         self.sequence = _new_sequence(run)
         self.task: asyncio.Task[None] | None = None
         self.progress = asyncio.Event()

@@ -1,10 +1,14 @@
-"""The endpoints that every node has, whatever its guests: link, drain, check, and the test hook."""
+"""The endpoints that every node has, whatever its guests: link, drain, check, cap, and the test hook."""
 
 from __future__ import annotations
 
+import logging
+
 from flowkv_common.bus.service import Endpoint
 from flowkv_common.engine.runner import EngineThread
+from flowkv_common.errors import BadRequest, Stale
 from flowkv_common.node.guest import Node
+from flowkv_common.node.steps import Steps
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
@@ -14,11 +18,14 @@ from flowkv_common.wire.messages import (
     LinkOffer,
     LinkRequest,
     Message,
+    SetPrefillCap,
     Wedge,
 )
 
+log = logging.getLogger(__name__)
 
-def node_endpoints(node: Node, engine: EngineThread) -> list[Endpoint]:
+
+def node_endpoints(node: Node, steps: Steps, engine: EngineThread) -> list[Endpoint]:
     """`flowkv.v1.node.<verb>.<node_id>`; `wedge` only where test hooks are on."""
 
     async def link(request: LinkRequest) -> LinkOffer:
@@ -38,6 +45,10 @@ def node_endpoints(node: Node, engine: EngineThread) -> list[Endpoint]:
             num_reservations=node.reservations.num_open,
         )
 
+    async def cap(request: SetPrefillCap) -> Message:
+        set_prefill_cap(node, steps, request)
+        return Accepted(node_id=node.ref.node_id)
+
     async def wedge(request: Wedge) -> Message:
         engine.wedge(request.for_s)
         return Accepted(node_id=node.ref.node_id)
@@ -49,7 +60,34 @@ def node_endpoints(node: Node, engine: EngineThread) -> list[Endpoint]:
         Endpoint(at(subjects.NODE_LINK), LinkRequest, link),
         Endpoint(at(subjects.NODE_DRAIN), Drain, drain),
         Endpoint(at(subjects.NODE_CHECK), Check, check),
+        Endpoint(at(subjects.NODE_CAP), SetPrefillCap, cap),
     ]
     if node.settings.test_hooks:
         endpoints.append(Endpoint(at(subjects.NODE_WEDGE), Wedge, wedge))
     return endpoints
+
+
+def set_prefill_cap(node: Node, steps: Steps, request: SetPrefillCap) -> None:
+    """Make the node more of a prefill or more of a decode node, from the next step on.
+
+    Raises Stale for a message to a former life or from a leader of an older epoch, BadRequest for a cap below
+    one block or above the token budget. The same cap again is accepted and changes nothing.
+    """
+    node.refuse_other_life(request.node)
+    if request.epoch < node.epoch:
+        raise Stale(f"epoch {request.epoch} is over, {node.ref.node_id} has heard of {node.epoch}")
+    node.hear_epoch(request.epoch)
+    old, new = steps.max_prefill_tokens_per_step, request.max_prefill_tokens_per_step
+    least, most = node.settings.block_size, node.settings.token_budget
+    if not least <= new <= most:
+        raise BadRequest(
+            f"the cap lies between {least} and {most} tokens, not at {new}",
+            field="max_prefill_tokens_per_step",
+        )
+    node.changed.set()
+    if new == old:
+        return
+    steps.max_prefill_tokens_per_step = new
+    node.wake.set()
+    node.instruments.count_cap_change()
+    log.info("the prefill cap goes from %d to %d tokens per step: %s", old, new, request.reason)

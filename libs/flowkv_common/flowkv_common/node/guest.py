@@ -54,6 +54,7 @@ class Node:
     guests: dict[str, Guest] = field(default_factory=dict)
     draining: bool = False
     wedged: bool = False
+    epoch: int = 0  # the highest of a leading scheduler that this node has heard of
 
     def why_not_ready(self) -> str | None:
         if self.draining:
@@ -74,6 +75,10 @@ class Node:
         self.refuse_other_life(ref)
         if reason := self.why_not_ready():
             raise Unavailable(f"{self.ref.node_id}: {reason}")
+
+    def hear_epoch(self, epoch: int) -> None:
+        """A scheduler of this epoch has led: an older one is refused when it wants to change this node."""
+        self.epoch = max(self.epoch, epoch)
 
     def take_blocks(self, sequence: Sequence, num_blocks: int) -> bool:
         """`num_blocks` blocks for a sequence without any, its cached prefix among them; False if full."""
@@ -140,6 +145,9 @@ class Guest(Protocol):
     def num_waiting(self) -> int: ...
 
     def num_running(self) -> int: ...
+
+    def num_context_tokens(self) -> int:
+        """Tokens in the KV caches of the sequences that decode here."""
 
     def queued_prefill_tokens(self) -> int: ...
 

@@ -56,7 +56,7 @@ async def serve(settings: NodeSettings, role: str, model: LoadedModel) -> None:
         guests = [guest.run() for guest in node.guests.values()]
         watches = (watch_nodes(node.bus, node.links.follow), watch_cancels(node), watch_engine(node, engine))
         async with running(steps.run(), *guests, node.links.run(), *watches, sweep(node)):
-            async with running(node.outbox.keep_alive()), _services(node, engine, role):
+            async with running(node.outbox.keep_alive()), _services(node, steps, engine, role):
                 async with running(keep_announced(node.bus, descriptor), report_load(node, steps)):
                     log.info("%s is ready: %d blocks", node.ref.node_id, node.blocks.num_blocks)
                     await node.stop.wait()
@@ -117,6 +117,11 @@ async def _open(
         max_prefill_tokens_per_step=prefill_cap(role, settings),
         wake=node.wake,
     )
+    instruments.gauge(
+        "flowkv_max_prefill_tokens_per_step",
+        "Prompt tokens per step, at most: what makes a node prefill or decode",
+        lambda: steps.max_prefill_tokens_per_step,
+    )
     return node, steps, engine
 
 
@@ -131,11 +136,11 @@ def prefill_cap(role: str, settings: NodeSettings) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _services(node: Node, engine: EngineThread, role: str) -> AsyncIterator[None]:
+async def _services(node: Node, steps: Steps, engine: EngineThread, role: str) -> AsyncIterator[None]:
     """One ADR-32 service per guest and one for the node, found by `nats micro ls`."""
     metadata = {"role": role, "model": node.card.name, "incarnation": node.ref.incarnation}
     endpoints: dict[str, list[Endpoint]] = {name: guest.endpoints() for name, guest in node.guests.items()}
-    endpoints["node"] = node_endpoints(node, engine)
+    endpoints["node"] = node_endpoints(node, steps, engine)
     async with contextlib.AsyncExitStack() as stack:
         for name, mine in endpoints.items():
             service = Service(

@@ -1,4 +1,4 @@
-"""What a node measures of itself: Prometheus metrics, and the two rates that its load reports carry."""
+"""What a node measures of itself: Prometheus metrics, and what its load reports say of its speed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from flowkv_common.node.step_fit import StepCounts, StepFitter
 from flowkv_common.wire.messages import BlockCounts, KVTransferred
 
 # Weight of the newest step in the measured rates: about the last ten steps count.
@@ -22,9 +23,11 @@ class Instruments:
         self.registry = CollectorRegistry()
         self.prefill_tokens_per_s = 0.0
         self.decode_step_s = 0.0
+        self.step_fitter = StepFitter()
         self._labels = {"model_name": model_name, "node_id": node_id}
         self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens per step", _STEP_BUCKETS)
         self._preemptions = self._counter("vllm:num_preemptions", "Sequences preempted, to be recomputed")
+        self._cap_changes = self._counter("flowkv_cap_changes", "Times that the prefill cap was moved")
         self._transfer_s = self._durations(
             "flowkv_kv_transfer_seconds", "A request's KV transfer: time spent sending"
         )
@@ -79,17 +82,21 @@ class Instruments:
             lambda: counts().longest_free_run,
         )
 
-    def observe_step(self, num_tokens: list[int], duration_s: float) -> None:
-        """One engine step: tokens per sequence, and how long it took."""
-        total = sum(num_tokens)
+    def observe_step(self, counts: StepCounts, duration_s: float) -> None:
+        """One engine step: what it computed, and how long it took."""
+        total = counts.num_prefill_tokens + counts.num_sequences
         self._step_tokens.observe(total)
-        if max(num_tokens) == 1:
+        self.step_fitter.observe(counts, duration_s)
+        if not counts.num_prefill_tokens:
             self.decode_step_s = _smooth(self.decode_step_s, duration_s)
         elif total >= 16:
             self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, total / duration_s)
 
     def count_preemption(self) -> None:
         self._preemptions.inc()
+
+    def count_cap_change(self) -> None:
+        self._cap_changes.inc()
 
     def count_handoff(self, result: str) -> None:
         self._handoffs.labels(result=result, **self._labels).inc()

@@ -20,6 +20,7 @@ from flowkv_common.errors import Internal
 from flowkv_common.kv.blocks import Blocks
 from flowkv_common.node.instruments import Instruments
 from flowkv_common.node.outbox import Outbox
+from flowkv_common.node.step_fit import StepCounts
 
 if TYPE_CHECKING:
     from flowkv_common.node.guest import Guest
@@ -45,6 +46,10 @@ class Retire:
         else:
             self._release(block_ids)
 
+    def notice_room(self) -> None:
+        """Somebody else has freed blocks: who waits for room looks again."""
+        self._freed.set()
+
     async def wait_for_room(self, timeout_s: float) -> None:
         """Until some blocks were freed, or `timeout_s`: others than sequences free blocks too."""
         self._freed.clear()
@@ -63,7 +68,7 @@ class Retire:
 
     def _release(self, block_ids: list[int]) -> None:
         self._blocks.release(block_ids)
-        self._freed.set()
+        self.notice_room()
 
 
 class Steps:
@@ -118,6 +123,7 @@ class Steps:
     async def _step(self, work: list[tuple[Guest, WorkItem]]) -> None:
         items = [item for _, item in work]
         batch = pack(items, self._block_size)
+        counts = StepCounts.of(items)  # before the step: a cancel during it makes a sequence forget
         self._retire.step_begins(item.sequence for item in items)
         began = time.monotonic()
         try:
@@ -130,7 +136,7 @@ class Steps:
                 guest.fail(item.sequence, Internal(f"the engine step failed: {error}"))
             return
         self._retire.step_ended()
-        self._instruments.observe_step([item.num_tokens for item in items], time.monotonic() - began)
+        self._instruments.observe_step(counts, time.monotonic() - began)
         for (guest, item), token in zip(work, sampled, strict=True):
             if item.sequence.block_table:  # else it was cancelled during the step
                 item.sequence.num_computed_tokens += item.num_tokens

@@ -247,7 +247,7 @@ class Reserved(Message, frozen=True):
 
 
 class Release(Message, frozen=True):
-    """Prefill to decode node: the reservation is not needed, the request has ended."""
+    """Prefill to decode node: the reservation is not needed: the request has ended, or waits for others."""
 
     transfer_id: str
     token: str
@@ -368,7 +368,7 @@ class LoadReport(Message, frozen=True):
     num_handoffs: int
     handoff_bytes: int
     links: dict[str, str] = {}  # node_id -> connector in use
-    num_context_tokens: int = 0  # in the KV caches of the running sequences
+    num_context_tokens: int = 0  # in the KV caches of the sequences that decode here
     # Taken on in this life: a scheduler sees by these which of its choices the report shows.
     num_prompts_accepted: int = 0
     num_sequences_accepted: int = 0

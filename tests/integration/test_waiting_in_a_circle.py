@@ -1,0 +1,150 @@
+"""Nodes that prefill for each other don't wait in a circle for each other's blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from live_nodes import BLOCK_SIZE, Client, check, client, live_node, load_tiny
+from nats_server import NatsServer
+from oracle import check_identity
+from tiny_models import make_tiny_model
+
+from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import Accepted, NodeRef, Release, Reserve, Reserved
+from flowkv_prefill import guest
+
+NUM_BLOCKS = 12
+LONG_PROMPT = (NUM_BLOCKS - 2) * BLOCK_SIZE  # leaves no room for another in the pool
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+class Pair(NamedTuple):
+    bus: Bus
+    client: Client
+    a: NodeRef
+    b: NodeRef
+
+    async def both_idle(self) -> bool:
+        """After their integrity checks."""
+        books = [await check(self.bus, node.node_id) for node in (self.a, self.b)]
+        return all((b.num_requests, b.num_reservations, b.blocks.leased) == (0, 0, 0) for b in books)
+
+    async def reserve_at_a(self) -> Reserved:
+        """Nearly all of A's blocks, as another node would for a prompt of its own."""
+        request = Reserve(
+            transfer_id="other.0",
+            node=self.a,
+            prefill=NodeRef(node_id="c", incarnation="1"),
+            gateway_id=self.client.gateway_id,
+            num_tokens=LONG_PROMPT,
+            block_hashes=[],
+            run_lengths=[],
+            expires_in_s=60.0,
+        )
+        return await self.bus.request(
+            subjects.at(subjects.DECODE_RESERVE, "a"), request, Reserved, timeout_s=5
+        )
+
+    async def release_at_a(self, reserved: Reserved) -> None:
+        message = Release(transfer_id=reserved.transfer_id, token=reserved.token)
+        await self.bus.request(subjects.at(subjects.DECODE_RELEASE, "a"), message, Accepted, timeout_s=5)
+
+
+@pytest.fixture
+async def pair(nats_server: NatsServer, model_path: Path) -> AsyncIterator[Pair]:
+    model = load_tiny(model_path)
+    async with AsyncExitStack() as opened:
+        bus = await opened.enter_async_context(connect(nats_server.url, name="test"))
+        a, b = [
+            await opened.enter_async_context(
+                live_node(nats_server, bus, model, node_id, num_blocks=NUM_BLOCKS, peers=peers)
+            )
+            for node_id, peers in (("a", 0), ("b", 1))
+        ]
+        yield Pair(bus, await opened.enter_async_context(client(bus)), a, b)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest, "FIRST_PATIENCE_S", 0.05)
+
+
+class Overheard:
+    """What is asked of a node, by a look at its subject."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self._news = asyncio.Event()
+
+    def __call__(self, *_: object) -> None:
+        self.num += 1
+        self._news.set()
+
+    async def wait_for(self, num: int) -> None:
+        async with asyncio.timeout(10):
+            while self.num < num:
+                self._news.clear()
+                await self._news.wait()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_who_waits_in_vain_gives_its_reservation_back(pair: Pair, model_path: Path) -> None:
+    released, asked = Overheard(), Overheard()
+    held = await pair.reserve_at_a()
+    prompt_ids = random.Random(1).choices(range(20, 500), k=LONG_PROMPT)
+    async with (
+        await pair.bus.subscribe(subjects.at(subjects.DECODE_RELEASE, "b"), Release, released),
+        await pair.bus.subscribe(subjects.at(subjects.DECODE_RESERVE, "b"), Reserve, asked),
+        asyncio.TaskGroup() as tasks,
+    ):
+        output = tasks.create_task(pair.client.generate(pair.a, pair.b, prompt_ids, max_tokens=5))
+        # It gives way again and again, and comes back each time.
+        await released.wait_for(2)
+        await asked.wait_for(3)
+        assert not output.done()
+        await pair.release_at_a(held)
+    assert len(output.result()) == 5
+    check_identity(model_path, prompt_ids, output.result())
+    assert await pair.both_idle()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_who_waits_for_no_other_node_keeps_its_reservation(pair: Pair) -> None:
+    """A's blocks are held by what A itself runs, which ends without anybody's help."""
+    released, asked = Overheard(), Overheard()
+    async with (
+        await pair.bus.subscribe(subjects.at(subjects.DECODE_RELEASE, "b"), Release, released),
+        await pair.bus.subscribe(subjects.at(subjects.DECODE_RESERVE, "b"), Reserve, asked),
+        asyncio.TaskGroup() as tasks,
+    ):
+        here = tasks.create_task(pair.client.generate(pair.a, pair.a, [30] * 8, max_tokens=80))
+        there = tasks.create_task(pair.client.generate(pair.a, pair.b, [31] * LONG_PROMPT, max_tokens=2))
+    assert (len(here.result()), len(there.result())) == (80, 2)
+    assert asked.num > 1  # it has waited, and renewed
+    assert released.num == 0
+
+
+async def test_two_small_nodes_that_prefill_for_each_other_finish_all(pair: Pair, model_path: Path) -> None:
+    rng = random.Random(2)
+    lengths = [LONG_PROMPT, LONG_PROMPT // 2, LONG_PROMPT, 20, LONG_PROMPT]
+    prompts = [rng.choices(range(20, 500), k=length) for length in lengths for _ in range(2)]
+    async with asyncio.TaskGroup() as tasks:
+        outputs = [
+            tasks.create_task(pair.client.generate(*nodes, prompt_ids, max_tokens=6))
+            for prompt_ids, nodes in zip(prompts, [(pair.a, pair.b), (pair.b, pair.a)] * 5, strict=True)
+        ]
+    for prompt_ids, output in zip(prompts, outputs, strict=True):
+        assert len(output.result()) == 6
+        check_identity(model_path, prompt_ids, output.result())
+    assert await pair.both_idle()

@@ -1,0 +1,178 @@
+"""Real nodes in the test's own process, on a tiny model, and a client that gives them work over NATS."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import math
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from nats_server import NatsServer
+
+from flowkv_common.bus.connection import Bus
+from flowkv_common.bus.service import Endpoint, Service
+from flowkv_common.config import NodeSettings
+from flowkv_common.engine.model import LoadedModel, load_model
+from flowkv_common.errors import FlowKVError, from_wire
+from flowkv_common.node.host import serve
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import (
+    Accepted,
+    Check,
+    Checked,
+    Drain,
+    Keepalive,
+    KeepaliveReply,
+    LoadReport,
+    NodeRef,
+    PrefillRun,
+    SamplingParams,
+    StepTokens,
+    TokenChunk,
+    transfer_id,
+)
+
+BLOCK_SIZE = 8
+TOKEN_BUDGET = 64
+TIMEOUT_S = 20.0
+
+Heard = asyncio.Queue[LoadReport]
+
+
+def load_tiny(folder: Path) -> LoadedModel:
+    return load_model(
+        str(folder), name=None, dtype=torch.float32, load_format="auto", on_progress=lambda _: None
+    )
+
+
+@contextlib.asynccontextmanager
+async def live_node(
+    server: NatsServer,
+    bus: Bus,
+    model: LoadedModel,
+    node_id: str,
+    *,
+    role: str = "mixed",
+    num_blocks: int = 64,
+    peers: int = 0,
+    **settings: Any,
+) -> AsyncIterator[NodeRef]:
+    """A node from its first load report, with links to so many peers, to the end of its drain."""
+    block_bytes = model.layout(BLOCK_SIZE, "float32").block_bytes
+    values = {
+        "nats_url": server.url,
+        "model_path": "",
+        "node_id": node_id,
+        "attention": "torch",
+        "block_size": BLOCK_SIZE,
+        "token_budget": TOKEN_BUDGET,
+        "kv_cache_bytes": num_blocks * block_bytes,
+        "load_period_s": 0.05,
+        "drain_timeout_s": 1.0,
+    }
+    async with reports(bus, node_id) as heard, asyncio.TaskGroup() as tasks:
+        tasks.create_task(serve(NodeSettings(**{**values, **settings}), role, model))
+        ready = await first(heard, lambda report: report.ready and len(report.links) >= peers)
+        try:
+            yield ready.node
+        finally:
+            await bus.request(subjects.at(subjects.NODE_DRAIN, node_id), Drain(), Accepted, timeout_s=5)
+
+
+@contextlib.asynccontextmanager
+async def reports(bus: Bus, node_id: str) -> AsyncIterator[Heard]:
+    """Collects the load reports of a node while the context lasts."""
+    heard: Heard = asyncio.Queue()
+    async with await bus.subscribe(subjects.load(node_id), LoadReport, lambda report, _: heard.put(report)):
+        yield heard
+
+
+async def first(heard: Heard, is_met: Callable[[LoadReport], bool]) -> LoadReport:
+    """The first report that is as wanted; those before it are gone. Raises TimeoutError."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while not is_met(report := await heard.get()):
+            pass
+    return report
+
+
+async def check(bus: Bus, node_id: str) -> Checked:
+    """The node's block counts after its own integrity check."""
+    return await bus.request(subjects.at(subjects.NODE_CHECK, node_id), Check(), Checked, timeout_s=5)
+
+
+@contextlib.asynccontextmanager
+async def client(bus: Bus) -> AsyncIterator[Client]:
+    """Listens for tokens and keepalives while the context lasts."""
+    mine = Client(bus)
+    keepalive = Endpoint(subjects.keepalive(mine.gateway_id), Keepalive, mine.keepalive)
+    tokens = await bus.subscribe(subjects.tokens(mine.gateway_id), StepTokens, mine.take)
+    async with tokens, Service(bus, name="gateway", version="1.0.0", service_id="g", endpoints=[keepalive]):
+        yield mine
+
+
+class Client:
+    """A gateway without retries: each request is one attempt on the nodes that the test names."""
+
+    gateway_id = "g"
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._numbers = itertools.count()
+        self._outputs: dict[str, _Output] = {}
+
+    async def keepalive(self, message: Keepalive) -> KeepaliveReply:
+        return KeepaliveReply(unknown=[])
+
+    def take(self, step: StepTokens, _: object) -> None:
+        for chunk in step.chunks:
+            self._outputs[chunk.transfer_id].take(chunk)
+
+    async def generate(
+        self, prefill: NodeRef, decode: NodeRef, prompt_ids: list[int], *, max_tokens: int, epoch: int = 1
+    ) -> list[int]:
+        """Greedy output, EOS ignored. Raises what a node has failed with, TimeoutError after 20 s."""
+        request_id = f"r{next(self._numbers)}"
+        output = self._outputs[transfer_id(request_id, 0)] = _Output()
+        run = PrefillRun(
+            request_id=request_id,
+            attempt=0,
+            epoch=epoch,
+            node=prefill,
+            decode=decode,
+            gateway_id=self.gateway_id,
+            prompt_ids=prompt_ids,
+            output_ids=[],
+            sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+            deadline_in_s=60.0,
+        )
+        subject = subjects.at(subjects.PREFILL_RUN, prefill.node_id)
+        async with asyncio.timeout(TIMEOUT_S):
+            await self._bus.request(subject, run, Accepted, timeout_s=5)
+            await output.is_whole.wait()
+        if output.error is not None:
+            raise output.error
+        return [output.token_ids[index] for index in sorted(output.token_ids)]
+
+
+class _Output:
+    """Tokens by index: those of two nodes may come in any order."""
+
+    def __init__(self) -> None:
+        self.token_ids: dict[int, int] = {}
+        self.error: FlowKVError | None = None
+        self.is_whole = asyncio.Event()
+        self._num_tokens = math.inf
+
+    def take(self, chunk: TokenChunk) -> None:
+        if chunk.error is not None:
+            self.error = from_wire(chunk.error)
+            self.is_whole.set()
+        self.token_ids.update(enumerate(chunk.token_ids, chunk.index))
+        if chunk.finish_reason:
+            self._num_tokens = chunk.index + len(chunk.token_ids)
+        if len(self.token_ids) == self._num_tokens:
+            self.is_whole.set()
