@@ -13,7 +13,7 @@ from nats_server import NatsServer
 from flowkv_common.bus.buckets import Found, open_bucket, read
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import KEY, Lease
-from flowkv_common.wire.messages import Leader, decode
+from flowkv_common.wire.messages import Leader, decode, encode
 from flowkv_common.wire.subjects import LEADER_BUCKET
 
 TTL_S = 0.8
@@ -159,6 +159,34 @@ async def test_leader_that_dies_with_the_server_is_replaced_with_a_higher_epoch(
             nats_server.start()
             await seat.until_led_by("b")
     assert seat.terms == [("a", 1), ("b", 2)]
+
+
+async def test_record_of_a_server_that_began_anew_is_not_taken_for_an_old_one(
+    nats_server: NatsServer,
+) -> None:
+    async def write_as_another(bus: Bus) -> Found:
+        async with asyncio.timeout(5):
+            bucket = await open_bucket(bus, LEADER_BUCKET)
+            await bucket.put(KEY, encode(Leader(scheduler_id="another", epoch=1)))
+        return await seat_record(bus)
+
+    seat, back = Seat(), asyncio.Event()
+    async with connect(nats_server.url, name="test") as bus:
+        before = await write_as_another(bus)
+        async with candidate(nats_server, seat, "b") as b:
+            await seat.stays_for(TTL_S / 2)  # it has had a look
+            b.bus.on_reconnect(back.set)
+            b.bus.nc.options["reconnect_time_wait"] = 2 * TTL_S  # the other one comes first
+            nats_server.kill()
+            await asyncio.sleep(TTL_S)  # the outage itself
+            nats_server.start()
+            async with asyncio.timeout(5), connect(nats_server.url, name="another") as other:
+                after = await write_as_another(other)
+                await back.wait()
+            assert before == after  # nothing in it tells that it was written just now
+            await seat.stays_for(TTL_S / 2)
+            assert seat.terms == []
+            await seat.until_led_by("b")
 
 
 async def test_holder_that_is_cut_off_for_a_moment_goes_on_after_a_renewal(nats_server: NatsServer) -> None:

@@ -35,6 +35,8 @@ _RENEW_AFTER = 1 / 4
 _STEP_DOWN_AFTER = 7 / 8
 _LOOK_EVERY = 1 / 8
 
+_NOTHING_SEEN = (-1, 0.0)  # the last revision that was new to us, and when
+
 # Our record was overwritten, or its bucket is gone.
 _LOST = (nats.js.errors.KeyWrongLastSequenceError, nats.js.errors.NoStreamResponseError)
 
@@ -56,7 +58,7 @@ class Lease:
         self._held_until = 0.0
         self._is_confirmed = False  # on this connection
         self._patient_until = 0.0
-        self._seen = (-1, 0.0)  # the last revision that was new to us, and when
+        self._seen = _NOTHING_SEEN
         self._woken = asyncio.Event()
 
     @property
@@ -98,11 +100,14 @@ class Lease:
                 finally:
                     self._held_until = 0.0
                     await self._give_up()
+                    self._bucket = None
         finally:
             forget_callback()
 
     def _on_reconnect(self) -> None:
         self._is_confirmed = False
+        # The server may have begun anew, and with it the count of revisions: what we saw proves nothing now.
+        self._seen = _NOTHING_SEEN
         self._patient_until = asyncio.get_running_loop().time() + self._ttl_s
         self._woken.set()
 
