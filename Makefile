@@ -4,6 +4,7 @@ PY      := $(VENV)/bin/python
 PREFILL ?= 1
 DECODE  ?= 1
 MIXED   ?= 0
+SCHEDULER ?= 1
 MODEL   ?=
 PORT    ?= 8000
 TRACE   ?=
@@ -11,13 +12,15 @@ TRANSFER ?=
 OVERLAP ?=
 SIMULATE ?=
 REQUESTS ?= 100000
+EVENTS  ?=
+POLICY  ?= flowkv
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects simulate lint fmt clean
+.PHONY: help install up test test-full bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects simulate replay lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
-	@echo "  make up takes PREFILL=n DECODE=n MIXED=n MODEL=folder-or-hub-id PORT=n"
+	@echo "  make up takes PREFILL=n DECODE=n MIXED=n SCHEDULER=n MODEL=folder-or-hub-id PORT=n"
 
 install: $(VENV)/ready-dev ## install everything, for development too
 
@@ -39,7 +42,7 @@ $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
 	@touch $@
 
 up: $(VENV)/ready ## start NATS and all services as processes; Ctrl-C drains and stops them
-	@$(PY) scripts/up.py --prefill $(PREFILL) --decode $(DECODE) --mixed $(MIXED) --model "$(MODEL)" --port $(PORT)
+	@$(PY) scripts/up.py --prefill $(PREFILL) --decode $(DECODE) --mixed $(MIXED) --scheduler $(SCHEDULER) --model "$(MODEL)" --port $(PORT)
 
 test: $(VENV)/ready-dev ## the tests: real NATS, real model, real processes
 	@$(PY) -m flowkv_common.engine.weights
@@ -81,6 +84,9 @@ bench-overlap: $(VENV)/ready-dev ## time to the second token, overlap off and on
 bench-disconnects: $(VENV)/ready-dev ## how long blocks stay held after a client has left
 	@mkdir -p .run
 	$(PY) -m benchmarks.disconnects --json .run/disconnects.json
+
+replay: $(VENV)/ready-dev ## feed a recorded cluster to a scheduler's policy, compare choices; EVENTS=file POLICY=name
+	$(PY) -m benchmarks.replay $(EVENTS) --policy $(POLICY)
 
 clean: ## remove the virtual environment and all that was built
 	rm -rf $(VENV) .run .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -125,7 +125,7 @@ def _flags(settings: Mapping[str, str]) -> list[str]:
 
 
 class Cluster:
-    """Starts in the order NATS, scheduler, gateway, nodes; stops in the order gateway, nodes, the rest."""
+    """Starts in the order NATS, schedulers, gateway, nodes; stops in the order gateway, nodes, the rest."""
 
     def __init__(
         self,
@@ -133,16 +133,21 @@ class Cluster:
         model_path: str,
         *,
         nodes: Mapping[str, int],
+        num_schedulers: int = 1,
         port: int = 0,
         model_name: str = "",
         settings: Mapping[str, str] | None = None,
         drain_timeout_s: float = 40.0,
     ) -> None:
-        """`nodes` counts them per role; `settings` are further `FLOWKV_*` variables for all services."""
+        """`nodes` counts them per role; `settings` are further `FLOWKV_*` variables for all services.
+
+        Of several schedulers one leads, the others stand by.
+        """
         self.run_dir = run_dir
         self.port = port or free_port()
         self.processes: dict[str, Process] = {}
         self._nodes = nodes
+        self._num_schedulers = num_schedulers
         self._drain_timeout_s = drain_timeout_s
         self._nats_port = free_port()
         num_nodes = max(1, sum(nodes.values()))
@@ -169,7 +174,8 @@ class Cluster:
         refuse_taken(self.port)
         try:
             self.start_nats()
-            self.start_scheduler()
+            for i in range(self._num_schedulers):
+                self.start_scheduler(f"scheduler-{i}")
             self.start_gateway()
             for role, count in self._nodes.items():
                 for i in range(count):
@@ -188,8 +194,8 @@ class Cluster:
         command = [find_nats_server(), "-a", "127.0.0.1", "-p", str(self._nats_port)]
         return self._start("nats", [*command, "-js", "-sd", str(self.run_dir / "jetstream")])
 
-    def start_scheduler(self) -> Process:
-        return self._start("scheduler", [sys.executable, "-m", "flowkv_scheduler"])
+    def start_scheduler(self, name: str) -> Process:
+        return self._start(name, [sys.executable, "-m", "flowkv_scheduler"])
 
     def start_gateway(self, name: str = "gateway", port: int = 0, **settings: str) -> Process:
         """One more gateway, or the first one; `settings` are flags of its own."""

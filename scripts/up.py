@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from local_cluster import Cluster, ClusterError
+from local_cluster import Cluster, ClusterError, Process
 
 from flowkv_common.engine.weights import served_name
 
@@ -31,7 +31,14 @@ def main() -> int:
         began = time.monotonic()
         run_dir = RUN_DIR / str(options.port)
         name = served_name(options.model or None)
-        with Cluster(run_dir, model_path, nodes=nodes, port=options.port, model_name=name) as cluster:
+        with Cluster(
+            run_dir,
+            model_path,
+            nodes=nodes,
+            num_schedulers=options.scheduler,
+            port=options.port,
+            model_name=name,
+        ) as cluster:
             cluster.wait_ready(READY_TIMEOUT_S)
             _say(f"ready after {time.monotonic() - began:.1f} s, logs in {run_dir}")
             print(_welcome(cluster), flush=True)
@@ -50,11 +57,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prefill", type=int, default=1)
     parser.add_argument("--decode", type=int, default=1)
     parser.add_argument("--mixed", type=int, default=0)
+    parser.add_argument("--scheduler", type=int, default=1, help="one leads, the others stand by")
     parser.add_argument("--model", default="", help="a folder or a hub id; SmolLM2-135M-Instruct if empty")
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
     if options.mixed == 0 and (options.prefill == 0 or options.decode == 0):
         parser.error("one prefill and one decode node are needed, or one mixed node")
+    if options.scheduler < 1:
+        parser.error("one scheduler is needed")
     return options
 
 
@@ -80,12 +90,19 @@ def _welcome(cluster: Cluster) -> str:
 
 
 def _watch(cluster: Cluster) -> int:
-    """Until Ctrl-C, or until a service ends by itself."""
+    """Until Ctrl-C, or until a service ends by itself. A scheduler may, while another runs."""
     while True:
         time.sleep(0.5)
-        for process in cluster.processes.values():
-            if not process.is_running:
+        for process in [p for p in cluster.processes.values() if not p.is_running]:
+            if not _has_another(cluster, process):
                 raise ClusterError(f"{process.name} ended with {process.exit_code}:\n{process.log_tail()}")
+            _say(f"{process.name} ended with {process.exit_code}, another one leads")
+            del cluster.processes[process.name]
+
+
+def _has_another(cluster: Cluster, ended: Process) -> bool:
+    schedulers = [p for p in cluster.processes.values() if p.name.startswith("scheduler")]
+    return ended in schedulers and any(p.is_running for p in schedulers)
 
 
 def _say(text: str) -> None:

@@ -19,6 +19,7 @@ from flowkv_common.wire.messages import (
     BlocksChanged,
     Cancel,
     Candidate,
+    CapMoved,
     Check,
     Checked,
     DecodeRun,
@@ -39,6 +40,7 @@ from flowkv_common.wire.messages import (
     PoolLayout,
     PrefillRun,
     Refusal,
+    RegimeChanged,
     Release,
     RequestFinished,
     Reserve,
@@ -47,6 +49,7 @@ from flowkv_common.wire.messages import (
     Resumed,
     Run,
     SamplingParams,
+    ScaleWanted,
     ScheduleRequest,
     SetPrefillCap,
     StepFit,
@@ -261,6 +264,9 @@ EXAMPLES: list[Message] = [
         exposed_s=0.03125,
         hidden_s=0.03125,
     ),
+    RegimeChanged(epoch=3, before="normal", after="overload", reason="all prefill nodes are over 0.9"),
+    CapMoved(node=DECODE, epoch=3, after=512, reason="prefill is short of nodes", before=16),
+    ScaleWanted(epoch=3, role="prefill", change=2, reason="all prefill nodes are over 0.9"),
 ]
 
 

@@ -32,12 +32,17 @@ def clusters(folder: Path, model_path: Path) -> Iterator[StartCluster]:
         numbers = itertools.count()
 
         def start(
-            *, model: Path | None = None, settings: dict[str, str] | None = None, **nodes: int
+            *,
+            model: Path | None = None,
+            settings: dict[str, str] | None = None,
+            num_schedulers: int = 1,
+            **nodes: int,
         ) -> Cluster:
             cluster = Cluster(
                 folder / str(next(numbers)),
                 str(model or model_path),
                 nodes=nodes,
+                num_schedulers=num_schedulers,
                 model_name="test-model",
                 settings={"FLOWKV_TEST_HOOKS": "1", **(settings or {})},
                 drain_timeout_s=15,

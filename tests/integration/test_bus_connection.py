@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import pytest
 from nats.aio.msg import Msg
+from nats.errors import FlushTimeoutError
 from nats_server import NatsServer
 
 from flowkv_common import errors
@@ -205,3 +206,19 @@ class _Notify(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if self.text in record.getMessage():
             self.event.set()
+
+
+async def test_subscription_that_could_not_be_confirmed_does_not_listen(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(_: float) -> None:
+        raise FlushTimeoutError
+
+    async with connect(nats_server.url, name="test") as bus:
+        with monkeypatch.context() as broken:
+            broken.setattr(bus.nc, "flush", fail)
+            with pytest.raises(errors.Unavailable, match="can't subscribe"):
+                await bus.subscribe(subjects.load("n"), Drain, lambda *_: None)
+        await bus.nc.flush(5)
+        with pytest.raises(errors.Unavailable, match="nobody listens"):
+            await bus.request(subjects.load("n"), Drain(), Drain, timeout_s=5)

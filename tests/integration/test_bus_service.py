@@ -222,6 +222,40 @@ async def test_discovery_is_what_the_official_client_reads(nats_server: NatsServ
     assert stats.endpoints[0].processing_time > 0
 
 
+async def test_one_more_endpoint_comes_and_goes_with_its_context(nats_server: NatsServer) -> None:
+    gate = Gate(expected=1)
+    async with connect(nats_server.url, name="test") as bus, service(bus) as served:
+        assert served.info().endpoints == []
+        with pytest.raises(errors.Unavailable, match="nobody listens"):
+            await ask(bus)
+        async with served.also_serving(Endpoint(SUBJECT, Release, gate.handle)):
+            in_hand = asyncio.create_task(ask(bus))
+            async with asyncio.timeout(5):
+                await gate.all_here.wait()
+            assert [(e.name, e.num_requests) for e in served.stats().endpoints] == [("release", 1)]
+        assert served.info().endpoints == []
+        with pytest.raises(errors.Unavailable, match="nobody listens"):
+            await ask(bus)
+        gate.open.set()
+        assert await in_hand == Accepted(node_id="d0")  # what was in hand is still answered
+
+
+async def test_metadata_may_change_while_it_serves(nats_server: NatsServer) -> None:
+    state = "standby"
+    async with connect(nats_server.url, name="test") as bus:
+        async with Service(
+            bus,
+            name="scheduler",
+            version="0.1.0",
+            service_id="s",
+            endpoints=[],
+            metadata=lambda: {"state": state},
+        ):
+            for state in ("standby", "leader"):
+                answer = await bus.nc.request("$SRV.PING.scheduler.s", b"", timeout=5)
+                assert json.loads(answer.data)["metadata"] == {"state": state}
+
+
 async def test_version_must_be_semver(nats_server: NatsServer) -> None:
     async with connect(nats_server.url, name="test") as bus:
         with pytest.raises(ValueError, match="semver"):

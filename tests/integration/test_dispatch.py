@@ -59,10 +59,14 @@ class Nodes:
         self.waits: list[Wait] = []
         self.resumable: dict[str, list[int]] = {}
         self.news = asyncio.Event()
+        self.num_hanging = 0  # of the first schedule requests: not answered until `hung` is set
+        self.hung = asyncio.Event()
         self._attempts = attempts
 
     async def schedule(self, request: ScheduleRequest) -> Assignment | Wait:
-        self.asked.append(request)
+        self.take_note(self.asked, request)
+        if len(self.asked) <= self.num_hanging:
+            await self.hung.wait()
         if self.waits:
             return self.waits.pop(0)
         return Assignment(
@@ -179,6 +183,34 @@ async def test_wait_is_obeyed_and_asked_again_with_age(nats_server: NatsServer) 
         assert len(ages) == 3
         assert ages == sorted(ages)
         assert ages[2] >= 0.1
+
+
+async def test_scheduler_that_hangs_is_asked_again_and_its_late_answer_is_dropped(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch_module, "SCHEDULE_TIMEOUT_S", 0.2)
+    async with cluster(nats_server, answer) as (dispatch, nodes):
+        nodes.num_hanging = 1
+        pieces = asyncio.create_task(collect(dispatch))
+        await nodes.wait_for(lambda: len(nodes.asked) == 2)
+        nodes.hung.set()  # as one that was stopped and goes on
+        assert tokens(await pieces) == [10, 11, 12, 13]
+        assert [request.attempt for request in nodes.asked] == [0, 0]
+        assert [run.attempt for run in nodes.runs] == [0]
+
+
+async def test_of_two_schedulers_that_answer_the_first_is_believed(nats_server: NatsServer) -> None:
+    async with connect(nats_server.url, name="other") as bus:
+        other = Nodes(bus, [])
+        endpoint = Endpoint(subjects.SCHEDULE, ScheduleRequest, other.schedule)
+        async with (
+            Service(bus, name="scheduler", version="0.1.0", service_id="other", endpoints=[endpoint]),
+            cluster(nats_server, answer) as (dispatch, nodes),
+        ):
+            assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+            await other.wait_for(lambda: len(other.asked) == 1)
+            assert (len(nodes.asked), len(nodes.runs)) == (1, 1)
+            assert nodes.cancelled == []
 
 
 async def test_failed_attempt_goes_on_with_what_it_has(nats_server: NatsServer) -> None:

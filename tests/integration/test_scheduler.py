@@ -7,59 +7,20 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from imagined_nodes import descriptor, report, request
+from imagined_nodes import request
 from nats_server import NatsServer
+from scripted_nodes import Node, is_assigned, is_wait, living, schedule, until
 
 from flowkv_common import errors
-from flowkv_common.bus.connection import Bus, connect
-from flowkv_common.bus.registry import keep_announced
+from flowkv_common.bus.connection import connect
 from flowkv_common.config import SchedulerSettings
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Assignment, LoadReport, Message, ScheduleRequest, Wait
+from flowkv_common.wire.messages import Assignment
 from flowkv_scheduler.app import serve
-
-PERIOD_S = 0.1
-
-
-class Node:
-    """Announces itself and reports every period until its context is left; `changes` go into each report."""
-
-    def __init__(self, bus: Bus, node_id: str, role: str, **changes: Any) -> None:
-        self.bus = bus
-        self.node_id = node_id
-        self.role = role
-        self.changes = changes
-        self._seq = 0
-
-    async def report(self) -> None:
-        self._seq += 1
-        load: LoadReport = report(
-            self.node_id, self.role, **({"seq": self._seq, "period_s": PERIOD_S} | self.changes)
-        )
-        await self.bus.publish(subjects.load(self.node_id), load)
-
-    async def live(self) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(keep_announced(self.bus, lambda: descriptor(self.node_id, self.role)))
-            while True:
-                await self.report()
-                await asyncio.sleep(PERIOD_S)
-
-
-@contextlib.asynccontextmanager
-async def living(*nodes: Node) -> AsyncIterator[None]:
-    tasks = [asyncio.create_task(node.live()) for node in nodes]
-    try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
@@ -71,31 +32,6 @@ async def scheduler(server: NatsServer) -> AsyncIterator[None]:
             yield
         finally:
             stop.set()
-
-
-async def schedule(bus: Bus, wanted: ScheduleRequest | None = None) -> Message:
-    return await bus.request(subjects.SCHEDULE, wanted or request(), Assignment | Wait, timeout_s=5)
-
-
-async def until(bus: Bus, is_met: Callable[[Message], bool], timeout_s: float = 8.0) -> Message:
-    """Ask as a gateway does, again when told to, until the answer is as wanted."""
-    async with asyncio.timeout(timeout_s):
-        while True:
-            try:
-                answer = await schedule(bus)
-            except errors.Unavailable:
-                answer = Wait(retry_in_s=0.02, reason="the scheduler is not there")
-            if is_met(answer):
-                return answer
-            await asyncio.sleep(answer.retry_in_s if isinstance(answer, Wait) else PERIOD_S)
-
-
-def is_assigned(*pair: str) -> Callable[[Message], bool]:
-    return lambda m: isinstance(m, Assignment) and (m.prefill.node_id, m.decode.node_id) == pair
-
-
-def is_wait(message: Message) -> bool:
-    return isinstance(message, Wait) and "not there" not in message.reason
 
 
 async def test_waits_for_nodes_then_pairs_them_and_tells_everyone(nats_server: NatsServer) -> None:
@@ -187,12 +123,15 @@ async def test_process_serves_metrics_and_leaves_on_sigterm(nats_server: NatsSer
     try:
         async with asyncio.timeout(20), connect(nats_server.url, name="test") as bus:
             url = await _metrics_url(process)
-            assert isinstance(await schedule(bus), Wait)
+            await until(bus, is_wait)
             async with httpx.AsyncClient() as http:
                 metrics = (await http.get(url)).text
                 ready = await http.get(url.replace("/metrics", "/health"))
             assert 'flowkv_schedule_decisions_total{outcome="wait"} 1.0' in metrics
             assert "flowkv_usable_nodes 0.0" in metrics
+            assert "flowkv_scheduler_is_leader 1.0" in metrics
+            assert "flowkv_scheduler_epoch 1.0" in metrics
+            assert 'flowkv_regime{regime="normal"} 1.0' in metrics
             assert ready.status_code == 200
             process.send_signal(signal.SIGTERM)
             await process.communicate()

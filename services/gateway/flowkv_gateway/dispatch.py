@@ -53,6 +53,9 @@ log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 CONTROL_TIMEOUT_S = 2.0
+# A scheduler decides within milliseconds. One that hangs stays subscribed, its successor comes within 2.5 s,
+# and who has asked the first one must not wait much longer than that.
+SCHEDULE_TIMEOUT_S = 1.0
 # No token and no keepalive for so long: the attempt is lost. Nodes send keepalives once a second.
 SILENCE_S = 3.0
 # A message that is out of order by more than this was lost.
@@ -137,7 +140,7 @@ class Dispatch:
         request = journey.schedule_request()
         kinds = Assignment | Wait
         try:
-            answer = await self._bus.request(subjects.SCHEDULE, request, kinds, timeout_s=CONTROL_TIMEOUT_S)
+            answer = await self._bus.request(subjects.SCHEDULE, request, kinds, timeout_s=SCHEDULE_TIMEOUT_S)
         except (Unavailable, DeadlineExceeded) as error:
             # No scheduler just now, or we are cut off: worth waiting for, a while.
             if journey.waited_too_long_for_scheduler():

@@ -11,7 +11,8 @@ import msgspec
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
-from flowkv_scheduler.policy import ASSUMED_TOKENS_LEFT, Choice, Goals, Weighing, choose
+from flowkv_scheduler import policy
+from flowkv_scheduler.policy import ASSUMED_TOKENS_LEFT, Choice, Chooser, Goals, Weighing
 from flowkv_scheduler.state import ClusterState, NodeView
 
 # A less urgent request is refused at this part of the longest wait: the rest is for others.
@@ -28,9 +29,14 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 def decide(
-    request: ScheduleRequest, state: ClusterState, goals: Goals, limits: Limits, now: float
+    request: ScheduleRequest,
+    state: ClusterState,
+    goals: Goals,
+    limits: Limits,
+    now: float,
+    choose: Chooser = policy.choose,
 ) -> Choice | Wait:
-    """The pair, or when to ask again.
+    """The pair that `choose` takes, or when to ask again.
 
     Raises `BadRequest` when no pool could ever hold the request, `Unavailable` when there has been no node
     for too long, `Full` when the wait would be too long or outlast the request's deadline; `retry_after_s` is

@@ -1,6 +1,7 @@
-"""The scheduler as a process: feeds the state from NATS, asks the pure policy, answers and tells everyone.
+"""The scheduler as a process: feeds the planner from NATS, answers and tells everyone what it decides.
 
-Holds nothing that a restarted scheduler would not learn again within a report period.
+Several may run. One leads, the others are fed the same and stand by. None holds anything that a restarted
+scheduler would not learn again within a report period.
 """
 
 from __future__ import annotations
@@ -14,43 +15,71 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from flowkv_common import __version__, errors
 from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import SchedulerSettings
 from flowkv_common.metrics import serve_http, service_app
+from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Assignment, LoadReport, ScheduleRequest, Wait
+from flowkv_common.wire.messages import Assignment, LoadReport, NodeRef, ScheduleRequest, Wait
+from flowkv_scheduler.carry_out import Orders
+from flowkv_scheduler.leading import lead
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice, Goals
 
 log = logging.getLogger(__name__)
 
-# The fencing number of a leader; there is one scheduler, so there is one epoch.
-EPOCH = 1
-
 
 class Scheduler:
-    """Answers schedule requests from the state it is fed. `clock` gives monotonic seconds."""
+    """A planner on the bus: hears reports always, decides while `lease` is held.
 
-    def __init__(self, bus: Bus, registry: CollectorRegistry, clock: Callable[[], float]) -> None:
-        self.planner = Planner(Goals())
+    `clock` gives monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        lease: Lease,
+        planner: Planner,
+        registry: CollectorRegistry,
+        clock: Callable[[], float],
+    ) -> None:
+        self.planner = planner
         self._bus = bus
+        self._lease = lease
         self._clock = clock
+        self._orders = Orders(bus, lease, registry, self._cap_of)
         self._decisions = Counter(
             "flowkv_schedule_decisions", "Schedule requests by outcome", ["outcome"], registry=registry
         )
         self._seconds = Histogram("flowkv_schedule_seconds", "Time to decide", registry=registry)
         usable = Gauge("flowkv_usable_nodes", "Nodes that may get new work", registry=registry)
         usable.set_function(lambda: sum(1 for _ in self.planner.state.usable(clock())))
+        is_leader = Gauge("flowkv_scheduler_is_leader", "1 if this scheduler leads", registry=registry)
+        is_leader.set_function(lambda: float(lease.is_held))
+        epoch = Gauge("flowkv_scheduler_epoch", "The highest epoch known here", registry=registry)
+        epoch.set_function(lambda: lease.highest_epoch)
 
     def on_report(self, report: LoadReport) -> None:
+        self._lease.hear(report.epoch)
         self.planner.add_report(report, self._clock())
 
     def on_reconnect(self) -> None:
         self.planner.touch_all(self._clock())
 
+    def metadata(self) -> dict[str, str]:
+        """What the ADR-32 service shows of us."""
+        state = "leader" if self._lease.is_held else "standby"
+        return {"state": state, "epoch": str(self._lease.highest_epoch)}
+
     async def schedule(self, request: ScheduleRequest) -> Assignment | Wait:
-        """The pair for one attempt, published too; or when to ask again. Raises as `admission.decide`."""
+        """The pair for one attempt, published too; or when to ask again.
+
+        Raises as `admission.decide`, and `Unavailable` when we can't be sure to lead.
+        """
+        if not self._lease.is_held:
+            raise errors.Unavailable(f"{self._lease.holder_id} does not lead")
         try:
             with self._seconds.time():
                 decision = self.planner.schedule(request, self._clock())
@@ -61,16 +90,29 @@ class Scheduler:
             self._decisions.labels("wait").inc()
             return decision
         self._decisions.labels("assigned").inc()
-        assignment = _assignment(request, decision)
+        assignment = _assignment(request, decision, self._lease.epoch)
         await self._bus.publish(subjects.assignment(request.request_id), assignment)
         return assignment
 
+    async def lead(self, service: Service) -> None:
+        """Until cancelled: answer schedule requests, and look after the cluster once per period."""
+        with self._orders.in_office():
+            await lead(service, Endpoint(subjects.SCHEDULE, ScheduleRequest, self.schedule), self._tick)
 
-def _assignment(request: ScheduleRequest, choice: Choice) -> Assignment:
+    async def _tick(self) -> None:
+        if self._lease.is_held:
+            await self._orders.carry_out(self.planner.tick(self._clock()))
+
+    def _cap_of(self, node: NodeRef) -> int | None:
+        view = self.planner.state.view(node.node_id)
+        return view.cap if view is not None and view.descriptor.node == node else None
+
+
+def _assignment(request: ScheduleRequest, choice: Choice, epoch: int) -> Assignment:
     return Assignment(
         request_id=request.request_id,
         attempt=request.attempt,
-        epoch=EPOCH,
+        epoch=epoch,
         prefill=choice.prefill.descriptor.node,
         decode=choice.decode.descriptor.node,
         reason=choice.reason,
@@ -79,33 +121,37 @@ def _assignment(request: ScheduleRequest, choice: Choice) -> Assignment:
     )
 
 
-async def serve(settings: SchedulerSettings, stop: asyncio.Event) -> None:
-    """Schedule until `stop` is set, then answer what is in hand and leave.
+async def serve(settings: SchedulerSettings, stop: asyncio.Event, planner: Planner | None = None) -> None:
+    """Lead or stand by until `stop` is set, then answer what is in hand and leave.
 
     Raises `Unavailable` when NATS can't be reached or has closed the connection for good.
     """
     registry = CollectorRegistry()
-    async with connect(settings.nats_url, name="flowkv-scheduler", on_closed=stop.set) as bus:
-        scheduler = Scheduler(bus, registry, asyncio.get_running_loop().time)
+    scheduler_id = f"scheduler-{secrets.token_hex(4)}"
+    async with connect(settings.nats_url, name=f"flowkv-scheduler/{scheduler_id}", on_closed=stop.set) as bus:
+        lease = Lease(bus, scheduler_id)
+        clock = asyncio.get_running_loop().time
+        scheduler = Scheduler(bus, lease, planner or Planner(Goals()), registry, clock)
         bus.on_reconnect(scheduler.on_reconnect)
         app = service_app(registry, lambda: None if bus.is_connected else "not connected to NATS")
         service = Service(
             bus,
             name="scheduler",
             version=__version__,
-            service_id=f"scheduler-{secrets.token_hex(4)}",
-            endpoints=[Endpoint(subjects.SCHEDULE, ScheduleRequest, scheduler.schedule)],
-            metadata={"epoch": str(EPOCH)},
+            service_id=scheduler_id,
+            endpoints=[],
+            metadata=scheduler.metadata,
         )
         async with (
             serve_http(app, settings.host, settings.http_port) as http_port,
             await bus.subscribe(subjects.LOAD_ALL, LoadReport, lambda report, _: scheduler.on_report(report)),
-            asyncio.TaskGroup() as tasks,
+            service,
+            running(
+                watch_nodes(bus, scheduler.planner.set_descriptors),
+                lease.campaign(lambda: scheduler.lead(service)),
+            ),
         ):
-            watch = tasks.create_task(watch_nodes(bus, scheduler.planner.set_descriptors))
-            async with service:
-                log.info("scheduler is ready, metrics on http://%s:%d/metrics", settings.host, http_port)
-                await stop.wait()
-            watch.cancel()
+            log.info("scheduler is ready, metrics on http://%s:%d/metrics", settings.host, http_port)
+            await stop.wait()
         if bus.nc.is_closed:
             raise errors.Unavailable("NATS closed the connection for good")

@@ -11,7 +11,7 @@ from flowkv_common.wire.messages import LoadReport, NodeDescriptor, ScheduleRequ
 from flowkv_scheduler import admission, policy
 from flowkv_scheduler.lending import Thresholds
 from flowkv_scheduler.orders import Order
-from flowkv_scheduler.policy import Choice, Goals
+from flowkv_scheduler.policy import Choice, Chooser, Goals
 from flowkv_scheduler.regimes import Regimes
 from flowkv_scheduler.state import CHOICES_COUNT_FOR_PERIODS, ClusterState
 
@@ -19,11 +19,13 @@ from flowkv_scheduler.state import CHOICES_COUNT_FOR_PERIODS, ClusterState
 class Planner:
     """Fed with descriptors and reports; answers requests, and once per period says what should change."""
 
-    def __init__(self, goals: Goals, *, lends: bool = True) -> None:
+    def __init__(self, goals: Goals, *, lends: bool = True, choose: Chooser = policy.choose) -> None:
+        """With another `choose` it is another policy, within the same admission."""
         self.state = ClusterState()
         self.regimes = Regimes(goals, Thresholds(), lends=lends)
         self._goals = goals
         self._limits = admission.Limits()
+        self._choose = choose
 
     def set_descriptors(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         self.state.set_descriptors(descriptors)
@@ -37,7 +39,7 @@ class Planner:
 
     def schedule(self, request: ScheduleRequest, now: float) -> Choice | Wait:
         """The pair for one attempt, counted at once; or when to ask again. Raises as `admission.decide`."""
-        decision = admission.decide(request, self.state, self._goals, self._limits, now)
+        decision = admission.decide(request, self.state, self._goals, self._limits, now, self._choose)
         if isinstance(decision, Choice):
             self._count(request, decision, now)
         return decision

@@ -207,6 +207,9 @@ class Weighing:
         return found
 
 
+Chooser = Callable[[ScheduleRequest, ClusterState, Goals, float], Choice | None]
+
+
 def choose(request: ScheduleRequest, state: ClusterState, goals: Goals, now: float) -> Choice | None:
     """The best pair; None when no pair has room for the prompt now.
 

@@ -7,27 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
-import nats.errors
-import nats.js.errors
-from nats.js.api import KeyValueConfig, StorageType
-from nats.js.kv import KV_DEL, KV_PURGE, KeyValue
+from nats.js.kv import KeyValue
 
+from flowkv_common.bus.buckets import (
+    CALL_TIMEOUT_S,
+    TROUBLE,
+    Reconnected,
+    describe,
+    open_bucket,
+    until_reconnect,
+    value_of,
+)
 from flowkv_common.bus.connection import Bus
 from flowkv_common.wire.messages import NodeDescriptor, decode, encode
 from flowkv_common.wire.subjects import NODES_BUCKET
 
 log = logging.getLogger(__name__)
 
-_CALL_TIMEOUT_S = 3.0
 _FIRST_RETRY_S = 0.1
-_STREAM_NAME_IN_USE = 10058
-
-# What JetStream may answer, or not answer, while it starts or restarts.
-_TROUBLE = (nats.errors.Error, TimeoutError, OSError)
 
 
 async def keep_announced(bus: Bus, descriptor: Callable[[], NodeDescriptor], ttl_s: float = 6.0) -> None:
@@ -47,13 +48,13 @@ async def keep_announced(bus: Bus, descriptor: Callable[[], NodeDescriptor], ttl
             pause_s = ttl_s / 3
             try:
                 if bus.is_connected:  # else the reconnect wakes us
-                    async with _until_reconnect(bus), asyncio.timeout(_CALL_TIMEOUT_S):
-                        bucket = bucket or await _open_bucket(bus, ttl_s)
+                    async with until_reconnect(bus), asyncio.timeout(CALL_TIMEOUT_S):
+                        bucket = bucket or await open_bucket(bus, NODES_BUCKET, ttl_s)
                         record = descriptor()
                         revision = await bucket.put(record.node.node_id, encode(record))
                     retry_s = _FIRST_RETRY_S
-            except _TROUBLE as error:
-                log.warning("the node is not announced: %s", str(error) or type(error).__name__)
+            except TROUBLE as error:
+                log.warning("the node is not announced: %s", describe(error))
                 bucket = None
                 pause_s, retry_s = retry_s, min(2 * retry_s, ttl_s / 3)
             with suppress(TimeoutError):
@@ -77,40 +78,15 @@ async def watch_nodes(
     retry_s = _FIRST_RETRY_S
     while True:
         try:
-            async with _until_reconnect(bus):
+            async with until_reconnect(bus):
                 await _follow(bus, known, ttl_s)
             retry_s = _FIRST_RETRY_S
-        except _Reconnected:
+        except Reconnected:
             retry_s = _FIRST_RETRY_S
-        except _TROUBLE as error:
-            log.warning("the watch on nodes ended: %s", str(error) or type(error).__name__)
+        except TROUBLE as error:
+            log.warning("the watch on nodes ended: %s", describe(error))
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, ttl_s / 3)
-
-
-class _Reconnected(TimeoutError):
-    """The connection was lost and is back: what was asked before will not be answered."""
-
-
-@asynccontextmanager
-async def _until_reconnect(bus: Bus) -> AsyncIterator[None]:
-    """Cut the body off at the next reconnect. Raises `_Reconnected`."""
-    loop = asyncio.get_running_loop()
-
-    def cut() -> None:
-        if not life.expired():
-            life.reschedule(loop.time())
-
-    forget_callback = bus.on_reconnect(cut)
-    try:
-        async with asyncio.timeout(None) as life:
-            yield
-    except TimeoutError:
-        if life.expired():
-            raise _Reconnected("reconnected to NATS") from None
-        raise
-    finally:
-        forget_callback()
 
 
 class _KnownNodes:
@@ -130,12 +106,12 @@ class _KnownNodes:
 
     def take(self, entry: KeyValue.Entry) -> None:
         self._unconfirmed.discard(entry.key)
-        # Expiry shows as an empty value in some calls of nats-py: empty is absent.
-        if entry.operation in (KV_DEL, KV_PURGE) or not entry.value:
+        value = value_of(entry)
+        if value is None:
             self._nodes.pop(entry.key, None)
             return
         try:
-            self._nodes[entry.key] = decode(entry.value, NodeDescriptor)
+            self._nodes[entry.key] = decode(value, NodeDescriptor)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             log.warning("record %s in the registry is no node: %s", entry.key, error)
 
@@ -153,8 +129,8 @@ class _KnownNodes:
 async def _follow(bus: Bus, known: _KnownNodes, ttl_s: float) -> None:
     """One watch, from its opening to `ttl_s` of silence: living nodes renew more often, so it may be dead."""
     loop = asyncio.get_running_loop()
-    async with asyncio.timeout(_CALL_TIMEOUT_S):
-        bucket = await _open_bucket(bus, ttl_s)
+    async with asyncio.timeout(CALL_TIMEOUT_S):
+        bucket = await open_bucket(bus, NODES_BUCKET, ttl_s)
         watch = await bucket.watchall()
     try:
         known.reopen(loop.time())
@@ -178,25 +154,7 @@ async def _follow(bus: Bus, known: _KnownNodes, ttl_s: float) -> None:
 async def _delete(bucket: KeyValue, node_id: str, revision: int) -> None:
     """Delete our record, unless a next life of the node has written it since."""
     try:
-        async with asyncio.timeout(_CALL_TIMEOUT_S):
+        async with asyncio.timeout(CALL_TIMEOUT_S):
             await bucket.delete(node_id, last=revision)
-    except _TROUBLE as error:
-        log.info("record of node %s is left to expire: %s", node_id, str(error) or type(error).__name__)
-
-
-async def _open_bucket(bus: Bus, ttl_s: float) -> KeyValue:
-    """The bucket, made if need be. Its first maker sets the TTL."""
-    config = KeyValueConfig(
-        bucket=NODES_BUCKET,
-        ttl=ttl_s,
-        # Without markers a watch never hears of an expiry.
-        limit_marker_ttl=max(1.0, ttl_s),
-        storage=StorageType.MEMORY,
-    )
-    jetstream = bus.jetstream()
-    try:
-        return await jetstream.create_key_value(config)
-    except nats.js.errors.BadRequestError as error:
-        if error.err_code != _STREAM_NAME_IN_USE:
-            raise
-        return await jetstream.key_value(NODES_BUCKET)
+    except TROUBLE as error:
+        log.info("record of node %s is left to expire: %s", node_id, describe(error))

@@ -10,7 +10,8 @@ import json
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -86,8 +87,8 @@ class Service:
     """Serves `endpoints` while the context lasts.
 
     On exit it takes nothing new, waits `drain_timeout_s` for what is running, and answers the rest with 503.
-    `version` is semver, `service_id` unique among the services of this `name`. Raises `ValueError` for any
-    other version, `Unavailable` when it can't subscribe.
+    `version` is semver, `service_id` unique among the services of this `name`; `metadata` that changes comes
+    as a function. Raises `ValueError` for any other version, `Unavailable` when it can't subscribe.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Service:
         version: str,
         service_id: str,
         endpoints: Sequence[Endpoint],
-        metadata: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | Callable[[], Mapping[str, str]] | None = None,
         drain_timeout_s: float = 5.0,
     ) -> None:
         if not _SEMVER.fullmatch(version):
@@ -106,7 +107,7 @@ class Service:
         self.name = name
         self.version = version
         self.service_id = service_id
-        self.metadata = dict(metadata or {})
+        self._metadata = metadata or {}
         self._bus = bus
         self._served = [_Served(endpoint) for endpoint in endpoints]
         self._drain_timeout_s = drain_timeout_s
@@ -115,12 +116,15 @@ class Service:
         self._intake: list[Subscription] = []
         self._control: list[Subscription] = []
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        return dict(self._metadata() if callable(self._metadata) else self._metadata)
+
     async def __aenter__(self) -> Self:
         await self._handlers.__aenter__()
         try:
             for served in self._served:
-                on_request = partial(self._on_request, served)
-                self._intake.append(await self._bus.subscribe_raw(served.endpoint.subject, on_request))
+                self._intake.append(await self._listen(served))
             for verb, describe in self._descriptions().items():
                 for subject in self._control_subjects(verb):
                     on_control = partial(self._on_control, describe)
@@ -142,6 +146,23 @@ class Service:
             log.warning("%s stopped with requests unfinished after %s s", self.name, self._drain_timeout_s)
         for subscription in self._control:
             await subscription.drain()
+
+    @asynccontextmanager
+    async def also_serving(self, endpoint: Endpoint) -> AsyncIterator[None]:
+        """Serve one more endpoint while this context lasts, inside the service's own.
+
+        On exit what has arrived is still taken, and answered like all that the service has in hand.
+        """
+        served = _Served(endpoint)
+        async with await self._listen(served):
+            self._served.append(served)
+            try:
+                yield
+            finally:
+                self._served.remove(served)
+
+    async def _listen(self, served: _Served) -> Subscription:
+        return await self._bus.subscribe_raw(served.endpoint.subject, partial(self._on_request, served))
 
     async def _on_request(self, served: _Served, msg: Msg) -> None:
         served.num_requests += 1

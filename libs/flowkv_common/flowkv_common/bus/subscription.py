@@ -44,6 +44,7 @@ class Subscription:
             if self._nc.is_connected:  # else the reconnect restores it
                 await self._nc.flush(_CONFIRM_TIMEOUT_S)
         except nats.errors.Error as error:
+            await self.drain()  # else the next reconnect would bring it back, with nobody to leave it
             raise errors.Unavailable(f"can't subscribe to {self.subject}: {error}") from error
 
     async def drain(self, timeout_s: float = 5.0) -> None:

@@ -417,7 +417,10 @@ class BlockList(Message, frozen=True):
 
 
 class Leader(Message, frozen=True):
-    """Who schedules; a record in the bucket `flowkv_leader`, renewed while it lives."""
+    """Who schedules; a record in the bucket `flowkv_leader`, renewed while it lives.
+
+    It stays when its writer dies: what moves is alive. An empty `scheduler_id` says that nobody leads.
+    """
 
     scheduler_id: str
     epoch: int
@@ -500,3 +503,31 @@ class KVTransferred(Message, frozen=True):
     total_s: float
     exposed_s: float
     hidden_s: float = 0.0
+
+
+class RegimeChanged(Message, frozen=True):
+    """The leading scheduler sees the cluster in another state: `normal` is one of them."""
+
+    epoch: int
+    before: str
+    after: str
+    reason: str
+
+
+class CapMoved(Message, frozen=True):
+    """A node has accepted another prefill cap: it is lent to the other side, or taken back. In tokens."""
+
+    node: NodeRef
+    epoch: int
+    after: int
+    reason: str
+    before: int | None = None  # None: its last report is not known
+
+
+class ScaleWanted(Message, frozen=True):
+    """So many more nodes of a role (fewer if negative) would meet the goals. Stands until the next."""
+
+    epoch: int
+    role: str
+    change: int
+    reason: str

@@ -1,0 +1,215 @@
+"""Who leads: one of several processes at a time, with a number that fences all who led before.
+
+The seat is one record in the JetStream bucket `flowkv_leader`, which never expires there. A standby takes the
+holder for dead when the record has not moved for `ttl_s` on the *standby's* clock since it was seen to move.
+The holder counts from *before* it asked for its last renewal, and steps down earlier still. So two never lead
+at once while their clocks run equally fast, whatever the server's timers do. What a paused process sends late
+is refused by its epoch, and since the record stays, no epoch is forgotten while nobody leads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import nats.js.errors
+from nats.js.kv import KeyValue
+
+from flowkv_common.bus.buckets import CALL_TIMEOUT_S, TROUBLE, describe, open_bucket, read, until_reconnect
+from flowkv_common.bus.connection import Bus
+from flowkv_common.tasks import running
+from flowkv_common.wire.messages import Leader, decode, encode
+from flowkv_common.wire.subjects import LEADER_BUCKET
+
+log = logging.getLogger(__name__)
+
+KEY = "leader"
+NOBODY = ""  # the holder has left: the seat is free
+
+# Shares of the TTL: when the holder renews, when it steps down unless that has worked, how often others look.
+_RENEW_AFTER = 1 / 4
+_STEP_DOWN_AFTER = 7 / 8
+_LOOK_EVERY = 1 / 8
+
+_NOTHING_SEEN = (-1, 0.0)  # the last revision that was new to us, and when
+
+# Our record was overwritten, or its bucket is gone.
+_LOST = (nats.js.errors.KeyWrongLastSequenceError, nats.js.errors.NoStreamResponseError)
+
+
+class Lease:
+    """One process's claim to the seat. `holder_id` must be of this life of the process alone.
+
+    `epoch` is of our last term, 0 if there was none; `highest_epoch` is the highest that we know of.
+    """
+
+    def __init__(self, bus: Bus, holder_id: str, ttl_s: float = 2.0) -> None:
+        self.holder_id = holder_id
+        self.epoch = 0
+        self.highest_epoch = 0
+        self._bus = bus
+        self._ttl_s = ttl_s
+        self._bucket: KeyValue | None = None
+        self._revision = 0  # of our record
+        self._held_until = 0.0
+        self._is_confirmed = False  # on this connection
+        self._patient_until = 0.0
+        self._seen = _NOTHING_SEEN
+        self._woken = asyncio.Event()
+
+    @property
+    def is_held(self) -> bool:
+        """Do we lead now? False while cut off, and after a reconnect until the renewal has worked."""
+        return (
+            self._is_confirmed
+            and self._bus.connected_for_s > 0
+            and asyncio.get_running_loop().time() < self._held_until
+        )
+
+    @property
+    def _has_led_last(self) -> bool:
+        return 0 < self.epoch == self.highest_epoch
+
+    def hear(self, epoch: int) -> None:
+        """Someone has heard of a leader of this epoch. Ours becomes higher, at once if we lead."""
+        if epoch > self.highest_epoch:
+            self.highest_epoch = epoch
+            if self.is_held:
+                self._woken.set()
+
+    async def campaign(self, lead: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Until cancelled: wait for the seat, run `lead()` while we hold it, and begin anew when it is lost.
+
+        `lead()` is cancelled when the seat is lost, and should never return. What NATS does is logged and
+        borne; what `lead()` raises is raised. When cancelled, the seat is given up, so that another takes it
+        at once.
+        """
+        forget_callback = self._bus.on_reconnect(self._on_reconnect)
+        try:
+            while True:
+                await self._win()
+                log.info("%s leads, epoch %d", self.holder_id, self.epoch)
+                try:
+                    async with running(lead()):
+                        why = await self._keep()
+                    log.warning("%s does not lead any more: %s", self.holder_id, why)
+                finally:
+                    self._held_until = 0.0
+                    await self._give_up()
+                    self._bucket = None
+        finally:
+            forget_callback()
+
+    def _on_reconnect(self) -> None:
+        self._is_confirmed = False
+        # The server may have begun anew, and with it the count of revisions: what we saw proves nothing now.
+        self._seen = _NOTHING_SEEN
+        self._patient_until = asyncio.get_running_loop().time() + self._ttl_s
+        self._woken.set()
+
+    async def _win(self) -> None:
+        """Until the seat is ours."""
+        is_troubled = False
+        while True:
+            try:
+                if self._bus.is_connected:
+                    async with until_reconnect(self._bus), asyncio.timeout(CALL_TIMEOUT_S):
+                        if await self._try():
+                            return
+                    is_troubled = False
+            except TROUBLE as error:
+                self._bucket = None
+                if not is_troubled:
+                    log.warning("can't look who leads: %s", describe(error))
+                is_troubled = True
+            await self._pause(_LOOK_EVERY * self._ttl_s)
+
+    async def _try(self) -> bool:
+        """Take the seat if it is free: absent, given up, silent for too long, or ours of an earlier term."""
+        if self._bucket is None:
+            self._bucket = await open_bucket(self._bus, LEADER_BUCKET)
+        found = await read(self._bucket, KEY)
+        now = asyncio.get_running_loop().time()
+        if found.revision != self._seen[0]:
+            self._seen = (found.revision, now)
+        if found.revision == 0 and now < self._patient_until and not self._has_led_last:
+            return False  # the server has just forgotten the record: who led knows its epoch and comes first
+        if found.value is None:
+            # Someone has deleted it. Each epoch in this bucket took at least one write.
+            self.hear(found.revision)
+        else:
+            leader = _leader(found.value)
+            self.hear(leader.epoch)
+            is_live = now - self._seen[1] < self._ttl_s
+            if is_live and leader.scheduler_id not in (NOBODY, self.holder_id):
+                return False
+        try:
+            await self._write(self._bucket, self.highest_epoch + 1, found.revision)
+        except nats.js.errors.KeyWrongLastSequenceError:
+            return False  # another was faster
+        return True
+
+    async def _keep(self) -> str:
+        """Renew until the seat is lost; says why."""
+        loop = asyncio.get_running_loop()
+        assert self._bucket is not None
+        trouble = "the process was held up"
+        while True:
+            await self._pause(min(_RENEW_AFTER * self._ttl_s, self._held_until - loop.time()))
+            if loop.time() >= self._held_until:
+                return f"not renewed in time, {trouble}"
+            if not self._bus.is_connected:
+                trouble = "cut off from NATS"
+                continue
+            try:
+                async with until_reconnect(self._bus), asyncio.timeout_at(self._held_until):
+                    await self._write(self._bucket, self._next_epoch(), self._revision)
+            except _LOST as error:
+                return f"the record is not ours any more: {describe(error)}"
+            except TROUBLE as error:
+                trouble = describe(error)
+
+    def _next_epoch(self) -> int:
+        """Ours, unless we have heard of a higher one: a server that restarts forgets all epochs."""
+        return self.epoch if self.highest_epoch <= self.epoch else self.highest_epoch + 1
+
+    async def _write(self, bucket: KeyValue, epoch: int, last: int) -> None:
+        """Write our record over revision `last`, and only that; we lead from then on."""
+        asked_at = asyncio.get_running_loop().time()
+        record = encode(Leader(scheduler_id=self.holder_id, epoch=epoch))
+        self._revision = await bucket.update(KEY, record, last=last)
+        self.epoch = epoch
+        self.highest_epoch = max(epoch, self.highest_epoch)
+        self._held_until = asked_at + _STEP_DOWN_AFTER * self._ttl_s
+        self._is_confirmed = True
+
+    async def _give_up(self) -> None:
+        """Free the seat, unless another has it already."""
+        if self._bucket is None or not self._bus.is_connected:
+            return
+        record = encode(Leader(scheduler_id=NOBODY, epoch=self.highest_epoch))
+        try:
+            async with asyncio.timeout(_STEP_DOWN_AFTER * self._ttl_s):
+                await self._bucket.update(KEY, record, last=self._revision)
+        except TROUBLE as error:
+            log.info("the seat is left to be taken: %s", describe(error))
+
+    async def _pause(self, seconds: float) -> None:
+        """Until a reconnect, or something heard, but at most so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._woken.wait()
+        self._woken.clear()
+
+
+def _leader(value: bytes) -> Leader:
+    """The record; nobody's if it can't be read, so that a spoilt one does not lock everyone out."""
+    try:
+        return decode(value, Leader)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        log.warning("the record of the leader is none: %s", error)
+        return Leader(scheduler_id=NOBODY, epoch=0)

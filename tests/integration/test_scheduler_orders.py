@@ -1,0 +1,215 @@
+"""What the planner orders is done and told: caps at nodes, events, metrics. On a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from nats.aio.msg import Msg
+from nats_server import NatsServer
+from prometheus_client import CollectorRegistry
+from scripted_nodes import Node, is_assigned, living, until
+
+from flowkv_common import errors
+from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.lease import Lease
+from flowkv_common.bus.service import Endpoint, Service
+from flowkv_common.config import SchedulerSettings
+from flowkv_common.tasks import running
+from flowkv_common.wire import messages, subjects
+from flowkv_common.wire.messages import Accepted, CapMoved, NodeRef, RegimeChanged, SetPrefillCap, decode
+from flowkv_scheduler.app import serve
+from flowkv_scheduler.carry_out import Orders
+from flowkv_scheduler.orders import MoveCap, Order, RegimeChange, ScaleWanted
+from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.policy import Goals
+
+D0, D1 = NodeRef(node_id="d0", incarnation="i1"), NodeRef(node_id="d1", incarnation="i1")
+WHY = "the test wants it"
+
+
+class Caps:
+    """The cap endpoints of some nodes. `deaf` ones never answer, `unwilling` ones refuse."""
+
+    def __init__(self, deaf: tuple[str, ...] = (), unwilling: tuple[str, ...] = ()) -> None:
+        self.asked: list[SetPrefillCap] = []
+        self._deaf = deaf
+        self._unwilling = unwilling
+
+    async def set_cap(self, request: SetPrefillCap) -> Accepted:
+        self.asked.append(request)
+        if request.node.node_id in self._unwilling:
+            raise errors.Stale("a newer leader")
+        if request.node.node_id in self._deaf:
+            await asyncio.Event().wait()
+        return Accepted(node_id=request.node.node_id)
+
+    def endpoints(self) -> list[Endpoint]:
+        return [
+            Endpoint(subjects.at(subjects.NODE_CAP, name), SetPrefillCap, self.set_cap)
+            for name in ("d0", "d1")
+        ]
+
+
+class Events:
+    """All events, in order."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
+
+    async def take(self, msg: Msg) -> None:
+        self.queue.put_nowait((msg.subject, msg.data))
+
+    async def next(self, kind: type) -> tuple[str, Any]:
+        async with asyncio.timeout(5):
+            subject, payload = await self.queue.get()
+        return subject.removeprefix("flowkv.v1.event."), decode(payload, kind)
+
+
+class Office:
+    """Orders of a process that leads, and all that can be seen of them."""
+
+    def __init__(self, bus: Bus, lease: Lease) -> None:
+        self.registry = CollectorRegistry()
+        self.lease = lease
+        self.events = Events()
+        self.orders = Orders(bus, lease, self.registry, {D0: 16}.get)
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(name, labels)
+
+
+@contextlib.asynccontextmanager
+async def office(server: NatsServer, caps: Caps) -> AsyncIterator[Office]:
+    async with connect(server.url, name="test") as bus:
+        found = Office(bus, Lease(bus, "s"))
+        leads = asyncio.Event()
+
+        async def lead() -> None:
+            with found.orders.in_office():
+                leads.set()
+                await asyncio.Event().wait()
+
+        service = Service(
+            bus,
+            name="node",
+            version="0.1.0",
+            service_id="d",
+            endpoints=caps.endpoints(),
+            drain_timeout_s=0.1,
+        )
+        async with (
+            service,
+            await bus.subscribe_raw(subjects.event("*", ">"), found.events.take),
+            running(found.lease.campaign(lead)),
+            asyncio.timeout(10),
+        ):
+            await leads.wait()
+            yield found
+
+
+async def test_cap_is_asked_for_with_the_epoch_and_told_once_accepted(nats_server: NatsServer) -> None:
+    caps = Caps()
+    async with office(nats_server, caps) as at:
+        await at.orders.carry_out([MoveCap(D0, 512, WHY), MoveCap(D1, 256, WHY)])
+        assert sorted(request.max_prefill_tokens_per_step for request in caps.asked) == [256, 512]
+        assert {request.epoch for request in caps.asked} == {1}
+        told = dict([await at.events.next(CapMoved) for _ in range(2)])
+        assert told == {
+            "cap_moved.d0": CapMoved(node=D0, epoch=1, before=16, after=512, reason=WHY),
+            "cap_moved.d1": CapMoved(node=D1, epoch=1, before=None, after=256, reason=WHY),
+        }
+        assert at.metric("flowkv_cap_moves_total") == 2
+
+
+async def test_nodes_that_fail_cost_the_others_nothing(nats_server: NatsServer) -> None:
+    caps = Caps(deaf=("d1",))
+    async with office(nats_server, caps) as at:
+        gone = NodeRef(node_id="gone", incarnation="i1")
+        await at.orders.carry_out([MoveCap(gone, 512, WHY), MoveCap(D1, 512, WHY), MoveCap(D0, 512, WHY)])
+        assert len(caps.asked) == 2
+        assert (await at.events.next(CapMoved))[0] == "cap_moved.d0"
+        assert at.metric("flowkv_cap_moves_total") == 1
+        assert at.events.queue.empty()
+
+
+async def test_refused_cap_is_not_told(nats_server: NatsServer) -> None:
+    caps = Caps(unwilling=("d0",))
+    async with office(nats_server, caps) as at:
+        await at.orders.carry_out([MoveCap(D0, 512, WHY), MoveCap(D1, 512, WHY)])
+        assert (await at.events.next(CapMoved))[0] == "cap_moved.d1"
+        assert at.metric("flowkv_cap_moves_total") == 1
+
+
+async def test_regime_and_wish_for_nodes_are_told_and_shown(nats_server: NatsServer) -> None:
+    async with office(nats_server, Caps()) as at:
+        assert at.metric("flowkv_regime", regime="normal") == 1
+        await at.orders.carry_out([RegimeChange("normal", "overload", WHY)])
+        await at.orders.carry_out([ScaleWanted("prefill", 2, WHY)])
+        await at.orders.carry_out([ScaleWanted("prefill", 2, WHY)])  # the same again: nothing new to tell
+        await at.orders.carry_out([ScaleWanted("prefill", 0, WHY)])
+        assert at.metric("flowkv_regime", regime="normal") is None
+        assert at.metric("flowkv_regime", regime="overload") == 1
+        assert await at.events.next(RegimeChanged) == (
+            "regime_changed.s",
+            RegimeChanged(epoch=1, before="normal", after="overload", reason=WHY),
+        )
+        for change in (2, 0):
+            assert await at.events.next(messages.ScaleWanted) == (
+                "scale_wanted.prefill",
+                messages.ScaleWanted(epoch=1, role="prefill", change=change, reason=WHY),
+            )
+        assert at.metric("flowkv_scale_wanted", role="prefill") == 0
+    assert at.metric("flowkv_scale_wanted", role="prefill") is None
+    assert at.metric("flowkv_regime", regime="overload") is None
+
+
+async def test_who_does_not_lead_orders_nothing_of_nodes(nats_server: NatsServer) -> None:
+    caps = Caps()
+    async with office(nats_server, caps) as at:
+        pass
+    assert not at.lease.is_held
+    await at.orders.carry_out([MoveCap(D0, 512, WHY)])
+    assert caps.asked == []
+
+
+class FailingOnce(Planner):
+    """Its first tick raises; each later one moves the cap of `d0`."""
+
+    def __init__(self) -> None:
+        super().__init__(Goals())
+        self.num_ticks = 0
+
+    def tick(self, now: float) -> list[Order]:
+        self.num_ticks += 1
+        if self.num_ticks == 1:
+            raise ZeroDivisionError
+        return [MoveCap(D0, 512, WHY)]
+
+
+async def test_leader_ticks_its_planner_and_outlives_its_failures(nats_server: NatsServer) -> None:
+    planner, events, stop = FailingOnce(), Events(), asyncio.Event()
+    settings = SchedulerSettings(nats_url=nats_server.url)
+    async with connect(nats_server.url, name="test") as bus, asyncio.TaskGroup() as tasks:
+        service = Service(
+            bus,
+            name="node",
+            version="0.1.0",
+            service_id="d",
+            endpoints=Caps().endpoints(),
+            drain_timeout_s=0.1,
+        )
+        async with (
+            service,
+            await bus.subscribe_raw(subjects.event("cap_moved", "*"), events.take),
+            living(Node(bus, "p0", "prefill"), Node(bus, "d0", "decode")),
+        ):
+            tasks.create_task(serve(settings, stop, planner))
+            await until(bus, is_assigned("p0", "d0"))
+            moves = [(await events.next(CapMoved))[1] for _ in range(3)]
+            stop.set()
+    assert {(move.node, move.after) for move in moves} == {(D0, 512)}
+    assert moves[-1].before == 16  # as its report says
+    assert planner.num_ticks >= 4
