@@ -35,6 +35,7 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
 
 class SchedulerSettings(ServiceSettings, frozen=True, kw_only=True):
     http_port: int = 0  # 0: any free port
+    lending: bool = True  # move prefill caps when the two sides are out of balance
 
 
 class NodeSettings(ServiceSettings, frozen=True, kw_only=True):

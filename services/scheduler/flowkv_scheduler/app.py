@@ -32,8 +32,10 @@ EPOCH = 1
 class Scheduler:
     """Answers schedule requests from the state it is fed. `clock` gives monotonic seconds."""
 
-    def __init__(self, bus: Bus, registry: CollectorRegistry, clock: Callable[[], float]) -> None:
-        self.planner = Planner(Goals())
+    def __init__(
+        self, bus: Bus, registry: CollectorRegistry, clock: Callable[[], float], *, lends: bool = True
+    ) -> None:
+        self.planner = Planner(Goals(), lends=lends)
         self._bus = bus
         self._clock = clock
         self._decisions = Counter(
@@ -86,7 +88,8 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event) -> None:
     """
     registry = CollectorRegistry()
     async with connect(settings.nats_url, name="flowkv-scheduler", on_closed=stop.set) as bus:
-        scheduler = Scheduler(bus, registry, asyncio.get_running_loop().time)
+        clock = asyncio.get_running_loop().time
+        scheduler = Scheduler(bus, registry, clock, lends=settings.lending)
         bus.on_reconnect(scheduler.on_reconnect)
         app = service_app(registry, lambda: None if bus.is_connected else "not connected to NATS")
         service = Service(
