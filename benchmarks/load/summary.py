@@ -20,6 +20,8 @@ class Quantiles:
     max: float
 
     def __str__(self) -> str:
+        if not self.num:
+            return "none"
         return f"{self.p50:.3f} / {self.p90:.3f} / {self.p99:.3f}"
 
 

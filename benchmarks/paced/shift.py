@@ -118,12 +118,12 @@ def table(rows: list[Row]) -> str:
     """A line for each phase."""
     head = (
         f"{'cluster':<9}{'lending':<9}{'phase':<15}{'sent':>6}{'complete':>10}{'good/s':>8}"
-        f"{'TTFT p50 / p90 / p99, s':>27}{'TPOT p50 / p90 / p99, s':>27}{'moves':>7}{'slip':>14}"
+        f"{'TTFT p50 / p90 / p99, s':>27}{'TPOT p50 / p90 / p99, s':>27}{'moves':>7}{'slip':>18}"
     )
     lines = [
         f"{f'{row.num_each}P{row.num_each}D':<9}{'on' if row.lending else 'off':<9}{name:<15}"
         f"{phase.num_sent:>6}{phase.num_complete:>10}{phase.goodput_per_s:>8.2f}{phase.ttft_s!s:>27}"
-        f"{phase.tpot_s!s:>27}{row.num_cap_moves:>7}{row.pace!s:>14}"
+        f"{phase.tpot_s!s:>27}{row.num_cap_moves:>7}{row.pace!s:>18}"
         for row in rows
         for name, phase in row.phases.items()
     ]
