@@ -14,9 +14,12 @@ SIMULATE ?=
 REQUESTS ?= 100000
 EVENTS  ?=
 POLICY  ?= flowkv
+SHIFT   ?=
+OVERLOAD ?=
+SUSTAIN ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects simulate replay lint fmt clean
+.PHONY: help install up test test-full bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-sustain simulate replay lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -84,6 +87,18 @@ bench-overlap: $(VENV)/ready-dev ## time to the second token, overlap off and on
 bench-disconnects: $(VENV)/ready-dev ## how long blocks stay held after a client has left
 	@mkdir -p .run
 	$(PY) -m benchmarks.disconnects --json .run/disconnects.json
+
+bench-shift: $(VENV)/ready-dev ## load that shifts between the sides, lending off and on; SHIFT="--nodes 2"
+	@mkdir -p .run
+	$(PY) -m benchmarks.paced.shift --json .run/shift.json $(SHIFT)
+
+bench-overload: $(VENV)/ready-dev ## three times what the cluster can do; OVERLOAD="--seconds 20"
+	@mkdir -p .run
+	$(PY) -m benchmarks.paced.overload --json .run/overload.json $(OVERLOAD)
+
+bench-sustain: $(VENV)/ready-dev ## the steps per second that one process of paced nodes keeps; SUSTAIN="--nodes 4"
+	@mkdir -p .run
+	$(PY) -m benchmarks.paced.sustain --json .run/sustain.json $(SUSTAIN)
 
 replay: $(VENV)/ready-dev ## feed a recorded cluster to a scheduler's policy, compare choices; EVENTS=file POLICY=name
 	$(PY) -m benchmarks.replay $(EVENTS) --policy $(POLICY)

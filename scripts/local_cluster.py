@@ -208,6 +208,10 @@ class Cluster:
         command = [sys.executable, "-m", module, role, "--node-id", name]
         return self._start(name, command + _flags(settings))
 
+    def start_nodes(self, name: str, command: list[str]) -> Process:
+        """Another program that brings nodes, in the environment of all services. `name` begins with nodes."""
+        return self._start(name, command)
+
     def _start(self, name: str, command: list[str]) -> Process:
         process = Process(name, command, self._env, self.run_dir / f"{name}.log")
         self.processes[name] = process
@@ -236,7 +240,7 @@ class Cluster:
 
     def stop(self) -> None:
         """Drain and end everything, so that requests finish before what they need goes away."""
-        order = ["gateway", "prefill", "decode", "mixed", "scheduler", "nats"]
+        order = ["gateway", "nodes", "prefill", "decode", "mixed", "scheduler", "nats"]
         for kind in order:
             group = [p for p in self.processes.values() if p.name.startswith(kind)]
             for process in group:

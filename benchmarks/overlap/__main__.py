@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.model import default_model
 from benchmarks.overlap.measure import RequestFailed, measure
 from benchmarks.overlap.report import Report, rows_of, table
 from benchmarks.overlap.setups import CHUNK_TOKENS, SETUPS, NotPinned, Setup, cluster_of
@@ -17,7 +17,6 @@ from flowkv_common.errors import FlowKVError
 from scripts.local_cluster import ClusterError
 
 _LENGTHS = (500, 1000, 2000, 4000)
-_PREPARE_TIMEOUT_S = 1800
 
 
 def main(argv: list[str]) -> int:
@@ -72,15 +71,8 @@ def _options(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--model", default="", help="a prepared folder; the default model if empty")
     options = parser.parse_args(argv)
-    options.model = options.model or _default_model()
+    options.model = options.model or default_model()
     return options
-
-
-def _default_model() -> str:
-    """The default model's folder, prepared as `make up` does it."""
-    command = [sys.executable, "-m", "flowkv_common.engine.weights"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=_PREPARE_TIMEOUT_S)
-    return done.stdout.strip().splitlines()[-1]
 
 
 def _say(text: str) -> None:

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = (
     "docs/architecture.md",
     "docs/kv-transfer.md",
+    "docs/paced-nodes.md",
     "docs/paper-map.md",
     "docs/protocol.md",
     "CONTRIBUTING.md",

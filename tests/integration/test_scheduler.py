@@ -21,6 +21,7 @@ from flowkv_common.config import SchedulerSettings
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment
 from flowkv_scheduler.app import serve
+from flowkv_scheduler.planner import Goals, Planner
 
 
 @contextlib.asynccontextmanager
@@ -98,6 +99,24 @@ async def test_refusals_arrive_as_errors(nats_server: NatsServer) -> None:
                 await until(bus, lambda _: False)
             assert full.value.retry_after_s is not None
             assert 25 < full.value.retry_after_s < 35
+
+
+@pytest.mark.parametrize("lending", [True, False])
+async def test_the_planner_is_told_whether_it_lends(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch, lending: bool
+) -> None:
+    told: list[bool] = []
+
+    class NotingPlanner(Planner):
+        def __init__(self, goals: Goals, *, lends: bool = True) -> None:
+            told.append(lends)
+            super().__init__(goals, lends=lends)
+
+    monkeypatch.setattr("flowkv_scheduler.app.Planner", NotingPlanner)
+    stop = asyncio.Event()
+    stop.set()
+    await serve(SchedulerSettings(nats_url=nats_server.url, lending=lending), stop)
+    assert told == [lending]
 
 
 async def test_scheduling_goes_on_after_a_server_restart(nats_server: NatsServer) -> None:

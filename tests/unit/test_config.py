@@ -21,6 +21,12 @@ def test_variables_of_other_services_are_let_pass() -> None:
     assert load(SchedulerSettings, [], {"FLOWKV_BLOCK_SIZE": "8", "OTHER": "x"}).http_port == 0
 
 
+def test_lending_is_on_unless_switched_off() -> None:
+    assert load(SchedulerSettings, [], {}).lending is True
+    assert load(SchedulerSettings, [], {"FLOWKV_LENDING": "false"}).lending is False
+    assert load(SchedulerSettings, ["--lending", "true"], {"FLOWKV_LENDING": "false"}).lending is True
+
+
 def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         load(SchedulerSettings, ["--block-size", "8"], {})

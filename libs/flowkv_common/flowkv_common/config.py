@@ -35,6 +35,10 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
 
 class SchedulerSettings(ServiceSettings, frozen=True, kw_only=True):
     http_port: int = 0  # 0: any free port
+    ttft_goal_s: float = 5.0  # what users are to see: time to the first token, and between two tokens
+    itl_goal_s: float = 0.25
+    max_wait_s: float = 60.0  # who would wait longer for the first token is refused at the door
+    lending: bool = True  # move prefill caps when the two sides are out of balance
 
 
 class NodeSettings(ServiceSettings, frozen=True, kw_only=True):

@@ -121,6 +121,11 @@ def _assignment(request: ScheduleRequest, choice: Choice, epoch: int) -> Assignm
     )
 
 
+def planner_of(settings: SchedulerSettings) -> Planner:
+    goals = Goals(settings.ttft_goal_s, settings.itl_goal_s, settings.max_wait_s)
+    return Planner(goals, lends=settings.lending)
+
+
 async def serve(settings: SchedulerSettings, stop: asyncio.Event, planner: Planner | None = None) -> None:
     """Lead or stand by until `stop` is set, then answer what is in hand and leave.
 
@@ -131,7 +136,7 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event, planner: Plann
     async with connect(settings.nats_url, name=f"flowkv-scheduler/{scheduler_id}", on_closed=stop.set) as bus:
         lease = Lease(bus, scheduler_id)
         clock = asyncio.get_running_loop().time
-        scheduler = Scheduler(bus, lease, planner or Planner(Goals()), registry, clock)
+        scheduler = Scheduler(bus, lease, planner or planner_of(settings), registry, clock)
         bus.on_reconnect(scheduler.on_reconnect)
         app = service_app(registry, lambda: None if bus.is_connected else "not connected to NATS")
         service = Service(

@@ -12,7 +12,10 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from flowkv_common import __version__
 from flowkv_common.bus.connection import connect
@@ -37,16 +40,37 @@ from flowkv_common.node.load import report_load
 from flowkv_common.node.outbox import Outbox
 from flowkv_common.node.steps import Retire, Steps
 from flowkv_common.node.watch import sweep, watch_cancels, watch_engine
-from flowkv_common.tasks import running, stop_on_signals
-from flowkv_common.wire.messages import NodeDescriptor, NodeRef
+from flowkv_common.tasks import running
+from flowkv_common.wire.messages import ModelCard, NodeDescriptor, NodeRef, PoolLayout
 
 log = logging.getLogger(__name__)
 
 
-async def serve(settings: NodeSettings, role: str, model: LoadedModel) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. `model` is loaded already."""
+@dataclass(frozen=True, slots=True)
+class Served:
+    """All that a node needs of a model. `make_engine` gets the pool's tensor, of shape and dtype `layout`.
+
+    What runs the steps must keep what `tests/contract/test_engines.py` says of `EngineThread`.
+    """
+
+    card: ModelCard
+    layout: PoolLayout
+    make_engine: Callable[[Tensor], EngineThread]
+
+
+def served(model: LoadedModel, settings: NodeSettings) -> Served:
+    """A loaded model as nodes serve it: computed on a thread of its own."""
+    return Served(
+        card=model.card,
+        layout=model.layout(settings.block_size, settings.kv_dtype),
+        make_engine=lambda pool: EngineThread(Runner(model, pool, attention=settings.attention)),
+    )
+
+
+async def serve(settings: NodeSettings, role: str, model: Served, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set, then drain. A process may serve several nodes, each with its own `stop`."""
     async with contextlib.AsyncExitStack() as opened:
-        node, steps, engine = await _open(settings, role, model, opened)
+        node, steps, engine = await _open(settings, role, model, stop, opened)
         app = service_app(node.instruments.registry, node.why_not_ready)
         port = await opened.enter_async_context(serve_http(app, settings.host, settings.http_port))
 
@@ -64,16 +88,18 @@ async def serve(settings: NodeSettings, role: str, model: LoadedModel) -> None:
 
 
 async def _open(
-    settings: NodeSettings, role: str, model: LoadedModel, opened: contextlib.AsyncExitStack
+    settings: NodeSettings,
+    role: str,
+    model: Served,
+    stop: asyncio.Event,
+    opened: contextlib.AsyncExitStack,
 ) -> tuple[Node, Steps, EngineThread]:
     """Everything a node consists of, each entered into `opened` in the order in which it may be used."""
     ref = NodeRef(node_id=_node_id(settings.node_id, role), incarnation=secrets.token_hex(4))
-    layout = model.layout(settings.block_size, settings.kv_dtype)
+    layout = model.layout
     num_blocks = settings.kv_cache_bytes // layout.block_bytes
     pool = opened.enter_context(KVPool(layout, num_blocks))
-    engine = await opened.enter_async_context(
-        EngineThread(Runner(model, pool.tensor, attention=settings.attention))
-    )
+    engine = await opened.enter_async_context(model.make_engine(pool.tensor))
     bus = await opened.enter_async_context(connect(settings.nats_url, name=f"flowkv-{role}/{ref.node_id}"))
     blocks = Blocks(num_blocks, settings.block_size)
     reservations = Reservations(blocks)
@@ -103,7 +129,7 @@ async def _open(
         retire=retire,
         wake=asyncio.Event(),
         changed=asyncio.Event(),
-        stop=stop_on_signals(),
+        stop=stop,
     )
     node.guests.update(load_guests(node))
     steps = Steps(

@@ -29,7 +29,8 @@ def main(default_role: str) -> None:
     import torch
 
     from flowkv_common.engine.model import load_model
-    from flowkv_common.node.host import serve
+    from flowkv_common.node.host import serve, served
+    from flowkv_common.tasks import stop_on_signals
 
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
@@ -40,4 +41,8 @@ def main(default_role: str) -> None:
         load_format=settings.load_format,
         on_progress=log.info,
     )
-    asyncio.run(serve(settings, role, model))
+
+    async def run() -> None:
+        await serve(settings, role, served(model, settings), stop_on_signals())
+
+    asyncio.run(run())

@@ -1,0 +1,58 @@
+"""The benchmarks on paced nodes as a user runs them, as short as they go."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.full
+
+
+def run(module: str, path: Path, model_path: Path, *arguments: str) -> list[dict[str, Any]]:
+    """The rows that it wrote."""
+    command = [sys.executable, "-m", module, "--json", str(path), "--model", str(model_path), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"wrote {path}" in done.stdout
+    document = json.loads(path.read_text())
+    assert {"commit", "conditions", "date", "host", "load_average"} <= document.keys()
+    rows: list[dict[str, Any]] = document["rows"]
+    return rows
+
+
+def test_shift(tmp_path: Path, model_path: Path) -> None:
+    arguments = ["--nodes", "1", "--seconds", "3"]
+    rows = run("benchmarks.paced.shift", tmp_path / "shift.json", model_path, *arguments)
+    assert [(row["num_each"], row["lending"]) for row in rows] == [(1, False), (1, True)]
+    for row in rows:
+        whole, parts = row["phases"]["all"], [row["phases"][name] for name in list(row["phases"])[:-1]]
+        assert whole["num_sent"] == sum(part["num_sent"] for part in parts) > 0
+        assert whole["num_complete"] == whole["num_sent"]
+        assert row["pace"]["num_steps"] > 0
+    sent = [[phase["num_sent"] for phase in row["phases"].values()] for row in rows]
+    assert sent[0] == sent[1]  # both got the same load
+    assert rows[0]["num_cap_moves"] == 0
+
+
+def test_overload(tmp_path: Path, model_path: Path) -> None:
+    arguments = ["--prefill", "1", "--decode", "1", "--seconds", "2", "--after", "5"]
+    [row] = run("benchmarks.paced.overload", tmp_path / "overload.json", model_path, *arguments)
+    assert row["load"]["num_sent"] == row["load"]["num_complete"] + row["num_refused"] > 0
+    assert row["rate_per_s"] == pytest.approx(3 * row["capacity_per_s"], rel=1e-2)
+    assert set(row["memory"]) == {"nats", "scheduler", "gateway", "nodes"}
+    assert all(memory["peak_mb"] > 1 for memory in row["memory"].values())
+
+
+def test_sustain(tmp_path: Path, model_path: Path) -> None:
+    arguments = ["--nodes", "1", "--sequences", "2", "--seconds", "1"]
+    rows = run("benchmarks.paced.sustain", tmp_path / "sustain.json", model_path, *arguments)
+    assert [row["step_s"] for row in rows] == sorted((row["step_s"] for row in rows), reverse=True)
+    # No step ends before its time, but the last one of the measured second may have begun before it.
+    assert all(0 < row["steps_per_s"] <= 1.1 / row["step_s"] for row in rows)

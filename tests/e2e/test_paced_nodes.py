@@ -1,0 +1,175 @@
+"""Clusters of paced nodes: all is real but the engines, so what scheduling does shows on any host."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from load import run_all, stream_completion, wait_healthy
+from local_cluster import Cluster
+from observer import observe
+
+from benchmarks.load.arrivals import Arrival
+from benchmarks.load.drive import drive
+from flowkv_common.config import NodeSettings
+from flowkv_common.wire.messages import StepFit
+from tests.paced.cluster import services, wait_linked
+from tests.paced.digest import paced_tokens
+from tests.paced.engine import Kept, Pace
+from tests.paced.nodes import PacedNode, pace_of, paced_layout, paced_nodes
+
+NUM_BLOCKS = 2048
+CHUNK_TOKENS = 64
+DECODE_STEP_S = 0.02
+PROMPT_TOKEN_S = 0.001
+
+
+@dataclass(frozen=True)
+class Paced:
+    """A cluster whose nodes run here, in the test's own loop."""
+
+    cluster: Cluster
+    nodes: dict[str, PacedNode]
+    pace: Pace
+    http: httpx.AsyncClient
+
+    def kept(self, node_id: str) -> Kept:
+        engine = self.nodes[node_id].engine
+        assert engine is not None
+        return engine.kept
+
+    def set_slowdown(self, factor: float) -> None:
+        for node in self.nodes.values():
+            assert node.engine is not None
+            node.engine.slowdown = factor
+
+    def expected(self, prompt_ids: list[int], num_tokens: int) -> list[int]:
+        return paced_tokens(prompt_ids, num_tokens, self.pace.words)
+
+
+def fit(base_s: float = DECODE_STEP_S, prefill_token_s: float = PROMPT_TOKEN_S) -> StepFit:
+    return StepFit(
+        base_s=base_s,
+        prefill_token_s=prefill_token_s,
+        attended_token_s=0.0,
+        sequence_s=0.0,
+        context_token_s=0.0,
+    )
+
+
+@contextlib.asynccontextmanager
+async def paced(
+    folder: Path, model_path: Path, costs: StepFit, *, connectors: str = "shm,tcp", **counts: int
+) -> AsyncIterator[Paced]:
+    """A cluster that is ready; afterwards its nodes hold nothing, and their books balance."""
+    pace = pace_of(str(model_path), costs)
+    with services(folder, model_path) as cluster:
+        settings = NodeSettings(
+            nats_url=cluster.nats_url,
+            model_path=str(model_path),
+            model_name="paced",
+            kv_cache_bytes=NUM_BLOCKS * paced_layout(16).block_bytes,
+            token_budget=CHUNK_TOKENS,
+            connectors=connectors,
+        )
+        async with (
+            paced_nodes(settings, pace, counts) as nodes,
+            httpx.AsyncClient(base_url=cluster.url, timeout=60) as http,
+        ):
+            await wait_linked(cluster.nats_url, len(nodes))
+            await wait_healthy(http)
+            yield Paced(cluster, nodes, pace, http)
+            async with observe(cluster.nats_url) as observer:
+                await observer.wait_idle(nodes)
+
+
+def prompt_of(num_tokens: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(1000, 30_000), k=num_tokens)
+
+
+@pytest.mark.parametrize("connector", ["shm", "tcp"])
+async def test_the_openai_api_over_paced_nodes(tmp_path: Path, model_path: Path, connector: str) -> None:
+    """Prompts of several chunks move whole: the tokens are read out of the KV that was moved."""
+    prompts = [prompt_of(num_tokens, seed) for seed, num_tokens in enumerate((1, 63, 64, 200, 333))]
+    costs = fit(base_s=0.002, prefill_token_s=0.0)
+    async with paced(tmp_path, model_path, costs, connectors=connector, prefill=1, decode=1) as system:
+        async with observe(system.cluster.nats_url) as observer:
+            transfers = await observer.events("flowkv.v1.event.kv_transferred.>")
+            streams = await run_all(system.http, prompts, max_tokens=20)
+            await transfers.wait_for_all(len(prompts))
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 7}
+        answer = (await system.http.post("/v1/chat/completions", json=body)).json()
+    for prompt, stream in zip(prompts, streams, strict=True):
+        assert stream.error is None
+        assert stream.token_ids == system.expected(prompt, 20)
+        assert (stream.finish_reason, stream.saw_done) == ("length", True)
+        assert len(stream.text.split()) == 20
+    assert {event["connector"] for _, event in transfers.events} == {connector}
+    assert answer["usage"]["completion_tokens"] == 7
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert len(answer["choices"][0]["message"]["content"].split()) == 7
+
+
+async def test_steps_take_as_long_as_stated(tmp_path: Path, model_path: Path) -> None:
+    num_outputs = 25
+    async with paced(tmp_path, model_path, fit(), prefill=1, decode=1) as system:
+        [outcome] = await drive(system.cluster.url, [Arrival(0.0, 2 * CHUNK_TOKENS, num_outputs)])
+        prefill, decode = system.kept("prefill-0"), system.kept("decode-0")
+    assert outcome.is_complete
+    assert len(outcome.token_ids) == len(outcome.event_times_s) == num_outputs
+    assert (prefill.num_steps, decode.num_steps) == (2, num_outputs - 1)
+    assert prefill.stated_s == pytest.approx(2 * (DECODE_STEP_S + CHUNK_TOKENS * PROMPT_TOKEN_S))
+    assert decode.stated_s == pytest.approx((num_outputs - 1) * DECODE_STEP_S)
+    assert outcome.ttft_s is not None
+    assert 1.0 <= outcome.ttft_s / prefill.stated_s < 2.0
+    # The first of these gaps holds the handoff too.
+    assert 0.95 <= sum(outcome.itls_s[1:]) / ((num_outputs - 2) * DECODE_STEP_S) < 1.3
+
+
+async def test_a_burst_is_spread_over_both_sides(tmp_path: Path, model_path: Path) -> None:
+    prompts = [prompt_of(100, seed) for seed in range(16)]
+    async with paced(tmp_path, model_path, fit(), prefill=2, decode=2) as system:
+        async with observe(system.cluster.nats_url) as observer:
+            assignments = await observer.events("flowkv.v1.assignment.>")
+            streams = await run_all(system.http, prompts, max_tokens=10)
+            chosen = await assignments.wait_for_all(len(prompts))
+        num_steps = {node_id: system.kept(node_id).num_steps for node_id in system.nodes}
+    assert [stream.token_ids for stream in streams] == [system.expected(prompt, 10) for prompt in prompts]
+    for side in ("prefill", "decode"):
+        counts = Counter(assignment[side]["node_id"] for assignment in chosen)
+        assert set(counts) == {f"{side}-0", f"{side}-1"}
+        assert max(counts.values()) - min(counts.values()) <= 2
+    assert all(num_steps.values())
+
+
+async def test_an_overload_is_refused_at_once_and_passes(tmp_path: Path, model_path: Path) -> None:
+    """100 s of prompts come at once, where 60 s are admitted; then the nodes get faster."""
+    num_requests, num_prompt, num_outputs = 25, 400, 3
+    async with paced(tmp_path, model_path, fit(prefill_token_s=0.01), prefill=1, decode=1) as system:
+        first = await stream_completion(system.http, prompt_of(CHUNK_TOKENS), max_tokens=2)
+        assert first.error is None  # the node has measured how fast it is, and reported it with the next load
+        burst = [Arrival(0.0, num_prompt, num_outputs)] * num_requests
+        sending = asyncio.create_task(drive(system.cluster.url, burst))
+        async with observe(system.cluster.nats_url) as observer:
+            assignments = await observer.events("flowkv.v1.assignment.>")
+            await assignments.wait_for_all(1)
+        system.set_slowdown(0.001)
+        outcomes = await sending
+        after = await stream_completion(system.http, prompt_of(CHUNK_TOKENS, seed=1), max_tokens=2)
+    refused = [outcome for outcome in outcomes if outcome.status == 429]
+    accepted = [outcome for outcome in outcomes if outcome.status == 200]
+    assert len(refused) + len(accepted) == num_requests
+    assert refused
+    assert accepted
+    assert all(outcome.retry_after_s is not None and outcome.retry_after_s >= 1 for outcome in refused)
+    assert max(outcome.ended_s for outcome in refused) < 0.05 * num_requests * num_prompt * 0.01
+    assert all(outcome.is_complete and len(outcome.token_ids) == num_outputs for outcome in accepted)
+    assert after.error is None
+    assert after.token_ids == system.expected(after.prompt_ids, 2)

@@ -1,0 +1,119 @@
+"""What the benchmarks on paced nodes make of what they saw, and how they size their load."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from benchmarks.load.arrivals import Arrival, Lengths
+from benchmarks.load.client import Outcome
+from benchmarks.paced import overload, shift
+from benchmarks.paced.observe import CapSeen, Observed
+from benchmarks.paced.pace import MAX_NUM_SEQS, ONE_CORE, capacity, stretched
+from benchmarks.paced.report import Report, pace_of
+from flowkv_common.wire.messages import StepFit
+from tests.paced.engine import Kept
+
+FIT = StepFit(base_s=0.5, prefill_token_s=0.001, attended_token_s=0.0, sequence_s=0.05, context_token_s=0.0)
+
+
+def test_capacity_is_that_of_the_side_that_is_full_first() -> None:
+    """A prompt of 500 tokens takes 1 s; a step of 32 sequences takes 2.1 s."""
+    found = capacity(FIT, num_prefill=3, num_decode=2, lengths=Lengths(500, 10))
+    assert found.prefill_per_s == pytest.approx(3.0)
+    assert found.decode_per_s == pytest.approx(2 * MAX_NUM_SEQS / (2.1 * 10))
+    assert found.per_s == found.prefill_per_s
+    assert capacity(FIT, 3, 2, Lengths(500, 100)).per_s == pytest.approx(2 * MAX_NUM_SEQS / (2.1 * 100))
+
+
+def test_stretched_nodes_do_as_much_less() -> None:
+    lengths = Lengths(300, 60)
+    whole, half = (capacity(fit, 2, 2, lengths) for fit in (ONE_CORE, stretched(ONE_CORE, 2.0)))
+    assert half.prefill_per_s == pytest.approx(whole.prefill_per_s / 2)
+    assert half.decode_per_s == pytest.approx(whole.decode_per_s / 2)
+
+
+def test_each_phase_overloads_one_side_but_not_the_cluster() -> None:
+    for num_each in (2, 8):
+        prompts, outputs, again = shift.phases_of(ONE_CORE, num_each, 30.0)
+        assert (prompts.lengths, prompts.rate_per_s) == (again.lengths, again.rate_per_s)
+        for phase in (prompts, outputs):
+            sides = capacity(ONE_CORE, num_each, num_each, phase.lengths)
+            shares = phase.rate_per_s / sides.prefill_per_s, phase.rate_per_s / sides.decode_per_s
+            assert max(shares) == pytest.approx(shift.OVERLOAD)
+            assert sum(shares) < 0.9 * 2
+        assert prompts.lengths.num_prompt_tokens > 5 * outputs.lengths.num_prompt_tokens
+
+
+def test_pace_is_weighed_by_time() -> None:
+    kept = {"a": Kept(10, 1.0, 1.1), "b": Kept(90, 9.0, 9.0), "idle": Kept()}
+    pace = pace_of(kept)
+    assert (pace.num_steps, pace.slip, pace.worst_node_slip) == (100, 0.01, 0.1)
+    assert pace.is_kept
+    assert "NOT KEPT" in str(pace_of({"a": Kept(10, 1.0, 1.1)}))
+
+
+def test_only_new_caps_are_moves() -> None:
+    caps = [CapSeen(0.0, "a", 512), CapSeen(0.1, "b", 16), CapSeen(5.0, "b", 256), CapSeen(9.0, "b", 16)]
+    assert Observed(caps=caps).num_cap_moves == 2
+
+
+# --- overload ---------------------------------------------------------------------------------------
+
+
+def probe(at_s: float, ttft_s: float | None) -> Outcome:
+    """One that was refused has no first token."""
+    times_s = [] if ttft_s is None else [ttft_s]
+    status, reason = (429, None) if ttft_s is None else (200, "length")
+    return Outcome(Arrival(at_s, 20, 2, "probe"), at_s, status, [1] * len(times_s), times_s, reason)
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        ([(10.0, 0.1), (10.5, 0.1)], 0.0),
+        ([(10.0, None), (10.5, 0.9), (11.0, 0.15), (11.5, 0.1)], 1.0),
+        ([(10.0, 0.1), (10.5, 0.3), (11.0, 0.1)], 1.0),  # it fell back once
+        ([(10.0, 0.1), (10.5, None)], None),
+    ],
+)
+def test_recovered_when_all_later_probes_are_as_before(
+    after: list[tuple[float, float | None]], expected: float | None
+) -> None:
+    probes = [probe(0.0, 0.08), probe(0.5, 0.1), probe(1.0, 0.5), probe(7.0, 3.0)]
+    usual_s = overload.usual_ttft_s(probes)
+    assert usual_s == 0.1
+    assert overload.recovered_s([*probes, *(probe(*each) for each in after)], usual_s, 10.0) == expected
+
+
+def test_the_load_lies_between_quiet_times_with_probes_throughout() -> None:
+    arrivals = overload.arrivals_of(rate_per_s=20.0, seconds=10.0, after_s=15.0, seed=1)
+    assert arrivals == sorted(arrivals)
+    load = [each.at_s for each in arrivals if each.kind == "load"]
+    assert 5.0 <= min(load) <= max(load) < 15.0
+    probes = [each.at_s for each in arrivals if each.kind == "probe"]
+    assert probes == [0.5 * i for i in range(60)]
+
+
+def test_memory_is_taken_before_during_and_after() -> None:
+    rss = [mb * 10**6 for mb in (*[50] * 5, *(60, 90, 80), 70, 65)]
+    assert overload.memory_of(rss, seconds=3.0) == overload.Memory(50.0, 90.0, 65.0)
+
+
+# --- the JSON ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ARow:
+    value: int
+
+
+def test_the_report_says_what_it_ran_on(tmp_path: Path) -> None:
+    Report("paced.test", {"seed": 3}).write(tmp_path / "out.json", [ARow(1), ARow(2)])
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["rows"] == [{"value": 1}, {"value": 2}]
+    assert written["conditions"] == {"seed": 3}
+    assert {"benchmark", "commit", "date", "host", "load_average"} <= written.keys()
