@@ -121,6 +121,11 @@ class Blocks:
         if self._cache.find(block_hash) is None:
             self._cache.insert(block_id, block_hash, parent_hash)
 
+    def take_changes(self, at_most: int) -> tuple[list[str], list[str]]:
+        """Hashes that have become known, and those no longer known, since the last call: together `at_most`,
+        the others the next time. What came and went in between is in neither."""
+        return self._cache.take_changes(at_most)
+
     # --- giving back -----------------------------------------------------------------------------
 
     def release(self, block_ids: Iterable[int]) -> None:

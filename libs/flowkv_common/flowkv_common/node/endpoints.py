@@ -1,24 +1,27 @@
-"""The endpoints that every node has, whatever its guests: link, drain, check, and the test hook."""
+"""The endpoints that every node has, whatever its guests: link, drain, check, blocks, and the test hook."""
 
 from __future__ import annotations
 
 from flowkv_common.bus.service import Endpoint
 from flowkv_common.engine.runner import EngineThread
+from flowkv_common.node.block_news import BlockNews
 from flowkv_common.node.guest import Node
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
+    BlockList,
     Check,
     Checked,
     Drain,
     LinkOffer,
     LinkRequest,
+    ListBlocks,
     Message,
     Wedge,
 )
 
 
-def node_endpoints(node: Node, engine: EngineThread) -> list[Endpoint]:
+def node_endpoints(node: Node, engine: EngineThread, news: BlockNews) -> list[Endpoint]:
     """`flowkv.v1.node.<verb>.<node_id>`; `wedge` only where test hooks are on."""
 
     async def link(request: LinkRequest) -> LinkOffer:
@@ -38,6 +41,10 @@ def node_endpoints(node: Node, engine: EngineThread) -> list[Endpoint]:
             num_reservations=node.reservations.num_open,
         )
 
+    async def list_blocks(request: ListBlocks) -> BlockList:
+        node.refuse_other_life(request.node)
+        return news.page(request.page)
+
     async def wedge(request: Wedge) -> Message:
         engine.wedge(request.for_s)
         return Accepted(node_id=node.ref.node_id)
@@ -49,6 +56,7 @@ def node_endpoints(node: Node, engine: EngineThread) -> list[Endpoint]:
         Endpoint(at(subjects.NODE_LINK), LinkRequest, link),
         Endpoint(at(subjects.NODE_DRAIN), Drain, drain),
         Endpoint(at(subjects.NODE_CHECK), Check, check),
+        Endpoint(at(subjects.NODE_BLOCKS), ListBlocks, list_blocks),
     ]
     if node.settings.test_hooks:
         endpoints.append(Endpoint(at(subjects.NODE_WEDGE), Wedge, wedge))
