@@ -198,6 +198,31 @@ async def test_after_a_reconnect_everything_is_loaded_again(nats_server: NatsSer
             await index.until_hits({"n0": 7})
 
 
+async def test_a_node_that_was_cut_off_leaves_a_gap_even_if_it_has_no_news(nats_server: NatsServer) -> None:
+    """Its last message may have been lost, and only the next one would show that."""
+    told: asyncio.Queue[BlocksChanged] = asyncio.Queue()
+    async with connect(nats_server.url, name="node") as bus, connect(nats_server.url, name="s") as listener:
+        node = Node(bus)
+        node.compute(CHAIN[:2])
+        subject = subjects.blocks(node.ref.node_id)
+        async with (
+            await listener.subscribe(subject, BlocksChanged, lambda m, _: told.put(m)),
+            running(node.news.tell(bus, period_s=0.02)),
+            asyncio.timeout(15),
+        ):
+            assert (await told.get()).seq == 1
+            is_back = asyncio.Event()
+            listener.on_reconnect(is_back.set)
+            nats_server.stop()
+            nats_server.start()
+            await is_back.wait()
+            node.compute(CHAIN[:3])  # should its reconnect have come first, this is heard after the gap
+            seqs = [1]
+            while seqs[-1] < 3:
+                seqs.append((await told.get()).seq)
+            assert set(range(1, seqs[-1])) - set(seqs), "no number is missing"
+
+
 async def test_follows_what_a_cache_really_does(nats_server: NatsServer) -> None:
     """A small pool that evicts all the time, and tells by itself."""
     async with following(nats_server) as (bus, index):

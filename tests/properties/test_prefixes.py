@@ -153,10 +153,13 @@ class PrefixIndexMachine(RuleBasedStateMachine):
                 found[node_id] = num_blocks
         return found
 
+    def teardown(self) -> None:
+        self.settle([[block_hash] for block_hash in HASHES] + [HASHES, HASHES[::-1]])
+
     @invariant()
     def nothing_is_kept_for_nobody(self) -> None:
         assert self.index.num_hashes <= len(HASHES)
 
 
 TestPrefixIndex = PrefixIndexMachine.TestCase
-TestPrefixIndex.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPrefixIndex.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)

@@ -107,7 +107,7 @@ class PrefixIndex:
         """The node will soon have these: a prompt was sent to it. Forgotten at `until` unless it says so."""
         self._clear_those_who_left()
         holder = self._holder(node)
-        keys = array("Q", [key for key in _keys(hashes) if key not in holder.cached])
+        keys = _keys(hashes)
         self._set(keys, holder.bit)
         for key in keys:
             holder.expected[key] = max(until, holder.expected.get(key, until))
