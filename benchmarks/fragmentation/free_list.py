@@ -17,16 +17,16 @@ class FreeList:
         self.num_leased = 0
         self._free = list(range(num_blocks))[::-1]
         self._refs = [0] * num_blocks
-        self._cache = PrefixCache()
+        self._cache = PrefixCache(num_blocks)
 
     def longest_free_run(self) -> int:
         """O(n log n): a free list does not know."""
         return max((run.length for run in runs_of(sorted(self._free))), default=0)
 
     def take(self, n: int, *, like: Sequence[int] = (), room: int = 0) -> list[int]:
-        for victim in self._cache.cool(n - len(self._free)):
-            self._cache.forget(victim)
-            self._free.append(victim)
+        for run in self._cache.cool(n - len(self._free)):
+            self._cache.overwrite(run)
+            self._free += reversed(range(run.start, run.start + run.length))
         if len(self._free) < n:
             raise OutOfBlocks(f"{n} blocks wanted, {len(self._free)} are free")
         taken = self._free[len(self._free) - n :][::-1]
@@ -40,15 +40,11 @@ class FreeList:
         return self.take(1)[0]
 
     def match_prefix(self, hashes: Sequence[str]) -> list[int]:
-        matched: list[int] = []
-        for block_hash in hashes:
-            block_id = self._cache.find(block_hash)
-            if block_id is None:
-                break
-            self._cache.revive(block_id)
+        matched = self._cache.match(hashes)
+        self._cache.revive(matched)
+        for block_id in matched:
             self.num_leased += not self._refs[block_id]
             self._refs[block_id] += 1
-            matched.append(block_id)
         return matched
 
     def commit(self, block_id: int, block_hash: str, parent_hash: str | None) -> None:
@@ -62,6 +58,6 @@ class FreeList:
             if not self._refs[block_id]:
                 unheld.append(block_id)
         self.num_leased -= len(unheld)
-        known = self._cache.known(unheld)
-        self._cache.retire([block_id for block_id in unheld if block_id in known])
-        self._free += [block_id for block_id in reversed(unheld) if block_id not in known]
+        known, anonymous = self._cache.split(unheld)
+        self._cache.retire(known)
+        self._free += reversed(anonymous)

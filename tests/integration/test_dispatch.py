@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
+from imagined_nodes import BLOCK_SIZE, descriptor
 from nats_server import NatsServer
 
 from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.registry import keep_announced
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import (
     BadRequest,
@@ -20,7 +22,9 @@ from flowkv_common.errors import (
     TransferFailed,
     Unavailable,
 )
+from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
+from flowkv_common.wire.hashing import block_hashes
 from flowkv_common.wire.messages import (
     Accepted,
     Assignment,
@@ -57,6 +61,7 @@ class Nodes:
         self.cancelled: list[str] = []
         self.finished: list[RequestFinished] = []
         self.waits: list[Wait] = []
+        self.needs_hashes = False
         self.resumable: dict[str, list[int]] = {}
         self.news = asyncio.Event()
         self.num_hanging = 0  # of the first schedule requests: not answered until `hung` is set
@@ -67,6 +72,8 @@ class Nodes:
         self.take_note(self.asked, request)
         if len(self.asked) <= self.num_hanging:
             await self.hung.wait()
+        if self.needs_hashes and not request.block_hashes:
+            return Wait(retry_in_s=0.01, reason="the gateway doesn't know the nodes yet")
         if self.waits:
             return self.waits.pop(0)
         return Assignment(
@@ -173,6 +180,7 @@ async def test_one_attempt(nats_server: NatsServer) -> None:
         assert set(event.phases_s) >= {"schedule", "ttft", "decode", "total"}
         assert nodes.cancelled == []
         assert len(dispatch.streams) == 0
+        assert nodes.asked[0].block_hashes == []  # no node is known
 
 
 async def test_wait_is_obeyed_and_asked_again_with_age(nats_server: NatsServer) -> None:
@@ -225,6 +233,27 @@ async def test_failed_attempt_goes_on_with_what_it_has(nats_server: NatsServer) 
         assert (nodes.asked[1].attempt, nodes.asked[1].avoid) == (1, ["d"])
         assert nodes.asked[1].num_prompt_tokens == 5
         await nodes.wait_for(lambda: nodes.cancelled == ["r.0"])
+
+
+async def test_the_scheduler_is_told_the_hashes_of_all_that_an_attempt_computes(
+    nats_server: NatsServer,
+) -> None:
+    async def fail_after_two(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.send(run, chunk(tid_of(run), 0, [10, 11]), node_id="p")
+        await nodes.send(run, failure(tid_of(run), Unavailable("stuck")), node_id="p")
+
+    prompt_ids = list(range(31))
+    async with cluster(nats_server, fail_after_two, answer) as (dispatch, nodes):
+        nodes.needs_hashes = True
+        known = keep_announced(nodes.bus, lambda: descriptor("p", "prefill"))
+        async with asyncio.timeout(10), running(known):
+            await collect(dispatch, Generation("r", prompt_ids, SamplingParams(max_tokens=4), 10.0))
+        told = [request.block_hashes for request in nodes.asked if request.block_hashes]
+        assert told == [
+            block_hashes("f", prompt_ids, BLOCK_SIZE),
+            block_hashes("f", [*prompt_ids, 10, 11], BLOCK_SIZE),
+        ]
+        assert [len(hashes) for hashes in told] == [1, 2]
 
 
 async def test_prefill_that_could_not_hand_over_blames_decode(nats_server: NatsServer) -> None:

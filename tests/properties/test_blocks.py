@@ -36,6 +36,7 @@ class BlocksMachine(RuleBasedStateMachine):
         self.sequences: list[Sequence] = []
         self.quarantined: list[int] = []
         self.content: dict[int, str] = {}  # the hash of what was last computed into a block
+        self.told: set[str] = set()  # what one who listens to all changes believes to be cached
 
     def match(self, hashes: list[str]) -> list[int]:
         found = self.blocks.match_prefix(hashes)
@@ -113,6 +114,18 @@ class BlocksMachine(RuleBasedStateMachine):
         settled = data.draw(st.lists(st.sampled_from(self.quarantined), unique=True))
         self.blocks.settle(settled)
         self.quarantined = [block for block in self.quarantined if block not in settled]
+
+    @rule(at_most=st.integers(1, 4))
+    def tell(self, at_most: int) -> None:
+        """Never the same twice; when there is no more to tell, all has been told."""
+        stored, removed = self.blocks.take_changes(at_most)
+        assert len(stored) + len(removed) <= at_most
+        assert not self.told & set(stored)
+        assert self.told >= set(removed)
+        self.told = self.told - set(removed) | set(stored)
+        if not stored and not removed:
+            found = {h for h in self.content.values() if self.blocks._cache.find(h) is not None}
+            assert self.told == found
 
     def pop(self, data: st.DataObject) -> Sequence:
         return self.sequences.pop(data.draw(st.integers(0, len(self.sequences) - 1)))

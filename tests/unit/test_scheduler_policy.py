@@ -113,7 +113,7 @@ def test_node_that_has_cached_the_prefix_is_worth_a_wait() -> None:
     hashes = [f"{number:032x}" for number in range(6)]
     nodes = [node("p0", "prefill", queued_prefill_tokens=50), node("p1", "prefill"), node("d0", "decode")]
     state = cluster(*nodes)
-    state.prefixes.expect("p0", hashes[:5], until=9.0)
+    state.prefixes.expect(nodes[0].descriptor.node, hashes[:5], until=9.0)
     wanted = request(num_prompt_tokens=100, block_hashes=hashes)
     choice = policy.choose(wanted, state, GOALS, now=0.0)
     assert choice is not None

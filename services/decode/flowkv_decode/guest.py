@@ -41,6 +41,7 @@ class DecodeGuest:
     name = "decode"
 
     def __init__(self, node: Node) -> None:
+        self.num_accepted = 0
         self._node = node
         self._running: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
@@ -95,6 +96,8 @@ class DecodeGuest:
         self._node.attempts.begin(stop)
         self._outputs.open(sequence)
         self._waiting.append(sequence)
+        self.num_accepted += 1
+        self._node.changed.set()
         self._node.wake.set()
 
     # --- between steps ----------------------------------------------------------------------------

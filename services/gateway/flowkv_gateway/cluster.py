@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from flowkv_common.wire.messages import LoadReport, ModelCard, NodeDescriptor
+from flowkv_gateway.prompt_hashes import HashBasis
 
 # A node that has missed so many reports does not count as ready.
 MISSED_REPORTS = 4
@@ -33,6 +34,13 @@ class Cluster:
 
     def model(self) -> ModelCard | None:
         return self._model
+
+    def hash_basis(self) -> HashBasis | None:
+        """How the nodes hash their blocks; None while no node is known."""
+        if not self._descriptors:
+            return None
+        node = list(self._descriptors.values())[-1]
+        return HashBasis(node.model.fingerprint, node.layout.block_size)
 
     def is_ready(self) -> bool:
         """At least one node that takes prompts and one that takes decodes; a mixed node is both."""

@@ -137,7 +137,7 @@ class Dispatch:
             await asyncio.sleep(min(answer.retry_in_s, remaining_s))
 
     async def _ask_scheduler(self, journey: Journey) -> Assignment | Wait:
-        request = journey.schedule_request()
+        request = await journey.schedule_request(self.cluster.hash_basis())
         kinds = Assignment | Wait
         try:
             answer = await self._bus.request(subjects.SCHEDULE, request, kinds, timeout_s=SCHEDULE_TIMEOUT_S)

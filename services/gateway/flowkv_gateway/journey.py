@@ -14,6 +14,7 @@ from flowkv_common.wire.messages import (
     transfer_id,
 )
 from flowkv_gateway.generation import Generation, Piece
+from flowkv_gateway.prompt_hashes import HashBasis, PromptHashes
 
 SCHEDULER_PATIENCE_S = 10.0
 
@@ -26,6 +27,7 @@ class Journey:
         self.attempt = 0
         self.output_ids: list[int] = []
         self.avoid: set[str] = set()
+        self._hashes = PromptHashes()
         self._first_of_attempt = 0
         self._began = time.monotonic()
         self._asked_since = self._began
@@ -49,16 +51,19 @@ class Journey:
     def waited_too_long_for_scheduler(self) -> bool:
         return time.monotonic() - self._asked_since > SCHEDULER_PATIENCE_S
 
-    def schedule_request(self) -> ScheduleRequest:
+    async def schedule_request(self, basis: HashBasis | None) -> ScheduleRequest:
+        """Without block hashes if nothing is known of how nodes make them."""
         generation = self.generation
+        token_ids = generation.prompt_ids + self.output_ids
         return ScheduleRequest(
             request_id=generation.request_id,
             attempt=self.attempt,
-            num_prompt_tokens=len(generation.prompt_ids) + len(self.output_ids),
+            num_prompt_tokens=len(token_ids),
             max_new_tokens=generation.sampling.max_tokens - len(self.output_ids),
             priority=generation.priority,
             age_s=time.monotonic() - self._asked_since,
             avoid=sorted(self.avoid),
+            block_hashes=await self._hashes.of(token_ids, basis) if basis else [],
         )
 
     def assigned(self, assignment: Assignment) -> None:

@@ -40,6 +40,7 @@ class PrefillGuest:
     name = "prefill"
 
     def __init__(self, node: Node) -> None:
+        self.num_accepted = 0
         self._node = node
         self._arrived: asyncio.Queue[Prompt] = asyncio.Queue()
         self._prompts: dict[str, Prompt] = {}  # transfer_id -> prompt, in order of arrival
@@ -60,6 +61,7 @@ class PrefillGuest:
         if tid not in self._prompts:
             self._node.attempts.begin(Attempt(tid, run.gateway_id, "queued", lambda _: self._stop(prompt)))
             self._prompts[tid] = prompt
+            self.num_accepted += 1
             self._arrived.put_nowait(prompt)
             self._node.changed.set()
         return Accepted(node_id=self._node.ref.node_id)

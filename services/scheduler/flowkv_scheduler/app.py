@@ -24,6 +24,7 @@ from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, LoadReport, NodeRef, ScheduleRequest, Wait
 from flowkv_scheduler.carry_out import Orders
+from flowkv_scheduler.follow_prefixes import follow_prefixes
 from flowkv_scheduler.leading import lead
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice, Goals
@@ -153,6 +154,7 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event, planner: Plann
             service,
             running(
                 watch_nodes(bus, scheduler.planner.set_descriptors),
+                follow_prefixes(bus, scheduler.planner.state.prefixes),
                 lease.campaign(lambda: scheduler.lead(service)),
             ),
         ):

@@ -58,5 +58,5 @@ class Planner:
         self.state.add_prompt(choice.prefill.descriptor.node, for_prefill, now)
         self.state.add_sequence(choice.decode.descriptor.node, for_decode, arrives_in_s, now)
         until = now + choice.predicted_s + CHOICES_COUNT_FOR_PERIODS * choice.prefill.report.period_s
-        for node in {choice.prefill.node_id, choice.decode.node_id}:
-            self.state.prefixes.expect(node, request.block_hashes, until)
+        for node in {choice.prefill.node_id: choice.prefill, choice.decode.node_id: choice.decode}.values():
+            self.state.prefixes.expect(node.descriptor.node, request.block_hashes, until)

@@ -1,13 +1,226 @@
-"""Who has cached which prefix. A stub until the index lands."""
+"""Who has which prefix in its cache, as the nodes tell it. Pure: no clock, no I/O.
+
+What it says is a hint: a node may have evicted a block since. A wrong hint costs time, never a wrong answer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+
+from flowkv_common.errors import BadRequest
+from flowkv_common.wire.messages import BlockList, BlocksChanged, NodeRef
+
+# Changes that are kept while a node's list is on its way: minutes of them.
+MAX_WAITING = 256
+# Work on nodes that have left is done on the side, so much per call.
+KEYS_PER_CALL = 1024
+
+
+class _Holder:
+    """A node in one of its lives. Its bit is set in the mask of each key in `cached` or `expected`."""
+
+    def __init__(self, ref: NodeRef, slot: int) -> None:
+        self.ref = ref
+        self.slot = slot
+        self.bit = 1 << slot
+        self.seq = 0
+        self.cached: set[int] = set()
+        self.expected: dict[int, float] = {}  # until when, unless the node says so itself
+        # Not None from a gap on, until the node's whole list has come.
+        self.waiting: list[BlocksChanged] | None = None
+        self.listed: set[int] = set()  # on the pages that have come
+        self.listed_seq = 0
 
 
 class PrefixIndex:
-    def hits(self, hashes: Sequence[str], now: float) -> dict[str, int]:
-        return {}
+    """The cached prefixes of all nodes, in less than 200 bytes per hash and node.
 
-    def expect(self, node_id: str, hashes: Sequence[str], until: float) -> None:
-        return None
+    Times are seconds of any one clock. Hashes from the wire that are none raise `BadRequest`.
+    """
+
+    def __init__(self) -> None:
+        self._holders: dict[str, _Holder] = {}
+        self._masks: dict[int, int] = {}  # by key: one bit per slot
+        self._present = 0  # bits of the nodes that are here
+        self._names: list[str] = []  # by slot
+        self._free_slots: list[int] = []
+        self._left: list[_Holder] = []  # their slots are free once their bits are cleared
+        self._expiries: list[tuple[float, int, _Holder, array[int]]] = []
+        self._num_expected = 0
+
+    @property
+    def num_hashes(self) -> int:
+        return len(self._masks)
+
+    def knows(self, node: NodeRef) -> bool:
+        """Whether this life of the node was heard of, and nothing of it was missed."""
+        holder = self._holders.get(node.node_id)
+        return holder is not None and holder.ref == node and holder.waiting is None
+
+    def apply(self, event: BlocksChanged) -> bool:
+        """Takes a change in. False if one was missed: load the node's whole list, meanwhile changes wait."""
+        self._clear_those_who_left()
+        holder = self._holder(event.node)
+        if holder.waiting is not None:
+            del holder.waiting[: len(holder.waiting) - MAX_WAITING + 1]
+            holder.waiting.append(event)
+            return False
+        return self._follow(holder, event)
+
+    def load(self, page: BlockList, number: int) -> bool:
+        """Takes in one page of a node's list: all of them, in order from 0.
+
+        False if it must be begun again: the node was dropped in between, a change was missed again, or one
+        that came after the first page was made has been taken in before it.
+        """
+        self._clear_those_who_left()
+        holder = self._holder(page.node)
+        if number == 0:
+            if holder.waiting is None and page.seq < holder.seq:
+                return False
+            holder.waiting = holder.waiting or []
+            holder.listed = set()
+            holder.listed_seq = page.seq
+        if holder.waiting is None:
+            return False
+        keys = _keys(page.block_hashes)
+        holder.listed.update(keys)
+        self._add(holder, keys)
+        if number < page.num_pages - 1:
+            return True
+        self._remove(holder, holder.cached - holder.listed)
+        waiting, holder.waiting, holder.listed = holder.waiting, None, set()
+        holder.seq = holder.listed_seq
+        for event in waiting:
+            self._follow(holder, event)
+        return holder.waiting is None
+
+    def drop(self, node_id: str) -> None:
+        """The node has left."""
+        if holder := self._holders.pop(node_id, None):
+            self._present ^= holder.bit
+            self._left.append(holder)
+
+    def expect(self, node: NodeRef, hashes: Sequence[str], until: float) -> None:
+        """The node will soon have these: a prompt was sent to it. Forgotten at `until` unless it says so."""
+        self._clear_those_who_left()
+        holder = self._holder(node)
+        keys = _keys(hashes)
+        self._set(keys, holder.bit)
+        for key in keys:
+            holder.expected[key] = max(until, holder.expected.get(key, until))
+        self._num_expected += 1
+        heapq.heappush(self._expiries, (until, self._num_expected, holder, keys))
+
+    def hits(self, hashes: Sequence[str], now: float) -> dict[str, int]:
+        """How many blocks from the front of the chain each node has; nodes without the first are left out."""
+        self._forget_expired(now)
+        found: dict[str, int] = {}
+        having, masks = self._present, self._masks
+        num_blocks = 0
+        for key in _keys(hashes):
+            still_having = masks.get(key, 0) & having
+            if still_having != having:
+                if num_blocks:
+                    found.update(dict.fromkeys(self._nodes(having ^ still_having), num_blocks))
+                having = still_having
+                if not having:
+                    break
+            num_blocks += 1
+        if num_blocks:
+            found.update(dict.fromkeys(self._nodes(having), num_blocks))
+        return found
+
+    # --- bookkeeping -----------------------------------------------------------------------------
+
+    def _holder(self, ref: NodeRef) -> _Holder:
+        """That life of the node; what another life had is forgotten."""
+        holder = self._holders.get(ref.node_id)
+        if holder is not None and holder.ref == ref:
+            return holder
+        self.drop(ref.node_id)
+        slot = self._free_slots.pop() if self._free_slots else len(self._names)
+        self._names[slot : slot + 1] = [ref.node_id]
+        self._holders[ref.node_id] = holder = _Holder(ref, slot)
+        self._present |= holder.bit
+        return holder
+
+    def _follow(self, holder: _Holder, event: BlocksChanged) -> bool:
+        if event.seq <= holder.seq:
+            return True  # known already
+        if holder.waiting is not None or event.seq != holder.seq + 1:
+            holder.waiting = [*(holder.waiting or []), event]
+            return False
+        removed, stored = _keys(event.removed), _keys(event.stored)
+        holder.seq = event.seq
+        self._remove(holder, removed)
+        self._add(holder, stored)
+        return True
+
+    def _add(self, holder: _Holder, keys: Sequence[int]) -> None:
+        self._set(keys, holder.bit)
+        holder.cached.update(keys)
+
+    def _remove(self, holder: _Holder, keys: Iterable[int]) -> None:
+        for key in keys:
+            if key in holder.cached:
+                holder.cached.remove(key)
+                if key not in holder.expected:
+                    self._clear(key, holder.bit)
+
+    def _set(self, keys: Sequence[int], bit: int) -> None:
+        masks = self._masks
+        for key in keys:
+            mask = masks.get(key)
+            masks[key] = bit if mask is None else mask | bit  # most are of one node: they share its int
+
+    def _clear(self, key: int, bit: int) -> None:
+        if left := self._masks[key] & ~bit:
+            self._masks[key] = left
+        else:
+            del self._masks[key]
+
+    def _forget_expired(self, now: float) -> None:
+        while self._expiries and self._expiries[0][0] <= now:
+            _, _, holder, keys = heapq.heappop(self._expiries)
+            for key in keys:
+                if holder.expected.get(key, now + 1) <= now:
+                    del holder.expected[key]
+                    if key not in holder.cached:
+                        self._clear(key, holder.bit)
+
+    def _clear_those_who_left(self) -> None:
+        """Some of the bits of nodes that have left; it would take too long at once."""
+        num_left = KEYS_PER_CALL
+        while self._left and num_left:
+            holder = self._left[-1]
+            while num_left and holder.cached:
+                key = holder.cached.pop()
+                num_left -= 1
+                if key not in holder.expected:
+                    self._clear(key, holder.bit)
+            while num_left and holder.expected:
+                self._clear(holder.expected.popitem()[0], holder.bit)
+                num_left -= 1
+            if not holder.cached and not holder.expected:
+                self._left.pop()
+                self._free_slots.append(holder.slot)
+
+    def _nodes(self, mask: int) -> Iterator[str]:
+        while mask:
+            lowest = mask & -mask
+            yield self._names[lowest.bit_length() - 1]
+            mask ^= lowest
+
+
+def _keys(hashes: Sequence[str]) -> array[int]:
+    """The first half of each hash as a number: a quarter of the memory, and made at the speed of C."""
+    try:
+        digests = bytes.fromhex("".join(hashes))
+    except ValueError:
+        digests = b""
+    if len(digests) != 16 * len(hashes):
+        raise BadRequest("a block hash has 32 hex digits", field="block_hashes")
+    return array("Q", digests)[::2]

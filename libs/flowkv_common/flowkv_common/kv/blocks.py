@@ -41,7 +41,7 @@ class Blocks:
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
         self._segments = Segments(num_blocks)
-        self._cache = PrefixCache()
+        self._cache = PrefixCache(num_blocks)
         self._refs = [0] * num_blocks
         self._num_leased = 0
         self._quarantined: set[int] = set()
@@ -96,19 +96,13 @@ class Blocks:
 
         A caller that must compute the last token of a prompt leaves out the hash of the block it ends.
         """
-        matched: list[int] = []
-        cold: list[int] = []
-        for block_hash in hashes:
-            block_id = self._cache.find(block_hash)
-            if block_id is None:
-                break
-            if self._cache.revive(block_id):
-                cold.append(block_id)
-            self._num_leased += not self._refs[block_id]
-            self._refs[block_id] += 1
-            matched.append(block_id)
-        for run in runs_of(sorted(cold)):
+        matched = self._cache.match(hashes)
+        for run in runs_of(sorted(self._cache.revive(matched))):
             self._segments.take_at(run)
+        refs = self._refs
+        for block_id in matched:
+            self._num_leased += not refs[block_id]
+            refs[block_id] += 1
         self.num_queried_tokens += len(hashes) * self.block_size
         self.num_hit_tokens += len(matched) * self.block_size
         return matched
@@ -127,17 +121,23 @@ class Blocks:
         if self._cache.find(block_hash) is None:
             self._cache.insert(block_id, block_hash, parent_hash)
 
+    def take_changes(self, at_most: int) -> tuple[list[str], list[str]]:
+        """Hashes that have become known, and those no longer known, since the last call: together `at_most`,
+        the others the next time. What came and went in between is in neither."""
+        return self._cache.take_changes(at_most)
+
     # --- giving back -----------------------------------------------------------------------------
 
     def release(self, block_ids: Iterable[int]) -> None:
         """One holder less for each; without holders a committed block is cached, another is free.
 
-        Raises `ValueError` if one is not leased that often; then nothing has changed.
+        Blocks of a chain come in its order, so that it is evicted from its end. Raises `ValueError` if one
+        is not leased that often; then nothing has changed.
         """
-        unheld = self._drop_holders(list(block_ids))
-        known = self._cache.known(unheld)
-        self._cache.retire([block_id for block_id in unheld if block_id in known])
-        self._free(block_id for block_id in unheld if block_id not in known)
+        known, anonymous = self._cache.split(self._drop_holders(list(block_ids)))
+        self._cache.retire(known)
+        self._free(anonymous)
+        self._open_ahead(2 * len(known))
 
     def quarantine(self, block_ids: Iterable[int]) -> list[int]:
         """As `release`, but blocks without holders left are set aside until `settle`; returns those.
@@ -145,8 +145,8 @@ class Blocks:
         They lose their hash: something may still write them. Raises `ValueError` as `release` does.
         """
         unheld = self._drop_holders(list(block_ids))
-        for block_id in unheld:
-            self._cache.forget(block_id)
+        known, _ = self._cache.split(unheld)
+        self._cache.forget(known)
         self._quarantined.update(unheld)
         return unheld
 
@@ -189,29 +189,34 @@ class Blocks:
     # --- bookkeeping -----------------------------------------------------------------------------
 
     def _make_room(self, n: int) -> None:
-        """Opens cached blocks to be overwritten: enough for `n`, and enough to choose a long run from.
-
-        Taken one by one as they age, they would lie scattered; a growing sequence would find none behind it.
-        """
+        """Opens cached blocks to be overwritten: enough for `n`, and enough to choose a long run from."""
         if not self.can_take(n):
             raise OutOfBlocks(self._shortage(n))
-        num_open, num_warm = self._segments.num_free, self._cache.num_warm
-        # Towards half of what nobody holds, in steps that no caller has to wait for.
-        wanted = max(n, min(num_open + 2 * n, (num_open + num_warm) // 2))
-        if num_open < wanted:
-            self._open(wanted - num_open)
+        self._open_ahead(2 * n)
+        if (num_missing := n - self._segments.num_free) > 0:
+            self._open(num_missing)
         if self._segments.longest_run < n:
             self._open(n)
 
+    def _open_ahead(self, at_most: int) -> None:
+        """Opens cached blocks, towards half of what nobody holds, in steps that no caller has to wait for.
+
+        Taken one by one as they age, they would lie scattered; a growing sequence would find none behind it.
+        """
+        num_open, num_warm = self._segments.num_free, self._cache.num_warm
+        missing = (num_open + num_warm) // 2 - num_open
+        if missing > 0:
+            self._open(min(missing, at_most))
+
     def _open(self, n: int) -> None:
-        self._free(self._cache.cool(n))
+        for run in self._cache.cool(n):
+            self._segments.give(run)
 
     def _lease(self, run: Run) -> list[int]:
         """Leases blocks that have just been taken; what was cached in them is lost."""
         block_ids = self._ids[run.start : run.start + run.length]
         if self._cache.num_cold:
-            for block_id in self._cache.known(block_ids):
-                self._cache.forget(block_id)
+            self._cache.overwrite(run)
         self._refs[run.start : run.start + run.length] = [1] * run.length
         self._num_leased += run.length
         return block_ids

@@ -1,4 +1,4 @@
-"""The endpoints that every node has, whatever its guests: link, drain, check, cap, and the test hook."""
+"""The endpoints that every node has, whatever its guests: link, drain, check, cap, blocks, test hook."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import logging
 from flowkv_common.bus.service import Endpoint
 from flowkv_common.engine.runner import EngineThread
 from flowkv_common.errors import BadRequest, Stale
+from flowkv_common.node.block_news import BlockNews
 from flowkv_common.node.guest import Node
 from flowkv_common.node.steps import Steps
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
+    BlockList,
     Check,
     Checked,
     Drain,
     LinkOffer,
     LinkRequest,
+    ListBlocks,
     Message,
     SetPrefillCap,
     Wedge,
@@ -25,7 +28,7 @@ from flowkv_common.wire.messages import (
 log = logging.getLogger(__name__)
 
 
-def node_endpoints(node: Node, steps: Steps, engine: EngineThread) -> list[Endpoint]:
+def node_endpoints(node: Node, steps: Steps, engine: EngineThread, news: BlockNews) -> list[Endpoint]:
     """`flowkv.v1.node.<verb>.<node_id>`; `wedge` only where test hooks are on."""
 
     async def link(request: LinkRequest) -> LinkOffer:
@@ -49,6 +52,10 @@ def node_endpoints(node: Node, steps: Steps, engine: EngineThread) -> list[Endpo
         set_prefill_cap(node, steps, request)
         return Accepted(node_id=node.ref.node_id)
 
+    async def list_blocks(request: ListBlocks) -> BlockList:
+        node.refuse_other_life(request.node)
+        return news.page(request.page)
+
     async def wedge(request: Wedge) -> Message:
         engine.wedge(request.for_s)
         return Accepted(node_id=node.ref.node_id)
@@ -61,6 +68,7 @@ def node_endpoints(node: Node, steps: Steps, engine: EngineThread) -> list[Endpo
         Endpoint(at(subjects.NODE_DRAIN), Drain, drain),
         Endpoint(at(subjects.NODE_CHECK), Check, check),
         Endpoint(at(subjects.NODE_CAP), SetPrefillCap, cap),
+        Endpoint(at(subjects.NODE_BLOCKS), ListBlocks, list_blocks),
     ]
     if node.settings.test_hooks:
         endpoints.append(Endpoint(at(subjects.NODE_WEDGE), Wedge, wedge))

@@ -120,6 +120,7 @@ class Guest(Protocol):
     """One side of the work. The node calls `decode_work`, `prefill_work` and `apply` between steps."""
 
     name: str
+    num_accepted: int  # requests taken on in this life of the node
 
     def endpoints(self) -> list[Endpoint]:
         """The NATS endpoints of this guest, each with this node's id last."""

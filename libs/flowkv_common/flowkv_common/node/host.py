@@ -31,6 +31,7 @@ from flowkv_common.kv.pool import KVPool
 from flowkv_common.kv.reservations import Reservations
 from flowkv_common.metrics import serve_http, service_app
 from flowkv_common.node.attempts import Attempts
+from flowkv_common.node.block_news import BlockNews
 from flowkv_common.node.budget import HandoffBudget
 from flowkv_common.node.endpoints import node_endpoints
 from flowkv_common.node.guest import Node, load_guests
@@ -77,11 +78,13 @@ async def serve(settings: NodeSettings, role: str, model: Served, stop: asyncio.
         def descriptor() -> NodeDescriptor:
             return _describe(node, steps, role, port)
 
+        news = BlockNews(node.ref, node.blocks)
         guests = [guest.run() for guest in node.guests.values()]
         watches = (watch_nodes(node.bus, node.links.follow), watch_cancels(node), watch_engine(node, engine))
         async with running(steps.run(), *guests, node.links.run(), *watches, sweep(node)):
-            async with running(node.outbox.keep_alive()), _services(node, steps, engine, role):
-                async with running(keep_announced(node.bus, descriptor), report_load(node, steps)):
+            async with running(node.outbox.keep_alive()), _services(node, steps, engine, news, role):
+                tell_news = news.tell(node.bus, settings.load_period_s)
+                async with running(keep_announced(node.bus, descriptor), report_load(node, steps), tell_news):
                     log.info("%s is ready: %d blocks", node.ref.node_id, node.blocks.num_blocks)
                     await node.stop.wait()
                     await _drain(node)
@@ -162,11 +165,13 @@ def prefill_cap(role: str, settings: NodeSettings) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _services(node: Node, steps: Steps, engine: EngineThread, role: str) -> AsyncIterator[None]:
+async def _services(
+    node: Node, steps: Steps, engine: EngineThread, news: BlockNews, role: str
+) -> AsyncIterator[None]:
     """One ADR-32 service per guest and one for the node, found by `nats micro ls`."""
     metadata = {"role": role, "model": node.card.name, "incarnation": node.ref.incarnation}
     endpoints: dict[str, list[Endpoint]] = {name: guest.endpoints() for name, guest in node.guests.items()}
-    endpoints["node"] = node_endpoints(node, steps, engine)
+    endpoints["node"] = node_endpoints(node, steps, engine, news)
     async with contextlib.AsyncExitStack() as stack:
         for name, mine in endpoints.items():
             service = Service(

@@ -32,6 +32,8 @@ def snapshot(node: Node, steps: Steps, seq: int) -> LoadReport:
         num_handoffs=node.budget.num_in_flight,
         handoff_bytes=node.budget.bytes_in_flight,
         links=node.links.connectors_in_use(),
+        num_prompts_accepted=node.guests["prefill"].num_accepted,
+        num_sequences_accepted=node.guests["decode"].num_accepted,
         num_context_tokens=sum(guest.num_context_tokens() for guest in guests),
         step=node.instruments.step_fitter.fit(),
         epoch=node.epoch,

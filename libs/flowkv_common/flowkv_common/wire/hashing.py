@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 
-def block_hashes(fingerprint: str, token_ids: Sequence[int], block_size: int) -> list[str]:
+def block_hashes(
+    fingerprint: str, token_ids: Sequence[int], block_size: int, known: Sequence[str] = ()
+) -> list[str]:
     """Hashes of the *full* blocks of `token_ids`, each chained to the one before (32 hex digits each).
 
-    The chain starts at the model's fingerprint, so caches of different weights never meet.
+    The chain starts at the model's fingerprint, so caches of different weights never meet. `known` are the
+    first of them, if the caller has those already.
     """
-    hashes: list[str] = []
-    for end in range(block_size, len(token_ids) + 1, block_size):
+    hashes = list(known)
+    for end in range((len(hashes) + 1) * block_size, len(token_ids) + 1, block_size):
         parent = hashes[-1] if hashes else None
         hashes.append(chained_hash(fingerprint, parent, token_ids[end - block_size : end]))
     return hashes

@@ -1,0 +1,133 @@
+"""What the prefix cache gives up first, against a model with one record per prefix that sorts them all."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from flowkv_common.kv.alignment import ids_of
+from flowkv_common.kv.prefix_cache import PrefixCache
+from flowkv_common.wire.messages import Run
+
+NUM_BLOCKS = 24
+
+# Prompts with common beginnings: each hash is its whole prefix.
+prompts = st.text("ab", min_size=1, max_size=5).map(
+    lambda text: [text[: depth + 1] for depth in range(len(text))]
+)
+
+
+class Holder:
+    """Uses one block per hash of a chain; those that it computed itself may be anonymous."""
+
+    def __init__(self, hashes: list[str], block_ids: list[int]) -> None:
+        self.hashes = hashes
+        self.block_ids = block_ids
+
+
+class PrefixCacheMachine(RuleBasedStateMachine):
+    """Holders compute what they did not find, all at once or in the middle of what others compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = PrefixCache(NUM_BLOCKS)
+        self.open = set(range(NUM_BLOCKS))  # may be overwritten: unknown or cold
+        self.holders: list[Holder] = []
+        self.used_at: dict[str, int] = {}  # the last time that a holder of the prefix, or of more, left
+        self.now = 0
+        self.is_plain = True  # no prefix was ever computed twice, nothing held back was ever cooled
+
+    def busy(self) -> set[str]:
+        found = {self.cache.hash_of(block) for holder in self.holders for block in holder.block_ids}
+        return {known for known in found if known is not None}
+
+    def warm(self) -> set[str]:
+        return {self.cache.hash_of(block) or "" for block in self.cache.warm_blocks()}
+
+    def held_back(self) -> set[str]:
+        """Warm prefixes that a busy one builds on directly or over others that are warm."""
+        busy, warm = self.busy(), self.warm()
+        held: set[str] = set()
+        for prefix in sorted(warm, key=len, reverse=True):
+            if any(prefix + more in busy | held for more in "ab"):
+                held.add(prefix)
+        return held
+
+    @rule(hashes=prompts, is_late=st.booleans())
+    def start(self, hashes: list[str], is_late: bool) -> None:
+        matched = self.cache.match(hashes)
+        self.open -= set(self.cache.revive(matched))
+        missing = hashes[len(matched) :]
+        if len(missing) > len(self.open):
+            self.cache.retire([block for block in matched if not self.is_held(block)])
+            self.touch([h for h in hashes[: len(matched)] if h not in self.busy()])
+            return
+        holder = Holder(hashes, matched)
+        self.holders.append(holder)
+        for _ in missing:
+            block = min(self.open)
+            self.open.remove(block)
+            self.cache.overwrite(Run(block, 1))
+            holder.block_ids.append(block)
+        if not is_late:
+            self.commit(holder)
+
+    def is_held(self, block: int) -> bool:
+        return any(block in holder.block_ids for holder in self.holders)
+
+    def touch(self, hashes: list[str]) -> None:
+        self.now += 1
+        self.used_at.update(dict.fromkeys(hashes, self.now))
+
+    def commit(self, holder: Holder) -> None:
+        for i, block_hash in enumerate(holder.hashes):
+            if self.cache.find(block_hash) is None:
+                self.cache.insert(holder.block_ids[i], block_hash, holder.hashes[i - 1] if i else None)
+            elif self.cache.hash_of(holder.block_ids[i]) is None:
+                self.is_plain = False
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def compute(self, data: st.DataObject) -> None:
+        self.commit(data.draw(st.sampled_from(self.holders)))
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data(), is_aborted=st.booleans())
+    def finish(self, data: st.DataObject, is_aborted: bool) -> None:
+        holder = self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1)))
+        known, anonymous = self.cache.split([b for b in holder.block_ids if not self.is_held(b)])
+        self.touch([self.cache.hash_of(block) or "" for block in known])
+        if is_aborted:
+            self.is_plain = False  # who builds on it goes on
+            self.cache.forget(known)
+            self.open.update(known)
+        else:
+            self.cache.retire(known)
+        self.open.update(anonymous)
+
+    @rule(n=st.integers(1, 6))
+    def cool(self, n: int) -> None:
+        for _ in range(n):
+            warm, held_back, busy = self.warm(), self.held_back(), self.busy()
+            [block] = ids_of(self.cache.cool(1)) or [None]
+            if block is None:
+                assert not warm
+                return
+            self.open.add(block)
+            cooled = self.cache.hash_of(block) or ""
+            self.is_plain &= warm != held_back
+            assert cooled not in held_back or warm == held_back
+            assert not any(cooled + more in warm for more in "ab")
+            if self.is_plain:
+                assert cooled == min(warm - held_back, key=lambda h: (self.used_at[h], -len(h)))
+            assert cooled not in busy
+
+    @invariant()
+    def indexes_agree(self) -> None:
+        self.cache.check_integrity()
+        assert self.cache.num_warm + self.cache.num_cold == len(self.cache.idle_blocks())
+
+
+TestPrefixCache = PrefixCacheMachine.TestCase
+TestPrefixCache.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
