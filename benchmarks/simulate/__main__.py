@@ -114,7 +114,7 @@ def outcome_of(policy: str, scene: Scene) -> Outcome:
     machines, num_prefill, requests, targets, _, seed = scene
     if policy != BEST_STATIC:
         return simulate(machines, num_prefill, policy, requests, targets, seed)
-    outcome, others = best_static(machines, requests, targets, seed)
+    outcome = best_static(machines, requests, targets, seed, likely=num_prefill)
     outcome.policy = BEST_STATIC
     return outcome
 

@@ -41,6 +41,7 @@ class SimNode:
         self.pool = Pool(kind.num_blocks, kind.layout.block_size)
         self.line: deque[Life] = deque()  # prompts that wait for blocks here and at their decode node
         self.blocked_senders: dict[int, None] = {}  # nodes with a line that waits for blocks here
+        self.num_accepted = 0  # prompts, ever
         self.num_sending = 0
         self.sending_tokens = 0
         self.wake_at: float | None = None  # the end of the running stretch
@@ -61,14 +62,15 @@ class SimNode:
         num_waiting = sum(life.request.num_prompt_tokens for life in self.line)
         return num_waiting + self.batch.num_queued_tokens(now)
 
-    def send(self, num_tokens: int, num_last: int, began_at: float, now: float) -> float:
+    def send(self, num_tokens: int, num_last: int, first_chunk_at: float, now: float) -> float:
         """When the KV of a prompt has landed, whose last chunk of `num_last` tokens ended now.
 
-        Earlier chunks were sent while later ones computed; all handoffs share the node's link in order.
+        Earlier chunks were sent from the end of the first on, while others computed. All handoffs share the
+        node's link, in order.
         """
         token_s = self.kind.token_bytes / self.kind.link_bytes_per_s
         num_late = min(num_tokens, num_last)
-        early_sent_at = max(self._link_free_at, began_at) + (num_tokens - num_late) * token_s
+        early_sent_at = max(self._link_free_at, first_chunk_at) + (num_tokens - num_late) * token_s
         self._link_free_at = max(early_sent_at, now) + num_late * token_s
         return self._link_free_at + self.kind.link_latency_s
 
@@ -132,7 +134,7 @@ class SimNode:
         """A real node takes a block when a sequence grows into it, the simulated one takes all at the start:
         so what is still to grow is told as free. Else the scheduler would learn how long answers get."""
         pool = self.pool
-        num_free = pool.num_free + self.batch.num_to_come_at(now) // self.kind.layout.block_size
+        num_free = pool.num_free + self.batch.num_early_blocks_at(now)
         return BlockCounts(
             total=pool.num_blocks,
             free=num_free,
