@@ -26,14 +26,20 @@ class Capacity(NamedTuple):
     num_prefill: int
 
 
-def capacity(machines: Machines, requests: Sequence[Request], targets: Targets, seed: int = 0) -> Capacity:
+def capacity(
+    machines: Machines,
+    requests: Sequence[Request],
+    targets: Targets,
+    seed: int = 0,
+    policy: str = "static",
+) -> Capacity:
     """By bisection over the rate. The rate is 0 when even a crawl misses the targets."""
     best = Capacity(0.0, machines.num_nodes // 2)
     too_much: float | None = None
     rate = FIRST_RATE * machines.num_nodes
     while rate > LEAST_RATE and (too_much is None or too_much - best.rate > PRECISION * too_much):
         timed = at_rate(requests, rate, seed)
-        found = carrying_split(machines, best.num_prefill, timed, targets, seed)
+        found = carrying_split(machines, best.num_prefill, timed, targets, seed, policy)
         if found is None:
             too_much = rate
         else:
@@ -43,11 +49,19 @@ def capacity(machines: Machines, requests: Sequence[Request], targets: Targets, 
 
 
 def carrying_split(
-    machines: Machines, likely: int, requests: Sequence[Request], targets: Targets, seed: int
+    machines: Machines,
+    likely: int,
+    requests: Sequence[Request],
+    targets: Targets,
+    seed: int,
+    policy: str = "static",
+    *,
+    only_likely: bool = False,
 ) -> int | None:
     """The prefill nodes of a split that keeps the targets, looked for around the `likely` one."""
     max_bad = int((1 - GOOD_SHARE) * len(requests))
-    for num_prefill in splits_around(machines.num_nodes, likely):
-        if not simulate(machines, num_prefill, "static", requests, targets, seed, max_bad).has_failed:
+    splits = [likely] if only_likely else splits_around(machines.num_nodes, likely)
+    for num_prefill in splits:
+        if not simulate(machines, num_prefill, policy, requests, targets, seed, max_bad).has_failed:
             return num_prefill
     return None

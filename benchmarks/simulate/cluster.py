@@ -86,6 +86,9 @@ class Cluster:
 
     def run(self) -> None:
         """Until every request has ended, or too many have missed their targets."""
+        links = {node.ref.node_id: node.kind.connector for node in self.nodes}
+        for node in self.nodes:
+            node.links = links
         self._planner.set_descriptors({node.ref.node_id: node.descriptor() for node in self.nodes})
         self._tick()
         for life in self._lives:
@@ -145,8 +148,8 @@ class Cluster:
         life.prefill = self._by_id[decision.prefill.node_id]
         life.decode = self._by_id[decision.decode.node_id]
         node = self.nodes[life.prefill]
-        node.num_accepted += 1
         node.line.append(life)
+        node.num_accepted += 1
         self._start_line(node)
 
     def _refuse(self, life: Life, code: int) -> None:

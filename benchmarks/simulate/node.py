@@ -41,11 +41,12 @@ class SimNode:
         self.pool = Pool(kind.num_blocks, kind.layout.block_size)
         self.line: deque[Life] = deque()  # prompts that wait for blocks here and at their decode node
         self.blocked_senders: dict[int, None] = {}  # nodes with a line that waits for blocks here
-        self.num_accepted = 0  # prompts, ever
         self.num_sending = 0
         self.sending_tokens = 0
         self.wake_at: float | None = None  # the end of the running stretch
         self.is_ending = False  # between two stretches: the next one will see all changes
+        self.links: dict[str, str] = {}  # to the other nodes, by connector
+        self.num_accepted = 0
         self._link_free_at = 0.0
         self._seq = 0
         self._reported_fit = _noisy(self.batch.fit, fit_noise, random.Random(index))
@@ -126,6 +127,7 @@ class SimNode:
             decode_step_s=batch.decode_step_s,
             num_handoffs=self.num_sending,
             handoff_bytes=int(self.sending_tokens * self.kind.token_bytes),
+            links=self.links,
             num_context_tokens=batch.num_context_at(now),
             step=self._reported_fit,
         )

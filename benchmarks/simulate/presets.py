@@ -25,6 +25,7 @@ class NodeKind(msgspec.Struct, frozen=True, kw_only=True):
     token_budget: int
     max_num_seqs: int
     max_model_len: int
+    connector: str
     link_bytes_per_s: float
     link_latency_s: float = 0.002
 
@@ -97,6 +98,7 @@ def derived(name: str, device: Device) -> NodeKind:
         token_budget=4096,
         max_num_seqs=256,
         max_model_len=131_072,
+        connector="nccl",
         link_bytes_per_s=device.network * NETWORK_EFFICIENCY,
     )
 
@@ -113,6 +115,7 @@ SMOLLM2_CPU = NodeKind(
     token_budget=512,
     max_num_seqs=64,
     max_model_len=8192,
+    connector="shm",
     link_bytes_per_s=1e9,
 )
 

@@ -24,18 +24,22 @@ NUM_SAMPLES = 200
 
 
 class Machines(NamedTuple):
-    """The nodes of a cluster. `slow_half`: every second node takes three times as long for everything."""
+    """The nodes of a cluster. `slow_half`: every second node takes three times as long for everything.
+
+    `decode_kind`: what decode nodes are, if not of the same `kind`; both must have one layout.
+    """
 
     kind: NodeKind
     num_nodes: int
     slow_half: bool = False
     fit_noise: float = 0.0
+    decode_kind: NodeKind | None = None
 
     def nodes(self, num_prefill: int, itl: Histogram) -> list[SimNode]:
         return [
             SimNode(
                 index,
-                self.kind,
+                self.kind if index < num_prefill else self.decode_kind or self.kind,
                 "prefill" if index < num_prefill else "decode",
                 itl,
                 slow=SLOW_FACTOR if self.slow_half and index % 2 else 1.0,

@@ -31,6 +31,7 @@ KIND = NodeKind(
     token_budget=1024,
     max_num_seqs=8,
     max_model_len=32_768,
+    connector="tcp",
     link_bytes_per_s=1024e4,
     link_latency_s=0.005,
 )
