@@ -52,7 +52,7 @@ test-full: $(VENV)/ready-dev ## the tests and the long matrices
 
 simulate: $(VENV)/ready-dev ## policies side by side in simulated clusters; TRACE=file SIMULATE="--load 1.0"
 	@mkdir -p .run
-	$(PY) -m benchmarks.simulate --json .run/simulate.json $(addprefix --trace ,$(TRACE)) $(SIMULATE)
+	$(PY) -m benchmarks.simulate --json .run/simulate.json --plot .run/simulate.png $(addprefix --trace ,$(TRACE)) $(SIMULATE)
 
 simulate-cells: $(VENV)/ready-dev ## all policies, loads and mixes of nodes; TRACES="file file" SIMULATE="--quick"
 	@mkdir -p .run

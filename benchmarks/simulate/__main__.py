@@ -38,7 +38,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--policy", action="append", choices=(*POLICIES, BEST_STATIC), help="several; all without"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where the figures go; the plot lies beside")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--plot", type=Path, help="a picture of the runs over time; needs matplotlib")
     return parser.parse_args(argv)
 
 
@@ -67,7 +68,8 @@ def main(argv: list[str]) -> int:
             "runs": msgspec.to_builtins(found),
         }
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-        print(plot(outcomes, conditions(options, scene), options.json.with_suffix(".png")))
+    if options.plot:
+        print(plot(outcomes, conditions(options, scene), options.plot))
     return 0
 
 

@@ -14,9 +14,11 @@ from benchmarks.traces import Request
 GOOD_SHARE = 0.9
 # Relative width of the bracket at the end.
 PRECISION = 0.03
-# Requests per second and node where the search begins, and under which it gives up.
+# Requests per second and node where the search begins, and where it gives up: so few requests that they never
+# queue are carried at any rate.
 FIRST_RATE = 0.1
-LEAST_RATE = 1e-4
+LEAST_RATE = 0.001
+MOST_RATE = 100.0
 
 
 class Capacity(NamedTuple):
@@ -37,7 +39,9 @@ def capacity(
     best = Capacity(0.0, machines.num_nodes // 2)
     too_much: float | None = None
     rate = FIRST_RATE * machines.num_nodes
-    while rate > LEAST_RATE and (too_much is None or too_much - best.rate > PRECISION * too_much):
+    while LEAST_RATE < rate / machines.num_nodes < MOST_RATE:
+        if too_much is not None and too_much - best.rate <= PRECISION * too_much:
+            break
         timed = at_rate(requests, rate, seed)
         found = carrying_split(machines, best.num_prefill, timed, targets, seed, policy)
         if found is None:

@@ -3,8 +3,8 @@
 A cell is a trace, a load, and nodes that are alike or half of them slow; it is run with several seeds. The
 load is a share of what the best static split carries of the same requests, found first.
 
-Nodes are few and not the fastest, so that a thousand requests last for minutes: what a policy does by lending
-shows only over many report periods.
+Nodes are few and the slowest that hold the longest prompt, so that a thousand requests last for minutes: what
+a policy does by lending shows only over many report periods.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import msgspec
 
 from benchmarks.host import commit, describe_host
 from benchmarks.simulate.capacity import LEAST_RATE, capacity
-from benchmarks.simulate.presets import PRESETS
+from benchmarks.simulate.cluster import ASKED_NEW_TOKENS
+from benchmarks.simulate.presets import PRESETS, slowest_that_holds
 from benchmarks.simulate.report import Figures, figures, layout
 from benchmarks.simulate.run import POLICIES, Machines
 from benchmarks.simulate.scene import BEST_STATIC, MADE_UP, Scene, outcome_of, read_window
@@ -42,7 +43,7 @@ class Task(NamedTuple):
     trace: str
     slow_half: bool
     seed: int
-    nodes: str
+    nodes: str | None
     num_nodes: int
     num_requests: int
 
@@ -54,6 +55,7 @@ class Cell(msgspec.Struct, frozen=True):
     load: float
     slow_half: bool
     seed: int
+    nodes: str
     rate: float
     best_prefill: int
     runs: list[Figures]
@@ -63,9 +65,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simulate.cells", description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
     parser.add_argument("--trace", action="append", default=[], help="several; `shifting` is added")
-    parser.add_argument("--nodes", choices=PRESETS, default="l40s", help="kind of all nodes")
+    parser.add_argument(
+        "--nodes", choices=PRESETS, help="of one kind; without, the slowest that hold the longest prompt"
+    )
     parser.add_argument("--num-nodes", type=int, default=8, help="half of them start on each side")
-    parser.add_argument("--requests", type=int, default=1200, help="in each run")
+    parser.add_argument("--requests", type=int, default=1500, help="in each run")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one seed, 300 requests")
     return parser.parse_args(argv)
@@ -109,18 +113,31 @@ def run_all(tasks: Sequence[Task]) -> Iterator[Cell]:
 
 
 def run_task(task: Task) -> list[Cell]:
-    kind = PRESETS[task.nodes]
+    requests = read_window(task.trace, task.num_requests, task.seed)
+    longest = max(request.num_prompt_tokens for request in requests) + ASKED_NEW_TOKENS
+    kind = PRESETS[task.nodes] if task.nodes else slowest_that_holds(longest)
     machines = Machines(kind, task.num_nodes, task.slow_half)
-    requests = cut_to(read_window(task.trace, task.num_requests, task.seed), kind.max_model_len)
+    requests = cut_to(requests, kind.max_model_len)
     targets = default_targets(kind, requests)
     carried = capacity(machines, requests, targets, task.seed)
     cells = []
     for load in LOADS:
-        rate = max(load * carried.rate, LEAST_RATE)
+        rate = load * max(carried.rate, LEAST_RATE * task.num_nodes)
         timed = at_rate(requests, rate, task.seed)
         scene = Scene(machines, task.num_nodes // 2, timed, targets, rate, task.seed, carried.num_prefill)
         runs = [figures(outcome_of(policy, scene)) for policy in ALL_POLICIES]
-        cells.append(Cell(task.trace, load, task.slow_half, task.seed, rate, carried.num_prefill, runs))
+        cells.append(
+            Cell(
+                trace=task.trace,
+                load=load,
+                slow_half=task.slow_half,
+                seed=task.seed,
+                nodes=kind.name,
+                rate=rate,
+                best_prefill=carried.num_prefill,
+                runs=runs,
+            )
+        )
     return cells
 
 

@@ -18,7 +18,7 @@ from benchmarks.simulate.life import Life
 from benchmarks.simulate.node import REPORT_PERIOD_S, SimNode
 from benchmarks.traces import TOKENS_PER_HASH_ID
 from flowkv_common.errors import FlowKVError
-from flowkv_common.wire.messages import LoadReport, NodeDescriptor, ScheduleRequest, Wait
+from flowkv_common.wire.messages import BlocksChanged, LoadReport, NodeDescriptor, ScheduleRequest, Wait
 from flowkv_scheduler.planner import MoveCap, Order
 
 # What clients ask for: the scheduler knows no more of the length of an answer.
@@ -62,7 +62,8 @@ class Scheduling(Protocol):
 class Cluster:
     """Runs `lives` to their ends, or until `judge` has seen enough.
 
-    `watch` is called each period, to look and not to touch.
+    `watch` is called each period, to look and not to touch; `on_blocks` hears, as often, what the prefix
+    caches have gained and lost.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Cluster:
         lives: Sequence[Life],
         judge: Judge,
         watch: Callable[[float], None] = lambda now: None,
+        on_blocks: Callable[[BlocksChanged], object] | None = None,
     ) -> None:
         self.nodes = nodes
         self.orders: list[tuple[float, Order]] = []
@@ -80,6 +82,7 @@ class Cluster:
         self._lives = lives
         self._judge = judge
         self._watch = watch
+        self._on_blocks = on_blocks
         self._events = Events()
         self._by_id = {node.ref.node_id: node.index for node in nodes}
         self._num_open = len(lives)
@@ -106,6 +109,8 @@ class Cluster:
         now = self.now
         for node in self.nodes:
             self._planner.add_report(node.report(now), now)
+            if self._on_blocks is not None and (news := node.block_news()) is not None:
+                self._on_blocks(news)
         for order in self._planner.tick(now):
             self.orders.append((now, order))
             if isinstance(order, MoveCap):

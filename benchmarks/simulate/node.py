@@ -13,7 +13,16 @@ from benchmarks.simulate.life import Life
 from benchmarks.simulate.pool import Pool
 from benchmarks.simulate.presets import NodeKind
 from benchmarks.simulate.stretch import slowed
-from flowkv_common.wire.messages import BlockCounts, LoadReport, ModelCard, NodeDescriptor, NodeRef, StepFit
+from benchmarks.traces import hashes_of_id
+from flowkv_common.wire.messages import (
+    BlockCounts,
+    BlocksChanged,
+    LoadReport,
+    ModelCard,
+    NodeDescriptor,
+    NodeRef,
+    StepFit,
+)
 
 REPORT_PERIOD_S = 0.5
 
@@ -49,6 +58,7 @@ class SimNode:
         self.num_accepted = 0
         self._link_free_at = 0.0
         self._seq = 0
+        self._blocks_seq = 0
         self._reported_fit = _noisy(self.batch.fit, fit_noise, random.Random(index))
         self._last_report: LoadReport | None = None
         self._was_idle = False  # at the last report
@@ -96,6 +106,20 @@ class SimNode:
             pid=1,
             metrics_url="",
             version="simulated",
+        )
+
+    def block_news(self) -> BlocksChanged | None:
+        """What the prefix cache has gained and lost since the last call; None if nothing."""
+        stored, removed = self.pool.take_news()
+        if not stored and not removed:
+            return None
+        self._blocks_seq += 1
+        size = self.kind.layout.block_size
+        return BlocksChanged(
+            node=self.ref,
+            seq=self._blocks_seq,
+            stored=[name for key in sorted(stored) for name in hashes_of_id(key, size)],
+            removed=[name for key in sorted(removed) for name in hashes_of_id(key, size)],
         )
 
     def report(self, now: float) -> LoadReport:

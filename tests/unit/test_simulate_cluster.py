@@ -17,7 +17,7 @@ from benchmarks.simulate.run import POLICIES, Machines, Outcome, simulate
 from benchmarks.simulate.stretch import step_s
 from benchmarks.simulate.targets import Targets
 from benchmarks.traces import Request, synthetic
-from flowkv_common.wire.messages import LoadReport, PoolLayout, StepFit
+from flowkv_common.wire.messages import BlocksChanged, LoadReport, PoolLayout, StepFit
 from flowkv_scheduler.planner import Goals, Planner
 
 # A token takes 1 KiB.
@@ -140,6 +140,17 @@ def test_reports_tell_nothing_of_the_length_of_answers() -> None:
     assert seen[0] == seen[1]
     at_decode = [report for report in seen[0] if report.node.node_id == "node-0001"]
     assert [report.blocks.leased for report in at_decode] == [0, 9, 10, 10, 11]
+
+
+def test_news_of_blocks_name_what_a_request_asks_for() -> None:
+    request = Request(1100, 2, (1, 2, 3))
+    heard: list[BlocksChanged] = []
+    lives = [Life(0, request), Life(1, Request(1, 2, (), 9.0))]
+    nodes = Machines(KIND, 2).nodes(1, Histogram())
+    Cluster(nodes, Planner(Goals(), lends=False), lives, Judge(LOOSE), on_blocks=heard.append).run()
+    assert [(news.node, news.seq, news.removed) for news in heard] == [(node.ref, 1, []) for node in nodes]
+    full = request.block_hashes(LAYOUT.block_size)[: 1024 // LAYOUT.block_size]
+    assert [news.stored for news in heard] == [full, full]
 
 
 @pytest.mark.parametrize("name", PRESETS)
