@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
 import msgspec
 import pytest
@@ -11,14 +12,15 @@ from benchmarks.simulate.cluster import Cluster
 from benchmarks.simulate.histogram import Histogram
 from benchmarks.simulate.judge import Judge
 from benchmarks.simulate.life import Life
+from benchmarks.simulate.node import SimNode
 from benchmarks.simulate.presets import PRESETS, NodeKind
 from benchmarks.simulate.report import figures
 from benchmarks.simulate.run import POLICIES, Machines, Outcome, simulate
 from benchmarks.simulate.stretch import step_s
 from benchmarks.simulate.targets import Targets
 from benchmarks.traces import Request, synthetic
-from flowkv_common.wire.messages import BlocksChanged, LoadReport, PoolLayout, StepFit
-from flowkv_scheduler.planner import Goals, Planner
+from flowkv_common.wire.messages import BlocksChanged, LoadReport, NodeDescriptor, PoolLayout, StepFit
+from flowkv_scheduler.planner import Goals, MoveCap, Order, Planner
 
 # A token takes 1 KiB.
 LAYOUT = PoolLayout(num_layers=2, block_size=64, num_kv_heads=4, head_dim=32, dtype="bfloat16")
@@ -94,20 +96,48 @@ def busy_traffic(seed: int) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_each_request_ends_once_and_all_blocks_come_back(policy: str) -> None:
-    outcome = run(busy_traffic(3), policy, slow_half=True)
-    assert all((life.last_token_s > 0) != (life.refused_with > 0) for life in outcome.lives)
-    assert sum(life.is_done for life in outcome.lives) > 30
-    for node in outcome.nodes:
+def check_all_is_back(nodes: list[SimNode], lives: list[Life], itl: Histogram) -> None:
+    """Each request has ended in one way, and nobody holds anything any more."""
+    assert all((life.last_token_s > 0) != (life.refused_with > 0) for life in lives)
+    assert sum(life.is_done for life in lives) > 30
+    for node in nodes:
         batch = node.batch
         assert node.pool.num_free + node.pool.num_cached == node.pool.num_blocks
         assert not node.line
         assert (node.num_sending, node.sending_tokens) == (0, 0)
         assert (len(batch.prompts), len(batch.waiting), batch.num_decoding) == (0, 0, 0)
         assert (batch.num_context, batch.num_early_blocks) == (0, 0)
-    num_intervals = sum(life.request.num_output_tokens - 1 for life in outcome.lives if life.is_done)
-    assert outcome.itl.total() == num_intervals
+    assert itl.total() == sum(life.request.num_output_tokens - 1 for life in lives if life.is_done)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_each_request_ends_once_and_all_blocks_come_back(policy: str) -> None:
+    outcome = run(busy_traffic(3), policy, slow_half=True)
+    check_all_is_back(outcome.nodes, outcome.lives, outcome.itl)
+
+
+class Restless(Planner):
+    """Lends nodes at random, to and fro, so that all of them send to all others."""
+
+    def set_descriptors(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
+        super().set_descriptors(descriptors)
+        self.refs = [descriptor.node for descriptor in descriptors.values()]
+
+    def tick(self, now: float) -> list[Order]:
+        draw = random.Random(now)
+        return [MoveCap(ref, draw.choice([64, 200, 1024]), "restless") for ref in self.refs]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nodes_that_change_sides_all_the_time_end_all_requests(seed: int) -> None:
+    itl = Histogram()
+    nodes = Machines(msgspec.structs.replace(KIND, num_blocks=400), 3).nodes(1, itl)
+    lives = [Life(number, request) for number, request in enumerate(busy_traffic(seed))]
+    cluster = Cluster(nodes, Restless(Goals()), lives, Judge(LOOSE))
+    cluster.run()
+    check_all_is_back(nodes, lives, itl)
+    assert sum(isinstance(order, MoveCap) for _, order in cluster.orders) > 3
+    assert any(life.prefill == life.decode for life in lives)
 
 
 @pytest.mark.parametrize("policy", ["flowkv", "two_choices"])
