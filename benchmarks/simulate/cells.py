@@ -69,7 +69,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--nodes", choices=PRESETS, help="of one kind; without, the slowest that hold the longest prompt"
     )
     parser.add_argument("--num-nodes", type=int, default=8, help="half of them start on each side")
-    parser.add_argument("--requests", type=int, default=1500, help="in each run")
+    parser.add_argument("--requests", type=int, default=1200, help="in each run")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one seed, 300 requests")
     return parser.parse_args(argv)
