@@ -11,6 +11,8 @@ TRACE   ?=
 TRANSFER ?=
 OVERLAP ?=
 SIMULATE ?=
+TRACES  ?=
+PLAN    ?=
 REQUESTS ?= 100000
 EVENTS  ?=
 POLICY  ?= flowkv
@@ -19,7 +21,7 @@ OVERLOAD ?=
 SUSTAIN ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-sustain simulate replay lint fmt clean
+.PHONY: help install up test test-full bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-sustain simulate simulate-cells plan replay lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -56,7 +58,15 @@ test-full: $(VENV)/ready-dev ## the tests and the long matrices
 
 simulate: $(VENV)/ready-dev ## policies side by side in simulated clusters; TRACE=file SIMULATE="--load 1.0"
 	@mkdir -p .run
-	$(PY) -m benchmarks.simulate --json .run/simulate.json $(addprefix --trace ,$(TRACE)) $(SIMULATE)
+	$(PY) -m benchmarks.simulate --json .run/simulate.json --plot .run/simulate.png $(addprefix --trace ,$(TRACE)) $(SIMULATE)
+
+simulate-cells: $(VENV)/ready-dev ## all policies, loads and mixes of nodes; TRACES="file file" SIMULATE="--quick"
+	@mkdir -p .run
+	$(PY) -m benchmarks.simulate.cells --json .run/cells.json $(addprefix --trace ,$(TRACES)) $(SIMULATE)
+
+plan: $(VENV)/ready-dev ## the smallest cluster for a trace; TRACE=file PLAN="--nodes h100 --nodes a10g --rate 20"
+	@mkdir -p .run
+	$(PY) -m benchmarks.plan --json .run/plan.json $(addprefix --trace ,$(TRACE)) $(PLAN)
 
 lint: $(VENV)/ready-dev ## ruff, mypy --strict, import boundaries
 	$(VENV)/bin/ruff check .

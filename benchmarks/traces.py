@@ -33,8 +33,14 @@ class Request(NamedTuple):
     def block_hashes(self, block_size: int) -> list[str]:
         """One hash for each full block of the prompt that `hash_ids` name."""
         num_blocks = min(self.num_prompt_tokens, len(self.hash_ids) * TOKENS_PER_HASH_ID) // block_size
-        per_id = TOKENS_PER_HASH_ID // block_size
-        return [f"{self.hash_ids[i // per_id]}.{i % per_id}" for i in range(num_blocks)]
+        num_ids = -(-num_blocks * block_size // TOKENS_PER_HASH_ID)
+        hashes = [name for key in self.hash_ids[:num_ids] for name in hashes_of_id(key, block_size)]
+        return hashes[:num_blocks]
+
+
+def hashes_of_id(hash_id: int, block_size: int) -> list[str]:
+    """One hash for each block of the 512 tokens that an id names."""
+    return [f"{hash_id}.{place}" for place in range(TOKENS_PER_HASH_ID // block_size)]
 
 
 def load(path: Path) -> list[Request]:

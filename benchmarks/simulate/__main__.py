@@ -6,33 +6,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
 from benchmarks.host import commit, describe_host
-from benchmarks.simulate.capacity import capacity
-from benchmarks.simulate.presets import PRESETS, with_fit
+from benchmarks.simulate.plot import plot
+from benchmarks.simulate.presets import PRESETS
 from benchmarks.simulate.report import figures, table
-from benchmarks.simulate.run import POLICIES, Machines, Outcome, best_static, simulate
-from benchmarks.simulate.shifting import shifting
-from benchmarks.simulate.targets import Targets, default_targets
-from benchmarks.simulate.traffic import at_rate, cut_to, own_rate, window
-from benchmarks.traces import Request, TraceError, load, synthetic
-
-BEST_STATIC = "best_static"
-MADE_UP = {"synthetic": synthetic, "shifting": shifting}
-
-
-class Scene(NamedTuple):
-    """The machines and the traffic that all policies get."""
-
-    machines: Machines
-    num_prefill: int
-    requests: list[Request]
-    targets: Targets
-    rate: float
-    seed: int
+from benchmarks.simulate.run import POLICIES
+from benchmarks.simulate.scene import BEST_STATIC, Scene, make_scene, outcome_of
+from benchmarks.traces import TraceError
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -55,7 +38,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--policy", action="append", choices=(*POLICIES, BEST_STATIC), help="several; all without"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where the figures go; the plot lies beside")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--plot", type=Path, help="a picture of the runs over time; needs matplotlib")
     return parser.parse_args(argv)
 
 
@@ -69,7 +53,8 @@ def main(argv: list[str]) -> int:
     print(conditions(options, scene))
     outcomes = []
     for policy in options.policy or (*POLICIES, BEST_STATIC):
-        outcomes += [outcome_of(policy, scene)]
+        print(f"simulating {policy}", file=sys.stderr)
+        outcomes.append(outcome_of(policy, scene))
     found = [figures(outcome) for outcome in outcomes]
     print(table(found))
     if options.json:
@@ -83,40 +68,9 @@ def main(argv: list[str]) -> int:
             "runs": msgspec.to_builtins(found),
         }
         options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.plot:
+        print(plot(outcomes, conditions(options, scene), options.plot))
     return 0
-
-
-def make_scene(options: argparse.Namespace) -> Scene:
-    """Raises `OSError`, `TraceError` or `ValueError` for what the options name wrongly."""
-    kind = PRESETS[options.nodes]
-    if options.fit:
-        kind = with_fit(kind, options.fit)
-    num_prefill, num_decode = map(int, options.split.split(":"))
-    machines = Machines(kind, num_prefill + num_decode, options.slow_half, options.fit_noise)
-    chosen = cut_to(read_window(options.trace, options.requests, options.seed), kind.max_model_len)
-    targets = default_targets(kind, chosen)
-    targets = Targets(options.ttft or targets.ttft_s, options.tpot or targets.tpot_s)
-    rate = options.rate or own_rate(chosen)
-    if options.load:
-        rate = options.load * capacity(machines, chosen, targets, options.seed).rate
-    timed = at_rate(chosen, rate, options.seed)
-    return Scene(machines, num_prefill, timed, targets, rate, options.seed)
-
-
-def read_window(trace: str, num_requests: int, seed: int) -> list[Request]:
-    """For made-up traffic the seed is that of its generator. Raises as `traces.load`."""
-    if trace in MADE_UP:
-        return MADE_UP[trace](num_requests, seed)
-    return window(load(Path(trace)), num_requests, seed)
-
-
-def outcome_of(policy: str, scene: Scene) -> Outcome:
-    machines, num_prefill, requests, targets, _, seed = scene
-    if policy != BEST_STATIC:
-        return simulate(machines, num_prefill, policy, requests, targets, seed)
-    outcome, others = best_static(machines, requests, targets, seed)
-    outcome.policy = BEST_STATIC
-    return outcome
 
 
 def conditions(options: argparse.Namespace, scene: Scene) -> str:

@@ -36,7 +36,8 @@ class Prompt:
     life: Life
     num_tokens: int
     num_computed: int
-    num_last: int = 0  # tokens of the chunk that ends it
+    first_chunk_at: float = 0.0  # when its first chunk ended
+    num_last: int = 0  # tokens of the chunk that ended it
 
     @property
     def num_left(self) -> int:
@@ -62,7 +63,8 @@ class Batch:
         self.waiting: deque[Life] = deque()  # for a place among the decoding
         self.stretch: Stretch | None = None
         self.num_context = 0  # tokens of the decoding sequences, the newest included
-        self.num_to_come = 0  # tokens that accepted sequences will still get: known to the simulator alone
+        # Blocks that sequences on their way here have, and don't need yet: known to the simulator alone.
+        self.num_early_blocks = 0
         self.decode_step_s = 0.0  # smoothed, as a node measures them; 0: not yet
         self.prefill_tokens_per_s = 0.0
         self.busy_s = 0.0
@@ -126,9 +128,9 @@ class Batch:
         self._observe(stretch)
         self._num_steps += stretch.num_steps
         self.num_context += stretch.num_steps * stretch.num_decoding
-        self.num_to_come -= stretch.num_steps * stretch.num_decoding
         for prompt, num in self._chunks:
             prompt.num_computed += num * stretch.num_steps
+            prompt.first_chunk_at = prompt.first_chunk_at or stretch.after(1)
             prompt.num_last = num
         computed = []
         while self.prompts and not self.prompts[0].num_left:
@@ -148,8 +150,13 @@ class Batch:
     def num_context_at(self, now: float) -> int:
         return self.num_context + self._num_grown(now)
 
-    def num_to_come_at(self, now: float) -> int:
-        return self.num_to_come - self._num_grown(now)
+    def num_early_blocks_at(self, now: float) -> int:
+        """Blocks that all sequences have, and will need only when they have grown."""
+        num_steps = self._num_steps + (self.stretch.num_ended(now) if self.stretch else 0)
+        size = self.limits.block_size
+        return self.num_early_blocks + sum(
+            life.num_early_blocks(size, last_step - num_steps) for last_step, _, life in self._decoding
+        )
 
     def _num_grown(self, now: float) -> int:
         """Tokens by which the contexts have grown in the running stretch."""
@@ -160,6 +167,7 @@ class Batch:
             life = self.waiting.popleft()
             # It comes with its first token, whose KV the next step computes.
             self.num_context += life.request.num_prompt_tokens + 1
+            self.num_early_blocks -= life.num_early_blocks(self.limits.block_size)
             last_step = self._num_steps + life.request.num_output_tokens - 1
             heapq.heappush(self._decoding, (last_step, life.number, life))
             self._fresh.append(life)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.simulate.run import Machines, num_good, simulate
+from benchmarks.simulate.run import Machines, simulate, splits_around
 from benchmarks.simulate.targets import Targets
 from benchmarks.simulate.traffic import at_rate
 from benchmarks.traces import Request
@@ -14,42 +14,58 @@ from benchmarks.traces import Request
 GOOD_SHARE = 0.9
 # Relative width of the bracket at the end.
 PRECISION = 0.03
+# Requests per second and node where the search begins, and where it gives up: so few requests that they never
+# queue are carried at any rate.
+FIRST_RATE = 0.1
+LEAST_RATE = 0.001
+MOST_RATE = 100.0
 
 
 class Capacity(NamedTuple):
-    """Requests per second, and the prefill nodes of the split that carries them."""
+    """Requests per second, and the number of prefill nodes in the split that carries them."""
 
     rate: float
     num_prefill: int
 
 
-def capacity(machines: Machines, requests: Sequence[Request], targets: Targets, seed: int = 0) -> Capacity:
-    """By bisection over the rate. 0 when even a crawl misses the targets."""
-    splits = list(range(1, machines.num_nodes))
-    splits.sort(key=lambda num_prefill: abs(2 * num_prefill - machines.num_nodes))
-    low, high = Capacity(0.0, splits[0]), 0.05 * machines.num_nodes
-    while (
-        found := carrying_split(machines, splits, at_rate(requests, high, seed), targets, seed)
-    ) is not None:
-        low, high = Capacity(high, found), 2 * high
-        splits.sort(key=lambda num_prefill: abs(num_prefill - low.num_prefill))
-    while high - low.rate > PRECISION * high and high > 1e-3:
-        middle = (low.rate + high) / 2
-        found = carrying_split(machines, splits, at_rate(requests, middle, seed), targets, seed)
+def capacity(
+    machines: Machines,
+    requests: Sequence[Request],
+    targets: Targets,
+    seed: int = 0,
+    policy: str = "static",
+) -> Capacity:
+    """By bisection over the rate. The rate is 0 when even a crawl misses the targets."""
+    best = Capacity(0.0, machines.num_nodes // 2)
+    too_much: float | None = None
+    rate = FIRST_RATE * machines.num_nodes
+    while LEAST_RATE < rate / machines.num_nodes < MOST_RATE:
+        if too_much is not None and too_much - best.rate <= PRECISION * too_much:
+            break
+        timed = at_rate(requests, rate, seed)
+        found = carrying_split(machines, best.num_prefill, timed, targets, seed, policy)
         if found is None:
-            high = middle
+            too_much = rate
         else:
-            low = Capacity(middle, found)
-            splits.sort(key=lambda num_prefill: abs(num_prefill - low.num_prefill))
-    return low
+            best = Capacity(rate, found)
+        rate = 2 * rate if too_much is None else (best.rate + too_much) / 2
+    return best
 
 
 def carrying_split(
-    machines: Machines, splits: Sequence[int], requests: Sequence[Request], targets: Targets, seed: int
+    machines: Machines,
+    likely: int,
+    requests: Sequence[Request],
+    targets: Targets,
+    seed: int,
+    policy: str = "static",
+    *,
+    only_likely: bool = False,
 ) -> int | None:
-    """The first of the splits, as numbers of prefill nodes, that keeps the targets."""
+    """The prefill nodes of a split that keeps the targets, looked for around the `likely` one."""
+    max_bad = int((1 - GOOD_SHARE) * len(requests))
+    splits = [likely] if only_likely else splits_around(machines.num_nodes, likely)
     for num_prefill in splits:
-        outcome = simulate(machines, num_prefill, "static", requests, targets, seed)
-        if num_good(outcome) >= GOOD_SHARE * len(requests):
+        if not simulate(machines, num_prefill, policy, requests, targets, seed, max_bad).has_failed:
             return num_prefill
     return None

@@ -13,11 +13,12 @@ from typing import Protocol
 
 from benchmarks.simulate.batch import Prompt
 from benchmarks.simulate.events import Events
+from benchmarks.simulate.judge import Judge
 from benchmarks.simulate.life import Life
 from benchmarks.simulate.node import REPORT_PERIOD_S, SimNode
 from benchmarks.traces import TOKENS_PER_HASH_ID
 from flowkv_common.errors import FlowKVError
-from flowkv_common.wire.messages import LoadReport, NodeDescriptor, ScheduleRequest, Wait
+from flowkv_common.wire.messages import BlocksChanged, LoadReport, NodeDescriptor, ScheduleRequest, Wait
 from flowkv_scheduler.orders import MoveCap, Order
 
 # What clients ask for: the scheduler knows no more of the length of an answer.
@@ -59,35 +60,43 @@ class Scheduling(Protocol):
 
 
 class Cluster:
-    """Runs `lives` to their ends. `watch` is called each period, to look and not to touch."""
+    """Runs `lives` to their ends, or until `judge` has seen enough.
+
+    `watch` is called each period, to look and not to touch; `on_blocks` hears, as often, what the prefix
+    caches have gained and lost.
+    """
 
     def __init__(
         self,
         nodes: Sequence[SimNode],
         planner: Scheduling,
         lives: Sequence[Life],
+        judge: Judge,
         watch: Callable[[float], None] = lambda now: None,
+        on_blocks: Callable[[BlocksChanged], object] | None = None,
     ) -> None:
         self.nodes = nodes
         self.orders: list[tuple[float, Order]] = []
         self.num_events = 0
         self._planner = planner
         self._lives = lives
+        self._judge = judge
         self._watch = watch
+        self._on_blocks = on_blocks
         self._events = Events()
         self._by_id = {node.ref.node_id: node.index for node in nodes}
         self._num_open = len(lives)
 
     def run(self) -> None:
-        """Until every request has ended."""
+        """Until every request has ended, or too many have missed their targets."""
         links = {node.ref.node_id: node.kind.connector for node in self.nodes}
         for node in self.nodes:
             node.links = links
         self._planner.set_descriptors({node.ref.node_id: node.descriptor() for node in self.nodes})
         self._tick()
         for life in self._lives:
-            self._events.at(life.request.arrival_s, partial(self._ask, life))
-        while self._num_open and self._events.step():
+            self._events.at(life.request.arrival_s, partial(self._arrive, life))
+        while self._num_open and not self._judge.has_failed and self._events.step():
             self.num_events += 1
 
     @property
@@ -100,6 +109,8 @@ class Cluster:
         now = self.now
         for node in self.nodes:
             self._planner.add_report(node.report(now), now)
+            if self._on_blocks is not None and (news := node.block_news()) is not None:
+                self._on_blocks(news)
         for order in self._planner.tick(now):
             self.orders.append((now, order))
             if isinstance(order, MoveCap):
@@ -113,11 +124,14 @@ class Cluster:
         self._changed(node)
         self._planner.add_report(node.report(self.now), self.now)
 
+    def _arrive(self, life: Life) -> None:
+        life.block_hashes = life.request.block_hashes(self.nodes[0].kind.layout.block_size)
+        self._ask(life)
+
     def _ask(self, life: Life) -> None:
         age_s = self.now - life.request.arrival_s
         if age_s > REQUEST_TIMEOUT_S:
             return self._refuse(life, TIMEOUT_CODE)
-        block_size = self.nodes[0].kind.layout.block_size
         request = ScheduleRequest(
             request_id=str(life.number),
             attempt=0,
@@ -125,7 +139,7 @@ class Cluster:
             max_new_tokens=ASKED_NEW_TOKENS,
             age_s=age_s,
             deadline_in_s=REQUEST_TIMEOUT_S - age_s,
-            block_hashes=life.request.block_hashes(block_size),
+            block_hashes=life.block_hashes,
         )
         try:
             decision = self._planner.schedule(request, self.now)
@@ -133,7 +147,9 @@ class Cluster:
             return self._refuse(life, error.code)
         if isinstance(decision, Wait):
             life.num_waits += 1
+            self._judge.still_waits(life, self.now)
             return self._events.at(self.now + decision.retry_in_s, partial(self._ask, life))
+        life.block_hashes = []
         life.prefill = self._by_id[decision.prefill.node_id]
         life.decode = self._by_id[decision.decode.node_id]
         node = self.nodes[life.prefill]
@@ -143,6 +159,8 @@ class Cluster:
 
     def _refuse(self, life: Life, code: int) -> None:
         life.refused_with = code
+        life.block_hashes = []
+        self._judge.has_ended(life)
         self._num_open -= 1
 
     # --- the life of a request --------------------------------------------------------------------
@@ -177,10 +195,9 @@ class Cluster:
             life.at_prefill = node.pool.take(request.num_prompt_tokens + 1, ids)
             node.num_sending += 1
             node.sending_tokens += request.num_prompt_tokens
-        decode.batch.num_to_come += request.num_output_tokens
+        decode.batch.num_early_blocks += life.num_early_blocks(decode.kind.layout.block_size)
         life.num_cached_tokens = len(life.at_prefill.pinned) * TOKENS_PER_HASH_ID
         life.num_moved_tokens = request.num_prompt_tokens - len(life.at_decode.pinned) * TOKENS_PER_HASH_ID
-        life.compute_began_s = self.now
         node.batch.prompts.append(Prompt(life, request.num_prompt_tokens, life.num_cached_tokens))
         # Behind a prompt that fills each step it changes none of them.
         if not node.batch.is_filled:
@@ -192,7 +209,7 @@ class Cluster:
         life = prompt.life
         assert life.at_prefill is not None, "it was computed in blocks"
         life.first_token_s = self.now
-        self.nodes[life.decode].batch.num_to_come -= 1
+        self._judge.has_first_token(life)
         node.pool.commit(life.at_prefill, life.cacheable_ids)
         if life.request.num_output_tokens == 1:
             self._left_prefill(life)
@@ -202,7 +219,7 @@ class Cluster:
             node.num_sequences_accepted += 1
             self._changed(node)
         else:
-            landed_at = node.send(life.num_moved_tokens, prompt.num_last, life.compute_began_s, self.now)
+            landed_at = node.send(life.num_moved_tokens, prompt.num_last, prompt.first_chunk_at, self.now)
             self._events.at(landed_at, partial(self._landed, life))
 
     def _landed(self, life: Life) -> None:
@@ -231,6 +248,7 @@ class Cluster:
         node.pool.release(life.at_decode)
         life.at_decode = None
         life.last_token_s = self.now
+        self._judge.has_ended(life)
         self._num_open -= 1
         self._freed(node)
 

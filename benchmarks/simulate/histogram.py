@@ -26,10 +26,9 @@ class Histogram:
             return
         done = 0
         while done < num_values:
-            bucket = _bucket(first_s + done * growth_s)
-            upto = num_values
-            if growth_s > 0:
-                border_s = math.exp((bucket + 1) * _LOG)
+            bucket, upto = _bucket(first_s + done * growth_s), num_values
+            border_s = math.exp((bucket + 1) * _LOG)
+            if first_s + (num_values - 1) * growth_s >= border_s:
                 upto = min(num_values, max(done + 1, math.ceil((border_s - first_s) / growth_s)))
             self._weights[bucket] += weight * (upto - done)
             done = upto

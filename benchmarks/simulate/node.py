@@ -13,7 +13,16 @@ from benchmarks.simulate.life import Life
 from benchmarks.simulate.pool import Pool
 from benchmarks.simulate.presets import NodeKind
 from benchmarks.simulate.stretch import slowed
-from flowkv_common.wire.messages import BlockCounts, LoadReport, ModelCard, NodeDescriptor, NodeRef, StepFit
+from benchmarks.traces import hashes_of_id
+from flowkv_common.wire.messages import (
+    BlockCounts,
+    BlocksChanged,
+    LoadReport,
+    ModelCard,
+    NodeDescriptor,
+    NodeRef,
+    StepFit,
+)
 
 REPORT_PERIOD_S = 0.5
 
@@ -50,6 +59,7 @@ class SimNode:
         self.num_sequences_accepted = 0
         self._link_free_at = 0.0
         self._seq = 0
+        self._blocks_seq = 0
         self._reported_fit = _noisy(self.batch.fit, fit_noise, random.Random(index))
         self._last_report: LoadReport | None = None
         self._was_idle = False  # at the last report
@@ -64,14 +74,15 @@ class SimNode:
         num_waiting = sum(life.request.num_prompt_tokens for life in self.line)
         return num_waiting + self.batch.num_queued_tokens(now)
 
-    def send(self, num_tokens: int, num_last: int, began_at: float, now: float) -> float:
+    def send(self, num_tokens: int, num_last: int, first_chunk_at: float, now: float) -> float:
         """When the KV of a prompt has landed, whose last chunk of `num_last` tokens ended now.
 
-        Earlier chunks were sent while later ones computed; all handoffs share the node's link in order.
+        Earlier chunks were sent from the end of the first on, while others computed. All handoffs share the
+        node's link, in order.
         """
         token_s = self.kind.token_bytes / self.kind.link_bytes_per_s
         num_late = min(num_tokens, num_last)
-        early_sent_at = max(self._link_free_at, began_at) + (num_tokens - num_late) * token_s
+        early_sent_at = max(self._link_free_at, first_chunk_at) + (num_tokens - num_late) * token_s
         self._link_free_at = max(early_sent_at, now) + num_late * token_s
         return self._link_free_at + self.kind.link_latency_s
 
@@ -96,6 +107,20 @@ class SimNode:
             pid=1,
             metrics_url="",
             version="simulated",
+        )
+
+    def block_news(self) -> BlocksChanged | None:
+        """What the prefix cache has gained and lost since the last call; None if nothing."""
+        stored, removed = self.pool.take_news()
+        if not stored and not removed:
+            return None
+        self._blocks_seq += 1
+        size = self.kind.layout.block_size
+        return BlocksChanged(
+            node=self.ref,
+            seq=self._blocks_seq,
+            stored=[name for key in sorted(stored) for name in hashes_of_id(key, size)],
+            removed=[name for key in sorted(removed) for name in hashes_of_id(key, size)],
         )
 
     def report(self, now: float) -> LoadReport:
@@ -138,7 +163,7 @@ class SimNode:
         """A real node takes a block when a sequence grows into it, the simulated one takes all at the start:
         so what is still to grow is told as free. Else the scheduler would learn how long answers get."""
         pool = self.pool
-        num_free = pool.num_free + self.batch.num_to_come_at(now) // self.kind.layout.block_size
+        num_free = pool.num_free + self.batch.num_early_blocks_at(now)
         return BlockCounts(
             total=pool.num_blocks,
             free=num_free,

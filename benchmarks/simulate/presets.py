@@ -122,6 +122,16 @@ SMOLLM2_CPU = NodeKind(
 PRESETS = {"smollm2-cpu": SMOLLM2_CPU, **{name: derived(name, device) for name, device in DEVICES.items()}}
 
 
+def slowest_that_holds(num_tokens: int) -> NodeKind:
+    """Of the derived kinds the one with the longest steps whose KV has room for so many tokens.
+
+    Raises ValueError when none has.
+    """
+    kinds = [PRESETS[name] for name in DEVICES]
+    roomy = [kind for kind in kinds if kind.num_blocks * kind.layout.block_size >= num_tokens]
+    return max(roomy, key=lambda kind: kind.fit.base_s)
+
+
 def with_fit(kind: NodeKind, file: Path) -> NodeKind:
     """The kind with the fit in a JSON file, as a `StepFit` or under `step` as in a load report.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from benchmarks.simulate.run import Outcome, num_good
+from benchmarks.simulate.run import Outcome
 
 
 class Quantiles(msgspec.Struct, frozen=True):
@@ -47,15 +47,14 @@ class Figures(msgspec.Struct, frozen=True):
 def figures(outcome: Outcome) -> Figures:
     lives = outcome.lives
     done = [life for life in lives if life.is_done]
-    good = num_good(outcome)
     num_prompt_tokens = sum(life.request.num_prompt_tokens for life in done)
     return Figures(
         policy=outcome.policy,
         split=f"{outcome.num_prefill}P:{len(outcome.nodes) - outcome.num_prefill}D",
         num_requests=len(lives),
-        num_good=good,
-        good_share=good / len(lives),
-        goodput=good / max(lives[-1].request.arrival_s, 1e-9),
+        num_good=outcome.num_good,
+        good_share=outcome.num_good / len(lives),
+        goodput=outcome.num_good / max(lives[-1].request.arrival_s, 1e-9),
         ttft_s=_quantiles([life.ttft_s for life in done]),
         tpot_s=_quantiles([life.tpot_s for life in done if life.request.num_output_tokens > 1]),
         itl_s=Quantiles(*(outcome.itl.quantile(part) for part in (0.5, 0.9, 0.99))),

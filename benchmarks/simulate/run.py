@@ -10,6 +10,7 @@ from typing import NamedTuple
 from benchmarks.policies.baselines import BASELINES
 from benchmarks.simulate.cluster import Cluster, Scheduling
 from benchmarks.simulate.histogram import Histogram
+from benchmarks.simulate.judge import Judge
 from benchmarks.simulate.life import Life
 from benchmarks.simulate.node import SimNode
 from benchmarks.simulate.presets import NodeKind
@@ -27,18 +28,22 @@ NUM_SAMPLES = 200
 
 
 class Machines(NamedTuple):
-    """The nodes of a cluster. `slow_half`: every second node takes three times as long for everything."""
+    """The nodes of a cluster. `slow_half`: every second node takes three times as long for everything.
+
+    `decode_kind`: what decode nodes are, if not of the same `kind`; both must have one layout.
+    """
 
     kind: NodeKind
     num_nodes: int
     slow_half: bool = False
     fit_noise: float = 0.0
+    decode_kind: NodeKind | None = None
 
     def nodes(self, num_prefill: int, itl: Histogram) -> list[SimNode]:
         return [
             SimNode(
                 index,
-                self.kind,
+                self.kind if index < num_prefill else self.decode_kind or self.kind,
                 "prefill" if index < num_prefill else "decode",
                 itl,
                 slow=SLOW_FACTOR if self.slow_half and index % 2 else 1.0,
@@ -59,6 +64,8 @@ class Outcome:
     itl: Histogram
     nodes: list[SimNode]
     span_s: float = 0.0  # simulated, to the end of the last request
+    num_good: int = 0  # requests that met both targets
+    has_failed: bool = False  # ended early
     num_lendings: int = 0
     num_events: int = 0
     wall_s: float = 0.0
@@ -92,15 +99,22 @@ def simulate(
     requests: Sequence[Request],
     targets: Targets,
     seed: int = 0,
+    max_bad: int | None = None,
 ) -> Outcome:
-    """Run all requests to their ends on `num_prefill` prefill nodes and the rest as decode nodes."""
+    """Run all requests to their ends on `num_prefill` prefill nodes and the rest as decode nodes.
+
+    With `max_bad` a run ends early, with `has_failed`, when more requests than that have missed the targets.
+    """
     began = time.perf_counter()
     itl = Histogram()
     lives = [Life(number, request) for number, request in enumerate(requests)]
     outcome = Outcome(policy, num_prefill, targets, lives, itl, machines.nodes(num_prefill, itl))
     watch = _sampler(outcome, every_s=max(1.0, requests[-1].arrival_s / NUM_SAMPLES))
-    cluster = Cluster(outcome.nodes, make_planner(policy, targets, seed), lives, watch)
+    judge = Judge(targets, max_bad)
+    cluster = Cluster(outcome.nodes, make_planner(policy, targets, seed), lives, judge, watch)
     cluster.run()
+    outcome.has_failed = judge.has_failed
+    outcome.num_good = len(lives) - judge.num_bad
     outcome.span_s = cluster.now
     outcome.num_events = cluster.num_events
     outcome.num_lendings = sum(isinstance(order, MoveCap) for _, order in cluster.orders)
@@ -109,18 +123,29 @@ def simulate(
 
 
 def best_static(
-    machines: Machines, requests: Sequence[Request], targets: Targets, seed: int = 0
-) -> tuple[Outcome, list[Outcome]]:
-    """Of all splits without lending the one with the most good requests; and all of them."""
-    outcomes = [
-        simulate(machines, num_prefill, "static", requests, targets, seed)
-        for num_prefill in range(1, machines.num_nodes)
-    ]
-    return max(outcomes, key=num_good), outcomes
+    machines: Machines,
+    requests: Sequence[Request],
+    targets: Targets,
+    seed: int = 0,
+    likely: int | None = None,
+) -> Outcome:
+    """Of all splits without lending the one with the most good requests.
+
+    Those around `likely` prefill nodes are tried first: the others give up once they are worse.
+    """
+    splits = splits_around(machines.num_nodes, likely or machines.num_nodes // 2)
+    best = simulate(machines, splits[0], "static", requests, targets, seed)
+    for num_prefill in splits[1:]:
+        max_bad = len(requests) - best.num_good - 1
+        outcome = simulate(machines, num_prefill, "static", requests, targets, seed, max_bad)
+        if not outcome.has_failed:
+            best = outcome
+    return best
 
 
-def num_good(outcome: Outcome) -> int:
-    return sum(map(outcome.targets.are_met, outcome.lives))
+def splits_around(num_nodes: int, likely: int) -> list[int]:
+    """Numbers of prefill nodes that leave one for each side, the likely ones first."""
+    return sorted(range(1, num_nodes), key=lambda num_prefill: (abs(num_prefill - likely), num_prefill))
 
 
 def _sampler(outcome: Outcome, every_s: float) -> Callable[[float], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import pairwise
+from statistics import median
 
 from benchmarks.simulate.cluster import ASKED_NEW_TOKENS
 from benchmarks.traces import Request
@@ -20,8 +21,8 @@ def window(trace: Sequence[Request], num_requests: int, seed: int) -> list[Reque
 def at_rate(requests: Sequence[Request], rate: float, seed: int) -> list[Request]:
     """The same requests at `rate` per second on average, bursts and lulls kept.
 
-    Equal times are spread over the time to the next (Mooncake's clock ticks each 3 s), and all are moved by
-    an exponential jitter of one mean interval, so that two seeds differ also in detail.
+    Times are spread over a tick of the trace's clock (Mooncake's ticks each 3 s), and all are moved by an
+    exponential jitter of one mean interval, so that two seeds differ also in detail.
     """
     draw = random.Random(seed)
     spread = _spread([request.arrival_s for request in requests], draw)
@@ -49,6 +50,9 @@ def cut_to(requests: Sequence[Request], max_model_len: int) -> list[Request]:
 
 
 def _spread(arrivals: Sequence[float], draw: random.Random) -> list[float]:
+    """Each somewhere in the tick of its clock: the usual time between two that differ."""
     distinct = sorted(set(arrivals))
-    gaps = {at: following - at for at, following in pairwise(distinct)}
-    return sorted(at + draw.random() * gaps.get(at, 0.0) for at in arrivals)
+    gaps = [following - at for at, following in pairwise(distinct)]
+    tick_s = median(gaps) if gaps else 0.0
+    room_s = dict(zip(distinct, (min(gap, tick_s) for gap in [*gaps, tick_s]), strict=True))
+    return sorted(at + draw.random() * room_s[at] for at in arrivals)

@@ -1,0 +1,1 @@
+"""How many nodes, and which, a service needs."""

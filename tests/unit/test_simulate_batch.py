@@ -1,0 +1,215 @@
+"""Stretches in closed form against a node that takes one step at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.simulate.batch import Batch, Limits, Prompt
+from benchmarks.simulate.histogram import WIDTH, Histogram
+from benchmarks.simulate.life import Life
+from benchmarks.simulate.stretch import Stretch
+from benchmarks.traces import Request
+from flowkv_common.wire.messages import StepFit
+
+# Costs are multiples of it: sums are exact, in whatever order they are made.
+TICK_S = 2.0**-20
+LIMITS = Limits(block_size=4, token_budget=32, max_num_seqs=3)
+
+
+class Event(NamedTuple):
+    """Something happens to the node: a prompt, a sequence, or another cap."""
+
+    at_s: float
+    prompt: tuple[int, int] | None = None  # tokens, those of them that are cached
+    sequence: tuple[int, int] | None = None  # tokens of the prompt and of the answer
+    cap: int | None = None
+
+
+def events() -> st.SearchStrategy[list[Event]]:
+    # Never on the border of a step: which of two things is first at one moment is not the matter here.
+    times = st.integers(0, 2_000).map(lambda n: n * 1024 * TICK_S + TICK_S / 4)
+    prompts = st.tuples(st.integers(1, 200), st.integers(0, 10)).map(
+        lambda p: (p[0], min(4 * p[1], (p[0] - 1) // 4 * 4))
+    )
+    sequences = st.tuples(st.integers(1, 50), st.integers(2, 40))
+    kinds = st.one_of(
+        st.tuples(times, prompts).map(lambda drawn: Event(drawn[0], prompt=drawn[1])),
+        st.tuples(times, sequences).map(lambda drawn: Event(drawn[0], sequence=drawn[1])),
+        st.tuples(times, st.integers(1, 40)).map(lambda drawn: Event(drawn[0], cap=drawn[1])),
+    )
+    return st.lists(kinds, max_size=12).map(lambda found: sorted(found, key=lambda event: event.at_s))
+
+
+def fits() -> st.SearchStrategy[StepFit]:
+    cost = st.integers(0, 300).map(lambda n: n * TICK_S)
+    return st.builds(
+        StepFit,
+        base_s=st.integers(1, 20_000).map(lambda n: n * TICK_S),
+        prefill_token_s=cost,
+        attended_token_s=st.integers(0, 5).map(lambda n: n * TICK_S),
+        sequence_s=cost,
+        context_token_s=cost,
+    )
+
+
+def by_stretches(fit: StepFit, happened: Sequence[Event]) -> tuple[list[tuple[str, int, float]], Batch]:
+    """What ended when, as the simulator has it."""
+    batch = Batch(fit, LIMITS, cap=32, itl=Histogram())
+    ends: list[tuple[str, int, float]] = []
+
+    def run_until(now: float) -> None:
+        while batch.stretch is not None and batch.stretch.end_s < now:
+            at = batch.stretch.end_s
+            ended = batch.end()
+            ends.extend(("sequence", life.number, at) for life in ended.sequences)
+            ends.extend(("prompt", prompt.life.number, at) for prompt in ended.prompts)
+            batch.begin(at)
+
+    for number, event in enumerate(happened):
+        run_until(event.at_s)
+        if event.prompt:
+            life = Life(number, Request(event.prompt[0], 1))
+            batch.prompts.append(Prompt(life, event.prompt[0], event.prompt[1]))
+        elif event.sequence:
+            life = Life(number, Request(*event.sequence), first_token_s=event.at_s)
+            batch.waiting.append(life)
+            batch.num_early_blocks += life.num_early_blocks(LIMITS.block_size)
+        else:
+            assert event.cap is not None
+            batch.cap = event.cap
+        if batch.stretch is None:
+            batch.begin(event.at_s)
+        else:
+            batch.cut(event.at_s)
+    run_until(math.inf)
+    return ends, batch
+
+
+class Steps:
+    """The same node, naively: one step, then a look at what has happened meanwhile."""
+
+    def __init__(self, fit: StepFit) -> None:
+        self.fit = fit
+        self.cap = 32
+        self.prompts: list[list[int]] = []  # number, tokens, computed
+        self.waiting: list[list[int]] = []  # number, context, tokens to come
+        self.decoding: list[list[int]] = []
+        self.num_intervals = 0
+
+    def apply(self, number: int, event: Event) -> None:
+        if event.prompt:
+            self.prompts.append([number, *event.prompt])
+        elif event.sequence:
+            self.waiting.append([number, event.sequence[0] + 1, event.sequence[1] - 1])
+        elif event.cap is not None:
+            self.cap = event.cap
+
+    def step(self, now: float) -> tuple[float, list[tuple[str, int, float]]]:
+        """One step that begins now: when it ends, and what ends with it."""
+        while self.waiting and len(self.decoding) < LIMITS.max_num_seqs:
+            self.decoding.append(self.waiting.pop(0))
+        duration_s = self.fit.base_s
+        for _, context, _ in self.decoding:
+            duration_s += self.fit.sequence_s + self.fit.context_token_s * context
+        room = max(min(LIMITS.token_budget - len(self.decoding), self.cap), LIMITS.block_size)
+        for prompt in self.prompts:
+            _, num_tokens, num_computed = prompt
+            chunk = min(num_tokens - num_computed, room)
+            if num_computed + chunk < num_tokens:
+                chunk -= (num_computed + chunk) % LIMITS.block_size
+            duration_s += self.fit.prefill_token_s * chunk
+            duration_s += self.fit.attended_token_s * sum(range(num_computed + 1, num_computed + chunk + 1))
+            prompt[2] += chunk
+            room -= chunk
+            if prompt[2] < num_tokens:
+                break
+        at = now + duration_s
+        for sequence in self.decoding:
+            sequence[1] += 1
+            sequence[2] -= 1
+        self.num_intervals += len(self.decoding)
+        ended = [("sequence", number, at) for number, _, left in sorted(self.decoding) if not left]
+        ended += [("prompt", number, at) for number, tokens, computed in self.prompts if tokens == computed]
+        self.decoding = [sequence for sequence in self.decoding if sequence[2]]
+        self.prompts = [prompt for prompt in self.prompts if prompt[1] > prompt[2]]
+        return at, ended
+
+
+def by_steps(fit: StepFit, happened: Sequence[Event]) -> tuple[list[tuple[str, int, float]], Steps]:
+    node, ends, now = Steps(fit), [], 0.0
+    left = list(enumerate(happened))
+    while left or node.prompts or node.waiting or node.decoding:
+        if not (node.prompts or node.waiting or node.decoding):
+            number, event = left.pop(0)  # an idle node begins at once, with what there is
+            now = event.at_s
+            node.apply(number, event)
+            continue
+        now, ended = node.step(now)
+        ends += ended
+        while left and left[0][1].at_s <= now:
+            node.apply(*left.pop(0))
+    return ends, node
+
+
+@settings(max_examples=100, deadline=None)
+@given(fits(), events())
+def test_stretches_end_when_steps_do(fit: StepFit, happened: list[Event]) -> None:
+    ends, batch = by_stretches(fit, happened)
+    expected, node = by_steps(fit, happened)
+    assert ends == expected
+    assert batch._itl.total() == node.num_intervals
+    assert (batch.num_context, batch.num_early_blocks, batch.num_decoding, len(batch.prompts)) == (0, 0, 0, 0)
+
+
+@given(
+    st.integers(1, 1_000),
+    st.integers(0, 50),
+    st.integers(1, 300),
+    st.integers(0, 400_000).map(lambda n: n + 0.5),
+)
+def test_steps_started_and_ended_are_those_before_and_after(
+    first: int, growth: int, num_steps: int, now: float
+) -> None:
+    stretch = Stretch(0.0, float(first), float(growth), num_steps, 1, 0)
+    borders = [sum(first + j * growth for j in range(k)) for k in range(num_steps + 1)]
+    assert [stretch.after(k) for k in range(num_steps + 1)] == borders
+    assert stretch.num_ended(now) == sum(border <= now for border in borders[1:])
+    assert stretch.num_started(now) == min(num_steps, stretch.num_ended(now) + 1)
+
+
+def test_a_step_that_ends_just_now_needs_no_other() -> None:
+    stretch = Stretch(0.0, 1.0, 0.5, 10, 1, 0)
+    assert [stretch.num_started(at) for at in (0.0, 1.0, 1.25, 2.5, 99.0)] == [1, 1, 2, 2, 10]
+
+
+@given(
+    st.floats(1e-4, 10),
+    st.floats(0, 0.1),
+    st.integers(1, 300),
+    st.integers(1, 5),
+    st.sampled_from([0.1, 0.5, 0.99]),
+)
+def test_a_ramp_counts_as_its_values_do(
+    first: float, growth: float, num: int, weight: int, part: float
+) -> None:
+    at_once, singly = Histogram(), Histogram()
+    at_once.add_ramp(first, growth, num, weight)
+    for j in range(num):
+        singly.add(first + j * growth, weight)
+    assert at_once.total() == singly.total() == num * weight
+    exact = first + (math.ceil(part * num) - 1) * growth
+    assert at_once.quantile(part) == pytest.approx(exact, rel=WIDTH)
+    assert singly.quantile(part) == pytest.approx(exact, rel=WIDTH)
+
+
+def test_a_prompt_behind_one_that_fills_the_steps_waits_for_its_end() -> None:
+    fit = StepFit(base_s=1.0, prefill_token_s=0.0, attended_token_s=0.0, sequence_s=0.0, context_token_s=0.0)
+    ends, _ = by_stretches(fit, [Event(0.0, prompt=(100, 0)), Event(0.5, prompt=(10, 0))])
+    # 32 + 32 + 32, then the last 4 of the first and all of the second in one step.
+    assert ends == [("prompt", 0, 4.0), ("prompt", 1, 4.0)]

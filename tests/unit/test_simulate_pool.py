@@ -1,0 +1,117 @@
+"""The simulated pool against a list of prefixes in the order of their use."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.simulate.pool import Lease, Pool
+
+BLOCKS_PER_ID = 512 // 64
+# Each names all before it, as in a trace: two chains of one root, and one of their own.
+CHAINS = [(1, 2, 3, 4), (1, 2, 5, 6), (7, 8, 9)]
+
+
+class NaivePool:
+    """Prefixes in a list, the least recently used first; who uses what in another."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.free = num_blocks
+        self.idle: list[int] = []
+        self.used: list[int] = []
+
+    def take(self, num_blocks: int, ids: tuple[int, ...]) -> Lease | None:
+        hits: list[int] = []
+        for key in ids:
+            if key not in self.idle and key not in self.used:
+                break
+            hits.append(key)
+        num_own = num_blocks - len(hits) * BLOCKS_PER_ID
+        idle = [key for key in self.idle if key not in hits]
+        if num_own > self.free + len(idle) * BLOCKS_PER_ID:
+            return None
+        while self.free < num_own:
+            idle.pop(0)
+            self.free += BLOCKS_PER_ID
+        self.free -= num_own
+        self.idle = idle
+        self.used += hits
+        return Lease(num_own, hits)
+
+    def commit(self, lease: Lease, ids: tuple[int, ...]) -> None:
+        for key in ids[len(lease.pinned) :]:
+            if key in self.idle or key in self.used:
+                break
+            self.used.append(key)
+            lease.pinned.append(key)
+            lease.num_own -= BLOCKS_PER_ID
+
+    def release(self, lease: Lease) -> None:
+        self.free += lease.num_own
+        for key in reversed(lease.pinned):
+            self.used.remove(key)
+            if key not in self.used:
+                self.idle.append(key)
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("take"), st.sampled_from(CHAINS), st.integers(0, 4), st.integers(1, 20)),
+        st.tuples(st.just("commit"), st.integers(0, 9)),
+        st.tuples(st.just("release"), st.integers(0, 9)),
+    ),
+    max_size=40,
+)
+
+
+@given(steps)
+def test_blocks_and_prefixes_are_those_of_the_naive_pool(drawn: list[tuple[object, ...]]) -> None:
+    pool, naive = Pool(80, 64), NaivePool(80)
+    held: list[tuple[Lease, Lease, tuple[int, ...]]] = []
+    announced: set[int] = set()
+    for kind, *args in drawn:
+        if kind == "take":
+            chain, length, more = args
+            ids = chain[:length]  # type: ignore[index]
+            num_tokens = 512 * len(ids) + 64 * more  # type: ignore[operator]
+            expected = naive.take(num_tokens // 64, ids)
+            assert pool.has_room(num_tokens, ids) == (expected is not None)
+            if expected is not None:
+                lease = pool.take(num_tokens, ids)
+                assert lease == expected
+                held.append((lease, expected, ids))
+        elif held:
+            lease, expected, ids = held[args[0] % len(held)]  # type: ignore[operator]
+            if kind == "commit":
+                pool.commit(lease, ids)
+                naive.commit(expected, ids)
+            else:
+                pool.release(lease)
+                naive.release(expected)
+                held.remove((lease, expected, ids))
+        assert pool.num_free == naive.free
+        assert pool.num_cached == len(naive.idle) * BLOCKS_PER_ID
+        stored, removed = pool.take_news()
+        announced = (announced | stored) - removed
+        assert announced == set(naive.idle) | set(naive.used)
+    for lease, _, _ in held:
+        pool.release(lease)
+    assert pool.num_free + pool.num_cached == pool.num_blocks
+
+
+def test_news_of_what_came_and_went_is_none() -> None:
+    pool = Pool(16, 64)
+    lease = pool.take(512, ())
+    pool.commit(lease, (1,))
+    pool.release(lease)
+    pool.release(pool.take(1024, ()))
+    assert pool.take_news() == (set(), set())
+
+
+def test_the_end_of_a_chain_goes_first() -> None:
+    pool = Pool(24, 64)
+    lease = pool.take(24 * 64, ())
+    pool.commit(lease, (1, 2, 3))
+    pool.release(lease)
+    pool.release(pool.take(64, ()))
+    assert pool.hits((1, 2, 3)) == 2

@@ -1,0 +1,132 @@
+"""Capacity, the best split, sizes of clusters, and the commands around them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.plan.__main__ import main as plan
+from benchmarks.plan.sizing import Demand, Kinds, smallest
+from benchmarks.simulate.__main__ import main
+from benchmarks.simulate.capacity import GOOD_SHARE, PRECISION, capacity, carrying_split
+from benchmarks.simulate.cells import ALL_POLICIES, LOADS, Task, run_task, table
+from benchmarks.simulate.cells import main as cells_main
+from benchmarks.simulate.presets import PRESETS
+from benchmarks.simulate.report import COLUMNS
+from benchmarks.simulate.run import Machines, best_static, simulate, splits_around
+from benchmarks.simulate.targets import Targets
+from benchmarks.simulate.traffic import at_rate
+from benchmarks.traces import Request
+
+L40S = PRESETS["l40s"]
+TARGETS = Targets(2.0, 0.06)
+
+
+def even_traffic(num_requests: int) -> list[Request]:
+    return [Request(2_000, 20, (), float(n)) for n in range(num_requests)]
+
+
+def test_splits_begin_at_the_likely_one_and_leave_a_node_for_each_side() -> None:
+    assert splits_around(6, 4) == [4, 3, 5, 2, 1]
+
+
+def test_capacity_is_where_targets_begin_to_be_missed() -> None:
+    machines, requests = Machines(L40S, 2), even_traffic(60)
+    found = capacity(machines, requests, TARGETS)
+    assert found.num_prefill == 1
+    slower, faster = (at_rate(requests, found.rate * share, 0) for share in (1, 1.05))
+    carries = [carrying_split(machines, 1, timed, TARGETS, 0) for timed in (slower, faster)]
+    assert carries == [1, None]
+    assert PRECISION < 0.05
+
+
+def test_capacity_is_nothing_when_nothing_helps() -> None:
+    assert capacity(Machines(L40S, 2), even_traffic(5), Targets(1e-6, 1e-6)).rate == 0
+
+
+def test_the_best_static_split_is_the_best_of_all_and_run_to_its_end() -> None:
+    machines = Machines(L40S, 5)
+    requests = at_rate(even_traffic(60), 12.0, seed=0)
+    best = best_static(machines, requests, TARGETS, likely=1)
+    all_good = [simulate(machines, n, "static", requests, TARGETS).num_good for n in range(1, 5)]
+    assert best.num_good == max(all_good) > min(all_good)
+    assert not best.has_failed
+    assert all(life.is_done or life.refused_with for life in best.lives)
+
+
+def test_the_smallest_cluster_carries_it_and_one_node_less_does_not() -> None:
+    demand = Demand(even_traffic(60), 12.0, TARGETS, 0, "static")
+    size = smallest(Kinds(L40S, L40S), demand, max_nodes=16)
+    assert size is not None
+    num_nodes = size.num_prefill + size.num_decode
+    timed = at_rate(demand.requests, 12.0, 0)
+    max_bad = int((1 - GOOD_SHARE) * 60)
+    assert not simulate(
+        Machines(L40S, num_nodes), size.num_prefill, "static", timed, TARGETS, 0, max_bad
+    ).has_failed
+    assert num_nodes > 2
+    assert carrying_split(Machines(L40S, num_nodes - 1), 1, timed, TARGETS, 0) is None
+    assert 0 <= size.margin < 1
+
+
+def test_no_cluster_is_large_enough_for_the_impossible() -> None:
+    demand = Demand(even_traffic(5), 1.0, Targets(1e-6, 1e-6), 0, "static")
+    assert smallest(Kinds(L40S, L40S), demand, max_nodes=3) is None
+
+
+def test_simulate_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "out.json"
+    argv = ["--requests", "30", "--rate", "5", "--split", "1:2", "--nodes", "l40s", "--seed", "3"]
+    argv += ["--policy", "flowkv", "--policy", "random"]
+    assert main([*argv, "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    assert [run["policy"] for run in report["runs"]] == ["flowkv", "random"]
+    assert {run["num_requests"] for run in report["runs"]} == {30}
+    assert report["commit"]
+    assert report["host"]["num_cores"]
+    shown = capsys.readouterr().out
+    assert all(column in shown for column in COLUMNS)
+    assert "targets: TTFT" in shown
+
+
+def test_simulate_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--trace", str(tmp_path / "none.csv")]) == 2
+    assert main(["--split", "8"]) == 2
+    assert "none.csv" in capsys.readouterr().err
+
+
+def test_a_plan_names_kinds_split_and_margin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    argv = ["--requests", "40", "--rate", "4", "--max-nodes", "8"]
+    argv += ["--nodes", "h100", "--nodes", "l40s", "--price", "h100=4"]
+    assert plan([*argv, "--ttft", "3", "--tpot", "0.08", "--json", str(file)]) == 0
+    sizes = json.loads(file.read_text())["sizes"]
+    assert len(sizes) == 4
+    assert [size["price"] for size in sizes] == sorted(size["price"] for size in sizes)
+    assert sizes[0]["price"] == sizes[0]["num_prefill"] + sizes[0]["num_decode"]
+    answer = capsys.readouterr().out.splitlines()[-1]
+    assert answer.startswith(f"take {sizes[0]['num_prefill']} x l40s for prefill")
+    assert plan(["--requests", "5", "--ttft", "1e-6", "--max-nodes", "2"]) == 1
+
+
+def test_cells_cover_loads_policies_and_mixes() -> None:
+    cells = [
+        cell
+        for slow_half in (False, True)
+        for cell in run_task(Task("shifting", slow_half, 1, None, num_nodes=4, num_requests=12))
+    ]
+    assert [(cell.load, cell.slow_half) for cell in cells] == [
+        (load, slow_half) for slow_half in (False, True) for load in LOADS
+    ]
+    assert {cell.nodes for cell in cells} == {"a10g"}
+    assert all([run.policy for run in cell.runs] == list(ALL_POLICIES) for cell in cells)
+    assert cells[2].rate == pytest.approx(1.3 / 0.7 * cells[0].rate)
+    lines = table(cells).splitlines()
+    assert len(lines) == 1 + len(cells)
+    assert "half slow" in lines[-1]
+
+
+def test_cells_want_their_traces(tmp_path: Path) -> None:
+    assert cells_main(["--json", str(tmp_path / "c.json"), "--trace", "none.csv"]) == 2

@@ -1,0 +1,77 @@
+"""What arrives: windows of traces, rates, the made-up shift, and the targets that follow."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.simulate.presets import PRESETS
+from benchmarks.simulate.shifting import shifting
+from benchmarks.simulate.targets import default_targets, unloaded_prefill_s
+from benchmarks.simulate.traffic import at_rate, cut_to, own_rate, window
+from benchmarks.traces import Request
+
+H100 = PRESETS["h100"]
+
+
+def trace(num_requests: int, *, tick_s: float = 3.0) -> list[Request]:
+    """Three requests per tick."""
+    return [Request(100 + n, 10, (), tick_s * (n // 3)) for n in range(num_requests)]
+
+
+def test_a_window_is_a_stretch_of_the_trace_that_the_seed_places() -> None:
+    everything = trace(300)
+    one, again, other = (window(everything, 30, seed) for seed in (1, 1, 2))
+    assert one == again != other
+    begin = everything.index(one[0])
+    assert one == everything[begin : begin + 30]
+    assert window(everything, 1_000, 1) == everything
+
+
+def test_arrivals_come_at_the_wanted_rate_and_differ_by_seed() -> None:
+    timed = at_rate(trace(3_000), 8.0, seed=1)
+    assert sorted(r.num_prompt_tokens for r in timed) == [r.num_prompt_tokens for r in trace(3_000)]
+    assert [r.arrival_s for r in timed] == sorted(r.arrival_s for r in timed)
+    assert own_rate(timed) == pytest.approx(8.0, rel=0.01)
+    assert len({r.arrival_s for r in timed}) == 3_000
+    assert timed == at_rate(trace(3_000), 8.0, seed=1)
+    assert timed != at_rate(trace(3_000), 8.0, seed=2)
+
+
+def test_bursts_survive_another_rate() -> None:
+    bursty = [Request(1, 1, (), 100.0 * (n // 50) + n % 50 * 0.01) for n in range(200)]
+    timed = at_rate(bursty, 10.0, seed=0)
+    # A burst of 50 spans half a second of 100 before, and a few jitters of 0.1 s of 5 now.
+    gaps = [later.arrival_s - sooner.arrival_s for sooner, later in zip(timed, timed[1:], strict=False)]
+    assert sum(gap > 2.0 for gap in gaps) == 3
+
+
+def test_prompts_and_answers_are_cut_to_what_fits() -> None:
+    (request,) = cut_to([Request(9_000, 5_000, tuple(range(18)))], 8_192)
+    assert (request.num_prompt_tokens, request.num_output_tokens) == (8_192 - 2_048, 2_048)
+
+
+def test_the_shift_goes_from_prompts_to_answers_and_back() -> None:
+    requests = shifting(900, seed=4)
+    assert requests == shifting(900, seed=4) != shifting(900, seed=5)
+    thirds = [requests[:300], requests[300:600], requests[600:]]
+    prompts = [sum(r.num_prompt_tokens for r in third) for third in thirds]
+    answers = [sum(r.num_output_tokens for r in third) for third in thirds]
+    assert min(prompts[0], prompts[2]) > 10 * prompts[1]
+    assert answers[1] > 5 * max(answers[0], answers[2])
+    ids = [key for request in requests for key in request.hash_ids]
+    assert len(ids) == len(set(ids))
+
+
+def test_targets_are_multiples_of_an_idle_node() -> None:
+    requests = [Request(1_000, 100)] * 8 + [Request(5_000, 100)] * 2
+    targets = default_targets(H100, requests)
+    assert targets.ttft_s == pytest.approx(3 * unloaded_prefill_s(H100, 5_000) + 0.25)
+    fit = H100.fit
+    assert targets.tpot_s == pytest.approx(2 * (fit.base_s + fit.sequence_s + 1_850 * fit.context_token_s))
+
+
+def test_an_unloaded_prompt_takes_the_time_of_its_chunks() -> None:
+    fit, budget = H100.fit, H100.token_budget
+    two_chunks = 2 * fit.base_s + fit.prefill_token_s * 5_000 + fit.attended_token_s * 5_000 * 5_001 / 2
+    assert budget == 4_096
+    assert unloaded_prefill_s(H100, 5_000) == pytest.approx(two_chunks)
