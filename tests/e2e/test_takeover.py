@@ -14,7 +14,7 @@ from test_faults import Load, check_finished
 from flowkv_common.wire import subjects
 
 TAKEOVER_S = 4.0
-NUM_NEW = 3
+NUM_RUNNING, NUM_NEW = 3, 2
 NODES = ("prefill-0", "decode-0")
 
 
@@ -34,7 +34,7 @@ async def test_killed_scheduler_costs_no_stream_and_new_ones_little(start_cluste
         finished = await observer.events(subjects.event("request_finished", "*"))
         assigned = await observer.events(subjects.assignment("*"))
         async with asyncio.TaskGroup() as tasks:
-            running = Load(http, tasks)
+            running = Load(http, tasks, num=NUM_RUNNING)
             await running.wait_under_way()
             leader_of(cluster).kill()
             new = [
@@ -42,12 +42,11 @@ async def test_killed_scheduler_costs_no_stream_and_new_ones_little(start_cluste
                 for i in range(NUM_NEW)
             ]
             streams = await running.results()
-        num_running = len(streams)
         check_finished(model_path, streams + [task.result() for task in new])
-        events = await finished.wait_for_all(num_running + NUM_NEW)
-        assert [event["attempts"] for event in events] == [1] * (num_running + NUM_NEW)
+        events = await finished.wait_for_all(NUM_RUNNING + NUM_NEW)
+        assert [event["attempts"] for event in events] == [1] * (NUM_RUNNING + NUM_NEW)
         waits_s = sorted(event["phases_s"]["schedule"] for event in events)
         assert 0.5 < waits_s[-1] < TAKEOVER_S  # they did have to wait for another leader
-        epochs = [assignment["epoch"] for assignment in await assigned.wait_for_all(num_running + NUM_NEW)]
-        assert epochs == [1] * num_running + [2] * NUM_NEW
+        epochs = [assignment["epoch"] for assignment in await assigned.wait_for_all(NUM_RUNNING + NUM_NEW)]
+        assert epochs == [1] * NUM_RUNNING + [2] * NUM_NEW
         await observer.wait_idle(NODES)

@@ -208,17 +208,25 @@ class _Notify(logging.Handler):
             self.event.set()
 
 
-async def test_subscription_that_could_not_be_confirmed_does_not_listen(
+async def test_what_could_not_be_subscribed_or_drained_does_not_come_back_with_a_reconnect(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fail(_: float) -> None:
+    async def fail(*_: float) -> None:
         raise FlushTimeoutError
 
-    async with connect(nats_server.url, name="test") as bus:
+    async with (
+        connect(nats_server.url, name="listener") as bus,
+        connect(nats_server.url, name="asker") as asker,
+    ):
+        drained = await bus.subscribe(SUBJECT, Drain, lambda *_: None)
         with monkeypatch.context() as broken:
-            broken.setattr(bus.nc, "flush", fail)
+            broken.setattr(bus.nc, "flush", fail)  # as when the connection goes just then
             with pytest.raises(errors.Unavailable, match="can't subscribe"):
-                await bus.subscribe(subjects.load("n"), Drain, lambda *_: None)
-        await bus.nc.flush(5)
+                await bus.subscribe(SUBJECT, Drain, lambda *_: None)
+            await drained.drain()
+        back = reconnected(bus)
+        bus.nc._transport.close()
+        await soon(back.wait())
+        await soon(bus.nc.flush(5))
         with pytest.raises(errors.Unavailable, match="nobody listens"):
-            await bus.request(subjects.load("n"), Drain(), Drain, timeout_s=5)
+            await asker.request(SUBJECT, Drain(), Drain, timeout_s=5)

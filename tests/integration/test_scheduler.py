@@ -21,7 +21,8 @@ from flowkv_common.config import SchedulerSettings
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment
 from flowkv_scheduler.app import serve
-from flowkv_scheduler.planner import Goals, Planner
+from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.policy import Goals
 
 
 @contextlib.asynccontextmanager

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import pytest
 from nats.aio.msg import Msg
 from nats_server import NatsServer
 from prometheus_client import CollectorRegistry
@@ -22,6 +23,7 @@ from flowkv_common.wire import messages, subjects
 from flowkv_common.wire.messages import Accepted, CapMoved, NodeRef, RegimeChanged, SetPrefillCap, decode
 from flowkv_scheduler.app import serve
 from flowkv_scheduler.carry_out import Orders
+from flowkv_scheduler.leading import lead
 from flowkv_scheduler.orders import MoveCap, Order, RegimeChange, ScaleWanted
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Goals
@@ -173,6 +175,34 @@ async def test_who_does_not_lead_orders_nothing_of_nodes(nats_server: NatsServer
     assert not at.lease.is_held
     await at.orders.carry_out([MoveCap(D0, 512, WHY)])
     assert caps.asked == []
+
+
+async def test_endpoint_that_could_not_be_opened_is_opened_later(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticked = asyncio.Event()
+
+    async def tick() -> None:
+        ticked.set()
+
+    async with connect(nats_server.url, name="test") as bus:
+        caps, subscribe, num_tries = Caps(), bus.subscribe_raw, 0
+
+        async def subscribe_at_second_try(*arguments: Any) -> Any:
+            nonlocal num_tries
+            num_tries += 1
+            if num_tries == 1:
+                raise errors.Unavailable("cut off just now")
+            return await subscribe(*arguments)
+
+        async with Service(bus, name="scheduler", version="0.1.0", service_id="s", endpoints=[]) as service:
+            monkeypatch.setattr(bus, "subscribe_raw", subscribe_at_second_try)
+            async with running(lead(service, caps.endpoints()[0], tick)), asyncio.timeout(5):
+                await ticked.wait()
+                order = SetPrefillCap(node=D0, epoch=1, max_prefill_tokens_per_step=512, reason=WHY)
+                subject = subjects.at(subjects.NODE_CAP, "d0")
+                assert await bus.request(subject, order, Accepted, timeout_s=5) == Accepted(node_id="d0")
+    assert num_tries == 2
 
 
 class FailingOnce(Planner):

@@ -1,4 +1,4 @@
-"""nats-py's client with a `flush` that is the barrier it promises to be."""
+"""nats-py's client with what it lacks: a `flush` that is a barrier, and subscriptions that can be dropped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from nats.aio.client import Client
+from nats.aio.subscription import Subscription
 
 
 class BarrierClient(Client):
@@ -19,3 +20,11 @@ class BarrierClient(Client):
     async def _send_ping(self, future: asyncio.Future[Any] | None = None) -> None:
         await self._flush_pending(force_flush=True)
         await super()._send_ping(future)
+
+    def forget(self, subscription: Subscription) -> None:
+        """Drop a subscription without a word to the server, which may be gone.
+
+        One that could not be drained stays in nats-py's books, and the next reconnect brings it back to life.
+        """
+        subscription._stop_processing()
+        self._remove_sub(subscription._id)

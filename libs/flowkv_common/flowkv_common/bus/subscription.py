@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable
 from typing import Self
 
 import nats.errors
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 
 from flowkv_common import errors
+from flowkv_common.bus.client import BarrierClient
 
 _CONFIRM_TIMEOUT_S = 5
 
@@ -20,7 +20,7 @@ _CONFIRM_TIMEOUT_S = 5
 class Subscription:
     """Interest in a subject; leaving the context drains it: what has arrived is still handled."""
 
-    def __init__(self, nc: Client, subject: str) -> None:
+    def __init__(self, nc: BarrierClient, subject: str) -> None:
         self.subject = subject
         self.num_undecodable = 0
         self.num_failed = 0
@@ -44,7 +44,7 @@ class Subscription:
             if self._nc.is_connected:  # else the reconnect restores it
                 await self._nc.flush(_CONFIRM_TIMEOUT_S)
         except nats.errors.Error as error:
-            await self.drain()  # else the next reconnect would bring it back, with nobody to leave it
+            await self.drain()  # nobody else will
             raise errors.Unavailable(f"can't subscribe to {self.subject}: {error}") from error
 
     async def drain(self, timeout_s: float = 5.0) -> None:
@@ -54,9 +54,12 @@ class Subscription:
             return
         # Without a server there is nothing to drain, and `drain()` would wait for its answer.
         leave: Callable[[], Awaitable[None]] = inner.drain if self._nc.is_connected else inner.unsubscribe
-        with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
-            async with asyncio.timeout(timeout_s):
-                await leave()
+        try:
+            with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
+                async with asyncio.timeout(timeout_s):
+                    await leave()
+        finally:
+            self._nc.forget(inner)
 
     async def __aenter__(self) -> Self:
         return self
