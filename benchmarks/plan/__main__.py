@@ -35,7 +35,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--ttft", type=float, help="target, seconds")
     parser.add_argument("--tpot", "--itl", type=float, help="target, seconds")
     parser.add_argument("--policy", choices=POLICIES, default="static", help="who schedules")
-    parser.add_argument("--max-nodes", type=int, default=256)
+    parser.add_argument("--max-nodes", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where the figures go")
     return parser.parse_args(argv)
@@ -85,10 +85,9 @@ def table(sizes: list[Size], prices: dict[str, float]) -> str:
     """The cheapest first."""
     lines = [["prefill", "decode", "nodes", "split", "price", "margin"]]
     for size in sizes:
-        total = size.num_prefill + size.num_decode
         split = f"{size.num_prefill}P:{size.num_decode}D"
         names = [kind.name for kind in size.kinds]
-        lines.append([*names, str(total), split, f"{size.price(prices):g}", f"{size.margin:.0%}"])
+        lines.append([*names, str(size.num_nodes), split, f"{size.price(prices):g}", f"{size.margin:.0%}"])
     return layout(lines)
 
 

@@ -43,7 +43,8 @@ def capacity(
         if too_much is not None and too_much - best.rate <= PRECISION * too_much:
             break
         timed = at_rate(requests, rate, seed)
-        found = carrying_split(machines, best.num_prefill, timed, targets, seed, policy)
+        splits = splits_around(machines.num_nodes, best.num_prefill)
+        found = carrying_split(machines, splits, timed, targets, seed, policy)
         if found is None:
             too_much = rate
         else:
@@ -54,17 +55,14 @@ def capacity(
 
 def carrying_split(
     machines: Machines,
-    likely: int,
+    splits: Sequence[int],
     requests: Sequence[Request],
     targets: Targets,
     seed: int,
     policy: str = "static",
-    *,
-    only_likely: bool = False,
 ) -> int | None:
-    """The prefill nodes of a split that keeps the targets, looked for around the `likely` one."""
+    """The first of the splits, as numbers of prefill nodes, that keeps the targets."""
     max_bad = int((1 - GOOD_SHARE) * len(requests))
-    splits = [likely] if only_likely else splits_around(machines.num_nodes, likely)
     for num_prefill in splits:
         if not simulate(machines, num_prefill, policy, requests, targets, seed, max_bad).has_failed:
             return num_prefill

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.plan.__main__ import main as plan
-from benchmarks.plan.sizing import Demand, Kinds, smallest
+from benchmarks.plan.sizing import Demand, Kinds, smallest, splits_to_try
 from benchmarks.simulate.__main__ import main
 from benchmarks.simulate.capacity import GOOD_SHARE, PRECISION, capacity, carrying_split
 from benchmarks.simulate.cells import ALL_POLICIES, LOADS, Task, run_task, table
@@ -37,7 +37,7 @@ def test_capacity_is_where_targets_begin_to_be_missed() -> None:
     found = capacity(machines, requests, TARGETS)
     assert found.num_prefill == 1
     slower, faster = (at_rate(requests, found.rate * share, 0) for share in (1, 1.05))
-    carries = [carrying_split(machines, 1, timed, TARGETS, 0) for timed in (slower, faster)]
+    carries = [carrying_split(machines, [1], timed, TARGETS, 0) for timed in (slower, faster)]
     assert carries == [1, None]
     assert PRECISION < 0.05
 
@@ -67,8 +67,15 @@ def test_the_smallest_cluster_carries_it_and_one_node_less_does_not() -> None:
         Machines(L40S, num_nodes), size.num_prefill, "static", timed, TARGETS, 0, max_bad
     ).has_failed
     assert num_nodes > 2
-    assert carrying_split(Machines(L40S, num_nodes - 1), 1, timed, TARGETS, 0) is None
+    assert carrying_split(Machines(L40S, num_nodes - 1), range(1, num_nodes - 1), timed, TARGETS, 0) is None
     assert 0 <= size.margin < 1
+
+
+def test_splits_are_few_and_near_what_is_known() -> None:
+    assert splits_to_try(2, None) == [1]
+    assert sorted(splits_to_try(16, None)) == [2, 4, 6, 8, 10, 12, 14]
+    assert splits_to_try(12, 0.75) == [9, 8, 10, 7, 11]
+    assert splits_to_try(3, 0.9) == [2]
 
 
 def test_no_cluster_is_large_enough_for_the_impossible() -> None:
