@@ -22,7 +22,15 @@ from benchmarks.policies.simple import SIMPLE
 from benchmarks.recording import NODE_PREFIX, RECONNECTED, Line, UnreadableRecording, read_lines
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Assignment, LoadReport, NodeDescriptor, ScheduleRequest, Wait, decode
+from flowkv_common.wire.messages import (
+    Assignment,
+    BlocksChanged,
+    LoadReport,
+    NodeDescriptor,
+    ScheduleRequest,
+    Wait,
+    decode,
+)
 from flowkv_scheduler.leading import TICK_PERIOD_S
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Goals
@@ -102,9 +110,11 @@ class Replay:
             self._planner.set_descriptors(self._descriptors)
         elif verb == subjects.load("*").rpartition(".")[0]:
             self._planner.add_report(decode(line.message, LoadReport), line.t)
+        elif verb == subjects.blocks("*").rpartition(".")[0]:
+            self._planner.state.prefixes.apply(decode(line.message, BlocksChanged))
         elif verb == subjects.assignment("*").rpartition(".")[0]:
             self._compare(decode(line.message, Assignment))
-        # Changes of prefix caches, `subjects.blocks`: this planner hears of none. Events are for people.
+        # Events are for people. Of prefix caches only what changed meanwhile is known.
 
     def _ask(self, now: float, request: ScheduleRequest) -> None:
         self._open[request.request_id, request.attempt] = len(self.questions)

@@ -111,7 +111,9 @@ def simulate(
     outcome = Outcome(policy, num_prefill, targets, lives, itl, machines.nodes(num_prefill, itl))
     watch = _sampler(outcome, every_s=max(1.0, requests[-1].arrival_s / NUM_SAMPLES))
     judge = Judge(targets, max_bad)
-    cluster = Cluster(outcome.nodes, make_planner(policy, targets, seed), lives, judge, watch)
+    planner = make_planner(policy, targets, seed)
+    on_blocks = planner.state.prefixes.apply if isinstance(planner, Planner) else None
+    cluster = Cluster(outcome.nodes, planner, lives, judge, watch, on_blocks)
     cluster.run()
     outcome.has_failed = judge.has_failed
     outcome.num_good = len(lives) - judge.num_bad

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 from collections import Counter
 from pathlib import Path
@@ -20,7 +19,7 @@ from flowkv_common.wire.messages import Accepted, LoadReport, NodeRef, SetPrefil
 
 NUM_REQUESTS = 24
 AT_ONCE = 6
-TOKENS = 16
+TOKENS = 12
 MIN_CHANGES = 200
 BLOCK_SIZE = 16
 TOKEN_BUDGET = 128
@@ -29,7 +28,7 @@ CAPS = (BLOCK_SIZE, TOKEN_BUDGET, BLOCK_SIZE + 1, 40, TOKEN_BUDGET // 2, TOKEN_B
 
 
 class Mover:
-    """Moves the cap of one node after the other, once for each `due`."""
+    """Moves the caps of all nodes, once for each `due`."""
 
     def __init__(self, observer: Observer, nodes: list[NodeRef], rng: random.Random) -> None:
         self.due = asyncio.Semaphore(0)
@@ -45,9 +44,10 @@ class Mover:
 
     async def run(self) -> None:
         async with await self._bus.subscribe(subjects.LOAD_ALL, LoadReport, self.hear):
-            for node in itertools.cycle(self._nodes):
+            while True:
                 await self.due.acquire()
-                await self._move(node)
+                for node in self._nodes:
+                    await self._move(node)
 
     async def _move(self, node: NodeRef) -> None:
         message = SetPrefillCap(
@@ -62,7 +62,7 @@ class Mover:
 
 async def test_no_request_notices(start_cluster, model_path: Path) -> None:
     rng = random.Random(4)
-    prompts = rng.sample(make_prompts(vocab_size=49_152, longest=300), NUM_REQUESTS)
+    prompts = rng.sample(make_prompts(vocab_size=49_152, longest=200), NUM_REQUESTS)
     cluster = start_cluster(prefill=1, decode=1, settings={"FLOWKV_TOKEN_BUDGET": str(TOKEN_BUDGET)})
     async with (
         httpx.AsyncClient(base_url=cluster.url, timeout=120) as http,
@@ -78,7 +78,7 @@ async def test_no_request_notices(start_cluster, model_path: Path) -> None:
         finished = await events.wait_for_all(NUM_REQUESTS)
     cluster.stop()
     assert num_changes.keys() == set(NODES)
-    assert num_changes.total() >= MIN_CHANGES
+    assert min(num_changes.values()) >= MIN_CHANGES
     # Requests have really met nodes of either kind on either side.
     assert len({(event["prefill_node"], event["decode_node"]) for event in finished}) > 1
     for stream in done:
@@ -90,7 +90,7 @@ async def test_no_request_notices(start_cluster, model_path: Path) -> None:
 async def generate_all(
     http: httpx.AsyncClient, prompts: list[list[int]], due: asyncio.Semaphore
 ) -> list[Streamed]:
-    """Greedy output of all prompts, some at once; each token that comes makes one change due."""
+    """Greedy output of all prompts, some at once; each token that comes makes changes due."""
     waiting = iter(prompts)
     done: list[Streamed] = []
 
