@@ -149,7 +149,7 @@ def requests(seed: int) -> Iterator[ScheduleRequest]:
         number += 1
         num_tokens = max(16, round(draw.lognormvariate(6.9, 0.8)))
         chain = draw.randrange(200) if draw.random() < 0.5 else 1000 + number
-        hashes = [f"{chain:016x}{place:016x}" for place in range(num_tokens // 16)]
+        hashes = [f"{chain:08x}{place:08x}" * 2 for place in range(num_tokens // 16)]
         yield ScheduleRequest(
             request_id=f"r{number}",
             attempt=0,

@@ -39,8 +39,8 @@ class Request(NamedTuple):
 
 
 def hashes_of_id(hash_id: int, block_size: int) -> list[str]:
-    """One hash for each block of the 512 tokens that an id names."""
-    return [f"{hash_id}.{place}" for place in range(TOKENS_PER_HASH_ID // block_size)]
+    """One hash for each block of the 512 tokens that an id names, of 32 hex digits as on the wire."""
+    return [f"{hash_id:08x}{place:08x}" * 2 for place in range(TOKENS_PER_HASH_ID // block_size)]
 
 
 def load(path: Path) -> list[Request]:

@@ -60,7 +60,7 @@ async def test_recording_of_a_live_scheduler_replays_to_the_same_choices(
     done = replay.Replay(replay.make_planner("flowkv", 0))
     done.run(read_lines(path))
     questions = [question for question in done.questions if question.request.request_id.startswith("r")]
-    assert len(set(live)) == 4  # else any policy would do
+    assert len(set(live)) >= 4  # else any policy would do
     assert [question.replayed.pair for question in questions[-32:]] == live
     assert {question.outcome for question in questions[-32:]} == {"alike"}
     kinds = {line.subject for line in read_lines(path)}

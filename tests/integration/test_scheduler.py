@@ -16,7 +16,7 @@ from nats_server import NatsServer
 from scripted_nodes import Node, is_assigned, is_wait, living, schedule, until
 
 from flowkv_common import errors
-from flowkv_common.bus.connection import connect
+from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.config import SchedulerSettings
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment
@@ -50,10 +50,15 @@ async def test_waits_for_nodes_then_pairs_them_and_tells_everyone(nats_server: N
                     assert await told.get() == answer
 
 
+def busy_with_its_own(bus: Bus, node_id: str) -> Node:
+    """A decode node that has no time for a new prompt, only for sequences."""
+    return Node(bus, node_id, "decode", queued_prefill_tokens=500_000)
+
+
 async def test_live_load_moves_requests_to_the_idler_node(nats_server: NatsServer) -> None:
     async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
         p0, p1 = Node(bus, "p0", "prefill"), Node(bus, "p1", "prefill", queued_prefill_tokens=3000)
-        async with living(p0, p1, Node(bus, "d0", "decode")):
+        async with living(p0, p1, busy_with_its_own(bus, "d0")):
             await until(bus, is_assigned("p0", "d0"))
             p0.changes = {"queued_prefill_tokens": 9000}
             await until(bus, is_assigned("p1", "d0"))
@@ -90,7 +95,7 @@ async def test_silent_and_draining_nodes_get_nothing(nats_server: NatsServer) ->
 async def test_refusals_arrive_as_errors(nats_server: NatsServer) -> None:
     async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
         p0 = Node(bus, "p0", "prefill")
-        async with living(p0, Node(bus, "d0", "decode")):
+        async with living(p0, busy_with_its_own(bus, "d0")):
             await until(bus, is_assigned("p0", "d0"))
             with pytest.raises(errors.BadRequest) as bad:
                 await schedule(bus, request(num_prompt_tokens=5000))

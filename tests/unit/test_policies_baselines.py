@@ -81,11 +81,15 @@ def test_two_choices_never_takes_the_most_loaded() -> None:
     assert all(p != "0" and d != "3" for p, d in (ask(planner, n) for n in range(10)))
 
 
+def chain(number: int) -> list[str]:
+    return [f"{number:08x}{place:08x}" * 2 for place in range(10)]
+
+
 def test_prefixes_have_a_home() -> None:
     planner = baseline("prefix_affinity", [Load(5000), Load(), Load(), Load(), Load()], num_prefill=4)
-    homes = {ask(planner, n, [f"{n % 8}.{i}" for i in range(10)])[0] for n in range(8)}
-    again = [ask(planner, 100 + n, [f"{n % 8}.{i}" for i in range(10)])[0] for n in range(8)]
-    assert [ask(planner, 200 + n, [f"{n % 8}.{i}" for i in range(10)])[0] for n in range(8)] == again
+    homes = {ask(planner, n, chain(n % 8))[0] for n in range(8)}
+    again = [ask(planner, 100 + n, chain(n % 8))[0] for n in range(8)]
+    assert [ask(planner, 200 + n, chain(n % 8))[0] for n in range(8)] == again
     assert len(homes) > 1
 
 

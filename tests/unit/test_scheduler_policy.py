@@ -110,7 +110,7 @@ def test_short_prompt_stays_on_an_idle_decode_node() -> None:
 
 
 def test_node_that_has_cached_the_prefix_is_worth_a_wait() -> None:
-    hashes = [f"{number:032x}" for number in range(6)]
+    hashes = [f"{number:016x}" * 2 for number in range(6)]
     nodes = [node("p0", "prefill", queued_prefill_tokens=50), node("p1", "prefill"), node("d0", "decode")]
     state = cluster(*nodes)
     state.prefixes.expect(nodes[0].descriptor.node, hashes[:5], until=9.0)

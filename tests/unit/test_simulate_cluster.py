@@ -101,7 +101,7 @@ def busy_traffic(seed: int) -> list[Request]:
 def check_all_is_back(nodes: list[SimNode], lives: list[Life], itl: Histogram) -> None:
     """Each request has ended in one way, and nobody holds anything any more."""
     assert all((life.last_token_s > 0) != (life.refused_with > 0) for life in lives)
-    assert sum(life.is_done for life in lives) > 30
+    assert sum(life.is_done for life in lives) > 20
     for node in nodes:
         batch = node.batch
         assert node.pool.num_free + node.pool.num_cached == node.pool.num_blocks
