@@ -12,7 +12,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +24,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.model import default_model
 from benchmarks.paced.report import MAX_SLIP, Report
 from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import FlowKVError
+from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
@@ -39,7 +41,6 @@ from flowkv_common.wire.messages import (
     transfer_id,
 )
 from scripts.local_cluster import Cluster, ClusterError
-from tests.e2e.observer import Observer
 from tests.paced.cluster import NODES, paced_cluster, paced_settings
 
 _NUM_BLOCKS = 8192
@@ -47,6 +48,7 @@ _STEPS_S = (0.08, 0.04, 0.02, 0.015, 0.01, 0.005)
 _GATEWAY_ID = "sustain"
 _PROMPT_TOKENS = 16
 _SETTLE_S = 2.0
+_REGISTRY_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -69,23 +71,24 @@ async def measure(cluster: Cluster, num_each: int, step_s: float, num_sequences:
         _keepalives(bus),
         await bus.subscribe_raw(subjects.tokens(_GATEWAY_ID), _throw_away),
     ):
-        nodes = await Observer(bus).descriptors()
+        nodes = await _descriptors(bus, 2 * num_each)
         runs = list(_runs(nodes, num_sequences, max_tokens=int(2 * (seconds + 30) / step_s)))
         for run in runs:
             subject = subjects.at(subjects.PREFILL_RUN, run.node.node_id)
             await bus.request(subject, run, Accepted, timeout_s=5)
         await asyncio.sleep(_SETTLE_S)
         process = psutil.Process(cluster.processes[NODES].pid)
-        decode = [node for node in nodes if node.role == "decode"]
-        before, began, cpu_before = await _num_steps(decode), time.monotonic(), _cpu_s(process)
-        await asyncio.sleep(seconds)
-        after, wall_s, cpu_after = await _num_steps(decode), time.monotonic() - began, _cpu_s(process)
+        urls = [node.metrics_url for node in nodes if node.role == "decode"]
+        async with httpx.AsyncClient() as http:  # one for both counts: to make it takes long
+            began, cpu_before, before = time.monotonic(), _cpu_s(process), await _num_steps(http, urls)
+            await asyncio.sleep(seconds)
+            ended, cpu_after, after = time.monotonic(), _cpu_s(process), await _num_steps(http, urls)
         for run in runs:
             name = transfer_id(run.request_id, run.attempt)
             await bus.publish(subjects.cancel(name), Cancel(transfer_id=name, reason="measured"))
+    wall_s, cpu_s = ended - began, cpu_after - cpu_before
     steps_per_s = (after - before) / wall_s
-    slip = len(decode) / (step_s * steps_per_s) - 1
-    cpu_s = cpu_after - cpu_before
+    slip = num_each / (step_s * steps_per_s) - 1
     return Row(
         num_each=num_each,
         step_s=step_s,
@@ -95,6 +98,18 @@ async def measure(cluster: Cluster, num_each: int, step_s: float, num_sequences:
         cores=round(cpu_s / wall_s, 2),
         cpu_ms_per_step=round(1e3 * cpu_s / (after - before), 2),
     )
+
+
+async def _descriptors(bus: Bus, num_nodes: int) -> list[NodeDescriptor]:
+    """Of all nodes, once they are in the registry together. Raises TimeoutError."""
+    found: asyncio.Future[list[NodeDescriptor]] = asyncio.get_running_loop().create_future()
+
+    def look(descriptors: Mapping[str, NodeDescriptor]) -> None:
+        if len(descriptors) == num_nodes and not found.done():
+            found.set_result(list(descriptors.values()))
+
+    async with asyncio.timeout(_REGISTRY_TIMEOUT_S), running(watch_nodes(bus, look)):
+        return await found
 
 
 def _keepalives(bus: Bus) -> Service:
@@ -135,14 +150,13 @@ def _runs(nodes: Sequence[NodeDescriptor], num_sequences: int, max_tokens: int) 
         )
 
 
-async def _num_steps(nodes: Sequence[NodeDescriptor]) -> float:
-    """Engine steps so far, over all `nodes`."""
-    async with httpx.AsyncClient() as http:
-        texts = [(await http.get(node.metrics_url)).text for node in nodes]
+async def _num_steps(http: httpx.AsyncClient, metrics_urls: Sequence[str]) -> float:
+    """Engine steps so far, over all nodes."""
+    answers = await asyncio.gather(*(http.get(url) for url in metrics_urls))
     return sum(
         sample.value
-        for text in texts
-        for family in text_string_to_metric_families(text)
+        for answer in answers
+        for family in text_string_to_metric_families(answer.text)
         for sample in family.samples
         if sample.name == "vllm:iteration_tokens_total_count"
     )
