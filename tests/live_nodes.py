@@ -18,7 +18,7 @@ from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import NodeSettings
 from flowkv_common.engine.model import LoadedModel, load_model
 from flowkv_common.errors import FlowKVError, from_wire
-from flowkv_common.node.host import serve
+from flowkv_common.node.host import serve, served
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
@@ -75,7 +75,8 @@ async def live_node(
         "drain_timeout_s": 1.0,
     }
     async with reports(bus, node_id) as heard, asyncio.TaskGroup() as tasks:
-        tasks.create_task(serve(NodeSettings(**{**values, **settings}), role, model))
+        own = NodeSettings(**{**values, **settings})
+        tasks.create_task(serve(own, role, served(model, own), asyncio.Event()))
         ready = await first(heard, lambda report: report.ready and len(report.links) >= peers)
         try:
             yield ready.node
