@@ -23,19 +23,11 @@ import msgspec
 
 from benchmarks.host import commit, describe_host
 from flowkv_common.errors import Full
-from flowkv_common.wire.messages import (
-    BlockCounts,
-    LoadReport,
-    ModelCard,
-    NodeDescriptor,
-    NodeRef,
-    PoolLayout,
-    ScheduleRequest,
-    StepFit,
-    Wait,
-)
+from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout, ScheduleRequest, Wait
+from flowkv_common.wire.nodes import BlockCounts, LoadReport, NodeDescriptor, StepFit
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Choice, Goals
+from flowkv_scheduler.policy import Choice
+from flowkv_scheduler.weighing import Goals
 
 PERIOD_S = 0.5
 NUM_BLOCKS = 20_000

@@ -25,7 +25,7 @@ import httpx
 from benchmarks.host import commit, describe_host
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Check, Checked
+from flowkv_common.wire.nodes import Check, Checked
 from scripts.local_cluster import Cluster
 
 NODES = ("prefill-0", "decode-0")

@@ -26,7 +26,7 @@ from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.tasks import running, stop_on_signals
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import NodeDescriptor
+from flowkv_common.wire.nodes import NodeDescriptor
 
 SUBJECTS = (
     subjects.LOAD_ALL,

@@ -6,15 +6,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from flowkv_common.wire.messages import (
-    BlockCounts,
-    LoadReport,
-    ModelCard,
-    NodeDescriptor,
-    NodeRef,
-    PoolLayout,
-    ScheduleRequest,
-)
+from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout, ScheduleRequest
+from flowkv_common.wire.nodes import BlockCounts, LoadReport, NodeDescriptor
 from flowkv_scheduler.state import ClusterState, NodeView, Work
 
 BLOCK_SIZE = 16

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 from flowkv_common.node.step_fit import StepCounts, StepFitter
-from flowkv_common.wire.messages import StepFit
+from flowkv_common.wire.nodes import StepFit
 
 # Like a small model on one core.
 COSTS = StepFit(

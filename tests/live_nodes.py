@@ -22,12 +22,8 @@ from flowkv_common.node.host import serve, served
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
-    Check,
-    Checked,
-    Drain,
     Keepalive,
     KeepaliveReply,
-    LoadReport,
     NodeRef,
     PrefillRun,
     SamplingParams,
@@ -35,6 +31,7 @@ from flowkv_common.wire.messages import (
     TokenChunk,
     transfer_id,
 )
+from flowkv_common.wire.nodes import Check, Checked, Drain, LoadReport
 
 BLOCK_SIZE = 8
 TOKEN_BUDGET = 64

@@ -11,7 +11,7 @@ from flowkv_common.wire.messages import NodeRef
 from flowkv_scheduler.app import serve
 from flowkv_scheduler.orders import MoveCap, Order
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Goals
+from flowkv_scheduler.weighing import Goals
 
 
 class OrderingPlanner(Planner):

@@ -13,7 +13,8 @@ from flowkv_common import errors
 from flowkv_common.bus.connection import Bus
 from flowkv_common.bus.registry import keep_announced
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Assignment, LoadReport, Message, ScheduleRequest, Wait
+from flowkv_common.wire.messages import Assignment, Message, ScheduleRequest, Wait
+from flowkv_common.wire.nodes import LoadReport
 
 PERIOD_S = 0.1
 

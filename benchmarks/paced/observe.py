@@ -13,7 +13,7 @@ import psutil
 from flowkv_common.bus.connection import connect
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import LoadReport
+from flowkv_common.wire.nodes import LoadReport
 from scripts.local_cluster import Cluster
 
 _PERIOD_S = 1.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from benchmarks.load.arrivals import Lengths
-from flowkv_common.wire.messages import StepFit
+from flowkv_common.wire.nodes import StepFit
 
 # About what one core does with SmolLM2-135M: 1,000 prompt tokens per second; 12 decode steps per second with
 # 16 sequences.

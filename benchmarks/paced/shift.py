@@ -31,7 +31,7 @@ from benchmarks.paced.pace import (
     stretched,
 )
 from benchmarks.paced.report import Pace, Report, pace_of
-from flowkv_common.wire.messages import StepFit
+from flowkv_common.wire.nodes import StepFit
 from scripts.local_cluster import Cluster, ClusterError
 from tests.paced.cluster import kept, paced_cluster, paced_settings
 

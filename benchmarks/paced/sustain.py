@@ -34,12 +34,11 @@ from flowkv_common.wire.messages import (
     Cancel,
     Keepalive,
     KeepaliveReply,
-    NodeDescriptor,
     PrefillRun,
     SamplingParams,
-    StepFit,
     transfer_id,
 )
+from flowkv_common.wire.nodes import NodeDescriptor, StepFit
 from scripts.local_cluster import Cluster, ClusterError
 from tests.paced.cluster import NODES, paced_cluster, paced_settings
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
-from flowkv_common.wire.messages import LoadReport, NodeDescriptor, NodeRef, ScheduleRequest, Wait
+from flowkv_common.wire.messages import NodeRef, ScheduleRequest, Wait
+from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_scheduler.orders import Order
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Goals
+from flowkv_scheduler.weighing import Goals
 
 # A choice that no report shows yet counts for so long: two report periods.
 CHOICES_COUNT_FOR_S = 1.0

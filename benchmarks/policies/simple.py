@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_scheduler.index import group_of
-from flowkv_scheduler.policy import Choice, Chooser, Goals, Weighing
+from flowkv_scheduler.policy import Choice, Chooser
 from flowkv_scheduler.state import ClusterState, NodeView
+from flowkv_scheduler.weighing import Goals, Weighing
 
 Pair = tuple[NodeView, NodeView]
 

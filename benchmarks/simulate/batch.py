@@ -15,7 +15,7 @@ from typing import NamedTuple
 from benchmarks.simulate.histogram import Histogram
 from benchmarks.simulate.life import Life
 from benchmarks.simulate.stretch import Stretch, chunk_pairs, step_s
-from flowkv_common.wire.messages import StepFit
+from flowkv_common.wire.nodes import StepFit
 
 # How much the newest step counts in measured rates: as in `node/instruments.py`.
 SMOOTHING = 0.2

@@ -18,7 +18,8 @@ from benchmarks.simulate.life import Life
 from benchmarks.simulate.node import REPORT_PERIOD_S, SimNode
 from benchmarks.traces import TOKENS_PER_HASH_ID
 from flowkv_common.errors import FlowKVError
-from flowkv_common.wire.messages import BlocksChanged, LoadReport, NodeDescriptor, ScheduleRequest, Wait
+from flowkv_common.wire.messages import ScheduleRequest, Wait
+from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor
 from flowkv_scheduler.orders import MoveCap, Order
 
 # What clients ask for: the scheduler knows no more of the length of an answer.

@@ -14,15 +14,8 @@ from benchmarks.simulate.pool import Pool
 from benchmarks.simulate.presets import NodeKind
 from benchmarks.simulate.stretch import slowed
 from benchmarks.traces import hashes_of_id
-from flowkv_common.wire.messages import (
-    BlockCounts,
-    BlocksChanged,
-    LoadReport,
-    ModelCard,
-    NodeDescriptor,
-    NodeRef,
-    StepFit,
-)
+from flowkv_common.wire.messages import ModelCard, NodeRef
+from flowkv_common.wire.nodes import BlockCounts, BlocksChanged, LoadReport, NodeDescriptor, StepFit
 
 REPORT_PERIOD_S = 0.5
 

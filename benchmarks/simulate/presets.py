@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.simulate.batch import Limits
-from flowkv_common.wire.messages import PoolLayout, StepFit
+from flowkv_common.wire.messages import PoolLayout
+from flowkv_common.wire.nodes import StepFit
 
 
 class NodeKind(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from flowkv_common.wire.messages import StepFit
+from flowkv_common.wire.nodes import StepFit
 
 
 def step_s(fit: StepFit, prompt_tokens: int, pairs: int, num_sequences: int, context_tokens: int) -> float:

@@ -17,7 +17,7 @@ from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
 from flowkv_common.engine.model import LoadedModel, load_model
 from flowkv_common.engine.runner import EngineThread, Runner
 from flowkv_common.engine.sequence import Sequence
-from flowkv_common.wire.messages import StepFit
+from flowkv_common.wire.nodes import StepFit
 from tests.paced.engine import Pace, PacedEngine
 
 NUM_BLOCKS = 64

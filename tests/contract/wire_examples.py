@@ -10,37 +10,23 @@ from pathlib import Path
 
 import msgspec
 
-from flowkv_common.wire import messages
+from flowkv_common.wire import messages, nodes
 from flowkv_common.wire.messages import (
     Accepted,
     Assignment,
-    BlockCounts,
-    BlockList,
-    BlocksChanged,
     Cancel,
     Candidate,
-    CapMoved,
-    Check,
-    Checked,
     DecodeRun,
-    Drain,
     Keepalive,
     KeepaliveReply,
     KVTransferred,
-    Leader,
-    LinkOffer,
-    LinkRequest,
-    ListBlocks,
-    LoadReport,
     Message,
     ModelCard,
-    NodeDescriptor,
     NodeRef,
     Part,
     PoolLayout,
     PrefillRun,
     Refusal,
-    RegimeChanged,
     Release,
     RequestFinished,
     Reserve,
@@ -49,23 +35,40 @@ from flowkv_common.wire.messages import (
     Resumed,
     Run,
     SamplingParams,
-    ScaleWanted,
     ScheduleRequest,
-    SetPrefillCap,
-    StepFit,
     StepTokens,
     TokenChunk,
     TokenLogprob,
     Wait,
-    Wedge,
     encode,
+)
+from flowkv_common.wire.nodes import (
+    BlockCounts,
+    BlockList,
+    BlocksChanged,
+    CapMoved,
+    Check,
+    Checked,
+    Drain,
+    Leader,
+    LinkOffer,
+    LinkRequest,
+    ListBlocks,
+    LoadReport,
+    NodeDescriptor,
+    RegimeChanged,
+    ScaleWanted,
+    SetPrefillCap,
+    StepFit,
+    Wedge,
 )
 
 GOLDEN = Path(__file__).with_name("golden")
 
 # All that the protocol has; tests may define more, which are none of it.
-MESSAGES = [kind for kind in Message.__subclasses__() if kind.__module__ == messages.__name__]
-PARTS = [kind for kind in Part.__subclasses__() if kind.__module__ == messages.__name__]
+MODULES = (messages.__name__, nodes.__name__)
+MESSAGES = [kind for kind in Message.__subclasses__() if kind.__module__ in MODULES]
+PARTS = [kind for kind in Part.__subclasses__() if kind.__module__ in MODULES]
 
 REQUEST_ID = "chatcmpl-5f2a"
 TRANSFER_ID = "chatcmpl-5f2a.1"

@@ -12,7 +12,8 @@ import nats
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Check, Checked, LoadReport, NodeDescriptor, decode
+from flowkv_common.wire.messages import decode
+from flowkv_common.wire.nodes import Check, Checked, LoadReport, NodeDescriptor
 
 
 @contextlib.asynccontextmanager

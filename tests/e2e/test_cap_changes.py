@@ -15,7 +15,8 @@ from prompts import make_prompts
 
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, LoadReport, NodeRef, SetPrefillCap
+from flowkv_common.wire.messages import Accepted, NodeRef
+from flowkv_common.wire.nodes import LoadReport, SetPrefillCap
 
 NUM_REQUESTS = 24
 AT_ONCE = 6

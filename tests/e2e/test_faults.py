@@ -15,7 +15,8 @@ from observer import observe
 from oracle import check_identity
 
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, LoadReport, Wedge
+from flowkv_common.wire.messages import Accepted
+from flowkv_common.wire.nodes import LoadReport, Wedge
 
 NUM_STREAMS = 6
 TOKENS = 32

@@ -19,7 +19,7 @@ from observer import observe
 from benchmarks.load.arrivals import Arrival
 from benchmarks.load.drive import drive
 from flowkv_common.config import NodeSettings
-from flowkv_common.wire.messages import StepFit
+from flowkv_common.wire.nodes import StepFit
 from tests.paced.cluster import services, wait_linked
 from tests.paced.digest import paced_tokens
 from tests.paced.engine import Kept, Pace

@@ -13,7 +13,7 @@ from oracle import check_identity
 from prometheus_client.parser import text_string_to_metric_families
 from test_identity import tiny_with_tokenizer
 
-from flowkv_common.wire.messages import NodeDescriptor
+from flowkv_common.wire.nodes import NodeDescriptor
 
 NUM_REQUESTS = 10
 TOKENS = 60

@@ -16,7 +16,8 @@ from nats_server import NatsServer
 from flowkv_common import errors
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, Cancel, Drain, Wait, encode
+from flowkv_common.wire.messages import Accepted, Cancel, Wait, encode
+from flowkv_common.wire.nodes import Drain
 
 T = TypeVar("T")
 SUBJECT = "flowkv.v1.test.cancel.x"

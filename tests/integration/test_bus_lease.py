@@ -13,7 +13,8 @@ from nats_server import NatsServer
 from flowkv_common.bus.buckets import Found, open_bucket, read
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import KEY, Lease
-from flowkv_common.wire.messages import Leader, decode, encode
+from flowkv_common.wire.messages import decode, encode
+from flowkv_common.wire.nodes import Leader
 from flowkv_common.wire.subjects import LEADER_BUCKET
 
 TTL_S = 0.8

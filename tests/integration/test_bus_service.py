@@ -12,7 +12,8 @@ from nats_server import NatsServer
 from flowkv_common import errors
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.service import Endpoint, Service
-from flowkv_common.wire.messages import Accepted, Cancel, Drain, Message, Release, Reserve, encode
+from flowkv_common.wire.messages import Accepted, Cancel, Message, Release, Reserve, encode
+from flowkv_common.wire.nodes import Drain
 
 SUBJECT = "flowkv.v1.decode.release.d0"
 

@@ -21,7 +21,8 @@ from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, Assignment, SetPrefillCap, encode
+from flowkv_common.wire.messages import Accepted, Assignment, encode
+from flowkv_common.wire.nodes import SetPrefillCap
 
 TAKEOVER_S = 4.0
 ASK_EVERY_S = 0.02

@@ -22,7 +22,7 @@ from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment
 from flowkv_scheduler.app import serve
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Goals
+from flowkv_scheduler.weighing import Goals
 
 
 @contextlib.asynccontextmanager

@@ -19,14 +19,15 @@ from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import SchedulerSettings
 from flowkv_common.tasks import running
-from flowkv_common.wire import messages, subjects
-from flowkv_common.wire.messages import Accepted, CapMoved, NodeRef, RegimeChanged, SetPrefillCap, decode
+from flowkv_common.wire import nodes, subjects
+from flowkv_common.wire.messages import Accepted, NodeRef, decode
+from flowkv_common.wire.nodes import CapMoved, RegimeChanged, SetPrefillCap
 from flowkv_scheduler.app import serve
 from flowkv_scheduler.carry_out import Orders
 from flowkv_scheduler.leading import lead
 from flowkv_scheduler.orders import MoveCap, Order, RegimeChange, ScaleWanted
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Goals
+from flowkv_scheduler.weighing import Goals
 
 D0, D1 = NodeRef(node_id="d0", incarnation="i1"), NodeRef(node_id="d1", incarnation="i1")
 WHY = "the test wants it"
@@ -159,9 +160,9 @@ async def test_regime_and_wish_for_nodes_are_told_and_shown(nats_server: NatsSer
             RegimeChanged(epoch=1, before="normal", after="overload", reason=WHY),
         )
         for change in (2, 0):
-            assert await at.events.next(messages.ScaleWanted) == (
+            assert await at.events.next(nodes.ScaleWanted) == (
                 "scale_wanted.prefill",
-                messages.ScaleWanted(epoch=1, role="prefill", change=change, reason=WHY),
+                nodes.ScaleWanted(epoch=1, role="prefill", change=change, reason=WHY),
             )
         assert at.metric("flowkv_scale_wanted", role="prefill") == 0
     assert at.metric("flowkv_scale_wanted", role="prefill") is None

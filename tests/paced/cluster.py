@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flowkv_common.bus.connection import connect
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import LoadReport, StepFit
+from flowkv_common.wire.nodes import LoadReport, StepFit
 from scripts.local_cluster import Cluster
 from tests.paced.engine import Kept
 from tests.paced.nodes import paced_layout

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from imagined_nodes import CAPS, NUM_BLOCKS, Imagined, cluster, node, request, view
 
 from flowkv_common import errors
-from flowkv_common.wire.messages import ScheduleRequest, StepFit, Wait
+from flowkv_common.wire.messages import ScheduleRequest, Wait
+from flowkv_common.wire.nodes import StepFit
 from flowkv_scheduler import admission, policy
 from flowkv_scheduler.admission import Limits
-from flowkv_scheduler.policy import Choice, Goals, Weighing
+from flowkv_scheduler.policy import Choice
 from flowkv_scheduler.state import Work
+from flowkv_scheduler.weighing import Goals, Weighing
 
 FITS = [
     None,

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from flowkv_common.node.block_news import PAGE_SIZE, BlockNews
-from flowkv_common.wire.messages import BlockList, BlocksChanged, NodeRef
+from flowkv_common.wire.messages import NodeRef
+from flowkv_common.wire.nodes import BlockList, BlocksChanged
 from flowkv_scheduler.prefixes import PrefixIndex
 
 HASHES = [f"{number:016x}{0:016x}" for number in range(7)]

@@ -14,7 +14,7 @@ from benchmarks.paced import overload, shift
 from benchmarks.paced.observe import CapSeen, Observed
 from benchmarks.paced.pace import MAX_NUM_SEQS, ONE_CORE, capacity, stretched
 from benchmarks.paced.report import Report, pace_of
-from flowkv_common.wire.messages import StepFit
+from flowkv_common.wire.nodes import StepFit
 from tests.paced.engine import Kept
 
 FIT = StepFit(base_s=0.5, prefill_token_s=0.001, attended_token_s=0.0, sequence_s=0.05, context_token_s=0.0)

@@ -12,7 +12,7 @@ from imagined_steps import COSTS, duration_s, make_step, run_steps, worst_error
 
 from flowkv_common.engine.batch import WorkItem
 from flowkv_common.node.step_fit import MIN_STEPS, StepCounts, StepFitter
-from flowkv_common.wire.messages import StepFit
+from flowkv_common.wire.nodes import StepFit
 
 RNG_SEED = 3
 

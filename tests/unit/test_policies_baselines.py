@@ -14,7 +14,7 @@ from benchmarks.simulate.presets import PRESETS
 from benchmarks.simulate.run import Machines
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import ScheduleRequest, Wait
-from flowkv_scheduler.policy import Goals
+from flowkv_scheduler.weighing import Goals
 
 
 class Load(NamedTuple):

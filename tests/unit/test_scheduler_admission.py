@@ -9,7 +9,8 @@ from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_scheduler import admission
 from flowkv_scheduler.admission import Limits, room_in
-from flowkv_scheduler.policy import Choice, Goals, Weighing
+from flowkv_scheduler.policy import Choice
+from flowkv_scheduler.weighing import Goals, Weighing
 
 LIMITS = Limits()
 GOALS = Goals(max_wait_s=60.0)

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 from imagined_nodes import BLOCK_SIZE, Imagined, cluster, node, request, view
 
-from flowkv_common.wire.messages import ScheduleRequest, StepFit
+from flowkv_common.wire.messages import ScheduleRequest
+from flowkv_common.wire.nodes import StepFit
 from flowkv_scheduler import policy
-from flowkv_scheduler.policy import HANDOFF_S, Choice, Goals, Weighing, added_work
+from flowkv_scheduler.policy import Choice, added_work
 from flowkv_scheduler.state import Work
+from flowkv_scheduler.weighing import HANDOFF_S, Goals, Weighing
 
 GOALS = Goals()
 BLOCK_BYTES = 2 * 2 * BLOCK_SIZE * 2 * 16 * 4  # layers, K and V, slots, heads, head_dim, fp32

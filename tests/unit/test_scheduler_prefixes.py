@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from flowkv_common.errors import BadRequest
-from flowkv_common.wire.messages import BlockList, BlocksChanged, NodeRef
+from flowkv_common.wire.messages import NodeRef
+from flowkv_common.wire.nodes import BlockList, BlocksChanged
 from flowkv_scheduler import prefixes
 from flowkv_scheduler.prefixes import PrefixIndex
 

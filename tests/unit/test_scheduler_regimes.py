@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from imagined_nodes import CAPS, NUM_BLOCKS, TOKEN_BUDGET, Imagined, cluster, node
 
-from flowkv_common.wire.messages import StepFit
+from flowkv_common.wire.nodes import StepFit
 from flowkv_scheduler.lending import Thresholds
 from flowkv_scheduler.orders import MoveCap, Order, RegimeChange, ScaleWanted
-from flowkv_scheduler.policy import Goals
 from flowkv_scheduler.regimes import Regimes
+from flowkv_scheduler.weighing import Goals
 
 GOALS = Goals(ttft_s=4.0, itl_s=0.25)
 AT = Thresholds()

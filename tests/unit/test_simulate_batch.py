@@ -15,7 +15,7 @@ from benchmarks.simulate.histogram import WIDTH, Histogram
 from benchmarks.simulate.life import Life
 from benchmarks.simulate.stretch import Stretch
 from benchmarks.traces import Request
-from flowkv_common.wire.messages import StepFit
+from flowkv_common.wire.nodes import StepFit
 
 # Costs are multiples of it: sums are exact, in whatever order they are made.
 TICK_S = 2.0**-20

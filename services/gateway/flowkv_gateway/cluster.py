@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from flowkv_common.wire.messages import LoadReport, ModelCard, NodeDescriptor
+from flowkv_common.wire.messages import ModelCard
+from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_gateway.prompt_hashes import HashBasis
 
 # A node that has missed so many reports does not count as ready.

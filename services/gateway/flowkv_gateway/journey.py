@@ -6,13 +6,7 @@ import time
 
 from flowkv_common.errors import FlowKVError
 from flowkv_common.phases import Phases
-from flowkv_common.wire.messages import (
-    Assignment,
-    RequestFinished,
-    ScheduleRequest,
-    TokenChunk,
-    transfer_id,
-)
+from flowkv_common.wire.messages import Assignment, RequestFinished, ScheduleRequest, TokenChunk, transfer_id
 from flowkv_gateway.generation import Generation, Piece
 from flowkv_gateway.prompt_hashes import HashBasis, PromptHashes
 

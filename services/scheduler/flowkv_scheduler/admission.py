@@ -12,8 +12,9 @@ import msgspec
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_scheduler import policy
-from flowkv_scheduler.policy import ASSUMED_TOKENS_LEFT, Choice, Chooser, Goals, Weighing
+from flowkv_scheduler.policy import Choice, Chooser
 from flowkv_scheduler.state import ClusterState, NodeView
+from flowkv_scheduler.weighing import ASSUMED_TOKENS_LEFT, Goals, Weighing
 
 # A less urgent request is refused at this part of the longest wait: the rest is for others.
 LESS_URGENT_SHARE = 0.5

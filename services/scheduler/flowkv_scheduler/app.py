@@ -22,12 +22,14 @@ from flowkv_common.config import SchedulerSettings
 from flowkv_common.metrics import serve_http, service_app
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Assignment, LoadReport, NodeRef, ScheduleRequest, Wait
+from flowkv_common.wire.messages import Assignment, NodeRef, ScheduleRequest, Wait
+from flowkv_common.wire.nodes import LoadReport
 from flowkv_scheduler.carry_out import Orders
 from flowkv_scheduler.follow_prefixes import follow_prefixes
 from flowkv_scheduler.leading import lead
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Choice, Goals
+from flowkv_scheduler.policy import Choice
+from flowkv_scheduler.weighing import Goals
 
 log = logging.getLogger(__name__)
 

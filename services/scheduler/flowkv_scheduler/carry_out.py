@@ -13,8 +13,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from flowkv_common.bus.connection import Bus
 from flowkv_common.bus.lease import Lease
 from flowkv_common.errors import FlowKVError
-from flowkv_common.wire import messages, subjects
-from flowkv_common.wire.messages import Accepted, CapMoved, NodeRef, RegimeChanged, SetPrefillCap
+from flowkv_common.wire import nodes, subjects
+from flowkv_common.wire.messages import Accepted, NodeRef
+from flowkv_common.wire.nodes import CapMoved, RegimeChanged, SetPrefillCap
 from flowkv_scheduler.orders import MoveCap, Order, RegimeChange, ScaleWanted
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class Orders:
             return  # told before
         self._wanted[order.role] = order.change
         log.info("%+d %s nodes are wanted: %s", order.change, order.role, order.reason)
-        wanted = messages.ScaleWanted(
+        wanted = nodes.ScaleWanted(
             epoch=self._lease.epoch, role=order.role, change=order.change, reason=order.reason
         )
         await self._tell(subjects.event("scale_wanted", order.role), wanted)

@@ -13,7 +13,8 @@ from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.errors import BadRequest, FlowKVError, Stale
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import BlockList, BlocksChanged, ListBlocks, NodeDescriptor, NodeRef
+from flowkv_common.wire.messages import NodeRef
+from flowkv_common.wire.nodes import BlockList, BlocksChanged, ListBlocks, NodeDescriptor
 from flowkv_scheduler.prefixes import PrefixIndex
 
 log = logging.getLogger(__name__)

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from flowkv_common.wire.messages import NodeDescriptor, NodeRef
+from flowkv_common.wire.messages import NodeRef
+from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_scheduler.orders import MoveCap, Order
-from flowkv_scheduler.policy import Goals
 from flowkv_scheduler.scores import SIDES, Scores, Side, decode_score, other, prefill_score
 from flowkv_scheduler.state import NodeView
+from flowkv_scheduler.weighing import Goals
 
 
 class Thresholds(msgspec.Struct, frozen=True):

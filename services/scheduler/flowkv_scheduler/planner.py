@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flowkv_common.wire.messages import LoadReport, NodeDescriptor, ScheduleRequest, Wait
+from flowkv_common.wire.messages import ScheduleRequest, Wait
+from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_scheduler import admission, policy
 from flowkv_scheduler.lending import Thresholds
 from flowkv_scheduler.orders import Order
-from flowkv_scheduler.policy import Choice, Chooser, Goals
+from flowkv_scheduler.policy import Choice, Chooser
 from flowkv_scheduler.regimes import Regimes
 from flowkv_scheduler.state import CHOICES_COUNT_FOR_PERIODS, ClusterState
+from flowkv_scheduler.weighing import Goals
 
 
 class Planner:

@@ -12,48 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import msgspec
-
 from flowkv_common.wire.messages import Candidate, ScheduleRequest
 from flowkv_scheduler.index import Group
 from flowkv_scheduler.state import ClusterState, NodeView, Work
-
-# Bytes per second of the way between two nodes, by connector: orders of magnitude, all that a choice needs.
-LINK_BYTES_PER_S = {"shm": 5e9, "cuda_ipc": 200e9, "nccl": 20e9, "tcp": 1e9}
-UNKNOWN_LINK_BYTES_PER_S = 1e9
-# Reserve, commit and the first token's detour: what a handoff costs however short the prompt is.
-HANDOFF_S = 0.005
-# How long sequences run on is not known to anyone; a chat answer's usual length.
-ASSUMED_TOKENS_LEFT = 128
-# So many nodes per side and class of speed are weighed, and so many more that have cached the most.
-NUM_WEIGHED = 8
-NUM_BY_PREFIX = 4
-MAX_CANDIDATES = 8
-
-
-Accepts = Callable[[NodeView], bool]
-FindNodes = Callable[[Group, int, Accepts], list[NodeView]]
-
-
-class Goals(msgspec.Struct, frozen=True):
-    """What users are to see, in seconds. A wait for prefill over `max_wait_s` is refused at the door."""
-
-    ttft_s: float = 5.0
-    itl_s: float = 0.25
-    max_wait_s: float = 60.0
-
-
-class Cost(NamedTuple):
-    """Predicted seconds at one node: behind others, then for this request."""
-
-    node: NodeView
-    wait_s: float
-    work_s: float
-    num_cached_tokens: int
-
-    @property
-    def total_s(self) -> float:
-        return self.wait_s + self.work_s
+from flowkv_scheduler.weighing import MAX_CANDIDATES, Cost, Goals, Weighing
 
 
 class Choice(NamedTuple):
@@ -75,136 +37,6 @@ class _Pair(NamedTuple):
     prefill: Cost
     decode: Cost
     transfer_s: float
-
-
-class Weighing:
-    """One request against the cluster as it is: who may take which half, at what cost."""
-
-    def __init__(self, request: ScheduleRequest, state: ClusterState, goals: Goals, now: float) -> None:
-        self.request = request
-        self.state = state
-        self.goals = goals
-        self.now = now
-        self.hits = state.prefixes.hits(request.block_hashes, now)
-        self._avoid = frozenset(request.avoid)
-
-    # --- who may -----------------------------------------------------------------------------------
-
-    def takes_prompt(self, node: NodeView) -> bool:
-        return node.is_usable(self.now) and node.can_ever_hold(self.request.num_prompt_tokens)
-
-    def takes_sequence(self, node: NodeView) -> bool:
-        num_tokens = self.request.num_prompt_tokens + self.request.max_new_tokens
-        return node.is_usable(self.now) and node.can_ever_hold(num_tokens)
-
-    def has_place(self, node: NodeView) -> bool:
-        """Is there room for the whole prompt, and a token, now, and does the node keep its rhythm?"""
-        if self.num_missing_blocks(node) > 0:
-            return False
-        # The retry of a running request is never held up for the sake of others' rhythm.
-        return self.request.attempt > 0 or self.keeps_rhythm(node)
-
-    def num_missing_blocks(self, node: NodeView) -> int:
-        wanted = node.num_blocks_for(self.request.num_prompt_tokens + 1) - self.hits.get(node.node_id, 0)
-        return wanted - node.num_available_blocks
-
-    def keeps_rhythm(self, node: NodeView) -> bool:
-        """Would the time between tokens stay within its goal? An idle node is as good as it gets."""
-        return node.num_sequences == 0 or self.step_s(node) <= self.goals.itl_s
-
-    # --- what it costs -----------------------------------------------------------------------------
-
-    def step_s(self, node: NodeView) -> float:
-        """Of a decode step with this request in it."""
-        longer = self.request.num_prompt_tokens - self.state.mean_prompt_tokens
-        return node.step_s + longer * node.speed.context_token_s
-
-    def num_cached_tokens(self, node: NodeView) -> int:
-        """Of the prompt, in the node's prefix cache; the last token is always computed."""
-        cached = self.hits.get(node.node_id, 0) * node.descriptor.layout.block_size
-        return min(cached, self.request.num_prompt_tokens - 1)
-
-    def prefill_cost(self, node: NodeView) -> Cost:
-        """Wait behind the queued tokens and those we have sent since, then what is not cached here."""
-        num_cached = self.num_cached_tokens(node)
-        num_new = self.request.num_prompt_tokens - num_cached
-        work_s = node.speed.prefill_s(num_new, num_cached, node.chunk, node.chunk_beside_s)
-        return Cost(node, node.prefill_wait_s, work_s, num_cached)
-
-    def decode_cost(self, node: NodeView) -> Cost:
-        """Wait for a place among the sequences, then one step."""
-        step_s = self.step_s(node)
-        num_places = max(1, node.report.max_num_seqs)
-        # A full batch gives a place back every `ASSUMED_TOKENS_LEFT / num_places` steps.
-        num_ahead = max(0, node.num_sequences + 1 - num_places)
-        wait_s = num_ahead * step_s * ASSUMED_TOKENS_LEFT / num_places
-        return Cost(node, wait_s, step_s, self.num_cached_tokens(node))
-
-    def transfer_s(self, prefill: Cost, decode: Cost) -> float:
-        """What the second token waits for: the last chunk's blocks at least, and the handoff."""
-        p, d = prefill.node, decode.node
-        if p.node_id == d.node_id:
-            return 0.0
-        layout = p.descriptor.layout
-        num_sent = self.request.num_prompt_tokens - decode.num_cached_tokens
-        connector = p.report.links.get(d.node_id)
-        rate = LINK_BYTES_PER_S.get(connector or "", UNKNOWN_LINK_BYTES_PER_S)
-        token_s = layout.block_bytes / layout.block_size / rate
-        last_chunk = min(num_sent, p.chunk)
-        # Earlier chunks travel while later ones compute, as far as the link keeps up with prefill.
-        return HANDOFF_S + max(last_chunk * token_s, num_sent * token_s - prefill.work_s)
-
-    # --- weighing ----------------------------------------------------------------------------------
-
-    def prefill_side(self, group: Group) -> list[Cost]:
-        """The best of those that take prompts, soonest first."""
-        nodes = self._nodes(group, self.state.index.prefill, self.takes_prompt, lambda _: True)
-        return sorted(map(self.prefill_cost, nodes), key=_rank)[: 2 * MAX_CANDIDATES]
-
-    def decode_side(self, group: Group) -> list[Cost]:
-        """The best of those that take sequences and have a place now, soonest first."""
-        nodes = self._nodes(group, self.state.index.decode, self.takes_sequence, self.has_place)
-        return sorted(map(self.decode_cost, nodes), key=_rank)[: 2 * MAX_CANDIDATES]
-
-    def stands(self, group: Group) -> bool:
-        """Is there anyone at all, on both sides, be they full?"""
-        index = self.state.index
-        return bool(
-            self._nodes(group, index.prefill, self.takes_prompt, lambda _: True)
-            and self._nodes(group, index.decode, self.takes_sequence, lambda _: True)
-        )
-
-    def _nodes(self, group: Group, side: FindNodes, takes: Accepts, fits: Accepts) -> list[NodeView]:
-        """Those of a side that fit, the soonest and those that have cached most of the prompt.
-
-        A side on which nobody stands is taken by all: slow is better than not at all. Who failed the request
-        before is left out while there are others.
-        """
-        for avoid in (self._avoid, frozenset[str]()):
-            for find in (side, self.state.index.members):
-
-                def stands(node: NodeView, avoid: frozenset[str] = avoid) -> bool:
-                    return node.node_id not in avoid and takes(node)
-
-                if find(group, 1, stands):
-                    found = find(group, NUM_WEIGHED, lambda node: stands(node) and fits(node))
-                    return found + self._by_prefix(found, group, lambda node: stands(node) and fits(node))
-        return []
-
-    def _by_prefix(self, known: list[NodeView], group: Group, accepts: Accepts) -> list[NodeView]:
-        """Further nodes of the same role, those that have cached most of the prompt."""
-        if not known:
-            return []
-        may_prefill, may_decode = known[0].may_prefill, known[0].may_decode
-        seen = {node.node_id for node in known}
-        found: list[NodeView] = []
-        for node_id in sorted(self.hits, key=lambda node_id: (-self.hits[node_id], node_id)):
-            node = self.state.index.member(group, node_id)
-            if node is None or node_id in seen or len(found) == NUM_BY_PREFIX:
-                continue
-            if (node.may_prefill, node.may_decode) == (may_prefill, may_decode) and accepts(node):
-                found.append(node)
-        return found
 
 
 Chooser = Callable[[ScheduleRequest, ClusterState, Goals, float], Choice | None]
@@ -257,10 +89,6 @@ def added_work(request: ScheduleRequest, choice: Choice) -> tuple[Work, Work]:
 def _pair(weighing: Weighing, p: Cost, d: Cost) -> _Pair:
     transfer_s = weighing.transfer_s(p, d)
     return _Pair(p.total_s + transfer_s + d.total_s, p, d, transfer_s)
-
-
-def _rank(cost: Cost) -> tuple[float, str]:
-    return cost.total_s, cost.node.node_id
 
 
 def _pair_rank(pair: _Pair) -> tuple[float, float, str, str]:

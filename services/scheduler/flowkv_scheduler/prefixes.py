@@ -10,7 +10,8 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 
 from flowkv_common.errors import BadRequest
-from flowkv_common.wire.messages import BlockList, BlocksChanged, NodeRef
+from flowkv_common.wire.messages import NodeRef
+from flowkv_common.wire.nodes import BlockList, BlocksChanged
 
 # Changes that are kept while a node's list is on its way: minutes of them.
 MAX_WAITING = 256

@@ -15,9 +15,9 @@ import msgspec
 from flowkv_common.wire.messages import NodeRef
 from flowkv_scheduler.lending import Lending, Thresholds
 from flowkv_scheduler.orders import Order, RegimeChange, ScaleWanted
-from flowkv_scheduler.policy import Goals
 from flowkv_scheduler.scores import SIDES, Scores, Side, other, scores_of
 from flowkv_scheduler.state import NodeView
+from flowkv_scheduler.weighing import Goals
 
 NORMAL, IMBALANCE, OVERLOAD = "normal", "imbalance", "overload"
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from flowkv_scheduler.policy import Goals
 from flowkv_scheduler.state import NodeView
+from flowkv_scheduler.weighing import Goals
 
 Side = Literal["prefill", "decode"]
 SIDES: tuple[Side, Side] = ("prefill", "decode")

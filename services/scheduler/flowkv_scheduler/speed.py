@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flowkv_common.wire.messages import LoadReport
+from flowkv_common.wire.nodes import LoadReport
 
 # Assumed until a node has measured its own: middling figures of a small model on CPU.
 DEFAULT_PREFILL_TOKENS_PER_S = 1000.0

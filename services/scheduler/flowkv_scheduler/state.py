@@ -9,7 +9,8 @@ from bisect import bisect_right, insort
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from flowkv_common.wire.messages import LoadReport, NodeDescriptor, NodeRef
+from flowkv_common.wire.messages import NodeRef
+from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_scheduler.index import Index
 from flowkv_scheduler.prefixes import PrefixIndex
 from flowkv_scheduler.speed import Speed, speed_of

@@ -22,7 +22,8 @@ from nats.js.kv import KeyValue
 from flowkv_common.bus.buckets import CALL_TIMEOUT_S, TROUBLE, describe, open_bucket, read, until_reconnect
 from flowkv_common.bus.connection import Bus
 from flowkv_common.tasks import running
-from flowkv_common.wire.messages import Leader, decode, encode
+from flowkv_common.wire.messages import decode, encode
+from flowkv_common.wire.nodes import Leader
 from flowkv_common.wire.subjects import LEADER_BUCKET
 
 log = logging.getLogger(__name__)

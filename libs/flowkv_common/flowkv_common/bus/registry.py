@@ -23,7 +23,8 @@ from flowkv_common.bus.buckets import (
     value_of,
 )
 from flowkv_common.bus.connection import Bus
-from flowkv_common.wire.messages import NodeDescriptor, decode, encode
+from flowkv_common.wire.messages import decode, encode
+from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_common.wire.subjects import NODES_BUCKET
 
 log = logging.getLogger(__name__)

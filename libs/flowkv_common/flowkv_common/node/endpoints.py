@@ -11,8 +11,8 @@ from flowkv_common.node.block_news import BlockNews
 from flowkv_common.node.guest import Node
 from flowkv_common.node.steps import Steps
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import (
-    Accepted,
+from flowkv_common.wire.messages import Accepted, Message
+from flowkv_common.wire.nodes import (
     BlockList,
     Check,
     Checked,
@@ -20,7 +20,6 @@ from flowkv_common.wire.messages import (
     LinkOffer,
     LinkRequest,
     ListBlocks,
-    Message,
     SetPrefillCap,
     Wedge,
 )

@@ -42,7 +42,8 @@ from flowkv_common.node.outbox import Outbox
 from flowkv_common.node.steps import Retire, Steps
 from flowkv_common.node.watch import sweep, watch_cancels, watch_engine
 from flowkv_common.tasks import running
-from flowkv_common.wire.messages import ModelCard, NodeDescriptor, NodeRef, PoolLayout
+from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout
+from flowkv_common.wire.nodes import NodeDescriptor
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from flowkv_common.node.step_fit import StepCounts, StepFitter
-from flowkv_common.wire.messages import BlockCounts, KVTransferred
+from flowkv_common.wire.messages import KVTransferred
+from flowkv_common.wire.nodes import BlockCounts
 
 # Weight of the newest step in the measured rates: about the last ten steps count.
 SMOOTHING = 0.2

@@ -9,7 +9,7 @@ from flowkv_common.errors import FlowKVError
 from flowkv_common.node.guest import Node
 from flowkv_common.node.steps import Steps
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import LoadReport
+from flowkv_common.wire.nodes import LoadReport
 
 
 def snapshot(node: Node, steps: Steps, seq: int) -> LoadReport:

@@ -14,13 +14,7 @@ from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import FlowKVError, Unavailable
 from flowkv_common.node.attempts import Attempts
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import (
-    Keepalive,
-    KeepaliveReply,
-    NodeRef,
-    StepTokens,
-    TokenChunk,
-)
+from flowkv_common.wire.messages import Keepalive, KeepaliveReply, NodeRef, StepTokens, TokenChunk
 
 log = logging.getLogger(__name__)
 

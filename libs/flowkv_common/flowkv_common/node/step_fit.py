@@ -11,7 +11,7 @@ from operator import mul
 from typing import NamedTuple
 
 from flowkv_common.engine.batch import WorkItem
-from flowkv_common.wire.messages import StepFit
+from flowkv_common.wire.nodes import StepFit
 
 # About so many of the latest steps count.
 MEMORY_STEPS = 200

@@ -1,0 +1,199 @@
+"""What nodes say of themselves and are told, and what the scheduler that leads says of itself.
+
+The rules are those of `wire/messages.py`.
+"""
+
+from __future__ import annotations
+
+from flowkv_common.wire.messages import Message, ModelCard, NodeRef, Part, PoolLayout
+
+
+class BlockCounts(Part, frozen=True):
+    """Where a pool's blocks are: `total` is the sum of the next four (docs/architecture.md, rule 5)."""
+
+    total: int
+    free: int
+    cached: int
+    leased: int
+    quarantined: int
+    longest_free_run: int
+
+
+class StepFit(Part, frozen=True):
+    """Seconds of one engine step, as a node has measured itself: a sum of costs, each 0 until it is known.
+
+    base_s + prefill_token_s x prompt tokens + attended_token_s x their pairs of token and context token
+           + sequence_s x decoding sequences + context_token_s x tokens in their KV caches
+    """
+
+    base_s: float
+    prefill_token_s: float
+    attended_token_s: float
+    sequence_s: float
+    context_token_s: float
+
+
+class NodeDescriptor(Message, frozen=True):
+    """What a node is; a record in the bucket `flowkv_nodes`, renewed while the node lives."""
+
+    node: NodeRef
+    role: str
+    model: ModelCard
+    layout: PoolLayout
+    num_blocks: int
+    token_budget: int
+    max_prefill_tokens_per_step: int
+    guests: list[str]
+    connectors: list[str]
+    host: str
+    pid: int
+    metrics_url: str
+    version: str
+
+
+class LoadReport(Message, frozen=True):
+    """A complete snapshot of a node, published every `period_s` and on change; the latest wins."""
+
+    node: NodeRef
+    seq: int
+    period_s: float
+    ready: bool
+    draining: bool
+    max_prefill_tokens_per_step: int
+    queued_prefill_tokens: int
+    num_waiting: int
+    num_running: int
+    max_num_seqs: int
+    blocks: BlockCounts
+    prefill_tokens_per_s: float  # 0: nothing measured yet
+    decode_step_s: float
+    num_handoffs: int
+    handoff_bytes: int
+    links: dict[str, str] = {}  # node_id -> connector in use
+    num_context_tokens: int = 0  # in the KV caches of the sequences that decode here
+    # Taken on in this life: a scheduler sees by these which of its choices the report shows.
+    num_prompts_accepted: int = 0
+    num_sequences_accepted: int = 0
+    step: StepFit | None = None
+    epoch: int = 0  # the highest that this node has heard of
+
+
+class SetPrefillCap(Message, frozen=True):
+    """Scheduler to node: from the next step on, compute at most so many prompt tokens per step.
+
+    This is how a node is lent to the other side and taken back. Refused from a leader of an older epoch.
+    """
+
+    node: NodeRef
+    epoch: int
+    max_prefill_tokens_per_step: int
+    reason: str
+
+
+class BlocksChanged(Message, frozen=True):
+    """Which prefixes a node's cache has gained and lost since its message `seq - 1`.
+
+    Who missed one asks for the whole by `ListBlocks`.
+    """
+
+    node: NodeRef
+    seq: int
+    stored: list[str]
+    removed: list[str]
+
+
+class ListBlocks(Message, frozen=True):
+    """Anyone to node: what is in your prefix cache? In pages, counted from 0."""
+
+    node: NodeRef
+    page: int
+
+
+class BlockList(Message, frozen=True):
+    """One page. `seq` is of the last `BlocksChanged` before it: apply those after the first page's."""
+
+    node: NodeRef
+    seq: int
+    num_pages: int
+    block_hashes: list[str]
+
+
+class LinkRequest(Message, frozen=True):
+    """Node to node, at discovery: let me send KV to you. Refused unless layout and model are the same."""
+
+    node: NodeRef
+    peer: NodeRef
+    layout: PoolLayout
+    fingerprint: str
+
+
+class LinkOffer(Message, frozen=True):
+    """How to reach the peer's pool: per connector its address, and the secret that opens it."""
+
+    node: NodeRef
+    num_blocks: int
+    token: str
+    addresses: dict[str, str]  # connector -> address
+
+
+class Drain(Message, frozen=True):
+    """Accept nothing new, finish what is here, then leave."""
+
+    reason: str = ""
+
+
+class Check(Message, frozen=True):
+    """Count the blocks and check that none is lost."""
+
+
+class Checked(Message, frozen=True):
+    """The counts, taken after `check_integrity()` passed, and how many requests and tasks the node holds."""
+
+    node: NodeRef
+    blocks: BlockCounts
+    num_requests: int
+    num_reservations: int
+
+
+class Wedge(Message, frozen=True):
+    """Test hook, only with `FLOWKV_TEST_HOOKS=1`: block the engine thread."""
+
+    for_s: float
+
+
+class Leader(Message, frozen=True):
+    """Who schedules; a record in the bucket `flowkv_leader`, renewed while it lives.
+
+    It stays when its writer dies: what moves is alive. An empty `scheduler_id` says that nobody leads.
+    """
+
+    scheduler_id: str
+    epoch: int
+
+
+class RegimeChanged(Message, frozen=True):
+    """The leading scheduler sees the cluster in another state: `normal` is one of them."""
+
+    epoch: int
+    before: str
+    after: str
+    reason: str
+
+
+class CapMoved(Message, frozen=True):
+    """A node has accepted another prefill cap: it is lent to the other side, or taken back. In tokens."""
+
+    node: NodeRef
+    epoch: int
+    after: int
+    reason: str
+    before: int | None = None  # None: its last report is not known
+
+
+class ScaleWanted(Message, frozen=True):
+    """So many more nodes of a role (fewer if negative) would meet the goals. Stands until the next."""
+
+    epoch: int
+    role: str
+    change: int
+    reason: str

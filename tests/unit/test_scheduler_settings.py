@@ -1,0 +1,46 @@
+"""What an operator sets reaches the planner."""
+
+from __future__ import annotations
+
+from imagined_nodes import descriptor, node, request
+
+from flowkv_common import errors
+from flowkv_common.config import SchedulerSettings
+from flowkv_common.wire.messages import ScheduleRequest
+from flowkv_scheduler.app import planner_of
+from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.policy import Choice
+
+
+def planned(settings: SchedulerSettings, queued: int, running: int = 0) -> Planner:
+    planner = planner_of(settings)
+    planner.set_descriptors({"p0": descriptor("p0", "prefill"), "d0": descriptor("d0", "decode")})
+    planner.add_report(node("p0", "prefill", queued_prefill_tokens=queued).report, 0.0)
+    busy = node("d0", "decode", queued_prefill_tokens=500_000, num_running=running)
+    planner.add_report(busy.report, 0.0)
+    return planner
+
+
+def outcome(planner: Planner, wanted: ScheduleRequest) -> str:
+    try:
+        return type(planner.schedule(wanted, 0.0)).__name__
+    except errors.FlowKVError as error:
+        return type(error).__name__
+
+
+def test_the_longest_wait_is_set() -> None:
+    assert outcome(planned(SchedulerSettings(max_wait_s=9.0), queued=8000), request()) == Choice.__name__
+    assert outcome(planned(SchedulerSettings(max_wait_s=7.0), queued=8000), request()) == "Full"
+
+
+def test_the_time_between_tokens_is_set() -> None:
+    assert outcome(planned(SchedulerSettings(itl_goal_s=0.5), 0, running=9), request()) == Choice.__name__
+    assert outcome(planned(SchedulerSettings(itl_goal_s=0.04), 0, running=9), request()) == "Wait"
+
+
+def test_the_time_to_the_first_token_is_set() -> None:
+    for ttft_goal_s, regime in ((1.0, "imbalance"), (100.0, "normal")):
+        planner = planned(SchedulerSettings(ttft_goal_s=ttft_goal_s), queued=1000)
+        for tick in range(3):
+            planner.tick(0.5 * tick)
+        assert planner.regimes.regime == regime
