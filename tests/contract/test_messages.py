@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from wire_examples import EXAMPLES, GOLDEN, MESSAGES, PARTS, as_golden, golden_file
 
-from flowkv_common.wire import messages
+from flowkv_common.wire import nodes
 from flowkv_common.wire.messages import Accepted, Message, Part, decode, encode
 
 each_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: type(example).__name__)
@@ -73,10 +73,10 @@ def test_fields_of_a_newer_version_are_ignored(example: Message) -> None:
 
 @each_example
 def test_a_message_is_not_taken_for_another_kind(example: Message) -> None:
-    other = Accepted if type(example) is not Accepted else messages.Check
+    other = Accepted if type(example) is not Accepted else nodes.Check
     with pytest.raises(msgspec.ValidationError):
         decode(encode(example), other)
 
 
 def test_defaults_are_left_out() -> None:
-    assert encode(messages.Drain()) == b'{"type":"Drain"}'
+    assert encode(nodes.Drain()) == b'{"type":"Drain"}'

@@ -66,11 +66,17 @@ def fit(base_s: float = DECODE_STEP_S, prefill_token_s: float = PROMPT_TOKEN_S) 
 
 @contextlib.asynccontextmanager
 async def paced(
-    folder: Path, model_path: Path, costs: StepFit, *, connectors: str = "shm,tcp", **counts: int
+    folder: Path,
+    model_path: Path,
+    costs: StepFit,
+    *,
+    connectors: str = "shm,tcp",
+    max_wait_s: int = 60,
+    **counts: int,
 ) -> AsyncIterator[Paced]:
     """A cluster that is ready; afterwards its nodes hold nothing, and their books balance."""
     pace = pace_of(str(model_path), costs)
-    with services(folder, model_path) as cluster:
+    with services(folder, model_path, {"FLOWKV_MAX_WAIT_S": str(max_wait_s)}) as cluster:
         settings = NodeSettings(
             nats_url=cluster.nats_url,
             model_path=str(model_path),
@@ -144,15 +150,18 @@ async def test_a_burst_is_spread_over_both_sides(tmp_path: Path, model_path: Pat
     assert [stream.token_ids for stream in streams] == [system.expected(prompt, 10) for prompt in prompts]
     for side in ("prefill", "decode"):
         counts = Counter(assignment[side]["node_id"] for assignment in chosen)
-        assert set(counts) == {f"{side}-0", f"{side}-1"}
-        assert max(counts.values()) - min(counts.values()) <= 2
+        first, second = counts[f"{side}-0"], counts[f"{side}-1"]  # decode nodes may prefill, too
+        assert min(first, second) > 0
+        assert abs(first - second) <= 2
     assert all(num_steps.values())
 
 
 async def test_an_overload_is_refused_at_once_and_passes(tmp_path: Path, model_path: Path) -> None:
-    """100 s of prompts come at once, where 60 s are admitted; then the nodes get faster."""
+    """100 s of prompts come at once, where 20 s are admitted; then the nodes get faster."""
     num_requests, num_prompt, num_outputs = 25, 400, 3
-    async with paced(tmp_path, model_path, fit(prefill_token_s=0.01), prefill=1, decode=1) as system:
+    async with paced(
+        tmp_path, model_path, fit(prefill_token_s=0.01), max_wait_s=20, prefill=1, decode=1
+    ) as system:
         first = await stream_completion(system.http, prompt_of(CHUNK_TOKENS), max_tokens=2)
         assert first.error is None  # the node has measured how fast it is, and reported it with the next load
         burst = [Arrival(0.0, num_prompt, num_outputs)] * num_requests

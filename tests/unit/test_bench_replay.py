@@ -108,7 +108,7 @@ def test_question_that_is_asked_again_is_compared_each_time(tape: Tape) -> None:
 
 
 def test_nodes_leave_and_silence_of_our_own_is_not_theirs(tape: Tape) -> None:
-    tape.nodes(0.0, p1={"queued_prefill_tokens": 50})
+    tape.nodes(0.0, p1={"queued_prefill_tokens": 50}, d1={"num_running": 1})
     tape.write(0.1, NODE_PREFIX + "p0", None)
     tape.ask(0.2, "without p0")
     tape.write(60.0, RECONNECTED, None)

@@ -182,7 +182,7 @@ def test_candidates_are_the_best_eight_of_each_side_in_order() -> None:
     assert [c.node_id for c in choice.prefill_candidates] == [f"p{n}" for n in range(8)]
     assert [c.node_id for c in choice.decode_candidates] == ["d0"]
     assert choice.prefill_candidates[1].reason == "100 tokens ahead, 0 of the prompt cached"
-    assert "best of 9 pairs" in choice.reason
+    assert "best of 8 pairs" in choice.reason
 
 
 def test_choice_adds_tokens_to_prefill_and_blocks_to_decode() -> None:

@@ -26,7 +26,7 @@ class Limits(msgspec.Struct, frozen=True):
     no_node_age_s: float = 10.0
     no_node_retry_s: float = 0.25
     min_retry_s: float = 0.05
-    max_retry_s: float = 2.0
+    max_retry_s: float = 0.5
 
 
 def decide(

@@ -71,10 +71,11 @@ def _choose_in(weighing: Weighing, group: Group) -> Choice | None:
 def _stays(weighing: Weighing, node: NodeView) -> bool:
     """May a prompt be computed where it will be decoded, though the node is no prefill node?
 
-    Only if its chunks don't disturb those that run there.
+    Only where it disturbs nobody: lending is for more. And only in steps that keep the rhythm of who comes next.
     """
     chunk_s = node.cap * node.speed.prefill_token_s
-    return not node.may_prefill and weighing.step_s(node) + chunk_s <= weighing.goals.itl_s
+    is_idle = node.num_sequences == 0 and not node.may_prefill
+    return is_idle and weighing.step_s(node) + chunk_s <= weighing.goals.itl_s
 
 
 def added_work(request: ScheduleRequest, choice: Choice) -> tuple[Work, Work]:
