@@ -71,7 +71,7 @@ def _choose_in(weighing: Weighing, group: Group) -> Choice | None:
 def _stays(weighing: Weighing, node: NodeView) -> bool:
     """May a prompt be computed where it will be decoded, though the node is no prefill node?
 
-    Only where it disturbs nobody: lending is for more. And only in steps that keep the rhythm of who comes next.
+    Only where it disturbs nobody: lending is for more. And in steps that keep the rhythm of who comes next.
     """
     chunk_s = node.cap * node.speed.prefill_token_s
     is_idle = node.num_sequences == 0 and not node.may_prefill
