@@ -39,12 +39,16 @@ async def test_shared_memory_1p1d(cluster: Cluster, model_path: Path) -> None:
     assert len(prompts) >= 40
     async with observe(cluster.nats_url) as observer:
         events = await observer.events("flowkv.v1.event.kv_transferred.>")
+        finishes = await observer.events("flowkv.v1.event.request_finished.>")
         done = await generate_all(cluster, prompts)
         await observer.wait_idle(["prefill-0", "decode-0"])
+        finished = await finishes.wait_for_all(len(prompts))
     check_all(model_path, done)
-    # Every request crossed the wire, or was found whole in the prefix cache of the decode node.
+    # A short prompt may stay on an idle decode node; all others crossed the wire.
+    num_travelled = sum(event["prefill_node"] != event["decode_node"] for event in finished)
     assert {event["connector"] for _, event in events.events} == {"shm"}
-    assert len(events.events) == len(prompts)
+    assert len(events.events) == num_travelled
+    assert num_travelled >= 20
 
 
 def clusters() -> list[tuple[str, dict[str, int]]]:

@@ -105,3 +105,12 @@ def test_room_comes_sooner_the_less_is_missing() -> None:
     waits = [room_in(view(one), Weighing(wanted, cluster(one), GOALS, 0.0)) for one in full]
     assert waits[0] == 0.0
     assert 0.0 < waits[1] < waits[2] < waits[3]
+
+
+def test_idle_prefill_nodes_are_no_room_for_sequences() -> None:
+    nodes = [node("p0", "prefill"), node("d0", "decode", free=0)]
+    state = cluster(*nodes)
+    decision = admission.decide(request(), state, GOALS, LIMITS, now=0.0)
+    assert isinstance(decision, Wait)
+    assert decision.reason == "all 1 decode nodes are full"
+    assert decision.retry_in_s > LIMITS.min_retry_s

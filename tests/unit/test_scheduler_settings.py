@@ -44,3 +44,12 @@ def test_the_time_to_the_first_token_is_set() -> None:
         for tick in range(3):
             planner.tick(0.5 * tick)
         assert planner.regimes.regime == regime
+
+
+def test_a_new_term_begins_without_what_was_lent_in_an_earlier_one() -> None:
+    planner = planned(SchedulerSettings(ttft_goal_s=1.0), queued=1000)
+    for tick in range(3):
+        planner.tick(0.5 * tick)
+    assert planner.regimes.lent
+    planner.begin_term()
+    assert (planner.regimes.lent, planner.regimes.leaving, planner.regimes.regime) == ({}, {}, "normal")

@@ -57,6 +57,7 @@ class Journey:
             priority=generation.priority,
             age_s=time.monotonic() - self._asked_since,
             avoid=sorted(self.avoid),
+            deadline_in_s=max(0.0, self.remaining_s()),
             block_hashes=await self._hashes.of(token_ids, basis) if basis else [],
         )
 

@@ -180,11 +180,10 @@ class PrefillGuest:
         await handoff.report(prompt.computed_at)
 
     def _stop(self, prompt: Prompt) -> None:
-        """Cancelled from outside. A prompt that has not begun has no task yet."""
+        """Cancelled from outside. A task that has not begun would end without cleaning up."""
+        self._prompts.pop(prompt.sequence.transfer_id, None)
         if prompt.task:
             prompt.task.cancel()
-        else:
-            self._prompts.pop(prompt.sequence.transfer_id, None)
 
     def _give_up(self, prompt: Prompt, error: FlowKVError) -> None:
         tid = prompt.sequence.transfer_id
@@ -264,7 +263,7 @@ class PrefillGuest:
     # --- load -------------------------------------------------------------------------------------
 
     def num_waiting(self) -> int:
-        return len(self._prompts) - len(self._computing)
+        return max(0, len(self._prompts) - len(self._computing))  # those cancelled leave one after the other
 
     def num_running(self) -> int:
         return len(self._computing)

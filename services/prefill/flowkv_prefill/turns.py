@@ -37,15 +37,16 @@ class Turns:
         try:
             await mine[1]
         except asyncio.CancelledError:
-            if mine in self._waiting:
-                self._waiting.remove(mine)
+            if mine[1].cancelled():
+                self._waiting = [entry for entry in self._waiting if entry is not mine]
             else:  # given the turn and cancelled in the same breath
                 self._pass_on()
             raise
 
     def _pass_on(self) -> None:
-        if self._waiting:
+        while self._waiting:
             _, turn = self._waiting.pop(0)
-            turn.set_result(None)
-        else:
-            self._is_taken = False
+            if not turn.done():  # else it was cancelled, and its task has not run since
+                turn.set_result(None)
+                return
+        self._is_taken = False

@@ -98,7 +98,8 @@ def _without_nodes(request: ScheduleRequest, limits: Limits) -> Wait:
 
 def _without_room(request: ScheduleRequest, weighing: Weighing, limits: Limits) -> Wait:
     """Decode nodes are full, or one sequence more would spoil their rhythm."""
-    nodes = [node for node in weighing.state.usable(weighing.now) if weighing.takes_sequence(node)]
+    able = [node for node in weighing.state.usable(weighing.now) if weighing.takes_sequence(node)]
+    nodes = [node for node in able if node.may_decode] or able
     room_in_s = min((room_in(node, weighing) for node in nodes), default=limits.max_retry_s)
     wait_s = room_in_s + request.age_s
     if request.attempt == 0:

@@ -99,6 +99,7 @@ class Scheduler:
 
     async def lead(self, service: Service) -> None:
         """Until cancelled: answer schedule requests, and look after the cluster once per period."""
+        self.planner.begin_term()
         with self._orders.in_office():
             await lead(service, Endpoint(subjects.SCHEDULE, ScheduleRequest, self.schedule), self._tick)
 

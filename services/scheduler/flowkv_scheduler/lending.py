@@ -117,17 +117,19 @@ class Lending:
         lenders.sort(key=lambda node: (self._load(node, other(to)), node.node_id))
         num_at_home = sum(self._serves(node, other(to)) for node in nodes)
         num = max(1, int(len(lenders) * self._at.lent_at_once))
+        num_before = num_at_home
         for node in lenders[:num]:
             if not is_gone and not self._can_spare(scores, other(to), num_at_home):
                 break
             moved = self._moved.get(node.descriptor.node)
             if moved is not None and now - moved.since < self._at.dwell_s:
                 # Nobody stands there: it helps out, and what it was moved for goes on.
-                self._moved[node.descriptor.node] = moved._replace(is_shared=True)
+                shared = moved._replace(is_shared=True)
+                self._moved[node.descriptor.node] = shared._replace(cap=self._cap_for(node, shared))
             else:
                 self._put(node, to, now, is_shared=num_at_home <= 1)
             num_at_home -= 1
-        return bool(lenders)
+        return num_at_home < num_before
 
     def _can_spare(self, scores: Scores, side: Side, num_left: int) -> bool:
         """Its work, on one node less than `num_left`."""

@@ -24,10 +24,16 @@ class Planner:
     def __init__(self, goals: Goals, *, lends: bool = True, choose: Chooser = policy.choose) -> None:
         """With another `choose` it is another policy, within the same admission."""
         self.state = ClusterState()
-        self.regimes = Regimes(goals, Thresholds(), lends=lends)
         self._goals = goals
+        self._lends = lends
+        self.begin_term()
         self._limits = admission.Limits()
         self._choose = choose
+
+    def begin_term(self) -> None:
+        """Forget what was lent: others may have led since. Whom they have lent shows in the nodes' caps."""
+        self.regimes = Regimes(self._goals, Thresholds(), lends=self._lends)
+        self.state.set_leaving({})
 
     def set_descriptors(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         self.state.set_descriptors(descriptors)

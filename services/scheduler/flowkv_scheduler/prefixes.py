@@ -65,7 +65,7 @@ class PrefixIndex:
         self._clear_those_who_left()
         holder = self._holder(event.node)
         if holder.waiting is not None:
-            del holder.waiting[: len(holder.waiting) - MAX_WAITING + 1]
+            del holder.waiting[: max(0, len(holder.waiting) - MAX_WAITING + 1)]
             holder.waiting.append(event)
             return False
         return self._follow(holder, event)

@@ -80,7 +80,9 @@ class Weighing:
         return self.request.attempt > 0 or self.keeps_rhythm(node)
 
     def num_missing_blocks(self, node: NodeView) -> int:
-        wanted = node.num_blocks_for(self.request.num_prompt_tokens + 1) - self.hits.get(node.node_id, 0)
+        # Cached blocks may be idle, and are then among those available: they are not counted twice.
+        num_held = max(0, self.hits.get(node.node_id, 0) - node.report.blocks.cached)
+        wanted = node.num_blocks_for(self.request.num_prompt_tokens + 1) - num_held
         return wanted - node.num_available_blocks
 
     def keeps_rhythm(self, node: NodeView) -> bool:
