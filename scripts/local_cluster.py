@@ -120,6 +120,14 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def _is_ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=2) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
 def _flags(settings: Mapping[str, str]) -> list[str]:
     return [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
 
@@ -146,6 +154,7 @@ class Cluster:
         self.run_dir = run_dir
         self.port = port or free_port()
         self.processes: dict[str, Process] = {}
+        self._health_ports: dict[str, int] = {}  # of the nodes
         self._nodes = nodes
         self._num_schedulers = num_schedulers
         self._drain_timeout_s = drain_timeout_s
@@ -205,7 +214,8 @@ class Cluster:
     def start_node(self, role: str, name: str, **settings: str) -> Process:
         """A node that is called `name` on the bus too; `settings` are flags of its own."""
         module = "flowkv_prefill" if role == "prefill" else "flowkv_decode"
-        command = [sys.executable, "-m", module, role, "--node-id", name]
+        self._health_ports[name] = port = free_port()
+        command = [sys.executable, "-m", module, role, "--node-id", name, "--http-port", str(port)]
         return self._start(name, command + _flags(settings))
 
     def start_nodes(self, name: str, command: list[str]) -> Process:
@@ -218,7 +228,7 @@ class Cluster:
         return process
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Until the gateway can serve requests. Raises ClusterError when a process ends first."""
+        """Until all nodes are ready and requests can be served. Raises ClusterError when a process ends."""
         deadline = time.monotonic() + timeout_s
         while not self.is_ready():
             for process in self.processes.values():
@@ -232,11 +242,9 @@ class Cluster:
             time.sleep(0.05)
 
     def is_ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health/ready", timeout=2) as response:
-                return bool(response.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
+        """The gateway says so as soon as one node could serve alone; here all that run must be ready."""
+        ports = [port for name, port in self._health_ports.items() if self.processes[name].is_running]
+        return all(_is_ready(port) for port in (*ports, self.port))
 
     def stop(self) -> None:
         """Drain and end everything, so that requests finish before what they need goes away."""

@@ -13,6 +13,8 @@ import pytest
 from local_cluster import Cluster
 
 READY_TIMEOUT_S = 120.0
+# A slow host takes long, and still refuses nobody.
+SETTINGS = {"FLOWKV_TEST_HOOKS": "1", "FLOWKV_MAX_WAIT_S": "3600"}
 
 StartCluster = Callable[..., Cluster]
 
@@ -44,7 +46,7 @@ def clusters(folder: Path, model_path: Path) -> Iterator[StartCluster]:
                 nodes=nodes,
                 num_schedulers=num_schedulers,
                 model_name="test-model",
-                settings={"FLOWKV_TEST_HOOKS": "1", **(settings or {})},
+                settings={**SETTINGS, **(settings or {})},
                 drain_timeout_s=15,
             )
             started.enter_context(cluster)
