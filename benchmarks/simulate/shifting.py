@@ -1,6 +1,7 @@
 """A made-up service whose traffic shifts: long prompts with short answers, then the reverse, then back.
 
-On an H100 both kinds cost a node about the same time, so that the load stays and its sides change places.
+Of the decode-heavy kind three times as many come, so that all phases cost a node of the presets about the
+same time in all: the load stays, and its sides change places.
 """
 
 from __future__ import annotations
@@ -12,27 +13,29 @@ from benchmarks.traces import TOKENS_PER_HASH_ID, Request
 
 
 class Phase(NamedTuple):
-    """Median lengths in tokens."""
+    """Median lengths in tokens, and requests per second."""
 
     num_prompt_tokens: int
     num_output_tokens: int
+    rate: int
 
 
-PREFILL_HEAVY = Phase(4000, 64)
-DECODE_HEAVY = Phase(256, 512)
+PREFILL_HEAVY = Phase(4000, 64, rate=1)
+DECODE_HEAVY = Phase(256, 512, rate=3)
 PHASES = (PREFILL_HEAVY, DECODE_HEAVY, PREFILL_HEAVY)
 # Of the logarithm of both lengths.
 SPREAD = 0.4
 
 
 def shifting(num_requests: int, seed: int = 0) -> list[Request]:
-    """A Poisson process of one request per second; each phase has a third of them. No prefix is shared."""
+    """A Poisson process whose phases last equally long. No prefix is shared."""
     draw = random.Random(seed)
     requests = []
     arrival_s = 0.0
     first_id = 0
+    by_number = [phase for phase in PHASES for _ in range(phase.rate)]
     for number in range(num_requests):
-        phase = PHASES[number * len(PHASES) // num_requests]
+        phase = by_number[number * len(by_number) // num_requests]
         num_prompt = max(1, round(phase.num_prompt_tokens * draw.lognormvariate(0, SPREAD)))
         num_output = max(1, round(phase.num_output_tokens * draw.lognormvariate(0, SPREAD)))
         num_ids = -(-num_prompt // TOKENS_PER_HASH_ID)
@@ -40,5 +43,5 @@ def shifting(num_requests: int, seed: int = 0) -> list[Request]:
             Request(num_prompt, num_output, tuple(range(first_id, first_id + num_ids)), arrival_s)
         )
         first_id += num_ids
-        arrival_s += draw.expovariate(1.0)
+        arrival_s += draw.expovariate(phase.rate)
     return requests

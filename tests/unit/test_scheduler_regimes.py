@@ -36,12 +36,14 @@ class Run:
         self.caps: dict[str, int] = {}
         self.now = 0.0
 
-    def tick(self, *nodes: Imagined, times: int = 1, obey: bool = True) -> list[Order]:
+    def tick(
+        self, *nodes: Imagined, times: int = 1, obey: bool = True, prefill_rate: float = 0.0
+    ) -> list[Order]:
         orders: list[Order] = []
         for _ in range(times):
             self.now += 0.5
             found = [self._with_cap(one) for one in nodes]
-            said = self.regimes.tick(cluster(*found).views(), self.now)
+            said = self.regimes.tick(cluster(*found).views(), prefill_rate, self.now)
             if obey:
                 self.caps |= {o.node.node_id: o.cap for o in said if isinstance(o, MoveCap)}
             orders += said

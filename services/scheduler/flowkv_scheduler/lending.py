@@ -14,31 +14,22 @@ import msgspec
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_scheduler.orders import MoveCap, Order
-from flowkv_scheduler.scores import SIDES, Scores, Side, decode_score, other, prefill_score
+from flowkv_scheduler.scores import SIDES, Scores, Side, decode_score, other
 from flowkv_scheduler.state import NodeView
 from flowkv_scheduler.weighing import Goals
 
 
 class Thresholds(msgspec.Struct, frozen=True):
-    """Scores are 0 when idle and 1 at the goal. Ticks are calls of `Regimes.tick`."""
+    """Pressures are 0 when idle and 1 at the limit. Ticks are calls of `Regimes.tick`."""
 
-    high_prefill: float = 0.4
-    high_decode: float = 0.8
-    gives_prefill: float = 0.3  # a side that would stay below this can spare a node
-    gives_decode: float = 0.5
-    back: float = 0.2  # a side that would stay below this does well without what was lent to it
+    calm: float = 0.5  # below this nobody is moved but back
+    gain: float = 0.9  # a move must bring the worse pressure down to this part of itself
     num_ticks: int = 3
     dwell_s: float = 5.0  # what was moved stays so long
     # While a node works off what is left, its steps take this part of the inter-token goal.
     rhythm_share: float = 0.8
     recap_ratio: float = 1.25  # a cap is adjusted when it is off by so much
     lent_at_once: float = 0.25  # of the lending side, at least one node
-
-    def high(self, side: Side) -> float:
-        return self.high_prefill if side == "prefill" else self.high_decode
-
-    def gives(self, side: Side) -> float:
-        return self.gives_prefill if side == "prefill" else self.gives_decode
 
 
 class Moved(NamedTuple):
@@ -95,7 +86,7 @@ class Lending:
             is_gone = scores.num(side) == 0
             if is_gone or side == needy:
                 moved_any |= self._lend(nodes, scores, side, now, is_gone)
-        return self._take_back(nodes, scores, needy, now) or moved_any
+        return moved_any or self._take_back(nodes, scores, now)
 
     def orders(self, nodes: Sequence[NodeView], regime: str) -> list[Order]:
         """For each node whose report does not show its cap yet; asked again until it does."""
@@ -116,11 +107,12 @@ class Lending:
         lenders = [node for node in nodes if self._may_move(node, to, now, is_gone)]
         lenders.sort(key=lambda node: (self._load(node, other(to)), node.node_id))
         num_at_home = sum(self._serves(node, other(to)) for node in nodes)
-        num = max(1, int(len(lenders) * self._at.lent_at_once))
         num_before = num_at_home
-        for node in lenders[:num]:
-            if not is_gone and not self._can_spare(scores, other(to), num_at_home):
+        for node in lenders[: max(1, int(len(lenders) * self._at.lent_at_once))]:
+            after = scores.after(to)
+            if not is_gone and after.worst >= scores.worst * self._at.gain:
                 break
+            scores = after
             moved = self._moved.get(node.descriptor.node)
             if moved is not None and now - moved.since < self._at.dwell_s:
                 # Nobody stands there: it helps out, and what it was moved for goes on.
@@ -131,12 +123,7 @@ class Lending:
             num_at_home -= 1
         return num_at_home < num_before
 
-    def _can_spare(self, scores: Scores, side: Side, num_left: int) -> bool:
-        """Its work, on one node less than `num_left`."""
-        work = scores.of(side) * scores.num(side)
-        return work / max(1, num_left - 1) < self._at.gives(side)
-
-    def _take_back(self, nodes: Sequence[NodeView], scores: Scores, needy: Side | None, now: float) -> bool:
+    def _take_back(self, nodes: Sequence[NodeView], scores: Scores, now: float) -> bool:
         for node in nodes:
             moved = self._moved.get(node.descriptor.node)
             role = node.descriptor.role
@@ -145,9 +132,9 @@ class Lending:
             if moved.to == role and not moved.is_shared:
                 continue
             helped = other(role)
-            is_well = scores.without_one(helped) < self._at.back
+            is_well = scores.after(other(helped)).worst < self._at.calm
             others = [one for one in nodes if one is not node and self._serves(one, helped)]
-            if (is_well or needy == role) and others:
+            if is_well and others:
                 self._put(node, other(helped), now, is_shared=False)
                 return True  # one at a time, to see what that does
         return False
@@ -167,8 +154,7 @@ class Lending:
         return moved.is_shared or moved.to == side
 
     def _load(self, node: NodeView, side: Side) -> float:
-        score = decode_score if side == "decode" else prefill_score
-        return score(node, self._goals)
+        return decode_score(node, self._goals) if side == "decode" else node.prefill_wait_s
 
     # --- caps --------------------------------------------------------------------------------------
 

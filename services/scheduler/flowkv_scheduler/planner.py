@@ -13,9 +13,13 @@ from flowkv_scheduler import admission, policy
 from flowkv_scheduler.lending import Thresholds
 from flowkv_scheduler.orders import Order
 from flowkv_scheduler.policy import Choice, Chooser
+from flowkv_scheduler.rate import Rate
 from flowkv_scheduler.regimes import Regimes
 from flowkv_scheduler.state import CHOICES_COUNT_FOR_PERIODS, ClusterState
 from flowkv_scheduler.weighing import Goals
+
+# Long enough to see through a burst, short enough to follow the traffic.
+WORK_MEMORY_S = 10.0
 
 
 class Planner:
@@ -24,6 +28,7 @@ class Planner:
     def __init__(self, goals: Goals, *, lends: bool = True, choose: Chooser = policy.choose) -> None:
         """With another `choose` it is another policy, within the same admission."""
         self.state = ClusterState()
+        self._prefill_work = Rate(WORK_MEMORY_S)
         self._goals = goals
         self._lends = lends
         self.begin_term()
@@ -54,13 +59,14 @@ class Planner:
 
     def tick(self, now: float) -> list[Order]:
         """Once per period: regimes, lending, scaling."""
-        orders = self.regimes.tick(list(self.state.usable(now)), now)
+        orders = self.regimes.tick(list(self.state.usable(now)), self._prefill_work.at(now), now)
         self.state.set_leaving(self.regimes.leaving)
         return orders
 
     def _count(self, request: ScheduleRequest, choice: Choice, now: float) -> None:
         """Load reports lag: what we have just given must not be given twice."""
         self.state.see_prompt(request.num_prompt_tokens)
+        self._prefill_work.add(choice.prefill_s, now)
         for_prefill, for_decode = policy.added_work(request, choice)
         arrives_in_s = choice.first_token_s
         self.state.add_prompt(choice.prefill.descriptor.node, for_prefill, now)

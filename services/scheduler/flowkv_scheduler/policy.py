@@ -26,6 +26,7 @@ class Choice(NamedTuple):
     predicted_s: float
     wait_s: float
     first_token_s: float
+    prefill_s: float  # of its own, without the wait
     num_cached_tokens: int  # at prefill
     reason: str
     prefill_candidates: list[Candidate]
@@ -106,6 +107,7 @@ def _choice(
         predicted_s=best.predicted_s,
         wait_s=p.wait_s + d.wait_s,
         first_token_s=p.total_s,
+        prefill_s=p.work_s,
         num_cached_tokens=p.num_cached_tokens,
         reason=(
             f"best of {num_pairs} pairs, {best.predicted_s:.3f} s to the second token: wait at "

@@ -15,7 +15,7 @@ import msgspec
 from flowkv_common.wire.messages import NodeRef
 from flowkv_scheduler.lending import Lending, Thresholds
 from flowkv_scheduler.orders import Order, RegimeChange, ScaleWanted
-from flowkv_scheduler.scores import SIDES, Scores, Side, other, scores_of
+from flowkv_scheduler.scores import SIDES, Scores, Side, scores_of
 from flowkv_scheduler.state import NodeView
 from flowkv_scheduler.weighing import Goals
 
@@ -60,12 +60,12 @@ class Regimes:
     def lent(self) -> Mapping[NodeRef, Side]:
         return self._lending.lent if self._lending else {}
 
-    def tick(self, nodes: Sequence[NodeView], now: float) -> list[Order]:
-        """What should change now."""
+    def tick(self, nodes: Sequence[NodeView], prefill_rate: float, now: float) -> list[Order]:
+        """What should change now. `prefill_rate`: seconds of prefill that came per second, lately."""
         nodes = sorted(nodes, key=lambda node: node.node_id)
         if self._lending:
             self._lending.see(nodes, now)
-        scores = scores_of(nodes, self._goals)
+        scores = scores_of(nodes, self._goals, prefill_rate)
         orders = self._change_regime(scores)
         if self._lending:
             lasting = self._sign.needy if self._num_ticks >= self._at.num_ticks else None
@@ -89,7 +89,7 @@ class Regimes:
     # --- scaling -----------------------------------------------------------------------------------
 
     def _scale(self, scores: Scores, now: float) -> list[Order]:
-        if max(scores.prefill, scores.decode) >= self._scaling.idle:
+        if scores.worst >= self._scaling.idle:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = now
@@ -102,13 +102,12 @@ class Regimes:
         return [order]
 
     def _more(self, scores: Scores) -> ScaleWanted | None:
-        """As many nodes of the side as would bring its score down to its threshold, at most twice as many."""
+        """As many nodes as would do all the work, at most twice as many of the side that is short."""
         side = self._sign.needy
         if self.regime != OVERLOAD or side is None or not scores.num(side):
             return None
-        num = scores.num(side)
-        change = math.ceil(num * scores.of(side) / self._at.high(side)) - num
-        return ScaleWanted(side, max(1, min(change, num)), str(scores))
+        change = math.ceil(scores.work(side)) - scores.num(side)
+        return ScaleWanted(side, max(1, min(change, scores.num(side))), str(scores))
 
     def _fewer(self, scores: Scores, now: float) -> ScaleWanted | None:
         if self._idle_since is None or now - self._idle_since < self._scaling.idle_s:
@@ -120,11 +119,10 @@ class Regimes:
 
 
 def sign_of(scores: Scores, at: Thresholds) -> Sign:
-    """Imbalance is a need that the other side can fill without getting into need itself."""
-    needy = [side for side in SIDES if scores.of(side) > at.high(side)]
-    if not needy:
+    """Imbalance is a need that the other side can ease without getting into such need itself."""
+    if scores.worst <= at.calm:
         return Sign(NORMAL)
-    side = max(needy, key=lambda side: scores.of(side) / at.high(side))
-    if scores.without_one(other(side)) < at.gives(other(side)):
+    side = max(SIDES, key=scores.of)
+    if scores.after(side).worst < scores.worst * at.gain:
         return Sign(IMBALANCE, side)
-    return Sign(OVERLOAD, side)
+    return Sign(OVERLOAD, side) if scores.worst > 1.0 else Sign(NORMAL)

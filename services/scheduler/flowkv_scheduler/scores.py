@@ -1,4 +1,4 @@
-"""How much nodes and sides have to do: 0 is idle, 1 is at the goal. Pure."""
+"""How many nodes' worth of work each side has, and how many nodes it has. Pure."""
 
 from __future__ import annotations
 
@@ -12,46 +12,60 @@ from flowkv_scheduler.weighing import Goals
 Side = Literal["prefill", "decode"]
 SIDES: tuple[Side, Side] = ("prefill", "decode")
 
+# A prefill node that computes for this part of the time has prompts wait about as long as they take.
+FULL_PREFILL = 0.8
+# What waits counts as work that should be done within so many goals.
+BACKLOG_GOALS = 2.0
+
 
 def other(side: str) -> Side:
     return "decode" if side == "prefill" else "prefill"
 
 
 class Scores(NamedTuple):
-    """Mean over the nodes of each side; infinite where a side has none."""
+    """Work in nodes: as many, each at its limit, would do it. A side of pressure 1 is at its limit."""
 
-    prefill: float
-    decode: float
+    prefill_work: float
+    decode_work: float
     num_prefill: int
     num_decode: int
 
-    def of(self, side: Side) -> float:
-        return self.prefill if side == "prefill" else self.decode
+    def work(self, side: Side) -> float:
+        return self.prefill_work if side == "prefill" else self.decode_work
 
     def num(self, side: Side) -> int:
         return self.num_prefill if side == "prefill" else self.num_decode
 
-    def without_one(self, side: Side) -> float:
-        """Of the side with a node less, its work spread over the others. The last one stays in part."""
-        num = self.num(side)
-        return self.of(side) * num / (num - 1) if num > 1 else self.of(side)
+    def of(self, side: Side) -> float:
+        """The side's pressure; infinite where nobody stands."""
+        return self.work(side) / self.num(side) if self.num(side) else math.inf
+
+    @property
+    def worst(self) -> float:
+        return max(self.of("prefill"), self.of("decode"))
+
+    def after(self, to: Side) -> Scores:
+        """With one node more on a side, and one less on the other, where the last one serves both."""
+        num_left = max(1, self.num(other(to)) - 1)
+        num = {to: self.num(to) + 1, other(to): num_left}
+        return self._replace(num_prefill=num["prefill"], num_decode=num["decode"])
 
     def __str__(self) -> str:
         return (
-            f"prefill {self.prefill:.2f} on {self.num_prefill}, decode {self.decode:.2f} on {self.num_decode}"
+            f"prefill {self.prefill_work:.2f} nodes' work on {self.num_prefill}, "
+            f"decode {self.decode_work:.2f} on {self.num_decode}"
         )
 
 
-def scores_of(nodes: Sequence[NodeView], goals: Goals) -> Scores:
-    prefill = [prefill_score(node, goals) for node in nodes if node.may_prefill]
-    decode = [decode_score(node, goals) for node in nodes if node.may_decode]
-    return Scores(_mean(prefill), _mean(decode), len(prefill), len(decode))
-
-
-def prefill_score(node: NodeView, goals: Goals) -> float:
-    """1 where prompts wait for half of what is allowed: of the time to the first token, or of what the door
-    admits, whichever is less."""
-    return node.prefill_wait_s / (min(goals.ttft_s, goals.max_wait_s) / 2)
+def scores_of(nodes: Sequence[NodeView], goals: Goals, prefill_rate: float) -> Scores:
+    """`prefill_rate`: seconds of prefill that came per second, lately."""
+    backlog_s = sum(node.prefill_wait_s for node in nodes)
+    return Scores(
+        prefill_rate / FULL_PREFILL + backlog_s / (BACKLOG_GOALS * min(goals.ttft_s, goals.max_wait_s)),
+        sum(decode_score(node, goals) for node in nodes),
+        sum(node.may_prefill for node in nodes),
+        sum(node.may_decode for node in nodes),
+    )
 
 
 def decode_score(node: NodeView, goals: Goals) -> float:
@@ -65,7 +79,3 @@ def decode_score(node: NodeView, goals: Goals) -> float:
     room = (blocks.leased + blocks.quarantined + node.given.num_blocks) / max(1, blocks.total)
     places = node.num_sequences / max(1, node.report.max_num_seqs)
     return max(rhythm, room, places)
-
-
-def _mean(scores: Sequence[float]) -> float:
-    return sum(scores) / len(scores) if scores else math.inf
