@@ -192,6 +192,7 @@ class Cluster:
             return False
         life.at_decode = decode.pool.take(num_all, ids)
         life.at_prefill = life.at_decode
+        decode.num_rooms_given += 1
         if node is not decode:
             life.at_prefill = node.pool.take(request.num_prompt_tokens + 1, ids)
             node.num_sending += 1

@@ -49,6 +49,7 @@ class SimNode:
         self.is_ending = False  # between two stretches: the next one will see all changes
         self.links: dict[str, str] = {}  # to the other nodes, by connector
         self.num_prompts_accepted = 0
+        self.num_rooms_given = 0
         self.num_sequences_accepted = 0
         self._link_free_at = 0.0
         self._seq = 0
@@ -148,6 +149,7 @@ class SimNode:
             links=self.links,
             num_context_tokens=batch.num_context_at(now),
             num_prompts_accepted=self.num_prompts_accepted,
+            num_rooms_given=self.num_rooms_given,
             num_sequences_accepted=self.num_sequences_accepted,
             step=self._reported_fit,
         )

@@ -161,6 +161,7 @@ EXAMPLES: list[Message] = [
         block_hashes=["00112233445566778899aabbccddeeff"],
         run_lengths=[4, 1],
         expires_in_s=30.0,
+        again=True,
     ),
     Reserved(transfer_id=TRANSFER_ID, token="secret", runs=[Run(8, 4), Run(2, 1)], num_cached_blocks=1),
     Release(transfer_id=TRANSFER_ID, token="secret"),
@@ -217,6 +218,7 @@ EXAMPLES: list[Message] = [
         links={"prefill-0": "shm"},
         num_context_tokens=1024,
         num_prompts_accepted=9,
+        num_rooms_given=6,
         num_sequences_accepted=4,
         step=StepFit(
             base_s=0.015625,

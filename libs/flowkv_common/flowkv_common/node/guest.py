@@ -55,6 +55,7 @@ class Node:
     draining: bool = False
     wedged: bool = False
     epoch: int = 0  # the highest of a leading scheduler that this node has heard of
+    num_rooms_given: int = 0  # to sequences that will decode here, in this life; each counts once
 
     def why_not_ready(self) -> str | None:
         if self.draining:

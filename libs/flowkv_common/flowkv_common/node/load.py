@@ -33,6 +33,7 @@ def snapshot(node: Node, steps: Steps, seq: int) -> LoadReport:
         handoff_bytes=node.budget.bytes_in_flight,
         links=node.links.connectors_in_use(),
         num_prompts_accepted=node.guests["prefill"].num_accepted,
+        num_rooms_given=node.num_rooms_given,
         num_sequences_accepted=node.guests["decode"].num_accepted,
         num_context_tokens=sum(guest.num_context_tokens() for guest in guests),
         step=node.instruments.step_fitter.fit(),

@@ -207,6 +207,7 @@ class Reserve(Message, frozen=True):
     block_hashes: list[str]
     run_lengths: list[int]
     expires_in_s: float
+    again: bool = False  # after a `Release`: this room was counted before
 
 
 class Reserved(Message, frozen=True):

@@ -71,8 +71,10 @@ class LoadReport(Message, frozen=True):
     handoff_bytes: int
     links: dict[str, str] = {}  # node_id -> connector in use
     num_context_tokens: int = 0  # in the KV caches of the sequences that decode here
-    # Taken on in this life: a scheduler sees by these which of its choices the report shows.
+    # In this life: a scheduler sees by these which of its choices the report shows. A sequence gets its room,
+    # which `blocks` then show as leased, when its prompt begins, and is taken on when its KV has come.
     num_prompts_accepted: int = 0
+    num_rooms_given: int = 0
     num_sequences_accepted: int = 0
     step: StepFit | None = None
     epoch: int = 0  # the highest that this node has heard of
