@@ -216,6 +216,7 @@ EXAMPLES: list[Message] = [
         num_handoffs=1,
         handoff_bytes=1843200,
         links={"prefill-0": "shm"},
+        num_prompts=3,
         num_context_tokens=1024,
         num_prompts_accepted=9,
         num_rooms_given=6,

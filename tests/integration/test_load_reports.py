@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from tiny_models import make_tiny_model
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.engine.model import LoadedModel
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import NodeRef, Reserve, Reserved
+from flowkv_common.wire.messages import Accepted, NodeRef, Release, Reserve, Reserved
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,11 @@ class Setup(NamedTuple):
         subject = subjects.at(subjects.DECODE_RESERVE, self.node.node_id)
         return await self.bus.request(subject, request, Reserved, timeout_s=5)
 
+    async def release(self, reserved: Reserved) -> None:
+        message = Release(transfer_id=reserved.transfer_id, token=reserved.token)
+        subject = subjects.at(subjects.DECODE_RELEASE, self.node.node_id)
+        await self.bus.request(subject, message, Accepted, timeout_s=5)
+
 
 @pytest.fixture
 async def setup(nats_server: NatsServer, model: LoadedModel) -> AsyncIterator[Setup]:
@@ -63,3 +69,15 @@ async def test_room_on_the_node_of_the_prompt_counts_too(setup: Setup) -> None:
     await setup.client.generate(setup.node, setup.node, [30] * 20, max_tokens=3)
     done = await first(setup.heard, lambda report: report.num_sequences_accepted > 0)
     assert (done.num_prompts_accepted, done.num_rooms_given, done.num_sequences_accepted) == (1, 1, 1)
+
+
+async def test_prompts_and_sequences_are_told_apart(setup: Setup) -> None:
+    held = await setup.reserve(num_blocks=63)  # of 64: a prompt must wait
+    async with asyncio.TaskGroup() as tasks:
+        output = tasks.create_task(setup.client.generate(setup.node, setup.node, [30] * 20, max_tokens=60))
+        queued = await first(setup.heard, lambda report: report.queued_prefill_tokens > 0)
+        assert (queued.num_prompts, queued.num_waiting, queued.num_running) == (1, 0, 0)
+        await setup.release(held)
+        decoding = await first(setup.heard, lambda report: report.num_running > 0)
+        assert (decoding.num_prompts, decoding.num_waiting, decoding.num_running) == (0, 0, 1)
+    assert len(output.result()) == 60

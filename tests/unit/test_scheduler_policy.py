@@ -109,6 +109,9 @@ def test_short_prompt_stays_on_an_idle_decode_node() -> None:
     nodes = [node("p0", "prefill", step=base), node("d0", "decode", step=base)]
     assert pair(choose(request(num_prompt_tokens=16), nodes)) == ("d0", "d0")
     assert pair(choose(request(num_prompt_tokens=300), nodes)) == ("p0", "d0")
+    # One that computes another prompt is not idle.
+    nodes[1] = node("d0", "decode", step=base, num_prompts=1)
+    assert pair(choose(request(num_prompt_tokens=16), nodes)) == ("p0", "d0")
 
 
 def test_node_that_has_cached_the_prefix_is_worth_a_wait() -> None:

@@ -265,11 +265,14 @@ class PrefillGuest:
 
     # --- load -------------------------------------------------------------------------------------
 
+    def num_prompts(self) -> int:
+        return sum(prompt.first is None for prompt in self._prompts.values())
+
     def num_waiting(self) -> int:
-        return max(0, len(self._prompts) - len(self._computing))  # those cancelled leave one after the other
+        return 0
 
     def num_running(self) -> int:
-        return len(self._computing)
+        return 0
 
     def num_context_tokens(self) -> int:
         return 0

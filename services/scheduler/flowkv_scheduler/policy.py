@@ -74,7 +74,7 @@ def _stays(weighing: Weighing, node: NodeView) -> bool:
     Only where it disturbs nobody: lending is for more. And in steps that keep the rhythm of who comes next.
     """
     chunk_s = node.cap * node.speed.prefill_token_s
-    is_idle = node.num_sequences == 0 and not node.may_prefill
+    is_idle = not (node.num_sequences or node.report.num_prompts or node.may_prefill)
     return is_idle and weighing.step_s(node) + chunk_s <= weighing.goals.itl_s
 
 

@@ -32,6 +32,7 @@ def snapshot(node: Node, steps: Steps, seq: int) -> LoadReport:
         num_handoffs=node.budget.num_in_flight,
         handoff_bytes=node.budget.bytes_in_flight,
         links=node.links.connectors_in_use(),
+        num_prompts=sum(guest.num_prompts() for guest in guests),
         num_prompts_accepted=node.guests["prefill"].num_accepted,
         num_rooms_given=node.num_rooms_given,
         num_sequences_accepted=node.guests["decode"].num_accepted,

@@ -61,7 +61,7 @@ class LoadReport(Message, frozen=True):
     draining: bool
     max_prefill_tokens_per_step: int
     queued_prefill_tokens: int
-    num_waiting: int
+    num_waiting: int  # sequences that decode here: prompts count apart
     num_running: int
     max_num_seqs: int
     blocks: BlockCounts
@@ -70,6 +70,7 @@ class LoadReport(Message, frozen=True):
     num_handoffs: int
     handoff_bytes: int
     links: dict[str, str] = {}  # node_id -> connector in use
+    num_prompts: int = 0  # that are not computed yet
     num_context_tokens: int = 0  # in the KV caches of the sequences that decode here
     # In this life: a scheduler sees by these which of its choices the report shows. A sequence gets its room,
     # which `blocks` then show as leased, when its prompt begins, and is taken on when its KV has come.
