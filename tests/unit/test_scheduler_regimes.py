@@ -160,6 +160,35 @@ def test_overload_asks_for_nodes() -> None:
     assert orders[0] == RegimeChange("normal", "overload", orders[0].reason)
 
 
+def wishes(orders: list[Order]) -> list[tuple[str, int]]:
+    return [(order.role, order.change) for order in orders if isinstance(order, ScaleWanted)]
+
+
+def test_a_wish_for_nodes_is_taken_back_when_the_overload_ends() -> None:
+    run = Run()
+    nodes = (prefill(queued=9000), decode("d0", running=15), decode("d1", running=15))
+    assert wishes(run.tick(*nodes, times=AT.num_ticks)) == [("prefill", 1)]
+    calm = (prefill(queued=100), decode("d0", running=5), decode("d1", running=5))
+    assert wishes(run.tick(*calm, times=AT.num_ticks - 1)) == []  # it may be a moment's calm
+    assert wishes(run.tick(*calm)) == [("prefill", 0)]
+    assert wishes(run.tick(*calm, times=60)) == []
+
+
+def test_a_wish_for_nodes_of_one_side_gives_way_to_that_for_the_other() -> None:
+    run = Run()
+    run.tick(prefill(queued=9000), decode(running=15), times=AT.num_ticks)
+    orders = run.tick(prefill(queued=1500), decode(running=32), times=30)
+    assert wishes(orders)[:2] == [("prefill", 0), ("decode", 1)]
+
+
+def test_a_wish_for_fewer_nodes_is_taken_back_when_there_is_work_or_one_has_left() -> None:
+    nodes = (prefill(), decode("d0"), decode("d1"))
+    for after in ((prefill(queued=500), *nodes[1:]), nodes[:2]):
+        run = Run()
+        assert wishes(run.tick(*nodes, times=121))[-1] == ("decode", -1)
+        assert wishes(run.tick(*after)) == [("decode", 0)]
+
+
 def test_a_long_idle_cluster_could_do_with_fewer_nodes() -> None:
     nodes = (prefill(), decode("d0"), decode("d1"))
     orders = Run().tick(*nodes, times=122)

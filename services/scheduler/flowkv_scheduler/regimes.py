@@ -50,6 +50,7 @@ class Regimes:
         self._num_ticks = 0  # that the sign has lasted
         self._idle_since: float | None = None
         self._scaled_at = -math.inf
+        self._wanted: ScaleWanted | None = None  # as last told, while it stands
 
     @property
     def leaving(self) -> Mapping[str, Side]:
@@ -93,13 +94,21 @@ class Regimes:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = now
-        if now - self._scaled_at < self._scaling.every_s:
-            return []
-        order = self._more(scores) or self._fewer(scores, now)
-        if order is None:
-            return []
-        self._scaled_at = now
-        return [order]
+        is_due = now - self._scaled_at >= self._scaling.every_s
+        order = (self._more(scores) or self._fewer(scores, now)) if is_due else None
+        orders: list[Order] = []
+        before = self._wanted
+        if before and (order.role != before.role if order else self._has_ended(before, scores, now)):
+            orders.append(before._replace(change=0, reason=str(scores)))
+            self._wanted = None
+        if order:
+            orders.append(order)
+            self._wanted, self._scaled_at = order, now
+        return orders
+
+    def _has_ended(self, wanted: ScaleWanted, scores: Scores, now: float) -> bool:
+        """The need for what was wanted. Overload goes late enough by itself: see `_change_regime`."""
+        return self.regime != OVERLOAD if wanted.change > 0 else self._fewer(scores, now) is None
 
     def _more(self, scores: Scores) -> ScaleWanted | None:
         """As many nodes of the side as would bring its score down to its threshold, at most twice as many."""

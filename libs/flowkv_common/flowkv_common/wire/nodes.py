@@ -194,7 +194,10 @@ class CapMoved(Message, frozen=True):
 
 
 class ScaleWanted(Message, frozen=True):
-    """So many more nodes of a role (fewer if negative) would meet the goals. Stands until the next."""
+    """So many more nodes of a role (fewer if negative) would meet the goals.
+
+    Stands until the next for that role, 0 if the need has ended, or until another scheduler leads.
+    """
 
     epoch: int
     role: str
