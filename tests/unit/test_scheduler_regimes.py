@@ -139,6 +139,42 @@ def test_a_new_leader_takes_over_what_another_has_lent() -> None:
     assert moves(run.tick(*nodes, times=2)) == [("d0", CAPS["decode"])]
 
 
+def test_a_new_leader_leaves_the_last_node_of_a_side_to_both() -> None:
+    run = Run()
+    run.caps["d0"] = 144
+    run.tick(prefill(), decode("d0"))
+    assert run.regimes.leaving == {}
+    run = Run()
+    run.caps |= {"d0": 144, "d1": TOKEN_BUDGET}
+    run.tick(prefill(), decode("d0"), decode("d1"))
+    assert run.regimes.leaving == {"d1": "decode"}
+
+
+def test_a_lent_node_that_is_silent_for_a_moment_is_not_forgotten() -> None:
+    run = Run()
+    nodes = (prefill(queued=4000), decode("d0", running=1), decode("d1", running=2))
+    run.tick(*nodes, times=AT.num_ticks)
+    assert run.regimes.leaving == {"d0": "decode"}
+    run.tick(nodes[0], nodes[2], times=3)
+    assert run.regimes.leaving == {"d0": "decode"}
+
+
+def test_a_shared_node_that_is_silent_for_a_moment_does_not_leave_its_home() -> None:
+    run = Run()
+    run.tick(prefill(queued=4000), decode(), times=AT.num_ticks)
+    run.tick(prefill(queued=4000))
+    run.tick(prefill(queued=4000), decode())
+    assert run.regimes.leaving == {}
+
+
+def test_the_only_node_that_prefills_goes_home_in_part_when_it_is_needed_there() -> None:
+    run = Run()
+    nodes = (decode("d0"), decode("d1", running=15))
+    assert moves(run.tick(*nodes)) == [("d0", TOKEN_BUDGET)]
+    assert moves(run.tick(*nodes, times=int(AT.dwell_s / 0.5))) == [("d0", 144)]
+    assert run.regimes.leaving == {}
+
+
 def test_when_all_prefill_nodes_are_gone_decode_nodes_prefill_at_once() -> None:
     run = Run()
     assert moves(run.tick(decode("d0"), decode("d1"))) == [("d0", TOKEN_BUDGET)]

@@ -7,12 +7,13 @@ docs/scheduling.md. Reads no clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from flowkv_common.wire.messages import NodeRef
+from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_scheduler.lending import Lending, Thresholds
 from flowkv_scheduler.orders import Order, RegimeChange, ScaleWanted
 from flowkv_scheduler.scores import SIDES, Scores, Side, other, scores_of
@@ -60,6 +61,11 @@ class Regimes:
     @property
     def lent(self) -> Mapping[NodeRef, Side]:
         return self._lending.lent if self._lending else {}
+
+    def follow(self, registry: Iterable[NodeDescriptor]) -> None:
+        """All nodes that live, those that are silent too."""
+        if self._lending:
+            self._lending.follow(registry)
 
     def tick(self, nodes: Sequence[NodeView], now: float) -> list[Order]:
         """What should change now."""
