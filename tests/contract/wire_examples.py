@@ -123,6 +123,7 @@ EXAMPLES: list[Message] = [
         attempt=1,
         num_prompt_tokens=70,
         max_new_tokens=32,
+        num_output_tokens=1,
         priority=-1,
         age_s=0.75,
         avoid=["decode-1"],

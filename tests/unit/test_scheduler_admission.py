@@ -94,9 +94,16 @@ def test_request_without_hope_of_its_deadline_is_refused() -> None:
 
 def test_retry_of_a_running_request_is_never_shed() -> None:
     queue = node("p0", "prefill", queued_prefill_tokens=72_000)
-    retry = request(age_s=GOALS.max_wait_s + 1, attempt=1, priority=1, deadline_in_s=1.0)
+    retry = request(age_s=GOALS.max_wait_s + 1, num_output_tokens=1, priority=1, deadline_in_s=1.0)
     assert isinstance(decide(retry, [queue, D0]), Choice)
     assert isinstance(decide(retry, [PAIR[0], node("d0", "decode", free=0)]), Wait)
+
+
+def test_retry_of_a_request_that_never_began_goes_through_the_door() -> None:
+    with pytest.raises(errors.Full):
+        decide(request(attempt=1), [node("p0", "prefill", queued_prefill_tokens=72_000), D0])
+    with pytest.raises(errors.Full):
+        decide(request(attempt=2, age_s=61.0), [PAIR[0], node("d0", "decode", free=0)])
 
 
 def test_room_comes_sooner_the_less_is_missing() -> None:

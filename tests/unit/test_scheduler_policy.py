@@ -94,7 +94,7 @@ def test_decode_node_over_its_rhythm_is_passed_over_unless_the_request_runs_alre
     nodes = [node("p0", "prefill"), node("d0", "decode", step=slow, num_running=7)]
     assert pair(choose(request(), nodes, Goals(itl_s=0.27))) == ("p0", "d0")
     assert choose(request(), nodes, Goals(itl_s=0.25)) is None
-    assert pair(choose(request(attempt=1), nodes, Goals(itl_s=0.25))) == ("p0", "d0")
+    assert pair(choose(request(num_output_tokens=1), nodes, Goals(itl_s=0.25))) == ("p0", "d0")
 
 
 def test_idle_decode_node_is_taken_however_slow_it_is() -> None:

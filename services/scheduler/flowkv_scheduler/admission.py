@@ -51,7 +51,7 @@ def decide(
             return _without_nodes(request, limits)
         return _without_room(request, weighing, limits)
     # The retry of a running request is never shed: its client has seen half of the answer.
-    if request.attempt == 0:
+    if not request.num_output_tokens:
         _check_wait(request, request.age_s + choice.wait_s, choice.predicted_s, goals)
     return choice
 
@@ -102,7 +102,7 @@ def _without_room(request: ScheduleRequest, weighing: Weighing, limits: Limits) 
     nodes = [node for node in able if node.may_decode] or able
     room_in_s = min((room_in(node, weighing) for node in nodes), default=limits.max_retry_s)
     wait_s = room_in_s + request.age_s
-    if request.attempt == 0:
+    if not request.num_output_tokens:
         _check_wait(request, wait_s, room_in_s, weighing.goals)
     retry_in_s = min(max(room_in_s, limits.min_retry_s), limits.max_retry_s)
     return Wait(retry_in_s=retry_in_s, reason=f"all {len(nodes)} decode nodes are full")

@@ -78,7 +78,7 @@ class Weighing:
             return False
         # The retry of a running request is never held up for the sake of others' rhythm, nor for ever anyone.
         has_waited = self.request.age_s > self.goals.ttft_s
-        return self.request.attempt > 0 or has_waited or self.keeps_rhythm(node)
+        return self.request.num_output_tokens > 0 or has_waited or self.keeps_rhythm(node)
 
     def num_missing_blocks(self, node: NodeView) -> int:
         # Cached blocks may be idle, and are then among those available: they are not counted twice.
