@@ -126,6 +126,18 @@ def test_node_that_has_cached_the_prefix_is_worth_a_wait() -> None:
     assert added_work(wanted, choice)[0] == Work(prefill_tokens=20)
 
 
+def test_a_mixed_node_that_has_cached_the_prefix_is_weighed_beside_many_of_its_side() -> None:
+    hashes = [f"{number:016x}" * 2 for number in range(250)]
+    idle = [node(f"p{n}", "prefill") for n in range(9)]
+    # With more to do than the eight that are weighed for their load.
+    mixed = node("m", "mixed", queued_prefill_tokens=100, num_running=15)
+    state = cluster(*idle, mixed, node("d0", "decode"))
+    state.prefixes.expect(mixed.descriptor.node, hashes, until=9.0)
+    choice = policy.choose(request(num_prompt_tokens=4001, block_hashes=hashes), state, GOALS, now=0.0)
+    assert choice is not None
+    assert (choice.prefill.node_id, choice.num_cached_tokens) == ("m", 4000)
+
+
 @pytest.mark.parametrize("changes", [{"ready": False}, {"draining": True}, {"age_s": 10.0}])
 def test_unusable_node_is_never_taken(changes: dict[str, Any]) -> None:
     nodes = [node("d0", "decode", **changes), node("d1", "decode", num_running=12), node("p0", "prefill")]
