@@ -63,7 +63,7 @@ goals = st.builds(Goals, itl_s=st.sampled_from([0.01, 0.05, 0.25]), max_wait_s=s
 
 
 def choose(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> Choice | None:
-    return policy.choose(wanted, cluster(*nodes), aims, now=0.0)
+    return policy.choose(Weighing(wanted, cluster(*nodes), aims, now=0.0))
 
 
 def pair(choice: Choice | None) -> tuple[str, str] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from imagined_nodes import NUM_BLOCKS, Imagined, cluster, node, request, view
 
@@ -112,6 +114,20 @@ def test_room_comes_sooner_the_less_is_missing() -> None:
     waits = [room_in(view(one), Weighing(wanted, cluster(one), GOALS, 0.0)) for one in full]
     assert waits[0] == 0.0
     assert 0.0 < waits[1] < waits[2] < waits[3]
+
+
+def test_prefixes_are_looked_up_once_also_when_the_cluster_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = cluster(node("p0", "prefill"), node("d0", "decode", free=0))
+    look_up, asked = state.prefixes.hits, []
+
+    def hits(hashes: Sequence[str], now: float) -> dict[str, int]:
+        asked.append(list(hashes))
+        return look_up(hashes, now)
+
+    monkeypatch.setattr(state.prefixes, "hits", hits)
+    wanted = request(block_hashes=["0" * 32])
+    assert isinstance(admission.decide(wanted, state, GOALS, LIMITS, now=0.0), Wait)
+    assert asked == [["0" * 32]]
 
 
 def test_idle_prefill_nodes_are_no_room_for_sequences() -> None:

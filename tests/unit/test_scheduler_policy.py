@@ -19,7 +19,7 @@ BLOCK_BYTES = 2 * 2 * BLOCK_SIZE * 2 * 16 * 4  # layers, K and V, slots, heads, 
 
 
 def choose(wanted: ScheduleRequest, nodes: list[Imagined], goals: Goals = GOALS) -> Choice | None:
-    return policy.choose(wanted, cluster(*nodes), goals, now=0.0)
+    return policy.choose(Weighing(wanted, cluster(*nodes), goals, now=0.0))
 
 
 def pair(choice: Choice | None) -> tuple[str, str] | None:
@@ -120,7 +120,7 @@ def test_node_that_has_cached_the_prefix_is_worth_a_wait() -> None:
     state = cluster(*nodes)
     state.prefixes.expect(nodes[0].descriptor.node, hashes[:5], until=9.0)
     wanted = request(num_prompt_tokens=100, block_hashes=hashes)
-    choice = policy.choose(wanted, state, GOALS, now=0.0)
+    choice = policy.choose(Weighing(wanted, state, GOALS, now=0.0))
     assert choice is not None
     assert (choice.prefill.node_id, choice.num_cached_tokens) == ("p0", 80)
     assert added_work(wanted, choice)[0] == Work(prefill_tokens=20)
@@ -133,7 +133,8 @@ def test_a_mixed_node_that_has_cached_the_prefix_is_weighed_beside_many_of_its_s
     mixed = node("m", "mixed", queued_prefill_tokens=100, num_running=15)
     state = cluster(*idle, mixed, node("d0", "decode"))
     state.prefixes.expect(mixed.descriptor.node, hashes, until=9.0)
-    choice = policy.choose(request(num_prompt_tokens=4001, block_hashes=hashes), state, GOALS, now=0.0)
+    wanted = request(num_prompt_tokens=4001, block_hashes=hashes)
+    choice = policy.choose(Weighing(wanted, state, GOALS, now=0.0))
     assert choice is not None
     assert (choice.prefill.node_id, choice.num_cached_tokens) == ("m", 4000)
 

@@ -43,10 +43,10 @@ def decide(
     for too long, `Full` when the wait would be too long or outlast the request's deadline; `retry_after_s` is
     the predicted end of that.
     """
-    choice = choose(request, state, goals, now)
+    weighing = Weighing(request, state, goals, now)
+    choice = choose(weighing)
     if choice is None:
         _check_fits(request, state.views())
-        weighing = Weighing(request, state, goals, now)
         if not any(weighing.stands(group) for group in state.index.groups):
             return _without_nodes(request, limits)
         return _without_room(request, weighing, limits)
