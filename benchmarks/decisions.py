@@ -96,6 +96,7 @@ class Nodes:
             handoff_bytes=0,
             num_context_tokens=self.sequences[node_id] * 1100,
             num_prompts_accepted=self.prompts[node_id],
+            num_rooms_given=self.handed_over[node_id],
             num_sequences_accepted=self.handed_over[node_id],
             step=_fit(1.0 if number % 3 else 3.0),
         )

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from benchmarks.policies.simple import SIMPLE
+from benchmarks.policies.baselines import BASELINES
 from benchmarks.recording import NODE_PREFIX, RECONNECTED, Line, UnreadableRecording, read_lines
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire import subjects
@@ -150,14 +150,14 @@ def report(replay: Replay, name: str) -> Iterator[str]:
 
 
 def make_planner(name: str, seed: int) -> Planner:
-    """FlowKV's, or one with a simple choice and no lending."""
-    return Planner(Goals()) if name == FLOWKV else Planner(Goals(), lends=False, choose=SIMPLE[name](seed))
+    """FlowKV's, or a baseline."""
+    return Planner(Goals()) if name == FLOWKV else Planner(Goals(), lends=False, choose=BASELINES[name](seed))
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.replay")
     parser.add_argument("events", type=Path, help="what `python -m benchmarks.record` has written")
-    parser.add_argument("--policy", default=FLOWKV, choices=[FLOWKV, *SIMPLE])
+    parser.add_argument("--policy", default=FLOWKV, choices=[FLOWKV, *BASELINES])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     replay = Replay(make_planner(options.policy, options.seed))

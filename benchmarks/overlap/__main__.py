@@ -7,11 +7,12 @@ import asyncio
 import os
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.model import default_model
+from benchmarks.command import Command, Report
 from benchmarks.overlap.measure import RequestFailed, measure
-from benchmarks.overlap.report import Report, rows_of, table
+from benchmarks.overlap.report import rows_of, table
 from benchmarks.overlap.setups import CHUNK_TOKENS, SETUPS, NotPinned, Setup, cluster_of
 from flowkv_common.errors import FlowKVError
 from scripts.local_cluster import ClusterError
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> int:
         print(f"{num_cores} cores are needed, one for each node", file=sys.stderr)
         return 2
     report = Report(
+        "overlap",
         {
             "connector": options.connector,
             "num_repeats": options.repeat,
@@ -34,7 +36,8 @@ def main(argv: list[str]) -> int:
             "model": Path(options.model).name,
             "pinned": "all threads of a node on its own cores; NATS, scheduler, gateway and client anywhere",
             "time": "at the client, from sending the request; one request at a time, random prompts",
-        }
+            "setups": {setup.name: asdict(setup) for setup in SETUPS},
+        },
     )
     try:
         for setup in setups:
@@ -43,40 +46,31 @@ def main(argv: list[str]) -> int:
     except (ClusterError, NotPinned, RequestFailed, FlowKVError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(table(report.rows))
-    print(f"wrote {options.json}")
-    return 0
+    return report.end(options.json, table(report.rows))
 
 
 def _run(setup: Setup, options: argparse.Namespace, report: Report) -> None:
-    _say(f"{setup.title}: starting")
-    report.note_load(setup, "before")
+    report.say(f"{setup.title}: starting")
+    report.note_load(f"before {setup.name}")
     with (
         tempfile.TemporaryDirectory(prefix="flowkv-overlap-") as run_dir,
         cluster_of(setup, Path(run_dir), options.model, options.connector) as cluster,
     ):
-        samples = asyncio.run(measure(cluster, setup, options.tokens, options.repeat, _say))
-    report.note_load(setup, "after")
+        samples = asyncio.run(measure(cluster, setup, options.tokens, options.repeat, report.say))
+    report.note_load(f"after {setup.name}")
     report.rows += rows_of(setup, samples)
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overlap", description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    command = Command("overlap", __doc__)
+    parser = command.parser
     parser.add_argument("--tokens", type=int, nargs="+", default=list(_LENGTHS), help="prompt lengths")
     parser.add_argument("--repeat", type=int, default=7, help="requests per row")
     parser.add_argument("--connector", default="shm", choices=("shm", "tcp"))
     parser.add_argument(
         "--setups", nargs="+", choices=[s.name for s in SETUPS], default=[s.name for s in SETUPS]
     )
-    parser.add_argument("--model", default="", help="a prepared folder; the default model if empty")
-    options = parser.parse_args(argv)
-    options.model = options.model or default_model()
-    return options
-
-
-def _say(text: str) -> None:
-    print(f"[overlap] {text}", file=sys.stderr, flush=True)
+    return command.parse(argv)
 
 
 if __name__ == "__main__":

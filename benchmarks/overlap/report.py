@@ -1,16 +1,11 @@
-"""Rows, the table on the terminal, and the JSON. Pure but for the file that it writes."""
+"""Rows, and the table on the terminal. Pure."""
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import dataclass
 
-from benchmarks.host import commit, describe_host
 from benchmarks.overlap.measure import Sample
 from benchmarks.overlap.setups import SETUPS, Setup
 from flowkv_common.wire.messages import KVTransferred
@@ -118,30 +113,3 @@ def _transfer_cell(row: Row) -> str:
         return "-"
     times = f"{moved.hidden_ms.median:.1f} + {moved.exposed_ms.median:.1f}"
     return f"{moved.num_bytes / 1e6:.0f}, {moved.num_copies:.0f}, {times}"
-
-
-class Report:
-    """Collects rows; knows when the run began and how busy the host was."""
-
-    def __init__(self, conditions: dict[str, object]) -> None:
-        self._began = datetime.now(UTC)
-        self._conditions = conditions
-        self._load: dict[str, dict[str, tuple[float, float, float]]] = {}
-        self.rows: list[Row] = []
-
-    def note_load(self, setup: Setup, when: str) -> None:
-        """Of the last 1, 5 and 15 minutes, this benchmark's own included."""
-        self._load.setdefault(setup.name, {})[when] = os.getloadavg()
-
-    def write(self, path: Path) -> None:
-        document = {
-            "benchmark": "overlap",
-            "commit": commit(),
-            "date": self._began.isoformat(timespec="seconds"),
-            "host": describe_host(),
-            "load_average": self._load,
-            "conditions": self._conditions,
-            "setups": {setup.name: asdict(setup) for setup in SETUPS},
-            "rows": [asdict(row) for row in self.rows],
-        }
-        path.write_text(json.dumps(document, indent=1) + "\n")

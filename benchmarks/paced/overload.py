@@ -18,11 +18,12 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.command import Command, Report
 from benchmarks.load.arrivals import Arrival, Lengths, Phase, poisson
 from benchmarks.load.client import Outcome
 from benchmarks.load.drive import drive
 from benchmarks.load.summary import Quantiles, Summary, Targets, quantiles, summarize
-from benchmarks.model import default_model
+from benchmarks.paced.kept import Pace, pace_of
 from benchmarks.paced.observe import Observed, observing
 from benchmarks.paced.pace import (
     CHUNK_TOKENS,
@@ -31,7 +32,6 @@ from benchmarks.paced.pace import (
     ONE_CORE,
     capacity,
 )
-from benchmarks.paced.report import Pace, Report, pace_of
 from scripts.local_cluster import Cluster, ClusterError
 from tests.paced.cluster import kept, paced_cluster, paced_settings
 
@@ -189,15 +189,14 @@ def main(argv: list[str]) -> int:
     except (ClusterError, TimeoutError, statistics.StatisticsError) as error:
         print(error, file=sys.stderr)
         return 1
-    report.write(options.json, [row])
-    print(table(row))
-    print(f"wrote {options.json}")
-    return 0
+    report.rows.append(row)
+    report.write(options.json)
+    return report.end(options.json, table(row))
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paced.overload", description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    command = Command("paced.overload", __doc__)
+    parser = command.parser
     parser.add_argument("--prefill", type=int, default=2)
     parser.add_argument("--decode", type=int, default=2)
     parser.add_argument("--factor", type=float, default=3.0, help="times the capacity")
@@ -206,10 +205,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ttft-s", type=float, default=5.0, help="target")
     parser.add_argument("--tpot-s", type=float, default=0.2, help="target")
-    parser.add_argument("--model", default="", help="whose tokenizer; the default model's if empty")
-    options = parser.parse_args(argv)
-    options.model = options.model or default_model()
-    return options
+    return command.parse(argv)
 
 
 if __name__ == "__main__":

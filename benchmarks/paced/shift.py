@@ -16,11 +16,12 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.command import Command, Report
 from benchmarks.load.arrivals import Arrival, Lengths, Phase, poisson
 from benchmarks.load.client import Outcome
 from benchmarks.load.drive import drive
 from benchmarks.load.summary import Summary, Targets, summarize
-from benchmarks.model import default_model
+from benchmarks.paced.kept import Pace, pace_of
 from benchmarks.paced.observe import CapSeen, Observed, observing
 from benchmarks.paced.pace import (
     CHUNK_TOKENS,
@@ -30,7 +31,6 @@ from benchmarks.paced.pace import (
     capacity,
     stretched,
 )
-from benchmarks.paced.report import Pace, Report, pace_of
 from flowkv_common.wire.nodes import StepFit
 from scripts.local_cluster import Cluster, ClusterError
 from tests.paced.cluster import kept, paced_cluster, paced_settings
@@ -75,19 +75,17 @@ def main(argv: list[str]) -> int:
         "seed": options.seed,
         "targets": asdict(targets),
     }
-    report, rows = Report("paced.shift", conditions), []
+    report = Report("paced.shift", conditions)
     try:
         for num_each in options.nodes:
             for lending in (False, True):
-                _say(f"{num_each}P{num_each}D, lending {'on' if lending else 'off'}")
-                rows.append(_run(options, num_each, lending, targets))
-                report.write(options.json, rows)
+                report.say(f"{num_each}P{num_each}D, lending {'on' if lending else 'off'}")
+                report.rows.append(_run(options, num_each, lending, targets))
+                report.write(options.json)
     except (ClusterError, TimeoutError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(table(rows))
-    print(f"wrote {options.json}")
-    return 0
+    return report.end(options.json, table(report.rows))
 
 
 def _run(options: argparse.Namespace, num_each: int, lending: bool, targets: Targets) -> Row:
@@ -131,8 +129,8 @@ def table(rows: list[Row]) -> str:
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paced.shift", description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    command = Command("paced.shift", __doc__)
+    parser = command.parser
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 8], help="of each role")
     parser.add_argument("--seconds", type=float, default=40.0, help="of each phase")
     parser.add_argument(
@@ -141,14 +139,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ttft-s", type=float, default=5.0, help="target")
     parser.add_argument("--tpot-s", type=float, default=0.4, help="target")
-    parser.add_argument("--model", default="", help="whose tokenizer; the default model's if empty")
-    options = parser.parse_args(argv)
-    options.model = options.model or default_model()
-    return options
-
-
-def _say(text: str) -> None:
-    print(f"[shift] {text}", file=sys.stderr, flush=True)
+    return command.parse(argv)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ import psutil
 from nats.aio.msg import Msg
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.model import default_model
-from benchmarks.paced.report import MAX_SLIP, Report
+from benchmarks.command import Command, Report
+from benchmarks.paced.kept import MAX_SLIP
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
@@ -194,31 +194,25 @@ def table(rows: Sequence[Row]) -> str:
 def main(argv: list[str]) -> int:
     options = _options(argv)
     report = Report("paced.sustain", {"seconds": options.seconds, "sequences_per_node": options.sequences})
-    rows: list[Row] = []
     try:
         for num_each in options.nodes:
             for step_s in _STEPS_S:
-                rows.append(_run(options, num_each, step_s))
-                print(table(rows[-1:]).splitlines()[1], file=sys.stderr, flush=True)
-                report.write(options.json, rows)
+                report.rows.append(_run(options, num_each, step_s))
+                report.say(table(report.rows[-1:]).splitlines()[1])
+                report.write(options.json)
     except (ClusterError, TimeoutError, FlowKVError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(table(rows))
-    print(f"wrote {options.json}")
-    return 0
+    return report.end(options.json, table(report.rows))
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paced.sustain", description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    command = Command("paced.sustain", __doc__)
+    parser = command.parser
     parser.add_argument("--nodes", type=int, nargs="+", default=[8], help="of each role")
     parser.add_argument("--sequences", type=int, default=4, help="on each decode node")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each row")
-    parser.add_argument("--model", default="", help="whose tokenizer; the default model's if empty")
-    options = parser.parse_args(argv)
-    options.model = options.model or default_model()
-    return options
+    return command.parse(argv)
 
 
 if __name__ == "__main__":

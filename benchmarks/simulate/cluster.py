@@ -7,9 +7,8 @@ decode, so that nothing is ever preempted; it waits for room instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
 
 from benchmarks.simulate.batch import Prompt
 from benchmarks.simulate.events import Events
@@ -19,8 +18,9 @@ from benchmarks.simulate.node import REPORT_PERIOD_S, SimNode
 from benchmarks.traces import TOKENS_PER_HASH_ID
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import ScheduleRequest, Wait
-from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor
+from flowkv_common.wire.nodes import BlocksChanged
 from flowkv_scheduler.orders import MoveCap, Order
+from flowkv_scheduler.planner import Planner
 
 # What clients ask for: the scheduler knows no more of the length of an answer.
 ASKED_NEW_TOKENS = 2048
@@ -33,33 +33,6 @@ REQUEST_TIMEOUT_S = 600.0
 TIMEOUT_CODE = 504
 
 
-class Chosen(Protocol):
-    """A node of the pair: as FlowKV's view of it, or just its name."""
-
-    @property
-    def node_id(self) -> str: ...
-
-
-class Pair(Protocol):
-    @property
-    def prefill(self) -> Chosen: ...
-
-    @property
-    def decode(self) -> Chosen: ...
-
-
-class Scheduling(Protocol):
-    """What the simulator asks of a planner: FlowKV's, or one that it is compared with."""
-
-    def set_descriptors(self, descriptors: Mapping[str, NodeDescriptor]) -> None: ...
-
-    def add_report(self, report: LoadReport, now: float) -> None: ...
-
-    def schedule(self, request: ScheduleRequest, now: float) -> Pair | Wait: ...
-
-    def tick(self, now: float) -> list[Order]: ...
-
-
 class Cluster:
     """Runs `lives` to their ends, or until `judge` has seen enough.
 
@@ -70,7 +43,7 @@ class Cluster:
     def __init__(
         self,
         nodes: Sequence[SimNode],
-        planner: Scheduling,
+        planner: Planner,
         lives: Sequence[Life],
         judge: Judge,
         watch: Callable[[float], None] = lambda now: None,
@@ -192,6 +165,7 @@ class Cluster:
             return False
         life.at_decode = decode.pool.take(num_all, ids)
         life.at_prefill = life.at_decode
+        decode.num_rooms_given += 1
         if node is not decode:
             life.at_prefill = node.pool.take(request.num_prompt_tokens + 1, ids)
             node.num_sending += 1

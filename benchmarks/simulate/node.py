@@ -49,6 +49,7 @@ class SimNode:
         self.is_ending = False  # between two stretches: the next one will see all changes
         self.links: dict[str, str] = {}  # to the other nodes, by connector
         self.num_prompts_accepted = 0
+        self.num_rooms_given = 0
         self.num_sequences_accepted = 0
         self._link_free_at = 0.0
         self._seq = 0
@@ -137,8 +138,8 @@ class SimNode:
             draining=False,
             max_prefill_tokens_per_step=batch.cap,
             queued_prefill_tokens=self.num_queued_tokens(now),
-            num_waiting=len(self.line) + len(batch.waiting),
-            num_running=len(batch.prompts) + batch.num_decoding,
+            num_waiting=len(batch.waiting),
+            num_running=batch.num_decoding,
             max_num_seqs=self.kind.max_num_seqs,
             blocks=self._blocks(now),
             prefill_tokens_per_s=batch.prefill_tokens_per_s,
@@ -146,8 +147,10 @@ class SimNode:
             num_handoffs=self.num_sending,
             handoff_bytes=int(self.sending_tokens * self.kind.token_bytes),
             links=self.links,
+            num_prompts=len(self.line) + len(batch.prompts),
             num_context_tokens=batch.num_context_at(now),
             num_prompts_accepted=self.num_prompts_accepted,
+            num_rooms_given=self.num_rooms_given,
             num_sequences_accepted=self.num_sequences_accepted,
             step=self._reported_fit,
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from benchmarks.policies.baselines import BASELINES
-from benchmarks.simulate.cluster import Cluster, Scheduling
+from benchmarks.simulate.cluster import Cluster
 from benchmarks.simulate.histogram import Histogram
 from benchmarks.simulate.judge import Judge
 from benchmarks.simulate.life import Life
@@ -81,12 +81,12 @@ class Sample(NamedTuple):
     num_decoding: int
 
 
-def make_planner(policy: str, targets: Targets, seed: int) -> Scheduling:
+def make_planner(policy: str, targets: Targets, seed: int) -> Planner:
     """FlowKV's planner (`static`: without lending), or a baseline. Raises KeyError for an unknown name."""
     goals = Goals(ttft_s=targets.ttft_s, itl_s=targets.tpot_s, max_wait_s=WAIT_SHARE * targets.ttft_s)
     if policy in ("flowkv", "static"):
         return Planner(goals, lends=policy == "flowkv")
-    return BASELINES[policy](goals, seed)
+    return Planner(goals, lends=False, choose=BASELINES[policy](seed))
 
 
 POLICIES = ("flowkv", "static", *BASELINES)
@@ -112,8 +112,7 @@ def simulate(
     watch = _sampler(outcome, every_s=max(1.0, requests[-1].arrival_s / NUM_SAMPLES))
     judge = Judge(targets, max_bad)
     planner = make_planner(policy, targets, seed)
-    on_blocks = planner.state.prefixes.apply if isinstance(planner, Planner) else None
-    cluster = Cluster(outcome.nodes, planner, lives, judge, watch, on_blocks)
+    cluster = Cluster(outcome.nodes, planner, lives, judge, watch, planner.state.prefixes.apply)
     cluster.run()
     outcome.has_failed = judge.has_failed
     outcome.num_good = len(lives) - judge.num_bad

@@ -14,6 +14,7 @@ from drive import BLOCK_SIZE, make_pool, make_sequence
 from tiny_models import VOCAB_SIZE, make_tiny_model
 
 from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
+from flowkv_common.engine.engine import Engine
 from flowkv_common.engine.model import LoadedModel, load_model
 from flowkv_common.engine.runner import EngineThread, Runner
 from flowkv_common.engine.sequence import Sequence
@@ -26,7 +27,6 @@ PROMPT = [(7 * i) % 300 + 20 for i in range(29)]
 OTHER = [(5 * i) % 300 + 20 for i in range(11)]
 FIT = StepFit(base_s=0.002, prefill_token_s=1e-5, attended_token_s=0.0, sequence_s=1e-4, context_token_s=0.0)
 
-Engine = EngineThread | PacedEngine
 MakeEngine = Callable[[], Engine]
 
 

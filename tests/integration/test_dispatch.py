@@ -44,6 +44,7 @@ from flowkv_common.wire.messages import (
     transfer_id,
 )
 from flowkv_gateway import dispatch as dispatch_module
+from flowkv_gateway import journey as journey_module
 from flowkv_gateway.dispatch import Dispatch, open_dispatch
 from flowkv_gateway.generation import Generation, Piece
 
@@ -232,6 +233,7 @@ async def test_failed_attempt_goes_on_with_what_it_has(nats_server: NatsServer) 
         assert nodes.runs[1].output_ids == [10, 11]
         assert (nodes.asked[1].attempt, nodes.asked[1].avoid) == (1, ["d"])
         assert nodes.asked[1].num_prompt_tokens == 5
+        assert [request.num_output_tokens for request in nodes.asked] == [0, 2]
         await nodes.wait_for(lambda: nodes.cancelled == ["r.0"])
 
 
@@ -276,6 +278,38 @@ async def test_three_attempts_are_all(nats_server: NatsServer) -> None:
         assert nodes.asked[2].avoid == ["p"]
         await nodes.wait_for(lambda: bool(nodes.finished))
         assert (nodes.finished[0].outcome, nodes.finished[0].error) == ("error", "draining")
+
+
+async def test_who_gets_no_pair_is_not_tried_again(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journey_module, "SCHEDULER_PATIENCE_S", 0.5)
+    async with connect(nats_server.url, name="test") as bus, open_dispatch(nats_server.url) as dispatch:
+        told: asyncio.Queue[RequestFinished] = asyncio.Queue()
+        finished = subjects.event("request_finished", "*")
+        async with await bus.subscribe(finished, RequestFinished, lambda event, _: told.put(event)):
+            with pytest.raises(Unavailable):  # nobody schedules
+                await collect(dispatch)
+            async with asyncio.timeout(5):
+                event = await told.get()
+        assert event.attempts == 1
+        assert event.phases_s["schedule"] >= 0.5
+
+
+async def test_patience_does_not_begin_anew_with_each_pair_that_fails(nats_server: NatsServer) -> None:
+    async def dawdle_and_fail(nodes: Nodes, run: PrefillRun) -> None:
+        await asyncio.sleep(1.0)  # the time that a prompt may wait at a node is no time of asking
+        nodes.waits = [Wait(retry_in_s=0.1, reason="full")]
+        raise Unavailable("draining")
+
+    async with cluster(nats_server, dawdle_and_fail, answer) as (dispatch, nodes):
+        nodes.waits = [Wait(retry_in_s=0.1, reason="full")]
+        assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+        ages = [(request.attempt, request.age_s) for request in nodes.asked]
+        assert [attempt for attempt, _ in ages] == [0, 0, 1, 1]
+        assert ages[2][1] >= ages[1][1] >= 0.1
+        assert ages[2][1] < 1.0
+        assert ages[3][1] >= 0.2
 
 
 async def test_what_another_attempt_cannot_mend_is_not_tried_again(nats_server: NatsServer) -> None:

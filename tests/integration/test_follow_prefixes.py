@@ -11,7 +11,7 @@ from imagined_nodes import descriptor
 from nats_server import NatsServer
 
 from flowkv_common.bus.connection import Bus, connect
-from flowkv_common.bus.registry import keep_announced
+from flowkv_common.bus.registry import keep_announced, watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import Stale, Unavailable
 from flowkv_common.kv.blocks import Blocks
@@ -22,7 +22,7 @@ from flowkv_common.wire.hashing import block_hashes
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged, ListBlocks
 from flowkv_scheduler import follow_prefixes as follow_prefixes_module
-from flowkv_scheduler.follow_prefixes import follow_prefixes
+from flowkv_scheduler.follow_prefixes import following_prefixes
 from flowkv_scheduler.prefixes import PrefixIndex
 
 BLOCK_SIZE = 16
@@ -111,7 +111,7 @@ async def following(nats_server: NatsServer) -> AsyncIterator[tuple[Bus, Watched
     """The connection of the nodes, and the index of a scheduler on a connection of its own."""
     index = WatchedIndex()
     async with connect(nats_server.url, name="nodes") as nodes, connect(nats_server.url, name="s") as bus:
-        async with running(follow_prefixes(bus, index)):
+        async with following_prefixes(bus, index) as set_nodes, running(watch_nodes(bus, set_nodes)):
             yield nodes, index
 
 
@@ -169,6 +169,18 @@ async def test_a_node_that_leaves_is_forgotten_and_a_new_life_begins_with_nothin
             await again.tell()
             await index.until_hits({"n0": 1})
             assert index.knows(again.ref)
+
+
+async def test_an_error_beside_it_leaves_as_itself_and_ends_all_loads(nats_server: NatsServer) -> None:
+    async with connect(nats_server.url, name="s") as bus:
+
+        async def fail() -> None:
+            async with asyncio.timeout(5), following_prefixes(bus, PrefixIndex()) as set_nodes:
+                set_nodes({"n0": descriptor("n0", "prefill")})  # it never answers
+                raise Unavailable("the lease is lost")
+
+        with pytest.raises(Unavailable, match="the lease is lost"):
+            await fail()
 
 
 async def test_asks_again_until_the_node_answers(

@@ -55,6 +55,14 @@ def busy_with_its_own(bus: Bus, node_id: str) -> Node:
     return Node(bus, node_id, "decode", queued_prefill_tokens=500_000)
 
 
+async def test_one_watch_on_the_registry_feeds_all(nats_server: NatsServer) -> None:
+    async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
+        async with living(Node(bus, "p0", "prefill"), Node(bus, "d0", "decode")):
+            await until(bus, is_assigned("p0", "d0"))
+            watches = await bus.nc.jetstream().consumers_info(f"KV_{subjects.NODES_BUCKET}")
+            assert len(watches) == 1
+
+
 async def test_live_load_moves_requests_to_the_idler_node(nats_server: NatsServer) -> None:
     async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
         p0, p1 = Node(bus, "p0", "prefill"), Node(bus, "p1", "prefill", queued_prefill_tokens=3000)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from live_nodes import BLOCK_SIZE, Client, check, client, live_node, load_tiny
+from live_nodes import BLOCK_SIZE, Client, check, client, first, live_node, load_tiny, reports
 from nats_server import NatsServer
 from oracle import check_identity
 from tiny_models import make_tiny_model
@@ -106,6 +106,7 @@ async def test_who_waits_in_vain_gives_its_reservation_back(pair: Pair, model_pa
     async with (
         await pair.bus.subscribe(subjects.at(subjects.DECODE_RELEASE, "b"), Release, released),
         await pair.bus.subscribe(subjects.at(subjects.DECODE_RESERVE, "b"), Reserve, asked),
+        reports(pair.bus, "b") as heard,
         asyncio.TaskGroup() as tasks,
     ):
         output = tasks.create_task(pair.client.generate(pair.a, pair.b, prompt_ids, max_tokens=5))
@@ -114,6 +115,8 @@ async def test_who_waits_in_vain_gives_its_reservation_back(pair: Pair, model_pa
         await asked.wait_for(3)
         assert not output.done()
         await pair.release_at_a(held)
+        taken_on = await first(heard, lambda report: report.num_sequences_accepted > 0)
+    assert taken_on.num_rooms_given == 1  # however often it came back
     assert len(output.result()) == 5
     check_identity(model_path, prompt_ids, output.result())
     assert await pair.both_idle()

@@ -63,7 +63,6 @@ class PacedNode:
             eos_token_ids=[pace.eos_token_id],
         )
         mine = msgspec.structs.replace(settings, node_id=self.node_id)
-        # To the node a paced engine is an engine: tests/contract/test_engines.py.
         await host.serve(mine, self.role, host.Served(card, layout, make_engine), self.stop)
 
 

@@ -51,7 +51,9 @@ def clusters(draw: st.DrawFn) -> list[Imagined]:
 
 
 requests = st.builds(
-    lambda num_prompt, num_new, avoid, attempt: request(num_prompt, num_new, avoid=avoid, attempt=attempt),
+    lambda num_prompt, num_new, avoid, num_output: request(
+        num_prompt, num_new, avoid=avoid, num_output_tokens=num_output
+    ),
     st.integers(1, 5000),
     st.integers(1, 500),
     st.lists(st.sampled_from(["n0", "n1", "n2"]), max_size=2),
@@ -61,7 +63,7 @@ goals = st.builds(Goals, itl_s=st.sampled_from([0.01, 0.05, 0.25]), max_wait_s=s
 
 
 def choose(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> Choice | None:
-    return policy.choose(wanted, cluster(*nodes), aims, now=0.0)
+    return policy.choose(Weighing(wanted, cluster(*nodes), aims, now=0.0))
 
 
 def pair(choice: Choice | None) -> tuple[str, str] | None:
@@ -201,7 +203,7 @@ def test_the_more_urgent_and_the_more_patient_are_refused_last(
 def test_retries_of_running_requests_are_never_shed(
     nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals
 ) -> None:
-    assert not refused(msgspec.structs.replace(wanted, attempt=1, deadline_in_s=0.1), nodes, aims)
+    assert not refused(msgspec.structs.replace(wanted, num_output_tokens=1, deadline_in_s=0.1), nodes, aims)
 
 
 @settings(deadline=None)

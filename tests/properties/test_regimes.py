@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from imagined_nodes import BLOCK_SIZE, CAPS, NUM_BLOCKS, TOKEN_BUDGET, Imagined, cluster, node
 
@@ -52,6 +52,7 @@ def played(history: list[tuple[tuple[int, int, int], int]], num_each: int = 2) -
 
 @settings(deadline=None)
 @given(histories)
+@example([((0, 15, 3), 11), ((0, 0, 4), 1), ((0, 0, 0), 11)])  # a lent node is silent for a moment
 def test_no_lending_is_undone_within_its_dwell_time(history: list[tuple[tuple[int, int, int], int]]) -> None:
     directed: dict[str, tuple[str, float]] = {}
     for now, order in played(history):

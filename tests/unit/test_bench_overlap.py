@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.command import Report
 from benchmarks.overlap.measure import Sample
-from benchmarks.overlap.report import Report, Spread, rows_of, table
+from benchmarks.overlap.report import Spread, rows_of, table
 from benchmarks.overlap.setups import CHUNK_TOKENS, SETUPS, NotPinned, check_pinned
 from flowkv_common.config import NodeSettings, load
 from flowkv_common.node.host import prefill_cap
@@ -48,7 +49,7 @@ def test_table_and_json_say_what_the_rows_say(tmp_path: Path) -> None:
     assert "1500 (1500-1500)" in table(rows)
     assert "1250 (1250-1250)" in table(rows)
     assert "24, 2, 20.0 + 10.0" in table(rows)
-    report = Report({"connector": "shm"})
+    report = Report("overlap", {"connector": "shm"})
     report.rows += rows
     report.write(tmp_path / "overlap.json")
     written = json.loads((tmp_path / "overlap.json").read_text())

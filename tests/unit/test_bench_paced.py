@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.command import Command, Report
 from benchmarks.load.arrivals import Arrival, Lengths
 from benchmarks.load.client import Outcome
 from benchmarks.paced import overload, shift
+from benchmarks.paced.kept import pace_of
 from benchmarks.paced.observe import CapSeen, Observed
 from benchmarks.paced.pace import MAX_NUM_SEQS, ONE_CORE, capacity, stretched
-from benchmarks.paced.report import Report, pace_of
 from flowkv_common.wire.nodes import StepFit
 from tests.paced.engine import Kept
 
@@ -112,8 +113,20 @@ class ARow:
 
 
 def test_the_report_says_what_it_ran_on(tmp_path: Path) -> None:
-    Report("paced.test", {"seed": 3}).write(tmp_path / "out.json", [ARow(1), ARow(2)])
+    report = Report("paced.test", {"seed": 3})
+    report.rows += [ARow(1), ARow(2)]
+    report.write(tmp_path / "out.json")
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["rows"] == [{"value": 1}, {"value": 2}]
     assert written["conditions"] == {"seed": 3}
     assert {"benchmark", "commit", "date", "host", "load_average"} <= written.keys()
+    assert written["load_average"].keys() == {"before", "after"}
+
+
+def test_every_command_knows_where_its_results_go_and_whose_model_it_takes() -> None:
+    command = Command("paced.test", "text")
+    command.parser.add_argument("--seed", type=int, default=0)
+    options = command.parse(["--json", "out.json", "--model", "folder", "--seed", "3"])
+    assert (options.json, options.model, options.seed) == (Path("out.json"), "folder", 3)
+    with pytest.raises(SystemExit):
+        command.parse(["--model", "folder"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ import pytest
 from imagined_nodes import descriptor, report, request
 
 from benchmarks import replay
-from benchmarks.policies.simple import SIMPLE
+from benchmarks.policies.baselines import BASELINES
 from benchmarks.recording import NODE_PREFIX, RECONNECTED, UnreadableRecording, read_lines, write_line
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, NodeRef
 from flowkv_scheduler.state import ClusterState
-from flowkv_scheduler.weighing import Goals
+from flowkv_scheduler.weighing import Goals, Weighing
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
@@ -156,7 +155,7 @@ def test_report_gives_both_reasons(tape: Tape) -> None:
     assert lines == [
         "0.500 s  r.0  on another pair",
         "    recorded  p1 > d1: as recorded",
-        "    replayed  p0 > d0: its turn among 4 pairs",
+        "    replayed  p0 > d0: picked from 2 prefill nodes and 2 decode nodes with room",
         "1 schedule requests, by round_robin: 0 alike (0 of them got nothing), 1 on another pair",
     ]
 
@@ -202,38 +201,19 @@ def cluster(**changes: dict[str, Any]) -> ClusterState:
     return state
 
 
-def pairs_of(name: str, state: ClusterState, num: int, seed: int = 0) -> list[tuple[str, str]]:
-    choose = SIMPLE[name](seed)
-    choices = [choose(request(), state, Goals(), 0.0) for _ in range(num)]
-    assert None not in choices
-    return [(choice.prefill.node_id, choice.decode.node_id) for choice in choices if choice]
-
-
-def test_round_robin_gives_every_pair_its_turn() -> None:
-    assert set(Counter(pairs_of("round_robin", cluster(), 12)).values()) == {3}
-
-
-def test_random_is_seeded_and_reaches_every_pair() -> None:
-    first = pairs_of("random", cluster(), 60, seed=1)
-    assert first == pairs_of("random", cluster(), 60, seed=1)
-    assert first != pairs_of("random", cluster(), 60, seed=2)
-    assert len(set(first)) == 4
-
-
-def test_least_loaded_takes_the_idlest_of_each_side() -> None:
-    state = cluster(p0={"queued_prefill_tokens": 10}, d0={"num_waiting": 1})
-    assert pairs_of("least_loaded", state, 2) == [("p1", "d1")] * 2
-
-
-@pytest.mark.parametrize("name", SIMPLE)
-def test_simple_policies_keep_to_nodes_that_can_take_it(name: str) -> None:
+@pytest.mark.parametrize("name", BASELINES)
+def test_policies_keep_to_nodes_that_can_take_it(name: str) -> None:
+    choose = BASELINES[name](0)
     state = cluster(p0={"draining": True}, d1={"free": 1})
-    assert set(pairs_of(name, state, 8)) == {("p1", "d0")}
+    choices = [choose(Weighing(request(), state, Goals(), 0.0)) for _ in range(8)]
+    assert {choice and (choice.prefill.node_id, choice.decode.node_id) for choice in choices} == {
+        ("p1", "d0")
+    }
     none_ready = cluster(**{node_id: {"ready": False} for node_id in NODES})
-    assert SIMPLE[name](0)(request(), none_ready, Goals(), 0.0) is None
+    assert choose(Weighing(request(), none_ready, Goals(), 0.0)) is None
 
 
-@pytest.mark.parametrize("name", SIMPLE)
+@pytest.mark.parametrize("name", BASELINES)
 def test_choices_of_a_policy_count_until_reports_show_them(tape: Tape, name: str) -> None:
     tape.nodes(0.0)
     for i in range(8):

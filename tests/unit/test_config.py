@@ -33,6 +33,13 @@ def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unrecognized arguments" in capsys.readouterr().err
 
 
+def test_a_token_budget_of_two_blocks_is_refused_by_its_name() -> None:
+    flags = ["--model-path", "/m", "--block-size", "32"]
+    with pytest.raises(SystemExit, match="FLOWKV_TOKEN_BUDGET is 64, it must be more than two blocks"):
+        load(NodeSettings, [*flags, "--token-budget", "64"], {})
+    assert load(NodeSettings, [*flags, "--token-budget", "65"], {}).token_budget == 65
+
+
 def test_a_value_of_the_wrong_type_and_a_missing_one_are_refused() -> None:
     with pytest.raises(SystemExit, match="port"):
         load(GatewaySettings, ["--model-path", "/m", "--port", "many"], {})

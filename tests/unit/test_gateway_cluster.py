@@ -24,6 +24,20 @@ def test_the_context_is_no_longer_than_the_largest_kv_cache() -> None:
     assert cluster.model() == model
 
 
+def test_a_node_that_leaves_the_registry_leaves_no_report_behind() -> None:
+    cluster = Cluster(clock=lambda: 0.0)
+    nodes = {"p": descriptor("p", "prefill"), "d": descriptor("d", "decode")}
+    cluster.follow(nodes)
+    cluster.hear(report("p", "prefill"))
+    cluster.hear(report("d", "decode"))
+    assert cluster.is_ready()
+    cluster.follow({"p": nodes["p"]})
+    cluster.follow(nodes)  # its next life has not reported yet
+    assert not cluster.is_ready()
+    cluster.hear(report("d", "decode"))
+    assert cluster.is_ready()
+
+
 def test_ready_needs_both_sides_and_recent_reports() -> None:
     now = 0.0
     cluster = Cluster(clock=lambda: now)

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
-from benchmarks.policies.baselines import BASELINES, Baseline, Pair
+from benchmarks.policies.baselines import BASELINES
 from benchmarks.simulate.histogram import Histogram
 from benchmarks.simulate.presets import PRESETS
 from benchmarks.simulate.run import Machines
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import ScheduleRequest, Wait
+from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.policy import Choice
 from flowkv_scheduler.weighing import Goals
 
 
@@ -25,8 +27,8 @@ class Load(NamedTuple):
     num_free: int = 10**6
 
 
-def baseline(name: str, loads: list[Load], num_prefill: int, seed: int = 0) -> Baseline:
-    made = BASELINES[name](Goals(), seed)
+def baseline(name: str, loads: list[Load], num_prefill: int, seed: int = 0) -> Planner:
+    made = Planner(Goals(), lends=False, choose=BASELINES[name](seed))
     nodes = Machines(PRESETS["h100"], len(loads)).nodes(num_prefill, Histogram())
     made.set_descriptors({node.ref.node_id: node.descriptor() for node in nodes})
     for node, load in zip(nodes, loads, strict=True):
@@ -44,7 +46,7 @@ def baseline(name: str, loads: list[Load], num_prefill: int, seed: int = 0) -> B
     return made
 
 
-def ask(planner: Baseline, number: int = 0, hashes: list[str] | None = None) -> tuple[str, str]:
+def ask(planner: Planner, number: int = 0, hashes: list[str] | None = None) -> tuple[str, str]:
     request = ScheduleRequest(
         request_id=str(number),
         attempt=0,
@@ -53,7 +55,7 @@ def ask(planner: Baseline, number: int = 0, hashes: list[str] | None = None) -> 
         block_hashes=hashes or [],
     )
     pair = planner.schedule(request, 0.1)
-    assert isinstance(pair, Pair)
+    assert isinstance(pair, Choice)
     return pair.prefill.node_id[-1], pair.decode.node_id[-1]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from imagined_nodes import NUM_BLOCKS, Imagined, cluster, node, request, view
 
@@ -94,9 +96,16 @@ def test_request_without_hope_of_its_deadline_is_refused() -> None:
 
 def test_retry_of_a_running_request_is_never_shed() -> None:
     queue = node("p0", "prefill", queued_prefill_tokens=72_000)
-    retry = request(age_s=GOALS.max_wait_s + 1, attempt=1, priority=1, deadline_in_s=1.0)
+    retry = request(age_s=GOALS.max_wait_s + 1, num_output_tokens=1, priority=1, deadline_in_s=1.0)
     assert isinstance(decide(retry, [queue, D0]), Choice)
     assert isinstance(decide(retry, [PAIR[0], node("d0", "decode", free=0)]), Wait)
+
+
+def test_retry_of_a_request_that_never_began_goes_through_the_door() -> None:
+    with pytest.raises(errors.Full):
+        decide(request(attempt=1), [node("p0", "prefill", queued_prefill_tokens=72_000), D0])
+    with pytest.raises(errors.Full):
+        decide(request(attempt=2, age_s=61.0), [PAIR[0], node("d0", "decode", free=0)])
 
 
 def test_room_comes_sooner_the_less_is_missing() -> None:
@@ -105,6 +114,20 @@ def test_room_comes_sooner_the_less_is_missing() -> None:
     waits = [room_in(view(one), Weighing(wanted, cluster(one), GOALS, 0.0)) for one in full]
     assert waits[0] == 0.0
     assert 0.0 < waits[1] < waits[2] < waits[3]
+
+
+def test_prefixes_are_looked_up_once_also_when_the_cluster_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = cluster(node("p0", "prefill"), node("d0", "decode", free=0))
+    look_up, asked = state.prefixes.hits, []
+
+    def hits(hashes: Sequence[str], now: float) -> dict[str, int]:
+        asked.append(list(hashes))
+        return look_up(hashes, now)
+
+    monkeypatch.setattr(state.prefixes, "hits", hits)
+    wanted = request(block_hashes=["0" * 32])
+    assert isinstance(admission.decide(wanted, state, GOALS, LIMITS, now=0.0), Wait)
+    assert asked == [["0" * 32]]
 
 
 def test_idle_prefill_nodes_are_no_room_for_sequences() -> None:

@@ -19,7 +19,7 @@ BLOCK_BYTES = 2 * 2 * BLOCK_SIZE * 2 * 16 * 4  # layers, K and V, slots, heads, 
 
 
 def choose(wanted: ScheduleRequest, nodes: list[Imagined], goals: Goals = GOALS) -> Choice | None:
-    return policy.choose(wanted, cluster(*nodes), goals, now=0.0)
+    return policy.choose(Weighing(wanted, cluster(*nodes), goals, now=0.0))
 
 
 def pair(choice: Choice | None) -> tuple[str, str] | None:
@@ -94,7 +94,7 @@ def test_decode_node_over_its_rhythm_is_passed_over_unless_the_request_runs_alre
     nodes = [node("p0", "prefill"), node("d0", "decode", step=slow, num_running=7)]
     assert pair(choose(request(), nodes, Goals(itl_s=0.27))) == ("p0", "d0")
     assert choose(request(), nodes, Goals(itl_s=0.25)) is None
-    assert pair(choose(request(attempt=1), nodes, Goals(itl_s=0.25))) == ("p0", "d0")
+    assert pair(choose(request(num_output_tokens=1), nodes, Goals(itl_s=0.25))) == ("p0", "d0")
 
 
 def test_idle_decode_node_is_taken_however_slow_it_is() -> None:
@@ -109,6 +109,9 @@ def test_short_prompt_stays_on_an_idle_decode_node() -> None:
     nodes = [node("p0", "prefill", step=base), node("d0", "decode", step=base)]
     assert pair(choose(request(num_prompt_tokens=16), nodes)) == ("d0", "d0")
     assert pair(choose(request(num_prompt_tokens=300), nodes)) == ("p0", "d0")
+    # One that computes another prompt is not idle.
+    nodes[1] = node("d0", "decode", step=base, num_prompts=1)
+    assert pair(choose(request(num_prompt_tokens=16), nodes)) == ("p0", "d0")
 
 
 def test_node_that_has_cached_the_prefix_is_worth_a_wait() -> None:
@@ -117,10 +120,23 @@ def test_node_that_has_cached_the_prefix_is_worth_a_wait() -> None:
     state = cluster(*nodes)
     state.prefixes.expect(nodes[0].descriptor.node, hashes[:5], until=9.0)
     wanted = request(num_prompt_tokens=100, block_hashes=hashes)
-    choice = policy.choose(wanted, state, GOALS, now=0.0)
+    choice = policy.choose(Weighing(wanted, state, GOALS, now=0.0))
     assert choice is not None
     assert (choice.prefill.node_id, choice.num_cached_tokens) == ("p0", 80)
     assert added_work(wanted, choice)[0] == Work(prefill_tokens=20)
+
+
+def test_a_mixed_node_that_has_cached_the_prefix_is_weighed_beside_many_of_its_side() -> None:
+    hashes = [f"{number:016x}" * 2 for number in range(250)]
+    idle = [node(f"p{n}", "prefill") for n in range(9)]
+    # With more to do than the eight that are weighed for their load.
+    mixed = node("m", "mixed", queued_prefill_tokens=100, num_running=15)
+    state = cluster(*idle, mixed, node("d0", "decode"))
+    state.prefixes.expect(mixed.descriptor.node, hashes, until=9.0)
+    wanted = request(num_prompt_tokens=4001, block_hashes=hashes)
+    choice = policy.choose(Weighing(wanted, state, GOALS, now=0.0))
+    assert choice is not None
+    assert (choice.prefill.node_id, choice.num_cached_tokens) == ("m", 4000)
 
 
 @pytest.mark.parametrize("changes", [{"ready": False}, {"draining": True}, {"age_s": 10.0}])

@@ -141,6 +141,42 @@ def test_a_new_leader_takes_over_what_another_has_lent() -> None:
     assert moves(run.tick(*nodes, times=2)) == [("d0", CAPS["decode"])]
 
 
+def test_a_new_leader_leaves_the_last_node_of_a_side_to_both() -> None:
+    run = Run()
+    run.caps["d0"] = 144
+    run.tick(prefill(), decode("d0"))
+    assert run.regimes.leaving == {}
+    run = Run()
+    run.caps |= {"d0": 144, "d1": TOKEN_BUDGET}
+    run.tick(prefill(), decode("d0"), decode("d1"))
+    assert run.regimes.leaving == {"d1": "decode"}
+
+
+def test_a_lent_node_that_is_silent_for_a_moment_is_not_forgotten() -> None:
+    run = Run()
+    nodes = (prefill(queued=4000), decode("d0", running=1), decode("d1", running=2))
+    run.tick(*nodes, times=AT.num_ticks)
+    assert run.regimes.leaving == {"d0": "decode"}
+    run.tick(nodes[0], nodes[2], times=3)
+    assert run.regimes.leaving == {"d0": "decode"}
+
+
+def test_a_shared_node_that_is_silent_for_a_moment_does_not_leave_its_home() -> None:
+    run = Run()
+    run.tick(prefill(queued=4000), decode(), times=AT.num_ticks)
+    run.tick(prefill(queued=4000))
+    run.tick(prefill(queued=4000), decode())
+    assert run.regimes.leaving == {}
+
+
+def test_the_only_node_that_prefills_goes_home_in_part_when_it_is_needed_there() -> None:
+    run = Run()
+    nodes = (decode("d0"), decode("d1", running=15))
+    assert moves(run.tick(*nodes)) == [("d0", TOKEN_BUDGET)]
+    assert moves(run.tick(*nodes, times=int(AT.dwell_s / 0.5))) == [("d0", 144)]
+    assert run.regimes.leaving == {}
+
+
 def test_when_all_prefill_nodes_are_gone_decode_nodes_prefill_at_once() -> None:
     run = Run()
     assert moves(run.tick(decode("d0"), decode("d1"))) == [("d0", TOKEN_BUDGET)]
@@ -160,6 +196,35 @@ def test_overload_asks_for_nodes() -> None:
     assert [(order.role, order.change) for order in wanted] == [("prefill", 1)]
     assert moves(orders) == []
     assert orders[0] == RegimeChange("normal", "overload", orders[0].reason)
+
+
+def wishes(orders: list[Order]) -> list[tuple[str, int]]:
+    return [(order.role, order.change) for order in orders if isinstance(order, ScaleWanted)]
+
+
+def test_a_wish_for_nodes_is_taken_back_when_the_overload_ends() -> None:
+    run = Run()
+    nodes = (prefill(queued=9000), decode("d0", running=15), decode("d1", running=15))
+    assert wishes(run.tick(*nodes, times=AT.num_ticks)) == [("prefill", 1)]
+    calm = (prefill(queued=100), decode("d0", running=5), decode("d1", running=5))
+    assert wishes(run.tick(*calm, times=AT.num_ticks - 1)) == []  # it may be a moment's calm
+    assert wishes(run.tick(*calm)) == [("prefill", 0)]
+    assert wishes(run.tick(*calm, times=60)) == []
+
+
+def test_a_wish_for_nodes_of_one_side_gives_way_to_that_for_the_other() -> None:
+    run = Run()
+    run.tick(prefill(queued=9000), decode(running=15), times=AT.num_ticks)
+    orders = run.tick(prefill(queued=1500), decode(running=32), times=30)
+    assert wishes(orders)[:2] == [("prefill", 0), ("decode", 1)]
+
+
+def test_a_wish_for_fewer_nodes_is_taken_back_when_there_is_work_or_one_has_left() -> None:
+    nodes = (prefill(), decode("d0"), decode("d1"))
+    for after in ((prefill(queued=500), *nodes[1:]), nodes[:2]):
+        run = Run()
+        assert wishes(run.tick(*nodes, times=121))[-1] == ("decode", -1)
+        assert wishes(run.tick(*after)) == [("decode", 0)]
 
 
 def test_a_long_idle_cluster_could_do_with_fewer_nodes() -> None:

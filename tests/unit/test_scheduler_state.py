@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from imagined_nodes import PERIOD_S, descriptor, report
+from imagined_nodes import NUM_BLOCKS, PERIOD_S, descriptor, report
 
 from flowkv_common.wire.messages import NodeRef
 from flowkv_scheduler.state import ClusterState, NodeView, Work
@@ -84,6 +84,15 @@ def test_a_sequence_that_the_report_shows_is_not_counted_twice(state: ClusterSta
     assert only(state).given == Work(num_sequences=1)
     state.add_report(report("d0", "decode", seq=3, num_sequences_accepted=1), now=5.5)
     assert only(state).given == Work(num_sequences=1)  # it was the second one that came
+
+
+def test_blocks_that_are_reserved_are_not_counted_twice_while_prefill_lasts(state: ClusterState) -> None:
+    state.add_sequence(D0, Work(num_sequences=1, num_blocks=7, context_tokens=100), 5.0, now=0.0)
+    state.add_report(report("d0", "decode", seq=2, free=NUM_BLOCKS - 7, num_rooms_given=1), now=0.2)
+    assert only(state).num_available_blocks == NUM_BLOCKS - 7
+    assert only(state).given == Work(num_sequences=1, context_tokens=100)  # the sequence is still to come
+    state.add_report(report("d0", "decode", seq=3, num_rooms_given=1, num_sequences_accepted=1), now=0.4)
+    assert only(state).given == Work()
 
 
 def test_a_sequence_counts_until_it_should_have_come(state: ClusterState) -> None:

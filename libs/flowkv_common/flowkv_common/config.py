@@ -66,6 +66,14 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     max_handoff_bytes: int = 1 << 29
     test_hooks: bool = False
 
+    def __post_init__(self) -> None:
+        # A node that serves both sides has a cap of two blocks at least, and that must be less than all.
+        if self.token_budget <= 2 * self.block_size:
+            raise ValueError(
+                f"FLOWKV_TOKEN_BUDGET is {self.token_budget}, it must be more than two blocks: "
+                f"FLOWKV_BLOCK_SIZE is {self.block_size}"
+            )
+
 
 S = TypeVar("S", bound=ServiceSettings)
 
@@ -73,7 +81,7 @@ S = TypeVar("S", bound=ServiceSettings)
 def load(kind: type[S], argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> S:
     """The settings from flags over environment over defaults.
 
-    Raises SystemExit with a message for an unknown name, a missing one or a value of the wrong type.
+    Raises SystemExit with a message for an unknown name, a missing one or a value that can't be.
     """
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     _refuse_unknown(environ)

@@ -15,17 +15,24 @@ async def running(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]
 
     A single error leaves as itself, whoever raised it, and several as a group.
     """
+    async with group() as tasks:
+        mine = [tasks.create_task(coroutine) for coroutine in coroutines]
+        try:
+            yield
+        finally:
+            for task in mine:
+                task.cancel()
+
+
+@contextlib.asynccontextmanager
+async def group() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group that a single error leaves as itself: several leave as a group."""
     try:
         async with asyncio.TaskGroup() as tasks:
-            mine = [tasks.create_task(coroutine) for coroutine in coroutines]
-            try:
-                yield
-            finally:
-                for task in mine:
-                    task.cancel()
-    except BaseExceptionGroup as group:
-        if len(group.exceptions) == 1:
-            raise group.exceptions[0] from None
+            yield tasks
+    except BaseExceptionGroup as errors:
+        if len(errors.exceptions) == 1:
+            raise errors.exceptions[0] from None
         raise
 
 

@@ -198,6 +198,9 @@ class DecodeGuest:
 
     # --- load -------------------------------------------------------------------------------------
 
+    def num_prompts(self) -> int:
+        return 0
+
     def num_waiting(self) -> int:
         return len(self._waiting)
 

@@ -38,6 +38,7 @@ def reserve(node: Node, request: Reserve, num_blocks_owed: int) -> Reserved:
         lambda _: node.reservations.cancel(request.transfer_id),
     )
     node.attempts.begin(stop)
+    node.num_rooms_given += not request.again
     return _answer(reservation)
 
 

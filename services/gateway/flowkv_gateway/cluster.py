@@ -27,6 +27,7 @@ class Cluster:
     def follow(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         """The registry has changed. The model outlives its nodes: clients may ask for it at any time."""
         self._descriptors = dict(descriptors)
+        self._reports = {name: heard for name, heard in self._reports.items() if name in descriptors}
         if self._descriptors:
             self._model = _servable(list(self._descriptors.values()))
 

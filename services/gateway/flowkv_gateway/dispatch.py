@@ -86,8 +86,10 @@ class Dispatch:
         journey = Journey(generation)
         try:
             while True:
+                # It asks for as long as it makes sense: what comes of that is final.
+                assignment = await self._schedule(journey)
                 try:
-                    async with contextlib.aclosing(self._attempt(journey)) as pieces:
+                    async with contextlib.aclosing(self._attempt(journey, assignment)) as pieces:
                         async for piece in pieces:
                             yield piece
                     return
@@ -110,11 +112,8 @@ class Dispatch:
         log.warning("attempt %s failed, trying again: %s", journey.transfer_id, error.message)
         journey.next_attempt()
 
-    async def _attempt(self, journey: Journey) -> AsyncGenerator[Piece, None]:
+    async def _attempt(self, journey: Journey, assignment: Assignment) -> AsyncGenerator[Piece, None]:
         """One attempt on one pair of nodes; cancelled on both, however it ends but by itself."""
-        with journey.phases.phase("schedule"):
-            assignment = await self._schedule(journey)
-        journey.assigned(assignment)
         with self.streams.open(journey.transfer_id, len(journey.output_ids)) as stream:
             try:
                 await self._start(journey, assignment)
@@ -127,14 +126,16 @@ class Dispatch:
 
     async def _schedule(self, journey: Journey) -> Assignment:
         """Ask until there is a pair: the gateway does the waiting, so no queue is lost with a scheduler."""
-        while True:
-            answer = await self._ask_scheduler(journey)
-            if isinstance(answer, Assignment):
-                return answer
-            remaining_s = journey.remaining_s()
-            if remaining_s <= 0:
-                raise DeadlineExceeded(f"waited in vain: {answer.reason}")
-            await asyncio.sleep(min(answer.retry_in_s, remaining_s))
+        with journey.phases.phase("schedule"):
+            while True:
+                answer = await self._ask_scheduler(journey)
+                if isinstance(answer, Assignment):
+                    journey.assigned(answer)
+                    return answer
+                remaining_s = journey.remaining_s()
+                if remaining_s <= 0:
+                    raise DeadlineExceeded(f"waited in vain: {answer.reason}")
+                await asyncio.sleep(min(answer.retry_in_s, remaining_s))
 
     async def _ask_scheduler(self, journey: Journey) -> Assignment | Wait:
         request = await journey.schedule_request(self.cluster.hash_basis())

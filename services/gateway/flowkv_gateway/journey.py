@@ -24,7 +24,8 @@ class Journey:
         self._hashes = PromptHashes()
         self._first_of_attempt = 0
         self._began = time.monotonic()
-        self._asked_since = self._began
+        self._asked_since = self._began  # moved on by the time that was spent at nodes
+        self._assigned_at = self._began
         self._outcome = "closed"  # unless it ends otherwise: a stop string was found, or the client left
         self._error: str | None = None
         self._nodes = ("", "")
@@ -54,6 +55,7 @@ class Journey:
             attempt=self.attempt,
             num_prompt_tokens=len(token_ids),
             max_new_tokens=generation.sampling.max_tokens - len(self.output_ids),
+            num_output_tokens=len(self.output_ids),
             priority=generation.priority,
             age_s=time.monotonic() - self._asked_since,
             avoid=sorted(self.avoid),
@@ -63,11 +65,18 @@ class Journey:
 
     def assigned(self, assignment: Assignment) -> None:
         self._nodes = (assignment.prefill.node_id, assignment.decode.node_id)
+        self._assigned_at = time.monotonic()
 
     def next_attempt(self) -> None:
-        """The same request again, going on from the output that it has."""
+        """The same request again, going on from the output that it has.
+
+        Patience begins anew only after an attempt that brought output: who gets nothing but assignments waits
+        no longer than who gets none.
+        """
+        now = time.monotonic()
+        has_run = len(self.output_ids) > self._first_of_attempt
+        self._asked_since = now if has_run else self._asked_since + now - self._assigned_at
         self.attempt += 1
-        self._asked_since = time.monotonic()
         self._first_of_attempt = len(self.output_ids)
 
     def suspect(self, assignment: Assignment) -> str:

@@ -119,6 +119,7 @@ class PrefillGuest:
         """Prefill and decode are the same node: the handoff moves no bytes."""
         with self._blocks(prompt):
             await self._take_in_turn(prompt)
+            self._node.num_rooms_given += 1
             await self._compute(prompt)
             if await self._emit_first(prompt):
                 self._node.attempts.end(prompt.sequence.transfer_id)
@@ -199,10 +200,11 @@ class PrefillGuest:
         Nodes that prefill for each other could still wait in a circle, each for blocks that are reserved for
         a prompt of the next. So who has waited for a while gives its reservation back and begins again.
         """
-        patience_s = FIRST_PATIENCE_S
+        patience_s, has_released = FIRST_PATIENCE_S, False
         while True:
             with prompt.phases.phase("reserve"):
-                handoff = await reserve(self._node, prompt.run, prompt.sequence)  # or renew
+                # Or renew.
+                handoff = await reserve(self._node, prompt.run, prompt.sequence, again=has_released)
             try:
                 # Drawn anew each time, so that two who wait for each other don't give way at once.
                 async with asyncio.timeout(patience_s * random.uniform(1.0, 1.5)):
@@ -213,6 +215,7 @@ class PrefillGuest:
                     continue  # no circle: what holds the blocks here waits for nobody
             log.info("%s lets others go first: no blocks here", prompt.sequence.transfer_id)
             await handoff.release()
+            has_released = True
             patience_s = min(2 * patience_s, LONGEST_PATIENCE_S)
 
     async def _take_in_turn(self, prompt: Prompt) -> None:
@@ -262,11 +265,14 @@ class PrefillGuest:
 
     # --- load -------------------------------------------------------------------------------------
 
+    def num_prompts(self) -> int:
+        return sum(prompt.first is None for prompt in self._prompts.values())
+
     def num_waiting(self) -> int:
-        return max(0, len(self._prompts) - len(self._computing))  # those cancelled leave one after the other
+        return 0
 
     def num_running(self) -> int:
-        return len(self._computing)
+        return 0
 
     def num_context_tokens(self) -> int:
         return 0

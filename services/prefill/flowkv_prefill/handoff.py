@@ -135,9 +135,10 @@ class Handoff:
             await self._node.bus.publish(subjects.event("kv_transferred", self._transfer_id), event)
 
 
-async def reserve(node: Node, run: PrefillRun, sequence: Sequence) -> Handoff:
+async def reserve(node: Node, run: PrefillRun, sequence: Sequence, *, again: bool) -> Handoff:
     """Room for the prompt and the token after it at the decode node; asks again while that node is full.
 
+    `again` if such room has been released before.
     Raises FlowKVError when the node refuses for good: without saying when to ask again.
     """
     request = Reserve(
@@ -149,6 +150,7 @@ async def reserve(node: Node, run: PrefillRun, sequence: Sequence) -> Handoff:
         block_hashes=sequence.full_block_hashes(node.card.fingerprint, node.settings.block_size),
         run_lengths=_planned_runs(node, sequence),
         expires_in_s=RESERVATION_S,
+        again=again,
     )
     retry_s = FIRST_RETRY_S
     while True:

@@ -43,15 +43,15 @@ def decide(
     for too long, `Full` when the wait would be too long or outlast the request's deadline; `retry_after_s` is
     the predicted end of that.
     """
-    choice = choose(request, state, goals, now)
+    weighing = Weighing(request, state, goals, now)
+    choice = choose(weighing)
     if choice is None:
         _check_fits(request, state.views())
-        weighing = Weighing(request, state, goals, now)
         if not any(weighing.stands(group) for group in state.index.groups):
             return _without_nodes(request, limits)
         return _without_room(request, weighing, limits)
     # The retry of a running request is never shed: its client has seen half of the answer.
-    if request.attempt == 0:
+    if not request.num_output_tokens:
         _check_wait(request, request.age_s + choice.wait_s, choice.predicted_s, goals)
     return choice
 
@@ -102,7 +102,7 @@ def _without_room(request: ScheduleRequest, weighing: Weighing, limits: Limits) 
     nodes = [node for node in able if node.may_decode] or able
     room_in_s = min((room_in(node, weighing) for node in nodes), default=limits.max_retry_s)
     wait_s = room_in_s + request.age_s
-    if request.attempt == 0:
+    if not request.num_output_tokens:
         _check_wait(request, wait_s, room_in_s, weighing.goals)
     retry_in_s = min(max(room_in_s, limits.min_retry_s), limits.max_retry_s)
     return Wait(retry_in_s=retry_in_s, reason=f"all {len(nodes)} decode nodes are full")

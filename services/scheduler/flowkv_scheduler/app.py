@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -23,9 +23,9 @@ from flowkv_common.metrics import serve_http, service_app
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, NodeRef, ScheduleRequest, Wait
-from flowkv_common.wire.nodes import LoadReport
+from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_scheduler.carry_out import Orders
-from flowkv_scheduler.follow_prefixes import follow_prefixes
+from flowkv_scheduler.follow_prefixes import following_prefixes
 from flowkv_scheduler.leading import lead
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
@@ -151,15 +151,17 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event, planner: Plann
             endpoints=[],
             metadata=scheduler.metadata,
         )
+
+        def on_nodes(descriptors: Mapping[str, NodeDescriptor]) -> None:
+            scheduler.planner.set_descriptors(descriptors)
+            follow_prefixes(descriptors)
+
         async with (
             serve_http(app, settings.host, settings.http_port) as http_port,
             await bus.subscribe(subjects.LOAD_ALL, LoadReport, lambda report, _: scheduler.on_report(report)),
+            following_prefixes(bus, scheduler.planner.state.prefixes) as follow_prefixes,
             service,
-            running(
-                watch_nodes(bus, scheduler.planner.set_descriptors),
-                follow_prefixes(bus, scheduler.planner.state.prefixes),
-                lease.campaign(lambda: scheduler.lead(service)),
-            ),
+            running(watch_nodes(bus, on_nodes), lease.campaign(lambda: scheduler.lead(service))),
         ):
             log.info("scheduler is ready, metrics on http://%s:%d/metrics", settings.host, http_port)
             await stop.wait()

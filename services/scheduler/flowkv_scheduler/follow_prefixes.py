@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 from nats.aio.msg import Msg
 
 from flowkv_common.bus.connection import Bus
-from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.errors import BadRequest, FlowKVError, Stale
-from flowkv_common.tasks import running
+from flowkv_common.tasks import group
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged, ListBlocks, NodeDescriptor
 from flowkv_scheduler.prefixes import PrefixIndex
+
+SetNodes = Callable[[Mapping[str, NodeDescriptor]], None]
 
 log = logging.getLogger(__name__)
 
@@ -26,18 +28,19 @@ MAX_RETRY_S = 5.0
 MAX_LOADS = 8
 
 
-async def follow_prefixes(bus: Bus, index: PrefixIndex) -> None:
-    """Keep `index` up to date with all nodes in the registry, until cancelled."""
-    async with asyncio.TaskGroup() as loads:
+@contextlib.asynccontextmanager
+async def following_prefixes(bus: Bus, index: PrefixIndex) -> AsyncIterator[SetNodes]:
+    """Keeps `index` up to date while the context lasts; gives what must hear who is registered."""
+    async with group() as loads:
         follower = _Follower(bus, index, loads)
         forget_callback = bus.on_reconnect(follower.load_all)
         try:
+            # First: what changes while a list is on its way must be heard.
             async with await bus.subscribe(subjects.BLOCKS_ALL, BlocksChanged, follower.hear):
-                # Only now: what changes while a list is on its way must be heard.
-                async with running(watch_nodes(bus, follower.set_nodes)):
-                    await asyncio.Event().wait()
+                yield follower.set_nodes
         finally:
             forget_callback()
+            follower.set_nodes({})
 
 
 class _Follower:

@@ -6,7 +6,7 @@ there in rhythm, and is all the other side's when that is done. The last node of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -47,6 +47,11 @@ def home_cap(descriptor: NodeDescriptor) -> int:
     return {"prefill": budget, "decode": block_size}.get(descriptor.role, max(block_size, budget // 2))
 
 
+def _whole_caps(descriptor: NodeDescriptor) -> tuple[int, int]:
+    """Of a node that is all prefill, or all decode."""
+    return descriptor.token_budget, descriptor.layout.block_size
+
+
 class Lending:
     """Remembers what it has moved, and when. `see`, `move`, `orders`: once per tick, in this order."""
 
@@ -64,15 +69,20 @@ class Lending:
     def lent(self) -> Mapping[NodeRef, Side]:
         return {ref: moved.to for ref, moved in self._moved.items() if self._roles[ref] != moved.to}
 
-    def see(self, nodes: Sequence[NodeView], now: float) -> None:
-        """Forget lives that ended; take over what a leader before us has lent; let caps follow the work."""
-        self._roles = {node.descriptor.node: node.descriptor.role for node in nodes}
+    def follow(self, registry: Iterable[NodeDescriptor]) -> None:
+        """Forget lives that ended. A node that is only silent is still where it was moved to."""
+        self._roles = {descriptor.node: descriptor.role for descriptor in registry}
         self._moved = {ref: moved for ref, moved in self._moved.items() if ref in self._roles}
-        for node in nodes:
+
+    def see(self, nodes: Sequence[NodeView], now: float) -> None:
+        """Take over what a leader before us has lent; let caps follow the work."""
+        self._roles |= {node.descriptor.node: node.descriptor.role for node in nodes}
+        # Those that have moved with all they have first: of the others the last one of a side serves both.
+        for node in sorted(nodes, key=lambda node: node.cap not in _whole_caps(node.descriptor)):
             ref, home = node.descriptor.node, home_cap(node.descriptor)
             moved = self._moved.get(ref)
             if moved is None and node.cap != home and node.descriptor.role in SIDES:
-                self._moved[ref] = Moved("prefill" if node.cap > home else "decode", now, False, node.cap)
+                self._moved[ref] = self._adopted(node, now)
             elif moved is not None:
                 self._moved[ref] = self._adjusted(node, moved)
                 is_settled = now - moved.since >= self._at.dwell_s
@@ -106,7 +116,7 @@ class Lending:
         """The idlest of the other side, a share of them at once; never so many that it would miss them."""
         lenders = [node for node in nodes if self._may_move(node, to, now, is_gone)]
         lenders.sort(key=lambda node: (self._load(node, other(to)), node.node_id))
-        num_at_home = sum(self._serves(node, other(to)) for node in nodes)
+        num_at_home = sum(self._serves(node.descriptor.node, other(to)) for node in nodes)
         num_before = num_at_home
         for node in lenders[: max(1, int(len(lenders) * self._at.lent_at_once))]:
             after = scores.after(to)
@@ -133,7 +143,7 @@ class Lending:
                 continue
             helped = other(role)
             is_well = scores.after(other(helped)).worst < self._at.calm
-            others = [one for one in nodes if one is not node and self._serves(one, helped)]
+            others = [one for one in nodes if one is not node and self._serves(one.descriptor.node, helped)]
             if is_well and others:
                 self._put(node, other(helped), now, is_shared=False)
                 return True  # one at a time, to see what that does
@@ -147,10 +157,10 @@ class Lending:
         is_settled = now - moved.since >= self._at.dwell_s
         return (moved.to == other(to) or moved.is_shared) and moved.to != to and (is_settled or is_gone)
 
-    def _serves(self, node: NodeView, side: Side) -> bool:
-        moved = self._moved.get(node.descriptor.node)
+    def _serves(self, ref: NodeRef, side: Side) -> bool:
+        moved = self._moved.get(ref)
         if moved is None:
-            return node.descriptor.role in (side, "mixed")
+            return self._roles[ref] in (side, "mixed")
         return moved.is_shared or moved.to == side
 
     def _load(self, node: NodeView, side: Side) -> float:
@@ -173,8 +183,14 @@ class Lending:
         chunk = node.speed.chunk_within(step_s, node.num_sequences, node.num_context_tokens)
         return max(2 * block_size, min(chunk // block_size * block_size, budget - block_size))
 
+    def _adopted(self, node: NodeView, now: float) -> Moved:
+        mine = node.descriptor.node
+        to: Side = "prefill" if node.cap > home_cap(node.descriptor) else "decode"
+        stay = [ref for ref in self._roles if ref != mine and self._serves(ref, other(to))]
+        return Moved(to, now, is_shared=not stay, cap=node.cap)
+
     def _adjusted(self, node: NodeView, moved: Moved) -> Moved:
-        whole = (node.descriptor.token_budget, node.descriptor.layout.block_size)
+        whole = _whole_caps(node.descriptor)
         if moved.cap in whole and not moved.is_shared:
             return moved  # it has arrived
         cap = self._cap_for(node, moved)

@@ -22,7 +22,7 @@ class RegimeChange(NamedTuple):
 
 
 class ScaleWanted(NamedTuple):
-    """`change` more nodes of a role (fewer if negative) would meet the goals."""
+    """`change` more nodes of a role (fewer if negative) would meet the goals; 0 takes that back."""
 
     role: str
     change: int

@@ -42,6 +42,7 @@ class Planner:
 
     def set_descriptors(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         self.state.set_descriptors(descriptors)
+        self.regimes.follow(descriptors.values())
 
     def add_report(self, report: LoadReport, now: float) -> None:
         self.state.add_report(report, now)

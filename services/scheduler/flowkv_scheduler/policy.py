@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from flowkv_common.wire.messages import Candidate, ScheduleRequest
 from flowkv_scheduler.index import Group
-from flowkv_scheduler.state import ClusterState, NodeView, Work
-from flowkv_scheduler.weighing import MAX_CANDIDATES, Cost, Goals, Weighing
+from flowkv_scheduler.state import NodeView, Work
+from flowkv_scheduler.weighing import MAX_CANDIDATES, Cost, Weighing
 
 
 class Choice(NamedTuple):
@@ -40,17 +40,17 @@ class _Pair(NamedTuple):
     transfer_s: float
 
 
-Chooser = Callable[[ScheduleRequest, ClusterState, Goals, float], Choice | None]
+Chooser = Callable[[Weighing], Choice | None]
 
 
-def choose(request: ScheduleRequest, state: ClusterState, goals: Goals, now: float) -> Choice | None:
+def choose(weighing: Weighing) -> Choice | None:
     """The best pair; None when no pair has room for the prompt now.
 
     Ties go to the less loaded prefill node, then to the smaller node ids.
     """
-    weighing = Weighing(request, state, goals, now)
+    index = weighing.state.index
     # A node with nobody to exchange blocks with serves alone, if nobody else can.
-    for groups in (state.index.whole_groups, state.index.groups):
+    for groups in (index.whole_groups, index.groups):
         choices = [choice for group in groups if (choice := _choose_in(weighing, group))]
         if choices:
             return min(choices, key=lambda choice: choice.predicted_s)
@@ -75,7 +75,7 @@ def _stays(weighing: Weighing, node: NodeView) -> bool:
     Only where it disturbs nobody: lending is for more. And in steps that keep the rhythm of who comes next.
     """
     chunk_s = node.cap * node.speed.prefill_token_s
-    is_idle = node.num_sequences == 0 and not node.may_prefill
+    is_idle = not (node.num_sequences or node.report.num_prompts or node.may_prefill)
     return is_idle and weighing.step_s(node) + chunk_s <= weighing.goals.itl_s
 
 

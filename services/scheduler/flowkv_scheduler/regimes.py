@@ -7,12 +7,13 @@ docs/scheduling.md. Reads no clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from flowkv_common.wire.messages import NodeRef
+from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_scheduler.lending import Lending, Thresholds
 from flowkv_scheduler.orders import Order, RegimeChange, ScaleWanted
 from flowkv_scheduler.scores import SIDES, Scores, Side, scores_of
@@ -50,6 +51,7 @@ class Regimes:
         self._num_ticks = 0  # that the sign has lasted
         self._idle_since: float | None = None
         self._scaled_at = -math.inf
+        self._wanted: ScaleWanted | None = None  # as last told, while it stands
 
     @property
     def leaving(self) -> Mapping[str, Side]:
@@ -59,6 +61,11 @@ class Regimes:
     @property
     def lent(self) -> Mapping[NodeRef, Side]:
         return self._lending.lent if self._lending else {}
+
+    def follow(self, registry: Iterable[NodeDescriptor]) -> None:
+        """All nodes that live, those that are silent too."""
+        if self._lending:
+            self._lending.follow(registry)
 
     def tick(self, nodes: Sequence[NodeView], prefill_rate: float, now: float) -> list[Order]:
         """What should change now. `prefill_rate`: seconds of prefill that came per second, lately."""
@@ -93,13 +100,21 @@ class Regimes:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = now
-        if now - self._scaled_at < self._scaling.every_s:
-            return []
-        order = self._more(scores) or self._fewer(scores, now)
-        if order is None:
-            return []
-        self._scaled_at = now
-        return [order]
+        is_due = now - self._scaled_at >= self._scaling.every_s
+        order = (self._more(scores) or self._fewer(scores, now)) if is_due else None
+        orders: list[Order] = []
+        before = self._wanted
+        if before and (order.role != before.role if order else self._has_ended(before, scores, now)):
+            orders.append(before._replace(change=0, reason=str(scores)))
+            self._wanted = None
+        if order:
+            orders.append(order)
+            self._wanted, self._scaled_at = order, now
+        return orders
+
+    def _has_ended(self, wanted: ScaleWanted, scores: Scores, now: float) -> bool:
+        """The need for what was wanted. Overload goes late enough by itself: see `_change_regime`."""
+        return self.regime != OVERLOAD if wanted.change > 0 else self._fewer(scores, now) is None
 
     def _more(self, scores: Scores) -> ScaleWanted | None:
         """As many nodes as would do all the work, at most twice as many of the side that is short."""

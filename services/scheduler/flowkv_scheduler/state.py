@@ -139,15 +139,17 @@ class _Node:
         self.report = report
         self.heard_at = now
         self.prompts = _Pending(report.num_prompts_accepted)
+        self.rooms = _Pending(report.num_rooms_given)
         self.sequences = _Pending(report.num_sequences_accepted)
 
     @property
     def given(self) -> Work:
-        return self.prompts.sum.plus(self.sequences.sum)
+        return self.prompts.sum.plus(self.rooms.sum).plus(self.sequences.sum)
 
     def hear(self, report: LoadReport, now: float) -> None:
         self.report, self.heard_at = report, now
         self.prompts.settle(report.num_prompts_accepted, now)
+        self.rooms.settle(report.num_rooms_given, now)
         self.sequences.settle(report.num_sequences_accepted, now)
 
 
@@ -188,10 +190,14 @@ class ClusterState:
             self._refresh(node.node_id)
 
     def add_sequence(self, node: NodeRef, work: Work, arrives_in_s: float, now: float) -> None:
-        """Count a sequence that will come to a node in `arrives_in_s`, until two periods after that."""
+        """Count a sequence that will come to a node in `arrives_in_s`, until two periods after that.
+
+        Its blocks only until a report shows that it has its room: that is when its prompt begins.
+        """
         if known := self._nodes.get(node):
             until = now + arrives_in_s + CHOICES_COUNT_FOR_PERIODS * known.report.period_s
-            known.sequences.add(_Given(until, work))
+            known.rooms.add(_Given(until, Work(num_blocks=work.num_blocks)))
+            known.sequences.add(_Given(until, work._replace(num_blocks=0)))
             self._refresh(node.node_id)
 
     def see_prompt(self, num_tokens: int) -> None:

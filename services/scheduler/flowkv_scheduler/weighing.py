@@ -28,7 +28,13 @@ MAX_CANDIDATES = 8
 
 
 Accepts = Callable[[NodeView], bool]
-FindNodes = Callable[[Group, int, Accepts], list[NodeView]]
+
+
+class Side(NamedTuple):
+    """Where a side's nodes are found, and which are its."""
+
+    find: Callable[[Group, int, Accepts], list[NodeView]]
+    has: Accepts
 
 
 class Goals(msgspec.Struct, frozen=True):
@@ -62,6 +68,9 @@ class Weighing:
         self.now = now
         self.hits = state.prefixes.hits(request.block_hashes, now)
         self._avoid = frozenset(request.avoid)
+        self._prefill = Side(state.index.prefill, lambda node: node.may_prefill)
+        self._decode = Side(state.index.decode, lambda node: node.may_decode)
+        self._all = Side(state.index.members, lambda _: True)
 
     # --- who may -----------------------------------------------------------------------------------
 
@@ -78,7 +87,7 @@ class Weighing:
             return False
         # The retry of a running request is never held up for the sake of others' rhythm, nor for ever anyone.
         has_waited = self.request.age_s > self.goals.ttft_s
-        return self.request.attempt > 0 or has_waited or self.keeps_rhythm(node)
+        return self.request.num_output_tokens > 0 or has_waited or self.keeps_rhythm(node)
 
     def num_missing_blocks(self, node: NodeView) -> int:
         # Cached blocks may be idle, and are then among those available: they are not counted twice.
@@ -136,33 +145,32 @@ class Weighing:
 
     def prefill_side(self, group: Group) -> list[Cost]:
         """The best of those that take prompts, soonest first."""
-        nodes = self._nodes(group, self.state.index.prefill, self.takes_prompt, lambda _: True)
+        nodes = self._nodes(group, self._prefill, self.takes_prompt, lambda _: True)
         return sorted(map(self.prefill_cost, nodes), key=_rank)[: 2 * MAX_CANDIDATES]
 
     def decode_side(self, group: Group) -> list[Cost]:
         """The best of those that take sequences and have a place now, soonest first."""
-        nodes = self._nodes(group, self.state.index.decode, self.takes_sequence, self.has_place)
+        nodes = self._nodes(group, self._decode, self.takes_sequence, self.has_place)
         return sorted(map(self.decode_cost, nodes), key=_rank)[: 2 * MAX_CANDIDATES]
 
     def stands(self, group: Group) -> bool:
         """Is there anyone at all, on both sides, be they full?"""
-        index = self.state.index
         return bool(
-            self._nodes(group, index.prefill, self.takes_prompt, lambda _: True)
-            and self._nodes(group, index.decode, self.takes_sequence, lambda _: True)
+            self._nodes(group, self._prefill, self.takes_prompt, lambda _: True)
+            and self._nodes(group, self._decode, self.takes_sequence, lambda _: True)
         )
 
-    def _nodes(self, group: Group, side: FindNodes, takes: Accepts, fits: Accepts) -> list[NodeView]:
+    def _nodes(self, group: Group, side: Side, takes: Accepts, fits: Accepts) -> list[NodeView]:
         """Those of a side that fit, the soonest and those that have cached most of the prompt.
 
         A side on which nobody stands is taken by all: slow is better than not at all. Who failed the request
         before is left out while there are others.
         """
         for avoid in (self._avoid, frozenset[str]()):
-            for find in (side, self.state.index.members):
+            for find, has in (side, self._all):
 
-                def stands(node: NodeView, avoid: frozenset[str] = avoid) -> bool:
-                    return node.node_id not in avoid and takes(node)
+                def stands(node: NodeView, avoid: frozenset[str] = avoid, has: Accepts = has) -> bool:
+                    return has(node) and node.node_id not in avoid and takes(node)
 
                 if find(group, 1, stands):
                     found = find(group, NUM_WEIGHED, lambda node: stands(node) and fits(node))
@@ -170,17 +178,16 @@ class Weighing:
         return []
 
     def _by_prefix(self, known: list[NodeView], group: Group, accepts: Accepts) -> list[NodeView]:
-        """Further nodes of the same role, those that have cached most of the prompt."""
+        """Further nodes, those that have cached most of the prompt."""
         if not known:
             return []
-        may_prefill, may_decode = known[0].may_prefill, known[0].may_decode
         seen = {node.node_id for node in known}
         found: list[NodeView] = []
         for node_id in sorted(self.hits, key=lambda node_id: (-self.hits[node_id], node_id)):
             node = self.state.index.member(group, node_id)
             if node is None or node_id in seen or len(found) == NUM_BY_PREFIX:
                 continue
-            if (node.may_prefill, node.may_decode) == (may_prefill, may_decode) and accepts(node):
+            if accepts(node):
                 found.append(node)
         return found
 

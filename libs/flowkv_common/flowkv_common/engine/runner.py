@@ -69,11 +69,7 @@ class Runner:
 
 
 class EngineThread:
-    """One worker thread that runs steps in the order asked for. An async context manager.
-
-    A step that is cancelled while it waits or runs goes on, and its result is dropped: its blocks may be
-    written until a later step returns.
-    """
+    """An `Engine` (`engine/engine.py`): one worker thread that runs the steps."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner

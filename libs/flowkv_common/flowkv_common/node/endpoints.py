@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from flowkv_common.bus.service import Endpoint
-from flowkv_common.engine.runner import EngineThread
+from flowkv_common.engine.engine import Engine
 from flowkv_common.errors import BadRequest, Stale
 from flowkv_common.node.block_news import BlockNews
 from flowkv_common.node.guest import Node
@@ -27,7 +27,7 @@ from flowkv_common.wire.nodes import (
 log = logging.getLogger(__name__)
 
 
-def node_endpoints(node: Node, steps: Steps, engine: EngineThread, news: BlockNews) -> list[Endpoint]:
+def node_endpoints(node: Node, steps: Steps, engine: Engine, news: BlockNews) -> list[Endpoint]:
     """`flowkv.v1.node.<verb>.<node_id>`; `wedge` only where test hooks are on."""
 
     async def link(request: LinkRequest) -> LinkOffer:

@@ -55,6 +55,7 @@ class Node:
     draining: bool = False
     wedged: bool = False
     epoch: int = 0  # the highest of a leading scheduler that this node has heard of
+    num_rooms_given: int = 0  # to sequences that will decode here, in this life; each counts once
 
     def why_not_ready(self) -> str | None:
         if self.draining:
@@ -143,9 +144,14 @@ class Guest(Protocol):
     def adopt(self, sequence: Sequence) -> None:
         """Take over a sequence, with its blocks, from the other guest of the same node."""
 
-    def num_waiting(self) -> int: ...
+    def num_prompts(self) -> int:
+        """Prompts that are not computed yet."""
 
-    def num_running(self) -> int: ...
+    def num_waiting(self) -> int:
+        """Sequences to decode that have no place or no blocks."""
+
+    def num_running(self) -> int:
+        """Sequences in the decode batch."""
 
     def num_context_tokens(self) -> int:
         """Tokens in the KV caches of the sequences that decode here."""

@@ -22,6 +22,7 @@ from flowkv_common.bus.connection import connect
 from flowkv_common.bus.registry import keep_announced, watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import NodeSettings
+from flowkv_common.engine.engine import Engine
 from flowkv_common.engine.model import LoadedModel
 from flowkv_common.engine.runner import EngineThread, Runner
 from flowkv_common.errors import Unavailable
@@ -50,14 +51,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """All that a node needs of a model. `make_engine` gets the pool's tensor, of shape and dtype `layout`.
-
-    What runs the steps must keep what `tests/contract/test_engines.py` says of `EngineThread`.
-    """
+    """All that a node needs of a model. `make_engine` gets the pool's tensor, of shape and dtype `layout`."""
 
     card: ModelCard
     layout: PoolLayout
-    make_engine: Callable[[Tensor], EngineThread]
+    make_engine: Callable[[Tensor], Engine]
 
 
 def served(model: LoadedModel, settings: NodeSettings) -> Served:
@@ -97,7 +95,7 @@ async def _open(
     model: Served,
     stop: asyncio.Event,
     opened: contextlib.AsyncExitStack,
-) -> tuple[Node, Steps, EngineThread]:
+) -> tuple[Node, Steps, Engine]:
     """Everything a node consists of, each entered into `opened` in the order in which it may be used."""
     ref = NodeRef(node_id=_node_id(settings.node_id, role), incarnation=secrets.token_hex(4))
     layout = model.layout
@@ -167,7 +165,7 @@ def prefill_cap(role: str, settings: NodeSettings) -> int:
 
 @contextlib.asynccontextmanager
 async def _services(
-    node: Node, steps: Steps, engine: EngineThread, news: BlockNews, role: str
+    node: Node, steps: Steps, engine: Engine, news: BlockNews, role: str
 ) -> AsyncIterator[None]:
     """One ADR-32 service per guest and one for the node, found by `nats micro ls`."""
     metadata = {"role": role, "model": node.card.name, "incarnation": node.ref.incarnation}

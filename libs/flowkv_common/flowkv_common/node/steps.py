@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from flowkv_common.engine.batch import WorkItem, pack
-from flowkv_common.engine.runner import EngineThread
+from flowkv_common.engine.engine import Engine
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.errors import Internal
 from flowkv_common.kv.blocks import Blocks
@@ -76,7 +76,7 @@ class Steps:
 
     def __init__(
         self,
-        engine: EngineThread,
+        engine: Engine,
         guests: Callable[[], Iterable[Guest]],
         outbox: Outbox,
         retire: Retire,

@@ -8,7 +8,7 @@ import time
 
 from nats.aio.msg import Msg
 
-from flowkv_common.engine.runner import EngineThread
+from flowkv_common.engine.engine import Engine
 from flowkv_common.errors import Unavailable
 from flowkv_common.node.guest import Node
 from flowkv_common.wire import subjects
@@ -49,7 +49,7 @@ async def sweep(node: Node) -> None:
             node.wake.set()
 
 
-async def watch_engine(node: Node, engine: EngineThread) -> None:
+async def watch_engine(node: Node, engine: Engine) -> None:
     """Until cancelled: a step that takes far too long makes the node unready and gives its work back.
 
     The blocks of the stuck step stay held until it ends, if it ever does; then the node is ready again.

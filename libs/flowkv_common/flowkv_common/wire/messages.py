@@ -144,6 +144,7 @@ class ScheduleRequest(Message, frozen=True):
     attempt: int
     num_prompt_tokens: int
     max_new_tokens: int
+    num_output_tokens: int = 0  # of the prompt, what the client has seen: a request that runs is never shed
     priority: int = 0  # smaller is more urgent
     age_s: float = 0.0
     avoid: list[str] = []  # nodes that failed this request before
@@ -207,6 +208,7 @@ class Reserve(Message, frozen=True):
     block_hashes: list[str]
     run_lengths: list[int]
     expires_in_s: float
+    again: bool = False  # after a `Release`: this room was counted before
 
 
 class Reserved(Message, frozen=True):

@@ -61,7 +61,7 @@ class LoadReport(Message, frozen=True):
     draining: bool
     max_prefill_tokens_per_step: int
     queued_prefill_tokens: int
-    num_waiting: int
+    num_waiting: int  # sequences that decode here: prompts count apart
     num_running: int
     max_num_seqs: int
     blocks: BlockCounts
@@ -70,9 +70,12 @@ class LoadReport(Message, frozen=True):
     num_handoffs: int
     handoff_bytes: int
     links: dict[str, str] = {}  # node_id -> connector in use
+    num_prompts: int = 0  # that are not computed yet
     num_context_tokens: int = 0  # in the KV caches of the sequences that decode here
-    # Taken on in this life: a scheduler sees by these which of its choices the report shows.
+    # In this life: a scheduler sees by these which of its choices the report shows. A sequence gets its room,
+    # which `blocks` then show as leased, when its prompt begins, and is taken on when its KV has come.
     num_prompts_accepted: int = 0
+    num_rooms_given: int = 0
     num_sequences_accepted: int = 0
     step: StepFit | None = None
     epoch: int = 0  # the highest that this node has heard of
@@ -191,7 +194,10 @@ class CapMoved(Message, frozen=True):
 
 
 class ScaleWanted(Message, frozen=True):
-    """So many more nodes of a role (fewer if negative) would meet the goals. Stands until the next."""
+    """So many more nodes of a role (fewer if negative) would meet the goals.
+
+    Stands until the next for that role, 0 if the need has ended, or until another scheduler leads.
+    """
 
     epoch: int
     role: str

@@ -1,0 +1,83 @@
+"""What a node's load reports count, and when."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import NamedTuple
+
+import pytest
+from live_nodes import BLOCK_SIZE, Client, Heard, client, first, live_node, load_tiny, reports
+from nats_server import NatsServer
+from tiny_models import make_tiny_model
+
+from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.engine.model import LoadedModel
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import Accepted, NodeRef, Release, Reserve, Reserved
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_tiny(make_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+class Setup(NamedTuple):
+    bus: Bus
+    client: Client
+    node: NodeRef
+    heard: Heard
+
+    async def reserve(self, num_blocks: int) -> Reserved:
+        request = Reserve(
+            transfer_id="r.0",
+            node=self.node,
+            prefill=NodeRef(node_id="other", incarnation="1"),
+            gateway_id=self.client.gateway_id,
+            num_tokens=num_blocks * BLOCK_SIZE,
+            block_hashes=[],
+            run_lengths=[],
+            expires_in_s=60.0,
+        )
+        subject = subjects.at(subjects.DECODE_RESERVE, self.node.node_id)
+        return await self.bus.request(subject, request, Reserved, timeout_s=5)
+
+    async def release(self, reserved: Reserved) -> None:
+        message = Release(transfer_id=reserved.transfer_id, token=reserved.token)
+        subject = subjects.at(subjects.DECODE_RELEASE, self.node.node_id)
+        await self.bus.request(subject, message, Accepted, timeout_s=5)
+
+
+@pytest.fixture
+async def setup(nats_server: NatsServer, model: LoadedModel) -> AsyncIterator[Setup]:
+    async with AsyncExitStack() as opened:
+        bus = await opened.enter_async_context(connect(nats_server.url, name="test"))
+        node = await opened.enter_async_context(live_node(nats_server, bus, model, "n0"))
+        heard = await opened.enter_async_context(reports(bus, "n0"))
+        yield Setup(bus, await opened.enter_async_context(client(bus)), node, heard)
+
+
+async def test_a_reservation_shows_its_blocks_and_itself_at_the_same_time(setup: Setup) -> None:
+    await setup.reserve(num_blocks=5)
+    await setup.reserve(num_blocks=5)  # renewed: the same room
+    shown = await first(setup.heard, lambda report: report.blocks.leased > 0 or report.num_rooms_given > 0)
+    assert (shown.blocks.leased, shown.num_rooms_given, shown.num_sequences_accepted) == (5, 1, 0)
+
+
+async def test_room_on_the_node_of_the_prompt_counts_too(setup: Setup) -> None:
+    await setup.client.generate(setup.node, setup.node, [30] * 20, max_tokens=3)
+    done = await first(setup.heard, lambda report: report.num_sequences_accepted > 0)
+    assert (done.num_prompts_accepted, done.num_rooms_given, done.num_sequences_accepted) == (1, 1, 1)
+
+
+async def test_prompts_and_sequences_are_told_apart(setup: Setup) -> None:
+    held = await setup.reserve(num_blocks=63)  # of 64: a prompt must wait
+    async with asyncio.TaskGroup() as tasks:
+        output = tasks.create_task(setup.client.generate(setup.node, setup.node, [30] * 20, max_tokens=60))
+        queued = await first(setup.heard, lambda report: report.queued_prefill_tokens > 0)
+        assert (queued.num_prompts, queued.num_waiting, queued.num_running) == (1, 0, 0)
+        await setup.release(held)
+        decoding = await first(setup.heard, lambda report: report.num_running > 0)
+        assert (decoding.num_prompts, decoding.num_waiting, decoding.num_running) == (0, 0, 1)
+    assert len(output.result()) == 60
