@@ -137,3 +137,12 @@ def test_idle_prefill_nodes_are_no_room_for_sequences() -> None:
     assert isinstance(decision, Wait)
     assert decision.reason == "all 1 decode nodes are full"
     assert decision.retry_in_s > LIMITS.min_retry_s
+
+
+def test_nobody_is_refused_for_a_rhythm_that_will_not_hold_it_up() -> None:
+    """The others' rhythm holds a request up until the goal for its first token, and not for their lifetimes."""
+    slow = node("d0", "decode", num_running=2, free=NUM_BLOCKS - 16, decode_step_s=2.0)
+    state = cluster(node("p0", "prefill"), slow)
+    assert room_in(view(slow), Weighing(request(age_s=1.0), state, GOALS, 0.0)) == GOALS.ttft_s - 1.0
+    assert isinstance(decide(request(age_s=1.0), [node("p0", "prefill"), slow]), Wait)
+    assert isinstance(decide(request(age_s=GOALS.ttft_s), [node("p0", "prefill"), slow]), Choice)

@@ -120,4 +120,5 @@ def room_in(node: NodeView, weighing: Weighing) -> float:
         return for_blocks_s
     over_s = weighing.step_s(node) - weighing.goals.itl_s
     loaded_s = max(over_s, weighing.step_s(node) - node.speed.decode_step_s(1, 0))
-    return max(for_blocks_s, over_s / loaded_s * lifetime_s)
+    for_rhythm_s = min(over_s / loaded_s * lifetime_s, weighing.patience_s)
+    return max(for_blocks_s, for_rhythm_s)

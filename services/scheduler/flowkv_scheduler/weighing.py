@@ -86,8 +86,12 @@ class Weighing:
         if self.num_missing_blocks(node) > 0:
             return False
         # The retry of a running request is never held up for the sake of others' rhythm, nor for ever anyone.
-        has_waited = self.request.age_s > self.goals.ttft_s
-        return self.request.num_output_tokens > 0 or has_waited or self.keeps_rhythm(node)
+        return self.request.num_output_tokens > 0 or self.patience_s == 0 or self.keeps_rhythm(node)
+
+    @property
+    def patience_s(self) -> float:
+        """How much longer the request may be held up for the sake of others' rhythm."""
+        return max(0.0, self.goals.ttft_s - self.request.age_s)
 
     def num_missing_blocks(self, node: NodeView) -> int:
         # Cached blocks may be idle, and are then among those available: they are not counted twice.
