@@ -93,7 +93,7 @@ class Lending:
         """Lend to the needy side, and to one on which nobody stands; take back what is not needed."""
         moved_any = False
         for side in SIDES:
-            is_gone = scores.num(side) == 0
+            is_gone = scores.of(side).num_nodes == 0
             if is_gone or side == needy:
                 moved_any |= self._lend(nodes, scores, side, now, is_gone)
         return moved_any or self._take_back(nodes, scores, now)
@@ -113,25 +113,33 @@ class Lending:
     # --- lending and taking back -------------------------------------------------------------------
 
     def _lend(self, nodes: Sequence[NodeView], scores: Scores, to: Side, now: float, is_gone: bool) -> bool:
-        """The idlest of the other side, a share of them at once; never so many that it would miss them."""
+        """Those of the other side that help the most, a share of them at once; as long as it helps."""
         lenders = [node for node in nodes if self._may_move(node, to, now, is_gone)]
-        lenders.sort(key=lambda node: (self._load(node, other(to)), node.node_id))
         num_at_home = sum(self._serves(node.descriptor.node, other(to)) for node in nodes)
         num_before = num_at_home
-        for node in lenders[: max(1, int(len(lenders) * self._at.lent_at_once))]:
-            after = scores.after(to)
-            if not is_gone and after.worst >= scores.worst * self._at.gain:
+        for _ in range(max(1, int(len(lenders) * self._at.lent_at_once))):
+            best = self._best_lender(lenders, scores, to)
+            if best is None or not (is_gone or scores.eased_by(best, to, self._at.gain)):
                 break
-            scores = after
-            moved = self._moved.get(node.descriptor.node)
+            scores = scores.after(best, to)
+            lenders.remove(best)
+            moved = self._moved.get(best.descriptor.node)
             if moved is not None and now - moved.since < self._at.dwell_s:
                 # Nobody stands there: it helps out, and what it was moved for goes on.
                 shared = moved._replace(is_shared=True)
-                self._moved[node.descriptor.node] = shared._replace(cap=self._cap_for(node, shared))
+                self._moved[best.descriptor.node] = shared._replace(cap=self._cap_for(best, shared))
             else:
-                self._put(node, to, now, is_shared=num_at_home <= 1)
+                self._put(best, to, now, is_shared=num_at_home <= 1)
             num_at_home -= 1
         return num_at_home < num_before
+
+    def _best_lender(self, lenders: Sequence[NodeView], scores: Scores, to: Side) -> NodeView | None:
+        """Of those that help as much the idlest."""
+        return min(
+            lenders,
+            key=lambda node: (scores.after(node, to).worst, self._load(node, other(to)), node.node_id),
+            default=None,
+        )
 
     def _take_back(self, nodes: Sequence[NodeView], scores: Scores, now: float) -> bool:
         for node in nodes:
@@ -142,7 +150,7 @@ class Lending:
             if moved.to == role and not moved.is_shared:
                 continue
             helped = other(role)
-            is_well = scores.after(other(helped)).worst < self._at.calm
+            is_well = scores.after(node, other(helped)).worst < self._at.calm
             others = [one for one in nodes if one is not node and self._serves(one.descriptor.node, helped)]
             if is_well and others:
                 self._put(node, other(helped), now, is_shared=False)

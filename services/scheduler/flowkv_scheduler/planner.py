@@ -18,8 +18,8 @@ from flowkv_scheduler.regimes import Regimes
 from flowkv_scheduler.state import CHOICES_COUNT_FOR_PERIODS, ClusterState
 from flowkv_scheduler.weighing import Goals
 
-# Long enough to see through a burst, short enough to follow the traffic.
-WORK_MEMORY_S = 10.0
+# Prompts: enough to see through a burst, few enough to follow the traffic.
+NUM_REMEMBERED = 40
 
 
 class Planner:
@@ -28,7 +28,7 @@ class Planner:
     def __init__(self, goals: Goals, *, lends: bool = True, choose: Chooser = policy.choose) -> None:
         """With another `choose` it is another policy, within the same admission."""
         self.state = ClusterState()
-        self._prefill_work = Rate(WORK_MEMORY_S)
+        self._prefill_tokens = Rate(NUM_REMEMBERED)
         self._goals = goals
         self._lends = lends
         self.begin_term()
@@ -60,14 +60,14 @@ class Planner:
 
     def tick(self, now: float) -> list[Order]:
         """Once per period: regimes, lending, scaling."""
-        orders = self.regimes.tick(list(self.state.usable(now)), self._prefill_work.at(now), now)
+        orders = self.regimes.tick(list(self.state.usable(now)), self._prefill_tokens.at(now), now)
         self.state.set_leaving(self.regimes.leaving)
         return orders
 
     def _count(self, request: ScheduleRequest, choice: Choice, now: float) -> None:
         """Load reports lag: what we have just given must not be given twice."""
         self.state.see_prompt(request.num_prompt_tokens)
-        self._prefill_work.add(choice.prefill_s, now)
+        self._prefill_tokens.add(choice.prefill_s / choice.prefill.speed.prefill_token_s, now)
         for_prefill, for_decode = policy.added_work(request, choice)
         arrives_in_s = choice.first_token_s
         self.state.add_prompt(choice.prefill.descriptor.node, for_prefill, now)

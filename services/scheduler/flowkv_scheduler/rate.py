@@ -1,21 +1,27 @@
-"""A mean per second that forgets. Pure: `now` is seconds of any monotonic clock."""
+"""A mean per second over the latest events, however fast they come. Pure: `now` is seconds of any clock."""
 
 from __future__ import annotations
 
-import math
+# Counted as passed before the first event: one alone says nothing of a rate.
+_HEAD_START_S = 2.0
 
 
 class Rate:
-    """What came within about the last `memory_s` seconds, per second."""
+    """What about the last `num_remembered` events brought, per second. It falls while none comes."""
 
-    def __init__(self, memory_s: float) -> None:
-        self._memory_s = memory_s
-        self._rate = 0.0
-        self._at = 0.0
+    def __init__(self, num_remembered: int) -> None:
+        self._keep = 1.0 - 1.0 / num_remembered
+        self._amount = 0.0
+        self._time_s = _HEAD_START_S
+        self._at: float | None = None
 
     def add(self, amount: float, now: float) -> None:
-        self._rate = self.at(now) + amount / self._memory_s
+        passed_s = 0.0 if self._at is None else max(0.0, now - self._at)
+        self._amount = self._keep * self._amount + amount
+        self._time_s = self._keep * self._time_s + passed_s
         self._at = now
 
     def at(self, now: float) -> float:
-        return self._rate * math.exp(-max(0.0, now - self._at) / self._memory_s)
+        if self._at is None:
+            return 0.0
+        return self._amount / (self._time_s + max(0.0, now - self._at))

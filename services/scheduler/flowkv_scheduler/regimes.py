@@ -68,12 +68,12 @@ class Regimes:
             self._lending.follow(registry)
 
     def tick(self, nodes: Sequence[NodeView], prefill_rate: float, now: float) -> list[Order]:
-        """What should change now. `prefill_rate`: seconds of prefill that came per second, lately."""
+        """What should change now. `prefill_rate`: prompt tokens that came per second, lately."""
         nodes = sorted(nodes, key=lambda node: node.node_id)
         if self._lending:
             self._lending.see(nodes, now)
         scores = scores_of(nodes, self._goals, prefill_rate)
-        orders = self._change_regime(scores)
+        orders = self._change_regime(nodes, scores)
         if self._lending:
             lasting = self._sign.needy if self._num_ticks >= self._at.num_ticks else None
             needy = lasting if self._sign.regime == IMBALANCE else None
@@ -82,9 +82,9 @@ class Regimes:
             orders += self._lending.orders(nodes, self.regime)
         return orders + self._scale(scores, now)
 
-    def _change_regime(self, scores: Scores) -> list[Order]:
+    def _change_regime(self, nodes: Sequence[NodeView], scores: Scores) -> list[Order]:
         """A sign must last for some ticks, on the way in and on the way out."""
-        sign = sign_of(scores, self._at)
+        sign = sign_of(nodes, scores, self._at)
         self._num_ticks = self._num_ticks + 1 if sign == self._sign else 1
         self._sign = sign
         if self._num_ticks < self._at.num_ticks or sign.regime == self.regime:
@@ -117,27 +117,29 @@ class Regimes:
         return self.regime != OVERLOAD if wanted.change > 0 else self._fewer(scores, now) is None
 
     def _more(self, scores: Scores) -> ScaleWanted | None:
-        """As many nodes as would do all the work, at most twice as many of the side that is short."""
+        """As many nodes of the side that is short as would do all of its work, at most twice as many."""
         side = self._sign.needy
-        if self.regime != OVERLOAD or side is None or not scores.num(side):
+        if self.regime != OVERLOAD or side is None or not scores.of(side).num_nodes:
             return None
-        change = math.ceil(scores.work(side)) - scores.num(side)
-        return ScaleWanted(side, max(1, min(change, scores.num(side))), str(scores))
+        num = scores.of(side).num_nodes
+        change = math.ceil(num * scores.of(side).pressure) - num
+        return ScaleWanted(side, max(1, min(change, num)), str(scores))
 
     def _fewer(self, scores: Scores, now: float) -> ScaleWanted | None:
         if self._idle_since is None or now - self._idle_since < self._scaling.idle_s:
             return None
-        side = max(SIDES, key=scores.num)
-        if scores.num(side) < 2:
+        side = max(SIDES, key=lambda side: scores.of(side).num_nodes)
+        if scores.of(side).num_nodes < 2:
             return None
         return ScaleWanted(side, -1, f"idle for {self._scaling.idle_s:.0f} s: {scores}")
 
 
-def sign_of(scores: Scores, at: Thresholds) -> Sign:
+def sign_of(nodes: Sequence[NodeView], scores: Scores, at: Thresholds) -> Sign:
     """Imbalance is a need that the other side can ease without getting into such need itself."""
     if scores.worst <= at.calm:
         return Sign(NORMAL)
-    side = max(SIDES, key=scores.of)
-    if scores.after(side).worst < scores.worst * at.gain:
+    side = max(SIDES, key=lambda side: scores.of(side).pressure)
+    lenders = [node for node in nodes if (node.may_decode if side == "prefill" else node.may_prefill)]
+    if any(scores.eased_by(node, side, at.gain) for node in lenders):
         return Sign(IMBALANCE, side)
     return Sign(OVERLOAD, side) if scores.worst > 1.0 else Sign(NORMAL)

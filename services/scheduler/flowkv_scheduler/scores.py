@@ -1,4 +1,4 @@
-"""How many nodes' worth of work each side has, and how many nodes it has. Pure."""
+"""How hard each side is pressed: its work over what its nodes can do. Pure."""
 
 from __future__ import annotations
 
@@ -12,59 +12,88 @@ from flowkv_scheduler.weighing import Goals
 Side = Literal["prefill", "decode"]
 SIDES: tuple[Side, Side] = ("prefill", "decode")
 
-# A prefill node that computes for this part of the time has prompts wait about as long as they take.
+# How busy a side may be for its goals: prompts queue long before a prefill node computes all the time, and
+# a decode node at its limit takes nobody.
 FULL_PREFILL = 0.8
-# What waits counts as work that should be done within so many goals.
-BACKLOG_GOALS = 2.0
+FULL_DECODE = 0.9
 
 
 def other(side: str) -> Side:
     return "decode" if side == "prefill" else "prefill"
 
 
+class Load(NamedTuple):
+    """Of one side. Prefill is counted in prompt tokens per second, decode in nodes at their limit."""
+
+    work: float
+    capacity: float
+    num_nodes: int
+
+    @property
+    def pressure(self) -> float:
+        """0 is idle, 1 is as much as the goals allow; infinite where nobody stands."""
+        return self.work / self.capacity if self.capacity > 0 else math.inf
+
+
 class Scores(NamedTuple):
-    """Work in nodes: as many, each at its limit, would do it. A side of pressure 1 is at its limit."""
+    """Both sides; and whether any node is fast enough for the inter-token goal, else all count as such."""
 
-    prefill_work: float
-    decode_work: float
-    num_prefill: int
-    num_decode: int
+    prefill: Load
+    decode: Load
+    goals: Goals
+    can_keep_rhythm: bool
 
-    def work(self, side: Side) -> float:
-        return self.prefill_work if side == "prefill" else self.decode_work
-
-    def num(self, side: Side) -> int:
-        return self.num_prefill if side == "prefill" else self.num_decode
-
-    def of(self, side: Side) -> float:
-        """The side's pressure; infinite where nobody stands."""
-        return self.work(side) / self.num(side) if self.num(side) else math.inf
+    def of(self, side: Side) -> Load:
+        return self.prefill if side == "prefill" else self.decode
 
     @property
     def worst(self) -> float:
-        return max(self.of("prefill"), self.of("decode"))
+        return max(self.prefill.pressure, self.decode.pressure)
 
-    def after(self, to: Side) -> Scores:
-        """With one node more on a side, and one less on the other, where the last one serves both."""
-        num_left = max(1, self.num(other(to)) - 1)
-        num = {to: self.num(to) + 1, other(to): num_left}
-        return self._replace(num_prefill=num["prefill"], num_decode=num["decode"])
+    def capacity(self, node: NodeView, side: Side) -> float:
+        """What the node adds to a side."""
+        if side == "prefill":
+            return FULL_PREFILL / node.speed.prefill_token_s
+        keeps_rhythm = node.speed.decode_step_s(1, 0) < self.goals.itl_s
+        return FULL_DECODE if keeps_rhythm or not self.can_keep_rhythm else 0.0
+
+    def after(self, node: NodeView, to: Side) -> Scores:
+        """With the node moved. The last one of a side goes on serving it."""
+        away = other(to)
+        gains, loses = self.of(to), self.of(away)
+        gains = Load(gains.work, gains.capacity + self.capacity(node, to), gains.num_nodes + 1)
+        if loses.num_nodes > 1:
+            loses = Load(loses.work, loses.capacity - self.capacity(node, away), loses.num_nodes - 1)
+        prefill, decode = (gains, loses) if to == "prefill" else (loses, gains)
+        return self._replace(prefill=prefill, decode=decode)
+
+    def eased_by(self, node: NodeView, to: Side, gain: float) -> bool:
+        """Would moving it bring the worse pressure down to at most that part of itself?"""
+        return self.after(node, to).worst < self.worst * gain
 
     def __str__(self) -> str:
         return (
-            f"prefill {self.prefill_work:.2f} nodes' work on {self.num_prefill}, "
-            f"decode {self.decode_work:.2f} on {self.num_decode}"
+            f"prefill {self.prefill.pressure:.2f} on {self.prefill.num_nodes}, "
+            f"decode {self.decode.pressure:.2f} on {self.decode.num_nodes}"
         )
 
 
 def scores_of(nodes: Sequence[NodeView], goals: Goals, prefill_rate: float) -> Scores:
-    """`prefill_rate`: seconds of prefill that came per second, lately."""
-    backlog_s = sum(node.prefill_wait_s for node in nodes)
-    return Scores(
-        prefill_rate / FULL_PREFILL + backlog_s / (BACKLOG_GOALS * min(goals.ttft_s, goals.max_wait_s)),
-        sum(decode_score(node, goals) for node in nodes),
-        sum(node.may_prefill for node in nodes),
-        sum(node.may_decode for node in nodes),
+    """`prefill_rate`: prompt tokens that came per second, lately.
+
+    Prompts that wait are no sign of a want of prefill nodes: they may wait for room to decode. But they
+    will decode too, and are counted there.
+    """
+    can_keep_rhythm = any(node.speed.decode_step_s(1, 0) < goals.itl_s for node in nodes)
+    empty = Scores(Load(0.0, 0.0, 0), Load(0.0, 0.0, 0), goals, can_keep_rhythm)
+    prefill = [empty.capacity(node, "prefill") for node in nodes if node.may_prefill]
+    decode = [empty.capacity(node, "decode") for node in nodes if node.may_decode]
+    num_sequences = sum(node.num_sequences for node in nodes)
+    num_prompts = sum(node.report.num_prompts for node in nodes)
+    decoding = sum(decode_score(node, goals) for node in nodes) * (1.0 + num_prompts / max(1, num_sequences))
+    return empty._replace(
+        prefill=Load(prefill_rate, sum(prefill), len(prefill)),
+        decode=Load(decoding, sum(decode), len(decode)),
     )
 
 
