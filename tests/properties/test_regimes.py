@@ -43,7 +43,7 @@ def played(history: list[tuple[tuple[int, int, int], int]], num_each: int = 2) -
         for _ in range(num_ticks):
             now += TICK_S
             views = cluster(*nodes_under(load, caps, num_each)).views()
-            for order in regimes.tick(views, 0.0, now):
+            for order in regimes.tick(views, load[0] / 5.0, now):
                 orders.append((now, order))
                 if isinstance(order, MoveCap):
                     caps[order.node.node_id] = order.cap

@@ -140,7 +140,7 @@ def test_idle_prefill_nodes_are_no_room_for_sequences() -> None:
 
 
 def test_nobody_is_refused_for_a_rhythm_that_will_not_hold_it_up() -> None:
-    """The others' rhythm holds a request up until the goal for its first token, and not for their lifetimes."""
+    """The others' rhythm holds a request up until the goal for its first token, not for their lifetimes."""
     slow = node("d0", "decode", num_running=2, free=NUM_BLOCKS - 16, decode_step_s=2.0)
     state = cluster(node("p0", "prefill"), slow)
     assert room_in(view(slow), Weighing(request(age_s=1.0), state, GOALS, 0.0)) == GOALS.ttft_s - 1.0

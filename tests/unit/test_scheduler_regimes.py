@@ -29,17 +29,19 @@ def decode(name: str = "d0", running: int = 0, **changes: Any) -> Imagined:
 
 
 class Run:
-    """Ticks every half second; nodes obey at once unless `obey` is off."""
+    """Ticks every half second; nodes obey at once unless `obey` is off.
+
+    What is queued has come within five seconds.
+    """
 
     def __init__(self, regimes: Regimes | None = None) -> None:
         self.regimes = regimes or Regimes(GOALS, AT)
         self.caps: dict[str, int] = {}
         self.now = 0.0
 
-    def tick(
-        self, *nodes: Imagined, times: int = 1, obey: bool = True, prefill_rate: float = 0.0
-    ) -> list[Order]:
+    def tick(self, *nodes: Imagined, times: int = 1, obey: bool = True) -> list[Order]:
         orders: list[Order] = []
+        prefill_rate = sum(one.report.queued_prefill_tokens for one in nodes) / 5.0
         for _ in range(times):
             self.now += 0.5
             found = [self._with_cap(one) for one in nodes]
@@ -121,7 +123,7 @@ def test_a_lent_node_stays_while_it_is_needed() -> None:
     run = Run()
     nodes = (decode("d0"), decode("d1"))
     run.tick(prefill(queued=4000), *nodes, times=AT.num_ticks)
-    assert moves(run.tick(prefill(queued=700), *nodes, times=100)) == []
+    assert moves(run.tick(prefill(queued=2400), *nodes, times=100)) == []
 
 
 def test_an_order_is_repeated_until_the_report_shows_it() -> None:
@@ -214,9 +216,9 @@ def test_a_wish_for_nodes_is_taken_back_when_the_overload_ends() -> None:
 
 def test_a_wish_for_nodes_of_one_side_gives_way_to_that_for_the_other() -> None:
     run = Run()
-    run.tick(prefill(queued=9000), decode(running=15), times=AT.num_ticks)
-    orders = run.tick(prefill(queued=1500), decode(running=32), times=30)
-    assert wishes(orders)[:2] == [("prefill", 0), ("decode", 1)]
+    run.tick(prefill(queued=9000), decode(running=15), times=30)
+    orders = run.tick(prefill(queued=1500), decode(running=60), times=60)
+    assert wishes(orders)[:2] == [("prefill", 0), ("decode", 2)]
 
 
 def test_a_wish_for_fewer_nodes_is_taken_back_when_there_is_work_or_one_has_left() -> None:

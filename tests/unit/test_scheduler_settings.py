@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from imagined_nodes import descriptor, node, request
 
 from flowkv_common import errors
@@ -39,17 +40,29 @@ def test_the_time_between_tokens_is_set() -> None:
 
 
 def test_the_time_to_the_first_token_is_set() -> None:
-    for ttft_goal_s, regime in ((1.0, "imbalance"), (100.0, "normal")):
-        planner = planned(SchedulerSettings(ttft_goal_s=ttft_goal_s), queued=1000)
-        for tick in range(3):
-            planner.tick(0.5 * tick)
-        assert planner.regimes.regime == regime
+    """Beyond it nobody is held up any more for the sake of others' rhythm."""
+    late = msgspec.structs.replace(request(), age_s=3.0)
+    for ttft_goal_s, kind in ((2.0, Choice.__name__), (4.0, "Wait")):
+        settings = SchedulerSettings(itl_goal_s=0.04, ttft_goal_s=ttft_goal_s)
+        assert outcome(planned(settings, 0, running=9), late) == kind
+
+
+def lending(settings: SchedulerSettings) -> Planner:
+    """A planner under so many prompts that it has lent a node."""
+    planner = planned(settings, 0)
+    for number in range(100):
+        planner.schedule(request(2000, 1), 0.001 * number)
+    for tick in range(3):
+        planner.tick(0.1 + 0.5 * tick)
+    return planner
+
+
+def test_lending_is_set() -> None:
+    assert lending(SchedulerSettings(max_wait_s=1e6)).regimes.lent
+    assert not lending(SchedulerSettings(max_wait_s=1e6, lending=False)).regimes.lent
 
 
 def test_a_new_term_begins_without_what_was_lent_in_an_earlier_one() -> None:
-    planner = planned(SchedulerSettings(ttft_goal_s=1.0), queued=1000)
-    for tick in range(3):
-        planner.tick(0.5 * tick)
-    assert planner.regimes.lent
+    planner = lending(SchedulerSettings(max_wait_s=1e6))
     planner.begin_term()
     assert (planner.regimes.lent, planner.regimes.leaving, planner.regimes.regime) == ({}, {}, "normal")

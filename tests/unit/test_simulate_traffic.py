@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from benchmarks.simulate.presets import PRESETS
@@ -53,11 +55,14 @@ def test_prompts_and_answers_are_cut_to_what_fits() -> None:
 def test_the_shift_goes_from_prompts_to_answers_and_back() -> None:
     requests = shifting(900, seed=4)
     assert requests == shifting(900, seed=4) != shifting(900, seed=5)
-    thirds = [requests[:300], requests[300:600], requests[600:]]
-    prompts = [sum(r.num_prompt_tokens for r in third) for third in thirds]
-    answers = [sum(r.num_output_tokens for r in third) for third in thirds]
-    assert min(prompts[0], prompts[2]) > 10 * prompts[1]
-    assert answers[1] > 5 * max(answers[0], answers[2])
+    phases = [requests[:180], requests[180:720], requests[720:]]  # a fifth, three, and one of all
+    prompts = [sum(r.num_prompt_tokens for r in phase) for phase in phases]
+    answers = [sum(r.num_output_tokens for r in phase) for phase in phases]
+    assert min(prompts[0], prompts[2]) > 4 * prompts[1]
+    assert answers[1] > 15 * max(answers[0], answers[2])
+    begins = [phase[0].arrival_s for phase in phases] + [requests[-1].arrival_s]
+    lasts = [after - before for before, after in itertools.pairwise(begins)]
+    assert max(lasts) < 1.5 * min(lasts)
     ids = [key for request in requests for key in request.hash_ids]
     assert len(ids) == len(set(ids))
 

@@ -139,7 +139,7 @@ def sign_of(nodes: Sequence[NodeView], scores: Scores, at: Thresholds) -> Sign:
     if scores.worst <= at.calm:
         return Sign(NORMAL)
     side = max(SIDES, key=lambda side: scores.of(side).pressure)
-    lenders = [node for node in nodes if (node.may_decode if side == "prefill" else node.may_prefill)]
+    lenders = [node for node in nodes if not (node.may_prefill if side == "prefill" else node.may_decode)]
     if any(scores.eased_by(node, side, at.gain) for node in lenders):
         return Sign(IMBALANCE, side)
     return Sign(OVERLOAD, side) if scores.worst > 1.0 else Sign(NORMAL)
