@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import stat
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -19,6 +21,7 @@ from flowkv_common.bus.client import BarrierClient
 from flowkv_common.bus.connection import connect
 from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.registry import watch_nodes
+from flowkv_common.bus.service import Service
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 
@@ -137,6 +140,25 @@ async def test_a_question_is_answered_and_heard_by_who_asked(server: NatsServer,
         await scheduler.flush()
         answered = await bus.nc.request(subjects.SCHEDULE, b"?", timeout=5)
         assert (answered.data, denials) == (b"yes", [])
+
+
+async def test_all_services_of_one_process_are_discovered(server: NatsServer, folder: Path) -> None:
+    names: asyncio.Queue[str] = asyncio.Queue()
+
+    async def on_reply(reply: Msg) -> None:
+        await names.put(json.loads(reply.data)["name"])
+
+    node = connect(url_of(server, folder, "node"), name="node")
+    looking = raw(url_of(server, folder, "operator"), "_INBOX.operator")
+    async with node as bus, contextlib.AsyncExitStack() as services, looking as (operator, _):
+        for name in ("prefill", "decode", "node"):
+            service = Service(bus, name=name, version="1.0.0", service_id="n", endpoints=[])
+            await services.enter_async_context(service)
+        inbox = operator.new_inbox()
+        await operator.subscribe(inbox, cb=on_reply)
+        await operator.publish("$SRV.PING", reply=inbox)
+        async with asyncio.timeout(5):
+            assert {await names.get() for _ in range(3)} == {"prefill", "decode", "node"}
 
 
 async def test_buckets_work_for_those_who_use_them(server: NatsServer, folder: Path) -> None:

@@ -26,7 +26,7 @@ const heard = (async () => {
     messages.push({ subject: message.subject, type: message.json().type });
   }
 })();
-const services = new Svcm(nc).client();
+const services = new Svcm(nc).client({ strategy: "timer", maxWait: 3000 }); // all answers, not the quick ones
 const seen = {
   ping: await all(services.ping()),
   info: await all(services.info()),

@@ -40,6 +40,7 @@ def _writing(bucket: str) -> list[str]:
 
 
 _FOUND_BY_ALL = "$SRV.>"
+_ANSWERS = 8  # to one question, of one process: a node is three services, each of which answers a ping
 _ANY_NODE = "*"
 
 RIGHTS: Mapping[str, Rights] = {
@@ -115,7 +116,7 @@ def _user(name: str, password: str, rights: Rights) -> dict[str, object]:
     permissions = {
         "publish": {"allow": rights.publish},
         "subscribe": {"allow": [f"_INBOX.{name}.>", *rights.subscribe]},
-        "allow_responses": True,
+        "allow_responses": {"max": _ANSWERS, "expires": "2m"},
     }
     return {"user": name, "password": password, "permissions": permissions}
 
