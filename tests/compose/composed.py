@@ -76,9 +76,10 @@ class Composed:
     def logs(self, service: str) -> str:
         return self.compose("logs", "--no-log-prefix", service)
 
-    def compose(self, *arguments: str) -> str:
-        files = [part for file in self._files for part in ("--file", str(ROOT / file))]
-        return docker("compose", *files, "--project-name", self.project, *arguments, env=self._env)
+    def compose(self, *arguments: str, stdin: str | None = None) -> str:
+        command = ["compose", "--project-name", self.project]
+        command += [part for file in self._files for part in ("--file", str(ROOT / file))]
+        return docker(*command, *arguments, env=self._env, stdin=stdin)
 
 
 def docker(*arguments: str, env: dict[str, str] | None = None, stdin: str | None = None) -> str:

@@ -49,13 +49,15 @@ class Load:
         self._http = http
         self._ending = False
         self._news = asyncio.Event()
-        self._rng = random.Random(3)
+        rng = random.Random(3)
+        prompts = [[rng.randrange(20, 49_000) for _ in range(rng.randrange(20, 200))] for _ in range(8)]
+        self._prompts = itertools.cycle(prompts)
 
     async def client(self) -> None:
         while not self._ending:
-            prompt = [self._rng.randrange(20, 49_000) for _ in range(self._rng.randrange(20, 200))]
+            work = stream_completion(self._http, next(self._prompts), max_tokens=TOKENS)
             try:
-                self.done.append(await stream_completion(self._http, prompt, max_tokens=TOKENS))
+                self.done.append(await work)
             except httpx.HTTPError as error:  # the gateway itself is gone
                 self.broken.append(error)
                 await asyncio.sleep(0.2)
@@ -98,7 +100,8 @@ def check_all(model: Path, load: Load) -> None:
     assert not load.failed, [stream.error for stream in load.failed]
     for stream in load.done:
         assert (len(stream.token_ids), stream.finish_reason, stream.saw_done) == (TOKENS, "length", True)
-        check_identity(model, stream.prompt_ids, stream.token_ids)
+    for prompt_ids, token_ids in {(tuple(one.prompt_ids), tuple(one.token_ids)) for one in load.done}:
+        check_identity(model, list(prompt_ids), list(token_ids))
 
 
 def check_clean(model: Path, load: Load) -> None:

@@ -25,16 +25,8 @@ async def test_prompts_here_answers_there(images: None, model_path: Path) -> Non
         here.compose("up", "--detach", "--scale", "decode=0")
         there.compose("run", "--rm", "model")
         url = here.nats_url_of("node").rpartition("@")[0] + f"@{address}:4222"
-        writing = [
-            "run",
-            "--rm",
-            "-i",
-            "--volume",
-            "flowkv-there_keys-node:/keys/node",
-            "--entrypoint",
-            "tee",
-        ]
-        docker(*writing, "flowkv-control", "/keys/node/nats_url", stdin=url)
+        writing = ["run", "--rm", "-T", "--no-deps", "--entrypoint", "tee", "keys", "/keys/node/nats_url"]
+        there.compose(*writing, stdin=url)
         there.compose("up", "--detach", "--wait", "--no-deps", "decode")
         here.up(decode=0)
         prompts = [list(range(100 + n, 160 + 40 * n)) for n in range(6)]
