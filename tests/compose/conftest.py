@@ -12,8 +12,7 @@ from composed import Composed, docker
 def images() -> None:
     """Both images, built from the working tree."""
     docker("info")
-    with Composed("flowkv-test") as composed:
-        composed.compose("build", "--quiet")
+    Composed("flowkv-test").compose("build", "--quiet")
 
 
 @pytest.fixture(scope="session")

@@ -221,3 +221,21 @@ async def test_scaling_under_load(composed: Composed, model_path: Path, observer
     check_all(model_path, load)
     await wait_nodes(observer, 2)
     await observer.wait_idle()
+
+
+async def test_a_rolling_upgrade(composed: Composed, model_path: Path, observer: Observer) -> None:
+    """The commands of docs/operations.md, for one service; the new image is the old one here."""
+    await run(composed.up)
+    [old] = composed.containers("decode")
+    up = ["up", "--detach", "--wait", "--no-recreate"]
+    async with load_on(composed) as load:
+        await run(composed.compose, *up, "--scale", "decode=2")
+        await run(docker, "stop", "--time", "40", old)
+        await run(docker, "rm", old)
+        await run(composed.compose, *up)
+        await load.wait_for_more(AT_ONCE)
+    check_all(model_path, load)
+    [new] = composed.containers("decode")
+    assert new != old
+    await wait_nodes(observer, 2)
+    await observer.wait_idle()

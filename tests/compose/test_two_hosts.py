@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -16,9 +17,15 @@ pytestmark = pytest.mark.compose
 FILES = ("compose.yaml", "compose.hosts.yaml", "tests/compose/override.yaml")
 
 
-async def test_prompts_here_answers_there(images: None, model_path: Path) -> None:
-    gateway = "{{(index .IPAM.Config 0).Gateway}}"
-    address = docker("network", "inspect", "bridge", "--format", gateway).strip()
+@pytest.fixture
+def address() -> Iterator[str]:
+    """An address of this machine that both projects reach, and through which they reach nothing else."""
+    name = docker("network", "create", "flowkv-between").strip()
+    yield docker("network", "inspect", name, "--format", "{{(index .IPAM.Config 0).Gateway}}").strip()
+    docker("network", "rm", name)
+
+
+async def test_prompts_here_answers_there(images: None, model_path: Path, address: str) -> None:
     here = Composed("flowkv-here", FILES, ADVERTISE_HOST=address)
     there = Composed("flowkv-there", FILES, ADVERTISE_HOST=address, DECODE_DATA_PORT="9212")
     with here, there:
