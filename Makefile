@@ -21,7 +21,7 @@ OVERLOAD ?=
 SUSTAIN ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-sustain simulate simulate-cells plan replay lint fmt clean
+.PHONY: help install up test test-full compose-test bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-sustain simulate simulate-cells plan replay lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -51,10 +51,14 @@ up: $(VENV)/ready ## start NATS and all services as processes; Ctrl-C drains and
 
 test: $(VENV)/ready-dev ## the tests: real NATS, real model, real processes
 	@$(PY) -m flowkv_common.engine.weights
-	$(PY) -m pytest -m "not full and not gpu"
+	$(PY) -m pytest -m "not full and not gpu and not compose"
 
 test-full: $(VENV)/ready-dev ## the tests and the long matrices
-	$(PY) -m pytest -m "not gpu"
+	$(PY) -m pytest -m "not gpu and not compose"
+
+compose-test: $(VENV)/ready-dev ## the composed system on a Docker Engine: built, scaled, broken, taken down
+	@$(PY) -m flowkv_common.engine.weights
+	$(PY) -m pytest tests/compose -m compose
 
 simulate: $(VENV)/ready-dev ## policies side by side in simulated clusters; TRACE=file SIMULATE="--load 1.0"
 	@mkdir -p .run

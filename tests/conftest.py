@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from nats_server import NatsServer
@@ -13,3 +16,11 @@ def nats_server() -> Iterator[NatsServer]:
     """A NATS server of the test's own (19 ms)."""
     with NatsServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """The default model, prepared as `make up` does it."""
+    command = [sys.executable, "-m", "flowkv_common.engine.weights"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
+    return Path(done.stdout.strip().splitlines()[-1])

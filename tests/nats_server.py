@@ -32,7 +32,9 @@ def binary() -> str:
 class NatsServer:
     """Runs while the context lasts. `restart()` keeps ports and file store; memory streams are lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, *arguments: str) -> None:
+        """`arguments` are further ones of the server's command line."""
+        self._arguments = arguments
         self.url = ""
         self.monitor_url = ""
         self._process: subprocess.Popen[bytes] | None = None
@@ -52,7 +54,7 @@ class NatsServer:
         monitor_port = urlsplit(self.monitor_url).port or -1
         folder = self._folder.name
         self._process = subprocess.Popen(
-            [binary(), "-a", "127.0.0.1", "-p", str(port), "-m", str(monitor_port)]
+            [binary(), *self._arguments, "-a", "127.0.0.1", "-p", str(port), "-m", str(monitor_port)]
             + ["-js", "-sd", folder, "--ports_file_dir", folder, "-l", f"{folder}/nats-server.log"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -145,4 +145,4 @@ async def test_nccl_each_connection_has_a_communicator_and_ends_it() -> None:
 def test_connectors_for_gpus_are_not_made_for_host_memory(name: str) -> None:
     reservations = Reservations(Blocks(1, SMALL.block_size))
     with KVPool(SMALL, 1) as pool, pytest.raises(ValueError, match=f"for a KVPool: .*{name}.*; shm, tcp are"):
-        make_connectors(["tcp", name], pool, reservations, LINK_TOKEN.__eq__, host="127.0.0.1")
+        make_connectors(["tcp", name], pool, reservations, LINK_TOKEN.__eq__)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,14 +15,6 @@ READY_TIMEOUT_S = 120.0
 SETTINGS = {"FLOWKV_TEST_HOOKS": "1", "FLOWKV_MAX_WAIT_S": "3600"}
 
 StartCluster = Callable[..., Cluster]
-
-
-@pytest.fixture(scope="session")
-def model_path() -> Path:
-    """The default model, prepared as `make up` does it."""
-    command = [sys.executable, "-m", "flowkv_common.engine.weights"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
-    return Path(done.stdout.strip().splitlines()[-1])
 
 
 @contextlib.contextmanager

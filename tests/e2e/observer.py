@@ -32,12 +32,12 @@ class Observer:
             subjects.at(subjects.NODE_CHECK, node_id), Check(), Checked, timeout_s=5
         )
 
-    async def wait_idle(self, node_ids: Iterable[str], timeout_s: float = 10.0) -> None:
-        """Until no node holds anything and its blocks add up (docs/architecture.md, rule 5).
+    async def wait_idle(self, node_ids: Iterable[str] | None = None, timeout_s: float = 10.0) -> None:
+        """Until no node, of those in the registry if None, holds anything and its blocks add up (rule 5).
 
         Raises AssertionError with what is still held. Looks again with each load report.
         """
-        left = set(node_ids)
+        left = set(node_ids or [descriptor.node.node_id for descriptor in await self.descriptors()])
         held: dict[str, Checked] = {}
         news = asyncio.Event()
         async with await self.bus.subscribe(subjects.LOAD_ALL, LoadReport, lambda *_: news.set()):

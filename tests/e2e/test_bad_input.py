@@ -56,7 +56,7 @@ async def check_unharmed(cluster: Cluster) -> None:
         stream = await stream_completion(http, PROMPT, max_tokens=3)
     assert len(stream.token_ids) == 3
     async with observe(cluster.nats_url) as observer:
-        await observer.wait_idle(NODES)
+        await observer.wait_idle()
 
 
 # --- bodies ------------------------------------------------------------------------------------------------

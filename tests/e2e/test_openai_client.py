@@ -331,12 +331,12 @@ async def test_leaving_amid_the_stream_frees_the_blocks(
     async for _ in stream:
         break
     await stream.close()
-    await observer.wait_idle(NODES, timeout_s=5)
+    await observer.wait_idle(timeout_s=5)
     with pytest.raises(openai.APITimeoutError):
         await create(
             prompt=STORY, timeout=0.5, extra_body={"ignore_eos": True}, **{**GREEDY, "max_tokens": 2000}
         )
-    await observer.wait_idle(NODES, timeout_s=5)
+    await observer.wait_idle(timeout_s=5)
 
 
 async def test_same_seed_same_text_after_a_forced_retry(

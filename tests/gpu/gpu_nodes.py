@@ -85,7 +85,7 @@ async def opened(setup: Setup, landings: Landings, admits: Callable[[str], bool]
             from flowkv_common.kv.cuda_pool import CudaPool
 
             pool = stack.enter_context(CudaPool(setup.layout, setup.num_blocks))
-            [connector] = make_connectors([setup.kind], pool, landings, admits, host="127.0.0.1")
+            [connector] = make_connectors([setup.kind], pool, landings, admits)
             yield GpuNode(pool, await stack.enter_async_context(connector))
 
 

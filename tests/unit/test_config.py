@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from flowkv_common.config import GatewaySettings, NodeSettings, SchedulerSettings, load
@@ -25,6 +27,17 @@ def test_lending_is_on_unless_switched_off() -> None:
     assert load(SchedulerSettings, [], {}).lending is True
     assert load(SchedulerSettings, [], {"FLOWKV_LENDING": "false"}).lending is False
     assert load(SchedulerSettings, ["--lending", "true"], {"FLOWKV_LENDING": "false"}).lending is True
+
+
+def test_what_holds_a_password_can_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "url").write_text("nats://u:p@host:4222\n")
+    environ = {"FLOWKV_NATS_URL_FILE": str(tmp_path / "url")}
+    assert load(SchedulerSettings, [], environ).nats_url == "nats://u:p@host:4222"
+    assert load(SchedulerSettings, ["--nats-url", "nats://other"], environ).nats_url == "nats://other"
+    with pytest.raises(SystemExit, match="No such file"):
+        load(SchedulerSettings, [], {"FLOWKV_NATS_URL_FILE": str(tmp_path / "none")})
+    with pytest.raises(SystemExit, match="unknown variable FLOWKV_HOST_FILE"):
+        load(SchedulerSettings, [], {"FLOWKV_HOST_FILE": "x"})
 
 
 def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,3 +68,14 @@ def test_served_names(tmp_path: Path) -> None:
     assert served_name(None) == "SmolLM2-135M-Instruct"
     assert served_name(str(tmp_path)) == tmp_path.name
     assert served_name("org/model") == "org/model"
+
+
+def test_a_link_leads_to_the_folder_wherever_both_are_mounted(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for name in ("one", "two"):
+        (cache / name).mkdir(parents=True)
+        command = [sys.executable, "-m", "flowkv_common.engine.weights", "--model", str(cache / name)]
+        subprocess.run([*command, "--link", str(cache / "current")], check=True, capture_output=True)
+    moved = cache.rename(tmp_path / "elsewhere")
+    assert (moved / "current").resolve() == moved / "two"
+    assert sorted(path.name for path in moved.iterdir()) == ["current", "one", "two"]

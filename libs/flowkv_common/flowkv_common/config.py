@@ -1,6 +1,7 @@
 """Settings of every service: one struct each, read from `FLOWKV_*` and from flags, checked once at start.
 
 Flags win over the environment. An unknown flag or `FLOWKV_` variable is refused: a typo must not be silent.
+What holds a password can come from a file: `FLOWKV_NATS_URL_FILE` names one with the URL in it.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 # Read outside the services: by the model download and by scripts/up.py.
 _OTHER_VARIABLES = {"FLOWKV_CACHE", "FLOWKV_NATS_SERVER"}
+_SECRETS = ("nats_url",)
 
 
 class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +60,9 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     max_num_seqs: int = 64
     connectors: str = "shm,tcp"  # in order of preference
     overlap_transfer: bool = True  # send blocks while later chunks compute; off: all after the last chunk
-    advertise_host: str = ""  # where other nodes reach the data socket; `host` if empty
+    advertise_host: str = ""  # where others reach this node; if empty `host`, or this host's name for 0.0.0.0
+    data_port: int = 0  # of the TCP socket for KV; 0: any free port
+    socket_dir: str = ""  # shared by the nodes of one host, for shared memory; the temporary folder if empty
     http_port: int = 0
     load_period_s: float = 0.5
     wedge_timeout_s: float = 8.0  # an engine step longer than this is called wedged
@@ -91,6 +96,7 @@ def load(kind: type[S], argv: Sequence[str], environ: Mapping[str, str] = os.env
     values: dict[str, str] = {
         name: environ[f"FLOWKV_{name.upper()}"] for name in fields if f"FLOWKV_{name.upper()}" in environ
     }
+    values.update(_secrets(fields, environ))
     values.update(vars(parser.parse_args(argv)))
     try:
         return msgspec.convert(values, kind, strict=False)
@@ -98,8 +104,17 @@ def load(kind: type[S], argv: Sequence[str], environ: Mapping[str, str] = os.env
         raise SystemExit(f"settings: {error}") from None
 
 
+def _secrets(fields: Container[str], environ: Mapping[str, str]) -> dict[str, str]:
+    """The settings whose values lie in files. Raises SystemExit for one that can't be read."""
+    paths = {name: environ.get(f"FLOWKV_{name.upper()}_FILE") for name in _SECRETS if name in fields}
+    try:
+        return {name: Path(path).read_text().strip() for name, path in paths.items() if path}
+    except OSError as error:
+        raise SystemExit(f"settings: {error}") from None
+
+
 def _refuse_unknown(environ: Mapping[str, str]) -> None:
-    known = set(_OTHER_VARIABLES)
+    known = _OTHER_VARIABLES | {f"FLOWKV_{name.upper()}_FILE" for name in _SECRETS}
     for kind in (GatewaySettings, SchedulerSettings, NodeSettings):
         known.update(f"FLOWKV_{field.name.upper()}" for field in msgspec.structs.fields(kind))
     for name in environ:

@@ -12,6 +12,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from types import UnionType
 from typing import Any, overload
+from urllib.parse import urlsplit
 
 import msgspec
 import nats.errors
@@ -42,9 +43,10 @@ async def connect(
 ) -> AsyncIterator[Bus]:
     """A connection for as long as the context lasts; on exit it is drained, then closed.
 
-    `name` is what the server's connection reports show. `on_closed` is called when NATS ends the connection
-    for good (wrong credentials): the process should then end too. Raises `Unavailable` when no server answers
-    within `connect_timeout_s`.
+    `name` is what the server's connection reports show. A user in `url` gets the answers to its requests
+    under `_INBOX.<user>`, so that the server can keep them from others. `on_closed` is called when NATS ends
+    the connection for good (wrong credentials): the process should then end too. Raises `Unavailable` when no
+    server answers within `connect_timeout_s`.
     """
     bus = Bus(on_closed)
     try:
@@ -232,6 +234,7 @@ class Bus:
         await self.nc.connect(
             url,
             name=name,
+            inbox_prefix=f"_INBOX.{user}" if (user := urlsplit(url).username) else "_INBOX",
             error_cb=self._on_error,
             disconnected_cb=self._on_disconnected,
             reconnected_cb=self._on_reconnected,

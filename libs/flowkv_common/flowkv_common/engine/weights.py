@@ -1,7 +1,7 @@
 """Finds a model folder: a path, a hub id, or the default model, which is fetched and converted once.
 
 Promises a folder that stays as it is; knows nothing of what is done with it. Run it to warm the cache:
-`python -m flowkv_common.engine.weights [--model SPEC]` prints the folder on stdout.
+`python -m flowkv_common.engine.weights [--model SPEC] [--link PATH]` prints the folder on stdout.
 """
 
 from __future__ import annotations
@@ -148,7 +148,19 @@ def _print_progress(line: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a model ready and print its folder.")
     parser.add_argument("--model", help=f"path or hub id; without it {DEFAULT_MODEL}")
-    print(resolve_model(parser.parse_args().model, default_cache_dir(), _print_progress))
+    parser.add_argument("--link", type=Path, help="make this path lead to the folder, whatever its name")
+    options = parser.parse_args()
+    folder = resolve_model(options.model or None, default_cache_dir(), _print_progress)
+    if options.link is not None:
+        _relink(options.link, folder)
+    print(folder)
+
+
+def _relink(link: Path, folder: Path) -> None:
+    """Make `link` lead to `folder`, in one step. Relative: both may be seen under another root."""
+    fresh = link.with_name(f".{link.name}.{os.getpid()}")
+    fresh.symlink_to(os.path.relpath(folder, link.parent))
+    fresh.rename(link)
 
 
 if __name__ == "__main__":

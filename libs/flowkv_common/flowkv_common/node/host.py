@@ -28,6 +28,7 @@ from flowkv_common.engine.runner import EngineThread, Runner
 from flowkv_common.errors import Unavailable
 from flowkv_common.kv.blocks import Blocks
 from flowkv_common.kv.connectors import make_connectors
+from flowkv_common.kv.connectors.sockets import Place
 from flowkv_common.kv.pool import KVPool
 from flowkv_common.kv.reservations import Reservations
 from flowkv_common.metrics import serve_http, service_app
@@ -109,9 +110,14 @@ async def _open(
     instruments = Instruments(model.card.name, ref.node_id)
     instruments.block_gauges(blocks.counts)
     links = Links(bus, ref, layout, model.card.fingerprint, num_blocks)
-    reached_at = settings.advertise_host or settings.host
+    place = Place(
+        host=settings.host,
+        port=settings.data_port,
+        reached_at=_reached_at(settings),
+        socket_dir=settings.socket_dir or None,
+    )
     for connector in make_connectors(
-        settings.connectors.split(","), pool, reservations, links.admits, host=reached_at
+        settings.connectors.split(","), pool, reservations, links.admits, place=place
     ):
         await links.listen(await opened.enter_async_context(connector))
     retire = Retire(blocks)
@@ -197,7 +203,7 @@ async def _drain(node: Node) -> None:
 
 
 def _describe(node: Node, steps: Steps, role: str, http_port: int) -> NodeDescriptor:
-    host = node.settings.advertise_host or node.settings.host
+    host = _reached_at(node.settings)
     return NodeDescriptor(
         node=node.ref,
         role=role,
@@ -213,6 +219,12 @@ def _describe(node: Node, steps: Steps, role: str, http_port: int) -> NodeDescri
         metrics_url=f"http://{host}:{http_port}/metrics",
         version=__version__,
     )
+
+
+def _reached_at(settings: NodeSettings) -> str:
+    """The name under which others reach this node: its host's, where it is bound to all addresses."""
+    own = socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
+    return settings.advertise_host or own
 
 
 def _node_id(wanted: str, role: str) -> str:

@@ -156,12 +156,23 @@ class Links:
         request = LinkRequest(node=peer, peer=self._node, layout=self._layout, fingerprint=self._fingerprint)
         subject = subjects.at(subjects.NODE_LINK, peer.node_id)
         offer = await self._bus.request(subject, request, LinkOffer, timeout_s=LINK_TIMEOUT_S)
-        reasons = []
+        reasons = []  # why not one that is preferred
         for name, connector in self._connectors.items():
-            if address := offer.addresses.get(name):
-                try:
-                    async with asyncio.timeout(LINK_TIMEOUT_S):
-                        return await connector.connect(address, offer.token, offer.num_blocks)
-                except (ConnectorUnavailable, TimeoutError) as error:
-                    reasons.append(f"{name}: {error or 'timed out'}")
-        raise ConnectorUnavailable("; ".join(reasons) or "no connector in common")
+            try:
+                link = await _probe(connector, offer)
+            except (ConnectorUnavailable, TimeoutError) as error:
+                reasons.append(f"{name}: {error or 'timed out'}")
+                continue
+            if reasons:
+                log.warning("KV goes to %s by %s, not by %s", peer.node_id, name, "; ".join(reasons))
+            return link
+        raise ConnectorUnavailable("; ".join(reasons))
+
+
+async def _probe(connector: KVConnector, offer: LinkOffer) -> KVLink:
+    """A link by this connector. Raises ConnectorUnavailable or TimeoutError."""
+    address = offer.addresses.get(connector.name)
+    if address is None:
+        raise ConnectorUnavailable("the peer does not offer it")
+    async with asyncio.timeout(LINK_TIMEOUT_S):
+        return await connector.connect(address, offer.token, offer.num_blocks)

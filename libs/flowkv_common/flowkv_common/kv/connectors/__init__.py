@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from flowkv_common.kv.connector import KVConnector, Landings, Pool
 from flowkv_common.kv.connectors.shm import ShmConnector
+from flowkv_common.kv.connectors.sockets import LOOPBACK, Place
 from flowkv_common.kv.connectors.tcp import TcpConnector
 from flowkv_common.kv.pool import KVPool
 
@@ -13,30 +14,39 @@ _Makers = dict[str, Callable[[], KVConnector]]
 
 
 def make_connectors(
-    names: Sequence[str], pool: Pool, landings: Landings, admits: Callable[[str], bool], *, host: str
+    names: Sequence[str],
+    pool: Pool,
+    landings: Landings,
+    admits: Callable[[str], bool],
+    *,
+    place: Place = LOOPBACK,
 ) -> list[KVConnector]:
-    """The connectors called `names`, in that order; `host` is where peers reach those that listen on TCP.
+    """The connectors called `names`, in that order; `place` is where they listen.
 
     Raises ValueError for a name that is unknown, or not one for memory where `pool` lies.
     """
     if isinstance(pool, KVPool):
-        makers = _for_host_memory(pool, landings, admits, host)
+        makers = _for_host_memory(pool, landings, admits, place)
     else:
-        makers = _for_device_memory(pool, landings, admits, host)
+        makers = _for_device_memory(pool, landings, admits, place)
     if unknown := set(names) - set(makers):
         kind = type(pool).__name__
         raise ValueError(f"no connectors for a {kind}: {sorted(unknown)}; {', '.join(makers)} are")
     return [makers[name]() for name in names]
 
 
-def _for_host_memory(pool: KVPool, landings: Landings, admits: Callable[[str], bool], host: str) -> _Makers:
+def _for_host_memory(
+    pool: KVPool, landings: Landings, admits: Callable[[str], bool], place: Place
+) -> _Makers:
     return {
-        "shm": lambda: ShmConnector(pool, landings, admits),
-        "tcp": lambda: TcpConnector(pool, landings, admits, host=host),
+        "shm": lambda: ShmConnector(pool, landings, admits, place=place),
+        "tcp": lambda: TcpConnector(pool, landings, admits, place=place),
     }
 
 
-def _for_device_memory(pool: Pool, landings: Landings, admits: Callable[[str], bool], host: str) -> _Makers:
+def _for_device_memory(
+    pool: Pool, landings: Landings, admits: Callable[[str], bool], place: Place
+) -> _Makers:
     # CuPy is an extra, and there is nothing to import it for on a host without a GPU.
     from flowkv_common.kv.connectors.cuda_ipc import CudaIpcConnector
     from flowkv_common.kv.connectors.cuda_runtime import CudaDevice
@@ -45,6 +55,8 @@ def _for_device_memory(pool: Pool, landings: Landings, admits: Callable[[str], b
 
     index = pool.tensor.device.index
     return {
-        "cuda_ipc": lambda: CudaIpcConnector(pool, landings, admits, device=CudaDevice(index)),
-        "nccl": lambda: NcclConnector(pool, landings, admits, new_backend=lambda: CupyNccl(index), host=host),
+        "cuda_ipc": lambda: CudaIpcConnector(pool, landings, admits, device=CudaDevice(index), place=place),
+        "nccl": lambda: NcclConnector(
+            pool, landings, admits, new_backend=lambda: CupyNccl(index), place=place
+        ),
     }

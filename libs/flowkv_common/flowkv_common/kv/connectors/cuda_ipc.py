@@ -12,6 +12,7 @@ from typing import Protocol
 from flowkv_common.kv.connector import Landings, Pool
 from flowkv_common.kv.connectors.frames import Channel, Frame
 from flowkv_common.kv.connectors.mapped import MappedConnector, PeerPool
+from flowkv_common.kv.connectors.sockets import LOOPBACK, Place
 
 
 class IpcDevice(Protocol):
@@ -45,9 +46,10 @@ class CudaIpcConnector(MappedConnector):
         admits: Callable[[str], bool],
         *,
         device: IpcDevice,
+        place: Place = LOOPBACK,
         io_timeout_s: float = 10.0,
     ) -> None:
-        super().__init__(pool, landings, admits, io_timeout_s=io_timeout_s)
+        super().__init__(pool, landings, admits, place=place, io_timeout_s=io_timeout_s)
         self._device = device
 
     async def _show_pool(self, channel: Channel) -> None:

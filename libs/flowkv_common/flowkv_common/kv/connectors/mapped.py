@@ -47,7 +47,7 @@ class MappedConnector(StreamConnector[Pool]):
     """Listens on a Unix socket: only processes of this host can map each other's memory."""
 
     async def _bind(self) -> tuple[socket.socket, str]:
-        return sockets.bind_unix(self._resources)
+        return sockets.bind_unix(self._place, self._resources)
 
     async def _open_socket(self, address: str) -> socket.socket:
         return await sockets.dial_unix(address)

@@ -25,6 +25,7 @@ from flowkv_common.kv.connectors.communicator import (
     Span,
 )
 from flowkv_common.kv.connectors.frames import Channel, Frame, Hello, Reply
+from flowkv_common.kv.connectors.sockets import LOOPBACK, Place
 from flowkv_common.kv.connectors.stream import StreamConnector
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class Invitation(Frame, frozen=True, kw_only=True):
 
 
 class NcclConnector(StreamConnector[Pool]):
-    """`new_backend` makes one end of a communicator; `host` is where the control connection listens."""
+    """`new_backend` makes one end of a communicator; the control connection listens at `place`."""
 
     name = "nccl"
 
@@ -49,13 +50,12 @@ class NcclConnector(StreamConnector[Pool]):
         admits: Callable[[str], bool],
         *,
         new_backend: Callable[[], NcclBackend],
-        host: str = "127.0.0.1",
+        place: Place = LOOPBACK,
         io_timeout_s: float = 10.0,
         join_timeout_s: float = 30.0,
     ) -> None:
-        super().__init__(pool, landings, admits, io_timeout_s=io_timeout_s)
+        super().__init__(pool, landings, admits, place=place, io_timeout_s=io_timeout_s)
         self._new_backend = new_backend
-        self._host = host
         self._join_timeout_s = join_timeout_s
         self._sending: dict[Channel, Communicator] = {}
         self._communicators: set[Communicator] = set()
@@ -72,7 +72,7 @@ class NcclConnector(StreamConnector[Pool]):
                     logger.error("nccl: a communicator does not end; the pool's memory is not safe to free")
 
     async def _bind(self) -> tuple[socket.socket, str]:
-        return await sockets.bind_tcp(self._host)
+        return await sockets.bind_tcp(self._place)
 
     async def _open_socket(self, address: str) -> socket.socket:
         return await sockets.dial_tcp(address)

@@ -38,7 +38,7 @@ class ShmConnector(StreamConnector[KVPool]):
     name = "shm"
 
     async def _bind(self) -> tuple[socket.socket, str]:
-        return sockets.bind_unix(self._resources)
+        return sockets.bind_unix(self._place, self._resources)
 
     async def _open_socket(self, address: str) -> socket.socket:
         return await sockets.dial_unix(address)

@@ -7,14 +7,27 @@ import contextlib
 import socket
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 # A host that died without a word is found out after about a minute.
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 3}
 
 
-def bind_unix(lifetime: contextlib.ExitStack) -> tuple[socket.socket, str]:
+class Place(NamedTuple):
+    """Where a node's sockets are, and how its peers reach them."""
+
+    host: str = "127.0.0.1"  # what TCP binds to, a name or an address
+    port: int = 0  # 0: any free one
+    reached_at: str = ""  # the name or address that peers dial; `host` if empty
+    socket_dir: str | None = None  # holds the folders of Unix sockets; the system's temporary one if None
+
+
+LOOPBACK = Place()
+
+
+def bind_unix(place: Place, lifetime: contextlib.ExitStack) -> tuple[socket.socket, str]:
     """A socket bound in a folder that only this user can enter, which `lifetime` removes; and its path."""
-    folder = lifetime.enter_context(tempfile.TemporaryDirectory(prefix="flowkv-"))
+    folder = lifetime.enter_context(tempfile.TemporaryDirectory(prefix="flowkv-", dir=place.socket_dir))
     address = str(Path(folder, "pool.sock"))
     return _bound(socket.AF_UNIX, address), address
 
@@ -24,11 +37,11 @@ async def dial_unix(address: str) -> socket.socket:
     return await _connected(socket.AF_UNIX, address)
 
 
-async def bind_tcp(host: str) -> tuple[socket.socket, str]:
-    """A socket bound to a free port of `host`, a name or an address; and `host:port`. Raises `OSError`."""
-    family, address = await _resolve(host, 0)
+async def bind_tcp(place: Place) -> tuple[socket.socket, str]:
+    """A bound socket, and the `host:port` that leads to it. Raises `OSError`."""
+    family, address = await _resolve(place.host, place.port)
     listener = _bound(family, address)
-    return listener, f"{host}:{listener.getsockname()[1]}"
+    return listener, f"{place.reached_at or place.host}:{listener.getsockname()[1]}"
 
 
 async def dial_tcp(address: str) -> socket.socket:

@@ -20,6 +20,7 @@ from flowkv_common.kv.alignment import Copy, ids_of
 from flowkv_common.kv.connector import ConnectorUnavailable, KVLink, Landing, Landings, Pool, find_stray
 from flowkv_common.kv.connectors.frames import Channel, Hello, Refused, Reply, Transfer
 from flowkv_common.kv.connectors.link import StreamLink
+from flowkv_common.kv.connectors.sockets import LOOPBACK, Place
 from flowkv_common.wire.messages import Run
 
 logger = logging.getLogger(__name__)
@@ -37,11 +38,18 @@ class StreamConnector(abc.ABC, Generic[P]):
     name: str
 
     def __init__(
-        self, pool: P, landings: Landings, admits: Callable[[str], bool], *, io_timeout_s: float = 10.0
+        self,
+        pool: P,
+        landings: Landings,
+        admits: Callable[[str], bool],
+        *,
+        place: Place = LOOPBACK,
+        io_timeout_s: float = 10.0,
     ) -> None:
         self._pool = pool
         self._landings = landings
         self._admits = admits
+        self._place = place
         self._io_timeout_s = io_timeout_s
         self._tasks = asyncio.TaskGroup()
         self._serving: set[asyncio.Task[None]] = set()

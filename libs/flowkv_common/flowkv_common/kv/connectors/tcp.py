@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.connector import Landing, Landings
+from flowkv_common.kv.connector import Landing
 from flowkv_common.kv.connectors import sockets
 from flowkv_common.kv.connectors.frames import Channel, Hello, Reply
 from flowkv_common.kv.connectors.stream import StreamConnector
@@ -32,24 +32,12 @@ _WAKE_BYTES = 512 << 10
 
 
 class TcpConnector(StreamConnector[KVPool]):
-    """Listens on `host`, a name or an address under which the peers reach this node."""
+    """Listens on a port of its place's host."""
 
     name = "tcp"
 
-    def __init__(
-        self,
-        pool: KVPool,
-        landings: Landings,
-        admits: Callable[[str], bool],
-        *,
-        host: str = "127.0.0.1",
-        io_timeout_s: float = 10.0,
-    ) -> None:
-        super().__init__(pool, landings, admits, io_timeout_s=io_timeout_s)
-        self._host = host
-
     async def _bind(self) -> tuple[socket.socket, str]:
-        return await sockets.bind_tcp(self._host)
+        return await sockets.bind_tcp(self._place)
 
     async def _open_socket(self, address: str) -> socket.socket:
         return await sockets.dial_tcp(address)

@@ -1,0 +1,41 @@
+"""A link uses the first connector that a probe shows to work, and tells when that is not the best."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from live_nodes import live_node, load_tiny
+from nats_server import NatsServer
+from tiny_models import make_tiny_model
+
+from flowkv_common.bus.connection import connect
+
+
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [("shm,tcp", []), ("tcp", ["KV goes to b by tcp, not by shm: the peer does not offer it"])],
+)
+async def test_a_slower_link_is_warned_about(
+    nats_server: NatsServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, theirs: str, told: list[str]
+) -> None:
+    model = load_tiny(make_tiny_model(tmp_path, "llama"))
+    async with connect(nats_server.url, name="test") as bus:
+        async with live_node(nats_server, bus, model, "b", connectors=theirs):
+            async with live_node(nats_server, bus, model, "a", connectors="shm,tcp", peers=1):
+                pass
+    warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [message for message in warnings if message.startswith("KV goes to b")] == told
+
+
+async def test_a_node_bound_to_all_addresses_is_reached_by_its_hosts_name(
+    nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "localhost")
+    model = load_tiny(make_tiny_model(tmp_path, "llama"))
+    wildcard = {"connectors": "tcp", "host": "0.0.0.0"}
+    async with connect(nats_server.url, name="test") as bus:
+        async with live_node(nats_server, bus, model, "b", **wildcard):
+            async with live_node(nats_server, bus, model, "a", **wildcard, peers=1):
+                pass
