@@ -166,3 +166,26 @@ def test_logits_that_are_not_finite_raise(bad: float) -> None:
 
 def test_nothing_to_sample() -> None:
     assert sample(torch.empty(0, 5), [], EOS) == []
+
+
+def test_a_row_gets_the_same_token_in_any_company() -> None:
+    """Rows of every kind, some of which need more than the most likely tokens."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 30.0},
+        {"temperature": 1.0, "top_p": 0.9, "top_k": 300},
+        {"temperature": 0.7, "min_p": 0.05, "logit_bias": {5: 4.0}},
+        {"temperature": 1.3, "repetition_penalty": 1.2, "min_tokens": 50},
+        {"temperature": 0.0, "frequency_penalty": 1.5, "num_logprobs": 2},
+    ]
+    logits = 4 * torch.randn(len(kinds), 3000, generator=torch.manual_seed(1))
+    for index in range(40):
+        inputs = [
+            SampleInput(SamplingParams(max_tokens=99, seed=row, **kind), index, [1, 2, 3], [4, 4, 5])
+            for row, kind in enumerate(kinds)
+        ]
+        together = sample(logits, inputs, EOS)
+        alone = [sample(logits[row : row + 1], [inputs[row]], EOS)[0] for row in range(len(kinds))]
+        assert [each.token_id for each in together] == [each.token_id for each in alone]
+        assert [each.logprob is None for each in together] == [True] * 6 + [False]

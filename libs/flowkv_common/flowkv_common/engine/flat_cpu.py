@@ -64,6 +64,7 @@ class CpuFlatForward:
         self._eps = np.float32(flat.eps)
         self._buffers = self._make_buffers(FEW_ROWS)
         self._logits = torch.empty(0, len(flat.head))
+        gate(np.zeros((1, 2 * LANES), np.float32))  # compiled now, as all else is by the first token
 
     @staticmethod
     def fits(flat: FlatForward) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -11,19 +14,33 @@ from flowkv_common.wire.messages import SamplingParams
 PREFIX_LEN = 256  # the most likely tokens: nearly always enough, and far cheaper than sorting a vocabulary
 
 
-def draw(logits: Tensor, sampling: SamplingParams, uniform: float) -> int:
-    """The token at `uniform` in [0, 1) of the distribution of `logits` [vocab] (temperature is applied)."""
+def draw(logits: Tensor, samplings: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
+    """Per row of `logits` [n, vocab] (temperature is applied) the token at its uniform number in [0, 1).
+
+    A row gets the same token in any company.
+    """
     logits = logits.float()
-    log_total = logits.logsumexp(-1)
-    vocab_size = len(logits)
-    place = None
-    length = min(PREFIX_LEN, vocab_size)
-    while place is None:  # at most twice: the whole vocabulary always decides
-        top = logits.topk(length)
-        probabilities = (top.values - log_total).exp().double().cpu().numpy()
-        place = _place(probabilities, vocab_size, sampling, uniform)
+    peaks = logits.amax(-1, keepdim=True)
+    # In double precision, so that the order of the sum, which hangs on the number of rows, does not show.
+    totals = (logits - peaks).exp_().sum(-1, keepdim=True, dtype=torch.float64).log_()
+    log_totals = (peaks + totals).float()  # [n, 1]
+    vocab_size = logits.shape[1]
+    tokens = [-1] * len(logits)
+    rows, length = list(range(len(logits))), min(PREFIX_LEN, vocab_size)
+    while rows:  # at most twice: the whole vocabulary always decides
+        top = logits[rows].topk(length)
+        probabilities = (top.values - log_totals[rows]).exp_().double().cpu().numpy()
+        places = [
+            _place(mine, vocab_size, samplings[row], uniforms[row])
+            for row, mine in zip(rows, probabilities, strict=True)
+        ]
+        known = [n for n, place in enumerate(places) if place is not None]
+        chosen = top.indices[known, [place for place in places if place is not None]].tolist()
+        for n, token_id in zip(known, chosen, strict=True):
+            tokens[rows[n]] = token_id
+        rows = [row for row, place in zip(rows, places, strict=True) if place is None]
         length = vocab_size
-    return int(top.indices[place])
+    return tokens
 
 
 def _place(
