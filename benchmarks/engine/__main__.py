@@ -36,8 +36,18 @@ def main(argv: list[str]) -> int:
         pythons["vllm"] = options.vllm
     names = [name for name in pythons if name in options.parties]
     jobs = [JOBS[name] for name in options.jobs]
+    work = Work.of(Path(options.model))
+    conditions = {
+        "model": Path(options.model).name,
+        "weights_and_kv": "float32",
+        "threads": options.threads,
+        "cores": cores,
+        "rounds": "each party in turn; one more before them, that doesn't count",
+        "decode_steps": _NUM_STEPS,
+        "memory": "flowkv's holds a pool of 16 x 2,304 tokens; parties that are not measured are stopped",
+    }
     with contextlib.ExitStack() as opened:
-        parties = []
+        parties: list[PartyProcess] = []
         try:
             for name in names:  # one after the other: loading side by side takes longer
                 _say(f"{name} loads")
@@ -46,54 +56,34 @@ def main(argv: list[str]) -> int:
                 parties.append(opened.enter_context(party(*arguments)))
                 parties[-1].wait_ready()
             machine = _machine(options.threads, cores)
-            seconds = _rounds(parties, jobs, options.pairs)
+            rows: list[Row] = []
+            for job in jobs:
+                rows += _rows(job, parties, options.pairs, work, machine)
+                peaks = {each.name: each.peak_bytes() for each in parties}
+                write(
+                    options.json, rows, machine, peaks, conditions
+                )  # after each: the last may be minutes away
         except PartyFailed as error:
             print(error, file=sys.stderr)
             return 1
-        peaks = {each.name: each.peak_bytes() for each in parties}
-    rows = _rows(jobs, names, seconds, Work.of(Path(options.model)), machine)
-    conditions = {
-        "model": Path(options.model).name,
-        "weights_and_kv": "float32",
-        "threads": options.threads,
-        "cores": cores,
-        "rounds": "each party in turn, every job; one more before them, that doesn't count",
-        "decode_steps": _NUM_STEPS,
-        "memory": "flowkv's holds a pool of 16 x 2,304 tokens; parties that are not measured are stopped",
-    }
-    write(options.json, rows, machine, peaks, conditions)
     print(f"reads {machine.read_bytes_per_s / 1e9:.1f} GB/s, computes {machine.flop_per_s / 1e9:.0f} GFLOP/s")
     print(table(rows, peaks))
     print(f"wrote {options.json}")
     return 0
 
 
-def _rounds(
-    parties: list[PartyProcess], jobs: list[Job], num_rounds: int
-) -> dict[tuple[str, Job], list[float]]:
-    seconds: dict[tuple[str, Job], list[float]] = {}
-    for job in jobs:
-        for number in range(num_rounds + 1):
-            for each in parties:
-                took = each.seconds(job)
-                if number:  # the first computes the prompts and warms up
-                    seconds.setdefault((each.name, job), []).append(took)
-        _say(f"{job.title}: done")
-    return seconds
-
-
-def _rows(
-    jobs: list[Job],
-    names: list[str],
-    seconds: dict[tuple[str, Job], list[float]],
-    work: Work,
-    machine: Machine,
-) -> list[Row]:
-    return [
-        row_of(job, name, seconds[name, job], seconds[names[0], job], work, machine)
-        for job in jobs
-        for name in names
+def _rows(job: Job, parties: list[PartyProcess], num_rounds: int, work: Work, machine: Machine) -> list[Row]:
+    seconds: dict[str, list[float]] = {each.name: [] for each in parties}
+    for number in range(num_rounds + 1):
+        for each in parties:
+            took = each.seconds(job)
+            if number:  # the first computes the prompts and warms up
+                seconds[each.name].append(took)
+    rows = [
+        row_of(job, name, mine, seconds[parties[0].name], work, machine) for name, mine in seconds.items()
     ]
+    _say(f"{job.title}: " + ", ".join(f"{row.party} {row.tokens_per_s:.1f} tokens/s" for row in rows))
+    return rows
 
 
 def _machine(num_threads: int, cores: list[int]) -> Machine:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from flowkv_common.engine.nucleus import PREFIX_LEN
+from flowkv_common.engine.nucleus import PREFIX_LEN, _most_likely
 from flowkv_common.engine.sampler import SampleInput, sample
 from flowkv_common.wire.messages import SamplingParams
 
@@ -189,3 +189,13 @@ def test_a_row_gets_the_same_token_in_any_company() -> None:
         alone = [sample(logits[row : row + 1], [inputs[row]], EOS)[0] for row in range(len(kinds))]
         assert [each.token_id for each in together] == [each.token_id for each in alone]
         assert [each.logprob is None for each in together] == [True] * 6 + [False]
+
+
+@pytest.mark.parametrize("vocab_size", [300, 16 * 20, 16 * 20 + 1, 5000, 5003])
+def test_the_most_likely_are_those_of_a_full_sort(vocab_size: int) -> None:
+    logits = torch.randperm(3 * vocab_size, generator=torch.manual_seed(0)).float().view(3, vocab_size)
+    logits[0, : vocab_size // 2] = -torch.inf
+    values, token_ids = _most_likely(logits, 20)
+    expected = logits.sort(descending=True)
+    assert torch.equal(values, expected.values[:, :20])
+    assert torch.equal(token_ids, expected.indices[:, :20])
