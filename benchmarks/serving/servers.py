@@ -48,8 +48,8 @@ def flowkv(
     environment = {
         "FLOWKV_NUM_THREADS": str(num_threads),
         "FLOWKV_KV_CACHE_BYTES": str(_KV_CACHE_BYTES),
-        "FLOWKV_TTFT_GOAL_S": "120",  # nobody is refused: it is the engine that is measured
-        "FLOWKV_MAX_WAIT_S": "300",
+        "FLOWKV_TTFT_GOAL_S": "3600",  # nobody is refused: it is the engine that is measured
+        "FLOWKV_MAX_WAIT_S": "36000",
         **(settings or {}),
     }
     wanted = nodes or {"mixed": os.sched_getaffinity(0)}
