@@ -19,9 +19,13 @@ POLICY  ?= flowkv
 SHIFT   ?=
 OVERLOAD ?=
 SUSTAIN ?=
+ENGINE  ?=
+SERVING ?=
+DISTURBED ?=
+VLLM    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full compose-test bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-sustain simulate simulate-cells plan replay lint fmt clean
+.PHONY: help install up test test-full compose-test bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-sustain bench-engine bench-serving bench-disturbed simulate simulate-cells plan replay lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -113,6 +117,18 @@ bench-overload: $(VENV)/ready-dev ## three times what the cluster can do; OVERLO
 bench-sustain: $(VENV)/ready-dev ## the steps per second that one process of paced nodes keeps; SUSTAIN="--nodes 4"
 	@mkdir -p .run
 	$(PY) -m benchmarks.paced.sustain --json .run/sustain.json $(SUSTAIN)
+
+bench-engine: $(VENV)/ready-dev ## the bare engine beside transformers, and vLLM: VLLM=its-python; ENGINE="--jobs 1x512"
+	@mkdir -p .run
+	$(PY) -m benchmarks.engine --json .run/engine.json $(addprefix --vllm ,$(VLLM)) $(ENGINE)
+
+bench-serving: $(VENV)/ready-dev ## over HTTP beside vLLM: VLLM=its-python; SERVING="--threads 1 --pinned --bare"
+	@mkdir -p .run
+	$(PY) -m benchmarks.serving --json .run/serving.json $(addprefix --vllm ,$(VLLM)) $(SERVING)
+
+bench-disturbed: $(VENV)/ready-dev ## chats disturbed by long prompts: 1P1D beside one node's chunk sizes; DISTURBED="--repeat 3"
+	@mkdir -p .run
+	$(PY) -m benchmarks.disturbed --json .run/disturbed.json $(DISTURBED)
 
 replay: $(VENV)/ready-dev ## feed a recorded cluster to a scheduler's policy, compare choices; EVENTS=file POLICY=name
 	$(PY) -m benchmarks.replay $(EVENTS) --policy $(POLICY)

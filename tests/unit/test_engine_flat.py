@@ -8,10 +8,14 @@ from drive import BLOCK_SIZE, make_pool, make_sequence
 from tiny_models import ARCHITECTURES, make_tiny_model
 
 from flowkv_common.engine.attention_torch import TorchAttention
+from flowkv_common.engine.backends import make_attention
 from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
 from flowkv_common.engine.flat import build_flat
+from flowkv_common.engine.flat_cpu import CpuFlatForward
+from flowkv_common.engine.forward import make_forward
 from flowkv_common.engine.model import LoadedModel, load_model
 from flowkv_common.engine.modules import Forward, ModulesForward
+from flowkv_common.engine.sequence import Sequence
 
 
 def load(folder: Path) -> LoadedModel:
@@ -87,3 +91,49 @@ def test_no_logits_where_none_are_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("arch", "config"), [("gpt2", {}), ("llama", {"hidden_act": "gelu"})])
 def test_other_models_have_none(tmp_path: Path, arch: str, config: dict[str, object]) -> None:
     assert build_flat(load(make_tiny_model(tmp_path / "m", arch, **config)).module) is None
+
+
+@pytest.mark.parametrize(
+    ("arch", "config"),
+    [
+        *((arch, {}) for arch in ARCHITECTURES),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    ],
+)
+@pytest.mark.parametrize("few_rows", [64, 0], ids=["kernels", "blas"])
+@torch.inference_mode()
+def test_compiled_equals_the_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, config: dict[str, object], few_rows: int
+) -> None:
+    monkeypatch.setattr("flowkv_common.engine.flat_cpu.FEW_ROWS", few_rows)
+    model = load(make_tiny_model(tmp_path / "m", arch, seed=3, **config))
+    batch = packed()
+    places = list(range(50))
+    expected = logits(ModulesForward(model.module), model, batch, places)
+    _, attention = make_attention("cpu", make_pool(model, num_blocks=8))
+    forward = make_forward(model.module, attention)
+    assert isinstance(forward, CpuFlatForward)
+    attention.bind(batch)
+    rows = (torch.from_numpy(batch.token_ids), torch.from_numpy(batch.position_ids))
+    got = forward(*rows, attention, torch.tensor(places))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+@torch.inference_mode()
+def test_a_decoding_sequence_has_the_same_logits_alone_and_in_company(tmp_path: Path) -> None:
+    """To the bit: what is drawn from them must not depend on who else is in the batch."""
+    model = load(make_tiny_model(tmp_path / "m", seed=3))
+    _, attention = make_attention("cpu", make_pool(model, num_blocks=64).nan_to_num(0.1))
+    forward = make_forward(model.module, attention)
+    sequences = [make_sequence([token] * (9 * token), [token, 9 + token, 20]) for token in (1, 2)]
+    for sequence in sequences:
+        sequence.num_computed_tokens = sequence.num_tokens - 1
+
+    def last_logits(*these: Sequence) -> torch.Tensor:
+        batch = pack([WorkItem(sequence, 1) for sequence in these], BLOCK_SIZE)
+        attention.bind(batch)
+        rows = (torch.from_numpy(batch.token_ids), torch.from_numpy(batch.position_ids))
+        return forward(*rows, attention, torch.arange(len(these)))[-1].clone()
+
+    assert torch.equal(last_logits(sequences[0]), last_logits(sequences[1], sequences[0]))

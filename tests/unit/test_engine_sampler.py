@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from flowkv_common.engine.nucleus import PREFIX_LEN
+from flowkv_common.engine.nucleus import PREFIX_LEN, _most_likely
 from flowkv_common.engine.sampler import SampleInput, sample
 from flowkv_common.wire.messages import SamplingParams
 
@@ -166,3 +166,36 @@ def test_logits_that_are_not_finite_raise(bad: float) -> None:
 
 def test_nothing_to_sample() -> None:
     assert sample(torch.empty(0, 5), [], EOS) == []
+
+
+def test_a_row_gets_the_same_token_in_any_company() -> None:
+    """Rows of every kind, some of which need more than the most likely tokens."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 30.0},
+        {"temperature": 1.0, "top_p": 0.9, "top_k": 300},
+        {"temperature": 0.7, "min_p": 0.05, "logit_bias": {5: 4.0}},
+        {"temperature": 1.3, "repetition_penalty": 1.2, "min_tokens": 50},
+        {"temperature": 0.0, "frequency_penalty": 1.5, "num_logprobs": 2},
+    ]
+    logits = 4 * torch.randn(len(kinds), 3000, generator=torch.manual_seed(1))
+    for index in range(40):
+        inputs = [
+            SampleInput(SamplingParams(max_tokens=99, seed=row, **kind), index, [1, 2, 3], [4, 4, 5])
+            for row, kind in enumerate(kinds)
+        ]
+        together = sample(logits, inputs, EOS)
+        alone = [sample(logits[row : row + 1], [inputs[row]], EOS)[0] for row in range(len(kinds))]
+        assert [each.token_id for each in together] == [each.token_id for each in alone]
+        assert [each.logprob is None for each in together] == [True] * 6 + [False]
+
+
+@pytest.mark.parametrize("vocab_size", [300, 16 * 20, 16 * 20 + 1, 5000, 5003])
+def test_the_most_likely_are_those_of_a_full_sort(vocab_size: int) -> None:
+    logits = torch.randperm(3 * vocab_size, generator=torch.manual_seed(0)).float().view(3, vocab_size)
+    logits[0, : vocab_size // 2] = -torch.inf
+    values, token_ids = _most_likely(logits, 20)
+    expected = logits.sort(descending=True)
+    assert torch.equal(values, expected.values[:, :20])
+    assert torch.equal(token_ids, expected.indices[:, :20])

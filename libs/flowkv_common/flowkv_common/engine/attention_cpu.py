@@ -6,6 +6,8 @@ not to matter. A bfloat16 pool is widened while it is read.
 
 from __future__ import annotations
 
+import math
+
 import numba
 import numpy as np
 import torch
@@ -14,14 +16,17 @@ from torch import Tensor
 
 from flowkv_common.engine.attention_torch import TorchAttention
 from flowkv_common.engine.batch import PackedBatch
-from flowkv_common.engine.kernels_cpu import make_decode, write_slots
+from flowkv_common.engine.kernels_cpu import make_decode, rotate_and_write, write_slots
 
 # Tokens per unit of work. Fixed, so that a sequence is summed in the same order in any batch.
 SPLIT_LEN = 256
 
 
 class CpuAttention(TorchAttention):
-    """Equal to `TorchAttention` up to rounding, by test. For float32 and bfloat16 pools on the CPU."""
+    """Equal to `TorchAttention` up to rounding, by test. For float32 and bfloat16 pools on the CPU.
+
+    What `attend` returns is valid until it is called again.
+    """
 
     def __init__(self, pool: Tensor) -> None:
         super().__init__(pool)
@@ -31,6 +36,7 @@ class CpuAttention(TorchAttention):
         self._context_lens = np.empty(0, np.int32)
         self._split_len = max(1, SPLIT_LEN // self._block_size) * self._block_size
         self._num_splits = 0
+        self._scratch: dict[str, NDArray[np.float32]] = {}
 
     def bind(self, batch: PackedBatch) -> None:
         super().bind(batch)
@@ -45,14 +51,28 @@ class CpuAttention(TorchAttention):
         keys, values = (_as_numpy(states.to(self._pool.dtype)) for states in (key, value))
         write_slots(self._pool_array, layer, keys, values, self._slots)
 
+    def rotate_and_write(
+        self,
+        layer: int,
+        qkv: NDArray[np.float32],
+        positions: NDArray[np.int64],
+        cos: NDArray[np.float32],
+        sin: NDArray[np.float32],
+        norm: NDArray[np.float32],
+        eps: np.float32,
+        query: NDArray[np.float32],
+    ) -> None:
+        """Instead of `write`: the kernel of that name at the batch's slots. Queries come unscaled."""
+        rotate_and_write(
+            self._pool_array, layer, self._slots, qkv, positions, cos, sin, norm, eps, np.float32(1), query
+        )
+
     def _decode(self, layer: int, query: Tensor, scale: float) -> Tensor:
         num_rows, num_heads, head_dim = query.shape
-        num_kv_heads = self._pool.shape[4]
-        decode = make_decode(num_heads // num_kv_heads, head_dim)
+        decode = make_decode(num_heads // self._pool.shape[4], head_dim)
         queries = (query.float() * scale).contiguous().numpy()
-        out = np.empty((num_rows, num_heads, head_dim), np.float32)
-        parts = np.empty((num_rows, self._num_splits, num_heads, head_dim), np.float32)
-        peaks, totals = np.empty((2, num_rows, self._num_splits, num_heads), np.float32)
+        splits = (num_rows, self._num_splits, num_heads)
+        out = self._buffer("out", (num_rows, num_heads, head_dim))
         decode(
             self._pool_array,
             layer,
@@ -60,12 +80,19 @@ class CpuAttention(TorchAttention):
             queries,
             self._tables,
             self._context_lens,
-            parts,
-            peaks,
-            totals,
+            self._buffer("parts", (*splits, head_dim)),
+            self._buffer("peaks", splits),
+            self._buffer("totals", splits),
             out,
         )
         return torch.from_numpy(out).to(query.dtype)
+
+    def _buffer(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Memory kept between calls, for they are many and short."""
+        size = math.prod(shape)
+        if name not in self._scratch or self._scratch[name].size < size:
+            self._scratch[name] = np.empty(size, np.float32)
+        return self._scratch[name][:size].reshape(shape)
 
 
 def _as_numpy(tensor: Tensor) -> NDArray[np.float32] | NDArray[np.uint16]:

@@ -37,4 +37,8 @@ def _cpu_obstacle(pool: Tensor) -> str | None:
         return f"its pool is float32 or bfloat16, not {pool.dtype}"
     if find_spec("numba") is None:
         return "numba is not installed"
+    from flowkv_common.engine.vector_ir import LANES
+
+    if pool.shape[5] % LANES:
+        return f"its heads have a multiple of {LANES} dimensions, not {pool.shape[5]}"
     return None

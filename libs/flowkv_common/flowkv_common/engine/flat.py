@@ -17,19 +17,23 @@ ARCHITECTURES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # those that turn a position the same way in any batch
 
 
-class _Linear(NamedTuple):
+class Linear(NamedTuple):
+    """`x @ weight.T + bias`."""
+
     weight: Tensor  # [out, in]
     bias: Tensor | None  # [out]
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
+    """The weights of one layer."""
+
     input_norm: Tensor  # [hidden]
-    qkv: _Linear
+    qkv: Linear
     qk_norm: Tensor | None  # [heads + kv heads, dim]: Qwen3 normalizes each head
-    output: _Linear
+    output: Linear
     mlp_norm: Tensor
-    gate_up: _Linear
-    down: _Linear
+    gate_up: Linear
+    down: Linear
 
 
 class FlatForward:
@@ -40,61 +44,61 @@ class FlatForward:
     def __init__(self, model: Any) -> None:
         """`model`: a causal LM of one of `ARCHITECTURES`; its projections are fused in place."""
         config = model.config
-        self._num_heads: int = config.num_attention_heads
-        self._num_kv_heads: int = config.num_key_value_heads
-        self._head_dim: int = model.model.layers[0].self_attn.head_dim
-        self._scale: float = model.model.layers[0].self_attn.scaling
-        self._eps: float = config.rms_norm_eps
-        self._embedding: Tensor = model.model.embed_tokens.weight
-        self._norm: Tensor = model.model.norm.weight
-        self._head: Tensor = model.lm_head.weight
-        self._layers = [self._fuse(layer) for layer in model.model.layers]
-        self._cos, self._sin = _rope_tables(model)
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = config.num_key_value_heads
+        self.head_dim: int = model.model.layers[0].self_attn.head_dim
+        self.scale: float = model.model.layers[0].self_attn.scaling
+        self.eps: float = config.rms_norm_eps
+        self.embedding: Tensor = model.model.embed_tokens.weight
+        self.norm: Tensor = model.model.norm.weight
+        self.head: Tensor = model.lm_head.weight
+        self.layers = [self._fuse(layer) for layer in model.model.layers]
+        self.cos, self.sin = _rope_tables(model)
 
     def __call__(
         self, token_ids: Tensor, position_ids: Tensor, attention: Attention, logits_indices: Tensor
     ) -> Tensor:
-        hidden = embedding(token_ids, self._embedding)  # [T, hidden]
-        cos = self._cos[position_ids].unsqueeze(1)  # [T, 1, dim]
-        sin = self._sin[position_ids].unsqueeze(1)
-        for index, layer in enumerate(self._layers):
+        hidden = embedding(token_ids, self.embedding)  # [T, hidden]
+        cos = self.cos[position_ids].unsqueeze(1)  # [T, 1, dim]
+        sin = self.sin[position_ids].unsqueeze(1)
+        for index, layer in enumerate(self.layers):
             normed = self._rms(hidden, layer.input_norm)
             hidden = hidden + self._attend(index, layer, normed, cos, sin, attention)
             gate, up = linear(self._rms(hidden, layer.mlp_norm), *layer.gate_up).chunk(2, dim=-1)
             hidden = hidden + linear(silu(gate) * up, *layer.down)
-        return linear(self._rms(hidden[logits_indices], self._norm), self._head)
+        return linear(self._rms(hidden[logits_indices], self.norm), self.head)
 
     def _attend(
-        self, index: int, layer: _Layer, normed: Tensor, cos: Tensor, sin: Tensor, attention: Attention
+        self, index: int, layer: Layer, normed: Tensor, cos: Tensor, sin: Tensor, attention: Attention
     ) -> Tensor:
-        qkv = linear(normed, *layer.qkv).view(len(normed), -1, self._head_dim)  # [T, heads + 2 kv heads, dim]
-        qk, value = torch.split(qkv, [self._num_heads + self._num_kv_heads, self._num_kv_heads], dim=1)
+        qkv = linear(normed, *layer.qkv).view(len(normed), -1, self.head_dim)  # [T, heads + 2 kv heads, dim]
+        qk, value = torch.split(qkv, [self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         if layer.qk_norm is not None:
-            qk = rms_norm(qk, (self._head_dim,), eps=self._eps) * layer.qk_norm
+            qk = rms_norm(qk, (self.head_dim,), eps=self.eps) * layer.qk_norm
         first, second = qk.chunk(2, dim=-1)
         qk = qk * cos + torch.cat((-second, first), dim=-1) * sin
-        query, key = torch.split(qk, [self._num_heads, self._num_kv_heads], dim=1)
+        query, key = torch.split(qk, [self.num_heads, self.num_kv_heads], dim=1)
         attention.write(index, key, value)
-        return linear(attention.attend(index, query, self._scale).flatten(1), *layer.output)
+        return linear(attention.attend(index, query, self.scale).flatten(1), *layer.output)
 
     def _rms(self, states: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(states, weight.shape, weight, self._eps)
+        return rms_norm(states, weight.shape, weight, self.eps)
 
-    def _fuse(self, layer: Any) -> _Layer:
+    def _fuse(self, layer: Any) -> Layer:
         attn, mlp = layer.self_attn, layer.mlp
         qk_norm = None
         if hasattr(attn, "q_norm"):
             qk_norm = torch.stack(
-                [attn.q_norm.weight] * self._num_heads + [attn.k_norm.weight] * self._num_kv_heads
+                [attn.q_norm.weight] * self.num_heads + [attn.k_norm.weight] * self.num_kv_heads
             )
-        return _Layer(
+        return Layer(
             input_norm=layer.input_layernorm.weight,
             qkv=_fuse_linears(attn.q_proj, attn.k_proj, attn.v_proj),
             qk_norm=qk_norm,
-            output=_Linear(attn.o_proj.weight, attn.o_proj.bias),
+            output=Linear(attn.o_proj.weight, attn.o_proj.bias),
             mlp_norm=layer.post_attention_layernorm.weight,
             gate_up=_fuse_linears(mlp.gate_proj, mlp.up_proj),
-            down=_Linear(mlp.down_proj.weight, mlp.down_proj.bias),
+            down=Linear(mlp.down_proj.weight, mlp.down_proj.bias),
         )
 
 
@@ -109,14 +113,14 @@ def build_flat(model: nn.Module) -> FlatForward | None:
 
 
 @torch.no_grad()
-def _fuse_linears(*linears: nn.Linear) -> _Linear:
+def _fuse_linears(*linears: nn.Linear) -> Linear:
     """One projection in place of several of the same input; theirs become views of it."""
     sizes = [linear.out_features for linear in linears]
     weight = torch.cat([linear.weight.detach() for linear in linears])
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     for part, view in zip(linears, torch.split(weight, sizes), strict=True):
         part.weight.data = view
-    return _Linear(weight, torch.cat(biases) if biases else None)
+    return Linear(weight, torch.cat(biases) if biases else None)
 
 
 @torch.no_grad()

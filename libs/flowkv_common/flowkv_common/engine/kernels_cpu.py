@@ -8,29 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import overload
 
-# Lets sums be reordered, and so vectorized. Not `nnan`: a NaN has to come out as one.
-FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
-
-
-@intrinsic
-def _widen(context: Any, number: Any) -> Any:
-    """A float32 as it is; the 16 bits of a bfloat16 as the float32 whose upper half they are."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if signature.args[0] == types.float32:
-            return arguments[0]
-        bits = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-        return builder.bitcast(bits, ir.FloatType())
-
-    return types.float32(number), generate
+from flowkv_common.engine.simd import score_tile, softmax_row, value_tile
+from flowkv_common.engine.vector_ir import LANES
 
 
 @numba.njit(cache=True, nogil=True)
@@ -45,57 +30,104 @@ def write_slots(pool, layer, keys, values, slots):
                 pool[block, layer, 1, offset, head, dim] = values[token, head, dim]
 
 
-@numba.njit(cache=True, nogil=True, fastmath=FASTMATH)
-def _exponentials(scores, length, peak, total, sums):
-    """Turns `scores` into exponentials under the new running maximum; rescales what was summed so far."""
-    for group in range(scores.shape[0]):
-        highest = peak[group]
-        for offset in range(length):
-            highest = max(highest, scores[group, offset])
-        shrink = np.exp(peak[group] - highest)
-        peak[group] = highest
-        total[group] *= shrink
-        sums[group] *= shrink
-        for offset in range(length):
-            scores[group, offset] = np.exp(scores[group, offset] - highest)
-            total[group] += scores[group, offset]
+def _stored(number, like):
+    """`number` as a pool of `like`'s type holds it: itself, or rounded to the bits of a bfloat16."""
+    raise NotImplementedError
 
 
-@numba.njit(cache=True, nogil=True, fastmath=FASTMATH, inline="always")
-def _attend(pool, layer, query, table, start, stop, head, part, peak, total, group_size, head_dim):
-    """KV head `head` over tokens `start .. stop - 1`, block by block with a running softmax."""
-    block_size = pool.shape[3]
-    scores = np.empty((group_size, block_size), np.float32)
-    part[:] = 0
-    total[:] = 0
-    peak[:] = -1e30
-    for block_start in range(start, stop, block_size):
-        keys = pool[table[block_start // block_size], layer, 0]
-        values = pool[table[block_start // block_size], layer, 1]
-        length = min(block_size, stop - block_start)
-        for offset in range(length):
-            for group in range(group_size):
-                score = np.float32(0)
-                for dim in range(head_dim):
-                    score += query[group, dim] * _widen(keys[offset, head, dim])
-                scores[group, offset] = score
-        _exponentials(scores, length, peak, total, part)
-        for group in range(group_size):
-            for offset in range(length):
-                weight = scores[group, offset]
-                for dim in range(head_dim):
-                    part[group, dim] += weight * _widen(values[offset, head, dim])
+@overload(_stored)
+def _overload_stored(number, like):
+    if like == types.float32:
+        return lambda number, like: number
+
+    def narrow(number, like):
+        bits = np.float32(number).view(np.uint32)
+        nearest_even = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        return np.uint16(0x7FC0) if np.isnan(number) else np.uint16(nearest_even)
+
+    return narrow
+
+
+@numba.njit(cache=True, nogil=True)
+def _rotate(states, cos, sin, factor, out):
+    """One head [dim] turned by `cos` and `sin` [dim], times `factor`. `out` may be `states`."""
+    half = states.shape[0] // 2
+    for dim in range(half):
+        first, second = states[dim], states[dim + half]
+        out[dim] = (first * cos[dim] - second * sin[dim]) * factor
+        out[dim + half] = (second * cos[dim + half] + first * sin[dim + half]) * factor
+
+
+@numba.njit(cache=True, nogil=True)
+def _place(pool, layer, slot, states, cos, sin, norm, eps, scale, query):
+    """One row of `rotate_and_write`."""
+    num_heads, num_kv_heads = query.shape[0], pool.shape[4]
+    for head in range(norm.shape[0]):  # none, or all heads of queries and keys
+        total = np.float32(0)
+        for dim in range(states.shape[1]):
+            total += states[head, dim] * states[head, dim]
+        factor = np.float32(1) / np.sqrt(total / np.float32(states.shape[1]) + eps)
+        for dim in range(states.shape[1]):
+            states[head, dim] *= factor * norm[head, dim]
+    for head in range(num_heads):
+        _rotate(states[head], cos, sin, scale, query[head])
+    block, offset = slot // pool.shape[3], slot % pool.shape[3]
+    for head in range(num_kv_heads):
+        key, value = states[num_heads + head], states[num_heads + num_kv_heads + head]
+        _rotate(key, cos, sin, np.float32(1), key)
+        for dim in range(states.shape[1]):
+            like = pool[block, layer, 0, offset, head, dim]
+            pool[block, layer, 0, offset, head, dim] = _stored(key[dim], like)
+            pool[block, layer, 1, offset, head, dim] = _stored(value[dim], like)
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def rotate_and_write(pool, layer, slots, qkv, positions, cos, sin, norm, eps, scale, query):
+    """Rotates queries and keys of `qkv` [T, heads + 2 kv heads, dim] (which it spoils) to their positions.
+
+    Keys and values go into the pool at `slots` [T], queries times `scale` into `query` [T, heads, dim].
+    `cos`, `sin`: [max positions, dim]; `norm`: [0 or heads + kv heads, dim], each head's RMS norm before.
+    """
+    for row in numba.prange(qkv.shape[0]):
+        position = positions[row]
+        _place(pool, layer, slots[row], qkv[row], cos[position], sin[position], norm, eps, scale, query[row])
 
 
 @numba.njit(cache=True, nogil=True)
 def _merge(parts, peaks, totals, out):
     """Parts [splits, heads, dim] with their maxima and sums [splits, heads] -> out [heads, dim]."""
     for head in range(out.shape[0]):
-        weights = np.exp(peaks[:, head] - peaks[:, head].max())
+        highest, total = peaks[0, head], np.float32(0)
+        for split in range(1, peaks.shape[0]):
+            highest = max(highest, peaks[split, head])
         out[head] = 0
-        for split in range(len(weights)):
-            out[head] += weights[split] * parts[split, head]
-        out[head] /= (weights * totals[:, head]).sum()
+        for split in range(peaks.shape[0]):
+            weight = np.exp(peaks[split, head] - highest)
+            total += weight * totals[split, head]
+            for dim in range(out.shape[1]):
+                out[head, dim] += weight * parts[split, head, dim]
+        for dim in range(out.shape[1]):
+            out[head, dim] /= total
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _attend(pool, layer, query, table, start, stop, head, part, peaks, totals, group_size, head_dim):
+    """KV head `head` over tokens `start .. stop - 1`: all scores, their softmax, then the values."""
+    block_size = pool.shape[3]
+    num_vectors = (stop - start + LANES - 1) // LANES
+    scores = np.empty((group_size, num_vectors * LANES), np.float32)
+    scores[:, stop - start :] = -1e30
+    for first in range(start, stop, block_size):
+        keys = pool[table[first // block_size], layer, 0]
+        length = min(block_size, stop - first)
+        score_tile(query, keys, head, length, scores, first - start, group_size, head_dim)
+    for group in range(group_size):
+        peaks[group], totals[group] = softmax_row(scores[group], num_vectors)
+    part[:] = 0
+    for first in range(start, stop, block_size):
+        values = pool[table[first // block_size], layer, 1]
+        length = min(block_size, stop - first)
+        value_tile(scores, first - start, values, head, length, part, group_size, head_dim)
 
 
 @functools.cache
@@ -105,11 +137,12 @@ def make_decode(group_size: int, head_dim: int) -> Callable[..., None]:
     `decode(pool, layer, split_len, query, tables, context_lens, parts, peaks, totals, out)`: `query` (scaled)
     and `out` [N, heads, dim] float32; scratch: `parts` [N, splits, heads, dim], `peaks` and `totals`
     [N, splits, heads], float32. `split_len`: tokens per unit of work, a multiple of the block size.
+    `head_dim`: a multiple of `LANES`.
     """
 
-    @numba.njit(cache=True, nogil=True, parallel=True, fastmath=FASTMATH)
+    @numba.njit(cache=True, nogil=True, parallel=True)
     def decode(pool, layer, split_len, query, tables, context_lens, parts, peaks, totals, out):
-        num_rows, num_splits, num_kv_heads = len(query), parts.shape[1], pool.shape[4]
+        num_rows, num_splits, num_kv_heads = query.shape[0], parts.shape[1], pool.shape[4]
         for unit in numba.prange(num_rows * num_splits * num_kv_heads):
             row, rest = unit // (num_splits * num_kv_heads), unit % (num_splits * num_kv_heads)
             split, head = rest // num_kv_heads, rest % num_kv_heads

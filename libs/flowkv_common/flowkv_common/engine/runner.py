@@ -15,9 +15,8 @@ from torch import Tensor
 
 from flowkv_common.engine.backends import make_attention
 from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
-from flowkv_common.engine.flat import build_flat
+from flowkv_common.engine.forward import make_forward
 from flowkv_common.engine.model import LoadedModel
-from flowkv_common.engine.modules import Forward, ModulesForward
 from flowkv_common.engine.sampler import Sampled, sample
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.wire.messages import SamplingParams
@@ -41,7 +40,7 @@ class Runner:
         if (pool.shape[1], pool.shape[2], pool.shape[4], pool.shape[5]) != expected:
             raise ValueError(f"a pool of shape {tuple(pool.shape)} is not for {model.card.name}")
         self.attention_name, self._attention = make_attention(attention, pool)
-        self._forward: Forward = build_flat(model.module) or ModulesForward(model.module)
+        self._forward = make_forward(model.module, self._attention)
         self._eos_token_ids = model.eos_token_ids
         self._device = pool.device
         self.run(_one_token(pool.shape[3]))

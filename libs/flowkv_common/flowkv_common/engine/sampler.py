@@ -55,20 +55,36 @@ def sample(logits: Tensor, inputs: list[SampleInput], eos_token_ids: list[int]) 
     if not torch.isfinite(top.values).all():
         rows = (~torch.isfinite(top.values)).nonzero().flatten().tolist()
         raise FloatingPointError(f"the logits of rows {rows} are not finite")
-    best = top.indices.tolist()
-    return [_sample_row(logits[row], best[row], input, eos_token_ids) for row, input in enumerate(inputs)]
+    adjusted = {
+        row: states
+        for row, input in enumerate(inputs)
+        if (states := _adjusted(logits[row], input, eos_token_ids)) is not None
+    }
+    tokens = top.indices.tolist()
+    for row, states in adjusted.items():
+        tokens[row] = int(states.argmax())
+    drawn = [row for row, input in enumerate(inputs) if input.sampling.temperature >= GREEDY_BELOW]
+    if drawn:
+        for row, token_id in zip(drawn, _draw(logits, adjusted, inputs, drawn), strict=True):
+            tokens[row] = token_id
+    return [
+        Sampled(token_id, _logprob(raw, token_id, input.sampling.num_logprobs))
+        for token_id, raw, input in zip(tokens, logits, inputs, strict=True)
+    ]
 
 
-def _sample_row(raw: Tensor, best: int, input: SampleInput, eos_token_ids: list[int]) -> Sampled:
-    sampling = input.sampling
-    row = _adjusted(raw, input, eos_token_ids)
-    if sampling.temperature >= GREEDY_BELOW:
-        token_id = draw(row / sampling.temperature, sampling, _uniform(sampling.seed, input.output_index))
-    else:
-        token_id = best if row is raw else int(row.argmax())
-    if sampling.num_logprobs is None:
-        return Sampled(token_id, None)
-    return Sampled(token_id, _logprob(raw, token_id, sampling.num_logprobs))
+def _draw(
+    logits: Tensor, adjusted: dict[int, Tensor], inputs: list[SampleInput], rows: list[int]
+) -> list[int]:
+    """Tokens of those `rows`, drawn together."""
+    states = logits[rows].float()
+    for place, row in enumerate(rows):
+        if row in adjusted:
+            states[place] = adjusted[row]
+    samplings = [inputs[row].sampling for row in rows]
+    temperatures = torch.tensor([sampling.temperature for sampling in samplings], device=states.device)
+    uniforms = [_uniform(inputs[row].sampling.seed, inputs[row].output_index) for row in rows]
+    return draw(states / temperatures.unsqueeze(1), samplings, uniforms)
 
 
 def _uniform(seed: int, output_index: int) -> float:
@@ -77,12 +93,12 @@ def _uniform(seed: int, output_index: int) -> float:
     return float(np.random.Generator(philox).random())
 
 
-def _adjusted(raw: Tensor, input: SampleInput, eos_token_ids: list[int]) -> Tensor:
-    """The row with penalties, bias and the mask on EOS, as a new fp32 tensor; `raw` itself if it has none."""
+def _adjusted(raw: Tensor, input: SampleInput, eos_token_ids: list[int]) -> Tensor | None:
+    """The row with penalties, bias and the mask on EOS, as a new fp32 tensor; `None` if it has none."""
     sampling = input.sampling
     holds_eos_back = input.output_index < sampling.min_tokens
     if not (has_penalties(sampling) or sampling.logit_bias or holds_eos_back):
-        return raw
+        return None
     row = raw.float().clone()
     if sampling.repetition_penalty != 1:
         _penalize_repetition(row, [*input.prompt_ids, *input.output_ids], sampling.repetition_penalty)
@@ -109,8 +125,10 @@ def _index(token_ids: list[int], row: Tensor) -> Tensor:
     return torch.tensor(token_ids, dtype=torch.int64, device=row.device)
 
 
-def _logprob(raw: Tensor, token_id: int, num_top: int) -> TokenLogprob:
-    """Log probabilities under the model itself: before temperature, penalties and cuts."""
+def _logprob(raw: Tensor, token_id: int, num_top: int | None) -> TokenLogprob | None:
+    """Log probabilities under the model itself, if asked for: before temperature, penalties and cuts."""
+    if num_top is None:
+        return None
     logprobs = raw.float().log_softmax(-1)
     top = logprobs.topk(min(num_top, len(logprobs)))
     return TokenLogprob(

@@ -7,8 +7,9 @@ import logging
 import os
 import sys
 
-from flowkv_common import logs
+from flowkv_common import __version__, logs
 from flowkv_common.config import NodeSettings, load
+from flowkv_common.engine.weights import default_cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ def main(default_role: str) -> None:
     logs.setup(role)
     # Idle compute threads must not spin: two nodes may share the cores of one host. Before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Compiled kernels are kept where the model is; another version's are not ours.
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(default_cache_dir() / f"numba-{__version__}"))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import torch
 

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from flowkv_common.engine.batch import WorkItem, pack
+from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
 from flowkv_common.engine.engine import Engine
+from flowkv_common.engine.runner import Result
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.errors import Internal
 from flowkv_common.kv.blocks import Blocks
@@ -103,10 +104,10 @@ class Steps:
             self._wake.clear()
             work = self._plan()
             if not work:
+                await self._outbox.flush()
                 await self._wake.wait()
                 continue
             await self._step(work)
-            await self._outbox.flush()
 
     def _plan(self) -> list[tuple[Guest, WorkItem]]:
         guests = list(self._guests())
@@ -127,7 +128,7 @@ class Steps:
         self._retire.step_begins(item.sequence for item in items)
         began = time.monotonic()
         try:
-            sampled = await self._engine.step(batch)
+            sampled = await self._compute(batch)
         except Exception as error:
             # A step that fails costs the requests in it their attempt, never the process.
             log.exception("an engine step failed")
@@ -141,3 +142,17 @@ class Steps:
             if item.sequence.block_table:  # else it was cancelled during the step
                 item.sequence.num_computed_tokens += item.num_tokens
                 guest.apply(item.sequence, token)
+
+    async def _compute(self, batch: PackedBatch) -> Result:
+        """Runs the batch; meanwhile what the last step gave goes out. Raises what the step raises."""
+        failed: Exception | None = None
+        sampled: Result = []
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._outbox.flush())  # begins when the batch has been handed over
+            try:
+                sampled = await self._engine.step(batch)
+            except Exception as error:  # not as a group: it is one step's error
+                failed = error
+        if failed:
+            raise failed
+        return sampled

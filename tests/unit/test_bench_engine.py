@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.engine.floor import Machine, Work
+from benchmarks.engine.jobs import Job, line_of
+from benchmarks.engine.report import row_of, table
+
+MACHINE = Machine(read_bytes_per_s=1e9, flop_per_s=1e12)
+WORK = Work(layer_weights=100, head_weights=20, num_layers=2, hidden=8, kv_per_token=16)
+
+
+def test_work_counts_the_weights_of_a_model(tmp_path: Path) -> None:
+    config = {
+        "hidden_size": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 3,
+        "intermediate_size": 10,
+        "vocab_size": 7,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    per_layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 10
+    assert Work.of(tmp_path) == Work(3 * per_layer, 56, num_layers=3, hidden=8, kv_per_token=2 * 3 * 2 * 2)
+
+
+def test_a_decode_step_reads_weights_once_and_every_context() -> None:
+    job = Job(batch=2, context=10, num_steps=1)
+    assert WORK.floor_s(job, MACHINE) == pytest.approx(4 * (120 + 2 * 11 * 16) / 1e9)
+    assert WORK.floor_s(job, MACHINE, kv_item_bytes=2) == pytest.approx((4 * 120 + 2 * 2 * 11 * 16) / 1e9)
+
+
+def test_a_prompt_is_bound_by_its_operations() -> None:
+    job = Job(batch=0, context=10)
+    slow = Machine(read_bytes_per_s=1e12, flop_per_s=1e6)
+    assert WORK.floor_s(job, slow) == pytest.approx((2 * 10 * 100 + 2 * 20 + 4 * 55 * 2 * 8) / 1e6)
+
+
+def test_rates_and_ratios_are_medians_over_rounds() -> None:
+    job = Job(batch=2, context=10, num_steps=5)
+    row = row_of(job, "other", seconds=[2.0, 1.0, 4.0], ours=[1.0, 1.0, 1.0], work=WORK, machine=MACHINE)
+    assert (row.tokens_per_s, row.min, row.max, row.num_repeats) == (5.0, 2.5, 10.0, 3)
+    assert row.versus == {"median": 2.0, "min": 1.0, "max": 4.0}
+    assert "2.00x (1.00-4.00)" in table([row], {"other": 5 << 20})
+
+
+def test_jobs_cross_the_pipe_and_prompts_differ_by_seed() -> None:
+    job = Job(batch=3, context=4, num_steps=2)
+    assert Job(**json.loads(line_of(job))) == job
+    assert job.prompts() == job.prompts()
+    assert job.prompts(1) != job.prompts(2)
+    assert [len(prompt) for prompt in Job(batch=0, context=4).prompts()] == [4]
