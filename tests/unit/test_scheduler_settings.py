@@ -48,12 +48,12 @@ def test_the_time_to_the_first_token_is_set() -> None:
 
 
 def lending(settings: SchedulerSettings) -> Planner:
-    """A planner under so many prompts that it has lent a node."""
+    """A planner with a prefill node so slow that it has lent the other one."""
     planner = planned(settings, 0)
-    for number in range(100):
-        planner.schedule(request(2000, 1), 0.001 * number)
+    planner.add_report(node("p0", "prefill", seq=2, prefill_tokens_per_s=100.0).report, 0.0)
+    planner.schedule(request(400, 1), 0.0)
     for tick in range(3):
-        planner.tick(0.1 + 0.5 * tick)
+        planner.tick(0.5 * tick)
     return planner
 
 

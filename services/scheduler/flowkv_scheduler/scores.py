@@ -16,6 +16,8 @@ SIDES: tuple[Side, Side] = ("prefill", "decode")
 # a decode node at its limit takes nobody.
 FULL_PREFILL = 0.8
 FULL_DECODE = 0.9
+# What a node that serves both sides is worth to each.
+SHARED = 0.5
 
 
 def other(side: str) -> Side:
@@ -51,19 +53,25 @@ class Scores(NamedTuple):
         return max(self.prefill.pressure, self.decode.pressure)
 
     def capacity(self, node: NodeView, side: Side) -> float:
-        """What the node adds to a side."""
+        """What the node adds to a side that has all of it."""
         if side == "prefill":
             return FULL_PREFILL / node.speed.prefill_token_s
         keeps_rhythm = node.speed.decode_step_s(1, 0) < self.goals.itl_s
         return FULL_DECODE if keeps_rhythm or not self.can_keep_rhythm else 0.0
 
+    def shared_capacity(self, node: NodeView, side: Side) -> float:
+        """What the node adds to a side, given that it may serve both."""
+        return self.capacity(node, side) * (SHARED if node.may_prefill and node.may_decode else 1.0)
+
     def after(self, node: NodeView, to: Side) -> Scores:
         """With the node moved. The last one of a side goes on serving it."""
         away = other(to)
         gains, loses = self.of(to), self.of(away)
-        gains = Load(gains.work, gains.capacity + self.capacity(node, to), gains.num_nodes + 1)
-        if loses.num_nodes > 1:
-            loses = Load(loses.work, loses.capacity - self.capacity(node, away), loses.num_nodes - 1)
+        is_last = loses.num_nodes == 1
+        share = SHARED if is_last else 1.0
+        gains = Load(gains.work, gains.capacity + share * self.capacity(node, to), gains.num_nodes + 1)
+        capacity = loses.capacity - share * self.capacity(node, away)
+        loses = Load(loses.work, capacity, loses.num_nodes - (not is_last))
         prefill, decode = (gains, loses) if to == "prefill" else (loses, gains)
         return self._replace(prefill=prefill, decode=decode)
 
@@ -86,8 +94,8 @@ def scores_of(nodes: Sequence[NodeView], goals: Goals, prefill_rate: float) -> S
     """
     can_keep_rhythm = any(node.speed.decode_step_s(1, 0) < goals.itl_s for node in nodes)
     empty = Scores(Load(0.0, 0.0, 0), Load(0.0, 0.0, 0), goals, can_keep_rhythm)
-    prefill = [empty.capacity(node, "prefill") for node in nodes if node.may_prefill]
-    decode = [empty.capacity(node, "decode") for node in nodes if node.may_decode]
+    prefill = [empty.shared_capacity(node, "prefill") for node in nodes if node.may_prefill]
+    decode = [empty.shared_capacity(node, "decode") for node in nodes if node.may_decode]
     num_sequences = sum(node.num_sequences for node in nodes)
     num_prompts = sum(node.report.num_prompts for node in nodes)
     decoding = sum(decode_score(node, goals) for node in nodes) * (1.0 + num_prompts / max(1, num_sequences))
