@@ -21,8 +21,14 @@ GREEDY: Any = {"model": MODEL, "temperature": 0}
 
 @pytest.fixture(scope="module")
 def cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
-    """Two decode nodes, so that one may die."""
-    return start_cluster(prefill=1, decode=2, settings={"FLOWKV_KV_CACHE_BYTES": str(256 << 20)})
+    """Two decode nodes, so that one may die. All prompts go to the one prefill node, and are cached there."""
+    settings = {
+        "FLOWKV_KV_CACHE_BYTES": str(256 << 20),
+        "FLOWKV_LENDING": "false",
+        "FLOWKV_ITL_GOAL_S": "0.000001",  # no chunk keeps it: no prompt stays on a decode node
+        "FLOWKV_TTFT_GOAL_S": "0.001",  # nobody waits for the rhythm of others
+    }
+    return start_cluster(prefill=1, decode=2, settings=settings)
 
 
 def connect(cluster: Cluster) -> dict[str, Any]:

@@ -20,8 +20,9 @@ VOCAB_SIZE = 49_152
 
 
 async def test_only_new_blocks_of_a_known_prefix_are_sent(start_cluster, model_path: Path) -> None:
-    # No chunk keeps such a goal: no prompt stays on the decode node.
-    cluster: Cluster = start_cluster(prefill=1, decode=1, settings={"FLOWKV_ITL_GOAL_S": "0.000001"})
+    # No chunk keeps such a goal: no prompt stays on the decode node. Nor is that lent.
+    settings = {"FLOWKV_ITL_GOAL_S": "0.000001", "FLOWKV_LENDING": "false"}
+    cluster: Cluster = start_cluster(prefill=1, decode=1, settings=settings)
     rng = random.Random("a prefix that no other test sends")
     prefix, first_end, second_end = (
         [rng.randrange(20, VOCAB_SIZE) for _ in range(length)]

@@ -64,6 +64,7 @@ async def test_events_and_metrics_agree_with_the_request(
         "FLOWKV_KV_CACHE_BYTES": str(NUM_BLOCKS * BLOCK_BYTES),
         "FLOWKV_OVERLAP_TRANSFER": overlap,
         "FLOWKV_ITL_GOAL_S": "0.000001",  # no chunk keeps it: no prompt stays on the decode node
+        "FLOWKV_LENDING": "false",
     }
     cluster: Cluster = start_cluster(model=model, settings=settings, prefill=1, decode=1)
     rng = random.Random(3)
