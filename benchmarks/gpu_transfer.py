@@ -105,7 +105,7 @@ async def _send_all(orders: Connection, num_blocks: int) -> None:
 
     reservations = Reservations(Blocks(num_blocks, LLAMA_8B.block_size))
     with CudaPool(LLAMA_8B, num_blocks) as pool:
-        [connector] = make_connectors(["cuda_ipc"], pool, reservations, lambda _: False, host="127.0.0.1")
+        [connector] = make_connectors(["cuda_ipc"], pool, reservations, lambda _: False)
         async with connector:
             link = await connector.connect(orders.recv(), LINK_TOKEN, num_blocks)
             while (order := await asyncio.to_thread(orders.recv)) is not None:
@@ -120,7 +120,7 @@ async def ipc_transfers(all_sizes: list[Sizes], num_runs: int) -> list[dict[str,
     num_blocks = max(sizes.num_blocks for sizes in all_sizes)
     reservations = Reservations(Blocks(num_blocks, LLAMA_8B.block_size))
     with CudaPool(LLAMA_8B, num_blocks) as pool, sender(num_blocks) as orders:
-        [connector] = make_connectors(["cuda_ipc"], pool, reservations, LINK_TOKEN.__eq__, host="127.0.0.1")
+        [connector] = make_connectors(["cuda_ipc"], pool, reservations, LINK_TOKEN.__eq__)
         async with connector:
             orders.send(await connector.listen())
             rows = []

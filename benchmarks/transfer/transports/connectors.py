@@ -29,7 +29,7 @@ class ConnectorTransport:
     def __init__(self, name: str, pool: KVPool) -> None:
         self._num_blocks = pool.num_blocks
         self._lifetime = contextlib.AsyncExitStack()
-        (self._connector,) = make_connectors([name], pool, _Unguarded(), lambda _: True, host="127.0.0.1")
+        (self._connector,) = make_connectors([name], pool, _Unguarded(), lambda _: True)
 
     async def listen(self) -> str:
         await self._lifetime.enter_async_context(self._connector)
