@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import nats
 
+from flowkv_common.bus.buckets import read
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import decode
@@ -66,10 +67,15 @@ class Observer:
 
     async def descriptors(self) -> list[NodeDescriptor]:
         """All nodes in the bucket `flowkv_nodes`."""
+        prefix = f"$KV.{subjects.NODES_BUCKET}."
+        jetstream = self.bus.jetstream()
         async with asyncio.timeout(5):
-            bucket = await self.bus.jetstream().key_value(subjects.NODES_BUCKET)
-            entries = [await bucket.get(key) for key in await bucket.keys()]
-        return [decode(entry.value, NodeDescriptor) for entry in entries if entry.value]
+            # `KeyValue.keys()` of nats-py says "no keys" when it is told that nothing is left to deliver
+            # before it has looked at what was delivered.
+            info = await jetstream.stream_info(f"KV_{subjects.NODES_BUCKET}", subjects_filter=f"{prefix}>")
+            bucket = await jetstream.key_value(subjects.NODES_BUCKET)
+            found = [await read(bucket, subject.removeprefix(prefix)) for subject in info.state.subjects or {}]
+        return [decode(each.value, NodeDescriptor) for each in found if each.value]
 
     async def events(self, subject: str) -> EventLog:
         """Collects the JSON of all that is published on `subject` from now on."""
