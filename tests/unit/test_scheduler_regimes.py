@@ -174,21 +174,28 @@ def test_a_shared_node_that_is_silent_for_a_moment_does_not_leave_its_home() -> 
 def test_the_only_node_that_prefills_goes_home_in_part_when_it_is_needed_there() -> None:
     run = Run()
     nodes = (decode("d0"), decode("d1", running=15))
-    assert moves(run.tick(*nodes)) == [("d0", TOKEN_BUDGET)]
+    assert moves(run.tick(*nodes, times=AT.num_ticks)) == [("d0", TOKEN_BUDGET)]
     assert moves(run.tick(*nodes, times=int(AT.dwell_s / 0.5))) == [("d0", 144)]
     assert run.regimes.leaving == {}
 
 
-def test_when_all_prefill_nodes_are_gone_decode_nodes_prefill_at_once() -> None:
+def test_when_all_prefill_nodes_are_gone_decode_nodes_prefill() -> None:
     run = Run()
-    assert moves(run.tick(decode("d0"), decode("d1"))) == [("d0", TOKEN_BUDGET)]
+    assert moves(run.tick(decode("d0"), decode("d1"), times=AT.num_ticks)) == [("d0", TOKEN_BUDGET)]
     assert moves(run.tick(decode("d0"), decode("d1"), times=60)) == []  # nobody else would
 
 
-def test_when_all_decode_nodes_are_gone_prefill_nodes_decode_at_once() -> None:
+def test_when_all_decode_nodes_are_gone_prefill_nodes_decode() -> None:
     run = Run()
-    assert [name for name, _ in moves(run.tick(prefill("p0")))] == ["p0"]
+    assert [name for name, _ in moves(run.tick(prefill("p0"), times=AT.num_ticks))] == ["p0"]
     assert moves(run.tick(prefill("p0"), times=100)) == []
+
+
+def test_while_nodes_start_nobody_is_lent_and_nothing_is_said() -> None:
+    run = Run()
+    assert run.tick(times=10) == []
+    assert run.tick(prefill("p0"), times=AT.num_ticks - 1) == []
+    assert run.tick(prefill("p0"), decode("d0"), times=10) == []
 
 
 def test_overload_asks_for_nodes() -> None:

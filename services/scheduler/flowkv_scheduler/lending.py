@@ -6,7 +6,7 @@ there in rhythm, and is all the other side's when that is done. The last node of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -89,13 +89,19 @@ class Lending:
                 if moved.to == node.descriptor.role and node.cap == home and is_settled:
                     del self._moved[ref]
 
-    def move(self, nodes: Sequence[NodeView], scores: Scores, needy: Side | None, now: float) -> bool:
-        """Lend to the needy side, and to one on which nobody stands; take back what is not needed."""
+    def move(
+        self,
+        nodes: Sequence[NodeView],
+        scores: Scores,
+        needy: Side | None,
+        empty: Collection[Side],
+        now: float,
+    ) -> bool:
+        """Lend to the needy side, and to those that are empty; take back what is not needed."""
         moved_any = False
         for side in SIDES:
-            is_gone = scores.of(side).num_nodes == 0
-            if is_gone or side == needy:
-                moved_any |= self._lend(nodes, scores, side, now, is_gone)
+            if side in empty or side == needy:
+                moved_any |= self._lend(nodes, scores, side, now, side in empty)
         return moved_any or self._take_back(nodes, scores, now)
 
     def orders(self, nodes: Sequence[NodeView], regime: str) -> list[Order]:
@@ -112,14 +118,14 @@ class Lending:
 
     # --- lending and taking back -------------------------------------------------------------------
 
-    def _lend(self, nodes: Sequence[NodeView], scores: Scores, to: Side, now: float, is_gone: bool) -> bool:
+    def _lend(self, nodes: Sequence[NodeView], scores: Scores, to: Side, now: float, is_empty: bool) -> bool:
         """Those of the other side that help the most, a share of them at once; as long as it helps."""
-        lenders = [node for node in nodes if self._may_move(node, to, now, is_gone)]
+        lenders = [node for node in nodes if self._may_move(node, to, now, is_empty)]
         num_at_home = sum(self._serves(node.descriptor.node, other(to)) for node in nodes)
         num_before = num_at_home
         for _ in range(max(1, int(len(lenders) * self._at.lent_at_once))):
             best = self._best_lender(lenders, scores, to)
-            if best is None or not (is_gone or scores.eased_by(best, to, self._at.gain)):
+            if best is None or not (is_empty or scores.eased_by(best, to, self._at.gain)):
                 break
             scores = scores.after(best, to)
             lenders.remove(best)
@@ -157,13 +163,13 @@ class Lending:
                 return True  # one at a time, to see what that does
         return False
 
-    def _may_move(self, node: NodeView, to: Side, now: float, is_gone: bool) -> bool:
+    def _may_move(self, node: NodeView, to: Side, now: float, is_empty: bool) -> bool:
         """It serves the other side only, and has done so for a while."""
         moved = self._moved.get(node.descriptor.node)
         if moved is None:
             return node.descriptor.role == other(to)
         is_settled = now - moved.since >= self._at.dwell_s
-        return (moved.to == other(to) or moved.is_shared) and moved.to != to and (is_settled or is_gone)
+        return (moved.to == other(to) or moved.is_shared) and moved.to != to and (is_settled or is_empty)
 
     def _serves(self, ref: NodeRef, side: Side) -> bool:
         moved = self._moved.get(ref)

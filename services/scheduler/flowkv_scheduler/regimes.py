@@ -49,6 +49,7 @@ class Regimes:
         self._lending = Lending(goals, thresholds) if lends else None
         self._sign = Sign(NORMAL)
         self._num_ticks = 0  # that the sign has lasted
+        self._empty_ticks = dict.fromkeys(SIDES, 0)  # that nobody has stood on the side
         self._idle_since: float | None = None
         self._scaled_at = -math.inf
         self._wanted: ScaleWanted | None = None  # as last told, while it stands
@@ -69,6 +70,8 @@ class Regimes:
 
     def tick(self, nodes: Sequence[NodeView], prefill_rate: float, now: float) -> list[Order]:
         """What should change now. `prefill_rate`: prompt tokens that came per second, lately."""
+        if not nodes:
+            return []
         nodes = sorted(nodes, key=lambda node: node.node_id)
         if self._lending:
             self._lending.see(nodes, now)
@@ -77,7 +80,7 @@ class Regimes:
         if self._lending:
             lasting = self._sign.needy if self._num_ticks >= self._at.num_ticks else None
             needy = lasting if self._sign.regime == IMBALANCE else None
-            if self._lending.move(nodes, scores, needy, now):
+            if self._lending.move(nodes, scores, needy, self._empty_sides(scores), now):
                 self._num_ticks = 0  # see what that does before the next move
             orders += self._lending.orders(nodes, self.regime)
         return orders + self._scale(scores, now)
@@ -92,6 +95,12 @@ class Regimes:
         before, self.regime = self.regime, sign.regime
         short = f", {sign.needy} is short of nodes" if sign.needy else ""
         return [RegimeChange(before, sign.regime, f"for {self._at.num_ticks} reports: {scores}{short}")]
+
+    def _empty_sides(self, scores: Scores) -> list[Side]:
+        """Those on which nobody has stood for some ticks: while nodes start, one side is often first."""
+        for side in SIDES:
+            self._empty_ticks[side] = 0 if scores.of(side).num_nodes else self._empty_ticks[side] + 1
+        return [side for side, num_ticks in self._empty_ticks.items() if num_ticks >= self._at.num_ticks]
 
     # --- scaling -----------------------------------------------------------------------------------
 
