@@ -74,7 +74,8 @@ class Observer:
             # before it has looked at what was delivered.
             info = await jetstream.stream_info(f"KV_{subjects.NODES_BUCKET}", subjects_filter=f"{prefix}>")
             bucket = await jetstream.key_value(subjects.NODES_BUCKET)
-            found = [await read(bucket, subject.removeprefix(prefix)) for subject in info.state.subjects or {}]
+            names = [subject.removeprefix(prefix) for subject in info.state.subjects or {}]
+            found = [await read(bucket, name) for name in names]
         return [decode(each.value, NodeDescriptor) for each in found if each.value]
 
     async def events(self, subject: str) -> EventLog:
