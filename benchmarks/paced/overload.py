@@ -178,7 +178,15 @@ def main(argv: list[str]) -> int:
             "targets": asdict(Targets(options.ttft_s, options.tpot_s)),
         },
     )
-    settings = paced_settings(NUM_BLOCKS, token_budget=CHUNK_TOKENS, max_num_seqs=MAX_NUM_SEQS)
+    settings = paced_settings(
+        NUM_BLOCKS,
+        token_budget=CHUNK_TOKENS,
+        max_num_seqs=MAX_NUM_SEQS,
+        ttft_goal_s=options.ttft_s,
+        itl_goal_s=options.tpot_s,
+        # The other half is for the prompt itself, and for waits that were predicted too short.
+        max_wait_s=options.ttft_s / 2,
+    )
     counts = {"prefill": options.prefill, "decode": options.decode}
     try:
         with tempfile.TemporaryDirectory(prefix="flowkv-overload-") as folder:

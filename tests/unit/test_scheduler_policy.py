@@ -178,9 +178,9 @@ def test_transfer_hides_behind_prefill_as_far_as_the_link_keeps_up() -> None:
     p, d = node("p0", "prefill", links={"d0": "tcp"}, prefill_tokens_per_s=1e9), node("d0", "decode")
     weighed = weighing(request(num_prompt_tokens=tokens), p, d)
     prefill, decode = weighed.prefill_cost(view(p)), weighed.decode_cost(view(d))
-    assert weighed.transfer_s(prefill, decode) == pytest.approx(HANDOFF_S + tokens * token_s, rel=1e-2)
+    assert weighed.transfers_from(prefill)(decode) == pytest.approx(HANDOFF_S + tokens * token_s, rel=1e-2)
     slow = prefill._replace(work_s=10.0)
-    assert weighed.transfer_s(slow, decode) == pytest.approx(HANDOFF_S + 512 * token_s)
+    assert weighed.transfers_from(slow)(decode) == pytest.approx(HANDOFF_S + 512 * token_s)
 
 
 def test_unmeasured_node_is_taken_to_be_middling() -> None:

@@ -1,6 +1,7 @@
 """Decides whether a request gets its pair now, asks again, or is refused with a retry time that is true.
 
-Pure. The gateway does the waiting and comes back with its age, so no queue is kept here.
+Pure. The gateway does the waiting and comes back with its age, so no queue is kept here; only how many wait
+is known (`waiting.py`).
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ def decide(
     limits: Limits,
     now: float,
     choose: Chooser = policy.choose,
+    num_ahead: int = 0,
 ) -> Choice | Wait:
-    """The pair that `choose` takes, or when to ask again.
+    """The pair that `choose` takes, or when to ask again. `num_ahead` others wait for room before it.
 
     Raises `BadRequest` when no pool could ever hold the request, `Unavailable` when there has been no node
     for too long, `Full` when the wait would be too long or outlast the request's deadline; `retry_after_s` is
@@ -49,7 +51,7 @@ def decide(
         _check_fits(request, state.views())
         if not any(weighing.stands(group) for group in state.index.groups):
             return _without_nodes(request, limits)
-        return _without_room(request, weighing, limits)
+        return _without_room(request, weighing, limits, num_ahead)
     # The retry of a running request is never shed: its client has seen half of the answer.
     if not request.num_output_tokens:
         _check_wait(request, request.age_s + choice.wait_s, choice.predicted_s, goals)
@@ -96,16 +98,21 @@ def _without_nodes(request: ScheduleRequest, limits: Limits) -> Wait:
     return Wait(retry_in_s=limits.no_node_retry_s, reason="no node is ready")
 
 
-def _without_room(request: ScheduleRequest, weighing: Weighing, limits: Limits) -> Wait:
+def _without_room(request: ScheduleRequest, weighing: Weighing, limits: Limits, num_ahead: int) -> Wait:
     """Decode nodes are full, or one sequence more would spoil their rhythm."""
     able = [node for node in weighing.state.usable(weighing.now) if weighing.takes_sequence(node)]
     nodes = [node for node in able if node.may_decode] or able
     room_in_s = min((room_in(node, weighing) for node in nodes), default=limits.max_retry_s)
-    wait_s = room_in_s + request.age_s
+    turn_in_s = room_in_s + num_ahead / max(1e-9, sum(map(ends_per_s, nodes)))
     if not request.num_output_tokens:
-        _check_wait(request, wait_s, room_in_s, weighing.goals)
+        _check_wait(request, turn_in_s + request.age_s, turn_in_s, weighing.goals)
     retry_in_s = min(max(room_in_s, limits.min_retry_s), limits.max_retry_s)
     return Wait(retry_in_s=retry_in_s, reason=f"all {len(nodes)} decode nodes are full")
+
+
+def ends_per_s(node: NodeView) -> float:
+    """Sequences: as many give their places to others."""
+    return max(1, node.num_sequences) / (ASSUMED_TOKENS_LEFT * node.step_s)
 
 
 def room_in(node: NodeView, weighing: Weighing) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_scheduler import admission, policy
@@ -16,6 +17,7 @@ from flowkv_scheduler.policy import Choice, Chooser
 from flowkv_scheduler.rate import Rate
 from flowkv_scheduler.regimes import Regimes
 from flowkv_scheduler.state import CHOICES_COUNT_FOR_PERIODS, ClusterState
+from flowkv_scheduler.waiting import Waiting
 from flowkv_scheduler.weighing import Goals
 
 # Prompts: enough to see through a burst, few enough to follow the traffic.
@@ -34,6 +36,7 @@ class Planner:
         self.begin_term()
         self._limits = admission.Limits()
         self._choose = choose
+        self._waiting = Waiting()
 
     def begin_term(self) -> None:
         """Forget what was lent: others may have led since. Whom they have lent shows in the nodes' caps."""
@@ -53,9 +56,19 @@ class Planner:
 
     def schedule(self, request: ScheduleRequest, now: float) -> Choice | Wait:
         """The pair for one attempt, counted at once; or when to ask again. Raises as `admission.decide`."""
-        decision = admission.decide(request, self.state, self._goals, self._limits, now, self._choose)
+        num_ahead = self._waiting.num_ahead(request, now)
+        try:
+            decision = admission.decide(
+                request, self.state, self._goals, self._limits, now, self._choose, num_ahead
+            )
+        except errors.FlowKVError:
+            self._waiting.forget(request.request_id)
+            raise
         if isinstance(decision, Choice):
+            self._waiting.forget(request.request_id)
             self._count(request, decision, now)
+        else:
+            self._waiting.note(request, decision.retry_in_s, now)
         return decision
 
     def tick(self, now: float) -> list[Order]:

@@ -9,6 +9,7 @@ load-aware scheduler. This one is ours: in seconds, from what nodes measure of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -62,11 +63,37 @@ def _choose_in(weighing: Weighing, group: Group) -> Choice | None:
     if not decode:
         return None
     prefill = weighing.prefill_side(group)
-    pairs = [_pair(weighing, p, d) for p in prefill for d in decode]
-    pairs += [_pair(weighing, weighing.prefill_cost(d.node), d) for d in decode if _stays(weighing, d.node)]
-    if not pairs:
+    staying = [(weighing.prefill_cost(d.node), d) for d in decode if _stays(weighing, d.node)]
+    best = _best_pair(weighing, prefill, decode, staying)
+    if best is None:
         return None
-    return _choice(weighing.request, min(pairs, key=_pair_rank), len(pairs), prefill, decode)
+    num_pairs = len(prefill) * len(decode) + len(staying)
+    return _choice(weighing.request, best, num_pairs, prefill, decode)
+
+
+def _best_pair(
+    weighing: Weighing, prefill: list[Cost], decode: list[Cost], staying: list[tuple[Cost, Cost]]
+) -> _Pair | None:
+    """Both sides come soonest first, so what cannot win any more is not looked at: a transfer only adds."""
+    best: _Pair | None = None
+    best_s = math.inf
+    totals = [(d, d.total_s) for d in decode]
+    for p in prefill:
+        p_s, transfer_s = p.total_s, weighing.transfers_from(p)
+        for d, d_s in totals:
+            if p_s + d_s > best_s:
+                break
+            moved_s = transfer_s(d)
+            if p_s + moved_s + d_s <= best_s:
+                best = _better(best, _Pair(p_s + moved_s + d_s, p, d, moved_s))
+                best_s = best.predicted_s
+    for p, d in staying:
+        best = _better(best, _Pair(p.total_s + d.total_s, p, d, 0.0))
+    return best
+
+
+def _better(one: _Pair | None, other: _Pair) -> _Pair:
+    return other if one is None or _pair_rank(other) < _pair_rank(one) else one
 
 
 def _stays(weighing: Weighing, node: NodeView) -> bool:
@@ -86,11 +113,6 @@ def added_work(request: ScheduleRequest, choice: Choice) -> tuple[Work, Work]:
         Work(prefill_tokens=request.num_prompt_tokens - choice.num_cached_tokens),
         Work(num_sequences=1, num_blocks=num_blocks, context_tokens=request.num_prompt_tokens),
     )
-
-
-def _pair(weighing: Weighing, p: Cost, d: Cost) -> _Pair:
-    transfer_s = weighing.transfer_s(p, d)
-    return _Pair(p.total_s + transfer_s + d.total_s, p, d, transfer_s)
 
 
 def _pair_rank(pair: _Pair) -> tuple[float, float, str, str]:

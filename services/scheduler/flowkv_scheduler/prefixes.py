@@ -110,8 +110,10 @@ class PrefixIndex:
         holder = self._holder(node)
         keys = _keys(hashes)
         self._set(keys, holder.bit)
+        expected = holder.expected
         for key in keys:
-            holder.expected[key] = max(until, holder.expected.get(key, until))
+            if expected.get(key, 0.0) < until:
+                expected[key] = until
         self._num_expected += 1
         heapq.heappush(self._expiries, (until, self._num_expected, holder, keys))
 

@@ -131,26 +131,31 @@ class Weighing:
         wait_s = num_ahead * step_s * ASSUMED_TOKENS_LEFT / num_places
         return Cost(node, wait_s, step_s, self.num_cached_tokens(node))
 
-    def transfer_s(self, prefill: Cost, decode: Cost) -> float:
-        """What the second token waits for: the last chunk's blocks at least, and the handoff."""
-        p, d = prefill.node, decode.node
-        if p.node_id == d.node_id:
-            return 0.0
-        layout = p.descriptor.layout
-        num_sent = self.request.num_prompt_tokens - decode.num_cached_tokens
-        connector = p.report.links.get(d.node_id)
-        rate = LINK_BYTES_PER_S.get(connector or "", UNKNOWN_LINK_BYTES_PER_S)
-        token_s = layout.block_bytes / layout.block_size / rate
-        last_chunk = min(num_sent, p.chunk)
-        # Earlier chunks travel while later ones compute, as far as the link keeps up with prefill.
-        return HANDOFF_S + max(last_chunk * token_s, num_sent * token_s - prefill.work_s)
+    def transfers_from(self, prefill: Cost) -> Callable[[Cost], float]:
+        """What the second token waits for, by decode node: handoff and last chunk at least."""
+        p = prefill.node
+        p_id, links, chunk, prefill_s = p.node_id, p.report.links, p.chunk, prefill.work_s
+        token_bytes = p.descriptor.layout.block_bytes / p.descriptor.layout.block_size
+        num_prompt_tokens = self.request.num_prompt_tokens
+
+        def transfer_s(decode: Cost) -> float:
+            node_id = decode.node.node_id
+            if node_id == p_id:
+                return 0.0
+            rate = LINK_BYTES_PER_S.get(links.get(node_id, ""), UNKNOWN_LINK_BYTES_PER_S)
+            num_sent = num_prompt_tokens - decode.num_cached_tokens
+            # Earlier chunks travel while later ones compute, as far as the link keeps up with prefill.
+            last_chunk_s = min(num_sent, chunk) * token_bytes / rate
+            return HANDOFF_S + max(last_chunk_s, num_sent * token_bytes / rate - prefill_s)
+
+        return transfer_s
 
     # --- weighing ----------------------------------------------------------------------------------
 
     def prefill_side(self, group: Group) -> list[Cost]:
         """The best of those that take prompts, soonest first."""
         nodes = self._nodes(group, self._prefill, self.takes_prompt, lambda _: True)
-        return sorted(map(self.prefill_cost, nodes), key=_rank)[: 2 * MAX_CANDIDATES]
+        return sorted(map(self.prefill_cost, nodes), key=_rank)[:MAX_CANDIDATES]
 
     def decode_side(self, group: Group) -> list[Cost]:
         """The best of those that take sequences and have a place now, soonest first."""
