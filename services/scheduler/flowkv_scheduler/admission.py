@@ -103,7 +103,7 @@ def _without_room(request: ScheduleRequest, weighing: Weighing, limits: Limits, 
     able = [node for node in weighing.state.usable(weighing.now) if weighing.takes_sequence(node)]
     nodes = [node for node in able if node.may_decode] or able
     room_in_s = min((room_in(node, weighing) for node in nodes), default=limits.max_retry_s)
-    turn_in_s = room_in_s + num_ahead / max(1e-9, sum(map(ends_per_s, nodes)))
+    turn_in_s = room_in_s + (num_ahead / sum(map(ends_per_s, nodes)) if nodes else 0.0)
     if not request.num_output_tokens:
         _check_wait(request, turn_in_s + request.age_s, turn_in_s, weighing.goals)
     retry_in_s = min(max(room_in_s, limits.min_retry_s), limits.max_retry_s)

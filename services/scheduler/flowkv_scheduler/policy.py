@@ -137,7 +137,7 @@ def _choice(
             f"{request.num_prompt_tokens - p.num_cached_tokens} tokens {p.work_s:.3f} s, transfer "
             f"{best.transfer_s:.3f} s, wait at {d.node.node_id} {d.wait_s:.3f} s, step {d.work_s:.3f} s"
         ),
-        prefill_candidates=[_candidate(cost, _prefill_reason(cost)) for cost in prefill[:MAX_CANDIDATES]],
+        prefill_candidates=[_candidate(cost, _prefill_reason(cost)) for cost in prefill],
         decode_candidates=[_candidate(cost, _decode_reason(cost)) for cost in decode[:MAX_CANDIDATES]],
     )
 

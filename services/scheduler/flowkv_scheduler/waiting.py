@@ -35,12 +35,11 @@ class Waiting:
     def num_ahead(self, request: ScheduleRequest, now: float) -> int:
         """How many of the others are to be served before it."""
         self._forget_ended(now)
-        turn, _ = self._turns.get(request.request_id, (_turn_of(request, now), 0.0))
-        return int(self._in_turn.bisect_left(turn))
+        return int(self._in_turn.bisect_left(self._turn_of(request, now)))
 
     def note(self, request: ScheduleRequest, retry_in_s: float, now: float) -> None:
         """It will ask again; where it stands doesn't change by that."""
-        turn, _ = self._turns.get(request.request_id, (_turn_of(request, now), 0.0))
+        turn = self._turn_of(request, now)
         self.forget(request.request_id)
         until = now + retry_in_s + GRACE_S
         self._turns[request.request_id] = (turn, until)
@@ -58,6 +57,7 @@ class Waiting:
         while self._by_end and self._by_end[0][0] < now:
             self.forget(self._by_end[0][1])
 
-
-def _turn_of(request: ScheduleRequest, now: float) -> _Turn:
-    return _Turn(request.priority, now - request.age_s, request.request_id)
+    def _turn_of(self, request: ScheduleRequest, now: float) -> _Turn:
+        if known := self._turns.get(request.request_id):
+            return known[0]
+        return _Turn(request.priority, now - request.age_s, request.request_id)
