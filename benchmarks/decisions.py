@@ -158,7 +158,7 @@ def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> Timed:
     planner.set_descriptors(nodes.descriptors())
     for number in range(num_nodes):
         planner.add_report(nodes.report(number), 0.0)
-    running: deque[Choice] = deque()
+    running: deque[str] = deque()  # decode nodes; the scheduler keeps no choices either
     decisions, reports, ticks = [], [], []
     num_others, due, now = 0, 0.0, 0.0
     memory_before = 0.0
@@ -204,14 +204,14 @@ def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> Timed:
     )
 
 
-def _begin(nodes: Nodes, choice: Choice, running: deque[Choice], num_in_flight: int) -> None:
+def _begin(nodes: Nodes, choice: Choice, running: deque[str], num_in_flight: int) -> None:
     """The nodes take it on; the oldest ends when there are enough."""
     nodes.prompts[choice.prefill.node_id] += 1
     nodes.handed_over[choice.decode.node_id] += 1
     nodes.sequences[choice.decode.node_id] += 1
-    running.append(choice)
+    running.append(choice.decode.node_id)
     if len(running) > num_in_flight:
-        nodes.sequences[running.popleft().decode.node_id] -= 1
+        nodes.sequences[running.popleft()] -= 1
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -8,7 +8,8 @@ import msgspec
 
 from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout, ScheduleRequest
 from flowkv_common.wire.nodes import BlockCounts, LoadReport, NodeDescriptor
-from flowkv_scheduler.state import ClusterState, NodeView, Work
+from flowkv_scheduler.state import ClusterState
+from flowkv_scheduler.view import NodeView, Work
 
 BLOCK_SIZE = 16
 TOKEN_BUDGET = 512

@@ -34,6 +34,7 @@ def make_tiny_model(
     values = {**_COMMON, "vocab_size": vocab_size, **config}
     if arch == "gpt2":  # knows neither, and would believe them
         del values["num_key_value_heads"], values["head_dim"]
+        values["hidden_size"] = 96  # heads of 16, also wide enough for vectors of AVX-512
     if arch == "mistral":
         values.setdefault("sliding_window", None)
     with torch.random.fork_rng(devices=[]):

@@ -23,7 +23,7 @@ from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged, ListBlocks
 from flowkv_scheduler import follow_prefixes as follow_prefixes_module
 from flowkv_scheduler.follow_prefixes import following_prefixes
-from flowkv_scheduler.prefixes import PrefixIndex
+from flowkv_scheduler.prefixes import PrefixIndex, keys_of
 
 BLOCK_SIZE = 16
 CHAIN = block_hashes("f", list(range(8 * BLOCK_SIZE)), BLOCK_SIZE)
@@ -50,7 +50,7 @@ class WatchedIndex(PrefixIndex):
         super().drop(node_id)
 
     async def until_hits(self, hits: dict[str, int], timeout_s: float = 8.0) -> None:
-        await self.until(lambda: self.hits(CHAIN, 0.0) == hits, timeout_s)
+        await self.until(lambda: self.hits(keys_of(CHAIN), 0.0) == hits, timeout_s)
 
     async def until(self, is_met: Callable[[], bool], timeout_s: float = 8.0) -> None:
         async with asyncio.timeout(timeout_s):
@@ -245,7 +245,7 @@ async def test_follows_what_a_cache_really_does(nats_server: NatsServer) -> None
                 mine = block_hashes(f"{number}", list(range(12 * BLOCK_SIZE)), BLOCK_SIZE)
                 node.compute(mine)
                 node.compute(CHAIN[: number % 8])
-                await index.until(lambda mine=mine: index.hits(mine, 0.0) == node_hits(node, mine))
+                await index.until(lambda mine=mine: index.hits(keys_of(mine), 0.0) == node_hits(node, mine))
                 await index.until_hits(node_hits(node, CHAIN))
             node.evict_all()
             await index.until(lambda: index.num_hashes == 0)

@@ -16,7 +16,7 @@ from flowkv_common.wire.nodes import StepFit
 from flowkv_scheduler import admission, policy
 from flowkv_scheduler.admission import Limits
 from flowkv_scheduler.policy import Choice
-from flowkv_scheduler.state import Work
+from flowkv_scheduler.view import Work
 from flowkv_scheduler.weighing import Goals, Weighing
 
 FITS = [
@@ -103,7 +103,7 @@ def brute_force(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> 
     prefill = [one for one in usable if one.may_prefill and weighing.takes_prompt(one)]
     decode = [one for one in usable if one.may_decode and weighing.takes_sequence(one)]
     totals = [
-        p.total_s + weighing.transfers_from(p)(d) + d.total_s
+        p.total_s + weighing.transfer_s(p, d.num_cached_tokens, weighing.way(p.node, d.node)) + d.total_s
         for p in map(weighing.prefill_cost, prefill)
         for d in map(weighing.decode_cost, filter(weighing.has_place, decode))
     ]

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from flowkv_common.node.block_news import PAGE_SIZE, BlockNews
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged
-from flowkv_scheduler.prefixes import PrefixIndex
+from flowkv_scheduler.prefixes import PrefixIndex, keys_of
 
 HASHES = [f"{number:016x}{0:016x}" for number in range(7)]
 NODES = st.sampled_from(["n0", "n1", "n2"])
@@ -118,14 +118,14 @@ class PrefixIndexMachine(RuleBasedStateMachine):
     @rule(node_id=NODES, hashes=chains, for_s=st.integers(1, 3))
     def expect(self, node_id: str, hashes: list[str], for_s: int) -> None:
         node = self.nodes[node_id]
-        self.index.expect(node.ref, hashes, self.now + for_s)
+        self.index.expect([node.ref], keys_of(hashes), self.now + for_s)
         for block_hash in hashes:
             node.expected[block_hash] = max(node.expected.get(block_hash, 0.0), self.now + for_s)
 
     @rule(hashes=chains)
     def ask(self, hashes: list[str]) -> None:
         self.now += 1
-        found = self.index.hits(hashes, self.now)
+        found = self.index.hits(keys_of(hashes), self.now)
         assert found.keys() <= self.nodes.keys()
         assert all(1 <= num_blocks <= len(hashes) for num_blocks in found.values())
 
@@ -143,7 +143,7 @@ class PrefixIndexMachine(RuleBasedStateMachine):
                 self.load(node)
             assert not node.must_load
         for hashes in asked:
-            assert self.index.hits(hashes, self.now) == self.naive_hits(hashes)
+            assert self.index.hits(keys_of(hashes), self.now) == self.naive_hits(hashes)
 
     def naive_hits(self, hashes: Sequence[str]) -> dict[str, int]:
         found = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 from imagined_nodes import NUM_BLOCKS, Imagined, cluster, node, request, view
 
@@ -12,6 +10,7 @@ from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_scheduler import admission
 from flowkv_scheduler.admission import Limits, room_in
 from flowkv_scheduler.policy import Choice
+from flowkv_scheduler.prefixes import Keys, keys_of
 from flowkv_scheduler.weighing import Goals, Weighing
 
 LIMITS = Limits()
@@ -120,14 +119,14 @@ def test_prefixes_are_looked_up_once_also_when_the_cluster_is_full(monkeypatch: 
     state = cluster(node("p0", "prefill"), node("d0", "decode", free=0))
     look_up, asked = state.prefixes.hits, []
 
-    def hits(hashes: Sequence[str], now: float) -> dict[str, int]:
-        asked.append(list(hashes))
-        return look_up(hashes, now)
+    def hits(keys: Keys, now: float) -> dict[str, int]:
+        asked.append(keys)
+        return look_up(keys, now)
 
     monkeypatch.setattr(state.prefixes, "hits", hits)
     wanted = request(block_hashes=["0" * 32])
     assert isinstance(admission.decide(wanted, state, GOALS, LIMITS, now=0.0), Wait)
-    assert asked == [["0" * 32]]
+    assert asked == [keys_of(["0" * 32])]
 
 
 def test_idle_prefill_nodes_are_no_room_for_sequences() -> None:

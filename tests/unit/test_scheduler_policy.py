@@ -11,7 +11,8 @@ from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import StepFit
 from flowkv_scheduler import policy
 from flowkv_scheduler.policy import Choice, added_work
-from flowkv_scheduler.state import Work
+from flowkv_scheduler.prefixes import keys_of
+from flowkv_scheduler.view import Work
 from flowkv_scheduler.weighing import HANDOFF_S, Goals, Weighing
 
 GOALS = Goals()
@@ -118,7 +119,7 @@ def test_node_that_has_cached_the_prefix_is_worth_a_wait() -> None:
     hashes = [f"{number:016x}" * 2 for number in range(6)]
     nodes = [node("p0", "prefill", queued_prefill_tokens=50), node("p1", "prefill"), node("d0", "decode")]
     state = cluster(*nodes)
-    state.prefixes.expect(nodes[0].descriptor.node, hashes[:5], until=9.0)
+    state.prefixes.expect([nodes[0].descriptor.node], keys_of(hashes[:5]), until=9.0)
     wanted = request(num_prompt_tokens=100, block_hashes=hashes)
     choice = policy.choose(Weighing(wanted, state, GOALS, now=0.0))
     assert choice is not None
@@ -132,7 +133,7 @@ def test_a_mixed_node_that_has_cached_the_prefix_is_weighed_beside_many_of_its_s
     # With more to do than the eight that are weighed for their load.
     mixed = node("m", "mixed", queued_prefill_tokens=100, num_running=15)
     state = cluster(*idle, mixed, node("d0", "decode"))
-    state.prefixes.expect(mixed.descriptor.node, hashes, until=9.0)
+    state.prefixes.expect([mixed.descriptor.node], keys_of(hashes), until=9.0)
     wanted = request(num_prompt_tokens=4001, block_hashes=hashes)
     choice = policy.choose(Weighing(wanted, state, GOALS, now=0.0))
     assert choice is not None
@@ -177,10 +178,11 @@ def test_transfer_hides_behind_prefill_as_far_as_the_link_keeps_up() -> None:
     tokens, token_s = 5120, BLOCK_BYTES / BLOCK_SIZE / 1e9
     p, d = node("p0", "prefill", links={"d0": "tcp"}, prefill_tokens_per_s=1e9), node("d0", "decode")
     weighed = weighing(request(num_prompt_tokens=tokens), p, d)
-    prefill, decode = weighed.prefill_cost(view(p)), weighed.decode_cost(view(d))
-    assert weighed.transfers_from(prefill)(decode) == pytest.approx(HANDOFF_S + tokens * token_s, rel=1e-2)
+    prefill = weighed.prefill_cost(view(p))
+    assert weighed.way(view(p), view(d)) == "tcp"
+    assert weighed.transfer_s(prefill, 0, "tcp") == pytest.approx(HANDOFF_S + tokens * token_s, rel=1e-2)
     slow = prefill._replace(work_s=10.0)
-    assert weighed.transfers_from(slow)(decode) == pytest.approx(HANDOFF_S + 512 * token_s)
+    assert weighed.transfer_s(slow, 0, "tcp") == pytest.approx(HANDOFF_S + 512 * token_s)
 
 
 def test_unmeasured_node_is_taken_to_be_middling() -> None:

@@ -10,7 +10,8 @@ from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged
 from flowkv_scheduler import prefixes
-from flowkv_scheduler.prefixes import PrefixIndex
+from flowkv_scheduler.expected import Expected
+from flowkv_scheduler.prefixes import PrefixIndex, keys_of
 
 A, B, C, D, E = CHAIN = [f"{number:016x}{0:016x}" for number in range(5)]
 N0, N1 = NodeRef(node_id="n0", incarnation="1"), NodeRef(node_id="n1", incarnation="1")
@@ -30,12 +31,12 @@ def test_counts_each_nodes_blocks_from_the_front_of_the_chain() -> None:
     index = PrefixIndex()
     assert index.apply(changed(N0, 1, [A, B, C]))
     assert index.apply(changed(N1, 1, [A, C, D]))
-    assert index.hits(CHAIN, 0.0) == {"n0": 3, "n1": 1}
-    assert index.hits([A], 0.0) == {"n0": 1, "n1": 1}
-    assert index.hits([B, A], 0.0) == {"n0": 2}
-    assert index.hits([E], 0.0) == index.hits([], 0.0) == {}
+    assert index.hits(keys_of(CHAIN), 0.0) == {"n0": 3, "n1": 1}
+    assert index.hits(keys_of([A]), 0.0) == {"n0": 1, "n1": 1}
+    assert index.hits(keys_of([B, A]), 0.0) == {"n0": 2}
+    assert index.hits(keys_of([E]), 0.0) == index.hits(keys_of([]), 0.0) == {}
     assert index.apply(changed(N0, 2, [D], removed=[B]))
-    assert index.hits(CHAIN, 0.0) == {"n0": 1, "n1": 1}
+    assert index.hits(keys_of(CHAIN), 0.0) == {"n0": 1, "n1": 1}
 
 
 def test_after_a_gap_changes_wait_for_the_list() -> None:
@@ -44,15 +45,15 @@ def test_after_a_gap_changes_wait_for_the_list() -> None:
     assert not index.apply(changed(N0, 3, [C]))
     assert not index.knows(N0)
     assert not index.apply(changed(N0, 4, removed=[A]))
-    assert index.hits([A], 0.0) == {"n0": 1}  # what is known is still the best guess
+    assert index.hits(keys_of([A]), 0.0) == {"n0": 1}  # what is known is still the best guess
     assert index.load(page(N0, 3, [A, C, D], num_pages=2), 0)
     assert index.load(page(N0, 4, [B], num_pages=2), 1)
     assert index.knows(N0)
-    assert index.hits([A], 0.0) == {}
-    assert index.hits([B, C, D], 0.0) == {"n0": 3}
+    assert index.hits(keys_of([A]), 0.0) == {}
+    assert index.hits(keys_of([B, C, D]), 0.0) == {"n0": 3}
     assert index.apply(changed(N0, 5, [A]))
     assert index.apply(changed(N0, 5, removed=[A]))  # heard before: no news
-    assert index.hits([A], 0.0) == {"n0": 1}
+    assert index.hits(keys_of([A]), 0.0) == {"n0": 1}
 
 
 def test_a_list_after_which_a_change_was_missed_must_be_loaded_again() -> None:
@@ -62,8 +63,8 @@ def test_a_list_after_which_a_change_was_missed_must_be_loaded_again() -> None:
     assert not index.load(page(N0, 3, [A]), 0)
     assert not index.knows(N0)
     assert index.load(page(N0, 5, [C]), 0)
-    assert index.hits([C], 0.0) == {"n0": 1}
-    assert index.hits([A], 0.0) == {}  # on the first list, but not on this one
+    assert index.hits(keys_of([C]), 0.0) == {"n0": 1}
+    assert index.hits(keys_of([A]), 0.0) == {}  # on the first list, but not on this one
 
 
 def test_a_list_that_is_older_than_what_is_known_must_be_loaded_again() -> None:
@@ -71,7 +72,7 @@ def test_a_list_that_is_older_than_what_is_known_must_be_loaded_again() -> None:
     assert index.load(page(N0, 3, [A]), 0)
     assert index.apply(changed(N0, 4, [B]))
     assert not index.load(page(N0, 3, [A]), 0)
-    assert index.hits([A, B], 0.0) == {"n0": 2}
+    assert index.hits(keys_of([A, B]), 0.0) == {"n0": 2}
 
 
 def test_no_more_changes_wait_than_a_list_can_make_good(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +82,7 @@ def test_no_more_changes_wait_than_a_list_can_make_good(monkeypatch: pytest.Monk
         assert not index.apply(changed(N0, seq, [A]))
     assert not index.load(page(N0, 2), 0)  # 3 and 4 have been thrown away
     assert index.load(page(N0, 7, [B]), 0)
-    assert index.hits([B], 0.0) == {"n0": 1}
+    assert index.hits(keys_of([B]), 0.0) == {"n0": 1}
 
 
 def test_a_page_of_a_node_that_was_dropped_in_between_counts_for_nothing() -> None:
@@ -89,30 +90,32 @@ def test_a_page_of_a_node_that_was_dropped_in_between_counts_for_nothing() -> No
     assert index.load(page(N0, 1, [A], num_pages=2), 0)
     index.drop("n0")
     assert not index.load(page(N0, 1, [B], num_pages=2), 1)
-    assert index.hits([A, B], 0.0) == index.hits([B], 0.0) == {}
+    assert index.hits(keys_of([A, B]), 0.0) == index.hits(keys_of([B]), 0.0) == {}
 
 
 def test_a_new_life_begins_with_nothing() -> None:
     index = PrefixIndex()
     index.apply(changed(N0, 1, [A, B]))
-    index.expect(N0, [A, B, C], until=9.0)
+    index.expect([N0], keys_of([A, B, C]), until=9.0)
     assert index.apply(changed(NodeRef(node_id="n0", incarnation="2"), 1, [B]))
-    assert index.hits(CHAIN, 0.0) == {}
-    assert index.hits([B], 0.0) == {"n0": 1}
+    assert index.hits(keys_of(CHAIN), 0.0) == {}
+    assert index.hits(keys_of([B]), 0.0) == {"n0": 1}
 
 
 def test_what_is_expected_counts_until_then_and_stays_if_it_comes() -> None:
     index = PrefixIndex()
     index.apply(changed(N0, 1, [A]))
-    index.expect(N0, [A, B, C], until=5.0)
-    index.expect(N0, [A, B], until=7.0)
-    assert index.hits(CHAIN, 4.9) == {"n0": 3}
-    assert index.hits(CHAIN, 5.0) == {"n0": 2}
+    index.expect([N0], keys_of([A, B, C]), until=5.0)
+    index.expect([N0], keys_of([A, B]), until=7.0)
+    assert index.hits(keys_of(CHAIN), 4.9) == {"n0": 3}
+    assert index.hits(keys_of(CHAIN), 5.0) == {"n0": 2}
     index.apply(changed(N0, 2, [B]))
     index.apply(changed(N0, 3, removed=[A]))
-    assert index.hits(CHAIN, 6.9) == {"n0": 2}  # evicted before the prompt came, to be computed again
-    assert index.hits(CHAIN, 7.0) == {}
-    assert index.hits([B], 7.0) == {"n0": 1}
+    assert index.hits(keys_of(CHAIN), 6.9) == {
+        "n0": 2
+    }  # evicted before the prompt came, to be computed again
+    assert index.hits(keys_of(CHAIN), 7.0) == {}
+    assert index.hits(keys_of([B]), 7.0) == {"n0": 1}
     assert index.num_hashes == 1
 
 
@@ -123,24 +126,35 @@ def test_slots_of_nodes_that_left_are_used_again_only_when_they_are_clean(
     index = PrefixIndex()
     index.apply(changed(N0, 1, CHAIN))
     index.drop("n0")
-    assert index.hits(CHAIN, 0.0) == {}
+    assert index.hits(keys_of(CHAIN), 0.0) == {}
     for number in range(1, 4):
         node = NodeRef(node_id=f"n{number}", incarnation="1")
         assert index.apply(changed(node, 1))
-        assert index.hits(CHAIN, 0.0) == {}
+        assert index.hits(keys_of(CHAIN), 0.0) == {}
     assert index.num_hashes == 0
     assert index._names == ["n3", "n1", "n2"]
     assert index.apply(changed(N0, 1, [A]))
-    assert index.hits([A], 0.0) == {"n0": 1}
+    assert index.hits(keys_of([A]), 0.0) == {"n0": 1}
 
 
 @pytest.mark.parametrize("wrong", ["", "00", "g" * 32, "0" * 31, "0" * 64])
 def test_what_is_no_hash_is_refused_and_changes_nothing(wrong: str) -> None:
     index = PrefixIndex()
     with pytest.raises(BadRequest) as caught:
-        index.hits([A, wrong], 0.0)
+        keys_of([A, wrong])
     assert caught.value.field == "block_hashes"
     with pytest.raises(BadRequest):
         index.apply(changed(N0, 1, [A, wrong]))
-    assert index.hits([A], 0.0) == {}
+    assert index.hits(keys_of([A]), 0.0) == {}
     assert index.apply(changed(N0, 1, [A]))
+
+
+def test_what_has_ended_is_emptied_bit_by_bit() -> None:
+    expected = Expected()
+    expected.add(list(range(10)), bits=1, until=1.0)
+    expected.add([1, 2], bits=2, until=2.5)
+    assert expected.masks(0.9) == [dict.fromkeys(range(10), 1), {1: 2, 2: 2}]
+    assert expected.masks(2.9) == [{1: 2, 2: 2}]
+    for num_left in (6, 2, 0, 0):
+        expected.add([7, 8], bits=1, until=9.0)
+        assert sum(map(len, expected._ended)) == num_left

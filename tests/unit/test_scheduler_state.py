@@ -6,7 +6,8 @@ import pytest
 from imagined_nodes import NUM_BLOCKS, PERIOD_S, descriptor, report
 
 from flowkv_common.wire.messages import NodeRef
-from flowkv_scheduler.state import ClusterState, NodeView, Work
+from flowkv_scheduler.state import ClusterState
+from flowkv_scheduler.view import NodeView, Work
 
 D0 = NodeRef(node_id="d0", incarnation="i1")
 

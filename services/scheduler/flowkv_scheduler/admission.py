@@ -14,7 +14,8 @@ from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_scheduler import policy
 from flowkv_scheduler.policy import Choice, Chooser
-from flowkv_scheduler.state import ClusterState, NodeView
+from flowkv_scheduler.state import ClusterState
+from flowkv_scheduler.view import NodeView
 from flowkv_scheduler.weighing import ASSUMED_TOKENS_LEFT, Goals, Weighing
 
 # A less urgent request is refused at this part of the longest wait: the rest is for others.

@@ -7,14 +7,14 @@ begin, one list per class of equal speed: the best of a class is at its front, w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-from sortedcontainers import SortedDict
+from sortedcontainers import SortedList
 
 if TYPE_CHECKING:
-    from flowkv_scheduler.state import NodeView
+    from flowkv_scheduler.view import NodeView
 
 # Nodes whose speeds differ by less than this factor are compared by their load alone.
 _SPEED_STEP = math.log(1.25)
@@ -30,26 +30,30 @@ class _Place(NamedTuple):
     key: tuple[float, str]
 
 
-class _Side:
+class Side:
     """Nodes of one side, by group and speed class, each sorted by `(seconds, node id)`."""
 
     def __init__(self) -> None:
-        self._sorted: dict[Group, dict[int, SortedDict]] = {}
+        self._sorted: dict[Group, dict[int, SortedList]] = {}
         self._places: dict[str, _Place] = {}
+        self._views: dict[str, NodeView] = {}
 
     def put(self, view: NodeView, group: Group, speed_s: float, seconds: float) -> None:
         place = _Place(group, round(math.log(speed_s) / _SPEED_STEP), (seconds, view.node_id))
         if self._places.get(view.node_id) != place:
             self.remove(view.node_id)
             self._places[view.node_id] = place
-        self._sorted.setdefault(group, {}).setdefault(place.speed_class, SortedDict())[place.key] = view
+            classes = self._sorted.setdefault(group, {})
+            classes.setdefault(place.speed_class, SortedList()).add(place.key)
+        self._views[view.node_id] = view
 
     def remove(self, node_id: str) -> None:
         place = self._places.pop(node_id, None)
         if place is None:
             return
+        del self._views[node_id]
         classes = self._sorted[place.group]
-        del classes[place.speed_class][place.key]
+        classes[place.speed_class].remove(place.key)
         if not classes[place.speed_class]:
             del classes[place.speed_class]
         if not classes:
@@ -58,29 +62,67 @@ class _Side:
     def has(self, group: Group) -> bool:
         return group in self._sorted
 
-    def best(self, group: Group, num: int, accepts: Callable[[NodeView], bool]) -> Iterator[NodeView]:
-        """The first `num` of each speed class that are accepted."""
+    def find(self, group: Group, num: int, accepts: Callable[[NodeView], bool]) -> list[NodeView]:
+        """Of those that are accepted the soonest, `num` of each class of speed."""
+        views = self._views
+        found: list[NodeView] = []
         for by_load in self._sorted.get(group, {}).values():
-            yield from islice(filter(accepts, by_load.values()), num)
+            nodes = (views[node_id] for _, node_id in by_load)
+            found += islice(filter(accepts, nodes), num)
+        return found
+
+    def member(self, group: Group, node_id: str) -> NodeView | None:
+        place = self._places.get(node_id)
+        return self._views[node_id] if place and place.group == group else None
 
 
-class Index:
-    """Both sides of all groups. A mixed node stands on both."""
+class Members:
+    """All nodes of each group, whatever their side: for when a side is empty."""
 
     def __init__(self) -> None:
-        self._prefill = _Side()
-        self._decode = _Side()
-        self._group_of: dict[str, Group] = {}
-        self._members: dict[Group, dict[str, NodeView]] = {}
+        self._views: dict[Group, dict[str, NodeView]] = {}
 
     @property
     def groups(self) -> list[Group]:
-        return sorted(self._members, key=repr)
+        return list(self._views)
+
+    def put(self, view: NodeView, group: Group) -> None:
+        self._views.setdefault(group, {})[view.node_id] = view
+
+    def remove(self, node_id: str, group: Group) -> None:
+        del self._views[group][node_id]
+        if not self._views[group]:
+            del self._views[group]
+
+    def find(self, group: Group, num: int, accepts: Callable[[NodeView], bool]) -> list[NodeView]:
+        """`num` of those that are accepted, by id. O(n log n)."""
+        by_id = (view for _, view in sorted(self._views.get(group, {}).items()))
+        return list(islice(filter(accepts, by_id), num))
+
+    def member(self, group: Group, node_id: str) -> NodeView | None:
+        return self._views.get(group, {}).get(node_id)
+
+
+class Index:
+    """Both sides of all groups. A mixed node stands on both.
+
+    The nodes of `prefill` are sorted by when they could begin, those of `decode` by the length of a step.
+    """
+
+    def __init__(self) -> None:
+        self.prefill = Side()
+        self.decode = Side()
+        self.members = Members()
+        self._group_of: dict[str, Group] = {}
+
+    @property
+    def groups(self) -> list[Group]:
+        return sorted(self.members.groups, key=repr)
 
     @property
     def whole_groups(self) -> list[Group]:
         """Those with nodes on both sides."""
-        return [group for group in self.groups if self._prefill.has(group) and self._decode.has(group)]
+        return [group for group in self.groups if self.prefill.has(group) and self.decode.has(group)]
 
     def put(self, view: NodeView) -> None:
         """Take the node up, or to its new place."""
@@ -88,41 +130,23 @@ class Index:
         if self._group_of.get(view.node_id) != group:
             self.remove(view.node_id)
             self._group_of[view.node_id] = group
-        self._members.setdefault(group, {})[view.node_id] = view
+        self.members.put(view, group)
         if view.may_prefill:
-            self._prefill.put(view, group, view.speed.prefill_token_s, view.prefill_wait_s)
+            self.prefill.put(view, group, view.speed.prefill_token_s, view.prefill_wait_s)
         else:
-            self._prefill.remove(view.node_id)
+            self.prefill.remove(view.node_id)
         if view.may_decode:
-            self._decode.put(view, group, view.speed.base_s, view.step_s)
+            self.decode.put(view, group, view.speed.base_s, view.step_s)
         else:
-            self._decode.remove(view.node_id)
+            self.decode.remove(view.node_id)
 
     def remove(self, node_id: str) -> None:
         group = self._group_of.pop(node_id, None)
         if group is None:
             return
-        del self._members[group][node_id]
-        if not self._members[group]:
-            del self._members[group]
-        self._prefill.remove(node_id)
-        self._decode.remove(node_id)
-
-    def prefill(self, group: Group, num: int, accepts: Callable[[NodeView], bool]) -> list[NodeView]:
-        """The prefill nodes that could begin soonest, `num` of each class of speed."""
-        return list(self._prefill.best(group, num, accepts))
-
-    def decode(self, group: Group, num: int, accepts: Callable[[NodeView], bool]) -> list[NodeView]:
-        """The decode nodes with the shortest steps, `num` of each class of speed."""
-        return list(self._decode.best(group, num, accepts))
-
-    def members(self, group: Group, num: int, accepts: Callable[[NodeView], bool]) -> list[NodeView]:
-        """`num` nodes of a group, whatever their side, by id. O(n): for when a side is empty."""
-        by_id = (view for _, view in sorted(self._members.get(group, {}).items()))
-        return list(islice(filter(accepts, by_id), num))
-
-    def member(self, group: Group, node_id: str) -> NodeView | None:
-        return self._members.get(group, {}).get(node_id)
+        self.members.remove(node_id, group)
+        self.prefill.remove(node_id)
+        self.decode.remove(node_id)
 
 
 def group_of(view: NodeView) -> Group:

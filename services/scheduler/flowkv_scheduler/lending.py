@@ -15,7 +15,7 @@ from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_scheduler.orders import MoveCap, Order
 from flowkv_scheduler.scores import SIDES, Scores, Side, decode_score, other
-from flowkv_scheduler.state import NodeView
+from flowkv_scheduler.view import NodeView
 from flowkv_scheduler.weighing import Goals
 
 

@@ -14,6 +14,7 @@ from flowkv_scheduler import admission, policy
 from flowkv_scheduler.lending import Thresholds
 from flowkv_scheduler.orders import Order
 from flowkv_scheduler.policy import Choice, Chooser
+from flowkv_scheduler.prefixes import keys_of
 from flowkv_scheduler.rate import Rate
 from flowkv_scheduler.regimes import Regimes
 from flowkv_scheduler.state import CHOICES_COUNT_FOR_PERIODS, ClusterState
@@ -86,5 +87,5 @@ class Planner:
         self.state.add_prompt(choice.prefill.descriptor.node, for_prefill, now)
         self.state.add_sequence(choice.decode.descriptor.node, for_decode, arrives_in_s, now)
         until = now + choice.predicted_s + CHOICES_COUNT_FOR_PERIODS * choice.prefill.report.period_s
-        for node in {choice.prefill.node_id: choice.prefill, choice.decode.node_id: choice.decode}.values():
-            self.state.prefixes.expect(node.descriptor.node, request.block_hashes, until)
+        nodes = {node.node_id: node.descriptor.node for node in (choice.prefill, choice.decode)}
+        self.state.prefixes.expect(nodes.values(), keys_of(request.block_hashes), until)

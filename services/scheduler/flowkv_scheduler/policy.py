@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from flowkv_common.wire.messages import Candidate, ScheduleRequest
 from flowkv_scheduler.index import Group
-from flowkv_scheduler.state import NodeView, Work
+from flowkv_scheduler.view import NodeView, Work
 from flowkv_scheduler.weighing import MAX_CANDIDATES, Cost, Weighing
 
 
@@ -74,19 +74,25 @@ def _choose_in(weighing: Weighing, group: Group) -> Choice | None:
 def _best_pair(
     weighing: Weighing, prefill: list[Cost], decode: list[Cost], staying: list[tuple[Cost, Cost]]
 ) -> _Pair | None:
-    """Both sides come soonest first, so what cannot win any more is not looked at: a transfer only adds."""
+    """Both sides come soonest first. So of equal pairs the first is kept, and of the decode nodes that are
+    reached alike only the first is looked at."""
     best: _Pair | None = None
     best_s = math.inf
     totals = [(d, d.total_s) for d in decode]
     for p in prefill:
-        p_s, transfer_s = p.total_s, weighing.transfers_from(p)
+        p_s = p.total_s
+        ways = set()
         for d, d_s in totals:
-            if p_s + d_s > best_s:
+            if p_s + d_s >= best_s:
                 break
-            moved_s = transfer_s(d)
-            if p_s + moved_s + d_s <= best_s:
-                best = _better(best, _Pair(p_s + moved_s + d_s, p, d, moved_s))
-                best_s = best.predicted_s
+            way = d.num_cached_tokens, weighing.way(p.node, d.node)
+            if way in ways:
+                continue
+            ways.add(way)
+            moved_s = weighing.transfer_s(p, *way)
+            if p_s + moved_s + d_s < best_s:
+                best_s = p_s + moved_s + d_s
+                best = _Pair(best_s, p, d, moved_s)
     for p, d in staying:
         best = _better(best, _Pair(p.total_s + d.total_s, p, d, 0.0))
     return best

@@ -5,13 +5,13 @@ What it says is a hint: a node may have evicted a block since. A wrong hint cost
 
 from __future__ import annotations
 
-import heapq
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged
+from flowkv_scheduler.expected import Expected, set_bits
 
 # Changes that are kept while a node's list is on its way: minutes of them.
 MAX_WAITING = 256
@@ -19,8 +19,11 @@ MAX_WAITING = 256
 KEYS_PER_CALL = 1024
 
 
+Keys = list[int]
+
+
 class _Holder:
-    """A node in one of its lives. Its bit is set in the mask of each key in `cached` or `expected`."""
+    """A node in one of its lives. Its bit is set in the mask of each key in `cached`."""
 
     def __init__(self, ref: NodeRef, slot: int) -> None:
         self.ref = ref
@@ -28,7 +31,7 @@ class _Holder:
         self.bit = 1 << slot
         self.seq = 0
         self.cached: set[int] = set()
-        self.expected: dict[int, float] = {}  # until when, unless the node says so itself
+        self.expected_until = 0  # the second from which on nothing is expected any more
         # Not None from a gap on, until the node's whole list has come.
         self.waiting: list[BlocksChanged] | None = None
         self.listed: set[int] = set()  # on the pages that have come
@@ -38,7 +41,7 @@ class _Holder:
 class PrefixIndex:
     """The cached prefixes of all nodes, in less than 200 bytes per hash and node.
 
-    Times are seconds of any one clock. Hashes from the wire that are none raise `BadRequest`.
+    Times are seconds of any one clock. Events with hashes that are none raise `BadRequest`.
     """
 
     def __init__(self) -> None:
@@ -48,8 +51,8 @@ class PrefixIndex:
         self._names: list[str] = []  # by slot
         self._free_slots: list[int] = []
         self._left: list[_Holder] = []  # their slots are free once their bits are cleared
-        self._expiries: list[tuple[float, int, _Holder, array[int]]] = []
-        self._num_expected = 0
+        self._expected = Expected()
+        self._now = 0.0  # when last asked
 
     @property
     def num_hashes(self) -> int:
@@ -86,7 +89,7 @@ class PrefixIndex:
             holder.listed_seq = page.seq
         if holder.waiting is None:
             return False
-        keys = _keys(page.block_hashes)
+        keys = keys_of(page.block_hashes)
         holder.listed.update(keys)
         self._add(holder, keys)
         if number < page.num_pages - 1:
@@ -104,27 +107,27 @@ class PrefixIndex:
             self._present ^= holder.bit
             self._left.append(holder)
 
-    def expect(self, node: NodeRef, hashes: Sequence[str], until: float) -> None:
-        """The node will soon have these: a prompt was sent to it. Forgotten at `until` unless it says so."""
+    def expect(self, nodes: Iterable[NodeRef], keys: Keys, until: float) -> None:
+        """The nodes will soon have these: a prompt was sent to them. Forgotten within a second after `until`
+        unless they say so."""
         self._clear_those_who_left()
-        holder = self._holder(node)
-        keys = _keys(hashes)
-        self._set(keys, holder.bit)
-        expected = holder.expected
-        for key in keys:
-            if expected.get(key, 0.0) < until:
-                expected[key] = until
-        self._num_expected += 1
-        heapq.heappush(self._expiries, (until, self._num_expected, holder, keys))
+        holders = [self._holder(node) for node in nodes]
+        second = self._expected.add(keys, sum(holder.bit for holder in holders), until)
+        for holder in holders:
+            holder.expected_until = max(holder.expected_until, second)
 
-    def hits(self, hashes: Sequence[str], now: float) -> dict[str, int]:
+    def hits(self, keys: Keys, now: float) -> dict[str, int]:
         """How many blocks from the front of the chain each node has; nodes without the first are left out."""
-        self._forget_expired(now)
+        self._now = now
         found: dict[str, int] = {}
         having, masks = self._present, self._masks
+        expected = self._expected.masks(now)
         num_blocks = 0
-        for key in _keys(hashes):
-            still_having = masks.get(key, 0) & having
+        for key in keys:
+            mask = masks.get(key, 0)
+            for expected_masks in expected:
+                mask |= expected_masks.get(key, 0)
+            still_having = mask & having
             if still_having != having:
                 if num_blocks:
                     found.update(dict.fromkeys(self._nodes(having ^ still_having), num_blocks))
@@ -156,28 +159,21 @@ class PrefixIndex:
         if holder.waiting is not None or event.seq != holder.seq + 1:
             holder.waiting = [*(holder.waiting or []), event]
             return False
-        removed, stored = _keys(event.removed), _keys(event.stored)
+        removed, stored = keys_of(event.removed), keys_of(event.stored)
         holder.seq = event.seq
         self._remove(holder, removed)
         self._add(holder, stored)
         return True
 
     def _add(self, holder: _Holder, keys: Sequence[int]) -> None:
-        self._set(keys, holder.bit)
+        set_bits(self._masks, keys, holder.bit)
         holder.cached.update(keys)
 
     def _remove(self, holder: _Holder, keys: Iterable[int]) -> None:
         for key in keys:
             if key in holder.cached:
                 holder.cached.remove(key)
-                if key not in holder.expected:
-                    self._clear(key, holder.bit)
-
-    def _set(self, keys: Sequence[int], bit: int) -> None:
-        masks = self._masks
-        for key in keys:
-            mask = masks.get(key)
-            masks[key] = bit if mask is None else mask | bit  # most are of one node: they share its int
+                self._clear(key, holder.bit)
 
     def _clear(self, key: int, bit: int) -> None:
         if left := self._masks[key] & ~bit:
@@ -185,30 +181,15 @@ class PrefixIndex:
         else:
             del self._masks[key]
 
-    def _forget_expired(self, now: float) -> None:
-        while self._expiries and self._expiries[0][0] <= now:
-            _, _, holder, keys = heapq.heappop(self._expiries)
-            for key in keys:
-                if holder.expected.get(key, now + 1) <= now:
-                    del holder.expected[key]
-                    if key not in holder.cached:
-                        self._clear(key, holder.bit)
-
     def _clear_those_who_left(self) -> None:
         """Some of the bits of nodes that have left; it would take too long at once."""
         num_left = KEYS_PER_CALL
-        while self._left and num_left:
-            holder = self._left[-1]
+        for holder in list(self._left):
             while num_left and holder.cached:
-                key = holder.cached.pop()
+                self._clear(holder.cached.pop(), holder.bit)
                 num_left -= 1
-                if key not in holder.expected:
-                    self._clear(key, holder.bit)
-            while num_left and holder.expected:
-                self._clear(holder.expected.popitem()[0], holder.bit)
-                num_left -= 1
-            if not holder.cached and not holder.expected:
-                self._left.pop()
+            if not holder.cached and holder.expected_until <= self._now:
+                self._left.remove(holder)
                 self._free_slots.append(holder.slot)
 
     def _nodes(self, mask: int) -> Iterator[str]:
@@ -218,12 +199,15 @@ class PrefixIndex:
             mask ^= lowest
 
 
-def _keys(hashes: Sequence[str]) -> array[int]:
-    """The first half of each hash as a number: a quarter of the memory, and made at the speed of C."""
+def keys_of(hashes: Sequence[str]) -> Keys:
+    """The first half of each hash as a number: a quarter of the memory, and made at the speed of C.
+
+    Raises `BadRequest` for what is no hash.
+    """
     try:
         digests = bytes.fromhex("".join(hashes))
     except ValueError:
         digests = b""
     if len(digests) != 16 * len(hashes):
         raise BadRequest("a block hash has 32 hex digits", field="block_hashes")
-    return array("Q", digests)[::2]
+    return array("Q", digests)[::2].tolist()

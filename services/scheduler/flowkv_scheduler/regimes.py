@@ -17,7 +17,7 @@ from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_scheduler.lending import Lending, Thresholds
 from flowkv_scheduler.orders import Order, RegimeChange, ScaleWanted
 from flowkv_scheduler.scores import SIDES, Scores, Side, scores_of
-from flowkv_scheduler.state import NodeView
+from flowkv_scheduler.view import NodeView
 from flowkv_scheduler.weighing import Goals
 
 NORMAL, IMBALANCE, OVERLOAD = "normal", "imbalance", "overload"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from flowkv_scheduler.state import NodeView
+from flowkv_scheduler.view import NodeView
 from flowkv_scheduler.weighing import Goals
 
 Side = Literal["prefill", "decode"]

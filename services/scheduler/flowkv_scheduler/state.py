@@ -13,94 +13,14 @@ from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_scheduler.index import Index
 from flowkv_scheduler.prefixes import PrefixIndex
-from flowkv_scheduler.speed import Speed, speed_of
+from flowkv_scheduler.view import SILENT_AFTER_PERIODS, NodeView, Work, view_of
 
-# A node is silent after this many of its own report periods: no new work.
-SILENT_AFTER_PERIODS = 3.0
 # Load reports lag: what we gave a node counts on top of its report for so long, unless it shows it sooner.
 CHOICES_COUNT_FOR_PERIODS = 2.0
 _FORGET_REPORT_AFTER_S = 60.0
 # Weight of the newest prompt in the mean length.
 _SMOOTHING = 0.05
 _FIRST_MEAN_TOKENS = 512.0
-
-
-class Work(NamedTuple):
-    """What a request adds to a node."""
-
-    prefill_tokens: int = 0
-    num_sequences: int = 0
-    num_blocks: int = 0
-    context_tokens: int = 0
-
-    def plus(self, other: Work, sign: int = 1) -> Work:
-        return Work(*(mine + sign * theirs for mine, theirs in zip(self, other, strict=True)))
-
-
-class NodeView(NamedTuple):
-    """A node as the policy sees it: what it is, its last report, what we gave it since, and what it costs."""
-
-    descriptor: NodeDescriptor
-    report: LoadReport
-    heard_at: float
-    given: Work
-    speed: Speed
-    chunk_beside_s: float  # what a prompt's steps compute besides
-    prefill_wait_s: float  # until a prompt that comes now is begun
-    step_s: float  # of a decode step, were one more sequence of mean length there
-    leaves: str | None = None  # the side that it gets nothing new on: it is being moved to the other
-
-    @property
-    def node_id(self) -> str:
-        return self.descriptor.node.node_id
-
-    @property
-    def cap(self) -> int:
-        return self.report.max_prefill_tokens_per_step
-
-    @property
-    def chunk(self) -> int:
-        """Tokens of a prompt in one step."""
-        return max(self.cap, self.descriptor.layout.block_size)
-
-    @property
-    def may_prefill(self) -> bool:
-        """A decode node's cap is one block: that is for its own preempted sequences."""
-        return self.cap > self.descriptor.layout.block_size and self.leaves != "prefill"
-
-    @property
-    def may_decode(self) -> bool:
-        """A prefill node's cap is its whole token budget."""
-        return self.cap < self.descriptor.token_budget and self.leaves != "decode"
-
-    @property
-    def num_sequences(self) -> int:
-        return self.report.num_running + self.report.num_waiting + self.given.num_sequences
-
-    @property
-    def num_context_tokens(self) -> int:
-        return self.report.num_context_tokens + self.given.context_tokens
-
-    @property
-    def num_queued_tokens(self) -> int:
-        return self.report.queued_prefill_tokens + self.given.prefill_tokens
-
-    @property
-    def num_available_blocks(self) -> int:
-        """Free blocks and cached ones, which are evicted on demand, less what we have given away since."""
-        blocks = self.report.blocks
-        return blocks.free + blocks.cached - self.given.num_blocks
-
-    def is_usable(self, now: float) -> bool:
-        """May it get new work?"""
-        silent = now - self.heard_at > SILENT_AFTER_PERIODS * self.report.period_s
-        return self.report.ready and not self.report.draining and not silent
-
-    def num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.descriptor.layout.block_size)
-
-    def can_ever_hold(self, num_tokens: int) -> bool:
-        return self.num_blocks_for(num_tokens) <= self.descriptor.num_blocks
 
 
 class _Given(NamedTuple):
@@ -235,34 +155,16 @@ class ClusterState:
             self._views.pop(node_id, None)
             self.index.remove(node_id)
             return
-        view = self._make_view(descriptor, known)
+        view = view_of(
+            descriptor,
+            known.report,
+            known.heard_at,
+            known.given,
+            mean_prompt_tokens=self.mean_prompt_tokens,
+            leaves=self._leaving.get(node_id),
+        )
         self._views[node_id] = view
         self.index.put(view)
-
-    def _make_view(self, descriptor: NodeDescriptor, known: _Node) -> NodeView:
-        report, given = known.report, known.given
-        speed = speed_of(report)
-        view = NodeView(
-            descriptor,
-            report,
-            known.heard_at,
-            given,
-            speed,
-            0.0,
-            0.0,
-            0.0,
-            self._leaving.get(descriptor.node.node_id),
-        )
-        mean, num_queued = self.mean_prompt_tokens, view.num_queued_tokens
-        beside_s = speed.chunk_beside_s(
-            report.num_running, report.num_context_tokens, is_decode=not view.may_prefill
-        )
-        wait_s = speed.prefill_s(num_queued, 0, view.chunk, beside_s)
-        # The queue is of prompts of mean length, not one prompt.
-        wait_s += num_queued * (mean - num_queued) / 2 * speed.attended_token_s
-        step_s = speed.decode_step_s(view.num_sequences + 1, view.num_context_tokens + int(mean))
-        step_s += min(num_queued, view.chunk) * speed.prefill_token_s
-        return view._replace(chunk_beside_s=beside_s, prefill_wait_s=max(0.0, wait_s), step_s=step_s)
 
     def _forget_silent(self, now: float) -> None:
         """Lives that ended long ago; asked when a new one begins, so memory stays bounded."""

@@ -6,17 +6,21 @@ Pure: plain data in, costs out; no clock, no I/O.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import NamedTuple
 
 import msgspec
 
 from flowkv_common.wire.messages import ScheduleRequest
-from flowkv_scheduler.index import Group
-from flowkv_scheduler.state import ClusterState, NodeView
+from flowkv_scheduler.index import Group, Members, Side
+from flowkv_scheduler.prefixes import keys_of
+from flowkv_scheduler.state import ClusterState
+from flowkv_scheduler.view import NodeView
 
 # Bytes per second of the way between two nodes, by connector: orders of magnitude, all that a choice needs.
 LINK_BYTES_PER_S = {"shm": 5e9, "cuda_ipc": 200e9, "nccl": 20e9, "tcp": 1e9}
 UNKNOWN_LINK_BYTES_PER_S = 1e9
+HERE = "here"
 # Reserve, commit and the first token's detour: what a handoff costs however short the prompt is.
 HANDOFF_S = 0.005
 # How long sequences run on is not known to anyone; a chat answer's usual length.
@@ -28,13 +32,6 @@ MAX_CANDIDATES = 8
 
 
 Accepts = Callable[[NodeView], bool]
-
-
-class Side(NamedTuple):
-    """Where a side's nodes are found, and which are its."""
-
-    find: Callable[[Group, int, Accepts], list[NodeView]]
-    has: Accepts
 
 
 class Goals(msgspec.Struct, frozen=True):
@@ -52,10 +49,10 @@ class Cost(NamedTuple):
     wait_s: float
     work_s: float
     num_cached_tokens: int
+    total_s: float
 
-    @property
-    def total_s(self) -> float:
-        return self.wait_s + self.work_s
+
+_rank = attrgetter("total_s", "node.node_id")
 
 
 class Weighing:
@@ -66,11 +63,8 @@ class Weighing:
         self.state = state
         self.goals = goals
         self.now = now
-        self.hits = state.prefixes.hits(request.block_hashes, now)
+        self.hits = state.prefixes.hits(keys_of(request.block_hashes), now)
         self._avoid = frozenset(request.avoid)
-        self._prefill = Side(state.index.prefill, lambda node: node.may_prefill)
-        self._decode = Side(state.index.decode, lambda node: node.may_decode)
-        self._all = Side(state.index.members, lambda _: True)
 
     # --- who may -----------------------------------------------------------------------------------
 
@@ -120,7 +114,7 @@ class Weighing:
         num_cached = self.num_cached_tokens(node)
         num_new = self.request.num_prompt_tokens - num_cached
         work_s = node.speed.prefill_s(num_new, num_cached, node.chunk, node.chunk_beside_s)
-        return Cost(node, node.prefill_wait_s, work_s, num_cached)
+        return Cost(node, node.prefill_wait_s, work_s, num_cached, node.prefill_wait_s + work_s)
 
     def decode_cost(self, node: NodeView) -> Cost:
         """Wait for a place among the sequences, then one step."""
@@ -129,32 +123,30 @@ class Weighing:
         # A full batch gives a place back every `ASSUMED_TOKENS_LEFT / num_places` steps.
         num_ahead = max(0, node.num_sequences + 1 - num_places)
         wait_s = num_ahead * step_s * ASSUMED_TOKENS_LEFT / num_places
-        return Cost(node, wait_s, step_s, self.num_cached_tokens(node))
+        return Cost(node, wait_s, step_s, self.num_cached_tokens(node), wait_s + step_s)
 
-    def transfers_from(self, prefill: Cost) -> Callable[[Cost], float]:
-        """What the second token waits for, by decode node: handoff and last chunk at least."""
-        p = prefill.node
-        p_id, links, chunk, prefill_s = p.node_id, p.report.links, p.chunk, prefill.work_s
-        token_bytes = p.descriptor.layout.block_bytes / p.descriptor.layout.block_size
-        num_prompt_tokens = self.request.num_prompt_tokens
+    def way(self, prefill: NodeView, decode: NodeView) -> str:
+        """By which connector, `HERE` if there is nothing to move, "" if that is not known."""
+        if prefill.node_id == decode.node_id:
+            return HERE
+        return prefill.report.links.get(decode.node_id, "")
 
-        def transfer_s(decode: Cost) -> float:
-            node_id = decode.node.node_id
-            if node_id == p_id:
-                return 0.0
-            rate = LINK_BYTES_PER_S.get(links.get(node_id, ""), UNKNOWN_LINK_BYTES_PER_S)
-            num_sent = num_prompt_tokens - decode.num_cached_tokens
-            # Earlier chunks travel while later ones compute, as far as the link keeps up with prefill.
-            last_chunk_s = min(num_sent, chunk) * token_bytes / rate
-            return HANDOFF_S + max(last_chunk_s, num_sent * token_bytes / rate - prefill_s)
-
-        return transfer_s
+    def transfer_s(self, prefill: Cost, num_cached_there: int, way: str) -> float:
+        """What the second token waits for: handoff and last chunk at least."""
+        if way == HERE:
+            return 0.0
+        layout, rate = prefill.node.descriptor.layout, LINK_BYTES_PER_S.get(way, UNKNOWN_LINK_BYTES_PER_S)
+        token_s = layout.block_bytes / layout.block_size / rate
+        num_sent = self.request.num_prompt_tokens - num_cached_there
+        # Earlier chunks travel while later ones compute, as far as the link keeps up with prefill.
+        last_chunk_s = min(num_sent, prefill.node.chunk) * token_s
+        return HANDOFF_S + max(last_chunk_s, num_sent * token_s - prefill.work_s)
 
     # --- weighing ----------------------------------------------------------------------------------
 
     def prefill_side(self, group: Group) -> list[Cost]:
         """The best of those that take prompts, soonest first."""
-        nodes = self._nodes(group, self._prefill, self.takes_prompt, lambda _: True)
+        nodes = self._nodes(group, self.state.index.prefill, self.takes_prompt, self.takes_prompt)
         return sorted(map(self.prefill_cost, nodes), key=_rank)[:MAX_CANDIDATES]
 
     def decode_side(self, group: Group) -> list[Cost]:
@@ -162,47 +154,51 @@ class Weighing:
 
         Twice as many as of the other side: what is cached here spares a transfer, which this order knows not.
         """
-        nodes = self._nodes(group, self._decode, self.takes_sequence, self.has_place)
+        nodes = self._nodes(
+            group,
+            self.state.index.decode,
+            self.takes_sequence,
+            lambda node: self.has_place(node) and self.takes_sequence(node),
+        )
         return sorted(map(self.decode_cost, nodes), key=_rank)[: 2 * MAX_CANDIDATES]
 
     def stands(self, group: Group) -> bool:
         """Is there anyone at all, on both sides, be they full?"""
+        index = self.state.index
         return bool(
-            self._nodes(group, self._prefill, self.takes_prompt, lambda _: True)
-            and self._nodes(group, self._decode, self.takes_sequence, lambda _: True)
+            self._nodes(group, index.prefill, self.takes_prompt, self.takes_prompt)
+            and self._nodes(group, index.decode, self.takes_sequence, self.takes_sequence)
         )
 
-    def _nodes(self, group: Group, side: Side, takes: Accepts, fits: Accepts) -> list[NodeView]:
+    def _nodes(self, group: Group, side: Side, stands: Accepts, fits: Accepts) -> list[NodeView]:
         """Those of a side that fit, the soonest and those that have cached most of the prompt.
 
         A side on which nobody stands is taken by all: slow is better than not at all. Who failed the request
         before is left out while there are others.
         """
-        for avoid in (self._avoid, frozenset[str]()):
-            for find, has in (side, self._all):
-
-                def stands(node: NodeView, avoid: frozenset[str] = avoid, has: Accepts = has) -> bool:
-                    return has(node) and node.node_id not in avoid and takes(node)
-
-                if find(group, 1, stands):
-                    found = find(group, NUM_WEIGHED, lambda node: stands(node) and fits(node))
-                    return found + self._by_prefix(found, group, lambda node: stands(node) and fits(node))
+        for avoid in {self._avoid: None, frozenset[str](): None}:
+            for nodes in (side, self.state.index.members):
+                if found := nodes.find(group, NUM_WEIGHED, _but(avoid, fits)):
+                    return found + self._by_prefix(found, group, nodes, _but(avoid, fits))
+                if nodes.find(group, 1, _but(avoid, stands)):
+                    return []  # they are full
         return []
 
-    def _by_prefix(self, known: list[NodeView], group: Group, accepts: Accepts) -> list[NodeView]:
+    def _by_prefix(
+        self, known: list[NodeView], group: Group, nodes: Side | Members, accepts: Accepts
+    ) -> list[NodeView]:
         """Further nodes, those that have cached most of the prompt."""
-        if not known:
-            return []
         seen = {node.node_id for node in known}
         found: list[NodeView] = []
         for node_id in sorted(self.hits, key=lambda node_id: (-self.hits[node_id], node_id)):
-            node = self.state.index.member(group, node_id)
-            if node is None or node_id in seen or len(found) == NUM_BY_PREFIX:
-                continue
-            if accepts(node):
+            if len(found) == NUM_BY_PREFIX:
+                break
+            node = None if node_id in seen else nodes.member(group, node_id)
+            if node is not None and accepts(node):
                 found.append(node)
         return found
 
 
-def _rank(cost: Cost) -> tuple[float, str]:
-    return cost.total_s, cost.node.node_id
+def _but(avoid: frozenset[str], accepts: Accepts) -> Accepts:
+    """Those that are accepted, without these."""
+    return (lambda node: node.node_id not in avoid and accepts(node)) if avoid else accepts

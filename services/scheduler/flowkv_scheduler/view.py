@@ -1,0 +1,120 @@
+"""A node as the policy sees it.
+
+What follows from its report is computed when that changes, not for each of the requests that look at it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
+from flowkv_scheduler.speed import Speed, speed_of
+
+# A node is silent after this many of its own report periods: no new work.
+SILENT_AFTER_PERIODS = 3.0
+
+
+class Work(NamedTuple):
+    """What a request adds to a node."""
+
+    prefill_tokens: int = 0
+    num_sequences: int = 0
+    num_blocks: int = 0
+    context_tokens: int = 0
+
+    def plus(self, other: Work, sign: int = 1) -> Work:
+        return Work(
+            self.prefill_tokens + sign * other.prefill_tokens,
+            self.num_sequences + sign * other.num_sequences,
+            self.num_blocks + sign * other.num_blocks,
+            self.context_tokens + sign * other.context_tokens,
+        )
+
+
+class NodeView(NamedTuple):
+    """What a node is, its last report, what we gave it since, and what follows from these. Made by `view_of`.
+
+    Tokens, sequences and blocks include what we gave it and its report does not show yet.
+    """
+
+    node_id: str
+    descriptor: NodeDescriptor
+    report: LoadReport
+    heard_at: float
+    given: Work
+    leaves: str | None  # the side that it gets nothing new on: it is being moved to the other
+    speed: Speed
+    cap: int
+    chunk: int  # tokens of a prompt in one step
+    may_prefill: bool
+    may_decode: bool
+    num_tokens_held: int  # at most, by the whole pool
+    num_sequences: int
+    num_context_tokens: int
+    num_queued_tokens: int
+    num_available_blocks: int  # free ones and cached ones, which are evicted on demand
+    chunk_beside_s: float  # what a prompt's steps compute besides
+    prefill_wait_s: float  # until a prompt that comes now is begun
+    step_s: float  # of a decode step, were one more sequence of mean length there
+
+    def is_usable(self, now: float) -> bool:
+        """May it get new work?"""
+        report = self.report
+        if not report.ready or report.draining:
+            return False
+        return now - self.heard_at <= SILENT_AFTER_PERIODS * report.period_s
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.descriptor.layout.block_size)
+
+    def can_ever_hold(self, num_tokens: int) -> bool:
+        return num_tokens <= self.num_tokens_held
+
+
+def view_of(
+    descriptor: NodeDescriptor,
+    report: LoadReport,
+    heard_at: float,
+    given: Work,
+    *,
+    mean_prompt_tokens: float,
+    leaves: str | None,
+) -> NodeView:
+    """`mean_prompt_tokens` is how long prompts are: a queue of so many tokens is one of such prompts."""
+    block_size = descriptor.layout.block_size
+    speed = speed_of(report)
+    cap, blocks = report.max_prefill_tokens_per_step, report.blocks
+    chunk = max(cap, block_size)
+    # A decode node's cap is one block: that is for its own preempted sequences.
+    may_prefill = cap > block_size and leaves != "prefill"
+    num_sequences = report.num_running + report.num_waiting + given.num_sequences
+    num_context_tokens = report.num_context_tokens + given.context_tokens
+    num_queued = report.queued_prefill_tokens + given.prefill_tokens
+    beside_s = speed.chunk_beside_s(report.num_running, report.num_context_tokens, is_decode=not may_prefill)
+    wait_s = speed.prefill_s(num_queued, 0, chunk, beside_s)
+    # The queue is of prompts of mean length, not one prompt.
+    wait_s += num_queued * (mean_prompt_tokens - num_queued) / 2 * speed.attended_token_s
+    step_s = speed.decode_step_s(num_sequences + 1, num_context_tokens + int(mean_prompt_tokens))
+    step_s += min(num_queued, chunk) * speed.prefill_token_s
+    return NodeView(
+        node_id=descriptor.node.node_id,
+        descriptor=descriptor,
+        report=report,
+        heard_at=heard_at,
+        given=given,
+        leaves=leaves,
+        speed=speed,
+        cap=cap,
+        chunk=chunk,
+        may_prefill=may_prefill,
+        # A prefill node's cap is its whole token budget.
+        may_decode=cap < descriptor.token_budget and leaves != "decode",
+        num_tokens_held=descriptor.num_blocks * block_size,
+        num_sequences=num_sequences,
+        num_context_tokens=num_context_tokens,
+        num_queued_tokens=num_queued,
+        num_available_blocks=blocks.free + blocks.cached - given.num_blocks,
+        chunk_beside_s=beside_s,
+        prefill_wait_s=max(0.0, wait_s),
+        step_s=step_s,
+    )
