@@ -55,7 +55,8 @@ up: $(VENV)/ready ## start NATS and all services as processes; Ctrl-C drains and
 
 test: $(VENV)/ready-dev ## the tests: real NATS, real model, real processes
 	@$(PY) -m flowkv_common.engine.weights
-	$(PY) -m pytest -m "not full and not gpu and not compose"
+	$(PY) -m pytest -m "not full and not gpu and not compose" --ignore tests/e2e --numprocesses 2 --dist loadfile
+	$(PY) -m pytest -m "not full and not gpu and not compose" tests/e2e
 
 test-full: $(VENV)/ready-dev ## the tests and the long matrices
 	$(PY) -m pytest -m "not gpu and not compose"

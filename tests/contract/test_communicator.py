@@ -126,7 +126,8 @@ async def test_a_join_without_a_peer_ends_in_time_and_its_thread_when_the_peer_c
     with pytest.raises(NcclFailed, match=r"not joined within 0\.02 s"):
         await sender.open(unique_id, 0.02)
     assert sender.is_alive
-    await asyncio.to_thread(late.init, unique_id, RECEIVER)
+    with contextlib.suppress(NcclFailed):  # it may find the other one gone
+        await asyncio.to_thread(late.init, unique_id, RECEIVER)
     assert await sender.ended(5.0)
     late.abort()
 
@@ -138,6 +139,7 @@ async def test_an_abort_ends_the_wait_for_a_join() -> None:
     asyncio.get_running_loop().call_soon(sender.abort)
     with pytest.raises(NcclFailed, match="before both ends had joined"):
         await sender.open(unique_id, 5.0)
-    await asyncio.to_thread(late.init, unique_id, RECEIVER)
+    with contextlib.suppress(NcclFailed):  # it may find the other one gone
+        await asyncio.to_thread(late.init, unique_id, RECEIVER)
     assert await sender.ended(5.0)
     late.abort()

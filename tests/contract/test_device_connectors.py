@@ -102,7 +102,7 @@ async def test_nccl_blocks_stay_quarantined_until_the_abort_has_returned() -> No
 
 async def test_nccl_a_sender_that_keeps_its_bytes_is_given_up_in_time() -> None:
     async with network("nccl") as net:
-        receiver, sender = await net.node(io_timeout_s=0.05), await net.node()
+        receiver, sender = await net.node(io_timeout_s=0.5), await net.node()
         sending = await half_sent(receiver, sender)
         async with asyncio.timeout(5):
             await receiver.landings.ended.wait()
