@@ -19,13 +19,14 @@ POLICY  ?= flowkv
 SHIFT   ?=
 OVERLOAD ?=
 SUSTAIN ?=
+SIMULATED ?=
 ENGINE  ?=
 SERVING ?=
 DISTURBED ?=
 VLLM    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full compose-test bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-sustain bench-engine bench-serving bench-disturbed simulate simulate-cells plan replay lint fmt clean
+.PHONY: help install up test test-full compose-test bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-simulated bench-sustain bench-engine bench-serving bench-disturbed simulate simulate-cells plan replay lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -114,6 +115,10 @@ bench-shift: $(VENV)/ready-dev ## load that shifts between the sides, lending of
 bench-overload: $(VENV)/ready-dev ## three times what the cluster can do; OVERLOAD="--seconds 20"
 	@mkdir -p .run
 	$(PY) -m benchmarks.paced.overload --json .run/overload.json $(OVERLOAD)
+
+bench-simulated: $(VENV)/ready-dev ## the simulator beside paced nodes on the same requests; SIMULATED="--trace azure.csv"
+	@mkdir -p .run
+	$(PY) -m benchmarks.paced.simulated --json .run/simulated.json $(SIMULATED)
 
 bench-sustain: $(VENV)/ready-dev ## the steps per second that one process of paced nodes keeps; SUSTAIN="--nodes 4"
 	@mkdir -p .run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.host import commit, describe_host
 from benchmarks.model import default_model
+from benchmarks.result import write_result
 
 
 class Command:
@@ -53,16 +52,13 @@ class Report:
     def write(self, path: Path) -> None:
         """Again after each row: the last may be minutes away."""
         self.note_load("after")
-        document = {
-            "benchmark": self._benchmark,
-            "commit": commit(),
+        found = {
             "date": self._began.isoformat(timespec="seconds"),
-            "host": describe_host(),
             "load_average": self._load,
             "conditions": self._conditions,
             "rows": [asdict(row) for row in self.rows],
         }
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        write_result(path, self._benchmark, found)
 
     def say(self, text: str) -> None:
         print(f"[{self._benchmark}] {text}", file=sys.stderr, flush=True)

@@ -8,7 +8,6 @@ after a while, so that a steady number of them is in flight.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import resource
 import sys
@@ -19,9 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
-from benchmarks.host import commit, describe_host
+from benchmarks.result import write_result
 from flowkv_common.errors import Full
 from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout, ScheduleRequest, Wait
 from flowkv_common.wire.nodes import BlockCounts, LoadReport, NodeDescriptor, StepFit
@@ -237,8 +234,7 @@ def main(argv: list[str]) -> int:
         row = measure(num_nodes, options.in_flight, options.decisions)
         rows.append(row._asdict())
         print("  ".join(f"{name} {value:,.1f}" for name, value in row._asdict().items()), flush=True)
-    report = {"benchmark": "decisions", "commit": commit(), "host": describe_host(), "rows": rows}
-    options.json.write_bytes(msgspec.json.format(json.dumps(report).encode(), indent=1) + b"\n")
+    write_result(options.json, "decisions", {"rows": rows})
     return 0
 
 

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 
-from benchmarks.host import commit, describe_host
+from benchmarks.result import write_result
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.wire import subjects
 from flowkv_common.wire.nodes import Check, Checked
@@ -109,15 +106,7 @@ def main() -> None:
             summary = summarize(asyncio.run(measure(cluster, options.clients)))
     for phase, row in summary.items():
         print(f"{phase:<24}" + "".join(f"{name} {value:8.1f}  " for name, value in row.items()))
-    result = {
-        "benchmark": "disconnects",
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": describe_host(),
-        "load_average": os.getloadavg(),
-        "summary": summary,
-    }
-    options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.json, "disconnects", {"summary": summary})
 
 
 if __name__ == "__main__":

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.disturbed.load import Figures, Load
-from benchmarks.host import commit, describe_host
+from benchmarks.result import write_result
 
 
 @dataclass(frozen=True)
@@ -37,16 +34,11 @@ def table(runs: list[Run]) -> str:
 
 
 def write(path: Path, runs: list[Run], conditions: dict[str, object]) -> None:
-    document = {
-        "benchmark": "disturbed",
-        "commit": commit(),
-        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": describe_host(),
-        "load_average": os.getloadavg(),
+    found = {
         "conditions": conditions,
         "runs": [asdict(run) for run in runs],
     }
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    write_result(path, "disturbed", found)
 
 
 def plot(path: Path, runs: list[Run]) -> None:

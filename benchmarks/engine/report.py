@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.engine.floor import Machine, Work
 from benchmarks.engine.jobs import Job
-from benchmarks.host import commit, describe_host
+from benchmarks.result import write_result
 
 
 @dataclass(frozen=True)
@@ -69,16 +66,11 @@ def table(rows: list[Row], peaks: dict[str, int]) -> str:
 def write(
     path: Path, rows: list[Row], machine: Machine, peaks: dict[str, int], conditions: dict[str, object]
 ) -> None:
-    document = {
-        "benchmark": "engine",
-        "commit": commit(),
-        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": describe_host(),
-        "load_average": os.getloadavg(),
+    found = {
         "conditions": conditions,
         "machine": {name: round(number / 1e9, 2) for name, number in asdict(machine).items()},
         "machine_unit": "GB/s read, GFLOP/s fp32",
         "peak_memory_mb": {name: peak >> 20 for name, peak in peaks.items()},
         "rows": [asdict(row) for row in rows],
     }
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    write_result(path, "engine", found)

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
-import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,8 @@ from typing import Any
 from benchmarks.fragmentation.plot import plot
 from benchmarks.fragmentation.replay import Conditions, Replay
 from benchmarks.fragmentation.report import figures, table
+from benchmarks.host import commit
+from benchmarks.result import write_result
 from benchmarks.traces import Request, TraceError, load, repeated, synthetic
 from flowkv_common.kv.blocks import OutOfBlocks
 
@@ -43,9 +41,8 @@ def main(argv: list[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     report: dict[str, Any] = {
-        "benchmark": "fragmentation",
         "trace": options.trace.name if options.trace else "synthetic",
-        **provenance(),
+        "commit": commit(),
         "replays": [],
     }
     caches = CACHES[options.cache] if any(request.hash_ids for request in requests) else (False,)
@@ -60,7 +57,7 @@ def main(argv: list[str]) -> int:
             print(f"running sequences outgrow a pool of {options.blocks} blocks", file=sys.stderr)
             return 1
         # After each, since the last may be an hour away.
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_result(options.json, "fragmentation", report)
     print(table(report["replays"]))
     print(plot(report, options.json.with_suffix(".png")))
     return 0
@@ -70,22 +67,6 @@ def replayed(conditions: Conditions, requests: list[Request], num_requests: int)
     replay = Replay(conditions)
     replay.run(repeated(requests, num_requests), num_requests)
     return replay
-
-
-def provenance() -> dict[str, Any]:
-    """The commit and the host that the figures come from."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10, check=False
-    )
-    return {
-        "commit": git.stdout.strip() or "unknown",
-        "host": {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "load_1m": round(os.getloadavg()[0], 1),
-        },
-    }
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ With several kinds of nodes it also says which should prefill and which decode.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from itertools import product
 from pathlib import Path
 
-from benchmarks.host import commit, describe_host
 from benchmarks.plan.sizing import Demand, Kinds, Size, smallest
+from benchmarks.result import write_result
 from benchmarks.simulate.capacity import GOOD_SHARE
 from benchmarks.simulate.presets import PRESETS
 from benchmarks.simulate.report import layout
@@ -69,15 +68,12 @@ def main(argv: list[str]) -> int:
     print(answer(found, options.max_nodes))
     if options.json:
         report = {
-            "benchmark": "plan",
-            "commit": commit(),
-            "host": describe_host(),
             "options": {name: str(value) for name, value in vars(options).items()},
             "rate": demand.rate,
             "targets": targets._asdict(),
             "sizes": [as_json(size, prices) for size in found],
         }
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_result(options.json, "plan", report)
     return 0 if found else 1
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.host import commit, describe_host
+from benchmarks.result import write_result
 from benchmarks.serving.bare import Floors
 from benchmarks.serving.loop import Figures, Load
 
@@ -67,14 +64,9 @@ def _services(runs: list[Run]) -> str:
 
 
 def write(path: Path, runs: list[Run], floors: Floors | None, conditions: dict[str, object]) -> None:
-    document = {
-        "benchmark": "serving",
-        "commit": commit(),
-        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": describe_host(),
-        "load_average": os.getloadavg(),
+    found = {
         "conditions": conditions,
         "runs": [asdict(run) for run in runs],
         "bare": asdict(floors) if floors else None,
     }
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    write_result(path, "serving", found)

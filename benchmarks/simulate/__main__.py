@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import msgspec
 
-from benchmarks.host import commit, describe_host
+from benchmarks.result import write_result
 from benchmarks.simulate.plot import plot
 from benchmarks.simulate.presets import PRESETS
 from benchmarks.simulate.report import figures, table
@@ -59,15 +58,12 @@ def main(argv: list[str]) -> int:
     print(table(found))
     if options.json:
         report = {
-            "benchmark": "simulate",
-            "commit": commit(),
-            "host": describe_host(),
             "options": {name: str(value) for name, value in vars(options).items()},
             "rate": scene.rate,
             "targets": scene.targets._asdict(),
             "runs": msgspec.to_builtins(found),
         }
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_result(options.json, "simulate", report)
     if options.plot:
         print(plot(outcomes, conditions(options, scene), options.plot))
     return 0

@@ -10,7 +10,6 @@ a policy does by lending shows only over many report periods.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -23,7 +22,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from benchmarks.host import commit, describe_host
+from benchmarks.result import write_result
 from benchmarks.simulate.capacity import LEAST_RATE, capacity
 from benchmarks.simulate.cluster import ASKED_NEW_TOKENS
 from benchmarks.simulate.presets import PRESETS, slowest_that_holds
@@ -90,15 +89,12 @@ def main(argv: list[str]) -> int:
     began = time.monotonic()
     cells = list(run_all(tasks))
     cells.sort(key=lambda cell: (traces.index(cell.trace), cell.slow_half, cell.load, cell.seed))
-    report = {
-        "benchmark": "simulate.cells",
-        "commit": commit(),
-        "host": describe_host(),
+    found = {
         "options": {name: str(value) for name, value in vars(options).items()},
         "wall_s": time.monotonic() - began,
         "cells": msgspec.to_builtins(cells),
     }
-    options.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_result(options.json, "simulate.cells", found)
     print(table(cells))
     return 0
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.host import commit, describe_host
+from benchmarks.result import write_result
 from benchmarks.transfer.measure import Row
 from benchmarks.transfer.strategies import STRATEGIES
 
@@ -50,18 +49,15 @@ class Report:
             print(line(row), flush=True)
 
     def write(self, path: Path) -> None:
-        document = {
-            "benchmark": "transfer",
-            "commit": commit(),
+        found = {
             "date": self._began.isoformat(timespec="seconds"),
-            "host": describe_host(),
             "load_average": {"before": self._load_before, "after": os.getloadavg()},
             "conditions": self._conditions,
             "strategies": _titles(list(STRATEGIES)),
             "remarks": self.remarks,
             "rows": [row.as_dict() for row in self.rows],
         }
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        write_result(path, "transfer", found)
 
 
 def _titles(names: Sequence[str]) -> dict[str, str]:

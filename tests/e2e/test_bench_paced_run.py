@@ -50,6 +50,14 @@ def test_overload(tmp_path: Path, model_path: Path) -> None:
     assert all(memory["peak_mb"] > 1 for memory in row["memory"].values())
 
 
+def test_simulated(tmp_path: Path, model_path: Path) -> None:
+    arguments = ["--nodes", "1", "--loads", "0.5", "--requests", "12"]
+    [row] = run("benchmarks.paced.simulated", tmp_path / "simulated.json", model_path, *arguments)
+    for means in (row["paced"], row["simulated"]):
+        assert means["num_served"] == 12
+        assert min(means["ttft_s"], means["tpot_s"], means["tokens_per_s"]) > 0
+
+
 def test_sustain(tmp_path: Path, model_path: Path) -> None:
     arguments = ["--nodes", "1", "--sequences", "2", "--seconds", "1"]
     rows = run("benchmarks.paced.sustain", tmp_path / "sustain.json", model_path, *arguments)
