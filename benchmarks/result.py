@@ -11,7 +11,7 @@ from benchmarks.host import commit, describe_host
 
 
 def write_result(path: Path, benchmark: str, found: dict[str, object]) -> None:
-    """Before `found`: commit, time, host, load averages of 1, 5 and 15 minutes. `found` may have better ones."""
+    """Adds commit, time, host, load averages of 1, 5 and 15 minutes, where `found` does not have them."""
     document = {
         "benchmark": benchmark,
         "commit": commit(),

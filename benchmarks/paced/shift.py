@@ -1,16 +1,19 @@
 """`python -m benchmarks.paced.shift --json FILE`: the load shifts from prompts to outputs and back.
 
 Each time the busier side gets more than its nodes can do, and the cluster less than all nodes can do: with
-lending on, idle nodes help out; with lending off, requests queue.
+lending on, idle nodes help out; with lending off, requests queue. With `--real` the nodes compute the model,
+on one thread each.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import random
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +40,7 @@ from tests.paced.cluster import kept, paced_cluster, paced_settings
 
 PROMPTS = Lengths(1000, 20, spread=0.5)
 OUTPUTS = Lengths(100, 200, spread=0.5)
+READY_TIMEOUT_S = 120.0
 # Of what the busier side can do with its own nodes.
 OVERLOAD = 1.3
 
@@ -51,7 +55,7 @@ class Row:
     phases: dict[str, Summary]
     num_cap_moves: int
     caps: list[CapSeen]
-    pace: Pace
+    pace: Pace | None  # real nodes state none
 
 
 def phases_of(fit: StepFit, num_each: int, seconds: float) -> list[Phase]:
@@ -73,6 +77,7 @@ def main(argv: list[str]) -> int:
         "overload": OVERLOAD,
         "phase_s": options.seconds,
         "seed": options.seed,
+        "real": options.real,
         "targets": asdict(targets),
     }
     report = Report("paced.shift", conditions)
@@ -92,19 +97,34 @@ def _run(options: argparse.Namespace, num_each: int, lending: bool, targets: Tar
     stretch = options.stretch or max(1.0, num_each / 4)
     fit = stretched(ONE_CORE, stretch)
     arrivals = list(poisson(phases_of(fit, num_each, options.seconds), random.Random(options.seed)))
-    settings = paced_settings(
-        NUM_BLOCKS, token_budget=CHUNK_TOKENS, max_num_seqs=MAX_NUM_SEQS, lending=lending
-    )
-    counts = {"prefill": num_each, "decode": num_each}
     with tempfile.TemporaryDirectory(prefix="flowkv-shift-") as folder:
-        with paced_cluster(Path(folder), options.model, counts, fit, settings=settings) as cluster:
+        with _cluster(options, Path(folder), num_each, lending, fit) as cluster:
             outcomes, observed = asyncio.run(_load(cluster, arrivals))
-        pace = pace_of(kept(Path(folder)))
+        pace = None if options.real else pace_of(kept(Path(folder)))
     kinds = list(dict.fromkeys(arrival.kind for arrival in arrivals))
     phases = {kind: [each for each in outcomes if each.arrival.kind == kind] for kind in kinds}
     summaries = {kind: summarize(each, targets, options.seconds) for kind, each in phases.items()}
     summaries["all"] = summarize(outcomes, targets, options.seconds * len(kinds))
     return Row(num_each, lending, stretch, summaries, observed.num_cap_moves, observed.caps, pace)
+
+
+@contextlib.contextmanager
+def _cluster(
+    options: argparse.Namespace, folder: Path, num_each: int, lending: bool, fit: StepFit
+) -> Iterator[Cluster]:
+    counts = {"prefill": num_each, "decode": num_each}
+    limits = {"token_budget": CHUNK_TOKENS, "max_num_seqs": MAX_NUM_SEQS, "lending": lending}
+    if options.real:
+        settings = {"FLOWKV_NUM_THREADS": "1"} | {
+            f"FLOWKV_{k.upper()}": f"{v}".lower() for k, v in limits.items()
+        }
+        with Cluster(folder, options.model, nodes=counts, settings=settings) as cluster:
+            cluster.wait_ready(READY_TIMEOUT_S)
+            yield cluster
+        return
+    settings = paced_settings(NUM_BLOCKS, **limits)
+    with paced_cluster(folder, options.model, counts, fit, settings=settings) as cluster:
+        yield cluster
 
 
 async def _load(cluster: Cluster, arrivals: list[Arrival]) -> tuple[list[Outcome], Observed]:
@@ -121,7 +141,7 @@ def table(rows: list[Row]) -> str:
     lines = [
         f"{f'{row.num_each}P{row.num_each}D':<9}{'on' if row.lending else 'off':<9}{name:<15}"
         f"{phase.num_sent:>6}{phase.num_complete:>10}{phase.goodput_per_s:>8.2f}{phase.ttft_s!s:>27}"
-        f"{phase.tpot_s!s:>27}{row.num_cap_moves:>7}{row.pace!s:>18}"
+        f"{phase.tpot_s!s:>27}{row.num_cap_moves:>7}{str(row.pace or 'real'):>18}"
         for row in rows
         for name, phase in row.phases.items()
     ]
@@ -132,6 +152,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     command = Command("paced.shift", __doc__)
     parser = command.parser
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 8], help="of each role")
+    parser.add_argument("--real", action="store_true", help="nodes that compute the model")
     parser.add_argument("--seconds", type=float, default=40.0, help="of each phase")
     parser.add_argument(
         "--stretch", type=float, default=0.0, help="slower nodes; 0: as many times as 4 go into --nodes"
