@@ -34,8 +34,12 @@ def capacity(
     targets: Targets,
     seed: int = 0,
     policy: str = "static",
+    splits: Sequence[int] = (),
 ) -> Capacity:
-    """By bisection over the rate. The rate is 0 when even a crawl misses the targets."""
+    """By bisection over the rate, from the best of `splits` (numbers of prefill nodes; without, of all).
+
+    The rate is 0 when even a crawl misses the targets.
+    """
     best = Capacity(0.0, machines.num_nodes // 2)
     too_much: float | None = None
     rate = FIRST_RATE * machines.num_nodes
@@ -43,8 +47,8 @@ def capacity(
         if too_much is not None and too_much - best.rate <= PRECISION * too_much:
             break
         timed = at_rate(requests, rate, seed)
-        splits = splits_around(machines.num_nodes, best.num_prefill)
-        found = carrying_split(machines, splits, timed, targets, seed, policy)
+        tried = splits or splits_around(machines.num_nodes, best.num_prefill)
+        found = carrying_split(machines, tried, timed, targets, seed, policy)
         if found is None:
             too_much = rate
         else:

@@ -48,7 +48,11 @@ class Task(NamedTuple):
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """One trace, load, mix and seed, and what each policy made of it."""
+    """One trace, load, mix and seed, and what each policy made of it.
+
+    `rate` is the load's; `carried` is the rate that the best static split carries, `lending_carries` the one
+    that FlowKV does from half of the nodes on each side.
+    """
 
     trace: str
     load: float
@@ -56,6 +60,8 @@ class Cell(msgspec.Struct, frozen=True):
     seed: int
     nodes: str
     rate: float
+    carried: float
+    lending_carries: float
     best_prefill: int
     runs: list[Figures]
 
@@ -116,11 +122,13 @@ def run_task(task: Task) -> list[Cell]:
     requests = cut_to(requests, kind.max_model_len)
     targets = default_targets(kind, requests)
     carried = capacity(machines, requests, targets, task.seed)
+    half = task.num_nodes // 2
+    lending = capacity(machines, requests, targets, task.seed, "flowkv", splits=[half])
     cells = []
     for load in LOADS:
         rate = load * max(carried.rate, LEAST_RATE * task.num_nodes)
         timed = at_rate(requests, rate, task.seed)
-        scene = Scene(machines, task.num_nodes // 2, timed, targets, rate, task.seed, carried.num_prefill)
+        scene = Scene(machines, half, timed, targets, rate, task.seed, carried.num_prefill)
         runs = [figures(outcome_of(policy, scene)) for policy in ALL_POLICIES]
         cells.append(
             Cell(
@@ -130,6 +138,8 @@ def run_task(task: Task) -> list[Cell]:
                 seed=task.seed,
                 nodes=kind.name,
                 rate=rate,
+                carried=carried.rate,
+                lending_carries=lending.rate,
                 best_prefill=carried.num_prefill,
                 runs=runs,
             )
@@ -138,8 +148,11 @@ def run_task(task: Task) -> list[Cell]:
 
 
 def table(cells: Sequence[Cell]) -> str:
-    """One line for each trace, mix and load: the share of good requests by policy, the mean of all seeds."""
-    lines = [["trace", "nodes", "load", "requests/s", *ALL_POLICIES]]
+    """One line for each trace, mix and load: the share of good requests by policy, the mean of all seeds.
+
+    `carries` is what FlowKV carries, over what the best static split does.
+    """
+    lines = [["trace", "nodes", "load", "requests/s", "carries", *ALL_POLICIES]]
     keys = dict.fromkeys((cell.trace, cell.slow_half, cell.load) for cell in cells)
     for trace, slow_half, load in keys:
         here = [c for c in cells if (c.trace, c.slow_half, c.load) == (trace, slow_half, load)]
@@ -150,6 +163,7 @@ def table(cells: Sequence[Cell]) -> str:
                 "half slow" if slow_half else "alike",
                 f"{load:.0%}",
                 f"{mean(cell.rate for cell in here):.2f}",
+                f"{sum(cell.lending_carries for cell in here) / sum(cell.carried for cell in here):.2f}",
                 *(f"{share:.1%}" for share in shares),
             ]
         )
