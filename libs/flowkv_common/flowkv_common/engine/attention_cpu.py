@@ -1,4 +1,4 @@
-"""Attention on the CPU: decode walks the block table in a compiled kernel, prefill gathers and uses SDPA.
+"""Attention on the CPU: decode walks the block table in a compiled kernel, prefill gathers and uses torch's.
 
 One call of the decode kernel reads KV once, where it lies; a prefill computes enough per byte for the gather
 not to matter. A bfloat16 pool is widened while it is read.
@@ -14,12 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowkv_common.engine.attention_torch import TorchAttention
+from flowkv_common.engine.attention_torch import Prefill, TorchAttention
 from flowkv_common.engine.batch import PackedBatch
 from flowkv_common.engine.kernels_cpu import make_decode, rotate_and_write, write_slots
 
 # Tokens per unit of work. Fixed, so that a sequence is summed in the same order in any batch.
 SPLIT_LEN = 256
+
+# What SDPA calls on a CPU. It also gives the logarithm of each row's sum, which SDPA keeps to itself.
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class CpuAttention(TorchAttention):
@@ -86,6 +89,25 @@ class CpuAttention(TorchAttention):
             out,
         )
         return torch.from_numpy(out).to(query.dtype)
+
+    def _prefill(self, layer: int, query: Tensor, item: Prefill, scale: float) -> Tensor:
+        """Two calls in place of one with a mask, which costs a fifth more: new tokens attend to each other as
+        a triangle, and to all that was computed before. The sums tell how to join the two softmaxes."""
+        keys, values = self._gathered(layer, item, query.dtype)
+        num_rows, num_heads, head_dim = query.shape
+        group_size = num_heads // keys.shape[1]
+        heads = query.transpose(0, 1).reshape(-1, group_size, num_rows, head_dim)
+        keys, values = (
+            each.transpose(0, 1).unsqueeze(1).expand(-1, group_size, -1, -1) for each in (keys, values)
+        )  # [kv heads, group, context, dim], of which a group shares the memory
+        before = item.context_len - num_rows
+        out: Tensor
+        out, log_sum = _flash(heads, keys[:, :, before:], values[:, :, before:], 0.0, True, scale=scale)
+        if before:
+            earlier, its_log_sum = _flash(heads, keys[:, :, :before], values[:, :, :before], scale=scale)
+            share = torch.sigmoid(its_log_sum - log_sum).unsqueeze(-1)  # of the earlier tokens, per row
+            out = torch.lerp(out, earlier, share.to(out.dtype))
+        return out.flatten(0, 1).transpose(0, 1)
 
     def _buffer(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Memory kept between calls, for they are many and short."""

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from flowkv_common.engine.batch import PackedBatch
 
 
-class _Prefill(NamedTuple):
+class Prefill(NamedTuple):
     """One item of several query tokens: its rows, its blocks, and the tokens it attends to."""
 
     rows: slice
@@ -27,7 +27,7 @@ class TorchAttention:
         self._block_size = pool.shape[3]
         self._write_blocks = self._write_offsets = torch.empty(0)
         self._decode_rows = self._decode_tables = self._decode_mask = torch.empty(0)
-        self._prefills: list[_Prefill] = []
+        self._prefills: list[Prefill] = []
 
     def bind(self, batch: PackedBatch) -> None:
         device = self._pool.device
@@ -50,7 +50,7 @@ class TorchAttention:
         for item, context_len in enumerate(batch.context_lens.tolist()):
             if edges[item + 1] - edges[item] > 1:
                 blocks = tables[item, : -(-context_len // self._block_size)]
-                self._prefills.append(_Prefill(slice(edges[item], edges[item + 1]), blocks, context_len))
+                self._prefills.append(Prefill(slice(edges[item], edges[item + 1]), blocks, context_len))
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         where = (self._write_blocks, self._write_offsets)
@@ -83,11 +83,8 @@ class TorchAttention:
         )
         return out.squeeze(2)
 
-    def _prefill(self, layer: int, query: Tensor, item: _Prefill, scale: float) -> Tensor:
-        keys, values = (
-            self._pool[:, layer, side][item.blocks].flatten(0, 1)[: item.context_len].to(query.dtype)
-            for side in (0, 1)
-        )  # [context, kv heads, dim]
+    def _prefill(self, layer: int, query: Tensor, item: Prefill, scale: float) -> Tensor:
+        keys, values = self._gathered(layer, item, query.dtype)
         num_cached = item.context_len - len(query)
         mask = None
         if num_cached:  # is_causal would line the triangle up with the first key
@@ -102,3 +99,11 @@ class TorchAttention:
             enable_gqa=True,
         )
         return out[0].transpose(0, 1)
+
+    def _gathered(self, layer: int, item: Prefill, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of a prompt's context so far, each [context, kv heads, dim]."""
+        keys, values = (
+            self._pool[:, layer, side][item.blocks].flatten(0, 1)[: item.context_len].to(dtype)
+            for side in (0, 1)
+        )
+        return keys, values
