@@ -123,7 +123,11 @@ def measure_attention() -> Iterator[str]:
     for memory, make in MEMORIES.items():
         made = make(num_blocks * layout.block_bytes)
         shape = (num_blocks, layout.num_layers, 2, layout.block_size, layout.num_kv_heads, layout.head_dim)
-        attention = CpuAttention(torch.from_numpy(made).view(torch.float32).view(shape))
+        pool = torch.from_numpy(made).view(torch.float32).view(shape)
+        pool.uniform_(
+            -1, 1
+        )  # bytes of 1 make products too small for normal numbers, which some CPUs are slow at
+        attention = CpuAttention(pool)
         for num_sequences, context_len in ATTENTION:
             attention.bind(_decode_batch(num_sequences, context_len, layout.block_size, num_blocks))
             query = torch.randn(num_sequences, 3 * layout.num_kv_heads, layout.head_dim)
