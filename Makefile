@@ -26,7 +26,7 @@ DISTURBED ?=
 VLLM    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full compose-test bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-simulated bench-sustain bench-engine bench-serving bench-disturbed simulate simulate-cells plan replay lint fmt clean
+.PHONY: help install up test test-full compose-test compose-test-short bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-simulated bench-sustain bench-engine bench-serving bench-disturbed simulate simulate-cells plan replay lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -65,6 +65,10 @@ test-full: $(VENV)/ready-dev ## the tests and the long matrices
 compose-test: $(VENV)/ready-dev ## the composed system on a Docker Engine: built, scaled, broken, taken down
 	@$(PY) -m flowkv_common.engine.weights
 	$(PY) -m pytest tests/compose -m compose
+
+compose-test-short: $(VENV)/ready-dev ## of these: the API, its errors, and what a stranger can do
+	@$(PY) -m flowkv_common.engine.weights
+	$(PY) -m pytest tests/compose/test_suites.py tests/compose/test_security.py -m compose -k "not identity"
 
 simulate: $(VENV)/ready-dev ## policies side by side in simulated clusters; TRACE=file SIMULATE="--load 1.0"
 	@mkdir -p .run
