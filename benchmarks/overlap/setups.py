@@ -41,9 +41,12 @@ _SPLIT = {"prefill": 1, "decode": 1}
 # A mixed node's chunk is half of its token budget: with twice the budget all setups cut prompts alike.
 _MIXED = {"FLOWKV_TOKEN_BUDGET": str(2 * CHUNK_TOKENS)}
 
+# No chunk keeps such a goal, so no prompt stays on the idle decode node; nor is that lent.
+_APART = {"FLOWKV_ITL_GOAL_S": "0.000001", "FLOWKV_LENDING": "false"}
+
 SETUPS = (
-    Setup("off", "P + D, overlap off", _SPLIT, {"FLOWKV_OVERLAP_TRANSFER": "false"}),
-    Setup("on", "P + D, overlap on", _SPLIT, {"FLOWKV_OVERLAP_TRANSFER": "true"}),
+    Setup("off", "P + D, overlap off", _SPLIT, {**_APART, "FLOWKV_OVERLAP_TRANSFER": "false"}),
+    Setup("on", "P + D, overlap on", _SPLIT, {**_APART, "FLOWKV_OVERLAP_TRANSFER": "true"}),
     Setup("mixed-1", "colocated, 1 core", {"mixed": 1}, _MIXED),
     Setup("mixed-2", "colocated, 2 cores", {"mixed": 2}, _MIXED),
 )
