@@ -36,7 +36,7 @@ from benchmarks.paced.pace import (
 )
 from flowkv_common.wire.nodes import StepFit
 from scripts.local_cluster import Cluster, ClusterError
-from tests.paced.cluster import kept, paced_cluster, paced_settings
+from tests.paced.cluster import kept, paced_cluster, paced_settings, variables
 
 PROMPTS = Lengths(1000, 20, spread=0.5)
 OUTPUTS = Lengths(100, 200, spread=0.5)
@@ -115,9 +115,7 @@ def _cluster(
     counts = {"prefill": num_each, "decode": num_each}
     limits = {"token_budget": CHUNK_TOKENS, "max_num_seqs": MAX_NUM_SEQS, "lending": lending}
     if options.real:
-        settings = {"FLOWKV_NUM_THREADS": "1"} | {
-            f"FLOWKV_{k.upper()}": f"{v}".lower() for k, v in limits.items()
-        }
+        settings = variables(num_threads=1, **limits)
         with Cluster(folder, options.model, nodes=counts, settings=settings) as cluster:
             cluster.wait_ready(READY_TIMEOUT_S)
             yield cluster

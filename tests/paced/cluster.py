@@ -26,8 +26,12 @@ MODEL_NAME = "paced"
 def paced_settings(num_blocks: int, **settings: object) -> dict[str, str]:
     """Variables for all services: pools of `num_blocks`, and others by the names of their settings."""
     block_bytes = paced_layout(block_size=16).block_bytes
-    values = {"kv_cache_bytes": num_blocks * block_bytes, "test_hooks": True, **settings}
-    return {f"FLOWKV_{name.upper()}": _text(value) for name, value in values.items()}
+    return variables(kv_cache_bytes=num_blocks * block_bytes, test_hooks=True, **settings)
+
+
+def variables(**settings: object) -> dict[str, str]:
+    """Settings by their names, as the environment has them."""
+    return {f"FLOWKV_{name.upper()}": _text(value) for name, value in settings.items()}
 
 
 @contextlib.contextmanager

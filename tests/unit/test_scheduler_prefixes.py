@@ -111,9 +111,8 @@ def test_what_is_expected_counts_until_then_and_stays_if_it_comes() -> None:
     assert index.hits(keys_of(CHAIN), 5.0) == {"n0": 2}
     index.apply(changed(N0, 2, [B]))
     index.apply(changed(N0, 3, removed=[A]))
-    assert index.hits(keys_of(CHAIN), 6.9) == {
-        "n0": 2
-    }  # evicted before the prompt came, to be computed again
+    # A was evicted before the prompt came, and will be computed again.
+    assert index.hits(keys_of(CHAIN), 6.9) == {"n0": 2}
     assert index.hits(keys_of(CHAIN), 7.0) == {}
     assert index.hits(keys_of([B]), 7.0) == {"n0": 1}
     assert index.num_hashes == 1

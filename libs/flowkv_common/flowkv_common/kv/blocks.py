@@ -66,9 +66,10 @@ class Blocks:
         `like` and `room` are those of `Segments.take`. Raises `OutOfBlocks`; then nothing has changed.
         """
         self._make_room(n)
-        block_ids: list[int] = []
-        for run in self._segments.take(n, like, room=room):
-            block_ids = block_ids + self._lease(run) if block_ids else self._lease(run)
+        leased = [self._lease(run) for run in self._segments.take(n, like, room=room)]
+        block_ids = leased[0] if leased else []  # nearly always all of them, and then not copied again
+        for more in leased[1:]:
+            block_ids += more
         return block_ids
 
     def grow(self, last_block: int | None) -> int:
