@@ -167,7 +167,6 @@ class Cluster:
             "FLOWKV_MODEL_NAME": model_name,
             # More compute threads than cores on one host cost every node its speed.
             "FLOWKV_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_nodes)),
-            "OMP_WAIT_POLICY": "PASSIVE",
             **(settings or {}),
         }
 

@@ -11,8 +11,8 @@ from flowkv_common.engine.backends import make_attention
 from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
 
 NUM_LAYERS, NUM_KV_HEADS, NUM_HEADS, HEAD_DIM, BLOCK_SIZE = 2, 2, 6, 16, 8
-# (tokens computed before, tokens of this step): decode, chunks, a prompt of one, a long context.
-MIXED = [(12, 1), (0, 5), (11, 7), (0, 1), (300, 1), (40, 24)]
+# (tokens computed before, tokens of this step): decode, chunks, a prompt of one, long contexts.
+MIXED = [(12, 1), (0, 5), (11, 7), (0, 1), (300, 1), (40, 24), (180, 230)]
 
 
 def filled(dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -97,6 +97,16 @@ def test_a_sequence_gets_the_same_alone_and_in_company(name: str) -> None:
     first = attention.attend(0, query[:1], 0.3)
     attention.bind(company)
     torch.testing.assert_close(attention.attend(0, query, 0.3)[:1], first, atol=1e-6, rtol=0)
+
+
+def test_a_token_gets_the_same_bits_however_its_prompt_is_cut() -> None:
+    _, attention = make_attention("cpu", filled(torch.float32))
+    query = torch.randn(430, NUM_HEADS, HEAD_DIM, generator=torch.manual_seed(5))
+    attention.bind(batch_of([(0, 430)]))
+    whole = attention.attend(0, query, 0.3)
+    for start in (1, 191, 192, 300, 428):
+        attention.bind(batch_of([(start, 430 - start)]))
+        assert torch.equal(attention.attend(0, query[start:], 0.3), whole[start:])
 
 
 def test_backends_are_chosen_by_name() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from tiny_models import ARCHITECTURES, make_tiny_model
 from flowkv_common.engine.attention_torch import TorchAttention
 from flowkv_common.engine.backends import make_attention
 from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
-from flowkv_common.engine.flat import build_flat
+from flowkv_common.engine.flat import FlatForward
 from flowkv_common.engine.flat_cpu import CpuFlatForward
+from flowkv_common.engine.flat_weights import flat_weights
 from flowkv_common.engine.forward import make_forward
 from flowkv_common.engine.model import LoadedModel, load_model
 from flowkv_common.engine.modules import Forward, ModulesForward
@@ -22,6 +24,12 @@ def load(folder: Path) -> LoadedModel:
     return load_model(
         str(folder), name=None, dtype=torch.float32, load_format="auto", on_progress=lambda line: None
     )
+
+
+def make_flat(model: LoadedModel) -> FlatForward:
+    weights = flat_weights(model.module)
+    assert weights is not None
+    return FlatForward(weights)
 
 
 def packed() -> PackedBatch:
@@ -64,9 +72,7 @@ def test_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, object]
     batch = packed()
     places = list(range(50))
     expected = logits(ModulesForward(model.module), model, batch, places)
-    flat = build_flat(model.module)
-    assert flat is not None
-    got = logits(flat, model, batch, places)
+    got = logits(make_flat(model), model, batch, places)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
     # The modules go on working on the fused weights, which are not held twice.
@@ -75,7 +81,7 @@ def test_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, object]
 
 def test_fused_weights_are_shared_with_the_modules(tmp_path: Path) -> None:
     model = load(make_tiny_model(tmp_path / "m"))
-    assert build_flat(model.module) is not None
+    make_flat(model)
     attention = model.module.get_submodule("model.layers.1.self_attn")
     storages = {getattr(attention, name).weight.untyped_storage().data_ptr() for name in ("q_proj", "v_proj")}
     assert len(storages) == 1
@@ -83,14 +89,12 @@ def test_fused_weights_are_shared_with_the_modules(tmp_path: Path) -> None:
 
 def test_no_logits_where_none_are_asked_for(tmp_path: Path) -> None:
     model = load(make_tiny_model(tmp_path / "m"))
-    flat = build_flat(model.module)
-    assert flat is not None
-    assert logits(flat, model, packed(), []).shape == (0, 512)
+    assert logits(make_flat(model), model, packed(), []).shape == (0, 512)
 
 
 @pytest.mark.parametrize(("arch", "config"), [("gpt2", {}), ("llama", {"hidden_act": "gelu"})])
 def test_other_models_have_none(tmp_path: Path, arch: str, config: dict[str, object]) -> None:
-    assert build_flat(load(make_tiny_model(tmp_path / "m", arch, **config)).module) is None
+    assert flat_weights(load(make_tiny_model(tmp_path / "m", arch, **config)).module) is None
 
 
 @pytest.mark.parametrize(
@@ -98,14 +102,11 @@ def test_other_models_have_none(tmp_path: Path, arch: str, config: dict[str, obj
     [
         *((arch, {}) for arch in ARCHITECTURES),
         ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+        ("llama", {"vocab_size": 509}),  # no whole number of vectors
     ],
 )
-@pytest.mark.parametrize("few_rows", [64, 0], ids=["kernels", "blas"])
 @torch.inference_mode()
-def test_compiled_equals_the_modules(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, config: dict[str, object], few_rows: int
-) -> None:
-    monkeypatch.setattr("flowkv_common.engine.flat_cpu.FEW_ROWS", few_rows)
+def test_compiled_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, Any]) -> None:
     model = load(make_tiny_model(tmp_path / "m", arch, seed=3, **config))
     batch = packed()
     places = list(range(50))
@@ -137,3 +138,29 @@ def test_a_decoding_sequence_has_the_same_logits_alone_and_in_company(tmp_path: 
         return forward(*rows, attention, torch.arange(len(these)))[-1].clone()
 
     assert torch.equal(last_logits(sequences[0]), last_logits(sequences[1], sequences[0]))
+
+
+@torch.inference_mode()
+def test_a_prompt_has_the_same_logits_however_it_is_cut_and_in_company(tmp_path: Path) -> None:
+    """To the bit: the layers know no difference between many rows and few."""
+    model = load(make_tiny_model(tmp_path / "m", seed=3))
+    prompt = [token * 7 % 512 for token in range(70)]
+
+    def last_logits(*sizes: int, company: int) -> torch.Tensor:
+        _, attention = make_attention("cpu", make_pool(model, num_blocks=64))
+        forward = make_forward(model.module, attention)
+        sequence = make_sequence(prompt, list(range(9)))
+        other = make_sequence([5] * 200, list(range(9, 40)))
+        for size in sizes:
+            items = [WorkItem(sequence, size), *([WorkItem(other, company)] if company else [])]
+            batch = pack(items, BLOCK_SIZE)
+            attention.bind(batch)
+            rows = (torch.from_numpy(batch.token_ids), torch.from_numpy(batch.position_ids))
+            logits = forward(*rows, attention, torch.tensor([size - 1]))
+            for item in items:
+                item.sequence.num_computed_tokens += item.num_tokens
+        return logits[0].clone()
+
+    whole = last_logits(70, company=0)
+    assert torch.equal(last_logits(33, 37, company=0), whole)
+    assert torch.equal(last_logits(2, 60, 8, company=50), whole)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -7,11 +8,14 @@ from numpy.typing import NDArray
 from torch.nn.functional import rms_norm, silu
 
 from flowkv_common.engine.kernels_cpu import rotate_and_write
-from flowkv_common.engine.kernels_linear import gate, gated_linear, linear
-from flowkv_common.engine.kernels_linear import rms_norm as few_rms_norm
+from flowkv_common.engine.kernels_linear import gated_linear, linear, pack
+from flowkv_common.engine.kernels_linear import rms_norm as compiled_rms_norm
+from flowkv_common.engine.simd import TILE_PANELS, gate_row
+from flowkv_common.engine.vector_ir import LANES
 
 K = 48
-NUM_ROWS = (1, 2, 3, 4, 6, 9)
+NUM_ROWS = (1, 2, 3, 4, 7, 8, 21, 70)
+NOTHING = np.empty(0, np.float32)
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> NDArray[np.float32]:
@@ -22,61 +26,80 @@ def torch_of(array: NDArray[np.float32]) -> torch.Tensor:
     return torch.from_numpy(array.copy())
 
 
-@pytest.mark.parametrize("num_cols", [1, 5, 96, 101])
+@numba.njit
+def gate(gates, ups):  # type: ignore[no-untyped-def]
+    gate_row(gates, ups, gates.shape[0] // LANES)
+
+
+def test_a_panel_holds_columns_side_by_side() -> None:
+    first, second = random(LANES, K), random(5, K, seed=1)
+    panels = pack(first, second)
+    assert panels.shape == (2, K, LANES)
+    assert np.array_equal(panels[0].T, first)
+    assert np.array_equal(panels[1].T[:5], second)
+    assert not panels[1].T[5:].any()
+
+
+@pytest.mark.parametrize("num_panels", [1, TILE_PANELS, 2 * TILE_PANELS + 2])
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
 @pytest.mark.parametrize("adds", [False, True])
-def test_linear_equals_torch(num_rows: int, num_cols: int, adds: bool) -> None:
+def test_linear_equals_torch(num_rows: int, num_panels: int, adds: bool) -> None:
+    num_cols = num_panels * LANES
     x, w, bias, out = random(num_rows, K), random(num_cols, K), random(num_cols), random(num_rows, num_cols)
     expected = torch.nn.functional.linear(torch_of(x), torch_of(w), torch_of(bias))
     expected = expected + torch_of(out) if adds else expected
-    linear(x, w, bias, out, adds)
+    linear(x, pack(w), bias, out, adds)
     torch.testing.assert_close(torch_of(out), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
 def test_a_row_has_the_same_bits_alone_and_in_company(num_rows: int) -> None:
-    x, w = random(num_rows, K), random(77, K)
-    nothing = np.empty(0, np.float32)
-    out = np.empty((num_rows, 77), np.float32)
-    linear(x, w, nothing, out, False)
+    num_cols = 5 * LANES
+    x, panels, weight = random(num_rows, K), pack(random(num_cols, K)), random(K)
+    normed, out = np.empty_like(x), np.empty((num_rows, num_cols), np.float32)
+    compiled_rms_norm(x, weight, np.float32(1e-5), normed)
+    linear(normed, panels, NOTHING, out, False)
     for row in range(num_rows):
-        alone = np.empty((1, 77), np.float32)
-        linear(x[row : row + 1], w, nothing, alone, False)
+        normed_alone, alone = np.empty((1, K), np.float32), np.empty((1, num_cols), np.float32)
+        compiled_rms_norm(x[row : row + 1], weight, np.float32(1e-5), normed_alone)
+        linear(normed_alone, panels, NOTHING, alone, False)
         assert np.array_equal(alone[0], out[row])
 
 
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
 def test_gated_linear_equals_torch(num_rows: int) -> None:
     """Gates from far below to far above zero: neither side may overflow."""
-    x, w, bias = random(num_rows, K, scale=5), random(2 * 112, K, seed=1), random(2 * 112, seed=2)
-    scratch, out = np.empty((num_rows, 224), np.float32), np.empty((num_rows, 112), np.float32)
-    both = torch.nn.functional.linear(torch_of(x), torch_of(w), torch_of(bias))
-    expected = silu(both[:, :112]) * both[:, 112:]
-    gated_linear(x, w, bias, scratch, out)
-    torch.testing.assert_close(torch_of(out), expected, atol=1e-3, rtol=1e-5)
-    inplace = both.numpy().copy()
-    gate(inplace)
-    torch.testing.assert_close(torch_of(inplace[:, :112]), expected, atol=1e-6, rtol=1e-5)
+    num_cols = 7 * LANES
+    x = random(num_rows, K, scale=5)
+    (gates, gate_bias), (ups, up_bias) = ((random(num_cols, K, seed=n), random(num_cols)) for n in (1, 2))
+    scratch, out = np.empty((num_rows, num_cols), np.float32), np.empty((num_rows, num_cols), np.float32)
+    gate, up = (
+        torch.nn.functional.linear(torch_of(x), torch_of(w), torch_of(bias))
+        for w, bias in ((gates, gate_bias), (ups, up_bias))
+    )
+    gated_linear(x, pack(gates), gate_bias, pack(ups), up_bias, scratch, out)
+    torch.testing.assert_close(torch_of(out), silu(gate) * up, atol=1e-3, rtol=1e-5)
 
 
 def test_silu_at_the_ends() -> None:
     gates = np.array([-1e30, -200, -88, -1e-30, 0, 1e-30, 88, 1e30] * 2, np.float32)
-    both = np.concatenate([gates, np.ones(16, np.float32)])[None]
-    gate(both)
-    torch.testing.assert_close(torch_of(both[0, :16]), silu(torch_of(gates)), atol=1e-30, rtol=1e-6)
+    got = gates.copy()
+    gate(got, np.ones_like(gates))
+    torch.testing.assert_close(torch_of(got), silu(torch_of(gates)), atol=1e-30, rtol=1e-6)
 
 
 def test_nan_comes_out_as_nan() -> None:
-    both = np.ones((1, 32), np.float32)
-    both[0, 3] = np.nan
-    gate(both)
-    assert np.isnan(both[0, :16]).nonzero()[0].tolist() == [3]
+    gates = np.ones(16, np.float32)
+    gates[3] = np.nan
+    gate(gates, np.ones(16, np.float32))
+    assert np.isnan(gates).nonzero()[0].tolist() == [3]
 
 
-def test_rms_norm_equals_torch() -> None:
-    x, weight = random(5, K), random(K)
+@pytest.mark.parametrize("num_rows", [5, 40])
+def test_rms_norm_equals_torch(num_rows: int) -> None:
+    x, weight = random(num_rows, K), random(K)
     out = np.empty_like(x)
-    few_rms_norm(x, weight, np.float32(1e-5), out)
+    compiled_rms_norm(x, weight, np.float32(1e-5), out)
     expected = rms_norm(torch_of(x), (K,), torch_of(weight), 1e-5)
     torch.testing.assert_close(torch_of(out), expected, atol=1e-6, rtol=1e-6)
 

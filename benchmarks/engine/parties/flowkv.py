@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as nodes do
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as nodes do
 
 import torch
 

@@ -1,7 +1,7 @@
-"""Attention on the CPU: decode walks the block table in a compiled kernel, prefill gathers and uses torch's.
+"""Attention on the CPU, in compiled kernels that walk the block table.
 
-One call of the decode kernel reads KV once, where it lies; a prefill computes enough per byte for the gather
-not to matter. A bfloat16 pool is widened while it is read.
+Decode reads KV once, where it lies; a prefill computes enough per byte to pack KV for its tiles first. A
+bfloat16 pool is widened while it is read.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from torch import Tensor
 from flowkv_common.engine.attention_torch import Prefill, TorchAttention
 from flowkv_common.engine.batch import PackedBatch
 from flowkv_common.engine.kernels_cpu import make_decode, rotate_and_write, write_slots
+from flowkv_common.engine.kernels_prefill import PART_LEN, prefill
+from flowkv_common.engine.vector_ir import LANES
 
 # Tokens per unit of work. Fixed, so that a sequence is summed in the same order in any batch.
 SPLIT_LEN = 256
-
-# What SDPA calls on a CPU. It also gives the logarithm of each row's sum, which SDPA keeps to itself.
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class CpuAttention(TorchAttention):
@@ -91,23 +90,21 @@ class CpuAttention(TorchAttention):
         return torch.from_numpy(out).to(query.dtype)
 
     def _prefill(self, layer: int, query: Tensor, item: Prefill, scale: float) -> Tensor:
-        """Two calls in place of one with a mask, which costs a fifth more: new tokens attend to each other as
-        a triangle, and to all that was computed before. The sums tell how to join the two softmaxes."""
-        keys, values = self._gathered(layer, item, query.dtype)
-        num_rows, num_heads, head_dim = query.shape
-        group_size = num_heads // keys.shape[1]
-        heads = query.transpose(0, 1).reshape(-1, group_size, num_rows, head_dim)
-        keys, values = (
-            each.transpose(0, 1).unsqueeze(1).expand(-1, group_size, -1, -1) for each in (keys, values)
-        )  # [kv heads, group, context, dim], of which a group shares the memory
-        before = item.context_len - num_rows
-        out: Tensor
-        out, log_sum = _flash(heads, keys[:, :, before:], values[:, :, before:], 0.0, True, scale=scale)
-        if before:
-            earlier, its_log_sum = _flash(heads, keys[:, :, :before], values[:, :, :before], scale=scale)
-            share = torch.sigmoid(its_log_sum - log_sum).unsqueeze(-1)  # of the earlier tokens, per row
-            out = torch.lerp(out, earlier, share.to(out.dtype))
-        return out.flatten(0, 1).transpose(0, 1)
+        num_kv_heads, head_dim = self._pool.shape[4:]
+        num_parts = -(-item.context_len // PART_LEN)
+        out = torch.empty(query.shape)
+        prefill(
+            self._pool_array,
+            layer,
+            item.blocks.numpy(),
+            item.context_len,
+            query.float().contiguous().numpy(),
+            np.float32(scale),
+            self._buffer("keys", (num_kv_heads, num_parts, PART_LEN // LANES, head_dim, LANES)),
+            self._buffer("values", (num_kv_heads, num_parts, head_dim // LANES, PART_LEN, LANES)),
+            out.numpy(),
+        )
+        return out.to(query.dtype)
 
     def _buffer(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Memory kept between calls, for they are many and short."""

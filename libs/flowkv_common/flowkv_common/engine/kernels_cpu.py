@@ -110,24 +110,37 @@ def _merge(parts, peaks, totals, out):
             out[head, dim] /= total
 
 
+@numba.njit(cache=True, nogil=True)
+def _after(pool, layer, table, first, start, stop):
+    """What is read after the keys of the block of token `first`: the next block's, or the first values."""
+    block_size = pool.shape[3]
+    if first + block_size < stop:
+        return pool[table[first // block_size + 1], layer, 0]
+    return pool[table[start // block_size], layer, 1]
+
+
 @numba.njit(cache=True, nogil=True, inline="always")
 def _attend(pool, layer, query, table, start, stop, head, part, peaks, totals, group_size, head_dim):
     """KV head `head` over tokens `start .. stop - 1`: all scores, their softmax, then the values."""
     block_size = pool.shape[3]
     num_vectors = (stop - start + LANES - 1) // LANES
-    scores = np.empty((group_size, num_vectors * LANES), np.float32)
-    scores[:, stop - start :] = -1e30
+    scores = np.empty((group_size, (num_vectors + 1) * LANES), np.float32)  # a tile may reach beyond
     for first in range(start, stop, block_size):
         keys = pool[table[first // block_size], layer, 0]
+        ahead = _after(pool, layer, table, first, start, stop)
         length = min(block_size, stop - first)
-        score_tile(query, keys, head, length, scores, first - start, group_size, head_dim)
+        for token in range(0, length, LANES):
+            place = first - start + token
+            score_tile(query, keys, ahead, token, head, length - token, scores, place, group_size, head_dim)
+    scores[:, stop - start :] = -1e30
     for group in range(group_size):
-        peaks[group], totals[group] = softmax_row(scores[group], num_vectors)
+        peaks[group], totals[group] = softmax_row(scores[group], num_vectors, np.float32(-1e30))
     part[:] = 0
     for first in range(start, stop, block_size):
         values = pool[table[first // block_size], layer, 1]
+        ahead = pool[table[min(first + block_size, stop - 1) // block_size], layer, 1]
         length = min(block_size, stop - first)
-        value_tile(scores, first - start, values, head, length, part, group_size, head_dim)
+        value_tile(scores, first - start, values, ahead, head, length, part, group_size, head_dim)
 
 
 @functools.cache

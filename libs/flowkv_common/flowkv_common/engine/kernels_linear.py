@@ -1,7 +1,8 @@
-"""Compiled linear layers for few rows, where BLAS reads weights far below the speed of memory.
+"""Compiled linear layers over packed weights, and the norms and gates between them.
 
-Each weight is read once, for all rows. A row's sums are in the same order in any batch. Compiled at first use
-and cached on disk (`NUMBA_CACHE_DIR`). Knows arrays only.
+Decode reads each weight once for all rows, at the speed of memory; a prompt's many rows run at the rate of a
+large matmul. Both are the same tiles, so a row's sums are in one order in any batch: it gets the same bits
+alone and in company. Compiled at first use and cached on disk (`NUMBA_CACHE_DIR`). Knows arrays only.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -9,86 +10,140 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
-from flowkv_common.engine.simd import TILE_COLS, TILE_ROWS, dot_tile, gate_row
+from flowkv_common.engine.simd import TILE_PANELS, TILE_ROWS, gate_row, panel_tile
 from flowkv_common.engine.vector_ir import LANES
 
-# Columns that one thread takes at a time: a whole number of tiles and of vectors.
-_UNIT = LANES * TILE_COLS
+_HALF, _QUARTER = TILE_ROWS // 2, TILE_ROWS // 4
+_BLOCK_ROWS = 256  # of an input, so many stay in the second cache while all panels pass by
+_SERIAL_ROWS = 32  # up to so many, waking other threads takes longer than a norm
+
+
+def pack(*weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Weights [N_i, K] of one input, side by side -> panels [ceil(sum N_i / LANES), K, LANES].
+
+    A panel holds `LANES` columns of the output: one vector of it is one step of K. The last is padded with 0.
+    """
+    num_cols, length = sum(len(weight) for weight in weights), weights[0].shape[1]
+    panels = np.zeros((-(-num_cols // LANES), length, LANES), np.float32)
+    first = 0
+    for weight in weights:
+        _pack(weight, first, panels)
+        first += len(weight)
+    return panels
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _pack(weight, first, panels):
+    for row in numba.prange(weight.shape[0]):
+        col = first + row
+        panels[col // LANES, :, col % LANES] = weight[row]
 
 
 @numba.njit(cache=True, nogil=True)
-def _tiles(x, w, col, out, adds):
-    """All rows of `TILE_COLS` columns."""
+def _tiles(x, panels, panel, length, out, adds):
+    """All rows of `TILE_PANELS` panels."""
     row, left = 0, x.shape[0]
     while left >= TILE_ROWS:
-        dot_tile(x, row, w, col, out, adds, TILE_ROWS, TILE_COLS)
+        panel_tile(x, row, panels, panel, length, out, adds, TILE_ROWS, TILE_PANELS)
         row, left = row + TILE_ROWS, left - TILE_ROWS
-    if left == 1:
-        dot_tile(x, row, w, col, out, adds, 1, TILE_COLS)
-    elif left == 2:
-        dot_tile(x, row, w, col, out, adds, 2, TILE_COLS)
-    elif left == 3:
-        dot_tile(x, row, w, col, out, adds, 3, TILE_COLS)
+    if left >= _HALF:
+        panel_tile(x, row, panels, panel, length, out, adds, _HALF, TILE_PANELS)
+        row, left = row + _HALF, left - _HALF
+    if left >= _QUARTER:
+        panel_tile(x, row, panels, panel, length, out, adds, _QUARTER, TILE_PANELS)
+        row, left = row + _QUARTER, left - _QUARTER
+    if left:
+        panel_tile(x, row, panels, panel, length, out, adds, 1, TILE_PANELS)
 
 
 @numba.njit(cache=True, nogil=True)
-def _columns(x, w, bias, start, stop, out, adds):
-    """Columns `start .. stop - 1` of `x @ w.T + bias`."""
-    col = start
-    while col + TILE_COLS <= stop:
-        _tiles(x, w, col, out, adds)
-        col += TILE_COLS
-    while col < stop:
-        for row in range(x.shape[0]):
-            dot_tile(x, row, w, col, out, adds, 1, 1)
-        col += 1
+def _last_tiles(x, panels, panel, length, out, adds):
+    """All rows of one panel."""
+    row, left = 0, x.shape[0]
+    while left >= TILE_ROWS:
+        panel_tile(x, row, panels, panel, length, out, adds, TILE_ROWS, 1)
+        row, left = row + TILE_ROWS, left - TILE_ROWS
+    while left:
+        panel_tile(x, row, panels, panel, length, out, adds, 1, 1)
+        row, left = row + 1, left - 1
+
+
+@numba.njit(cache=True, nogil=True)
+def multiply(x, panels, start, stop, length, out, adds):
+    """The columns of panels `start .. stop - 1` of `linear`, by the first `length` of K; on this thread."""
+    panel = start
+    while panel + TILE_PANELS <= stop:
+        _tiles(x, panels, panel, length, out, adds)
+        panel += TILE_PANELS
+    while panel < stop:
+        _last_tiles(x, panels, panel, length, out, adds)
+        panel += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _columns(x, panels, bias, start, stop, out, adds):
+    multiply(x, panels, start, stop, x.shape[1], out, adds)
     if bias.shape[0]:
         for row in range(x.shape[0]):
-            for col in range(start, stop):
+            for col in range(start * LANES, stop * LANES):
                 out[row, col] += bias[col]
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
-def linear(x, w, bias, out, adds):
-    """`out [M, N] = x [M, K] @ w [N, K].T + bias [N or 0]`, or `+=` if `adds`. K: a multiple of `LANES`."""
-    num_cols = w.shape[0]
-    for unit in numba.prange((num_cols + _UNIT - 1) // _UNIT):
-        _columns(x, w, bias, unit * _UNIT, min(num_cols, (unit + 1) * _UNIT), out, adds)
+@numba.njit(cache=True, nogil=True)
+def _num_units(num_rows, num_panels):
+    """Pieces of work: blocks of rows times runs of panels."""
+    runs = (num_panels + TILE_PANELS - 1) // TILE_PANELS
+    return (num_rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS * runs, runs
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def gated_linear(x, w, bias, scratch, out):
-    """`out [M, N] = silu(gate) * up`, both halves of `x [M, K] @ w [2 N, K].T`; `scratch` [M, 2 N].
+def linear(x, panels, bias, out, adds):
+    """`out [M, N] = x [M, K] @ weight.T + bias [N or 0]`, or `+=` if `adds`.
 
-    N: a multiple of `LANES`.
+    `panels` [N / LANES, K, LANES]: the weight, packed.
     """
-    num_cols = w.shape[0] // 2
-    for unit in numba.prange((num_cols + _UNIT - 1) // _UNIT):
-        start, stop = unit * _UNIT, min(num_cols, (unit + 1) * _UNIT)
-        _columns(x, w, bias, start, stop, scratch, False)
-        _columns(x, w, bias, num_cols + start, num_cols + stop, scratch, False)
-        for row in range(x.shape[0]):
-            gates = scratch[row, start:stop]
-            gate_row(gates, scratch[row, num_cols + start : num_cols + stop], (stop - start) // LANES)
-            out[row, start:stop] = gates
+    num_panels = panels.shape[0]
+    num_units, num_runs = _num_units(x.shape[0], num_panels)
+    for unit in numba.prange(num_units):
+        row, start = unit // num_runs * _BLOCK_ROWS, unit % num_runs * TILE_PANELS
+        rows = slice(row, row + _BLOCK_ROWS)
+        _columns(x[rows], panels, bias, start, min(num_panels, start + TILE_PANELS), out[rows], adds)
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def gate(gate_up):
-    """`silu(gate) * up` of the halves of `gate_up` [M, 2 N], in its first half. N: a multiple of `LANES`."""
-    num_cols = gate_up.shape[1] // 2
-    for row in numba.prange(gate_up.shape[0]):
-        gate_row(gate_up[row, :num_cols], gate_up[row, num_cols:], num_cols // LANES)
+def gated_linear(x, gates, gate_bias, ups, up_bias, scratch, out):
+    """`out [M, N] = silu(gate) * up`, each as `linear` gives it; `scratch` [M, N]."""
+    num_panels = gates.shape[0]
+    num_units, num_runs = _num_units(x.shape[0], num_panels)
+    for unit in numba.prange(num_units):
+        row, start = unit // num_runs * _BLOCK_ROWS, unit % num_runs * TILE_PANELS
+        stop = min(num_panels, start + TILE_PANELS)
+        rows = slice(row, row + _BLOCK_ROWS)
+        _columns(x[rows], gates, gate_bias, start, stop, out[rows], False)
+        _columns(x[rows], ups, up_bias, start, stop, scratch[rows], False)
+        for each in range(row, min(x.shape[0], row + _BLOCK_ROWS)):
+            first, last = start * LANES, stop * LANES
+            gate_row(out[each, first:last], scratch[each, first:last], stop - start)
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+def _normalize(row, weight, eps, out):
+    total = np.float32(0)
+    for col in range(row.shape[0]):
+        total += row[col] * row[col]
+    scale = np.float32(1) / np.sqrt(total / np.float32(row.shape[0]) + eps)
+    for col in range(row.shape[0]):
+        out[col] = row[col] * scale * weight[col]
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
 def rms_norm(x, weight, eps, out):
     """`out [M, K] = x * weight [K] / root mean square of x`."""
-    for row in range(x.shape[0]):
-        total = np.float32(0)
-        for col in range(x.shape[1]):
-            total += x[row, col] * x[row, col]
-        scale = np.float32(1) / np.sqrt(total / np.float32(x.shape[1]) + eps)
-        for col in range(x.shape[1]):
-            out[row, col] = x[row, col] * scale * weight[col]
+    if x.shape[0] <= _SERIAL_ROWS:
+        for row in range(x.shape[0]):
+            _normalize(x[row], weight, eps, out[row])
+    else:
+        for row in numba.prange(x.shape[0]):
+            _normalize(x[row], weight, eps, out[row])

@@ -1,7 +1,7 @@
 """Vector code that no compiler finds by itself: tiles of dot products whose sums stay in registers.
 
 Each is an intrinsic of numba that writes LLVM's IR. Every sum has one order, whatever runs beside it: a row
-of a tile gets the same bits in a tile of one row as in one of four.
+of a tile gets the same bits in a tile of one row as in one of eight.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -14,12 +14,15 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from flowkv_common.engine.vector_ir import F32, INTP, LANES, Emit, Value, exp, splat
+from flowkv_common.engine.vector_ir import INTP, LANES, Emit, Value, exp, splat
 
-# A tile's sums, its weights and one input fill the registers: 32 of them, or 16.
-TILE_ROWS = 4
-TILE_COLS = 6 if LANES == 16 else 3
-_MAX_SUMS = TILE_ROWS * TILE_COLS
+# A tile's sums, a vector of each of its panels and one input fill the registers: 32 of them, or 16.
+TILE_ROWS = 8 if LANES == 16 else 4
+TILE_PANELS = 3
+_MAX_SUMS = TILE_ROWS * TILE_PANELS
+
+_UNROLL = 4
+_AHEAD = 64  # vectors of a panel between the one in use and the one prefetched: 4 KiB with AVX-512
 
 
 def _literals(arguments: Sequence[Any]) -> list[int] | None:
@@ -29,79 +32,91 @@ def _literals(arguments: Sequence[Any]) -> list[int] | None:
 
 
 @intrinsic(prefer_literal=True)
-def dot_tile(typing_context, x, row, w, col, out, adds, num_rows, num_cols):
-    """`out[row + i, col + j] = x[row + i] . w[col + j]` for a tile, or `+=` where `adds`.
+def panel_tile(typing_context, x, row, panels, panel, length, out, adds, num_rows, num_panels):
+    """A tile of `out = x @ weight.T` (`+=` where `adds`) over the first `length` of K, a multiple of 4.
 
-    `x` [M, K], `w` [N, K], `out` [M, N], float32 and contiguous; K a multiple of `LANES`. `num_rows` and
-    `num_cols` are constants.
+    The tile: `num_rows` rows from `row` on, and the columns of `num_panels` panels from `panel` on; both are
+    constants. `x` [M, K], `panels` [P, K, LANES], `out` [M, P * LANES], float32, each row contiguous.
     """
-    sizes = _literals((num_rows, num_cols))
+    sizes = _literals((num_rows, num_panels))
     if sizes is None:
         return None
-    signature = types.void(x, types.intp, w, types.intp, out, types.boolean, num_rows, num_cols)
+    indices = (types.intp, panels, types.intp, types.intp)
+    signature = types.void(x, *indices, out, types.boolean, num_rows, num_panels)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         emit = Emit(context, builder, signature)
         (rows, cols), b = sizes, builder
-        x_array, w_array, out_array = (emit.array(place, arguments[place]) for place in (0, 2, 4))
+        x_array, panel_array, out_array = (emit.array(place, arguments[place]) for place in (0, 2, 5))
         x_stride, out_stride = (
             cgutils.unpack_tuple(b, array.strides, 2)[0] for array in (x_array, out_array)
         )
-        w_stride = cgutils.unpack_tuple(b, w_array.strides, 2)[0]
-        x_rows = [emit.at(x_array.data, (b.add(arguments[1], INTP(i)), x_stride)) for i in range(rows)]
-        w_rows = [emit.at(w_array.data, (b.add(arguments[3], INTP(j)), w_stride)) for j in range(cols)]
+        panel_stride = cgutils.unpack_tuple(b, panel_array.strides, 3)[0]
+        row_numbers = [b.add(arguments[1], INTP(i)) for i in range(rows)]
+        panel_numbers = [b.add(arguments[3], INTP(j)) for j in range(cols)]
+        x_rows = [emit.at(x_array.data, (number, x_stride)) for number in row_numbers]
+        sources = [emit.at(panel_array.data, (number, panel_stride)) for number in panel_numbers]
         sums = emit.registers(rows * cols)
-        with cgutils.for_range(b, b.udiv(x_stride, INTP(4 * LANES))) as loop:
-            step = (loop.index, INTP(4 * LANES))
-            weights = [emit.load(emit.at(place, step)) for place in w_rows]
-            for place in w_rows:  # the next tile's weights: the processor doesn't look so far ahead
-                emit.prefetch(emit.at(place, step, (INTP(cols), w_stride)))
-            for i, place in enumerate(x_rows):
-                numbers = emit.load(emit.at(place, step))
-                for j, weight in enumerate(weights):
-                    total = sums[i * cols + j]
-                    b.store(emit.fma(numbers, weight, b.load(total)), total)
-        for i in range(rows):
-            place = emit.at(
-                out_array.data, (b.add(arguments[1], INTP(i)), out_stride), (arguments[3], INTP(4))
-            )
-            for j in range(cols):
-                pointer = emit.scalar_pointer(emit.skip(place, 4 * j))
-                number = emit.fold(b.load(sums[i * cols + j]), b.fadd)
-                before = b.select(arguments[5], b.load(pointer), F32(0.0))
-                b.store(b.fadd(before, number), pointer)
+        with cgutils.for_range(b, b.udiv(arguments[4], INTP(_UNROLL))) as loop:
+            for offset in range(_UNROLL):
+                k = b.add(b.mul(loop.index, INTP(_UNROLL)), INTP(offset))
+                places = [emit.at(source, (k, INTP(4 * LANES))) for source in sources]
+                weights = [emit.load(place) for place in places]
+                for place in places:  # the processor looks ahead within a page only
+                    emit.prefetch(emit.skip(place, 4 * LANES * _AHEAD))
+                for i, x_row in enumerate(x_rows):
+                    pointer = emit.scalar_pointer(emit.at(x_row, (k, INTP(4))))
+                    number = emit.broadcast(b.load(pointer))
+                    for j, weight in enumerate(weights):
+                        total = sums[i * cols + j]
+                        b.store(emit.fma(number, weight, b.load(total)), total)
+        for i, row_number in enumerate(row_numbers):
+            for j, panel_number in enumerate(panel_numbers):
+                place = emit.at(out_array.data, (row_number, out_stride), (panel_number, INTP(4 * LANES)))
+                total = b.load(sums[i * cols + j])
+                with b.if_else(arguments[6]) as (add, replace):
+                    with add:
+                        emit.store(b.fadd(emit.load(place), total), place)
+                    with replace:
+                        emit.store(total, place)
         return context.get_dummy_value()
 
     return signature, generate
 
 
 @intrinsic(prefer_literal=True)
-def score_tile(typing_context, query, keys, head, length, scores, first, group_size, head_dim):
-    """`scores[g, first + t] = query[g] . keys[t, head]` for all `g` and the first `length` tokens `t`.
+def score_tile(typing_context, query, keys, ahead, token, head, length, scores, first, group_size, head_dim):
+    """`scores[g, first + t] = query[g] . keys[token + t, head]` for all `g` and `LANES` tokens `t`.
 
-    `query` [group size, head dim] and `scores` [group size, any] float32, `keys` [tokens, kv heads, head dim]
-    float32 or bfloat16 (as uint16).
+    Those from `length` on repeat the last one before. The same tokens of `ahead`, as `keys`, are prefetched.
+    `query` [group size, head dim] and `scores`
+    [group size, any] float32, `keys` [tokens, kv heads, head dim] float32 or bfloat16 (as uint16).
     """
     sizes = _literals((group_size, head_dim))
     if sizes is None:
         return None
-    signature = types.void(query, keys, types.intp, types.intp, scores, types.intp, group_size, head_dim)
+    indices = (types.intp, types.intp, types.intp)
+    signature = types.void(query, keys, ahead, *indices, scores, types.intp, group_size, head_dim)
     item_bytes, is_bfloat16 = (4, False) if keys.dtype == types.float32 else (2, True)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         emit = Emit(context, builder, signature)
         (groups, dim), b = sizes, builder
-        query_array, key_array, score_array = (emit.array(place, arguments[place]) for place in (0, 1, 4))
+        query_array, key_array, score_array = (emit.array(place, arguments[place]) for place in (0, 1, 6))
         query_stride = cgutils.unpack_tuple(b, query_array.strides, 2)[0]
         token_stride, head_stride, _ = cgutils.unpack_tuple(b, key_array.strides, 3)
         score_stride = cgutils.unpack_tuple(b, score_array.strides, 2)[0]
         queries = [emit.at(query_array.data, (INTP(g), query_stride)) for g in range(groups)]
-        rows = [
-            emit.at(score_array.data, (INTP(g), score_stride), (arguments[5], INTP(4))) for g in range(groups)
-        ]
-        base = emit.at(key_array.data, (arguments[2], head_stride))
-        with cgutils.for_range(b, arguments[3]) as loop:
-            place = emit.at(base, (loop.index, token_stride))
+        start_terms = (arguments[3], token_stride), (arguments[4], head_stride)
+        base = emit.at(key_array.data, *start_terms)
+        base_ahead = emit.at(emit.array(2, arguments[2]).data, *start_terms)
+        last = b.sub(arguments[5], INTP(1))
+
+        def products(t: int) -> list[Value]:
+            """Of token `t` with each query, not yet summed over the lanes."""
+            number = b.select(b.icmp_signed("<", INTP(t), last), INTP(t), last)
+            place = emit.at(base, (number, token_stride))
+            emit.prefetch_row(emit.at(base_ahead, (number, token_stride)), dim * item_bytes)
             totals = [splat(0.0)] * groups
             for start in range(0, dim, LANES):
                 key = emit.load(emit.skip(place, start * item_bytes), is_bfloat16)
@@ -109,30 +124,41 @@ def score_tile(typing_context, query, keys, head, length, scores, first, group_s
                     emit.fma(emit.load(emit.skip(query, 4 * start)), key, total)
                     for query, total in zip(queries, totals, strict=True)
                 ]
-            for row, total in zip(rows, totals, strict=True):
-                pointer = emit.scalar_pointer(emit.at(row, (loop.index, INTP(4))))
-                b.store(emit.fold(total, b.fadd), pointer)
+            return totals
+
+        def folded(t: int, num_tokens: int) -> list[Value]:
+            """Depth first: few vectors wait in registers."""
+            if num_tokens == 1:
+                return products(t)
+            half = num_tokens // 2
+            pairs = zip(folded(t, half), folded(t + half, half), strict=True)
+            return [emit.fold_pair(left, right) for left, right in pairs]
+
+        for g, vector in enumerate(folded(0, LANES)):
+            place = emit.at(score_array.data, (INTP(g), score_stride), (arguments[7], INTP(4)))
+            emit.store(vector, place)
         return context.get_dummy_value()
 
     return signature, generate
 
 
 @intrinsic(prefer_literal=True)
-def value_tile(typing_context, weights, first, values, head, length, out, group_size, head_dim):
+def value_tile(typing_context, weights, first, values, ahead, head, length, out, group_size, head_dim):
     """`out[g] += sum of weights[g, first + t] * values[t, head]` over the first `length` tokens `t`.
 
-    Shapes and dtypes are those of `score_tile`; `out` [group size, head dim] float32.
+    Shapes, dtypes and `ahead` are as of `score_tile`; `out` [group size, head dim] float32.
     """
     sizes = _literals((group_size, head_dim))
     if sizes is None:
         return None
-    signature = types.void(weights, types.intp, values, types.intp, types.intp, out, group_size, head_dim)
+    indices = (types.intp, types.intp)
+    signature = types.void(weights, types.intp, values, ahead, *indices, out, group_size, head_dim)
     item_bytes, is_bfloat16 = (4, False) if values.dtype == types.float32 else (2, True)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         emit = Emit(context, builder, signature)
         (groups, dim), b = sizes, builder
-        weight_array, value_array, out_array = (emit.array(place, arguments[place]) for place in (0, 2, 5))
+        weight_array, value_array, out_array = (emit.array(place, arguments[place]) for place in (0, 2, 6))
         weight_stride = cgutils.unpack_tuple(b, weight_array.strides, 2)[0]
         token_stride, head_stride, _ = cgutils.unpack_tuple(b, value_array.strides, 3)
         out_stride = cgutils.unpack_tuple(b, out_array.strides, 2)[0]
@@ -141,7 +167,8 @@ def value_tile(typing_context, weights, first, values, head, length, out, group_
             for g in range(groups)
         ]
         outs = [emit.at(out_array.data, (INTP(g), out_stride)) for g in range(groups)]
-        base = emit.at(value_array.data, (arguments[3], head_stride))
+        base = emit.at(value_array.data, (arguments[4], head_stride))
+        base_ahead = emit.at(emit.array(3, arguments[3]).data, (arguments[4], head_stride))
         width = LANES * max(1, _MAX_SUMS // groups)  # of the dims at once: so that all sums are in registers
         for start in range(0, dim, width):
             offsets = range(start, min(start + width, dim), LANES)
@@ -149,8 +176,10 @@ def value_tile(typing_context, weights, first, values, head, length, out, group_
             for g, place in enumerate(outs):
                 for i, offset in enumerate(offsets):
                     b.store(emit.load(emit.skip(place, 4 * offset)), sums[g * len(offsets) + i])
-            with cgutils.for_range(b, arguments[4]) as loop:
+            with cgutils.for_range(b, arguments[5]) as loop:
                 place = emit.at(base, (loop.index, token_stride))
+                if start == 0:
+                    emit.prefetch_row(emit.at(base_ahead, (loop.index, token_stride)), dim * item_bytes)
                 vectors = [
                     emit.load(emit.skip(place, item_bytes * offset), is_bfloat16) for offset in offsets
                 ]
@@ -169,19 +198,20 @@ def value_tile(typing_context, weights, first, values, head, length, out, group_
 
 
 @intrinsic
-def softmax_row(typing_context, row, num_vectors):
+def softmax_row(typing_context, row, num_vectors, least_peak):
     """Turns `row`, `num_vectors * LANES` scores, into `exp(score - peak)` in place -> (peak, their sum).
 
-    NaN comes out as NaN. `row` is one-dimensional, float32, contiguous.
+    The peak is the highest score, or `least_peak` if that is higher. NaN comes out as NaN. `row` is
+    one-dimensional, float32, contiguous.
     """
-    signature = types.UniTuple(types.float32, 2)(row, types.intp)
+    signature = types.UniTuple(types.float32, 2)(row, types.intp, types.float32)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         emit = Emit(context, builder, signature)
         b = builder
         data = emit.array(0, arguments[0]).data
         peaks, total = emit.registers(2)
-        b.store(splat(-1e30), peaks)
+        b.store(emit.broadcast(arguments[2]), peaks)
         with cgutils.for_range(b, arguments[1]) as loop:
             vector = emit.load(emit.at(data, (loop.index, INTP(4 * LANES))))
             b.store(emit.call("maxnum", vector, b.load(peaks)), peaks)

@@ -14,6 +14,8 @@ Value = Any  # an SSA value of llvmlite, which has no types
 
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8  # float32 numbers in a vector register
 
+_LINE_BYTES = 64  # of a cache
+
 _I16, _I32, INTP = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F32 = ir.FloatType()
 _VECTOR = ir.VectorType(F32, LANES)
@@ -85,6 +87,10 @@ class Emit:
         function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
         self.b.call(function, [place, _I32(0), _I32(3), _I32(1)])  # to read, into the first cache, data
 
+    def prefetch_row(self, place: Value, num_bytes: int) -> None:
+        for start in range(0, num_bytes, _LINE_BYTES):
+            self.prefetch(self.skip(place, start))
+
     def fold(self, vector: Value, combine: Callable[[Value, Value], Value]) -> Value:
         """All lanes into one number, halves onto halves."""
         size = LANES
@@ -97,6 +103,17 @@ class Emit:
             )
             vector = combine(low, high)
         return self.b.extract_element(vector, _I32(0))
+
+    def fold_pair(self, left: Value, right: Value) -> Value:
+        """Neighbouring lanes added: sums of `left` in the first half, of `right` in the second.
+
+        Done over and over it turns `LANES` vectors into one: lane i is the sum of vector i, all in one order.
+        """
+        even, odd = (
+            self.b.shuffle_vector(left, right, ir.Constant(_INT_VECTOR, list(range(start, 2 * LANES, 2))))
+            for start in (0, 1)
+        )
+        return self.b.fadd(even, odd)
 
     def registers(self, num: int) -> list[Value]:
         """Variables that become registers, zero at first."""

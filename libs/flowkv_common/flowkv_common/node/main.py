@@ -25,8 +25,9 @@ def main(default_role: str) -> None:
     role = arguments.pop(0) if named else default_role
     settings = load(NodeSettings, arguments)
     logs.setup(role)
-    # Idle compute threads must not spin: two nodes may share the cores of one host. Before torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Compute threads spin some 50 us for the next kernel, or each of a step's would wake them anew; not for
+    # milliseconds, the default: nodes may share cores. Before torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # Compiled kernels are kept where the model is; another version's are not ours.
     os.environ.setdefault("NUMBA_CACHE_DIR", str(default_cache_dir() / f"numba-{__version__}"))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
