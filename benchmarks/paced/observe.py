@@ -13,7 +13,7 @@ import psutil
 from flowkv_common.bus.connection import connect
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.nodes import LoadReport
+from flowkv_common.wire.nodes import LoadReport, StepFit
 from scripts.local_cluster import Cluster
 
 _PERIOD_S = 1.0
@@ -30,10 +30,11 @@ class CapSeen:
 
 @dataclass
 class Observed:
-    """`rss_bytes`: by process, once a second."""
+    """`rss_bytes`: by process, once a second. `fits`: by node, as it reported last."""
 
     caps: list[CapSeen] = field(default_factory=list)
     rss_bytes: dict[str, list[int]] = field(default_factory=dict)
+    fits: dict[str, StepFit] = field(default_factory=dict)
 
     @property
     def num_cap_moves(self) -> int:
@@ -51,6 +52,8 @@ async def observing(cluster: Cluster) -> AsyncIterator[Observed]:
         if latest.get(node_id) != cap:
             latest[node_id] = cap
             observed.caps.append(CapSeen(round(time.monotonic() - began, 2), node_id, cap))
+        if report.step is not None:
+            observed.fits[node_id] = report.step
 
     pids = {name: process.pid for name, process in cluster.processes.items()}
     async with connect(cluster.nats_url, name="bench-observe") as bus:

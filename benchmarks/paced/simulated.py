@@ -53,20 +53,20 @@ class Means:
 
 @dataclass(frozen=True)
 class Row:
-    """One size of the cluster at one load, as a share of what its best static split carries."""
+    """One size of the cluster at one load: a share of what its best static split carries, if known."""
 
     num_each: int
-    load: float
+    load: float | None
     rate_per_s: float
-    paced: Means
+    measured: Means
     simulated: Means
-    pace: Pace
+    pace: Pace | None  # real nodes state none
 
     @property
     def differences(self) -> list[float]:
-        """Of TTFT, TPOT and throughput: simulated over paced, less 1."""
+        """Of TTFT, TPOT and throughput: simulated over measured, less 1."""
         names = ("ttft_s", "tpot_s", "tokens_per_s")
-        return [getattr(self.simulated, name) / getattr(self.paced, name) - 1 for name in names]
+        return [getattr(self.simulated, name) / getattr(self.measured, name) - 1 for name in names]
 
 
 def paced_kind(fit: StepFit) -> NodeKind:
@@ -127,21 +127,27 @@ def _run(
         with paced_cluster(
             Path(folder), options.model, counts, machines.kind.fit, settings=settings
         ) as cluster:
-            outcomes = asyncio.run(drive(cluster.url, _arrivals(requests), seed=options.seed))
+            outcomes = asyncio.run(drive(cluster.url, arrivals_of(requests), seed=options.seed))
         pace = pace_of(kept(Path(folder)))
-    outcome = simulate(machines, num_each, "flowkv", requests, TARGETS, options.seed)
+    simulated = simulated_means(machines, num_each, requests, TARGETS, options.seed)
+    rate = len(requests) / requests[-1].arrival_s
+    return Row(num_each, load, round(rate, 3), means_of(outcomes), simulated, pace)
+
+
+def simulated_means(
+    machines: Machines, num_prefill: int, requests: list[Request], targets: Targets, seed: int
+) -> Means:
+    outcome = simulate(machines, num_prefill, "flowkv", requests, targets, seed)
     lives = [life for life in outcome.lives if life.is_done]
-    simulated = Means(
+    return Means(
         len(lives),
         fmean(life.ttft_s for life in lives),
         fmean(life.tpot_s for life in lives if life.request.num_output_tokens > 1),
         sum(life.request.num_output_tokens for life in lives) / max(life.last_token_s for life in lives),
     )
-    rate = len(requests) / requests[-1].arrival_s
-    return Row(num_each, load, round(rate, 3), means_of(outcomes), simulated, pace)
 
 
-def _arrivals(requests: Sequence[Request]) -> list[Arrival]:
+def arrivals_of(requests: Sequence[Request]) -> list[Arrival]:
     return [
         Arrival(request.arrival_s, request.num_prompt_tokens, request.num_output_tokens)
         for request in requests
@@ -160,21 +166,22 @@ def means_of(outcomes: Sequence[Outcome]) -> Means:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Paced and simulated side by side, and by how much the simulator is off."""
+    """Measured and simulated side by side, and by how much the simulator is off."""
     head = (
         f"{'cluster':<9}{'load':>6}{'rate/s':>8}{'served':>14}{'mean TTFT, s':>22}{'mean TPOT, ms':>22}"
         f"{'tokens/s':>20}{'simulator off by':>26}{'slip':>8}"
     )
     lines = [head]
     for row in rows:
-        paced, simulated = row.paced, row.simulated
+        measured, simulated = row.measured, row.simulated
         off = " ".join(f"{difference:+.1%}" for difference in row.differences)
         lines.append(
-            f"{f'{row.num_each}P{row.num_each}D':<9}{row.load:>6.0%}{row.rate_per_s:>8.2f}"
-            f"{f'{paced.num_served} / {simulated.num_served}':>14}"
-            f"{f'{paced.ttft_s:.3f} / {simulated.ttft_s:.3f}':>22}"
-            f"{f'{paced.tpot_s * 1e3:.1f} / {simulated.tpot_s * 1e3:.1f}':>22}"
-            f"{f'{paced.tokens_per_s:.1f} / {simulated.tokens_per_s:.1f}':>20}{off:>26}{row.pace!s:>8}"
+            f"{f'{row.num_each}P{row.num_each}D':<9}{f'{row.load:.0%}' if row.load else '':>6}"
+            f"{row.rate_per_s:>8.2f}{f'{measured.num_served} / {simulated.num_served}':>14}"
+            f"{f'{measured.ttft_s:.3f} / {simulated.ttft_s:.3f}':>22}"
+            f"{f'{measured.tpot_s * 1e3:.1f} / {simulated.tpot_s * 1e3:.1f}':>22}"
+            f"{f'{measured.tokens_per_s:.1f} / {simulated.tokens_per_s:.1f}':>20}{off:>26}"
+            f"{str(row.pace or ''):>8}"
         )
     return "\n".join(lines)
 

@@ -53,8 +53,16 @@ def test_overload(tmp_path: Path, model_path: Path) -> None:
 def test_simulated(tmp_path: Path, model_path: Path) -> None:
     arguments = ["--nodes", "1", "--loads", "0.5", "--requests", "12"]
     [row] = run("benchmarks.paced.simulated", tmp_path / "simulated.json", model_path, *arguments)
-    for means in (row["paced"], row["simulated"]):
+    for means in (row["measured"], row["simulated"]):
         assert means["num_served"] == 12
+        assert min(means["ttft_s"], means["tpot_s"], means["tokens_per_s"]) > 0
+
+
+def test_real(tmp_path: Path, model_path: Path) -> None:
+    arguments = ["--requests", "6", "--rates", "2", "--longest", "2100", "--blocks", "256"]
+    [row] = run("benchmarks.paced.real", tmp_path / "real.json", model_path, *arguments)
+    for means in (row["measured"], row["simulated"]):
+        assert means["num_served"] == 6
         assert min(means["ttft_s"], means["tpot_s"], means["tokens_per_s"]) > 0
 
 

@@ -13,6 +13,7 @@ from flowkv_common.engine.attention import Attention
 from flowkv_common.engine.attention_cpu import CpuAttention
 from flowkv_common.engine.flat_weights import FlatWeights, Layer
 from flowkv_common.engine.kernels_linear import gated_linear, linear, pack, rms_norm
+from flowkv_common.engine.mapped import give_back
 from flowkv_common.engine.vector_ir import LANES
 
 Array = NDArray[np.float32]
@@ -53,12 +54,13 @@ class CpuFlatForward:
         """`weights` must be such that `fits` says yes to; `attention` the one that every call brings.
 
         The weights are packed into memory of their own: those of the model are not used any more, but for
-        the embedding. Where they are mapped from a file they cost none.
+        the embedding, and their memory is given back where they are mapped from a file.
         """
         self._weights = weights
         self._attention = attention
         self._layers = [_pack(layer) for layer in weights.layers]
         self._head = pack(weights.head.numpy())
+        give_back([weights.head])
         self._norm = weights.norm.numpy()
         self._cos, self._sin = weights.cos.numpy(), weights.sin.numpy()
         self._eps = np.float32(weights.eps)
@@ -135,7 +137,7 @@ class CpuFlatForward:
 
 
 def _pack(layer: Layer) -> _Packed:
-    return _Packed(
+    packed = _Packed(
         input_norm=layer.input_norm.numpy(),
         qkv=_panels(*layer.qkv),
         qk_norm=np.empty((0, 0), np.float32) if layer.qk_norm is None else layer.qk_norm.numpy(),
@@ -144,6 +146,8 @@ def _pack(layer: Layer) -> _Packed:
         gate_up=(*_panels(layer.gate), *_panels(layer.up)),
         down=_panels(layer.down),
     )
+    give_back(each.weight for each in (*layer.qkv, layer.output, layer.gate, layer.up, layer.down))
+    return packed
 
 
 def _panels(*linears: nn.Linear) -> tuple[Array, Array]:

@@ -32,9 +32,10 @@ class Runner:
     def __init__(self, model: LoadedModel, pool: Tensor, *, attention: str = "torch") -> None:
         """`pool`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
 
-        Runs one token through block 0, so that kernels are compiled before the first request needs them
-        (seconds, once per machine). `attention`: "torch", "cpu", or "auto" for the faster that works here.
-        Raises `ValueError` if the pool is not of this model, or the backend is unknown or can't run.
+        Runs a prompt of two tokens and one more through block 0, so that kernels are compiled before the
+        first request needs them (seconds, once per machine). `attention`: "torch", "cpu", or "auto" for the
+        faster that works here. Raises `ValueError` if the pool is not of this model, or the backend is
+        unknown or can't run.
         """
         expected = (model.num_layers, 2, model.num_kv_heads, model.head_dim)
         if (pool.shape[1], pool.shape[2], pool.shape[4], pool.shape[5]) != expected:
@@ -43,7 +44,8 @@ class Runner:
         self._forward = make_forward(model.module, self._attention)
         self._eos_token_ids = model.eos_token_ids
         self._device = pool.device
-        self.run(_one_token(pool.shape[3]))
+        for batch in _warm_up(pool.shape[3]):
+            self.run(batch)
 
     @property
     def forward_name(self) -> str:
@@ -118,9 +120,16 @@ class EngineThread:
             _tell(loop, _settle, result, value)
 
 
-def _one_token(block_size: int) -> PackedBatch:
+def _warm_up(block_size: int) -> list[PackedBatch]:
+    """A prompt and a step of decode."""
     sampling = SamplingParams(max_tokens=1, temperature=0.0)
-    return pack([WorkItem(Sequence("", 0, "warm-up", "", [0], [], sampling, 0.0, [0]), 1)], block_size)
+    return [
+        pack(
+            [WorkItem(Sequence("", 0, "warm-up", "", ids, [], sampling, 0.0, [0] * len(ids)), len(ids))],
+            block_size,
+        )
+        for ids in ([0, 0], [0])
+    ]
 
 
 def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:
