@@ -26,7 +26,7 @@ DISTURBED ?=
 VLLM    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full compose-test compose-test-short bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-simulated bench-sustain bench-engine bench-serving bench-disturbed simulate simulate-cells plan replay lint fmt clean
+.PHONY: help install up test test-full compose-test compose-test-short bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-simulated bench-real bench-sustain bench-engine bench-serving bench-disturbed simulate simulate-cells plan replay lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -123,6 +123,10 @@ bench-overload: $(VENV)/ready-dev ## three times what the cluster can do; OVERLO
 bench-simulated: $(VENV)/ready-dev ## the simulator beside paced nodes on the same requests; SIMULATED="--trace azure.csv"
 	@mkdir -p .run
 	$(PY) -m benchmarks.paced.simulated --json .run/simulated.json $(SIMULATED)
+
+bench-real: $(VENV)/ready-dev ## the simulator beside 1P1D with the real model; REAL="--trace azure.csv --rates 0.2"
+	@mkdir -p .run
+	$(PY) -m benchmarks.paced.real --json .run/real.json $(REAL)
 
 bench-sustain: $(VENV)/ready-dev ## the steps per second that one process of paced nodes keeps; SUSTAIN="--nodes 4"
 	@mkdir -p .run

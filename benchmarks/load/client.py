@@ -109,7 +109,10 @@ def _request(host: str, prompt_ids: Sequence[int], max_tokens: int, extra: dict[
             **extra,
         }
     )
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
     return head.encode() + body
 
 

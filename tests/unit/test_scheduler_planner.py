@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from imagined_nodes import TOKEN_BUDGET, descriptor, report
+import msgspec
+from imagined_nodes import TOKEN_BUDGET, descriptor, report, request
 
+from flowkv_common.wire.messages import Wait
+from flowkv_common.wire.nodes import StepFit
 from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.policy import Choice
 from flowkv_scheduler.weighing import Goals
 
 
@@ -22,3 +26,18 @@ def test_a_lent_node_is_forgotten_when_it_leaves_the_registry_not_when_it_is_sil
     assert planner.regimes.leaving == {"d0": "decode"}
     planner.set_descriptors({name: nodes[name] for name in ("p0", "d1")})
     assert planner.regimes.leaving == planner.regimes.lent == {}
+
+
+def test_prompts_that_come_at_once_to_one_node_wait_for_each_other_and_are_not_refused() -> None:
+    """A chunk beside decode takes longer than the goal here: they take turns, one prompt at a time."""
+    planner = Planner(Goals())
+    planner.set_descriptors({"m0": descriptor("m0", "mixed", num_blocks=1456)})
+    core = StepFit(
+        base_s=0.02, prefill_token_s=0.0011, attended_token_s=2e-7, sequence_s=0.0012, context_token_s=1e-6
+    )
+    load = {"free": 1456, "max_prefill_tokens_per_step": 256, "max_num_seqs": 64, "step": core}
+    planner.add_report(report("m0", "mixed", **load), 0.0)
+    wanted = [msgspec.structs.replace(request(512, 64), request_id=f"r{number}") for number in range(16)]
+    first, *others = [planner.schedule(each, 0.1) for each in wanted]
+    assert isinstance(first, Choice)
+    assert all(isinstance(other, Wait) and other.retry_in_s <= 0.5 for other in others)

@@ -104,15 +104,19 @@ def _without_room(request: ScheduleRequest, weighing: Weighing, limits: Limits, 
     able = [node for node in weighing.state.usable(weighing.now) if weighing.takes_sequence(node)]
     nodes = [node for node in able if node.may_decode] or able
     room_in_s = min((room_in(node, weighing) for node in nodes), default=limits.max_retry_s)
-    turn_in_s = room_in_s + (num_ahead / sum(map(ends_per_s, nodes)) if nodes else 0.0)
+    turn_in_s = room_in_s + (
+        num_ahead / sum(places_per_s(node, weighing) for node in nodes) if nodes else 0.0
+    )
     if not request.num_output_tokens:
         _check_wait(request, turn_in_s + request.age_s, turn_in_s, weighing.goals)
     retry_in_s = min(max(room_in_s, limits.min_retry_s), limits.max_retry_s)
     return Wait(retry_in_s=retry_in_s, reason=f"all {len(nodes)} decode nodes are full")
 
 
-def ends_per_s(node: NodeView) -> float:
-    """Sequences: as many give their places to others."""
+def places_per_s(node: NodeView, weighing: Weighing) -> float:
+    """So many of those who wait find room on the node each second."""
+    if weighing.is_held_up_by_prompts(node):  # of those before it, each brings a prompt of about its length
+        return 1.0 / max(weighing.prefill_cost(node).work_s, node.step_s)
     return max(1, node.num_sequences) / (ASSUMED_TOKENS_LEFT * node.step_s)
 
 
@@ -126,7 +130,10 @@ def room_in(node: NodeView, weighing: Weighing) -> float:
     for_blocks_s = max(0, weighing.num_missing_blocks(node)) / num_held * lifetime_s
     if weighing.keeps_rhythm(node):
         return for_blocks_s
-    over_s = weighing.step_s(node) - weighing.goals.itl_s
-    loaded_s = max(over_s, weighing.step_s(node) - node.speed.decode_step_s(1, 0))
-    for_rhythm_s = min(over_s / loaded_s * lifetime_s, weighing.patience_s)
-    return max(for_blocks_s, for_rhythm_s)
+    if weighing.is_held_up_by_prompts(node):
+        for_rhythm_s = node.prefill_wait_s
+    else:
+        over_s = weighing.step_s(node) - weighing.goals.itl_s
+        loaded_s = max(over_s, weighing.step_s(node) - node.speed.decode_step_s(1, 0))
+        for_rhythm_s = over_s / loaded_s * lifetime_s
+    return max(for_blocks_s, min(for_rhythm_s, weighing.patience_s))

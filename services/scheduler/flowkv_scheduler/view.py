@@ -55,7 +55,8 @@ class NodeView(NamedTuple):
     num_available_blocks: int  # free ones and cached ones, which are evicted on demand
     chunk_beside_s: float  # what a prompt's steps compute besides
     prefill_wait_s: float  # until a prompt that comes now is begun
-    step_s: float  # of a decode step, were one more sequence of mean length there
+    chunk_s: float  # what prompts that wait here add to a step
+    step_s: float  # of a decode step, were one more sequence of mean length there; with `chunk_s`
 
     def is_usable(self, now: float) -> bool:
         """May it get new work?"""
@@ -95,7 +96,7 @@ def view_of(
     # The queue is of prompts of mean length, not one prompt.
     wait_s += num_queued * (mean_prompt_tokens - num_queued) / 2 * speed.attended_token_s
     step_s = speed.decode_step_s(num_sequences + 1, num_context_tokens + int(mean_prompt_tokens))
-    step_s += min(num_queued, chunk) * speed.prefill_token_s
+    chunk_s = min(num_queued, chunk) * speed.prefill_token_s
     return NodeView(
         node_id=descriptor.node.node_id,
         descriptor=descriptor,
@@ -116,5 +117,6 @@ def view_of(
         num_available_blocks=blocks.free + blocks.cached - given.num_blocks,
         chunk_beside_s=beside_s,
         prefill_wait_s=max(0.0, wait_s),
-        step_s=step_s,
+        chunk_s=chunk_s,
+        step_s=step_s + chunk_s,
     )

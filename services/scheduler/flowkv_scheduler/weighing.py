@@ -97,6 +97,11 @@ class Weighing:
         """Would the time between tokens stay within its goal? An idle node is as good as it gets."""
         return node.num_sequences == 0 or self.step_s(node) <= self.goals.itl_s
 
+    def is_held_up_by_prompts(self, node: NodeView) -> bool:
+        """Would it keep its rhythm if no prompts waited on the node? Then it will when they are computed."""
+        over_s = self.step_s(node) - self.goals.itl_s
+        return 0.0 < over_s <= node.chunk_s and self.num_missing_blocks(node) <= 0
+
     # --- what it costs -----------------------------------------------------------------------------
 
     def step_s(self, node: NodeView) -> float:

@@ -86,22 +86,32 @@ class CpuFlatForward:
             self._buffers = self._make_buffers(num_rows)
         hidden = self._weights.embedding[token_ids].numpy()  # [T, hidden]
         positions = position_ids.numpy()
+        sampled = logits_indices.numpy()
         for index in range(len(self._layers)):
-            self._layer(index, hidden, positions)
-        return self._sampled(hidden[logits_indices.numpy()])
+            hidden = self._layer(index, hidden, positions, sampled)
+        return self._logits_of(hidden)
 
-    def _layer(self, index: int, hidden: Array, positions: NDArray[np.int64]) -> None:
-        """One layer, `hidden` [T, hidden] in place."""
-        layer, buffers, eps, num_rows = self._layers[index], self._buffers, self._eps, len(hidden)
-        normed, qkv, up, gated = (
-            each[:num_rows] for each in (buffers.normed, buffers.qkv, buffers.up, buffers.gated)
-        )
+    def _layer(
+        self, index: int, hidden: Array, positions: NDArray[np.int64], sampled: NDArray[np.int64]
+    ) -> Array:
+        """One layer on `hidden` [T, hidden], which it overwrites.
+
+        Of the last layer only keys and values are wanted of all rows, else the sampled ones: [S, hidden].
+        """
+        layer, buffers, eps = self._layers[index], self._buffers, self._eps
+        normed, qkv = buffers.normed[: len(hidden)], buffers.qkv[: len(hidden)]
         rms_norm(hidden, layer.input_norm, eps, normed)
         linear(normed, *layer.qkv, qkv, False)
-        linear(self._attend(index, qkv, positions), *layer.output, hidden, True)
+        attended = self._attend(index, qkv, positions)
+        if index == len(self._layers) - 1:
+            hidden, attended = hidden[sampled], attended[sampled]
+        num_rows = len(hidden)
+        normed, up, gated = (each[:num_rows] for each in (buffers.normed, buffers.up, buffers.gated))
+        linear(attended, *layer.output, hidden, True)
         rms_norm(hidden, layer.mlp_norm, eps, normed)
         gated_linear(normed, *layer.gate_up, up, gated)
         linear(gated, *layer.down, hidden, True)
+        return hidden
 
     def _attend(self, index: int, qkv: Array, positions: NDArray[np.int64]) -> Array:
         """[T, heads * dim] out of queries, keys and values side by side, which are spoiled."""
@@ -113,7 +123,7 @@ class CpuFlatForward:
         attended = self._attention.attend(index, torch.from_numpy(query), weights.scale).numpy()
         return attended.reshape(num_rows, -1)
 
-    def _sampled(self, hidden: Array) -> Tensor:
+    def _logits_of(self, hidden: Array) -> Tensor:
         """Logits [S, vocab] of `hidden` [S, hidden]."""
         num_rows, num_cols = len(hidden), len(self._weights.head)
         normed = np.empty_like(hidden)
