@@ -16,7 +16,7 @@ from flowkv_common.engine.simd import TILE_PANELS, TILE_ROWS, gate_row, panel_ti
 from flowkv_common.engine.vector_ir import LANES
 
 _HALF, _QUARTER = TILE_ROWS // 2, TILE_ROWS // 4
-_BLOCK_ROWS = 256  # of an input, so many stay in the second cache while all panels pass by
+_BLOCK_ROWS = 256  # at most: more units of work for more threads, each within the second cache
 _SERIAL_ROWS = 32  # up to so many, waking other threads takes longer than a norm
 
 
@@ -92,10 +92,11 @@ def _columns(x, panels, bias, start, stop, out, adds):
 
 
 @numba.njit(cache=True, nogil=True)
-def _num_units(num_rows, num_panels):
-    """Pieces of work: blocks of rows times runs of panels."""
-    runs = (num_panels + TILE_PANELS - 1) // TILE_PANELS
-    return (num_rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS * runs, runs
+def _blocks(num_rows):
+    """Blocks of rows, all about as long, and how long: each thread is to get its share of the work."""
+    num_blocks = (num_rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS
+    length = (num_rows + num_blocks - 1) // num_blocks if num_blocks else 0
+    return num_blocks, (length + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
@@ -105,10 +106,10 @@ def linear(x, panels, bias, out, adds):
     `panels` [N / LANES, K, LANES]: the weight, packed.
     """
     num_panels = panels.shape[0]
-    num_units, num_runs = _num_units(x.shape[0], num_panels)
-    for unit in numba.prange(num_units):
-        row, start = unit // num_runs * _BLOCK_ROWS, unit % num_runs * TILE_PANELS
-        rows = slice(row, row + _BLOCK_ROWS)
+    num_blocks, length = _blocks(x.shape[0])
+    for unit in numba.prange(num_blocks * ((num_panels + TILE_PANELS - 1) // TILE_PANELS)):
+        row, start = unit % num_blocks * length, unit // num_blocks * TILE_PANELS
+        rows = slice(row, row + length)
         _columns(x[rows], panels, bias, start, min(num_panels, start + TILE_PANELS), out[rows], adds)
 
 
@@ -116,14 +117,14 @@ def linear(x, panels, bias, out, adds):
 def gated_linear(x, gates, gate_bias, ups, up_bias, scratch, out):
     """`out [M, N] = silu(gate) * up`, each as `linear` gives it; `scratch` [M, N]."""
     num_panels = gates.shape[0]
-    num_units, num_runs = _num_units(x.shape[0], num_panels)
-    for unit in numba.prange(num_units):
-        row, start = unit // num_runs * _BLOCK_ROWS, unit % num_runs * TILE_PANELS
+    num_blocks, length = _blocks(x.shape[0])
+    for unit in numba.prange(num_blocks * ((num_panels + TILE_PANELS - 1) // TILE_PANELS)):
+        row, start = unit % num_blocks * length, unit // num_blocks * TILE_PANELS
         stop = min(num_panels, start + TILE_PANELS)
-        rows = slice(row, row + _BLOCK_ROWS)
+        rows = slice(row, row + length)
         _columns(x[rows], gates, gate_bias, start, stop, out[rows], False)
         _columns(x[rows], ups, up_bias, start, stop, scratch[rows], False)
-        for each in range(row, min(x.shape[0], row + _BLOCK_ROWS)):
+        for each in range(row, min(x.shape[0], row + length)):
             first, last = start * LANES, stop * LANES
             gate_row(out[each, first:last], scratch[each, first:last], stop - start)
 
