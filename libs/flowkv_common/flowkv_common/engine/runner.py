@@ -33,7 +33,7 @@ class Runner:
         """`pool`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
 
         Runs a prompt of two tokens and one more through block 0, so that kernels are compiled before the
-        first request needs them (seconds, once per machine). `attention`: "torch", "cpu", or "auto" for the
+        first request needs them (half a minute, once per machine). `attention`: "torch", "cpu", or "auto" for the
         faster that works here. Raises `ValueError` if the pool is not of this model, or the backend is
         unknown or can't run.
         """
