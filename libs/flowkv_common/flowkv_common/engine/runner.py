@@ -33,9 +33,9 @@ class Runner:
         """`pool`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
 
         Runs a prompt of two tokens and one more through block 0, so that kernels are compiled before the
-        first request needs them (half a minute, once per machine). `attention`: "torch", "cpu", or "auto" for the
-        faster that works here. Raises `ValueError` if the pool is not of this model, or the backend is
-        unknown or can't run.
+        first request needs them (half a minute, once per machine). `attention`: "torch", "cpu", or "auto"
+        for the faster that works here. Raises `ValueError` if the pool is not of this model, or the backend
+        is unknown or can't run.
         """
         expected = (model.num_layers, 2, model.num_kv_heads, model.head_dim)
         if (pool.shape[1], pool.shape[2], pool.shape[4], pool.shape[5]) != expected:
