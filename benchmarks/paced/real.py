@@ -19,7 +19,7 @@ from benchmarks.load.arrivals import Arrival
 from benchmarks.load.client import Outcome
 from benchmarks.load.drive import drive
 from benchmarks.paced.observe import observing
-from benchmarks.paced.simulated import Row, arrivals_of, means_of, simulated_means, table
+from benchmarks.paced.simulated import Row, add_traffic, arrivals_of, means_of, simulated_means, table
 from benchmarks.simulate.presets import SMOLLM2_CPU
 from benchmarks.simulate.run import Machines
 from benchmarks.simulate.scene import read_window
@@ -89,16 +89,12 @@ async def _load(
 def _options(argv: list[str]) -> argparse.Namespace:
     command = Command("paced.real", __doc__)
     parser = command.parser
-    parser.add_argument(
-        "--trace", default="synthetic", help="Mooncake .jsonl, Azure .csv, `shifting` or `synthetic`"
-    )
-    parser.add_argument("--requests", type=int, default=60, help="a window of the trace")
+    add_traffic(parser, num_requests=60)
     parser.add_argument(
         "--longest", type=int, default=4096, help="prompt and answer are cut to so many tokens"
     )
     parser.add_argument("--rates", type=float, nargs="+", default=[0.15, 0.3], help="requests per second")
     parser.add_argument("--blocks", type=int, default=4096, help="of each node's pool, 16 tokens each")
-    parser.add_argument("--seed", type=int, default=0)
     return command.parse(argv)
 
 

@@ -186,16 +186,21 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _options(argv: list[str]) -> argparse.Namespace:
-    command = Command("paced.simulated", __doc__)
-    parser = command.parser
+def add_traffic(parser: argparse.ArgumentParser, num_requests: int) -> None:
+    """Which requests are sent; `num_requests` if nobody says how many."""
     parser.add_argument(
         "--trace", default="synthetic", help="Mooncake .jsonl, Azure .csv, `shifting` or `synthetic`"
     )
-    parser.add_argument("--requests", type=int, default=300, help="a window of the trace")
+    parser.add_argument("--requests", type=int, default=num_requests, help="a window of the trace")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    command = Command("paced.simulated", __doc__)
+    parser = command.parser
+    add_traffic(parser, num_requests=300)
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4], help="of each role")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.7, 0.9])
-    parser.add_argument("--seed", type=int, default=0)
     return command.parse(argv)
 
 
