@@ -10,6 +10,8 @@ import random
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
+import msgspec
+
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_scheduler import policy
 from flowkv_scheduler.index import group_of
@@ -44,7 +46,8 @@ def baseline(pick_prefill: Pick, pick_decode: Pick) -> Chooser:
         roomy = [node for node in decode if weighing.num_missing_blocks(node) <= 0]
         p = pick_prefill(weighing.request, prefill or [choice.prefill], lambda node: node.num_queued_tokens)
         d = pick_decode(weighing.request, roomy or [choice.decode], lambda node: node.num_sequences)
-        return choice._replace(
+        return msgspec.structs.replace(
+            choice,
             prefill=p,
             decode=d,
             first_token_s=weighing.prefill_cost(p).total_s,

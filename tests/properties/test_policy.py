@@ -76,10 +76,11 @@ def test_unusable_nodes_are_never_chosen(nodes: list[Imagined], wanted: Schedule
     choice = choose(wanted, nodes, aims)
     if choice is None:
         return
+    age_s = {one.node_id: one.age_s for one in nodes}
     for taken in (choice.prefill, choice.decode):
         assert taken.report.ready
         assert not taken.report.draining
-        assert -taken.heard_at <= 3 * taken.report.period_s
+        assert age_s[taken.node_id] <= 3 * taken.report.period_s
     num_blocks = -(-(wanted.num_prompt_tokens + 1) // 16)
     counts = choice.decode.report.blocks
     assert num_blocks <= counts.free + counts.cached - choice.decode.given.num_blocks
@@ -131,7 +132,7 @@ loads = st.sampled_from(
 def loaded(one: Imagined, load: str, by: int) -> Imagined:
     """The same node with more to do."""
     if load == "given":
-        return one._replace(given=Work(*(have + by for have in one.given)))
+        return one._replace(given=Work(*(have + by for have in msgspec.structs.astuple(one.given))))
     if load == "free":
         blocks = one.report.blocks
         less = msgspec.structs.replace(blocks, free=blocks.free // 2, leased=blocks.total - blocks.free // 2)

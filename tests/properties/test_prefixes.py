@@ -11,12 +11,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from flowkv_common.node.block_news import PAGE_SIZE, BlockNews
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged
-from flowkv_scheduler.prefixes import PrefixIndex, keys_of
+from flowkv_scheduler.prefixes import PART_SIZE, PrefixIndex, keys_of
 
-HASHES = [f"{number:016x}{0:016x}" for number in range(7)]
+HASHES = [f"{number:016x}{0:016x}" for number in range(20)]
 NODES = st.sampled_from(["n0", "n1", "n2"])
 # Any row of hashes will do for a chain: the index doesn't know what builds on what.
-chains = st.lists(st.sampled_from(HASHES), max_size=5, unique=True)
+chains = st.one_of(
+    st.lists(st.sampled_from(HASHES[:7]), max_size=5, unique=True),
+    st.builds(lambda first, num: HASHES[first : first + num], st.integers(0, 8), st.integers(0, 20)),
+)
 
 
 class Cache:
@@ -118,8 +121,8 @@ class PrefixIndexMachine(RuleBasedStateMachine):
     @rule(node_id=NODES, hashes=chains, for_s=st.integers(1, 3))
     def expect(self, node_id: str, hashes: list[str], for_s: int) -> None:
         node = self.nodes[node_id]
-        self.index.expect([node.ref], keys_of(hashes), self.now + for_s)
-        for block_hash in hashes:
+        self.index.expect([node.ref], hashes, self.now + for_s)
+        for block_hash in hashes[PART_SIZE - 1 :: PART_SIZE]:
             node.expected[block_hash] = max(node.expected.get(block_hash, 0.0), self.now + for_s)
 
     @rule(hashes=chains)
@@ -148,8 +151,13 @@ class PrefixIndexMachine(RuleBasedStateMachine):
     def naive_hits(self, hashes: Sequence[str]) -> dict[str, int]:
         found = {}
         for node_id, node in self.nodes.items():
-            held = node.cache.hashes | {h for h, until in node.expected.items() if until > self.now}
-            num_blocks = next((i for i, h in enumerate(hashes) if h not in held), len(hashes))
+            coming = {h for h, until in node.expected.items() if until > self.now}
+            num_blocks = 0
+            for place, block_hash in enumerate(hashes):
+                last_of_part = hashes[place - place % PART_SIZE :][PART_SIZE - 1 : PART_SIZE]
+                if block_hash not in node.cache.hashes and not (coming | node.cache.hashes) & {*last_of_part}:
+                    break
+                num_blocks += 1
             if num_blocks:
                 found[node_id] = num_blocks
         return found

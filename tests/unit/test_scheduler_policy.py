@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from imagined_nodes import BLOCK_SIZE, Imagined, cluster, node, request, view
 
@@ -11,7 +12,6 @@ from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import StepFit
 from flowkv_scheduler import policy
 from flowkv_scheduler.policy import Choice, added_work
-from flowkv_scheduler.prefixes import keys_of
 from flowkv_scheduler.view import Work
 from flowkv_scheduler.weighing import HANDOFF_S, Goals, Weighing
 
@@ -116,28 +116,28 @@ def test_short_prompt_stays_on_an_idle_decode_node() -> None:
 
 
 def test_node_that_has_cached_the_prefix_is_worth_a_wait() -> None:
-    hashes = [f"{number:016x}" * 2 for number in range(6)]
+    hashes = [f"{number:016x}" * 2 for number in range(11)]
     nodes = [node("p0", "prefill", queued_prefill_tokens=50), node("p1", "prefill"), node("d0", "decode")]
     state = cluster(*nodes)
-    state.prefixes.expect([nodes[0].descriptor.node], keys_of(hashes[:5]), until=9.0)
-    wanted = request(num_prompt_tokens=100, block_hashes=hashes)
+    state.prefixes.expect([nodes[0].descriptor.node], hashes[:8], until=9.0)
+    wanted = request(num_prompt_tokens=180, block_hashes=hashes)
     choice = policy.choose(Weighing(wanted, state, GOALS, now=0.0))
     assert choice is not None
-    assert (choice.prefill.node_id, choice.num_cached_tokens) == ("p0", 80)
-    assert added_work(wanted, choice)[0] == Work(prefill_tokens=20)
+    assert (choice.prefill.node_id, choice.num_cached_tokens) == ("p0", 128)
+    assert added_work(wanted, choice)[0] == Work(prefill_tokens=52)
 
 
 def test_a_mixed_node_that_has_cached_the_prefix_is_weighed_beside_many_of_its_side() -> None:
-    hashes = [f"{number:016x}" * 2 for number in range(250)]
+    hashes = [f"{number:016x}" * 2 for number in range(248)]
     idle = [node(f"p{n}", "prefill") for n in range(9)]
-    # With more to do than the eight that are weighed for their load.
+    # With more to do than the four that are weighed for their load.
     mixed = node("m", "mixed", queued_prefill_tokens=100, num_running=15)
     state = cluster(*idle, mixed, node("d0", "decode"))
-    state.prefixes.expect([mixed.descriptor.node], keys_of(hashes), until=9.0)
-    wanted = request(num_prompt_tokens=4001, block_hashes=hashes)
+    state.prefixes.expect([mixed.descriptor.node], hashes, until=9.0)
+    wanted = request(num_prompt_tokens=3969, block_hashes=hashes)
     choice = policy.choose(Weighing(wanted, state, GOALS, now=0.0))
     assert choice is not None
-    assert (choice.prefill.node_id, choice.num_cached_tokens) == ("m", 4000)
+    assert (choice.prefill.node_id, choice.num_cached_tokens) == ("m", 3968)
 
 
 @pytest.mark.parametrize("changes", [{"ready": False}, {"draining": True}, {"age_s": 10.0}])
@@ -181,7 +181,7 @@ def test_transfer_hides_behind_prefill_as_far_as_the_link_keeps_up() -> None:
     prefill = weighed.prefill_cost(view(p))
     assert weighed.way(view(p), view(d)) == "tcp"
     assert weighed.transfer_s(prefill, 0, "tcp") == pytest.approx(HANDOFF_S + tokens * token_s, rel=1e-2)
-    slow = prefill._replace(work_s=10.0)
+    slow = msgspec.structs.replace(prefill, work_s=10.0)
     assert weighed.transfer_s(slow, 0, "tcp") == pytest.approx(HANDOFF_S + 512 * token_s)
 
 
@@ -193,14 +193,14 @@ def test_unmeasured_node_is_taken_to_be_middling() -> None:
     assert weighing(wanted, idle).decode_cost(view(idle)).total_s == pytest.approx(0.03 * 17 / 16)
 
 
-def test_candidates_are_the_best_eight_of_each_side_in_order() -> None:
+def test_candidates_are_the_best_four_of_each_side_in_order() -> None:
     nodes = [node(f"p{n}", "prefill", queued_prefill_tokens=100 * n) for n in range(9)]
     choice = choose(request(), [*reversed(nodes), node("d0", "decode", num_running=1)])
     assert choice is not None
-    assert [c.node_id for c in choice.prefill_candidates] == [f"p{n}" for n in range(8)]
+    assert [c.node_id for c in choice.prefill_candidates] == [f"p{n}" for n in range(4)]
     assert [c.node_id for c in choice.decode_candidates] == ["d0"]
     assert choice.prefill_candidates[1].reason == "100 tokens ahead, 0 of the prompt cached"
-    assert "best of 8 pairs" in choice.reason
+    assert "best of 4 pairs" in choice.reason
 
 
 def test_choice_adds_tokens_to_prefill_and_blocks_to_decode() -> None:

@@ -11,9 +11,10 @@ from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged
 from flowkv_scheduler import prefixes
 from flowkv_scheduler.expected import Expected
-from flowkv_scheduler.prefixes import PrefixIndex, keys_of
+from flowkv_scheduler.prefixes import PART_SIZE, PrefixIndex, keys_of
 
 A, B, C, D, E = CHAIN = [f"{number:016x}{0:016x}" for number in range(5)]
+LONG = [f"{number:016x}{1:016x}" for number in range(100, 100 + 2 * PART_SIZE + 3)]
 N0, N1 = NodeRef(node_id="n0", incarnation="1"), NodeRef(node_id="n1", incarnation="1")
 
 
@@ -96,7 +97,7 @@ def test_a_page_of_a_node_that_was_dropped_in_between_counts_for_nothing() -> No
 def test_a_new_life_begins_with_nothing() -> None:
     index = PrefixIndex()
     index.apply(changed(N0, 1, [A, B]))
-    index.expect([N0], keys_of([A, B, C]), until=9.0)
+    index.expect([N0], LONG, until=9.0)
     assert index.apply(changed(NodeRef(node_id="n0", incarnation="2"), 1, [B]))
     assert index.hits(keys_of(CHAIN), 0.0) == {}
     assert index.hits(keys_of([B]), 0.0) == {"n0": 1}
@@ -104,18 +105,38 @@ def test_a_new_life_begins_with_nothing() -> None:
 
 def test_what_is_expected_counts_until_then_and_stays_if_it_comes() -> None:
     index = PrefixIndex()
-    index.apply(changed(N0, 1, [A]))
-    index.expect([N0], keys_of([A, B, C]), until=5.0)
-    index.expect([N0], keys_of([A, B]), until=7.0)
-    assert index.hits(keys_of(CHAIN), 4.9) == {"n0": 3}
-    assert index.hits(keys_of(CHAIN), 5.0) == {"n0": 2}
-    index.apply(changed(N0, 2, [B]))
-    index.apply(changed(N0, 3, removed=[A]))
-    # A was evicted before the prompt came, and will be computed again.
-    assert index.hits(keys_of(CHAIN), 6.9) == {"n0": 2}
-    assert index.hits(keys_of(CHAIN), 7.0) == {}
-    assert index.hits(keys_of([B]), 7.0) == {"n0": 1}
-    assert index.num_hashes == 1
+    index.apply(changed(N0, 1, [LONG[0]]))
+    index.expect([N0], LONG, until=5.0)  # two whole parts, and a rest that doesn't count
+    index.expect([N0], LONG[:PART_SIZE], until=7.0)
+    assert index.hits(keys_of(LONG), 4.9) == {"n0": 2 * PART_SIZE}
+    assert index.hits(keys_of(LONG), 5.0) == {"n0": PART_SIZE}
+    index.apply(changed(N0, 2, LONG[1:3]))
+    index.apply(changed(N0, 3, removed=[LONG[0]]))
+    # The first was evicted before the prompt came, and will be computed again.
+    assert index.hits(keys_of(LONG), 6.9) == {"n0": PART_SIZE}
+    assert index.hits(keys_of(LONG), 7.0) == {}
+    assert index.hits(keys_of(LONG[1:]), 7.0) == {"n0": 2}
+    assert index.num_hashes == 2
+
+
+def test_who_has_the_last_block_of_a_part_is_taken_to_have_all_of_it() -> None:
+    index = PrefixIndex()
+    index.apply(changed(N0, 1, [LONG[0], LONG[PART_SIZE - 1], LONG[PART_SIZE]]))
+    index.apply(changed(N1, 1, [LONG[0], LONG[1], LONG[PART_SIZE]]))
+    assert index.hits(keys_of(LONG), 0.0) == {"n0": PART_SIZE + 1, "n1": 2}
+
+
+def test_a_prefix_of_all_nodes_counts_them_all_longest_first() -> None:
+    index = PrefixIndex()
+    nodes = [NodeRef(node_id=f"m{number}", incarnation="1") for number in range(100)]
+    for node in nodes:
+        index.apply(changed(node, 1, LONG[:2]))
+    index.apply(changed(nodes[70], 2, LONG[2:4]))
+    index.drop("m3")
+    hits = index.hits(keys_of(LONG), 0.0)
+    assert len(hits) == 99
+    assert (hits.of("m70"), hits.of("m4"), hits.of("m3"), hits.of("nobody")) == (4, 2, 0, 0)
+    assert list(hits.longest_first())[:4] == ["m70", "m0", "m1", "m2"]
 
 
 def test_slots_of_nodes_that_left_are_used_again_only_when_they_are_clean(

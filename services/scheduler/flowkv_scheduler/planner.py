@@ -14,7 +14,6 @@ from flowkv_scheduler import admission, policy
 from flowkv_scheduler.lending import Thresholds
 from flowkv_scheduler.orders import Order
 from flowkv_scheduler.policy import Choice, Chooser
-from flowkv_scheduler.prefixes import keys_of
 from flowkv_scheduler.rate import Rate
 from flowkv_scheduler.regimes import Regimes
 from flowkv_scheduler.state import CHOICES_COUNT_FOR_PERIODS, ClusterState
@@ -88,4 +87,4 @@ class Planner:
         self.state.add_sequence(choice.decode.descriptor.node, for_decode, arrives_in_s, now)
         until = now + choice.predicted_s + CHOICES_COUNT_FOR_PERIODS * choice.prefill.report.period_s
         nodes = {node.node_id: node.descriptor.node for node in (choice.prefill, choice.decode)}
-        self.state.prefixes.expect(nodes.values(), keys_of(request.block_hashes), until)
+        self.state.prefixes.expect(nodes.values(), request.block_hashes, until)

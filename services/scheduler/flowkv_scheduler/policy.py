@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+
+import msgspec
 
 from flowkv_common.wire.messages import Candidate, ScheduleRequest
 from flowkv_scheduler.index import Group
 from flowkv_scheduler.view import NodeView, Work
-from flowkv_scheduler.weighing import MAX_CANDIDATES, Cost, Weighing
+from flowkv_scheduler.weighing import NUM_TOLD, Cost, Weighing
 
 
-class Choice(NamedTuple):
+class Choice(msgspec.Struct, frozen=True, gc=False):
     """The pair, what it is predicted to take, and the best candidates of each side."""
 
     prefill: NodeView
@@ -34,7 +35,7 @@ class Choice(NamedTuple):
     decode_candidates: list[Candidate]
 
 
-class _Pair(NamedTuple):
+class _Pair(msgspec.Struct, frozen=True, gc=False):
     predicted_s: float
     prefill: Cost
     decode: Cost
@@ -78,20 +79,18 @@ def _best_pair(
     reached alike only the first is looked at."""
     best: _Pair | None = None
     best_s = math.inf
-    totals = [(d, d.total_s) for d in decode]
     for p in prefill:
-        p_s = p.total_s
         ways = set()
-        for d, d_s in totals:
-            if p_s + d_s >= best_s:
+        for d in decode:
+            if p.total_s + d.total_s >= best_s:
                 break
             way = d.num_cached_tokens, weighing.way(p.node, d.node)
             if way in ways:
                 continue
             ways.add(way)
             moved_s = weighing.transfer_s(p, *way)
-            if p_s + moved_s + d_s < best_s:
-                best_s = p_s + moved_s + d_s
+            if p.total_s + moved_s + d.total_s < best_s:
+                best_s = p.total_s + moved_s + d.total_s
                 best = _Pair(best_s, p, d, moved_s)
     for p, d in staying:
         best = _better(best, _Pair(p.total_s + d.total_s, p, d, 0.0))
@@ -143,8 +142,8 @@ def _choice(
             f"{request.num_prompt_tokens - p.num_cached_tokens} tokens {p.work_s:.3f} s, transfer "
             f"{best.transfer_s:.3f} s, wait at {d.node.node_id} {d.wait_s:.3f} s, step {d.work_s:.3f} s"
         ),
-        prefill_candidates=[_candidate(cost, _prefill_reason(cost)) for cost in prefill],
-        decode_candidates=[_candidate(cost, _decode_reason(cost)) for cost in decode[:MAX_CANDIDATES]],
+        prefill_candidates=[_candidate(cost, _prefill_reason(cost)) for cost in prefill[:NUM_TOLD]],
+        decode_candidates=[_candidate(cost, _decode_reason(cost)) for cost in decode[:NUM_TOLD]],
     )
 
 

@@ -12,11 +12,14 @@ from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged
 from flowkv_scheduler.expected import Expected, set_bits
+from flowkv_scheduler.hits import Hits
 
 # Changes that are kept while a node's list is on its way: minutes of them.
 MAX_WAITING = 256
 # Work on nodes that have left is done on the side, so much per call.
 KEYS_PER_CALL = 1024
+# Blocks. A block's hash covers all tokens before it: who has the last of a part very likely has the others.
+PART_SIZE = 8
 
 
 Keys = list[int]
@@ -47,7 +50,8 @@ class PrefixIndex:
     def __init__(self) -> None:
         self._holders: dict[str, _Holder] = {}
         self._masks: dict[int, int] = {}  # by key: one bit per slot
-        self._present = 0  # bits of the nodes that are here
+        self._bits: dict[str, int] = {}  # by node id, of the nodes that are here
+        self._present = 0  # all of them
         self._names: list[str] = []  # by slot
         self._free_slots: list[int] = []
         self._left: list[_Holder] = []  # their slots are free once their bits are cleared
@@ -104,42 +108,58 @@ class PrefixIndex:
     def drop(self, node_id: str) -> None:
         """The node has left."""
         if holder := self._holders.pop(node_id, None):
+            del self._bits[node_id]
             self._present ^= holder.bit
             self._left.append(holder)
 
-    def expect(self, nodes: Iterable[NodeRef], keys: Keys, until: float) -> None:
+    def expect(self, nodes: Iterable[NodeRef], hashes: Sequence[str], until: float) -> None:
         """The nodes will soon have these: a prompt was sent to them. Forgotten within a second after `until`
-        unless they say so."""
+        unless they say so. Only whole parts count."""
         self._clear_those_who_left()
         holders = [self._holder(node) for node in nodes]
+        keys = keys_of(hashes[PART_SIZE - 1 :: PART_SIZE])
         second = self._expected.add(keys, sum(holder.bit for holder in holders), until)
         for holder in holders:
             holder.expected_until = max(holder.expected_until, second)
 
-    def hits(self, keys: Keys, now: float) -> dict[str, int]:
-        """How many blocks from the front of the chain each node has; nodes without the first are left out."""
+    def hits(self, keys: Keys, now: float) -> Hits:
+        """How many blocks from the front of the chain each node has.
+
+        By parts: who has the last block of one is taken to have all of it, the others are gone through.
+        """
         self._now = now
-        found: dict[str, int] = {}
+        ends: list[tuple[int, int]] = []
         having, masks = self._present, self._masks
         expected = self._expected.masks(now)
-        num_blocks = 0
-        for key in keys:
-            mask = masks.get(key, 0)
-            for expected_masks in expected:
-                mask |= expected_masks.get(key, 0)
-            still_having = mask & having
-            if still_having != having:
-                if num_blocks:
-                    found.update(dict.fromkeys(self._nodes(having ^ still_having), num_blocks))
-                having = still_having
-                if not having:
-                    break
-            num_blocks += 1
-        if num_blocks:
-            found.update(dict.fromkeys(self._nodes(having), num_blocks))
-        return found
+        for start in range(0, len(keys), PART_SIZE):
+            part = keys[start : start + PART_SIZE]
+            having_all = 0
+            if len(part) == PART_SIZE:
+                having_all = masks.get(part[-1], 0)
+                for expected_masks in expected:
+                    having_all |= expected_masks.get(part[-1], 0)
+                having_all &= having
+            if having_all != having:
+                ends += self._ends_within(part, start, having ^ having_all)
+            having = having_all
+            if not having:
+                break
+        if keys and having:
+            ends.append((len(keys), having))
+        return Hits(ends, self._names, self._bits)
 
     # --- bookkeeping -----------------------------------------------------------------------------
+
+    def _ends_within(self, part: Keys, num_before: int, having: int) -> Iterator[tuple[int, int]]:
+        """Where in the part the chain ends for those who don't have all of it, as in `Hits`."""
+        for num_blocks, key in enumerate(part, start=num_before):
+            still_having = self._masks.get(key, 0) & having
+            if num_blocks and still_having != having:
+                yield num_blocks, having ^ still_having
+            having = still_having
+            if not having:
+                return
+        yield num_before + len(part), having
 
     def _holder(self, ref: NodeRef) -> _Holder:
         """That life of the node; what another life had is forgotten."""
@@ -150,6 +170,7 @@ class PrefixIndex:
         slot = self._free_slots.pop() if self._free_slots else len(self._names)
         self._names[slot : slot + 1] = [ref.node_id]
         self._holders[ref.node_id] = holder = _Holder(ref, slot)
+        self._bits[ref.node_id] = holder.bit
         self._present |= holder.bit
         return holder
 
@@ -191,12 +212,6 @@ class PrefixIndex:
             if not holder.cached and holder.expected_until <= self._now:
                 self._left.remove(holder)
                 self._free_slots.append(holder.slot)
-
-    def _nodes(self, mask: int) -> Iterator[str]:
-        while mask:
-            lowest = mask & -mask
-            yield self._names[lowest.bit_length() - 1]
-            mask ^= lowest
 
 
 def keys_of(hashes: Sequence[str]) -> Keys:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import msgspec
 
 from flowkv_common.wire.nodes import LoadReport
 
@@ -11,7 +11,7 @@ DEFAULT_PREFILL_TOKENS_PER_S = 1000.0
 DEFAULT_DECODE_STEP_S = 0.03
 
 
-class Speed(NamedTuple):
+class Speed(msgspec.Struct, frozen=True, gc=False):
     """A step is `base_s` and so much for each thing in it, as in `StepFit`.
 
     `chunk_base_s` is the part of `base_s` that chunks of a prompt pay too: none where the node has told only

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+
+import msgspec
 
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_scheduler.index import Index
 from flowkv_scheduler.prefixes import PrefixIndex
+from flowkv_scheduler.speed import speed_of
 from flowkv_scheduler.view import SILENT_AFTER_PERIODS, NodeView, Work, view_of
 
 # Load reports lag: what we gave a node counts on top of its report for so long, unless it shows it sooner.
@@ -23,7 +25,7 @@ _SMOOTHING = 0.05
 _FIRST_MEAN_TOKENS = 512.0
 
 
-class _Given(NamedTuple):
+class _Given(msgspec.Struct, frozen=True, gc=False):
     """One choice of ours, which counts until `until` at the latest."""
 
     until: float
@@ -57,6 +59,7 @@ class _Node:
 
     def __init__(self, report: LoadReport, now: float) -> None:
         self.report = report
+        self.speed = speed_of(report)
         self.heard_at = now
         self.prompts = _Pending(report.num_prompts_accepted)
         self.rooms = _Pending(report.num_rooms_given)
@@ -67,7 +70,7 @@ class _Node:
         return self.prompts.sum.plus(self.rooms.sum).plus(self.sequences.sum)
 
     def hear(self, report: LoadReport, now: float) -> None:
-        self.report, self.heard_at = report, now
+        self.report, self.speed, self.heard_at = report, speed_of(report), now
         self.prompts.settle(report.num_prompts_accepted, now)
         self.rooms.settle(report.num_rooms_given, now)
         self.sequences.settle(report.num_sequences_accepted, now)
@@ -117,7 +120,7 @@ class ClusterState:
         if known := self._nodes.get(node):
             until = now + arrives_in_s + CHOICES_COUNT_FOR_PERIODS * known.report.period_s
             known.rooms.add(_Given(until, Work(num_blocks=work.num_blocks)))
-            known.sequences.add(_Given(until, work._replace(num_blocks=0)))
+            known.sequences.add(_Given(until, msgspec.structs.replace(work, num_blocks=0)))
             self._refresh(node.node_id)
 
     def see_prompt(self, num_tokens: int) -> None:
@@ -158,6 +161,7 @@ class ClusterState:
         view = view_of(
             descriptor,
             known.report,
+            known.speed,
             known.heard_at,
             known.given,
             mean_prompt_tokens=self.mean_prompt_tokens,

@@ -5,16 +5,18 @@ What follows from its report is computed when that changes, not for each of the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+
+import msgspec
 
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
-from flowkv_scheduler.speed import Speed, speed_of
+from flowkv_scheduler.speed import Speed
 
 # A node is silent after this many of its own report periods: no new work.
 SILENT_AFTER_PERIODS = 3.0
 
 
-class Work(NamedTuple):
+class Work(msgspec.Struct, frozen=True, gc=False):
     """What a request adds to a node."""
 
     prefill_tokens: int = 0
@@ -31,7 +33,7 @@ class Work(NamedTuple):
         )
 
 
-class NodeView(NamedTuple):
+class NodeView(msgspec.Struct, frozen=True, gc=False):
     """What a node is, its last report, what we gave it since, and what follows from these. Made by `view_of`.
 
     Tokens, sequences and blocks include what we gave it and its report does not show yet.
@@ -40,7 +42,7 @@ class NodeView(NamedTuple):
     node_id: str
     descriptor: NodeDescriptor
     report: LoadReport
-    heard_at: float
+    usable_until: float  # by then it is silent, unless it reports again; -inf if it takes nothing new
     given: Work
     leaves: str | None  # the side that it gets nothing new on: it is being moved to the other
     speed: Speed
@@ -60,10 +62,7 @@ class NodeView(NamedTuple):
 
     def is_usable(self, now: float) -> bool:
         """May it get new work?"""
-        report = self.report
-        if not report.ready or report.draining:
-            return False
-        return now - self.heard_at <= SILENT_AFTER_PERIODS * report.period_s
+        return now <= self.usable_until
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.descriptor.layout.block_size)
@@ -75,15 +74,16 @@ class NodeView(NamedTuple):
 def view_of(
     descriptor: NodeDescriptor,
     report: LoadReport,
+    speed: Speed,
     heard_at: float,
     given: Work,
     *,
     mean_prompt_tokens: float,
     leaves: str | None,
 ) -> NodeView:
-    """`mean_prompt_tokens` is how long prompts are: a queue of so many tokens is one of such prompts."""
+    """`speed` is the report's; `mean_prompt_tokens` how long prompts are: a queue is one of such prompts."""
     block_size = descriptor.layout.block_size
-    speed = speed_of(report)
+    silent_at = heard_at + SILENT_AFTER_PERIODS * report.period_s
     cap, blocks = report.max_prefill_tokens_per_step, report.blocks
     chunk = max(cap, block_size)
     # A decode node's cap is one block: that is for its own preempted sequences.
@@ -101,7 +101,7 @@ def view_of(
         node_id=descriptor.node.node_id,
         descriptor=descriptor,
         report=report,
-        heard_at=heard_at,
+        usable_until=silent_at if report.ready and not report.draining else -math.inf,
         given=given,
         leaves=leaves,
         speed=speed,

@@ -6,8 +6,8 @@ Pure: plain data in, costs out; no clock, no I/O.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from operator import attrgetter
-from typing import NamedTuple
 
 import msgspec
 
@@ -26,9 +26,11 @@ HANDOFF_S = 0.005
 # How long sequences run on is not known to anyone; a chat answer's usual length.
 ASSUMED_TOKENS_LEFT = 128
 # So many nodes per side and class of speed are weighed, and so many more that have cached the most.
-NUM_WEIGHED = 8
+NUM_WEIGHED = 4
 NUM_BY_PREFIX = 4
+NUM_LOOKED_AT = 8  # a prefix may lie on all nodes
 MAX_CANDIDATES = 8
+NUM_TOLD = 4  # of the candidates of each side, with the answer
 
 
 Accepts = Callable[[NodeView], bool]
@@ -42,7 +44,7 @@ class Goals(msgspec.Struct, frozen=True):
     max_wait_s: float = 60.0
 
 
-class Cost(NamedTuple):
+class Cost(msgspec.Struct, frozen=True, gc=False):
     """Predicted seconds at one node: behind others, then for this request."""
 
     node: NodeView
@@ -80,7 +82,7 @@ class Weighing:
         if self.num_missing_blocks(node) > 0:
             return False
         # The retry of a running request is never held up for the sake of others' rhythm, nor for ever anyone.
-        return self.request.num_output_tokens > 0 or self.patience_s == 0 or self.keeps_rhythm(node)
+        return self.keeps_rhythm(node) or self.request.num_output_tokens > 0 or self.patience_s == 0
 
     @property
     def patience_s(self) -> float:
@@ -89,7 +91,7 @@ class Weighing:
 
     def num_missing_blocks(self, node: NodeView) -> int:
         # Cached blocks may be idle, and are then among those available: they are not counted twice.
-        num_held = max(0, self.hits.get(node.node_id, 0) - node.report.blocks.cached)
+        num_held = max(0, self.hits.of(node.node_id) - node.report.blocks.cached)
         wanted = node.num_blocks_for(self.request.num_prompt_tokens + 1) - num_held
         return wanted - node.num_available_blocks
 
@@ -111,7 +113,7 @@ class Weighing:
 
     def num_cached_tokens(self, node: NodeView) -> int:
         """Of the prompt, in the node's prefix cache; the last token is always computed."""
-        cached = self.hits.get(node.node_id, 0) * node.descriptor.layout.block_size
+        cached = self.hits.of(node.node_id) * node.descriptor.layout.block_size
         return min(cached, self.request.num_prompt_tokens - 1)
 
     def prefill_cost(self, node: NodeView) -> Cost:
@@ -193,15 +195,13 @@ class Weighing:
         self, known: list[NodeView], group: Group, nodes: Side | Members, accepts: Accepts
     ) -> list[NodeView]:
         """Further nodes, those that have cached most of the prompt."""
+        if not self.hits:
+            return []
         seen = {node.node_id for node in known}
-        found: list[NodeView] = []
-        for node_id in sorted(self.hits, key=lambda node_id: (-self.hits[node_id], node_id)):
-            if len(found) == NUM_BY_PREFIX:
-                break
-            node = None if node_id in seen else nodes.member(group, node_id)
-            if node is not None and accepts(node):
-                found.append(node)
-        return found
+        others = (node_id for node_id in self.hits.longest_first() if node_id not in seen)
+        members = (nodes.member(group, node_id) for node_id in islice(others, NUM_LOOKED_AT))
+        fitting = (node for node in members if node is not None and accepts(node))
+        return list(islice(fitting, NUM_BY_PREFIX))
 
 
 def _but(avoid: frozenset[str], accepts: Accepts) -> Accepts:
