@@ -2,7 +2,7 @@
 
 One planner, fed with the reports of many nodes and asked for pairs, as the scheduler's process does it, but
 without NATS. Half of the nodes prefill, half decode; a third of each is three times slower. Requests end
-after a while, so that a steady number of them is in flight.
+after a while, so that a steady number of them is in flight. Nodes tell what is in their prefix caches.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 import resource
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from benchmarks.result import write_result
 from flowkv_common.errors import Full
 from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout, ScheduleRequest, Wait
-from flowkv_common.wire.nodes import BlockCounts, LoadReport, NodeDescriptor, StepFit
+from flowkv_common.wire.nodes import BlockCounts, BlocksChanged, LoadReport, NodeDescriptor, StepFit
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
 from flowkv_scheduler.weighing import Goals
@@ -29,6 +29,7 @@ from flowkv_scheduler.weighing import Goals
 PERIOD_S = 0.5
 NUM_BLOCKS = 20_000
 TOKEN_BUDGET = 2048
+PROMPTS_CACHED = 10  # by each node: the last ones
 LAYOUT = PoolLayout(num_layers=32, block_size=16, num_kv_heads=8, head_dim=128, dtype="bfloat16")
 CARD = ModelCard(name="m", fingerprint="f", max_model_len=131072, vocab_size=128256, eos_token_ids=[2])
 
@@ -44,10 +45,42 @@ class Timed(NamedTuple):
     decision_p99_us: float
     decision_max_us: float
     report_p50_us: float
+    news_p50_us: float
     tick_ms: float
     rss_mb_before: float
     rss_mb_after: float
     num_waits_and_refusals: int
+
+
+class Cache:
+    """The prefix cache of one node, and what of it has changed since it was asked."""
+
+    def __init__(self) -> None:
+        self._prompts: deque[list[str]] = deque()
+        self._uses: Counter[str] = Counter()
+        self._touched: set[str] = set()
+        self._seq = 0
+
+    def add(self, hashes: list[str]) -> None:
+        self._take(hashes, 1)
+        self._prompts.append(hashes)
+        if len(self._prompts) > PROMPTS_CACHED:
+            self._take(self._prompts.popleft(), -1)
+
+    def news(self, node_id: str) -> BlocksChanged:
+        stored = [block_hash for block_hash in self._touched if self._uses[block_hash]]
+        removed = [block_hash for block_hash in self._touched if not self._uses[block_hash]]
+        for block_hash in removed:
+            del self._uses[block_hash]
+        self._touched.clear()
+        self._seq += 1
+        ref = NodeRef(node_id=node_id, incarnation="i")
+        return BlocksChanged(node=ref, seq=self._seq, stored=stored, removed=removed)
+
+    def _take(self, hashes: list[str], sign: int) -> None:
+        for block_hash in hashes:
+            self._uses[block_hash] += sign
+        self._touched.update(hashes)
 
 
 class Nodes:
@@ -59,6 +92,7 @@ class Nodes:
         self.sequences = dict.fromkeys(self.ids, 0)
         self.prompts = dict.fromkeys(self.ids, 0)
         self.handed_over = dict.fromkeys(self.ids, 0)
+        self.caches = {node_id: Cache() for node_id in self.ids}
         self._seq = 0
 
     def descriptors(self) -> dict[str, NodeDescriptor]:
@@ -156,7 +190,7 @@ def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> Timed:
     for number in range(num_nodes):
         planner.add_report(nodes.report(number), 0.0)
     running: deque[str] = deque()  # decode nodes; the scheduler keeps no choices either
-    decisions, reports, ticks = [], [], []
+    decisions, reports, news, ticks = [], [], [], []
     num_others, due, now = 0, 0.0, 0.0
     memory_before = 0.0
     for place, request in enumerate(requests(0)):
@@ -170,6 +204,8 @@ def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> Timed:
             due -= 1
             report = nodes.report(len(reports) % num_nodes)
             reports.append(_timed(partial(planner.add_report, report, now)))
+            changed = nodes.caches[report.node.node_id].news(report.node.node_id)
+            news.append(_timed(partial(planner.state.prefixes.apply, changed)))
         if place % 2500 == 0:
             ticks.append(_timed(partial(planner.tick, now)))
         began = time.perf_counter()
@@ -179,11 +215,11 @@ def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> Timed:
             decision = Wait(retry_in_s=1.0, reason="refused")
         decisions.append(time.perf_counter() - began)
         if isinstance(decision, Choice):
-            _begin(nodes, decision, running, num_in_flight)
+            _begin(nodes, request, decision, running, num_in_flight)
         else:
             num_others += 1
         if len(reports) > 100_000:
-            del reports[num_nodes * (50_000 // num_nodes) :]
+            del reports[num_nodes * (50_000 // num_nodes) :], news[50_000:]
     decisions.sort()
     return Timed(
         num_nodes=num_nodes,
@@ -194,6 +230,7 @@ def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> Timed:
         decision_p99_us=decisions[len(decisions) * 99 // 100] * 1e6,
         decision_max_us=decisions[-1] * 1e6,
         report_p50_us=sorted(reports)[len(reports) // 2] * 1e6,
+        news_p50_us=sorted(news)[len(news) // 2] * 1e6,
         tick_ms=sorted(ticks)[len(ticks) // 2] * 1e3,
         rss_mb_before=memory_before,
         rss_mb_after=_rss_mb(),
@@ -201,8 +238,12 @@ def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> Timed:
     )
 
 
-def _begin(nodes: Nodes, choice: Choice, running: deque[str], num_in_flight: int) -> None:
+def _begin(
+    nodes: Nodes, request: ScheduleRequest, choice: Choice, running: deque[str], num_in_flight: int
+) -> None:
     """The nodes take it on; the oldest ends when there are enough."""
+    for node_id in {choice.prefill.node_id, choice.decode.node_id}:
+        nodes.caches[node_id].add(request.block_hashes)
     nodes.prompts[choice.prefill.node_id] += 1
     nodes.handed_over[choice.decode.node_id] += 1
     nodes.sequences[choice.decode.node_id] += 1
