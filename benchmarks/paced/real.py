@@ -83,6 +83,8 @@ async def _load(
     """All outcomes, and by role how long steps take there, as the nodes have found by then."""
     async with observing(cluster) as observed:
         outcomes = await drive(cluster.url, arrivals, seed=seed)
+    if unknown := {f"{role}-0" for role in ROLES} - observed.fits.keys():
+        raise ClusterError(f"too few steps to tell what they cost at {sorted(unknown)}: send more requests")
     return outcomes, {role: observed.fits[f"{role}-0"] for role in ROLES}
 
 

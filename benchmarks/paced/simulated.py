@@ -24,7 +24,7 @@ from benchmarks.load.drive import drive
 from benchmarks.load.summary import tpot_s
 from benchmarks.paced.kept import Pace, pace_of
 from benchmarks.paced.pace import CHUNK_TOKENS, MAX_NUM_SEQS, NUM_BLOCKS, ONE_CORE, stretched
-from benchmarks.simulate.capacity import capacity
+from benchmarks.simulate.capacity import carried_by
 from benchmarks.simulate.presets import NodeKind
 from benchmarks.simulate.run import WAIT_SHARE, Machines, simulate
 from benchmarks.simulate.scene import read_window
@@ -99,13 +99,13 @@ def main(argv: list[str]) -> int:
         for num_each in options.nodes:
             fit = stretched(ONE_CORE, max(1.0, num_each / 4))
             machines = Machines(paced_kind(fit), 2 * num_each)
-            carried = capacity(machines, chosen, TARGETS, options.seed)
+            carried = carried_by(machines, chosen, TARGETS, options.seed)
             for load in options.loads:
                 report.say(f"{num_each}P{num_each}D at {load:.0%} of {carried.rate:.2f} requests/s")
                 requests = at_rate(chosen, load * carried.rate, options.seed)
                 report.rows.append(_run(options, machines, num_each, load, requests))
                 report.write(options.json)
-    except (ClusterError, TimeoutError) as error:
+    except (ClusterError, TimeoutError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     return report.end(options.json, table(report.rows))

@@ -57,6 +57,14 @@ def capacity(
     return best
 
 
+def carried_by(machines: Machines, requests: Sequence[Request], targets: Targets, seed: int) -> Capacity:
+    """The capacity, to load the machines with a share of it. Raises `ValueError` if there is none."""
+    carried = capacity(machines, requests, targets, seed)
+    if not carried.rate:
+        raise ValueError("no split keeps the targets at any rate: there is nothing to take a share of")
+    return carried
+
+
 def carrying_split(
     machines: Machines,
     splits: Sequence[int],

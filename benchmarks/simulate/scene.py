@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.simulate.capacity import capacity
+from benchmarks.simulate.capacity import carried_by
 from benchmarks.simulate.presets import PRESETS, with_fit
 from benchmarks.simulate.run import Machines, Outcome, best_static, simulate
 from benchmarks.simulate.shifting import shifting
@@ -42,10 +42,8 @@ def make_scene(options: argparse.Namespace) -> Scene:
     targets = Targets(options.ttft or targets.ttft_s, options.tpot or targets.tpot_s)
     rate, likely = options.rate or own_rate(chosen), num_prefill
     if options.load:
-        carried = capacity(machines, chosen, targets, options.seed)
+        carried = carried_by(machines, chosen, targets, options.seed)
         rate, likely = options.load * carried.rate, carried.num_prefill
-        if not rate:
-            raise ValueError("no split keeps the targets at any rate: there is nothing to take a share of")
     timed = at_rate(chosen, rate, options.seed)
     return Scene(machines, num_prefill, timed, targets, rate, options.seed, likely)
 

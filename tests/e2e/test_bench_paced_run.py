@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.full
 
 
+def start(module: str, model_path: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, "--model", str(model_path), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
+
+
 def run(module: str, path: Path, model_path: Path, *arguments: str) -> list[dict[str, Any]]:
     """The rows that it wrote."""
-    command = [sys.executable, "-m", module, "--json", str(path), "--model", str(model_path), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
+    done = start(module, model_path, ["--json", str(path), *arguments])
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"wrote {path}" in done.stdout
     document = json.loads(path.read_text())
@@ -46,23 +51,31 @@ def test_overload(tmp_path: Path, model_path: Path) -> None:
     [row] = run("benchmarks.paced.overload", tmp_path / "overload.json", model_path, *arguments)
     assert row["load"]["num_sent"] == row["load"]["num_complete"] + row["num_refused"] > 0
     assert row["rate_per_s"] == pytest.approx(3 * row["capacity_per_s"], rel=1e-2)
-    assert set(row["memory"]) == {"nats", "scheduler", "gateway", "nodes"}
+    assert set(row["memory"]) == {"nats", "scheduler-0", "gateway", "nodes"}
     assert all(memory["peak_mb"] > 1 for memory in row["memory"].values())
 
 
 def test_simulated(tmp_path: Path, model_path: Path) -> None:
-    arguments = ["--nodes", "1", "--loads", "0.5", "--requests", "12"]
+    arguments = ["--nodes", "1", "--loads", "0.9", "--requests", "12", "--seed", "4"]
     [row] = run("benchmarks.paced.simulated", tmp_path / "simulated.json", model_path, *arguments)
     for means in (row["measured"], row["simulated"]):
         assert means["num_served"] == 12
         assert min(means["ttft_s"], means["tpot_s"], means["tokens_per_s"]) > 0
 
 
+def test_simulated_says_so_if_nothing_can_be_carried(tmp_path: Path, model_path: Path) -> None:
+    arguments = ["--json", str(tmp_path / "simulated.json"), "--nodes", "1", "--requests", "12"]
+    done = start("benchmarks.paced.simulated", model_path, arguments)  # two prompts take longer than 5 s
+    assert done.returncode == 1
+    assert "no split keeps the targets at any rate" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_real(tmp_path: Path, model_path: Path) -> None:
-    arguments = ["--requests", "6", "--rates", "2", "--longest", "2100", "--blocks", "256"]
+    arguments = ["--requests", "20", "--rates", "2", "--longest", "1050", "--blocks", "256"]
     [row] = run("benchmarks.paced.real", tmp_path / "real.json", model_path, *arguments)
     for means in (row["measured"], row["simulated"]):
-        assert means["num_served"] == 6
+        assert means["num_served"] == 20
         assert min(means["ttft_s"], means["tpot_s"], means["tokens_per_s"]) > 0
 
 

@@ -12,7 +12,7 @@ from flowkv_scheduler.regimes import Regimes
 from flowkv_scheduler.weighing import Goals
 
 GOALS = Goals(ttft_s=4.0, itl_s=0.25)
-AT = Thresholds(dwell_s=5.0)
+AT = Thresholds()
 TICK_S = 0.5
 
 # Per tick: tokens queued at prefill nodes, sequences at decode nodes, and who answers.

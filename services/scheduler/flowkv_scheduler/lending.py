@@ -24,10 +24,10 @@ class Thresholds(msgspec.Struct, frozen=True):
 
     calm: float = 0.5  # below this nobody is moved but back
     gain: float = 0.9  # a move must bring the worse pressure down to this part of itself
-    num_ticks: int = 3
-    dwell_s: float = 5.0  # what was moved stays so long
+    num_ticks: int = 2
+    dwell_s: float = 3.0  # what was moved stays so long
     # While a node works off what is left, its steps take this part of the inter-token goal.
-    rhythm_share: float = 0.8
+    rhythm_share: float = 0.65
     recap_ratio: float = 1.25  # a cap is adjusted when it is off by so much
     lent_at_once: float = 0.25  # of the lending side, at least one node
 
@@ -195,7 +195,8 @@ class Lending:
             return block_size
         step_s = self._goals.itl_s * self._at.rhythm_share
         chunk = node.speed.chunk_within(step_s, node.num_sequences, node.num_context_tokens)
-        return max(2 * block_size, min(chunk // block_size * block_size, budget - block_size))
+        # Over a block, since a cap of one block is a decode node's; no more if even this is too much.
+        return max(block_size + 1, min(chunk, budget - 1))
 
     def _adopted(self, node: NodeView, now: float) -> Moved:
         mine = node.descriptor.node
