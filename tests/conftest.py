@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,12 @@ from nats_server import NatsServer
 # A busy host may take longer than 200 ms, the default, for any example.
 settings.register_profile("flowkv", deadline=None)
 settings.load_profile("flowkv")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton looks once, when it is imported, whether it shall run its kernels on the CPU. `-m gpu`: not."""
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def attended(attention: Attention, batch: PackedBatch) -> torch.Tensor:
     return attention.attend(1, query, 0.3)
 
 
-@pytest.mark.parametrize("name", ["torch", "cpu"])
+@pytest.mark.parametrize("name", ["torch", "cpu", "triton"])
 @pytest.mark.parametrize("part", MIXED)
 def test_equals_plain_attention_over_the_whole_sequence(name: str, part: tuple[int, int]) -> None:
     pool = filled(torch.float32)
@@ -65,17 +65,18 @@ def test_equals_plain_attention_over_the_whole_sequence(name: str, part: tuple[i
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parts", [MIXED, [(300, 1), (7, 1), (0, 1), (256, 1)], [(0, 9), (30, 2)]])
-def test_cpu_equals_torch(dtype: torch.dtype, parts: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_equals_torch(name: str, dtype: torch.dtype, parts: list[tuple[int, int]]) -> None:
     pools = filled(dtype), filled(dtype)
     batch = batch_of(parts)
     expected = attended(TorchAttention(pools[0]), batch)
-    name, attention = make_attention("cpu", pools[1])
+    chosen, attention = make_attention(name, pools[1])
     torch.testing.assert_close(attended(attention, batch), expected, atol=1e-5, rtol=0)
-    assert name == "cpu"
+    assert chosen == name
     assert torch.equal(pools[0], pools[1])
 
 
-@pytest.mark.parametrize("name", ["torch", "cpu"])
+@pytest.mark.parametrize("name", ["torch", "cpu", "triton"])
 def test_writes_only_its_slots(name: str) -> None:
     pool, before = filled(torch.float32), filled(torch.float32)
     batch = batch_of([(3, 1), (0, 5)])
@@ -88,7 +89,7 @@ def test_writes_only_its_slots(name: str) -> None:
     assert sorted(changed) == slots
 
 
-@pytest.mark.parametrize("name", ["torch", "cpu"])
+@pytest.mark.parametrize("name", ["torch", "cpu", "triton"])
 def test_a_sequence_gets_the_same_alone_and_in_company(name: str) -> None:
     _, attention = make_attention(name, filled(torch.float32))
     alone, company = batch_of([(300, 1)]), batch_of([(300, 1), (9, 1), (70, 1)])
@@ -116,3 +117,10 @@ def test_backends_are_chosen_by_name() -> None:
         make_attention("cpu", filled(torch.float16))
     with pytest.raises(ValueError, match="unknown attention"):
         make_attention("flash", filled(torch.float32))
+
+
+def test_triton_asks_for_a_gpu_unless_it_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_attention("triton", filled(torch.float32))[0] == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="it has to be on a GPU"):
+        make_attention("triton", filled(torch.float32))

@@ -17,6 +17,7 @@ import msgspec
 
 # Read outside the services: by the model download and by scripts/up.py.
 _OTHER_VARIABLES = {"FLOWKV_CACHE", "FLOWKV_NATS_SERVER"}
+DTYPES = ("float32", "bfloat16", "float16")
 _SECRETS = ("nats_url",)
 
 
@@ -51,9 +52,12 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     model_name: str = ""
     node_id: str = ""  # `<role>-<host>-<4 random>` if empty
     load_format: str = "auto"  # auto | dummy (random weights from config.json)
-    attention: str = "auto"  # auto | cpu | torch
+    device: str = "cpu"  # cpu | cuda | cuda:1
+    dtype: str = "float32"  # of the weights
+    attention: str = "auto"  # auto | triton | cpu | torch
     num_threads: int = 0  # 0: torch's own choice
-    kv_cache_bytes: int = 1 << 30
+    kv_cache_bytes: int = 0  # 0: 1 GiB, or on a GPU what `gpu_memory_share` leaves beside the weights
+    gpu_memory_share: float = 0.9  # of the GPU's memory, for all that this node needs
     block_size: int = 16  # tokens
     kv_dtype: str = "float32"
     token_budget: int = 512  # tokens per engine step
@@ -72,6 +76,11 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     test_hooks: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("dtype", "kv_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(
+                    f"FLOWKV_{name.upper()} is {getattr(self, name)!r}, not one of {', '.join(DTYPES)}"
+                )
         # A node that serves both sides has a cap of two blocks at least, and that must be less than all.
         if self.token_budget <= 2 * self.block_size:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from flowkv_common.engine.attention import Attention
 from flowkv_common.engine.attention_torch import TorchAttention
 
-AUTO, TORCH, CPU = "auto", "torch", "cpu"
+AUTO, TORCH, CPU, TRITON = "auto", "torch", "cpu", "triton"
 
 
 def make_attention(name: str, pool: Tensor) -> tuple[str, Attention]:
@@ -18,16 +19,35 @@ def make_attention(name: str, pool: Tensor) -> tuple[str, Attention]:
 
     Raises `ValueError` if there is none of that name, or it can't run here or on this pool.
     """
-    if name not in (AUTO, TORCH, CPU):
-        raise ValueError(f"unknown attention {name!r}: auto, torch and cpu are")
-    obstacle = _cpu_obstacle(pool)
-    if name == TORCH or (name == AUTO and obstacle):
-        return TORCH, TorchAttention(pool)
-    if obstacle:
-        raise ValueError(f"attention cpu can't be used: {obstacle}")
-    from flowkv_common.engine.attention_cpu import CpuAttention
+    obstacles = {TORCH: None, CPU: _cpu_obstacle(pool), TRITON: _triton_obstacle(pool)}
+    if name == AUTO:
+        name = next(one for one in (TRITON, CPU, TORCH) if not obstacles[one] and not _is_slow(one, pool))
+    if name not in obstacles:
+        raise ValueError(f"unknown attention {name!r}: auto, {', '.join(obstacles)} are")
+    if obstacle := obstacles[name]:
+        raise ValueError(f"attention {name} can't be used: {obstacle}")
+    if name == TRITON:
+        from flowkv_common.engine.attention_triton import TritonAttention
 
-    return CPU, CpuAttention(pool)
+        return name, TritonAttention(pool)
+    if name == CPU:
+        from flowkv_common.engine.attention_cpu import CpuAttention
+
+        return name, CpuAttention(pool)
+    return name, TorchAttention(pool)
+
+
+def _is_slow(name: str, pool: Tensor) -> bool:
+    """Triton interprets its kernels on the CPU, for tests."""
+    return name == TRITON and pool.device.type == "cpu"
+
+
+def _triton_obstacle(pool: Tensor) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if pool.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the pool is on {pool.device}, it has to be on a GPU"
+    return None
 
 
 def _cpu_obstacle(pool: Tensor) -> str | None:

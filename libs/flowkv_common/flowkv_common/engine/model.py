@@ -17,6 +17,7 @@ from flowkv_common.engine.servable import UnsupportedModel, max_model_len, serva
 from flowkv_common.wire.messages import ModelCard, PoolLayout
 
 DUMMY_SEED = 0
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,15 @@ class LoadedModel:
 
 
 def load_model(
-    path: str, *, name: str | None, dtype: torch.dtype, load_format: str, on_progress: Callable[[str], None]
+    path: str,
+    *,
+    name: str | None,
+    dtype: torch.dtype,
+    load_format: str,
+    on_progress: Callable[[str], None],
+    device: torch.device = CPU,
 ) -> LoadedModel:
-    """The model in the folder `path`, in `dtype`, on the CPU; random weights if `load_format` is "dummy".
+    """The model in the folder `path`, in `dtype`, on `device`; random weights if `load_format` is "dummy".
 
     Raises `UnsupportedModel`, a `ValueError`, before weights are read if the model can't be served.
     """
@@ -56,11 +63,12 @@ def load_model(
     if load_format not in ("auto", "dummy"):
         raise ValueError(f"unknown load format {load_format!r}: auto and dummy are")
     on_progress(f"loading {path} ({load_format})")
-    module = _dummy(config, dtype) if load_format == "dummy" else _from_folder(folder, dtype)
+    is_dummy = load_format == "dummy"
+    module = _dummy(config, dtype, device) if is_dummy else _from_folder(folder, dtype).to(device)
     module.eval().requires_grad_(False)
     card = ModelCard(
         name=name or folder.resolve().name,
-        fingerprint=fingerprint(folder, str(dtype), has_weights=load_format != "dummy"),
+        fingerprint=fingerprint(folder, str(dtype), has_weights=not is_dummy),
         max_model_len=max_model_len(config),
         vocab_size=config.vocab_size,
         eos_token_ids=_eos_token_ids(folder, config),
@@ -85,9 +93,9 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def _dummy(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """Random weights, the same in every process."""
-    with torch.random.fork_rng(devices=[]):
+def _dummy(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Random weights, made where they stay: the same in every process on such a device."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(DUMMY_SEED)
         module: nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=IMPLEMENTATION

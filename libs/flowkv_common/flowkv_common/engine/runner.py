@@ -7,8 +7,9 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from flowkv_common.engine.sampler import Sampled, sample
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.wire.messages import SamplingParams
 
+if TYPE_CHECKING:
+    from flowkv_common.engine.graphs import GraphedDecode
+
 CLOSE_TIMEOUT_S = 5.0
 
 Result = list[Sampled | None]
@@ -29,13 +33,16 @@ Result = list[Sampled | None]
 class Runner:
     """A model, a KV pool and an attention backend; `attention_name` and `forward_name` tell the choice."""
 
-    def __init__(self, model: LoadedModel, pool: Tensor, *, attention: str = "torch") -> None:
-        """`pool`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
+    def __init__(
+        self, model: LoadedModel, pool: Tensor, *, attention: str = "torch", max_num_seqs: int = 64
+    ) -> None:
+        """`pool`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], on the model's device.
 
         Runs a prompt of two tokens and one more through block 0, so that kernels are compiled before the
-        first request needs them (half a minute, once per machine). `attention`: "torch", "cpu", or "auto"
-        for the faster that works here. Raises `ValueError` if the pool is not of this model, or the backend
-        is unknown or can't run.
+        first request needs them (half a minute, once per machine). On a GPU records a graph for each size of
+        batch up to `max_num_seqs`. `attention`: "torch", "cpu", "triton", or "auto" for the fastest that
+        works here. Raises `ValueError` if the pool is not of this model, or the backend is unknown or can't
+        run.
         """
         expected = (model.num_layers, 2, model.num_kv_heads, model.head_dim)
         if (pool.shape[1], pool.shape[2], pool.shape[4], pool.shape[5]) != expected:
@@ -44,8 +51,11 @@ class Runner:
         self._forward = make_forward(model.module, self._attention)
         self._eos_token_ids = model.eos_token_ids
         self._device = pool.device
+        self._graphs: GraphedDecode | None = None
         for batch in _warm_up(pool.shape[3]):
             self.run(batch)
+        if self._device.type == "cuda":
+            self._graphs = self._record(pool, max_num_seqs, model.card.max_model_len)
 
     @property
     def forward_name(self) -> str:
@@ -58,15 +68,35 @@ class Runner:
 
         Raises `FloatingPointError` if the model gives logits that are not finite.
         """
+        with _current(self._device):
+            logits = self._logits(batch)
+            inputs = [input for input in batch.samples if input is not None]
+            sampled = iter(sample(logits, inputs, self._eos_token_ids))
+        return [None if input is None else next(sampled) for input in batch.samples]
+
+    def _logits(self, batch: PackedBatch) -> Tensor:
+        """Of the places to sample from, [S, vocab]. All KV of the batch is written when it returns."""
+        if self._graphs and self._graphs.fits(batch):
+            return self._graphs.run(batch)
         self._attention.bind(batch)
         token_ids, position_ids, logits_indices = (
             torch.from_numpy(array).to(self._device)
             for array in (batch.token_ids, batch.position_ids, batch.logits_indices)
         )
-        logits = self._forward(token_ids, position_ids, self._attention, logits_indices)
-        inputs = [input for input in batch.samples if input is not None]
-        sampled = iter(sample(logits, inputs, self._eos_token_ids))
-        return [None if input is None else next(sampled) for input in batch.samples]
+        return self._forward(token_ids, position_ids, self._attention, logits_indices)
+
+    @torch.inference_mode()
+    def _record(self, pool: Tensor, max_num_seqs: int, max_model_len: int) -> GraphedDecode | None:
+        from flowkv_common.engine.graphs import make_graphs  # Triton comes only with torch's CUDA build
+
+        with _current(self._device):
+            return make_graphs(
+                self._forward,
+                self._attention,
+                pool,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+            )
 
 
 class EngineThread:
@@ -118,6 +148,18 @@ class EngineThread:
             _tell(loop, _settle, result, error)
         else:
             _tell(loop, _settle, result, value)
+
+
+@contextlib.contextmanager
+def _current(device: torch.device) -> Iterator[None]:
+    """Kernels of this thread go to the device, and have ended when the block ends: others read what they
+    wrote, and a step's time is that of its kernels."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        yield
+        torch.cuda.current_stream().synchronize()
 
 
 def _warm_up(block_size: int) -> list[PackedBatch]:

@@ -29,7 +29,6 @@ from flowkv_common.errors import Unavailable
 from flowkv_common.kv.blocks import Blocks
 from flowkv_common.kv.connectors import make_connectors
 from flowkv_common.kv.connectors.sockets import Place
-from flowkv_common.kv.pool import KVPool
 from flowkv_common.kv.reservations import Reservations
 from flowkv_common.metrics import serve_http, service_app
 from flowkv_common.node.attempts import Attempts
@@ -40,6 +39,7 @@ from flowkv_common.node.guest import Node, load_guests
 from flowkv_common.node.instruments import Instruments
 from flowkv_common.node.links import Links
 from flowkv_common.node.load import report_load
+from flowkv_common.node.memory import make_pool
 from flowkv_common.node.outbox import Outbox
 from flowkv_common.node.steps import Retire, Steps
 from flowkv_common.node.watch import sweep, watch_cancels, watch_engine
@@ -64,7 +64,9 @@ def served(model: LoadedModel, settings: NodeSettings) -> Served:
     return Served(
         card=model.card,
         layout=model.layout(settings.block_size, settings.kv_dtype),
-        make_engine=lambda pool: EngineThread(Runner(model, pool, attention=settings.attention)),
+        make_engine=lambda pool: EngineThread(
+            Runner(model, pool, attention=settings.attention, max_num_seqs=settings.max_num_seqs)
+        ),
     )
 
 
@@ -100,8 +102,8 @@ async def _open(
     """Everything a node consists of, each entered into `opened` in the order in which it may be used."""
     ref = NodeRef(node_id=_node_id(settings.node_id, role), incarnation=secrets.token_hex(4))
     layout = model.layout
-    num_blocks = settings.kv_cache_bytes // layout.block_bytes
-    pool = opened.enter_context(KVPool(layout, num_blocks))
+    pool = opened.enter_context(make_pool(settings, layout))
+    num_blocks = pool.num_blocks
     engine = await opened.enter_async_context(model.make_engine(pool.tensor))
     bus = await opened.enter_async_context(connect(settings.nats_url, name=f"flowkv-{role}/{ref.node_id}"))
     blocks = Blocks(num_blocks, settings.block_size)

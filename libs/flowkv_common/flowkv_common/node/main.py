@@ -42,7 +42,8 @@ def main(default_role: str) -> None:
     model = load_model(
         settings.model_path,
         name=settings.model_name or None,
-        dtype=torch.float32,
+        dtype=getattr(torch, settings.dtype),
+        device=torch.device(settings.device),
         load_format=settings.load_format,
         on_progress=log.info,
     )

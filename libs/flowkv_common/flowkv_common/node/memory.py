@@ -1,0 +1,47 @@
+"""The node's KV pool: how large, and where its memory is."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from flowkv_common.config import NodeSettings
+from flowkv_common.kv.connector import Pool
+from flowkv_common.kv.pool import KVPool
+from flowkv_common.wire.messages import PoolLayout
+
+DEFAULT_BYTES = 1 << 30
+# What a node on a GPU needs besides weights and pool: activations of a step, graphs, libraries.
+WORKING_BYTES = 2 << 30
+
+
+def make_pool(settings: NodeSettings, layout: PoolLayout) -> AbstractContextManager[Pool]:
+    """A pool on the node's device; on a GPU after the weights are there.
+
+    Raises `ValueError` if there is no room for a single block.
+    """
+    device = torch.device(settings.device)
+    num_bytes = settings.kv_cache_bytes or DEFAULT_BYTES
+    if device.type == "cuda" and not settings.kv_cache_bytes:
+        free, total = torch.cuda.mem_get_info(device)
+        num_bytes = bytes_left(total, free, torch.cuda.memory_allocated(device), settings.gpu_memory_share)
+    num_blocks = num_bytes // layout.block_bytes
+    if num_blocks < 1:
+        raise ValueError(
+            f"{max(0, num_bytes)} bytes are left for the KV cache, and a block has {layout.block_bytes}: "
+            "set FLOWKV_KV_CACHE_BYTES or FLOWKV_GPU_MEMORY_SHARE"
+        )
+    if device.type == "cuda":
+        from flowkv_common.kv.cuda_pool import CudaPool  # CuPy is an extra
+
+        return CudaPool(layout, num_blocks, device.index or 0)
+    return KVPool(layout, num_blocks)
+
+
+def bytes_left(total: int, free: int, weights: int, share: float) -> int:
+    """For the pool, of a GPU of `total` bytes with `free` ones, of which the node may have a `share`.
+
+    What others already use is respected: a second node on the GPU gets less than its share, or nothing.
+    """
+    return min(int(total * share) - weights, free) - WORKING_BYTES

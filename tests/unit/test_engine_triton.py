@@ -1,0 +1,229 @@
+"""The GPU path on the CPU: Triton's kernels are interpreted, and what a graph would replay is run again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from drive import BLOCK_SIZE, generate, make_pool, make_sequence
+from tiny_models import make_tiny_model
+
+from flowkv_common.engine import attention_triton
+from flowkv_common.engine.attention_torch import TorchAttention
+from flowkv_common.engine.attention_triton import NUM_ROWS, Decoding, TritonAttention, _tiles
+from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
+from flowkv_common.engine.flat import FlatForward
+from flowkv_common.engine.flat_weights import flat_weights
+from flowkv_common.engine.graphs import MAX_BATCH, GraphedDecode, batch_sizes
+from flowkv_common.engine.model import LoadedModel, load_model
+from flowkv_common.engine.runner import Runner
+from flowkv_common.node.memory import WORKING_BYTES, bytes_left
+
+NUM_BLOCKS = 32
+
+
+def load(folder: Path) -> LoadedModel:
+    return load_model(
+        str(folder), name=None, dtype=torch.float32, load_format="auto", on_progress=lambda line: None
+    )
+
+
+def filled(
+    head_dim: int, block_size: int, num_kv_heads: int = 2, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    shape = (NUM_BLOCKS, 2, 2, block_size, num_kv_heads, head_dim)
+    return torch.randn(shape, generator=torch.manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "block_size", "num_heads"),
+    [(64, 16, 6), (80, 4, 2), (24, 16, 32)],  # one query per KV head; many; dimensions that are no power of 2
+)
+def test_heads_of_any_size(head_dim: int, block_size: int, num_heads: int) -> None:
+    blocks = iter(torch.randperm(NUM_BLOCKS, generator=torch.manual_seed(1)).tolist())
+    items = []
+    for num_computed, num_tokens in [(70, 1), (21, 10), (0, 3)]:
+        table = [next(blocks) for _ in range(-(-(num_computed + num_tokens) // block_size))]
+        sequence = make_sequence([0] * (num_computed + num_tokens), table)
+        sequence.num_computed_tokens = num_computed
+        items.append(WorkItem(sequence, num_tokens))
+    batch = pack(items, block_size)
+    query = torch.randn(14, num_heads, head_dim)
+    outs = []
+    for attention in (
+        TorchAttention(filled(head_dim, block_size)),
+        TritonAttention(filled(head_dim, block_size)),
+    ):
+        attention.bind(batch)
+        outs.append(attention.attend(1, query, 0.2))
+    torch.testing.assert_close(outs[1], outs[0], atol=1e-5, rtol=0)
+
+
+def test_an_empty_place_is_written_nowhere_and_gives_zeros() -> None:
+    pool = filled(16, 8)
+    pool[0] = torch.nan  # where its table points
+    before = pool.clone()
+    attention = TritonAttention(pool)
+    rows = torch.arange(2, dtype=torch.int32)
+    tables = torch.tensor([[3, 4], [0, 0]], dtype=torch.int32)
+    attention.bind_static(
+        torch.tensor([3 * 8 + 5, -1]), Decoding(rows, tables, torch.tensor([6, 0], dtype=torch.int32))
+    )
+    states = torch.randn(2, 2, 16)
+    attention.write(1, states, states)
+    assert torch.equal(pool[3, 1, 0, 5], states[0])
+    pool[3, 1, :, 5] = before[3, 1, :, 5]
+    assert torch.equal(torch.nan_to_num(pool), torch.nan_to_num(before))
+    out = attention.attend(1, torch.randn(2, 4, 16), 0.2)
+    assert torch.isfinite(out[0]).all()
+    assert not out[1].any()
+
+
+def test_tiles_cover_every_query_of_prompts_once() -> None:
+    items, firsts = _tiles(torch.tensor([1, 2 * NUM_ROWS + 1, 1, 2, NUM_ROWS], dtype=torch.int32).numpy())
+    assert list(zip(items.tolist(), firsts.tolist(), strict=True)) == [
+        (1, 0),
+        (1, NUM_ROWS),
+        (1, 2 * NUM_ROWS),
+        (3, 0),
+        (4, 0),
+    ]
+
+
+@pytest.fixture
+def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted programs take a millisecond each."""
+    monkeypatch.setattr(attention_triton, "NUM_PARTS", 2)
+
+
+@pytest.mark.usefixtures("few_parts")
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_tokens_are_those_of_torch(tmp_path: Path, arch: str) -> None:
+    """Chunks, mixed batches and decode, through the flat forward and the modules."""
+    model = load(make_tiny_model(tmp_path / "m", arch, seed=5))
+    outputs = []
+    for attention in ("torch", "triton"):
+        runner = Runner(model, make_pool(model, 16), attention=attention)
+        assert runner.attention_name == attention
+        sequences = [
+            make_sequence([token * 7 % 512 for token in range(length)], list(range(first, first + 5)))
+            for length, first in [(30, 0), (5, 5), (17, 10)]
+        ]
+        generate(runner, sequences, num_outputs=4, chunk_tokens=12)
+        outputs.append([sequence.output_ids for sequence in sequences])
+    assert outputs[0] == outputs[1]
+
+
+def again(work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """In the place of a recorded graph: like one it runs once at once, and sees only its inputs later."""
+    work()
+    return work
+
+
+def decode_batch(lengths: list[int]) -> PackedBatch:
+    items = []
+    for number, length in enumerate(lengths):
+        sequence = make_sequence(
+            [(number + token) * 11 % 512 for token in range(length)], [2 * number, 2 * number + 1]
+        )
+        sequence.num_computed_tokens = length - 1
+        items.append(WorkItem(sequence, 1))
+    return pack(items, BLOCK_SIZE)
+
+
+@pytest.mark.usefixtures("few_parts")
+@torch.inference_mode()
+def test_a_step_in_a_larger_graph_is_the_same_step(tmp_path: Path) -> None:
+    model = load(make_tiny_model(tmp_path / "m", seed=5))
+    pool = torch.randn(make_pool(model, 16).shape, generator=torch.manual_seed(3))
+    weights = flat_weights(model.module)
+    assert weights is not None
+    forward, plain_pool = FlatForward(weights), pool.clone()
+    plain = TorchAttention(plain_pool)
+    graphed = GraphedDecode(
+        forward,
+        TritonAttention(pool),
+        max_num_seqs=3,
+        max_num_blocks=4,
+        device=pool.device,
+        record=again,
+    )
+    assert torch.equal(pool, plain_pool)  # recording wrote nothing
+    for lengths in ([9, 16, 3, 12], [4], [13, 2, 10], [5, 5]):  # a larger one leaves its numbers behind
+        batch = decode_batch(lengths)
+        assert graphed.fits(batch)
+        plain.bind(batch)
+        expected = forward(
+            *(torch.from_numpy(array) for array in (batch.token_ids, batch.position_ids)),
+            plain,
+            torch.from_numpy(batch.logits_indices),
+        )
+        torch.testing.assert_close(graphed.run(batch), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(pool, plain_pool, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("few_parts")
+@torch.inference_mode()
+def test_what_no_graph_was_recorded_for_does_not_fit(tmp_path: Path) -> None:
+    model = load(make_tiny_model(tmp_path / "m"))
+    weights = flat_weights(model.module)
+    assert weights is not None
+    pool = make_pool(model, 16)
+    graphed = GraphedDecode(
+        FlatForward(weights),
+        TritonAttention(pool),
+        max_num_seqs=2,
+        max_num_blocks=2,
+        device=pool.device,
+        record=again,
+    )
+    assert graphed.fits(decode_batch([3, 3]))
+    assert not graphed.fits(decode_batch([3, 3, 3]))
+    prompt = make_sequence([1, 2, 3], [0])
+    assert not graphed.fits(pack([WorkItem(prompt, 3)], BLOCK_SIZE))
+    long = make_sequence([1] * 17, [0, 1, 2])
+    long.num_computed_tokens = 16
+    assert not graphed.fits(pack([WorkItem(long, 1)], BLOCK_SIZE))
+
+
+@pytest.mark.parametrize("capability", [80, 90])  # A100, H100
+def test_kernels_compile_for_gpus(tmp_path: Path, capability: int) -> None:
+    """Shared memory stays within the 99 KiB that every GPU since the A10 has."""
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("triton_compiler.py")), str(capability)]
+    done = subprocess.run(
+        command,
+        env=environ | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == ["write_kv", "attend_prompts", "attend_part", "join_parts"]
+    assert all(int(num_bytes) > 0 and int(shared) <= 99 << 10 for _, num_bytes, shared in lines)
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(1, [1]), (3, [1, 2, 4]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 16])]
+)
+def test_graphs_are_recorded_for_a_few_sizes(most: int, sizes: list[int]) -> None:
+    assert batch_sizes(most) == sizes
+
+
+def test_beyond_the_largest_graph_steps_run_without_one() -> None:
+    assert batch_sizes(10_000)[-1] == MAX_BATCH
+
+
+def test_a_node_on_a_gpu_takes_its_share_less_what_it_holds() -> None:
+    gib = 1 << 30
+    assert bytes_left(80 * gib, 79 * gib, 16 * gib, 0.5) == 24 * gib - WORKING_BYTES
+    # Others have taken most of it: only what is free counts.
+    assert bytes_left(80 * gib, 10 * gib, 16 * gib, 0.9) == 10 * gib - WORKING_BYTES
+    assert bytes_left(24 * gib, 23 * gib, 30 * gib, 0.9) < 0
