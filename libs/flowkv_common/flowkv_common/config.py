@@ -52,7 +52,7 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     model_name: str = ""
     node_id: str = ""  # `<role>-<host>-<4 random>` if empty
     load_format: str = "auto"  # auto | dummy (random weights from config.json)
-    device: str = "cpu"  # cpu | cuda | cuda:1
+    device: str = "cpu"  # cpu | cuda (a GPU that no other node of this host has) | cuda:1
     dtype: str = "float32"  # of the weights
     attention: str = "auto"  # auto | triton | cpu | torch
     num_threads: int = 0  # 0: torch's own choice

@@ -31,6 +31,10 @@ class LoadedModel:
     head_dim: int
 
     @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
     def eos_token_ids(self) -> list[int]:
         return self.card.eos_token_ids
 

@@ -15,6 +15,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flowkv_common import __version__
@@ -23,7 +24,7 @@ from flowkv_common.bus.registry import keep_announced, watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import NodeSettings
 from flowkv_common.engine.engine import Engine
-from flowkv_common.engine.model import LoadedModel
+from flowkv_common.engine.model import CPU, LoadedModel
 from flowkv_common.engine.runner import EngineThread, Runner
 from flowkv_common.errors import Unavailable
 from flowkv_common.kv.blocks import Blocks
@@ -52,11 +53,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """All that a node needs of a model. `make_engine` gets the pool's tensor, of shape and dtype `layout`."""
+    """All that a node needs of a model. `make_engine` gets the pool's tensor, of `layout` and on `device`."""
 
     card: ModelCard
     layout: PoolLayout
     make_engine: Callable[[Tensor], Engine]
+    device: torch.device = CPU
 
 
 def served(model: LoadedModel, settings: NodeSettings) -> Served:
@@ -64,6 +66,7 @@ def served(model: LoadedModel, settings: NodeSettings) -> Served:
     return Served(
         card=model.card,
         layout=model.layout(settings.block_size, settings.kv_dtype),
+        device=model.device,
         make_engine=lambda pool: EngineThread(
             Runner(model, pool, attention=settings.attention, max_num_seqs=settings.max_num_seqs)
         ),
@@ -102,7 +105,7 @@ async def _open(
     """Everything a node consists of, each entered into `opened` in the order in which it may be used."""
     ref = NodeRef(node_id=_node_id(settings.node_id, role), incarnation=secrets.token_hex(4))
     layout = model.layout
-    pool = opened.enter_context(make_pool(settings, layout))
+    pool = opened.enter_context(make_pool(settings, layout, model.device))
     num_blocks = pool.num_blocks
     engine = await opened.enter_async_context(model.make_engine(pool.tensor))
     bus = await opened.enter_async_context(connect(settings.nats_url, name=f"flowkv-{role}/{ref.node_id}"))

@@ -7,6 +7,8 @@ import gc
 import logging
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 from flowkv_common import __version__, logs
 from flowkv_common.config import NodeSettings, load
@@ -33,25 +35,27 @@ def main(default_role: str) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import torch
 
+    from flowkv_common.engine.devices import claimed
     from flowkv_common.engine.model import load_model
     from flowkv_common.node.host import serve, served
     from flowkv_common.tasks import stop_on_signals
 
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    model = load_model(
-        settings.model_path,
-        name=settings.model_name or None,
-        dtype=getattr(torch, settings.dtype),
-        device=torch.device(settings.device),
-        load_format=settings.load_format,
-        on_progress=log.info,
-    )
-    # Libraries and the model stay: no collection shall walk through them amid a step, nor at exit (1 s).
-    gc.collect()
-    gc.freeze()
+    with claimed(settings.device, Path(settings.socket_dir or tempfile.gettempdir())) as device:
+        model = load_model(
+            settings.model_path,
+            name=settings.model_name or None,
+            dtype=getattr(torch, settings.dtype),
+            device=device,
+            load_format=settings.load_format,
+            on_progress=log.info,
+        )
+        # Libraries and the model stay: no collection shall walk through them amid a step, nor at exit (1 s).
+        gc.collect()
+        gc.freeze()
 
-    async def run() -> None:
-        await serve(settings, role, served(model, settings), stop_on_signals())
+        async def run() -> None:
+            await serve(settings, role, served(model, settings), stop_on_signals())
 
-    asyncio.run(run())
+        asyncio.run(run())

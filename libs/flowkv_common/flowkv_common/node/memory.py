@@ -16,12 +16,13 @@ DEFAULT_BYTES = 1 << 30
 WORKING_BYTES = 2 << 30
 
 
-def make_pool(settings: NodeSettings, layout: PoolLayout) -> AbstractContextManager[Pool]:
-    """A pool on the node's device; on a GPU after the weights are there.
+def make_pool(
+    settings: NodeSettings, layout: PoolLayout, device: torch.device
+) -> AbstractContextManager[Pool]:
+    """A pool on `device`; on a GPU after the weights are there.
 
     Raises `ValueError` if there is no room for a single block.
     """
-    device = torch.device(settings.device)
     num_bytes = settings.kv_cache_bytes or DEFAULT_BYTES
     if device.type == "cuda" and not settings.kv_cache_bytes:
         free, total = torch.cuda.mem_get_info(device)

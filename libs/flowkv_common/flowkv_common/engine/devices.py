@@ -1,0 +1,58 @@
+"""Which device a node computes on. Nodes of one host never take the same GPU by accident."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def claimed(name: str, folder: Path) -> Iterator[torch.device]:
+    """The device called `name`. "cuda" is the first GPU that no other node has claimed in `folder`.
+
+    "cpu" and "cuda:1" are taken as they are: several nodes share a GPU that is named to each of them. Raises
+    `ValueError` if there is no such device, or none is left.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"FLOWKV_DEVICE is {name!r}: cpu, cuda, or cuda:1 is meant") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"FLOWKV_DEVICE is {name!r}: FlowKV computes on cpu and cuda")
+    if device.type == "cpu":
+        yield device
+        return
+    num_gpus = torch.cuda.device_count()
+    if (device.index or 0) >= num_gpus:
+        raise ValueError(f"there is no GPU for {name}: torch sees {num_gpus}")
+    if device.index is not None:
+        yield device
+        return
+    uuids = [str(torch.cuda.get_device_properties(index).uuid) for index in range(num_gpus)]
+    with claimed_index(uuids, folder) as index:
+        log.info("computing on GPU %d (%s)", index, torch.cuda.get_device_name(index))
+        yield torch.device("cuda", index)
+
+
+@contextlib.contextmanager
+def claimed_index(uuids: Sequence[str], folder: Path) -> Iterator[int]:
+    """The first of the GPUs that nobody holds, ours until the block ends, or this process, however it ends.
+
+    Raises `ValueError` if others hold all of them.
+    """
+    for index, uuid in enumerate(uuids):
+        with (folder / f"flowkv-gpu-{uuid}.lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield index  # closing the file frees the lock
+            return
+    raise ValueError(f"other nodes have all {len(uuids)} GPUs: FLOWKV_DEVICE=cuda:0 shares the first")
