@@ -21,12 +21,13 @@ OVERLOAD ?=
 SUSTAIN ?=
 SIMULATED ?=
 ENGINE  ?=
+GPU     ?=
 SERVING ?=
 DISTURBED ?=
 VLLM    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full compose-test compose-test-short bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-simulated bench-real bench-sustain bench-engine bench-serving bench-disturbed simulate simulate-cells plan replay lint fmt clean
+.PHONY: help install up test test-full compose-test compose-test-short bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-simulated bench-real bench-sustain bench-engine bench-gpu bench-serving bench-disturbed simulate simulate-cells plan replay lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -135,6 +136,10 @@ bench-sustain: $(VENV)/ready-dev ## the steps per second that one process of pac
 bench-engine: $(VENV)/ready-dev ## the bare engine beside transformers, and vLLM: VLLM=its-python; ENGINE="--jobs 1x512"
 	@mkdir -p .run
 	$(PY) -m benchmarks.engine --json .run/engine.json $(addprefix --vllm ,$(VLLM)) $(ENGINE)
+
+bench-gpu: $(VENV)/ready-dev ## the bare engine on a GPU, Llama-3.1-8B's shape; GPU="--batches 1 16"
+	@mkdir -p .run
+	$(PY) -m benchmarks.gpu_engine --json .run/gpu-engine.json $(GPU)
 
 bench-serving: $(VENV)/ready-dev ## over HTTP beside vLLM: VLLM=its-python; SERVING="--threads 1 --pinned --bare"
 	@mkdir -p .run

@@ -71,15 +71,21 @@ class Work:
             kv_per_token=2 * layers * kv_heads * dim,
         )
 
-    def floor_s(self, job: Job, machine: Machine, kv_item_bytes: int = _ITEM_BYTES) -> float:
+    def floor_s(
+        self,
+        job: Job,
+        machine: Machine,
+        kv_item_bytes: int = _ITEM_BYTES,
+        weight_item_bytes: int = _ITEM_BYTES,
+    ) -> float:
         """Seconds of a decode step, or of a whole prompt: the longer of reading and computing."""
         if job.is_decode:
             context = job.context + (job.num_steps + 1) / 2
-            num_bytes = _ITEM_BYTES * (self.layer_weights + self.head_weights)
+            num_bytes = weight_item_bytes * (self.layer_weights + self.head_weights)
             num_bytes += kv_item_bytes * job.batch * context * self.kv_per_token
             pairs, rows, sampled = job.batch * context, job.batch, job.batch
         else:
-            num_bytes = _ITEM_BYTES * (self.layer_weights + self.head_weights)
+            num_bytes = weight_item_bytes * (self.layer_weights + self.head_weights)
             pairs, rows, sampled = job.context * (job.context + 1) / 2, job.context, 1
         flop = 2 * rows * self.layer_weights + 2 * sampled * self.head_weights
         flop += 4 * pairs * self.num_layers * self.hidden

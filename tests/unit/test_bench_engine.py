@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from tiny_models import make_tiny_model
 
 from benchmarks.engine.floor import Machine, Work
 from benchmarks.engine.jobs import Job, line_of
 from benchmarks.engine.report import row_of, table
 
+ROOT = Path(__file__).parents[2]
 MACHINE = Machine(read_bytes_per_s=1e9, flop_per_s=1e12)
 WORK = Work(layer_weights=100, head_weights=20, num_layers=2, hidden=8, kv_per_token=16)
 
@@ -45,6 +49,23 @@ def test_rates_and_ratios_are_medians_over_rounds() -> None:
     assert (row.tokens_per_s, row.min, row.max, row.num_repeats) == (5.0, 2.5, 10.0, 3)
     assert row.versus == {"median": 2.0, "min": 1.0, "max": 4.0}
     assert "2.00x (1.00-4.00)" in table([row], {"other": 5 << 20})
+
+
+def test_the_gpu_benchmark_runs_wherever_the_engine_does(tmp_path: Path) -> None:
+    folder, path = make_tiny_model(tmp_path / "m"), tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "benchmarks.gpu_engine", "--json", str(path), "--device", "cpu"]
+    command += ["--config", str(folder / "config.json"), "--dtype", "float32", "--repeat", "1"]
+    command += ["--batches", "1", "3", "--context", "20", "--prompts", "40", "--chunk", "16"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text())
+    assert (found["device"], found["attention"]) == ("cpu", "cpu")
+    assert [(row["batch"], row["context"], row["graphs"]) for row in found["rows"]] == [
+        (1, 20, False),
+        (3, 20, False),
+        (0, 40, False),
+    ]
+    assert all(row["median_ms"] > row["floor_ms"] > 0 for row in found["rows"])
 
 
 def test_jobs_cross_the_pipe_and_prompts_differ_by_seed() -> None:

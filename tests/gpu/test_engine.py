@@ -1,0 +1,96 @@
+"""The engine on a GPU: kernels against torch's attention, graphs against steps without, a node's pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from drive import BLOCK_SIZE, generate, make_sequence
+from tiny_models import make_tiny_model
+
+from flowkv_common.config import NodeSettings
+from flowkv_common.engine.attention_torch import TorchAttention
+from flowkv_common.engine.backends import make_attention
+from flowkv_common.engine.batch import WorkItem, pack
+from flowkv_common.engine.model import LoadedModel, load_model
+from flowkv_common.engine.runner import Runner
+from flowkv_common.node.memory import make_pool
+from flowkv_common.wire.messages import PoolLayout
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda", 0)
+# (tokens computed before, tokens of this step)
+MIXED = [(12, 1), (0, 5), (11, 70), (0, 1), (1300, 1), (40, 24), (180, 230), (4000, 1)]
+
+
+@pytest.mark.parametrize(("head_dim", "num_heads"), [(128, 32), (64, 9), (80, 12)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_equals_torch(head_dim: int, num_heads: int, dtype: torch.dtype) -> None:
+    num_kv_heads = num_heads // 4 if num_heads % 4 == 0 else num_heads // 3
+    shape = (512, 2, 2, 16, num_kv_heads, head_dim)
+    pool = torch.randn(shape, generator=torch.manual_seed(0)).to(CUDA, dtype)
+    free = iter(torch.randperm(512, generator=torch.manual_seed(1)).tolist())
+    items = []
+    for num_computed, num_tokens in MIXED:
+        num_all = num_computed + num_tokens
+        sequence = make_sequence([0] * num_all, [next(free) for _ in range(-(-num_all // 16))])
+        sequence.num_computed_tokens = num_computed
+        items.append(WorkItem(sequence, num_tokens))
+    batch = pack(items, 16)
+    num_tokens = len(batch.token_ids)
+    query, key, value = (
+        torch.randn(num_tokens, heads, head_dim, device=CUDA, dtype=dtype)
+        for heads in (num_heads, num_kv_heads, num_kv_heads)
+    )
+    pools, outs = (pool, pool.clone()), []
+    for attention in (TorchAttention(pools[0]), make_attention("auto", pools[1])[1]):
+        attention.bind(batch)
+        attention.write(1, key, value)
+        outs.append(attention.attend(1, query, head_dim**-0.5))
+    assert torch.equal(*pools)
+    torch.testing.assert_close(outs[1], outs[0], atol=2e-2, rtol=2e-2)
+
+
+def load(folder: Path, device: torch.device) -> LoadedModel:
+    return load_model(
+        str(folder),
+        name=None,
+        dtype=torch.float32,
+        load_format="auto",
+        on_progress=lambda line: None,
+        device=device,
+    )
+
+
+def outputs(runner: Runner) -> list[list[int]]:
+    sequences = [
+        make_sequence([token * 7 % 512 for token in range(length)], list(range(first, first + 6)))
+        for length, first in [(30, 0), (5, 6), (17, 12)]
+    ]
+    generate(runner, sequences, num_outputs=12, chunk_tokens=12)
+    return [sequence.output_ids for sequence in sequences]
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2"])
+def test_tokens_are_those_of_the_cpu(tmp_path: Path, arch: str) -> None:
+    folder = make_tiny_model(tmp_path / "m", arch, seed=5)
+    model = load(folder, CUDA)
+    shape = (24, model.num_layers, 2, BLOCK_SIZE, model.num_kv_heads, model.head_dim)
+    expected = outputs(Runner(load(folder, torch.device("cpu")), torch.zeros(shape)))
+    runner = Runner(model, torch.zeros(shape, device=CUDA), attention="auto", max_num_seqs=3)
+    assert runner.attention_name == "triton"
+    assert (runner._graphs is None) == (arch == "gpt2")  # which goes through its modules
+    assert outputs(runner) == expected
+    runner._graphs = None
+    assert outputs(runner) == expected
+
+
+def test_a_pool_takes_its_share_of_the_memory() -> None:
+    layout = PoolLayout(num_layers=8, block_size=16, num_kv_heads=8, head_dim=128, dtype="bfloat16")
+    settings = NodeSettings(model_path="m", device="cuda", gpu_memory_share=0.2)
+    _, total = torch.cuda.mem_get_info(CUDA)
+    with make_pool(settings, layout, CUDA) as pool:
+        assert pool.tensor.is_cuda
+        assert 0 < pool.num_blocks * layout.block_bytes <= 0.2 * total
