@@ -25,6 +25,8 @@ GPU     ?=
 SERVING ?=
 DISTURBED ?=
 VLLM    ?=
+LLAMACPP ?=
+GGUF    ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install up test test-full compose-test compose-test-short bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-simulated bench-real bench-sustain bench-engine bench-gpu bench-serving bench-disturbed simulate simulate-cells plan replay lint fmt clean
@@ -133,9 +135,9 @@ bench-sustain: $(VENV)/ready-dev ## the steps per second that one process of pac
 	@mkdir -p .run
 	$(PY) -m benchmarks.paced.sustain --json .run/sustain.json $(SUSTAIN)
 
-bench-engine: $(VENV)/ready-dev ## the bare engine beside transformers, and vLLM: VLLM=its-python; ENGINE="--jobs 1x512"
+bench-engine: $(VENV)/ready-dev ## the bare engine beside transformers; VLLM=its-python LLAMACPP=folder GGUF=file; ENGINE="--jobs 1x512"
 	@mkdir -p .run
-	$(PY) -m benchmarks.engine --json .run/engine.json $(addprefix --vllm ,$(VLLM)) $(ENGINE)
+	$(PY) -m benchmarks.engine --json .run/engine.json $(addprefix --vllm ,$(VLLM)) $(addprefix --llamacpp ,$(LLAMACPP)) $(addprefix --gguf ,$(GGUF)) $(ENGINE)
 
 bench-gpu: $(VENV)/ready-dev ## the bare engine on a GPU, Llama-3.1-8B's shape; GPU="--batches 1 16"
 	@mkdir -p .run

