@@ -66,6 +66,13 @@ CMD ["flowkv_gateway"]
 
 FROM base AS engine
 LABEL org.opencontainers.image.title=flowkv-engine
+# On a GPU Triton compiles a launcher in C for each of its kernels.
+ARG EXTRAS=engine
+USER root
+RUN case ",${EXTRAS}," in *,cuda,*) \
+    apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* ;; \
+    esac
+USER 10001:10001
 ENV HF_HUB_DISABLE_TELEMETRY=1 NUMBA_CACHE_DIR=/kernels
 COPY --from=engine-libs /opt/venv /opt/venv
 COPY --from=code /opt/engine /opt/flowkv

@@ -25,9 +25,10 @@ from flowkv_common.engine.batch import WorkItem, pack
 from flowkv_common.engine.model import LoadedModel, load_model
 from flowkv_common.engine.runner import Runner
 from flowkv_common.engine.sequence import Sequence as Tokens
-from flowkv_common.wire.messages import SamplingParams
+from flowkv_common.wire.parts import SamplingParams
 
 BLOCK_SIZE = 16
+MAX_BATCH = 256  # of a recorded graph
 MATMUL_SIZE = 8192
 READ_BYTES = 4 << 30
 LLAMA_8B = {
@@ -93,6 +94,10 @@ class Bench:
         self.pool = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.runner = Runner(model, self.pool, attention="auto", max_num_seqs=max_num_seqs)
 
+    @property
+    def has_graphs(self) -> bool:
+        return self.runner._graphs is not None
+
     def decode(self, batch: int, context: int, num_runs: int, *, graphs: bool) -> list[float]:
         """Seconds per step. KV is whatever lies in the pool."""
         items = [WorkItem(self._tokens(number, context, 1), 1) for number in range(batch)]
@@ -135,10 +140,9 @@ def main(argv: Sequence[str]) -> int:
     machine = measure(device, dtype)
     needed = max(max(options.batches) * options.context, max(options.prompts))
     bench = Bench(model, -(-needed // BLOCK_SIZE) + max(options.batches), max(options.batches))
-    has_graphs = bench.runner._graphs is not None
     rows = []
     for batch in options.batches:
-        for graphs in (False, True)[: 1 + has_graphs]:
+        for graphs in (False, True)[: 1 + (bench.has_graphs and batch <= MAX_BATCH)]:
             seconds = bench.decode(batch, options.context, options.repeat, graphs=graphs)
             rows.append(_row(batch, options.context, graphs, seconds, work, machine, dtype))
     for num_tokens in options.prompts:

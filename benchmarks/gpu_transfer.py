@@ -23,7 +23,7 @@ from flowkv_common.kv.alignment import Copy
 from flowkv_common.kv.blocks import Blocks
 from flowkv_common.kv.connector import TransferStats
 from flowkv_common.kv.reservations import Reservations
-from flowkv_common.wire.messages import NodeRef, PoolLayout
+from flowkv_common.wire.parts import NodeRef, PoolLayout
 
 LLAMA_8B = PoolLayout(num_layers=32, block_size=16, num_kv_heads=8, head_dim=128, dtype="bfloat16")
 PROMPT_TOKENS = (500, 1000, 4000, 8000, 13000)

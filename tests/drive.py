@@ -11,7 +11,8 @@ from flowkv_common.engine.batch import WorkItem, pack
 from flowkv_common.engine.model import LoadedModel
 from flowkv_common.engine.runner import Runner
 from flowkv_common.engine.sequence import Sequence
-from flowkv_common.wire.messages import SamplingParams, transfer_id
+from flowkv_common.wire.messages import transfer_id
+from flowkv_common.wire.parts import SamplingParams
 
 BLOCK_SIZE = 8
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)

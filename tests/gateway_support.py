@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
 from flowkv_common.errors import FlowKVError
-from flowkv_common.wire.messages import ModelCard
+from flowkv_common.wire.parts import ModelCard
 from flowkv_gateway.generation import Generation, Piece
 from flowkv_gateway.tokenizer import Tokenizer
 

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout, ScheduleRequest
+from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import BlockCounts, LoadReport, NodeDescriptor
+from flowkv_common.wire.parts import ModelCard, NodeRef, PoolLayout
 from flowkv_scheduler.state import ClusterState
 from flowkv_scheduler.view import NodeView, Work
 
@@ -20,7 +21,13 @@ CAPS = {"prefill": TOKEN_BUDGET, "decode": BLOCK_SIZE, "mixed": 128}
 
 
 def descriptor(
-    node_id: str, role: str, *, incarnation: str = "i1", num_blocks: int = NUM_BLOCKS, **layout: Any
+    node_id: str,
+    role: str,
+    *,
+    incarnation: str = "i1",
+    num_blocks: int = NUM_BLOCKS,
+    memory: str = "host",
+    **layout: Any,
 ) -> NodeDescriptor:
     return NodeDescriptor(
         node=NodeRef(node_id=node_id, incarnation=incarnation),
@@ -40,6 +47,7 @@ def descriptor(
         pid=1,
         metrics_url="",
         version="0.1.0",
+        memory=memory,
     )
 
 
@@ -93,10 +101,11 @@ def node(
     age_s: float = 0.0,
     given: Work = NOTHING,
     num_blocks: int = NUM_BLOCKS,
+    memory: str = "host",
     layout: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Imagined:
-    described = descriptor(node_id, role, num_blocks=num_blocks, **(layout or {}))
+    described = descriptor(node_id, role, num_blocks=num_blocks, memory=memory, **(layout or {}))
     return Imagined(described, report(node_id, role, **changes), age_s, given)
 
 

@@ -24,14 +24,13 @@ from flowkv_common.wire.messages import (
     Accepted,
     Keepalive,
     KeepaliveReply,
-    NodeRef,
     PrefillRun,
-    SamplingParams,
     StepTokens,
     TokenChunk,
     transfer_id,
 )
 from flowkv_common.wire.nodes import Check, Checked, Drain, LoadReport
+from flowkv_common.wire.parts import NodeRef, SamplingParams
 
 BLOCK_SIZE = 8
 TOKEN_BUDGET = 64

@@ -7,7 +7,7 @@ import sys
 
 from flowkv_common.config import SchedulerSettings
 from flowkv_common.tasks import stop_on_signals
-from flowkv_common.wire.messages import NodeRef
+from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.app import serve
 from flowkv_scheduler.orders import MoveCap, Order
 from flowkv_scheduler.planner import Planner

@@ -38,19 +38,22 @@ def main(argv: list[str]) -> int:
     more: dict[str, list[str]] = {}
     if options.llamacpp:
         pythons["llamacpp"] = Path(sys.executable)
-        more["llamacpp"] = [str(options.gguf), str(options.llamacpp)]
     names = [name for name in pythons if name in options.parties]
+    if "llamacpp" in names:
+        more["llamacpp"] = [str(options.gguf.resolve()), str(options.llamacpp.resolve())]
     jobs = [JOBS[name] for name in options.jobs]
     work = Work.of(Path(options.model))
-    conditions = {
+    conditions: dict[str, object] = {
         "model": Path(options.model).name,
-        "weights_and_kv": "float32; llamacpp: the weights of its file, KV in float16",
+        "weights_and_kv": "float32",
         "threads": options.threads,
         "cores": cores,
         "rounds": "each party in turn; one more before them, that doesn't count",
         "decode_steps": _NUM_STEPS,
         "memory": "flowkv's holds a pool of 16 x 2,304 tokens; parties that are not measured are stopped",
     }
+    if "llamacpp" in names:
+        conditions["llamacpp"] = f"weights of {options.gguf.name}, KV in float16"
     with contextlib.ExitStack() as opened:
         parties: list[PartyProcess] = []
         try:

@@ -10,6 +10,9 @@ from benchmarks.engine.floor import Machine, Work
 from benchmarks.engine.jobs import Job
 from benchmarks.result import write_result
 
+# Parties whose weights are not those of the floor.
+OTHER_WEIGHTS = {"llamacpp"}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -21,7 +24,7 @@ class Row:
     min: float
     max: float
     num_repeats: int
-    of_floor: float
+    of_floor: float | None
     versus: dict[str, float]  # FlowKV's tokens/s over this party's: median, min and max of the rounds' ratios
 
 
@@ -33,6 +36,7 @@ def row_of(
     rates = [num_tokens / each for each in seconds]
     ratios = [theirs / mine for theirs, mine in zip(seconds, ours, strict=True)]
     floor_s = work.floor_s(job, machine) * (job.num_steps if job.is_decode else 1)
+    of_floor = None if party in OTHER_WEIGHTS else round(floor_s / statistics.median(seconds), 3)
     return Row(
         job=job.title,
         party=party,
@@ -40,7 +44,7 @@ def row_of(
         min=round(min(rates), 1),
         max=round(max(rates), 1),
         num_repeats=len(rates),
-        of_floor=round(floor_s / statistics.median(seconds), 3),
+        of_floor=of_floor,
         versus={
             name: round(number, 3)
             for name, number in (
@@ -57,8 +61,9 @@ def table(rows: list[Row], peaks: dict[str, int]) -> str:
     lines = [head]
     for row in rows:
         rate = f"{row.tokens_per_s:.1f} ({row.min:.1f}-{row.max:.1f})"
+        of_floor = "" if row.of_floor is None else f"{row.of_floor:.0%}"
         ratio = "" if row.party == "flowkv" else "{median:.2f}x ({min:.2f}-{max:.2f})".format(**row.versus)
-        lines.append(f"{row.job:<18}{row.party:<14}{rate:>28}{row.of_floor:>9.0%} {ratio:>21}")
+        lines.append(f"{row.job:<18}{row.party:<14}{rate:>28}{of_floor:>9} {ratio:>21}")
     lines.append("peak memory, MB: " + ", ".join(f"{name} {peak >> 20}" for name, peak in peaks.items()))
     return "\n".join(lines)
 

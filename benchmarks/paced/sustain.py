@@ -29,16 +29,9 @@ from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import FlowKVError
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import (
-    Accepted,
-    Cancel,
-    Keepalive,
-    KeepaliveReply,
-    PrefillRun,
-    SamplingParams,
-    transfer_id,
-)
+from flowkv_common.wire.messages import Accepted, Cancel, Keepalive, KeepaliveReply, PrefillRun, transfer_id
 from flowkv_common.wire.nodes import NodeDescriptor, StepFit
+from flowkv_common.wire.parts import SamplingParams
 from scripts.local_cluster import Cluster, ClusterError
 from tests.paced.cluster import NODES, paced_cluster, paced_settings
 

@@ -14,8 +14,8 @@ from benchmarks.simulate.pool import Pool
 from benchmarks.simulate.presets import NodeKind
 from benchmarks.simulate.stretch import slowed
 from benchmarks.traces import hashes_of_id
-from flowkv_common.wire.messages import ModelCard, NodeRef
 from flowkv_common.wire.nodes import BlockCounts, BlocksChanged, LoadReport, NodeDescriptor, StepFit
+from flowkv_common.wire.parts import ModelCard, NodeRef
 
 REPORT_PERIOD_S = 0.5
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from flowkv_common.kv.alignment import Copy, align, ids_of
 from flowkv_common.kv.segments import Segments
-from flowkv_common.wire.messages import Run
+from flowkv_common.wire.parts import Run
 
 # A pool in use: this share of the blocks is taken by other requests, of so many blocks each.
 USED_SHARE = 0.75

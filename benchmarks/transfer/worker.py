@@ -21,7 +21,7 @@ from benchmarks.transfer.shapes import Shape
 from benchmarks.transfer.transports import Transport, Unavailable, make_transport
 from flowkv_common.kv.alignment import Copy
 from flowkv_common.kv.pool import KVPool
-from flowkv_common.wire.messages import Run
+from flowkv_common.wire.parts import Run
 
 _PR_SET_PDEATHSIG = 1
 _PATTERN_BYTES = 16 << 20

@@ -12,8 +12,8 @@ from observer import observe
 
 from flowkv_common.bus.accounts import RIGHTS
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import LinkOffer, LinkRequest
+from flowkv_common.wire.parts import NodeRef
 
 pytestmark = pytest.mark.compose
 

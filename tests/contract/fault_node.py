@@ -26,7 +26,7 @@ from flowkv_common.kv.blocks import Blocks, OutOfBlocks
 from flowkv_common.kv.connector import ConnectorUnavailable, KVLink, Landing
 from flowkv_common.kv.pool import KVPool
 from flowkv_common.kv.reservations import Reservations
-from flowkv_common.wire.messages import Run
+from flowkv_common.wire.parts import Run
 
 IO_TIMEOUT_S = 1.0
 

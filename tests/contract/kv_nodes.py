@@ -21,7 +21,7 @@ from flowkv_common.kv.connectors.shm import ShmConnector
 from flowkv_common.kv.connectors.tcp import TcpConnector
 from flowkv_common.kv.pool import KVPool
 from flowkv_common.kv.reservations import Reservation, Reservations
-from flowkv_common.wire.messages import NodeRef, PoolLayout
+from flowkv_common.wire.parts import NodeRef, PoolLayout
 
 LINK_TOKEN = "open sesame"
 SMALL = PoolLayout(num_layers=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="float32")  # 1 KiB blocks

@@ -13,7 +13,7 @@ from flowkv_common.kv.alignment import Copy
 from flowkv_common.kv.blocks import Blocks
 from flowkv_common.kv.pool import KVPool
 from flowkv_common.kv.reservations import Reservations
-from flowkv_common.wire.messages import PoolLayout
+from flowkv_common.wire.parts import PoolLayout
 
 
 class Job(msgspec.Struct):

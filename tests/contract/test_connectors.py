@@ -22,7 +22,7 @@ from flowkv_common.kv.connectors.cuda_ipc import PoolHandle
 from flowkv_common.kv.connectors.frames import MAX_FRAME_BYTES, Channel, Hello, Reply, Transfer
 from flowkv_common.kv.connectors.nccl import Invitation
 from flowkv_common.kv.reservations import Reservation
-from flowkv_common.wire.messages import PoolLayout
+from flowkv_common.wire.parts import PoolLayout
 
 every_connector = pytest.mark.parametrize("kind", ["inprocess", "shm", "tcp", "cuda_ipc", "nccl"])
 on_sockets = pytest.mark.parametrize("kind", ["shm", "tcp", "cuda_ipc", "nccl"])

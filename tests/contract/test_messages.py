@@ -10,7 +10,8 @@ import pytest
 from wire_examples import EXAMPLES, GOLDEN, MESSAGES, PARTS, as_golden, golden_file
 
 from flowkv_common.wire import nodes
-from flowkv_common.wire.messages import Accepted, Message, Part, decode, encode
+from flowkv_common.wire.messages import Accepted, Message, decode, encode
+from flowkv_common.wire.parts import Part
 
 each_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: type(example).__name__)
 

@@ -10,21 +10,16 @@ from pathlib import Path
 
 import msgspec
 
-from flowkv_common.wire import messages, nodes
+from flowkv_common.wire import messages, nodes, parts
 from flowkv_common.wire.messages import (
     Accepted,
     Assignment,
     Cancel,
-    Candidate,
     DecodeRun,
     Keepalive,
     KeepaliveReply,
     KVTransferred,
     Message,
-    ModelCard,
-    NodeRef,
-    Part,
-    PoolLayout,
     PrefillRun,
     Refusal,
     Release,
@@ -33,12 +28,9 @@ from flowkv_common.wire.messages import (
     Reserved,
     Resume,
     Resumed,
-    Run,
-    SamplingParams,
     ScheduleRequest,
     StepTokens,
     TokenChunk,
-    TokenLogprob,
     Wait,
     encode,
 )
@@ -62,11 +54,21 @@ from flowkv_common.wire.nodes import (
     StepFit,
     Wedge,
 )
+from flowkv_common.wire.parts import (
+    Candidate,
+    ModelCard,
+    NodeRef,
+    Part,
+    PoolLayout,
+    Run,
+    SamplingParams,
+    TokenLogprob,
+)
 
 GOLDEN = Path(__file__).with_name("golden")
 
 # All that the protocol has; tests may define more, which are none of it.
-MODULES = (messages.__name__, nodes.__name__)
+MODULES = (messages.__name__, nodes.__name__, parts.__name__)
 MESSAGES = [kind for kind in Message.__subclasses__() if kind.__module__ in MODULES]
 PARTS = [kind for kind in Part.__subclasses__() if kind.__module__ in MODULES]
 
@@ -195,6 +197,7 @@ EXAMPLES: list[Message] = [
         max_prefill_tokens_per_step=16,
         guests=["decode", "prefill"],
         connectors=["shm", "tcp"],
+        memory="gpu",
         host="10.0.0.7",
         pid=4711,
         metrics_url="http://10.0.0.7:9102/metrics",

@@ -17,8 +17,9 @@ from prompts import make_prompts
 
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, NodeRef
+from flowkv_common.wire.messages import Accepted
 from flowkv_common.wire.nodes import LoadReport, SetPrefillCap
+from flowkv_common.wire.parts import NodeRef
 
 AT_ONCE = 6
 TOKENS = 12

@@ -19,7 +19,7 @@ from flowkv_common.kv.alignment import Copy
 from flowkv_common.kv.connector import KVConnector, Landings, Pool
 from flowkv_common.kv.connectors import make_connectors
 from flowkv_common.kv.pool import KVPool
-from flowkv_common.wire.messages import PoolLayout
+from flowkv_common.wire.parts import PoolLayout
 
 sys.path.append(str(Path(__file__).parents[1] / "contract"))
 from kv_nodes import connector_on_host

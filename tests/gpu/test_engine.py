@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from flowkv_common.engine.batch import WorkItem, pack
 from flowkv_common.engine.model import LoadedModel, load_model
 from flowkv_common.engine.runner import Runner
 from flowkv_common.node.memory import make_pool
-from flowkv_common.wire.messages import PoolLayout
+from flowkv_common.wire.parts import PoolLayout
 
 pytestmark = pytest.mark.gpu
+if torch.cuda.is_available():
+    assert os.environ.get("TRITON_INTERPRET") != "1", "run `pytest -m gpu tests/gpu`"
 
 CUDA = torch.device("cuda", 0)
 # (tokens computed before, tokens of this step)

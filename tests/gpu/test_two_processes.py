@@ -17,7 +17,7 @@ from gpu_sender import SEED
 from flowkv_common.kv.alignment import Copy
 from flowkv_common.kv.blocks import Blocks
 from flowkv_common.kv.reservations import Reservation, Reservations
-from flowkv_common.wire.messages import NodeRef, PoolLayout
+from flowkv_common.wire.parts import NodeRef, PoolLayout
 
 LINK_TOKEN = "open sesame"
 NUM_BLOCKS = 80

@@ -10,8 +10,8 @@ from nats_server import NatsServer
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import keep_announced, watch_nodes
-from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout
 from flowkv_common.wire.nodes import NodeDescriptor
+from flowkv_common.wire.parts import ModelCard, NodeRef, PoolLayout
 
 TTL_S = 1.2  # the server's shortest marker lives 1 s
 

@@ -31,18 +31,17 @@ from flowkv_common.wire.messages import (
     Cancel,
     Keepalive,
     KeepaliveReply,
-    NodeRef,
     PrefillRun,
     RequestFinished,
     Resume,
     Resumed,
-    SamplingParams,
     ScheduleRequest,
     StepTokens,
     TokenChunk,
     Wait,
     transfer_id,
 )
+from flowkv_common.wire.parts import NodeRef, SamplingParams
 from flowkv_gateway import dispatch as dispatch_module
 from flowkv_gateway import journey as journey_module
 from flowkv_gateway.dispatch import Dispatch, open_dispatch

@@ -19,8 +19,8 @@ from flowkv_common.node.block_news import BlockNews
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.hashing import block_hashes
-from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged, ListBlocks
+from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler import follow_prefixes as follow_prefixes_module
 from flowkv_scheduler.follow_prefixes import following_prefixes
 from flowkv_scheduler.prefixes import PrefixIndex, keys_of

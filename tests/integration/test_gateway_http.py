@@ -28,7 +28,7 @@ from flowkv_common.errors import (
     Unavailable,
 )
 from flowkv_common.metrics import serve_http
-from flowkv_common.wire.messages import TokenLogprob
+from flowkv_common.wire.parts import TokenLogprob
 from flowkv_gateway.app import build_app
 from flowkv_gateway.connection import ApiConnection
 from flowkv_gateway.generation import Piece

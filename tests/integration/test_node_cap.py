@@ -20,8 +20,9 @@ from flowkv_common.engine.model import LoadedModel
 from flowkv_common.errors import BadRequest, Stale
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, NodeRef
+from flowkv_common.wire.messages import Accepted
 from flowkv_common.wire.nodes import NodeDescriptor, SetPrefillCap
+from flowkv_common.wire.parts import NodeRef
 
 FIELD = "max_prefill_tokens_per_step"
 NUM_TOKENS = 3 * TOKEN_BUDGET

@@ -20,8 +20,9 @@ from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import SchedulerSettings
 from flowkv_common.tasks import running
 from flowkv_common.wire import nodes, subjects
-from flowkv_common.wire.messages import Accepted, NodeRef, decode
+from flowkv_common.wire.messages import Accepted, decode
 from flowkv_common.wire.nodes import CapMoved, RegimeChanged, SetPrefillCap
+from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.app import serve
 from flowkv_scheduler.carry_out import Orders
 from flowkv_scheduler.leading import lead

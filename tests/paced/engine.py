@@ -20,8 +20,8 @@ from torch import Tensor
 from flowkv_common.engine.batch import PackedBatch
 from flowkv_common.engine.runner import Result
 from flowkv_common.engine.sampler import Sampled, SampleInput
-from flowkv_common.wire.messages import TokenLogprob
 from flowkv_common.wire.nodes import StepFit
+from flowkv_common.wire.parts import TokenLogprob
 from tests.paced.digest import mix, terms
 
 # So much lateness of a step is made good by the next; more of it shows, as it would with a real engine.

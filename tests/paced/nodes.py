@@ -26,8 +26,8 @@ from flowkv_common.config import NodeSettings, load
 from flowkv_common.kv.connectors import make_connectors
 from flowkv_common.node import host
 from flowkv_common.tasks import stop_on_signals
-from flowkv_common.wire.messages import ModelCard, PoolLayout
 from flowkv_common.wire.nodes import StepFit
+from flowkv_common.wire.parts import ModelCard, PoolLayout
 from tests.paced.engine import Pace, PacedEngine
 from tests.paced.slow_links import slowed
 

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from flowkv_common.kv.alignment import ids_of
 from flowkv_common.kv.prefix_cache import PrefixCache
-from flowkv_common.wire.messages import Run
+from flowkv_common.wire.parts import Run
 
 NUM_BLOCKS = 24
 

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from flowkv_common.errors import BadRequest, Stale
 from flowkv_common.kv.blocks import Blocks, OutOfBlocks
 from flowkv_common.kv.reservations import Reservation, Reservations
-from flowkv_common.wire.messages import NodeRef
+from flowkv_common.wire.parts import NodeRef
 
 NUM_BLOCKS = 12
 NODE = NodeRef(node_id="prefill-1", incarnation="a")

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from flowkv_common.kv.alignment import ids_of, runs_of
 from flowkv_common.kv.segments import Segments
-from flowkv_common.wire.messages import Run
+from flowkv_common.wire.parts import Run
 
 NUM_BLOCKS = 24
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv_common.engine.sequence import Sequence
-from flowkv_common.wire.messages import SamplingParams
+from flowkv_common.wire.parts import SamplingParams
 from flowkv_decode.batching import decode_items, num_missing_blocks, pick_victim, recompute_items
 from flowkv_prefill.chunking import plan_chunks
 

@@ -16,7 +16,8 @@ from benchmarks import replay
 from benchmarks.policies.baselines import BASELINES
 from benchmarks.recording import NODE_PREFIX, RECONNECTED, UnreadableRecording, read_lines, write_line
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Assignment, NodeRef
+from flowkv_common.wire.messages import Assignment
+from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.state import ClusterState
 from flowkv_scheduler.weighing import Goals, Weighing
 

@@ -8,8 +8,8 @@ from flowkv_common.errors import BadRequest
 from flowkv_common.kv.blocks import Blocks
 from flowkv_common.node import block_news
 from flowkv_common.node.block_news import BlockNews
-from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlocksChanged
+from flowkv_common.wire.parts import NodeRef
 
 REF = NodeRef(node_id="n", incarnation="1")
 

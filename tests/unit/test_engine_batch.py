@@ -4,7 +4,7 @@ import pytest
 from drive import make_sequence
 
 from flowkv_common.engine.batch import WorkItem, pack
-from flowkv_common.wire.messages import SamplingParams
+from flowkv_common.wire.parts import SamplingParams
 
 
 def test_packs_decode_chunk_and_last_chunk() -> None:

@@ -19,7 +19,7 @@ from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
 from flowkv_common.engine.model import LoadedModel, load_model
 from flowkv_common.engine.runner import EngineThread, Runner
 from flowkv_common.engine.sequence import Sequence
-from flowkv_common.wire.messages import SamplingParams
+from flowkv_common.wire.parts import SamplingParams
 
 NUM_BLOCKS = 64
 NUM_OUTPUTS = 16

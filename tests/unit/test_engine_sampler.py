@@ -8,7 +8,7 @@ import torch
 
 from flowkv_common.engine.nucleus import PREFIX_LEN, _most_likely
 from flowkv_common.engine.sampler import SampleInput, sample
-from flowkv_common.wire.messages import SamplingParams
+from flowkv_common.wire.parts import SamplingParams
 
 EOS = [2]
 

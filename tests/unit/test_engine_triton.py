@@ -191,11 +191,14 @@ def test_what_no_graph_was_recorded_for_does_not_fit(tmp_path: Path) -> None:
     assert not graphed.fits(pack([WorkItem(long, 1)], BLOCK_SIZE))
 
 
-@pytest.mark.parametrize("capability", [80, 90])  # A100, H100
-def test_kernels_compile_for_gpus(tmp_path: Path, capability: int) -> None:
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(80, "bf16"), (90, "bf16"), (80, "fp32")],  # A100, H100
+)
+def test_kernels_compile_for_gpus(tmp_path: Path, capability: int, dtype: str) -> None:
     """Shared memory stays within the 99 KiB that every GPU since the A10 has."""
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("triton_compiler.py")), str(capability)]
+    command = [sys.executable, str(Path(__file__).with_name("triton_compiler.py")), str(capability), dtype]
     done = subprocess.run(
         command,
         env=environ | {"TRITON_CACHE_DIR": str(tmp_path)},

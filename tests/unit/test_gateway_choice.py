@@ -7,7 +7,7 @@ import math
 import msgspec
 import pytest
 
-from flowkv_common.wire.messages import SamplingParams, TokenLogprob
+from flowkv_common.wire.parts import SamplingParams, TokenLogprob
 from flowkv_gateway.choice import Choice, Delta
 from flowkv_gateway.generation import Generation, Piece
 from flowkv_gateway.openai import ChatShape, TextShape, WholeChoice

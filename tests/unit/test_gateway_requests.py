@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv_common.errors import BadRequest
-from flowkv_common.wire.messages import SamplingParams
+from flowkv_common.wire.parts import SamplingParams
 from flowkv_gateway.errors import ContextLengthExceeded
 from flowkv_gateway.generation import Generation
 from flowkv_gateway.params import ChatRequest, CompletionRequest

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowkv_common.kv.pool import KVPool
-from flowkv_common.wire.messages import PoolLayout, Run
+from flowkv_common.wire.parts import PoolLayout, Run
 
 
 def layout_of(dtype: str) -> PoolLayout:

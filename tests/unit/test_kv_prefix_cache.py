@@ -9,7 +9,7 @@ import pytest
 from flowkv_common.kv.alignment import ids_of
 from flowkv_common.kv.integrity import IntegrityError
 from flowkv_common.kv.prefix_cache import PrefixCache
-from flowkv_common.wire.messages import Run
+from flowkv_common.wire.parts import Run
 
 
 @pytest.fixture

@@ -140,6 +140,31 @@ def test_a_mixed_node_that_has_cached_the_prefix_is_weighed_beside_many_of_its_s
     assert (choice.prefill.node_id, choice.num_cached_tokens) == ("m", 3968)
 
 
+def test_a_prefix_that_many_decode_nodes_have_is_still_found_at_a_prefill_node() -> None:
+    hashes = [f"{number:016x}" * 2 for number in range(248)]
+    decode = [node(f"d{n:02}", "decode") for n in range(40)]
+    having = node("p9", "prefill", queued_prefill_tokens=200)
+    state = cluster(*decode, *(node(f"p{n}", "prefill") for n in range(8)), having)
+    for one in (*decode, having):  # the decode nodes were heard of first
+        state.prefixes.expect([one.descriptor.node], hashes, until=9.0)
+    wanted = request(num_prompt_tokens=3969, block_hashes=hashes)
+    choice = policy.choose(Weighing(wanted, state, GOALS, now=0.0))
+    assert choice is not None
+    assert choice.num_cached_tokens == 3968
+    assert choice.prefill.node_id in {"p9", *(one.node_id for one in decode)}
+    [told] = [one for one in choice.prefill_candidates if one.node_id == "p9"]
+    assert "3968 of the prompt cached" in told.reason
+
+
+def test_host_and_gpu_memory_are_never_paired() -> None:
+    nodes = [node("p0", "prefill", memory="gpu"), node("d0", "decode")]
+    choice = choose(request(), nodes)
+    assert choice is not None
+    assert choice.prefill.node_id == choice.decode.node_id
+    nodes.append(node("d1", "decode", memory="gpu"))
+    assert pair(choose(request(), nodes)) == ("p0", "d1")
+
+
 @pytest.mark.parametrize("changes", [{"ready": False}, {"draining": True}, {"age_s": 10.0}])
 def test_unusable_node_is_never_taken(changes: dict[str, Any]) -> None:
     nodes = [node("d0", "decode", **changes), node("d1", "decode", num_running=12), node("p0", "prefill")]

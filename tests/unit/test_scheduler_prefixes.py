@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from flowkv_common.errors import BadRequest
-from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged
+from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler import prefixes
 from flowkv_scheduler.expected import Expected
 from flowkv_scheduler.prefixes import PART_SIZE, PrefixIndex, keys_of
@@ -175,6 +175,7 @@ def test_what_has_ended_is_emptied_bit_by_bit() -> None:
     expected.add([1, 2], bits=2, until=2.5)
     assert expected.masks(0.9) == [dict.fromkeys(range(10), 1), {1: 2, 2: 2}]
     assert expected.masks(2.9) == [{1: 2, 2: 2}]
+    assert expected.add([], bits=4, until=7.0) == 7  # takes no place
     for num_left in (6, 2, 0, 0):
         expected.add([7, 8], bits=1, until=9.0)
         assert sum(map(len, expected._ended)) == num_left

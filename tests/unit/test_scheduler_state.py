@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from imagined_nodes import NUM_BLOCKS, PERIOD_S, descriptor, report
 
-from flowkv_common.wire.messages import NodeRef
+from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.state import ClusterState
 from flowkv_scheduler.view import NodeView, Work
 

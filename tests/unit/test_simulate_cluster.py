@@ -19,8 +19,8 @@ from benchmarks.simulate.run import POLICIES, Machines, Outcome, simulate
 from benchmarks.simulate.stretch import step_s
 from benchmarks.simulate.targets import Targets
 from benchmarks.traces import Request, synthetic
-from flowkv_common.wire.messages import PoolLayout
 from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor, StepFit
+from flowkv_common.wire.parts import PoolLayout
 from flowkv_scheduler.orders import MoveCap, Order
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.weighing import Goals

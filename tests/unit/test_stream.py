@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv_common.bus.stream import Reorder
-from flowkv_common.wire.messages import Refusal, TokenChunk, TokenLogprob
+from flowkv_common.wire.messages import Refusal, TokenChunk
+from flowkv_common.wire.parts import TokenLogprob
 
 MAX_TOKENS = 12
 

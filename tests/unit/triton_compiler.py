@@ -14,7 +14,7 @@ from flowkv_common.engine import kernels_triton as kernels
 HEADS = {"block_size": 16, "head_dim": 128, "padded_dim": 128}
 NUMBERS = "*i32"
 ARGUMENTS: dict[Any, tuple[dict[str, str], dict[str, int]]] = {
-    kernels.write_kv: ({"key": "*bf16", "value": "*bf16", "slots": "*i64"}, HEADS),
+    kernels.write_kv: ({"slots": "*i64"}, HEADS),
     kernels.attend_prompts: (
         dict.fromkeys(("tables", "context_lens", "query_starts", "tile_items", "tile_firsts"), NUMBERS),
         {**HEADS, "group_size": 4, "num_rows": 64, "tile_len": 64},
@@ -28,20 +28,21 @@ ARGUMENTS: dict[Any, tuple[dict[str, str], dict[str, int]]] = {
         {"num_parts": 16, "head_dim": 128, "padded_dim": 128},
     ),
 }
-STATES = {"pool": "*bf16", "query": "*bf16", "result": "*bf16", "scale": "fp32"}
 
 
-def main(capability: int) -> None:
+def main(capability: int, dtype: str) -> None:
+    states = dict.fromkeys(("pool", "query", "result", "key", "value"), f"*{dtype}") | {"scale": "fp32"}
+    options = {"num_stages": 1 if dtype == "fp32" else 3}  # as `TritonAttention` asks for
     for kernel, (pointers, constants) in ARGUMENTS.items():
-        kinds = STATES | pointers | dict.fromkeys(constants, "constexpr")
+        kinds = states | pointers | dict.fromkeys(constants, "constexpr")
         source = ASTSource(
             fn=kernel,
             signature={name: kinds.get(name, "i32") for name in kernel.arg_names},
             constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
         )
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         print(kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2])

@@ -15,7 +15,7 @@ from flowkv_common.engine.model import load_model
 from flowkv_common.engine.runner import Runner
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.kv.pool import KVPool
-from flowkv_common.wire.messages import SamplingParams
+from flowkv_common.wire.parts import SamplingParams
 
 _BLOCK_SIZE = 16
 _CHUNK_TOKENS = 512

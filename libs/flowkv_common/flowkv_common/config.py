@@ -62,7 +62,7 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     kv_dtype: str = "float32"
     token_budget: int = 512  # tokens per engine step
     max_num_seqs: int = 64
-    connectors: str = "shm,tcp"  # in order of preference
+    connectors: str = ""  # in order of preference; if empty shm,tcp, or cuda_ipc,nccl on a GPU
     overlap_transfer: bool = True  # send blocks while later chunks compute; off: all after the last chunk
     advertise_host: str = ""  # where others reach this node; if empty `host`, or this host's name for 0.0.0.0
     data_port: int = 0  # of the TCP socket for KV; 0: any free port
@@ -75,13 +75,23 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     max_handoff_bytes: int = 1 << 29
     test_hooks: bool = False
 
+    @property
+    def connector_names(self) -> list[str]:
+        return (self.connectors or ("cuda_ipc,nccl" if self.is_on_gpu else "shm,tcp")).split(",")
+
+    @property
+    def is_on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
     def __post_init__(self) -> None:
         for name in ("dtype", "kv_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(
                     f"FLOWKV_{name.upper()} is {getattr(self, name)!r}, not one of {', '.join(DTYPES)}"
                 )
-        # A node that serves both sides has a cap of two blocks at least, and that must be less than all.
+        if not 0.0 < self.gpu_memory_share <= 1.0:
+            raise ValueError(f"FLOWKV_GPU_MEMORY_SHARE is {self.gpu_memory_share}: over 0, at most 1")
+        # A node that serves both sides has a cap of over one block, and that must be less than all.
         if self.token_budget <= 2 * self.block_size:
             raise ValueError(
                 f"FLOWKV_TOKEN_BUDGET is {self.token_budget}, it must be more than two blocks: "

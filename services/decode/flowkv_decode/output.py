@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass, field
 
 from flowkv_common.engine.sequence import Sequence
-from flowkv_common.wire.messages import TokenChunk, TokenLogprob
+from flowkv_common.wire.messages import TokenChunk
+from flowkv_common.wire.parts import TokenLogprob
 
 KEEP_S = 30.0
 

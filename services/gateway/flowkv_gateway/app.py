@@ -22,7 +22,7 @@ import flowkv_common
 from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import FlowKVError, Unavailable
 from flowkv_common.metrics import health_routes, metrics_routes
-from flowkv_common.wire.messages import ModelCard
+from flowkv_common.wire.parts import ModelCard
 from flowkv_gateway.answering import Answer
 from flowkv_gateway.body import read_body
 from flowkv_gateway.errors import ModelNotFound

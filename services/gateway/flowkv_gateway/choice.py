@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from flowkv_common.wire.messages import TokenLogprob
+from flowkv_common.wire.parts import TokenLogprob
 from flowkv_gateway.detokenizer import Detokenizer
 from flowkv_gateway.generation import Generation, Piece
 from flowkv_gateway.stops import StopFinder

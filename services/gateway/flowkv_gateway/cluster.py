@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from flowkv_common.wire.messages import ModelCard
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
+from flowkv_common.wire.parts import ModelCard
 from flowkv_gateway.prompt_hashes import HashBasis
 
 # A node that has missed so many reports does not count as ready.

@@ -35,7 +35,6 @@ from flowkv_common.wire.messages import (
     Assignment,
     Cancel,
     Keepalive,
-    ModelCard,
     PrefillRun,
     Resume,
     Resumed,
@@ -44,6 +43,7 @@ from flowkv_common.wire.messages import (
     Wait,
 )
 from flowkv_common.wire.nodes import LoadReport
+from flowkv_common.wire.parts import ModelCard
 from flowkv_gateway.cluster import Cluster
 from flowkv_gateway.generation import Generation, Piece
 from flowkv_gateway.journey import Journey

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from flowkv_common.wire.messages import ModelCard, SamplingParams, TokenLogprob
+from flowkv_common.wire.parts import ModelCard, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from flowkv_common.wire.messages import TokenLogprob
+from flowkv_common.wire.parts import TokenLogprob
 from flowkv_gateway.choice import Delta
 from flowkv_gateway.vocabulary import Vocabulary
 

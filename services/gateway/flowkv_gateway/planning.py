@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from flowkv_common.errors import BadRequest
-from flowkv_common.wire.messages import ModelCard, SamplingParams
+from flowkv_common.wire.parts import ModelCard, SamplingParams
 from flowkv_gateway.errors import ContextLengthExceeded
 from flowkv_gateway.generation import Generation
 from flowkv_gateway.params import MAX_CHOICES, ChatRequest, CompletionRequest

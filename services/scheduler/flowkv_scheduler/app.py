@@ -22,8 +22,9 @@ from flowkv_common.config import SchedulerSettings
 from flowkv_common.metrics import serve_http, service_app
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Assignment, NodeRef, ScheduleRequest, Wait
+from flowkv_common.wire.messages import Assignment, ScheduleRequest, Wait
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
+from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.carry_out import Orders
 from flowkv_scheduler.follow_prefixes import following_prefixes
 from flowkv_scheduler.leading import lead

@@ -14,8 +14,9 @@ from flowkv_common.bus.connection import Bus
 from flowkv_common.bus.lease import Lease
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire import nodes, subjects
-from flowkv_common.wire.messages import Accepted, NodeRef
+from flowkv_common.wire.messages import Accepted
 from flowkv_common.wire.nodes import CapMoved, RegimeChanged, SetPrefillCap
+from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.orders import MoveCap, Order, RegimeChange, ScaleWanted
 
 log = logging.getLogger(__name__)

@@ -23,6 +23,8 @@ class Expected:
         Returns the second in which the bits are free again.
         """
         second = math.ceil(until)
+        if not keys:
+            return second
         set_bits(self._masks_until.setdefault(second, {}), keys, bits)
         self._empty(2 * len(keys))
         return second

@@ -13,8 +13,8 @@ from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import BadRequest, FlowKVError, Stale
 from flowkv_common.tasks import group
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged, ListBlocks, NodeDescriptor
+from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.prefixes import PrefixIndex
 
 SetNodes = Callable[[Mapping[str, NodeDescriptor]], None]

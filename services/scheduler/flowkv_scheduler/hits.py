@@ -29,7 +29,7 @@ class Hits(Mapping[str, int]):
         return 0
 
     def longest_first(self) -> Iterator[str]:
-        """All that have any; of equals who was heard of first."""
+        """All that have any; equals in the order of their bits."""
         for _, bits in reversed(self._ends):
             while bits:
                 lowest = bits & -bits

@@ -156,7 +156,7 @@ class Index:
 
 
 def group_of(view: NodeView) -> Group:
-    """Only equal layouts of the same weights can exchange blocks."""
+    """Only equal layouts of the same weights, in the same kind of memory, can exchange blocks."""
     layout = view.descriptor.layout
     return (
         view.descriptor.model.fingerprint,
@@ -165,4 +165,5 @@ def group_of(view: NodeView) -> Group:
         layout.num_kv_heads,
         layout.head_dim,
         layout.dtype,
+        view.descriptor.memory,
     )

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import NodeDescriptor
+from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.orders import MoveCap, Order
 from flowkv_scheduler.scores import SIDES, Scores, Side, decode_score, other
 from flowkv_scheduler.view import NodeView

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flowkv_common.wire.messages import NodeRef
+from flowkv_common.wire.parts import NodeRef
 
 
 class MoveCap(NamedTuple):

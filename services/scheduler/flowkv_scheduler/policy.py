@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from flowkv_common.wire.messages import Candidate, ScheduleRequest
+from flowkv_common.wire.messages import ScheduleRequest
+from flowkv_common.wire.parts import Candidate
 from flowkv_scheduler.index import Group
 from flowkv_scheduler.view import NodeView, Work
 from flowkv_scheduler.weighing import NUM_TOLD, Cost, Weighing

@@ -9,8 +9,8 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 
 from flowkv_common.errors import BadRequest
-from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged
+from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.expected import Expected, set_bits
 from flowkv_scheduler.hits import Hits
 

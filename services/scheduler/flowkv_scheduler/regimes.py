@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import NodeDescriptor
+from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.lending import Lending, Thresholds
 from flowkv_scheduler.orders import Order, RegimeChange, ScaleWanted
 from flowkv_scheduler.scores import SIDES, Scores, Side, scores_of

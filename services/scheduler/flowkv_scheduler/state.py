@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
+from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.index import Index
 from flowkv_scheduler.prefixes import PrefixIndex
 from flowkv_scheduler.speed import speed_of

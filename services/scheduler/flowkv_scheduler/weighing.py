@@ -199,9 +199,8 @@ class Weighing:
             return []
         seen = {node.node_id for node in known}
         others = (node_id for node_id in self.hits.longest_first() if node_id not in seen)
-        members = (nodes.member(group, node_id) for node_id in islice(others, NUM_LOOKED_AT))
-        fitting = (node for node in members if node is not None and accepts(node))
-        return list(islice(fitting, NUM_BY_PREFIX))
+        members = (node for node_id in others if (node := nodes.member(group, node_id)))
+        return list(islice(filter(accepts, islice(members, NUM_LOOKED_AT)), NUM_BY_PREFIX))
 
 
 def _but(avoid: frozenset[str], accepts: Accepts) -> Accepts:

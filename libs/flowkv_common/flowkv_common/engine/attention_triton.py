@@ -160,6 +160,8 @@ class TritonAttention:
             padded_dim=self._padded_dim,
             num_rows=NUM_ROWS,
             tile_len=TILE_LEN,
+            # Tiles that are loaded ahead: of fp32 few GPUs could hold more.
+            num_stages=1 if query.dtype == torch.float32 else 3,
         )
 
     def _to_device(self, array: NDArray[np.integer]) -> Tensor:

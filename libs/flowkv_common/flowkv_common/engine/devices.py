@@ -48,7 +48,11 @@ def claimed_index(uuids: Sequence[str], folder: Path) -> Iterator[int]:
     Raises `ValueError` if others hold all of them.
     """
     for index, uuid in enumerate(uuids):
-        with (folder / f"flowkv-gpu-{uuid}.lock").open("a") as file:
+        try:
+            file = (folder / f"flowkv-gpu-{uuid}.lock").open("a")
+        except PermissionError:  # another user's
+            continue
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

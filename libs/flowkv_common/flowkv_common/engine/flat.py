@@ -37,9 +37,16 @@ class FlatForward:
     def __init__(self, weights: FlatWeights) -> None:
         """The model's projections are fused in place."""
         self._weights = weights
-        self._fused = [
-            _Fused(qkv=_fuse(*layer.qkv), gate_up=_fuse(layer.gate, layer.up)) for layer in weights.layers
-        ]
+        self._fused = []
+        for layer in weights.layers:
+            self._fused.append(_Fused(qkv=_fuse(*layer.qkv), gate_up=_fuse(layer.gate, layer.up)))
+            if self.head.is_cuda:
+                torch.cuda.empty_cache()  # what was fused is free now, and too small for the next
+
+    @property
+    def head(self) -> Tensor:
+        """[vocab, hidden]"""
+        return self._weights.head
 
     def __call__(
         self, token_ids: Tensor, position_ids: Tensor, attention: Attention, logits_indices: Tensor

@@ -16,7 +16,7 @@ def make_forward(module: nn.Module, attention: Attention) -> Forward:
     weights = flat_weights(module)
     if weights is None:
         return ModulesForward(module)
-    if type(attention) is not TorchAttention:
+    if isinstance(attention, TorchAttention) and type(attention) is not TorchAttention:
         from flowkv_common.engine.attention_cpu import CpuAttention
         from flowkv_common.engine.flat_cpu import CpuFlatForward
 

@@ -36,8 +36,8 @@ def batch_sizes(max_num_seqs: int) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Inputs:
-    """What the graphs read, for the largest batch; a smaller one reads the front of it."""
+class _Memory:
+    """What the graphs read and write, for the largest batch; a smaller one has the front of it."""
 
     token_ids: Tensor  # [B] int64
     position_ids: Tensor  # [B] int64
@@ -45,6 +45,7 @@ class _Inputs:
     context_lens: Tensor  # [B] int32, 0: an empty place
     tables: Tensor  # [B, most blocks of a sequence] int32
     rows: Tensor  # [B] int32: 0, 1, 2, ...
+    logits: Tensor  # [B, vocab]: what they write, all into one, or each would keep its own
 
 
 class GraphedDecode:
@@ -63,13 +64,14 @@ class GraphedDecode:
         """Records all sizes, the largest first: the others fit into its memory. Seconds each."""
         sizes = batch_sizes(max_num_seqs)
         most = sizes[-1]
-        self._inputs = _Inputs(
+        self._memory = _Memory(
             token_ids=torch.zeros(most, dtype=torch.int64, device=device),
             position_ids=torch.zeros(most, dtype=torch.int64, device=device),
             slots=torch.full((most,), -1, dtype=torch.int64, device=device),
             context_lens=torch.zeros(most, dtype=torch.int32, device=device),
             tables=torch.zeros((most, max_num_blocks), dtype=torch.int32, device=device),
             rows=torch.arange(most, dtype=torch.int32, device=device),
+            logits=torch.empty(most, len(forward.head), dtype=forward.head.dtype, device=device),
         )
         self._places = torch.arange(most, device=device)
         self._forward = forward
@@ -82,32 +84,33 @@ class GraphedDecode:
         return (
             num_items <= self._sizes[-1]
             and len(batch.token_ids) == num_items == len(batch.logits_indices)
-            and batch.block_tables.shape[1] <= self._inputs.tables.shape[1]
+            and batch.block_tables.shape[1] <= self._memory.tables.shape[1]
         )
 
     def run(self, batch: PackedBatch) -> Tensor:
         """Logits [N, vocab], valid until the next call."""
         num_items = len(batch.token_ids)
         size = next(size for size in self._sizes if size >= num_items)
-        inputs = self._inputs
-        inputs.slots[num_items:size] = -1
-        inputs.context_lens[num_items:size] = 0
-        _fill(inputs.token_ids, batch.token_ids)
-        _fill(inputs.position_ids, batch.position_ids)
-        _fill(inputs.slots, batch.slots)
-        _fill(inputs.context_lens, batch.context_lens)
-        _fill(inputs.tables[:, : batch.block_tables.shape[1]], batch.block_tables)
+        memory = self._memory
+        memory.slots[num_items:size] = -1
+        memory.context_lens[num_items:size] = 0
+        _fill(memory.token_ids, batch.token_ids)
+        _fill(memory.position_ids, batch.position_ids)
+        _fill(memory.slots, batch.slots)
+        _fill(memory.context_lens, batch.context_lens)
+        _fill(memory.tables[:, : batch.block_tables.shape[1]], batch.block_tables)
         return self._replays[size]()[:num_items]
 
     def _step(self, size: int) -> Callable[[], Tensor]:
-        inputs = self._inputs
-        decoding = Decoding(inputs.rows[:size], inputs.tables[:size], inputs.context_lens[:size])
+        memory = self._memory
+        decoding = Decoding(memory.rows[:size], memory.tables[:size], memory.context_lens[:size])
 
         def step() -> Tensor:
-            self._attention.bind_static(inputs.slots[:size], decoding)
-            return self._forward(
-                inputs.token_ids[:size], inputs.position_ids[:size], self._attention, self._places[:size]
+            self._attention.bind_static(memory.slots[:size], decoding)
+            logits = self._forward(
+                memory.token_ids[:size], memory.position_ids[:size], self._attention, self._places[:size]
             )
+            return memory.logits[:size].copy_(logits)
 
         return step
 

@@ -5,7 +5,8 @@ layer, so token `n` of a sequence lies at `table[n // block_size] * stride_block
 n % block_size * stride_token + head * stride_head`. No kernel needs blocks that follow each other.
 
 Sums are in fp32 and, for one sequence, always in one order: the context is cut into the same parts whatever
-the batch is. The interpreter of Triton (`TRITON_INTERPRET=1`) runs all of this on the CPU.
+the batch is. Nothing is compiled anew for another width of the block tables. The interpreter of Triton
+(`TRITON_INTERPRET=1`) runs all of this on the CPU.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _tile(
     return new_peaks, sums, out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"])
 def attend_prompts(
     pool,
     query,  # [T, num_heads, head_dim]
@@ -165,7 +166,7 @@ def attend_prompts(
     tl.store(to, out.to(result.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"])
 def attend_part(
     pool,
     query,  # [T, num_heads, head_dim]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from flowkv_common.engine.attention import IMPLEMENTATION
 from flowkv_common.engine.fingerprint import fingerprint, weight_files
 from flowkv_common.engine.servable import UnsupportedModel, max_model_len, servable_config
-from flowkv_common.wire.messages import ModelCard, PoolLayout
+from flowkv_common.wire.parts import ModelCard, PoolLayout
 
 DUMMY_SEED = 0
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flowkv_common.wire.messages import SamplingParams
+from flowkv_common.wire.parts import SamplingParams
 
 PREFIX_LEN = 256  # the most likely tokens: nearly always enough, and far cheaper than sorting a vocabulary
 GROUP_SIZE = 16  # tokens of which only the greatest is looked at first

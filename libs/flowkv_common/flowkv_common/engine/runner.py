@@ -20,7 +20,7 @@ from flowkv_common.engine.forward import make_forward
 from flowkv_common.engine.model import LoadedModel
 from flowkv_common.engine.sampler import Sampled, sample
 from flowkv_common.engine.sequence import Sequence
-from flowkv_common.wire.messages import SamplingParams
+from flowkv_common.wire.parts import SamplingParams
 
 if TYPE_CHECKING:
     from flowkv_common.engine.graphs import GraphedDecode

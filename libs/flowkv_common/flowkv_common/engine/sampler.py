@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowkv_common.engine.nucleus import draw
-from flowkv_common.wire.messages import SamplingParams, TokenLogprob
+from flowkv_common.wire.parts import SamplingParams, TokenLogprob
 
 GREEDY_BELOW = 1e-5  # a lower temperature would overflow, and is greedy in all but name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from flowkv_common.wire.messages import Run
+from flowkv_common.wire.parts import Run
 
 
 class Copy(NamedTuple):

@@ -13,8 +13,8 @@ from flowkv_common.kv.alignment import runs_of
 from flowkv_common.kv.integrity import IntegrityError, expect_equal
 from flowkv_common.kv.prefix_cache import PrefixCache
 from flowkv_common.kv.segments import Segments
-from flowkv_common.wire.messages import Run
 from flowkv_common.wire.nodes import BlockCounts
+from flowkv_common.wire.parts import Run
 
 __all__ = ["Blocks", "IntegrityError", "OutOfBlocks"]
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from flowkv_common.kv.alignment import Copy
-from flowkv_common.wire.messages import PoolLayout
+from flowkv_common.wire.parts import PoolLayout
 
 if TYPE_CHECKING:
     import torch

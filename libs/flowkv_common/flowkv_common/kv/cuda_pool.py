@@ -8,7 +8,7 @@ import cupy
 import torch
 from cupy.cuda import runtime
 
-from flowkv_common.wire.messages import PoolLayout
+from flowkv_common.wire.parts import PoolLayout
 
 
 class CudaPool:

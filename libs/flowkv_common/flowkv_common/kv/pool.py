@@ -11,7 +11,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from flowkv_common.wire.messages import PoolLayout, Run
+from flowkv_common.wire.parts import PoolLayout, Run
 
 
 class KVPool:

@@ -9,7 +9,7 @@ from itertools import islice
 from flowkv_common.kv.alignment import runs_of
 from flowkv_common.kv.integrity import expect_equal
 from flowkv_common.kv.stretches import Stretches
-from flowkv_common.wire.messages import Run
+from flowkv_common.wire.parts import Run
 
 # States of a block. Bytes, so that those of a whole run are looked at or changed in one go.
 _UNKNOWN, _BUSY, _WARM, _COLD, _STALE = range(5)

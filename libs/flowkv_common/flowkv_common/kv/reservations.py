@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from flowkv_common.errors import BadRequest, Stale
 from flowkv_common.kv.blocks import Blocks, OutOfBlocks
-from flowkv_common.wire.messages import NodeRef
+from flowkv_common.wire.parts import NodeRef
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from sortedcontainers import SortedList
 
 from flowkv_common.kv.alignment import ids_of, runs_of
 from flowkv_common.kv.integrity import expect_equal
-from flowkv_common.wire.messages import Run
+from flowkv_common.wire.parts import Run
 
 _Cut = tuple[Run, Run]  # a segment, and the run that is taken out of it
 

@@ -6,7 +6,7 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 
 from flowkv_common.kv.integrity import expect_equal
-from flowkv_common.wire.messages import Run
+from flowkv_common.wire.parts import Run
 
 # Whole runs: to touch the 5,000 blocks of a long prompt one by one would take milliseconds.
 _Spans = deque[tuple[int, int]]  # (start, end) of runs of consecutive blocks

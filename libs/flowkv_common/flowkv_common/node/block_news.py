@@ -8,8 +8,8 @@ from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import BadRequest, FlowKVError
 from flowkv_common.kv.blocks import Blocks
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged
+from flowkv_common.wire.parts import NodeRef
 
 # In hashes of 35 bytes: far below the 1 MiB of a NATS message, and made in a few milliseconds. What is more
 # waits for the next period; at 16 tokens per block no node computes more than 100,000 tokens per second.

@@ -26,7 +26,7 @@ from flowkv_common.node.instruments import Instruments
 from flowkv_common.node.links import Links
 from flowkv_common.node.outbox import Outbox
 from flowkv_common.node.steps import Retire
-from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout
+from flowkv_common.wire.parts import ModelCard, NodeRef, PoolLayout
 
 ROLES_GROUP = "flowkv.roles"
 

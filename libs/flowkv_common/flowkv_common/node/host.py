@@ -45,8 +45,8 @@ from flowkv_common.node.outbox import Outbox
 from flowkv_common.node.steps import Retire, Steps
 from flowkv_common.node.watch import sweep, watch_cancels, watch_engine
 from flowkv_common.tasks import running
-from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout
 from flowkv_common.wire.nodes import NodeDescriptor
+from flowkv_common.wire.parts import ModelCard, NodeRef, PoolLayout
 
 log = logging.getLogger(__name__)
 
@@ -121,9 +121,7 @@ async def _open(
         reached_at=_reached_at(settings),
         socket_dir=settings.socket_dir or None,
     )
-    for connector in make_connectors(
-        settings.connectors.split(","), pool, reservations, links.admits, place=place
-    ):
+    for connector in make_connectors(settings.connector_names, pool, reservations, links.admits, place=place):
         await links.listen(await opened.enter_async_context(connector))
     retire = Retire(blocks)
     node = Node(
@@ -218,7 +216,8 @@ def _describe(node: Node, steps: Steps, role: str, http_port: int) -> NodeDescri
         token_budget=node.settings.token_budget,
         max_prefill_tokens_per_step=steps.max_prefill_tokens_per_step,
         guests=sorted(node.guests),
-        connectors=node.settings.connectors.split(","),
+        connectors=node.settings.connector_names,
+        memory="gpu" if node.settings.is_on_gpu else "host",
         host=host,
         pid=os.getpid(),
         metrics_url=f"http://{host}:{http_port}/metrics",

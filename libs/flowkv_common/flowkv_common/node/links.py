@@ -18,8 +18,8 @@ from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import BadRequest, FlowKVError, Stale, Unavailable
 from flowkv_common.kv.connector import ConnectorUnavailable, KVConnector, KVLink
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import NodeRef, PoolLayout
 from flowkv_common.wire.nodes import LinkOffer, LinkRequest, NodeDescriptor
+from flowkv_common.wire.parts import NodeRef, PoolLayout
 
 log = logging.getLogger(__name__)
 

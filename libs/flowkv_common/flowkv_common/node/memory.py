@@ -9,7 +9,7 @@ import torch
 from flowkv_common.config import NodeSettings
 from flowkv_common.kv.connector import Pool
 from flowkv_common.kv.pool import KVPool
-from flowkv_common.wire.messages import PoolLayout
+from flowkv_common.wire.parts import PoolLayout
 
 DEFAULT_BYTES = 1 << 30
 # What a node on a GPU needs besides weights and pool: activations of a step, graphs, libraries.

@@ -14,7 +14,8 @@ from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import FlowKVError, Unavailable
 from flowkv_common.node.attempts import Attempts
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Keepalive, KeepaliveReply, NodeRef, StepTokens, TokenChunk
+from flowkv_common.wire.messages import Keepalive, KeepaliveReply, StepTokens, TokenChunk
+from flowkv_common.wire.parts import NodeRef
 
 log = logging.getLogger(__name__)
 

@@ -6,17 +6,15 @@ timestamps never do: two hosts don't share a clock. A new field needs a default;
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import msgspec
+
+from flowkv_common.wire.parts import Candidate, NodeRef, Part, Run, SamplingParams, TokenLogprob
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
     """Base of all that travels on its own."""
-
-
-class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Base of all that travels inside a message."""
 
 
 M = TypeVar("M")
@@ -35,85 +33,6 @@ def decode(payload: bytes, kind: type[M]) -> M:
 def transfer_id(request_id: str, attempt: int) -> str:
     """The one name of an attempt: at nodes, at the gateway, in cancel (docs/architecture.md, rule 2)."""
     return f"{request_id}.{attempt}"
-
-
-# --- parts ---------------------------------------------------------------------------------------
-
-
-class Run(NamedTuple):
-    """A stretch of consecutive blocks on one side: `start, start + 1, ... start + length - 1`."""
-
-    start: int
-    length: int
-
-
-class PoolLayout(Part, frozen=True):
-    """Shape of one block: `[num_layers, 2, block_size, num_kv_heads, head_dim]` of `dtype`.
-
-    Two pools can exchange blocks only when their layouts are equal.
-    """
-
-    num_layers: int
-    block_size: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: str
-
-    @property
-    def block_bytes(self) -> int:
-        item = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
-        return self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim * item
-
-
-class NodeRef(Part, frozen=True):
-    """A node in one of its lives: a restarted process keeps its `node_id`, never its `incarnation`."""
-
-    node_id: str
-    incarnation: str
-
-
-class ModelCard(Part, frozen=True):
-    """What a gateway must know of the model. `fingerprint` names weights and dtype; it seeds block hashes."""
-
-    name: str
-    fingerprint: str
-    max_model_len: int
-    vocab_size: int
-    eos_token_ids: list[int]
-
-
-class SamplingParams(Part, frozen=True):
-    """How tokens are chosen. The text is a function of these and the prompt, whichever node samples."""
-
-    max_tokens: int
-    seed: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: off
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] = {}
-    min_tokens: int = 0
-    ignore_eos: bool = False
-    num_logprobs: int | None = None  # None: none; 0: of the chosen token; k: and of the k best
-
-
-class TokenLogprob(Part, frozen=True):
-    """Log probability of a chosen token, and of the best ones as `(token id, log probability)`."""
-
-    token_id: int
-    logprob: float
-    top: list[tuple[int, float]] = []
-
-
-class Candidate(Part, frozen=True):
-    """A node that the scheduler weighed: predicted seconds until it could serve, smaller is better."""
-
-    node_id: str
-    predicted_s: float
-    reason: str
 
 
 # --- replies and errors --------------------------------------------------------------------------

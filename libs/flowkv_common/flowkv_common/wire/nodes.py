@@ -5,7 +5,8 @@ The rules are those of `wire/messages.py`.
 
 from __future__ import annotations
 
-from flowkv_common.wire.messages import Message, ModelCard, NodeRef, Part, PoolLayout
+from flowkv_common.wire.messages import Message
+from flowkv_common.wire.parts import ModelCard, NodeRef, Part, PoolLayout
 
 
 class BlockCounts(Part, frozen=True):
@@ -49,6 +50,7 @@ class NodeDescriptor(Message, frozen=True):
     pid: int
     metrics_url: str
     version: str
+    memory: str = "host"  # where its KV cache is, host or gpu: blocks move within one kind
 
 
 class LoadReport(Message, frozen=True):

@@ -13,7 +13,7 @@ from flowkv_common.errors import BadRequest, FlowKVError, Stale, TransferFailed
 from flowkv_common.kv.alignment import Copy, ids_of
 from flowkv_common.kv.connector import ConnectorUnavailable, KVLink, Landings, TransferStats, find_stray
 from flowkv_common.kv.pool import KVPool
-from flowkv_common.wire.messages import Run
+from flowkv_common.wire.parts import Run
 
 
 class Switchboard:

@@ -21,7 +21,7 @@ from flowkv_common.kv.connector import ConnectorUnavailable, KVLink, Landing, La
 from flowkv_common.kv.connectors.frames import Channel, Hello, Refused, Reply, Transfer
 from flowkv_common.kv.connectors.link import StreamLink
 from flowkv_common.kv.connectors.sockets import LOOPBACK, Place
-from flowkv_common.wire.messages import Run
+from flowkv_common.wire.parts import Run
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from flowkv_common.kv.connectors.frames import Channel, Hello, Reply
 from flowkv_common.kv.connectors.stream import StreamConnector
 from flowkv_common.kv.connectors.worker import outlived
 from flowkv_common.kv.pool import KVPool
-from flowkv_common.wire.messages import Run
+from flowkv_common.wire.parts import Run
 
 # One system call, on either side: as much may still be read after a reservation has ended.
 _STEP_BYTES = 1 << 20
