@@ -45,7 +45,6 @@ def main(argv: list[str]) -> int:
         "fits": {},
     }
     report = Report("paced.real", conditions)
-    chosen = cut_to(read_window(options.trace, options.requests, options.seed), options.longest)
     settings = variables(
         num_threads=1,
         token_budget=kind.token_budget,
@@ -56,6 +55,7 @@ def main(argv: list[str]) -> int:
         max_wait_s=TARGETS.ttft_s,
     )
     try:
+        chosen = cut_to(read_window(options.trace, options.requests, options.seed), options.longest)
         with tempfile.TemporaryDirectory(prefix="flowkv-real-") as folder:
             nodes = dict.fromkeys(ROLES, 1)
             with Cluster(Path(folder), options.model, nodes=nodes, settings=settings) as cluster:
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
                     )
                     report.rows.append(Row(1, None, rate, means_of(outcomes), simulated, None))
                     report.write(options.json)
-    except (ClusterError, TimeoutError) as error:
+    except (ClusterError, TimeoutError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     return report.end(options.json, table(report.rows))

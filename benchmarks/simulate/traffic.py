@@ -40,7 +40,12 @@ def own_rate(requests: Sequence[Request]) -> float:
 
 
 def cut_to(requests: Sequence[Request], max_model_len: int) -> list[Request]:
-    """Prompts and answers no longer than the model and the clients' limit allow; the ends fall away."""
+    """Prompts and answers no longer than the model and the clients' limit allow; the ends fall away.
+
+    Raises `ValueError` if the limit, which answers may need, leaves nothing for a prompt.
+    """
+    if max_model_len <= ASKED_NEW_TOKENS:
+        raise ValueError(f"{max_model_len} tokens: {ASKED_NEW_TOKENS} are kept for the answer, none is left")
     cut = []
     for request in requests:
         num_output = min(request.num_output_tokens, ASKED_NEW_TOKENS)

@@ -72,11 +72,19 @@ def test_simulated_says_so_if_nothing_can_be_carried(tmp_path: Path, model_path:
 
 
 def test_real(tmp_path: Path, model_path: Path) -> None:
-    arguments = ["--requests", "20", "--rates", "2", "--longest", "1050", "--blocks", "256"]
+    arguments = ["--requests", "16", "--rates", "0.7", "--longest", "2600", "--blocks", "512"]
     [row] = run("benchmarks.paced.real", tmp_path / "real.json", model_path, *arguments)
     for means in (row["measured"], row["simulated"]):
-        assert means["num_served"] == 20
+        assert means["num_served"] == 16
         assert min(means["ttft_s"], means["tpot_s"], means["tokens_per_s"]) > 0
+
+
+def test_real_says_so_if_nothing_is_left_for_prompts(tmp_path: Path, model_path: Path) -> None:
+    arguments = ["--json", str(tmp_path / "real.json"), "--longest", "2048"]
+    done = start("benchmarks.paced.real", model_path, arguments)
+    assert done.returncode == 1
+    assert "2048 are kept for the answer" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_sustain(tmp_path: Path, model_path: Path) -> None:
