@@ -52,15 +52,12 @@ def write_kv(
 
 
 @triton.jit
-def _tile(
+def _attend(
     queries,  # [rows, padded_dim]
     last_seen,  # [rows]: the last position that each row may attend to
-    peaks,  # [rows], running maximum of the scores, as exponents of 2
-    sums,  # [rows]
-    out,  # [rows, padded_dim], fp32
     pool,
     table,
-    first,  # position of the tile's first key
+    begin,  # position of the first key
     end,  # no key at or behind this position
     head,
     scale,  # with log2(e) in it
@@ -73,26 +70,35 @@ def _tile(
     padded_dim: tl.constexpr,
     tile_len: tl.constexpr,
 ):
-    """One step of the online softmax: the rows attend to `tile_len` keys from `first` on."""
-    positions = first + tl.arange(0, tile_len)
+    """The online softmax over the keys from `begin` to `end`, `tile_len` at a time.
+
+    Returns the rows' greatest scores, as exponents of 2, their sums of exponentials and what they give, not
+    yet divided by these: [rows], [rows], [rows, padded_dim], all fp32.
+    """
+    peaks = tl.full([queries.shape[0]], -float("inf"), tl.float32)
+    sums = tl.zeros([queries.shape[0]], tl.float32)
+    out = tl.zeros([queries.shape[0], padded_dim], tl.float32)
     dims = tl.arange(0, padded_dim)
-    is_here = positions < end
-    mask = is_here[:, None] & (dims < head_dim)[None, :]
-    blocks = tl.load(table + positions // block_size, mask=is_here, other=0).to(tl.int64)
-    at = pool + blocks * stride_block + (positions % block_size) * stride_token + head * stride_head
-    keys = tl.load(at[:, None] + dims[None, :], mask=mask, other=0.0).to(queries.dtype)
-    values = tl.load(at[:, None] + stride_side + dims[None, :], mask=mask, other=0.0).to(queries.dtype)
-    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale  # [rows, tile_len]
-    sees = is_here[None, :] & (positions[None, :] <= last_seen[:, None])
-    scores = tl.where(sees, scores, -float("inf"))
-    new_peaks = tl.maximum(peaks, tl.max(scores, 1))
-    # A row that has seen nothing yet has a peak of -inf: what it is scaled by must not be NaN.
-    pivots = tl.where(new_peaks == -float("inf"), 0.0, new_peaks)
-    weights = tl.exp2(scores - pivots[:, None])
-    fade = tl.exp2(peaks - pivots)
-    sums = sums * fade + tl.sum(weights, 1)
-    out = out * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-    return new_peaks, sums, out
+    for first in range(begin, end, tile_len):
+        positions = first + tl.arange(0, tile_len)
+        is_here = positions < end
+        mask = is_here[:, None] & (dims < head_dim)[None, :]
+        blocks = tl.load(table + positions // block_size, mask=is_here, other=0).to(tl.int64)
+        at = pool + blocks * stride_block + (positions % block_size) * stride_token + head * stride_head
+        keys = tl.load(at[:, None] + dims[None, :], mask=mask, other=0.0).to(queries.dtype)
+        values = tl.load(at[:, None] + stride_side + dims[None, :], mask=mask, other=0.0).to(queries.dtype)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale  # [rows, tile_len]
+        sees = is_here[None, :] & (positions[None, :] <= last_seen[:, None])
+        scores = tl.where(sees, scores, -float("inf"))
+        new_peaks = tl.maximum(peaks, tl.max(scores, 1))
+        # A row that has seen nothing yet has a peak of -inf: what it is scaled by must not be NaN.
+        pivots = tl.where(new_peaks == -float("inf"), 0.0, new_peaks)
+        weights = tl.exp2(scores - pivots[:, None])
+        fade = tl.exp2(peaks - pivots)
+        sums = sums * fade + tl.sum(weights, 1)
+        out = out * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        peaks = new_peaks
+    return peaks, sums, out
 
 
 @triton.jit(do_not_specialize=["stride_table"])
@@ -136,31 +142,24 @@ def attend_prompts(
     queries = tl.load(at, mask=mask, other=0.0)
     last_seen = num_before + rows
     end = tl.minimum(num_before + num_queries, tl.max(last_seen, 0) + 1)
-    peaks = tl.full([num_rows], -float("inf"), tl.float32)
-    sums = tl.zeros([num_rows], tl.float32)
-    out = tl.zeros([num_rows, padded_dim], tl.float32)
-    for first in range(0, end, tile_len):
-        peaks, sums, out = _tile(
-            queries,
-            last_seen,
-            peaks,
-            sums,
-            out,
-            pool,
-            tables + item * stride_table,
-            first,
-            end,
-            head // group_size,
-            scale,
-            stride_block,
-            stride_side,
-            stride_token,
-            stride_head,
-            block_size,
-            head_dim,
-            padded_dim,
-            tile_len,
-        )
+    _, sums, out = _attend(
+        queries,
+        last_seen,
+        pool,
+        tables + item * stride_table,
+        0,
+        end,
+        head // group_size,
+        scale,
+        stride_block,
+        stride_side,
+        stride_token,
+        stride_head,
+        block_size,
+        head_dim,
+        padded_dim,
+        tile_len,
+    )
     out = out / sums[:, None]
     to = result + tokens[:, None] * result_stride_token + head * result_stride_head + dims[None, :]
     tl.store(to, out.to(result.dtype.element_ty), mask=mask)
@@ -211,31 +210,24 @@ def attend_part(
     at = query + row * query_stride_token + heads[:, None] * query_stride_head + dims[None, :]
     queries = tl.load(at, mask=mask, other=0.0)
     last_seen = tl.zeros([padded_group], tl.int32) + context_len
-    peaks = tl.full([padded_group], -float("inf"), tl.float32)
-    sums = tl.zeros([padded_group], tl.float32)
-    out = tl.zeros([padded_group, padded_dim], tl.float32)
-    for first in range(begin, end, tile_len):
-        peaks, sums, out = _tile(
-            queries,
-            last_seen,
-            peaks,
-            sums,
-            out,
-            pool,
-            tables + item * stride_table,
-            first,
-            end,
-            kv_head,
-            scale,
-            stride_block,
-            stride_side,
-            stride_token,
-            stride_head,
-            block_size,
-            head_dim,
-            padded_dim,
-            tile_len,
-        )
+    peaks, sums, out = _attend(
+        queries,
+        last_seen,
+        pool,
+        tables + item * stride_table,
+        begin,
+        end,
+        kv_head,
+        scale,
+        stride_block,
+        stride_side,
+        stride_token,
+        stride_head,
+        block_size,
+        head_dim,
+        padded_dim,
+        tile_len,
+    )
     place = (item * num_heads + heads) * num_parts + part
     is_empty = sums == 0.0
     out = tl.where(is_empty[:, None], 0.0, out / tl.where(is_empty, 1.0, sums)[:, None])

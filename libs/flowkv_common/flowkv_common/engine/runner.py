@@ -75,7 +75,7 @@ class Runner:
         return [None if input is None else next(sampled) for input in batch.samples]
 
     def _logits(self, batch: PackedBatch) -> Tensor:
-        """Of the places to sample from, [S, vocab]. All KV of the batch is written when it returns."""
+        """Of the places to sample from, [S, vocab]."""
         if self._graphs and self._graphs.fits(batch):
             return self._graphs.run(batch)
         self._attention.bind(batch)
