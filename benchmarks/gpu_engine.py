@@ -21,14 +21,13 @@ import torch
 from benchmarks.engine.floor import Machine, Work
 from benchmarks.engine.jobs import Job
 from benchmarks.result import write_result
-from flowkv_common.engine.batch import WorkItem, pack
+from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
 from flowkv_common.engine.model import LoadedModel, load_model
 from flowkv_common.engine.runner import Runner
 from flowkv_common.engine.sequence import Sequence as Tokens
 from flowkv_common.wire.parts import SamplingParams
 
 BLOCK_SIZE = 16
-MAX_BATCH = 256  # of a recorded graph
 MATMUL_SIZE = 8192
 READ_BYTES = 4 << 30
 LLAMA_8B = {
@@ -94,19 +93,21 @@ class Bench:
         self.pool = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.runner = Runner(model, self.pool, attention="auto", max_num_seqs=max_num_seqs)
 
-    @property
-    def has_graphs(self) -> bool:
-        return self.runner._graphs is not None
+    def has_graph(self, batch: PackedBatch) -> bool:
+        return self.runner._graphs is not None and self.runner._graphs.fits(batch)
 
-    def decode(self, batch: int, context: int, num_runs: int, *, graphs: bool) -> list[float]:
-        """Seconds per step. KV is whatever lies in the pool."""
-        items = [WorkItem(self._tokens(number, context, 1), 1) for number in range(batch)]
-        packed = pack(items, BLOCK_SIZE)
+    def decoding(self, num_sequences: int, context: int) -> PackedBatch:
+        """A step of decode of so many. KV is whatever lies in the pool."""
+        items = [WorkItem(self._tokens(number, context, 1), 1) for number in range(num_sequences)]
+        return pack(items, BLOCK_SIZE)
+
+    def decode(self, batch: PackedBatch, num_runs: int, *, graphs: bool) -> list[float]:
+        """Seconds per step."""
         recorded = self.runner._graphs
         if not graphs:
             self.runner._graphs = None
         try:
-            return timed(lambda: self.runner.run(packed), num_runs, self.pool.device)
+            return timed(lambda: self.runner.run(batch), num_runs, self.pool.device)
         finally:
             self.runner._graphs = recorded
 
@@ -142,8 +143,9 @@ def main(argv: Sequence[str]) -> int:
     bench = Bench(model, -(-needed // BLOCK_SIZE) + max(options.batches), max(options.batches))
     rows = []
     for batch in options.batches:
-        for graphs in (False, True)[: 1 + (bench.has_graphs and batch <= MAX_BATCH)]:
-            seconds = bench.decode(batch, options.context, options.repeat, graphs=graphs)
+        packed = bench.decoding(batch, options.context)
+        for graphs in (False, True)[: 1 + bench.has_graph(packed)]:
+            seconds = bench.decode(packed, options.repeat, graphs=graphs)
             rows.append(_row(batch, options.context, graphs, seconds, work, machine, dtype))
     for num_tokens in options.prompts:
         seconds = bench.prefill(num_tokens, options.chunk, options.repeat)

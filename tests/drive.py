@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from flowkv_common.engine.batch import WorkItem, pack
-from flowkv_common.engine.model import LoadedModel
+from flowkv_common.engine.model import CPU, LoadedModel, load_model
 from flowkv_common.engine.runner import Runner
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.wire.messages import transfer_id
@@ -18,6 +19,12 @@ BLOCK_SIZE = 8
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
 
 _numbers: Iterator[int] = itertools.count()
+
+
+def load_tiny(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> LoadedModel:
+    return load_model(
+        str(folder), name=None, dtype=dtype, load_format="auto", on_progress=lambda _: None, device=device
+    )
 
 
 def make_pool(model: LoadedModel, num_blocks: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -7,16 +7,14 @@ import contextlib
 import itertools
 import math
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
-import torch
 from nats_server import NatsServer
 
 from flowkv_common.bus.connection import Bus
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import NodeSettings
-from flowkv_common.engine.model import LoadedModel, load_model
+from flowkv_common.engine.model import LoadedModel
 from flowkv_common.errors import FlowKVError, from_wire
 from flowkv_common.node.host import serve, served
 from flowkv_common.wire import subjects
@@ -37,12 +35,6 @@ TOKEN_BUDGET = 64
 TIMEOUT_S = 20.0
 
 Heard = asyncio.Queue[LoadReport]
-
-
-def load_tiny(folder: Path) -> LoadedModel:
-    return load_model(
-        str(folder), name=None, dtype=torch.float32, load_format="auto", on_progress=lambda _: None
-    )
 
 
 @contextlib.asynccontextmanager

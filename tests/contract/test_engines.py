@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from drive import BLOCK_SIZE, make_pool, make_sequence
+from drive import BLOCK_SIZE, load_tiny, make_pool, make_sequence
 from tiny_models import VOCAB_SIZE, make_tiny_model
 
 from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
 from flowkv_common.engine.engine import Engine
-from flowkv_common.engine.model import LoadedModel, load_model
+from flowkv_common.engine.model import LoadedModel
 from flowkv_common.engine.runner import EngineThread, Runner
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.wire.nodes import StepFit
@@ -33,9 +33,7 @@ MakeEngine = Callable[[], Engine]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder: Path = make_tiny_model(tmp_path_factory.mktemp("models") / "llama", seed=1)
-    return load_model(
-        str(folder), name=None, dtype=torch.float32, load_format="auto", on_progress=lambda line: None
-    )
+    return load_tiny(folder)
 
 
 @pytest.fixture(params=["thread", "paced"])

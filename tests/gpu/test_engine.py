@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from drive import BLOCK_SIZE, generate, make_sequence
+from drive import BLOCK_SIZE, generate, load_tiny, make_sequence
 from tiny_models import make_tiny_model
 
 from flowkv_common.config import NodeSettings
 from flowkv_common.engine.attention_torch import TorchAttention
 from flowkv_common.engine.backends import make_attention
 from flowkv_common.engine.batch import WorkItem, pack
-from flowkv_common.engine.model import LoadedModel, load_model
 from flowkv_common.engine.runner import Runner
 from flowkv_common.node.memory import make_pool
 from flowkv_common.wire.parts import PoolLayout
@@ -56,17 +55,6 @@ def test_attention_equals_torch(head_dim: int, num_heads: int, dtype: torch.dtyp
     torch.testing.assert_close(outs[1], outs[0], atol=2e-2, rtol=2e-2)
 
 
-def load(folder: Path, device: torch.device) -> LoadedModel:
-    return load_model(
-        str(folder),
-        name=None,
-        dtype=torch.float32,
-        load_format="auto",
-        on_progress=lambda line: None,
-        device=device,
-    )
-
-
 def outputs(runner: Runner) -> list[list[int]]:
     sequences = [
         make_sequence([token * 7 % 512 for token in range(length)], list(range(first, first + 6)))
@@ -79,9 +67,9 @@ def outputs(runner: Runner) -> list[list[int]]:
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2"])
 def test_tokens_are_those_of_the_cpu(tmp_path: Path, arch: str) -> None:
     folder = make_tiny_model(tmp_path / "m", arch, seed=5)
-    model = load(folder, CUDA)
+    model = load_tiny(folder, CUDA)
     shape = (24, model.num_layers, 2, BLOCK_SIZE, model.num_kv_heads, model.head_dim)
-    expected = outputs(Runner(load(folder, torch.device("cpu")), torch.zeros(shape)))
+    expected = outputs(Runner(load_tiny(folder, torch.device("cpu")), torch.zeros(shape)))
     runner = Runner(model, torch.zeros(shape, device=CUDA), attention="auto", max_num_seqs=3)
     assert runner.attention_name == "triton"
     assert (runner._graphs is None) == (arch == "gpt2")  # which goes through its modules

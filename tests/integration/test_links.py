@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 
 import pytest
-from live_nodes import live_node, load_tiny
+from drive import load_tiny
+from live_nodes import live_node
 from nats_server import NatsServer
 from tiny_models import make_tiny_model
 

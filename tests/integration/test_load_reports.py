@@ -8,7 +8,8 @@ from contextlib import AsyncExitStack
 from typing import NamedTuple
 
 import pytest
-from live_nodes import BLOCK_SIZE, Client, Heard, client, first, live_node, load_tiny, reports
+from drive import load_tiny
+from live_nodes import BLOCK_SIZE, Client, Heard, client, first, live_node, reports
 from nats_server import NatsServer
 from tiny_models import make_tiny_model
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import httpx
 import pytest
-from live_nodes import BLOCK_SIZE, TOKEN_BUDGET, Client, client, first, live_node, load_tiny, reports
+from drive import load_tiny
+from live_nodes import BLOCK_SIZE, TOKEN_BUDGET, Client, client, first, live_node, reports
 from nats_server import NatsServer
 from prometheus_client.parser import text_string_to_metric_families
 from tiny_models import make_tiny_model

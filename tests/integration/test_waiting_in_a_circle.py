@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from live_nodes import BLOCK_SIZE, Client, check, client, first, live_node, load_tiny, reports
+from drive import load_tiny
+from live_nodes import BLOCK_SIZE, Client, check, client, first, live_node, reports
 from nats_server import NatsServer
 from oracle import check_identity
 from tiny_models import make_tiny_model

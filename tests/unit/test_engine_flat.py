@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from drive import BLOCK_SIZE, make_pool, make_sequence
+from drive import BLOCK_SIZE, load_tiny, make_pool, make_sequence
 from tiny_models import ARCHITECTURES, make_tiny_model
 
 from flowkv_common.engine.attention_torch import TorchAttention
@@ -15,15 +15,9 @@ from flowkv_common.engine.flat import FlatForward
 from flowkv_common.engine.flat_cpu import CpuFlatForward
 from flowkv_common.engine.flat_weights import flat_weights
 from flowkv_common.engine.forward import make_forward
-from flowkv_common.engine.model import LoadedModel, load_model
+from flowkv_common.engine.model import LoadedModel
 from flowkv_common.engine.modules import Forward, ModulesForward
 from flowkv_common.engine.sequence import Sequence
-
-
-def load(folder: Path) -> LoadedModel:
-    return load_model(
-        str(folder), name=None, dtype=torch.float32, load_format="auto", on_progress=lambda line: None
-    )
 
 
 def make_flat(model: LoadedModel) -> FlatForward:
@@ -68,7 +62,7 @@ def logits(forward: Forward, model: LoadedModel, batch: PackedBatch, places: lis
     ],
 )
 def test_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, object]) -> None:
-    model = load(make_tiny_model(tmp_path / "m", arch, seed=3, **config))
+    model = load_tiny(make_tiny_model(tmp_path / "m", arch, seed=3, **config))
     batch = packed()
     places = list(range(50))
     expected = logits(ModulesForward(model.module), model, batch, places)
@@ -80,7 +74,7 @@ def test_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, object]
 
 
 def test_fused_weights_are_shared_with_the_modules(tmp_path: Path) -> None:
-    model = load(make_tiny_model(tmp_path / "m"))
+    model = load_tiny(make_tiny_model(tmp_path / "m"))
     make_flat(model)
     attention = model.module.get_submodule("model.layers.1.self_attn")
     storages = {getattr(attention, name).weight.untyped_storage().data_ptr() for name in ("q_proj", "v_proj")}
@@ -88,13 +82,13 @@ def test_fused_weights_are_shared_with_the_modules(tmp_path: Path) -> None:
 
 
 def test_no_logits_where_none_are_asked_for(tmp_path: Path) -> None:
-    model = load(make_tiny_model(tmp_path / "m"))
+    model = load_tiny(make_tiny_model(tmp_path / "m"))
     assert logits(make_flat(model), model, packed(), []).shape == (0, 512)
 
 
 @pytest.mark.parametrize(("arch", "config"), [("gpt2", {}), ("llama", {"hidden_act": "gelu"})])
 def test_other_models_have_none(tmp_path: Path, arch: str, config: dict[str, object]) -> None:
-    assert flat_weights(load(make_tiny_model(tmp_path / "m", arch, **config)).module) is None
+    assert flat_weights(load_tiny(make_tiny_model(tmp_path / "m", arch, **config)).module) is None
 
 
 @pytest.mark.parametrize(
@@ -107,7 +101,7 @@ def test_other_models_have_none(tmp_path: Path, arch: str, config: dict[str, obj
 )
 @torch.inference_mode()
 def test_compiled_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, Any]) -> None:
-    model = load(make_tiny_model(tmp_path / "m", arch, seed=3, **config))
+    model = load_tiny(make_tiny_model(tmp_path / "m", arch, seed=3, **config))
     batch = packed()
     places = list(range(50))
     expected = logits(ModulesForward(model.module), model, batch, places)
@@ -124,7 +118,7 @@ def test_compiled_equals_the_modules(tmp_path: Path, arch: str, config: dict[str
 @torch.inference_mode()
 def test_a_decoding_sequence_has_the_same_logits_alone_and_in_company(tmp_path: Path) -> None:
     """To the bit: what is drawn from them must not depend on who else is in the batch."""
-    model = load(make_tiny_model(tmp_path / "m", seed=3))
+    model = load_tiny(make_tiny_model(tmp_path / "m", seed=3))
     _, attention = make_attention("cpu", make_pool(model, num_blocks=64).nan_to_num(0.1))
     forward = make_forward(model.module, attention)
     sequences = [make_sequence([token] * (9 * token), [token, 9 + token, 20]) for token in (1, 2)]
@@ -143,7 +137,7 @@ def test_a_decoding_sequence_has_the_same_logits_alone_and_in_company(tmp_path: 
 @torch.inference_mode()
 def test_a_prompt_has_the_same_logits_however_it_is_cut_and_in_company(tmp_path: Path) -> None:
     """To the bit: the layers know no difference between many rows and few."""
-    model = load(make_tiny_model(tmp_path / "m", seed=3))
+    model = load_tiny(make_tiny_model(tmp_path / "m", seed=3))
     prompt = [token * 7 % 512 for token in range(70)]
 
     def last_logits(*sizes: int, company: int) -> torch.Tensor:

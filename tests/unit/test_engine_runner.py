@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from drive import BLOCK_SIZE, GREEDY, generate, make_pool, make_sequence, step
+from drive import BLOCK_SIZE, GREEDY, generate, load_tiny, make_pool, make_sequence, step
 from oracle import check_identity
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
-from flowkv_common.engine.model import LoadedModel, load_model
+from flowkv_common.engine.model import LoadedModel
 from flowkv_common.engine.runner import EngineThread, Runner
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.wire.parts import SamplingParams
@@ -24,10 +24,6 @@ from flowkv_common.wire.parts import SamplingParams
 NUM_BLOCKS = 64
 NUM_OUTPUTS = 16
 PROMPT_LENS = (5, 33, 17, 1)
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    return load_model(str(folder), name=None, dtype=dtype, load_format="auto", on_progress=lambda line: None)
 
 
 @pytest.fixture(scope="module", params=[*ARCHITECTURES, "gpt2"])
@@ -72,7 +68,7 @@ def reference(folder: Path, prompt_ids: list[int]) -> list[int]:
 @pytest.mark.parametrize("attention", ["torch", "cpu"])
 def test_greedy_tokens_are_those_of_transformers(folder: Path, attention: str) -> None:
     """Chunks of 11 tokens beside decode, shuffled blocks of 8, four sequences at once."""
-    model = load(folder)
+    model = load_tiny(folder)
     runner = Runner(model, make_pool(model, NUM_BLOCKS), attention=attention)
     batch = sequences()
     generate(runner, batch, NUM_OUTPUTS, chunk_tokens=11)
@@ -90,7 +86,7 @@ def test_oracle_sees_a_wrong_token(llama: Path) -> None:
 
 
 def test_drawn_tokens_are_the_same_alone_in_company_and_after_a_retry(llama: Path) -> None:
-    model = load(llama)
+    model = load_tiny(llama)
     runner = Runner(model, make_pool(model, NUM_BLOCKS))
     sampling = SamplingParams(max_tokens=64, seed=11, temperature=1.2, top_p=0.9, repetition_penalty=1.1)
     company = sequences(sampling)
@@ -106,7 +102,7 @@ def test_drawn_tokens_are_the_same_alone_in_company_and_after_a_retry(llama: Pat
 
 
 def test_bfloat16_kv_runs(llama: Path) -> None:
-    model = load(llama)
+    model = load_tiny(llama)
     first, second = sequences(), sequences()
     generate(Runner(model, make_pool(model, NUM_BLOCKS, torch.bfloat16), attention="torch"), first, 4)
     generate(Runner(model, make_pool(model, NUM_BLOCKS, torch.bfloat16), attention="cpu"), second, 4)
@@ -114,7 +110,7 @@ def test_bfloat16_kv_runs(llama: Path) -> None:
 
 
 def test_says_what_it_chose(folder: Path) -> None:
-    model = load(folder)
+    model = load_tiny(folder)
     runner = Runner(model, make_pool(model, 2), attention="auto")
     assert runner.attention_name == "cpu"
     assert runner.forward_name == ("flat" if folder.name in ARCHITECTURES else "modules")
@@ -122,11 +118,11 @@ def test_says_what_it_chose(folder: Path) -> None:
 
 def test_refuses_the_pool_of_another_model(llama: Path) -> None:
     with pytest.raises(ValueError, match="is not for llama"):
-        Runner(load(llama), torch.zeros(4, 3, 2, BLOCK_SIZE, 2, 8))
+        Runner(load_tiny(llama), torch.zeros(4, 3, 2, BLOCK_SIZE, 2, 8))
 
 
 def test_logits_that_are_not_finite_raise(llama: Path) -> None:
-    model = load(llama)
+    model = load_tiny(llama)
     runner = Runner(model, make_pool(model, NUM_BLOCKS))
     sequence = sequences()[1]
     sequence.num_computed_tokens = 8  # a lie: nothing has been written there
@@ -159,7 +155,7 @@ def batch_of(sequence: Sequence) -> PackedBatch:
 
 
 async def test_steps_run_off_the_loop(llama: Path) -> None:
-    runner = HeldRunner(load(llama))
+    runner = HeldRunner(load_tiny(llama))
     sequence = sequences()[0]
     async with asyncio.timeout(10), EngineThread(runner) as engine:
         assert engine.busy_since is None
@@ -175,7 +171,7 @@ async def test_steps_run_off_the_loop(llama: Path) -> None:
 
 
 async def test_a_cancelled_step_goes_on_and_the_next_ones_are_right(llama: Path) -> None:
-    runner = HeldRunner(load(llama))
+    runner = HeldRunner(load_tiny(llama))
     sequence = sequences()[1]
     async with asyncio.timeout(10), EngineThread(runner) as engine:
         stepping = asyncio.create_task(engine.step(batch_of(sequence)))
@@ -193,7 +189,7 @@ async def test_a_cancelled_step_goes_on_and_the_next_ones_are_right(llama: Path)
 
 
 async def test_a_failed_step_raises_and_the_thread_goes_on(llama: Path) -> None:
-    model = load(llama)
+    model = load_tiny(llama)
     runner = Runner(model, make_pool(model, NUM_BLOCKS))
     broken, sound = sequences()[1], sequences()[0]
     broken.num_computed_tokens = 8
@@ -207,7 +203,7 @@ async def test_a_wedged_thread_shows_and_does_not_hold_up_the_end(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flowkv_common.engine.runner.CLOSE_TIMEOUT_S", 0.05)
-    model = load(llama)
+    model = load_tiny(llama)
     before = set(threading.enumerate())
     async with asyncio.timeout(10), EngineThread(Runner(model, make_pool(model, 1))) as engine:
         [thread] = set(threading.enumerate()) - before

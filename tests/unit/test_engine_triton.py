@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from drive import BLOCK_SIZE, generate, make_pool, make_sequence
+from drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence
 from tiny_models import make_tiny_model
 
 from flowkv_common.engine import attention_triton
@@ -20,17 +20,10 @@ from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
 from flowkv_common.engine.flat import FlatForward
 from flowkv_common.engine.flat_weights import flat_weights
 from flowkv_common.engine.graphs import MAX_BATCH, GraphedDecode, batch_sizes
-from flowkv_common.engine.model import LoadedModel, load_model
 from flowkv_common.engine.runner import Runner
 from flowkv_common.node.memory import WORKING_BYTES, bytes_left
 
 NUM_BLOCKS = 32
-
-
-def load(folder: Path) -> LoadedModel:
-    return load_model(
-        str(folder), name=None, dtype=torch.float32, load_format="auto", on_progress=lambda line: None
-    )
 
 
 def filled(
@@ -105,7 +98,7 @@ def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_tokens_are_those_of_torch(tmp_path: Path, arch: str) -> None:
     """Chunks, mixed batches and decode, through the flat forward and the modules."""
-    model = load(make_tiny_model(tmp_path / "m", arch, seed=5))
+    model = load_tiny(make_tiny_model(tmp_path / "m", arch, seed=5))
     outputs = []
     for attention in ("torch", "triton"):
         runner = Runner(model, make_pool(model, 16), attention=attention)
@@ -139,7 +132,7 @@ def decode_batch(lengths: list[int]) -> PackedBatch:
 @pytest.mark.usefixtures("few_parts")
 @torch.inference_mode()
 def test_a_step_in_a_larger_graph_is_the_same_step(tmp_path: Path) -> None:
-    model = load(make_tiny_model(tmp_path / "m", seed=5))
+    model = load_tiny(make_tiny_model(tmp_path / "m", seed=5))
     pool = torch.randn(make_pool(model, 16).shape, generator=torch.manual_seed(3))
     weights = flat_weights(model.module)
     assert weights is not None
@@ -170,7 +163,7 @@ def test_a_step_in_a_larger_graph_is_the_same_step(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("few_parts")
 @torch.inference_mode()
 def test_what_no_graph_was_recorded_for_does_not_fit(tmp_path: Path) -> None:
-    model = load(make_tiny_model(tmp_path / "m"))
+    model = load_tiny(make_tiny_model(tmp_path / "m"))
     weights = flat_weights(model.module)
     assert weights is not None
     pool = make_pool(model, 16)
