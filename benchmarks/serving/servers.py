@@ -29,6 +29,7 @@ class Server:
     url: str
     services: dict[str, int] = field(default_factory=dict)
     engine_pid: int = 0
+    nats_url: str = ""
 
     def service_cpu_s(self) -> dict[str, float]:
         """Processor time so far, of user and kernel."""
@@ -66,7 +67,7 @@ def flowkv(
             for name, process in cluster.processes.items()
             if name.startswith(("gateway", "scheduler", "nats"))
         }
-        yield Server("flowkv", cluster.url, services, engine_pid)
+        yield Server("flowkv", cluster.url, services, engine_pid, cluster.nats_url)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from flowkv_common.config import NodeSettings
 from flowkv_common.engine.attention_torch import TorchAttention
 from flowkv_common.engine.backends import make_attention
 from flowkv_common.engine.batch import WorkItem, pack
+from flowkv_common.engine.forward import make_forward
+from flowkv_common.engine.modules import ModulesForward
 from flowkv_common.engine.runner import Runner
 from flowkv_common.node.memory import make_pool
 from flowkv_common.wire.parts import PoolLayout
@@ -64,12 +66,12 @@ def outputs(runner: Runner) -> list[list[int]]:
     return [sequence.output_ids for sequence in sequences]
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "mistral", "gpt2"])
 def test_tokens_are_those_of_the_cpu(tmp_path: Path, arch: str) -> None:
     folder = make_tiny_model(tmp_path / "m", arch, seed=5)
-    model = load_tiny(folder, CUDA)
+    model = load_tiny(folder, device=CUDA)
     shape = (24, model.num_layers, 2, BLOCK_SIZE, model.num_kv_heads, model.head_dim)
-    expected = outputs(Runner(load_tiny(folder, torch.device("cpu")), torch.zeros(shape)))
+    expected = outputs(Runner(load_tiny(folder), torch.zeros(shape)))
     runner = Runner(model, torch.zeros(shape, device=CUDA), attention="auto", max_num_seqs=3)
     assert runner.attention_name == "triton"
     assert (runner._graphs is None) == (arch == "gpt2")  # which goes through its modules
@@ -85,3 +87,28 @@ def test_a_pool_takes_its_share_of_the_memory() -> None:
     with make_pool(settings, layout, CUDA) as pool:
         assert pool.tensor.is_cuda
         assert 0 < pool.num_blocks * layout.block_bytes <= 0.2 * total
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_the_flat_forward_equals_the_modules(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Wide rows and heads of 128. Judged beside what the modules in the same dtype are off from fp32."""
+    config = {"hidden_size": 1024, "intermediate_size": 3000, "num_attention_heads": 8, "head_dim": 128}
+    folder = make_tiny_model(tmp_path / "m", seed=5, initializer_range=0.05, **config)
+    sequence = make_sequence([token * 7 % 512 for token in range(200)], list(range(25)))
+    batch = pack([WorkItem(sequence, 200)], BLOCK_SIZE)
+    rows = [torch.from_numpy(array).to(CUDA) for array in (batch.token_ids, batch.position_ids)]
+    places = torch.arange(200, device=CUDA)
+    outs = []
+    for kind, backend in [(torch.float32, "torch"), (dtype, "torch"), (dtype, "triton")]:
+        model = load_tiny(folder, kind, CUDA).module
+        pool = torch.zeros(25, 3, 2, BLOCK_SIZE, 2, 128, device=CUDA, dtype=kind)
+        _, attention = make_attention(backend, pool)
+        is_flat = backend == "triton"
+        forward = make_forward(model, backend, attention) if is_flat else ModulesForward(model)
+        attention.bind(batch)
+        outs.append(forward(*rows, attention, places).float())
+    exact, modules, flat = outs
+    off = (modules - exact).norm() / exact.norm()
+    assert 0 < off < 0.05
+    assert (flat - exact).norm() / exact.norm() < 1.5 * off

@@ -105,8 +105,8 @@ def test_compiled_equals_the_modules(tmp_path: Path, arch: str, config: dict[str
     batch = packed()
     places = list(range(50))
     expected = logits(ModulesForward(model.module), model, batch, places)
-    _, attention = make_attention("cpu", make_pool(model, num_blocks=8))
-    forward = make_forward(model.module, attention)
+    name, attention = make_attention("cpu", make_pool(model, num_blocks=8))
+    forward = make_forward(model.module, name, attention)
     assert isinstance(forward, CpuFlatForward)
     attention.bind(batch)
     rows = (torch.from_numpy(batch.token_ids), torch.from_numpy(batch.position_ids))
@@ -119,8 +119,8 @@ def test_compiled_equals_the_modules(tmp_path: Path, arch: str, config: dict[str
 def test_a_decoding_sequence_has_the_same_logits_alone_and_in_company(tmp_path: Path) -> None:
     """To the bit: what is drawn from them must not depend on who else is in the batch."""
     model = load_tiny(make_tiny_model(tmp_path / "m", seed=3))
-    _, attention = make_attention("cpu", make_pool(model, num_blocks=64).nan_to_num(0.1))
-    forward = make_forward(model.module, attention)
+    name, attention = make_attention("cpu", make_pool(model, num_blocks=64).nan_to_num(0.1))
+    forward = make_forward(model.module, name, attention)
     sequences = [make_sequence([token] * (9 * token), [token, 9 + token, 20]) for token in (1, 2)]
     for sequence in sequences:
         sequence.num_computed_tokens = sequence.num_tokens - 1
@@ -141,8 +141,8 @@ def test_a_prompt_has_the_same_logits_however_it_is_cut_and_in_company(tmp_path:
     prompt = [token * 7 % 512 for token in range(70)]
 
     def last_logits(*sizes: int, company: int) -> torch.Tensor:
-        _, attention = make_attention("cpu", make_pool(model, num_blocks=64))
-        forward = make_forward(model.module, attention)
+        name, attention = make_attention("cpu", make_pool(model, num_blocks=64))
+        forward = make_forward(model.module, name, attention)
         sequence = make_sequence(prompt, list(range(9)))
         other = make_sequence([5] * 200, list(range(9, 40)))
         for size in sizes:

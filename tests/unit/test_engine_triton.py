@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ from flowkv_common.engine.attention_torch import TorchAttention
 from flowkv_common.engine.attention_triton import NUM_ROWS, Decoding, TritonAttention, _tiles
 from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
 from flowkv_common.engine.flat import FlatForward
+from flowkv_common.engine.flat_triton import TritonFlatForward
 from flowkv_common.engine.flat_weights import flat_weights
+from flowkv_common.engine.forward import make_forward
 from flowkv_common.engine.graphs import MAX_BATCH, GraphedDecode, batch_sizes
+from flowkv_common.engine.modules import ModulesForward
 from flowkv_common.engine.runner import Runner
 from flowkv_common.node.memory import WORKING_BYTES, bytes_left
 
@@ -95,6 +99,32 @@ def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few_parts")
+@pytest.mark.parametrize(
+    ("arch", "config"),
+    [*((arch, {}) for arch in ("llama", "qwen2", "qwen3", "mistral")), ("llama", {"attention_bias": True})],
+)
+@torch.inference_mode()
+def test_the_flat_forward_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, Any]) -> None:
+    """A prompt, and steps of decode that attend to what it wrote; not all places are sampled."""
+    model = load_tiny(make_tiny_model(tmp_path / "m", arch, seed=3, **config))
+    pools = make_pool(model, 8), make_pool(model, 8)
+    plain, attention = TorchAttention(pools[0]), TritonAttention(pools[1])
+    modules, flat = ModulesForward(model.module), make_forward(model.module, "triton", attention)
+    assert isinstance(flat, TritonFlatForward)
+    sequence = make_sequence([token * 7 % 512 for token in range(20)], [5, 2, 7])
+    for num_tokens, places in [(18, [4, 17]), (1, [0]), (1, [])]:
+        batch = pack([WorkItem(sequence, num_tokens)], BLOCK_SIZE)
+        sequence.num_computed_tokens += num_tokens
+        outs = []
+        for forward, backend in ((modules, plain), (flat, attention)):
+            backend.bind(batch)
+            rows = (torch.from_numpy(batch.token_ids), torch.from_numpy(batch.position_ids))
+            outs.append(forward(*rows, backend, torch.tensor(places, dtype=torch.int64)))
+        torch.testing.assert_close(outs[1], outs[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(pools[1], pools[0], atol=1e-4, rtol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("few_parts")
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_tokens_are_those_of_torch(tmp_path: Path, arch: str) -> None:
     """Chunks, mixed batches and decode, through the flat forward and the modules."""
@@ -137,10 +167,10 @@ def test_a_step_in_a_larger_graph_is_the_same_step(tmp_path: Path) -> None:
     weights = flat_weights(model.module)
     assert weights is not None
     forward, plain_pool = FlatForward(weights), pool.clone()
-    plain = TorchAttention(plain_pool)
+    plain, attention = TorchAttention(plain_pool), TritonAttention(pool)
     graphed = GraphedDecode(
-        forward,
-        TritonAttention(pool),
+        TritonFlatForward(weights, attention),
+        attention,
         max_num_seqs=3,
         max_num_blocks=4,
         device=pool.device,
@@ -167,9 +197,10 @@ def test_what_no_graph_was_recorded_for_does_not_fit(tmp_path: Path) -> None:
     weights = flat_weights(model.module)
     assert weights is not None
     pool = make_pool(model, 16)
+    attention = TritonAttention(pool)
     graphed = GraphedDecode(
-        FlatForward(weights),
-        TritonAttention(pool),
+        TritonFlatForward(weights, attention),
+        attention,
         max_num_seqs=2,
         max_num_blocks=2,
         device=pool.device,
@@ -202,7 +233,15 @@ def test_kernels_compile_for_gpus(tmp_path: Path, capability: int, dtype: str) -
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [line[0] for line in lines] == ["write_kv", "attend_prompts", "attend_part", "join_parts"]
+    assert [line[0] for line in lines] == [
+        "write_kv",
+        "attend_prompts",
+        "attend_part",
+        "join_parts",
+        "add_and_norm",
+        "gate",
+        "rotate_and_write",
+    ]
     assert all(int(num_bytes) > 0 and int(shared) <= 99 << 10 for _, num_bytes, shared in lines)
 
 

@@ -10,8 +10,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flowkv_common.engine import kernels_triton as kernels
+from flowkv_common.engine import kernels_triton_rows as row_kernels
 
 HEADS = {"block_size": 16, "head_dim": 128, "padded_dim": 128}
+PARTS = {"num_parts": 16, "least_part_len": 128, "tile_len": 64}
 NUMBERS = "*i32"
 ARGUMENTS: dict[Any, tuple[dict[str, str], dict[str, int]]] = {
     kernels.write_kv: ({"slots": "*i64"}, HEADS),
@@ -21,17 +23,32 @@ ARGUMENTS: dict[Any, tuple[dict[str, str], dict[str, int]]] = {
     ),
     kernels.attend_part: (
         {"parts": "*fp32", "log_sums": "*fp32"} | dict.fromkeys(("rows", "tables", "context_lens"), NUMBERS),
-        {**HEADS, "num_parts": 16, "group_size": 4, "padded_group": 16, "tile_len": 64},
+        {**HEADS, **PARTS, "group_size": 4, "padded_group": 16},
     ),
     kernels.join_parts: (
-        {"parts": "*fp32", "log_sums": "*fp32", "rows": NUMBERS},
-        {"num_parts": 16, "head_dim": 128, "padded_dim": 128},
+        {"parts": "*fp32", "log_sums": "*fp32", "rows": NUMBERS, "context_lens": NUMBERS},
+        {**PARTS, "head_dim": 128, "padded_dim": 128},
+    ),
+    row_kernels.add_and_norm: ({}, {"num_dims": 4096, "padded_dims": 4096, "adds": True}),
+    row_kernels.gate: ({}, {"num_dims": 14336, "tile_len": 1024}),
+    row_kernels.rotate_and_write: (
+        {"slots": "*i64", "positions": "*i64"},
+        {
+            "has_norm": True,
+            "group_size": 4,
+            "padded_rows": 8,
+            "block_size": 16,
+            "head_dim": 128,
+            "padded_half": 64,
+        },
     ),
 }
+ROWS = ("hidden", "delta", "weight", "gate_up", "qkv", "cos", "sin", "norm")
 
 
 def main(capability: int, dtype: str) -> None:
-    states = dict.fromkeys(("pool", "query", "result", "key", "value"), f"*{dtype}") | {"scale": "fp32"}
+    names = ("pool", "query", "result", "key", "value", *ROWS)
+    states = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("scale", "eps"), "fp32")
     options = {"num_stages": 1 if dtype == "fp32" else 3}  # as `TritonAttention` asks for
     for kernel, (pointers, constants) in ARGUMENTS.items():
         kinds = states | pointers | dict.fromkeys(constants, "constexpr")

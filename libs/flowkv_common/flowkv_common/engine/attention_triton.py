@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowkv_common.engine import kernels_triton as kernels
+from flowkv_common.engine import kernels_triton_rows as row_kernels
 from flowkv_common.engine.batch import PackedBatch
 
 # A context is cut into so many parts, each a program of its own, whatever the batch is: a sequence is summed
 # in one order, a single one fills the GPU, and the grid of a recorded graph never changes.
 NUM_PARTS = 16
+# A short context has fewer: what the parts give is written and read once more.
+LEAST_PART_LEN = 128
 # Keys per step of the online softmax, and queries of a prompt per program.
 TILE_LEN = 64
 NUM_ROWS = 64
@@ -95,6 +98,46 @@ class TritonAttention:
             padded_dim=self._padded_dim,
         )
 
+    def rotate_and_write(
+        self,
+        layer: int,
+        qkv: Tensor,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        norm: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        """Instead of `write`: stores keys, turned by position, and values; returns the turned queries.
+
+        `qkv` [T, num_heads + 2 * num_kv_heads, head_dim], contiguous, `positions` [T], `cos` and `sin`
+        [max positions, head_dim], `norm` [num_heads + num_kv_heads, head_dim] of a model that normalizes
+        each head. Returns [T, num_heads, head_dim].
+        """
+        num_tokens, num_heads = len(qkv), qkv.shape[1] - 2 * self._num_kv_heads
+        group_size = num_heads // self._num_kv_heads
+        query = torch.empty(num_tokens, num_heads, self._head_dim, dtype=qkv.dtype, device=qkv.device)
+        row_kernels.rotate_and_write[(num_tokens, self._num_kv_heads)](
+            qkv,
+            query,
+            self._pool[:, layer],
+            self._slots,
+            positions,
+            cos,
+            sin,
+            cos if norm is None else norm,
+            eps,
+            *self._strides,
+            has_norm=norm is not None,
+            group_size=group_size,
+            padded_rows=triton.next_power_of_2(group_size + 1),
+            block_size=self._block_size,
+            head_dim=self._head_dim,
+            padded_half=triton.next_power_of_2(self._head_dim // 2),
+            num_warps=1,
+        )
+        return query
+
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         pool, result = self._pool[:, layer], torch.empty_like(query, memory_format=torch.contiguous_format)
         if self._decoding is not None:
@@ -121,6 +164,7 @@ class TritonAttention:
             query.stride(1),
             *self._strides,
             num_parts=NUM_PARTS,
+            least_part_len=LEAST_PART_LEN,
             group_size=group_size,
             padded_group=max(LEAST_ROWS, triton.next_power_of_2(group_size)),
             block_size=self._block_size,
@@ -133,9 +177,12 @@ class TritonAttention:
             log_sums,
             result,
             decoding.rows,
+            decoding.context_lens,
             result.stride(0),
             result.stride(1),
             num_parts=NUM_PARTS,
+            least_part_len=LEAST_PART_LEN,
+            tile_len=TILE_LEN,
             head_dim=self._head_dim,
             padded_dim=self._padded_dim,
         )

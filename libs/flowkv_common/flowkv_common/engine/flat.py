@@ -15,18 +15,18 @@ from flowkv_common.engine.attention import Attention
 from flowkv_common.engine.flat_weights import FlatWeights, Layer
 
 
-class _Linear(NamedTuple):
+class Linear(NamedTuple):
     """`x @ weight.T + bias`."""
 
     weight: Tensor  # [out, in]
     bias: Tensor | None  # [out]
 
 
-class _Fused(NamedTuple):
+class Fused(NamedTuple):
     """A layer's projections of one input as one."""
 
-    qkv: _Linear
-    gate_up: _Linear
+    qkv: Linear
+    gate_up: Linear
 
 
 class FlatForward:
@@ -37,16 +37,7 @@ class FlatForward:
     def __init__(self, weights: FlatWeights) -> None:
         """The model's projections are fused in place."""
         self._weights = weights
-        self._fused = []
-        for layer in weights.layers:
-            self._fused.append(_Fused(qkv=_fuse(*layer.qkv), gate_up=_fuse(layer.gate, layer.up)))
-            if self.head.is_cuda:
-                torch.cuda.empty_cache()  # what was fused is free now, and too small for the next
-
-    @property
-    def head(self) -> Tensor:
-        """[vocab, hidden]"""
-        return self._weights.head
+        self._fused = fuse_layers(weights)
 
     def __call__(
         self, token_ids: Tensor, position_ids: Tensor, attention: Attention, logits_indices: Tensor
@@ -82,12 +73,22 @@ class FlatForward:
         return rms_norm(states, weight.shape, weight, self._weights.eps)
 
 
+def fuse_layers(weights: FlatWeights) -> list[Fused]:
+    """The projections of every layer, those of one input as one; the model's own become views of them."""
+    fused = []
+    for layer in weights.layers:
+        fused.append(Fused(qkv=_fuse(*layer.qkv), gate_up=_fuse(layer.gate, layer.up)))
+        if weights.head.is_cuda:
+            torch.cuda.empty_cache()  # what was fused is free now, and too small for the next
+    return fused
+
+
 @torch.no_grad()
-def _fuse(*linears: nn.Linear) -> _Linear:
+def _fuse(*linears: nn.Linear) -> Linear:
     """One projection in place of several of the same input; theirs become views of it."""
     sizes = [linear.out_features for linear in linears]
     weight = torch.cat([linear.weight.detach() for linear in linears])
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     for part, view in zip(linears, torch.split(weight, sizes), strict=True):
         part.weight.data = view
-    return _Linear(weight, torch.cat(biases) if biases else None)
+    return Linear(weight, torch.cat(biases) if biases else None)

@@ -1,8 +1,8 @@
 """Steps of decode as recorded graphs: one launch instead of some hundred per layer, from fixed memory.
 
 A graph is recorded for each of a few batch sizes. A step takes the next larger one; the places that are left
-over have an empty context and write nowhere. Only the flat forward over `TritonAttention` can be recorded: it
-never asks the device for a number.
+over have an empty context and write nowhere. Only `TritonFlatForward` can be recorded: it never asks the
+device for a number.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from flowkv_common.engine.attention import Attention
 from flowkv_common.engine.attention_triton import Decoding, TritonAttention
 from flowkv_common.engine.batch import PackedBatch
-from flowkv_common.engine.flat import FlatForward
+from flowkv_common.engine.flat_triton import TritonFlatForward
 from flowkv_common.engine.modules import Forward
 
 # Replays what it was given, into the same tensor.
@@ -53,7 +53,7 @@ class GraphedDecode:
 
     def __init__(
         self,
-        forward: FlatForward,
+        forward: TritonFlatForward,
         attention: TritonAttention,
         *,
         max_num_seqs: int,
@@ -143,7 +143,7 @@ def make_graphs(
     forward: Forward, attention: Attention, pool: Tensor, *, max_num_seqs: int, max_model_len: int
 ) -> GraphedDecode | None:
     """The graphs of a model on a GPU; `None` where nothing can be recorded."""
-    if pool.device.type != "cuda" or not isinstance(forward, FlatForward):
+    if pool.device.type != "cuda" or not isinstance(forward, TritonFlatForward):
         return None
     if not isinstance(attention, TritonAttention):
         return None

@@ -53,6 +53,9 @@ def write_kv(
 
 @triton.jit
 def _attend(
+    peaks,  # [rows], of the keys before: the greatest scores, as exponents of 2
+    sums,  # [rows]: sums of exponentials
+    out,  # [rows, padded_dim]: what they give, not yet divided by `sums`; all three fp32
     queries,  # [rows, padded_dim]
     last_seen,  # [rows]: the last position that each row may attend to
     pool,
@@ -69,35 +72,96 @@ def _attend(
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
     tile_len: tl.constexpr,
+    is_masked: tl.constexpr,
 ):
-    """The online softmax over the keys from `begin` to `end`, `tile_len` at a time.
+    """The online softmax goes on over the keys from `begin` to `end`, `tile_len` at a time.
 
-    Returns the rows' greatest scores, as exponents of 2, their sums of exponentials and what they give, not
-    yet divided by these: [rows], [rows], [rows, padded_dim], all fp32.
+    Without a mask all rows see all of these keys, which are whole tiles. Returns `peaks`, `sums` and `out`.
     """
-    peaks = tl.full([queries.shape[0]], -float("inf"), tl.float32)
-    sums = tl.zeros([queries.shape[0]], tl.float32)
-    out = tl.zeros([queries.shape[0], padded_dim], tl.float32)
     dims = tl.arange(0, padded_dim)
     for first in range(begin, end, tile_len):
         positions = first + tl.arange(0, tile_len)
         is_here = positions < end
-        mask = is_here[:, None] & (dims < head_dim)[None, :]
-        blocks = tl.load(table + positions // block_size, mask=is_here, other=0).to(tl.int64)
+        if is_masked:
+            blocks = tl.load(table + positions // block_size, mask=is_here, other=0).to(tl.int64)
+        else:
+            blocks = tl.load(table + positions // block_size).to(tl.int64)
         at = pool + blocks * stride_block + (positions % block_size) * stride_token + head * stride_head
-        keys = tl.load(at[:, None] + dims[None, :], mask=mask, other=0.0).to(queries.dtype)
-        values = tl.load(at[:, None] + stride_side + dims[None, :], mask=mask, other=0.0).to(queries.dtype)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale  # [rows, tile_len]
-        sees = is_here[None, :] & (positions[None, :] <= last_seen[:, None])
-        scores = tl.where(sees, scores, -float("inf"))
+        at = at[:, None] + dims[None, :]
+        if is_masked or head_dim < padded_dim:
+            mask = is_here[:, None] & (dims < head_dim)[None, :]
+            keys = tl.load(at, mask=mask, other=0.0)
+            values = tl.load(at + stride_side, mask=mask, other=0.0)
+        else:
+            keys = tl.load(at)
+            values = tl.load(at + stride_side)
+        scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="ieee") * scale
+        if is_masked:
+            sees = is_here[None, :] & (positions[None, :] <= last_seen[:, None])
+            scores = tl.where(sees, scores, -float("inf"))  # [rows, tile_len]
         new_peaks = tl.maximum(peaks, tl.max(scores, 1))
         # A row that has seen nothing yet has a peak of -inf: what it is scaled by must not be NaN.
         pivots = tl.where(new_peaks == -float("inf"), 0.0, new_peaks)
         weights = tl.exp2(scores - pivots[:, None])
         fade = tl.exp2(peaks - pivots)
         sums = sums * fade + tl.sum(weights, 1)
-        out = out * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        values = values.to(queries.dtype)
+        out = out * fade[:, None] + tl.dot(weights.to(queries.dtype), values, input_precision="ieee")
         peaks = new_peaks
+    return peaks, sums, out
+
+
+@triton.jit
+def _attend_all(
+    queries,
+    last_seen,
+    pool,
+    table,
+    begin,
+    seen_by_all,  # the first position that not all rows see
+    end,
+    head,
+    scale,
+    stride_block,
+    stride_side,
+    stride_token,
+    stride_head,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    padded_dim: tl.constexpr,
+    tile_len: tl.constexpr,
+):
+    """The keys from `begin` to `end`: whole tiles that all rows see without a mask, the others with one.
+
+    Returns the rows' peaks, sums and what they give, as `_attend` does.
+    """
+    peaks = tl.full([queries.shape[0]], -float("inf"), tl.float32)
+    sums = tl.zeros([queries.shape[0]], tl.float32)
+    out = tl.zeros([queries.shape[0], padded_dim], tl.float32)
+    edge = begin + tl.maximum(seen_by_all - begin, 0) // tile_len * tile_len
+    for is_masked in tl.static_range(2):
+        peaks, sums, out = _attend(
+            peaks,
+            sums,
+            out,
+            queries,
+            last_seen,
+            pool,
+            table,
+            edge if is_masked else begin,
+            end if is_masked else edge,
+            head,
+            scale,
+            stride_block,
+            stride_side,
+            stride_token,
+            stride_head,
+            block_size,
+            head_dim,
+            padded_dim,
+            tile_len,
+            is_masked,
+        )
     return peaks, sums, out
 
 
@@ -142,12 +206,13 @@ def attend_prompts(
     queries = tl.load(at, mask=mask, other=0.0)
     last_seen = num_before + rows
     end = tl.minimum(num_before + num_queries, tl.max(last_seen, 0) + 1)
-    _, sums, out = _attend(
+    _, sums, out = _attend_all(
         queries,
         last_seen,
         pool,
         tables + item * stride_table,
         0,
+        num_before + tl.load(tile_firsts + tile) + 1,
         end,
         head // group_size,
         scale,
@@ -165,12 +230,18 @@ def attend_prompts(
     tl.store(to, out.to(result.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _part_len(context_len, num_parts: tl.constexpr, least_part_len: tl.constexpr, tile_len: tl.constexpr):
+    """Parts are of equal length, whole tiles, and depend on the sequence's own length alone."""
+    return tl.cdiv(tl.maximum(tl.cdiv(context_len, num_parts), least_part_len), tile_len) * tile_len
+
+
 @triton.jit(do_not_specialize=["stride_table"])
 def attend_part(
     pool,
     query,  # [T, num_heads, head_dim]
     parts,  # [N, num_heads, num_parts, head_dim], fp32: what each part of the context gives
-    log_sums,  # [N, num_heads, num_parts], fp32: log2 of its sum of exponentials, -inf for an empty part
+    log_sums,  # [N, num_heads, num_parts], fp32: log2 of its sum of exponentials
     rows,  # [N]: each item's row of `query`
     tables,  # [N, stride_table]
     context_lens,  # [N]; 0: no item, an empty place of the batch
@@ -183,6 +254,7 @@ def attend_part(
     stride_token,
     stride_head,
     num_parts: tl.constexpr,
+    least_part_len: tl.constexpr,
     group_size: tl.constexpr,
     padded_group: tl.constexpr,
     block_size: tl.constexpr,
@@ -192,13 +264,15 @@ def attend_part(
 ):
     """A sequence's queries of one KV head against one part of its context. Grid (N, num_kv_heads, num_parts).
 
-    Parts are of equal length, whole tiles, and depend on the sequence's own length alone.
+    A short context has fewer parts: of the others nothing is written.
     """
     item, kv_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     num_heads = tl.num_programs(1) * group_size
     context_len = tl.load(context_lens + item)
-    part_len = tl.cdiv(tl.cdiv(context_len, num_parts), tile_len) * tile_len
+    part_len = _part_len(context_len, num_parts, least_part_len, tile_len)
     begin = part * part_len
+    if begin >= context_len:
+        return
     end = tl.minimum(begin + part_len, context_len)
 
     members = tl.arange(0, padded_group)
@@ -210,12 +284,13 @@ def attend_part(
     at = query + row * query_stride_token + heads[:, None] * query_stride_head + dims[None, :]
     queries = tl.load(at, mask=mask, other=0.0)
     last_seen = tl.zeros([padded_group], tl.int32) + context_len
-    peaks, sums, out = _attend(
+    peaks, sums, out = _attend_all(
         queries,
         last_seen,
         pool,
         tables + item * stride_table,
         begin,
+        end,
         end,
         kv_head,
         scale,
@@ -229,11 +304,8 @@ def attend_part(
         tile_len,
     )
     place = (item * num_heads + heads) * num_parts + part
-    is_empty = sums == 0.0
-    out = tl.where(is_empty[:, None], 0.0, out / tl.where(is_empty, 1.0, sums)[:, None])
-    log_sum = tl.where(is_empty, -float("inf"), peaks + tl.log2(tl.where(is_empty, 1.0, sums)))
-    tl.store(parts + place[:, None] * head_dim + dims[None, :], out, mask=mask)
-    tl.store(log_sums + place, log_sum, mask=is_member)
+    tl.store(parts + place[:, None] * head_dim + dims[None, :], out / sums[:, None], mask=mask)
+    tl.store(log_sums + place, peaks + tl.log2(sums), mask=is_member)
 
 
 @triton.jit
@@ -242,24 +314,30 @@ def join_parts(
     log_sums,
     result,  # [T, num_heads, head_dim]
     rows,  # [N]
+    context_lens,  # [N]
     result_stride_token,
     result_stride_head,
     num_parts: tl.constexpr,
+    least_part_len: tl.constexpr,
+    tile_len: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
 ):
-    """The parts of a context, each weighed by its share of the softmax. Grid (N, num_heads)."""
+    """The parts of a context, each weighed by its share of the softmax; 0 of none. Grid (N, num_heads)."""
     item, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.load(rows + item).to(tl.int64)
     numbers = tl.arange(0, num_parts)
     dims = tl.arange(0, padded_dim)
     is_dim = dims < head_dim
     place = (item * tl.num_programs(1) + head) * num_parts + numbers
-    log_sum = tl.load(log_sums + place)
+    context_len = tl.load(context_lens + item)
+    is_part = numbers * _part_len(context_len, num_parts, least_part_len, tile_len) < context_len
+    log_sum = tl.load(log_sums + place, mask=is_part, other=-float("inf"))
     peak = tl.max(log_sum, 0)
     shares = tl.exp2(log_sum - tl.where(peak == -float("inf"), 0.0, peak))
     total = tl.sum(shares, 0)
-    of_parts = tl.load(parts + place[:, None] * head_dim + dims[None, :], mask=is_dim[None, :], other=0.0)
+    mask = is_part[:, None] & is_dim[None, :]
+    of_parts = tl.load(parts + place[:, None] * head_dim + dims[None, :], mask=mask, other=0.0)
     out = tl.sum(of_parts * shares[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     to = result + row * result_stride_token + head * result_stride_head + dims
     tl.store(to, out.to(result.dtype.element_ty), mask=is_dim)

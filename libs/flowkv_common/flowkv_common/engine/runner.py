@@ -48,7 +48,7 @@ class Runner:
         if (pool.shape[1], pool.shape[2], pool.shape[4], pool.shape[5]) != expected:
             raise ValueError(f"a pool of shape {tuple(pool.shape)} is not for {model.card.name}")
         self.attention_name, self._attention = make_attention(attention, pool)
-        self._forward = make_forward(model.module, self._attention)
+        self._forward = make_forward(model.module, self.attention_name, self._attention)
         self._eos_token_ids = model.eos_token_ids
         self._device = pool.device
         self._graphs: GraphedDecode | None = None

@@ -68,8 +68,8 @@ def sample(logits: Tensor, inputs: list[SampleInput], eos_token_ids: list[int]) 
         for row, token_id in zip(drawn, _draw(logits, adjusted, inputs, drawn), strict=True):
             tokens[row] = token_id
     return [
-        Sampled(token_id, _logprob(raw, token_id, input.sampling.num_logprobs))
-        for token_id, raw, input in zip(tokens, logits, inputs, strict=True)
+        Sampled(token_id, _logprob(logits, row, token_id, input.sampling.num_logprobs))
+        for row, (token_id, input) in enumerate(zip(tokens, inputs, strict=True))
     ]
 
 
@@ -125,11 +125,11 @@ def _index(token_ids: list[int], row: Tensor) -> Tensor:
     return torch.tensor(token_ids, dtype=torch.int64, device=row.device)
 
 
-def _logprob(raw: Tensor, token_id: int, num_top: int | None) -> TokenLogprob | None:
+def _logprob(logits: Tensor, row: int, token_id: int, num_top: int | None) -> TokenLogprob | None:
     """Log probabilities under the model itself, if asked for: before temperature, penalties and cuts."""
     if num_top is None:
         return None
-    logprobs = raw.float().log_softmax(-1)
+    logprobs = logits[row].float().log_softmax(-1)
     top = logprobs.topk(min(num_top, len(logprobs)))
     return TokenLogprob(
         token_id=token_id,
