@@ -65,7 +65,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     on_gpu = device.type == "cuda"
     data = torch.ones((READ_BYTES if on_gpu else READ_BYTES >> 5) // 4, device=device)
     size = MATMUL_SIZE if on_gpu else MATMUL_SIZE >> 4
-    left, right = torch.ones(2, size, size, device=device, dtype=dtype)
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)  # of ones it would be faster
     return Machine(
         data.numel() * 4 / min(timed(data.sum, 10, device)),
         2 * size**3 / min(timed(lambda: left @ right, 10, device)),
@@ -87,37 +87,40 @@ def timed(work: Callable[[], object], num_runs: int, device: torch.device) -> li
 class Bench:
     """One model over one pool, with and without graphs."""
 
-    def __init__(self, model: LoadedModel, num_blocks: int, max_num_seqs: int) -> None:
+    def __init__(self, model: LoadedModel, num_blocks: int, max_num_seqs: int, token_budget: int) -> None:
         shape = (num_blocks, model.num_layers, 2, BLOCK_SIZE, model.num_kv_heads, model.head_dim)
         weight = next(model.module.parameters())
-        self.pool = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.runner = Runner(model, self.pool, attention="auto", max_num_seqs=max_num_seqs)
+        self.pool = torch.empty(shape, dtype=weight.dtype, device=weight.device).normal_()
+        self.runner = Runner(
+            model, self.pool, attention="auto", max_num_seqs=max_num_seqs, token_budget=token_budget
+        )
 
-    def has_graph(self, batch: PackedBatch) -> bool:
-        return self.runner._graphs is not None and self.runner._graphs.fits(batch)
+    def has_graphs(self, batches: Sequence[PackedBatch]) -> bool:
+        graphs = self.runner._graphs
+        return graphs is not None and all(graphs.shape_of(batch) for batch in batches)
 
     def decoding(self, num_sequences: int, context: int) -> PackedBatch:
         """A step of decode of so many. KV is whatever lies in the pool."""
         items = [WorkItem(self._tokens(number, context, 1), 1) for number in range(num_sequences)]
         return pack(items, BLOCK_SIZE)
 
-    def decode(self, batch: PackedBatch, num_runs: int, *, graphs: bool) -> list[float]:
-        """Seconds per step."""
+    def run(self, batches: Sequence[PackedBatch], num_runs: int, *, graphs: bool) -> list[float]:
+        """Seconds for all of them, one after the other."""
         recorded = self.runner._graphs
         if not graphs:
             self.runner._graphs = None
         try:
-            return timed(lambda: self.runner.run(batch), num_runs, self.pool.device)
+            return timed(lambda: [self.runner.run(batch) for batch in batches], num_runs, self.pool.device)
         finally:
             self.runner._graphs = recorded
 
-    def prefill(self, num_tokens: int, chunk: int, num_runs: int) -> list[float]:
-        """Seconds per prompt, chunk after chunk."""
+    def prompt(self, num_tokens: int, chunk: int) -> list[PackedBatch]:
+        """Its chunks."""
         chunks = []
         for first in range(0, num_tokens, chunk):
             tokens = self._tokens(0, num_tokens, num_tokens - first)
             chunks.append(pack([WorkItem(tokens, min(chunk, num_tokens - first))], BLOCK_SIZE))
-        return timed(lambda: [self.runner.run(each) for each in chunks], num_runs, self.pool.device)
+        return chunks
 
     def _tokens(self, number: int, context: int, num_left: int) -> Tokens:
         num_blocks = -(-context // BLOCK_SIZE)
@@ -140,16 +143,15 @@ def main(argv: Sequence[str]) -> int:
         )
     machine = measure(device, dtype)
     needed = max(max(options.batches) * options.context, max(options.prompts))
-    bench = Bench(model, -(-needed // BLOCK_SIZE) + max(options.batches), max(options.batches))
+    most = max(options.batches)
+    bench = Bench(model, -(-needed // BLOCK_SIZE) + most, most, options.chunk)
     rows = []
-    for batch in options.batches:
-        packed = bench.decoding(batch, options.context)
-        for graphs in (False, True)[: 1 + bench.has_graph(packed)]:
-            seconds = bench.decode(packed, options.repeat, graphs=graphs)
-            rows.append(_row(batch, options.context, graphs, seconds, work, machine, dtype))
-    for num_tokens in options.prompts:
-        seconds = bench.prefill(num_tokens, options.chunk, options.repeat)
-        rows.append(_row(0, num_tokens, False, seconds, work, machine, dtype))
+    jobs = [(batch, options.context, [bench.decoding(batch, options.context)]) for batch in options.batches]
+    jobs += [(0, num_tokens, bench.prompt(num_tokens, options.chunk)) for num_tokens in options.prompts]
+    for batch, num_tokens, steps in jobs:
+        for graphs in (False, True)[: 1 + bench.has_graphs(steps)]:
+            seconds = bench.run(steps, options.repeat, graphs=graphs)
+            rows.append(_row(batch, num_tokens, graphs, seconds, work, machine, dtype))
     found = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "attention": bench.runner.attention_name,
@@ -205,7 +207,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 1024, 2048, 8192])
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prompt in one step")
     parser.add_argument("--repeat", type=int, default=20)
     return parser.parse_args(argv)

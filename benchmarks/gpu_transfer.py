@@ -9,16 +9,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.result import write_result
 from flowkv_common.kv.alignment import Copy
 from flowkv_common.kv.blocks import Blocks
 from flowkv_common.kv.connector import TransferStats
@@ -26,8 +25,9 @@ from flowkv_common.kv.reservations import Reservations
 from flowkv_common.wire.parts import NodeRef, PoolLayout
 
 LLAMA_8B = PoolLayout(num_layers=32, block_size=16, num_kv_heads=8, head_dim=128, dtype="bfloat16")
-PROMPT_TOKENS = (500, 1000, 4000, 8000, 13000)
+PROMPT_TOKENS = (500, 1000, 4000, 8000)
 NUM_WARMUPS = 2
+NUM_NCCL_RUNS = 5  # of half a second each, in tens of thousands of calls
 LINK_TOKEN = "benchmark"
 ANSWER_TIMEOUT_S = 60.0
 
@@ -165,7 +165,7 @@ async def transfer(orders: Connection, reservations: Reservations, sizes: Sizes)
 # --- NCCL to oneself -----------------------------------------------------------------------------
 
 
-def nccl_calls(all_sizes: list[Sizes], num_runs: int) -> dict[str, Any]:
+def nccl_calls(all_sizes: list[Sizes]) -> dict[str, Any]:
     """Grouped sends to oneself: as many as a layer-major pool makes, as many as blocks, and one.
 
     A send needs its receive in the same group, so a call here is a pair. The bytes are moved within the GPU.
@@ -190,7 +190,7 @@ def nccl_calls(all_sizes: list[Sizes], num_runs: int) -> dict[str, Any]:
         stream.synchronize()
 
     def row(sizes: Sizes, num_pieces: int) -> dict[str, float]:
-        seconds = timed(lambda: send(sizes.num_bytes, num_pieces), num_runs)
+        seconds = timed(lambda: send(sizes.num_bytes, num_pieces), NUM_NCCL_RUNS)
         return {"num_calls": num_pieces, **summary(seconds, sizes.num_bytes)}
 
     rows = []
@@ -219,9 +219,28 @@ def device_name() -> str:
     return str(properties["name"].decode())
 
 
+def table(found: dict[str, Any]) -> str:
+    """Milliseconds at the median."""
+    lines = [f"{'tokens':>8}{'MB':>8}{'one copy':>11}{'CUDA IPC':>11}{'as layers':>11}"]
+    for row in found["copies"]:
+        times = (row[kind]["median_ms"] for kind in ("d2d one copy", "cuda_ipc", "d2d layer-major"))
+        lines.append(
+            f"{row['num_tokens']:>8}{row['num_bytes'] / 1e6:>8.0f}" + "".join(f"{ms:>11.2f}" for ms in times)
+        )
+    lines.append(f"{'NCCL':>8}{'calls':>8}{'one call':>11}{'blocks':>11}{'layers':>11}{'us/call':>9}")
+    for row in found["nccl to oneself"].get("rows", []):
+        times = (row[kind]["median_ms"] for kind in ("one run", "block-major", "layer-major"))
+        lines.append(
+            f"{row['num_tokens']:>8}{row['num_pieces']:>8}"
+            + "".join(f"{ms:>11.2f}" for ms in times)
+            + f"{row['us_per_call']:>9.2f}"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where the results go; standard output if not given")
+    parser.add_argument("--json", type=Path, required=True, help="where the results go")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(PROMPT_TOKENS), help="prompt lengths")
     parser.add_argument("--runs", type=int, default=20, help="timed runs of each row")
     options = parser.parse_args()
@@ -234,12 +253,11 @@ def main() -> None:
         limit_ms = copies["d2d one copy"]["median_ms"]
         ratio = limit_ms / ipc["median_ms"]
         rows.append({**sizes._asdict(), **copies, "cuda_ipc": ipc, "cuda_ipc of d2d": ratio})
-    results = {"device": name, "copies": rows, "nccl to oneself": nccl_calls(all_sizes, options.runs)}
-    text = json.dumps(results, indent=2) + "\n"
-    if options.json is None:
-        sys.stdout.write(text)
-    else:
-        options.json.write_text(text)
+    found: dict[str, object] = {"device": name, "copies": rows}
+    write_result(options.json, "gpu_transfer", found)  # the rest may be minutes away
+    found["nccl to oneself"] = nccl_calls(all_sizes)
+    write_result(options.json, "gpu_transfer", found)
+    print(table(found))
 
 
 if __name__ == "__main__":

@@ -14,20 +14,27 @@ import torch
 from drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence
 from tiny_models import make_tiny_model
 
-from flowkv_common.engine import attention_triton
+from flowkv_common.engine import attention_triton, graphs
 from flowkv_common.engine.attention_torch import TorchAttention
-from flowkv_common.engine.attention_triton import NUM_ROWS, Decoding, TritonAttention, _tiles
+from flowkv_common.engine.attention_triton import (
+    NUM_ROWS,
+    Decoding,
+    Parting,
+    Prompts,
+    TritonAttention,
+    tiles,
+)
 from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
-from flowkv_common.engine.flat import FlatForward
 from flowkv_common.engine.flat_triton import TritonFlatForward
 from flowkv_common.engine.flat_weights import flat_weights
 from flowkv_common.engine.forward import make_forward
-from flowkv_common.engine.graphs import MAX_BATCH, GraphedDecode, batch_sizes
+from flowkv_common.engine.graphs import MAX_BATCH, GraphedSteps, Shape, batch_sizes, shapes
+from flowkv_common.engine.model import LoadedModel
 from flowkv_common.engine.modules import ModulesForward
 from flowkv_common.engine.runner import Runner
 from flowkv_common.node.memory import WORKING_BYTES, bytes_left
 
-NUM_BLOCKS = 32
+NUM_BLOCKS = 64
 
 
 def filled(
@@ -37,6 +44,13 @@ def filled(
     return torch.randn(shape, generator=torch.manual_seed(0)).to(dtype)
 
 
+@pytest.fixture
+def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted programs take a millisecond each. A part is a tile of keys at least."""
+    monkeypatch.setattr(attention_triton, "FEW", Parting(2, 1))
+
+
+@pytest.mark.usefixtures("few_parts")
 @pytest.mark.parametrize(
     ("head_dim", "block_size", "num_heads"),
     [(64, 16, 6), (80, 4, 2), (24, 16, 32)],  # one query per KV head; many; dimensions that are no power of 2
@@ -44,13 +58,13 @@ def filled(
 def test_heads_of_any_size(head_dim: int, block_size: int, num_heads: int) -> None:
     blocks = iter(torch.randperm(NUM_BLOCKS, generator=torch.manual_seed(1)).tolist())
     items = []
-    for num_computed, num_tokens in [(70, 1), (21, 10), (0, 3)]:
+    for num_computed, num_tokens in [(150, 1), (21, 10), (0, 3), (20, 1)]:
         table = [next(blocks) for _ in range(-(-(num_computed + num_tokens) // block_size))]
         sequence = make_sequence([0] * (num_computed + num_tokens), table)
         sequence.num_computed_tokens = num_computed
         items.append(WorkItem(sequence, num_tokens))
     batch = pack(items, block_size)
-    query = torch.randn(14, num_heads, head_dim)
+    query = torch.randn(15, num_heads, head_dim)
     outs = []
     for attention in (
         TorchAttention(filled(head_dim, block_size)),
@@ -61,41 +75,35 @@ def test_heads_of_any_size(head_dim: int, block_size: int, num_heads: int) -> No
     torch.testing.assert_close(outs[1], outs[0], atol=1e-5, rtol=0)
 
 
-def test_an_empty_place_is_written_nowhere_and_gives_zeros() -> None:
+def test_of_an_empty_place_nothing_is_read_or_written() -> None:
     pool = filled(16, 8)
     pool[0] = torch.nan  # where its table points
     before = pool.clone()
     attention = TritonAttention(pool)
-    rows = torch.arange(2, dtype=torch.int32)
+    rows = torch.tensor([0, 10**8], dtype=torch.int32)  # far behind the memory of the step
     tables = torch.tensor([[3, 4], [0, 0]], dtype=torch.int32)
-    attention.bind_static(
-        torch.tensor([3 * 8 + 5, -1]), Decoding(rows, tables, torch.tensor([6, 0], dtype=torch.int32))
-    )
+    decoding = Decoding(rows, tables, torch.tensor([6, 0], dtype=torch.int32))
+    none = torch.full((3,), -1, dtype=torch.int32)
+    prompts = Prompts(tables, decoding.context_lens, torch.zeros(3, dtype=torch.int32), none, none)
+    attention.bind_static(torch.tensor([3 * 8 + 5, -1]), decoding, prompts)
     states = torch.randn(2, 2, 16)
     attention.write(1, states, states)
     assert torch.equal(pool[3, 1, 0, 5], states[0])
     pool[3, 1, :, 5] = before[3, 1, :, 5]
     assert torch.equal(torch.nan_to_num(pool), torch.nan_to_num(before))
-    out = attention.attend(1, torch.randn(2, 4, 16), 0.2)
-    assert torch.isfinite(out[0]).all()
-    assert not out[1].any()
+    assert torch.isfinite(attention.attend(1, torch.randn(2, 4, 16), 0.2)[0]).all()
 
 
-def test_tiles_cover_every_query_of_prompts_once() -> None:
-    items, firsts = _tiles(torch.tensor([1, 2 * NUM_ROWS + 1, 1, 2, NUM_ROWS], dtype=torch.int32).numpy())
-    assert list(zip(items.tolist(), firsts.tolist(), strict=True)) == [
-        (1, 0),
-        (1, NUM_ROWS),
-        (1, 2 * NUM_ROWS),
-        (3, 0),
-        (4, 0),
+def test_tiles_cover_every_query_of_prompts_once_the_last_first() -> None:
+    lens = torch.tensor([1, 2 * NUM_ROWS + 1, 1, 2, NUM_ROWS], dtype=torch.int32)
+    assert tiles(lens.numpy()).T.tolist() == [
+        [4, 0],
+        [3, 0],
+        [1, 2 * NUM_ROWS],
+        [1, NUM_ROWS],
+        [1, 0],
     ]
-
-
-@pytest.fixture
-def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interpreted programs take a millisecond each."""
-    monkeypatch.setattr(attention_triton, "NUM_PARTS", 2)
+    assert tiles(lens[:1].numpy()).shape == (2, 0)
 
 
 @pytest.mark.usefixtures("few_parts")
@@ -148,71 +156,82 @@ def again(work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     return work
 
 
-def decode_batch(lengths: list[int]) -> PackedBatch:
-    items = []
-    for number, length in enumerate(lengths):
-        sequence = make_sequence(
-            [(number + token) * 11 % 512 for token in range(length)], [2 * number, 2 * number + 1]
-        )
-        sequence.num_computed_tokens = length - 1
-        items.append(WorkItem(sequence, 1))
-    return pack(items, BLOCK_SIZE)
+def batch_of(*items: tuple[int, int]) -> PackedBatch:
+    """Of each item (tokens computed before, tokens of this step), all that it has but for one of -1."""
+    made = []
+    for number, (num_computed, num_tokens) in enumerate(items):
+        num_all = num_computed + abs(num_tokens) + (num_tokens < 0)
+        ids = [(number + token) * 11 % 512 for token in range(num_all)]
+        sequence = make_sequence(ids, list(range(4 * number, 4 * number + 4)))
+        sequence.num_computed_tokens = num_computed
+        made.append(WorkItem(sequence, abs(num_tokens)))
+    return pack(made, BLOCK_SIZE)
 
 
-@pytest.mark.usefixtures("few_parts")
+def record_again(model: LoadedModel, pool: torch.Tensor, max_num_blocks: int) -> GraphedSteps:
+    weights = flat_weights(model.module)
+    assert weights is not None
+    attention = TritonAttention(pool)
+    return GraphedSteps(
+        TritonFlatForward(weights, attention),
+        attention,
+        max_num_seqs=3,
+        token_budget=16,
+        max_num_blocks=max_num_blocks,
+        record=again,
+    )
+
+
+@pytest.fixture
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "TOKEN_SIZES", (4, 8, 16, 32))
+
+
+@pytest.mark.usefixtures("few_parts", "few_tokens")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # places left over compute with what they find
 @torch.inference_mode()
 def test_a_step_in_a_larger_graph_is_the_same_step(tmp_path: Path) -> None:
     model = load_tiny(make_tiny_model(tmp_path / "m", seed=5))
     pool = torch.randn(make_pool(model, 16).shape, generator=torch.manual_seed(3))
-    weights = flat_weights(model.module)
-    assert weights is not None
-    forward, plain_pool = FlatForward(weights), pool.clone()
-    plain, attention = TorchAttention(plain_pool), TritonAttention(pool)
-    graphed = GraphedDecode(
-        TritonFlatForward(weights, attention),
-        attention,
-        max_num_seqs=3,
-        max_num_blocks=4,
-        device=pool.device,
-        record=again,
-    )
+    plain_pool = pool.clone()
+    plain, modules = TorchAttention(plain_pool), ModulesForward(model.module)
+    graphed = record_again(model, pool, 4)
     assert torch.equal(pool, plain_pool)  # recording wrote nothing
-    for lengths in ([9, 16, 3, 12], [4], [13, 2, 10], [5, 5]):  # a larger one leaves its numbers behind
-        batch = decode_batch(lengths)
-        assert graphed.fits(batch)
+    steps = [  # a larger one leaves its numbers behind
+        ((4, 4), [(8, 1), (15, 1), (2, 1), (11, 1)]),
+        ((1, 1), [(3, 1)]),
+        ((16, 4), [(0, 9), (12, 1), (3, 3)]),
+        ((4, 4), [(12, 1), (1, 1), (9, 1)]),
+        ((8, 4), [(5, 1), (2, -4)]),
+        ((8, 4), [(5, -1), (7, 1), (0, 5)]),
+        ((8, 4), [(6, -2), (6, -1), (4, -5)]),
+        ((2, 2), [(4, 1), (4, 1)]),
+    ]
+    for shape, items in steps:
+        batch = batch_of(*items)
+        assert graphed.shape_of(batch) == shape
         plain.bind(batch)
-        expected = forward(
+        expected = modules(
             *(torch.from_numpy(array) for array in (batch.token_ids, batch.position_ids)),
             plain,
             torch.from_numpy(batch.logits_indices),
         )
-        torch.testing.assert_close(graphed.run(batch), expected, atol=1e-4, rtol=0)
-        torch.testing.assert_close(pool, plain_pool, atol=1e-5, rtol=0)
+        torch.testing.assert_close(graphed.run(batch, Shape(*shape)), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(pool, plain_pool, atol=1e-4, rtol=0)
 
 
-@pytest.mark.usefixtures("few_parts")
+@pytest.mark.usefixtures("few_parts", "few_tokens")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @torch.inference_mode()
-def test_what_no_graph_was_recorded_for_does_not_fit(tmp_path: Path) -> None:
+def test_what_no_graph_was_recorded_for_has_no_shape(tmp_path: Path) -> None:
     model = load_tiny(make_tiny_model(tmp_path / "m"))
-    weights = flat_weights(model.module)
-    assert weights is not None
-    pool = make_pool(model, 16)
-    attention = TritonAttention(pool)
-    graphed = GraphedDecode(
-        TritonFlatForward(weights, attention),
-        attention,
-        max_num_seqs=2,
-        max_num_blocks=2,
-        device=pool.device,
-        record=again,
-    )
-    assert graphed.fits(decode_batch([3, 3]))
-    assert not graphed.fits(decode_batch([3, 3, 3]))
-    prompt = make_sequence([1, 2, 3], [0])
-    assert not graphed.fits(pack([WorkItem(prompt, 3)], BLOCK_SIZE))
-    long = make_sequence([1] * 17, [0, 1, 2])
-    long.num_computed_tokens = 16
-    assert not graphed.fits(pack([WorkItem(long, 1)], BLOCK_SIZE))
+    graphed = record_again(model, make_pool(model, 32), 2)
+    assert graphed.shape_of(batch_of((2, 1), (2, 1)))
+    assert not graphed.shape_of(batch_of(*[(2, 1)] * 5))  # items, of decode alone
+    assert graphed.shape_of(batch_of((0, 16)))
+    assert not graphed.shape_of(batch_of((0, 8), (0, 9)))  # tokens
+    assert not graphed.shape_of(batch_of((0, 2), *[(2, 1)] * 4))  # items, beside a prompt
+    assert not graphed.shape_of(batch_of((2 * BLOCK_SIZE, 1)))  # blocks
 
 
 @pytest.mark.parametrize(
@@ -250,6 +269,14 @@ def test_kernels_compile_for_gpus(tmp_path: Path, capability: int, dtype: str) -
 )
 def test_graphs_are_recorded_for_a_few_sizes(most: int, sizes: list[int]) -> None:
     assert batch_sizes(most) == sizes
+
+
+def test_steps_with_prompts_have_graphs_up_to_the_token_budget() -> None:
+    assert shapes(2, 100)[2:] == [(64, 2), (128, 2)]
+    # Not as many items as there may be in a step of decode, and always fewer than tokens.
+    assert shapes(200, 200)[-3:] == [(128, 64), (192, 64), (256, 64)]
+    assert shapes(1, 10_000)[-1] == (1024, 1)
+    assert not shapes(4, 10)[0].has_prompts
 
 
 def test_beyond_the_largest_graph_steps_run_without_one() -> None:

@@ -15,11 +15,8 @@ from flowkv_common.engine import kernels_triton as kernels
 from flowkv_common.engine import kernels_triton_rows as row_kernels
 from flowkv_common.engine.batch import PackedBatch
 
-# A context is cut into so many parts, each a program of its own, whatever the batch is: a sequence is summed
-# in one order, a single one fills the GPU, and the grid of a recorded graph never changes.
-NUM_PARTS = 16
-# A short context has fewer: what the parts give is written and read once more.
-LEAST_PART_LEN = 128
+# So many pairs of sequence and KV head keep a GPU busy by themselves.
+MANY_PAIRS = 512
 # Keys per step of the online softmax, and queries of a prompt per program.
 TILE_LEN = 64
 NUM_ROWS = 64
@@ -27,8 +24,24 @@ NUM_ROWS = 64
 LEAST_ROWS = 16
 
 
+class Parting(NamedTuple):
+    """How contexts of decode are cut into parts, each a program of its own: it follows from the size of the
+    batch alone, so that a recorded graph has one grid.
+
+    A context is of `num_parts` parts at most, and of fewer where they would be shorter than `least_len`: of
+    several parts, what they give is written and read once more.
+    """
+
+    num_parts: int
+    least_len: int
+
+
+# Few sequences share the GPU out among their parts. Of many, only a long one is cut.
+FEW, MANY = Parting(32, 128), Parting(16, 1024)
+
+
 class Decoding(NamedTuple):
-    """Items of one token, on the device. A place with a context of 0 tokens is empty."""
+    """Items of one token, on the device. Of a place with a context of 0 tokens nothing is read or written."""
 
     rows: Tensor  # [N] int32, of the step's queries
     tables: Tensor  # [N, blocks] int32
@@ -36,7 +49,10 @@ class Decoding(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Items of several tokens, on the device, and the tiles of queries that they are cut into."""
+    """Items of several tokens, on the device, and the tiles of queries that they are cut into.
+
+    A tile of item -1 is empty.
+    """
 
     tables: Tensor  # [N, blocks] int32
     context_lens: Tensor  # [N] int32
@@ -58,28 +74,21 @@ class TritonAttention:
         self._prompts: Prompts | None = None
 
     def bind(self, batch: PackedBatch) -> None:
-        starts, decode = batch.query_starts, batch.query_lens == 1
-        self._slots = self._to_device(batch.slots)
-        self._decoding = self._prompts = None
-        if decode.any():
-            self._decoding = Decoding(
-                rows=self._to_device(starts[:-1][decode]),
-                tables=self._to_device(batch.block_tables[decode]),
-                context_lens=self._to_device(batch.context_lens[decode]),
-            )
-        if not decode.all():
-            items, firsts = _tiles(batch.query_lens)
-            self._prompts = Prompts(
-                tables=self._to_device(batch.block_tables),
-                context_lens=self._to_device(batch.context_lens),
-                query_starts=self._to_device(starts),
-                tile_items=self._to_device(items),
-                tile_firsts=self._to_device(firsts),
-            )
+        decodes = batch.query_lens == 1
+        slots, starts, tables = (
+            self._to_device(array) for array in (batch.slots, batch.query_starts, batch.block_tables)
+        )
+        decoding = prompts = None
+        if decodes.any():
+            decoding = Decoding(starts[:-1], tables, self._to_device(batch.decode_lens))
+        if not decodes.all():
+            items, firsts = self._to_device(tiles(batch.query_lens))
+            prompts = Prompts(tables, self._to_device(batch.context_lens), starts, items, firsts)
+        self.bind_static(slots, decoding, prompts)
 
-    def bind_static(self, slots: Tensor, decoding: Decoding) -> None:
-        """A step of decode whose numbers are read from these tensors when the kernels run: for graphs."""
-        self._slots, self._decoding, self._prompts = slots, decoding, None
+    def bind_static(self, slots: Tensor, decoding: Decoding | None, prompts: Prompts | None) -> None:
+        """A step whose numbers are read from these tensors when the kernels run: for graphs."""
+        self._slots, self._decoding, self._prompts = slots, decoding, prompts
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         key, value = key.to(self._pool.dtype), value.to(self._pool.dtype)
@@ -149,12 +158,14 @@ class TritonAttention:
     def _decode(self, pool: Tensor, query: Tensor, result: Tensor, scale: float, decoding: Decoding) -> None:
         num_items, num_heads = len(decoding.rows), query.shape[1]
         group_size = num_heads // self._num_kv_heads
-        shape = (num_items, num_heads, NUM_PARTS)
+        parting = MANY if num_items * self._num_kv_heads >= MANY_PAIRS else FEW
+        shape = (num_items, num_heads, parting.num_parts)
         parts = torch.empty((*shape, self._head_dim), dtype=torch.float32, device=query.device)
         log_sums = torch.empty(shape, dtype=torch.float32, device=query.device)
-        kernels.attend_part[(num_items, self._num_kv_heads, NUM_PARTS)](
+        kernels.attend_part[(num_items, self._num_kv_heads, parting.num_parts)](
             pool,
             query,
+            result,
             parts,
             log_sums,
             *decoding,
@@ -162,15 +173,18 @@ class TritonAttention:
             decoding.tables.stride(0),
             query.stride(0),
             query.stride(1),
+            result.stride(0),
+            result.stride(1),
             *self._strides,
-            num_parts=NUM_PARTS,
-            least_part_len=LEAST_PART_LEN,
+            num_parts=parting.num_parts,
+            least_part_len=parting.least_len,
             group_size=group_size,
             padded_group=max(LEAST_ROWS, triton.next_power_of_2(group_size)),
             block_size=self._block_size,
             head_dim=self._head_dim,
             padded_dim=self._padded_dim,
             tile_len=TILE_LEN,
+            num_stages=2,
         )
         kernels.join_parts[(num_items, num_heads)](
             parts,
@@ -180,8 +194,8 @@ class TritonAttention:
             decoding.context_lens,
             result.stride(0),
             result.stride(1),
-            num_parts=NUM_PARTS,
-            least_part_len=LEAST_PART_LEN,
+            num_parts=parting.num_parts,
+            least_part_len=parting.least_len,
             tile_len=TILE_LEN,
             head_dim=self._head_dim,
             padded_dim=self._padded_dim,
@@ -215,9 +229,13 @@ class TritonAttention:
         return torch.from_numpy(array).to(self._pool.device)
 
 
-def _tiles(query_lens: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Items with several queries in tiles of `NUM_ROWS`: each tile's item, and its first query there."""
+def tiles(query_lens: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Items with several queries in tiles of `NUM_ROWS`: the item of each, and its first query there, [2, n].
+
+    The last come first: they have most to attend to, and the GPU shall not wait for them in the end.
+    """
     num_tiles = np.where(query_lens > 1, -(-query_lens // NUM_ROWS), 0)
     items = np.repeat(np.arange(len(query_lens)), num_tiles)
     numbers = np.arange(num_tiles.sum()) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
-    return items.astype(np.int32), (numbers * NUM_ROWS).astype(np.int32)
+    found: NDArray[np.int32] = np.stack([items, numbers * NUM_ROWS])[:, ::-1].astype(np.int32)
+    return found

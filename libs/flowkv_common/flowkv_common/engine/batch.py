@@ -39,6 +39,11 @@ class PackedBatch:
         np.cumsum(self.query_lens, out=starts[1:])
         return starts
 
+    @property
+    def decode_lens(self) -> NDArray[np.int32]:
+        """Context lengths of the items of one token, 0 of the others: [N], int32."""
+        return np.where(self.query_lens == 1, self.context_lens, np.int32(0))
+
 
 def pack(items: list[WorkItem], block_size: int) -> PackedBatch:
     """The batch of `items`, in their order. Raises `ValueError` if one has too few tokens or blocks."""

@@ -49,7 +49,7 @@ class TritonFlatForward:
             attended = attention.attend(index, query, weights.scale).flatten(1)
             if index == len(weights.layers) - 1 and len(logits_indices) < len(hidden):
                 # Of the last layer only keys and values are wanted of all rows.
-                hidden, attended = hidden[logits_indices], attended[logits_indices]
+                hidden, attended = (each.index_select(0, logits_indices) for each in (hidden, attended))
             delta = linear(attended, layer.output.weight, layer.output.bias)
             normed = self._add_and_norm(hidden, delta, layer.mlp_norm)
             gated = _gate(linear(normed, *fused.gate_up))

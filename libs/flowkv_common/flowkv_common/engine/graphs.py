@@ -1,14 +1,15 @@
-"""Steps of decode as recorded graphs: one launch instead of some hundred per layer, from fixed memory.
+"""Steps as recorded graphs: one launch instead of some hundred, from fixed memory.
 
-A graph is recorded for each of a few batch sizes. A step takes the next larger one; the places that are left
-over have an empty context and write nowhere. Only `TritonFlatForward` can be recorded: it never asks the
-device for a number.
+A graph is recorded for each of a few sizes. A step takes the next larger one; the places that are left over
+have an empty context and write nowhere. Steps of decode have graphs of their own; a larger one takes prompts
+and decode together. Beyond the largest the device has enough to do while the host launches. Only
+`TritonFlatForward` can be recorded: it never asks the device for a number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowkv_common.engine.attention import Attention
-from flowkv_common.engine.attention_triton import Decoding, TritonAttention
+from flowkv_common.engine.attention_triton import NUM_ROWS, Decoding, Prompts, TritonAttention, tiles
 from flowkv_common.engine.batch import PackedBatch
 from flowkv_common.engine.flat_triton import TritonFlatForward
 from flowkv_common.engine.modules import Forward
@@ -26,6 +27,25 @@ Replay = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Replay]
 
 MAX_BATCH = 256
+# Of a step with prompts: items, and the numbers of tokens that graphs are recorded for.
+MAX_ITEMS = 64
+TOKEN_SIZES = (64, 128, 192, 256, 384, 512, 640, 768, 1024)
+
+
+class Shape(NamedTuple):
+    """What a graph has places for. Of decode alone there are as many tokens as items."""
+
+    num_tokens: int
+    num_items: int
+
+    @property
+    def has_prompts(self) -> bool:
+        return self.num_tokens > self.num_items
+
+    @property
+    def num_tiles(self) -> int:
+        """Of queries of prompts: each item can have one that is not full."""
+        return self.num_tokens // NUM_ROWS + self.num_items
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
@@ -35,21 +55,51 @@ def batch_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size <= most]
 
 
-@dataclass(frozen=True, slots=True)
+def shapes(max_num_seqs: int, token_budget: int) -> list[Shape]:
+    """In the order in which a step looks for one that it fits into."""
+    batches = batch_sizes(max_num_seqs)
+    num_items = min(batches[-1], MAX_ITEMS)
+    most = next((size for size in TOKEN_SIZES if size >= token_budget), TOKEN_SIZES[-1])
+    tokens = [size for size in TOKEN_SIZES if num_items < size <= most]
+    return [*(Shape(size, size) for size in batches), *(Shape(size, num_items) for size in tokens)]
+
+
+class _Numbers:
+    """Integers that are written on the host and read on the device."""
+
+    def __init__(self, initial: NDArray[np.integer], device: torch.device) -> None:
+        on_host = torch.from_numpy(initial)
+        self._on_host = on_host.pin_memory() if device.type == "cuda" else on_host
+        self.host: NDArray[np.integer] = self._on_host.numpy()
+        self.device = self._on_host.to(device)
+
+    def send(self) -> None:
+        """All in one copy. They may be written again once the step has ended."""
+        self.device.copy_(self._on_host, non_blocking=True)
+
+
 class _Memory:
-    """What the graphs read and write, for the largest batch; a smaller one has the front of it."""
+    """What the graphs read and write, for the largest shapes; a smaller one has the front of it."""
 
-    token_ids: Tensor  # [B] int64
-    position_ids: Tensor  # [B] int64
-    slots: Tensor  # [B] int64, -1: written nowhere
-    context_lens: Tensor  # [B] int32, 0: an empty place
-    tables: Tensor  # [B, most blocks of a sequence] int32
-    rows: Tensor  # [B] int32: 0, 1, 2, ...
-    logits: Tensor  # [B, vocab]: what they write, all into one, or each would keep its own
+    def __init__(self, all_shapes: list[Shape], max_num_blocks: int, head: Tensor) -> None:
+        num_tokens, num_items, num_tiles = (
+            max(numbers) for numbers in zip(*((*s, s.num_tiles) for s in all_shapes), strict=True)
+        )
+        # Token ids, positions, slots (-1: written nowhere), places to sample from.
+        tokens = np.zeros((4, num_tokens), np.int64)
+        tokens[2] = -1
+        self.tokens = _Numbers(tokens, head.device)
+        # Context lengths, those of items of one token alone, where an item begins. 0: an empty place.
+        self.items = _Numbers(np.zeros((3, num_items + 1), np.int32), head.device)
+        # Of the tiles of prompts: the item, the first query. -1: an empty place.
+        self.tiles = _Numbers(np.full((2, num_tiles), -1, np.int32), head.device)
+        self.tables = torch.zeros((num_items, max_num_blocks), dtype=torch.int32, device=head.device)
+        # One for all graphs, or each would keep its own.
+        self.logits = torch.empty(num_items, len(head), dtype=head.dtype, device=head.device)
 
 
-class GraphedDecode:
-    """Batches of one token per item, all sampled. `record` makes a graph of what a function launches."""
+class GraphedSteps:
+    """`record` makes a graph of what a function launches."""
 
     def __init__(
         self,
@@ -57,60 +107,74 @@ class GraphedDecode:
         attention: TritonAttention,
         *,
         max_num_seqs: int,
+        token_budget: int,
         max_num_blocks: int,
-        device: torch.device,
         record: Record,
     ) -> None:
-        """Records all sizes, the largest first: the others fit into its memory. Seconds each."""
-        sizes = batch_sizes(max_num_seqs)
-        most = sizes[-1]
-        self._memory = _Memory(
-            token_ids=torch.zeros(most, dtype=torch.int64, device=device),
-            position_ids=torch.zeros(most, dtype=torch.int64, device=device),
-            slots=torch.full((most,), -1, dtype=torch.int64, device=device),
-            context_lens=torch.zeros(most, dtype=torch.int32, device=device),
-            tables=torch.zeros((most, max_num_blocks), dtype=torch.int32, device=device),
-            rows=torch.arange(most, dtype=torch.int32, device=device),
-            logits=torch.empty(most, len(forward.head), dtype=forward.head.dtype, device=device),
-        )
-        self._places = torch.arange(most, device=device)
+        """Records all shapes, the largest first: the others fit into its memory. Some 50 ms each."""
+        self._shapes = shapes(max_num_seqs, token_budget)
+        self._memory = _Memory(self._shapes, max_num_blocks, forward.head)
         self._forward = forward
         self._attention = attention
-        self._replays = {size: record(self._step(size)) for size in reversed(sizes)}
-        self._sizes = sizes
+        self._replays = {shape: record(self._step(shape)) for shape in sorted(self._shapes, reverse=True)}
 
-    def fits(self, batch: PackedBatch) -> bool:
-        num_items = len(batch.query_lens)
-        return (
-            num_items <= self._sizes[-1]
-            and len(batch.token_ids) == num_items == len(batch.logits_indices)
-            and batch.block_tables.shape[1] <= self._memory.tables.shape[1]
+    def shape_of(self, batch: PackedBatch) -> Shape | None:
+        """The smallest that has places for all of `batch`."""
+        num_items, num_tokens = len(batch.query_lens), len(batch.token_ids)
+        if batch.block_tables.shape[1] > self._memory.tables.shape[1]:
+            return None
+        decodes = num_tokens == num_items == len(batch.logits_indices)
+        return next(
+            (
+                shape
+                for shape in self._shapes
+                if shape.num_tokens >= num_tokens
+                and shape.num_items >= num_items
+                and shape.has_prompts != decodes
+            ),
+            None,
         )
 
-    def run(self, batch: PackedBatch) -> Tensor:
-        """Logits [N, vocab], valid until the next call."""
-        num_items = len(batch.token_ids)
-        size = next(size for size in self._sizes if size >= num_items)
-        memory = self._memory
-        memory.slots[num_items:size] = -1
-        memory.context_lens[num_items:size] = 0
-        _fill(memory.token_ids, batch.token_ids)
-        _fill(memory.position_ids, batch.position_ids)
-        _fill(memory.slots, batch.slots)
-        _fill(memory.context_lens, batch.context_lens)
-        _fill(memory.tables[:, : batch.block_tables.shape[1]], batch.block_tables)
-        return self._replays[size]()[:num_items]
+    def run(self, batch: PackedBatch, shape: Shape) -> Tensor:
+        """Logits [S, vocab], valid until the next call. `shape` is that of the batch."""
+        self._write(batch, shape)
+        return self._replays[shape]()[: len(batch.logits_indices)]
 
-    def _step(self, size: int) -> Callable[[], Tensor]:
+    def _write(self, batch: PackedBatch, shape: Shape) -> None:
         memory = self._memory
-        decoding = Decoding(memory.rows[:size], memory.tables[:size], memory.context_lens[:size])
+        num_items, num_tokens = len(batch.query_lens), len(batch.token_ids)
+        tokens = memory.tokens.host
+        tokens[:3, :num_tokens] = batch.token_ids, batch.position_ids, batch.slots
+        tokens[2, num_tokens : shape.num_tokens] = -1
+        tokens[3, : len(batch.logits_indices)] = batch.logits_indices
+        memory.tokens.send()
+        items = memory.items.host
+        items[:2, :num_items] = batch.context_lens, batch.decode_lens
+        items[:2, num_items : shape.num_items] = 0
+        items[2, : num_items + 1] = batch.query_starts
+        memory.items.send()
+        if shape.has_prompts:
+            found = tiles(batch.query_lens)
+            memory.tiles.host[:, : found.shape[1]] = found
+            memory.tiles.host[:, found.shape[1] : shape.num_tiles] = -1
+            memory.tiles.send()
+        memory.tables[:num_items, : batch.block_tables.shape[1]].copy_(torch.from_numpy(batch.block_tables))
+
+    def _step(self, shape: Shape) -> Callable[[], Tensor]:
+        memory, (num_tokens, num_items) = self._memory, shape
+        token_ids, position_ids, slots, places = memory.tokens.device[:, :num_tokens]
+        context_lens, decode_lens, starts = memory.items.device
+        tables = memory.tables[:num_items]
+        decoding = Decoding(starts[:num_items], tables, decode_lens[:num_items])
+        prompts = None
+        if shape.has_prompts:
+            tile_items, tile_firsts = memory.tiles.device[:, : shape.num_tiles]
+            prompts = Prompts(tables, context_lens, starts, tile_items, tile_firsts)
 
         def step() -> Tensor:
-            self._attention.bind_static(memory.slots[:size], decoding)
-            logits = self._forward(
-                memory.token_ids[:size], memory.position_ids[:size], self._attention, self._places[:size]
-            )
-            return memory.logits[:size].copy_(logits)
+            self._attention.bind_static(slots, decoding, prompts)
+            logits = self._forward(token_ids, position_ids, self._attention, places[:num_items])
+            return memory.logits[:num_items].copy_(logits)
 
         return step
 
@@ -140,23 +204,25 @@ class CudaRecorder:
 
 
 def make_graphs(
-    forward: Forward, attention: Attention, pool: Tensor, *, max_num_seqs: int, max_model_len: int
-) -> GraphedDecode | None:
+    forward: Forward,
+    attention: Attention,
+    pool: Tensor,
+    *,
+    max_num_seqs: int,
+    token_budget: int,
+    max_model_len: int,
+) -> GraphedSteps | None:
     """The graphs of a model on a GPU; `None` where nothing can be recorded."""
     if pool.device.type != "cuda" or not isinstance(forward, TritonFlatForward):
         return None
     if not isinstance(attention, TritonAttention):
         return None
     num_blocks, block_size = pool.shape[0], pool.shape[3]
-    return GraphedDecode(
+    return GraphedSteps(
         forward,
         attention,
         max_num_seqs=max_num_seqs,
+        token_budget=token_budget,
         max_num_blocks=min(num_blocks, -(-max_model_len // block_size)),
-        device=pool.device,
         record=CudaRecorder(),
     )
-
-
-def _fill(tensor: Tensor, array: NDArray[np.integer]) -> None:
-    tensor[: len(array)].copy_(torch.from_numpy(array))

@@ -4,8 +4,7 @@ The pool is `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`. A
 layer, so token `n` of a sequence lies at `table[n // block_size] * stride_block + side * stride_side +
 n % block_size * stride_token + head * stride_head`. No kernel needs blocks that follow each other.
 
-Sums are in fp32 and, for one sequence, always in one order: the context is cut into the same parts whatever
-the batch is. Nothing is compiled anew for another width of the block tables. The interpreter of Triton
+Sums are in fp32. Nothing is compiled anew for another width of the block tables. The interpreter of Triton
 (`TRITON_INTERPRET=1`) runs all of this on the CPU.
 """
 
@@ -173,7 +172,7 @@ def attend_prompts(
     tables,  # [N, stride_table], blocks of each item
     context_lens,  # [N]
     query_starts,  # [N + 1]
-    tile_items,  # [tiles]: which item a tile of queries is of
+    tile_items,  # [tiles]: which item a tile of queries is of; -1: none
     tile_firsts,  # [tiles]: its first query, counted from the item's first
     scale,
     stride_table,
@@ -195,6 +194,8 @@ def attend_prompts(
     """`num_rows` queries of one item and head against all that they may see. Grid (tiles, num_heads)."""
     tile, head = tl.program_id(0), tl.program_id(1)
     item = tl.load(tile_items + tile).to(tl.int64)
+    if item < 0:
+        return
     start = tl.load(query_starts + item)
     num_queries = tl.load(query_starts + item + 1) - start
     num_before = tl.load(context_lens + item) - num_queries
@@ -240,6 +241,7 @@ def _part_len(context_len, num_parts: tl.constexpr, least_part_len: tl.constexpr
 def attend_part(
     pool,
     query,  # [T, num_heads, head_dim]
+    result,  # the same shape, contiguous: of a context of one part
     parts,  # [N, num_heads, num_parts, head_dim], fp32: what each part of the context gives
     log_sums,  # [N, num_heads, num_parts], fp32: log2 of its sum of exponentials
     rows,  # [N]: each item's row of `query`
@@ -249,6 +251,8 @@ def attend_part(
     stride_table,
     query_stride_token,
     query_stride_head,
+    result_stride_token,
+    result_stride_head,
     stride_block,
     stride_side,
     stride_token,
@@ -303,9 +307,14 @@ def attend_part(
         padded_dim,
         tile_len,
     )
-    place = (item * num_heads + heads) * num_parts + part
-    tl.store(parts + place[:, None] * head_dim + dims[None, :], out / sums[:, None], mask=mask)
-    tl.store(log_sums + place, peaks + tl.log2(sums), mask=is_member)
+    out = out / sums[:, None]
+    if part_len >= context_len:
+        to = result + row * result_stride_token + heads[:, None] * result_stride_head + dims[None, :]
+        tl.store(to, out.to(result.dtype.element_ty), mask=mask)
+    else:
+        place = (item * num_heads + heads) * num_parts + part
+        tl.store(parts + place[:, None] * head_dim + dims[None, :], out, mask=mask)
+        tl.store(log_sums + place, peaks + tl.log2(sums), mask=is_member)
 
 
 @triton.jit
@@ -323,7 +332,10 @@ def join_parts(
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
 ):
-    """The parts of a context, each weighed by its share of the softmax; 0 of none. Grid (N, num_heads)."""
+    """The parts of a context, if it has several, each weighed by its share of the softmax.
+
+    Grid (N, num_heads).
+    """
     item, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.load(rows + item).to(tl.int64)
     numbers = tl.arange(0, num_parts)
@@ -331,13 +343,14 @@ def join_parts(
     is_dim = dims < head_dim
     place = (item * tl.num_programs(1) + head) * num_parts + numbers
     context_len = tl.load(context_lens + item)
-    is_part = numbers * _part_len(context_len, num_parts, least_part_len, tile_len) < context_len
+    part_len = _part_len(context_len, num_parts, least_part_len, tile_len)
+    if part_len >= context_len:
+        return
+    is_part = numbers * part_len < context_len
     log_sum = tl.load(log_sums + place, mask=is_part, other=-float("inf"))
-    peak = tl.max(log_sum, 0)
-    shares = tl.exp2(log_sum - tl.where(peak == -float("inf"), 0.0, peak))
-    total = tl.sum(shares, 0)
+    shares = tl.exp2(log_sum - tl.max(log_sum, 0))
     mask = is_part[:, None] & is_dim[None, :]
     of_parts = tl.load(parts + place[:, None] * head_dim + dims[None, :], mask=mask, other=0.0)
-    out = tl.sum(of_parts * shares[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    out = tl.sum(of_parts * shares[:, None], 0) / tl.sum(shares, 0)
     to = result + row * result_stride_token + head * result_stride_head + dims
     tl.store(to, out.to(result.dtype.element_ty), mask=is_dim)

@@ -23,7 +23,7 @@ from flowkv_common.engine.sequence import Sequence
 from flowkv_common.wire.parts import SamplingParams
 
 if TYPE_CHECKING:
-    from flowkv_common.engine.graphs import GraphedDecode
+    from flowkv_common.engine.graphs import GraphedSteps
 
 CLOSE_TIMEOUT_S = 5.0
 
@@ -34,15 +34,21 @@ class Runner:
     """A model, a KV pool and an attention backend; `attention_name` and `forward_name` tell the choice."""
 
     def __init__(
-        self, model: LoadedModel, pool: Tensor, *, attention: str = "torch", max_num_seqs: int = 64
+        self,
+        model: LoadedModel,
+        pool: Tensor,
+        *,
+        attention: str = "torch",
+        max_num_seqs: int = 64,
+        token_budget: int = 512,
     ) -> None:
         """`pool`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], on the model's device.
 
         Runs a prompt of two tokens and one more through block 0, so that kernels are compiled before the
-        first request needs them (half a minute, once per machine). On a GPU records a graph for each size of
-        batch up to `max_num_seqs`. `attention`: "torch", "cpu", "triton", or "auto" for the fastest that
-        works here. Raises `ValueError` if the pool is not of this model, or the backend is unknown or can't
-        run.
+        first request needs them (half a minute, once per machine). On a GPU records graphs for steps of up to
+        `max_num_seqs` sequences and `token_budget` tokens. `attention`: "torch", "cpu", "triton", or "auto"
+        for the fastest that works here. Raises `ValueError` if the pool is not of this model, or the backend
+        is unknown or can't run.
         """
         expected = (model.num_layers, 2, model.num_kv_heads, model.head_dim)
         if (pool.shape[1], pool.shape[2], pool.shape[4], pool.shape[5]) != expected:
@@ -51,11 +57,11 @@ class Runner:
         self._forward = make_forward(model.module, self.attention_name, self._attention)
         self._eos_token_ids = model.eos_token_ids
         self._device = pool.device
-        self._graphs: GraphedDecode | None = None
+        self._graphs: GraphedSteps | None = None
         for batch in _warm_up(pool.shape[3]):
             self.run(batch)
         if self._device.type == "cuda":
-            self._graphs = self._record(pool, max_num_seqs, model.card.max_model_len)
+            self._graphs = self._record(pool, max_num_seqs, token_budget, model.card.max_model_len)
 
     @property
     def forward_name(self) -> str:
@@ -76,8 +82,8 @@ class Runner:
 
     def _logits(self, batch: PackedBatch) -> Tensor:
         """Of the places to sample from, [S, vocab]."""
-        if self._graphs and self._graphs.fits(batch):
-            return self._graphs.run(batch)
+        if self._graphs and (shape := self._graphs.shape_of(batch)):
+            return self._graphs.run(batch, shape)
         self._attention.bind(batch)
         token_ids, position_ids, logits_indices = (
             torch.from_numpy(array).to(self._device)
@@ -86,7 +92,9 @@ class Runner:
         return self._forward(token_ids, position_ids, self._attention, logits_indices)
 
     @torch.inference_mode()
-    def _record(self, pool: Tensor, max_num_seqs: int, max_model_len: int) -> GraphedDecode | None:
+    def _record(
+        self, pool: Tensor, max_num_seqs: int, token_budget: int, max_model_len: int
+    ) -> GraphedSteps | None:
         from flowkv_common.engine.graphs import make_graphs  # Triton comes only with torch's CUDA build
 
         with _current(self._device):
@@ -95,6 +103,7 @@ class Runner:
                 self._attention,
                 pool,
                 max_num_seqs=max_num_seqs,
+                token_budget=token_budget,
                 max_model_len=max_model_len,
             )
 

@@ -5,6 +5,7 @@ So a request gets the same text whichever node samples, in whatever company, als
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -52,8 +53,8 @@ def sample(logits: Tensor, inputs: list[SampleInput], eos_token_ids: list[int]) 
     Raises FloatingPointError if a row has no finite maximum.
     """
     top = logits.max(dim=-1)  # NaN counts as the greatest, so the maximum shows any
-    if not torch.isfinite(top.values).all():
-        rows = (~torch.isfinite(top.values)).nonzero().flatten().tolist()
+    rows = [row for row, value in enumerate(top.values.tolist()) if not math.isfinite(value)]
+    if rows:
         raise FloatingPointError(f"the logits of rows {rows} are not finite")
     adjusted = {
         row: states

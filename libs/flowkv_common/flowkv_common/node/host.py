@@ -68,7 +68,13 @@ def served(model: LoadedModel, settings: NodeSettings) -> Served:
         layout=model.layout(settings.block_size, settings.kv_dtype),
         device=model.device,
         make_engine=lambda pool: EngineThread(
-            Runner(model, pool, attention=settings.attention, max_num_seqs=settings.max_num_seqs)
+            Runner(
+                model,
+                pool,
+                attention=settings.attention,
+                max_num_seqs=settings.max_num_seqs,
+                token_budget=settings.token_budget,
+            )
         ),
     )
 
