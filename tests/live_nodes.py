@@ -50,7 +50,20 @@ async def live_node(
     **settings: Any,
 ) -> AsyncIterator[NodeRef]:
     """A node from its first load report, with links to so many peers, to the end of its drain."""
-    block_bytes = model.layout(BLOCK_SIZE, "float32").block_bytes
+    own = node_settings(server, model, node_id, num_blocks, **settings)
+    async with reports(bus, node_id) as heard, asyncio.TaskGroup() as tasks:
+        tasks.create_task(serve(own, role, served(model, own), asyncio.Event()))
+        ready = await first(heard, lambda report: report.ready and len(report.links) >= peers)
+        try:
+            yield ready.node
+        finally:
+            await bus.request(subjects.at(subjects.NODE_DRAIN, node_id), Drain(), Accepted, timeout_s=5)
+
+
+def node_settings(
+    server: NatsServer, model: LoadedModel, node_id: str, num_blocks: int = 64, **settings: Any
+) -> NodeSettings:
+    """Those of a small node that is quick to report and to end."""
     values = {
         "nats_url": server.url,
         "model_path": "",
@@ -58,18 +71,11 @@ async def live_node(
         "attention": "torch",
         "block_size": BLOCK_SIZE,
         "token_budget": TOKEN_BUDGET,
-        "kv_cache_bytes": num_blocks * block_bytes,
+        "kv_cache_bytes": num_blocks * model.layout(BLOCK_SIZE, "float32").block_bytes,
         "load_period_s": 0.05,
         "drain_timeout_s": 1.0,
     }
-    async with reports(bus, node_id) as heard, asyncio.TaskGroup() as tasks:
-        own = NodeSettings(**{**values, **settings})
-        tasks.create_task(serve(own, role, served(model, own), asyncio.Event()))
-        ready = await first(heard, lambda report: report.ready and len(report.links) >= peers)
-        try:
-            yield ready.node
-        finally:
-            await bus.request(subjects.at(subjects.NODE_DRAIN, node_id), Drain(), Accepted, timeout_s=5)
+    return NodeSettings(**{**values, **settings})
 
 
 @contextlib.asynccontextmanager

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowkv_common.engine.batch import PackedBatch
-from flowkv_common.engine.runner import Result
+from flowkv_common.engine.engine import Result
 from flowkv_common.engine.sampler import Sampled, SampleInput
 from flowkv_common.wire.nodes import StepFit
 from flowkv_common.wire.parts import TokenLogprob

@@ -6,7 +6,13 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from flowkv_common.engine.batch import PackedBatch
-from flowkv_common.engine.runner import Result
+from flowkv_common.engine.sampler import Sampled
+
+Result = list[Sampled | None]
+
+
+class DeviceLost(Exception):
+    """The device computes nothing more for this process: after a CUDA error every further call fails."""
 
 
 class Engine(Protocol):
@@ -27,7 +33,7 @@ class Engine(Protocol):
     ) -> None: ...
 
     async def step(self, batch: PackedBatch) -> Result:
-        """One result per item of the batch; raises what computing it raises."""
+        """One result per item of the batch; raises what computing it raises. `DeviceLost` is the end."""
 
     def wedge(self, for_s: float) -> None:
         """Holds all later steps up for so long (a test hook: the step that never ends)."""

@@ -147,6 +147,7 @@ class GraphedSteps:
         tokens[:3, :num_tokens] = batch.token_ids, batch.position_ids, batch.slots
         tokens[2, num_tokens : shape.num_tokens] = -1
         tokens[3, : len(batch.logits_indices)] = batch.logits_indices
+        tokens[3, len(batch.logits_indices) : shape.num_items] = 0
         memory.tokens.send()
         items = memory.items.host
         items[:2, :num_items] = batch.context_lens, batch.decode_lens

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from flowkv_common.engine.backends import make_attention
 from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
+from flowkv_common.engine.engine import DeviceLost, Result
 from flowkv_common.engine.forward import make_forward
 from flowkv_common.engine.model import LoadedModel
-from flowkv_common.engine.sampler import Sampled, sample
+from flowkv_common.engine.sampler import sample
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.wire.parts import SamplingParams
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from flowkv_common.engine.graphs import GraphedSteps
 
 CLOSE_TIMEOUT_S = 5.0
-
-Result = list[Sampled | None]
 
 
 class Runner:
@@ -72,12 +71,17 @@ class Runner:
     def run(self, batch: PackedBatch) -> Result:
         """Computes the batch and samples: per item a token, or `None` if its last token was not reached.
 
-        Raises `FloatingPointError` if the model gives logits that are not finite.
+        Raises `FloatingPointError` if the model gives logits that are not finite, and `DeviceLost`.
         """
-        with _current(self._device):
-            logits = self._logits(batch)
-            inputs = [input for input in batch.samples if input is not None]
-            sampled = iter(sample(logits, inputs, self._eos_token_ids))
+        try:
+            with _current(self._device):
+                logits = self._logits(batch)
+                inputs = [input for input in batch.samples if input is not None]
+                sampled = iter(sample(logits, inputs, self._eos_token_ids))
+        except RuntimeError as error:
+            if isinstance(error, torch.AcceleratorError) or str(error).startswith("Triton Error [CUDA]"):
+                raise DeviceLost(str(error)) from error
+            raise
         return [None if input is None else next(sampled) for input in batch.samples]
 
     def _logits(self, batch: PackedBatch) -> Tensor:

@@ -23,7 +23,7 @@ from flowkv_common.bus.connection import connect
 from flowkv_common.bus.registry import keep_announced, watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import NodeSettings
-from flowkv_common.engine.engine import Engine
+from flowkv_common.engine.engine import DeviceLost, Engine
 from flowkv_common.engine.model import CPU, LoadedModel
 from flowkv_common.engine.runner import EngineThread, Runner
 from flowkv_common.errors import Unavailable
@@ -92,13 +92,22 @@ async def serve(settings: NodeSettings, role: str, model: Served, stop: asyncio.
         news = BlockNews(node.ref, node.blocks)
         guests = [guest.run() for guest in node.guests.values()]
         watches = (watch_nodes(node.bus, node.links.follow), watch_cancels(node), watch_engine(node, engine))
-        async with running(steps.run(), *guests, node.links.run(), *watches, sweep(node)):
+        async with running(_compute(node, steps), *guests, node.links.run(), *watches, sweep(node)):
             async with running(node.outbox.keep_alive()), _services(node, steps, engine, news, role):
                 tell_news = news.tell(node.bus, settings.load_period_s)
                 async with running(keep_announced(node.bus, descriptor), report_load(node, steps), tell_news):
                     log.info("%s is ready: %d blocks", node.ref.node_id, node.blocks.num_blocks)
                     await node.stop.wait()
                     await _drain(node)
+
+
+async def _compute(node: Node, steps: Steps) -> None:
+    """Until cancelled. A node whose device is lost gives its work back and ends: only a new process helps."""
+    try:
+        await steps.run()
+    except DeviceLost as error:
+        await node.fail_all(Unavailable(f"the device of {node.ref.node_id} is lost: {error}"))
+        raise
 
 
 async def _open(

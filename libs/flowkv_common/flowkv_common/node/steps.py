@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
-from flowkv_common.engine.engine import Engine
-from flowkv_common.engine.runner import Result
+from flowkv_common.engine.engine import DeviceLost, Engine, Result
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.errors import Internal
 from flowkv_common.kv.blocks import Blocks
@@ -99,7 +98,7 @@ class Steps:
         self._wake = wake
 
     async def run(self) -> None:
-        """Step after step, until cancelled; sleeps while no guest wants anything."""
+        """Step after step, until cancelled; sleeps while no guest wants anything. Raises `DeviceLost`."""
         while True:
             self._wake.clear()
             work = self._plan()
@@ -129,6 +128,8 @@ class Steps:
         began = time.monotonic()
         try:
             sampled = await self._compute(batch)
+        except DeviceLost:
+            raise
         except Exception as error:
             # A step that fails costs the requests in it their attempt, never the process.
             log.exception("an engine step failed")
