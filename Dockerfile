@@ -1,8 +1,8 @@
 # Two images. control: gateway and scheduler, without torch. engine: prefill, decode and the model's fetching.
 #   docker build --target control .
-#   docker build --target engine [--build-arg TORCH_INDEX=URL] [--build-arg EXTRAS=engine,cuda] .
+#   docker build --target engine [--build-arg TORCH_INDEX=URL] [--build-arg EXTRAS=engine,cuda13] .
 # TORCH_INDEX is a further package index to take torch from: PyTorch's index of CPU builds keeps CUDA, several GB,
-# out of the image. EXTRAS=engine,cuda adds what KV transfers between GPUs need.
+# out of the image. EXTRAS=engine,cuda13 adds what KV transfers between GPUs need (cuda, with a torch for CUDA 12).
 ARG PYTHON=python:3.11-slim-bookworm
 
 FROM ${PYTHON} AS build
@@ -69,7 +69,7 @@ LABEL org.opencontainers.image.title=flowkv-engine
 # On a GPU Triton compiles a launcher in C for each of its kernels.
 ARG EXTRAS=engine
 USER root
-RUN case ",${EXTRAS}," in *,cuda,*) \
+RUN case ",${EXTRAS}," in *,cuda*) \
     apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* ;; \
     esac
 USER 10001:10001

@@ -211,7 +211,7 @@ def device_name() -> str:
     try:
         import cupy
     except ImportError as error:
-        raise SystemExit(f"gpu_transfer needs CuPy, flowkv-common[cuda]: {error}") from error
+        raise SystemExit(f"gpu_transfer needs CuPy, flowkv-common[cuda13]: {error}") from error
     try:
         properties = cupy.cuda.runtime.getDeviceProperties(0)
     except cupy.cuda.runtime.CUDARuntimeError as error:
