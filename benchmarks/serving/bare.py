@@ -39,7 +39,7 @@ def bare(model: str, loads: list[Load], num_threads: int, cores: list[int], is_w
         return None
     with (
         tempfile.NamedTemporaryFile() as log,
-        party("flowkv", Path(sys.executable), model, num_threads, cores, Path(log.name)) as engine,
+        party("flowkv", Path(sys.executable), model, num_threads, cores, Path(log.name), []) as engine,
     ):
         engine.wait_ready()
 

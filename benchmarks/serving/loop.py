@@ -18,7 +18,7 @@ from benchmarks.load.client import Outcome, stream
 from benchmarks.load.drive import drive
 from benchmarks.load.summary import Quantiles, Targets, quantiles, tpot_s
 
-_TOKEN_IDS = range(1000, 30_000)
+TOKEN_IDS = range(1000, 30_000)
 _TIMEOUT_S = 300.0
 
 
@@ -91,7 +91,7 @@ async def _closed(url: str, load: Load, seed: int) -> list[Outcome]:
 
     async def client() -> None:
         for _ in requests:  # shared: who is done takes the next
-            prompt_ids = rng.choices(_TOKEN_IDS, k=load.num_prompt_tokens)
+            prompt_ids = rng.choices(TOKEN_IDS, k=load.num_prompt_tokens)
             arrival = Arrival(0.0, load.num_prompt_tokens, load.num_output_tokens)
             outcome = Outcome(arrival, 0.0)
             outcomes.append(outcome)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.load.summary import Quantiles
 from benchmarks.result import write_result
 from benchmarks.serving.bare import Floors
 from benchmarks.serving.loop import Figures, Load
@@ -63,10 +64,14 @@ def _services(runs: list[Run]) -> str:
     return ", ".join(f"{name.partition('-')[0]} {median:.2f}" for name, median in medians.items())
 
 
-def write(path: Path, runs: list[Run], floors: Floors | None, conditions: dict[str, object]) -> None:
+def write(
+    path: Path, runs: list[Run], floors: Floors | None, added_s: Quantiles, conditions: dict[str, object]
+) -> None:
+    """`added_s`: what the services add to the TTFT of a short prompt."""
     found = {
         "conditions": conditions,
         "runs": [asdict(run) for run in runs],
         "bare": asdict(floors) if floors else None,
+        "short_prompt_added_s": asdict(added_s),
     }
     write_result(path, "serving", found)

@@ -27,17 +27,22 @@ if torch.cuda.is_available():
 CUDA = torch.device("cuda", 0)
 # (tokens computed before, tokens of this step)
 MIXED = [(12, 1), (0, 5), (11, 70), (0, 1), (1300, 1), (40, 24), (180, 230), (4000, 1)]
+# So many that contexts of up to 1,024 tokens are not cut into parts.
+MANY = [*MIXED, *((20 * number, 1) for number in range(1, 65))]
 
 
 @pytest.mark.parametrize(("head_dim", "num_heads"), [(128, 32), (64, 9), (80, 12)])
+@pytest.mark.parametrize("work", [MIXED, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_attention_equals_torch(head_dim: int, num_heads: int, dtype: torch.dtype) -> None:
+def test_attention_equals_torch(
+    head_dim: int, num_heads: int, dtype: torch.dtype, work: list[tuple[int, int]]
+) -> None:
     num_kv_heads = num_heads // 4 if num_heads % 4 == 0 else num_heads // 3
-    shape = (512, 2, 2, 16, num_kv_heads, head_dim)
+    shape = (4096, 2, 2, 16, num_kv_heads, head_dim)
     pool = torch.randn(shape, generator=torch.manual_seed(0)).to(CUDA, dtype)
-    free = iter(torch.randperm(512, generator=torch.manual_seed(1)).tolist())
+    free = iter(torch.randperm(4096, generator=torch.manual_seed(1)).tolist())
     items = []
-    for num_computed, num_tokens in MIXED:
+    for num_computed, num_tokens in work:
         num_all = num_computed + num_tokens
         sequence = make_sequence([0] * num_all, [next(free) for _ in range(-(-num_all // 16))])
         sequence.num_computed_tokens = num_computed
@@ -59,10 +64,10 @@ def test_attention_equals_torch(head_dim: int, num_heads: int, dtype: torch.dtyp
 
 def outputs(runner: Runner) -> list[list[int]]:
     sequences = [
-        make_sequence([token * 7 % 512 for token in range(length)], list(range(first, first + 6)))
-        for length, first in [(30, 0), (5, 6), (17, 12)]
+        make_sequence([token * 7 % 512 for token in range(length)], list(range(first, first + 27)))
+        for length, first in [(200, 0), (30, 27), (5, 54), (17, 81)]
     ]
-    generate(runner, sequences, num_outputs=12, chunk_tokens=12)
+    generate(runner, sequences, num_outputs=12, chunk_tokens=100)  # so steps get smaller
     return [sequence.output_ids for sequence in sequences]
 
 
@@ -70,9 +75,9 @@ def outputs(runner: Runner) -> list[list[int]]:
 def test_tokens_are_those_of_the_cpu(tmp_path: Path, arch: str) -> None:
     folder = make_tiny_model(tmp_path / "m", arch, seed=5)
     model = load_tiny(folder, device=CUDA)
-    shape = (24, model.num_layers, 2, BLOCK_SIZE, model.num_kv_heads, model.head_dim)
+    shape = (108, model.num_layers, 2, BLOCK_SIZE, model.num_kv_heads, model.head_dim)
     expected = outputs(Runner(load_tiny(folder), torch.zeros(shape)))
-    runner = Runner(model, torch.zeros(shape, device=CUDA), attention="auto", max_num_seqs=3)
+    runner = Runner(model, torch.zeros(shape, device=CUDA), attention="auto", max_num_seqs=4)
     assert runner.attention_name == "triton"
     assert (runner._graphs is None) == (arch == "gpt2")  # which goes through its modules
     assert outputs(runner) == expected

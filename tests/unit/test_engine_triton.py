@@ -50,7 +50,17 @@ def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_triton, "FEW", Parting(2, 1))
 
 
-@pytest.mark.usefixtures("few_parts")
+@pytest.fixture
+def is_many(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> bool:
+    """Whether any batch counts as one that fills a GPU by itself."""
+    if request.param:
+        monkeypatch.setattr(attention_triton, "MANY_PAIRS", 1)
+        monkeypatch.setattr(attention_triton, "MANY", Parting(2, 100))
+    return bool(request.param)
+
+
+@pytest.mark.usefixtures("few_parts", "is_many")
+@pytest.mark.parametrize("is_many", [False, True], indirect=True)
 @pytest.mark.parametrize(
     ("head_dim", "block_size", "num_heads"),
     [(64, 16, 6), (80, 4, 2), (24, 16, 32)],  # one query per KV head; many; dimensions that are no power of 2
@@ -192,7 +202,7 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.inference_mode()
 def test_a_step_in_a_larger_graph_is_the_same_step(tmp_path: Path) -> None:
     model = load_tiny(make_tiny_model(tmp_path / "m", seed=5))
-    pool = torch.randn(make_pool(model, 16).shape, generator=torch.manual_seed(3))
+    pool = torch.randn(make_pool(model, 32).shape, generator=torch.manual_seed(3))
     plain_pool = pool.clone()
     plain, modules = TorchAttention(plain_pool), ModulesForward(model.module)
     graphed = record_again(model, pool, 4)
@@ -200,9 +210,10 @@ def test_a_step_in_a_larger_graph_is_the_same_step(tmp_path: Path) -> None:
     steps = [  # a larger one leaves its numbers behind
         ((4, 4), [(8, 1), (15, 1), (2, 1), (11, 1)]),
         ((1, 1), [(3, 1)]),
-        ((16, 4), [(0, 9), (12, 1), (3, 3)]),
+        ((16, 8), [(0, 9), (12, 1), (3, 3)]),
         ((8, 4), [(0, 5)]),
         ((4, 4), [(12, 1), (1, 1), (9, 1)]),
+        ((16, 8), [(5, 1), (2, -4), *[(3, 1)] * 4]),
         ((8, 4), [(5, 1), (2, -4)]),
         ((8, 4), [(5, -1), (7, 1), (0, 5)]),
         ((8, 4), [(6, -2), (6, -1), (4, -5)]),
@@ -231,7 +242,8 @@ def test_what_no_graph_was_recorded_for_has_no_shape(tmp_path: Path) -> None:
     assert not graphed.shape_of(batch_of(*[(2, 1)] * 5))  # items, of decode alone
     assert graphed.shape_of(batch_of((0, 16)))
     assert not graphed.shape_of(batch_of((0, 8), (0, 9)))  # tokens
-    assert not graphed.shape_of(batch_of((0, 2), *[(2, 1)] * 4))  # items, beside a prompt
+    assert graphed.shape_of(batch_of((0, 2), *[(2, 1)] * 7))
+    assert not graphed.shape_of(batch_of((0, 2), *[(2, 1)] * 8))  # items, beside a prompt
     assert not graphed.shape_of(batch_of((2 * BLOCK_SIZE, 1)))  # blocks
 
 
@@ -273,11 +285,11 @@ def test_graphs_are_recorded_for_a_few_sizes(most: int, sizes: list[int]) -> Non
 
 
 def test_steps_with_prompts_have_graphs_up_to_the_token_budget() -> None:
-    assert shapes(2, 100)[2:] == [(64, 2), (128, 2)]
-    # Not as many items as there may be in a step of decode, and always fewer than tokens.
-    assert shapes(200, 200)[-3:] == [(128, 64), (192, 64), (256, 64)]
-    assert shapes(1, 10_000)[-1] == (1024, 1)
-    assert not shapes(4, 10)[0].has_prompts
+    # With room for prompts beside all that decode, up to a limit.
+    assert shapes(2, 100) == [(1, 1), (2, 2), (64, 32), (128, 64)]
+    assert shapes(200, 200)[-2:] == [(192, 96), (256, 96)]
+    assert shapes(1, 10_000)[-1] == (1024, 96)
+    assert [shape.has_prompts for shape in shapes(1, 10)] == [False, True]
 
 
 def test_beyond_the_largest_graph_steps_run_without_one() -> None:

@@ -9,29 +9,30 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flowkv_common.engine import kernels_triton as kernels
-from flowkv_common.engine import kernels_triton_rows as row_kernels
+from flowkv_common.engine import kernels_triton_rows as rows
+from flowkv_common.engine.kernels_triton import attend_prompts
+from flowkv_common.engine.kernels_triton_decode import attend_part, join_parts
 
 HEADS = {"block_size": 16, "head_dim": 128, "padded_dim": 128}
-PARTS = {"num_parts": 16, "least_part_len": 128, "tile_len": 64}
+PARTS = {"num_parts": 32, "least_part_len": 128, "tile_len": 64}
 NUMBERS = "*i32"
 ARGUMENTS: dict[Any, tuple[dict[str, str], dict[str, int]]] = {
-    kernels.write_kv: ({"slots": "*i64"}, HEADS),
-    kernels.attend_prompts: (
+    rows.write_kv: ({"slots": "*i64"}, HEADS),
+    attend_prompts: (
         dict.fromkeys(("tables", "context_lens", "query_starts", "tile_items", "tile_firsts"), NUMBERS),
         {**HEADS, "group_size": 4, "num_rows": 64, "tile_len": 64},
     ),
-    kernels.attend_part: (
+    attend_part: (
         {"parts": "*fp32", "log_sums": "*fp32"} | dict.fromkeys(("rows", "tables", "context_lens"), NUMBERS),
         {**HEADS, **PARTS, "group_size": 4, "padded_group": 16},
     ),
-    kernels.join_parts: (
+    join_parts: (
         {"parts": "*fp32", "log_sums": "*fp32", "rows": NUMBERS, "context_lens": NUMBERS},
         {**PARTS, "head_dim": 128, "padded_dim": 128},
     ),
-    row_kernels.add_and_norm: ({}, {"num_dims": 4096, "padded_dims": 4096, "adds": True}),
-    row_kernels.gate: ({}, {"num_dims": 14336, "tile_len": 1024}),
-    row_kernels.rotate_and_write: (
+    rows.add_and_norm: ({}, {"num_dims": 4096, "padded_dims": 4096, "adds": True}),
+    rows.gate: ({}, {"num_dims": 14336, "tile_len": 1024}),
+    rows.rotate_and_write: (
         {"slots": "*i64", "positions": "*i64"},
         {
             "has_norm": True,
@@ -43,21 +44,35 @@ ARGUMENTS: dict[Any, tuple[dict[str, str], dict[str, int]]] = {
         },
     ),
 }
+# Multiples of 16, as a model's sizes are: only so tiles are loaded ahead.
+STRIDES = ("stride_", "query_stride", "result_stride", "key_stride", "value_stride")
 ROWS = ("hidden", "delta", "weight", "gate_up", "qkv", "cos", "sin", "norm")
 
 
 def main(capability: int, dtype: str) -> None:
     names = ("pool", "query", "result", "key", "value", *ROWS)
     states = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("scale", "eps"), "fp32")
-    options = {"num_stages": 1 if dtype == "fp32" else 3}  # as `TritonAttention` asks for
+    launch: dict[Any, dict[str, int]] = {  # as `TritonAttention` and `TritonFlatForward` ask for
+        attend_prompts: {"num_stages": 1 if dtype == "fp32" else 3},
+        attend_part: {"num_stages": 2},
+        rows.add_and_norm: {"num_warps": 8},
+        rows.rotate_and_write: {"num_warps": 1},
+    }
     for kernel, (pointers, constants) in ARGUMENTS.items():
         kinds = states | pointers | dict.fromkeys(constants, "constexpr")
+        signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
         source = ASTSource(
             fn=kernel,
-            signature={name: kinds.get(name, "i32") for name in kernel.arg_names},
+            signature=signature,
             constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+            attrs={
+                (place,): [["tt.divisibility", 16]]
+                for place, (name, kind) in enumerate(signature.items())
+                if kind.startswith("*") or (name.startswith(STRIDES) and name != "stride_table")
+            },
         )
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source, target=target, options=launch.get(kernel, {}))
         print(kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared)
 
 

@@ -16,6 +16,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from flowkv_common.tasks import group
+
 _MAX_UNSENT_BYTES = 64 * 1024  # per connection, in the kernel
 
 
@@ -84,7 +86,7 @@ async def serve_http(
     server = _QuietServer(config)
     with socket.create_server((host, port), backlog=2048) as listener:
         _tune(listener, unread_timeout_s)
-        async with asyncio.TaskGroup() as tasks:
+        async with group() as tasks:
             tasks.create_task(server.serve(sockets=[listener]))
             try:
                 # The kernel queues connections from here on: nobody has to wait for the server.

@@ -11,15 +11,18 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowkv_common.engine import kernels_triton as kernels
-from flowkv_common.engine import kernels_triton_rows as row_kernels
 from flowkv_common.engine.batch import PackedBatch
+from flowkv_common.engine.kernels_triton import attend_prompts
+from flowkv_common.engine.kernels_triton_decode import attend_part, join_parts
+from flowkv_common.engine.kernels_triton_rows import rotate_and_write, write_kv
 
 # So many pairs of sequence and KV head keep a GPU busy by themselves.
 MANY_PAIRS = 512
 # Keys per step of the online softmax, and queries of a prompt per program.
 TILE_LEN = 64
 NUM_ROWS = 64
+# Of a token's key: up to so many, shared memory holds several tiles.
+WIDEST_HEAD_BYTES = 256
 # The matrix units take at least so many rows.
 LEAST_ROWS = 16
 
@@ -92,7 +95,7 @@ class TritonAttention:
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         key, value = key.to(self._pool.dtype), value.to(self._pool.dtype)
-        kernels.write_kv[(len(self._slots), self._num_kv_heads)](
+        write_kv[(len(self._slots), self._num_kv_heads)](
             self._pool[:, layer],
             key,
             value,
@@ -126,7 +129,7 @@ class TritonAttention:
         num_tokens, num_heads = len(qkv), qkv.shape[1] - 2 * self._num_kv_heads
         group_size = num_heads // self._num_kv_heads
         query = torch.empty(num_tokens, num_heads, self._head_dim, dtype=qkv.dtype, device=qkv.device)
-        row_kernels.rotate_and_write[(num_tokens, self._num_kv_heads)](
+        rotate_and_write[(num_tokens, self._num_kv_heads)](
             qkv,
             query,
             self._pool[:, layer],
@@ -162,7 +165,7 @@ class TritonAttention:
         shape = (num_items, num_heads, parting.num_parts)
         parts = torch.empty((*shape, self._head_dim), dtype=torch.float32, device=query.device)
         log_sums = torch.empty(shape, dtype=torch.float32, device=query.device)
-        kernels.attend_part[(num_items, self._num_kv_heads, parting.num_parts)](
+        attend_part[(num_items, self._num_kv_heads, parting.num_parts)](
             pool,
             query,
             result,
@@ -186,7 +189,7 @@ class TritonAttention:
             tile_len=TILE_LEN,
             num_stages=2,
         )
-        kernels.join_parts[(num_items, num_heads)](
+        join_parts[(num_items, num_heads)](
             parts,
             log_sums,
             result,
@@ -202,8 +205,8 @@ class TritonAttention:
         )
 
     def _prefill(self, pool: Tensor, query: Tensor, result: Tensor, scale: float, prompts: Prompts) -> None:
-        num_heads = query.shape[1]
-        kernels.attend_prompts[(len(prompts.tile_items), num_heads)](
+        num_heads, item_bytes = query.shape[1], max(query.element_size(), pool.element_size())
+        attend_prompts[(len(prompts.tile_items), num_heads)](
             pool,
             query,
             result,
@@ -221,8 +224,8 @@ class TritonAttention:
             padded_dim=self._padded_dim,
             num_rows=NUM_ROWS,
             tile_len=TILE_LEN,
-            # Tiles that are loaded ahead: of fp32 few GPUs could hold more.
-            num_stages=1 if query.dtype == torch.float32 else 3,
+            # Tiles that are loaded ahead: of wide ones few GPUs could hold more.
+            num_stages=3 if item_bytes * self._padded_dim <= WIDEST_HEAD_BYTES else 1,
         )
 
     def _to_device(self, array: NDArray[np.integer]) -> Tensor:

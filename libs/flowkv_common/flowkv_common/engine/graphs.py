@@ -27,8 +27,9 @@ Replay = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Replay]
 
 MAX_BATCH = 256
-# Of a step with prompts: items, and the numbers of tokens that graphs are recorded for.
-MAX_ITEMS = 64
+# Of a step with prompts: items, more than decode beside them, and the numbers of tokens that graphs are
+# recorded for.
+MAX_ITEMS = 96
 TOKEN_SIZES = (64, 128, 192, 256, 384, 512, 640, 768, 1024)
 
 
@@ -57,11 +58,11 @@ def batch_sizes(max_num_seqs: int) -> list[int]:
 
 def shapes(max_num_seqs: int, token_budget: int) -> list[Shape]:
     """In the order in which a step looks for one that it fits into."""
-    batches = batch_sizes(max_num_seqs)
-    num_items = min(batches[-1], MAX_ITEMS)
     most = next((size for size in TOKEN_SIZES if size >= token_budget), TOKEN_SIZES[-1])
-    tokens = [size for size in TOKEN_SIZES if num_items < size <= most]
-    return [*(Shape(size, size) for size in batches), *(Shape(size, num_items) for size in tokens)]
+    return [
+        *(Shape(size, size) for size in batch_sizes(max_num_seqs)),
+        *(Shape(size, min(size // 2, MAX_ITEMS)) for size in TOKEN_SIZES if size <= most),
+    ]
 
 
 class _Numbers:
@@ -71,7 +72,7 @@ class _Numbers:
         on_host = torch.from_numpy(initial)
         self._on_host = on_host.pin_memory() if device.type == "cuda" else on_host
         self.host: NDArray[np.integer] = self._on_host.numpy()
-        self.device = self._on_host.to(device)
+        self.device = self._on_host.to(device, copy=True)
 
     def send(self) -> None:
         """All in one copy. They may be written again once the step has ended."""
@@ -181,20 +182,22 @@ class GraphedSteps:
 
 
 class CudaRecorder:
-    """Records on a stream of its own, as CUDA asks for. All graphs share one pool of memory: one runs at a
-    time."""
+    """Records on a stream of its own, as CUDA asks for; on the same always, for cuBLAS keeps memory for each.
+
+    All graphs share one pool of memory: one runs at a time.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, work: Callable[[], Tensor]) -> Replay:
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # compiles what has to be compiled
+        self._aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._aside):  # compiles what has to be compiled
             work()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(self._aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._aside):
             result = work()
 
         def replay() -> Tensor:

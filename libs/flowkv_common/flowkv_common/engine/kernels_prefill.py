@@ -55,14 +55,20 @@ def _pack_part(pool, layer, table, head, first, context_len, keys, values):
 
 
 @numba.njit(cache=True, nogil=True)
+def _scale(row, factor, out):
+    for dim in range(row.shape[0]):
+        out[dim] = row[dim] * factor
+
+
+@numba.njit(cache=True, nogil=True)
 def _attend(query, position, scale, keys, values, out):
     """`query` [tokens, group, dim], the first at `position`, to one KV head's parts of keys and values."""
     num_tokens, group_size, head_dim = query.shape
     num_rows = num_tokens * group_size
     queries = np.empty((num_rows, head_dim), np.float32)
-    for row in range(num_rows):
-        for dim in range(head_dim):
-            queries[row, dim] = query[row // group_size, row % group_size, dim] * scale
+    for token in range(num_tokens):
+        for member in range(group_size):
+            _scale(query[token, member], scale, queries[token * group_size + member])
     sums = np.zeros((num_rows, head_dim), np.float32)
     peaks, totals = np.full(num_rows, _LOWEST), np.zeros(num_rows, np.float32)
     scores = np.empty((num_rows, PART_LEN), np.float32)
@@ -79,14 +85,14 @@ def _attend(query, position, scale, keys, values, out):
             if peak > peaks[row]:
                 factor = np.exp(peaks[row] - peak)
                 totals[row] *= factor
-                for dim in range(head_dim):
-                    sums[row, dim] *= factor
+                _scale(sums[row], factor, sums[row])
                 peaks[row] = peak
             totals[row] += total
         multiply(scores, values[part], 0, head_dim // LANES, num_vectors * LANES, sums, True)
-    for row in range(num_rows):
-        for dim in range(head_dim):
-            out[row // group_size, row % group_size, dim] = sums[row, dim] / totals[row]
+    for token in range(num_tokens):
+        for member in range(group_size):
+            row = token * group_size + member
+            _scale(sums[row], np.float32(1) / totals[row], out[token, member])
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
@@ -103,11 +109,12 @@ def prefill(pool, layer, table, context_len, query, scale, keys, values, out):
         head, part = unit // num_parts, unit % num_parts
         first = part * PART_LEN
         _pack_part(pool, layer, table, head, first, context_len, keys[head, part], values[head, part])
-    num_units = (num_tokens + _TILE_TOKENS - 1) // _TILE_TOKENS * num_kv_heads
-    for unit in numba.prange(num_units):
-        # From both ends in turn: each thread gets a run of units, and later tokens have more to attend to.
-        place = num_units - 1 - unit // 2 if unit % 2 else unit // 2
-        tile, head = place // num_kv_heads, place % num_kv_heads
+    num_tiles = (num_tokens + _TILE_TOKENS - 1) // _TILE_TOKENS
+    for unit in numba.prange(num_tiles * num_kv_heads):
+        # Each thread gets a run of units. One head after the other: its keys and values stay in the second
+        # cache. Tiles from both ends in turn: later tokens have more to attend to.
+        head, place = unit // num_tiles, unit % num_tiles
+        tile = num_tiles - 1 - place // 2 if place % 2 else place // 2
         start = tile * _TILE_TOKENS
         stop = min(num_tokens, start + _TILE_TOKENS)
         first, last = head * group_size, (head + 1) * group_size

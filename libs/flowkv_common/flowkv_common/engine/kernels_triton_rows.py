@@ -1,6 +1,7 @@
 """What a layer does between its matmuls, in Triton: a kernel for each pass over the rows instead of five.
 
-Sums and products are in fp32, and rounded once, to the dtype of the rows. All rows are contiguous.
+Sums and products are in fp32, and rounded once, to the dtype of the rows. All rows are contiguous, but those
+that `write_kv` gets.
 """
 
 from __future__ import annotations
@@ -126,3 +127,39 @@ def rotate_and_write(
         value_second = tl.load(value + half, mask=is_dim)
         tl.store(to + stride_side + dims, value_first.to(pool.dtype.element_ty), mask=is_dim)
         tl.store(to + stride_side + half + dims, value_second.to(pool.dtype.element_ty), mask=is_dim)
+
+
+@triton.jit
+def write_kv(
+    pool,
+    key,  # [T, num_kv_heads, head_dim] of the pool's dtype, the last dimension contiguous, as `value`
+    value,
+    slots,  # [T], block * block_size + offset; below 0: written nowhere
+    stride_block,
+    stride_side,
+    stride_token,
+    stride_head,
+    key_stride_token,
+    key_stride_head,
+    value_stride_token,
+    value_stride_head,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    padded_dim: tl.constexpr,
+):
+    """Stores the keys and values of one token and head. Grid (T, num_kv_heads)."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + token)
+    if slot >= 0:
+        dims = tl.arange(0, padded_dim)
+        is_dim = dims < head_dim
+        at = (
+            pool
+            + (slot // block_size) * stride_block
+            + (slot % block_size) * stride_token
+            + head * stride_head
+        )
+        k = tl.load(key + token * key_stride_token + head * key_stride_head + dims, mask=is_dim)
+        v = tl.load(value + token * value_stride_token + head * value_stride_head + dims, mask=is_dim)
+        tl.store(at + dims, k, mask=is_dim)
+        tl.store(at + stride_side + dims, v, mask=is_dim)

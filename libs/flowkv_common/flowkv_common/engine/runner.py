@@ -80,7 +80,7 @@ class Runner:
                 sampled = iter(sample(logits, inputs, self._eos_token_ids))
         except RuntimeError as error:
             if isinstance(error, torch.AcceleratorError) or str(error).startswith("Triton Error [CUDA]"):
-                raise DeviceLost(str(error)) from error
+                raise DeviceLost(str(error).partition("\n")[0]) from error
             raise
         return [None if input is None else next(sampled) for input in batch.samples]
 
@@ -165,14 +165,16 @@ class EngineThread:
 
 @contextlib.contextmanager
 def _current(device: torch.device) -> Iterator[None]:
-    """Kernels of this thread go to the device, and have ended when the block ends: others read what they
-    wrote, and a step's time is that of its kernels."""
+    """Kernels of this thread go to the device, and have ended when the block ends, also by an error: others
+    read what they wrote, blocks are given away, and a step's time is that of its kernels."""
     if device.type != "cuda":
         yield
         return
     with torch.cuda.device(device):
-        yield
-        torch.cuda.current_stream().synchronize()
+        try:
+            yield
+        finally:
+            torch.cuda.current_stream().synchronize()
 
 
 def _warm_up(block_size: int) -> list[PackedBatch]:

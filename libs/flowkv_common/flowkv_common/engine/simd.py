@@ -8,6 +8,7 @@ of a tile gets the same bits in a tile of one row as in one of eight.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 from numba import types
@@ -210,16 +211,27 @@ def softmax_row(typing_context, row, num_vectors, least_peak):
         emit = Emit(context, builder, signature)
         b = builder
         data = emit.array(0, arguments[0]).data
-        peaks, total = emit.registers(2)
-        b.store(emit.broadcast(arguments[2]), peaks)
-        with cgutils.for_range(b, arguments[1]) as loop:
-            vector = emit.load(emit.at(data, (loop.index, INTP(4 * LANES))))
-            b.store(emit.call("maxnum", vector, b.load(peaks)), peaks)
+        total, *peaks = emit.registers(1 + _UNROLL)
+        for each in peaks:
+            b.store(emit.broadcast(arguments[2]), each)
 
         def greater(left: Value, right: Value) -> Value:
+            """One instruction; `right` where `left` is NaN."""
             return b.select(b.fcmp_ordered(">", left, right), left, right)
 
-        peak = emit.fold(b.load(peaks), greater)
+        # A chain of its own for each of several vectors, or every maximum would wait for the one before.
+        num_rounds = b.udiv(arguments[1], INTP(_UNROLL))
+        with cgutils.for_range(b, num_rounds) as loop:
+            place = emit.at(data, (loop.index, INTP(_UNROLL * 4 * LANES)))
+            for i, each in enumerate(peaks):
+                b.store(greater(emit.load(emit.skip(place, 4 * LANES * i)), b.load(each)), each)
+        with cgutils.for_range_slice(b, b.mul(num_rounds, INTP(_UNROLL)), arguments[1], INTP(1)) as (
+            index,
+            _,
+        ):
+            vector = emit.load(emit.at(data, (index, INTP(4 * LANES))))
+            b.store(greater(vector, b.load(peaks[0])), peaks[0])
+        peak = emit.fold(reduce(greater, map(b.load, peaks)), greater)
         peak_vector = emit.broadcast(peak)
         with cgutils.for_range(b, arguments[1]) as loop:
             place = emit.at(data, (loop.index, INTP(4 * LANES)))

@@ -55,7 +55,11 @@ class CudaPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except runtime.CUDARuntimeError:
+            if error is None:  # else the device is lost: it can't free either, which must not hide the cause
+                raise
 
 
 class _Bytes:

@@ -106,6 +106,8 @@ async def _compute(node: Node, steps: Steps) -> None:
     try:
         await steps.run()
     except DeviceLost as error:
+        node.draining = True
+        node.changed.set()
         await node.fail_all(Unavailable(f"the device of {node.ref.node_id} is lost: {error}"))
         raise
 

@@ -12,8 +12,9 @@ from flowkv_common.kv.pool import KVPool
 from flowkv_common.wire.parts import PoolLayout
 
 DEFAULT_BYTES = 1 << 30
-# What a node on a GPU needs besides weights and pool: activations of a step, graphs, libraries.
-WORKING_BYTES = 2 << 30
+# What a node on a GPU needs besides weights and pool: activations of a step, graphs, tables, libraries. An
+# estimate for 8 billion parameters, not measured.
+WORKING_BYTES = 3 << 30
 
 
 def make_pool(
