@@ -29,7 +29,7 @@ LLAMACPP ?=
 GGUF    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full compose-test compose-test-short bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-simulated bench-real bench-sustain bench-engine bench-gpu bench-serving bench-disturbed simulate simulate-cells plan replay lint fmt clean
+.PHONY: help install up test test-full compose-test compose-test-short bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-simulated bench-real bench-sustain bench-engine bench-gpu bench-gpu-serving bench-gpu-transfer bench-serving bench-disturbed simulate simulate-cells plan replay lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -142,6 +142,14 @@ bench-engine: $(VENV)/ready-dev ## the bare engine beside transformers; VLLM=its
 bench-gpu: $(VENV)/ready-dev ## the bare engine on a GPU, Llama-3.1-8B's shape; GPU="--batches 1 16"
 	@mkdir -p .run
 	$(PY) -m benchmarks.gpu_engine --json .run/gpu-engine.json $(GPU)
+
+bench-gpu-serving: $(VENV)/ready-dev ## chats beside long prompts on one GPU: 1P1D, and one node; GPU="--chunks 512"
+	@mkdir -p .run
+	$(PY) -m benchmarks.gpu_serving --json .run/gpu-serving.json $(GPU)
+
+bench-gpu-transfer: $(VENV)/ready-dev ## what moving KV costs on one GPU; GPU="--tokens 1000"
+	@mkdir -p .run
+	$(PY) -m benchmarks.gpu_transfer --json .run/gpu-transfer.json $(GPU)
 
 bench-serving: $(VENV)/ready-dev ## over HTTP beside vLLM: VLLM=its-python; SERVING="--threads 1 --pinned --bare"
 	@mkdir -p .run
