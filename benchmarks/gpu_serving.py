@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.disturbed.load import Figures, Load, run
 from benchmarks.gpu_engine import LLAMA_8B
+from benchmarks.gpu_transfer import device_name
 from benchmarks.model import default_model
 from benchmarks.result import write_result
 from benchmarks.serving.loop import RequestFailed
@@ -44,6 +45,7 @@ _ON_GPU = {
 
 def main(argv: Sequence[str]) -> int:
     options = _options(argv)
+    device = device_name()
     load = Load(options.chats, 256, 128, options.long, 4, options.num_long, options.period)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="flowkv-gpu-") as folder:
@@ -51,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
         try:
             for chunk in [0, *options.chunks]:
                 rows.append(_setup(chunk, load, model, Path(folder) / f"run-{chunk}", options))
-                found = {"load": asdict(load), "kv_cache_bytes": options.kv_cache_bytes, "rows": rows}
+                found = {"device": device, "load": asdict(load), "rows": rows}
+                found["kv_cache_bytes"] = options.kv_cache_bytes
                 write_result(options.json, "gpu_serving", found)  # after each: the last may be minutes away
         except (ClusterError, RequestFailed) as error:
             print(error, file=sys.stderr)

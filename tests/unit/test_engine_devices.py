@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flowkv_common.engine.devices import claimed, claimed_index
+from flowkv_common.node.memory import WORKING_BYTES, bytes_left
 
 HOLD = """
 import sys
@@ -60,3 +61,11 @@ def test_the_cpu_is_everybodys(tmp_path: Path) -> None:
 def test_what_is_no_device_is_said(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message), claimed(name, tmp_path):
         pass
+
+
+def test_a_node_on_a_gpu_takes_its_share_less_what_it_holds() -> None:
+    gib = 1 << 30
+    assert bytes_left(80 * gib, 79 * gib, 16 * gib, 0.5) == 24 * gib - WORKING_BYTES
+    # Others have taken most of it: only what is free counts.
+    assert bytes_left(80 * gib, 10 * gib, 16 * gib, 0.9) == 10 * gib - WORKING_BYTES
+    assert bytes_left(24 * gib, 23 * gib, 30 * gib, 0.9) < 0

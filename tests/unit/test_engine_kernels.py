@@ -10,7 +10,7 @@ from torch.nn.functional import rms_norm, silu
 from flowkv_common.engine.kernels_cpu import rotate_and_write
 from flowkv_common.engine.kernels_linear import gated_linear, linear, pack
 from flowkv_common.engine.kernels_linear import rms_norm as compiled_rms_norm
-from flowkv_common.engine.simd import TILE_PANELS, gate_row
+from flowkv_common.engine.simd import TILE_PANELS, gate_row, softmax_row
 from flowkv_common.engine.vector_ir import LANES
 
 K = 48
@@ -29,6 +29,43 @@ def torch_of(array: NDArray[np.float32]) -> torch.Tensor:
 @numba.njit
 def gate(gates, ups):  # type: ignore[no-untyped-def]
     gate_row(gates, ups, gates.shape[0] // LANES)
+
+
+@numba.njit
+def softmax(row, least_peak):  # type: ignore[no-untyped-def]
+    return softmax_row(row, row.shape[0] // LANES, least_peak)
+
+
+def test_softmax_finds_the_peak_wherever_it_is() -> None:
+    for num_vectors in range(1, 10):
+        scores = random(num_vectors * LANES)
+        for place in range(len(scores)):
+            row = scores.copy()
+            row[place] = 5.0
+            expected = np.exp(row - np.float32(5))
+            peak, total = softmax(row, np.float32(-1e30))
+            assert peak == 5.0
+            np.testing.assert_allclose(row, expected, rtol=5e-7, atol=0)
+            assert total == pytest.approx(expected.sum(), rel=1e-6)
+
+
+def test_softmax_keeps_a_higher_peak_and_hides_what_is_far_below() -> None:
+    row = random(3 * LANES)
+    row[7] = -1e30
+    expected = np.exp(row - np.float32(9))
+    peak, total = softmax(row, np.float32(9))
+    assert (peak, row[7]) == (9.0, 0.0)
+    assert total == pytest.approx(expected.sum(), rel=1e-6)
+
+
+def test_softmax_of_nan_is_nan_there() -> None:
+    for place in range(5 * LANES):
+        row = random(5 * LANES)
+        row[place] = np.nan
+        peak, total = softmax(row, np.float32(-1e30))
+        assert np.isnan(row).nonzero()[0].tolist() == [place]
+        assert np.isfinite(peak)
+        assert np.isnan(total)
 
 
 def test_a_panel_holds_columns_side_by_side() -> None:

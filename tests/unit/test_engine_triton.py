@@ -32,7 +32,6 @@ from flowkv_common.engine.graphs import MAX_BATCH, GraphedSteps, Shape, batch_si
 from flowkv_common.engine.model import LoadedModel
 from flowkv_common.engine.modules import ModulesForward
 from flowkv_common.engine.runner import Runner
-from flowkv_common.node.memory import WORKING_BYTES, bytes_left
 
 NUM_BLOCKS = 64
 
@@ -294,11 +293,3 @@ def test_steps_with_prompts_have_graphs_up_to_the_token_budget() -> None:
 
 def test_beyond_the_largest_graph_steps_run_without_one() -> None:
     assert batch_sizes(10_000)[-1] == MAX_BATCH
-
-
-def test_a_node_on_a_gpu_takes_its_share_less_what_it_holds() -> None:
-    gib = 1 << 30
-    assert bytes_left(80 * gib, 79 * gib, 16 * gib, 0.5) == 24 * gib - WORKING_BYTES
-    # Others have taken most of it: only what is free counts.
-    assert bytes_left(80 * gib, 10 * gib, 16 * gib, 0.9) == 10 * gib - WORKING_BYTES
-    assert bytes_left(24 * gib, 23 * gib, 30 * gib, 0.9) < 0

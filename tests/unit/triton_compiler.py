@@ -10,12 +10,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flowkv_common.engine import kernels_triton_rows as rows
+from flowkv_common.engine.attention_triton import num_stages
 from flowkv_common.engine.kernels_triton import attend_prompts
 from flowkv_common.engine.kernels_triton_decode import attend_part, join_parts
 
 HEADS = {"block_size": 16, "head_dim": 128, "padded_dim": 128}
 PARTS = {"num_parts": 32, "least_part_len": 128, "tile_len": 64}
 NUMBERS = "*i32"
+ITEM_BYTES = {"bf16": 2, "fp32": 4}
 ARGUMENTS: dict[Any, tuple[dict[str, str], dict[str, int]]] = {
     rows.write_kv: ({"slots": "*i64"}, HEADS),
     attend_prompts: (
@@ -53,7 +55,7 @@ def main(capability: int, dtype: str) -> None:
     names = ("pool", "query", "result", "key", "value", *ROWS)
     states = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("scale", "eps"), "fp32")
     launch: dict[Any, dict[str, int]] = {  # as `TritonAttention` and `TritonFlatForward` ask for
-        attend_prompts: {"num_stages": 1 if dtype == "fp32" else 3},
+        attend_prompts: {"num_stages": num_stages(HEADS["head_dim"] * ITEM_BYTES[dtype])},
         attend_part: {"num_stages": 2},
         rows.add_and_norm: {"num_warps": 8},
         rows.rotate_and_write: {"num_warps": 1},

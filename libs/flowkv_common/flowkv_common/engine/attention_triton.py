@@ -21,8 +21,6 @@ MANY_PAIRS = 512
 # Keys per step of the online softmax, and queries of a prompt per program.
 TILE_LEN = 64
 NUM_ROWS = 64
-# Of a token's key: up to so many, shared memory holds several tiles.
-WIDEST_HEAD_BYTES = 256
 # The matrix units take at least so many rows.
 LEAST_ROWS = 16
 
@@ -224,12 +222,16 @@ class TritonAttention:
             padded_dim=self._padded_dim,
             num_rows=NUM_ROWS,
             tile_len=TILE_LEN,
-            # Tiles that are loaded ahead: of wide ones few GPUs could hold more.
-            num_stages=3 if item_bytes * self._padded_dim <= WIDEST_HEAD_BYTES else 1,
+            num_stages=num_stages(item_bytes * self._padded_dim),
         )
 
     def _to_device(self, array: NDArray[np.integer]) -> Tensor:
         return torch.from_numpy(array).to(self._pool.device)
+
+
+def num_stages(head_bytes: int) -> int:
+    """Tiles of prompts that are loaded ahead, for heads of so many bytes: of wide ones few GPUs hold more."""
+    return 3 if head_bytes <= 256 else 1
 
 
 def tiles(query_lens: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -27,8 +27,8 @@ Replay = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Replay]
 
 MAX_BATCH = 256
-# Of a step with prompts: items, more than decode beside them, and the numbers of tokens that graphs are
-# recorded for.
+# Of a step with prompts: items, more than the default's 64 that decode, and the numbers of tokens that graphs
+# are recorded for.
 MAX_ITEMS = 96
 TOKEN_SIZES = (64, 128, 192, 256, 384, 512, 640, 768, 1024)
 

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import binding, ir  # type: ignore[import-untyped]
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 
 Value = Any  # an SSA value of llvmlite, which has no types
 
-LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8  # float32 numbers in a vector register
+# What numba compiles for: this processor, unless its settings say otherwise.
+_HAS_AVX512 = binding.get_host_cpu_features().get("avx512f") and config.ENABLE_AVX and not config.CPU_NAME
+LANES = 16 if _HAS_AVX512 else 8  # float32 numbers in a vector register
 
 _LINE_BYTES = 64  # of a cache
 

@@ -106,6 +106,7 @@ async def _compute(node: Node, steps: Steps) -> None:
     try:
         await steps.run()
     except DeviceLost as error:
+        log.exception("the device is lost")
         node.draining = True
         node.changed.set()
         await node.fail_all(Unavailable(f"the device of {node.ref.node_id} is lost: {error}"))
