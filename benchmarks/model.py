@@ -1,4 +1,4 @@
-"""The model that benchmarks use unless told otherwise."""
+"""The model that benchmarks use unless told otherwise, and of what their prompts are made."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 _PREPARE_TIMEOUT_S = 1800
+# Token ids that every tokenizer here has and that stand for text.
+TOKEN_IDS = range(1000, 30_000)
 
 
 def default_model() -> str:

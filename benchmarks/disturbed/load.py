@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from benchmarks.load.arrivals import Arrival
 from benchmarks.load.client import Outcome, stream
 from benchmarks.load.summary import Quantiles, quantiles
+from benchmarks.model import TOKEN_IDS
 from benchmarks.serving.loop import RequestFailed
 
-_TOKEN_IDS = range(1000, 30_000)
 _TIMEOUT_S = 300.0
 
 
@@ -52,7 +52,7 @@ async def run(url: str, load: Load, seed: int) -> Figures:
     longs: list[Outcome] = []
 
     async def ask(outcomes: list[Outcome], num_prompt_tokens: int, num_output_tokens: int) -> None:
-        prompt_ids = rng.choices(_TOKEN_IDS, k=num_prompt_tokens)
+        prompt_ids = rng.choices(TOKEN_IDS, k=num_prompt_tokens)
         arrival = Arrival(time.monotonic() - began, num_prompt_tokens, num_output_tokens)
         outcome = Outcome(arrival, arrival.at_s)
         outcomes.append(outcome)

@@ -9,8 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-# Token ids that every tokenizer here has and that stand for text.
-_TOKEN_IDS = range(1000, 30_000)
+from benchmarks.model import TOKEN_IDS
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Job:
     def prompts(self, seed: int = 0) -> list[list[int]]:
         """Random token ids; another `seed`, other prompts."""
         rng = random.Random(f"{self.context} {seed}")
-        return [rng.choices(_TOKEN_IDS, k=self.context) for _ in range(max(1, self.batch))]
+        return [rng.choices(TOKEN_IDS, k=self.context) for _ in range(max(1, self.batch))]
 
 
 class Party:

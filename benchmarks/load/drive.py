@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterable
 
 from benchmarks.load.arrivals import Arrival
 from benchmarks.load.client import Outcome, stream
-
-# Token ids that every tokenizer here has and that stand for text.
-_TOKEN_IDS = range(1000, 30_000)
+from benchmarks.model import TOKEN_IDS
 
 
 async def drive(
@@ -28,7 +26,7 @@ async def drive(
     began = time.monotonic()
     async with asyncio.TaskGroup() as tasks:
         for arrival in arrivals:
-            prompt_ids = rng.choices(_TOKEN_IDS, k=arrival.num_prompt_tokens)
+            prompt_ids = rng.choices(TOKEN_IDS, k=arrival.num_prompt_tokens)
             await asyncio.sleep(began + arrival.at_s - time.monotonic())
             outcome = Outcome(arrival, time.monotonic() - began)
             outcomes.append(outcome)

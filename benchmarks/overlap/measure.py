@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import httpx
 
+from benchmarks.model import TOKEN_IDS
 from benchmarks.overlap.setups import Setup
 from flowkv_common.bus.connection import connect
 from flowkv_common.wire import subjects
@@ -21,8 +22,6 @@ _REQUEST_TIMEOUT_S = 300.0
 _EVENT_TIMEOUT_S = 10.0
 _NUM_WARMUPS = 2
 _WARMUP_TOKENS = 600  # more than one chunk
-# Token ids that every tokenizer here has and that stand for text.
-_TOKEN_IDS = range(1000, 30_000)
 
 Progress = Callable[[str], None]
 
@@ -59,10 +58,10 @@ async def measure(
         httpx.AsyncClient(base_url=cluster.url, timeout=_REQUEST_TIMEOUT_S) as http,
     ):
         for _ in range(_NUM_WARMUPS):
-            await _sample(http, setup, events, rng.choices(_TOKEN_IDS, k=_WARMUP_TOKENS))
+            await _sample(http, setup, events, rng.choices(TOKEN_IDS, k=_WARMUP_TOKENS))
         for number in range(num_repeats):
             for length in lengths:
-                prompt = rng.choices(_TOKEN_IDS, k=length)
+                prompt = rng.choices(TOKEN_IDS, k=length)
                 samples.append(await _sample(http, setup, events, prompt))
             progress(f"{setup.title}: {number + 1} of {num_repeats}")
     return samples

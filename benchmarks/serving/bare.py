@@ -11,9 +11,9 @@ from pathlib import Path
 from benchmarks.engine.jobs import Job
 from benchmarks.engine.process import party
 from benchmarks.serving.loop import Load
+from benchmarks.serving.short import NUM_TOKENS
 
 _REPEATS = 3
-_SHORT_TOKENS = 10
 
 
 @dataclass(frozen=True)
@@ -56,4 +56,4 @@ def bare(model: str, loads: list[Load], num_threads: int, cores: list[int], is_w
             found.append(
                 Bare(load.title, round(num_tokens / wave_s, 2), round(1e3 * decode_s / num_steps, 2))
             )
-        return Floors(round(1e3 * median_s(Job(0, _SHORT_TOKENS)), 2), found)
+        return Floors(round(1e3 * median_s(Job(0, NUM_TOKENS)), 2), found)

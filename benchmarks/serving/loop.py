@@ -17,8 +17,8 @@ from benchmarks.load.arrivals import Arrival, Lengths, Phase, poisson
 from benchmarks.load.client import Outcome, stream
 from benchmarks.load.drive import drive
 from benchmarks.load.summary import Quantiles, Targets, quantiles, tpot_s
+from benchmarks.model import TOKEN_IDS
 
-TOKEN_IDS = range(1000, 30_000)
 _TIMEOUT_S = 300.0
 
 

@@ -11,7 +11,8 @@ import random
 from benchmarks.load.arrivals import Arrival
 from benchmarks.load.client import Outcome, stream
 from benchmarks.load.summary import Quantiles, quantiles
-from benchmarks.serving.loop import TOKEN_IDS, RequestFailed
+from benchmarks.model import TOKEN_IDS
+from benchmarks.serving.loop import RequestFailed
 from benchmarks.serving.servers import Server
 from flowkv_common.bus.connection import connect
 from flowkv_common.wire import subjects
