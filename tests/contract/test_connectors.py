@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import resource
 import socket
 import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -19,8 +23,17 @@ from flowkv_common.kv.alignment import Copy
 from flowkv_common.kv.connector import ConnectorUnavailable
 from flowkv_common.kv.connectors.communicator import RECEIVER, Communicator
 from flowkv_common.kv.connectors.cuda_ipc import PoolHandle
-from flowkv_common.kv.connectors.frames import MAX_FRAME_BYTES, Channel, Hello, Reply, Transfer
+from flowkv_common.kv.connectors.frames import (
+    MAX_FRAME_BYTES,
+    MAX_HELLO_BYTES,
+    Channel,
+    Hello,
+    Reply,
+    Transfer,
+)
 from flowkv_common.kv.connectors.nccl import Invitation
+from flowkv_common.kv.connectors.sockets import dial_tcp, dial_unix
+from flowkv_common.kv.connectors.stream import MAX_STRANGERS
 from flowkv_common.kv.reservations import Reservation
 from flowkv_common.wire.parts import PoolLayout
 
@@ -202,13 +215,8 @@ async def test_a_closed_link_says_so(kind: str) -> None:
 
 async def dial(receiver: Node, io_timeout_s: float = 5.0) -> Channel:
     """A raw connection to the receiver, as anybody could open one."""
-    loop = asyncio.get_running_loop()
-    is_path = receiver.address.startswith("/")
-    sock = socket.socket(socket.AF_UNIX if is_path else socket.AF_INET, socket.SOCK_STREAM)
-    sock.setblocking(False)
-    host, _, port = receiver.address.rpartition(":")
-    await loop.sock_connect(sock, receiver.address if is_path else (host, int(port)))
-    return Channel(sock, io_timeout_s)
+    dial_it = dial_unix if receiver.address.startswith("/") else dial_tcp
+    return Channel(await dial_it(receiver.address), io_timeout_s)
 
 
 async def assert_hangs_up(channel: Channel) -> None:
@@ -279,6 +287,77 @@ async def test_many_silent_peers_do_not_keep_a_good_one_out(kind: str) -> None:
             channel.close()
 
 
+@on_sockets
+async def test_strangers_hold_a_bounded_number_of_places_and_lose_the_oldest_first(kind: str) -> None:
+    async with network(kind) as net:
+        receiver, sender = await net.node(io_timeout_s=60.0), await net.node()
+        with contextlib.ExitStack() as all_strangers:
+            strangers = []
+            for _ in range(3 * MAX_STRANGERS):
+                strangers.append(all_strangers.enter_context(await dial(receiver)))
+                await strangers[-1].write(memoryview(framed(b"x" * 1000)[:500]))
+            await assert_serves(receiver, sender)  # it has had a place among them for a moment
+            are_there = [channel.is_quiet() for channel in strangers]
+        assert are_there == [False] * (2 * MAX_STRANGERS + 1) + [True] * (MAX_STRANGERS - 1)
+
+
+@on_sockets
+async def test_a_stranger_may_not_say_more_than_hello(kind: str) -> None:
+    async with network(kind) as net:
+        receiver, sender = await net.node(io_timeout_s=60.0), await net.node()
+        with await dial(receiver) as channel:
+            await channel.write(memoryview((MAX_HELLO_BYTES + 1).to_bytes(4, "big")))
+            await assert_hangs_up(channel)
+        await assert_serves(receiver, sender)
+
+
+@on_sockets
+async def test_without_a_descriptor_left_the_oldest_stranger_gives_its_own(kind: str) -> None:
+    async with network(kind) as net:
+        receiver = await net.node(io_timeout_s=60.0)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with await dial(receiver) as oldest, await dial(receiver) as other:
+            async with asyncio.timeout(5):
+                await until(lambda: len(receiver.connector._strangers) == 2)
+            for _ in range(5):  # what dialling took besides is given back
+                await asyncio.sleep(0)
+            is_path = receiver.address.startswith("/")
+            with Channel(socket.socket(socket.AF_UNIX if is_path else socket.AF_INET), 5.0) as channel:
+                lowest_free = os.dup(0)
+                os.close(lowest_free)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+                try:
+                    host, _, port = receiver.address.rpartition(":")
+                    address = receiver.address if is_path else (host, int(port))
+                    await asyncio.get_running_loop().sock_connect(channel.sock, address)
+                    await channel.send(hello())
+                    await channel.expect_yes()
+                finally:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            await assert_hangs_up(oldest)
+            assert other.is_quiet()
+
+
+async def until(is_met: Callable[[], bool]) -> None:
+    while not is_met():  # noqa: ASYNC110  a turn of the loop, no time
+        await asyncio.sleep(0)
+
+
+async def test_what_is_announced_and_never_comes_takes_no_memory() -> None:
+    one, other = socket.socketpair()
+    with Channel(one, 60.0) as speaker, Channel(other, 60.0) as listener:
+        await speaker.write(memoryview(MAX_FRAME_BYTES.to_bytes(4, "big") + b"x" * 1000))
+        tracemalloc.start()
+        receiving = asyncio.create_task(listener.receive(Transfer))
+        async with asyncio.timeout(5):
+            await until(listener.is_quiet)  # it has taken what there is
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        receiving.cancel()
+        await asyncio.wait([receiving])
+        assert peak < MAX_FRAME_BYTES / 4
+
+
 async def greet_and_hang(listener: socket.socket, kind: str) -> Channel:
     """A receiver that says yes to one peer and then nothing any more."""
     sock, _ = await asyncio.get_running_loop().sock_accept(listener)
@@ -286,7 +365,8 @@ async def greet_and_hang(listener: socket.socket, kind: str) -> Channel:
     await channel.receive(Hello)
     await channel.send(Reply())
     if kind == "shm":
-        await channel.fill(memoryview(bytearray(1)))
+        await channel.arrival()
+        channel.sock.recv(1)  # with the descriptor of the pool, which is closed unseen
         await channel.send(Reply())
     if kind == "cuda_ipc":
         await channel.receive(PoolHandle)

@@ -19,7 +19,10 @@ import msgspec
 from flowkv_common.kv.alignment import Copy
 
 MAX_FRAME_BYTES = 1 << 20
+# Whoever says hello may be anybody: the frame takes a few hundred bytes.
+MAX_HELLO_BYTES = 4096
 _LENGTH_BYTES = 4
+_PIECE_BYTES = 64 << 10
 
 
 class FrameError(ConnectionError):
@@ -79,11 +82,11 @@ class Channel:
             raise FrameError(f"a frame of {len(payload)} bytes is over the limit of {MAX_FRAME_BYTES}")
         await self.write(memoryview(len(payload).to_bytes(_LENGTH_BYTES, "big") + payload))
 
-    async def receive(self, kind: type[F]) -> F:
-        """The next frame, which must be a `kind`."""
+    async def receive(self, kind: type[F], max_bytes: int = MAX_FRAME_BYTES) -> F:
+        """The next frame, which must be a `kind` of at most `max_bytes`."""
         num_bytes = int.from_bytes(await self._read(_LENGTH_BYTES), "big")
-        if num_bytes > MAX_FRAME_BYTES:
-            raise FrameError(f"a frame of {num_bytes} bytes is over the limit of {MAX_FRAME_BYTES}")
+        if num_bytes > max_bytes:
+            raise FrameError(f"a frame of {num_bytes} bytes is over the limit of {max_bytes}")
         try:
             return msgspec.json.decode(await self._read(num_bytes), type=kind)
         except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
@@ -100,16 +103,6 @@ class Channel:
         """Hands all of `view` to the kernel, in one step."""
         async with self.deadline():
             await self._loop.sock_sendall(self.sock, view)
-
-    async def fill(self, view: memoryview, keep_going: Callable[[], None] = lambda: None) -> None:
-        """Receives straight into `view`, in one step; `keep_going` may raise before each read."""
-        async with self.deadline():
-            while view:
-                keep_going()
-                num_received = await self._loop.sock_recv_into(self.sock, view)
-                if not num_received:
-                    raise ConnectionResetError("closed by the peer")
-                view = view[num_received:]
 
     async def arrival(self) -> None:
         """Returns when there is something to read, be it the end. The only wait without a deadline."""
@@ -161,6 +154,12 @@ class Channel:
         self.close()
 
     async def _read(self, num_bytes: int) -> bytearray:
-        data = bytearray(num_bytes)
-        await self.fill(memoryview(data))
+        """In one step. What is announced but never comes takes no memory."""
+        data = bytearray()
+        async with self.deadline():
+            while missing := num_bytes - len(data):
+                piece = await self._loop.sock_recv(self.sock, min(missing, _PIECE_BYTES))
+                if not piece:
+                    raise ConnectionResetError("closed by the peer")
+                data += piece
         return data

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import select
 import socket
 import tempfile
 from pathlib import Path
@@ -11,6 +13,11 @@ from typing import NamedTuple
 
 # A host that died without a word is found out after about a minute.
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 3}
+# An address of a name that has not answered for so long gets company by the next one (RFC 8305).
+_NEXT_ADDRESS_S = 0.25
+# A Unix socket with a full queue says so at once, instead of letting wait.
+_FULL_QUEUE_S = 0.01
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 class Place(NamedTuple):
@@ -19,6 +26,7 @@ class Place(NamedTuple):
     host: str = "127.0.0.1"  # what TCP binds to, a name or an address
     port: int = 0  # 0: any free one
     reached_at: str = ""  # the name or address that peers dial; `host` if empty
+    reached_on: int = 0  # the port that peers dial; the bound one if 0
     socket_dir: str | None = None  # holds the folders of Unix sockets; the system's temporary one if None
 
 
@@ -34,25 +42,83 @@ def bind_unix(place: Place, lifetime: contextlib.ExitStack) -> tuple[socket.sock
 
 async def dial_unix(address: str) -> socket.socket:
     """A non-blocking socket connected to a path. Raises `OSError`."""
-    return await _connected(socket.AF_UNIX, address)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        while True:
+            try:
+                sock.connect(address)
+            except BlockingIOError:  # asyncio would take the socket for connected
+                await asyncio.sleep(_FULL_QUEUE_S)
+            else:
+                return sock
+    except BaseException:
+        sock.close()
+        raise
 
 
 async def bind_tcp(place: Place) -> tuple[socket.socket, str]:
-    """A bound socket, and the `host:port` that leads to it. Raises `OSError`."""
-    family, address = await _resolve(place.host, place.port)
-    listener = _bound(family, address)
-    return listener, f"{place.reached_at or place.host}:{listener.getsockname()[1]}"
+    """A bound socket, and the `host:port` that leads to it. Raises `OSError`.
+
+    Of a name's addresses it is the first that this host has: a name may have one of IPv6 where there is none.
+    """
+    found = await asyncio.get_running_loop().getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+    failed = OSError(f"{place.host} has no address")
+    for family, _, _, _, address in found:
+        try:
+            listener = _bound(family, address)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+            failed = error
+            continue
+        port = place.reached_on or listener.getsockname()[1]
+        return listener, join_host_port(place.reached_at or place.host, port)
+    raise failed
 
 
 async def dial_tcp(address: str) -> socket.socket:
-    """A non-blocking socket connected to `host:port`. Raises `OSError`."""
-    host, _, port = address.rpartition(":")
-    if not port.isascii() or not port.isdigit():
-        raise OSError(f"{address!r} is not host:port")
-    family, resolved = await _resolve(host, int(port))
-    sock = await _connected(family, resolved)
-    tune_tcp(sock)
+    """A non-blocking socket connected to `host:port`, by whichever of the host's addresses answers first.
+
+    Raises `OSError`.
+    """
+    host, port = split_host_port(address)
+    transport, _ = await asyncio.get_running_loop().create_connection(
+        _Unread, host, port, happy_eyeballs_delay=_NEXT_ADDRESS_S
+    )
+    try:
+        sock: socket.socket = transport.get_extra_info("socket").dup()
+    finally:
+        transport.abort()  # closes its own descriptor alone
+    try:
+        sock.setblocking(False)
+        tune_tcp(sock)
+    except BaseException:
+        sock.close()
+        raise
     return sock
+
+
+class _Unread(asyncio.Protocol):
+    """Leaves what the peer says to whoever takes the socket over."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.ReadTransport)
+        transport.pause_reading()
+
+
+def join_host_port(host: str, port: int) -> str:
+    """`host:port`, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def split_host_port(address: str) -> tuple[str, int]:
+    """What `join_host_port` has joined. Raises `OSError` for anything else."""
+    host, _, port = address.rpartition(":")
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    if not port.isascii() or not port.isdigit() or int(port) > 65535 or (":" in host and not is_bracketed):
+        raise OSError(f"{address!r} is not host:port")
+    return host[1:-1] if is_bracketed else host, int(port)
 
 
 def tune_tcp(sock: socket.socket) -> None:
@@ -61,6 +127,13 @@ def tune_tcp(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _KEEPALIVE.items():
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def is_readable(sock: socket.socket) -> bool:
+    """Whether something waits to be read or, at a listener, to be accepted."""
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return bool(poller.poll(0))
 
 
 def has_hung_up(sock: socket.socket) -> bool:
@@ -81,20 +154,3 @@ def _bound(family: int, address: str | tuple[object, ...]) -> socket.socket:
         listener.close()
         raise
     return listener
-
-
-async def _connected(family: int, address: str | tuple[object, ...]) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, address)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-async def _resolve(host: str, port: int) -> tuple[int, tuple[object, ...]]:
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    family, _, _, _, address = found[0]
-    return family, address

@@ -18,7 +18,8 @@ from typing import Generic, Self, TypeVar
 from flowkv_common.errors import BadRequest, FlowKVError, Stale
 from flowkv_common.kv.alignment import Copy, ids_of
 from flowkv_common.kv.connector import ConnectorUnavailable, KVLink, Landing, Landings, Pool, find_stray
-from flowkv_common.kv.connectors.frames import Channel, Hello, Refused, Reply, Transfer
+from flowkv_common.kv.connectors import sockets
+from flowkv_common.kv.connectors.frames import MAX_HELLO_BYTES, Channel, Hello, Refused, Reply, Transfer
 from flowkv_common.kv.connectors.link import StreamLink
 from flowkv_common.kv.connectors.sockets import LOOPBACK, Place
 from flowkv_common.wire.parts import Run
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 _BACKLOG = 128
 _ACCEPT_RETRY_S = 0.1
+# Connections of one listener that have not shown the secret. One more costs the oldest its place: whoever has
+# the secret shows it at once.
+MAX_STRANGERS = 64
 
 Land = Callable[[list[Copy], Landing], Awaitable[int]]
 P = TypeVar("P", bound=Pool)
@@ -53,6 +57,9 @@ class StreamConnector(abc.ABC, Generic[P]):
         self._io_timeout_s = io_timeout_s
         self._tasks = asyncio.TaskGroup()
         self._serving: set[asyncio.Task[None]] = set()
+        # Connections that have not shown the secret, the oldest first, and who serves them.
+        self._strangers: dict[socket.socket, asyncio.Task[None]] = {}
+        self._is_crowded = False
         self._links: list[StreamLink] = []
         self._resources = contextlib.ExitStack()  # given back after the last task has ended
 
@@ -144,19 +151,47 @@ class StreamConnector(abc.ABC, Generic[P]):
         while True:
             try:
                 sock, _ = await loop.sock_accept(listener)
-            except OSError as error:  # out of file descriptors, say: others may free some
-                logger.warning("%s: can't accept: %s", self.name, error)
+            except OSError as error:
+                # Out of descriptors, say. The kernel tells that also while nobody knocks.
+                if sockets.is_readable(listener):
+                    logger.warning("%s: can't accept: %s", self.name, error)
+                    self._drop_oldest_stranger()
                 await asyncio.sleep(_ACCEPT_RETRY_S)
             else:
-                serving = self._start(self._serve(sock))
-                serving.add_done_callback(functools.partial(_close, sock))  # it may never get to run
+                self._strangers[sock] = serving = self._start(self._serve(sock))
+                serving.add_done_callback(functools.partial(self._done, sock))  # it may never get to run
+                self._bound_strangers()
+                await asyncio.sleep(
+                    0
+                )  # between any two, however many wait, those who are here get their turn
+
+    def _bound_strangers(self) -> None:
+        if len(self._strangers) <= MAX_STRANGERS:
+            return
+        if not self._is_crowded:
+            logger.warning("%s: over %d connections show no secret: the oldest go", self.name, MAX_STRANGERS)
+        self._is_crowded = True
+        self._drop_oldest_stranger()
+
+    def _drop_oldest_stranger(self) -> None:
+        if oldest := next(iter(self._strangers), None):
+            self._strangers.pop(oldest).cancel()
+
+    def _done(self, sock: socket.socket, _: asyncio.Task[None]) -> None:
+        sock.close()
+        self._strangers.pop(sock, None)
+        if not self._strangers:
+            self._is_crowded = False
 
     async def _serve(self, sock: socket.socket) -> None:
         """One connection. Whatever a peer does costs only this."""
         with Channel(sock, self._io_timeout_s) as channel:
             try:
-                hello = await channel.receive(Hello)
+                async with channel.deadline():
+                    hello = await channel.receive(Hello, MAX_HELLO_BYTES)
                 objection = self._objection(hello)
+                if objection is None:
+                    self._strangers.pop(sock, None)
                 await channel.send(Reply(error=objection))
                 if objection is None:
                     await self._receive_from(channel, hello)
@@ -197,7 +232,3 @@ class StreamConnector(abc.ABC, Generic[P]):
                 raise ConnectorUnavailable(f"{self.name} to {address}: {error or 'out of time'}") from error
             undo.pop_all()
             return channel
-
-
-def _close(sock: socket.socket, _: asyncio.Task[None]) -> None:
-    sock.close()
