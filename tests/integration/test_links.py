@@ -30,6 +30,19 @@ async def test_a_slower_link_is_warned_about(
     assert [message for message in warnings if message.startswith("KV goes to b")] == told
 
 
+has_ipv6 = Path("/proc/net/if_inet6").exists() and "lo" in Path("/proc/net/if_inet6").read_text().split()
+
+
+@pytest.mark.skipif(not has_ipv6, reason="this host has no IPv6")
+async def test_nodes_may_have_addresses_of_ipv6(nats_server: NatsServer, tmp_path: Path) -> None:
+    model = load_tiny(make_tiny_model(tmp_path, "llama"))
+    there = {"connectors": "tcp", "host": "::", "advertise_host": "::1"}
+    async with connect(nats_server.url, name="test") as bus:
+        async with live_node(nats_server, bus, model, "b", **there):
+            async with live_node(nats_server, bus, model, "a", **there, peers=1):
+                pass
+
+
 async def test_a_node_bound_to_all_addresses_is_reached_by_its_hosts_name(
     nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     overlap_transfer: bool = True  # send blocks while later chunks compute; off: all after the last chunk
     advertise_host: str = ""  # where others reach this node; if empty `host`, or this host's name for 0.0.0.0
     data_port: int = 0  # of the TCP socket for KV; 0: any free port
+    advertise_port: int = 0  # where others reach that socket, behind NAT say; 0: its own port
     socket_dir: str = ""  # shared by the nodes of one host, for shared memory; the temporary folder if empty
     http_port: int = 0
     load_period_s: float = 0.5

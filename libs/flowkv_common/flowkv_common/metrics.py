@@ -84,7 +84,11 @@ async def serve_http(
         timeout_graceful_shutdown=drain_timeout_s,
     )
     server = _QuietServer(config)
-    with socket.create_server((host, port), backlog=2048) as listener:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    takes_both = host == "::" and socket.has_dualstack_ipv6()
+    with socket.create_server(
+        (host, port), family=family, backlog=2048, dualstack_ipv6=takes_both
+    ) as listener:
         _tune(listener, unread_timeout_s)
         async with group() as tasks:
             tasks.create_task(server.serve(sockets=[listener]))

@@ -29,7 +29,7 @@ from flowkv_common.engine.runner import EngineThread, Runner
 from flowkv_common.errors import Unavailable
 from flowkv_common.kv.blocks import Blocks
 from flowkv_common.kv.connectors import make_connectors
-from flowkv_common.kv.connectors.sockets import Place
+from flowkv_common.kv.connectors.sockets import Place, join_host_port
 from flowkv_common.kv.reservations import Reservations
 from flowkv_common.metrics import serve_http, service_app
 from flowkv_common.node.attempts import Attempts
@@ -137,6 +137,7 @@ async def _open(
         host=settings.host,
         port=settings.data_port,
         reached_at=_reached_at(settings),
+        reached_on=settings.advertise_port,
         socket_dir=settings.socket_dir or None,
     )
     for connector in make_connectors(settings.connector_names, pool, reservations, links.admits, place=place):
@@ -238,7 +239,7 @@ def _describe(node: Node, steps: Steps, role: str, http_port: int) -> NodeDescri
         memory="gpu" if node.settings.is_on_gpu else "host",
         host=host,
         pid=os.getpid(),
-        metrics_url=f"http://{host}:{http_port}/metrics",
+        metrics_url=f"http://{join_host_port(host, http_port)}/metrics",
         version=__version__,
     )
 
