@@ -178,6 +178,7 @@ def requests(seed: int) -> Iterator[ScheduleRequest]:
         yield ScheduleRequest(
             request_id=f"r{number}",
             attempt=0,
+            fingerprint=CARD.fingerprint,
             num_prompt_tokens=num_tokens,
             max_new_tokens=300,
             block_hashes=hashes,

@@ -16,6 +16,7 @@ BLOCK_SIZE = 16
 TOKEN_BUDGET = 512
 NUM_BLOCKS = 256  # 4096 tokens
 PERIOD_S = 0.5
+MODEL = ModelCard(name="m", fingerprint="f", max_model_len=4096, vocab_size=64, eos_token_ids=[0])
 NOTHING = Work()
 CAPS = {"prefill": TOKEN_BUDGET, "decode": BLOCK_SIZE, "mixed": 128}
 
@@ -27,12 +28,13 @@ def descriptor(
     incarnation: str = "i1",
     num_blocks: int = NUM_BLOCKS,
     memory: str = "host",
+    model: ModelCard = MODEL,
     **layout: Any,
 ) -> NodeDescriptor:
     return NodeDescriptor(
         node=NodeRef(node_id=node_id, incarnation=incarnation),
         role=role,
-        model=ModelCard(name="m", fingerprint="f", max_model_len=4096, vocab_size=64, eos_token_ids=[0]),
+        model=model,
         layout=PoolLayout(
             **{"num_layers": 2, "block_size": BLOCK_SIZE, "num_kv_heads": 2, "head_dim": 16}
             | {"dtype": "float32"}
@@ -102,10 +104,11 @@ def node(
     given: Work = NOTHING,
     num_blocks: int = NUM_BLOCKS,
     memory: str = "host",
+    model: ModelCard = MODEL,
     layout: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Imagined:
-    described = descriptor(node_id, role, num_blocks=num_blocks, memory=memory, **(layout or {}))
+    described = descriptor(node_id, role, num_blocks=num_blocks, memory=memory, model=model, **(layout or {}))
     return Imagined(described, report(node_id, role, **changes), age_s, given)
 
 
@@ -129,6 +132,10 @@ def view(imagined: Imagined) -> NodeView:
 
 def request(num_prompt_tokens: int = 100, max_new_tokens: int = 50, **changes: Any) -> ScheduleRequest:
     plain = ScheduleRequest(
-        request_id="r", attempt=0, num_prompt_tokens=num_prompt_tokens, max_new_tokens=max_new_tokens
+        request_id="r",
+        attempt=0,
+        fingerprint=MODEL.fingerprint,
+        num_prompt_tokens=num_prompt_tokens,
+        max_new_tokens=max_new_tokens,
     )
     return msgspec.structs.replace(plain, **changes)

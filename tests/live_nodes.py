@@ -100,9 +100,9 @@ async def check(bus: Bus, node_id: str) -> Checked:
 
 
 @contextlib.asynccontextmanager
-async def client(bus: Bus) -> AsyncIterator[Client]:
+async def client(bus: Bus, fingerprint: str) -> AsyncIterator[Client]:
     """Listens for tokens and keepalives while the context lasts."""
-    mine = Client(bus)
+    mine = Client(bus, fingerprint)
     keepalive = Endpoint(subjects.keepalive(mine.gateway_id), Keepalive, mine.keepalive)
     tokens = await bus.subscribe(subjects.tokens(mine.gateway_id), StepTokens, mine.take)
     async with tokens, Service(bus, name="gateway", version="1.0.0", service_id="g", endpoints=[keepalive]):
@@ -114,7 +114,8 @@ class Client:
 
     gateway_id = "g"
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
         self._bus = bus
         self._numbers = itertools.count()
         self._outputs: dict[str, _Output] = {}
@@ -137,6 +138,7 @@ class Client:
             attempt=0,
             epoch=epoch,
             node=prefill,
+            fingerprint=self.fingerprint,
             decode=decode,
             gateway_id=self.gateway_id,
             prompt_ids=prompt_ids,

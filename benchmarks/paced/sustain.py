@@ -34,6 +34,7 @@ from flowkv_common.wire.nodes import NodeDescriptor, StepFit
 from flowkv_common.wire.parts import SamplingParams
 from scripts.local_cluster import Cluster, ClusterError
 from tests.paced.cluster import NODES, paced_cluster, paced_settings
+from tests.paced.nodes import FINGERPRINT
 
 _NUM_BLOCKS = 8192
 _STEPS_S = (0.08, 0.04, 0.02, 0.015, 0.01, 0.005)
@@ -133,6 +134,7 @@ def _runs(nodes: Sequence[NodeDescriptor], num_sequences: int, max_tokens: int) 
             attempt=0,
             epoch=1,
             node=refs[f"prefill-{i}"],
+            fingerprint=FINGERPRINT,
             decode=refs[f"decode-{i}"],
             gateway_id=_GATEWAY_ID,
             prompt_ids=[1000 + number] * _PROMPT_TOKENS,

@@ -14,7 +14,7 @@ from benchmarks.simulate.batch import Prompt
 from benchmarks.simulate.events import Events
 from benchmarks.simulate.judge import Judge
 from benchmarks.simulate.life import Life
-from benchmarks.simulate.node import REPORT_PERIOD_S, SimNode
+from benchmarks.simulate.node import FINGERPRINT, REPORT_PERIOD_S, SimNode
 from benchmarks.traces import TOKENS_PER_HASH_ID
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import ScheduleRequest, Wait
@@ -109,6 +109,7 @@ class Cluster:
         request = ScheduleRequest(
             request_id=str(life.number),
             attempt=0,
+            fingerprint=FINGERPRINT,
             num_prompt_tokens=life.request.num_prompt_tokens,
             max_new_tokens=ASKED_NEW_TOKENS,
             age_s=age_s,

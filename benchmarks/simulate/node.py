@@ -18,6 +18,7 @@ from flowkv_common.wire.nodes import BlockCounts, BlocksChanged, LoadReport, Nod
 from flowkv_common.wire.parts import ModelCard, NodeRef
 
 REPORT_PERIOD_S = 0.5
+FINGERPRINT = "simulated"
 
 
 class SimNode:
@@ -86,7 +87,7 @@ class SimNode:
             role=self.role,
             model=ModelCard(
                 name=self.kind.name,
-                fingerprint="simulated",
+                fingerprint=FINGERPRINT,
                 max_model_len=self.kind.max_model_len,
                 vocab_size=1,
                 eos_token_ids=[],

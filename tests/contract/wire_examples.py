@@ -57,6 +57,7 @@ from flowkv_common.wire.nodes import (
 from flowkv_common.wire.parts import (
     Candidate,
     ModelCard,
+    ModelFiles,
     NodeRef,
     Part,
     PoolLayout,
@@ -84,6 +85,7 @@ CARD = ModelCard(
     max_model_len=8192,
     vocab_size=49152,
     eos_token_ids=[2],
+    files=ModelFiles(tokenizer="9f0c2d51", config="61e7a8b2", weights="c4d3b0aa"),
 )
 SAMPLING = SamplingParams(
     max_tokens=32,
@@ -123,6 +125,7 @@ EXAMPLES: list[Message] = [
     ScheduleRequest(
         request_id=REQUEST_ID,
         attempt=1,
+        fingerprint=CARD.fingerprint,
         num_prompt_tokens=70,
         max_new_tokens=32,
         num_output_tokens=1,
@@ -142,12 +145,13 @@ EXAMPLES: list[Message] = [
         prefill_candidates=[Candidate(node_id="prefill-0", predicted_s=0.125, reason="0 tokens ahead")],
         decode_candidates=[Candidate(node_id="decode-0", predicted_s=0.03125, reason="2 of 64 sequences")],
     ),
-    Wait(retry_in_s=0.25, reason="no node is ready"),
+    Wait(retry_in_s=0.25, reason="no node of the model is ready"),
     PrefillRun(
         request_id=REQUEST_ID,
         attempt=1,
         epoch=1,
         node=PREFILL,
+        fingerprint=CARD.fingerprint,
         decode=DECODE,
         gateway_id=GATEWAY_ID,
         prompt_ids=[1, 4093, 28],
@@ -158,6 +162,7 @@ EXAMPLES: list[Message] = [
     Reserve(
         transfer_id=TRANSFER_ID,
         node=DECODE,
+        fingerprint=CARD.fingerprint,
         prefill=PREFILL,
         gateway_id=GATEWAY_ID,
         num_tokens=71,
@@ -173,6 +178,7 @@ EXAMPLES: list[Message] = [
         attempt=1,
         epoch=1,
         node=DECODE,
+        fingerprint=CARD.fingerprint,
         prefill=PREFILL,
         token="secret",
         gateway_id=GATEWAY_ID,

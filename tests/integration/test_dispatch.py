@@ -21,6 +21,7 @@ from flowkv_common.errors import (
     NotFound,
     TransferFailed,
     Unavailable,
+    WrongModel,
 )
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
@@ -41,12 +42,14 @@ from flowkv_common.wire.messages import (
     Wait,
     transfer_id,
 )
-from flowkv_common.wire.parts import NodeRef, SamplingParams
+from flowkv_common.wire.parts import ModelFiles, NodeRef, SamplingParams
 from flowkv_gateway import dispatch as dispatch_module
 from flowkv_gateway import journey as journey_module
 from flowkv_gateway.dispatch import Dispatch, open_dispatch
 from flowkv_gateway.generation import Generation, Piece
+from flowkv_gateway.own_model import OwnModel
 
+OWN = OwnModel(ModelFiles())
 P, D = NodeRef(node_id="p", incarnation="1"), NodeRef(node_id="d", incarnation="1")
 Behaviour = Callable[["Nodes", PrefillRun], Awaitable[None]]
 
@@ -128,7 +131,7 @@ def tid_of(run: PrefillRun) -> str:
 
 @contextlib.asynccontextmanager
 async def cluster(nats_server: NatsServer, *attempts: Behaviour) -> AsyncIterator[tuple[Dispatch, Nodes]]:
-    async with connect(nats_server.url, name="nodes") as bus, open_dispatch(nats_server.url) as dispatch:
+    async with connect(nats_server.url, name="nodes") as bus, open_dispatch(nats_server.url, OWN) as dispatch:
         nodes = Nodes(bus, list(attempts))
         endpoints = [
             Endpoint(subjects.SCHEDULE, ScheduleRequest, nodes.schedule),
@@ -150,7 +153,7 @@ async def cluster(nats_server: NatsServer, *attempts: Behaviour) -> AsyncIterato
 
 
 def generation(deadline_s: float = 10.0) -> Generation:
-    return Generation("r", [1, 2, 3], SamplingParams(max_tokens=4, seed=1), deadline_s)
+    return Generation("r", [1, 2, 3], SamplingParams(max_tokens=4, seed=1), deadline_s, fingerprint="f")
 
 
 async def collect(dispatch: Dispatch, one: Generation | None = None) -> list[Piece]:
@@ -248,7 +251,9 @@ async def test_the_scheduler_is_told_the_hashes_of_all_that_an_attempt_computes(
         nodes.needs_hashes = True
         known = keep_announced(nodes.bus, lambda: descriptor("p", "prefill"))
         async with asyncio.timeout(10), running(known):
-            await collect(dispatch, Generation("r", prompt_ids, SamplingParams(max_tokens=4), 10.0))
+            await collect(
+                dispatch, Generation("r", prompt_ids, SamplingParams(max_tokens=4), 10.0, fingerprint="f")
+            )
         told = [request.block_hashes for request in nodes.asked if request.block_hashes]
         assert told == [
             block_hashes("f", prompt_ids, BLOCK_SIZE),
@@ -283,7 +288,7 @@ async def test_who_gets_no_pair_is_not_tried_again(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journey_module, "SCHEDULER_PATIENCE_S", 0.5)
-    async with connect(nats_server.url, name="test") as bus, open_dispatch(nats_server.url) as dispatch:
+    async with connect(nats_server.url, name="test") as bus, open_dispatch(nats_server.url, OWN) as dispatch:
         told: asyncio.Queue[RequestFinished] = asyncio.Queue()
         finished = subjects.event("request_finished", "*")
         async with await bus.subscribe(finished, RequestFinished, lambda event, _: told.put(event)):
@@ -309,6 +314,18 @@ async def test_patience_does_not_begin_anew_with_each_pair_that_fails(nats_serve
         assert ages[2][1] >= ages[1][1] >= 0.1
         assert ages[2][1] < 1.0
         assert ages[3][1] >= 0.2
+
+
+async def test_all_attempts_name_the_model_they_began_with(nats_server: NatsServer) -> None:
+    async def refuse(nodes: Nodes, run: PrefillRun) -> None:
+        raise WrongModel("p serves another model")
+
+    async with cluster(nats_server, refuse, refuse, refuse) as (dispatch, nodes):
+        with pytest.raises(WrongModel):
+            await collect(dispatch)
+        asked = [(request.fingerprint, request.avoid) for request in nodes.asked]
+        assert asked == [("f", []), ("f", ["p"]), ("f", ["p"])]
+        assert [run.fingerprint for run in nodes.runs] == ["f"] * 3
 
 
 async def test_what_another_attempt_cannot_mend_is_not_tried_again(nats_server: NatsServer) -> None:

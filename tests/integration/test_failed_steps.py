@@ -67,7 +67,7 @@ async def setup(nats_server: NatsServer, tmp_path_factory: pytest.TempPathFactor
     async with AsyncExitStack() as opened:
         bus = await opened.enter_async_context(connect(nats_server.url, name="test"))
         heard = await opened.enter_async_context(reports(bus, "n"))
-        mine = await opened.enter_async_context(client(bus))
+        mine = await opened.enter_async_context(client(bus, model.card.fingerprint))
         task = asyncio.create_task(serve(settings, "mixed", breaking, stop))
         node = (await first(heard, lambda report: report.ready)).node
         yield Setup(bus, mine, node, errors, task)

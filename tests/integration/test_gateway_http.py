@@ -69,7 +69,7 @@ class Gateway:
 async def running(tokenizer: Tokenizer, **settings: Any) -> AsyncIterator[Gateway]:
     generator = ScriptedGenerator(text_pieces(tokenizer, "hello w\u00f6rld \U0001f600"))
     app = build_app(
-        GatewaySettings(model_path="unused", model_name=MODEL, **settings),
+        GatewaySettings(**{"model_path": "unused", "model_name": MODEL, **settings}),
         tokenizer,
         generator,
         CollectorRegistry(),
@@ -511,3 +511,27 @@ async def test_metrics(gateway: Gateway) -> None:
     }
     assert {name: await gateway.metric(name) for name in expected} == expected
     assert (await gateway.http.head("/metrics")).status_code == 200
+
+
+@pytest.mark.parametrize(("set_name", "served"), [("", MODEL), ("alias", "alias")])
+async def test_the_model_is_called_as_was_set_else_as_its_nodes_say(
+    tokenizer: Tokenizer, set_name: str, served: str
+) -> None:
+    """And who names the folder means it too."""
+    async with running(tokenizer, model_path="/models/folder", model_name=set_name) as gateway:
+        listed = (await gateway.http.get("/v1/models")).json()["data"]
+        assert [(model["id"], model["root"]) for model in listed] == [(served, served)]
+        for name in (served, "folder"):
+            answer = (await gateway.http.post("/v1/chat/completions", json={**CHAT, "model": name})).json()
+            assert answer["model"] == served
+            assert (await gateway.http.get(f"/v1/models/{name}")).json()["id"] == served
+        assert (
+            await gateway.metric(f'vllm:request_success_total{{finished_reason="stop",model_name="{served}"')
+            == 2
+        )
+        assert await gateway.metric(f'vllm:prompt_tokens_total{{model_name="{served}"}}') > 0
+        refused = await gateway.http.post("/v1/chat/completions", json={**CHAT, "model": "other"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+        gateway.generator.card = None
+        listed = (await gateway.http.get("/v1/models")).json()["data"]
+        assert [(model["id"], model["max_model_len"]) for model in listed] == [(set_name or "folder", None)]

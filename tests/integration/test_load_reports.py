@@ -35,6 +35,7 @@ class Setup(NamedTuple):
         request = Reserve(
             transfer_id="r.0",
             node=self.node,
+            fingerprint=self.client.fingerprint,
             prefill=NodeRef(node_id="other", incarnation="1"),
             gateway_id=self.client.gateway_id,
             num_tokens=num_blocks * BLOCK_SIZE,
@@ -57,7 +58,7 @@ async def setup(nats_server: NatsServer, model: LoadedModel) -> AsyncIterator[Se
         bus = await opened.enter_async_context(connect(nats_server.url, name="test"))
         node = await opened.enter_async_context(live_node(nats_server, bus, model, "n0"))
         heard = await opened.enter_async_context(reports(bus, "n0"))
-        yield Setup(bus, await opened.enter_async_context(client(bus)), node, heard)
+        yield Setup(bus, await opened.enter_async_context(client(bus, model.card.fingerprint)), node, heard)
 
 
 async def test_a_reservation_shows_its_blocks_and_itself_at_the_same_time(setup: Setup) -> None:

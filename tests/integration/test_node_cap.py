@@ -80,7 +80,7 @@ async def setup(nats_server: NatsServer, model: LoadedModel) -> AsyncIterator[Se
         node = await opened.enter_async_context(
             live_node(nats_server, bus, model, "n0", load_period_s=LOAD_PERIOD_S)
         )
-        yield Setup(bus, await opened.enter_async_context(client(bus)), node)
+        yield Setup(bus, await opened.enter_async_context(client(bus, model.card.fingerprint)), node)
 
 
 async def test_the_next_step_obeys_and_everyone_hears(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:

@@ -47,6 +47,7 @@ class Pair(NamedTuple):
         request = Reserve(
             transfer_id="other.0",
             node=self.a,
+            fingerprint=self.client.fingerprint,
             prefill=NodeRef(node_id="c", incarnation="1"),
             gateway_id=self.client.gateway_id,
             num_tokens=LONG_PROMPT,
@@ -74,7 +75,7 @@ async def pair(nats_server: NatsServer, model_path: Path) -> AsyncIterator[Pair]
             )
             for node_id, peers in (("a", 0), ("b", 1))
         ]
-        yield Pair(bus, await opened.enter_async_context(client(bus)), a, b)
+        yield Pair(bus, await opened.enter_async_context(client(bus, model.card.fingerprint)), a, b)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ VOCABULARY = Vocabulary(
 
 def make_choice(stops: tuple[str, ...] = (), min_tokens: int = 0) -> Choice:
     sampling = SamplingParams(max_tokens=9, min_tokens=min_tokens)
-    return Choice(3, Generation("cmpl-1", [1], sampling, 60.0), VOCABULARY, stops)
+    return Choice(3, Generation("cmpl-1", [1], sampling, 60.0, fingerprint="f"), VOCABULARY, stops)
 
 
 def push(choice: Choice, *token_ids: int, finish_reason: str | None = None) -> list[Delta]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from imagined_nodes import BLOCK_SIZE, descriptor, report
+import msgspec
+import pytest
+from imagined_nodes import BLOCK_SIZE, MODEL, descriptor, report
 
+from flowkv_common.wire.parts import ModelCard, ModelFiles
 from flowkv_gateway.cluster import Cluster
+from flowkv_gateway.own_model import OwnModel
+from flowkv_gateway.prompt_hashes import HashBasis
+
+OWN = OwnModel(ModelFiles())
 
 
 def test_the_context_is_no_longer_than_the_largest_kv_cache() -> None:
     """Or a chat without max_tokens would ask for more than any node can ever hold."""
-    cluster = Cluster()
+    cluster = Cluster(OWN)
     assert cluster.model() is None
     nodes = [descriptor("p", "prefill", num_blocks=20), descriptor("d", "decode", num_blocks=30)]
     cluster.follow({node.node.node_id: node for node in nodes})
@@ -25,7 +32,7 @@ def test_the_context_is_no_longer_than_the_largest_kv_cache() -> None:
 
 
 def test_a_node_that_leaves_the_registry_leaves_no_report_behind() -> None:
-    cluster = Cluster(clock=lambda: 0.0)
+    cluster = Cluster(OWN, clock=lambda: 0.0)
     nodes = {"p": descriptor("p", "prefill"), "d": descriptor("d", "decode")}
     cluster.follow(nodes)
     cluster.hear(report("p", "prefill"))
@@ -40,7 +47,7 @@ def test_a_node_that_leaves_the_registry_leaves_no_report_behind() -> None:
 
 def test_ready_needs_both_sides_and_recent_reports() -> None:
     now = 0.0
-    cluster = Cluster(clock=lambda: now)
+    cluster = Cluster(OWN, clock=lambda: now)
     cluster.follow({"p": descriptor("p", "prefill"), "d": descriptor("d", "decode")})
     cluster.hear(report("p", "prefill"))
     assert not cluster.is_ready()
@@ -51,3 +58,81 @@ def test_ready_needs_both_sides_and_recent_reports() -> None:
     cluster.hear(report("d", "decode"))
     now = 60.0
     assert not cluster.is_ready()
+
+
+def of_model(fingerprint: str, name: str = "m", **files: str) -> ModelCard:
+    return msgspec.structs.replace(MODEL, name=name, fingerprint=fingerprint, files=ModelFiles(**files))
+
+
+def join(cluster: Cluster, *nodes: tuple[str, str, ModelCard], ready: bool = True) -> None:
+    """All that the registry has: id, role and model."""
+    cluster.follow({node_id: descriptor(node_id, role, model=model) for node_id, role, model in nodes})
+    for node_id, role, _ in nodes:
+        cluster.hear(report(node_id, role, ready=ready))
+
+
+def fingerprint_of(cluster: Cluster) -> str | None:
+    model = cluster.model()
+    return model and model.fingerprint
+
+
+def test_nodes_of_another_model_are_as_if_they_were_not_there(caplog: pytest.LogCaptureFixture) -> None:
+    cluster = Cluster(OwnModel(ModelFiles(weights="a")))
+    other = of_model("fb", "other", weights="b")
+    join(cluster, ("p", "prefill", other), ("d", "decode", other))
+    assert (cluster.model(), cluster.hash_basis("fb"), cluster.is_ready()) == (None, None, False)
+    assert [record.getMessage() for record in caplog.records] == [
+        "p serves another model, other: its weights are others",
+        "d serves another model, other: its weights are others",
+    ]
+    mine = of_model("fa", "mine", weights="a")
+    join(cluster, ("p", "prefill", other), ("d", "decode", other), ("p0", "prefill", mine))
+    assert fingerprint_of(cluster) == "fa"
+    assert not cluster.is_ready()
+    join(cluster, ("d", "decode", other), ("p0", "prefill", mine), ("d0", "decode", mine))
+    assert cluster.is_ready()
+    assert cluster.hash_basis("fa") == HashBasis("fa", BLOCK_SIZE)
+    assert len(caplog.records) == 2  # each is told once
+    join(cluster, ("p", "prefill", other), ("d", "decode", other))
+    assert fingerprint_of(cluster) == "fa"  # clients may still ask what it is
+    assert not cluster.is_ready()
+
+
+def test_while_the_weights_change_most_pairs_decide_and_a_tie_changes_nothing() -> None:
+    cluster = Cluster(OwnModel(ModelFiles(tokenizer="t")))
+    old, new = of_model("z-old", tokenizer="t"), of_model("a-new", tokenizer="t")
+    old_pair = [("p", "prefill", old), ("d", "decode", old)]
+    join(cluster, *old_pair)
+    join(cluster, *old_pair, ("d2", "decode", new))
+    assert fingerprint_of(cluster) == "z-old"
+    join(cluster, *old_pair, ("d2", "decode", new), ("p2", "prefill", new))
+    assert fingerprint_of(cluster) == "z-old"
+    cluster.hear(report("d", "decode", ready=False, draining=True))
+    assert fingerprint_of(cluster) == "a-new"
+    cluster.hear(report("d", "decode"))
+    assert fingerprint_of(cluster) == "a-new"
+    assert cluster.hash_basis("z-old") == HashBasis("z-old", BLOCK_SIZE)  # who began with it goes on with it
+    join(cluster, ("d2", "decode", new), ("p2", "prefill", new))
+    assert cluster.hash_basis("z-old") is None
+
+
+def test_the_model_is_called_as_most_of_its_nodes_say() -> None:
+    cluster = Cluster(OWN)
+    join(
+        cluster,
+        ("p", "prefill", of_model("f", "folder")),
+        ("d", "decode", of_model("f", "name")),
+        ("e", "decode", of_model("f", "name")),
+    )
+    model = cluster.model()
+    assert model is not None
+    assert model.name == "name"
+
+
+def test_a_report_of_a_former_life_makes_nobody_ready() -> None:
+    cluster = Cluster(OWN)
+    cluster.follow({"m": descriptor("m", "mixed", incarnation="i2")})
+    cluster.hear(report("m", "mixed", incarnation="i1"))
+    assert not cluster.is_ready()
+    cluster.hear(report("m", "mixed", incarnation="i2"))
+    assert cluster.is_ready()

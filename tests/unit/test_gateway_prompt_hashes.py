@@ -67,6 +67,6 @@ async def test_the_longest_prompt_stays_far_below_the_limit_of_a_message(
     hashes = await PromptHashes().of([0] * (4 * MAX_HASHES + 4), BASIS)
     assert len(hashes) == MAX_HASHES
     request = ScheduleRequest(
-        request_id="r", attempt=0, num_prompt_tokens=1, max_new_tokens=1, block_hashes=hashes
+        request_id="r", attempt=0, fingerprint="f", num_prompt_tokens=1, max_new_tokens=1, block_hashes=hashes
     )
     assert len(encode(request)) < 600_000

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.policies.baselines import BASELINES
 from benchmarks.simulate.histogram import Histogram
+from benchmarks.simulate.node import FINGERPRINT
 from benchmarks.simulate.presets import PRESETS
 from benchmarks.simulate.run import Machines
 from flowkv_common.errors import BadRequest
@@ -50,6 +51,7 @@ def ask(planner: Planner, number: int = 0, hashes: list[str] | None = None) -> t
     request = ScheduleRequest(
         request_id=str(number),
         attempt=0,
+        fingerprint=FINGERPRINT,
         num_prompt_tokens=640,
         max_new_tokens=100,
         block_hashes=hashes or [],
@@ -104,7 +106,9 @@ def test_decode_nodes_without_room_are_left_out(name: str) -> None:
 @pytest.mark.parametrize("name", BASELINES)
 def test_admission_is_the_schedulers(name: str) -> None:
     full = baseline(name, [Load(), Load(num_free=5)], num_prefill=1)
-    request = ScheduleRequest(request_id="a", attempt=0, num_prompt_tokens=640, max_new_tokens=100)
+    request = ScheduleRequest(
+        request_id="a", attempt=0, fingerprint=FINGERPRINT, num_prompt_tokens=640, max_new_tokens=100
+    )
     assert isinstance(full.schedule(request, 0.1), Wait)
     with pytest.raises(BadRequest):
         full.schedule(msgspec.structs.replace(request, num_prompt_tokens=10**7), 0.1)

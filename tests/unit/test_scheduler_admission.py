@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
-from imagined_nodes import NUM_BLOCKS, Imagined, cluster, node, request, view
+from imagined_nodes import MODEL, NUM_BLOCKS, Imagined, cluster, node, request, view
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
@@ -54,6 +55,23 @@ def test_without_nodes_it_waits_then_gives_up(nodes: list[Imagined]) -> None:
     with pytest.raises(errors.Unavailable) as caught:
         decide(request(age_s=LIMITS.no_node_age_s + 0.1), nodes)
     assert caught.value.retry_after_s is not None
+
+
+def test_nodes_of_another_model_are_no_nodes() -> None:
+    """Neither their room nor their size counts: one large enough for all would let it wait for ever."""
+    other = msgspec.structs.replace(MODEL, fingerprint="g")
+    others = [node("m", "mixed", model=other, num_blocks=100 * NUM_BLOCKS, free=100 * NUM_BLOCKS)]
+    decision = decide(request(), others)
+    assert isinstance(decision, Wait)
+    assert decision.reason == "no node of the model is ready"
+    with pytest.raises(errors.Unavailable, match="no node of the model"):
+        decide(request(age_s=LIMITS.no_node_age_s + 0.1), others)
+    with pytest.raises(errors.BadRequest, match="4096 tokens"):
+        decide(request(4096, 1), [*PAIR, *others])
+    full = [node("p0", "prefill"), node("d0", "decode", free=0), *others]
+    decision = decide(request(), full)
+    assert isinstance(decision, Wait)
+    assert decision.reason == "all 1 decode nodes are full"
 
 
 def test_full_decode_nodes_make_it_wait() -> None:

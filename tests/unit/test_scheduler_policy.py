@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from imagined_nodes import BLOCK_SIZE, Imagined, cluster, node, request, view
+from imagined_nodes import BLOCK_SIZE, MODEL, Imagined, cluster, node, request, view
 
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import StepFit
@@ -239,3 +239,20 @@ def test_nobody_waits_for_the_rhythm_of_others_for_ever() -> None:
     nodes = [node("p0", "prefill"), node("d0", "decode", num_running=9, decode_step_s=0.4)]
     assert choose(request(age_s=GOALS.ttft_s - 0.1), nodes) is None
     assert pair(choose(request(age_s=GOALS.ttft_s), nodes)) == ("p0", "d0")
+
+
+OTHER = msgspec.structs.replace(MODEL, name="other", fingerprint="g")
+
+
+def test_nodes_of_another_model_get_nothing_however_idle_they_are() -> None:
+    mine = [node("p", "prefill", queued_prefill_tokens=5000), node("d", "decode", num_running=9)]
+    others = [
+        node("a", "prefill", model=OTHER),
+        node("b", "decode", model=OTHER),
+        node("c", "mixed", model=OTHER),
+    ]
+    assert pair(choose(request(), mine + others)) == ("p", "d")
+    assert pair(choose(request(fingerprint="g"), mine + others)) == ("c", "c")
+    assert pair(choose(request(), [mine[0], *others])) == ("p", "p")  # rather alone than with another model
+    assert choose(request(), others) is None
+    assert choose(request(fingerprint=""), mine + others) is None

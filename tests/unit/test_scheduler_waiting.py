@@ -13,6 +13,7 @@ def asking(request_id: str, age_s: float = 0.0, priority: int = 0) -> ScheduleRe
     return ScheduleRequest(
         request_id=request_id,
         attempt=0,
+        fingerprint="f",
         num_prompt_tokens=10,
         max_new_tokens=10,
         block_hashes=[],

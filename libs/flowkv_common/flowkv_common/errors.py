@@ -5,6 +5,7 @@ FlowKVError
 |- NotFound          404  no such model, request or path
 |- Stale             409  a message of a former life: other incarnation, older epoch, ended attempt
 |- TooLarge          413  the body is over the limit
+|- WrongModel        421  meant for nodes of another model
 |- Full              429  no room now; `retry_after_s` says when to ask again
 |- Cancelled         499  the client has gone, or its gateway
 |- Internal          500  our fault
@@ -51,6 +52,10 @@ class TooLarge(FlowKVError):
     code = 413
 
 
+class WrongModel(FlowKVError):
+    code = 421
+
+
 class Full(FlowKVError):
     code = 429
 
@@ -82,6 +87,7 @@ _BY_CODE: dict[int, type[FlowKVError]] = {
         NotFound,
         Stale,
         TooLarge,
+        WrongModel,
         Full,
         Cancelled,
         Internal,

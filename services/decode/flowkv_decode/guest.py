@@ -68,6 +68,7 @@ class DecodeGuest:
     async def accept(self, run: DecodeRun) -> Accepted:
         """The handoff: the sequence runs from the next step on. A drain does not refuse what it reserved."""
         self._node.refuse_other_life(run.node)
+        self._node.refuse_other_model(run.fingerprint)
         self._node.hear_epoch(run.epoch)
         self.adopt(intake.claim(self._node, run))
         return Accepted(node_id=self._node.ref.node_id)

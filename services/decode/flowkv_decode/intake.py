@@ -23,13 +23,14 @@ def reserve(node: Node, request: Reserve, num_blocks_owed: int) -> Reserved:
     """Room for a handoff, with what is cached of the prefix pinned; asking again renews it.
 
     Raises Full while there is no room, BadRequest when there never will be, Stale for an ended attempt or a
-    former life, Unavailable when draining; what is reserved already may still be renewed then.
+    former life, WrongModel, Unavailable when draining; what is reserved already may still be renewed then.
     """
     node.refuse_other_life(request.node)
+    node.refuse_other_model(request.fingerprint)
     node.attempts.refuse_ended(request.transfer_id)
     if request.transfer_id in node.reservations:
         return _answer(node.reservations.extend(request.transfer_id, request.expires_in_s))
-    node.refuse_new_work(request.node)
+    node.refuse_new_work(request.node, request.fingerprint)
     reservation = _open(node, request, num_blocks_owed)
     stop = Attempt(
         request.transfer_id,

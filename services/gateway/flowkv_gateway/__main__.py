@@ -16,6 +16,7 @@ from flowkv_common.tasks import stop_on_signals
 from flowkv_gateway.app import build_app
 from flowkv_gateway.connection import ApiConnection
 from flowkv_gateway.dispatch import open_dispatch
+from flowkv_gateway.own_model import own_model
 from flowkv_gateway.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,10 @@ DRAIN_TIMEOUT_S = 30
 async def serve(settings: GatewaySettings) -> None:
     """Open the bus, serve the API on it, drain when told to stop."""
     stop = stop_on_signals()
-    tokenizer = await asyncio.to_thread(Tokenizer.load, Path(settings.model_path))
-    async with open_dispatch(settings.nats_url) as dispatch:
+    folder = Path(settings.model_path)
+    tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
+    own = await asyncio.to_thread(own_model, folder, settings.model_name)
+    async with open_dispatch(settings.nats_url, own) as dispatch:
         app = build_app(settings, tokenizer, dispatch, CollectorRegistry())
         async with serve_http(
             app, settings.host, settings.port, connection=ApiConnection, drain_timeout_s=DRAIN_TIMEOUT_S

@@ -90,8 +90,9 @@ class Api:
         self._settings = settings
         self._tokenizer = tokenizer
         self._generator = generator
-        self._model_name = settings.model_name or Path(settings.model_path).name
-        self._metrics = GatewayMetrics(registry, self._model_name)
+        folder = Path(settings.model_path)
+        self._folder_names = (folder.name, folder.resolve().name)
+        self._metrics = GatewayMetrics(registry, self._model_name, is_fixed=bool(settings.model_name))
         self._created = int(time.time())
 
     async def chat(self, request: Request) -> ASGIApp:
@@ -145,20 +146,25 @@ class Api:
             self._check_model(body.model)
         return body
 
+    def _model_name(self) -> str:
+        """As it was set, else as the nodes call it; before any has joined the folder's name."""
+        card = self._generator.model()
+        return self._settings.model_name or (card.name if card else self._folder_names[0])
+
     def _check_model(self, name: str) -> None:
-        if name != self._model_name:
+        # Who names the folder means the same model, whatever the nodes call it.
+        if name != self._model_name() and name not in self._folder_names:
             raise ModelNotFound(f"The model {name!r} does not exist.", field="model")
 
     def _card(self) -> ModelCard:
         card = self._generator.model()
         if card is None:
-            raise Unavailable("No node has joined yet.", retry_after_s=1.0)
+            raise Unavailable("No node that serves this model has joined yet.", retry_after_s=1.0)
         return card
 
     def _model_entry(self) -> Model:
-        card = self._generator.model()
-        max_model_len = card.max_model_len if card else None
-        return Model(self._model_name, self._created, self._model_name, max_model_len)
+        card, name = self._generator.model(), self._model_name()
+        return Model(name, self._created, name, card.max_model_len if card else None)
 
     def _answer(
         self, body: ChatRequest | CompletionRequest, prompts: list[Prompt], card: ModelCard, shape: Shape
@@ -174,7 +180,7 @@ class Api:
         )
         return AnswerResponse(
             Answer.of(groups, self._tokenizer.vocabulary, body.stops),
-            Writer(shape, reply_id=request_id, created=int(time.time()), model=self._model_name),
+            Writer(shape, reply_id=request_id, created=int(time.time()), model=self._model_name()),
             self._generator,
             self._metrics,
             stream_options=(body.stream_options or StreamOptions()) if body.stream else None,

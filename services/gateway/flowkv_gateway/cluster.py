@@ -1,65 +1,114 @@
-"""What the gateway knows of the nodes: which model they serve, and whether a request could be served now."""
+"""What the gateway knows of the nodes: which model they serve, and whether a request could be served now.
+
+Only nodes of the gateway's own model count. Several fingerprints may fit it, while its weights or their dtype
+are being changed: new requests go to the one with the most pairs of nodes, and each stays with its own.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_common.wire.parts import ModelCard
+from flowkv_gateway.own_model import OwnModel
 from flowkv_gateway.prompt_hashes import HashBasis
+
+log = logging.getLogger(__name__)
 
 # A node that has missed so many reports does not count as ready.
 MISSED_REPORTS = 4
 
 
 class Cluster:
-    """Fed by the registry and by load reports; chooses nothing."""
+    """Fed by the registry and by load reports; chooses nothing but the fingerprint."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, own: OwnModel, clock: Callable[[], float] = time.monotonic) -> None:
+        self._own = own
         self._clock = clock
-        self._descriptors: dict[str, NodeDescriptor] = {}
+        self._by_fingerprint: dict[str, dict[str, NodeDescriptor]] = {}
         self._reports: dict[str, tuple[float, LoadReport]] = {}
         self._model: ModelCard | None = None
+        self._others: dict[str, str] = {}  # node id -> why it is none of ours
 
     def follow(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         """The registry has changed. The model outlives its nodes: clients may ask for it at any time."""
-        self._descriptors = dict(descriptors)
         self._reports = {name: heard for name, heard in self._reports.items() if name in descriptors}
-        if self._descriptors:
-            self._model = _servable(list(self._descriptors.values()))
+        self._by_fingerprint = {}
+        others = {}
+        for node_id, node in descriptors.items():
+            if reason := self._own.why_not(node.model):
+                others[node_id] = reason
+                if node_id not in self._others:
+                    log.warning("%s serves another model, %s: %s", node_id, node.model.name, reason)
+            else:
+                self._by_fingerprint.setdefault(node.model.fingerprint, {})[node_id] = node
+        self._others = others
+        self._choose_model()
 
     def hear(self, report: LoadReport) -> None:
+        """The latest word of a node."""
+        _, before = self._reports.get(report.node.node_id, (0.0, None))
         self._reports[report.node.node_id] = (self._clock(), report)
+        if before is None or _standing(before) != _standing(report):
+            self._choose_model()
 
     def model(self) -> ModelCard | None:
+        """Of new requests; None until a node of ours has joined."""
         return self._model
 
-    def hash_basis(self) -> HashBasis | None:
-        """How the nodes hash their blocks; None while no node is known."""
-        if not self._descriptors:
+    def hash_basis(self, fingerprint: str) -> HashBasis | None:
+        """How the nodes of a fingerprint hash their blocks, most of them; None while there are none."""
+        nodes = self._by_fingerprint.get(fingerprint)
+        if not nodes:
             return None
-        node = list(self._descriptors.values())[-1]
-        return HashBasis(node.model.fingerprint, node.layout.block_size)
+        [(block_size, _)] = Counter(node.layout.block_size for node in nodes.values()).most_common(1)
+        return HashBasis(fingerprint, block_size)
 
     def is_ready(self) -> bool:
         """At least one node that takes prompts and one that takes decodes; a mixed node is both."""
-        caps = [
-            (report.max_prefill_tokens_per_step, self._descriptors[node_id])
-            for node_id, (heard_at, report) in self._reports.items()
-            if node_id in self._descriptors
-            and report.ready
-            and self._clock() - heard_at < MISSED_REPORTS * report.period_s
-        ]
-        can_prefill = any(cap > node.layout.block_size for cap, node in caps)
-        can_decode = any(cap < node.token_budget for cap, node in caps)
-        return can_prefill and can_decode
+        return self._model is not None and self._num_of_sides(self._model.fingerprint)[0] > 0
+
+    def _choose_model(self) -> None:
+        """Most pairs, then most nodes; as it was where that is no difference."""
+        if self._by_fingerprint:
+            current = self._model.fingerprint if self._model else ""
+            best = max(
+                self._by_fingerprint,
+                key=lambda one: (self._num_of_sides(one), one == current, one),
+            )
+            self._model = _servable(list(self._by_fingerprint[best].values()))
+
+    def _num_of_sides(self, fingerprint: str) -> tuple[int, int]:
+        """How many are ready: on the smaller side, and on both. A mixed node stands on each side."""
+        now = self._clock()
+        num_prefill = num_decode = 0
+        for node_id, node in self._by_fingerprint.get(fingerprint, {}).items():
+            heard_at, report = self._reports.get(node_id, (0.0, None))
+            if report is None or report.node != node.node or not report.ready:
+                continue
+            if now - heard_at >= MISSED_REPORTS * report.period_s:
+                continue
+            num_prefill += report.max_prefill_tokens_per_step > node.layout.block_size
+            num_decode += report.max_prefill_tokens_per_step < node.token_budget
+        return min(num_prefill, num_decode), num_prefill + num_decode
+
+
+def _standing(report: LoadReport) -> tuple[str, bool, int]:
+    """What of a report decides whether, and on which side, its node counts."""
+    return report.node.incarnation, report.ready, report.max_prefill_tokens_per_step
 
 
 def _servable(nodes: Sequence[NodeDescriptor]) -> ModelCard:
-    """The model, its context no longer than the largest KV cache: the scheduler refuses what is."""
-    model = nodes[-1].model
+    """The model, its context no longer than the largest KV cache: the scheduler refuses what is.
+
+    It is called as most of its nodes say.
+    """
+    [(name, _)] = Counter(sorted(node.model.name for node in nodes)).most_common(1)
     largest = max(node.num_blocks * node.layout.block_size for node in nodes)
-    return msgspec.structs.replace(model, max_model_len=min(model.max_model_len, largest))
+    model = nodes[-1].model
+    return msgspec.structs.replace(model, name=name, max_model_len=min(model.max_model_len, largest))

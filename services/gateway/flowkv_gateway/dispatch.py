@@ -47,6 +47,7 @@ from flowkv_common.wire.parts import ModelCard
 from flowkv_gateway.cluster import Cluster
 from flowkv_gateway.generation import Generation, Piece
 from flowkv_gateway.journey import Journey
+from flowkv_gateway.own_model import OwnModel
 from flowkv_gateway.streams import AttemptStream, Streams
 
 log = logging.getLogger(__name__)
@@ -69,11 +70,11 @@ FINAL = (BadRequest, NotFound, TooLarge, Full, DeadlineExceeded)
 class Dispatch:
     """Runs requests on the cluster; the `Generator` behind the HTTP side. Made by `open_dispatch`."""
 
-    def __init__(self, bus: Bus, gateway_id: str) -> None:
+    def __init__(self, bus: Bus, gateway_id: str, own: OwnModel) -> None:
         self._bus = bus
         self._gateway_id = gateway_id
         self.streams = Streams()
-        self.cluster = Cluster()
+        self.cluster = Cluster(own)
 
     def model(self) -> ModelCard | None:
         return self.cluster.model()
@@ -138,7 +139,8 @@ class Dispatch:
                 await asyncio.sleep(min(answer.retry_in_s, remaining_s))
 
     async def _ask_scheduler(self, journey: Journey) -> Assignment | Wait:
-        request = await journey.schedule_request(self.cluster.hash_basis())
+        basis = self.cluster.hash_basis(journey.generation.fingerprint)
+        request = await journey.schedule_request(basis)
         kinds = Assignment | Wait
         try:
             answer = await self._bus.request(subjects.SCHEDULE, request, kinds, timeout_s=SCHEDULE_TIMEOUT_S)
@@ -156,6 +158,7 @@ class Dispatch:
             attempt=journey.attempt,
             epoch=assignment.epoch,
             node=assignment.prefill,
+            fingerprint=journey.generation.fingerprint,
             decode=assignment.decode,
             gateway_id=self._gateway_id,
             prompt_ids=journey.generation.prompt_ids,
@@ -222,11 +225,14 @@ class Dispatch:
 
 
 @contextlib.asynccontextmanager
-async def open_dispatch(nats_url: str) -> AsyncIterator[Dispatch]:
-    """A gateway's connection to the cluster, listening for tokens, keepalives, nodes and their load."""
+async def open_dispatch(nats_url: str, own: OwnModel) -> AsyncIterator[Dispatch]:
+    """A gateway's connection to the cluster, listening for tokens, keepalives, nodes and their load.
+
+    Of the nodes only those that serve its `own` model are its cluster.
+    """
     gateway_id = f"gateway-{secrets.token_hex(4)}"
     async with connect(nats_url, name=f"flowkv-gateway/{gateway_id}") as bus:
-        dispatch = Dispatch(bus, gateway_id)
+        dispatch = Dispatch(bus, gateway_id, own)
         service = Service(
             bus,
             name="gateway",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from flowkv_common.wire.parts import ModelCard, SamplingParams, TokenLogprob
@@ -18,6 +18,7 @@ class Generation:
     sampling: SamplingParams
     deadline_s: float
     priority: int = 0
+    fingerprint: str = field(kw_only=True)  # of the model, on all attempts
 
 
 class Piece(NamedTuple):
@@ -40,7 +41,7 @@ class Generator(Protocol):
         ...
 
     def model(self) -> ModelCard | None:
-        """The model that the nodes serve; None while no node is known."""
+        """The model of new requests; None until a node that serves the gateway's model has joined."""
         ...
 
     def is_ready(self) -> bool:

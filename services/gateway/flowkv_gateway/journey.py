@@ -53,6 +53,7 @@ class Journey:
         return ScheduleRequest(
             request_id=generation.request_id,
             attempt=self.attempt,
+            fingerprint=generation.fingerprint,
             num_prompt_tokens=len(token_ids),
             max_new_tokens=generation.sampling.max_tokens - len(self.output_ids),
             num_output_tokens=len(self.output_ids),

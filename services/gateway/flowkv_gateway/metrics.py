@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import perf_counter
+from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -32,16 +33,44 @@ _TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 
 _NUM_CHOICES = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 
+Family = TypeVar("Family", Counter, Histogram)
+
+
+class _OfModel(Generic[Family]):
+    """A family of one label, the model's name, which is asked for each time."""
+
+    def __init__(self, family: Family, model_name: Callable[[], str], is_fixed: bool) -> None:
+        self._labels: Callable[[str], Family] = family.labels
+        self._model_name = model_name
+        if is_fixed:
+            self._now()
+
+    def _now(self) -> Family:
+        return self._labels(self._model_name())
+
+    def observe(self: _OfModel[Histogram], value: float) -> None:
+        self._now().observe(value)
+
+    def inc(self: _OfModel[Counter], value: float = 1) -> None:
+        self._now().inc(value)
+
+
 class GatewayMetrics:
-    """All collectors of the gateway, in `registry`, with the model's name as label."""
+    """All collectors of the gateway, in `registry`, with the model's name as label.
 
-    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+    Where the nodes bring the name (it is not `is_fixed`), a series begins with its first observation.
+    """
+
+    def __init__(
+        self, registry: CollectorRegistry, model_name: Callable[[], str], *, is_fixed: bool = True
+    ) -> None:
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> _OfModel[Histogram]:
             family = Histogram(name, text, ["model_name"], buckets=buckets, registry=registry)
-            return family.labels(model_name)
+            return _OfModel(family, model_name, is_fixed)
 
-        def counter(name: str, text: str) -> Counter:
-            return Counter(name, text, ["model_name"], registry=registry).labels(model_name)
+        def counter(name: str, text: str) -> _OfModel[Counter]:
+            family = Counter(name, text, ["model_name"], registry=registry)
+            return _OfModel(family, model_name, is_fixed)
 
         self._model_name = model_name
         self.ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to first token", _TTFT_S)
@@ -80,7 +109,7 @@ class GatewayMetrics:
             raise
         finally:
             self._open.dec()
-            self._finished.labels(self._model_name, reason).inc()
+            self._finished.labels(self._model_name(), reason).inc()
             if reason in ("stop", "length"):
                 self._observe_lengths(choice)
                 times.end(choice.num_tokens)

@@ -45,6 +45,7 @@ def plan(
                 sampling=_sampling(request, card, max_tokens, _as_int64(base + i)),
                 deadline_s=deadline_s,
                 priority=request.priority or 0,
+                fingerprint=card.fingerprint,
             )
             for i in range(num_samples)
         ]

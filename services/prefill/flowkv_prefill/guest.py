@@ -52,8 +52,8 @@ class PrefillGuest:
         return [Endpoint(subjects.at(subjects.PREFILL_RUN, self._node.ref.node_id), PrefillRun, self.accept)]
 
     async def accept(self, run: PrefillRun) -> Accepted:
-        """Take a prompt on. Raises Stale for a former life or an ended attempt, Unavailable when draining."""
-        self._node.refuse_new_work(run.node)
+        """Take a prompt on. Raises Stale for a former life or an ended attempt, WrongModel, Unavailable."""
+        self._node.refuse_new_work(run.node, run.fingerprint)
         # Heard, but never refused for being old: the assignment was a promise to a client.
         self._node.hear_epoch(run.epoch)
         prompt = Prompt(run, next(self._numbers))

@@ -96,6 +96,7 @@ class Handoff:
             attempt=self._run.attempt,
             epoch=self._run.epoch,
             node=self._run.decode,
+            fingerprint=self._run.fingerprint,
             prefill=self._node.ref,
             token=self._token,
             gateway_id=self._run.gateway_id,
@@ -144,6 +145,7 @@ async def reserve(node: Node, run: PrefillRun, sequence: Sequence, *, again: boo
     request = Reserve(
         transfer_id=sequence.transfer_id,
         node=run.decode,
+        fingerprint=run.fingerprint,
         prefill=node.ref,
         gateway_id=run.gateway_id,
         num_tokens=sequence.num_tokens + 1,

@@ -49,8 +49,8 @@ def decide(
     weighing = Weighing(request, state, goals, now)
     choice = choose(weighing)
     if choice is None:
-        _check_fits(request, state.views())
-        if not any(weighing.stands(group) for group in state.index.groups):
+        _check_fits(request, [node for node in state.views() if weighing.is_of_model(node)])
+        if not any(weighing.stands(group) for group in weighing.groups):
             return _without_nodes(request, limits)
         return _without_room(request, weighing, limits, num_ahead)
     # The retry of a running request is never shed: its client has seen half of the answer.
@@ -94,14 +94,19 @@ def _check_fits(request: ScheduleRequest, nodes: Sequence[NodeView]) -> None:
 def _without_nodes(request: ScheduleRequest, limits: Limits) -> Wait:
     if request.age_s > limits.no_node_age_s:
         raise errors.Unavailable(
-            f"no node has been ready for {request.age_s:.0f} s", retry_after_s=limits.no_node_age_s
+            f"no node of the model has been ready for {request.age_s:.0f} s",
+            retry_after_s=limits.no_node_age_s,
         )
-    return Wait(retry_in_s=limits.no_node_retry_s, reason="no node is ready")
+    return Wait(retry_in_s=limits.no_node_retry_s, reason="no node of the model is ready")
 
 
 def _without_room(request: ScheduleRequest, weighing: Weighing, limits: Limits, num_ahead: int) -> Wait:
     """Decode nodes are full, or one sequence more would spoil their rhythm."""
-    able = [node for node in weighing.state.usable(weighing.now) if weighing.takes_sequence(node)]
+    able = [
+        node
+        for node in weighing.state.usable(weighing.now)
+        if weighing.is_of_model(node) and weighing.takes_sequence(node)
+    ]
     nodes = [node for node in able if node.may_decode] or able
     room_in_s = min((room_in(node, weighing) for node in nodes), default=limits.max_retry_s)
     turn_in_s = room_in_s + (

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 # Nodes whose speeds differ by less than this factor are compared by their load alone.
 _SPEED_STEP = math.log(1.25)
 
-Group = tuple[object, ...]
+
+class Group(NamedTuple):
+    """What nodes have in common that can exchange blocks: the weights, the layout, the kind of memory."""
+
+    fingerprint: str
+    num_layers: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    memory: str
 
 
 class _Place(msgspec.Struct, frozen=True, gc=False):
@@ -125,10 +135,13 @@ class Index:
     def groups(self) -> list[Group]:
         return self.members.groups
 
-    @property
-    def whole_groups(self) -> list[Group]:
-        """Those with nodes on both sides."""
-        return [group for group in self.groups if self.prefill.has(group) and self.decode.has(group)]
+    def groups_of(self, fingerprint: str) -> list[Group]:
+        """Those that serve the model."""
+        return [group for group in self.groups if group.fingerprint == fingerprint]
+
+    def is_whole(self, group: Group) -> bool:
+        """Has it nodes on both sides?"""
+        return self.prefill.has(group) and self.decode.has(group)
 
     def put(self, view: NodeView) -> None:
         """Take the node up, or to its new place."""
@@ -156,14 +169,13 @@ class Index:
 
 
 def group_of(view: NodeView) -> Group:
-    """Only equal layouts of the same weights, in the same kind of memory, can exchange blocks."""
     layout = view.descriptor.layout
-    return (
-        view.descriptor.model.fingerprint,
-        layout.num_layers,
-        layout.block_size,
-        layout.num_kv_heads,
-        layout.head_dim,
-        layout.dtype,
-        view.descriptor.memory,
+    return Group(
+        fingerprint=view.descriptor.model.fingerprint,
+        num_layers=layout.num_layers,
+        block_size=layout.block_size,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        dtype=layout.dtype,
+        memory=view.descriptor.memory,
     )

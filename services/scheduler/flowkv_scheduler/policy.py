@@ -47,13 +47,14 @@ Chooser = Callable[[Weighing], Choice | None]
 
 
 def choose(weighing: Weighing) -> Choice | None:
-    """The best pair; None when no pair has room for the prompt now.
+    """The best pair of the request's model; None when no pair has room for the prompt now.
 
     Ties go to the less loaded prefill node, then to the smaller node ids.
     """
-    index = weighing.state.index
+    groups_of_model = weighing.groups
+    whole = [group for group in groups_of_model if weighing.state.index.is_whole(group)]
     # A node with nobody to exchange blocks with serves alone, if nobody else can.
-    for groups in (index.whole_groups, index.groups):
+    for groups in (whole, groups_of_model):
         choices = [choice for group in groups if (choice := _choose_in(weighing, group))]
         if choices:
             return min(choices, key=lambda choice: choice.predicted_s)

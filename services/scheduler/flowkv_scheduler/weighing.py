@@ -66,9 +66,13 @@ class Weighing:
         self.goals = goals
         self.now = now
         self.hits = state.prefixes.hits(keys_of(request.block_hashes), now)
+        self.groups = state.index.groups_of(request.fingerprint)
         self._avoid = frozenset(request.avoid)
 
     # --- who may -----------------------------------------------------------------------------------
+
+    def is_of_model(self, node: NodeView) -> bool:
+        return node.descriptor.model.fingerprint == self.request.fingerprint
 
     def takes_prompt(self, node: NodeView) -> bool:
         return node.is_usable(self.now) and node.can_ever_hold(self.request.num_prompt_tokens)

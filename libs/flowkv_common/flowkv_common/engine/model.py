@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from flowkv_common.engine.attention import IMPLEMENTATION
-from flowkv_common.engine.fingerprint import fingerprint, weight_files
 from flowkv_common.engine.servable import UnsupportedModel, max_model_len, servable_config
+from flowkv_common.fingerprint import fingerprint, model_files, weight_files
 from flowkv_common.wire.parts import ModelCard, PoolLayout
 
 DUMMY_SEED = 0
@@ -76,6 +76,7 @@ def load_model(
         max_model_len=max_model_len(config),
         vocab_size=config.vocab_size,
         eos_token_ids=_eos_token_ids(folder, config),
+        files=model_files(folder, has_weights=not is_dummy),
     )
     on_progress(f"loaded {card.name}: {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters")
     num_heads = config.num_attention_heads

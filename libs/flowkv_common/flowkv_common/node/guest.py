@@ -17,7 +17,7 @@ from flowkv_common.config import NodeSettings
 from flowkv_common.engine.batch import WorkItem
 from flowkv_common.engine.sampler import Sampled
 from flowkv_common.engine.sequence import Sequence
-from flowkv_common.errors import FlowKVError, Stale, Unavailable
+from flowkv_common.errors import FlowKVError, Stale, Unavailable, WrongModel
 from flowkv_common.kv.blocks import Blocks, OutOfBlocks
 from flowkv_common.kv.reservations import Reservations
 from flowkv_common.node.attempts import Attempts
@@ -71,9 +71,17 @@ class Node:
         if ref != self.ref:
             raise Stale(f"meant for {ref.node_id}/{ref.incarnation}, this is {self.ref.incarnation}")
 
-    def refuse_new_work(self, ref: NodeRef) -> None:
-        """Raises Stale for a message to a former life, Unavailable while this node takes nothing new."""
+    def refuse_other_model(self, fingerprint: str) -> None:
+        """Raises WrongModel for work of another model than this node's."""
+        if fingerprint != self.card.fingerprint:
+            raise WrongModel(
+                f"{self.ref.node_id} serves {self.card.name} ({self.card.fingerprint}), not {fingerprint}"
+            )
+
+    def refuse_new_work(self, ref: NodeRef, fingerprint: str) -> None:
+        """Raises Stale, WrongModel, or Unavailable while this node takes nothing new."""
         self.refuse_other_life(ref)
+        self.refuse_other_model(fingerprint)
         if reason := self.why_not_ready():
             raise Unavailable(f"{self.ref.node_id}: {reason}")
 

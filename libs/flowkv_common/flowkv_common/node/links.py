@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 
 from flowkv_common.bus.connection import Bus
-from flowkv_common.errors import BadRequest, FlowKVError, Stale, Unavailable
+from flowkv_common.errors import BadRequest, FlowKVError, Stale, Unavailable, WrongModel
 from flowkv_common.kv.connector import ConnectorUnavailable, KVConnector, KVLink
 from flowkv_common.wire import subjects
 from flowkv_common.wire.nodes import LinkOffer, LinkRequest, NodeDescriptor
@@ -62,11 +62,11 @@ class Links:
         return token in self._tokens
 
     def offer(self, request: LinkRequest) -> LinkOffer:
-        """Answer a peer's wish to send here. Raises BadRequest when the pools don't fit each other."""
+        """Answer a peer's wish to send here. Raises BadRequest for another layout, WrongModel."""
         if request.layout != self._layout:
             raise BadRequest(f"KV layouts differ: {request.layout} and {self._layout}", field="layout")
         if request.fingerprint != self._fingerprint:
-            raise BadRequest("the nodes serve different models", field="fingerprint")
+            raise WrongModel(f"{self._node.node_id} serves another model", field="fingerprint")
         self._tokens = {
             token: peer for token, peer in self._tokens.items() if peer.node_id != request.peer.node_id
         }
@@ -97,15 +97,22 @@ class Links:
         return {node_id: link.name for node_id, (_, link) in self._links.items()}
 
     def follow(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
-        """The registry has changed: link to who came; who is missing is forgotten after a while."""
+        """The registry has changed: link to who came and serves our model.
+
+        Who is missing is forgotten after a while.
+        """
         now = time.monotonic()
+        peers = {
+            node_id: descriptor.node
+            for node_id, descriptor in descriptors.items()
+            if node_id != self._node.node_id and descriptor.model.fingerprint == self._fingerprint
+        }
         for node_id in self._peers:
-            if node_id not in descriptors:
+            if node_id not in peers:
                 self._missing_since.setdefault(node_id, now)
-        for node_id, descriptor in descriptors.items():
+        for node_id in peers:
             self._missing_since.pop(node_id, None)
-            if node_id != self._node.node_id:
-                self._peers[node_id] = descriptor.node
+        self._peers |= peers
         self._changed.set()
 
     async def run(self) -> None:
@@ -139,7 +146,7 @@ class Links:
                 link = await self._connect(peer)
                 break
             except (FlowKVError, ConnectorUnavailable) as error:
-                level = logging.WARNING if isinstance(error, BadRequest) else logging.INFO
+                level = logging.WARNING if isinstance(error, BadRequest | WrongModel) else logging.INFO
                 log.log(level, "no link to %s yet, next try in %.1f s: %s", peer.node_id, retry_s, error)
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, LONGEST_RETRY_S)

@@ -61,6 +61,7 @@ class ScheduleRequest(Message, frozen=True):
 
     request_id: str
     attempt: int
+    fingerprint: str  # of the model: nodes of another are not for this request
     num_prompt_tokens: int
     max_new_tokens: int
     num_output_tokens: int = 0  # of the prompt, what the client has seen: a request that runs is never shed
@@ -104,6 +105,7 @@ class PrefillRun(Message, frozen=True):
     attempt: int
     epoch: int
     node: NodeRef
+    fingerprint: str  # of the model: a node that serves another refuses
     decode: NodeRef
     gateway_id: str
     prompt_ids: list[int]
@@ -121,6 +123,7 @@ class Reserve(Message, frozen=True):
 
     transfer_id: str
     node: NodeRef
+    fingerprint: str  # of the model: a node that serves another refuses
     prefill: NodeRef
     gateway_id: str
     num_tokens: int
@@ -159,6 +162,7 @@ class DecodeRun(Message, frozen=True):
     attempt: int
     epoch: int
     node: NodeRef
+    fingerprint: str  # of the model: a node that serves another refuses
     prefill: NodeRef
     token: str
     gateway_id: str

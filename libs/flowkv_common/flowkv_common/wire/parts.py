@@ -43,6 +43,17 @@ class NodeRef(Part, frozen=True):
     incarnation: str
 
 
+class ModelFiles(Part, frozen=True):
+    """Digests of a model folder's files, by which a gateway tells which nodes serve its own model.
+
+    Empty where there is no such file, or where it is not used: random weights.
+    """
+
+    tokenizer: str = ""  # tokenizer.json
+    config: str = ""  # config.json
+    weights: str = ""  # all files with weights
+
+
 class ModelCard(Part, frozen=True):
     """What a gateway must know of the model. `fingerprint` names weights and dtype; it seeds block hashes."""
 
@@ -51,6 +62,7 @@ class ModelCard(Part, frozen=True):
     max_model_len: int
     vocab_size: int
     eos_token_ids: list[int]
+    files: ModelFiles = ModelFiles()
 
 
 class SamplingParams(Part, frozen=True):

@@ -1,0 +1,194 @@
+"""Nodes of two models on one NATS: each gateway gets the tokens of its own, and nodes refuse other work."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from drive import load_tiny
+from live_nodes import TIMEOUT_S, live_node
+from nats_server import NatsServer
+from oracle import check_identity
+from tiny_models import make_tiny_model
+
+from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.config import SchedulerSettings
+from flowkv_common.engine.model import LoadedModel
+from flowkv_common.errors import DeadlineExceeded, WrongModel
+from flowkv_common.tasks import running
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import Accepted, DecodeRun, Message, PrefillRun, Reserve, Reserved
+from flowkv_common.wire.nodes import LoadReport
+from flowkv_common.wire.parts import NodeRef, SamplingParams
+from flowkv_gateway.dispatch import Dispatch, open_dispatch
+from flowkv_gateway.generation import Generation
+from flowkv_gateway.own_model import own_model
+from flowkv_scheduler.app import serve as serve_scheduler
+
+GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+NUMBERS = itertools.count()
+
+
+class Weights(NamedTuple):
+    """One of two models that differ in nothing else."""
+
+    folder: Path
+    model: LoadedModel
+
+
+@pytest.fixture(scope="module")
+def a(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    return _weights(tmp_path_factory.mktemp("a"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def b(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    return _weights(tmp_path_factory.mktemp("b"), seed=7)
+
+
+def _weights(folder: Path, seed: int) -> Weights:
+    return Weights(folder, load_tiny(make_tiny_model(folder, seed=seed)))
+
+
+@pytest.fixture
+async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
+    """Beside a scheduler."""
+    async with connect(nats_server.url, name="test") as mine:
+        settings = SchedulerSettings(nats_url=nats_server.url)
+        async with running(serve_scheduler(settings, asyncio.Event())):
+            yield mine
+
+
+@contextlib.asynccontextmanager
+async def pair(server: NatsServer, bus: Bus, weights: Weights, name: str) -> AsyncIterator[None]:
+    """A prefill and a decode node, linked to each other."""
+    async with (
+        live_node(server, bus, weights.model, f"prefill-{name}", role="prefill"),
+        live_node(server, bus, weights.model, f"decode-{name}", role="decode", peers=1),
+    ):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def gateway(server: NatsServer, weights: Weights, name: str = "") -> AsyncIterator[Dispatch]:
+    async with open_dispatch(server.url, own_model(weights.folder, name)) as dispatch:
+        yield dispatch
+
+
+async def until_ready(dispatch: Dispatch, bus: Bus) -> None:
+    """Asked again with each load report: those are what it hears, too."""
+    heard = asyncio.Event()
+    async with (
+        asyncio.timeout(TIMEOUT_S),
+        await bus.subscribe(subjects.LOAD_ALL, LoadReport, lambda *_: heard.set()),
+    ):
+        while not dispatch.is_ready():
+            heard.clear()
+            await heard.wait()
+
+
+async def ask(dispatch: Dispatch, prompt_ids: list[int]) -> list[int]:
+    card = dispatch.model()
+    assert card is not None
+    wanted = Generation(
+        f"r{next(NUMBERS)}", prompt_ids, GREEDY, deadline_s=TIMEOUT_S, fingerprint=card.fingerprint
+    )
+    return [token_id async for piece in dispatch.generate(wanted) for token_id in piece.token_ids]
+
+
+async def check_answers(dispatch: Dispatch, weights: Weights, num_requests: int = 6) -> None:
+    """All at once; each must be what `transformers` makes of these weights."""
+    prompts = [[30 + number] * (9 + number) for number in range(num_requests)]
+    answers = await asyncio.gather(*(ask(dispatch, prompt_ids) for prompt_ids in prompts))
+    for prompt_ids, output_ids in zip(prompts, answers, strict=True):
+        check_identity(weights.folder, prompt_ids, output_ids)
+
+
+async def test_each_gateway_gets_the_tokens_of_its_own_model(
+    nats_server: NatsServer, bus: Bus, a: Weights, b: Weights, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with pair(nats_server, bus, a, "a"), pair(nats_server, bus, b, "b"):
+        async with gateway(nats_server, a) as of_a, gateway(nats_server, b, "another name") as of_b:
+            await until_ready(of_a, bus)
+            await until_ready(of_b, bus)
+            await asyncio.gather(check_answers(of_a, a), check_answers(of_b, b))
+            names = [card and card.name for card in (of_a.model(), of_b.model())]
+            assert names == [a.model.card.name, b.model.card.name]
+    # Nor do nodes of one try to reach those of the other.
+    told = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(told) == 4, told
+    assert all("serves another model" in line for line in told)
+
+
+async def test_a_rolling_change_of_model_gives_no_wrong_answer(
+    nats_server: NatsServer, bus: Bus, a: Weights, b: Weights
+) -> None:
+    """As in docs/operations.md: the new nodes, then the new gateway, then the old nodes go."""
+    is_over = asyncio.Event()
+
+    async def keep_asking(of_a: Dispatch) -> int:
+        num_rounds = 0
+        while not is_over.is_set():
+            await check_answers(of_a, a, 1)
+            num_rounds += 1
+        return num_rounds
+
+    async with gateway(nats_server, a) as of_a, contextlib.AsyncExitStack() as new:
+        async with pair(nats_server, bus, a, "a"):
+            await until_ready(of_a, bus)
+            asking = asyncio.create_task(keep_asking(of_a))
+            for role, peers in (("decode", 0), ("prefill", 1)):
+                node = live_node(nats_server, bus, b.model, f"{role}-b", role=role, peers=peers)
+                await new.enter_async_context(node)
+            of_b = await new.enter_async_context(gateway(nats_server, b))
+            await until_ready(of_b, bus)
+            await check_answers(of_b, b)
+            is_over.set()
+            assert await asking > 0
+        # Rather no answer than another model's.
+        wanted = Generation("late", [30] * 9, GREEDY, deadline_s=1.0, fingerprint=a.model.card.fingerprint)
+        with pytest.raises(DeadlineExceeded, match="no node of the model is ready"):
+            await anext(of_a.generate(wanted))
+        assert not of_a.is_ready()
+        await check_answers(of_b, b)
+
+
+async def test_a_node_refuses_work_of_another_model(nats_server: NatsServer, bus: Bus, a: Weights) -> None:
+    async with live_node(nats_server, bus, a.model, "n") as node:
+        other = NodeRef(node_id="other", incarnation="1")
+        common: dict[str, Any] = {"node": node, "fingerprint": "b", "gateway_id": "g"}
+        run = {"request_id": "r", "attempt": 0, "epoch": 1, "prompt_ids": [30], "deadline_in_s": 9.0}
+        work: list[tuple[str, Message, Any]] = [
+            (
+                subjects.PREFILL_RUN,
+                PrefillRun(**common, **run, decode=node, output_ids=[], sampling=GREEDY),
+                Accepted,
+            ),
+            (
+                subjects.DECODE_RESERVE,
+                Reserve(
+                    **common,
+                    transfer_id="r.0",
+                    prefill=other,
+                    num_tokens=9,
+                    block_hashes=[],
+                    run_lengths=[],
+                    expires_in_s=9.0,
+                ),
+                Reserved,
+            ),
+            (
+                subjects.DECODE_RUN,
+                DecodeRun(**common, **run, prefill=other, token="t", output_ids=[31], sampling=GREEDY),
+                Accepted,
+            ),
+        ]
+        for subject, message, reply in work:
+            with pytest.raises(WrongModel, match=f"serves {a.model.card.name} .*, not b"):
+                await bus.request(subjects.at(subject, "n"), message, reply, timeout_s=5)

@@ -1,0 +1,75 @@
+"""Which nodes serve the gateway's own model: by the files of its folder, else by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from gateway_support import write_tokenizer
+from tiny_models import make_tiny_model
+
+from flowkv_common.fingerprint import model_files
+from flowkv_common.wire.parts import ModelCard, ModelFiles
+from flowkv_gateway.own_model import OwnModel, own_model
+
+ALL = ModelFiles(tokenizer="t", config="c", weights="w")
+NO_WEIGHTS = ModelFiles(tokenizer="t", config="c")
+
+
+def card(name: str = "m", files: ModelFiles = ALL) -> ModelCard:
+    return ModelCard(
+        name=name, fingerprint="f", max_model_len=64, vocab_size=8, eos_token_ids=[0], files=files
+    )
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs"),
+    [
+        pytest.param(OwnModel(ALL), card(), id="same files"),
+        pytest.param(OwnModel(ALL, "alias"), card(), id="an alias of the same weights"),
+        pytest.param(OwnModel(NO_WEIGHTS, "m"), card(), id="no weights here, the same name"),
+        pytest.param(OwnModel(NO_WEIGHTS), card("any"), id="no weights here, no name either"),
+        pytest.param(OwnModel(ALL, "m"), card(files=NO_WEIGHTS), id="random weights there"),
+        pytest.param(OwnModel(ModelFiles(tokenizer="t")), card(), id="a tokenizer alone"),
+        pytest.param(OwnModel(ALL), card(files=ModelFiles(weights="w")), id="no tokenizer there"),
+        pytest.param(
+            OwnModel(ALL), card(files=ModelFiles("t", "edited", "w")), id="another config of the same weights"
+        ),
+    ],
+)
+def test_nodes_of_the_own_model(own: OwnModel, theirs: ModelCard) -> None:
+    assert own.why_not(theirs) is None
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "reason"),
+    [
+        pytest.param(OwnModel(ALL), card(files=ModelFiles("other", "c", "w")), "tokenizer.json", id="ids"),
+        pytest.param(OwnModel(ALL, "m"), card(files=ModelFiles("t", "c", "tuned")), "weights", id="tuned"),
+        pytest.param(
+            OwnModel(NO_WEIGHTS), card(files=ModelFiles("t", "other", "w")), "config.json", id="size"
+        ),
+        pytest.param(OwnModel(NO_WEIGHTS, "m"), card("tuned"), "called 'm'", id="by name alone"),
+        pytest.param(
+            OwnModel(ALL, "m"), card("n", NO_WEIGHTS), "called 'm'", id="random ones of another name"
+        ),
+    ],
+)
+def test_nodes_of_another_model(own: OwnModel, theirs: ModelCard, reason: str) -> None:
+    assert reason in (own.why_not(theirs) or "")
+
+
+def test_files_are_told_apart_by_content_wherever_they_lie(tmp_path: Path) -> None:
+    one = write_tokenizer(make_tiny_model(tmp_path / "one"))
+    copy = write_tokenizer(make_tiny_model(tmp_path / "copy"))
+    tuned = write_tokenizer(make_tiny_model(tmp_path / "tuned", seed=1))
+    assert model_files(one) == model_files(copy)
+    assert all(model_files(one).__struct_fields__)
+    assert own_model(one, "").why_not(card(files=model_files(tuned))) == "its weights are others"
+    same_but_for_weights = model_files(tuned)
+    assert (same_but_for_weights.tokenizer, same_but_for_weights.config) == (
+        model_files(one).tokenizer,
+        model_files(one).config,
+    )
+    assert model_files(one, has_weights=False).weights == ""
+    assert model_files(tmp_path) == ModelFiles()
