@@ -30,9 +30,6 @@ class MemfdDevice:
         finally:
             os.close(fd)
 
-    def finish_writes(self) -> None:
-        """A CPU has written when it says so."""
-
 
 class MemfdPeerPool:
     """A `PeerPool`. Nothing moves before `settle`, so that a copy that nobody waits for never happens."""

@@ -22,7 +22,7 @@ from flowkv_common.errors import TransferFailed
 from flowkv_common.kv.alignment import Copy
 from flowkv_common.kv.connector import ConnectorUnavailable
 from flowkv_common.kv.connectors.communicator import RECEIVER, Communicator
-from flowkv_common.kv.connectors.cuda_ipc import PoolHandle
+from flowkv_common.kv.connectors.cuda_ipc import ShownPool
 from flowkv_common.kv.connectors.frames import (
     MAX_FRAME_BYTES,
     MAX_HELLO_BYTES,
@@ -369,7 +369,7 @@ async def greet_and_hang(listener: socket.socket, kind: str) -> Channel:
         channel.sock.recv(1)  # with the descriptor of the pool, which is closed unseen
         await channel.send(Reply())
     if kind == "cuda_ipc":
-        await channel.receive(PoolHandle)
+        await channel.receive(ShownPool)
         await channel.send(Reply())
     if kind == "nccl":
         await join(channel)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
 from gloo_pair import GlooPair
-from kv_nodes import LINK_TOKEN, SMALL, Node, network
+from kv_nodes import LARGE, LINK_TOKEN, SMALL, Node, network
 from test_communicator import SlowToAbort
 from test_connectors import assert_hangs_up, assert_serves, dial, hello
 
@@ -16,9 +17,7 @@ from flowkv_common.kv.alignment import Copy
 from flowkv_common.kv.blocks import Blocks
 from flowkv_common.kv.connector import ConnectorUnavailable
 from flowkv_common.kv.connectors import make_connectors
-from flowkv_common.kv.connectors.cuda_ipc import PoolHandle
-from flowkv_common.kv.connectors.frames import Transfer
-from flowkv_common.kv.connectors.mapped import Written
+from flowkv_common.kv.connectors.cuda_ipc import ShownPool
 from flowkv_common.kv.pool import KVPool
 from flowkv_common.kv.reservations import Reservations
 
@@ -35,29 +34,9 @@ async def test_cuda_ipc_a_handle_of_no_such_pool_costs_only_its_connection(
         with await dial(receiver) as channel:
             await channel.send(hello())
             await channel.expect_yes()
-            await channel.send(PoolHandle(handle=bytes(shown)))
+            await channel.send(ShownPool(handle=bytes(shown)))
             await assert_hangs_up(channel)
         await assert_serves(receiver, sender)
-
-
-async def test_cuda_ipc_copies_nothing_before_the_sender_says_that_it_has_written() -> None:
-    async with network("cuda_ipc") as net:
-        receiver, sender = await net.node(), await net.node()
-        reserved = receiver.reserve(1)
-        before = receiver.block(reserved.block_ids[0])
-        with await dial(receiver) as channel:
-            await channel.send(hello())
-            await channel.expect_yes()
-            await sender.connector._show_pool(channel)
-            await channel.expect_yes()
-            copies = [Copy(2, reserved.block_ids[0], 1)]
-            await channel.send(Transfer(transfer_id="r.1", token=reserved.token, copies=copies))
-            await channel.expect_yes()
-            sender.fill(99)  # what a kernel writes that was still queued
-            assert receiver.block(reserved.block_ids[0]) == before
-            await channel.send(Written())
-            await channel.expect_yes()
-            assert receiver.block(reserved.block_ids[0]) == sender.block(2)
 
 
 async def half_sent(receiver: Node, sender: Node) -> asyncio.Task[object]:
@@ -111,6 +90,31 @@ async def test_nccl_a_sender_that_keeps_its_bytes_is_given_up_in_time() -> None:
         sending.cancel()
         with pytest.raises(asyncio.CancelledError):
             await sending
+
+
+class Slow(GlooPair):
+    """Takes 0.8 s for a copy, as a slow network does."""
+
+    def group_end(self) -> None:
+        super().group_end()
+        self._ends_at = time.monotonic() + (0.8 if len(self._works) > 1 else 0.0)
+
+    def poll(self) -> bool:
+        return super().poll() and time.monotonic() > self._ends_at
+
+
+async def test_nccl_a_large_copy_has_more_time_than_a_step() -> None:
+    async with network("nccl") as net:
+        receiver, sender = (
+            await net.node(LARGE, 34, io_timeout_s=0.5),
+            await net.node(LARGE, 34, io_timeout_s=0.5),
+        )
+        for node in (receiver, sender):
+            node.connector._new_backend = Slow
+        link = await sender.connector.connect(receiver.address, LINK_TOKEN, 34)
+        reserved = receiver.reserve(33)
+        copies = [Copy(0, reserved.block_ids[0], 32), Copy(32, reserved.block_ids[32], 1)]
+        assert (await link.send("r.1", reserved.token, copies)).num_copies == 2
 
 
 class Older(GlooPair):

@@ -62,7 +62,10 @@ class GpuNode:
         return bytes(self._bytes()[block].cpu().numpy().tobytes())
 
     def fill(self, seed: int) -> None:
+        """Returns when the bytes are there, as a step does before it is told of."""
         self._bytes().copy_(pattern(self.pool, seed))
+        if self.pool.tensor.is_cuda:
+            torch.cuda.synchronize(self.pool.tensor.device)
 
     def _bytes(self) -> torch.Tensor:  # [num_blocks, block_bytes] uint8
         return self.pool.tensor.view(self.pool.num_blocks, -1).view(torch.uint8)

@@ -67,6 +67,8 @@ class KVLink(Protocol):
     async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
         """Returns when the receiver has confirmed that all bytes landed.
 
+        The caller's blocks hold their bytes: whoever computed them on a device has waited for it.
+
         Raises `TransferFailed`. Cancelling the awaiting task aborts the transfer; the link stays usable, it
         reconnects on the next send if it has to.
         """

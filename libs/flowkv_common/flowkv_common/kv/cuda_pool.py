@@ -35,6 +35,8 @@ class CudaPool:
                 )
             )
             self.tensor.zero_()
+            with self._device:
+                runtime.deviceSynchronize()  # connectors write on streams of their own
         except BaseException:
             self.close()
             raise

@@ -24,11 +24,8 @@ class IpcDevice(Protocol):
     def open(self, handle: bytes, num_bytes: int, target: int) -> PeerPool:
         """Maps a peer's pool of `num_bytes`, to be copied from into the pool that begins at `target`."""
 
-    def finish_writes(self) -> None:
-        """Returns when all that was queued on the device before has been done."""
 
-
-class PoolHandle(Frame, frozen=True, kw_only=True):
+class ShownPool(Frame, frozen=True, kw_only=True):
     """How to open the sender's pool."""
 
     handle: bytes
@@ -53,12 +50,9 @@ class CudaIpcConnector(MappedConnector):
         self._device = device
 
     async def _show_pool(self, channel: Channel) -> None:
-        await channel.send(PoolHandle(handle=self._device.export(self._pool.tensor.data_ptr())))
+        await channel.send(ShownPool(handle=self._device.export(self._pool.tensor.data_ptr())))
 
     async def _map_pool(self, channel: Channel, num_bytes: int) -> PeerPool:
-        shown = await channel.receive(PoolHandle)
+        shown = await channel.receive(ShownPool)
         # In the loop, for a mapping that a cancelled thread returns would never be closed. Once per link.
         return self._device.open(shown.handle, num_bytes, self._pool.tensor.data_ptr())
-
-    def _finish_writes(self) -> None:
-        self._device.finish_writes()

@@ -31,13 +31,6 @@ class CudaDevice:
         with self.current():
             return CudaPeerPool(self, runtime.ipcOpenMemHandle(handle), num_bytes, target)
 
-    def finish_writes(self) -> None:
-        with self.current():
-            # The legacy default stream, where the engine computes. Blocks instead of spinning on a core.
-            event = cupy.cuda.Event(block=True, disable_timing=True)
-            event.record(cupy.cuda.Stream.null)
-            event.synchronize()
-
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """Which device is current is a matter of each thread."""
@@ -57,7 +50,7 @@ class CudaPeerPool:
         self._num_bytes = num_bytes
         self._target = target
         self._stream = cupy.cuda.Stream(non_blocking=True)
-        self._done = cupy.cuda.Event(block=True, disable_timing=True)
+        self._done = cupy.cuda.Event(block=True, disable_timing=True)  # waits without spinning on a core
 
     def copy(self, src: int, dst: int, num_bytes: int) -> None:
         if not 0 <= src <= self._num_bytes - num_bytes:

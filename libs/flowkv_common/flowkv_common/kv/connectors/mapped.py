@@ -17,7 +17,7 @@ from typing import Protocol
 from flowkv_common.kv.alignment import Copy
 from flowkv_common.kv.connector import Landing, Pool
 from flowkv_common.kv.connectors import sockets
-from flowkv_common.kv.connectors.frames import Channel, Frame, Hello, Reply
+from flowkv_common.kv.connectors.frames import Channel, Hello, Reply
 from flowkv_common.kv.connectors.stream import StreamConnector
 from flowkv_common.kv.connectors.worker import outlived
 
@@ -39,10 +39,6 @@ class PeerPool(Protocol):
         """Ends the mapping."""
 
 
-class Written(Frame, frozen=True, kw_only=True):
-    """The sender's blocks hold what they shall hold: follows each transfer that was not refused."""
-
-
 class MappedConnector(StreamConnector[Pool]):
     """Listens on a Unix socket: only processes of this host can map each other's memory."""
 
@@ -62,10 +58,6 @@ class MappedConnector(StreamConnector[Pool]):
     async def _map_pool(self, channel: Channel, num_bytes: int) -> PeerPool:
         """Receives that and maps the pool, of `num_bytes`. Raises `OSError`."""
 
-    @abc.abstractmethod
-    def _finish_writes(self) -> None:
-        """Runs in a thread: returns when all that was queued to write this pool has been done."""
-
     # --- the flow ----------------------------------------------------------------------------------
 
     async def _introduce(self, channel: Channel) -> None:
@@ -73,11 +65,10 @@ class MappedConnector(StreamConnector[Pool]):
         await channel.expect_yes()
 
     async def _push(self, channel: Channel, copies: list[Copy]) -> int:
-        """Moves nothing: the receiver pulls as soon as the bytes are there."""
-        async with channel.deadline():
-            await asyncio.to_thread(self._finish_writes)
-        await channel.expect_yes()  # meanwhile the receiver has looked at the reservation
-        await channel.send(Written())
+        """Nothing to do: the receiver pulls."""
+        # Nothing to wait for either: a step is told of after the device has ended it (`engine/runner.py`), so
+        # what is sent has been written. An event recorded now would stand behind the next step, which
+        # is queued already: each link would do one handoff per step.
         return 0
 
     async def _receive_from(self, channel: Channel, hello: Hello) -> None:
@@ -89,8 +80,6 @@ class MappedConnector(StreamConnector[Pool]):
 
     async def _pull(self, channel: Channel, peer: PeerPool, copies: list[Copy], landing: Landing) -> int:
         """Copies in a worker thread, which has left the pool alone by the time this returns or raises."""
-        await channel.send(Reply())
-        await channel.receive(Written)
         abandoned = threading.Event()
         work = functools.partial(
             _copy_all,

@@ -30,6 +30,9 @@ from flowkv_common.kv.connectors.stream import StreamConnector
 
 logger = logging.getLogger(__name__)
 
+# A link below a quarter of 1 Gbit/s counts as broken: so much longer than a step may a copy take.
+_SLOWEST_BYTES_PER_S = 32 << 20
+
 
 class Invitation(Frame, frozen=True, kw_only=True):
     """What the receiver is to join. Whoever knows the id could take its place: it is a secret of the link."""
@@ -95,7 +98,8 @@ class NcclConnector(StreamConnector[Pool]):
         await channel.expect_yes()  # asked first, so that a refusal costs no bytes
         communicator = self._sending[channel]
         with channel.watching(functools.partial(_abort_if_gone, communicator, channel.sock)):
-            await communicator.exchange(self._spans([(c.src, c.length) for c in copies]), self._io_timeout_s)
+            spans = self._spans([(copy.src, copy.length) for copy in copies])
+            await communicator.exchange(spans, self._timeout_s(spans))
         return len(copies)
 
     # --- receiving ---------------------------------------------------------------------------------
@@ -124,7 +128,7 @@ class NcclConnector(StreamConnector[Pool]):
         await channel.send(Reply())
         spans = self._spans([(copy.dst, copy.length) for copy in copies])
         with channel.watching(communicator.abort):
-            await communicator.exchange(spans, self._io_timeout_s, lambda: landing.revoked)
+            await communicator.exchange(spans, self._timeout_s(spans), lambda: landing.revoked)
         return 0
 
     # --- both --------------------------------------------------------------------------------------
@@ -135,6 +139,9 @@ class NcclConnector(StreamConnector[Pool]):
         self._communicators.add(communicator)
         channel.lifetime.callback(communicator.abort)
         return communicator
+
+    def _timeout_s(self, spans: list[Span]) -> float:
+        return self._io_timeout_s + sum(span.num_bytes for span in spans) / _SLOWEST_BYTES_PER_S
 
     def _spans(self, runs: list[tuple[int, int]]) -> list[Span]:
         start, size = self._pool.tensor.data_ptr(), self._pool.layout.block_bytes

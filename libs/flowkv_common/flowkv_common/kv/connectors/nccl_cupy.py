@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import cupy
+import torch
 from cupy.cuda import nccl, runtime
 
 from flowkv_common.kv.connectors.communicator import NcclFailed, Span
@@ -24,7 +25,11 @@ class CupyNccl:
 
     def __init__(self, device: int = 0) -> None:
         if not nccl.available:  # importing CuPy's module works without the library
-            raise NcclFailed("CuPy has found no NCCL library: install nvidia-nccl-cu12")
+            # One of another CUDA would put its library in the place of the one that torch loads.
+            cuda = (torch.version.cuda or "").partition(".")[0]
+            raise NcclFailed(
+                f"CuPy has found no NCCL library: install nvidia-nccl-cu{cuda}, that of this torch"
+            )
         if nccl.get_version() < _OLDEST_VERSION:
             raise NcclFailed(f"NCCL {nccl.get_version()} is older than {_OLDEST_VERSION}")
         self.version = str(nccl.get_version())
@@ -45,9 +50,9 @@ class CupyNccl:
             self._communicator = nccl.NcclCommunicator(_NUM_RANKS, unique_id, rank)
 
     def group_start(self) -> None:
+        # Behind nothing that the engine has queued. No step that still runs writes blocks that are sent, and
+        # none touches blocks that are reserved; each end would wait, on the device, for the other's step.
         with _failures(), self._device:
-            # What the engine has queued, on the legacy default stream, comes first.
-            self._stream.wait_event(cupy.cuda.Stream.null.record())
             nccl.groupStart()
 
     def group_end(self) -> None:
