@@ -73,7 +73,7 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     wedge_timeout_s: float = 8.0  # an engine step longer than this is called wedged
     drain_timeout_s: float = 30.0
     max_handoffs: int = 16  # handoffs in flight per node, and their bytes: apart from the batch size
-    max_handoff_bytes: int = 1 << 29
+    max_handoff_bytes: int = 0  # of KV; 0: a quarter of the pool, or a step's tokens for each of them if more
     test_hooks: bool = False
 
     @property

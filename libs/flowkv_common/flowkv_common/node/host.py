@@ -40,7 +40,7 @@ from flowkv_common.node.guest import Node, load_guests
 from flowkv_common.node.instruments import Instruments
 from flowkv_common.node.links import Links
 from flowkv_common.node.load import report_load
-from flowkv_common.node.memory import make_pool
+from flowkv_common.node.memory import handoff_bytes, make_pool
 from flowkv_common.node.outbox import Outbox
 from flowkv_common.node.steps import Retire, Steps
 from flowkv_common.node.watch import sweep, watch_cancels, watch_engine
@@ -154,7 +154,7 @@ async def _open(
         attempts=attempts,
         outbox=Outbox(bus, ref, attempts),
         links=links,
-        budget=HandoffBudget(settings.max_handoffs, settings.max_handoff_bytes),
+        budget=HandoffBudget(settings.max_handoffs, handoff_bytes(settings, layout, num_blocks)),
         instruments=instruments,
         retire=retire,
         wake=asyncio.Event(),

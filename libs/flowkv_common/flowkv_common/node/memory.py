@@ -47,3 +47,17 @@ def bytes_left(total: int, free: int, weights: int, share: float) -> int:
     What others already use is respected: a second node on the GPU gets less than its share, or nothing.
     """
     return min(int(total * share) - weights, free) - WORKING_BYTES
+
+
+def handoff_bytes(settings: NodeSettings, layout: PoolLayout, num_blocks: int) -> int:
+    """How many bytes of KV a prefill node of `num_blocks` may have in flight.
+
+    What is in flight holds blocks at both ends, at decode before they are computed. So it is a share of the
+    pool: decode nodes have pools of the same kind. A quarter lets a long prompt be sent while the next ones
+    compute, and leaves decode the most of its own. In small pools it is a step's prompt tokens for each
+    handoff that may be in flight: there the count is what bounds them.
+    """
+    if settings.max_handoff_bytes:
+        return settings.max_handoff_bytes
+    blocks_per_step = -(-settings.token_budget // settings.block_size)
+    return max(num_blocks // 4, settings.max_handoffs * blocks_per_step) * layout.block_bytes
