@@ -1,4 +1,4 @@
-"""The endpoints that every node has, whatever its guests: link, drain, check, cap, blocks, test hook."""
+"""The endpoints that every node has, whatever its guests, from link and drain to the test hook."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from flowkv_common.wire.nodes import (
     LinkOffer,
     LinkRequest,
     ListBlocks,
+    ResumeNode,
     SetPrefillCap,
     Wedge,
 )
@@ -34,8 +35,14 @@ def node_endpoints(node: Node, steps: Steps, engine: Engine, news: BlockNews) ->
         node.refuse_other_life(request.node)
         return node.links.offer(request)
 
-    async def drain(_: Drain) -> Message:
-        node.stop.set()
+    async def drain(request: Drain) -> Message:
+        node.drain()
+        log.info("draining %s: %s", node.ref.node_id, request.reason or "asked to")
+        return Accepted(node_id=node.ref.node_id)
+
+    async def resume(_: ResumeNode) -> Message:
+        node.resume()
+        log.info("%s takes new work again", node.ref.node_id)
         return Accepted(node_id=node.ref.node_id)
 
     async def check(_: Check) -> Checked:
@@ -65,6 +72,7 @@ def node_endpoints(node: Node, steps: Steps, engine: Engine, news: BlockNews) ->
     endpoints = [
         Endpoint(at(subjects.NODE_LINK), LinkRequest, link),
         Endpoint(at(subjects.NODE_DRAIN), Drain, drain),
+        Endpoint(at(subjects.NODE_RESUME), ResumeNode, resume),
         Endpoint(at(subjects.NODE_CHECK), Check, check),
         Endpoint(at(subjects.NODE_CAP), SetPrefillCap, cap),
         Endpoint(at(subjects.NODE_BLOCKS), ListBlocks, list_blocks),

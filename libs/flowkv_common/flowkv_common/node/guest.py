@@ -7,6 +7,7 @@ Every node hosts both: the paper's hybrid scheduler, two sub-schedulers over one
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Protocol
@@ -52,10 +53,27 @@ class Node:
     changed: asyncio.Event  # set when the next load report should not wait
     stop: asyncio.Event  # set when the node is to drain and leave
     guests: dict[str, Guest] = field(default_factory=dict)
-    draining: bool = False
+    drains_until: float | None = None  # monotonic; while it is set the node takes nothing new
     wedged: bool = False
     epoch: int = 0  # the highest of a leading scheduler that this node has heard of
     num_rooms_given: int = 0  # to sequences that will decode here, in this life; each counts once
+
+    @property
+    def draining(self) -> bool:
+        return self.drains_until is not None
+
+    def drain(self) -> None:
+        """Take nothing new. What is here has `drain_timeout_s` to finish, counted from the first call."""
+        if self.drains_until is None:
+            self.drains_until = time.monotonic() + self.settings.drain_timeout_s
+            self.changed.set()
+
+    def resume(self) -> None:
+        """Take new work again. Raises Unavailable when the node is leaving for good."""
+        if self.stop.is_set():
+            raise Unavailable(f"{self.ref.node_id} leaves")
+        self.drains_until = None
+        self.changed.set()
 
     def why_not_ready(self) -> str | None:
         if self.draining:

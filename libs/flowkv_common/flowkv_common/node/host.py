@@ -107,8 +107,7 @@ async def _compute(node: Node, steps: Steps) -> None:
         await steps.run()
     except DeviceLost as error:
         log.exception("the device is lost")
-        node.draining = True
-        node.changed.set()
+        node.drain()
         await node.fail_all(Unavailable(f"the device of {node.ref.node_id} is lost: {error}"))
         raise
 
@@ -196,7 +195,16 @@ async def _services(
     node: Node, steps: Steps, engine: Engine, news: BlockNews, role: str
 ) -> AsyncIterator[None]:
     """One ADR-32 service per guest and one for the node, found by `nats micro ls`."""
-    metadata = {"role": role, "model": node.card.name, "incarnation": node.ref.incarnation}
+
+    def metadata() -> dict[str, str]:
+        """What `nats micro info` shows of each service of the node."""
+        return {
+            "role": role,
+            "model": node.card.name,
+            "incarnation": node.ref.incarnation,
+            "state": node.why_not_ready() or "ready",
+        }
+
     endpoints: dict[str, list[Endpoint]] = {name: guest.endpoints() for name, guest in node.guests.items()}
     endpoints["node"] = node_endpoints(node, steps, engine, news)
     async with contextlib.AsyncExitStack() as stack:
@@ -215,8 +223,7 @@ async def _services(
 
 async def _drain(node: Node) -> None:
     """Take nothing new, let what is here finish; what remains at the deadline is given back to gateways."""
-    node.draining = True
-    node.changed.set()
+    node.drain()
     log.info("draining %s: %d requests", node.ref.node_id, len(node.attempts))
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(node.settings.drain_timeout_s):

@@ -34,8 +34,9 @@ async def watch_cancels(node: Node) -> None:
 async def sweep(node: Node) -> None:
     """Until cancelled: drop reservations that have expired, also when nothing new arrives.
 
-    An idle node goes through its books too. Raises IntegrityError if a block is lost: a node that can't
-    count its blocks must not serve.
+    What a drain has not finished in time goes back to the gateways, which try elsewhere. An idle node goes
+    through its books too. Raises IntegrityError if a block is lost: a node that can't count its blocks must
+    not serve.
     """
     checked_at = 0.0
     while True:
@@ -47,6 +48,8 @@ async def sweep(node: Node) -> None:
             log.info("reservation %s expired", transfer_id)
             node.attempts.end(transfer_id)
             node.wake.set()
+        if node.drains_until is not None and time.monotonic() > node.drains_until and len(node.attempts):
+            await node.fail_all(Unavailable(f"{node.ref.node_id} is draining"))
 
 
 async def watch_engine(node: Node, engine: Engine) -> None:

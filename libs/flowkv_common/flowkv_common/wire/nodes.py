@@ -142,9 +142,13 @@ class LinkOffer(Message, frozen=True):
 
 
 class Drain(Message, frozen=True):
-    """Accept nothing new, finish what is here, then leave."""
+    """Operator to node: take nothing new and finish what is here. The node stays, until `ResumeNode`."""
 
     reason: str = ""
+
+
+class ResumeNode(Message, frozen=True):
+    """Operator to node: the drain is over, take new work again."""
 
 
 class Check(Message, frozen=True):
