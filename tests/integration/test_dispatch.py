@@ -61,10 +61,12 @@ class Nodes:
         self.bus = bus
         self.asked: list[ScheduleRequest] = []
         self.runs: list[PrefillRun] = []
-        self.cancelled: list[str] = []
+        self.cancelled: list[str] = []  # at the prefill node
+        self.cancelled_at: list[tuple[str, str]] = []  # subject and attempt, of all cancels there are
         self.finished: list[RequestFinished] = []
         self.waits: list[Wait] = []
         self.needs_hashes = False
+        self.decode = D
         self.resumable: dict[str, list[int]] = {}
         self.news = asyncio.Event()
         self.num_hanging = 0  # of the first schedule requests: not answered until `hung` is set
@@ -84,7 +86,7 @@ class Nodes:
             attempt=request.attempt,
             epoch=1,
             prefill=P,
-            decode=D,
+            decode=self.decode,
             reason="the only pair",
             prefill_candidates=[],
             decode_candidates=[],
@@ -141,7 +143,14 @@ async def cluster(nats_server: NatsServer, *attempts: Behaviour) -> AsyncIterato
         async with (
             Service(bus, name="nodes", version="0.1.0", service_id="nodes", endpoints=endpoints),
             await bus.subscribe(
-                subjects.CANCEL_ALL, Cancel, lambda c, _: nodes.take_note(nodes.cancelled, c.transfer_id)
+                subjects.at(subjects.NODE_CANCEL, "p"),
+                Cancel,
+                lambda c, _: nodes.take_note(nodes.cancelled, c.transfer_id),
+            ),
+            await bus.subscribe(
+                "flowkv.v1.*.cancel.>",
+                Cancel,
+                lambda c, msg: nodes.take_note(nodes.cancelled_at, (msg.subject, c.transfer_id)),
             ),
             await bus.subscribe(
                 subjects.event("request_finished", "*"),
@@ -181,9 +190,29 @@ async def test_one_attempt(nats_server: NatsServer) -> None:
         assert (event.outcome, event.attempts, event.num_output_tokens) == ("length", 1, 4)
         assert (event.prefill_node, event.decode_node) == ("p", "d")
         assert set(event.phases_s) >= {"schedule", "ttft", "decode", "total"}
-        assert nodes.cancelled == []
+        await dispatch._bus.nc.flush()
+        assert nodes.cancelled_at == []  # it has ended by itself
         assert len(dispatch.streams) == 0
         assert nodes.asked[0].block_hashes == []  # no node is known
+
+
+async def test_a_cancel_goes_to_the_pair_alone(nats_server: NatsServer) -> None:
+    """The client goes; the same where one node is the pair is one message."""
+
+    async def begin(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.send(run, chunk(tid_of(run), 0, [10]))
+
+    async with cluster(nats_server, begin) as (dispatch, nodes):
+        for decode, told in ((D, {"p", "d"}), (P, {"p"})):
+            nodes.decode = decode
+            pieces = dispatch.generate(generation())
+            await anext(pieces)
+            await pieces.aclose()
+            expected = sorted((subjects.at(subjects.NODE_CANCEL, node_id), "r.0") for node_id in told)
+            await nodes.wait_for(lambda expected=expected: len(nodes.cancelled_at) >= len(expected))
+            await nodes.bus.nc.flush()
+            assert sorted(nodes.cancelled_at) == expected
+            nodes.cancelled_at.clear()
 
 
 async def test_wait_is_obeyed_and_asked_again_with_age(nats_server: NatsServer) -> None:

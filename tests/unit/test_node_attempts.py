@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator
+
 import pytest
 
 from flowkv_common.errors import Stale
-from flowkv_common.node.attempts import TOMBSTONE_S, Attempt, Attempts
+from flowkv_common.node.attempts import MAX_TOMBSTONES, TOMBSTONE_S, Attempt, Attempts
 
 
 class Clock:
@@ -77,6 +80,45 @@ def test_tombstones_are_forgotten_in_the_end() -> None:
     clock.now = TOMBSTONE_S + 1
     attempts.cancel("other.0", "test")
     attempts.refuse_ended("r.0")
+
+
+def test_a_cancel_costs_the_same_after_a_hundred_thousand() -> None:
+    """Counted, not timed: a cancel looks at the oldest tombstone alone, and memory is bounded."""
+
+    class Counting(OrderedDict[str, float]):
+        num_looks = 0
+
+        def __getitem__(self, key: str) -> float:
+            self.num_looks += 1
+            return super().__getitem__(key)
+
+        def __iter__(self) -> Iterator[str]:
+            for key in super().__iter__():
+                self.num_looks += 1
+                yield key
+
+    attempts = Attempts(Clock())
+    attempts._tombstones = graves = Counting()
+    for number in range(MAX_TOMBSTONES + 50):
+        before = graves.num_looks
+        attempts.cancel(f"r{number}.0", "test")
+        assert graves.num_looks - before <= 4
+    assert len(graves) == MAX_TOMBSTONES
+    attempts.refuse_ended("r49.0")  # the oldest are gone, the youngest stand
+    with pytest.raises(Stale):
+        attempts.refuse_ended("r50.0")
+
+
+def test_a_cancel_that_is_repeated_is_remembered_from_then_on() -> None:
+    clock = Clock()
+    attempts = Attempts(clock)
+    attempts.cancel("r.0", "test")
+    clock.now = TOMBSTONE_S - 1
+    attempts.cancel("r.0", "test")
+    clock.now = TOMBSTONE_S + 1
+    attempts.cancel("other.0", "test")
+    with pytest.raises(Stale):
+        attempts.refuse_ended("r.0")
 
 
 async def test_wait_empty_ends_with_the_last_attempt() -> None:

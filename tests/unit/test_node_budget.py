@@ -1,74 +1,133 @@
+"""Which handoffs make progress, in each of their stages, and what is said of those that don't."""
+
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 
-from flowkv_common.node.budget import HandoffBudget
+import pytest
+
+from flowkv_common.node.budget import (
+    SLOWEST_LINK_BYTES_PER_S,
+    STUCK_AFTER_S,
+    HandoffBudget,
+    InFlight,
+    Stage,
+)
 
 
-async def settle() -> None:
-    """Let every task that can run do so."""
-    for _ in range(5):
-        await asyncio.sleep(0)
+class Time:
+    """A clock, and when something has last moved at the node."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.node_moved_at = 1000.0
+
+    def budget(self) -> HandoffBudget:
+        return HandoffBudget(4, 1000, node_moved_at=lambda: self.node_moved_at, clock=lambda: self.now)
 
 
-async def holder(budget: HandoffBudget, num_bytes: int, log: list[int], leave: asyncio.Event) -> None:
-    async with budget.hold(num_bytes):
-        log.append(num_bytes)
-        await leave.wait()
+async def test_the_budget_is_held_while_the_context_lasts() -> None:
+    budget = Time().budget()
+    async with budget.hold("a.0", "d", 700), budget.hold("b.0", "d", 200):
+        assert (budget.num_in_flight, budget.bytes_in_flight) == (2, 900)
+    assert (budget.num_in_flight, budget.bytes_in_flight, budget.num_waiting) == (0, 0, 0)
 
 
-async def test_count_and_bytes_bound_what_is_in_flight() -> None:
-    budget, log, leave = HandoffBudget(max_handoffs=2, max_bytes=100), [], asyncio.Event()
-    async with asyncio.TaskGroup() as tasks:
-        for num_bytes in (60, 30, 1, 2):
-            tasks.create_task(holder(budget, num_bytes, log, leave))
-        await settle()
-        assert log == [60, 30]
-        assert (budget.num_in_flight, budget.bytes_in_flight, budget.num_waiting) == (2, 90, 2)
-        leave.set()
-    assert log == [60, 30, 1, 2]
-    assert (budget.num_in_flight, budget.bytes_in_flight) == (0, 0)
+Move = Callable[[HandoffBudget, InFlight, Time], None]
 
 
-async def test_larger_than_the_budget_goes_alone() -> None:
-    budget = HandoffBudget(max_handoffs=4, max_bytes=100)
-    async with asyncio.timeout(1), budget.hold(500):
-        assert budget.bytes_in_flight == 500
+def step_ends(_: HandoffBudget, __: InFlight, time: Time) -> None:
+    time.node_moved_at = time.now
 
 
-async def test_first_come_first_served_even_if_a_later_one_would_fit() -> None:
-    budget, log, leave = HandoffBudget(max_handoffs=4, max_bytes=100), [], asyncio.Event()
-    async with asyncio.TaskGroup() as tasks:
-        for num_bytes in (80, 50, 10):
-            tasks.create_task(holder(budget, num_bytes, log, leave))
-        await settle()
-        assert log == [80]
-        leave.set()
-    assert log == [80, 50, 10]
+def decode_answers(_: HandoffBudget, mine: InFlight, __: Time) -> None:
+    mine.hear_decode_node()
 
 
-async def test_cancelled_while_waiting_gives_its_place_up() -> None:
-    budget, log, leave = HandoffBudget(max_handoffs=1, max_bytes=100), [], asyncio.Event()
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(holder(budget, 1, log, leave))
-        second = tasks.create_task(holder(budget, 2, log, leave))
-        tasks.create_task(holder(budget, 3, log, leave))
-        await settle()
-        second.cancel()
-        await settle()
-        leave.set()
-    assert log == [1, 3]
-    assert budget.num_in_flight == budget.num_waiting == 0
+def send_confirmed(budget: HandoffBudget, _: InFlight, __: Time) -> None:
+    budget.confirm_send("d")
 
 
-async def test_cancelled_in_the_moment_of_admission_gives_the_room_back() -> None:
-    budget = HandoffBudget(max_handoffs=1, max_bytes=100)
-    async with AsyncExitStack() as held:
-        await held.enter_async_context(budget.hold(1))
-        waiting = asyncio.create_task(holder(budget, 2, [], asyncio.Event()))
-        await settle()
-        await held.aclose()  # admits the waiting one ...
-        waiting.cancel()  # ... which never gets to know
-        await asyncio.gather(waiting, return_exceptions=True)
-    assert (budget.num_in_flight, budget.bytes_in_flight) == (0, 0)
+def send_to_another_confirmed(budget: HandoffBudget, _: InFlight, __: Time) -> None:
+    budget.confirm_send("another")
+
+
+def comes_to_the_same_stage(_: HandoffBudget, mine: InFlight, __: Time) -> None:
+    mine.enter(mine.stage)
+
+
+def comes_to_the_next_stage(_: HandoffBudget, mine: InFlight, __: Time) -> None:
+    mine.enter(Stage.SENDING if mine.stage is not Stage.SENDING else Stage.RESERVING)
+
+
+PROGRESS = {
+    Stage.RESERVING: {decode_answers, comes_to_the_next_stage},
+    Stage.WAITING: {step_ends, comes_to_the_next_stage},
+    Stage.COMPUTING: {step_ends, comes_to_the_next_stage},
+    Stage.SENDING: {send_confirmed, comes_to_the_next_stage},
+}
+MOVES = [
+    step_ends,
+    decode_answers,
+    send_confirmed,
+    send_to_another_confirmed,
+    comes_to_the_same_stage,
+    comes_to_the_next_stage,
+]
+
+
+@pytest.mark.parametrize("stage", list(Stage), ids=lambda stage: stage.name)
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
+async def test_what_is_progress_in_a_stage(stage: Stage, move: Move) -> None:
+    time = Time()
+    budget = time.budget()
+    async with budget.hold("r.0", "d", 0) as mine:
+        mine.enter(stage)
+        time.now += STUCK_AFTER_S
+        assert budget.why_stuck() is None
+        move(budget, mine, time)
+        time.now += 1
+        is_stuck = move not in PROGRESS[stage]
+        assert budget.find_stuck() == ([mine] if is_stuck else [])
+        assert (budget.why_stuck() is not None) == is_stuck
+    assert budget.why_stuck() is None
+
+
+async def test_the_sentence_names_the_one_that_is_stuck_for_longest() -> None:
+    time = Time()
+    budget = time.budget()
+    async with budget.hold("a.0", "d", 0) as first:
+        first.enter(Stage.SENDING)
+        time.now += 30
+        async with budget.hold("b.0", "d", 0), budget.hold("c.0", "d", 0) as third:
+            time.now += STUCK_AFTER_S + 1
+            third.hear_decode_node()
+            assert budget.why_stuck() == ("no progress in 2 of 3 handoffs: a.0 is handed over for 151 s")
+
+
+async def test_many_bytes_may_take_long_on_a_slow_link() -> None:
+    time = Time()
+    budget = HandoffBudget(1, 1 << 40, node_moved_at=lambda: 0.0, clock=lambda: time.now)
+    async with budget.hold("r.0", "d", 1 << 34) as mine:
+        mine.enter(Stage.SENDING)
+        time.now += STUCK_AFTER_S + (1 << 34) / SLOWEST_LINK_BYTES_PER_S
+        assert budget.find_stuck() == []
+        time.now += 1
+        assert budget.find_stuck() == [mine]
+
+
+async def test_budget_that_nobody_holds_any_more_is_noticed() -> None:
+    """It can't happen by what is known of the queue. Should it happen, the node must not go on as if not."""
+    time = Time()
+    budget = time.budget()
+    async with AsyncExitStack() as lost:
+        await lost.enter_async_context(budget._queue.hold(100))
+        async with budget.hold("r.0", "d", 0) as mine:
+            assert budget.why_stuck() is None
+            time.now += STUCK_AFTER_S
+            mine.hear_decode_node()
+            assert budget.why_stuck() is None
+            time.now += 1
+            assert budget.why_stuck() == "the budget of 1 handoffs is held though they have ended"
+    assert budget.why_stuck() is None

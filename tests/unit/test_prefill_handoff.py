@@ -1,10 +1,176 @@
-"""How the time of a transfer divides into what prefill hid and what it did not."""
+"""A prompt's way to its decode node: what is sent, when it is committed, and what is left if it fails."""
 
 from __future__ import annotations
 
-import pytest
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
 
+import pytest
+from engineless import BLOCK_SIZE, FINGERPRINT, FIRST_TOKEN, Pair, engineless_pair, kv_of, until
+from nats_server import NatsServer
+
+from flowkv_common.errors import Full
+from flowkv_common.kv.blocks import Blocks
+from flowkv_common.wire import subjects
+from flowkv_common.wire.hashing import block_hashes
+from flowkv_common.wire.messages import Reserve
+from flowkv_prefill import handoff
 from flowkv_prefill.handoff import Span, split_at
+
+
+@pytest.fixture
+async def pair(nats_server: NatsServer) -> AsyncIterator[Pair]:
+    async with engineless_pair(nats_server) as pair:
+        yield pair
+
+
+def prompt_of(num_tokens: int) -> list[int]:
+    return [100 + i for i in range(num_tokens)]
+
+
+async def is_quiet(pair: Pair) -> None:
+    """All that has been published on the way to a node has come, and so have the answers."""
+    for _ in range(5):
+        await pair.bus.nc.flush()
+
+
+def cache_at_decode(pair: Pair, prompt_ids: list[int], num_blocks: int) -> list[int]:
+    """The first blocks of a prompt, as an earlier request left them at the decode node."""
+    blocks: Blocks = pair.d.node.blocks
+    block_ids = blocks.take(num_blocks)
+    hashes = block_hashes(FINGERPRINT, prompt_ids, BLOCK_SIZE)[:num_blocks]
+    for place, (block_id, block_hash) in enumerate(zip(block_ids, hashes, strict=True)):
+        blocks.commit(block_id, block_hash, hashes[place - 1] if place else None)
+        pair.d.pool.tensor[block_id] = -1.0  # to be seen if it were sent again
+    blocks.release(block_ids)
+    return block_ids
+
+
+# The last block is full, nearly full, or holds one token; one prompt is shorter than a block.
+LENGTHS = [1, BLOCK_SIZE, 4 * BLOCK_SIZE - 1, 4 * BLOCK_SIZE, 4 * BLOCK_SIZE + 1]
+
+
+@pytest.mark.parametrize("num_tokens", LENGTHS)
+@pytest.mark.parametrize("chunk_tokens", [BLOCK_SIZE, 1000])
+@pytest.mark.parametrize("overlap", [True, False])
+async def test_every_token_of_the_prompt_lands_and_every_block_is_sent_once(
+    nats_server: NatsServer, num_tokens: int, chunk_tokens: int, overlap: bool
+) -> None:
+    prompt_ids = prompt_of(num_tokens)
+    async with engineless_pair(nats_server, overlap_transfer=overlap) as pair:
+        await pair.p.prefill.accept(pair.run(prompt_ids))
+        await pair.compute_all(chunk_tokens)
+        await until(lambda: pair.d.decode.num_waiting() == 1)
+        [work] = pair.d.decode.decode_work()
+        assert pair.d.kv(work.sequence.block_table, num_tokens) == kv_of(prompt_ids)
+        assert (work.sequence.prompt_ids, work.sequence.output_ids) == (prompt_ids, [FIRST_TOKEN])
+        assert work.sequence.num_computed_tokens == num_tokens
+        num_blocks = -(-num_tokens // BLOCK_SIZE)
+        assert Counter(pair.link.times_sent().values()) == {1: num_blocks}
+        await pair.p.wait_idle()
+
+
+@pytest.mark.parametrize(("num_tokens", "num_cached"), [(9, 2), (12, 2), (13, 3)])
+async def test_what_decode_has_cached_is_not_sent(pair: Pair, num_tokens: int, num_cached: int) -> None:
+    """The block of the last prompt token is always sent: prefill computes that token anyway."""
+    prompt_ids = prompt_of(num_tokens)
+    known = cache_at_decode(pair, prompt_ids, num_tokens // BLOCK_SIZE)[:num_cached]
+    await pair.p.prefill.accept(pair.run(prompt_ids))
+    await pair.compute_all(BLOCK_SIZE)
+    await until(lambda: pair.d.decode.num_waiting() == 1)
+    [work] = pair.d.decode.decode_work()
+    assert work.sequence.block_table[:num_cached] == known
+    num_cached_tokens = num_cached * BLOCK_SIZE
+    expected = [-1.0] * num_cached_tokens + kv_of(prompt_ids)[num_cached_tokens:]
+    assert pair.d.kv(work.sequence.block_table, num_tokens) == expected
+    assert sum(pair.link.times_sent().values()) == -(-num_tokens // BLOCK_SIZE) - num_cached
+
+
+async def test_the_commit_waits_for_the_last_copys_confirmation(pair: Pair) -> None:
+    """Until then prefill holds its blocks, and decode knows of a reservation alone."""
+    await pair.p.prefill.accept(pair.run(prompt_of(10)))
+    pair.link.may_confirm.clear()
+    await pair.compute_all()
+    async with asyncio.timeout(5):
+        await pair.link.landed.wait()
+    await is_quiet(pair)
+    assert (pair.d.decode.num_accepted, pair.d.node.reservations.num_open) == (0, 1)
+    assert pair.p.node.blocks.num_leased == 3
+    assert [chunk.token_ids for chunk in pair.chunks] == [[FIRST_TOKEN]]  # it waits for no copy
+    pair.link.may_confirm.set()
+    await until(lambda: pair.d.decode.num_accepted == 1)
+    await pair.p.wait_idle()
+    assert pair.d.node.reservations.num_open == 0
+
+
+async def test_a_request_that_ends_with_its_first_token_gives_its_room_back_at_once(pair: Pair) -> None:
+    await pair.p.prefill.accept(pair.run(prompt_of(10), max_tokens=1))
+    await pair.compute_all()
+    await pair.p.wait_idle()
+    assert pair.chunks[0].finish_reason == "length"
+    # By a message, not by expiring; and it was never handed over.
+    assert not any(pair.d.idle_counts().values())
+    assert pair.d.decode.num_accepted == 0
+
+
+async def test_a_copy_that_is_refused_fails_the_attempt_and_is_not_committed(pair: Pair) -> None:
+    run = pair.run(prompt_of(10))
+    await pair.p.prefill.accept(run)
+    await until(lambda: pair.d.node.reservations.num_open)
+    pair.d.node.reservations.cancel(f"{run.request_id}.0")
+    await pair.compute_all()
+    await until(lambda: any(chunk.error for chunk in pair.chunks))
+    error = next(chunk.error for chunk in pair.chunks if chunk.error)
+    assert error.code == 502
+    assert "d:" in error.message
+    await pair.p.wait_idle()
+    assert pair.d.decode.num_accepted == 0
+
+
+async def test_a_commit_that_is_refused_gives_everything_back(pair: Pair) -> None:
+    """Its reservation is lost between the last copy and the commit."""
+    run = pair.run(prompt_of(10))
+    await pair.p.prefill.accept(run)
+    pair.link.may_confirm.clear()
+    await pair.compute_all()
+    async with asyncio.timeout(5):
+        await pair.link.landed.wait()
+    pair.d.node.attempts.cancel(f"{run.request_id}.0", "test")
+    pair.link.may_confirm.set()
+    await until(lambda: any(chunk.error for chunk in pair.chunks))
+    await pair.p.wait_idle()
+    await pair.d.wait_idle()
+
+
+async def test_a_reservation_is_renewed_while_its_prompt_is_computed(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handoff, "RENEW_S", 0.01)
+    asked: list[Reserve] = []
+    subject = subjects.at(subjects.DECODE_RESERVE, "d")
+    async with await pair.bus.subscribe(subject, Reserve, lambda message, _: asked.append(message)):
+        await pair.p.prefill.accept(pair.run(prompt_of(10)))
+        await until(lambda: pair.d.node.reservations.num_open)
+        opened_at = pair.d.node.reservations.renewed_at
+        await until(lambda: len(asked) > 2 and pair.d.node.reservations.renewed_at > opened_at)
+    assert len({message.transfer_id for message in asked}) == 1
+    assert pair.d.node.num_rooms_given == 1  # renewed, not opened again
+    await pair.compute_all()
+    await until(lambda: pair.d.decode.num_accepted == 1)
+
+
+async def test_prefill_asks_a_full_decode_node_again_and_takes_no_blocks_before(pair: Pair) -> None:
+    taken = pair.d.node.blocks.take(pair.d.node.blocks.num_blocks)
+    full: list[Full] = []
+    subject = subjects.at(subjects.DECODE_RESERVE, "d")
+    async with await pair.bus.subscribe(subject, Reserve, lambda *_: full.append(Full("asked"))):
+        await pair.p.prefill.accept(pair.run(prompt_of(10)))
+        await until(lambda: len(full) > 2)
+    assert pair.p.node.blocks.num_leased == 0
+    pair.d.node.blocks.release(taken)
+    await pair.compute_all()
+    await until(lambda: pair.d.decode.num_accepted == 1)
 
 
 @pytest.mark.parametrize(

@@ -91,11 +91,21 @@ def release(node: Node, message: Release) -> None:
 def claim(node: Node, run: DecodeRun) -> Sequence:
     """The commit of a handoff: a sequence whose KV stands, all but the last token's.
 
-    Raises Stale when the reservation has expired or the token is wrong.
+    Raises Stale when the reservation has expired or the token is wrong, BadRequest for other tokens than it
+    was made for; then its blocks are free again.
     """
     tid = transfer_id(run.request_id, run.attempt)
     node.attempts.refuse_ended(tid)
     reservation = node.reservations.claim(tid, run.token)
+    num_tokens = len(run.prompt_ids) + len(run.output_ids)
+    if not run.output_ids or num_tokens > len(reservation.block_ids) * node.settings.block_size:
+        node.blocks.release(reservation.block_ids)
+        node.attempts.end(tid)
+        node.retire.notice_room()
+        raise BadRequest(
+            f"{len(run.prompt_ids)} tokens of prompt and {len(run.output_ids)} of output are not what "
+            f"{len(reservation.block_ids)} blocks were reserved for"
+        )
     sequence = Sequence(
         request_id=run.request_id,
         attempt=run.attempt,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 from flowkv_common.engine.sequence import Sequence
@@ -18,7 +19,6 @@ class _Output:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
-    ended_at: float | None = None
 
 
 class Outputs:
@@ -26,6 +26,7 @@ class Outputs:
 
     def __init__(self) -> None:
         self._outputs: dict[str, _Output] = {}
+        self._ended: deque[tuple[float, str]] = deque()  # when, and which; oldest first
 
     def open(self, sequence: Sequence) -> None:
         """A sequence begins here; the last of its `output_ids` came without log probabilities."""
@@ -40,7 +41,7 @@ class Outputs:
 
     def end(self, transfer_id: str) -> None:
         """The sequence has left, for whatever reason; what it said is kept for a while."""
-        self._outputs[transfer_id].ended_at = time.monotonic()
+        self._ended.append((time.monotonic(), transfer_id))
 
     def since(self, transfer_id: str, from_index: int) -> TokenChunk | None:
         """One chunk with all tokens from `from_index` on; None when unknown or out of reach."""
@@ -60,6 +61,6 @@ class Outputs:
 
     def forget_old(self, now: float) -> None:
         """Drop the output of those that left a while ago."""
-        for transfer_id, output in list(self._outputs.items()):
-            if output.ended_at is not None and now - output.ended_at > KEEP_S:
-                del self._outputs[transfer_id]
+        while self._ended and now - self._ended[0][0] > KEEP_S:
+            _, transfer_id = self._ended.popleft()
+            self._outputs.pop(transfer_id, None)  # a sequence may have ended twice: failed, and cancelled

@@ -123,7 +123,7 @@ class Dispatch:
                     yield journey.take(chunk)
             finally:
                 if not journey.is_finished:
-                    await self._cancel(journey.transfer_id)
+                    await self._cancel(journey.transfer_id, assignment)
 
     async def _schedule(self, journey: Journey) -> Assignment:
         """Ask until there is a pair: the gateway does the waiting, so no queue is lost with a scheduler."""
@@ -217,11 +217,12 @@ class Dispatch:
             journey.avoid.add(suspect)
             raise Unavailable(f"{suspect} fell silent: {error.message}") from error
 
-    async def _cancel(self, tid: str) -> None:
-        with contextlib.suppress(FlowKVError):
-            await self._bus.publish(
-                subjects.cancel(tid), Cancel(transfer_id=tid, reason="not wanted any more")
-            )
+    async def _cancel(self, tid: str, assignment: Assignment) -> None:
+        """Tell the pair; other nodes have never heard of the attempt."""
+        cancel = Cancel(transfer_id=tid, reason="not wanted any more")
+        for node_id in {assignment.prefill.node_id, assignment.decode.node_id}:
+            with contextlib.suppress(FlowKVError):
+                await self._bus.publish(subjects.at(subjects.NODE_CANCEL, node_id), cancel)
 
 
 @contextlib.asynccontextmanager

@@ -14,7 +14,9 @@ from flowkv_common.engine.batch import WorkItem
 from flowkv_common.engine.sampler import Sampled
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.errors import BadRequest, DeadlineExceeded, FlowKVError, Internal, TransferFailed
+from flowkv_common.fair_queue import FairQueue
 from flowkv_common.node.attempts import Attempt
+from flowkv_common.node.budget import InFlight, Stage
 from flowkv_common.node.guest import Node
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
@@ -22,7 +24,6 @@ from flowkv_common.wire.messages import Accepted, PrefillRun, TokenChunk
 from flowkv_prefill.chunking import plan_chunks
 from flowkv_prefill.handoff import Handoff, num_blocks_for, reserve
 from flowkv_prefill.prompt import Prompt
-from flowkv_prefill.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class PrefillGuest:
         self._prompts: dict[str, Prompt] = {}  # transfer_id -> prompt, in order of arrival
         self._computing: dict[str, Prompt] = {}  # those with blocks, in the order of their chunks
         self._numbers = itertools.count()
-        self._turns = Turns()  # blocks are given out first come, first served
+        # Blocks are given out to one prompt after the other, in the order of arrival.
+        self._turns = FairQueue(max_holders=1)
 
     def endpoints(self) -> list[Endpoint]:
         return [Endpoint(subjects.at(subjects.PREFILL_RUN, self._node.ref.node_id), PrefillRun, self.accept)]
@@ -104,11 +106,15 @@ class PrefillGuest:
         num_bytes = node.layout.block_bytes * num_blocks_for(sequence, node.settings.block_size)
         async with contextlib.AsyncExitStack() as held:
             with prompt.phases.phase("queue"):
-                await held.enter_async_context(node.budget.hold(num_bytes))
+                in_flight = await held.enter_async_context(
+                    node.budget.hold(sequence.transfer_id, prompt.run.decode.node_id, num_bytes)
+                )
             held.enter_context(self._blocks(prompt))
-            handoff = await self._reserve_and_take(prompt)
+            handoff = await self._reserve_and_take(prompt, in_flight)
             async with running(handoff.keep_reserved(), self._send_early(prompt, handoff)):
+                in_flight.enter(Stage.COMPUTING)
                 await self._compute(prompt)
+                in_flight.enter(Stage.SENDING)
                 if await self._emit_first(prompt):
                     node.attempts.end(sequence.transfer_id)
                     await handoff.release()
@@ -124,7 +130,8 @@ class PrefillGuest:
             if await self._emit_first(prompt):
                 self._node.attempts.end(prompt.sequence.transfer_id)
             else:
-                self._node.guests["decode"].adopt(prompt.give_away())
+                self._node.guests["decode"].adopt(prompt.sequence)
+                prompt.forget_sequence()
 
     async def _compute(self, prompt: Prompt) -> None:
         """Wait until all chunks are computed."""
@@ -194,7 +201,7 @@ class PrefillGuest:
 
     # --- blocks -----------------------------------------------------------------------------------
 
-    async def _reserve_and_take(self, prompt: Prompt) -> Handoff:
+    async def _reserve_and_take(self, prompt: Prompt, in_flight: InFlight) -> Handoff:
         """Room at the decode node, then blocks here: in that order everywhere.
 
         Nodes that prefill for each other could still wait in a circle, each for blocks that are reserved for
@@ -204,7 +211,10 @@ class PrefillGuest:
         while True:
             with prompt.phases.phase("reserve"):
                 # Or renew.
-                handoff = await reserve(self._node, prompt.run, prompt.sequence, again=has_released)
+                handoff = await reserve(
+                    self._node, prompt.run, prompt.sequence, in_flight, again=has_released
+                )
+            in_flight.enter(Stage.WAITING)
             try:
                 # Drawn anew each time, so that two who wait for each other don't give way at once.
                 async with asyncio.timeout(patience_s * random.uniform(1.0, 1.5)):
@@ -216,12 +226,13 @@ class PrefillGuest:
             log.info("%s lets others go first: no blocks here", prompt.sequence.transfer_id)
             await handoff.release()
             has_released = True
+            in_flight.enter(Stage.RESERVING)
             patience_s = min(2 * patience_s, LONGEST_PATIENCE_S)
 
     async def _take_in_turn(self, prompt: Prompt) -> None:
         """Wait for blocks for the whole prompt and one token more, those of a cached prefix among them."""
         with prompt.phases.phase("queue"):
-            async with self._turns.turn(prompt.number):
+            async with self._turns.hold(place=prompt.number):
                 while not self._take(prompt.sequence):
                     await self._node.retire.wait_for_room(ROOM_RETRY_S)
 

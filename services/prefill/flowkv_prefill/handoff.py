@@ -14,10 +14,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from flowkv_common.engine.sequence import Sequence
-from flowkv_common.errors import FlowKVError
+from flowkv_common.errors import FlowKVError, Full
 from flowkv_common.kv.alignment import align, ids_of
 from flowkv_common.kv.blocks import OutOfBlocks
 from flowkv_common.kv.connector import KVLink, TransferStats
+from flowkv_common.node.budget import InFlight
 from flowkv_common.node.guest import Node
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
@@ -87,6 +88,7 @@ class Handoff:
             began = time.monotonic()
             self._sent.append(await self._link.send(self._transfer_id, self._token, copies))
             self._spans.append(Span(began, time.monotonic()))
+            self._node.budget.confirm_send(self._run.decode.node_id)
             self._num_landed = num_ready
 
     async def hand_over(self, sequence: Sequence) -> None:
@@ -136,10 +138,12 @@ class Handoff:
             await self._node.bus.publish(subjects.event("kv_transferred", self._transfer_id), event)
 
 
-async def reserve(node: Node, run: PrefillRun, sequence: Sequence, *, again: bool) -> Handoff:
+async def reserve(
+    node: Node, run: PrefillRun, sequence: Sequence, in_flight: InFlight, *, again: bool
+) -> Handoff:
     """Room for the prompt and the token after it at the decode node; asks again while that node is full.
 
-    `again` if such room has been released before.
+    `in_flight` hears of each answer; `again` if such room has been released before.
     Raises FlowKVError when the node refuses for good: without saying when to ask again.
     """
     request = Reserve(
@@ -162,6 +166,8 @@ async def reserve(node: Node, run: PrefillRun, sequence: Sequence, *, again: boo
         except FlowKVError as error:
             if error.retry_after_s is None:
                 raise
+            if isinstance(error, Full):
+                in_flight.hear_decode_node()
         await asyncio.sleep(retry_s)
         retry_s = min(2 * retry_s, LONGEST_RETRY_S)
 

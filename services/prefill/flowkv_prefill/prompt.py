@@ -35,10 +35,9 @@ class Prompt:
             self.computed.set()
         self.progress.set()
 
-    def give_away(self) -> Sequence:
-        """The sequence with its blocks, for another owner; an empty one stays behind."""
-        sequence, self.sequence = self.sequence, _new_sequence(self.run)
-        return sequence
+    def forget_sequence(self) -> None:
+        """The sequence has another owner now, its blocks too: an empty one takes its place."""
+        self.sequence = _new_sequence(self.run)
 
 
 def _new_sequence(run: PrefillRun) -> Sequence:

@@ -49,7 +49,7 @@ RIGHTS: Mapping[str, Rights] = {
             subjects.SCHEDULE,
             subjects.at(subjects.PREFILL_RUN, _ANY_NODE),
             subjects.at(subjects.DECODE_RESUME, _ANY_NODE),
-            subjects.CANCEL_ALL,
+            subjects.at(subjects.NODE_CANCEL, _ANY_NODE),
             subjects.event("request_finished", "*"),
             *_reading(subjects.NODES_BUCKET),
         ],

@@ -48,6 +48,7 @@ class Reservations:
         self._blocks = blocks
         self._clock = clock
         self._open: dict[str, Reservation] = {}
+        self.renewed_at = clock()  # the last time that one was opened or extended
 
     @property
     def num_open(self) -> int:
@@ -91,6 +92,7 @@ class Reservations:
             expires_at=self._clock() + expires_in_s,
         )
         self._open[transfer_id] = reservation
+        self.renewed_at = self._clock()
         return reservation
 
     def __contains__(self, transfer_id: str) -> bool:
@@ -99,7 +101,8 @@ class Reservations:
     def extend(self, transfer_id: str, expires_in_s: float) -> Reservation:
         """Lets it expire `expires_in_s` from now. Raises `Stale` if it has ended."""
         reservation = self._standing(transfer_id)
-        reservation.expires_at = self._clock() + expires_in_s
+        self.renewed_at = self._clock()
+        reservation.expires_at = self.renewed_at + expires_in_s
         return reservation
 
     def claim(self, transfer_id: str, token: str) -> Reservation:

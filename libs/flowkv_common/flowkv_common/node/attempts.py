@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from flowkv_common.errors import Stale
 
 TOMBSTONE_S = 3600.0
+# A bound of some 25 MB. At more cancels than these in an hour the oldest tombstones go before their time.
+MAX_TOMBSTONES = 100_000
 
 
 @dataclass(slots=True)
@@ -32,7 +35,8 @@ class Attempts:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._live: dict[str, Attempt] = {}
-        self._tombstones: dict[str, float] = {}  # transfer_id -> when to forget; oldest first
+        # transfer_id -> when to forget; oldest first. A dict would be slow to be taken from at that end.
+        self._tombstones: OrderedDict[str, float] = OrderedDict()
         self._news = asyncio.Event()
 
     def __len__(self) -> int:
@@ -43,6 +47,9 @@ class Attempts:
 
     def __contains__(self, transfer_id: str) -> bool:
         return transfer_id in self._live
+
+    def find(self, transfer_id: str) -> Attempt | None:
+        return self._live.get(transfer_id)
 
     def refuse_ended(self, transfer_id: str) -> None:
         """Raises Stale if this attempt, or a later one of the same request, has been here and gone."""
@@ -100,10 +107,9 @@ class Attempts:
         return states
 
     def _bury(self, transfer_id: str) -> None:
-        now = self._clock()
-        self._tombstones.pop(transfer_id, None)
-        self._tombstones[transfer_id] = now + TOMBSTONE_S
-        for oldest, forget_at in list(self._tombstones.items()):
-            if forget_at > now:
-                break
-            del self._tombstones[oldest]
+        """Takes the same time however many there are."""
+        now, tombstones = self._clock(), self._tombstones
+        tombstones[transfer_id] = now + TOMBSTONE_S
+        tombstones.move_to_end(transfer_id)
+        while len(tombstones) > MAX_TOMBSTONES or tombstones[next(iter(tombstones))] <= now:
+            tombstones.popitem(last=False)

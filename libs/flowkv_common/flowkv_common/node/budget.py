@@ -1,63 +1,139 @@
-"""Handoffs in flight have a budget of their own, in count and in bytes, apart from the batch size."""
+"""Handoffs in flight have a budget of their own, in count and in bytes, and each must make progress.
+
+| a handoff | has made progress when |
+| --- | --- |
+| asks for room at the decode node | that node answers, be it that it is full |
+| waits for blocks of its own | a step ends at this node, blocks come back, or a reservation here is renewed |
+| is computed | a step ends at this node, whoever is in it |
+| is handed over | a send to its decode node is confirmed, whichever handoff's |
+
+Each of these waits has a deadline of its own, of seconds; joining a communicator, within a send, may take a
+minute. So a handoff that has made no progress for two minutes, and for as long as a slow link takes for its
+bytes, waits for something that has failed without a word.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections import deque
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
+from enum import StrEnum
+
+from flowkv_common.fair_queue import FairQueue
+
+STUCK_AFTER_S = 120.0
+SLOWEST_LINK_BYTES_PER_S = 10e6
+
+
+class Stage(StrEnum):
+    """Where a handoff stands."""
+
+    RESERVING = "asks for room at the decode node"
+    WAITING = "waits for blocks"
+    COMPUTING = "is computed"
+    SENDING = "is handed over"
+
+
+class InFlight:
+    """A handoff that holds its part of the budget. `moved_at` is when it last made progress by itself."""
+
+    def __init__(
+        self, transfer_id: str, decode_node_id: str, num_bytes: int, clock: Callable[[], float]
+    ) -> None:
+        self.transfer_id = transfer_id
+        self.decode_node_id = decode_node_id
+        self.stage = Stage.RESERVING
+        self.moved_at = clock()
+        self.patience_s = STUCK_AFTER_S + num_bytes / SLOWEST_LINK_BYTES_PER_S
+        self._clock = clock
+
+    def enter(self, stage: Stage) -> None:
+        """It has come to another stage, or is still in this one."""
+        if stage is not self.stage:
+            self.stage = stage
+            self.moved_at = self._clock()
+
+    def hear_decode_node(self) -> None:
+        """The decode node has answered. That is progress only for a handoff that waits for nothing else."""
+        if self.stage is Stage.RESERVING:
+            self.moved_at = self._clock()
 
 
 class HandoffBudget:
-    """First come, first served; a handoff larger than the whole budget goes alone."""
+    """First come, first served; a handoff larger than the whole budget goes alone.
 
-    def __init__(self, max_handoffs: int, max_bytes: int) -> None:
-        self._max_handoffs = max_handoffs
-        self._max_bytes = max_bytes
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-        self.num_in_flight = 0
-        self.bytes_in_flight = 0
+    `node_moved_at` tells when, on `clock`, a step has last ended at this node, blocks have come back or a
+    reservation was renewed.
+    """
+
+    def __init__(
+        self,
+        max_handoffs: int,
+        max_bytes: int,
+        *,
+        node_moved_at: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._queue = FairQueue(max_handoffs, max_bytes)
+        self._in_flight: set[InFlight] = set()
+        self._node_moved_at = node_moved_at
+        self._clock = clock
+        self._lost_since: float | None = None
+
+    @property
+    def num_in_flight(self) -> int:
+        return self._queue.num_holders
+
+    @property
+    def bytes_in_flight(self) -> int:
+        return self._queue.weight_held
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return self._queue.num_waiting
 
     @contextlib.asynccontextmanager
-    async def hold(self, num_bytes: int) -> AsyncIterator[None]:
-        """Wait for room, then hold `num_bytes` of it while the context lasts."""
-        await self._enter(num_bytes)
-        try:
-            yield
-        finally:
-            self.num_in_flight -= 1
-            self.bytes_in_flight -= num_bytes
-            self._admit()
+    async def hold(self, transfer_id: str, decode_node_id: str, num_bytes: int) -> AsyncIterator[InFlight]:
+        """Waits for room, then holds `num_bytes` of it while the context lasts."""
+        async with self._queue.hold(num_bytes):
+            mine = InFlight(transfer_id, decode_node_id, num_bytes, self._clock)
+            self._in_flight.add(mine)
+            try:
+                yield mine
+            finally:
+                self._in_flight.discard(mine)
 
-    async def _enter(self, num_bytes: int) -> None:
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((num_bytes, turn))
-        self._admit()
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # admitted and cancelled in the same breath
-                self.num_in_flight -= 1
-                self.bytes_in_flight -= num_bytes
-            else:
-                self._waiting.remove((num_bytes, turn))
-            self._admit()
-            raise
+    def confirm_send(self, decode_node_id: str) -> None:
+        """Blocks have landed at that node: all that are handed over to it have made progress."""
+        now = self._clock()
+        for handoff in self._in_flight:
+            if handoff.stage is Stage.SENDING and handoff.decode_node_id == decode_node_id:
+                handoff.moved_at = now
 
-    def _admit(self) -> None:
-        while self._waiting:
-            num_bytes, turn = self._waiting[0]
-            fits = (
-                self.num_in_flight < self._max_handoffs
-                and self.bytes_in_flight + num_bytes <= self._max_bytes
+    def find_stuck(self) -> list[InFlight]:
+        """Handoffs that have made no progress for too long (docs/architecture.md, rule 10)."""
+        return [handoff for handoff in self._in_flight if self._still_s(handoff) > handoff.patience_s]
+
+    def why_stuck(self) -> str | None:
+        """In one sentence which handoffs make no progress; None if all do. To be asked again and again."""
+        if stuck := self.find_stuck():
+            worst = max(stuck, key=self._still_s)
+            return (
+                f"no progress in {len(stuck)} of {self.num_in_flight} handoffs: {worst.transfer_id} "
+                f"{worst.stage} for {self._still_s(worst):.0f} s"
             )
-            if not fits and self.num_in_flight > 0:
-                return
-            self._waiting.popleft()
-            self.num_in_flight += 1
-            self.bytes_in_flight += num_bytes
-            turn.set_result(None)
+        num_lost = self.num_in_flight - len(self._in_flight)
+        if not num_lost:
+            self._lost_since = None
+            return None
+        self._lost_since = self._lost_since or self._clock()
+        if self._clock() - self._lost_since <= STUCK_AFTER_S:
+            return None
+        return f"the budget of {num_lost} handoffs is held though they have ended"
+
+    def _still_s(self, handoff: InFlight) -> float:
+        """Seconds without progress."""
+        moved_at = handoff.moved_at
+        if handoff.stage in (Stage.WAITING, Stage.COMPUTING):
+            moved_at = max(moved_at, self._node_moved_at())
+        return self._clock() - moved_at

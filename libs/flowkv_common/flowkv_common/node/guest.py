@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Protocol
@@ -21,7 +22,7 @@ from flowkv_common.engine.sequence import Sequence
 from flowkv_common.errors import FlowKVError, Stale, Unavailable, WrongModel
 from flowkv_common.kv.blocks import Blocks, OutOfBlocks
 from flowkv_common.kv.reservations import Reservations
-from flowkv_common.node.attempts import Attempts
+from flowkv_common.node.attempts import Attempt, Attempts
 from flowkv_common.node.budget import HandoffBudget
 from flowkv_common.node.instruments import Instruments
 from flowkv_common.node.links import Links
@@ -55,6 +56,7 @@ class Node:
     guests: dict[str, Guest] = field(default_factory=dict)
     drains_until: float | None = None  # monotonic; while it is set the node takes nothing new
     wedged: bool = False
+    stuck: str | None = None  # which handoffs make no progress
     epoch: int = 0  # the highest of a leading scheduler that this node has heard of
     num_rooms_given: int = 0  # to sequences that will decode here, in this life; each counts once
 
@@ -80,6 +82,8 @@ class Node:
             return "draining"
         if self.wedged:
             return "the engine makes no progress"
+        if self.stuck:
+            return self.stuck
         if not self.bus.is_connected:
             return "not connected to NATS"
         return None
@@ -135,12 +139,16 @@ class Node:
             self.blocks.commit(sequence.block_table[i], hashes[i], parent)
         sequence.num_committed_blocks = num_full
 
-    async def fail_all(self, error: FlowKVError) -> None:
-        """End every attempt here; gateways will try elsewhere."""
-        for attempt in self.attempts:
+    async def fail(self, attempts: Iterable[Attempt], error: FlowKVError) -> None:
+        """End these attempts here; gateways will try elsewhere."""
+        for attempt in attempts:
             self.outbox.fail(attempt.gateway_id, attempt.transfer_id, error)
             self.attempts.cancel(attempt.transfer_id, error.message)
         await self.outbox.flush()
+
+    async def fail_all(self, error: FlowKVError) -> None:
+        """End every attempt here."""
+        await self.fail(self.attempts, error)
 
 
 class Guest(Protocol):

@@ -43,7 +43,7 @@ from flowkv_common.node.load import report_load
 from flowkv_common.node.memory import handoff_bytes, make_pool
 from flowkv_common.node.outbox import Outbox
 from flowkv_common.node.steps import Retire, Steps
-from flowkv_common.node.watch import sweep, watch_cancels, watch_engine
+from flowkv_common.node.watch import sweep, watch_cancels, watch_engine, watch_handoffs
 from flowkv_common.tasks import running
 from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_common.wire.parts import ModelCard, NodeRef, PoolLayout
@@ -91,8 +91,9 @@ async def serve(settings: NodeSettings, role: str, model: Served, stop: asyncio.
 
         news = BlockNews(node.ref, node.blocks)
         guests = [guest.run() for guest in node.guests.values()]
-        watches = (watch_nodes(node.bus, node.links.follow), watch_cancels(node), watch_engine(node, engine))
-        async with running(_compute(node, steps), *guests, node.links.run(), *watches, sweep(node)):
+        watches = (watch_cancels(node), watch_engine(node, engine), watch_handoffs(node), sweep(node))
+        links = (watch_nodes(node.bus, node.links.follow), node.links.run())
+        async with running(_compute(node, steps), *guests, *links, *watches):
             async with running(node.outbox.keep_alive()), _services(node, steps, engine, news, role):
                 tell_news = news.tell(node.bus, settings.load_period_s)
                 async with running(keep_announced(node.bus, descriptor), report_load(node, steps), tell_news):
@@ -153,7 +154,11 @@ async def _open(
         attempts=attempts,
         outbox=Outbox(bus, ref, attempts),
         links=links,
-        budget=HandoffBudget(settings.max_handoffs, handoff_bytes(settings, layout, num_blocks)),
+        budget=HandoffBudget(
+            settings.max_handoffs,
+            handoff_bytes(settings, layout, num_blocks),
+            node_moved_at=lambda: max(retire.moved_at, reservations.renewed_at),
+        ),
         instruments=instruments,
         retire=retire,
         wake=asyncio.Event(),

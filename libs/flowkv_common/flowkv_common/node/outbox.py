@@ -62,6 +62,8 @@ class Outbox:
         """Until cancelled: show every gateway its attempts, drop those of gateways that are gone."""
         while True:
             states = self._attempts.states_by_gateway()
+            for gateway_id in self._misses.keys() - states.keys():
+                del self._misses[gateway_id]  # it has not been asked since: in a row means in a row
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(asyncio.sleep(KEEPALIVE_PERIOD_S))
                 for gateway_id, mine in states.items():

@@ -29,9 +29,13 @@ log = logging.getLogger(__name__)
 
 
 class Retire:
-    """Frees blocks of sequences, never while a step may still write them (docs/architecture.md, rule 3)."""
+    """Frees blocks of sequences, never while a step may still write them (docs/architecture.md, rule 3).
+
+    `moved_at` is when a step last ended or room last came back, on the monotonic clock.
+    """
 
     def __init__(self, blocks: Blocks) -> None:
+        self.moved_at = time.monotonic()
         self._blocks = blocks
         self._in_step: set[int] = set()
         self._after_step: list[list[int]] = []
@@ -48,6 +52,7 @@ class Retire:
 
     def notice_room(self) -> None:
         """Somebody else has freed blocks: who waits for room looks again."""
+        self.moved_at = time.monotonic()
         self._freed.set()
 
     async def wait_for_room(self, timeout_s: float) -> None:
@@ -61,6 +66,7 @@ class Retire:
         self._in_step = {id(sequence) for sequence in sequences}
 
     def step_ended(self) -> None:
+        self.moved_at = time.monotonic()
         self._in_step = set()
         held, self._after_step = self._after_step, []
         for block_ids in held:

@@ -1,4 +1,4 @@
-"""What a node keeps an eye on: cancels, things that expire, and whether its engine makes progress."""
+"""What a node keeps an eye on: cancels, things that expire, and whether engine and handoffs make progress."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ async def watch_cancels(node: Node) -> None:
         node.attempts.cancel(message.transfer_id, message.reason)
         node.wake.set()
 
-    async with await node.bus.subscribe(subjects.CANCEL_ALL, Cancel, cancel):
+    mine = subjects.at(subjects.NODE_CANCEL, node.ref.node_id)
+    async with (
+        await node.bus.subscribe(mine, Cancel, cancel),
+        await node.bus.subscribe(subjects.CANCEL_ALL, Cancel, cancel),
+    ):
         await asyncio.Event().wait()
 
 
@@ -70,3 +74,23 @@ async def watch_engine(node: Node, engine: Engine) -> None:
             await node.fail_all(Unavailable(f"the engine of {node.ref.node_id} is stuck"))
         else:
             log.warning("the engine makes progress again")
+
+
+async def watch_handoffs(node: Node) -> None:
+    """Until cancelled: handoffs that make no progress make the node unready, and are given back.
+
+    The node is ready again once they have let go of their budget. One that can't be ended, such as a thread
+    that waits for a device for ever, keeps it unready.
+    """
+    while True:
+        await asyncio.sleep(SWEEP_PERIOD_S)
+        reason = node.budget.why_stuck()
+        if (reason is None) != (node.stuck is None):
+            node.changed.set()
+            log.log(
+                logging.ERROR if reason else logging.WARNING, reason or "all handoffs make progress again"
+            )
+        node.stuck = reason
+        stuck = [node.attempts.find(handoff.transfer_id) for handoff in node.budget.find_stuck()]
+        if attempts := [attempt for attempt in stuck if attempt is not None]:
+            await node.fail(attempts, Unavailable(f"{node.ref.node_id}: {reason}"))

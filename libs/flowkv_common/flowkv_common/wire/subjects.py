@@ -22,6 +22,7 @@ NODE_CHECK = "flowkv.v1.node.check"
 NODE_WEDGE = "flowkv.v1.node.wedge"
 NODE_CAP = "flowkv.v1.node.cap"
 NODE_BLOCKS = "flowkv.v1.node.blocks"
+NODE_CANCEL = "flowkv.v1.node.cancel"
 
 LOAD_ALL = "flowkv.v1.load.*"
 BLOCKS_ALL = "flowkv.v1.blocks.*"

@@ -1,0 +1,326 @@
+"""A prefill and a decode node whose steps the test computes: all is real but the engine.
+
+They talk over a NATS server and move blocks with the in-process connector. "Computing" a token writes a
+number of its own into its slot of the pool, so that what has landed can be told from what has not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from imagined_nodes import descriptor
+from nats_server import NatsServer
+
+from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.service import Endpoint, Service
+from flowkv_common.config import NodeSettings
+from flowkv_common.engine.sampler import Sampled
+from flowkv_common.kv.alignment import Copy
+from flowkv_common.kv.blocks import Blocks
+from flowkv_common.kv.connector import KVConnector, KVLink, TransferStats
+from flowkv_common.kv.connectors.inprocess import InProcessConnector, Switchboard
+from flowkv_common.kv.pool import KVPool
+from flowkv_common.kv.reservations import Reservations
+from flowkv_common.node.attempts import Attempts
+from flowkv_common.node.budget import HandoffBudget
+from flowkv_common.node.guest import Node
+from flowkv_common.node.instruments import Instruments
+from flowkv_common.node.links import Links
+from flowkv_common.node.memory import handoff_bytes
+from flowkv_common.node.outbox import Outbox
+from flowkv_common.node.steps import Retire
+from flowkv_common.node.watch import watch_cancels
+from flowkv_common.tasks import running
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import PrefillRun, StepTokens, TokenChunk
+from flowkv_common.wire.nodes import LinkOffer, LinkRequest
+from flowkv_common.wire.parts import ModelCard, NodeRef, PoolLayout, SamplingParams
+from flowkv_decode.guest import DecodeGuest
+from flowkv_prefill.guest import PrefillGuest
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 24
+LAYOUT = PoolLayout(num_layers=2, block_size=BLOCK_SIZE, num_kv_heads=1, head_dim=2, dtype="float32")
+FINGERPRINT = "f"
+EOS = 2
+FIRST_TOKEN = 77  # what each prompt's last chunk "samples"
+TIMEOUT_S = 5.0
+
+
+class Clock:
+    """The monotonic clock of a node's budget, and how far the test has put it forward."""
+
+    def __init__(self) -> None:
+        self.forward_s = 0.0
+        self.step_ended_at = self()
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.forward_s
+
+    def end_step(self) -> None:
+        self.step_ended_at = self()
+
+
+class WatchedLink:
+    """A link that notes what it sends. A send lands at once and is confirmed while `may_confirm` is set."""
+
+    name = "inprocess"
+
+    def __init__(self, link: KVLink) -> None:
+        self.sends: list[list[Copy]] = []
+        self.may_confirm = asyncio.Event()
+        self.may_confirm.set()
+        self.landed = asyncio.Event()
+        self.hears_cancel = True
+        self._link = link
+
+    @property
+    def closed(self) -> bool:
+        return self._link.closed
+
+    async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
+        sent = await self._link.send(transfer_id, token, copies)
+        self.sends.append(list(copies))
+        self.landed.set()
+        while not self.may_confirm.is_set():
+            try:
+                await self.may_confirm.wait()
+            except asyncio.CancelledError:
+                if self.hears_cancel:
+                    raise
+        return sent
+
+    async def close(self) -> None:
+        await self._link.close()
+
+    def times_sent(self) -> Counter[int]:
+        """How often each block of the sender was sent."""
+        copies = itertools.chain.from_iterable(self.sends)
+        return Counter(itertools.chain.from_iterable(range(c.src, c.src + c.length) for c in copies))
+
+
+class WatchedConnector:
+    """A connector that keeps the link it has made."""
+
+    name = "inprocess"
+
+    def __init__(self, connector: KVConnector) -> None:
+        self._connector = connector
+        self.link: WatchedLink | None = None
+
+    async def listen(self) -> str:
+        return await self._connector.listen()
+
+    async def connect(self, address: str, token: str, num_blocks: int) -> KVLink:
+        self.link = WatchedLink(await self._connector.connect(address, token, num_blocks))
+        return self.link
+
+    async def __aenter__(self) -> Self:
+        await self._connector.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._connector.__aexit__(kind, error, trace)
+
+
+@dataclass
+class Side:
+    """One node, its pool and its two guests."""
+
+    node: Node
+    pool: KVPool
+    connector: WatchedConnector
+    clock: Clock
+    prefill: PrefillGuest = field(init=False)
+    decode: DecodeGuest = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prefill, self.decode = PrefillGuest(self.node), DecodeGuest(self.node)
+        self.node.guests.update(prefill=self.prefill, decode=self.decode)
+
+    def kv(self, block_table: Sequence[int], num_tokens: int) -> list[float]:
+        """What lies in the slots of the first tokens."""
+        slots = self.pool.tensor[list(block_table)]  # [n, num_layers, 2, BLOCK_SIZE, 1, head_dim]
+        per_token = slots.permute(0, 3, 1, 2, 4, 5).reshape(-1, 8)[:num_tokens]
+        assert torch.equal(per_token, per_token[:, :1].expand(-1, 8)), "layers or halves differ"
+        return [float(value) for value in per_token[:, 0]]
+
+    def idle_counts(self) -> dict[str, int]:
+        """All that must be 0 when nothing is left to do."""
+        self.node.blocks.check_integrity()
+        counts = self.node.blocks.counts()
+        return {
+            "attempts": len(self.node.attempts),
+            "reservations": self.node.reservations.num_open,
+            "leased": counts.leased,
+            "quarantined": counts.quarantined,
+            "handoffs": self.node.budget.num_in_flight,
+            "bytes": self.node.budget.bytes_in_flight,
+            "waiting for the budget": self.node.budget.num_waiting,
+            "prompts": self.prefill.num_prompts(),
+            "waiting": self.decode.num_waiting(),
+            "running": self.decode.num_running(),
+        }
+
+    async def wait_idle(self) -> None:
+        """Raises AssertionError with what is still held after `TIMEOUT_S`."""
+        with contextlib.suppress(TimeoutError):
+            await until(lambda: not any(self.idle_counts().values()))
+        held = {name: count for name, count in self.idle_counts().items() if count}
+        assert not held, f"{self.node.ref.node_id} still holds {held}"
+
+
+def kv_of(prompt_ids: Sequence[int]) -> list[float]:
+    """What computing these tokens writes, one number each: exact in float32."""
+    return [float(1 + position * 1000 + token_id) for position, token_id in enumerate(prompt_ids)]
+
+
+async def until(is_met: Callable[[], Any]) -> None:
+    """Looks again and again: not every state has an event. Raises TimeoutError after `TIMEOUT_S`."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while not is_met():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+@dataclass
+class Pair:
+    """`p` prefills for `d`."""
+
+    bus: Bus
+    p: Side
+    d: Side
+    chunks: list[TokenChunk] = field(default_factory=list)  # what the gateway was told
+    told: asyncio.Event = field(default_factory=asyncio.Event)
+    _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    @property
+    def link(self) -> WatchedLink:
+        assert self.p.connector.link is not None
+        return self.p.connector.link
+
+    def run(self, prompt_ids: list[int], *, max_tokens: int = 8, deadline_in_s: float = 60.0) -> PrefillRun:
+        return PrefillRun(
+            request_id=f"r{next(self._numbers)}",
+            attempt=0,
+            epoch=1,
+            fingerprint=FINGERPRINT,
+            node=self.p.node.ref,
+            decode=self.d.node.ref,
+            gateway_id="g",
+            prompt_ids=prompt_ids,
+            output_ids=[],
+            sampling=SamplingParams(max_tokens=max_tokens),
+            deadline_in_s=deadline_in_s,
+        )
+
+    async def compute(self, max_tokens: int = 1000) -> int:
+        """One step of `p`, once there is work for it: prompt tokens of the step."""
+        await until(lambda: self.p.prefill.prefill_work(max_tokens))
+        return self.step(max_tokens)
+
+    def step(self, max_tokens: int = 1000) -> int:
+        """One step of `p`, if there is work."""
+        items = self.p.prefill.prefill_work(max_tokens)
+        for sequence, num_tokens in items:
+            first, end = sequence.num_computed_tokens, sequence.num_computed_tokens + num_tokens
+            for position, number in enumerate(kv_of(sequence.token_ids)[first:end], first):
+                block_id = sequence.block_table[position // BLOCK_SIZE]
+                self.p.pool.tensor[block_id, :, :, position % BLOCK_SIZE] = number
+            sequence.num_computed_tokens = end
+            is_done = end == sequence.num_tokens
+            self.p.prefill.apply(sequence, Sampled(FIRST_TOKEN, None) if is_done else None)
+        self.p.node.retire.step_ended()
+        self.p.clock.end_step()
+        return sum(num_tokens for _, num_tokens in items)
+
+    async def compute_all(self, chunk_tokens: int = 1000) -> None:
+        """The whole of one prompt, in chunks; the copies of each are sent before the next is computed."""
+        await self.compute(chunk_tokens)
+        while self.p.prefill.num_prompts():
+            await self.compute(chunk_tokens)
+
+    def hear(self, message: StepTokens, _: object) -> None:
+        self.chunks += message.chunks
+        self.told.set()
+
+
+@contextlib.asynccontextmanager
+async def engineless_pair(nats_server: NatsServer, **settings: Any) -> AsyncIterator[Pair]:
+    """Both nodes with their guests at work and `p` linked to `d`; no keepalives, sweeps or load reports."""
+    switchboard = Switchboard()
+    async with contextlib.AsyncExitStack() as opened:
+        bus = await opened.enter_async_context(connect(nats_server.url, name="pair"))
+        p, d = [
+            await opened.enter_async_context(_side(bus, node_id, switchboard, settings))
+            for node_id in ("p", "d")
+        ]
+        pair = Pair(bus, p, d)
+        await opened.enter_async_context(await bus.subscribe(subjects.tokens("g"), StepTokens, pair.hear))
+        p.node.links.follow({"d": descriptor("d", "decode", incarnation=d.node.ref.incarnation)})
+        await until(lambda: "d" in p.node.links.connectors_in_use())
+        yield pair
+
+
+@contextlib.asynccontextmanager
+async def _side(
+    bus: Bus, node_id: str, switchboard: Switchboard, settings: dict[str, Any]
+) -> AsyncIterator[Side]:
+    ref = NodeRef(node_id=node_id, incarnation="1")
+    own = NodeSettings(model_path="", node_id=node_id, block_size=BLOCK_SIZE, **settings)
+    blocks, attempts = Blocks(NUM_BLOCKS, BLOCK_SIZE), Attempts()
+    reservations, retire = Reservations(blocks), Retire(blocks)
+    links = Links(bus, ref, LAYOUT, FINGERPRINT, NUM_BLOCKS)
+    clock = Clock()
+    with KVPool(LAYOUT, NUM_BLOCKS) as pool:
+        connector = WatchedConnector(InProcessConnector(pool, reservations, links.admits, switchboard))
+        async with connector:
+            await links.listen(connector)
+            node = Node(
+                ref=ref,
+                settings=own,
+                card=ModelCard(
+                    name="m", fingerprint=FINGERPRINT, max_model_len=512, vocab_size=999, eos_token_ids=[EOS]
+                ),
+                layout=LAYOUT,
+                bus=bus,
+                blocks=blocks,
+                reservations=reservations,
+                attempts=attempts,
+                outbox=Outbox(bus, ref, attempts),
+                links=links,
+                budget=HandoffBudget(
+                    own.max_handoffs,
+                    handoff_bytes(own, LAYOUT, NUM_BLOCKS),
+                    node_moved_at=lambda: clock.step_ended_at,
+                    clock=clock,
+                ),
+                instruments=Instruments("m", node_id),
+                retire=retire,
+                wake=asyncio.Event(),
+                changed=asyncio.Event(),
+                stop=asyncio.Event(),
+            )
+            side = Side(node, pool, connector, clock)
+
+            async def offer(request: LinkRequest) -> LinkOffer:
+                return links.offer(request)
+
+            endpoints = [
+                *side.prefill.endpoints(),
+                *side.decode.endpoints(),
+                Endpoint(subjects.at(subjects.NODE_LINK, node_id), LinkRequest, offer),
+            ]
+            service = Service(bus, name="node", version="0.1.0", service_id=node_id, endpoints=endpoints)
+            async with service, running(side.prefill.run(), links.run(), watch_cancels(node)):
+                yield side

@@ -1,0 +1,184 @@
+"""Who gets room at a decode node, and who may turn it into a running sequence."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import nullcontext
+
+import pytest
+from engineless import BLOCK_SIZE, FINGERPRINT, NUM_BLOCKS, Pair, Side, engineless_pair
+from nats_server import NatsServer
+
+from flowkv_common.engine.sampler import Sampled
+from flowkv_common.errors import BadRequest, Full, Stale, Unavailable
+from flowkv_common.wire.hashing import block_hashes
+from flowkv_common.wire.messages import DecodeRun, Release, Reserve, Reserved
+from flowkv_common.wire.parts import NodeRef, SamplingParams
+
+PREFILL = NodeRef(node_id="p", incarnation="1")
+MAX_HANDOFFS = 3
+
+
+@pytest.fixture
+async def pair(nats_server: NatsServer) -> AsyncIterator[Pair]:
+    async with engineless_pair(nats_server, max_handoffs=MAX_HANDOFFS) as pair:
+        yield pair
+
+
+@pytest.fixture
+def side(pair: Pair) -> Side:
+    return pair.d
+
+
+def reserve(num_tokens: int, name: str = "r", **changes: object) -> Reserve:
+    values = {
+        "transfer_id": f"{name}.0",
+        "node": NodeRef(node_id="d", incarnation="1"),
+        "fingerprint": FINGERPRINT,
+        "prefill": PREFILL,
+        "gateway_id": "g",
+        "num_tokens": num_tokens,
+        "block_hashes": [],
+        "run_lengths": [],
+        "expires_in_s": 30.0,
+    }
+    return Reserve(**{**values, **changes})
+
+
+def decode_run(reserved: Reserved, prompt_ids: list[int], **changes: object) -> DecodeRun:
+    values = {
+        "request_id": reserved.transfer_id.removesuffix(".0"),
+        "attempt": 0,
+        "epoch": 1,
+        "node": NodeRef(node_id="d", incarnation="1"),
+        "fingerprint": FINGERPRINT,
+        "prefill": PREFILL,
+        "token": reserved.token,
+        "gateway_id": "g",
+        "prompt_ids": prompt_ids,
+        "output_ids": [7],
+        "sampling": SamplingParams(max_tokens=50, ignore_eos=True),
+        "deadline_in_s": 60.0,
+    }
+    return DecodeRun(**{**values, **changes})
+
+
+async def handed_over(side: Side, prompt_ids: list[int], name: str) -> None:
+    """A sequence that runs."""
+    reserved = await side.decode.reserve(reserve(len(prompt_ids) + 1, name))
+    await side.decode.accept(decode_run(reserved, prompt_ids))
+    assert side.decode.decode_work()
+
+
+async def test_who_runs_and_who_was_preempted_come_before_a_new_handoff(side: Side) -> None:
+    """The watermark: one block to grow for each that runs, and all of them for those who lost theirs."""
+    await handed_over(side, [5] * (2 * BLOCK_SIZE - 1), "a")  # 2 blocks, full with its first token
+    num_free = NUM_BLOCKS - 2
+    with pytest.raises(Full, match="no room"):
+        await side.decode.reserve(reserve(num_free * BLOCK_SIZE, "b"))
+    reserved = await side.decode.reserve(reserve((num_free - 1) * BLOCK_SIZE, "b"))
+    await side.decode.release(Release(transfer_id="b.0", token=reserved.token))
+
+    hog = side.node.blocks.take(num_free)
+    [work] = side.decode.decode_work()
+    work.sequence.num_computed_tokens += 1
+    side.decode.apply(work.sequence, Sampled(9, None))
+    assert side.decode.decode_work() == []  # no block to grow: it has been preempted
+    side.node.blocks.release(hog)
+    assert side.decode.num_waiting() == 1
+    num_owed = 3
+    with pytest.raises(Full, match="no room"):
+        await side.decode.reserve(reserve((NUM_BLOCKS - num_owed + 1) * BLOCK_SIZE, "c"))
+    await side.decode.reserve(reserve((NUM_BLOCKS - num_owed) * BLOCK_SIZE, "c"))
+
+
+async def test_open_reservations_are_bounded_by_count(side: Side) -> None:
+    for number in range(MAX_HANDOFFS):
+        await side.decode.reserve(reserve(1, f"r{number}"))
+    with pytest.raises(Full, match="too many"):
+        await side.decode.reserve(reserve(1, "one-more"))
+    await side.decode.reserve(reserve(1, "r0"))  # a renewal is none more
+
+
+async def test_what_never_fits_is_refused_for_good(side: Side) -> None:
+    with pytest.raises(BadRequest, match="never fit"):
+        await side.decode.reserve(reserve(NUM_BLOCKS * BLOCK_SIZE + 1))
+
+
+async def test_asking_again_renews_the_same_room_also_in_a_drain(side: Side) -> None:
+    first = await side.decode.reserve(reserve(10, expires_in_s=0.0))
+    with pytest.raises(Stale, match="expired"):
+        await side.decode.reserve(reserve(10))
+    side.node.reservations.sweep()
+    side.node.attempts.end("r.0")
+    first = await side.decode.reserve(reserve(10))
+    side.node.drain()
+    assert await side.decode.reserve(reserve(10)) == first
+    with pytest.raises(Unavailable, match="draining"):
+        await side.decode.reserve(reserve(10, "other"))
+
+
+async def test_a_cancel_that_comes_first_keeps_the_reservation_out(side: Side) -> None:
+    side.node.attempts.cancel("r.0", "overtook it")
+    with pytest.raises(Stale):
+        await side.decode.reserve(reserve(10))
+    assert not any(side.idle_counts().values())
+
+
+async def test_a_cancel_after_the_reservation_keeps_the_commit_out(side: Side) -> None:
+    reserved = await side.decode.reserve(reserve(10))
+    side.node.attempts.cancel("r.0", "between the two")
+    with pytest.raises(Stale):
+        await side.decode.accept(decode_run(reserved, [5] * 9))
+    assert not any(side.idle_counts().values())
+
+
+@pytest.mark.parametrize("token", ["", "0" * 32])
+async def test_only_the_reservations_secret_commits_or_releases_it(side: Side, token: str) -> None:
+    reserved = await side.decode.reserve(reserve(10))
+    with pytest.raises(Stale, match="token"):
+        await side.decode.accept(decode_run(reserved, [5] * 9, token=token))
+    with pytest.raises(Stale, match="token"):
+        await side.decode.release(Release(transfer_id="r.0", token=token))
+    assert (side.node.reservations.num_open, side.decode.num_accepted) == (1, 0)
+    await side.decode.accept(decode_run(reserved, [5] * 9))
+    assert (side.node.reservations.num_open, side.decode.num_accepted) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("prompt_ids", "output_ids", "error"),
+    [
+        ([5] * 11, [7], nullcontext()),  # three blocks, full
+        ([5] * 12, [7], pytest.raises(BadRequest, match="3 blocks were reserved")),
+        ([5] * 9, [], pytest.raises(BadRequest, match="0 of output")),
+    ],
+)
+async def test_a_commit_of_other_tokens_than_were_reserved_for_costs_no_blocks(
+    side: Side, prompt_ids: list[int], output_ids: list[int], error: object
+) -> None:
+    reserved = await side.decode.reserve(reserve(10))
+    with error:  # type: ignore[attr-defined]
+        await side.decode.accept(decode_run(reserved, prompt_ids, output_ids=output_ids))
+        side.node.attempts.cancel("r.0", "test")
+    assert not any(side.idle_counts().values())
+
+
+async def test_a_release_frees_the_room_and_ends_the_attempt(side: Side) -> None:
+    reserved = await side.decode.reserve(reserve(10))
+    assert side.node.blocks.num_leased == 3
+    await side.decode.release(Release(transfer_id="r.0", token=reserved.token))
+    assert not any(side.idle_counts().values())
+
+
+@pytest.mark.parametrize(("num_prompt_tokens", "num_pinned"), [(7, 1), (8, 1), (9, 2)])
+async def test_the_block_of_the_last_prompt_token_is_never_pinned(
+    side: Side, num_prompt_tokens: int, num_pinned: int
+) -> None:
+    """Prefill recomputes that token: its block is always sent."""
+    hashes = block_hashes(FINGERPRINT, [5] * 8, BLOCK_SIZE)
+    cached = side.node.blocks.take(2)
+    for place, block_id in enumerate(cached):
+        side.node.blocks.commit(block_id, hashes[place], hashes[place - 1] if place else None)
+    side.node.blocks.release(cached)
+    reserved = await side.decode.reserve(reserve(num_prompt_tokens + 1, block_hashes=hashes))
+    assert reserved.num_cached_blocks == num_pinned
