@@ -70,7 +70,7 @@ class ScriptedGenerator:
 
     script: Iterable[Piece | FlowKVError | Exception | asyncio.Event] = ()
     card: ModelCard | None = CARD
-    ready: bool = True
+    problem: str | None = None
     asked: list[Generation] = field(default_factory=list)
     log: list[str] = field(default_factory=list)  # "ask <n>", "piece <n>" in the order they happened
     cancelled: list[str] = field(default_factory=list)
@@ -99,5 +99,5 @@ class ScriptedGenerator:
     def model(self) -> ModelCard | None:
         return self.card
 
-    def is_ready(self) -> bool:
-        return self.ready
+    def why_not_ready(self) -> str | None:
+        return self.problem

@@ -21,6 +21,8 @@ from flowkv_common.wire.messages import (
     KVTransferred,
     Message,
     PrefillRun,
+    ReadyReply,
+    ReadyRequest,
     Refusal,
     Release,
     RequestFinished,
@@ -147,6 +149,8 @@ EXAMPLES: list[Message] = [
         decode_candidates=[Candidate(node_id="decode-0", predicted_s=0.03125, reason="2 of 64 sequences")],
     ),
     Wait(retry_in_s=0.25, reason="no node of the model is ready"),
+    ReadyRequest(fingerprint=CARD.fingerprint),
+    ReadyReply(epoch=1, why_not="no node of the model is ready"),
     PrefillRun(
         request_id=REQUEST_ID,
         attempt=1,

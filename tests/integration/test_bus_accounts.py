@@ -84,12 +84,14 @@ async def test_strangers_get_nothing(server: NatsServer, user_info: str) -> None
 CAN_HEAR = [
     ("gateway", subjects.tokens("g")),
     ("scheduler", subjects.SCHEDULE),
+    ("scheduler", subjects.SCHEDULER_READY),
     ("node", PROMPTS),
     ("node", HANDOFFS),
     ("node", CAP),
 ]
 CAN_SAY = [
     ("gateway", subjects.SCHEDULE),
+    ("gateway", subjects.SCHEDULER_READY),
     ("gateway", PROMPTS),
     ("scheduler", CAP),
     ("node", HANDOFFS),

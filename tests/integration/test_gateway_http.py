@@ -465,10 +465,11 @@ async def test_models(gateway: Gateway) -> None:
 async def test_health(gateway: Gateway) -> None:
     for path in ("/health", "/health/ready", "/ping", "/health/live", "/version"):
         assert (await gateway.http.get(path)).status_code == 200
-    gateway.generator.ready = False
+    gateway.generator.problem = "no scheduler answers"
     gateway.generator.card = None
     for path in ("/health", "/health/ready", "/ping"):
-        assert (await gateway.http.get(path)).status_code == 503
+        response = await gateway.http.get(path)
+        assert (response.status_code, response.text) == (503, "no scheduler answers\n")
     assert (await gateway.http.get("/health/live")).status_code == 200
     response = await gateway.http.post("/v1/chat/completions", json=CHAT)
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")

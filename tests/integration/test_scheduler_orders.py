@@ -199,7 +199,7 @@ async def test_endpoint_that_could_not_be_opened_is_opened_later(
 
         async with Service(bus, name="scheduler", version="0.1.0", service_id="s", endpoints=[]) as service:
             monkeypatch.setattr(bus, "subscribe_raw", subscribe_at_second_try)
-            async with running(lead(service, caps.endpoints()[0], tick)), asyncio.timeout(5):
+            async with running(lead(service, caps.endpoints(), tick)), asyncio.timeout(5):
                 await ticked.wait()
                 order = SetPrefillCap(node=D0, epoch=1, max_prefill_tokens_per_step=512, reason=WHY)
                 subject = subjects.at(subjects.NODE_CAP, "d0")

@@ -88,7 +88,7 @@ async def until_ready(dispatch: Dispatch, bus: Bus) -> None:
         asyncio.timeout(TIMEOUT_S),
         await bus.subscribe(subjects.LOAD_ALL, LoadReport, lambda *_: heard.set()),
     ):
-        while not dispatch.is_ready():
+        while dispatch.why_not_ready():
             heard.clear()
             await heard.wait()
 
@@ -155,7 +155,7 @@ async def test_a_rolling_change_of_model_gives_no_wrong_answer(
         wanted = Generation("late", [30] * 9, GREEDY, deadline_s=1.0, fingerprint=a.model.card.fingerprint)
         with pytest.raises(DeadlineExceeded, match="no node of the model is ready"):
             await anext(of_a.generate(wanted))
-        assert not of_a.is_ready()
+        assert of_a.why_not_ready() == "no node of the model is ready"
         await check_answers(of_b, b)
 
 

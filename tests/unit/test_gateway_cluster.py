@@ -33,31 +33,28 @@ def test_the_context_is_no_longer_than_the_largest_kv_cache() -> None:
 
 def test_a_node_that_leaves_the_registry_leaves_no_report_behind() -> None:
     cluster = Cluster(OWN, clock=lambda: 0.0)
-    nodes = {"p": descriptor("p", "prefill"), "d": descriptor("d", "decode")}
+    nodes = {"p": descriptor("p", "prefill")}
     cluster.follow(nodes)
     cluster.hear(report("p", "prefill"))
-    cluster.hear(report("d", "decode"))
-    assert cluster.is_ready()
-    cluster.follow({"p": nodes["p"]})
+    assert cluster.has_ready_node()
+    cluster.follow({})
     cluster.follow(nodes)  # its next life has not reported yet
-    assert not cluster.is_ready()
-    cluster.hear(report("d", "decode"))
-    assert cluster.is_ready()
+    assert not cluster.has_ready_node()
+    cluster.hear(report("p", "prefill"))
+    assert cluster.has_ready_node()
 
 
-def test_ready_needs_both_sides_and_recent_reports() -> None:
+def test_a_ready_node_says_so_and_has_reported_lately() -> None:
     now = 0.0
     cluster = Cluster(OWN, clock=lambda: now)
-    cluster.follow({"p": descriptor("p", "prefill"), "d": descriptor("d", "decode")})
-    cluster.hear(report("p", "prefill"))
-    assert not cluster.is_ready()
-    cluster.hear(report("d", "decode"))
-    assert cluster.is_ready()
+    cluster.follow({"d": descriptor("d", "decode")})
+    assert not cluster.has_ready_node()
     cluster.hear(report("d", "decode", ready=False))
-    assert not cluster.is_ready()
+    assert not cluster.has_ready_node()
     cluster.hear(report("d", "decode"))
+    assert cluster.has_ready_node()
     now = 60.0
-    assert not cluster.is_ready()
+    assert not cluster.has_ready_node()
 
 
 def of_model(fingerprint: str, name: str = "m", **files: str) -> ModelCard:
@@ -80,7 +77,7 @@ def test_nodes_of_another_model_are_as_if_they_were_not_there(caplog: pytest.Log
     cluster = Cluster(OwnModel(ModelFiles(weights="a")))
     other = of_model("fb", "other", weights="b")
     join(cluster, ("p", "prefill", other), ("d", "decode", other))
-    assert (cluster.model(), cluster.hash_basis("fb"), cluster.is_ready()) == (None, None, False)
+    assert (cluster.model(), cluster.hash_basis("fb"), cluster.has_ready_node()) == (None, None, False)
     assert [record.getMessage() for record in caplog.records] == [
         "p serves another model, other: its weights are others",
         "d serves another model, other: its weights are others",
@@ -88,14 +85,14 @@ def test_nodes_of_another_model_are_as_if_they_were_not_there(caplog: pytest.Log
     mine = of_model("fa", "mine", weights="a")
     join(cluster, ("p", "prefill", other), ("d", "decode", other), ("p0", "prefill", mine))
     assert fingerprint_of(cluster) == "fa"
-    assert not cluster.is_ready()
+    assert cluster.has_ready_node()
     join(cluster, ("d", "decode", other), ("p0", "prefill", mine), ("d0", "decode", mine))
-    assert cluster.is_ready()
+    assert cluster.has_ready_node()
     assert cluster.hash_basis("fa") == HashBasis("fa", BLOCK_SIZE)
     assert len(caplog.records) == 2  # each is told once
     join(cluster, ("p", "prefill", other), ("d", "decode", other))
     assert fingerprint_of(cluster) == "fa"  # clients may still ask what it is
-    assert not cluster.is_ready()
+    assert not cluster.has_ready_node()
 
 
 def test_while_the_weights_change_most_pairs_decide_and_a_tie_changes_nothing() -> None:
@@ -133,6 +130,6 @@ def test_a_report_of_a_former_life_makes_nobody_ready() -> None:
     cluster = Cluster(OWN)
     cluster.follow({"m": descriptor("m", "mixed", incarnation="i2")})
     cluster.hear(report("m", "mixed", incarnation="i1"))
-    assert not cluster.is_ready()
+    assert not cluster.has_ready_node()
     cluster.hear(report("m", "mixed", incarnation="i2"))
-    assert cluster.is_ready()
+    assert cluster.has_ready_node()

@@ -30,8 +30,11 @@ def metrics_routes(registry: CollectorRegistry) -> list[Route]:
     return [Route("/metrics", metrics)]
 
 
-def health_routes(why_not_ready: Callable[[], str | None]) -> list[Route]:
-    """`/health/live` answers while the loop turns; `/health/ready` and `/health` say 503 with the reason."""
+def health_routes(why_not_ready: Callable[[], str | None], *also_ready: str) -> list[Route]:
+    """`/health/live` answers while the loop turns; `/health/ready` says 503 with the reason.
+
+    So do `/health` and further paths.
+    """
 
     async def live(_: Request) -> Response:
         return PlainTextResponse("live\n")
@@ -40,7 +43,8 @@ def health_routes(why_not_ready: Callable[[], str | None]) -> list[Route]:
         reason = why_not_ready()
         return PlainTextResponse(f"{reason or 'ready'}\n", status_code=503 if reason else 200)
 
-    return [Route("/health/live", live), Route("/health/ready", ready), Route("/health", ready)]
+    paths = ("/health/ready", "/health", *also_ready)
+    return [Route("/health/live", live), *(Route(path, ready) for path in paths)]
 
 
 def service_app(registry: CollectorRegistry, why_not_ready: Callable[[], str | None]) -> Starlette:

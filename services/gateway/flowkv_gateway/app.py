@@ -60,8 +60,7 @@ def build_app(
         Route("/tokenize", api.tokenize, methods=["POST"]),
         Route("/detokenize", api.detokenize, methods=["POST"]),
         Route("/version", api.version),
-        Route("/ping", api.ping),
-        *health_routes(api.why_not_ready),
+        *health_routes(api.why_not_ready, "/ping"),
         *metrics_routes(registry),
     ]
     app = Starlette(
@@ -127,11 +126,8 @@ class Api:
     async def version(self, _: Request) -> Response:
         return _json({"version": flowkv_common.__version__})
 
-    async def ping(self, _: Request) -> Response:
-        return Response(status_code=200 if self._generator.is_ready() else 503)
-
     def why_not_ready(self) -> str | None:
-        return None if self._generator.is_ready() else "no pair of nodes is ready"
+        return self._generator.why_not_ready()
 
     async def on_error(self, _: Request, error: Exception) -> Response:
         assert isinstance(error, FlowKVError)

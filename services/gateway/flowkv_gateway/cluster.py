@@ -69,9 +69,9 @@ class Cluster:
         [(block_size, _)] = Counter(node.layout.block_size for node in nodes.values()).most_common(1)
         return HashBasis(fingerprint, block_size)
 
-    def is_ready(self) -> bool:
-        """At least one node that takes prompts and one that takes decodes; a mixed node is both."""
-        return self._model is not None and self._num_of_sides(self._model.fingerprint)[0] > 0
+    def has_ready_node(self) -> bool:
+        """Which of them can work together is known to the scheduler."""
+        return self._model is not None and self._num_of_sides(self._model.fingerprint)[1] > 0
 
     def _choose_model(self) -> None:
         """Most pairs, then most nodes; as it was where that is no difference."""

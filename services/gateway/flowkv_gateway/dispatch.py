@@ -48,6 +48,7 @@ from flowkv_gateway.cluster import Cluster
 from flowkv_gateway.generation import Generation, Piece
 from flowkv_gateway.journey import Journey
 from flowkv_gateway.own_model import OwnModel
+from flowkv_gateway.readiness import Readiness
 from flowkv_gateway.streams import AttemptStream, Streams
 
 log = logging.getLogger(__name__)
@@ -75,12 +76,13 @@ class Dispatch:
         self._gateway_id = gateway_id
         self.streams = Streams()
         self.cluster = Cluster(own)
+        self.readiness = Readiness(bus, self.cluster)
 
     def model(self) -> ModelCard | None:
         return self.cluster.model()
 
-    def is_ready(self) -> bool:
-        return self._bus.is_connected and self.cluster.is_ready()
+    def why_not_ready(self) -> str | None:
+        return self.readiness.why_not()
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Piece, None]:
         """The answer in pieces, over as many attempts as it takes. Raises FlowKVError."""
@@ -246,6 +248,6 @@ async def open_dispatch(nats_url: str, own: OwnModel) -> AsyncIterator[Dispatch]
             await bus.subscribe(subjects.tokens(gateway_id), StepTokens, dispatch.streams.take),
             await bus.subscribe(subjects.LOAD_ALL, LoadReport, lambda r, _: dispatch.cluster.hear(r)),
             service,
-            running(watch_nodes(bus, dispatch.cluster.follow)),
+            running(watch_nodes(bus, dispatch.cluster.follow), dispatch.readiness.keep_asking()),
         ):
             yield dispatch

@@ -44,6 +44,6 @@ class Generator(Protocol):
         """The model of new requests; None until a node that serves the gateway's model has joined."""
         ...
 
-    def is_ready(self) -> bool:
-        """Whether a request sent now could be served."""
+    def why_not_ready(self) -> str | None:
+        """What is missing for a request sent now to be served; None if nothing is."""
         ...

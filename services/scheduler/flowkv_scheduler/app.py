@@ -22,7 +22,7 @@ from flowkv_common.config import SchedulerSettings
 from flowkv_common.metrics import serve_http, service_app
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Assignment, ScheduleRequest, Wait
+from flowkv_common.wire.messages import Assignment, ReadyReply, ReadyRequest, ScheduleRequest, Wait
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.carry_out import Orders
@@ -82,8 +82,7 @@ class Scheduler:
 
         Raises as `admission.decide`, and `Unavailable` when we can't be sure to lead.
         """
-        if not self._lease.is_held:
-            raise errors.Unavailable(f"{self._lease.holder_id} does not lead")
+        self._refuse_standing_by()
         try:
             with self._seconds.time():
                 decision = self.planner.schedule(request, self._clock())
@@ -98,11 +97,31 @@ class Scheduler:
         await self._bus.publish(subjects.assignment(request.request_id), assignment)
         return assignment
 
+    async def ready(self, request: ReadyRequest) -> ReadyReply:
+        """Raises `Unavailable` when we can't be sure to lead."""
+        self._refuse_standing_by()
+        why_not = self.planner.why_not_ready(request.fingerprint, self._clock())
+        return ReadyReply(epoch=self._lease.epoch, why_not=why_not)
+
+    def why_not_ready(self) -> str | None:
+        """A standby is ready while another leads."""
+        if not self._bus.is_connected:
+            return "not connected to NATS"
+        return None if self._lease.has_leader else "nobody leads"
+
+    def _refuse_standing_by(self) -> None:
+        if not self._lease.is_held:
+            raise errors.Unavailable(f"{self._lease.holder_id} does not lead")
+
     async def lead(self, service: Service) -> None:
         """Until cancelled: answer schedule requests, and look after the cluster once per period."""
         self.planner.begin_term()
         with self._orders.in_office():
-            await lead(service, Endpoint(subjects.SCHEDULE, ScheduleRequest, self.schedule), self._tick)
+            endpoints = [
+                Endpoint(subjects.SCHEDULE, ScheduleRequest, self.schedule),
+                Endpoint(subjects.SCHEDULER_READY, ReadyRequest, self.ready),
+            ]
+            await lead(service, endpoints, self._tick)
 
     async def _tick(self) -> None:
         if self._lease.is_held:
@@ -143,7 +162,7 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event, planner: Plann
         clock = asyncio.get_running_loop().time
         scheduler = Scheduler(bus, lease, planner or planner_of(settings), registry, clock)
         bus.on_reconnect(scheduler.on_reconnect)
-        app = service_app(registry, lambda: None if bus.is_connected else "not connected to NATS")
+        app = service_app(registry, scheduler.why_not_ready)
         service = Service(
             bus,
             name="scheduler",

@@ -1,10 +1,11 @@
-"""What only the scheduler that leads does: it answers schedule requests, and looks after the cluster."""
+"""What only the scheduler that leads does: it answers gateways, and looks after the cluster."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import Unavailable
@@ -14,19 +15,21 @@ log = logging.getLogger(__name__)
 TICK_PERIOD_S = 0.5
 
 
-async def lead(service: Service, endpoint: Endpoint, tick: Callable[[], Awaitable[None]]) -> None:
-    """Until cancelled: serve `endpoint`, and call `tick` once per period.
+async def lead(service: Service, endpoints: Sequence[Endpoint], tick: Callable[[], Awaitable[None]]) -> None:
+    """Until cancelled: serve `endpoints`, and call `tick` once per period.
 
     A tick that takes longer than the period delays the next one; one that fails is logged and costs nothing
     else.
     """
     while True:
         try:
-            async with service.also_serving(endpoint):
+            async with AsyncExitStack() as served:
+                for endpoint in endpoints:
+                    await served.enter_async_context(service.also_serving(endpoint))
                 await _keep_ticking(tick)
         except Unavailable as error:
             # Cut off just now. Either the connection comes back in time, or the lease ends and so do we.
-            log.warning("can't serve %s: %s", endpoint.subject, error.message)
+            log.warning("can't serve gateways: %s", error.message)
             await asyncio.sleep(TICK_PERIOD_S)
 
 

@@ -18,7 +18,7 @@ from flowkv_scheduler.rate import Rate
 from flowkv_scheduler.regimes import Regimes
 from flowkv_scheduler.state import CHOICES_COUNT_FOR_PERIODS, ClusterState
 from flowkv_scheduler.waiting import Waiting
-from flowkv_scheduler.weighing import Goals
+from flowkv_scheduler.weighing import Goals, Weighing
 
 # Prompts: enough to see through a burst, few enough to follow the traffic.
 NUM_REMEMBERED = 40
@@ -70,6 +70,16 @@ class Planner:
         else:
             self._waiting.note(request, decision.retry_in_s, now)
         return decision
+
+    def why_not_ready(self, fingerprint: str, now: float) -> str | None:
+        """Why a request for the model, however short, would be given no nodes; None if it would."""
+        least = ScheduleRequest(
+            request_id="", attempt=0, fingerprint=fingerprint, num_prompt_tokens=1, max_new_tokens=1
+        )
+        weighing = Weighing(least, self.state, self._goals, now)
+        if any(weighing.stands(group) for group in weighing.groups):
+            return None
+        return "no node of the model is ready"
 
     def tick(self, now: float) -> list[Order]:
         """Once per period: regimes, lending, scaling."""

@@ -47,6 +47,7 @@ RIGHTS: Mapping[str, Rights] = {
     "gateway": Rights(
         publish=[
             subjects.SCHEDULE,
+            subjects.SCHEDULER_READY,
             subjects.at(subjects.PREFILL_RUN, _ANY_NODE),
             subjects.at(subjects.DECODE_RESUME, _ANY_NODE),
             subjects.at(subjects.NODE_CANCEL, _ANY_NODE),
@@ -67,7 +68,13 @@ RIGHTS: Mapping[str, Rights] = {
             *_reading(subjects.LEADER_BUCKET),
             *_writing(subjects.LEADER_BUCKET),
         ],
-        subscribe=[subjects.SCHEDULE, subjects.LOAD_ALL, subjects.BLOCKS_ALL, _FOUND_BY_ALL],
+        subscribe=[
+            subjects.SCHEDULE,
+            subjects.SCHEDULER_READY,
+            subjects.LOAD_ALL,
+            subjects.BLOCKS_ALL,
+            _FOUND_BY_ALL,
+        ],
     ),
     "node": Rights(
         publish=[

@@ -60,6 +60,7 @@ class Lease:
         self._is_confirmed = False  # on this connection
         self._patient_until = 0.0
         self._seen = _NOTHING_SEEN
+        self._seen_holder_id = NOBODY
         self._woken = asyncio.Event()
 
     @property
@@ -70,6 +71,12 @@ class Lease:
             and self._bus.connected_for_s > 0
             and asyncio.get_running_loop().time() < self._held_until
         )
+
+    @property
+    def has_leader(self) -> bool:
+        """Does anyone lead, as far as we can see?"""
+        is_live = asyncio.get_running_loop().time() - self._seen[1] < self._ttl_s
+        return self.is_held or (self._seen_holder_id not in (NOBODY, self.holder_id) and is_live)
 
     @property
     def _has_led_last(self) -> bool:
@@ -137,6 +144,7 @@ class Lease:
         now = asyncio.get_running_loop().time()
         if found.revision != self._seen[0]:
             self._seen = (found.revision, now)
+        self._seen_holder_id = NOBODY
         if found.revision == 0 and now < self._patient_until and not self._has_led_last:
             return False  # the server has just forgotten the record: who led knows its epoch and comes first
         if found.value is None:
@@ -145,6 +153,7 @@ class Lease:
         else:
             leader = _leader(found.value)
             self.hear(leader.epoch)
+            self._seen_holder_id = leader.scheduler_id
             is_live = now - self._seen[1] < self._ttl_s
             if is_live and leader.scheduler_id not in (NOBODY, self.holder_id):
                 return False

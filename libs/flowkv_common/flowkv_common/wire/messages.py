@@ -92,6 +92,19 @@ class Wait(Message, frozen=True):
     reason: str
 
 
+class ReadyRequest(Message, frozen=True):
+    """Gateway to scheduler, twice a second: would a request for this model be given nodes, be they full?"""
+
+    fingerprint: str
+
+
+class ReadyReply(Message, frozen=True):
+    """The answer of the scheduler that leads. `why_not` is None where it would."""
+
+    epoch: int
+    why_not: str | None = None
+
+
 # --- the life of a request -----------------------------------------------------------------------
 
 

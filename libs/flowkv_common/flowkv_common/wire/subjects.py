@@ -8,6 +8,7 @@ from __future__ import annotations
 ALL = "flowkv.>"
 
 SCHEDULE = "flowkv.v1.scheduler.schedule"
+SCHEDULER_READY = "flowkv.v1.scheduler.ready"
 
 # Only the version and the verb differ between nodes' endpoints: `flowkv.v1.<guest>.<verb>.<node_id>`.
 PREFILL_RUN = "flowkv.v1.prefill.run"

@@ -1,0 +1,137 @@
+"""A gateway is ready while a request would be scheduled, a scheduler while somebody leads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from nats_server import NatsServer
+from scripted_nodes import Node, living, schedule
+
+from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.errors import FlowKVError
+from flowkv_common.wire.parts import ModelFiles
+from flowkv_gateway.dispatch import Dispatch, open_dispatch
+from flowkv_gateway.own_model import OwnModel
+from flowkv_gateway.readiness import ASK_PERIOD_S, SCHEDULER_SILENT_S
+
+NO_NODE = "no node of the model is ready"
+NO_SCHEDULER = "no scheduler answers"
+LOOK_EVERY_S = 0.02
+
+Process = asyncio.subprocess.Process
+
+
+@contextlib.asynccontextmanager
+async def scheduler(server: NatsServer) -> AsyncIterator[Process]:
+    command = [sys.executable, "-m", "flowkv_scheduler", "--nats-url", server.url]
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        async with asyncio.timeout(5):
+            await process.communicate()
+
+
+@pytest.fixture
+async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
+    async with connect(nats_server.url, name="test") as mine:
+        yield mine
+
+
+@pytest.fixture
+async def gateway(nats_server: NatsServer) -> AsyncIterator[Dispatch]:
+    async with open_dispatch(nats_server.url, OwnModel(ModelFiles())) as dispatch:
+        yield dispatch
+
+
+async def until(gateway: Dispatch, expected: str | None, timeout_s: float = 10.0) -> float:
+    """Until this is what the gateway misses; the seconds that it took."""
+    began = time.monotonic()
+    missing = gateway.why_not_ready()
+    while missing != expected:
+        assert time.monotonic() - began < timeout_s, f"still {missing!r}, not {expected!r}"
+        await asyncio.sleep(LOOK_EVERY_S)
+        missing = gateway.why_not_ready()
+    return time.monotonic() - began
+
+
+def pair(bus: Bus) -> tuple[Node, Node]:
+    return Node(bus, "p0", "prefill"), Node(bus, "d0", "decode")
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+async def test_a_scheduler_that_is_gone_makes_a_gateway_unready(
+    nats_server: NatsServer, bus: Bus, gateway: Dispatch, end: signal.Signals
+) -> None:
+    async with living(*pair(bus)):
+        async with scheduler(nats_server) as process:
+            await until(gateway, None)
+            process.send_signal(end)
+            assert await until(gateway, NO_SCHEDULER) < SCHEDULER_SILENT_S + 2 * ASK_PERIOD_S
+        async with scheduler(nats_server):
+            await until_scheduled(bus)
+            assert await until(gateway, None) < 4 * ASK_PERIOD_S
+
+
+async def until_scheduled(bus: Bus) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            with contextlib.suppress(FlowKVError):
+                await schedule(bus, timeout_s=1.0)
+                return
+            await asyncio.sleep(LOOK_EVERY_S)
+
+
+async def test_what_is_missing_is_named(nats_server: NatsServer, bus: Bus, gateway: Dispatch) -> None:
+    assert gateway.why_not_ready() == f"{NO_SCHEDULER}; {NO_NODE}"
+    prefill, decode = pair(bus)
+    async with scheduler(nats_server):
+        await until(gateway, NO_NODE)
+        async with living(prefill, decode):
+            await until(gateway, None)
+            prefill.changes = decode.changes = {"ready": False}
+            await until(gateway, NO_NODE)
+            prefill.changes = decode.changes = {}
+            await until(gateway, None)
+    nats_server.stop()
+    await until(gateway, "not connected to NATS")
+
+
+async def test_a_successor_that_stands_by_keeps_gateways_ready(
+    nats_server: NatsServer, bus: Bus, gateway: Dispatch
+) -> None:
+    async with living(*pair(bus)), scheduler(nats_server) as leader:
+        await until(gateway, None)
+        async with scheduler(nats_server) as standby:
+            port = await metrics_port(standby)
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
+                assert (await http.get("/health/ready")).status_code == 200
+                leader.kill()
+                seen = set()
+                async with asyncio.timeout(10):
+                    while "flowkv_scheduler_is_leader 1.0" not in (await http.get("/metrics")).text:
+                        seen.add(gateway.why_not_ready())
+                        await asyncio.sleep(LOOK_EVERY_S)
+                assert seen == {None}
+                await leader.wait()
+                await until(gateway, None)
+
+
+async def metrics_port(process: Process) -> int:
+    """From the log line that tells it."""
+    assert process.stderr is not None
+    async with asyncio.timeout(10):
+        async for line in process.stderr:
+            if found := re.search(rb"http://127\.0\.0\.1:(\d+)/metrics", line):
+                return int(found[1])
+    raise AssertionError("the scheduler told no port")
