@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
@@ -32,9 +34,9 @@ def binary() -> str:
 class NatsServer:
     """Runs while the context lasts. `restart()` keeps ports and file store; memory streams are lost."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, jetstream: bool = True) -> None:
         """`arguments` are further ones of the server's command line."""
-        self._arguments = arguments
+        self._arguments = [*arguments, "-js"] if jetstream else list(arguments)
         self.url = ""
         self.monitor_url = ""
         self._process: subprocess.Popen[bytes] | None = None
@@ -55,7 +57,7 @@ class NatsServer:
         folder = self._folder.name
         self._process = subprocess.Popen(
             [binary(), *self._arguments, "-a", "127.0.0.1", "-p", str(port), "-m", str(monitor_port)]
-            + ["-js", "-sd", folder, "--ports_file_dir", folder, "-l", f"{folder}/nats-server.log"],
+            + ["-sd", folder, "--ports_file_dir", folder, "-l", f"{folder}/nats-server.log"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -70,6 +72,16 @@ class NatsServer:
     def kill(self) -> None:
         """End it as a crash would (SIGKILL). Nothing happens when it has ended already."""
         self._end(signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Stopped in its tracks while the context lasts (SIGSTOP): connections stand, nothing comes."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def restart(self) -> None:
         """Stop it if it runs, then start it on the same ports and store."""

@@ -196,6 +196,26 @@ async def test_no_server_is_unavailable_after_the_timeout(nats_server: NatsServe
             pass
 
 
+async def test_of_several_servers_any_will_do(nats_server: NatsServer) -> None:
+    with NatsServer() as other:
+        async with connect(f"{other.url},{nats_server.url}", name="test") as bus:
+            back = reconnected(bus)
+            for server in (other, nats_server):  # whichever it has chosen
+                if bus.nc.connected_url.geturl() == server.url:
+                    server.kill()
+                    break
+            await soon(back.wait())
+            assert bus.is_connected
+
+
+async def test_no_error_tells_a_password() -> None:
+    urls = "nats://node:secret@127.0.0.1:1,nats://node:secret@127.0.0.1:2"
+    with pytest.raises(errors.Unavailable, match="no NATS at 127.0.0.1:1, 127.0.0.1:2 in") as caught:
+        async with connect(urls, name="test", connect_timeout_s=0.2):
+            pass
+    assert "secret" not in str(caught.value)
+
+
 class _Notify(logging.Handler):
     """Sets an event when a log line holds a text."""
 

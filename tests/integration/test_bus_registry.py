@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
+import pytest
 from nats_server import NatsServer
 
 from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.registry import keep_announced, watch_nodes
 from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_common.wire.parts import ModelCard, NodeRef, PoolLayout
@@ -109,6 +111,29 @@ async def test_node_that_lives_longer_than_the_ttl_stays(nats_server: NatsServer
             with contextlib.suppress(TimeoutError):
                 await nodes.until(timeout_s=2 * TTL_S)
     assert set(nodes.history[-1]) == {"p0"}
+
+
+async def test_jetstream_that_is_off_is_said_once_in_words(caplog: pytest.LogCaptureFixture) -> None:
+    async def lead() -> None:
+        raise AssertionError("nobody can lead")
+
+    with NatsServer(jetstream=False) as server:
+        async with connect(server.url, name="test") as bus:
+            tasks = [
+                asyncio.create_task(keep_announced(bus, lambda: descriptor("p"))),
+                asyncio.create_task(watch_nodes(bus, lambda _: None)),
+                asyncio.create_task(Lease(bus, "a").campaign(lead)),
+            ]
+            await asyncio.sleep(0.5)  # several tries
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+    off = "JetStream is off at this NATS server, and FlowKV needs it: start it as `nats-server -js`"
+    assert sorted(caplog.messages) == [
+        f"can't look who leads: {off}",
+        f"the node is not announced: {off}",
+        f"the watch on nodes ended: {off}",
+    ]
 
 
 async def test_dead_node_expires_while_others_live(nats_server: NatsServer) -> None:

@@ -11,6 +11,8 @@ import pytest
 from imagined_nodes import BLOCK_SIZE, descriptor
 from nats_server import NatsServer
 
+from flowkv_common.bus import client as client_module
+from flowkv_common.bus import connection
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import keep_announced
 from flowkv_common.bus.service import Endpoint, Service
@@ -163,6 +165,10 @@ async def cluster(nats_server: NatsServer, *attempts: Behaviour) -> AsyncIterato
 
 def generation(deadline_s: float = 10.0) -> Generation:
     return Generation("r", [1, 2, 3], SamplingParams(max_tokens=4, seed=1), deadline_s, fingerprint="f")
+
+
+async def collect_rest(pieces: AsyncIterator[Piece]) -> list[int]:
+    return tokens([piece async for piece in pieces])
 
 
 async def collect(dispatch: Dispatch, one: Generation | None = None) -> list[Piece]:
@@ -383,7 +389,7 @@ async def test_lost_last_message_is_noticed_by_silence(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch_module, "SILENCE_S", 0.4)
-    monkeypatch.setattr(dispatch_module, "RECONNECT_GRACE_S", 0.0)
+    monkeypatch.setattr(connection, "SETTLE_S", 0.0)
 
     async def lose_the_end(nodes: Nodes, run: PrefillRun) -> None:
         nodes.resumable[tid_of(run)] = [10, 11, 12, 13]
@@ -396,7 +402,7 @@ async def test_lost_last_message_is_noticed_by_silence(
 
 async def test_silent_node_is_given_up(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch_module, "SILENCE_S", 0.4)
-    monkeypatch.setattr(dispatch_module, "RECONNECT_GRACE_S", 0.0)
+    monkeypatch.setattr(connection, "SETTLE_S", 0.0)
 
     async def fall_silent(nodes: Nodes, run: PrefillRun) -> None:
         await nodes.send(run, chunk(tid_of(run), 0, [10]))
@@ -453,3 +459,82 @@ async def test_keepalive_tells_what_nobody_wants(nats_server: NatsServer) -> Non
     async with cluster(nats_server, ask) as (dispatch, _):
         await collect(dispatch)
         assert [reply.unknown for reply in replies] == [["stranger.0"]]
+
+
+async def test_a_stream_lives_through_a_nats_that_stands_still(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch_module, "SILENCE_S", 0.4)
+    monkeypatch.setattr(journey_module, "SCHEDULER_PATIENCE_S", 0.4)
+    monkeypatch.setattr(client_module, "PING_EVERY_S", 0.025)
+    monkeypatch.setattr(dispatch_module, "RESUME_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(connection, "SETTLE_S", 0.5)
+
+    async def go_on_later(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.send(run, chunk(tid_of(run), 0, [10]))
+        await nodes.send(run, chunk(tid_of(run), 2, [12]))  # one is missing: a reason to ask
+        nodes.resumable[tid_of(run)] = [10, 11, 12, 13]
+
+    async with cluster(nats_server, go_on_later) as (dispatch, nodes):
+        pieces = dispatch.generate(generation())
+        assert (await anext(pieces)).token_ids == [10]
+        with nats_server.frozen():
+            rest = asyncio.create_task(collect_rest(pieces))
+            await asyncio.sleep(1.5)  # longer than silence, a hole or a missing scheduler is borne
+            assert not rest.done()
+        async with asyncio.timeout(5):
+            assert await rest == [11, 12, 13]
+        assert len(nodes.runs) == 1
+        assert nodes.cancelled == []
+
+
+async def test_a_stream_that_needs_another_pair_waits_for_nats(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journey_module, "SCHEDULER_PATIENCE_S", 0.4)
+    monkeypatch.setattr(client_module, "PING_EVERY_S", 0.025)
+
+    async def fail_after_one(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.send(run, chunk(tid_of(run), 0, [10]))
+        await nodes.send(run, failure(tid_of(run), Unavailable("stuck")))
+
+    async with cluster(nats_server, fail_after_one, answer) as (dispatch, nodes):
+        pieces = dispatch.generate(generation())
+        assert (await anext(pieces)).token_ids == [10]
+        with nats_server.frozen():
+            rest = asyncio.create_task(collect_rest(pieces))
+            new = asyncio.create_task(collect(dispatch, generation()))
+            async with asyncio.timeout(5):
+                with pytest.raises(Unavailable):  # who has not begun may as well ask another gateway
+                    await new
+            assert not rest.done()
+        async with asyncio.timeout(5):
+            assert await rest == [11, 12, 13]
+        assert [run.attempt for run in nodes.runs] == [0, 1]
+
+
+async def test_when_nats_ends_the_connection_for_good_so_do_the_answers(nats_server: NatsServer) -> None:
+    async def begin(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.send(run, chunk(tid_of(run), 0, [10]))
+
+    closed = asyncio.Event()
+    async with contextlib.AsyncExitStack() as stack:
+        bus = await stack.enter_async_context(connect(nats_server.url, name="nodes"))
+        nodes = Nodes(bus, [begin])
+        endpoints = [
+            Endpoint(subjects.SCHEDULE, ScheduleRequest, nodes.schedule),
+            Endpoint(subjects.at(subjects.PREFILL_RUN, "p"), PrefillRun, nodes.prefill),
+        ]
+        service = Service(bus, name="nodes", version="0.1.0", service_id="n", endpoints=endpoints)
+        await stack.enter_async_context(service)
+        gateway = open_dispatch(nats_server.url, OWN, closed.set)
+        dispatch = await gateway.__aenter__()
+        pieces = dispatch.generate(generation())
+        assert (await anext(pieces)).token_ids == [10]
+        await dispatch._bus.nc._process_err("'Authorization Violation'")
+        async with asyncio.timeout(5):
+            await closed.wait()
+            with pytest.raises(Unavailable, match="not connected"):
+                await anext(pieces)
+            with pytest.raises(Unavailable, match="for good"):
+                await gateway.__aexit__(None, None, None)

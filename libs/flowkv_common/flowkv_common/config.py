@@ -24,7 +24,7 @@ _SECRETS = ("nats_url",)
 class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What all services share. Addresses are loopback unless said otherwise."""
 
-    nats_url: str = "nats://127.0.0.1:4222"
+    nats_url: str = "nats://127.0.0.1:4222"  # or several, of one cluster, with commas between
     host: str = "127.0.0.1"  # what the HTTP server (and a node's data socket) binds to
 
 

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from flowkv_common import logs
 from flowkv_common.config import GatewaySettings, load
+from flowkv_common.errors import Unavailable
 from flowkv_common.metrics import serve_http
 from flowkv_common.tasks import stop_on_signals
 from flowkv_gateway.app import build_app
@@ -25,12 +26,12 @@ DRAIN_TIMEOUT_S = 30
 
 
 async def serve(settings: GatewaySettings) -> None:
-    """Open the bus, serve the API on it, drain when told to stop."""
+    """Open the bus, serve the API on it, drain when told to stop. Raises Unavailable as `connect`."""
     stop = stop_on_signals()
     folder = Path(settings.model_path)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
     own = await asyncio.to_thread(own_model, folder, settings.model_name)
-    async with open_dispatch(settings.nats_url, own) as dispatch:
+    async with open_dispatch(settings.nats_url, own, stop.set) as dispatch:
         app = build_app(settings, tokenizer, dispatch, CollectorRegistry())
         async with serve_http(
             app, settings.host, settings.port, connection=ApiConnection, drain_timeout_s=DRAIN_TIMEOUT_S
@@ -42,7 +43,11 @@ async def serve(settings: GatewaySettings) -> None:
 
 def main() -> None:
     logs.setup("gateway")
-    asyncio.run(serve(load(GatewaySettings, sys.argv[1:])))
+    try:
+        asyncio.run(serve(load(GatewaySettings, sys.argv[1:])))
+    except Unavailable as error:
+        log.error("gateway ended: %s", error)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from flowkv_common import __version__
 from flowkv_common.bus.connection import Bus, connect
@@ -62,8 +62,8 @@ SCHEDULE_TIMEOUT_S = 1.0
 SILENCE_S = 3.0
 # A message that is out of order by more than this was lost.
 GAP_S = 0.1
-# After NATS itself was away, nodes get this long to be heard again before anyone is called dead.
-RECONNECT_GRACE_S = 4.0
+# Longer than it takes to notice that it is we who are cut off.
+RESUME_TIMEOUT_S = 2.0
 # What another attempt can't mend: the request itself is wrong, refused, or out of time.
 FINAL = (BadRequest, NotFound, TooLarge, Full, DeadlineExceeded)
 
@@ -147,8 +147,10 @@ class Dispatch:
         try:
             answer = await self._bus.request(subjects.SCHEDULE, request, kinds, timeout_s=SCHEDULE_TIMEOUT_S)
         except (Unavailable, DeadlineExceeded) as error:
-            # No scheduler just now, or we are cut off: worth waiting for, a while.
-            if journey.waited_too_long_for_scheduler():
+            # No scheduler just now, or we are cut off: worth waiting for, a while. Who has begun to answer
+            # waits for NATS as others do whose nodes still work.
+            may_wait = bool(journey.output_ids) and not self._bus.is_settled
+            if self._bus.is_closed or (journey.waited_too_long_for_scheduler() and not may_wait):
                 raise Unavailable(error.message, retry_after_s=1.0) from error
             return Wait(retry_in_s=0.2, reason=error.message)
         assert isinstance(answer, Assignment | Wait)
@@ -202,19 +204,23 @@ class Dispatch:
 
     async def _look_after(self, journey: Journey, assignment: Assignment, stream: AttemptStream) -> None:
         """Nothing came for a while: is a message lost, or the node? Raises Unavailable for the latter."""
+        if self._bus.is_closed:
+            raise Unavailable("the connection to NATS was closed for good")
         now = time.monotonic()
         silent = now - stream.heard_at > SILENCE_S
         lost = stream.gap_since is not None and now - stream.gap_since > GAP_S
         if not silent and not lost:
             return
-        if self._bus.connected_for_s < RECONNECT_GRACE_S and not lost:
+        if not self._bus.is_connected or (silent and not lost and not self._bus.is_settled):
             return  # cut off ourselves, or just back: no verdict on others
         try:
             resume = Resume(transfer_id=journey.transfer_id, from_index=stream.expected)
             subject = subjects.at(subjects.DECODE_RESUME, assignment.decode.node_id)
-            resumed = await self._bus.request(subject, resume, Resumed, timeout_s=1.0)
+            resumed = await self._bus.request(subject, resume, Resumed, timeout_s=RESUME_TIMEOUT_S)
             stream.push(resumed.chunk, assignment.decode.node_id)
         except FlowKVError as error:
+            if isinstance(error, (Unavailable, DeadlineExceeded)) and not self._bus.is_settled:
+                return  # it may be back a moment after us
             suspect = journey.suspect(assignment)
             journey.avoid.add(suspect)
             raise Unavailable(f"{suspect} fell silent: {error.message}") from error
@@ -228,13 +234,16 @@ class Dispatch:
 
 
 @contextlib.asynccontextmanager
-async def open_dispatch(nats_url: str, own: OwnModel) -> AsyncIterator[Dispatch]:
+async def open_dispatch(
+    nats_url: str, own: OwnModel, on_closed: Callable[[], None] | None = None
+) -> AsyncIterator[Dispatch]:
     """A gateway's connection to the cluster, listening for tokens, keepalives, nodes and their load.
 
-    Of the nodes only those that serve its `own` model are its cluster.
+    Of the nodes only those that serve its `own` model are its cluster. `on_closed` is called when NATS ends
+    the connection for good. Raises Unavailable as `connect`.
     """
     gateway_id = f"gateway-{secrets.token_hex(4)}"
-    async with connect(nats_url, name=f"flowkv-gateway/{gateway_id}") as bus:
+    async with connect(nats_url, name=f"flowkv-gateway/{gateway_id}", on_closed=on_closed) as bus:
         dispatch = Dispatch(bus, gateway_id, own)
         service = Service(
             bus,

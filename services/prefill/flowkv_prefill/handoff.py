@@ -35,6 +35,7 @@ CONTROL_TIMEOUT_S = 2.0
 # A reservation outlives the last sign of life of its prefill node by so much.
 RESERVATION_S = 30.0
 RENEW_S = 10.0
+RENEW_RETRY_S = 1.0
 FIRST_RETRY_S = 0.02
 LONGEST_RETRY_S = 0.5
 
@@ -66,10 +67,14 @@ class Handoff:
 
     async def keep_reserved(self) -> None:
         """Until cancelled: renew the reservation, which is a matter of asking again."""
+        pause_s = RENEW_S
         while True:
-            await asyncio.sleep(RENEW_S)
-            with contextlib.suppress(FlowKVError):  # a lost reservation shows in the next copy
+            await asyncio.sleep(pause_s)
+            try:
                 await _ask(self._node, self._request)
+                pause_s = RENEW_S
+            except FlowKVError:  # a lost reservation shows in the next copy
+                pause_s = RENEW_RETRY_S
 
     async def send_computed(self, sequence: Sequence, *, prompt_done: bool) -> None:
         """Send the blocks that are complete and not yet there; with `prompt_done` also the last, partial one.

@@ -185,5 +185,3 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event, planner: Plann
         ):
             log.info("scheduler is ready, metrics on http://%s:%d/metrics", settings.host, http_port)
             await stop.wait()
-        if bus.nc.is_closed:
-            raise errors.Unavailable("NATS closed the connection for good")

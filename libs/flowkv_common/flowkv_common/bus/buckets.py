@@ -65,7 +65,9 @@ def value_of(entry: KeyValue.Entry) -> bytes | None:
 
 
 def describe(error: BaseException) -> str:
-    """What went wrong, for a log line: timeouts have no text of their own."""
+    """What went wrong, for a log line: timeouts have no text of their own, nor has JetStream that is off."""
+    if isinstance(error, nats.js.errors.ServiceUnavailableError) and error.code is None:
+        return "JetStream is off at this NATS server, and FlowKV needs it: start it as `nats-server -js`"
     return str(error) or type(error).__name__
 
 

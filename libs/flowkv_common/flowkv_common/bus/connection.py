@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 # nats-py waits for ever for a full buffer to drain when the link is gone, unless told otherwise.
 _FLUSH_TIMEOUT_S = 5.0
 _CLOSE_TIMEOUT_S = 2.0
+# After NATS itself was away, others get this long to be heard again before anyone is called dead: two report
+# periods, and the time that a client takes to connect.
+SETTLE_S = 4.0
 
 
 @contextlib.asynccontextmanager
@@ -43,10 +46,11 @@ async def connect(
 ) -> AsyncIterator[Bus]:
     """A connection for as long as the context lasts; on exit it is drained, then closed.
 
-    `name` is what the server's connection reports show. A user in `url` gets the answers to its requests
-    under `_INBOX.<user>`, so that the server can keep them from others. `on_closed` is called when NATS ends
-    the connection for good (wrong credentials): the process should then end too. Raises `Unavailable` when no
-    server answers within `connect_timeout_s`.
+    `url` may be several, with commas between: of one cluster, each good enough. `name` is what the server's
+    connection reports show. A user in the first one gets the answers to its requests under `_INBOX.<user>`,
+    so that the server can keep them from others. `on_closed` is called when NATS ends the connection for good
+    (its credentials are not good any more): the body should then end too. Raises `Unavailable` when no server
+    answers within `connect_timeout_s`, and at the end when NATS has closed the connection for good.
     """
     bus = Bus(on_closed)
     try:
@@ -56,21 +60,24 @@ async def connect(
         await bus.nc.close()
         if not isinstance(error, TimeoutError):
             raise
-        where = url.rpartition("@")[2]  # without a password
+        where = ", ".join(one.rpartition("@")[2] for one in url.split(","))  # without passwords
         raise errors.Unavailable(
             f"no NATS at {where} in {connect_timeout_s} s: {bus.nc.last_error}"
         ) from None
     try:
         yield bus
     finally:
+        closed_by = bus.nc.last_error if bus.is_closed else None
         await bus._close(drain_timeout_s)
+    if closed_by is not None:
+        raise errors.Unavailable(f"NATS closed the connection for good: {closed_by}")
 
 
 class Bus:
     """Typed access to one NATS connection, made by `connect`. `nc` is nats-py's client underneath."""
 
     def __init__(self, on_closed: Callable[[], None] | None) -> None:
-        self.nc = BarrierClient()
+        self.nc = BarrierClient(self._on_deaf, self._on_heard_again)
         self.num_slow_consumer_drops = 0
         self._on_closed = on_closed
         self._reconnect_callbacks: list[Callable[[], None]] = []
@@ -79,17 +86,39 @@ class Bus:
 
     @property
     def is_connected(self) -> bool:
-        return bool(self.nc.is_connected)
+        """Do we hear NATS? A connection that brings nothing, not even an answer to a ping, is none."""
+        return self.nc.is_hearing
+
+    @property
+    def is_closed(self) -> bool:
+        """NATS has closed the connection for good, or we have."""
+        return bool(self.nc.is_closed)
 
     @property
     def connected_for_s(self) -> float:
-        """Seconds since the last connect or reconnect, 0 while cut off: a verdict of death needs a while."""
+        """Seconds since NATS was last heard again after it was not, 0 while it is not."""
         if self._connected_at is None or not self.is_connected:
             return 0.0
         return asyncio.get_running_loop().time() - self._connected_at
 
+    @property
+    def is_settled(self) -> bool:
+        """Is the silence of others theirs? While we are cut off ourselves, and just after, it may be ours.
+
+        Until then nobody is called dead (docs/architecture.md, rule 8).
+        """
+        return self.connected_for_s > SETTLE_S
+
+    @property
+    def max_payload(self) -> int:
+        """Bytes that this server takes in one message."""
+        return int(self.nc.max_payload)
+
     def on_reconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call `callback` after every reconnect, subscriptions restored. Returns what takes it back."""
+        """Call `callback` each time NATS is heard again after it was not, subscriptions restored.
+
+        Returns what takes it back.
+        """
         self._reconnect_callbacks.append(callback)
         return lambda: self._reconnect_callbacks.remove(callback)
 
@@ -227,14 +256,15 @@ class Bus:
 
     def _check_size(self, subject: str, payload: bytes, headers: Mapping[str, str] | None) -> None:
         size = len(payload) + sum(len(key) + len(value) + 4 for key, value in (headers or {}).items())
-        if size > self.nc.max_payload:
-            raise errors.TooLarge(f"{size} bytes for {subject}, NATS takes {self.nc.max_payload}")
+        if size > self.max_payload:
+            raise errors.TooLarge(f"{size} bytes for {subject}, NATS takes {self.max_payload}")
 
     async def _open(self, url: str, name: str, drain_timeout_s: float) -> None:
+        urls = url.split(",")
         await self.nc.connect(
-            url,
+            urls,
             name=name,
-            inbox_prefix=f"_INBOX.{user}" if (user := urlsplit(url).username) else "_INBOX",
+            inbox_prefix=f"_INBOX.{user}" if (user := urlsplit(urls[0]).username) else "_INBOX",
             error_cb=self._on_error,
             disconnected_cb=self._on_disconnected,
             reconnected_cb=self._on_reconnected,
@@ -243,7 +273,6 @@ class Bus:
             max_reconnect_attempts=-1,
             # Drawn once per process: many clients don't come back in one wave.
             reconnect_time_wait=random.uniform(0.2, 0.5),  # type: ignore[arg-type]
-            ping_interval=10,
             flush_timeout=_FLUSH_TIMEOUT_S,
             drain_timeout=drain_timeout_s,  # type: ignore[arg-type]
         )
@@ -254,7 +283,8 @@ class Bus:
         self._is_closing = True
         try:
             async with asyncio.timeout(drain_timeout_s + _CLOSE_TIMEOUT_S):
-                await self.nc.drain()
+                if self.is_connected:  # else nobody would answer
+                    await self.nc.drain()
         except (TimeoutError, OSError, nats.errors.Error) as error:
             # Cut off just now (`ConnectionReconnectingError`): what was buffered is lost.
             log.warning("closing NATS without a drain: %s", error)
@@ -279,8 +309,19 @@ class Bus:
             log.warning("lost the connection to NATS")
 
     async def _on_reconnected(self) -> None:
-        self._connected_at = asyncio.get_running_loop().time()
         log.info("reconnected to NATS at %s", self._server())
+        self._begin_anew()
+
+    def _on_deaf(self) -> None:
+        self._connected_at = None
+        log.warning("NATS at %s says nothing any more", self._server())
+
+    def _on_heard_again(self) -> None:
+        log.info("NATS at %s is heard again", self._server())
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._connected_at = asyncio.get_running_loop().time()
         for callback in list(self._reconnect_callbacks):
             try:
                 callback()

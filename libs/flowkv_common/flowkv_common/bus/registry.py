@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
-from nats.js.kv import KeyValue
+from nats.js.kv import KV_DEL, KeyValue
 
 from flowkv_common.bus.buckets import (
     CALL_TIMEOUT_S,
@@ -41,6 +41,7 @@ async def keep_announced(bus: Bus, descriptor: Callable[[], NodeDescriptor], ttl
     bucket: KeyValue | None = None
     revision = 0
     retry_s = _FIRST_RETRY_S
+    trouble = ""
     woken = asyncio.Event()
     forget_callback = bus.on_reconnect(woken.set)
     try:
@@ -53,9 +54,9 @@ async def keep_announced(bus: Bus, descriptor: Callable[[], NodeDescriptor], ttl
                         bucket = bucket or await open_bucket(bus, NODES_BUCKET, ttl_s)
                         record = descriptor()
                         revision = await bucket.put(record.node.node_id, encode(record))
-                    retry_s = _FIRST_RETRY_S
+                    retry_s, trouble = _FIRST_RETRY_S, ""
             except TROUBLE as error:
-                log.warning("the node is not announced: %s", describe(error))
+                trouble = _tell("the node is not announced", error, trouble)
                 bucket = None
                 pause_s, retry_s = retry_s, min(2 * retry_s, ttl_s / 3)
             with suppress(TimeoutError):
@@ -77,15 +78,16 @@ async def watch_nodes(
     """
     known = _KnownNodes(on_change, ttl_s)
     retry_s = _FIRST_RETRY_S
+    trouble = ""
     while True:
         try:
             async with until_reconnect(bus):
                 await _follow(bus, known, ttl_s)
-            retry_s = _FIRST_RETRY_S
+            retry_s, trouble = _FIRST_RETRY_S, ""
         except Reconnected:
             retry_s = _FIRST_RETRY_S
         except TROUBLE as error:
-            log.warning("the watch on nodes ended: %s", describe(error))
+            trouble = _tell("the watch on nodes ended", error, trouble)
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, ttl_s / 3)
 
@@ -105,11 +107,18 @@ class _KnownNodes:
         self._unconfirmed = set(self._nodes)
         self._confirm_by = now + self._grace_s
 
-    def take(self, entry: KeyValue.Entry) -> None:
+    def take(self, entry: KeyValue.Entry, *, is_sure: bool) -> None:
+        """A record, or that it is gone.
+
+        Unless `is_sure`, one that has only expired stays, unconfirmed: while NATS is away nobody can renew.
+        """
         self._unconfirmed.discard(entry.key)
         value = value_of(entry)
         if value is None:
-            self._nodes.pop(entry.key, None)
+            if entry.operation == KV_DEL or is_sure:
+                self._nodes.pop(entry.key, None)
+            elif entry.key in self._nodes:
+                self._unconfirmed.add(entry.key)
             return
         try:
             self._nodes[entry.key] = decode(value, NodeDescriptor)
@@ -143,13 +152,23 @@ async def _follow(bus: Bus, known: _KnownNodes, ttl_s: float) -> None:
                 if entry is None:
                     has_all = True
                 else:
-                    known.take(entry)
-                if has_all:
+                    known.take(entry, is_sure=bus.connected_for_s > ttl_s)
+                if has_all and bus.is_connected:
                     known.tell(loop.time())
         if has_all and bus.is_connected:
             known.tell(loop.time())
     finally:
-        await watch.stop()  # type: ignore[no-untyped-call]
+        # Its own error would take the place of a cancel.
+        with suppress(*TROUBLE):
+            await watch.stop()  # type: ignore[no-untyped-call]
+
+
+def _tell(what: str, error: BaseException, told: str) -> str:
+    """Logs what is wrong, but not what was `told` last time already. Returns what is told now."""
+    trouble = describe(error)
+    if trouble != told:
+        log.warning("%s: %s", what, trouble)
+    return trouble
 
 
 async def _delete(bucket: KeyValue, node_id: str, revision: int) -> None:

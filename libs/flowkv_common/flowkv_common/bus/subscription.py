@@ -41,7 +41,7 @@ class Subscription:
                 pending_msgs_limit=max_pending_messages,
                 pending_bytes_limit=max_pending_bytes,
             )
-            if self._nc.is_connected:  # else the reconnect restores it
+            if self._nc.is_hearing:  # else the reconnect restores it
                 await self._nc.flush(_CONFIRM_TIMEOUT_S)
         except nats.errors.Error as error:
             await self.drain()  # nobody else will
@@ -53,7 +53,7 @@ class Subscription:
         if inner is None:
             return
         # Without a server there is nothing to drain, and `drain()` would wait for its answer.
-        leave: Callable[[], Awaitable[None]] = inner.drain if self._nc.is_connected else inner.unsubscribe
+        leave: Callable[[], Awaitable[None]] = inner.drain if self._nc.is_hearing else inner.unsubscribe
         try:
             with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
                 async with asyncio.timeout(timeout_s):

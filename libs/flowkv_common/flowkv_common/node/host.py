@@ -80,7 +80,10 @@ def served(model: LoadedModel, settings: NodeSettings) -> Served:
 
 
 async def serve(settings: NodeSettings, role: str, model: Served, stop: asyncio.Event) -> None:
-    """Serve until `stop` is set, then drain. A process may serve several nodes, each with its own `stop`."""
+    """Serve until `stop` is set, then drain. A process may serve several nodes, each with its own `stop`.
+
+    Raises `Unavailable` when NATS can't be reached or has closed the connection for good.
+    """
     async with contextlib.AsyncExitStack() as opened:
         node, steps, engine = await _open(settings, role, model, stop, opened)
         app = service_app(node.instruments.registry, node.why_not_ready)
@@ -126,7 +129,8 @@ async def _open(
     pool = opened.enter_context(make_pool(settings, layout, model.device))
     num_blocks = pool.num_blocks
     engine = await opened.enter_async_context(model.make_engine(pool.tensor))
-    bus = await opened.enter_async_context(connect(settings.nats_url, name=f"flowkv-{role}/{ref.node_id}"))
+    connection = connect(settings.nats_url, name=f"flowkv-{role}/{ref.node_id}", on_closed=stop.set)
+    bus = await opened.enter_async_context(connection)
     blocks = Blocks(num_blocks, settings.block_size)
     reservations = Reservations(blocks)
     attempts = Attempts()
@@ -230,9 +234,10 @@ async def _drain(node: Node) -> None:
     """Take nothing new, let what is here finish; what remains at the deadline is given back to gateways."""
     node.drain()
     log.info("draining %s: %d requests", node.ref.node_id, len(node.attempts))
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(node.settings.drain_timeout_s):
-            await node.attempts.wait_empty()
+    if not node.bus.is_closed:  # else nobody hears of what it finishes
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(node.settings.drain_timeout_s):
+                await node.attempts.wait_empty()
     await node.fail_all(Unavailable(f"{node.ref.node_id} leaves"))
 
 

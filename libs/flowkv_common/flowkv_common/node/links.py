@@ -134,7 +134,7 @@ class Links:
     def _forget_missing(self) -> None:
         now = time.monotonic()
         for node_id, since in list(self._missing_since.items()):
-            if now - since > FORGET_AFTER_S and self._bus.is_connected:
+            if now - since > FORGET_AFTER_S and self._bus.is_settled:
                 del self._missing_since[node_id]
                 del self._peers[node_id]
 

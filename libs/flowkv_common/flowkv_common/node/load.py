@@ -45,14 +45,16 @@ def snapshot(node: Node, steps: Steps, seq: int) -> LoadReport:
 async def report_load(node: Node, steps: Steps) -> None:
     """Until cancelled. While cut off from NATS nothing is said: an old report is worse than none."""
     seq = 0
-    while True:
-        node.changed.clear()
-        if node.bus.is_connected:
-            seq += 1
-            with contextlib.suppress(FlowKVError):  # the next one says it all again
-                await node.bus.publish(subjects.load(node.ref.node_id), snapshot(node, steps, seq))
-        try:
-            async with asyncio.timeout(node.settings.load_period_s):
-                await node.changed.wait()
-        except TimeoutError:
-            continue
+    forget_callback = node.bus.on_reconnect(node.changed.set)
+    try:
+        while True:
+            node.changed.clear()
+            if node.bus.is_connected:
+                seq += 1
+                with contextlib.suppress(FlowKVError):  # the next one says it all again
+                    await node.bus.publish(subjects.load(node.ref.node_id), snapshot(node, steps, seq))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(node.settings.load_period_s):
+                    await node.changed.wait()
+    finally:
+        forget_callback()

@@ -13,6 +13,7 @@ from pathlib import Path
 from flowkv_common import __version__, logs
 from flowkv_common.config import NodeSettings, load
 from flowkv_common.engine.weights import default_cache_dir
+from flowkv_common.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -58,4 +59,8 @@ def main(default_role: str) -> None:
         async def run() -> None:
             await serve(settings, role, served(model, settings), stop_on_signals())
 
-        asyncio.run(run())
+        try:
+            asyncio.run(run())
+        except Unavailable as error:
+            log.error("%s ended: %s", role, error)
+            sys.exit(1)

@@ -23,7 +23,6 @@ KEEPALIVE_PERIOD_S = 1.0
 KEEPALIVE_TIMEOUT_S = 2.0
 # A gateway is gone when two keepalives in a row found nobody; not while NATS itself is coming back.
 MISSES_UNTIL_GONE = 2
-RECONNECT_GRACE_S = 4.0
 
 
 class Outbox:
@@ -85,8 +84,9 @@ class Outbox:
             self._attempts.cancel(transfer_id, "the gateway does not know it")
 
     def _miss(self, gateway_id: str, error: FlowKVError) -> None:
-        if not self._bus.is_connected or self._bus.connected_for_s < RECONNECT_GRACE_S:
-            return  # cut off ourselves: no verdict on others (docs/architecture.md, rule 8)
+        if not self._bus.is_settled:
+            self._misses.clear()  # cut off ourselves: no verdict on others (docs/architecture.md, rule 8)
+            return
         # An answer with an error in it is an answer: only silence counts.
         self._misses[gateway_id] += 1
         if self._misses[gateway_id] >= MISSES_UNTIL_GONE:

@@ -48,6 +48,8 @@ async def sweep(node: Node) -> None:
         if not len(node.attempts) and time.monotonic() - checked_at > CHECK_PERIOD_S:
             node.blocks.check_integrity()
             checked_at = time.monotonic()
+        if not node.bus.is_settled:
+            continue  # who has reserved could not renew
         for transfer_id in node.reservations.sweep():
             log.info("reservation %s expired", transfer_id)
             node.attempts.end(transfer_id)

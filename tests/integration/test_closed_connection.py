@@ -1,0 +1,38 @@
+"""When NATS ends a node's connection for good, the node ends: a new process may have new credentials."""
+
+from __future__ import annotations
+
+import asyncio
+from unittest.mock import patch
+
+import pytest
+from drive import load_tiny
+from live_nodes import node_settings, reports
+from nats_server import NatsServer
+from tiny_models import make_tiny_model
+
+from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.errors import Unavailable
+from flowkv_common.node.host import serve, served
+
+
+async def test_a_node_ends_when_nats_ends_its_connection(
+    nats_server: NatsServer, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = load_tiny(make_tiny_model(tmp_path_factory.mktemp("model")))
+    settings = node_settings(nats_server, model, "n", drain_timeout_s=30.0)
+    opened: list[Bus] = []
+    init = Bus.__init__
+
+    def note(bus: Bus, *arguments: object) -> None:
+        opened.append(bus)
+        init(bus, *arguments)  # type: ignore[arg-type]
+
+    async with connect(nats_server.url, name="test") as bus, reports(bus, "n") as heard:
+        with patch.object(Bus, "__init__", note):
+            node = asyncio.create_task(serve(settings, "mixed", served(model, settings), asyncio.Event()))
+            async with asyncio.timeout(20):
+                await heard.get()
+            await opened[0].nc._process_err("'Authorization Violation'")
+            with pytest.raises(Unavailable, match="closed the connection for good.*Authorization"):
+                await asyncio.wait_for(node, 10)
