@@ -35,6 +35,7 @@ from flowkv_common.kv.connectors.nccl import Invitation
 from flowkv_common.kv.connectors.sockets import dial_tcp, dial_unix
 from flowkv_common.kv.connectors.stream import MAX_STRANGERS
 from flowkv_common.kv.reservations import Reservation
+from flowkv_common.kv.switched_link import SwitchedLink
 from flowkv_common.wire.parts import PoolLayout
 
 every_connector = pytest.mark.parametrize("kind", ["inprocess", "shm", "tcp", "cuda_ipc", "nccl"])
@@ -177,10 +178,14 @@ async def test_a_receiver_that_has_closed_fails_the_transfer(kind: str) -> None:
     async with network(kind) as net:
         sender, receiver = await net.node(), await net.node()
         link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
+        with pytest.raises(TransferFailed):
+            await link.send("r.1", "any", [Copy(0, 0, 1)])
+        assert not link.is_lost  # it was refused, by a peer that is there
         await receiver.stop_serving()
         with pytest.raises(TransferFailed):
             async with asyncio.timeout(5):
                 await link.send("r.1", "any", [Copy(0, 0, 1)])
+        assert link.is_lost
         with pytest.raises(ConnectorUnavailable):
             await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
 
@@ -208,6 +213,36 @@ async def test_a_closed_link_says_so(kind: str) -> None:
         assert link.closed
         with pytest.raises(TransferFailed, match="closed"):
             await link.send("r.1", "any", [Copy(0, 0, 1)])
+
+
+@every_connector
+async def test_a_link_is_replaced_under_those_who_send(kind: str) -> None:
+    """Those on their way and those that wait for them end on the old one, those that come on the new one."""
+    async with network(kind) as net:
+        receiver, sender = await net.node(LARGE, 16), await net.node(LARGE, 16)
+        old, new = [await sender.connector.connect(receiver.address, LINK_TOKEN, 16) for _ in range(2)]
+        assert sender.connector.connect_timeout_s > 0
+        link, has_begun = SwitchedLink(old), asyncio.Event()
+        receiver.landings.on_enter = has_begun.set
+
+        async def send(number: int) -> None:
+            reserved = receiver.reserve(4, f"r{number}.1")
+            await link.send(f"r{number}.1", reserved.token, [Copy(4 * number, reserved.block_ids[0], 4)])
+            assert receiver.block(reserved.block_ids[0]) == sender.block(4 * number)
+
+        async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+            for number in (0, 1):
+                tasks.create_task(send(number))
+            await has_begun.wait()
+            switching = tasks.create_task(link.switch(new))
+            await asyncio.sleep(0)
+            assert not old.closed
+            for number in (2, 3):
+                tasks.create_task(send(number))
+        assert switching.done()
+        assert (old.closed, new.closed) == (True, False)
+        await link.close()
+        assert new.closed
 
 
 # --- those on sockets ----------------------------------------------------------------------------

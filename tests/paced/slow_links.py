@@ -25,6 +25,10 @@ class SlowLink:
     def closed(self) -> bool:
         return self._link.closed
 
+    @property
+    def is_lost(self) -> bool:
+        return self._link.is_lost
+
     async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
         async with self._turn:
             began = time.monotonic()
@@ -41,6 +45,7 @@ class SlowConnector:
 
     def __init__(self, connector: KVConnector, byte_s: float) -> None:
         self.name = connector.name
+        self.connect_timeout_s = connector.connect_timeout_s
         self._connector = connector
         self._byte_s = byte_s
 

@@ -59,10 +59,16 @@ class Landings(Protocol):
 class KVLink(Protocol):
     """A way into one peer's pool. One transfer at a time; others wait their turn."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """That of the connector."""
 
     @property
     def closed(self) -> bool: ...
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the peer could not be reached by this transport when a send last tried. Another may do."""
 
     async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
         """Returns when the receiver has confirmed that all bytes landed.
@@ -81,6 +87,10 @@ class KVConnector(Protocol):
     """One transport of one node. Serves its peers while its `async with` block lasts."""
 
     name: str
+
+    @property
+    def connect_timeout_s(self) -> float:
+        """How long `connect` may take before it is given up."""
 
     async def listen(self) -> str:
         """Begins to serve; returns the address that peers connect to."""

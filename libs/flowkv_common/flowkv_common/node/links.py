@@ -1,7 +1,8 @@
 """Links to other nodes' pools, set up when a node is discovered, never by the first request.
 
 Each pair uses the first connector that a probe shows to work, in the node's order of preference; the choice
-is in the load report and the metrics. A link that fails is tried again with back-off (docs/architecture.md,
+is in the load report and the metrics. What a probe has shown holds for a while only: connectors that would be
+preferred are tried again, and where the one in use fails the others are, with back-off (docs/architecture.md,
 rule 8).
 """
 
@@ -12,11 +13,12 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import BadRequest, FlowKVError, Stale, Unavailable, WrongModel
 from flowkv_common.kv.connector import ConnectorUnavailable, KVConnector, KVLink
+from flowkv_common.kv.switched_link import SwitchedLink
 from flowkv_common.wire import subjects
 from flowkv_common.wire.nodes import LinkOffer, LinkRequest, NodeDescriptor
 from flowkv_common.wire.parts import NodeRef, PoolLayout
@@ -25,7 +27,12 @@ log = logging.getLogger(__name__)
 
 FIRST_RETRY_S = 0.2
 LONGEST_RETRY_S = 5.0
-LINK_TIMEOUT_S = 5.0
+OFFER_TIMEOUT_S = 5.0
+# A connector that is preferred has so long before the next one is tried beside it.
+HEAD_START_S = 1.0
+# When connectors that would be preferred are tried again. Each try may cost the peers a thread for minutes.
+FIRST_PROBE_AGAIN_S = 10.0
+LONGEST_PROBE_AGAIN_S = 300.0
 # How long a request may wait for a link that is being set up.
 LINK_PATIENCE_S = 5.0
 # A peer that is missing from the registry may only be between two lives of the bucket.
@@ -48,7 +55,7 @@ class Links:
         self._tokens: dict[str, NodeRef] = {}  # link token -> the peer it was given to
         self._peers: dict[str, NodeRef] = {}
         self._missing_since: dict[str, float] = {}
-        self._links: dict[str, tuple[NodeRef, KVLink]] = {}
+        self._links: dict[str, tuple[NodeRef, SwitchedLink]] = {}
         self._wanted_since: dict[NodeRef, float] = {}
         self._changed = asyncio.Event()
 
@@ -67,12 +74,16 @@ class Links:
             raise BadRequest(f"KV layouts differ: {request.layout} and {self._layout}", field="layout")
         if request.fingerprint != self._fingerprint:
             raise WrongModel(f"{self._node.node_id} serves another model", field="fingerprint")
-        self._tokens = {
-            token: peer for token, peer in self._tokens.items() if peer.node_id != request.peer.node_id
-        }
-        token = secrets.token_hex(16)
-        self._tokens[token] = request.peer
+        # The same for the same life: a link that it has must be able to reconnect while it looks for another.
+        token = next((token for token, peer in self._tokens.items() if peer == request.peer), None)
+        if token is None:
+            self._forget_tokens(request.peer.node_id)
+            token = secrets.token_hex(16)
+            self._tokens[token] = request.peer
         return LinkOffer(node=self._node, num_blocks=self._num_blocks, token=token, addresses=self._addresses)
+
+    def _forget_tokens(self, node_id: str) -> None:
+        self._tokens = {token: peer for token, peer in self._tokens.items() if peer.node_id != node_id}
 
     def to(self, peer: NodeRef) -> KVLink:
         """The link to a peer.
@@ -136,50 +147,111 @@ class Links:
         for node_id, since in list(self._missing_since.items()):
             if now - since > FORGET_AFTER_S and self._bus.is_settled:
                 del self._missing_since[node_id]
-                del self._peers[node_id]
+                self._wanted_since.pop(self._peers.pop(node_id), None)
+                self._forget_tokens(node_id)
 
     async def _keep(self, peer: NodeRef) -> None:
-        """Link to one incarnation of a peer, again and again until it works, then hold the link."""
-        retry_s = FIRST_RETRY_S
-        while True:
-            try:
-                link = await self._connect(peer)
-                break
-            except (FlowKVError, ConnectorUnavailable) as error:
-                level = logging.WARNING if isinstance(error, BadRequest | WrongModel) else logging.INFO
-                log.log(level, "no link to %s yet, next try in %.1f s: %s", peer.node_id, retry_s, error)
-            await asyncio.sleep(retry_s)
-            retry_s = min(2 * retry_s, LONGEST_RETRY_S)
-        self._links[peer.node_id] = (peer, link)
-        log.info("linked to %s by %s", peer.node_id, link.name)
+        """Link to one incarnation of a peer, again and again until it works, then to have the best way."""
+        pair = _Pair(peer)
+        retry_s, again_s = FIRST_RETRY_S, FIRST_PROBE_AGAIN_S
         try:
-            await asyncio.Event().wait()
+            while True:
+                before = pair.link and pair.link.name
+                await self._look_for_ways(pair, retry_s)
+                if pair.link is None or pair.link.is_lost:
+                    await asyncio.sleep(retry_s)
+                    retry_s = min(2 * retry_s, LONGEST_RETRY_S)
+                    continue
+                has_changed = pair.link.name != before
+                again_s = FIRST_PROBE_AGAIN_S if has_changed else min(2 * again_s, LONGEST_PROBE_AGAIN_S)
+                retry_s = FIRST_RETRY_S
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(again_s if self._better_than(pair) else None):
+                        await pair.link.until_lost()
         finally:
-            if self._links.get(peer.node_id) == (peer, link):
-                del self._links[peer.node_id]
-            await link.close()
+            if pair.link is not None:
+                if self._links.get(peer.node_id) == (peer, pair.link):
+                    del self._links[peer.node_id]
+                await pair.link.close()
 
-    async def _connect(self, peer: NodeRef) -> KVLink:
+    def _better_than(self, pair: _Pair) -> list[str]:
+        """The connectors that would serve the pair better than what it has, the best first."""
+        names = list(self._connectors)
+        if pair.link is None:
+            return names
+        if pair.link.is_lost:
+            return [name for name in names if name != pair.link.name]
+        return names[: names.index(pair.link.name)]
+
+    async def _look_for_ways(self, pair: _Pair, retry_s: float) -> None:
+        """Try what would be better than what the pair has. One that is slow doesn't hold the next one up."""
+        peer = pair.peer
         request = LinkRequest(node=peer, peer=self._node, layout=self._layout, fingerprint=self._fingerprint)
         subject = subjects.at(subjects.NODE_LINK, peer.node_id)
-        offer = await self._bus.request(subject, request, LinkOffer, timeout_s=LINK_TIMEOUT_S)
-        reasons = []  # why not one that is preferred
-        for name, connector in self._connectors.items():
-            try:
-                link = await _probe(connector, offer)
-            except (ConnectorUnavailable, TimeoutError) as error:
-                reasons.append(f"{name}: {error or 'timed out'}")
-                continue
-            if reasons:
-                log.warning("KV goes to %s by %s, not by %s", peer.node_id, name, "; ".join(reasons))
-            return link
-        raise ConnectorUnavailable("; ".join(reasons))
+        try:
+            offer = await self._bus.request(subject, request, LinkOffer, timeout_s=OFFER_TIMEOUT_S)
+        except FlowKVError as error:
+            if pair.link is None:
+                level = logging.WARNING if isinstance(error, BadRequest | WrongModel) else logging.INFO
+                log.log(level, "no link to %s yet, next try in %.1f s: %s", peer.node_id, retry_s, error)
+            return
+        tries: dict[str, asyncio.Task[None]] = {}
+        async with asyncio.TaskGroup() as tasks:
+            for name in self._better_than(pair):
+                if name in self._better_than(pair):  # still
+                    tries[name] = tasks.create_task(self._try(pair, self._connectors[name], offer, tries))
+                    await asyncio.wait([tries[name]], timeout=HEAD_START_S)
+        if pair.link is None:
+            reasons = pair.reasons(self._connectors)
+            log.info("no link to %s yet, next try in %.1f s: %s", peer.node_id, retry_s, reasons)
+
+    async def _try(
+        self, pair: _Pair, connector: KVConnector, offer: LinkOffer, tries: dict[str, asyncio.Task[None]]
+    ) -> None:
+        """Use the connector if it works, and end the `tries` of those that would serve less well."""
+        name = connector.name
+        try:
+            link = await _connected(connector, offer)
+        except (ConnectorUnavailable, TimeoutError) as error:
+            pair.why_not[name] = str(error) or f"not within {connector.connect_timeout_s:g} s"
+            return
+        del tries[name]
+        if name not in self._better_than(pair):  # another was found meanwhile
+            await link.close()
+            return
+        preferred = list(self._connectors)[: list(self._connectors).index(name)]
+        for other in set(tries) - set(preferred):
+            tries[other].cancel()
+        if pair.link is not None and pair.link.is_lost:
+            pair.why_not[pair.link.name] = "it can't be reached any more"
+        if preferred:
+            log.warning("KV goes to %s by %s, not by %s", pair.peer.node_id, name, pair.reasons(preferred))
+        else:
+            log.info("linked to %s by %s", pair.peer.node_id, name)
+        if pair.link is not None:
+            await pair.link.switch(link)
+        else:
+            pair.link = SwitchedLink(link)
+            self._links[pair.peer.node_id] = (pair.peer, pair.link)
 
 
-async def _probe(connector: KVConnector, offer: LinkOffer) -> KVLink:
+async def _connected(connector: KVConnector, offer: LinkOffer) -> KVLink:
     """A link by this connector. Raises ConnectorUnavailable or TimeoutError."""
     address = offer.addresses.get(connector.name)
     if address is None:
         raise ConnectorUnavailable("the peer does not offer it")
-    async with asyncio.timeout(LINK_TIMEOUT_S):
+    async with asyncio.timeout(connector.connect_timeout_s):
         return await connector.connect(address, offer.token, offer.num_blocks)
+
+
+class _Pair:
+    """What this node has and knows of the ways to one life of a peer."""
+
+    def __init__(self, peer: NodeRef) -> None:
+        self.peer = peer
+        self.link: SwitchedLink | None = None
+        self.why_not: dict[str, str] = {}  # connector -> why a try with it has failed
+
+    def reasons(self, names: Iterable[str]) -> str:
+        """Why not by these connectors."""
+        return "; ".join(f"{name}: {self.why_not.get(name, 'takes long')}" for name in names)

@@ -31,6 +31,9 @@ class Switchboard:
     def remove(self, connector: InProcessConnector) -> None:
         self._listening = {at: other for at, other in self._listening.items() if other is not connector}
 
+    def is_there(self, address: str) -> bool:
+        return address in self._listening
+
     def find(self, address: str) -> InProcessConnector:
         """Raises `ConnectorUnavailable`."""
         if address not in self._listening:
@@ -42,6 +45,7 @@ class InProcessConnector:
     """Both ends in one event loop."""
 
     name = "inprocess"
+    connect_timeout_s = 1.0
 
     def __init__(
         self, pool: KVPool, landings: Landings, admits: Callable[[str], bool], switchboard: Switchboard
@@ -103,6 +107,10 @@ class InProcessLink:
     @property
     def closed(self) -> bool:
         return self._is_closed
+
+    @property
+    def is_lost(self) -> bool:
+        return not self._switchboard.is_there(self._address)
 
     async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
         started = time.perf_counter()

@@ -36,10 +36,15 @@ class StreamLink:
         self._turn = asyncio.Lock()
         self._channel: Channel | None = None
         self._is_closed = False
+        self._is_lost = False
 
     @property
     def closed(self) -> bool:
         return self._is_closed
+
+    @property
+    def is_lost(self) -> bool:
+        return self._is_lost
 
     async def open(self) -> None:
         """Dials now, as a probe. Raises `ConnectorUnavailable`."""
@@ -90,7 +95,12 @@ class StreamLink:
         if self._channel is not None and not self._channel.is_quiet():
             self._hang_up()
         if self._channel is None:
-            self._channel = await self._dial()
+            try:
+                self._channel = await self._dial()
+            except ConnectorUnavailable:
+                self._is_lost = True
+                raise
+            self._is_lost = False
         return self._channel
 
     def _hang_up(self) -> None:

@@ -30,6 +30,8 @@ from flowkv_common.kv.connectors.stream import StreamConnector
 
 logger = logging.getLogger(__name__)
 
+# Making a communicator took 55 s on a host of eight B200, most of it to load kernels (NVIDIA/nccl#1646).
+_JOIN_TIMEOUT_S = 120.0
 # A link below a quarter of 1 Gbit/s counts as broken: so much longer than a step may a copy take.
 _SLOWEST_BYTES_PER_S = 32 << 20
 
@@ -55,13 +57,17 @@ class NcclConnector(StreamConnector[Pool]):
         new_backend: Callable[[], NcclBackend],
         place: Place = LOOPBACK,
         io_timeout_s: float = 10.0,
-        join_timeout_s: float = 30.0,
+        join_timeout_s: float = _JOIN_TIMEOUT_S,
     ) -> None:
         super().__init__(pool, landings, admits, place=place, io_timeout_s=io_timeout_s)
         self._new_backend = new_backend
         self._join_timeout_s = join_timeout_s
         self._sending: dict[Channel, Communicator] = {}
         self._communicators: set[Communicator] = set()
+
+    @property
+    def connect_timeout_s(self) -> float:
+        return super().connect_timeout_s + self._join_timeout_s
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -79,6 +79,11 @@ class StreamConnector(abc.ABC, Generic[P]):
             for link in self._links:
                 await link.close()
 
+    @property
+    def connect_timeout_s(self) -> float:
+        """To reach the peer, to be greeted, and to be introduced."""
+        return 3 * self._io_timeout_s
+
     async def listen(self) -> str:
         """Begins to serve; returns the address that peers connect to. Raises `OSError`."""
         listener, address = await self._bind()
