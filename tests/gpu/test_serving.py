@@ -19,6 +19,7 @@ TOKENS = 12
 READY_TIMEOUT_S = 240.0  # kernels are compiled
 SETTINGS = {
     "FLOWKV_DEVICE": "cuda:0",
+    "FLOWKV_DTYPE": "float32",  # what the oracle's tolerance is for
     "FLOWKV_KV_CACHE_BYTES": str(64 << 20),
     "FLOWKV_MAX_NUM_SEQS": "8",
     "FLOWKV_TOKEN_BUDGET": "128",

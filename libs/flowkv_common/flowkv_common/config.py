@@ -53,13 +53,13 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     node_id: str = ""  # `<role>-<host>-<4 random>` if empty
     load_format: str = "auto"  # auto | dummy (random weights from config.json)
     device: str = "cpu"  # cpu | cuda (a GPU that no other node of this host has) | cuda:1
-    dtype: str = "float32"  # of the weights
+    dtype: str = "auto"  # of the weights; auto: float32 on a CPU, the checkpoint's own on a GPU
     attention: str = "auto"  # auto | triton | cpu | torch
     num_threads: int = 0  # 0: torch's own choice
     kv_cache_bytes: int = 0  # 0: 1 GiB, or on a GPU what `gpu_memory_share` leaves beside the weights
     gpu_memory_share: float = 0.9  # of the GPU's memory, for all that this node needs
     block_size: int = 16  # tokens
-    kv_dtype: str = "float32"
+    kv_dtype: str = "auto"  # of the KV cache; auto: that of the weights
     token_budget: int = 512  # tokens per engine step
     max_num_seqs: int = 64
     connectors: str = ""  # in order of preference; if empty shm,tcp, or cuda_ipc,nccl on a GPU
@@ -86,9 +86,9 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name in ("dtype", "kv_dtype"):
-            if getattr(self, name) not in DTYPES:
+            if getattr(self, name) not in ("auto", *DTYPES):
                 raise ValueError(
-                    f"FLOWKV_{name.upper()} is {getattr(self, name)!r}, not one of {', '.join(DTYPES)}"
+                    f"FLOWKV_{name.upper()} is {getattr(self, name)!r}, not one of auto, {', '.join(DTYPES)}"
                 )
         if not 0.0 < self.gpu_memory_share <= 1.0:
             raise ValueError(f"FLOWKV_GPU_MEMORY_SHARE is {self.gpu_memory_share}: over 0, at most 1")

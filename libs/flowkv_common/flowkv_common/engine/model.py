@@ -35,6 +35,10 @@ class LoadedModel:
         return next(self.module.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    @property
     def eos_token_ids(self) -> list[int]:
         return self.card.eos_token_ids
 

@@ -25,6 +25,7 @@ from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import NodeSettings
 from flowkv_common.engine.engine import DeviceLost, Engine
 from flowkv_common.engine.model import CPU, LoadedModel
+from flowkv_common.engine.precision import kv_dtype
 from flowkv_common.engine.runner import EngineThread, Runner
 from flowkv_common.errors import Unavailable
 from flowkv_common.kv.blocks import Blocks
@@ -65,7 +66,7 @@ def served(model: LoadedModel, settings: NodeSettings) -> Served:
     """A loaded model as nodes serve it: computed on a thread of its own."""
     return Served(
         card=model.card,
-        layout=model.layout(settings.block_size, settings.kv_dtype),
+        layout=model.layout(settings.block_size, kv_dtype(settings.kv_dtype, model.dtype)),
         device=model.device,
         make_engine=lambda pool: EngineThread(
             Runner(

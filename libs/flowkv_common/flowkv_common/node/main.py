@@ -38,6 +38,7 @@ def main(default_role: str) -> None:
 
     from flowkv_common.engine.devices import claimed
     from flowkv_common.engine.model import load_model
+    from flowkv_common.engine.precision import weights_dtype
     from flowkv_common.node.host import serve, served
     from flowkv_common.tasks import stop_on_signals
 
@@ -47,7 +48,7 @@ def main(default_role: str) -> None:
         model = load_model(
             settings.model_path,
             name=settings.model_name or None,
-            dtype=getattr(torch, settings.dtype),
+            dtype=weights_dtype(settings.dtype, settings.model_path, device),
             device=device,
             load_format=settings.load_format,
             on_progress=log.info,

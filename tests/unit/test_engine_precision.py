@@ -1,0 +1,52 @@
+"""Where the settings leave the dtype open, it is float32 on a CPU and the stored one on a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from drive import load_tiny
+from tiny_models import make_tiny_model
+
+from flowkv_common.config import NodeSettings
+from flowkv_common.engine.precision import kv_dtype, weights_dtype
+from flowkv_common.node.host import served
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "on_gpu"),
+    [
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"torch_dtype": "float16"}, torch.float16),
+        ({"torch_dtype": "float32"}, torch.float32),
+        ({"text_config": {"dtype": "bfloat16"}, "dtype": "float32"}, torch.bfloat16),
+        ({"dtype": None}, torch.float32),
+        ({"dtype": "float8_e4m3fn"}, torch.float32),
+    ],
+)
+def test_auto_is_the_stored_dtype_on_a_gpu_alone(
+    config: dict[str, object], on_gpu: torch.dtype, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert weights_dtype("auto", str(tmp_path), GPU) == on_gpu
+    assert weights_dtype("auto", str(tmp_path), CPU) == torch.float32
+    assert weights_dtype("float16", str(tmp_path), GPU) == torch.float16
+
+
+def test_a_folder_without_a_config_is_for_others_to_refuse(tmp_path: Path) -> None:
+    assert weights_dtype("auto", str(tmp_path), GPU) == torch.float32
+    (tmp_path / "config.json").write_text("{")
+    assert weights_dtype("auto", str(tmp_path), GPU) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("set_to", "stored"), [("auto", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")]
+)
+def test_kv_is_stored_as_the_weights_are_unless_it_is_set(set_to: str, stored: str, tmp_path: Path) -> None:
+    model = load_tiny(make_tiny_model(tmp_path, "llama"))
+    assert served(model, NodeSettings(model_path="", kv_dtype=set_to)).layout.dtype == stored
+    assert kv_dtype("auto", torch.bfloat16) == "bfloat16"
