@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 
 import pytest
 from local_cluster import free_port
 from prometheus_client import CollectorRegistry
 
+from flowkv_common import service_connection
 from flowkv_common.metrics import serve_http, service_app
+from flowkv_common.service_connection import MAX_CONNECTIONS
 
 
 async def run_health(*arguments: str) -> tuple[int | None, str]:
@@ -25,6 +28,28 @@ async def test_health_is_what_the_service_says(reason: str | None, expected: tup
     async with serve_http(service_app(CollectorRegistry(), lambda: reason), "127.0.0.1", 0) as port:
         assert await run_health(str(port)) == expected
         assert await run_health(str(port), "/health/live") == (0, "well")
+
+
+async def test_idle_connections_are_bounded_and_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would take the descriptors that the node's other sockets need."""
+    app = service_app(CollectorRegistry(), lambda: None)
+    async with serve_http(app, "127.0.0.1", 0) as port, contextlib.AsyncExitStack() as stack:
+        idle = []
+        for number in range(2 * MAX_CONNECTIONS):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            stack.callback(writer.close)
+            writer.write(b"GET /health HTTP/1.1\r\n" if number % 2 else b"")
+            idle.append(reader)
+        assert await run_health(str(port)) == (0, "well")
+        await asyncio.wait_for(idle[MAX_CONNECTIONS].read(), 5)  # hers was the place of the last that came
+        assert [reader.at_eof() for reader in idle] == [n <= MAX_CONNECTIONS for n in range(len(idle))]
+
+    monkeypatch.setattr(service_connection, "_HEAD_TIMEOUT_S", 0.05)
+    async with serve_http(app, "127.0.0.1", 0) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /health HTTP/1.1\r\n")
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(reader.read(), 5) == b""
 
 
 async def test_nobody_there_is_not_well() -> None:

@@ -14,8 +14,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from flowkv_common.service_connection import ServiceConnection
 from flowkv_common.tasks import group
 
 _MAX_UNSENT_BYTES = 64 * 1024  # per connection, in the kernel
@@ -66,7 +66,7 @@ async def serve_http(
     host: str,
     port: int,
     *,
-    connection: type[asyncio.Protocol] = H11Protocol,
+    connection: type[asyncio.Protocol] = ServiceConnection,
     max_header_bytes: int = 64 * 1024,
     unread_timeout_s: float = 60.0,
     drain_timeout_s: int = 5,
