@@ -11,16 +11,18 @@ from nats_server import NatsServer
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import Lease
-from flowkv_common.bus.registry import keep_announced, watch_nodes
-from flowkv_common.wire.nodes import NodeDescriptor
+from flowkv_common.bus.registry import NodeIdTaken, claim_node_id, keep_announced, watch_nodes
+from flowkv_common.bus.service import Endpoint, Service
+from flowkv_common.wire.nodes import BlockCounts, Check, Checked, NodeDescriptor
 from flowkv_common.wire.parts import ModelCard, NodeRef, PoolLayout
+from flowkv_common.wire.subjects import NODE_CHECK, at
 
 TTL_S = 1.2  # the server's shortest marker lives 1 s
 
 
-def descriptor(node_id: str, cap: int = 512) -> NodeDescriptor:
+def descriptor(node_id: str, cap: int = 512, incarnation: str = "i1") -> NodeDescriptor:
     return NodeDescriptor(
-        node=NodeRef(node_id=node_id, incarnation="i1"),
+        node=NodeRef(node_id=node_id, incarnation=incarnation),
         role="prefill",
         model=ModelCard(name="m", fingerprint="f", max_model_len=64, vocab_size=8, eos_token_ids=[0]),
         layout=PoolLayout(num_layers=1, block_size=16, num_kv_heads=1, head_dim=8, dtype="float32"),
@@ -208,15 +210,97 @@ async def test_node_that_died_with_the_server_is_dropped_only_after_a_grace(nats
                 await nodes.until("d0")
 
 
-async def test_old_life_does_not_delete_the_record_of_the_new_one(nats_server: NatsServer) -> None:
+@contextlib.asynccontextmanager
+async def listening(bus: Bus, node_id: str, ref: NodeRef) -> AsyncIterator[None]:
+    """As a node that lives: it answers when it is asked to check its books."""
+
+    async def check(_: Check) -> Checked:
+        counts = BlockCounts(total=1, free=1, cached=0, leased=0, quarantined=0, longest_free_run=1)
+        return Checked(node=ref, blocks=counts, num_requests=0, num_reservations=0)
+
+    endpoints = [Endpoint(at(NODE_CHECK, node_id), Check, check)]
+    async with Service(bus, name="node", version="1.0.0", service_id=node_id, endpoints=endpoints):
+        yield
+
+
+async def test_an_id_is_refused_while_its_node_answers(nats_server: NatsServer) -> None:
+    nodes = Nodes()
+    async with connect(nats_server.url, name="node") as bus, connect(nats_server.url, name="twin") as twin:
+        async with running(watch(bus, nodes)), listening(bus, "p0", descriptor("p0").node):
+            with pytest.raises(NodeIdTaken, match="'p0' is running already: .* another FLOWKV_NODE_ID"):
+                await claim_node_id(twin, "p0", TTL_S)
+            async with running(announce(bus, "p0")):
+                await nodes.until("p0")
+                with pytest.raises(NodeIdTaken, match="'p0' is running already on h, process 1: "):
+                    await claim_node_id(twin, "p0", TTL_S)
+                await claim_node_id(twin, "p1", TTL_S)
+                assert set(nodes.history[-1]) == {"p0"}
+
+
+async def test_an_id_is_refused_while_its_node_renews_its_record_though_it_is_too_busy_to_answer(
+    nats_server: NatsServer,
+) -> None:
+    nodes, is_over = Nodes(), asyncio.Event()
+
+    async def say_nothing(_: object) -> None:
+        await is_over.wait()
+
+    async with connect(nats_server.url, name="node") as bus, connect(nats_server.url, name="twin") as twin:
+        async with running(watch(bus, nodes), announce(bus, "p0")):
+            await nodes.until("p0")
+            async with await bus.subscribe_raw(at(NODE_CHECK, "p0"), say_nothing):
+                with pytest.raises(NodeIdTaken):
+                    await claim_node_id(twin, "p0", TTL_S)
+                is_over.set()
+
+
+async def test_the_id_of_a_dead_node_is_free_at_once(nats_server: NatsServer) -> None:
+    nodes = Nodes()
+    ttl_s = 60.0  # nothing expires meanwhile
+    async with connect(nats_server.url, name="test") as bus, contextlib.AsyncExitStack() as node:
+        node_bus = await node.enter_async_context(connect(nats_server.url, name="node"))
+        async with running(watch(bus, nodes)):
+            async with running(announce(node_bus, "p0", ttl_s)):
+                await nodes.until("p0")
+                await node.aclose()  # as in a crash: the record stays
+            async with asyncio.timeout(5):
+                await claim_node_id(bus, "p0", ttl_s)
+            await nodes.until()  # and everyone learns that it is gone
+            next_life = keep_announced(bus, lambda: descriptor("p0", incarnation="i2"), ttl_s)
+            async with running(asyncio.create_task(next_life)):
+                await nodes.until("p0")
+                assert nodes.history[-1]["p0"].node.incarnation == "i2"
+
+
+async def test_of_two_that_come_at_the_same_instant_one_leaves_at_once(nats_server: NatsServer) -> None:
+    async with connect(nats_server.url, name="a") as bus, connect(nats_server.url, name="b") as twin:
+        await asyncio.gather(*(claim_node_id(one, "p0", TTL_S) for one in (bus, twin)))
+        both = [
+            asyncio.create_task(keep_announced(one, lambda i=i: descriptor("p0", incarnation=i), TTL_S))
+            for one, i in ((bus, "i1"), (twin, "i2"))
+        ]
+        async with running(*both):
+            done, alive = await asyncio.wait(both, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+            assert (len(done), len(alive)) == (1, 1)
+            with pytest.raises(NodeIdTaken):
+                done.pop().result()
+
+
+async def test_a_life_that_was_replaced_leaves_and_its_successors_record_stays(
+    nats_server: NatsServer,
+) -> None:
     nodes = Nodes()
     async with connect(nats_server.url, name="test") as bus:
         async with running(watch(bus, nodes)):
-            async with running(announce(bus, "p0")):
-                await nodes.until("p0")
-                new_life = asyncio.create_task(keep_announced(bus, lambda: descriptor("p0", cap=16), TTL_S))
-                await nodes.until_true(lambda told: told["p0"].max_prefill_tokens_per_step == 16)
-            async with running(new_life):
+            old = announce(bus, "p0")
+            await nodes.until("p0")
+            await claim_node_id(bus, "p0", TTL_S)  # nobody listens, as when it is cut off
+            next_life = keep_announced(bus, lambda: descriptor("p0", incarnation="i2"), TTL_S)
+            async with running(asyncio.create_task(next_life)):
+                await nodes.until_true(lambda told: "p0" in told and told["p0"].node.incarnation == "i2")
+                async with asyncio.timeout(5):
+                    with pytest.raises(NodeIdTaken):
+                        await old
                 with contextlib.suppress(TimeoutError):
                     await nodes.until(timeout_s=TTL_S / 4)
-                assert set(nodes.history[-1]) == {"p0"}
+                assert nodes.history[-1]["p0"].node.incarnation == "i2"

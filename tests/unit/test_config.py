@@ -46,6 +46,14 @@ def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unrecognized arguments" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("node_id", ["node.1", "a b", "*", ">", "n\u00e4he", "a/b"])
+def test_a_node_id_that_no_subject_can_hold_is_refused(node_id: str) -> None:
+    flags = ["--model-path", "/m", "--node-id"]
+    with pytest.raises(SystemExit, match="FLOWKV_NODE_ID is .*only letters, digits, - and _"):
+        load(NodeSettings, [*flags, node_id], {})
+    assert load(NodeSettings, [*flags, "Prefill_0-b"], {}).node_id == "Prefill_0-b"
+
+
 def test_a_token_budget_of_two_blocks_is_refused_by_its_name() -> None:
     flags = ["--model-path", "/m", "--block-size", "32"]
     with pytest.raises(SystemExit, match="FLOWKV_TOKEN_BUDGET is 64, it must be more than two blocks"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +18,7 @@ import msgspec
 
 # Read outside the services: by the model download and by scripts/up.py.
 _OTHER_VARIABLES = {"FLOWKV_CACHE", "FLOWKV_NATS_SERVER"}
+NODE_ID_CHARACTERS = "A-Za-z0-9_-"
 DTYPES = ("float32", "bfloat16", "float16")
 _SECRETS = ("nats_url",)
 
@@ -85,6 +87,11 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
         return self.device.startswith("cuda")
 
     def __post_init__(self) -> None:
+        if re.search(f"[^{NODE_ID_CHARACTERS}]", self.node_id):
+            raise ValueError(
+                f"FLOWKV_NODE_ID is {self.node_id!r}: it is part of NATS subjects, only letters, digits, "
+                "- and _ may stand in it"
+            )
         for name in ("dtype", "kv_dtype"):
             if getattr(self, name) not in ("auto", *DTYPES):
                 raise ValueError(

@@ -84,6 +84,7 @@ RIGHTS: Mapping[str, Rights] = {
             subjects.at(subjects.DECODE_RELEASE, _ANY_NODE),
             subjects.at(subjects.DECODE_RUN, _ANY_NODE),
             subjects.at(subjects.NODE_LINK, _ANY_NODE),
+            subjects.at(subjects.NODE_CHECK, _ANY_NODE),  # is another of its id alive?
             subjects.tokens("*"),
             subjects.keepalive("*"),
             subjects.event("kv_transferred", ">"),

@@ -1,6 +1,9 @@
 """The registry of nodes: what each is, kept in the JetStream bucket `flowkv_nodes` while it lives.
 
 For discovery, late joiners and people. Whether a node is alive is judged from its load reports, not here.
+
+A record is only ever written over the writer's own, or where there is none: of two nodes with one id, the
+later one finds the other's and does not serve.
 """
 
 from __future__ import annotations
@@ -11,32 +14,95 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
+import nats.js.errors
 from nats.js.kv import KV_DEL, KeyValue
 
+from flowkv_common import errors
 from flowkv_common.bus.buckets import (
     CALL_TIMEOUT_S,
     TROUBLE,
+    Found,
     Reconnected,
     describe,
     open_bucket,
+    read,
     until_reconnect,
     value_of,
 )
 from flowkv_common.bus.connection import Bus
 from flowkv_common.wire.messages import decode, encode
-from flowkv_common.wire.nodes import NodeDescriptor
-from flowkv_common.wire.subjects import NODES_BUCKET
+from flowkv_common.wire.nodes import Check, Checked, NodeDescriptor
+from flowkv_common.wire.subjects import NODE_CHECK, NODES_BUCKET, at
 
 log = logging.getLogger(__name__)
 
 _FIRST_RETRY_S = 0.1
+# A registry that can't be read for so long is none.
+_CLAIM_TIMEOUT_S = 30.0
+
+
+class NodeIdTaken(errors.Unavailable):
+    """Another node serves under this id."""
+
+    def __init__(self, node_id: str, other: NodeDescriptor | None) -> None:
+        where = f" on {other.host}, process {other.pid}" if other else ""
+        super().__init__(
+            f"a node {node_id!r} is running already{where}: stop it, or give this one another FLOWKV_NODE_ID"
+        )
+
+
+async def claim_node_id(bus: Bus, node_id: str, ttl_s: float = 6.0) -> None:
+    """Make sure that nobody lives under this id. Asked before the node listens itself, or it would answer.
+
+    The record of a dead life is taken away: a node that was killed starts again at once. Dead is who neither
+    answers nor renews its record. Raises NodeIdTaken, and Unavailable when there is no registry.
+    """
+    trouble = ""
+    try:
+        async with asyncio.timeout(_CLAIM_TIMEOUT_S):
+            while True:
+                try:
+                    return await _claim(bus, node_id, ttl_s)
+                except TROUBLE as error:
+                    trouble = _tell("the registry of nodes can't be read", error, trouble)
+                await asyncio.sleep(_FIRST_RETRY_S)
+    except TimeoutError:
+        raise errors.Unavailable(f"no registry of nodes for {_CLAIM_TIMEOUT_S} s: {trouble}") from None
+
+
+async def _claim(bus: Bus, node_id: str, ttl_s: float) -> None:
+    async with asyncio.timeout(CALL_TIMEOUT_S):
+        bucket = await open_bucket(bus, NODES_BUCKET, ttl_s)
+        before = await read(bucket, node_id)
+    # Longer than a living node takes to renew its record: what does not answer shows there.
+    if await _answers(bus, node_id, timeout_s=ttl_s / 2):
+        raise NodeIdTaken(node_id, _descriptor(before))
+    async with asyncio.timeout(CALL_TIMEOUT_S):
+        after = await read(bucket, node_id)
+        if after.value is None:
+            return
+        if after.revision != before.revision:
+            raise NodeIdTaken(node_id, _descriptor(after))
+        log.info("taking the place of a former life of %s", node_id)
+        await bucket.delete(node_id, last=after.revision)
+
+
+async def _answers(bus: Bus, node_id: str, timeout_s: float) -> bool:
+    """Does anyone listen where a node of this id would?"""
+    try:
+        await bus.request(at(NODE_CHECK, node_id), Check(), Checked, timeout_s=timeout_s)
+    except (errors.Unavailable, errors.DeadlineExceeded):
+        return False
+    except errors.FlowKVError:
+        return True  # be it with an error
+    return True
 
 
 async def keep_announced(bus: Bus, descriptor: Callable[[], NodeDescriptor], ttl_s: float = 6.0) -> None:
-    """Keep the node's record in the registry until cancelled, then delete it.
+    """Keep the node's record in the registry until cancelled, then delete it. Claim its id before.
 
     Renews every third of `ttl_s` and after each reconnect, makes the bucket anew when it is gone, and tries
-    for ever.
+    for ever. Raises NodeIdTaken when another life has come, after ours was cut off or at the same instant.
     """
     bucket: KeyValue | None = None
     revision = 0
@@ -52,8 +118,7 @@ async def keep_announced(bus: Bus, descriptor: Callable[[], NodeDescriptor], ttl
                 if bus.is_connected:  # else the reconnect wakes us
                     async with until_reconnect(bus), asyncio.timeout(CALL_TIMEOUT_S):
                         bucket = bucket or await open_bucket(bus, NODES_BUCKET, ttl_s)
-                        record = descriptor()
-                        revision = await bucket.put(record.node.node_id, encode(record))
+                        revision = await _write(bucket, descriptor(), revision)
                     retry_s, trouble = _FIRST_RETRY_S, ""
             except TROUBLE as error:
                 trouble = _tell("the node is not announced", error, trouble)
@@ -169,6 +234,28 @@ def _tell(what: str, error: BaseException, told: str) -> str:
     if trouble != told:
         log.warning("%s: %s", what, trouble)
     return trouble
+
+
+async def _write(bucket: KeyValue, record: NodeDescriptor, revision: int) -> int:
+    """Over our record of this `revision`; the revision that it has then. Raises NodeIdTaken."""
+    node_id, value = record.node.node_id, encode(record)
+    try:
+        return await bucket.update(node_id, value, last=revision)
+    except nats.js.errors.KeyWrongLastSequenceError:
+        found = await read(bucket, node_id)
+    # It has expired, or we have not heard that it was written.
+    other = _descriptor(found)
+    if other is not None and other.node != record.node:
+        raise NodeIdTaken(node_id, other)
+    return await bucket.update(node_id, value, last=found.revision)
+
+
+def _descriptor(found: Found) -> NodeDescriptor | None:
+    """None if nothing stands there, or nothing that we can read."""
+    try:
+        return decode(found.value, NodeDescriptor) if found.value else None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
 
 
 async def _delete(bucket: KeyValue, node_id: str, revision: int) -> None:

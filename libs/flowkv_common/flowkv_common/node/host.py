@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from flowkv_common import __version__
 from flowkv_common.bus.connection import connect
-from flowkv_common.bus.registry import keep_announced, watch_nodes
+from flowkv_common.bus.registry import NodeIdTaken, claim_node_id, keep_announced, watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
-from flowkv_common.config import NodeSettings
+from flowkv_common.config import NODE_ID_CHARACTERS, NodeSettings
 from flowkv_common.engine.engine import DeviceLost, Engine
 from flowkv_common.engine.model import CPU, LoadedModel
 from flowkv_common.engine.precision import kv_dtype
@@ -87,6 +88,7 @@ async def serve(settings: NodeSettings, role: str, model: Served, stop: asyncio.
     """
     async with contextlib.AsyncExitStack() as opened:
         node, steps, engine = await _open(settings, role, model, stop, opened)
+        await claim_node_id(node.bus, node.ref.node_id)
         app = service_app(node.instruments.registry, node.why_not_ready)
         port = await opened.enter_async_context(serve_http(app, settings.host, settings.http_port))
 
@@ -100,7 +102,8 @@ async def serve(settings: NodeSettings, role: str, model: Served, stop: asyncio.
         async with running(_compute(node, steps), *guests, *links, *watches):
             async with running(node.outbox.keep_alive()), _services(node, steps, engine, news, role):
                 tell_news = news.tell(node.bus, settings.load_period_s)
-                async with running(keep_announced(node.bus, descriptor), report_load(node, steps), tell_news):
+                stay_known = _stay_announced(node, descriptor)
+                async with running(stay_known, report_load(node, steps), tell_news):
                     log.info("%s is ready: %d blocks", node.ref.node_id, node.blocks.num_blocks)
                     await node.stop.wait()
                     await _drain(node)
@@ -114,6 +117,16 @@ async def _compute(node: Node, steps: Steps) -> None:
         log.exception("the device is lost")
         node.drain()
         await node.fail_all(Unavailable(f"the device of {node.ref.node_id} is lost: {error}"))
+        raise
+
+
+async def _stay_announced(node: Node, descriptor: Callable[[], NodeDescriptor]) -> None:
+    """Until cancelled. A node whose id another life has taken gives its work back and ends."""
+    try:
+        await keep_announced(node.bus, descriptor)
+    except NodeIdTaken as error:
+        node.drain()
+        await node.fail_all(Unavailable(f"{node.ref.node_id} leaves: {error}"))
         raise
 
 
@@ -269,7 +282,6 @@ def _reached_at(settings: NodeSettings) -> str:
 
 
 def _node_id(wanted: str, role: str) -> str:
-    """The name asked for, or one that nobody else has. It is a token of subjects: no dots, no blanks."""
-    if not wanted:
-        wanted = f"{role}-{socket.gethostname().lower()}-{secrets.token_hex(2)}"
-    return "".join(c if c.isalnum() else "-" for c in wanted)
+    """The name asked for, or one that nobody else has."""
+    own = f"{role}-{socket.gethostname().lower()}-{secrets.token_hex(2)}"
+    return wanted or re.sub(f"[^{NODE_ID_CHARACTERS}]", "-", own)

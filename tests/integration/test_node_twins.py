@@ -1,0 +1,84 @@
+"""Two nodes of one id: the later one does not serve, and one that was replaced gives its work back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+from drive import load_tiny
+from live_nodes import client, first, live_node, node_settings, reports
+from nats_server import NatsServer
+from tiny_models import make_tiny_model
+
+from flowkv_common.bus.buckets import open_bucket
+from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.registry import NodeIdTaken
+from flowkv_common.engine.model import LoadedModel
+from flowkv_common.node.host import serve, served
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import Refusal, Reserve, Reserved, StepTokens, decode, encode
+from flowkv_common.wire.nodes import NodeDescriptor
+from flowkv_common.wire.parts import NodeRef
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_tiny(make_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
+    async with connect(nats_server.url, name="test") as mine:
+        yield mine
+
+
+async def test_the_second_of_an_id_says_why_it_does_not_serve_and_disturbs_nobody(
+    nats_server: NatsServer, bus: Bus, model: LoadedModel
+) -> None:
+    async with live_node(nats_server, bus, model, "n0") as node, client(bus, model.card.fingerprint) as mine:
+        expected = await mine.generate(node, node, [30] * 20, max_tokens=8)
+        own = node_settings(nats_server, model, "n0")
+        async with reports(bus, "n0") as heard, asyncio.timeout(10):
+            with pytest.raises(NodeIdTaken, match="'n0' is running already on 127.0.0.1, process"):
+                await serve(own, "mixed", served(model, own), asyncio.Event())
+            assert (await first(heard, lambda _: True)).node == node
+        assert await mine.generate(node, node, [30] * 20, max_tokens=8) == expected
+
+
+async def test_a_node_that_finds_another_life_in_its_place_gives_its_work_back_and_ends(
+    nats_server: NatsServer, bus: Bus, model: LoadedModel
+) -> None:
+    own = node_settings(nats_server, model, "n0")
+    told: asyncio.Queue[Refusal | None] = asyncio.Queue()
+
+    def hear(step: StepTokens, _: object) -> None:
+        for chunk in step.chunks:
+            told.put_nowait(chunk.error)
+
+    async with await bus.subscribe(subjects.tokens("g"), StepTokens, hear), reports(bus, "n0") as heard:
+        serving = asyncio.create_task(serve(own, "mixed", served(model, own), asyncio.Event()))
+        node = (await first(heard, lambda report: report.ready)).node
+        request = Reserve(
+            transfer_id="r.0",
+            node=node,
+            fingerprint=model.card.fingerprint,
+            prefill=NodeRef(node_id="other", incarnation="1"),
+            gateway_id="g",
+            num_tokens=9,
+            block_hashes=[],
+            run_lengths=[],
+            expires_in_s=60.0,
+        )
+        await bus.request(subjects.at(subjects.DECODE_RESERVE, "n0"), request, Reserved, timeout_s=5)
+        async with asyncio.timeout(10):
+            bucket = await open_bucket(bus, subjects.NODES_BUCKET, ttl_s=6.0)
+            record = decode((await bucket.get("n0")).value or b"", NodeDescriptor)
+            other = NodeRef(node_id="n0", incarnation="other")
+            await bucket.put("n0", encode(msgspec.structs.replace(record, node=other)))
+            with pytest.raises(NodeIdTaken):
+                await serving
+            error = await told.get()
+        assert error is not None
+        assert error.message.startswith("n0 leaves: a node 'n0' is running already")
