@@ -87,11 +87,16 @@ class Setup(NamedTuple):
 
 
 @pytest.fixture
-async def setup(nats_server: NatsServer, model: LoadedModel) -> AsyncIterator[Setup]:
+def drain_timeout_s() -> float:
+    return 10.0
+
+
+@pytest.fixture
+async def setup(nats_server: NatsServer, model: LoadedModel, drain_timeout_s: float) -> AsyncIterator[Setup]:
     port = free_port()
     async with AsyncExitStack() as opened:
         bus = await opened.enter_async_context(connect(nats_server.url, name="test"))
-        settings = {"http_port": port, "test_hooks": True, "drain_timeout_s": 1.0}
+        settings = {"http_port": port, "test_hooks": True, "drain_timeout_s": drain_timeout_s}
         node = await opened.enter_async_context(live_node(nats_server, bus, model, "n0", **settings))
         heard = await opened.enter_async_context(reports(bus, "n0"))
         http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False)
@@ -129,16 +134,17 @@ async def test_a_drained_node_finishes_takes_nothing_new_and_comes_back(setup: S
     assert await setup.generate() == expected
 
 
+@pytest.mark.parametrize("drain_timeout_s", [0.2])
 async def test_what_a_drain_has_not_finished_in_time_goes_back_to_its_gateway(setup: Setup) -> None:
     async def is_given_back() -> None:
         with pytest.raises(Unavailable, match="n0 is draining"):
-            await setup.generate(100)
+            await setup.generate()
 
+    await setup.wedge(for_s=3.0)  # longer than the drain may take, shorter than what counts as wedged
     await setup.reserve("early.0")
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(is_given_back())
-        await first(setup.heard, lambda report: report.num_running == 1)
-        await setup.wedge(for_s=2.0)  # longer than the drain may take, shorter than what counts as wedged
+        await first(setup.heard, lambda report: report.num_prompts == 1)
         await setup.drain()
         await setup.reserve("early.0")  # what is promised is kept
     report = await first(setup.heard, lambda report: report.blocks.leased == 0)

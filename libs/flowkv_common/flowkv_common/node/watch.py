@@ -48,14 +48,14 @@ async def sweep(node: Node) -> None:
         if not len(node.attempts) and time.monotonic() - checked_at > CHECK_PERIOD_S:
             node.blocks.check_integrity()
             checked_at = time.monotonic()
+        if node.drains_until is not None and time.monotonic() > node.drains_until and len(node.attempts):
+            await node.fail_all(Unavailable(f"{node.ref.node_id} is draining"))
         if not node.bus.is_settled:
             continue  # who has reserved could not renew
         for transfer_id in node.reservations.sweep():
             log.info("reservation %s expired", transfer_id)
             node.attempts.end(transfer_id)
             node.wake.set()
-        if node.drains_until is not None and time.monotonic() > node.drains_until and len(node.attempts):
-            await node.fail_all(Unavailable(f"{node.ref.node_id} is draining"))
 
 
 async def watch_engine(node: Node, engine: Engine) -> None:
