@@ -249,7 +249,36 @@ async def test_where_one_fails_another_takes_over_and_later_gives_it_back(
             shutil.move(aside, folder)
             await until(lambda: a.links.connectors_in_use() == {"b": "shm"})
             await send(a, b, "r4.0")
-    assert "KV goes to b by tcp, not by shm: it can't be reached any more" in caplog.messages
+    assert any(
+        message.startswith("KV goes to b by tcp, not by shm: shm to ") and "No such file" in message
+        for message in caplog.messages
+    )
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_a_link_that_was_lost_is_made_anew_also_while_nobody_sends(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    place = Place(socket_dir=str(tmp_path))
+    async with connect(nats_server.url, name="test") as bus, two_sides(bus) as (a, b, stack):
+        a.pool.tensor.normal_()
+        for side in (b, a):
+            for connector in make_connectors(
+                ["shm"], side.pool, side.reservations, side.links.admits, place=place
+            ):
+                await side.links.listen(await stack.enter_async_context(connector))
+        async with keeping(a):
+            await until(lambda: bool(a.links.connectors_in_use()))
+            folder = Path(b.links._addresses["shm"]).parent
+            aside = shutil.move(folder, tmp_path / "aside")
+            link = a.links.to(B)
+            link._link._hang_up()
+            with pytest.raises(TransferFailed, match="No such file"):
+                await send(a, b, "r1.0")
+            assert link.is_lost
+            shutil.move(aside, folder)
+            await until(lambda: not link.is_lost)
+            await send(a, b, "r2.0")
 
 
 async def test_one_life_of_a_peer_has_one_secret_and_the_next_life_another(nats_server: NatsServer) -> None:

@@ -177,10 +177,8 @@ class Links:
     def _better_than(self, pair: _Pair) -> list[str]:
         """The connectors that would serve the pair better than what it has, the best first."""
         names = list(self._connectors)
-        if pair.link is None:
+        if pair.link is None or pair.link.is_lost:
             return names
-        if pair.link.is_lost:
-            return [name for name in names if name != pair.link.name]
         return names[: names.index(pair.link.name)]
 
     async def _look_for_ways(self, pair: _Pair, retry_s: float) -> None:
@@ -222,8 +220,6 @@ class Links:
         preferred = list(self._connectors)[: list(self._connectors).index(name)]
         for other in set(tries) - set(preferred):
             tries[other].cancel()
-        if pair.link is not None and pair.link.is_lost:
-            pair.why_not[pair.link.name] = "it can't be reached any more"
         if preferred:
             log.warning("KV goes to %s by %s, not by %s", pair.peer.node_id, name, pair.reasons(preferred))
         else:
