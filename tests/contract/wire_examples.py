@@ -103,6 +103,7 @@ SAMPLING = SamplingParams(
     logit_bias={42: -1.5},
     min_tokens=2,
     ignore_eos=True,
+    stop_token_ids=[42],
     num_logprobs=2,
 )
 BLOCKS = BlockCounts(total=1024, free=900, cached=100, leased=20, quarantined=4, longest_free_run=880)

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import make_tiny_model
+from transformers import AutoConfig
 
+from flowkv_common.engine.eos import eos_token_ids
 from flowkv_common.engine.model import LoadedModel, load_model
 from flowkv_common.engine.servable import UnsupportedModel
 
@@ -38,10 +40,32 @@ def test_card_and_layout(llama: Path) -> None:
     assert layout.block_bytes == 3 * 2 * 16 * 2 * 16 * 2
 
 
-def test_generation_config_names_several_eos(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("files", "eos"),
+    [
+        ({"generation_config": {"eos_token_id": [5, 7]}, "config": {"eos_token_id": 2}}, [5, 7, 2]),
+        ({"generation_config": {"eos_token_id": 5}, "tokenizer_config": {"eos_token": "<|im_end|>"}}, [5, 9]),
+        ({"config": {"eos_token_id": 9}, "tokenizer_config": {"eos_token": {"content": "<|im_end|>"}}}, [9]),
+        ({"special_tokens_map": {"eos_token": "<|im_end|>"}, "config": {"eos_token_id": [3]}}, [3, 9]),
+        ({"tokenizer_config": {"eos_token": "end"}}, [11]),  # an ordinary token of the vocabulary
+        ({"tokenizer_config": {"eos_token": "unheard of"}, "config": {"eos_token_id": 3}}, [3]),
+        ({"generation_config": {"eos_token_id": 5}}, [5]),  # not also the 2 that Llama's type defaults to
+        ({"config": {"text_config": {"eos_token_id": 4}}}, [4]),
+        ({"config": {"eos_token_id": -1}, "generation_config": {"eos_token_id": 9999}}, []),
+        ({}, [2]),  # nobody says: the default of the type
+    ],
+)
+def test_every_end_of_text_counts(llama: Path, tmp_path: Path, files: dict[str, Any], eos: list[int]) -> None:
+    tokenizer = {"added_tokens": [{"id": 9, "content": "<|im_end|>"}], "model": {"vocab": {"end": 11}}}
+    for name, fields in {"tokenizer": tokenizer, **files}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(fields))
+    assert eos_token_ids(tmp_path, AutoConfig.from_pretrained(llama)) == eos
+
+
+def test_the_card_has_every_end_of_text(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "model")
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    assert load(folder).eos_token_ids == [5, 7]
+    assert load(folder).eos_token_ids == [5, 7, 2]
 
 
 def test_fingerprint_names_content_and_dtype(llama: Path, tmp_path: Path) -> None:

@@ -135,6 +135,21 @@ def test_min_tokens_holds_eos_back() -> None:
     assert 2 not in frequencies(logits, num_draws=50, min_tokens=99)
 
 
+def test_min_tokens_holds_the_requests_own_stops_back() -> None:
+    logits = torch.tensor([0.0, 1.0, 5.0, 9.0])
+    stops = {"stop_token_ids": [3, 77, -1], "min_tokens": 2, "temperature": 0.0}
+    assert [choose(logits, index, **stops) for index in (1, 2)] == [1, 3]
+
+
+def test_a_row_without_any_token_left_costs_the_batch_nothing() -> None:
+    logits = torch.tensor([[0.0, 1.0, 5.0]] * 2)
+    inputs = [
+        SampleInput(SamplingParams(max_tokens=9, min_tokens=2, stop_token_ids=[0, 1, 2]), 0, [], []),
+        SampleInput(SamplingParams(max_tokens=9, temperature=0.0), 0, [], []),
+    ]
+    assert sample(logits, inputs, EOS)[1].token_id == 2
+
+
 def test_logprobs_are_the_models_own() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2]).log()
     params = SamplingParams(max_tokens=9, temperature=0.0, logit_bias={2: 9.0}, num_logprobs=2)

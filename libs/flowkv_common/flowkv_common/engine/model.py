@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from flowkv_common.engine.attention import IMPLEMENTATION
+from flowkv_common.engine.eos import eos_token_ids
 from flowkv_common.engine.servable import UnsupportedModel, max_model_len, servable_config
 from flowkv_common.fingerprint import fingerprint, model_files, weight_files
 from flowkv_common.wire.parts import ModelCard, PoolLayout
@@ -79,7 +79,7 @@ def load_model(
         fingerprint=fingerprint(folder, str(dtype), has_weights=not is_dummy),
         max_model_len=max_model_len(config),
         vocab_size=config.vocab_size,
-        eos_token_ids=_eos_token_ids(folder, config),
+        eos_token_ids=eos_token_ids(folder, config),
         files=model_files(folder, has_weights=not is_dummy),
     )
     on_progress(f"loaded {card.name}: {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters")
@@ -110,14 +110,3 @@ def _dummy(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -
             config, dtype=dtype, attn_implementation=IMPLEMENTATION
         )
     return module
-
-
-def _eos_token_ids(folder: Path, config: PretrainedConfig) -> list[int]:
-    """What ends a text: as generation_config.json says, else config.json."""
-    generation = folder / "generation_config.json"
-    eos = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
-    if eos is None:
-        eos = config.eos_token_id
-    if eos is None:
-        return []
-    return list(eos) if isinstance(eos, list) else [eos]

@@ -48,7 +48,9 @@ def has_penalties(sampling: SamplingParams) -> bool:
 
 
 def sample(logits: Tensor, inputs: list[SampleInput], eos_token_ids: list[int]) -> list[Sampled]:
-    """One token per row of `logits` [n, vocab], any float dtype. `min_tokens` holds `eos_token_ids` back.
+    """One token per row of `logits` [n, vocab], any float dtype.
+
+    `min_tokens` holds `eos_token_ids` back, and the request's own `stop_token_ids`.
 
     Raises FloatingPointError if a row has no finite maximum.
     """
@@ -95,10 +97,10 @@ def _uniform(seed: int, output_index: int) -> float:
 
 
 def _adjusted(raw: Tensor, input: SampleInput, eos_token_ids: list[int]) -> Tensor | None:
-    """The row with penalties, bias and the mask on EOS, as a new fp32 tensor; `None` if it has none."""
+    """The row with penalties, bias and ends of text masked, as a new fp32 tensor; `None` if it has none."""
     sampling = input.sampling
-    holds_eos_back = input.output_index < sampling.min_tokens
-    if not (has_penalties(sampling) or sampling.logit_bias or holds_eos_back):
+    holds_stops_back = input.output_index < sampling.min_tokens
+    if not (has_penalties(sampling) or sampling.logit_bias or holds_stops_back):
         return None
     row = raw.float().clone()
     if sampling.repetition_penalty != 1:
@@ -110,8 +112,9 @@ def _adjusted(raw: Tensor, input: SampleInput, eos_token_ids: list[int]) -> Tens
     for token_id, bias in sampling.logit_bias.items():
         if 0 <= token_id < len(row):  # an unknown token has no logit: it must not cost the batch its step
             row[token_id] += bias
-    if holds_eos_back:
-        row[_index(eos_token_ids, row)] = -torch.inf
+    if holds_stops_back:
+        stops = {*eos_token_ids, *sampling.stop_token_ids}
+        row[_index([token_id for token_id in stops if 0 <= token_id < len(row)], row)] = -torch.inf
     return row
 
 

@@ -70,11 +70,13 @@ class Sequence:
     def finish_reason_after(self, token_id: int, eos_ids: list[int], max_model_len: int) -> str | None:
         """Why the request ends if `token_id` is its next output: "stop", "length", or `None` to go on.
 
-        Ask before appending. An EOS counts once `min_tokens` outputs stand before it.
+        Ask before appending. An EOS, or one of the request's own `stop_token_ids`, counts once `min_tokens`
+        outputs stand before it.
         """
         sampling = self.sampling
         num_outputs = len(self.output_ids)
-        if token_id in eos_ids and not sampling.ignore_eos and num_outputs >= sampling.min_tokens:
+        ends_text = token_id in eos_ids and not sampling.ignore_eos
+        if (ends_text or token_id in sampling.stop_token_ids) and num_outputs >= sampling.min_tokens:
             return "stop"
         if num_outputs + 1 >= sampling.max_tokens or self.num_tokens + 1 >= max_model_len:
             return "length"

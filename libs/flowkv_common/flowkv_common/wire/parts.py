@@ -80,6 +80,7 @@ class SamplingParams(Part, frozen=True):
     logit_bias: dict[int, float] = {}
     min_tokens: int = 0
     ignore_eos: bool = False
+    stop_token_ids: list[int] = []  # end the text as EOS does, also where EOS is ignored
     num_logprobs: int | None = None  # None: none; 0: of the chosen token; k: and of the k best
 
 
