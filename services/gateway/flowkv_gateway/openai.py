@@ -238,12 +238,25 @@ class TextShape:
         return TextLogprobs(
             tokens=[text_of(logprob.token_id) for logprob, _ in logprobs],
             token_logprobs=[_finite(logprob.logprob) for logprob, _ in logprobs],
-            top_logprobs=[
-                {text_of(token_id): _finite(value) for token_id, value in logprob.top}
-                for logprob, _ in logprobs
-            ],
+            top_logprobs=[self._top(logprob) for logprob, _ in logprobs],
             text_offset=[offset for _, offset in logprobs],
         )
+
+    def _top(self, logprob: TokenLogprob) -> dict[str, float]:
+        """Of the best tokens and the chosen one, by their texts.
+
+        Where several have one text, it means the chosen token, else the best of them. The others are called
+        by their ids, so that none is lost.
+        """
+        chosen = (logprob.token_id, logprob.logprob)
+        values = dict([*logprob.top, chosen])
+        names: dict[str, int] = {}
+        for token_id in (logprob.token_id, *values):
+            names.setdefault(self._vocabulary.token_text(token_id), token_id)
+        texts = {token_id: text for text, token_id in names.items()}
+        return {
+            texts.get(token_id, f"token_id:{token_id}"): _finite(value) for token_id, value in values.items()
+        }
 
 
 def _ids_of(delta: Delta) -> list[int]:
