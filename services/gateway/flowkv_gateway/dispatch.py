@@ -45,6 +45,7 @@ from flowkv_common.wire.messages import (
 from flowkv_common.wire.nodes import LoadReport
 from flowkv_common.wire.parts import ModelCard
 from flowkv_gateway.cluster import Cluster
+from flowkv_gateway.errors import for_client
 from flowkv_gateway.generation import Generation, Piece
 from flowkv_gateway.journey import Journey
 from flowkv_gateway.own_model import OwnModel
@@ -85,7 +86,7 @@ class Dispatch:
         return self.readiness.why_not()
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Piece, None]:
-        """The answer in pieces, over as many attempts as it takes. Raises FlowKVError."""
+        """The answer in pieces, over as many attempts as it takes. Raises FlowKVError, fit for the client."""
         journey = Journey(generation)
         try:
             while True:
@@ -100,7 +101,9 @@ class Dispatch:
                     self._consider_retry(journey, error)
         except FlowKVError as error:
             journey.failed(error)
-            raise
+            if not isinstance(error, Full):
+                log.warning("request %s failed: %s: %s", generation.request_id, error.code, error.message)
+            raise for_client(error, generation.deadline_s) from error
         finally:
             event = subjects.event("request_finished", generation.request_id)
             with contextlib.suppress(FlowKVError):
