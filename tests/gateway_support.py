@@ -19,6 +19,7 @@ from flowkv_gateway.tokenizer import Tokenizer
 MODEL = "tiny/model"
 CARD = ModelCard(name=MODEL, fingerprint="f", max_model_len=128, vocab_size=512, eos_token_ids=[0])
 EOS = 0  # <|end|>, special
+START = 1  # <|start|>, special
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['content'] == 'refuse me' %}{{ raise_exception('no such words') }}{% endif %}"

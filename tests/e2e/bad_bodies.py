@@ -53,11 +53,11 @@ WRONG_TYPES = [
     for field, values in {
         "model": (5, ["test-model"]),
         "messages": ("hi", None, {}, 5),
-        "stream": ("yes", 1),
+        "stream": ("yes", 2),
         "stream_options": ("x", []),
-        "max_tokens": ("5", 1.5, 1e300, True),
-        "max_completion_tokens": ("5", [5]),
-        "n": ("1", 1.5, True),
+        "max_tokens": ("five", 1.5, 1e300, True),
+        "max_completion_tokens": ("five", [5]),
+        "n": ("one", 1.5, True),
         "stop": (5, {}),
         "seed": ("a", 1.5),
         "temperature": ("hot", True, []),
@@ -67,9 +67,9 @@ WRONG_TYPES = [
         "frequency_penalty": ("a",),
         "presence_penalty": ("a", [1]),
         "repetition_penalty": ("a",),
-        "logit_bias": ([], 5, {"a": 1}, {"5": "a"}),
+        "logit_bias": ([1], 5, {"a": 1}, {"5": "a"}),
         "min_tokens": ("a", 1.5),
-        "ignore_eos": ("x", 1),
+        "ignore_eos": ("x", 2),
         "return_token_ids": (3,),
         "priority": ("high",),
         "logprobs": (5, "x"),
@@ -128,10 +128,7 @@ MESSAGES = [
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),
         ([{"role": "user", "content": "a b " * 8192}], "messages"),
-        (
-            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 50_000}}]}],
-            "messages[0].tool_calls",
-        ),
+        ([{"role": "assistant", "tool_calls": [{"id": "c1"}]}], "messages[0].tool_calls[0].function"),
     )
 ]
 
@@ -164,9 +161,7 @@ PROMPTS = [
 CONTRADICTIONS = [
     bad_field(CHAT, "stream_options", {"include_usage": True}),
     bad_field(CHAT, "top_logprobs", 2),
-    bad_field(CHAT, "max_tokens", 8192),
-    bad_field(CHAT, "max_completion_tokens", 8192),
-    bad_field(TEXT, "prompt", [5] * 8191, "max_tokens"),
+    bad_field(CHAT, "continue_final_message", " "),
     bad_field(CHAT, "response_format", {"type": "json_object"}),
     bad_field(CHAT, "tool_choice", "required"),
     bad_field(TEXT, "echo", True),

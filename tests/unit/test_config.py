@@ -66,3 +66,11 @@ def test_a_value_of_the_wrong_type_and_a_missing_one_are_refused() -> None:
         load(GatewaySettings, ["--model-path", "/m", "--port", "many"], {})
     with pytest.raises(SystemExit, match="model_path"):
         load(GatewaySettings, [], {})
+
+
+def test_a_generation_config_is_the_models_or_none() -> None:
+    argv = ["--model-path", "m"]
+    assert load(GatewaySettings, argv, {}).generation_config == "auto"
+    assert load(GatewaySettings, argv, {"FLOWKV_GENERATION_CONFIG": "none"}).generation_config == "none"
+    with pytest.raises(SystemExit, match="FLOWKV_GENERATION_CONFIG is 'vllm', not auto or none"):
+        load(GatewaySettings, argv, {"FLOWKV_GENERATION_CONFIG": "vllm"})

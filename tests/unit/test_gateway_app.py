@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 
 from flowkv_common.config import GatewaySettings
 from flowkv_gateway.app import build_app
+from flowkv_gateway.sampling_defaults import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
 
 JSON = st.recursive(
@@ -28,7 +29,7 @@ CALL = st.fixed_dictionaries(
     {"function": st.fixed_dictionaries({"name": st.text(max_size=3), "arguments": JSON | st.just("{}")})}
 )
 MESSAGE = st.fixed_dictionaries(
-    {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool", "nobody"])},
+    {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool", "function", "nobody"])},
     optional={
         "content": st.text(max_size=5) | st.lists(PART, max_size=2),
         "tool_calls": st.lists(CALL, max_size=2),
@@ -55,7 +56,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Starlette:
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
     generator = ScriptedGenerator(text_pieces(tokenizer, "hello"))
     gateway_settings = GatewaySettings(model_path="unused", model_name=MODEL)
-    return build_app(gateway_settings, tokenizer, generator, CollectorRegistry())
+    return build_app(gateway_settings, tokenizer, generator, CollectorRegistry(), SamplingDefaults())
 
 
 @settings(deadline=None, max_examples=60)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 import pytest
 
 from flowkv_common.wire.parts import SamplingParams, TokenLogprob
-from flowkv_gateway.choice import Choice, Delta
+from flowkv_gateway.choice import Choice, Delta, Display
 from flowkv_gateway.generation import Generation, Piece
 from flowkv_gateway.openai import ChatShape, TextShape, WholeChoice
 from flowkv_gateway.vocabulary import Vocabulary
@@ -18,9 +19,10 @@ VOCABULARY = Vocabulary(
 )
 
 
-def make_choice(stops: tuple[str, ...] = (), min_tokens: int = 0) -> Choice:
+def make_choice(stops: tuple[str, ...] = (), min_tokens: int = 0, **display: Any) -> Choice:
     sampling = SamplingParams(max_tokens=9, min_tokens=min_tokens)
-    return Choice(3, Generation("cmpl-1", [1], sampling, 60.0, fingerprint="f"), VOCABULARY, stops)
+    generation = Generation("cmpl-1", [1], sampling, 60.0, fingerprint="f")
+    return Choice(3, generation, VOCABULARY, Display(stops=stops, **display))
 
 
 def push(choice: Choice, *token_ids: int, finish_reason: str | None = None) -> list[Delta]:
@@ -42,6 +44,42 @@ def test_a_stop_string_over_tokens_ends_the_answer_before_it() -> None:
     deltas = push(choice, 1, 2) + push(choice, 3, 4, 1, 1)
     assert "".join(delta.text for delta in deltas) == "one tw"
     assert (choice.finish_reason, choice.num_tokens) == ("stop", 4)
+
+
+def shown(deltas: list[Delta]) -> str:
+    return "".join(delta.text for delta in deltas)
+
+
+@pytest.mark.parametrize("stop", ["<|end|>", " two<|end|>", "<|end|>one"])
+def test_a_stop_string_sees_special_tokens_that_are_not_shown(stop: str) -> None:
+    choice = make_choice(stops=(stop,))
+    assert shown(push(choice, 1, 2, 0, 1, 2)) == ("one" if stop.startswith(" two") else "one two")
+    assert choice.finish_reason == "stop"
+
+
+def test_other_stop_strings_do_not_see_them() -> None:
+    choice = make_choice(stops=("two three", "end"))
+    assert shown(push(choice, 1, 2, 0, 3, 4)) == "one "
+    assert choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("display", "text"),
+    [({}, "one"), ({"shows_stop": True}, "one two"), ({"shows_special": True}, "one")],
+)
+def test_an_ordinary_token_that_ended_the_text_is_not_shown(display: dict[str, Any], text: str) -> None:
+    choice = make_choice(stop_ids=frozenset({2}), **display)
+    assert shown(push(choice, 1, 2, finish_reason="stop")) == text
+    assert choice.num_tokens == 2
+    # It has ended nothing here: EOS is ignored, or did not count yet.
+    assert shown(push(make_choice(stop_ids=frozenset({2})), 1, 2, 1, finish_reason="length")) == "one twoone"
+
+
+def test_special_tokens_and_stop_strings_are_shown_to_who_wants_them() -> None:
+    special = make_choice(stop_ids=frozenset({0}), shows_special=True)
+    assert shown(push(special, 1, 0, 2)) == "one<|end|> two"
+    assert shown(push(special, 0, finish_reason="stop")) == ""
+    assert shown(push(make_choice(stops=("o thr",), shows_stop=True), 1, 2, 3, 4)) == "one two thr"
 
 
 def test_text_held_back_comes_with_the_end() -> None:
@@ -69,6 +107,26 @@ def test_an_end_without_a_token() -> None:
 def logprob_delta() -> Delta:
     logprob = TokenLogprob(token_id=5, logprob=-0.5, top=[(5, -0.5), (1, -math.inf), (2, math.nan)])
     return Delta(0, "", True, None, logprob, 4, 7)
+
+
+def test_tokens_of_one_text_do_not_hide_each_other() -> None:
+    """As with byte fallback: `\n` is a token of its own and one of the bytes."""
+    vocabulary = Vocabulary({1: b"\n", 2: b"\n", 3: b"a", 4: b"\n"}, frozenset())
+    top = [(1, -0.5), (2, -1.0), (3, -2.0)]
+
+    def shown_top(chosen: int, value: float) -> dict[str, float]:
+        whole = WholeChoice(0)
+        logprob = TokenLogprob(token_id=chosen, logprob=value, top=top)
+        whole.add(Delta(0, "", True, None, logprob, 0, chosen))
+        logprobs = TextShape(vocabulary).whole(whole).logprobs
+        assert logprobs is not None
+        assert logprobs.top_logprobs[0][logprobs.tokens[0]] == value
+        return logprobs.top_logprobs[0]
+
+    assert shown_top(1, -0.5) == {"\n": -0.5, "token_id:2": -1.0, "a": -2.0}
+    assert shown_top(2, -1.0) == {"token_id:1": -0.5, "\n": -1.0, "a": -2.0}
+    assert shown_top(4, -9.0) == {"token_id:1": -0.5, "token_id:2": -1.0, "a": -2.0, "\n": -9.0}
+    assert shown_top(3, -2.0) == {"\n": -0.5, "token_id:2": -1.0, "a": -2.0}
 
 
 def test_chat_logprobs() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,30 +14,57 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv_common.errors import BadRequest
-from flowkv_common.wire.parts import SamplingParams
+from flowkv_common.wire.parts import ModelCard, SamplingParams
 from flowkv_gateway.errors import ContextLengthExceeded
 from flowkv_gateway.generation import Generation
-from flowkv_gateway.params import ChatRequest, CompletionRequest
+from flowkv_gateway.params import ChatRequest, CompletionRequest, TokenizeRequest
 from flowkv_gateway.parsing import parse_json
 from flowkv_gateway.planning import plan
+from flowkv_gateway.sampling_defaults import SamplingDefaults, load_sampling_defaults
+from flowkv_gateway.unserved import (
+    CHANGE_NOTHING,
+    CHAT,
+    COMPLETIONS,
+    REFUSED,
+    TOKENIZE,
+    Refused,
+    check_served,
+)
 
 USER = [{"role": "user", "content": "hi"}]
 
 
 def chat(**fields: Any) -> ChatRequest:
-    request = parse_json(json.dumps({"messages": USER, **fields}).encode(), ChatRequest)
+    body = json.dumps({"messages": USER, **fields}).encode()
+    request = parse_json(body, ChatRequest)
     request.check()
+    check_served(body, request.endpoint)
     return request
 
 
 def completion(**fields: Any) -> CompletionRequest:
-    request = parse_json(json.dumps({"prompt": "hi", **fields}).encode(), CompletionRequest)
+    body = json.dumps({"prompt": "hi", **fields}).encode()
+    request = parse_json(body, CompletionRequest)
     request.check()
+    check_served(body, request.endpoint)
     return request
 
 
-def planned(request: ChatRequest | CompletionRequest, *prompts: list[int]) -> list[list[Generation]]:
-    return plan(request, prompts or ([5, 6],), CARD, request_id="cmpl-1", seed=7, deadline_s=60.0)
+def planned(
+    request: ChatRequest | CompletionRequest,
+    *prompts: list[int],
+    defaults: SamplingDefaults | None = None,
+    card: ModelCard = CARD,
+) -> list[list[Generation]]:
+    return plan(
+        request,
+        prompts or ([5, 6],),
+        card,
+        defaults or SamplingDefaults(),
+        request_id="cmpl-1",
+        seed=7,
+        deadline_s=60.0,
+    )
 
 
 BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
@@ -72,9 +101,14 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"min_tokens": -1}, "min_tokens"),
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
     ({"ignore_eos": "yes"}, "ignore_eos"),
-    ({"stream": 1}, "stream"),
+    ({"stream": 2}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ({"max_tokens": 127}, "max_tokens"),
+    ({"max_tokens": 10.5}, "max_tokens"),
+    ({"max_tokens": "many"}, "max_tokens"),
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"stop_token_ids": [512]}, "stop_token_ids"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    ({"stop_token_ids": [1] * 129}, "stop_token_ids"),
 ]
 BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
@@ -82,6 +116,8 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"content": "hi"}]}, "messages[0].role"),
     ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "system", "content": None}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": ["a", {"type": "refusal"}]}]}, "messages[0].content[1].text"),
     ({"messages": [*USER, {"role": "user", "content": 5}]}, "messages[1].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
@@ -89,7 +125,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"max_completion_tokens": 127}, "max_completion_tokens"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
 ]
 BAD_COMPLETION: list[tuple[dict[str, Any], str]] = [
     ({"prompt": None}, "prompt"),
@@ -188,6 +224,15 @@ def test_every_parameter_arrives() -> None:
         ({"top_k": -1}, {"top_k": 0}),
         ({"max_tokens": 5, "max_completion_tokens": 6}, {"max_tokens": 6}),
         ({}, {"max_tokens": 126}),  # the rest of the context
+        ({"max_tokens": 32000}, {"max_tokens": 126}),
+        ({"max_completion_tokens": 127}, {"max_tokens": 126}),
+        (
+            {"max_tokens": 10.0, "temperature": "0.5", "top_k": "40"},
+            {"max_tokens": 10, "temperature": 0.5, "top_k": 40},
+        ),
+        ({"logit_bias": []}, {"logit_bias": {}}),
+        ({"seed": -1}, {"seed": 7}),  # the one that was drawn
+        ({"stop_token_ids": [5, 9]}, {"stop_token_ids": [5, 9]}),
         ({"logprobs": True, "top_logprobs": 4}, {"num_logprobs": 4}),
     ],
 )
@@ -217,6 +262,13 @@ def test_prompts_that_the_model_cannot_take(prompt: list[int], kind: type[BadReq
         assert caught.value.field == field
 
 
+def test_an_overlong_prompt_is_refused_in_the_words_that_clients_look_for() -> None:
+    with pytest.raises(
+        ContextLengthExceeded, match=r"^This model's maximum context length is 128 tokens\. However,"
+    ):
+        planned(completion(max_tokens=1), [1] * 128)
+
+
 def test_a_prompt_that_leaves_room_for_one_token() -> None:
     [[generation]] = planned(completion(), [1] * 127)
     assert generation.sampling.max_tokens == 1
@@ -226,3 +278,101 @@ def test_too_many_choices() -> None:
     assert len(planned(completion(n=64), [1], [2])) == 2
     with pytest.raises(BadRequest):
         planned(completion(n=65), [1], [2])
+
+
+# --- fields that are known and not served ------------------------------------------------------------------
+
+GOOD = {CHAT: {"messages": USER}, COMPLETIONS: {"prompt": "a"}, TOKENIZE: {"prompt": "a"}}
+
+
+def served(endpoint: str, **fields: Any) -> None:
+    check_served(json.dumps({**GOOD[endpoint], **fields}).encode(), endpoint)
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.name)
+def test_a_known_field_is_refused_by_its_name_unless_it_asks_for_nothing(row: Refused) -> None:
+    for endpoint in row.endpoints:
+        for value in (True, False, 0, 1, 0.5, "x", ["x"], {"x": 1}):
+            if value in row.accepted:
+                continue
+            with pytest.raises(BadRequest, match=row.name) as caught:
+                served(endpoint, **{row.name: value})
+            assert caught.value.field == row.name
+        for value in row.accepted:
+            served(endpoint, **{row.name: value})
+
+
+def test_a_field_of_another_endpoint_is_unknown() -> None:
+    served(CHAT, suffix="x", return_token_strs=True)
+    served(TOKENIZE, bad_words=["x"])
+
+
+def test_what_can_change_nothing_is_accepted() -> None:
+    fields: dict[str, Any] = dict.fromkeys(CHANGE_NOTHING, {"a": [1]})
+    assert planned(chat(**fields, max_tokens=3)) == planned(chat(max_tokens=3))
+    assert planned(completion(**fields)) == planned(completion())
+
+
+def test_every_field_of_openai_is_known() -> None:
+    from openai.types import completion_create_params as completions
+    from openai.types.chat import completion_create_params as chats
+
+    for params, kind, endpoint in (
+        (chats.CompletionCreateParamsStreaming, ChatRequest, CHAT),
+        (completions.CompletionCreateParamsStreaming, CompletionRequest, COMPLETIONS),
+    ):
+        refused = {row.name for row in REFUSED if endpoint in row.endpoints}
+        assert set(params.__annotations__) - set(kind.__struct_fields__) - refused <= set(CHANGE_NOTHING)
+
+
+def test_no_field_is_told_of_twice() -> None:
+    tables = [*{row.name for row in REFUSED}, *CHANGE_NOTHING]
+    assert len(tables) == len(set(tables))
+    for kind, endpoint in (
+        (ChatRequest, CHAT),
+        (CompletionRequest, COMPLETIONS),
+        (TokenizeRequest, TOKENIZE),
+    ):
+        refused = {row.name for row in REFUSED if endpoint in row.endpoints}
+        # `tool_choice` takes effect with the values that are accepted.
+        assert refused & set(kind.__struct_fields__) <= {"tool_choice"}
+        assert not set(CHANGE_NOTHING) & set(kind.__struct_fields__)
+
+
+# --- the model's own sampling defaults ---------------------------------------------------------------------
+
+MODELS = SamplingDefaults(temperature=0.6, top_p=0.95, top_k=20, min_p=0.05, repetition_penalty=1.05)
+
+
+def test_the_models_defaults_apply_where_the_request_is_silent() -> None:
+    [[silent]] = planned(chat(max_tokens=9, seed=3), defaults=MODELS)
+    assert silent.sampling == SamplingParams(
+        max_tokens=9, seed=3, temperature=0.6, top_p=0.95, top_k=20, min_p=0.05, repetition_penalty=1.05
+    )
+    neutral = {"temperature": 0, "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1}
+    [[said]] = planned(chat(max_tokens=9, seed=3, **neutral), defaults=MODELS)
+    assert said.sampling == SamplingParams(max_tokens=9, seed=3, temperature=0.0)
+    [[mixed]] = planned(completion(top_k=7), defaults=SamplingDefaults(top_k=-1, temperature=0.0))
+    assert (mixed.sampling.top_k, mixed.sampling.temperature) == (7, 0.0)
+
+
+def test_defaults_are_read_from_the_models_folder_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert load_sampling_defaults(tmp_path, "auto") == SamplingDefaults()
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"eos_token_id": [2], "do_sample": false, "top_k": null}')
+    assert load_sampling_defaults(tmp_path, "auto") == SamplingDefaults()
+    assert caplog.messages == []
+    file.write_text(
+        '{"do_sample": true, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "max_new_tokens": 9}'
+    )
+    assert load_sampling_defaults(tmp_path, "none") == SamplingDefaults()
+    assert load_sampling_defaults(tmp_path, "auto") == SamplingDefaults(temperature=0.6, top_k=20, top_p=0.95)
+    [line] = caplog.messages
+    assert "'temperature': 0.6" in line
+    for broken in ('{"temperature": -1}', '{"top_p": "much"}', "[]", "{"):
+        file.write_text(broken)
+        with pytest.raises(ValueError, match="FLOWKV_GENERATION_CONFIG=none"):
+            load_sampling_defaults(tmp_path, "auto")

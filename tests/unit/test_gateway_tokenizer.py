@@ -12,7 +12,7 @@ import pytest
 from gateway_support import TEMPLATE, write_tokenizer
 
 from flowkv_common.errors import BadRequest
-from flowkv_gateway.chat_template import ChatTemplate
+from flowkv_gateway.chat_template import ChatTemplate, Conversation
 from flowkv_gateway.tokenizer import Tokenizer
 
 CHAT = [
@@ -49,7 +49,9 @@ def reference(folder: Path) -> Any:
 async def test_chat_is_that_of_transformers(
     folder: Path, reference: Any, tools: list[dict[str, Any]] | None, add_generation_prompt: bool
 ) -> None:
-    ours = await Tokenizer.load(folder).encode_chat(CHAT, tools, add_generation_prompt=add_generation_prompt)
+    ours = await Tokenizer.load(folder).encode_chat(
+        Conversation(CHAT, tools, add_generation_prompt=add_generation_prompt)
+    )
     theirs = reference.apply_chat_template(
         CHAT, tools=tools, add_generation_prompt=add_generation_prompt, return_dict=False
     )
@@ -82,8 +84,56 @@ async def test_decode_shows_special_tokens(folder: Path, reference: Any) -> None
 )
 def test_whatever_a_template_raises_is_a_bad_request(source: str) -> None:
     with pytest.raises(BadRequest) as caught:
-        ChatTemplate(source, {}).render(CHAT)
+        ChatTemplate(source, {}).render(Conversation(CHAT))
     assert caught.value.field == "messages"
+
+
+def render(source: str, messages: list[dict[str, Any]], **fields: Any) -> str:
+    return ChatTemplate(source, {"bos_token": "<s>"}).render(Conversation(messages, **fields))
+
+
+def test_a_request_may_set_what_its_template_reads() -> None:
+    source = (
+        "{{ bos_token }}{% if think is defined and not think %}quick {% endif %}{{ messages[0].content }}"
+    )
+    assert render(source, CHAT) == "<s>be brief"
+    assert render(source, CHAT, template_kwargs={"think": False}) == "<s>quick be brief"
+    taken = {"messages": [], "tools": "x", "add_generation_prompt": False}
+    assert render(TEMPLATE, CHAT, template_kwargs=taken) == render(TEMPLATE, CHAT)
+
+
+def test_documents_are_refused_by_a_template_without_a_place_for_them() -> None:
+    documents = [{"title": "a", "text": "b"}]
+    source = "{% for document in documents or [] %}{{ document.text }} {% endfor %}{{ messages[0].content }}"
+    assert render(source, CHAT, documents=documents) == "b be brief"
+    with pytest.raises(BadRequest) as caught:
+        render(TEMPLATE, CHAT, documents=documents)
+    assert caught.value.field == "documents"
+    assert render(TEMPLATE, CHAT, documents=[]) == render(TEMPLATE, CHAT)
+
+
+@pytest.mark.parametrize("content", ["The capital is", " The capital is ", "be brief", "<|end|> is a token"])
+@pytest.mark.parametrize("trims", [False, True])
+async def test_the_last_message_is_continued_as_transformers_does(
+    folder: Path, tmp_path: Path, content: str, trims: bool
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    source = (
+        TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'] | trim }}") if trims else TEMPLATE
+    )
+    chat = [*CHAT[:2], {"role": "assistant", "content": content}]
+    text = ChatTemplate(source, {}).render(Conversation(chat, continue_final_message=True))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), chat_template=source)
+    assert text == theirs.apply_chat_template(chat, continue_final_message=True, tokenize=False)
+    assert text.endswith(content.strip() if trims else content)
+
+
+def test_what_can_not_be_continued_is_refused() -> None:
+    for source, content in ((TEMPLATE, " "), (TEMPLATE, ""), ("{{ messages | length }}", "hi")):
+        with pytest.raises(BadRequest) as caught:
+            render(source, [{"role": "user", "content": content}], continue_final_message=True)
+        assert caught.value.field == "continue_final_message"
 
 
 def test_template_language() -> None:
@@ -92,18 +142,18 @@ def test_template_language() -> None:
         "  {% set _ = 1 %}\n{{ strftime_now('%%') }}{{ bos_token }}{{ {'a': '<é>'} | tojson }}",
         {"bos_token": "<s>"},
     )
-    assert template.render(CHAT) == 'system%<s>{"a": "<é>"}'
+    assert template.render(Conversation(CHAT)) == 'system%<s>{"a": "<é>"}'
 
 
 async def test_named_and_missing_templates(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     with pytest.raises(BadRequest):
-        await Tokenizer.load(tmp_path).encode_chat(CHAT)
+        await Tokenizer.load(tmp_path).encode_chat(Conversation(CHAT))
     config = (
         '{"bos_token": {"content": "<|start|>"}, "chat_template": [{"name": "default", "template": "%s"}]}'
     )
     (tmp_path / "tokenizer_config.json").write_text(config % "{{ bos_token }}")
-    assert await Tokenizer.load(tmp_path).encode_chat(CHAT) == [1]
+    assert await Tokenizer.load(tmp_path).encode_chat(Conversation(CHAT)) == [1]
 
 
 def test_neither_torch_nor_transformers_is_loaded() -> None:

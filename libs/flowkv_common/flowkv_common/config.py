@@ -37,6 +37,11 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
     request_timeout_s: float = 600.0
     max_body_bytes: int = 4 * 1024 * 1024
     send_timeout_s: float = 30.0  # a client that reads nothing for so long is cut off
+    generation_config: str = "auto"  # none: the model's own generation_config.json sets no sampling defaults
+
+    def __post_init__(self) -> None:
+        if self.generation_config not in ("auto", "none"):
+            raise ValueError(f"FLOWKV_GENERATION_CONFIG is {self.generation_config!r}, not auto or none")
 
 
 class SchedulerSettings(ServiceSettings, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ from flowkv_gateway.app import build_app
 from flowkv_gateway.connection import ApiConnection
 from flowkv_gateway.dispatch import open_dispatch
 from flowkv_gateway.own_model import own_model
+from flowkv_gateway.sampling_defaults import load_sampling_defaults
 from flowkv_gateway.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -30,9 +31,10 @@ async def serve(settings: GatewaySettings) -> None:
     stop = stop_on_signals()
     folder = Path(settings.model_path)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
+    defaults = load_sampling_defaults(folder, settings.generation_config)
     own = await asyncio.to_thread(own_model, folder, settings.model_name)
     async with open_dispatch(settings.nats_url, own, stop.set) as dispatch:
-        app = build_app(settings, tokenizer, dispatch, CollectorRegistry())
+        app = build_app(settings, tokenizer, dispatch, CollectorRegistry(), defaults)
         async with serve_http(
             app, settings.host, settings.port, connection=ApiConnection, drain_timeout_s=DRAIN_TIMEOUT_S
         ) as port:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from flowkv_common.errors import Internal
-from flowkv_gateway.choice import Choice, Delta
+from flowkv_gateway.choice import Choice, Delta, Display
 from flowkv_gateway.generation import Generation, Generator
 from flowkv_gateway.metrics import GatewayMetrics
 from flowkv_gateway.openai import PromptTokensDetails, Usage
@@ -25,12 +25,10 @@ class Answer:
     groups: Sequence[Sequence[Choice]]
 
     @classmethod
-    def of(
-        cls, groups: Sequence[Sequence[Generation]], vocabulary: Vocabulary, stops: Sequence[str]
-    ) -> Answer:
+    def of(cls, groups: Sequence[Sequence[Generation]], vocabulary: Vocabulary, display: Display) -> Answer:
         """Choices numbered through all groups."""
         numbers = count()
-        return cls([[Choice(next(numbers), one, vocabulary, stops) for one in group] for group in groups])
+        return cls([[Choice(next(numbers), one, vocabulary, display) for one in group] for group in groups])
 
     def usage(self) -> Usage:
         """Tokens so far. A prompt counts once, however many choices it has."""

@@ -25,6 +25,7 @@ from flowkv_common.metrics import health_routes, metrics_routes
 from flowkv_common.wire.parts import ModelCard
 from flowkv_gateway.answering import Answer
 from flowkv_gateway.body import read_body
+from flowkv_gateway.choice import Display
 from flowkv_gateway.errors import ModelNotFound
 from flowkv_gateway.errors_http import error_response, on_http_exception, on_unexpected, status_of
 from flowkv_gateway.generation import Generator
@@ -42,16 +43,22 @@ from flowkv_gateway.planning import Prompt, plan
 from flowkv_gateway.prompts import chat_prompt, completion_prompts, tokenize_prompt
 from flowkv_gateway.request_id import EchoRequestId
 from flowkv_gateway.responses import AnswerResponse
+from flowkv_gateway.sampling_defaults import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
+from flowkv_gateway.unserved import check_served
 
 B = TypeVar("B", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
 
 def build_app(
-    settings: GatewaySettings, tokenizer: Tokenizer, generator: Generator, registry: CollectorRegistry
+    settings: GatewaySettings,
+    tokenizer: Tokenizer,
+    generator: Generator,
+    registry: CollectorRegistry,
+    defaults: SamplingDefaults,
 ) -> Starlette:
     """The ASGI application. It owns nothing that must be closed."""
-    api = Api(settings, tokenizer, generator, registry)
+    api = Api(settings, tokenizer, generator, registry, defaults)
     routes = [
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.completions, methods=["POST"]),
@@ -85,10 +92,12 @@ class Api:
         tokenizer: Tokenizer,
         generator: Generator,
         registry: CollectorRegistry,
+        defaults: SamplingDefaults,
     ) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
         self._generator = generator
+        self._defaults = defaults
         folder = Path(settings.model_path)
         self._folder_names = (folder.name, folder.resolve().name)
         self._metrics = GatewayMetrics(registry, self._model_name, is_fixed=bool(settings.model_name))
@@ -136,8 +145,11 @@ class Api:
 
     async def _parse(self, request: Request, kind: type[B]) -> B:
         """The checked body. Raises BadRequest, TooLarge or ModelNotFound."""
-        body = parse_json(await read_body(request, self._settings.max_body_bytes), kind)
+        content = await read_body(request, self._settings.max_body_bytes)
+        body = parse_json(content, kind)
         body.check()
+        if body.endpoint is not None:
+            check_served(content, body.endpoint)
         if body.model is not None:
             self._check_model(body.model)
         return body
@@ -170,18 +182,28 @@ class Api:
             body,
             prompts,
             card,
+            self._defaults,
             request_id=request_id,
             seed=random.getrandbits(63),
             deadline_s=self._settings.request_timeout_s,
         )
         return AnswerResponse(
-            Answer.of(groups, self._tokenizer.vocabulary, body.stops),
+            Answer.of(groups, self._tokenizer.vocabulary, _display(body, card)),
             Writer(shape, reply_id=request_id, created=int(time.time()), model=self._model_name()),
             self._generator,
             self._metrics,
             stream_options=(body.stream_options or StreamOptions()) if body.stream else None,
             send_timeout_s=self._settings.send_timeout_s,
         )
+
+
+def _display(body: ChatRequest | CompletionRequest, card: ModelCard) -> Display:
+    return Display(
+        stops=body.stops,
+        stop_ids=frozenset((*card.eos_token_ids, *(body.stop_token_ids or ()))),
+        shows_stop=body.include_stop_str_in_output or False,
+        shows_special=body.skip_special_tokens is False,
+    )
 
 
 def _with_ids(body: ChatRequest | CompletionRequest) -> bool:

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 import jinja2
+from jinja2 import meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flowkv_common.errors import BadRequest
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a template turns into a prompt. `template_kwargs` are settings that only this template knows.
+
+    `continue_final_message`: the prompt ends within the last message, for the model to go on with it.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
 
 class _Generation(Extension):
@@ -37,26 +54,40 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self._template = environment.from_string(source)
+        self._variables = meta.find_undeclared_variables(environment.parse(source))
         self._special_tokens = dict(special_tokens)
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        *,
-        add_generation_prompt: bool = True,
-    ) -> str:
-        """Raises BadRequest with what the template says against these messages."""
+    def render(self, conversation: Conversation) -> str:
+        """Raises BadRequest with what the template says against this conversation."""
+        if conversation.documents and "documents" not in self._variables:
+            raise BadRequest("This model's chat template has no place for documents.", field="documents")
+        is_continued = conversation.continue_final_message
+        variables = {
+            **self._special_tokens,
+            **conversation.template_kwargs,
+            "messages": conversation.messages,
+            "tools": conversation.tools,
+            "documents": conversation.documents,
+            "add_generation_prompt": conversation.add_generation_prompt and not is_continued,
+        }
         try:
-            return self._template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
+            text = self._template.render(variables)
         except Exception as error:  # whatever it is, the template can't take these messages
             raise BadRequest(f"The chat template refused the messages: {error}", field="messages") from error
+        return _cut_after(text, conversation.messages[-1]["content"]) if is_continued else text
+
+
+def _cut_after(text: str, content: str) -> str:
+    """The prompt up to the end of its last message. Templates may trim a message, at either end."""
+    stripped = content.strip()
+    place = text.rfind(stripped)
+    if not stripped or place < 0:
+        raise BadRequest(
+            "The last message can't be continued: it is empty, or the chat template changes it.",
+            field="continue_final_message",
+        )
+    end = place + len(content.lstrip())
+    return text[:end] if text[place:end] == content.lstrip() else text[: place + len(stripped)]
 
 
 def _raise(message: str) -> str:

@@ -15,7 +15,7 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._vocabulary.text_bytes(token_id))
+        return self._utf8.decode(self._vocabulary.token_bytes(token_id))
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)

@@ -1,16 +1,20 @@
-"""The bodies of both generation endpoints: what may stand in them, and what can't be served.
+"""The bodies of the endpoints: what may stand in them.
 
-Unknown fields are accepted, since every client sends some. Knows nothing of the model or of tokens.
+Numbers and booleans may be written as text, as in vLLM. `null` means the same as absent. Unknown fields are
+accepted, since every client sends some; known ones that are not served are in `unserved.py`. Knows nothing of
+the model or of tokens.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta
 
 from flowkv_common.errors import BadRequest
+from flowkv_gateway import unserved
+from flowkv_gateway.messages import ChatMessage, check_messages
 
 MAX_CHOICES = 128  # answers per request, over all its prompts
 _MAX_INT = 2**31 - 1
@@ -18,11 +22,17 @@ _MAX_INT = 2**31 - 1
 Count = Annotated[int, Meta(ge=0, le=_MAX_INT)]
 PositiveCount = Annotated[int, Meta(ge=1, le=_MAX_INT)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+TopK = Annotated[int, Meta(ge=-1, le=_MAX_INT)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=100)]
 # Bounded, since matching it takes time and memory in proportion.
 StopString = Annotated[str, Meta(min_length=1, max_length=1000)]
-# Bounded, since it travels to the nodes with the request.
+# Bounded, since they travel to the nodes with the request.
 LogitBias = Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)]
+StopIds = Annotated[list[Count], Meta(max_length=128)]
+# How PHP and its like write an empty object.
+EmptyList = Annotated[list[Any], Meta(max_length=0)]
 
 
 class StreamOptions(msgspec.Struct):
@@ -31,7 +41,7 @@ class StreamOptions(msgspec.Struct):
 
 
 class GenerationRequest(msgspec.Struct, kw_only=True):
-    """What both endpoints have in common. `null` means the same as absent."""
+    """What both endpoints have in common."""
 
     model: str | None = None
     stream: bool | None = None
@@ -39,15 +49,19 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     max_tokens: PositiveCount | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    stop_token_ids: StopIds | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None  # -1: any
+    temperature: Temperature | None = None
     top_p: Share | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=_MAX_INT)] | None = None
+    top_k: TopK | None = None
     min_p: Share | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
-    logit_bias: LogitBias | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    logit_bias: LogitBias | EmptyList | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None  # vLLM's: the ids of the output tokens beside the text
@@ -59,48 +73,26 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
 
     def check(self) -> None:
         """Raises BadRequest for fields that contradict each other."""
-        if self.stream_options is not None and not self.stream:
+        options = self.stream_options or StreamOptions()
+        if (options.include_usage or options.continuous_usage_stats) and not self.stream:
             raise BadRequest("stream_options is only allowed with stream.", field="stream_options")
-
-
-class TextPart(msgspec.Struct):
-    type: str
-    text: str | None = None
-
-
-class FunctionCall(msgspec.Struct):
-    name: str
-    arguments: str | dict[str, Any] = "{}"
-
-
-class ToolCall(msgspec.Struct):
-    function: FunctionCall
-    id: str | None = None
-    type: str = "function"
-
-
-class ChatMessage(msgspec.Struct, omit_defaults=True):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-
-
-class ResponseFormat(msgspec.Struct):
-    type: str
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
     """Body of `POST /v1/chat/completions`."""
+
+    endpoint: ClassVar[str] = unserved.CHAT
 
     messages: list[ChatMessage]
     max_completion_tokens: PositiveCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    response_format: ResponseFormat | None = None
+    tool_choice: Any = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -109,22 +101,19 @@ class ChatRequest(GenerationRequest, kw_only=True):
     def check(self) -> None:
         super().check()
         check_messages(self.messages)
-        if self.top_logprobs is not None and not self.logprobs:
+        _check_end(self.add_generation_prompt, self.continue_final_message)
+        if self.top_logprobs and not self.logprobs:
             raise BadRequest("top_logprobs needs logprobs to be true.", field="top_logprobs")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise BadRequest("Only the response format `text` is supported.", field="response_format")
-        if self.tool_choice not in (None, "auto", "none"):
-            raise BadRequest("A tool call can't be forced; use `auto` or `none`.", field="tool_choice")
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
     """Body of `POST /v1/completions`. The prompt is a text, token ids, or a list of either."""
 
+    endpoint: ClassVar[str] = unserved.COMPLETIONS
+
     prompt: str | list[str | int | list[int]]
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     best_of: PositiveCount | None = None
-    echo: bool | None = None
-    suffix: str | None = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -132,10 +121,6 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     def check(self) -> None:
         super().check()
-        if self.echo:
-            raise BadRequest("echo is not supported.", field="echo")
-        if self.suffix:
-            raise BadRequest("suffix is not supported.", field="suffix")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise BadRequest("best_of other than n is not supported.", field="best_of")
 
@@ -143,22 +128,29 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 class TokenizeRequest(msgspec.Struct):
     """Body of `POST /tokenize`: a prompt or messages."""
 
+    endpoint: ClassVar[str] = unserved.TOKENIZE
+
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
     tools: list[dict[str, Any]] | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     def check(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise BadRequest("Give either prompt or messages.", field="prompt")
         if self.messages is not None:
             check_messages(self.messages)
+        _check_end(self.add_generation_prompt, self.continue_final_message)
 
 
 class DetokenizeRequest(msgspec.Struct):
     """Body of `POST /detokenize`."""
+
+    endpoint: ClassVar[None] = None
 
     tokens: list[Annotated[int, Meta(ge=0, le=_MAX_INT)]]
     model: str | None = None
@@ -167,16 +159,9 @@ class DetokenizeRequest(msgspec.Struct):
         """Any ids can be turned into text."""
 
 
-def check_messages(messages: list[ChatMessage]) -> None:
-    """Raises BadRequest when there is nothing to render."""
-    if not messages:
-        raise BadRequest("messages must not be empty.", field="messages")
-    for place, message in enumerate(messages):
-        field = f"messages[{place}].content"
-        if message.content is None and not (message.role == "assistant" and message.tool_calls):
-            raise BadRequest(f"{field} is missing.", field=field)
-        for at, part in enumerate(message.content if isinstance(message.content, list) else ()):
-            if part.type != "text":
-                raise BadRequest(f"Only text can be read, not {part.type!r}.", field=f"{field}[{at}].type")
-            if part.text is None:
-                raise BadRequest("The part has no text.", field=f"{field}[{at}].text")
+def _check_end(add_generation_prompt: bool | None, continue_final_message: bool | None) -> None:
+    if add_generation_prompt and continue_final_message:
+        raise BadRequest(
+            "A message can't be continued when another one is begun: leave add_generation_prompt out.",
+            field="continue_final_message",
+        )

@@ -20,9 +20,12 @@ T = TypeVar("T")
 
 
 def parse_json(body: bytes, kind: type[T]) -> T:
-    """The `kind` in `body`. Raises BadRequest for anything else that bytes can be."""
+    """The `kind` in `body`, where numbers and booleans may be written as text, and whole numbers as 10.0.
+
+    Raises BadRequest for anything else that bytes can be.
+    """
     try:
-        return msgspec.json.decode(body, type=kind)
+        return msgspec.json.decode(body, type=kind, strict=False)
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None
     except UnicodeDecodeError:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.parts import ModelCard, SamplingParams
 from flowkv_gateway.errors import ContextLengthExceeded
 from flowkv_gateway.generation import Generation
 from flowkv_gateway.params import MAX_CHOICES, ChatRequest, CompletionRequest
+from flowkv_gateway.sampling_defaults import SamplingDefaults
 
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 _GREEDY_BELOW = 1e-5  # dividing logits by less than this overflows
 _LEAST_TOP_P = 1e-9  # 0 would leave no token; this leaves the best one
 
 Prompt = list[int]
+N = TypeVar("N", int, float)
 
 
 def plan(
     request: ChatRequest | CompletionRequest,
     prompts: Sequence[Prompt],
     card: ModelCard,
+    defaults: SamplingDefaults,
     *,
     request_id: str,
     seed: int,
@@ -28,12 +32,12 @@ def plan(
 ) -> list[list[Generation]]:
     """One group per prompt; the `n` of a group differ in their ids and seeds (`seed + i`) alone.
 
-    `seed` is used where the request has none. Raises BadRequest for what does not fit the model.
+    `seed` is used where the request has none, or -1. Raises BadRequest for what does not fit the model.
     """
     num_samples = request.n or 1
     if not 1 <= len(prompts) * num_samples <= MAX_CHOICES:
         raise BadRequest(f"n times the number of prompts is over {MAX_CHOICES}.", field="n")
-    base = seed if request.seed is None else request.seed
+    base = seed if request.seed is None or request.seed == -1 else request.seed
     is_alone = len(prompts) * num_samples == 1
     groups = []
     for place, prompt in enumerate(prompts):
@@ -42,7 +46,7 @@ def plan(
             Generation(
                 request_id=request_id if is_alone else f"{request_id}-{place * num_samples + i}",
                 prompt_ids=prompt,
-                sampling=_sampling(request, card, max_tokens, _as_int64(base + i)),
+                sampling=_sampling(request, card, defaults, max_tokens, _as_int64(base + i)),
                 deadline_s=deadline_s,
                 priority=request.priority or 0,
                 fingerprint=card.fingerprint,
@@ -54,47 +58,54 @@ def plan(
 
 
 def _max_tokens(request: ChatRequest | CompletionRequest, prompt: Prompt, card: ModelCard) -> int:
-    """How long the answer may be. Raises ContextLengthExceeded if it can't be that long."""
+    """How long the answer may be: as long as there is room. Raises ContextLengthExceeded if there is none."""
     field = "messages" if isinstance(request, ChatRequest) else "prompt"
     if not prompt:
         raise BadRequest("The prompt has no tokens.", field=field)
     room = card.max_model_len - len(prompt)
-    context = f"The model's context is {card.max_model_len} tokens and the prompt has {len(prompt)}"
     if room < 1:
-        raise ContextLengthExceeded(f"{context}.", field=field)
+        # Clients find out by these words that they must shorten the history.
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {card.max_model_len} tokens. However, your {field} "
+            f"resulted in {len(prompt)} tokens, and an answer needs one more. Make the {field} shorter.",
+            field=field,
+        )
     _check_ids(prompt, card, field)
-    wanted, name = request.max_tokens, "max_tokens"
-    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
-        wanted, name = request.max_completion_tokens, "max_completion_tokens"
-    if wanted is None:
-        return room if isinstance(request, ChatRequest) else min(room, _COMPLETION_MAX_TOKENS)
-    if wanted > room:
-        raise ContextLengthExceeded(f"{context}: {name}={wanted} does not fit.", field=name)
-    return wanted
+    wanted = request.max_tokens
+    if isinstance(request, ChatRequest):
+        wanted = request.max_completion_tokens or wanted or room
+    return min(wanted or _COMPLETION_MAX_TOKENS, room)
 
 
 def _sampling(
-    request: ChatRequest | CompletionRequest, card: ModelCard, max_tokens: int, seed: int
+    request: ChatRequest | CompletionRequest,
+    card: ModelCard,
+    defaults: SamplingDefaults,
+    max_tokens: int,
+    seed: int,
 ) -> SamplingParams:
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:
         raise BadRequest(f"min_tokens is over max_tokens, {max_tokens}.", field="min_tokens")
-    bias = request.logit_bias or {}
+    bias = request.logit_bias if isinstance(request.logit_bias, dict) else {}
     _check_ids(bias, card, "logit_bias")
-    temperature = _or(request.temperature, 1.0)
+    stop_token_ids = request.stop_token_ids or []
+    _check_ids(stop_token_ids, card, "stop_token_ids")
+    temperature = _first(request.temperature, defaults.temperature, 1.0)
     return SamplingParams(
         max_tokens=max_tokens,
         seed=seed,
         temperature=temperature if temperature >= _GREEDY_BELOW else 0.0,
-        top_p=max(_or(request.top_p, 1.0), _LEAST_TOP_P),
-        top_k=max(request.top_k or 0, 0),
-        min_p=request.min_p or 0.0,
+        top_p=max(_first(request.top_p, defaults.top_p, 1.0), _LEAST_TOP_P),
+        top_k=max(_first(request.top_k, defaults.top_k, 0), 0),
+        min_p=_first(request.min_p, defaults.min_p, 0.0),
         frequency_penalty=request.frequency_penalty or 0.0,
         presence_penalty=request.presence_penalty or 0.0,
-        repetition_penalty=_or(request.repetition_penalty, 1.0),
+        repetition_penalty=_first(request.repetition_penalty, defaults.repetition_penalty, 1.0),
         logit_bias=bias,
         min_tokens=min_tokens,
         ignore_eos=bool(request.ignore_eos),
+        stop_token_ids=stop_token_ids,
         num_logprobs=request.num_logprobs,
     )
 
@@ -104,8 +115,9 @@ def _check_ids(token_ids: Iterable[int], card: ModelCard, field: str) -> None:
         raise BadRequest(f"A token id is not in the vocabulary of {card.vocab_size}.", field=field)
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+def _first(asked: N | None, default: N | None, neutral: N) -> N:
+    """What the request says, else the model, else what changes nothing."""
+    return asked if asked is not None else default if default is not None else neutral
 
 
 def _as_int64(number: int) -> int:

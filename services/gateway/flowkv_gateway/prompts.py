@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
-
-import msgspec
+from typing import TypeVar
 
 from flowkv_common.errors import BadRequest
-from flowkv_gateway.params import MAX_CHOICES, ChatMessage, ChatRequest, CompletionRequest, TokenizeRequest
+from flowkv_gateway.chat_template import Conversation
+from flowkv_gateway.messages import for_template
+from flowkv_gateway.params import MAX_CHOICES, ChatRequest, CompletionRequest, TokenizeRequest
 from flowkv_gateway.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -16,15 +16,22 @@ T = TypeVar("T")
 
 async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer) -> list[int]:
     """Raises BadRequest if the model's template refuses the messages."""
-    tools = None if request.tool_choice == "none" else request.tools
-    return await tokenizer.encode_chat(_for_template(request.messages), tools)
+    conversation = Conversation(
+        for_template(request.messages),
+        tools=None if request.tool_choice == "none" else request.tools,
+        documents=request.documents,
+        template_kwargs=request.chat_template_kwargs or {},
+        add_generation_prompt=request.add_generation_prompt is not False,
+        continue_final_message=bool(request.continue_final_message),
+    )
+    return await tokenizer.encode_chat(conversation, add_special_tokens=bool(request.add_special_tokens))
 
 
 async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
     """One prompt or several: a text, token ids, a list of texts or a list of lists of token ids."""
-    prompt = request.prompt
+    prompt, adds_special = request.prompt, request.add_special_tokens is not False
     if isinstance(prompt, str):
-        return await tokenizer.encode([prompt])
+        return await tokenizer.encode([prompt], add_special_tokens=adds_special)
     if not prompt:
         raise BadRequest("prompt must not be empty.", field="prompt")
     if token_ids := _only(int, prompt):
@@ -32,7 +39,7 @@ async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer) -
     if len(prompt) > MAX_CHOICES:
         raise BadRequest(f"There are over {MAX_CHOICES} prompts.", field="prompt")
     if texts := _only(str, prompt):
-        return await tokenizer.encode(texts)
+        return await tokenizer.encode(texts, add_special_tokens=adds_special)
     if lists := _only(list, prompt):
         return lists
     raise BadRequest("prompt mixes texts, token ids and lists.", field="prompt")
@@ -46,38 +53,14 @@ def _only(kind: type[T], items: Sequence[object]) -> list[T]:
 
 async def tokenize_prompt(request: TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
     if request.messages is not None:
-        return await tokenizer.encode_chat(
-            _for_template(request.messages),
-            request.tools,
-            add_generation_prompt=request.add_generation_prompt,
+        conversation = Conversation(
+            for_template(request.messages),
+            tools=request.tools,
+            template_kwargs=request.chat_template_kwargs or {},
+            add_generation_prompt=request.add_generation_prompt is not False,
+            continue_final_message=bool(request.continue_final_message),
         )
-    text = request.prompt or ""
-    [token_ids] = await tokenizer.encode([text], add_special_tokens=request.add_special_tokens)
+        return await tokenizer.encode_chat(conversation, add_special_tokens=bool(request.add_special_tokens))
+    adds_special = request.add_special_tokens is not False
+    [token_ids] = await tokenizer.encode([request.prompt or ""], add_special_tokens=adds_special)
     return token_ids
-
-
-def _for_template(messages: list[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as templates expect them: plain text, arguments of tool calls as objects."""
-    rendered = []
-    for place, message in enumerate(messages):
-        fields: dict[str, Any] = msgspec.to_builtins(message)
-        if message.role == "developer":  # OpenAI's newer name; no template knows it
-            fields["role"] = "system"
-        if isinstance(message.content, list):
-            fields["content"] = "\n".join(part.text or "" for part in message.content)
-        fields.setdefault("content", "")  # tool calls alone; few templates know a null
-        for call in fields.get("tool_calls", ()):
-            function = call["function"]
-            function["arguments"] = _arguments(function["arguments"], place)
-        rendered.append(fields)
-    return rendered
-
-
-def _arguments(arguments: str | dict[str, Any], place: int) -> dict[str, Any]:
-    if isinstance(arguments, dict):
-        return arguments
-    try:
-        return msgspec.json.decode(arguments or "{}", type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError):
-        field = f"messages[{place}].tool_calls"
-        raise BadRequest("The arguments of a tool call are not a JSON object.", field=field) from None

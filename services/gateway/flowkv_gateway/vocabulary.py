@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -31,9 +32,12 @@ class Vocabulary:
         special = frozenset(token["id"] for token in added if token["special"])
         return cls({token_id: to_bytes(token) for token, token_id in vocab.items()}, special)
 
-    def text_bytes(self, token_id: int) -> bytes:
-        """What the token adds to the text: nothing if it is special."""
-        return b"" if token_id in self._special_ids else self.token_bytes(token_id)
+    @cached_property
+    def special_texts(self) -> frozenset[str]:
+        return frozenset(map(self.token_text, self._special_ids))
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
 
     def token_bytes(self, token_id: int) -> bytes:
         """The token's own bytes, special or not."""

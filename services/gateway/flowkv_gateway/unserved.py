@@ -1,0 +1,124 @@
+"""Fields of OpenAI, vLLM and others that are known here and not served, in one table.
+
+A field that would change the answer is refused by its name unless it has a value that asks for nothing; one
+that could change nothing here is accepted. What is in neither table, nor in a request's struct, is unknown:
+every client sends some of these, and they are accepted, too. docs/api.md shows both tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from flowkv_common.errors import BadRequest
+from flowkv_gateway.parsing import parse_json
+
+CHAT, COMPLETIONS, TOKENIZE = "chat", "completions", "tokenize"
+_BOTH = (CHAT, COMPLETIONS)
+_UNLESS_TRUE: Sequence[Any] = (None, False)
+_UNLESS_GIVEN: Sequence[Any] = (None,)
+_UNLESS_FILLED: Sequence[Any] = (None, [], {}, "")
+
+
+class Refused(NamedTuple):
+    """A field that is refused unless its value is one of `accepted`; `reason` is for the client."""
+
+    name: str
+    endpoints: Sequence[str]
+    accepted: Sequence[Any]
+    reason: str
+
+
+_CONSTRAINED = "output can't be constrained"
+_REASONING = "reasoning is not told from the rest of the answer"
+_TOOLS = "tools are shown to the model, but its calls stay text"
+
+REFUSED = [
+    Refused("response_format", _BOTH, (None, {"type": "text"}), _CONSTRAINED),
+    *(
+        Refused(name, _BOTH, _UNLESS_FILLED, _CONSTRAINED)
+        for name in (
+            *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+            *("structural_tag", "regex", "ebnf", "grammar", "json_schema"),
+        )
+    ),
+    Refused("tool_choice", (CHAT,), (None, "none", "auto"), f"{_TOOLS}; use `auto` or `none`"),
+    Refused("functions", (CHAT,), _UNLESS_FILLED, "use `tools`, which replaced it"),
+    Refused("function_call", (CHAT,), (None, "none", "auto"), _TOOLS),
+    Refused("reasoning_effort", (CHAT,), _UNLESS_GIVEN, _REASONING),
+    Refused("include_reasoning", (CHAT,), (None, True), _REASONING),
+    Refused("thinking_token_budget", _BOTH, (None, -1), _REASONING),
+    Refused("verbosity", (CHAT,), (None, "medium"), "models are not told how long to answer"),
+    Refused("modalities", (CHAT,), (None, [], ["text"]), "answers are text"),
+    Refused("audio", (CHAT,), _UNLESS_GIVEN, "answers are text"),
+    Refused("web_search_options", (CHAT,), _UNLESS_GIVEN, "nothing is looked up"),
+    Refused("moderation", (CHAT,), _UNLESS_GIVEN, "nothing is moderated"),
+    Refused("chat_template", (CHAT, TOKENIZE), _UNLESS_GIVEN, "the model's own template is used"),
+    Refused("echo", _BOTH, _UNLESS_TRUE, "answers hold what is new"),
+    Refused("suffix", (COMPLETIONS,), (None, ""), "text is continued at its end only"),
+    Refused("prompt_embeds", (COMPLETIONS,), _UNLESS_FILLED, "a prompt is text or token ids"),
+    Refused("max_completion_tokens", (COMPLETIONS,), _UNLESS_GIVEN, "it is called `max_tokens` here"),
+    Refused("use_beam_search", _BOTH, _UNLESS_TRUE, "answers are sampled one by one"),
+    Refused("truncate_prompt_tokens", _BOTH, _UNLESS_GIVEN, "prompts are taken whole"),
+    Refused("prompt_logprobs", _BOTH, _UNLESS_GIVEN, "only output tokens have log probabilities"),
+    Refused("logprob_token_ids", _BOTH, _UNLESS_FILLED, "log probabilities are of the most likely tokens"),
+    Refused("return_tokens_as_token_ids", _BOTH, _UNLESS_TRUE, "use `return_token_ids`"),
+    Refused("allowed_token_ids", _BOTH, _UNLESS_FILLED, "use `logit_bias`"),
+    Refused("bad_words", _BOTH, _UNLESS_FILLED, "use `logit_bias`"),
+    Refused("watermarking", _BOTH, _UNLESS_TRUE, "nothing is marked"),
+    Refused("repetition_detection", _BOTH, _UNLESS_GIVEN, "use `repetition_penalty`"),
+    Refused("return_prompt_text", (CHAT,), _UNLESS_TRUE, "use `/tokenize` and `/detokenize`"),
+    Refused("return_token_strs", (TOKENIZE,), _UNLESS_TRUE, "use `/detokenize`"),
+    Refused("cache_salt", _BOTH, _UNLESS_GIVEN, "all requests share the prefix cache"),
+    Refused("kv_transfer_params", _BOTH, _UNLESS_FILLED, "the scheduler chooses the nodes"),
+    Refused("ec_transfer_params", _BOTH, _UNLESS_FILLED, "the scheduler chooses the nodes"),
+    Refused("vllm_xargs", _BOTH, _UNLESS_FILLED, "there are no extensions"),
+]
+
+CHANGE_NOTHING = {
+    "user": "who asked",
+    "safety_identifier": "who asked",
+    "metadata": "for stored answers",
+    "store": "nothing is stored",
+    "service_tier": "there is one",
+    "prompt_cache_key": "the prefix cache finds its blocks by what they hold",
+    "prompt_cache_options": "the same",
+    "prompt_cache_retention": "the same",
+    "prediction": "would make an answer faster, not another one",
+    "parallel_tool_calls": "there are no tool calls",
+    "length_penalty": "of beam search, which is refused",
+    "truncation_side": "of `truncate_prompt_tokens`, which is refused",
+    "spaces_between_special_tokens": "there are never any",
+    "guided_decoding_backend": "of constrained output, which is refused",
+    "guided_whitespace_pattern": "the same",
+    "media_io_kwargs": "of images and sound, which are refused",
+    "mm_processor_kwargs": "the same",
+    "return_mm_kwargs": "the same",
+    "return_token_offsets": "of an endpoint that does not exist here",
+    "routed_experts_prompt_start": "the choice of experts is not shown",
+    "request_id": "an answer's id is the gateway's",
+    "session_id": "related requests are known by what they share",
+    "stream_interval": "a stream has a chunk per token",
+}
+
+_GIVEN = {
+    endpoint: msgspec.defstruct(
+        f"Given_{endpoint}", [(row.name, Any, None) for row in REFUSED if endpoint in row.endpoints]
+    )
+    for endpoint in (CHAT, COMPLETIONS, TOKENIZE)
+}
+
+
+def check_served(body: bytes, endpoint: str) -> None:
+    """Raises BadRequest for the first known field in `body` that asks for what is not served."""
+    given = parse_json(body, _GIVEN[endpoint])
+    for row in REFUSED:
+        if endpoint in row.endpoints and not _is_one_of(getattr(given, row.name), row.accepted):
+            raise BadRequest(f"{row.name} is not supported: {row.reason}.", field=row.name)
+
+
+def _is_one_of(value: Any, accepted: Sequence[Any]) -> bool:
+    # By type, too: 0 equals False, and is none.
+    return any(type(value) is type(one) and value == one for one in accepted)

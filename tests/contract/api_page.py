@@ -1,0 +1,60 @@
+"""Writes the tables of docs/api.md from the code: run this file after a change to either."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from flowkv_gateway.params import ChatRequest, CompletionRequest, GenerationRequest, TokenizeRequest
+from flowkv_gateway.unserved import CHANGE_NOTHING, REFUSED
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
+
+
+def page_from_code(page: str) -> str:
+    """The page with its tables as the code has them."""
+    for name, lines in (("served", _served()), ("refused", _refused()), ("nothing", _nothing())):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        assert begin in page, f"docs/api.md has no {begin}"
+        table = "\n".join([begin, *lines, end])
+        page = re.sub(f"{begin}.*?{end}", lambda _, table=table: table, page, flags=re.DOTALL)
+    return page
+
+
+def _served() -> Iterator[str]:
+    common = GenerationRequest.__struct_fields__
+    yield "| where | fields |"
+    yield "| --- | --- |"
+    yield f"| both generation endpoints | {_names(common)} |"
+    for path, kind in (
+        ("/v1/chat/completions", ChatRequest),
+        ("/v1/completions", CompletionRequest),
+        ("/tokenize", TokenizeRequest),
+    ):
+        own = [name for name in kind.__struct_fields__ if kind is TokenizeRequest or name not in common]
+        yield f"| `{path}` | {_names(own)} |"
+
+
+def _refused() -> Iterator[str]:
+    yield "| field | where | but not with | why |"
+    yield "| --- | --- | --- | --- |"
+    for row in REFUSED:
+        accepted = ", ".join(f"`{json.dumps(value)}`" for value in row.accepted)
+        yield f"| `{row.name}` | {', '.join(row.endpoints)} | {accepted} | {row.reason} |"
+
+
+def _nothing() -> Iterator[str]:
+    yield "| field | why |"
+    yield "| --- | --- |"
+    for name, reason in CHANGE_NOTHING.items():
+        yield f"| `{name}` | {reason} |"
+
+
+def _names(names: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_from_code(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
