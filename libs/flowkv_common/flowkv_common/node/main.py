@@ -40,6 +40,7 @@ def main(default_role: str) -> None:
     from flowkv_common.engine.model import load_model
     from flowkv_common.engine.precision import weights_dtype
     from flowkv_common.node.host import serve, served
+    from flowkv_common.node.memory import NoRoomForPool
     from flowkv_common.tasks import stop_on_signals
 
     if settings.num_threads:
@@ -62,6 +63,6 @@ def main(default_role: str) -> None:
 
         try:
             asyncio.run(run())
-        except Unavailable as error:
+        except (Unavailable, NoRoomForPool) as error:
             log.error("%s ended: %s", role, error)
             sys.exit(1)

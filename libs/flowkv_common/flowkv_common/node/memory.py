@@ -9,6 +9,7 @@ import torch
 from flowkv_common.config import NodeSettings
 from flowkv_common.kv.connector import Pool
 from flowkv_common.kv.pool import KVPool
+from flowkv_common.node.host_memory import Free, free_memory
 from flowkv_common.wire.parts import PoolLayout
 
 DEFAULT_BYTES = 1 << 30
@@ -17,20 +18,21 @@ DEFAULT_BYTES = 1 << 30
 WORKING_BYTES = 3 << 30
 
 
+class NoRoomForPool(ValueError):
+    """The KV cache does not fit; the message names the setting."""
+
+
 def make_pool(
     settings: NodeSettings, layout: PoolLayout, device: torch.device
 ) -> AbstractContextManager[Pool]:
-    """A pool on `device`; on a GPU after the weights are there.
-
-    Raises `ValueError` if there is no room for a single block.
-    """
+    """A pool on `device`, after the weights are there. Raises `NoRoomForPool`."""
     num_bytes = settings.kv_cache_bytes or DEFAULT_BYTES
     if device.type == "cuda" and not settings.kv_cache_bytes:
         free, total = torch.cuda.mem_get_info(device)
         num_bytes = bytes_left(total, free, torch.cuda.memory_allocated(device), settings.gpu_memory_share)
     num_blocks = num_bytes // layout.block_bytes
     if num_blocks < 1:
-        raise ValueError(
+        raise NoRoomForPool(
             f"{max(0, num_bytes)} bytes are left for the KV cache, and a block has {layout.block_bytes}: "
             "set FLOWKV_KV_CACHE_BYTES or FLOWKV_GPU_MEMORY_SHARE"
         )
@@ -38,7 +40,17 @@ def make_pool(
         from flowkv_common.kv.cuda_pool import CudaPool  # CuPy is an extra
 
         return CudaPool(layout, num_blocks, device.index or 0)
+    _check_fits(num_blocks * layout.block_bytes, free_memory())
     return KVPool(layout, num_blocks)
+
+
+def _check_fits(num_bytes: int, free: Free | None) -> None:
+    """Or the kernel would kill the process while it zeroes the pool, without a word."""
+    if free is not None and num_bytes > free.num_bytes:
+        raise NoRoomForPool(
+            f"a KV cache of {num_bytes} bytes does not fit into the {max(0, free.num_bytes)} left of "
+            f"{free.limit}: set FLOWKV_KV_CACHE_BYTES to less"
+        )
 
 
 def bytes_left(total: int, free: int, weights: int, share: float) -> int:
