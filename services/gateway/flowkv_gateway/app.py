@@ -38,14 +38,13 @@ from flowkv_gateway.params import (
     StreamOptions,
     TokenizeRequest,
 )
-from flowkv_gateway.parsing import parse_json
 from flowkv_gateway.planning import Prompt, plan
 from flowkv_gateway.prompts import chat_prompt, completion_prompts, tokenize_prompt
 from flowkv_gateway.request_id import EchoRequestId
 from flowkv_gateway.responses import AnswerResponse
 from flowkv_gateway.sampling_defaults import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
-from flowkv_gateway.unserved import check_served
+from flowkv_gateway.unserved import parse_request
 
 B = TypeVar("B", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
@@ -146,10 +145,8 @@ class Api:
     async def _parse(self, request: Request, kind: type[B]) -> B:
         """The checked body. Raises BadRequest, TooLarge or ModelNotFound."""
         content = await read_body(request, self._settings.max_body_bytes)
-        body = parse_json(content, kind)
+        body = parse_request(content, kind)
         body.check()
-        if body.endpoint is not None:
-            check_served(content, body.endpoint)
         if body.model is not None:
             self._check_model(body.model)
         return body

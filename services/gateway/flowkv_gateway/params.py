@@ -40,7 +40,7 @@ class StreamOptions(msgspec.Struct):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(msgspec.Struct, kw_only=True):
+class GenerationRequest(unserved.Body, kw_only=True):
     """What both endpoints have in common."""
 
     model: str | None = None
@@ -125,7 +125,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
             raise BadRequest("best_of other than n is not supported.", field="best_of")
 
 
-class TokenizeRequest(msgspec.Struct):
+class TokenizeRequest(unserved.Body):
     """Body of `POST /tokenize`: a prompt or messages."""
 
     endpoint: ClassVar[str] = unserved.TOKENIZE
@@ -147,10 +147,8 @@ class TokenizeRequest(msgspec.Struct):
         _check_end(self.add_generation_prompt, self.continue_final_message)
 
 
-class DetokenizeRequest(msgspec.Struct):
+class DetokenizeRequest(unserved.Body):
     """Body of `POST /detokenize`."""
-
-    endpoint: ClassVar[None] = None
 
     tokens: list[Annotated[int, Meta(ge=0, le=_MAX_INT)]]
     model: str | None = None

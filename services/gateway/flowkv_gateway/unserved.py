@@ -8,7 +8,8 @@ every client sends some of these, and they are accepted, too. docs/api.md shows 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
 
@@ -103,20 +104,36 @@ CHANGE_NOTHING = {
     "stream_interval": "a stream has a chunk per token",
 }
 
-_GIVEN = {
-    endpoint: msgspec.defstruct(
-        f"Given_{endpoint}", [(row.name, Any, None) for row in REFUSED if endpoint in row.endpoints]
-    )
-    for endpoint in (CHAT, COMPLETIONS, TOKENIZE)
-}
+
+class Body(msgspec.Struct):
+    """A request's body, for the endpoint by whose name the tables know it."""
+
+    endpoint: ClassVar[str] = ""
 
 
-def check_served(body: bytes, endpoint: str) -> None:
-    """Raises BadRequest for the first known field in `body` that asks for what is not served."""
-    given = parse_json(body, _GIVEN[endpoint])
-    for row in REFUSED:
-        if endpoint in row.endpoints and not _is_one_of(getattr(given, row.name), row.accepted):
+B = TypeVar("B", bound=Body)
+
+
+def parse_request(body: bytes, kind: type[B]) -> B:
+    """The `kind` in `body`. Raises BadRequest for what it can't be, and for what is known and not served."""
+    request: B = parse_json(body, _with_refused(kind))
+    for row in _rows(kind):
+        if not _is_one_of(getattr(request, row.name), row.accepted):
             raise BadRequest(f"{row.name} is not supported: {row.reason}.", field=row.name)
+    return request
+
+
+def _rows(kind: type[Body]) -> list[Refused]:
+    return [row for row in REFUSED if kind.endpoint in row.endpoints]
+
+
+@cache
+def _with_refused(kind: type[Body]) -> type[Any]:
+    """The struct `kind` with the fields refused there: a body may be large, and is read only once."""
+    names = [row.name for row in _rows(kind) if row.name not in kind.__struct_fields__]
+    return msgspec.defstruct(
+        kind.__name__, [(name, Any, None) for name in names], bases=(kind,), kw_only=True
+    )
 
 
 def _is_one_of(value: Any, accepted: Sequence[Any]) -> bool:
