@@ -26,6 +26,9 @@ DEAF_AFTER_PINGS = 4
 HANG_UP_AFTER_PINGS = 20
 
 
+def _do_nothing() -> None: ...
+
+
 class BarrierClient(Client):
     """Sends a PING only behind all that was sent before it, and says whether it hears the server.
 
@@ -34,7 +37,9 @@ class BarrierClient(Client):
     before the last messages have come, which are then dropped.
     """
 
-    def __init__(self, on_deaf: Callable[[], None], on_heard_again: Callable[[], None]) -> None:
+    def __init__(
+        self, on_deaf: Callable[[], None] = _do_nothing, on_heard_again: Callable[[], None] = _do_nothing
+    ) -> None:
         """`on_deaf` is called when a connection that stands has become silent, the other when it is not."""
         super().__init__()
         self._on_deaf = on_deaf
