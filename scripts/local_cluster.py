@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+from flowkv_common.wire.limits import MAX_PAYLOAD_BYTES
+
 OLDEST_NATS = (2, 11)  # older servers don't tell watchers of expired keys
 PR_SET_PDEATHSIG = 1
 
@@ -199,7 +201,9 @@ class Cluster:
     def start_nats(self) -> Process:
         """On the same port and folder every time: a restarted server is the same one."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        command = [find_nats_server(), "-a", "127.0.0.1", "-p", str(self._nats_port)]
+        config = self.run_dir / "nats.conf"
+        config.write_text(f"max_payload: {MAX_PAYLOAD_BYTES}\n")  # long prompts: no flag has it
+        command = [find_nats_server(), "-c", str(config), "-a", "127.0.0.1", "-p", str(self._nats_port)]
         return self._start("nats", [*command, "-js", "-sd", str(self.run_dir / "jetstream")])
 
     def start_scheduler(self, name: str) -> Process:

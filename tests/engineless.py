@@ -43,7 +43,7 @@ from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import PrefillRun, StepTokens, TokenChunk
 from flowkv_common.wire.nodes import LinkOffer, LinkRequest
-from flowkv_common.wire.parts import ModelCard, NodeRef, PoolLayout, SamplingParams
+from flowkv_common.wire.parts import ModelCard, NodeRef, PoolLayout, SamplingParams, TokenIds
 from flowkv_decode.guest import DecodeGuest
 from flowkv_prefill.guest import PrefillGuest
 
@@ -218,8 +218,8 @@ class Pair:
             node=self.p.node.ref,
             decode=self.d.node.ref,
             gateway_id="g",
-            prompt_ids=prompt_ids,
-            output_ids=[],
+            prompt_ids=TokenIds.of(prompt_ids),
+            output_ids=TokenIds.of([]),
             sampling=SamplingParams(max_tokens=max_tokens),
             deadline_in_s=deadline_in_s,
         )

@@ -28,7 +28,7 @@ from flowkv_common.wire.messages import (
     transfer_id,
 )
 from flowkv_common.wire.nodes import Check, Checked, LoadReport
-from flowkv_common.wire.parts import NodeRef, SamplingParams
+from flowkv_common.wire.parts import NodeRef, SamplingParams, TokenIds
 
 BLOCK_SIZE = 8
 TOKEN_BUDGET = 64
@@ -143,8 +143,8 @@ class Client:
             fingerprint=self.fingerprint,
             decode=decode,
             gateway_id=self.gateway_id,
-            prompt_ids=prompt_ids,
-            output_ids=[],
+            prompt_ids=TokenIds.of(prompt_ids),
+            output_ids=TokenIds.of([]),
             sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
             deadline_in_s=60.0,
         )

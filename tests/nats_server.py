@@ -34,13 +34,17 @@ def binary() -> str:
 class NatsServer:
     """Runs while the context lasts. `restart()` keeps ports and file store; memory streams are lost."""
 
-    def __init__(self, *arguments: str, jetstream: bool = True) -> None:
+    def __init__(self, *arguments: str, jetstream: bool = True, max_payload: int | None = None) -> None:
         """`arguments` are further ones of the server's command line."""
         self._arguments = [*arguments, "-js"] if jetstream else list(arguments)
         self.url = ""
         self.monitor_url = ""
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="flowkv-nats-")
+        if max_payload is not None:
+            config = Path(self._folder.name) / "nats.conf"
+            config.write_text(f"max_payload: {max_payload}\n")
+            self._arguments += ["-c", str(config)]
 
     def __enter__(self) -> Self:
         self.start()

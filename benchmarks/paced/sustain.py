@@ -31,7 +31,7 @@ from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, Cancel, Keepalive, KeepaliveReply, PrefillRun, transfer_id
 from flowkv_common.wire.nodes import NodeDescriptor, StepFit
-from flowkv_common.wire.parts import SamplingParams
+from flowkv_common.wire.parts import SamplingParams, TokenIds
 from scripts.local_cluster import Cluster, ClusterError
 from tests.paced.cluster import NODES, paced_cluster, paced_settings
 from tests.paced.nodes import FINGERPRINT
@@ -137,8 +137,8 @@ def _runs(nodes: Sequence[NodeDescriptor], num_sequences: int, max_tokens: int) 
             fingerprint=FINGERPRINT,
             decode=refs[f"decode-{i}"],
             gateway_id=_GATEWAY_ID,
-            prompt_ids=[1000 + number] * _PROMPT_TOKENS,
-            output_ids=[],
+            prompt_ids=TokenIds.of([1000 + number] * _PROMPT_TOKENS),
+            output_ids=TokenIds.of([]),
             sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
             deadline_in_s=600.0,
         )

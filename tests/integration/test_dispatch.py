@@ -77,6 +77,8 @@ class Nodes:
         self.needs_hashes = False
         self.decode = D
         self.resumable: dict[str, list[int]] = {}
+        self.max_resumed = 100  # tokens in one answer
+        self.num_resumed = 0
         self.news = asyncio.Event()
         self.num_hanging = 0  # of the first schedule requests: not answered until `hung` is set
         self.hung = asyncio.Event()
@@ -109,8 +111,12 @@ class Nodes:
     async def resume(self, request: Resume) -> Resumed:
         if request.transfer_id not in self.resumable:
             raise NotFound("not here")
-        token_ids = self.resumable[request.transfer_id][request.from_index :]
-        return Resumed(chunk=chunk(request.transfer_id, request.from_index, token_ids, "length"))
+        self.num_resumed += 1
+        output = self.resumable[request.transfer_id]
+        end = request.from_index + self.max_resumed
+        finish_reason = "length" if end >= len(output) else None
+        token_ids = output[request.from_index : end]
+        return Resumed(chunk=chunk(request.transfer_id, request.from_index, token_ids, finish_reason))
 
     async def send(self, run: PrefillRun, *chunks: TokenChunk, node_id: str = "d") -> None:
         await self.bus.publish(
@@ -274,7 +280,7 @@ async def test_failed_attempt_goes_on_with_what_it_has(nats_server: NatsServer) 
 
     async with cluster(nats_server, fail_after_two, answer) as (dispatch, nodes):
         assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
-        assert nodes.runs[1].output_ids == [10, 11]
+        assert nodes.runs[1].output_ids.unpack() == [10, 11]
         assert (nodes.asked[1].attempt, nodes.asked[1].avoid) == (1, ["d"])
         assert nodes.asked[1].num_prompt_tokens == 5
         assert [request.num_output_tokens for request in nodes.asked] == [0, 2]
@@ -433,6 +439,25 @@ async def test_lost_message_is_asked_for_again(nats_server: NatsServer) -> None:
     async with cluster(nats_server, lose_one) as (dispatch, nodes):
         assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
         assert len(nodes.runs) == 1
+
+
+async def test_a_long_hole_is_filled_part_by_part_at_once(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch_module, "GAP_S", 0.5)
+
+    async def lose_all_but_the_first(nodes: Nodes, run: PrefillRun) -> None:
+        nodes.resumable[tid_of(run)] = [10, 11, 12, 13]
+        nodes.max_resumed = 1
+        await nodes.send(run, chunk(tid_of(run), 0, [10]))
+        await nodes.send(run, chunk(tid_of(run), 3, [13]))
+
+    async with cluster(nats_server, lose_all_but_the_first) as (dispatch, nodes):
+        began = asyncio.get_running_loop().time()
+        assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+        # Else each part would have to be missed anew.
+        assert asyncio.get_running_loop().time() - began < 3 * 0.5
+        assert nodes.num_resumed == 3
 
 
 async def test_lost_last_message_is_noticed_by_silence(

@@ -25,7 +25,7 @@ from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, DecodeRun, Message, PrefillRun, Reserve, Reserved
 from flowkv_common.wire.nodes import LoadReport
-from flowkv_common.wire.parts import NodeRef, SamplingParams
+from flowkv_common.wire.parts import NodeRef, SamplingParams, TokenIds
 from flowkv_gateway.dispatch import Dispatch, open_dispatch
 from flowkv_gateway.generation import Generation
 from flowkv_gateway.own_model import own_model
@@ -163,11 +163,17 @@ async def test_a_node_refuses_work_of_another_model(nats_server: NatsServer, bus
     async with live_node(nats_server, bus, a.model, "n") as node:
         other = NodeRef(node_id="other", incarnation="1")
         common: dict[str, Any] = {"node": node, "fingerprint": "b", "gateway_id": "g"}
-        run = {"request_id": "r", "attempt": 0, "epoch": 1, "prompt_ids": [30], "deadline_in_s": 9.0}
+        run = {
+            "request_id": "r",
+            "attempt": 0,
+            "epoch": 1,
+            "prompt_ids": TokenIds.of([30]),
+            "deadline_in_s": 9.0,
+        }
         work: list[tuple[str, Message, Any]] = [
             (
                 subjects.PREFILL_RUN,
-                PrefillRun(**common, **run, decode=node, output_ids=[], sampling=GREEDY),
+                PrefillRun(**common, **run, decode=node, output_ids=TokenIds.of([]), sampling=GREEDY),
                 Accepted,
             ),
             (
@@ -185,7 +191,9 @@ async def test_a_node_refuses_work_of_another_model(nats_server: NatsServer, bus
             ),
             (
                 subjects.DECODE_RUN,
-                DecodeRun(**common, **run, prefill=other, token="t", output_ids=[31], sampling=GREEDY),
+                DecodeRun(
+                    **common, **run, prefill=other, token="t", output_ids=TokenIds.of([31]), sampling=GREEDY
+                ),
                 Accepted,
             ),
         ]

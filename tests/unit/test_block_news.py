@@ -108,6 +108,19 @@ def test_after_what_may_be_a_loss_a_number_is_missing_and_soon_noticed() -> None
     assert news.page(0).seq == 3
 
 
+def test_messages_and_pages_are_as_large_as_a_server_takes_them() -> None:
+    blocks = Blocks(num_blocks=100, block_size=16)
+    news = BlockNews(REF, blocks, max_hashes=20)
+    hashes = [f"{number:032x}" for number in range(30)]
+    cached(blocks, *hashes)
+    changes = [news.next_change(), news.next_change()]
+    assert [len(change.stored) for change in changes if change] == [20, 10]
+    pages = [news.page(number).block_hashes for number in range(10)]
+    assert sorted(block_hash for page in pages for block_hash in page) == hashes
+    with pytest.raises(BadRequest):
+        news.page(10)
+
+
 def test_pages_hold_what_was_told_each_hash_once() -> None:
     blocks = Blocks(num_blocks=block_news.PAGE_SIZE + 1, block_size=16)
     news = BlockNews(REF, blocks)

@@ -13,7 +13,7 @@ from flowkv_common.engine.sampler import Sampled
 from flowkv_common.errors import BadRequest, Full, Stale, Unavailable
 from flowkv_common.wire.hashing import block_hashes
 from flowkv_common.wire.messages import DecodeRun, Release, Reserve, Reserved
-from flowkv_common.wire.parts import NodeRef, SamplingParams
+from flowkv_common.wire.parts import NodeRef, SamplingParams, TokenIds
 
 PREFILL = NodeRef(node_id="p", incarnation="1")
 MAX_HANDOFFS = 3
@@ -55,8 +55,8 @@ def decode_run(reserved: Reserved, prompt_ids: list[int], **changes: object) -> 
         "prefill": PREFILL,
         "token": reserved.token,
         "gateway_id": "g",
-        "prompt_ids": prompt_ids,
-        "output_ids": [7],
+        "prompt_ids": TokenIds.of(prompt_ids),
+        "output_ids": TokenIds.of([7]),
         "sampling": SamplingParams(max_tokens=50, ignore_eos=True),
         "deadline_in_s": 60.0,
     }
@@ -158,7 +158,7 @@ async def test_a_commit_of_other_tokens_than_were_reserved_for_costs_no_blocks(
 ) -> None:
     reserved = await side.decode.reserve(reserve(10))
     with error:  # type: ignore[attr-defined]
-        await side.decode.accept(decode_run(reserved, prompt_ids, output_ids=output_ids))
+        await side.decode.accept(decode_run(reserved, prompt_ids, output_ids=TokenIds.of(output_ids)))
         side.node.attempts.cancel("r.0", "test")
     assert not any(side.idle_counts().values())
 

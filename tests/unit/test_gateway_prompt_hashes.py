@@ -60,6 +60,12 @@ async def test_long_prompts_are_hashed_beside_the_event_loop(
     assert (threads == [threading.get_ident()]) == is_in_loop
 
 
+async def test_no_more_hashes_are_made_than_a_message_can_carry() -> None:
+    hashes = PromptHashes(max_hashes=3)
+    assert await hashes.of(list(range(40)), BASIS) == block_hashes("f", list(range(12)), 4)
+    assert await hashes.of(list(range(80)), BASIS) == block_hashes("f", list(range(12)), 4)
+
+
 async def test_the_longest_prompt_stays_far_below_the_limit_of_a_message(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -11,6 +11,9 @@ from flowkv_common.wire.messages import TokenChunk
 from flowkv_common.wire.parts import TokenLogprob
 
 KEEP_S = 30.0
+# At most so many in one chunk, so that it fits into a message: 8 bytes each, or with log probabilities 800.
+MAX_TOKENS = 1024
+MAX_TOKENS_WITH_LOGPROBS = 16
 
 
 @dataclass(slots=True)
@@ -44,19 +47,23 @@ class Outputs:
         self._ended.append((time.monotonic(), transfer_id))
 
     def since(self, transfer_id: str, from_index: int) -> TokenChunk | None:
-        """One chunk with all tokens from `from_index` on; None when unknown or out of reach."""
+        """One chunk with the tokens from `from_index` on, not all if they are many.
+
+        None when unknown or out of reach.
+        """
         output = self._outputs.get(transfer_id)
         if output is None or from_index < output.first_index:
             return None
         start = from_index - output.first_index
         if start == 0 and output.logprobs:
             return None  # prefill did not pass on the log probabilities of its own token
+        end = start + (MAX_TOKENS_WITH_LOGPROBS if output.logprobs else MAX_TOKENS)
         return TokenChunk(
             transfer_id=transfer_id,
             index=from_index,
-            token_ids=output.token_ids[start:],
-            logprobs=output.logprobs[start - 1 :] if start else [],
-            finish_reason=output.finish_reason,
+            token_ids=output.token_ids[start:end],
+            logprobs=output.logprobs[start - 1 : end - 1] if start else [],
+            finish_reason=output.finish_reason if end >= len(output.token_ids) else None,
         )
 
     def forget_old(self, now: float) -> None:

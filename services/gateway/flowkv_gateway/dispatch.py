@@ -13,6 +13,8 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
+import msgspec
+
 from flowkv_common import __version__
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import watch_nodes
@@ -30,6 +32,7 @@ from flowkv_common.errors import (
 )
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
+from flowkv_common.wire.limits import hashes_that_fit, ids_that_fit
 from flowkv_common.wire.messages import (
     Accepted,
     Assignment,
@@ -43,7 +46,7 @@ from flowkv_common.wire.messages import (
     Wait,
 )
 from flowkv_common.wire.nodes import LoadReport
-from flowkv_common.wire.parts import ModelCard
+from flowkv_common.wire.parts import ModelCard, TokenIds
 from flowkv_gateway.cluster import Cluster
 from flowkv_gateway.errors import for_client
 from flowkv_gateway.generation import Generation, Piece
@@ -80,14 +83,18 @@ class Dispatch:
         self.readiness = Readiness(bus, self.cluster)
 
     def model(self) -> ModelCard | None:
-        return self.cluster.model()
+        """Of new requests; its window is one that our messages can carry."""
+        if (card := self.cluster.model()) is None:
+            return None
+        window = min(card.max_model_len, ids_that_fit(self._bus.max_payload))
+        return msgspec.structs.replace(card, max_model_len=window)
 
     def why_not_ready(self) -> str | None:
         return self.readiness.why_not()
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Piece, None]:
         """The answer in pieces, over as many attempts as it takes. Raises FlowKVError, fit for the client."""
-        journey = Journey(generation)
+        journey = Journey(generation, hashes_that_fit(self._bus.max_payload))
         try:
             while True:
                 # It asks for as long as it makes sense: what comes of that is final.
@@ -168,8 +175,8 @@ class Dispatch:
             fingerprint=journey.generation.fingerprint,
             decode=assignment.decode,
             gateway_id=self._gateway_id,
-            prompt_ids=journey.generation.prompt_ids,
-            output_ids=journey.output_ids,
+            prompt_ids=TokenIds.of(journey.generation.prompt_ids),
+            output_ids=TokenIds.of(journey.output_ids),
             sampling=journey.generation.sampling,
             deadline_in_s=journey.remaining_s(),
         )
@@ -217,10 +224,13 @@ class Dispatch:
         if not self._bus.is_connected or (silent and not lost and not self._bus.is_settled):
             return  # cut off ourselves, or just back: no verdict on others
         try:
-            resume = Resume(transfer_id=journey.transfer_id, from_index=stream.expected)
             subject = subjects.at(subjects.DECODE_RESUME, assignment.decode.node_id)
-            resumed = await self._bus.request(subject, resume, Resumed, timeout_s=RESUME_TIMEOUT_S)
-            stream.push(resumed.chunk, assignment.decode.node_id)
+            has_more = True
+            while has_more:
+                resume = Resume(transfer_id=journey.transfer_id, from_index=stream.expected)
+                resumed = await self._bus.request(subject, resume, Resumed, timeout_s=RESUME_TIMEOUT_S)
+                stream.push(resumed.chunk, assignment.decode.node_id)
+                has_more = bool(resumed.chunk.token_ids) and resumed.chunk.finish_reason is None
         except FlowKVError as error:
             if isinstance(error, (Unavailable, DeadlineExceeded)) and not self._bus.is_settled:
                 return  # it may be back a moment after us

@@ -8,7 +8,7 @@ from flowkv_common.errors import FlowKVError
 from flowkv_common.phases import Phases
 from flowkv_common.wire.messages import Assignment, RequestFinished, ScheduleRequest, TokenChunk, transfer_id
 from flowkv_gateway.generation import Generation, Piece
-from flowkv_gateway.prompt_hashes import HashBasis, PromptHashes
+from flowkv_gateway.prompt_hashes import MAX_HASHES, HashBasis, PromptHashes
 
 SCHEDULER_PATIENCE_S = 10.0
 
@@ -16,12 +16,13 @@ SCHEDULER_PATIENCE_S = 10.0
 class Journey:
     """One request from its arrival to its end, over all of its attempts."""
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(self, generation: Generation, max_hashes: int = MAX_HASHES) -> None:
+        """`max_hashes`: of blocks, in a message to the scheduler."""
         self.generation = generation
         self.attempt = 0
         self.output_ids: list[int] = []
         self.avoid: set[str] = set()
-        self._hashes = PromptHashes()
+        self._hashes = PromptHashes(max_hashes)
         self._first_of_attempt = 0
         self._began = time.monotonic()
         self._asked_since = self._began  # moved on by the time that was spent at nodes

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from flowkv_common.wire.hashing import block_hashes
 
-# Far below the 1 MiB of a NATS message: 35 bytes each. Of a longer prompt the beginning will do.
+# Of a longer prompt the beginning will do.
 MAX_HASHES = 16_384
 # So many take a few milliseconds; the event loop must not stand still for more.
 MAX_HASHES_IN_LOOP = 1000
@@ -24,14 +24,16 @@ class HashBasis(NamedTuple):
 class PromptHashes:
     """Of one request, whose tokens only grow: no block is hashed twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_hashes: int = MAX_HASHES) -> None:
+        """`max_hashes` is what one message can carry; never more than `MAX_HASHES`."""
+        self._max_hashes = min(max_hashes, MAX_HASHES)
         self._basis: HashBasis | None = None
         self._hashes: list[str] = []
 
     async def of(self, token_ids: Sequence[int], basis: HashBasis) -> list[str]:
-        """One hash for each full block, of the first `MAX_HASHES`."""
+        """One hash for each full block, of the first so many."""
         known = self._hashes if basis == self._basis else []
-        num_blocks = min(len(token_ids) // basis.block_size, MAX_HASHES)
+        num_blocks = min(len(token_ids) // basis.block_size, self._max_hashes)
         if num_blocks > len(known):
             hashed = token_ids[: num_blocks * basis.block_size]
             known = await self._extended(known, hashed, basis, num_blocks - len(known))

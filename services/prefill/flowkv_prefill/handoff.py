@@ -30,6 +30,7 @@ from flowkv_common.wire.messages import (
     Reserve,
     Reserved,
 )
+from flowkv_common.wire.parts import TokenIds
 
 CONTROL_TIMEOUT_S = 2.0
 # A reservation outlives the last sign of life of its prefill node by so much.
@@ -108,7 +109,7 @@ class Handoff:
             token=self._token,
             gateway_id=self._run.gateway_id,
             prompt_ids=self._run.prompt_ids,
-            output_ids=sequence.output_ids,
+            output_ids=TokenIds.of(sequence.output_ids),
             sampling=self._run.sampling,
             deadline_in_s=sequence.deadline - time.monotonic(),
         )

@@ -46,8 +46,8 @@ def _new_sequence(run: PrefillRun) -> Sequence:
         attempt=run.attempt,
         transfer_id=transfer_id(run.request_id, run.attempt),
         gateway_id=run.gateway_id,
-        prompt_ids=run.prompt_ids,
-        output_ids=list(run.output_ids),
+        prompt_ids=run.prompt_ids.unpack(),
+        output_ids=run.output_ids.unpack(),
         sampling=run.sampling,
         deadline=time.monotonic() + run.deadline_in_s,
     )

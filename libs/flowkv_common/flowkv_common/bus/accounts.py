@@ -17,6 +17,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from flowkv_common.wire import subjects
+from flowkv_common.wire.limits import MAX_PAYLOAD_BYTES
 
 
 class Rights(NamedTuple):
@@ -114,6 +115,7 @@ def server_config(passwords: Mapping[str, str]) -> str:
         "host": "0.0.0.0",
         "port": 4222,
         "http": "127.0.0.1:8222",  # monitoring shows who is connected from where
+        "max_payload": MAX_PAYLOAD_BYTES,
         "jetstream": {"max_memory_store": 256 << 20, "max_file_store": 0},
         "authorization": {"users": users},
     }

@@ -142,7 +142,7 @@ class Bus:
         self, subject: str, payload: bytes, *, headers: Mapping[str, str] | None = None
     ) -> None:
         """`publish` of a payload that is encoded already."""
-        self._check_size(subject, payload, headers)
+        self._check_size(payload, headers)
         try:
             await self.nc.publish(subject, payload, headers=dict(headers) if headers else None)
         except nats.errors.Error as error:
@@ -186,7 +186,7 @@ class Bus:
         `FlowKVError` that the other side raised.
         """
         payload = encode(message)
-        self._check_size(subject, payload, headers)
+        self._check_size(payload, headers)
         if not self.is_connected:
             raise errors.Unavailable(f"not connected to NATS, can't ask {subject}")
         try:
@@ -254,10 +254,10 @@ class Bus:
         await subscription.start(on_message, max_pending_messages, max_pending_bytes)
         return subscription
 
-    def _check_size(self, subject: str, payload: bytes, headers: Mapping[str, str] | None) -> None:
+    def _check_size(self, payload: bytes, headers: Mapping[str, str] | None) -> None:
         size = len(payload) + sum(len(key) + len(value) + 4 for key, value in (headers or {}).items())
         if size > self.max_payload:
-            raise errors.TooLarge(f"{size} bytes for {subject}, NATS takes {self.max_payload}")
+            raise errors.TooLarge(f"a message of {size} bytes, NATS takes {self.max_payload}")
 
     async def _open(self, url: str, name: str, drain_timeout_s: float) -> None:
         urls = url.split(",")

@@ -20,13 +20,17 @@ PAGE_SIZE = 4096
 class BlockNews:
     """What listeners have been told of the cache. A page lists just that, so that it fits to the changes."""
 
-    def __init__(self, ref: NodeRef, blocks: Blocks) -> None:
+    def __init__(self, ref: NodeRef, blocks: Blocks, max_hashes: int = 2 * PAGE_SIZE) -> None:
+        """`max_hashes` is what one message can carry."""
         self._ref = ref
         self._blocks = blocks
         self._seq = 0
         self._is_gap_untold = False
         # By hash, not by block: between two pages a hash may move to another block, but to no other page.
-        self._pages: list[set[str]] = [set() for _ in range(max(1, -(-blocks.num_blocks // PAGE_SIZE)))]
+        # Pages differ in size: twice the mean is far beyond what chance makes of one.
+        page_size = min(PAGE_SIZE, max(1, max_hashes // 2))
+        self._max_changes = min(MAX_CHANGES, max(1, max_hashes))
+        self._pages: list[set[str]] = [set() for _ in range(max(1, -(-blocks.num_blocks // page_size)))]
 
     async def tell(self, bus: Bus, period_s: float) -> None:
         """Until cancelled. While cut off from NATS nothing is said, and what cancels out is never said."""
@@ -44,7 +48,7 @@ class BlockNews:
 
     def next_change(self) -> BlocksChanged | None:
         """What is to be told now; None if nothing is."""
-        stored, removed = self._blocks.take_changes(MAX_CHANGES)
+        stored, removed = self._blocks.take_changes(self._max_changes)
         if not (stored or removed or self._is_gap_untold):
             return None
         for block_hash in stored:

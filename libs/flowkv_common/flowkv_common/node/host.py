@@ -16,11 +16,12 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
 
 from flowkv_common import __version__
-from flowkv_common.bus.connection import connect
+from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import NodeIdTaken, claim_node_id, keep_announced, watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import NODE_ID_CHARACTERS, NodeSettings
@@ -47,6 +48,7 @@ from flowkv_common.node.outbox import Outbox
 from flowkv_common.node.steps import Retire, Steps
 from flowkv_common.node.watch import sweep, watch_cancels, watch_engine, watch_handoffs
 from flowkv_common.tasks import running
+from flowkv_common.wire.limits import hashes_that_fit, payload_for, window_that_fits
 from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_common.wire.parts import ModelCard, NodeRef, PoolLayout
 
@@ -95,7 +97,7 @@ async def serve(settings: NodeSettings, role: str, model: Served, stop: asyncio.
         def descriptor() -> NodeDescriptor:
             return _describe(node, steps, role, port)
 
-        news = BlockNews(node.ref, node.blocks)
+        news = BlockNews(node.ref, node.blocks, hashes_that_fit(node.bus.max_payload))
         guests = [guest.run() for guest in node.guests.values()]
         watches = (watch_cancels(node), watch_engine(node, engine), watch_handoffs(node), sweep(node))
         links = (watch_nodes(node.bus, node.links.follow), node.links.run())
@@ -164,7 +166,7 @@ async def _open(
     node = Node(
         ref=ref,
         settings=settings,
-        card=model.card,
+        card=_within_messages(model.card, bus, settings.block_size),
         layout=layout,
         bus=bus,
         blocks=blocks,
@@ -201,6 +203,21 @@ async def _open(
         lambda: steps.max_prefill_tokens_per_step,
     )
     return node, steps, engine
+
+
+def _within_messages(card: ModelCard, bus: Bus, block_size: int) -> ModelCard:
+    """The card with a window that NATS can carry. Raises Unavailable if that is next to nothing."""
+    window = window_that_fits(bus.max_payload, block_size)
+    if window >= card.max_model_len:
+        return card
+    wanted = payload_for(card.max_model_len, block_size)
+    advice = f"set max_payload in the configuration of the NATS server, now {bus.max_payload}, to {wanted}"
+    if window <= block_size:
+        raise Unavailable(f"NATS can't carry a sequence of {window + 1} tokens: {advice}")
+    log.warning(
+        "the window is cut from %d to %d tokens, what NATS can carry: %s", card.max_model_len, window, advice
+    )
+    return msgspec.structs.replace(card, max_model_len=window)
 
 
 def prefill_cap(role: str, settings: NodeSettings) -> int:

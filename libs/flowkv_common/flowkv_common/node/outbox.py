@@ -11,7 +11,7 @@ import logging
 from collections import defaultdict
 
 from flowkv_common.bus.connection import Bus
-from flowkv_common.errors import FlowKVError, Unavailable
+from flowkv_common.errors import FlowKVError, TooLarge, Unavailable
 from flowkv_common.node.attempts import Attempts
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Keepalive, KeepaliveReply, StepTokens, TokenChunk
@@ -45,11 +45,22 @@ class Outbox:
         """
         chunks, self._chunks = self._chunks, defaultdict(list)
         for gateway_id, mine in chunks.items():
-            message = StepTokens(node_id=self._node.node_id, chunks=mine)
             try:
-                await self._bus.publish(subjects.tokens(gateway_id), message)
+                await self._publish(gateway_id, mine)
             except FlowKVError as error:
                 log.warning("tokens for %s are lost: %s", gateway_id, error.message)
+
+    async def _publish(self, gateway_id: str, chunks: list[TokenChunk]) -> None:
+        """In several messages if one can't carry them: log probabilities of many sequences are long."""
+        try:
+            message = StepTokens(node_id=self._node.node_id, chunks=chunks)
+            await self._bus.publish(subjects.tokens(gateway_id), message)
+        except TooLarge:
+            if len(chunks) == 1:
+                raise
+            middle = len(chunks) // 2
+            await self._publish(gateway_id, chunks[:middle])
+            await self._publish(gateway_id, chunks[middle:])
 
     def fail(self, gateway_id: str, transfer_id: str, error: FlowKVError) -> None:
         """Add that the attempt has failed here; what was sent before stays good."""

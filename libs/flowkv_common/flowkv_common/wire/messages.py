@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
-from flowkv_common.wire.parts import Candidate, NodeRef, Part, Run, SamplingParams, TokenLogprob
+from flowkv_common.wire.parts import Candidate, NodeRef, Part, Run, SamplingParams, TokenIds, TokenLogprob
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
@@ -121,8 +121,8 @@ class PrefillRun(Message, frozen=True):
     fingerprint: str  # of the model: a node that serves another refuses
     decode: NodeRef
     gateway_id: str
-    prompt_ids: list[int]
-    output_ids: list[int]
+    prompt_ids: TokenIds
+    output_ids: TokenIds
     sampling: SamplingParams
     deadline_in_s: float
 
@@ -179,8 +179,8 @@ class DecodeRun(Message, frozen=True):
     prefill: NodeRef
     token: str
     gateway_id: str
-    prompt_ids: list[int]
-    output_ids: list[int]
+    prompt_ids: TokenIds
+    output_ids: TokenIds
     sampling: SamplingParams
     deadline_in_s: float
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -63,6 +66,39 @@ class ModelCard(Part, frozen=True):
     vocab_size: int
     eos_token_ids: list[int]
     files: ModelFiles = ModelFiles()
+
+
+class TokenIds(Part, frozen=True):
+    """Token ids in little room: how many, and in base64 each as 4 bytes, the lowest first.
+
+    Raises ValueError where the two don't agree.
+    """
+
+    count: int
+    packed: bytes = b""
+
+    @classmethod
+    def of(cls, token_ids: Sequence[int]) -> TokenIds:
+        """`token_ids`: each from 0 to 2**32 - 1."""
+        return cls(count=len(token_ids), packed=_little_endian(array("I", token_ids)).tobytes())
+
+    def __post_init__(self) -> None:
+        if len(self.packed) != 4 * self.count:
+            raise ValueError(f"{len(self.packed)} bytes are not {self.count} token ids of 4 bytes")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def unpack(self) -> list[int]:
+        token_ids = array("I")
+        token_ids.frombytes(self.packed)
+        return _little_endian(token_ids).tolist()
+
+
+def _little_endian(token_ids: array[int]) -> array[int]:
+    if sys.byteorder == "big":
+        token_ids.byteswap()
+    return token_ids
 
 
 class SamplingParams(Part, frozen=True):
