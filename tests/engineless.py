@@ -245,10 +245,16 @@ class Pair:
         return sum(num_tokens for _, num_tokens in items)
 
     async def compute_all(self, chunk_tokens: int = 1000) -> None:
-        """The whole of one prompt, in chunks; the copies of each are sent before the next is computed."""
+        """The whole of one prompt, in chunks; all that can be is sent before the next is computed."""
         await self.compute(chunk_tokens)
         while self.p.prefill.num_prompts():
+            await self.settle()
             await self.compute(chunk_tokens)
+
+    async def settle(self) -> None:
+        """Until all that was published on the way to a node has come, and the answers too."""
+        for _ in range(5):
+            await self.bus.nc.flush()
 
     def hear(self, message: StepTokens, _: object) -> None:
         self.chunks += message.chunks

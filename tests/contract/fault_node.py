@@ -143,6 +143,7 @@ class FaultNode:
             kind, self._pool, self._landings, LINK_TOKEN.__eq__, io_timeout_s=IO_TIMEOUT_S
         )
         self._link: KVLink | None = None
+        self._tokens: dict[str, str] = {}
         self._sending: asyncio.Task[None] | None = None
         self._errors = ErrorsSeen()
         logging.getLogger().addHandler(self._errors)
@@ -156,6 +157,7 @@ class FaultNode:
 
     def reserve(self, transfer_id: str, num_blocks: int) -> tuple[str, list[int]]:
         reservation = self._reservations.open(transfer_id, num_blocks, [], [], "gw-1", NODE, 60.0)
+        self._tokens[transfer_id] = reservation.token
         return reservation.token, reservation.block_ids
 
     def hold_at(self, point: str) -> None:
@@ -163,7 +165,8 @@ class FaultNode:
 
     def let_expire(self, transfer_id: str, in_s: float) -> None:
         """Shortens what the reservation has left; a timer sweeps it and reports."""
-        expires_at = self._reservations.extend(transfer_id, in_s).expires_at
+        token = self._tokens[transfer_id]
+        expires_at = self._reservations.extend(transfer_id, token, in_s).expires_at
         asyncio.get_running_loop().call_later(in_s, self._sweep, expires_at)
 
     def claim(self, transfer_id: str, token: str) -> list[int]:

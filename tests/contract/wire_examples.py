@@ -177,6 +177,7 @@ EXAMPLES: list[Message] = [
         run_lengths=[4, 1],
         expires_in_s=30.0,
         again=True,
+        token="secret",
     ),
     Reserved(transfer_id=TRANSFER_ID, token="secret", runs=[Run(8, 4), Run(2, 1)], num_cached_blocks=1),
     Release(transfer_id=TRANSFER_ID, token="secret"),

@@ -13,13 +13,16 @@ from nats_server import NatsServer
 from flowkv_common.errors import Stale, Unavailable
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Cancel, PrefillRun, transfer_id
+from flowkv_prefill import handoff
 
 NUM_PROMPTS = 12
 NUM_ROUNDS = 60
 
 
 @pytest.fixture
-async def pair(nats_server: NatsServer) -> AsyncIterator[Pair]:
+async def pair(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+    """Reservations are renewed all the time, so that renewals are always on their way."""
+    monkeypatch.setattr(handoff, "RENEW_S", 0.001)
     async with engineless_pair(nats_server, max_handoffs=3) as pair:
         yield pair
 
@@ -107,8 +110,7 @@ class GatewayLoss(Storm):
 
     async def end(self) -> None:
         """Keepalives find it gone a second time: what was on its way from node to node is dropped then."""
-        for _ in range(3):
-            await self.pair.bus.nc.flush()
+        await self.pair.settle()
         self.strike()
         await super().end()
 

@@ -104,9 +104,9 @@ class House:
         assert queue.num_waiting == len(waiting)
         assert len(inside) <= self._max_holders
         assert weight <= self._max_weight or len(inside) == 1
-        assert self.entered == sorted(self.entered)  # nobody overtakes
         if waiting:
             assert inside
+            assert max(self.entered) < waiting[0].number  # nobody overtakes
             is_full = len(inside) == self._max_holders
             assert is_full or weight + waiting[0].weight > self._max_weight
 

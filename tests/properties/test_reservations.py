@@ -99,7 +99,7 @@ class ReservationsMachine(RuleBasedStateMachine):
         if is_extended:
             for transfer_id, kept in self.open.items():
                 if kept.expires_at > self.now:
-                    self.reservations.extend(transfer_id, 5.0)
+                    self.reservations.extend(transfer_id, kept.token, 5.0)
         self.now += passed_s
         expired = {name for name, kept in self.open.items() if kept.expires_at <= self.now}
         assert set(self.reservations.sweep()) == expired

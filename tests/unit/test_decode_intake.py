@@ -93,11 +93,12 @@ async def test_who_runs_and_who_was_preempted_come_before_a_new_handoff(side: Si
 
 
 async def test_open_reservations_are_bounded_by_count(side: Side) -> None:
-    for number in range(MAX_HANDOFFS):
+    first = await side.decode.reserve(reserve(1, "r0"))
+    for number in range(1, MAX_HANDOFFS):
         await side.decode.reserve(reserve(1, f"r{number}"))
     with pytest.raises(Full, match="too many"):
         await side.decode.reserve(reserve(1, "one-more"))
-    await side.decode.reserve(reserve(1, "r0"))  # a renewal is none more
+    await side.decode.reserve(reserve(1, "r0", token=first.token))  # a renewal is none more
 
 
 async def test_what_never_fits_is_refused_for_good(side: Side) -> None:
@@ -105,17 +106,37 @@ async def test_what_never_fits_is_refused_for_good(side: Side) -> None:
         await side.decode.reserve(reserve(NUM_BLOCKS * BLOCK_SIZE + 1))
 
 
-async def test_asking_again_renews_the_same_room_also_in_a_drain(side: Side) -> None:
-    first = await side.decode.reserve(reserve(10, expires_in_s=0.0))
-    with pytest.raises(Stale, match="expired"):
-        await side.decode.reserve(reserve(10))
-    side.node.reservations.sweep()
-    side.node.attempts.end("r.0")
+async def test_a_renewal_keeps_the_same_room_also_in_a_drain(side: Side) -> None:
     first = await side.decode.reserve(reserve(10))
     side.node.drain()
-    assert await side.decode.reserve(reserve(10)) == first
+    assert await side.decode.reserve(reserve(10, token=first.token)) == first
     with pytest.raises(Unavailable, match="draining"):
         await side.decode.reserve(reserve(10, "other"))
+
+
+@pytest.mark.parametrize("ending", ["commit", "release", "expiry"])
+async def test_a_renewal_that_comes_too_late_opens_nothing(side: Side, ending: str) -> None:
+    """It is on its way while the prompt's last message overtakes it."""
+    reserved = await side.decode.reserve(reserve(10, expires_in_s=0.0 if ending == "expiry" else 30.0))
+    if ending == "commit":
+        await side.decode.accept(decode_run(reserved, [5] * 9))
+    elif ending == "release":
+        await side.decode.release(Release(transfer_id="r.0", token=reserved.token))
+    with pytest.raises(Stale):
+        await side.decode.reserve(reserve(10, token=reserved.token))
+    assert side.node.reservations.num_open == (ending == "expiry")  # until the sweep
+    if ending == "commit":  # the sequence is still what a cancel stops
+        side.node.attempts.cancel("r.0", "test")
+        assert not any(side.idle_counts().values())
+
+
+async def test_a_reservation_is_opened_once(side: Side) -> None:
+    reserved = await side.decode.reserve(reserve(10))
+    with pytest.raises(Stale, match="already"):
+        await side.decode.reserve(reserve(10))
+    await side.decode.accept(decode_run(reserved, [5] * 9))
+    with pytest.raises(Stale, match="already"):
+        await side.decode.reserve(reserve(10))
 
 
 async def test_a_cancel_that_comes_first_keeps_the_reservation_out(side: Side) -> None:
@@ -140,6 +161,8 @@ async def test_only_the_reservations_secret_commits_or_releases_it(side: Side, t
         await side.decode.accept(decode_run(reserved, [5] * 9, token=token))
     with pytest.raises(Stale, match="token"):
         await side.decode.release(Release(transfer_id="r.0", token=token))
+    with pytest.raises(Stale):
+        await side.decode.reserve(reserve(10, token=token))
     assert (side.node.reservations.num_open, side.decode.num_accepted) == (1, 0)
     await side.decode.accept(decode_run(reserved, [5] * 9))
     assert (side.node.reservations.num_open, side.decode.num_accepted) == (0, 1)

@@ -110,6 +110,8 @@ def test_a_wrong_token_opens_nothing(reservations: Reservations, token: str) -> 
     with pytest.raises(Stale, match="token"):
         reservations.claim("r.1", token)
     with pytest.raises(Stale, match="token"):
+        reservations.extend("r.1", token, 10.0)
+    with pytest.raises(Stale, match="token"):
         with reservations.landing("r.1", token, reserved.block_ids):
             pass
 
@@ -117,12 +119,12 @@ def test_a_wrong_token_opens_nothing(reservations: Reservations, token: str) -> 
 def test_expires_unless_extended(reservations: Reservations, blocks: Blocks, clock: Clock) -> None:
     reserved = reserve(reservations, 2)
     clock.now += 9.0
-    reservations.extend("r.1", 10.0)
+    reservations.extend("r.1", reserved.token, 10.0)
     clock.now += 9.0
     assert reservations.sweep() == []
     clock.now += 1.0
     with pytest.raises(Stale):
-        reservations.extend("r.1", 10.0)
+        reservations.extend("r.1", reserved.token, 10.0)
     with pytest.raises(Stale):
         reservations.claim("r.1", reserved.token)
     with pytest.raises(Stale):

@@ -29,12 +29,6 @@ def prompt_of(num_tokens: int) -> list[int]:
     return [100 + i for i in range(num_tokens)]
 
 
-async def is_quiet(pair: Pair) -> None:
-    """All that has been published on the way to a node has come, and so have the answers."""
-    for _ in range(5):
-        await pair.bus.nc.flush()
-
-
 def cache_at_decode(pair: Pair, prompt_ids: list[int], num_blocks: int) -> list[int]:
     """The first blocks of a prompt, as an earlier request left them at the decode node."""
     blocks: Blocks = pair.d.node.blocks
@@ -68,6 +62,9 @@ async def test_every_token_of_the_prompt_lands_and_every_block_is_sent_once(
         assert work.sequence.num_computed_tokens == num_tokens
         num_blocks = -(-num_tokens // BLOCK_SIZE)
         assert Counter(pair.link.times_sent().values()) == {1: num_blocks}
+        # Each chunk but the last is sent while the next one computes, where there are several.
+        num_sends = num_blocks if overlap and chunk_tokens == BLOCK_SIZE else 1
+        assert len(pair.link.sends) == num_sends
         await pair.p.wait_idle()
 
 
@@ -94,7 +91,7 @@ async def test_the_commit_waits_for_the_last_copys_confirmation(pair: Pair) -> N
     await pair.compute_all()
     async with asyncio.timeout(5):
         await pair.link.landed.wait()
-    await is_quiet(pair)
+    await pair.settle()
     assert (pair.d.decode.num_accepted, pair.d.node.reservations.num_open) == (0, 1)
     assert pair.p.node.blocks.num_leased == 3
     assert [chunk.token_ids for chunk in pair.chunks] == [[FIRST_TOKEN]]  # it waits for no copy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from flowkv_common.engine.sequence import Sequence
-from flowkv_common.errors import BadRequest, Full
+from flowkv_common.errors import BadRequest, Full, Stale
 from flowkv_common.kv.alignment import runs_of
 from flowkv_common.kv.blocks import OutOfBlocks
 from flowkv_common.kv.reservations import Reservation
@@ -20,16 +20,19 @@ ROOM_TO_GROW = 8
 
 
 def reserve(node: Node, request: Reserve, num_blocks_owed: int) -> Reserved:
-    """Room for a handoff, with what is cached of the prefix pinned; asking again renews it.
+    """Room for a handoff, with what is cached of the prefix pinned; with its token it is renewed.
 
-    Raises Full while there is no room, BadRequest when there never will be, Stale for an ended attempt or a
-    former life, WrongModel, Unavailable when draining; what is reserved already may still be renewed then.
+    Raises Full while there is no room, BadRequest when there never will be, Stale for an attempt that has
+    ended or is here already, for a reservation that has ended and for a former life, WrongModel, Unavailable
+    when draining; what is reserved already may still be renewed then.
     """
     node.refuse_other_life(request.node)
     node.refuse_other_model(request.fingerprint)
     node.attempts.refuse_ended(request.transfer_id)
-    if request.transfer_id in node.reservations:
-        return _answer(node.reservations.extend(request.transfer_id, request.expires_in_s))
+    if request.token:
+        return _answer(node.reservations.extend(request.transfer_id, request.token, request.expires_in_s))
+    if request.transfer_id in node.attempts:
+        raise Stale(f"attempt {request.transfer_id} is here already")
     node.refuse_new_work(request.node, request.fingerprint)
     reservation = _open(node, request, num_blocks_owed)
     stop = Attempt(

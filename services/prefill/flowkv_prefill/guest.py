@@ -208,12 +208,15 @@ class PrefillGuest:
         a prompt of the next. So who has waited for a while gives its reservation back and begins again.
         """
         patience_s, has_released = FIRST_PATIENCE_S, False
+        handoff: Handoff | None = None
         while True:
             with prompt.phases.phase("reserve"):
-                # Or renew.
-                handoff = await reserve(
-                    self._node, prompt.run, prompt.sequence, in_flight, again=has_released
-                )
+                if handoff:
+                    await handoff.renew()
+                else:
+                    handoff = await reserve(
+                        self._node, prompt.run, prompt.sequence, in_flight, again=has_released
+                    )
             in_flight.enter(Stage.WAITING)
             try:
                 # Drawn anew each time, so that two who wait for each other don't give way at once.
@@ -225,7 +228,7 @@ class PrefillGuest:
                     continue  # no circle: what holds the blocks here waits for nobody
             log.info("%s lets others go first: no blocks here", prompt.sequence.transfer_id)
             await handoff.release()
-            has_released = True
+            handoff, has_released = None, True
             in_flight.enter(Stage.RESERVING)
             patience_s = min(2 * patience_s, LONGEST_PATIENCE_S)
 

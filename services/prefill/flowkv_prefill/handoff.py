@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import msgspec
+
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.errors import FlowKVError, Full
 from flowkv_common.kv.alignment import align, ids_of
@@ -67,15 +69,20 @@ class Handoff:
         self._spans: list[Span] = []
 
     async def keep_reserved(self) -> None:
-        """Until cancelled: renew the reservation, which is a matter of asking again."""
+        """Until cancelled: renew the reservation."""
         pause_s = RENEW_S
         while True:
             await asyncio.sleep(pause_s)
             try:
-                await _ask(self._node, self._request)
+                await self.renew()
                 pause_s = RENEW_S
             except FlowKVError:  # a lost reservation shows in the next copy
                 pause_s = RENEW_RETRY_S
+
+    async def renew(self) -> None:
+        """Let the reservation stand for longer. Raises FlowKVError if it does not stand any more."""
+        renewal = {"token": self._token, "block_hashes": [], "run_lengths": []}
+        await _ask(self._node, msgspec.structs.replace(self._request, **renewal))
 
     async def send_computed(self, sequence: Sequence, *, prompt_done: bool) -> None:
         """Send the blocks that are complete and not yet there; with `prompt_done` also the last, partial one.

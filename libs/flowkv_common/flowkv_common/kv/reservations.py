@@ -98,9 +98,9 @@ class Reservations:
     def __contains__(self, transfer_id: str) -> bool:
         return transfer_id in self._open
 
-    def extend(self, transfer_id: str, expires_in_s: float) -> Reservation:
-        """Lets it expire `expires_in_s` from now. Raises `Stale` if it has ended."""
-        reservation = self._standing(transfer_id)
+    def extend(self, transfer_id: str, token: str, expires_in_s: float) -> Reservation:
+        """Lets it expire `expires_in_s` from now. Raises `Stale` if it has ended or the token is wrong."""
+        reservation = self._opened(transfer_id, token)
         self.renewed_at = self._clock()
         reservation.expires_at = self.renewed_at + expires_in_s
         return reservation
@@ -159,15 +159,11 @@ class Reservations:
                 self._blocks.settle(reservation.quarantined)
 
     def _opened(self, transfer_id: str, token: str) -> Reservation:
-        reservation = self._standing(transfer_id)
-        if not hmac.compare_digest(token.encode(), reservation.token.encode()):
-            raise Stale(f"wrong token for transfer {transfer_id}")
-        return reservation
-
-    def _standing(self, transfer_id: str) -> Reservation:
         reservation = self._open.get(transfer_id)
         if reservation is None or reservation.expires_at <= self._clock():
             raise Stale(f"transfer {transfer_id} has no reservation, or it has expired")
+        if not hmac.compare_digest(token.encode(), reservation.token.encode()):
+            raise Stale(f"wrong token for transfer {transfer_id}")
         return reservation
 
 

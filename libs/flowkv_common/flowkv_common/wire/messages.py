@@ -128,10 +128,10 @@ class PrefillRun(Message, frozen=True):
 
 
 class Reserve(Message, frozen=True):
-    """Prefill to decode node: keep room for `num_tokens` tokens.
+    """Prefill to decode node: keep room for `num_tokens` tokens, or with a `token` go on keeping it.
 
     `block_hashes` are of the full blocks, so that decode can pin what it has; `run_lengths` are the runs in
-    which the sender's blocks will lie, so that decode can choose runs to match.
+    which the sender's blocks will lie, so that decode can choose runs to match. A renewal needs neither.
     """
 
     transfer_id: str
@@ -144,6 +144,7 @@ class Reserve(Message, frozen=True):
     run_lengths: list[int]
     expires_in_s: float
     again: bool = False  # after a `Release`: this room was counted before
+    token: str = ""  # of the reservation to renew: a renewal that comes too late must not open another
 
 
 class Reserved(Message, frozen=True):
