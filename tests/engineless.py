@@ -87,6 +87,10 @@ class WatchedLink:
     def closed(self) -> bool:
         return self._link.closed
 
+    @property
+    def is_lost(self) -> bool:
+        return self._link.is_lost
+
     async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
         sent = await self._link.send(transfer_id, token, copies)
         self.sends.append(list(copies))
@@ -112,6 +116,7 @@ class WatchedConnector:
     """A connector that keeps the link it has made."""
 
     name = "inprocess"
+    connect_timeout_s = 1.0
 
     def __init__(self, connector: KVConnector) -> None:
         self._connector = connector

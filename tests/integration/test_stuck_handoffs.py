@@ -64,7 +64,7 @@ async def test_a_send_that_never_ends_is_given_back_and_the_node_recovers(pair: 
     pass_time(pair)
     await until(pair.p.node.why_not_ready)
     reason = pair.p.node.why_not_ready()
-    assert reason == "no progress in 1 of 1 handoffs: r0.0 is handed over for 216 s"
+    assert reason == "no progress in 1 of 1 handoffs: r0.0 is handed over for 324 s"
     await until(lambda: any(chunk.error for chunk in pair.chunks))
     [error] = [chunk.error for chunk in pair.chunks if chunk.error]
     assert (error.code, error.message) == (503, f"p: {reason}")

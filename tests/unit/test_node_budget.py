@@ -103,7 +103,7 @@ async def test_the_sentence_names_the_one_that_is_stuck_for_longest() -> None:
         async with budget.hold("b.0", "d", 0), budget.hold("c.0", "d", 0) as third:
             time.now += STUCK_AFTER_S + 1
             third.hear_decode_node()
-            assert budget.why_stuck() == ("no progress in 2 of 3 handoffs: a.0 is handed over for 151 s")
+            assert budget.why_stuck() == ("no progress in 2 of 3 handoffs: a.0 is handed over for 211 s")
 
 
 async def test_many_bytes_may_take_long_on_a_slow_link() -> None:

@@ -7,9 +7,9 @@
 | is computed | a step ends at this node, whoever is in it |
 | is handed over | a send to its decode node is confirmed, whichever handoff's |
 
-Each of these waits has a deadline of its own, of seconds; joining a communicator, within a send, may take a
-minute. So a handoff that has made no progress for two minutes, and for as long as a slow link takes for its
-bytes, waits for something that has failed without a word.
+Each of these waits has a deadline of its own, of seconds; joining a communicator, within a send, may take two
+minutes. So a handoff that has made no progress for three, and for as long as a slow link takes for its bytes,
+waits for something that has failed without a word.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from enum import StrEnum
 
 from flowkv_common.fair_queue import FairQueue
 
-STUCK_AFTER_S = 120.0
+STUCK_AFTER_S = 180.0
 SLOWEST_LINK_BYTES_PER_S = 10e6
 
 
