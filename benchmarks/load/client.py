@@ -31,6 +31,7 @@ class _Error(msgspec.Struct):
 
 
 class _Event(msgspec.Struct):
+    id: str = ""
     choices: list[_Choice] = []
     error: _Error | None = None
 
@@ -51,6 +52,7 @@ class Outcome:
     error: str | None = None
     retry_after_s: float | None = None
     ended_s: float = 0.0
+    request_id: str = ""  # as the gateway calls it, once it has answered
 
     @property
     def is_complete(self) -> bool:
@@ -143,6 +145,7 @@ async def _payloads(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
 
 
 def _take(outcome: Outcome, event: _Event, at_s: float) -> None:
+    outcome.request_id = outcome.request_id or event.id
     if event.error:
         outcome.error = event.error.message
     for choice in event.choices:

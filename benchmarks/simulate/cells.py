@@ -24,7 +24,7 @@ import msgspec
 
 from benchmarks.result import write_result
 from benchmarks.simulate.capacity import LEAST_RATE, capacity
-from benchmarks.simulate.cluster import ASKED_NEW_TOKENS
+from benchmarks.simulate.node import ASKED_NEW_TOKENS
 from benchmarks.simulate.presets import PRESETS, slowest_that_holds
 from benchmarks.simulate.report import Figures, figures, layout
 from benchmarks.simulate.run import POLICIES, Machines

@@ -14,7 +14,7 @@ from benchmarks.simulate.batch import Prompt
 from benchmarks.simulate.events import Events
 from benchmarks.simulate.judge import Judge
 from benchmarks.simulate.life import Life
-from benchmarks.simulate.node import FINGERPRINT, REPORT_PERIOD_S, SimNode
+from benchmarks.simulate.node import ASKED_NEW_TOKENS, FINGERPRINT, REPORT_PERIOD_S, SimNode
 from benchmarks.traces import TOKENS_PER_HASH_ID
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import ScheduleRequest, Wait
@@ -22,8 +22,6 @@ from flowkv_common.wire.nodes import BlocksChanged
 from flowkv_scheduler.orders import MoveCap, Order
 from flowkv_scheduler.planner import Planner
 
-# What clients ask for: the scheduler knows no more of the length of an answer.
-ASKED_NEW_TOKENS = 2048
 # As `max_handoffs` in the settings of a node.
 MAX_HANDOFFS = 16
 # From an order of the scheduler to the node's report of it.
@@ -222,6 +220,7 @@ class Cluster:
         node = self.nodes[life.decode]
         assert life.at_decode is not None, "it ran in blocks"
         node.pool.release(life.at_decode)
+        node.lengths.see(life.request.num_output_tokens, stopped=True)
         life.at_decode = None
         life.last_token_s = self.now
         self._judge.has_ended(life)

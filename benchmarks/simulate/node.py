@@ -14,11 +14,21 @@ from benchmarks.simulate.pool import Pool
 from benchmarks.simulate.presets import NodeKind
 from benchmarks.simulate.stretch import slowed
 from benchmarks.traces import hashes_of_id
-from flowkv_common.wire.nodes import BlockCounts, BlocksChanged, LoadReport, NodeDescriptor, StepFit
+from flowkv_common.node.output_lengths import OutputLengths
+from flowkv_common.wire.nodes import (
+    BlockCounts,
+    BlocksChanged,
+    LoadReport,
+    NodeDescriptor,
+    OutputForecast,
+    StepFit,
+)
 from flowkv_common.wire.parts import ModelCard, NodeRef
 
 REPORT_PERIOD_S = 0.5
 FINGERPRINT = "simulated"
+# What clients ask for: neither node nor scheduler knows more of the length of an answer before it has ended.
+ASKED_NEW_TOKENS = 2048
 
 
 class SimNode:
@@ -48,6 +58,7 @@ class SimNode:
         self.sending_tokens = 0
         self.wake_at: float | None = None  # the end of the running stretch
         self.is_ending = False  # between two stretches: the next one will see all changes
+        self.lengths = OutputLengths()
         self.links: dict[str, str] = {}  # to the other nodes, by connector
         self.num_prompts_accepted = 0
         self.num_rooms_given = 0
@@ -154,7 +165,12 @@ class SimNode:
             num_rooms_given=self.num_rooms_given,
             num_sequences_accepted=self.num_sequences_accepted,
             step=self._reported_fit,
+            forecast=self._forecast(),
         )
+
+    def _forecast(self) -> OutputForecast:
+        num_sequences = len(self.batch.waiting) + self.batch.num_decoding
+        return self.lengths.forecast([(0, ASKED_NEW_TOKENS)] * num_sequences)
 
     def _blocks(self, now: float) -> BlockCounts:
         """A real node takes a block when a sequence grows into it, the simulated one takes all at the start:

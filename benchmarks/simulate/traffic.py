@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
 
-from benchmarks.simulate.cluster import ASKED_NEW_TOKENS
+from benchmarks.simulate.node import ASKED_NEW_TOKENS
 from benchmarks.traces import Request
 
 

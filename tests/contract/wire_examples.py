@@ -50,6 +50,7 @@ from flowkv_common.wire.nodes import (
     ListBlocks,
     LoadReport,
     NodeDescriptor,
+    OutputForecast,
     RegimeChanged,
     ResumeNode,
     ScaleWanted,
@@ -149,8 +150,9 @@ EXAMPLES: list[Message] = [
         reason="best of 1 pairs",
         prefill_candidates=[Candidate(node_id="prefill-0", predicted_s=0.125, reason="0 tokens ahead")],
         decode_candidates=[Candidate(node_id="decode-0", predicted_s=0.03125, reason="2 of 64 sequences")],
+        first_token_in_s=0.125,
     ),
-    Wait(retry_in_s=0.25, reason="no node of the model is ready"),
+    Wait(retry_in_s=0.25, reason="all 1 decode nodes are full", first_token_in_s=2.5),
     ReadyRequest(fingerprint=CARD.fingerprint),
     ReadyReply(epoch=1, why_not="no node of the model is ready"),
     PrefillRun(
@@ -247,6 +249,7 @@ EXAMPLES: list[Message] = [
             context_token_s=0.0000019073486328125,
         ),
         epoch=3,
+        forecast=OutputForecast(tokens_left=192.5, first_ends_in=3.5, stop_rate=0.00390625),
     ),
     SetPrefillCap(node=DECODE, epoch=3, max_prefill_tokens_per_step=512, reason="prefill is short of nodes"),
     BlocksChanged(
@@ -276,6 +279,7 @@ EXAMPLES: list[Message] = [
         decode_node="decode-0",
         phases_s=PHASES_S,
         error="the request ran out of time",
+        predicted_ttft_s=2.5,
     ),
     KVTransferred(
         transfer_id=TRANSFER_ID,

@@ -46,8 +46,9 @@ async def test_recording_of_a_live_scheduler_replays_to_the_same_choices(
     with path.open("wb") as out:
         async with connect(nats_server.url, name="test") as bus, connect(nats_server.url, name="rec") as ears:
             # A long period: no choice is forgotten and no node falls silent at a moment that two clocks see
-            # differently.
-            nodes = {name: Node(bus, name, role, period_s=30.0) for name, role in roles.items()}
+            # differently. Places for all, since none is given back.
+            kept = {"period_s": 30.0, "max_num_seqs": 64}
+            nodes = {name: Node(bus, name, role, **kept) for name, role in roles.items()}
             async with recording(ears, Recorder(out)), asyncio.TaskGroup() as tasks:
                 tasks.create_task(serve(SchedulerSettings(nats_url=nats_server.url), stop))
                 async with living(*nodes.values()):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
-from imagined_nodes import MODEL, NUM_BLOCKS, Imagined, cluster, node, request, view
+from imagined_nodes import MODEL, NUM_BLOCKS, Imagined, cluster, node, request
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
+from flowkv_common.wire.nodes import OutputForecast, StepFit
 from flowkv_scheduler import admission
-from flowkv_scheduler.admission import Limits, room_in
+from flowkv_scheduler.admission import ERROR, Later, Limits
 from flowkv_scheduler.policy import Choice
 from flowkv_scheduler.prefixes import Keys, keys_of
-from flowkv_scheduler.weighing import Goals, Weighing
+from flowkv_scheduler.state import ClusterState
+from flowkv_scheduler.view import Work
+from flowkv_scheduler.waiting import Waiting
+from flowkv_scheduler.weighing import Goals
 
 LIMITS = Limits()
 GOALS = Goals(max_wait_s=60.0)
@@ -21,8 +27,12 @@ PAIR = [node("p0", "prefill"), node("d0", "decode")]
 D0 = node("d0", "decode", queued_prefill_tokens=500_000)
 
 
-def decide(wanted: ScheduleRequest, nodes: list[Imagined]) -> Choice | Wait:
-    return admission.decide(wanted, cluster(*nodes), GOALS, LIMITS, now=0.0)
+def decide(wanted: ScheduleRequest, nodes: list[Imagined], waiting: Waiting | None = None) -> Choice | Wait:
+    return told(admission.decide(wanted, cluster(*nodes), GOALS, LIMITS, now=0.0, waiting=waiting))
+
+
+def told(decision: Choice | Later) -> Choice | Wait:
+    return decision if isinstance(decision, Choice) else decision.wait
 
 
 def test_pair_with_room_is_taken() -> None:
@@ -31,7 +41,7 @@ def test_pair_with_room_is_taken() -> None:
 
 @pytest.mark.parametrize(("num_prompt", "num_new", "field"), [(4096, 1, "prompt"), (96, 4001, "max_tokens")])
 def test_request_that_fits_no_pool_is_a_bad_request(num_prompt: int, num_new: int, field: str) -> None:
-    with pytest.raises(errors.BadRequest, match="4096 tokens") as caught:
+    with pytest.raises(errors.BadRequest, match="maximum context length is 4096 tokens") as caught:
         decide(request(num_prompt, num_new), PAIR)
     assert caught.value.field == field
 
@@ -84,7 +94,9 @@ def test_full_decode_nodes_make_it_wait() -> None:
 
 def test_full_decode_nodes_refuse_what_has_waited_too_long() -> None:
     with pytest.raises(errors.Full) as caught:
-        decide(request(age_s=GOALS.max_wait_s + 1), [node("p0", "prefill"), node("d0", "decode", free=0)])
+        decide(
+            request(age_s=ERROR * GOALS.max_wait_s + 1), [node("p0", "prefill"), node("d0", "decode", free=0)]
+        )
     assert caught.value.retry_after_s is not None
     assert caught.value.retry_after_s > 0
 
@@ -122,15 +134,9 @@ def test_retry_of_a_request_that_never_began_goes_through_the_door() -> None:
     with pytest.raises(errors.Full):
         decide(request(attempt=1), [node("p0", "prefill", queued_prefill_tokens=72_000), D0])
     with pytest.raises(errors.Full):
-        decide(request(attempt=2, age_s=61.0), [PAIR[0], node("d0", "decode", free=0)])
-
-
-def test_room_comes_sooner_the_less_is_missing() -> None:
-    wanted = request(num_prompt_tokens=400)
-    full = [node("d0", "decode", free=free) for free in (26, 25, 10, 0)]
-    waits = [room_in(view(one), Weighing(wanted, cluster(one), GOALS, 0.0)) for one in full]
-    assert waits[0] == 0.0
-    assert 0.0 < waits[1] < waits[2] < waits[3]
+        decide(
+            request(attempt=2, age_s=ERROR * GOALS.max_wait_s + 1), [PAIR[0], node("d0", "decode", free=0)]
+        )
 
 
 def test_prefixes_are_looked_up_once_also_when_the_cluster_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,23 +149,170 @@ def test_prefixes_are_looked_up_once_also_when_the_cluster_is_full(monkeypatch: 
 
     monkeypatch.setattr(state.prefixes, "hits", hits)
     wanted = request(block_hashes=["0" * 32])
-    assert isinstance(admission.decide(wanted, state, GOALS, LIMITS, now=0.0), Wait)
+    assert isinstance(told(admission.decide(wanted, state, GOALS, LIMITS, now=0.0)), Wait)
     assert asked == [keys_of(["0" * 32])]
 
 
 def test_idle_prefill_nodes_are_no_room_for_sequences() -> None:
-    nodes = [node("p0", "prefill"), node("d0", "decode", free=0)]
+    nodes = [node("p0", "prefill"), node("d0", "decode", free=0, num_running=2)]
     state = cluster(*nodes)
-    decision = admission.decide(request(), state, GOALS, LIMITS, now=0.0)
+    decision = told(admission.decide(request(), state, GOALS, LIMITS, now=0.0))
     assert isinstance(decision, Wait)
     assert decision.reason == "all 1 decode nodes are full"
     assert decision.retry_in_s > LIMITS.min_retry_s
 
 
-def test_nobody_is_refused_for_a_rhythm_that_will_not_hold_it_up() -> None:
-    """The others' rhythm holds a request up until the goal for its first token, not for their lifetimes."""
+def test_nobody_is_held_up_for_ever_for_the_sake_of_others_rhythm() -> None:
+    """It holds a request up until the goal for its first token, not for their lifetimes."""
     slow = node("d0", "decode", num_running=2, free=NUM_BLOCKS - 16, decode_step_s=2.0)
-    state = cluster(node("p0", "prefill"), slow)
-    assert room_in(view(slow), Weighing(request(age_s=1.0), state, GOALS, 0.0)) == GOALS.ttft_s - 1.0
-    assert isinstance(decide(request(age_s=1.0), [node("p0", "prefill"), slow]), Wait)
-    assert isinstance(decide(request(age_s=GOALS.ttft_s), [node("p0", "prefill"), slow]), Choice)
+    nodes = [node("p0", "prefill"), slow]
+    early = decide(request(age_s=1.0), nodes)
+    assert isinstance(early, Wait)
+    assert early.first_token_in_s == pytest.approx(GOALS.ttft_s - 1.0, rel=0.1)
+    assert isinstance(decide(request(age_s=GOALS.ttft_s), nodes), Choice)
+
+
+def test_a_prompt_that_fits_no_pool_with_its_next_token_is_refused_at_once() -> None:
+    """A prefill node of 256 blocks never gets the 257th, though its 4096 tokens fill 256 to the brim."""
+    large = node("d0", "decode", num_blocks=2 * NUM_BLOCKS, num_running=1, free=2 * NUM_BLOCKS - 2)
+    small = node("p0", "prefill")
+    assert isinstance(decide(request(NUM_BLOCKS * 16 - 1, 10), [small, large]), Choice)
+    brimful = decide(request(NUM_BLOCKS * 16, 10), [small, large])
+    assert isinstance(brimful, Choice)
+    assert brimful.prefill.node_id == "d0"
+    with pytest.raises(errors.BadRequest, match="maximum context length is 8192 tokens"):
+        decide(request(2 * NUM_BLOCKS * 16, 1), [small, large])
+
+
+def full_node(num_running: int, max_num_seqs: int = 16) -> Imagined:
+    return node("d0", "decode", num_running=num_running, max_num_seqs=max_num_seqs, free=NUM_BLOCKS - 16)
+
+
+def test_a_full_batch_is_no_room() -> None:
+    assert isinstance(decide(request(), [PAIR[0], full_node(15)]), Choice)
+    assert isinstance(decide(request(), [PAIR[0], full_node(16)]), Wait)
+
+
+def waiting_behind(others: list[ScheduleRequest], at: str = "d0") -> Waiting:
+    waiting = Waiting()
+    for other in others:
+        waiting.note(other, at, Work(other.num_prompt_tokens, 1, 7, other.num_prompt_tokens, 50.0), 0.5, 0.0)
+    return waiting
+
+
+def others(num: int, **changes: Any) -> list[ScheduleRequest]:
+    return [request(**{"request_id": f"o{i}", "age_s": 1.0} | changes) for i in range(num)]
+
+
+def test_who_comes_later_waits_for_longer() -> None:
+    nodes = [PAIR[0], full_node(16)]
+    waits = [decide(request(), nodes, waiting_behind(others(num))) for num in (0, 8, 16, 32)]
+    foreseen = [wait.first_token_in_s for wait in waits if isinstance(wait, Wait)]
+    assert foreseen == sorted(set(foreseen))
+    assert len(foreseen) == 4
+
+
+def test_who_comes_too_late_is_refused_when_it_comes_not_after_it_has_waited() -> None:
+    nodes, crowd = [PAIR[0], full_node(16)], waiting_behind(others(1000))
+    with pytest.raises(errors.Full) as caught:
+        decide(request(), nodes, crowd)
+    assert caught.value.retry_after_s is not None
+    patient = admission.decide(
+        request(deadline_in_s=1e6), cluster(*nodes), Goals(max_wait_s=1e6), LIMITS, now=0.0, waiting=crowd
+    )
+    assert isinstance(patient, Later)
+    assert caught.value.retry_after_s == pytest.approx(patient.wait.first_token_in_s - 90.0, rel=0.05)
+
+
+def test_short_outputs_make_short_waits() -> None:
+    """The crowd's `max_tokens` say how long it holds its places: 16 tokens are not 128."""
+    few = OutputForecast(tokens_left=16 * 8.0, first_ends_in=1.0, stop_rate=1e-5)
+    many = OutputForecast(tokens_left=16 * 64.0, first_ends_in=1.0, stop_rate=1e-5)
+    waits = []
+    for forecast, num_new in ((few, 16), (many, 128)):
+        busy = msgspec.structs.replace(full_node(16).report, forecast=forecast)
+        nodes = [PAIR[0], full_node(16)._replace(report=busy)]
+        wait = decide(request(4, num_new), nodes, waiting_behind(others(32, num_prompt_tokens=4)))
+        assert isinstance(wait, Wait)
+        waits.append(wait.first_token_in_s)
+    assert waits[1] == pytest.approx(8 * waits[0], rel=0.2)
+
+
+def test_prompts_ahead_count_where_prefill_is_the_narrow_side() -> None:
+    nodes = [PAIR[0], full_node(16)]
+    short = decide(request(), nodes, waiting_behind(others(8)))
+    long = decide(request(), nodes, waiting_behind(others(8, num_prompt_tokens=4000)))
+    assert isinstance(short, Wait)
+    assert isinstance(long, Wait)
+    assert long.first_token_in_s > 8 * 4000 / 1000.0 > 2 * short.first_token_in_s
+
+
+def test_who_has_been_let_in_is_not_sent_away_for_what_is_foreseen_later() -> None:
+    nodes, crowd = [PAIR[0], full_node(16)], others(1000)
+    mine = request(request_id="mine", age_s=30.0, priority=6)  # behind them all
+    assert isinstance(decide(mine, nodes, waiting_behind([*crowd, mine])), Wait)
+    with pytest.raises(errors.Full):
+        decide(mine, nodes, waiting_behind(crowd))
+    old = msgspec.structs.replace(mine, age_s=ERROR * GOALS.max_wait_s + 1)
+    with pytest.raises(errors.Full):
+        decide(old, nodes, waiting_behind([*crowd, old]))
+    # A pair for it is no reason to send it away.
+    assert isinstance(decide(old, PAIR, waiting_behind([old])), Choice)
+
+
+def test_room_for_those_ahead_is_not_given_away() -> None:
+    """Nine blocks are free: seven for who came first, and not seven more."""
+    tight = node("d0", "decode", num_running=2, free=9)
+    first, second = request(request_id="first", age_s=2.0), request(request_id="second", age_s=1.0)
+    waiting = waiting_behind([first])
+    assert isinstance(decide(second, [PAIR[0], tight], waiting), Wait)
+    assert isinstance(decide(first, [PAIR[0], tight], waiting), Choice)
+    roomy = node("d0", "decode", num_running=2, free=14)
+    assert isinstance(decide(second, [PAIR[0], roomy], waiting), Choice)
+
+
+def test_the_last_place_in_the_batch_is_for_who_came_first() -> None:
+    first, second = request(request_id="first", age_s=2.0), request(request_id="second", age_s=1.0)
+    nodes, waiting = [PAIR[0], full_node(15)], waiting_behind([first])
+    assert isinstance(decide(second, nodes, waiting), Wait)
+    assert isinstance(decide(first, nodes, waiting), Choice)
+
+
+def test_room_that_those_ahead_cant_use_is_given_away() -> None:
+    """The first stands at another node, and is too long for this one."""
+    first = request(3000, 50, request_id="first", age_s=2.0)
+    nodes = [
+        PAIR[0],
+        node("d0", "decode", num_running=2, free=9),
+        node("d1", "decode", free=0, num_running=9),
+    ]
+    waiting = Waiting()
+    waiting.note(first, "d1", Work(3000, 1, 188, 3000, 50.0), 0.5, 0.0)
+    choice = decide(request(request_id="second"), nodes, waiting)
+    assert isinstance(choice, Choice)
+    assert choice.decode.node_id == "d0"
+
+
+def test_the_retry_of_a_running_request_stands_before_all_others() -> None:
+    nodes = [PAIR[0], node("d0", "decode", num_running=2, free=9)]
+    waiting = waiting_behind([request(request_id="urgent", age_s=50.0, priority=-6)])
+    assert isinstance(decide(request(request_id="retry", num_output_tokens=3), nodes, waiting), Choice)
+
+
+def test_blocks_of_sequences_on_their_way_are_not_given_twice() -> None:
+    """Given and reserved, though no report shows them as leased yet."""
+    state: ClusterState = cluster(PAIR[0], node("d0", "decode", free=12, given=Work(0, 1, 7, 100)))
+    assert isinstance(told(admission.decide(request(), state, GOALS, LIMITS, now=0.0)), Wait)
+
+
+def test_a_prefill_node_that_decodes_besides_keeps_time_for_prompts() -> None:
+    """However long who asks has waited: others wait for the prompts that it would hold up."""
+    fit = StepFit(
+        base_s=0.02, prefill_token_s=1e-3, attended_token_s=0.0, sequence_s=0.01, context_token_s=0.0
+    )
+    lent = {"max_prefill_tokens_per_step": 100, "step": fit, "queued_prefill_tokens": 200}
+    full = full_node(16)
+    for num_running, has_room in ((9, True), (10, False)):  # a step of 20 + 10 x 10 ms; half of 250 are 125
+        helper = node("p0", "prefill", num_running=num_running, **lent)
+        decision = decide(request(age_s=10.0), [helper, full])
+        assert isinstance(decision, Choice) == has_room

@@ -9,7 +9,7 @@ import pytest
 from imagined_nodes import BLOCK_SIZE, MODEL, Imagined, cluster, node, request, view
 
 from flowkv_common.wire.messages import ScheduleRequest
-from flowkv_common.wire.nodes import StepFit
+from flowkv_common.wire.nodes import StepFit, expected_tokens
 from flowkv_scheduler import policy
 from flowkv_scheduler.policy import Choice, added_work
 from flowkv_scheduler.view import Work
@@ -84,8 +84,7 @@ def test_pool_too_small_for_the_whole_request_is_passed_over() -> None:
 def test_full_batch_is_a_wait() -> None:
     full, nearly = node("d0", "decode", num_running=16), node("d1", "decode", num_running=15)
     assert pair(choose(request(), [node("p0", "prefill"), full, nearly])) == ("p0", "d1")
-    weighed = weighing(request(), full, nearly)
-    assert weighed.decode_cost(view(full)).wait_s > 0 == weighed.decode_cost(view(nearly)).wait_s
+    assert choose(request(), [node("p0", "prefill"), full]) is None
 
 
 def test_decode_node_over_its_rhythm_is_passed_over_unless_the_request_runs_already() -> None:
@@ -232,7 +231,10 @@ def test_choice_adds_tokens_to_prefill_and_blocks_to_decode() -> None:
     wanted = request(num_prompt_tokens=96)
     choice = choose(wanted, [node("p0", "prefill"), node("d0", "decode")])
     assert choice is not None
-    assert added_work(wanted, choice) == (Work(prefill_tokens=96), Work(0, 1, 7, 96))
+    for_prefill, for_decode = added_work(wanted, choice)
+    assert for_prefill == Work(prefill_tokens=96)
+    expected = expected_tokens(wanted.max_new_tokens, choice.decode.stop_rate)
+    assert for_decode == Work(0, 1, 7, 96, expected)
 
 
 def test_nobody_waits_for_the_rhythm_of_others_for_ever() -> None:

@@ -15,6 +15,7 @@ from flowkv_common.errors import DeadlineExceeded, FlowKVError, Full, NotFound
 from flowkv_common.kv.blocks import OutOfBlocks
 from flowkv_common.node.attempts import Attempt
 from flowkv_common.node.guest import Node
+from flowkv_common.node.output_lengths import OutputLengths
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
@@ -26,6 +27,7 @@ from flowkv_common.wire.messages import (
     Resumed,
     TokenChunk,
 )
+from flowkv_common.wire.nodes import OutputForecast
 from flowkv_decode import intake
 from flowkv_decode.batching import decode_items, num_missing_blocks, pick_victim, recompute_items
 from flowkv_decode.output import Outputs
@@ -46,6 +48,7 @@ class DecodeGuest:
         self._running: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
         self._outputs = Outputs()
+        self._lengths = OutputLengths()
 
     def endpoints(self) -> list[Endpoint]:
         def at(subject: str) -> str:
@@ -93,7 +96,7 @@ class DecodeGuest:
 
     def adopt(self, sequence: Sequence) -> None:
         """Run a sequence that comes with its blocks."""
-        stop = Attempt(sequence.transfer_id, sequence.gateway_id, "decode", lambda _: self._drop(sequence))
+        stop = Attempt(sequence.transfer_id, sequence.gateway_id, "decode", lambda _: self._stop(sequence))
         self._node.attempts.begin(stop)
         self._outputs.open(sequence)
         self._waiting.append(sequence)
@@ -131,12 +134,18 @@ class DecodeGuest:
         self._outputs.add(chunk)
         self._node.outbox.add(sequence.gateway_id, chunk)
         if finish_reason:
+            self._lengths.see(len(sequence.output_ids), stopped=finish_reason == "stop")
             self._node.attempts.end(sequence.transfer_id)
             self._drop(sequence)
 
     def fail(self, sequence: Sequence, error: FlowKVError) -> None:
         self._node.outbox.fail(sequence.gateway_id, sequence.transfer_id, error)
         self._node.attempts.end(sequence.transfer_id)
+        self._drop(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Cancelled: by a stop string, or since the client has left. Either way its output ends here."""
+        self._lengths.see(len(sequence.output_ids), stopped=True)
         self._drop(sequence)
 
     # --- the batch --------------------------------------------------------------------------------
@@ -213,3 +222,9 @@ class DecodeGuest:
 
     def queued_prefill_tokens(self) -> int:
         return sum(s.num_new_tokens for s in [*self._running, *self._waiting] if s.is_prefilling)
+
+    def forecast(self) -> OutputForecast:
+        return self._lengths.forecast(
+            (len(sequence.output_ids), sequence.sampling.max_tokens - len(sequence.output_ids))
+            for sequence in [*self._running, *self._waiting]
+        )

@@ -142,6 +142,7 @@ class Dispatch:
         with journey.phases.phase("schedule"):
             while True:
                 answer = await self._ask_scheduler(journey)
+                journey.foreseen(answer.first_token_in_s)
                 if isinstance(answer, Assignment):
                     journey.assigned(answer)
                     return answer

@@ -31,6 +31,7 @@ class Journey:
         self._error: str | None = None
         self._nodes = ("", "")
         self._num_cached_tokens = 0
+        self._predicted_ttft_s = 0.0
         self.phases = Phases()
 
     @property
@@ -64,6 +65,11 @@ class Journey:
             deadline_in_s=max(0.0, self.remaining_s()),
             block_hashes=await self._hashes.of(token_ids, basis) if basis else [],
         )
+
+    def foreseen(self, first_token_in_s: float) -> None:
+        """The scheduler has answered; what it says first is what the request was let in for."""
+        if not self._predicted_ttft_s and first_token_in_s:
+            self._predicted_ttft_s = time.monotonic() - self._began + first_token_in_s
 
     def assigned(self, assignment: Assignment) -> None:
         self._nodes = (assignment.prefill.node_id, assignment.decode.node_id)
@@ -123,4 +129,5 @@ class Journey:
             decode_node=self._nodes[1],
             phases_s=self.phases.seconds,
             error=self._error,
+            predicted_ttft_s=round(self._predicted_ttft_s, 3),
         )

@@ -22,7 +22,7 @@ from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, PrefillRun, TokenChunk
 from flowkv_prefill.chunking import plan_chunks
-from flowkv_prefill.handoff import Handoff, num_blocks_for, reserve
+from flowkv_prefill.handoff import Handoff, reserve
 from flowkv_prefill.prompt import Prompt
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ class PrefillGuest:
         """From the queue to the decode node. Whatever happens, blocks come back and the gateway is told."""
         sequence, node = prompt.sequence, self._node
         try:
+            self._refuse_what_never_fits(sequence)
             async with asyncio.timeout(prompt.run.deadline_in_s):
                 if prompt.run.decode == node.ref:
                     await self._serve_here(prompt)
@@ -101,9 +102,22 @@ class PrefillGuest:
             self._prompts.pop(sequence.transfer_id, None)
             await node.outbox.flush()
 
+    def _refuse_what_never_fits(self, sequence: Sequence) -> None:
+        """Raises BadRequest for a prompt that would wait for more blocks than there are."""
+        num_blocks, total = (
+            self._node.layout.blocks_for_prompt(sequence.num_tokens),
+            self._node.blocks.num_blocks,
+        )
+        if num_blocks > total:
+            raise BadRequest(
+                f"A prompt of {sequence.num_tokens} tokens needs {num_blocks} blocks of KV cache, "
+                f"{self._node.ref.node_id} has {total}.",
+                field="prompt",
+            )
+
     async def _serve_and_hand_off(self, prompt: Prompt) -> None:
         sequence, node = prompt.sequence, self._node
-        num_bytes = node.layout.block_bytes * num_blocks_for(sequence, node.settings.block_size)
+        num_bytes = node.layout.block_bytes * node.layout.blocks_for_prompt(sequence.num_tokens)
         async with contextlib.AsyncExitStack() as held:
             with prompt.phases.phase("queue"):
                 in_flight = await held.enter_async_context(
@@ -251,7 +265,7 @@ class PrefillGuest:
 
     def _take(self, sequence: Sequence) -> bool:
         """False when there is no room now."""
-        if not self._node.take_blocks(sequence, num_blocks_for(sequence, self._node.settings.block_size)):
+        if not self._node.take_blocks(sequence, self._node.layout.blocks_for_prompt(sequence.num_tokens)):
             return False
         sequence.num_cached_tokens = sequence.num_computed_tokens
         return True
@@ -293,3 +307,6 @@ class PrefillGuest:
 
     def queued_prefill_tokens(self) -> int:
         return sum(p.sequence.num_new_tokens for p in self._prompts.values() if p.first is None)
+
+    def forecast(self) -> None:
+        return None

@@ -188,7 +188,7 @@ async def reserve(
 def _planned_runs(node: Node, sequence: Sequence) -> list[int]:
     """The runs that this node's blocks will lie in; a hint, so none while its own pool is full."""
     try:
-        return node.blocks.plan_runs(num_blocks_for(sequence, node.settings.block_size))
+        return node.blocks.plan_runs(node.layout.blocks_for_prompt(sequence.num_tokens))
     except OutOfBlocks:
         return []
 
@@ -196,11 +196,6 @@ def _planned_runs(node: Node, sequence: Sequence) -> list[int]:
 async def _ask(node: Node, request: Reserve) -> Reserved:
     subject = subjects.at(subjects.DECODE_RESERVE, request.node.node_id)
     return await node.bus.request(subject, request, Reserved, timeout_s=CONTROL_TIMEOUT_S)
-
-
-def num_blocks_for(sequence: Sequence, block_size: int) -> int:
-    """Blocks for the tokens there are and the one that comes next."""
-    return sequence.num_tokens // block_size + 1
 
 
 def split_at(instant: float, spans: Iterable[Span]) -> tuple[float, float]:

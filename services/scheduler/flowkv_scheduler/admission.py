@@ -1,23 +1,30 @@
 """Decides whether a request gets its pair now, asks again, or is refused with a retry time that is true.
 
-Pure. The gateway does the waiting and comes back with its age, so no queue is kept here; only how many wait
-is known (`waiting.py`).
+Pure. The gateway does the waiting and comes back with its age, so no queue is kept here; only who waits is
+known (`waiting.py`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_scheduler import policy
+from flowkv_scheduler.drain import prompts_in_s, room_in_s
 from flowkv_scheduler.policy import Choice, Chooser
 from flowkv_scheduler.state import ClusterState
-from flowkv_scheduler.view import NodeView
-from flowkv_scheduler.weighing import ASSUMED_TOKENS_LEFT, Goals, Weighing
+from flowkv_scheduler.view import NOTHING, NodeView, Work
+from flowkv_scheduler.waiting import Waiting
+from flowkv_scheduler.weighing import Goals, Weighing, need_at
 
+# A wait may turn out so many times shorter than foreseen, or longer. In doubt a request is let in, and then
+# stays for as long as such an error lasts.
+ERROR = 1.5
 # A less urgent request is refused at this part of the longest wait: the rest is for others.
 LESS_URGENT_SHARE = 0.5
 
@@ -31,6 +38,14 @@ class Limits(msgspec.Struct, frozen=True):
     max_retry_s: float = 0.5
 
 
+class Later(NamedTuple):
+    """When to ask again. Until then `need` is saved for the request at the node; "" is none."""
+
+    wait: Wait
+    node_id: str = ""
+    need: Work = NOTHING
+
+
 def decide(
     request: ScheduleRequest,
     state: ClusterState,
@@ -38,24 +53,22 @@ def decide(
     limits: Limits,
     now: float,
     choose: Chooser = policy.choose,
-    num_ahead: int = 0,
-) -> Choice | Wait:
-    """The pair that `choose` takes, or when to ask again. `num_ahead` others wait for room before it.
+    waiting: Waiting | None = None,
+) -> Choice | Later:
+    """The pair that `choose` takes, or when to ask again, behind those of `waiting` who come before it.
 
     Raises `BadRequest` when no pool could ever hold the request, `Unavailable` when there has been no node
     for too long, `Full` when the wait would be too long or outlast the request's deadline; `retry_after_s` is
     the predicted end of that.
     """
-    weighing = Weighing(request, state, goals, now)
+    weighing = Weighing(request, state, goals, now, waiting)
     choice = choose(weighing)
     if choice is None:
         _check_fits(request, [node for node in state.views() if weighing.is_of_model(node)])
         if not any(weighing.stands(group) for group in weighing.groups):
-            return _without_nodes(request, limits)
-        return _without_room(request, weighing, limits, num_ahead)
-    # The retry of a running request is never shed: its client has seen half of the answer.
-    if not request.num_output_tokens:
-        _check_wait(request, request.age_s + choice.wait_s, choice.predicted_s, goals)
+            return Later(_without_nodes(request, limits))
+        return _without_room(request, weighing, limits)
+    _check_wait(weighing, choice.wait_s, choice.predicted_s, has_pair=True)
     return choice
 
 
@@ -64,14 +77,27 @@ def longest_wait_s(request: ScheduleRequest, goals: Goals) -> float:
     return goals.max_wait_s * (LESS_URGENT_SHARE if request.priority > 0 else 1.0)
 
 
-def _check_wait(request: ScheduleRequest, wait_s: float, predicted_s: float, goals: Goals) -> None:
-    longest_s = longest_wait_s(request, goals)
-    if wait_s > longest_s:
+def _check_wait(weighing: Weighing, wait_s: float, predicted_s: float, *, has_pair: bool = False) -> None:
+    """At the door. Who has been let in is not sent away for what is foreseen later, but when its age says so,
+    and even then not if there is a pair for it.
+
+    The retry of a running request is never shed: its client has seen half of the answer.
+    """
+    request = weighing.request
+    if request.num_output_tokens:
+        return
+    longest_s = longest_wait_s(request, weighing.goals)
+    is_in = request.request_id in weighing.waiting
+    # Prompts are computed in a known time; when outputs end, and who is lent, is foreseen.
+    limit_s = longest_s if has_pair else ERROR * longest_s
+    over_s = request.age_s - limit_s if is_in else request.age_s + wait_s - limit_s
+    if over_s > 0.0 and not (is_in and has_pair):
         raise errors.Full(
-            f"the first token would wait for {wait_s:.1f} s, at most {longest_s:.1f} s are admitted",
-            retry_after_s=wait_s - longest_s,
+            f"the first token would wait for about {request.age_s + wait_s:.1f} s, "
+            f"at most {longest_s:.1f} s are admitted",
+            retry_after_s=max(over_s, wait_s - limit_s),
         )
-    if predicted_s > request.deadline_in_s:
+    if predicted_s > request.deadline_in_s and (has_pair or not is_in):
         raise errors.Full(
             f"{predicted_s:.1f} s to the second token, the request has {request.deadline_in_s:.1f} s left",
             retry_after_s=predicted_s - request.deadline_in_s,
@@ -80,13 +106,14 @@ def _check_wait(request: ScheduleRequest, wait_s: float, predicted_s: float, goa
 
 def _check_fits(request: ScheduleRequest, nodes: Sequence[NodeView]) -> None:
     """Nodes count that are not ready now, too: they may be when the request is asked for again."""
-    num_tokens = request.num_prompt_tokens + request.max_new_tokens
-    if not nodes or any(node.can_ever_hold(num_tokens) for node in nodes):
+    if not nodes or any(node.can_ever_hold(request) for node in nodes):
         return
-    largest = max(node.descriptor.num_blocks * node.descriptor.layout.block_size for node in nodes)
+    largest = max(node.num_tokens_held for node in nodes)
+    num_all = request.num_prompt_tokens + request.max_new_tokens
     raise errors.BadRequest(
-        f"{request.num_prompt_tokens} prompt tokens and {request.max_new_tokens} new ones are more than the "
-        f"{largest} tokens that the largest KV cache holds",
+        f"This model's maximum context length is {largest} tokens here: that is the largest KV cache. "
+        f"However, you requested {num_all} tokens ({request.num_prompt_tokens} in the prompt, "
+        f"{request.max_new_tokens} in the completion).",
         field="prompt" if request.num_prompt_tokens >= largest else "max_tokens",
     )
 
@@ -100,45 +127,29 @@ def _without_nodes(request: ScheduleRequest, limits: Limits) -> Wait:
     return Wait(retry_in_s=limits.no_node_retry_s, reason="no node of the model is ready")
 
 
-def _without_room(request: ScheduleRequest, weighing: Weighing, limits: Limits, num_ahead: int) -> Wait:
-    """Decode nodes are full, or one sequence more would spoil their rhythm."""
-    able = [
-        node
-        for node in weighing.state.usable(weighing.now)
-        if weighing.is_of_model(node) and weighing.takes_sequence(node)
-    ]
-    nodes = [node for node in able if node.may_decode] or able
-    room_in_s = min((room_in(node, weighing) for node in nodes), default=limits.max_retry_s)
-    turn_in_s = room_in_s + (
-        num_ahead / sum(places_per_s(node, weighing) for node in nodes) if nodes else 0.0
-    )
-    if not request.num_output_tokens:
-        _check_wait(request, turn_in_s + request.age_s, turn_in_s, weighing.goals)
-    retry_in_s = min(max(room_in_s, limits.min_retry_s), limits.max_retry_s)
-    return Wait(retry_in_s=retry_in_s, reason=f"all {len(nodes)} decode nodes are full")
+def _without_room(request: ScheduleRequest, weighing: Weighing, limits: Limits) -> Later:
+    """Decode nodes are full, would lose their rhythm, or have just enough room for those who came before.
 
-
-def places_per_s(node: NodeView, weighing: Weighing) -> float:
-    """So many of those who wait find room on the node each second."""
-    if weighing.is_held_up_by_prompts(node):  # of those before it, each brings a prompt of about its length
-        return 1.0 / max(weighing.prefill_cost(node).work_s, node.step_s)
-    return max(1, node.num_sequences) / (ASSUMED_TOKENS_LEFT * node.step_s)
-
-
-def room_in(node: NodeView, weighing: Weighing) -> float:
-    """Seconds until the node will have room and rhythm for the request.
-
-    Sequences are taken to end evenly over `ASSUMED_TOKENS_LEFT` steps, each with an equal share of blocks.
+    The request stands at the node that has room for it first. Its prompt comes after all of those before it.
     """
-    lifetime_s = ASSUMED_TOKENS_LEFT * node.step_s
-    num_held = max(1, node.descriptor.num_blocks - node.num_available_blocks)
-    for_blocks_s = max(0, weighing.num_missing_blocks(node)) / num_held * lifetime_s
-    if weighing.keeps_rhythm(node):
-        return for_blocks_s
-    if weighing.is_held_up_by_prompts(node):
-        for_rhythm_s = node.prefill_wait_s
-    else:
-        over_s = weighing.step_s(node) - weighing.goals.itl_s
-        loaded_s = max(over_s, weighing.step_s(node) - node.speed.decode_step_s(1, 0))
-        for_rhythm_s = over_s / loaded_s * lifetime_s
-    return max(for_blocks_s, min(for_rhythm_s, weighing.patience_s))
+    usable = list(weighing.state.usable(weighing.now))
+    able = [node for node in usable if weighing.takes_sequence(node)]
+    nodes = [node for node in able if node.may_decode] or able
+    if not nodes:
+        return Later(Wait(retry_in_s=limits.max_retry_s, reason="no decode node can take it now"))
+    ahead = {node.node_id: weighing.waiting.ahead_at(node.node_id, weighing.turn) for node in nodes}
+    room_s = {node.node_id: room_in_s(node, weighing, ahead[node.node_id]) for node in nodes}
+    first = min(nodes, key=lambda node: (room_s[node.node_id], node.node_id))
+    prefill = [node for node in usable if node.may_prefill and weighing.takes_prompt(node)]
+    all_ahead = functools.reduce(Work.plus, ahead.values())
+    wait_s = max(room_s[first.node_id], prompts_in_s(prefill or able, all_ahead))
+    first_token_s = wait_s + min(weighing.prefill_cost(node).work_s for node in prefill or able)
+    _check_wait(weighing, wait_s, first_token_s)
+    # Half of the wait: so it is there in time, though rarely asked for while it is far back.
+    retry_in_s = min(max(room_s[first.node_id] / 2, limits.min_retry_s), limits.max_retry_s)
+    wait = Wait(
+        retry_in_s=retry_in_s,
+        reason=f"all {len(nodes)} decode nodes are full",
+        first_token_in_s=first_token_s,
+    )
+    return Later(wait, first.node_id, need_at(first, request))

@@ -142,6 +142,7 @@ def _assignment(request: ScheduleRequest, choice: Choice, epoch: int) -> Assignm
         reason=choice.reason,
         prefill_candidates=choice.prefill_candidates,
         decode_candidates=choice.decode_candidates,
+        first_token_in_s=choice.first_token_s,
     )
 
 

@@ -194,7 +194,9 @@ class Lending:
         if not moved.is_shared and moved.to == "decode" and not node.num_queued_tokens:
             return block_size
         step_s = self._goals.itl_s * self._at.rhythm_share
-        chunk = node.speed.chunk_within(step_s, node.num_sequences, node.num_context_tokens)
+        # Those that decode there now. Who is to come from prompts that wait here must not hold these up.
+        num_sequences = node.report.num_running + node.report.num_waiting
+        chunk = node.speed.chunk_within(step_s, num_sequences, node.report.num_context_tokens)
         # Over a block, since a cap of one block is a decode node's; no more if even this is too much.
         return max(block_size + 1, min(chunk, budget - 1))
 

@@ -56,10 +56,10 @@ class Planner:
 
     def schedule(self, request: ScheduleRequest, now: float) -> Choice | Wait:
         """The pair for one attempt, counted at once; or when to ask again. Raises as `admission.decide`."""
-        num_ahead = self._waiting.num_ahead(request, now)
+        self._waiting.forget_gone(now)
         try:
             decision = admission.decide(
-                request, self.state, self._goals, self._limits, now, self._choose, num_ahead
+                request, self.state, self._goals, self._limits, now, self._choose, self._waiting
             )
         except errors.FlowKVError:
             self._waiting.forget(request.request_id)
@@ -67,9 +67,9 @@ class Planner:
         if isinstance(decision, Choice):
             self._waiting.forget(request.request_id)
             self._count(request, decision, now)
-        else:
-            self._waiting.note(request, decision.retry_in_s, now)
-        return decision
+            return decision
+        self._waiting.note(request, decision.node_id, decision.need, decision.wait.retry_in_s, now)
+        return decision.wait
 
     def why_not_ready(self, fingerprint: str, now: float) -> str | None:
         """Why a request for the model, however short, would be given no nodes; None if it would."""

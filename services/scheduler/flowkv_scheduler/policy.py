@@ -4,7 +4,7 @@ Pure: plain data in, a choice with its reasons out; no clock, no I/O. The paper 
 load-aware scheduler. This one is ours: in seconds, from what nodes measure of themselves, never from names.
 
     wait at P + prefill of what P has not cached + exposed transfer of what D has not cached
-              + wait for a place at D + one decode step, while D keeps the time between tokens
+              + one decode step, while D has room and keeps the time between tokens
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.parts import Candidate
 from flowkv_scheduler.index import Group
 from flowkv_scheduler.view import NodeView, Work
-from flowkv_scheduler.weighing import NUM_TOLD, Cost, Weighing
+from flowkv_scheduler.weighing import NUM_TOLD, Cost, Weighing, need_at
 
 
 class Choice(msgspec.Struct, frozen=True, gc=False):
@@ -115,10 +115,9 @@ def _stays(weighing: Weighing, node: NodeView) -> bool:
 
 def added_work(request: ScheduleRequest, choice: Choice) -> tuple[Work, Work]:
     """What the choice adds to its prefill node and to its decode node."""
-    num_blocks = choice.decode.num_blocks_for(request.num_prompt_tokens + 1)
     return (
         Work(prefill_tokens=request.num_prompt_tokens - choice.num_cached_tokens),
-        Work(num_sequences=1, num_blocks=num_blocks, context_tokens=request.num_prompt_tokens),
+        msgspec.structs.replace(need_at(choice.decode, request), prefill_tokens=0),
     )
 
 
@@ -134,7 +133,7 @@ def _choice(
         prefill=p.node,
         decode=d.node,
         predicted_s=best.predicted_s,
-        wait_s=p.wait_s + d.wait_s,
+        wait_s=p.wait_s,
         first_token_s=p.total_s,
         prefill_s=p.work_s,
         num_cached_tokens=p.num_cached_tokens,
@@ -142,7 +141,7 @@ def _choice(
             f"best of {num_pairs} pairs, {best.predicted_s:.3f} s to the second token: wait at "
             f"{p.node.node_id} {p.wait_s:.3f} s, prefill of "
             f"{request.num_prompt_tokens - p.num_cached_tokens} tokens {p.work_s:.3f} s, transfer "
-            f"{best.transfer_s:.3f} s, wait at {d.node.node_id} {d.wait_s:.3f} s, step {d.work_s:.3f} s"
+            f"{best.transfer_s:.3f} s, step at {d.node.node_id} {d.work_s:.3f} s"
         ),
         prefill_candidates=[_candidate(cost, _prefill_reason(cost)) for cost in prefill[:NUM_TOLD]],
         decode_candidates=[_candidate(cost, _decode_reason(cost)) for cost in decode[:NUM_TOLD]],

@@ -89,19 +89,16 @@ class Scores(NamedTuple):
 def scores_of(nodes: Sequence[NodeView], goals: Goals, prefill_rate: float) -> Scores:
     """`prefill_rate`: prompt tokens that came per second, lately.
 
-    Prompts that wait are no sign of a want of prefill nodes: they may wait for room to decode. But they
-    will decode too, and are counted there.
+    Prompts that wait are no sign of a want of prefill nodes: they may wait for room to decode. Those that
+    have their pair count at their decode node already, as sequences that we gave it.
     """
     can_keep_rhythm = any(node.speed.decode_step_s(1, 0) < goals.itl_s for node in nodes)
     empty = Scores(Load(0.0, 0.0, 0), Load(0.0, 0.0, 0), goals, can_keep_rhythm)
     prefill = [empty.shared_capacity(node, "prefill") for node in nodes if node.may_prefill]
     decode = [empty.shared_capacity(node, "decode") for node in nodes if node.may_decode]
-    num_sequences = sum(node.num_sequences for node in nodes)
-    num_prompts = sum(node.report.num_prompts for node in nodes)
-    decoding = sum(decode_score(node, goals) for node in nodes) * (1.0 + num_prompts / max(1, num_sequences))
     return empty._replace(
         prefill=Load(prefill_rate, sum(prefill), len(prefill)),
-        decode=Load(decoding, sum(decode), len(decode)),
+        decode=Load(sum(decode_score(node, goals) for node in nodes), sum(decode), len(decode)),
     )
 
 

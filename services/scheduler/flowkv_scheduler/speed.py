@@ -40,6 +40,11 @@ class Speed(msgspec.Struct, frozen=True, gc=False):
             + num_attended * self.attended_token_s
         )
 
+    def queue_s(self, num_tokens: int, mean_tokens: float, chunk: int, beside_s: float) -> float:
+        """Of a queue of so many tokens, in prompts of about `mean_tokens`, steps shared between them."""
+        one_prompt_s = self.prefill_s(num_tokens, 0, chunk, beside_s)
+        return max(0.0, one_prompt_s + num_tokens * (mean_tokens - num_tokens) / 2 * self.attended_token_s)
+
     def chunk_beside_s(self, num_sequences: int, num_context_tokens: int, *, is_decode: bool) -> float:
         """What each chunk's step computes besides.
 

@@ -9,9 +9,12 @@ import math
 
 import msgspec
 
-from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
+from flowkv_common.wire.messages import ScheduleRequest
+from flowkv_common.wire.nodes import LoadReport, NodeDescriptor, OutputForecast, expected_tokens
 from flowkv_scheduler.speed import Speed
 
+# Assumed of a node that does not tell: one output in so many tokens ends, a chat answer's usual length.
+UNKNOWN_STOP_RATE = 1 / 256
 # A node is silent after this many of its own report periods: no new work.
 SILENT_AFTER_PERIODS = 3.0
 
@@ -23,6 +26,7 @@ class Work(msgspec.Struct, frozen=True, gc=False):
     num_sequences: int = 0
     num_blocks: int = 0
     context_tokens: int = 0
+    output_tokens: float = 0.0  # as expected
 
     def plus(self, other: Work, sign: int = 1) -> Work:
         return Work(
@@ -30,7 +34,23 @@ class Work(msgspec.Struct, frozen=True, gc=False):
             self.num_sequences + sign * other.num_sequences,
             self.num_blocks + sign * other.num_blocks,
             self.context_tokens + sign * other.context_tokens,
+            self.output_tokens + sign * other.output_tokens,
         )
+
+    def share(self, part: int, whole: int) -> Work:
+        """That of `part` requests, where all of this is of `whole`."""
+        if part == whole:
+            return self
+        return Work(
+            self.prefill_tokens * part // whole,
+            self.num_sequences * part // whole,
+            self.num_blocks * part // whole,
+            self.context_tokens * part // whole,
+            self.output_tokens * part / whole,
+        )
+
+
+NOTHING = Work()
 
 
 class NodeView(msgspec.Struct, frozen=True, gc=False):
@@ -59,16 +79,29 @@ class NodeView(msgspec.Struct, frozen=True, gc=False):
     prefill_wait_s: float  # until a prompt that comes now is begun
     chunk_s: float  # what prompts that wait here add to a step
     step_s: float  # of a decode step, were one more sequence of mean length there; with `chunk_s`
+    tokens_left: float  # that its sequences are expected to produce yet, together
+    first_ends_in: float  # steps, until the first of them has ended
+    stop_rate: float  # outputs that end of themselves, per token
+
+    @property
+    def helps_decode(self) -> bool:
+        """A prefill node that decodes besides: what holds up its prompts holds up all who come after them."""
+        return self.descriptor.role == "prefill" and self.may_prefill and self.may_decode
 
     def is_usable(self, now: float) -> bool:
         """May it get new work?"""
         return now <= self.usable_until
 
-    def num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.descriptor.layout.block_size)
+    def num_blocks_for_prompt(self, num_tokens: int) -> int:
+        return self.descriptor.layout.blocks_for_prompt(num_tokens)
 
-    def can_ever_hold(self, num_tokens: int) -> bool:
-        return num_tokens <= self.num_tokens_held
+    def can_ever_compute(self, request: ScheduleRequest) -> bool:
+        """Could the whole pool hold the prompt?"""
+        return self.num_blocks_for_prompt(request.num_prompt_tokens) <= self.descriptor.num_blocks
+
+    def can_ever_hold(self, request: ScheduleRequest) -> bool:
+        """Could the whole pool hold the prompt, and all that it may produce?"""
+        return request.num_prompt_tokens + request.max_new_tokens <= self.num_tokens_held
 
 
 def view_of(
@@ -92,11 +125,10 @@ def view_of(
     num_context_tokens = report.num_context_tokens + given.context_tokens
     num_queued = report.queued_prefill_tokens + given.prefill_tokens
     beside_s = speed.chunk_beside_s(report.num_running, report.num_context_tokens, is_decode=not may_prefill)
-    wait_s = speed.prefill_s(num_queued, 0, chunk, beside_s)
-    # The queue is of prompts of mean length, not one prompt.
-    wait_s += num_queued * (mean_prompt_tokens - num_queued) / 2 * speed.attended_token_s
+    wait_s = speed.queue_s(num_queued, mean_prompt_tokens, chunk, beside_s)
     step_s = speed.decode_step_s(num_sequences + 1, num_context_tokens + int(mean_prompt_tokens))
     chunk_s = min(num_queued, chunk) * speed.prefill_token_s
+    forecast = _forecast_of(report)
     return NodeView(
         node_id=descriptor.node.node_id,
         descriptor=descriptor,
@@ -116,7 +148,27 @@ def view_of(
         num_queued_tokens=num_queued,
         num_available_blocks=blocks.free + blocks.cached - given.num_blocks,
         chunk_beside_s=beside_s,
-        prefill_wait_s=max(0.0, wait_s),
+        prefill_wait_s=wait_s,
         chunk_s=chunk_s,
         step_s=step_s + chunk_s,
+        tokens_left=forecast.tokens_left + given.output_tokens,
+        first_ends_in=_first_ends_in(forecast, given),
+        stop_rate=forecast.stop_rate,
     )
+
+
+def _forecast_of(report: LoadReport) -> OutputForecast:
+    """The node's own; else all that is known is how many there are."""
+    if report.forecast is not None:
+        return report.forecast
+    num = report.num_running + report.num_waiting
+    left = expected_tokens(math.inf, UNKNOWN_STOP_RATE)
+    return OutputForecast(
+        tokens_left=num * left, first_ends_in=left / max(1, num), stop_rate=UNKNOWN_STOP_RATE
+    )
+
+
+def _first_ends_in(forecast: OutputForecast, given: Work) -> float:
+    """Those that were given last are all still to begin."""
+    of_given = given.output_tokens / given.num_sequences if given.num_sequences else math.inf
+    return min(forecast.first_ends_in if forecast.tokens_left else math.inf, of_given)

@@ -12,10 +12,12 @@ from operator import attrgetter
 import msgspec
 
 from flowkv_common.wire.messages import ScheduleRequest
+from flowkv_common.wire.nodes import expected_tokens
 from flowkv_scheduler.index import Group, Members, Side
 from flowkv_scheduler.prefixes import keys_of
 from flowkv_scheduler.state import ClusterState
-from flowkv_scheduler.view import NodeView
+from flowkv_scheduler.view import NOTHING, NodeView, Work
+from flowkv_scheduler.waiting import Waiter, Waiting
 
 # Bytes per second of the way between two nodes, by connector: orders of magnitude, all that a choice needs.
 LINK_BYTES_PER_S = {"shm": 5e9, "cuda_ipc": 200e9, "nccl": 20e9, "tcp": 1e9}
@@ -23,8 +25,9 @@ UNKNOWN_LINK_BYTES_PER_S = 1e9
 HERE = "here"
 # Reserve, commit and the first token's detour: what a handoff costs however short the prompt is.
 HANDOFF_S = 0.005
-# How long sequences run on is not known to anyone; a chat answer's usual length.
-ASSUMED_TOKENS_LEFT = 128
+# A prefill node that decodes besides does so for this part of the time between tokens: the rest is for
+# prompts, and who decodes elsewhere waits for these.
+HELPING_SHARE = 0.5
 # So many nodes per side and class of speed are weighed, and so many more that have cached the most.
 NUM_WEIGHED = 4
 NUM_BY_PREFIX = 4
@@ -37,7 +40,7 @@ Accepts = Callable[[NodeView], bool]
 
 
 class Goals(msgspec.Struct, frozen=True):
-    """What users are to see, in seconds. A wait for prefill over `max_wait_s` is refused at the door."""
+    """What users are to see, in seconds. Who would wait longer than `max_wait_s` is refused at the door."""
 
     ttft_s: float = 5.0
     itl_s: float = 0.25
@@ -60,11 +63,20 @@ _rank = attrgetter("total_s", "node.node_id")
 class Weighing:
     """One request against the cluster as it is: who may take which half, at what cost."""
 
-    def __init__(self, request: ScheduleRequest, state: ClusterState, goals: Goals, now: float) -> None:
+    def __init__(
+        self,
+        request: ScheduleRequest,
+        state: ClusterState,
+        goals: Goals,
+        now: float,
+        waiting: Waiting | None = None,
+    ) -> None:
         self.request = request
         self.state = state
         self.goals = goals
         self.now = now
+        self.waiting = waiting or Waiting()
+        self.turn = self.waiting.turn_of(request, now)
         self.hits = state.prefixes.hits(keys_of(request.block_hashes), now)
         self.groups = state.index.groups_of(request.fingerprint)
         self._avoid = frozenset(request.avoid)
@@ -75,38 +87,73 @@ class Weighing:
         return node.descriptor.model.fingerprint == self.request.fingerprint
 
     def takes_prompt(self, node: NodeView) -> bool:
-        return node.is_usable(self.now) and node.can_ever_hold(self.request.num_prompt_tokens)
+        return self._is_for(node) and node.can_ever_compute(self.request)
 
     def takes_sequence(self, node: NodeView) -> bool:
-        num_tokens = self.request.num_prompt_tokens + self.request.max_new_tokens
-        return node.is_usable(self.now) and node.can_ever_hold(num_tokens)
+        return self._is_for(node) and node.can_ever_hold(self.request)
+
+    def _is_for(self, node: NodeView) -> bool:
+        return self.is_of_model(node) and node.is_usable(self.now)
 
     def has_place(self, node: NodeView) -> bool:
-        """Is there room for the whole prompt, and a token, now, and does the node keep its rhythm?"""
-        if self.num_missing_blocks(node) > 0:
+        """Does the request fit on the node now, beside those before it that could take the room?
+
+        Room counts for who stands at this node, whether it is enough for it yet or not, and for who stands
+        elsewhere and would find enough here.
+        """
+        if not self._fits(node, NOTHING):
             return False
-        # The retry of a running request is never held up for the sake of others' rhythm, nor for ever anyone.
-        return self.keeps_rhythm(node) or self.request.num_output_tokens > 0 or self.patience_s == 0
+        held = NOTHING
+        for other in self.waiting.ahead_of(self.turn):
+            if other.node_id == node.node_id or self._could_take(node, other, held):
+                held = held.plus(other.need)
+                if not self._fits(node, held):
+                    return False
+        return True
+
+    def _fits(self, node: NodeView, held: Work) -> bool:
+        """Is there room for the whole prompt and a token, a place, and rhythm, with `held` for others?"""
+        if self.num_missing_blocks(node) + held.num_blocks > 0 or num_missing_places(node, held) > 0:
+            return False
+        return self.over_s(node, held) <= 0.0 or not self.respects_rhythm(node)
+
+    def _could_take(self, node: NodeView, other: Waiter, held: Work) -> bool:
+        """Would one who stands elsewhere get its room here, if it asked now?"""
+        if other.need.num_blocks + held.num_blocks > node.num_available_blocks:
+            return False  # most often, and soon seen
+        if node.node_id in other.request.avoid:
+            return False
+        its = Weighing(other.request, self.state, self.goals, self.now, self.waiting)
+        return its.takes_sequence(node) and its._fits(node, held)
 
     @property
     def patience_s(self) -> float:
         """How much longer the request may be held up for the sake of others' rhythm."""
         return max(0.0, self.goals.ttft_s - self.request.age_s)
 
+    def respects_rhythm(self, node: NodeView) -> bool:
+        """The retry of a running request is not held up for the sake of others' rhythm, nor for ever anyone:
+        but where prompts are computed for others they would be held up in turn."""
+        return not self.request.num_output_tokens and (node.helps_decode or self.patience_s > 0.0)
+
     def num_missing_blocks(self, node: NodeView) -> int:
         # Cached blocks may be idle, and are then among those available: they are not counted twice.
         num_held = max(0, self.hits.of(node.node_id) - node.report.blocks.cached)
-        wanted = node.num_blocks_for(self.request.num_prompt_tokens + 1) - num_held
+        wanted = node.num_blocks_for_prompt(self.request.num_prompt_tokens) - num_held
         return wanted - node.num_available_blocks
 
-    def keeps_rhythm(self, node: NodeView) -> bool:
-        """Would the time between tokens stay within its goal? An idle node is as good as it gets."""
-        return node.num_sequences == 0 or self.step_s(node) <= self.goals.itl_s
+    def over_s(self, node: NodeView, held: Work = NOTHING) -> float:
+        """By how much the time between tokens would be over its goal. An idle node is as good as it gets."""
+        if node.num_sequences + held.num_sequences == 0:
+            return 0.0
+        step_s = self.step_s(node) + node.speed.beside_s(held.num_sequences, held.context_tokens)
+        if node.helps_decode:
+            return max(step_s - self.goals.itl_s, step_s - node.chunk_s - HELPING_SHARE * self.goals.itl_s)
+        return step_s - self.goals.itl_s
 
     def is_held_up_by_prompts(self, node: NodeView) -> bool:
         """Would it keep its rhythm if no prompts waited on the node? Then it will when they are computed."""
-        over_s = self.step_s(node) - self.goals.itl_s
-        return 0.0 < over_s <= node.chunk_s and self.num_missing_blocks(node) <= 0
+        return 0.0 < self.over_s(node) <= node.chunk_s and not node.helps_decode
 
     # --- what it costs -----------------------------------------------------------------------------
 
@@ -128,13 +175,9 @@ class Weighing:
         return Cost(node, node.prefill_wait_s, work_s, num_cached, node.prefill_wait_s + work_s)
 
     def decode_cost(self, node: NodeView) -> Cost:
-        """Wait for a place among the sequences, then one step."""
+        """One step: who gets the node has its place in the batch."""
         step_s = self.step_s(node)
-        num_places = max(1, node.report.max_num_seqs)
-        # A full batch gives a place back every `ASSUMED_TOKENS_LEFT / num_places` steps.
-        num_ahead = max(0, node.num_sequences + 1 - num_places)
-        wait_s = num_ahead * step_s * ASSUMED_TOKENS_LEFT / num_places
-        return Cost(node, wait_s, step_s, self.num_cached_tokens(node), wait_s + step_s)
+        return Cost(node, 0.0, step_s, self.num_cached_tokens(node), step_s)
 
     def way(self, prefill: NodeView, decode: NodeView) -> str:
         """By which connector, `HERE` if there is nothing to move, "" if that is not known."""
@@ -205,6 +248,22 @@ class Weighing:
         others = (node_id for node_id in self.hits.longest_first() if node_id not in seen)
         members = (node for node_id in others if (node := nodes.member(group, node_id)))
         return list(islice(filter(accepts, islice(members, NUM_LOOKED_AT)), NUM_BY_PREFIX))
+
+
+def need_at(node: NodeView, request: ScheduleRequest) -> Work:
+    """The room that the request takes there, and the work that it brings."""
+    return Work(
+        prefill_tokens=request.num_prompt_tokens,
+        num_sequences=1,
+        num_blocks=node.num_blocks_for_prompt(request.num_prompt_tokens),
+        context_tokens=request.num_prompt_tokens,
+        output_tokens=expected_tokens(request.max_new_tokens, node.stop_rate),
+    )
+
+
+def num_missing_places(node: NodeView, ahead: Work) -> int:
+    """In the batch, for one more behind those ahead."""
+    return node.num_sequences + ahead.num_sequences + 1 - max(1, node.report.max_num_seqs)
 
 
 def _but(avoid: frozenset[str], accepts: Accepts) -> Accepts:

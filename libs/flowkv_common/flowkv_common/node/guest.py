@@ -28,6 +28,7 @@ from flowkv_common.node.instruments import Instruments
 from flowkv_common.node.links import Links
 from flowkv_common.node.outbox import Outbox
 from flowkv_common.node.steps import Retire
+from flowkv_common.wire.nodes import OutputForecast
 from flowkv_common.wire.parts import ModelCard, NodeRef, PoolLayout
 
 ROLES_GROUP = "flowkv.roles"
@@ -191,6 +192,9 @@ class Guest(Protocol):
         """Tokens in the KV caches of the sequences that decode here."""
 
     def queued_prefill_tokens(self) -> int: ...
+
+    def forecast(self) -> OutputForecast | None:
+        """How much longer the outputs of those that decode here are expected to become."""
 
 
 class GuestFactory(Protocol):

@@ -39,6 +39,7 @@ def snapshot(node: Node, steps: Steps, seq: int) -> LoadReport:
         num_context_tokens=sum(guest.num_context_tokens() for guest in guests),
         step=node.instruments.step_fitter.fit(),
         epoch=node.epoch,
+        forecast=node.guests["decode"].forecast(),
     )
 
 

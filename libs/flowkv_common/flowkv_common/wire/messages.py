@@ -83,6 +83,7 @@ class Assignment(Message, frozen=True):
     reason: str
     prefill_candidates: list[Candidate]
     decode_candidates: list[Candidate]
+    first_token_in_s: float = 0.0  # as predicted, from now on
 
 
 class Wait(Message, frozen=True):
@@ -90,6 +91,7 @@ class Wait(Message, frozen=True):
 
     retry_in_s: float
     reason: str
+    first_token_in_s: float = 0.0  # as predicted, from now on; 0: no telling
 
 
 class ReadyRequest(Message, frozen=True):
@@ -258,6 +260,7 @@ class RequestFinished(Message, frozen=True):
     decode_node: str
     phases_s: dict[str, float]
     error: str | None = None
+    predicted_ttft_s: float = 0.0  # by the scheduler's first answer; 0: there was none
 
 
 class KVTransferred(Message, frozen=True):

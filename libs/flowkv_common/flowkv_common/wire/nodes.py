@@ -5,6 +5,8 @@ The rules are those of `wire/messages.py`.
 
 from __future__ import annotations
 
+import math
+
 from flowkv_common.wire.messages import Message
 from flowkv_common.wire.parts import ModelCard, NodeRef, Part, PoolLayout
 
@@ -32,6 +34,19 @@ class StepFit(Part, frozen=True):
     attended_token_s: float
     sequence_s: float
     context_token_s: float
+
+
+class OutputForecast(Part, frozen=True):
+    """How much longer a node expects the outputs of its sequences to become. In tokens."""
+
+    tokens_left: float  # of all that decode here, together
+    first_ends_in: float  # until the first of them ends: so many steps
+    stop_rate: float  # outputs that end of themselves, by a stop or a cancel, per token
+
+
+def expected_tokens(max_tokens: float, stop_rate: float) -> float:
+    """How long an output of at most so many tokens becomes, which ends of itself at `stop_rate` per token."""
+    return -math.expm1(-stop_rate * max_tokens) / stop_rate if stop_rate > 0.0 else max_tokens
 
 
 class NodeDescriptor(Message, frozen=True):
@@ -81,6 +96,7 @@ class LoadReport(Message, frozen=True):
     num_sequences_accepted: int = 0
     step: StepFit | None = None
     epoch: int = 0  # the highest that this node has heard of
+    forecast: OutputForecast | None = None  # None: not told
 
 
 class SetPrefillCap(Message, frozen=True):

@@ -38,6 +38,10 @@ class PoolLayout(Part, frozen=True):
         item = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
         return self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim * item
 
+    def blocks_for_prompt(self, num_tokens: int) -> int:
+        """Blocks that a prompt of so many tokens needs, on either side: it has its next token's place too."""
+        return num_tokens // self.block_size + 1
+
 
 class NodeRef(Part, frozen=True):
     """A node in one of its lives: a restarted process keeps its `node_id`, never its `incarnation`."""

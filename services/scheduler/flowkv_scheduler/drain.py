@@ -1,0 +1,70 @@
+"""When a full node has room for one more: from what its sequences have still to produce. Pure arithmetic.
+
+The one place where the door foresees a wait. Sequences end one by one; what the request and those before it
+lack of blocks, places and rhythm is told as a number of ends, and ends as a number of steps.
+"""
+
+from __future__ import annotations
+
+from flowkv_scheduler.view import NodeView, Work
+from flowkv_scheduler.weighing import Weighing, need_at, num_missing_places
+
+
+def room_in_s(node: NodeView, weighing: Weighing, ahead: Work) -> float:
+    """Seconds until the request fits there, behind `ahead`, which waits for room on the node too."""
+    for_room = max(_ends_for_blocks(node, weighing, ahead), num_missing_places(node, ahead))
+    for_room_s = _ends_in_s(node, weighing, for_room)
+    if not weighing.respects_rhythm(node):
+        return for_room_s
+    for_rhythm_s = _rhythm_in_s(node, weighing, ahead)
+    # For the sake of rhythm nobody waits for longer, unless prompts would be held up.
+    if not node.helps_decode:
+        for_rhythm_s = min(for_rhythm_s, weighing.patience_s)
+    return max(for_room_s, for_rhythm_s)
+
+
+def prompts_in_s(nodes: list[NodeView], ahead: Work) -> float:
+    """Seconds until these nodes have computed what is queued there, and the prompts of those ahead."""
+    soonest_s = min((node.prefill_wait_s for node in nodes), default=0.0)
+    if not ahead.num_sequences:
+        return soonest_s
+    num_tokens, mean = ahead.prefill_tokens, ahead.prefill_tokens / ahead.num_sequences
+    alone_s = (node.speed.queue_s(num_tokens, mean, node.chunk, node.chunk_beside_s) for node in nodes)
+    return soonest_s + 1.0 / sum(1.0 / max(seconds, 1e-9) for seconds in alone_s)
+
+
+def _ends_for_blocks(node: NodeView, weighing: Weighing, ahead: Work) -> float:
+    """Each sequence gives an equal share of what is taken."""
+    missing = weighing.num_missing_blocks(node) + ahead.num_blocks
+    num_taken = max(1, node.descriptor.num_blocks - node.num_available_blocks)
+    return max(0, missing) * max(1, node.num_sequences) / num_taken
+
+
+def _rhythm_in_s(node: NodeView, weighing: Weighing, ahead: Work) -> float:
+    if weighing.is_held_up_by_prompts(node):
+        return node.prefill_wait_s
+    over_s = weighing.over_s(node, ahead)
+    num = max(1, node.num_sequences)
+    each_s = node.speed.beside_s(1, 0) + node.num_context_tokens / num * node.speed.context_token_s
+    num_all = node.num_sequences + ahead.num_sequences  # when all have left it is idle, and good enough
+    num_ends = min(over_s / each_s, num_all) if over_s < num_all * each_s else num_all
+    return _ends_in_s(node, weighing, num_ends if over_s > 0.0 else 0.0)
+
+
+def _ends_in_s(node: NodeView, weighing: Weighing, num_ends: float) -> float:
+    """Until so many sequences have ended, those ahead among them as soon as they have had their turn.
+
+    Those that run are taken to end evenly, the first after `first_ends_in` steps, the last when a request
+    like this one would, had it begun now; later ones live for as long as this one will.
+    """
+    if num_ends <= 0.0:
+        return 0.0
+    num = max(1, node.num_sequences)
+    mean = node.tokens_left / num
+    whole = need_at(node, weighing.request).output_tokens
+    first = min(node.first_ends_in, mean)
+    last = max(mean, min(2.0 * mean - first, whole))
+    steps = first + (last - first) * min(1.0, num_ends / num)
+    if num_ends > num:
+        steps += (num_ends / num - 1.0) * whole
+    return steps * weighing.step_s(node)
