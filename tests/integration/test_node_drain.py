@@ -56,7 +56,8 @@ class Setup(NamedTuple):
     async def generate(self, max_tokens: int = NUM_TOKENS) -> list[int]:
         return await self.client.generate(self.node, self.node, PROMPT, max_tokens=max_tokens)
 
-    async def reserve(self, transfer_id: str) -> Reserved:
+    async def reserve(self, transfer_id: str, token: str = "") -> Reserved:
+        """Room for a handoff; with the reservation's `token` it is renewed."""
         request = Reserve(
             transfer_id=transfer_id,
             node=self.node,
@@ -67,6 +68,7 @@ class Setup(NamedTuple):
             block_hashes=[],
             run_lengths=[],
             expires_in_s=60.0,
+            token=token,
         )
         subject = subjects.at(subjects.DECODE_RESERVE, self.node.node_id)
         return await self.bus.request(subject, request, Reserved, timeout_s=5)
@@ -141,12 +143,12 @@ async def test_what_a_drain_has_not_finished_in_time_goes_back_to_its_gateway(se
             await setup.generate()
 
     await setup.wedge(for_s=3.0)  # longer than the drain may take, shorter than what counts as wedged
-    await setup.reserve("early.0")
+    reserved = await setup.reserve("early.0")
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(is_given_back())
         await first(setup.heard, lambda report: report.num_prompts == 1)
         await setup.drain()
-        await setup.reserve("early.0")  # what is promised is kept
+        await setup.reserve("early.0", reserved.token)  # what is promised is kept
     report = await first(setup.heard, lambda report: report.blocks.leased == 0)
     assert (report.draining, report.num_running) == (True, 0)
     await setup.resume()

@@ -89,6 +89,11 @@ class Dispatch:
         window = min(card.max_model_len, ids_that_fit(self._bus.max_payload))
         return msgspec.structs.replace(card, max_model_len=window)
 
+    def metadata(self) -> dict[str, str]:
+        """What `nats micro info` shows of the gateway: whose nodes serve it."""
+        model = self.model()
+        return {"model": model.name, "fingerprint": model.fingerprint} if model else {}
+
     def why_not_ready(self) -> str | None:
         return self.readiness.why_not()
 
@@ -264,7 +269,7 @@ async def open_dispatch(
             name="gateway",
             version=__version__,
             service_id=gateway_id,
-            metadata={},
+            metadata=dispatch.metadata,
             endpoints=[Endpoint(subjects.keepalive(gateway_id), Keepalive, dispatch.streams.keepalive)],
         )
         async with (

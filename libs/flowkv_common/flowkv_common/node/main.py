@@ -17,6 +17,8 @@ from flowkv_common.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
+ROLES = ("prefill", "decode", "mixed")
+
 
 def main(default_role: str) -> None:
     """`[prefill|decode|mixed] [--flags]`: load the model, then serve until SIGTERM.
@@ -26,6 +28,8 @@ def main(default_role: str) -> None:
     arguments = sys.argv[1:]
     named = bool(arguments) and not arguments[0].startswith("-")
     role = arguments.pop(0) if named else default_role
+    if role not in ROLES:
+        raise SystemExit(f"settings: unknown role {role!r}, not one of {', '.join(ROLES)}")
     settings = load(NodeSettings, arguments)
     logs.setup(role)
     # Compute threads spin some 50 us for the next kernel, or each of a step's would wake them anew; not for
