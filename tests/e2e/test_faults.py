@@ -111,6 +111,29 @@ async def test_nats_restart(cluster: Cluster, model_path: Path, down_s: float) -
         await observer.wait_idle(NODES, timeout_s=15)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("frozen_s", [8.0, 20.0], ids=["connections are lost", "longer than new ones wait"])
+async def test_nats_that_stands_still_costs_no_stream(
+    cluster: Cluster, model_path: Path, frozen_s: float
+) -> None:
+    async with client(cluster) as http:
+        async with asyncio.TaskGroup() as tasks:
+            load = Load(http, tasks)
+            await load.wait_under_way()
+            more = Load(http, tasks)  # some are amid prefill or handoff, and some have no nodes yet
+            await asyncio.sleep(0.2)
+            cluster.processes["nats"].send(signal.SIGSTOP)
+            await asyncio.sleep(frozen_s)  # the outage itself, not a wait for something
+            cluster.processes["nats"].send(signal.SIGCONT)
+            async with asyncio.timeout(10):
+                again = await stream_completion(http, [100, 200, 300], max_tokens=TOKENS)
+            streams = await load.results()
+            begun = [stream for stream in await more.results() if stream.token_ids or frozen_s < 10]
+        check_finished(model_path, [*streams, *begun, again])
+    async with observe(cluster.nats_url) as observer:
+        await observer.wait_idle(NODES, timeout_s=15)
+
+
 async def test_killed_gateway_leaves_nothing_behind(cluster: Cluster) -> None:
     port = free_port()
     gateway = cluster.start_gateway("gateway-doomed", port)

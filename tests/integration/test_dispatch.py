@@ -568,12 +568,23 @@ async def test_a_stream_that_needs_another_pair_waits_for_nats(
 ) -> None:
     monkeypatch.setattr(journey_module, "SCHEDULER_PATIENCE_S", 0.4)
     monkeypatch.setattr(client_module, "PING_EVERY_S", 0.025)
+    monkeypatch.setattr(dispatch_module, "UNSETTLED_PAUSE_S", 0.3)
+    refused_at = 0.0
+
+    async def refuse(nodes: Nodes, run: PrefillRun) -> None:
+        nonlocal refused_at
+        refused_at = asyncio.get_running_loop().time()
+        raise Unavailable("not connected to NATS")
+
+    async def answer_later(nodes: Nodes, run: PrefillRun) -> None:
+        assert asyncio.get_running_loop().time() - refused_at >= 0.3  # a node may be back after us
+        await answer(nodes, run)
 
     async def fail_after_one(nodes: Nodes, run: PrefillRun) -> None:
         await nodes.send(run, chunk(tid_of(run), 0, [10]))
         await nodes.send(run, failure(tid_of(run), Unavailable("stuck")))
 
-    async with cluster(nats_server, fail_after_one, answer) as (dispatch, nodes):
+    async with cluster(nats_server, fail_after_one, refuse, answer_later) as (dispatch, nodes):
         pieces = dispatch.generate(generation())
         assert (await anext(pieces)).token_ids == [10]
         with nats_server.frozen():
@@ -585,7 +596,7 @@ async def test_a_stream_that_needs_another_pair_waits_for_nats(
             assert not rest.done()
         async with asyncio.timeout(5):
             assert await rest == [11, 12, 13]
-        assert [run.attempt for run in nodes.runs] == [0, 1]
+        assert [run.attempt for run in nodes.runs] == [0, 1, 2]
 
 
 async def test_when_nats_ends_the_connection_for_good_so_do_the_answers(nats_server: NatsServer) -> None:

@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 import msgspec
 
 from flowkv_common import __version__
-from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.connection import SETTLE_S, Bus, connect
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import (
@@ -66,6 +66,8 @@ SCHEDULE_TIMEOUT_S = 1.0
 SILENCE_S = 3.0
 # A message that is out of order by more than this was lost.
 GAP_S = 0.1
+# Just after NATS was away nodes may not be back yet: attempts must not fail one after the other meanwhile.
+UNSETTLED_PAUSE_S = 1.0
 # Longer than it takes to notice that it is we who are cut off.
 RESUME_TIMEOUT_S = 2.0
 # What another attempt can't mend: the request itself is wrong, refused, or out of time.
@@ -111,6 +113,8 @@ class Dispatch:
                     return
                 except FlowKVError as error:
                     self._consider_retry(journey, error)
+                    if self._bus.connected_for_s < min(SETTLE_S, journey.lived_s()):
+                        await asyncio.sleep(UNSETTLED_PAUSE_S)  # NATS was away just now
         except FlowKVError as error:
             journey.failed(error)
             if not isinstance(error, Full):

@@ -42,6 +42,10 @@ class Journey:
     def is_finished(self) -> bool:
         return self._outcome in ("stop", "length")
 
+    def lived_s(self) -> float:
+        """Seconds since the request came."""
+        return time.monotonic() - self._began
+
     def remaining_s(self) -> float:
         return self._began + self.generation.deadline_s - time.monotonic()
 
