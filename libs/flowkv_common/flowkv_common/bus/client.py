@@ -90,8 +90,10 @@ class BarrierClient(Client):
         self._num_silent_pings = 0
         while True:
             num_heard = self._num_heard()
-            if not self._pongs:
-                await self._ping()
+            if not self._pongs and self._transport is not None:
+                # Straight to the socket, where it waits for nobody; what waits outlives the connection.
+                self._pongs.append(asyncio.get_running_loop().create_future())
+                self._transport.write(PING_PROTO)
             await asyncio.sleep(PING_EVERY_S)
             if self._num_heard() != num_heard:
                 self._heard()
@@ -113,13 +115,6 @@ class BarrierClient(Client):
         writer = self._transport._io_writer if isinstance(self._transport, TcpTransport) else None
         if writer is not None:
             writer.transport.abort()
-
-    async def _ping(self) -> None:
-        """Behind all that waits to be sent, without waiting for that."""
-        self._pongs.append(asyncio.get_running_loop().create_future())
-        self._pending.append(PING_PROTO)
-        self._pending_data_size += len(PING_PROTO)
-        await self._flush_pending()
 
     def _num_heard(self) -> int:
         return int(self.stats["in_msgs"]) + int(self._pongs_received)
