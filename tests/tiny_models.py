@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 VOCAB_SIZE = 512
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
@@ -37,12 +37,17 @@ def make_tiny_model(
         values["hidden_size"] = 96  # heads of 16, also wide enough for vectors of AVX-512
     if arch == "mistral":
         values.setdefault("sliding_window", None)
+    save_random(AutoConfig.for_model(arch, **values), folder, seed)
+    return folder
+
+
+def save_random(config: PretrainedConfig, folder: Path, seed: int = 0) -> None:
+    """Writes a model of this config, with fp32 weights that depend on `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **values), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "norm.weight", "layernorm.weight")):
                 # As initialized they change nothing, and a test could not see them forgotten.
                 torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     model.save_pretrained(folder)
-    return folder

@@ -122,11 +122,14 @@ def test_rope_that_changes_with_the_batch_limits_the_length(tmp_path: Path) -> N
     ("config", "why"),
     [
         ({"model_type": "t5"}, "encoder-decoder"),
-        ({"model_type": "mamba"}, "not pluggable"),
+        ({"model_type": "mamba"}, "recurrent state"),
         ({"model_type": "vit"}, "not a causal language model"),
         ({"model_type": "deepseek_v3", "num_hidden_layers": 2}, "MLA"),
         ({"model_type": "gemma2", "num_hidden_layers": 2}, "caps logits"),
-        ({"model_type": "qwen3_next", "num_hidden_layers": 4}, "linear_attention|not pluggable"),
+        ({"model_type": "qwen3_next", "num_hidden_layers": 4}, "recurrent state"),
+        ({"model_type": "falcon", "num_hidden_layers": 2}, "FalconForCausalLM .* its attention be replaced"),
+        ({"model_type": "gpt_oss", "num_hidden_layers": 2}, "attention sinks"),
+        ({"model_type": "nemotron", "num_key_value_heads": 8}, "does not hand on"),
         ({"model_type": "no-such-model"}, "no config that transformers knows"),
     ],
 )

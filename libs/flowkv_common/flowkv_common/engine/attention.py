@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from flowkv_common.engine.batch import PackedBatch
+from flowkv_common.engine.servable import UnsupportedModel
 
 IMPLEMENTATION = "flowkv"
-UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # what some models want of attention, and we don't do
+# What some models want of attention, and we don't do.
+UNSUPPORTED = {"softcap": "caps on scores", "s_aux": "attention sinks", "position_bias": "a position bias"}
 
 
 class Attention(Protocol):
@@ -43,13 +45,26 @@ def paged_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    flowkv: Attention,
+    flowkv: Attention | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that `transformers` calls; the step's `Attention` comes as keyword `flowkv`."""
-    for name in UNSUPPORTED:
+    """The attention function that `transformers` calls; the step's `Attention` comes as keyword `flowkv`.
+
+    Raises `UnsupportedModel` if a model asks for anything but causal attention over one cache per layer.
+    """
+    if flowkv is None:
+        raise UnsupportedModel("its attention does not hand on the keyword arguments of the forward pass")
+    for name, wanted in UNSUPPORTED.items():
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"{type(module).__name__} needs {name}, which FlowKV does not do")
+            raise UnsupportedModel(f"its attention has {wanted}")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise UnsupportedModel("its attention is not causal")
+    if attention_mask is not None:
+        raise UnsupportedModel("its attention has a mask of its own, other than the causal one")
+    if key.shape != value.shape or query.shape[2:] != key.shape[2:] or query.shape[1] % key.shape[1]:
+        sizes = ", ".join(f"{x.shape[1]} x {x.shape[3]}" for x in (query, key, value))
+        raise UnsupportedModel(f"its queries, keys and values don't fit one cache: {sizes}")
     layer = module.layer_idx
     assert isinstance(layer, int)
     flowkv.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))

@@ -11,9 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from flowkv_common.engine.attention import IMPLEMENTATION
+from flowkv_common.engine.checkpoint import readable_config, refuse_incomplete
+from flowkv_common.engine.dry_run import dry_run
 from flowkv_common.engine.eos import eos_token_ids
-from flowkv_common.engine.servable import UnsupportedModel, max_model_len, servable_config
-from flowkv_common.fingerprint import fingerprint, model_files, weight_files
+from flowkv_common.engine.servable import UnsupportedModel, max_model_len, refusal, servable_config
+from flowkv_common.fingerprint import fingerprint, model_files
 from flowkv_common.wire.parts import ModelCard, PoolLayout
 
 DUMMY_SEED = 0
@@ -66,13 +68,19 @@ def load_model(
 
     Raises `UnsupportedModel`, a `ValueError`, before weights are read if the model can't be served.
     """
-    folder = Path(path)
-    config = servable_config(path)
     if load_format not in ("auto", "dummy"):
         raise ValueError(f"unknown load format {load_format!r}: auto and dummy are")
-    on_progress(f"loading {path} ({load_format})")
     is_dummy = load_format == "dummy"
-    module = _dummy(config, dtype, device) if is_dummy else _from_folder(folder, dtype).to(device)
+    folder, config = Path(path), servable_config(path)
+    try:
+        kv_shape = dry_run(config)
+    except UnsupportedModel as error:
+        raise refusal(path, config, error) from error
+    if not is_dummy:
+        config = readable_config(folder, config)
+        refuse_incomplete(folder, config)
+    on_progress(f"loading {path} ({load_format})")
+    module = _dummy(config, dtype, device) if is_dummy else _from_folder(folder, config, dtype).to(device)
     module.eval().requires_grad_(False)
     card = ModelCard(
         name=name or folder.resolve().name,
@@ -83,21 +91,18 @@ def load_model(
         files=model_files(folder, has_weights=not is_dummy),
     )
     on_progress(f"loaded {card.name}: {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters")
-    num_heads = config.num_attention_heads
     return LoadedModel(
         module=module,
         card=card,
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        num_layers=kv_shape.num_layers,
+        num_kv_heads=kv_shape.num_kv_heads,
+        head_dim=kv_shape.head_dim,
     )
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
-    if not weight_files(folder):
-        raise UnsupportedModel(f"{folder} holds no weights; load format dummy makes random ones")
+def _from_folder(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     module: nn.Module = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=IMPLEMENTATION
+        folder, config=config, dtype=dtype, attn_implementation=IMPLEMENTATION
     )
     return module
 

@@ -7,6 +7,8 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from flowkv_common.engine.attention import Attention
+from flowkv_common.engine.batch import PackedBatch
+from flowkv_common.engine.servable import UnsupportedModel
 
 
 class Forward(Protocol):
@@ -37,7 +39,27 @@ class ModulesForward:
             position_ids=position_ids.unsqueeze(0),
             use_cache=False,
             logits_to_keep=logits_indices,
-            flowkv=attention,
+            flowkv=_OneStep(attention),
         )
         logits: Tensor = output.logits[0]
         return logits
+
+
+class _OneStep:
+    """An `Attention` for one step of a model, which may write to each layer's cache once."""
+
+    def __init__(self, attention: Attention) -> None:
+        self._attention = attention
+        self._written: set[int] = set()
+
+    def bind(self, batch: PackedBatch) -> None:
+        self._attention.bind(batch)
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        if layer in self._written:
+            raise UnsupportedModel(f"its attention of layer {layer} is computed twice in a step")
+        self._written.add(layer)
+        self._attention.write(layer, key, value)
+
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        return self._attention.attend(layer, query, scale)

@@ -20,6 +20,7 @@ from flowkv_common.engine.engine import DeviceLost, Result
 from flowkv_common.engine.forward import make_forward
 from flowkv_common.engine.model import LoadedModel
 from flowkv_common.engine.sampler import sample
+from flowkv_common.engine.self_check import SelfCheck
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.wire.parts import SamplingParams
 
@@ -47,18 +48,23 @@ class Runner:
         first request needs them (half a minute, once per machine). On a GPU records graphs for steps of up to
         `max_num_seqs` sequences and `token_budget` tokens. `attention`: "torch", "cpu", "triton", or "auto"
         for the fastest that works here. Raises `ValueError` if the pool is not of this model, or the backend
-        is unknown or can't run.
+        is unknown or can't run, and `UnsupportedModel` if a short prompt gets other logits than from the
+        model's own forward pass.
         """
         expected = (model.num_layers, 2, model.num_kv_heads, model.head_dim)
         if (pool.shape[1], pool.shape[2], pool.shape[4], pool.shape[5]) != expected:
             raise ValueError(f"a pool of shape {tuple(pool.shape)} is not for {model.card.name}")
         self.attention_name, self._attention = make_attention(attention, pool)
-        self._forward = make_forward(model.module, self.attention_name, self._attention)
         self._eos_token_ids = model.eos_token_ids
         self._device = pool.device
         self._graphs: GraphedSteps | None = None
+        with _current(self._device):
+            check = SelfCheck(model.module, pool, model.card.max_model_len, model.card.vocab_size)
+        self._forward = make_forward(model.module, self.attention_name, self._attention)
         for batch in _warm_up(pool.shape[3]):
             self.run(batch)
+        with torch.inference_mode(), _current(self._device):
+            check.run(self._logits)
         if self._device.type == "cuda":
             self._graphs = self._record(pool, max_num_seqs, token_budget, model.card.max_model_len)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
+from flowkv_common.engine.quiet import first_line
+
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -19,9 +21,18 @@ def servable_config(path: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UnsupportedModel(f"{path} has no config that transformers knows: {error}") from error
-    if reason := _why_not(config):
-        raise UnsupportedModel(f"{path} ({config.model_type}) can't be served: {reason}")
+    try:
+        reason = _why_not(config)
+    except Exception as error:  # configs answer a question that they can't with errors of their own
+        reason = f"its config does not say what is needed: {first_line(error)}"
+    if reason:
+        raise refusal(path, config, reason)
     return config
+
+
+def refusal(path: str, config: PretrainedConfig, reason: object) -> UnsupportedModel:
+    """One sentence: which folder, of what type, and what it is or wants that FlowKV does not do."""
+    return UnsupportedModel(f"{path} ({config.model_type}) can't be served: {reason}")
 
 
 def _why_not(config: PretrainedConfig) -> str | None:
@@ -32,14 +43,18 @@ def _why_not(config: PretrainedConfig) -> str | None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "it is not a causal language model"
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if model_class._is_stateful or not model_class._supports_attention_backend:
-        return "its attention is not pluggable"
+    if model_class._is_stateful:
+        return "it keeps a recurrent state beside its KV cache"
+    if not model_class._supports_attention_backend:
+        return f"{model_class.__name__} of transformers does not let its attention be replaced"
     if getattr(config, "kv_lora_rank", None):
         return "its KV cache is compressed (MLA)"
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention caps logits"
     if unknown := set(_layer_types(config)) - LAYER_TYPES:
         return f"it has layers of type {', '.join(sorted(unknown))}"
+    if not getattr(config, "max_position_embeddings", None):
+        return "its config has no max_position_embeddings, so its longest context is unknown"
     return None
 
 

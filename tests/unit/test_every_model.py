@@ -1,0 +1,192 @@
+"""Every type of causal language model that `transformers` knows gives its tokens, or is refused at once.
+
+What is held here is what README.md and docs/architecture.md say of the models that are served.
+"""
+
+from __future__ import annotations
+
+import collections
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence
+from every_model import MODEL_TYPES, SERVED, VOCAB_SIZE, tiny_config
+from oracle import check_identity
+from tiny_models import save_random
+
+from flowkv_common.engine import self_check
+from flowkv_common.engine.model import LoadedModel, load_model
+from flowkv_common.engine.runner import Runner
+from flowkv_common.engine.self_check import SelfCheck
+from flowkv_common.engine.servable import UnsupportedModel
+
+CHUNK = 64
+NUM_OUTPUTS = 8
+FULL = ["full_attention"] * 4
+MIXED = ["sliding_attention", "full_attention"] * 2
+# One of each kind of attention, position, mixture of experts and shape of cache. All others take a minute.
+OFTEN = {"llama", "gpt2", "mixtral", "gpt_bigcode", "gemma3_text", "phi3", "opt", "minimax_m2"}
+
+REASONS = {
+    "does not let its attention be replaced": 24,
+    "it keeps a recurrent state beside its KV cache": 22,
+    "it takes more than text": 16,
+    "only decoder-only models are": 13,
+    "its KV cache is compressed (MLA)": 11,
+    "it counts positions on from the id of its padding token": 7,
+    "its attention is not causal": 5,
+    "it has layers of type": 5,
+    "its attention has attention sinks": 4,
+    "its attention caps logits": 2,
+    "is computed twice in a step": 2,
+    "its layers' KV caches differ in shape": 2,
+    "its attention has a mask of its own": 1,
+    "its queries, keys and values don't fit one cache": 1,
+    "does not hand on the keyword arguments": 1,
+    "its config does not say what is needed": 1,
+    "transformers can't run it without weights": 1,
+}
+
+
+def refusal(folder: Path, model_type: str, **further: Any) -> str | None:
+    """Why such a model is not served, as said of a folder that holds no weights; None if it would be."""
+    tiny_config(model_type, **further).save_pretrained(folder)
+    with pytest.raises(UnsupportedModel) as caught:
+        load_model(
+            str(folder), name=None, dtype=torch.float32, load_format="auto", on_progress=lambda line: None
+        )
+    said = str(caught.value)
+    assert "\n" not in said
+    if "holds no weights" in said:
+        return None
+    assert f"({model_type}" in said
+    return said
+
+
+def random_model(folder: Path, model_type: str, **further: Any) -> LoadedModel:
+    save_random(tiny_config(model_type, **further), folder)
+    return load_tiny(folder)
+
+
+def check_tokens(folder: Path, model: LoadedModel, lens: tuple[int, ...]) -> None:
+    """Each prompt alone, in chunks, and then all of them at once."""
+    rng = random.Random(0)
+    num_blocks = [-(-(n + NUM_OUTPUTS) // BLOCK_SIZE) for n in lens]
+    runner = Runner(model, make_pool(model, sum(num_blocks)), attention="auto")
+    prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(n)] for n in lens]
+    blocks = rng.sample(range(sum(num_blocks)), sum(num_blocks))
+    tables = [[blocks.pop() for _ in range(n)] for n in num_blocks]
+    alone = [make_sequence(prompt, table) for prompt, table in zip(prompts, tables, strict=True)]
+    for sequence in alone:
+        generate(runner, [sequence], NUM_OUTPUTS, chunk_tokens=CHUNK)
+    together = [make_sequence(prompt, table) for prompt, table in zip(prompts, tables, strict=True)]
+    generate(runner, together, NUM_OUTPUTS, chunk_tokens=CHUNK)
+    for first, second in zip(alone, together, strict=True):
+        assert first.output_ids == second.output_ids
+        check_identity(folder, first.prompt_ids, first.output_ids)
+
+
+@pytest.mark.skipif(
+    not transformers.__version__.startswith("5.23."), reason="other versions have other types"
+)
+def test_every_type_is_served_or_refused_before_weights_are_read(tmp_path: Path) -> None:
+    said = {name: refusal(tmp_path / name, name) for name in MODEL_TYPES}
+    assert len(said) == 189
+    assert sorted(name for name, why in said.items() if why is None) == sorted(SERVED)
+    counts: collections.Counter[str] = collections.Counter()
+    for why in filter(None, said.values()):
+        counts[next((reason for reason in REASONS if reason in why), why)] += 1
+    assert counts == REASONS
+    assert len(SERVED) + counts.total() == 189
+
+
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.full) for name in SERVED]
+)
+def test_a_type_that_is_served_gives_the_tokens_of_transformers(tmp_path: Path, model_type: str) -> None:
+    model = random_model(tmp_path / "m", model_type)
+    lens = tuple(n for n in (3, 17, 100, 200) if n + NUM_OUTPUTS <= model.card.max_model_len)
+    assert len(lens) == (2 if model_type == "modernbert-decoder" else 4)  # its window is 64
+    check_tokens(tmp_path / "m", model, lens)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "further", "limit"),
+    [
+        ("gemma3_text", {"sliding_window": 32}, 32),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, 32),
+        ("modernbert-decoder", {"local_attention": 32}, 16),
+        ("gemma3_text", {"sliding_window": 32, "layer_types": FULL}, 256),
+        # Their pools follow from what attention writes, not from what the config says of it.
+        ("gpt_bigcode", {"multi_query": False}, 256),
+        ("gpt_neox", {"num_key_value_heads": 2}, 256),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (
+                ("mixtral", {"sliding_window": 32}, 32),
+                ("phi3", {"sliding_window": 32}, 32),
+                ("olmo3", {"sliding_window": 32}, 32),
+                ("cohere2", {"sliding_window": 32}, 32),
+                ("smollm3", {"use_sliding_window": True, "sliding_window": 32, "layer_types": MIXED}, 32),
+                ("gemma2", {"attn_logit_softcapping": None, "sliding_window": 32}, 32),
+                ("llama4_text", {"layer_types": FULL}, 256),
+                ("lfm2", {"layer_types": FULL}, 256),
+                ("bert", {"is_decoder": True}, 256),
+            )
+        ),
+    ],
+)
+def test_a_window_cuts_the_context_and_what_fits_is_right(
+    tmp_path: Path, model_type: str, further: dict[str, Any], limit: int
+) -> None:
+    model = random_model(tmp_path / "m", model_type, **further)
+    assert model.card.max_model_len == limit
+    check_tokens(tmp_path / "m", model, (limit - NUM_OUTPUTS, 3))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "further", "why"),
+    [
+        ("gemma3_text", {"use_bidirectional_attention": True}, "is not causal"),
+        ("doge", {"is_moe": True}, "a mask of its own"),
+        ("roberta", {"is_decoder": True}, "counts positions on from the id of its padding token"),
+        ("xlm-roberta-xl", {"is_decoder": True}, "counts positions on from the id of its padding token"),
+        ("granitemoehybrid", {"layer_types": ["attention"] * 4}, "a recurrent state"),
+    ],
+)
+def test_a_form_that_is_not_computed_is_refused(
+    tmp_path: Path, model_type: str, further: dict[str, Any], why: str
+) -> None:
+    assert why in (refusal(tmp_path / "m", model_type, **further) or "served")
+
+
+def test_a_node_refuses_to_serve_other_logits_than_the_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the reason: here the model's own answer is that of another prompt."""
+    model = random_model(tmp_path / "m", "llama")
+    plain = self_check._plain_logits
+    monkeypatch.setattr(
+        self_check, "_plain_logits", lambda module, ids: plain(module, [ids[0] ^ 1, *ids[1:]])
+    )
+    with pytest.raises(UnsupportedModel, match="gives other logits than the model, by"):
+        Runner(model, make_pool(model, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_blocks", [1, 8])
+def test_rounding_is_no_reason_to_refuse(tmp_path: Path, dtype: torch.dtype, num_blocks: int) -> None:
+    folder = tmp_path / "m"
+    save_random(tiny_config("qwen3_moe"), folder)
+    model = load_tiny(folder, dtype)
+    Runner(model, make_pool(model, num_blocks, dtype), attention="torch")
+
+
+def test_the_check_leaves_the_models_attention_as_it_was(tmp_path: Path) -> None:
+    model = random_model(tmp_path / "m", "gpt2")
+    SelfCheck(model.module, make_pool(model, 2), 256, VOCAB_SIZE)
+    assert model.module.config._attn_implementation == "flowkv"  # type: ignore[union-attr]
