@@ -113,6 +113,19 @@ def test_while_the_weights_change_most_pairs_decide_and_a_tie_changes_nothing() 
     assert cluster.hash_basis("z-old") is None
 
 
+def test_other_weights_that_fit_too_wait_until_the_nodes_of_the_first_are_gone() -> None:
+    """Neither weights nor a name here tell them apart: a tuned model with more nodes must not take over."""
+    cluster = Cluster(OwnModel(ModelFiles(tokenizer="t")))
+    mine = of_model("a", "mine", tokenizer="t", weights="1")
+    tuned = of_model("z", "tuned", tokenizer="t", weights="2")
+    join(cluster, ("d", "decode", mine))
+    many = [("p1", "prefill", tuned), ("d1", "decode", tuned), ("d2", "decode", tuned)]
+    join(cluster, ("d", "decode", mine), *many)
+    assert fingerprint_of(cluster) == "a"
+    cluster.hear(report("d", "decode", ready=False))
+    assert fingerprint_of(cluster) == "z"
+
+
 def test_the_model_is_called_as_most_of_its_nodes_say() -> None:
     cluster = Cluster(OWN)
     join(

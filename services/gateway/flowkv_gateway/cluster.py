@@ -74,14 +74,22 @@ class Cluster:
         return self._model is not None and self._num_of_sides(self._model.fingerprint)[1] > 0
 
     def _choose_model(self) -> None:
-        """Most pairs, then most nodes; as it was where that is no difference."""
-        if self._by_fingerprint:
-            current = self._model.fingerprint if self._model else ""
-            best = max(
-                self._by_fingerprint,
-                key=lambda one: (self._num_of_sides(one), one == current, one),
-            )
-            self._model = _servable(list(self._by_fingerprint[best].values()))
+        """The weights that were served while any node has them; then most pairs, then most nodes."""
+        if not self._by_fingerprint:
+            return
+        current = self._model
+
+        def rank(fingerprint: str) -> tuple[bool, tuple[int, int], bool, str]:
+            card = next(iter(self._by_fingerprint[fingerprint].values())).model
+            nums = self._num_of_sides(fingerprint)
+            # Where there are no weights here, others' may fit this gateway: they must not push ours aside.
+            stays = current is not None and nums[1] > 0 and card.files.weights == current.files.weights
+            return stays, nums, current is not None and fingerprint == current.fingerprint, fingerprint
+
+        best = max(self._by_fingerprint, key=rank)
+        self._model = _servable(list(self._by_fingerprint[best].values()))
+        if current is None or best != current.fingerprint:
+            log.info("served by the nodes of %s, fingerprint %s", self._model.name, best)
 
     def _num_of_sides(self, fingerprint: str) -> tuple[int, int]:
         """How many are ready: on the smaller side, and on both. A mixed node stands on each side."""
