@@ -167,7 +167,10 @@ async def test_what_is_no_http(cluster: Cluster, data: bytes, status: int) -> No
 
 
 async def test_silent_clients_are_let_go(cluster: Cluster) -> None:
-    """A head that does not end, a refused body that does not end, no byte at all; and others do not wait."""
+    """A head that does not end, a refused body that does not end, no byte at all; and others do not wait.
+
+    Who has not asked is not answered either.
+    """
     endless = (
         HEAD + b"transfer-encoding: chunked\r\n\r\n" + b"%x\r\n" % (1 << 30) + b" " * (MAX_BODY_BYTES + 1)
     )
@@ -180,11 +183,17 @@ async def test_silent_clients_are_let_go(cluster: Cluster) -> None:
             check_shape(shown)
             await client.closed()
 
-    async with asyncio.timeout(20), connect(cluster.port) as half_a_body, asyncio.TaskGroup() as tasks:
+    async with (
+        asyncio.timeout(20),
+        connect(cluster.port) as half_a_body,
+        connect(cluster.port) as unused,
+        asyncio.TaskGroup() as tasks,
+    ):
         await half_a_body.send(post(TEXT, {"prompt": "hi"})[:-5])
-        for data, status in ((b"", 408), (HEAD, 408), (endless, 413)):
+        for data, status in ((HEAD, 408), (endless, 413)):
             tasks.create_task(silent(data, status))
         await check_unharmed(cluster)
+        assert await unused.reader.read() == b""
     await check_unharmed(cluster)
 
 

@@ -78,6 +78,7 @@ async def running(
         generator,
         CollectorRegistry(),
         defaults,
+        asyncio.Event(),
     )
     async with serve_http(app, "127.0.0.1", 0, connection=ApiConnection, drain_timeout_s=1) as port:
         url = f"http://127.0.0.1:{port}"

@@ -56,7 +56,9 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Starlette:
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
     generator = ScriptedGenerator(text_pieces(tokenizer, "hello"))
     gateway_settings = GatewaySettings(model_path="unused", model_name=MODEL)
-    return build_app(gateway_settings, tokenizer, generator, CollectorRegistry(), SamplingDefaults())
+    return build_app(
+        gateway_settings, tokenizer, generator, CollectorRegistry(), SamplingDefaults(), asyncio.Event()
+    )
 
 
 @settings(deadline=None, max_examples=60)

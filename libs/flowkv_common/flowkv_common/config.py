@@ -37,6 +37,10 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
     request_timeout_s: float = 600.0
     max_body_bytes: int = 4 * 1024 * 1024
     send_timeout_s: float = 30.0  # a client that reads nothing for so long is cut off
+    keep_alive_s: float = 75.0  # an idle connection is kept for so long: longer than proxies keep theirs
+    ping_s: float = 10.0  # a stream silent for so long gets a comment, or proxies cut it off; 0: never
+    shutdown_delay_s: float = 0.0  # told to stop: not ready, but serving for so long: clients go elsewhere
+    drain_timeout_s: float = 30.0  # after that open answers have so long to end
     generation_config: str = "auto"  # none: the model's own generation_config.json sets no sampling defaults
 
     def __post_init__(self) -> None:

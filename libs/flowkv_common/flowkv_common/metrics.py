@@ -19,6 +19,7 @@ from flowkv_common.service_connection import ServiceConnection
 from flowkv_common.tasks import group
 
 _MAX_UNSENT_BYTES = 64 * 1024  # per connection, in the kernel
+_LAST_WORD_S = 2.0
 
 
 def metrics_routes(registry: CollectorRegistry) -> list[Route]:
@@ -59,6 +60,12 @@ class _QuietServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn only cancels what is left at the end. These tasks have a word to say to their clients."""
+        await super().shutdown(sockets)
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=_LAST_WORD_S)
+
 
 @contextlib.asynccontextmanager
 async def serve_http(
@@ -69,12 +76,14 @@ async def serve_http(
     connection: type[asyncio.Protocol] = ServiceConnection,
     max_header_bytes: int = 64 * 1024,
     unread_timeout_s: float = 60.0,
-    drain_timeout_s: int = 5,
+    keep_alive_s: float = 75.0,
+    drain_timeout_s: float = 5.0,
 ) -> AsyncIterator[int]:
     """Serve `app` while the context lasts; gives the bound port (`port` 0 takes any free one).
 
-    A client that takes nothing of what was sent for `unread_timeout_s` is dropped (Linux only). On exit no
-    new connection is taken, and open responses have `drain_timeout_s` to end.
+    A client that takes nothing of what was sent for `unread_timeout_s` is dropped (Linux only), an idle
+    connection after `keep_alive_s`. On exit no new connection is taken, and open responses have
+    `drain_timeout_s` to end; what runs then is cancelled, and has 2 s to tell its client.
     Raises OSError when the address can't be had.
     """
     config = uvicorn.Config(
@@ -85,7 +94,8 @@ async def serve_http(
         http=connection,
         ws="none",
         h11_max_incomplete_event_size=max_header_bytes,
-        timeout_graceful_shutdown=drain_timeout_s,
+        timeout_keep_alive=keep_alive_s,  # type: ignore[arg-type]
+        timeout_graceful_shutdown=drain_timeout_s,  # type: ignore[arg-type]
     )
     server = _QuietServer(config)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

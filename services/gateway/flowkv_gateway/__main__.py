@@ -23,8 +23,6 @@ from flowkv_gateway.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-DRAIN_TIMEOUT_S = 30
-
 
 async def serve(settings: GatewaySettings) -> None:
     """Open the bus, serve the API on it, drain when told to stop. Raises Unavailable as `connect`."""
@@ -34,13 +32,20 @@ async def serve(settings: GatewaySettings) -> None:
     defaults = load_sampling_defaults(folder, settings.generation_config)
     own = await asyncio.to_thread(own_model, folder, settings.model_name)
     async with open_dispatch(settings.nats_url, own, stop.set) as dispatch:
-        app = build_app(settings, tokenizer, dispatch, CollectorRegistry(), defaults)
+        app = build_app(settings, tokenizer, dispatch, CollectorRegistry(), defaults, stop)
         async with serve_http(
-            app, settings.host, settings.port, connection=ApiConnection, drain_timeout_s=DRAIN_TIMEOUT_S
+            app,
+            settings.host,
+            settings.port,
+            connection=ApiConnection,
+            keep_alive_s=settings.keep_alive_s,
+            drain_timeout_s=settings.drain_timeout_s,
         ) as port:
             log.info("serving http://%s:%d", settings.host, port)
             await stop.wait()
-            log.info("draining")
+            log.info("stopping: not ready from now on, closed in %g s", settings.shutdown_delay_s)
+            await asyncio.sleep(settings.shutdown_delay_s)
+            log.info("draining for up to %g s", settings.drain_timeout_s)
 
 
 def main() -> None:

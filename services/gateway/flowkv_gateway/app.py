@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import secrets
 import time
@@ -43,6 +44,7 @@ from flowkv_gateway.prompts import chat_prompt, completion_prompts, tokenize_pro
 from flowkv_gateway.request_id import EchoRequestId
 from flowkv_gateway.responses import AnswerResponse
 from flowkv_gateway.sampling_defaults import SamplingDefaults
+from flowkv_gateway.stopping import CloseWhileStopping
 from flowkv_gateway.tokenizer import Tokenizer
 from flowkv_gateway.unserved import parse_request
 
@@ -55,9 +57,10 @@ def build_app(
     generator: Generator,
     registry: CollectorRegistry,
     defaults: SamplingDefaults,
+    stop: asyncio.Event,
 ) -> Starlette:
-    """The ASGI application. It owns nothing that must be closed."""
-    api = Api(settings, tokenizer, generator, registry, defaults)
+    """The ASGI application. It owns nothing that must be closed. While `stop` is set it is not ready."""
+    api = Api(settings, tokenizer, generator, registry, defaults, stop)
     routes = [
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.completions, methods=["POST"]),
@@ -71,7 +74,7 @@ def build_app(
     ]
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(EchoRequestId)],
+        middleware=[Middleware(CloseWhileStopping, stop), Middleware(EchoRequestId)],
         exception_handlers={
             FlowKVError: api.on_error,
             HTTPException: on_http_exception,
@@ -92,11 +95,13 @@ class Api:
         generator: Generator,
         registry: CollectorRegistry,
         defaults: SamplingDefaults,
+        stop: asyncio.Event,
     ) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
         self._generator = generator
         self._defaults = defaults
+        self._stop = stop
         folder = Path(settings.model_path)
         self._folder_names = (folder.name, folder.resolve().name)
         self._metrics = GatewayMetrics(registry, self._model_name, is_fixed=bool(settings.model_name))
@@ -135,7 +140,7 @@ class Api:
         return _json({"version": flowkv_common.__version__})
 
     def why_not_ready(self) -> str | None:
-        return self._generator.why_not_ready()
+        return "about to stop" if self._stop.is_set() else self._generator.why_not_ready()
 
     async def on_error(self, _: Request, error: Exception) -> Response:
         assert isinstance(error, FlowKVError)
@@ -191,6 +196,7 @@ class Api:
             self._metrics,
             stream_options=(body.stream_options or StreamOptions()) if body.stream else None,
             send_timeout_s=self._settings.send_timeout_s,
+            ping_s=self._settings.ping_s,
         )
 
 

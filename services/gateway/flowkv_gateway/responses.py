@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Protocol
 
 from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from flowkv_common.errors import FlowKVError, Internal
+from flowkv_common.errors import FlowKVError, Internal, Unavailable
+from flowkv_common.tasks import running
 from flowkv_gateway.answering import Answer
 from flowkv_gateway.choice import Delta
-from flowkv_gateway.connection import ABORT
+from flowkv_gateway.connection import ABORT, STOPPED
 from flowkv_gateway.errors import ClientTooSlow
 from flowkv_gateway.errors_http import error_body, error_response, status_of
 from flowkv_gateway.generation import Generator
@@ -26,10 +28,15 @@ from flowkv_gateway.sse import EventStream, disconnected
 log = logging.getLogger(__name__)
 
 Reply = Callable[[Response], Awaitable[None]]
+Abort = Callable[[], None]
 
 
 class Sink(Protocol):
     """Where an answer goes."""
+
+    def held_open(self) -> AbstractAsyncContextManager[None]:
+        """While the answer is made, its connection shall not look dead. Raises ClientTooSlow."""
+        ...
 
     async def emit(self, delta: Delta) -> None: ...
 
@@ -48,6 +55,9 @@ class WholeSink:
         num_choices = sum(len(group) for group in answer.groups)
         self._choices = [WholeChoice(index) for index in range(num_choices)]
 
+    def held_open(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()  # nothing can be sent before all of it
+
     async def emit(self, delta: Delta) -> None:
         self._choices[delta.choice].add(delta)
 
@@ -60,16 +70,29 @@ class WholeSink:
 
 
 class StreamSink:
-    """Sends one event per token. An error before the first is a plain error response, later an event."""
+    """Sends one event per token. An error before the headers is a plain error response, later an event.
+
+    Headers go out with the first token, or after a second. A silence of `ping_s` is filled by a comment.
+    """
 
     def __init__(
-        self, answer: Answer, writer: Writer, reply: Reply, stream: EventStream, options: StreamOptions
+        self,
+        answer: Answer,
+        writer: Writer,
+        reply: Reply,
+        stream: EventStream,
+        options: StreamOptions,
+        ping_s: float,
     ) -> None:
         self._answer = answer
         self._writer = writer
         self._reply = reply
         self._stream = stream
         self._options = options
+        self._ping_s = ping_s
+
+    def held_open(self) -> AbstractAsyncContextManager[None]:
+        return running(self._stream.keep_open(self._ping_s))
 
     async def emit(self, delta: Delta) -> None:
         await self._stream.event(self._writer.chunk(delta, self._usage()))
@@ -108,6 +131,7 @@ class AnswerResponse:
         *,
         stream_options: StreamOptions | None,
         send_timeout_s: float,
+        ping_s: float,
     ) -> None:
         """`stream_options` None: the whole answer in one body."""
         self._answer = answer
@@ -116,15 +140,21 @@ class AnswerResponse:
         self._metrics = metrics
         self._stream_options = stream_options
         self._send_timeout_s = send_timeout_s
+        self._ping_s = ping_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sink = self._sink(scope, receive, send)
-        async with asyncio.TaskGroup() as tasks:
-            working = tasks.create_task(self._work(sink, scope.get("extensions", {}).get(ABORT)))
-            watching = tasks.create_task(disconnected(receive))
-            await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-            working.cancel()
-            watching.cancel()
+        abort = scope.get("extensions", {}).get(ABORT)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                working = tasks.create_task(self._work(sink, abort))
+                watching = tasks.create_task(disconnected(receive))
+                await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+                working.cancel()
+                watching.cancel()
+        except asyncio.CancelledError:  # the server's time to stop is over
+            if working.cancelled():
+                await self._tell(sink, abort, Unavailable(STOPPED))
 
     def _sink(self, scope: Scope, receive: Receive, send: Send) -> Sink:
         async def reply(response: Response) -> None:
@@ -133,23 +163,35 @@ class AnswerResponse:
         if self._stream_options is None:
             return WholeSink(self._answer, self._writer, reply)
         stream = EventStream(send, self._send_timeout_s)
-        return StreamSink(self._answer, self._writer, reply, stream, self._stream_options)
+        return StreamSink(self._answer, self._writer, reply, stream, self._stream_options, self._ping_s)
 
-    async def _work(self, sink: Sink, abort: Callable[[], None] | None) -> None:
+    async def _work(self, sink: Sink, abort: Abort | None) -> None:
         try:
-            if error := await self._run(sink):
-                self._metrics.count_error(status_of(error))
-                await sink.fail(error)
-        except ClientTooSlow as error:
-            self._metrics.slow_clients.inc()
-            log.warning("cut off a client: %s", error)
-            if abort is not None:  # closing would wait for the client to read what is left
-                abort()
+            error = await self._run(sink)
+        except ClientTooSlow as slow:
+            self._let_go(slow, abort)
+            return
+        if error is not None:
+            await self._tell(sink, abort, error)
+
+    async def _tell(self, sink: Sink, abort: Abort | None, error: FlowKVError) -> None:
+        self._metrics.count_error(status_of(error))
+        try:
+            await sink.fail(error)
+        except ClientTooSlow as slow:
+            self._let_go(slow, abort)
+
+    def _let_go(self, slow: ClientTooSlow, abort: Abort | None) -> None:
+        self._metrics.slow_clients.inc()
+        log.warning("cut off a client: %s", slow)
+        if abort is not None:  # closing would wait for the client to read what is left
+            abort()
 
     async def _run(self, sink: Sink) -> FlowKVError | None:
         """What the client must be told, if anything. Raises ClientTooSlow."""
         try:
-            await self._answer.run(self._generator, self._metrics, sink.emit)
+            async with sink.held_open():
+                await self._answer.run(self._generator, self._metrics, sink.emit)
             await sink.finish()
         except ClientTooSlow:
             raise

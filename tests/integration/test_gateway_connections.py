@@ -1,0 +1,347 @@
+"""What a gateway's client sees of its connection: how long it lives, what is spoken on it, how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from gateway_support import MODEL, ScriptedGenerator, text_pieces, write_tokenizer
+from prometheus_client import CollectorRegistry
+
+from flowkv_common.config import GatewaySettings
+from flowkv_common.errors import Full
+from flowkv_common.metrics import serve_http
+from flowkv_gateway import connection as connection_module
+from flowkv_gateway import sse
+from flowkv_gateway.app import build_app
+from flowkv_gateway.connection import STOPPED, ApiConnection
+from flowkv_gateway.sampling_defaults import SamplingDefaults
+from flowkv_gateway.tokenizer import Tokenizer
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "say hello"}]}
+SOON_S = 0.05
+LINE_BREAKS = "one\u2028two\u2029three\u0085four \U0001f600"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes seconds comes soon."""
+    monkeypatch.setattr(connection_module, "_HEAD_TIMEOUT_S", SOON_S)
+    monkeypatch.setattr(sse, "HEADERS_AFTER_S", SOON_S)
+
+
+@dataclass
+class Gateway:
+    port: int
+    generator: ScriptedGenerator
+    http: httpx.AsyncClient
+    stop: asyncio.Event  # it is about to stop
+    leave: asyncio.Event  # its delay is over
+
+    @contextlib.asynccontextmanager
+    async def connect(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            async with asyncio.timeout(10):
+                yield reader, writer
+        finally:
+            writer.transport.abort()
+
+    @contextlib.asynccontextmanager
+    async def ask(self, stream: bool) -> AsyncIterator[asyncio.StreamReader]:
+        """A request on a connection of its own, once the generator has it."""
+        async with self.connect() as (reader, writer):
+            writer.write(post({**CHAT, "stream": stream}))
+            await self.generator.was_asked.wait()
+            self.generator.was_asked.clear()
+            yield reader
+
+
+def post(body: dict[str, Any]) -> bytes:
+    payload = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(payload)}\r\n\r\n"
+    return head.encode() + payload
+
+
+@contextlib.asynccontextmanager
+async def serving(tokenizer: Tokenizer, **settings: Any) -> AsyncIterator[Gateway]:
+    wanted = GatewaySettings(model_path="unused", model_name=MODEL, **settings)
+    generator = ScriptedGenerator(text_pieces(tokenizer, "hello"))
+    stop, leave = asyncio.Event(), asyncio.Event()
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    app = build_app(wanted, tokenizer, generator, CollectorRegistry(), SamplingDefaults(), stop)
+
+    async def serve() -> None:
+        async with serve_http(
+            app,
+            "127.0.0.1",
+            0,
+            connection=ApiConnection,
+            keep_alive_s=wanted.keep_alive_s,
+            drain_timeout_s=wanted.drain_timeout_s,
+        ) as bound:
+            port.set_result(bound)
+            await leave.wait()
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(serve())
+        url = f"http://127.0.0.1:{await port}"
+        async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False, verify=False) as http:
+            yield Gateway(await port, generator, http, stop, leave)
+        leave.set()
+
+
+@pytest.fixture
+async def gateway(tokenizer: Tokenizer) -> AsyncIterator[Gateway]:
+    async with serving(tokenizer, ping_s=SOON_S) as gateway:
+        yield gateway
+
+
+# --- how long it lives -----------------------------------------------------------------------------
+
+
+async def ask_version(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+    await reader.readuntil(b"}")
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_an_idle_connection_is_kept_longer_than_a_head_may_take(tokenizer: Tokenizer) -> None:
+    async with serving(tokenizer) as gateway, gateway.connect() as (reader, writer):
+        for _ in range(3):
+            await ask_version(reader, writer)
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(4 * SOON_S):
+                    await reader.read(1)
+
+
+async def test_an_idle_connection_is_closed_without_a_word_after_its_time(tokenizer: Tokenizer) -> None:
+    async with serving(tokenizer, keep_alive_s=SOON_S) as gateway, gateway.connect() as (reader, writer):
+        await ask_version(reader, writer)
+        assert await reader.read() == b""
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_only_who_has_begun_to_ask_is_told_that_it_was_late(gateway: Gateway) -> None:
+    async with gateway.connect() as (reader, _):
+        assert await reader.read() == b""
+    async with gateway.connect() as (reader, writer):
+        await ask_version(reader, writer)
+        writer.write(b"GET /vers")
+        assert b" 408 " in await reader.read()
+
+
+# --- what is spoken on it --------------------------------------------------------------------------
+
+CHUNKED = b"transfer-encoding: chunked\r\n"
+HIDDEN = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        pytest.param(b"HTTP/1.1\r\ncontent-length: 5\r\n" + CHUNKED, 400, id="two framings"),
+        pytest.param(b"HTTP/1.1\r\n" + CHUNKED + b"content-length: 5\r\n", 400, id="the other way round"),
+        pytest.param(b"HTTP/1.0\r\n" + CHUNKED, 400, id="chunks in HTTP/1.0"),
+        pytest.param(b"HTTP/9.9\r\n", 505, id="another version"),
+        pytest.param(b"HTTP/2.0\r\n", 505, id="HTTP/2 without a handshake"),
+    ],
+)
+async def test_a_head_that_can_be_read_in_two_ways_is_refused_and_the_end(
+    gateway: Gateway, head: bytes, status: int
+) -> None:
+    async with gateway.connect() as (reader, writer):
+        writer.write(b"POST /v1/chat/completions " + head + b"host: x\r\n\r\n0\r\n\r\n" + HIDDEN)
+        said = await reader.read()
+    first, _, body = said.partition(b"\r\n\r\n")
+    assert f" {status} ".encode() in first.splitlines()[0]
+    assert b"connection: close" in first.lower()
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+    assert gateway.generator.asked == []
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        (b"http://x/version", 200),
+        (b"HTTPS://x:1/version?a=http://y/", 200),
+        (b"http://x", 404),
+        (b"http://x?a", 404),
+    ],
+)
+async def test_the_target_may_be_absolute(gateway: Gateway, target: bytes, status: int) -> None:
+    async with gateway.connect() as (reader, writer):
+        writer.write(b"GET " + target + b" HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert f" {status} ".encode() in await reader.readline()
+
+
+# --- a stream that is silent -----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_stream_that_waits_has_headers_and_comments(gateway: Gateway, tokenizer: Tokenizer) -> None:
+    gate = asyncio.Event()
+    gateway.generator.script = [gate, *text_pieces(tokenizer, "hello")]
+    async with gateway.ask(stream=True) as reader:
+        assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+        for _ in range(3):
+            await reader.readuntil(b": ping\n\n")
+        gate.set()
+        said = await reader.readuntil(b"[DONE]")
+    assert said.count(b"ping") <= 1
+    client = openai.AsyncOpenAI(
+        base_url=f"{gateway.http.base_url}/v1", api_key="none", http_client=gateway.http
+    )
+    gate.clear()
+    stream = await client.chat.completions.create(**CHAT, model=MODEL, stream=True)
+    await asyncio.sleep(3 * SOON_S)  # it is the silence that is tried
+    gate.set()
+    assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == "hello"
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_comments_can_be_switched_off(tokenizer: Tokenizer) -> None:
+    async with serving(tokenizer, ping_s=0) as gateway:
+        gate = asyncio.Event()
+        gateway.generator.script = [gate, *text_pieces(tokenizer, "hello")]
+        async with gateway.ask(stream=True) as reader:
+            await reader.readuntil(b"\r\n\r\n")
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(4 * SOON_S):
+                    await reader.read(1)
+            gate.set()
+            assert b"ping" not in await reader.readuntil(b"[DONE]")
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_an_error_has_its_status_until_the_headers_are_gone(gateway: Gateway, is_late: bool) -> None:
+    gate = asyncio.Event()
+    gateway.generator.script = [gate, Full("no room", retry_after_s=3)]
+    async with gateway.ask(stream=True) as reader:
+        if is_late:
+            assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
+        gate.set()
+        head = b"" if is_late else await reader.readuntil(b"\r\n\r\n")
+        body = await reader.readuntil(b"}}")
+    assert is_late or (b" 429 " in head and b"retry-after: 3" in head)
+    error = json.loads(body[body.index(b'{"error') :])["error"]
+    assert (error["message"], error["type"]) == ("no room", "rate_limit_error")
+
+
+async def test_what_some_take_for_a_line_break_is_escaped(gateway: Gateway, tokenizer: Tokenizer) -> None:
+    gateway.generator.script = text_pieces(tokenizer, LINE_BREAKS)
+    async with gateway.http.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as response:
+        lines = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    deltas = [json.loads(line)["choices"][0]["delta"]["content"] for line in lines]
+    assert "".join(deltas) == LINE_BREAKS
+
+
+# --- how it ends -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    yield
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == []
+
+
+async def test_who_is_about_to_stop_is_not_ready_but_serves(gateway: Gateway) -> None:
+    assert (await gateway.http.get("/health/ready")).status_code == 200
+    gateway.stop.set()
+    for path in ("/health", "/health/ready", "/ping"):
+        response = await gateway.http.get(path)
+        assert (response.status_code, response.text) == (503, "about to stop\n")
+    async with gateway.connect() as (reader, writer):
+        writer.write(post(CHAT))
+        said = await reader.read()
+    assert b"200 OK" in said
+    assert b"connection: close" in said
+    assert b'"content":"hello"' in said
+
+
+@pytest.mark.usefixtures("no_errors")
+async def test_open_answers_end_by_themselves(gateway: Gateway, tokenizer: Tokenizer) -> None:
+    gate = asyncio.Event()
+    gateway.generator.script = [*text_pieces(tokenizer, "hello")[:1], gate, *text_pieces(tokenizer, "hello")]
+    async with gateway.ask(stream=True) as stream, gateway.ask(stream=False) as whole:
+        gateway.leave.set()
+        await until_refused(gateway)
+        gate.set()
+        assert (await stream.read()).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert b"200 OK" in await whole.read()
+
+
+async def until_refused(gateway: Gateway) -> None:
+    """Nobody listens any more."""
+    async with asyncio.timeout(10):
+        with contextlib.suppress(ConnectionRefusedError):
+            while True:
+                _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+                writer.transport.abort()
+
+
+@pytest.mark.usefixtures("no_errors")
+async def test_who_is_cut_off_at_the_end_is_told(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stream by an event, a whole answer and a request that is still being sent by 503."""
+    caplog.set_level(logging.INFO)
+    async with serving(tokenizer, drain_timeout_s=SOON_S) as gateway:
+        gateway.generator.script = [*text_pieces(tokenizer, "hello")[:1], asyncio.Event()]
+        async with (
+            gateway.ask(stream=True) as stream,
+            gateway.ask(stream=False) as whole,
+            gateway.connect() as (late, writer),
+        ):
+            await stream.readuntil(b"\n\n")
+            writer.write(post(CHAT)[:-5])
+            await ask_version_of(gateway)  # by then what was written before has come
+            gateway.leave.set()
+            *_, event, end = (await stream.read()).split(b"\n\n")
+            assert json.loads(event[event.index(b"{") :])["error"] == {
+                "message": STOPPED,
+                "type": "service_unavailable",
+                "param": None,
+                "code": None,
+            }
+            assert end == b"\r\n0\r\n\r\n"
+            for reader in (whole, late):
+                head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+                assert b" 503 " in head
+                assert b"retry-after: 1" in head
+                assert json.loads(body)["error"]["message"] == STOPPED
+
+
+async def ask_version_of(gateway: Gateway) -> None:
+    async with gateway.connect() as (reader, writer):
+        await ask_version(reader, writer)
+
+
+@pytest.mark.usefixtures("no_errors")
+async def test_a_client_that_never_reads_does_not_hold_the_server_up(tokenizer: Tokenizer) -> None:
+    class Endless(list[Any]):
+        def __iter__(self) -> Any:
+            while True:
+                yield self[0]
+
+    async with serving(tokenizer, drain_timeout_s=SOON_S) as gateway:
+        gateway.generator.script = Endless(text_pieces(tokenizer, "hello")[:1])
+        async with gateway.ask(stream=True):
+            gateway.leave.set()
+            await gateway.generator.was_cancelled.wait()
