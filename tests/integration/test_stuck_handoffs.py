@@ -22,9 +22,8 @@ PROMPT = list(range(100, 110))
 
 @pytest.fixture
 async def pair(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    """With one handoff at a time."""
     monkeypatch.setattr(watch, "SWEEP_PERIOD_S", 0.01)
-    async with engineless_pair(nats_server, max_handoffs=1) as pair, running(watch_handoffs(pair.p.node)):
+    async with engineless_pair(nats_server, max_handoffs=2) as pair, running(watch_handoffs(pair.p.node)):
         yield pair
 
 
@@ -102,6 +101,34 @@ async def test_a_prompt_that_waits_for_the_engine_is_not_stuck_while_that_steps(
         assert pair.p.node.why_not_ready() is None
     await pair.compute_all()
     await until(lambda: pair.d.decode.num_accepted == 1)
+
+
+async def test_a_prompt_that_nobody_computes_is_stuck(pair: Pair) -> None:
+    await pair.p.prefill.accept(pair.run(PROMPT))
+    await until(lambda: pair.p.prefill.prefill_work(1000))
+    pass_time(pair)
+    pass_time(pair)
+    await until(pair.p.node.why_not_ready)
+    assert "r0.0 is computed for" in str(pair.p.node.why_not_ready())
+    await pair.p.wait_idle()
+    await until(lambda: pair.p.node.why_not_ready() is None)
+    await serve_another(pair)
+
+
+async def test_a_send_that_waits_behind_others_is_not_stuck_while_those_arrive(pair: Pair) -> None:
+    await send_without_end(pair)
+    waits, pair.link.may_confirm = pair.link.may_confirm, asyncio.Event()
+    pair.link.may_confirm.set()
+    for number in range(3):
+        pass_time(pair)
+        await pair.p.prefill.accept(pair.run(PROMPT))
+        await pair.compute_all()
+        await until(lambda number=number: pair.d.decode.num_accepted == number + 1)
+        await sweep(pair)
+        assert pair.p.node.why_not_ready() is None
+    waits.set()
+    await pair.p.wait_idle()
+    assert pair.d.decode.num_accepted == 4
 
 
 async def test_a_prompt_that_waits_for_a_full_decode_node_is_not_stuck_while_that_answers(pair: Pair) -> None:
