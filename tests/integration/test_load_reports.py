@@ -31,7 +31,7 @@ class Setup(NamedTuple):
     node: NodeRef
     heard: Heard
 
-    async def reserve(self, num_blocks: int) -> Reserved:
+    async def reserve(self, num_blocks: int, token: str = "") -> Reserved:
         request = Reserve(
             transfer_id="r.0",
             node=self.node,
@@ -42,6 +42,7 @@ class Setup(NamedTuple):
             block_hashes=[],
             run_lengths=[],
             expires_in_s=60.0,
+            token=token,
         )
         subject = subjects.at(subjects.DECODE_RESERVE, self.node.node_id)
         return await self.bus.request(subject, request, Reserved, timeout_s=5)
@@ -62,8 +63,8 @@ async def setup(nats_server: NatsServer, model: LoadedModel) -> AsyncIterator[Se
 
 
 async def test_a_reservation_shows_its_blocks_and_itself_at_the_same_time(setup: Setup) -> None:
-    await setup.reserve(num_blocks=5)
-    await setup.reserve(num_blocks=5)  # renewed: the same room
+    reserved = await setup.reserve(num_blocks=5)
+    assert await setup.reserve(num_blocks=5, token=reserved.token) == reserved  # renewed: the same room
     shown = await first(setup.heard, lambda report: report.blocks.leased > 0 or report.num_rooms_given > 0)
     assert (shown.blocks.leased, shown.num_rooms_given, shown.num_sequences_accepted) == (5, 1, 0)
 
