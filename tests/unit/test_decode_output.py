@@ -1,47 +1,79 @@
-"""What recent sequences have said can be asked for again, for a while."""
+"""What a decode node tells a gateway that asks for output again: in parts that fit into a message."""
 
 from __future__ import annotations
 
 import time
 
+import pytest
 from drive import make_sequence
 
-from flowkv_common.wire.messages import TokenChunk
-from flowkv_decode.output import KEEP_S, Outputs
+from flowkv_common.wire.limits import _OTHER_BYTES
+from flowkv_common.wire.messages import Resumed, TokenChunk, encode
+from flowkv_common.wire.parts import TokenLogprob
+from flowkv_decode.output import KEEP_S, MAX_TOKENS, MAX_TOKENS_WITH_LOGPROBS, Outputs
 
 
-def said(outputs: Outputs, num_tokens: int) -> str:
-    """A sequence that comes with token 10 and goes on with 11, 12 ..., its transfer id."""
-    sequence = make_sequence([1, 2, 3])
-    sequence.output_ids.append(10)
+def filled(num_tokens: int, logprobs: bool) -> tuple[Outputs, str]:
+    """The output of a sequence that has ended: 0 from prefill, then 1, 2, ..."""
+    sequence = make_sequence([5, 6])
+    sequence.output_ids.append(0)
+    outputs, tid = Outputs(), sequence.transfer_id
     outputs.open(sequence)
     for index in range(1, num_tokens):
-        outputs.add(TokenChunk(transfer_id=sequence.transfer_id, index=index, token_ids=[10 + index]))
-    return sequence.transfer_id
+        top = [(2**32 - 1, -12.345678901234567)] * 20
+        each = [TokenLogprob(token_id=index, logprob=-1.0, top=top)] if logprobs else []
+        finish_reason = "length" if index == num_tokens - 1 else None
+        outputs.add(
+            TokenChunk(
+                transfer_id=tid, index=index, token_ids=[index], logprobs=each, finish_reason=finish_reason
+            )
+        )
+    outputs.end(tid)
+    return outputs, tid
 
 
-def test_output_is_given_again_from_any_index() -> None:
-    outputs = Outputs()
-    tid = said(outputs, 4)
-    for index in range(5):
-        chunk = outputs.since(tid, index)
+@pytest.mark.parametrize(("logprobs", "most"), [(False, MAX_TOKENS), (True, MAX_TOKENS_WITH_LOGPROBS)])
+def test_long_output_comes_in_parts_that_fit_into_the_smallest_message(logprobs: bool, most: int) -> None:
+    num_tokens = 2 * most + 2
+    outputs, tid = filled(num_tokens, logprobs)
+    parts = []
+    expected = 1
+    while not parts or parts[-1].finish_reason is None:
+        chunk = outputs.since(tid, expected)
         assert chunk is not None
-        assert (chunk.index, chunk.token_ids) == (index, [10, 11, 12, 13][index:])
-    assert outputs.since("another.0", 0) is None
+        assert chunk.index == expected
+        assert len(encode(Resumed(chunk=chunk))) < _OTHER_BYTES
+        expected += len(chunk.token_ids)
+        parts.append(chunk)
+    assert [token_id for part in parts for token_id in part.token_ids] == list(range(1, num_tokens))
+    if logprobs:
+        assert [one.token_id for part in parts for one in part.logprobs] == list(range(1, num_tokens))
+    assert [len(part.token_ids) for part in parts] == [most, most, 1]
+
+
+def test_what_is_whole_ends_with_its_reason_and_then_is_empty() -> None:
+    outputs, tid = filled(3, logprobs=False)
+    assert outputs.since(tid, 0) == TokenChunk(
+        transfer_id=tid, index=0, token_ids=[0, 1, 2], finish_reason="length"
+    )
+    last = outputs.since(tid, 3)
+    assert last is not None
+    assert (last.token_ids, last.finish_reason) == ([], "length")
+    assert outputs.since(tid, 3).finish_reason == "length"  # type: ignore[union-attr]
+    assert outputs.since("stranger.0", 0) is None
 
 
 def test_output_is_forgotten_a_while_after_the_end_and_not_before() -> None:
-    outputs = Outputs()
-    running, ended, ended_twice = (said(outputs, 2) for _ in range(3))
-    outputs.end(ended)
-    outputs.end(ended_twice)  # failed ...
-    outputs.end(ended_twice)  # ... and cancelled
+    outputs, ended = filled(3, logprobs=False)
+    running, ended_twice = make_sequence([1, 2, 3]), make_sequence([1, 2, 3])
+    for sequence in (running, ended_twice):
+        sequence.output_ids.append(10)
+        outputs.open(sequence)
+    outputs.end(ended_twice.transfer_id)  # failed ...
+    outputs.end(ended_twice.transfer_id)  # ... and cancelled
     now = time.monotonic()
+    all_three = (running.transfer_id, ended, ended_twice.transfer_id)
     outputs.forget_old(now + 0.9 * KEEP_S)
-    assert all(outputs.since(tid, 0) for tid in (running, ended, ended_twice))
+    assert all(outputs.since(tid, 0) for tid in all_three)
     outputs.forget_old(now + 1.1 * KEEP_S)
-    assert [outputs.since(tid, 0) is not None for tid in (running, ended, ended_twice)] == [
-        True,
-        False,
-        False,
-    ]
+    assert [outputs.since(tid, 0) is not None for tid in all_three] == [True, False, False]
