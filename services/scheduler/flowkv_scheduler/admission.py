@@ -137,16 +137,17 @@ def _without_room(request: ScheduleRequest, weighing: Weighing, limits: Limits) 
     nodes = [node for node in able if node.may_decode] or able
     if not nodes:
         return Later(Wait(retry_in_s=limits.max_retry_s, reason="no decode node can take it now"))
-    ahead = {node.node_id: weighing.waiting.ahead_at(node.node_id, weighing.turn) for node in nodes}
-    room_s = {node.node_id: room_in_s(node, weighing, ahead[node.node_id]) for node in nodes}
-    first = min(nodes, key=lambda node: (room_s[node.node_id], node.node_id))
+    waiting, turn = weighing.waiting, weighing.turn
+    ahead = {node.node_id: waiting.ahead_at(node.node_id, turn) for node in nodes}
     prefill = [node for node in usable if node.may_prefill and weighing.takes_prompt(node)]
-    all_ahead = functools.reduce(Work.plus, ahead.values())
-    wait_s = max(room_s[first.node_id], prompts_in_s(prefill or able, all_ahead))
+    prompts_s = prompts_in_s(prefill or able, functools.reduce(Work.plus, ahead.values()))
+    room_s = [(room_in_s(node, weighing, ahead[node.node_id]), node.node_id, node) for node in nodes]
+    first_s, _, first = min(room_s, key=lambda found: found[:2])
+    wait_s = max(first_s, prompts_s)
     first_token_s = wait_s + min(weighing.prefill_cost(node).work_s for node in prefill or able)
     _check_wait(weighing, wait_s, first_token_s)
     # Half of the wait: so it is there in time, though rarely asked for while it is far back.
-    retry_in_s = min(max(room_s[first.node_id] / 2, limits.min_retry_s), limits.max_retry_s)
+    retry_in_s = min(max(first_s / 2, limits.min_retry_s), limits.max_retry_s)
     wait = Wait(
         retry_in_s=retry_in_s,
         reason=f"all {len(nodes)} decode nodes are full",

@@ -13,7 +13,7 @@ from flowkv_scheduler.weighing import Weighing, need_at, num_missing_places
 def room_in_s(node: NodeView, weighing: Weighing, ahead: Work) -> float:
     """Seconds until the request fits there, behind `ahead`, which waits for room on the node too."""
     for_room = max(_ends_for_blocks(node, weighing, ahead), num_missing_places(node, ahead))
-    for_room_s = _ends_in_s(node, weighing, for_room)
+    for_room_s = _ends_in_s(node, weighing, ahead, for_room)
     if not weighing.respects_rhythm(node):
         return for_room_s
     for_rhythm_s = _rhythm_in_s(node, weighing, ahead)
@@ -44,14 +44,15 @@ def _rhythm_in_s(node: NodeView, weighing: Weighing, ahead: Work) -> float:
     if weighing.is_held_up_by_prompts(node):
         return node.prefill_wait_s
     over_s = weighing.over_s(node, ahead)
+    if over_s <= 0.0:
+        return 0.0
     num = max(1, node.num_sequences)
     each_s = node.speed.beside_s(1, 0) + node.num_context_tokens / num * node.speed.context_token_s
     num_all = node.num_sequences + ahead.num_sequences  # when all have left it is idle, and good enough
-    num_ends = min(over_s / each_s, num_all) if over_s < num_all * each_s else num_all
-    return _ends_in_s(node, weighing, num_ends if over_s > 0.0 else 0.0)
+    return _ends_in_s(node, weighing, ahead, over_s / each_s if over_s < num_all * each_s else num_all)
 
 
-def _ends_in_s(node: NodeView, weighing: Weighing, num_ends: float) -> float:
+def _ends_in_s(node: NodeView, weighing: Weighing, ahead: Work, num_ends: float) -> float:
     """Until so many sequences have ended, those ahead among them as soon as they have had their turn.
 
     Those that run are taken to end evenly, the first after `first_ends_in` steps, the last when a request
@@ -59,9 +60,10 @@ def _ends_in_s(node: NodeView, weighing: Weighing, num_ends: float) -> float:
     """
     if num_ends <= 0.0:
         return 0.0
-    num = max(1, node.num_sequences)
-    mean = node.tokens_left / num
     whole = need_at(node, weighing.request).output_tokens
+    # So many run at once: those who do, and those ahead who still find room.
+    num = max(1.0, node.num_sequences + ahead.num_sequences + 1 - num_ends)
+    mean = (node.tokens_left + max(0.0, num - node.num_sequences) * whole) / num
     first = min(node.first_ends_in, mean)
     last = max(mean, min(2.0 * mean - first, whole))
     steps = first + (last - first) * min(1.0, num_ends / num)

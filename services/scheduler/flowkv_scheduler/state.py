@@ -14,7 +14,7 @@ from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.index import Index
 from flowkv_scheduler.prefixes import PrefixIndex
-from flowkv_scheduler.speed import speed_of
+from flowkv_scheduler.speed import Speed, speed_of
 from flowkv_scheduler.view import SILENT_AFTER_PERIODS, NodeView, Work, view_of
 
 # Load reports lag: what we gave a node counts on top of its report for so long, unless it shows it sooner.
@@ -57,9 +57,9 @@ class _Pending:
 class _Node:
     """What belongs to one life of one node."""
 
-    def __init__(self, report: LoadReport, now: float) -> None:
+    def __init__(self, report: LoadReport, speed: Speed, now: float) -> None:
         self.report = report
-        self.speed = speed_of(report)
+        self.speed = speed
         self.heard_at = now
         self.prompts = _Pending(report.num_prompts_accepted)
         self.rooms = _Pending(report.num_rooms_given)
@@ -69,8 +69,8 @@ class _Node:
     def given(self) -> Work:
         return self.prompts.sum.plus(self.rooms.sum).plus(self.sequences.sum)
 
-    def hear(self, report: LoadReport, now: float) -> None:
-        self.report, self.speed, self.heard_at = report, speed_of(report), now
+    def hear(self, report: LoadReport, speed: Speed, now: float) -> None:
+        self.report, self.speed, self.heard_at = report, speed, now
         self.prompts.settle(report.num_prompts_accepted, now)
         self.rooms.settle(report.num_rooms_given, now)
         self.sequences.settle(report.num_sequences_accepted, now)
@@ -87,10 +87,15 @@ class ClusterState:
         self._nodes: dict[NodeRef, _Node] = {}
         self._views: dict[str, NodeView] = {}
         self._leaving: dict[str, str] = {}
+        self._decode_costs: dict[
+            str, tuple[float, float]
+        ] = {}  # fingerprint -> of a sequence, a context token
 
     def set_descriptors(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         """All nodes of the registry, by id."""
         before, self._descriptors = self._descriptors, dict(descriptors)
+        models = {descriptor.model.fingerprint for descriptor in descriptors.values()}
+        self._decode_costs = {model: costs for model, costs in self._decode_costs.items() if model in models}
         for node_id in before.keys() | descriptors.keys():
             if before.get(node_id) != descriptors.get(node_id):
                 self._refresh(node_id)
@@ -99,10 +104,10 @@ class ClusterState:
         """Take a report; the latest of a life wins, an older one that was overtaken is dropped."""
         known = self._nodes.get(report.node)
         if known is None:
-            self._nodes[report.node] = _Node(report, now)
+            self._nodes[report.node] = _Node(report, self._speed_of(report), now)
             self._forget_silent(now)
         elif report.seq >= known.report.seq:
-            known.hear(report, now)
+            known.hear(report, self._speed_of(report), now)
         self._refresh(report.node.node_id)
 
     def add_prompt(self, node: NodeRef, work: Work, now: float) -> None:
@@ -149,6 +154,18 @@ class ClusterState:
 
     def usable(self, now: float) -> Iterator[NodeView]:
         return (view for view in self._views.values() if view.is_usable(now))
+
+    def _speed_of(self, report: LoadReport) -> Speed:
+        """A node that has not decoded yet is taken to decode as another of its model does: not for nothing."""
+        speed, descriptor = speed_of(report), self._descriptors.get(report.node.node_id)
+        if report.step is None or descriptor is None:
+            return speed
+        fingerprint = descriptor.model.fingerprint
+        if speed.sequence_s or speed.context_token_s:
+            self._decode_costs[fingerprint] = speed.sequence_s, speed.context_token_s
+        elif costs := self._decode_costs.get(fingerprint):
+            return msgspec.structs.replace(speed, sequence_s=costs[0], context_token_s=costs[1])
+        return speed
 
     def _refresh(self, node_id: str) -> None:
         """Compute the node's view anew and put it where the index keeps it."""
