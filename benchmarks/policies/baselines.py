@@ -38,9 +38,9 @@ def baseline(pick_prefill: Pick, pick_decode: Pick) -> Chooser:
         choice = policy.choose(weighing)
         if choice is None:
             return None
-        group = group_of(choice.decode)
+        group = group_of(choice.decode.descriptor)
         usable = sorted(weighing.state.usable(weighing.now), key=lambda node: node.node_id)
-        nodes = [node for node in usable if group_of(node) == group]
+        nodes = [node for node in usable if group_of(node.descriptor) == group]
         prefill = [node for node in nodes if node.may_prefill and weighing.takes_prompt(node)]
         decode = [node for node in nodes if node.may_decode and weighing.takes_sequence(node)]
         roomy = [node for node in decode if weighing.num_missing_blocks(node) <= 0]

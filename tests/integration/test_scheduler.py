@@ -11,16 +11,18 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from imagined_nodes import request
+from imagined_nodes import descriptor, request
 from nats_server import NatsServer
+from prometheus_client import CollectorRegistry
 from scripted_nodes import Node, is_assigned, is_wait, living, schedule, until
 
 from flowkv_common import errors
 from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.lease import Lease
 from flowkv_common.config import SchedulerSettings
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment
-from flowkv_scheduler.app import serve
+from flowkv_scheduler.app import Scheduler, serve
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.weighing import Goals
 
@@ -162,6 +164,7 @@ async def test_process_serves_metrics_and_leaves_on_sigterm(nats_server: NatsSer
                 ready = await http.get(url.replace("/metrics", "/health"))
             assert 'flowkv_schedule_decisions_total{outcome="wait"} 1.0' in metrics
             assert "flowkv_usable_nodes 0.0" in metrics
+            assert "flowkv_pairs 0.0" in metrics
             assert "flowkv_scheduler_is_leader 1.0" in metrics
             assert "flowkv_scheduler_epoch 1.0" in metrics
             assert 'flowkv_regime{regime="normal"} 1.0' in metrics
@@ -188,3 +191,18 @@ async def test_scheduler_never_loads_torch() -> None:
     async with asyncio.timeout(20):
         output, _ = await process.communicate()
     assert output.strip() == b"[]"
+
+
+async def test_nodes_that_cant_serve_together_are_named_once(
+    nats_server: NatsServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes = {"p0": descriptor("p0", "prefill"), "d0": descriptor("d0", "decode", block_size=32)}
+    async with connect(nats_server.url, name="test") as bus:
+        lease, clock = Lease(bus, "s0"), asyncio.get_running_loop().time
+        scheduler = Scheduler(bus, lease, Planner(Goals()), CollectorRegistry(), clock)
+        for _ in range(2):
+            scheduler.on_nodes(nodes)
+        scheduler.on_nodes({"p0": nodes["p0"]})
+        scheduler.on_nodes(nodes)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == 2 * ["p0 can't exchange KV with d0: block size 16, not 32"]

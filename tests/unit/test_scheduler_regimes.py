@@ -11,6 +11,8 @@ from flowkv_common.wire.nodes import StepFit
 from flowkv_scheduler.lending import Thresholds
 from flowkv_scheduler.orders import MoveCap, Order, RegimeChange, ScaleWanted
 from flowkv_scheduler.regimes import Regimes
+from flowkv_scheduler.scores import scores_of
+from flowkv_scheduler.view import Work
 from flowkv_scheduler.weighing import Goals
 
 GOALS = Goals(ttft_s=4.0, itl_s=0.25)
@@ -117,6 +119,51 @@ def test_it_is_taken_back_when_all_is_well_but_not_before_its_time() -> None:
     assert run.now - lent_at >= AT.dwell_s
     run.tick(*idle, times=30)
     assert run.regimes.leaving == {}
+
+
+def test_a_node_that_was_moved_stays_for_its_dwell_time_whatever_comes() -> None:
+    """Lent to prefill, and in the next moment decode is short: it takes seconds to see what a move does."""
+    run = Run()
+    nodes = [decode("d0"), decode("d1")]
+    assert moves(run.tick(prefill(queued=4000), *nodes, times=AT.num_ticks)) == [("d0", TOKEN_BUDGET)]
+    lent_at, moved = run.now, list[tuple[str, int]]()
+    while "d0" not in dict(moved):
+        moved = moves(run.tick(prefill(queued=300), decode("d0"), decode("d1", running=15)))
+        assert run.now < 60
+    assert run.now - lent_at >= AT.dwell_s
+
+
+def test_who_was_just_taken_back_is_not_lent_again_within_its_dwell_time() -> None:
+    run = Run()
+    nodes = [decode("d0"), decode("d1")]
+    run.tick(prefill(queued=4000), *nodes, times=AT.num_ticks)
+    while run.caps["d0"] != CAPS["decode"]:
+        run.tick(prefill(), *nodes)
+    # Again short, and d0 is the idlest.
+    needy = prefill(queued=4000), decode("d0"), decode("d1", running=9)
+    moved = moves(run.tick(*needy, times=int(AT.dwell_s / 0.5) - 1))
+    assert [name for name, _ in moved] == ["d1"]
+
+
+def test_prompts_that_wait_are_not_counted_twice_as_decode_pressure() -> None:
+    """They are there as sequences that we gave their decode node: a burst of prompts calls for no more."""
+    given = Work(num_sequences=3, num_blocks=6, context_tokens=300)
+    waiting = node("p0", "prefill", step=FIT, num_prompts=60), decode("d0", running=2)._replace(given=given)
+    alone = node("p0", "prefill", step=FIT), waiting[1]
+    scores = [scores_of(cluster(*nodes).views(), GOALS, 0.0) for nodes in (waiting, alone)]
+    assert scores[0] == scores[1]
+
+
+def test_a_cap_leaves_their_rhythm_to_those_that_run_not_to_what_its_own_queue_will_become() -> None:
+    """Else prompts would wait for the sequences that they are to become, and decode nodes for both."""
+    run = Run()
+    burst = Work(num_sequences=60, num_blocks=180, context_tokens=2400)
+    queue = prefill("p0", queued=2000)._replace(given=burst)
+    run.tick(prefill("p0"), decode(running=15), times=AT.num_ticks)
+    (cap,) = {cap for name, cap in moves(run.tick(queue, decode(running=15), times=8)) if name == "p0"} or {
+        run.caps["p0"]
+    }
+    assert cap == 112  # 0.65 x 250 ms, less the base of 50 ms: of 1 ms each
 
 
 def test_a_lent_node_stays_while_it_is_needed() -> None:

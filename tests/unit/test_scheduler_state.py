@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from imagined_nodes import NUM_BLOCKS, PERIOD_S, descriptor, report
 
+from flowkv_common.wire.nodes import StepFit
 from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.state import ClusterState
 from flowkv_scheduler.view import NodeView, Work
@@ -124,3 +126,19 @@ def test_node_that_left_the_registry_is_gone(state: ClusterState) -> None:
 def test_lives_of_the_long_gone_are_not_kept(state: ClusterState) -> None:
     state.add_report(report("d1", "decode"), now=1000.0)  # a new life: time to look for old ones
     assert state.views() == []
+
+
+FIT = StepFit(base_s=0.02, prefill_token_s=1e-3, attended_token_s=0.0, sequence_s=0.0, context_token_s=0.0)
+
+
+def test_a_node_that_has_not_decoded_yet_is_taken_to_do_it_as_others_do(state: ClusterState) -> None:
+    """Not for nothing: a prefill node that is lent would get a whole batch at once."""
+    state.set_descriptors({"d0": descriptor("d0", "decode"), "p0": descriptor("p0", "prefill")})
+    decoding = msgspec.structs.replace(FIT, sequence_s=0.004, context_token_s=1e-6)
+    state.add_report(report("d0", "decode", seq=2, step=decoding), now=0.0)
+    state.add_report(report("p0", "prefill", step=FIT), now=0.0)
+    speeds = {view.node_id: view.speed for view in state.views()}
+    assert (speeds["p0"].sequence_s, speeds["p0"].context_token_s) == (0.004, 1e-6)
+    mine = msgspec.structs.replace(FIT, sequence_s=0.008)
+    state.add_report(report("p0", "prefill", seq=2, step=mine), now=0.1)
+    assert {view.node_id: view.speed.sequence_s for view in state.views()} == {"d0": 0.004, "p0": 0.008}

@@ -28,6 +28,7 @@ from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.carry_out import Orders
 from flowkv_scheduler.follow_prefixes import following_prefixes
 from flowkv_scheduler.leading import lead
+from flowkv_scheduler.pairs import num_pairs, why_apart
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
 from flowkv_scheduler.weighing import Goals
@@ -53,6 +54,7 @@ class Scheduler:
         self._bus = bus
         self._lease = lease
         self._clock = clock
+        self._apart: str | None = None  # what was last told of nodes that can't serve together
         self._orders = Orders(bus, lease, registry, self._cap_of)
         self._decisions = Counter(
             "flowkv_schedule_decisions", "Schedule requests by outcome", ["outcome"], registry=registry
@@ -60,6 +62,10 @@ class Scheduler:
         self._seconds = Histogram("flowkv_schedule_seconds", "Time to decide", registry=registry)
         usable = Gauge("flowkv_usable_nodes", "Nodes that may get new work", registry=registry)
         usable.set_function(lambda: sum(1 for _ in self.planner.state.usable(clock())))
+        pairs = Gauge(
+            "flowkv_pairs", "Pairs of a prefill and a decode node that can exchange blocks", registry=registry
+        )
+        pairs.set_function(lambda: num_pairs(self.planner.state.usable(clock())))
         is_leader = Gauge("flowkv_scheduler_is_leader", "1 if this scheduler leads", registry=registry)
         is_leader.set_function(lambda: float(lease.is_held))
         epoch = Gauge("flowkv_scheduler_epoch", "The highest epoch known here", registry=registry)
@@ -68,6 +74,13 @@ class Scheduler:
     def on_report(self, report: LoadReport) -> None:
         self._lease.hear(report.epoch)
         self.planner.add_report(report, self._clock())
+
+    def on_nodes(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
+        self.planner.set_descriptors(descriptors)
+        apart = why_apart(descriptors.values())
+        if apart and apart != self._apart:
+            log.warning("%s", apart)
+        self._apart = apart
 
     def on_reconnect(self) -> None:
         self.planner.touch_all(self._clock())
@@ -174,7 +187,7 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event, planner: Plann
         )
 
         def on_nodes(descriptors: Mapping[str, NodeDescriptor]) -> None:
-            scheduler.planner.set_descriptors(descriptors)
+            scheduler.on_nodes(descriptors)
             follow_prefixes(descriptors)
 
         async with (

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 if TYPE_CHECKING:
+    from flowkv_common.wire.nodes import NodeDescriptor
     from flowkv_scheduler.view import NodeView
 
 # Nodes whose speeds differ by less than this factor are compared by their load alone.
@@ -145,7 +146,7 @@ class Index:
 
     def put(self, view: NodeView) -> None:
         """Take the node up, or to its new place."""
-        group = group_of(view)
+        group = group_of(view.descriptor)
         if self._group_of.get(view.node_id) != group:
             self.remove(view.node_id)
             self._group_of[view.node_id] = group
@@ -168,14 +169,14 @@ class Index:
         self.decode.remove(node_id)
 
 
-def group_of(view: NodeView) -> Group:
-    layout = view.descriptor.layout
+def group_of(node: NodeDescriptor) -> Group:
+    layout = node.layout
     return Group(
-        fingerprint=view.descriptor.model.fingerprint,
+        fingerprint=node.model.fingerprint,
         num_layers=layout.num_layers,
         block_size=layout.block_size,
         num_kv_heads=layout.num_kv_heads,
         head_dim=layout.head_dim,
         dtype=layout.dtype,
-        memory=view.descriptor.memory,
+        memory=node.memory,
     )

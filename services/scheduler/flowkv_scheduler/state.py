@@ -87,9 +87,7 @@ class ClusterState:
         self._nodes: dict[NodeRef, _Node] = {}
         self._views: dict[str, NodeView] = {}
         self._leaving: dict[str, str] = {}
-        self._decode_costs: dict[
-            str, tuple[float, float]
-        ] = {}  # fingerprint -> of a sequence, a context token
+        self._decode_costs: dict[str, tuple[float, float]] = {}  # by model: of a sequence, of a context token
 
     def set_descriptors(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         """All nodes of the registry, by id."""
@@ -156,7 +154,7 @@ class ClusterState:
         return (view for view in self._views.values() if view.is_usable(now))
 
     def _speed_of(self, report: LoadReport) -> Speed:
-        """A node that has not decoded yet is taken to decode as another of its model does: not for nothing."""
+        """A node that has not decoded yet is taken to do it as another of its model does: not for nothing."""
         speed, descriptor = speed_of(report), self._descriptors.get(report.node.node_id)
         if report.step is None or descriptor is None:
             return speed
