@@ -29,7 +29,7 @@ LLAMACPP ?=
 GGUF    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full compose-test compose-test-short bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-simulated bench-real bench-sustain bench-engine bench-gpu bench-gpu-serving bench-gpu-transfer bench-serving bench-disturbed simulate simulate-cells plan replay lint fmt clean
+.PHONY: help install up test test-full compose-test compose-test-short bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-burst bench-simulated bench-real bench-sustain bench-engine bench-gpu bench-gpu-serving bench-gpu-transfer bench-serving bench-disturbed simulate simulate-cells plan replay lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -122,6 +122,10 @@ bench-shift: $(VENV)/ready-dev ## load that shifts between the sides, lending of
 bench-overload: $(VENV)/ready-dev ## three times what the cluster can do; OVERLOAD="--seconds 20"
 	@mkdir -p .run
 	$(PY) -m benchmarks.paced.overload --json .run/overload.json $(OVERLOAD)
+
+bench-burst: $(VENV)/ready-dev ## many requests at once, foreseen waits beside real ones; BURST="--real --nodes 1"
+	@mkdir -p .run
+	$(PY) -m benchmarks.paced.burst --json .run/burst.json $(BURST)
 
 bench-simulated: $(VENV)/ready-dev ## the simulator beside paced nodes on the same requests; SIMULATED="--trace azure.csv"
 	@mkdir -p .run

@@ -84,7 +84,7 @@ class Burst:
     seconds: float
 
 
-def row_of(burst: Burst, again: Burst | None, options: argparse.Namespace, num_each: int) -> Row:
+def row_of(burst: Burst, again: Burst | None, num_each: int, max_wait_s: float) -> Row:
     """`again`: the same burst where nobody is refused."""
     complete = [each for each in burst.outcomes if each.is_complete]
     refused = [i for i, each in enumerate(burst.outcomes) if each.status == 429]
@@ -101,7 +101,7 @@ def row_of(burst: Burst, again: Burst | None, options: argparse.Namespace, num_e
         max_tokens=burst.max_tokens,
         num_complete=len(complete),
         num_refused=len(refused),
-        num_refused_rightly=sum(s is None or s > options.max_wait_s for s in waits) if refused else None,
+        num_refused_rightly=sum(s is None or s > max_wait_s for s in waits) if refused else None,
         errors=dict(
             Counter(str(each.error) for each in burst.outcomes if not each.is_complete and each.status != 429)
         ),
@@ -172,7 +172,7 @@ def _rows(options: argparse.Namespace, num_each: int, report: Report) -> list[Ro
                 repeated = asyncio.run(_bursts(cluster, refusing, report))
         again = dict(zip(refusing, repeated, strict=True))
     rows = (
-        row_of(burst, again.get((burst.num_requests, burst.max_tokens)), options, num_each)
+        row_of(burst, again.get((burst.num_requests, burst.max_tokens)), num_each, options.max_wait_s)
         for burst in bursts
     )
     return [replace(row, pace=pace) for row in rows]

@@ -55,6 +55,16 @@ def test_overload(tmp_path: Path, model_path: Path) -> None:
     assert all(memory["peak_mb"] > 1 for memory in row["memory"].values())
 
 
+def test_burst(tmp_path: Path, model_path: Path) -> None:
+    arguments = ["--nodes", "1", "--requests", "40", "--tokens", "64", "--max-wait-s", "1"]
+    [row] = run("benchmarks.paced.burst", tmp_path / "burst.json", model_path, *arguments)
+    assert row["num_complete"] + row["num_refused"] == 40
+    assert row["errors"] == {}
+    assert row["off_by"]["num"] == row["num_complete"] > 0
+    assert 0 <= row["num_refused_rightly"] <= row["num_refused"]
+    assert row["off_by"]["p50"] >= 1.0
+
+
 def test_simulated(tmp_path: Path, model_path: Path) -> None:
     arguments = ["--nodes", "1", "--loads", "0.9", "--requests", "12", "--seed", "4"]
     [row] = run("benchmarks.paced.simulated", tmp_path / "simulated.json", model_path, *arguments)

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.command import Command, Report
 from benchmarks.load.arrivals import Arrival, Lengths
 from benchmarks.load.client import Outcome
-from benchmarks.paced import overload, shift
+from benchmarks.paced import burst, overload, shift
 from benchmarks.paced.kept import pace_of
 from benchmarks.paced.observe import CapSeen, Observed
 from benchmarks.paced.pace import MAX_NUM_SEQS, ONE_CORE, capacity, stretched
@@ -130,3 +130,36 @@ def test_every_command_knows_where_its_results_go_and_whose_model_it_takes() -> 
     assert (options.json, options.model, options.seed) == (Path("out.json"), "folder", 3)
     with pytest.raises(SystemExit):
         command.parse(["--model", "folder"])
+
+
+# --- bursts -----------------------------------------------------------------------------------------
+
+
+def answered(request_id: str, ttft_s: float) -> Outcome:
+    done = Outcome(Arrival(0.0, 37, 2), 0.0, status=200, request_id=request_id, finish_reason="length")
+    done.token_ids, done.event_times_s = [1, 2], [ttft_s, ttft_s + 0.1]
+    return done
+
+
+def turned_away() -> Outcome:
+    return Outcome(Arrival(0.0, 37, 2), 0.0, status=429, error="wait", retry_after_s=3.0)
+
+
+def test_a_burst_is_judged_by_what_was_foreseen_and_by_what_the_refused_would_have_waited() -> None:
+    foreseen_s = {"a": 4.0, "b": 4.0, "c": 0.01}
+    outcomes = [answered("a", 2.0), answered("b", 16.0), answered("c", 0.1), turned_away(), turned_away()]
+    sent = burst.Burst(5, 2, outcomes, foreseen_s, 20.0)
+    patient = [answered(name, wait_s) for name, wait_s in zip("abcde", (2, 16, 0.1, 59, 61), strict=True)]
+    row = burst.row_of(sent, burst.Burst(5, 2, patient, {}, 70.0), num_each=1, max_wait_s=60.0)
+    assert (row.num_complete, row.num_refused, row.num_refused_rightly) == (3, 2, 1)
+    assert (row.off_by.num, row.off_by.p50, row.off_by.max) == (3, 2.0, 4.0)
+    assert row.foreseen_over_real.p50 == 1.0  # 2, a quarter, and both of no concern
+    assert (row.tokens_per_s, row.retry_after_s.p50, row.errors) == (0.3, 3.0, {})
+    assert "1P1D" in burst.table([row])
+
+
+def test_where_nobody_was_refused_nobody_was_refused_rightly() -> None:
+    row = burst.row_of(burst.Burst(1, 2, [answered("a", 2.0)], {"a": 2.0}, 3.0), None, 1, 60.0)
+    assert (row.num_refused, row.num_refused_rightly) == (0, None)
+    failed = Outcome(Arrival(0.0, 37, 2), 0.0, status=500, error="Internal error.")
+    assert burst.row_of(burst.Burst(1, 2, [failed], {}, 3.0), None, 1, 60.0).errors == {"Internal error.": 1}
