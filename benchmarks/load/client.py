@@ -141,7 +141,8 @@ async def _payloads(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
         chunk = await reader.readexactly(num_bytes + 2)
         *events, rest = (rest + chunk[:-2]).split(b"\n\n")
         for event in events:
-            yield event.removeprefix(b"data: ")
+            if event.startswith(b"data: "):  # else a comment, which says only that the answer is on its way
+                yield event.removeprefix(b"data: ")
 
 
 def _take(outcome: Outcome, event: _Event, at_s: float) -> None:

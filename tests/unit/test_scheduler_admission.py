@@ -316,3 +316,30 @@ def test_a_prefill_node_that_decodes_besides_keeps_time_for_prompts() -> None:
         helper = node("p0", "prefill", num_running=num_running, **lent)
         decision = decide(request(age_s=10.0), [helper, full])
         assert isinstance(decision, Choice) == has_room
+
+
+def test_a_wait_is_foreseen_to_be_shorter_where_an_idle_prefill_node_will_be_lent() -> None:
+    """If outputs are so long that prompts come slowly while the line drains; not for short ones."""
+    lending = Limits(lends=True)
+    forecast = OutputForecast(tokens_left=16 * 128.0, first_ends_in=128.0, stop_rate=1e-6)
+    busy = msgspec.structs.replace(full_node(16).report, forecast=forecast)
+    state = cluster(PAIR[0], full_node(16)._replace(report=busy))
+    for num_new, is_lent in ((128, True), (2, False)):
+        wanted = request(100, num_new)
+        waits = [
+            told(admission.decide(wanted, state, GOALS, limits, now=0.0)) for limits in (LIMITS, lending)
+        ]
+        alone, helped = (wait.first_token_in_s for wait in waits if isinstance(wait, Wait))
+        assert (helped < alone) == is_lent
+    helped_wait = admission.decide(request(100, 128), state, GOALS, lending, now=0.0)
+    assert isinstance(helped_wait, Later)
+    assert helped_wait.node_id == "p0"  # it stands there, behind nobody
+    assert helped_wait.wait.first_token_in_s == pytest.approx(lending.lent_in_s, abs=0.2)
+    # The node that helps already is no other one.
+    helping = node("p0", "prefill", max_prefill_tokens_per_step=100, num_running=15)
+    both = cluster(helping, full_node(16)._replace(report=busy))
+    found = [
+        told(admission.decide(request(100, 128), both, GOALS, limits, now=0.0))
+        for limits in (LIMITS, lending)
+    ]
+    assert found[0] == found[1]

@@ -15,7 +15,7 @@ import msgspec
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_scheduler import policy
-from flowkv_scheduler.drain import prompts_in_s, room_in_s
+from flowkv_scheduler.drain import lent_soon, prompts_in_s, room_in_s
 from flowkv_scheduler.policy import Choice, Chooser
 from flowkv_scheduler.state import ClusterState
 from flowkv_scheduler.view import NOTHING, NodeView, Work
@@ -30,12 +30,17 @@ LESS_URGENT_SHARE = 0.5
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """Seconds: how long a request may look for nodes, and how soon it is asked for again."""
+    """Seconds: how long a request may look for nodes, and how soon it is asked for again.
+
+    Where nodes are lent, that takes `lent_in_s` from when they are idle.
+    """
 
     no_node_age_s: float = 10.0
     no_node_retry_s: float = 0.25
     min_retry_s: float = 0.05
     max_retry_s: float = 0.5
+    lends: bool = False
+    lent_in_s: float = 3.0
 
 
 class Later(NamedTuple):
@@ -142,6 +147,10 @@ def _without_room(request: ScheduleRequest, weighing: Weighing, limits: Limits) 
     prefill = [node for node in usable if node.may_prefill and weighing.takes_prompt(node)]
     prompts_s = prompts_in_s(prefill or able, functools.reduce(Work.plus, ahead.values()))
     room_s = [(room_in_s(node, weighing, ahead[node.node_id]), node.node_id, node) for node in nodes]
+    if limits.lends and (helper := lent_soon(able, weighing)):
+        free_s = helper.prefill_wait_s + limits.lent_in_s
+        behind_s = room_in_s(helper, weighing, waiting.ahead_at(helper.node_id, turn))
+        room_s.append((free_s + behind_s, helper.node_id, helper))
     first_s, _, first = min(room_s, key=lambda found: found[:2])
     wait_s = max(first_s, prompts_s)
     first_token_s = wait_s + min(weighing.prefill_cost(node).work_s for node in prefill or able)

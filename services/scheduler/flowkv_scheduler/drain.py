@@ -6,6 +6,10 @@ lack of blocks, places and rhythm is told as a number of ends, and ends as a num
 
 from __future__ import annotations
 
+import msgspec
+
+from flowkv_scheduler.lending import Thresholds
+from flowkv_scheduler.scores import FULL_PREFILL, SHARED
 from flowkv_scheduler.view import NodeView, Work
 from flowkv_scheduler.weighing import Weighing, need_at, num_missing_places
 
@@ -31,6 +35,33 @@ def prompts_in_s(nodes: list[NodeView], ahead: Work) -> float:
     num_tokens, mean = ahead.prefill_tokens, ahead.prefill_tokens / ahead.num_sequences
     alone_s = (node.speed.queue_s(num_tokens, mean, node.chunk, node.chunk_beside_s) for node in nodes)
     return soonest_s + 1.0 / sum(1.0 / max(seconds, 1e-9) for seconds in alone_s)
+
+
+def lent_soon(nodes: list[NodeView], weighing: Weighing) -> NodeView | None:
+    """The prefill node that lending will let decode besides, as it will be then; None if it won't, or has.
+
+    It will if prefill has little to do while those who wait get their room one by one. The last node of the
+    side goes on with prompts.
+    """
+    decode = [node for node in nodes if node.may_decode]
+    prefill = [node for node in nodes if node.may_prefill and node.descriptor.role == "prefill"]
+    if not decode or not prefill or any(node.descriptor.role == "prefill" for node in decode):
+        return None
+    idlest, *others = sorted(prefill, key=lambda node: (node.prefill_wait_s, node.node_id))
+    ends_per_s = sum(
+        node.num_sequences / (node.step_s * need_at(node, weighing.request).output_tokens) for node in decode
+    )
+    staying = others or prefill
+    capacity = sum(1.0 / node.speed.prefill_token_s for node in staying) * (1.0 if others else SHARED)
+    if ends_per_s * weighing.request.num_prompt_tokens > Thresholds().gain * FULL_PREFILL * capacity:
+        return None
+    return msgspec.structs.replace(
+        idlest,
+        may_decode=True,
+        may_prefill=not others,
+        chunk_s=0.0,
+        step_s=idlest.step_s - idlest.chunk_s,
+    )
 
 
 def _ends_for_blocks(node: NodeView, weighing: Weighing, ahead: Work) -> float:

@@ -34,7 +34,7 @@ class Planner:
         self._goals = goals
         self._lends = lends
         self.begin_term()
-        self._limits = admission.Limits()
+        self._limits = admission.Limits(lends=lends)
         self._choose = choose
         self._waiting = Waiting()
 
