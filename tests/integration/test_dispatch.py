@@ -348,6 +348,19 @@ async def test_who_gets_no_pair_is_not_tried_again(
         assert event.phases_s["schedule"] >= 0.5
 
 
+async def test_what_was_foreseen_first_is_told_at_the_end(nats_server: NatsServer) -> None:
+    async with cluster(nats_server, answer) as (dispatch, nodes):
+        nodes.waits = [
+            Wait(retry_in_s=0.05, reason="full", first_token_in_s=seconds) for seconds in (7.0, 5.0)
+        ]
+        assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+        async with asyncio.timeout(5):
+            while not nodes.finished:
+                nodes.news.clear()
+                await nodes.news.wait()
+        assert 7.0 <= nodes.finished[0].predicted_ttft_s < 8.0
+
+
 async def test_patience_does_not_begin_anew_with_each_pair_that_fails(nats_server: NatsServer) -> None:
     async def dawdle_and_fail(nodes: Nodes, run: PrefillRun) -> None:
         await asyncio.sleep(1.0)  # the time that a prompt may wait at a node is no time of asking

@@ -15,6 +15,7 @@ from tiny_models import make_tiny_model
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.engine.model import LoadedModel
+from flowkv_common.errors import BadRequest
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, Release, Reserve, Reserved
 from flowkv_common.wire.parts import NodeRef
@@ -85,3 +86,33 @@ async def test_prompts_and_sequences_are_told_apart(setup: Setup) -> None:
         decoding = await first(setup.heard, lambda report: report.num_running > 0)
         assert (decoding.num_prompts, decoding.num_waiting, decoding.num_running) == (0, 0, 1)
     assert len(output.result()) == 60
+
+
+async def test_what_is_left_of_outputs_is_told_from_their_max_tokens(setup: Setup) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        output = tasks.create_task(setup.client.generate(setup.node, setup.node, [30] * 20, max_tokens=60))
+        decoding = await first(setup.heard, lambda report: report.num_running > 0)
+        assert decoding.forecast is not None
+        assert 0 < decoding.forecast.tokens_left < 60
+        ended = await first(
+            setup.heard, lambda report: report.num_sequences_accepted > 0 == report.num_running
+        )
+        assert ended.forecast is not None
+        assert ended.forecast.tokens_left == 0
+        # It did not end of itself: so others are taken to go on, too.
+        assert ended.forecast.stop_rate < decoding.forecast.stop_rate * 1.01
+    assert len(output.result()) == 60
+
+
+async def test_a_prompt_that_fills_the_pool_to_the_brim_is_refused_at_once(
+    nats_server: NatsServer, model: LoadedModel
+) -> None:
+    """Its next token has no place: it would wait for a block that there is not, until its deadline."""
+    brim = 16 * BLOCK_SIZE
+    async with connect(nats_server.url, name="test") as bus, AsyncExitStack() as opened:
+        node = await opened.enter_async_context(live_node(nats_server, bus, model, "n0", num_blocks=16))
+        mine = await opened.enter_async_context(client(bus, model.card.fingerprint))
+        assert len(await mine.generate(node, node, [30] * (brim - 1), max_tokens=1)) == 1
+        async with asyncio.timeout(5):
+            with pytest.raises(BadRequest, match="needs 17 blocks"):
+                await mine.generate(node, node, [30] * brim, max_tokens=1)

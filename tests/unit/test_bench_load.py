@@ -167,6 +167,14 @@ async def test_events_are_found_however_they_are_cut(chunk_bytes: int) -> None:
     assert result.ttft_s == result.event_times_s[0] <= result.ended_s
 
 
+async def test_comments_that_keep_a_connection_open_are_no_events() -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD + chunked(b": ping\n\n" + STREAMED, 64))
+
+    result = await ask(answer)
+    assert (result.error, result.is_complete, result.token_ids) == (None, True, [5, 6, 7])
+
+
 async def test_a_refusal_keeps_its_message_and_retry_after() -> None:
     body = b'{"error": {"message": "12 s of work are queued", "type": "rate_limit_error"}}'
 
