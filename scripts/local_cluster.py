@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -114,6 +115,23 @@ class Process:
 
     def log_tail(self, num_lines: int = 25) -> str:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])
+
+    def why_ended(self) -> str:
+        """How it ended: the last error in its log, else the log's end; and where the log is."""
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        reason = next(filter(None, map(_error_in, reversed(lines))), None) or self.log_tail()
+        return f"{self.name} ended with {self.exit_code}: {reason}\n(all it said is in {self.log_path})"
+
+
+def _error_in(line: str) -> str | None:
+    """The message of a line of a service's log, if it tells of an error."""
+    if line.startswith("settings: "):
+        return line
+    try:
+        entry = json.loads(line)
+        return str(entry["message"]) if entry["level"] in ("error", "critical") else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _die_with_parent() -> None:
@@ -236,9 +254,7 @@ class Cluster:
         while not self.is_ready():
             for process in self.processes.values():
                 if not process.is_running:
-                    raise ClusterError(
-                        f"{process.name} ended with {process.exit_code}:\n{process.log_tail()}"
-                    )
+                    raise ClusterError(process.why_ended())
             if time.monotonic() > deadline:
                 logs = "\n".join(f"--- {p.name}\n{p.log_tail(8)}" for p in self.processes.values())
                 raise ClusterError(f"not ready after {timeout_s} s\n{logs}")

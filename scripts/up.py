@@ -95,7 +95,7 @@ def _watch(cluster: Cluster) -> int:
         time.sleep(0.5)
         for process in [p for p in cluster.processes.values() if not p.is_running]:
             if not _has_another(cluster, process):
-                raise ClusterError(f"{process.name} ended with {process.exit_code}:\n{process.log_tail()}")
+                raise ClusterError(process.why_ended())
             _say(f"{process.name} ended with {process.exit_code}, another one leads")
             del cluster.processes[process.name]
 

@@ -148,5 +148,5 @@ def test_a_folder_without_config_or_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_load_format_is_refused(llama: Path) -> None:
-    with pytest.raises(ValueError, match="unknown load format 'npz'"):
+    with pytest.raises(ValueError, match="FLOWKV_LOAD_FORMAT is 'npz'"):
         load(llama, "npz")

@@ -134,10 +134,20 @@ def load(kind: type[S], argv: Sequence[str], environ: Mapping[str, str] = os.env
     }
     values.update(_secrets(fields, environ))
     values.update(vars(parser.parse_args(argv)))
+    for field in fields.values():
+        if field.required and not values.get(field.name):
+            raise SystemExit(f"settings: {_names(field.name)} is not set")
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise SystemExit(f"settings: {error}") from None
+        what, _, place = str(error).partition(" - at `$.")
+        where = f"{_names(place.rstrip('`'))}: " if place else ""
+        raise SystemExit(f"settings: {where}{what}") from None
+
+
+def _names(name: str) -> str:
+    """How a setting is given."""
+    return f"FLOWKV_{name.upper()} (or --{name.replace('_', '-')})"
 
 
 def _secrets(fields: Container[str], environ: Mapping[str, str]) -> dict[str, str]:

@@ -19,6 +19,10 @@ from __future__ import annotations
 from flowkv_common.wire.messages import Refusal
 
 
+class CannotStart(ValueError):
+    """What a service needs is not there or can't be used: the message is all that its user has to read."""
+
+
 class FlowKVError(Exception):
     """Base of all errors that cross a service boundary."""
 

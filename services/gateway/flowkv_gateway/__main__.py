@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from flowkv_common import logs
 from flowkv_common.config import GatewaySettings, load
-from flowkv_common.errors import Unavailable
+from flowkv_common.ending import reason_in_one_line
 from flowkv_common.metrics import serve_http
 from flowkv_common.tasks import stop_on_signals
 from flowkv_gateway.app import build_app
@@ -50,11 +50,8 @@ async def serve(settings: GatewaySettings) -> None:
 
 def main() -> None:
     logs.setup("gateway")
-    try:
+    with reason_in_one_line("gateway"):
         asyncio.run(serve(load(GatewaySettings, sys.argv[1:])))
-    except Unavailable as error:
-        log.error("gateway ended: %s", error)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

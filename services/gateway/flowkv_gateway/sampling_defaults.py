@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from flowkv_common.errors import CannotStart
 from flowkv_gateway.params import RepetitionPenalty, Share, Temperature, TopK
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class SamplingDefaults(msgspec.Struct, frozen=True):
 def load_sampling_defaults(folder: Path, generation_config: str) -> SamplingDefaults:
     """Those of the model in `folder`, and a line in the log; none if `generation_config` is "none".
 
-    Raises ValueError for a file that can't be used.
+    Raises CannotStart for a file that can't be used.
     """
     file = folder / _FILE
     if generation_config == "none" or not file.exists():
@@ -38,7 +39,7 @@ def load_sampling_defaults(folder: Path, generation_config: str) -> SamplingDefa
     try:
         defaults = msgspec.json.decode(file.read_bytes(), type=SamplingDefaults, strict=False)
     except msgspec.DecodeError as error:
-        raise ValueError(f"{file}: {error}; FLOWKV_GENERATION_CONFIG=none leaves it out") from None
+        raise CannotStart(f"{file}: {error}; FLOWKV_GENERATION_CONFIG=none leaves it out") from None
     given = {name: value for name, value in msgspec.structs.asdict(defaults).items() if value is not None}
     if given:
         log.info("where a request is silent, %s applies: %s", _FILE, given)

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from flowkv_common.errors import BadRequest
+from flowkv_common.errors import BadRequest, CannotStart
 from flowkv_gateway.chat_template import ChatTemplate, Conversation
 from flowkv_gateway.typed_specials import TypedSpecials
 from flowkv_gateway.vocabulary import Vocabulary
@@ -34,14 +34,23 @@ class Tokenizer:
     def load(cls, folder: Path) -> Tokenizer:
         """From tokenizer.json and, where they exist, tokenizer_config.json and chat_template.jinja.
 
-        Raises OSError if tokenizer.json is missing, ValueError if it can't be used.
+        Raises CannotStart if one of them can't be used, or the first is missing.
         """
-        source = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        encoder = tokenizers.Tokenizer.from_str(source)
-        encoder.no_truncation()
-        encoder.no_padding()
-        vocabulary = Vocabulary.from_json(json.loads(source), encoder.get_vocab(with_added_tokens=True))
-        return cls(encoder, vocabulary, _load_template(folder))
+        if not folder.is_dir():
+            raise CannotStart(f"there is no model folder at {folder}")
+        if not (folder / "tokenizer.json").is_file():
+            raise CannotStart(
+                f"{folder} has no tokenizer.json, the only form of a tokenizer that FlowKV reads"
+            )
+        try:
+            source = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            encoder = tokenizers.Tokenizer.from_str(source)
+            encoder.no_truncation()
+            encoder.no_padding()
+            vocabulary = Vocabulary.from_json(json.loads(source), encoder.get_vocab(with_added_tokens=True))
+            return cls(encoder, vocabulary, _load_template(folder))
+        except Exception as error:  # `tokenizers` has no class of its own for its errors
+            raise CannotStart(f"the tokenizer in {folder} can't be used: {error}") from error
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """The ids of each text."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowkv_common.engine.attention import Attention
 from flowkv_common.engine.attention_torch import TorchAttention
+from flowkv_common.errors import CannotStart
 
 AUTO, TORCH, CPU, TRITON = "auto", "torch", "cpu", "triton"
 
@@ -17,15 +18,15 @@ AUTO, TORCH, CPU, TRITON = "auto", "torch", "cpu", "triton"
 def make_attention(name: str, pool: Tensor) -> tuple[str, Attention]:
     """The backend `name` over `pool`, and the name of what was chosen.
 
-    Raises `ValueError` if there is none of that name, or it can't run here or on this pool.
+    Raises `CannotStart` if there is none of that name, or it can't run here or on this pool.
     """
     obstacles = {TORCH: None, CPU: _cpu_obstacle(pool), TRITON: _triton_obstacle(pool)}
     if name == AUTO:
         name = next(one for one in (TRITON, CPU, TORCH) if not obstacles[one] and not _is_slow(one, pool))
     if name not in obstacles:
-        raise ValueError(f"unknown attention {name!r}: auto, {', '.join(obstacles)} are")
+        raise CannotStart(f"unknown attention {name!r}: auto, {', '.join(obstacles)} are")
     if obstacle := obstacles[name]:
-        raise ValueError(f"attention {name} can't be used: {obstacle}")
+        raise CannotStart(f"attention {name} can't be used: {obstacle}")
     if name == TRITON:
         from flowkv_common.engine.attention_triton import TritonAttention
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from flowkv_common.errors import CannotStart
+
 log = logging.getLogger(__name__)
 
 
@@ -18,20 +20,20 @@ def claimed(name: str, folder: Path) -> Iterator[torch.device]:
     """The device called `name`. "cuda" is the first GPU that no other node has claimed in `folder`.
 
     "cpu" and "cuda:1" are taken as they are: several nodes share a GPU that is named to each of them. Raises
-    `ValueError` if there is no such device, or none is left.
+    `CannotStart` if there is no such device, or none is left.
     """
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"FLOWKV_DEVICE is {name!r}: cpu, cuda, or cuda:1 is meant") from None
+        raise CannotStart(f"FLOWKV_DEVICE is {name!r}: cpu, cuda, or cuda:1 is meant") from None
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"FLOWKV_DEVICE is {name!r}: FlowKV computes on cpu and cuda")
+        raise CannotStart(f"FLOWKV_DEVICE is {name!r}: FlowKV computes on cpu and cuda")
     if device.type == "cpu":
         yield device
         return
     num_gpus = torch.cuda.device_count()
     if (device.index or 0) >= num_gpus:
-        raise ValueError(f"there is no GPU for {name}: torch sees {num_gpus}")
+        raise CannotStart(f"there is no GPU for {name}: torch sees {num_gpus}")
     if device.index is not None:
         yield device
         return
@@ -45,7 +47,7 @@ def claimed(name: str, folder: Path) -> Iterator[torch.device]:
 def claimed_index(uuids: Sequence[str], folder: Path) -> Iterator[int]:
     """The first of the GPUs that nobody holds, ours until the block ends, or this process, however it ends.
 
-    Raises `ValueError` if others hold all of them.
+    Raises `CannotStart` if others hold all of them.
     """
     for index, uuid in enumerate(uuids):
         try:
@@ -59,4 +61,4 @@ def claimed_index(uuids: Sequence[str], folder: Path) -> Iterator[int]:
                 continue
             yield index  # closing the file frees the lock
             return
-    raise ValueError(f"other nodes have all {len(uuids)} GPUs: FLOWKV_DEVICE=cuda:0 shares the first")
+    raise CannotStart(f"other nodes have all {len(uuids)} GPUs: FLOWKV_DEVICE=cuda:0 shares the first")

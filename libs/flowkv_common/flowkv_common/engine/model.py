@@ -15,6 +15,7 @@ from flowkv_common.engine.checkpoint import readable_config, refuse_incomplete
 from flowkv_common.engine.dry_run import dry_run
 from flowkv_common.engine.eos import eos_token_ids
 from flowkv_common.engine.servable import UnsupportedModel, max_model_len, refusal, servable_config
+from flowkv_common.errors import CannotStart
 from flowkv_common.fingerprint import fingerprint, model_files
 from flowkv_common.wire.parts import ModelCard, PoolLayout
 
@@ -69,7 +70,7 @@ def load_model(
     Raises `UnsupportedModel`, a `ValueError`, before weights are read if the model can't be served.
     """
     if load_format not in ("auto", "dummy"):
-        raise ValueError(f"unknown load format {load_format!r}: auto and dummy are")
+        raise CannotStart(f"FLOWKV_LOAD_FORMAT is {load_format!r}, not auto or dummy")
     is_dummy = load_format == "dummy"
     folder, config = Path(path), servable_config(path)
     try:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
 from flowkv_common.engine.quiet import first_line
+from flowkv_common.errors import CannotStart
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-class UnsupportedModel(ValueError):
+class UnsupportedModel(CannotStart):
     """The model can't be served; the message says why."""
 
 
 def servable_config(path: str) -> PretrainedConfig:
     """The config in the folder `path`. Raises `UnsupportedModel` if FlowKV can't serve such a model."""
+    if not Path(path).is_dir():
+        raise UnsupportedModel(f"there is no model folder at {path}")
+    if not Path(path, "config.json").is_file():
+        raise UnsupportedModel(f"{path} has no config.json, so it is no model of transformers")
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"{path} has no config that transformers knows: {error}") from error
+    except Exception as error:  # of any model's code, which checks its config in its own way
+        raise UnsupportedModel(
+            f"{path} has no config that transformers knows: {first_line(error)}"
+        ) from error
     try:
         reason = _why_not(config)
     except Exception as error:  # configs answer a question that they can't with errors of their own

@@ -150,7 +150,10 @@ def main() -> None:
     parser.add_argument("--model", help=f"path or hub id; without it {DEFAULT_MODEL}")
     parser.add_argument("--link", type=Path, help="make this path lead to the folder, whatever its name")
     options = parser.parse_args()
-    folder = resolve_model(options.model or None, default_cache_dir(), _print_progress)
+    try:
+        folder = resolve_model(options.model or None, default_cache_dir(), _print_progress)
+    except (OSError, ValueError) as error:  # TimeoutError is an OSError; the hub's have both
+        raise SystemExit(str(error)) from None
     if options.link is not None:
         _relink(options.link, folder)
     print(folder)

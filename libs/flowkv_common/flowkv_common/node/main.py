@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import gc
 import logging
 import os
@@ -12,8 +13,8 @@ from pathlib import Path
 
 from flowkv_common import __version__, logs
 from flowkv_common.config import NodeSettings, load
+from flowkv_common.ending import reason_in_one_line
 from flowkv_common.engine.weights import default_cache_dir
-from flowkv_common.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +39,23 @@ def main(default_role: str) -> None:
     # Compiled kernels are kept where the model is; another version's are not ours.
     os.environ.setdefault("NUMBA_CACHE_DIR", str(default_cache_dir() / f"numba-{__version__}"))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with reason_in_one_line(role):
+        _load_and_serve(settings, role)
+
+
+def _load_and_serve(settings: NodeSettings, role: str) -> None:
     import torch
+    import transformers
 
     from flowkv_common.engine.devices import claimed
     from flowkv_common.engine.model import load_model
     from flowkv_common.engine.precision import weights_dtype
     from flowkv_common.node.host import serve, served
-    from flowkv_common.node.memory import NoRoomForPool
     from flowkv_common.tasks import stop_on_signals
 
+    # What it has to say goes where all else goes, in the same form.
+    transformers.logging.disable_default_handler()
+    transformers.logging.enable_propagation()
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     with claimed(settings.device, Path(settings.socket_dir or tempfile.gettempdir())) as device:
@@ -61,12 +70,18 @@ def main(default_role: str) -> None:
         # Libraries and the model stay: no collection shall walk through them amid a step, nor at exit (1 s).
         gc.collect()
         gc.freeze()
+        atexit.register(_end_without_leak_reports)
 
         async def run() -> None:
             await serve(settings, role, served(model, settings), stop_on_signals())
 
-        try:
-            asyncio.run(run())
-        except (Unavailable, NoRoomForPool) as error:
-            log.error("%s ended: %s", role, error)
-            sys.exit(1)
+        asyncio.run(run())
+
+
+def _end_without_leak_reports() -> None:
+    """Libraries with nanobind, as Triton, print all that is left when the interpreter ends: what was frozen.
+
+    They have no switch for it. What we have to say has been said by then.
+    """
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from flowkv_common.config import NodeSettings
+from flowkv_common.errors import CannotStart
 from flowkv_common.kv.connector import Pool
 from flowkv_common.kv.pool import KVPool
 from flowkv_common.node.host_memory import Free, free_memory
@@ -18,7 +19,7 @@ DEFAULT_BYTES = 1 << 30
 WORKING_BYTES = 3 << 30
 
 
-class NoRoomForPool(ValueError):
+class NoRoomForPool(CannotStart):
     """The KV cache does not fit; the message names the setting."""
 
 

@@ -1,0 +1,110 @@
+"""A service that can't start says why in the last line of its log, and whoever started it shows that line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from every_model import tiny_config
+from local_cluster import ClusterError, Process
+from nats_server import NatsServer
+from tiny_models import make_tiny_model
+
+from flowkv_common.config import NodeSettings, load
+
+
+def last_words(*command: str) -> str:
+    """The message of the only error in the log of a service that ends by itself, with 1."""
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    *before, last = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {line["level"] for line in before} <= {"info", "warning"}
+    assert last["level"] == "error"
+    return str(last["message"])
+
+
+def test_a_node_with_a_model_that_is_not_served(tmp_path: Path) -> None:
+    tiny_config("gpt_oss").save_pretrained(tmp_path / "m")
+    said = last_words("flowkv_prefill", "--model-path", str(tmp_path / "m"))
+    assert (
+        said
+        == f"prefill ended: {tmp_path / 'm'} (gpt_oss) can't be served: its attention has attention sinks"
+    )
+
+
+def test_a_gateway_without_a_tokenizer(tmp_path: Path) -> None:
+    said = last_words("flowkv_gateway", "--model-path", str(tmp_path))
+    assert said.startswith(f"gateway ended: {tmp_path} has no tokenizer.json")
+    said = last_words("flowkv_gateway", "--model-path", str(tmp_path / "none"))
+    assert said == f"gateway ended: there is no model folder at {tmp_path / 'none'}"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    said = last_words("flowkv_gateway", "--model-path", str(tmp_path))
+    assert said.startswith(f"gateway ended: the tokenizer in {tmp_path} can't be used: ")
+
+
+def test_a_scheduler_whose_port_others_have(nats_server: NatsServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        said = last_words("flowkv_scheduler", "--nats-url", nats_server.url, "--http-port", port)
+    assert said.startswith("scheduler ended: ")
+    assert "ddress already in use" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "settings: FLOWKV_MODEL_PATH (or --model-path) is not set"),
+        (["--model-path", ""], "settings: FLOWKV_MODEL_PATH (or --model-path) is not set"),
+        (
+            ["--model-path", "m", "--block-size", "x"],
+            "settings: FLOWKV_BLOCK_SIZE (or --block-size): Expected `int`",
+        ),
+    ],
+)
+def test_a_setting_is_called_as_its_user_calls_it(flags: list[str], said: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load(NodeSettings, flags, {})
+    assert str(caught.value).startswith(said)
+
+
+def test_a_node_that_is_stopped_ends_without_a_report_of_leaks(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """Triton, which torch imports where it is installed, would print one."""
+    folder = make_tiny_model(tmp_path / "m")
+    flags = ["--model-path", str(folder), "--attention", "torch", "--kv-cache-bytes", "1000000"]
+    command = [sys.executable, "-m", "flowkv_decode", *flags, "--nats-url", nats_server.url]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as node:
+        assert node.stderr is not None
+        while "is ready" not in (line := node.stderr.readline()):
+            assert line, "it ended"
+        node.send_signal(signal.SIGTERM)
+        rest = node.stderr.read()
+    assert node.returncode == 0
+    assert [json.loads(line)["level"] for line in rest.splitlines()] == ["info"] * len(rest.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ('{"level": "error", "message": "no room"}\n{"level": "info", "message": "bye"}', "no room"),
+        ("settings: unknown variable FLOWKV_X", "settings: unknown variable FLOWKV_X"),
+        ("Traceback\nKeyError: 1", "Traceback\nKeyError: 1"),
+    ],
+)
+def test_who_started_a_service_shows_its_last_error_and_the_log(
+    tmp_path: Path, log: str, reason: str
+) -> None:
+    (tmp_path / "written").write_text(log)
+    command = [sys.executable, "-c", f"import sys; sys.exit(open({str(tmp_path / 'written')!r}).read())"]
+    process = Process("prefill-0", command, {}, tmp_path / "prefill-0.log")
+    process.wait(20)
+    expected = f"prefill-0 ended with 1: {reason}\n(all it said is in {tmp_path / 'prefill-0.log'})"
+    assert process.why_ended() == expected
+    assert str(ClusterError(process.why_ended())) == expected
