@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,12 @@ def test_the_check_leaves_the_models_attention_as_it_was(tmp_path: Path) -> None
     model = random_model(tmp_path / "m", "gpt2")
     SelfCheck(model.module, make_pool(model, 2), 256, VOCAB_SIZE)
     assert model.module.config._attn_implementation == "flowkv"  # type: ignore[union-attr]
+
+
+def test_the_page_names_what_is_served_and_counts_what_is_not() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    served = page.split("## Served")[1].split("A sliding window")[0]
+    assert {name for name in re.findall(r"[\w-]+", served) if name in MODEL_TYPES} == set(SERVED)
+    refused = page.split("## Refused")[1].split("**Weights**")[0]
+    numbers = [int(number) for number in re.findall(r"\| (\d+) \|$", refused, re.MULTILINE)]
+    assert sorted(numbers) == sorted(REASONS.values())
