@@ -154,7 +154,13 @@ async def two_schedulers(
     """The one that leads, with two nodes to lead and all of it known, and the one that stands by."""
     async with (
         scheduler(server, *command) as leader,
-        living(*(Node(bus, name, role, period_s=SILENCE_AFTER_S / 3) for name, role in NODES.items())),
+        # With places for all that are chosen between two reports.
+        living(
+            *(
+                Node(bus, name, role, period_s=SILENCE_AFTER_S / 3, max_num_seqs=1000)
+                for name, role in NODES.items()
+            )
+        ),
     ):
         await until(bus, is_assigned("p0", "d0"))
         async with scheduler(server, *command) as standby:
