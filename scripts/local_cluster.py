@@ -174,7 +174,7 @@ class Cluster:
         self.run_dir = run_dir
         self.port = port or free_port()
         self.processes: dict[str, Process] = {}
-        self._health_ports: dict[str, int] = {}  # of the nodes
+        self._health_ports: dict[str, int] = {}  # of nodes and schedulers
         self._nodes = nodes
         self._num_schedulers = num_schedulers
         self._drain_timeout_s = drain_timeout_s
@@ -216,6 +216,12 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def metrics_urls(self) -> dict[str, str]:
+        """Where each process that runs tells what it measures, by name; of the gateways the first."""
+        ports = {"gateway": self.port, **self._health_ports}
+        running = {name for name, process in self.processes.items() if process.is_running}
+        return {name: f"http://127.0.0.1:{port}/metrics" for name, port in ports.items() if name in running}
+
     def start_nats(self) -> Process:
         """On the same port and folder every time: a restarted server is the same one."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -225,7 +231,8 @@ class Cluster:
         return self._start("nats", [*command, "-js", "-sd", str(self.run_dir / "jetstream")])
 
     def start_scheduler(self, name: str) -> Process:
-        return self._start(name, [sys.executable, "-m", "flowkv_scheduler"])
+        self._health_ports[name] = port = free_port()
+        return self._start(name, [sys.executable, "-m", "flowkv_scheduler", "--http-port", str(port)])
 
     def start_gateway(self, name: str = "gateway", port: int = 0, **settings: str) -> Process:
         """One more gateway, or the first one; `settings` are flags of its own."""
@@ -249,7 +256,10 @@ class Cluster:
         return process
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Until all nodes are ready and requests can be served. Raises ClusterError when a process ends."""
+        """Until all nodes and schedulers are ready and requests can be served.
+
+        Raises ClusterError when a process ends.
+        """
         deadline = time.monotonic() + timeout_s
         while not self.is_ready():
             for process in self.processes.values():

@@ -83,8 +83,9 @@ def _welcome(cluster: Cluster) -> str:
     body += '"temperature": 0, "stream": true}'
     header = "-H 'content-type: application/json'"
     curl = f"curl -N {cluster.url}/v1/chat/completions {header} -d {shlex.quote(body)}"
+    metrics = "\n".join(f"  {url}  {name}" for name, url in cluster.metrics_urls().items())
     return (
-        f"\nFlowKV is up at {cluster.url}\n\n  {curl}\n\n"
+        f"\nFlowKV is up at {cluster.url}\n\n  {curl}\n\nMetrics:\n{metrics}\n\n"
         f"Look inside:  nats --server {cluster.nats_url} sub 'flowkv.>'\nStop it:      Ctrl-C\n"
     )
 

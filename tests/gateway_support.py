@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.parts import ModelCard
-from flowkv_gateway.generation import Generation, Piece
+from flowkv_gateway.generation import Generation, Load, Piece
 from flowkv_gateway.tokenizer import Tokenizer
 
 MODEL = "tiny/model"
@@ -72,6 +72,7 @@ class ScriptedGenerator:
     script: Iterable[Piece | FlowKVError | Exception | asyncio.Event] = ()
     card: ModelCard | None = CARD
     problem: str | None = None
+    open: Load = Load(0, 0, 0.0)
     asked: list[Generation] = field(default_factory=list)
     log: list[str] = field(default_factory=list)  # "ask <n>", "piece <n>" in the order they happened
     cancelled: list[str] = field(default_factory=list)
@@ -99,6 +100,9 @@ class ScriptedGenerator:
 
     def model(self) -> ModelCard | None:
         return self.card
+
+    def load(self) -> Load:
+        return self.open
 
     def why_not_ready(self) -> str | None:
         return self.problem

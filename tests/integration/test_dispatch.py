@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import msgspec
 import pytest
 from imagined_nodes import BLOCK_SIZE, descriptor
 from nats_server import NatsServer
@@ -55,7 +56,7 @@ from flowkv_gateway import dispatch as dispatch_module
 from flowkv_gateway import journey as journey_module
 from flowkv_gateway.dispatch import Dispatch, open_dispatch
 from flowkv_gateway.errors import ContextLengthExceeded
-from flowkv_gateway.generation import Generation, Piece
+from flowkv_gateway.generation import Generation, Load, Piece
 from flowkv_gateway.own_model import OwnModel
 
 OWN = OwnModel(ModelFiles())
@@ -547,6 +548,65 @@ async def test_keepalive_tells_what_nobody_wants(nats_server: NatsServer) -> Non
     async with cluster(nats_server, ask) as (dispatch, _):
         await collect(dispatch)
         assert [reply.unknown for reply in replies] == [["stranger.0"]]
+
+
+async def test_what_is_open_is_waiting_or_running(nats_server: NatsServer) -> None:
+    """By the scheduler's answer, then by the nodes' keepalives, then by the tokens."""
+    seen: list[tuple[str, Load]] = []
+    dispatches: list[Dispatch] = []
+
+    def look(where: str) -> None:
+        seen.append((where, dispatches[0].load()))
+
+    async def live(nodes: Nodes, run: PrefillRun) -> None:
+        look("accepted")
+        for node, state in ((P, "queued"), (D, "reserved"), (P, "prefill"), (D, "preempted")):
+            keepalive = Keepalive(node=node, states={tid_of(run): state})
+            await nodes.bus.request(
+                subjects.keepalive(run.gateway_id), keepalive, KeepaliveReply, timeout_s=2
+            )
+            look(state)
+        await answer(nodes, run)
+
+    async with cluster(nats_server, live) as (dispatch, _):
+        dispatches.append(dispatch)
+        look("before")
+        pieces = dispatch.generate(generation())
+        await anext(pieces)
+        look("first token")
+        await collect_rest(pieces)
+        look("after")
+    waiting, running_ = Load(0, 1, 0.0), Load(1, 0, 0.0)
+    assert seen == [
+        ("before", Load(0, 0, 0.0)),
+        ("accepted", waiting),
+        ("queued", waiting),
+        ("reserved", waiting),
+        ("prefill", running_),
+        ("preempted", waiting),
+        ("first token", running_),
+        ("after", Load(0, 0, 0.0)),
+    ]
+
+
+async def test_the_record_tells_where_a_request_was_and_how_long_it_waited(nats_server: NatsServer) -> None:
+    async def compute(nodes: Nodes, run: PrefillRun) -> None:
+        first = msgspec.structs.replace(
+            chunk(tid_of(run), 0, [10]), phases_s={"queue": 2.0, "reserve": 1.0, "prefill": 4.0}
+        )
+        await nodes.send(run, first)
+        await nodes.send(
+            run, *(chunk(tid_of(run), i, [10 + i], "length" if i == 3 else None) for i in (1, 2, 3))
+        )
+
+    one = generation()
+    async with cluster(nats_server, compute) as (dispatch, nodes):
+        await collect(dispatch, one)
+        await nodes.wait_for(lambda: nodes.finished != [])
+    record, [event] = one.record, nodes.finished
+    assert (record.num_attempts, record.prefill_node, record.decode_node) == (1, "p", "d")
+    assert record.ttft_s == event.phases_s["ttft"]
+    assert record.queue_s == pytest.approx(3.0 + event.phases_s["schedule"])
 
 
 async def test_a_stream_lives_through_a_nats_that_stands_still(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import statistics
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ from flowkv_common.metrics import serve_http
 from flowkv_common.wire.parts import TokenLogprob
 from flowkv_gateway.app import build_app
 from flowkv_gateway.connection import ApiConnection
-from flowkv_gateway.generation import Piece
+from flowkv_gateway.generation import Load, Piece
 from flowkv_gateway.sampling_defaults import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
 
@@ -649,6 +650,124 @@ async def test_request_id_is_echoed(gateway: Gateway) -> None:
         response = await gateway.http.get(path, headers={"x-request-id": "abc-1"})
         assert response.headers["x-request-id"] == "abc-1"
     assert "x-request-id" not in (await gateway.http.get("/health")).headers
+
+
+async def test_what_is_read_at_a_scrape(tokenizer: Tokenizer) -> None:
+    async with running(tokenizer, model_name="") as gateway:
+        gateway.generator.open = Load(num_running=3, num_waiting=4, kv_cache_usage=0.25)
+        for name, value in (
+            ("vllm:num_requests_running", 3),
+            ("vllm:num_requests_waiting", 4),
+            ("vllm:kv_cache_usage_perc", 0.25),
+        ):
+            assert await gateway.metric(f'{name}{{model_name="{MODEL}"}}') == value
+        gateway.generator.card = None  # who it serves is not known then
+        assert "vllm:num_requests_running{" not in (await gateway.http.get("/metrics")).text
+
+
+async def test_series_are_there_before_anything_has_happened(gateway: Gateway) -> None:
+    text = (await gateway.http.get("/metrics")).text
+    label = f'model_name="{MODEL}"'
+    for series in (
+        f'vllm:request_success_total{{finished_reason="error",{label}}}',
+        'flowkv_gateway_errors_total{status="503"}',
+        f"vllm:prefix_cache_hits_total{{{label}}}",
+        f"vllm:request_queue_time_seconds_count{{{label}}}",
+    ):
+        assert f"\n{series} 0.0\n" in text, series
+
+
+async def test_times_of_a_request_add_up(gateway: Gateway, tokenizer: Tokenizer) -> None:
+    class Waits(asyncio.Event):
+        async def wait(self) -> Any:
+            gateway.generator.asked[0].record.queue_s = 0.005
+            await asyncio.sleep(0.01)
+
+    pieces = text_pieces(tokenizer, "hello")
+    gateway.generator.script = [Waits(), *(piece._replace(num_cached_tokens=3) for piece in pieces)]
+    await gateway.http.post("/v1/chat/completions", json=CHAT)
+
+    async def seconds(name: str) -> float:
+        assert await gateway.metric(f"vllm:request_{name}_time_seconds_count") == 1
+        return await gateway.metric(f"vllm:request_{name}_time_seconds_sum")
+
+    assert await seconds("queue") == 0.005
+    ttft_s = await gateway.metric("vllm:time_to_first_token_seconds_sum")
+    assert await seconds("prefill") == pytest.approx(ttft_s - 0.005)
+    assert await seconds("prefill") + await seconds("decode") == pytest.approx(await seconds("inference"))
+    assert await gateway.metric("vllm:prefix_cache_hits_total") == 3
+    num_prompt_tokens = len(gateway.generator.asked[0].prompt_ids)
+    assert await gateway.metric("vllm:prefix_cache_queries_total") == num_prompt_tokens
+
+
+# --- what it logs ----------------------------------------------------------------------------------
+
+SECRET = "swordfish"
+Lines = Callable[[], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Lines:
+    """What has been logged of requests, as machines read it."""
+    caplog.set_level(logging.INFO, "flowkv_gateway.request_log")
+    return lambda: [record.__dict__["fields"] for record in caplog.records if hasattr(record, "fields")]
+
+
+async def line_of(lines: Lines, number: int) -> dict[str, Any]:
+    """The last line, once there are so many."""
+    async with asyncio.timeout(5):
+        while len(lines()) < number:
+            await asyncio.sleep(0.01)
+            assert len(lines()) <= number
+    return lines()[-1]
+
+
+async def test_a_line_for_each_request(gateway: Gateway, tokenizer: Tokenizer, lines: Lines) -> None:
+    reply = await gateway.http.post("/v1/chat/completions", json={**CHAT, "user": SECRET})
+    line = await line_of(lines, 1)
+    expected = {
+        "request_id": reply.json()["id"],
+        "status": 200,
+        "finish_reason": "stop",
+        "num_prompt_tokens": len(gateway.generator.asked[0].prompt_ids),
+        "num_output_tokens": len(list(gateway.generator.script)),
+    }
+    assert line.items() >= expected.items()
+    assert 0 < line["total_s"] < 10
+
+    gateway.generator.script = [Full("no room", retry_after_s=1)]
+    await gateway.http.post("/v1/chat/completions", json={**CHAT, "stream": True})
+    line = await line_of(lines, 2)
+    assert line.items() >= {"status": 429, "error": "Full", "reason": "no room"}.items()
+
+    secret = {"messages": [{"role": "user", "content": SECRET}], "temperature": 3, SECRET: SECRET}
+    await gateway.http.post("/v1/chat/completions", json=secret, headers={"authorization": SECRET})
+    assert await line_of(lines, 3) == {
+        "path": "/v1/chat/completions",
+        "status": 400,
+        "error": "BadRequest",
+        "field": "temperature",
+    }
+
+    gateway.generator.script = [*text_pieces(tokenizer, "hello world")[:2], asyncio.Event()]
+    gateway.generator.was_asked.clear()
+    _, writer = await raw_post(gateway, CHAT)
+    await until_asked(gateway)
+    writer.close()
+    line = await line_of(lines, 4)
+    assert line.items() >= {"status": 499, "finish_reason": "", "error": "Cancelled"}.items()
+
+    await gateway.http.get("/nope")
+    await gateway.http.get("/health")
+    assert len(lines()) == 4
+    assert SECRET not in str(lines())
+
+
+async def test_the_lines_can_be_switched_off(tokenizer: Tokenizer, lines: Lines) -> None:
+    async with running(tokenizer, log_requests=False) as gateway:
+        await gateway.http.post("/v1/chat/completions", json=CHAT)
+        await gateway.http.post("/v1/chat/completions", json={})
+    assert lines() == []
 
 
 async def test_metrics(gateway: Gateway) -> None:

@@ -57,6 +57,21 @@ def test_a_ready_node_says_so_and_has_reported_lately() -> None:
     assert not cluster.has_ready_node()
 
 
+def test_usage_is_of_the_blocks_of_all_nodes_that_report() -> None:
+    now = 0.0
+    cluster = Cluster(OWN, clock=lambda: now)
+    assert cluster.kv_cache_usage() == 0.0
+    cluster.follow({"p": descriptor("p", "prefill"), "d": descriptor("d", "decode")})
+    blocks = report("p", "prefill").blocks
+    held = msgspec.structs.replace(blocks, total=100, leased=20, quarantined=10)
+    cluster.hear(report("p", "prefill", blocks=held))
+    assert cluster.kv_cache_usage() == 0.3
+    cluster.hear(report("d", "decode", blocks=msgspec.structs.replace(blocks, total=300, leased=0)))
+    assert cluster.kv_cache_usage() == 0.075
+    now = 60.0
+    assert cluster.kv_cache_usage() == 0.0
+
+
 def of_model(fingerprint: str, name: str = "m", **files: str) -> ModelCard:
     return msgspec.structs.replace(MODEL, name=name, fingerprint=fingerprint, files=ModelFiles(**files))
 

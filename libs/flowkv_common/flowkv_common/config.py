@@ -41,6 +41,7 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
     ping_s: float = 10.0  # a stream silent for so long gets a comment, or proxies cut it off; 0: never
     shutdown_delay_s: float = 0.0  # told to stop: not ready, but serving for so long: clients go elsewhere
     drain_timeout_s: float = 30.0  # after that open answers have so long to end
+    log_requests: bool = True  # a line for each request that has ended or was refused, without its text
     generation_config: str = "auto"  # none: the model's own generation_config.json sets no sampling defaults
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import uvicorn
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -20,6 +20,13 @@ from flowkv_common.tasks import group
 
 _MAX_UNSENT_BYTES = 64 * 1024  # per connection, in the kernel
 _LAST_WORD_S = 2.0
+
+
+def process_registry() -> CollectorRegistry:
+    """A registry with what is told of every process: `process_*`, of its CPU, memory and descriptors."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    return registry
 
 
 def metrics_routes(registry: CollectorRegistry) -> list[Route]:

@@ -7,12 +7,10 @@ import logging
 import sys
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry
-
 from flowkv_common import logs
 from flowkv_common.config import GatewaySettings, load
 from flowkv_common.ending import reason_in_one_line
-from flowkv_common.metrics import serve_http
+from flowkv_common.metrics import process_registry, serve_http
 from flowkv_common.tasks import stop_on_signals
 from flowkv_gateway.app import build_app
 from flowkv_gateway.connection import ApiConnection
@@ -32,7 +30,7 @@ async def serve(settings: GatewaySettings) -> None:
     defaults = load_sampling_defaults(folder, settings.generation_config)
     own = await asyncio.to_thread(own_model, folder, settings.model_name)
     async with open_dispatch(settings.nats_url, own, stop.set) as dispatch:
-        app = build_app(settings, tokenizer, dispatch, CollectorRegistry(), defaults, stop)
+        app = build_app(settings, tokenizer, dispatch, process_registry(), defaults, stop)
         async with serve_http(
             app,
             settings.host,

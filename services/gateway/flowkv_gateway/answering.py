@@ -81,7 +81,7 @@ async def _run_choice(
         async with aclosing(generator.generate(choice.generation)) as pieces:
             async for piece in pieces:
                 is_computed.set()
-                times.tokens(len(piece.token_ids))
+                times.tokens(len(piece.token_ids), piece.num_cached_tokens)
                 for delta in choice.push(piece):
                     await emit(delta)
                 if choice.finish_reason is not None:

@@ -6,6 +6,7 @@ import asyncio
 import random
 import secrets
 import time
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,14 +22,14 @@ from starlette.types import ASGIApp
 
 import flowkv_common
 from flowkv_common.config import GatewaySettings
-from flowkv_common.errors import FlowKVError, Unavailable
+from flowkv_common.errors import FlowKVError, Internal, Unavailable
 from flowkv_common.metrics import health_routes, metrics_routes
 from flowkv_common.wire.parts import ModelCard
 from flowkv_gateway.answering import Answer
 from flowkv_gateway.body import read_body
 from flowkv_gateway.choice import Display
 from flowkv_gateway.errors import ModelNotFound
-from flowkv_gateway.errors_http import error_response, on_http_exception, on_unexpected, status_of
+from flowkv_gateway.errors_http import error_response, on_http_exception, status_of
 from flowkv_gateway.generation import Generator
 from flowkv_gateway.metrics import GatewayMetrics
 from flowkv_gateway.openai import ChatShape, Model, ModelList, Shape, TextShape, Writer
@@ -42,6 +43,7 @@ from flowkv_gateway.params import (
 from flowkv_gateway.planning import Prompt, plan
 from flowkv_gateway.prompts import chat_prompt, completion_prompts, tokenize_prompt
 from flowkv_gateway.request_id import EchoRequestId
+from flowkv_gateway.request_log import RequestLog
 from flowkv_gateway.responses import AnswerResponse
 from flowkv_gateway.sampling_defaults import SamplingDefaults
 from flowkv_gateway.stopping import CloseWhileStopping
@@ -78,7 +80,7 @@ def build_app(
         exception_handlers={
             FlowKVError: api.on_error,
             HTTPException: on_http_exception,
-            Exception: on_unexpected,
+            Exception: api.on_unexpected,
         },
     )
     app.router.redirect_slashes = False  # a path that is not ours gets its 404
@@ -104,7 +106,13 @@ class Api:
         self._stop = stop
         folder = Path(settings.model_path)
         self._folder_names = (folder.name, folder.resolve().name)
-        self._metrics = GatewayMetrics(registry, self._model_name, is_fixed=bool(settings.model_name))
+        self._metrics = GatewayMetrics(
+            registry,
+            self._model_name,
+            is_known=lambda: bool(settings.model_name) or generator.model() is not None,
+            load=generator.load,
+        )
+        self._log = RequestLog(settings.log_requests)
         self._created = int(time.time())
 
     async def chat(self, request: Request) -> ASGIApp:
@@ -142,10 +150,15 @@ class Api:
     def why_not_ready(self) -> str | None:
         return "about to stop" if self._stop.is_set() else self._generator.why_not_ready()
 
-    async def on_error(self, _: Request, error: Exception) -> Response:
+    async def on_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, FlowKVError)
         self._metrics.count_error(status_of(error))
+        self._log.refused(request, error)
         return error_response(error)
+
+    async def on_unexpected(self, request: Request, _: Exception) -> Response:
+        """Our own fault. What exactly is for the log: starlette raises the error again."""
+        return await self.on_error(request, Internal("Internal error."))
 
     async def _parse(self, request: Request, kind: type[B]) -> B:
         """The checked body. Raises BadRequest, TooLarge or ModelNotFound."""
@@ -189,14 +202,16 @@ class Api:
             seed=random.getrandbits(63),
             deadline_s=self._settings.request_timeout_s,
         )
+        answer = Answer.of(groups, self._tokenizer.vocabulary, _display(body, card))
         return AnswerResponse(
-            Answer.of(groups, self._tokenizer.vocabulary, _display(body, card)),
+            answer,
             Writer(shape, reply_id=request_id, created=int(time.time()), model=self._model_name()),
             self._generator,
             self._metrics,
             stream_options=(body.stream_options or StreamOptions()) if body.stream else None,
             send_timeout_s=self._settings.send_timeout_s,
             ping_s=self._settings.ping_s,
+            on_end=partial(self._log.answered, request_id, answer, time.monotonic()),
         )
 
 

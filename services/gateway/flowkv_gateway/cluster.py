@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -73,6 +73,23 @@ class Cluster:
         """Which of them can work together is known to the scheduler."""
         return self._model is not None and self._num_of_sides(self._model.fingerprint)[1] > 0
 
+    def kv_cache_usage(self) -> float:
+        """The share of blocks in use, 0 to 1, over all nodes of the model that report; 0 if none does."""
+        nodes = self._by_fingerprint.get(self._model.fingerprint, {}) if self._model else {}
+        blocks = [report.blocks for _, report in self._fresh(nodes)]
+        used = sum(one.leased + one.quarantined for one in blocks)
+        return used / max(1, sum(one.total for one in blocks))
+
+    def _fresh(self, nodes: Mapping[str, NodeDescriptor]) -> Iterator[tuple[NodeDescriptor, LoadReport]]:
+        """The nodes that have reported lately, in this life, with their reports."""
+        now = self._clock()
+        for node_id, node in nodes.items():
+            heard_at, report = self._reports.get(node_id, (0.0, None))
+            if report is None or report.node != node.node:
+                continue
+            if now - heard_at < MISSED_REPORTS * report.period_s:
+                yield node, report
+
     def _choose_model(self) -> None:
         """The weights that were served while any node has them; then most pairs, then most nodes."""
         if not self._by_fingerprint:
@@ -93,13 +110,9 @@ class Cluster:
 
     def _num_of_sides(self, fingerprint: str) -> tuple[int, int]:
         """How many are ready: on the smaller side, and on both. A mixed node stands on each side."""
-        now = self._clock()
         num_prefill = num_decode = 0
-        for node_id, node in self._by_fingerprint.get(fingerprint, {}).items():
-            heard_at, report = self._reports.get(node_id, (0.0, None))
-            if report is None or report.node != node.node or not report.ready:
-                continue
-            if now - heard_at >= MISSED_REPORTS * report.period_s:
+        for node, report in self._fresh(self._by_fingerprint.get(fingerprint, {})):
+            if not report.ready:
                 continue
             num_prefill += report.max_prefill_tokens_per_step > node.layout.block_size
             num_decode += report.max_prefill_tokens_per_step < node.token_budget

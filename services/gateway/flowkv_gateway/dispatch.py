@@ -49,7 +49,7 @@ from flowkv_common.wire.nodes import LoadReport
 from flowkv_common.wire.parts import ModelCard, TokenIds
 from flowkv_gateway.cluster import Cluster
 from flowkv_gateway.errors import for_client
-from flowkv_gateway.generation import Generation, Piece
+from flowkv_gateway.generation import Generation, Load, Piece
 from flowkv_gateway.journey import Journey
 from flowkv_gateway.own_model import OwnModel
 from flowkv_gateway.readiness import Readiness
@@ -83,6 +83,7 @@ class Dispatch:
         self.streams = Streams()
         self.cluster = Cluster(own)
         self.readiness = Readiness(bus, self.cluster)
+        self._num_open = 0
 
     def model(self) -> ModelCard | None:
         """Of new requests; its window is one that our messages can carry."""
@@ -96,12 +97,17 @@ class Dispatch:
         model = self.model()
         return {"model": model.name, "fingerprint": model.fingerprint} if model else {}
 
+    def load(self) -> Load:
+        num_running = self.streams.num_running()
+        return Load(num_running, self._num_open - num_running, self.cluster.kv_cache_usage())
+
     def why_not_ready(self) -> str | None:
         return self.readiness.why_not()
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Piece, None]:
         """The answer in pieces, over as many attempts as it takes. Raises FlowKVError, fit for the client."""
         journey = Journey(generation, hashes_that_fit(self._bus.max_payload))
+        self._num_open += 1
         try:
             while True:
                 # It asks for as long as it makes sense: what comes of that is final.
@@ -121,6 +127,7 @@ class Dispatch:
                 log.warning("request %s failed: %s: %s", generation.request_id, error.code, error.message)
             raise for_client(error, generation.deadline_s) from error
         finally:
+            self._num_open -= 1
             event = subjects.event("request_finished", generation.request_id)
             with contextlib.suppress(FlowKVError):
                 await self._bus.publish(event, journey.finished())

@@ -26,6 +26,7 @@ _TYPES = {
     503: "service_unavailable",
     504: "timeout_error",
 }
+STATUSES = tuple(_TYPES)
 _RETRYABLE = {429, 503}
 
 
@@ -74,11 +75,6 @@ def on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     body = _body(error.status_code, f"{error.detail}: {request.method} {request.url.path}", None, None)
     return Response(body, error.status_code, error.headers, media_type="application/json")
-
-
-def on_unexpected(_: Request, __: Exception) -> Response:
-    """Our own fault; what exactly is for the log (starlette raises the error again), not for the client."""
-    return plain_error(500, "Internal error.")
 
 
 def _body(status: int, message: str, param: str | None, code: str | None) -> bytes:

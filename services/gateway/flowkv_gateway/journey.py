@@ -11,6 +11,8 @@ from flowkv_gateway.generation import Generation, Piece
 from flowkv_gateway.prompt_hashes import MAX_HASHES, HashBasis, PromptHashes
 
 SCHEDULER_PATIENCE_S = 10.0
+# The phases before a first token in which nothing of the request is computed.
+WAITS = ("schedule", "queue", "reserve")
 
 
 class Journey:
@@ -29,7 +31,6 @@ class Journey:
         self._assigned_at = self._began
         self._outcome = "closed"  # unless it ends otherwise: a stop string was found, or the client left
         self._error: str | None = None
-        self._nodes = ("", "")
         self._num_cached_tokens = 0
         self._predicted_ttft_s = 0.0
         self.phases = Phases()
@@ -76,7 +77,9 @@ class Journey:
             self._predicted_ttft_s = time.monotonic() - self._began + first_token_in_s
 
     def assigned(self, assignment: Assignment) -> None:
-        self._nodes = (assignment.prefill.node_id, assignment.decode.node_id)
+        record = self.generation.record
+        record.num_attempts = self.attempt + 1
+        record.prefill_node, record.decode_node = assignment.prefill.node_id, assignment.decode.node_id
         self._assigned_at = time.monotonic()
 
     def next_attempt(self) -> None:
@@ -98,11 +101,16 @@ class Journey:
 
     def take(self, chunk: TokenChunk) -> Piece:
         """Add a chunk to the output; gives what the client gets of it."""
-        if not self.output_ids:
+        is_first = not self.output_ids
+        if is_first:
             self.phases.add({"ttft": time.monotonic() - self._began})
         self.output_ids += chunk.token_ids
         self._num_cached_tokens = max(self._num_cached_tokens, chunk.num_cached_tokens)
         self.phases.add(chunk.phases_s)
+        if is_first:
+            spent, record = self.phases.seconds, self.generation.record
+            record.ttft_s = spent["ttft"]
+            record.queue_s = sum(spent.get(phase, 0.0) for phase in WAITS)
         if chunk.finish_reason:
             self._outcome = chunk.finish_reason
         return Piece(
@@ -129,8 +137,8 @@ class Journey:
             num_prompt_tokens=len(self.generation.prompt_ids),
             num_output_tokens=len(self.output_ids),
             num_cached_tokens=self._num_cached_tokens,
-            prefill_node=self._nodes[0],
-            decode_node=self._nodes[1],
+            prefill_node=self.generation.record.prefill_node,
+            decode_node=self.generation.record.decode_node,
             phases_s=self.phases.seconds,
             error=self._error,
             predicted_ttft_s=round(self._predicted_ttft_s, 3),

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
 from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from flowkv_common.errors import Cancelled
 from flowkv_gateway.choice import Choice
+from flowkv_gateway.errors_http import STATUSES
+from flowkv_gateway.generation import Generation, Load
 
 # vLLM's buckets: dashboards compute percentiles from them.
 _TTFT_S = (
@@ -31,7 +35,7 @@ _REQUEST_S = (
 )
 _TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 _NUM_CHOICES = (1.0, 2.0, 5.0, 10.0, 20.0)
-
+_FINISHED_REASONS = ("stop", "length", "abort", "error")
 
 Family = TypeVar("Family", Counter, Histogram)
 
@@ -39,50 +43,69 @@ Family = TypeVar("Family", Counter, Histogram)
 class _OfModel(Generic[Family]):
     """A family of one label, the model's name, which is asked for each time."""
 
-    def __init__(self, family: Family, model_name: Callable[[], str], is_fixed: bool) -> None:
+    def __init__(self, family: Family, model_name: Callable[[], str]) -> None:
         self._labels: Callable[[str], Family] = family.labels
         self._model_name = model_name
-        if is_fixed:
-            self._now()
 
-    def _now(self) -> Family:
+    def now(self) -> Family:
+        """The series to go on with while the name stays."""
         return self._labels(self._model_name())
 
     def observe(self: _OfModel[Histogram], value: float) -> None:
-        self._now().observe(value)
+        self.now().observe(value)
 
     def inc(self: _OfModel[Counter], value: float = 1) -> None:
-        self._now().inc(value)
+        self.now().inc(value)
 
 
-class GatewayMetrics:
+class GatewayMetrics(Collector):
     """All collectors of the gateway, in `registry`, with the model's name as label.
 
-    Where the nodes bring the name (it is not `is_fixed`), a series begins with its first observation.
+    Every series begins at 0 with the first scrape after the name is known: only what has been 0 shows its
+    first increase.
     """
 
     def __init__(
-        self, registry: CollectorRegistry, model_name: Callable[[], str], *, is_fixed: bool = True
+        self,
+        registry: CollectorRegistry,
+        model_name: Callable[[], str],
+        *,
+        is_known: Callable[[], bool],
+        load: Callable[[], Load],
     ) -> None:
+        registry.register(self)  # the first to be asked at a scrape
+        families: list[Counter | Histogram] = []
+
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> _OfModel[Histogram]:
             family = Histogram(name, text, ["model_name"], buckets=buckets, registry=registry)
-            return _OfModel(family, model_name, is_fixed)
+            families.append(family)
+            return _OfModel(family, model_name)
 
         def counter(name: str, text: str) -> _OfModel[Counter]:
             family = Counter(name, text, ["model_name"], registry=registry)
-            return _OfModel(family, model_name, is_fixed)
+            families.append(family)
+            return _OfModel(family, model_name)
 
+        self._families = families
         self._model_name = model_name
+        self._is_known = is_known
+        self._load = load
         self.ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to first token", _TTFT_S)
         self.itl = histogram("vllm:inter_token_latency_seconds", "Between tokens", _TOKEN_S)
         self.tpot = histogram("vllm:request_time_per_output_token_seconds", "Mean after first", _TOKEN_S)
         self.e2e = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token", _REQUEST_S)
+        self.queue = histogram("vllm:request_queue_time_seconds", "Waits before first token", _REQUEST_S)
+        self.prefill = histogram("vllm:request_prefill_time_seconds", "Waits to first token", _REQUEST_S)
+        self.decode = histogram("vllm:request_decode_time_seconds", "First to last token", _REQUEST_S)
+        self.inference = histogram("vllm:request_inference_time_seconds", "Waits to last token", _REQUEST_S)
         self.prompt_length = histogram("vllm:request_prompt_tokens", "Prompt length", _TOKENS)
         self.answer_length = histogram("vllm:request_generation_tokens", "Answer length", _TOKENS)
         self.max_tokens = histogram("vllm:request_params_max_tokens", "max_tokens", _TOKENS)
         self.num_choices = histogram("vllm:request_params_n", "n", _NUM_CHOICES)
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens taken in")
         self.answer_tokens = counter("vllm:generation_tokens", "Tokens generated")
+        self.cache_queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked for in prefix caches")
+        self.cache_hits = counter("vllm:prefix_cache_hits", "Prompt tokens found in prefix caches")
         self._finished = Counter(
             "vllm:request_success", "Ended", ["model_name", "finished_reason"], registry=registry
         )
@@ -91,6 +114,27 @@ class GatewayMetrics:
             "flowkv_gateway_slow_clients", "Streams cut since nobody read them", registry=registry
         )
         self._errors = Counter("flowkv_gateway_errors", "Errors shown", ["status"], registry=registry)
+        for status in STATUSES:
+            self._errors.labels(str(status))
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """What is read when somebody asks."""
+        if not self._is_known():
+            return
+        name = self._model_name()
+        for family in self._families:
+            family.labels(name)
+        for reason in _FINISHED_REASONS:
+            self._finished.labels(name, reason)
+        load = self._load()
+        for metric, text, value in (
+            ("vllm:num_requests_running", "Answers that a node works at", load.num_running),
+            ("vllm:num_requests_waiting", "Answers that wait, here or at a node", load.num_waiting),
+            ("vllm:kv_cache_usage_perc", "Share of all nodes' KV blocks in use, 0 to 1", load.kv_cache_usage),
+        ):
+            gauge = GaugeMetricFamily(metric, text, labels=["model_name"])
+            gauge.add_metric([name], value)
+            yield gauge
 
     def count_error(self, status: int) -> None:
         self._errors.labels(str(status)).inc()
@@ -98,7 +142,7 @@ class GatewayMetrics:
     @contextlib.contextmanager
     def observe(self, choice: Choice) -> Iterator[ChoiceTimes]:
         """Measures one choice, however it ends."""
-        times = ChoiceTimes(self, len(choice.generation.prompt_ids))
+        times = ChoiceTimes(self, choice.generation)
         self._open.inc()
         reason = "error"
         try:
@@ -123,28 +167,40 @@ class GatewayMetrics:
 class ChoiceTimes:
     """The clock of one choice, started when it is made."""
 
-    def __init__(self, metrics: GatewayMetrics, num_prompt_tokens: int) -> None:
+    def __init__(self, metrics: GatewayMetrics, generation: Generation) -> None:
         self._metrics = metrics
-        self._num_prompt_tokens = num_prompt_tokens
+        self._generation = generation
+        self._itl = metrics.itl.now()  # asked for once: the next two count each token
+        self._answer_tokens = metrics.answer_tokens.now()
         self._start = perf_counter()
         self._first: float | None = None
         self._last = self._start
 
-    def tokens(self, num_tokens: int) -> None:
-        """A piece with so many tokens has come."""
+    def tokens(self, num_tokens: int, num_cached_tokens: int) -> None:
+        """A piece with so many tokens has come; of the prompt, so many were cached."""
         if not num_tokens:
             return
         now = perf_counter()
         if self._first is None:
             self._first = now
+            num_prompt_tokens = len(self._generation.prompt_ids)
             self._metrics.ttft.observe(now - self._start)
-            self._metrics.prompt_tokens.inc(self._num_prompt_tokens)
+            self._metrics.prompt_tokens.inc(num_prompt_tokens)
+            self._metrics.cache_queries.inc(num_prompt_tokens)
+            self._metrics.cache_hits.inc(num_cached_tokens)
         else:
-            self._metrics.itl.observe(now - self._last)
+            self._itl.observe(now - self._last)
         self._last = now
-        self._metrics.answer_tokens.inc(num_tokens)
+        self._answer_tokens.inc(num_tokens)
 
     def end(self, num_tokens: int) -> None:
+        """The answer is complete."""
         self._metrics.e2e.observe(perf_counter() - self._start)
+        if self._first is not None:
+            ttft_s, queue_s = self._first - self._start, self._generation.record.queue_s
+            self._metrics.queue.observe(queue_s)
+            self._metrics.prefill.observe(max(0.0, ttft_s - queue_s))
+            self._metrics.decode.observe(self._last - self._first)
+            self._metrics.inference.observe(max(0.0, self._last - self._start - queue_s))
         if self._first is not None and num_tokens > 1:
             self._metrics.tpot.observe((self._last - self._first) / (num_tokens - 1))

@@ -12,7 +12,7 @@ from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from flowkv_common.errors import FlowKVError, Internal, Unavailable
+from flowkv_common.errors import Cancelled, FlowKVError, Internal, Unavailable
 from flowkv_common.tasks import running
 from flowkv_gateway.answering import Answer
 from flowkv_gateway.choice import Delta
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 Reply = Callable[[Response], Awaitable[None]]
 Abort = Callable[[], None]
+OnEnd = Callable[[FlowKVError | None], None]
 
 
 class Sink(Protocol):
@@ -132,8 +133,9 @@ class AnswerResponse:
         stream_options: StreamOptions | None,
         send_timeout_s: float,
         ping_s: float,
+        on_end: OnEnd,
     ) -> None:
-        """`stream_options` None: the whole answer in one body."""
+        """`stream_options` None: the whole answer in one body. `on_end` gets the error at its end, if any."""
         self._answer = answer
         self._writer = writer
         self._generator = generator
@@ -141,10 +143,12 @@ class AnswerResponse:
         self._stream_options = stream_options
         self._send_timeout_s = send_timeout_s
         self._ping_s = ping_s
+        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sink = self._sink(scope, receive, send)
         abort = scope.get("extensions", {}).get(ABORT)
+        error: FlowKVError | None = Cancelled("The client has gone.")
         try:
             async with asyncio.TaskGroup() as tasks:
                 working = tasks.create_task(self._work(sink, abort))
@@ -152,9 +156,13 @@ class AnswerResponse:
                 await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
                 working.cancel()
                 watching.cancel()
+            if not working.cancelled():
+                error = working.result()
         except asyncio.CancelledError:  # the server's time to stop is over
-            if working.cancelled():
-                await self._tell(sink, abort, Unavailable(STOPPED))
+            is_complete = not working.cancelled()
+            error = working.result() if is_complete else await self._tell(sink, abort, Unavailable(STOPPED))
+        finally:
+            self._on_end(error)
 
     def _sink(self, scope: Scope, receive: Receive, send: Send) -> Sink:
         async def reply(response: Response) -> None:
@@ -165,27 +173,27 @@ class AnswerResponse:
         stream = EventStream(send, self._send_timeout_s)
         return StreamSink(self._answer, self._writer, reply, stream, self._stream_options, self._ping_s)
 
-    async def _work(self, sink: Sink, abort: Abort | None) -> None:
+    async def _work(self, sink: Sink, abort: Abort | None) -> FlowKVError | None:
         try:
             error = await self._run(sink)
         except ClientTooSlow as slow:
-            self._let_go(slow, abort)
-            return
-        if error is not None:
-            await self._tell(sink, abort, error)
+            return self._let_go(slow, abort)
+        return error and await self._tell(sink, abort, error)
 
-    async def _tell(self, sink: Sink, abort: Abort | None, error: FlowKVError) -> None:
+    async def _tell(self, sink: Sink, abort: Abort | None, error: FlowKVError) -> FlowKVError:
         self._metrics.count_error(status_of(error))
         try:
             await sink.fail(error)
         except ClientTooSlow as slow:
-            self._let_go(slow, abort)
+            return self._let_go(slow, abort)
+        return error
 
-    def _let_go(self, slow: ClientTooSlow, abort: Abort | None) -> None:
+    def _let_go(self, slow: ClientTooSlow, abort: Abort | None) -> FlowKVError:
         self._metrics.slow_clients.inc()
         log.warning("cut off a client: %s", slow)
         if abort is not None:  # closing would wait for the client to read what is left
             abort()
+        return slow
 
     async def _run(self, sink: Sink) -> FlowKVError | None:
         """What the client must be told, if anything. Raises ClientTooSlow."""

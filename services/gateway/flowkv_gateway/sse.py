@@ -36,11 +36,12 @@ class EventStream:
 
     async def event(self, payload: bytes) -> None:
         """The first one goes out with status and headers. `payload` is JSON. Raises ClientTooSlow."""
-        if not payload.isascii():
+        if 0xE2 in payload or 0xC2 in payload:  # their first bytes
             for line_break, escaped in _LINE_BREAKS:
                 payload = payload.replace(line_break, escaped)
         async with self._turn:
-            await self._start()
+            if not self.is_started:
+                await self._start()
             await self._body(b"data: " + payload + b"\n\n")
 
     async def end(self) -> None:
@@ -54,7 +55,8 @@ class EventStream:
         """
         await asyncio.sleep(HEADERS_AFTER_S)
         async with self._turn:
-            await self._start()
+            if not self.is_started:
+                await self._start()
         while ping_s:
             await asyncio.sleep(self._sent_at + ping_s - time.monotonic())
             async with self._turn:
@@ -62,9 +64,8 @@ class EventStream:
                     await self._body(_PING)
 
     async def _start(self) -> None:
-        if not self.is_started:
-            await self._within_time({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-            self.is_started = True
+        await self._within_time({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        self.is_started = True
 
     async def _body(self, body: bytes) -> None:
         await self._within_time({"type": "http.response.body", "body": body, "more_body": True})

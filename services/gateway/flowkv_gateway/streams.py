@@ -19,15 +19,21 @@ from flowkv_common.wire.messages import Keepalive, KeepaliveReply, StepTokens, T
 
 # Decode only keeps room for the attempt: it is prefill that must show signs of life.
 RESERVED = "reserved"
+# A node has the attempt, and does not work at it.
+WAITING = ("queued", "preempted")
 
 
 class AttemptStream:
-    """The chunks of one attempt, in order. `heard_at` is the last sign of life, token or keepalive."""
+    """The chunks of one attempt, in order. `heard_at` is the last sign of life, token or keepalive.
+
+    `is_running` while a node works at it, as far as its keepalives tell: they come once a second.
+    """
 
     def __init__(self, from_index: int) -> None:
         self.heard_at = time.monotonic()
         self.gap_since: float | None = None
         self.failed_at: str | None = None  # the node that sent an error
+        self.is_running = False
         self._reorder = Reorder(from_index)
         self._due: deque[TokenChunk] = deque()
         self._news = asyncio.Event()
@@ -40,6 +46,7 @@ class AttemptStream:
     def push(self, chunk: TokenChunk, node_id: str) -> None:
         """Take a chunk that `node_id` has sent."""
         self.heard_at = time.monotonic()
+        self.is_running = True
         if chunk.error is not None:
             self.failed_at = node_id
         self._due.extend(self._reorder.push(chunk))
@@ -68,6 +75,9 @@ class Streams:
     def __len__(self) -> int:
         return len(self._streams)
 
+    def num_running(self) -> int:
+        return sum(stream.is_running for stream in self._streams.values())
+
     @contextlib.contextmanager
     def open(self, transfer_id: str, from_index: int) -> Iterator[AttemptStream]:
         """Collect the tokens of an attempt while the context lasts; later ones are dropped."""
@@ -91,4 +101,5 @@ class Streams:
                 unknown.append(transfer_id)
             elif state != RESERVED:
                 stream.heard_at = now
+                stream.is_running = state not in WAITING
         return KeepaliveReply(unknown=unknown)

@@ -19,7 +19,7 @@ from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import SchedulerSettings
-from flowkv_common.metrics import serve_http, service_app
+from flowkv_common.metrics import process_registry, serve_http, service_app
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, ReadyReply, ReadyRequest, ScheduleRequest, Wait
@@ -34,6 +34,10 @@ from flowkv_scheduler.policy import Choice
 from flowkv_scheduler.weighing import Goals
 
 log = logging.getLogger(__name__)
+
+# A decision takes some 0.1 ms.
+DECISION_BUCKETS = (5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 4e-4, 6e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.025, 0.1, 1.0)
+OUTCOMES = ("assigned", "wait", "400", "429", "503")
 
 
 class Scheduler:
@@ -59,7 +63,11 @@ class Scheduler:
         self._decisions = Counter(
             "flowkv_schedule_decisions", "Schedule requests by outcome", ["outcome"], registry=registry
         )
-        self._seconds = Histogram("flowkv_schedule_seconds", "Time to decide", registry=registry)
+        for outcome in OUTCOMES:
+            self._decisions.labels(outcome)
+        self._seconds = Histogram(
+            "flowkv_schedule_seconds", "Time to decide", buckets=DECISION_BUCKETS, registry=registry
+        )
         usable = Gauge("flowkv_usable_nodes", "Nodes that may get new work", registry=registry)
         usable.set_function(lambda: sum(1 for _ in self.planner.state.usable(clock())))
         pairs = Gauge(
@@ -169,7 +177,7 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event, planner: Plann
 
     Raises `Unavailable` when NATS can't be reached or has closed the connection for good.
     """
-    registry = CollectorRegistry()
+    registry = process_registry()
     scheduler_id = f"scheduler-{secrets.token_hex(4)}"
     async with connect(settings.nats_url, name=f"flowkv-scheduler/{scheduler_id}", on_closed=stop.set) as bus:
         lease = Lease(bus, scheduler_id)

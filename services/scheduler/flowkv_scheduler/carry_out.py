@@ -18,12 +18,12 @@ from flowkv_common.wire.messages import Accepted
 from flowkv_common.wire.nodes import CapMoved, RegimeChanged, SetPrefillCap
 from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.orders import MoveCap, Order, RegimeChange, ScaleWanted
+from flowkv_scheduler.regimes import IMBALANCE, NORMAL, OVERLOAD
 
 log = logging.getLogger(__name__)
 
 # As long as the planner's period: what has failed by then is asked anew by what it orders next.
 ORDER_TIMEOUT_S = 0.5
-FIRST_REGIME = "normal"
 
 
 class Orders:
@@ -39,7 +39,7 @@ class Orders:
         self._bus = bus
         self._lease = lease
         self._cap_of = cap_of
-        self._regime = FIRST_REGIME
+        self._regime = NORMAL
         self._wanted: dict[str, int] = {}  # role -> change, as last told
         self._num_moves = Counter("flowkv_cap_moves", "Prefill caps moved", registry=registry)
         self._regimes = Gauge("flowkv_regime", "1 for what the leader sees", ["regime"], registry=registry)
@@ -53,13 +53,19 @@ class Orders:
     @contextlib.contextmanager
     def in_office(self) -> Iterator[None]:
         """While we lead, show what our planner has found last; else that is for another to show."""
-        self._regimes.labels(self._regime).set(1)
+        self._show_regime()
+        for role in ("prefill", "decode"):
+            self._scale.labels(role).set(0)
         try:
             yield
         finally:
             self._regimes.clear()
             self._scale.clear()
             self._wanted.clear()
+
+    def _show_regime(self) -> None:
+        for regime in (NORMAL, IMBALANCE, OVERLOAD):
+            self._regimes.labels(regime).set(regime == self._regime)
 
     async def carry_out(self, orders: Iterable[Order]) -> None:
         """All of them at once. Raises nothing of what goes wrong at nodes or on NATS."""
@@ -93,8 +99,7 @@ class Orders:
 
     async def _change_regime(self, order: RegimeChange) -> None:
         self._regime = order.after
-        self._regimes.clear()
-        self._regimes.labels(order.after).set(1)
+        self._show_regime()
         log.info("the regime is %s, it was %s: %s", order.after, order.before, order.reason)
         changed = RegimeChanged(
             epoch=self._lease.epoch, before=order.before, after=order.after, reason=order.reason

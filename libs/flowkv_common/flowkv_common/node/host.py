@@ -151,6 +151,7 @@ async def _open(
     reservations = Reservations(blocks)
     attempts = Attempts()
     instruments = Instruments(model.card.name, ref.node_id)
+    instruments.expect_connectors(settings.connector_names)
     instruments.block_gauges(blocks.counts)
     links = Links(bus, ref, layout, model.card.fingerprint, num_blocks)
     place = Place(

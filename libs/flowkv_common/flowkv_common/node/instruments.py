@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
+from flowkv_common.metrics import process_registry
 from flowkv_common.node.step_fit import StepCounts, StepFitter
 from flowkv_common.wire.messages import KVTransferred
 from flowkv_common.wire.nodes import BlockCounts
 
 # Weight of the newest step in the measured rates: about the last ten steps count.
 SMOOTHING = 0.2
+
+# `unneeded`: the first token was the last one, too.
+HANDOFF_RESULTS = ("done", "unneeded", "cancelled", "failed")
 
 _STEP_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _TRANSFER_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -21,7 +25,7 @@ class Instruments:
     """The node's own registry. Label `model_name` as vLLM's dashboards expect, `node_id` for ours."""
 
     def __init__(self, model_name: str, node_id: str) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = process_registry()
         self.prefill_tokens_per_s = 0.0
         self.decode_step_s = 0.0
         self.step_fitter = StepFitter()
@@ -46,6 +50,8 @@ class Instruments:
         self._handoffs = Counter(
             "flowkv_handoffs", "Handoffs by result", ["result", *self._labels], registry=self.registry
         )
+        for result in HANDOFF_RESULTS:
+            self._handoffs.labels(result=result, **self._labels)
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(name, text, list(self._labels), registry=self.registry).labels(**self._labels)
@@ -101,6 +107,19 @@ class Instruments:
 
     def count_handoff(self, result: str) -> None:
         self._handoffs.labels(result=result, **self._labels).inc()
+
+    def expect_connectors(self, names: Sequence[str]) -> None:
+        """What each of them has moved begins at 0, not with its first transfer."""
+        for name in names:
+            for family in (
+                self._transfer_s,
+                self._transfer_hidden_s,
+                self._transfer_exposed_s,
+                self._transfer_bytes,
+                self._transfer_copies,
+                self._transfer_calls,
+            ):
+                family.labels(connector=name, **self._labels)
 
     def observe_transfer(self, event: KVTransferred) -> None:
         """Counts what the event tells: both agree."""

@@ -1,0 +1,56 @@
+"""Each handoff is counted once, by how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from engineless import Pair, engineless_pair, until
+from nats_server import NatsServer
+
+from flowkv_common.node.instruments import HANDOFF_RESULTS
+
+PROMPT = list(range(100, 110))
+
+
+@pytest.fixture
+async def pair(nats_server: NatsServer) -> AsyncIterator[Pair]:
+    async with engineless_pair(nats_server) as pair:
+        yield pair
+
+
+def counted(pair: Pair) -> dict[str, float]:
+    registry = pair.p.node.instruments.registry
+    labels = {"model_name": "m", "node_id": "p"}
+    values = {
+        result: registry.get_sample_value("flowkv_handoffs_total", {"result": result, **labels})
+        for result in HANDOFF_RESULTS
+    }
+    assert None not in values.values()
+    return {result: value for result, value in values.items() if value}
+
+
+async def test_handoffs_are_counted_by_result(pair: Pair) -> None:
+    assert counted(pair) == {}
+    await pair.p.prefill.accept(pair.run(PROMPT))
+    await pair.compute_all()
+    await pair.p.wait_idle()
+    assert counted(pair) == {"done": 1}
+
+    await pair.p.prefill.accept(pair.run(PROMPT, max_tokens=1))
+    await pair.compute_all()
+    await pair.p.wait_idle()
+    assert counted(pair) == {"done": 1, "unneeded": 1}
+
+    run = pair.run(PROMPT)
+    await pair.p.prefill.accept(run)
+    await until(lambda: pair.p.node.budget.num_in_flight)
+    pair.p.node.attempts.cancel(f"{run.request_id}.0", "the client has left")
+    await pair.p.wait_idle()
+    assert counted(pair) == {"done": 1, "unneeded": 1, "cancelled": 1}
+
+    pair.d.node.drain()  # it refuses to reserve
+    await pair.p.prefill.accept(pair.run(PROMPT))
+    await until(lambda: any(chunk.error for chunk in pair.chunks))
+    await pair.p.wait_idle()
+    assert counted(pair) == {"done": 1, "unneeded": 1, "cancelled": 1, "failed": 1}
