@@ -29,6 +29,7 @@ SERVICES = ("gateway", "scheduler", "node")
 PROMPTS = subjects.at(subjects.PREFILL_RUN, "p")
 HANDOFFS = subjects.at(subjects.DECODE_RUN, "d")
 CAP = subjects.at(subjects.NODE_CAP, "p")
+CANCELS = subjects.at(subjects.NODE_CANCEL, "p")
 
 
 @pytest.fixture
@@ -88,11 +89,13 @@ CAN_HEAR = [
     ("node", PROMPTS),
     ("node", HANDOFFS),
     ("node", CAP),
+    ("node", CANCELS),
 ]
 CAN_SAY = [
     ("gateway", subjects.SCHEDULE),
     ("gateway", subjects.SCHEDULER_READY),
     ("gateway", PROMPTS),
+    ("gateway", CANCELS),
     ("scheduler", CAP),
     ("node", HANDOFFS),
     ("node", subjects.load("p")),
