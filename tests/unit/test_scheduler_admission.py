@@ -325,13 +325,13 @@ def test_a_wait_is_foreseen_to_be_shorter_where_an_idle_prefill_node_will_be_len
     busy = msgspec.structs.replace(full_node(16).report, forecast=forecast)
     state = cluster(PAIR[0], full_node(16)._replace(report=busy))
     for num_new, is_lent in ((128, True), (2, False)):
-        wanted = request(100, num_new)
+        wanted = request(50, num_new)
         waits = [
             told(admission.decide(wanted, state, GOALS, limits, now=0.0)) for limits in (LIMITS, lending)
         ]
         alone, helped = (wait.first_token_in_s for wait in waits if isinstance(wait, Wait))
         assert (helped < alone) == is_lent
-    helped_wait = admission.decide(request(100, 128), state, GOALS, lending, now=0.0)
+    helped_wait = admission.decide(request(50, 128), state, GOALS, lending, now=0.0)
     assert isinstance(helped_wait, Later)
     assert helped_wait.node_id == "p0"  # it stands there, behind nobody
     assert helped_wait.wait.first_token_in_s == pytest.approx(lending.lent_in_s, abs=0.2)
@@ -339,7 +339,6 @@ def test_a_wait_is_foreseen_to_be_shorter_where_an_idle_prefill_node_will_be_len
     helping = node("p0", "prefill", max_prefill_tokens_per_step=100, num_running=15)
     both = cluster(helping, full_node(16)._replace(report=busy))
     found = [
-        told(admission.decide(request(100, 128), both, GOALS, limits, now=0.0))
-        for limits in (LIMITS, lending)
+        told(admission.decide(request(50, 128), both, GOALS, limits, now=0.0)) for limits in (LIMITS, lending)
     ]
     assert found[0] == found[1]

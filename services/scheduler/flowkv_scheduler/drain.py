@@ -13,6 +13,8 @@ from flowkv_scheduler.scores import FULL_PREFILL, SHARED
 from flowkv_scheduler.view import NodeView, Work
 from flowkv_scheduler.weighing import Weighing, need_at, num_missing_places
 
+AT = Thresholds()
+
 
 def room_in_s(node: NodeView, weighing: Weighing, ahead: Work) -> float:
     """Seconds until the request fits there, behind `ahead`, which waits for room on the node too."""
@@ -53,7 +55,7 @@ def lent_soon(nodes: list[NodeView], weighing: Weighing) -> NodeView | None:
     )
     staying = others or prefill
     capacity = sum(1.0 / node.speed.prefill_token_s for node in staying) * (1.0 if others else SHARED)
-    if ends_per_s * weighing.request.num_prompt_tokens > Thresholds().gain * FULL_PREFILL * capacity:
+    if ends_per_s * weighing.request.num_prompt_tokens > AT.calm * FULL_PREFILL * capacity:
         return None
     return msgspec.structs.replace(
         idlest,
@@ -100,4 +102,9 @@ def _ends_in_s(node: NodeView, weighing: Weighing, ahead: Work, num_ends: float)
     steps = first + (last - first) * min(1.0, num_ends / num)
     if num_ends > num:
         steps += (num_ends / num - 1.0) * whole
-    return steps * weighing.step_s(node)
+    joining = max(0.0, num - node.num_sequences - 1)
+    context = joining * weighing.request.num_prompt_tokens
+    step_s = weighing.step_s(node) + joining * node.speed.sequence_s + context * node.speed.context_token_s
+    if node.helps_decode:  # its prompts fill up its steps
+        step_s = max(step_s, AT.rhythm_share * weighing.goals.itl_s)
+    return steps * step_s
