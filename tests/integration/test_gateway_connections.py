@@ -152,23 +152,25 @@ HIDDEN = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 @pytest.mark.parametrize(
-    ("head", "status"),
+    ("head", "status_line"),
     [
-        pytest.param(b"HTTP/1.1\r\ncontent-length: 5\r\n" + CHUNKED, 400, id="two framings"),
-        pytest.param(b"HTTP/1.1\r\n" + CHUNKED + b"content-length: 5\r\n", 400, id="the other way round"),
-        pytest.param(b"HTTP/1.0\r\n" + CHUNKED, 400, id="chunks in HTTP/1.0"),
-        pytest.param(b"HTTP/9.9\r\n", 505, id="another version"),
-        pytest.param(b"HTTP/2.0\r\n", 505, id="HTTP/2 without a handshake"),
+        pytest.param(b"HTTP/1.1\r\ncontent-length: 5\r\n" + CHUNKED, b"400 Bad Request", id="two framings"),
+        pytest.param(
+            b"HTTP/1.1\r\n" + CHUNKED + b"content-length: 5\r\n", b"400 Bad Request", id="the other way round"
+        ),
+        pytest.param(b"HTTP/1.0\r\n" + CHUNKED, b"400 Bad Request", id="chunks in HTTP/1.0"),
+        pytest.param(b"HTTP/9.9\r\n", b"505 HTTP Version Not Supported", id="another version"),
+        pytest.param(b"HTTP/2.0\r\n", b"505 HTTP Version Not Supported", id="HTTP/2 without a handshake"),
     ],
 )
 async def test_a_head_that_can_be_read_in_two_ways_is_refused_and_the_end(
-    gateway: Gateway, head: bytes, status: int
+    gateway: Gateway, head: bytes, status_line: bytes
 ) -> None:
     async with gateway.connect() as (reader, writer):
         writer.write(b"POST /v1/chat/completions " + head + b"host: x\r\n\r\n0\r\n\r\n" + HIDDEN)
         said = await reader.read()
     first, _, body = said.partition(b"\r\n\r\n")
-    assert f" {status} ".encode() in first.splitlines()[0]
+    assert first.splitlines()[0] == b"HTTP/1.1 " + status_line
     assert b"connection: close" in first.lower()
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
     assert gateway.generator.asked == []

@@ -12,7 +12,7 @@ from typing import Any
 
 import h11
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from flowkv_common.errors import Unavailable
 from flowkv_gateway.errors_http import error_response, plain_error
@@ -139,7 +139,7 @@ class ApiConnection(H11Protocol):
             response = plain_error(status, message)
             headers = [*response.raw_headers, (b"connection", b"close")]
             for event in (
-                h11.Response(status_code=status, headers=headers),
+                h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]),
                 h11.Data(data=bytes(response.body)),
                 h11.EndOfMessage(),
             ):
