@@ -7,6 +7,7 @@ from imagined_nodes import TOKEN_BUDGET, descriptor, report, request
 
 from flowkv_common.wire.messages import Wait
 from flowkv_common.wire.nodes import StepFit
+from flowkv_scheduler.orders import MoveCap
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
 from flowkv_scheduler.weighing import Goals
@@ -41,3 +42,20 @@ def test_prompts_that_come_at_once_to_one_node_wait_for_each_other_and_are_not_r
     first, *others = [planner.schedule(each, 0.1) for each in wanted]
     assert isinstance(first, Choice)
     assert all(isinstance(other, Wait) and other.retry_in_s <= 0.5 for other in others)
+
+
+def test_the_planner_counts_what_prompts_will_produce() -> None:
+    """Twenty prompts of a few tokens, and long answers: decode is short before it has begun."""
+    planner = Planner(Goals())
+    roles = {"p0": "prefill", "p1": "prefill", "d0": "decode"}
+    planner.set_descriptors({name: descriptor(name, role) for name, role in roles.items()})
+    fit = StepFit(
+        base_s=0.02, prefill_token_s=1e-4, attended_token_s=0.0, sequence_s=0.01, context_token_s=0.0
+    )
+    for name, role in roles.items():
+        planner.add_report(report(name, role, step=fit), 0.0)
+    for number in range(8):
+        wanted = msgspec.structs.replace(request(16, 2000), request_id=f"r{number}")
+        assert isinstance(planner.schedule(wanted, 0.0), Choice)
+    told = [planner.tick(0.5), planner.tick(1.0)]
+    assert [order.cap for orders in told for order in orders if isinstance(order, MoveCap)]

@@ -154,6 +154,22 @@ def test_prompts_that_wait_are_not_counted_twice_as_decode_pressure() -> None:
     assert scores[0] == scores[1]
 
 
+def test_outputs_that_are_on_their_way_are_decode_pressure_before_they_decode() -> None:
+    """20 sequences of 10 ms fit beside 50 ms into 250: 16 places, 76 tokens per second each node."""
+    nodes = cluster(node("p0", "prefill", step=FIT), decode("d0"), decode("d1")).views()
+    at_limit = 16 / (0.05 + 16 * 0.01)
+    for share in (0.0, 0.5, 1.5):
+        found = scores_of(nodes, GOALS, 0.0, output_rate=share * 2 * at_limit)
+        assert found.decode.work == pytest.approx(2 * share)
+    # Those that decode already are among them.
+    busy = cluster(node("p0", "prefill", step=FIT), decode("d0", running=8), decode("d1", running=8)).views()
+    assert (
+        scores_of(busy, GOALS, 0.0, output_rate=0.1).decode.work
+        == scores_of(busy, GOALS, 0.0).decode.work
+        > 0
+    )
+
+
 def test_a_cap_leaves_their_rhythm_to_those_that_run_not_to_what_its_own_queue_will_become() -> None:
     """Else prompts would wait for the sequences that they are to become, and decode nodes for both."""
     run = Run()

@@ -22,8 +22,7 @@ from flowkv_scheduler.view import NOTHING, NodeView, Work
 from flowkv_scheduler.waiting import Waiting
 from flowkv_scheduler.weighing import Goals, Weighing, need_at
 
-# A wait may turn out so many times shorter than foreseen, or longer. In doubt a request is let in, and then
-# stays for as long as such an error lasts.
+# A wait may turn out so many times longer than was foreseen: who was let in stays for that.
 ERROR = 1.5
 # A less urgent request is refused at this part of the longest wait: the rest is for others.
 LESS_URGENT_SHARE = 0.5
@@ -93,14 +92,12 @@ def _check_wait(weighing: Weighing, wait_s: float, predicted_s: float, *, has_pa
         return
     longest_s = longest_wait_s(request, weighing.goals)
     is_in = request.request_id in weighing.waiting
-    # Prompts are computed in a known time; when outputs end, and who is lent, is foreseen.
-    limit_s = longest_s if has_pair else ERROR * longest_s
-    over_s = request.age_s - limit_s if is_in else request.age_s + wait_s - limit_s
-    if over_s > 0.0 and not (is_in and has_pair):
+    over_s = request.age_s + wait_s - longest_s
+    if (request.age_s > ERROR * longest_s and not has_pair) if is_in else over_s > 0.0:
         raise errors.Full(
             f"the first token would wait for about {request.age_s + wait_s:.1f} s, "
             f"at most {longest_s:.1f} s are admitted",
-            retry_after_s=max(over_s, wait_s - limit_s),
+            retry_after_s=over_s,
         )
     if predicted_s > request.deadline_in_s and (has_pair or not is_in):
         raise errors.Full(

@@ -31,6 +31,7 @@ class Planner:
         """With another `choose` it is another policy, within the same admission."""
         self.state = ClusterState()
         self._prefill_tokens = Rate(NUM_REMEMBERED)
+        self._output_tokens = Rate(NUM_REMEMBERED)
         self._goals = goals
         self._lends = lends
         self.begin_term()
@@ -83,7 +84,9 @@ class Planner:
 
     def tick(self, now: float) -> list[Order]:
         """Once per period: regimes, lending, scaling."""
-        orders = self.regimes.tick(list(self.state.usable(now)), self._prefill_tokens.at(now), now)
+        orders = self.regimes.tick(
+            list(self.state.usable(now)), self._prefill_tokens.at(now), now, self._output_tokens.at(now)
+        )
         self.state.set_leaving(self.regimes.leaving)
         return orders
 
@@ -92,6 +95,7 @@ class Planner:
         self.state.see_prompt(request.num_prompt_tokens)
         self._prefill_tokens.add(choice.prefill_s / choice.prefill.speed.prefill_token_s, now)
         for_prefill, for_decode = policy.added_work(request, choice)
+        self._output_tokens.add(for_decode.output_tokens, now)
         arrives_in_s = choice.first_token_s
         self.state.add_prompt(choice.prefill.descriptor.node, for_prefill, now)
         self.state.add_sequence(choice.decode.descriptor.node, for_decode, arrives_in_s, now)

@@ -68,14 +68,16 @@ class Regimes:
         if self._lending:
             self._lending.follow(registry)
 
-    def tick(self, nodes: Sequence[NodeView], prefill_rate: float, now: float) -> list[Order]:
-        """What should change now. `prefill_rate`: prompt tokens that came per second, lately."""
+    def tick(
+        self, nodes: Sequence[NodeView], prefill_rate: float, now: float, output_rate: float = 0.0
+    ) -> list[Order]:
+        """What should change now. Rates are those of `scores_of`."""
         if not nodes:
             return []
         nodes = sorted(nodes, key=lambda node: node.node_id)
         if self._lending:
             self._lending.see(nodes, now)
-        scores = scores_of(nodes, self._goals, prefill_rate)
+        scores = scores_of(nodes, self._goals, prefill_rate, output_rate)
         orders = self._change_regime(nodes, scores)
         if self._lending:
             lasting = self._sign.needy if self._num_ticks >= self._at.num_ticks else None

@@ -86,8 +86,10 @@ class Scores(NamedTuple):
         )
 
 
-def scores_of(nodes: Sequence[NodeView], goals: Goals, prefill_rate: float) -> Scores:
-    """`prefill_rate`: prompt tokens that came per second, lately.
+def scores_of(
+    nodes: Sequence[NodeView], goals: Goals, prefill_rate: float, output_rate: float = 0.0
+) -> Scores:
+    """Tokens per second, lately: `prefill_rate` of prompts, `output_rate` of what these should bring.
 
     Prompts that wait are no sign of a want of prefill nodes: they may wait for room to decode. Those that
     have their pair count at their decode node already, as sequences that we gave it.
@@ -96,10 +98,32 @@ def scores_of(nodes: Sequence[NodeView], goals: Goals, prefill_rate: float) -> S
     empty = Scores(Load(0.0, 0.0, 0), Load(0.0, 0.0, 0), goals, can_keep_rhythm)
     prefill = [empty.shared_capacity(node, "prefill") for node in nodes if node.may_prefill]
     decode = [empty.shared_capacity(node, "decode") for node in nodes if node.may_decode]
+    decoding = max(sum(decode_score(node, goals) for node in nodes), _nodes_for(nodes, goals, output_rate))
     return empty._replace(
         prefill=Load(prefill_rate, sum(prefill), len(prefill)),
-        decode=Load(sum(decode_score(node, goals) for node in nodes), sum(decode), len(decode)),
+        decode=Load(decoding, sum(decode), len(decode)),
     )
+
+
+def _nodes_for(nodes: Sequence[NodeView], goals: Goals, output_rate: float) -> float:
+    """How many nodes at their limit produce so many tokens per second.
+
+    What decodes now tells late what prompts will bring; as many as come are decoding in the end.
+    """
+    num_sequences = sum(node.num_sequences for node in nodes)
+    context = sum(node.num_context_tokens for node in nodes) / max(1, num_sequences)
+    rates = [_tokens_per_s(node, goals, context) for node in nodes if node.may_decode]
+    return output_rate * len(rates) / sum(rates) if rates else 0.0
+
+
+def _tokens_per_s(node: NodeView, goals: Goals, context: float) -> float:
+    """With as many sequences of so many tokens each as the goal, the places and the pool allow."""
+    each_s = node.speed.sequence_s + context * node.speed.context_token_s
+    limits = [float(node.report.max_num_seqs), node.num_tokens_held / max(1.0, context)]
+    if each_s > 0.0:
+        limits.append((goals.itl_s - node.speed.base_s) / each_s)
+    num = max(1.0, min(limits))
+    return num / (node.speed.base_s + num * each_s)
 
 
 def decode_score(node: NodeView, goals: Goals) -> float:
