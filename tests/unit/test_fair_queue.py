@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import AsyncExitStack
 
 import pytest
@@ -153,3 +154,41 @@ async def test_holder_and_waiter_cancelled_in_one_tick_leave_the_queue_empty(fir
         await settle()
         assert line.entered == [10, 30]
         await line.next()
+
+
+async def seconds_to_cancel(num_waiting: int) -> float:
+    """Processor time until all of so many waiters have gone, the last one first."""
+    queue = FairQueue(1)
+    async with asyncio.timeout(60), asyncio.TaskGroup() as tasks, queue.hold():
+        line = Line(tasks, queue)
+        waiters = [line.join() for _ in range(num_waiting)]
+        await settle()
+        assert queue.num_waiting == num_waiting
+        began = time.process_time()
+        for task in reversed(waiters):
+            task.cancel()
+        await settle()
+        assert queue.num_waiting == 0
+        return time.process_time() - began
+
+
+async def test_a_cancel_takes_the_same_time_however_many_wait() -> None:
+    few = min([await seconds_to_cancel(1000) for _ in range(3)])
+    assert await seconds_to_cancel(8000) < 24 * few  # eight times as many
+
+
+async def test_those_who_come_and_go_behind_one_that_waits_leave_nothing_behind() -> None:
+    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
+        line = Line(tasks, FairQueue(1))
+        line.join(1)
+        line.join(2)
+        await settle()
+        for _ in range(100):
+            task = line.join(3)
+            await settle()
+            task.cancel()
+            await settle()
+        assert (line.queue.num_waiting, len(line.queue._heap)) == (1, 1)
+        await line.next()
+        await line.next()
+    assert line.entered == [1, 2]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import bisect
 import contextlib
+import heapq
 import itertools
 import math
 from collections.abc import AsyncIterator
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 class _Waiting(NamedTuple):
     place: int
+    arrival: int  # orders those of one place; no two have the same
     weight: int
     admission: asyncio.Future[None]
 
@@ -21,20 +22,18 @@ class FairQueue:
     """Lets tasks in one after the other, at most `max_holders` at a time, of at most `max_weight` together.
 
     The next is always the one with the smallest place, also when it has to wait and a later one would fit.
-    One that is heavier than `max_weight` enters alone. `num_holders` and `weight_held` are of those inside.
+    One that is heavier than `max_weight` enters alone. `num_holders` and `weight_held` are of those inside,
+    `num_waiting` of those who want to enter. A cancel takes the same time however many wait.
     """
 
     def __init__(self, max_holders: int, max_weight: float = math.inf) -> None:
         self._max_holders = max_holders
         self._max_weight = max_weight
-        self._waiting: list[_Waiting] = []  # by place
-        self._places = itertools.count()
+        self._heap: list[_Waiting] = []  # all that wait, and some that were cancelled
+        self._arrivals = itertools.count()
+        self.num_waiting = 0
         self.num_holders = 0
         self.weight_held = 0
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
 
     @contextlib.asynccontextmanager
     async def hold(self, weight: int = 0, *, place: int | None = None) -> AsyncIterator[None]:
@@ -43,21 +42,24 @@ class FairQueue:
         Without a `place` behind all that came without one. With one a task that leaves and comes back keeps
         its place. A queue is used in one of the two ways.
         """
-        await self._enter(weight, next(self._places) if place is None else place)
+        await self._enter(weight, place)
         try:
             yield
         finally:
             self._leave(weight)
 
-    async def _enter(self, weight: int, place: int) -> None:
-        mine = _Waiting(place, weight, asyncio.get_running_loop().create_future())
-        bisect.insort(self._waiting, mine, key=lambda waiting: waiting.place)
+    async def _enter(self, weight: int, place: int | None) -> None:
+        arrival = next(self._arrivals)
+        admission: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._heap, _Waiting(arrival if place is None else place, arrival, weight, admission))
+        self.num_waiting += 1
         self._admit()
         try:
-            await mine.admission
+            await admission
         except asyncio.CancelledError:
-            if mine.admission.cancelled():
-                self._waiting = [waiting for waiting in self._waiting if waiting is not mine]
+            if admission.cancelled():
+                self.num_waiting -= 1
+                self._forget_cancelled()
                 self._admit()  # it may have kept others out
             else:  # admitted, then cancelled before it could run
                 self._leave(weight)
@@ -70,13 +72,24 @@ class FairQueue:
 
     def _admit(self) -> None:
         """Admits the first ones for which there is room."""
-        while self._waiting and self._has_room(self._waiting[0].weight):
-            _, weight, admission = self._waiting.pop(0)
-            if admission.done():  # cancelled: its task has not run since
+        while self._heap:
+            first = self._heap[0]
+            if first.admission.done():  # cancelled: its task counts it, when it runs
+                heapq.heappop(self._heap)
                 continue
+            if not self._has_room(first.weight):
+                return
+            heapq.heappop(self._heap)
+            self.num_waiting -= 1
             self.num_holders += 1
-            self.weight_held += weight
-            admission.set_result(None)
+            self.weight_held += first.weight
+            first.admission.set_result(None)
+
+    def _forget_cancelled(self) -> None:
+        """Only when they are half of all, so that it costs each cancel the same."""
+        if len(self._heap) > 2 * self.num_waiting:
+            self._heap = [waiting for waiting in self._heap if not waiting.admission.done()]
+            heapq.heapify(self._heap)
 
     def _has_room(self, weight: int) -> bool:
         if not self.num_holders:
