@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 
 import pytest
 
@@ -115,19 +114,3 @@ async def test_many_bytes_may_take_long_on_a_slow_link() -> None:
         assert budget.find_stuck() == []
         time.now += 1
         assert budget.find_stuck() == [mine]
-
-
-async def test_budget_that_nobody_holds_any_more_is_noticed() -> None:
-    """It can't happen by what is known of the queue. Should it happen, the node must not go on as if not."""
-    time = Time()
-    budget = time.budget()
-    async with AsyncExitStack() as lost:
-        await lost.enter_async_context(budget._queue.hold(100))
-        async with budget.hold("r.0", "d", 0) as mine:
-            assert budget.why_stuck() is None
-            time.now += STUCK_AFTER_S
-            mine.hear_decode_node()
-            assert budget.why_stuck() is None
-            time.now += 1
-            assert budget.why_stuck() == "the budget of 1 handoffs is held though they have ended"
-    assert budget.why_stuck() is None

@@ -78,7 +78,6 @@ class HandoffBudget:
         self._in_flight: set[InFlight] = set()
         self._node_moved_at = node_moved_at
         self._clock = clock
-        self._lost_since: float | None = None
 
     @property
     def num_in_flight(self) -> int:
@@ -115,21 +114,15 @@ class HandoffBudget:
         return [handoff for handoff in self._in_flight if self._still_s(handoff) > handoff.patience_s]
 
     def why_stuck(self) -> str | None:
-        """In one sentence which handoffs make no progress; None if all do. To be asked again and again."""
-        if stuck := self.find_stuck():
-            worst = max(stuck, key=self._still_s)
-            return (
-                f"no progress in {len(stuck)} of {self.num_in_flight} handoffs: {worst.transfer_id} "
-                f"{worst.stage} for {self._still_s(worst):.0f} s"
-            )
-        num_lost = self.num_in_flight - len(self._in_flight)
-        if not num_lost:
-            self._lost_since = None
+        """In one sentence which handoffs make no progress; None if all do."""
+        stuck = self.find_stuck()
+        if not stuck:
             return None
-        self._lost_since = self._lost_since or self._clock()
-        if self._clock() - self._lost_since <= STUCK_AFTER_S:
-            return None
-        return f"the budget of {num_lost} handoffs is held though they have ended"
+        worst = max(stuck, key=self._still_s)
+        return (
+            f"no progress in {len(stuck)} of {self.num_in_flight} handoffs: {worst.transfer_id} "
+            f"{worst.stage} for {self._still_s(worst):.0f} s"
+        )
 
     def _still_s(self, handoff: InFlight) -> float:
         """Seconds without progress."""
