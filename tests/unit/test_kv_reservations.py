@@ -123,6 +123,7 @@ def test_expires_unless_extended(reservations: Reservations, blocks: Blocks, clo
     clock.now += 9.0
     assert reservations.sweep() == []
     clock.now += 1.0
+    assert reservations.sweep() == ["r.1"]
     with pytest.raises(Stale):
         reservations.extend("r.1", reserved.token, 10.0)
     with pytest.raises(Stale):
@@ -130,8 +131,23 @@ def test_expires_unless_extended(reservations: Reservations, blocks: Blocks, clo
     with pytest.raises(Stale):
         with reservations.landing("r.1", reserved.token, reserved.block_ids):
             pass
-    assert reservations.sweep() == ["r.1"]
     assert blocks.counts().free == 16
+
+
+def test_only_the_sweep_ends_what_has_expired(
+    reservations: Reservations, blocks: Blocks, clock: Clock
+) -> None:
+    """A node that hears nobody does not sweep: what could not be renewed is good when it is back."""
+    renewed, landing, claimed = (reserve(reservations, 2, name=name) for name in ("r.1", "r.2", "r.3"))
+    clock.now += 31.0
+    with reservations.landing("r.2", landing.token, landing.block_ids):
+        pass
+    assert reservations.claim("r.3", claimed.token) is claimed
+    reservations.extend("r.1", renewed.token, 10.0)
+    assert reservations.sweep() == ["r.2"]
+    assert reservations.num_open == 1
+    reservations.cancel("r.1")
+    blocks.release(claimed.block_ids)
 
 
 def test_blocks_under_a_copy_wait_for_the_last_copy(reservations: Reservations, blocks: Blocks) -> None:

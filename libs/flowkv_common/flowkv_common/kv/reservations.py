@@ -42,7 +42,11 @@ class Reservation:
 
 
 class Reservations:
-    """All open reservations of a node. Used from the asyncio loop alone, as `Blocks` is."""
+    """All open reservations of a node. Used from the asyncio loop alone, as `Blocks` is.
+
+    One that has expired is open until `sweep`, which alone ends it for that: a node that hears nobody doesn't
+    sweep, for its owner could not renew it.
+    """
 
     def __init__(self, blocks: Blocks, clock: Callable[[], float] = time.monotonic) -> None:
         self._blocks = blocks
@@ -160,7 +164,7 @@ class Reservations:
 
     def _opened(self, transfer_id: str, token: str) -> Reservation:
         reservation = self._open.get(transfer_id)
-        if reservation is None or reservation.expires_at <= self._clock():
+        if reservation is None:
             raise Stale(f"transfer {transfer_id} has no reservation, or it has expired")
         if not hmac.compare_digest(token.encode(), reservation.token.encode()):
             raise Stale(f"wrong token for transfer {transfer_id}")
