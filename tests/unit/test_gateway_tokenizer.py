@@ -112,7 +112,13 @@ def test_documents_are_refused_by_a_template_without_a_place_for_them() -> None:
     assert render(TEMPLATE, CHAT, documents=[]) == render(TEMPLATE, CHAT)
 
 
-@pytest.mark.parametrize("content", ["The capital is", " The capital is ", "be brief", "<|end|> is a token"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("The capital is", " The capital is ", "be brief", "<|end|> is a token"),
+        *("<", "|", "end", ">", " end "),  # these occur again in what ends the turn
+    ],
+)
 @pytest.mark.parametrize("trims", [False, True])
 async def test_the_last_message_is_continued_as_transformers_does(
     folder: Path, tmp_path: Path, content: str, trims: bool

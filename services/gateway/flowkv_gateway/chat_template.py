@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,6 +17,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flowkv_common.errors import BadRequest
+
+# Templates may write a space or a line break after a message, but hardly this.
+_SPACE = " \t "
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,15 @@ class ChatTemplate:
         """Raises BadRequest with what the template says against this conversation."""
         if conversation.documents and "documents" not in self._variables:
             raise BadRequest("This model's chat template has no place for documents.", field="documents")
-        is_continued = conversation.continue_final_message
+        is_continued, messages = conversation.continue_final_message, conversation.messages
+        # Nobody can type the mark: a message's own text may occur again after it.
+        mark = secrets.token_hex(16)
+        if is_continued:
+            messages = _with_mark(messages, mark)
         variables = {
             **self._special_tokens,
             **conversation.template_kwargs,
-            "messages": conversation.messages,
+            "messages": messages,
             "tools": conversation.tools,
             "documents": conversation.documents,
             "add_generation_prompt": conversation.add_generation_prompt and not is_continued,
@@ -74,20 +82,27 @@ class ChatTemplate:
             text = self._template.render(variables)
         except Exception as error:  # whatever it is, the template can't take these messages
             raise BadRequest(f"The chat template refused the messages: {error}", field="messages") from error
-        return _cut_after(text, conversation.messages[-1]["content"]) if is_continued else text
+        return _cut_at(text, mark) if is_continued else text
 
 
-def _cut_after(text: str, content: str) -> str:
-    """The prompt up to the end of its last message. Templates may trim a message, at either end."""
-    stripped = content.strip()
-    place = text.rfind(stripped)
-    if not stripped or place < 0:
+def _with_mark(messages: Sequence[Mapping[str, Any]], mark: str) -> list[Mapping[str, Any]]:
+    """The messages with `mark` at the end of the last one. Raises BadRequest if that one is empty."""
+    *before, last = messages
+    if not last["content"].strip():
+        raise BadRequest("The last message can't be continued: it is empty.", field="continue_final_message")
+    return [*before, {**last, "content": last["content"] + mark + _SPACE}]
+
+
+def _cut_at(text: str, mark: str) -> str:
+    """The prompt up to the mark. A template that took the space after it trims messages."""
+    place = text.rfind(mark)
+    if place < 0:
         raise BadRequest(
-            "The last message can't be continued: it is empty, or the chat template changes it.",
+            "The last message can't be continued: the chat template does not show it as it is.",
             field="continue_final_message",
         )
-    end = place + len(content.lstrip())
-    return text[:end] if text[place:end] == content.lstrip() else text[: place + len(stripped)]
+    prompt = text[:place]
+    return prompt if text.startswith(_SPACE, place + len(mark)) else prompt.rstrip()
 
 
 def _raise(message: str) -> str:
