@@ -12,6 +12,7 @@ import pytest
 from local_cluster import free_port
 
 from flowkv_common.kv.connectors.sockets import (
+    LOOPBACK,
     Place,
     bind_tcp,
     bind_unix,
@@ -90,6 +91,7 @@ async def test_of_a_name_that_address_is_bound_which_this_host_has(monkeypatch: 
     resolve(monkeypatch, "node-b", "192.0.2.1", "127.0.0.1")
     listener, address = await bind_tcp(Place(host="node-b"))
     with listener:
+        listener.listen()
         assert listener.getsockname()[0] == "127.0.0.1"
         assert address == f"node-b:{listener.getsockname()[1]}"
         resolve(monkeypatch, "node-c", "127.0.0.1", "127.0.0.2")
@@ -107,11 +109,28 @@ def test_an_ipv6_address_stands_in_brackets(host: str, port: int, address: str) 
 
 
 @pytest.mark.parametrize(
-    "address", ["", "nowhere", "::1", "[::1]", "a:b", "a:", "a:70000", "a:\N{DIGIT ONE}x"]
+    "address", ["", "nowhere", "::1", "[::1]", "a:b", "a:", "a:70000", "a:\N{DIGIT ONE}x", "a:" + 5000 * "9"]
 )
 async def test_what_is_no_host_and_port_is_refused_in_words(address: str) -> None:
     with pytest.raises(OSError, match="is not host:port"):
         await dial_tcp(address)
+
+
+@pytest.mark.parametrize("host", ["decode..internal", 64 * "a" + ".internal", "a\0b"])
+async def test_a_name_that_no_host_can_have_is_refused_in_words(host: str) -> None:
+    with pytest.raises(OSError, match="is no name of a host"):
+        await dial_tcp(f"{host}:9201")
+
+
+async def test_a_port_can_be_bound_again_right_after_its_connections_have_ended() -> None:
+    """As of a node that was killed: its end closes first, and waits in the kernel for a minute."""
+    listener, address = await bind_tcp(LOOPBACK)
+    with listener:
+        listener.listen()
+        with await dial_tcp(address):
+            listener.accept()[0].close()
+    again, _ = await bind_tcp(Place(port=split_host_port(address)[1]))
+    again.close()
 
 
 async def test_the_port_that_peers_dial_may_be_another_than_the_bound_one() -> None:

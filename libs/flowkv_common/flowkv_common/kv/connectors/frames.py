@@ -17,6 +17,7 @@ from typing import Self, TypeVar
 import msgspec
 
 from flowkv_common.kv.alignment import Copy
+from flowkv_common.kv.connectors import sockets
 
 MAX_FRAME_BYTES = 1 << 20
 # Whoever says hello may be anybody: the frame takes a few hundred bytes.
@@ -135,13 +136,7 @@ class Channel:
 
     def is_quiet(self) -> bool:
         """Whether the connection stands and no unasked byte waits, so that a request may go out."""
-        try:
-            self.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        return sockets.peek(self.sock) is None
 
     def close(self) -> None:
         self.lifetime.close()

@@ -156,5 +156,5 @@ class NcclConnector(StreamConnector[Pool]):
 
 def _abort_if_gone(communicator: Communicator, sock: socket.socket) -> None:
     """A reply that comes early is no reason to abort, the end of the connection is."""
-    if sockets.has_hung_up(sock):
+    if sockets.peek(sock) == b"":
         communicator.abort()

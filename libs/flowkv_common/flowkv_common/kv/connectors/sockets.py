@@ -83,9 +83,12 @@ async def dial_tcp(address: str) -> socket.socket:
     Raises `OSError`.
     """
     host, port = split_host_port(address)
-    transport, _ = await asyncio.get_running_loop().create_connection(
-        _Unread, host, port, happy_eyeballs_delay=_NEXT_ADDRESS_S
-    )
+    try:
+        transport, _ = await asyncio.get_running_loop().create_connection(
+            _Unread, host, port, happy_eyeballs_delay=_NEXT_ADDRESS_S
+        )
+    except ValueError as error:  # of a name with an empty label, one over 63 characters, or a NUL
+        raise OSError(f"{host!r} is no name of a host: {error}") from error
     try:
         sock: socket.socket = transport.get_extra_info("socket").dup()
     finally:
@@ -116,8 +119,9 @@ def split_host_port(address: str) -> tuple[str, int]:
     """What `join_host_port` has joined. Raises `OSError` for anything else."""
     host, _, port = address.rpartition(":")
     is_bracketed = host.startswith("[") and host.endswith("]")
-    if not port.isascii() or not port.isdigit() or int(port) > 65535 or (":" in host and not is_bracketed):
-        raise OSError(f"{address!r} is not host:port")
+    is_number = port.isascii() and port.isdigit() and len(port) <= 5
+    if not is_number or int(port) > 65535 or (":" in host and not is_bracketed):
+        raise OSError(f"{address[:300]!r} is not host:port")
     return host[1:-1] if is_bracketed else host, int(port)
 
 
@@ -136,19 +140,22 @@ def is_readable(sock: socket.socket) -> bool:
     return bool(poller.poll(0))
 
 
-def has_hung_up(sock: socket.socket) -> bool:
-    """Whether nothing but the end is left to read on a non-blocking socket."""
+def peek(sock: socket.socket) -> bytes | None:
+    """The next byte of a non-blocking socket, left there: empty at its end, None if nothing has come."""
     try:
-        return not sock.recv(1, socket.MSG_PEEK)
+        return sock.recv(1, socket.MSG_PEEK)
     except BlockingIOError:
-        return False
+        return None
     except OSError:
-        return True
+        return b""
 
 
 def _bound(family: int, address: str | tuple[object, ...]) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
+        if family != socket.AF_UNIX:
+            # The kernel keeps a port for a minute after its connections have ended: also from the next life.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except BaseException:
         listener.close()

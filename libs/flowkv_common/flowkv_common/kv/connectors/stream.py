@@ -166,9 +166,8 @@ class StreamConnector(abc.ABC, Generic[P]):
                 self._strangers[sock] = serving = self._start(self._serve(sock))
                 serving.add_done_callback(functools.partial(self._done, sock))  # it may never get to run
                 self._bound_strangers()
-                await asyncio.sleep(
-                    0
-                )  # between any two, however many wait, those who are here get their turn
+                # Between any two, however many wait, those who are here get their turn.
+                await asyncio.sleep(0)
 
     def _bound_strangers(self) -> None:
         if len(self._strangers) <= MAX_STRANGERS:
