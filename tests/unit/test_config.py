@@ -54,6 +54,16 @@ def test_a_node_id_that_no_subject_can_hold_is_refused(node_id: str) -> None:
     assert load(NodeSettings, [*flags, "Prefill_0-b"], {}).node_id == "Prefill_0-b"
 
 
+@pytest.mark.parametrize("name", ["decode..internal", 64 * "a" + ".internal"])
+@pytest.mark.parametrize("flag", ["host", "advertise-host"])
+def test_a_name_that_no_host_can_have_is_refused(flag: str, name: str) -> None:
+    flags = ["--model-path", "/m", f"--{flag}"]
+    with pytest.raises(SystemExit, match=f"FLOWKV_{flag.upper().replace('-', '_')} is .*no name of a host"):
+        load(NodeSettings, [*flags, name], {})
+    for good in ("decode.internal", "decode.internal.", "n\u00e4he", "10.0.0.1", "fd00::1", "::"):
+        load(NodeSettings, [*flags, good], {})
+
+
 def test_a_token_budget_of_two_blocks_is_refused_by_its_name() -> None:
     flags = ["--model-path", "/m", "--block-size", "32"]
     with pytest.raises(SystemExit, match="FLOWKV_TOKEN_BUDGET is 64, it must be more than two blocks"):

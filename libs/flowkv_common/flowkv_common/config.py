@@ -102,6 +102,14 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
                 f"FLOWKV_NODE_ID is {self.node_id!r}: it is part of NATS subjects, only letters, digits, "
                 "- and _ may stand in it"
             )
+        for name in ("host", "advertise_host"):
+            try:
+                getattr(self, name).encode("idna")
+            except UnicodeError as error:
+                raise ValueError(
+                    f"FLOWKV_{name.upper()} is {getattr(self, name)!r}, no name of a host: between the dots "
+                    "there must be 1 to 63 characters"
+                ) from error
         for name in ("dtype", "kv_dtype"):
             if getattr(self, name) not in ("auto", *DTYPES):
                 raise ValueError(
