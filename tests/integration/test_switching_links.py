@@ -16,7 +16,7 @@ from nats_server import NatsServer
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.service import Endpoint, Service
-from flowkv_common.errors import TransferFailed
+from flowkv_common.errors import TransferFailed, Unavailable
 from flowkv_common.kv.alignment import Copy
 from flowkv_common.kv.blocks import Blocks
 from flowkv_common.kv.connector import ConnectorUnavailable, KVConnector, KVLink
@@ -279,6 +279,76 @@ async def test_a_link_that_was_lost_is_made_anew_also_while_nobody_sends(
             shutil.move(aside, folder)
             await until(lambda: not link.is_lost)
             await send(a, b, "r2.0")
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_a_link_that_was_lost_is_replaced_while_a_better_one_takes_long(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    place, board = Place(socket_dir=str(tmp_path)), Switchboard()
+    async with connect(nats_server.url, name="test") as bus, two_sides(bus) as (a, b, stack):
+        a.pool.tensor.normal_()
+        await gated(b, stack, board, slow=nothing)
+        [slow] = await gated(a, stack, board, slow=asyncio.Event().wait)
+        for side in (b, a):
+            for connector in make_connectors(
+                ["shm", "tcp"], side.pool, side.reservations, side.links.admits, place=place
+            ):
+                await side.links.listen(await stack.enter_async_context(connector))
+        async with keeping(a):
+            await until(lambda: a.links.connectors_in_use() == {"b": "shm"})
+            shutil.move(Path(b.links._addresses["shm"]).parent, tmp_path / "aside")
+            a.links.to(B)._link._hang_up()
+            with pytest.raises(TransferFailed, match="No such file"):
+                await send(a, b, "r1.0")
+            await until(lambda: a.links.connectors_in_use() == {"b": "tcp"})
+            await send(a, b, "r2.0")
+            assert slow.num_tries == 2
+        shutil.move(tmp_path / "aside", Path(b.links._addresses["shm"]).parent)
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_a_peer_with_an_address_that_is_none_costs_only_that_way(
+    nats_server: NatsServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a peer offers comes from its settings, and may be anything."""
+    board = Switchboard()
+    async with connect(nats_server.url, name="test") as bus, two_sides(bus) as (a, b, stack):
+        for side in (b, a):
+            [tcp] = make_connectors(["tcp"], side.pool, side.reservations, side.links.admits, place=Place())
+            await side.links.listen(await stack.enter_async_context(tcp))
+            await gated(side, stack, board, last=nothing)
+        b.links._addresses["tcp"] = "decode..internal:9201"
+        async with keeping(a):
+            await until(lambda: a.links.connectors_in_use() == {"b": "last"})
+    [told] = [message for message in caplog.messages if message.startswith("KV goes to b by last")]
+    assert "'decode..internal' is no name of a host" in told
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_an_error_that_nobody_foresaw_fails_one_try_and_no_node(
+    nats_server: NatsServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def start_a_thread() -> None:
+        raise RuntimeError("can't start new thread")
+
+    board = Switchboard()
+    async with connect(nats_server.url, name="test") as bus, two_sides(bus) as (a, b, stack):
+        await gated(b, stack, board, best=nothing, last=nothing)
+        await gated(a, stack, board, best=start_a_thread, last=nothing)
+        async with keeping(a):
+            await until(lambda: a.links.connectors_in_use() == {"b": "last"})
+    assert "KV goes to b by last, not by best: RuntimeError: can't start new thread" in caplog.messages
+
+
+async def test_a_life_of_a_peer_that_the_registry_has_not_told_of_yet_is_worth_waiting_for() -> None:
+    """Also when an older one is known: whoever asks may have heard of it first."""
+    links = Links(None, NodeRef(node_id="a", incarnation="1"), SMALL, "f", NUM_BLOCKS)
+    links._peers["b"] = B
+    for peer in (B, NodeRef(node_id="b", incarnation="2"), NodeRef(node_id="c", incarnation="1")):
+        with pytest.raises(Unavailable, match="yet") as caught:
+            links.to(peer)
+        assert caught.value.retry_after_s is not None
 
 
 async def test_one_life_of_a_peer_has_one_secret_and_the_next_life_another(nats_server: NatsServer) -> None:

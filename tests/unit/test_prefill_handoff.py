@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 
@@ -12,9 +13,11 @@ from nats_server import NatsServer
 
 from flowkv_common.errors import Full
 from flowkv_common.kv.blocks import Blocks
+from flowkv_common.kv.connector import KVLink
 from flowkv_common.wire import subjects
 from flowkv_common.wire.hashing import block_hashes
 from flowkv_common.wire.messages import Reserve
+from flowkv_common.wire.parts import NodeRef
 from flowkv_prefill import handoff
 from flowkv_prefill.handoff import Span, split_at
 
@@ -166,6 +169,39 @@ async def test_prefill_asks_a_full_decode_node_again_and_takes_no_blocks_before(
         await until(lambda: len(full) > 2)
     assert pair.p.node.blocks.num_leased == 0
     pair.d.node.blocks.release(taken)
+    await pair.compute_all()
+    await until(lambda: pair.d.decode.num_accepted == 1)
+
+
+async def test_all_who_wait_for_a_link_wait_equally_long(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handoff, "LINK_PATIENCE_S", 0.2)
+    pair.p.node.links._links.clear()
+    began = time.monotonic()
+    for _ in range(8):
+        await pair.p.prefill.accept(pair.run(prompt_of(10)))
+    await until(lambda: pair.chunks)
+    first_s = time.monotonic() - began
+    await until(lambda: len(pair.chunks) == 8)
+    assert time.monotonic() - began < 2 * first_s
+    assert {chunk.error.message for chunk in pair.chunks} == {"d: no link to d within 0.2 s"}
+    await pair.p.wait_idle()
+
+
+async def test_a_link_that_comes_in_time_is_used(pair: Pair) -> None:
+    links = pair.p.node.links
+    kept, looks = dict(links._links), 0
+    links._links.clear()
+    real_to = links.to
+
+    def to(peer: NodeRef) -> KVLink:
+        nonlocal looks
+        looks += 1
+        return real_to(peer)
+
+    links.to = to
+    await pair.p.prefill.accept(pair.run(prompt_of(10)))
+    await until(lambda: looks > 1)
+    links._links.update(kept)
     await pair.compute_all()
     await until(lambda: pair.d.decode.num_accepted == 1)
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from flowkv_common.engine.sequence import Sequence
-from flowkv_common.errors import FlowKVError, Full
+from flowkv_common.errors import FlowKVError, Full, Unavailable
 from flowkv_common.kv.alignment import align, ids_of
 from flowkv_common.kv.blocks import OutOfBlocks
 from flowkv_common.kv.connector import KVLink, TransferStats
@@ -32,13 +32,15 @@ from flowkv_common.wire.messages import (
     Reserve,
     Reserved,
 )
-from flowkv_common.wire.parts import TokenIds
+from flowkv_common.wire.parts import NodeRef, TokenIds
 
 CONTROL_TIMEOUT_S = 2.0
 # A reservation outlives the last sign of life of its prefill node by so much.
 RESERVATION_S = 30.0
 RENEW_S = 10.0
 RENEW_RETRY_S = 1.0
+# A request waits so long for a link that is being set up, however many others wait for it too.
+LINK_PATIENCE_S = 5.0
 FIRST_RETRY_S = 0.02
 LONGEST_RETRY_S = 0.5
 
@@ -173,8 +175,8 @@ async def reserve(
     )
     retry_s = FIRST_RETRY_S
     while True:
+        link = await _link_to(node, run.decode)
         try:
-            link = node.links.to(run.decode)
             return Handoff(node, run, link, request, await _ask(node, request))
         except FlowKVError as error:
             if error.retry_after_s is None:
@@ -183,6 +185,18 @@ async def reserve(
                 in_flight.hear_decode_node()
         await asyncio.sleep(retry_s)
         retry_s = min(2 * retry_s, LONGEST_RETRY_S)
+
+
+async def _link_to(node: Node, peer: NodeRef) -> KVLink:
+    """Waits for a link that is being set up. Raises Unavailable after `LINK_PATIENCE_S`."""
+    gives_up_at = time.monotonic() + LINK_PATIENCE_S
+    while True:
+        try:
+            return node.links.to(peer)
+        except Unavailable:
+            if time.monotonic() >= gives_up_at:
+                raise Unavailable(f"no link to {peer.node_id} within {LINK_PATIENCE_S:g} s") from None
+        await asyncio.sleep(FIRST_RETRY_S)
 
 
 def _planned_runs(node: Node, sequence: Sequence) -> list[int]:

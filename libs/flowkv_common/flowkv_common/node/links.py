@@ -16,9 +16,10 @@ import time
 from collections.abc import Iterable, Mapping
 
 from flowkv_common.bus.connection import Bus
-from flowkv_common.errors import BadRequest, FlowKVError, Stale, Unavailable, WrongModel
+from flowkv_common.errors import BadRequest, FlowKVError, Unavailable, WrongModel
 from flowkv_common.kv.connector import ConnectorUnavailable, KVConnector, KVLink
 from flowkv_common.kv.switched_link import SwitchedLink
+from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.nodes import LinkOffer, LinkRequest, NodeDescriptor
 from flowkv_common.wire.parts import NodeRef, PoolLayout
@@ -33,8 +34,6 @@ HEAD_START_S = 1.0
 # When connectors that would be preferred are tried again. Each try may cost the peers a thread for minutes.
 FIRST_PROBE_AGAIN_S = 10.0
 LONGEST_PROBE_AGAIN_S = 300.0
-# How long a request may wait for a link that is being set up.
-LINK_PATIENCE_S = 5.0
 # A peer that is missing from the registry may only be between two lives of the bucket.
 FORGET_AFTER_S = 30.0
 
@@ -56,7 +55,6 @@ class Links:
         self._peers: dict[str, NodeRef] = {}
         self._missing_since: dict[str, float] = {}
         self._links: dict[str, tuple[NodeRef, SwitchedLink]] = {}
-        self._wanted_since: dict[NodeRef, float] = {}
         self._changed = asyncio.Event()
 
     async def listen(self, connector: KVConnector) -> None:
@@ -86,21 +84,14 @@ class Links:
         self._tokens = {token: peer for token, peer in self._tokens.items() if peer.node_id != node_id}
 
     def to(self, peer: NodeRef) -> KVLink:
-        """The link to a peer.
+        """The link to one life of a peer. Raises Unavailable, with when to ask again, while there is none.
 
-        Raises Stale for a life of the peer that is over, Unavailable, with when to ask again, while the link
-        is being set up, and without when that takes too long.
+        Whether that life is yet to be seen here or is over can't be told: the registry may lag behind
+        whoever asks.
         """
         linked = self._links.get(peer.node_id)
         if linked is not None and linked[0] == peer:
-            self._wanted_since.pop(peer, None)
             return linked[1]
-        if self._peers.get(peer.node_id, peer) != peer:
-            raise Stale(f"{peer.node_id} has been restarted")
-        waited_s = time.monotonic() - self._wanted_since.setdefault(peer, time.monotonic())
-        if waited_s > LINK_PATIENCE_S:
-            del self._wanted_since[peer]
-            raise Unavailable(f"no link to {peer.node_id}")
         raise Unavailable(f"no link to {peer.node_id} yet", retry_after_s=FIRST_RETRY_S)
 
     def connectors_in_use(self) -> dict[str, str]:
@@ -147,7 +138,7 @@ class Links:
         for node_id, since in list(self._missing_since.items()):
             if now - since > FORGET_AFTER_S and self._bus.is_settled:
                 del self._missing_since[node_id]
-                self._wanted_since.pop(self._peers.pop(node_id), None)
+                del self._peers[node_id]
                 self._forget_tokens(node_id)
 
     async def _keep(self, peer: NodeRef) -> None:
@@ -158,7 +149,7 @@ class Links:
             while True:
                 before = pair.link and pair.link.name
                 await self._look_for_ways(pair, retry_s)
-                if pair.link is None or pair.link.is_lost:
+                if pair.link is None or not pair.has_link.is_set():
                     await asyncio.sleep(retry_s)
                     retry_s = min(2 * retry_s, LONGEST_RETRY_S)
                     continue
@@ -184,6 +175,10 @@ class Links:
     async def _look_for_ways(self, pair: _Pair, retry_s: float) -> None:
         """Try what would be better than what the pair has. One that is slow doesn't hold the next one up."""
         peer = pair.peer
+        if pair.link is None or pair.link.is_lost:
+            pair.has_link.clear()
+        else:
+            pair.has_link.set()
         request = LinkRequest(node=peer, peer=self._node, layout=self._layout, fingerprint=self._fingerprint)
         subject = subjects.at(subjects.NODE_LINK, peer.node_id)
         try:
@@ -194,9 +189,10 @@ class Links:
                 log.log(level, "no link to %s yet, next try in %.1f s: %s", peer.node_id, retry_s, error)
             return
         tries: dict[str, asyncio.Task[None]] = {}
-        async with asyncio.TaskGroup() as tasks:
+        is_over = asyncio.Event()
+        async with running(_end_when_lost(pair, tries, is_over)), asyncio.TaskGroup() as tasks:
             for name in self._better_than(pair):
-                if name in self._better_than(pair):  # still
+                if name in self._better_than(pair) and not is_over.is_set():  # still
                     tries[name] = tasks.create_task(self._try(pair, self._connectors[name], offer, tries))
                     await asyncio.wait([tries[name]], timeout=HEAD_START_S)
         if pair.link is None:
@@ -208,12 +204,17 @@ class Links:
     ) -> None:
         """Use the connector if it works, and end the `tries` of those that would serve less well."""
         name = connector.name
+        pair.why_not[name] = "takes long"
         try:
             link = await _connected(connector, offer)
         except (ConnectorUnavailable, TimeoutError) as error:
             pair.why_not[name] = str(error) or f"not within {connector.connect_timeout_s:g} s"
             return
-        del tries[name]
+        except Exception as error:  # whatever one peer says costs only the link to it
+            log.exception("%s to %s failed", name, pair.peer.node_id)
+            pair.why_not[name] = f"{type(error).__name__}: {error}"
+            return
+        del tries[name], pair.why_not[name]
         if name not in self._better_than(pair):  # another was found meanwhile
             await link.close()
             return
@@ -224,11 +225,13 @@ class Links:
             log.warning("KV goes to %s by %s, not by %s", pair.peer.node_id, name, pair.reasons(preferred))
         else:
             log.info("linked to %s by %s", pair.peer.node_id, name)
-        if pair.link is not None:
-            await pair.link.switch(link)
-        else:
+        if pair.link is None:
             pair.link = SwitchedLink(link)
             self._links[pair.peer.node_id] = (pair.peer, pair.link)
+            pair.has_link.set()
+        else:
+            pair.has_link.set()  # `switch` replaces the old one before anybody hears of it
+            await pair.link.switch(link)
 
 
 async def _connected(connector: KVConnector, offer: LinkOffer) -> KVLink:
@@ -240,14 +243,27 @@ async def _connected(connector: KVConnector, offer: LinkOffer) -> KVLink:
         return await connector.connect(address, offer.token, offer.num_blocks)
 
 
+async def _end_when_lost(
+    pair: _Pair, tries: Mapping[str, asyncio.Task[None]], is_over: asyncio.Event
+) -> None:
+    """Ends the `tries` when the link that serves meanwhile is lost: then all connectors must be tried."""
+    await pair.has_link.wait()
+    assert pair.link is not None
+    await pair.link.until_lost()
+    is_over.set()
+    for task in tries.values():
+        task.cancel()
+
+
 class _Pair:
     """What this node has and knows of the ways to one life of a peer."""
 
     def __init__(self, peer: NodeRef) -> None:
         self.peer = peer
         self.link: SwitchedLink | None = None
+        self.has_link = asyncio.Event()  # one that was not lost at first, or has been found since
         self.why_not: dict[str, str] = {}  # connector -> why a try with it has failed
 
     def reasons(self, names: Iterable[str]) -> str:
         """Why not by these connectors."""
-        return "; ".join(f"{name}: {self.why_not.get(name, 'takes long')}" for name in names)
+        return "; ".join(f"{name}: {self.why_not.get(name, 'not tried')}" for name in names)
