@@ -125,7 +125,9 @@ async def test_what_may_not_be_written_is_refused_and_the_link_stays_good(kind: 
         copies = [Copy(0, 23, 2)] if wrong == "out of range" else copies
         token = "no" if wrong == "token" else reserved.token
         transfer_id = "r.2" if wrong == "unknown" else "r.1"
-        receiver.clock[0] += 11.0 if wrong == "expired" else 0.0
+        if wrong == "expired":
+            receiver.clock[0] += 11.0
+            assert receiver.reservations.sweep() == ["r.1"]
         before = bytes(receiver.pool.buffer)
         with pytest.raises(TransferFailed):
             await link.send(transfer_id, token, copies)
