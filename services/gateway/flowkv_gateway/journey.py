@@ -105,7 +105,9 @@ class Journey:
         if is_first:
             self.phases.add({"ttft": time.monotonic() - self._began})
         self.output_ids += chunk.token_ids
-        self._num_cached_tokens = max(self._num_cached_tokens, chunk.num_cached_tokens)
+        # A later attempt finds output of an earlier one cached, too.
+        num_cached_tokens = min(chunk.num_cached_tokens, len(self.generation.prompt_ids))
+        self._num_cached_tokens = max(self._num_cached_tokens, num_cached_tokens)
         self.phases.add(chunk.phases_s)
         if is_first:
             spent, record = self.phases.seconds, self.generation.record
