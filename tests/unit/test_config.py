@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flowkv_common.config import GatewaySettings, NodeSettings, SchedulerSettings, load
+from flowkv_common.config import GatewaySettings, NodeSettings, SchedulerSettings, ServiceSettings, load
 
 
 def test_flags_win_over_environment_over_defaults() -> None:
@@ -84,3 +84,16 @@ def test_a_generation_config_is_the_models_or_none() -> None:
     assert load(GatewaySettings, argv, {"FLOWKV_GENERATION_CONFIG": "none"}).generation_config == "none"
     with pytest.raises(SystemExit, match="FLOWKV_GENERATION_CONFIG is 'vllm', not auto or none"):
         load(GatewaySettings, argv, {"FLOWKV_GENERATION_CONFIG": "vllm"})
+
+
+@pytest.mark.parametrize("value", ["-1", "nan"])
+@pytest.mark.parametrize("kind", [GatewaySettings, SchedulerSettings, NodeSettings])
+def test_no_time_is_negative(kind: type[ServiceSettings], value: str) -> None:
+    """A stream would be pinged without a pause, an idle connection closed before it has asked."""
+    times = [name for name in kind.__struct_fields__ if name.endswith("_s")]
+    assert times
+    environ = {"FLOWKV_MODEL_PATH": "/m"}
+    for name in times:
+        with pytest.raises(SystemExit, match=f"FLOWKV_{name.upper()} is {value}.*, it must be 0 or more"):
+            load(kind, [], {**environ, f"FLOWKV_{name.upper()}": value})
+        assert getattr(load(kind, [], {**environ, f"FLOWKV_{name.upper()}": "0"}), name) == 0

@@ -29,11 +29,16 @@ class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True):
     nats_url: str = "nats://127.0.0.1:4222"  # or several, of one cluster, with commas between
     host: str = "127.0.0.1"  # what the HTTP server (and a node's data socket) binds to
 
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            if name.endswith("_s") and not (seconds := getattr(self, name)) >= 0:  # NaN neither
+                raise ValueError(f"FLOWKV_{name.upper()} is {seconds} seconds, it must be 0 or more")
+
 
 class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
     model_path: str  # folder with tokenizer.json and the chat template
     port: int = 8000
-    model_name: str = ""  # the name clients use; the folder's name if empty
+    model_name: str = ""  # that clients use; if empty the nodes', or the folder's before one has joined
     request_timeout_s: float = 600.0
     max_body_bytes: int = 4 * 1024 * 1024
     send_timeout_s: float = 30.0  # a client that reads nothing for so long is cut off
@@ -45,6 +50,7 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
     generation_config: str = "auto"  # none: the model's own generation_config.json sets no sampling defaults
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.generation_config not in ("auto", "none"):
             raise ValueError(f"FLOWKV_GENERATION_CONFIG is {self.generation_config!r}, not auto or none")
 
@@ -97,6 +103,7 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
         return self.device.startswith("cuda")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if re.search(f"[^{NODE_ID_CHARACTERS}]", self.node_id):
             raise ValueError(
                 f"FLOWKV_NODE_ID is {self.node_id!r}: it is part of NATS subjects, only letters, digits, "
