@@ -44,12 +44,26 @@ async def test_idle_connections_are_bounded_and_keep_nobody_out(monkeypatch: pyt
         await asyncio.wait_for(idle[MAX_CONNECTIONS].read(), 5)  # hers was the place of the last that came
         assert [reader.at_eof() for reader in idle] == [n <= MAX_CONNECTIONS for n in range(len(idle))]
 
-    monkeypatch.setattr(service_connection, "_HEAD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(service_connection, "_IDLE_TIMEOUT_S", 0.05)
     async with serve_http(app, "127.0.0.1", 0) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /health HTTP/1.1\r\n")
         with contextlib.closing(writer), contextlib.suppress(ConnectionError):
             assert await asyncio.wait_for(reader.read(), 5) == b""
+
+
+async def test_a_connection_that_is_used_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who scrapes on one connection is not cut off by its age, but by its silence."""
+    monkeypatch.setattr(service_connection, "_IDLE_TIMEOUT_S", 0.5)
+    async with serve_http(service_app(CollectorRegistry(), lambda: None), "127.0.0.1", 0) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.closing(writer):
+            for _ in range(3):
+                writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+                assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"ready\n"), 5)
+                await asyncio.sleep(0.3)  # it is the time between two scrapes that is tried
+            with contextlib.suppress(ConnectionError):
+                assert await asyncio.wait_for(reader.read(), 5) == b""
 
 
 async def test_nobody_there_is_not_well() -> None:

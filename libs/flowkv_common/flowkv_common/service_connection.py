@@ -6,33 +6,43 @@ Idle connections cost descriptors, and the sockets over which nodes move KV need
 from __future__ import annotations
 
 import asyncio
+from typing import cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_CONNECTIONS = 64
-_HEAD_TIMEOUT_S = 10.0
+_IDLE_TIMEOUT_S = 10.0
 
 
 class ServiceConnection(H11Protocol):
-    """uvicorn's connection, which ends 10 s after it began unless a request is being answered.
+    """uvicorn's connection, which ends 10 s after it began or was last answered if no whole request has come.
 
-    One more than 64 costs the oldest of those that wait for a request its place. Whoever scrapes or probes
+    One more than 64 costs the one that has waited longest for a request its place. Whoever scrapes or probes
     asks at once, and can connect again.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._since = self.loop.time()
-        self._end = self.loop.call_later(_HEAD_TIMEOUT_S, self.close_if_waiting)
+        self._wait_for_request()
         if len(self.connections) > MAX_CONNECTIONS:
-            waiting = [other for other in self.connections if isinstance(other, ServiceConnection)]
-            oldest = min(waiting, key=lambda other: (not other.is_waiting, other._since))
-            oldest.close_if_waiting()
+            connections = cast("set[ServiceConnection]", self.connections)  # a server has one kind
+            longest = min(connections, key=lambda one: (not one.is_waiting, one._since))
+            longest.close_if_waiting()
+
+    def on_response_complete(self) -> None:
+        self._end.cancel()
+        self._wait_for_request()
+        super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end.cancel()
         super().connection_lost(exc)
+
+    def _wait_for_request(self) -> None:
+        """Starts the clock."""
+        self._since = self.loop.time()
+        self._end = self.loop.call_later(_IDLE_TIMEOUT_S, self.close_if_waiting)
 
     @property
     def is_waiting(self) -> bool:
