@@ -23,6 +23,7 @@ from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.config import SchedulerSettings
 from flowkv_common.engine.model import LoadedModel
 from flowkv_common.errors import DeadlineExceeded, WrongModel
+from flowkv_common.fingerprint import model_files
 from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, DecodeRun, Message, PrefillRun, Reserve, Reserved
@@ -30,7 +31,7 @@ from flowkv_common.wire.nodes import LoadReport
 from flowkv_common.wire.parts import NodeRef, SamplingParams, TokenIds
 from flowkv_gateway.dispatch import Dispatch, open_dispatch
 from flowkv_gateway.generation import Generation
-from flowkv_gateway.own_model import own_model
+from flowkv_gateway.own_model import OwnModel
 from flowkv_scheduler.app import serve as serve_scheduler
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
@@ -79,7 +80,7 @@ async def pair(server: NatsServer, bus: Bus, weights: Weights, name: str) -> Asy
 
 @contextlib.asynccontextmanager
 async def gateway(server: NatsServer, weights: Weights, name: str = "") -> AsyncIterator[Dispatch]:
-    async with open_dispatch(server.url, own_model(weights.folder, name)) as dispatch:
+    async with open_dispatch(server.url, OwnModel(model_files(weights.folder), name)) as dispatch:
         yield dispatch
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from flowkv_common import logs
 from flowkv_common.config import GatewaySettings, load
 from flowkv_common.ending import reason_in_one_line
+from flowkv_common.fingerprint import model_files
 from flowkv_common.metrics import process_registry, serve_http
 from flowkv_common.tasks import stop_on_signals
 from flowkv_gateway.app import build_app
 from flowkv_gateway.connection import ApiConnection
 from flowkv_gateway.dispatch import open_dispatch
-from flowkv_gateway.own_model import own_model
+from flowkv_gateway.own_model import OwnModel
 from flowkv_gateway.sampling_defaults import load_sampling_defaults
 from flowkv_gateway.tokenizer import Tokenizer
 
@@ -28,7 +29,7 @@ async def serve(settings: GatewaySettings) -> None:
     folder = Path(settings.model_path)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
     defaults = load_sampling_defaults(folder, settings.generation_config)
-    own = await asyncio.to_thread(own_model, folder, settings.model_name)
+    own = OwnModel(await asyncio.to_thread(model_files, folder), settings.model_name)
     async with open_dispatch(settings.nats_url, own, stop.set) as dispatch:
         app = build_app(settings, tokenizer, dispatch, process_registry(), defaults, stop)
         async with serve_http(

@@ -5,16 +5,13 @@ The gateway has a model folder, often without the weights, and nodes say in thei
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
 
-from flowkv_common.fingerprint import model_files
 from flowkv_common.wire.parts import ModelCard, ModelFiles
 
 
 class OwnModel(msgspec.Struct, frozen=True):
-    """The files in the gateway's folder, and the name that was set for it: empty if none was."""
+    """The files in the gateway's folder, and the name that clients shall use: empty if the nodes' name."""
 
     files: ModelFiles
     name: str = ""
@@ -34,11 +31,6 @@ class OwnModel(msgspec.Struct, frozen=True):
         if self.name and self.name != card.name:
             return f"it is not called {self.name!r}, and there are no weights here to compare"
         return None
-
-
-def own_model(folder: Path, name: str) -> OwnModel:
-    """Of the model in `folder`; `name` is what clients shall call it, empty if as the nodes do."""
-    return OwnModel(model_files(folder), name)
 
 
 def _differ(ours: str, theirs: str) -> bool:
