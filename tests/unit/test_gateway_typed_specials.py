@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
+from flowkv_common.errors import BadRequest
 from flowkv_gateway.chat_template import ChatTemplate, Conversation
 from flowkv_gateway.tokenizer import Tokenizer
-from flowkv_gateway.typed_specials import TypedSpecials
+from flowkv_gateway.typed_specials import TypedSpecials, _any_of
 
 CORPUS = ["the quick brown fox jumps over the lazy dog, hello world, user assistant", "<|im_end|> s> <s"]
 SPECIALS = [
@@ -161,3 +163,48 @@ def test_stand_ins_survive_what_templates_do() -> None:
     assert raw.token_to_id("<s>") not in token_ids
     expected = ChatTemplate(source, {}).render(conversation)
     assert raw.decode(token_ids, skip_special_tokens=False) == expected
+
+
+def with_specials(texts: list[str]) -> TypedSpecials:
+    raw = byte_level()
+    raw.add_special_tokens([AddedToken(text, special=True) for text in texts])
+    return TypedSpecials(raw)
+
+
+def test_a_thousand_special_tokens_take_about_the_time_of_one() -> None:
+    many = with_specials(["[INST]", *(f"<SPECIAL_{number}>" for number in range(1000))])
+    one = with_specials(["<SPECIAL_0>"])
+    conversation = Conversation([{"role": "user", "content": "<" * 200_000 + "<SPECIAL_" * 10_000}])
+
+    def seconds(typed: TypedSpecials) -> float:
+        start = time.process_time()
+        assert not typed.occur_in(conversation)
+        return time.process_time() - start
+
+    assert min(seconds(many) for _ in range(3)) < 5 * min(seconds(one) for _ in range(3))
+
+
+@given(
+    specials=st.sets(st.text("<|a>[.", min_size=1, max_size=4), min_size=1, max_size=8),
+    text=st.text("<|a>[.", max_size=20),
+)
+def test_the_longest_of_several_special_tokens_is_found(specials: set[str], text: str) -> None:
+    found, place = [], 0
+    while place < len(text):
+        here = [one for one in specials if text.startswith(one, place)]
+        found += [max(here, key=len)] if here else []
+        place += len(max(here, key=len, default="x"))
+    assert _any_of(specials).findall(text) == found
+
+
+@pytest.mark.parametrize("part", ["tools", "documents"])
+def test_json_too_deep_to_hide_a_special_token_in_is_refused_by_its_field(part: str) -> None:
+    _, typed = BUILT["byte_level"]
+    nested: Any = "<s>"
+    for _ in range(2000):
+        nested = {"a": nested}
+    conversation = Conversation([{"role": "user", "content": "a"}], **{part: [nested]})
+    assert typed.occur_in(conversation)
+    with pytest.raises(BadRequest, match="nested too deeply") as caught:
+        typed.hide(conversation)
+    assert caught.value.field == part

@@ -13,21 +13,25 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from itertools import groupby
+from os.path import commonprefix
 from typing import Any
 
 import tokenizers
 
+from flowkv_common.errors import BadRequest
 from flowkv_gateway.chat_template import Conversation
+
+# What a person, a model or a tool may have written in a conversation.
+_TYPED_PARTS = ("messages", "tools", "documents")
 
 
 class TypedSpecials:
     """Of one tokenizer. Nobody outside can guess a stand-in or a name: they are drawn at each start."""
 
     def __init__(self, encoder: tokenizers.Tokenizer) -> None:
-        self._encoder = encoder
         added = encoder.get_added_tokens_decoder().items()
         texts = {token.content: token_id for token_id, token in added if token.special}
         nonce = secrets.token_hex(8)
@@ -35,28 +39,38 @@ class TypedSpecials:
         self._names = {text: f"special{nonce}n{token_id}n" for text, token_id in texts.items()}
         self._special = _any_of(texts)
         self._stand_in = re.compile(f"typed{nonce}n[0-9]+n")
+        # Now, not with the first request that needs it: a large vocabulary would hold up all others.
+        self._renamed = self._rename(encoder)
 
     def occur_in(self, conversation: Conversation) -> bool:
         """Whether a special token's text was typed anywhere in it."""
-        return any(self._special.search(text) for text in _texts(_typed_parts(conversation)))
+        parts = [getattr(conversation, name) for name in _TYPED_PARTS]
+        return any(self._special.search(text) for text in _texts(parts))
 
     def hide(self, conversation: Conversation) -> Conversation:
-        """The same with stand-ins, to be rendered for `encode`."""
-        messages, tools, documents = self._hide(_typed_parts(conversation))
-        return replace(conversation, messages=messages, tools=tools, documents=documents)
+        """The same with stand-ins, to be rendered for `encode`.
+
+        Raises BadRequest for JSON that is nested deeper than Python calls itself.
+        """
+        hidden = {}
+        for name in _TYPED_PARTS:
+            try:
+                hidden[name] = self._hide(getattr(conversation, name))
+            except RecursionError:
+                raise BadRequest(f"{name} is nested too deeply.", field=name) from None
+        return replace(conversation, **hidden)
 
     def encode(self, rendered: str, *, add_special_tokens: bool) -> list[int]:
-        """The ids of what was rendered from a conversation with stand-ins. The first call takes a second."""
+        """The ids of what was rendered from a conversation with stand-ins."""
         named = self._special.sub(lambda found: self._names[found[0]], rendered)
         typed = {stand_in: text for text, stand_in in self._stand_ins.items()}
         text = self._stand_in.sub(lambda found: typed[found[0]], named)
         [encoding] = self._renamed.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding.ids
 
-    @cached_property
-    def _renamed(self) -> tokenizers.Tokenizer:
+    def _rename(self, encoder: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
         """The tokenizer with its special tokens under their other names: same ids, same flags."""
-        source = json.loads(self._encoder.to_str())
+        source = json.loads(encoder.to_str())
         for token in source["added_tokens"]:
             if token["special"]:
                 token["content"] = self._names[token["content"]]
@@ -80,11 +94,6 @@ class TypedSpecials:
         return value
 
 
-def _typed_parts(conversation: Conversation) -> list[Any]:
-    """What a person, a model or a tool may have written."""
-    return [conversation.messages, conversation.tools, conversation.documents]
-
-
 def _texts(value: Any) -> Iterator[str]:
     """All strings in a JSON value, keys included."""
     waiting = [value]
@@ -98,7 +107,20 @@ def _texts(value: Any) -> Iterator[str]:
             waiting.extend(current)
 
 
-def _any_of(texts: Mapping[str, int]) -> re.Pattern[str]:
-    """Of several that begin alike the longest is found, as tokenizers do it."""
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+def _any_of(texts: Collection[str]) -> re.Pattern[str]:
+    """Of several that begin alike the longest is found, as tokenizers do it.
+
+    What they have in common is tried once, not once for each of them: some models have a thousand.
+    """
+    return re.compile(_branches(sorted(texts)) if texts else r"(?!)")
+
+
+def _branches(texts: Sequence[str]) -> str:
+    """A regular expression for any of these; they are sorted. An empty one among them comes last."""
+    branches = []
+    for _, alike in groupby(filter(None, texts), key=lambda text: text[0]):
+        group = list(alike)
+        common = commonprefix(group)
+        rests = [text[len(common) :] for text in group]
+        branches.append(re.escape(common) + (_branches(rests) if len(rests) > 1 else ""))
+    return f"(?:{'|'.join(branches)}){'' if texts[0] else '?'}"
