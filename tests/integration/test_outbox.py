@@ -1,16 +1,23 @@
-"""Tokens of one step for one gateway: one message, or as many as the server's limit makes necessary."""
+"""Tokens of one step for one gateway, and when a gateway is taken for gone."""
 
 from __future__ import annotations
 
 import asyncio
 
+import pytest
+from engineless import until
 from nats_server import NatsServer
 
+from flowkv_common.bus import connection
 from flowkv_common.bus.connection import connect
-from flowkv_common.node.attempts import Attempts
-from flowkv_common.node.outbox import Outbox
+from flowkv_common.bus.service import Endpoint, Service
+from flowkv_common.errors import Full
+from flowkv_common.node import outbox as outbox_module
+from flowkv_common.node.attempts import Attempt, Attempts
+from flowkv_common.node.outbox import MISSES_UNTIL_GONE, Outbox
+from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import StepTokens, TokenChunk
+from flowkv_common.wire.messages import Keepalive, KeepaliveReply, StepTokens, TokenChunk
 from flowkv_common.wire.parts import NodeRef, TokenLogprob
 
 
@@ -37,3 +44,51 @@ async def test_a_step_whose_tokens_are_more_than_a_message_takes_is_sent_in_seve
     assert whole == ["r0.0", "r1.0", "r2.0"]
     assert len(parts) == 4
     assert [tid for part in parts for tid in part] == [f"r{number}.0" for number in range(20)]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keepalives at once, and verdicts from the first moment on."""
+    monkeypatch.setattr(outbox_module, "KEEPALIVE_PERIOD_S", 0.01)
+    monkeypatch.setattr(connection, "SETTLE_S", 0.0)
+
+
+def begin(attempts: Attempts, transfer_id: str) -> None:
+    attempts.begin(Attempt(transfer_id, "g", "decode", lambda _: None))
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_gateway_that_answers_with_an_error_keeps_its_requests_until_it_is_silent(
+    nats_server: NatsServer,
+) -> None:
+    num_heard = 0
+
+    async def refuse(message: Keepalive) -> KeepaliveReply:
+        nonlocal num_heard
+        num_heard += 1
+        raise Full("too many keepalives at once")
+
+    async with connect(nats_server.url, name="test") as bus:
+        attempts = Attempts()
+        begin(attempts, "r.0")
+        outbox = Outbox(bus, NodeRef(node_id="n", incarnation="1"), attempts)
+        endpoint = Endpoint(subjects.keepalive("g"), Keepalive, refuse)
+        async with running(outbox.keep_alive()):
+            async with Service(bus, name="g", version="1.0.0", service_id="g", endpoints=[endpoint]):
+                await until(lambda: num_heard > 2 * MISSES_UNTIL_GONE)
+                assert "r.0" in attempts
+            await until(lambda: "r.0" not in attempts)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_keepalive_that_is_too_large_costs_no_requests(caplog: pytest.LogCaptureFixture) -> None:
+    with NatsServer(max_payload=4096) as server:
+        async with connect(server.url, name="test") as bus:
+            attempts = Attempts()
+            for number in range(300):
+                begin(attempts, f"r{number}.0")
+            outbox = Outbox(bus, NodeRef(node_id="n", incarnation="1"), attempts)
+            async with running(outbox.keep_alive()):
+                await until(lambda: len(caplog.messages) > 2 * MISSES_UNTIL_GONE)
+            assert len(attempts) == 300
+    assert all(text.startswith("keepalive to g: ") for text in caplog.messages)

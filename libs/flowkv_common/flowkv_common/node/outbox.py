@@ -11,7 +11,7 @@ import logging
 from collections import defaultdict
 
 from flowkv_common.bus.connection import Bus
-from flowkv_common.errors import FlowKVError, TooLarge, Unavailable
+from flowkv_common.errors import DeadlineExceeded, FlowKVError, TooLarge, Unavailable
 from flowkv_common.node.attempts import Attempts
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Keepalive, KeepaliveReply, StepTokens, TokenChunk
@@ -87,18 +87,21 @@ class Outbox:
                 KeepaliveReply,
                 timeout_s=KEEPALIVE_TIMEOUT_S,
             )
-        except FlowKVError as error:
+        except (Unavailable, DeadlineExceeded) as error:
             self._miss(gateway_id, error)
-            return
-        self._misses.pop(gateway_id, None)
-        for transfer_id in reply.unknown:
-            self._attempts.cancel(transfer_id, "the gateway does not know it")
+        except FlowKVError as error:
+            # Whoever refuses lives; and what is too large to be sent says nothing of the gateway.
+            self._misses.pop(gateway_id, None)
+            log.warning("keepalive to %s: %s", gateway_id, error.message)
+        else:
+            self._misses.pop(gateway_id, None)
+            for transfer_id in reply.unknown:
+                self._attempts.cancel(transfer_id, "the gateway does not know it")
 
     def _miss(self, gateway_id: str, error: FlowKVError) -> None:
         if not self._bus.is_settled:
             self._misses.clear()  # cut off ourselves: no verdict on others (docs/architecture.md, rule 8)
             return
-        # An answer with an error in it is an answer: only silence counts.
         self._misses[gateway_id] += 1
         if self._misses[gateway_id] >= MISSES_UNTIL_GONE:
             del self._misses[gateway_id]
