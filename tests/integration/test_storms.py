@@ -11,6 +11,7 @@ from engineless import NUM_BLOCKS, Pair, engineless_pair, until
 from nats_server import NatsServer
 
 from flowkv_common.errors import Stale, Unavailable
+from flowkv_common.node.attempts import Cause
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Cancel, PrefillRun, transfer_id
 from flowkv_prefill import handoff
@@ -86,7 +87,7 @@ class Storm:
         """At both nodes, in any order. The tasks learn of it in the same tick."""
         for run in runs:
             for side in self.random.sample([self.pair.p, self.pair.d], k=2):
-                side.node.attempts.cancel(tid_of(run), "the client has gone")
+                side.node.attempts.cancel(tid_of(run), Cause.UNWANTED)
 
     async def end(self) -> None:
         """Raises AssertionError if anything is held, or the next prompt is not served."""
@@ -106,7 +107,7 @@ class Storm:
 class GatewayLoss(Storm):
     def strike(self) -> None:
         for side in self.random.sample([self.pair.p, self.pair.d], k=2):
-            side.node.attempts.cancel_gateway("g", "its gateway is gone")
+            side.node.attempts.cancel_gateway("g")
 
     async def end(self) -> None:
         """Keepalives find it gone a second time: what was on its way from node to node is dropped then."""
@@ -123,9 +124,9 @@ class Wedge(Storm):
         mine = [run for run in self.runs if tid_of(run) in side.node.attempts]
         for attempt in side.node.attempts:
             side.node.outbox.fail(attempt.gateway_id, attempt.transfer_id, Unavailable("wedged"))
-            side.node.attempts.cancel(attempt.transfer_id, "wedged")
+            side.node.attempts.cancel(attempt.transfer_id, Cause.GIVEN_BACK)
         for run in mine:
-            other.node.attempts.cancel(tid_of(run), "failed elsewhere")
+            other.node.attempts.cancel(tid_of(run), Cause.UNWANTED)
 
 
 @pytest.mark.parametrize("kind", [Storm, GatewayLoss, Wedge], ids=["clients", "gateway", "wedge"])

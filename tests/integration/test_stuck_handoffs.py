@@ -11,6 +11,7 @@ from nats_server import NatsServer
 
 from flowkv_common.errors import Unavailable
 from flowkv_common.node import watch
+from flowkv_common.node.attempts import Cause
 from flowkv_common.node.budget import STUCK_AFTER_S
 from flowkv_common.node.watch import watch_handoffs
 from flowkv_common.tasks import running
@@ -47,7 +48,7 @@ async def send_without_end(pair: Pair) -> None:
 
 
 async def serve_another(pair: Pair) -> None:
-    pair.d.node.attempts.cancel("r0.0", "the gateway was told")
+    pair.d.node.attempts.cancel("r0.0", Cause.UNWANTED)
     before = pair.d.decode.num_accepted
     await pair.p.prefill.accept(pair.run(PROMPT))
     await pair.compute_all()

@@ -11,6 +11,7 @@ from nats_server import NatsServer
 
 from flowkv_common.engine.sampler import Sampled
 from flowkv_common.errors import BadRequest, Full, Stale, Unavailable
+from flowkv_common.node.attempts import Cause
 from flowkv_common.wire.hashing import block_hashes
 from flowkv_common.wire.messages import DecodeRun, Release, Reserve, Reserved
 from flowkv_common.wire.parts import NodeRef, SamplingParams, TokenIds
@@ -128,7 +129,7 @@ async def test_a_renewal_that_comes_too_late_opens_nothing(side: Side, ending: s
         await side.decode.reserve(reserve(10, token=reserved.token))
     assert side.node.reservations.num_open == 0
     if ending == "commit":  # the sequence is still what a cancel stops
-        side.node.attempts.cancel("r.0", "test")
+        side.node.attempts.cancel("r.0", Cause.UNWANTED)
         assert not any(side.idle_counts().values())
 
 
@@ -142,7 +143,7 @@ async def test_a_reservation_is_opened_once(side: Side) -> None:
 
 
 async def test_a_cancel_that_comes_first_keeps_the_reservation_out(side: Side) -> None:
-    side.node.attempts.cancel("r.0", "overtook it")
+    side.node.attempts.cancel("r.0", Cause.UNWANTED)
     with pytest.raises(Stale):
         await side.decode.reserve(reserve(10))
     assert not any(side.idle_counts().values())
@@ -150,7 +151,7 @@ async def test_a_cancel_that_comes_first_keeps_the_reservation_out(side: Side) -
 
 async def test_a_cancel_after_the_reservation_keeps_the_commit_out(side: Side) -> None:
     reserved = await side.decode.reserve(reserve(10))
-    side.node.attempts.cancel("r.0", "between the two")
+    side.node.attempts.cancel("r.0", Cause.UNWANTED)
     with pytest.raises(Stale):
         await side.decode.accept(decode_run(reserved, [5] * 9))
     assert not any(side.idle_counts().values())
@@ -184,7 +185,7 @@ async def test_a_commit_of_other_tokens_than_were_reserved_for_costs_no_blocks(
     reserved = await side.decode.reserve(reserve(10))
     with error:  # type: ignore[attr-defined]
         await side.decode.accept(decode_run(reserved, prompt_ids, output_ids=TokenIds.of(output_ids)))
-        side.node.attempts.cancel("r.0", "test")
+        side.node.attempts.cancel("r.0", Cause.UNWANTED)
     assert not any(side.idle_counts().values())
 
 

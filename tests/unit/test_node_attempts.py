@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from flowkv_common.errors import Stale
-from flowkv_common.node.attempts import MAX_TOMBSTONES, TOMBSTONE_S, Attempt, Attempts
+from flowkv_common.node.attempts import MAX_TOMBSTONES, TOMBSTONE_S, Attempt, Attempts, Cause
 
 
 class Clock:
@@ -23,8 +23,8 @@ def begin(attempts: Attempts, transfer_id: str, stopped: list[str], gateway: str
 def test_cancel_stops_once_and_buries() -> None:
     attempts, stopped = Attempts(), []
     begin(attempts, "r.0", stopped)
-    attempts.cancel("r.0", "test")
-    attempts.cancel("r.0", "test")
+    attempts.cancel("r.0", Cause.UNWANTED)
+    attempts.cancel("r.0", Cause.UNWANTED)
     assert stopped == ["r.0"]
     assert len(attempts) == 0
     with pytest.raises(Stale):
@@ -33,7 +33,7 @@ def test_cancel_stops_once_and_buries() -> None:
 
 def test_cancel_that_comes_first_wins() -> None:
     attempts = Attempts()
-    attempts.cancel("r.0", "overtook the message")
+    attempts.cancel("r.0", Cause.UNWANTED)
     with pytest.raises(Stale):
         attempts.refuse_ended("r.0")
 
@@ -53,7 +53,7 @@ def test_next_phase_takes_the_place_of_the_last() -> None:
     begin(attempts, "r.0", stopped)
     attempts.begin(Attempt("r.0", "g", "decode", lambda _: stopped.append("as decode")))
     assert attempts.states_by_gateway() == {"g": {"r.0": "decode"}}
-    attempts.cancel("r.0", "test")
+    attempts.cancel("r.0", Cause.UNWANTED)
     assert stopped == ["as decode"]
 
 
@@ -69,16 +69,16 @@ def test_cancel_gateway_takes_only_its_own() -> None:
     attempts, stopped = Attempts(), []
     begin(attempts, "a.0", stopped, gateway="one")
     begin(attempts, "b.0", stopped, gateway="two")
-    assert attempts.cancel_gateway("one", "gone") == 1
+    assert attempts.cancel_gateway("one") == 1
     assert stopped == ["a.0"]
 
 
 def test_tombstones_are_forgotten_in_the_end() -> None:
     clock = Clock()
     attempts = Attempts(clock)
-    attempts.cancel("r.0", "test")
+    attempts.cancel("r.0", Cause.UNWANTED)
     clock.now = TOMBSTONE_S + 1
-    attempts.cancel("other.0", "test")
+    attempts.cancel("other.0", Cause.UNWANTED)
     attempts.refuse_ended("r.0")
 
 
@@ -101,7 +101,7 @@ def test_a_cancel_costs_the_same_after_a_hundred_thousand() -> None:
     attempts._tombstones = graves = Counting()
     for number in range(MAX_TOMBSTONES + 50):
         before = graves.num_looks
-        attempts.cancel(f"r{number}.0", "test")
+        attempts.cancel(f"r{number}.0", Cause.UNWANTED)
         assert graves.num_looks - before <= 4
     assert len(graves) == MAX_TOMBSTONES
     attempts.refuse_ended("r49.0")  # the oldest are gone, the youngest stand
@@ -112,11 +112,11 @@ def test_a_cancel_costs_the_same_after_a_hundred_thousand() -> None:
 def test_a_cancel_that_is_repeated_is_remembered_from_then_on() -> None:
     clock = Clock()
     attempts = Attempts(clock)
-    attempts.cancel("r.0", "test")
+    attempts.cancel("r.0", Cause.UNWANTED)
     clock.now = TOMBSTONE_S - 1
-    attempts.cancel("r.0", "test")
+    attempts.cancel("r.0", Cause.UNWANTED)
     clock.now = TOMBSTONE_S + 1
-    attempts.cancel("other.0", "test")
+    attempts.cancel("other.0", Cause.UNWANTED)
     with pytest.raises(Stale):
         attempts.refuse_ended("r.0")
 

@@ -14,6 +14,7 @@ from nats_server import NatsServer
 from flowkv_common.errors import Full
 from flowkv_common.kv.blocks import Blocks
 from flowkv_common.kv.connector import KVLink
+from flowkv_common.node.attempts import Cause
 from flowkv_common.wire import subjects
 from flowkv_common.wire.hashing import block_hashes
 from flowkv_common.wire.messages import Reserve
@@ -136,7 +137,7 @@ async def test_a_commit_that_is_refused_gives_everything_back(pair: Pair) -> Non
     await pair.compute_all()
     async with asyncio.timeout(5):
         await pair.link.landed.wait()
-    pair.d.node.attempts.cancel(f"{run.request_id}.0", "test")
+    pair.d.node.attempts.cancel(f"{run.request_id}.0", Cause.UNWANTED)
     pair.link.may_confirm.set()
     await until(lambda: any(chunk.error for chunk in pair.chunks))
     await pair.p.wait_idle()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from functools import partial
 
 from flowkv_common.bus.service import Endpoint
 from flowkv_common.engine.batch import WorkItem
@@ -13,7 +14,7 @@ from flowkv_common.engine.sampler import Sampled
 from flowkv_common.engine.sequence import Sequence
 from flowkv_common.errors import DeadlineExceeded, FlowKVError, Full, NotFound
 from flowkv_common.kv.blocks import OutOfBlocks
-from flowkv_common.node.attempts import Attempt
+from flowkv_common.node.attempts import Attempt, Cause
 from flowkv_common.node.guest import Node
 from flowkv_common.node.output_lengths import OutputLengths
 from flowkv_common.wire import subjects
@@ -96,8 +97,8 @@ class DecodeGuest:
 
     def adopt(self, sequence: Sequence) -> None:
         """Run a sequence that comes with its blocks."""
-        stop = Attempt(sequence.transfer_id, sequence.gateway_id, "decode", lambda _: self._stop(sequence))
-        self._node.attempts.begin(stop)
+        stop = partial(self._stop, sequence)
+        self._node.attempts.begin(Attempt(sequence.transfer_id, sequence.gateway_id, "decode", stop))
         self._outputs.open(sequence)
         self._waiting.append(sequence)
         self.num_accepted += 1
@@ -143,9 +144,10 @@ class DecodeGuest:
         self._node.attempts.end(sequence.transfer_id)
         self._drop(sequence)
 
-    def _stop(self, sequence: Sequence) -> None:
-        """Cancelled: by a stop string, or since the client has left. Either way its output ends here."""
-        self._lengths.see(len(sequence.output_ids), stopped=True)
+    def _stop(self, sequence: Sequence, cause: Cause) -> None:
+        """Cancelled. Its output has ended here only if its gateway says so: else it goes on elsewhere."""
+        if cause is Cause.UNWANTED:
+            self._lengths.see(len(sequence.output_ids), stopped=True)
         self._drop(sequence)
 
     # --- the batch --------------------------------------------------------------------------------

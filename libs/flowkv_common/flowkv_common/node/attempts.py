@@ -11,12 +11,22 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from flowkv_common.errors import Stale
 
 TOMBSTONE_S = 3600.0
 # A bound of some 25 MB. At more cancels than these in an hour the oldest tombstones go before their time.
 MAX_TOMBSTONES = 100_000
+
+
+class Cause(Enum):
+    """Why an attempt is stopped before it has ended by itself."""
+
+    UNWANTED = auto()  # its gateway has found a stop string, or its client has left
+    GATEWAY_GONE = auto()
+    NEWER_ATTEMPT = auto()  # of the same request
+    GIVEN_BACK = auto()  # to its gateway, by a node that can't go on with it
 
 
 @dataclass(slots=True)
@@ -26,7 +36,7 @@ class Attempt:
     transfer_id: str
     gateway_id: str
     state: str
-    stop: Callable[[str], None]
+    stop: Callable[[Cause], None]
 
 
 class Attempts:
@@ -67,7 +77,7 @@ class Attempts:
         self.refuse_ended(attempt.transfer_id)
         request_id, _, number = attempt.transfer_id.rpartition(".")
         for older in range(int(number)):
-            self.cancel(f"{request_id}.{older}", "a newer attempt has begun")
+            self.cancel(f"{request_id}.{older}", Cause.NEWER_ATTEMPT)
         self._live[attempt.transfer_id] = attempt
 
     def set_state(self, transfer_id: str, state: str) -> None:
@@ -85,18 +95,18 @@ class Attempts:
             self._news.clear()
             await self._news.wait()
 
-    def cancel(self, transfer_id: str, reason: str) -> None:
+    def cancel(self, transfer_id: str, cause: Cause) -> None:
         """Stop the attempt if it is here, and refuse it if it comes later."""
         self._bury(transfer_id)
         if attempt := self._live.pop(transfer_id, None):
-            attempt.stop(reason)
+            attempt.stop(cause)
             self._news.set()
 
-    def cancel_gateway(self, gateway_id: str, reason: str) -> int:
-        """Stop all attempts of a gateway; gives their number."""
+    def cancel_gateway(self, gateway_id: str) -> int:
+        """Stop all attempts of a gateway that is gone; gives their number."""
         mine = [attempt for attempt in self if attempt.gateway_id == gateway_id]
         for attempt in mine:
-            self.cancel(attempt.transfer_id, reason)
+            self.cancel(attempt.transfer_id, Cause.GATEWAY_GONE)
         return len(mine)
 
     def states_by_gateway(self) -> dict[str, dict[str, str]]:

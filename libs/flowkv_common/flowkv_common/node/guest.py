@@ -22,7 +22,7 @@ from flowkv_common.engine.sequence import Sequence
 from flowkv_common.errors import FlowKVError, Stale, Unavailable, WrongModel
 from flowkv_common.kv.blocks import Blocks, OutOfBlocks
 from flowkv_common.kv.reservations import Reservations
-from flowkv_common.node.attempts import Attempt, Attempts
+from flowkv_common.node.attempts import Attempt, Attempts, Cause
 from flowkv_common.node.budget import HandoffBudget
 from flowkv_common.node.instruments import Instruments
 from flowkv_common.node.links import Links
@@ -144,7 +144,7 @@ class Node:
         """End these attempts here; gateways will try elsewhere."""
         for attempt in attempts:
             self.outbox.fail(attempt.gateway_id, attempt.transfer_id, error)
-            self.attempts.cancel(attempt.transfer_id, error.message)
+            self.attempts.cancel(attempt.transfer_id, Cause.GIVEN_BACK)
         await self.outbox.flush()
 
     async def fail_all(self, error: FlowKVError) -> None:

@@ -12,7 +12,7 @@ from collections import defaultdict
 
 from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import DeadlineExceeded, FlowKVError, TooLarge, Unavailable
-from flowkv_common.node.attempts import Attempts
+from flowkv_common.node.attempts import Attempts, Cause
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Keepalive, KeepaliveReply, StepTokens, TokenChunk
 from flowkv_common.wire.parts import NodeRef
@@ -96,7 +96,7 @@ class Outbox:
         else:
             self._misses.pop(gateway_id, None)
             for transfer_id in reply.unknown:
-                self._attempts.cancel(transfer_id, "the gateway does not know it")
+                self._attempts.cancel(transfer_id, Cause.UNWANTED)  # a cancel was lost
 
     def _miss(self, gateway_id: str, error: FlowKVError) -> None:
         if not self._bus.is_settled:
@@ -105,6 +105,6 @@ class Outbox:
         self._misses[gateway_id] += 1
         if self._misses[gateway_id] >= MISSES_UNTIL_GONE:
             del self._misses[gateway_id]
-            num = self._attempts.cancel_gateway(gateway_id, "its gateway is gone")
+            num = self._attempts.cancel_gateway(gateway_id)
             reason = "no responders" if isinstance(error, Unavailable) else str(error)
             log.warning("dropped %d requests of gateway %s: %s", num, gateway_id, reason)

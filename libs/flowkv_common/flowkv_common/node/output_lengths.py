@@ -24,7 +24,7 @@ class OutputLengths:
         self._num_stops = 0.0
 
     def see(self, num_tokens: int, *, stopped: bool) -> None:
-        """An output has ended: `stopped` if neither its `max_tokens` nor a failure ended it."""
+        """An output has ended: `stopped` if not by its `max_tokens`. One that was cut off has not ended."""
         keep = max(0.0, 1.0 - num_tokens / MEMORY_TOKENS)
         self._num_tokens = keep * self._num_tokens + num_tokens
         self._num_stops = keep * self._num_stops + stopped

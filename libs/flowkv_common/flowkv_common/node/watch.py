@@ -10,6 +10,7 @@ from nats.aio.msg import Msg
 
 from flowkv_common.engine.engine import Engine
 from flowkv_common.errors import Unavailable
+from flowkv_common.node.attempts import Cause
 from flowkv_common.node.guest import Node
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Cancel
@@ -24,7 +25,7 @@ async def watch_cancels(node: Node) -> None:
     """Until cancelled: stop the attempts that gateways cancel, wherever they stand."""
 
     def cancel(message: Cancel, _: Msg) -> None:
-        node.attempts.cancel(message.transfer_id, message.reason)
+        node.attempts.cancel(message.transfer_id, Cause.UNWANTED)
         node.wake.set()
 
     mine = subjects.at(subjects.NODE_CANCEL, node.ref.node_id)

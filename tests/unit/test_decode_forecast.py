@@ -1,0 +1,106 @@
+"""What a decode node learns of how long outputs become, from sequences that end in all ways."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+from engineless import FINGERPRINT, Pair, Side, engineless_pair, until
+from nats_server import NatsServer
+
+from flowkv_common.bus.service import Endpoint, Service
+from flowkv_common.errors import Unavailable
+from flowkv_common.node.output_lengths import PRIOR_TOKENS
+from flowkv_common.node.watch import watch_cancels
+from flowkv_common.tasks import running
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import Cancel, DecodeRun, Keepalive, KeepaliveReply, Reserve
+from flowkv_common.wire.parts import NodeRef, SamplingParams, TokenIds
+
+PREFILL = NodeRef(node_id="p", incarnation="1")
+NUM_OUTPUT_TOKENS = 3
+NUM_SEQUENCES = 4
+
+
+@pytest.fixture
+async def pair(nats_server: NatsServer) -> AsyncIterator[Pair]:
+    async with engineless_pair(nats_server) as pair:
+        yield pair
+
+
+@pytest.fixture
+def side(pair: Pair) -> Side:
+    return pair.d
+
+
+async def begin(side: Side, request_id: str, attempt: int = 0) -> str:
+    """A running sequence with some tokens of output."""
+    tid = f"{request_id}.{attempt}"
+    common = {"node": side.node.ref, "fingerprint": FINGERPRINT, "prefill": PREFILL, "gateway_id": "g"}
+    reserved = await side.decode.reserve(
+        Reserve(**common, transfer_id=tid, num_tokens=8, block_hashes=[], run_lengths=[], expires_in_s=30.0)
+    )
+    run = DecodeRun(
+        **common,
+        request_id=request_id,
+        attempt=attempt,
+        epoch=1,
+        token=reserved.token,
+        prompt_ids=TokenIds.of([5] * 4),
+        output_ids=TokenIds.of([7] * NUM_OUTPUT_TOKENS),
+        sampling=SamplingParams(max_tokens=1000),
+        deadline_in_s=60.0,
+    )
+    await side.decode.accept(run)
+    return tid
+
+
+async def fail_all(side: Side) -> None:
+    """As a wedge does, or the end of a drain."""
+    await side.node.fail_all(Unavailable("stuck"))
+
+
+async def lose_gateway(side: Side) -> None:
+    side.node.attempts.cancel_gateway("g")
+
+
+async def begin_anew(side: Side) -> None:
+    """Newer attempts of the same requests, and these are given back."""
+    for number in range(NUM_SEQUENCES):
+        await begin(side, f"r{number}", attempt=1)
+    assert len(side.node.attempts) == NUM_SEQUENCES
+    await fail_all(side)
+
+
+@pytest.mark.parametrize("cut", [fail_all, lose_gateway, begin_anew])
+async def test_outputs_that_were_cut_off_do_not_pass_for_short_ones(
+    side: Side, cut: Callable[[Side], Awaitable[None]]
+) -> None:
+    for number in range(NUM_SEQUENCES):
+        await begin(side, f"r{number}")
+    await cut(side)
+    assert len(side.node.attempts) == 0
+    assert side.decode.forecast().stop_rate == pytest.approx(1 / PRIOR_TOKENS, rel=1e-4)
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+async def test_a_cancel_by_the_gateway_ends_an_output_as_a_stop_does(
+    pair: Pair, side: Side, is_lost: bool
+) -> None:
+    """Be it that the node learns of it by the answer to a keepalive."""
+
+    async def answer(keepalive: Keepalive) -> KeepaliveReply:
+        return KeepaliveReply(unknown=list(keepalive.states))
+
+    tid = await begin(side, "r0")
+    async with running(watch_cancels(side.node), side.node.outbox.keep_alive()):
+        if is_lost:
+            endpoint = Endpoint(subjects.keepalive("g"), Keepalive, answer)
+            async with Service(pair.bus, name="g", version="1.0.0", service_id="g", endpoints=[endpoint]):
+                await until(lambda: not len(side.node.attempts))
+        else:
+            cancel = Cancel(transfer_id=tid, reason="the client has left")
+            await pair.bus.publish(subjects.at(subjects.NODE_CANCEL, side.node.ref.node_id), cancel)
+            await until(lambda: not len(side.node.attempts))
+    expected = 2 / (PRIOR_TOKENS + NUM_OUTPUT_TOKENS)
+    assert side.decode.forecast().stop_rate == pytest.approx(expected, rel=1e-4)
