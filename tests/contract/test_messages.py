@@ -10,7 +10,7 @@ import pytest
 from wire_examples import EXAMPLES, GOLDEN, MESSAGES, PARTS, as_golden, golden_file
 
 from flowkv_common.wire import nodes
-from flowkv_common.wire.messages import Accepted, Message, decode, encode
+from flowkv_common.wire.messages import Accepted, Cancel, Message, Release, Reserve, Resume, decode, encode
 from flowkv_common.wire.parts import Part
 
 each_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: type(example).__name__)
@@ -77,6 +77,35 @@ def test_a_message_is_not_taken_for_another_kind(example: Message) -> None:
     other = Accepted if type(example) is not Accepted else nodes.Check
     with pytest.raises(msgspec.ValidationError):
         decode(encode(example), other)
+
+
+def with_field(example: Message, name: str, value: object) -> bytes:
+    return msgspec.json.encode({**msgspec.json.decode(encode(example)), name: value})
+
+
+NUMBERED = [example for example in EXAMPLES if "attempt" in example.__struct_fields__]
+# What a node is asked of an attempt by its one name.
+ABOUT_AN_ATTEMPT = [
+    example for example in EXAMPLES if isinstance(example, Reserve | Release | Resume | Cancel)
+]
+
+
+@pytest.mark.parametrize("example", NUMBERED, ids=lambda example: type(example).__name__)
+@pytest.mark.parametrize("number", [-1, 100, 1_000_000])
+def test_an_attempts_number_is_small(example: Message, number: int) -> None:
+    """A node goes through all numbers before it."""
+    assert decode(with_field(example, "attempt", 99), type(example)).attempt == 99
+    with pytest.raises(msgspec.ValidationError, match=r"\$\.attempt"):
+        decode(with_field(example, "attempt", number), type(example))
+
+
+@pytest.mark.parametrize("example", ABOUT_AN_ATTEMPT, ids=lambda example: type(example).__name__)
+@pytest.mark.parametrize("name", ["", "r", "r.", "r.x", "r.-1", "r.00", "r.100", "r.1000000", "r.1\n", "r.²"])
+def test_the_name_of_an_attempt_ends_in_its_number(example: Message, name: str) -> None:
+    for good in ("r.0", "a.b.99"):
+        assert decode(with_field(example, "transfer_id", good), type(example)).transfer_id == good
+    with pytest.raises(msgspec.ValidationError, match=r"\$\.transfer_id"):
+        decode(with_field(example, "transfer_id", name), type(example))
 
 
 def test_defaults_are_left_out() -> None:

@@ -6,9 +6,10 @@ timestamps never do: two hosts don't share a clock. A new field needs a default;
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from flowkv_common.wire.parts import Candidate, NodeRef, Part, Run, SamplingParams, TokenIds, TokenLogprob
 
@@ -18,6 +19,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 
 
 M = TypeVar("M")
+
+# 0 is the first. Small, for a node looks for all attempts that are older.
+AttemptNumber = Annotated[int, Meta(ge=0, le=99)]
+# As `transfer_id` makes it.
+TransferId = Annotated[str, Meta(pattern=r"\.(0|[1-9][0-9]?)\Z")]
 
 
 def encode(message: msgspec.Struct) -> bytes:
@@ -60,7 +66,7 @@ class ScheduleRequest(Message, frozen=True):
     """Asks for a pair of nodes. Lengths only: the scheduler never sees the text."""
 
     request_id: str
-    attempt: int
+    attempt: AttemptNumber
     fingerprint: str  # of the model: nodes of another are not for this request
     num_prompt_tokens: int
     max_new_tokens: int
@@ -76,7 +82,7 @@ class Assignment(Message, frozen=True):
     """The pair for one attempt, with the best candidates of each side, so that anyone can see why."""
 
     request_id: str
-    attempt: int
+    attempt: AttemptNumber
     epoch: int
     prefill: NodeRef
     decode: NodeRef
@@ -117,7 +123,7 @@ class PrefillRun(Message, frozen=True):
     """
 
     request_id: str
-    attempt: int
+    attempt: AttemptNumber
     epoch: int
     node: NodeRef
     fingerprint: str  # of the model: a node that serves another refuses
@@ -136,7 +142,7 @@ class Reserve(Message, frozen=True):
     which the sender's blocks will lie, so that decode can choose runs to match. A renewal needs neither.
     """
 
-    transfer_id: str
+    transfer_id: TransferId
     node: NodeRef
     fingerprint: str  # of the model: a node that serves another refuses
     prefill: NodeRef
@@ -164,7 +170,7 @@ class Reserved(Message, frozen=True):
 class Release(Message, frozen=True):
     """Prefill to decode node: the reservation is not needed: the request has ended, or waits for others."""
 
-    transfer_id: str
+    transfer_id: TransferId
     token: str
 
 
@@ -175,7 +181,7 @@ class DecodeRun(Message, frozen=True):
     """
 
     request_id: str
-    attempt: int
+    attempt: AttemptNumber
     epoch: int
     node: NodeRef
     fingerprint: str  # of the model: a node that serves another refuses
@@ -191,14 +197,14 @@ class DecodeRun(Message, frozen=True):
 class Resume(Message, frozen=True):
     """Gateway to decode node: send the output again from `from_index`, a message was lost."""
 
-    transfer_id: str
+    transfer_id: TransferId
     from_index: int
 
 
 class Cancel(Message, frozen=True):
     """Gateway to everyone: stop this attempt and free all it holds. Idempotent, may come first."""
 
-    transfer_id: str
+    transfer_id: TransferId
     reason: str
 
 

@@ -55,6 +55,7 @@ def assignment(request_id: str) -> str:
 
 
 def cancel(transfer_id: str) -> str:
+    """For operators, who don't know the nodes of an attempt: every node hears it."""
     return f"flowkv.v1.request.cancel.{transfer_id}"
 
 
