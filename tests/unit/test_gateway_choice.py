@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ from flowkv_common.wire.parts import SamplingParams, TokenLogprob
 from flowkv_gateway.choice import Choice, Delta, Display
 from flowkv_gateway.generation import Generation, Piece
 from flowkv_gateway.openai import ChatShape, TextShape, WholeChoice
+from flowkv_gateway.stops import prepare_stops
 from flowkv_gateway.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(
@@ -22,7 +24,9 @@ VOCABULARY = Vocabulary(
 def make_choice(stops: tuple[str, ...] = (), min_tokens: int = 0, **display: Any) -> Choice:
     sampling = SamplingParams(max_tokens=9, min_tokens=min_tokens)
     generation = Generation("cmpl-1", [1], sampling, 60.0, fingerprint="f")
-    return Choice(3, generation, VOCABULARY, Display(stops=stops, **display))
+    return Choice(
+        3, generation, VOCABULARY, Display(prepare_stops(stops, VOCABULARY.special_texts), **display)
+    )
 
 
 def push(choice: Choice, *token_ids: int, finish_reason: str | None = None) -> list[Delta]:
@@ -80,6 +84,16 @@ def test_special_tokens_and_stop_strings_are_shown_to_who_wants_them() -> None:
     assert shown(push(special, 1, 0, 2)) == "one<|end|> two"
     assert shown(push(special, 0, finish_reason="stop")) == ""
     assert shown(push(make_choice(stops=("o thr",), shows_stop=True), 1, 2, 3, 4)) == "one two thr"
+
+
+def test_stop_strings_are_prepared_once_for_all_choices() -> None:
+    generation = Generation("cmpl-1", [1], SamplingParams(max_tokens=9), 60.0, fingerprint="f")
+    start = time.process_time()
+    display = Display(prepare_stops(["ab" * 500] * 16, VOCABULARY.special_texts))
+    prepared = time.process_time()
+    for index in range(128):
+        Choice(index, generation, VOCABULARY, display)
+    assert time.process_time() - prepared < 5 * (prepared - start)
 
 
 def test_text_held_back_comes_with_the_end() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
 
 from flowkv_gateway.detokenizer import Detokenizer
-from flowkv_gateway.stops import StopFinder
+from flowkv_gateway.stops import StopFinder, prepare_stops
 from flowkv_gateway.vocabulary import Vocabulary
 
 
@@ -89,7 +89,7 @@ LETTERS = st.text(alphabet="ab", max_size=12)
 
 @given(chunks=st.lists(LETTERS, max_size=6), stops=st.lists(LETTERS.filter(bool), max_size=4))
 def test_stop_strings_at_any_split(chunks: list[str], stops: list[str]) -> None:
-    finder = StopFinder(stops)
+    finder = StopFinder(prepare_stops(stops))
     shown = [finder.push(chunk) for chunk in chunks]
     whole = "".join(chunks)
     assert "".join(shown) + finder.finish() == naive_stop(whole, stops)
@@ -129,13 +129,13 @@ STOPS = st.lists(
 def test_stop_strings_with_special_tokens_among_the_text(
     pieces: list[tuple[str, bool]], stops: list[str], keeps_stop: bool
 ) -> None:
-    finder = StopFinder(stops, {SPECIAL}, keeps_stop=keeps_stop)
+    finder = StopFinder(prepare_stops(stops, {SPECIAL}), keeps_stop=keeps_stop)
     shown = "".join(finder.push(text, is_shown=is_shown) for text, is_shown in pieces) + finder.finish()
     assert shown == naive_stop_with_hidden(pieces, stops, keeps_stop)
 
 
 def test_only_what_may_be_a_stop_string_is_held_back() -> None:
-    finder = StopFinder(["END"])
+    finder = StopFinder(prepare_stops(["END"]))
     assert [finder.push(text) for text in ("say E", "N", "G ", "E", "ND!", "more")] == [
         "say ",
         "",
@@ -146,5 +146,21 @@ def test_only_what_may_be_a_stop_string_is_held_back() -> None:
     ]
     assert finder.is_stopped
     assert finder.finish() == ""
-    unfinished = StopFinder(["END"])
+    unfinished = StopFinder(prepare_stops(["END"]))
     assert unfinished.push("the EN") + unfinished.finish() == "the EN"
+
+
+@pytest.mark.parametrize("stops", [["\n\n"], ["\n\n", "\n<a>b"]])
+def test_special_tokens_without_end_take_linear_time(stops: list[str]) -> None:
+    def seconds(num_tokens: int) -> float:
+        finder = StopFinder(prepare_stops(stops, {SPECIAL}))
+        start = time.process_time()
+        assert finder.push("text\n") == "text"
+        for _ in range(num_tokens):
+            assert finder.push(SPECIAL, is_shown=False) == ""
+        assert finder.push("\n") == ""
+        took = time.process_time() - start
+        assert finder.is_stopped
+        return took
+
+    assert min(seconds(8_000) for _ in range(3)) < 24 * min(seconds(1_000) for _ in range(3))

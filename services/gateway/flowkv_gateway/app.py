@@ -47,8 +47,10 @@ from flowkv_gateway.request_log import RequestLog
 from flowkv_gateway.responses import AnswerResponse
 from flowkv_gateway.sampling_defaults import SamplingDefaults
 from flowkv_gateway.stopping import CloseWhileStopping
+from flowkv_gateway.stops import prepare_stops
 from flowkv_gateway.tokenizer import Tokenizer
 from flowkv_gateway.unserved import parse_request
+from flowkv_gateway.vocabulary import Vocabulary
 
 B = TypeVar("B", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
@@ -202,7 +204,9 @@ class Api:
             seed=random.getrandbits(63),
             deadline_s=self._settings.request_timeout_s,
         )
-        answer = Answer.of(groups, self._tokenizer.vocabulary, _display(body, card))
+        answer = Answer.of(
+            groups, self._tokenizer.vocabulary, _display(body, card, self._tokenizer.vocabulary)
+        )
         return AnswerResponse(
             answer,
             Writer(shape, reply_id=request_id, created=int(time.time()), model=self._model_name()),
@@ -215,9 +219,9 @@ class Api:
         )
 
 
-def _display(body: ChatRequest | CompletionRequest, card: ModelCard) -> Display:
+def _display(body: ChatRequest | CompletionRequest, card: ModelCard, vocabulary: Vocabulary) -> Display:
     return Display(
-        stops=body.stops,
+        stops=prepare_stops(body.stops, vocabulary.special_texts),
         stop_ids=frozenset((*card.eos_token_ids, *(body.stop_token_ids or ()))),
         shows_stop=body.include_stop_str_in_output or False,
         shows_special=body.skip_special_tokens is False,

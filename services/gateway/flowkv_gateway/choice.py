@@ -9,7 +9,7 @@ from typing import NamedTuple
 from flowkv_common.wire.parts import TokenLogprob
 from flowkv_gateway.detokenizer import Detokenizer
 from flowkv_gateway.generation import Generation, Piece
-from flowkv_gateway.stops import StopFinder
+from flowkv_gateway.stops import PreparedStop, StopFinder
 from flowkv_gateway.vocabulary import Vocabulary
 
 
@@ -38,7 +38,7 @@ class Display:
     strings are shown, nor are special tokens, unless the request wants them.
     """
 
-    stops: Sequence[str] = ()
+    stops: Sequence[PreparedStop] = ()
     stop_ids: frozenset[int] = frozenset()
     shows_stop: bool = False
     shows_special: bool = False
@@ -56,7 +56,7 @@ class Choice:
         self._vocabulary = vocabulary
         self._display = display
         self._detokenizer = Detokenizer(vocabulary)
-        self._stops = StopFinder(display.stops, vocabulary.special_texts, keeps_stop=display.shows_stop)
+        self._stops = StopFinder(display.stops, keeps_stop=display.shows_stop)
         self._num_chars = 0  # decoded so far, held back text included
 
     def push(self, piece: Piece) -> Iterator[Delta]:
