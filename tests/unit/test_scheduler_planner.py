@@ -53,7 +53,7 @@ def test_the_planner_counts_what_prompts_will_produce() -> None:
         base_s=0.02, prefill_token_s=1e-4, attended_token_s=0.0, sequence_s=0.01, context_token_s=0.0
     )
     for name, role in roles.items():
-        planner.add_report(report(name, role, step=fit), 0.0)
+        planner.add_report(report(name, role, step=fit, max_num_seqs=64), 0.0)
     for number in range(8):
         wanted = msgspec.structs.replace(request(16, 2000), request_id=f"r{number}")
         assert isinstance(planner.schedule(wanted, 0.0), Choice)
