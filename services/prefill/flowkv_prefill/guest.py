@@ -35,12 +35,6 @@ FIRST_PATIENCE_S = 1.0
 LONGEST_PATIENCE_S = 8.0
 
 
-class _Counting:
-    """How a handoff has ended, as far as it has come."""
-
-    result = "failed"
-
-
 class PrefillGuest:
     """Queues prompts, computes them in chunks, hands their KV cache to a decode node."""
 
@@ -122,6 +116,7 @@ class PrefillGuest:
             )
 
     async def _serve_and_hand_off(self, prompt: Prompt) -> None:
+        """And count how it ends, once it has begun. One that is out of time is cancelled, too."""
         sequence, node = prompt.sequence, self._node
         num_bytes = node.layout.block_bytes * node.layout.blocks_for_prompt(sequence.num_tokens)
         async with contextlib.AsyncExitStack() as held:
@@ -129,32 +124,26 @@ class PrefillGuest:
                 in_flight = await held.enter_async_context(
                     node.budget.hold(sequence.transfer_id, prompt.run.decode.node_id, num_bytes)
                 )
-            counting = held.enter_context(self._counting())
-            held.enter_context(self._blocks(prompt))
-            handoff = await self._reserve_and_take(prompt, in_flight)
-            async with running(handoff.keep_reserved(), self._send_early(prompt, handoff)):
-                in_flight.enter(Stage.COMPUTING)
-                await self._compute(prompt)
-                in_flight.enter(Stage.SENDING)
-                if await self._emit_first(prompt):
-                    counting.result = "unneeded"
-                    node.attempts.end(sequence.transfer_id)
-                    await handoff.release()
-                else:
-                    await self._hand_over(prompt, handoff)
-                    counting.result = "done"
-
-    @contextlib.contextmanager
-    def _counting(self) -> Iterator[_Counting]:
-        """Counts how a handoff ends. One that is out of time is cancelled, too."""
-        counting = _Counting()
-        try:
-            yield counting
-        except asyncio.CancelledError:
-            counting.result = "cancelled"
-            raise
-        finally:
-            self._node.instruments.count_handoff(counting.result)
+            result = "failed"
+            try:
+                with self._blocks(prompt):
+                    handoff = await self._reserve_and_take(prompt, in_flight)
+                    async with running(handoff.keep_reserved(), self._send_early(prompt, handoff)):
+                        in_flight.enter(Stage.COMPUTING)
+                        await self._compute(prompt)
+                        in_flight.enter(Stage.SENDING)
+                        if await self._emit_first(prompt):
+                            result = "unneeded"
+                            node.attempts.end(sequence.transfer_id)
+                            await handoff.release()
+                        else:
+                            await self._hand_over(prompt, handoff)
+                            result = "done"
+            except asyncio.CancelledError:
+                result = "cancelled"
+                raise
+            finally:
+                node.instruments.count_handoff(result)
 
     async def _serve_here(self, prompt: Prompt) -> None:
         """Prefill and decode are the same node: the handoff moves no bytes."""

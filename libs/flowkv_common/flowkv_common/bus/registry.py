@@ -64,7 +64,7 @@ async def claim_node_id(bus: Bus, node_id: str, ttl_s: float = 6.0) -> None:
                 try:
                     return await _claim(bus, node_id, ttl_s)
                 except TROUBLE as error:
-                    trouble = _tell("the registry of nodes can't be read", error, trouble)
+                    trouble = _log_once("the registry of nodes can't be read", error, trouble)
                 await asyncio.sleep(_FIRST_RETRY_S)
     except TimeoutError:
         raise errors.Unavailable(f"no registry of nodes for {_CLAIM_TIMEOUT_S} s: {trouble}") from None
@@ -121,7 +121,7 @@ async def keep_announced(bus: Bus, descriptor: Callable[[], NodeDescriptor], ttl
                         revision = await _write(bucket, descriptor(), revision)
                     retry_s, trouble = _FIRST_RETRY_S, ""
             except TROUBLE as error:
-                trouble = _tell("the node is not announced", error, trouble)
+                trouble = _log_once("the node is not announced", error, trouble)
                 bucket = None
                 pause_s, retry_s = retry_s, min(2 * retry_s, ttl_s / 3)
             with suppress(TimeoutError):
@@ -152,7 +152,7 @@ async def watch_nodes(
         except Reconnected:
             retry_s = _FIRST_RETRY_S
         except TROUBLE as error:
-            trouble = _tell("the watch on nodes ended", error, trouble)
+            trouble = _log_once("the watch on nodes ended", error, trouble)
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, ttl_s / 3)
 
@@ -228,8 +228,8 @@ async def _follow(bus: Bus, known: _KnownNodes, ttl_s: float) -> None:
             await watch.stop()  # type: ignore[no-untyped-call]
 
 
-def _tell(what: str, error: BaseException, told: str) -> str:
-    """Logs what is wrong, but not what was `told` last time already. Returns what is told now."""
+def _log_once(what: str, error: BaseException, told: str) -> str:
+    """Logs what is wrong, but not what was `told` last time already. Returns what to pass next time."""
     trouble = describe(error)
     if trouble != told:
         log.warning("%s: %s", what, trouble)
