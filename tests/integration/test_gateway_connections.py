@@ -72,8 +72,8 @@ class Gateway:
 
 def post(body: dict[str, Any]) -> bytes:
     payload = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(payload)}\r\n\r\n"
-    return head.encode() + payload
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(payload)}\r\n"
+    return head.encode() + b"x-request-id: abc-1\r\n\r\n" + payload
 
 
 @contextlib.asynccontextmanager
@@ -328,6 +328,7 @@ async def test_who_is_cut_off_at_the_end_is_told(
                 head, _, body = (await reader.read()).partition(b"\r\n\r\n")
                 assert b" 503 " in head
                 assert b"retry-after: 1" in head
+                assert b"x-request-id: abc-1" in head
                 assert json.loads(body)["error"]["message"] == STOPPED
 
 

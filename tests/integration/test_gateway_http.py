@@ -652,6 +652,14 @@ async def test_request_id_is_echoed(gateway: Gateway) -> None:
     assert "x-request-id" not in (await gateway.http.get("/health")).headers
 
 
+async def test_request_id_is_echoed_on_an_error_that_nobody_foresaw(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway.generator, "why_not_ready", None)
+    response = await gateway.http.get("/health", headers={"x-request-id": "abc-1"})
+    assert (response.status_code, response.headers["x-request-id"]) == (500, "abc-1")
+
+
 async def test_what_is_read_at_a_scrape(tokenizer: Tokenizer) -> None:
     async with running(tokenizer, model_name="") as gateway:
         gateway.generator.open = Load(num_running=3, num_waiting=4, kv_cache_usage=0.25)

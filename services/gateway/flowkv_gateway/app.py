@@ -42,7 +42,6 @@ from flowkv_gateway.params import (
 )
 from flowkv_gateway.planning import Prompt, plan
 from flowkv_gateway.prompts import chat_prompt, completion_prompts, tokenize_prompt
-from flowkv_gateway.request_id import EchoRequestId
 from flowkv_gateway.request_log import RequestLog
 from flowkv_gateway.responses import AnswerResponse
 from flowkv_gateway.sampling_defaults import SamplingDefaults
@@ -78,7 +77,7 @@ def build_app(
     ]
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(CloseWhileStopping, stop), Middleware(EchoRequestId)],
+        middleware=[Middleware(CloseWhileStopping, stop)],
         exception_handlers={
             FlowKVError: api.on_error,
             HTTPException: on_http_exception,

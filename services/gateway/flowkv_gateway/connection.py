@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from flowkv_common.errors import Unavailable
 from flowkv_gateway.errors_http import error_response, plain_error
+from flowkv_gateway.request_id import EchoRequestId
 
 ABORT = "flowkv.abort"
 """The scope's extension that drops the connection with all that its client has not read."""
@@ -68,7 +69,7 @@ class ApiConnection(H11Protocol):
         assert max_head_bytes is not None  # `serve_http` says so
         self.conn = _StrictParser(h11.SERVER, max_head_bytes)
         self._serve = self.app
-        self.app = self._serve_with_abort
+        self.app = EchoRequestId(self._serve_with_abort)
         self._deadline: asyncio.TimerHandle | None = None
 
     async def _serve_with_abort(self, scope: Scope, receive: Receive, send: Send) -> None:

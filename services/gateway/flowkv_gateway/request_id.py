@@ -1,4 +1,4 @@
-"""Gives a client's `x-request-id` back to it, on every response."""
+"""Gives a client's `x-request-id` back to it, on every response to a request that could be read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _MAX_BYTES = 256
 
 
 class EchoRequestId:
-    """ASGI middleware. Ids that are very long are left out."""
+    """ASGI middleware, around all that can respond. Ids that are very long are left out."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
