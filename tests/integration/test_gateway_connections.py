@@ -15,6 +15,7 @@ import openai
 import pytest
 from gateway_support import MODEL, ScriptedGenerator, text_pieces, write_tokenizer
 from prometheus_client import CollectorRegistry
+from starlette.types import Message
 
 from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import Full
@@ -349,3 +350,39 @@ async def test_a_client_that_never_reads_does_not_hold_the_server_up(tokenizer: 
         async with gateway.ask(stream=True):
             gateway.leave.set()
             await gateway.generator.was_cancelled.wait()
+
+
+async def test_who_is_cut_off_at_the_end_and_does_not_read_is_no_client_that_left(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    settings = GatewaySettings(model_path="unused", model_name=MODEL)
+    generator, registry = ScriptedGenerator([asyncio.Event()]), CollectorRegistry()
+    app = build_app(settings, tokenizer, generator, registry, SamplingDefaults(), asyncio.Event())
+    body = [json.dumps(CHAT).encode()]
+    is_told = asyncio.Event()
+
+    async def receive() -> Message:
+        if body:
+            return {"type": "http.request", "body": body.pop()}
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(_: Message) -> None:
+        is_told.set()
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    async with asyncio.timeout(10):
+        serving = asyncio.create_task(app(scope, receive, send))
+        await generator.was_asked.wait()
+        serving.cancel()  # the time to drain is over
+        await is_told.wait()
+        serving.cancel()  # the time for a last word, too
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+    [line] = [record.__dict__["fields"] for record in caplog.records if hasattr(record, "fields")]
+    assert (line["status"], line["error"]) == (503, "Unavailable")
+    labels = {"model_name": MODEL, "finished_reason": "error"}
+    assert registry.get_sample_value("vllm:request_success_total", labels) == 1
+    assert registry.get_sample_value("flowkv_gateway_errors_total", {"status": "503"}) == 1

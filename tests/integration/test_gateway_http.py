@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import socket
 import statistics
 import time
@@ -447,6 +448,8 @@ async def test_one_failing_choice_cancels_the_others(gateway: Gateway, tokenizer
     response = await gateway.http.post("/v1/chat/completions", json={**CHAT, "n": 3})
     assert response.status_code == 429
     assert len(gateway.generator.cancelled) == 2
+    assert await gateway.metric('vllm:request_success_total{finished_reason="error"') == 3
+    assert await gateway.metric('vllm:request_success_total{finished_reason="abort"') == 0
 
 
 class FullOnThird(asyncio.Event):
@@ -521,6 +524,8 @@ async def test_unknown_paths_and_methods(gateway: Gateway) -> None:
     response = await gateway.http.get("/v1/chat/completions")
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
     assert "error" in response.json()
+    for status, number in ((404, 5), (405, 1)):
+        assert await gateway.metric(f'flowkv_gateway_errors_total{{status="{status}"}}') == number
 
 
 async def test_no_response_waits_for_an_acknowledgement(gateway: Gateway) -> None:
@@ -581,6 +586,16 @@ async def test_a_client_that_leaves_cancels_its_request(
         await gateway.generator.was_cancelled.wait()
     assert await gateway.metric('vllm:request_success_total{finished_reason="abort"') == 1
     assert await gateway.metric("flowkv_gateway_open_choices") == 0
+
+
+async def test_nobody_is_shown_an_error_who_left_before_the_request_was_whole(
+    gateway: Gateway, lines: Lines
+) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
+    writer.close()
+    assert (await line_of(lines, 1))["status"] == 499
+    assert await gateway.metric("flowkv_gateway_errors_total") == 0
 
 
 async def test_a_client_that_never_reads_is_cut_off(
@@ -683,6 +698,8 @@ async def test_series_are_there_before_anything_has_happened(gateway: Gateway) -
         f"vllm:request_queue_time_seconds_count{{{label}}}",
     ):
         assert f"\n{series} 0.0\n" in text, series
+    statuses = re.findall(r'flowkv_gateway_errors_total{status="(\d+)"} 0.0', text)
+    assert statuses == ["400", "404", "405", "408", "413", "429", "500", "503", "504"]
 
 
 async def test_times_of_a_request_add_up(gateway: Gateway, tokenizer: Tokenizer) -> None:

@@ -29,7 +29,7 @@ from flowkv_gateway.answering import Answer
 from flowkv_gateway.body import read_body
 from flowkv_gateway.choice import Display
 from flowkv_gateway.errors import ModelNotFound
-from flowkv_gateway.errors_http import error_response, on_http_exception, status_of
+from flowkv_gateway.errors_http import error_response, http_exception_response, status_of
 from flowkv_gateway.generation import Generator
 from flowkv_gateway.metrics import GatewayMetrics
 from flowkv_gateway.openai import ChatShape, Model, ModelList, Shape, TextShape, Writer
@@ -80,7 +80,7 @@ def build_app(
         middleware=[Middleware(CloseWhileStopping, stop)],
         exception_handlers={
             FlowKVError: api.on_error,
-            HTTPException: on_http_exception,
+            HTTPException: api.on_http_exception,
             Exception: api.on_unexpected,
         },
     )
@@ -156,6 +156,11 @@ class Api:
         self._metrics.count_error(status_of(error))
         self._log.refused(request, error)
         return error_response(error)
+
+    async def on_http_exception(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        self._metrics.count_error(error.status_code)
+        return http_exception_response(request, error)
 
     async def on_unexpected(self, request: Request, _: Exception) -> Response:
         """Our own fault. What exactly is for the log: starlette raises the error again."""

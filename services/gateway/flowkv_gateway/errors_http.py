@@ -12,23 +12,23 @@ from starlette.responses import Response
 from flowkv_common.errors import FlowKVError
 from flowkv_gateway.errors import ContextLengthExceeded, ModelNotFound
 
+CLIENT_HAS_GONE = 499
 _TYPES = {
     400: "invalid_request_error",
-    401: "authentication_error",
     404: "not_found_error",
     405: "invalid_request_error",
     408: "timeout_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
-    431: "invalid_request_error",
-    499: "request_cancelled",
+    CLIENT_HAS_GONE: "request_cancelled",
     500: "server_error",
     503: "service_unavailable",
     504: "timeout_error",
 }
-STATUSES = tuple(_TYPES)
-_RETRYABLE = {429, 503}
+SHOWN_STATUSES = tuple(status for status in _TYPES if status != CLIENT_HAS_GONE)
+"""What requests are answered with that could be read. Broken HTTP has statuses of its own, as 431 and 505."""
 
+_RETRYABLE = {429, 503}
 
 _CODES: dict[type[FlowKVError], str] = {
     ContextLengthExceeded: "context_length_exceeded",
@@ -70,9 +70,8 @@ def plain_error(status: int, message: str) -> Response:
     return Response(_body(status, message, None, None), status, media_type="application/json")
 
 
-def on_http_exception(request: Request, error: Exception) -> Response:
+def http_exception_response(request: Request, error: HTTPException) -> Response:
     """No such path, or not with this method."""
-    assert isinstance(error, HTTPException)
     body = _body(error.status_code, f"{error.detail}: {request.method} {request.url.path}", None, None)
     return Response(body, error.status_code, error.headers, media_type="application/json")
 

@@ -5,7 +5,6 @@ One choice counts as one request, as in vLLM. Times are taken where the client f
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
@@ -15,9 +14,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from flowkv_common.errors import Cancelled
+from flowkv_common.errors import Cancelled, FlowKVError
 from flowkv_gateway.choice import Choice
-from flowkv_gateway.errors_http import STATUSES
+from flowkv_gateway.errors_http import CLIENT_HAS_GONE, SHOWN_STATUSES
 from flowkv_gateway.generation import Generation, Load
 
 # vLLM's buckets: dashboards compute percentiles from them.
@@ -114,7 +113,7 @@ class GatewayMetrics(Collector):
             "flowkv_gateway_slow_clients", "Streams cut since nobody read them", registry=registry
         )
         self._errors = Counter("flowkv_gateway_errors", "Errors shown", ["status"], registry=registry)
-        for status in STATUSES:
+        for status in SHOWN_STATUSES:
             self._errors.labels(str(status))
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
@@ -137,26 +136,34 @@ class GatewayMetrics(Collector):
             yield gauge
 
     def count_error(self, status: int) -> None:
-        self._errors.labels(str(status)).inc()
+        """Of an error that is shown: one whose client has gone is not."""
+        if status != CLIENT_HAS_GONE:
+            self._errors.labels(str(status)).inc()
 
     @contextlib.contextmanager
     def observe(self, choice: Choice) -> Iterator[ChoiceTimes]:
-        """Measures one choice, however it ends."""
+        """Measures one choice while it is made. One that is not finished then is for `count_unfinished`."""
         times = ChoiceTimes(self, choice.generation)
         self._open.inc()
-        reason = "error"
         try:
             yield times
-            reason = choice.finish_reason or "error"
-        except (asyncio.CancelledError, Cancelled):
-            reason = "abort"
-            raise
         finally:
             self._open.dec()
-            self._finished.labels(self._model_name(), reason).inc()
-            if reason in ("stop", "length"):
+            if choice.finish_reason is not None:
+                self._finished.labels(self._model_name(), choice.finish_reason).inc()
                 self._observe_lengths(choice)
                 times.end(choice.num_tokens)
+
+    def count_unfinished(self, choices: Iterable[Choice], error: FlowKVError | None) -> None:
+        """Those of `choices` that were cut off when their request ended with `error`.
+
+        A choice alone can't say why: it is cancelled alike when its client leaves, when another choice of its
+        request fails and when the server stops.
+        """
+        reason = "abort" if isinstance(error, Cancelled) else "error"
+        for choice in choices:
+            if choice.finish_reason is None:
+                self._finished.labels(self._model_name(), reason).inc()
 
     def _observe_lengths(self, choice: Choice) -> None:
         self.prompt_length.observe(len(choice.generation.prompt_ids))

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
+from itertools import chain
 from typing import Protocol
 
 from msgspec import UNSET, UnsetType
@@ -159,9 +160,13 @@ class AnswerResponse:
             if not working.cancelled():
                 error = working.result()
         except asyncio.CancelledError:  # the server's time to stop is over
-            is_complete = not working.cancelled()
-            error = working.result() if is_complete else await self._tell(sink, abort, Unavailable(STOPPED))
+            if not working.cancelled():
+                error = working.result()
+            else:
+                error = Unavailable(STOPPED)  # also if the client does not hear of it
+                await self._tell(sink, abort, error)
         finally:
+            self._metrics.count_unfinished(chain.from_iterable(self._answer.groups), error)
             self._on_end(error)
 
     def _sink(self, scope: Scope, receive: Receive, send: Send) -> Sink:
