@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_support import CARD
+from gateway_support import CARD, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +20,9 @@ from flowkv_gateway.generation import Generation
 from flowkv_gateway.params import ChatRequest, CompletionRequest, TokenizeRequest
 from flowkv_gateway.parsing import parse_json
 from flowkv_gateway.planning import plan
+from flowkv_gateway.prompts import chat_prompt, tokenize_prompt
 from flowkv_gateway.sampling_defaults import SamplingDefaults, load_sampling_defaults
+from flowkv_gateway.tokenizer import Tokenizer
 from flowkv_gateway.unserved import (
     CHANGE_NOTHING,
     CHAT,
@@ -272,10 +274,43 @@ def test_a_prompt_that_leaves_room_for_one_token() -> None:
     assert generation.sampling.max_tokens == 1
 
 
+def test_min_tokens_over_the_room_that_a_prompt_leaves() -> None:
+    [[generation]] = planned(completion(min_tokens=8, max_tokens=200), [1] * 120)
+    assert generation.sampling.min_tokens == generation.sampling.max_tokens == 8
+    with pytest.raises(BadRequest, match=r"may have, 8 tokens: .* prompt leaves of the model's 128 tokens"):
+        planned(completion(min_tokens=9, max_tokens=200), [1] * 120)
+
+
 def test_too_many_choices() -> None:
     assert len(planned(completion(n=64), [1], [2])) == 2
     with pytest.raises(BadRequest):
         planned(completion(n=65), [1], [2])
+
+
+SHOWS_ALL = "{{ messages[0].content }}|{{ tools is none }}|{{ documents is none }}|{{ tools }}{{ documents }}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "hi|True|True|NoneNone"),
+        ({"tools": [], "documents": []}, "hi|True|True|NoneNone"),
+        ({"tools": [{"a": 1}], "tool_choice": "none"}, "hi|True|True|NoneNone"),
+        ({"tools": [{"a": 1}], "tool_choice": "auto"}, "hi|False|True|[{'a': 1}]None"),
+        ({"documents": [{"a": 1}]}, "hi|True|False|None[{'a': 1}]"),
+    ],
+    ids=str,
+)
+async def test_what_is_tokenized_is_what_is_answered(
+    tmp_path: Path, fields: dict[str, Any], text: str
+) -> None:
+    (write_tokenizer(tmp_path) / "chat_template.jinja").write_text(SHOWS_ALL)
+    tokenizer = Tokenizer.load(tmp_path)
+    messages = [{"role": "user", "content": "hi"}]
+    counted = parse_request(json.dumps({"messages": messages, **fields}).encode(), TokenizeRequest)
+    assert await tokenizer.decode(await tokenize_prompt(counted, tokenizer)) == text
+    answered = chat(messages=messages, **fields)
+    assert await tokenizer.decode(await chat_prompt(answered, tokenizer)) == text
 
 
 # --- fields that are known and not served ------------------------------------------------------------------
@@ -303,6 +338,23 @@ def test_a_known_field_is_refused_by_its_name_unless_it_asks_for_nothing(row: Re
             assert caught.value.field == row.name
         for value in row.accepted:
             served(endpoint, **{row.name: value})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"echo": off} for off in ("false", "0", 0, "False")),
+        *({"use_beam_search": "false"}, {"return_tokens_as_token_ids": 0}, {"include_reasoning": "true"}),
+        *({"thinking_token_budget": "-1"}, {"thinking_token_budget": -1.0}, {"watermarking": "false"}),
+    ],
+    ids=str,
+)
+def test_a_flag_or_number_that_asks_for_nothing_may_be_written_as_text(fields: dict[str, Any]) -> None:
+    served(CHAT, **fields)
+    [name] = fields
+    with pytest.raises(BadRequest, match=f"{name} is not supported") as caught:
+        served(CHAT, **{name: {"include_reasoning": "false"}.get(name, "1")})
+    assert caught.value.field == name
 
 
 def test_a_field_of_another_endpoint_is_unknown() -> None:

@@ -8,6 +8,7 @@ wrote wrongly as none. What would be lost (an image), or can't have been an answ
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -70,7 +71,7 @@ def check_messages(messages: list[ChatMessage]) -> None:
                 raise BadRequest("The part has no text.", field=f"{field}[{at}].text")
 
 
-def for_template(messages: list[ChatMessage]) -> list[dict[str, Any]]:
+def for_template(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """Checked messages as templates expect them: plain text, arguments of tool calls as objects."""
     return [_for_template(message, place) for place, message in enumerate(messages)]
 

@@ -86,7 +86,11 @@ def _sampling(
 ) -> SamplingParams:
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:
-        raise BadRequest(f"min_tokens is over max_tokens, {max_tokens}.", field="min_tokens")
+        raise BadRequest(
+            f"min_tokens, {min_tokens}, is over what this answer may have, {max_tokens} tokens: that is "
+            f"max_tokens or, if less, what the prompt leaves of the model's {card.max_model_len} tokens.",
+            field="min_tokens",
+        )
     bias = request.logit_bias if isinstance(request.logit_bias, dict) else {}
     _check_ids(bias, card, "logit_bias")
     stop_token_ids = request.stop_token_ids or []

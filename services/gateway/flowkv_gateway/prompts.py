@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from flowkv_common.errors import BadRequest
 from flowkv_gateway.chat_template import Conversation
-from flowkv_gateway.messages import for_template
+from flowkv_gateway.messages import ChatMessage, for_template
 from flowkv_gateway.params import MAX_CHOICES, ChatRequest, CompletionRequest, TokenizeRequest
 from flowkv_gateway.tokenizer import Tokenizer
 
@@ -16,14 +16,7 @@ T = TypeVar("T")
 
 async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer) -> list[int]:
     """Raises BadRequest if the model's template refuses the messages."""
-    conversation = Conversation(
-        for_template(request.messages),
-        tools=None if request.tool_choice == "none" else request.tools,
-        documents=request.documents,
-        template_kwargs=request.chat_template_kwargs or {},
-        add_generation_prompt=request.add_generation_prompt is not False,
-        continue_final_message=bool(request.continue_final_message),
-    )
+    conversation = _conversation(request, request.messages)
     return await tokenizer.encode_chat(conversation, add_special_tokens=bool(request.add_special_tokens))
 
 
@@ -53,14 +46,20 @@ def _only(kind: type[T], items: Sequence[object]) -> list[T]:
 
 async def tokenize_prompt(request: TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
     if request.messages is not None:
-        conversation = Conversation(
-            for_template(request.messages),
-            tools=request.tools,
-            template_kwargs=request.chat_template_kwargs or {},
-            add_generation_prompt=request.add_generation_prompt is not False,
-            continue_final_message=bool(request.continue_final_message),
-        )
+        conversation = _conversation(request, request.messages)
         return await tokenizer.encode_chat(conversation, add_special_tokens=bool(request.add_special_tokens))
     adds_special = request.add_special_tokens is not False
     [token_ids] = await tokenizer.encode([request.prompt or ""], add_special_tokens=adds_special)
     return token_ids
+
+
+def _conversation(request: ChatRequest | TokenizeRequest, messages: Sequence[ChatMessage]) -> Conversation:
+    return Conversation(
+        for_template(messages),
+        # Templates ask whether there are any in their own ways: `is not none` is one of them.
+        tools=None if request.tool_choice == "none" else request.tools or None,
+        documents=request.documents or None,
+        template_kwargs=request.chat_template_kwargs or {},
+        add_generation_prompt=request.add_generation_prompt is not False,
+        continue_final_message=bool(request.continue_final_message),
+    )

@@ -31,6 +31,14 @@ class Refused(NamedTuple):
     accepted: Sequence[Any]
     reason: str
 
+    @property
+    def kind(self) -> Any:
+        """What its value is read as: flags and numbers may be written as text, as in served fields."""
+        for kind in (bool, int):
+            if any(type(value) is kind for value in self.accepted):
+                return kind | None
+        return Any
+
 
 _CONSTRAINED = "output can't be constrained"
 _REASONING = "reasoning is not told from the rest of the answer"
@@ -45,7 +53,7 @@ REFUSED = [
             *("structural_tag", "regex", "ebnf", "grammar", "json_schema"),
         )
     ),
-    Refused("tool_choice", (CHAT,), (None, "none", "auto"), f"{_TOOLS}; use `auto` or `none`"),
+    Refused("tool_choice", (CHAT, TOKENIZE), (None, "none", "auto"), f"{_TOOLS}; use `auto` or `none`"),
     Refused("functions", (CHAT,), _UNLESS_FILLED, "use `tools`, which replaced it"),
     Refused("function_call", (CHAT,), (None, "none", "auto"), _TOOLS),
     Refused("reasoning_effort", (CHAT,), _UNLESS_GIVEN, _REASONING),
@@ -118,7 +126,7 @@ def parse_request(body: bytes, kind: type[B]) -> B:
     """The `kind` in `body`. Raises BadRequest for what it can't be, and for what is known and not served."""
     request: B = parse_json(body, _with_refused(kind))
     for row in _rows(kind):
-        if not _is_one_of(getattr(request, row.name), row.accepted):
+        if getattr(request, row.name) not in row.accepted:
             raise BadRequest(f"{row.name} is not supported: {row.reason}.", field=row.name)
     return request
 
@@ -130,12 +138,5 @@ def _rows(kind: type[Body]) -> list[Refused]:
 @cache
 def _with_refused(kind: type[Body]) -> type[Any]:
     """The struct `kind` with the fields refused there: a body may be large, and is read only once."""
-    names = [row.name for row in _rows(kind) if row.name not in kind.__struct_fields__]
-    return msgspec.defstruct(
-        kind.__name__, [(name, Any, None) for name in names], bases=(kind,), kw_only=True
-    )
-
-
-def _is_one_of(value: Any, accepted: Sequence[Any]) -> bool:
-    # By type, too: 0 equals False, and is none.
-    return any(type(value) is type(one) and value == one for one in accepted)
+    refused = [(row.name, row.kind, None) for row in _rows(kind) if row.name not in kind.__struct_fields__]
+    return msgspec.defstruct(kind.__name__, refused, bases=(kind,), kw_only=True)
