@@ -293,6 +293,31 @@ def test_room_that_those_ahead_cant_use_is_given_away() -> None:
     assert choice.decode.node_id == "d0"
 
 
+def test_room_is_kept_at_one_node_for_each_request_ahead() -> None:
+    """Three nodes have a place each: one is kept, and the next two who come get the others."""
+    nodes = [PAIR[0], *(node(f"d{i}", "decode", num_running=15) for i in range(3))]
+    waiting = waiting_behind([request(request_id="first", age_s=2.0)])
+    choice = decide(request(request_id="second", age_s=1.0), nodes, waiting)
+    assert isinstance(choice, Choice)
+    assert choice.decode.node_id != "d0"
+    three = waiting_behind([request(request_id=f"r{i}", age_s=2.0) for i in range(3)])
+    assert isinstance(decide(request(request_id="fourth", age_s=1.0), nodes, three), Wait)
+
+
+def test_a_request_that_waits_for_a_first_node_is_served_before_a_later_one() -> None:
+    waiting = Waiting()
+    waiting.note(request(request_id="first", age_s=5.0), "", Work(), 0.5, 0.0)
+    nodes = [PAIR[0], full_node(15)]
+    assert isinstance(decide(request(request_id="late"), nodes, waiting), Wait)
+    assert isinstance(decide(request(request_id="first", age_s=5.0), nodes, waiting), Choice)
+
+
+def test_requests_for_another_model_hold_no_room_here() -> None:
+    other = msgspec.structs.replace(request(request_id="first", age_s=2.0), fingerprint="another")
+    nodes, waiting = [PAIR[0], full_node(15)], waiting_behind([other])
+    assert isinstance(decide(request(request_id="second", age_s=1.0), nodes, waiting), Choice)
+
+
 def test_the_retry_of_a_running_request_stands_before_all_others() -> None:
     nodes = [PAIR[0], node("d0", "decode", num_running=2, free=9)]
     waiting = waiting_behind([request(request_id="urgent", age_s=50.0, priority=-6)])

@@ -1,8 +1,7 @@
 """Who was told to ask again, in which order they are served, and at which node each of them stands. Pure.
 
-Gateways do the waiting, so nobody stands here in person. But who waits is known, and so no room is given to
-a request that one before it could take. A request that fits nowhere yet stands at the node that will have
-room for it first: there room is saved for it, and nowhere else.
+Gateways do the waiting, and this only knows who waits. A request that fits nowhere yet stands at the node
+that will have room for it first. Room is kept for it at one node alone: see `weighing.py:Weighing.has_place`.
 """
 
 from __future__ import annotations
@@ -50,7 +49,10 @@ class _Line:
 
 
 class Waiting:
-    """All operations take O(log n); what is not heard of again is forgotten. `now`: seconds of any clock."""
+    """What is not heard of again is forgotten. `now`: seconds of any clock.
+
+    All operations take O(log n), but for `ahead_of`, which goes through those ahead.
+    """
 
     def __init__(self) -> None:
         self._waiters: dict[str, Waiter] = {}

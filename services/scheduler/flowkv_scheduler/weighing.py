@@ -5,7 +5,8 @@ Pure: plain data in, costs out; no clock, no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from itertools import islice
 from operator import attrgetter
 
@@ -75,7 +76,7 @@ class Weighing:
         self.state = state
         self.goals = goals
         self.now = now
-        self.waiting = waiting or Waiting()
+        self.waiting = Waiting() if waiting is None else waiting
         self.turn = self.waiting.turn_of(request, now)
         self.hits = state.prefixes.hits(keys_of(request.block_hashes), now)
         self.groups = state.index.groups_of(request.fingerprint)
@@ -96,20 +97,46 @@ class Weighing:
         return self.is_of_model(node) and node.is_usable(self.now)
 
     def has_place(self, node: NodeView) -> bool:
-        """Does the request fit on the node now, beside those before it that could take the room?
+        """Does the request fit on the node now, beside what is kept there for those before it?"""
+        return self._fits(node, NOTHING) and self._fits(node, self._kept.get(node.node_id, NOTHING))
 
-        Room counts for who stands at this node, whether it is enough for it yet or not, and for who stands
-        elsewhere and would find enough here.
+    @functools.cached_property
+    def _kept(self) -> dict[str, Work]:
+        """Node id -> the room there that is kept for waiting requests that come before this one.
+
+        Each gets it at one node alone: where it stands, or else another that has enough for it now. If none
+        has, room is saved where it stands until there is enough. A node with nothing left is not looked at
+        again, so this takes a step per waiting request and one per free place.
         """
-        if not self._fits(node, NOTHING):
-            return False
-        held = NOTHING
+        kept: dict[str, Work] = {}
+        if not self.waiting:
+            return kept
+        usable = list(filter(self.is_of_model, self.state.usable(self.now)))
+        decode = [node for node in usable if node.may_decode] or usable
+        open_nodes = {node.node_id: node for node in decode if _has_room(node, NOTHING)}
         for other in self.waiting.ahead_of(self.turn):
-            if other.node_id == node.node_id or self._could_take(node, other, held):
-                held = held.plus(other.need)
-                if not self._fits(node, held):
-                    return False
-        return True
+            if not open_nodes:
+                break
+            if other.request.fingerprint != self.request.fingerprint:
+                continue
+            node = self._node_for(other, open_nodes, kept)
+            if node is None:
+                continue
+            held = kept.get(node.node_id, NOTHING).plus(need_at(node, other.request))
+            kept[node.node_id] = held
+            if not _has_room(node, held):
+                del open_nodes[node.node_id]
+        return kept
+
+    def _node_for(
+        self, other: Waiter, open_nodes: Mapping[str, NodeView], kept: Mapping[str, Work]
+    ) -> NodeView | None:
+        """Of the open nodes the one where room is kept for a waiting request."""
+        own = open_nodes.get(other.node_id)
+        for node in [own, *open_nodes.values()] if own else open_nodes.values():
+            if self._could_take(node, other, kept.get(node.node_id, NOTHING)):
+                return node
+        return own
 
     def _fits(self, node: NodeView, held: Work) -> bool:
         """Is there room for the whole prompt and a token, a place, and rhythm, with `held` for others?"""
@@ -118,11 +145,10 @@ class Weighing:
         return self.over_s(node, held) <= 0.0 or not self.respects_rhythm(node)
 
     def _could_take(self, node: NodeView, other: Waiter, held: Work) -> bool:
-        """Would one who stands elsewhere get its room here, if it asked now?"""
-        if other.need.num_blocks + held.num_blocks > node.num_available_blocks:
+        """Would a waiting request get room there, beside `held`, if it asked now?"""
+        num_blocks = node.num_blocks_for_prompt(other.request.num_prompt_tokens)
+        if num_blocks + held.num_blocks > node.num_available_blocks or node.node_id in other.request.avoid:
             return False  # most often, and soon seen
-        if node.node_id in other.request.avoid:
-            return False
         its = Weighing(other.request, self.state, self.goals, self.now, self.waiting)
         return its.takes_sequence(node) and its._fits(node, held)
 
@@ -264,6 +290,11 @@ def need_at(node: NodeView, request: ScheduleRequest) -> Work:
 def num_missing_places(node: NodeView, ahead: Work) -> int:
     """In the batch, for one more behind those ahead."""
     return node.num_sequences + ahead.num_sequences + 1 - max(1, node.report.max_num_seqs)
+
+
+def _has_room(node: NodeView, held: Work) -> bool:
+    """Is there a block and a place left, beside `held`?"""
+    return node.num_available_blocks > held.num_blocks and num_missing_places(node, held) <= 0
 
 
 def _but(avoid: frozenset[str], accepts: Accepts) -> Accepts:
