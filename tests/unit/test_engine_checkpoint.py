@@ -181,7 +181,7 @@ def test_a_missing_shard_and_a_truncated_file_are_named(
     (folder / "model.safetensors").rename(folder / "one.safetensors")
     index = {"weight_map": dict.fromkeys(tensors, "one.safetensors") | {DOWN: "two.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "lacks two.safetensors, which model.safetensors.index.json names" in refusal(folder, monkeypatch)
+    assert "lacks two.safetensors, which its index of weights names" in refusal(folder, monkeypatch)
 
     folder = make(tmp_path / "cut")
     file = folder / "model.safetensors"

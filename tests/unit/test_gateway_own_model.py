@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from gateway_support import write_tokenizer
 from tiny_models import make_tiny_model
 
-from flowkv_common.fingerprint import model_files
+from flowkv_common.errors import CannotStart
+from flowkv_common.fingerprint import fingerprint, model_files
 from flowkv_common.wire.parts import ModelCard, ModelFiles
 from flowkv_gateway.own_model import OwnModel
 
@@ -73,3 +75,52 @@ def test_files_are_told_apart_by_content_wherever_they_lie(tmp_path: Path) -> No
     )
     assert model_files(one, has_weights=False).weights == ""
     assert model_files(tmp_path) == ModelFiles()
+
+
+def digests(folder: Path) -> tuple[str, str]:
+    """What nodes compare before they hand KV over, and what a gateway compares."""
+    return fingerprint(folder, "float32", has_weights=True), model_files(folder).weights
+
+
+def folder_with(folder: Path, **files: str) -> Path:
+    folder.mkdir()
+    for name, content in {"config.json": "{}", **files}.items():
+        (folder / name).write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "pytorch_model.bin",
+        "model.safetensors.index.json",
+        "pytorch_model.bin.index.json",
+    ],
+)
+@pytest.mark.parametrize(
+    "stray",
+    ["consolidated.safetensors", "adapter_model.safetensors", "pytorch_model-old.bin", "training_args.bin"],
+)
+def test_a_file_that_is_not_read_from_names_no_model(tmp_path: Path, name: str, stray: str) -> None:
+    index = json.dumps({"weight_map": {"a": "one", "b": "two", "c": "one"}})
+    files = {name: index, "one": "1"} if name.endswith(".json") else {name: "1"}
+    shard = "two" if name.endswith(".json") else name
+    one = digests(folder_with(tmp_path / "one", **files | {shard: "tuned once"}))
+    assert all(one)
+    assert digests(folder_with(tmp_path / "with", **files | {shard: "tuned once", stray: "x"})) == one
+    tuned = digests(folder_with(tmp_path / "tuned", **files | {shard: "tuned more", stray: "x"}))
+    assert set(tuned).isdisjoint(one)
+
+
+def test_a_folder_without_a_shard_of_its_index_counts_as_one_without_weights(tmp_path: Path) -> None:
+    index = {"model.safetensors.index.json": json.dumps({"weight_map": {"a": "one", "b": "two"}})}
+    assert model_files(folder_with(tmp_path / "none", **index)).weights == ""
+    assert model_files(folder_with(tmp_path / "some", **index, one="1")).weights == ""
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_cannot_be_read_is_named(tmp_path: Path, index: str) -> None:
+    folder = folder_with(tmp_path / "m", **{"model.safetensors.index.json": index})
+    with pytest.raises(CannotStart, match=r"model\.safetensors\.index\.json is no index of weights"):
+        model_files(folder)

@@ -5,9 +5,11 @@ Reads files alone, so that a gateway can tell its own model from others without 
 
 from __future__ import annotations
 
+import json
 from hashlib import blake2b
 from pathlib import Path
 
+from flowkv_common.errors import CannotStart
 from flowkv_common.wire.parts import ModelFiles
 
 NUM_SAMPLES = 64  # places per file, evenly spread
@@ -26,8 +28,14 @@ def fingerprint(folder: Path, dtype: str, *, has_weights: bool) -> str:
 
 
 def model_files(folder: Path, *, has_weights: bool = True) -> ModelFiles:
-    """The digests of what is in the folder; without those of weights if they are not what is served."""
+    """The digests of what is in the folder; without those of weights if they are not what is served.
+
+    Where only some of the weight files lie in the folder it counts as one without weights. Raises
+    `CannotStart` as `weight_files`.
+    """
     weights = weight_files(folder) if has_weights else []
+    if not all(file.is_file() for file in weights):
+        weights = []
     digest = _new_digest()
     for file in weights:
         _add_samples(digest, file)
@@ -39,8 +47,26 @@ def model_files(folder: Path, *, has_weights: bool = True) -> ModelFiles:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, in a fixed order; safetensors if there are any."""
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    """The files that `transformers` reads weights from, in a fixed order; none if there are none.
+
+    One whole file, or all the shards that an index names, whether they are there or not: a file that merely
+    lies beside them holds no weights of the model. Raises `CannotStart` if the index can't be read.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _shards(index)
+    return []
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = json.loads(index.read_bytes())["weight_map"].values()
+        return sorted({index.parent / name for name in names})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CannotStart(f"{index} is no index of weights: {error!r}") from error
 
 
 def _new_digest() -> blake2b:

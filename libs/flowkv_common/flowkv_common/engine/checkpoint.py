@@ -5,7 +5,6 @@ Says so before weights are read. Whatever would be left out of a model, or made 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers.modeling_utils import load_state_dict
 
 from flowkv_common.engine.quiet import first_line, quiet
 from flowkv_common.engine.servable import UnsupportedModel
+from flowkv_common.fingerprint import weight_files
 
 SHOWN = 3  # names in a message
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -31,23 +31,6 @@ QUANTIZER_FILES = {
     "quantize_config.json": "GPTQ",
     "quant_config.json": "AWQ",
 }
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The files that `transformers` reads weights from. Raises `UnsupportedModel` if there are none."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            files = {folder / file for file in json.loads(index.read_text())["weight_map"].values()}
-            if absent := sorted(file.name for file in files if not file.is_file()):
-                raise UnsupportedModel(f"{folder} lacks {_some(absent)}, which {index.name} names")
-            return sorted(files)
-    raise UnsupportedModel(
-        f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin, no index of several such "
-        "files; load format dummy makes random ones"
-    )
 
 
 def readable_config(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
@@ -78,7 +61,7 @@ def refuse_incomplete(folder: Path, config: PretrainedConfig) -> None:
 
     Loads them as `transformers` would, but on torch's meta device: of every tensor the name, type and shape.
     """
-    tensors = _headers(checkpoint_files(folder))
+    tensors = _headers(_checkpoint_files(folder))
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     ignored = [*HARMLESS, *_drafting_layers(config), *(model_class._keys_to_ignore_on_load_unexpected or [])]
     if getattr(config, "quantization_config", None) is None:
@@ -109,6 +92,18 @@ def refuse_incomplete(folder: Path, config: PretrainedConfig) -> None:
     ]
     if complaints:
         raise UnsupportedModel(f"the weights in {folder} {', and '.join(complaints)}")
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    files = weight_files(folder)
+    if not files:
+        raise UnsupportedModel(
+            f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin, no index of several "
+            "such files; load format dummy makes random ones"
+        )
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise UnsupportedModel(f"{folder} lacks {_some(absent)}, which its index of weights names")
+    return files
 
 
 def _headers(files: list[Path]) -> dict[str, Tensor]:
