@@ -62,6 +62,53 @@ def test_every_end_of_text_counts(llama: Path, tmp_path: Path, files: dict[str, 
     assert eos_token_ids(tmp_path, AutoConfig.from_pretrained(llama)) == eos
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"special_tokens_map": "{bad"},
+        {"special_tokens_map": "[]"},
+        {"generation_config": "\x00"},
+        {"generation_config": '{"eos_token_id": "</s>"}'},
+        {"generation_config": '{"eos_token_id": [[2]]}'},
+        {"tokenizer_config": '{"eos_token": "</s>"}', "tokenizer": '{"model": 1}'},
+        {"tokenizer_config": '{"eos_token": "</s>"}', "tokenizer": '{"added_tokens": [{"id": 9}]}'},
+        {"tokenizer_config": '{"eos_token": "</s>"}', "tokenizer": '{"model": {"vocab": {"</s>": "9"}}}'},
+    ],
+)
+def test_a_file_that_names_no_end_of_text_in_a_readable_way_is_named_before_weights_are_read(
+    tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def read(*args: object, **kwargs: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("flowkv_common.engine.model._from_folder", read)
+    folder = make_tiny_model(tmp_path / "model")
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(content)
+    with pytest.raises(UnsupportedModel) as caught:
+        load(folder)
+    assert str(caught.value).startswith(
+        f"{folder / list(files)[-1]}.json does not say which token ends a text: "
+    )
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        "{}",
+        '{"model": null, "added_tokens": null}',
+        '{"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["</s>", -1.5]]}}',
+    ],
+)
+def test_a_tokenizer_without_such_a_token_adds_none(tmp_path: Path, tokenizer: str) -> None:
+    folder = make_tiny_model(tmp_path / "model")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "other": Infinity}')
+    (folder / "tokenizer.json").write_text(tokenizer)
+    assert load(folder).eos_token_ids == [2]
+
+
 def test_the_card_has_every_end_of_text(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "model")
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')

@@ -77,6 +77,7 @@ def load_model(
         kv_shape = dry_run(config)
     except UnsupportedModel as error:
         raise refusal(path, config, error) from error
+    eos = eos_token_ids(folder, config)
     if not is_dummy:
         config = readable_config(folder, config)
         refuse_incomplete(folder, config)
@@ -88,7 +89,7 @@ def load_model(
         fingerprint=fingerprint(folder, str(dtype), has_weights=not is_dummy),
         max_model_len=max_model_len(config),
         vocab_size=config.vocab_size,
-        eos_token_ids=eos_token_ids(folder, config),
+        eos_token_ids=eos,
         files=model_files(folder, has_weights=not is_dummy),
     )
     on_progress(f"loaded {card.name}: {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters")
