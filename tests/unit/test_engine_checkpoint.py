@@ -108,10 +108,30 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     "name",
-    ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.cos_cached", "mtp.layers.0.weight"],
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.cos_cached",
+        "mtp.layers.0.weight",
+        "v_head.summary.weight",
+    ],
 )
 def test_what_no_model_reads_is_no_reason_to_refuse(tmp_path: Path, name: str) -> None:
     load(make(tmp_path / "m", lambda tensors: tensors.update({name: torch.zeros(8)})))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.attn.bias", "model.layers.0.attention.bias"])
+def test_a_causal_mask_that_was_saved_is_no_reason_and_a_packed_bias_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for dtype in (torch.bool, torch.uint8):
+        mask = torch.ones(1, 1, 8, 8, dtype=dtype)
+        load(make(tmp_path / str(dtype), lambda tensors, mask=mask: tensors.update({name: mask})))
+    for i, other in enumerate((torch.ones(8, dtype=torch.uint8), torch.ones(8, 8, dtype=torch.int8))):
+        folder = make(tmp_path / str(i), lambda tensors, other=other: tensors.update({name: other}))
+        with monkeypatch.context() as patch:
+            assert f"int8 ({name})" in refusal(folder, patch)
+    folder = make(tmp_path / "floats", lambda tensors: tensors.update({name: torch.ones(8, 8)}))
+    assert refusal(folder, monkeypatch).endswith(f"hold what the model has no place for: {name}")
 
 
 def test_layers_that_a_config_tells_to_be_a_drafters_are_harmless(tmp_path: Path) -> None:
@@ -167,9 +187,25 @@ def test_fp8_of_transformers_is_read_as_the_floats_that_it_stands_for(tmp_path: 
     assert (read - plain).abs().max() < plain.abs().max() / 16  # 3 bits of mantissa
 
 
-def test_an_adapter_is_not_taken_for_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", [True, False], ids=["beside the model", "alone"])
+def test_an_adapter_is_not_taken_for_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
     folder = make(tmp_path / "m")
     (folder / "adapter_config.json").write_text("{}")
+    save_file({"lora_A": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    if not kept:
+        (folder / "model.safetensors").unlink()
+    assert "holds an adapter" in refusal(folder, monkeypatch)
+
+
+def test_a_merged_model_may_keep_the_config_of_its_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path / "m")
+    (folder / "adapter_config.json").write_text("{}")
+    load(folder)
+    (folder / "model.safetensors").unlink()
     assert "holds an adapter" in refusal(folder, monkeypatch)
 
 

@@ -21,10 +21,16 @@ from flowkv_common.fingerprint import weight_files
 
 SHOWN = 3  # names in a message
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-# Buffers that older versions of `transformers` wrote (each model computes its own), and layers that guess
-# further tokens for a drafter, which no model reads itself.
-HARMLESS = (r"\.(inv_freq|cos_cached|sin_cached|position_ids|masked_bias)$", r"(^|\.)mtp(\.|_)")
+# Buffers that older versions of `transformers` wrote (each model computes its own), and what no model reads
+# itself: layers that guess further tokens for a drafter, and a head that valued answers in training.
+HARMLESS = (
+    r"\.(inv_freq|cos_cached|sin_cached|position_ids|masked_bias)$",
+    r"(^|\.)mtp(\.|_)",
+    r"^v_head\.",
+)
+MASK_DTYPES = {torch.bool, torch.uint8}
 DEQUANTIZED = "fp8"  # quantized weights that are read: as the floats that they stand for
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # What other tools write beside config.json, each for weights that are not floats.
 QUANTIZER_FILES = {
     "hf_quant_config.json": "ModelOpt",
@@ -38,8 +44,10 @@ def readable_config(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
 
     Raises `UnsupportedModel` if it can't: they are quantized in another way, or only an adapter of a model.
     """
-    if (folder / "adapter_config.json").is_file():
-        raise UnsupportedModel(f"{folder} holds an adapter (LoRA), which is not served: merge it first")
+    if (folder / "adapter_config.json").is_file():  # a merged model may have kept it
+        adapters = [name for name in ADAPTER_FILES if (folder / name).is_file()]
+        if adapters or not weight_files(folder):
+            raise UnsupportedModel(f"{folder} holds an adapter (LoRA), which is not served: merge it first")
     quantization: dict[str, Any] = getattr(config, "quantization_config", None) or {}
     method = quantization.get("quant_method") or ("an unnamed method" if quantization else None)
     for name, tool in QUANTIZER_FILES.items():
@@ -63,7 +71,12 @@ def refuse_incomplete(folder: Path, config: PretrainedConfig) -> None:
     """
     tensors = _headers(_checkpoint_files(folder))
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    ignored = [*HARMLESS, *_drafting_layers(config), *(model_class._keys_to_ignore_on_load_unexpected or [])]
+    ignored = [
+        *HARMLESS,
+        *_saved_masks(tensors),
+        *_drafting_layers(config),
+        *(model_class._keys_to_ignore_on_load_unexpected or []),
+    ]
     if getattr(config, "quantization_config", None) is None:
         _refuse_packed(folder, _without(tensors, ignored), tensors)
     try:
@@ -115,6 +128,15 @@ def _headers(files: list[Path]) -> dict[str, Tensor]:
         except Exception as error:  # of several libraries: the file is not what its name says
             raise UnsupportedModel(f"{file} can't be read: {error}") from error
     return tensors
+
+
+def _saved_masks(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Patterns of the causal masks that models once kept as a buffer, under the name of a bias."""
+    return [
+        f"^{re.escape(name)}$"
+        for name, tensor in tensors.items()
+        if re.search(r"\.(attn|attention)\.bias$", name) and tensor.dtype in MASK_DTYPES and tensor.ndim >= 2
+    ]
 
 
 def _drafting_layers(config: PretrainedConfig) -> list[str]:
