@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -28,6 +33,83 @@ def test_a_path_is_itself(tmp_path: Path) -> None:
 def test_a_missing_path_is_not_taken_for_a_hub_id(spec: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no model folder"):
         resolve_model(spec, tmp_path, ignore)
+
+
+@contextmanager
+def hub(files: dict[str, str]) -> Iterator[str]:
+    """The part of a hub's HTTP API that fetches a repository, of files with the given contents."""
+    commit = "0" * 40
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = self.path.split("/")[-1]
+            if "/resolve/" in self.path:
+                self.answer(files[name].encode(), name)
+            elif "/tree/" in self.path:
+                tree = [
+                    {"type": "file", "path": file, "size": len(text), "oid": file}
+                    for file, text in files.items()
+                ]
+                self.answer(json.dumps(tree).encode())
+            else:
+                siblings = [{"rfilename": file} for file in files]
+                self.answer(json.dumps({"id": "org/m", "sha": commit, "siblings": siblings}).encode())
+
+        do_HEAD = do_GET
+
+        def answer(self, body: bytes, etag: str = "") -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", "application/json")
+            self.send_header("ETag", f'"{etag}"')
+            self.send_header("X-Repo-Commit", commit)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+SHARDS = {
+    "pytorch_model.bin.index.json": json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}}),
+    "pytorch_model-1.bin": "weights",
+}
+PICKLED = {"pytorch_model.bin": "weights"}
+ADAPTER = {"adapter_model.safetensors": "weights"}
+
+
+@pytest.mark.parametrize(
+    ("fetched", "left"),
+    [
+        ({"model.safetensors": "weights"}, PICKLED),
+        (PICKLED, {"training_args.bin": "{}"}),
+        (SHARDS, {"optimizer.bin": "{}"}),
+        (PICKLED | ADAPTER, {}),
+    ],
+)
+def test_pickled_weights_are_fetched_from_a_hub_that_has_no_others(
+    tmp_path: Path, fetched: dict[str, str], left: dict[str, str]
+) -> None:
+    fetched = {"config.json": "{}"} | fetched
+    with hub(fetched | left) as endpoint:
+        home = {"FLOWKV_CACHE": str(tmp_path), "HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint}
+        found = subprocess.run(
+            [sys.executable, "-m", "flowkv_common.engine.weights", "--model", "org/m"],
+            env={**home, "PYTHONPATH": ":".join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    assert found.returncode == 0, found.stderr
+    assert {path.name: path.read_text() for path in Path(found.stdout.strip()).iterdir()} == fetched
 
 
 def test_a_converted_model_is_found_without_touching_torch(tmp_path: Path) -> None:

