@@ -162,13 +162,19 @@ async def test_an_overload_is_refused_at_once_and_passes(tmp_path: Path, model_p
     async with paced(
         tmp_path, model_path, fit(prefill_token_s=0.01), max_wait_s=20, prefill=1, decode=1
     ) as system:
-        first = await stream_completion(system.http, prompt_of(CHUNK_TOKENS), max_tokens=2)
-        assert first.error is None  # the node has measured how fast it is, and reported it with the next load
+        async with observe(system.cluster.nats_url) as observer:
+            reports = await observer.events("flowkv.v1.load.prefill-0")
+            first = await stream_completion(system.http, prompt_of(CHUNK_TOKENS), max_tokens=2)
+            assert first.error is None
+            # Two reports on, the scheduler knows what the node has measured by it.
+            await reports.wait_for_all(len(reports.events) + 2)
         burst = [Arrival(0.0, num_prompt, num_outputs)] * num_requests
-        sending = asyncio.create_task(drive(system.cluster.url, burst))
         async with observe(system.cluster.nats_url) as observer:
             assignments = await observer.events("flowkv.v1.assignment.>")
+            finished = await observer.events("flowkv.v1.event.request_finished.*")
+            sending = asyncio.create_task(drive(system.cluster.url, burst))
             await assignments.wait_for_all(1)
+            await finished.wait_for_all(1)  # a refusal: a prompt takes 4 s
         system.set_slowdown(0.001)
         outcomes = await sending
         after = await served_again(system, prompt_of(CHUNK_TOKENS, seed=1))
