@@ -1,23 +1,20 @@
 # Two images. control: gateway and scheduler, without torch. engine: prefill, decode and the model's fetching.
 #   docker build --target control .
-#   docker build --target engine [--build-arg TORCH_INDEX=URL] [--build-arg EXTRAS=engine,cuda13] .
+#   docker build --target engine [--build-arg TORCH_INDEX=URL] [--build-arg EXTRAS="engine gpu"] .
 # TORCH_INDEX is a further package index to take torch from: PyTorch's index of CPU builds keeps CUDA, several GB,
-# out of the image. EXTRAS=engine,cuda13 adds what KV transfers between GPUs need (cuda, with a torch for CUDA 12).
+# out of the image. EXTRAS="engine gpu" adds what KV transfers between GPUs need (gpu12, with a torch for CUDA 12).
 ARG PYTHON=python:3.11-slim-bookworm
 
 FROM ${PYTHON} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-COPY constraints.txt docker/requirements.py ./
+COPY pyproject.toml constraints.txt docker/requirements.py ./
 
 # --- what comes from elsewhere: layers that a change of our code leaves alone -------------------------
 FROM build AS control-libs
 RUN python3 -m venv --without-pip /opt/venv
-COPY libs/flowkv_common/pyproject.toml libs/flowkv_common/
-COPY services/gateway/pyproject.toml services/gateway/
-COPY services/scheduler/pyproject.toml services/scheduler/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python3 requirements.py libs/flowkv_common services/gateway services/scheduler >requirements.txt && \
+    python3 requirements.py >requirements.txt && \
     pip --python /opt/venv install -c constraints.txt -r requirements.txt
 
 FROM build AS engine-libs
@@ -27,18 +24,16 @@ ARG EXTRAS=engine
 RUN python3 -m venv /opt/venv
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/venv/bin/pip install ${TORCH_INDEX:+--extra-index-url ${TORCH_INDEX}} -c constraints.txt torch
-COPY libs/flowkv_common/pyproject.toml libs/flowkv_common/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python3 requirements.py "libs/flowkv_common[${EXTRAS}]" >requirements.txt && \
+    python3 requirements.py ${EXTRAS} >requirements.txt && \
     /opt/venv/bin/pip install -c constraints.txt -r requirements.txt
 
 # --- FlowKV itself --------------------------------------------------------------------------------------
 FROM build AS code
+COPY README.md LICENSE ./
 COPY libs libs
 COPY services services
-RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --no-deps --target /opt/control ./libs/flowkv_common ./services/gateway ./services/scheduler && \
-    pip install --no-deps --target /opt/engine ./libs/flowkv_common ./services/prefill ./services/decode
+RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps --target /opt/flowkv .
 
 # --- the images -----------------------------------------------------------------------------------------
 FROM ${PYTHON} AS base
@@ -61,7 +56,7 @@ LABEL org.opencontainers.image.description="LLM serving with prefill and decode 
 FROM base AS control
 LABEL org.opencontainers.image.title=flowkv-control
 COPY --from=control-libs /opt/venv /opt/venv
-COPY --from=code /opt/control /opt/flowkv
+COPY --from=code /opt/flowkv /opt/flowkv
 CMD ["flowkv_gateway"]
 
 FROM base AS engine
@@ -69,11 +64,11 @@ LABEL org.opencontainers.image.title=flowkv-engine
 # On a GPU Triton compiles a launcher in C for each of its kernels.
 ARG EXTRAS=engine
 USER root
-RUN case ",${EXTRAS}," in *,cuda*) \
+RUN case " ${EXTRAS} " in *" gpu"*) \
     apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* ;; \
     esac
 USER 10001:10001
 ENV HF_HUB_DISABLE_TELEMETRY=1 NUMBA_CACHE_DIR=/kernels
 COPY --from=engine-libs /opt/venv /opt/venv
-COPY --from=code /opt/engine /opt/flowkv
+COPY --from=code /opt/flowkv /opt/flowkv
 CMD ["flowkv_decode"]

@@ -42,7 +42,7 @@ $(VENV)/bin/python:
 	python3 -m venv $(VENV)
 
 # torch first and alone: whatever else is resolved later then fits the pinned build.
-$(VENV)/ready: $(VENV)/bin/python requirements.txt constraints.txt $(wildcard */*/pyproject.toml)
+$(VENV)/ready: $(VENV)/bin/python requirements.txt constraints.txt pyproject.toml
 	@echo "[make] installing torch"
 	$(VENV)/bin/pip install --disable-pip-version-check --progress-bar on -c constraints.txt torch
 	@echo "[make] installing FlowKV"
@@ -55,10 +55,10 @@ $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
 	@touch $@
 
 up: $(VENV)/ready ## start NATS and all services as processes; Ctrl-C drains and stops them
-	@$(PY) scripts/up.py --prefill $(PREFILL) --decode $(DECODE) --mixed $(MIXED) --scheduler $(SCHEDULER) --model "$(MODEL)" --port $(PORT)
+	@$(PY) -m flowkv up --prefill $(PREFILL) --decode $(DECODE) --mixed $(MIXED) --scheduler $(SCHEDULER) --model "$(MODEL)" --port $(PORT)
 
 test: $(VENV)/ready-dev ## the tests: real NATS, real model, real processes
-	@$(PY) -m flowkv_common.engine.weights
+	@$(PY) -m flowkv_engine.engine.fetch
 	$(PY) -m pytest -m "not full and not gpu and not compose" --ignore tests/e2e --numprocesses 2 --dist loadfile
 	$(PY) -m pytest -m "not full and not gpu and not compose" tests/e2e
 
@@ -66,11 +66,11 @@ test-full: $(VENV)/ready-dev ## the tests and the long matrices
 	$(PY) -m pytest -m "not gpu and not compose"
 
 compose-test: $(VENV)/ready-dev ## the composed system on a Docker Engine: built, scaled, broken, taken down
-	@$(PY) -m flowkv_common.engine.weights
+	@$(PY) -m flowkv_engine.engine.fetch
 	$(PY) -m pytest tests/compose -m compose
 
 compose-test-short: $(VENV)/ready-dev ## of these: the API, its errors, and what a stranger can do
-	@$(PY) -m flowkv_common.engine.weights
+	@$(PY) -m flowkv_engine.engine.fetch
 	$(PY) -m pytest tests/compose/test_suites.py tests/compose/test_security.py -m compose -k "not identity"
 
 simulate: $(VENV)/ready-dev ## policies side by side in simulated clusters; TRACE=file SIMULATE="--load 1.0"

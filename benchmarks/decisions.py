@@ -20,12 +20,10 @@ from typing import NamedTuple
 
 from benchmarks.result import write_result
 from flowkv_common.errors import Full
-from flowkv_common.wire.messages import ScheduleRequest, Wait
+from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout, ScheduleRequest, Wait
 from flowkv_common.wire.nodes import BlockCounts, BlocksChanged, LoadReport, NodeDescriptor, StepFit
-from flowkv_common.wire.parts import ModelCard, NodeRef, PoolLayout
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Choice
-from flowkv_scheduler.weighing import Goals
+from flowkv_scheduler.policy import Choice, Goals
 
 PERIOD_S = 0.5
 NUM_BLOCKS = 20_000

@@ -20,10 +20,10 @@ from pathlib import Path
 import httpx
 
 from benchmarks.result import write_result
+from flowkv.local_cluster import Cluster
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.wire import subjects
 from flowkv_common.wire.nodes import Check, Checked
-from scripts.local_cluster import Cluster
 
 NODES = ("prefill-0", "decode-0")
 LONGEST_S = 30.0
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--clients", type=int, default=200)
     options = parser.parse_args()
-    prepare = [sys.executable, "-m", "flowkv_common.engine.weights"]
+    prepare = [sys.executable, "-m", "flowkv_engine.engine.fetch"]
     model = subprocess.run(prepare, stdout=subprocess.PIPE, text=True, check=True).stdout.split("\n")[-2]
     with tempfile.TemporaryDirectory() as folder:
         with Cluster(Path(folder), model, nodes={"prefill": 1, "decode": 1}) as cluster:

@@ -21,11 +21,11 @@ import torch
 from benchmarks.engine.floor import Machine, Work
 from benchmarks.engine.jobs import Job
 from benchmarks.result import write_result
-from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
-from flowkv_common.engine.model import LoadedModel, load_model
-from flowkv_common.engine.runner import Runner
-from flowkv_common.engine.sequence import Sequence as Tokens
-from flowkv_common.wire.parts import SamplingParams
+from flowkv_common.wire.messages import SamplingParams
+from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
+from flowkv_engine.engine.model import LoadedModel, load_model
+from flowkv_engine.engine.runner import Runner
+from flowkv_engine.engine.sequence import Sequence as Tokens
 
 BLOCK_SIZE = 16
 MATMUL_SIZE = 8192

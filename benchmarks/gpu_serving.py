@@ -26,10 +26,10 @@ from benchmarks.model import default_model
 from benchmarks.result import write_result
 from benchmarks.serving.loop import RequestFailed
 from benchmarks.serving.servers import Server, flowkv
+from flowkv.local_cluster import ClusterError
 from flowkv_common.bus.connection import connect
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import KVTransferred
-from scripts.local_cluster import ClusterError
 
 _WARM_UP = Load(2, 64, 8, 2048, 2, num_long=1, period_s=2.0)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

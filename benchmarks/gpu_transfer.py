@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.result import write_result
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.blocks import Blocks
-from flowkv_common.kv.connector import TransferStats
-from flowkv_common.kv.reservations import Reservations
-from flowkv_common.wire.parts import NodeRef, PoolLayout
+from flowkv_common.wire.messages import NodeRef, PoolLayout
+from flowkv_engine.kv.blocks import Blocks
+from flowkv_engine.kv.reservations import Reservations
+from flowkv_engine.kv.segments import Copy
+from flowkv_engine.transport.base import TransferStats
 
 LLAMA_8B = PoolLayout(num_layers=32, block_size=16, num_kv_heads=8, head_dim=128, dtype="bfloat16")
 PROMPT_TOKENS = (500, 1000, 4000, 8000)
@@ -100,8 +100,8 @@ def send_all(orders: Connection, num_blocks: int) -> None:
 
 
 async def _send_all(orders: Connection, num_blocks: int) -> None:
-    from flowkv_common.kv.connectors import make_connectors
-    from flowkv_common.kv.cuda_pool import CudaPool
+    from flowkv_engine.kv.cuda_pool import CudaPool
+    from flowkv_engine.transport import make_connectors
 
     reservations = Reservations(Blocks(num_blocks, LLAMA_8B.block_size))
     with CudaPool(LLAMA_8B, num_blocks) as pool:
@@ -114,8 +114,8 @@ async def _send_all(orders: Connection, num_blocks: int) -> None:
 
 async def ipc_transfers(all_sizes: list[Sizes], num_runs: int) -> list[dict[str, Any]]:
     """Requests of these sizes through the connector, each in one run on both sides."""
-    from flowkv_common.kv.connectors import make_connectors
-    from flowkv_common.kv.cuda_pool import CudaPool
+    from flowkv_engine.kv.cuda_pool import CudaPool
+    from flowkv_engine.transport import make_connectors
 
     num_blocks = max(sizes.num_blocks for sizes in all_sizes)
     reservations = Reservations(Blocks(num_blocks, LLAMA_8B.block_size))
@@ -211,7 +211,7 @@ def device_name() -> str:
     try:
         import cupy
     except ImportError as error:
-        raise SystemExit(f"gpu_transfer needs CuPy, flowkv-common[cuda13]: {error}") from error
+        raise SystemExit(f"gpu_transfer needs CuPy, flowkv[gpu]: {error}") from error
     try:
         properties = cupy.cuda.runtime.getDeviceProperties(0)
     except cupy.cuda.runtime.CUDARuntimeError as error:

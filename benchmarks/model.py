@@ -12,6 +12,6 @@ TOKEN_IDS = range(1000, 30_000)
 
 def default_model() -> str:
     """The default model's folder, prepared as `make up` does it. Raises CalledProcessError."""
-    command = [sys.executable, "-m", "flowkv_common.engine.weights"]
+    command = [sys.executable, "-m", "flowkv_engine.engine.fetch"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=_PREPARE_TIMEOUT_S)
     return done.stdout.strip().splitlines()[-1]

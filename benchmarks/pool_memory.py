@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from benchmarks.host import describe_host
 from benchmarks.transfer.shapes import SHAPES
-from flowkv_common.engine.attention_cpu import CpuAttention
-from flowkv_common.engine.batch import PackedBatch
+from flowkv_engine.engine.batch import PackedBatch
+from flowkv_engine.engine.cpu.attention import CpuAttention
 
 POOL_BYTES = 1 << 30
 COPY_BYTES = (47 << 20, 128 << 20, 512 << 20)

@@ -22,9 +22,9 @@ import msgspec
 from nats.aio.msg import Msg
 
 from benchmarks.recording import NODE_PREFIX, RECONNECTED, write_line
+from flowkv_common.aio import running, stop_on_signals
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import watch_nodes
-from flowkv_common.tasks import running, stop_on_signals
 from flowkv_common.wire import subjects
 from flowkv_common.wire.nodes import NodeDescriptor
 

@@ -24,9 +24,9 @@ from flowkv_common.errors import FlowKVError
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, ScheduleRequest, Wait, decode
 from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor
-from flowkv_scheduler.leading import TICK_PERIOD_S
+from flowkv_scheduler.app import TICK_PERIOD_S
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.weighing import Goals
+from flowkv_scheduler.policy import Goals
 
 FLOWKV = "flowkv"
 

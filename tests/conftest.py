@@ -33,6 +33,6 @@ def nats_server() -> Iterator[NatsServer]:
 @pytest.fixture(scope="session")
 def model_path() -> Path:
     """The default model, prepared as `make up` does it."""
-    command = [sys.executable, "-m", "flowkv_common.engine.weights"]
+    command = [sys.executable, "-m", "flowkv_engine.engine.fetch"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
     return Path(done.stdout.strip().splitlines()[-1])

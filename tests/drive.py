@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from flowkv_common.engine.batch import WorkItem, pack
-from flowkv_common.engine.model import CPU, LoadedModel, load_model
-from flowkv_common.engine.runner import Runner
-from flowkv_common.engine.sequence import Sequence
-from flowkv_common.wire.messages import transfer_id
-from flowkv_common.wire.parts import SamplingParams
+from flowkv_common.wire.messages import SamplingParams, transfer_id
+from flowkv_engine.engine.batch import WorkItem, pack
+from flowkv_engine.engine.model import CPU, LoadedModel, load_model
+from flowkv_engine.engine.runner import Runner
+from flowkv_engine.engine.sequence import Sequence
 
 BLOCK_SIZE = 8
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)

@@ -20,32 +20,39 @@ import torch
 from imagined_nodes import descriptor
 from nats_server import NatsServer
 
+from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import NodeSettings
-from flowkv_common.engine.sampler import Sampled
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.blocks import Blocks
-from flowkv_common.kv.connector import KVConnector, KVLink, TransferStats
-from flowkv_common.kv.connectors.inprocess import InProcessConnector, Switchboard
-from flowkv_common.kv.pool import KVPool
-from flowkv_common.kv.reservations import Reservations
-from flowkv_common.node.attempts import Attempts
-from flowkv_common.node.budget import HandoffBudget
-from flowkv_common.node.guest import Node
-from flowkv_common.node.instruments import Instruments
-from flowkv_common.node.links import Links
-from flowkv_common.node.memory import handoff_bytes
-from flowkv_common.node.outbox import Outbox
-from flowkv_common.node.steps import Retire
-from flowkv_common.node.watch import watch_cancels
-from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import PrefillRun, StepTokens, TokenChunk
+from flowkv_common.wire.messages import (
+    ModelCard,
+    NodeRef,
+    PoolLayout,
+    PrefillRun,
+    SamplingParams,
+    StepTokens,
+    TokenChunk,
+    TokenIds,
+)
 from flowkv_common.wire.nodes import LinkOffer, LinkRequest
-from flowkv_common.wire.parts import ModelCard, NodeRef, PoolLayout, SamplingParams, TokenIds
-from flowkv_decode.guest import DecodeGuest
-from flowkv_prefill.guest import PrefillGuest
+from flowkv_decode.sequences import DecodeGuest
+from flowkv_engine.engine.sampler import Sampled
+from flowkv_engine.kv.blocks import Blocks
+from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.reservations import Reservations
+from flowkv_engine.kv.segments import Copy
+from flowkv_engine.transport.base import KVConnector, KVLink, TransferStats
+from flowkv_engine.transport.inprocess import InProcessConnector, Switchboard
+from flowkv_node.attempts import Attempts
+from flowkv_node.budget import HandoffBudget
+from flowkv_node.endpoints import watch_cancels
+from flowkv_node.links import Links
+from flowkv_node.memory import handoff_bytes
+from flowkv_node.node import Node
+from flowkv_node.outbox import Outbox
+from flowkv_node.steps import Instruments, Retire
+from flowkv_prefill.prompts import PrefillGuest
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 24

@@ -12,8 +12,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
 from flowkv_common.errors import FlowKVError
-from flowkv_common.wire.parts import ModelCard
-from flowkv_gateway.generation import Generation, Load, Piece
+from flowkv_common.wire.messages import ModelCard
+from flowkv_gateway.dispatch import Generation, Load, Piece
 from flowkv_gateway.tokenizer import Tokenizer
 
 MODEL = "tiny/model"

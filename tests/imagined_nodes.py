@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from flowkv_common.wire.messages import ScheduleRequest
+from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout, ScheduleRequest
 from flowkv_common.wire.nodes import BlockCounts, LoadReport, NodeDescriptor
-from flowkv_common.wire.parts import ModelCard, NodeRef, PoolLayout
-from flowkv_scheduler.state import ClusterState
-from flowkv_scheduler.view import NodeView, Work
+from flowkv_scheduler.cluster import ClusterState
+from flowkv_scheduler.views import NodeView, Work
 
 BLOCK_SIZE = 16
 TOKEN_BUDGET = 512

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from flowkv_common.node.step_fit import StepCounts, StepFitter
 from flowkv_common.wire.nodes import StepFit
+from flowkv_node.steps import StepCounts, StepFitter
 
 # Like a small model on one core.
 COSTS = StepFit(

@@ -11,24 +11,27 @@ from typing import Any
 
 from nats_server import NatsServer
 
+from flowkv.roles import ROLES
 from flowkv_common.bus.connection import Bus
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import NodeSettings
-from flowkv_common.engine.model import LoadedModel
 from flowkv_common.errors import FlowKVError, from_wire
-from flowkv_common.node.host import serve, served
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
     Keepalive,
     KeepaliveReply,
+    NodeRef,
     PrefillRun,
+    SamplingParams,
     StepTokens,
     TokenChunk,
+    TokenIds,
     transfer_id,
 )
 from flowkv_common.wire.nodes import Check, Checked, LoadReport
-from flowkv_common.wire.parts import NodeRef, SamplingParams, TokenIds
+from flowkv_engine.engine.model import LoadedModel
+from flowkv_node.host import serve, served
 
 BLOCK_SIZE = 8
 TOKEN_BUDGET = 64
@@ -53,7 +56,7 @@ async def live_node(
     own = node_settings(server, model, node_id, num_blocks, **settings)
     stop = asyncio.Event()
     async with reports(bus, node_id) as heard, asyncio.TaskGroup() as tasks:
-        tasks.create_task(serve(own, role, served(model, own), stop))
+        tasks.create_task(serve(own, role, served(model, own), ROLES, stop))
         ready = await first(heard, lambda report: report.ready and len(report.links) >= peers)
         try:
             yield ready.node

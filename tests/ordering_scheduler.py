@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import sys
 
+from flowkv_common.aio import stop_on_signals
 from flowkv_common.config import SchedulerSettings
-from flowkv_common.tasks import stop_on_signals
-from flowkv_common.wire.parts import NodeRef
+from flowkv_common.wire.messages import NodeRef
 from flowkv_scheduler.app import serve
-from flowkv_scheduler.orders import MoveCap, Order
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.weighing import Goals
+from flowkv_scheduler.policy import Goals
+from flowkv_scheduler.rebalance import MoveCap, Order
 
 
 class OrderingPlanner(Planner):

@@ -13,7 +13,7 @@ from benchmarks.disturbed.load import Load, run
 from benchmarks.disturbed.report import Run, plot, table, write
 from benchmarks.serving.loop import RequestFailed
 from benchmarks.serving.servers import flowkv
-from scripts.local_cluster import ClusterError
+from flowkv.local_cluster import ClusterError
 
 _WARM_UP = Load(2, 32, 8, 600, 2, num_long=1, period_s=1.0)
 

@@ -14,7 +14,7 @@ from benchmarks.fragmentation.report import figures, table
 from benchmarks.host import commit
 from benchmarks.result import write_result
 from benchmarks.traces import Request, TraceError, load, repeated, synthetic
-from flowkv_common.kv.blocks import OutOfBlocks
+from flowkv_engine.kv.blocks import OutOfBlocks
 
 LEVELS = (0.6, 0.75, 0.9)
 CACHES = {"off": (False,), "on": (True,), "both": (False, True)}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from flowkv_common.kv.alignment import runs_of
-from flowkv_common.kv.blocks import OutOfBlocks
-from flowkv_common.kv.prefix_cache import PrefixCache
+from flowkv_engine.kv.blocks import OutOfBlocks, PrefixCache
+from flowkv_engine.kv.segments import runs_of
 
 
 class FreeList:

@@ -10,8 +10,8 @@ from itertools import pairwise
 from benchmarks.fragmentation.free_list import FreeList
 from benchmarks.fragmentation.sides import DecodeSide, PrefillSide, Running
 from benchmarks.traces import Request
-from flowkv_common.kv.alignment import align
-from flowkv_common.kv.blocks import Blocks
+from flowkv_engine.kv.blocks import Blocks
+from flowkv_engine.kv.segments import align
 
 NUM_SAMPLES = 100
 

@@ -10,7 +10,7 @@ from time import thread_time_ns
 from typing import Protocol
 
 from benchmarks.traces import Request
-from flowkv_common.kv.alignment import runs_of
+from flowkv_engine.kv.segments import runs_of
 
 
 class Pool(Protocol):

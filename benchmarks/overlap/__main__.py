@@ -14,8 +14,8 @@ from benchmarks.command import Command, Report
 from benchmarks.overlap.measure import RequestFailed, measure
 from benchmarks.overlap.report import rows_of, table
 from benchmarks.overlap.setups import CHUNK_TOKENS, SETUPS, NotPinned, Setup, cluster_of
+from flowkv.local_cluster import ClusterError
 from flowkv_common.errors import FlowKVError
-from scripts.local_cluster import ClusterError
 
 _LENGTHS = (500, 1000, 2000, 4000)
 

@@ -13,10 +13,10 @@ import httpx
 
 from benchmarks.model import TOKEN_IDS
 from benchmarks.overlap.setups import Setup
+from flowkv.local_cluster import Cluster
 from flowkv_common.bus.connection import connect
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import KVTransferred
-from scripts.local_cluster import Cluster
 
 _REQUEST_TIMEOUT_S = 300.0
 _EVENT_TIMEOUT_S = 10.0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts.local_cluster import Cluster
+from flowkv.local_cluster import Cluster
 
 _READY_TIMEOUT_S = 180.0
 _DRAIN_TIMEOUT_S = 40.0

@@ -28,10 +28,10 @@ from benchmarks.load.drive import drive
 from benchmarks.load.summary import Quantiles, quantiles
 from benchmarks.paced.kept import Pace, pace_of
 from benchmarks.paced.pace import NUM_BLOCKS, ONE_CORE
+from flowkv.local_cluster import Cluster, ClusterError
 from flowkv_common.bus.connection import connect
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import RequestFinished
-from scripts.local_cluster import Cluster, ClusterError
 from tests.paced.cluster import kept, paced_cluster, paced_settings, variables
 
 PROMPT_TOKENS = 37

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import psutil
 
+from flowkv.local_cluster import Cluster
+from flowkv_common.aio import running
 from flowkv_common.bus.connection import connect
-from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.nodes import LoadReport, StepFit
-from scripts.local_cluster import Cluster
 
 _PERIOD_S = 1.0
 

@@ -32,7 +32,7 @@ from benchmarks.paced.pace import (
     ONE_CORE,
     capacity,
 )
-from scripts.local_cluster import Cluster, ClusterError
+from flowkv.local_cluster import Cluster, ClusterError
 from tests.paced.cluster import kept, paced_cluster, paced_settings
 
 LENGTHS = Lengths(300, 60, spread=0.5)

@@ -25,8 +25,8 @@ from benchmarks.simulate.run import Machines
 from benchmarks.simulate.scene import read_window
 from benchmarks.simulate.targets import Targets
 from benchmarks.simulate.traffic import at_rate, cut_to
+from flowkv.local_cluster import Cluster, ClusterError
 from flowkv_common.wire.nodes import StepFit
-from scripts.local_cluster import Cluster, ClusterError
 from tests.paced.cluster import variables
 
 # Nothing is refused: what is compared is how long things take.

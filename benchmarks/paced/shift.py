@@ -34,8 +34,8 @@ from benchmarks.paced.pace import (
     capacity,
     stretched,
 )
+from flowkv.local_cluster import Cluster, ClusterError
 from flowkv_common.wire.nodes import StepFit
-from scripts.local_cluster import Cluster, ClusterError
 from tests.paced.cluster import kept, paced_cluster, paced_settings, variables
 
 PROMPTS = Lengths(1000, 20, spread=0.5)

@@ -31,8 +31,8 @@ from benchmarks.simulate.scene import read_window
 from benchmarks.simulate.targets import Targets
 from benchmarks.simulate.traffic import at_rate, cut_to
 from benchmarks.traces import Request
+from flowkv.local_cluster import ClusterError
 from flowkv_common.wire.nodes import StepFit
-from scripts.local_cluster import ClusterError
 from tests.paced.cluster import kept, paced_cluster, paced_settings
 from tests.paced.nodes import paced_layout
 

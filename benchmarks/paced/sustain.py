@@ -23,16 +23,24 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.command import Command, Report
 from benchmarks.paced.kept import MAX_SLIP
+from flowkv.local_cluster import Cluster, ClusterError
+from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import FlowKVError
-from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, Cancel, Keepalive, KeepaliveReply, PrefillRun, transfer_id
+from flowkv_common.wire.messages import (
+    Accepted,
+    Cancel,
+    Keepalive,
+    KeepaliveReply,
+    PrefillRun,
+    SamplingParams,
+    TokenIds,
+    transfer_id,
+)
 from flowkv_common.wire.nodes import NodeDescriptor, StepFit
-from flowkv_common.wire.parts import SamplingParams, TokenIds
-from scripts.local_cluster import Cluster, ClusterError
 from tests.paced.cluster import NODES, paced_cluster, paced_settings
 from tests.paced.nodes import FINGERPRINT
 

@@ -14,10 +14,9 @@ import msgspec
 
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_scheduler import policy
-from flowkv_scheduler.index import group_of
-from flowkv_scheduler.policy import Choice, Chooser
-from flowkv_scheduler.view import NodeView
-from flowkv_scheduler.weighing import Weighing
+from flowkv_scheduler.cluster import group_of
+from flowkv_scheduler.policy import Choice, Chooser, Weighing
+from flowkv_scheduler.views import NodeView
 
 # Affinity goes by the hash that names the prompt up to this token. Less is the system prompt that all share.
 AFFINITY_TOKENS = 2048

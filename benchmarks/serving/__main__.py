@@ -16,7 +16,7 @@ from benchmarks.serving.loop import Load, RequestFailed, run
 from benchmarks.serving.report import Run, table, write
 from benchmarks.serving.servers import Server, flowkv, vllm
 from benchmarks.serving.short import NUM_TOKENS, added
-from scripts.local_cluster import ClusterError
+from flowkv.local_cluster import ClusterError
 
 _TARGETS = Targets(ttft_s=5.0, tpot_s=0.2)
 _WARM_UP = Load(4, 128, 8, 8)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts.local_cluster import Cluster, ClusterError, free_port
+from flowkv.local_cluster import Cluster, ClusterError, free_port
 
 _READY_TIMEOUT_S = 300.0
 _VLLM_READY_TIMEOUT_S = 900.0

@@ -1,8 +1,8 @@
 """What a simulated node computes: decoding sequences and a queue of prompts, stretch by stretch.
 
-As `node/steps.py` plans a step: one token for each decoding sequence, then prompt tokens, first come first
-served, up to the cap. One thing differs: a chunk that does not end its prompt is the step's last, while a
-node may fill what is left, under a block, with the last tokens of another prompt.
+As `flowkv_node/steps.py` plans a step: one token for each decoding sequence, then prompt tokens, first come
+first served, up to the cap. One thing differs: a chunk that does not end its prompt is the step's last, while
+a node may fill what is left, under a block, with the last tokens of another prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.simulate.life import Life
 from benchmarks.simulate.stretch import Stretch, chunk_pairs, step_s
 from flowkv_common.wire.nodes import StepFit
 
-# How much the newest step counts in measured rates: as in `node/instruments.py`.
+# How much the newest step counts in measured rates: as in `flowkv_node/steps.py`.
 SMOOTHING = 0.2
 
 

@@ -19,8 +19,8 @@ from benchmarks.traces import TOKENS_PER_HASH_ID
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import BlocksChanged
-from flowkv_scheduler.orders import MoveCap, Order
 from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.rebalance import MoveCap, Order
 
 # As `max_handoffs` in the settings of a node.
 MAX_HANDOFFS = 16

@@ -14,7 +14,7 @@ from benchmarks.simulate.pool import Pool
 from benchmarks.simulate.presets import NodeKind
 from benchmarks.simulate.stretch import slowed
 from benchmarks.traces import hashes_of_id
-from flowkv_common.node.output_lengths import OutputLengths
+from flowkv_common.wire.messages import ModelCard, NodeRef
 from flowkv_common.wire.nodes import (
     BlockCounts,
     BlocksChanged,
@@ -23,7 +23,7 @@ from flowkv_common.wire.nodes import (
     OutputForecast,
     StepFit,
 )
-from flowkv_common.wire.parts import ModelCard, NodeRef
+from flowkv_node.reporting import OutputLengths
 
 REPORT_PERIOD_S = 0.5
 FINGERPRINT = "simulated"

@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.simulate.batch import Limits
+from flowkv_common.wire.messages import PoolLayout
 from flowkv_common.wire.nodes import StepFit
-from flowkv_common.wire.parts import PoolLayout
 
 
 class NodeKind(msgspec.Struct, frozen=True, kw_only=True):

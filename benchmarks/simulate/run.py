@@ -16,9 +16,9 @@ from benchmarks.simulate.node import SimNode
 from benchmarks.simulate.presets import NodeKind
 from benchmarks.simulate.targets import Targets
 from benchmarks.traces import Request
-from flowkv_scheduler.orders import MoveCap
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.weighing import Goals
+from flowkv_scheduler.policy import Goals
+from flowkv_scheduler.rebalance import MoveCap
 
 SLOW_FACTOR = 3.0
 # Who would wait longer than this part of the target is refused: with its prefill it would miss it.

@@ -12,8 +12,8 @@ from benchmarks.transfer.pair import Pair, Timing, WorkerFailed
 from benchmarks.transfer.shapes import SHAPES, Shape
 from benchmarks.transfer.strategies import STRATEGIES, USED_SHARE, Strategy
 from benchmarks.transfer.transports import Unavailable
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.wire.parts import Run
+from flowkv_common.wire.messages import Run
+from flowkv_engine.kv.segments import Copy
 
 # Each strategy places the request anew that often, and takes the placements in turn.
 _NUM_PLACEMENTS = 3

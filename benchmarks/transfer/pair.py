@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Self
 from benchmarks.transfer import worker
 from benchmarks.transfer.shapes import Shape
 from benchmarks.transfer.transports import Unavailable
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.wire.parts import Run
+from flowkv_common.wire.messages import Run
+from flowkv_engine.kv.segments import Copy
 
 _START_TIMEOUT_S = 120.0
 _TIMEOUT_S = 180.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowkv_common.wire.parts import PoolLayout
+from flowkv_common.wire.messages import PoolLayout
 
 _BLOCK_SIZE = 16
 # Pieces of a block in a layer-major pool: K and V of each layer lie apart.

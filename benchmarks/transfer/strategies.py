@@ -9,9 +9,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flowkv_common.kv.alignment import Copy, align, ids_of
-from flowkv_common.kv.segments import Segments
-from flowkv_common.wire.parts import Run
+from flowkv_common.wire.messages import Run
+from flowkv_engine.kv.segments import Copy, Segments, align, ids_of
 
 # A pool in use: this share of the blocks is taken by other requests, of so many blocks each.
 USED_SHARE = 0.75

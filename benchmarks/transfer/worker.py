@@ -19,9 +19,9 @@ import torch
 from benchmarks.host import cache_bytes
 from benchmarks.transfer.shapes import Shape
 from benchmarks.transfer.transports import Transport, Unavailable, make_transport
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.pool import KVPool
-from flowkv_common.wire.parts import Run
+from flowkv_common.wire.messages import Run
+from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.segments import Copy
 
 _PR_SET_PDEATHSIG = 1
 _PATTERN_BYTES = 16 << 20

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from local_cluster import free_port
+from flowkv.local_cluster import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = ("compose.yaml", "tests/compose/override.yaml")

@@ -16,8 +16,8 @@ from load import Streamed, stream_completion
 from observer import Observer, observe
 from oracle import check_identity
 
+from flowkv_common.aio import running
 from flowkv_common.bus.registry import watch_nodes
-from flowkv_common.tasks import running
 from flowkv_common.wire.nodes import NodeDescriptor
 
 pytestmark = pytest.mark.compose

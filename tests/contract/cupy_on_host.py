@@ -232,7 +232,7 @@ def cupy_on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (cupy, cuda, runtime, nccl):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     for name in _MODULES:
-        monkeypatch.delitem(sys.modules, f"flowkv_common.kv.connectors.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"flowkv_engine.transport.{name}", raising=False)
     yield
     for name in _MODULES:
-        sys.modules.pop(f"flowkv_common.kv.connectors.{name}", None)
+        sys.modules.pop(f"flowkv_engine.transport.{name}", None)

@@ -21,12 +21,12 @@ import numpy as np
 from kv_nodes import LARGE, LINK_TOKEN, NODE, connector_on_host
 
 from flowkv_common.errors import FlowKVError, TransferFailed
-from flowkv_common.kv.alignment import Copy, align
-from flowkv_common.kv.blocks import Blocks, OutOfBlocks
-from flowkv_common.kv.connector import ConnectorUnavailable, KVLink, Landing
-from flowkv_common.kv.pool import KVPool
-from flowkv_common.kv.reservations import Reservations
-from flowkv_common.wire.parts import Run
+from flowkv_common.wire.messages import Run
+from flowkv_engine.kv.blocks import Blocks, OutOfBlocks
+from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.reservations import Reservations
+from flowkv_engine.kv.segments import Copy, align
+from flowkv_engine.transport.base import ConnectorUnavailable, KVLink, Landing
 
 IO_TIMEOUT_S = 1.0
 

@@ -16,7 +16,7 @@ import msgspec
 import torch
 from torch.distributed import ProcessGroupGloo, TCPStore
 
-from flowkv_common.kv.connectors.communicator import NcclFailed, Span
+from flowkv_engine.transport.nccl import NcclFailed, Span
 
 _TIMEOUT = datetime.timedelta(seconds=10)
 

@@ -11,17 +11,17 @@ import torch
 from gloo_pair import GlooPair
 from memfd_device import MemfdDevice
 
-from flowkv_common.kv.alignment import Copy, align
-from flowkv_common.kv.blocks import Blocks
-from flowkv_common.kv.connector import KVConnector, Landings
-from flowkv_common.kv.connectors.cuda_ipc import CudaIpcConnector
-from flowkv_common.kv.connectors.inprocess import InProcessConnector, Switchboard
-from flowkv_common.kv.connectors.nccl import NcclConnector
-from flowkv_common.kv.connectors.shm import ShmConnector
-from flowkv_common.kv.connectors.tcp import TcpConnector
-from flowkv_common.kv.pool import KVPool
-from flowkv_common.kv.reservations import Reservation, Reservations
-from flowkv_common.wire.parts import NodeRef, PoolLayout
+from flowkv_common.wire.messages import NodeRef, PoolLayout
+from flowkv_engine.kv.blocks import Blocks
+from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.reservations import Reservation, Reservations
+from flowkv_engine.kv.segments import Copy, align
+from flowkv_engine.transport.base import KVConnector, Landings
+from flowkv_engine.transport.cuda_ipc import CudaIpcConnector
+from flowkv_engine.transport.inprocess import InProcessConnector, Switchboard
+from flowkv_engine.transport.nccl import NcclConnector
+from flowkv_engine.transport.shm import ShmConnector
+from flowkv_engine.transport.tcp import TcpConnector
 
 LINK_TOKEN = "open sesame"
 SMALL = PoolLayout(num_layers=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="float32")  # 1 KiB blocks

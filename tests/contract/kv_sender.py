@@ -9,11 +9,11 @@ import sys
 import msgspec
 from kv_nodes import connector_on_host
 
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.blocks import Blocks
-from flowkv_common.kv.pool import KVPool
-from flowkv_common.kv.reservations import Reservations
-from flowkv_common.wire.parts import PoolLayout
+from flowkv_common.wire.messages import PoolLayout
+from flowkv_engine.kv.blocks import Blocks
+from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.reservations import Reservations
+from flowkv_engine.kv.segments import Copy
 
 
 class Job(msgspec.Struct):

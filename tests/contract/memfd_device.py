@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-from flowkv_common.kv.pool import KVPool
+from flowkv_engine.kv.pool import KVPool
 
 
 class MemfdDevice:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from gloo_pair import GlooPair
 
-from flowkv_common.kv.connectors.communicator import RECEIVER, SENDER, Communicator, NcclFailed, Span
+from flowkv_engine.transport.nccl import RECEIVER, SENDER, Communicator, NcclFailed, Span
 
 KIB = 1 << 10
 

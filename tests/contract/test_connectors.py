@@ -19,24 +19,24 @@ from kv_nodes import LARGE, LINK_TOKEN, SMALL, Network, Node, copies_between, ne
 from kv_sender import Job
 
 from flowkv_common.errors import TransferFailed
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.connector import ConnectorUnavailable
-from flowkv_common.kv.connectors.communicator import RECEIVER, Communicator
-from flowkv_common.kv.connectors.cuda_ipc import ShownPool
-from flowkv_common.kv.connectors.frames import (
+from flowkv_common.wire.messages import PoolLayout
+from flowkv_engine.kv.reservations import Reservation
+from flowkv_engine.kv.segments import Copy
+from flowkv_engine.transport.base import ConnectorUnavailable
+from flowkv_engine.transport.cuda_ipc import ShownPool
+from flowkv_engine.transport.nccl import RECEIVER, Communicator, Invitation
+from flowkv_engine.transport.sockets import (
     MAX_FRAME_BYTES,
     MAX_HELLO_BYTES,
     Channel,
     Hello,
     Reply,
     Transfer,
+    dial_tcp,
+    dial_unix,
 )
-from flowkv_common.kv.connectors.nccl import Invitation
-from flowkv_common.kv.connectors.sockets import dial_tcp, dial_unix
-from flowkv_common.kv.connectors.stream import MAX_STRANGERS
-from flowkv_common.kv.reservations import Reservation
-from flowkv_common.kv.switched_link import SwitchedLink
-from flowkv_common.wire.parts import PoolLayout
+from flowkv_engine.transport.stream import MAX_STRANGERS
+from flowkv_node.links import SwitchedLink
 
 every_connector = pytest.mark.parametrize("kind", ["inprocess", "shm", "tcp", "cuda_ipc", "nccl"])
 on_sockets = pytest.mark.parametrize("kind", ["shm", "tcp", "cuda_ipc", "nccl"])

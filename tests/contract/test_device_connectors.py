@@ -13,13 +13,13 @@ from test_communicator import SlowToAbort
 from test_connectors import assert_hangs_up, assert_serves, dial, hello
 
 from flowkv_common.errors import TransferFailed
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.blocks import Blocks
-from flowkv_common.kv.connector import ConnectorUnavailable
-from flowkv_common.kv.connectors import make_connectors
-from flowkv_common.kv.connectors.cuda_ipc import ShownPool
-from flowkv_common.kv.pool import KVPool
-from flowkv_common.kv.reservations import Reservations
+from flowkv_engine.kv.blocks import Blocks
+from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.reservations import Reservations
+from flowkv_engine.kv.segments import Copy
+from flowkv_engine.transport import make_connectors
+from flowkv_engine.transport.base import ConnectorUnavailable
+from flowkv_engine.transport.cuda_ipc import ShownPool
 
 
 @pytest.mark.parametrize("content", [None, b"", b"a secret"])

@@ -17,7 +17,7 @@ DOCS = (
     "docs/protocol.md",
     "CONTRIBUTING.md",
 )
-CODE = [ROOT / "libs/flowkv_common/flowkv_common", *sorted((ROOT / "services").iterdir()), ROOT]
+CODE = [*sorted((ROOT / "libs").iterdir()), *sorted((ROOT / "services").iterdir()), ROOT]
 REFERENCE = re.compile(r"`([\w/]+\.py)(?::([\w.]+))?`")
 LINK = re.compile(r"\]\(([\w./-]+\.md)?(?:#([\w-]+))?\)")
 

@@ -13,12 +13,11 @@ import torch
 from drive import BLOCK_SIZE, load_tiny, make_pool, make_sequence
 from tiny_models import VOCAB_SIZE, make_tiny_model
 
-from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
-from flowkv_common.engine.engine import Engine
-from flowkv_common.engine.model import LoadedModel
-from flowkv_common.engine.runner import EngineThread, Runner
-from flowkv_common.engine.sequence import Sequence
 from flowkv_common.wire.nodes import StepFit
+from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
+from flowkv_engine.engine.model import LoadedModel
+from flowkv_engine.engine.runner import Engine, EngineThread, Runner
+from flowkv_engine.engine.sequence import Sequence
 from tests.paced.engine import Pace, PacedEngine
 
 NUM_BLOCKS = 64
@@ -178,7 +177,7 @@ async def test_a_wedge_holds_up_all_later_steps(engine: Engine) -> None:
 async def test_a_wedged_engine_does_not_hold_up_the_end(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flowkv_common.engine.runner.CLOSE_TIMEOUT_S", 0.02)
+    monkeypatch.setattr("flowkv_engine.engine.runner.CLOSE_TIMEOUT_S", 0.02)
     monkeypatch.setattr("tests.paced.engine.CLOSE_TIMEOUT_S", 0.02)
     async with asyncio.timeout(20), make_engine() as engine:
         engine.wedge(for_s=1.0)

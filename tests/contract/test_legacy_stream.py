@@ -10,12 +10,12 @@ import pytest
 from cupy_on_host import busy_legacy_stream, cupy_on_host
 from kv_nodes import LINK_TOKEN, NODE, SMALL
 
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.blocks import Blocks
-from flowkv_common.kv.connector import KVConnector, Landings
-from flowkv_common.kv.connectors.communicator import NcclFailed
-from flowkv_common.kv.pool import KVPool
-from flowkv_common.kv.reservations import Reservations
+from flowkv_engine.kv.blocks import Blocks
+from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.reservations import Reservations
+from flowkv_engine.kv.segments import Copy
+from flowkv_engine.transport.base import KVConnector, Landings
+from flowkv_engine.transport.nccl import NcclFailed
 
 __all__ = ["cupy_on_host"]
 
@@ -24,10 +24,10 @@ NUM_PROMPTS = 4
 
 def connector(kind: str, pool: KVPool, landings: Landings) -> KVConnector:
     """As a node on a GPU makes it."""
-    from flowkv_common.kv.connectors.cuda_ipc import CudaIpcConnector
-    from flowkv_common.kv.connectors.cuda_runtime import CudaDevice
-    from flowkv_common.kv.connectors.nccl import NcclConnector
-    from flowkv_common.kv.connectors.nccl_cupy import CupyNccl
+    from flowkv_engine.transport.cuda_ipc import CudaIpcConnector
+    from flowkv_engine.transport.cuda_runtime import CudaDevice
+    from flowkv_engine.transport.nccl import NcclConnector
+    from flowkv_engine.transport.nccl_cupy import CupyNccl
 
     admits: Callable[[str], bool] = LINK_TOKEN.__eq__
     if kind == "cuda_ipc":
@@ -40,7 +40,7 @@ def connector(kind: str, pool: KVPool, landings: Landings) -> KVConnector:
 def test_a_missing_nccl_is_asked_for_as_this_torch_would_bring_it(
     cuda: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flowkv_common.kv.connectors import nccl_cupy
+    from flowkv_engine.transport import nccl_cupy
 
     monkeypatch.setattr(nccl_cupy.nccl, "available", False)
     monkeypatch.setattr("torch.version.cuda", cuda)

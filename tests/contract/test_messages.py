@@ -10,8 +10,17 @@ import pytest
 from wire_examples import EXAMPLES, GOLDEN, MESSAGES, PARTS, as_golden, golden_file
 
 from flowkv_common.wire import nodes
-from flowkv_common.wire.messages import Accepted, Cancel, Message, Release, Reserve, Resume, decode, encode
-from flowkv_common.wire.parts import Part
+from flowkv_common.wire.messages import (
+    Accepted,
+    Cancel,
+    Message,
+    Part,
+    Release,
+    Reserve,
+    Resume,
+    decode,
+    encode,
+)
 
 each_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: type(example).__name__)
 

@@ -14,8 +14,7 @@ from wire_examples import MESSAGES, PARTS
 
 from flowkv_common import errors
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Message
-from flowkv_common.wire.parts import Run
+from flowkv_common.wire.messages import Message, Run
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS: dict[str, str] = dict(

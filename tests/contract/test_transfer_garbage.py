@@ -14,10 +14,10 @@ from kv_nodes import LINK_TOKEN, SMALL, Network, Node, network
 from test_connectors import GARBAGE, assert_hangs_up, assert_serves, dial, framed, hello
 
 from flowkv_common.errors import TransferFailed
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.connector import ConnectorUnavailable
-from flowkv_common.kv.connectors.frames import Channel, Frame, Refused, Reply, Transfer
-from flowkv_common.kv.reservations import Reservation
+from flowkv_engine.kv.reservations import Reservation
+from flowkv_engine.kv.segments import Copy
+from flowkv_engine.transport.base import ConnectorUnavailable
+from flowkv_engine.transport.sockets import Channel, Frame, Refused, Reply, Transfer
 
 both_kinds = pytest.mark.parametrize("kind", ["shm", "tcp"])
 

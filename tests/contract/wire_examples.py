@@ -10,16 +10,23 @@ from pathlib import Path
 
 import msgspec
 
-from flowkv_common.wire import messages, nodes, parts
+from flowkv_common.wire import messages, nodes
+from flowkv_common.wire import messages as parts
 from flowkv_common.wire.messages import (
     Accepted,
     Assignment,
     Cancel,
+    Candidate,
     DecodeRun,
     Keepalive,
     KeepaliveReply,
     KVTransferred,
     Message,
+    ModelCard,
+    ModelFiles,
+    NodeRef,
+    Part,
+    PoolLayout,
     PrefillRun,
     ReadyReply,
     ReadyRequest,
@@ -30,9 +37,13 @@ from flowkv_common.wire.messages import (
     Reserved,
     Resume,
     Resumed,
+    Run,
+    SamplingParams,
     ScheduleRequest,
     StepTokens,
     TokenChunk,
+    TokenIds,
+    TokenLogprob,
     Wait,
     encode,
 )
@@ -57,18 +68,6 @@ from flowkv_common.wire.nodes import (
     SetPrefillCap,
     StepFit,
     Wedge,
-)
-from flowkv_common.wire.parts import (
-    Candidate,
-    ModelCard,
-    ModelFiles,
-    NodeRef,
-    Part,
-    PoolLayout,
-    Run,
-    SamplingParams,
-    TokenIds,
-    TokenLogprob,
 )
 
 GOLDEN = Path(__file__).with_name("golden")

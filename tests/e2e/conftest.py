@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from local_cluster import Cluster
+
+from flowkv.local_cluster import Cluster
 
 READY_TIMEOUT_S = 120.0
 # A slow host takes long, and still refuses nobody.

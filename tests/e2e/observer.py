@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import nats
 
-from flowkv_common.bus.buckets import read
 from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.registry import read
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import decode
 from flowkv_common.wire.nodes import Check, Checked, LoadReport, NodeDescriptor

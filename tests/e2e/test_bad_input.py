@@ -12,9 +12,10 @@ import httpx
 import pytest
 from bad_bodies import BAD_BODIES, CHAT, TEXT, USER, BadBody
 from load import stream_completion, wait_healthy
-from local_cluster import Cluster, Process, free_port
 from observer import observe
 from raw_client import connect, post
+
+from flowkv.local_cluster import Cluster, Process, free_port
 
 NODES = ("prefill-0", "decode-0")
 PROMPT = [100, 200, 300]

@@ -15,11 +15,10 @@ from observer import Observer, observe
 from oracle import check_identity
 from prompts import make_prompts
 
-from flowkv_common.tasks import running
+from flowkv_common.aio import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted
+from flowkv_common.wire.messages import Accepted, NodeRef
 from flowkv_common.wire.nodes import LoadReport, SetPrefillCap
-from flowkv_common.wire.parts import NodeRef
 
 AT_ONCE = 6
 TOKENS = 12

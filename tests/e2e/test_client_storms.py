@@ -10,10 +10,10 @@ from pathlib import Path
 import httpx
 import pytest
 from load import stream_completion, wait_healthy
-from local_cluster import Process, free_port
 from observer import observe
 from test_paced_nodes import Paced, fit, prompt_of
 
+from flowkv.local_cluster import Process, free_port
 from flowkv_common.bus.connection import connect
 from flowkv_common.config import NodeSettings
 from flowkv_common.wire import subjects

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from local_cluster import Cluster
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
+
+from flowkv.local_cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = json.loads((ROOT / "docker/observability/dashboard.json").read_text())

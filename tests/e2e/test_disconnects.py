@@ -8,8 +8,9 @@ import time
 
 import httpx
 from load import Streamed, stream_completion
-from local_cluster import Cluster
 from observer import observe
+
+from flowkv.local_cluster import Cluster
 
 NUM_CLIENTS = 200
 AT_ONCE = 12

@@ -10,10 +10,10 @@ from pathlib import Path
 import httpx
 import pytest
 from load import Streamed, stream_completion, wait_healthy
-from local_cluster import Cluster, free_port
 from observer import observe
 from oracle import check_identity
 
+from flowkv.local_cluster import Cluster, free_port
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted
 from flowkv_common.wire.nodes import LoadReport, Wedge

@@ -8,11 +8,12 @@ from pathlib import Path
 import httpx
 import pytest
 from load import Streamed, run_all
-from local_cluster import Cluster
 from observer import observe
 from oracle import check_identity
 from prompts import make_prompts
 from tiny_models import VOCAB_SIZE, make_tiny_model
+
+from flowkv.local_cluster import Cluster
 
 TOKENS = 12
 AT_ONCE = 8

@@ -9,8 +9,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from local_cluster import Cluster
 from observer import Observer, observe
+
+from flowkv.local_cluster import Cluster
 
 MODEL = "test-model"
 NODES = ("prefill-0", "decode-0", "decode-1")

@@ -13,11 +13,11 @@ from pathlib import Path
 import httpx
 import pytest
 from load import Streamed, run_all, stream_completion, wait_healthy
-from local_cluster import Cluster
 from observer import observe
 
 from benchmarks.load.arrivals import Arrival
 from benchmarks.load.drive import drive
+from flowkv.local_cluster import Cluster
 from flowkv_common.config import NodeSettings
 from flowkv_common.wire.nodes import StepFit
 from tests.paced.cluster import services, wait_linked

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import httpx
 from load import stream_completion
-from local_cluster import Cluster
 from observer import observe
 from oracle import check_identity
 
-from flowkv_common.wire.parts import PoolLayout
+from flowkv.local_cluster import Cluster
+from flowkv_common.wire.messages import PoolLayout
 
 TOKENS = 8
 PREFIX_TOKENS = 2000  # 125 whole blocks

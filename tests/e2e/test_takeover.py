@@ -7,10 +7,10 @@ from pathlib import Path
 
 import httpx
 from load import stream_completion
-from local_cluster import Cluster, Process
 from observer import observe
 from test_faults import Load, check_finished
 
+from flowkv.local_cluster import Cluster, Process
 from flowkv_common.wire import subjects
 
 TAKEOVER_S = 4.0

@@ -11,12 +11,13 @@ from typing import Any
 import httpx
 import pytest
 from load import Streamed, stream_completion
-from local_cluster import Cluster
 from observer import Observer, observe
 from oracle import check_identity
 from prometheus_client.parser import text_string_to_metric_families
 from test_identity import tiny_with_tokenizer
 from tiny_models import VOCAB_SIZE
+
+from flowkv.local_cluster import Cluster
 
 BLOCK_SIZE = 8
 CHUNK = 64

@@ -15,11 +15,11 @@ from pathlib import Path
 import msgspec
 import torch
 
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.connector import KVConnector, Landings, Pool
-from flowkv_common.kv.connectors import make_connectors
-from flowkv_common.kv.pool import KVPool
-from flowkv_common.wire.parts import PoolLayout
+from flowkv_common.wire.messages import PoolLayout
+from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.segments import Copy
+from flowkv_engine.transport import make_connectors
+from flowkv_engine.transport.base import KVConnector, Landings, Pool
 
 sys.path.append(str(Path(__file__).parents[1] / "contract"))
 from kv_nodes import connector_on_host
@@ -85,7 +85,7 @@ async def opened(setup: Setup, landings: Landings, admits: Callable[[str], bool]
             connector = connector_on_host(setup.kind, host_pool, landings, admits)
             yield GpuNode(host_pool, await stack.enter_async_context(connector))
         else:
-            from flowkv_common.kv.cuda_pool import CudaPool
+            from flowkv_engine.kv.cuda_pool import CudaPool
 
             pool = stack.enter_context(CudaPool(setup.layout, setup.num_blocks))
             [connector] = make_connectors([setup.kind], pool, landings, admits)

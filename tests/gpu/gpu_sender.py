@@ -9,9 +9,9 @@ import msgspec
 from gpu_nodes import GpuNode, Outcome, Send, Setup, opened
 
 from flowkv_common.errors import TransferFailed
-from flowkv_common.kv.blocks import Blocks
-from flowkv_common.kv.connector import ConnectorUnavailable
-from flowkv_common.kv.reservations import Reservations
+from flowkv_engine.kv.blocks import Blocks
+from flowkv_engine.kv.reservations import Reservations
+from flowkv_engine.transport.base import ConnectorUnavailable
 
 SEED = 7
 

@@ -11,15 +11,13 @@ from drive import BLOCK_SIZE, generate, load_tiny, make_sequence
 from tiny_models import make_tiny_model
 
 from flowkv_common.config import NodeSettings
-from flowkv_common.engine import attention_triton
-from flowkv_common.engine.attention_torch import TorchAttention
-from flowkv_common.engine.backends import make_attention
-from flowkv_common.engine.batch import WorkItem, pack
-from flowkv_common.engine.forward import make_forward
-from flowkv_common.engine.modules import ModulesForward
-from flowkv_common.engine.runner import Runner
-from flowkv_common.node.memory import make_pool
-from flowkv_common.wire.parts import PoolLayout
+from flowkv_common.wire.messages import PoolLayout
+from flowkv_engine.engine.attention import TorchAttention, make_attention
+from flowkv_engine.engine.batch import WorkItem, pack
+from flowkv_engine.engine.forward import ModulesForward, make_forward
+from flowkv_engine.engine.gpu import attention as attention_triton
+from flowkv_engine.engine.runner import Runner
+from flowkv_node.memory import make_pool
 
 pytestmark = pytest.mark.gpu
 if torch.cuda.is_available():

@@ -9,10 +9,11 @@ import pytest
 import torch
 from gateway_support import write_tokenizer
 from load import run_all
-from local_cluster import Cluster
 from observer import observe
 from oracle import check_identity
 from tiny_models import VOCAB_SIZE, make_tiny_model
+
+from flowkv.local_cluster import Cluster
 
 pytestmark = pytest.mark.gpu
 TOKENS = 12

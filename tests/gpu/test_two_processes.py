@@ -14,10 +14,10 @@ import torch
 from gpu_nodes import GpuNode, Outcome, Send, Setup, environment, opened, pattern
 from gpu_sender import SEED
 
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.blocks import Blocks
-from flowkv_common.kv.reservations import Reservation, Reservations
-from flowkv_common.wire.parts import NodeRef, PoolLayout
+from flowkv_common.wire.messages import NodeRef, PoolLayout
+from flowkv_engine.kv.blocks import Blocks
+from flowkv_engine.kv.reservations import Reservation, Reservations
+from flowkv_engine.kv.segments import Copy
 
 LINK_TOKEN = "open sesame"
 NUM_BLOCKS = 80

@@ -1,4 +1,4 @@
-"""A server with users: strangers get nothing, and a service can't act as another (`bus/accounts.py`)."""
+"""A server with users: strangers get nothing, and a service can't act as another (`accounts.py`)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ import pytest
 from nats.aio.msg import Msg
 from nats_server import NatsServer
 
-from flowkv_common.bus.accounts import RIGHTS, write
-from flowkv_common.bus.client import BarrierClient
-from flowkv_common.bus.connection import connect
+from flowkv_common.accounts import RIGHTS, write
+from flowkv_common.aio import running
+from flowkv_common.bus.connection import BarrierClient, connect
 from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Service
-from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 
 SERVICES = ("gateway", "scheduler", "node")

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from nats_server import NatsServer
 
-from flowkv_common.bus.buckets import Found, open_bucket, read
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import KEY, Lease
+from flowkv_common.bus.registry import Found, open_bucket, read
 from flowkv_common.wire.messages import decode, encode
 from flowkv_common.wire.nodes import Leader
 from flowkv_common.wire.subjects import LEADER_BUCKET

@@ -13,8 +13,8 @@ from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.registry import NodeIdTaken, claim_node_id, keep_announced, watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
+from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout
 from flowkv_common.wire.nodes import BlockCounts, Check, Checked, NodeDescriptor
-from flowkv_common.wire.parts import ModelCard, NodeRef, PoolLayout
 from flowkv_common.wire.subjects import NODE_CHECK, at
 
 TTL_S = 1.2  # the server's shortest marker lives 1 s

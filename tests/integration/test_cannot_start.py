@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from every_model import tiny_config
-from local_cluster import ClusterError, Process
 from nats_server import NatsServer
 from tiny_models import make_tiny_model
 
+from flowkv.local_cluster import ClusterError, Process
 from flowkv_common.config import NodeSettings, load
 
 

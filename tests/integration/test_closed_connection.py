@@ -11,9 +11,10 @@ from live_nodes import node_settings, reports
 from nats_server import NatsServer
 from tiny_models import make_tiny_model
 
+from flowkv.roles import ROLES
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.errors import Unavailable
-from flowkv_common.node.host import serve, served
+from flowkv_node.host import serve, served
 
 
 async def test_a_node_ends_when_nats_ends_its_connection(
@@ -30,7 +31,9 @@ async def test_a_node_ends_when_nats_ends_its_connection(
 
     async with connect(nats_server.url, name="test") as bus, reports(bus, "n") as heard:
         with patch.object(Bus, "__init__", note):
-            node = asyncio.create_task(serve(settings, "mixed", served(model, settings), asyncio.Event()))
+            node = asyncio.create_task(
+                serve(settings, "mixed", served(model, settings), ROLES, asyncio.Event())
+            )
             async with asyncio.timeout(20):
                 await heard.get()
             await opened[0].nc._process_err("'Authorization Violation'")

@@ -13,8 +13,9 @@ import pytest
 from imagined_nodes import BLOCK_SIZE, descriptor
 from nats_server import NatsServer
 
-from flowkv_common.bus import client as client_module
+from flowkv_common.aio import running
 from flowkv_common.bus import connection
+from flowkv_common.bus import connection as client_module
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import keep_announced
 from flowkv_common.bus.service import Endpoint, Service
@@ -32,7 +33,6 @@ from flowkv_common.errors import (
     Unavailable,
     WrongModel,
 )
-from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.hashing import block_hashes
 from flowkv_common.wire.messages import (
@@ -41,23 +41,24 @@ from flowkv_common.wire.messages import (
     Cancel,
     Keepalive,
     KeepaliveReply,
+    ModelFiles,
+    NodeRef,
     PrefillRun,
     RequestFinished,
     Resume,
     Resumed,
+    SamplingParams,
     ScheduleRequest,
     StepTokens,
     TokenChunk,
     Wait,
     transfer_id,
 )
-from flowkv_common.wire.parts import ModelFiles, NodeRef, SamplingParams
 from flowkv_gateway import dispatch as dispatch_module
-from flowkv_gateway import journey as journey_module
-from flowkv_gateway.dispatch import Dispatch, open_dispatch
-from flowkv_gateway.errors import ContextLengthExceeded
-from flowkv_gateway.generation import Generation, Load, Piece
-from flowkv_gateway.own_model import OwnModel
+from flowkv_gateway import dispatch as journey_module
+from flowkv_gateway.cluster import OwnModel
+from flowkv_gateway.dispatch import Dispatch, Generation, Load, Piece, open_dispatch
+from flowkv_gateway.http import ContextLengthExceeded
 
 OWN = OwnModel(ModelFiles())
 P, D = NodeRef(node_id="p", incarnation="1"), NodeRef(node_id="d", incarnation="1")

@@ -17,14 +17,14 @@ from nats_server import NatsServer
 from tiny_models import make_tiny_model
 from torch import Tensor
 
+from flowkv.roles import ROLES
 from flowkv_common.bus.connection import Bus, connect
-from flowkv_common.engine.batch import PackedBatch
-from flowkv_common.engine.engine import DeviceLost
-from flowkv_common.engine.model import LoadedModel
-from flowkv_common.engine.runner import EngineThread, Runner
 from flowkv_common.errors import Internal, Unavailable
-from flowkv_common.node.host import serve, served
-from flowkv_common.wire.parts import NodeRef
+from flowkv_common.wire.messages import NodeRef
+from flowkv_engine.engine.batch import PackedBatch
+from flowkv_engine.engine.model import LoadedModel
+from flowkv_engine.engine.runner import DeviceLost, EngineThread, Runner
+from flowkv_node.host import serve, served
 
 PROMPT = [5] * 20
 
@@ -68,7 +68,7 @@ async def setup(nats_server: NatsServer, tmp_path_factory: pytest.TempPathFactor
         bus = await opened.enter_async_context(connect(nats_server.url, name="test"))
         heard = await opened.enter_async_context(reports(bus, "n"))
         mine = await opened.enter_async_context(client(bus, model.card.fingerprint))
-        task = asyncio.create_task(serve(settings, "mixed", breaking, stop))
+        task = asyncio.create_task(serve(settings, "mixed", breaking, ROLES, stop))
         node = (await first(heard, lambda report: report.ready)).node
         yield Setup(bus, mine, node, errors, task)
         stop.set()

@@ -10,20 +10,19 @@ import pytest
 from imagined_nodes import descriptor
 from nats_server import NatsServer
 
+from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import keep_announced, watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import Stale, Unavailable
-from flowkv_common.kv.blocks import Blocks
-from flowkv_common.node.block_news import BlockNews
-from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.hashing import block_hashes
+from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged, ListBlocks
-from flowkv_common.wire.parts import NodeRef
-from flowkv_scheduler import follow_prefixes as follow_prefixes_module
-from flowkv_scheduler.follow_prefixes import following_prefixes
-from flowkv_scheduler.prefixes import PrefixIndex, keys_of
+from flowkv_engine.kv.blocks import Blocks
+from flowkv_node.reporting import BlockNews
+from flowkv_scheduler import prefixes as follow_prefixes_module
+from flowkv_scheduler.prefixes import PrefixIndex, following_prefixes, keys_of
 
 BLOCK_SIZE = 16
 CHAIN = block_hashes("f", list(range(8 * BLOCK_SIZE)), BLOCK_SIZE)

@@ -13,7 +13,7 @@ from imagined_nodes import descriptor
 from nats_server import NatsServer
 
 from flowkv_common import errors
-from flowkv_common.bus import client
+from flowkv_common.bus import connection as client
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.registry import keep_announced, watch_nodes

@@ -19,12 +19,12 @@ from starlette.types import Message
 
 from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import Full
-from flowkv_common.metrics import serve_http
-from flowkv_gateway import connection as connection_module
-from flowkv_gateway import sse
+from flowkv_common.telemetry import serve_http
+from flowkv_gateway import answer as sse
+from flowkv_gateway import http as connection_module
 from flowkv_gateway.app import build_app
-from flowkv_gateway.connection import STOPPED, ApiConnection
-from flowkv_gateway.sampling_defaults import SamplingDefaults
+from flowkv_gateway.http import STOPPED, ApiConnection
+from flowkv_gateway.schemas import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "say hello"}]}

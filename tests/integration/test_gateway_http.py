@@ -29,12 +29,12 @@ from flowkv_common.errors import (
     Stale,
     Unavailable,
 )
-from flowkv_common.metrics import serve_http
-from flowkv_common.wire.parts import TokenLogprob
+from flowkv_common.telemetry import serve_http
+from flowkv_common.wire.messages import TokenLogprob
 from flowkv_gateway.app import build_app
-from flowkv_gateway.connection import ApiConnection
-from flowkv_gateway.generation import Load, Piece
-from flowkv_gateway.sampling_defaults import SamplingDefaults
+from flowkv_gateway.dispatch import Load, Piece
+from flowkv_gateway.http import ApiConnection
+from flowkv_gateway.schemas import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
 
 USER: Any = [{"role": "user", "content": "say hello"}]
@@ -734,7 +734,7 @@ Lines = Callable[[], list[dict[str, Any]]]
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Lines:
     """What has been logged of requests, as machines read it."""
-    caplog.set_level(logging.INFO, "flowkv_gateway.request_log")
+    caplog.set_level(logging.INFO, "flowkv_gateway.answer")
     return lambda: [record.__dict__["fields"] for record in caplog.records if hasattr(record, "fields")]
 
 

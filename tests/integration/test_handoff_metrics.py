@@ -8,8 +8,8 @@ import pytest
 from engineless import Pair, engineless_pair, until
 from nats_server import NatsServer
 
-from flowkv_common.node.attempts import Cause
-from flowkv_common.node.instruments import HANDOFF_RESULTS
+from flowkv_node.attempts import Cause
+from flowkv_node.steps import HANDOFF_RESULTS
 
 PROMPT = list(range(100, 110))
 

@@ -7,12 +7,11 @@ import contextlib
 import sys
 
 import pytest
-from local_cluster import free_port
 from prometheus_client import CollectorRegistry
 
-from flowkv_common import service_connection
-from flowkv_common.metrics import serve_http, service_app
-from flowkv_common.service_connection import MAX_CONNECTIONS
+from flowkv.local_cluster import free_port
+from flowkv_common import telemetry as service_connection
+from flowkv_common.telemetry import MAX_CONNECTIONS, serve_http, service_app
 
 
 async def run_health(*arguments: str) -> tuple[int | None, str]:

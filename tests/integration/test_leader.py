@@ -17,9 +17,9 @@ from nats_server import NatsServer
 from scripted_nodes import Node, is_assigned, living, schedule, until
 
 from flowkv_common import errors
+from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.service import Endpoint, Service
-from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, Assignment, encode
 from flowkv_common.wire.nodes import SetPrefillCap

@@ -14,11 +14,10 @@ from nats_server import NatsServer
 from tiny_models import make_tiny_model
 
 from flowkv_common.bus.connection import Bus, connect
-from flowkv_common.engine.model import LoadedModel
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, Release, Reserve, Reserved
-from flowkv_common.wire.parts import NodeRef
+from flowkv_common.wire.messages import Accepted, NodeRef, Release, Reserve, Reserved
+from flowkv_engine.engine.model import LoadedModel
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,14 @@ from nats_server import NatsServer
 from prometheus_client.parser import text_string_to_metric_families
 from tiny_models import make_tiny_model
 
+from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import watch_nodes
-from flowkv_common.engine.model import LoadedModel
 from flowkv_common.errors import BadRequest, Stale
-from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted
+from flowkv_common.wire.messages import Accepted, NodeRef
 from flowkv_common.wire.nodes import NodeDescriptor, SetPrefillCap
-from flowkv_common.wire.parts import NodeRef
+from flowkv_engine.engine.model import LoadedModel
 
 FIELD = "max_prefill_tokens_per_step"
 NUM_TOKENS = 3 * TOKEN_BUDGET
@@ -84,7 +83,7 @@ async def setup(nats_server: NatsServer, model: LoadedModel) -> AsyncIterator[Se
 
 
 async def test_the_next_step_obeys_and_everyone_hears(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "flowkv_common.node.endpoints")
+    caplog.set_level("INFO", "flowkv_node.endpoints")
     steps = "vllm:iteration_tokens_total_count"
     for number, cap in enumerate((BLOCK_SIZE, 3 * BLOCK_SIZE, TOKEN_BUDGET)):
         async with reports(setup.bus, "n0") as heard:

@@ -8,17 +8,23 @@ import pytest
 from engineless import until
 from nats_server import NatsServer
 
+from flowkv_common.aio import running
 from flowkv_common.bus import connection
 from flowkv_common.bus.connection import connect
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import Full
-from flowkv_common.node import outbox as outbox_module
-from flowkv_common.node.attempts import Attempt, Attempts
-from flowkv_common.node.outbox import MISSES_UNTIL_GONE, Outbox
-from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Keepalive, KeepaliveReply, StepTokens, TokenChunk
-from flowkv_common.wire.parts import NodeRef, TokenLogprob
+from flowkv_common.wire.messages import (
+    Keepalive,
+    KeepaliveReply,
+    NodeRef,
+    StepTokens,
+    TokenChunk,
+    TokenLogprob,
+)
+from flowkv_node import outbox as outbox_module
+from flowkv_node.attempts import Attempt, Attempts
+from flowkv_node.outbox import MISSES_UNTIL_GONE, Outbox
 
 
 def chunk(number: int, num_logprobs: int) -> TokenChunk:

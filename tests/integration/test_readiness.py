@@ -17,10 +17,9 @@ from scripted_nodes import Node, living, schedule
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.errors import FlowKVError
-from flowkv_common.wire.parts import ModelFiles
+from flowkv_common.wire.messages import ModelFiles
+from flowkv_gateway.cluster import ASK_PERIOD_S, SCHEDULER_SILENT_S, OwnModel
 from flowkv_gateway.dispatch import Dispatch, open_dispatch
-from flowkv_gateway.own_model import OwnModel
-from flowkv_gateway.readiness import ASK_PERIOD_S, SCHEDULER_SILENT_S
 
 NO_NODE = "no node of the model is ready"
 NO_SCHEDULER = "no scheduler answers"

@@ -16,9 +16,8 @@ from benchmarks.recording import NODE_PREFIX, read_lines
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.config import SchedulerSettings
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Assignment
+from flowkv_common.wire.messages import Assignment, NodeRef
 from flowkv_common.wire.nodes import CapMoved
-from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler.app import serve
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,21 +14,18 @@ from prometheus_client import CollectorRegistry
 from scripted_nodes import Node, is_assigned, living, until
 
 from flowkv_common import errors
+from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import SchedulerSettings
-from flowkv_common.tasks import running
 from flowkv_common.wire import nodes, subjects
-from flowkv_common.wire.messages import Accepted, decode
+from flowkv_common.wire.messages import Accepted, NodeRef, decode
 from flowkv_common.wire.nodes import CapMoved, RegimeChanged, SetPrefillCap
-from flowkv_common.wire.parts import NodeRef
-from flowkv_scheduler.app import serve
-from flowkv_scheduler.carry_out import Orders
-from flowkv_scheduler.leading import lead
-from flowkv_scheduler.orders import MoveCap, Order, RegimeChange, ScaleWanted
+from flowkv_scheduler.app import Orders, lead, serve
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.weighing import Goals
+from flowkv_scheduler.policy import Goals
+from flowkv_scheduler.rebalance import MoveCap, Order, RegimeChange, ScaleWanted
 
 D0, D1 = NodeRef(node_id="d0", incarnation="i1"), NodeRef(node_id="d1", incarnation="i1")
 WHY = "the test wants it"

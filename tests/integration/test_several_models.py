@@ -19,19 +19,27 @@ from nats_server import NatsServer
 from oracle import check_identity
 from tiny_models import make_tiny_model
 
+from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.config import SchedulerSettings
-from flowkv_common.engine.model import LoadedModel
 from flowkv_common.errors import DeadlineExceeded, WrongModel
 from flowkv_common.fingerprint import model_files
-from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, DecodeRun, Message, PrefillRun, Reserve, Reserved
+from flowkv_common.wire.messages import (
+    Accepted,
+    DecodeRun,
+    Message,
+    NodeRef,
+    PrefillRun,
+    Reserve,
+    Reserved,
+    SamplingParams,
+    TokenIds,
+)
 from flowkv_common.wire.nodes import LoadReport
-from flowkv_common.wire.parts import NodeRef, SamplingParams, TokenIds
-from flowkv_gateway.dispatch import Dispatch, open_dispatch
-from flowkv_gateway.generation import Generation
-from flowkv_gateway.own_model import OwnModel
+from flowkv_engine.engine.model import LoadedModel
+from flowkv_gateway.cluster import OwnModel
+from flowkv_gateway.dispatch import Dispatch, Generation, open_dispatch
 from flowkv_scheduler.app import serve as serve_scheduler
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)

@@ -11,9 +11,9 @@ from engineless import NUM_BLOCKS, Pair, engineless_pair, until
 from nats_server import NatsServer
 
 from flowkv_common.errors import Stale, Unavailable
-from flowkv_common.node.attempts import Cause
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Cancel, PrefillRun, transfer_id
+from flowkv_node.attempts import Cause
 from flowkv_prefill import handoff
 
 NUM_PROMPTS = 12

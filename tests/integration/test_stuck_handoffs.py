@@ -9,14 +9,14 @@ import pytest
 from engineless import Pair, engineless_pair, until
 from nats_server import NatsServer
 
+from flowkv_common.aio import running
 from flowkv_common.errors import Unavailable
-from flowkv_common.node import watch
-from flowkv_common.node.attempts import Cause
-from flowkv_common.node.budget import STUCK_AFTER_S
-from flowkv_common.node.watch import watch_handoffs
-from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Reserve
+from flowkv_node import endpoints as watch
+from flowkv_node.attempts import Cause
+from flowkv_node.budget import STUCK_AFTER_S
+from flowkv_node.endpoints import watch_handoffs
 
 PROMPT = list(range(100, 110))
 

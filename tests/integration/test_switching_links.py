@@ -17,19 +17,19 @@ from nats_server import NatsServer
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import TransferFailed, Unavailable
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.blocks import Blocks
-from flowkv_common.kv.connector import ConnectorUnavailable, KVConnector, KVLink
-from flowkv_common.kv.connectors import make_connectors
-from flowkv_common.kv.connectors.inprocess import InProcessConnector, Switchboard
-from flowkv_common.kv.connectors.sockets import Place
-from flowkv_common.kv.pool import KVPool
-from flowkv_common.kv.reservations import Reservations
-from flowkv_common.node import links as links_module
-from flowkv_common.node.links import Links
 from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import NodeRef, PoolLayout
 from flowkv_common.wire.nodes import LinkRequest
-from flowkv_common.wire.parts import NodeRef, PoolLayout
+from flowkv_engine.kv.blocks import Blocks
+from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.reservations import Reservations
+from flowkv_engine.kv.segments import Copy
+from flowkv_engine.transport import make_connectors
+from flowkv_engine.transport.base import ConnectorUnavailable, KVConnector, KVLink
+from flowkv_engine.transport.inprocess import InProcessConnector, Switchboard
+from flowkv_engine.transport.sockets import Place
+from flowkv_node import links as links_module
+from flowkv_node.links import Links
 
 SMALL = PoolLayout(num_layers=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="float32")
 NUM_BLOCKS = 24

@@ -18,9 +18,8 @@ from tiny_models import make_tiny_model
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, Release, Reserve, Reserved
-from flowkv_common.wire.parts import NodeRef
-from flowkv_prefill import guest
+from flowkv_common.wire.messages import Accepted, NodeRef, Release, Reserve, Reserved
+from flowkv_prefill import prompts as guest
 
 NUM_BLOCKS = 12
 LONG_PROMPT = (NUM_BLOCKS - 2) * BLOCK_SIZE  # leaves no room for another in the pool

@@ -11,17 +11,15 @@ import pytest
 from live_nodes import TIMEOUT_S
 from nats_server import NatsServer
 
+from flowkv_common.aio import running
 from flowkv_common.bus.connection import connect
 from flowkv_common.config import NodeSettings, SchedulerSettings
 from flowkv_common.errors import Unavailable
-from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.limits import payload_for, window_that_fits
+from flowkv_common.wire.messages import ModelFiles, SamplingParams, payload_for, window_that_fits
 from flowkv_common.wire.nodes import LoadReport, StepFit
-from flowkv_common.wire.parts import ModelFiles, SamplingParams
-from flowkv_gateway.dispatch import Dispatch, open_dispatch
-from flowkv_gateway.generation import Generation, Piece
-from flowkv_gateway.own_model import OwnModel
+from flowkv_gateway.cluster import OwnModel
+from flowkv_gateway.dispatch import Dispatch, Generation, Piece, open_dispatch
 from flowkv_scheduler.app import serve as serve_scheduler
 from tests.paced.digest import paced_tokens
 from tests.paced.engine import Pace

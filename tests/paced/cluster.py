@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from flowkv.local_cluster import Cluster
 from flowkv_common.bus.connection import connect
 from flowkv_common.wire import subjects
 from flowkv_common.wire.nodes import LoadReport, StepFit
-from scripts.local_cluster import Cluster
 from tests.paced.engine import Kept
 from tests.paced.nodes import paced_layout
 

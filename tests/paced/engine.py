@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowkv_common.engine.batch import PackedBatch
-from flowkv_common.engine.engine import Result
-from flowkv_common.engine.sampler import Sampled, SampleInput
+from flowkv_common.wire.messages import TokenLogprob
 from flowkv_common.wire.nodes import StepFit
-from flowkv_common.wire.parts import TokenLogprob
+from flowkv_engine.engine.batch import PackedBatch
+from flowkv_engine.engine.runner import Result
+from flowkv_engine.engine.sampler import Sampled, SampleInput
 from tests.paced.digest import mix, terms
 
 # So much lateness of a step is made good by the next; more of it shows, as it would with a real engine.

@@ -21,13 +21,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from flowkv_common import logs
+from flowkv.roles import ROLES
+from flowkv_common import telemetry as logs
+from flowkv_common.aio import stop_on_signals
 from flowkv_common.config import NodeSettings, load
-from flowkv_common.kv.connectors import make_connectors
-from flowkv_common.node import host
-from flowkv_common.tasks import stop_on_signals
+from flowkv_common.wire.messages import ModelCard, PoolLayout
 from flowkv_common.wire.nodes import StepFit
-from flowkv_common.wire.parts import ModelCard, PoolLayout
+from flowkv_engine.transport import make_connectors
+from flowkv_node import host
 from tests.paced.engine import Pace, PacedEngine
 from tests.paced.slow_links import slowed
 
@@ -63,7 +64,7 @@ class PacedNode:
             eos_token_ids=[pace.eos_token_id],
         )
         mine = msgspec.structs.replace(settings, node_id=self.node_id)
-        await host.serve(mine, self.role, host.Served(card, layout, make_engine), self.stop)
+        await host.serve(mine, self.role, host.Served(card, layout, make_engine), ROLES, self.stop)
 
 
 def paced_layout(block_size: int) -> PoolLayout:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.connector import KVConnector, KVLink, TransferStats
+from flowkv_engine.kv.segments import Copy
+from flowkv_engine.transport.base import KVConnector, KVLink, TransferStats
 
 
 class SlowLink:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkv_common.kv.alignment import align, ids_of, runs_of
+from flowkv_engine.kv.segments import align, ids_of, runs_of
 
 NUM_BLOCKS = 12
 

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from flowkv_common.kv.blocks import Blocks, OutOfBlocks
+from flowkv_engine.kv.blocks import Blocks, OutOfBlocks
 
 NUM_BLOCKS = 14
 BLOCK_SIZE = 4

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkv_common.fair_queue import FairQueue
+from flowkv_common.aio import FairQueue
 
 
 class Join(NamedTuple):

@@ -15,9 +15,8 @@ from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import StepFit
 from flowkv_scheduler import admission, policy
 from flowkv_scheduler.admission import Limits
-from flowkv_scheduler.policy import Choice
-from flowkv_scheduler.view import Work
-from flowkv_scheduler.weighing import Goals, Weighing
+from flowkv_scheduler.policy import Choice, Goals, Weighing
+from flowkv_scheduler.views import Work
 
 FITS = [
     None,

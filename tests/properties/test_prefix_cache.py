@@ -6,9 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from flowkv_common.kv.alignment import ids_of
-from flowkv_common.kv.prefix_cache import PrefixCache
-from flowkv_common.wire.parts import Run
+from flowkv_common.wire.messages import Run
+from flowkv_engine.kv.blocks import PrefixCache
+from flowkv_engine.kv.segments import ids_of
 
 NUM_BLOCKS = 24
 

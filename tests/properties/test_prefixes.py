@@ -8,9 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from flowkv_common.node.block_news import PAGE_SIZE, BlockNews
+from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged
-from flowkv_common.wire.parts import NodeRef
+from flowkv_node.reporting import PAGE_SIZE, BlockNews
 from flowkv_scheduler.prefixes import PART_SIZE, PrefixIndex, keys_of
 
 HASHES = [f"{number:016x}{0:016x}" for number in range(20)]

@@ -6,10 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from imagined_nodes import BLOCK_SIZE, CAPS, NUM_BLOCKS, TOKEN_BUDGET, Imagined, cluster, node
 
-from flowkv_scheduler.lending import Thresholds
-from flowkv_scheduler.orders import MoveCap, Order
-from flowkv_scheduler.regimes import Regimes
-from flowkv_scheduler.weighing import Goals
+from flowkv_scheduler.policy import Goals
+from flowkv_scheduler.rebalance import MoveCap, Order, Regimes, Thresholds
 
 GOALS = Goals(ttft_s=4.0, itl_s=0.25)
 AT = Thresholds()

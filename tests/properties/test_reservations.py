@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from flowkv_common.errors import BadRequest, Stale
-from flowkv_common.kv.blocks import Blocks, OutOfBlocks
-from flowkv_common.kv.reservations import Reservation, Reservations
-from flowkv_common.wire.parts import NodeRef
+from flowkv_common.wire.messages import NodeRef
+from flowkv_engine.kv.blocks import Blocks, OutOfBlocks
+from flowkv_engine.kv.reservations import Reservation, Reservations
 
 NUM_BLOCKS = 12
 NODE = NodeRef(node_id="prefill-1", incarnation="a")

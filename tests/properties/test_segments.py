@@ -7,9 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from flowkv_common.kv.alignment import ids_of, runs_of
-from flowkv_common.kv.segments import Segments
-from flowkv_common.wire.parts import Run
+from flowkv_common.wire.messages import Run
+from flowkv_engine.kv.segments import Segments, ids_of, runs_of
 
 NUM_BLOCKS = 24
 

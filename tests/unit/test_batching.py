@@ -3,10 +3,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkv_common.engine.sequence import Sequence
-from flowkv_common.wire.parts import SamplingParams
-from flowkv_decode.batching import decode_items, num_missing_blocks, pick_victim, recompute_items
-from flowkv_prefill.chunking import plan_chunks
+from flowkv_common.wire.messages import SamplingParams
+from flowkv_decode.sequences import decode_items, num_missing_blocks, pick_victim, recompute_items
+from flowkv_engine.engine.sequence import Sequence
+from flowkv_prefill.prompts import plan_chunks
 
 
 def sequence(num_prompt: int, num_computed: int = 0, num_blocks: int = 0, num_output: int = 0) -> Sequence:

@@ -14,8 +14,8 @@ from benchmarks.overlap.measure import Sample
 from benchmarks.overlap.report import Spread, rows_of, table
 from benchmarks.overlap.setups import CHUNK_TOKENS, SETUPS, NotPinned, check_pinned
 from flowkv_common.config import NodeSettings, load
-from flowkv_common.node.host import prefill_cap
 from flowkv_common.wire.messages import KVTransferred
+from flowkv_node.host import prefill_cap
 
 BY_NAME = {setup.name: setup for setup in SETUPS}
 EVENT = KVTransferred(

@@ -16,10 +16,9 @@ from benchmarks import replay
 from benchmarks.policies.baselines import BASELINES
 from benchmarks.recording import NODE_PREFIX, RECONNECTED, UnreadableRecording, read_lines, write_line
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Assignment
-from flowkv_common.wire.parts import NodeRef
-from flowkv_scheduler.state import ClusterState
-from flowkv_scheduler.weighing import Goals, Weighing
+from flowkv_common.wire.messages import Assignment, NodeRef
+from flowkv_scheduler.cluster import ClusterState
+from flowkv_scheduler.policy import Goals, Weighing
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.transfer.shapes import SHAPES
 from benchmarks.transfer.strategies import STRATEGIES, USED_SHARE, _used_pool
-from flowkv_common.kv.alignment import Copy
+from flowkv_engine.kv.segments import Copy
 
 NUM_BLOCKS, NUM_POOL_BLOCKS, PIECES = 40, 400, 6
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from flowkv_common.errors import BadRequest
-from flowkv_common.kv.blocks import Blocks
-from flowkv_common.node import block_news
-from flowkv_common.node.block_news import BlockNews
+from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlocksChanged
-from flowkv_common.wire.parts import NodeRef
+from flowkv_engine.kv.blocks import Blocks
+from flowkv_node import reporting as block_news
+from flowkv_node.reporting import BlockNews
 
 REF = NodeRef(node_id="n", incarnation="1")
 

@@ -8,14 +8,22 @@ import pytest
 from engineless import FINGERPRINT, Pair, Side, engineless_pair, until
 from nats_server import NatsServer
 
+from flowkv_common.aio import running
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import Unavailable
-from flowkv_common.node.output_lengths import PRIOR_TOKENS
-from flowkv_common.node.watch import watch_cancels
-from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Cancel, DecodeRun, Keepalive, KeepaliveReply, Reserve
-from flowkv_common.wire.parts import NodeRef, SamplingParams, TokenIds
+from flowkv_common.wire.messages import (
+    Cancel,
+    DecodeRun,
+    Keepalive,
+    KeepaliveReply,
+    NodeRef,
+    Reserve,
+    SamplingParams,
+    TokenIds,
+)
+from flowkv_node.endpoints import watch_cancels
+from flowkv_node.reporting import PRIOR_TOKENS
 
 PREFILL = NodeRef(node_id="p", incarnation="1")
 NUM_OUTPUT_TOKENS = 3

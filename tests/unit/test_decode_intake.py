@@ -9,12 +9,19 @@ import pytest
 from engineless import BLOCK_SIZE, FINGERPRINT, NUM_BLOCKS, Pair, Side, engineless_pair
 from nats_server import NatsServer
 
-from flowkv_common.engine.sampler import Sampled
 from flowkv_common.errors import BadRequest, Full, Stale, Unavailable
-from flowkv_common.node.attempts import Cause
 from flowkv_common.wire.hashing import block_hashes
-from flowkv_common.wire.messages import DecodeRun, Release, Reserve, Reserved
-from flowkv_common.wire.parts import NodeRef, SamplingParams, TokenIds
+from flowkv_common.wire.messages import (
+    DecodeRun,
+    NodeRef,
+    Release,
+    Reserve,
+    Reserved,
+    SamplingParams,
+    TokenIds,
+)
+from flowkv_engine.engine.sampler import Sampled
+from flowkv_node.attempts import Cause
 
 PREFILL = NodeRef(node_id="p", incarnation="1")
 MAX_HANDOFFS = 3

@@ -7,10 +7,8 @@ import time
 import pytest
 from drive import make_sequence
 
-from flowkv_common.wire.limits import _OTHER_BYTES
-from flowkv_common.wire.messages import Resumed, TokenChunk, encode
-from flowkv_common.wire.parts import TokenLogprob
-from flowkv_decode.output import KEEP_S, MAX_TOKENS, MAX_TOKENS_WITH_LOGPROBS, Outputs
+from flowkv_common.wire.messages import _OTHER_BYTES, Resumed, TokenChunk, TokenLogprob, encode
+from flowkv_decode.sequences import KEEP_S, MAX_TOKENS, MAX_TOKENS_WITH_LOGPROBS, Outputs
 
 
 def filled(num_tokens: int, logprobs: bool) -> tuple[Outputs, str]:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from drive import make_sequence
 
-from flowkv_common.engine.batch import WorkItem, pack
-from flowkv_common.wire.parts import SamplingParams
+from flowkv_common.wire.messages import SamplingParams
+from flowkv_engine.engine.batch import WorkItem, pack
 
 
 def test_packs_decode_chunk_and_last_chunk() -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowkv_common.engine.devices import claimed, claimed_index
-from flowkv_common.node.memory import WORKING_BYTES, bytes_left
+from flowkv_engine.engine.gpu.devices import claimed, claimed_index
+from flowkv_node.memory import WORKING_BYTES, bytes_left
 
 HOLD = """
 import sys
 from pathlib import Path
-from flowkv_common.engine.devices import claimed_index
+from flowkv_engine.engine.gpu.devices import claimed_index
 
 with claimed_index(["a", "b"], Path(sys.argv[1])) as index:
     print(index, flush=True)

@@ -8,16 +8,12 @@ import torch
 from drive import BLOCK_SIZE, load_tiny, make_pool, make_sequence
 from tiny_models import ARCHITECTURES, make_tiny_model
 
-from flowkv_common.engine.attention_torch import TorchAttention
-from flowkv_common.engine.backends import make_attention
-from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
-from flowkv_common.engine.flat import FlatForward
-from flowkv_common.engine.flat_cpu import CpuFlatForward
-from flowkv_common.engine.flat_weights import flat_weights
-from flowkv_common.engine.forward import make_forward
-from flowkv_common.engine.model import LoadedModel
-from flowkv_common.engine.modules import Forward, ModulesForward
-from flowkv_common.engine.sequence import Sequence
+from flowkv_engine.engine.attention import TorchAttention, make_attention
+from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
+from flowkv_engine.engine.cpu.forward import CpuFlatForward
+from flowkv_engine.engine.forward import FlatForward, Forward, ModulesForward, flat_weights, make_forward
+from flowkv_engine.engine.model import LoadedModel
+from flowkv_engine.engine.sequence import Sequence
 
 
 def make_flat(model: LoadedModel) -> FlatForward:

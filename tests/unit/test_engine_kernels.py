@@ -7,11 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import rms_norm, silu
 
-from flowkv_common.engine.kernels_cpu import rotate_and_write
-from flowkv_common.engine.kernels_linear import gated_linear, linear, pack
-from flowkv_common.engine.kernels_linear import rms_norm as compiled_rms_norm
-from flowkv_common.engine.simd import TILE_PANELS, gate_row, softmax_row
-from flowkv_common.engine.vector_ir import LANES
+from flowkv_engine.engine.cpu.kernels import rotate_and_write
+from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack
+from flowkv_engine.engine.cpu.linear import rms_norm as compiled_rms_norm
+from flowkv_engine.engine.cpu.simd import LANES, TILE_PANELS, gate_row, softmax_row
 
 K = 48
 NUM_ROWS = (0, 1, 2, 3, 4, 7, 8, 21, 70, 271, 530)

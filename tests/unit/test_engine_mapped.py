@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from flowkv_common.engine.mapped import give_back
+from flowkv_engine.engine.cpu.forward import give_back
 
 NUM_BYTES = 8 << 20
 

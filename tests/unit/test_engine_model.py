@@ -9,9 +9,8 @@ import torch
 from tiny_models import make_tiny_model
 from transformers import AutoConfig
 
-from flowkv_common.engine.eos import eos_token_ids
-from flowkv_common.engine.model import LoadedModel, load_model
-from flowkv_common.engine.servable import UnsupportedModel
+from flowkv_engine.engine.model import LoadedModel, eos_token_ids, load_model
+from flowkv_engine.engine.servable import UnsupportedModel
 
 
 def load(folder: Path, load_format: str = "auto", dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -82,7 +81,7 @@ def test_a_file_that_names_no_end_of_text_in_a_readable_way_is_named_before_weig
     def read(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("flowkv_common.engine.model._from_folder", read)
+    monkeypatch.setattr("flowkv_engine.engine.model._from_folder", read)
     folder = make_tiny_model(tmp_path / "model")
     for name, content in files.items():
         (folder / f"{name}.json").write_text(content)

@@ -11,8 +11,8 @@ from drive import load_tiny
 from tiny_models import make_tiny_model
 
 from flowkv_common.config import NodeSettings
-from flowkv_common.engine.precision import kv_dtype, weights_dtype
-from flowkv_common.node.host import served
+from flowkv_engine.engine.model import kv_dtype, weights_dtype
+from flowkv_node.host import served
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

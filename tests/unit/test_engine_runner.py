@@ -15,11 +15,11 @@ from oracle import check_identity
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, make_tiny_model
 from transformers import AutoModelForCausalLM
 
-from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
-from flowkv_common.engine.model import LoadedModel
-from flowkv_common.engine.runner import EngineThread, Runner
-from flowkv_common.engine.sequence import Sequence
-from flowkv_common.wire.parts import SamplingParams
+from flowkv_common.wire.messages import SamplingParams
+from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
+from flowkv_engine.engine.model import LoadedModel
+from flowkv_engine.engine.runner import EngineThread, Runner
+from flowkv_engine.engine.sequence import Sequence
 
 NUM_BLOCKS = 64
 NUM_OUTPUTS = 16
@@ -202,7 +202,7 @@ async def test_a_failed_step_raises_and_the_thread_goes_on(llama: Path) -> None:
 async def test_a_wedged_thread_shows_and_does_not_hold_up_the_end(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flowkv_common.engine.runner.CLOSE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("flowkv_engine.engine.runner.CLOSE_TIMEOUT_S", 0.05)
     model = load_tiny(llama)
     before = set(threading.enumerate())
     async with asyncio.timeout(10), EngineThread(Runner(model, make_pool(model, 1))) as engine:

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from flowkv_common.engine.nucleus import PREFIX_LEN, _most_likely
-from flowkv_common.engine.sampler import SampleInput, sample
-from flowkv_common.wire.parts import SamplingParams
+from flowkv_common.wire.messages import SamplingParams
+from flowkv_engine.engine.sampler import PREFIX_LEN, SampleInput, _most_likely, sample
 
 EOS = [2]
 
@@ -102,7 +101,7 @@ def test_the_prefix_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         {"top_k": 9, "top_p": 0.5},
     ]
     short = [[choose(logits, index, **case) for index in range(30)] for case in cases]
-    monkeypatch.setattr("flowkv_common.engine.nucleus.PREFIX_LEN", 500)
+    monkeypatch.setattr("flowkv_engine.engine.sampler.PREFIX_LEN", 500)
     assert short == [[choose(logits, index, **case) for index in range(30)] for case in cases]
 
 

@@ -4,7 +4,7 @@ import pytest
 from drive import make_sequence
 
 from flowkv_common.wire.hashing import block_hashes
-from flowkv_common.wire.parts import SamplingParams
+from flowkv_common.wire.messages import SamplingParams
 
 EOS = [2]
 

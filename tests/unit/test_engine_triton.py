@@ -14,9 +14,12 @@ import torch
 from drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence
 from tiny_models import make_tiny_model
 
-from flowkv_common.engine import attention_triton, graphs
-from flowkv_common.engine.attention_torch import TorchAttention
-from flowkv_common.engine.attention_triton import (
+from flowkv_engine.engine.attention import TorchAttention
+from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
+from flowkv_engine.engine.forward import ModulesForward, flat_weights, make_forward
+from flowkv_engine.engine.gpu import attention as attention_triton
+from flowkv_engine.engine.gpu import graphs
+from flowkv_engine.engine.gpu.attention import (
     NUM_ROWS,
     Decoding,
     Parting,
@@ -24,14 +27,10 @@ from flowkv_common.engine.attention_triton import (
     TritonAttention,
     tiles,
 )
-from flowkv_common.engine.batch import PackedBatch, WorkItem, pack
-from flowkv_common.engine.flat_triton import TritonFlatForward
-from flowkv_common.engine.flat_weights import flat_weights
-from flowkv_common.engine.forward import make_forward
-from flowkv_common.engine.graphs import MAX_BATCH, GraphedSteps, Shape, batch_sizes, shapes
-from flowkv_common.engine.model import LoadedModel
-from flowkv_common.engine.modules import ModulesForward
-from flowkv_common.engine.runner import Runner
+from flowkv_engine.engine.gpu.forward import TritonFlatForward
+from flowkv_engine.engine.gpu.graphs import MAX_BATCH, GraphedSteps, Shape, batch_sizes, shapes
+from flowkv_engine.engine.model import LoadedModel
+from flowkv_engine.engine.runner import Runner
 
 NUM_BLOCKS = 64
 

@@ -11,7 +11,7 @@ from threading import Thread
 
 import pytest
 
-from flowkv_common.engine.weights import (
+from flowkv_engine.engine.fetch import (
     DEFAULT_MODEL,
     GGUF_SHA256,
     default_cache_dir,
@@ -102,7 +102,7 @@ def test_pickled_weights_are_fetched_from_a_hub_that_has_no_others(
     with hub(fetched | left) as endpoint:
         home = {"FLOWKV_CACHE": str(tmp_path), "HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint}
         found = subprocess.run(
-            [sys.executable, "-m", "flowkv_common.engine.weights", "--model", "org/m"],
+            [sys.executable, "-m", "flowkv_engine.engine.fetch", "--model", "org/m"],
             env={**home, "PYTHONPATH": ":".join(sys.path)},
             capture_output=True,
             text=True,
@@ -116,7 +116,7 @@ def test_a_converted_model_is_found_without_touching_torch(tmp_path: Path) -> No
     folder = tmp_path / f"{DEFAULT_MODEL}-{GGUF_SHA256[:12]}"
     folder.mkdir()
     code = (
-        "import sys; from flowkv_common.engine.weights import main; main(); "
+        "import sys; from flowkv_engine.engine.fetch import main; main(); "
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     found = subprocess.run(
@@ -156,7 +156,7 @@ def test_a_link_leads_to_the_folder_wherever_both_are_mounted(tmp_path: Path) ->
     cache = tmp_path / "cache"
     for name in ("one", "two"):
         (cache / name).mkdir(parents=True)
-        command = [sys.executable, "-m", "flowkv_common.engine.weights", "--model", str(cache / name)]
+        command = [sys.executable, "-m", "flowkv_engine.engine.fetch", "--model", str(cache / name)]
         subprocess.run([*command, "--link", str(cache / "current")], check=True, capture_output=True)
     moved = cache.rename(tmp_path / "elsewhere")
     assert (moved / "current").resolve() == moved / "two"

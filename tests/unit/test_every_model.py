@@ -19,11 +19,11 @@ from every_model import MODEL_TYPES, SERVED, VOCAB_SIZE, tiny_config
 from oracle import check_identity
 from tiny_models import save_random
 
-from flowkv_common.engine import self_check
-from flowkv_common.engine.model import LoadedModel, load_model
-from flowkv_common.engine.runner import Runner
-from flowkv_common.engine.self_check import SelfCheck
-from flowkv_common.engine.servable import UnsupportedModel
+from flowkv_engine.engine import checks as self_check
+from flowkv_engine.engine.checks import SelfCheck
+from flowkv_engine.engine.model import LoadedModel, load_model
+from flowkv_engine.engine.runner import Runner
+from flowkv_engine.engine.servable import UnsupportedModel
 
 CHUNK = 64
 NUM_OUTPUTS = 8

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from flowkv_common.fair_queue import FairQueue
+from flowkv_common.aio import FairQueue
 
 
 async def settle() -> None:

@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 
 from flowkv_common.config import GatewaySettings
 from flowkv_gateway.app import build_app
-from flowkv_gateway.sampling_defaults import SamplingDefaults
+from flowkv_gateway.schemas import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
 
 JSON = st.recursive(

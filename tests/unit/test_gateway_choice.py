@@ -9,12 +9,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowkv_common.wire.parts import SamplingParams, TokenLogprob
-from flowkv_gateway.choice import Choice, Delta, Display
-from flowkv_gateway.generation import Generation, Piece
-from flowkv_gateway.openai import ChatShape, TextShape, WholeChoice
-from flowkv_gateway.stops import prepare_stops
-from flowkv_gateway.vocabulary import Vocabulary
+from flowkv_common.wire.messages import SamplingParams, TokenLogprob
+from flowkv_gateway.dispatch import Generation, Piece
+from flowkv_gateway.output import Choice, Delta, Display, prepare_stops
+from flowkv_gateway.schemas import ChatShape, TextShape, WholeChoice
+from flowkv_gateway.tokenizer import Vocabulary
 
 VOCABULARY = Vocabulary(
     {0: b"<|end|>", 1: b"one", 2: b" two", 3: b" thr", 4: b"ee", 5: b"\xe2", 6: b"\x82\xac"}, frozenset({0})

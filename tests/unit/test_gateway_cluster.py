@@ -6,10 +6,8 @@ import msgspec
 import pytest
 from imagined_nodes import BLOCK_SIZE, MODEL, descriptor, report
 
-from flowkv_common.wire.parts import ModelCard, ModelFiles
-from flowkv_gateway.cluster import Cluster
-from flowkv_gateway.own_model import OwnModel
-from flowkv_gateway.prompt_hashes import HashBasis
+from flowkv_common.wire.messages import ModelCard, ModelFiles
+from flowkv_gateway.cluster import Cluster, HashBasis, OwnModel
 
 OWN = OwnModel(ModelFiles())
 

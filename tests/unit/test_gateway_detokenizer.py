@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
 
-from flowkv_gateway.detokenizer import Detokenizer
-from flowkv_gateway.stops import StopFinder, prepare_stops
-from flowkv_gateway.vocabulary import Vocabulary
+from flowkv_gateway.output import Detokenizer, StopFinder, prepare_stops
+from flowkv_gateway.tokenizer import Vocabulary
 
 
 @pytest.fixture(scope="module")

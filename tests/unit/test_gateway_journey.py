@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from flowkv_common.wire.messages import TokenChunk
-from flowkv_common.wire.parts import SamplingParams
-from flowkv_gateway.generation import Generation
-from flowkv_gateway.journey import Journey
+from flowkv_common.wire.messages import SamplingParams, TokenChunk
+from flowkv_gateway.dispatch import Generation, Journey
 
 
 def test_no_more_of_a_prompt_is_cached_than_it_has_tokens() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from flowkv_common.errors import BadRequest
+from flowkv_gateway.fields import parse_json
 from flowkv_gateway.messages import check_messages, for_template
-from flowkv_gateway.params import ChatRequest
-from flowkv_gateway.parsing import parse_json
+from flowkv_gateway.schemas import ChatRequest
 
 
 def rendered(*messages: dict[str, Any]) -> list[dict[str, Any]]:

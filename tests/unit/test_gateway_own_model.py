@@ -11,8 +11,8 @@ from tiny_models import make_tiny_model
 
 from flowkv_common.errors import CannotStart
 from flowkv_common.fingerprint import fingerprint, model_files
-from flowkv_common.wire.parts import ModelCard, ModelFiles
-from flowkv_gateway.own_model import OwnModel
+from flowkv_common.wire.messages import ModelCard, ModelFiles
+from flowkv_gateway.cluster import OwnModel
 
 ALL = ModelFiles(tokenizer="t", config="c", weights="w")
 NO_WEIGHTS = ModelFiles(tokenizer="t", config="c")

@@ -10,8 +10,8 @@ import pytest
 from flowkv_common.wire import hashing
 from flowkv_common.wire.hashing import block_hashes
 from flowkv_common.wire.messages import ScheduleRequest, encode
-from flowkv_gateway import prompt_hashes
-from flowkv_gateway.prompt_hashes import MAX_HASHES, MAX_HASHES_IN_LOOP, HashBasis, PromptHashes
+from flowkv_gateway import cluster as prompt_hashes
+from flowkv_gateway.cluster import MAX_HASHES, MAX_HASHES_IN_LOOP, HashBasis, PromptHashes
 
 BASIS = HashBasis("f", 4)
 

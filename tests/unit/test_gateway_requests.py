@@ -14,24 +14,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv_common.errors import BadRequest
-from flowkv_common.wire.parts import ModelCard, SamplingParams
-from flowkv_gateway.errors import ContextLengthExceeded
-from flowkv_gateway.generation import Generation
-from flowkv_gateway.params import ChatRequest, CompletionRequest, TokenizeRequest
-from flowkv_gateway.parsing import parse_json
-from flowkv_gateway.planning import plan
-from flowkv_gateway.prompts import chat_prompt, tokenize_prompt
-from flowkv_gateway.sampling_defaults import SamplingDefaults, load_sampling_defaults
-from flowkv_gateway.tokenizer import Tokenizer
-from flowkv_gateway.unserved import (
+from flowkv_common.wire.messages import ModelCard, SamplingParams
+from flowkv_gateway.dispatch import Generation
+from flowkv_gateway.fields import (
     CHANGE_NOTHING,
     CHAT,
     COMPLETIONS,
     REFUSED,
     TOKENIZE,
     Refused,
+    parse_json,
     parse_request,
 )
+from flowkv_gateway.http import ContextLengthExceeded
+from flowkv_gateway.prompts import chat_prompt, plan, tokenize_prompt
+from flowkv_gateway.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    SamplingDefaults,
+    TokenizeRequest,
+    load_sampling_defaults,
+)
+from flowkv_gateway.tokenizer import Tokenizer
 
 USER = [{"role": "user", "content": "hi"}]
 

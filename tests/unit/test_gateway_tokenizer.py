@@ -12,8 +12,7 @@ import pytest
 from gateway_support import TEMPLATE, write_tokenizer
 
 from flowkv_common.errors import BadRequest
-from flowkv_gateway.chat_template import ChatTemplate, Conversation
-from flowkv_gateway.tokenizer import Tokenizer
+from flowkv_gateway.tokenizer import ChatTemplate, Conversation, Tokenizer
 
 CHAT = [
     {"role": "system", "content": "be brief"},

@@ -17,9 +17,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
 from flowkv_common.errors import BadRequest
-from flowkv_gateway.chat_template import ChatTemplate, Conversation
-from flowkv_gateway.tokenizer import Tokenizer
-from flowkv_gateway.typed_specials import TypedSpecials, _any_of
+from flowkv_gateway.tokenizer import ChatTemplate, Conversation, Tokenizer, TypedSpecials, _any_of
 
 CORPUS = ["the quick brown fox jumps over the lazy dog, hello world, user assistant", "<|im_end|> s> <s"]
 SPECIALS = [

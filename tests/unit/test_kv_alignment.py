@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flowkv_common.kv.alignment import Copy, align, ids_of, runs_of
-from flowkv_common.wire.parts import Run
+from flowkv_common.wire.messages import Run
+from flowkv_engine.kv.segments import Copy, align, ids_of, runs_of
 
 
 def test_equal_runs_are_one_copy() -> None:

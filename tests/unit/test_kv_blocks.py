@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from flowkv_common.kv.blocks import Blocks, IntegrityError, OutOfBlocks
+from flowkv_engine.kv.blocks import Blocks, IntegrityError, OutOfBlocks
 
 
 @pytest.fixture

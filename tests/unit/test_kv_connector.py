@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.connector import find_stray
+from flowkv_engine.kv.segments import Copy
+from flowkv_engine.transport.base import find_stray
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import os
 import pytest
 import torch
 
-from flowkv_common.kv.pool import KVPool
-from flowkv_common.wire.parts import PoolLayout, Run
+from flowkv_common.wire.messages import PoolLayout, Run
+from flowkv_engine.kv.pool import KVPool
 
 
 def layout_of(dtype: str) -> PoolLayout:

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from flowkv_common.kv.alignment import ids_of
-from flowkv_common.kv.integrity import IntegrityError
-from flowkv_common.kv.prefix_cache import PrefixCache
-from flowkv_common.wire.parts import Run
+from flowkv_common.wire.messages import Run
+from flowkv_engine.kv.blocks import PrefixCache
+from flowkv_engine.kv.segments import IntegrityError, ids_of
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from flowkv_common.errors import BadRequest, Stale
-from flowkv_common.kv.blocks import Blocks, OutOfBlocks
-from flowkv_common.kv.reservations import Reservation, Reservations
-from flowkv_common.wire.parts import NodeRef
+from flowkv_common.wire.messages import NodeRef
+from flowkv_engine.kv.blocks import Blocks, OutOfBlocks
+from flowkv_engine.kv.reservations import Reservation, Reservations
 
 NODE = NodeRef(node_id="prefill-1", incarnation="a")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flowkv_common.kv.segments import Segments
-from flowkv_common.wire.parts import Run
+from flowkv_common.wire.messages import Run
+from flowkv_engine.kv.segments import Segments
 
 
 def segments_with(num_blocks: int, *free: Run) -> Segments:

@@ -8,9 +8,9 @@ import threading
 import numpy as np
 import pytest
 
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.connectors.shm import _copy_steps, _steps
-from flowkv_common.kv.connectors.worker import outlived
+from flowkv_engine.kv.segments import Copy
+from flowkv_engine.transport.shm import _copy_steps, _steps
+from flowkv_engine.transport.stream import outlived
 
 MIB = 1 << 20
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_cluster import free_port
 
-from flowkv_common.kv.connectors.sockets import (
+from flowkv.local_cluster import free_port
+from flowkv_engine.transport.sockets import (
     LOOPBACK,
     Place,
     bind_tcp,

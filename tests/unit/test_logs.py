@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from flowkv_common import logs
+from flowkv_common import telemetry as logs
 
 FIELDS: dict[str, object] = {"status": 200, "prefill_node": "p0", "reason": None, "finish_reason": ""}
 

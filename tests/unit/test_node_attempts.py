@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from flowkv_common.errors import Stale
-from flowkv_common.node.attempts import MAX_TOMBSTONES, TOMBSTONE_S, Attempt, Attempts, Cause
+from flowkv_node.attempts import MAX_TOMBSTONES, TOMBSTONE_S, Attempt, Attempts, Cause
 
 
 class Clock:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from flowkv_common.node.budget import (
+from flowkv_node.budget import (
     SLOWEST_LINK_BYTES_PER_S,
     STUCK_AFTER_S,
     HandoffBudget,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flowkv_common.node.main import main
+from flowkv.node import main
 
 
 def test_an_unknown_role_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv_common.config import NodeSettings
-from flowkv_common.node import memory
-from flowkv_common.node.host_memory import Free, free_memory
-from flowkv_common.node.memory import NoRoomForPool, make_pool
-from flowkv_common.wire.parts import PoolLayout
+from flowkv_common.wire.messages import PoolLayout
+from flowkv_node import memory
+from flowkv_node.memory import Free, NoRoomForPool, free_memory, make_pool
 
 MIB = 1 << 20
 LAYOUT = PoolLayout(num_layers=1, block_size=16, num_kv_heads=1, head_dim=8, dtype="float32")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkv_common.node.output_lengths import PRIOR_TOKENS, OutputLengths
 from flowkv_common.wire.nodes import expected_tokens
+from flowkv_node.reporting import PRIOR_TOKENS, OutputLengths
 
 
 def test_outputs_that_never_end_of_themselves_become_as_long_as_they_may() -> None:

@@ -10,9 +10,9 @@ import pytest
 from drive import make_sequence
 from imagined_steps import COSTS, duration_s, make_step, run_steps, worst_error
 
-from flowkv_common.engine.batch import WorkItem
-from flowkv_common.node.step_fit import MIN_STEPS, StepCounts, StepFitter
 from flowkv_common.wire.nodes import StepFit
+from flowkv_engine.engine.batch import WorkItem
+from flowkv_node.steps import MIN_STEPS, StepCounts, StepFitter
 
 RNG_SEED = 3
 

@@ -16,8 +16,7 @@ from benchmarks.simulate.run import Machines
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Choice
-from flowkv_scheduler.weighing import Goals
+from flowkv_scheduler.policy import Choice, Goals
 
 
 class Load(NamedTuple):

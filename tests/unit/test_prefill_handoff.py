@@ -12,13 +12,12 @@ from engineless import BLOCK_SIZE, FINGERPRINT, FIRST_TOKEN, Pair, engineless_pa
 from nats_server import NatsServer
 
 from flowkv_common.errors import Full
-from flowkv_common.kv.blocks import Blocks
-from flowkv_common.kv.connector import KVLink
-from flowkv_common.node.attempts import Cause
 from flowkv_common.wire import subjects
 from flowkv_common.wire.hashing import block_hashes
-from flowkv_common.wire.messages import Reserve
-from flowkv_common.wire.parts import NodeRef
+from flowkv_common.wire.messages import NodeRef, Reserve
+from flowkv_engine.kv.blocks import Blocks
+from flowkv_engine.transport.base import KVLink
+from flowkv_node.attempts import Cause
 from flowkv_prefill import handoff
 from flowkv_prefill.handoff import Span, split_at
 

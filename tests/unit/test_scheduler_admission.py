@@ -13,12 +13,11 @@ from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import OutputForecast, StepFit
 from flowkv_scheduler import admission
 from flowkv_scheduler.admission import ERROR, Later, Limits
-from flowkv_scheduler.policy import Choice
+from flowkv_scheduler.cluster import ClusterState
+from flowkv_scheduler.policy import Choice, Goals
 from flowkv_scheduler.prefixes import Keys, keys_of
-from flowkv_scheduler.state import ClusterState
-from flowkv_scheduler.view import Work
+from flowkv_scheduler.views import Work
 from flowkv_scheduler.waiting import Waiting
-from flowkv_scheduler.weighing import Goals
 
 LIMITS = Limits()
 GOALS = Goals(max_wait_s=60.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from imagined_nodes import Imagined, cluster, descriptor, node
 
-from flowkv_scheduler.pairs import num_pairs, why_apart
+from flowkv_scheduler.cluster import num_pairs, why_apart
 
 
 def pairs(*nodes: Imagined) -> int:

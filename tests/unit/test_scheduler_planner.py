@@ -7,10 +7,9 @@ from imagined_nodes import TOKEN_BUDGET, descriptor, report, request
 
 from flowkv_common.wire.messages import Wait
 from flowkv_common.wire.nodes import StepFit
-from flowkv_scheduler.orders import MoveCap
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Choice
-from flowkv_scheduler.weighing import Goals
+from flowkv_scheduler.policy import Choice, Goals
+from flowkv_scheduler.rebalance import MoveCap
 
 
 def test_a_lent_node_is_forgotten_when_it_leaves_the_registry_not_when_it_is_silent() -> None:

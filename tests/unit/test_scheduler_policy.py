@@ -11,9 +11,8 @@ from imagined_nodes import BLOCK_SIZE, MODEL, Imagined, cluster, node, request, 
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import StepFit, expected_tokens
 from flowkv_scheduler import policy
-from flowkv_scheduler.policy import Choice, added_work
-from flowkv_scheduler.view import Work
-from flowkv_scheduler.weighing import HANDOFF_S, Goals, Weighing
+from flowkv_scheduler.policy import HANDOFF_S, Choice, Goals, Weighing, added_work
+from flowkv_scheduler.views import Work
 
 GOALS = Goals()
 BLOCK_BYTES = 2 * 2 * BLOCK_SIZE * 2 * 16 * 4  # layers, K and V, slots, heads, head_dim, fp32

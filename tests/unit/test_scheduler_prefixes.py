@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import pytest
 
 from flowkv_common.errors import BadRequest
+from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged
-from flowkv_common.wire.parts import NodeRef
 from flowkv_scheduler import prefixes
-from flowkv_scheduler.expected import Expected
 from flowkv_scheduler.prefixes import PART_SIZE, PrefixIndex, keys_of
+from flowkv_scheduler.views import Expected
 
 A, B, C, D, E = CHAIN = [f"{number:016x}{0:016x}" for number in range(5)]
 LONG = [f"{number:016x}{1:016x}" for number in range(100, 100 + 2 * PART_SIZE + 3)]

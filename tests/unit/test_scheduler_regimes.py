@@ -8,12 +8,17 @@ import pytest
 from imagined_nodes import CAPS, NUM_BLOCKS, TOKEN_BUDGET, Imagined, cluster, node
 
 from flowkv_common.wire.nodes import StepFit
-from flowkv_scheduler.lending import Thresholds
-from flowkv_scheduler.orders import MoveCap, Order, RegimeChange, ScaleWanted
-from flowkv_scheduler.regimes import Regimes
-from flowkv_scheduler.scores import scores_of
-from flowkv_scheduler.view import Work
-from flowkv_scheduler.weighing import Goals
+from flowkv_scheduler.policy import Goals
+from flowkv_scheduler.rebalance import (
+    MoveCap,
+    Order,
+    RegimeChange,
+    Regimes,
+    ScaleWanted,
+    Thresholds,
+    scores_of,
+)
+from flowkv_scheduler.views import Work
 
 GOALS = Goals(ttft_s=4.0, itl_s=0.25)
 AT = Thresholds()

@@ -6,10 +6,10 @@ import msgspec
 import pytest
 from imagined_nodes import NUM_BLOCKS, PERIOD_S, descriptor, report
 
+from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import StepFit
-from flowkv_common.wire.parts import NodeRef
-from flowkv_scheduler.state import ClusterState
-from flowkv_scheduler.view import NodeView, Work
+from flowkv_scheduler.cluster import ClusterState
+from flowkv_scheduler.views import NodeView, Work
 
 D0 = NodeRef(node_id="d0", incarnation="i1")
 

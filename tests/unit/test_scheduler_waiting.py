@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv_common.wire.messages import ScheduleRequest
-from flowkv_scheduler.view import NOTHING, Work
+from flowkv_scheduler.views import NOTHING, Work
 from flowkv_scheduler.waiting import GRACE_S, MAX_PRIORITY, PRIORITY_S, Waiting
 
 NEED = Work(prefill_tokens=10, num_sequences=1, num_blocks=1, context_tokens=10, output_tokens=10.0)

@@ -19,11 +19,11 @@ from benchmarks.simulate.run import POLICIES, Machines, Outcome, simulate
 from benchmarks.simulate.stretch import step_s
 from benchmarks.simulate.targets import Targets
 from benchmarks.traces import Request, synthetic
+from flowkv_common.wire.messages import PoolLayout
 from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor, StepFit
-from flowkv_common.wire.parts import PoolLayout
-from flowkv_scheduler.orders import MoveCap, Order
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.weighing import Goals
+from flowkv_scheduler.policy import Goals
+from flowkv_scheduler.rebalance import MoveCap, Order
 
 # A token takes 1 KiB.
 LAYOUT = PoolLayout(num_layers=2, block_size=64, num_kv_heads=4, head_dim=32, dtype="bfloat16")

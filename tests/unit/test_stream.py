@@ -5,9 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkv_common.bus.stream import Reorder
-from flowkv_common.wire.messages import Refusal, TokenChunk
-from flowkv_common.wire.parts import TokenLogprob
+from flowkv_common.wire.messages import Refusal, TokenChunk, TokenLogprob
+from flowkv_gateway.cluster import Reorder
 
 MAX_TOKENS = 12
 

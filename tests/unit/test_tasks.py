@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
+from flowkv_common.aio import running
 from flowkv_common.errors import Full
-from flowkv_common.tasks import running
 
 
 async def test_tasks_end_with_the_block() -> None:

@@ -7,24 +7,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkv_common.wire.limits import (
+from flowkv_common.wire.messages import (
     MAX_PAYLOAD_BYTES,
+    DecodeRun,
+    Message,
+    NodeRef,
+    PrefillRun,
+    Reserve,
+    Reserved,
+    Run,
+    SamplingParams,
+    ScheduleRequest,
+    TokenIds,
+    decode,
+    encode,
     hashes_that_fit,
     ids_that_fit,
     payload_for,
     window_that_fits,
 )
-from flowkv_common.wire.messages import (
-    DecodeRun,
-    Message,
-    PrefillRun,
-    Reserve,
-    Reserved,
-    ScheduleRequest,
-    decode,
-    encode,
-)
-from flowkv_common.wire.parts import NodeRef, Run, SamplingParams, TokenIds
 
 KIB = 1024
 # Names as long as anyone makes them.

@@ -9,10 +9,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flowkv_common.engine import kernels_triton_rows as rows
-from flowkv_common.engine.attention_triton import num_stages
-from flowkv_common.engine.kernels_triton import attend_prompts
-from flowkv_common.engine.kernels_triton_decode import attend_part, join_parts
+from flowkv_engine.engine.gpu import kernels as rows
+from flowkv_engine.engine.gpu.attention import num_stages
+from flowkv_engine.engine.gpu.kernels import attend_part, attend_prompts, join_parts
 
 HEADS = {"block_size": 16, "head_dim": 128, "padded_dim": 128}
 PARTS = {"num_parts": 32, "least_part_len": 128, "tile_len": 64}

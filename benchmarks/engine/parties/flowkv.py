@@ -10,12 +10,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as nodes do
 import torch
 
 from benchmarks.engine.jobs import Job, Party, serve
-from flowkv_common.engine.batch import WorkItem, pack
-from flowkv_common.engine.model import load_model
-from flowkv_common.engine.runner import Runner
-from flowkv_common.engine.sequence import Sequence
-from flowkv_common.kv.pool import KVPool
-from flowkv_common.wire.parts import SamplingParams
+from flowkv_common.wire.messages import SamplingParams
+from flowkv_engine.engine.batch import WorkItem, pack
+from flowkv_engine.engine.model import load_model
+from flowkv_engine.engine.runner import Runner
+from flowkv_engine.engine.sequence import Sequence
+from flowkv_engine.kv.pool import KVPool
 
 _BLOCK_SIZE = 16
 _CHUNK_TOKENS = 512

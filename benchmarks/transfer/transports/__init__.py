@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.pool import KVPool
+from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.segments import Copy
 
 
 class Unavailable(Exception):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.connector import KVLink
-from flowkv_common.kv.connectors import make_connectors
-from flowkv_common.kv.pool import KVPool
+from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.segments import Copy
+from flowkv_engine.transport import make_connectors
+from flowkv_engine.transport.base import KVLink
 
 
 class _Unguarded:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.pool import KVPool
+from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.segments import Copy
 
 _TIMEOUT = datetime.timedelta(seconds=120)
 _MAX_IN_FLIGHT = 256

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from mooncake.engine import TransferEngine
 
 from benchmarks.transfer.transports import Unavailable
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.pool import KVPool
+from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.segments import Copy
 
 _HOST = "127.0.0.1"
 # Longer batches overrun its queue and fail.

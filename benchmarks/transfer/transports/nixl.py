@@ -10,8 +10,8 @@ import numpy as np
 from nixl_cu12._api import nixl_agent, nixl_agent_config
 
 from benchmarks.transfer.transports import Unavailable
-from flowkv_common.kv.alignment import Copy
-from flowkv_common.kv.pool import KVPool
+from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.segments import Copy
 
 _DONE = b"done"
 _TIMEOUT_S = 120.0

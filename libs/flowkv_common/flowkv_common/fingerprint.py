@@ -10,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from flowkv_common.errors import CannotStart
-from flowkv_common.wire.parts import ModelFiles
+from flowkv_common.wire.messages import ModelFiles
 
 NUM_SAMPLES = 64  # places per file, evenly spread
 SAMPLE_BYTES = 4096

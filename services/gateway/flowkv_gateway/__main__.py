@@ -7,17 +7,16 @@ import logging
 import sys
 from pathlib import Path
 
-from flowkv_common import logs
+from flowkv_common import telemetry as logs
+from flowkv_common.aio import stop_on_signals
 from flowkv_common.config import GatewaySettings, load
-from flowkv_common.ending import reason_in_one_line
 from flowkv_common.fingerprint import model_files
-from flowkv_common.metrics import process_registry, serve_http
-from flowkv_common.tasks import stop_on_signals
+from flowkv_common.telemetry import process_registry, reason_in_one_line, serve_http
 from flowkv_gateway.app import build_app
-from flowkv_gateway.connection import ApiConnection
+from flowkv_gateway.cluster import OwnModel
 from flowkv_gateway.dispatch import open_dispatch
-from flowkv_gateway.own_model import OwnModel
-from flowkv_gateway.sampling_defaults import load_sampling_defaults
+from flowkv_gateway.http import ApiConnection
+from flowkv_gateway.schemas import load_sampling_defaults
 from flowkv_gateway.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

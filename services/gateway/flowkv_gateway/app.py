@@ -23,33 +23,37 @@ from starlette.types import ASGIApp
 import flowkv_common
 from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import FlowKVError, Internal, Unavailable
-from flowkv_common.metrics import health_routes, metrics_routes
-from flowkv_common.wire.parts import ModelCard
-from flowkv_gateway.answering import Answer
-from flowkv_gateway.body import read_body
-from flowkv_gateway.choice import Display
-from flowkv_gateway.errors import ModelNotFound
-from flowkv_gateway.errors_http import error_response, http_exception_response, status_of
-from flowkv_gateway.generation import Generator
+from flowkv_common.telemetry import health_routes, metrics_routes
+from flowkv_common.wire.messages import ModelCard
+from flowkv_gateway.answer import Answer, AnswerResponse, RequestLog
+from flowkv_gateway.dispatch import Generator
+from flowkv_gateway.fields import parse_request
+from flowkv_gateway.http import (
+    CloseWhileStopping,
+    ModelNotFound,
+    error_response,
+    http_exception_response,
+    read_body,
+    status_of,
+)
 from flowkv_gateway.metrics import GatewayMetrics
-from flowkv_gateway.openai import ChatShape, Model, ModelList, Shape, TextShape, Writer
-from flowkv_gateway.params import (
+from flowkv_gateway.output import Display, prepare_stops
+from flowkv_gateway.prompts import Prompt, chat_prompt, completion_prompts, plan, tokenize_prompt
+from flowkv_gateway.schemas import (
     ChatRequest,
+    ChatShape,
     CompletionRequest,
     DetokenizeRequest,
+    Model,
+    ModelList,
+    SamplingDefaults,
+    Shape,
     StreamOptions,
+    TextShape,
     TokenizeRequest,
+    Writer,
 )
-from flowkv_gateway.planning import Prompt, plan
-from flowkv_gateway.prompts import chat_prompt, completion_prompts, tokenize_prompt
-from flowkv_gateway.request_log import RequestLog
-from flowkv_gateway.responses import AnswerResponse
-from flowkv_gateway.sampling_defaults import SamplingDefaults
-from flowkv_gateway.stopping import CloseWhileStopping
-from flowkv_gateway.stops import prepare_stops
-from flowkv_gateway.tokenizer import Tokenizer
-from flowkv_gateway.unserved import parse_request
-from flowkv_gateway.vocabulary import Vocabulary
+from flowkv_gateway.tokenizer import Tokenizer, Vocabulary
 
 B = TypeVar("B", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 

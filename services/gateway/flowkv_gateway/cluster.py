@@ -1,22 +1,160 @@
-"""What the gateway knows of the nodes: which model they serve, and whether a request could be served now.
-
-Only nodes of the gateway's own model count. Several fingerprints may fit it, while its weights or their dtype
-are being changed: new requests go to the one with the most pairs of nodes, and each stays with its own.
-"""
+"""Puts the token chunks of one attempt in order. Pure: knows neither NATS nor time."""
 
 from __future__ import annotations
 
+import asyncio
+import bisect
+import contextlib
 import logging
+import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
+from nats.aio.msg import Msg
 
+from flowkv_common.bus.connection import Bus
+from flowkv_common.errors import FlowKVError
+from flowkv_common.wire import subjects
+from flowkv_common.wire.hashing import block_hashes
+from flowkv_common.wire.messages import (
+    Keepalive,
+    KeepaliveReply,
+    ModelCard,
+    ModelFiles,
+    ReadyReply,
+    ReadyRequest,
+    StepTokens,
+    TokenChunk,
+)
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
-from flowkv_common.wire.parts import ModelCard
-from flowkv_gateway.own_model import OwnModel
-from flowkv_gateway.prompt_hashes import HashBasis
+
+
+class Reorder:
+    """Gives chunks out in order of their index, each token once, whatever arrives late or twice.
+
+    `has_gap` says that something is held back for tokens that have not come: ask for a resume from
+    `expected`.
+    """
+
+    def __init__(self, expected: int = 0) -> None:
+        self.expected = expected  # index of the next token
+        self._held: list[TokenChunk] = []  # by index, all beyond `expected`
+        self._has_ended = False
+
+    @property
+    def has_gap(self) -> bool:
+        return bool(self._held)
+
+    def push(self, chunk: TokenChunk) -> list[TokenChunk]:
+        """Take a chunk; returns those that are due, without tokens that were given out before.
+
+        One with a finish reason or an error comes last, and only when every token before it was given out.
+        """
+        if self._has_ended or chunk in self._held:
+            return []
+        bisect.insort(self._held, chunk, key=_place)
+        due = []
+        while self._held and self._held[0].index <= self.expected:
+            rest = _without_first(self._held.pop(0), self.expected)
+            if not (rest.token_ids or _is_last(rest)):
+                continue
+            due.append(rest)
+            self.expected += len(rest.token_ids)
+            if _is_last(rest):
+                self._has_ended = True
+                self._held.clear()
+        return due
+
+
+def _place(chunk: TokenChunk) -> tuple[int, bool]:
+    return chunk.index, _is_last(chunk)
+
+
+def _is_last(chunk: TokenChunk) -> bool:
+    return chunk.finish_reason is not None or chunk.error is not None
+
+
+def _without_first(chunk: TokenChunk, expected: int) -> TokenChunk:
+    """`chunk` from token `expected` on."""
+    num_known = expected - chunk.index
+    if num_known == 0:
+        return chunk
+    return msgspec.structs.replace(
+        chunk, index=expected, token_ids=chunk.token_ids[num_known:], logprobs=chunk.logprobs[num_known:]
+    )
+
+
+# Of a longer prompt the beginning will do.
+MAX_HASHES = 16_384
+# So many take a few milliseconds; the event loop must not stand still for more.
+MAX_HASHES_IN_LOOP = 1000
+
+
+class HashBasis(NamedTuple):
+    """What equal tokens must have in common to have equal hashes."""
+
+    fingerprint: str
+    block_size: int
+
+
+class PromptHashes:
+    """Of one request, whose tokens only grow: no block is hashed twice."""
+
+    def __init__(self, max_hashes: int = MAX_HASHES) -> None:
+        """`max_hashes` is what one message can carry; never more than `MAX_HASHES`."""
+        self._max_hashes = min(max_hashes, MAX_HASHES)
+        self._basis: HashBasis | None = None
+        self._hashes: list[str] = []
+
+    async def of(self, token_ids: Sequence[int], basis: HashBasis) -> list[str]:
+        """One hash for each full block, of the first so many."""
+        known = self._hashes if basis == self._basis else []
+        num_blocks = min(len(token_ids) // basis.block_size, self._max_hashes)
+        if num_blocks > len(known):
+            hashed = token_ids[: num_blocks * basis.block_size]
+            known = await self._extended(known, hashed, basis, num_blocks - len(known))
+        self._basis, self._hashes = basis, known
+        return known
+
+    async def _extended(
+        self, known: list[str], token_ids: Sequence[int], basis: HashBasis, num_new: int
+    ) -> list[str]:
+        wanted = basis.fingerprint, token_ids, basis.block_size, known
+        if num_new <= MAX_HASHES_IN_LOOP:
+            return block_hashes(*wanted)
+        return await asyncio.to_thread(block_hashes, *wanted)
+
+
+class OwnModel(msgspec.Struct, frozen=True):
+    """The files in the gateway's folder, and the name that clients shall use: empty if the nodes' name."""
+
+    files: ModelFiles
+    name: str = ""
+
+    def why_not(self, card: ModelCard) -> str | None:
+        """Why nodes with this card serve another model; None if they serve ours.
+
+        The tokenizer must be the same. Then the weights decide, where both sides have them. Else the rest of
+        what is known must agree: config and name.
+        """
+        if _differ(self.files.tokenizer, card.files.tokenizer):
+            return "its tokenizer.json is another"
+        if self.files.weights and card.files.weights:
+            return "its weights are others" if self.files.weights != card.files.weights else None
+        if _differ(self.files.config, card.files.config):
+            return "its config.json is another"
+        if self.name and self.name != card.name:
+            return f"it is not called {self.name!r}, and there are no weights here to compare"
+        return None
+
+
+def _differ(ours: str, theirs: str) -> bool:
+    """Of two digests, of which either may be unknown."""
+    return bool(ours and theirs) and ours != theirs
+
 
 log = logging.getLogger(__name__)
 
@@ -133,3 +271,136 @@ def _servable(nodes: Sequence[NodeDescriptor]) -> ModelCard:
     largest = max(node.num_blocks * node.layout.block_size for node in nodes)
     model = nodes[-1].model
     return msgspec.structs.replace(model, name=name, max_model_len=min(model.max_model_len, largest))
+
+
+# Decode only keeps room for the attempt: it is prefill that must show signs of life.
+RESERVED = "reserved"
+# A node has the attempt, and does not work at it.
+WAITING = ("queued", "preempted")
+
+
+class AttemptStream:
+    """The chunks of one attempt, in order. `heard_at` is the last sign of life, token or keepalive.
+
+    `is_running` while a node works at it, as far as its keepalives tell: they come once a second.
+    """
+
+    def __init__(self, from_index: int) -> None:
+        self.heard_at = time.monotonic()
+        self.gap_since: float | None = None
+        self.failed_at: str | None = None  # the node that sent an error
+        self.is_running = False
+        self._reorder = Reorder(from_index)
+        self._due: deque[TokenChunk] = deque()
+        self._news = asyncio.Event()
+
+    @property
+    def expected(self) -> int:
+        """Index of the next token that is missing here."""
+        return self._reorder.expected
+
+    def push(self, chunk: TokenChunk, node_id: str) -> None:
+        """Take a chunk that `node_id` has sent."""
+        self.heard_at = time.monotonic()
+        self.is_running = True
+        if chunk.error is not None:
+            self.failed_at = node_id
+        self._due.extend(self._reorder.push(chunk))
+        if not self._reorder.has_gap:
+            self.gap_since = None
+        elif self.gap_since is None:
+            self.gap_since = self.heard_at
+        self._news.set()
+
+    async def next(self, timeout_s: float) -> TokenChunk | None:
+        """The next chunk in order, or None after `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self._due:
+                    self._news.clear()
+                    await self._news.wait()
+        return self._due.popleft() if self._due else None
+
+
+class Streams:
+    """All attempts of this gateway that wait for tokens."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, AttemptStream] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def num_running(self) -> int:
+        return sum(stream.is_running for stream in self._streams.values())
+
+    @contextlib.contextmanager
+    def open(self, transfer_id: str, from_index: int) -> Iterator[AttemptStream]:
+        """Collect the tokens of an attempt while the context lasts; later ones are dropped."""
+        stream = self._streams[transfer_id] = AttemptStream(from_index)
+        try:
+            yield stream
+        finally:
+            del self._streams[transfer_id]
+
+    def take(self, step: StepTokens, _: Msg) -> None:
+        for chunk in step.chunks:
+            if stream := self._streams.get(chunk.transfer_id):
+                stream.push(chunk, step.node_id)
+
+    async def keepalive(self, message: Keepalive) -> KeepaliveReply:
+        now = time.monotonic()
+        unknown = []
+        for transfer_id, state in message.states.items():
+            stream = self._streams.get(transfer_id)
+            if stream is None:
+                unknown.append(transfer_id)
+            elif state != RESERVED:
+                stream.heard_at = now
+                stream.is_running = state not in WAITING
+        return KeepaliveReply(unknown=unknown)
+
+
+ASK_PERIOD_S = 0.5
+ASK_TIMEOUT_S = 1.0
+# A scheduler that dies has a successor within 2.5 s, where one stands by, and requests wait for so long.
+SCHEDULER_SILENT_S = 3.0
+
+_NO_NODE = "no node of the model is ready"
+
+
+class Readiness:
+    """Fed by `keep_asking`. `clock` gives monotonic seconds."""
+
+    def __init__(self, bus: Bus, cluster: Cluster, clock: Callable[[], float] = time.monotonic) -> None:
+        self._bus = bus
+        self._cluster = cluster
+        self._clock = clock
+        self._answered_at = -math.inf
+        self._why_not: str | None = None  # in the scheduler's last answer
+
+    def why_not(self) -> str | None:
+        """All that is missing, None if nothing is."""
+        if not self._bus.is_connected:
+            return "not connected to NATS"
+        if self._clock() - self._answered_at > SCHEDULER_SILENT_S:
+            missing = ["no scheduler answers"]
+        else:
+            missing = [self._why_not] if self._why_not else []
+        if not self._cluster.has_ready_node() and _NO_NODE not in missing:
+            missing.append(_NO_NODE)
+        return "; ".join(missing) or None
+
+    async def keep_asking(self) -> None:
+        """Until cancelled."""
+        while True:
+            model = self._cluster.model()
+            request = ReadyRequest(fingerprint=model.fingerprint if model else "")
+            try:
+                reply = await self._bus.request(
+                    subjects.SCHEDULER_READY, request, ReadyReply, timeout_s=ASK_TIMEOUT_S
+                )
+                self._answered_at, self._why_not = self._clock(), reply.why_not
+            except FlowKVError:
+                pass  # what counts is the last answer
+            await asyncio.sleep(ASK_PERIOD_S)

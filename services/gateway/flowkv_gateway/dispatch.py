@@ -1,8 +1,4 @@
-"""A request's life: schedule, run, and when an attempt fails, the same again with what it has so far.
-
-There is one recovery path for silence, death, refusal and loss: another attempt with
-`prompt_ids + output_ids`. The client sees a pause.
-"""
+"""What the HTTP side asks for and what it gets back. Knows neither HTTP nor NATS."""
 
 from __future__ import annotations
 
@@ -12,10 +8,13 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from flowkv_common import __version__
+from flowkv_common.aio import Phases, running
 from flowkv_common.bus.connection import SETTLE_S, Bus, connect
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
@@ -30,30 +29,247 @@ from flowkv_common.errors import (
     Unavailable,
     from_wire,
 )
-from flowkv_common.tasks import running
 from flowkv_common.wire import subjects
-from flowkv_common.wire.limits import hashes_that_fit, ids_that_fit
 from flowkv_common.wire.messages import (
     Accepted,
     Assignment,
     Cancel,
     Keepalive,
+    ModelCard,
     PrefillRun,
+    RequestFinished,
     Resume,
     Resumed,
+    SamplingParams,
+    ScheduleRequest,
     StepTokens,
     TokenChunk,
+    TokenIds,
+    TokenLogprob,
     Wait,
+    hashes_that_fit,
+    ids_that_fit,
+    transfer_id,
 )
 from flowkv_common.wire.nodes import LoadReport
-from flowkv_common.wire.parts import ModelCard, TokenIds
-from flowkv_gateway.cluster import Cluster
-from flowkv_gateway.errors import for_client
-from flowkv_gateway.generation import Generation, Load, Piece
-from flowkv_gateway.journey import Journey
-from flowkv_gateway.own_model import OwnModel
-from flowkv_gateway.readiness import Readiness
-from flowkv_gateway.streams import AttemptStream, Streams
+from flowkv_gateway.cluster import (
+    MAX_HASHES,
+    AttemptStream,
+    Cluster,
+    HashBasis,
+    OwnModel,
+    PromptHashes,
+    Readiness,
+    Streams,
+)
+from flowkv_gateway.http import for_client
+
+
+@dataclass
+class Record:
+    """What has become of a generation so far. Written by who makes the answer, read by who asked for it.
+
+    `queue_s` of the `ttft_s` seconds to the first token were waits: for a pair of nodes, and at the nodes.
+    """
+
+    num_attempts: int = 0
+    prefill_node: str = ""  # of the last attempt
+    decode_node: str = ""
+    ttft_s: float | None = None
+    queue_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One prompt to continue once. `deadline_s` counts from the call of `generate`."""
+
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    deadline_s: float
+    priority: int = 0
+    fingerprint: str = field(kw_only=True)  # of the model, on all attempts
+    record: Record = field(default_factory=Record, compare=False)
+
+
+class Piece(NamedTuple):
+    """The next tokens of an answer, in order and without gaps; `finish_reason` is set in the last piece.
+
+    `logprobs` is empty or has one entry per token.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    finish_reason: str | None
+    num_cached_tokens: int
+
+
+class Load(NamedTuple):
+    """Open requests, by whether a node works at them now, and the share of KV blocks in use.
+
+    The requests are this generator's own: so the sum over gateways counts each once. The blocks are those of
+    all nodes of the model.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float  # 0 to 1
+
+
+class Generator(Protocol):
+    """Makes answers. The HTTP side knows nothing of nodes, attempts or waiting."""
+
+    def generate(self, generation: Generation) -> AsyncGenerator[Piece, None]:
+        """The answer in pieces. Raises FlowKVError; closing the iterator cancels the request."""
+        ...
+
+    def model(self) -> ModelCard | None:
+        """The model of new requests; None until a node that serves the gateway's model has joined."""
+        ...
+
+    def load(self) -> Load: ...
+
+    def why_not_ready(self) -> str | None:
+        """What is missing for a request sent now to be served; None if nothing is."""
+        ...
+
+
+SCHEDULER_PATIENCE_S = 10.0
+# The phases before a first token in which nothing of the request is computed.
+WAITS = ("schedule", "queue", "reserve")
+
+
+class Journey:
+    """One request from its arrival to its end, over all of its attempts."""
+
+    def __init__(self, generation: Generation, max_hashes: int = MAX_HASHES) -> None:
+        """`max_hashes`: of blocks, in a message to the scheduler."""
+        self.generation = generation
+        self.attempt = 0
+        self.output_ids: list[int] = []
+        self.avoid: set[str] = set()
+        self._hashes = PromptHashes(max_hashes)
+        self._first_of_attempt = 0
+        self._began = time.monotonic()
+        self._asked_since = self._began  # moved on by the time that was spent at nodes
+        self._assigned_at = self._began
+        self._outcome = "closed"  # unless it ends otherwise: a stop string was found, or the client left
+        self._error: str | None = None
+        self._num_cached_tokens = 0
+        self._predicted_ttft_s = 0.0
+        self.phases = Phases()
+
+    @property
+    def transfer_id(self) -> str:
+        return transfer_id(self.generation.request_id, self.attempt)
+
+    @property
+    def is_finished(self) -> bool:
+        return self._outcome in ("stop", "length")
+
+    def lived_s(self) -> float:
+        """Seconds since the request came."""
+        return time.monotonic() - self._began
+
+    def remaining_s(self) -> float:
+        return self._began + self.generation.deadline_s - time.monotonic()
+
+    def waited_too_long_for_scheduler(self) -> bool:
+        return time.monotonic() - self._asked_since > SCHEDULER_PATIENCE_S
+
+    async def schedule_request(self, basis: HashBasis | None) -> ScheduleRequest:
+        """Without block hashes if nothing is known of how nodes make them."""
+        generation = self.generation
+        token_ids = generation.prompt_ids + self.output_ids
+        return ScheduleRequest(
+            request_id=generation.request_id,
+            attempt=self.attempt,
+            fingerprint=generation.fingerprint,
+            num_prompt_tokens=len(token_ids),
+            max_new_tokens=generation.sampling.max_tokens - len(self.output_ids),
+            num_output_tokens=len(self.output_ids),
+            priority=generation.priority,
+            age_s=time.monotonic() - self._asked_since,
+            avoid=sorted(self.avoid),
+            deadline_in_s=max(0.0, self.remaining_s()),
+            block_hashes=await self._hashes.of(token_ids, basis) if basis else [],
+        )
+
+    def foreseen(self, first_token_in_s: float) -> None:
+        """The scheduler has answered; what it says first is what the request was let in for."""
+        if not self._predicted_ttft_s and first_token_in_s:
+            self._predicted_ttft_s = time.monotonic() - self._began + first_token_in_s
+
+    def assigned(self, assignment: Assignment) -> None:
+        record = self.generation.record
+        record.num_attempts = self.attempt + 1
+        record.prefill_node, record.decode_node = assignment.prefill.node_id, assignment.decode.node_id
+        self._assigned_at = time.monotonic()
+
+    def next_attempt(self) -> None:
+        """The same request again, going on from the output that it has.
+
+        Patience begins anew only after an attempt that brought output: who gets nothing but assignments waits
+        no longer than who gets none.
+        """
+        now = time.monotonic()
+        has_run = len(self.output_ids) > self._first_of_attempt
+        self._asked_since = now if has_run else self._asked_since + now - self._assigned_at
+        self.attempt += 1
+        self._first_of_attempt = len(self.output_ids)
+
+    def suspect(self, assignment: Assignment) -> str:
+        """The node that holds the attempt: decode from the second token of the attempt on."""
+        has_first = len(self.output_ids) > self._first_of_attempt
+        return (assignment.decode if has_first else assignment.prefill).node_id
+
+    def take(self, chunk: TokenChunk) -> Piece:
+        """Add a chunk to the output; gives what the client gets of it."""
+        is_first = not self.output_ids
+        if is_first:
+            self.phases.add({"ttft": time.monotonic() - self._began})
+        self.output_ids += chunk.token_ids
+        # A later attempt finds output of an earlier one cached, too.
+        num_cached_tokens = min(chunk.num_cached_tokens, len(self.generation.prompt_ids))
+        self._num_cached_tokens = max(self._num_cached_tokens, num_cached_tokens)
+        self.phases.add(chunk.phases_s)
+        if is_first:
+            spent, record = self.phases.seconds, self.generation.record
+            record.ttft_s = spent["ttft"]
+            record.queue_s = sum(spent.get(phase, 0.0) for phase in WAITS)
+        if chunk.finish_reason:
+            self._outcome = chunk.finish_reason
+        return Piece(
+            token_ids=chunk.token_ids,
+            logprobs=chunk.logprobs,
+            finish_reason=chunk.finish_reason,
+            num_cached_tokens=self._num_cached_tokens,
+        )
+
+    def failed(self, error: FlowKVError) -> None:
+        self._outcome = "error"
+        self._error = error.message
+
+    def finished(self) -> RequestFinished:
+        """The event that closes the journey."""
+        total_s = time.monotonic() - self._began
+        self.phases.add({"total": total_s})
+        if "ttft" in self.phases.seconds:
+            self.phases.add({"decode": total_s - self.phases.seconds["ttft"]})
+        return RequestFinished(
+            request_id=self.generation.request_id,
+            attempts=self.attempt + 1,
+            outcome=self._outcome,
+            num_prompt_tokens=len(self.generation.prompt_ids),
+            num_output_tokens=len(self.output_ids),
+            num_cached_tokens=self._num_cached_tokens,
+            prefill_node=self.generation.record.prefill_node,
+            decode_node=self.generation.record.decode_node,
+            phases_s=self.phases.seconds,
+            error=self._error,
+            predicted_ttft_s=round(self._predicted_ttft_s, 3),
+        )
+
 
 log = logging.getLogger(__name__)
 

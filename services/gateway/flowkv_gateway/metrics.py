@@ -15,9 +15,9 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from flowkv_common.errors import Cancelled, FlowKVError
-from flowkv_gateway.choice import Choice
-from flowkv_gateway.errors_http import CLIENT_HAS_GONE, SHOWN_STATUSES
-from flowkv_gateway.generation import Generation, Load
+from flowkv_gateway.dispatch import Generation, Load
+from flowkv_gateway.http import CLIENT_HAS_GONE, SHOWN_STATUSES
+from flowkv_gateway.output import Choice
 
 # vLLM's buckets: dashboards compute percentiles from them.
 _TTFT_S = (

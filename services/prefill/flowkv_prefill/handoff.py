@@ -15,24 +15,25 @@ from typing import NamedTuple
 
 import msgspec
 
-from flowkv_common.engine.sequence import Sequence
 from flowkv_common.errors import FlowKVError, Full, Unavailable
-from flowkv_common.kv.alignment import align, ids_of
-from flowkv_common.kv.blocks import OutOfBlocks
-from flowkv_common.kv.connector import KVLink, TransferStats
-from flowkv_common.node.budget import InFlight
-from flowkv_common.node.guest import Node
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
     DecodeRun,
     KVTransferred,
+    NodeRef,
     PrefillRun,
     Release,
     Reserve,
     Reserved,
+    TokenIds,
 )
-from flowkv_common.wire.parts import NodeRef, TokenIds
+from flowkv_engine.engine.sequence import Sequence
+from flowkv_engine.kv.blocks import OutOfBlocks
+from flowkv_engine.kv.segments import align, ids_of
+from flowkv_engine.transport.base import KVLink, TransferStats
+from flowkv_node.budget import InFlight
+from flowkv_node.node import Node
 
 CONTROL_TIMEOUT_S = 2.0
 # A reservation outlives the last sign of life of its prefill node by so much.

@@ -1,39 +1,179 @@
-"""The scheduler as a process: feeds the planner from NATS, answers and tells everyone what it decides.
-
-Several may run. One leads, the others are fed the same and stand by. None holds anything that a restarted
-scheduler would not learn again within a report period.
-"""
+"""What only the scheduler that leads does: it answers gateways, and looks after the cluster."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from flowkv_common import __version__, errors
+from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import SchedulerSettings
-from flowkv_common.metrics import process_registry, serve_http, service_app
-from flowkv_common.tasks import running
-from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Assignment, ReadyReply, ReadyRequest, ScheduleRequest, Wait
-from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
-from flowkv_common.wire.parts import NodeRef
-from flowkv_scheduler.carry_out import Orders
-from flowkv_scheduler.follow_prefixes import following_prefixes
-from flowkv_scheduler.leading import lead
-from flowkv_scheduler.pairs import num_pairs, why_apart
+from flowkv_common.errors import FlowKVError, Unavailable
+from flowkv_common.telemetry import process_registry, serve_http, service_app
+from flowkv_common.wire import nodes, subjects
+from flowkv_common.wire.messages import (
+    Accepted,
+    Assignment,
+    NodeRef,
+    ReadyReply,
+    ReadyRequest,
+    ScheduleRequest,
+    Wait,
+)
+from flowkv_common.wire.nodes import CapMoved, LoadReport, NodeDescriptor, RegimeChanged, SetPrefillCap
+from flowkv_scheduler.cluster import num_pairs, why_apart
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Choice
-from flowkv_scheduler.weighing import Goals
+from flowkv_scheduler.policy import Choice, Goals
+from flowkv_scheduler.prefixes import following_prefixes
+from flowkv_scheduler.rebalance import IMBALANCE, NORMAL, OVERLOAD, MoveCap, Order, RegimeChange, ScaleWanted
 
 log = logging.getLogger(__name__)
+
+TICK_PERIOD_S = 0.5
+
+
+async def lead(service: Service, endpoints: Sequence[Endpoint], tick: Callable[[], Awaitable[None]]) -> None:
+    """Until cancelled: serve `endpoints`, and call `tick` once per period.
+
+    A tick that takes longer than the period delays the next one; one that fails is logged and costs nothing
+    else.
+    """
+    while True:
+        try:
+            async with AsyncExitStack() as served:
+                for endpoint in endpoints:
+                    await served.enter_async_context(service.also_serving(endpoint))
+                await _keep_ticking(tick)
+        except Unavailable as error:
+            # Cut off just now. Either the connection comes back in time, or the lease ends and so do we.
+            log.warning("can't serve gateways: %s", error.message)
+            await asyncio.sleep(TICK_PERIOD_S)
+
+
+async def _keep_ticking(tick: Callable[[], Awaitable[None]]) -> None:
+    clock = asyncio.get_running_loop().time
+    due = clock()
+    while True:
+        try:
+            await tick()
+        except Exception:
+            log.exception("the planner failed")
+        due = max(due + TICK_PERIOD_S, clock())
+        await asyncio.sleep(due - clock())
+
+
+# As long as the planner's period: what has failed by then is asked anew by what it orders next.
+ORDER_TIMEOUT_S = 0.5
+
+
+class Orders:
+    """The hands of a leader. `cap_of` gives the cap in a node's last report, None if there is none.
+
+    Nothing is kept for later: an order that fails is logged, and the planner orders it again if it still
+    wants it. Metrics speak only while we lead.
+    """
+
+    def __init__(
+        self, bus: Bus, lease: Lease, registry: CollectorRegistry, cap_of: Callable[[NodeRef], int | None]
+    ) -> None:
+        self._bus = bus
+        self._lease = lease
+        self._cap_of = cap_of
+        self._regime = NORMAL
+        self._wanted: dict[str, int] = {}  # role -> change, as last told
+        self._num_moves = Counter("flowkv_cap_moves", "Prefill caps moved", registry=registry)
+        self._regimes = Gauge("flowkv_regime", "1 for what the leader sees", ["regime"], registry=registry)
+        self._scale = Gauge(
+            "flowkv_scale_wanted",
+            "Nodes to add, or take away, to meet the goals",
+            ["role"],
+            registry=registry,
+        )
+
+    @contextlib.contextmanager
+    def in_office(self) -> Iterator[None]:
+        """While we lead, show what our planner has found last; else that is for another to show."""
+        self._show_regime()
+        for role in ("prefill", "decode"):
+            self._scale.labels(role).set(0)
+        try:
+            yield
+        finally:
+            self._regimes.clear()
+            self._scale.clear()
+            self._wanted.clear()
+
+    def _show_regime(self) -> None:
+        for regime in (NORMAL, IMBALANCE, OVERLOAD):
+            self._regimes.labels(regime).set(regime == self._regime)
+
+    async def carry_out(self, orders: Iterable[Order]) -> None:
+        """All of them at once. Raises nothing of what goes wrong at nodes or on NATS."""
+        async with asyncio.TaskGroup() as tasks:
+            for order in orders:
+                match order:
+                    case MoveCap():
+                        tasks.create_task(self._move_cap(order))
+                    case RegimeChange():
+                        tasks.create_task(self._change_regime(order))
+                    case ScaleWanted():
+                        tasks.create_task(self._want_scale(order))
+
+    async def _move_cap(self, order: MoveCap) -> None:
+        node_id, before, epoch = order.node.node_id, self._cap_of(order.node), self._lease.epoch
+        if not self._lease.is_held:
+            return  # our process was held up: another may lead. What slips through is refused by its epoch
+        request = SetPrefillCap(
+            node=order.node, epoch=epoch, max_prefill_tokens_per_step=order.cap, reason=order.reason
+        )
+        subject = subjects.at(subjects.NODE_CAP, node_id)
+        try:
+            await self._bus.request(subject, request, Accepted, timeout_s=ORDER_TIMEOUT_S)
+        except FlowKVError as error:
+            log.warning("the prefill cap of %s is not moved to %d: %s", node_id, order.cap, error.message)
+            return
+        self._num_moves.inc()
+        log.info("moved the prefill cap of %s from %s to %d: %s", node_id, before, order.cap, order.reason)
+        moved = CapMoved(node=order.node, epoch=epoch, after=order.cap, reason=order.reason, before=before)
+        await self._tell(subjects.event("cap_moved", node_id), moved)
+
+    async def _change_regime(self, order: RegimeChange) -> None:
+        self._regime = order.after
+        self._show_regime()
+        log.info("the regime is %s, it was %s: %s", order.after, order.before, order.reason)
+        changed = RegimeChanged(
+            epoch=self._lease.epoch, before=order.before, after=order.after, reason=order.reason
+        )
+        await self._tell(subjects.event("regime_changed", self._lease.holder_id), changed)
+
+    async def _want_scale(self, order: ScaleWanted) -> None:
+        self._scale.labels(order.role).set(order.change)
+        if self._wanted.get(order.role, 0) == order.change:
+            return  # told before
+        self._wanted[order.role] = order.change
+        log.info("%+d %s nodes are wanted: %s", order.change, order.role, order.reason)
+        wanted = nodes.ScaleWanted(
+            epoch=self._lease.epoch, role=order.role, change=order.change, reason=order.reason
+        )
+        await self._tell(subjects.event("scale_wanted", order.role), wanted)
+
+    async def _tell(self, subject: str, event: msgspec.Struct) -> None:
+        try:
+            await self._bus.publish(subject, event)
+        except FlowKVError as error:
+            log.warning("not told on %s: %s", subject, error.message)
+
 
 # A decision takes some 0.1 ms.
 DECISION_BUCKETS = (5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 4e-4, 6e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.025, 0.1, 1.0)

@@ -11,14 +11,10 @@ from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_scheduler import admission, policy
-from flowkv_scheduler.lending import Thresholds
-from flowkv_scheduler.orders import Order
-from flowkv_scheduler.policy import Choice, Chooser
-from flowkv_scheduler.rate import Rate
-from flowkv_scheduler.regimes import Regimes
-from flowkv_scheduler.state import CHOICES_COUNT_FOR_PERIODS, ClusterState
+from flowkv_scheduler.cluster import CHOICES_COUNT_FOR_PERIODS, ClusterState
+from flowkv_scheduler.policy import Choice, Chooser, Goals, Weighing
+from flowkv_scheduler.rebalance import Order, Rate, Regimes, Thresholds
 from flowkv_scheduler.waiting import Waiting
-from flowkv_scheduler.weighing import Goals, Weighing
 
 # Prompts: enough to see through a burst, few enough to follow the traffic.
 NUM_REMEMBERED = 40

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from sortedcontainers import SortedDict
 
 from flowkv_common.wire.messages import ScheduleRequest
-from flowkv_scheduler.view import NOTHING, Work
+from flowkv_scheduler.views import NOTHING, Work
 
 # A request that has not asked again for so long after it should have is gone, and its gateway perhaps too.
 GRACE_S = 1.0

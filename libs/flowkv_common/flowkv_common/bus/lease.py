@@ -19,9 +19,9 @@ import msgspec
 import nats.js.errors
 from nats.js.kv import KeyValue
 
-from flowkv_common.bus.buckets import CALL_TIMEOUT_S, TROUBLE, describe, open_bucket, read, until_reconnect
+from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus
-from flowkv_common.tasks import running
+from flowkv_common.bus.registry import CALL_TIMEOUT_S, TROUBLE, describe, open_bucket, read, until_reconnect
 from flowkv_common.wire.messages import decode, encode
 from flowkv_common.wire.nodes import Leader
 from flowkv_common.wire.subjects import LEADER_BUCKET

@@ -29,9 +29,7 @@ from nats.micro.service import (
 )
 
 from flowkv_common import errors
-from flowkv_common.bus.answers import error_headers
-from flowkv_common.bus.connection import Bus
-from flowkv_common.bus.subscription import Subscription
+from flowkv_common.bus.connection import Bus, Subscription, error_headers
 from flowkv_common.wire.messages import Message, decode
 
 log = logging.getLogger(__name__)

@@ -1,17 +1,144 @@
-"""Every message that crosses NATS, as JSON with its class name under `type`.
-
-Units stand in the names: `_s` seconds, `_bytes`, `_tokens`, `num_` counts. Durations cross the wire,
-timestamps never do: two hosts don't share a clock. A new field needs a default; none is ever renamed.
-"""
+"""What several messages have in common: parts of them, never sent alone."""
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+import sys
+from array import array
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from flowkv_common.wire.parts import Candidate, NodeRef, Part, Run, SamplingParams, TokenIds, TokenLogprob
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of all that travels inside a message."""
+
+
+class Run(NamedTuple):
+    """A stretch of consecutive blocks on one side: `start, start + 1, ... start + length - 1`."""
+
+    start: int
+    length: int
+
+
+class PoolLayout(Part, frozen=True):
+    """Shape of one block: `[num_layers, 2, block_size, num_kv_heads, head_dim]` of `dtype`.
+
+    Two pools can exchange blocks only when their layouts are equal.
+    """
+
+    num_layers: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def block_bytes(self) -> int:
+        item = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+        return self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim * item
+
+    def blocks_for_prompt(self, num_tokens: int) -> int:
+        """Blocks that a prompt of so many tokens needs, on either side: it has its next token's place too."""
+        return num_tokens // self.block_size + 1
+
+
+class NodeRef(Part, frozen=True):
+    """A node in one of its lives: a restarted process keeps its `node_id`, never its `incarnation`."""
+
+    node_id: str
+    incarnation: str
+
+
+class ModelFiles(Part, frozen=True):
+    """Digests of a model folder's files, by which a gateway tells which nodes serve its own model.
+
+    Empty where there is no such file, or where it is not used: random weights.
+    """
+
+    tokenizer: str = ""  # tokenizer.json
+    config: str = ""  # config.json
+    weights: str = ""  # all files with weights
+
+
+class ModelCard(Part, frozen=True):
+    """What a gateway must know of the model. `fingerprint` names weights and dtype; it seeds block hashes."""
+
+    name: str
+    fingerprint: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    files: ModelFiles = ModelFiles()
+
+
+class TokenIds(Part, frozen=True):
+    """Token ids in little room: how many, and in base64 each as 4 bytes, the lowest first.
+
+    Raises ValueError where the two don't agree.
+    """
+
+    count: int
+    packed: bytes = b""
+
+    @classmethod
+    def of(cls, token_ids: Sequence[int]) -> TokenIds:
+        """`token_ids`: each from 0 to 2**32 - 1."""
+        return cls(count=len(token_ids), packed=_little_endian(array("I", token_ids)).tobytes())
+
+    def __post_init__(self) -> None:
+        if len(self.packed) != 4 * self.count:
+            raise ValueError(f"{len(self.packed)} bytes are not {self.count} token ids of 4 bytes")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def unpack(self) -> list[int]:
+        token_ids = array("I")
+        token_ids.frombytes(self.packed)
+        return _little_endian(token_ids).tolist()
+
+
+def _little_endian(token_ids: array[int]) -> array[int]:
+    if sys.byteorder == "big":
+        token_ids.byteswap()
+    return token_ids
+
+
+class SamplingParams(Part, frozen=True):
+    """How tokens are chosen. The text is a function of these and the prompt, whichever node samples."""
+
+    max_tokens: int
+    seed: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: list[int] = []  # end the text as EOS does, also where EOS is ignored
+    num_logprobs: int | None = None  # None: none; 0: of the chosen token; k: and of the k best
+
+
+class TokenLogprob(Part, frozen=True):
+    """Log probability of a chosen token, and of the best ones as `(token id, log probability)`."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class Candidate(Part, frozen=True):
+    """A node that the scheduler weighed: predicted seconds until it could serve, smaller is better."""
+
+    node_id: str
+    predicted_s: float
+    reason: str
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
@@ -285,3 +412,38 @@ class KVTransferred(Message, frozen=True):
     total_s: float
     exposed_s: float
     hidden_s: float = 0.0
+
+
+# Of the servers that we start. More is possible, and NATS advises against it.
+MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
+
+# For all of a message but its longest lists. Most of it is for the largest `logit_bias` that a gateway takes:
+# 1,024 entries of at most 36 bytes.
+_OTHER_BYTES = 48 * 1024
+# Base64 makes 16 characters of the 12 bytes of 3 ids (`parts.TokenIds`).
+_IDS, _BYTES_OF_IDS = 3, 16
+# 32 hex digits, quotes and a comma. Beside its hash a block may be a run of its own: a digit and a comma.
+_HASH_BYTES = 35
+_BLOCK_BYTES = _HASH_BYTES + 2
+
+
+def window_that_fits(max_payload: int, block_size: int) -> int:
+    """Tokens of the longest sequence whose every message has at most `max_payload` bytes; 0 if none has."""
+    num_blocks = max(0, max_payload - _OTHER_BYTES) // _BLOCK_BYTES
+    return min(ids_that_fit(max_payload), num_blocks * block_size)
+
+
+def ids_that_fit(max_payload: int) -> int:
+    """Token ids of a sequence, prompt and output together, in one message of at most `max_payload` bytes."""
+    return max(0, max_payload - _OTHER_BYTES) * _IDS // _BYTES_OF_IDS
+
+
+def payload_for(window: int, block_size: int) -> int:
+    """The least `max_payload` that a window of so many tokens needs: the inverse of `window_that_fits`."""
+    num_blocks = -(-window // block_size)
+    return _OTHER_BYTES + max(-(-window * _BYTES_OF_IDS // _IDS), num_blocks * _BLOCK_BYTES)
+
+
+def hashes_that_fit(max_payload: int) -> int:
+    """Block hashes in one message of at most `max_payload` bytes."""
+    return max(0, max_payload - _OTHER_BYTES) // _HASH_BYTES

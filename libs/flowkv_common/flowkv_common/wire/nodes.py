@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 
-from flowkv_common.wire.messages import Message
-from flowkv_common.wire.parts import ModelCard, NodeRef, Part, PoolLayout
+from flowkv_common.wire.messages import Message, ModelCard, NodeRef, Part, PoolLayout
 
 
 class BlockCounts(Part, frozen=True):

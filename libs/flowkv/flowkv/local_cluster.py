@@ -1,0 +1,287 @@
+"""A cluster on one machine: a real nats-server and each service as a process of its own.
+
+Used by `make up` and by the tests. Knows nothing of what the services do, only how to start, watch and stop
+them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES
+
+OLDEST_NATS = (2, 11)  # older servers don't tell watchers of expired keys
+PR_SET_PDEATHSIG = 1
+
+
+class ClusterError(Exception):
+    """Something did not start; the message says what and shows the end of its log."""
+
+
+def find_nats_server() -> str:
+    """`$FLOWKV_NATS_SERVER`, else `nats-server` on PATH, else the one beside this Python.
+
+    Raises ClusterError when there is none, or none that is new enough.
+    """
+    beside = Path(sysconfig.get_path("scripts")) / "nats-server"
+    found = os.environ.get("FLOWKV_NATS_SERVER") or shutil.which("nats-server") or str(beside)
+    try:
+        said = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=10).stdout
+    except OSError as error:
+        raise ClusterError(f"no nats-server: {error}; install one or set FLOWKV_NATS_SERVER") from None
+    version = re.search(r"v(\d+)\.(\d+)", said)
+    if version is None or (int(version[1]), int(version[2])) < OLDEST_NATS:
+        raise ClusterError(f"{found} is {said.strip() or 'unknown'}, FlowKV needs nats-server 2.11 or newer")
+    return found
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def refuse_taken(port: int) -> None:
+    """Raises ClusterError if something listens there: its answers would pass for ours."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise ClusterError(f"port {port} can't be had: {error.strerror}; choose another by PORT=") from None
+
+
+class Process:
+    """One service. It gets a session of its own, so that Ctrl-C reaches only who started it."""
+
+    def __init__(self, name: str, command: list[str], env: Mapping[str, str], log_path: Path) -> None:
+        self.name = name
+        self.log_path = log_path
+        with log_path.open("ab") as log:
+            self._popen = subprocess.Popen(
+                command,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._popen.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._popen.poll()
+
+    def send(self, number: signal.Signals) -> None:
+        if self.is_running:
+            self._popen.send_signal(number)
+
+    def wait(self, timeout_s: float) -> int:
+        return self._popen.wait(timeout_s)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.send(signal.SIGKILL)
+        self._popen.wait(10)
+
+    def stop(self, timeout_s: float) -> None:
+        """SIGTERM, and SIGKILL if that does not help in time."""
+        self.send(signal.SIGTERM)
+        try:
+            self._popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def log_tail(self, num_lines: int = 25) -> str:
+        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])
+
+    def why_ended(self) -> str:
+        """How it ended: the last error in its log, else the log's end; and where the log is."""
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        reason = next(filter(None, map(_error_in, reversed(lines))), None) or self.log_tail()
+        return f"{self.name} ended with {self.exit_code}: {reason}\n(all it said is in {self.log_path})"
+
+
+def _error_in(line: str) -> str | None:
+    """The message of a line of a service's log, if it tells of an error."""
+    if line.startswith("settings: "):
+        return line
+    try:
+        entry = json.loads(line)
+        return str(entry["message"]) if entry["level"] in ("error", "critical") else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _die_with_parent() -> None:
+    """Linux: the kernel ends this process when its parent dies, even by SIGKILL."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _is_ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=2) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _flags(settings: Mapping[str, str]) -> list[str]:
+    return [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
+
+
+class Cluster:
+    """Starts in the order NATS, schedulers, gateway, nodes; stops in the order gateway, nodes, the rest."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        model_path: str,
+        *,
+        nodes: Mapping[str, int],
+        num_schedulers: int = 1,
+        port: int = 0,
+        model_name: str = "",
+        settings: Mapping[str, str] | None = None,
+        drain_timeout_s: float = 40.0,
+    ) -> None:
+        """`nodes` counts them per role; `settings` are further `FLOWKV_*` variables for all services.
+
+        Of several schedulers one leads, the others stand by.
+        """
+        self.run_dir = run_dir
+        self.port = port or free_port()
+        self.processes: dict[str, Process] = {}
+        self._health_ports: dict[str, int] = {}  # of nodes and schedulers
+        self._nodes = nodes
+        self._num_schedulers = num_schedulers
+        self._drain_timeout_s = drain_timeout_s
+        self._nats_port = free_port()
+        num_nodes = max(1, sum(nodes.values()))
+        self._env = {
+            **os.environ,
+            "FLOWKV_NATS_URL": self.nats_url,
+            "FLOWKV_MODEL_PATH": model_path,
+            "FLOWKV_MODEL_NAME": model_name,
+            # More compute threads than cores on one host cost every node its speed.
+            "FLOWKV_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_nodes)),
+            **(settings or {}),
+        }
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def nats_url(self) -> str:
+        return f"nats://127.0.0.1:{self._nats_port}"
+
+    def __enter__(self) -> Self:
+        refuse_taken(self.port)
+        try:
+            self.start_nats()
+            for i in range(self._num_schedulers):
+                self.start_scheduler(f"scheduler-{i}")
+            self.start_gateway()
+            for role, count in self._nodes.items():
+                for i in range(count):
+                    self.start_node(role, f"{role}-{i}")
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def metrics_urls(self) -> dict[str, str]:
+        """Where each process that runs tells what it measures, by name; of the gateways the first."""
+        ports = {"gateway": self.port, **self._health_ports}
+        running = {name for name, process in self.processes.items() if process.is_running}
+        return {name: f"http://127.0.0.1:{port}/metrics" for name, port in ports.items() if name in running}
+
+    def start_nats(self) -> Process:
+        """On the same port and folder every time: a restarted server is the same one."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        config = self.run_dir / "nats.conf"
+        config.write_text(f"max_payload: {MAX_PAYLOAD_BYTES}\n")  # long prompts: no flag has it
+        command = [find_nats_server(), "-c", str(config), "-a", "127.0.0.1", "-p", str(self._nats_port)]
+        return self._start("nats", [*command, "-js", "-sd", str(self.run_dir / "jetstream")])
+
+    def start_scheduler(self, name: str) -> Process:
+        self._health_ports[name] = port = free_port()
+        return self._start(name, [sys.executable, "-m", "flowkv_scheduler", "--http-port", str(port)])
+
+    def start_gateway(self, name: str = "gateway", port: int = 0, **settings: str) -> Process:
+        """One more gateway, or the first one; `settings` are flags of its own."""
+        command = [sys.executable, "-m", "flowkv_gateway", "--port", str(port or self.port)]
+        return self._start(name, command + _flags(settings))
+
+    def start_node(self, role: str, name: str, **settings: str) -> Process:
+        """A node that is called `name` on the bus too; `settings` are flags of its own."""
+        module = "flowkv_prefill" if role == "prefill" else "flowkv_decode"
+        self._health_ports[name] = port = free_port()
+        command = [sys.executable, "-m", module, role, "--node-id", name, "--http-port", str(port)]
+        return self._start(name, command + _flags(settings))
+
+    def start_nodes(self, name: str, command: list[str]) -> Process:
+        """Another program that brings nodes, in the environment of all services. `name` begins with nodes."""
+        return self._start(name, command)
+
+    def _start(self, name: str, command: list[str]) -> Process:
+        process = Process(name, command, self._env, self.run_dir / f"{name}.log")
+        self.processes[name] = process
+        return process
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Until all nodes and schedulers are ready and requests can be served.
+
+        Raises ClusterError when a process ends.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self.is_ready():
+            for process in self.processes.values():
+                if not process.is_running:
+                    raise ClusterError(process.why_ended())
+            if time.monotonic() > deadline:
+                logs = "\n".join(f"--- {p.name}\n{p.log_tail(8)}" for p in self.processes.values())
+                raise ClusterError(f"not ready after {timeout_s} s\n{logs}")
+            time.sleep(0.05)
+
+    def is_ready(self) -> bool:
+        """The gateway says so as soon as one node could serve alone; here all that run must be ready."""
+        ports = [port for name, port in self._health_ports.items() if self.processes[name].is_running]
+        return all(_is_ready(port) for port in (*ports, self.port))
+
+    def stop(self) -> None:
+        """Drain and end everything, so that requests finish before what they need goes away."""
+        order = ["gateway", "nodes", "prefill", "decode", "mixed", "scheduler", "nats"]
+        for kind in order:
+            group = [p for p in self.processes.values() if p.name.startswith(kind)]
+            for process in group:
+                process.send(signal.SIGTERM)
+            for process in group:
+                process.stop(self._drain_timeout_s)
+        shutil.rmtree(self.run_dir / "jetstream", ignore_errors=True)

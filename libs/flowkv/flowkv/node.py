@@ -1,0 +1,88 @@
+"""A node's process: `flowkv prefill`, `flowkv decode`, `flowkv mixed`. It loads the model, then serves."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import gc
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from flowkv_common import __version__
+from flowkv_common import telemetry as logs
+from flowkv_common.config import NodeSettings, load
+from flowkv_common.telemetry import reason_in_one_line
+from flowkv_engine.engine.fetch import default_cache_dir
+
+log = logging.getLogger(__name__)
+
+ROLES = ("prefill", "decode", "mixed")
+
+
+def main(default_role: str) -> None:
+    """`[prefill|decode|mixed] [--flags]`: load the model, then serve until SIGTERM.
+
+    The role only sets the prefill cap that the node starts with.
+    """
+    arguments = sys.argv[1:]
+    named = bool(arguments) and not arguments[0].startswith("-")
+    role = arguments.pop(0) if named else default_role
+    if role not in ROLES:
+        raise SystemExit(f"settings: unknown role {role!r}, not one of {', '.join(ROLES)}")
+    settings = load(NodeSettings, arguments)
+    logs.setup(role)
+    # Compute threads spin some 50 us for the next kernel, or each of a step's would wake them anew; not for
+    # milliseconds, the default: nodes may share cores. Before torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    # Compiled kernels are kept where the model is; another version's are not ours.
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(default_cache_dir() / f"numba-{__version__}"))
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with reason_in_one_line(role):
+        _load_and_serve(settings, role)
+
+
+def _load_and_serve(settings: NodeSettings, role: str) -> None:
+    import torch
+    import transformers
+
+    from flowkv.roles import ROLES
+    from flowkv_common.aio import stop_on_signals
+    from flowkv_engine.engine.gpu.devices import claimed
+    from flowkv_engine.engine.model import load_model, weights_dtype
+    from flowkv_node.host import serve, served
+
+    # What it has to say goes where all else goes, in the same form.
+    transformers.logging.disable_default_handler()
+    transformers.logging.enable_propagation()
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    with claimed(settings.device, Path(settings.socket_dir or tempfile.gettempdir())) as device:
+        model = load_model(
+            settings.model_path,
+            name=settings.model_name or None,
+            dtype=weights_dtype(settings.dtype, settings.model_path, device),
+            device=device,
+            load_format=settings.load_format,
+            on_progress=log.info,
+        )
+        # Libraries and the model stay: no collection shall walk through them amid a step, nor at exit (1 s).
+        gc.collect()
+        gc.freeze()
+        atexit.register(_end_without_leak_reports)
+
+        async def run() -> None:
+            await serve(settings, role, served(model, settings), ROLES, stop_on_signals())
+
+        asyncio.run(run())
+
+
+def _end_without_leak_reports() -> None:
+    """Libraries with nanobind, as Triton, print all that is left when the interpreter ends: what was frozen.
+
+    They have no switch for it. What we have to say has been said by then.
+    """
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)

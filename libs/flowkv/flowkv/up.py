@@ -1,0 +1,113 @@
+"""`make up`: the whole cluster on this machine, without Docker. Ctrl-C drains it, nothing is left."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from flowkv.local_cluster import Cluster, ClusterError, Process
+from flowkv_engine.engine.fetch import served_name
+
+RUN_DIR = Path(".run").resolve()
+READY_TIMEOUT_S = 300.0
+
+
+def main() -> int:
+    options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # A shell starts what runs in its background with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _say("preparing the model")
+        model_path = _prepare_model(options.model)
+        nodes = {"prefill": options.prefill, "decode": options.decode, "mixed": options.mixed}
+        _say(f"starting {', '.join(f'{count} {role}' for role, count in nodes.items() if count)}")
+        began = time.monotonic()
+        run_dir = RUN_DIR / str(options.port)
+        name = served_name(options.model or None)
+        with Cluster(
+            run_dir,
+            model_path,
+            nodes=nodes,
+            num_schedulers=options.scheduler,
+            port=options.port,
+            model_name=name,
+        ) as cluster:
+            cluster.wait_ready(READY_TIMEOUT_S)
+            _say(f"ready after {time.monotonic() - began:.1f} s, logs in {run_dir}")
+            print(_welcome(cluster), flush=True)
+            return _watch(cluster)
+    except ClusterError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _say("stopped")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="up")
+    parser.add_argument("--prefill", type=int, default=1)
+    parser.add_argument("--decode", type=int, default=1)
+    parser.add_argument("--mixed", type=int, default=0)
+    parser.add_argument("--scheduler", type=int, default=1, help="one leads, the others stand by")
+    parser.add_argument("--model", default="", help="a folder or a hub id; SmolLM2-135M-Instruct if empty")
+    parser.add_argument("--port", type=int, default=8000)
+    options = parser.parse_args()
+    if options.mixed == 0 and (options.prefill == 0 or options.decode == 0):
+        parser.error("one prefill and one decode node are needed, or one mixed node")
+    if options.scheduler < 1:
+        parser.error("one scheduler is needed")
+    return options
+
+
+def _prepare_model(spec: str) -> str:
+    command = [sys.executable, "-m", "flowkv_engine.engine.fetch"]
+    if spec:
+        command += ["--model", spec]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ClusterError("the model could not be prepared, see above")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def _welcome(cluster: Cluster) -> str:
+    body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], '
+    body += '"temperature": 0, "stream": true}'
+    header = "-H 'content-type: application/json'"
+    curl = f"curl -N {cluster.url}/v1/chat/completions {header} -d {shlex.quote(body)}"
+    metrics = "\n".join(f"  {url}  {name}" for name, url in cluster.metrics_urls().items())
+    return (
+        f"\nFlowKV is up at {cluster.url}\n\n  {curl}\n\nMetrics:\n{metrics}\n\n"
+        f"Look inside:  nats --server {cluster.nats_url} sub 'flowkv.>'\nStop it:      Ctrl-C\n"
+    )
+
+
+def _watch(cluster: Cluster) -> int:
+    """Until Ctrl-C, or until a service ends by itself. A scheduler may, while another runs."""
+    while True:
+        time.sleep(0.5)
+        for process in [p for p in cluster.processes.values() if not p.is_running]:
+            if not _has_another(cluster, process):
+                raise ClusterError(process.why_ended())
+            _say(f"{process.name} ended with {process.exit_code}, another one leads")
+            del cluster.processes[process.name]
+
+
+def _has_another(cluster: Cluster, ended: Process) -> bool:
+    schedulers = [p for p in cluster.processes.values() if p.name.startswith("scheduler")]
+    return ended in schedulers and any(p.is_running for p in schedulers)
+
+
+def _say(text: str) -> None:
+    print(f"[up] {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Tasks that run beside a block and end with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+import math
+import signal
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from typing import Any, NamedTuple
+
+
+@contextlib.asynccontextmanager
+async def running(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `coroutines` while the block runs, cancel them when it ends; if one fails, so does the block.
+
+    A single error leaves as itself, whoever raised it, and several as a group.
+    """
+    async with group() as tasks:
+        mine = [tasks.create_task(coroutine) for coroutine in coroutines]
+        try:
+            yield
+        finally:
+            for task in mine:
+                task.cancel()
+
+
+@contextlib.asynccontextmanager
+async def group() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group that a single error leaves as itself: several leave as a group."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+    except BaseExceptionGroup as errors:
+        if len(errors.exceptions) == 1:
+            raise errors.exceptions[0] from None
+        raise
+
+
+def stop_on_signals() -> asyncio.Event:
+    """An event that SIGTERM or SIGINT sets: the sign to drain and leave."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+class Phases:
+    """Seconds per phase; a phase that comes again adds up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the seconds spent in the block."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add({name: time.monotonic() - began})
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        for name, spent in seconds.items():
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 6)
+
+
+class _Waiting(NamedTuple):
+    place: int
+    arrival: int  # orders those of one place; no two have the same
+    weight: int
+    admission: asyncio.Future[None]
+
+
+class FairQueue:
+    """Lets tasks in one after the other, at most `max_holders` at a time, of at most `max_weight` together.
+
+    The next is always the one with the smallest place, also when it has to wait and a later one would fit.
+    One that is heavier than `max_weight` enters alone. `num_holders` and `weight_held` are of those inside,
+    `num_waiting` of those who want to enter. A cancel takes the same time however many wait.
+    """
+
+    def __init__(self, max_holders: int, max_weight: float = math.inf) -> None:
+        self._max_holders = max_holders
+        self._max_weight = max_weight
+        self._heap: list[_Waiting] = []  # all that wait, and some that were cancelled
+        self._arrivals = itertools.count()
+        self.num_waiting = 0
+        self.num_holders = 0
+        self.weight_held = 0
+
+    @contextlib.asynccontextmanager
+    async def hold(self, weight: int = 0, *, place: int | None = None) -> AsyncIterator[None]:
+        """Waits for room, then holds `weight` of it while the context lasts.
+
+        Without a `place` behind all that came without one. With one a task that leaves and comes back keeps
+        its place. A queue is used in one of the two ways.
+        """
+        await self._enter(weight, place)
+        try:
+            yield
+        finally:
+            self._leave(weight)
+
+    async def _enter(self, weight: int, place: int | None) -> None:
+        arrival = next(self._arrivals)
+        admission: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._heap, _Waiting(arrival if place is None else place, arrival, weight, admission))
+        self.num_waiting += 1
+        self._admit()
+        try:
+            await admission
+        except asyncio.CancelledError:
+            if admission.cancelled():
+                self.num_waiting -= 1
+                self._forget_cancelled()
+                self._admit()  # it may have kept others out
+            else:  # admitted, then cancelled before it could run
+                self._leave(weight)
+            raise
+
+    def _leave(self, weight: int) -> None:
+        self.num_holders -= 1
+        self.weight_held -= weight
+        self._admit()
+
+    def _admit(self) -> None:
+        """Admits the first ones for which there is room."""
+        while self._heap:
+            first = self._heap[0]
+            if first.admission.done():  # cancelled: its task counts it, when it runs
+                heapq.heappop(self._heap)
+                continue
+            if not self._has_room(first.weight):
+                return
+            heapq.heappop(self._heap)
+            self.num_waiting -= 1
+            self.num_holders += 1
+            self.weight_held += first.weight
+            first.admission.set_result(None)
+
+    def _forget_cancelled(self) -> None:
+        """Only when they are half of all, so that it costs each cancel the same."""
+        if len(self._heap) > 2 * self.num_waiting:
+            self._heap = [waiting for waiting in self._heap if not waiting.admission.done()]
+            heapq.heapify(self._heap)
+
+    def _has_room(self, weight: int) -> bool:
+        if not self.num_holders:
+            return True
+        return self.num_holders < self._max_holders and self.weight_held + weight <= self._max_weight

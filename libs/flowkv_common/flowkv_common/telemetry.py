@@ -1,0 +1,250 @@
+"""Metrics and health over HTTP, the same for every service. Knows nothing of what is measured."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import cast
+
+import h11
+import msgspec
+import uvicorn
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from flowkv_common.aio import group
+from flowkv_common.errors import CannotStart, Unavailable
+
+_MAX_UNSENT_BYTES = 64 * 1024  # per connection, in the kernel
+_LAST_WORD_S = 2.0
+
+
+def process_registry() -> CollectorRegistry:
+    """A registry with what is told of every process: `process_*`, of its CPU, memory and descriptors."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def metrics_routes(registry: CollectorRegistry) -> list[Route]:
+    """`GET` and `HEAD /metrics` in Prometheus' text form."""
+
+    async def metrics(_: Request) -> Response:
+        return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    return [Route("/metrics", metrics)]
+
+
+def health_routes(why_not_ready: Callable[[], str | None], *also_ready: str) -> list[Route]:
+    """`/health/live` answers while the loop turns; `/health/ready` says 503 with the reason.
+
+    So do `/health` and further paths.
+    """
+
+    async def live(_: Request) -> Response:
+        return PlainTextResponse("live\n")
+
+    async def ready(_: Request) -> Response:
+        reason = why_not_ready()
+        return PlainTextResponse(f"{reason or 'ready'}\n", status_code=503 if reason else 200)
+
+    paths = ("/health/ready", "/health", *also_ready)
+    return [Route("/health/live", live), *(Route(path, ready) for path in paths)]
+
+
+def service_app(registry: CollectorRegistry, why_not_ready: Callable[[], str | None]) -> Starlette:
+    """The HTTP side of a service that has no API of its own."""
+    return Starlette(routes=[*metrics_routes(registry), *health_routes(why_not_ready)])
+
+
+MAX_CONNECTIONS = 64
+_IDLE_TIMEOUT_S = 10.0
+
+
+class ServiceConnection(H11Protocol):
+    """uvicorn's connection, which ends 10 s after it began or was last answered if no whole request has come.
+
+    One more than 64 costs the one that has waited longest for a request its place. Whoever scrapes or probes
+    asks at once, and can connect again.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_request()
+        if len(self.connections) > MAX_CONNECTIONS:
+            connections = cast("set[ServiceConnection]", self.connections)  # a server has one kind
+            longest = min(connections, key=lambda one: (not one.is_waiting, one._since))
+            longest.close_if_waiting()
+
+    def on_response_complete(self) -> None:
+        self._end.cancel()
+        self._wait_for_request()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end.cancel()
+        super().connection_lost(exc)
+
+    def _wait_for_request(self) -> None:
+        """Starts the clock."""
+        self._since = self.loop.time()
+        self._end = self.loop.call_later(_IDLE_TIMEOUT_S, self.close_if_waiting)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether no whole request has come that is still to be answered."""
+        return self.conn.our_state is h11.IDLE
+
+    def close_if_waiting(self) -> None:
+        if self.is_waiting:
+            self.transport.abort()
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the service decides when it stops."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn only cancels what is left at the end. These tasks have a word to say to their clients."""
+        await super().shutdown(sockets)
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=_LAST_WORD_S)
+
+
+@contextlib.asynccontextmanager
+async def serve_http(
+    app: Starlette,
+    host: str,
+    port: int,
+    *,
+    connection: type[asyncio.Protocol] = ServiceConnection,
+    max_header_bytes: int = 64 * 1024,
+    unread_timeout_s: float = 60.0,
+    keep_alive_s: float = 75.0,
+    drain_timeout_s: float = 5.0,
+) -> AsyncIterator[int]:
+    """Serve `app` while the context lasts; gives the bound port (`port` 0 takes any free one).
+
+    A client that takes nothing of what was sent for `unread_timeout_s` is dropped (Linux only), an idle
+    connection after `keep_alive_s`. On exit no new connection is taken, and open responses have
+    `drain_timeout_s` to end; what runs then is cancelled, and has 2 s to tell its client.
+    Raises OSError when the address can't be had.
+    """
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        http=connection,
+        ws="none",
+        h11_max_incomplete_event_size=max_header_bytes,
+        timeout_keep_alive=keep_alive_s,  # type: ignore[arg-type]
+        timeout_graceful_shutdown=drain_timeout_s,  # type: ignore[arg-type]
+    )
+    server = _QuietServer(config)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    takes_both = host == "::" and socket.has_dualstack_ipv6()
+    with socket.create_server(
+        (host, port), family=family, backlog=2048, dualstack_ipv6=takes_both
+    ) as listener:
+        _tune(listener, unread_timeout_s)
+        async with group() as tasks:
+            tasks.create_task(server.serve(sockets=[listener]))
+            try:
+                # The kernel queues connections from here on: nobody has to wait for the server.
+                yield int(listener.getsockname()[1])
+            finally:
+                server.should_exit = True
+
+
+def _tune(listener: socket.socket, unread_timeout_s: float) -> None:
+    """Options that accepted connections inherit; some systems lack the last two."""
+    # asyncio sets this only for sockets made with an explicit protocol; without it, the second write of each
+    # response waits for the client's delayed acknowledgement of the first: 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        # Else the kernel takes 3 MB for a client that reads nothing, and we learn of it only then.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(unread_timeout_s * 1000))
+
+
+class _JsonLines(logging.Formatter):
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self.service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+            "service": self.service,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_fields(record),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line).decode()
+
+
+class _Lines(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        fields = "".join(f" {name}={value}" for name, value in _fields(record).items())
+        return super().formatMessage(record) + fields
+
+
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    """What a line was given by `extra={"fields": {...}}`, to be read by machines."""
+    fields: dict[str, object] = getattr(record, "fields", {})
+    return {name: value for name, value in fields.items() if value not in (None, "")}
+
+
+def setup(service: str, level: int = logging.INFO) -> None:
+    """Send all logs of this process to stderr, with the service's name on each line."""
+    handler = logging.StreamHandler(sys.stderr)
+    if sys.stderr.isatty():
+        handler.setFormatter(_Lines(f"%(asctime)s {service:<12} %(levelname)-7s %(message)s"))
+    else:
+        handler.setFormatter(_JsonLines(service))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    # One line per HTTP request is the proxy's business, not ours.
+    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
+
+
+log = logging.getLogger(__name__)
+
+# An address that others have, or that this host does not have, or that this user may not have.
+_ADDRESS_ERRORS = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
+
+
+@contextlib.contextmanager
+def reason_in_one_line(service: str) -> Iterator[None]:
+    """Around all that `service` does. Raises SystemExit(1); what nobody expected keeps its traceback."""
+    try:
+        yield
+    except (CannotStart, Unavailable) as error:
+        _end(service, error)
+    except OSError as error:
+        if error.errno not in _ADDRESS_ERRORS:
+            raise
+        _end(service, error)
+
+
+def _end(service: str, error: Exception) -> None:
+    log.error("%s ended: %s", service, error)
+    raise SystemExit(1) from None

@@ -1,0 +1,149 @@
+"""Compiled linear layers over packed weights, and the norms and gates between them.
+
+Decode reads each weight once for all rows, at the speed of memory; a prompt's many rows run at the rate of a
+large matmul. Both are the same tiles, so a row's sums are in one order in any batch: it gets the same bits
+alone and in company. Compiled at first use and cached on disk (`NUMBA_CACHE_DIR`). Knows arrays only.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+from __future__ import annotations
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from flowkv_engine.engine.cpu.simd import LANES, TILE_PANELS, TILE_ROWS, gate_row, panel_tile
+
+_HALF, _QUARTER = TILE_ROWS // 2, TILE_ROWS // 4
+_BLOCK_ROWS = 256  # at most: more units of work for more threads, each within the second cache
+_SERIAL_ROWS = 32  # up to so many, waking other threads takes longer than a norm
+
+
+def pack(*weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Weights [N_i, K] of one input, side by side -> panels [ceil(sum N_i / LANES), K, LANES].
+
+    A panel holds `LANES` columns of the output: one vector of it is one step of K. The last is padded with 0.
+    """
+    num_cols, length = sum(len(weight) for weight in weights), weights[0].shape[1]
+    panels = np.zeros((-(-num_cols // LANES), length, LANES), np.float32)
+    first = 0
+    for weight in weights:
+        _pack(weight, first, panels)
+        first += len(weight)
+    return panels
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _pack(weight, first, panels):
+    for row in numba.prange(weight.shape[0]):
+        col = first + row
+        panels[col // LANES, :, col % LANES] = weight[row]
+
+
+@numba.njit(cache=True, nogil=True)
+def _tiles(x, panels, panel, length, out, adds):
+    """All rows of `TILE_PANELS` panels."""
+    row, left = 0, x.shape[0]
+    while left >= TILE_ROWS:
+        panel_tile(x, row, panels, panel, length, out, adds, TILE_ROWS, TILE_PANELS)
+        row, left = row + TILE_ROWS, left - TILE_ROWS
+    if left >= _HALF:
+        panel_tile(x, row, panels, panel, length, out, adds, _HALF, TILE_PANELS)
+        row, left = row + _HALF, left - _HALF
+    if left >= _QUARTER:
+        panel_tile(x, row, panels, panel, length, out, adds, _QUARTER, TILE_PANELS)
+        row, left = row + _QUARTER, left - _QUARTER
+    if left:
+        panel_tile(x, row, panels, panel, length, out, adds, 1, TILE_PANELS)
+
+
+@numba.njit(cache=True, nogil=True)
+def _last_tiles(x, panels, panel, length, out, adds):
+    """All rows of one panel."""
+    row, left = 0, x.shape[0]
+    while left >= TILE_ROWS:
+        panel_tile(x, row, panels, panel, length, out, adds, TILE_ROWS, 1)
+        row, left = row + TILE_ROWS, left - TILE_ROWS
+    while left:
+        panel_tile(x, row, panels, panel, length, out, adds, 1, 1)
+        row, left = row + 1, left - 1
+
+
+@numba.njit(cache=True, nogil=True)
+def multiply(x, panels, start, stop, length, out, adds):
+    """The columns of panels `start .. stop - 1` of `linear`, by the first `length` of K; on this thread."""
+    panel = start
+    while panel + TILE_PANELS <= stop:
+        _tiles(x, panels, panel, length, out, adds)
+        panel += TILE_PANELS
+    while panel < stop:
+        _last_tiles(x, panels, panel, length, out, adds)
+        panel += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _columns(x, panels, bias, start, stop, out, adds):
+    multiply(x, panels, start, stop, x.shape[1], out, adds)
+    if bias.shape[0]:
+        for row in range(x.shape[0]):
+            for col in range(start * LANES, stop * LANES):
+                out[row, col] += bias[col]
+
+
+@numba.njit(cache=True, nogil=True)
+def _blocks(num_rows):
+    """Blocks of rows, all about as long, and how long: each thread is to get its share of the work."""
+    num_blocks = (num_rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS
+    length = (num_rows + num_blocks - 1) // num_blocks if num_blocks else 0
+    return num_blocks, (length + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def linear(x, panels, bias, out, adds):
+    """`out [M, N] = x [M, K] @ weight.T + bias [N or 0]`, or `+=` if `adds`.
+
+    `panels` [N / LANES, K, LANES]: the weight, packed.
+    """
+    num_panels = panels.shape[0]
+    num_blocks, length = _blocks(x.shape[0])
+    for unit in numba.prange(num_blocks * ((num_panels + TILE_PANELS - 1) // TILE_PANELS)):
+        row, start = unit % num_blocks * length, unit // num_blocks * TILE_PANELS
+        rows = slice(row, row + length)
+        _columns(x[rows], panels, bias, start, min(num_panels, start + TILE_PANELS), out[rows], adds)
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def gated_linear(x, gates, gate_bias, ups, up_bias, scratch, out):
+    """`out [M, N] = silu(gate) * up`, each as `linear` gives it; `scratch` [M, N]."""
+    num_panels = gates.shape[0]
+    num_blocks, length = _blocks(x.shape[0])
+    for unit in numba.prange(num_blocks * ((num_panels + TILE_PANELS - 1) // TILE_PANELS)):
+        row, start = unit % num_blocks * length, unit // num_blocks * TILE_PANELS
+        stop = min(num_panels, start + TILE_PANELS)
+        rows = slice(row, row + length)
+        _columns(x[rows], gates, gate_bias, start, stop, out[rows], False)
+        _columns(x[rows], ups, up_bias, start, stop, scratch[rows], False)
+        for each in range(row, min(x.shape[0], row + length)):
+            first, last = start * LANES, stop * LANES
+            gate_row(out[each, first:last], scratch[each, first:last], stop - start)
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+def _normalize(row, weight, eps, out):
+    total = np.float32(0)
+    for col in range(row.shape[0]):
+        total += row[col] * row[col]
+    scale = np.float32(1) / np.sqrt(total / np.float32(row.shape[0]) + eps)
+    for col in range(row.shape[0]):
+        out[col] = row[col] * scale * weight[col]
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def rms_norm(x, weight, eps, out):
+    """`out [M, K] = x * weight [K] / root mean square of x`."""
+    if x.shape[0] <= _SERIAL_ROWS:
+        for row in range(x.shape[0]):
+            _normalize(x[row], weight, eps, out[row])
+    else:
+        for row in numba.prange(x.shape[0]):
+            _normalize(x[row], weight, eps, out[row])

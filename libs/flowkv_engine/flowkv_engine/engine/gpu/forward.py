@@ -1,0 +1,82 @@
+"""The flat forward on a GPU: torch's matmuls, and one Triton kernel for all that lies between two of them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import embedding, linear
+
+from flowkv_engine.engine.attention import Attention
+from flowkv_engine.engine.forward import FlatWeights, fuse_layers
+from flowkv_engine.engine.gpu import kernels
+from flowkv_engine.engine.gpu.attention import TritonAttention
+
+GATE_TILE_LEN = 1024
+# A row of so many numbers takes twice as many threads as a kernel has by itself.
+LONG_ROW = 4096
+
+
+class TritonFlatForward:
+    """Equal to `FlatForward` up to rounding, by test. It never asks the device for a number."""
+
+    name = "flat"
+
+    def __init__(self, weights: FlatWeights, attention: TritonAttention) -> None:
+        """The model's projections are fused in place. `attention` is the one that every call brings."""
+        self._weights = weights
+        self._attention = attention
+        self._fused = fuse_layers(weights)
+        self._input_norms = [*(layer.input_norm for layer in weights.layers[1:]), weights.norm]
+
+    @property
+    def head(self) -> Tensor:
+        """[vocab, hidden]"""
+        return self._weights.head
+
+    def __call__(
+        self, token_ids: Tensor, position_ids: Tensor, attention: Attention, logits_indices: Tensor
+    ) -> Tensor:
+        assert attention is self._attention
+        weights = self._weights
+        hidden = embedding(token_ids, weights.embedding)  # [T, hidden]
+        normed = self._add_and_norm(hidden, None, weights.layers[0].input_norm)
+        for index, (layer, fused) in enumerate(zip(weights.layers, self._fused, strict=True)):
+            qkv = linear(normed, *fused.qkv).view(len(normed), -1, weights.head_dim)
+            turn = weights.cos, weights.sin, layer.qk_norm, weights.eps
+            query = self._attention.rotate_and_write(index, qkv, position_ids, *turn)
+            attended = attention.attend(index, query, weights.scale).flatten(1)
+            if index == len(weights.layers) - 1 and len(logits_indices) < len(hidden):
+                # Of the last layer only keys and values are wanted of all rows.
+                hidden, attended = (each.index_select(0, logits_indices) for each in (hidden, attended))
+            delta = linear(attended, layer.output.weight, layer.output.bias)
+            normed = self._add_and_norm(hidden, delta, layer.mlp_norm)
+            gated = _gate(linear(normed, *fused.gate_up))
+            delta = linear(gated, layer.down.weight, layer.down.bias)
+            normed = self._add_and_norm(hidden, delta, self._input_norms[index])
+        return linear(normed, weights.head)
+
+    def _add_and_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
+        """The norm [T, hidden] of the sum, which `hidden` becomes."""
+        num_dims, result = hidden.shape[1], torch.empty_like(hidden)
+        kernels.add_and_norm[(len(hidden),)](
+            hidden,
+            hidden if delta is None else delta,
+            weight,
+            result,
+            self._weights.eps,
+            num_dims=num_dims,
+            padded_dims=triton.next_power_of_2(num_dims),
+            adds=delta is not None,
+            num_warps=8 if num_dims >= LONG_ROW else 4,
+        )
+        return result
+
+
+def _gate(gate_up: Tensor) -> Tensor:
+    num_rows, num_dims = len(gate_up), gate_up.shape[1] // 2
+    result = torch.empty(num_rows, num_dims, dtype=gate_up.dtype, device=gate_up.device)
+    kernels.gate[(num_rows, triton.cdiv(num_dims, GATE_TILE_LEN))](
+        gate_up, result, num_dims=num_dims, tile_len=GATE_TILE_LEN
+    )
+    return result

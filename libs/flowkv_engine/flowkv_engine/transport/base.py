@@ -1,0 +1,120 @@
+"""What a transport of KV blocks promises, whichever it is; `tests/contract` holds them all to it.
+
+A connector receives into its own pool and opens links that send out of it. Bytes that have a confirmed `send`
+have landed; bytes of a failed or cancelled one may have landed or not, in reserved blocks only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+
+from flowkv_common.wire.messages import PoolLayout
+from flowkv_engine.kv.segments import Copy
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ConnectorUnavailable(Exception):
+    """This transport can't be had between the two nodes; the message says why."""
+
+
+class Pool(Protocol):
+    """What connectors know of a pool, wherever its bytes lie: `tensor` begins where the first block does."""
+
+    layout: PoolLayout
+    num_blocks: int
+    num_bytes: int
+    tensor: torch.Tensor  # [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]
+
+
+class TransferStats(NamedTuple):
+    """What one `send` took. `num_calls`: calls of the transport (system calls, memory copies)."""
+
+    num_bytes: int
+    num_copies: int
+    num_calls: int
+    duration_s: float
+
+
+class Landing(Protocol):
+    """A guarded copy. Once `revoked`, nothing more may be written."""
+
+    @property
+    def revoked(self) -> bool: ...
+
+
+class Landings(Protocol):
+    """Who may write what: `Reservations` is one."""
+
+    def landing(
+        self, transfer_id: str, token: str, dst_blocks: Sequence[int]
+    ) -> AbstractContextManager[Landing]:
+        """Raises `Stale` or `BadRequest` if these blocks must not be written for this transfer."""
+
+
+class KVLink(Protocol):
+    """A way into one peer's pool. One transfer at a time; others wait their turn."""
+
+    @property
+    def name(self) -> str:
+        """That of the connector."""
+
+    @property
+    def closed(self) -> bool: ...
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the peer could not be reached by this transport when a send last tried. Another may do."""
+
+    async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
+        """Returns when the receiver has confirmed that all bytes landed.
+
+        The caller's blocks hold their bytes: whoever computed them on a device has waited for it.
+
+        Raises `TransferFailed`. Cancelling the awaiting task aborts the transfer; the link stays usable, it
+        reconnects on the next send if it has to.
+        """
+
+    async def close(self) -> None:
+        """Ends the link, after the transfer under way. Idempotent."""
+
+
+class KVConnector(Protocol):
+    """One transport of one node. Serves its peers while its `async with` block lasts."""
+
+    name: str
+
+    @property
+    def connect_timeout_s(self) -> float:
+        """How long `connect` may take before it is given up."""
+
+    async def listen(self) -> str:
+        """Begins to serve; returns the address that peers connect to."""
+
+    async def connect(self, address: str, token: str, num_blocks: int) -> KVLink:
+        """A link to the peer that listens at `address` with a pool of `num_blocks` blocks.
+
+        `token` is the secret that the peer has given out for links. The link has been probed: raises
+        `ConnectorUnavailable` if the peer can't be reached this way or refuses.
+        """
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def find_stray(copies: Iterable[Copy], num_src_blocks: int, num_dst_blocks: int) -> Copy | None:
+    """The first copy that reaches out of either pool, or moves more than the whole of one, or None."""
+    num_moved = 0
+    for copy in copies:
+        num_moved += copy.length
+        fits = 0 <= copy.src <= num_src_blocks - copy.length and 0 <= copy.dst <= num_dst_blocks - copy.length
+        if copy.length < 1 or not fits or num_moved > num_dst_blocks:
+            return copy
+    return None

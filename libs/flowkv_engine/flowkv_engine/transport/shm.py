@@ -1,0 +1,132 @@
+"""KV blocks between two processes of one host: the receiver maps the sender's pool and copies out of it.
+
+One memory copy is all; the sender spends no CPU on it. The mapping keeps the pages alive if the sender dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import functools
+import mmap
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.segments import Copy
+from flowkv_engine.transport import sockets
+from flowkv_engine.transport.base import Landing
+from flowkv_engine.transport.sockets import Channel, FrameError, Hello, Reply
+from flowkv_engine.transport.stream import StreamConnector, outlived
+
+# Above a size that depends on the CPU's cache, memory copies write past it and take a third less time.
+# A step is at least that long where the copy is, and under 0.1 s: a cancel waits for it.
+_STEP_BYTES = 256 << 20
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class ShmConnector(StreamConnector[KVPool]):
+    """Listens on a Unix socket in a folder that only this user can enter."""
+
+    name = "shm"
+
+    async def _bind(self) -> tuple[socket.socket, str]:
+        return sockets.bind_unix(self._place, self._resources)
+
+    async def _open_socket(self, address: str) -> socket.socket:
+        return await sockets.dial_unix(address)
+
+    async def _introduce(self, channel: Channel) -> None:
+        socket.send_fds(channel.sock, [b"\0"], [self._pool.fd])
+        await channel.expect_yes()
+
+    async def _push(self, channel: Channel, copies: list[Copy]) -> int:
+        """Nothing to do: the receiver pulls."""
+        return 0
+
+    async def _receive_from(self, channel: Channel, hello: Hello) -> None:
+        fd = await _receive_fd(channel)
+        num_bytes = hello.num_blocks * self._pool.layout.block_bytes
+        mapping_it = asyncio.get_running_loop().run_in_executor(None, _map, fd, num_bytes)
+        source = await outlived(mapping_it, threading.Event())
+        await channel.send(Reply())
+        await self._answer(channel, hello, functools.partial(self._pull, channel, source))
+
+    async def _pull(self, channel: Channel, source: Bytes, copies: list[Copy], landing: Landing) -> int:
+        """Copies in a worker thread, which has left the pool alone by the time this returns or raises."""
+        abandoned = threading.Event()
+        target = np.frombuffer(self._pool.buffer, dtype=np.uint8)
+        work = functools.partial(
+            _copy_steps,
+            source,
+            target,
+            _steps(copies, self._pool.layout.block_bytes),
+            lambda: landing.revoked or abandoned.is_set(),
+        )
+        with channel.watching(abandoned.set):
+            num_calls = await outlived(asyncio.get_running_loop().run_in_executor(None, work), abandoned)
+        if abandoned.is_set():
+            raise ConnectionAbortedError("the sender hung up during the copy")
+        return num_calls
+
+
+def _steps(copies: list[Copy], block_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """Source offset, target offset and length, in bytes, of each memory copy."""
+    for copy in copies:
+        num_bytes = copy.length * block_bytes
+        step = -(-num_bytes // max(1, num_bytes // _STEP_BYTES))
+        for done in range(0, num_bytes, step):
+            src, dst = copy.src * block_bytes + done, copy.dst * block_bytes + done
+            yield src, dst, min(step, num_bytes - done)
+
+
+def _copy_steps(
+    source: Bytes, target: Bytes, steps: Iterator[tuple[int, int, int]], should_stop: Callable[[], bool]
+) -> int:
+    """Runs in a thread; numpy releases the GIL for the bytes. Returns the number of memory copies."""
+    num_calls = 0
+    for src, dst, num_bytes in steps:
+        if should_stop():
+            break
+        np.copyto(target[dst : dst + num_bytes], source[src : src + num_bytes])
+        num_calls += 1
+    return num_calls
+
+
+async def _receive_fd(channel: Channel) -> int:
+    """The one file descriptor that the sender passes. Raises `FrameError` if none comes."""
+    async with channel.deadline():
+        await channel.arrival()
+    _, fds, _, _ = socket.recv_fds(channel.sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
+    if not fds:
+        raise FrameError("no pool was passed")
+    return fds[0]
+
+
+def _map(fd: int, num_bytes: int) -> Bytes:
+    """The sender's pool, read only. Closes `fd`. Raises `FrameError` if it is not what was announced.
+
+    The mapping ends with the array. Its pages are looked up now: that takes a thread's time
+    once, and would take the first transfer's later.
+    """
+    try:
+        if os.fstat(fd).st_size != num_bytes or not _is_sealed(fd):
+            raise FrameError(f"the pool passed is not a sealed memfd of {num_bytes} bytes")
+        mapping = mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
+        return np.frombuffer(mapping, dtype=np.uint8)
+    finally:
+        os.close(fd)
+
+
+def _is_sealed(fd: int) -> bool:
+    """Whether nobody can shrink the file under us, which would kill this process with SIGBUS."""
+    try:
+        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:
+        return False

@@ -1,0 +1,329 @@
+"""A link whose transport can be exchanged under those who use it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from flowkv_common.aio import running
+from flowkv_common.bus.connection import Bus
+from flowkv_common.errors import BadRequest, FlowKVError, TransferFailed, Unavailable, WrongModel
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import NodeRef, PoolLayout
+from flowkv_common.wire.nodes import LinkOffer, LinkRequest, NodeDescriptor
+from flowkv_engine.kv.segments import Copy
+from flowkv_engine.transport.base import ConnectorUnavailable, KVConnector, KVLink, TransferStats
+
+
+class SwitchedLink:
+    """A `KVLink` by way of another one, which can be replaced: transfers end on the one where they began."""
+
+    def __init__(self, link: KVLink) -> None:
+        self._link = link
+        self._num_sends: Counter[KVLink] = Counter()  # of each that has any, also of one that was replaced
+        self._is_closed = False
+        self._some_ended = asyncio.Event()
+        self._failed = asyncio.Event()
+
+    @property
+    def name(self) -> str:
+        return self._link.name
+
+    @property
+    def closed(self) -> bool:
+        return self._is_closed
+
+    @property
+    def is_lost(self) -> bool:
+        return self._link.is_lost
+
+    async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
+        link = self._link
+        with self._counted(link):
+            return await link.send(transfer_id, token, copies)
+
+    async def switch(self, link: KVLink) -> None:
+        """What is sent from now on goes by `link`. Returns when the one before has ended its transfers."""
+        before, self._link = self._link, link
+        try:
+            while self._num_sends[before]:
+                self._some_ended.clear()
+                await self._some_ended.wait()
+        finally:
+            await before.close()
+
+    async def until_lost(self) -> None:
+        """Returns when a send has failed because the peer can't be reached by this transport any more."""
+        while not self.is_lost:
+            self._failed.clear()
+            await self._failed.wait()
+
+    async def close(self) -> None:
+        """Ends the link, after the transfers under way. Idempotent."""
+        self._is_closed = True
+        for link in {self._link, *self._num_sends}:
+            await link.close()
+
+    @contextlib.contextmanager
+    def _counted(self, link: KVLink) -> Iterator[None]:
+        self._num_sends[link] += 1
+        try:
+            yield
+        except TransferFailed:
+            self._failed.set()
+            raise
+        finally:
+            self._num_sends[link] -= 1
+            if not self._num_sends[link]:
+                del self._num_sends[link]
+            self._some_ended.set()
+
+
+log = logging.getLogger(__name__)
+
+FIRST_RETRY_S = 0.2
+LONGEST_RETRY_S = 5.0
+OFFER_TIMEOUT_S = 5.0
+# A connector that is preferred has so long before the next one is tried beside it.
+HEAD_START_S = 1.0
+# When connectors that would be preferred are tried again. Each try may cost the peers a thread for minutes.
+FIRST_PROBE_AGAIN_S = 10.0
+LONGEST_PROBE_AGAIN_S = 300.0
+# A peer that is missing from the registry may only be between two lives of the bucket.
+FORGET_AFTER_S = 30.0
+
+
+class Links:
+    """Both ends: offers this node's pool to peers, and keeps a link to each peer's pool."""
+
+    def __init__(
+        self, bus: Bus, node: NodeRef, layout: PoolLayout, fingerprint: str, num_blocks: int
+    ) -> None:
+        self._bus = bus
+        self._node = node
+        self._layout = layout
+        self._fingerprint = fingerprint
+        self._num_blocks = num_blocks
+        self._connectors: dict[str, KVConnector] = {}
+        self._addresses: dict[str, str] = {}
+        self._tokens: dict[str, NodeRef] = {}  # link token -> the peer it was given to
+        self._peers: dict[str, NodeRef] = {}
+        self._missing_since: dict[str, float] = {}
+        self._links: dict[str, tuple[NodeRef, SwitchedLink]] = {}
+        self._changed = asyncio.Event()
+
+    async def listen(self, connector: KVConnector) -> None:
+        """Open this node's pool through a connector too; the first one is preferred."""
+        self._addresses[connector.name] = await connector.listen()
+        self._connectors[connector.name] = connector
+
+    def admits(self, token: str) -> bool:
+        """Whether a peer that presents `token` may write into this pool."""
+        return token in self._tokens
+
+    def offer(self, request: LinkRequest) -> LinkOffer:
+        """Answer a peer's wish to send here. Raises BadRequest for another layout, WrongModel."""
+        if request.layout != self._layout:
+            raise BadRequest(f"KV layouts differ: {request.layout} and {self._layout}", field="layout")
+        if request.fingerprint != self._fingerprint:
+            raise WrongModel(f"{self._node.node_id} serves another model", field="fingerprint")
+        # The same for the same life: a link that it has must be able to reconnect while it looks for another.
+        token = next((token for token, peer in self._tokens.items() if peer == request.peer), None)
+        if token is None:
+            self._forget_tokens(request.peer.node_id)
+            token = secrets.token_hex(16)
+            self._tokens[token] = request.peer
+        return LinkOffer(node=self._node, num_blocks=self._num_blocks, token=token, addresses=self._addresses)
+
+    def _forget_tokens(self, node_id: str) -> None:
+        self._tokens = {token: peer for token, peer in self._tokens.items() if peer.node_id != node_id}
+
+    def to(self, peer: NodeRef) -> KVLink:
+        """The link to one life of a peer. Raises Unavailable, with when to ask again, while there is none.
+
+        Whether that life is yet to be seen here or is over can't be told: the registry may lag behind
+        whoever asks.
+        """
+        linked = self._links.get(peer.node_id)
+        if linked is not None and linked[0] == peer:
+            return linked[1]
+        raise Unavailable(f"no link to {peer.node_id} yet", retry_after_s=FIRST_RETRY_S)
+
+    def connectors_in_use(self) -> dict[str, str]:
+        """node_id -> name of the connector."""
+        return {node_id: link.name for node_id, (_, link) in self._links.items()}
+
+    def follow(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
+        """The registry has changed: link to who came and serves our model.
+
+        Who is missing is forgotten after a while.
+        """
+        now = time.monotonic()
+        peers = {
+            node_id: descriptor.node
+            for node_id, descriptor in descriptors.items()
+            if node_id != self._node.node_id and descriptor.model.fingerprint == self._fingerprint
+        }
+        for node_id in self._peers:
+            if node_id not in peers:
+                self._missing_since.setdefault(node_id, now)
+        for node_id in peers:
+            self._missing_since.pop(node_id, None)
+        self._peers |= peers
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Until cancelled: one keeper task per peer."""
+        keepers: dict[NodeRef, asyncio.Task[None]] = {}
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                self._changed.clear()
+                self._forget_missing()
+                wanted = set(self._peers.values())
+                for peer in set(keepers) - wanted:
+                    keepers.pop(peer).cancel()
+                for peer in wanted - set(keepers):
+                    keepers[peer] = tasks.create_task(self._keep(peer))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(FORGET_AFTER_S):
+                        await self._changed.wait()
+
+    def _forget_missing(self) -> None:
+        now = time.monotonic()
+        for node_id, since in list(self._missing_since.items()):
+            if now - since > FORGET_AFTER_S and self._bus.is_settled:
+                del self._missing_since[node_id]
+                del self._peers[node_id]
+                self._forget_tokens(node_id)
+
+    async def _keep(self, peer: NodeRef) -> None:
+        """Link to one incarnation of a peer, again and again until it works, then to have the best way."""
+        pair = _Pair(peer)
+        retry_s, again_s = FIRST_RETRY_S, FIRST_PROBE_AGAIN_S
+        try:
+            while True:
+                before = pair.link and pair.link.name
+                await self._look_for_ways(pair, retry_s)
+                if pair.link is None or not pair.has_link.is_set():
+                    await asyncio.sleep(retry_s)
+                    retry_s = min(2 * retry_s, LONGEST_RETRY_S)
+                    continue
+                has_changed = pair.link.name != before
+                again_s = FIRST_PROBE_AGAIN_S if has_changed else min(2 * again_s, LONGEST_PROBE_AGAIN_S)
+                retry_s = FIRST_RETRY_S
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(again_s if self._better_than(pair) else None):
+                        await pair.link.until_lost()
+        finally:
+            if pair.link is not None:
+                if self._links.get(peer.node_id) == (peer, pair.link):
+                    del self._links[peer.node_id]
+                await pair.link.close()
+
+    def _better_than(self, pair: _Pair) -> list[str]:
+        """The connectors that would serve the pair better than what it has, the best first."""
+        names = list(self._connectors)
+        if pair.link is None or pair.link.is_lost:
+            return names
+        return names[: names.index(pair.link.name)]
+
+    async def _look_for_ways(self, pair: _Pair, retry_s: float) -> None:
+        """Try what would be better than what the pair has. One that is slow doesn't hold the next one up."""
+        peer = pair.peer
+        if pair.link is None or pair.link.is_lost:
+            pair.has_link.clear()
+        else:
+            pair.has_link.set()
+        request = LinkRequest(node=peer, peer=self._node, layout=self._layout, fingerprint=self._fingerprint)
+        subject = subjects.at(subjects.NODE_LINK, peer.node_id)
+        try:
+            offer = await self._bus.request(subject, request, LinkOffer, timeout_s=OFFER_TIMEOUT_S)
+        except FlowKVError as error:
+            if pair.link is None:
+                level = logging.WARNING if isinstance(error, BadRequest | WrongModel) else logging.INFO
+                log.log(level, "no link to %s yet, next try in %.1f s: %s", peer.node_id, retry_s, error)
+            return
+        tries: dict[str, asyncio.Task[None]] = {}
+        is_over = asyncio.Event()
+        async with running(_end_when_lost(pair, tries, is_over)), asyncio.TaskGroup() as tasks:
+            for name in self._better_than(pair):
+                if name in self._better_than(pair) and not is_over.is_set():  # still
+                    tries[name] = tasks.create_task(self._try(pair, self._connectors[name], offer, tries))
+                    await asyncio.wait([tries[name]], timeout=HEAD_START_S)
+        if pair.link is None:
+            reasons = pair.reasons(self._connectors)
+            log.info("no link to %s yet, next try in %.1f s: %s", peer.node_id, retry_s, reasons)
+
+    async def _try(
+        self, pair: _Pair, connector: KVConnector, offer: LinkOffer, tries: dict[str, asyncio.Task[None]]
+    ) -> None:
+        """Use the connector if it works, and end the `tries` of those that would serve less well."""
+        name = connector.name
+        pair.why_not[name] = "takes long"
+        try:
+            link = await _connected(connector, offer)
+        except (ConnectorUnavailable, TimeoutError) as error:
+            pair.why_not[name] = str(error) or f"not within {connector.connect_timeout_s:g} s"
+            return
+        except Exception as error:  # whatever one peer says costs only the link to it
+            log.exception("%s to %s failed", name, pair.peer.node_id)
+            pair.why_not[name] = f"{type(error).__name__}: {error}"
+            return
+        del tries[name], pair.why_not[name]
+        if name not in self._better_than(pair):  # another was found meanwhile
+            await link.close()
+            return
+        preferred = list(self._connectors)[: list(self._connectors).index(name)]
+        for other in set(tries) - set(preferred):
+            tries[other].cancel()
+        if preferred:
+            log.warning("KV goes to %s by %s, not by %s", pair.peer.node_id, name, pair.reasons(preferred))
+        else:
+            log.info("linked to %s by %s", pair.peer.node_id, name)
+        if pair.link is None:
+            pair.link = SwitchedLink(link)
+            self._links[pair.peer.node_id] = (pair.peer, pair.link)
+            pair.has_link.set()
+        else:
+            pair.has_link.set()  # `switch` replaces the old one before anybody hears of it
+            await pair.link.switch(link)
+
+
+async def _connected(connector: KVConnector, offer: LinkOffer) -> KVLink:
+    """A link by this connector. Raises ConnectorUnavailable or TimeoutError."""
+    address = offer.addresses.get(connector.name)
+    if address is None:
+        raise ConnectorUnavailable("the peer does not offer it")
+    async with asyncio.timeout(connector.connect_timeout_s):
+        return await connector.connect(address, offer.token, offer.num_blocks)
+
+
+async def _end_when_lost(
+    pair: _Pair, tries: Mapping[str, asyncio.Task[None]], is_over: asyncio.Event
+) -> None:
+    """Ends the `tries` when the link that serves meanwhile is lost: then all connectors must be tried."""
+    await pair.has_link.wait()
+    assert pair.link is not None
+    await pair.link.until_lost()
+    is_over.set()
+    for task in tries.values():
+        task.cancel()
+
+
+class _Pair:
+    """What this node has and knows of the ways to one life of a peer."""
+
+    def __init__(self, peer: NodeRef) -> None:
+        self.peer = peer
+        self.link: SwitchedLink | None = None
+        self.has_link = asyncio.Event()  # one that was not lost at first, or has been found since
+        self.why_not: dict[str, str] = {}  # connector -> why a try with it has failed
+
+    def reasons(self, names: Iterable[str]) -> str:
+        """Why not by these connectors."""
+        return "; ".join(f"{name}: {self.why_not.get(name, 'not tried')}" for name in names)
