@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from flowkv_common.aio import running
+from flowkv_common.aio import Backoff, running, wait_event
 from flowkv_common.errors import Full
 
 
@@ -48,3 +48,17 @@ async def test_a_cancelled_block_is_cancelled() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+def test_backoff_doubles_up_to_its_longest_pause_and_begins_anew() -> None:
+    backoff = Backoff(0.1, 0.35)
+    assert [backoff.advance() for _ in range(4)] == [0.1, 0.2, 0.35, 0.35]
+    backoff.reset()
+    assert backoff.next_s == backoff.advance() == 0.1
+
+
+async def test_a_wait_for_an_event_ends_with_the_event_or_the_time() -> None:
+    event = asyncio.Event()
+    assert not await wait_event(event, 0.001)
+    event.set()
+    assert await wait_event(event, None)

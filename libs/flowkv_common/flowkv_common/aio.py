@@ -1,4 +1,4 @@
-"""Tasks that run beside a block and end with it."""
+"""What asyncio lacks: tasks that end with a block, waits with an end, back-off, a fair queue."""
 
 from __future__ import annotations
 
@@ -46,6 +46,36 @@ def stop_on_signals() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     return stop
+
+
+async def wait_event(event: asyncio.Event, timeout_s: float | None) -> bool:
+    """Wait until `event` is set, at most `timeout_s`; returns whether it is set."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    return event.is_set()
+
+
+class Backoff:
+    """The pauses between failed attempts: each twice as long as the one before, at most `longest_s`."""
+
+    def __init__(self, first_s: float, longest_s: float) -> None:
+        self._first_s = first_s
+        self._longest_s = longest_s
+        self.next_s = first_s  # the pause that is due next
+
+    def reset(self) -> None:
+        """An attempt has worked."""
+        self.next_s = self._first_s
+
+    def advance(self) -> float:
+        """Returns the pause that is due and doubles the next one."""
+        pause_s = self.next_s
+        self.next_s = min(2 * pause_s, self._longest_s)
+        return pause_s
+
+    async def sleep(self) -> None:
+        await asyncio.sleep(self.advance())
 
 
 class Phases:

@@ -38,6 +38,10 @@ DEAF_AFTER_PINGS = 4
 HANG_UP_AFTER_PINGS = 20
 
 
+# An order to another service is answered within this, or the service is as good as gone.
+CONTROL_TIMEOUT_S = 2.0
+
+
 def _do_nothing() -> None: ...
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from typing import Any
 
 import msgspec
 import nats.js.errors
 from nats.js.kv import KeyValue
 
-from flowkv_common.aio import running
+from flowkv_common.aio import running, wait_event
 from flowkv_common.bus.connection import Bus
 from flowkv_common.bus.registry import CALL_TIMEOUT_S, TROUBLE, describe, open_bucket, read, until_reconnect
 from flowkv_common.wire.messages import decode, encode
@@ -210,9 +209,7 @@ class Lease:
 
     async def _pause(self, seconds: float) -> None:
         """Until a reconnect, or something heard, but at most so long."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._woken.wait()
+        await wait_event(self._woken, seconds)
         self._woken.clear()
 
 

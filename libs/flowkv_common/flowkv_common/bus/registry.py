@@ -15,6 +15,7 @@ from nats.js.api import KeyValueConfig, StorageType
 from nats.js.kv import KV_DEL, KV_PURGE, KeyValue
 
 from flowkv_common import errors
+from flowkv_common.aio import Backoff, wait_event
 from flowkv_common.bus.connection import Bus
 from flowkv_common.wire.messages import decode, encode
 from flowkv_common.wire.nodes import Check, Checked, NodeDescriptor
@@ -174,7 +175,7 @@ async def keep_announced(bus: Bus, descriptor: Callable[[], NodeDescriptor], ttl
     """
     bucket: KeyValue | None = None
     revision = 0
-    retry_s = _FIRST_RETRY_S
+    backoff = Backoff(_FIRST_RETRY_S, ttl_s / 3)
     trouble = ""
     woken = asyncio.Event()
     forget_callback = bus.on_reconnect(woken.set)
@@ -187,14 +188,13 @@ async def keep_announced(bus: Bus, descriptor: Callable[[], NodeDescriptor], ttl
                     async with until_reconnect(bus), asyncio.timeout(CALL_TIMEOUT_S):
                         bucket = bucket or await open_bucket(bus, NODES_BUCKET, ttl_s)
                         revision = await _write(bucket, descriptor(), revision)
-                    retry_s, trouble = _FIRST_RETRY_S, ""
+                    trouble = ""
+                    backoff.reset()
             except TROUBLE as error:
                 trouble = _log_once("the node is not announced", error, trouble)
                 bucket = None
-                pause_s, retry_s = retry_s, min(2 * retry_s, ttl_s / 3)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
-                    await woken.wait()
+                pause_s = backoff.advance()
+            await wait_event(woken, pause_s)
     finally:
         forget_callback()
         if bucket is not None and bus.is_connected:
@@ -210,19 +210,19 @@ async def watch_nodes(
     the new watch stays for another `ttl_s`: nodes come back a moment after the server did.
     """
     known = _KnownNodes(on_change, ttl_s)
-    retry_s = _FIRST_RETRY_S
+    backoff = Backoff(_FIRST_RETRY_S, ttl_s / 3)
     trouble = ""
     while True:
         try:
             async with until_reconnect(bus):
                 await _follow(bus, known, ttl_s)
-            retry_s, trouble = _FIRST_RETRY_S, ""
+            trouble = ""
+            backoff.reset()
         except Reconnected:
-            retry_s = _FIRST_RETRY_S
+            backoff.reset()
         except TROUBLE as error:
             trouble = _log_once("the watch on nodes ended", error, trouble)
-            await asyncio.sleep(retry_s)
-            retry_s = min(2 * retry_s, ttl_s / 3)
+            await backoff.sleep()
 
 
 class _KnownNodes:

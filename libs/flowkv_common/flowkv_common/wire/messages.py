@@ -106,6 +106,10 @@ def _little_endian(token_ids: array[int]) -> array[int]:
     return token_ids
 
 
+# A lower temperature is greedy in all but name, and to divide logits by it overflows.
+GREEDY_BELOW = 1e-5
+
+
 class SamplingParams(Part, frozen=True):
     """How tokens are chosen. The text is a function of these and the prompt, whichever node samples."""
 
