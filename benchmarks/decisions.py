@@ -145,7 +145,7 @@ def _descriptor(node_id: str, role: str) -> NodeDescriptor:
         num_blocks=NUM_BLOCKS,
         token_budget=TOKEN_BUDGET,
         max_prefill_tokens_per_step=TOKEN_BUDGET if role == "prefill" else 16,
-        guests=["decode", "prefill"],
+        hosted_roles=["decode", "prefill"],
         connectors=["tcp"],
         host="h",
         pid=1,

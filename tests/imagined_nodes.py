@@ -42,7 +42,7 @@ def descriptor(
         num_blocks=num_blocks,
         token_budget=TOKEN_BUDGET,
         max_prefill_tokens_per_step=CAPS[role],
-        guests=["prefill", "decode"],
+        hosted_roles=["prefill", "decode"],
         connectors=["shm"],
         host="h",
         pid=1,

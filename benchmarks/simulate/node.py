@@ -107,7 +107,7 @@ class SimNode:
             num_blocks=self.kind.num_blocks,
             token_budget=self.kind.token_budget,
             max_prefill_tokens_per_step=self.batch.cap,
-            guests=["prefill", "decode"],
+            hosted_roles=["prefill", "decode"],
             connectors=["tcp"],
             host=self.ref.node_id,
             pid=1,

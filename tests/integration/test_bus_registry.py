@@ -29,7 +29,7 @@ def descriptor(node_id: str, cap: int = 512, incarnation: str = "i1") -> NodeDes
         num_blocks=32,
         token_budget=512,
         max_prefill_tokens_per_step=cap,
-        guests=["prefill"],
+        hosted_roles=["prefill"],
         connectors=["shm"],
         host="h",
         pid=1,

@@ -15,7 +15,7 @@ from benchmarks.overlap.report import Spread, rows_of, table
 from benchmarks.overlap.setups import CHUNK_TOKENS, SETUPS, NotPinned, check_pinned
 from flowkv_common.config import NodeSettings, load
 from flowkv_common.wire.messages import KVTransferred
-from flowkv_node.host import prefill_cap
+from flowkv_common.wire.nodes import starting_chunk_budget
 
 BY_NAME = {setup.name: setup for setup in SETUPS}
 EVENT = KVTransferred(
@@ -63,7 +63,7 @@ def test_all_setups_cut_prompts_into_the_same_chunks(setup) -> None:
     environ = {"FLOWKV_MODEL_PATH": "model", "FLOWKV_TOKEN_BUDGET": str(CHUNK_TOKENS), **setup.settings}
     settings = load(NodeSettings, [], environ)
     role = "prefill" if setup.hands_over else "mixed"
-    assert prefill_cap(role, settings) == CHUNK_TOKENS
+    assert starting_chunk_budget(role, settings.token_budget, settings.block_size) == CHUNK_TOKENS
 
 
 def test_overlap_is_all_that_the_two_pairs_differ_in() -> None:

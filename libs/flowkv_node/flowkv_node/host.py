@@ -36,7 +36,7 @@ from flowkv_common.wire.messages import (
     payload_for,
     window_that_fits,
 )
-from flowkv_common.wire.nodes import NodeDescriptor
+from flowkv_common.wire.nodes import NodeDescriptor, starting_chunk_budget
 from flowkv_engine.engine.model import CPU, LoadedModel, kv_dtype
 from flowkv_engine.engine.runner import DeviceLost, Engine, EngineThread, Runner
 from flowkv_engine.kv.blocks import Blocks
@@ -201,7 +201,7 @@ async def _open(
         instruments,
         block_size=settings.block_size,
         token_budget=settings.token_budget,
-        max_prefill_tokens_per_step=prefill_cap(role, settings),
+        max_prefill_tokens_per_step=starting_chunk_budget(role, settings.token_budget, settings.block_size),
         wake=node.wake,
     )
     instruments.gauge(
@@ -225,16 +225,6 @@ def _within_messages(card: ModelCard, bus: Bus, block_size: int) -> ModelCard:
         "the window is cut from %d to %d tokens, what NATS can carry: %s", card.max_model_len, window, advice
     )
     return msgspec.structs.replace(card, max_model_len=window)
-
-
-def prefill_cap(role: str, settings: NodeSettings) -> int:
-    """Prompt tokens per step of a role: all, the floor of one block, or half for a mixed node."""
-    caps = {
-        "prefill": settings.token_budget,
-        "decode": settings.block_size,
-        "mixed": max(settings.block_size, settings.token_budget // 2),
-    }
-    return caps[role]
 
 
 @contextlib.asynccontextmanager
@@ -289,7 +279,7 @@ def _describe(node: Node, steps: Steps, role: str, http_port: int) -> NodeDescri
         num_blocks=node.blocks.num_blocks,
         token_budget=node.settings.token_budget,
         max_prefill_tokens_per_step=steps.max_prefill_tokens_per_step,
-        guests=sorted(node.guests),
+        hosted_roles=sorted(node.guests),
         connectors=node.settings.connector_names,
         memory="gpu" if node.settings.is_on_gpu else "host",
         host=host,

@@ -29,7 +29,7 @@ from flowkv_common.wire.messages import (
     StepTokens,
     TokenChunk,
 )
-from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
+from flowkv_common.wire.nodes import LoadReport, NodeDescriptor, serves_decode, serves_prefill
 
 
 class Reorder:
@@ -252,8 +252,8 @@ class Cluster:
         for node, report in self._fresh(self._by_fingerprint.get(fingerprint, {})):
             if not report.ready:
                 continue
-            num_prefill += report.max_prefill_tokens_per_step > node.layout.block_size
-            num_decode += report.max_prefill_tokens_per_step < node.token_budget
+            num_prefill += serves_prefill(report.max_prefill_tokens_per_step, node.layout.block_size)
+            num_decode += serves_decode(report.max_prefill_tokens_per_step, node.token_budget)
         return min(num_prefill, num_decode), num_prefill + num_decode
 
 

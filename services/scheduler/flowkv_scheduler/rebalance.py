@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from flowkv_common.wire.messages import NodeRef
-from flowkv_common.wire.nodes import NodeDescriptor
+from flowkv_common.wire.nodes import NodeDescriptor, starting_chunk_budget
 from flowkv_scheduler.policy import Goals
 from flowkv_scheduler.views import NodeView
 
@@ -216,9 +216,8 @@ class Moved(NamedTuple):
 
 
 def home_cap(descriptor: NodeDescriptor) -> int:
-    """The cap that the node was started with: see `flowkv_node.host.prefill_cap`."""
-    block_size, budget = descriptor.layout.block_size, descriptor.token_budget
-    return {"prefill": budget, "decode": block_size}.get(descriptor.role, max(block_size, budget // 2))
+    """The cap that the node was started with."""
+    return starting_chunk_budget(descriptor.role, descriptor.token_budget, descriptor.layout.block_size)
 
 
 def _whole_caps(descriptor: NodeDescriptor) -> tuple[int, int]:

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 import msgspec
 
 from flowkv_common.wire.messages import ScheduleRequest
-from flowkv_common.wire.nodes import LoadReport, NodeDescriptor, OutputForecast, expected_tokens
+from flowkv_common.wire.nodes import (
+    LoadReport,
+    NodeDescriptor,
+    OutputForecast,
+    expected_tokens,
+    serves_decode,
+    serves_prefill,
+)
 
 # Assumed until a node has measured its own: middling figures of a small model on CPU.
 DEFAULT_PREFILL_TOKENS_PER_S = 1000.0
@@ -236,8 +243,7 @@ def view_of(
     silent_at = heard_at + SILENT_AFTER_PERIODS * report.period_s
     cap, blocks = report.max_prefill_tokens_per_step, report.blocks
     chunk = max(cap, block_size)
-    # A decode node's cap is one block: that is for its own preempted sequences.
-    may_prefill = cap > block_size and leaves != "prefill"
+    may_prefill = serves_prefill(cap, block_size) and leaves != "prefill"
     num_sequences = report.num_running + report.num_waiting + given.num_sequences
     num_context_tokens = report.num_context_tokens + given.context_tokens
     num_queued = report.queued_prefill_tokens + given.prefill_tokens
@@ -257,8 +263,7 @@ def view_of(
         cap=cap,
         chunk=chunk,
         may_prefill=may_prefill,
-        # A prefill node's cap is its whole token budget.
-        may_decode=cap < descriptor.token_budget and leaves != "decode",
+        may_decode=serves_decode(cap, descriptor.token_budget) and leaves != "decode",
         num_tokens_held=descriptor.num_blocks * block_size,
         num_sequences=num_sequences,
         num_context_tokens=num_context_tokens,

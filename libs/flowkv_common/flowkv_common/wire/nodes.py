@@ -48,6 +48,25 @@ def expected_tokens(max_tokens: float, stop_rate: float) -> float:
     return -math.expm1(-stop_rate * max_tokens) / stop_rate if stop_rate > 0.0 else max_tokens
 
 
+# One number makes a node a prefill or a decode node: its prefill chunk budget, the most prompt tokens that it
+# computes per engine step. All of the step's tokens: no room for decode. One block, the least: it prefills
+# only what it has preempted itself. In between it serves both sides.
+
+
+def starting_chunk_budget(role: str, token_budget: int, block_size: int) -> int:
+    """The prefill chunk budget of a node that starts as `role`: prefill, decode or mixed. In tokens."""
+    budgets = {"prefill": token_budget, "decode": block_size}
+    return budgets.get(role, max(block_size, token_budget // 2))
+
+
+def serves_prefill(chunk_budget: int, block_size: int) -> bool:
+    return chunk_budget > block_size
+
+
+def serves_decode(chunk_budget: int, token_budget: int) -> bool:
+    return chunk_budget < token_budget
+
+
 class NodeDescriptor(Message, frozen=True):
     """What a node is; a record in the bucket `flowkv_nodes`, renewed while the node lives."""
 
@@ -58,7 +77,7 @@ class NodeDescriptor(Message, frozen=True):
     num_blocks: int
     token_budget: int
     max_prefill_tokens_per_step: int
-    guests: list[str]
+    hosted_roles: list[str]  # prefill and decode; `role` is what it starts as
     connectors: list[str]
     host: str
     pid: int

@@ -10,7 +10,7 @@ ALL = "flowkv.>"
 SCHEDULE = "flowkv.v1.scheduler.schedule"
 SCHEDULER_READY = "flowkv.v1.scheduler.ready"
 
-# Only the version and the verb differ between nodes' endpoints: `flowkv.v1.<guest>.<verb>.<node_id>`.
+# Only the version and the verb differ between nodes' endpoints: `flowkv.v1.<role>.<verb>.<node_id>`.
 PREFILL_RUN = "flowkv.v1.prefill.run"
 DECODE_RESERVE = "flowkv.v1.decode.reserve"
 DECODE_RELEASE = "flowkv.v1.decode.release"
