@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from flowkv_common.config import GatewaySettings, NodeSettings, SchedulerSettings, ServiceSettings, load
+from flowkv_common.config import (
+    KINDS,
+    GatewaySettings,
+    NodeSettings,
+    SchedulerSettings,
+    ServiceSettings,
+    load,
+    settings_of,
+)
 
 
 def test_flags_win_over_environment_over_defaults() -> None:
@@ -82,7 +90,7 @@ def test_a_generation_config_is_the_models_or_none() -> None:
     argv = ["--model-path", "m"]
     assert load(GatewaySettings, argv, {}).generation_config == "auto"
     assert load(GatewaySettings, argv, {"FLOWKV_GENERATION_CONFIG": "none"}).generation_config == "none"
-    with pytest.raises(SystemExit, match="FLOWKV_GENERATION_CONFIG is 'vllm', not auto or none"):
+    with pytest.raises(SystemExit, match="FLOWKV_GENERATION_CONFIG .*'vllm', choose one of auto, none"):
         load(GatewaySettings, argv, {"FLOWKV_GENERATION_CONFIG": "vllm"})
 
 
@@ -97,3 +105,22 @@ def test_no_time_is_negative(kind: type[ServiceSettings], value: str) -> None:
         with pytest.raises(SystemExit, match=f"FLOWKV_{name.upper()} is {value}.*, it must be 0 or more"):
             load(kind, [], {**environ, f"FLOWKV_{name.upper()}": value})
         assert getattr(load(kind, [], {**environ, f"FLOWKV_{name.upper()}": "0"}), name) == 0
+
+
+def test_a_choice_is_refused_with_what_can_be_chosen() -> None:
+    with pytest.raises(
+        SystemExit, match="FLOWKV_KV_DTYPE .*unknown value 'int8', choose one of auto, float32,"
+    ):
+        load(NodeSettings, ["--model-path", "m", "--kv-dtype", "int8"], {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_help_tells_of_each_setting(kind: type[ServiceSettings], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        load(kind, ["--help"], {})
+    assert ended.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for setting in settings_of(kind):
+        assert f"{setting.flag} " in told
+        assert setting.text in told
+        assert setting.variable in told

@@ -1,7 +1,7 @@
-"""Settings of every service: one struct each, read from `FLOWKV_*` and from flags, checked once at start.
+"""The settings of each service: one struct, read from flags and `FLOWKV_*` variables, checked once at start.
 
-Flags win over the environment. An unknown flag or `FLOWKV_` variable is refused: a typo must not be silent.
-What holds a password can come from a file: `FLOWKV_NATS_URL_FILE` names one with the URL in it.
+Flags win over variables, variables over defaults. An unknown flag or `FLOWKV_` variable is refused: a typo
+must not be silent. `tests/contract/settings_page.py` writes docs/settings.md from this file.
 """
 
 from __future__ import annotations
@@ -10,24 +10,35 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import msgspec
 
-# Read outside the services: by the model download and by scripts/up.py.
-_OTHER_VARIABLES = {"FLOWKV_CACHE", "FLOWKV_NATS_SERVER"}
 NODE_ID_CHARACTERS = "A-Za-z0-9_-"
 DTYPES = ("float32", "bfloat16", "float16")
-_SECRETS = ("nats_url",)
+# Those that no struct holds, with what they mean.
+OTHER_VARIABLES = {
+    "FLOWKV_NATS_URL_FILE": "file with the URL of NATS, a secret if it holds a password; wins over the URL",
+    "FLOWKV_CACHE": "folder for downloaded models and compiled kernels; default `~/.cache/flowkv`",
+    "FLOWKV_NATS_SERVER": "the `nats-server` that `flowkv up` starts; default the one on `PATH`",
+}
+
+# A setting is annotated with its unit, if it has one, and with what it means.
+Seconds = Annotated[float, "s"]
+Bytes = Annotated[int, "bytes"]
+Tokens = Annotated[int, "tokens"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What all services share. Addresses are loopback unless said otherwise."""
+    """What all services share."""
 
-    nats_url: str = "nats://127.0.0.1:4222"  # or several, of one cluster, with commas between
-    host: str = "127.0.0.1"  # what the HTTP server (and a node's data socket) binds to
+    nats_url: Annotated[str, "NATS, or several servers of one cluster with commas between"] = (
+        "nats://127.0.0.1:4222"
+    )
+    host: Annotated[str, "address that the HTTP server, and a node's KV socket, bind to"] = "127.0.0.1"
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
@@ -36,63 +47,82 @@ class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
-    model_path: str  # folder with tokenizer.json and the chat template
-    port: int = 8000
-    model_name: str = ""  # that clients use; if empty the nodes', or the folder's before one has joined
-    request_timeout_s: float = 600.0
-    max_body_bytes: int = 4 * 1024 * 1024
-    send_timeout_s: float = 30.0  # a client that reads nothing for so long is cut off
-    keep_alive_s: float = 75.0  # an idle connection is kept for so long: longer than proxies keep theirs
-    ping_s: float = 10.0  # a stream silent for so long gets a comment, or proxies cut it off; 0: never
-    shutdown_delay_s: float = 0.0  # told to stop: not ready, but serving for so long: clients go elsewhere
-    drain_timeout_s: float = 30.0  # after that open answers have so long to end
-    log_requests: bool = True  # a line for each request that has ended or was refused, without its text
-    generation_config: str = "auto"  # none: the model's own generation_config.json sets no sampling defaults
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.generation_config not in ("auto", "none"):
-            raise ValueError(f"FLOWKV_GENERATION_CONFIG is {self.generation_config!r}, not auto or none")
+    model_path: Annotated[str, "folder with tokenizer.json and the chat template"]
+    port: Annotated[int, "port of the API"] = 8000
+    model_name: Annotated[str, "name that clients use; empty: the nodes' name, until then the folder's"] = ""
+    generation_config: Annotated[
+        Literal["auto", "none"], "none: the model's generation_config.json sets no sampling defaults"
+    ] = "auto"
+    request_timeout_s: Annotated[Seconds, "longest time that an answer may take"] = 600.0
+    max_body_bytes: Annotated[Bytes, "longest body of a request"] = 4 * 1024 * 1024
+    send_timeout_s: Annotated[Seconds, "a client that reads nothing for this long is disconnected"] = 30.0
+    keep_alive_s: Annotated[
+        Seconds, "an idle connection is closed after this; keep it longer than your proxy's"
+    ] = 75.0
+    ping_s: Annotated[
+        Seconds, "a stream silent for this long gets a comment, or proxies would cut it off; 0: never"
+    ] = 10.0
+    shutdown_delay_s: Annotated[
+        Seconds, "when told to stop: not ready but serving for this long, so that clients go elsewhere"
+    ] = 0.0
+    drain_timeout_s: Annotated[Seconds, "open answers have this long to end after that"] = 30.0
+    log_requests: Annotated[bool, "a log line per request, without its text"] = True
 
 
 class SchedulerSettings(ServiceSettings, frozen=True, kw_only=True):
-    http_port: int = 0  # 0: any free port
-    ttft_goal_s: float = 5.0  # what users are to see: time to the first token, and between two tokens
-    itl_goal_s: float = 0.25
-    max_wait_s: float = 60.0  # who would wait longer for the first token is refused at the door
-    lending: bool = True  # move prefill caps when the two sides are out of balance
+    http_port: Annotated[int, "port of health and metrics; 0: any free one"] = 0
+    ttft_goal_s: Annotated[Seconds, "target for the time to first token (TTFT)"] = 5.0
+    itl_goal_s: Annotated[Seconds, "target for the time between two tokens (ITL)"] = 0.25
+    max_wait_s: Annotated[
+        Seconds, "a request whose first token is predicted to take longer is refused with 429"
+    ] = 60.0
+    lending: Annotated[bool, "move prefill chunk budgets when prefill and decode load are out of balance"] = (
+        True
+    )
 
 
 class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
-    """A prefill, decode or mixed node. `role` only sets the prefill cap the node starts with."""
+    """A prefill, decode or mixed node."""
 
-    model_path: str
-    model_name: str = ""
-    node_id: str = ""  # `<role>-<host>-<4 random>` if empty
-    load_format: str = "auto"  # auto | dummy (random weights from config.json)
-    device: str = "cpu"  # cpu | cuda (a GPU that no other node of this host has) | cuda:1
-    dtype: str = "auto"  # of the weights; auto: float32 on a CPU, the checkpoint's own on a GPU
-    attention: str = "auto"  # auto | triton | cpu | torch
-    num_threads: int = 0  # 0: torch's own choice
-    kv_cache_bytes: int = 0  # 0: 1 GiB, or on a GPU what `gpu_memory_share` leaves beside the weights
-    gpu_memory_share: float = 0.9  # of the GPU's memory, for all that this node needs
-    block_size: int = 16  # tokens
-    kv_dtype: str = "auto"  # of the KV cache; auto: that of the weights
-    token_budget: int = 512  # tokens per engine step
-    max_num_seqs: int = 64
-    connectors: str = ""  # in order of preference; if empty shm,tcp, or cuda_ipc,nccl on a GPU
-    overlap_transfer: bool = True  # send blocks while later chunks compute; off: all after the last chunk
-    advertise_host: str = ""  # where others reach this node; if empty `host`, or this host's name for 0.0.0.0
-    data_port: int = 0  # of the TCP socket for KV; 0: any free port
-    advertise_port: int = 0  # where others reach that socket, behind NAT say; 0: its own port
-    socket_dir: str = ""  # shared by the nodes of one host, for shared memory; the temporary folder if empty
-    http_port: int = 0
-    load_period_s: float = 0.5
-    wedge_timeout_s: float = 8.0  # an engine step longer than this is called wedged
-    drain_timeout_s: float = 30.0
-    max_handoffs: int = 16  # handoffs in flight per node, and their bytes: apart from the batch size
-    max_handoff_bytes: int = 0  # of KV; 0: a quarter of the pool, or a step's tokens for each of them if more
-    test_hooks: bool = False
+    model_path: Annotated[str, "folder of the model"]
+    model_name: Annotated[str, "name that clients use; empty: the folder's"] = ""
+    node_id: Annotated[str, "unique name; empty: `<role>-<host>-<4 random>`"] = ""
+    load_format: Annotated[Literal["auto", "dummy"], "dummy: random weights from config.json"] = "auto"
+    device: Annotated[str, "cpu, cuda (a GPU that no other node of this host has) or cuda:1"] = "cpu"
+    dtype: Annotated[DType, "of the weights; auto: float32 on a CPU, the checkpoint's on a GPU"] = "auto"
+    attention: Annotated[
+        Literal["auto", "triton", "cpu", "torch"], "attention backend; auto: the fastest that runs here"
+    ] = "auto"
+    num_threads: Annotated[int, "compute threads; 0: torch's choice"] = 0
+    kv_cache_bytes: Annotated[Bytes, "KV pool; 0: 1 GiB, on a GPU what gpu_memory_share leaves"] = 0
+    gpu_memory_share: Annotated[float, "share of the GPU's memory for all that this node needs"] = 0.9
+    block_size: Annotated[Tokens, "tokens of a KV block"] = 16
+    kv_dtype: Annotated[DType, "of the KV cache; auto: that of the weights"] = "auto"
+    token_budget: Annotated[Tokens, "tokens per engine step"] = 512
+    max_num_seqs: Annotated[int, "sequences that decode at once"] = 64
+    connectors: Annotated[
+        str, "how KV moves, in order of preference; empty: shm,tcp, on a GPU cuda_ipc,nccl"
+    ] = ""
+    overlap_transfer: Annotated[
+        bool, "send blocks while later chunks compute; off: all of them after the last chunk"
+    ] = True
+    advertise_host: Annotated[
+        str, "where other nodes reach this one; empty: `host`, or this host's name if that is 0.0.0.0"
+    ] = ""
+    data_port: Annotated[int, "TCP port for KV; 0: any free one"] = 0
+    advertise_port: Annotated[int, "where other nodes reach data_port, as behind NAT; 0: the same port"] = 0
+    socket_dir: Annotated[
+        str, "folder shared by the nodes of one host, for shared memory; empty: the temporary folder"
+    ] = ""
+    http_port: Annotated[int, "port of health and metrics; 0: any free one"] = 0
+    load_period_s: Annotated[Seconds, "between two load reports"] = 0.5
+    wedge_timeout_s: Annotated[Seconds, "an engine step longer than this makes the node unhealthy"] = 8.0
+    drain_timeout_s: Annotated[Seconds, "requests have this long to end when the node drains"] = 30.0
+    max_handoffs: Annotated[int, "KV handoffs in flight"] = 16
+    max_handoff_bytes: Annotated[
+        Bytes, "KV in flight; 0: a quarter of the pool, or a step's tokens per handoff if that is more"
+    ] = 0
+    test_hooks: Annotated[bool, "serve the endpoints that tests need"] = False
 
     @property
     def connector_names(self) -> list[str]:
@@ -117,19 +147,49 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
                     f"FLOWKV_{name.upper()} is {getattr(self, name)!r}, no name of a host: between the dots "
                     "there must be 1 to 63 characters"
                 ) from error
-        for name in ("dtype", "kv_dtype"):
-            if getattr(self, name) not in ("auto", *DTYPES):
-                raise ValueError(
-                    f"FLOWKV_{name.upper()} is {getattr(self, name)!r}, not one of auto, {', '.join(DTYPES)}"
-                )
         if not 0.0 < self.gpu_memory_share <= 1.0:
             raise ValueError(f"FLOWKV_GPU_MEMORY_SHARE is {self.gpu_memory_share}: over 0, at most 1")
-        # A node that serves both sides has a cap of over one block, and that must be less than all.
+        # A node with both roles has a prefill chunk budget of over one block, and less than all.
         if self.token_budget <= 2 * self.block_size:
             raise ValueError(
                 f"FLOWKV_TOKEN_BUDGET is {self.token_budget}, it must be more than two blocks: "
                 f"FLOWKV_BLOCK_SIZE is {self.block_size}"
             )
+
+
+KINDS: tuple[type[ServiceSettings], ...] = (GatewaySettings, SchedulerSettings, NodeSettings)
+
+
+class Setting(NamedTuple):
+    """A setting as its user sees it."""
+
+    name: str
+    default: str | None  # None: it must be set
+    unit: str
+    choices: tuple[str, ...]  # none: anything
+    text: str
+
+    @property
+    def variable(self) -> str:
+        return f"FLOWKV_{self.name.upper()}"
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+
+def settings_of(kind: type[ServiceSettings]) -> list[Setting]:
+    """The settings of `kind`, in the order of the struct."""
+    settings = []
+    for field in msgspec.structs.fields(kind):
+        base, *unit, text = get_args(field.type)
+        choices = get_args(base) if get_origin(base) is Literal else ("true", "false") if base is bool else ()
+        default = format(field.default, "g") if base is float else str(field.default)
+        default = default.lower() if base is bool else default
+        settings.append(
+            Setting(field.name, None if field.required else default, "".join(unit), choices, text)
+        )
+    return settings
 
 
 S = TypeVar("S", bound=ServiceSettings)
@@ -138,47 +198,48 @@ S = TypeVar("S", bound=ServiceSettings)
 def load(kind: type[S], argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> S:
     """The settings from flags over environment over defaults.
 
-    Raises SystemExit with a message for an unknown name, a missing one or a value that can't be.
+    Raises SystemExit with a message for an unknown name, a missing setting or a bad value.
     """
-    fields = {field.name: field for field in msgspec.structs.fields(kind)}
-    _refuse_unknown(environ)
-    parser = argparse.ArgumentParser(prog=kind.__name__.removesuffix("Settings").lower())
-    for field in fields.values():
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS)
-    values: dict[str, str] = {
-        name: environ[f"FLOWKV_{name.upper()}"] for name in fields if f"FLOWKV_{name.upper()}" in environ
-    }
-    values.update(_secrets(fields, environ))
+    _refuse_unknown_variables(environ)
+    parser = argparse.ArgumentParser(
+        prog=kind.__name__.removesuffix("Settings").lower(),
+        epilog="Each setting is also read from its variable. See docs/settings.md.",
+    )
+    settings = {setting.name: setting for setting in settings_of(kind)}
+    values: dict[str, str] = {}
+    for name, setting in settings.items():
+        if setting.variable in environ:
+            values[name] = environ[setting.variable]
+        default = "required" if setting.default is None else f"default {setting.default or 'empty'}"
+        parser.add_argument(
+            setting.flag,
+            default=argparse.SUPPRESS,
+            metavar="|".join(setting.choices) or setting.unit.upper() or "VALUE",
+            help=f"{setting.text} ({default}, {setting.variable})".replace("%", "%%"),
+        )
+    if path := environ.get("FLOWKV_NATS_URL_FILE"):
+        try:
+            values["nats_url"] = Path(path).read_text().strip()
+        except OSError as error:
+            raise SystemExit(f"settings: {error}") from None
     values.update(vars(parser.parse_args(argv)))
-    for field in fields.values():
-        if field.required and not values.get(field.name):
-            raise SystemExit(f"settings: {_names(field.name)} is not set")
+    for setting in settings.values():
+        if setting.default is None and not values.get(setting.name):
+            raise SystemExit(f"settings: {setting.variable} (or {setting.flag}) is not set")
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
         what, _, place = str(error).partition(" - at `$.")
-        where = f"{_names(place.rstrip('`'))}: " if place else ""
-        raise SystemExit(f"settings: {where}{what}") from None
+        bad = settings.get(place.rstrip("`"))
+        if bad is None:
+            raise SystemExit(f"settings: {what}") from None
+        if bad.choices:
+            what = f"unknown value {values[bad.name]!r}, choose one of {', '.join(bad.choices)}"
+        raise SystemExit(f"settings: {bad.variable} (or {bad.flag}): {what}") from None
 
 
-def _names(name: str) -> str:
-    """How a setting is given."""
-    return f"FLOWKV_{name.upper()} (or --{name.replace('_', '-')})"
-
-
-def _secrets(fields: Container[str], environ: Mapping[str, str]) -> dict[str, str]:
-    """The settings whose values lie in files. Raises SystemExit for one that can't be read."""
-    paths = {name: environ.get(f"FLOWKV_{name.upper()}_FILE") for name in _SECRETS if name in fields}
-    try:
-        return {name: Path(path).read_text().strip() for name, path in paths.items() if path}
-    except OSError as error:
-        raise SystemExit(f"settings: {error}") from None
-
-
-def _refuse_unknown(environ: Mapping[str, str]) -> None:
-    known = _OTHER_VARIABLES | {f"FLOWKV_{name.upper()}_FILE" for name in _SECRETS}
-    for kind in (GatewaySettings, SchedulerSettings, NodeSettings):
-        known.update(f"FLOWKV_{field.name.upper()}" for field in msgspec.structs.fields(kind))
+def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    known = OTHER_VARIABLES.keys() | {setting.variable for kind in KINDS for setting in settings_of(kind)}
     for name in environ:
         if name.startswith("FLOWKV_") and name not in known:
             near = difflib.get_close_matches(name, known, n=1)

@@ -1,0 +1,54 @@
+"""Writes docs/settings.md from the settings' structs: run this file after a change to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from flowkv_common.config import (
+    OTHER_VARIABLES,
+    GatewaySettings,
+    NodeSettings,
+    SchedulerSettings,
+    Setting,
+    settings_of,
+)
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
+
+INTRODUCTION = """\
+# Settings
+
+Written from `flowkv_common/config.py` by `tests/contract/settings_page.py`; `flowkv gateway --help` and the
+other services' print the same text. Flags win over variables, variables over defaults. An unknown flag or
+`FLOWKV_` variable is refused. What Compose itself reads is in [operations.md](operations.md).
+"""
+
+
+def page_from_code() -> str:
+    return "\n".join(_lines()) + "\n"
+
+
+def _lines() -> Iterator[str]:
+    yield INTRODUCTION
+    for title, kind in (
+        ("Gateway", GatewaySettings),
+        ("Scheduler", SchedulerSettings),
+        ("Nodes: prefill, decode, mixed", NodeSettings),
+    ):
+        yield f"## {title}\n\n| variable | flag | default | unit | meaning |\n| --- | --- | --- | --- | --- |"
+        yield from map(_row, settings_of(kind))
+        yield ""
+    yield "## Others\n\n| variable | meaning |\n| --- | --- |"
+    yield from (f"| `{name}` | {text} |" for name, text in OTHER_VARIABLES.items())
+
+
+def _row(setting: Setting) -> str:
+    default = "required" if setting.default is None else f"`{setting.default}`" if setting.default else ""
+    choices = f" ({', '.join(f'`{choice}`' for choice in setting.choices)})" if setting.choices else ""
+    cells = (f"`{setting.variable}`", f"`{setting.flag}`", default, setting.unit, setting.text + choices)
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_from_code(), encoding="utf-8")
