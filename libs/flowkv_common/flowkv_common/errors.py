@@ -16,6 +16,8 @@ FlowKVError
 
 from __future__ import annotations
 
+import re
+
 from flowkv_common.wire.messages import Refusal
 
 
@@ -106,3 +108,17 @@ def from_wire(refusal: Refusal) -> FlowKVError:
     """The error that the other side raised; an unknown code is our fault and becomes `Internal`."""
     kind = _BY_CODE.get(refusal.code, Internal)
     return kind(refusal.message, field=refusal.field, retry_after_s=refusal.retry_after_s)
+
+
+_PATH = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
+_MISSING = re.compile(r"missing required field `(?P<field>[^`]+)`")
+
+
+def invalid_input(complaint: str) -> BadRequest:
+    """What msgspec says against an input, with its path (`$.messages[0].role`) as the name of the field."""
+    found = _PATH.search(complaint)
+    path = found["path"].removesuffix("[...]") if found else ""
+    reason = complaint[: found.start()] if found else complaint
+    if missing := _MISSING.search(complaint):
+        path = f"{path}.{missing['field']}".lstrip(".")
+    return BadRequest(f"{path}: {reason}" if path else reason, field=path or None)

@@ -29,7 +29,13 @@ from flowkv_common.wire.messages import (
     StepTokens,
     TokenChunk,
 )
-from flowkv_common.wire.nodes import LoadReport, NodeDescriptor, serves_decode, serves_prefill
+from flowkv_common.wire.nodes import (
+    SILENT_AFTER_PERIODS,
+    LoadReport,
+    NodeDescriptor,
+    serves_decode,
+    serves_prefill,
+)
 
 
 class Reorder:
@@ -158,9 +164,6 @@ def _differ(ours: str, theirs: str) -> bool:
 
 log = logging.getLogger(__name__)
 
-# A node that has missed so many reports does not count as ready.
-MISSED_REPORTS = 4
-
 
 class Cluster:
     """Fed by the registry and by load reports; chooses nothing but the fingerprint."""
@@ -225,7 +228,7 @@ class Cluster:
             heard_at, report = self._reports.get(node_id, (0.0, None))
             if report is None or report.node != node.node:
                 continue
-            if now - heard_at < MISSED_REPORTS * report.period_s:
+            if now - heard_at < SILENT_AFTER_PERIODS * report.period_s:
                 yield node, report
 
     def _choose_model(self) -> None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
 
-from flowkv_common.errors import BadRequest
-
-_PATH = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
-_MISSING = re.compile(r"missing required field `(?P<field>[^`]+)`")
+from flowkv_common.errors import BadRequest, invalid_input
 
 # Looking for the field costs a second, slower parse, which a large broken body is not worth.
 _MAX_EXPLAINED_BYTES = 64 * 1024
@@ -29,7 +25,7 @@ def parse_json(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind, strict=False)
     except msgspec.ValidationError as error:
-        raise _invalid(str(error)) from None
+        raise invalid_input(str(error)) from None
     except UnicodeDecodeError:
         raise BadRequest("The body is not valid UTF-8.") from None
     except RecursionError:
@@ -38,16 +34,6 @@ def parse_json(body: bytes, kind: type[T]) -> T:
         if field := _non_finite_field(body):
             raise BadRequest(f"{field}: NaN and Infinity are not numbers in JSON.", field=field) from None
         raise BadRequest(f"The body is not valid JSON: {error}") from None
-
-
-def _invalid(message: str) -> BadRequest:
-    """msgspec's message with its path (`$.messages[0].role`) turned into the name of a parameter."""
-    found = _PATH.search(message)
-    path = found["path"].removesuffix("[...]") if found else ""
-    reason = message[: found.start()] if found else message
-    if missing := _MISSING.search(message):
-        path = f"{path}.{missing['field']}".lstrip(".")
-    return BadRequest(f"{path}: {reason}" if path else reason, field=path or None)
 
 
 def _non_finite_field(body: bytes) -> str | None:

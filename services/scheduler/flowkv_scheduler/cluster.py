@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from flowkv_common.wire.messages import NodeRef
-from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
+from flowkv_common.wire.nodes import SILENT_AFTER_PERIODS, LoadReport, NodeDescriptor
 from flowkv_scheduler.prefixes import PrefixIndex
-from flowkv_scheduler.views import SILENT_AFTER_PERIODS, NodeView, Speed, Work, speed_of, view_of
+from flowkv_scheduler.views import NodeView, Speed, Work, speed_of, view_of
 
 if TYPE_CHECKING:
     from flowkv_common.wire.nodes import NodeDescriptor

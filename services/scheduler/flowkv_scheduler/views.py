@@ -9,6 +9,7 @@ import msgspec
 
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import (
+    SILENT_AFTER_PERIODS,
     LoadReport,
     NodeDescriptor,
     OutputForecast,
@@ -139,8 +140,6 @@ def set_bits(masks: dict[int, int], keys: Sequence[int], bits: int) -> None:
 
 # Assumed of a node that does not tell: one output in so many tokens ends, a chat answer's usual length.
 UNKNOWN_STOP_RATE = 1 / 256
-# A node is silent after this many of its own report periods: no new work.
-SILENT_AFTER_PERIODS = 3.0
 
 
 class Work(msgspec.Struct, frozen=True, gc=False):

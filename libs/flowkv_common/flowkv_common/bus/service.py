@@ -247,12 +247,4 @@ def _decode(payload: bytes, kind: Any) -> Message:
     try:
         return decode(payload, kind)  # type: ignore[no-any-return]
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise errors.BadRequest(str(error), field=_field(str(error))) from None
-
-
-def _field(complaint: str) -> str | None:
-    """The path of the field that msgspec complains of: `sampling.max_tokens`, `runs[...]`, or None."""
-    at = re.search(r" - at `\$\.?([^`]*)`", complaint)
-    missing = re.search(r"missing required field `([^`]*)`", complaint)
-    path = [match.group(1) for match in (at, missing) if match and match.group(1)]
-    return ".".join(path) or None
+        raise errors.invalid_input(str(error)) from None

@@ -67,6 +67,10 @@ def serves_decode(chunk_budget: int, token_budget: int) -> bool:
     return chunk_budget < token_budget
 
 
+# A node is silent when this many load reports in a row are missing: two may be lost by chance.
+SILENT_AFTER_PERIODS = 3.0
+
+
 class NodeDescriptor(Message, frozen=True):
     """What a node is; a record in the bucket `flowkv_nodes`, renewed while the node lives."""
 
