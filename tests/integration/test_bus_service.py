@@ -24,7 +24,7 @@ def service(bus: Bus, *endpoints: Endpoint, drain_timeout_s: float = 5.0) -> Ser
         name="decode",
         version="1.2.3",
         service_id="d0",
-        metadata={"role": "decode"},
+        metadata=lambda: {"role": "decode"},
         endpoints=endpoints,
         drain_timeout_s=drain_timeout_s,
     )

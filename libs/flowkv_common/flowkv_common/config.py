@@ -16,6 +16,8 @@ from typing import Annotated, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import msgspec
 
+from flowkv_common.errors import invalid_input
+
 NODE_ID_CHARACTERS = "A-Za-z0-9_-"
 DTYPES = ("float32", "bfloat16", "float16")
 # Those that no struct holds, with what they mean.
@@ -229,10 +231,10 @@ def load(kind: type[S], argv: Sequence[str], environ: Mapping[str, str] = os.env
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
-        what, _, place = str(error).partition(" - at `$.")
-        bad = settings.get(place.rstrip("`"))
-        if bad is None:
-            raise SystemExit(f"settings: {what}") from None
+        found = invalid_input(str(error))
+        if found.field is None:
+            raise SystemExit(f"settings: {found.message}") from None
+        bad, what = settings[found.field], found.message.removeprefix(f"{found.field}: ")
         if bad.choices:
             what = f"unknown value {values[bad.name]!r}, choose one of {', '.join(bad.choices)}"
         raise SystemExit(f"settings: {bad.variable} (or {bad.flag}): {what}") from None

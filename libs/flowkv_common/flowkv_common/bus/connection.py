@@ -1,8 +1,6 @@
-"""nats-py's client with what it lacks: it notices that it hears nothing, and what is cancelled ends.
+"""A NATS connection with typed messages, that knows when it hears nothing.
 
-nats-py 2.16 is deaf without a word in three cases. A server that is stopped, or behind a network that drops
-packets, is noticed after half a minute. An error in the read loop ends it and is only logged; the PONG of a
-flush that was cancelled is such an error. And a cancel that comes while it flushes is dropped.
+`connect` gives a `Bus`. `BarrierClient` at the end mends nats-py's client.
 """
 
 from __future__ import annotations
@@ -28,218 +26,29 @@ from flowkv_common import errors
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import M, Message, Refusal, decode, encode
 
-T = TypeVar("T")
-
 # The server is asked for a sign of life this often. Every wait that ends in a verdict on others is longer
-# than DEAF_AFTER_PINGS of these, so that who hears nobody knows it first (docs/architecture.md, rule 8).
+# than DEAF_AFTER_PINGS of these, so that a process that is cut off knows it first (docs/architecture.md,
+# rule 8).
 PING_EVERY_S = 0.25
 DEAF_AFTER_PINGS = 4
 # Then another connection is tried, to another server if there is one.
 HANG_UP_AFTER_PINGS = 20
-
-
-# An order to another service is answered within this, or the service is as good as gone.
-CONTROL_TIMEOUT_S = 2.0
-
-
-def _do_nothing() -> None: ...
-
-
-class BarrierClient(Client):
-    """Sends a PING only behind all that was sent before it, and says whether it hears the server.
-
-    nats-py writes the PING straight to the socket while SUB, UNSUB and PUB may still wait in its buffer.
-    The PONG then proves nothing: `flush` returns before the server knows of a subscription, and `drain`
-    before the last messages have come, which are then dropped.
-    """
-
-    def __init__(
-        self, on_deaf: Callable[[], None] = _do_nothing, on_heard_again: Callable[[], None] = _do_nothing
-    ) -> None:
-        """`on_deaf` is called when a connection that stands has become silent, the other when it is not."""
-        super().__init__()
-        self._on_deaf = on_deaf
-        self._on_heard_again = on_heard_again
-        self._num_silent_pings = 0
-
-    @property
-    def is_hearing(self) -> bool:
-        """Connected, and the server has said something lately."""
-        return bool(self.is_connected) and self._num_silent_pings < DEAF_AFTER_PINGS
-
-    async def flush(self, timeout: float = DEFAULT_FLUSH_TIMEOUT) -> None:
-        await _cancellable(super().flush(timeout))  # type: ignore[arg-type]
-
-    def forget(self, subscription: NatsSubscription) -> None:
-        """Drop a subscription without a word to the server, which may be gone.
-
-        One that could not be drained stays in nats-py's books, and the next reconnect brings it back to life.
-        """
-        subscription._stop_processing()
-        self._remove_sub(subscription._id)
-
-    # --- in the place of nats-py's own ------------------------------------------------------------
-
-    async def _flush_pending(self, force_flush: bool = False) -> Any:
-        return await _cancellable(super()._flush_pending(force_flush))
-
-    async def _send_ping(self, future: asyncio.Future[Any] | None = None) -> None:
-        await self._flush_pending(force_flush=True)
-        await super()._send_ping(future)
-
-    async def _process_pong(self) -> None:
-        if self._pongs and self._pongs[0].done():
-            self._pongs[0] = asyncio.get_running_loop().create_future()  # who waited has left
-        await super()._process_pong()
-        self._heard()
-
-    async def _read_loop(self) -> None:
-        await super()._read_loop()
-        if self.is_connected:  # so it has failed: nobody has cut the connection, and nobody hears it any more
-            await self._process_op_err(nats.errors.StaleConnectionError())
-
-    async def _ping_interval(self) -> None:
-        """Until cancelled: one beat after the other, each with a ping on its way.
-
-        Silence is counted in beats, not on the clock: a process that was held up itself has missed one.
-        """
-        self._num_silent_pings = 0
-        while True:
-            num_heard = self._num_heard()
-            if not self._pongs and self._transport is not None:
-                # Straight to the socket, where it waits for nobody; what waits outlives the connection.
-                self._pongs.append(asyncio.get_running_loop().create_future())
-                self._transport.write(PING_PROTO)
-            await asyncio.sleep(PING_EVERY_S)
-            if self._num_heard() != num_heard:
-                self._heard()
-                continue
-            self._num_silent_pings += 1
-            if self._num_silent_pings == DEAF_AFTER_PINGS:
-                self._on_deaf()
-            if self._num_silent_pings == HANG_UP_AFTER_PINGS:
-                self._drop_socket()
-                await self._process_op_err(nats.errors.StaleConnectionError())
-                return
-
-    async def _connect_to_server(self, s: Srv) -> None:
-        self._drop_socket()  # of the attempt before, if that has failed
-        await super()._connect_to_server(s)
-
-    def _drop_socket(self) -> None:
-        """At once: a close would wait until all is sent, which a silent server does not take."""
-        writer = self._transport._io_writer if isinstance(self._transport, TcpTransport) else None
-        if writer is not None:
-            writer.transport.abort()
-
-    def _num_heard(self) -> int:
-        return int(self.stats["in_msgs"]) + int(self._pongs_received)
-
-    def _heard(self) -> None:
-        was_deaf = self._num_silent_pings >= DEAF_AFTER_PINGS
-        self._num_silent_pings = 0
-        if was_deaf:
-            self._on_heard_again()
-
-
-async def _cancellable(wait: Awaitable[T]) -> T:
-    """`wait`, but a cancel that it catches is raised all the same."""
-    task = asyncio.current_task()
-    assert task is not None
-    num_cancels = task.cancelling()
-    result = await wait
-    if task.cancelling() > num_cancels:
-        raise asyncio.CancelledError
-    return result
-
-
-_CONFIRM_TIMEOUT_S = 5
-
-
-class Subscription:
-    """Interest in a subject; leaving the context drains it: what has arrived is still handled."""
-
-    def __init__(self, nc: BarrierClient, subject: str) -> None:
-        self.subject = subject
-        self.num_undecodable = 0
-        self.num_failed = 0
-        self._nc = nc
-        self._inner: NatsSubscription | None = None
-
-    async def start(
-        self,
-        on_message: Callable[[Msg], Awaitable[None]],
-        max_pending_messages: int,
-        max_pending_bytes: int,
-    ) -> None:
-        """Subscribe; when this returns the server knows of it. Raises `Unavailable`."""
-        try:
-            self._inner = await self._nc.subscribe(
-                self.subject,
-                cb=on_message,
-                pending_msgs_limit=max_pending_messages,
-                pending_bytes_limit=max_pending_bytes,
-            )
-            if self._nc.is_hearing:  # else the reconnect restores it
-                await self._nc.flush(_CONFIRM_TIMEOUT_S)
-        except nats.errors.Error as error:
-            await self.drain()  # nobody else will
-            raise errors.Unavailable(f"can't subscribe to {self.subject}: {error}") from error
-
-    async def drain(self, timeout_s: float = 5.0) -> None:
-        """Take nothing new and handle what is here. Idempotent; gives up after `timeout_s`."""
-        inner, self._inner = self._inner, None
-        if inner is None:
-            return
-        # Without a server there is nothing to drain, and `drain()` would wait for its answer.
-        leave: Callable[[], Awaitable[None]] = inner.drain if self._nc.is_hearing else inner.unsubscribe
-        try:
-            with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
-                async with asyncio.timeout(timeout_s):
-                    await leave()
-        finally:
-            self._nc.forget(inner)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.drain()
-
-
-def error_headers(error: errors.FlowKVError) -> dict[str, str]:
-    """What marks the answer that carries `error.to_wire()`."""
-    return {subjects.ERROR_HEADER: error.message, subjects.ERROR_CODE_HEADER: str(error.code)}
-
-
-def open_answer(subject: str, answer: Msg, kind: Any) -> Any:
-    """The `kind` in the answer of `subject`. Raises what the other side raised, or `Internal`."""
-    code = (answer.headers or {}).get(subjects.ERROR_CODE_HEADER)
-    if code is not None:
-        raise errors.from_wire(_refusal(answer, code))
-    try:
-        return decode(answer.data, kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise errors.Internal(f"the answer of {subject} is no {kind}: {error}") from None
-
-
-def _refusal(answer: Msg, code: str) -> Refusal:
-    """The refusal in an error answer, or what the headers tell when the body is another service's."""
-    try:
-        return decode(answer.data, Refusal)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        text = (answer.headers or {}).get(subjects.ERROR_HEADER, "error without a text")
-        return Refusal(code=int(code) if code.isdecimal() else 500, message=text)
-
-
-log = logging.getLogger(__name__)
-
-# nats-py waits for ever for a full buffer to drain when the link is gone, unless told otherwise.
-_FLUSH_TIMEOUT_S = 5.0
-_CLOSE_TIMEOUT_S = 2.0
 # After NATS itself was away, others get this long to be heard again before anyone is called dead: two report
 # periods, and the time that a client takes to connect.
 SETTLE_S = 4.0
+# An order to another service is answered within this, or the service is as good as gone.
+CONTROL_TIMEOUT_S = 2.0
+# More messages than this, or bytes, that wait in one subscription are dropped.
+MAX_PENDING_MESSAGES = 8192
+_MAX_PENDING_BYTES = 64 * 1024 * 1024
+# nats-py waits for ever for a full buffer to drain when the link is gone, unless told otherwise.
+_FLUSH_TIMEOUT_S = 5.0
+_DRAIN_TIMEOUT_S = 5.0
+_CLOSE_TIMEOUT_S = 2.0
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.asynccontextmanager
@@ -249,20 +58,19 @@ async def connect(
     name: str,
     on_closed: Callable[[], None] | None = None,
     connect_timeout_s: float = 30.0,
-    drain_timeout_s: float = 5.0,
 ) -> AsyncIterator[Bus]:
     """A connection for as long as the context lasts; on exit it is drained, then closed.
 
-    `url` may be several, with commas between: of one cluster, each good enough. `name` is what the server's
-    connection reports show. A user in the first one gets the answers to its requests under `_INBOX.<user>`,
-    so that the server can keep them from others. `on_closed` is called when NATS ends the connection for good
-    (its credentials are not good any more): the body should then end too. Raises `Unavailable` when no server
-    answers within `connect_timeout_s`, and at the end when NATS has closed the connection for good.
+    `url` may name several servers of one cluster, with commas between. `name` is what the server's connection
+    reports show. A user in the first URL gets the answers to its requests under `_INBOX.<user>`, so that the
+    server can keep them from others. `on_closed` is called when NATS ends the connection for good, as when
+    its credentials are revoked: the body should then end too. Raises `Unavailable` when no server answers
+    within `connect_timeout_s`, and at the end when NATS has closed the connection for good.
     """
     bus = Bus(on_closed)
     try:
         async with asyncio.timeout(connect_timeout_s):
-            await bus._open(url, name, drain_timeout_s)
+            await bus._open(url.split(","), name)
     except BaseException as error:
         await bus.nc.close()
         if not isinstance(error, TimeoutError):
@@ -275,7 +83,7 @@ async def connect(
         yield bus
     finally:
         closed_by = bus.nc.last_error if bus.is_closed else None
-        await bus._close(drain_timeout_s)
+        await bus._close()
     if closed_by is not None:
         raise errors.Unavailable(f"NATS closed the connection for good: {closed_by}")
 
@@ -293,7 +101,7 @@ class Bus:
 
     @property
     def is_connected(self) -> bool:
-        """Do we hear NATS? A connection that brings nothing, not even an answer to a ping, is none."""
+        """Whether NATS is heard: a connection that brings not even the answer to a ping is none."""
         return self.nc.is_hearing
 
     @property
@@ -303,14 +111,14 @@ class Bus:
 
     @property
     def connected_for_s(self) -> float:
-        """Seconds since NATS was last heard again after it was not, 0 while it is not."""
+        """Seconds since NATS was heard again after it was not; 0 while it is not."""
         if self._connected_at is None or not self.is_connected:
             return 0.0
         return asyncio.get_running_loop().time() - self._connected_at
 
     @property
     def is_settled(self) -> bool:
-        """Is the silence of others theirs? While we are cut off ourselves, and just after, it may be ours.
+        """Whether the silence of others is theirs. While we are cut off, and just after, it may be ours.
 
         Until then nobody is called dead (docs/architecture.md, rule 8).
         """
@@ -324,7 +132,7 @@ class Bus:
     def on_reconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call `callback` each time NATS is heard again after it was not, subscriptions restored.
 
-        Returns what takes it back.
+        Returns a function that takes the callback back.
         """
         self._reconnect_callbacks.append(callback)
         return lambda: self._reconnect_callbacks.remove(callback)
@@ -337,55 +145,28 @@ class Bus:
         return self.nc.jetstream(timeout=None)
 
     async def publish(
-        self, subject: str, message: msgspec.Struct, *, headers: Mapping[str, str] | None = None
+        self, subject: str, message: msgspec.Struct, *, headers: dict[str, str] | None = None
     ) -> None:
         """Send without an answer. While cut off, up to 2 MiB are kept and sent after the reconnect.
 
         Raises `TooLarge` over the server's `max_payload`, `Unavailable` when closed or the buffer is full.
         """
-        await self.publish_bytes(subject, encode(message), headers=headers)
-
-    async def publish_bytes(
-        self, subject: str, payload: bytes, *, headers: Mapping[str, str] | None = None
-    ) -> None:
-        """`publish` of a payload that is encoded already."""
-        self._check_size(payload, headers)
+        payload = encode(message)
+        self._check_size(payload, headers or {})
         try:
-            await self.nc.publish(subject, payload, headers=dict(headers) if headers else None)
+            await self.nc.publish(subject, payload, headers=headers)
         except nats.errors.Error as error:
             raise errors.Unavailable(f"can't publish on {subject}: {error}") from error
 
     @overload
-    async def request(
-        self,
-        subject: str,
-        message: Message,
-        reply: type[M],
-        *,
-        timeout_s: float,
-        headers: Mapping[str, str] | None = None,
-    ) -> M: ...
+    async def request(self, subject: str, message: Message, reply: type[M], *, timeout_s: float) -> M: ...
 
     @overload
     async def request(
-        self,
-        subject: str,
-        message: Message,
-        reply: UnionType,
-        *,
-        timeout_s: float,
-        headers: Mapping[str, str] | None = None,
+        self, subject: str, message: Message, reply: UnionType, *, timeout_s: float
     ) -> Message: ...
 
-    async def request(
-        self,
-        subject: str,
-        message: Message,
-        reply: Any,
-        *,
-        timeout_s: float,
-        headers: Mapping[str, str] | None = None,
-    ) -> Any:
+    async def request(self, subject: str, message: Message, reply: Any, *, timeout_s: float) -> Any:
         """Ask and wait for the one answer, a `reply` (or one of a union of kinds).
 
         Raises `Unavailable` at once when nobody listens or we are cut off, `DeadlineExceeded` after
@@ -393,48 +174,40 @@ class Bus:
         `FlowKVError` that the other side raised.
         """
         payload = encode(message)
-        self._check_size(payload, headers)
+        self._check_size(payload, {})
         if not self.is_connected:
             raise errors.Unavailable(f"not connected to NATS, can't ask {subject}")
         try:
             # The timer is ours, see `jetstream`.
             async with asyncio.timeout(timeout_s):
-                answer = await self.nc.request(
-                    subject,
-                    payload,
-                    timeout=None,  # type: ignore[arg-type]
-                    headers=dict(headers) if headers else None,
-                )
+                answer = await self.nc.request(subject, payload, timeout=None)  # type: ignore[arg-type]
         except TimeoutError:
             raise errors.DeadlineExceeded(f"no answer from {subject} within {timeout_s} s") from None
         except nats.errors.NoRespondersError:
             raise errors.Unavailable(f"nobody listens on {subject}") from None
         except nats.errors.Error as error:
             raise errors.Unavailable(f"can't ask {subject}: {error}") from error
-        return open_answer(subject, answer, reply)
+        if answer.headers and subjects.ERROR_CODE_HEADER in answer.headers:
+            raise _error_in(answer.data, answer.headers)
+        try:
+            return decode(answer.data, reply)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise errors.Internal(f"the answer of {subject} is no {reply}: {error}") from None
 
     async def subscribe(
-        self,
-        subject: str,
-        kind: type[M],
-        handler: Callable[[M, Msg], Awaitable[None] | None],
-        *,
-        max_pending_messages: int = 8192,
-        max_pending_bytes: int = 16 * 1024 * 1024,
+        self, subject: str, kind: type[M], handler: Callable[[M, Msg], Awaitable[None] | None]
     ) -> Subscription:
         """Hand every `kind` that arrives on `subject` to `handler`, one after the other.
 
-        When this returns the server knows of it. A payload that is no `kind`, and a handler that raises, are
-        counted and logged; the subscription goes on. Over the pending limits messages are dropped and counted
+        When this returns the server knows of it. A payload that is no `kind`, and an error of the handler,
+        are logged, and the subscription goes on. Over the pending limits messages are dropped and counted
         (`num_slow_consumer_drops`). Raises `Unavailable`.
         """
-        subscription = Subscription(self.nc, subject)
 
         async def on_message(msg: Msg) -> None:
             try:
                 message = decode(msg.data, kind)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                subscription.num_undecodable += 1
                 log.warning("message on %s is no %s: %s", msg.subject, kind.__name__, error)
                 return
             try:
@@ -442,32 +215,36 @@ class Bus:
                 if pending is not None:
                     await pending
             except Exception:
-                subscription.num_failed += 1
                 log.exception("handler of %s failed", msg.subject)
 
-        await subscription.start(on_message, max_pending_messages, max_pending_bytes)
-        return subscription
+        return await self.subscribe_raw(subject, on_message)
 
-    async def subscribe_raw(
-        self,
-        subject: str,
-        on_message: Callable[[Msg], Awaitable[None]],
-        *,
-        max_pending_messages: int = 8192,
-        max_pending_bytes: int = 64 * 1024 * 1024,
-    ) -> Subscription:
+    async def subscribe_raw(self, subject: str, on_message: Callable[[Msg], Awaitable[None]]) -> Subscription:
         """`subscribe` without decoding; `on_message` must not raise."""
-        subscription = Subscription(self.nc, subject)
-        await subscription.start(on_message, max_pending_messages, max_pending_bytes)
+        try:
+            inner = await self.nc.subscribe(
+                subject,
+                cb=on_message,
+                pending_msgs_limit=MAX_PENDING_MESSAGES,
+                pending_bytes_limit=_MAX_PENDING_BYTES,
+            )
+            subscription = Subscription(self.nc, inner)
+            try:
+                if self.is_connected:  # else the reconnect restores it
+                    await self.nc.flush(_FLUSH_TIMEOUT_S)
+            except nats.errors.Error:
+                await subscription.drain()  # the caller can't
+                raise
+        except nats.errors.Error as error:
+            raise errors.Unavailable(f"can't subscribe to {subject}: {error}") from error
         return subscription
 
-    def _check_size(self, payload: bytes, headers: Mapping[str, str] | None) -> None:
-        size = len(payload) + sum(len(key) + len(value) + 4 for key, value in (headers or {}).items())
+    def _check_size(self, payload: bytes, headers: Mapping[str, str]) -> None:
+        size = len(payload) + sum(len(key) + len(value) + 4 for key, value in headers.items())
         if size > self.max_payload:
             raise errors.TooLarge(f"a message of {size} bytes, NATS takes {self.max_payload}")
 
-    async def _open(self, url: str, name: str, drain_timeout_s: float) -> None:
-        urls = url.split(",")
+    async def _open(self, urls: list[str], name: str) -> None:
         await self.nc.connect(
             urls,
             name=name,
@@ -481,15 +258,15 @@ class Bus:
             # Drawn once per process: many clients don't come back in one wave.
             reconnect_time_wait=random.uniform(0.2, 0.5),  # type: ignore[arg-type]
             flush_timeout=_FLUSH_TIMEOUT_S,
-            drain_timeout=drain_timeout_s,  # type: ignore[arg-type]
+            drain_timeout=_DRAIN_TIMEOUT_S,  # type: ignore[arg-type]
         )
         self._connected_at = asyncio.get_running_loop().time()
         log.info("connected to NATS at %s", self._server())
 
-    async def _close(self, drain_timeout_s: float) -> None:
+    async def _close(self) -> None:
         self._is_closing = True
         try:
-            async with asyncio.timeout(drain_timeout_s + _CLOSE_TIMEOUT_S):
+            async with asyncio.timeout(_DRAIN_TIMEOUT_S + _CLOSE_TIMEOUT_S):
                 if self.is_connected:  # else nobody would answer
                     await self.nc.drain()
         except (TimeoutError, OSError, nats.errors.Error) as error:
@@ -498,6 +275,8 @@ class Bus:
         with contextlib.suppress(TimeoutError, OSError, nats.errors.Error):
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await self.nc.close()
+
+    # --- what nats-py tells ----------------------------------------------------------------------
 
     async def _on_error(self, error: Exception) -> None:
         if isinstance(error, nats.errors.SlowConsumerError):
@@ -548,3 +327,152 @@ class Bus:
     def _server(self) -> str:
         url = self.nc.connected_url  # its netloc may hold a password
         return f"{url.hostname}:{url.port}" if url else "?"
+
+
+class Subscription:
+    """Interest in a subject; leaving the context drains it: what has arrived is still handled."""
+
+    def __init__(self, nc: BarrierClient, inner: NatsSubscription) -> None:
+        self._nc = nc
+        self._inner: NatsSubscription | None = inner
+
+    async def drain(self, timeout_s: float = _DRAIN_TIMEOUT_S) -> None:
+        """Take nothing new and handle what is here. Idempotent; gives up after `timeout_s`."""
+        inner, self._inner = self._inner, None
+        if inner is None:
+            return
+        # Without a server there is nothing to drain, and `drain()` would wait for its answer.
+        leave: Callable[[], Awaitable[None]] = inner.drain if self._nc.is_hearing else inner.unsubscribe
+        try:
+            with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
+                async with asyncio.timeout(timeout_s):
+                    await leave()
+        finally:
+            self._nc.forget(inner)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.drain()
+
+
+def _error_in(payload: bytes, headers: Mapping[str, str]) -> errors.FlowKVError:
+    """The error of an answer: from its body, or from its headers where another service wrote the body."""
+    try:
+        return errors.from_wire(decode(payload, Refusal))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        code = headers[subjects.ERROR_CODE_HEADER]
+        text = headers.get(subjects.ERROR_HEADER, "error without a text")
+        return errors.from_wire(Refusal(code=int(code) if code.isdecimal() else 500, message=text))
+
+
+class BarrierClient(Client):
+    """nats-py's client, where a PING is a barrier, silence is noticed and what is cancelled ends.
+
+    What nats-py 2.16 does otherwise:
+
+    - It writes a PING straight to the socket, while SUB, UNSUB and PUB may still wait in its buffer. The PONG
+      then proves nothing: `flush` returns before the server knows of a subscription, and `drain` before the
+      last messages have come, which are then dropped.
+    - It notices after half a minute that a server is stopped, or that a network drops packets.
+    - An error in its read loop ends the loop and is only logged; the PONG of a cancelled flush is one.
+    - It drops a cancel that comes while it flushes.
+    """
+
+    def __init__(self, on_deaf: Callable[[], None], on_heard_again: Callable[[], None]) -> None:
+        """`on_deaf` is called when a connection that stands has become silent, the other when it is not."""
+        super().__init__()
+        self._on_deaf = on_deaf
+        self._on_heard_again = on_heard_again
+        self._num_silent_pings = 0
+
+    @property
+    def is_hearing(self) -> bool:
+        """Connected, and the server has said something lately."""
+        return bool(self.is_connected) and self._num_silent_pings < DEAF_AFTER_PINGS
+
+    def forget(self, subscription: NatsSubscription) -> None:
+        """Drop a subscription without a word to the server, which may be gone.
+
+        One that could not be drained stays in nats-py's books, and the next reconnect brings it back to life.
+        """
+        subscription._stop_processing()
+        self._remove_sub(subscription._id)
+
+    # --- in the place of nats-py's own ------------------------------------------------------------
+
+    async def flush(self, timeout: float = DEFAULT_FLUSH_TIMEOUT) -> None:
+        await _cancellable(super().flush(timeout))  # type: ignore[arg-type]
+
+    async def _flush_pending(self, force_flush: bool = False) -> Any:
+        return await _cancellable(super()._flush_pending(force_flush))
+
+    async def _send_ping(self, future: asyncio.Future[Any] | None = None) -> None:
+        await self._flush_pending(force_flush=True)
+        await super()._send_ping(future)
+
+    async def _process_pong(self) -> None:
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()  # its flush was cancelled
+        await super()._process_pong()
+        self._hear()
+
+    async def _read_loop(self) -> None:
+        await super()._read_loop()
+        if self.is_connected:  # it has failed: the connection stands, and nobody reads it
+            await self._process_op_err(nats.errors.StaleConnectionError())
+
+    async def _ping_interval(self) -> None:
+        """Until cancelled: one beat after the other, each with a ping on its way.
+
+        Silence is counted in beats, not on the clock: a process that was held up itself has missed one.
+        """
+        self._num_silent_pings = 0
+        while True:
+            num_heard = self._num_heard()
+            if not self._pongs and self._transport is not None:
+                # Straight to the socket, where it waits for nobody; what waits outlives the connection.
+                self._pongs.append(asyncio.get_running_loop().create_future())
+                self._transport.write(PING_PROTO)
+            await asyncio.sleep(PING_EVERY_S)
+            if self._num_heard() != num_heard:
+                self._hear()
+                continue
+            self._num_silent_pings += 1
+            if self._num_silent_pings == DEAF_AFTER_PINGS:
+                self._on_deaf()
+            if self._num_silent_pings == HANG_UP_AFTER_PINGS:
+                self._drop_socket()
+                await self._process_op_err(nats.errors.StaleConnectionError())
+                return
+
+    async def _connect_to_server(self, s: Srv) -> None:
+        self._drop_socket()  # of the attempt before, if that has failed
+        await super()._connect_to_server(s)
+
+    def _drop_socket(self) -> None:
+        """At once: a close would wait until all is sent, which a silent server does not take."""
+        writer = self._transport._io_writer if isinstance(self._transport, TcpTransport) else None
+        if writer is not None:
+            writer.transport.abort()
+
+    def _num_heard(self) -> int:
+        return int(self.stats["in_msgs"]) + int(self._pongs_received)
+
+    def _hear(self) -> None:
+        was_deaf = self._num_silent_pings >= DEAF_AFTER_PINGS
+        self._num_silent_pings = 0
+        if was_deaf:
+            self._on_heard_again()
+
+
+async def _cancellable(wait: Awaitable[T]) -> T:
+    """`wait`, but a cancel that it swallows is raised all the same."""
+    task = asyncio.current_task()
+    assert task is not None
+    num_cancels = task.cancelling()
+    result = await wait
+    if task.cancelling() > num_cancels:
+        raise asyncio.CancelledError
+    return result

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple, Self
 import msgspec
 from nats.aio.msg import Msg
 from nats.micro.service import (
+    SEMVER_REGEX,
     EndpointInfo,
     EndpointStats,
     ServiceInfo,
@@ -29,12 +29,11 @@ from nats.micro.service import (
 )
 
 from flowkv_common import errors
-from flowkv_common.bus.connection import Bus, Subscription, error_headers
+from flowkv_common.bus.connection import Bus, Subscription
+from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Message, decode
 
 log = logging.getLogger(__name__)
-
-_SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
 
 
 class Endpoint(NamedTuple):
@@ -48,45 +47,26 @@ class Endpoint(NamedTuple):
     handler: Callable[[Any], Awaitable[Message]]
     limit: int = 1024
 
-    @property
-    def name(self) -> str:
-        """The verb: `flowkv.v1.decode.reserve.<node>` is called `reserve`."""
-        return self.subject.split(".")[3]
-
 
 class _Served:
     """An endpoint at work, and its figures."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
+        self.name = endpoint.subject.split(".")[3]  # the verb: `reserve` of flowkv.v1.decode.reserve.<node>
         self.num_running = 0
         self.num_requests = 0
         self.num_errors = 0
         self.processing_ns = 0
         self.last_error = ""
 
-    def info(self) -> EndpointInfo:
-        return EndpointInfo(name=self.endpoint.name, subject=self.endpoint.subject, queue_group="")
-
-    def stats(self) -> EndpointStats:
-        return EndpointStats(
-            name=self.endpoint.name,
-            subject=self.endpoint.subject,
-            queue_group="",
-            num_requests=self.num_requests,
-            num_errors=self.num_errors,
-            processing_time=self.processing_ns,
-            average_processing_time=self.processing_ns // max(1, self.num_requests),
-            last_error=self.last_error,
-        )
-
 
 class Service:
     """Serves `endpoints` while the context lasts.
 
     On exit it takes nothing new, waits `drain_timeout_s` for what is running, and answers the rest with 503.
-    `version` is semver, `service_id` unique among the services of this `name`; `metadata` that changes comes
-    as a function. Raises `ValueError` for any other version, `Unavailable` when it can't subscribe.
+    `version` is semver, `service_id` unique among the services of this `name`; `metadata` is asked each time.
+    Raises `ValueError` for any other version, `Unavailable` when it can't subscribe.
     """
 
     def __init__(
@@ -97,16 +77,16 @@ class Service:
         version: str,
         service_id: str,
         endpoints: Sequence[Endpoint],
-        metadata: Mapping[str, str] | Callable[[], Mapping[str, str]] | None = None,
+        metadata: Callable[[], Mapping[str, str]] = dict,
         drain_timeout_s: float = 5.0,
     ) -> None:
-        if not _SEMVER.fullmatch(version):
+        if not SEMVER_REGEX.fullmatch(version):
             raise ValueError(f"version {version!r} is not semver")
-        self.name = name
-        self.version = version
         self.service_id = service_id
-        self._metadata = metadata or {}
         self._bus = bus
+        self._name = name
+        self._version = version
+        self._metadata = metadata
         self._served = [_Served(endpoint) for endpoint in endpoints]
         self._drain_timeout_s = drain_timeout_s
         self._started = datetime.now(UTC)
@@ -114,17 +94,18 @@ class Service:
         self._intake: list[Subscription] = []
         self._control: list[Subscription] = []
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        return dict(self._metadata() if callable(self._metadata) else self._metadata)
-
     async def __aenter__(self) -> Self:
         await self._handlers.__aenter__()
         try:
             for served in self._served:
                 self._intake.append(await self._listen(served))
-            for verb, describe in self._descriptions().items():
-                for subject in self._control_subjects(verb):
+            for verb, describe in (
+                (ServiceVerb.PING, self.ping),
+                (ServiceVerb.INFO, self.info),
+                (ServiceVerb.STATS, self.stats),
+            ):
+                for asked in ((), (self._name,), (self._name, self.service_id)):
+                    subject = control_subject(verb, *asked)
                     on_control = partial(self._on_control, describe)
                     self._control.append(await self._bus.subscribe_raw(subject, on_control))
         except BaseException:
@@ -141,7 +122,7 @@ class Service:
                 # Not the caller's exception: the group would cancel the handlers and wrap it.
                 await self._handlers.__aexit__(None, None, None)
         except TimeoutError:
-            log.warning("%s stopped with requests unfinished after %s s", self.name, self._drain_timeout_s)
+            log.warning("%s stopped with requests unfinished after %s s", self._name, self._drain_timeout_s)
         for subscription in self._control:
             await subscription.drain()
 
@@ -174,8 +155,7 @@ class Service:
     async def _answer(self, served: _Served, msg: Msg) -> None:
         started = time.perf_counter_ns()
         try:
-            request = _decode(msg.data, served.endpoint.kind)
-            reply = await served.endpoint.handler(request)
+            reply = await served.endpoint.handler(_request_in(msg, served.endpoint.kind))
             if msg.reply:
                 await self._bus.publish(msg.reply, reply)
         except errors.FlowKVError as error:
@@ -195,56 +175,55 @@ class Service:
         served.last_error = f"{error.code}: {error.message}"
         if not msg.reply:
             return
+        headers = {subjects.ERROR_HEADER: error.message, subjects.ERROR_CODE_HEADER: str(error.code)}
         try:
-            await self._bus.publish(msg.reply, error.to_wire(), headers=error_headers(error))
+            await self._bus.publish(msg.reply, error.to_wire(), headers=headers)
         except errors.FlowKVError as unsent:
             log.warning("can't answer on %s: %s", msg.subject, unsent)
 
-    def _control_subjects(self, verb: ServiceVerb) -> list[str]:
-        return [
-            control_subject(verb),
-            control_subject(verb, self.name),
-            control_subject(verb, self.name, self.service_id),
-        ]
+    # --- what `nats micro` asks (ADR-32) ---------------------------------------------------------
 
-    def _descriptions(self) -> dict[ServiceVerb, Callable[[], dict[str, Any]]]:
-        return {
-            ServiceVerb.PING: lambda: self.ping().to_dict(),
-            ServiceVerb.INFO: lambda: self.info().to_dict(),
-            ServiceVerb.STATS: lambda: self.stats().to_dict(),
-        }
-
-    async def _on_control(self, describe: Callable[[], dict[str, Any]], msg: Msg) -> None:
+    async def _on_control(
+        self, describe: Callable[[], ServicePing | ServiceInfo | ServiceStats], msg: Msg
+    ) -> None:
         if msg.reply:
-            await self._bus.nc.publish(msg.reply, json.dumps(describe()).encode())
+            await self._bus.nc.publish(msg.reply, json.dumps(describe().to_dict()).encode())
 
     def ping(self) -> ServicePing:
-        return ServicePing(id=self.service_id, name=self.name, version=self.version, metadata=self.metadata)
+        return ServicePing(**self._identity())
 
     def info(self) -> ServiceInfo:
-        return ServiceInfo(
-            id=self.service_id,
-            name=self.name,
-            version=self.version,
-            metadata=self.metadata,
-            description=f"FlowKV {self.name}",  # null, nats-py's default, is not in the ADR
-            endpoints=[served.info() for served in self._served],
-        )
+        endpoints = [
+            EndpointInfo(name=served.name, subject=served.endpoint.subject, queue_group="")
+            for served in self._served
+        ]
+        # A description of null, nats-py's default, is not in the ADR.
+        return ServiceInfo(**self._identity(), description=f"FlowKV {self._name}", endpoints=endpoints)
 
     def stats(self) -> ServiceStats:
-        return ServiceStats(
-            id=self.service_id,
-            name=self.name,
-            version=self.version,
-            metadata=self.metadata,
-            started=self._started,
-            endpoints=[served.stats() for served in self._served],
-        )
+        endpoints = [
+            EndpointStats(
+                name=served.name,
+                subject=served.endpoint.subject,
+                queue_group="",
+                num_requests=served.num_requests,
+                num_errors=served.num_errors,
+                processing_time=served.processing_ns,
+                average_processing_time=served.processing_ns // max(1, served.num_requests),
+                last_error=served.last_error,
+            )
+            for served in self._served
+        ]
+        return ServiceStats(**self._identity(), started=self._started, endpoints=endpoints)
+
+    def _identity(self) -> dict[str, Any]:
+        metadata = dict(self._metadata())
+        return {"id": self.service_id, "name": self._name, "version": self._version, "metadata": metadata}
 
 
-def _decode(payload: bytes, kind: Any) -> Message:
-    """The request in `payload`; raises `BadRequest` that names the field."""
+def _request_in(msg: Msg, kind: Any) -> Message:
+    """The request in `msg`. Raises `BadRequest` that names the field."""
     try:
-        return decode(payload, kind)  # type: ignore[no-any-return]
+        return decode(msg.data, kind)  # type: ignore[no-any-return]
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise errors.invalid_input(str(error)) from None

@@ -32,7 +32,6 @@ CANCEL_ALL = "flowkv.v1.request.cancel.>"
 NODES_BUCKET = "flowkv_nodes"
 LEADER_BUCKET = "flowkv_leader"
 
-REQUEST_ID_HEADER = "Flowkv-Request-Id"
 ERROR_HEADER = "Nats-Service-Error"  # ADR-32
 ERROR_CODE_HEADER = "Nats-Service-Error-Code"
 
