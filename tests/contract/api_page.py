@@ -26,7 +26,7 @@ def page_from_code(page: str) -> str:
 def _served() -> Iterator[str]:
     common = GenerationRequest.__struct_fields__
     yield "| where | fields |"
-    yield "| --- | --- |"
+    yield "|---|---|"
     yield f"| both generation endpoints | {_names(common)} |"
     for path, kind in (
         ("/v1/chat/completions", ChatRequest),
@@ -39,17 +39,24 @@ def _served() -> Iterator[str]:
 
 def _refused() -> Iterator[str]:
     yield "| field | where | but not with | why |"
-    yield "| --- | --- | --- | --- |"
+    yield "|---|---|---|---|"
+    alike: dict[tuple[str, str, str], list[str]] = {}
     for row in REFUSED:
         accepted = ", ".join(f"`{json.dumps(value)}`" for value in row.accepted)
-        yield f"| `{row.name}` | {', '.join(row.endpoints)} | {accepted} | {row.reason} |"
+        alike.setdefault((", ".join(row.endpoints), accepted, row.reason), []).append(row.name)
+    for (where, accepted, reason), names in alike.items():
+        yield f"| {_names(names)} | {where} | {accepted} | {reason} |"
 
 
 def _nothing() -> Iterator[str]:
     yield "| field | why |"
-    yield "| --- | --- |"
+    yield "|---|---|"
+    alike: dict[str, list[str]] = {}
     for name, reason in CHANGE_NOTHING.items():
-        yield f"| `{name}` | {reason} |"
+        reason = list(alike)[-1] if reason == "the same" else reason
+        alike.setdefault(reason, []).append(name)
+    for reason, names in alike.items():
+        yield f"| {_names(names)} | {reason} |"
 
 
 def _names(names: list[str] | tuple[str, ...]) -> str:
