@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.result import write_result
-from flowkv_common.wire.messages import NodeRef, PoolLayout
+from flowkv_common.wire.messages import PoolLayout
 from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.kv.segments import Copy
@@ -149,8 +149,7 @@ def sender(num_blocks: int) -> Iterator[Connection]:
 
 
 async def transfer(orders: Connection, reservations: Reservations, sizes: Sizes) -> TransferStats:
-    owner = NodeRef(node_id="sender", incarnation="a")
-    reserved = reservations.open("r.1", sizes.num_blocks, [], [], "benchmark", owner, 600.0)
+    reserved = reservations.reserve("r.1", sizes.num_blocks, [], [], 600.0)
     try:
         copies = [Copy(0, reserved.block_ids[0], sizes.num_blocks)]
         orders.send(("r.1", reserved.token, copies))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.blocks import OutOfBlocks, PrefixCache
 from flowkv_engine.kv.segments import runs_of
 
@@ -22,10 +23,10 @@ class FreeList:
         """O(n log n): a free list does not know."""
         return max((run.length for run in runs_of(sorted(self._free))), default=0)
 
-    def take(self, n: int, *, like: Sequence[int] = (), room: int = 0) -> list[int]:
-        for run in self._cache.cool(n - len(self._free)):
-            self._cache.overwrite(run)
-            self._free += reversed(range(run.start, run.start + run.length))
+    def allocate(self, n: int, *, like: Sequence[int] = (), room: int = 0) -> list[int]:
+        for block_id in self._cache.evict(n - len(self._free)):
+            self._cache.overwrite(Run(block_id, 1))
+            self._free.append(block_id)
         if len(self._free) < n:
             raise OutOfBlocks(f"{n} blocks wanted, {len(self._free)} are free")
         taken = self._free[len(self._free) - n :][::-1]
@@ -36,11 +37,11 @@ class FreeList:
         return taken
 
     def grow(self, last_block: int | None) -> int:
-        return self.take(1)[0]
+        return self.allocate(1)[0]
 
     def match_prefix(self, hashes: Sequence[str]) -> list[int]:
         matched = self._cache.match(hashes)
-        self._cache.revive(matched)
+        self._cache.lease(matched)
         for block_id in matched:
             self.num_leased += not self._refs[block_id]
             self._refs[block_id] += 1
@@ -57,6 +58,4 @@ class FreeList:
             if not self._refs[block_id]:
                 unheld.append(block_id)
         self.num_leased -= len(unheld)
-        known, anonymous = self._cache.split(unheld)
-        self._cache.retire(known)
-        self._free += reversed(anonymous)
+        self._free += reversed(self._cache.queue(unheld))

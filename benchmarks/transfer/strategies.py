@@ -45,14 +45,14 @@ def _scattered(num_blocks: int, num_pool_blocks: int, seed: int) -> list[Copy]:
 
 
 def _allocated(num_blocks: int, num_pool_blocks: int, seed: int) -> list[Copy]:
-    src = _used_pool(num_pool_blocks, 2 * seed).take(num_blocks)
-    dst = _used_pool(num_pool_blocks, 2 * seed + 1).take(num_blocks)
+    src = _used_pool(num_pool_blocks, 2 * seed).take_runs(num_blocks)
+    dst = _used_pool(num_pool_blocks, 2 * seed + 1).take_runs(num_blocks)
     return align(ids_of(src), ids_of(dst))
 
 
 def _aligned(num_blocks: int, num_pool_blocks: int, seed: int) -> list[Copy]:
-    src = _used_pool(num_pool_blocks, 2 * seed).take(num_blocks)
-    dst = _used_pool(num_pool_blocks, 2 * seed + 1).take(num_blocks, [run.length for run in src])
+    src = _used_pool(num_pool_blocks, 2 * seed).take_runs(num_blocks)
+    dst = _used_pool(num_pool_blocks, 2 * seed + 1).take_runs(num_blocks, [run.length for run in src])
     return align(ids_of(src), ids_of(dst))
 
 
@@ -92,7 +92,7 @@ def _used_pool(num_blocks: int, seed: int) -> Segments:
         wanted = rng.randint(*_OTHERS_BLOCKS)
         while num_blocks - segments.num_free + wanted > USED_SHARE * num_blocks:
             for run in others.pop(rng.randrange(len(others))):
-                segments.give(run)
-        others.append(segments.take(wanted, room=_GROWTH_ROOM))
+                segments.free_run(run)
+        others.append(segments.take_runs(wanted, room=_GROWTH_ROOM))
         num_given_out += wanted
     return segments

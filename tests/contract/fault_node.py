@@ -16,17 +16,18 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
-from kv_nodes import LARGE, LINK_TOKEN, NODE, connector_on_host
+from kv_nodes import LARGE, LINK_TOKEN, connector_on_host
 
 from flowkv_common.errors import FlowKVError, TransferFailed
 from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.blocks import Blocks, OutOfBlocks
 from flowkv_engine.kv.pool import KVPool
-from flowkv_engine.kv.reservations import Reservations
+from flowkv_engine.kv.reservations import Reservation, Reservations
 from flowkv_engine.kv.segments import Copy, align
-from flowkv_engine.transport.base import ConnectorUnavailable, KVLink, Landing
+from flowkv_engine.transport.base import ConnectorUnavailable, KVLink
 
 IO_TIMEOUT_S = 1.0
 
@@ -35,7 +36,7 @@ NUM_USED = NUM_RUNS * RUN_BLOCKS  # blocks of 1 MiB, free at first
 NUM_BLOCKS = NUM_USED + NUM_RUNS + 1
 GUARDS = range(0, NUM_BLOCKS, RUN_BLOCKS + 1)  # one before and one after each run: nobody may write them
 
-# Of the looks at a landing's `revoked`: some bytes have been copied by then, and most have not.
+# Of the looks at a reservation's `revoked`: some bytes have been copied by then, and most have not.
 AMID = 4
 
 
@@ -60,11 +61,11 @@ class Reports:
             self._gate.recv_bytes()
 
 
-class WatchedLanding:
-    """A landing that reports when its copy is halfway."""
+class WatchedReservation:
+    """What a copy sees of its reservation, which reports when it is halfway."""
 
-    def __init__(self, landing: Landing, reports: Reports) -> None:
-        self._landing = landing
+    def __init__(self, reservation: Reservation, reports: Reports) -> None:
+        self._reservation = reservation
         self._reports = reports
         self._num_looks = 0
 
@@ -73,34 +74,34 @@ class WatchedLanding:
         self._num_looks += 1
         if self._num_looks == AMID:
             self._reports.reach("copying")
-        return self._landing.revoked
+        return self._reservation.revoked
 
 
-class WatchedLandings:
-    """Reservations that report when a landing is whole but not yet confirmed, and when none is left."""
+class WatchedReservations(Reservations):
+    """Reservations that report when a copy is whole but not yet confirmed, and when none is left."""
 
-    def __init__(self, reservations: Reservations, reports: Reports) -> None:
-        self._reservations = reservations
+    def __init__(self, blocks: Blocks, reports: Reports) -> None:
+        super().__init__(blocks)
         self._reports = reports
-        self._num_open = 0
+        self._num_copies = 0
         self.none_open = asyncio.Event()
         self.none_open.set()
 
     @contextlib.contextmanager
-    def landing(self, transfer_id: str, token: str, dst_blocks: Sequence[int]) -> Iterator[Landing]:
-        with self._counted(), self._reservations.landing(transfer_id, token, dst_blocks) as landing:
-            yield WatchedLanding(landing, self._reports)
+    def copying(self, transfer_id: str, token: str, dst_blocks: Sequence[int]) -> Iterator[Any]:
+        with self._counted(), super().copying(transfer_id, token, dst_blocks) as reservation:
+            yield WatchedReservation(reservation, self._reports)
         self._reports.reach("landed")
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
-        self._num_open += 1
+        self._num_copies += 1
         self.none_open.clear()
         try:
             yield
         finally:
-            self._num_open -= 1
-            if not self._num_open:
+            self._num_copies -= 1
+            if not self._num_copies:
                 self.none_open.set()
 
 
@@ -135,12 +136,11 @@ class FaultNode:
             seed << 40, (seed << 40) + len(words), dtype=np.uint64
         )  # no word twice, anywhere
         self._blocks = Blocks(NUM_BLOCKS, LARGE.block_size)
-        everything = self._blocks.take(NUM_BLOCKS)
+        everything = self._blocks.allocate(NUM_BLOCKS)
         self._blocks.release(block for block in everything if block not in GUARDS)
-        self._reservations = Reservations(self._blocks)
-        self._landings = WatchedLandings(self._reservations, reports)
+        self._reservations = WatchedReservations(self._blocks, reports)
         self._connector = connector_on_host(
-            kind, self._pool, self._landings, LINK_TOKEN.__eq__, io_timeout_s=IO_TIMEOUT_S
+            kind, self._pool, self._reservations, LINK_TOKEN.__eq__, io_timeout_s=IO_TIMEOUT_S
         )
         self._link: KVLink | None = None
         self._tokens: dict[str, str] = {}
@@ -156,7 +156,7 @@ class FaultNode:
     # --- as a receiver -----------------------------------------------------------------------------
 
     def reserve(self, transfer_id: str, num_blocks: int) -> tuple[str, list[int]]:
-        reservation = self._reservations.open(transfer_id, num_blocks, [], [], "gw-1", NODE, 60.0)
+        reservation = self._reservations.reserve(transfer_id, num_blocks, [], [], 60.0)
         self._tokens[transfer_id] = reservation.token
         return reservation.token, reservation.block_ids
 
@@ -188,7 +188,7 @@ class FaultNode:
 
     async def settled(self) -> None:
         """Returns when no copy into this pool is under way any more."""
-        await self._landings.none_open.wait()
+        await self._reservations.none_open.wait()
 
     # --- as a sender -------------------------------------------------------------------------------
 
@@ -199,7 +199,7 @@ class FaultNode:
 
     def send(self, transfer_id: str, token: str, target: list[int]) -> list[int]:
         """Begins to send; `sent`, `failed` or `aborted` follows. Returns the blocks that are read."""
-        source = self._blocks.take(len(target))
+        source = self._blocks.allocate(len(target))
         self._sending = self._tasks.create_task(self._send(transfer_id, token, source, target))
         return source
 

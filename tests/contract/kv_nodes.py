@@ -16,7 +16,7 @@ from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.reservations import Reservation, Reservations
 from flowkv_engine.kv.segments import Copy, align
-from flowkv_engine.transport.base import KVConnector, Landings
+from flowkv_engine.transport.base import KVConnector
 from flowkv_engine.transport.cuda_ipc import CudaIpcConnector
 from flowkv_engine.transport.inprocess import InProcessConnector, Switchboard
 from flowkv_engine.transport.nccl import NcclConnector
@@ -29,21 +29,21 @@ LARGE = PoolLayout(num_layers=8, block_size=16, num_kv_heads=8, head_dim=128, dt
 NODE = NodeRef(node_id="prefill-1", incarnation="a")
 
 
-class WatchedLandings:
+class WatchedReservations(Reservations):
     """Reservations whose copies can be watched: `on_enter` runs when one begins, `ended` counts the ends."""
 
-    def __init__(self, reservations: Reservations) -> None:
-        self._reservations = reservations
+    def __init__(self, blocks: Blocks, clock: Callable[[], float]) -> None:
+        super().__init__(blocks, clock)
         self.on_enter: Callable[[], None] = lambda: None
         self.num_ended = 0
         self.ended = asyncio.Event()
 
     @contextlib.contextmanager
-    def landing(self, transfer_id: str, token: str, dst_blocks: Sequence[int]) -> Iterator[Reservation]:
+    def copying(self, transfer_id: str, token: str, dst_blocks: Sequence[int]) -> Iterator[Reservation]:
         try:
-            with self._reservations.landing(transfer_id, token, dst_blocks) as landing:
+            with super().copying(transfer_id, token, dst_blocks) as reservation:
                 self.on_enter()
-                yield landing
+                yield reservation
         finally:
             self.num_ended += 1
             self.ended.set()
@@ -55,8 +55,7 @@ class Node:
 
     pool: KVPool
     blocks: Blocks
-    reservations: Reservations
-    landings: WatchedLandings
+    reservations: WatchedReservations
     connector: KVConnector
     clock: list[float]  # its one item is the time
     lifetime: contextlib.AsyncExitStack
@@ -75,11 +74,11 @@ class Node:
         return bytes(self.pool.buffer[block_id * size : (block_id + 1) * size])
 
     def reserve(self, num_blocks: int, transfer_id: str = "r.1") -> Reservation:
-        return self.reservations.open(transfer_id, num_blocks, [], [], "gw-1", NODE, 10.0)
+        return self.reservations.reserve(transfer_id, num_blocks, [], [], 10.0)
 
     def scatter(self) -> None:
         """Leaves every third block taken, so that runs are short."""
-        taken = self.blocks.take(self.blocks.num_blocks)
+        taken = self.blocks.allocate(self.blocks.num_blocks)
         self.blocks.release(block for block in taken if block % 3)
 
 
@@ -88,17 +87,22 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def connector_on_host(
-    kind: str, pool: KVPool, landings: Landings, admits: Callable[[str], bool], *, io_timeout_s: float = 5.0
+    kind: str,
+    pool: KVPool,
+    reservations: Reservations,
+    admits: Callable[[str], bool],
+    *,
+    io_timeout_s: float = 5.0,
 ) -> KVConnector:
     """The connector of this name; those for GPUs move host memory by stand-ins for the CUDA libraries."""
     if kind == "shm":
-        return ShmConnector(pool, landings, admits, io_timeout_s=io_timeout_s)
+        return ShmConnector(pool, reservations, admits, io_timeout_s=io_timeout_s)
     if kind == "tcp":
-        return TcpConnector(pool, landings, admits, io_timeout_s=io_timeout_s)
+        return TcpConnector(pool, reservations, admits, io_timeout_s=io_timeout_s)
     if kind == "cuda_ipc":
         device = MemfdDevice(pool)
-        return CudaIpcConnector(pool, landings, admits, device=device, io_timeout_s=io_timeout_s)
-    return NcclConnector(pool, landings, admits, new_backend=GlooPair, io_timeout_s=io_timeout_s)
+        return CudaIpcConnector(pool, reservations, admits, device=device, io_timeout_s=io_timeout_s)
+    return NcclConnector(pool, reservations, admits, new_backend=GlooPair, io_timeout_s=io_timeout_s)
 
 
 class Network:
@@ -116,21 +120,20 @@ class Network:
         pool = self._stack.enter_context(KVPool(layout, num_blocks))
         blocks = Blocks(num_blocks, layout.block_size)
         clock = [0.0]
-        reservations = Reservations(blocks, lambda: clock[0])
-        landings = WatchedLandings(reservations)
-        connector = self._connector(pool, landings, io_timeout_s)
+        reservations = WatchedReservations(blocks, lambda: clock[0])
+        connector = self._connector(pool, reservations, io_timeout_s)
         lifetime = await self._stack.enter_async_context(contextlib.AsyncExitStack())
         await lifetime.enter_async_context(connector)
-        node = Node(pool, blocks, reservations, landings, connector, clock, lifetime)
+        node = Node(pool, blocks, reservations, connector, clock, lifetime)
         node.address = await connector.listen()
         self.nodes.append(node)
         node.fill(len(self.nodes))
         return node
 
-    def _connector(self, pool: KVPool, landings: WatchedLandings, io_timeout_s: float) -> KVConnector:
+    def _connector(self, pool: KVPool, reservations: Reservations, io_timeout_s: float) -> KVConnector:
         if self.kind == "inprocess":
-            return InProcessConnector(pool, landings, LINK_TOKEN.__eq__, self._switchboard)
-        return connector_on_host(self.kind, pool, landings, LINK_TOKEN.__eq__, io_timeout_s=io_timeout_s)
+            return InProcessConnector(pool, reservations, LINK_TOKEN.__eq__, self._switchboard)
+        return connector_on_host(self.kind, pool, reservations, LINK_TOKEN.__eq__, io_timeout_s=io_timeout_s)
 
 
 @contextlib.asynccontextmanager
@@ -146,4 +149,4 @@ async def network(kind: str) -> AsyncIterator[Network]:
 
 def copies_between(sender: Node, num_blocks: int, reservation: Reservation) -> list[Copy]:
     """Leases `num_blocks` at the sender and aligns them with the reservation."""
-    return align(sender.blocks.take(num_blocks), reservation.block_ids)
+    return align(sender.blocks.allocate(num_blocks), reservation.block_ids)

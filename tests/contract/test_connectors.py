@@ -105,12 +105,12 @@ async def test_links_in_both_directions_and_many_transfers_at_once(kind: str) ->
         ]
         async with asyncio.TaskGroup() as tasks:
             for sender, receiver, link in links:
-                sources = sender.blocks.take(6)
+                sources = sender.blocks.allocate(6)
                 for number, source in enumerate(sources):
                     reserved = receiver.reserve(1, f"r{number}.1")
                     copies = [Copy(source, reserved.block_ids[0], 1)]
                     tasks.create_task(link.send(f"r{number}.1", reserved.token, copies))
-        assert one.landings.num_ended == other.landings.num_ended == 6
+        assert one.reservations.num_ended == other.reservations.num_ended == 6
 
 
 @every_connector
@@ -145,18 +145,18 @@ async def test_a_cancelled_send_ends_and_the_next_one_works(kind: str) -> None:
         link = await sender.connector.connect(receiver.address, LINK_TOKEN, 16)
         cancelled, used = receiver.reserve(8, "r.1"), receiver.reserve(8, "r.2")
         sending = asyncio.create_task(link.send("r.1", cancelled.token, [Copy(0, cancelled.block_ids[0], 8)]))
-        receiver.landings.on_enter = sending.cancel
+        receiver.reservations.on_enter = sending.cancel
         with pytest.raises(asyncio.CancelledError):
             await sending
-        receiver.landings.on_enter = lambda: None
+        receiver.reservations.on_enter = lambda: None
 
         await link.send("r.2", used.token, [Copy(8, used.block_ids[0], 8)])
         for i in range(8):
             assert receiver.block(used.block_ids[i]) == sender.block(8 + i)
         async with asyncio.timeout(5):
-            while receiver.landings.num_ended < 2:
-                receiver.landings.ended.clear()
-                await receiver.landings.ended.wait()
+            while receiver.reservations.num_ended < 2:
+                receiver.reservations.ended.clear()
+                await receiver.reservations.ended.wait()
         receiver.reservations.cancel("r.1")
         assert receiver.blocks.counts().free == 8
 
@@ -167,7 +167,7 @@ async def test_a_reservation_revoked_under_the_copy_stops_it_and_settles(kind: s
         receiver, sender = await net.node(LARGE, 16), await net.node(LARGE, 16)
         link = await sender.connector.connect(receiver.address, LINK_TOKEN, 16)
         reserved = receiver.reserve(16)
-        receiver.landings.on_enter = lambda: receiver.reservations.cancel("r.1")
+        receiver.reservations.on_enter = lambda: receiver.reservations.cancel("r.1")
         before = bytes(receiver.pool.buffer)
         with pytest.raises(TransferFailed):
             await link.send("r.1", reserved.token, [Copy(0, 0, 16)])
@@ -225,7 +225,7 @@ async def test_a_link_is_replaced_under_those_who_send(kind: str) -> None:
         old, new = [await sender.connector.connect(receiver.address, LINK_TOKEN, 16) for _ in range(2)]
         assert sender.connector.connect_timeout_s > 0
         link, has_begun = SwitchedLink(old), asyncio.Event()
-        receiver.landings.on_enter = has_begun.set
+        receiver.reservations.on_enter = has_begun.set
 
         async def send(number: int) -> None:
             reserved = receiver.reserve(4, f"r{number}.1")
@@ -490,7 +490,7 @@ async def test_tcp_nodes_that_send_to_each_other_over_many_links_do_not_starve()
                     reserved = receiver.reserve(2, f"r{number}.1")
                     copies = [Copy(0, reserved.block_ids[0], 2)]
                     tasks.create_task(link.send(f"r{number}.1", reserved.token, copies))
-        assert one.landings.num_ended == other.landings.num_ended == 12
+        assert one.reservations.num_ended == other.reservations.num_ended == 12
 
 
 async def test_tcp_a_sender_that_leaves_halfway_leaves_the_reservation_intact() -> None:
@@ -499,7 +499,7 @@ async def test_tcp_a_sender_that_leaves_halfway_leaves_the_reservation_intact() 
         reserved = receiver.reserve(4)
         (await tcp_half_sent(receiver, reserved)).close()
         async with asyncio.timeout(5):
-            await receiver.landings.ended.wait()
+            await receiver.reservations.ended.wait()
         assert receiver.reservations.claim("r.1", reserved.token).num_copying == 0
         await assert_serves(receiver, sender)
 
@@ -551,11 +551,11 @@ async def test_a_sender_killed_in_mid_transfer_costs_no_block(kind: str) -> None
         receiver, sender = await net.node(LARGE, 32), await net.node(LARGE, 8)
         reserved = receiver.reserve(32)
         process = await start_sender(net, receiver, reserved)
-        receiver.landings.on_enter = process.kill
+        receiver.reservations.on_enter = process.kill
         async with asyncio.timeout(60):
             assert await process.wait() == -9
-            await receiver.landings.ended.wait()
-        receiver.landings.on_enter = lambda: None
+            await receiver.reservations.ended.wait()
+        receiver.reservations.on_enter = lambda: None
         receiver.blocks.check_integrity()
         assert receiver.blocks.counts().leased == 32
         receiver.reservations.cancel("r.1")

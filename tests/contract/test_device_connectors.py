@@ -50,10 +50,10 @@ async def half_sent(receiver: Node, sender: Node) -> asyncio.Task[object]:
     communicator.exchange = withhold
     reserved = receiver.reserve(4)
     entered = asyncio.Event()
-    receiver.landings.on_enter = entered.set
+    receiver.reservations.on_enter = entered.set
     sending = asyncio.create_task(link.send("r.1", reserved.token, [Copy(0, reserved.block_ids[0], 4)]))
     await entered.wait()
-    receiver.landings.on_enter = lambda: None
+    receiver.reservations.on_enter = lambda: None
     return sending
 
 
@@ -69,7 +69,7 @@ async def test_nccl_blocks_stay_quarantined_until_the_abort_has_returned() -> No
         assert receiver.blocks.counts().quarantined == 4
         backend.may_end.set()
         async with asyncio.timeout(5):
-            await receiver.landings.ended.wait()
+            await receiver.reservations.ended.wait()
         assert receiver.blocks.counts().free == 24
 
         receiver.connector._new_backend = GlooPair
@@ -84,7 +84,7 @@ async def test_nccl_a_sender_that_keeps_its_bytes_is_given_up_in_time() -> None:
         receiver, sender = await net.node(io_timeout_s=0.5), await net.node()
         sending = await half_sent(receiver, sender)
         async with asyncio.timeout(5):
-            await receiver.landings.ended.wait()
+            await receiver.reservations.ended.wait()
         receiver.reservations.cancel("r.1")
         assert receiver.blocks.counts().free == 24
         sending.cancel()

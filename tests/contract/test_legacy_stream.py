@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import pytest
 from cupy_on_host import busy_legacy_stream, cupy_on_host
-from kv_nodes import LINK_TOKEN, NODE, SMALL
+from kv_nodes import LINK_TOKEN, SMALL
 
 from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.kv.segments import Copy
-from flowkv_engine.transport.base import KVConnector, Landings
+from flowkv_engine.transport.base import KVConnector
 from flowkv_engine.transport.nccl import NcclFailed
 
 __all__ = ["cupy_on_host"]
@@ -22,7 +22,7 @@ __all__ = ["cupy_on_host"]
 NUM_PROMPTS = 4
 
 
-def connector(kind: str, pool: KVPool, landings: Landings) -> KVConnector:
+def connector(kind: str, pool: KVPool, reservations: Reservations) -> KVConnector:
     """As a node on a GPU makes it."""
     from flowkv_engine.transport.cuda_ipc import CudaIpcConnector
     from flowkv_engine.transport.cuda_runtime import CudaDevice
@@ -31,8 +31,8 @@ def connector(kind: str, pool: KVPool, landings: Landings) -> KVConnector:
 
     admits: Callable[[str], bool] = LINK_TOKEN.__eq__
     if kind == "cuda_ipc":
-        return CudaIpcConnector(pool, landings, admits, device=CudaDevice(), io_timeout_s=1.0)
-    return NcclConnector(pool, landings, admits, new_backend=CupyNccl, io_timeout_s=1.0)
+        return CudaIpcConnector(pool, reservations, admits, device=CudaDevice(), io_timeout_s=1.0)
+    return NcclConnector(pool, reservations, admits, new_backend=CupyNccl, io_timeout_s=1.0)
 
 
 @pytest.mark.usefixtures("cupy_on_host")
@@ -60,7 +60,7 @@ async def test_all_prompts_of_a_step_are_handed_off_while_the_next_one_computes(
         link = await sender.connect(await receiver.listen(), LINK_TOKEN, 8)
 
         async def hand_off(number: int) -> None:
-            reserved = reservations.open(f"r{number}.0", 1, [], [], "g", NODE, 60.0)
+            reserved = reservations.reserve(f"r{number}.0", 1, [], [], 60.0)
             await link.send(f"r{number}.0", reserved.token, [Copy(number, reserved.block_ids[0], 1)])
             assert source.tensor[number].equal(target.tensor[reserved.block_ids[0]])
 

@@ -16,10 +16,11 @@ import msgspec
 import torch
 
 from flowkv_common.wire.messages import PoolLayout
-from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.pool import KVPool, Pool
+from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport import make_connectors
-from flowkv_engine.transport.base import KVConnector, Landings, Pool
+from flowkv_engine.transport.base import KVConnector
 
 sys.path.append(str(Path(__file__).parents[1] / "contract"))
 from kv_nodes import connector_on_host
@@ -78,17 +79,19 @@ def pattern(pool: Pool, seed: int) -> torch.Tensor:
 
 
 @contextlib.asynccontextmanager
-async def opened(setup: Setup, landings: Landings, admits: Callable[[str], bool]) -> AsyncIterator[GpuNode]:
+async def opened(
+    setup: Setup, reservations: Reservations, admits: Callable[[str], bool]
+) -> AsyncIterator[GpuNode]:
     async with contextlib.AsyncExitStack() as stack:
         if setup.memory == "host":
             host_pool = stack.enter_context(KVPool(setup.layout, setup.num_blocks))
-            connector = connector_on_host(setup.kind, host_pool, landings, admits)
+            connector = connector_on_host(setup.kind, host_pool, reservations, admits)
             yield GpuNode(host_pool, await stack.enter_async_context(connector))
         else:
             from flowkv_engine.kv.cuda_pool import CudaPool
 
             pool = stack.enter_context(CudaPool(setup.layout, setup.num_blocks))
-            [connector] = make_connectors([setup.kind], pool, landings, admits)
+            [connector] = make_connectors([setup.kind], pool, reservations, admits)
             yield GpuNode(pool, await stack.enter_async_context(connector))
 
 

@@ -14,7 +14,7 @@ import torch
 from gpu_nodes import GpuNode, Outcome, Send, Setup, environment, opened, pattern
 from gpu_sender import SEED
 
-from flowkv_common.wire.messages import NodeRef, PoolLayout
+from flowkv_common.wire.messages import PoolLayout
 from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.reservations import Reservation, Reservations
 from flowkv_engine.kv.segments import Copy
@@ -36,20 +36,20 @@ every_connector = pytest.mark.parametrize(
 )
 
 
-class Landings:
+class WatchedReservations(Reservations):
     """Reservations, and what happens as a copy into them begins."""
 
-    def __init__(self, reservations: Reservations) -> None:
-        self._reservations = reservations
+    def __init__(self, blocks: Blocks) -> None:
+        super().__init__(blocks)
         self.on_enter: Callable[[], None] = lambda: None
         self.ended = asyncio.Event()
 
     @contextlib.contextmanager
-    def landing(self, transfer_id: str, token: str, dst_blocks: Sequence[int]) -> Iterator[Reservation]:
+    def copying(self, transfer_id: str, token: str, dst_blocks: Sequence[int]) -> Iterator[Reservation]:
         try:
-            with self._reservations.landing(transfer_id, token, dst_blocks) as landing:
+            with super().copying(transfer_id, token, dst_blocks) as reservation:
                 self.on_enter()
-                yield landing
+                yield reservation
         finally:
             self.ended.set()
 
@@ -59,14 +59,12 @@ class Receiver:
 
     def __init__(self) -> None:
         self.blocks = Blocks(NUM_BLOCKS, LAYOUT.block_size)
-        self.reservations = Reservations(self.blocks)
-        self.landings = Landings(self.reservations)
+        self.reservations = WatchedReservations(self.blocks)
         self.node: GpuNode
         self.address = ""
 
     def reserve(self, num_blocks: int, transfer_id: str) -> Reservation:
-        owner = NodeRef(node_id="prefill-1", incarnation="a")
-        return self.reservations.open(transfer_id, num_blocks, [], [], "gw-1", owner, 600.0)
+        return self.reservations.reserve(transfer_id, num_blocks, [], [], 600.0)
 
     def read_all(self) -> list[bytes]:
         return [self.node.read(block) for block in range(NUM_BLOCKS)]
@@ -107,7 +105,7 @@ async def receiving(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     for name, value in environment(setup, "receiver").items():
         monkeypatch.setenv(name, value)
     receiver = Receiver()
-    async with opened(setup, receiver.landings, LINK_TOKEN.__eq__) as receiver.node:
+    async with opened(setup, receiver.reservations, LINK_TOKEN.__eq__) as receiver.node:
         receiver.address = await receiver.node.connector.listen()
         yield receiver
     receiver.blocks.check_integrity()
@@ -178,10 +176,10 @@ async def test_a_reservation_revoked_under_the_copy_stops_it_and_settles(
     setup = Setup(kind, memory, LAYOUT, NUM_BLOCKS)
     async with receiving(setup, monkeypatch) as receiver, sending(setup) as sender:
         reserved = receiver.reserve(70, "r.1")
-        receiver.landings.on_enter = lambda: receiver.reservations.cancel("r.1")
+        receiver.reservations.on_enter = lambda: receiver.reservations.cancel("r.1")
         outcome = await sender.tell(receiver.order(reserved, [Copy(0, 0, 70)]))
         assert "TransferFailed" in str(outcome.error)
-        receiver.landings.on_enter = lambda: None
+        receiver.reservations.on_enter = lambda: None
         assert receiver.blocks.counts().free == NUM_BLOCKS
         again = receiver.reserve(70, "r.2")
         assert (await sender.tell(receiver.order(again, [Copy(0, 0, 70)]))).error is None
@@ -195,12 +193,12 @@ async def test_a_sender_killed_in_mid_transfer_costs_no_block(
     async with receiving(setup, monkeypatch) as receiver:
         reserved = receiver.reserve(70, "r.1")
         async with sending(setup) as sender:
-            receiver.landings.on_enter = sender.process.kill
+            receiver.reservations.on_enter = sender.process.kill
             with contextlib.suppress(msgspec.DecodeError):
                 await sender.tell(receiver.order(reserved, [Copy(0, 0, 70)]))
             async with asyncio.timeout(STEP_TIMEOUT_S):
-                await receiver.landings.ended.wait()
-        receiver.landings.on_enter = lambda: None
+                await receiver.reservations.ended.wait()
+        receiver.reservations.on_enter = lambda: None
         receiver.reservations.cancel("r.1")
         assert receiver.blocks.counts().free == NUM_BLOCKS
         async with sending(setup) as successor:

@@ -71,13 +71,13 @@ class Node:
 
     def compute(self, hashes: list[str]) -> None:
         cached = self.blocks.match_prefix(hashes)
-        block_ids = cached + self.blocks.take(len(hashes) - len(cached))
+        block_ids = cached + self.blocks.allocate(len(hashes) - len(cached))
         for i, block_hash in enumerate(hashes):
             self.blocks.commit(block_ids[i], block_hash, hashes[i - 1] if i else None)
         self.blocks.release(block_ids)
 
     def evict_all(self) -> None:
-        self.blocks.release(self.blocks.take(self.blocks.num_blocks))
+        self.blocks.release(self.blocks.allocate(self.blocks.num_blocks))
 
     async def tell(self, *, is_lost: bool = False) -> None:
         change = self.news.next_change()

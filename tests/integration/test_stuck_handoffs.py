@@ -133,7 +133,7 @@ async def test_a_send_that_waits_behind_others_is_not_stuck_while_those_arrive(p
 
 
 async def test_a_prompt_that_waits_for_a_full_decode_node_is_not_stuck_while_that_answers(pair: Pair) -> None:
-    taken = pair.d.node.blocks.take(pair.d.node.blocks.num_blocks)
+    taken = pair.d.node.blocks.allocate(pair.d.node.blocks.num_blocks)
     answered = asyncio.Semaphore(0)
     subject = subjects.at(subjects.DECODE_RESERVE, "d")
     async with await pair.bus.subscribe(subject, Reserve, lambda *_: answered.release()):
@@ -150,7 +150,7 @@ async def test_a_prompt_that_waits_for_a_full_decode_node_is_not_stuck_while_tha
 
 
 async def test_a_prompt_that_waits_for_blocks_nobody_gives_back_is_stuck(pair: Pair) -> None:
-    taken = pair.p.node.blocks.take(pair.p.node.blocks.num_blocks)
+    taken = pair.p.node.blocks.allocate(pair.p.node.blocks.num_blocks)
     await pair.p.prefill.accept(pair.run(PROMPT))
     await until(lambda: pair.d.node.reservations.num_open)
     await sweep(pair)

@@ -120,7 +120,7 @@ async def keeping(side: Side) -> AsyncIterator[None]:
 
 async def send(a: Side, b: Side, transfer_id: str) -> None:
     """One block, and a look at whether it has arrived."""
-    reserved = b.reservations.open(transfer_id, 1, [], [], "g", B, 60.0)
+    reserved = b.reservations.reserve(transfer_id, 1, [], [], 60.0)
     await a.links.to(B).send(transfer_id, reserved.token, [Copy(5, reserved.block_ids[0], 1)])
     assert a.pool.tensor[5].equal(b.pool.tensor[reserved.block_ids[0]])
 

@@ -52,12 +52,12 @@ class BlocksMachine(RuleBasedStateMachine):
         missing = len(hashes) - len(cached) + extra
         occupied = set(self.refs()) | set(cached) | set(self.quarantined)
         if NUM_BLOCKS - len(occupied) < missing:
-            assert not self.blocks.can_take(missing)
+            assert not self.blocks.can_allocate(missing)
             with pytest.raises(OutOfBlocks):
-                self.blocks.take(missing)
+                self.blocks.allocate(missing)
             self.blocks.release(cached)
             return
-        fresh = self.blocks.take(missing, room=room)
+        fresh = self.blocks.allocate(missing, room=room)
         assert len(set(fresh)) == missing
         assert not occupied & set(fresh)
         for block in fresh:
@@ -118,13 +118,13 @@ class BlocksMachine(RuleBasedStateMachine):
     @rule(at_most=st.integers(1, 4))
     def tell(self, at_most: int) -> None:
         """Never the same twice; when there is no more to tell, all has been told."""
-        stored, removed = self.blocks.take_changes(at_most)
+        stored, removed = self.blocks.prefix_cache.take_changes(at_most)
         assert len(stored) + len(removed) <= at_most
         assert not self.told & set(stored)
         assert self.told >= set(removed)
         self.told = self.told - set(removed) | set(stored)
         if not stored and not removed:
-            found = {h for h in self.content.values() if self.blocks._cache.find(h) is not None}
+            found = {h for h in self.content.values() if self.blocks.prefix_cache.find(h) is not None}
             assert self.told == found
 
     def pop(self, data: st.DataObject) -> Sequence:
@@ -132,7 +132,7 @@ class BlocksMachine(RuleBasedStateMachine):
 
     @rule(n=st.integers(0, NUM_BLOCKS))
     def plan(self, n: int) -> None:
-        if self.blocks.can_take(n):
+        if self.blocks.can_allocate(n):
             assert sum(self.blocks.plan_runs(n)) == n
 
     @invariant()

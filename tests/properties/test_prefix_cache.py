@@ -1,4 +1,4 @@
-"""What the prefix cache gives up first, against a model with one record per prefix that sorts them all."""
+"""What the prefix cache evicts first, against a model with one record per prefix that sorts them all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.blocks import PrefixCache
-from flowkv_engine.kv.segments import ids_of
 
 NUM_BLOCKS = 24
 
@@ -32,36 +31,36 @@ class PrefixCacheMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.cache = PrefixCache(NUM_BLOCKS)
-        self.open = set(range(NUM_BLOCKS))  # may be overwritten: unknown or cold
+        self.open = set(range(NUM_BLOCKS))  # may be overwritten: unknown or evictable
         self.holders: list[Holder] = []
         self.used_at: dict[str, int] = {}  # the last time that a holder of the prefix, or of more, left
         self.now = 0
-        self.is_plain = True  # no prefix was ever computed twice, nothing held back was ever cooled
+        self.is_plain = True  # no prefix was ever computed twice, nothing pinned was ever evicted
 
-    def busy(self) -> set[str]:
+    def leased(self) -> set[str]:
         found = {self.cache.hash_of(block) for holder in self.holders for block in holder.block_ids}
         return {known for known in found if known is not None}
 
-    def warm(self) -> set[str]:
-        return {self.cache.hash_of(block) or "" for block in self.cache.warm_blocks()}
+    def queued(self) -> set[str]:
+        return {self.cache.hash_of(block) or "" for block in self.cache.queued_blocks()}
 
-    def held_back(self) -> set[str]:
-        """Warm prefixes that a busy one builds on directly or over others that are warm."""
-        busy, warm = self.busy(), self.warm()
+    def pinned(self) -> set[str]:
+        """Queued prefixes that a leased one builds on directly or over others that are queued."""
+        leased, queued = self.leased(), self.queued()
         held: set[str] = set()
-        for prefix in sorted(warm, key=len, reverse=True):
-            if any(prefix + more in busy | held for more in "ab"):
+        for prefix in sorted(queued, key=len, reverse=True):
+            if any(prefix + more in leased | held for more in "ab"):
                 held.add(prefix)
         return held
 
     @rule(hashes=prompts, is_late=st.booleans())
     def start(self, hashes: list[str], is_late: bool) -> None:
         matched = self.cache.match(hashes)
-        self.open -= set(self.cache.revive(matched))
+        self.open -= set(self.cache.lease(matched))
         missing = hashes[len(matched) :]
         if len(missing) > len(self.open):
-            self.cache.retire([block for block in matched if not self.is_held(block)])
-            self.touch([h for h in hashes[: len(matched)] if h not in self.busy()])
+            self.cache.queue([block for block in matched if not self.is_held(block)])
+            self.touch([h for h in hashes[: len(matched)] if h not in self.leased()])
             return
         holder = Holder(hashes, matched)
         self.holders.append(holder)
@@ -96,37 +95,36 @@ class PrefixCacheMachine(RuleBasedStateMachine):
     @rule(data=st.data(), is_aborted=st.booleans())
     def finish(self, data: st.DataObject, is_aborted: bool) -> None:
         holder = self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1)))
-        known, anonymous = self.cache.split([b for b in holder.block_ids if not self.is_held(b)])
-        self.touch([self.cache.hash_of(block) or "" for block in known])
+        unheld = [block for block in holder.block_ids if not self.is_held(block)]
+        self.touch([known for block in unheld if (known := self.cache.hash_of(block)) is not None])
         if is_aborted:
-            self.is_plain = False  # who builds on it goes on
-            self.cache.forget(known)
-            self.open.update(known)
+            self.is_plain = False  # what builds on it stays
+            self.cache.forget(unheld)
+            self.open.update(unheld)
         else:
-            self.cache.retire(known)
-        self.open.update(anonymous)
+            self.open.update(self.cache.queue(unheld))
 
     @rule(n=st.integers(1, 6))
-    def cool(self, n: int) -> None:
+    def evict(self, n: int) -> None:
         for _ in range(n):
-            warm, held_back, busy = self.warm(), self.held_back(), self.busy()
-            [block] = ids_of(self.cache.cool(1)) or [None]
+            queued, pinned, leased = self.queued(), self.pinned(), self.leased()
+            [block] = self.cache.evict(1) or [None]
             if block is None:
-                assert not warm
+                assert not queued
                 return
             self.open.add(block)
-            cooled = self.cache.hash_of(block) or ""
-            self.is_plain &= warm != held_back
-            assert cooled not in held_back or warm == held_back
-            assert not any(cooled + more in warm for more in "ab")
+            evicted = self.cache.hash_of(block) or ""
+            self.is_plain &= queued != pinned
+            assert evicted not in pinned or queued == pinned
+            assert not any(evicted + more in queued for more in "ab")
             if self.is_plain:
-                assert cooled == min(warm - held_back, key=lambda h: (self.used_at[h], -len(h)))
-            assert cooled not in busy
+                assert evicted == min(queued - pinned, key=lambda h: (self.used_at[h], -len(h)))
+            assert evicted not in leased
 
     @invariant()
     def indexes_agree(self) -> None:
         self.cache.check_integrity()
-        assert self.cache.num_warm + self.cache.num_cold == len(self.cache.idle_blocks())
+        assert self.cache.num_queued + self.cache.num_evictable == len(self.cache.idle_blocks())
 
 
 TestPrefixCache = PrefixCacheMachine.TestCase

@@ -33,7 +33,7 @@ class ReservationsMachine(RuleBasedStateMachine):
     def reserve(self, transfer_id: str, num_blocks: int, depth: int) -> None:
         hashes = [f"h{i}" for i in range(depth)]
         try:
-            kept = self.reservations.open(transfer_id, num_blocks, hashes, [2, 3], "gw-1", NODE, 5.0)
+            kept = self.reservations.reserve(transfer_id, num_blocks, hashes, [2, 3], 5.0)
         except Stale:
             assert transfer_id in self.open
         except OutOfBlocks:
@@ -48,11 +48,11 @@ class ReservationsMachine(RuleBasedStateMachine):
     def begin_copy(self, transfer_id: str) -> None:
         kept = self.open.get(transfer_id)
         if kept is None:
-            with pytest.raises(Stale), self.reservations.landing(transfer_id, "", []):
+            with pytest.raises(Stale), self.reservations.copying(transfer_id, "", []):
                 pass
             return
         stack = ExitStack()
-        landing = self.reservations.landing(transfer_id, kept.token, kept.empty_block_ids)
+        landing = self.reservations.copying(transfer_id, kept.token, kept.empty_block_ids)
         assert stack.enter_context(landing) is kept
         self.copies.append((kept, stack))
 
@@ -60,7 +60,7 @@ class ReservationsMachine(RuleBasedStateMachine):
     def copy_elsewhere(self, transfer_id: str, block: int) -> None:
         kept = self.open.get(transfer_id)
         if kept and block not in kept.empty_block_ids:
-            with pytest.raises(BadRequest), self.reservations.landing(transfer_id, kept.token, [block]):
+            with pytest.raises(BadRequest), self.reservations.copying(transfer_id, kept.token, [block]):
                 pass
 
     @precondition(lambda self: self.copies)

@@ -30,12 +30,12 @@ class SegmentsMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.free)
     @rule(data=st.data(), room=st.integers(0, 4))
-    def take(self, data: st.DataObject, room: int) -> None:
+    def take_runs(self, data: st.DataObject, room: int) -> None:
         n = data.draw(st.integers(1, len(self.free)))
         before = sorted((run.length for run in self.free_runs()), reverse=True)
         fewest = next(i for i in range(len(before)) if sum(before[: i + 1]) >= n) + 1
-        plan = self.segments.plan(n)
-        runs = self.segments.take(n, room=room)
+        plan = self.segments.plan_runs(n)
+        runs = self.segments.take_runs(n, room=room)
         assert len(runs) == len(plan) == fewest
         assert sum(run.length for run in runs) == sum(plan) == n
         self.move(runs)
@@ -46,10 +46,10 @@ class SegmentsMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.free)
     @rule(data=st.data(), like=st.lists(st.integers(1, 6), min_size=1, max_size=6))
-    def take_like(self, data: st.DataObject, like: list[int]) -> None:
+    def take_runs_like(self, data: st.DataObject, like: list[int]) -> None:
         n = min(sum(like), len(self.free))
-        plan = self.segments.plan(n)
-        runs = self.segments.take(n, like)
+        plan = self.segments.plan_runs(n)
+        runs = self.segments.take_runs(n, like)
         self.move(runs)
         if sum(like) == n:
             lengths = [run.length for run in runs]
@@ -62,14 +62,14 @@ class SegmentsMachine(RuleBasedStateMachine):
         self.free -= set(taken)
 
     @rule(start=st.integers(0, NUM_BLOCKS - 1), length=st.integers(1, 6))
-    def take_at(self, start: int, length: int) -> None:
+    def take_run(self, start: int, length: int) -> None:
         run = Run(start, length)
         if set(ids_of([run])) <= self.free:
-            self.segments.take_at(run)
+            self.segments.take_run(run)
             self.move([run])
         else:
             with pytest.raises(ValueError, match="not free"):
-                self.segments.take_at(run)
+                self.segments.take_run(run)
 
     @rule(block=st.integers(0, NUM_BLOCKS - 1))
     def take_after(self, block: int) -> None:
@@ -80,14 +80,14 @@ class SegmentsMachine(RuleBasedStateMachine):
         self.free.discard(block + 1)
 
     @rule(start=st.integers(0, NUM_BLOCKS - 1), length=st.integers(1, 8))
-    def give(self, start: int, length: int) -> None:
+    def free_run(self, start: int, length: int) -> None:
         run = Run(start, length)
         ids = set(ids_of([run]))
         if ids & self.free or start + length > NUM_BLOCKS:
             with pytest.raises(ValueError, match="Run"):
-                self.segments.give(run)
+                self.segments.free_run(run)
         else:
-            self.segments.give(run)
+            self.segments.free_run(run)
             self.free |= ids
 
     @invariant()

@@ -16,14 +16,14 @@ REF = NodeRef(node_id="n", incarnation="1")
 
 def cached(blocks: Blocks, *hashes: str) -> None:
     """One block per hash, held by nobody."""
-    block_ids = blocks.take(len(hashes))
+    block_ids = blocks.allocate(len(hashes))
     for block_id, block_hash, parent in zip(block_ids, hashes, [None, *hashes], strict=False):
         blocks.commit(block_id, block_hash, parent)
     blocks.release(block_ids)
 
 
 def overwrite_all(blocks: Blocks) -> None:
-    blocks.release(blocks.take(blocks.num_blocks))
+    blocks.release(blocks.allocate(blocks.num_blocks))
 
 
 def told(change: BlocksChanged | None) -> tuple[int, set[str], set[str]]:
@@ -61,7 +61,7 @@ def test_what_comes_and_goes_in_between_is_never_told() -> None:
 def test_blocks_aborted_under_a_copy_are_told_as_removed() -> None:
     blocks = Blocks(num_blocks=4, block_size=16)
     news = BlockNews(REF, blocks)
-    block_ids = blocks.take(1)
+    block_ids = blocks.allocate(1)
     blocks.commit(block_ids[0], "a", None)
     assert told(news.next_change()) == (1, {"a"}, set())
     blocks.settle(blocks.quarantine(block_ids))
@@ -91,7 +91,7 @@ def test_cut_off_for_long_it_keeps_no_more_than_the_cache_holds() -> None:
     news = BlockNews(REF, blocks)
     for number in range(100):
         cached(blocks, f"{number}a", f"{number}b", f"{number}c")
-    stored, removed = blocks.take_changes(1000)
+    stored, removed = blocks.prefix_cache.take_changes(1000)
     assert (len(stored) <= 4, removed) == (True, [])
     assert stored[-3:] == ["99a", "99b", "99c"]
     assert news.next_change() is None

@@ -87,7 +87,7 @@ async def test_who_runs_and_who_was_preempted_come_before_a_new_handoff(side: Si
     reserved = await side.decode.reserve(reserve((num_free - 1) * BLOCK_SIZE, "b"))
     await side.decode.release(Release(transfer_id="b.0", token=reserved.token))
 
-    hog = side.node.blocks.take(num_free)
+    hog = side.node.blocks.allocate(num_free)
     [work] = side.decode.decode_work()
     work.sequence.num_computed_tokens += 1
     side.decode.apply(work.sequence, Sampled(9, None))
@@ -209,7 +209,7 @@ async def test_the_block_of_the_last_prompt_token_is_never_pinned(
 ) -> None:
     """Prefill recomputes that token: its block is always sent."""
     hashes = block_hashes(FINGERPRINT, [5] * 8, BLOCK_SIZE)
-    cached = side.node.blocks.take(2)
+    cached = side.node.blocks.allocate(2)
     for place, block_id in enumerate(cached):
         side.node.blocks.commit(block_id, hashes[place], hashes[place - 1] if place else None)
     side.node.blocks.release(cached)

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from flowkv_engine.kv.blocks import Blocks, IntegrityError, OutOfBlocks
+from flowkv_engine.kv.blocks import Blocks, OutOfBlocks
+from flowkv_engine.kv.segments import IntegrityError
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def commit_chain(blocks: Blocks, block_ids: Sequence[int], hashes: Sequence[str]
 
 def cache_chain(blocks: Blocks, *hashes: str) -> list[int]:
     """Leaves one block per hash in the cache."""
-    block_ids = blocks.take(len(hashes))
+    block_ids = blocks.allocate(len(hashes))
     commit_chain(blocks, block_ids, hashes)
     blocks.release(block_ids)
     return block_ids
@@ -34,8 +35,8 @@ def states(blocks: Blocks) -> tuple[int, int, int, int]:
     return counts.free, counts.cached, counts.leased, counts.quarantined
 
 
-def test_taken_blocks_are_leased_and_come_back_free(blocks: Blocks) -> None:
-    taken = blocks.take(4)
+def test_allocated_blocks_are_leased_and_come_back_free(blocks: Blocks) -> None:
+    taken = blocks.allocate(4)
     assert states(blocks) == (6, 0, 4, 0)
     blocks.release(taken)
     assert states(blocks) == (10, 0, 0, 0)
@@ -60,7 +61,7 @@ def test_a_shared_block_is_cached_only_after_its_last_holder(blocks: Blocks) -> 
 
 
 def test_the_older_of_two_equal_blocks_is_kept(blocks: Blocks) -> None:
-    first, second = blocks.take(2)
+    first, second = blocks.allocate(2)
     blocks.commit(first, "a", None)
     blocks.commit(second, "a", None)
     blocks.release([first, second])
@@ -71,8 +72,8 @@ def test_the_older_of_two_equal_blocks_is_kept(blocks: Blocks) -> None:
 def test_evicts_tails_first_and_the_least_recently_used_chain_first(blocks: Blocks) -> None:
     old, new = cache_chain(blocks, "a", "b", "c"), cache_chain(blocks, "x", "y", "z")
     blocks.release(blocks.match_prefix(["a", "b", "c"]))  # now x y z is the older one
-    blocks.take(4)
-    blocks.take(1)
+    blocks.allocate(4)
+    blocks.allocate(1)
     assert blocks.match_prefix(["x", "y", "z"]) == new[:2]
     assert blocks.match_prefix(["a", "b", "c"]) == old
 
@@ -80,7 +81,7 @@ def test_evicts_tails_first_and_the_least_recently_used_chain_first(blocks: Bloc
 def full_pool_with_chain(*released: int) -> tuple[Blocks, list[int]]:
     """Ten blocks: five leased, of which `released` are free again, then a cached chain of five."""
     blocks = Blocks(num_blocks=10, block_size=16)
-    taken = blocks.take(10)
+    taken = blocks.allocate(10)
     commit_chain(blocks, taken[5:], "abcde")
     blocks.release(taken[5:])
     blocks.release(taken[place] for place in released)
@@ -89,14 +90,14 @@ def full_pool_with_chain(*released: int) -> tuple[Blocks, list[int]]:
 
 def test_a_few_more_evictions_are_worth_one_run() -> None:
     blocks, taken = full_pool_with_chain(0, 2)
-    assert blocks.take(4) == taken[6:]  # two are free, and two evictions would leave three runs
+    assert blocks.allocate(4) == taken[6:]  # two are free, and two evictions would leave three runs
     assert states(blocks) == (2, 1, 7, 0)
     blocks.check_integrity()
 
 
 def test_what_may_be_overwritten_is_found_until_it_is() -> None:
     blocks, taken = full_pool_with_chain(0, 2)
-    assert blocks.take(3) == taken[7:]  # "b" was open to be overwritten too
+    assert blocks.allocate(3) == taken[7:]  # "b" was evictable too
     assert blocks.match_prefix(["a", "b", "c"]) == taken[5:7]
     blocks.release(taken[5:7])
     assert states(blocks) == (2, 2, 6, 0)
@@ -105,31 +106,31 @@ def test_what_may_be_overwritten_is_found_until_it_is() -> None:
 
 def test_a_sequence_grows_into_what_may_be_overwritten() -> None:
     blocks, taken = full_pool_with_chain()
-    assert blocks.take(1) == [taken[9]]
+    assert blocks.allocate(1) == [taken[9]]
     assert blocks.match_prefix(["a", "b", "c"]) == taken[5:8]
     assert blocks.grow(taken[7]) == taken[8]  # "d" was cached there
     blocks.check_integrity()
 
 
 def test_a_parent_whose_child_is_leased_goes_last_but_goes(blocks: Blocks) -> None:
-    parent, child = blocks.take(2)
+    parent, child = blocks.allocate(2)
     blocks.commit(parent, "a", None)
     blocks.commit(child, "b", "a")
     blocks.release([parent])
     cache_chain(blocks, "x")
-    blocks.take(8)
+    blocks.allocate(8)
     assert blocks.match_prefix(["x"]) == []
-    assert blocks.can_take(1)
-    assert blocks.take(1) == [parent]
+    assert blocks.can_allocate(1)
+    assert blocks.allocate(1) == [parent]
     assert blocks.match_prefix(["a", "b"]) == []
 
 
 def test_out_of_blocks_changes_nothing(blocks: Blocks) -> None:
     chain = cache_chain(blocks, "a", "b")
-    held = blocks.take(6)
-    assert not blocks.can_take(5)
+    held = blocks.allocate(6)
+    assert not blocks.can_allocate(5)
     with pytest.raises(OutOfBlocks, match="5 blocks wanted, 2 are free, 2 evictable"):
-        blocks.take(5)
+        blocks.allocate(5)
     with pytest.raises(OutOfBlocks):
         blocks.plan_runs(5)
     assert blocks.match_prefix(["a", "b"]) == chain
@@ -137,7 +138,7 @@ def test_out_of_blocks_changes_nothing(blocks: Blocks) -> None:
 
 
 def test_grows_in_place_while_it_can(blocks: Blocks) -> None:
-    [first] = blocks.take(1, room=2)
+    [first] = blocks.allocate(1, room=2)
     assert blocks.grow(first) == first + 1
     assert blocks.grow(first + 1) == first + 2
     moved = blocks.grow(first + 2)
@@ -146,27 +147,27 @@ def test_grows_in_place_while_it_can(blocks: Blocks) -> None:
 
 
 def test_grow_raises_when_nothing_is_left(blocks: Blocks) -> None:
-    blocks.take(10)
+    blocks.allocate(10)
     with pytest.raises(OutOfBlocks):
         blocks.grow(3)
 
 
-def test_plan_runs_tells_what_take_will_give(blocks: Blocks) -> None:
-    taken = blocks.take(10)
+def test_plan_runs_tells_what_allocate_will_give(blocks: Blocks) -> None:
+    taken = blocks.allocate(10)
     blocks.release([taken[1], taken[2], taken[5]])
     plan = blocks.plan_runs(3)
     assert plan == [2, 1]
-    assert blocks.take(3) == [taken[1], taken[2], taken[5]]
+    assert blocks.allocate(3) == [taken[1], taken[2], taken[5]]
 
 
 def test_plan_runs_counts_what_will_be_evicted(blocks: Blocks) -> None:
     cache_chain(blocks, *"abc")
-    blocks.take(5)
+    blocks.allocate(5)
     assert blocks.plan_runs(4) == [2, 2]
 
 
 def test_quarantined_blocks_are_nobodys_until_settled(blocks: Blocks) -> None:
-    shared, own, anonymous = blocks.take(3)
+    shared, own, anonymous = blocks.allocate(3)
     commit_chain(blocks, [shared, own], ["a", "b"])
     blocks.match_prefix(["a"])
     assert blocks.quarantine([shared, own, anonymous]) == [own, anonymous]
@@ -177,7 +178,7 @@ def test_quarantined_blocks_are_nobodys_until_settled(blocks: Blocks) -> None:
 
 
 def test_refuses_to_release_what_is_not_leased_and_then_changes_nothing(blocks: Blocks) -> None:
-    [block] = blocks.take(1)
+    [block] = blocks.allocate(1)
     for wrong in ([block, block], [block, 7 - block], [99]):
         with pytest.raises(ValueError, match="not leased"):
             blocks.release(wrong)
@@ -189,7 +190,7 @@ def test_refuses_to_release_what_is_not_leased_and_then_changes_nothing(blocks: 
 
 
 def test_refuses_to_commit_wrongly(blocks: Blocks) -> None:
-    [block] = blocks.take(1)
+    [block] = blocks.allocate(1)
     blocks.commit(block, "a", None)
     blocks.commit(block, "a", None)
     with pytest.raises(ValueError, match="committed as a"):
@@ -199,7 +200,7 @@ def test_refuses_to_commit_wrongly(blocks: Blocks) -> None:
 
 
 def test_a_lost_block_is_reported_with_both_sides(blocks: Blocks) -> None:
-    [block] = blocks.take(1)
+    [block] = blocks.allocate(1)
     blocks._refs[block] = 0
     with pytest.raises(IntegrityError, match=r"blocks not free.* 0 != 1"):
         blocks.check_integrity()

@@ -42,11 +42,11 @@ def reservations(blocks: Blocks, clock: Clock) -> Reservations:
 def reserve(
     reservations: Reservations, num_blocks: int, *, name: str = "r.1", hashes: tuple[str, ...] = ()
 ) -> Reservation:
-    return reservations.open(name, num_blocks, hashes, [num_blocks], "gw-1", NODE, expires_in_s=10.0)
+    return reservations.reserve(name, num_blocks, hashes, [num_blocks], expires_in_s=10.0)
 
 
 def cache(blocks: Blocks, *hashes: str) -> list[int]:
-    block_ids = blocks.take(len(hashes))
+    block_ids = blocks.allocate(len(hashes))
     for block_id, block_hash, parent in zip(block_ids, hashes, [None, *hashes], strict=False):
         blocks.commit(block_id, block_hash, parent)
     blocks.release(block_ids)
@@ -55,8 +55,8 @@ def cache(blocks: Blocks, *hashes: str) -> list[int]:
 
 def test_claimed_blocks_belong_to_the_caller(reservations: Reservations, blocks: Blocks) -> None:
     reserved = reserve(reservations, 5)
-    with reservations.landing("r.1", reserved.token, reserved.block_ids) as landing:
-        assert not landing.revoked
+    with reservations.copying("r.1", reserved.token, reserved.block_ids) as reservation:
+        assert not reservation.revoked
     assert reservations.claim("r.1", reserved.token).block_ids == reserved.block_ids
     assert (reservations.num_open, blocks.counts().leased) == (0, 5)
     with pytest.raises(Stale):
@@ -70,9 +70,9 @@ def test_the_cached_prefix_is_pinned_and_comes_first(reservations: Reservations,
     cached = cache(blocks, "a", "b")
     reserved = reserve(reservations, 4, hashes=("a", "b", "c"))
     assert (reserved.num_cached_blocks, reserved.cached_block_ids) == (2, cached)
-    assert not blocks.can_take(13)
+    assert not blocks.can_allocate(13)
     with pytest.raises(BadRequest, match="not reserved"):
-        with reservations.landing("r.1", reserved.token, cached):
+        with reservations.copying("r.1", reserved.token, cached):
             pass
     reservations.cancel("r.1")
     assert blocks.counts().cached == 2
@@ -80,9 +80,9 @@ def test_the_cached_prefix_is_pinned_and_comes_first(reservations: Reservations,
 
 def test_like_is_read_from_behind_the_cached_prefix(reservations: Reservations, blocks: Blocks) -> None:
     cache(blocks, "a", "b")
-    scattered = blocks.take(14)
+    scattered = blocks.allocate(14)
     blocks.release(scattered[0:4] + scattered[6:8] + scattered[10:12])
-    reserved = reservations.open("r.1", 6, ["a", "b"], [4, 2], "gw-1", NODE, 10.0)
+    reserved = reservations.reserve("r.1", 6, ["a", "b"], [4, 2], 10.0)
     assert reserved.empty_block_ids == scattered[0:4]
     reservations.cancel("r.1")
     blocks.release(scattered[4:6] + scattered[8:10] + scattered[12:])
@@ -112,7 +112,7 @@ def test_a_wrong_token_opens_nothing(reservations: Reservations, token: str) -> 
     with pytest.raises(Stale, match="token"):
         reservations.extend("r.1", token, 10.0)
     with pytest.raises(Stale, match="token"):
-        with reservations.landing("r.1", token, reserved.block_ids):
+        with reservations.copying("r.1", token, reserved.block_ids):
             pass
 
 
@@ -129,7 +129,7 @@ def test_expires_unless_extended(reservations: Reservations, blocks: Blocks, clo
     with pytest.raises(Stale):
         reservations.claim("r.1", reserved.token)
     with pytest.raises(Stale):
-        with reservations.landing("r.1", reserved.token, reserved.block_ids):
+        with reservations.copying("r.1", reserved.token, reserved.block_ids):
             pass
     assert blocks.counts().free == 16
 
@@ -138,9 +138,9 @@ def test_only_the_sweep_ends_what_has_expired(
     reservations: Reservations, blocks: Blocks, clock: Clock
 ) -> None:
     """A node that hears nobody does not sweep: what could not be renewed is good when it is back."""
-    renewed, landing, claimed = (reserve(reservations, 2, name=name) for name in ("r.1", "r.2", "r.3"))
+    renewed, copied, claimed = (reserve(reservations, 2, name=name) for name in ("r.1", "r.2", "r.3"))
     clock.now += 31.0
-    with reservations.landing("r.2", landing.token, landing.block_ids):
+    with reservations.copying("r.2", copied.token, copied.block_ids):
         pass
     assert reservations.claim("r.3", claimed.token) is claimed
     reservations.extend("r.1", renewed.token, 10.0)
@@ -153,13 +153,13 @@ def test_only_the_sweep_ends_what_has_expired(
 def test_blocks_under_a_copy_wait_for_the_last_copy(reservations: Reservations, blocks: Blocks) -> None:
     reserved = reserve(reservations, 4)
     first, second = reserved.block_ids[:2], reserved.block_ids[2:]
-    with reservations.landing("r.1", reserved.token, first) as landing:
-        with reservations.landing("r.1", reserved.token, second):
+    with reservations.copying("r.1", reserved.token, first) as reservation:
+        with reservations.copying("r.1", reserved.token, second):
             with pytest.raises(Stale, match="still copying"):
                 reservations.claim("r.1", reserved.token)
             reservations.cancel("r.1")
             reservations.cancel("r.1")
-            assert landing.revoked
+            assert reservation.revoked
             assert (blocks.counts().quarantined, reservations.num_open) == (4, 0)
         assert blocks.counts().quarantined == 4
     assert blocks.counts().free == 16
@@ -168,18 +168,10 @@ def test_blocks_under_a_copy_wait_for_the_last_copy(reservations: Reservations, 
 def test_a_copy_that_fails_ends_too(reservations: Reservations, blocks: Blocks) -> None:
     reserved = reserve(reservations, 1)
     with pytest.raises(ConnectionError):
-        with reservations.landing("r.1", reserved.token, reserved.block_ids):
+        with reservations.copying("r.1", reserved.token, reserved.block_ids):
             raise ConnectionError
     assert reservations.claim("r.1", reserved.token).num_copying == 0
     blocks.release(reserved.block_ids)
-
-
-def test_all_of_an_owner_can_be_cancelled(reservations: Reservations, blocks: Blocks) -> None:
-    reserve(reservations, 2)
-    reservations.open("r.2", 2, [], [], "gw-2", NODE, 10.0)
-    assert reservations.cancel_where(lambda kept: kept.owner_gateway == "gw-2") == ["r.2"]
-    assert reservations.cancel_where(lambda kept: kept.owner_node == NODE) == ["r.1"]
-    assert blocks.counts().free == 16
 
 
 def test_the_secret_does_not_show_in_logs(reservations: Reservations) -> None:

@@ -35,7 +35,7 @@ def prompt_of(num_tokens: int) -> list[int]:
 def cache_at_decode(pair: Pair, prompt_ids: list[int], num_blocks: int) -> list[int]:
     """The first blocks of a prompt, as an earlier request left them at the decode node."""
     blocks: Blocks = pair.d.node.blocks
-    block_ids = blocks.take(num_blocks)
+    block_ids = blocks.allocate(num_blocks)
     hashes = block_hashes(FINGERPRINT, prompt_ids, BLOCK_SIZE)[:num_blocks]
     for place, (block_id, block_hash) in enumerate(zip(block_ids, hashes, strict=True)):
         blocks.commit(block_id, block_hash, hashes[place - 1] if place else None)
@@ -161,7 +161,7 @@ async def test_a_reservation_is_renewed_while_its_prompt_is_computed(
 
 
 async def test_prefill_asks_a_full_decode_node_again_and_takes_no_blocks_before(pair: Pair) -> None:
-    taken = pair.d.node.blocks.take(pair.d.node.blocks.num_blocks)
+    taken = pair.d.node.blocks.allocate(pair.d.node.blocks.num_blocks)
     full: list[Full] = []
     subject = subjects.at(subjects.DECODE_RESERVE, "d")
     async with await pair.bus.subscribe(subject, Reserve, lambda *_: full.append(Full("asked"))):

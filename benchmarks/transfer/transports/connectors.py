@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
+from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.reservations import Reservation, Reservations
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport import make_connectors
 from flowkv_engine.transport.base import KVLink
 
 
-class _Unguarded:
+class _Unguarded(Reservations):
     """Any block may be written at any time. The product's check is one set comparison per transfer."""
 
-    revoked = False
-
     @contextlib.contextmanager
-    def landing(self, transfer_id: str, token: str, dst_blocks: Sequence[int]) -> Iterator[_Unguarded]:
-        yield self
+    def copying(self, transfer_id: str, token: str, dst_blocks: Sequence[int]) -> Iterator[Reservation]:
+        yield Reservation(transfer_id, token, list(dst_blocks), num_cached_blocks=0, expires_at=math.inf)
 
 
 class ConnectorTransport:
@@ -29,7 +30,7 @@ class ConnectorTransport:
     def __init__(self, name: str, pool: KVPool) -> None:
         self._num_blocks = pool.num_blocks
         self._lifetime = contextlib.AsyncExitStack()
-        (self._connector,) = make_connectors([name], pool, _Unguarded(), lambda _: True)
+        (self._connector,) = make_connectors([name], pool, _Unguarded(Blocks(0, 1)), lambda _: True)
 
     async def listen(self) -> str:
         await self._lifetime.enter_async_context(self._connector)

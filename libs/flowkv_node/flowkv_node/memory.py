@@ -16,8 +16,7 @@ import torch
 from flowkv_common.config import NodeSettings
 from flowkv_common.errors import CannotStart
 from flowkv_common.wire.messages import PoolLayout
-from flowkv_engine.kv.pool import KVPool
-from flowkv_engine.transport.base import Pool
+from flowkv_engine.kv.pool import KVPool, Pool
 
 _ROOT = Path("/")
 

@@ -115,7 +115,7 @@ class Node:
         # The last token is always computed: its logits give the next one.
         cached = self.blocks.match_prefix(hashes[: (sequence.num_tokens - 1) // block_size])
         try:
-            fresh = self.blocks.take(num_blocks - len(cached))
+            fresh = self.blocks.allocate(num_blocks - len(cached))
         except OutOfBlocks:
             self.blocks.release(cached)
             return False

@@ -52,7 +52,7 @@ class BlockNews:
 
     def next_change(self) -> BlocksChanged | None:
         """What is to be told now; None if nothing is."""
-        stored, removed = self._blocks.take_changes(self._max_changes)
+        stored, removed = self._blocks.prefix_cache.take_changes(self._max_changes)
         if not (stored or removed or self._is_gap_untold):
             return None
         for block_hash in stored:

@@ -7,7 +7,7 @@ import time
 from flowkv_common.errors import BadRequest, Full, Stale
 from flowkv_common.wire.messages import DecodeRun, Release, Reserve, Reserved, transfer_id
 from flowkv_engine.engine.sequence import Sequence
-from flowkv_engine.kv.blocks import OutOfBlocks
+from flowkv_engine.kv.blocks import GROWTH_ROOM, OutOfBlocks
 from flowkv_engine.kv.reservations import Reservation
 from flowkv_engine.kv.segments import runs_of
 from flowkv_node.attempts import Attempt
@@ -15,8 +15,6 @@ from flowkv_node.node import Node
 
 # What a prefill node is told to wait before it asks a full node again.
 RETRY_S = 0.05
-# Blocks to leave free behind a sequence, where there are: it will grow, and should grow in place.
-ROOM_TO_GROW = 8
 
 
 def reserve(node: Node, request: Reserve, num_blocks_owed: int) -> Reserved:
@@ -54,19 +52,17 @@ def _open(node: Node, request: Reserve, num_blocks_owed: int) -> Reservation:
     if node.reservations.num_open >= node.settings.max_handoffs:
         raise Full("too many handoffs in flight", retry_after_s=RETRY_S)
     # The watermark: or a handoff would preempt those who run, and starve those it has preempted.
-    if not node.blocks.can_take(num_blocks + num_blocks_owed):
+    if not node.blocks.can_allocate(num_blocks + num_blocks_owed):
         raise Full(f"no room for {num_blocks} blocks", retry_after_s=RETRY_S)
     try:
-        return node.reservations.open(
+        return node.reservations.reserve(
             request.transfer_id,
             num_blocks,
             # The block of the last prompt token is always sent: prefill recomputes that token anyway.
             request.block_hashes[: (request.num_tokens - 2) // block_size],
             like=request.run_lengths,
-            owner_gateway=request.gateway_id,
-            owner_node=request.prefill,
             expires_in_s=request.expires_in_s,
-            room=ROOM_TO_GROW,
+            room=GROWTH_ROOM,
         )
     except OutOfBlocks:
         raise Full(f"no room for {num_blocks} blocks", retry_after_s=RETRY_S) from None

@@ -1,8 +1,9 @@
-"""The memory of the KV cache on a GPU: one allocation that other processes can open. Knows no states."""
+"""The memory of the KV cache on a GPU: one allocation that other processes can open. Needs CuPy."""
 
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Self
 
 import cupy
 import torch
@@ -12,11 +13,10 @@ from flowkv_common.wire.messages import PoolLayout
 
 
 class CudaPool:
-    """`num_blocks` blocks of `layout`, zeroed, on the GPU `device`. A `Pool` as `KVPool` is.
+    """`num_blocks` zeroed blocks of `layout` on the GPU `device`. A `Pool`; use no `tensor` after `close`.
 
-    `tensor`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim] of the layout's dtype. Its
-    memory is not from torch's allocator, which cuts tensors out of larger pieces: an IPC handle names a
-    whole allocation, so a peer would read other tensors' bytes. Use no `tensor` after `close`.
+    The memory is not from torch's allocator, which cuts tensors out of larger pieces: an IPC handle names a
+    whole allocation, so a peer would read other tensors' bytes.
     """
 
     def __init__(self, layout: PoolLayout, num_blocks: int, device: int = 0) -> None:
@@ -26,14 +26,10 @@ class CudaPool:
         self._device = cupy.cuda.Device(device)
         with self._device:
             self._address = runtime.malloc(self.num_bytes)
+        shape = (num_blocks, layout.num_layers, 2, layout.block_size, layout.num_kv_heads, layout.head_dim)
         try:
-            self.tensor = (  # [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]
-                torch.as_tensor(_Bytes(self._address, self.num_bytes), device=f"cuda:{device}")
-                .view(getattr(torch, layout.dtype))
-                .view(
-                    num_blocks, layout.num_layers, 2, layout.block_size, layout.num_kv_heads, layout.head_dim
-                )
-            )
+            memory = torch.as_tensor(_Bytes(self._address, self.num_bytes), device=f"cuda:{device}")
+            self.tensor = memory.view(getattr(torch, layout.dtype)).view(shape)
             self.tensor.zero_()
             with self._device:
                 runtime.deviceSynchronize()  # connectors write on streams of their own
@@ -51,7 +47,7 @@ class CudaPool:
             runtime.deviceSynchronize()
             runtime.free(address)
 
-    def __enter__(self) -> CudaPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""The memory of the KV cache: one block-major tensor that other processes can map. Knows no states."""
+"""The memory of the KV cache: one block-major tensor that other processes can map."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import mmap
 import os
-from types import TracebackType
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -14,11 +14,23 @@ import torch
 from flowkv_common.wire.messages import PoolLayout, Run
 
 
-class KVPool:
-    """`num_blocks` blocks of `layout`, zeroed, on CPU. A block of all layers is one stretch of bytes.
+class Pool(Protocol):
+    """A pool wherever its bytes lie; those of a block, over all layers, are contiguous.
 
-    `tensor`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim] of the layout's dtype;
-    `buffer`: the same bytes as a writable memoryview; `fd`: the memfd behind them, sealed against resizing.
+    `tensor`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim] of the layout's dtype, from the
+    first byte of the pool on.
+    """
+
+    layout: PoolLayout
+    num_blocks: int
+    num_bytes: int
+    tensor: torch.Tensor
+
+
+class KVPool:
+    """`num_blocks` zeroed blocks of `layout` in host memory. A `Pool`.
+
+    `buffer`: all bytes as a writable memoryview; `fd`: the memfd behind them, sealed against resizing.
     """
 
     def __init__(self, layout: PoolLayout, num_blocks: int) -> None:
@@ -38,7 +50,7 @@ class KVPool:
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self.buffer = memoryview(self._mapping)
         # By way of numpy, which keeps the mapping open for views that outlive the pool; torch alone does not.
-        self.tensor = (  # [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]
+        self.tensor = (
             torch.from_numpy(np.frombuffer(self._mapping, dtype=np.uint8))
             .view(getattr(torch, layout.dtype))
             .view(num_blocks, layout.num_layers, 2, layout.block_size, layout.num_kv_heads, layout.head_dim)
@@ -61,10 +73,8 @@ class KVPool:
             self.buffer.release()
             self._mapping.close()
 
-    def __enter__(self) -> KVPool:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

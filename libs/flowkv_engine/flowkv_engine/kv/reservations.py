@@ -1,4 +1,4 @@
-"""Room that a decode node keeps for handoffs on their way. Every reservation has an owner, a secret, an end.
+"""Blocks that a decode node keeps for handoffs on their way. Every reservation has a secret and an end.
 
 Blocks of a reservation that ends under a copy are quarantined until the last copy has stopped.
 """
@@ -13,20 +13,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from flowkv_common.errors import BadRequest, Stale
-from flowkv_common.wire.messages import NodeRef
 from flowkv_engine.kv.blocks import Blocks, OutOfBlocks
 
 
 @dataclass(eq=False)
 class Reservation:
-    """Blocks kept for one transfer: first `num_cached_blocks` that hold their KV already, then empty ones."""
+    """Blocks kept for one transfer: first `num_cached_blocks` that hold their KV already, then empty ones.
+
+    Once `revoked`, nothing more may be written into them.
+    """
 
     transfer_id: str
     token: str = field(repr=False)
     block_ids: list[int]
     num_cached_blocks: int
-    owner_gateway: str
-    owner_node: NodeRef
     expires_at: float  # on the clock of `Reservations`
     num_copying: int = 0
     revoked: bool = False
@@ -42,37 +42,35 @@ class Reservation:
 
 
 class Reservations:
-    """All open reservations of a node. Used from the asyncio loop alone, as `Blocks` is.
+    """All open reservations of a node. Used from the event loop alone, as `Blocks` is.
 
-    One that has expired is open until `sweep`, which alone ends it for that: a node that hears nobody doesn't
-    sweep, for its owner could not renew it.
+    An expired reservation stays open until `sweep`: a node that is cut off from the bus does not sweep, since
+    the owner could not renew.
     """
 
     def __init__(self, blocks: Blocks, clock: Callable[[], float] = time.monotonic) -> None:
         self._blocks = blocks
         self._clock = clock
         self._open: dict[str, Reservation] = {}
-        self.renewed_at = clock()  # the last time that one was opened or extended
+        self.renewed_at = clock()  # the last time that one was made or extended
 
     @property
     def num_open(self) -> int:
         return len(self._open)
 
-    def open(
+    def reserve(
         self,
         transfer_id: str,
         num_blocks: int,
         hashes: Sequence[str],
         like: Sequence[int],
-        owner_gateway: str,
-        owner_node: NodeRef,
         expires_in_s: float,
         *,
         room: int = 0,
     ) -> Reservation:
         """Keeps `num_blocks` blocks: the cached prefix of the chain `hashes`, the rest in runs like `like`.
 
-        `like` are the lengths of the sender's runs over all `num_blocks`; `room` is that of `Blocks.take`.
+        `like` are the lengths of the sender's runs over all `num_blocks`; `room` is as in `Blocks.allocate`.
         Raises `OutOfBlocks`, `Stale` if the transfer has a reservation, `BadRequest` without blocks.
         """
         if num_blocks < 1:
@@ -80,41 +78,56 @@ class Reservations:
         if transfer_id in self._open:
             raise Stale(f"transfer {transfer_id} has a reservation already")
         cached = self._blocks.match_prefix(hashes[:num_blocks])
+        num_skipped, like_behind = len(cached), []
+        for length in like:  # leave the cached blocks out
+            num_skipped -= (skipped := min(length, num_skipped))
+            like_behind.append(length - skipped)
         try:
-            num_missing = num_blocks - len(cached)
-            empty = self._blocks.take(num_missing, like=_behind(like, len(cached)), room=room)
+            empty = self._blocks.allocate(num_blocks - len(cached), like=like_behind, room=room)
         except OutOfBlocks:
             self._blocks.release(cached)
             raise
-        reservation = Reservation(
+        self.renewed_at = self._clock()
+        self._open[transfer_id] = Reservation(
             transfer_id=transfer_id,
             token=secrets.token_hex(16),
             block_ids=cached + empty,
             num_cached_blocks=len(cached),
-            owner_gateway=owner_gateway,
-            owner_node=owner_node,
-            expires_at=self._clock() + expires_in_s,
+            expires_at=self.renewed_at + expires_in_s,
         )
-        self._open[transfer_id] = reservation
-        self.renewed_at = self._clock()
-        return reservation
-
-    def __contains__(self, transfer_id: str) -> bool:
-        return transfer_id in self._open
+        return self._open[transfer_id]
 
     def extend(self, transfer_id: str, token: str, expires_in_s: float) -> Reservation:
         """Lets it expire `expires_in_s` from now. Raises `Stale` if it has ended or the token is wrong."""
-        reservation = self._opened(transfer_id, token)
+        reservation = self._find(transfer_id, token)
         self.renewed_at = self._clock()
         reservation.expires_at = self.renewed_at + expires_in_s
         return reservation
+
+    @contextmanager
+    def copying(self, transfer_id: str, token: str, dst_blocks: Sequence[int]) -> Iterator[Reservation]:
+        """Guards one copy into `dst_blocks`: once `revoked` is set, it the copy must stop.
+
+        Raises `Stale` if the reservation has ended or the token is wrong, `BadRequest` if a block is not one
+        of its empty ones.
+        """
+        reservation = self._find(transfer_id, token)
+        if not set(dst_blocks) <= set(reservation.empty_block_ids):
+            raise BadRequest(f"transfer {transfer_id} writes blocks that are not reserved for it")
+        reservation.num_copying += 1
+        try:
+            yield reservation
+        finally:
+            reservation.num_copying -= 1
+            if reservation.revoked and not reservation.num_copying:
+                self._blocks.settle(reservation.quarantined)
 
     def claim(self, transfer_id: str, token: str) -> Reservation:
         """Ends the reservation; its blocks, leased, belong to the caller.
 
         Raises `Stale` if it has ended, the token is wrong or a copy is still writing.
         """
-        reservation = self._opened(transfer_id, token)
+        reservation = self._find(transfer_id, token)
         if reservation.num_copying:
             raise Stale(f"transfer {transfer_id} is still copying")
         del self._open[transfer_id]
@@ -132,51 +145,18 @@ class Reservations:
         else:
             self._blocks.release(reservation.empty_block_ids)
 
-    def cancel_where(self, predicate: Callable[[Reservation], bool]) -> list[str]:
-        """Cancels all that `predicate` holds for and returns their transfer ids."""
-        chosen = [name for name, reservation in self._open.items() if predicate(reservation)]
-        for transfer_id in chosen:
-            self.cancel(transfer_id)
-        return chosen
-
     def sweep(self) -> list[str]:
         """Cancels the expired and returns their transfer ids, for a timer (docs/architecture.md, rule 4)."""
         now = self._clock()
-        return self.cancel_where(lambda reservation: reservation.expires_at <= now)
+        expired = [name for name, reservation in self._open.items() if reservation.expires_at <= now]
+        for transfer_id in expired:
+            self.cancel(transfer_id)
+        return expired
 
-    @contextmanager
-    def landing(self, transfer_id: str, token: str, dst_blocks: Sequence[int]) -> Iterator[Reservation]:
-        """Guards one copy into `dst_blocks`. Whoever copies must stop once `revoked` is set, then leave.
-
-        Raises `Stale` if the reservation has ended or the token is wrong, `BadRequest` if a block is not one
-        of its empty ones.
-        """
-        reservation = self._opened(transfer_id, token)
-        if not set(dst_blocks) <= set(reservation.empty_block_ids):
-            raise BadRequest(f"transfer {transfer_id} writes blocks that are not reserved for it")
-        reservation.num_copying += 1
-        try:
-            yield reservation
-        finally:
-            reservation.num_copying -= 1
-            if reservation.revoked and not reservation.num_copying:
-                self._blocks.settle(reservation.quarantined)
-
-    def _opened(self, transfer_id: str, token: str) -> Reservation:
+    def _find(self, transfer_id: str, token: str) -> Reservation:
         reservation = self._open.get(transfer_id)
         if reservation is None:
             raise Stale(f"transfer {transfer_id} has no reservation, or it has expired")
         if not hmac.compare_digest(token.encode(), reservation.token.encode()):
             raise Stale(f"wrong token for transfer {transfer_id}")
         return reservation
-
-
-def _behind(lengths: Sequence[int], skipped: int) -> list[int]:
-    """Run lengths that remain of `lengths` when the first `skipped` blocks are left out."""
-    remaining = []
-    for length in lengths:
-        left_out = min(length, skipped)
-        skipped -= left_out
-        if length > left_out:
-            remaining.append(length - left_out)
-    return remaining

@@ -1,4 +1,4 @@
-"""How a broken invariant is reported: with both sides of the equation. Knows nothing of what it compares."""
+"""Runs of blocks: the allocator of free ones, and the copies that bring the blocks of one side to another."""
 
 from __future__ import annotations
 
@@ -11,18 +11,8 @@ from sortedcontainers import SortedList
 from flowkv_common.wire.messages import Run
 
 
-class IntegrityError(AssertionError):
-    """The books of the KV cache contradict each other: a bug, never a user's fault."""
-
-
-def expect_equal(what: str, left: object, right: object) -> None:
-    """Raises `IntegrityError` that names both sides unless they are equal."""
-    if left != right:
-        raise IntegrityError(f"{what}: {left!r} != {right!r}")
-
-
 class Copy(NamedTuple):
-    """A stretch contiguous on both sides: blocks `src ... src + length - 1` go to `dst ...`."""
+    """Blocks `src ... src + length - 1` of the sender go to `dst ...` of the receiver."""
 
     src: int
     dst: int
@@ -46,7 +36,7 @@ def align(src: Sequence[int], dst: Sequence[int]) -> list[Copy]:
 
 
 def _pieces(src: Sequence[int], dst: Sequence[int]) -> Iterator[Copy]:
-    """Stretches that are contiguous on both sides, in the order of the lists."""
+    """What is contiguous on both sides, in the order of the lists."""
     first_src = first_dst = length = 0
     for here, there in zip(src, dst, strict=True):
         if here == first_src + length and there == first_dst + length:
@@ -79,11 +69,8 @@ def ids_of(runs: Iterable[Run]) -> list[int]:
     return [block_id for run in runs for block_id in range(run.start, run.start + run.length)]
 
 
-_Cut = tuple[Run, Run]  # a segment, and the run that is taken out of it
-
-
 class Segments:
-    """The free blocks among `0 ... num_blocks - 1`. Each operation is O(log n) per run it touches."""
+    """The free blocks among `0 ... num_blocks - 1`, as maximal runs. O(log n) per run that is touched."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -93,7 +80,7 @@ class Segments:
         self._start_before: dict[int, int] = {}  # by end: where the segment starts that ends there
         self._is_free = bytearray(num_blocks)
         if num_blocks:
-            self.give(Run(0, num_blocks))
+            self.free_run(Run(0, num_blocks))
 
     @property
     def longest_run(self) -> int:
@@ -103,39 +90,48 @@ class Segments:
     def num_segments(self) -> int:
         return len(self._by_length)
 
-    def take(self, n: int, like: Sequence[int] = (), *, room: int = 0) -> list[Run]:
+    def take_runs(self, n: int, like: Sequence[int] = (), *, room: int = 0) -> list[Run]:
         """Takes `n` blocks, in order, as one run where a segment holds them, else as few runs as possible.
 
         `like` are the lengths of the runs that these blocks will be copied from or to: where `n` blocks must
         be cut, they are cut where the other side is, if that saves copies. `room` is how many blocks should
         stay free behind the last run. Raises `ValueError` if fewer than `n` are free.
         """
-        cuts = self._choose(n, like, room)
-        for segment, run in cuts:
-            self._cut(segment, run)
-        return [run for _, run in cuts]
+        runs = self._choose_runs(n, like, room)
+        for run in runs:
+            self.take_run(run)
+        return runs
 
-    def plan(self, n: int) -> list[int]:
-        """Lengths of the runs that `take(n)` would give now. Raises `ValueError` as `take` does."""
-        return [run.length for _, run in self._choose(n, (), 0)]
+    def plan_runs(self, n: int) -> list[int]:
+        """Lengths of the runs that `take_runs(n)` would give now. Raises `ValueError` as it does."""
+        return [run.length for run in self._choose_runs(n, (), 0)]
+
+    def take_run(self, run: Run) -> None:
+        """Takes exactly `run`. Raises `ValueError` if part of it is not free."""
+        start, end = run.start, run.start + run.length
+        if not (0 <= start < self.num_blocks and self._is_free[start]):
+            raise ValueError(f"block {start} is not free")
+        segment_start = self._is_free.rfind(0, 0, start) + 1  # a scan of bytes: 100,000 take microseconds
+        segment_end = segment_start + self._length_at[segment_start]
+        if end > segment_end:
+            raise ValueError(f"{run} is not free: its segment ends at {segment_end}")
+        self._is_free[start:end] = bytes(run.length)
+        self.num_free -= run.length
+        self._drop_segment(segment_start, segment_end)
+        if segment_start < start:
+            self._add_segment(segment_start, start)
+        if end < segment_end:
+            self._add_segment(end, segment_end)
 
     def take_after(self, block_id: int) -> int | None:
         """Takes the block behind the taken block `block_id` and returns it, or None if it is not free."""
         following = block_id + 1
-        length = self._length_at.get(following)
-        if length is None:
+        if following not in self._length_at:
             return None
-        self._cut(Run(following, length), Run(following, 1))
+        self.take_run(Run(following, 1))
         return following
 
-    def take_at(self, run: Run) -> None:
-        """Takes exactly `run`. Raises `ValueError` if part of it is not free."""
-        segment = self.segment_of(run.start)
-        if run.start + run.length > segment.start + segment.length:
-            raise ValueError(f"{run} is not free: {segment} ends before it")
-        self._cut(segment, run)
-
-    def give(self, run: Run) -> None:
+    def free_run(self, run: Run) -> None:
         """Frees `run`. Raises `ValueError` if part of it is free already or outside the pool."""
         start, end = run.start, run.start + run.length
         if run.length < 1 or start < 0 or end > self.num_blocks:
@@ -145,26 +141,19 @@ class Segments:
         self._is_free[start:end] = b"\x01" * run.length
         self.num_free += run.length
         if (start_before := self._start_before.get(start)) is not None:
-            self._drop(Run(start_before, start - start_before))
+            self._drop_segment(start_before, start)
             start = start_before
         if (length_behind := self._length_at.get(end)) is not None:
-            self._drop(Run(end, length_behind))
+            self._drop_segment(end, end + length_behind)
             end += length_behind
-        self._add(Run(start, end - start))
-
-    def segment_of(self, block_id: int) -> Run:
-        """The segment that holds the free block `block_id`. Raises `ValueError` if it is not free."""
-        if not (0 <= block_id < self.num_blocks and self._is_free[block_id]):
-            raise ValueError(f"block {block_id} is not free")
-        start = self._is_free.rfind(0, 0, block_id) + 1  # a scan of bytes: 100,000 take microseconds
-        return Run(start, self._length_at[start])
+        self._add_segment(start, end)
 
     def free_blocks(self) -> list[int]:
         """All free block ids, ascending. O(n): for checks."""
         return ids_of(Run(start, length) for start, length in sorted(self._length_at.items()))
 
     def check_integrity(self) -> None:
-        """Raises `IntegrityError` if the indexes disagree or neighbours were not merged."""
+        """Raises `IntegrityError` if the indexes disagree or neighbours were not merged. O(blocks)."""
         segments = [Run(start, length) for start, length in sorted(self._length_at.items())]
         by_length = sorted((segment.length, segment.start) for segment in segments)
         expect_equal("segments by start and by length", by_length, list(self._by_length))
@@ -175,86 +164,73 @@ class Segments:
         expect_equal("free blocks", len(marked), self.num_free)
         expect_equal("segments, neighbours merged", runs_of(marked), segments)
 
-    # --- choosing --------------------------------------------------------------------------------
-
-    def _choose(self, n: int, like: Sequence[int], room: int) -> list[_Cut]:
+    def _choose_runs(self, n: int, like: Sequence[int], room: int) -> list[Run]:
         if n > self.num_free:
             raise ValueError(f"{n} blocks wanted, {self.num_free} are free")
         if n < 1:
             return []
-        fewest = self._fewest(n, room)
+        fewest = self._fewest_runs(n, room)
         if len(fewest) == 1 or not like:
             return fewest
-        lengths = _fitted(like, n)
-        if set(_cuts([run.length for _, run in fewest])) <= set(_cuts(lengths)):
-            return fewest  # no copy more than the other side's own cuts cost
-        return self._matching(lengths, room) or fewest
+        lengths: list[int] = []  # `like`, cut off or completed so that it adds up to `n`
+        missing = n
+        for length in like:
+            if missing > 0 and length > 0:
+                lengths.append(min(length, missing))
+                missing -= lengths[-1]
+        if missing:
+            lengths.append(missing)
+        if set(accumulate(run.length for run in fewest)) <= set(accumulate(lengths)):
+            return fewest  # cut only where the other side is cut too
+        return self._runs_like(lengths, room) or fewest
 
-    def _fewest(self, n: int, room: int) -> list[_Cut]:
-        """Whole segments, longest first, then the smallest one that holds the rest and its room."""
-        cuts: list[_Cut] = []
+    def _fewest_runs(self, n: int, room: int) -> list[Run]:
+        """Whole segments, longest first, then a part of the smallest one that holds the rest and its room."""
+        runs: list[Run] = []
         longest = len(self._by_length) - 1
         while n > self._by_length[longest][0]:
             length, start = self._by_length[longest]
-            cuts.append((Run(start, length), Run(start, length)))
+            runs.append(Run(start, length))
             n -= length
             longest -= 1
         # Where no segment has that much room, the longest one left has the most.
         fitting = min(self._by_length.bisect_left((n + room, -1)), longest)
-        cuts.append(self._placed(fitting, n, room))
-        return cuts
+        return [*runs, self._place_run(fitting, n, room)]
 
-    def _matching(self, lengths: Sequence[int], room: int) -> list[_Cut] | None:
-        """One segment of its own for each of `lengths`, or None. Shortest first, each gets its best fit."""
-        chosen: dict[int, _Cut] = {}
+    def _runs_like(self, lengths: Sequence[int], room: int) -> list[Run] | None:
+        """A run in another segment for each of `lengths`, or None. Shortest first, each gets its best fit."""
+        chosen: dict[int, Run] = {}
         index = -1
         for place in sorted(range(len(lengths)), key=lengths.__getitem__):
             index = max(index + 1, self._by_length.bisect_left((lengths[place], -1)))
             if index >= len(self._by_length):
                 return None
             is_last = place == len(lengths) - 1
-            chosen[place] = self._placed(index, lengths[place], room if is_last else 0)
+            chosen[place] = self._place_run(index, lengths[place], room if is_last else 0)
         return [chosen[place] for place in range(len(lengths))]
 
-    def _placed(self, index: int, n: int, room: int) -> _Cut:
+    def _place_run(self, index: int, n: int, room: int) -> Run:
+        """At the end of this segment by length, as far as there is room behind."""
         length, start = self._by_length[index]
         spare = length - n
-        return Run(start, length), Run(start + spare - min(room, spare), n)
+        return Run(start + spare - min(room, spare), n)
 
-    # --- bookkeeping -----------------------------------------------------------------------------
+    def _add_segment(self, start: int, end: int) -> None:
+        self._length_at[start] = end - start
+        self._start_before[end] = start
+        self._by_length.add((end - start, start))
 
-    def _cut(self, segment: Run, run: Run) -> None:
-        """Takes `run` out of `segment`."""
-        end, segment_end = run.start + run.length, segment.start + segment.length
-        self._is_free[run.start : end] = bytes(run.length)
-        self.num_free -= run.length
-        self._drop(segment)
-        if segment.start < run.start:
-            self._add(Run(segment.start, run.start - segment.start))
-        if end < segment_end:
-            self._add(Run(end, segment_end - end))
-
-    def _add(self, segment: Run) -> None:
-        self._length_at[segment.start] = segment.length
-        self._start_before[segment.start + segment.length] = segment.start
-        self._by_length.add((segment.length, segment.start))
-
-    def _drop(self, segment: Run) -> None:
-        del self._length_at[segment.start]
-        del self._start_before[segment.start + segment.length]
-        self._by_length.remove((segment.length, segment.start))
+    def _drop_segment(self, start: int, end: int) -> None:
+        del self._length_at[start]
+        del self._start_before[end]
+        self._by_length.remove((end - start, start))
 
 
-def _cuts(lengths: Sequence[int]) -> list[int]:
-    """Where runs of these lengths are cut, as offsets from their beginning."""
-    return list(accumulate(lengths))[:-1]
+class IntegrityError(AssertionError):
+    """The indexes of the KV cache contradict each other: a bug, never a user's fault."""
 
 
-def _fitted(lengths: Sequence[int], n: int) -> list[int]:
-    """`lengths` cut off, or completed by one more, so that they add up to `n`."""
-    fitted: list[int] = []
-    for length in lengths:
-        if n > 0 and length > 0:
-            fitted.append(min(length, n))
-            n -= fitted[-1]
-    return [*fitted, n] if n else fitted
+def expect_equal(what: str, left: object, right: object) -> None:
+    """Raises `IntegrityError` that names both sides unless they are equal."""
+    if left != right:
+        raise IntegrityError(f"{what}: {left!r} != {right!r}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from flowkv_engine.kv.pool import KVPool
-from flowkv_engine.transport.base import KVConnector, Landings, Pool
+from flowkv_engine.kv.pool import KVPool, Pool
+from flowkv_engine.kv.reservations import Reservations
+from flowkv_engine.transport.base import KVConnector
 from flowkv_engine.transport.shm import ShmConnector
 from flowkv_engine.transport.sockets import LOOPBACK, Place
 from flowkv_engine.transport.tcp import TcpConnector
@@ -16,7 +17,7 @@ _Makers = dict[str, Callable[[], KVConnector]]
 def make_connectors(
     names: Sequence[str],
     pool: Pool,
-    landings: Landings,
+    reservations: Reservations,
     admits: Callable[[str], bool],
     *,
     place: Place = LOOPBACK,
@@ -26,9 +27,9 @@ def make_connectors(
     Raises ValueError for a name that is unknown, or not one for memory where `pool` lies.
     """
     if isinstance(pool, KVPool):
-        makers = _for_host_memory(pool, landings, admits, place)
+        makers = _for_host_memory(pool, reservations, admits, place)
     else:
-        makers = _for_device_memory(pool, landings, admits, place)
+        makers = _for_device_memory(pool, reservations, admits, place)
     if unknown := set(names) - set(makers):
         kind = type(pool).__name__
         raise ValueError(f"no connectors for a {kind}: {sorted(unknown)}; {', '.join(makers)} are")
@@ -36,16 +37,16 @@ def make_connectors(
 
 
 def _for_host_memory(
-    pool: KVPool, landings: Landings, admits: Callable[[str], bool], place: Place
+    pool: KVPool, reservations: Reservations, admits: Callable[[str], bool], place: Place
 ) -> _Makers:
     return {
-        "shm": lambda: ShmConnector(pool, landings, admits, place=place),
-        "tcp": lambda: TcpConnector(pool, landings, admits, place=place),
+        "shm": lambda: ShmConnector(pool, reservations, admits, place=place),
+        "tcp": lambda: TcpConnector(pool, reservations, admits, place=place),
     }
 
 
 def _for_device_memory(
-    pool: Pool, landings: Landings, admits: Callable[[str], bool], place: Place
+    pool: Pool, reservations: Reservations, admits: Callable[[str], bool], place: Place
 ) -> _Makers:
     # CuPy is an extra, and there is nothing to import it for on a host without a GPU.
     from flowkv_engine.transport.cuda_ipc import CudaIpcConnector
@@ -55,8 +56,10 @@ def _for_device_memory(
 
     index = pool.tensor.device.index
     return {
-        "cuda_ipc": lambda: CudaIpcConnector(pool, landings, admits, device=CudaDevice(index), place=place),
+        "cuda_ipc": lambda: CudaIpcConnector(
+            pool, reservations, admits, device=CudaDevice(index), place=place
+        ),
         "nccl": lambda: NcclConnector(
-            pool, landings, admits, new_backend=lambda: CupyNccl(index), place=place
+            pool, reservations, admits, new_backend=lambda: CupyNccl(index), place=place
         ),
     }

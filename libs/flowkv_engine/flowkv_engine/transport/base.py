@@ -7,28 +7,14 @@ have landed; bytes of a failed or cancelled one may have landed or not, in reser
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
-from flowkv_common.wire.messages import PoolLayout
 from flowkv_engine.kv.segments import Copy
-
-if TYPE_CHECKING:
-    import torch
 
 
 class ConnectorUnavailable(Exception):
     """This transport can't be had between the two nodes; the message says why."""
-
-
-class Pool(Protocol):
-    """What connectors know of a pool, wherever its bytes lie: `tensor` begins where the first block does."""
-
-    layout: PoolLayout
-    num_blocks: int
-    num_bytes: int
-    tensor: torch.Tensor  # [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]
 
 
 class TransferStats(NamedTuple):
@@ -38,22 +24,6 @@ class TransferStats(NamedTuple):
     num_copies: int
     num_calls: int
     duration_s: float
-
-
-class Landing(Protocol):
-    """A guarded copy. Once `revoked`, nothing more may be written."""
-
-    @property
-    def revoked(self) -> bool: ...
-
-
-class Landings(Protocol):
-    """Who may write what: `Reservations` is one."""
-
-    def landing(
-        self, transfer_id: str, token: str, dst_blocks: Sequence[int]
-    ) -> AbstractContextManager[Landing]:
-        """Raises `Stale` or `BadRequest` if these blocks must not be written for this transfer."""
 
 
 class KVLink(Protocol):

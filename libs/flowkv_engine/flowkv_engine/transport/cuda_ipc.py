@@ -14,9 +14,10 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
+from flowkv_engine.kv.pool import Pool
+from flowkv_engine.kv.reservations import Reservation, Reservations
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport import sockets
-from flowkv_engine.transport.base import Landing, Landings, Pool
 from flowkv_engine.transport.sockets import LOOPBACK, Channel, Frame, Hello, Place, Reply
 from flowkv_engine.transport.stream import StreamConnector, outlived
 
@@ -77,7 +78,9 @@ class MappedConnector(StreamConnector[Pool]):
             await channel.send(Reply())
             await self._answer(channel, hello, functools.partial(self._pull, channel, peer))
 
-    async def _pull(self, channel: Channel, peer: PeerPool, copies: list[Copy], landing: Landing) -> int:
+    async def _pull(
+        self, channel: Channel, peer: PeerPool, copies: list[Copy], reservation: Reservation
+    ) -> int:
         """Copies in a worker thread, which has left the pool alone by the time this returns or raises."""
         abandoned = threading.Event()
         work = functools.partial(
@@ -85,7 +88,7 @@ class MappedConnector(StreamConnector[Pool]):
             peer,
             copies,
             self._pool.layout.block_bytes,
-            lambda: landing.revoked or abandoned.is_set(),
+            lambda: reservation.revoked or abandoned.is_set(),
         )
         with channel.watching(abandoned.set):
             num_calls = await outlived(asyncio.get_running_loop().run_in_executor(None, work), abandoned)
@@ -136,14 +139,14 @@ class CudaIpcConnector(MappedConnector):
     def __init__(
         self,
         pool: Pool,
-        landings: Landings,
+        reservations: Reservations,
         admits: Callable[[str], bool],
         *,
         device: IpcDevice,
         place: Place = LOOPBACK,
         io_timeout_s: float = 10.0,
     ) -> None:
-        super().__init__(pool, landings, admits, place=place, io_timeout_s=io_timeout_s)
+        super().__init__(pool, reservations, admits, place=place, io_timeout_s=io_timeout_s)
         self._device = device
 
     async def _show_pool(self, channel: Channel) -> None:

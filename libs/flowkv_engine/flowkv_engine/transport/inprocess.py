@@ -12,8 +12,9 @@ from typing import Self
 from flowkv_common.errors import BadRequest, FlowKVError, Stale, TransferFailed
 from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.kv.segments import Copy, ids_of
-from flowkv_engine.transport.base import ConnectorUnavailable, KVLink, Landings, TransferStats, find_stray
+from flowkv_engine.transport.base import ConnectorUnavailable, KVLink, TransferStats, find_stray
 
 
 class Switchboard:
@@ -48,10 +49,14 @@ class InProcessConnector:
     connect_timeout_s = 1.0
 
     def __init__(
-        self, pool: KVPool, landings: Landings, admits: Callable[[str], bool], switchboard: Switchboard
+        self,
+        pool: KVPool,
+        reservations: Reservations,
+        admits: Callable[[str], bool],
+        switchboard: Switchboard,
     ) -> None:
         self.pool = pool
-        self._landings = landings
+        self._reservations = reservations
         self._admits = admits
         self._switchboard = switchboard
 
@@ -76,10 +81,10 @@ class InProcessConnector:
         if stray := find_stray(copies, source.num_blocks, self.pool.num_blocks):
             raise BadRequest(f"{stray} is outside the pools")
         dst_blocks = ids_of(Run(copy.dst, copy.length) for copy in copies)
-        with self._landings.landing(transfer_id, token, dst_blocks) as landing:
+        with self._reservations.copying(transfer_id, token, dst_blocks) as reservation:
             for src, dst, length in copies:
                 await asyncio.sleep(0)  # where a cancel or a revocation gets its turn
-                if landing.revoked:
+                if reservation.revoked:
                     raise Stale(f"the reservation of transfer {transfer_id} has ended")
                 self.pool.bytes_of(Run(dst, length))[:] = source.bytes_of(Run(src, length))
 

@@ -19,9 +19,10 @@ from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from flowkv_common.errors import Stale
+from flowkv_engine.kv.pool import Pool
+from flowkv_engine.kv.reservations import Reservation, Reservations
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport import sockets
-from flowkv_engine.transport.base import Landing, Landings, Pool
 from flowkv_engine.transport.sockets import LOOPBACK, Channel, Frame, Hello, Place, Reply
 from flowkv_engine.transport.stream import StreamConnector, outlived
 
@@ -213,7 +214,7 @@ class NcclConnector(StreamConnector[Pool]):
     def __init__(
         self,
         pool: Pool,
-        landings: Landings,
+        reservations: Reservations,
         admits: Callable[[str], bool],
         *,
         new_backend: Callable[[], NcclBackend],
@@ -221,7 +222,7 @@ class NcclConnector(StreamConnector[Pool]):
         io_timeout_s: float = 10.0,
         join_timeout_s: float = _JOIN_TIMEOUT_S,
     ) -> None:
-        super().__init__(pool, landings, admits, place=place, io_timeout_s=io_timeout_s)
+        super().__init__(pool, reservations, admits, place=place, io_timeout_s=io_timeout_s)
         self._new_backend = new_backend
         self._join_timeout_s = join_timeout_s
         self._sending: dict[Channel, Communicator] = {}
@@ -288,15 +289,15 @@ class NcclConnector(StreamConnector[Pool]):
         await self._answer(channel, hello, functools.partial(self._pull, channel, communicator))
 
     async def _pull(
-        self, channel: Channel, communicator: Communicator, copies: list[Copy], landing: Landing
+        self, channel: Channel, communicator: Communicator, copies: list[Copy], reservation: Reservation
     ) -> int:
         """Posts the receives. They have ended, or the abort has returned, when this returns or raises."""
-        if landing.revoked:
+        if reservation.revoked:
             raise Stale("the reservation has ended")
         await channel.send(Reply())
         spans = self._spans([(copy.dst, copy.length) for copy in copies])
         with channel.watching(communicator.abort):
-            await communicator.exchange(spans, self._timeout_s(spans), lambda: landing.revoked)
+            await communicator.exchange(spans, self._timeout_s(spans), lambda: reservation.revoked)
         return 0
 
     # --- both --------------------------------------------------------------------------------------

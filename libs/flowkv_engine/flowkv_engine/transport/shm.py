@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.reservations import Reservation
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport import sockets
-from flowkv_engine.transport.base import Landing
 from flowkv_engine.transport.sockets import Channel, FrameError, Hello, Reply
 from flowkv_engine.transport.stream import StreamConnector, outlived
 
@@ -58,7 +58,9 @@ class ShmConnector(StreamConnector[KVPool]):
         await channel.send(Reply())
         await self._answer(channel, hello, functools.partial(self._pull, channel, source))
 
-    async def _pull(self, channel: Channel, source: Bytes, copies: list[Copy], landing: Landing) -> int:
+    async def _pull(
+        self, channel: Channel, source: Bytes, copies: list[Copy], reservation: Reservation
+    ) -> int:
         """Copies in a worker thread, which has left the pool alone by the time this returns or raises."""
         abandoned = threading.Event()
         target = np.frombuffer(self._pool.buffer, dtype=np.uint8)
@@ -67,7 +69,7 @@ class ShmConnector(StreamConnector[KVPool]):
             source,
             target,
             _steps(copies, self._pool.layout.block_bytes),
-            lambda: landing.revoked or abandoned.is_set(),
+            lambda: reservation.revoked or abandoned.is_set(),
         )
         with channel.watching(abandoned.set):
             num_calls = await outlived(asyncio.get_running_loop().run_in_executor(None, work), abandoned)

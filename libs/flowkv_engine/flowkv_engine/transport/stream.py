@@ -16,14 +16,13 @@ from typing import Generic, Self, TypeVar
 
 from flowkv_common.errors import BadRequest, FlowKVError, Stale, TransferFailed
 from flowkv_common.wire.messages import Run
+from flowkv_engine.kv.pool import Pool
+from flowkv_engine.kv.reservations import Reservation, Reservations
 from flowkv_engine.kv.segments import Copy, ids_of
 from flowkv_engine.transport import sockets
 from flowkv_engine.transport.base import (
     ConnectorUnavailable,
     KVLink,
-    Landing,
-    Landings,
-    Pool,
     TransferStats,
     find_stray,
 )
@@ -187,7 +186,7 @@ _ACCEPT_RETRY_S = 0.1
 # the secret shows it at once.
 MAX_STRANGERS = 64
 
-Land = Callable[[list[Copy], Landing], Awaitable[int]]
+Land = Callable[[list[Copy], Reservation], Awaitable[int]]
 P = TypeVar("P", bound=Pool)
 
 
@@ -199,14 +198,14 @@ class StreamConnector(abc.ABC, Generic[P]):
     def __init__(
         self,
         pool: P,
-        landings: Landings,
+        reservations: Reservations,
         admits: Callable[[str], bool],
         *,
         place: Place = LOOPBACK,
         io_timeout_s: float = 10.0,
     ) -> None:
         self._pool = pool
-        self._landings = landings
+        self._reservations = reservations
         self._admits = admits
         self._place = place
         self._io_timeout_s = io_timeout_s
@@ -300,9 +299,9 @@ class StreamConnector(abc.ABC, Generic[P]):
         if stray is not None:
             raise BadRequest(f"{stray} is outside the pools")
         dst_blocks = ids_of(Run(copy.dst, copy.length) for copy in transfer.copies)
-        with self._landings.landing(transfer.transfer_id, transfer.token, dst_blocks) as landing:
-            num_calls = await land(transfer.copies, landing)
-            if landing.revoked:
+        with self._reservations.copying(transfer.transfer_id, transfer.token, dst_blocks) as reservation:
+            num_calls = await land(transfer.copies, reservation)
+            if reservation.revoked:
                 raise Stale(f"the reservation of transfer {transfer.transfer_id} has ended")
             return num_calls
 

@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.reservations import Reservation
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport import sockets
-from flowkv_engine.transport.base import Landing
 from flowkv_engine.transport.sockets import Channel, Hello, Reply
 from flowkv_engine.transport.stream import StreamConnector, outlived
 
@@ -55,11 +55,11 @@ class TcpConnector(StreamConnector[KVPool]):
         sockets.tune_tcp(channel.sock)
         await self._answer(channel, hello, functools.partial(self._pull, channel))
 
-    async def _pull(self, channel: Channel, copies: list[Copy], landing: Landing) -> int:
-        """Reads the bytes into the pool. A revoked landing ends the connection: its bytes are on the way."""
+    async def _pull(self, channel: Channel, copies: list[Copy], reservation: Reservation) -> int:
+        """Reads the bytes into the pool. A revocation ends the connection: the bytes are on the way."""
         views = [self._pool.bytes_of(Run(copy.dst, copy.length)) for copy in copies]
         receive = functools.partial(
-            _receive, channel.sock, views, lambda: landing.revoked, self._io_timeout_s
+            _receive, channel.sock, views, lambda: reservation.revoked, self._io_timeout_s
         )
         await channel.send(Reply())
         await _in_thread(channel.sock, receive)
