@@ -11,11 +11,7 @@ TRACE   ?=
 TRANSFER ?=
 OVERLAP ?=
 SIMULATE ?=
-TRACES  ?=
-PLAN    ?=
 REQUESTS ?= 100000
-EVENTS  ?=
-POLICY  ?= flowkv
 SHIFT   ?=
 OVERLOAD ?=
 SUSTAIN ?=
@@ -29,7 +25,7 @@ LLAMACPP ?=
 GGUF    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full compose-test compose-test-short bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-burst bench-simulated bench-real bench-sustain bench-engine bench-gpu bench-gpu-serving bench-gpu-transfer bench-serving bench-disturbed simulate simulate-cells plan replay lint fmt clean
+.PHONY: help install up test test-full compose-test compose-test-short bench-transfer bench-peers-install bench-fragmentation bench-overlap bench-disconnects bench-shift bench-overload bench-burst bench-simulated bench-real bench-sustain bench-engine bench-gpu bench-gpu-serving bench-gpu-transfer bench-serving bench-disturbed lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -72,18 +68,6 @@ compose-test: $(VENV)/ready-dev ## the composed system on a Docker Engine: built
 compose-test-short: $(VENV)/ready-dev ## of these: the API, its errors, and what a stranger can do
 	@$(PY) -m flowkv_engine.engine.fetch
 	$(PY) -m pytest tests/compose/test_suites.py tests/compose/test_security.py -m compose -k "not identity"
-
-simulate: $(VENV)/ready-dev ## policies side by side in simulated clusters; TRACE=file SIMULATE="--load 1.0"
-	@mkdir -p .run
-	$(PY) -m benchmarks.simulate --json .run/simulate.json --plot .run/simulate.png $(addprefix --trace ,$(TRACE)) $(SIMULATE)
-
-simulate-cells: $(VENV)/ready-dev ## all policies, loads and mixes of nodes; TRACES="file file" SIMULATE="--quick"
-	@mkdir -p .run
-	$(PY) -m benchmarks.simulate.cells --json .run/cells.json $(addprefix --trace ,$(TRACES)) $(SIMULATE)
-
-plan: $(VENV)/ready-dev ## the smallest cluster for a trace; TRACE=file PLAN="--nodes h100 --nodes a10g --rate 20"
-	@mkdir -p .run
-	$(PY) -m benchmarks.plan --json .run/plan.json $(addprefix --trace ,$(TRACE)) $(PLAN)
 
 lint: $(VENV)/ready-dev ## ruff, mypy --strict, import boundaries
 	$(VENV)/bin/ruff check .
@@ -162,9 +146,6 @@ bench-serving: $(VENV)/ready-dev ## over HTTP beside vLLM: VLLM=its-python; SERV
 bench-disturbed: $(VENV)/ready-dev ## chats disturbed by long prompts: 1P1D beside one node's chunk sizes; DISTURBED="--repeat 3"
 	@mkdir -p .run
 	$(PY) -m benchmarks.disturbed --json .run/disturbed.json $(DISTURBED)
-
-replay: $(VENV)/ready-dev ## feed a recorded cluster to a scheduler's policy, compare choices; EVENTS=file POLICY=name
-	$(PY) -m benchmarks.replay $(EVENTS) --policy $(POLICY)
 
 clean: ## remove the virtual environment and all that was built
 	rm -rf $(VENV) .run .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,10 +1,17 @@
-"""Record what a scheduler hears and decides: `python -m benchmarks.record --nats URL --out FILE`.
+"""Record what a scheduler hears and decides, until Ctrl-C or for `--seconds`.
 
-Until Ctrl-C, or for `--seconds`. Prompts are not in it: a scheduler never sees them. Start it before the
-scheduler to have all that it knew; `python -m benchmarks.replay FILE` decides again.
+Prompts are not in the recording: a scheduler never sees them. Start it before the scheduler to have all that
+it knew; `python -m benchmarks replay FILE` decides again.
 
-It listens where schedule requests go. So while it runs, who asks for a pair when no scheduler is there learns
-of that by a timeout (1 s at the gateway), not at once.
+The recorder listens where schedule requests go. So while it runs and no scheduler is there, a gateway that
+asks for a pair learns of that by a timeout (1 s), not at once.
+
+The file has one JSON object per line, in the order of arrival; `t` is seconds since the recording began:
+
+    {"t": 1.25, "subject": "flowkv.v1.load.d0", "message": {"type": "LoadReport", ...}}
+
+Two kinds of lines are no messages: a changed record of the registry (its subject as in JetStream, null when
+it is gone), and that the recorder is back on NATS.
 """
 
 from __future__ import annotations
@@ -14,20 +21,21 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 from nats.aio.msg import Msg
 
-from benchmarks.recording import NODE_PREFIX, RECONNECTED, write_line
 from flowkv_common.aio import running, stop_on_signals
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.wire import subjects
 from flowkv_common.wire.nodes import NodeDescriptor
 
+NODE_PREFIX = f"$KV.{subjects.NODES_BUCKET}."
+RECONNECTED = "reconnected"
 SUBJECTS = (
     subjects.LOAD_ALL,
     subjects.BLOCKS_ALL,
@@ -39,15 +47,41 @@ SUBJECTS = (
 )
 
 
-class Recorder:
-    """Writes all it is given to `out`, with the time by `clock` since it was made."""
+class Line(msgspec.Struct, frozen=True):
+    """`message` is JSON as it came: its kind shows in the subject."""
 
-    def __init__(self, out: BinaryIO, clock: Callable[[], float] = time.monotonic) -> None:
+    t: float
+    subject: str
+    message: msgspec.Raw
+
+
+class UnreadableRecording(Exception):
+    """Not a recording; the message says in which line."""
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """All lines in order. Raises `UnreadableRecording`, OSError."""
+    with path.open("rb") as file:
+        for number, text in enumerate(file, start=1):
+            try:
+                yield msgspec.json.decode(text, type=Line)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise UnreadableRecording(f"{path}, line {number}: {error}") from None
+
+
+def write_line(out: BinaryIO, t: float, subject: str, message: Any) -> None:
+    """Append one line. `t` is kept to the microsecond; `message` is anything that JSON can hold."""
+    out.write(msgspec.json.encode({"t": round(t, 6), "subject": subject, "message": message}) + b"\n")
+
+
+class Recorder:
+    """Writes all it is given to `out`, with the seconds since it was made."""
+
+    def __init__(self, out: BinaryIO) -> None:
         self.num_lines = 0
         self.num_unreadable = 0
         self._out = out
-        self._clock = clock
-        self._began = clock()
+        self._began = time.monotonic()
         self._nodes: dict[str, NodeDescriptor] = {}
 
     async def on_message(self, msg: Msg) -> None:
@@ -67,7 +101,7 @@ class Recorder:
         self._write(RECONNECTED, None)
 
     def _write(self, subject: str, message: object) -> None:
-        write_line(self._out, self._clock() - self._began, subject, message)
+        write_line(self._out, time.monotonic() - self._began, subject, message)
         self.num_lines += 1
 
 
@@ -83,7 +117,7 @@ async def recording(bus: Bus, recorder: Recorder) -> AsyncIterator[None]:
     forget_callback()
 
 
-async def main(options: argparse.Namespace) -> None:
+async def record(options: argparse.Namespace) -> None:
     stop = stop_on_signals()
     with options.out.open("wb") as out:
         async with connect(options.nats, name="flowkv-record", on_closed=stop.set) as bus:
@@ -95,13 +129,10 @@ async def main(options: argparse.Namespace) -> None:
     print(f"{recorder.num_lines} lines in {options.out}{unreadable}", file=sys.stderr)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.record")
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks record", description=__doc__)
     parser.add_argument("--nats", default="nats://127.0.0.1:4222", help="`make up` prints it")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=None, help="until Ctrl-C if not given")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    asyncio.run(main(_options()))
+    asyncio.run(record(parser.parse_args(argv)))
+    return 0

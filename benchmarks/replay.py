@@ -1,7 +1,7 @@
-"""Decide a recording's requests again: `make replay EVENTS=file POLICY=name`.
+"""Decide a recording's requests again, by FlowKV's policy or another, and compare the choices.
 
-Feeds a fresh planner with what a scheduler heard, at the times when it was heard, and compares its choices
-with the recorded ones. The same file, policy and seed give the same output, byte for byte.
+Feeds a fresh planner with what a scheduler heard, at the times when it was heard. The same file, policy and
+seed give the same output, byte for byte.
 
 Nodes are not simulated: their reports are the recorded ones, whatever this planner chooses or orders. So each
 line answers what it would have done *there*, not what would have come of it.
@@ -10,16 +10,16 @@ line answers what it would have done *there*, not what would have come of it.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from benchmarks.policies.baselines import BASELINES
-from benchmarks.recording import NODE_PREFIX, RECONNECTED, Line, UnreadableRecording, read_lines
+from benchmarks.baselines import BASELINES, make_planner
+from benchmarks.record import NODE_PREFIX, RECONNECTED, Line, UnreadableRecording, read_lines
+from benchmarks.report import fail
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, ScheduleRequest, Wait, decode
@@ -28,7 +28,9 @@ from flowkv_scheduler.app import TICK_PERIOD_S
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Goals
 
-FLOWKV = "flowkv"
+VERB_OF_LOAD = subjects.load("*").rpartition(".")[0]
+VERB_OF_BLOCKS = subjects.blocks("*").rpartition(".")[0]
+VERB_OF_ASSIGNMENT = subjects.assignment("*").rpartition(".")[0]
 
 
 class Decision(NamedTuple):
@@ -101,11 +103,11 @@ class Replay:
                 found = decode(line.message, NodeDescriptor)
                 self._descriptors[found.node.node_id] = found
             self._planner.set_descriptors(self._descriptors)
-        elif verb == subjects.load("*").rpartition(".")[0]:
+        elif verb == VERB_OF_LOAD:
             self._planner.add_report(decode(line.message, LoadReport), line.t)
-        elif verb == subjects.blocks("*").rpartition(".")[0]:
+        elif verb == VERB_OF_BLOCKS:
             self._planner.state.prefixes.apply(decode(line.message, BlocksChanged))
-        elif verb == subjects.assignment("*").rpartition(".")[0]:
+        elif verb == VERB_OF_ASSIGNMENT:
             self._compare(decode(line.message, Assignment))
         # Events are for people. Of prefix caches only what changed meanwhile is known.
 
@@ -149,27 +151,17 @@ def report(replay: Replay, name: str) -> Iterator[str]:
     yield f"{len(questions)} schedule requests, by {name}: {', '.join(parts)}"
 
 
-def make_planner(name: str, seed: int) -> Planner:
-    """FlowKV's, or a baseline."""
-    return Planner(Goals()) if name == FLOWKV else Planner(Goals(), lends=False, choose=BASELINES[name](seed))
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.replay")
-    parser.add_argument("events", type=Path, help="what `python -m benchmarks.record` has written")
-    parser.add_argument("--policy", default=FLOWKV, choices=[FLOWKV, *BASELINES])
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks replay", description=__doc__)
+    parser.add_argument("events", type=Path, help="what `python -m benchmarks record` has written")
+    parser.add_argument("--policy", default="flowkv", choices=["flowkv", *BASELINES])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    replay = Replay(make_planner(options.policy, options.seed))
+    replay = Replay(make_planner(options.policy, Goals(), options.seed))
     try:
         replay.run(read_lines(options.events))
     except (UnreadableRecording, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        return fail(error)
     for line in report(replay, options.policy):
         print(line)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

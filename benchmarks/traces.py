@@ -1,18 +1,27 @@
-"""Requests of a trace, lengths without text: from Mooncake's JSON lines, Azure's CSV, or made up."""
+"""Requests as lengths and arrival times: read from a trace or made up, a window of them, at any rate."""
 
 from __future__ import annotations
 
 import csv
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from itertools import cycle, islice
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 # Mooncake's trace names each 512 tokens of a prompt by one id.
 TOKENS_PER_HASH_ID = 512
+# The max_tokens of simulated clients. Until an answer ends, nothing else is known of its length.
+ASKED_NEW_TOKENS = 2048
+# Token ids that stand for text in every tokenizer used here.
+TOKEN_IDS = range(1000, 30_000)
+# Of `shifting`: the phases as median prompt and answer tokens and requests per second. Each phase costs a
+# simulated node about the same time. The spread is of the logarithm of both lengths.
+SHIFTING_PHASES = ((4000, 64, 1), (256, 512, 3), (4000, 64, 1))
+SHIFTING_SPREAD = 0.4
 
 
 class TraceError(Exception):
@@ -20,7 +29,7 @@ class TraceError(Exception):
 
 
 class Request(NamedTuple):
-    """Equal `hash_ids` in front mean equal prefixes of 512 tokens each; empty where the trace has none.
+    """Requests that begin with equal `hash_ids` share a prefix of 512 tokens per id; some traces have no ids.
 
     `arrival_s` counts from the first request.
     """
@@ -43,8 +52,8 @@ def hashes_of_id(hash_id: int, block_size: int) -> list[str]:
     return [f"{hash_id:08x}{place:08x}" * 2 for place in range(TOKENS_PER_HASH_ID // block_size)]
 
 
-def load(path: Path) -> list[Request]:
-    """Reads a trace, told by its suffix. Raises `TraceError` if it is none, `OSError` if it can't be read."""
+def read_trace(path: Path) -> list[Request]:
+    """Mooncake's JSON lines or Azure's CSV. Raises `TraceError` for anything else, and OSError."""
     readers = {".jsonl": _read_mooncake, ".csv": _read_azure}
     if path.suffix not in readers:
         raise TraceError(f"{path}: neither .jsonl (Mooncake) nor .csv (Azure)")
@@ -58,10 +67,28 @@ def load(path: Path) -> list[Request]:
     return requests
 
 
+def _read_mooncake(lines: Iterator[str]) -> Iterator[Request]:
+    for record in map(json.loads, lines):
+        num_output = max(1, record["output_length"])
+        hash_ids = tuple(record["hash_ids"])
+        yield Request(record["input_length"], num_output, hash_ids, record["timestamp"] / 1e3)
+
+
+def _read_azure(lines: Iterator[str]) -> Iterator[Request]:
+    began: datetime | None = None
+    for row in csv.DictReader(lines):
+        at = datetime.fromisoformat(row["TIMESTAMP"])
+        began = began or at
+        num_prompt, num_output = int(row["ContextTokens"]), max(1, int(row["GeneratedTokens"]))
+        yield Request(num_prompt, num_output, (), (at - began).total_seconds())
+
+
 def synthetic(num_requests: int, seed: int = 0) -> list[Request]:
-    """Log-normal prompts (median about 1,000 tokens) and outputs (150), every second one behind one of 64
-    prefixes of 512 to 2,048 tokens, one request per second by a Poisson process: the shape of a chat service,
-    for where no trace is at hand."""
+    """The shape of a chat service, one request per second by a Poisson process.
+
+    Log-normal prompts (median about 1,000 tokens) and answers (150); half of the prompts begin with one of 64
+    prefixes of 512 to 2,048 tokens.
+    """
     draw, arrivals = random.Random(seed), random.Random(seed + 1)
     prefixes = [tuple(64 * i + j for j in range(draw.randint(1, 4))) for i in range(64)]
     requests = []
@@ -77,28 +104,79 @@ def synthetic(num_requests: int, seed: int = 0) -> list[Request]:
     return requests
 
 
-def repeated(requests: list[Request], num_requests: int) -> Iterator[Request]:
-    """The trace from its beginning, again and again, `num_requests` in all."""
-    return islice(cycle(requests), num_requests)
+def shifting(num_requests: int, seed: int = 0) -> list[Request]:
+    """Long prompts with short answers, then the reverse, then back. No prefix is shared."""
+    draw = random.Random(seed)
+    requests = []
+    arrival_s = 0.0
+    first_id = 0
+    by_number = [phase for phase in SHIFTING_PHASES for _ in range(phase[2])]
+    for number in range(num_requests):
+        prompt_tokens, output_tokens, rate = by_number[number * len(by_number) // num_requests]
+        num_prompt = max(1, round(prompt_tokens * draw.lognormvariate(0, SHIFTING_SPREAD)))
+        num_output = max(1, round(output_tokens * draw.lognormvariate(0, SHIFTING_SPREAD)))
+        num_ids = -(-num_prompt // TOKENS_PER_HASH_ID)
+        hash_ids = tuple(range(first_id, first_id + num_ids))
+        requests.append(Request(num_prompt, num_output, hash_ids, arrival_s))
+        first_id += num_ids
+        arrival_s += draw.expovariate(rate)
+    return requests
 
 
-def _read_mooncake(lines: Iterator[str]) -> Iterator[Request]:
-    for record in map(json.loads, lines):
-        yield Request(
-            record["input_length"],
-            max(1, record["output_length"]),
-            tuple(record["hash_ids"]),
-            record["timestamp"] / 1e3,
+MADE_UP = {"synthetic": synthetic, "shifting": shifting}
+TRACE_HELP = "Mooncake .jsonl, Azure .csv, `shifting` or `synthetic`"
+
+
+def read_window(trace: str, num_requests: int, seed: int) -> list[Request]:
+    """Requests of a file or, with the seed, of a generator of `MADE_UP`. Raises as `read_trace`."""
+    if trace in MADE_UP:
+        return MADE_UP[trace](num_requests, seed)
+    return window(read_trace(Path(trace)), num_requests, seed)
+
+
+def window(trace: Sequence[Request], num_requests: int, seed: int) -> list[Request]:
+    """So many requests in a row, from a place that the seed draws; all in order if there are no more."""
+    ordered = sorted(trace, key=lambda request: request.arrival_s)
+    begin = random.Random(seed).randint(0, max(0, len(ordered) - num_requests))
+    return ordered[begin : begin + num_requests]
+
+
+def at_rate(requests: Sequence[Request], rate: float, seed: int) -> list[Request]:
+    """The same requests at `rate` per second on average, bursts and lulls kept.
+
+    Times are spread over a tick of the trace's clock (3 s in Mooncake's), and each is moved by an exponential
+    jitter of one mean interval, so that two seeds differ in detail.
+    """
+    draw = random.Random(seed)
+    distinct = sorted({request.arrival_s for request in requests})
+    gaps = [following - at for at, following in pairwise(distinct)]
+    tick_s = median(gaps) if gaps else 0.0  # the usual time between two that differ
+    room_s = dict(zip(distinct, (min(gap, tick_s) for gap in [*gaps, tick_s]), strict=True))
+    spread = sorted(request.arrival_s + draw.random() * room_s[request.arrival_s] for request in requests)
+    span_s = max(spread[-1] - spread[0], 1e-9)
+    scale = (len(requests) - 1) / span_s / rate if len(requests) > 1 else 0.0
+    arrivals = [(at - spread[0]) * scale + draw.expovariate(rate) for at in spread]
+    timed = [request._replace(arrival_s=at) for request, at in zip(requests, arrivals, strict=True)]
+    return sorted(timed, key=lambda request: request.arrival_s)
+
+
+def own_rate(requests: Sequence[Request]) -> float:
+    """Requests per second, as the trace has them."""
+    first, last = requests[0].arrival_s, requests[-1].arrival_s
+    return (len(requests) - 1) / (last - first) if last > first else 1.0
+
+
+def cut_to(requests: Sequence[Request], max_model_len: int) -> list[Request]:
+    """Prompts and answers no longer than the model and `ASKED_NEW_TOKENS` allow; the ends fall away.
+
+    Raises ValueError if the room kept for answers leaves nothing for a prompt.
+    """
+    if max_model_len <= ASKED_NEW_TOKENS:
+        raise ValueError(f"{max_model_len} tokens: {ASKED_NEW_TOKENS} are kept for the answer, none is left")
+    return [
+        request._replace(
+            num_prompt_tokens=min(request.num_prompt_tokens, max_model_len - ASKED_NEW_TOKENS),
+            num_output_tokens=min(request.num_output_tokens, ASKED_NEW_TOKENS),
         )
-
-
-def _read_azure(lines: Iterator[str]) -> Iterator[Request]:
-    began: datetime | None = None
-    for row in csv.DictReader(lines):
-        at = datetime.fromisoformat(row["TIMESTAMP"])
-        began = began or at
-        yield Request(
-            int(row["ContextTokens"]),
-            max(1, int(row["GeneratedTokens"])),
-            arrival_s=(at - began).total_seconds(),
-        )
+        for request in requests
+    ]

@@ -13,7 +13,7 @@ from benchmarks.fragmentation.replay import Conditions, Replay
 from benchmarks.fragmentation.report import figures, table
 from benchmarks.host import commit
 from benchmarks.result import write_result
-from benchmarks.traces import Request, TraceError, load, repeated, synthetic
+from benchmarks.traces import Request, TraceError, read_trace, synthetic
 from flowkv_engine.kv.blocks import OutOfBlocks
 
 LEVELS = (0.6, 0.75, 0.9)
@@ -36,7 +36,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     options = arguments(argv)
     try:
-        requests = load(options.trace) if options.trace else synthetic(NUM_SYNTHETIC)
+        requests = read_trace(options.trace) if options.trace else synthetic(NUM_SYNTHETIC)
     except (OSError, TraceError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 def replayed(conditions: Conditions, requests: list[Request], num_requests: int) -> Replay:
     replay = Replay(conditions)
-    replay.run(repeated(requests, num_requests), num_requests)
+    replay.run(itertools.islice(itertools.cycle(requests), num_requests), num_requests)
     return replay
 
 

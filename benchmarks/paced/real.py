@@ -20,11 +20,9 @@ from benchmarks.load.client import Outcome
 from benchmarks.load.drive import drive
 from benchmarks.paced.observe import observing
 from benchmarks.paced.simulated import Row, add_traffic, arrivals_of, means_of, simulated_means, table
-from benchmarks.simulate.presets import SMOLLM2_CPU
-from benchmarks.simulate.run import Machines
-from benchmarks.simulate.scene import read_window
-from benchmarks.simulate.targets import Targets
-from benchmarks.simulate.traffic import at_rate, cut_to
+from benchmarks.simulator.kinds import SMOLLM2_CPU, Targets
+from benchmarks.simulator.run import Machines
+from benchmarks.traces import at_rate, cut_to, read_window
 from flowkv.local_cluster import Cluster, ClusterError
 from flowkv_common.wire.nodes import StepFit
 from tests.paced.cluster import variables

@@ -24,13 +24,9 @@ from benchmarks.load.drive import drive
 from benchmarks.load.summary import tpot_s
 from benchmarks.paced.kept import Pace, pace_of
 from benchmarks.paced.pace import CHUNK_TOKENS, MAX_NUM_SEQS, NUM_BLOCKS, ONE_CORE, stretched
-from benchmarks.simulate.capacity import carried_by
-from benchmarks.simulate.presets import NodeKind
-from benchmarks.simulate.run import WAIT_SHARE, Machines, simulate
-from benchmarks.simulate.scene import read_window
-from benchmarks.simulate.targets import Targets
-from benchmarks.simulate.traffic import at_rate, cut_to
-from benchmarks.traces import Request
+from benchmarks.simulator.kinds import NodeKind, Targets
+from benchmarks.simulator.run import WAIT_SHARE, Machines, carried_by, simulate
+from benchmarks.traces import Request, at_rate, cut_to, read_window
 from flowkv.local_cluster import ClusterError
 from flowkv_common.wire.nodes import StepFit
 from tests.paced.cluster import kept, paced_cluster, paced_settings

@@ -11,14 +11,15 @@ from nats_server import NatsServer
 from scripted_nodes import Node, living, schedule, until
 
 from benchmarks import replay
-from benchmarks.record import Recorder, recording
-from benchmarks.recording import NODE_PREFIX, read_lines
+from benchmarks.baselines import make_planner
+from benchmarks.record import NODE_PREFIX, Recorder, read_lines, recording
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.config import SchedulerSettings
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, NodeRef
 from flowkv_common.wire.nodes import CapMoved
 from flowkv_scheduler.app import serve
+from flowkv_scheduler.policy import Goals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,7 +60,7 @@ async def test_recording_of_a_live_scheduler_replays_to_the_same_choices(
                     await bus.publish(subjects.event("cap_moved", "d0"), event)
                     await bus.nc.flush(5)
                 stop.set()
-    done = replay.Replay(replay.make_planner("flowkv", 0))
+    done = replay.Replay(make_planner("flowkv", Goals(), 0))
     done.run(read_lines(path))
     questions = [question for question in done.questions if question.request.request_id.startswith("r")]
     assert len(set(live)) >= 4  # else any policy would do
@@ -72,7 +73,7 @@ async def test_recording_of_a_live_scheduler_replays_to_the_same_choices(
         subjects.SCHEDULE,
         "flowkv.v1.event.cap_moved.d0",
     }
-    other = replay.Replay(replay.make_planner("round_robin", 0))
+    other = replay.Replay(make_planner("round_robin", Goals(), 0))
     other.run(read_lines(path))
     assert [question.replayed.pair for question in other.questions[-32:]] != live
 
@@ -83,7 +84,7 @@ async def test_recorder_as_a_process_ends_by_itself_with_all_it_heard(
     path = tmp_path / "events.jsonl"
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "benchmarks.record", "--nats", nats_server.url, "--out", str(path), "--seconds", "1.5"),
+        *("-m", "benchmarks", "record", "--nats", nats_server.url, "--out", str(path), "--seconds", "1.5"),
         cwd=ROOT,
         stderr=asyncio.subprocess.PIPE,
     )

@@ -79,11 +79,11 @@ def test_reads_both_formats(tmp_path: Path) -> None:
         "TIMESTAMP,ContextTokens,GeneratedTokens\n"
         "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:48.1805900,91,0\n"
     )
-    assert traces.load(mooncake) == [Request(700, 5, (0, 4), 27.5)]
-    assert traces.load(azure) == [Request(374, 44), Request(91, 1, (), 1.5)]
+    assert traces.read_trace(mooncake) == [Request(700, 5, (0, 4), 27.5)]
+    assert traces.read_trace(azure) == [Request(374, 44), Request(91, 1, (), 1.5)]
     azure.write_text("TIMESTAMP,Tokens\n2023-11-16 18:15:46,1\n")
     with pytest.raises(TraceError, match="ContextTokens"):
-        traces.load(azure)
+        traces.read_trace(azure)
 
 
 def test_writes_json_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

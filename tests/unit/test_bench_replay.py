@@ -13,8 +13,8 @@ import pytest
 from imagined_nodes import descriptor, report, request
 
 from benchmarks import replay
-from benchmarks.policies.baselines import BASELINES
-from benchmarks.recording import NODE_PREFIX, RECONNECTED, UnreadableRecording, read_lines, write_line
+from benchmarks.baselines import BASELINES, make_planner
+from benchmarks.record import NODE_PREFIX, RECONNECTED, UnreadableRecording, read_lines, write_line
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, NodeRef
 from flowkv_scheduler.cluster import ClusterState
@@ -61,7 +61,7 @@ class Tape:
         self.write(t, subjects.assignment(request_id), assignment)
 
     def replayed(self, policy: str = "flowkv", seed: int = 0) -> replay.Replay:
-        done = replay.Replay(replay.make_planner(policy, seed))
+        done = replay.Replay(make_planner(policy, Goals(), seed))
         done.run(read_lines(self.path))
         return done
 
@@ -169,7 +169,7 @@ def test_same_input_gives_the_same_bytes(tape: Tape, name: str) -> None:
             tape.assign(i / 10, f"r{i}-{j}", f"p{i % 2}", f"d{j % 2}")
     outputs = [
         subprocess.run(
-            [sys.executable, "-m", "benchmarks.replay", str(tape.path), "--policy", name, "--seed", "3"],
+            [sys.executable, "-m", "benchmarks", "replay", str(tape.path), "--policy", name, "--seed", "3"],
             cwd=ROOT,
             env={**os.environ, "PYTHONHASHSEED": hash_seed},
             capture_output=True,
@@ -218,7 +218,7 @@ def test_choices_of_a_policy_count_until_reports_show_them(tape: Tape, name: str
     tape.nodes(0.0)
     for i in range(8):
         tape.ask(0.1, f"r{i}")
-    planner = replay.make_planner(name, 0)
+    planner = make_planner(name, Goals(), 0)
     replay.Replay(planner).run(read_lines(tape.path))
     given = [view.given for view in planner.state.views()]
     assert sum(work.prefill_tokens for work in given) == 8 * 100

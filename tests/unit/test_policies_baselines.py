@@ -8,11 +8,11 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
-from benchmarks.policies.baselines import BASELINES
-from benchmarks.simulate.histogram import Histogram
-from benchmarks.simulate.node import FINGERPRINT
-from benchmarks.simulate.presets import PRESETS
-from benchmarks.simulate.run import Machines
+from benchmarks.baselines import BASELINES
+from benchmarks.simulator.batch import Histogram
+from benchmarks.simulator.kinds import KINDS
+from benchmarks.simulator.node import FINGERPRINT
+from benchmarks.simulator.run import Machines
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_scheduler.planner import Planner
@@ -29,7 +29,7 @@ class Load(NamedTuple):
 
 def baseline(name: str, loads: list[Load], num_prefill: int, seed: int = 0) -> Planner:
     made = Planner(Goals(), lends=False, choose=BASELINES[name](seed))
-    nodes = Machines(PRESETS["h100"], len(loads)).nodes(num_prefill, Histogram())
+    nodes = Machines(KINDS["h100"], len(loads)).nodes(num_prefill, Histogram())
     made.set_descriptors({node.ref.node_id: node.descriptor() for node in nodes})
     for node, load in zip(nodes, loads, strict=True):
         report = node.report(0.0)

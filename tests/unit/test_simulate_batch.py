@@ -10,10 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.simulate.batch import Batch, Limits, Prompt
-from benchmarks.simulate.histogram import WIDTH, Histogram
-from benchmarks.simulate.life import Life
-from benchmarks.simulate.stretch import Stretch
+from benchmarks.simulator.batch import BUCKET_WIDTH, Batch, Histogram, Life, Limits, Prompt, Stretch
 from benchmarks.traces import Request
 from flowkv_common.wire.nodes import StepFit
 
@@ -66,9 +63,9 @@ def by_stretches(fit: StepFit, happened: Sequence[Event]) -> tuple[list[tuple[st
     def run_until(now: float) -> None:
         while batch.stretch is not None and batch.stretch.end_s < now:
             at = batch.stretch.end_s
-            ended = batch.end()
-            ends.extend(("sequence", life.number, at) for life in ended.sequences)
-            ends.extend(("prompt", prompt.life.number, at) for prompt in ended.prompts)
+            prompts, sequences = batch.end()
+            ends.extend(("sequence", life.number, at) for life in sequences)
+            ends.extend(("prompt", prompt.life.number, at) for prompt in prompts)
             batch.begin(at)
 
     for number, event in enumerate(happened):
@@ -201,11 +198,11 @@ def test_a_ramp_counts_as_its_values_do(
     at_once, singly = Histogram(), Histogram()
     at_once.add_ramp(first, growth, num, weight)
     for j in range(num):
-        singly.add(first + j * growth, weight)
+        singly.add_value(first + j * growth, weight)
     assert at_once.total() == singly.total() == num * weight
     exact = first + (math.ceil(part * num) - 1) * growth
-    assert at_once.quantile(part) == pytest.approx(exact, rel=WIDTH)
-    assert singly.quantile(part) == pytest.approx(exact, rel=WIDTH)
+    assert at_once.quantile(part) == pytest.approx(exact, rel=BUCKET_WIDTH)
+    assert singly.quantile(part) == pytest.approx(exact, rel=BUCKET_WIDTH)
 
 
 def test_a_prompt_behind_one_that_fills_the_steps_waits_for_its_end() -> None:

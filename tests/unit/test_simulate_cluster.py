@@ -8,16 +8,12 @@ from collections.abc import Mapping
 import msgspec
 import pytest
 
-from benchmarks.simulate.cluster import Cluster
-from benchmarks.simulate.histogram import Histogram
-from benchmarks.simulate.judge import Judge
-from benchmarks.simulate.life import Life
-from benchmarks.simulate.node import SimNode
-from benchmarks.simulate.presets import PRESETS, NodeKind
-from benchmarks.simulate.report import figures
-from benchmarks.simulate.run import POLICIES, Machines, Outcome, simulate
-from benchmarks.simulate.stretch import step_s
-from benchmarks.simulate.targets import Targets
+from benchmarks.baselines import POLICIES
+from benchmarks.simulator.batch import Histogram, Life, step_s
+from benchmarks.simulator.cluster import Cluster
+from benchmarks.simulator.kinds import KINDS, NodeKind, Targets
+from benchmarks.simulator.node import SimNode
+from benchmarks.simulator.run import Machines, Outcome, figures, simulate
 from benchmarks.traces import Request, synthetic
 from flowkv_common.wire.messages import PoolLayout
 from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor, StepFit
@@ -136,7 +132,7 @@ def test_nodes_that_change_sides_all_the_time_end_all_requests(seed: int) -> Non
     itl = Histogram()
     nodes = Machines(msgspec.structs.replace(KIND, num_blocks=400), 3).nodes(1, itl)
     lives = [Life(number, request) for number, request in enumerate(busy_traffic(seed))]
-    cluster = Cluster(nodes, Restless(Goals()), lives, Judge(LOOSE))
+    cluster = Cluster(nodes, Restless(Goals()), lives, LOOSE)
     cluster.run()
     check_all_is_back(nodes, lives, itl)
     assert sum(isinstance(order, MoveCap) for _, order in cluster.orders) > 3
@@ -166,7 +162,7 @@ def test_reports_tell_nothing_of_the_length_of_answers() -> None:
     for num_output in (200, 300):
         planner = Listener(Goals(), lends=False)
         lives = [Life(0, Request(500, num_output))]
-        cluster = Cluster(Machines(KIND, 2).nodes(1, Histogram()), planner, lives, Judge(LOOSE))
+        cluster = Cluster(Machines(KIND, 2).nodes(1, Histogram()), planner, lives, LOOSE)
         cluster.run()
         assert cluster.now > 2.1
         seen.append([report for at, report in planner.heard if at <= 2.0])
@@ -175,20 +171,22 @@ def test_reports_tell_nothing_of_the_length_of_answers() -> None:
     assert [report.blocks.leased for report in at_decode] == [0, 9, 10, 10, 11]
 
 
-def test_news_of_blocks_name_what_a_request_asks_for() -> None:
+def test_news_of_blocks_name_what_a_request_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     request = Request(1100, 2, (1, 2, 3))
     heard: list[BlocksChanged] = []
     lives = [Life(0, request), Life(1, Request(1, 2, (), 9.0))]
     nodes = Machines(KIND, 2).nodes(1, Histogram())
-    Cluster(nodes, Planner(Goals(), lends=False), lives, Judge(LOOSE), on_blocks=heard.append).run()
+    planner = Planner(Goals(), lends=False)
+    monkeypatch.setattr(planner.state.prefixes, "apply", heard.append)
+    Cluster(nodes, planner, lives, LOOSE).run()
     assert [(news.node, news.seq, news.removed) for news in heard] == [(node.ref, 1, []) for node in nodes]
     full = request.block_hashes(LAYOUT.block_size)[: 1024 // LAYOUT.block_size]
     assert [news.stored for news in heard] == [full, full]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", KINDS)
 def test_presets_are_nodes_that_can_serve(name: str) -> None:
-    kind = PRESETS[name]
+    kind = KINDS[name]
     assert kind.num_blocks * kind.layout.block_size > 8192
     (life,) = simulate(Machines(kind, 2), 1, "static", [Request(1000, 10)], LOOSE).lives
     assert 0 < life.tpot_s < life.ttft_s < 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.simulate.pool import Lease, Pool
+from benchmarks.simulator.pool import Lease, Pool
 
 BLOCKS_PER_ID = 512 // 64
 # Each names all before it, as in a trace: two chains of one root, and one of their own.
@@ -77,7 +77,7 @@ def test_blocks_and_prefixes_are_those_of_the_naive_pool(drawn: list[tuple[objec
             expected = naive.take(num_tokens // 64, ids)
             assert pool.has_room(num_tokens, ids) == (expected is not None)
             if expected is not None:
-                lease = pool.take(num_tokens, ids)
+                lease = pool.lease(num_tokens, ids)
                 assert lease == expected
                 held.append((lease, expected, ids))
         elif held:
@@ -92,7 +92,7 @@ def test_blocks_and_prefixes_are_those_of_the_naive_pool(drawn: list[tuple[objec
         assert pool.num_free == naive.free
         assert pool.num_cached == len(naive.idle) * BLOCKS_PER_ID
         stored, removed = pool.take_news()
-        announced = (announced | stored) - removed
+        announced = (announced | set(stored)) - set(removed)
         assert announced == set(naive.idle) | set(naive.used)
     for lease, _, _ in held:
         pool.release(lease)
@@ -101,17 +101,17 @@ def test_blocks_and_prefixes_are_those_of_the_naive_pool(drawn: list[tuple[objec
 
 def test_news_of_what_came_and_went_is_none() -> None:
     pool = Pool(16, 64)
-    lease = pool.take(512, ())
+    lease = pool.lease(512, ())
     pool.commit(lease, (1,))
     pool.release(lease)
-    pool.release(pool.take(1024, ()))
-    assert pool.take_news() == (set(), set())
+    pool.release(pool.lease(1024, ()))
+    assert pool.take_news() == ([], [])
 
 
 def test_the_end_of_a_chain_goes_first() -> None:
     pool = Pool(24, 64)
-    lease = pool.take(24 * 64, ())
+    lease = pool.lease(24 * 64, ())
     pool.commit(lease, (1, 2, 3))
     pool.release(lease)
-    pool.release(pool.take(64, ()))
-    assert pool.hits((1, 2, 3)) == 2
+    pool.release(pool.lease(64, ()))
+    assert pool.num_hits((1, 2, 3)) == 2

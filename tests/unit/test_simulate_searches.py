@@ -7,20 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.plan.__main__ import main as plan
-from benchmarks.plan.sizing import Demand, Kinds, smallest, splits_to_try
-from benchmarks.simulate.__main__ import main
-from benchmarks.simulate.capacity import GOOD_SHARE, PRECISION, capacity, carrying_split
-from benchmarks.simulate.cells import ALL_POLICIES, LOADS, Task, run_task, table
-from benchmarks.simulate.cells import main as cells_main
-from benchmarks.simulate.presets import PRESETS
-from benchmarks.simulate.report import COLUMNS
-from benchmarks.simulate.run import Machines, best_static, simulate, splits_around
-from benchmarks.simulate.targets import Targets
-from benchmarks.simulate.traffic import at_rate
-from benchmarks.traces import Request
+from benchmarks import simulate_cells as cells
+from benchmarks.plan import Demand, smallest, splits_to_try
+from benchmarks.plan import main as plan
+from benchmarks.simulate import COLUMNS, main
+from benchmarks.simulator.kinds import KINDS, Targets
+from benchmarks.simulator.run import (
+    ALL_POLICIES,
+    GOOD_SHARE,
+    PRECISION,
+    Machines,
+    best_static,
+    capacity,
+    carrying_split,
+    simulate,
+    splits_around,
+)
+from benchmarks.traces import Request, at_rate
 
-L40S = PRESETS["l40s"]
+L40S = KINDS["l40s"]
 TARGETS = Targets(2.0, 0.06)
 
 
@@ -58,7 +63,7 @@ def test_the_best_static_split_is_the_best_of_all_and_run_to_its_end() -> None:
 
 def test_the_smallest_cluster_carries_it_and_one_node_less_does_not() -> None:
     demand = Demand(even_traffic(60), 12.0, TARGETS, 0, "static")
-    size = smallest(Kinds(L40S, L40S), demand, max_nodes=16)
+    size = smallest(L40S, L40S, demand, max_nodes=16)
     assert size is not None
     num_nodes = size.num_prefill + size.num_decode
     timed = at_rate(demand.requests, 12.0, 0)
@@ -80,7 +85,7 @@ def test_splits_are_few_and_near_what_is_known() -> None:
 
 def test_no_cluster_is_large_enough_for_the_impossible() -> None:
     demand = Demand(even_traffic(5), 1.0, Targets(1e-6, 1e-6), 0, "static")
-    assert smallest(Kinds(L40S, L40S), demand, max_nodes=3) is None
+    assert smallest(L40S, L40S, demand, max_nodes=3) is None
 
 
 def test_simulate_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,8 +94,8 @@ def test_simulate_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.
     argv += ["--policy", "flowkv", "--policy", "random"]
     assert main([*argv, "--json", str(file)]) == 0
     report = json.loads(file.read_text())
-    assert [run["policy"] for run in report["runs"]] == ["flowkv", "random"]
-    assert {run["num_requests"] for run in report["runs"]} == {30}
+    assert [run["policy"] for run in report["rows"]] == ["flowkv", "random"]
+    assert {run["num_requests"] for run in report["rows"]} == {30}
     assert report["commit"]
     assert report["host"]["num_cores"]
     shown = capsys.readouterr().out
@@ -109,7 +114,7 @@ def test_a_plan_names_kinds_split_and_margin(tmp_path: Path, capsys: pytest.Capt
     argv = ["--requests", "40", "--rate", "4", "--max-nodes", "8"]
     argv += ["--nodes", "h100", "--nodes", "l40s", "--price", "h100=4"]
     assert plan([*argv, "--ttft", "3", "--tpot", "0.08", "--json", str(file)]) == 0
-    sizes = json.loads(file.read_text())["sizes"]
+    sizes = json.loads(file.read_text())["rows"]
     assert len(sizes) == 4
     assert [size["price"] for size in sizes] == sorted(size["price"] for size in sizes)
     assert sizes[0]["price"] == sizes[0]["num_prefill"] + sizes[0]["num_decode"]
@@ -119,21 +124,21 @@ def test_a_plan_names_kinds_split_and_margin(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_cells_cover_loads_policies_and_mixes() -> None:
-    cells = [
+    found = [
         cell
         for slow_half in (False, True)
-        for cell in run_task(Task("shifting", slow_half, 1, None, num_nodes=4, num_requests=12))
+        for cell in cells.run_task(cells.Task("shifting", slow_half, 1, None, num_nodes=4, num_requests=12))
     ]
-    assert [(cell.load, cell.slow_half) for cell in cells] == [
-        (load, slow_half) for slow_half in (False, True) for load in LOADS
+    assert [(cell.load, cell.slow_half) for cell in found] == [
+        (load, slow_half) for slow_half in (False, True) for load in cells.LOADS
     ]
-    assert {cell.nodes for cell in cells} == {"a10g"}
-    assert all([run.policy for run in cell.runs] == list(ALL_POLICIES) for cell in cells)
-    assert cells[2].rate == pytest.approx(1.3 / 0.7 * cells[0].rate)
-    lines = table(cells).splitlines()
-    assert len(lines) == 1 + len(cells)
+    assert {cell.nodes for cell in found} == {"a10g"}
+    assert all([run.policy for run in cell.runs] == list(ALL_POLICIES) for cell in found)
+    assert found[2].rate == pytest.approx(1.3 / 0.7 * found[0].rate)
+    lines = cells.cells_table(found).splitlines()
+    assert len(lines) == 1 + len(found)
     assert "half slow" in lines[-1]
 
 
 def test_cells_want_their_traces(tmp_path: Path) -> None:
-    assert cells_main(["--json", str(tmp_path / "c.json"), "--trace", "none.csv"]) == 2
+    assert cells.main(["--json", str(tmp_path / "c.json"), "--trace", "none.csv"]) == 2

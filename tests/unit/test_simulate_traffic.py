@@ -6,13 +6,10 @@ import itertools
 
 import pytest
 
-from benchmarks.simulate.presets import PRESETS
-from benchmarks.simulate.shifting import shifting
-from benchmarks.simulate.targets import default_targets, unloaded_prefill_s
-from benchmarks.simulate.traffic import at_rate, cut_to, own_rate, window
-from benchmarks.traces import Request
+from benchmarks.simulator.kinds import KINDS, default_targets, unloaded_prefill_s
+from benchmarks.traces import Request, at_rate, cut_to, own_rate, shifting, window
 
-H100 = PRESETS["h100"]
+H100 = KINDS["h100"]
 
 
 def trace(num_requests: int, *, tick_s: float = 3.0) -> list[Request]:

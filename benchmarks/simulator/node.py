@@ -7,33 +7,20 @@ from collections import deque
 
 import msgspec
 
-from benchmarks.simulate.batch import Batch
-from benchmarks.simulate.histogram import Histogram
-from benchmarks.simulate.life import Life
-from benchmarks.simulate.pool import Pool
-from benchmarks.simulate.presets import NodeKind
-from benchmarks.simulate.stretch import slowed
-from benchmarks.traces import hashes_of_id
+from benchmarks.simulator.batch import Batch, Histogram, Life, slowed
+from benchmarks.simulator.kinds import NodeKind
+from benchmarks.simulator.pool import Pool
+from benchmarks.traces import ASKED_NEW_TOKENS, hashes_of_id
 from flowkv_common.wire.messages import ModelCard, NodeRef
-from flowkv_common.wire.nodes import (
-    BlockCounts,
-    BlocksChanged,
-    LoadReport,
-    NodeDescriptor,
-    OutputForecast,
-    StepFit,
-)
+from flowkv_common.wire.nodes import BlockCounts, BlocksChanged, LoadReport, NodeDescriptor, StepFit
 from flowkv_node.reporting import OutputLengths
 
 REPORT_PERIOD_S = 0.5
 FINGERPRINT = "simulated"
-# What clients ask for: neither node nor scheduler knows more of the length of an answer before it has ended.
-ASKED_NEW_TOKENS = 2048
 
 
 class SimNode:
-    """One node. `slow` multiplies what all its steps cost; `fit_noise` is the relative error of the fit that
-    it reports."""
+    """`slow` multiplies the cost of its steps; `fit_noise` is the relative error of its reported fit."""
 
     def __init__(
         self,
@@ -71,16 +58,7 @@ class SimNode:
         self._was_idle = False  # at the last report
         self._reported_cap = cap
 
-    @property
-    def has_work(self) -> bool:
-        return self.batch.stretch is not None or bool(self.line) or self.num_sending > 0
-
-    def num_queued_tokens(self, now: float) -> int:
-        """Prompt tokens to compute, of prompts with and without blocks."""
-        num_waiting = sum(life.request.num_prompt_tokens for life in self.line)
-        return num_waiting + self.batch.num_queued_tokens(now)
-
-    def send(self, num_tokens: int, num_last: int, first_chunk_at: float, now: float) -> float:
+    def send_kv(self, num_tokens: int, num_last: int, first_chunk_at: float, now: float) -> float:
         """When the KV of a prompt has landed, whose last chunk of `num_last` tokens ended now.
 
         Earlier chunks were sent from the end of the first on, while others computed. All handoffs share the
@@ -125,23 +103,26 @@ class SimNode:
         return BlocksChanged(
             node=self.ref,
             seq=self._blocks_seq,
-            stored=[name for key in sorted(stored) for name in hashes_of_id(key, size)],
-            removed=[name for key in sorted(removed) for name in hashes_of_id(key, size)],
+            stored=[name for key in stored for name in hashes_of_id(key, size)],
+            removed=[name for key in removed for name in hashes_of_id(key, size)],
         )
 
     def report(self, now: float) -> LoadReport:
         """What the node would publish at `now`; the last report again if it has been idle since."""
-        last = self._last_report
-        is_idle = not self.has_work and self.batch.cap == self._reported_cap
-        if last is not None and is_idle and self._was_idle:
-            return last
-        self._was_idle, self._reported_cap = is_idle, self.batch.cap
-        self._seq += 1
-        self._last_report = self._snapshot(now)
+        has_work = self.batch.stretch is not None or bool(self.line) or self.num_sending > 0
+        is_idle = not has_work and self.batch.cap == self._reported_cap
+        if self._last_report is None or not (is_idle and self._was_idle):
+            self._was_idle, self._reported_cap = is_idle, self.batch.cap
+            self._seq += 1
+            self._last_report = self._snapshot(now)
         return self._last_report
 
     def _snapshot(self, now: float) -> LoadReport:
-        batch = self.batch
+        batch, pool = self.batch, self.pool
+        # A real node takes a block when a sequence grows into it, the simulated one takes all at the start.
+        # So what is still to grow is told as free, or the scheduler would learn how long answers get.
+        num_free = pool.num_free + batch.num_early_blocks_at(now)
+        num_sequences = len(batch.waiting) + batch.num_decoding
         return LoadReport(
             node=self.ref,
             seq=self._seq,
@@ -149,11 +130,19 @@ class SimNode:
             ready=True,
             draining=False,
             max_prefill_tokens_per_step=batch.cap,
-            queued_prefill_tokens=self.num_queued_tokens(now),
+            queued_prefill_tokens=sum(life.request.num_prompt_tokens for life in self.line)
+            + batch.num_queued_tokens(now),
             num_waiting=len(batch.waiting),
             num_running=batch.num_decoding,
             max_num_seqs=self.kind.max_num_seqs,
-            blocks=self._blocks(now),
+            blocks=BlockCounts(
+                total=pool.num_blocks,
+                free=num_free,
+                cached=pool.num_cached,
+                leased=pool.num_blocks - num_free - pool.num_cached,
+                quarantined=0,
+                longest_free_run=num_free,
+            ),
             prefill_tokens_per_s=batch.prefill_tokens_per_s,
             decode_step_s=batch.decode_step_s,
             num_handoffs=self.num_sending,
@@ -165,25 +154,7 @@ class SimNode:
             num_rooms_given=self.num_rooms_given,
             num_sequences_accepted=self.num_sequences_accepted,
             step=self._reported_fit,
-            forecast=self._forecast(),
-        )
-
-    def _forecast(self) -> OutputForecast:
-        num_sequences = len(self.batch.waiting) + self.batch.num_decoding
-        return self.lengths.forecast([(0, ASKED_NEW_TOKENS)] * num_sequences)
-
-    def _blocks(self, now: float) -> BlockCounts:
-        """A real node takes a block when a sequence grows into it, the simulated one takes all at the start:
-        so what is still to grow is told as free. Else the scheduler would learn how long answers get."""
-        pool = self.pool
-        num_free = pool.num_free + self.batch.num_early_blocks_at(now)
-        return BlockCounts(
-            total=pool.num_blocks,
-            free=num_free,
-            cached=pool.num_cached,
-            leased=pool.num_blocks - num_free - pool.num_cached,
-            quarantined=0,
-            longest_free_run=num_free,
+            forecast=self.lengths.forecast([(0, ASKED_NEW_TOKENS)] * num_sequences),
         )
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.simulate.cells --json FILE`: all policies on all traces, loads and mixes of nodes.
+"""All policies on all traces, loads and mixes of nodes.
 
 A cell is a trace, a load, and nodes that are alike or half of them slow; it is run with several seeds. The
 load is a share of what the best static split carries of the same requests, found first.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -22,18 +21,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from benchmarks.result import write_result
-from benchmarks.simulate.capacity import LEAST_RATE, capacity
-from benchmarks.simulate.node import ASKED_NEW_TOKENS
-from benchmarks.simulate.presets import PRESETS, slowest_that_holds
-from benchmarks.simulate.report import Figures, figures, layout
-from benchmarks.simulate.run import POLICIES, Machines
-from benchmarks.simulate.scene import BEST_STATIC, MADE_UP, Scene, outcome_of, read_window
-from benchmarks.simulate.targets import default_targets
-from benchmarks.simulate.traffic import at_rate, cut_to
+from benchmarks.report import Report, fail, make_parser, options_of, table
+from benchmarks.simulator.kinds import KINDS, default_targets, slowest_that_holds
+from benchmarks.simulator.run import ALL_POLICIES, LEAST_RATE, Figures, Machines, Scene, capacity, figures
+from benchmarks.traces import ASKED_NEW_TOKENS, MADE_UP, at_rate, cut_to, read_window
 
 LOADS = (0.7, 1.0, 1.3)
-ALL_POLICIES = (*POLICIES, BEST_STATIC)
 
 
 class Task(NamedTuple):
@@ -66,58 +59,38 @@ class Cell(msgspec.Struct, frozen=True):
     runs: list[Figures]
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.simulate.cells", description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="where the figures go")
-    parser.add_argument("--trace", action="append", default=[], help="several; `shifting` is added")
-    parser.add_argument(
-        "--nodes", choices=PRESETS, help="of one kind; without, the slowest that hold the longest prompt"
-    )
-    parser.add_argument("--num-nodes", type=int, default=8, help="half of them start on each side")
-    parser.add_argument("--requests", type=int, default=1200, help="in each run")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one seed, 300 requests")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str]) -> int:
-    options = arguments(argv)
+def main(argv: Sequence[str]) -> int:
+    options = _options(argv)
     num_seeds, num_requests = (1, 300) if options.quick else (options.seeds, options.requests)
     traces = [*options.trace, "shifting"]
     missing = [trace for trace in traces if trace not in MADE_UP and not Path(trace).exists()]
     if missing:
-        print(f"no such trace: {', '.join(missing)}", file=sys.stderr)
-        return 2
+        return fail(f"no such trace: {', '.join(missing)}", 2)
+    report = Report(options.json, "simulate-cells", options_of(options))
     tasks = [
         Task(trace, slow_half, seed, options.nodes, options.num_nodes, num_requests)
         for seed, trace, slow_half in product(range(num_seeds), traces, (False, True))
     ]
     began = time.monotonic()
-    cells = list(run_all(tasks))
-    cells.sort(key=lambda cell: (traces.index(cell.trace), cell.slow_half, cell.load, cell.seed))
-    found = {
-        "options": {name: str(value) for name, value in vars(options).items()},
-        "wall_s": time.monotonic() - began,
-        "cells": msgspec.to_builtins(cells),
-    }
-    write_result(options.json, "simulate.cells", found)
-    print(table(cells))
-    return 0
+    report.rows = list(run_all(tasks, report))
+    report.rows.sort(key=lambda cell: (traces.index(cell.trace), cell.slow_half, cell.load, cell.seed))
+    report.more["wall_s"] = time.monotonic() - began
+    return report.finish(cells_table(report.rows))
 
 
-def run_all(tasks: Sequence[Task]) -> Iterator[Cell]:
+def run_all(tasks: Sequence[Task], report: Report) -> Iterator[Cell]:
     """On all cores, in no certain order."""
     cores = len(os.sched_getaffinity(0))
     with multiprocessing.get_context("spawn").Pool(min(cores, len(tasks))) as workers:
         for number, cells in enumerate(workers.imap_unordered(run_task, tasks), 1):
-            print(f"{number} of {len(tasks)}: {cells[0].trace}, seed {cells[0].seed}", file=sys.stderr)
+            report.say(f"{number} of {len(tasks)}: {cells[0].trace}, seed {cells[0].seed}")
             yield from cells
 
 
 def run_task(task: Task) -> list[Cell]:
     requests = read_window(task.trace, task.num_requests, task.seed)
     longest = max(request.num_prompt_tokens for request in requests) + ASKED_NEW_TOKENS
-    kind = PRESETS[task.nodes] if task.nodes else slowest_that_holds(longest)
+    kind = KINDS[task.nodes] if task.nodes else slowest_that_holds(longest)
     machines = Machines(kind, task.num_nodes, task.slow_half)
     requests = cut_to(requests, kind.max_model_len)
     targets = default_targets(kind, requests)
@@ -129,7 +102,6 @@ def run_task(task: Task) -> list[Cell]:
         rate = load * max(carried.rate, LEAST_RATE * task.num_nodes)
         timed = at_rate(requests, rate, task.seed)
         scene = Scene(machines, half, timed, targets, rate, task.seed, carried.num_prefill)
-        runs = [figures(outcome_of(policy, scene)) for policy in ALL_POLICIES]
         cells.append(
             Cell(
                 trace=task.trace,
@@ -141,22 +113,21 @@ def run_task(task: Task) -> list[Cell]:
                 carried=carried.rate,
                 lending_carries=lending.rate,
                 best_prefill=carried.num_prefill,
-                runs=runs,
+                runs=[figures(scene.outcome(policy)) for policy in ALL_POLICIES],
             )
         )
     return cells
 
 
-def table(cells: Sequence[Cell]) -> str:
+def cells_table(cells: Sequence[Cell]) -> str:
     """One line for each trace, mix and load: the share of good requests by policy, the mean of all seeds.
 
     `carries` is what FlowKV carries, over what the best static split does.
     """
-    lines = [["trace", "nodes", "load", "requests/s", "carries", *ALL_POLICIES]]
-    keys = dict.fromkeys((cell.trace, cell.slow_half, cell.load) for cell in cells)
-    for trace, slow_half, load in keys:
+    lines = []
+    for trace, slow_half, load in dict.fromkeys((cell.trace, cell.slow_half, cell.load) for cell in cells):
         here = [c for c in cells if (c.trace, c.slow_half, c.load) == (trace, slow_half, load)]
-        shares = [mean(cell.runs[place].good_share for cell in here) for place in range(len(ALL_POLICIES))]
+        shares = (mean(cell.runs[place].good_share for cell in here) for place in range(len(ALL_POLICIES)))
         lines.append(
             [
                 Path(trace).stem,
@@ -167,8 +138,17 @@ def table(cells: Sequence[Cell]) -> str:
                 *(f"{share:.1%}" for share in shares),
             ]
         )
-    return layout(lines)
+    return table(["trace", "nodes", "load", "requests/s", "carries", *ALL_POLICIES], lines)
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser("simulate-cells", __doc__)
+    parser.add_argument("--trace", action="append", default=[], help="several; `shifting` is added")
+    parser.add_argument(
+        "--nodes", choices=KINDS, help="of one kind; without, the slowest that hold the longest prompt"
+    )
+    parser.add_argument("--num-nodes", type=int, default=8, help="half of them start on each side")
+    parser.add_argument("--requests", type=int, default=1200, help="in each run")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one seed, 300 requests")
+    return parser.parse_args(argv)

@@ -28,8 +28,8 @@ class Pool:
         assert TOKENS_PER_HASH_ID % block_size == 0, "an id covers whole blocks"
         self.num_blocks = num_blocks
         self.num_free = num_blocks
-        self.stored: set[int] = set()  # since `take_news`
-        self.removed: set[int] = set()
+        self._stored: set[int] = set()  # since `take_news`
+        self._removed: set[int] = set()
         self._block_size = block_size
         self._blocks_per_id = TOKENS_PER_HASH_ID // block_size
         self._pins: dict[int, int] = {}  # of ids that sequences use
@@ -40,10 +40,7 @@ class Pool:
         """Blocks that hold prefixes which no sequence uses."""
         return len(self._idle) * self._blocks_per_id
 
-    def num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
-
-    def hits(self, ids: Sequence[int]) -> int:
+    def num_hits(self, ids: Sequence[int]) -> int:
         """How many of the ids in front are cached."""
         for number, key in enumerate(ids):
             if key not in self._pins and key not in self._idle:
@@ -51,23 +48,23 @@ class Pool:
         return len(ids)
 
     def has_room(self, num_tokens: int, ids: Sequence[int]) -> bool:
-        """Can `take` succeed? Ids that would be pinned can't be evicted for the rest."""
-        num_hits = self.hits(ids)
+        """Can `lease` succeed? Ids that would be pinned can't be evicted for the rest."""
+        num_hits = self.num_hits(ids)
         num_idle_hits = sum(key in self._idle for key in ids[:num_hits])
-        num_own = self.num_blocks_for(num_tokens) - num_hits * self._blocks_per_id
+        num_own = -(-num_tokens // self._block_size) - num_hits * self._blocks_per_id
         return num_own <= self.num_free + self.num_cached - num_idle_hits * self._blocks_per_id
 
-    def take(self, num_tokens: int, ids: Sequence[int]) -> Lease:
+    def lease(self, num_tokens: int, ids: Sequence[int]) -> Lease:
         """Blocks for so many tokens, of which those of cached ids are shared. Only after `has_room`."""
-        pinned = list(ids[: self.hits(ids)])
+        pinned = list(ids[: self.num_hits(ids)])
         for key in pinned:
             self._idle.pop(key, None)
             self._pins[key] = self._pins.get(key, 0) + 1
-        num_own = self.num_blocks_for(num_tokens) - len(pinned) * self._blocks_per_id
+        num_own = -(-num_tokens // self._block_size) - len(pinned) * self._blocks_per_id
         while self.num_free < num_own:
             victim, _ = self._idle.popitem(last=False)
             self.num_free += self._blocks_per_id
-            self._tell(victim, self.removed, self.stored)
+            _note(victim, self._removed, self._stored)
         self.num_free -= num_own
         return Lease(num_own, pinned)
 
@@ -75,11 +72,11 @@ class Pool:
         """The KV of `ids` has been computed or has landed: the cache has it, if not from others already."""
         for key in ids[len(lease.pinned) :]:
             if key in self._pins or key in self._idle:
-                return  # the lease keeps its own copy, which nobody will find
+                return  # the lease keeps its own copy, which no lookup finds
             self._pins[key] = 1
             lease.pinned.append(key)
             lease.num_own -= self._blocks_per_id
-            self._tell(key, self.stored, self.removed)
+            _note(key, self._stored, self._removed)
 
     def release(self, lease: Lease) -> None:
         """The sequence's own blocks are free; what it pinned stays cached, its end being the next victim."""
@@ -90,15 +87,15 @@ class Pool:
                 del self._pins[key]
                 self._idle[key] = None
 
-    def take_news(self) -> tuple[set[int], set[int]]:
-        """Ids stored and removed since the last call; what came and went is in neither."""
-        news = self.stored, self.removed
-        self.stored, self.removed = set(), set()
+    def take_news(self) -> tuple[list[int], list[int]]:
+        """Ids stored and removed since the last call, in order; what came and went is in neither."""
+        news = sorted(self._stored), sorted(self._removed)
+        self._stored, self._removed = set(), set()
         return news
 
-    @staticmethod
-    def _tell(key: int, now_in: set[int], was_in: set[int]) -> None:
-        if key in was_in:
-            was_in.discard(key)
-        else:
-            now_in.add(key)
+
+def _note(key: int, now_in: set[int], was_in: set[int]) -> None:
+    if key in was_in:
+        was_in.discard(key)
+    else:
+        now_in.add(key)

@@ -7,18 +7,16 @@ decode, so that nothing is ever preempted; it waits for room instead.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from benchmarks.simulate.batch import Prompt
-from benchmarks.simulate.events import Events
-from benchmarks.simulate.judge import Judge
-from benchmarks.simulate.life import Life
-from benchmarks.simulate.node import ASKED_NEW_TOKENS, FINGERPRINT, REPORT_PERIOD_S, SimNode
-from benchmarks.traces import TOKENS_PER_HASH_ID
+from benchmarks.simulator.batch import Life, Prompt
+from benchmarks.simulator.kinds import Targets
+from benchmarks.simulator.node import FINGERPRINT, REPORT_PERIOD_S, SimNode
+from benchmarks.traces import ASKED_NEW_TOKENS, TOKENS_PER_HASH_ID
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import ScheduleRequest, Wait
-from flowkv_common.wire.nodes import BlocksChanged
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.rebalance import MoveCap, Order
 
@@ -32,48 +30,54 @@ TIMEOUT_CODE = 504
 
 
 class Cluster:
-    """Runs `lives` to their ends, or until `judge` has seen enough.
-
-    `watch` is called each period, to look and not to touch; `on_blocks` hears, as often, what the prefix
-    caches have gained and lost.
-    """
+    """Runs `lives` to their ends, or until more than `max_bad` of them miss the targets (None: never)."""
 
     def __init__(
         self,
         nodes: Sequence[SimNode],
         planner: Planner,
         lives: Sequence[Life],
-        judge: Judge,
-        watch: Callable[[float], None] = lambda now: None,
-        on_blocks: Callable[[BlocksChanged], object] | None = None,
+        targets: Targets,
+        max_bad: int | None = None,
     ) -> None:
         self.nodes = nodes
+        self.now = 0.0
+        self.num_bad = 0
         self.orders: list[tuple[float, Order]] = []
-        self.num_events = 0
         self._planner = planner
         self._lives = lives
-        self._judge = judge
-        self._watch = watch
-        self._on_blocks = on_blocks
-        self._events = Events()
-        self._by_id = {node.ref.node_id: node.index for node in nodes}
+        self._targets = targets
+        self._max_bad = max_bad
+        self._events: list[tuple[float, int, Callable[[], None]]] = []  # a heap: when, in which order, what
+        self._num_foreseen = 0
+        self._by_id = {node.ref.node_id: node for node in nodes}
         self._num_open = len(lives)
 
+    @property
+    def has_failed(self) -> bool:
+        return self._max_bad is not None and self.num_bad > self._max_bad
+
     def run(self) -> None:
-        """Until every request has ended, or too many have missed their targets."""
         links = {node.ref.node_id: node.kind.connector for node in self.nodes}
         for node in self.nodes:
             node.links = links
         self._planner.set_descriptors({node.ref.node_id: node.descriptor() for node in self.nodes})
         self._tick()
         for life in self._lives:
-            self._events.at(life.request.arrival_s, partial(self._arrive, life))
-        while self._num_open and not self._judge.has_failed and self._events.step():
-            self.num_events += 1
+            self._at(life.request.arrival_s, partial(self._arrive, life))
+        while self._num_open and not self.has_failed and self._events:
+            self.now, _, what = heapq.heappop(self._events)
+            what()
 
-    @property
-    def now(self) -> float:
-        return self._events.now
+    def _at(self, when: float, what: Callable[[], None]) -> None:
+        """`what` happens at `when`, or now if that has passed; at one moment, in the order of the calls."""
+        self._num_foreseen += 1
+        heapq.heappush(self._events, (max(when, self.now), self._num_foreseen, what))
+
+    def _count_bad(self, life: Life, misses: bool) -> None:
+        if misses and not life.is_bad:
+            life.is_bad = True
+            self.num_bad += 1
 
     # --- the scheduler ----------------------------------------------------------------------------
 
@@ -81,15 +85,14 @@ class Cluster:
         now = self.now
         for node in self.nodes:
             self._planner.add_report(node.report(now), now)
-            if self._on_blocks is not None and (news := node.block_news()) is not None:
-                self._on_blocks(news)
+            if (news := node.block_news()) is not None:
+                self._planner.state.prefixes.apply(news)
         for order in self._planner.tick(now):
             self.orders.append((now, order))
             if isinstance(order, MoveCap):
-                node = self.nodes[self._by_id[order.node.node_id]]
-                self._events.at(now + CONTROL_S, partial(self._move_cap, node, order.cap))
-        self._watch(now)
-        self._events.at(now + REPORT_PERIOD_S, self._tick)
+                node = self._by_id[order.node.node_id]
+                self._at(now + CONTROL_S, partial(self._move_cap, node, order.cap))
+        self._at(now + REPORT_PERIOD_S, self._tick)
 
     def _move_cap(self, node: SimNode, cap: int) -> None:
         node.batch.cap = cap
@@ -120,12 +123,11 @@ class Cluster:
             return self._refuse(life, error.code)
         if isinstance(decision, Wait):
             life.num_waits += 1
-            self._judge.still_waits(life, self.now)
-            return self._events.at(self.now + decision.retry_in_s, partial(self._ask, life))
+            self._count_bad(life, age_s > self._targets.ttft_s)
+            return self._at(self.now + decision.retry_in_s, partial(self._ask, life))
         life.block_hashes = []
-        life.prefill = self._by_id[decision.prefill.node_id]
-        life.decode = self._by_id[decision.decode.node_id]
-        node = self.nodes[life.prefill]
+        node = self._by_id[decision.prefill.node_id]
+        life.prefill, life.decode = node.index, self._by_id[decision.decode.node_id].index
         node.line.append(life)
         node.num_prompts_accepted += 1
         self._start_line(node)
@@ -133,13 +135,13 @@ class Cluster:
     def _refuse(self, life: Life, code: int) -> None:
         life.refused_with = code
         life.block_hashes = []
-        self._judge.has_ended(life)
+        self._count_bad(life, True)
         self._num_open -= 1
 
-    # --- the life of a request --------------------------------------------------------------------
+    # --- a request on its nodes -------------------------------------------------------------------
 
     def _start_line(self, node: SimNode) -> None:
-        """Start those of the line's first who find room on both sides; nobody overtakes for the same room."""
+        """Start the line's first requests that find room on both sides; none overtakes for the same room."""
         full: set[int] = set()
         waiting: list[Life] = []
         while node.line and len(waiting) + node.num_sending < MAX_HANDOFFS:
@@ -162,20 +164,19 @@ class Cluster:
             full.add(node.index)
             node.blocked_senders[node.index] = None
             return False
-        life.at_decode = decode.pool.take(num_all, ids)
-        life.at_prefill = life.at_decode
+        life.at_decode = life.at_prefill = decode.pool.lease(num_all, ids)
         decode.num_rooms_given += 1
         if node is not decode:
-            life.at_prefill = node.pool.take(request.num_prompt_tokens + 1, ids)
+            life.at_prefill = node.pool.lease(request.num_prompt_tokens + 1, ids)
             node.num_sending += 1
             node.sending_tokens += request.num_prompt_tokens
         decode.batch.num_early_blocks += life.num_early_blocks(decode.kind.layout.block_size)
         life.num_cached_tokens = len(life.at_prefill.pinned) * TOKENS_PER_HASH_ID
         life.num_moved_tokens = request.num_prompt_tokens - len(life.at_decode.pinned) * TOKENS_PER_HASH_ID
         node.batch.prompts.append(Prompt(life, request.num_prompt_tokens, life.num_cached_tokens))
-        # Behind a prompt that fills each step it changes none of them.
-        if not node.batch.is_filled:
-            self._changed(node)
+        stretch = node.batch.stretch
+        if stretch is None or not stretch.prompt_tokens:
+            self._changed(node)  # else it is behind a prompt that fills each step, and changes none of them
         return True
 
     def _computed(self, node: SimNode, prompt: Prompt) -> None:
@@ -183,27 +184,28 @@ class Cluster:
         life = prompt.life
         assert life.at_prefill is not None, "it was computed in blocks"
         life.first_token_s = self.now
-        self._judge.has_first_token(life)
+        self._count_bad(life, life.ttft_s > self._targets.ttft_s)
         node.pool.commit(life.at_prefill, life.cacheable_ids)
         if life.request.num_output_tokens == 1:
             self._left_prefill(life)
             self._finish(life)
         elif life.prefill == life.decode:
-            node.batch.waiting.append(life)
-            node.num_sequences_accepted += 1
-            self._changed(node)
+            self._decode(node, life)
         else:
-            landed_at = node.send(life.num_moved_tokens, prompt.num_last, prompt.first_chunk_at, self.now)
-            self._events.at(landed_at, partial(self._landed, life))
+            landed_at = node.send_kv(life.num_moved_tokens, prompt.num_last, prompt.first_chunk_at, self.now)
+            self._at(landed_at, partial(self._landed, life))
 
     def _landed(self, life: Life) -> None:
         node = self.nodes[life.decode]
         assert life.at_decode is not None, "it has landed in blocks"
         node.pool.commit(life.at_decode, life.cacheable_ids)
+        self._decode(node, life)
+        self._left_prefill(life)
+
+    def _decode(self, node: SimNode, life: Life) -> None:
         node.batch.waiting.append(life)
         node.num_sequences_accepted += 1
         self._changed(node)
-        self._left_prefill(life)
 
     def _left_prefill(self, life: Life) -> None:
         node = self.nodes[life.prefill]
@@ -223,7 +225,7 @@ class Cluster:
         node.lengths.see(life.request.num_output_tokens, stopped=True)
         life.at_decode = None
         life.last_token_s = self.now
-        self._judge.has_ended(life)
+        self._count_bad(life, not self._targets.are_met(life))
         self._num_open -= 1
         self._freed(node)
 
@@ -250,17 +252,17 @@ class Cluster:
 
     def _wake_at(self, node: SimNode, when: float) -> None:
         node.wake_at = when
-        self._events.at(when, partial(self._wake, node, when))
+        self._at(when, partial(self._wake, node, when))
 
     def _wake(self, node: SimNode, foreseen: float) -> None:
         if node.wake_at != foreseen:
             return  # the stretch was cut
         node.wake_at = None
         node.is_ending = True
-        ended = node.batch.end()
-        for life in ended.sequences:
+        prompts, sequences = node.batch.end()
+        for life in sequences:
             self._finish(life)
-        for prompt in ended.prompts:
+        for prompt in prompts:
             self._computed(node, prompt)
         node.is_ending = False
         self._begin(node)

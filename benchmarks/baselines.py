@@ -1,7 +1,6 @@
-"""What the load-aware scheduler is compared with: the same admission, no lending, another choice of nodes.
+"""Policies that FlowKV's is compared with: the same admission, no lending, another choice of nodes.
 
-The simulator and the replay run these alike, as `Planner(goals, lends=False, choose=BASELINES[name](seed))`.
-A chooser keeps its own place in the turn, so make one per cluster.
+The simulator and the replay run these alike. A chooser keeps its own state, so make one per cluster.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import msgspec
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_scheduler import policy
 from flowkv_scheduler.cluster import group_of
-from flowkv_scheduler.policy import Choice, Chooser, Weighing
+from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.policy import Choice, Chooser, Goals, Weighing
 from flowkv_scheduler.views import NodeView
 
 # Affinity goes by the hash that names the prompt up to this token. Less is the system prompt that all share.
@@ -27,10 +27,10 @@ Pick = Callable[[ScheduleRequest, Sequence[NodeView], Load], NodeView]
 
 
 def baseline(pick_prefill: Pick, pick_decode: Pick) -> Chooser:
-    """Takes FlowKV's word for whether a request is served now, its picks for where.
+    """FlowKV decides whether a request is served now, the picks decide where.
 
-    Of nodes that are usable, can exchange blocks and have room. What is predicted is of FlowKV's own choice:
-    a bad pick shall show in what comes of it, not in what is refused.
+    The picks get nodes that are usable, can exchange blocks and have room. What is predicted is of FlowKV's
+    own choice: a bad pick shall show in what comes of it, not in what is refused.
     """
 
     def choose(weighing: Weighing) -> Choice | None:
@@ -69,8 +69,19 @@ def at_random(seed: int) -> Chooser:
 
 
 def round_robin(seed: int) -> Chooser:
-    """In turn, each side for itself; `seed` is the first place."""
-    return baseline(_in_turn(seed), _in_turn(seed))
+    """Each side goes through its nodes in order; `seed` is the first place."""
+
+    def in_order() -> Pick:
+        place = seed - 1
+
+        def pick(request: ScheduleRequest, nodes: Sequence[NodeView], load: Load) -> NodeView:
+            nonlocal place
+            place += 1
+            return nodes[place % len(nodes)]
+
+        return pick
+
+    return baseline(in_order(), in_order())
 
 
 def least_loaded(seed: int) -> Chooser:
@@ -89,18 +100,23 @@ def two_choices(seed: int) -> Chooser:
 
 
 def prefix_affinity(seed: int) -> Chooser:
-    """Prompts that begin alike go to the same prefill node, whatever it has to do; the least loaded decodes.
+    """Prompts that begin alike go to the same prefill node, however busy; the least loaded node decodes.
 
-    Prompts without hashes are spread by their id.
+    By rendezvous hashing: for each key the nodes have another order, which new nodes don't upset. The key of
+    a prompt without hashes is its id.
     """
 
     def pick(request: ScheduleRequest, nodes: Sequence[NodeView], load: Load) -> NodeView:
         num_blocks = AFFINITY_TOKENS // nodes[0].descriptor.layout.block_size
         hashes = request.block_hashes[:num_blocks]
         key = hashes[-1] if hashes else request.request_id
-        return max(nodes, key=lambda node: _draw_for(key, node.node_id))
+        return max(nodes, key=lambda node: blake2b(f"{key}/{node.node_id}".encode(), digest_size=8).digest())
 
     return baseline(pick, _least)
+
+
+def _least(request: ScheduleRequest, nodes: Sequence[NodeView], load: Load) -> NodeView:
+    return min(nodes, key=lambda node: (load(node), node.node_id))
 
 
 # By the names of `--policy`. Each takes a seed.
@@ -111,23 +127,11 @@ BASELINES: dict[str, Callable[[int], Chooser]] = {
     "two_choices": two_choices,
     "prefix_affinity": prefix_affinity,
 }
+POLICIES = ("flowkv", "static", *BASELINES)
 
 
-def _least(request: ScheduleRequest, nodes: Sequence[NodeView], load: Load) -> NodeView:
-    return min(nodes, key=lambda node: (load(node), node.node_id))
-
-
-def _in_turn(first: int) -> Pick:
-    turn = first - 1
-
-    def pick(request: ScheduleRequest, nodes: Sequence[NodeView], load: Load) -> NodeView:
-        nonlocal turn
-        turn += 1
-        return nodes[turn % len(nodes)]
-
-    return pick
-
-
-def _draw_for(key: str, node_id: str) -> bytes:
-    """Rendezvous hashing: for each key the nodes have another order, which new nodes don't upset."""
-    return blake2b(f"{key}/{node_id}".encode(), digest_size=8).digest()
+def make_planner(policy: str, goals: Goals, seed: int) -> Planner:
+    """FlowKV's planner (`static`: without lending), or a baseline. Raises KeyError for an unknown name."""
+    if policy in ("flowkv", "static"):
+        return Planner(goals, lends=policy == "flowkv")
+    return Planner(goals, lends=False, choose=BASELINES[policy](seed))

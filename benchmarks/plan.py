@@ -1,0 +1,167 @@
+"""The smallest cluster that keeps the targets on a trace, by simulation and bisection.
+
+With several kinds of nodes it also says which should prefill and which decode.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from itertools import product
+from typing import NamedTuple
+
+from benchmarks.report import Report, fail, make_parser, options_of, table
+from benchmarks.simulate import add_traffic
+from benchmarks.simulator.kinds import KINDS, NodeKind, Targets, default_targets
+from benchmarks.simulator.run import GOOD_SHARE, POLICIES, Machines, carrying_split, splits_around
+from benchmarks.traces import Request, TraceError, at_rate, cut_to, own_rate, read_window
+
+# Relative precision of the margin, and the greatest that is looked for.
+MARGIN_PRECISION = 0.02
+MAX_MARGIN = 1.0
+# While nothing carries the traffic, splits are tried in steps of an eighth; then within a sixth of the last.
+COARSE_PARTS = 8
+NEAR_SHARE = 6
+
+
+class Demand(NamedTuple):
+    """The traffic and what its users are to see."""
+
+    requests: Sequence[Request]
+    rate: float
+    targets: Targets
+    seed: int
+    policy: str
+
+
+class Size(NamedTuple):
+    """`margin` is how much more traffic the same nodes, split the same way, would carry: 0.1 is 10 %."""
+
+    prefill: NodeKind
+    decode: NodeKind
+    num_prefill: int
+    num_decode: int
+    margin: float
+
+    @property
+    def num_nodes(self) -> int:
+        return self.num_prefill + self.num_decode
+
+    def price(self, prices: dict[str, float]) -> float:
+        """What the nodes cost, by the prices of their kinds; 1 where none is given."""
+        prefill, decode = (prices.get(kind.name, 1.0) for kind in (self.prefill, self.decode))
+        return self.num_prefill * prefill + self.num_decode * decode
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _options(argv)
+    try:
+        kinds = [KINDS[name] for name in options.nodes or ["h100"]]
+        prices = {name: float(price) for name, _, price in (one.partition("=") for one in options.price)}
+        window = read_window(options.trace, options.requests, options.seed)
+    except (OSError, TraceError, ValueError) as error:
+        return fail(error, 2)
+    requests = cut_to(window, min(kind.max_model_len for kind in kinds))
+    targets = default_targets(kinds[0], requests)
+    targets = Targets(options.ttft or targets.ttft_s, options.tpot or targets.tpot_s)
+    demand = Demand(requests, options.rate or own_rate(requests), targets, options.seed, options.policy)
+    print(
+        f"{options.trace}: {len(requests)} requests at {demand.rate:.3f}/s, {GOOD_SHARE:.0%} of them within "
+        f"TTFT {targets.ttft_s:.3f} s and TPOT {targets.tpot_s * 1e3:.1f} ms"
+    )
+    report = Report(options.json, "plan", options_of(options))
+    report.more = {"rate": demand.rate, "targets": targets._asdict()}
+    found = []
+    for prefill, decode in product(kinds, kinds):
+        if prefill.layout == decode.layout:  # else they can't exchange blocks
+            report.say(f"sizing {prefill.name} for prefill, {decode.name} for decode")
+            size = smallest(prefill, decode, demand, options.max_nodes)
+            found += [size] if size else []
+    found.sort(key=lambda size: size.price(prices))
+    report.rows = [
+        {
+            **size._asdict(),
+            "prefill": size.prefill.name,
+            "decode": size.decode.name,
+            "price": size.price(prices),
+        }
+        for size in found
+    ]
+    report.finish(sizes_table(found, prices))
+    print(answer(found, options.max_nodes))
+    return 0 if found else 1
+
+
+def smallest(prefill: NodeKind, decode: NodeKind, demand: Demand, max_nodes: int) -> Size | None:
+    """The fewest nodes that keep the targets for `GOOD_SHARE` of requests; None when `max_nodes` don't.
+
+    Takes it that more nodes carry no less, and that good splits have like proportions.
+    """
+    timed = at_rate(demand.requests, demand.rate, demand.seed)
+    too_few, best, num_nodes = 1, None, 2
+    while too_few < max_nodes and (best is None or best.num_nodes - too_few > 1):
+        splits = splits_to_try(num_nodes, best.num_prefill / best.num_nodes if best else None)
+        machines = Machines(prefill, num_nodes, decode_kind=decode)
+        found = carrying_split(machines, splits, timed, demand.targets, demand.seed, demand.policy)
+        if found is None:
+            too_few = num_nodes
+        else:
+            best = Size(prefill, decode, found, num_nodes - found, 0.0)
+        num_nodes = (too_few + best.num_nodes) // 2 if best else min(2 * num_nodes, max_nodes)
+    return best._replace(margin=margin(best, demand)) if best else None
+
+
+def splits_to_try(num_nodes: int, share: float | None) -> list[int]:
+    """Numbers of prefill nodes: near their share in a larger cluster, if known; else a few from all over."""
+    if share is not None:
+        width = max(1, num_nodes // NEAR_SHARE)
+        near = splits_around(num_nodes, round(share * num_nodes))
+        return [split for split in near if abs(split - share * num_nodes) <= width]
+    coarse = {round(num_nodes * part / COARSE_PARTS) for part in range(1, COARSE_PARTS)}
+    return [split for split in splits_around(num_nodes, num_nodes // 2) if split in coarse]
+
+
+def margin(size: Size, demand: Demand) -> float:
+    """How much more of the same traffic the split carries, up to `MAX_MARGIN`."""
+    machines = Machines(size.prefill, size.num_nodes, decode_kind=size.decode)
+    splits, targets, seed = [size.num_prefill], demand.targets, demand.seed
+    low, high = 0.0, MAX_MARGIN
+    while high - low > MARGIN_PRECISION:
+        middle = (low + high) / 2
+        timed = at_rate(demand.requests, demand.rate * (1 + middle), seed)
+        found = carrying_split(machines, splits, timed, targets, seed, demand.policy)
+        low, high = (low, middle) if found is None else (middle, high)
+    return low
+
+
+def sizes_table(sizes: Sequence[Size], prices: dict[str, float]) -> str:
+    """The cheapest first."""
+    lines = []
+    for size in sizes:
+        split = f"{size.num_prefill}P:{size.num_decode}D"
+        kinds = size.prefill.name, size.decode.name
+        lines.append([*kinds, size.num_nodes, split, f"{size.price(prices):g}", f"{size.margin:.0%}"])
+    return table(["prefill", "decode", "nodes", "split", "price", "margin"], lines)
+
+
+def answer(sizes: Sequence[Size], max_nodes: int) -> str:
+    if not sizes:
+        return f"no cluster of up to {max_nodes} nodes keeps the targets"
+    best = sizes[0]
+    return (
+        f"take {best.num_prefill} x {best.prefill.name} for prefill and {best.num_decode} x "
+        f"{best.decode.name} for decode: they carry {best.margin:.0%} more than this"
+    )
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser("plan", __doc__)
+    add_traffic(parser, num_requests=2000)
+    parser.add_argument("--nodes", action="append", choices=KINDS, help="to choose from; h100 without")
+    parser.add_argument("--price", action="append", default=[], help="KIND=NUMBER of one node; 1 without")
+    parser.add_argument("--rate", type=float, help="requests per second; the trace's own without")
+    parser.add_argument("--ttft", type=float, help="target, seconds")
+    parser.add_argument("--tpot", "--itl", type=float, help="target, seconds")
+    parser.add_argument("--policy", choices=POLICIES, default="static", help="the scheduler's policy")
+    parser.add_argument("--max-nodes", type=int, default=64)
+    return parser.parse_args(argv)

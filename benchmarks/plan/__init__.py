@@ -1,1 +1,0 @@
-"""How many nodes, and which, a service needs."""

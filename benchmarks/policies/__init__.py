@@ -1,1 +1,0 @@
-"""Policies that the scheduler is compared with."""

@@ -1,0 +1,287 @@
+"""One simulation and searches over many: the best split, the highest rate, and the figures of a run."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+
+from benchmarks.baselines import POLICIES, make_planner
+from benchmarks.simulator.batch import Histogram, Life
+from benchmarks.simulator.cluster import Cluster
+from benchmarks.simulator.kinds import NodeKind, Targets
+from benchmarks.simulator.node import SimNode
+from benchmarks.traces import Request, at_rate
+from flowkv_scheduler.policy import Goals
+from flowkv_scheduler.rebalance import MoveCap
+
+SLOW_FACTOR = 3.0
+# A longer wait than this part of the TTFT target is refused: with its prefill the request would miss it.
+WAIT_SHARE = 0.6
+# Of all requests, so many have to meet both targets.
+GOOD_SHARE = 0.9
+# Of the search for a capacity: the relative width of the bracket at the end; the requests per second and node
+# at which it begins and gives up. Requests too few to queue are carried at any rate.
+PRECISION = 0.03
+FIRST_RATE = 0.1
+LEAST_RATE = 0.001
+MOST_RATE = 100.0
+
+BEST_STATIC = "best_static"
+ALL_POLICIES = (*POLICIES, BEST_STATIC)
+
+
+class Machines(NamedTuple):
+    """The nodes of a cluster. `slow_half`: every second node takes three times as long for everything.
+
+    `decode_kind`: what decode nodes are, if not of the same `kind`; both must have one layout.
+    """
+
+    kind: NodeKind
+    num_nodes: int
+    slow_half: bool = False
+    fit_noise: float = 0.0
+    decode_kind: NodeKind | None = None
+
+    def nodes(self, num_prefill: int, itl: Histogram) -> list[SimNode]:
+        return [
+            SimNode(
+                index,
+                self.kind if index < num_prefill else self.decode_kind or self.kind,
+                "prefill" if index < num_prefill else "decode",
+                itl,
+                slow=SLOW_FACTOR if self.slow_half and index % 2 else 1.0,
+                fit_noise=self.fit_noise,
+            )
+            for index in range(self.num_nodes)
+        ]
+
+
+@dataclass
+class Outcome:
+    """All that a run gave. `wall_s` is real time, everything else is a function of the input."""
+
+    policy: str
+    num_prefill: int
+    lives: list[Life]
+    itl: Histogram
+    nodes: list[SimNode]
+    span_s: float  # simulated, to the end of the last request
+    num_good: int  # requests that met both targets
+    has_failed: bool  # ended early
+    num_lendings: int
+    wall_s: float
+
+
+def simulate(
+    machines: Machines,
+    num_prefill: int,
+    policy: str,
+    requests: Sequence[Request],
+    targets: Targets,
+    seed: int = 0,
+    max_bad: int | None = None,
+) -> Outcome:
+    """Run all requests to their ends on `num_prefill` prefill nodes and the rest as decode nodes.
+
+    With `max_bad` a run ends early, with `has_failed`, when more requests than that have missed the targets.
+    """
+    began = time.perf_counter()
+    itl = Histogram()
+    lives = [Life(number, request) for number, request in enumerate(requests)]
+    goals = Goals(ttft_s=targets.ttft_s, itl_s=targets.tpot_s, max_wait_s=WAIT_SHARE * targets.ttft_s)
+    planner = make_planner(policy, goals, seed)
+    cluster = Cluster(machines.nodes(num_prefill, itl), planner, lives, targets, max_bad)
+    cluster.run()
+    return Outcome(
+        policy=policy,
+        num_prefill=num_prefill,
+        lives=lives,
+        itl=itl,
+        nodes=list(cluster.nodes),
+        span_s=cluster.now,
+        num_good=len(lives) - cluster.num_bad,
+        has_failed=cluster.has_failed,
+        num_lendings=sum(isinstance(order, MoveCap) for _, order in cluster.orders),
+        wall_s=time.perf_counter() - began,
+    )
+
+
+class Scene(NamedTuple):
+    """What all policies get. The best static split is searched from `likely` prefill nodes on."""
+
+    machines: Machines
+    num_prefill: int
+    requests: list[Request]
+    targets: Targets
+    rate: float
+    seed: int
+    likely: int
+
+    def outcome(self, policy: str) -> Outcome:
+        """One of `ALL_POLICIES`, from `num_prefill` prefill nodes on unless it is the best static split."""
+        machines, num_prefill, requests, targets, _, seed, likely = self
+        if policy == BEST_STATIC:
+            return best_static(machines, requests, targets, seed, likely)
+        return simulate(machines, num_prefill, policy, requests, targets, seed)
+
+
+def splits_around(num_nodes: int, likely: int) -> list[int]:
+    """Numbers of prefill nodes that leave one for each side, the likely ones first."""
+    return sorted(range(1, num_nodes), key=lambda num_prefill: (abs(num_prefill - likely), num_prefill))
+
+
+def best_static(
+    machines: Machines, requests: Sequence[Request], targets: Targets, seed: int = 0, likely: int = 0
+) -> Outcome:
+    """Of all splits without lending the one with the most good requests.
+
+    Those around `likely` prefill nodes (0: half) are tried first: the others give up once they are worse.
+    """
+    splits = splits_around(machines.num_nodes, likely or machines.num_nodes // 2)
+    best = simulate(machines, splits[0], "static", requests, targets, seed)
+    for num_prefill in splits[1:]:
+        max_bad = len(requests) - best.num_good - 1
+        outcome = simulate(machines, num_prefill, "static", requests, targets, seed, max_bad)
+        if not outcome.has_failed:
+            best = outcome
+    best.policy = BEST_STATIC
+    return best
+
+
+class Capacity(NamedTuple):
+    """Requests per second, and the number of prefill nodes in the split that carries them."""
+
+    rate: float
+    num_prefill: int
+
+
+def capacity(
+    machines: Machines,
+    requests: Sequence[Request],
+    targets: Targets,
+    seed: int = 0,
+    policy: str = "static",
+    splits: Sequence[int] = (),
+) -> Capacity:
+    """By bisection the highest rate that one of `splits` carries: numbers of prefill nodes; without, all.
+
+    The rate is 0 when even a crawl misses the targets.
+    """
+    best = Capacity(0.0, machines.num_nodes // 2)
+    too_much: float | None = None
+    rate = FIRST_RATE * machines.num_nodes
+    while LEAST_RATE < rate / machines.num_nodes < MOST_RATE:
+        if too_much is not None and too_much - best.rate <= PRECISION * too_much:
+            break
+        timed = at_rate(requests, rate, seed)
+        tried = splits or splits_around(machines.num_nodes, best.num_prefill)
+        found = carrying_split(machines, tried, timed, targets, seed, policy)
+        if found is None:
+            too_much = rate
+        else:
+            best = Capacity(rate, found)
+        rate = 2 * rate if too_much is None else (best.rate + too_much) / 2
+    return best
+
+
+def carried_by(machines: Machines, requests: Sequence[Request], targets: Targets, seed: int) -> Capacity:
+    """The capacity, to load the machines with a share of it. Raises ValueError if there is none."""
+    carried = capacity(machines, requests, targets, seed)
+    if not carried.rate:
+        raise ValueError("no split keeps the targets at any rate: there is nothing to take a share of")
+    return carried
+
+
+def carrying_split(
+    machines: Machines,
+    splits: Sequence[int],
+    requests: Sequence[Request],
+    targets: Targets,
+    seed: int,
+    policy: str = "static",
+) -> int | None:
+    """The first of the splits, as numbers of prefill nodes, that keeps the targets."""
+    max_bad = int((1 - GOOD_SHARE) * len(requests))
+    for num_prefill in splits:
+        if not simulate(machines, num_prefill, policy, requests, targets, seed, max_bad).has_failed:
+            return num_prefill
+    return None
+
+
+class SimQuantiles(msgspec.Struct, frozen=True):
+    p50: float
+    p90: float
+    p99: float
+
+    def text(self, scale: float, digits: int) -> str:
+        return " / ".join(f"{value * scale:.{digits}f}" for value in msgspec.structs.astuple(self))
+
+
+class Figures(msgspec.Struct, frozen=True):
+    """One run in numbers.
+
+    Good requests met both targets; goodput is those per second of arrivals; utilisation is by the role that a
+    node was started as.
+    """
+
+    policy: str
+    split: str
+    num_requests: int
+    num_good: int
+    good_share: float
+    goodput: float
+    ttft_s: SimQuantiles
+    tpot_s: SimQuantiles
+    itl_s: SimQuantiles
+    total_s: SimQuantiles
+    prefill_utilisation: float
+    decode_utilisation: float
+    cached_share: float
+    num_lendings: int
+    num_waits: int
+    refusals: dict[str, int]
+    simulated_s: float
+    wall_s: float
+
+
+def figures(outcome: Outcome) -> Figures:
+    lives = outcome.lives
+    done = [life for life in lives if life.is_done]
+    num_prompt_tokens = sum(life.request.num_prompt_tokens for life in done)
+    return Figures(
+        policy=outcome.policy,
+        split=f"{outcome.num_prefill}P:{len(outcome.nodes) - outcome.num_prefill}D",
+        num_requests=len(lives),
+        num_good=outcome.num_good,
+        good_share=outcome.num_good / len(lives),
+        goodput=outcome.num_good / max(lives[-1].request.arrival_s, 1e-9),
+        ttft_s=_quantiles([life.ttft_s for life in done]),
+        tpot_s=_quantiles([life.tpot_s for life in done if life.request.num_output_tokens > 1]),
+        itl_s=SimQuantiles(*(outcome.itl.quantile(part) for part in (0.5, 0.9, 0.99))),
+        total_s=_quantiles([life.last_token_s - life.request.arrival_s for life in done]),
+        prefill_utilisation=_utilisation(outcome, "prefill"),
+        decode_utilisation=_utilisation(outcome, "decode"),
+        cached_share=sum(life.num_cached_tokens for life in done) / max(1, num_prompt_tokens),
+        num_lendings=outcome.num_lendings,
+        num_waits=sum(life.num_waits for life in lives),
+        refusals=dict(Counter(str(life.refused_with) for life in lives if life.refused_with)),
+        simulated_s=outcome.span_s,
+        wall_s=outcome.wall_s,
+    )
+
+
+def _quantiles(values: Sequence[float]) -> SimQuantiles:
+    ordered = sorted(values)
+    places = (min(len(ordered) - 1, int(part * len(ordered))) for part in (0.5, 0.9, 0.99))
+    return SimQuantiles(*(ordered[place] if ordered else 0.0 for place in places))
+
+
+def _utilisation(outcome: Outcome, role: str) -> float:
+    nodes = [node for node in outcome.nodes if node.role == role]
+    busy_s = sum(node.batch.busy_s for node in nodes)
+    return busy_s / (len(nodes) * outcome.span_s) if nodes and outcome.span_s else 0.0
