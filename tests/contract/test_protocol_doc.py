@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ForwardRef
+from typing import Any, ForwardRef, NamedTuple
 
 import msgspec
 import pytest
@@ -97,11 +97,24 @@ def test_the_events_are_those_that_services_publish() -> None:
     assert len(table) == len(published)
 
 
-def described(section: str) -> dict[str, list[Row]]:
-    """Heading -> the rows of its table."""
+class FieldsLine(NamedTuple):
+    """A line of a struct's list: one field or several, and what they mean (maybe nothing)."""
+
+    fields: list[str]
+    meaning: str
+
+
+def described(section: str) -> dict[str, list[FieldsLine]]:
+    """Heading -> the lines of its list."""
     found = re.findall(r"^### (\w+)\n(.*?)(?=^### |\Z)", SECTIONS[section], re.M | re.S)
     assert len(found) == len(dict(found)), "a struct is described twice"
-    return {name: list(rows(text)) for name, text in found}
+    return {
+        name: [
+            FieldsLine(named(fields), meaning)
+            for fields, meaning in re.findall(r"^- ((?:`[^`]+`(?:, )?)+)(?:: (.+))?$", text, re.M)
+        ]
+        for name, text in found
+    }
 
 
 def declared(cell: str) -> tuple[str, str, str]:
@@ -149,10 +162,10 @@ def test_every_struct_is_described_and_no_other(section: str, kinds: list[type])
 
 @pytest.mark.parametrize("kind", [*MESSAGES, *PARTS, Run], ids=lambda kind: kind.__name__)
 def test_fields_types_and_defaults_are_those_of_the_code(kind: type) -> None:
-    table = described("Messages" if issubclass(kind, Message) else "Parts")[kind.__name__]
-    documented = [declared(cell) for row in table for cell in named(row["field"])]
+    lines = described("Messages" if issubclass(kind, Message) else "Parts")[kind.__name__]
+    documented = [declared(field) for line in lines for field in line.fields]
     assert documented == in_code(kind)
-    unexplained = {declared(cell)[0] for row in table if not row["meaning"] for cell in named(row["field"])}
+    unexplained = {declared(field)[0] for line in lines if not line.meaning for field in line.fields}
     assert unexplained <= common_fields()
 
 
