@@ -86,22 +86,7 @@ class DeadlineExceeded(FlowKVError):
     code = 504
 
 
-_BY_CODE: dict[int, type[FlowKVError]] = {
-    kind.code: kind
-    for kind in (
-        BadRequest,
-        NotFound,
-        Stale,
-        TooLarge,
-        WrongModel,
-        Full,
-        Cancelled,
-        Internal,
-        TransferFailed,
-        Unavailable,
-        DeadlineExceeded,
-    )
-}
+_BY_CODE = {kind.code: kind for kind in FlowKVError.__subclasses__()}
 
 
 def from_wire(refusal: Refusal) -> FlowKVError:

@@ -1,10 +1,10 @@
-"""Who leads: one of several processes at a time, with a number that fences all who led before.
+"""Leader election: one of several processes leads at a time, with an epoch that fences all former leaders.
 
-The seat is one record in the JetStream bucket `flowkv_leader`, which never expires there. A standby takes the
-holder for dead when the record has not moved for `ttl_s` on the *standby's* clock since it was seen to move.
-The holder counts from *before* it asked for its last renewal, and steps down earlier still. So two never lead
-at once while their clocks run equally fast, whatever the server's timers do. What a paused process sends late
-is refused by its epoch, and since the record stays, no epoch is forgotten while nobody leads.
+The lease is one record in the JetStream bucket `flowkv_leader`, which never expires there. A standby takes
+the holder for dead when the record has not moved for `ttl_s` on the *standby's* clock since it was seen to
+move. The holder counts from *before* it asked for its last renewal, and steps down earlier still. So two never
+lead at once while their clocks run equally fast, whatever the server's timers do. What a paused process sends
+late is refused by its epoch, and since the record stays, no epoch is forgotten while nobody leads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flowkv_common.wire.subjects import LEADER_BUCKET
 log = logging.getLogger(__name__)
 
 KEY = "leader"
-NOBODY = ""  # the holder has left: the seat is free
+NOBODY = ""  # the holder has left: the lease is free
 
 # Shares of the TTL: when the holder renews, when it steps down unless that has worked, how often others look.
 _RENEW_AFTER = 1 / 4
@@ -42,7 +42,7 @@ _LOST = (nats.js.errors.KeyWrongLastSequenceError, nats.js.errors.NoStreamRespon
 
 
 class Lease:
-    """One process's claim to the seat. `holder_id` must be of this life of the process alone.
+    """One process's claim to lead. `holder_id` must be new with each start of the process.
 
     `epoch` is of our last term, 0 if there was none; `highest_epoch` is the highest that we know of.
     """
@@ -64,7 +64,7 @@ class Lease:
 
     @property
     def is_held(self) -> bool:
-        """Do we lead now? False while cut off, and after a reconnect until the renewal has worked."""
+        """Whether we lead. False while cut off, and after a reconnect until the renewal has worked."""
         return (
             self._is_confirmed
             and self._bus.connected_for_s > 0
@@ -73,27 +73,23 @@ class Lease:
 
     @property
     def has_leader(self) -> bool:
-        """Does anyone lead, as far as we can see?"""
+        """Whether anyone leads, as far as we can see."""
         is_live = asyncio.get_running_loop().time() - self._seen[1] < self._ttl_s
         return self.is_held or (self._seen_holder_id not in (NOBODY, self.holder_id) and is_live)
 
-    @property
-    def _has_led_last(self) -> bool:
-        return 0 < self.epoch == self.highest_epoch
-
     def hear(self, epoch: int) -> None:
-        """Someone has heard of a leader of this epoch. Ours becomes higher, at once if we lead."""
+        """A node has heard of a leader of this epoch. Ours becomes higher, at once if we lead."""
         if epoch > self.highest_epoch:
             self.highest_epoch = epoch
             if self.is_held:
                 self._woken.set()
 
     async def campaign(self, lead: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Until cancelled: wait for the seat, run `lead()` while we hold it, and begin anew when it is lost.
+        """Until cancelled: wait for the lease, run `lead()` while we hold it, begin anew when it is lost.
 
-        `lead()` is cancelled when the seat is lost, and should never return. What NATS does is logged and
-        borne; what `lead()` raises is raised. When cancelled, the seat is given up, so that another takes it
-        at once.
+        `lead()` is cancelled when the lease is lost, and should never return. Trouble with NATS is logged and
+        tried again; what `lead()` raises is raised. When cancelled, we free the lease, so that another takes
+        it at once.
         """
         forget_callback = self._bus.on_reconnect(self._on_reconnect)
         try:
@@ -119,13 +115,13 @@ class Lease:
         self._woken.set()
 
     async def _win(self) -> None:
-        """Until the seat is ours."""
+        """Until the lease is ours."""
         is_troubled = False
         while True:
             try:
                 if self._bus.is_connected:
                     async with until_reconnect(self._bus), asyncio.timeout(CALL_TIMEOUT_S):
-                        if await self._try():
+                        if await self._try_to_win():
                             return
                     is_troubled = False
             except TROUBLE as error:
@@ -135,8 +131,8 @@ class Lease:
                 is_troubled = True
             await self._pause(_LOOK_EVERY * self._ttl_s)
 
-    async def _try(self) -> bool:
-        """Take the seat if it is free: absent, given up, silent for too long, or ours of an earlier term."""
+    async def _try_to_win(self) -> bool:
+        """Take the lease if it is free: absent, given up, silent for too long, or ours of an earlier term."""
         if self._bucket is None:
             self._bucket = await open_bucket(self._bus, LEADER_BUCKET)
         found = await read(self._bucket, KEY)
@@ -144,8 +140,9 @@ class Lease:
         if found.revision != self._seen[0]:
             self._seen = (found.revision, now)
         self._seen_holder_id = NOBODY
-        if found.revision == 0 and now < self._patient_until and not self._has_led_last:
-            return False  # the server has just forgotten the record: who led knows its epoch and comes first
+        has_led_last = 0 < self.epoch == self.highest_epoch
+        if found.revision == 0 and now < self._patient_until and not has_led_last:
+            return False  # the server has just forgotten the record: the last leader knows its epoch and is first
         if found.value is None:
             # Someone has deleted it. Each epoch in this bucket took at least one write.
             self.hear(found.revision)
@@ -163,7 +160,7 @@ class Lease:
         return True
 
     async def _keep(self) -> str:
-        """Renew until the seat is lost; says why."""
+        """Renew until the lease is lost; returns why."""
         loop = asyncio.get_running_loop()
         assert self._bucket is not None
         trouble = "the process was held up"
@@ -174,17 +171,15 @@ class Lease:
             if not self._bus.is_connected:
                 trouble = "cut off from NATS"
                 continue
+            # Ours, unless we have heard of a higher one: a server that restarts forgets all epochs.
+            epoch = self.epoch if self.highest_epoch <= self.epoch else self.highest_epoch + 1
             try:
                 async with until_reconnect(self._bus), asyncio.timeout_at(self._held_until):
-                    await self._write(self._bucket, self._next_epoch(), self._revision)
+                    await self._write(self._bucket, epoch, self._revision)
             except _LOST as error:
                 return f"the record is not ours any more: {describe(error)}"
             except TROUBLE as error:
                 trouble = describe(error)
-
-    def _next_epoch(self) -> int:
-        """Ours, unless we have heard of a higher one: a server that restarts forgets all epochs."""
-        return self.epoch if self.highest_epoch <= self.epoch else self.highest_epoch + 1
 
     async def _write(self, bucket: KeyValue, epoch: int, last: int) -> None:
         """Write our record over revision `last`, and only that; we lead from then on."""
@@ -197,7 +192,7 @@ class Lease:
         self._is_confirmed = True
 
     async def _give_up(self) -> None:
-        """Free the seat, unless another has it already."""
+        """Free the lease, unless another has it already."""
         if self._bucket is None or not self._bus.is_connected:
             return
         record = encode(Leader(scheduler_id=NOBODY, epoch=self.highest_epoch))
@@ -205,16 +200,16 @@ class Lease:
             async with asyncio.timeout(_STEP_DOWN_AFTER * self._ttl_s):
                 await self._bucket.update(KEY, record, last=self._revision)
         except TROUBLE as error:
-            log.info("the seat is left to be taken: %s", describe(error))
+            log.info("the lease is left to be taken: %s", describe(error))
 
     async def _pause(self, seconds: float) -> None:
-        """Until a reconnect, or something heard, but at most so long."""
+        """Until a reconnect or a higher epoch, but at most this long."""
         await wait_event(self._woken, seconds)
         self._woken.clear()
 
 
 def _leader(value: bytes) -> Leader:
-    """The record; nobody's if it can't be read, so that a spoilt one does not lock everyone out."""
+    """The record; if it can't be read nobody's, so that a spoilt one does not lock everyone out."""
     try:
         return decode(value, Leader)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
