@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from flowkv_common import telemetry as logs
+from flowkv_common.telemetry import JsonLogLines, LogLines
 
 FIELDS: dict[str, object] = {"status": 200, "prefill_node": "p0", "reason": None, "finish_reason": ""}
 
@@ -20,7 +20,7 @@ def record() -> logging.LogRecord:
 
 
 def test_fields_are_keys_of_the_json_line(record: logging.LogRecord) -> None:
-    line = json.loads(logs._JsonLines("gateway").format(record))
+    line = json.loads(JsonLogLines("gateway").format(record))
     assert line.pop("time")
     assert line == {
         "level": "info",
@@ -33,4 +33,4 @@ def test_fields_are_keys_of_the_json_line(record: logging.LogRecord) -> None:
 
 
 def test_fields_stand_behind_the_message_on_a_terminal(record: logging.LogRecord) -> None:
-    assert logs._Lines("%(message)s").format(record) == "request ended status=200 prefill_node=p0"
+    assert LogLines("gateway").format(record).endswith(" request ended status=200 prefill_node=p0")

@@ -12,9 +12,8 @@ import tempfile
 from pathlib import Path
 
 from flowkv_common import __version__
-from flowkv_common import telemetry as logs
 from flowkv_common.config import NodeSettings, load
-from flowkv_common.telemetry import reason_in_one_line
+from flowkv_common.telemetry import reason_in_one_line, setup_logs
 from flowkv_engine.engine.fetch import default_cache_dir
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ def main(default_role: str) -> None:
     if role not in ROLES:
         raise SystemExit(f"settings: unknown role {role!r}, not one of {', '.join(ROLES)}")
     settings = load(NodeSettings, arguments)
-    logs.setup(role)
+    setup_logs(role)
     # Compute threads spin some 50 us for the next kernel, or each of a step's would wake them anew; not for
     # milliseconds, the default: nodes may share cores. Before torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")

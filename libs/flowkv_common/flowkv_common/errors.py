@@ -95,15 +95,10 @@ def from_wire(refusal: Refusal) -> FlowKVError:
     return kind(refusal.message, field=refusal.field, retry_after_s=refusal.retry_after_s)
 
 
-_PATH = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
-_MISSING = re.compile(r"missing required field `(?P<field>[^`]+)`")
-
-
 def invalid_input(complaint: str) -> BadRequest:
     """What msgspec says against an input, with its path (`$.messages[0].role`) as the name of the field."""
-    found = _PATH.search(complaint)
-    path = found["path"].removesuffix("[...]") if found else ""
-    reason = complaint[: found.start()] if found else complaint
-    if missing := _MISSING.search(complaint):
-        path = f"{path}.{missing['field']}".lstrip(".")
+    found = re.search(r" - at (?:`key` in )?`\$\.?([^`]*)`$", complaint)
+    reason, path = (complaint[: found.start()], found[1].removesuffix("[...]")) if found else (complaint, "")
+    if missing := re.search(r"missing required field `([^`]+)`", reason):
+        path = f"{path}.{missing[1]}".lstrip(".")
     return BadRequest(f"{path}: {reason}" if path else reason, field=path or None)

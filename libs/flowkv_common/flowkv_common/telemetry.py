@@ -1,4 +1,4 @@
-"""Metrics and health over HTTP, the same for every service. Knows nothing of what is measured."""
+"""What every service tells of itself: metrics and health over HTTP, logs, and why it has ended."""
 
 from __future__ import annotations
 
@@ -26,8 +26,18 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from flowkv_common.aio import group
 from flowkv_common.errors import CannotStart, Unavailable
 
+MAX_CONNECTIONS = 64
+_IDLE_TIMEOUT_S = 10.0
+_MAX_HEADER_BYTES = 64 * 1024
 _MAX_UNSENT_BYTES = 64 * 1024  # per connection, in the kernel
+# A client that takes nothing of what was sent for this long is dropped (Linux only).
+_UNREAD_TIMEOUT_S = 60
+# A response that is cancelled on exit has this long to tell its client.
 _LAST_WORD_S = 2.0
+# An address that others have, or that this host does not have, or that this user may not have.
+_ADDRESS_ERRORS = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
+
+log = logging.getLogger(__name__)
 
 
 def process_registry() -> CollectorRegistry:
@@ -68,15 +78,11 @@ def service_app(registry: CollectorRegistry, why_not_ready: Callable[[], str | N
     return Starlette(routes=[*metrics_routes(registry), *health_routes(why_not_ready)])
 
 
-MAX_CONNECTIONS = 64
-_IDLE_TIMEOUT_S = 10.0
-
-
 class ServiceConnection(H11Protocol):
-    """uvicorn's connection, which ends 10 s after it began or was last answered if no whole request has come.
+    """uvicorn's connection, closed after 10 s without a whole request.
 
-    One more than 64 costs the one that has waited longest for a request its place. Whoever scrapes or probes
-    asks at once, and can connect again.
+    When there are more than 64, the one that has waited longest for a request is closed. Scrapes and probes
+    ask at once, and can connect again.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -84,8 +90,7 @@ class ServiceConnection(H11Protocol):
         self._wait_for_request()
         if len(self.connections) > MAX_CONNECTIONS:
             connections = cast("set[ServiceConnection]", self.connections)  # a server has one kind
-            longest = min(connections, key=lambda one: (not one.is_waiting, one._since))
-            longest.close_if_waiting()
+            min(connections, key=lambda one: (not one._is_waiting, one._since))._close_if_waiting()
 
     def on_response_complete(self) -> None:
         self._end.cancel()
@@ -97,17 +102,16 @@ class ServiceConnection(H11Protocol):
         super().connection_lost(exc)
 
     def _wait_for_request(self) -> None:
-        """Starts the clock."""
         self._since = self.loop.time()
-        self._end = self.loop.call_later(_IDLE_TIMEOUT_S, self.close_if_waiting)
+        self._end = self.loop.call_later(_IDLE_TIMEOUT_S, self._close_if_waiting)
 
     @property
-    def is_waiting(self) -> bool:
+    def _is_waiting(self) -> bool:
         """Whether no whole request has come that is still to be answered."""
         return self.conn.our_state is h11.IDLE
 
-    def close_if_waiting(self) -> None:
-        if self.is_waiting:
+    def _close_if_waiting(self) -> None:
+        if self._is_waiting:
             self.transport.abort()
 
 
@@ -119,7 +123,7 @@ class _QuietServer(uvicorn.Server):
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn only cancels what is left at the end. These tasks have a word to say to their clients."""
+        """uvicorn only cancels what is left at the end: these tasks still have to tell their clients."""
         await super().shutdown(sockets)
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=_LAST_WORD_S)
@@ -132,16 +136,13 @@ async def serve_http(
     port: int,
     *,
     connection: type[asyncio.Protocol] = ServiceConnection,
-    max_header_bytes: int = 64 * 1024,
-    unread_timeout_s: float = 60.0,
     keep_alive_s: float = 75.0,
     drain_timeout_s: float = 5.0,
 ) -> AsyncIterator[int]:
     """Serve `app` while the context lasts; gives the bound port (`port` 0 takes any free one).
 
-    A client that takes nothing of what was sent for `unread_timeout_s` is dropped (Linux only), an idle
-    connection after `keep_alive_s`. On exit no new connection is taken, and open responses have
-    `drain_timeout_s` to end; what runs then is cancelled, and has 2 s to tell its client.
+    An idle connection is closed after `keep_alive_s`. On exit no new connection is taken, and open responses
+    have `drain_timeout_s` to end; those left are cancelled, and have 2 s to tell their clients.
     Raises OSError when the address can't be had.
     """
     config = uvicorn.Config(
@@ -151,7 +152,7 @@ async def serve_http(
         lifespan="off",
         http=connection,
         ws="none",
-        h11_max_incomplete_event_size=max_header_bytes,
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         timeout_keep_alive=keep_alive_s,  # type: ignore[arg-type]
         timeout_graceful_shutdown=drain_timeout_s,  # type: ignore[arg-type]
     )
@@ -161,7 +162,15 @@ async def serve_http(
     with socket.create_server(
         (host, port), family=family, backlog=2048, dualstack_ipv6=takes_both
     ) as listener:
-        _tune(listener, unread_timeout_s)
+        # Accepted connections inherit these options; some systems lack the last two. asyncio sets the first
+        # only for sockets made with an explicit protocol; without it, the second write of each response waits
+        # for the client's delayed acknowledgement of the first: 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            # Else the kernel takes 3 MB for a client that reads nothing, and we learn of it only then.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_TIMEOUT_S * 1000)
         async with group() as tasks:
             tasks.create_task(server.serve(sockets=[listener]))
             try:
@@ -171,28 +180,25 @@ async def serve_http(
                 server.should_exit = True
 
 
-def _tune(listener: socket.socket, unread_timeout_s: float) -> None:
-    """Options that accepted connections inherit; some systems lack the last two."""
-    # asyncio sets this only for sockets made with an explicit protocol; without it, the second write of each
-    # response waits for the client's delayed acknowledgement of the first: 40 ms.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-        # Else the kernel takes 3 MB for a client that reads nothing, and we learn of it only then.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(unread_timeout_s * 1000))
+def setup_logs(service: str) -> None:
+    """Send all logs of this process to stderr, with the service's name on each line."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogLines(service) if sys.stderr.isatty() else JsonLogLines(service))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
-class _JsonLines(logging.Formatter):
+class JsonLogLines(logging.Formatter):
+    """One JSON object per line, for machines."""
+
     def __init__(self, service: str) -> None:
         super().__init__()
-        self.service = service
+        self._service = service
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
             "level": record.levelname.lower(),
-            "service": self.service,
+            "service": self._service,
             "logger": record.name,
             "message": record.getMessage(),
             **_fields(record),
@@ -202,7 +208,12 @@ class _JsonLines(logging.Formatter):
         return msgspec.json.encode(line).decode()
 
 
-class _Lines(logging.Formatter):
+class LogLines(logging.Formatter):
+    """For a terminal."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__(f"%(asctime)s {service:<12} %(levelname)-7s %(message)s")
+
     def formatMessage(self, record: logging.LogRecord) -> str:
         fields = "".join(f" {name}={value}" for name, value in _fields(record).items())
         return super().formatMessage(record) + fields
@@ -214,37 +225,13 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
     return {name: value for name, value in fields.items() if value not in (None, "")}
 
 
-def setup(service: str, level: int = logging.INFO) -> None:
-    """Send all logs of this process to stderr, with the service's name on each line."""
-    handler = logging.StreamHandler(sys.stderr)
-    if sys.stderr.isatty():
-        handler.setFormatter(_Lines(f"%(asctime)s {service:<12} %(levelname)-7s %(message)s"))
-    else:
-        handler.setFormatter(_JsonLines(service))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
-    # One line per HTTP request is the proxy's business, not ours.
-    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
-
-
-log = logging.getLogger(__name__)
-
-# An address that others have, or that this host does not have, or that this user may not have.
-_ADDRESS_ERRORS = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
-
-
 @contextlib.contextmanager
 def reason_in_one_line(service: str) -> Iterator[None]:
-    """Around all that `service` does. Raises SystemExit(1); what nobody expected keeps its traceback."""
+    """Around all that `service` does. Raises SystemExit(1); an unforeseen error keeps its traceback."""
     try:
         yield
-    except (CannotStart, Unavailable) as error:
-        _end(service, error)
-    except OSError as error:
-        if error.errno not in _ADDRESS_ERRORS:
+    except (CannotStart, Unavailable, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _ADDRESS_ERRORS:
             raise
-        _end(service, error)
-
-
-def _end(service: str, error: Exception) -> None:
-    log.error("%s ended: %s", service, error)
-    raise SystemExit(1) from None
+        log.error("%s ended: %s", service, error)
+        raise SystemExit(1) from None

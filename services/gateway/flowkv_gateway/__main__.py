@@ -7,11 +7,10 @@ import logging
 import sys
 from pathlib import Path
 
-from flowkv_common import telemetry as logs
 from flowkv_common.aio import stop_on_signals
 from flowkv_common.config import GatewaySettings, load
 from flowkv_common.fingerprint import model_files
-from flowkv_common.telemetry import process_registry, reason_in_one_line, serve_http
+from flowkv_common.telemetry import process_registry, reason_in_one_line, serve_http, setup_logs
 from flowkv_gateway.app import build_app
 from flowkv_gateway.cluster import OwnModel
 from flowkv_gateway.dispatch import open_dispatch
@@ -47,7 +46,7 @@ async def serve(settings: GatewaySettings) -> None:
 
 
 def main() -> None:
-    logs.setup("gateway")
+    setup_logs("gateway")
     with reason_in_one_line("gateway"):
         asyncio.run(serve(load(GatewaySettings, sys.argv[1:])))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from flowkv_common import telemetry
 from flowkv_common.aio import stop_on_signals
 from flowkv_common.config import SchedulerSettings, load
+from flowkv_common.telemetry import reason_in_one_line, setup_logs
 from flowkv_scheduler.app import serve
 
 
@@ -17,8 +17,8 @@ async def run(settings: SchedulerSettings) -> None:
 
 def main() -> None:
     settings = load(SchedulerSettings, sys.argv[1:])
-    telemetry.setup("scheduler")
-    with telemetry.reason_in_one_line("scheduler"):
+    setup_logs("scheduler")
+    with reason_in_one_line("scheduler"):
         asyncio.run(run(settings))
 
 

@@ -2,9 +2,9 @@
 
 The lease is one record in the JetStream bucket `flowkv_leader`, which never expires there. A standby takes
 the holder for dead when the record has not moved for `ttl_s` on the *standby's* clock since it was seen to
-move. The holder counts from *before* it asked for its last renewal, and steps down earlier still. So two never
-lead at once while their clocks run equally fast, whatever the server's timers do. What a paused process sends
-late is refused by its epoch, and since the record stays, no epoch is forgotten while nobody leads.
+move. The holder counts from *before* it asked for its last renewal, and steps down earlier still. So two
+never lead at once while their clocks run equally fast, whatever the server's timers do. What a paused process
+sends late is refused by its epoch, and since the record stays, no epoch is forgotten while nobody leads.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Lease:
         self._seen_holder_id = NOBODY
         has_led_last = 0 < self.epoch == self.highest_epoch
         if found.revision == 0 and now < self._patient_until and not has_led_last:
-            return False  # the server has just forgotten the record: the last leader knows its epoch and is first
+            return False  # the server has just forgotten it: the last leader knows its epoch and goes first
         if found.value is None:
             # Someone has deleted it. Each epoch in this bucket took at least one write.
             self.hear(found.revision)
