@@ -25,38 +25,33 @@ def page_from_code(page: str) -> str:
 
 def _served() -> Iterator[str]:
     common = GenerationRequest.__struct_fields__
-    yield "| where | fields |"
-    yield "|---|---|"
-    yield f"| both generation endpoints | {_names(common)} |"
+    yield f"- both generation endpoints: {_names(common)}"
     for path, kind in (
         ("/v1/chat/completions", ChatRequest),
         ("/v1/completions", CompletionRequest),
         ("/tokenize", TokenizeRequest),
     ):
         own = [name for name in kind.__struct_fields__ if kind is TokenizeRequest or name not in common]
-        yield f"| `{path}` | {_names(own)} |"
+        yield f"- `{path}`: {_names(own)}"
 
 
 def _refused() -> Iterator[str]:
-    yield "| field | where | but not with | why |"
-    yield "|---|---|---|---|"
     alike: dict[tuple[str, str, str], list[str]] = {}
     for row in REFUSED:
-        accepted = ", ".join(f"`{json.dumps(value)}`" for value in row.accepted)
+        accepted = ", ".join(f"`{json.dumps(value)}`" for value in row.accepted if value is not None)
         alike.setdefault((", ".join(row.endpoints), accepted, row.reason), []).append(row.name)
     for (where, accepted, reason), names in alike.items():
-        yield f"| {_names(names)} | {where} | {accepted} | {reason} |"
+        but = f"; not {accepted}" if accepted else ""
+        yield f"- {_names(names)} ({where}{but}): {reason}"
 
 
 def _nothing() -> Iterator[str]:
-    yield "| field | why |"
-    yield "|---|---|"
     alike: dict[str, list[str]] = {}
     for name, reason in CHANGE_NOTHING.items():
         reason = list(alike)[-1] if reason == "the same" else reason
         alike.setdefault(reason, []).append(name)
     for reason, names in alike.items():
-        yield f"| {_names(names)} | {reason} |"
+        yield f"- {_names(names)}: {reason}"
 
 
 def _names(names: list[str] | tuple[str, ...]) -> str:

@@ -17,11 +17,11 @@ from flowkv_common.config import (
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 
 INTRODUCTION = """\
-# Settings
+# Which setting bounds what?
 
-Written from `flowkv_common/config.py` by `tests/contract/settings_page.py`; `flowkv gateway --help` and the
-other services' print the same text. Flags win over variables, variables over defaults. An unknown flag or
-`FLOWKV_` variable is refused. What Compose itself reads is in [operations.md](operations.md).
+Each setting is a variable, `FLOWKV_PORT`, and a flag, `--port`. Flags win. An unknown one is refused. `flowkv gateway --help` and the other
+services' print the same text. What Compose itself reads is in [operations.md](operations.md). This page is written from
+`flowkv_common/config.py` by `tests/contract/settings_page.py`.
 """
 
 
@@ -36,17 +36,23 @@ def _lines() -> Iterator[str]:
         ("Scheduler", SchedulerSettings),
         ("Nodes: prefill, decode, mixed", NodeSettings),
     ):
-        yield f"## {title}\n\n| variable | flag | default | unit | meaning |\n| --- | --- | --- | --- | --- |"
+        yield f"## {title}\n\n| variable | default | meaning |\n|---|---|---|"
         yield from map(_row, settings_of(kind))
         yield ""
-    yield "## Others\n\n| variable | meaning |\n| --- | --- |"
+    yield "## Others\n\n| variable | meaning |\n|---|---|"
     yield from (f"| `{name}` | {text} |" for name, text in OTHER_VARIABLES.items())
 
 
 def _row(setting: Setting) -> str:
-    default = "required" if setting.default is None else f"`{setting.default}`" if setting.default else ""
+    default = (
+        "required"
+        if setting.default is None
+        else f"`{setting.default}` {setting.unit}".rstrip()
+        if setting.default
+        else ""
+    )
     choices = f" ({', '.join(f'`{choice}`' for choice in setting.choices)})" if setting.choices else ""
-    cells = (f"`{setting.variable}`", f"`{setting.flag}`", default, setting.unit, setting.text + choices)
+    cells = (f"`{setting.variable}`", default, setting.text + choices)
     return f"| {' | '.join(cells)} |"
 
 
