@@ -19,9 +19,10 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 INTRODUCTION = """\
 # Which setting bounds what?
 
-Each setting is a variable, `FLOWKV_PORT`, and a flag, `--port`. Flags win. An unknown one is refused. `flowkv gateway --help` and the other
-services' print the same text. What Compose itself reads is in [operations.md](operations.md). This page is written from
-`flowkv_common/config.py` by `tests/contract/settings_page.py`.
+Each setting is a variable, `FLOWKV_PORT`, and a flag, `--port`. Flags win. An unknown one is refused.
+`flowkv gateway --help` and the other services' print the same text. What Compose itself reads is in
+[operations.md](operations.md). This page is written from `flowkv_common/config.py` by
+`tests/contract/settings_page.py`.
 """
 
 
