@@ -1,5 +1,6 @@
 # Every habit is one target. The virtual environment makes itself.
 VENV    := .venv
+PYTHON  ?= python3
 PY      := $(VENV)/bin/python
 PREFILL ?= 1
 DECODE  ?= 1
@@ -35,19 +36,19 @@ install: $(VENV)/ready-dev ## install everything, for development too
 
 $(VENV)/bin/python:
 	@echo "[make] creating the virtual environment"
-	python3 -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
 
 # torch first and alone: whatever else is resolved later then fits the pinned build.
-$(VENV)/ready: $(VENV)/bin/python requirements.txt constraints.txt pyproject.toml
+$(VENV)/ready: $(VENV)/bin/python constraints.txt pyproject.toml
 	@echo "[make] installing torch"
 	$(VENV)/bin/pip install --disable-pip-version-check --progress-bar on -c constraints.txt torch
 	@echo "[make] installing FlowKV"
-	$(VENV)/bin/pip install --disable-pip-version-check --quiet -r requirements.txt
+	$(VENV)/bin/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[engine]'
 	@touch $@
 
-$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
+$(VENV)/ready-dev: $(VENV)/ready
 	@echo "[make] installing what tests and linters need"
-	$(VENV)/bin/pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	$(VENV)/bin/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[engine,dev]'
 	@touch $@
 
 up: $(VENV)/ready ## start NATS and all services as processes; Ctrl-C drains and stops them
@@ -74,6 +75,7 @@ lint: $(VENV)/ready-dev ## ruff, mypy --strict, import boundaries
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/codespell
 
 fmt: $(VENV)/ready-dev ## format the code
 	$(VENV)/bin/ruff check --fix .
