@@ -13,16 +13,18 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from imagined_nodes import descriptor
 from nats_server import NatsServer
+from wrapped_links import WrappedConnector, WrappedLink
 
+from flowkv.roles import ROLES
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
-from flowkv_common.bus.service import Endpoint, Service
+from flowkv_common.bus.service import Service
 from flowkv_common.config import NodeSettings
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
@@ -35,30 +37,25 @@ from flowkv_common.wire.messages import (
     TokenChunk,
     TokenIds,
 )
-from flowkv_common.wire.nodes import LinkOffer, LinkRequest
-from flowkv_decode.sequences import DecodeGuest
+from flowkv_decode.sequences import DecodeRole
 from flowkv_engine.engine.sampler import Sampled
-from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.pool import KVPool
-from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.kv.segments import Copy
-from flowkv_engine.transport.base import KVConnector, KVLink, TransferStats
+from flowkv_engine.transport.base import KVLink, TransferStats
 from flowkv_engine.transport.inprocess import InProcessConnector, Switchboard
-from flowkv_node.attempts import Attempts
-from flowkv_node.budget import HandoffBudget
-from flowkv_node.endpoints import watch_cancels
-from flowkv_node.links import Links
-from flowkv_node.memory import handoff_bytes
+from flowkv_node import host
+from flowkv_node.endpoints import node_endpoints, watch_cancels
+from flowkv_node.handoffs import HandoffBudget, handoff_bytes
 from flowkv_node.node import Node
-from flowkv_node.outbox import Outbox
-from flowkv_node.steps import Instruments, Retire
-from flowkv_prefill.prompts import PrefillGuest
+from flowkv_node.reporting import BlockNews
+from flowkv_prefill.prompts import PrefillRole
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 24
 LAYOUT = PoolLayout(num_layers=2, block_size=BLOCK_SIZE, num_kv_heads=1, head_dim=2, dtype="float32")
 FINGERPRINT = "f"
 EOS = 2
+CARD = ModelCard(name="m", fingerprint=FINGERPRINT, max_model_len=512, vocab_size=999, eos_token_ids=[EOS])
 FIRST_TOKEN = 77  # what each prompt's last chunk "samples"
 TIMEOUT_S = 5.0
 
@@ -77,29 +74,19 @@ class Clock:
         self.step_ended_at = self()
 
 
-class WatchedLink:
+class WatchedLink(WrappedLink):
     """A link that notes what it sends. A send lands at once and is confirmed while `may_confirm` is set."""
 
-    name = "inprocess"
-
     def __init__(self, link: KVLink) -> None:
+        super().__init__(link)
         self.sends: list[list[Copy]] = []
         self.may_confirm = asyncio.Event()
         self.may_confirm.set()
         self.landed = asyncio.Event()
         self.hears_cancel = True
-        self._link = link
-
-    @property
-    def closed(self) -> bool:
-        return self._link.closed
-
-    @property
-    def is_lost(self) -> bool:
-        return self._link.is_lost
 
     async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
-        sent = await self._link.send(transfer_id, token, copies)
+        sent = await super().send(transfer_id, token, copies)
         self.sends.append(list(copies))
         self.landed.set()
         while not self.may_confirm.is_set():
@@ -110,56 +97,32 @@ class WatchedLink:
                     raise
         return sent
 
-    async def close(self) -> None:
-        await self._link.close()
-
     def times_sent(self) -> Counter[int]:
         """How often each block of the sender was sent."""
         copies = itertools.chain.from_iterable(self.sends)
         return Counter(itertools.chain.from_iterable(range(c.src, c.src + c.length) for c in copies))
 
 
-class WatchedConnector:
-    """A connector that keeps the link it has made."""
-
-    name = "inprocess"
-    connect_timeout_s = 1.0
-
-    def __init__(self, connector: KVConnector) -> None:
-        self._connector = connector
-        self.link: WatchedLink | None = None
-
-    async def listen(self) -> str:
-        return await self._connector.listen()
-
-    async def connect(self, address: str, token: str, num_blocks: int) -> KVLink:
-        self.link = WatchedLink(await self._connector.connect(address, token, num_blocks))
-        return self.link
-
-    async def __aenter__(self) -> Self:
-        await self._connector.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._connector.__aexit__(kind, error, trace)
-
-
 @dataclass
 class Side:
-    """One node, its pool and its two guests."""
+    """One node, its pool and its two roles."""
 
     node: Node
     pool: KVPool
-    connector: WatchedConnector
+    connector: WrappedConnector
     clock: Clock
-    prefill: PrefillGuest = field(init=False)
-    decode: DecodeGuest = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.prefill, self.decode = PrefillGuest(self.node), DecodeGuest(self.node)
-        self.node.guests.update(prefill=self.prefill, decode=self.decode)
+    @property
+    def prefill(self) -> PrefillRole:
+        return self.node.prefill
+
+    @property
+    def decode(self) -> DecodeRole:
+        return self.node.decode
+
+    @property
+    def num_sequences_accepted(self) -> int:
+        return self.decode.load().num_accepted
 
     def kv(self, block_table: Sequence[int], num_tokens: int) -> list[float]:
         """What lies in the slots of the first tokens."""
@@ -177,12 +140,12 @@ class Side:
             "reservations": self.node.reservations.num_open,
             "leased": counts.leased,
             "quarantined": counts.quarantined,
-            "handoffs": self.node.budget.num_in_flight,
-            "bytes": self.node.budget.bytes_in_flight,
-            "waiting for the budget": self.node.budget.num_waiting,
-            "prompts": self.prefill.num_prompts(),
-            "waiting": self.decode.num_waiting(),
-            "running": self.decode.num_running(),
+            "handoffs": self.node.handoffs.queue.num_holders,
+            "bytes": self.node.handoffs.queue.weight_held,
+            "waiting for the budget": self.node.handoffs.queue.num_waiting,
+            "prompts": self.prefill.load().num_prompts,
+            "waiting": self.decode.load().num_waiting,
+            "running": self.decode.load().num_running,
         }
 
     async def wait_idle(self) -> None:
@@ -218,7 +181,7 @@ class Pair:
 
     @property
     def link(self) -> WatchedLink:
-        assert self.p.connector.link is not None
+        assert isinstance(self.p.connector.link, WatchedLink)
         return self.p.connector.link
 
     def run(self, prompt_ids: list[int], *, max_tokens: int = 8, deadline_in_s: float = 60.0) -> PrefillRun:
@@ -252,14 +215,14 @@ class Pair:
             sequence.num_computed_tokens = end
             is_done = end == sequence.num_tokens
             self.p.prefill.apply(sequence, Sampled(FIRST_TOKEN, None) if is_done else None)
-        self.p.node.retire.step_ended()
+        self.p.node.end_step()
         self.p.clock.end_step()
         return sum(num_tokens for _, num_tokens in items)
 
     async def compute_all(self, chunk_tokens: int = 1000) -> None:
         """The whole of one prompt, in chunks; all that can be is sent before the next is computed."""
         await self.compute(chunk_tokens)
-        while self.p.prefill.num_prompts():
+        while self.p.prefill.load().num_prompts:
             await self.settle()
             await self.compute(chunk_tokens)
 
@@ -275,7 +238,7 @@ class Pair:
 
 @contextlib.asynccontextmanager
 async def engineless_pair(nats_server: NatsServer, **settings: Any) -> AsyncIterator[Pair]:
-    """Both nodes with their guests at work and `p` linked to `d`; no keepalives, sweeps or load reports."""
+    """Both nodes with their roles at work and `p` linked to `d`; no keepalives, sweeps or load reports."""
     switchboard = Switchboard()
     async with contextlib.AsyncExitStack() as opened:
         bus = await opened.enter_async_context(connect(nats_server.url, name="pair"))
@@ -295,50 +258,32 @@ async def _side(
     bus: Bus, node_id: str, switchboard: Switchboard, settings: dict[str, Any]
 ) -> AsyncIterator[Side]:
     ref = NodeRef(node_id=node_id, incarnation="1")
-    own = NodeSettings(model_path="", node_id=node_id, block_size=BLOCK_SIZE, **settings)
-    blocks, attempts = Blocks(NUM_BLOCKS, BLOCK_SIZE), Attempts()
-    reservations, retire = Reservations(blocks), Retire(blocks)
-    links = Links(bus, ref, LAYOUT, FINGERPRINT, NUM_BLOCKS)
-    clock = Clock()
-    with KVPool(LAYOUT, NUM_BLOCKS) as pool:
-        connector = WatchedConnector(InProcessConnector(pool, reservations, links.admits, switchboard))
-        async with connector:
-            await links.listen(connector)
-            node = Node(
-                ref=ref,
-                settings=own,
-                card=ModelCard(
-                    name="m", fingerprint=FINGERPRINT, max_model_len=512, vocab_size=999, eos_token_ids=[EOS]
-                ),
-                layout=LAYOUT,
-                bus=bus,
-                blocks=blocks,
-                reservations=reservations,
-                attempts=attempts,
-                outbox=Outbox(bus, ref, attempts),
-                links=links,
-                budget=HandoffBudget(
-                    own.max_handoffs,
-                    handoff_bytes(own, LAYOUT, NUM_BLOCKS),
-                    node_moved_at=lambda: clock.step_ended_at,
-                    clock=clock,
-                ),
-                instruments=Instruments("m", node_id),
-                retire=retire,
-                wake=asyncio.Event(),
-                changed=asyncio.Event(),
-                stop=asyncio.Event(),
-            )
-            side = Side(node, pool, connector, clock)
+    own = NodeSettings(model_path="", block_size=BLOCK_SIZE, connectors="inprocess", **settings)
+    connectors: list[WrappedConnector] = []
 
-            async def offer(request: LinkRequest) -> LinkOffer:
-                return links.offer(request)
+    def make_connectors(_: object, pool: KVPool, landings: Any, admits: Any, **__: Any) -> Any:
+        connectors.append(
+            WrappedConnector(InProcessConnector(pool, landings, admits, switchboard), WatchedLink)
+        )
+        return connectors
 
-            endpoints = [
-                *side.prefill.endpoints(),
-                *side.decode.endpoints(),
-                Endpoint(subjects.at(subjects.NODE_LINK, node_id), LinkRequest, offer),
-            ]
-            service = Service(bus, name="node", version="0.1.0", service_id=node_id, endpoints=endpoints)
-            async with service, running(side.prefill.run(), links.run(), watch_cancels(node)):
-                yield side
+    async with contextlib.AsyncExitStack() as opened:
+        pool = opened.enter_context(KVPool(LAYOUT, NUM_BLOCKS))
+        opened.enter_context(patch.object(host, "make_connectors", make_connectors))
+        node = await opened.enter_async_context(
+            host.open_node(ref, own, "mixed", CARD, pool, ROLES, bus, asyncio.Event())
+        )
+        clock = Clock()
+        max_bytes = handoff_bytes(own, LAYOUT, NUM_BLOCKS)
+        node.handoffs = HandoffBudget(
+            own.max_handoffs, max_bytes, node_moved_at=lambda: clock.step_ended_at, clock=clock
+        )
+        engine: Any = None  # nobody asks it
+        endpoints = [
+            *node.prefill.endpoints(),
+            *node.decode.endpoints(),
+            *node_endpoints(node, engine, BlockNews(ref, node.blocks)),
+        ]
+        service = Service(bus, name="node", version="0.1.0", service_id=node_id, endpoints=endpoints)
+        async with service, running(node.prefill.run(), node.links.run(), watch_cancels(node)):
+            yield Side(node, pool, connectors[0], clock)

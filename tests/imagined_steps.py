@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 from flowkv_common.wire.nodes import StepFit
-from flowkv_node.steps import StepCounts, StepFitter
+from flowkv_node.measures import StepCounts, StepFitter
 
 # Like a small model on one core.
 COSTS = StepFit(

@@ -31,7 +31,7 @@ from flowkv_common.wire.messages import (
 )
 from flowkv_common.wire.nodes import Check, Checked, LoadReport
 from flowkv_engine.engine.model import LoadedModel
-from flowkv_node.host import serve, served
+from flowkv_node.host import serve_node, served_model
 
 BLOCK_SIZE = 8
 TOKEN_BUDGET = 64
@@ -56,7 +56,7 @@ async def live_node(
     own = node_settings(server, model, node_id, num_blocks, **settings)
     stop = asyncio.Event()
     async with reports(bus, node_id) as heard, asyncio.TaskGroup() as tasks:
-        tasks.create_task(serve(own, role, served(model, own), ROLES, stop))
+        tasks.create_task(serve_node(own, role, served_model(model, own), ROLES, stop))
         ready = await first(heard, lambda report: report.ready and len(report.links) >= peers)
         try:
             yield ready.node

@@ -13,7 +13,7 @@ from benchmarks.simulator.pool import Pool
 from benchmarks.traces import ASKED_NEW_TOKENS, hashes_of_id
 from flowkv_common.wire.messages import ModelCard, NodeRef
 from flowkv_common.wire.nodes import BlockCounts, BlocksChanged, LoadReport, NodeDescriptor, StepFit
-from flowkv_node.reporting import OutputLengths
+from flowkv_node.measures import OutputLengths
 
 REPORT_PERIOD_S = 0.5
 FINGERPRINT = "simulated"

@@ -14,7 +14,7 @@ from tiny_models import make_tiny_model
 from flowkv.roles import ROLES
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.errors import Unavailable
-from flowkv_node.host import serve, served
+from flowkv_node.host import serve_node, served_model
 
 
 async def test_a_node_ends_when_nats_ends_its_connection(
@@ -32,7 +32,7 @@ async def test_a_node_ends_when_nats_ends_its_connection(
     async with connect(nats_server.url, name="test") as bus, reports(bus, "n") as heard:
         with patch.object(Bus, "__init__", note):
             node = asyncio.create_task(
-                serve(settings, "mixed", served(model, settings), ROLES, asyncio.Event())
+                serve_node(settings, "mixed", served_model(model, settings), ROLES, asyncio.Event())
             )
             async with asyncio.timeout(20):
                 await heard.get()

@@ -24,7 +24,7 @@ from flowkv_common.wire.messages import NodeRef
 from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import DeviceLost, EngineThread, Runner
-from flowkv_node.host import serve, served
+from flowkv_node.host import serve_node, served_model
 
 PROMPT = [5] * 20
 
@@ -62,13 +62,13 @@ async def setup(nats_server: NatsServer, tmp_path_factory: pytest.TempPathFactor
     def make_engine(pool: Tensor) -> EngineThread:
         return EngineThread(BreakingRunner(model, pool, errors))
 
-    breaking = dataclasses.replace(served(model, settings), make_engine=make_engine)
+    breaking = dataclasses.replace(served_model(model, settings), make_engine=make_engine)
     stop = asyncio.Event()
     async with AsyncExitStack() as opened:
         bus = await opened.enter_async_context(connect(nats_server.url, name="test"))
         heard = await opened.enter_async_context(reports(bus, "n"))
         mine = await opened.enter_async_context(client(bus, model.card.fingerprint))
-        task = asyncio.create_task(serve(settings, "mixed", breaking, ROLES, stop))
+        task = asyncio.create_task(serve_node(settings, "mixed", breaking, ROLES, stop))
         node = (await first(heard, lambda report: report.ready)).node
         yield Setup(bus, mine, node, errors, task)
         stop.set()

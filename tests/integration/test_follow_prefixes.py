@@ -219,7 +219,7 @@ async def test_a_node_that_was_cut_off_leaves_a_gap_even_if_it_has_no_news(nats_
         subject = subjects.blocks(node.ref.node_id)
         async with (
             await listener.subscribe(subject, BlocksChanged, lambda m, _: told.put(m)),
-            running(node.news.tell(bus, period_s=0.02)),
+            running(node.news.publish(bus, period_s=0.02)),
             asyncio.timeout(15),
         ):
             assert (await told.get()).seq == 1
@@ -239,7 +239,7 @@ async def test_follows_what_a_cache_really_does(nats_server: NatsServer) -> None
     """A small pool that evicts all the time, and tells by itself."""
     async with following(nats_server) as (bus, index):
         node = Node(bus)
-        async with node.living(), running(node.news.tell(bus, period_s=0.01)):
+        async with node.living(), running(node.news.publish(bus, period_s=0.01)):
             for number in range(20):
                 mine = block_hashes(f"{number}", list(range(12 * BLOCK_SIZE)), BLOCK_SIZE)
                 node.compute(mine)

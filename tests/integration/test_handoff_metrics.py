@@ -9,7 +9,7 @@ from engineless import Pair, engineless_pair, until
 from nats_server import NatsServer
 
 from flowkv_node.attempts import Cause
-from flowkv_node.steps import HANDOFF_RESULTS
+from flowkv_node.measures import HANDOFF_RESULTS
 
 PROMPT = list(range(100, 110))
 
@@ -45,7 +45,7 @@ async def test_handoffs_are_counted_by_result(pair: Pair) -> None:
 
     run = pair.run(PROMPT)
     await pair.p.prefill.accept(run)
-    await until(lambda: pair.p.node.budget.num_in_flight)
+    await until(lambda: pair.p.node.handoffs.queue.num_holders)
     pair.p.node.attempts.cancel(f"{run.request_id}.0", Cause.UNWANTED)
     await pair.p.wait_idle()
     assert counted(pair) == {"done": 1, "unneeded": 1, "cancelled": 1}

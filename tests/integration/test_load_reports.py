@@ -8,21 +8,14 @@ from contextlib import AsyncExitStack
 from typing import NamedTuple
 
 import pytest
-from drive import load_tiny
 from live_nodes import BLOCK_SIZE, Client, Heard, client, first, live_node, reports
 from nats_server import NatsServer
-from tiny_models import make_tiny_model
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, NodeRef, Release, Reserve, Reserved
 from flowkv_engine.engine.model import LoadedModel
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return load_tiny(make_tiny_model(tmp_path_factory.mktemp("model")))
 
 
 class Setup(NamedTuple):

@@ -9,11 +9,9 @@ from typing import NamedTuple
 
 import httpx
 import pytest
-from drive import load_tiny
 from live_nodes import BLOCK_SIZE, TOKEN_BUDGET, Client, client, first, live_node, reports
 from nats_server import NatsServer
 from prometheus_client.parser import text_string_to_metric_families
-from tiny_models import make_tiny_model
 
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
@@ -28,11 +26,6 @@ FIELD = "max_prefill_tokens_per_step"
 NUM_TOKENS = 3 * TOKEN_BUDGET
 # Only news make a node report in the time that a test takes.
 LOAD_PERIOD_S = 30.0
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return load_tiny(make_tiny_model(tmp_path_factory.mktemp("model")))
 
 
 class Setup(NamedTuple):
@@ -96,7 +89,7 @@ async def test_the_next_step_obeys_and_everyone_hears(setup: Setup, caplog: pyte
         assert after["flowkv_max_prefill_tokens_per_step"] == cap
         assert after["flowkv_cap_changes_total"] == number + 1
     assert (await setup.descriptor(cap=TOKEN_BUDGET)).node == setup.node
-    lines = [record.getMessage() for record in caplog.records if "cap" in record.getMessage()]
+    lines = [record.getMessage() for record in caplog.records if "chunk budget" in record.getMessage()]
     assert len(lines) == 3
     assert all("the test says so" in line for line in lines)
 

@@ -10,10 +10,8 @@ from typing import NamedTuple
 
 import httpx
 import pytest
-from drive import load_tiny
 from live_nodes import Client, Heard, client, first, live_node, node_settings, reports
 from nats_server import NatsServer
-from tiny_models import make_tiny_model
 
 from flowkv.local_cluster import free_port
 from flowkv.roles import ROLES
@@ -23,15 +21,10 @@ from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, Cancel, NodeRef, Reserve, Reserved
 from flowkv_common.wire.nodes import Drain, ResumeNode, Wedge
 from flowkv_engine.engine.model import LoadedModel
-from flowkv_node.host import serve, served
+from flowkv_node.host import serve_node, served_model
 
 PROMPT = [30] * 20
 NUM_TOKENS = 12
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return load_tiny(make_tiny_model(tmp_path_factory.mktemp("model")))
 
 
 class Setup(NamedTuple):
@@ -160,7 +153,7 @@ async def test_a_node_that_leaves_does_not_come_back(nats_server: NatsServer, mo
     stop = asyncio.Event()
     async with connect(nats_server.url, name="test") as bus, reports(bus, "n1") as heard:
         async with asyncio.TaskGroup() as tasks, client(bus, model.card.fingerprint) as asker:
-            tasks.create_task(serve(settings, "mixed", served(model, settings), ROLES, stop))
+            tasks.create_task(serve_node(settings, "mixed", served_model(model, settings), ROLES, stop))
             node = (await first(heard, lambda report: report.ready)).node
             mine = Setup(bus, asker, node, heard, httpx.AsyncClient())
             reserved = await mine.reserve("early.0")  # else it would be gone at once

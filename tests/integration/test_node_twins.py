@@ -7,10 +7,8 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
-from drive import load_tiny
 from live_nodes import client, first, live_node, node_settings, reports
 from nats_server import NatsServer
-from tiny_models import make_tiny_model
 
 from flowkv.roles import ROLES
 from flowkv_common.bus.connection import Bus, connect
@@ -19,12 +17,7 @@ from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import NodeRef, Refusal, Reserve, Reserved, StepTokens, decode, encode
 from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_engine.engine.model import LoadedModel
-from flowkv_node.host import serve, served
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return load_tiny(make_tiny_model(tmp_path_factory.mktemp("model")))
+from flowkv_node.host import serve_node, served_model
 
 
 @pytest.fixture
@@ -41,7 +34,7 @@ async def test_the_second_of_an_id_says_why_it_does_not_serve_and_disturbs_nobod
         own = node_settings(nats_server, model, "n0")
         async with reports(bus, "n0") as heard, asyncio.timeout(10):
             with pytest.raises(NodeIdTaken, match="'n0' is running already on 127.0.0.1, process"):
-                await serve(own, "mixed", served(model, own), ROLES, asyncio.Event())
+                await serve_node(own, "mixed", served_model(model, own), ROLES, asyncio.Event())
             assert (await first(heard, lambda _: True)).node == node
         assert await mine.generate(node, node, [30] * 20, max_tokens=8) == expected
 
@@ -57,7 +50,9 @@ async def test_a_node_that_finds_another_life_in_its_place_gives_its_work_back_a
             told.put_nowait(chunk.error)
 
     async with await bus.subscribe(subjects.tokens("g"), StepTokens, hear), reports(bus, "n0") as heard:
-        serving = asyncio.create_task(serve(own, "mixed", served(model, own), ROLES, asyncio.Event()))
+        serving = asyncio.create_task(
+            serve_node(own, "mixed", served_model(model, own), ROLES, asyncio.Event())
+        )
         node = (await first(heard, lambda report: report.ready)).node
         request = Reserve(
             transfer_id="r.0",

@@ -22,9 +22,8 @@ from flowkv_common.wire.messages import (
     TokenChunk,
     TokenLogprob,
 )
-from flowkv_node import outbox as outbox_module
-from flowkv_node.attempts import Attempt, Attempts
-from flowkv_node.outbox import MISSES_UNTIL_GONE, Outbox
+from flowkv_node import attempts as attempts_module
+from flowkv_node.attempts import MISSES_UNTIL_GONE, Attempt, Attempts, Outbox
 
 
 def chunk(number: int, num_logprobs: int) -> TokenChunk:
@@ -39,10 +38,10 @@ async def test_a_step_whose_tokens_are_more_than_a_message_takes_is_sent_in_seve
             async with await bus.subscribe(subjects.tokens("g"), StepTokens, lambda step, _: got.put(step)):
                 outbox = Outbox(bus, NodeRef(node_id="n", incarnation="1"), Attempts())
                 for number in range(3):
-                    outbox.add("g", chunk(number, num_logprobs=0))
+                    outbox.add_chunk("g", chunk(number, num_logprobs=0))
                 await outbox.flush()
                 for number in range(20):
-                    outbox.add("g", chunk(number, num_logprobs=20))
+                    outbox.add_chunk("g", chunk(number, num_logprobs=20))
                 await outbox.flush()
                 await bus.nc.flush()
         steps = [got.get_nowait() for _ in range(got.qsize())]
@@ -55,7 +54,7 @@ async def test_a_step_whose_tokens_are_more_than_a_message_takes_is_sent_in_seve
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keepalives at once, and verdicts from the first moment on."""
-    monkeypatch.setattr(outbox_module, "KEEPALIVE_PERIOD_S", 0.01)
+    monkeypatch.setattr(attempts_module, "KEEPALIVE_PERIOD_S", 0.01)
     monkeypatch.setattr(connection, "SETTLE_S", 0.0)
 
 

@@ -94,11 +94,11 @@ class Storm:
         pair = self.pair
         await pair.p.wait_idle()
         await pair.d.wait_idle()
-        num_accepted = pair.d.decode.num_accepted
+        num_accepted = pair.d.num_sequences_accepted
         run = pair.run([5] * 20)
         await pair.p.prefill.accept(run)
         await pair.compute_all(8)
-        await until(lambda: pair.d.decode.num_accepted == num_accepted + 1)
+        await until(lambda: pair.d.num_sequences_accepted == num_accepted + 1)
         self.cancel([run])
         await pair.p.wait_idle()
         await pair.d.wait_idle()
@@ -123,7 +123,7 @@ class Wedge(Storm):
         side, other = self.random.sample([self.pair.p, self.pair.d], k=2)
         mine = [run for run in self.runs if tid_of(run) in side.node.attempts]
         for attempt in side.node.attempts:
-            side.node.outbox.fail(attempt.gateway_id, attempt.transfer_id, Unavailable("wedged"))
+            side.node.outbox.add_failure(attempt.gateway_id, attempt.transfer_id, Unavailable("wedged"))
             side.node.attempts.cancel(attempt.transfer_id, Cause.GIVEN_BACK)
         for run in mine:
             other.node.attempts.cancel(tid_of(run), Cause.UNWANTED)

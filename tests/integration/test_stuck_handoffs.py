@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 
 import pytest
 from engineless import Pair, engineless_pair, until
@@ -13,19 +14,19 @@ from flowkv_common.aio import running
 from flowkv_common.errors import Unavailable
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Reserve
-from flowkv_node import endpoints as watch
+from flowkv_node import host
 from flowkv_node.attempts import Cause
-from flowkv_node.budget import STUCK_AFTER_S
-from flowkv_node.endpoints import watch_handoffs
+from flowkv_node.handoffs import STUCK_AFTER_S
 
 PROMPT = list(range(100, 110))
 
 
 @pytest.fixture
 async def pair(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    monkeypatch.setattr(watch, "SWEEP_PERIOD_S", 0.01)
-    async with engineless_pair(nats_server, max_handoffs=2) as pair, running(watch_handoffs(pair.p.node)):
-        yield pair
+    monkeypatch.setattr(host, "SUPERVISE_PERIOD_S", 0.01)
+    async with engineless_pair(nats_server, max_handoffs=2) as pair:
+        async with running(host.supervise(pair.p.node, SimpleNamespace(busy_since=None))):
+            yield pair
 
 
 def pass_time(pair: Pair) -> None:
@@ -35,7 +36,7 @@ def pass_time(pair: Pair) -> None:
 
 async def sweep(pair: Pair) -> None:
     """Until the watch has looked again, twice."""
-    await asyncio.sleep(5 * watch.SWEEP_PERIOD_S)
+    await asyncio.sleep(5 * host.SUPERVISE_PERIOD_S)
 
 
 async def send_without_end(pair: Pair) -> None:
@@ -49,10 +50,10 @@ async def send_without_end(pair: Pair) -> None:
 
 async def serve_another(pair: Pair) -> None:
     pair.d.node.attempts.cancel("r0.0", Cause.UNWANTED)
-    before = pair.d.decode.num_accepted
+    before = pair.d.num_sequences_accepted
     await pair.p.prefill.accept(pair.run(PROMPT))
     await pair.compute_all()
-    await until(lambda: pair.d.decode.num_accepted == before + 1)
+    await until(lambda: pair.d.num_sequences_accepted == before + 1)
     await pair.p.wait_idle()
 
 
@@ -85,7 +86,7 @@ async def test_a_node_stays_red_while_a_handoff_cant_be_ended(pair: Pair) -> Non
         await pair.p.prefill.accept(pair.run(PROMPT))
     await sweep(pair)
     assert pair.p.node.why_not_ready() is not None
-    assert pair.p.node.budget.num_in_flight == 1
+    assert pair.p.node.handoffs.queue.num_holders == 1
     pair.link.may_confirm.set()
     await pair.p.wait_idle()
     await until(lambda: pair.p.node.why_not_ready() is None)
@@ -101,7 +102,7 @@ async def test_a_prompt_that_waits_for_the_engine_is_not_stuck_while_that_steps(
         await sweep(pair)
         assert pair.p.node.why_not_ready() is None
     await pair.compute_all()
-    await until(lambda: pair.d.decode.num_accepted == 1)
+    await until(lambda: pair.d.num_sequences_accepted == 1)
 
 
 async def test_a_prompt_that_nobody_computes_is_stuck(pair: Pair) -> None:
@@ -124,12 +125,12 @@ async def test_a_send_that_waits_behind_others_is_not_stuck_while_those_arrive(p
         pass_time(pair)
         await pair.p.prefill.accept(pair.run(PROMPT))
         await pair.compute_all()
-        await until(lambda number=number: pair.d.decode.num_accepted == number + 1)
+        await until(lambda number=number: pair.d.num_sequences_accepted == number + 1)
         await sweep(pair)
         assert pair.p.node.why_not_ready() is None
     waits.set()
     await pair.p.wait_idle()
-    assert pair.d.decode.num_accepted == 4
+    assert pair.d.num_sequences_accepted == 4
 
 
 async def test_a_prompt_that_waits_for_a_full_decode_node_is_not_stuck_while_that_answers(pair: Pair) -> None:
@@ -146,7 +147,7 @@ async def test_a_prompt_that_waits_for_a_full_decode_node_is_not_stuck_while_tha
                 assert pair.p.node.why_not_ready() is None
     pair.d.node.blocks.release(taken)
     await pair.compute_all()
-    await until(lambda: pair.d.decode.num_accepted == 1)
+    await until(lambda: pair.d.num_sequences_accepted == 1)
 
 
 async def test_a_prompt_that_waits_for_blocks_nobody_gives_back_is_stuck(pair: Pair) -> None:

@@ -8,11 +8,10 @@ import logging
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pytest
 from nats_server import NatsServer
+from wrapped_links import WrappedConnector
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.service import Endpoint, Service
@@ -36,34 +35,22 @@ NUM_BLOCKS = 24
 B = NodeRef(node_id="b", incarnation="1")
 
 
-class Gated:
+class Gated(WrappedConnector):
     """A connector under another name, whose `connect` first waits for what the test wants."""
 
     def __init__(self, name: str, connector: KVConnector, before: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(connector)
         self.name = name
         self.connect_timeout_s = 60.0
         self.num_tries = 0
-        self._connector = connector
         self._before = before
-
-    async def listen(self) -> str:
-        return await self._connector.listen()
 
     async def connect(self, address: str, token: str, num_blocks: int) -> KVLink:
         self.num_tries += 1
         await self._before()
-        link = await self._connector.connect(address, token, num_blocks)
+        link = await super().connect(address, token, num_blocks)
         link.name = self.name  # type: ignore[misc]
         return link
-
-    async def __aenter__(self) -> Self:
-        await self._connector.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._connector.__aexit__(kind, error, trace)
 
 
 class Side:

@@ -19,7 +19,7 @@ from tiny_models import make_tiny_model
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, NodeRef, Release, Reserve, Reserved
-from flowkv_prefill import prompts as guest
+from flowkv_prefill import prompts
 
 NUM_BLOCKS = 12
 LONG_PROMPT = (NUM_BLOCKS - 2) * BLOCK_SIZE  # leaves no room for another in the pool
@@ -80,7 +80,7 @@ async def pair(nats_server: NatsServer, model_path: Path) -> AsyncIterator[Pair]
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     # Much less than the 80 short steps that one test waits for, on a fast machine too.
-    monkeypatch.setattr(guest, "FIRST_PATIENCE_S", 0.005)
+    monkeypatch.setattr(prompts, "FIRST_PATIENCE_S", 0.005)
 
 
 class Overheard:

@@ -64,7 +64,7 @@ class PacedNode:
             eos_token_ids=[pace.eos_token_id],
         )
         mine = msgspec.structs.replace(settings, node_id=self.node_id)
-        await host.serve(mine, self.role, host.Served(card, layout, make_engine), ROLES, self.stop)
+        await host.serve_node(mine, self.role, host.ServedModel(card, layout, make_engine), ROLES, self.stop)
 
 
 def paced_layout(block_size: int) -> PoolLayout:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from imagined_steps import duration_s, make_step, run_steps, worst_error
 
 from flowkv_common.wire.nodes import StepFit
-from flowkv_node.steps import StepCounts, StepFitter
+from flowkv_node.measures import StepCounts, StepFitter
 
 # From a GPU to a slow core; some parts cost nothing. A step is never free.
 costs = st.builds(

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv_common.wire.messages import SamplingParams
-from flowkv_decode.sequences import decode_items, num_missing_blocks, pick_victim, recompute_items
+from flowkv_decode.sequences import DecodeRole
 from flowkv_engine.engine.sequence import Sequence
 from flowkv_prefill.prompts import plan_chunks
 
@@ -54,21 +56,24 @@ def test_chunks_keep_to_the_cap_and_always_proceed(prompts: list[tuple[int, int]
         assert end == item.sequence.num_tokens or end % 16 == 0
 
 
+def role_with(*running: Sequence) -> DecodeRole:
+    """Its batch is given: no node is asked for places or blocks."""
+    role = DecodeRole(SimpleNamespace(settings=SimpleNamespace(block_size=16, max_num_seqs=64)))
+    role._running = list(running)
+    return role
+
+
 def test_missing_blocks_include_the_newest_token() -> None:
-    assert num_missing_blocks(sequence(16, num_blocks=1), 16) == 0
-    assert num_missing_blocks(sequence(16, num_blocks=1, num_output=1), 16) == 1
-    assert num_missing_blocks(sequence(40), 16) == 3
+    missing = role_with()._num_missing_blocks
+    assert missing(sequence(16, num_blocks=1)) == 0
+    assert missing(sequence(16, num_blocks=1, num_output=1)) == 1
+    assert missing(sequence(40)) == 3
 
 
 def test_decoding_sequences_get_one_token_preempted_ones_a_chunk() -> None:
     decoding = sequence(20, num_computed=20, num_blocks=2, num_output=1)
     preempted = sequence(20, num_computed=0, num_blocks=2, num_output=5)
-    running = [decoding, preempted]
-    assert [(item.sequence, item.num_tokens) for item in decode_items(running)] == [(decoding, 1)]
-    assert [(item.sequence, item.num_tokens) for item in recompute_items(running, 16)] == [(preempted, 16)]
-    assert recompute_items(running, 0) == []
-
-
-def test_the_youngest_gives_way() -> None:
-    old, young = sequence(1), sequence(1)
-    assert pick_victim([old, young]) is young
+    role = role_with(decoding, preempted)
+    assert [(item.sequence, item.num_tokens) for item in role.decode_work()] == [(decoding, 1)]
+    assert [(item.sequence, item.num_tokens) for item in role.prefill_work(16)] == [(preempted, 16)]
+    assert role.prefill_work(0) == []

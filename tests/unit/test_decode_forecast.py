@@ -23,7 +23,7 @@ from flowkv_common.wire.messages import (
     TokenIds,
 )
 from flowkv_node.endpoints import watch_cancels
-from flowkv_node.reporting import PRIOR_TOKENS
+from flowkv_node.measures import PRIOR_TOKENS
 
 PREFILL = NodeRef(node_id="p", incarnation="1")
 NUM_OUTPUT_TOKENS = 3
@@ -65,7 +65,7 @@ async def begin(side: Side, request_id: str, attempt: int = 0) -> str:
 
 async def fail_all(side: Side) -> None:
     """As a wedge does, or the end of a drain."""
-    await side.node.fail_all(Unavailable("stuck"))
+    await side.node.give_back(Unavailable("stuck"))
 
 
 async def lose_gateway(side: Side) -> None:
@@ -88,7 +88,7 @@ async def test_outputs_that_were_cut_off_do_not_pass_for_short_ones(
         await begin(side, f"r{number}")
     await cut(side)
     assert len(side.node.attempts) == 0
-    assert side.decode.forecast().stop_rate == pytest.approx(1 / PRIOR_TOKENS, rel=1e-4)
+    assert side.decode.load().forecast.stop_rate == pytest.approx(1 / PRIOR_TOKENS, rel=1e-4)
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
@@ -111,4 +111,4 @@ async def test_a_cancel_by_the_gateway_ends_an_output_as_a_stop_does(
             await pair.bus.publish(subjects.at(subjects.NODE_CANCEL, side.node.ref.node_id), cancel)
             await until(lambda: not len(side.node.attempts))
     expected = 2 / (PRIOR_TOKENS + NUM_OUTPUT_TOKENS)
-    assert side.decode.forecast().stop_rate == pytest.approx(expected, rel=1e-4)
+    assert side.decode.load().forecast.stop_rate == pytest.approx(expected, rel=1e-4)

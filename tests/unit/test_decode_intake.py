@@ -93,11 +93,24 @@ async def test_who_runs_and_who_was_preempted_come_before_a_new_handoff(side: Si
     side.decode.apply(work.sequence, Sampled(9, None))
     assert side.decode.decode_work() == []  # no block to grow: it has been preempted
     side.node.blocks.release(hog)
-    assert side.decode.num_waiting() == 1
+    assert side.decode.load().num_waiting == 1
     num_owed = 3
     with pytest.raises(Full, match="no room"):
         await side.decode.reserve(reserve((NUM_BLOCKS - num_owed + 1) * BLOCK_SIZE, "c"))
     await side.decode.reserve(reserve((NUM_BLOCKS - num_owed) * BLOCK_SIZE, "c"))
+
+
+async def test_the_youngest_gives_way_to_the_oldest(side: Side) -> None:
+    for name in ("old", "young"):
+        await handed_over(side, [5] * (2 * BLOCK_SIZE - 1), name)
+    [old, young] = [work.sequence for work in side.decode.decode_work()]
+    hog = side.node.blocks.allocate(NUM_BLOCKS - 4)
+    for sequence in (old, young):
+        sequence.num_computed_tokens += 1
+        side.decode.apply(sequence, Sampled(9, None))
+    assert [work.sequence for work in side.decode.decode_work()] == [old]
+    assert (len(old.block_table), young.block_table) == (3, [])
+    side.node.blocks.release(hog)
 
 
 async def test_open_reservations_are_bounded_by_count(side: Side) -> None:
@@ -173,9 +186,9 @@ async def test_only_the_reservations_secret_commits_or_releases_it(side: Side, t
         await side.decode.release(Release(transfer_id="r.0", token=token))
     with pytest.raises(Stale):
         await side.decode.reserve(reserve(10, token=token))
-    assert (side.node.reservations.num_open, side.decode.num_accepted) == (1, 0)
+    assert (side.node.reservations.num_open, side.num_sequences_accepted) == (1, 0)
     await side.decode.accept(decode_run(reserved, [5] * 9))
-    assert (side.node.reservations.num_open, side.decode.num_accepted) == (0, 1)
+    assert (side.node.reservations.num_open, side.num_sequences_accepted) == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ def filled(num_tokens: int, logprobs: bool) -> tuple[Outputs, str]:
     sequence = make_sequence([5, 6])
     sequence.output_ids.append(0)
     outputs, tid = Outputs(), sequence.transfer_id
-    outputs.open(sequence)
+    outputs.begin(sequence)
     for index in range(1, num_tokens):
         top = [(2**32 - 1, -12.345678901234567)] * 20
         each = [TokenLogprob(token_id=index, logprob=-1.0, top=top)] if logprobs else []
         finish_reason = "length" if index == num_tokens - 1 else None
-        outputs.add(
+        outputs.add_chunk(
             TokenChunk(
                 transfer_id=tid, index=index, token_ids=[index], logprobs=each, finish_reason=finish_reason
             )
@@ -66,7 +66,7 @@ def test_output_is_forgotten_a_while_after_the_end_and_not_before() -> None:
     running, ended_twice = make_sequence([1, 2, 3]), make_sequence([1, 2, 3])
     for sequence in (running, ended_twice):
         sequence.output_ids.append(10)
-        outputs.open(sequence)
+        outputs.begin(sequence)
     outputs.end(ended_twice.transfer_id)  # failed ...
     outputs.end(ended_twice.transfer_id)  # ... and cancelled
     now = time.monotonic()

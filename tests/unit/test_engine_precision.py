@@ -12,7 +12,7 @@ from tiny_models import make_tiny_model
 
 from flowkv_common.config import NodeSettings
 from flowkv_engine.engine.model import kv_dtype, weights_dtype
-from flowkv_node.host import served
+from flowkv_node.host import served_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -48,5 +48,5 @@ def test_a_folder_without_a_config_is_for_others_to_refuse(tmp_path: Path) -> No
 )
 def test_kv_is_stored_as_the_weights_are_unless_it_is_set(set_to: str, stored: str, tmp_path: Path) -> None:
     model = load_tiny(make_tiny_model(tmp_path, "llama"))
-    assert served(model, NodeSettings(model_path="", kv_dtype=set_to)).layout.dtype == stored
+    assert served_model(model, NodeSettings(model_path="", kv_dtype=set_to)).layout.dtype == stored
     assert kv_dtype("auto", torch.bfloat16) == "bfloat16"

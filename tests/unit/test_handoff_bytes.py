@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flowkv_common.config import NodeSettings
 from flowkv_common.wire.messages import PoolLayout
-from flowkv_node.memory import handoff_bytes
+from flowkv_node.handoffs import handoff_bytes
 
 GIB = 1 << 30
 LLAMA_8B = PoolLayout(num_layers=32, block_size=16, num_kv_heads=8, head_dim=128, dtype="bfloat16")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from flowkv_node.budget import (
+from flowkv_node.handoffs import (
     SLOWEST_LINK_BYTES_PER_S,
     STUCK_AFTER_S,
     HandoffBudget,
@@ -29,8 +29,8 @@ class Time:
 async def test_the_budget_is_held_while_the_context_lasts() -> None:
     budget = Time().budget()
     async with budget.hold("a.0", "d", 700), budget.hold("b.0", "d", 200):
-        assert (budget.num_in_flight, budget.bytes_in_flight) == (2, 900)
-    assert (budget.num_in_flight, budget.bytes_in_flight, budget.num_waiting) == (0, 0, 0)
+        assert (budget.queue.num_holders, budget.queue.weight_held) == (2, 900)
+    assert (budget.queue.num_holders, budget.queue.weight_held, budget.queue.num_waiting) == (0, 0, 0)
 
 
 Move = Callable[[HandoffBudget, InFlight, Time], None]

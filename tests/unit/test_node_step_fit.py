@@ -12,7 +12,7 @@ from imagined_steps import COSTS, duration_s, make_step, run_steps, worst_error
 
 from flowkv_common.wire.nodes import StepFit
 from flowkv_engine.engine.batch import WorkItem
-from flowkv_node.steps import MIN_STEPS, StepCounts, StepFitter
+from flowkv_node.measures import MIN_STEPS, StepCounts, StepFitter
 
 RNG_SEED = 3
 

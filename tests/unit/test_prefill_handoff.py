@@ -58,7 +58,7 @@ async def test_every_token_of_the_prompt_lands_and_every_block_is_sent_once(
     async with engineless_pair(nats_server, overlap_transfer=overlap) as pair:
         await pair.p.prefill.accept(pair.run(prompt_ids))
         await pair.compute_all(chunk_tokens)
-        await until(lambda: pair.d.decode.num_waiting() == 1)
+        await until(lambda: pair.d.decode.load().num_waiting == 1)
         [work] = pair.d.decode.decode_work()
         assert pair.d.kv(work.sequence.block_table, num_tokens) == kv_of(prompt_ids)
         assert (work.sequence.prompt_ids, work.sequence.output_ids) == (prompt_ids, [FIRST_TOKEN])
@@ -78,7 +78,7 @@ async def test_what_decode_has_cached_is_not_sent(pair: Pair, num_tokens: int, n
     known = cache_at_decode(pair, prompt_ids, num_tokens // BLOCK_SIZE)[:num_cached]
     await pair.p.prefill.accept(pair.run(prompt_ids))
     await pair.compute_all(BLOCK_SIZE)
-    await until(lambda: pair.d.decode.num_waiting() == 1)
+    await until(lambda: pair.d.decode.load().num_waiting == 1)
     [work] = pair.d.decode.decode_work()
     assert work.sequence.block_table[:num_cached] == known
     num_cached_tokens = num_cached * BLOCK_SIZE
@@ -95,11 +95,11 @@ async def test_the_commit_waits_for_the_last_copys_confirmation(pair: Pair) -> N
     async with asyncio.timeout(5):
         await pair.link.landed.wait()
     await pair.settle()
-    assert (pair.d.decode.num_accepted, pair.d.node.reservations.num_open) == (0, 1)
+    assert (pair.d.num_sequences_accepted, pair.d.node.reservations.num_open) == (0, 1)
     assert pair.p.node.blocks.num_leased == 3
     assert [chunk.token_ids for chunk in pair.chunks] == [[FIRST_TOKEN]]  # it waits for no copy
     pair.link.may_confirm.set()
-    await until(lambda: pair.d.decode.num_accepted == 1)
+    await until(lambda: pair.d.num_sequences_accepted == 1)
     await pair.p.wait_idle()
     assert pair.d.node.reservations.num_open == 0
 
@@ -111,7 +111,7 @@ async def test_a_request_that_ends_with_its_first_token_gives_its_room_back_at_o
     assert pair.chunks[0].finish_reason == "length"
     # By a message, not by expiring; and it was never handed over.
     assert not any(pair.d.idle_counts().values())
-    assert pair.d.decode.num_accepted == 0
+    assert pair.d.num_sequences_accepted == 0
 
 
 async def test_a_copy_that_is_refused_fails_the_attempt_and_is_not_committed(pair: Pair) -> None:
@@ -125,7 +125,7 @@ async def test_a_copy_that_is_refused_fails_the_attempt_and_is_not_committed(pai
     assert error.code == 502
     assert "d:" in error.message
     await pair.p.wait_idle()
-    assert pair.d.decode.num_accepted == 0
+    assert pair.d.num_sequences_accepted == 0
 
 
 async def test_a_commit_that_is_refused_gives_everything_back(pair: Pair) -> None:
@@ -157,7 +157,7 @@ async def test_a_reservation_is_renewed_while_its_prompt_is_computed(
     assert len({message.transfer_id for message in asked}) == 1
     assert pair.d.node.num_rooms_given == 1  # renewed, not opened again
     await pair.compute_all()
-    await until(lambda: pair.d.decode.num_accepted == 1)
+    await until(lambda: pair.d.num_sequences_accepted == 1)
 
 
 async def test_prefill_asks_a_full_decode_node_again_and_takes_no_blocks_before(pair: Pair) -> None:
@@ -170,7 +170,7 @@ async def test_prefill_asks_a_full_decode_node_again_and_takes_no_blocks_before(
     assert pair.p.node.blocks.num_leased == 0
     pair.d.node.blocks.release(taken)
     await pair.compute_all()
-    await until(lambda: pair.d.decode.num_accepted == 1)
+    await until(lambda: pair.d.num_sequences_accepted == 1)
 
 
 async def test_all_who_wait_for_a_link_wait_equally_long(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ async def test_a_link_that_comes_in_time_is_used(pair: Pair) -> None:
     await until(lambda: looks > 1)
     links._links.update(kept)
     await pair.compute_all()
-    await until(lambda: pair.d.decode.num_accepted == 1)
+    await until(lambda: pair.d.num_sequences_accepted == 1)
 
 
 @pytest.mark.parametrize(

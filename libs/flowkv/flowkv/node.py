@@ -24,7 +24,7 @@ ROLES = ("prefill", "decode", "mixed")
 def main(default_role: str) -> None:
     """`[prefill|decode|mixed] [--flags]`: load the model, then serve until SIGTERM.
 
-    The role only sets the prefill cap that the node starts with.
+    The role only sets the prefill chunk budget that the node starts with.
     """
     arguments = sys.argv[1:]
     named = bool(arguments) and not arguments[0].startswith("-")
@@ -51,7 +51,7 @@ def _load_and_serve(settings: NodeSettings, role: str) -> None:
     from flowkv_common.aio import stop_on_signals
     from flowkv_engine.engine.gpu.devices import claimed
     from flowkv_engine.engine.model import load_model, weights_dtype
-    from flowkv_node.host import serve, served
+    from flowkv_node.host import serve_node, served_model
 
     # What it has to say goes where all else goes, in the same form.
     transformers.logging.disable_default_handler()
@@ -73,7 +73,7 @@ def _load_and_serve(settings: NodeSettings, role: str) -> None:
         atexit.register(_end_without_leak_reports)
 
         async def run() -> None:
-            await serve(settings, role, served(model, settings), ROLES, stop_on_signals())
+            await serve_node(settings, role, served_model(model, settings), ROLES, stop_on_signals())
 
         asyncio.run(run())
 

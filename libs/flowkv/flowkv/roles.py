@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from flowkv_decode.sequences import DecodeRole
+from flowkv_node.node import Roles
+from flowkv_prefill.prompts import PrefillRole
 
-from flowkv_decode.sequences import DecodeGuest
-from flowkv_node.node import GuestFactory
-from flowkv_prefill.prompts import PrefillGuest
-
-ROLES: Mapping[str, GuestFactory] = {"prefill": PrefillGuest, "decode": DecodeGuest}
+ROLES = Roles(prefill=PrefillRole, decode=DecodeRole)

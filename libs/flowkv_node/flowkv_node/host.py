@@ -1,7 +1,7 @@
-"""The node's process: opens what it needs, hosts the guests, reports, drains, leaves.
+"""The node's process: opens what it needs, announces itself, serves, drains, closes.
 
-A node is a prefill, a decode or a mixed node by one number only, its prefill cap; weights, pool and running
-work don't depend on it.
+One number makes a node a prefill, a decode or a mixed node: its prefill chunk budget. Weights, pool and
+running work don't depend on it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -24,7 +25,6 @@ from flowkv_common import __version__
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import NodeIdTaken, claim_node_id, keep_announced, watch_nodes
-from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import NODE_ID_CHARACTERS, NodeSettings
 from flowkv_common.errors import Unavailable
 from flowkv_common.telemetry import serve_http, service_app
@@ -40,24 +40,28 @@ from flowkv_common.wire.nodes import NodeDescriptor, starting_chunk_budget
 from flowkv_engine.engine.model import CPU, LoadedModel, kv_dtype
 from flowkv_engine.engine.runner import DeviceLost, Engine, EngineThread, Runner
 from flowkv_engine.kv.blocks import Blocks
+from flowkv_engine.kv.pool import Pool
 from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.transport import make_connectors
 from flowkv_engine.transport.sockets import Place, join_host_port
-from flowkv_node.attempts import Attempts
-from flowkv_node.budget import HandoffBudget
-from flowkv_node.endpoints import node_endpoints, sweep, watch_cancels, watch_engine, watch_handoffs
+from flowkv_node.attempts import Attempts, Outbox
+from flowkv_node.endpoints import serve_endpoints, watch_cancels
+from flowkv_node.handoffs import HandoffBudget, handoff_bytes
 from flowkv_node.links import Links
-from flowkv_node.memory import handoff_bytes, make_pool
-from flowkv_node.node import GuestFactory, Node
-from flowkv_node.outbox import Outbox
+from flowkv_node.measures import Instruments
+from flowkv_node.memory import make_pool
+from flowkv_node.node import Node, Roles
 from flowkv_node.reporting import BlockNews, report_load
-from flowkv_node.steps import Instruments, Retire, Steps
+from flowkv_node.steps import run_steps
 
 log = logging.getLogger(__name__)
 
+SUPERVISE_PERIOD_S = 0.5
+CHECK_BLOCKS_PERIOD_S = 10.0
+
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedModel:
     """All that a node needs of a model. `make_engine` gets the pool's tensor, of `layout` and on `device`."""
 
     card: ModelCard
@@ -66,9 +70,9 @@ class Served:
     device: torch.device = CPU
 
 
-def served(model: LoadedModel, settings: NodeSettings) -> Served:
-    """A loaded model as nodes serve it: computed on a thread of its own."""
-    return Served(
+def served_model(model: LoadedModel, settings: NodeSettings) -> ServedModel:
+    """A loaded model that is computed on a thread of its own."""
+    return ServedModel(
         card=model.card,
         layout=model.layout(settings.block_size, kv_dtype(settings.kv_dtype, model.dtype)),
         device=model.device,
@@ -84,82 +88,108 @@ def served(model: LoadedModel, settings: NodeSettings) -> Served:
     )
 
 
-async def serve(
-    settings: NodeSettings, role: str, model: Served, guests: Mapping[str, GuestFactory], stop: asyncio.Event
+async def serve_node(
+    settings: NodeSettings, starts_as: str, model: ServedModel, roles: Roles, stop: asyncio.Event
 ) -> None:
     """Serve until `stop` is set, then drain. A process may serve several nodes, each with its own `stop`.
 
-    `role`: what the node starts as. `guests`: what it hosts, by role.
+    `starts_as`: prefill, decode or mixed; it sets the prefill chunk budget that the node starts with.
 
     Raises `Unavailable` when NATS can't be reached or has closed the connection for good.
     """
+    own_id = f"{starts_as}-{socket.gethostname().lower()}-{secrets.token_hex(2)}"
+    node_id = settings.node_id or re.sub(f"[^{NODE_ID_CHARACTERS}]", "-", own_id)
+    ref = NodeRef(node_id=node_id, incarnation=secrets.token_hex(4))
     async with contextlib.AsyncExitStack() as opened:
-        node, steps, engine = await _open(settings, role, model, guests, stop, opened)
-        await claim_node_id(node.bus, node.ref.node_id)
+        pool = opened.enter_context(make_pool(settings, model.layout, model.device))
+        engine = await opened.enter_async_context(model.make_engine(pool.tensor))
+        bus = await opened.enter_async_context(
+            connect(settings.nats_url, name=f"flowkv-{starts_as}/{node_id}", on_closed=stop.set)
+        )
+        node = await opened.enter_async_context(
+            open_node(ref, settings, starts_as, model.card, pool, roles, bus, stop)
+        )
+        await claim_node_id(bus, node_id)
         app = service_app(node.instruments.registry, node.why_not_ready)
-        port = await opened.enter_async_context(serve_http(app, settings.host, settings.http_port))
+        http_port = await opened.enter_async_context(serve_http(app, settings.host, settings.http_port))
 
         def descriptor() -> NodeDescriptor:
-            return _describe(node, steps, role, port)
+            return _describe(node, starts_as, http_port)
 
-        news = BlockNews(node.ref, node.blocks, hashes_that_fit(node.bus.max_payload))
-        running_guests = [guest.run() for guest in node.guests.values()]
-        watches = (watch_cancels(node), watch_engine(node, engine), watch_handoffs(node), sweep(node))
-        links = (watch_nodes(node.bus, node.links.follow), node.links.run())
-        async with running(_compute(node, steps), *running_guests, *links, *watches):
-            async with running(node.outbox.keep_alive()), _services(node, steps, engine, news, role):
-                tell_news = news.tell(node.bus, settings.load_period_s)
-                stay_known = _stay_announced(node, descriptor)
-                async with running(stay_known, report_load(node, steps), tell_news):
-                    log.info("%s is ready: %d blocks", node.ref.node_id, node.blocks.num_blocks)
-                    await node.stop.wait()
-                    await _drain(node)
-
-
-async def _compute(node: Node, steps: Steps) -> None:
-    """Until cancelled. A node whose device is lost gives its work back and ends: only a new process helps."""
-    try:
-        await steps.run()
-    except DeviceLost as error:
-        log.exception("the device is lost")
-        node.drain()
-        await node.fail_all(Unavailable(f"the device of {node.ref.node_id} is lost: {error}"))
-        raise
-
-
-async def _stay_announced(node: Node, descriptor: Callable[[], NodeDescriptor]) -> None:
-    """Until cancelled. A node whose id another life has taken gives its work back and ends."""
-    try:
-        await keep_announced(node.bus, descriptor)
-    except NodeIdTaken as error:
-        node.drain()
-        await node.fail_all(Unavailable(f"{node.ref.node_id} leaves: {error}"))
-        raise
+        # From the inside out: what is told last ends first. Endpoints answer while the node is still known,
+        # and tokens and keepalives go out until they have ended.
+        news = BlockNews(ref, node.blocks, hashes_that_fit(bus.max_payload))
+        async with (
+            running(
+                _compute(node, engine),
+                node.prefill.run(),
+                node.decode.run(),
+                watch_nodes(bus, node.links.follow),
+                node.links.run(),
+                watch_cancels(node),
+                supervise(node, engine),
+            ),
+            running(node.outbox.keep_alive()),
+            serve_endpoints(node, engine, news, starts_as),
+            running(
+                _stay_announced(node, descriptor),
+                report_load(node),
+                news.publish(bus, settings.load_period_s),
+            ),
+        ):
+            log.info("%s is ready: %d blocks", node_id, node.blocks.num_blocks)
+            await stop.wait()
+            await _drain(node)
 
 
-async def _open(
+# --- open ----------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def open_node(
+    ref: NodeRef,
     settings: NodeSettings,
-    role: str,
-    model: Served,
-    guests: Mapping[str, GuestFactory],
+    starts_as: str,
+    card: ModelCard,
+    pool: Pool,
+    roles: Roles,
+    bus: Bus,
     stop: asyncio.Event,
-    opened: contextlib.AsyncExitStack,
-) -> tuple[Node, Steps, Engine]:
-    """Everything a node consists of, each entered into `opened` in the order in which it may be used."""
-    ref = NodeRef(node_id=_node_id(settings.node_id, role), incarnation=secrets.token_hex(4))
-    layout = model.layout
-    pool = opened.enter_context(make_pool(settings, layout, model.device))
-    num_blocks = pool.num_blocks
-    engine = await opened.enter_async_context(model.make_engine(pool.tensor))
-    connection = connect(settings.nats_url, name=f"flowkv-{role}/{ref.node_id}", on_closed=stop.set)
-    bus = await opened.enter_async_context(connection)
-    blocks = Blocks(num_blocks, settings.block_size)
+) -> AsyncIterator[Node]:
+    """A node that listens for KV, with its two roles, none of them at work yet."""
+    blocks = Blocks(pool.num_blocks, settings.block_size)
     reservations = Reservations(blocks)
     attempts = Attempts()
-    instruments = Instruments(model.card.name, ref.node_id)
-    instruments.expect_connectors(settings.connector_names)
-    instruments.block_gauges(blocks.counts)
-    links = Links(bus, ref, layout, model.card.fingerprint, num_blocks)
+    instruments = Instruments(card.name, ref.node_id, settings.connector_names)
+    node = Node(
+        ref=ref,
+        settings=settings,
+        card=_within_messages(card, bus, settings.block_size),
+        layout=pool.layout,
+        bus=bus,
+        blocks=blocks,
+        reservations=reservations,
+        attempts=attempts,
+        outbox=Outbox(bus, ref, attempts),
+        links=Links(bus, ref, pool.layout, card.fingerprint, pool.num_blocks),
+        handoffs=HandoffBudget(
+            settings.max_handoffs,
+            handoff_bytes(settings, pool.layout, pool.num_blocks),
+            node_moved_at=lambda: max(node.moved_at, reservations.renewed_at),
+        ),
+        instruments=instruments,
+        max_prefill_tokens_per_step=starting_chunk_budget(
+            starts_as, settings.token_budget, settings.block_size
+        ),
+        stop=stop,
+    )
+    node.prefill, node.decode = roles.prefill(node), roles.decode(node)
+    instruments.add_block_gauges(blocks.counts)
+    instruments.add_gauge(
+        "flowkv_max_prefill_tokens_per_step",
+        "Prompt tokens per step, at most: what makes a node prefill or decode",
+        lambda: node.max_prefill_tokens_per_step,
+    )
     place = Place(
         host=settings.host,
         port=settings.data_port,
@@ -167,49 +197,11 @@ async def _open(
         reached_on=settings.advertise_port,
         socket_dir=settings.socket_dir or None,
     )
-    for connector in make_connectors(settings.connector_names, pool, reservations, links.admits, place=place):
-        await links.listen(await opened.enter_async_context(connector))
-    retire = Retire(blocks)
-    node = Node(
-        ref=ref,
-        settings=settings,
-        card=_within_messages(model.card, bus, settings.block_size),
-        layout=layout,
-        bus=bus,
-        blocks=blocks,
-        reservations=reservations,
-        attempts=attempts,
-        outbox=Outbox(bus, ref, attempts),
-        links=links,
-        budget=HandoffBudget(
-            settings.max_handoffs,
-            handoff_bytes(settings, layout, num_blocks),
-            node_moved_at=lambda: max(retire.moved_at, reservations.renewed_at),
-        ),
-        instruments=instruments,
-        retire=retire,
-        wake=asyncio.Event(),
-        changed=asyncio.Event(),
-        stop=stop,
-    )
-    node.guests.update((name, make(node)) for name, make in guests.items())
-    steps = Steps(
-        engine,
-        node.guests.values,
-        node.outbox,
-        retire,
-        instruments,
-        block_size=settings.block_size,
-        token_budget=settings.token_budget,
-        max_prefill_tokens_per_step=starting_chunk_budget(role, settings.token_budget, settings.block_size),
-        wake=node.wake,
-    )
-    instruments.gauge(
-        "flowkv_max_prefill_tokens_per_step",
-        "Prompt tokens per step, at most: what makes a node prefill or decode",
-        lambda: steps.max_prefill_tokens_per_step,
-    )
-    return node, steps, engine
+    connectors = make_connectors(settings.connector_names, pool, reservations, node.links.admits, place=place)
+    async with contextlib.AsyncExitStack() as opened:
+        for connector in connectors:
+            await node.links.listen(await opened.enter_async_context(connector))
+        yield node
 
 
 def _within_messages(card: ModelCard, bus: Bus, block_size: int) -> ModelCard:
@@ -227,35 +219,122 @@ def _within_messages(card: ModelCard, bus: Bus, block_size: int) -> ModelCard:
     return msgspec.structs.replace(card, max_model_len=window)
 
 
-@contextlib.asynccontextmanager
-async def _services(
-    node: Node, steps: Steps, engine: Engine, news: BlockNews, role: str
-) -> AsyncIterator[None]:
-    """One ADR-32 service per guest and one for the node, found by `nats micro ls`."""
+def _reached_at(settings: NodeSettings) -> str:
+    """The name under which others reach this node: its host's, where it is bound to all addresses."""
+    own = socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
+    return settings.advertise_host or own
 
-    def metadata() -> dict[str, str]:
-        """What `nats micro info` shows of each service of the node."""
-        return {
-            "role": role,
-            "model": node.card.name,
-            "incarnation": node.ref.incarnation,
-            "state": node.why_not_ready() or "ready",
-        }
 
-    endpoints: dict[str, list[Endpoint]] = {name: guest.endpoints() for name, guest in node.guests.items()}
-    endpoints["node"] = node_endpoints(node, steps, engine, news)
-    async with contextlib.AsyncExitStack() as stack:
-        for name, mine in endpoints.items():
-            service = Service(
-                node.bus,
-                name=name,
-                version=__version__,
-                service_id=node.ref.node_id,
-                metadata=metadata,
-                endpoints=mine,
-            )
-            await stack.enter_async_context(service)
-        yield
+# --- announce ------------------------------------------------------------------------------------
+
+
+async def _stay_announced(node: Node, descriptor: Callable[[], NodeDescriptor]) -> None:
+    """Until cancelled. A node whose id another incarnation has taken gives its work back and ends."""
+    try:
+        await keep_announced(node.bus, descriptor)
+    except NodeIdTaken as error:
+        node.drain()
+        await node.give_back(Unavailable(f"{node.ref.node_id} leaves: {error}"))
+        raise
+
+
+def _describe(node: Node, starts_as: str, http_port: int) -> NodeDescriptor:
+    host = _reached_at(node.settings)
+    return NodeDescriptor(
+        node=node.ref,
+        role=starts_as,
+        model=node.card,
+        layout=node.layout,
+        num_blocks=node.blocks.num_blocks,
+        token_budget=node.settings.token_budget,
+        max_prefill_tokens_per_step=node.max_prefill_tokens_per_step,
+        hosted_roles=["decode", "prefill"],
+        connectors=node.settings.connector_names,
+        memory="gpu" if node.settings.is_on_gpu else "host",
+        host=host,
+        pid=os.getpid(),
+        metrics_url=f"http://{join_host_port(host, http_port)}/metrics",
+        version=__version__,
+    )
+
+
+# --- serve ---------------------------------------------------------------------------------------
+
+
+async def _compute(node: Node, engine: Engine) -> None:
+    """Until cancelled. A node whose device is lost gives its work back and ends: only a new process helps."""
+    try:
+        await run_steps(node, engine)
+    except DeviceLost as error:
+        log.exception("the device is lost")
+        node.drain()
+        await node.give_back(Unavailable(f"the device of {node.ref.node_id} is lost: {error}"))
+        raise
+
+
+async def supervise(node: Node, engine: Engine) -> None:
+    """Until cancelled: see to it that engine and handoffs make progress, and end what is out of time.
+
+    Raises IntegrityError if a block is lost: a node that can't count its blocks must not serve.
+    """
+    checked_at = 0.0
+    while True:
+        await asyncio.sleep(SUPERVISE_PERIOD_S)
+        await _check_engine(node, engine)
+        await check_handoffs(node)
+        await _expire(node)
+        if not len(node.attempts) and time.monotonic() - checked_at > CHECK_BLOCKS_PERIOD_S:
+            node.blocks.check_integrity()
+            checked_at = time.monotonic()
+
+
+async def _check_engine(node: Node, engine: Engine) -> None:
+    """A step that takes far too long makes the node unready and gives its work back.
+
+    The blocks of the stuck step stay held until it ends, if it ever does; then the node is ready again.
+    """
+    timeout_s, busy_since = node.settings.wedge_timeout_s, engine.busy_since
+    wedged = busy_since is not None and time.monotonic() - busy_since > timeout_s
+    if wedged == node.wedged:
+        return
+    node.wedged = wedged
+    node.changed.set()
+    if wedged:
+        log.error("the engine has made no progress for %.1f s", timeout_s)
+        await node.give_back(Unavailable(f"the engine of {node.ref.node_id} is stuck"))
+    else:
+        log.warning("the engine makes progress again")
+
+
+async def check_handoffs(node: Node) -> None:
+    """Handoffs that make no progress make the node unready, and are given back.
+
+    The node is ready again once they have let go of their budget. One that can't be ended, such as a thread
+    that waits for a device for ever, keeps it unready.
+    """
+    reason = node.handoffs.why_stuck()
+    if (reason is None) != (node.stuck is None):
+        node.changed.set()
+        log.log(logging.ERROR if reason else logging.WARNING, reason or "all handoffs make progress again")
+    node.stuck = reason
+    stuck = [node.attempts.find(handoff.transfer_id) for handoff in node.handoffs.find_stuck()]
+    if attempts := [attempt for attempt in stuck if attempt is not None]:
+        await node.give_back(Unavailable(f"{node.ref.node_id}: {reason}"), attempts)
+
+
+async def _expire(node: Node) -> None:
+    """What a drain has not finished in time goes back to the gateways; old reservations end."""
+    if node.drains_until is not None and time.monotonic() > node.drains_until and len(node.attempts):
+        await node.give_back(Unavailable(f"{node.ref.node_id} is draining"))
+    if not node.bus.is_settled:
+        return  # prefill nodes could not renew their reservations
+    for transfer_id in node.reservations.sweep():
+        log.info("reservation %s expired", transfer_id)
+        node.attempts.end(transfer_id)
+        node.wake.set()
+
+
+# --- drain ---------------------------------------------------------------------------------------
 
 
 async def _drain(node: Node) -> None:
@@ -266,36 +345,4 @@ async def _drain(node: Node) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(node.settings.drain_timeout_s):
                 await node.attempts.wait_empty()
-    await node.fail_all(Unavailable(f"{node.ref.node_id} leaves"))
-
-
-def _describe(node: Node, steps: Steps, role: str, http_port: int) -> NodeDescriptor:
-    host = _reached_at(node.settings)
-    return NodeDescriptor(
-        node=node.ref,
-        role=role,
-        model=node.card,
-        layout=node.layout,
-        num_blocks=node.blocks.num_blocks,
-        token_budget=node.settings.token_budget,
-        max_prefill_tokens_per_step=steps.max_prefill_tokens_per_step,
-        hosted_roles=sorted(node.guests),
-        connectors=node.settings.connector_names,
-        memory="gpu" if node.settings.is_on_gpu else "host",
-        host=host,
-        pid=os.getpid(),
-        metrics_url=f"http://{join_host_port(host, http_port)}/metrics",
-        version=__version__,
-    )
-
-
-def _reached_at(settings: NodeSettings) -> str:
-    """The name under which others reach this node: its host's, where it is bound to all addresses."""
-    own = socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
-    return settings.advertise_host or own
-
-
-def _node_id(wanted: str, role: str) -> str:
-    """The name asked for, or one that nobody else has."""
-    own = f"{role}-{socket.gethostname().lower()}-{secrets.token_hex(2)}"
-    return wanted or re.sub(f"[^{NODE_ID_CHARACTERS}]", "-", own)
+    await node.give_back(Unavailable(f"{node.ref.node_id} leaves"))

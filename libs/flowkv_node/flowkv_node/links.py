@@ -1,4 +1,7 @@
-"""A link whose transport can be exchanged under those who use it."""
+"""Links to other nodes' KV pools: each peer is reached by the best connector that works now.
+
+A link that works is used at once; better connectors are tried beside it, and replace it under its users.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from flowkv_common.aio import running
+from flowkv_common.aio import Backoff, running, wait_event
 from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import BadRequest, FlowKVError, TransferFailed, Unavailable, WrongModel
 from flowkv_common.wire import subjects
@@ -18,6 +21,19 @@ from flowkv_common.wire.messages import NodeRef, PoolLayout
 from flowkv_common.wire.nodes import LinkOffer, LinkRequest, NodeDescriptor
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.base import ConnectorUnavailable, KVConnector, KVLink, TransferStats
+
+log = logging.getLogger(__name__)
+
+FIRST_RETRY_S = 0.2
+LONGEST_RETRY_S = 5.0
+OFFER_TIMEOUT_S = 5.0
+# A connector that is preferred has so long before the next one is tried beside it.
+HEAD_START_S = 1.0
+# When connectors that would be preferred are tried again. Each try may cost the peers a thread for minutes.
+FIRST_PROBE_AGAIN_S = 10.0
+LONGEST_PROBE_AGAIN_S = 300.0
+# A peer that is missing from the registry may be there again once its bucket has been made anew.
+FORGET_AFTER_S = 30.0
 
 
 class SwitchedLink:
@@ -28,7 +44,7 @@ class SwitchedLink:
         self._num_sends: Counter[KVLink] = Counter()  # of each that has any, also of one that was replaced
         self._is_closed = False
         self._some_ended = asyncio.Event()
-        self._failed = asyncio.Event()
+        self._some_failed = asyncio.Event()
 
     @property
     def name(self) -> str:
@@ -44,8 +60,17 @@ class SwitchedLink:
 
     async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
         link = self._link
-        with self._counted(link):
+        self._num_sends[link] += 1
+        try:
             return await link.send(transfer_id, token, copies)
+        except TransferFailed:
+            self._some_failed.set()
+            raise
+        finally:
+            self._num_sends[link] -= 1
+            if not self._num_sends[link]:
+                del self._num_sends[link]
+            self._some_ended.set()
 
     async def switch(self, link: KVLink) -> None:
         """What is sent from now on goes by `link`. Returns when the one before has ended its transfers."""
@@ -60,42 +85,14 @@ class SwitchedLink:
     async def until_lost(self) -> None:
         """Returns when a send has failed because the peer can't be reached by this transport any more."""
         while not self.is_lost:
-            self._failed.clear()
-            await self._failed.wait()
+            self._some_failed.clear()
+            await self._some_failed.wait()
 
     async def close(self) -> None:
         """Ends the link, after the transfers under way. Idempotent."""
         self._is_closed = True
         for link in {self._link, *self._num_sends}:
             await link.close()
-
-    @contextlib.contextmanager
-    def _counted(self, link: KVLink) -> Iterator[None]:
-        self._num_sends[link] += 1
-        try:
-            yield
-        except TransferFailed:
-            self._failed.set()
-            raise
-        finally:
-            self._num_sends[link] -= 1
-            if not self._num_sends[link]:
-                del self._num_sends[link]
-            self._some_ended.set()
-
-
-log = logging.getLogger(__name__)
-
-FIRST_RETRY_S = 0.2
-LONGEST_RETRY_S = 5.0
-OFFER_TIMEOUT_S = 5.0
-# A connector that is preferred has so long before the next one is tried beside it.
-HEAD_START_S = 1.0
-# When connectors that would be preferred are tried again. Each try may cost the peers a thread for minutes.
-FIRST_PROBE_AGAIN_S = 10.0
-LONGEST_PROBE_AGAIN_S = 300.0
-# A peer that is missing from the registry may only be between two lives of the bucket.
-FORGET_AFTER_S = 30.0
 
 
 class Links:
@@ -109,7 +106,7 @@ class Links:
         self._layout = layout
         self._fingerprint = fingerprint
         self._num_blocks = num_blocks
-        self._connectors: dict[str, KVConnector] = {}
+        self._connectors: dict[str, KVConnector] = {}  # by name, the best one first
         self._addresses: dict[str, str] = {}
         self._tokens: dict[str, NodeRef] = {}  # link token -> the peer it was given to
         self._peers: dict[str, NodeRef] = {}
@@ -127,12 +124,12 @@ class Links:
         return token in self._tokens
 
     def offer(self, request: LinkRequest) -> LinkOffer:
-        """Answer a peer's wish to send here. Raises BadRequest for another layout, WrongModel."""
+        """Answer a peer that wants to send here. Raises BadRequest for another layout, WrongModel."""
         if request.layout != self._layout:
             raise BadRequest(f"KV layouts differ: {request.layout} and {self._layout}", field="layout")
         if request.fingerprint != self._fingerprint:
             raise WrongModel(f"{self._node.node_id} serves another model", field="fingerprint")
-        # The same for the same life: a link that it has must be able to reconnect while it looks for another.
+        # An incarnation keeps its token: a link that it has must be able to reconnect while it tries others.
         token = next((token for token, peer in self._tokens.items() if peer == request.peer), None)
         if token is None:
             self._forget_tokens(request.peer.node_id)
@@ -140,14 +137,10 @@ class Links:
             self._tokens[token] = request.peer
         return LinkOffer(node=self._node, num_blocks=self._num_blocks, token=token, addresses=self._addresses)
 
-    def _forget_tokens(self, node_id: str) -> None:
-        self._tokens = {token: peer for token, peer in self._tokens.items() if peer.node_id != node_id}
-
     def to(self, peer: NodeRef) -> KVLink:
-        """The link to one life of a peer. Raises Unavailable, with when to ask again, while there is none.
+        """The link to one incarnation of a peer. Raises Unavailable, with a time to ask again, without one.
 
-        Whether that life is yet to be seen here or is over can't be told: the registry may lag behind
-        whoever asks.
+        Whether that incarnation is yet to be seen here or is over can't be told: the registry may lag behind.
         """
         linked = self._links.get(peer.node_id)
         if linked is not None and linked[0] == peer:
@@ -159,22 +152,17 @@ class Links:
         return {node_id: link.name for node_id, (_, link) in self._links.items()}
 
     def follow(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
-        """The registry has changed: link to who came and serves our model.
-
-        Who is missing is forgotten after a while.
-        """
+        """The registry has changed: link to new nodes of our model, forget missing ones after a while."""
         now = time.monotonic()
-        peers = {
+        present = {
             node_id: descriptor.node
             for node_id, descriptor in descriptors.items()
             if node_id != self._node.node_id and descriptor.model.fingerprint == self._fingerprint
         }
-        for node_id in self._peers:
-            if node_id not in peers:
-                self._missing_since.setdefault(node_id, now)
-        for node_id in peers:
-            self._missing_since.pop(node_id, None)
-        self._peers |= peers
+        self._missing_since = {
+            node_id: self._missing_since.get(node_id, now) for node_id in self._peers.keys() - present.keys()
+        }
+        self._peers |= present
         self._changed.set()
 
     async def run(self) -> None:
@@ -189,9 +177,7 @@ class Links:
                     keepers.pop(peer).cancel()
                 for peer in wanted - set(keepers):
                     keepers[peer] = tasks.create_task(self._keep(peer))
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(FORGET_AFTER_S):
-                        await self._changed.wait()
+                await wait_event(self._changed, FORGET_AFTER_S)
 
     def _forget_missing(self) -> None:
         now = time.monotonic()
@@ -201,23 +187,29 @@ class Links:
                 del self._peers[node_id]
                 self._forget_tokens(node_id)
 
+    def _forget_tokens(self, node_id: str) -> None:
+        self._tokens = {token: peer for token, peer in self._tokens.items() if peer.node_id != node_id}
+
+    # --- the link to one peer ---------------------------------------------------------------------
+
     async def _keep(self, peer: NodeRef) -> None:
-        """Link to one incarnation of a peer, again and again until it works, then to have the best way."""
+        """Link to one incarnation of a peer, again and again until it works, then by better connectors."""
         pair = _Pair(peer)
-        retry_s, again_s = FIRST_RETRY_S, FIRST_PROBE_AGAIN_S
+        retry = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S)
+        probe = Backoff(FIRST_PROBE_AGAIN_S, LONGEST_PROBE_AGAIN_S)
         try:
             while True:
                 before = pair.link and pair.link.name
-                await self._look_for_ways(pair, retry_s)
+                await self._try_connectors(pair, retry.next_s)
                 if pair.link is None or not pair.has_link.is_set():
-                    await asyncio.sleep(retry_s)
-                    retry_s = min(2 * retry_s, LONGEST_RETRY_S)
+                    await retry.sleep()
                     continue
-                has_changed = pair.link.name != before
-                again_s = FIRST_PROBE_AGAIN_S if has_changed else min(2 * again_s, LONGEST_PROBE_AGAIN_S)
-                retry_s = FIRST_RETRY_S
+                retry.reset()
+                if pair.link.name != before:
+                    probe.reset()
+                again_s = probe.advance() if self._better_than(pair) else None
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(again_s if self._better_than(pair) else None):
+                    async with asyncio.timeout(again_s):
                         await pair.link.until_lost()
         finally:
             if pair.link is not None:
@@ -232,7 +224,7 @@ class Links:
             return names
         return names[: names.index(pair.link.name)]
 
-    async def _look_for_ways(self, pair: _Pair, retry_s: float) -> None:
+    async def _try_connectors(self, pair: _Pair, retry_s: float) -> None:
         """Try what would be better than what the pair has. One that is slow doesn't hold the next one up."""
         peer = pair.peer
         if pair.link is None or pair.link.is_lost:
@@ -248,81 +240,70 @@ class Links:
                 level = logging.WARNING if isinstance(error, BadRequest | WrongModel) else logging.INFO
                 log.log(level, "no link to %s yet, next try in %.1f s: %s", peer.node_id, retry_s, error)
             return
-        tries: dict[str, asyncio.Task[None]] = {}
-        is_over = asyncio.Event()
-        async with running(_end_when_lost(pair, tries, is_over)), asyncio.TaskGroup() as tasks:
+        pair.tries, pair.is_over = {}, False
+        async with running(pair.end_tries_when_lost()), asyncio.TaskGroup() as tasks:
             for name in self._better_than(pair):
-                if name in self._better_than(pair) and not is_over.is_set():  # still
-                    tries[name] = tasks.create_task(self._try(pair, self._connectors[name], offer, tries))
-                    await asyncio.wait([tries[name]], timeout=HEAD_START_S)
+                if name in self._better_than(pair) and not pair.is_over:  # still
+                    pair.tries[name] = tasks.create_task(self._try(pair, self._connectors[name], offer))
+                    await asyncio.wait([pair.tries[name]], timeout=HEAD_START_S)
         if pair.link is None:
             reasons = pair.reasons(self._connectors)
             log.info("no link to %s yet, next try in %.1f s: %s", peer.node_id, retry_s, reasons)
 
-    async def _try(
-        self, pair: _Pair, connector: KVConnector, offer: LinkOffer, tries: dict[str, asyncio.Task[None]]
-    ) -> None:
-        """Use the connector if it works, and end the `tries` of those that would serve less well."""
-        name = connector.name
+    async def _try(self, pair: _Pair, connector: KVConnector, offer: LinkOffer) -> None:
+        """Use the connector if it works, and end the tries of those that would serve less well."""
+        name, node_id = connector.name, pair.peer.node_id
         pair.why_not[name] = "takes long"
         try:
-            link = await _connected(connector, offer)
+            if (address := offer.addresses.get(name)) is None:
+                raise ConnectorUnavailable("the peer does not offer it")
+            async with asyncio.timeout(connector.connect_timeout_s):
+                link = await connector.connect(address, offer.token, offer.num_blocks)
         except (ConnectorUnavailable, TimeoutError) as error:
             pair.why_not[name] = str(error) or f"not within {connector.connect_timeout_s:g} s"
             return
         except Exception as error:  # whatever one peer says costs only the link to it
-            log.exception("%s to %s failed", name, pair.peer.node_id)
+            log.exception("%s to %s failed", name, node_id)
             pair.why_not[name] = f"{type(error).__name__}: {error}"
             return
-        del tries[name], pair.why_not[name]
+        del pair.tries[name], pair.why_not[name]
         if name not in self._better_than(pair):  # another was found meanwhile
             await link.close()
             return
         preferred = list(self._connectors)[: list(self._connectors).index(name)]
-        for other in set(tries) - set(preferred):
-            tries[other].cancel()
+        for other in set(pair.tries) - set(preferred):
+            pair.tries[other].cancel()
         if preferred:
-            log.warning("KV goes to %s by %s, not by %s", pair.peer.node_id, name, pair.reasons(preferred))
+            log.warning("KV goes to %s by %s, not by %s", node_id, name, pair.reasons(preferred))
         else:
-            log.info("linked to %s by %s", pair.peer.node_id, name)
+            log.info("linked to %s by %s", node_id, name)
+        pair.has_link.set()  # nobody hears of it before a lost link is replaced below
         if pair.link is None:
             pair.link = SwitchedLink(link)
-            self._links[pair.peer.node_id] = (pair.peer, pair.link)
-            pair.has_link.set()
+            self._links[node_id] = (pair.peer, pair.link)
         else:
-            pair.has_link.set()  # `switch` replaces the old one before anybody hears of it
             await pair.link.switch(link)
 
 
-async def _connected(connector: KVConnector, offer: LinkOffer) -> KVLink:
-    """A link by this connector. Raises ConnectorUnavailable or TimeoutError."""
-    address = offer.addresses.get(connector.name)
-    if address is None:
-        raise ConnectorUnavailable("the peer does not offer it")
-    async with asyncio.timeout(connector.connect_timeout_s):
-        return await connector.connect(address, offer.token, offer.num_blocks)
-
-
-async def _end_when_lost(
-    pair: _Pair, tries: Mapping[str, asyncio.Task[None]], is_over: asyncio.Event
-) -> None:
-    """Ends the `tries` when the link that serves meanwhile is lost: then all connectors must be tried."""
-    await pair.has_link.wait()
-    assert pair.link is not None
-    await pair.link.until_lost()
-    is_over.set()
-    for task in tries.values():
-        task.cancel()
-
-
 class _Pair:
-    """What this node has and knows of the ways to one life of a peer."""
+    """This node and one incarnation of a peer: the link between them, and the tries to get a better one."""
 
     def __init__(self, peer: NodeRef) -> None:
         self.peer = peer
         self.link: SwitchedLink | None = None
-        self.has_link = asyncio.Event()  # one that was not lost at first, or has been found since
-        self.why_not: dict[str, str] = {}  # connector -> why a try with it has failed
+        self.has_link = asyncio.Event()  # not lost when the connectors were tried last, or found since
+        self.tries: dict[str, asyncio.Task[None]] = {}  # by connector
+        self.is_over = False  # this round of tries
+        self.why_not: dict[str, str] = {}  # connector -> why the last try has failed
+
+    async def end_tries_when_lost(self) -> None:
+        """When the link that serves meanwhile is lost, this round ends: all connectors must be tried."""
+        await self.has_link.wait()
+        assert self.link is not None
+        await self.link.until_lost()
+        self.is_over = True
+        for task in self.tries.values():
+            task.cancel()
 
     def reasons(self, names: Iterable[str]) -> str:
         """Why not by these connectors."""

@@ -1,7 +1,8 @@
-"""How much memory this process can still take on Linux, before the kernel kills it.
+"""The pool's memory: how much there is, and a KV pool that fits into it.
 
-A container's limit shows in its cgroup (version 1 or 2) and that of each cgroup around it, the host's in
-`/proc/meminfo`. File pages that the kernel can drop count as free in both.
+On Linux the kernel kills a process that takes too much. A container's limit shows in its cgroup (version 1 or
+2) and in each cgroup around it, the host's in `/proc/meminfo`. File pages that the kernel can drop count as
+free in both.
 """
 
 from __future__ import annotations
@@ -18,79 +19,14 @@ from flowkv_common.errors import CannotStart
 from flowkv_common.wire.messages import PoolLayout
 from flowkv_engine.kv.pool import KVPool, Pool
 
-_ROOT = Path("/")
-
-
-class Free(NamedTuple):
-    """Bytes, and what sets the limit, for people."""
-
-    num_bytes: int
-    limit: str
-
-
-class _Names(NamedTuple):
-    """Of files in a cgroup's folder, and of the counts in its `memory.stat` that can be dropped."""
-
-    limit: str
-    usage: str
-    droppable: tuple[str, str]
-
-
-_V1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
-_V2 = _Names("memory.max", "memory.current", ("active_file", "inactive_file"))
-
-
-def free_memory(root: Path = _ROOT) -> Free | None:
-    """The least of all limits; None where the kernel tells none. `root` is where `proc` and `sys` lie."""
-    return min([*_of_host(root), *_of_cgroups(root)], default=None)
-
-
-def _of_host(root: Path) -> Iterator[Free]:
-    for line in _lines(root / "proc/meminfo"):
-        name, _, amount = line.partition(":")
-        if name == "MemAvailable":
-            yield Free(int(amount.split()[0]) * 1024, "the host's memory")
-
-
-def _of_cgroups(root: Path) -> Iterator[Free]:
-    """Of this process's cgroup and all around it; a container sees its own alone, as the root."""
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            top, names = root / "sys/fs/cgroup", _V2
-        elif "memory" in controllers.split(","):
-            top, names = root / "sys/fs/cgroup/memory", _V1
-        else:
-            continue
-        own = top / path.lstrip("/")
-        for folder in (own, *own.parents):
-            yield from _of_cgroup(folder, names)
-            if folder == top:
-                break
-
-
-def _of_cgroup(folder: Path, names: _Names) -> Iterator[Free]:
-    limit = next(iter(_lines(folder / names.limit)), "max")
-    usage = next(iter(_lines(folder / names.usage)), "")
-    if not limit.isdigit() or not usage.isdigit():
-        return  # no limit, or not a cgroup that we can see
-    counts = dict(line.split() for line in _lines(folder / "memory.stat"))
-    droppable = sum(int(counts.get(name, 0)) for name in names.droppable)
-    yield Free(int(limit) - int(usage) + droppable, f"the limit of {folder}")
-
-
-def _lines(file: Path) -> list[str]:
-    """Empty where there is no such file."""
-    try:
-        return file.read_text().splitlines()
-    except OSError:
-        return []
-
-
 DEFAULT_BYTES = 1 << 30
 # What a node on a GPU needs besides weights and pool: activations of a step, graphs, tables, libraries. An
 # estimate for 8 billion parameters, not measured.
 WORKING_BYTES = 3 << 30
+
+# Of a cgroup's folder: the files with limit and use, and the counts in `memory.stat` that can be dropped.
+_V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")
+_V2 = "memory.max", "memory.current", ("active_file", "inactive_file")
 
 
 class NoRoomForPool(CannotStart):
@@ -115,17 +51,14 @@ def make_pool(
         from flowkv_engine.kv.cuda_pool import CudaPool  # CuPy is an extra
 
         return CudaPool(layout, num_blocks, device.index or 0)
-    _check_fits(num_blocks * layout.block_bytes, free_memory())
-    return KVPool(layout, num_blocks)
-
-
-def _check_fits(num_bytes: int, free: Free | None) -> None:
-    """Or the kernel would kill the process while it zeroes the pool, without a word."""
-    if free is not None and num_bytes > free.num_bytes:
+    available = free_memory()
+    if available is not None and num_blocks * layout.block_bytes > available.num_bytes:
+        # Else the kernel would kill the process while it zeroes the pool, without a word.
         raise NoRoomForPool(
-            f"a KV cache of {num_bytes} bytes does not fit into the {max(0, free.num_bytes)} left of "
-            f"{free.limit}: set FLOWKV_KV_CACHE_BYTES to less"
+            f"a KV cache of {num_blocks * layout.block_bytes} bytes does not fit into the "
+            f"{max(0, available.num_bytes)} left of {available.limit}: set FLOWKV_KV_CACHE_BYTES to less"
         )
+    return KVPool(layout, num_blocks)
 
 
 def bytes_left(total: int, free: int, weights: int, share: float) -> int:
@@ -136,15 +69,47 @@ def bytes_left(total: int, free: int, weights: int, share: float) -> int:
     return min(int(total * share) - weights, free) - WORKING_BYTES
 
 
-def handoff_bytes(settings: NodeSettings, layout: PoolLayout, num_blocks: int) -> int:
-    """How many bytes of KV a prefill node of `num_blocks` may have in flight.
+class Free(NamedTuple):
+    """Bytes, and what sets the limit, for people."""
 
-    What is in flight holds blocks at both ends, at decode before they are computed. So it is a share of the
-    pool: decode nodes have pools of the same kind. A quarter lets a long prompt be sent while the next ones
-    compute, and leaves decode the most of its own. In small pools it is a step's prompt tokens for each
-    handoff that may be in flight: there the count is what bounds them.
-    """
-    if settings.max_handoff_bytes:
-        return settings.max_handoff_bytes
-    blocks_per_step = -(-settings.token_budget // settings.block_size)
-    return max(num_blocks // 4, settings.max_handoffs * blocks_per_step) * layout.block_bytes
+    num_bytes: int
+    limit: str
+
+
+def free_memory(root: Path = Path("/")) -> Free | None:
+    """The least of all limits; None where the kernel tells none. `root` is where `proc` and `sys` lie."""
+    return min([*_of_host(root), *_of_cgroups(root)], default=None)
+
+
+def _of_host(root: Path) -> Iterator[Free]:
+    for line in _lines(root / "proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            yield Free(int(line.split()[1]) * 1024, "the host's memory")
+
+
+def _of_cgroups(root: Path) -> Iterator[Free]:
+    """Of this process's cgroup and all around it; a container sees its own alone, as the root."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, (limit_file, usage_file, droppable) = root / "sys/fs/cgroup", _V2
+        elif "memory" in controllers.split(","):
+            top, (limit_file, usage_file, droppable) = root / "sys/fs/cgroup/memory", _V1
+        else:
+            continue
+        own = top / path.lstrip("/")
+        for folder in (own, *own.parents[: len(own.parts) - len(top.parts)]):
+            limit, usage = (next(iter(_lines(folder / name)), "") for name in (limit_file, usage_file))
+            if not limit.isdigit() or not usage.isdigit():
+                continue  # no limit ("max"), or not a cgroup that we can see
+            counts = dict(line.split() for line in _lines(folder / "memory.stat"))
+            dropped = sum(int(counts.get(name, 0)) for name in droppable)
+            yield Free(int(limit) - int(usage) + dropped, f"the limit of {folder}")
+
+
+def _lines(file: Path) -> list[str]:
+    """Empty where there is no such file."""
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []

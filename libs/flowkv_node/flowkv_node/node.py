@@ -1,38 +1,99 @@
-"""What a guest is, and what its node lends it. A guest brings one side of the work: prefill or decode.
+"""What a node shares with the two roles it hosts, and what a role must offer.
 
-Who starts a node names its guests (`flowkv/roles.py`), so that services never import each other.
-Every node hosts both: the paper's hybrid scheduler, two sub-schedulers over one block manager (section 8).
+Every node hosts prefill and decode: the paper's hybrid scheduler, two sub-schedulers over one block manager
+(section 8). `flowkv/roles.py` names the two classes, so that services never import each other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from flowkv_common.aio import wait_event
 from flowkv_common.bus.connection import Bus
 from flowkv_common.bus.service import Endpoint
 from flowkv_common.config import NodeSettings
 from flowkv_common.errors import FlowKVError, Stale, Unavailable, WrongModel
-from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import (
+    DecodeRun,
+    M,
+    Message,
+    ModelCard,
+    NodeRef,
+    PoolLayout,
+    PrefillRun,
+    TokenChunk,
+    transfer_id,
+)
 from flowkv_common.wire.nodes import OutputForecast
 from flowkv_engine.engine.batch import WorkItem
 from flowkv_engine.engine.sampler import Sampled
 from flowkv_engine.engine.sequence import Sequence
 from flowkv_engine.kv.blocks import Blocks, OutOfBlocks
 from flowkv_engine.kv.reservations import Reservations
-from flowkv_node.attempts import Attempt, Attempts, Cause
-from flowkv_node.budget import HandoffBudget
+from flowkv_node.attempts import Attempt, Attempts, Cause, Outbox
+from flowkv_node.handoffs import HandoffBudget
 from flowkv_node.links import Links
-from flowkv_node.outbox import Outbox
-from flowkv_node.steps import Instruments, Retire
+from flowkv_node.measures import Instruments
 
 
-@dataclass(slots=True)
+class RoleLoad(NamedTuple):
+    """A role's part of the load report."""
+
+    num_accepted: int  # requests taken on by this incarnation of the node
+    queued_prefill_tokens: int
+    num_prompts: int = 0  # that are not computed yet
+    num_waiting: int = 0  # sequences to decode without a place or without blocks
+    num_running: int = 0  # sequences in the decode batch
+    num_context_tokens: int = 0  # in the KV caches of those
+    forecast: OutputForecast | None = None
+
+
+class Role(Protocol):
+    """One side of the work on a node: prefill or decode."""
+
+    def endpoints(self) -> list[Endpoint]:
+        """The role's NATS endpoints, each with this node's id last."""
+
+    async def run(self) -> None:
+        """Background work, until cancelled."""
+
+    def prefill_work(self, max_tokens: int) -> list[WorkItem]:
+        """Prompt chunks for the next step, at most `max_tokens` tokens."""
+
+    def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
+        """A step has computed tokens of this role's sequence; `sampled` is its new token."""
+
+    def fail(self, sequence: Sequence, error: FlowKVError) -> None:
+        """The attempt of this sequence has failed here: free it, tell its gateway."""
+
+    def load(self) -> RoleLoad: ...
+
+
+class DecodingRole(Role, Protocol):
+    """The role that runs sequences."""
+
+    def decode_work(self) -> list[WorkItem]:
+        """One token of each running sequence: all of them are in the next step."""
+
+    def adopt(self, sequence: Sequence) -> None:
+        """Run a sequence that comes with its blocks, from the other role of this node."""
+
+
+class Roles(NamedTuple):
+    """How a node makes its two roles."""
+
+    prefill: Callable[[Node], Role]
+    decode: Callable[[Node], DecodingRole]
+
+
+@dataclass(slots=True, eq=False)
 class Node:
-    """Everything that guests share. Lives on the asyncio loop; only that loop takes and frees blocks."""
+    """Everything that both roles share. Lives on the asyncio loop; only that loop takes and frees blocks."""
 
     ref: NodeRef
     settings: NodeSettings
@@ -44,18 +105,29 @@ class Node:
     attempts: Attempts
     outbox: Outbox
     links: Links
-    budget: HandoffBudget
+    handoffs: HandoffBudget
     instruments: Instruments
-    retire: Retire
-    wake: asyncio.Event  # set when there is work for the engine
-    changed: asyncio.Event  # set when the next load report should not wait
+    max_prefill_tokens_per_step: int  # the prefill chunk budget: what makes it a prefill or a decode node
     stop: asyncio.Event  # set when the node is to drain and leave
-    guests: dict[str, Guest] = field(default_factory=dict)
+    prefill: Role = field(init=False)
+    decode: DecodingRole = field(init=False)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)  # set when there is work for the engine
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # set when a load report should not wait
     drains_until: float | None = None  # monotonic; while it is set the node takes nothing new
     wedged: bool = False
     stuck: str | None = None  # which handoffs make no progress
     epoch: int = 0  # the highest of a leading scheduler that this node has heard of
-    num_rooms_given: int = 0  # to sequences that will decode here, in this life; each counts once
+    num_rooms_given: int = 0  # to sequences that will decode in this incarnation; each counts once
+    moved_at: float = field(default_factory=time.monotonic)  # when a step last ended or blocks came back
+    _in_step: set[int] = field(default_factory=set)  # ids of `Sequence` objects
+    _freed_in_step: list[list[int]] = field(default_factory=list)
+    _has_room: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def endpoint(self, subject: str, kind: type[M], handler: Callable[[M], Awaitable[Message]]) -> Endpoint:
+        """An endpoint of this node alone: its id ends the subject."""
+        return Endpoint(subjects.at(subject, self.ref.node_id), kind, handler)
+
+    # --- whether it takes work --------------------------------------------------------------------
 
     @property
     def draining(self) -> bool:
@@ -85,28 +157,59 @@ class Node:
             return "not connected to NATS"
         return None
 
-    def refuse_other_life(self, ref: NodeRef) -> None:
-        """Raises Stale for a message to a former life of this node."""
+    def refuse_misdirected(self, ref: NodeRef, fingerprint: str | None = None) -> None:
+        """Raises Stale for a message to another incarnation, WrongModel for work of another model."""
         if ref != self.ref:
             raise Stale(f"meant for {ref.node_id}/{ref.incarnation}, this is {self.ref.incarnation}")
-
-    def refuse_other_model(self, fingerprint: str) -> None:
-        """Raises WrongModel for work of another model than this node's."""
-        if fingerprint != self.card.fingerprint:
+        if fingerprint not in (None, self.card.fingerprint):
             raise WrongModel(
                 f"{self.ref.node_id} serves {self.card.name} ({self.card.fingerprint}), not {fingerprint}"
             )
 
-    def refuse_new_work(self, ref: NodeRef, fingerprint: str) -> None:
-        """Raises Stale, WrongModel, or Unavailable while this node takes nothing new."""
-        self.refuse_other_life(ref)
-        self.refuse_other_model(fingerprint)
+    def refuse_while_unready(self) -> None:
+        """Raises Unavailable while this node takes nothing new."""
         if reason := self.why_not_ready():
             raise Unavailable(f"{self.ref.node_id}: {reason}")
 
     def hear_epoch(self, epoch: int) -> None:
         """A scheduler of this epoch has led: an older one is refused when it wants to change this node."""
         self.epoch = max(self.epoch, epoch)
+
+    async def give_back(self, error: FlowKVError, attempts: Iterable[Attempt] | None = None) -> None:
+        """End these attempts here, all if None; gateways will try elsewhere."""
+        for attempt in self.attempts if attempts is None else attempts:
+            self.outbox.add_failure(attempt.gateway_id, attempt.transfer_id, error)
+            self.attempts.cancel(attempt.transfer_id, Cause.GIVEN_BACK)
+        await self.outbox.flush()
+
+    def add_token(
+        self,
+        sequence: Sequence,
+        sampled: Sampled,
+        *,
+        num_cached_tokens: int = 0,
+        phases_s: dict[str, float] | None = None,
+    ) -> TokenChunk:
+        """Append an output token; its gateway is told with the next flush.
+
+        The chunk's `finish_reason` says whether it is the last one.
+        """
+        chunk = TokenChunk(
+            transfer_id=sequence.transfer_id,
+            index=sequence.next_output_index,
+            token_ids=[sampled.token_id],
+            logprobs=[sampled.logprob] if sampled.logprob else [],
+            finish_reason=sequence.finish_reason_after(
+                sampled.token_id, self.card.eos_token_ids, self.card.max_model_len
+            ),
+            num_cached_tokens=num_cached_tokens,
+            phases_s=phases_s or {},
+        )
+        sequence.output_ids.append(sampled.token_id)
+        self.outbox.add_chunk(sequence.gateway_id, chunk)
+        return chunk
+
+    # --- blocks of sequences ----------------------------------------------------------------------
 
     def take_blocks(self, sequence: Sequence, num_blocks: int) -> bool:
         """`num_blocks` blocks for a sequence without any, its cached prefix among them; False if full."""
@@ -132,66 +235,53 @@ class Node:
             return
         hashes = sequence.full_block_hashes(self.card.fingerprint, block_size)
         for i in range(sequence.num_committed_blocks, num_full):
-            parent = hashes[i - 1] if i else None
-            self.blocks.commit(sequence.block_table[i], hashes[i], parent)
+            self.blocks.commit(sequence.block_table[i], hashes[i], hashes[i - 1] if i else None)
         sequence.num_committed_blocks = num_full
 
-    async def fail(self, attempts: Iterable[Attempt], error: FlowKVError) -> None:
-        """End these attempts here; gateways will try elsewhere."""
-        for attempt in attempts:
-            self.outbox.fail(attempt.gateway_id, attempt.transfer_id, error)
-            self.attempts.cancel(attempt.transfer_id, Cause.GIVEN_BACK)
-        await self.outbox.flush()
+    def free_blocks(self, sequence: Sequence) -> None:
+        """The sequence gives its blocks back: now, or when the step that may write them has ended.
 
-    async def fail_all(self, error: FlowKVError) -> None:
-        """End every attempt here."""
-        await self.fail(self.attempts, error)
+        docs/architecture.md, rule 3.
+        """
+        block_ids, sequence.block_table = sequence.block_table, []
+        sequence.num_computed_tokens = sequence.num_committed_blocks = 0
+        if id(sequence) in self._in_step:
+            self._freed_in_step.append(block_ids)
+        else:
+            self.blocks.release(block_ids)
+            self.notice_room()
 
+    def begin_step(self, items: Iterable[WorkItem]) -> None:
+        self._in_step = {id(item.sequence) for item in items}
 
-class Guest(Protocol):
-    """One side of the work. The node calls `decode_work`, `prefill_work` and `apply` between steps."""
+    def end_step(self) -> None:
+        self._in_step = set()
+        self.moved_at = time.monotonic()
+        freed, self._freed_in_step = self._freed_in_step, []
+        for block_ids in freed:
+            self.blocks.release(block_ids)
+            self.notice_room()
 
-    name: str
-    num_accepted: int  # requests taken on in this life of the node
+    def notice_room(self) -> None:
+        """Blocks have come back: prompts that wait for room look again."""
+        self.moved_at = time.monotonic()
+        self._has_room.set()
 
-    def endpoints(self) -> list[Endpoint]:
-        """The NATS endpoints of this guest, each with this node's id last."""
-
-    async def run(self) -> None:
-        """Background work, until cancelled."""
-
-    def decode_work(self) -> list[WorkItem]:
-        """One token for each running sequence: all of these are in the next step."""
-
-    def prefill_work(self, max_tokens: int) -> list[WorkItem]:
-        """At most `max_tokens` tokens of prompts."""
-
-    def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
-        """A step has computed tokens of a sequence that is this guest's; `sampled` is its new token."""
-
-    def fail(self, sequence: Sequence, error: FlowKVError) -> None:
-        """The attempt of this sequence has failed here: free it, tell its gateway."""
-
-    def adopt(self, sequence: Sequence) -> None:
-        """Take over a sequence, with its blocks, from the other guest of the same node."""
-
-    def num_prompts(self) -> int:
-        """Prompts that are not computed yet."""
-
-    def num_waiting(self) -> int:
-        """Sequences to decode that have no place or no blocks."""
-
-    def num_running(self) -> int:
-        """Sequences in the decode batch."""
-
-    def num_context_tokens(self) -> int:
-        """Tokens in the KV caches of the sequences that decode here."""
-
-    def queued_prefill_tokens(self) -> int: ...
-
-    def forecast(self) -> OutputForecast | None:
-        """How much longer the outputs of those that decode here are expected to become."""
+    async def wait_for_room(self, timeout_s: float) -> None:
+        """Until blocks have come back, at most `timeout_s`: some are freed without a word."""
+        self._has_room.clear()
+        await wait_event(self._has_room, timeout_s)
 
 
-class GuestFactory(Protocol):
-    def __call__(self, node: Node) -> Guest: ...
+def new_sequence(run: PrefillRun | DecodeRun) -> Sequence:
+    """The sequence that a message asks for, without blocks; its deadline counts from now."""
+    return Sequence(
+        request_id=run.request_id,
+        attempt=run.attempt,
+        transfer_id=transfer_id(run.request_id, run.attempt),
+        gateway_id=run.gateway_id,
+        prompt_ids=run.prompt_ids.unpack(),
+        output_ids=run.output_ids.unpack(),
+        sampling=run.sampling,
+        deadline=time.monotonic() + run.deadline_in_s,
+    )

@@ -1,8 +1,8 @@
-"""Moving one request's KV cache to its decode node: reserve, send what is computed, hand over.
+"""Moving one request's KV cache to its decode node: reserve, send what is computed, commit.
 
-The decode node reserves first, before prefill takes blocks of its own: that is what keeps a full prefill node
-and a full decode node from waiting for each other. `DecodeRun` is the commit: it is sent only after every
-copy was confirmed while this node's blocks were held.
+The decode node reserves first, before prefill takes blocks here: that keeps a full prefill node and a full
+decode node from waiting for each other. `DecodeRun` is the commit: it is sent only after every copy was
+confirmed while this node's blocks were held.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from flowkv_common.aio import Backoff
+from flowkv_common.bus.connection import CONTROL_TIMEOUT_S
 from flowkv_common.errors import FlowKVError, Full, Unavailable
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
@@ -32,11 +34,10 @@ from flowkv_engine.engine.sequence import Sequence
 from flowkv_engine.kv.blocks import OutOfBlocks
 from flowkv_engine.kv.segments import align, ids_of
 from flowkv_engine.transport.base import KVLink, TransferStats
-from flowkv_node.budget import InFlight
+from flowkv_node.handoffs import InFlight
 from flowkv_node.node import Node
 
-CONTROL_TIMEOUT_S = 2.0
-# A reservation outlives the last sign of life of its prefill node by so much.
+# A reservation outlives the last renewal by its prefill node by so much.
 RESERVATION_S = 30.0
 RENEW_S = 10.0
 RENEW_RETRY_S = 1.0
@@ -64,7 +65,6 @@ class Handoff:
         self._link = link
         self._request = request
         self._token = reserved.token
-        self._transfer_id = reserved.transfer_id
         self._target = ids_of(reserved.runs)  # block ids at the decode node, in order
         self._num_landed = reserved.num_cached_blocks
         self._turn = asyncio.Lock()  # one send at a time: each begins where the one before ended
@@ -85,7 +85,7 @@ class Handoff:
     async def renew(self) -> None:
         """Let the reservation stand for longer. Raises FlowKVError if it does not stand any more."""
         renewal = {"token": self._token, "block_hashes": [], "run_lengths": []}
-        await _ask(self._node, msgspec.structs.replace(self._request, **renewal))
+        await _ask_room(self._node, msgspec.structs.replace(self._request, **renewal))
 
     async def send_computed(self, sequence: Sequence, *, prompt_done: bool) -> None:
         """Send the blocks that are complete and not yet there; with `prompt_done` also the last, partial one.
@@ -102,13 +102,13 @@ class Handoff:
             source = sequence.block_table[self._num_landed : num_ready]
             copies = align(source, self._target[self._num_landed : num_ready])
             began = time.monotonic()
-            self._sent.append(await self._link.send(self._transfer_id, self._token, copies))
+            self._sent.append(await self._link.send(self._request.transfer_id, self._token, copies))
             self._spans.append(Span(began, time.monotonic()))
-            self._node.budget.confirm_send(self._run.decode.node_id)
+            self._node.handoffs.confirm_send(self._run.decode.node_id)
             self._num_landed = num_ready
 
-    async def hand_over(self, sequence: Sequence) -> None:
-        """Commit: from here on the decode node answers for the request. Raises FlowKVError if it refuses."""
+    async def commit(self, sequence: Sequence) -> None:
+        """From here on the decode node answers for the request. Raises FlowKVError if it refuses."""
         run = DecodeRun(
             request_id=self._run.request_id,
             attempt=self._run.attempt,
@@ -128,7 +128,7 @@ class Handoff:
 
     async def release(self) -> None:
         """Give the room back: the request has ended, or begins again at `reserve()`. If lost, it expires."""
-        message = Release(transfer_id=self._transfer_id, token=self._token)
+        message = Release(transfer_id=self._request.transfer_id, token=self._token)
         subject = subjects.at(subjects.DECODE_RELEASE, self._run.decode.node_id)
         with contextlib.suppress(FlowKVError):
             async with self._turn:  # a copy may still be on its way
@@ -138,7 +138,7 @@ class Handoff:
         """Publish and measure what was moved; `computed_at` is when the last chunk was done (monotonic)."""
         hidden_s, exposed_s = split_at(computed_at, self._spans)
         event = KVTransferred(
-            transfer_id=self._transfer_id,
+            transfer_id=self._request.transfer_id,
             prefill_node=self._node.ref.node_id,
             decode_node=self._run.decode.node_id,
             connector=self._link.name,
@@ -151,7 +151,7 @@ class Handoff:
         )
         self._node.instruments.observe_transfer(event)
         with contextlib.suppress(FlowKVError):  # the handoff is done, told or not
-            await self._node.bus.publish(subjects.event("kv_transferred", self._transfer_id), event)
+            await self._node.bus.publish(subjects.event("kv_transferred", event.transfer_id), event)
 
 
 async def reserve(
@@ -162,6 +162,11 @@ async def reserve(
     `in_flight` hears of each answer; `again` if such room has been released before.
     Raises FlowKVError when the node refuses for good: without saying when to ask again.
     """
+    try:
+        # The runs that this node's blocks will lie in.
+        run_lengths = node.blocks.plan_runs(node.layout.blocks_for_prompt(sequence.num_tokens))
+    except OutOfBlocks:
+        run_lengths = []  # they are only a hint
     request = Reserve(
         transfer_id=sequence.transfer_id,
         node=run.decode,
@@ -170,22 +175,21 @@ async def reserve(
         gateway_id=run.gateway_id,
         num_tokens=sequence.num_tokens + 1,
         block_hashes=sequence.full_block_hashes(node.card.fingerprint, node.settings.block_size),
-        run_lengths=_planned_runs(node, sequence),
+        run_lengths=run_lengths,
         expires_in_s=RESERVATION_S,
         again=again,
     )
-    retry_s = FIRST_RETRY_S
+    backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S)
     while True:
         link = await _link_to(node, run.decode)
         try:
-            return Handoff(node, run, link, request, await _ask(node, request))
+            return Handoff(node, run, link, request, await _ask_room(node, request))
         except FlowKVError as error:
             if error.retry_after_s is None:
                 raise
             if isinstance(error, Full):
                 in_flight.hear_decode_node()
-        await asyncio.sleep(retry_s)
-        retry_s = min(2 * retry_s, LONGEST_RETRY_S)
+        await backoff.sleep()
 
 
 async def _link_to(node: Node, peer: NodeRef) -> KVLink:
@@ -200,15 +204,7 @@ async def _link_to(node: Node, peer: NodeRef) -> KVLink:
         await asyncio.sleep(FIRST_RETRY_S)
 
 
-def _planned_runs(node: Node, sequence: Sequence) -> list[int]:
-    """The runs that this node's blocks will lie in; a hint, so none while its own pool is full."""
-    try:
-        return node.blocks.plan_runs(node.layout.blocks_for_prompt(sequence.num_tokens))
-    except OutOfBlocks:
-        return []
-
-
-async def _ask(node: Node, request: Reserve) -> Reserved:
+async def _ask_room(node: Node, request: Reserve) -> Reserved:
     subject = subjects.at(subjects.DECODE_RESERVE, request.node.node_id)
     return await node.bus.request(subject, request, Reserved, timeout_s=CONTROL_TIMEOUT_S)
 

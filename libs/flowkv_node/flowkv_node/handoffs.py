@@ -2,14 +2,14 @@
 
 | a handoff | has made progress when |
 | --- | --- |
-| asks for room at the decode node | that node answers, be it that it is full |
-| waits for blocks of its own | a step ends at this node, blocks come back, or a reservation here is renewed |
+| asks for room at the decode node | that node answers, even if only that it is full |
+| waits for blocks here | a step ends at this node, blocks come back, or a reservation here is renewed |
 | is computed | a step ends at this node, whoever is in it |
 | is handed over | a send to its decode node is confirmed, whichever handoff's |
 
-Each of these waits has a deadline of its own, of seconds; joining a communicator, within a send, may take two
-minutes. So a handoff that has made no progress for three, and for as long as a slow link takes for its bytes,
-waits for something that has failed without a word.
+Each of these waits has a deadline of seconds; joining a communicator, within a send, may take two minutes. So
+a handoff that has made no progress for three, and for as long as a slow link takes for its bytes, waits for
+something that has failed without a word.
 """
 
 from __future__ import annotations
@@ -20,9 +20,25 @@ from collections.abc import AsyncIterator, Callable
 from enum import StrEnum
 
 from flowkv_common.aio import FairQueue
+from flowkv_common.config import NodeSettings
+from flowkv_common.wire.messages import PoolLayout
 
 STUCK_AFTER_S = 180.0
 SLOWEST_LINK_BYTES_PER_S = 10e6
+
+
+def handoff_bytes(settings: NodeSettings, layout: PoolLayout, num_blocks: int) -> int:
+    """How many bytes of KV a prefill node with a pool of `num_blocks` may have in flight.
+
+    Handoffs in flight hold blocks at both ends, at the decode node before they are computed. So it is a share
+    of the pool: decode nodes have pools of the same kind. A quarter lets a long prompt be sent while the next
+    ones compute, and leaves decode the most. In small pools it is a step's prompt tokens for each handoff in
+    flight: there the count is the bound.
+    """
+    if settings.max_handoff_bytes:
+        return settings.max_handoff_bytes
+    blocks_per_step = -(-settings.token_budget // settings.block_size)
+    return max(num_blocks // 4, settings.max_handoffs * blocks_per_step) * layout.block_bytes
 
 
 class Stage(StrEnum):
@@ -74,27 +90,15 @@ class HandoffBudget:
         node_moved_at: Callable[[], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._queue = FairQueue(max_handoffs, max_bytes)
+        self.queue = FairQueue(max_handoffs, max_bytes)  # counts handoffs in flight, their bytes, and waiters
         self._in_flight: set[InFlight] = set()
         self._node_moved_at = node_moved_at
         self._clock = clock
 
-    @property
-    def num_in_flight(self) -> int:
-        return self._queue.num_holders
-
-    @property
-    def bytes_in_flight(self) -> int:
-        return self._queue.weight_held
-
-    @property
-    def num_waiting(self) -> int:
-        return self._queue.num_waiting
-
     @contextlib.asynccontextmanager
     async def hold(self, transfer_id: str, decode_node_id: str, num_bytes: int) -> AsyncIterator[InFlight]:
         """Waits for room, then holds `num_bytes` of it while the context lasts."""
-        async with self._queue.hold(num_bytes):
+        async with self.queue.hold(num_bytes):
             mine = InFlight(transfer_id, decode_node_id, num_bytes, self._clock)
             self._in_flight.add(mine)
             try:
@@ -110,18 +114,17 @@ class HandoffBudget:
                 handoff.moved_at = now
 
     def find_stuck(self) -> list[InFlight]:
-        """Handoffs that have made no progress for too long (docs/architecture.md, rule 10)."""
-        return [handoff for handoff in self._in_flight if self._still_s(handoff) > handoff.patience_s]
+        """Handoffs without progress for too long (docs/architecture.md, rule 10), the worst first."""
+        stuck = [handoff for handoff in self._in_flight if self._still_s(handoff) > handoff.patience_s]
+        return sorted(stuck, key=self._still_s, reverse=True)
 
     def why_stuck(self) -> str | None:
         """In one sentence which handoffs make no progress; None if all do."""
-        stuck = self.find_stuck()
-        if not stuck:
+        if not (stuck := self.find_stuck()):
             return None
-        worst = max(stuck, key=self._still_s)
         return (
-            f"no progress in {len(stuck)} of {self.num_in_flight} handoffs: {worst.transfer_id} "
-            f"{worst.stage} for {self._still_s(worst):.0f} s"
+            f"no progress in {len(stuck)} of {self.queue.num_holders} handoffs: {stuck[0].transfer_id} "
+            f"{stuck[0].stage} for {self._still_s(stuck[0]):.0f} s"
         )
 
     def _still_s(self, handoff: InFlight) -> float:

@@ -1,0 +1,240 @@
+"""What a node measures of itself: metrics, what an engine step costs, how long outputs become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from operator import mul
+from typing import NamedTuple
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from flowkv_common.telemetry import process_registry
+from flowkv_common.wire.messages import KVTransferred
+from flowkv_common.wire.nodes import BlockCounts, OutputForecast, StepFit, expected_tokens
+from flowkv_engine.engine.batch import WorkItem
+
+# Weight of the newest step in the measured rates: about the last ten steps count.
+SMOOTHING = 0.2
+# `unneeded`: the first token was the last one, too.
+HANDOFF_RESULTS = ("done", "unneeded", "cancelled", "failed")
+STEP_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TRANSFER_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+# Step fit: about so many of the latest steps count.
+MEMORY_STEPS = 200
+# A step that is off by all of its time makes the rest count so many times less: hardware changes its speed.
+HASTE = 20.0
+# Fewer steps than this say nothing; the first one may have compiled something.
+MIN_STEPS = 10
+# Share by which a cost is pulled to zero. Where steps look all alike, it divides their time evenly.
+RIDGE = 1e-3
+# The fit goes on from the last one, so few rounds per step are enough.
+ROUNDS_PER_STEP = 3
+# One of each is about as much work: 1 step, 64 prompt tokens, each of them with 256 to attend to, ...
+_SCALES = (1.0, 64.0, 64.0 * 256.0, 8.0, 8.0 * 512.0)
+
+# Output lengths: of ended outputs about so many tokens count, the latest ones.
+MEMORY_TOKENS = 20_000
+# Before anything was seen: one output ends by itself in so many tokens, a chat answer's usual length.
+PRIOR_TOKENS = 256
+
+
+class Instruments:
+    """The node's own registry. Label `model_name` as vLLM's dashboards expect, `node_id` for ours."""
+
+    def __init__(self, model_name: str, node_id: str, connectors: Iterable[str] = ()) -> None:
+        """What each of `connectors` has moved begins at 0, not with its first transfer."""
+        self.registry = process_registry()
+        self.prefill_tokens_per_s = 0.0
+        self.decode_step_s = 0.0
+        self.step_fitter = StepFitter()
+        self._labels = {"model_name": model_name, "node_id": node_id}
+
+        def counter(name: str, text: str, *more_labels: str) -> Counter:
+            return Counter(name, text, [*more_labels, *self._labels], registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float], *more_labels: str) -> Histogram:
+            labels = [*more_labels, *self._labels]
+            return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+        self._step_tokens = histogram("vllm:iteration_tokens_total", "Tokens per step", STEP_BUCKETS).labels(
+            **self._labels
+        )
+        self.preemptions = counter("vllm:num_preemptions", "Sequences preempted, to be recomputed").labels(
+            **self._labels
+        )
+        self.chunk_budget_changes = counter(
+            "flowkv_cap_changes", "Times that the prefill chunk budget was changed"
+        ).labels(**self._labels)
+        handoffs = counter("flowkv_handoffs", "Handoffs by result", "result")
+        self.handoffs = {result: handoffs.labels(result=result, **self._labels) for result in HANDOFF_RESULTS}
+        # By field of `KVTransferred`, so that event and metrics agree.
+        self._transfer_seconds = {
+            field: histogram(f"flowkv_kv_transfer_{name}", text, TRANSFER_BUCKETS, "connector")
+            for field, name, text in (
+                ("total_s", "seconds", "A request's KV transfer: time spent sending"),
+                ("hidden_s", "hidden_seconds", "Of that, while chunks were still computing"),
+                ("exposed_s", "exposed_seconds", "Of that, after the last chunk"),
+            )
+        }
+        self._transfer_counts = {
+            f"num_{name}": counter(f"flowkv_kv_transfer_{name}", text, "connector")
+            for name, text in (
+                ("bytes", "Bytes of KV sent"),
+                ("copies", "Copies, after alignment"),
+                ("calls", "Calls that the transport made"),
+            )
+        }
+        for connector in connectors:
+            for family in (*self._transfer_seconds.values(), *self._transfer_counts.values()):
+                family.labels(connector=connector, **self._labels)
+
+    def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A gauge whose value is read when somebody asks."""
+        gauge = Gauge(name, text, list(self._labels), registry=self.registry)
+        gauge.labels(**self._labels).set_function(read)
+
+    def add_block_gauges(self, counts: Callable[[], BlockCounts]) -> None:
+        """The pool: use as vLLM counts it, and how long its free runs are."""
+
+        def usage() -> float:
+            now = counts()
+            return (now.leased + now.quarantined) / now.total
+
+        self.add_gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", usage)
+        self.add_gauge(
+            "flowkv_pool_free_blocks", "Blocks free or evictable", lambda: counts().free + counts().cached
+        )
+        self.add_gauge(
+            "flowkv_pool_longest_free_run",
+            "Blocks of the longest free run",
+            lambda: counts().longest_free_run,
+        )
+
+    def observe_step(self, counts: StepCounts, duration_s: float) -> None:
+        """One engine step: what it computed, and how long it took."""
+        total = counts.num_prefill_tokens + counts.num_sequences
+        self._step_tokens.observe(total)
+        self.step_fitter.observe(counts, duration_s)
+        if not counts.num_prefill_tokens:
+            self.decode_step_s = _smooth(self.decode_step_s, duration_s)
+        elif total >= 16:
+            self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, total / duration_s)
+
+    def observe_transfer(self, event: KVTransferred) -> None:
+        labels = {"connector": event.connector, **self._labels}
+        for field, seconds in self._transfer_seconds.items():
+            seconds.labels(**labels).observe(getattr(event, field))
+        for field, count in self._transfer_counts.items():
+            count.labels(**labels).inc(getattr(event, field))
+
+
+def _smooth(old: float, new: float) -> float:
+    return new if old == 0.0 else old + SMOOTHING * (new - old)
+
+
+class StepCounts(NamedTuple):
+    """What one engine step computes."""
+
+    num_prefill_tokens: int
+    num_attended: int  # pairs of a prompt token and a token that it attends to, itself included
+    num_sequences: int  # decoding: one token each
+    num_context_tokens: int  # in the KV caches of those
+
+    @classmethod
+    def of(cls, items: Iterable[WorkItem]) -> StepCounts:
+        """Of a step that is about to run. One token is decoded, whoever asked for it; more are a prompt."""
+        num_prefill_tokens = num_attended = num_sequences = num_context_tokens = 0
+        for sequence, num_tokens in items:
+            num_before = sequence.num_computed_tokens
+            if num_tokens == 1:
+                num_sequences += 1
+                num_context_tokens += num_before
+            else:
+                num_prefill_tokens += num_tokens
+                num_attended += num_tokens * num_before + num_tokens * (num_tokens + 1) // 2
+        return cls(num_prefill_tokens, num_attended, num_sequences, num_context_tokens)
+
+
+class StepFitter:
+    """Learns a `StepFit` from the steps that run. Pure: no clock, no I/O.
+
+    Least squares that forgets, over five costs, none of them below zero. Only the sums of products are kept,
+    5 x 5 numbers, however many steps there were. Errors are relative to a step's time: short steps count as
+    much as long ones. A step that takes far too long counts little, as the square of how much, so one alone
+    changes nothing. Steps that keep being off shorten the memory. A step changes only the costs of what it
+    had: those of prompts stay as they are while there are none.
+    """
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+        self._costs = [0.0] * len(_SCALES)  # seconds per scale
+        self._products = [[0.0] * len(_SCALES) for _ in _SCALES]  # of features with each other
+        self._targets = [0.0] * len(_SCALES)  # of features with the time
+
+    def observe(self, counts: StepCounts, duration_s: float) -> None:
+        """One step has taken so long. Costs some 20 microseconds."""
+        features = _features(counts)
+        predicted_s = self.predict(counts)
+        longer_s = max(duration_s, predicted_s, 1e-9)
+        surprise = (duration_s - predicted_s) / longer_s  # -1 to 1
+        keep = 1.0 - (1.0 + HASTE * surprise * surprise) / MEMORY_STEPS
+        weight = 1.0 / (longer_s * longer_s)
+        for i, feature in enumerate(features):
+            weighted = feature * weight
+            self._products[i] = [
+                keep * old + weighted * other for old, other in zip(self._products[i], features, strict=True)
+            ]
+            self._targets[i] = keep * self._targets[i] + weighted * duration_s
+        self._num_steps += 1
+        # Coordinate descent: each cost that the step had is set to its best value, given the others.
+        costs, present = self._costs, [i for i, feature in enumerate(features) if feature > 0.0]
+        for _ in range(ROUNDS_PER_STEP):
+            for i in present:
+                row = self._products[i]
+                unexplained = self._targets[i] - sum(map(mul, row, costs)) + row[i] * costs[i]
+                costs[i] = max(0.0, unexplained / (row[i] * (1.0 + RIDGE)))
+
+    def predict(self, counts: StepCounts) -> float:
+        """Seconds that such a step takes; what has never been seen costs nothing."""
+        predicted_s: float = sum(map(mul, _features(counts), self._costs))
+        return predicted_s
+
+    def fit(self) -> StepFit | None:
+        """What is known now; None until there were enough steps."""
+        if self._num_steps < MIN_STEPS:
+            return None
+        costs = (cost / scale for cost, scale in zip(self._costs, _SCALES, strict=True))
+        return StepFit(**dict(zip(StepFit.__struct_fields__, costs, strict=True)))
+
+
+def _features(counts: StepCounts) -> tuple[float, ...]:
+    """1 and the counts, each divided by its scale, in the order of `StepFit`."""
+    return tuple(value / scale for value, scale in zip((1, *counts), _SCALES, strict=True))
+
+
+class OutputLengths:
+    """Learns from outputs that have ended; tells of those that run."""
+
+    def __init__(self) -> None:
+        self._num_tokens = 0.0
+        self._num_stops = 0.0
+
+    def observe(self, num_tokens: int, *, stopped: bool) -> None:
+        """An output has ended: `stopped` if not by its `max_tokens`. One that was cut off has not ended."""
+        keep = max(0.0, 1.0 - num_tokens / MEMORY_TOKENS)
+        self._num_tokens = keep * self._num_tokens + num_tokens
+        self._num_stops = keep * self._num_stops + stopped
+
+    def forecast(self, running: Iterable[tuple[int, int]]) -> OutputForecast:
+        """Of sequences that have produced so many tokens and may produce so many more."""
+        sequences = list(running)
+        num_tokens = PRIOR_TOKENS + self._num_tokens + sum(produced for produced, _ in sequences)
+        stop_rate = (1.0 + self._num_stops) / num_tokens
+        first = min((left for _, left in sequences), default=0)
+        return OutputForecast(
+            tokens_left=round(sum(expected_tokens(left, stop_rate) for _, left in sequences), 1),
+            # All of them together stop so many times as often.
+            first_ends_in=round(expected_tokens(first, stop_rate * len(sequences)), 1),
+            stop_rate=round(stop_rate, 8),
+        )
