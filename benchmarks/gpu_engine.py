@@ -154,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
             rows.append(_row(batch, num_tokens, graphs, seconds, work, machine, dtype))
     found = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "attention": bench.runner.attention_name,
+        "attention": bench.runner.attention.name,
         "dtype": options.dtype,
         "read_gb_per_s": machine.read_bytes_per_s / 1e9,
         "tflop_per_s": machine.flop_per_s / 1e12,

@@ -209,7 +209,9 @@ class Pair:
         items = self.p.prefill.prefill_work(max_tokens)
         for sequence, num_tokens in items:
             first, end = sequence.num_computed_tokens, sequence.num_computed_tokens + num_tokens
-            for position, number in enumerate(kv_of(sequence.token_ids)[first:end], first):
+            for position, number in enumerate(
+                kv_of(sequence.prompt_ids + sequence.output_ids)[first:end], first
+            ):
                 block_id = sequence.block_table[position // BLOCK_SIZE]
                 self.p.pool.tensor[block_id, :, :, position % BLOCK_SIZE] = number
             sequence.num_computed_tokens = end

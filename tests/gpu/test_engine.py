@@ -26,7 +26,7 @@ if torch.cuda.is_available():
 CUDA = torch.device("cuda", 0)
 # (tokens computed before, tokens of this step)
 MIXED = [(12, 1), (0, 5), (11, 70), (0, 1), (1300, 1), (40, 24), (180, 230), (4000, 1)]
-# So many that contexts of up to 1,024 tokens are not cut into parts.
+# So many that contexts of up to 1,024 tokens are not split.
 MANY = [*MIXED, *((20 * number, 1) for number in range(1, 65))]
 
 
@@ -59,7 +59,7 @@ def test_attention_equals_torch(
         for heads in (num_heads, num_kv_heads, num_kv_heads)
     )
     pools, outs = (pool, pool.clone()), []
-    for attention in (TorchAttention(pools[0]), make_attention("auto", pools[1])[1]):
+    for attention in (TorchAttention(pools[0]), make_attention("auto", pools[1])):
         attention.bind(batch)
         attention.write(1, key, value)
         outs.append(attention.attend(1, query, head_dim**-0.5))
@@ -83,7 +83,7 @@ def test_tokens_are_those_of_the_cpu(tmp_path: Path, arch: str) -> None:
     shape = (108, model.num_layers, 2, BLOCK_SIZE, model.num_kv_heads, model.head_dim)
     expected = outputs(Runner(load_tiny(folder), torch.zeros(shape)))
     runner = Runner(model, torch.zeros(shape, device=CUDA), attention="auto", max_num_seqs=4)
-    assert runner.attention_name == "triton"
+    assert runner.attention.name == "triton"
     assert (runner._graphs is None) == (arch == "gpt2")  # which goes through its modules
     assert outputs(runner) == expected
     runner._graphs = None
@@ -113,11 +113,10 @@ def test_the_flat_forward_equals_the_modules(tmp_path: Path, dtype: torch.dtype)
     for kind, backend in [(torch.float32, "torch"), (dtype, "torch"), (dtype, "triton")]:
         model = load_tiny(folder, kind, CUDA).module
         pool = torch.zeros(25, 3, 2, BLOCK_SIZE, 2, 128, device=CUDA, dtype=kind)
-        _, attention = make_attention(backend, pool)
-        is_flat = backend == "triton"
-        forward = make_forward(model, backend, attention) if is_flat else ModulesForward(model)
+        attention = make_attention(backend, pool)
+        forward = make_forward(model, attention) if backend == "triton" else ModulesForward(model, attention)
         attention.bind(batch)
-        outs.append(forward(*rows, attention, places).float())
+        outs.append(forward(*rows, places).float())
     exact, modules, flat = outs
     off = (modules - exact).norm() / exact.norm()
     assert 0 < off < 0.05

@@ -49,7 +49,7 @@ def attended(attention: Attention, batch: PackedBatch) -> torch.Tensor:
 def test_equals_plain_attention_over_the_whole_sequence(name: str, part: tuple[int, int]) -> None:
     pool = filled(torch.float32)
     batch = batch_of([part])
-    _, attention = make_attention(name, pool)
+    attention = make_attention(name, pool)
     out = attended(attention, batch)
     num_computed, num_tokens = part
     context = pool[batch.block_tables[0], 1].transpose(0, 1).flatten(1, 2)[:, : num_computed + num_tokens]
@@ -68,9 +68,9 @@ def test_equals_torch(name: str, dtype: torch.dtype, parts: list[tuple[int, int]
     pools = filled(dtype), filled(dtype)
     batch = batch_of(parts)
     expected = attended(TorchAttention(pools[0]), batch)
-    chosen, attention = make_attention(name, pools[1])
+    attention = make_attention(name, pools[1])
     torch.testing.assert_close(attended(attention, batch), expected, atol=1e-5, rtol=0)
-    assert chosen == name
+    assert attention.name == name
     assert torch.equal(pools[0], pools[1])
 
 
@@ -78,7 +78,7 @@ def test_equals_torch(name: str, dtype: torch.dtype, parts: list[tuple[int, int]
 def test_writes_only_its_slots(name: str) -> None:
     pool, before = filled(torch.float32), filled(torch.float32)
     batch = batch_of([(3, 1), (0, 5)])
-    _, attention = make_attention(name, pool)
+    attention = make_attention(name, pool)
     attended(attention, batch)
     changed = (pool != before).flatten(4).any(-1).nonzero().tolist()  # [block, layer, side, offset]
     slots = sorted(
@@ -89,7 +89,7 @@ def test_writes_only_its_slots(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["torch", "cpu", "triton"])
 def test_a_sequence_gets_the_same_alone_and_in_company(name: str) -> None:
-    _, attention = make_attention(name, filled(torch.float32))
+    attention = make_attention(name, filled(torch.float32))
     alone, company = batch_of([(300, 1)]), batch_of([(300, 1), (9, 1), (70, 1)])
     attention.bind(alone)
     query = torch.randn(3, NUM_HEADS, HEAD_DIM, generator=torch.manual_seed(5))
@@ -99,7 +99,7 @@ def test_a_sequence_gets_the_same_alone_and_in_company(name: str) -> None:
 
 
 def test_a_token_gets_the_same_bits_however_its_prompt_is_cut() -> None:
-    _, attention = make_attention("cpu", filled(torch.float32))
+    attention = make_attention("cpu", filled(torch.float32))
     query = torch.randn(430, NUM_HEADS, HEAD_DIM, generator=torch.manual_seed(5))
     attention.bind(batch_of([(0, 430)]))
     whole = attention.attend(0, query, 0.3)
@@ -109,16 +109,16 @@ def test_a_token_gets_the_same_bits_however_its_prompt_is_cut() -> None:
 
 
 def test_backends_are_chosen_by_name() -> None:
-    assert make_attention("auto", filled(torch.float32))[0] == "cpu"
-    assert make_attention("auto", filled(torch.float16))[0] == "torch"
+    assert make_attention("auto", filled(torch.float32)).name == "cpu"
+    assert make_attention("auto", filled(torch.float16)).name == "torch"
     with pytest.raises(ValueError, match="float16"):
         make_attention("cpu", filled(torch.float16))
-    with pytest.raises(ValueError, match="unknown attention"):
+    with pytest.raises(ValueError, match="unknown attention 'flash': choose one of auto, torch, cpu, triton"):
         make_attention("flash", filled(torch.float32))
 
 
 def test_triton_asks_for_a_gpu_unless_it_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert make_attention("triton", filled(torch.float32))[0] == "triton"
+    assert make_attention("triton", filled(torch.float32)).name == "triton"
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="it has to be on a GPU"):
         make_attention("triton", filled(torch.float32))

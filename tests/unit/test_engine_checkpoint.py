@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 from torch import Tensor
 
+from flowkv_engine.engine.forward import UnsupportedModel
 from flowkv_engine.engine.model import LoadedModel, load_model
-from flowkv_engine.engine.servable import UnsupportedModel
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 Tensors = dict[str, Tensor]
@@ -32,7 +32,7 @@ def refusal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     def read(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("flowkv_engine.engine.model._from_folder", read)
+    monkeypatch.setattr("flowkv_engine.engine.model._read_weights", read)
     with pytest.raises(UnsupportedModel) as caught:
         load(folder)
     assert "\n" not in str(caught.value)

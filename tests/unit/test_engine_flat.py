@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,19 +8,21 @@ import pytest
 import torch
 from drive import BLOCK_SIZE, load_tiny, make_pool, make_sequence
 from tiny_models import ARCHITECTURES, make_tiny_model
+from torch import nn
 
-from flowkv_engine.engine.attention import TorchAttention, make_attention
+from flowkv_engine.engine.attention import Attention, TorchAttention, make_attention
 from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
 from flowkv_engine.engine.cpu.forward import CpuFlatForward
-from flowkv_engine.engine.forward import FlatForward, Forward, ModulesForward, flat_weights, make_forward
+from flowkv_engine.engine.forward import Forward, ModulesForward, make_forward
+from flowkv_engine.engine.llama import FlatForward, flat_weights
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.sequence import Sequence
 
 
-def make_flat(model: LoadedModel) -> FlatForward:
-    weights = flat_weights(model.module)
+def make_flat(module: nn.Module, attention: Attention) -> FlatForward:
+    weights = flat_weights(module)
     assert weights is not None
-    return FlatForward(weights)
+    return FlatForward(weights, attention)
 
 
 def packed() -> PackedBatch:
@@ -30,11 +33,14 @@ def packed() -> PackedBatch:
 
 
 @torch.inference_mode()
-def logits(forward: Forward, model: LoadedModel, batch: PackedBatch, places: list[int]) -> torch.Tensor:
+def logits(
+    make: Callable[[nn.Module, Attention], Forward], model: LoadedModel, batch: PackedBatch, places: list[int]
+) -> torch.Tensor:
     attention = TorchAttention(make_pool(model, num_blocks=8))
+    forward = make(model.module, attention)
     attention.bind(batch)
     rows = (torch.from_numpy(batch.token_ids), torch.from_numpy(batch.position_ids))
-    return forward(*rows, attention, torch.tensor(places, dtype=torch.int64))
+    return forward(*rows, torch.tensor(places, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
@@ -61,17 +67,17 @@ def test_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, object]
     model = load_tiny(make_tiny_model(tmp_path / "m", arch, seed=3, **config))
     batch = packed()
     places = list(range(50))
-    expected = logits(ModulesForward(model.module), model, batch, places)
-    got = logits(make_flat(model), model, batch, places)
+    expected = logits(ModulesForward, model, batch, places)
+    got = logits(make_flat, model, batch, places)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
     # The modules go on working on the fused weights, which are not held twice.
-    torch.testing.assert_close(logits(ModulesForward(model.module), model, batch, places), expected)
+    torch.testing.assert_close(logits(ModulesForward, model, batch, places), expected)
 
 
 def test_fused_weights_are_shared_with_the_modules(tmp_path: Path) -> None:
     model = load_tiny(make_tiny_model(tmp_path / "m"))
-    make_flat(model)
+    make_flat(model.module, TorchAttention(make_pool(model, num_blocks=1)))
     attention = model.module.get_submodule("model.layers.1.self_attn")
     storages = {getattr(attention, name).weight.untyped_storage().data_ptr() for name in ("q_proj", "v_proj")}
     assert len(storages) == 1
@@ -79,7 +85,7 @@ def test_fused_weights_are_shared_with_the_modules(tmp_path: Path) -> None:
 
 def test_no_logits_where_none_are_asked_for(tmp_path: Path) -> None:
     model = load_tiny(make_tiny_model(tmp_path / "m"))
-    assert logits(make_flat(model), model, packed(), []).shape == (0, 512)
+    assert logits(make_flat, model, packed(), []).shape == (0, 512)
 
 
 @pytest.mark.parametrize(("arch", "config"), [("gpt2", {}), ("llama", {"hidden_act": "gelu"})])
@@ -100,13 +106,13 @@ def test_compiled_equals_the_modules(tmp_path: Path, arch: str, config: dict[str
     model = load_tiny(make_tiny_model(tmp_path / "m", arch, seed=3, **config))
     batch = packed()
     places = list(range(50))
-    expected = logits(ModulesForward(model.module), model, batch, places)
-    name, attention = make_attention("cpu", make_pool(model, num_blocks=8))
-    forward = make_forward(model.module, name, attention)
+    expected = logits(ModulesForward, model, batch, places)
+    attention = make_attention("cpu", make_pool(model, num_blocks=8))
+    forward = make_forward(model.module, attention)
     assert isinstance(forward, CpuFlatForward)
     attention.bind(batch)
     rows = (torch.from_numpy(batch.token_ids), torch.from_numpy(batch.position_ids))
-    got = forward(*rows, attention, torch.tensor(places))
+    got = forward(*rows, torch.tensor(places))
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
 
@@ -115,8 +121,8 @@ def test_compiled_equals_the_modules(tmp_path: Path, arch: str, config: dict[str
 def test_a_decoding_sequence_has_the_same_logits_alone_and_in_company(tmp_path: Path) -> None:
     """To the bit: what is drawn from them must not depend on who else is in the batch."""
     model = load_tiny(make_tiny_model(tmp_path / "m", seed=3))
-    name, attention = make_attention("cpu", make_pool(model, num_blocks=64).nan_to_num(0.1))
-    forward = make_forward(model.module, name, attention)
+    attention = make_attention("cpu", make_pool(model, num_blocks=64).nan_to_num(0.1))
+    forward = make_forward(model.module, attention)
     sequences = [make_sequence([token] * (9 * token), [token, 9 + token, 20]) for token in (1, 2)]
     for sequence in sequences:
         sequence.num_computed_tokens = sequence.num_tokens - 1
@@ -125,7 +131,7 @@ def test_a_decoding_sequence_has_the_same_logits_alone_and_in_company(tmp_path: 
         batch = pack([WorkItem(sequence, 1) for sequence in these], BLOCK_SIZE)
         attention.bind(batch)
         rows = (torch.from_numpy(batch.token_ids), torch.from_numpy(batch.position_ids))
-        return forward(*rows, attention, torch.arange(len(these)))[-1].clone()
+        return forward(*rows, torch.arange(len(these)))[-1].clone()
 
     assert torch.equal(last_logits(sequences[0]), last_logits(sequences[1], sequences[0]))
 
@@ -137,8 +143,8 @@ def test_a_prompt_has_the_same_logits_however_it_is_cut_and_in_company(tmp_path:
     prompt = [token * 7 % 512 for token in range(70)]
 
     def last_logits(*sizes: int, company: int) -> torch.Tensor:
-        name, attention = make_attention("cpu", make_pool(model, num_blocks=64))
-        forward = make_forward(model.module, name, attention)
+        attention = make_attention("cpu", make_pool(model, num_blocks=64))
+        forward = make_forward(model.module, attention)
         sequence = make_sequence(prompt, list(range(9)))
         other = make_sequence([5] * 200, list(range(9, 40)))
         for size in sizes:
@@ -146,7 +152,7 @@ def test_a_prompt_has_the_same_logits_however_it_is_cut_and_in_company(tmp_path:
             batch = pack(items, BLOCK_SIZE)
             attention.bind(batch)
             rows = (torch.from_numpy(batch.token_ids), torch.from_numpy(batch.position_ids))
-            logits = forward(*rows, attention, torch.tensor([size - 1]))
+            logits = forward(*rows, torch.tensor([size - 1]))
             for item in items:
                 item.sequence.num_computed_tokens += item.num_tokens
         return logits[0].clone()

@@ -9,8 +9,8 @@ import torch
 from tiny_models import make_tiny_model
 from transformers import AutoConfig
 
+from flowkv_engine.engine.forward import UnsupportedModel
 from flowkv_engine.engine.model import LoadedModel, eos_token_ids, load_model
-from flowkv_engine.engine.servable import UnsupportedModel
 
 
 def load(folder: Path, load_format: str = "auto", dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -33,7 +33,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_card_and_layout(llama: Path) -> None:
     model = load(llama)
     assert (model.card.name, model.card.max_model_len, model.card.vocab_size) == ("llama", 256, 512)
-    assert model.eos_token_ids == [2]
+    assert model.card.eos_token_ids == [2]
     layout = model.layout(16, "bfloat16")
     assert (layout.num_layers, layout.num_kv_heads, layout.head_dim, layout.block_size) == (3, 2, 16, 16)
     assert layout.block_bytes == 3 * 2 * 16 * 2 * 16 * 2
@@ -81,7 +81,7 @@ def test_a_file_that_names_no_end_of_text_in_a_readable_way_is_named_before_weig
     def read(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("flowkv_engine.engine.model._from_folder", read)
+    monkeypatch.setattr("flowkv_engine.engine.model._read_weights", read)
     folder = make_tiny_model(tmp_path / "model")
     for name, content in files.items():
         (folder / f"{name}.json").write_text(content)
@@ -105,13 +105,13 @@ def test_a_tokenizer_without_such_a_token_adds_none(tmp_path: Path, tokenizer: s
     folder = make_tiny_model(tmp_path / "model")
     (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "other": Infinity}')
     (folder / "tokenizer.json").write_text(tokenizer)
-    assert load(folder).eos_token_ids == [2]
+    assert load(folder).card.eos_token_ids == [2]
 
 
 def test_the_card_has_every_end_of_text(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "model")
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    assert load(folder).eos_token_ids == [5, 7, 2]
+    assert load(folder).card.eos_token_ids == [5, 7, 2]
 
 
 def test_fingerprint_names_content_and_dtype(llama: Path, tmp_path: Path) -> None:

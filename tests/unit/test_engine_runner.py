@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from flowkv_common.wire.messages import SamplingParams
 from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
+from flowkv_engine.engine.cpu.forward import CpuFlatForward
+from flowkv_engine.engine.forward import ModulesForward
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import EngineThread, Runner
 from flowkv_engine.engine.sequence import Sequence
@@ -109,11 +111,11 @@ def test_bfloat16_kv_runs(llama: Path) -> None:
     assert [sequence.output_ids for sequence in first] == [sequence.output_ids for sequence in second]
 
 
-def test_says_what_it_chose(folder: Path) -> None:
+def test_chooses_the_fastest_that_works(folder: Path) -> None:
     model = load_tiny(folder)
     runner = Runner(model, make_pool(model, 2), attention="auto")
-    assert runner.attention_name == "cpu"
-    assert runner.forward_name == ("flat" if folder.name in ARCHITECTURES else "modules")
+    assert runner.attention.name == "cpu"
+    assert isinstance(runner.forward, CpuFlatForward if folder.name in ARCHITECTURES else ModulesForward)
 
 
 def test_refuses_the_pool_of_another_model(llama: Path) -> None:

@@ -16,19 +16,20 @@ from tiny_models import make_tiny_model
 
 from flowkv_engine.engine.attention import TorchAttention
 from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
-from flowkv_engine.engine.forward import ModulesForward, flat_weights, make_forward
+from flowkv_engine.engine.forward import ModulesForward, make_forward
 from flowkv_engine.engine.gpu import attention as attention_triton
 from flowkv_engine.engine.gpu import graphs
 from flowkv_engine.engine.gpu.attention import (
     NUM_ROWS,
     Decoding,
-    Parting,
     Prompts,
+    SplitKV,
     TritonAttention,
-    tiles,
+    query_tiles,
 )
 from flowkv_engine.engine.gpu.forward import TritonFlatForward
-from flowkv_engine.engine.gpu.graphs import MAX_BATCH, GraphedSteps, Shape, batch_sizes, shapes
+from flowkv_engine.engine.gpu.graphs import MAX_BATCH, GraphedSteps, Shape, graph_shapes
+from flowkv_engine.engine.llama import flat_weights
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import Runner
 
@@ -43,9 +44,9 @@ def filled(
 
 
 @pytest.fixture
-def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interpreted programs take a millisecond each. A part is a tile of keys at least."""
-    monkeypatch.setattr(attention_triton, "FEW", Parting(2, 1))
+def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted programs take a millisecond each. A split is a tile of keys at least."""
+    monkeypatch.setattr(attention_triton, "FEW", SplitKV(2, 1))
 
 
 @pytest.fixture
@@ -53,11 +54,11 @@ def is_many(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     """Whether any batch counts as one that fills a GPU by itself."""
     if request.param:
         monkeypatch.setattr(attention_triton, "MANY_PAIRS", 1)
-        monkeypatch.setattr(attention_triton, "MANY", Parting(2, 100))
+        monkeypatch.setattr(attention_triton, "MANY", SplitKV(2, 100))
     return bool(request.param)
 
 
-@pytest.mark.usefixtures("few_parts", "is_many")
+@pytest.mark.usefixtures("few_splits", "is_many")
 @pytest.mark.parametrize("is_many", [False, True], indirect=True)
 @pytest.mark.parametrize(
     ("head_dim", "block_size", "num_heads"),
@@ -93,7 +94,7 @@ def test_of_an_empty_place_nothing_is_read_or_written() -> None:
     decoding = Decoding(rows, tables, torch.tensor([6, 0], dtype=torch.int32))
     none = torch.full((3,), -1, dtype=torch.int32)
     prompts = Prompts(tables, decoding.context_lens, torch.zeros(3, dtype=torch.int32), none, none)
-    attention.bind_static(torch.tensor([3 * 8 + 5, -1]), decoding, prompts)
+    attention.bind_tensors(torch.tensor([3 * 8 + 5, -1]), decoding, prompts)
     states = torch.randn(2, 2, 16)
     attention.write(1, states, states)
     assert torch.equal(pool[3, 1, 0, 5], states[0])
@@ -104,17 +105,17 @@ def test_of_an_empty_place_nothing_is_read_or_written() -> None:
 
 def test_tiles_cover_every_query_of_prompts_once_the_last_first() -> None:
     lens = torch.tensor([1, 2 * NUM_ROWS + 1, 1, 2, NUM_ROWS], dtype=torch.int32)
-    assert tiles(lens.numpy()).T.tolist() == [
+    assert query_tiles(lens.numpy()).T.tolist() == [
         [4, 0],
         [3, 0],
         [1, 2 * NUM_ROWS],
         [1, NUM_ROWS],
         [1, 0],
     ]
-    assert tiles(lens[:1].numpy()).shape == (2, 0)
+    assert query_tiles(lens[:1].numpy()).shape == (2, 0)
 
 
-@pytest.mark.usefixtures("few_parts")
+@pytest.mark.usefixtures("few_splits")
 @pytest.mark.parametrize(
     ("arch", "config"),
     [*((arch, {}) for arch in ("llama", "qwen2", "qwen3", "mistral")), ("llama", {"attention_bias": True})],
@@ -125,7 +126,7 @@ def test_the_flat_forward_equals_the_modules(tmp_path: Path, arch: str, config: 
     model = load_tiny(make_tiny_model(tmp_path / "m", arch, seed=3, **config))
     pools = make_pool(model, 8), make_pool(model, 8)
     plain, attention = TorchAttention(pools[0]), TritonAttention(pools[1])
-    modules, flat = ModulesForward(model.module), make_forward(model.module, "triton", attention)
+    modules, flat = ModulesForward(model.module, plain), make_forward(model.module, attention)
     assert isinstance(flat, TritonFlatForward)
     sequence = make_sequence([token * 7 % 512 for token in range(20)], [5, 2, 7])
     for num_tokens, places in [(18, [4, 17]), (1, [0]), (1, [])]:
@@ -135,12 +136,12 @@ def test_the_flat_forward_equals_the_modules(tmp_path: Path, arch: str, config: 
         for forward, backend in ((modules, plain), (flat, attention)):
             backend.bind(batch)
             rows = (torch.from_numpy(batch.token_ids), torch.from_numpy(batch.position_ids))
-            outs.append(forward(*rows, backend, torch.tensor(places, dtype=torch.int64)))
+            outs.append(forward(*rows, torch.tensor(places, dtype=torch.int64)))
         torch.testing.assert_close(outs[1], outs[0], atol=1e-4, rtol=0)
         torch.testing.assert_close(pools[1], pools[0], atol=1e-4, rtol=0, equal_nan=True)
 
 
-@pytest.mark.usefixtures("few_parts")
+@pytest.mark.usefixtures("few_splits")
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_tokens_are_those_of_torch(tmp_path: Path, arch: str) -> None:
     """Chunks, mixed batches and decode, through the flat forward and the modules."""
@@ -148,7 +149,7 @@ def test_tokens_are_those_of_torch(tmp_path: Path, arch: str) -> None:
     outputs = []
     for attention in ("torch", "triton"):
         runner = Runner(model, make_pool(model, 16), attention=attention)
-        assert runner.attention_name == attention
+        assert runner.attention.name == attention
         sequences = [
             make_sequence([token * 7 % 512 for token in range(length)], list(range(first, first + 5)))
             for length, first in [(30, 0), (5, 5), (17, 10)]
@@ -179,10 +180,8 @@ def batch_of(*items: tuple[int, int]) -> PackedBatch:
 def record_again(model: LoadedModel, pool: torch.Tensor, max_num_blocks: int) -> GraphedSteps:
     weights = flat_weights(model.module)
     assert weights is not None
-    attention = TritonAttention(pool)
     return GraphedSteps(
-        TritonFlatForward(weights, attention),
-        attention,
+        TritonFlatForward(weights, TritonAttention(pool)),
         max_num_seqs=3,
         token_budget=16,
         max_num_blocks=max_num_blocks,
@@ -195,14 +194,15 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "TOKEN_SIZES", (4, 8, 16, 32))
 
 
-@pytest.mark.usefixtures("few_parts", "few_tokens")
+@pytest.mark.usefixtures("few_splits", "few_tokens")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # places left over compute with what they find
 @torch.inference_mode()
 def test_a_step_in_a_larger_graph_is_the_same_step(tmp_path: Path) -> None:
     model = load_tiny(make_tiny_model(tmp_path / "m", seed=5))
     pool = torch.randn(make_pool(model, 32).shape, generator=torch.manual_seed(3))
     plain_pool = pool.clone()
-    plain, modules = TorchAttention(plain_pool), ModulesForward(model.module)
+    plain = TorchAttention(plain_pool)
+    modules = ModulesForward(model.module, plain)
     graphed = record_again(model, pool, 4)
     assert torch.equal(pool, plain_pool)  # recording wrote nothing
     steps = [  # a larger one leaves its numbers behind
@@ -223,14 +223,13 @@ def test_a_step_in_a_larger_graph_is_the_same_step(tmp_path: Path) -> None:
         plain.bind(batch)
         expected = modules(
             *(torch.from_numpy(array) for array in (batch.token_ids, batch.position_ids)),
-            plain,
             torch.from_numpy(batch.logits_indices),
         )
         torch.testing.assert_close(graphed.run(batch, Shape(*shape)), expected, atol=1e-4, rtol=0)
         torch.testing.assert_close(pool, plain_pool, atol=1e-4, rtol=0)
 
 
-@pytest.mark.usefixtures("few_parts", "few_tokens")
+@pytest.mark.usefixtures("few_splits", "few_tokens")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @torch.inference_mode()
 def test_what_no_graph_was_recorded_for_has_no_shape(tmp_path: Path) -> None:
@@ -266,8 +265,8 @@ def test_kernels_compile_for_gpus(tmp_path: Path, capability: int, dtype: str) -
     assert [line[0] for line in lines] == [
         "write_kv",
         "attend_prompts",
-        "attend_part",
-        "join_parts",
+        "attend_splits",
+        "merge_splits",
         "add_and_norm",
         "gate",
         "rotate_and_write",
@@ -278,17 +277,18 @@ def test_kernels_compile_for_gpus(tmp_path: Path, capability: int, dtype: str) -
 @pytest.mark.parametrize(
     ("most", "sizes"), [(1, [1]), (3, [1, 2, 4]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 16])]
 )
-def test_graphs_are_recorded_for_a_few_sizes(most: int, sizes: list[int]) -> None:
-    assert batch_sizes(most) == sizes
+def test_graphs_of_decode_are_recorded_for_a_few_sizes(most: int, sizes: list[int]) -> None:
+    found = [shape for shape in graph_shapes(most, 64) if not shape.has_prompts]
+    assert found == [(size, size) for size in sizes]
 
 
 def test_steps_with_prompts_have_graphs_up_to_the_token_budget() -> None:
     # With room for prompts beside all that decode, up to a limit.
-    assert shapes(2, 100) == [(1, 1), (2, 2), (64, 32), (128, 64)]
-    assert shapes(200, 200)[-2:] == [(192, 96), (256, 96)]
-    assert shapes(1, 10_000)[-1] == (1024, 96)
-    assert [shape.has_prompts for shape in shapes(1, 10)] == [False, True]
+    assert graph_shapes(2, 100) == [(1, 1), (2, 2), (64, 32), (128, 64)]
+    assert graph_shapes(200, 200)[-2:] == [(192, 96), (256, 96)]
+    assert graph_shapes(1, 10_000)[-1] == (1024, 96)
+    assert [shape.has_prompts for shape in graph_shapes(1, 10)] == [False, True]
 
 
 def test_beyond_the_largest_graph_steps_run_without_one() -> None:
-    assert batch_sizes(10_000)[-1] == MAX_BATCH
+    assert max(shape.num_items for shape in graph_shapes(10_000, 10)) == MAX_BATCH

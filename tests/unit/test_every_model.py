@@ -19,11 +19,11 @@ from every_model import MODEL_TYPES, SERVED, VOCAB_SIZE, tiny_config
 from oracle import check_identity
 from tiny_models import save_random
 
-from flowkv_engine.engine import checks as self_check
-from flowkv_engine.engine.checks import SelfCheck
+from flowkv_engine.engine import servable
+from flowkv_engine.engine.forward import UnsupportedModel
 from flowkv_engine.engine.model import LoadedModel, load_model
 from flowkv_engine.engine.runner import Runner
-from flowkv_engine.engine.servable import UnsupportedModel
+from flowkv_engine.engine.servable import SelfCheck
 
 CHUNK = 64
 NUM_OUTPUTS = 8
@@ -170,10 +170,8 @@ def test_a_node_refuses_to_serve_other_logits_than_the_models(
 ) -> None:
     """Whatever the reason: here the model's own answer is that of another prompt."""
     model = random_model(tmp_path / "m", "llama")
-    plain = self_check._plain_logits
-    monkeypatch.setattr(
-        self_check, "_plain_logits", lambda module, ids: plain(module, [ids[0] ^ 1, *ids[1:]])
-    )
+    plain = servable._plain_logits
+    monkeypatch.setattr(servable, "_plain_logits", lambda module, ids: plain(module, [ids[0] ^ 1, *ids[1:]]))
     with pytest.raises(UnsupportedModel, match="gives other logits than the model, by"):
         Runner(model, make_pool(model, 4))
 

@@ -196,7 +196,7 @@ class Node:
         """
         chunk = TokenChunk(
             transfer_id=sequence.transfer_id,
-            index=sequence.next_output_index,
+            index=len(sequence.output_ids),
             token_ids=[sampled.token_id],
             logprobs=[sampled.logprob] if sampled.logprob else [],
             finish_reason=sequence.finish_reason_after(

@@ -314,7 +314,7 @@ class Outputs:
 
     def begin(self, sequence: Sequence) -> None:
         """A sequence begins here; the last of its `output_ids` came without log probabilities."""
-        first = sequence.next_output_index - 1
+        first = len(sequence.output_ids) - 1
         self._outputs[sequence.transfer_id] = _Output(first, [sequence.output_ids[-1]])
 
     def add_chunk(self, chunk: TokenChunk) -> None:

@@ -1,19 +1,36 @@
-"""Attention by gathering blocks and calling torch's SDPA: slow, on any device, and what others must equal."""
+"""Attention over the KV pool: what a backend promises, the one in plain torch, and how one is chosen."""
 
 from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 from flowkv_common.errors import CannotStart
 from flowkv_engine.engine.batch import PackedBatch
-from flowkv_engine.engine.servable import UnsupportedModel
+
+
+class Attention(Protocol):
+    """Causal attention over a pool `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`.
+
+    `bind` once per step, then per layer `write` before `attend`. One thread only.
+    """
+
+    name: str  # "torch", "cpu" or "triton"
+
+    def bind(self, batch: PackedBatch) -> None:
+        """Makes `batch` the one that the calls below are about."""
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Stores the step's keys and values, both [T, num_kv_heads, head_dim], at the batch's slots."""
+
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """`query` [T, num_heads, head_dim] attends to its items' contexts: the same shape and dtype."""
+        ...
 
 
 class Prefill(NamedTuple):
@@ -25,30 +42,33 @@ class Prefill(NamedTuple):
 
 
 class TorchAttention:
-    """The oracle. Items of one token run as one padded batch, the others one by one."""
+    """Gathers blocks and calls torch's SDPA: slow, on any device, and what the other backends must equal.
+
+    Items of one token run as one padded batch, the others one by one.
+    """
+
+    name = "torch"
 
     def __init__(self, pool: Tensor) -> None:
         self._pool = pool
         self._block_size = pool.shape[3]
-        self._write_blocks = self._write_offsets = torch.empty(0)
+        self._write_at = (torch.empty(0), torch.empty(0))  # blocks and offsets, [T] each
         self._decode_rows = self._decode_tables = self._decode_mask = torch.empty(0)
         self._prefills: list[Prefill] = []
 
     def bind(self, batch: PackedBatch) -> None:
         device = self._pool.device
         slots = torch.from_numpy(batch.slots).to(device)
-        self._write_blocks, self._write_offsets = slots // self._block_size, slots % self._block_size
+        self._write_at = slots // self._block_size, slots % self._block_size
 
         tables = torch.from_numpy(batch.block_tables).to(device)
         context_lens = torch.from_numpy(batch.context_lens).to(device)
-        starts = torch.from_numpy(batch.query_starts).to(device)
         decode = torch.from_numpy(batch.query_lens == 1).to(device)
-        self._decode_rows = starts[:-1][decode]
+        self._decode_rows = torch.from_numpy(batch.query_starts[:-1]).to(device)[decode]
         self._decode_tables = tables[decode]
         positions = torch.arange(tables.shape[1] * self._block_size, device=device)
-        self._decode_mask = (positions < context_lens[decode, None])[
-            :, None, None
-        ]  # [N, 1, 1, padded context]
+        mask = positions < context_lens[decode, None]
+        self._decode_mask = mask[:, None, None]  # [N, 1, 1, padded context]
 
         self._prefills = []
         edges = batch.query_starts.tolist()
@@ -58,9 +78,8 @@ class TorchAttention:
                 self._prefills.append(Prefill(slice(edges[item], edges[item + 1]), blocks, context_len))
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        where = (self._write_blocks, self._write_offsets)
-        self._pool[:, layer, 0][where] = key.to(self._pool.dtype)
-        self._pool[:, layer, 1][where] = value.to(self._pool.dtype)
+        self._pool[:, layer, 0][self._write_at] = key.to(self._pool.dtype)
+        self._pool[:, layer, 1][self._write_at] = value.to(self._pool.dtype)
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         if not self._prefills:
@@ -89,15 +108,21 @@ class TorchAttention:
         return out.squeeze(2)
 
     def _prefill(self, layer: int, query: Tensor, item: Prefill, scale: float) -> Tensor:
-        keys, values = self._gathered(layer, item, query.dtype)
+        keys, values = (
+            self._pool[:, layer, side][item.blocks]
+            .flatten(0, 1)[: item.context_len]
+            .transpose(0, 1)  # [kv heads, context, dim]
+            .to(query.dtype)
+            for side in (0, 1)
+        )
         num_cached = item.context_len - len(query)
         mask = None
         if num_cached:  # is_causal would line the triangle up with the first key
             mask = query.new_ones(len(query), item.context_len, dtype=torch.bool).tril(num_cached)
         out = scaled_dot_product_attention(
-            query.transpose(0, 1).unsqueeze(0),
-            keys.transpose(0, 1).unsqueeze(0),
-            values.transpose(0, 1).unsqueeze(0),
+            query.transpose(0, 1)[None],
+            keys[None],
+            values[None],
             attn_mask=mask,
             is_causal=mask is None,
             scale=scale,
@@ -105,52 +130,29 @@ class TorchAttention:
         )
         return out[0].transpose(0, 1)
 
-    def _gathered(self, layer: int, item: Prefill, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of a prompt's context so far, each [context, kv heads, dim]."""
-        keys, values = (
-            self._pool[:, layer, side][item.blocks].flatten(0, 1)[: item.context_len].to(dtype)
-            for side in (0, 1)
-        )
-        return keys, values
 
-
-AUTO, TORCH, CPU, TRITON = "auto", "torch", "cpu", "triton"
-
-
-def make_attention(name: str, pool: Tensor) -> tuple[str, Attention]:
-    """The backend `name` over `pool`, and the name of what was chosen.
+def make_attention(name: str, pool: Tensor) -> Attention:
+    """The backend `name`; for "auto" the fastest that works here.
 
     Raises `CannotStart` if there is none of that name, or it can't run here or on this pool.
     """
-    obstacles = {TORCH: None, CPU: _cpu_obstacle(pool), TRITON: _triton_obstacle(pool)}
-    if name == AUTO:
-        name = next(one for one in (TRITON, CPU, TORCH) if not obstacles[one] and not _is_slow(one, pool))
+    obstacles = {"torch": None, "cpu": _cpu_obstacle(pool), "triton": _triton_obstacle(pool)}
+    if name == "auto":  # on the CPU Triton interprets its kernels, for tests
+        fastest = ("triton", "cpu", "torch") if pool.device.type != "cpu" else ("cpu", "torch")
+        name = next(each for each in fastest if not obstacles[each])
     if name not in obstacles:
-        raise CannotStart(f"unknown attention {name!r}: auto, {', '.join(obstacles)} are")
+        raise CannotStart(f"unknown attention {name!r}: choose one of auto, {', '.join(obstacles)}")
     if obstacle := obstacles[name]:
         raise CannotStart(f"attention {name} can't be used: {obstacle}")
-    if name == TRITON:
+    if name == "triton":
         from flowkv_engine.engine.gpu.attention import TritonAttention
 
-        return name, TritonAttention(pool)
-    if name == CPU:
+        return TritonAttention(pool)
+    if name == "cpu":
         from flowkv_engine.engine.cpu.attention import CpuAttention
 
-        return name, CpuAttention(pool)
-    return name, TorchAttention(pool)
-
-
-def _is_slow(name: str, pool: Tensor) -> bool:
-    """Triton interprets its kernels on the CPU, for tests."""
-    return name == TRITON and pool.device.type == "cpu"
-
-
-def _triton_obstacle(pool: Tensor) -> str | None:
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if pool.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the pool is on {pool.device}, it has to be on a GPU"
-    return None
+        return CpuAttention(pool)
+    return TorchAttention(pool)
 
 
 def _cpu_obstacle(pool: Tensor) -> str | None:
@@ -167,63 +169,9 @@ def _cpu_obstacle(pool: Tensor) -> str | None:
     return None
 
 
-IMPLEMENTATION = "flowkv"
-# What some models want of attention, and we don't do.
-UNSUPPORTED = {"softcap": "caps on scores", "s_aux": "attention sinks", "position_bias": "a position bias"}
-
-
-class Attention(Protocol):
-    """Causal attention over a pool `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`.
-
-    `bind` once per step, then per layer `write` before `attend`. One thread only.
-    """
-
-    def bind(self, batch: PackedBatch) -> None:
-        """Makes `batch` the one that the calls below are about."""
-        ...
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Stores the step's keys and values, both [T, num_kv_heads, head_dim], at the batch's slots."""
-        ...
-
-    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
-        """`query` [T, num_heads, head_dim] attends to its items' contexts: the same shape and dtype."""
-        ...
-
-
-def paged_attention(
-    module: nn.Module,
-    query: Tensor,  # [1, num_heads, T, head_dim]
-    key: Tensor,  # [1, num_kv_heads, T, head_dim]
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    flowkv: Attention | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function that `transformers` calls; the step's `Attention` comes as keyword `flowkv`.
-
-    Raises `UnsupportedModel` if a model asks for anything but causal attention over one cache per layer.
-    """
-    if flowkv is None:
-        raise UnsupportedModel("its attention does not hand on the keyword arguments of the forward pass")
-    for name, wanted in UNSUPPORTED.items():
-        if kwargs.get(name) is not None:
-            raise UnsupportedModel(f"its attention has {wanted}")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise UnsupportedModel("its attention is not causal")
-    if attention_mask is not None:
-        raise UnsupportedModel("its attention has a mask of its own, other than the causal one")
-    if key.shape != value.shape or query.shape[2:] != key.shape[2:] or query.shape[1] % key.shape[1]:
-        sizes = ", ".join(f"{x.shape[1]} x {x.shape[3]}" for x in (query, key, value))
-        raise UnsupportedModel(f"its queries, keys and values don't fit one cache: {sizes}")
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    flowkv.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return flowkv.attend(layer, query[0].transpose(0, 1), scale).unsqueeze(0), None  # [1, T, heads, dim]
-
-
-AttentionInterface.register(IMPLEMENTATION, paged_attention)
+def _triton_obstacle(pool: Tensor) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if pool.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the pool is on {pool.device}, it has to be on a GPU"
+    return None

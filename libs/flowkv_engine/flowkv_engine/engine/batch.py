@@ -48,70 +48,46 @@ class PackedBatch:
 def pack(items: list[WorkItem], block_size: int) -> PackedBatch:
     """The batch of `items`, in their order. Raises `ValueError` if one has too few tokens or blocks."""
     query_lens = np.array([item.num_tokens for item in items], np.int32)
-    starts = np.array([item.sequence.num_computed_tokens for item in items], np.int32)
-    context_lens = starts + query_lens
-    for item, context_len in zip(items, context_lens.tolist(), strict=True):
-        _check(item, context_len, block_size)
-
-    position_ids = np.concatenate(
-        [np.arange(start, stop) for start, stop in zip(starts.tolist(), context_lens.tolist(), strict=True)]
-    )
-    block_tables = _block_tables(items, context_lens, block_size)
+    context_lens = np.array([item.sequence.num_computed_tokens for item in items], np.int32) + query_lens
+    num_blocks = -(-context_lens // block_size)
+    block_tables = np.zeros((len(items), num_blocks.max()), np.int32)
+    token_ids: list[int] = []
+    samples: list[SampleInput | None] = []
+    for row, (sequence, num_tokens) in enumerate(items):
+        if not 1 <= num_tokens <= sequence.num_new_tokens:
+            raise ValueError(
+                f"{sequence.transfer_id}: {num_tokens} tokens asked for, {sequence.num_new_tokens} are new"
+            )
+        stop, length = int(context_lens[row]), int(num_blocks[row])
+        if len(sequence.block_table) < length:  # a slot outside its own blocks would spoil another sequence
+            raise ValueError(f"{sequence.transfer_id}: {len(sequence.block_table)} blocks for {stop} tokens")
+        block_tables[row, :length] = sequence.block_table[:length]
+        token_ids += sequence.tokens_between(sequence.num_computed_tokens, stop)
+        if num_tokens < sequence.num_new_tokens:
+            samples.append(None)
+            continue
+        sampling = sequence.sampling
+        penalized = has_penalties(sampling)
+        samples.append(
+            SampleInput(
+                sampling=sampling,
+                output_index=len(sequence.output_ids),
+                prompt_ids=sequence.prompt_ids if penalized else [],
+                output_ids=sequence.output_ids.copy() if penalized else [],
+            )
+        )
+    ends = np.cumsum(query_lens, dtype=np.int64)  # of the items in the row
+    position_ids = np.arange(ends[-1]) + np.repeat(context_lens - ends, query_lens)
     rows = np.repeat(np.arange(len(items)), query_lens)
     blocks = block_tables[rows, position_ids // block_size].astype(np.int64)
-    samples = [_sample_input(item) for item in items]
-    sampled = np.array([sample is not None for sample in samples])
+    sampled = [sample is not None for sample in samples]
     return PackedBatch(
-        token_ids=_token_ids(items),
+        token_ids=np.array(token_ids, np.int64),
         position_ids=position_ids,
         slots=blocks * block_size + position_ids % block_size,
         query_lens=query_lens,
         context_lens=context_lens,
         block_tables=block_tables,
-        logits_indices=np.cumsum(query_lens, dtype=np.int64)[sampled] - 1,
+        logits_indices=ends[sampled] - 1,
         samples=samples,
-    )
-
-
-def _check(item: WorkItem, context_len: int, block_size: int) -> None:
-    """A slot outside its own blocks would spoil another sequence: better to fail here."""
-    sequence = item.sequence
-    if not 1 <= item.num_tokens <= sequence.num_new_tokens:
-        raise ValueError(
-            f"{sequence.transfer_id}: {item.num_tokens} tokens asked for, {sequence.num_new_tokens} are new"
-        )
-    if len(sequence.block_table) * block_size < context_len:
-        raise ValueError(
-            f"{sequence.transfer_id}: {len(sequence.block_table)} blocks for {context_len} tokens"
-        )
-
-
-def _token_ids(items: list[WorkItem]) -> NDArray[np.int64]:
-    token_ids: list[int] = []
-    for sequence, num_tokens in items:
-        start = sequence.num_computed_tokens
-        token_ids += sequence.tokens_between(start, start + num_tokens)
-    return np.array(token_ids, np.int64)
-
-
-def _block_tables(
-    items: list[WorkItem], context_lens: NDArray[np.int32], block_size: int
-) -> NDArray[np.int32]:
-    num_blocks = (-(-context_lens // block_size)).tolist()
-    tables = np.zeros((len(items), max(num_blocks)), np.int32)
-    for row, item, length in zip(tables, items, num_blocks, strict=True):
-        row[:length] = item.sequence.block_table[:length]
-    return tables
-
-
-def _sample_input(item: WorkItem) -> SampleInput | None:
-    sequence, num_tokens = item
-    if num_tokens < sequence.num_new_tokens:
-        return None
-    penalized = has_penalties(sequence.sampling)
-    return SampleInput(
-        sampling=sequence.sampling,
-        output_index=sequence.next_output_index,
-        prompt_ids=sequence.prompt_ids if penalized else [],
-        output_ids=sequence.output_ids.copy() if penalized else [],
     )

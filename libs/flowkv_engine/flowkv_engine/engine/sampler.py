@@ -1,10 +1,14 @@
-"""Draws one token by inverse CDF over descending probabilities, cut by top_k, then top_p, then min_p."""
+"""Chooses tokens from logits: penalties, temperature, the cuts of top_k, top_p and min_p, log probabilities.
+
+A token is drawn by inverse CDF over the descending probabilities, cut by top_k, then top_p, then min_p. It
+depends on the row's logits and its request's parameters alone, never on other rows.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,99 +20,9 @@ from torch.nn.functional import pad
 
 from flowkv_common.wire.messages import SamplingParams, TokenLogprob
 
+GREEDY_BELOW = 1e-5  # a lower temperature would overflow, and is greedy in all but name
 PREFIX_LEN = 256  # the most likely tokens: nearly always enough, and far cheaper than sorting a vocabulary
 GROUP_SIZE = 16  # tokens of which only the greatest is looked at first
-
-
-def draw(logits: Tensor, samplings: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
-    """Per row of `logits` [n, vocab] (temperature is applied) the token at its uniform number in [0, 1).
-
-    A row gets the same token in any company.
-    """
-    logits = logits.float()
-    peaks = logits.amax(-1, keepdim=True)
-    # In double precision, so that the order of the sum, which hangs on the number of rows, does not show.
-    totals = (logits - peaks).exp_().sum(-1, keepdim=True, dtype=torch.float64).log_()
-    log_totals = (peaks + totals).float()  # [n, 1]
-    vocab_size = logits.shape[1]
-    tokens = [-1] * len(logits)
-    rows, length = list(range(len(logits))), min(PREFIX_LEN, vocab_size)
-    while rows:  # at most twice: the whole vocabulary always decides
-        values, token_ids = _most_likely(logits[rows], length)
-        probabilities = (values - log_totals[rows]).exp_().double().cpu().numpy()
-        places = [
-            _place(mine, vocab_size, samplings[row], uniforms[row])
-            for row, mine in zip(rows, probabilities, strict=True)
-        ]
-        known = [n for n, place in enumerate(places) if place is not None]
-        chosen = token_ids[known, [place for place in places if place is not None]].tolist()
-        for n, token_id in zip(known, chosen, strict=True):
-            tokens[rows[n]] = token_id
-        rows = [row for row, place in zip(rows, places, strict=True) if place is None]
-        length = vocab_size
-    return tokens
-
-
-def _most_likely(logits: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Values and ids of the `length` greatest of each row of `logits` [n, vocab], in descending order.
-
-    They all lie in the `length` groups with the greatest maxima: only those have to be sorted.
-    """
-    num_rows, vocab_size = logits.shape
-    if vocab_size <= GROUP_SIZE * length:
-        top = logits.topk(length)
-        return top.values, top.indices
-    padded = pad(logits, (0, -vocab_size % GROUP_SIZE), value=-torch.inf)
-    groups = padded.view(num_rows, -1, GROUP_SIZE)
-    best = groups.amax(-1).topk(length).indices.unsqueeze(-1)  # [n, length, 1]
-    top = groups.gather(1, best.expand(-1, -1, GROUP_SIZE)).flatten(1).topk(length)
-    chosen = best.squeeze(-1).gather(1, top.indices // GROUP_SIZE)
-    return top.values, chosen * GROUP_SIZE + top.indices % GROUP_SIZE
-
-
-def _place(
-    probabilities: NDArray[np.float64], vocab_size: int, sampling: SamplingParams, uniform: float
-) -> int | None:
-    """Where the draw falls in the descending `probabilities`; `None` if it takes more of them to tell."""
-    cumulative = probabilities.cumsum()
-    num_kept = _num_kept(probabilities, cumulative, vocab_size, sampling)
-    if num_kept is not None:
-        cumulative = cumulative[:num_kept]
-        target = uniform * cumulative[-1]
-    elif sampling.top_k == 0 and sampling.top_p >= 1 and sampling.min_p <= 0 and uniform < cumulative[-1]:
-        target = uniform  # nothing is cut, so the probabilities add up to 1
-    else:
-        return None
-    # The last place with any probability, in case rounding has put the target at the very end.
-    last = cumulative.searchsorted(cumulative[-1])
-    return min(int(cumulative.searchsorted(target, side="right")), int(last))
-
-
-def _num_kept(
-    probabilities: NDArray[np.float64],
-    cumulative: NDArray[np.float64],
-    vocab_size: int,
-    sampling: SamplingParams,
-) -> int | None:
-    """How many of the most likely tokens stay in the draw; `None` if the cut lies behind what is known."""
-    length = len(cumulative)
-    top_k = sampling.top_k if 0 < sampling.top_k < vocab_size else vocab_size
-    if top_k <= length:
-        num_kept, mass = top_k, cumulative[top_k - 1]
-    elif sampling.top_k == 0:
-        num_kept, mass = vocab_size, 1.0
-    else:
-        return None  # top_p is a part of what top_k leaves
-    if sampling.top_p < 1:
-        num_kept = min(num_kept, int(cumulative.searchsorted(sampling.top_p * mass)) + 1)
-    if sampling.min_p > 0:
-        num_likely = int((probabilities >= sampling.min_p * probabilities[0]).sum())
-        if num_likely < length:
-            num_kept = min(num_kept, num_likely)
-    return num_kept if num_kept <= length else None
-
-
-GREEDY_BELOW = 1e-5  # a lower temperature would overflow, and is greedy in all but name
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,42 +63,28 @@ def sample(logits: Tensor, inputs: list[SampleInput], eos_token_ids: list[int]) 
     rows = [row for row, value in enumerate(top.values.tolist()) if not math.isfinite(value)]
     if rows:
         raise FloatingPointError(f"the logits of rows {rows} are not finite")
-    adjusted = {
-        row: states
-        for row, input in enumerate(inputs)
-        if (states := _adjusted(logits[row], input, eos_token_ids)) is not None
-    }
     tokens = top.indices.tolist()
-    for row, states in adjusted.items():
-        tokens[row] = int(states.argmax())
+    adjusted: dict[int, Tensor] = {}
+    for row, input in enumerate(inputs):
+        if (states := _adjusted(logits[row], input, eos_token_ids)) is not None:
+            adjusted[row] = states
+            tokens[row] = int(states.argmax())
+
     drawn = [row for row, input in enumerate(inputs) if input.sampling.temperature >= GREEDY_BELOW]
     if drawn:
-        for row, token_id in zip(drawn, _draw(logits, adjusted, inputs, drawn), strict=True):
+        scaled = logits[drawn].float()
+        for place, row in enumerate(drawn):
+            if row in adjusted:
+                scaled[place] = adjusted[row]
+        temperatures = [inputs[row].sampling.temperature for row in drawn]
+        scaled = scaled / torch.tensor(temperatures, device=scaled.device).unsqueeze(1)
+        for row, token_id in zip(drawn, _draw(scaled, [inputs[row] for row in drawn]), strict=True):
             tokens[row] = token_id
+
     return [
-        Sampled(token_id, _logprob(logits, row, token_id, input.sampling.num_logprobs))
+        Sampled(token_id, _logprob(logits[row], token_id, input.sampling.num_logprobs))
         for row, (token_id, input) in enumerate(zip(tokens, inputs, strict=True))
     ]
-
-
-def _draw(
-    logits: Tensor, adjusted: dict[int, Tensor], inputs: list[SampleInput], rows: list[int]
-) -> list[int]:
-    """Tokens of those `rows`, drawn together."""
-    states = logits[rows].float()
-    for place, row in enumerate(rows):
-        if row in adjusted:
-            states[place] = adjusted[row]
-    samplings = [inputs[row].sampling for row in rows]
-    temperatures = torch.tensor([sampling.temperature for sampling in samplings], device=states.device)
-    uniforms = [_uniform(inputs[row].sampling.seed, inputs[row].output_index) for row in rows]
-    return draw(states / temperatures.unsqueeze(1), samplings, uniforms)
-
-
-def _uniform(seed: int, output_index: int) -> float:
-    """A number in [0, 1) that depends on nothing else: counter-based, so no generator state has to travel."""
-    philox = np.random.Philox(key=seed % 2**64, counter=output_index)
-    return float(np.random.Generator(philox).random())
 
 
 def _adjusted(raw: Tensor, input: SampleInput, eos_token_ids: list[int]) -> Tensor | None:
@@ -194,37 +94,116 @@ def _adjusted(raw: Tensor, input: SampleInput, eos_token_ids: list[int]) -> Tens
     if not (has_penalties(sampling) or sampling.logit_bias or holds_stops_back):
         return None
     row = raw.float().clone()
-    if sampling.repetition_penalty != 1:
-        _penalize_repetition(row, [*input.prompt_ids, *input.output_ids], sampling.repetition_penalty)
+    if sampling.repetition_penalty != 1:  # makes seen tokens less likely, whatever the sign of their logit
+        seen = _index({*input.prompt_ids, *input.output_ids}, row)
+        values, penalty = row[seen], sampling.repetition_penalty
+        row[seen] = torch.where(values < 0, values * penalty, values / penalty)
     if input.output_ids and (sampling.frequency_penalty or sampling.presence_penalty):
         counts = Counter(input.output_ids)
         penalties = [sampling.frequency_penalty * n + sampling.presence_penalty for n in counts.values()]
-        row[_index(list(counts), row)] -= torch.tensor(penalties, device=row.device)
+        row[_index(counts, row)] -= torch.tensor(penalties, device=row.device)
     for token_id, bias in sampling.logit_bias.items():
         if 0 <= token_id < len(row):  # an unknown token has no logit: it must not cost the batch its step
             row[token_id] += bias
     if holds_stops_back:
         stops = {*eos_token_ids, *sampling.stop_token_ids}
-        row[_index([token_id for token_id in stops if 0 <= token_id < len(row)], row)] = -torch.inf
+        row[_index((token_id for token_id in stops if 0 <= token_id < len(row)), row)] = -torch.inf
     return row
 
 
-def _penalize_repetition(row: Tensor, token_ids: list[int], penalty: float) -> None:
-    """Makes seen tokens less likely, whatever the sign of their logit (in place)."""
-    seen = _index(sorted(set(token_ids)), row)
-    values = row[seen]
-    row[seen] = torch.where(values < 0, values * penalty, values / penalty)
+def _index(token_ids: Iterable[int], row: Tensor) -> Tensor:
+    return torch.tensor(list(token_ids), dtype=torch.int64, device=row.device)
 
 
-def _index(token_ids: list[int], row: Tensor) -> Tensor:
-    return torch.tensor(token_ids, dtype=torch.int64, device=row.device)
+def _draw(logits: Tensor, inputs: list[SampleInput]) -> list[int]:
+    """A token per row of `logits` [n, vocab], to which temperature is applied."""
+    peaks = logits.amax(-1, keepdim=True)
+    # In double precision, so that the order of the sum, which depends on the number of rows, does not show.
+    totals = (logits - peaks).exp_().sum(-1, keepdim=True, dtype=torch.float64).log_()
+    log_totals = (peaks + totals).float()  # [n, 1]
+    vocab_size = logits.shape[1]
+    tokens = [-1] * len(logits)
+    rows, length = list(range(len(logits))), min(PREFIX_LEN, vocab_size)
+    while rows:  # at most twice: the whole vocabulary always decides
+        values, token_ids = _most_likely(logits[rows], length)
+        probabilities = (values - log_totals[rows]).exp_().double().cpu().numpy()
+        places = [
+            _place(mine, vocab_size, inputs[row]) for row, mine in zip(rows, probabilities, strict=True)
+        ]
+        known = [n for n, place in enumerate(places) if place is not None]
+        chosen = token_ids[known, [place for place in places if place is not None]].tolist()
+        for n, token_id in zip(known, chosen, strict=True):
+            tokens[rows[n]] = token_id
+        rows = [row for row, place in zip(rows, places, strict=True) if place is None]
+        length = vocab_size
+    return tokens
 
 
-def _logprob(logits: Tensor, row: int, token_id: int, num_top: int | None) -> TokenLogprob | None:
+def _most_likely(logits: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Values and ids of the `length` greatest of each row of `logits` [n, vocab], in descending order.
+
+    They all lie in the `length` groups with the greatest maxima: only those have to be sorted.
+    """
+    num_rows, vocab_size = logits.shape
+    if vocab_size <= GROUP_SIZE * length:
+        top = logits.topk(length)
+        return top.values, top.indices
+    padded = pad(logits, (0, -vocab_size % GROUP_SIZE), value=-torch.inf)
+    groups = padded.view(num_rows, -1, GROUP_SIZE)
+    best = groups.amax(-1).topk(length).indices.unsqueeze(-1)  # [n, length, 1]
+    top = groups.gather(1, best.expand(-1, -1, GROUP_SIZE)).flatten(1).topk(length)
+    chosen = best.squeeze(-1).gather(1, top.indices // GROUP_SIZE)
+    return top.values, chosen * GROUP_SIZE + top.indices % GROUP_SIZE
+
+
+def _place(probabilities: NDArray[np.float64], vocab_size: int, input: SampleInput) -> int | None:
+    """Where the draw falls in the descending `probabilities`; `None` if it takes more of them to tell."""
+    sampling, cumulative = input.sampling, probabilities.cumsum()
+    # Counter-based: the number depends on seed and place alone, so no generator state has to travel.
+    philox = np.random.Philox(key=sampling.seed % 2**64, counter=input.output_index)
+    uniform = float(np.random.Generator(philox).random())  # in [0, 1)
+    num_kept = _num_kept(probabilities, cumulative, vocab_size, sampling)
+    if num_kept is not None:
+        cumulative = cumulative[:num_kept]
+        target = uniform * cumulative[-1]
+    elif sampling.top_k == 0 and sampling.top_p >= 1 and sampling.min_p <= 0 and uniform < cumulative[-1]:
+        target = uniform  # nothing is cut, so the probabilities add up to 1
+    else:
+        return None
+    # The last place with any probability, in case rounding has put the target at the very end.
+    last = cumulative.searchsorted(cumulative[-1])
+    return min(int(cumulative.searchsorted(target, side="right")), int(last))
+
+
+def _num_kept(
+    probabilities: NDArray[np.float64],
+    cumulative: NDArray[np.float64],
+    vocab_size: int,
+    sampling: SamplingParams,
+) -> int | None:
+    """How many of the most likely tokens stay in the draw; `None` if the cut lies behind what is known."""
+    length = len(cumulative)
+    top_k = sampling.top_k if 0 < sampling.top_k < vocab_size else vocab_size
+    if top_k <= length:
+        num_kept, mass = top_k, cumulative[top_k - 1]
+    elif sampling.top_k == 0:
+        num_kept, mass = vocab_size, 1.0
+    else:
+        return None  # top_p is a part of what top_k leaves
+    if sampling.top_p < 1:
+        num_kept = min(num_kept, int(cumulative.searchsorted(sampling.top_p * mass)) + 1)
+    if sampling.min_p > 0:
+        num_likely = int((probabilities >= sampling.min_p * probabilities[0]).sum())
+        if num_likely < length:
+            num_kept = min(num_kept, num_likely)
+    return num_kept if num_kept <= length else None
+
+
+def _logprob(logits: Tensor, token_id: int, num_top: int | None) -> TokenLogprob | None:
     """Log probabilities under the model itself, if asked for: before temperature, penalties and cuts."""
     if num_top is None:
         return None
-    logprobs = logits[row].float().log_softmax(-1)
+    logprobs = logits.float().log_softmax(-1)
     top = logprobs.topk(min(num_top, len(logprobs)))
     return TokenLogprob(
         token_id=token_id,

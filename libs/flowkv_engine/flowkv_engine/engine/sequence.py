@@ -42,17 +42,8 @@ class Sequence:
     def is_prefilling(self) -> bool:
         return self.num_new_tokens > 1
 
-    @property
-    def next_output_index(self) -> int:
-        return len(self.output_ids)
-
-    @property
-    def token_ids(self) -> list[int]:
-        """Prompt and output, as a new list."""
-        return self.prompt_ids + self.output_ids
-
     def tokens_between(self, start: int, stop: int) -> list[int]:
-        """`token_ids[start:stop]` without building the whole list."""
+        """`(prompt_ids + output_ids)[start:stop]` without building the whole list."""
         num_prompt = len(self.prompt_ids)
         if start >= num_prompt:
             return self.output_ids[start - num_prompt : stop - num_prompt]

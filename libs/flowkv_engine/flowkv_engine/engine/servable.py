@@ -1,20 +1,72 @@
-"""`transformers` at a word: its tables and progress bars off, its errors in one line."""
+"""Which models are served: those whose answers are `transformers`' own. Any other one is refused in words.
+
+Before weights are read: the config, a run without weights, the headers of the weight files. Before the node
+is ready: logits. Whatever would be left out of a model, or made up for it, is a refusal. See docs/models.md.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+)
+from transformers.modeling_utils import load_state_dict
 
-from flowkv_common.errors import CannotStart
+from flowkv_common.fingerprint import weight_files
+from flowkv_common.wire.messages import SamplingParams
+from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
+from flowkv_engine.engine.forward import IMPLEMENTATION, ModulesForward, UnsupportedModel, paged_attention
+from flowkv_engine.engine.sequence import Sequence
+
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+# The name of the attention function that serves, with the mask that a layer wants.
+DRY_RUN = "flowkv_dry_run"
+DRY_RUN_TOKENS = 8
+MASK_SAMPLES = 64  # positions at either end of the context, where a mask is looked at
+
+NAMES_SHOWN = 3  # in a message
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+# Buffers that older versions of `transformers` wrote (each model computes its own), and what no model reads
+# itself: layers that guess further tokens for a drafter, and a head that valued answers in training.
+HARMLESS = (
+    r"\.(inv_freq|cos_cached|sin_cached|position_ids|masked_bias)$",
+    r"(^|\.)mtp(\.|_)",
+    r"^v_head\.",
+)
+MASK_DTYPES = {torch.bool, torch.uint8}
+DEQUANTIZED = "fp8"  # quantized weights that are read: as the floats that they stand for
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# What other tools write beside config.json, each for weights that are not floats.
+QUANTIZER_FILES = {
+    "hf_quant_config.json": "ModelOpt",
+    "quantize_config.json": "GPTQ",
+    "quant_config.json": "AWQ",
+}
+
+PROMPT_LENS = (9, 6)  # tokens; the last one of each is computed in a step of its own
+# How far logits may lie from the model's own, as a share of their spread and in units of rounding: 3 % in
+# float32, 50 % in bfloat16. Rounding costs up to 35 units; another position, mask or neighbour 20 % or more.
+TOLERANCE = 64.0
+FINEST = 5e-4  # a GPU may multiply float32 with 11 bits
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Without what `transformers` prints while it builds and loads a model."""
     verbosity, has_bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
@@ -27,42 +79,38 @@ def quiet() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def first_line(error: Exception) -> str:
-    """What an error of somebody's code says, for a sentence of ours."""
+def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+# --- The config, and a run without weights ---
 
 
-class UnsupportedModel(CannotStart):
-    """The model can't be served; the message says why."""
+def check_config(folder: Path) -> tuple[PretrainedConfig, tuple[int, int, int]]:
+    """The folder's config, and the shape of such a model's KV: layers, KV heads, head dimension.
 
-
-def servable_config(path: str) -> PretrainedConfig:
-    """The config in the folder `path`. Raises `UnsupportedModel` if FlowKV can't serve such a model."""
-    if not Path(path).is_dir():
-        raise UnsupportedModel(f"there is no model folder at {path}")
-    if not Path(path, "config.json").is_file():
-        raise UnsupportedModel(f"{path} has no config.json, so it is no model of transformers")
+    Raises `UnsupportedModel` if FlowKV can't serve such a model.
+    """
+    if not folder.is_dir():
+        raise UnsupportedModel(f"there is no model folder at {folder}")
+    if not (folder / "config.json").is_file():
+        raise UnsupportedModel(f"{folder} has no config.json, so it is no model of transformers")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # of any model's code, which checks its config in its own way
         raise UnsupportedModel(
-            f"{path} has no config that transformers knows: {first_line(error)}"
+            f"{folder} has no config that transformers knows: {_first_line(error)}"
         ) from error
     try:
         reason = _why_not(config)
     except Exception as error:  # configs answer a question that they can't with errors of their own
-        reason = f"its config does not say what is needed: {first_line(error)}"
-    if reason:
-        raise refusal(path, config, reason)
-    return config
-
-
-def refusal(path: str, config: PretrainedConfig, reason: object) -> UnsupportedModel:
-    """One sentence: which folder, of what type, and what it is or wants that FlowKV does not do."""
-    return UnsupportedModel(f"{path} ({config.model_type}) can't be served: {reason}")
+        reason = f"its config does not say what is needed: {_first_line(error)}"
+    if reason is None:
+        try:
+            return config, _dry_run(config)
+        except UnsupportedModel as error:
+            reason = str(error)
+    raise UnsupportedModel(f"{folder} ({config.model_type}) can't be served: {reason}")
 
 
 def _why_not(config: PretrainedConfig) -> str | None:
@@ -81,30 +129,275 @@ def _why_not(config: PretrainedConfig) -> str | None:
         return "its KV cache is compressed (MLA)"
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention caps logits"
-    if unknown := set(_layer_types(config)) - LAYER_TYPES:
+    if unknown := set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES:
         return f"it has layers of type {', '.join(sorted(unknown))}"
     if not getattr(config, "max_position_embeddings", None):
         return "its config has no max_position_embeddings, so its longest context is unknown"
     return None
 
 
-def _layer_types(config: PretrainedConfig) -> list[str]:
-    return getattr(config, "layer_types", None) or []
-
-
 def max_model_len(config: PretrainedConfig) -> int:
     """The longest sequence that full attention with fixed positions computes as the model means it."""
-    limits = [int(config.max_position_embeddings), *_window(config)]
+    limits = [int(config.max_position_embeddings)]
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    is_used = "sliding_attention" in types if types else getattr(config, "use_sliding_window", True)
+    if window and is_used:
+        limits.append(int(window))  # up to its length it is full attention
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        # Beyond this length all positions turn differently, those whose keys are cached too.
+        # Beyond this length all positions rotate differently, those whose keys are cached too.
         limits.append(int(rope["original_max_position_embeddings"]))
     return min(limits)
 
 
-def _window(config: PretrainedConfig) -> list[int]:
-    """The sliding window if any layer has one: up to its length it is full attention."""
-    window = getattr(config, "sliding_window", None)
-    types = _layer_types(config)
-    is_used = "sliding_attention" in types if types else getattr(config, "use_sliding_window", True)
-    return [int(window)] if window and is_used else []
+def _dry_run(config: PretrainedConfig) -> tuple[int, int, int]:
+    """Layers, KV heads and head dimension of what such a model writes, seen on torch's meta device.
+
+    Raises `UnsupportedModel`, with the reason, if it can't be served.
+    """
+    attention = _Witness()
+    try:
+        with _quiet():
+            with torch.device("meta"):
+                module = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.bfloat16, attn_implementation=DRY_RUN
+                ).eval()
+            if any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules()):
+                raise UnsupportedModel("it counts positions on from the id of its padding token")
+            token_ids = torch.zeros(DRY_RUN_TOKENS, dtype=torch.int64, device="meta")
+            indices = torch.zeros(2, dtype=torch.int64, device="meta")
+            with torch.inference_mode(), _Values():
+                logits = ModulesForward(module, attention)(token_ids, token_ids, indices)
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # of any model's code
+        raise UnsupportedModel(f"transformers can't run it without weights: {_first_line(error)}") from error
+    if logits.shape != (len(indices), config.vocab_size):
+        raise UnsupportedModel(f"for {len(indices)} tokens it gives logits of shape {tuple(logits.shape)}")
+    num_layers, shapes = len(attention.written), set(attention.written.values())
+    if not shapes:
+        raise UnsupportedModel("its layers don't call the attention function they are given")
+    if sorted(attention.written) != list(range(num_layers)):
+        raise UnsupportedModel("only some of its layers have attention")
+    if len(shapes) > 1:
+        sizes = " and ".join(f"{heads} x {dim}" for heads, dim in sorted(shapes))
+        raise UnsupportedModel(f"its layers' KV caches differ in shape ({sizes}), and a pool has one")
+    return (num_layers, *shapes.pop())
+
+
+class _Witness:
+    """An `Attention` that computes nothing and remembers what it was asked for."""
+
+    name = "witness"
+
+    def __init__(self) -> None:
+        self.written: dict[int, tuple[int, int]] = {}  # KV heads and head dimension of each layer
+
+    def bind(self, batch: PackedBatch) -> None:
+        raise NotImplementedError
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        self.written[layer] = (key.shape[1], key.shape[2])
+
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        return torch.empty_like(query)
+
+
+class _Values(TorchFunctionMode):
+    """Where a model asks a tensor without values for one, it is 1 or true; no place of it is not zero."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if args and isinstance(args[0], Tensor) and args[0].is_meta:
+            if func in (Tensor.item, Tensor.__int__, Tensor.__index__, Tensor.__float__):
+                return 1
+            if func in (Tensor.__bool__, Tensor.__contains__):
+                return True
+            if func is Tensor.tolist:
+                return torch.ones(args[0].shape, dtype=args[0].dtype, device="cpu").tolist()
+            if func in (torch.nonzero, Tensor.nonzero):
+                return torch.empty(0, args[0].dim(), dtype=torch.int64, device="meta")
+        return func(*args, **(kwargs or {}))
+
+
+def _wanted_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    config: PretrainedConfig,
+    **kwargs: Any,
+) -> Tensor | None:
+    """None where the mask is causal as far as the model is served, else a mask, which attention refuses."""
+    end = max_model_len(config)
+    samples = sorted({*range(min(MASK_SAMPLES, end)), *range(max(0, end - MASK_SAMPLES), end)})
+    positions = torch.tensor(samples, device="cpu")
+    query, key = positions.view(1, 1, -1, 1), positions.view(1, 1, 1, -1)
+    zero = torch.zeros_like(query[:, :, :1])
+    with contextlib.suppress(RuntimeError):  # it asks for values of the model's inputs
+        allowed = mask_function(zero, zero, query, key)
+        if not allowed.is_meta and bool((allowed == (key <= query)).all()):
+            return None
+    return torch.empty(1, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+
+
+AttentionInterface.register(DRY_RUN, paged_attention)
+AttentionMaskInterface.register(DRY_RUN, _wanted_mask)
+
+
+# --- The weight files, by their headers ---
+
+
+def check_weights(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
+    """`config` such that `transformers` makes plain floats of the weights in `folder`, on any device.
+
+    Raises `UnsupportedModel` if it can't, or if the files hold less than the model, or more. Loads them as
+    `transformers` would, but on torch's meta device: of every tensor the name, type and shape.
+    """
+    config = _with_quantization(folder, config)
+    tensors = _headers(folder)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    ignored = [*HARMLESS, *(model_class._keys_to_ignore_on_load_unexpected or [])]
+    # Causal masks that models once kept as a buffer, under the name of a bias.
+    ignored += [
+        f"^{re.escape(name)}$"
+        for name, tensor in tensors.items()
+        if re.search(r"\.(attn|attention)\.bias$", name) and tensor.dtype in MASK_DTYPES and tensor.ndim >= 2
+    ]
+    # Layers for a drafter that a config tells of: they are numbered on behind the last one.
+    num_drafting = getattr(config, "num_nextn_predict_layers", None) or 0
+    ignored += [rf"\.layers\.{config.num_hidden_layers + i}\." for i in range(num_drafting)]
+
+    def used(names: Iterable[str]) -> list[str]:
+        return sorted(name for name in names if not any(re.search(pattern, name) for pattern in ignored))
+
+    # Integers and small floats need scales to mean anything: the config must say how to apply them.
+    packed = [name for name in used(tensors) if tensors[name].dtype not in FLOATS]
+    if packed and getattr(config, "quantization_config", None) is None:
+        dtypes = sorted({str(tensors[name].dtype).removeprefix("torch.") for name in packed})
+        raise UnsupportedModel(
+            f"{folder} can't be served: it holds tensors of {', '.join(dtypes)} ({_some(packed)}), and its "
+            "config.json has no quantization_config"
+        )
+    try:
+        with _quiet():
+            _, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # of any model's code
+        raise UnsupportedModel(f"transformers can't load {folder}: {_first_line(error)}") from error
+    other = [f"{name} {tuple(has)} for {tuple(wants)}" for name, has, wants in info["mismatched_keys"]]
+    complaints = {
+        "lack": sorted(info["missing_keys"]),
+        "hold what the model has no place for:": used(info["unexpected_keys"]),
+        "have another shape than the model's:": sorted(other),
+        "can't be read:": info["error_msgs"],
+    }
+    said = [f"{words} {_some(names)}" for words, names in complaints.items() if names]
+    if said:
+        raise UnsupportedModel(f"the weights in {folder} {', and '.join(said)}")
+    return config
+
+
+def _with_quantization(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
+    """The config, set to dequantize where its weights are quantized in the one way that is read."""
+    if (folder / "adapter_config.json").is_file():  # a merged model may have kept it
+        adapters = [name for name in ADAPTER_FILES if (folder / name).is_file()]
+        if adapters or not weight_files(folder):
+            raise UnsupportedModel(f"{folder} holds an adapter (LoRA), which is not served: merge it first")
+    quantization: dict[str, Any] = getattr(config, "quantization_config", None) or {}
+    method = quantization.get("quant_method") or ("an unnamed method" if quantization else None)
+    for name, tool in QUANTIZER_FILES.items():
+        if method is None and (folder / name).is_file():
+            method = f"{tool} ({name})"
+    if method is None:
+        return config
+    if method != DEQUANTIZED:
+        raise UnsupportedModel(
+            f"{folder} can't be served: its weights are quantized by {method}, and only plain floats and "
+            f"{DEQUANTIZED} of transformers are read"
+        )
+    config.quantization_config = {**quantization, "dequantize": True}
+    return config
+
+
+def _headers(folder: Path) -> dict[str, Tensor]:
+    """Name, shape and type of every tensor in the folder's weight files, as tensors without values."""
+    files = weight_files(folder)
+    if not files:
+        raise UnsupportedModel(
+            f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin, no index of several "
+            "such files; load format dummy makes random ones"
+        )
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise UnsupportedModel(f"{folder} lacks {_some(absent)}, which its index of weights names")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_state_dict(file, map_location="meta")
+        except Exception as error:  # of several libraries: the file is not what its name says
+            raise UnsupportedModel(f"{file} can't be read: {error}") from error
+    return tensors
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
+
+
+# --- Logits ---
+
+
+class SelfCheck:
+    """Two short prompts and what the model itself makes of them: a forward pass of its modules for each."""
+
+    def __init__(self, module: nn.Module, pool: Tensor, max_model_len: int, vocab_size: int) -> None:
+        """To be made while `module` has its weights. A pool of one block has room for one prompt only."""
+        num_blocks, self._block_size = pool.shape[0], pool.shape[3]
+        longest = min(self._block_size, max_model_len)
+        lens = [min(wanted, longest) for wanted in PROMPT_LENS[:num_blocks]] if longest > 1 else []
+        generator = torch.Generator().manual_seed(0)
+        dtypes = {next(module.parameters()).dtype, pool.dtype}
+        self._tolerance = TOLERANCE * max(FINEST, *(torch.finfo(dtype).eps for dtype in dtypes))
+        self._prompts = [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lens]
+        self._expected = [_plain_logits(module, prompt) for prompt in self._prompts]
+
+    def compare(self, logits_of: Callable[[PackedBatch], Tensor]) -> None:
+        """`logits_of` computes a batch: logits [S, vocab]. Raises `UnsupportedModel` if they are others."""
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
+        sequences = [
+            Sequence("", 0, "self-check", "", prompt[:-1], [], sampling, 0.0, [block])
+            for block, prompt in enumerate(self._prompts)
+        ]
+        for num_left in (1, 0) if sequences else ():  # all tokens but the last one, then the last one
+            batch = pack([WorkItem(each, each.num_new_tokens) for each in sequences], self._block_size)
+            got = logits_of(batch).float()
+            expected = torch.stack([logits[-1 - num_left] for logits in self._expected])
+            spread = (expected - expected.mean(dim=-1, keepdim=True)).norm(dim=-1)
+            error = ((got - expected).norm(dim=-1) / spread).max().item()
+            if not error <= self._tolerance:  # NaN too
+                raise UnsupportedModel(
+                    "its answers would be wrong: the forward pass that serves gives other logits than the "
+                    f"model, by {error:.0%} of their spread"
+                )
+            for sequence, prompt in zip(sequences, self._prompts, strict=True):
+                sequence.num_computed_tokens = len(prompt) - 1
+                sequence.output_ids = prompt[-1:]
+
+
+@torch.inference_mode()
+def _plain_logits(module: Any, token_ids: list[int]) -> Tensor:
+    """[len(token_ids), vocab] in float32, with attention as the model's authors wrote it."""
+    device = next(module.parameters()).device
+    with _quiet():
+        module.set_attn_implementation("eager")
+        output = module(torch.tensor([token_ids], device=device), use_cache=False)
+        module.set_attn_implementation(IMPLEMENTATION)
+    logits: Tensor = output.logits[0].float()
+    return logits

@@ -29,6 +29,8 @@ class CpuAttention(TorchAttention):
     What `attend` returns is valid until it is called again.
     """
 
+    name = "cpu"
+
     def __init__(self, pool: Tensor) -> None:
         super().__init__(pool)
         self._pool_array = _as_numpy(pool)

@@ -13,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flowkv_engine.engine.attention import Attention
 from flowkv_engine.engine.cpu.attention import CpuAttention
 from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack, rms_norm
 from flowkv_engine.engine.cpu.simd import LANES
-from flowkv_engine.engine.forward import FlatWeights, Layer
+from flowkv_engine.engine.llama import FlatWeights, Layer
 
 _MAPS = Path("/proc/self/maps")
 _MADV_DONTNEED = 4
@@ -90,8 +89,6 @@ class _Buffers:
 class CpuFlatForward:
     """Equal to `FlatForward` up to rounding, by test. Its logits are valid until the next call."""
 
-    name = "flat"
-
     def __init__(self, weights: FlatWeights, attention: CpuAttention) -> None:
         """`weights` must be such that `fits` says yes to; `attention` the one that every call brings.
 
@@ -119,10 +116,7 @@ class CpuFlatForward:
         ]
         return weights.head.dtype == torch.float32 and not any(size % LANES for size in sizes)
 
-    def __call__(
-        self, token_ids: Tensor, position_ids: Tensor, attention: Attention, logits_indices: Tensor
-    ) -> Tensor:
-        assert attention is self._attention
+    def __call__(self, token_ids: Tensor, position_ids: Tensor, logits_indices: Tensor) -> Tensor:
         num_rows = len(token_ids)
         if num_rows > self._buffers.num_rows:
             self._buffers = self._make_buffers(num_rows)

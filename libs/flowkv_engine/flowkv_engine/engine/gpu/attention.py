@@ -1,4 +1,4 @@
-"""Attention on a GPU, in Triton kernels that walk the block table (`kernels_triton.py`)."""
+"""Attention on a GPU, in Triton kernels that walk the block table."""
 
 from __future__ import annotations
 
@@ -12,13 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowkv_engine.engine.batch import PackedBatch
-from flowkv_engine.engine.gpu.kernels import (
-    attend_part,
-    attend_prompts,
-    join_parts,
-    rotate_and_write,
-    write_kv,
-)
+from flowkv_engine.engine.gpu import kernels
 
 # So many pairs of sequence and KV head keep a GPU busy by themselves.
 MANY_PAIRS = 512
@@ -29,20 +23,20 @@ NUM_ROWS = 64
 LEAST_ROWS = 16
 
 
-class Parting(NamedTuple):
-    """How contexts of decode are cut into parts, each a program of its own: it follows from the size of the
+class SplitKV(NamedTuple):
+    """How contexts of decode are split, each split a program of its own: it follows from the size of the
     batch alone, so that a recorded graph has one grid.
 
-    A context is of `num_parts` parts at most, and of fewer where they would be shorter than `least_len`: of
-    several parts, what they give is written and read once more.
+    A context has `num_splits` splits at most, and fewer where they would be shorter than `min_split_len`: the
+    results of several splits are written and read once more.
     """
 
-    num_parts: int
-    least_len: int
+    num_splits: int
+    min_split_len: int
 
 
-# Few sequences share the GPU out among their parts. Of many, only a long one is cut.
-FEW, MANY = Parting(32, 128), Parting(16, 1024)
+# Few sequences share the GPU out among their splits. Of many, only a long one is split.
+FEW, MANY = SplitKV(32, 128), SplitKV(16, 1024)
 
 
 class Decoding(NamedTuple):
@@ -69,11 +63,19 @@ class Prompts(NamedTuple):
 class TritonAttention:
     """Equal to `TorchAttention` up to rounding, by test. On a GPU; on the CPU by interpretation."""
 
+    name = "triton"
+
     def __init__(self, pool: Tensor) -> None:
+        assert pool.is_contiguous()
         self._pool = pool
-        _, _, _, self._block_size, self._num_kv_heads, self._head_dim = pool.shape
-        self._strides = (pool.stride(0), pool.stride(2), pool.stride(3), pool.stride(4))
+        _, _, _, block_size, self._num_kv_heads, self._head_dim = pool.shape
         self._padded_dim = max(16, triton.next_power_of_2(self._head_dim))
+        self._sizes = {  # constants of all kernels that read or write the pool
+            "block_size": block_size,
+            "num_kv_heads": self._num_kv_heads,
+            "head_dim": self._head_dim,
+            "padded_dim": self._padded_dim,
+        }
         self._slots = torch.empty(0, dtype=torch.int64, device=pool.device)
         self._decoding: Decoding | None = None
         self._prompts: Prompts | None = None
@@ -87,29 +89,25 @@ class TritonAttention:
         if decodes.any():
             decoding = Decoding(starts[:-1], tables, self._to_device(batch.decode_lens))
         if not decodes.all():
-            items, firsts = self._to_device(tiles(batch.query_lens))
+            items, firsts = self._to_device(query_tiles(batch.query_lens))
             prompts = Prompts(tables, self._to_device(batch.context_lens), starts, items, firsts)
-        self.bind_static(slots, decoding, prompts)
+        self.bind_tensors(slots, decoding, prompts)
 
-    def bind_static(self, slots: Tensor, decoding: Decoding | None, prompts: Prompts | None) -> None:
+    def bind_tensors(self, slots: Tensor, decoding: Decoding | None, prompts: Prompts | None) -> None:
         """A step whose numbers are read from these tensors when the kernels run: for graphs."""
         self._slots, self._decoding, self._prompts = slots, decoding, prompts
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         key, value = key.to(self._pool.dtype), value.to(self._pool.dtype)
-        write_kv[(len(self._slots), self._num_kv_heads)](
+        kernels.write_kv[(len(self._slots), self._num_kv_heads)](
             self._pool[:, layer],
             key,
             value,
             self._slots,
-            *self._strides,
-            key.stride(0),
-            key.stride(1),
-            value.stride(0),
-            value.stride(1),
-            block_size=self._block_size,
-            head_dim=self._head_dim,
-            padded_dim=self._padded_dim,
+            self._pool.stride(0),
+            *key.stride()[:2],
+            *value.stride()[:2],
+            **self._sizes,
         )
 
     def rotate_and_write(
@@ -122,7 +120,7 @@ class TritonAttention:
         norm: Tensor | None,
         eps: float,
     ) -> Tensor:
-        """Instead of `write`: stores keys, turned by position, and values; returns the turned queries.
+        """Instead of `write`: stores keys, rotated by position, and values; returns the rotated queries.
 
         `qkv` [T, num_heads + 2 * num_kv_heads, head_dim], contiguous, `positions` [T], `cos` and `sin`
         [max positions, head_dim], `norm` [num_heads + num_kv_heads, head_dim] of a model that normalizes
@@ -131,7 +129,7 @@ class TritonAttention:
         num_tokens, num_heads = len(qkv), qkv.shape[1] - 2 * self._num_kv_heads
         group_size = num_heads // self._num_kv_heads
         query = torch.empty(num_tokens, num_heads, self._head_dim, dtype=qkv.dtype, device=qkv.device)
-        rotate_and_write[(num_tokens, self._num_kv_heads)](
+        kernels.rotate_and_write[(num_tokens, self._num_kv_heads)](
             qkv,
             query,
             self._pool[:, layer],
@@ -141,66 +139,56 @@ class TritonAttention:
             sin,
             cos if norm is None else norm,
             eps,
-            *self._strides,
+            self._pool.stride(0),
             has_norm=norm is not None,
             group_size=group_size,
             padded_rows=triton.next_power_of_2(group_size + 1),
-            block_size=self._block_size,
-            head_dim=self._head_dim,
-            padded_half=triton.next_power_of_2(self._head_dim // 2),
+            **self._sizes,
             num_warps=1,
         )
         return query
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         pool, result = self._pool[:, layer], torch.empty_like(query, memory_format=torch.contiguous_format)
+        scale *= math.log2(math.e)
         if self._decoding is not None:
-            self._decode(pool, query, result, scale * math.log2(math.e), self._decoding)
+            self._decode(pool, query, result, scale, self._decoding)
         if self._prompts is not None:
-            self._prefill(pool, query, result, scale * math.log2(math.e), self._prompts)
+            self._prefill(pool, query, result, scale, self._prompts)
         return result
 
     def _decode(self, pool: Tensor, query: Tensor, result: Tensor, scale: float, decoding: Decoding) -> None:
         num_items, num_heads = len(decoding.rows), query.shape[1]
         group_size = num_heads // self._num_kv_heads
-        parting = MANY if num_items * self._num_kv_heads >= MANY_PAIRS else FEW
-        shape = (num_items, num_heads, parting.num_parts)
-        parts = torch.empty((*shape, self._head_dim), dtype=torch.float32, device=query.device)
+        split_kv = MANY if num_items * self._num_kv_heads >= MANY_PAIRS else FEW
+        shape = (num_items, num_heads, split_kv.num_splits)
+        splits = torch.empty((*shape, self._head_dim), dtype=torch.float32, device=query.device)
         log_sums = torch.empty(shape, dtype=torch.float32, device=query.device)
-        attend_part[(num_items, self._num_kv_heads, parting.num_parts)](
+        kernels.attend_splits[(num_items, self._num_kv_heads, split_kv.num_splits)](
             pool,
             query,
             result,
-            parts,
+            splits,
             log_sums,
             *decoding,
             scale,
             decoding.tables.stride(0),
-            query.stride(0),
-            query.stride(1),
-            result.stride(0),
-            result.stride(1),
-            *self._strides,
-            num_parts=parting.num_parts,
-            least_part_len=parting.least_len,
+            pool.stride(0),
+            *query.stride()[:2],
+            **split_kv._asdict(),
             group_size=group_size,
             padded_group=max(LEAST_ROWS, triton.next_power_of_2(group_size)),
-            block_size=self._block_size,
-            head_dim=self._head_dim,
-            padded_dim=self._padded_dim,
+            **self._sizes,
             tile_len=TILE_LEN,
             num_stages=2,
         )
-        join_parts[(num_items, num_heads)](
-            parts,
+        kernels.merge_splits[(num_items, num_heads)](
+            splits,
             log_sums,
             result,
             decoding.rows,
             decoding.context_lens,
-            result.stride(0),
-            result.stride(1),
-            num_parts=parting.num_parts,
-            least_part_len=parting.least_len,
+            **split_kv._asdict(),
             tile_len=TILE_LEN,
             head_dim=self._head_dim,
             padded_dim=self._padded_dim,
@@ -208,22 +196,17 @@ class TritonAttention:
 
     def _prefill(self, pool: Tensor, query: Tensor, result: Tensor, scale: float, prompts: Prompts) -> None:
         num_heads, item_bytes = query.shape[1], max(query.element_size(), pool.element_size())
-        attend_prompts[(len(prompts.tile_items), num_heads)](
+        kernels.attend_prompts[(len(prompts.tile_items), num_heads)](
             pool,
             query,
             result,
             *prompts,
             scale,
             prompts.tables.stride(0),
-            query.stride(0),
-            query.stride(1),
-            result.stride(0),
-            result.stride(1),
-            *self._strides,
+            pool.stride(0),
+            *query.stride()[:2],
             group_size=num_heads // self._num_kv_heads,
-            block_size=self._block_size,
-            head_dim=self._head_dim,
-            padded_dim=self._padded_dim,
+            **self._sizes,
             num_rows=NUM_ROWS,
             tile_len=TILE_LEN,
             num_stages=num_stages(item_bytes * self._padded_dim),
@@ -238,7 +221,7 @@ def num_stages(head_bytes: int) -> int:
     return 3 if head_bytes <= 256 else 1
 
 
-def tiles(query_lens: NDArray[np.int32]) -> NDArray[np.int32]:
+def query_tiles(query_lens: NDArray[np.int32]) -> NDArray[np.int32]:
     """Items with several queries in tiles of `NUM_ROWS`: the item of each, and its first query there, [2, n].
 
     The last come first: they have most to attend to, and the GPU shall not wait for them in the end.
@@ -246,5 +229,5 @@ def tiles(query_lens: NDArray[np.int32]) -> NDArray[np.int32]:
     num_tiles = np.where(query_lens > 1, -(-query_lens // NUM_ROWS), 0)
     items = np.repeat(np.arange(len(query_lens)), num_tiles)
     numbers = np.arange(num_tiles.sum()) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
-    found: NDArray[np.int32] = np.stack([items, numbers * NUM_ROWS])[:, ::-1].astype(np.int32)
-    return found
+    tiles: NDArray[np.int32] = np.stack([items, numbers * NUM_ROWS])[:, ::-1].astype(np.int32)
+    return tiles

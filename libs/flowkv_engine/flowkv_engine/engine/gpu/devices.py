@@ -28,13 +28,10 @@ def claimed(name: str, folder: Path) -> Iterator[torch.device]:
         raise CannotStart(f"FLOWKV_DEVICE is {name!r}: cpu, cuda, or cuda:1 is meant") from None
     if device.type not in ("cpu", "cuda"):
         raise CannotStart(f"FLOWKV_DEVICE is {name!r}: FlowKV computes on cpu and cuda")
-    if device.type == "cpu":
-        yield device
-        return
     num_gpus = torch.cuda.device_count()
-    if (device.index or 0) >= num_gpus:
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
         raise CannotStart(f"there is no GPU for {name}: torch sees {num_gpus}")
-    if device.index is not None:
+    if device.type == "cpu" or device.index is not None:
         yield device
         return
     uuids = [str(torch.cuda.get_device_properties(index).uuid) for index in range(num_gpus)]

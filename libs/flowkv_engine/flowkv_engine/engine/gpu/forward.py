@@ -7,10 +7,9 @@ import triton
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
-from flowkv_engine.engine.attention import Attention
-from flowkv_engine.engine.forward import FlatWeights, fuse_layers
 from flowkv_engine.engine.gpu import kernels
 from flowkv_engine.engine.gpu.attention import TritonAttention
+from flowkv_engine.engine.llama import FlatWeights, fuse
 
 GATE_TILE_LEN = 1024
 # A row of so many numbers takes twice as many threads as a kernel has by itself.
@@ -20,39 +19,29 @@ LONG_ROW = 4096
 class TritonFlatForward:
     """Equal to `FlatForward` up to rounding, by test. It never asks the device for a number."""
 
-    name = "flat"
-
     def __init__(self, weights: FlatWeights, attention: TritonAttention) -> None:
-        """The model's projections are fused in place. `attention` is the one that every call brings."""
-        self._weights = weights
-        self._attention = attention
-        self._fused = fuse_layers(weights)
+        """The model's projections are fused in place."""
+        self.weights = weights
+        self.attention = attention
+        self._fused = [(fuse(*layer.qkv), fuse(layer.gate, layer.up)) for layer in weights.layers]
         self._input_norms = [*(layer.input_norm for layer in weights.layers[1:]), weights.norm]
 
-    @property
-    def head(self) -> Tensor:
-        """[vocab, hidden]"""
-        return self._weights.head
-
-    def __call__(
-        self, token_ids: Tensor, position_ids: Tensor, attention: Attention, logits_indices: Tensor
-    ) -> Tensor:
-        assert attention is self._attention
-        weights = self._weights
+    def __call__(self, token_ids: Tensor, position_ids: Tensor, logits_indices: Tensor) -> Tensor:
+        weights, attention = self.weights, self.attention
         hidden = embedding(token_ids, weights.embedding)  # [T, hidden]
         normed = self._add_and_norm(hidden, None, weights.layers[0].input_norm)
-        for index, (layer, fused) in enumerate(zip(weights.layers, self._fused, strict=True)):
-            qkv = linear(normed, *fused.qkv).view(len(normed), -1, weights.head_dim)
-            turn = weights.cos, weights.sin, layer.qk_norm, weights.eps
-            query = self._attention.rotate_and_write(index, qkv, position_ids, *turn)
+        for index, (layer, (fused_qkv, gate_up)) in enumerate(zip(weights.layers, self._fused, strict=True)):
+            qkv = linear(normed, *fused_qkv).view(len(normed), -1, weights.head_dim)
+            query = attention.rotate_and_write(
+                index, qkv, position_ids, weights.cos, weights.sin, layer.qk_norm, weights.eps
+            )
             attended = attention.attend(index, query, weights.scale).flatten(1)
             if index == len(weights.layers) - 1 and len(logits_indices) < len(hidden):
                 # Of the last layer only keys and values are wanted of all rows.
                 hidden, attended = (each.index_select(0, logits_indices) for each in (hidden, attended))
             delta = linear(attended, layer.output.weight, layer.output.bias)
             normed = self._add_and_norm(hidden, delta, layer.mlp_norm)
-            gated = _gate(linear(normed, *fused.gate_up))
-            delta = linear(gated, layer.down.weight, layer.down.bias)
+            delta = linear(_gate(linear(normed, *gate_up)), layer.down.weight, layer.down.bias)
             normed = self._add_and_norm(hidden, delta, self._input_norms[index])
         return linear(normed, weights.head)
 
@@ -64,7 +53,7 @@ class TritonFlatForward:
             hidden if delta is None else delta,
             weight,
             result,
-            self._weights.eps,
+            self.weights.eps,
             num_dims=num_dims,
             padded_dims=triton.next_power_of_2(num_dims),
             adds=delta is not None,

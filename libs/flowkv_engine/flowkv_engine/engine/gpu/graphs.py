@@ -16,15 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowkv_engine.engine.attention import Attention
 from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.forward import Forward
-from flowkv_engine.engine.gpu.attention import NUM_ROWS, Decoding, Prompts, TritonAttention, tiles
+from flowkv_engine.engine.gpu.attention import NUM_ROWS, Decoding, Prompts, query_tiles
 from flowkv_engine.engine.gpu.forward import TritonFlatForward
 
-# Replays what it was given, into the same tensor.
-Replay = Callable[[], Tensor]
-Record = Callable[[Callable[[], Tensor]], Replay]
+# Makes a graph of what a function launches; calling that replays it, into the same tensor.
+Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 MAX_BATCH = 256
 # Of a step with prompts: items, more than the default's 64 that decode, and the numbers of tokens that graphs
@@ -49,19 +47,17 @@ class Shape(NamedTuple):
         return self.num_tokens // NUM_ROWS + self.num_items
 
 
-def batch_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, 8, then every eighth, up to the first that holds `max_num_seqs` or `MAX_BATCH`."""
-    sizes = [1, 2, 4, *range(8, MAX_BATCH + 1, 8)]
-    most = next(size for size in sizes if size >= min(max_num_seqs, MAX_BATCH))
-    return [size for size in sizes if size <= most]
+def graph_shapes(max_num_seqs: int, token_budget: int) -> list[Shape]:
+    """In the order in which a step looks for one that it fits into.
 
-
-def shapes(max_num_seqs: int, token_budget: int) -> list[Shape]:
-    """In the order in which a step looks for one that it fits into."""
-    most = next((size for size in TOKEN_SIZES if size >= token_budget), TOKEN_SIZES[-1])
+    Decode: 1, 2, 4, 8, then every eighth, up to the first that holds `max_num_seqs` or `MAX_BATCH`.
+    """
+    batches = [1, 2, 4, *range(8, MAX_BATCH + 1, 8)]
+    most_items = next(size for size in batches if size >= min(max_num_seqs, MAX_BATCH))
+    most_tokens = next((size for size in TOKEN_SIZES if size >= token_budget), TOKEN_SIZES[-1])
     return [
-        *(Shape(size, size) for size in batch_sizes(max_num_seqs)),
-        *(Shape(size, min(size // 2, MAX_ITEMS)) for size in TOKEN_SIZES if size <= most),
+        *(Shape(size, size) for size in batches if size <= most_items),
+        *(Shape(size, min(size // 2, MAX_ITEMS)) for size in TOKEN_SIZES if size <= most_tokens),
     ]
 
 
@@ -74,38 +70,20 @@ class _Numbers:
         self.host: NDArray[np.integer] = self._on_host.numpy()
         self.device = self._on_host.to(device, copy=True)
 
-    def send(self) -> None:
+    def copy_to_device(self) -> None:
         """All in one copy. They may be written again once the step has ended."""
         self.device.copy_(self._on_host, non_blocking=True)
 
 
-class _Memory:
-    """What the graphs read and write, for the largest shapes; a smaller one has the front of it."""
-
-    def __init__(self, all_shapes: list[Shape], max_num_blocks: int, head: Tensor) -> None:
-        num_tokens, num_items, num_tiles = (
-            max(numbers) for numbers in zip(*((*s, s.num_tiles) for s in all_shapes), strict=True)
-        )
-        # Token ids, positions, slots (-1: written nowhere), places to sample from.
-        tokens = np.zeros((4, num_tokens), np.int64)
-        tokens[2] = -1
-        self.tokens = _Numbers(tokens, head.device)
-        # Context lengths, those of items of one token alone, where an item begins. 0: an empty place.
-        self.items = _Numbers(np.zeros((3, num_items + 1), np.int32), head.device)
-        # Of the tiles of prompts: the item, the first query. -1: an empty place.
-        self.tiles = _Numbers(np.full((2, num_tiles), -1, np.int32), head.device)
-        self.tables = torch.zeros((num_items, max_num_blocks), dtype=torch.int32, device=head.device)
-        # One for all graphs, or each would keep its own.
-        self.logits = torch.empty(num_items, len(head), dtype=head.dtype, device=head.device)
-
-
 class GraphedSteps:
-    """`record` makes a graph of what a function launches."""
+    """One recorded graph per shape, and the memory that all of them read and write.
+
+    The memory is that of the largest shapes; a smaller one has the front of it.
+    """
 
     def __init__(
         self,
         forward: TritonFlatForward,
-        attention: TritonAttention,
         *,
         max_num_seqs: int,
         token_budget: int,
@@ -113,91 +91,99 @@ class GraphedSteps:
         record: Record,
     ) -> None:
         """Records all shapes, the largest first: the others fit into its memory. Some 50 ms each."""
-        self._shapes = shapes(max_num_seqs, token_budget)
-        self._memory = _Memory(self._shapes, max_num_blocks, forward.head)
         self._forward = forward
-        self._attention = attention
+        self._shapes = graph_shapes(max_num_seqs, token_budget)
+        num_tokens, num_items, num_tiles = (
+            max(numbers)
+            for numbers in zip(*((*shape, shape.num_tiles) for shape in self._shapes), strict=True)
+        )
+        head = forward.weights.head
+        # Token ids, positions, slots (-1: written nowhere), places to sample from.
+        tokens = np.zeros((4, num_tokens), np.int64)
+        tokens[2] = -1
+        self._tokens = _Numbers(tokens, head.device)
+        # Context lengths, those of items of one token alone, where an item begins. 0: an empty place.
+        self._items = _Numbers(np.zeros((3, num_items + 1), np.int32), head.device)
+        # Of the tiles of prompts: the item, the first query. -1: an empty place.
+        self._tiles = _Numbers(np.full((2, num_tiles), -1, np.int32), head.device)
+        self._tables = torch.zeros((num_items, max_num_blocks), dtype=torch.int32, device=head.device)
+        # One for all graphs, or each would keep its own.
+        self._logits = torch.empty(num_items, len(head), dtype=head.dtype, device=head.device)
         self._replays = {shape: record(self._step(shape)) for shape in sorted(self._shapes, reverse=True)}
 
     def shape_of(self, batch: PackedBatch) -> Shape | None:
         """The smallest that has places for all of `batch`."""
         num_items, num_tokens = len(batch.query_lens), len(batch.token_ids)
-        if batch.block_tables.shape[1] > self._memory.tables.shape[1]:
+        if batch.block_tables.shape[1] > self._tables.shape[1]:
             return None
         decodes = num_tokens == num_items == len(batch.logits_indices)
-        return next(
-            (
-                shape
-                for shape in self._shapes
-                if shape.num_tokens >= num_tokens
-                and shape.num_items >= num_items
-                and shape.has_prompts != decodes
-            ),
-            None,
-        )
+        for shape in self._shapes:
+            fits = shape.num_tokens >= num_tokens and shape.num_items >= num_items
+            if fits and shape.has_prompts != decodes:
+                return shape
+        return None
 
     def run(self, batch: PackedBatch, shape: Shape) -> Tensor:
         """Logits [S, vocab], valid until the next call. `shape` is that of the batch."""
-        self._write(batch, shape)
-        return self._replays[shape]()[: len(batch.logits_indices)]
-
-    def _write(self, batch: PackedBatch, shape: Shape) -> None:
-        memory = self._memory
-        num_items, num_tokens = len(batch.query_lens), len(batch.token_ids)
-        tokens = memory.tokens.host
+        num_items, num_tokens, num_logits = (
+            len(array) for array in (batch.query_lens, batch.token_ids, batch.logits_indices)
+        )
+        tokens = self._tokens.host
         tokens[:3, :num_tokens] = batch.token_ids, batch.position_ids, batch.slots
         tokens[2, num_tokens : shape.num_tokens] = -1
-        tokens[3, : len(batch.logits_indices)] = batch.logits_indices
-        tokens[3, len(batch.logits_indices) : shape.num_items] = 0
-        memory.tokens.send()
-        items = memory.items.host
+        tokens[3, :num_logits] = batch.logits_indices
+        tokens[3, num_logits : shape.num_items] = 0
+        self._tokens.copy_to_device()
+        items = self._items.host
         items[:2, :num_items] = batch.context_lens, batch.decode_lens
         items[:2, num_items : shape.num_items] = 0
         items[2, : num_items + 1] = batch.query_starts
-        memory.items.send()
+        self._items.copy_to_device()
         if shape.has_prompts:
-            found = tiles(batch.query_lens)
-            memory.tiles.host[:, : found.shape[1]] = found
-            memory.tiles.host[:, found.shape[1] : shape.num_tiles] = -1
-            memory.tiles.send()
-        memory.tables[:num_items, : batch.block_tables.shape[1]].copy_(torch.from_numpy(batch.block_tables))
+            tiles = query_tiles(batch.query_lens)
+            self._tiles.host[:, : tiles.shape[1]] = tiles
+            self._tiles.host[:, tiles.shape[1] : shape.num_tiles] = -1
+            self._tiles.copy_to_device()
+        self._tables[:num_items, : batch.block_tables.shape[1]].copy_(torch.from_numpy(batch.block_tables))
+        return self._replays[shape]()[:num_logits]
 
     def _step(self, shape: Shape) -> Callable[[], Tensor]:
-        memory, (num_tokens, num_items) = self._memory, shape
-        token_ids, position_ids, slots, places = memory.tokens.device[:, :num_tokens]
-        context_lens, decode_lens, starts = memory.items.device
-        tables = memory.tables[:num_items]
+        num_tokens, num_items = shape
+        token_ids, position_ids, slots, places = self._tokens.device[:, :num_tokens]
+        context_lens, decode_lens, starts = self._items.device
+        tables = self._tables[:num_items]
         decoding = Decoding(starts[:num_items], tables, decode_lens[:num_items])
         prompts = None
         if shape.has_prompts:
-            tile_items, tile_firsts = memory.tiles.device[:, : shape.num_tiles]
+            tile_items, tile_firsts = self._tiles.device[:, : shape.num_tiles]
             prompts = Prompts(tables, context_lens, starts, tile_items, tile_firsts)
 
         def step() -> Tensor:
-            self._attention.bind_static(slots, decoding, prompts)
-            logits = self._forward(token_ids, position_ids, self._attention, places[:num_items])
-            return memory.logits[:num_items].copy_(logits)
+            self._forward.attention.bind_tensors(slots, decoding, prompts)
+            logits = self._forward(token_ids, position_ids, places[:num_items])
+            return self._logits[:num_items].copy_(logits)
 
         return step
 
 
-class CudaRecorder:
-    """Records on a stream of its own, as CUDA asks for; on the same always, for cuBLAS keeps memory for each.
+def record_steps(
+    forward: Forward, pool: Tensor, *, max_num_seqs: int, token_budget: int, max_model_len: int
+) -> GraphedSteps | None:
+    """The graphs of a model on a GPU; `None` if its forward pass can't be recorded."""
+    if not isinstance(forward, TritonFlatForward):
+        return None
+    # A stream aside, as CUDA asks for; the same always, for cuBLAS keeps memory for each. All graphs share
+    # one pool of memory: one runs at a time.
+    memory = torch.cuda.graph_pool_handle()
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-    All graphs share one pool of memory: one runs at a time.
-    """
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-    def __call__(self, work: Callable[[], Tensor]) -> Replay:
-        self._aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._aside):  # compiles what has to be compiled
+    def record(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # compiles what has to be compiled
             work()
-        torch.cuda.current_stream().wait_stream(self._aside)
+        torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._aside):
+        with torch.cuda.graph(graph, pool=memory, stream=aside):
             result = work()
 
         def replay() -> Tensor:
@@ -206,27 +192,11 @@ class CudaRecorder:
 
         return replay
 
-
-def make_graphs(
-    forward: Forward,
-    attention: Attention,
-    pool: Tensor,
-    *,
-    max_num_seqs: int,
-    token_budget: int,
-    max_model_len: int,
-) -> GraphedSteps | None:
-    """The graphs of a model on a GPU; `None` where nothing can be recorded."""
-    if pool.device.type != "cuda" or not isinstance(forward, TritonFlatForward):
-        return None
-    if not isinstance(attention, TritonAttention):
-        return None
     num_blocks, block_size = pool.shape[0], pool.shape[3]
     return GraphedSteps(
         forward,
-        attention,
         max_num_seqs=max_num_seqs,
         token_budget=token_budget,
         max_num_blocks=min(num_blocks, -(-max_model_len // block_size)),
-        record=CudaRecorder(),
+        record=record,
     )

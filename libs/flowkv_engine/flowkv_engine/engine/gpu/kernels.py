@@ -1,8 +1,9 @@
-"""Attention over the block-major pool in Triton: the softmax over a run of keys, and prompts with a prefix.
+"""The Triton kernels of the GPU path: attention over the pool, and what lies between two matmuls of a layer.
 
-The pool is `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`. A kernel gets it already at its
-layer, so token `n` of a sequence lies at `table[n // block_size] * stride_block + side * stride_side +
-n % block_size * stride_token + head * stride_head`. No kernel needs blocks that follow each other.
+The pool is `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`, contiguous. A kernel gets it
+already at its layer, so the key of token `n` of a sequence lies in block `table[n // block_size]`, blocks lie
+`stride_block` apart, and the value lies a side of a block behind its key. No kernel needs blocks that follow
+each other.
 
 Sums are in fp32. Nothing is compiled anew for another width of the block tables. The interpreter of Triton
 (`TRITON_INTERPRET=1`) runs all of this on the CPU.
@@ -16,116 +17,64 @@ import triton.language as tl
 
 @triton.jit
 def _attend(
-    peaks,  # [rows], of the keys before: the greatest scores, as exponents of 2
-    sums,  # [rows]: sums of exponentials
-    out,  # [rows, padded_dim]: what they give, not yet divided by `sums`; all three fp32
     queries,  # [rows, padded_dim]
     last_seen,  # [rows]: the last position that each row may attend to
     pool,
     table,
     begin,  # position of the first key
+    seen_by_all,  # the first position that not all rows see
     end,  # no key at or behind this position
-    head,
+    kv_head,
     scale,  # with log2(e) in it
     stride_block,
-    stride_side,
-    stride_token,
-    stride_head,
     block_size: tl.constexpr,
-    head_dim: tl.constexpr,
-    padded_dim: tl.constexpr,
-    tile_len: tl.constexpr,
-    is_masked: tl.constexpr,
-):
-    """The online softmax goes on over the keys from `begin` to `end`, `tile_len` at a time.
-
-    Without a mask all rows see all of these keys, which are whole tiles. Returns `peaks`, `sums` and `out`.
-    """
-    dims = tl.arange(0, padded_dim)
-    for first in range(begin, end, tile_len):
-        positions = first + tl.arange(0, tile_len)
-        is_here = positions < end
-        if is_masked:
-            blocks = tl.load(table + positions // block_size, mask=is_here, other=0).to(tl.int64)
-        else:
-            blocks = tl.load(table + positions // block_size).to(tl.int64)
-        at = pool + blocks * stride_block + (positions % block_size) * stride_token + head * stride_head
-        at = at[:, None] + dims[None, :]
-        if is_masked or head_dim < padded_dim:
-            mask = is_here[:, None] & (dims < head_dim)[None, :]
-            keys = tl.load(at, mask=mask, other=0.0)
-            values = tl.load(at + stride_side, mask=mask, other=0.0)
-        else:
-            keys = tl.load(at)
-            values = tl.load(at + stride_side)
-        scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="ieee") * scale
-        if is_masked:
-            sees = is_here[None, :] & (positions[None, :] <= last_seen[:, None])
-            scores = tl.where(sees, scores, -float("inf"))  # [rows, tile_len]
-        new_peaks = tl.maximum(peaks, tl.max(scores, 1))
-        # A row that has seen nothing yet has a peak of -inf: what it is scaled by must not be NaN.
-        pivots = tl.where(new_peaks == -float("inf"), 0.0, new_peaks)
-        weights = tl.exp2(scores - pivots[:, None])
-        fade = tl.exp2(peaks - pivots)
-        sums = sums * fade + tl.sum(weights, 1)
-        values = values.to(queries.dtype)
-        out = out * fade[:, None] + tl.dot(weights.to(queries.dtype), values, input_precision="ieee")
-        peaks = new_peaks
-    return peaks, sums, out
-
-
-@triton.jit
-def attend_all(
-    queries,
-    last_seen,
-    pool,
-    table,
-    begin,
-    seen_by_all,  # the first position that not all rows see
-    end,
-    head,
-    scale,
-    stride_block,
-    stride_side,
-    stride_token,
-    stride_head,
-    block_size: tl.constexpr,
+    num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
     tile_len: tl.constexpr,
 ):
-    """The keys from `begin` to `end`: whole tiles that all rows see without a mask, the others with one.
+    """The online softmax over the keys from `begin` to `end`, `tile_len` at a time.
 
-    Returns the rows' peaks, sums and what they give, as `_attend` does.
+    Whole tiles that all rows see go without a mask, the others with one. Returns the rows' maxima, as
+    exponents of 2, their sums of exponentials, and the weighed values, not yet divided by the sums; all fp32.
     """
-    peaks = tl.full([queries.shape[0]], -float("inf"), tl.float32)
+    row_max = tl.full([queries.shape[0]], -float("inf"), tl.float32)
     sums = tl.zeros([queries.shape[0]], tl.float32)
     out = tl.zeros([queries.shape[0], padded_dim], tl.float32)
+    dims = tl.arange(0, padded_dim)
     edge = begin + tl.maximum(seen_by_all - begin, 0) // tile_len * tile_len
     for is_masked in tl.static_range(2):
-        peaks, sums, out = _attend(
-            peaks,
-            sums,
-            out,
-            queries,
-            last_seen,
-            pool,
-            table,
-            edge if is_masked else begin,
-            end if is_masked else edge,
-            head,
-            scale,
-            stride_block,
-            stride_side,
-            stride_token,
-            stride_head,
-            block_size,
-            head_dim,
-            padded_dim,
-            tile_len,
-            is_masked,
-        )
-    return peaks, sums, out
+        for first in range(edge if is_masked else begin, end if is_masked else edge, tile_len):
+            positions = first + tl.arange(0, tile_len)
+            is_here = positions < end
+            if is_masked:
+                blocks = tl.load(table + positions // block_size, mask=is_here, other=0).to(tl.int64)
+            else:
+                blocks = tl.load(table + positions // block_size).to(tl.int64)
+            rows = (positions % block_size) * num_kv_heads + kv_head
+            at = (pool + blocks * stride_block + rows * head_dim)[:, None] + dims[None, :]
+            side: tl.constexpr = block_size * num_kv_heads * head_dim
+            if is_masked or head_dim < padded_dim:
+                mask = is_here[:, None] & (dims < head_dim)[None, :]
+                keys = tl.load(at, mask=mask, other=0.0)
+                values = tl.load(at + side, mask=mask, other=0.0)
+            else:
+                keys = tl.load(at)
+                values = tl.load(at + side)
+            scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="ieee") * scale
+            if is_masked:
+                sees = is_here[None, :] & (positions[None, :] <= last_seen[:, None])
+                scores = tl.where(sees, scores, -float("inf"))  # [rows, tile_len]
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            # A row that has seen nothing yet has a maximum of -inf: its factor must not be NaN.
+            pivots = tl.where(new_max == -float("inf"), 0.0, new_max)
+            weights = tl.exp2(scores - pivots[:, None])
+            rescale = tl.exp2(row_max - pivots)
+            sums = sums * rescale + tl.sum(weights, 1)
+            values = values.to(queries.dtype)
+            out = out * rescale[:, None] + tl.dot(weights.to(queries.dtype), values, input_precision="ieee")
+            row_max = new_max
+    return row_max, sums, out
 
 
 @triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["tile_items", "tile_firsts"])
@@ -140,16 +89,12 @@ def attend_prompts(
     tile_firsts,  # [tiles]: its first query, counted from the item's first
     scale,
     stride_table,
+    stride_block,
     query_stride_token,
     query_stride_head,
-    result_stride_token,
-    result_stride_head,
-    stride_block,
-    stride_side,
-    stride_token,
-    stride_head,
     group_size: tl.constexpr,
     block_size: tl.constexpr,
+    num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
     num_rows: tl.constexpr,
@@ -170,78 +115,70 @@ def attend_prompts(
     at = query + tokens[:, None] * query_stride_token + head * query_stride_head + dims[None, :]
     queries = tl.load(at, mask=mask, other=0.0)
     last_seen = num_before + rows
-    end = tl.minimum(num_before + num_queries, tl.max(last_seen, 0) + 1)
-    _, sums, out = attend_all(
+    _, sums, out = _attend(
         queries,
         last_seen,
         pool,
         tables + item * stride_table,
         0,
         num_before + tl.load(tile_firsts + tile) + 1,
-        end,
+        tl.minimum(num_before + num_queries, tl.max(last_seen, 0) + 1),
         head // group_size,
         scale,
         stride_block,
-        stride_side,
-        stride_token,
-        stride_head,
         block_size,
+        num_kv_heads,
         head_dim,
         padded_dim,
         tile_len,
     )
     out = out / sums[:, None]
-    to = result + tokens[:, None] * result_stride_token + head * result_stride_head + dims[None, :]
+    to = result + (tokens[:, None] * num_kv_heads * group_size + head) * head_dim + dims[None, :]
     tl.store(to, out.to(result.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _part_len(context_len, num_parts: tl.constexpr, least_part_len: tl.constexpr, tile_len: tl.constexpr):
-    """Parts are of equal length, whole tiles, and depend on the sequence's own length alone."""
-    return tl.cdiv(tl.maximum(tl.cdiv(context_len, num_parts), least_part_len), tile_len) * tile_len
+def _split_len(context_len, num_splits: tl.constexpr, min_split_len: tl.constexpr, tile_len: tl.constexpr):
+    """Splits are of equal length, whole tiles, and depend on the sequence's own length alone."""
+    return tl.cdiv(tl.maximum(tl.cdiv(context_len, num_splits), min_split_len), tile_len) * tile_len
 
 
 @triton.jit(do_not_specialize=["stride_table"])
-def attend_part(
+def attend_splits(
     pool,
     query,  # [T, num_heads, head_dim]
-    result,  # the same shape, contiguous: of a context of one part
-    parts,  # [N, num_heads, num_parts, head_dim], fp32: what each part of the context gives
-    log_sums,  # [N, num_heads, num_parts], fp32: log2 of its sum of exponentials
+    result,  # the same shape, contiguous: of a context of one split
+    splits,  # [N, num_heads, num_splits, head_dim], fp32: what each split of the context gives
+    log_sums,  # [N, num_heads, num_splits], fp32: log2 of its sum of exponentials
     rows,  # [N]: each item's row of `query`
     tables,  # [N, stride_table]
     context_lens,  # [N]; 0: no item, an empty place of the batch
     scale,
     stride_table,
+    stride_block,
     query_stride_token,
     query_stride_head,
-    result_stride_token,
-    result_stride_head,
-    stride_block,
-    stride_side,
-    stride_token,
-    stride_head,
-    num_parts: tl.constexpr,
-    least_part_len: tl.constexpr,
+    num_splits: tl.constexpr,
+    min_split_len: tl.constexpr,
     group_size: tl.constexpr,
     padded_group: tl.constexpr,
     block_size: tl.constexpr,
+    num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
     tile_len: tl.constexpr,
 ):
-    """A sequence's queries of one KV head against one part of its context. Grid (N, num_kv_heads, num_parts).
+    """A sequence's queries of one KV head against one split of its context.
 
-    A short context has fewer parts: of the others nothing is written.
+    Grid (N, num_kv_heads, num_splits). A short context has fewer splits: of the others nothing is written.
     """
-    item, kv_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    num_heads = tl.num_programs(1) * group_size
+    item, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     context_len = tl.load(context_lens + item)
-    part_len = _part_len(context_len, num_parts, least_part_len, tile_len)
-    begin = part * part_len
+    split_len = _split_len(context_len, num_splits, min_split_len, tile_len)
+    begin = split * split_len
     if begin >= context_len:
         return
-    end = tl.minimum(begin + part_len, context_len)
+    end = tl.minimum(begin + split_len, context_len)
 
     members = tl.arange(0, padded_group)
     dims = tl.arange(0, padded_dim)
@@ -251,10 +188,9 @@ def attend_part(
     row = tl.load(rows + item).to(tl.int64)
     at = query + row * query_stride_token + heads[:, None] * query_stride_head + dims[None, :]
     queries = tl.load(at, mask=mask, other=0.0)
-    last_seen = tl.zeros([padded_group], tl.int32) + context_len
-    peaks, sums, out = attend_all(
+    row_max, sums, out = _attend(
         queries,
-        last_seen,
+        tl.zeros([padded_group], tl.int32) + context_len,
         pool,
         tables + item * stride_table,
         begin,
@@ -263,61 +199,160 @@ def attend_part(
         kv_head,
         scale,
         stride_block,
-        stride_side,
-        stride_token,
-        stride_head,
         block_size,
+        num_kv_heads,
         head_dim,
         padded_dim,
         tile_len,
     )
     out = out / sums[:, None]
-    if part_len >= context_len:
-        to = result + row * result_stride_token + heads[:, None] * result_stride_head + dims[None, :]
+    num_heads: tl.constexpr = num_kv_heads * group_size
+    if split_len >= context_len:
+        to = result + (row * num_heads + heads[:, None]) * head_dim + dims[None, :]
         tl.store(to, out.to(result.dtype.element_ty), mask=mask)
     else:
-        place = (item * num_heads + heads) * num_parts + part
-        tl.store(parts + place[:, None] * head_dim + dims[None, :], out, mask=mask)
-        tl.store(log_sums + place, peaks + tl.log2(sums), mask=is_member)
+        place = (item * num_heads + heads) * num_splits + split
+        tl.store(splits + place[:, None] * head_dim + dims[None, :], out, mask=mask)
+        tl.store(log_sums + place, row_max + tl.log2(sums), mask=is_member)
 
 
 @triton.jit
-def join_parts(
-    parts,
+def merge_splits(
+    splits,  # as `attend_splits` writes them
     log_sums,
-    result,  # [T, num_heads, head_dim]
+    result,  # [T, num_heads, head_dim], contiguous
     rows,  # [N]
     context_lens,  # [N]
-    result_stride_token,
-    result_stride_head,
-    num_parts: tl.constexpr,
-    least_part_len: tl.constexpr,
+    num_splits: tl.constexpr,
+    min_split_len: tl.constexpr,
     tile_len: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
 ):
-    """The parts of a context, if it has several, each weighed by its share of the softmax.
+    """The splits of a context, if it has several, each weighed by its share of the softmax.
 
     Grid (N, num_heads).
     """
     item, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    num_heads = tl.num_programs(1)
     row = tl.load(rows + item).to(tl.int64)
-    numbers = tl.arange(0, num_parts)
+    numbers = tl.arange(0, num_splits)
     dims = tl.arange(0, padded_dim)
     is_dim = dims < head_dim
-    place = (item * tl.num_programs(1) + head) * num_parts + numbers
+    place = (item * num_heads + head) * num_splits + numbers
     context_len = tl.load(context_lens + item)
-    part_len = _part_len(context_len, num_parts, least_part_len, tile_len)
-    if part_len >= context_len:
+    split_len = _split_len(context_len, num_splits, min_split_len, tile_len)
+    if split_len >= context_len:
         return
-    is_part = numbers * part_len < context_len
-    log_sum = tl.load(log_sums + place, mask=is_part, other=-float("inf"))
+    is_split = numbers * split_len < context_len
+    log_sum = tl.load(log_sums + place, mask=is_split, other=-float("inf"))
     shares = tl.exp2(log_sum - tl.max(log_sum, 0))
-    mask = is_part[:, None] & is_dim[None, :]
-    of_parts = tl.load(parts + place[:, None] * head_dim + dims[None, :], mask=mask, other=0.0)
-    out = tl.sum(of_parts * shares[:, None], 0) / tl.sum(shares, 0)
-    to = result + row * result_stride_token + head * result_stride_head + dims
+    mask = is_split[:, None] & is_dim[None, :]
+    of_splits = tl.load(splits + place[:, None] * head_dim + dims[None, :], mask=mask, other=0.0)
+    out = tl.sum(of_splits * shares[:, None], 0) / tl.sum(shares, 0)
+    to = result + (row * num_heads + head) * head_dim + dims
     tl.store(to, out.to(result.dtype.element_ty), mask=is_dim)
+
+
+@triton.jit
+def rotate_and_write(
+    qkv,  # [T, num_heads + 2 * num_kv_heads, head_dim]
+    query,  # [T, num_heads, head_dim]: the rotated queries
+    pool,
+    slots,  # [T], block * block_size + offset; below 0: written nowhere
+    positions,  # [T]
+    cos,  # [max positions, head_dim], as `sin`
+    sin,
+    norm,  # [num_heads + num_kv_heads, head_dim], of queries and keys, if `has_norm`
+    eps,
+    stride_block,
+    has_norm: tl.constexpr,
+    group_size: tl.constexpr,
+    padded_rows: tl.constexpr,  # a power of 2 over `group_size`
+    block_size: tl.constexpr,
+    num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    padded_dim: tl.constexpr,
+):
+    """One KV head of a token: its queries and key are rotated by position, key and value stored.
+
+    Grid (T, num_kv_heads).
+    """
+    token, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    num_heads: tl.constexpr = num_kv_heads * group_size
+    half: tl.constexpr = head_dim // 2
+    members = tl.arange(0, padded_rows)  # the group's queries, then the key
+    dims = tl.arange(0, padded_dim // 2)
+    is_query, is_key = members < group_size, members == group_size
+    is_dim = dims < half
+    mask = (is_query | is_key)[:, None] & is_dim[None, :]
+    heads = tl.where(is_query, kv_head * group_size + members, num_heads + kv_head)
+    states = qkv + token * (num_heads + 2 * num_kv_heads) * head_dim
+    at = heads[:, None] * head_dim + dims[None, :]
+    first = tl.load(states + at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(states + at + half, mask=mask, other=0.0).to(tl.float32)
+    if has_norm:
+        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        shrink = tl.rsqrt(squares / head_dim + eps)[:, None]
+        first *= shrink * tl.load(norm + at, mask=mask, other=0.0).to(tl.float32)
+        second *= shrink * tl.load(norm + at + half, mask=mask, other=0.0).to(tl.float32)
+    angle = tl.load(positions + token) * head_dim + dims
+    cos_first = tl.load(cos + angle, mask=is_dim, other=0.0).to(tl.float32)[None, :]
+    cos_second = tl.load(cos + angle + half, mask=is_dim, other=0.0).to(tl.float32)[None, :]
+    sin_first = tl.load(sin + angle, mask=is_dim, other=0.0).to(tl.float32)[None, :]
+    sin_second = tl.load(sin + angle + half, mask=is_dim, other=0.0).to(tl.float32)[None, :]
+    rotated_first = first * cos_first - second * sin_first
+    rotated_second = second * cos_second + first * sin_second
+
+    rotated = query + token * num_heads * head_dim + at
+    mask = is_query[:, None] & is_dim[None, :]
+    tl.store(rotated, rotated_first.to(query.dtype.element_ty), mask=mask)
+    tl.store(rotated + half, rotated_second.to(query.dtype.element_ty), mask=mask)
+
+    slot = tl.load(slots + token)
+    if slot >= 0:
+        row = (slot % block_size) * num_kv_heads + kv_head
+        to = pool + (slot // block_size) * stride_block + row * head_dim
+        keys = to + tl.broadcast_to(dims[None, :], (padded_rows, padded_dim // 2))
+        mask = is_key[:, None] & is_dim[None, :]
+        tl.store(keys, rotated_first.to(pool.dtype.element_ty), mask=mask)
+        tl.store(keys + half, rotated_second.to(pool.dtype.element_ty), mask=mask)
+        value = states + (num_heads + num_kv_heads + kv_head) * head_dim + dims
+        value_first = tl.load(value, mask=is_dim)
+        value_second = tl.load(value + half, mask=is_dim)
+        values = to + block_size * num_kv_heads * head_dim + dims
+        tl.store(values, value_first.to(pool.dtype.element_ty), mask=is_dim)
+        tl.store(values + half, value_second.to(pool.dtype.element_ty), mask=is_dim)
+
+
+@triton.jit
+def write_kv(
+    pool,
+    key,  # [T, num_kv_heads, head_dim] of the pool's dtype, the last dimension contiguous, as `value`
+    value,
+    slots,  # [T], block * block_size + offset; below 0: written nowhere
+    stride_block,
+    key_stride_token,
+    key_stride_head,
+    value_stride_token,
+    value_stride_head,
+    block_size: tl.constexpr,
+    num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    padded_dim: tl.constexpr,
+):
+    """Stores the keys and values of one token and head. Grid (T, num_kv_heads)."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + token)
+    if slot >= 0:
+        dims = tl.arange(0, padded_dim)
+        is_dim = dims < head_dim
+        row = (slot % block_size) * num_kv_heads + head
+        at = pool + (slot // block_size) * stride_block + row * head_dim + dims
+        k = tl.load(key + token * key_stride_token + head * key_stride_head + dims, mask=is_dim)
+        v = tl.load(value + token * value_stride_token + head * value_stride_head + dims, mask=is_dim)
+        tl.store(at, k, mask=is_dim)
+        tl.store(at + block_size * num_kv_heads * head_dim, v, mask=is_dim)
 
 
 @triton.jit
@@ -362,114 +397,3 @@ def gate(
     ups = tl.load(at + num_dims, mask=is_dim, other=0.0).to(tl.float32)
     gated = gates * tl.sigmoid(gates) * ups
     tl.store(result + row * num_dims + dims, gated.to(result.dtype.element_ty), mask=is_dim)
-
-
-@triton.jit
-def rotate_and_write(
-    qkv,  # [T, num_heads + 2 * num_kv_heads, head_dim]
-    query,  # [T, num_heads, head_dim]: the turned queries
-    pool,  # at the layer, see kernels_triton.py
-    slots,  # [T], block * block_size + offset; below 0: written nowhere
-    positions,  # [T]
-    cos,  # [max positions, head_dim], as `sin`
-    sin,
-    norm,  # [num_heads + num_kv_heads, head_dim], of queries and keys, if `has_norm`
-    eps,
-    stride_block,
-    stride_side,
-    stride_token,
-    stride_head,
-    has_norm: tl.constexpr,
-    group_size: tl.constexpr,
-    padded_rows: tl.constexpr,  # a power of 2 over `group_size`
-    block_size: tl.constexpr,
-    head_dim: tl.constexpr,
-    padded_half: tl.constexpr,
-):
-    """One KV head of a token: its queries and key are turned by position, key and value stored.
-
-    Grid (T, num_kv_heads).
-    """
-    token, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    num_kv_heads = tl.num_programs(1)
-    num_heads = num_kv_heads * group_size
-    half: tl.constexpr = head_dim // 2
-    members = tl.arange(0, padded_rows)  # the group's queries, then the key
-    dims = tl.arange(0, padded_half)
-    is_query, is_key = members < group_size, members == group_size
-    is_dim = dims < half
-    mask = (is_query | is_key)[:, None] & is_dim[None, :]
-    heads = tl.where(is_query, kv_head * group_size + members, num_heads + kv_head)
-    states = qkv + token * (num_heads + 2 * num_kv_heads) * head_dim
-    at = heads[:, None] * head_dim + dims[None, :]
-    first = tl.load(states + at, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(states + at + half, mask=mask, other=0.0).to(tl.float32)
-    if has_norm:
-        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-        shrink = tl.rsqrt(squares / head_dim + eps)[:, None]
-        first *= shrink * tl.load(norm + at, mask=mask, other=0.0).to(tl.float32)
-        second *= shrink * tl.load(norm + at + half, mask=mask, other=0.0).to(tl.float32)
-    turn = tl.load(positions + token) * head_dim + dims
-    cos_first, cos_second, sin_first, sin_second = (
-        tl.load(cos + turn, mask=is_dim, other=0.0).to(tl.float32)[None, :],
-        tl.load(cos + turn + half, mask=is_dim, other=0.0).to(tl.float32)[None, :],
-        tl.load(sin + turn, mask=is_dim, other=0.0).to(tl.float32)[None, :],
-        tl.load(sin + turn + half, mask=is_dim, other=0.0).to(tl.float32)[None, :],
-    )
-    turned_first = first * cos_first - second * sin_first
-    turned_second = second * cos_second + first * sin_second
-
-    turned = query + token * num_heads * head_dim + at
-    mask = is_query[:, None] & is_dim[None, :]
-    tl.store(turned, turned_first.to(query.dtype.element_ty), mask=mask)
-    tl.store(turned + half, turned_second.to(query.dtype.element_ty), mask=mask)
-
-    slot = tl.load(slots + token)
-    if slot >= 0:
-        to = pool + (slot // block_size) * stride_block + (slot % block_size) * stride_token
-        to += kv_head * stride_head
-        keys = to + tl.broadcast_to(dims[None, :], (padded_rows, padded_half))
-        mask = is_key[:, None] & is_dim[None, :]
-        tl.store(keys, turned_first.to(pool.dtype.element_ty), mask=mask)
-        tl.store(keys + half, turned_second.to(pool.dtype.element_ty), mask=mask)
-        value = states + (num_heads + num_kv_heads + kv_head) * head_dim + dims
-        value_first = tl.load(value, mask=is_dim)
-        value_second = tl.load(value + half, mask=is_dim)
-        tl.store(to + stride_side + dims, value_first.to(pool.dtype.element_ty), mask=is_dim)
-        tl.store(to + stride_side + half + dims, value_second.to(pool.dtype.element_ty), mask=is_dim)
-
-
-@triton.jit
-def write_kv(
-    pool,
-    key,  # [T, num_kv_heads, head_dim] of the pool's dtype, the last dimension contiguous, as `value`
-    value,
-    slots,  # [T], block * block_size + offset; below 0: written nowhere
-    stride_block,
-    stride_side,
-    stride_token,
-    stride_head,
-    key_stride_token,
-    key_stride_head,
-    value_stride_token,
-    value_stride_head,
-    block_size: tl.constexpr,
-    head_dim: tl.constexpr,
-    padded_dim: tl.constexpr,
-):
-    """Stores the keys and values of one token and head. Grid (T, num_kv_heads)."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    slot = tl.load(slots + token)
-    if slot >= 0:
-        dims = tl.arange(0, padded_dim)
-        is_dim = dims < head_dim
-        at = (
-            pool
-            + (slot // block_size) * stride_block
-            + (slot % block_size) * stride_token
-            + head * stride_head
-        )
-        k = tl.load(key + token * key_stride_token + head * key_stride_head + dims, mask=is_dim)
-        v = tl.load(value + token * value_stride_token + head * value_stride_head + dims, mask=is_dim)
-        tl.store(at + dims, k, mask=is_dim)
-        tl.store(at + stride_side + dims, v, mask=is_dim)

@@ -1,0 +1,147 @@
+"""The forward pass of the Llama family in one loop over plain weights: Llama, Mistral, Qwen2, Qwen3.
+
+`FlatForward` is in torch; `cpu/forward.py` and `gpu/forward.py` have it in kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear, rms_norm, silu
+
+from flowkv_engine.engine.attention import Attention
+
+ARCHITECTURES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # those that rotate a position the same way in any batch
+
+
+class Layer(NamedTuple):
+    """One layer's parts, as the model has them."""
+
+    input_norm: Tensor  # [hidden]
+    qkv: list[nn.Linear]
+    qk_norm: Tensor | None  # [heads + kv heads, dim]: Qwen3 normalizes each head
+    output: nn.Linear
+    mlp_norm: Tensor
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+
+
+class FlatWeights(NamedTuple):
+    """A model's parts; its weights stay where they are."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float  # of the scores
+    eps: float
+    embedding: Tensor  # [vocab, hidden]
+    layers: list[Layer]
+    norm: Tensor
+    head: Tensor  # [vocab, hidden]
+    cos: Tensor  # of all positions, [max positions, dim], as `sin`
+    sin: Tensor
+
+
+class Linear(NamedTuple):
+    """`x @ weight.T + bias`."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None  # [out]
+
+
+@torch.no_grad()
+def flat_weights(model: nn.Module) -> FlatWeights | None:
+    """The parts of `model`, or `None` if it is not of the Llama family."""
+    causal_lm: Any = model
+    config = causal_lm.config
+    if type(model).__name__ not in ARCHITECTURES or config.hidden_act != "silu":
+        return None
+    if config.rope_parameters["rope_type"] not in ROPE_TYPES:
+        return None
+    inner, layers = causal_lm.model, []
+    for layer in inner.layers:
+        attn, mlp = layer.self_attn, layer.mlp
+        qk_norm = None
+        if hasattr(attn, "q_norm"):
+            norms = [attn.q_norm.weight] * config.num_attention_heads
+            qk_norm = torch.stack(norms + [attn.k_norm.weight] * config.num_key_value_heads)
+        layers.append(
+            Layer(
+                input_norm=layer.input_layernorm.weight,
+                qkv=[attn.q_proj, attn.k_proj, attn.v_proj],
+                qk_norm=qk_norm,
+                output=attn.o_proj,
+                mlp_norm=layer.post_attention_layernorm.weight,
+                gate=mlp.gate_proj,
+                up=mlp.up_proj,
+                down=mlp.down_proj,
+            )
+        )
+    weight = inner.embed_tokens.weight
+    positions = torch.arange(config.max_position_embeddings, device=weight.device)
+    cos, sin = inner.rotary_emb(weight, positions.unsqueeze(0))  # the model's own
+    return FlatWeights(
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=inner.layers[0].self_attn.head_dim,
+        scale=inner.layers[0].self_attn.scaling,
+        eps=config.rms_norm_eps,
+        embedding=weight,
+        layers=layers,
+        norm=inner.norm.weight,
+        head=causal_lm.lm_head.weight,
+        cos=cos[0],
+        sin=sin[0],
+    )
+
+
+@torch.no_grad()
+def fuse(*linears: nn.Linear) -> Linear:
+    """One projection in place of several of the same input; theirs become views of it."""
+    sizes = [linear.out_features for linear in linears]
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    for part, view in zip(linears, torch.split(weight, sizes), strict=True):
+        part.weight.data = view
+    if weight.is_cuda:
+        torch.cuda.empty_cache()  # what was fused is free now, and too small for the next
+    return Linear(weight, torch.cat(biases) if biases else None)
+
+
+class FlatForward:
+    """Equal to `ModulesForward` up to rounding, by test."""
+
+    def __init__(self, weights: FlatWeights, attention: Attention) -> None:
+        """The model's projections are fused in place."""
+        self._weights = weights
+        self._attention = attention
+        self._fused = [(fuse(*layer.qkv), fuse(layer.gate, layer.up)) for layer in weights.layers]
+
+    def __call__(self, token_ids: Tensor, position_ids: Tensor, logits_indices: Tensor) -> Tensor:
+        weights = self._weights
+        num_heads, num_kv_heads, head_dim = weights.num_heads, weights.num_kv_heads, weights.head_dim
+        hidden = embedding(token_ids, weights.embedding)  # [T, hidden]
+        cos = weights.cos[position_ids].unsqueeze(1)  # [T, 1, dim]
+        sin = weights.sin[position_ids].unsqueeze(1)
+        for index, (layer, (fused_qkv, gate_up)) in enumerate(zip(weights.layers, self._fused, strict=True)):
+            qkv = linear(self._norm(hidden, layer.input_norm), *fused_qkv)
+            qkv = qkv.view(len(qkv), -1, head_dim)  # [T, heads + 2 kv heads, dim]
+            qk, value = torch.split(qkv, [num_heads + num_kv_heads, num_kv_heads], dim=1)
+            if layer.qk_norm is not None:
+                qk = rms_norm(qk, (head_dim,), eps=weights.eps) * layer.qk_norm
+            first, second = qk.chunk(2, dim=-1)
+            qk = qk * cos + torch.cat((-second, first), dim=-1) * sin
+            query, key = torch.split(qk, [num_heads, num_kv_heads], dim=1)
+            self._attention.write(index, key, value)
+            attended = self._attention.attend(index, query, weights.scale).flatten(1)
+            hidden = hidden + linear(attended, layer.output.weight, layer.output.bias)
+            gate, up = linear(self._norm(hidden, layer.mlp_norm), *gate_up).chunk(2, dim=-1)
+            hidden = hidden + linear(silu(gate) * up, layer.down.weight, layer.down.bias)
+        return linear(self._norm(hidden[logits_indices], weights.norm), weights.head)
+
+    def _norm(self, states: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(states, weight.shape, weight, self._weights.eps)
