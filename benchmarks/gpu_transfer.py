@@ -109,7 +109,7 @@ async def _send_all(orders: Connection, num_blocks: int) -> None:
         async with connector:
             link = await connector.connect(orders.recv(), LINK_TOKEN, num_blocks)
             while (order := await asyncio.to_thread(orders.recv)) is not None:
-                orders.send(await link.send(*order))
+                orders.send(await link.send_blocks(*order))
 
 
 async def ipc_transfers(all_sizes: list[Sizes], num_runs: int) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 from imagined_nodes import descriptor
+from inprocess_connector import InProcessConnector, Switchboard
 from nats_server import NatsServer
 from wrapped_links import WrappedConnector, WrappedLink
 
@@ -42,7 +43,6 @@ from flowkv_engine.engine.sampler import Sampled
 from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.base import KVLink, TransferStats
-from flowkv_engine.transport.inprocess import InProcessConnector, Switchboard
 from flowkv_node import host
 from flowkv_node.endpoints import node_endpoints, watch_cancels
 from flowkv_node.handoffs import HandoffBudget, handoff_bytes
@@ -85,8 +85,8 @@ class WatchedLink(WrappedLink):
         self.landed = asyncio.Event()
         self.hears_cancel = True
 
-    async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
-        sent = await super().send(transfer_id, token, copies)
+    async def send_blocks(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
+        sent = await super().send_blocks(transfer_id, token, copies)
         self.sends.append(list(copies))
         self.landed.set()
         while not self.may_confirm.is_set():

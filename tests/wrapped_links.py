@@ -25,8 +25,8 @@ class WrappedLink:
     def is_lost(self) -> bool:
         return self._link.is_lost
 
-    async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
-        return await self._link.send(transfer_id, token, copies)
+    async def send_blocks(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
+        return await self._link.send_blocks(transfer_id, token, copies)
 
     async def close(self) -> None:
         await self._link.close()

@@ -18,7 +18,7 @@ from typing import ClassVar, Self
 
 import pytest
 
-_MODULES = ("cuda_runtime", "nccl_cupy")  # those of ours that import CuPy
+_OURS = "flowkv_engine.transport.cuda"  # imports CuPy
 
 
 class Work:
@@ -221,7 +221,7 @@ def busy_legacy_stream() -> Iterator[None]:
 
 @pytest.fixture
 def cupy_on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`import cupy` finds this one, and our modules that import it are imported anew, also afterwards."""
+    """`import cupy` finds this one, and our module that imports it is imported anew, also afterwards."""
     cuda = ModuleType("cupy.cuda")
     runtime, nccl = ModuleType("cupy.cuda.runtime"), ModuleType("cupy.cuda.nccl")
     runtime.__dict__.update(_runtime)
@@ -231,8 +231,6 @@ def cupy_on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cupy.__dict__.update(cuda=cuda)
     for module in (cupy, cuda, runtime, nccl):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    for name in _MODULES:
-        monkeypatch.delitem(sys.modules, f"flowkv_engine.transport.{name}", raising=False)
+    monkeypatch.delitem(sys.modules, _OURS, raising=False)
     yield
-    for name in _MODULES:
-        sys.modules.pop(f"flowkv_engine.transport.{name}", None)
+    sys.modules.pop(_OURS, None)

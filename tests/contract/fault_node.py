@@ -213,7 +213,7 @@ class FaultNode:
         copies: list[Copy] = align(source, target)
         event, detail = "sent", ""
         try:
-            await self._link.send(transfer_id, token, copies)
+            await self._link.send_blocks(transfer_id, token, copies)
         except TransferFailed as error:
             event, detail = "failed", error.message
         except asyncio.CancelledError:

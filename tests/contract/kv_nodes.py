@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from gloo_pair import GlooPair
+from inprocess_connector import InProcessConnector, Switchboard
 from memfd_device import MemfdDevice
 
 from flowkv_common.wire.messages import NodeRef, PoolLayout
@@ -18,7 +19,6 @@ from flowkv_engine.kv.reservations import Reservation, Reservations
 from flowkv_engine.kv.segments import Copy, align
 from flowkv_engine.transport.base import KVConnector
 from flowkv_engine.transport.cuda_ipc import CudaIpcConnector
-from flowkv_engine.transport.inprocess import InProcessConnector, Switchboard
 from flowkv_engine.transport.nccl import NcclConnector
 from flowkv_engine.transport.shm import ShmConnector
 from flowkv_engine.transport.tcp import TcpConnector

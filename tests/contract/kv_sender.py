@@ -34,7 +34,7 @@ async def send(kind: str, job: Job) -> None:
         connector = connector_on_host(kind, pool, reservations, lambda _: False)
         await stack.enter_async_context(connector)
         link = await connector.connect(job.address, job.link_token, job.num_blocks)
-        await link.send(job.transfer_id, job.token, [Copy(0, 0, job.num_blocks)])
+        await link.send_blocks(job.transfer_id, job.token, [Copy(0, 0, job.num_blocks)])
 
 
 if __name__ == "__main__":

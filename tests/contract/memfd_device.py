@@ -17,11 +17,11 @@ class MemfdDevice:
     def __init__(self, pool: KVPool) -> None:
         self._pool = pool
 
-    def export(self, address: int) -> bytes:
+    def export_pool(self, address: int) -> bytes:
         assert address == self._pool.tensor.data_ptr()
         return f"/proc/{os.getpid()}/fd/{self._pool.fd}".encode()
 
-    def open(self, handle: bytes, num_bytes: int, target: int) -> MemfdPeerPool:
+    def open_pool(self, handle: bytes, num_bytes: int, target: int) -> MemfdPeerPool:
         fd = os.open(handle, os.O_RDONLY)
         try:
             if os.fstat(fd).st_size != num_bytes:

@@ -31,7 +31,7 @@ async def pair(backend: GlooPair | None = None) -> AsyncIterator[tuple[Communica
     unique_id = invites.get_unique_id()
     sender, receiver = Communicator(invites, SENDER), Communicator(backend or GlooPair(), RECEIVER)
     try:
-        await asyncio.gather(sender.open(unique_id, 5.0), receiver.open(unique_id, 5.0))
+        await asyncio.gather(sender.join(unique_id, 5.0), receiver.join(unique_id, 5.0))
         yield sender, receiver
     finally:
         for communicator in (sender, receiver):
@@ -124,7 +124,7 @@ async def test_a_join_without_a_peer_ends_in_time_and_its_thread_when_the_peer_c
     unique_id = invites.get_unique_id()
     sender = Communicator(invites, SENDER)
     with pytest.raises(NcclFailed, match=r"not joined within 0\.02 s"):
-        await sender.open(unique_id, 0.02)
+        await sender.join(unique_id, 0.02)
     assert sender.is_alive
     with contextlib.suppress(NcclFailed):  # it may find the other one gone
         await asyncio.to_thread(late.init, unique_id, RECEIVER)
@@ -138,7 +138,7 @@ async def test_an_abort_ends_the_wait_for_a_join() -> None:
     sender = Communicator(invites, SENDER)
     asyncio.get_running_loop().call_soon(sender.abort)
     with pytest.raises(NcclFailed, match="before both ends had joined"):
-        await sender.open(unique_id, 5.0)
+        await sender.join(unique_id, 5.0)
     with contextlib.suppress(NcclFailed):  # it may find the other one gone
         await asyncio.to_thread(late.init, unique_id, RECEIVER)
     assert await sender.ended(5.0)

@@ -25,17 +25,16 @@ from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.base import ConnectorUnavailable
 from flowkv_engine.transport.cuda_ipc import ShownPool
 from flowkv_engine.transport.nccl import RECEIVER, Communicator, Invitation
-from flowkv_engine.transport.sockets import (
+from flowkv_engine.transport.sockets import dial_tcp, dial_unix
+from flowkv_engine.transport.stream import (
     MAX_FRAME_BYTES,
     MAX_HELLO_BYTES,
+    MAX_STRANGERS,
     Channel,
     Hello,
     Reply,
     Transfer,
-    dial_tcp,
-    dial_unix,
 )
-from flowkv_engine.transport.stream import MAX_STRANGERS
 from flowkv_node.links import SwitchedLink
 
 every_connector = pytest.mark.parametrize("kind", ["inprocess", "shm", "tcp", "cuda_ipc", "nccl"])
@@ -48,7 +47,7 @@ async def assert_serves(receiver: Node, sender: Node, transfer_id: str = "check.
     """A link opened now can send a block, and its bytes arrive."""
     link = await sender.connector.connect(receiver.address, LINK_TOKEN, receiver.pool.num_blocks)
     reserved = receiver.reserve(1, transfer_id)
-    await link.send(transfer_id, reserved.token, [Copy(3, reserved.block_ids[0], 1)])
+    await link.send_blocks(transfer_id, reserved.token, [Copy(3, reserved.block_ids[0], 1)])
     assert receiver.block(reserved.block_ids[0]) == sender.block(3)
     reserved = receiver.reservations.claim(transfer_id, reserved.token)
     receiver.blocks.release(reserved.block_ids)
@@ -70,7 +69,7 @@ async def test_the_right_bytes_arrive_and_nothing_else_changes(kind: str) -> Non
         copies = copies_between(sender, 9, reserved)
         assert len(copies) > 3
 
-        stats = await link.send("r.1", reserved.token, copies)
+        stats = await link.send_blocks("r.1", reserved.token, copies)
 
         expected = dict(enumerate(before))
         for src, dst, length in copies:
@@ -88,7 +87,7 @@ async def test_large_copies_arrive_whole(kind: str) -> None:
         receiver, sender = await net.node(LARGE, 72), await net.node(LARGE, 72)
         link = await sender.connector.connect(receiver.address, LINK_TOKEN, 72)
         reserved = receiver.reserve(70)
-        stats = await link.send("r.1", reserved.token, [Copy(1, reserved.block_ids[0], 70)])
+        stats = await link.send_blocks("r.1", reserved.token, [Copy(1, reserved.block_ids[0], 70)])
         size = LARGE.block_bytes
         start = reserved.block_ids[0] * size
         assert receiver.pool.buffer[start : start + 70 * size] == sender.pool.buffer[size : 71 * size]
@@ -109,7 +108,7 @@ async def test_links_in_both_directions_and_many_transfers_at_once(kind: str) ->
                 for number, source in enumerate(sources):
                     reserved = receiver.reserve(1, f"r{number}.1")
                     copies = [Copy(source, reserved.block_ids[0], 1)]
-                    tasks.create_task(link.send(f"r{number}.1", reserved.token, copies))
+                    tasks.create_task(link.send_blocks(f"r{number}.1", reserved.token, copies))
         assert one.reservations.num_ended == other.reservations.num_ended == 6
 
 
@@ -130,11 +129,11 @@ async def test_what_may_not_be_written_is_refused_and_the_link_stays_good(kind: 
             assert receiver.reservations.sweep() == ["r.1"]
         before = bytes(receiver.pool.buffer)
         with pytest.raises(TransferFailed):
-            await link.send(transfer_id, token, copies)
+            await link.send_blocks(transfer_id, token, copies)
         assert bytes(receiver.pool.buffer) == before
 
         reserved = receiver.reserve(2, "r.3")
-        await link.send("r.3", reserved.token, [Copy(0, reserved.block_ids[0], 2)])
+        await link.send_blocks("r.3", reserved.token, [Copy(0, reserved.block_ids[0], 2)])
         assert receiver.block(reserved.block_ids[1]) == sender.block(1)
 
 
@@ -144,13 +143,15 @@ async def test_a_cancelled_send_ends_and_the_next_one_works(kind: str) -> None:
         receiver, sender = await net.node(LARGE, 16), await net.node(LARGE, 16)
         link = await sender.connector.connect(receiver.address, LINK_TOKEN, 16)
         cancelled, used = receiver.reserve(8, "r.1"), receiver.reserve(8, "r.2")
-        sending = asyncio.create_task(link.send("r.1", cancelled.token, [Copy(0, cancelled.block_ids[0], 8)]))
+        sending = asyncio.create_task(
+            link.send_blocks("r.1", cancelled.token, [Copy(0, cancelled.block_ids[0], 8)])
+        )
         receiver.reservations.on_enter = sending.cancel
         with pytest.raises(asyncio.CancelledError):
             await sending
         receiver.reservations.on_enter = lambda: None
 
-        await link.send("r.2", used.token, [Copy(8, used.block_ids[0], 8)])
+        await link.send_blocks("r.2", used.token, [Copy(8, used.block_ids[0], 8)])
         for i in range(8):
             assert receiver.block(used.block_ids[i]) == sender.block(8 + i)
         async with asyncio.timeout(5):
@@ -170,7 +171,7 @@ async def test_a_reservation_revoked_under_the_copy_stops_it_and_settles(kind: s
         receiver.reservations.on_enter = lambda: receiver.reservations.cancel("r.1")
         before = bytes(receiver.pool.buffer)
         with pytest.raises(TransferFailed):
-            await link.send("r.1", reserved.token, [Copy(0, 0, 16)])
+            await link.send_blocks("r.1", reserved.token, [Copy(0, 0, 16)])
         assert bytes(receiver.pool.buffer) == before
         assert receiver.blocks.counts().free == 16
 
@@ -181,12 +182,12 @@ async def test_a_receiver_that_has_closed_fails_the_transfer(kind: str) -> None:
         sender, receiver = await net.node(), await net.node()
         link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
         with pytest.raises(TransferFailed):
-            await link.send("r.1", "any", [Copy(0, 0, 1)])
+            await link.send_blocks("r.1", "any", [Copy(0, 0, 1)])
         assert not link.is_lost  # it was refused, by a peer that is there
         await receiver.stop_serving()
         with pytest.raises(TransferFailed):
             async with asyncio.timeout(5):
-                await link.send("r.1", "any", [Copy(0, 0, 1)])
+                await link.send_blocks("r.1", "any", [Copy(0, 0, 1)])
         assert link.is_lost
         with pytest.raises(ConnectorUnavailable):
             await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
@@ -214,7 +215,7 @@ async def test_a_closed_link_says_so(kind: str) -> None:
         await link.close()
         assert link.closed
         with pytest.raises(TransferFailed, match="closed"):
-            await link.send("r.1", "any", [Copy(0, 0, 1)])
+            await link.send_blocks("r.1", "any", [Copy(0, 0, 1)])
 
 
 @every_connector
@@ -229,7 +230,9 @@ async def test_a_link_is_replaced_under_those_who_send(kind: str) -> None:
 
         async def send(number: int) -> None:
             reserved = receiver.reserve(4, f"r{number}.1")
-            await link.send(f"r{number}.1", reserved.token, [Copy(4 * number, reserved.block_ids[0], 4)])
+            await link.send_blocks(
+                f"r{number}.1", reserved.token, [Copy(4 * number, reserved.block_ids[0], 4)]
+            )
             assert receiver.block(reserved.block_ids[0]) == sender.block(4 * number)
 
         async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
@@ -258,7 +261,7 @@ async def dial(receiver: Node, io_timeout_s: float = 5.0) -> Channel:
 
 async def assert_hangs_up(channel: Channel) -> None:
     with pytest.raises(ConnectionError):
-        await channel.receive(Reply)
+        await channel.receive_frame(Reply)
 
 
 def hello(layout: PoolLayout = SMALL, num_blocks: int = 24) -> Hello:
@@ -295,7 +298,7 @@ async def test_garbage_after_the_greeting_costs_only_its_connection(kind: str) -
     async with network(kind) as net:
         receiver, sender = await net.node(), await net.node()
         with await dial(receiver) as channel:
-            await channel.send(hello())
+            await channel.send_frame(hello())
             await channel.expect_yes()
             await channel.write(memoryview(GARBAGE["noise"]))
             await assert_hangs_up(channel)
@@ -367,7 +370,7 @@ async def test_without_a_descriptor_left_the_oldest_stranger_gives_its_own(kind:
                     host, _, port = receiver.address.rpartition(":")
                     address = receiver.address if is_path else (host, int(port))
                     await asyncio.get_running_loop().sock_connect(channel.sock, address)
-                    await channel.send(hello())
+                    await channel.send_frame(hello())
                     await channel.expect_yes()
                 finally:
                     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -385,7 +388,7 @@ async def test_what_is_announced_and_never_comes_takes_no_memory() -> None:
     with Channel(one, 60.0) as speaker, Channel(other, 60.0) as listener:
         await speaker.write(memoryview(MAX_FRAME_BYTES.to_bytes(4, "big") + b"x" * 1000))
         tracemalloc.start()
-        receiving = asyncio.create_task(listener.receive(Transfer))
+        receiving = asyncio.create_task(listener.receive_frame(Transfer))
         async with asyncio.timeout(5):
             await until(listener.is_quiet)  # it has taken what there is
         _, peak = tracemalloc.get_traced_memory()
@@ -399,28 +402,28 @@ async def greet_and_hang(listener: socket.socket, kind: str) -> Channel:
     """A receiver that says yes to one peer and then nothing any more."""
     sock, _ = await asyncio.get_running_loop().sock_accept(listener)
     channel = Channel(sock, 5.0)
-    await channel.receive(Hello)
-    await channel.send(Reply())
+    await channel.receive_frame(Hello)
+    await channel.send_frame(Reply())
     if kind == "shm":
         await channel.arrival()
         channel.sock.recv(1)  # with the descriptor of the pool, which is closed unseen
-        await channel.send(Reply())
+        await channel.send_frame(Reply())
     if kind == "cuda_ipc":
-        await channel.receive(ShownPool)
-        await channel.send(Reply())
+        await channel.receive_frame(ShownPool)
+        await channel.send_frame(Reply())
     if kind == "nccl":
         await join(channel)
-        await channel.send(Reply())
+        await channel.send_frame(Reply())
     return channel
 
 
 async def join(channel: Channel) -> Communicator:
     """The receiver's part in making a communicator, which ends with the channel."""
-    invitation = await channel.receive(Invitation)
-    await channel.send(Reply())
+    invitation = await channel.receive_frame(Invitation)
+    await channel.send_frame(Reply())
     communicator = Communicator(GlooPair(), RECEIVER)
     channel.lifetime.callback(communicator.abort)
-    await communicator.open(invitation.unique_id, 5.0)
+    await communicator.join(invitation.unique_id, 5.0)
     return communicator
 
 
@@ -439,7 +442,7 @@ async def test_a_receiver_that_hangs_fails_the_transfer_in_time(kind: str, tmp_p
                 link = await sender.connector.connect(address, LINK_TOKEN, 24)
             with await hanging:
                 with pytest.raises(TransferFailed, match=r"0\.05 s"):
-                    await link.send("r.1", "any", [Copy(0, 0, 1)])
+                    await link.send_blocks("r.1", "any", [Copy(0, 0, 1)])
 
 
 @on_sockets
@@ -450,17 +453,17 @@ async def test_a_link_outlives_a_connection(kind: str) -> None:
         link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
         link._channel.sock.shutdown(socket.SHUT_RDWR)
         reserved = receiver.reserve(1)
-        await link.send("r.1", reserved.token, [Copy(5, reserved.block_ids[0], 1)])
+        await link.send_blocks("r.1", reserved.token, [Copy(5, reserved.block_ids[0], 1)])
         assert receiver.block(reserved.block_ids[0]) == sender.block(5)
 
 
 async def tcp_half_sent(receiver: Node, reserved: Reservation) -> Channel:
     """A raw sender that has sent three of four blocks and a half."""
     channel = await dial(receiver)
-    await channel.send(hello())
+    await channel.send_frame(hello())
     await channel.expect_yes()
     copies = [Copy(0, reserved.block_ids[0], 4)]
-    await channel.send(Transfer(transfer_id="r.1", token=reserved.token, copies=copies))
+    await channel.send_frame(Transfer(transfer_id="r.1", token=reserved.token, copies=copies))
     await channel.expect_yes()
     await channel.write(memoryview(b"\1" * (3 * SMALL.block_bytes + 512)))
     return channel
@@ -489,7 +492,7 @@ async def test_tcp_nodes_that_send_to_each_other_over_many_links_do_not_starve()
                     link = await sender.connector.connect(receiver.address, LINK_TOKEN, 32)
                     reserved = receiver.reserve(2, f"r{number}.1")
                     copies = [Copy(0, reserved.block_ids[0], 2)]
-                    tasks.create_task(link.send(f"r{number}.1", reserved.token, copies))
+                    tasks.create_task(link.send_blocks(f"r{number}.1", reserved.token, copies))
         assert one.reservations.num_ended == other.reservations.num_ended == 12
 
 
@@ -511,7 +514,7 @@ async def test_shm_maps_only_what_was_announced(passed: str, tmp_path: Path) -> 
         plain = tmp_path / "plain"
         plain.write_bytes(bytes(24 * SMALL.block_bytes))
         with await dial(receiver) as channel, plain.open() as file:
-            await channel.send(hello(num_blocks=25 if passed == "a short pool" else 24))
+            await channel.send_frame(hello(num_blocks=25 if passed == "a short pool" else 24))
             await channel.expect_yes()
             if passed == "nothing":
                 await channel.write(memoryview(b"\0"))
@@ -542,7 +545,10 @@ async def start_sender(net: Network, receiver: Node, reserved: Reservation) -> a
         receiver.address, LINK_TOKEN, receiver.pool.layout, receiver.pool.num_blocks, "r.1", reserved.token
     )
     script = str(Path(__file__).with_name("kv_sender.py"))
-    return await asyncio.create_subprocess_exec(sys.executable, script, net.kind, msgspec.json.encode(job))
+    paths = os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path))}
+    return await asyncio.create_subprocess_exec(
+        sys.executable, script, net.kind, msgspec.json.encode(job), env=paths
+    )
 
 
 @on_sockets

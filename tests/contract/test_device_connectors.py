@@ -32,9 +32,9 @@ async def test_cuda_ipc_a_handle_of_no_such_pool_costs_only_its_connection(
         if content is not None:
             shown.write_bytes(content)
         with await dial(receiver) as channel:
-            await channel.send(hello())
+            await channel.send_frame(hello())
             await channel.expect_yes()
-            await channel.send(ShownPool(handle=bytes(shown)))
+            await channel.send_frame(ShownPool(handle=bytes(shown)))
             await assert_hangs_up(channel)
         await assert_serves(receiver, sender)
 
@@ -51,7 +51,9 @@ async def half_sent(receiver: Node, sender: Node) -> asyncio.Task[object]:
     reserved = receiver.reserve(4)
     entered = asyncio.Event()
     receiver.reservations.on_enter = entered.set
-    sending = asyncio.create_task(link.send("r.1", reserved.token, [Copy(0, reserved.block_ids[0], 4)]))
+    sending = asyncio.create_task(
+        link.send_blocks("r.1", reserved.token, [Copy(0, reserved.block_ids[0], 4)])
+    )
     await entered.wait()
     receiver.reservations.on_enter = lambda: None
     return sending
@@ -114,7 +116,7 @@ async def test_nccl_a_large_copy_has_more_time_than_a_step() -> None:
         link = await sender.connector.connect(receiver.address, LINK_TOKEN, 34)
         reserved = receiver.reserve(33)
         copies = [Copy(0, reserved.block_ids[0], 32), Copy(32, reserved.block_ids[32], 1)]
-        assert (await link.send("r.1", reserved.token, copies)).num_copies == 2
+        assert (await link.send_blocks("r.1", reserved.token, copies)).num_copies == 2
 
 
 class Older(GlooPair):
@@ -148,5 +150,5 @@ async def test_nccl_each_connection_has_a_communicator_and_ends_it() -> None:
 @pytest.mark.parametrize("name", ["cuda_ipc", "nccl"])
 def test_connectors_for_gpus_are_not_made_for_host_memory(name: str) -> None:
     reservations = Reservations(Blocks(1, SMALL.block_size))
-    with KVPool(SMALL, 1) as pool, pytest.raises(ValueError, match=f"for a KVPool: .*{name}.*; shm, tcp are"):
+    with KVPool(SMALL, 1) as pool, pytest.raises(ValueError, match=f"{name}' .*host memory: .*shm, tcp"):
         make_connectors(["tcp", name], pool, reservations, LINK_TOKEN.__eq__)

@@ -15,7 +15,8 @@ from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.base import KVConnector
-from flowkv_engine.transport.nccl import NcclFailed
+from flowkv_engine.transport.cuda_ipc import CudaIpcConnector
+from flowkv_engine.transport.nccl import NcclConnector, NcclFailed
 
 __all__ = ["cupy_on_host"]
 
@@ -24,10 +25,7 @@ NUM_PROMPTS = 4
 
 def connector(kind: str, pool: KVPool, reservations: Reservations) -> KVConnector:
     """As a node on a GPU makes it."""
-    from flowkv_engine.transport.cuda_ipc import CudaIpcConnector
-    from flowkv_engine.transport.cuda_runtime import CudaDevice
-    from flowkv_engine.transport.nccl import NcclConnector
-    from flowkv_engine.transport.nccl_cupy import CupyNccl
+    from flowkv_engine.transport.cuda import CudaDevice, CupyNccl
 
     admits: Callable[[str], bool] = LINK_TOKEN.__eq__
     if kind == "cuda_ipc":
@@ -40,12 +38,12 @@ def connector(kind: str, pool: KVPool, reservations: Reservations) -> KVConnecto
 def test_a_missing_nccl_is_asked_for_as_this_torch_would_bring_it(
     cuda: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flowkv_engine.transport import nccl_cupy
+    from flowkv_engine.transport import cuda as flowkv_cuda
 
-    monkeypatch.setattr(nccl_cupy.nccl, "available", False)
+    monkeypatch.setattr(flowkv_cuda.nccl, "available", False)
     monkeypatch.setattr("torch.version.cuda", cuda)
     with pytest.raises(NcclFailed, match=f"install nvidia-nccl-cu{cuda[:2]},"):
-        nccl_cupy.CupyNccl()
+        flowkv_cuda.CupyNccl()
 
 
 @pytest.mark.usefixtures("cupy_on_host")
@@ -61,7 +59,7 @@ async def test_all_prompts_of_a_step_are_handed_off_while_the_next_one_computes(
 
         async def hand_off(number: int) -> None:
             reserved = reservations.reserve(f"r{number}.0", 1, [], [], 60.0)
-            await link.send(f"r{number}.0", reserved.token, [Copy(number, reserved.block_ids[0], 1)])
+            await link.send_blocks(f"r{number}.0", reserved.token, [Copy(number, reserved.block_ids[0], 1)])
             assert source.tensor[number].equal(target.tensor[reserved.block_ids[0]])
 
         with busy_legacy_stream():

@@ -17,7 +17,7 @@ from flowkv_common.errors import TransferFailed
 from flowkv_engine.kv.reservations import Reservation
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.base import ConnectorUnavailable
-from flowkv_engine.transport.sockets import Channel, Frame, Refused, Reply, Transfer
+from flowkv_engine.transport.stream import Channel, Frame, Refused, Reply, Transfer
 
 both_kinds = pytest.mark.parametrize("kind", ["shm", "tcp"])
 
@@ -40,7 +40,7 @@ async def guarded(kind: str) -> AsyncIterator[tuple[Network, Node, Node, Reserva
 async def greet(receiver: Node, sender: Node) -> Channel:
     """A raw connection that is ready for transfers."""
     channel = await dial(receiver)
-    await channel.send(hello())
+    await channel.send_frame(hello())
     await channel.expect_yes()
     if receiver.connector.name == "shm":
         socket.send_fds(channel.sock, [b"\0"], [sender.pool.fd])
@@ -100,7 +100,7 @@ async def test_copies_outside_the_pools_are_refused_by_the_receiver(kind: str, s
         before = bytes(receiver.pool.buffer)
         with await greet(receiver, sender) as channel:
             good = Copy(0, reserved.block_ids[0], 1)
-            await channel.send(transfer(reserved, [good, STRAY[stray]]))
+            await channel.send_frame(transfer(reserved, [good, STRAY[stray]]))
             with pytest.raises(Refused, match="outside the pools"):
                 await channel.expect_yes()
             assert bytes(receiver.pool.buffer) == before
@@ -113,7 +113,7 @@ async def test_a_guessed_token_is_refused_and_not_repeated(kind: str, token: str
     async with guarded(kind) as (_, receiver, sender, reserved):
         before = bytes(receiver.pool.buffer)
         with await greet(receiver, sender) as channel:
-            await channel.send(msgspec.structs.replace(transfer(reserved), token=token))
+            await channel.send_frame(msgspec.structs.replace(transfer(reserved), token=token))
             with pytest.raises(Refused, match="wrong token") as refusal:
                 await channel.expect_yes()
             assert reserved.token not in str(refusal.value)
@@ -138,7 +138,7 @@ async def test_a_truncated_stream_leaves_the_reservation_claimable(kind: str, cu
         }[cut]
         with await dial(receiver) if cut == "greeting" else await greet(receiver, sender) as channel:
             if cut == "bytes":
-                await channel.send(transfer(reserved))
+                await channel.send_frame(transfer(reserved))
                 await channel.expect_yes()
             await channel.write(memoryview(said[: int(share * len(said))]))
             channel.sock.shutdown(socket.SHUT_WR)
@@ -152,7 +152,7 @@ async def test_bytes_that_nobody_announced_end_the_connection(kind: str) -> None
     async with guarded(kind) as (_, receiver, sender, reserved):
         surplus = b"\1" * (24 * SMALL.block_bytes)
         with await greet(receiver, sender) as channel:
-            await channel.send(transfer(reserved))
+            await channel.send_frame(transfer(reserved))
             if kind == "tcp":
                 await channel.expect_yes()
                 await channel.write(memoryview(b"\1" * (4 * SMALL.block_bytes)))
@@ -167,10 +167,10 @@ async def tcp_frozen_halfway(receiver: Node, transfer_id: str) -> Channel:
     """A raw sender that has announced two blocks and sends none."""
     reserved = receiver.reserve(2, transfer_id)
     channel = await dial(receiver, DEADLINE_S)
-    await channel.send(hello())
+    await channel.send_frame(hello())
     await channel.expect_yes()
     copies = [Copy(0, reserved.block_ids[0], 2)]
-    await channel.send(Transfer(transfer_id=transfer_id, token=reserved.token, copies=copies))
+    await channel.send_frame(Transfer(transfer_id=transfer_id, token=reserved.token, copies=copies))
     await channel.expect_yes()
     return channel
 
@@ -241,4 +241,4 @@ async def test_nonsense_instead_of_a_reply_fails_the_transfer(
             link = await sender.connector.connect(address, LINK_TOKEN, 24)
             async with asyncio.timeout(DEADLINE_S):
                 with pytest.raises(TransferFailed, match=kind):
-                    await link.send("r.1", "any", [Copy(0, 0, 1)])
+                    await link.send_blocks("r.1", "any", [Copy(0, 0, 1)])

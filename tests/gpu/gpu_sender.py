@@ -19,7 +19,7 @@ SEED = 7
 async def carry_out(node: GpuNode, order: Send) -> Outcome:
     try:
         link = await node.connector.connect(order.address, order.link_token, order.num_peer_blocks)
-        stats = await link.send(order.transfer_id, order.token, order.copies)
+        stats = await link.send_blocks(order.transfer_id, order.token, order.copies)
         await link.close()
     except (ConnectorUnavailable, TransferFailed) as error:
         return Outcome(error=f"{type(error).__name__}: {error}")

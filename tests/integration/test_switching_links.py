@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from inprocess_connector import InProcessConnector, Switchboard
 from nats_server import NatsServer
 from wrapped_links import WrappedConnector
 
@@ -25,7 +26,6 @@ from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport import make_connectors
 from flowkv_engine.transport.base import ConnectorUnavailable, KVConnector, KVLink
-from flowkv_engine.transport.inprocess import InProcessConnector, Switchboard
 from flowkv_engine.transport.sockets import Place
 from flowkv_node import links as links_module
 from flowkv_node.links import Links
@@ -108,7 +108,7 @@ async def keeping(side: Side) -> AsyncIterator[None]:
 async def send(a: Side, b: Side, transfer_id: str) -> None:
     """One block, and a look at whether it has arrived."""
     reserved = b.reservations.reserve(transfer_id, 1, [], [], 60.0)
-    await a.links.to(B).send(transfer_id, reserved.token, [Copy(5, reserved.block_ids[0], 1)])
+    await a.links.to(B).send_blocks(transfer_id, reserved.token, [Copy(5, reserved.block_ids[0], 1)])
     assert a.pool.tensor[5].equal(b.pool.tensor[reserved.block_ids[0]])
 
 

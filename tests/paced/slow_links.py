@@ -14,19 +14,19 @@ from tests.wrapped_links import WrappedConnector, WrappedLink
 
 
 class SlowLink(WrappedLink):
-    """A `KVLink` whose `send` returns no sooner than `byte_s` seconds per byte after it began."""
+    """A `KVLink` whose `send_blocks` returns no sooner than `byte_s` seconds per byte after it began."""
 
     def __init__(self, link: KVLink, byte_s: float) -> None:
         super().__init__(link)
         self._byte_s = byte_s
         self._turn = asyncio.Lock()
 
-    async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
+    async def send_blocks(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
         async with self._turn:
             began = time.monotonic()
-            sent = await super().send(transfer_id, token, copies)
+            sent = await super().send_blocks(transfer_id, token, copies)
             await asyncio.sleep(began + sent.num_bytes * self._byte_s - time.monotonic())
-            return sent._replace(duration_s=time.monotonic() - began)
+            return sent
 
 
 def slowed(

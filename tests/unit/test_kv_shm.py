@@ -10,7 +10,7 @@ import pytest
 
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.shm import _copy_steps, _steps
-from flowkv_engine.transport.stream import outlived
+from flowkv_engine.transport.stream import finish_thread
 
 MIB = 1 << 20
 
@@ -42,7 +42,7 @@ async def test_a_cancel_waits_until_the_thread_has_left_the_pool() -> None:
         return 1
 
     loop = asyncio.get_running_loop()
-    waiting = asyncio.create_task(outlived(loop.run_in_executor(None, copy), abandoned))
+    waiting = asyncio.create_task(finish_thread(loop.run_in_executor(None, copy), abandoned))
     await loop.run_in_executor(None, is_copying.wait, 5)
     for _ in range(2):  # an impatient parent cancels twice
         waiting.cancel()

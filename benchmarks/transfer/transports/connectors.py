@@ -23,7 +23,7 @@ class _Unguarded(Reservations):
 
 
 class ConnectorTransport:
-    """A `send` is one `KVLink.send`, or one per copy."""
+    """A `send` is one `KVLink.send_blocks`, or one per copy."""
 
     _link: KVLink
 
@@ -42,7 +42,7 @@ class ConnectorTransport:
 
     async def send(self, copies: Sequence[Copy], one_by_one: bool) -> int:
         parts = [[copy] for copy in copies] if one_by_one else [copies]
-        return sum([(await self._link.send("bench.1", "", part)).num_calls for part in parts])
+        return sum([(await self._link.send_blocks("bench.1", "", part)).num_calls for part in parts])
 
     async def receive(self, copies: Sequence[Copy], one_by_one: bool) -> None:
         """Nothing to do: the connector serves."""

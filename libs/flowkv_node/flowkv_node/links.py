@@ -58,11 +58,11 @@ class SwitchedLink:
     def is_lost(self) -> bool:
         return self._link.is_lost
 
-    async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
+    async def send_blocks(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
         link = self._link
         self._num_sends[link] += 1
         try:
-            return await link.send(transfer_id, token, copies)
+            return await link.send_blocks(transfer_id, token, copies)
         except TransferFailed:
             self._some_failed.set()
             raise

@@ -102,7 +102,7 @@ class Handoff:
             source = sequence.block_table[self._num_landed : num_ready]
             copies = align(source, self._target[self._num_landed : num_ready])
             began = time.monotonic()
-            self._sent.append(await self._link.send(self._request.transfer_id, self._token, copies))
+            self._sent.append(await self._link.send_blocks(self._request.transfer_id, self._token, copies))
             self._spans.append(Span(began, time.monotonic()))
             self._node.handoffs.confirm_send(self._run.decode.node_id)
             self._num_landed = num_ready

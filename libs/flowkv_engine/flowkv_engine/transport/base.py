@@ -1,7 +1,7 @@
 """What a transport of KV blocks promises, whichever it is; `tests/contract` holds them all to it.
 
-A connector receives into its own pool and opens links that send out of it. Bytes that have a confirmed `send`
-have landed; bytes of a failed or cancelled one may have landed or not, in reserved blocks only.
+A connector receives into its own pool and opens links that send out of it. The bytes of a confirmed
+`send_blocks` have landed; those of a failed or cancelled one may have, in reserved blocks only.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ class ConnectorUnavailable(Exception):
 
 
 class TransferStats(NamedTuple):
-    """What one `send` took. `num_calls`: calls of the transport (system calls, memory copies)."""
+    """What one `send_blocks` took. `num_calls`: calls of the transport (system calls, memory copies)."""
 
     num_bytes: int
     num_copies: int
     num_calls: int
-    duration_s: float
 
 
 class KVLink(Protocol):
@@ -38,12 +37,12 @@ class KVLink(Protocol):
 
     @property
     def is_lost(self) -> bool:
-        """Whether the peer could not be reached by this transport when a send last tried. Another may do."""
+        """Whether the last send could not reach the peer by this transport. Another transport may."""
 
-    async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
+    async def send_blocks(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
         """Returns when the receiver has confirmed that all bytes landed.
 
-        The caller's blocks hold their bytes: whoever computed them on a device has waited for it.
+        The caller's blocks hold their bytes: if they were computed on a device, it has finished.
 
         Raises `TransferFailed`. Cancelling the awaiting task aborts the transfer; the link stays usable, it
         reconnects on the next send if it has to.
@@ -63,7 +62,7 @@ class KVConnector(Protocol):
         """How long `connect` may take before it is given up."""
 
     async def listen(self) -> str:
-        """Begins to serve; returns the address that peers connect to."""
+        """Begins to serve; returns the address that peers connect to. Raises `OSError`."""
 
     async def connect(self, address: str, token: str, num_blocks: int) -> KVLink:
         """A link to the peer that listens at `address` with a pool of `num_blocks` blocks.

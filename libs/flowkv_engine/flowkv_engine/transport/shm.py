@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import functools
 import mmap
 import os
 import socket
@@ -18,11 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from flowkv_engine.kv.pool import KVPool
-from flowkv_engine.kv.reservations import Reservation
 from flowkv_engine.kv.segments import Copy
-from flowkv_engine.transport import sockets
-from flowkv_engine.transport.sockets import Channel, FrameError, Hello, Reply
-from flowkv_engine.transport.stream import StreamConnector, outlived
+from flowkv_engine.transport.stream import (
+    Channel,
+    FrameError,
+    Hello,
+    Reply,
+    StreamConnector,
+    copying_in_thread,
+    finish_thread,
+)
 
 # Above a size that depends on the CPU's cache, memory copies write past it and take a third less time.
 # A step is at least that long where the copy is, and under 0.1 s: a cancel waits for it.
@@ -32,50 +36,35 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class ShmConnector(StreamConnector[KVPool]):
-    """Listens on a Unix socket in a folder that only this user can enter."""
-
     name = "shm"
+    is_local = True
 
-    async def _bind(self) -> tuple[socket.socket, str]:
-        return sockets.bind_unix(self._place, self._resources)
-
-    async def _open_socket(self, address: str) -> socket.socket:
-        return await sockets.dial_unix(address)
-
-    async def _introduce(self, channel: Channel) -> None:
+    async def introduce(self, channel: Channel) -> None:
         socket.send_fds(channel.sock, [b"\0"], [self._pool.fd])
         await channel.expect_yes()
 
-    async def _push(self, channel: Channel, copies: list[Copy]) -> int:
+    async def push(self, channel: Channel, copies: list[Copy]) -> int:
         """Nothing to do: the receiver pulls."""
         return 0
 
-    async def _receive_from(self, channel: Channel, hello: Hello) -> None:
-        fd = await _receive_fd(channel)
-        num_bytes = hello.num_blocks * self._pool.layout.block_bytes
-        mapping_it = asyncio.get_running_loop().run_in_executor(None, _map, fd, num_bytes)
-        source = await outlived(mapping_it, threading.Event())
-        await channel.send(Reply())
-        await self._answer(channel, hello, functools.partial(self._pull, channel, source))
-
-    async def _pull(
-        self, channel: Channel, source: Bytes, copies: list[Copy], reservation: Reservation
-    ) -> int:
-        """Copies in a worker thread, which has left the pool alone by the time this returns or raises."""
-        abandoned = threading.Event()
-        target = np.frombuffer(self._pool.buffer, dtype=np.uint8)
-        work = functools.partial(
-            _copy_steps,
-            source,
-            target,
-            _steps(copies, self._pool.layout.block_bytes),
-            lambda: reservation.revoked or abandoned.is_set(),
+    async def serve_sender(self, channel: Channel, hello: Hello) -> None:
+        block_bytes = self._pool.layout.block_bytes
+        async with channel.deadline():
+            await channel.arrival()
+        _, fds, _, _ = socket.recv_fds(channel.sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        if not fds:
+            raise FrameError("no pool was passed")
+        mapped = asyncio.get_running_loop().run_in_executor(
+            None, _map, fds[0], hello.num_blocks * block_bytes
         )
-        with channel.watching(abandoned.set):
-            num_calls = await outlived(asyncio.get_running_loop().run_in_executor(None, work), abandoned)
-        if abandoned.is_set():
-            raise ConnectionAbortedError("the sender hung up during the copy")
-        return num_calls
+        source = await finish_thread(mapped, threading.Event())
+        await channel.send_frame(Reply())
+
+        def copy(copies: list[Copy], should_stop: Callable[[], bool]) -> int:
+            target = np.frombuffer(self._pool.buffer, dtype=np.uint8)
+            return _copy_steps(source, target, _steps(copies, block_bytes), should_stop)
+
+        await self.answer_transfers(channel, hello, copying_in_thread(channel, copy))
 
 
 def _steps(copies: list[Copy], block_bytes: int) -> Iterator[tuple[int, int, int]]:
@@ -101,21 +90,11 @@ def _copy_steps(
     return num_calls
 
 
-async def _receive_fd(channel: Channel) -> int:
-    """The one file descriptor that the sender passes. Raises `FrameError` if none comes."""
-    async with channel.deadline():
-        await channel.arrival()
-    _, fds, _, _ = socket.recv_fds(channel.sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
-    if not fds:
-        raise FrameError("no pool was passed")
-    return fds[0]
-
-
 def _map(fd: int, num_bytes: int) -> Bytes:
     """The sender's pool, read only. Closes `fd`. Raises `FrameError` if it is not what was announced.
 
-    The mapping ends with the array. Its pages are looked up now: that takes a thread's time
-    once, and would take the first transfer's later.
+    The mapping ends with the array. Its pages are looked up now, in a thread: that takes time once, and the
+    first transfer would pay for it.
     """
     try:
         if os.fstat(fd).st_size != num_bytes or not _is_sealed(fd):
@@ -127,7 +106,7 @@ def _map(fd: int, num_bytes: int) -> Bytes:
 
 
 def _is_sealed(fd: int) -> bool:
-    """Whether nobody can shrink the file under us, which would kill this process with SIGBUS."""
+    """Whether the file can't be shrunk under us, which would kill this process with SIGBUS."""
     try:
         return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
     except OSError:

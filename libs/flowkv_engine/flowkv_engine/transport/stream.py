@@ -1,4 +1,8 @@
-"""Waiting in the event loop for a thread that touches a pool."""
+"""KV over stream sockets: the frames that two nodes exchange, and what all connectors on sockets share.
+
+A sender dials and greets with a `Hello`. Then it sends `Transfer` after `Transfer`; the bytes move as the
+transport moves them, and a `Reply` confirms that they have landed.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,11 @@ import functools
 import logging
 import socket
 import threading
-import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Generic, Self, TypeVar
+
+import msgspec
 
 from flowkv_common.errors import BadRequest, FlowKVError, Stale, TransferFailed
 from flowkv_common.wire.messages import Run
@@ -20,180 +25,179 @@ from flowkv_engine.kv.pool import Pool
 from flowkv_engine.kv.reservations import Reservation, Reservations
 from flowkv_engine.kv.segments import Copy, ids_of
 from flowkv_engine.transport import sockets
-from flowkv_engine.transport.base import (
-    ConnectorUnavailable,
-    KVLink,
-    TransferStats,
-    find_stray,
-)
-from flowkv_engine.transport.sockets import (
-    LOOPBACK,
-    MAX_HELLO_BYTES,
-    Channel,
-    Hello,
-    Place,
-    Refused,
-    Reply,
-    Transfer,
-)
+from flowkv_engine.transport.base import ConnectorUnavailable, KVLink, TransferStats, find_stray
+from flowkv_engine.transport.sockets import LOOPBACK, Place
 
-T = TypeVar("T")
+log = logging.getLogger(__name__)
 
-
-async def outlived(working: asyncio.Future[T], abandoned: threading.Event) -> T:
-    """The result of a thread. A cancel sets `abandoned`, for the thread to see, and waits until it has left.
-
-    A thread can't be interrupted, and blocks that it may still write must not be given out
-    (docs/architecture.md, rule 4).
-    """
-    try:
-        return await asyncio.shield(working)
-    except asyncio.CancelledError:
-        abandoned.set()
-        while not working.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([working])
-        if not working.cancelled():
-            working.exception()  # has been looked at: the cancel is what counts
-        raise
-
-
-# What one frame asks for: little enough that its confirmation comes well within the deadline of a step,
+MAX_FRAME_BYTES = 1 << 20
+# A `Hello` takes a few hundred bytes, and anybody may send one.
+MAX_HELLO_BYTES = 4096
+_LENGTH_BYTES = 4
+_PIECE_BYTES = 64 << 10
+# What one `Transfer` asks for: little enough that its confirmation comes well within the deadline of a step,
 # much enough that most requests need one.
-_MAX_FRAME_PAYLOAD_BYTES = 1 << 30
-_MAX_FRAME_BLOCKS = 8192
-
-
-class StreamLink:
-    """A `KVLink`. `dial` gives a greeted connection, `push` moves the copies of one frame."""
-
-    def __init__(
-        self,
-        name: str,
-        pool: Pool,
-        num_peer_blocks: int,
-        dial: Callable[[], Awaitable[Channel]],
-        push: Callable[[Channel, list[Copy]], Awaitable[int]],
-    ) -> None:
-        self.name = name
-        self._pool = pool
-        self._num_peer_blocks = num_peer_blocks
-        self._dial = dial
-        self._push = push
-        self._turn = asyncio.Lock()
-        self._channel: Channel | None = None
-        self._is_closed = False
-        self._is_lost = False
-
-    @property
-    def closed(self) -> bool:
-        return self._is_closed
-
-    @property
-    def is_lost(self) -> bool:
-        return self._is_lost
-
-    async def open(self) -> None:
-        """Dials now, as a probe. Raises `ConnectorUnavailable`."""
-        self._channel = await self._dial()
-
-    async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
-        """See `KVLink.send`."""
-        stray = find_stray(copies, self._pool.num_blocks, self._num_peer_blocks)
-        if stray is not None:
-            raise TransferFailed(f"{stray} is outside the pools")
-        started = time.perf_counter()
-        num_calls = 0
-        async with self._turn:
-            for part in _frames(copies, self._blocks_per_frame()):
-                num_calls += await self._exchange(Transfer(transfer_id=transfer_id, token=token, copies=part))
-        return TransferStats(
-            num_bytes=sum(copy.length for copy in copies) * self._pool.layout.block_bytes,
-            num_copies=len(copies),
-            num_calls=num_calls,
-            duration_s=time.perf_counter() - started,
-        )
-
-    async def close(self) -> None:
-        """See `KVLink.close`."""
-        self._is_closed = True
-        async with self._turn:
-            self._hang_up()
-
-    async def _exchange(self, transfer: Transfer) -> int:
-        """Sends one frame and waits for its confirmation; returns calls made on both sides."""
-        try:
-            channel = await self._connected()
-            await channel.send(transfer)
-            num_pushed = await self._push(channel, transfer.copies)
-            return num_pushed + (await channel.expect_yes()).num_calls
-        except Refused as refusal:
-            raise TransferFailed(f"{self.name}: refused: {refusal}") from refusal
-        except (OSError, ConnectorUnavailable) as error:
-            self._hang_up()
-            raise TransferFailed(f"{self.name}: {error}") from error
-        except BaseException:  # cancelled, maybe with half a frame on the wire
-            self._hang_up()
-            raise
-
-    async def _connected(self) -> Channel:
-        if self._is_closed:
-            raise TransferFailed(f"{self.name}: the link is closed")
-        if self._channel is not None and not self._channel.is_quiet():
-            self._hang_up()
-        if self._channel is None:
-            try:
-                self._channel = await self._dial()
-            except ConnectorUnavailable:
-                self._is_lost = True
-                raise
-            self._is_lost = False
-        return self._channel
-
-    def _hang_up(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-
-    def _blocks_per_frame(self) -> int:
-        by_bytes = _MAX_FRAME_PAYLOAD_BYTES // self._pool.layout.block_bytes
-        return min(_MAX_FRAME_BLOCKS, max(1, by_bytes))
-
-
-def _frames(copies: Sequence[Copy], num_blocks: int) -> Iterator[list[Copy]]:
-    """Cuts `copies` into lists of at most `num_blocks` blocks each."""
-    frame: list[Copy] = []
-    space = num_blocks
-    for src, dst, length in copies:
-        done = 0
-        while done < length:
-            step = min(space, length - done)
-            frame.append(Copy(src + done, dst + done, step))
-            done += step
-            space -= step
-            if not space:
-                yield frame
-                frame, space = [], num_blocks
-    if frame:
-        yield frame
-
-
-logger = logging.getLogger(__name__)
+_MAX_TRANSFER_BYTES = 1 << 30
+_MAX_TRANSFER_BLOCKS = 8192
 
 _BACKLOG = 128
 _ACCEPT_RETRY_S = 0.1
-# Connections of one listener that have not shown the secret. One more costs the oldest its place: whoever has
-# the secret shows it at once.
+# Connections of one listener that have not shown the secret. One more costs the oldest its place: a peer that
+# has the secret shows it at once.
 MAX_STRANGERS = 64
 
-Land = Callable[[list[Copy], Reservation], Awaitable[int]]
+T = TypeVar("T")
+F = TypeVar("F", bound="Frame")
 P = TypeVar("P", bound=Pool)
+Land = Callable[[list[Copy], Reservation], Awaitable[int]]  # returns the calls made
+
+
+class Frame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
+    """Base of all frames: only a frame of the expected type is read."""
+
+
+class Hello(Frame, frozen=True, kw_only=True):
+    """Opens a connection. `layout` must be the receiver's; `num_blocks` is the size of the sender's pool."""
+
+    token: str
+    layout: str
+    num_blocks: int
+
+
+class Transfer(Frame, frozen=True, kw_only=True):
+    """Copies of one transfer, with the secret of its reservation."""
+
+    transfer_id: str
+    token: str
+    copies: list[Copy]
+
+
+class Reply(Frame, frozen=True, kw_only=True):
+    """Yes, unless there is an `error`. `num_calls`: memory copies that the receiver made."""
+
+    error: str | None = None
+    num_calls: int = 0
+
+
+class FrameError(ConnectionError):
+    """The peer broke the protocol; nothing that follows on this connection means anything."""
+
+
+class Refused(Exception):
+    """The peer understood and said no. The connection is good for more."""
+
+
+class Channel:
+    """A connected socket that speaks frames. It belongs to one task at a time.
+
+    What enters `lifetime` ends when the channel is closed. Raises `OSError` for all that ends a connection:
+    closed, out of time, garbage.
+    """
+
+    def __init__(self, sock: socket.socket, io_timeout_s: float) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.lifetime = contextlib.ExitStack()
+        self._io_timeout_s = io_timeout_s
+        self._loop = asyncio.get_running_loop()
+
+    async def send_frame(self, frame: Frame) -> None:
+        payload = msgspec.json.encode(frame)
+        if len(payload) > MAX_FRAME_BYTES:
+            raise FrameError(f"a frame of {len(payload)} bytes is over the limit of {MAX_FRAME_BYTES}")
+        await self.write(memoryview(len(payload).to_bytes(_LENGTH_BYTES, "big") + payload))
+
+    async def receive_frame(self, kind: type[F], max_bytes: int = MAX_FRAME_BYTES) -> F:
+        """The next frame, which must be a `kind` of at most `max_bytes`."""
+        num_bytes = int.from_bytes(await self._read(_LENGTH_BYTES), "big")
+        if num_bytes > max_bytes:
+            raise FrameError(f"a frame of {num_bytes} bytes is over the limit of {max_bytes}")
+        try:
+            return msgspec.json.decode(await self._read(num_bytes), type=kind)
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+            raise FrameError(f"no {kind.__name__}: {error}") from error
+
+    async def expect_yes(self) -> Reply:
+        """The next frame, a reply without error. Raises `Refused` with the peer's words otherwise."""
+        reply = await self.receive_frame(Reply)
+        if reply.error is not None:
+            raise Refused(reply.error)
+        return reply
+
+    async def write(self, view: memoryview) -> None:
+        """Hands all of `view` to the kernel, in one step."""
+        async with self.deadline():
+            await self._loop.sock_sendall(self.sock, view)
+
+    async def arrival(self) -> None:
+        """Returns when there is something to read, be it the end. The only wait without a deadline."""
+        arrived = asyncio.Event()
+        with self.watching(arrived.set):
+            await arrived.wait()
+
+    @contextlib.contextmanager
+    def watching(self, on_arrival: Callable[[], None]) -> Iterator[None]:
+        """Calls `on_arrival` once if the peer sends or hangs up meanwhile. Nothing may read meanwhile."""
+
+        def arrived() -> None:
+            self._loop.remove_reader(self.sock)
+            on_arrival()
+
+        self._loop.add_reader(self.sock, arrived)
+        try:
+            yield
+        finally:
+            self._loop.remove_reader(self.sock)
+
+    @contextlib.asynccontextmanager
+    async def deadline(self) -> AsyncIterator[None]:
+        """Raises `TimeoutError`, with words, when a step takes longer than its time."""
+        try:
+            async with asyncio.timeout(self._io_timeout_s):
+                yield
+        except TimeoutError:
+            raise TimeoutError(f"nothing came or went for {self._io_timeout_s} s") from None
+
+    def peek(self) -> bytes | None:
+        """The next byte, left where it is: empty at the end of the connection, None if nothing has come."""
+        try:
+            return self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def is_quiet(self) -> bool:
+        """Whether the connection stands and no unasked byte waits, so that a request may go out."""
+        return self.peek() is None
+
+    def close(self) -> None:
+        self.lifetime.close()
+        self.sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _read(self, num_bytes: int) -> bytearray:
+        """In one step. What is announced but never comes takes no memory."""
+        data = bytearray()
+        async with self.deadline():
+            while missing := num_bytes - len(data):
+                piece = await self._loop.sock_recv(self.sock, min(missing, _PIECE_BYTES))
+                if not piece:
+                    raise ConnectionResetError("closed by the peer")
+                data += piece
+        return data
 
 
 class StreamConnector(abc.ABC, Generic[P]):
-    """A connector of pools of type `P` over stream sockets. Its tasks end with its `async with` block."""
+    """A `KVConnector` of pools of type `P`. Its tasks end with its `async with` block."""
 
     name: str
+    is_local: bool  # whether both nodes must be on one host: they talk over Unix sockets then, else over TCP
 
     def __init__(
         self,
@@ -211,10 +215,10 @@ class StreamConnector(abc.ABC, Generic[P]):
         self._io_timeout_s = io_timeout_s
         self._tasks = asyncio.TaskGroup()
         self._serving: set[asyncio.Task[None]] = set()
-        # Connections that have not shown the secret, the oldest first, and who serves them.
+        # Connections that have not shown the secret, the oldest first, and the tasks that serve them.
         self._strangers: dict[socket.socket, asyncio.Task[None]] = {}
         self._is_crowded = False
-        self._links: list[StreamLink] = []
+        self._links: list[StreamLink[P]] = []
         self._resources = contextlib.ExitStack()  # given back after the last task has ended
 
     async def __aenter__(self) -> Self:
@@ -239,22 +243,21 @@ class StreamConnector(abc.ABC, Generic[P]):
         return 3 * self._io_timeout_s
 
     async def listen(self) -> str:
-        """Begins to serve; returns the address that peers connect to. Raises `OSError`."""
-        listener, address = await self._bind()
+        """See `KVConnector.listen`."""
+        if self.is_local:
+            listener, address = sockets.bind_unix(self._place, self._resources)
+        else:
+            listener, address = await sockets.bind_tcp(self._place)
         self._resources.enter_context(listener)
         listener.setblocking(False)
         listener.listen(_BACKLOG)
-        self._start(self._accept(listener))
+        self._start_task(self._accept(listener))
         return address
 
     async def connect(self, address: str, token: str, num_blocks: int) -> KVLink:
-        """A probed link, see `KVConnector`."""
-
-        async def dial() -> Channel:
-            return await self._dial(address, token)
-
-        link = StreamLink(self.name, self._pool, num_blocks, dial, self._push)
-        await link.open()
+        """See `KVConnector.connect`."""
+        link = StreamLink(self, self._pool, address, token, num_blocks)
+        await link.probe()
         self._links = [other for other in self._links if not other.closed]
         self._links.append(link)
         return link
@@ -262,39 +265,31 @@ class StreamConnector(abc.ABC, Generic[P]):
     # --- what a transport brings -------------------------------------------------------------------
 
     @abc.abstractmethod
-    async def _bind(self) -> tuple[socket.socket, str]:
-        """A bound socket and the address that leads to it."""
-
-    @abc.abstractmethod
-    async def _open_socket(self, address: str) -> socket.socket:
-        """A non-blocking socket connected to `address`. Raises `OSError`."""
-
-    @abc.abstractmethod
-    async def _introduce(self, channel: Channel) -> None:
+    async def introduce(self, channel: Channel) -> None:
         """What a sender does between the greeting and its first transfer. Raises `OSError`, `Refused`."""
 
     @abc.abstractmethod
-    async def _push(self, channel: Channel, copies: list[Copy]) -> int:
-        """What a sender does between a transfer's frame and its confirmation; returns calls made."""
+    async def push(self, channel: Channel, copies: list[Copy]) -> int:
+        """What a sender does between a `Transfer` and its confirmation; returns calls made."""
 
     @abc.abstractmethod
-    async def _receive_from(self, channel: Channel, hello: Hello) -> None:
-        """Serves a sender that has been greeted, until it hangs up: brings the `Land` to `_answer`."""
+    async def serve_sender(self, channel: Channel, hello: Hello) -> None:
+        """Serves a sender that has been greeted, by `answer_transfers`. Raises `OSError` when it ends."""
 
     # --- receiving ---------------------------------------------------------------------------------
 
-    async def _answer(self, channel: Channel, hello: Hello, land: Land) -> None:
-        """Serves one transfer after the other until the connection ends, which is an `OSError`."""
+    async def answer_transfers(self, channel: Channel, hello: Hello, land: Land) -> None:
+        """Lands one transfer after the other by `land`. Raises `OSError` when the connection ends."""
         while True:
             await channel.arrival()
-            transfer = await channel.receive(Transfer)
+            transfer = await channel.receive_frame(Transfer)
             try:
-                reply = Reply(num_calls=await self._land(transfer, hello, land))
+                reply = Reply(num_calls=await self._land_transfer(transfer, hello, land))
             except FlowKVError as refusal:
                 reply = Reply(error=refusal.message)
-            await channel.send(reply)
+            await channel.send_frame(reply)
 
-    async def _land(self, transfer: Transfer, hello: Hello, land: Land) -> int:
+    async def _land_transfer(self, transfer: Transfer, hello: Hello, land: Land) -> int:
         stray = find_stray(transfer.copies, hello.num_blocks, self._pool.num_blocks)
         if stray is not None:
             raise BadRequest(f"{stray} is outside the pools")
@@ -311,31 +306,30 @@ class StreamConnector(abc.ABC, Generic[P]):
             try:
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:
-                # Out of descriptors, say. The kernel tells that also while nobody knocks.
+                # Out of descriptors, say. The kernel says so also while no connection waits.
                 if sockets.is_readable(listener):
-                    logger.warning("%s: can't accept: %s", self.name, error)
+                    log.warning("%s: can't accept: %s", self.name, error)
                     self._drop_oldest_stranger()
                 await asyncio.sleep(_ACCEPT_RETRY_S)
-            else:
-                self._strangers[sock] = serving = self._start(self._serve(sock))
-                serving.add_done_callback(functools.partial(self._done, sock))  # it may never get to run
-                self._bound_strangers()
-                # Between any two, however many wait, those who are here get their turn.
-                await asyncio.sleep(0)
-
-    def _bound_strangers(self) -> None:
-        if len(self._strangers) <= MAX_STRANGERS:
-            return
-        if not self._is_crowded:
-            logger.warning("%s: over %d connections show no secret: the oldest go", self.name, MAX_STRANGERS)
-        self._is_crowded = True
-        self._drop_oldest_stranger()
+                continue
+            self._strangers[sock] = serving = self._start_task(self._serve(sock))
+            # Here, not in `_serve`: a task that is cancelled at once never runs.
+            serving.add_done_callback(functools.partial(self._connection_ended, sock))
+            if len(self._strangers) > MAX_STRANGERS:
+                if not self._is_crowded:
+                    log.warning(
+                        "%s: over %d connections show no secret: the oldest go", self.name, MAX_STRANGERS
+                    )
+                self._is_crowded = True
+                self._drop_oldest_stranger()
+            # However many wait, the connections that are served get their turn between any two.
+            await asyncio.sleep(0)
 
     def _drop_oldest_stranger(self) -> None:
         if oldest := next(iter(self._strangers), None):
             self._strangers.pop(oldest).cancel()
 
-    def _done(self, sock: socket.socket, _: asyncio.Task[None]) -> None:
+    def _connection_ended(self, sock: socket.socket, _: asyncio.Task[None]) -> None:
         sock.close()
         self._strangers.pop(sock, None)
         if not self._strangers:
@@ -345,29 +339,28 @@ class StreamConnector(abc.ABC, Generic[P]):
         """One connection. Whatever a peer does costs only this."""
         with Channel(sock, self._io_timeout_s) as channel:
             try:
+                if not self.is_local:
+                    sockets.tune_tcp(sock)
                 async with channel.deadline():
-                    hello = await channel.receive(Hello, MAX_HELLO_BYTES)
-                objection = self._objection(hello)
+                    hello = await channel.receive_frame(Hello, MAX_HELLO_BYTES)
+                objection = None
+                if not self._admits(hello.token):
+                    objection = "wrong link token"
+                elif hello.layout != repr(self._pool.layout):
+                    objection = f"layouts differ: receiver {self._pool.layout!r}, sender {hello.layout}"
                 if objection is None:
                     self._strangers.pop(sock, None)
-                await channel.send(Reply(error=objection))
+                await channel.send_frame(Reply(error=objection))
                 if objection is None:
-                    await self._receive_from(channel, hello)
+                    await self.serve_sender(channel, hello)
                 else:
-                    logger.warning("%s: refused a peer: %s", self.name, objection)
+                    log.warning("%s: refused a peer: %s", self.name, objection)
             except OSError as error:
-                logger.info("%s: a connection ended: %s", self.name, error)
+                log.info("%s: a connection ended: %s", self.name, error)
             except Exception:
-                logger.exception("%s: a connection failed", self.name)
+                log.exception("%s: a connection failed", self.name)
 
-    def _objection(self, hello: Hello) -> str | None:
-        if not self._admits(hello.token):
-            return "wrong link token"
-        if hello.layout != repr(self._pool.layout):
-            return f"layouts differ: receiver {self._pool.layout!r}, sender {hello.layout}"
-        return None
-
-    def _start(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+    def _start_task(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = self._tasks.create_task(work)
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
@@ -375,18 +368,158 @@ class StreamConnector(abc.ABC, Generic[P]):
 
     # --- sending -----------------------------------------------------------------------------------
 
-    async def _dial(self, address: str, token: str) -> Channel:
-        """A greeted connection. Raises `ConnectorUnavailable`."""
+    async def dial(self, address: str, token: str) -> Channel:
+        """A connection that is greeted and introduced. Raises `ConnectorUnavailable`."""
         with contextlib.ExitStack() as undo:
             try:
                 async with asyncio.timeout(self._io_timeout_s):
-                    sock = await self._open_socket(address)
+                    dial_socket = sockets.dial_unix if self.is_local else sockets.dial_tcp
+                    sock = await dial_socket(address)
                 channel = undo.enter_context(Channel(sock, self._io_timeout_s))
                 layout = repr(self._pool.layout)
-                await channel.send(Hello(token=token, layout=layout, num_blocks=self._pool.num_blocks))
+                await channel.send_frame(Hello(token=token, layout=layout, num_blocks=self._pool.num_blocks))
                 await channel.expect_yes()
-                await self._introduce(channel)
+                await self.introduce(channel)
             except (OSError, Refused) as error:
                 raise ConnectorUnavailable(f"{self.name} to {address}: {error or 'out of time'}") from error
             undo.pop_all()
             return channel
+
+
+class StreamLink(Generic[P]):
+    """A `KVLink` of a `StreamConnector`, to the peer that listens at `address`."""
+
+    def __init__(
+        self, connector: StreamConnector[P], pool: P, address: str, token: str, num_peer_blocks: int
+    ) -> None:
+        self.name = connector.name
+        self.closed = False
+        self.is_lost = False
+        self._connector = connector
+        self._pool = pool
+        self._address = address
+        self._token = token
+        self._num_peer_blocks = num_peer_blocks
+        self._turn = asyncio.Lock()
+        self._channel: Channel | None = None
+
+    async def probe(self) -> None:
+        """Dials now. Raises `ConnectorUnavailable`."""
+        self._channel = await self._connector.dial(self._address, self._token)
+
+    async def send_blocks(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
+        """See `KVLink.send_blocks`."""
+        stray = find_stray(copies, self._pool.num_blocks, self._num_peer_blocks)
+        if stray is not None:
+            raise TransferFailed(f"{stray} is outside the pools")
+        block_bytes = self._pool.layout.block_bytes
+        max_blocks = min(_MAX_TRANSFER_BLOCKS, max(1, _MAX_TRANSFER_BYTES // block_bytes))
+        num_calls = 0
+        async with self._turn:
+            for part in _parts(copies, max_blocks):
+                num_calls += await self._exchange(Transfer(transfer_id=transfer_id, token=token, copies=part))
+        return TransferStats(
+            num_bytes=sum(copy.length for copy in copies) * block_bytes,
+            num_copies=len(copies),
+            num_calls=num_calls,
+        )
+
+    async def close(self) -> None:
+        """See `KVLink.close`."""
+        self.closed = True
+        async with self._turn:
+            self._hang_up()
+
+    async def _exchange(self, transfer: Transfer) -> int:
+        """Sends one frame and its bytes, and waits for the confirmation; returns calls made on both sides."""
+        try:
+            channel = await self._connected()
+            await channel.send_frame(transfer)
+            num_pushed = await self._connector.push(channel, transfer.copies)
+            return num_pushed + (await channel.expect_yes()).num_calls
+        except Refused as refusal:
+            raise TransferFailed(f"{self.name}: refused: {refusal}") from refusal
+        except (OSError, ConnectorUnavailable) as error:
+            self._hang_up()
+            raise TransferFailed(f"{self.name}: {error}") from error
+        except BaseException:  # cancelled, maybe with half a frame on the wire
+            self._hang_up()
+            raise
+
+    async def _connected(self) -> Channel:
+        if self.closed:
+            raise TransferFailed(f"{self.name}: the link is closed")
+        if self._channel is not None and not self._channel.is_quiet():
+            self._hang_up()
+        if self._channel is None:
+            try:
+                await self.probe()
+            except ConnectorUnavailable:
+                self.is_lost = True
+                raise
+            self.is_lost = False
+        assert self._channel is not None
+        return self._channel
+
+    def _hang_up(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+
+def _parts(copies: Sequence[Copy], max_blocks: int) -> Iterator[list[Copy]]:
+    """Cuts `copies` into lists of at most `max_blocks` blocks each."""
+    part: list[Copy] = []
+    space = max_blocks
+    for src, dst, length in copies:
+        done = 0
+        while done < length:
+            step = min(space, length - done)
+            part.append(Copy(src + done, dst + done, step))
+            done += step
+            space -= step
+            if not space:
+                yield part
+                part, space = [], max_blocks
+    if part:
+        yield part
+
+
+def copying_in_thread(channel: Channel, copy: Callable[[list[Copy], Callable[[], bool]], int]) -> Land:
+    """A `Land` that runs `copy(copies, should_stop)` in a worker thread, which returns the calls it made.
+
+    The thread has left the pool when the result is there, or an exception.
+    """
+
+    async def land(copies: list[Copy], reservation: Reservation) -> int:
+        abandoned = threading.Event()
+
+        def should_stop() -> bool:
+            return reservation.revoked or abandoned.is_set()
+
+        with channel.watching(abandoned.set):
+            copied = asyncio.get_running_loop().run_in_executor(None, copy, copies, should_stop)
+            num_calls = await finish_thread(copied, abandoned)
+        if abandoned.is_set():
+            raise ConnectionAbortedError("the sender hung up during the copy")
+        return num_calls
+
+    return land
+
+
+async def finish_thread(working: asyncio.Future[T], abandoned: threading.Event) -> T:
+    """The result of a thread. A cancel sets `abandoned`, for the thread to see, and waits until it has left.
+
+    A thread can't be interrupted, and blocks that it may still write must not be given out
+    (docs/architecture.md, rule 4).
+    """
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        abandoned.set()
+        while not working.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([working])
+        if not working.cancelled():
+            working.exception()  # has been looked at: the cancel is what counts
+        raise

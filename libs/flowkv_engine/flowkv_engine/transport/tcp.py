@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import os
 import select
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.reservations import Reservation
 from flowkv_engine.kv.segments import Copy
-from flowkv_engine.transport import sockets
-from flowkv_engine.transport.sockets import Channel, Hello, Reply
-from flowkv_engine.transport.stream import StreamConnector, outlived
+from flowkv_engine.transport.stream import Channel, Hello, Reply, StreamConnector, finish_thread
 
 # One system call, on either side: as much may still be read after a reservation has ended.
 _STEP_BYTES = 1 << 20
@@ -31,45 +28,41 @@ _WAKE_BYTES = 512 << 10
 
 
 class TcpConnector(StreamConnector[KVPool]):
-    """Listens on a port of its place's host."""
-
     name = "tcp"
+    is_local = False
 
-    async def _bind(self) -> tuple[socket.socket, str]:
-        return await sockets.bind_tcp(self._place)
-
-    async def _open_socket(self, address: str) -> socket.socket:
-        return await sockets.dial_tcp(address)
-
-    async def _introduce(self, channel: Channel) -> None:
+    async def introduce(self, channel: Channel) -> None:
         """Nothing to say: the greeting was all."""
 
-    async def _push(self, channel: Channel, copies: list[Copy]) -> int:
+    async def push(self, channel: Channel, copies: list[Copy]) -> int:
         await channel.expect_yes()  # asked first, so that a refusal costs no bytes
-        steps = list(_steps(copies, self._pool.layout.block_bytes))
-        send = functools.partial(_send, channel.sock, self._pool.fd, steps, self._io_timeout_s)
-        await _in_thread(channel.sock, send)
+        block_bytes = self._pool.layout.block_bytes
+        steps: list[tuple[int, int]] = []  # of each system call: where it begins in the pool, and ends
+        for copy in copies:
+            begin, end = copy.src * block_bytes, (copy.src + copy.length) * block_bytes
+            steps += [(at, min(at + _STEP_BYTES, end)) for at in range(begin, end, _STEP_BYTES)]
+        fd, io_timeout_s = self._pool.fd, self._io_timeout_s
+        await _in_thread(channel.sock, lambda: _send(channel.sock, fd, steps, io_timeout_s))
         return len(steps)
 
-    async def _receive_from(self, channel: Channel, hello: Hello) -> None:
-        sockets.tune_tcp(channel.sock)
-        await self._answer(channel, hello, functools.partial(self._pull, channel))
+    async def serve_sender(self, channel: Channel, hello: Hello) -> None:
+        async def land(copies: list[Copy], reservation: Reservation) -> int:
+            """A revocation ends the connection: the bytes are on the way."""
+            views = [self._pool.bytes_of(Run(copy.dst, copy.length)) for copy in copies]
+            await channel.send_frame(Reply())
+            await _in_thread(
+                channel.sock,
+                lambda: _receive(channel.sock, views, lambda: reservation.revoked, self._io_timeout_s),
+            )
+            return 0
 
-    async def _pull(self, channel: Channel, copies: list[Copy], reservation: Reservation) -> int:
-        """Reads the bytes into the pool. A revocation ends the connection: the bytes are on the way."""
-        views = [self._pool.bytes_of(Run(copy.dst, copy.length)) for copy in copies]
-        receive = functools.partial(
-            _receive, channel.sock, views, lambda: reservation.revoked, self._io_timeout_s
-        )
-        await channel.send(Reply())
-        await _in_thread(channel.sock, receive)
-        return 0
+        await self.answer_transfers(channel, hello, land)
 
 
 async def _in_thread(sock: socket.socket, work: Callable[[], None]) -> None:
     """Waits for `work`, which the loop's other tasks would slow down. A cancel ends the connection.
 
-    A thread of its own, for each waits for one of the peer's: in pools of a fixed size, two nodes that send
+    A thread for each, since each waits for one of the peer's: in pools of a fixed size, two nodes that send
     to each other could hold all threads and wait for none.
     """
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flowkv-tcp")
@@ -80,18 +73,17 @@ async def _in_thread(sock: socket.socket, work: Callable[[], None]) -> None:
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)  # wakes the thread, which then fails
         with contextlib.suppress(OSError):
-            await outlived(working, threading.Event())
+            await finish_thread(working, threading.Event())
         raise
     finally:
         thread.shutdown(wait=False)
 
 
 def _send(sock: socket.socket, pool_fd: int, steps: list[tuple[int, int]], io_timeout_s: float) -> None:
-    """Hands one step after the other, each an offset and a length, to the kernel. Raises `OSError`."""
+    """Hands one step after the other to the kernel. Raises `OSError`."""
     poller = select.poll()
     poller.register(sock, select.POLLOUT)
-    for offset, num_bytes in steps:
-        end = offset + num_bytes
+    for offset, end in steps:
         while offset < end:
             _await_event(poller, io_timeout_s)
             with contextlib.suppress(BlockingIOError):
@@ -101,7 +93,7 @@ def _send(sock: socket.socket, pool_fd: int, steps: list[tuple[int, int]], io_ti
 def _receive(
     sock: socket.socket, views: list[memoryview], is_revoked: Callable[[], bool], io_timeout_s: float
 ) -> None:
-    """Fills `views`, and asks before each read whether it still may; raises `OSError` if it can't."""
+    """Fills `views`, and asks before each read whether it still may. Raises `OSError`."""
     poller = select.poll()
     poller.register(sock, select.POLLIN)
     for view in views:
@@ -126,11 +118,3 @@ def _await_event(poller: select.poll, io_timeout_s: float) -> None:
 def _wake_at(sock: socket.socket, num_bytes: int) -> None:
     """The socket counts as readable once it holds that much, or has ended."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
-
-
-def _steps(copies: list[Copy], block_bytes: int) -> Iterator[tuple[int, int]]:
-    """Offset in the sender's pool and length, in bytes, of each system call."""
-    for copy in copies:
-        begin, end = copy.src * block_bytes, (copy.src + copy.length) * block_bytes
-        for offset in range(begin, end, _STEP_BYTES):
-            yield offset, min(_STEP_BYTES, end - offset)

@@ -1,4 +1,4 @@
-"""NCCL by way of CuPy. Imported only where there is a device."""
+"""The parts of CUDA and NCCL that the connectors use, by way of CuPy. Imported only where there is a GPU."""
 
 from __future__ import annotations
 
@@ -11,9 +11,73 @@ from cupy.cuda import nccl, runtime
 
 from flowkv_engine.transport.nccl import NcclFailed, Span
 
+_HANDLE_BYTES = 64
 _NUM_RANKS = 2
 # Aborts of older ones were seen to hang.
-_OLDEST_VERSION = 21900
+_OLDEST_NCCL = 21900
+
+
+class DeviceError(OSError):
+    """The CUDA runtime said no."""
+
+
+class CudaDevice:
+    """An `IpcDevice`: the GPU with this index among those that the process sees."""
+
+    def __init__(self, index: int = 0) -> None:
+        self._index = index
+
+    def export_pool(self, address: int) -> bytes:
+        with self.current():
+            return bytes(runtime.ipcGetMemHandle(address))
+
+    def open_pool(self, handle: bytes, num_bytes: int, target: int) -> CudaPeerPool:
+        if len(handle) != _HANDLE_BYTES:
+            raise DeviceError(f"a handle has {_HANDLE_BYTES} bytes, not {len(handle)}")
+        with self.current():
+            return CudaPeerPool(self, runtime.ipcOpenMemHandle(handle), num_bytes, target)
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Each thread has a current device of its own."""
+        try:
+            with cupy.cuda.Device(self._index):
+                yield
+        except runtime.CUDARuntimeError as error:
+            raise DeviceError(str(error)) from error
+
+
+class CudaPeerPool:
+    """A `PeerPool` behind an IPC handle, with a stream of its own, so that copies run beside compute."""
+
+    def __init__(self, device: CudaDevice, source: int, num_bytes: int, target: int) -> None:
+        self._device = device
+        self._source = source
+        self._num_bytes = num_bytes
+        self._target = target
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._done = cupy.cuda.Event(block=True, disable_timing=True)  # waits without spinning on a core
+
+    def copy(self, src: int, dst: int, num_bytes: int) -> None:
+        if not 0 <= src <= self._num_bytes - num_bytes:
+            raise DeviceError(f"{num_bytes} bytes from {src} on are outside a pool of {self._num_bytes}")
+        with self._device.current():
+            runtime.memcpyAsync(
+                self._target + dst,
+                self._source + src,
+                num_bytes,
+                runtime.memcpyDeviceToDevice,
+                self._stream.ptr,
+            )
+
+    def settle(self) -> None:
+        with self._device.current():
+            self._done.record(self._stream)
+            self._done.synchronize()
+
+    def close(self) -> None:
+        with self._device.current():
+            runtime.ipcCloseMemHandle(self._source)
 
 
 class CupyNccl:
@@ -30,8 +94,8 @@ class CupyNccl:
             raise NcclFailed(
                 f"CuPy has found no NCCL library: install nvidia-nccl-cu{cuda}, that of this torch"
             )
-        if nccl.get_version() < _OLDEST_VERSION:
-            raise NcclFailed(f"NCCL {nccl.get_version()} is older than {_OLDEST_VERSION}")
+        if nccl.get_version() < _OLDEST_NCCL:
+            raise NcclFailed(f"NCCL {nccl.get_version()} is older than {_OLDEST_NCCL}")
         self.version = str(nccl.get_version())
         self.scratch = Span(0, 0)
         self._device = cupy.cuda.Device(device)

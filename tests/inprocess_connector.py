@@ -1,10 +1,9 @@
-"""KV blocks between two pools of one process, for tests and for reading: the contract, no transport."""
+"""KV blocks between two pools of one process: what a connector promises, without a transport."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
@@ -21,25 +20,14 @@ class Switchboard:
     """Who listens where. Connectors that share one can reach each other."""
 
     def __init__(self) -> None:
-        self._listening: dict[str, InProcessConnector] = {}
-        self._numbers = itertools.count(1)
-
-    def add(self, connector: InProcessConnector) -> str:
-        address = f"inprocess-{next(self._numbers)}"
-        self._listening[address] = connector
-        return address
-
-    def remove(self, connector: InProcessConnector) -> None:
-        self._listening = {at: other for at, other in self._listening.items() if other is not connector}
-
-    def is_there(self, address: str) -> bool:
-        return address in self._listening
+        self.listening: dict[str, InProcessConnector] = {}
+        self.numbers = itertools.count(1)
 
     def find(self, address: str) -> InProcessConnector:
         """Raises `ConnectorUnavailable`."""
-        if address not in self._listening:
+        if address not in self.listening:
             raise ConnectorUnavailable(f"nobody listens at {address}")
-        return self._listening[address]
+        return self.listening[address]
 
 
 class InProcessConnector:
@@ -61,7 +49,9 @@ class InProcessConnector:
         self._switchboard = switchboard
 
     async def listen(self) -> str:
-        return self._switchboard.add(self)
+        address = f"inprocess-{next(self._switchboard.numbers)}"
+        self._switchboard.listening[address] = self
+        return address
 
     async def connect(self, address: str, token: str, num_blocks: int) -> KVLink:
         self._switchboard.find(address).greet(token, self.pool)
@@ -94,7 +84,9 @@ class InProcessConnector:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._switchboard.remove(self)
+        for address, connector in list(self._switchboard.listening.items()):
+            if connector is self:
+                del self._switchboard.listening[address]
 
 
 class InProcessLink:
@@ -103,24 +95,19 @@ class InProcessLink:
     name = "inprocess"
 
     def __init__(self, pool: KVPool, address: str, switchboard: Switchboard) -> None:
+        self.closed = False
         self._pool = pool
         self._address = address
         self._switchboard = switchboard
         self._turn = asyncio.Lock()
-        self._is_closed = False
-
-    @property
-    def closed(self) -> bool:
-        return self._is_closed
 
     @property
     def is_lost(self) -> bool:
-        return not self._switchboard.is_there(self._address)
+        return self._address not in self._switchboard.listening
 
-    async def send(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
-        started = time.perf_counter()
+    async def send_blocks(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
         async with self._turn:
-            if self._is_closed:
+            if self.closed:
                 raise TransferFailed("inprocess: the link is closed")
             try:
                 peer = self._switchboard.find(self._address)
@@ -131,10 +118,9 @@ class InProcessLink:
             num_bytes=sum(copy.length for copy in copies) * self._pool.layout.block_bytes,
             num_copies=len(copies),
             num_calls=len(copies),
-            duration_s=time.perf_counter() - started,
         )
 
     async def close(self) -> None:
-        self._is_closed = True
+        self.closed = True
         async with self._turn:
             pass  # the transfer under way has ended
