@@ -37,24 +37,20 @@ def _lines() -> Iterator[str]:
         ("Scheduler", SchedulerSettings),
         ("Nodes: prefill, decode, mixed", NodeSettings),
     ):
-        yield f"## {title}\n\n| variable | default | meaning |\n|---|---|---|"
+        yield f"## {title}\n"
         yield from map(_row, settings_of(kind))
         yield ""
-    yield "## Others\n\n| variable | meaning |\n|---|---|"
-    yield from (f"| `{name}` | {text} |" for name, text in OTHER_VARIABLES.items())
+    yield "## Others\n"
+    yield from (f"- `{name}`: {text}" for name, text in OTHER_VARIABLES.items())
 
 
 def _row(setting: Setting) -> str:
-    default = (
-        "required"
-        if setting.default is None
-        else f"`{setting.default}` {setting.unit}".rstrip()
-        if setting.default
-        else ""
-    )
+    if setting.default is None:
+        default = " (required)"
+    else:
+        default = f" (`{setting.default}` {setting.unit}".rstrip() + ")" if setting.default else ""
     choices = f" ({', '.join(f'`{choice}`' for choice in setting.choices)})" if setting.choices else ""
-    cells = (f"`{setting.variable}`", default, setting.text + choices)
-    return f"| {' | '.join(cells)} |"
+    return f"- `{setting.variable}`{default}: {setting.text}{choices}"
 
 
 if __name__ == "__main__":
