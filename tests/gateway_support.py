@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
 from flowkv_common.errors import FlowKVError
-from flowkv_common.wire.messages import ModelCard
-from flowkv_gateway.dispatch import Generation, Load, Piece
+from flowkv_common.wire.messages import ModelCard, TokenChunk, TokenLogprob
+from flowkv_gateway.dispatch import Dispatch, Load, RequestState
 from flowkv_gateway.tokenizer import Tokenizer
 
 MODEL = "tiny/model"
@@ -54,34 +54,50 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def text_pieces(tokenizer: Tokenizer, text: str, finish_reason: str = "stop") -> list[Piece]:
-    """One piece per token of `text`; the last one ends the answer."""
-    token_ids = tokenizer._encode([text], False)[0]
-    pieces = [Piece([token_id], [], None, 0) for token_id in token_ids]
-    pieces[-1] = pieces[-1]._replace(finish_reason=finish_reason)
-    return pieces
+def token_chunk(
+    *token_ids: int,
+    finish_reason: str | None = None,
+    logprobs: Sequence[TokenLogprob] = (),
+    num_cached_tokens: int = 0,
+) -> TokenChunk:
+    """A chunk as `Dispatch.generate` gives it; what only nodes and streams look at is made up."""
+    return TokenChunk(
+        transfer_id="r.0",
+        index=0,
+        token_ids=list(token_ids),
+        logprobs=list(logprobs),
+        finish_reason=finish_reason,
+        num_cached_tokens=num_cached_tokens,
+    )
+
+
+def text_chunks(tokenizer: Tokenizer, text: str, finish_reason: str | None = "stop") -> list[TokenChunk]:
+    """One chunk per token of `text`; the last one ends the answer."""
+    *others, last = tokenizer._encode([text], False)[0]
+    return [*map(token_chunk, others), token_chunk(last, finish_reason=finish_reason)]
 
 
 @dataclass
-class ScriptedGenerator:
-    """Gives every request the same steps: a piece is yielded, an error raised, an event waited for.
+class ScriptedDispatch(Dispatch):
+    """Gives every request the same steps: a chunk is yielded, an error raised, an event waited for.
 
     Remembers what it was asked for, and which requests were closed before their script was over.
     """
 
-    script: Iterable[Piece | FlowKVError | Exception | asyncio.Event] = ()
+    script: Iterable[TokenChunk | FlowKVError | Exception | asyncio.Event] = ()
     card: ModelCard | None = CARD
     problem: str | None = None
     open: Load = Load(0, 0, 0.0)
-    asked: list[Generation] = field(default_factory=list)
-    log: list[str] = field(default_factory=list)  # "ask <n>", "piece <n>" in the order they happened
+    asked: list[RequestState] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)  # "ask <n>", "chunk <n>" in the order they happened
     cancelled: list[str] = field(default_factory=list)
     was_asked: asyncio.Event = field(default_factory=asyncio.Event)
     was_cancelled: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[Piece, None]:
+    async def generate(self, request: RequestState) -> AsyncGenerator[TokenChunk, None]:
+        request.begin()
         number = len(self.asked)
-        self.asked.append(generation)
+        self.asked.append(request)
         self.log.append(f"ask {number}")
         self.was_asked.set()
         try:
@@ -91,10 +107,11 @@ class ScriptedGenerator:
                 elif isinstance(step, Exception):
                     raise step
                 else:
-                    self.log.append(f"piece {number}")
+                    self.log.append(f"chunk {number}")
+                    request.add_chunk(step)
                     yield step
         except (asyncio.CancelledError, GeneratorExit):
-            self.cancelled.append(generation.request_id)
+            self.cancelled.append(request.request_id)
             self.was_cancelled.set()
             raise
 

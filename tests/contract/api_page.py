@@ -7,8 +7,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from flowkv_gateway.fields import CHANGE_NOTHING, REFUSED
-from flowkv_gateway.schemas import ChatRequest, CompletionRequest, GenerationRequest, TokenizeRequest
+from flowkv_gateway.schemas import (
+    CHANGE_NOTHING,
+    REFUSED,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    TokenizeRequest,
+)
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 

@@ -55,10 +55,9 @@ from flowkv_common.wire.messages import (
     transfer_id,
 )
 from flowkv_gateway import dispatch as dispatch_module
-from flowkv_gateway import dispatch as journey_module
 from flowkv_gateway.cluster import OwnModel
-from flowkv_gateway.dispatch import Dispatch, Generation, Load, Piece, open_dispatch
-from flowkv_gateway.http import ContextLengthExceeded
+from flowkv_gateway.dispatch import Dispatch, Load, RequestState, open_dispatch
+from flowkv_gateway.errors import ContextLengthExceeded
 
 OWN = OwnModel(ModelFiles())
 P, D = NodeRef(node_id="p", incarnation="1"), NodeRef(node_id="d", incarnation="1")
@@ -178,20 +177,20 @@ async def cluster(nats_server: NatsServer, *attempts: Behaviour) -> AsyncIterato
             yield dispatch, nodes
 
 
-def generation(deadline_s: float = 10.0) -> Generation:
-    return Generation("r", [1, 2, 3], SamplingParams(max_tokens=4, seed=1), deadline_s, fingerprint="f")
+def new_request(deadline_s: float = 10.0) -> RequestState:
+    return RequestState("r", [1, 2, 3], SamplingParams(max_tokens=4, seed=1), deadline_s, "f")
 
 
-async def collect_rest(pieces: AsyncIterator[Piece]) -> list[int]:
-    return tokens([piece async for piece in pieces])
+async def collect_rest(chunks: AsyncIterator[TokenChunk]) -> list[int]:
+    return tokens([chunk async for chunk in chunks])
 
 
-async def collect(dispatch: Dispatch, one: Generation | None = None) -> list[Piece]:
-    return [piece async for piece in dispatch.generate(one or generation())]
+async def collect(dispatch: Dispatch, one: RequestState | None = None) -> list[TokenChunk]:
+    return [chunk async for chunk in dispatch.generate(one or new_request())]
 
 
-def tokens(pieces: list[Piece]) -> list[int]:
-    return [token_id for piece in pieces for token_id in piece.token_ids]
+def tokens(chunks: list[TokenChunk]) -> list[int]:
+    return [token_id for chunk in chunks for token_id in chunk.token_ids]
 
 
 async def answer(nodes: Nodes, run: PrefillRun) -> None:
@@ -203,9 +202,9 @@ async def answer(nodes: Nodes, run: PrefillRun) -> None:
 
 async def test_one_attempt(nats_server: NatsServer) -> None:
     async with cluster(nats_server, answer) as (dispatch, nodes):
-        pieces = await collect(dispatch)
-        assert tokens(pieces) == [10, 11, 12, 13]
-        assert pieces[-1].finish_reason == "length"
+        chunks = await collect(dispatch)
+        assert tokens(chunks) == [10, 11, 12, 13]
+        assert chunks[-1].finish_reason == "length"
         await nodes.wait_for(lambda: bool(nodes.finished))
         event = nodes.finished[0]
         assert (event.outcome, event.attempts, event.num_output_tokens) == ("length", 1, 4)
@@ -226,9 +225,9 @@ async def test_a_cancel_goes_to_the_pair_alone(nats_server: NatsServer) -> None:
     async with cluster(nats_server, begin) as (dispatch, nodes):
         for decode, told in ((D, {"p", "d"}), (P, {"p"})):
             nodes.decode = decode
-            pieces = dispatch.generate(generation())
-            await anext(pieces)
-            await pieces.aclose()
+            chunks = dispatch.generate(new_request())
+            await anext(chunks)
+            await chunks.aclose()
             expected = sorted((subjects.at(subjects.NODE_CANCEL, node_id), "r.0") for node_id in told)
             await nodes.wait_for(lambda expected=expected: len(nodes.cancelled_at) >= len(expected))
             await nodes.bus.nc.flush()
@@ -252,10 +251,10 @@ async def test_scheduler_that_hangs_is_asked_again_and_its_late_answer_is_droppe
     monkeypatch.setattr(dispatch_module, "SCHEDULE_TIMEOUT_S", 0.2)
     async with cluster(nats_server, answer) as (dispatch, nodes):
         nodes.num_hanging = 1
-        pieces = asyncio.create_task(collect(dispatch))
+        chunks = asyncio.create_task(collect(dispatch))
         await nodes.wait_for(lambda: len(nodes.asked) == 2)
         nodes.hung.set()  # as one that was stopped and goes on
-        assert tokens(await pieces) == [10, 11, 12, 13]
+        assert tokens(await chunks) == [10, 11, 12, 13]
         assert [request.attempt for request in nodes.asked] == [0, 0]
         assert [run.attempt for run in nodes.runs] == [0]
 
@@ -301,9 +300,7 @@ async def test_the_scheduler_is_told_the_hashes_of_all_that_an_attempt_computes(
         nodes.needs_hashes = True
         known = keep_announced(nodes.bus, lambda: descriptor("p", "prefill"))
         async with asyncio.timeout(10), running(known):
-            await collect(
-                dispatch, Generation("r", prompt_ids, SamplingParams(max_tokens=4), 10.0, fingerprint="f")
-            )
+            await collect(dispatch, RequestState("r", prompt_ids, SamplingParams(max_tokens=4), 10.0, "f"))
         told = [request.block_hashes for request in nodes.asked if request.block_hashes]
         assert told == [
             block_hashes("f", prompt_ids, BLOCK_SIZE),
@@ -337,7 +334,7 @@ async def test_three_attempts_are_all(nats_server: NatsServer) -> None:
 async def test_who_gets_no_pair_is_not_tried_again(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journey_module, "SCHEDULER_PATIENCE_S", 0.5)
+    monkeypatch.setattr(dispatch_module, "SCHEDULER_PATIENCE_S", 0.5)
     async with connect(nats_server.url, name="test") as bus, open_dispatch(nats_server.url, OWN) as dispatch:
         told: asyncio.Queue[RequestFinished] = asyncio.Queue()
         finished = subjects.event("request_finished", "*")
@@ -519,8 +516,8 @@ async def test_client_that_leaves_cancels(nats_server: NatsServer) -> None:
         await nodes.send(run, chunk(tid_of(run), 0, [10]))
 
     async with cluster(nats_server, begin) as (dispatch, nodes):
-        async with contextlib.aclosing(dispatch.generate(generation())) as pieces:
-            assert (await anext(pieces)).token_ids == [10]
+        async with contextlib.aclosing(dispatch.generate(new_request())) as chunks:
+            assert (await anext(chunks)).token_ids == [10]
         await nodes.wait_for(lambda: nodes.cancelled == ["r.0"] and bool(nodes.finished))
         assert nodes.finished[0].outcome == "closed"
         assert len(dispatch.streams) == 0
@@ -532,7 +529,7 @@ async def test_deadline_ends_the_request_cleanly(nats_server: NatsServer) -> Non
 
     async with cluster(nats_server, dawdle) as (dispatch, nodes):
         with pytest.raises(DeadlineExceeded):
-            await collect(dispatch, generation(deadline_s=0.3))
+            await collect(dispatch, new_request(deadline_s=0.3))
         await nodes.wait_for(lambda: nodes.cancelled == ["r.0"])
 
 
@@ -572,10 +569,10 @@ async def test_what_is_open_is_waiting_or_running(nats_server: NatsServer) -> No
     async with cluster(nats_server, live) as (dispatch, _):
         dispatches.append(dispatch)
         look("before")
-        pieces = dispatch.generate(generation())
-        await anext(pieces)
+        chunks = dispatch.generate(new_request())
+        await anext(chunks)
         look("first token")
-        await collect_rest(pieces)
+        await collect_rest(chunks)
         look("after")
     waiting, running_ = Load(0, 1, 0.0), Load(1, 0, 0.0)
     assert seen == [
@@ -600,21 +597,21 @@ async def test_the_record_tells_where_a_request_was_and_how_long_it_waited(nats_
             run, *(chunk(tid_of(run), i, [10 + i], "length" if i == 3 else None) for i in (1, 2, 3))
         )
 
-    one = generation()
+    one = new_request()
     async with cluster(nats_server, compute) as (dispatch, nodes):
         await collect(dispatch, one)
         await nodes.wait_for(lambda: nodes.finished != [])
-    record, [event] = one.record, nodes.finished
-    assert (record.num_attempts, record.prefill_node, record.decode_node) == (1, "p", "d")
-    assert record.ttft_s == event.phases_s["ttft"]
-    assert record.queue_s == pytest.approx(3.0 + event.phases_s["schedule"])
+    [event] = nodes.finished
+    assert (one.num_attempts, one.prefill_node, one.decode_node) == (1, "p", "d")
+    assert one.ttft_s == event.phases_s["ttft"]
+    assert one.queue_s == pytest.approx(3.0 + event.phases_s["schedule"])
 
 
 async def test_a_stream_lives_through_a_nats_that_stands_still(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch_module, "SILENCE_S", 0.4)
-    monkeypatch.setattr(journey_module, "SCHEDULER_PATIENCE_S", 0.4)
+    monkeypatch.setattr(dispatch_module, "SCHEDULER_PATIENCE_S", 0.4)
     monkeypatch.setattr(client_module, "PING_EVERY_S", 0.025)
     monkeypatch.setattr(dispatch_module, "RESUME_TIMEOUT_S", 0.3)
     monkeypatch.setattr(connection, "SETTLE_S", 0.5)
@@ -625,10 +622,10 @@ async def test_a_stream_lives_through_a_nats_that_stands_still(
         nodes.resumable[tid_of(run)] = [10, 11, 12, 13]
 
     async with cluster(nats_server, go_on_later) as (dispatch, nodes):
-        pieces = dispatch.generate(generation())
-        assert (await anext(pieces)).token_ids == [10]
+        chunks = dispatch.generate(new_request())
+        assert (await anext(chunks)).token_ids == [10]
         with nats_server.frozen():
-            rest = asyncio.create_task(collect_rest(pieces))
+            rest = asyncio.create_task(collect_rest(chunks))
             await asyncio.sleep(1.5)  # longer than silence, a hole or a missing scheduler is borne
             assert not rest.done()
         async with asyncio.timeout(5):
@@ -640,7 +637,7 @@ async def test_a_stream_lives_through_a_nats_that_stands_still(
 async def test_a_stream_that_needs_another_pair_waits_for_nats(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journey_module, "SCHEDULER_PATIENCE_S", 0.4)
+    monkeypatch.setattr(dispatch_module, "SCHEDULER_PATIENCE_S", 0.4)
     monkeypatch.setattr(client_module, "PING_EVERY_S", 0.025)
     monkeypatch.setattr(dispatch_module, "UNSETTLED_PAUSE_S", 0.3)
     refused_at = 0.0
@@ -659,11 +656,11 @@ async def test_a_stream_that_needs_another_pair_waits_for_nats(
         await nodes.send(run, failure(tid_of(run), Unavailable("stuck")))
 
     async with cluster(nats_server, fail_after_one, refuse, answer_later) as (dispatch, nodes):
-        pieces = dispatch.generate(generation())
-        assert (await anext(pieces)).token_ids == [10]
+        chunks = dispatch.generate(new_request())
+        assert (await anext(chunks)).token_ids == [10]
         with nats_server.frozen():
-            rest = asyncio.create_task(collect_rest(pieces))
-            new = asyncio.create_task(collect(dispatch, generation()))
+            rest = asyncio.create_task(collect_rest(chunks))
+            new = asyncio.create_task(collect(dispatch, new_request()))
             async with asyncio.timeout(5):
                 with pytest.raises(Unavailable):  # who has not begun may as well ask another gateway
                     await new
@@ -689,12 +686,12 @@ async def test_when_nats_ends_the_connection_for_good_so_do_the_answers(nats_ser
         await stack.enter_async_context(service)
         gateway = open_dispatch(nats_server.url, OWN, closed.set)
         dispatch = await gateway.__aenter__()
-        pieces = dispatch.generate(generation())
-        assert (await anext(pieces)).token_ids == [10]
+        chunks = dispatch.generate(new_request())
+        assert (await anext(chunks)).token_ids == [10]
         await dispatch._bus.nc._process_err("'Authorization Violation'")
         async with asyncio.timeout(5):
             await closed.wait()
             with pytest.raises(Unavailable):
-                await anext(pieces)
+                await anext(chunks)
             with pytest.raises(Unavailable, match="for good"):
                 await gateway.__aexit__(None, None, None)

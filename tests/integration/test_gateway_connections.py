@@ -13,18 +13,18 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from gateway_support import MODEL, ScriptedGenerator, text_pieces, write_tokenizer
+from gateway_support import MODEL, ScriptedDispatch, text_chunks, write_tokenizer
 from prometheus_client import CollectorRegistry
 from starlette.types import Message
 
 from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import Full
 from flowkv_common.telemetry import serve_http
-from flowkv_gateway import answer as sse
-from flowkv_gateway import http as connection_module
-from flowkv_gateway.app import build_app
-from flowkv_gateway.http import STOPPED, ApiConnection
-from flowkv_gateway.schemas import SamplingDefaults
+from flowkv_gateway import answer, http
+from flowkv_gateway.app import Api
+from flowkv_gateway.errors import STOPPED
+from flowkv_gateway.http import ApiConnection
+from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "say hello"}]}
@@ -40,14 +40,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds comes soon."""
-    monkeypatch.setattr(connection_module, "_HEAD_TIMEOUT_S", SOON_S)
-    monkeypatch.setattr(sse, "HEADERS_AFTER_S", SOON_S)
+    monkeypatch.setattr(http, "HEAD_TIMEOUT_S", SOON_S)
+    monkeypatch.setattr(answer, "HEADERS_AFTER_S", SOON_S)
 
 
 @dataclass
 class Gateway:
     port: int
-    generator: ScriptedGenerator
+    dispatch: ScriptedDispatch
     http: httpx.AsyncClient
     stop: asyncio.Event  # it is about to stop
     leave: asyncio.Event  # its delay is over
@@ -63,11 +63,11 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def ask(self, stream: bool) -> AsyncIterator[asyncio.StreamReader]:
-        """A request on a connection of its own, once the generator has it."""
+        """A request on a connection of its own, once the dispatch has it."""
         async with self.connect() as (reader, writer):
             writer.write(post({**CHAT, "stream": stream}))
-            await self.generator.was_asked.wait()
-            self.generator.was_asked.clear()
+            await self.dispatch.was_asked.wait()
+            self.dispatch.was_asked.clear()
             yield reader
 
 
@@ -80,14 +80,14 @@ def post(body: dict[str, Any]) -> bytes:
 @contextlib.asynccontextmanager
 async def serving(tokenizer: Tokenizer, **settings: Any) -> AsyncIterator[Gateway]:
     wanted = GatewaySettings(model_path="unused", model_name=MODEL, **settings)
-    generator = ScriptedGenerator(text_pieces(tokenizer, "hello"))
+    dispatch = ScriptedDispatch(text_chunks(tokenizer, "hello"))
     stop, leave = asyncio.Event(), asyncio.Event()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    app = build_app(wanted, tokenizer, generator, CollectorRegistry(), SamplingDefaults(), stop)
+    api = Api(wanted, tokenizer, dispatch, CollectorRegistry(), SamplingDefaults(), stop)
 
     async def serve() -> None:
         async with serve_http(
-            app,
+            api.app,
             "127.0.0.1",
             0,
             connection=ApiConnection,
@@ -101,7 +101,7 @@ async def serving(tokenizer: Tokenizer, **settings: Any) -> AsyncIterator[Gatewa
         tasks.create_task(serve())
         url = f"http://127.0.0.1:{await port}"
         async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False, verify=False) as http:
-            yield Gateway(await port, generator, http, stop, leave)
+            yield Gateway(await port, dispatch, http, stop, leave)
         leave.set()
 
 
@@ -174,7 +174,7 @@ async def test_a_head_that_can_be_read_in_two_ways_is_refused_and_the_end(
     assert first.splitlines()[0] == b"HTTP/1.1 " + status_line
     assert b"connection: close" in first.lower()
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
-    assert gateway.generator.asked == []
+    assert gateway.dispatch.asked == []
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ async def test_the_target_may_be_absolute(gateway: Gateway, target: bytes, statu
 @pytest.mark.usefixtures("impatient")
 async def test_a_stream_that_waits_has_headers_and_comments(gateway: Gateway, tokenizer: Tokenizer) -> None:
     gate = asyncio.Event()
-    gateway.generator.script = [gate, *text_pieces(tokenizer, "hello")]
+    gateway.dispatch.script = [gate, *text_chunks(tokenizer, "hello")]
     async with gateway.ask(stream=True) as reader:
         assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
         for _ in range(3):
@@ -220,7 +220,7 @@ async def test_a_stream_that_waits_has_headers_and_comments(gateway: Gateway, to
 async def test_comments_can_be_switched_off(tokenizer: Tokenizer) -> None:
     async with serving(tokenizer, ping_s=0) as gateway:
         gate = asyncio.Event()
-        gateway.generator.script = [gate, *text_pieces(tokenizer, "hello")]
+        gateway.dispatch.script = [gate, *text_chunks(tokenizer, "hello")]
         async with gateway.ask(stream=True) as reader:
             await reader.readuntil(b"\r\n\r\n")
             with pytest.raises(TimeoutError):
@@ -234,7 +234,7 @@ async def test_comments_can_be_switched_off(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("is_late", [False, True])
 async def test_an_error_has_its_status_until_the_headers_are_gone(gateway: Gateway, is_late: bool) -> None:
     gate = asyncio.Event()
-    gateway.generator.script = [gate, Full("no room", retry_after_s=3)]
+    gateway.dispatch.script = [gate, Full("no room", retry_after_s=3)]
     async with gateway.ask(stream=True) as reader:
         if is_late:
             assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
@@ -247,7 +247,7 @@ async def test_an_error_has_its_status_until_the_headers_are_gone(gateway: Gatew
 
 
 async def test_what_some_take_for_a_line_break_is_escaped(gateway: Gateway, tokenizer: Tokenizer) -> None:
-    gateway.generator.script = text_pieces(tokenizer, LINE_BREAKS)
+    gateway.dispatch.script = text_chunks(tokenizer, LINE_BREAKS)
     async with gateway.http.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as response:
         lines = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
     assert lines.pop() == "[DONE]"
@@ -281,7 +281,7 @@ async def test_who_is_about_to_stop_is_not_ready_but_serves(gateway: Gateway) ->
 @pytest.mark.usefixtures("no_errors")
 async def test_open_answers_end_by_themselves(gateway: Gateway, tokenizer: Tokenizer) -> None:
     gate = asyncio.Event()
-    gateway.generator.script = [*text_pieces(tokenizer, "hello")[:1], gate, *text_pieces(tokenizer, "hello")]
+    gateway.dispatch.script = [*text_chunks(tokenizer, "hello")[:1], gate, *text_chunks(tokenizer, "hello")]
     async with gateway.ask(stream=True) as stream, gateway.ask(stream=False) as whole:
         gateway.leave.set()
         await until_refused(gateway)
@@ -307,7 +307,7 @@ async def test_who_is_cut_off_at_the_end_is_told(
     """A stream by an event, a whole answer and a request that is still being sent by 503."""
     caplog.set_level(logging.INFO)
     async with serving(tokenizer, drain_timeout_s=SOON_S) as gateway:
-        gateway.generator.script = [*text_pieces(tokenizer, "hello")[:1], asyncio.Event()]
+        gateway.dispatch.script = [*text_chunks(tokenizer, "hello")[:1], asyncio.Event()]
         async with (
             gateway.ask(stream=True) as stream,
             gateway.ask(stream=False) as whole,
@@ -346,10 +346,10 @@ async def test_a_client_that_never_reads_does_not_hold_the_server_up(tokenizer: 
                 yield self[0]
 
     async with serving(tokenizer, drain_timeout_s=SOON_S) as gateway:
-        gateway.generator.script = Endless(text_pieces(tokenizer, "hello")[:1])
+        gateway.dispatch.script = Endless(text_chunks(tokenizer, "hello")[:1])
         async with gateway.ask(stream=True):
             gateway.leave.set()
-            await gateway.generator.was_cancelled.wait()
+            await gateway.dispatch.was_cancelled.wait()
 
 
 async def test_who_is_cut_off_at_the_end_and_does_not_read_is_no_client_that_left(
@@ -357,8 +357,8 @@ async def test_who_is_cut_off_at_the_end_and_does_not_read_is_no_client_that_lef
 ) -> None:
     caplog.set_level(logging.INFO)
     settings = GatewaySettings(model_path="unused", model_name=MODEL)
-    generator, registry = ScriptedGenerator([asyncio.Event()]), CollectorRegistry()
-    app = build_app(settings, tokenizer, generator, registry, SamplingDefaults(), asyncio.Event())
+    dispatch, registry = ScriptedDispatch([asyncio.Event()]), CollectorRegistry()
+    api = Api(settings, tokenizer, dispatch, registry, SamplingDefaults(), asyncio.Event())
     body = [json.dumps(CHAT).encode()]
     is_told = asyncio.Event()
 
@@ -374,8 +374,8 @@ async def test_who_is_cut_off_at_the_end_and_does_not_read_is_no_client_that_lef
 
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
     async with asyncio.timeout(10):
-        serving = asyncio.create_task(app(scope, receive, send))
-        await generator.was_asked.wait()
+        serving = asyncio.create_task(api.app(scope, receive, send))
+        await dispatch.was_asked.wait()
         serving.cancel()  # the time to drain is over
         await is_told.wait()
         serving.cancel()  # the time for a last word, too

@@ -18,7 +18,7 @@ from scripted_nodes import Node, living, schedule
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import ModelFiles
-from flowkv_gateway.cluster import ASK_PERIOD_S, SCHEDULER_SILENT_S, OwnModel
+from flowkv_gateway.cluster import READY_PERIOD_S, SCHEDULER_SILENT_S, OwnModel
 from flowkv_gateway.dispatch import Dispatch, open_dispatch
 
 NO_NODE = "no node of the model is ready"
@@ -76,10 +76,10 @@ async def test_a_scheduler_that_is_gone_makes_a_gateway_unready(
         async with scheduler(nats_server) as process:
             await until(gateway, None)
             process.send_signal(end)
-            assert await until(gateway, NO_SCHEDULER) < SCHEDULER_SILENT_S + 2 * ASK_PERIOD_S
+            assert await until(gateway, NO_SCHEDULER) < SCHEDULER_SILENT_S + 2 * READY_PERIOD_S
         async with scheduler(nats_server):
             await until_scheduled(bus)
-            assert await until(gateway, None) < 4 * ASK_PERIOD_S
+            assert await until(gateway, None) < 4 * READY_PERIOD_S
 
 
 async def until_scheduled(bus: Bus) -> None:

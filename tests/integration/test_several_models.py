@@ -39,7 +39,7 @@ from flowkv_common.wire.messages import (
 from flowkv_common.wire.nodes import LoadReport
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_gateway.cluster import OwnModel
-from flowkv_gateway.dispatch import Dispatch, Generation, open_dispatch
+from flowkv_gateway.dispatch import Dispatch, RequestState, open_dispatch
 from flowkv_scheduler.app import serve as serve_scheduler
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
@@ -107,7 +107,7 @@ async def until_ready(dispatch: Dispatch, bus: Bus) -> None:
 async def ask(dispatch: Dispatch, prompt_ids: list[int]) -> list[int]:
     card = dispatch.model()
     assert card is not None
-    wanted = Generation(
+    wanted = RequestState(
         f"r{next(NUMBERS)}", prompt_ids, GREEDY, deadline_s=TIMEOUT_S, fingerprint=card.fingerprint
     )
     return [token_id async for piece in dispatch.generate(wanted) for token_id in piece.token_ids]
@@ -179,7 +179,7 @@ async def test_a_rolling_change_of_model_gives_no_wrong_answer(
             is_over.set()
             assert await asking > 0
         # Rather no answer than another model's.
-        wanted = Generation("late", [30] * 9, GREEDY, deadline_s=1.0, fingerprint=a.model.card.fingerprint)
+        wanted = RequestState("late", [30] * 9, GREEDY, deadline_s=1.0, fingerprint=a.model.card.fingerprint)
         with pytest.raises(DeadlineExceeded) as late:
             await anext(of_a.generate(wanted))
         assert "no node of the model is ready" in str(late.value.__cause__)

@@ -16,10 +16,10 @@ from flowkv_common.bus.connection import connect
 from flowkv_common.config import NodeSettings, SchedulerSettings
 from flowkv_common.errors import Unavailable
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import ModelFiles, SamplingParams, payload_for, window_that_fits
+from flowkv_common.wire.messages import ModelFiles, SamplingParams, TokenChunk, payload_for, window_that_fits
 from flowkv_common.wire.nodes import LoadReport, StepFit
 from flowkv_gateway.cluster import OwnModel
-from flowkv_gateway.dispatch import Dispatch, Generation, Piece, open_dispatch
+from flowkv_gateway.dispatch import Dispatch, RequestState, open_dispatch
 from flowkv_scheduler.app import serve as serve_scheduler
 from tests.paced.digest import paced_tokens
 from tests.paced.engine import Pace
@@ -50,13 +50,13 @@ class Small(NamedTuple):
     def num_steps(self) -> dict[str, int]:
         return {name: node.engine.kept.num_steps for name, node in self.nodes.items() if node.engine}
 
-    async def answer(self, prompt_ids: list[int], max_tokens: int) -> AsyncIterator[Piece]:
+    async def answer(self, prompt_ids: list[int], max_tokens: int) -> AsyncIterator[TokenChunk]:
         card = self.dispatch.model()
         assert card is not None
         sampling = SamplingParams(
             max_tokens=max_tokens, temperature=0.0, ignore_eos=True, logit_bias=BIAS, num_logprobs=1
         )
-        wanted = Generation("r", prompt_ids, sampling, TIMEOUT_S, fingerprint=card.fingerprint)
+        wanted = RequestState("r", prompt_ids, sampling, TIMEOUT_S, fingerprint=card.fingerprint)
         async for piece in self.dispatch.generate(wanted):
             yield piece
 

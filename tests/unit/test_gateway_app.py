@@ -8,15 +8,15 @@ from typing import Any
 
 import httpx
 import pytest
-from gateway_support import MODEL, ScriptedGenerator, text_pieces, write_tokenizer
+from gateway_support import MODEL, ScriptedDispatch, text_chunks, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
 from flowkv_common.config import GatewaySettings
-from flowkv_gateway.app import build_app
-from flowkv_gateway.schemas import SamplingDefaults
+from flowkv_gateway.app import Api
+from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
 
 JSON = st.recursive(
@@ -54,11 +54,10 @@ BODY = st.fixed_dictionaries(
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Starlette:
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-    generator = ScriptedGenerator(text_pieces(tokenizer, "hello"))
+    dispatch = ScriptedDispatch(text_chunks(tokenizer, "hello"))
     gateway_settings = GatewaySettings(model_path="unused", model_name=MODEL)
-    return build_app(
-        gateway_settings, tokenizer, generator, CollectorRegistry(), SamplingDefaults(), asyncio.Event()
-    )
+    api = Api(gateway_settings, tokenizer, dispatch, CollectorRegistry(), SamplingDefaults(), asyncio.Event())
+    return api.app
 
 
 @settings(deadline=None, max_examples=60)

@@ -6,13 +6,12 @@ import math
 import time
 from typing import Any
 
-import msgspec
 import pytest
+from gateway_support import token_chunk
 
 from flowkv_common.wire.messages import SamplingParams, TokenLogprob
-from flowkv_gateway.dispatch import Generation, Piece
-from flowkv_gateway.output import Choice, Delta, Display, prepare_stops
-from flowkv_gateway.schemas import ChatShape, TextShape, WholeChoice
+from flowkv_gateway.dispatch import RequestState
+from flowkv_gateway.output import ChatWriter, Choice, Delta, Display, ReplyWriter, TextWriter, prepare_stops
 from flowkv_gateway.tokenizer import Vocabulary
 
 VOCABULARY = Vocabulary(
@@ -22,17 +21,15 @@ VOCABULARY = Vocabulary(
 
 def make_choice(stops: tuple[str, ...] = (), min_tokens: int = 0, **display: Any) -> Choice:
     sampling = SamplingParams(max_tokens=9, min_tokens=min_tokens)
-    generation = Generation("cmpl-1", [1], sampling, 60.0, fingerprint="f")
-    return Choice(
-        3, generation, VOCABULARY, Display(prepare_stops(stops, VOCABULARY.special_texts), **display)
-    )
+    request = RequestState("cmpl-1", [1], sampling, 60.0, "f")
+    return Choice(3, request, VOCABULARY, Display(prepare_stops(stops, VOCABULARY.special_texts), **display))
 
 
 def push(choice: Choice, *token_ids: int, finish_reason: str | None = None) -> list[Delta]:
-    return list(choice.push(Piece(list(token_ids), [], finish_reason, 0)))
+    return list(choice.push(token_chunk(*token_ids, finish_reason=finish_reason)))
 
 
-def test_one_delta_per_token_also_within_a_piece() -> None:
+def test_one_delta_per_token_also_within_a_chunk() -> None:
     choice = make_choice()
     deltas = push(choice, 1, 2) + push(choice, 5) + push(choice, 6, 0, finish_reason="stop")
     assert [delta.text for delta in deltas] == ["one", " two", "", "\u20ac", ""]
@@ -86,12 +83,12 @@ def test_special_tokens_and_stop_strings_are_shown_to_who_wants_them() -> None:
 
 
 def test_stop_strings_are_prepared_once_for_all_choices() -> None:
-    generation = Generation("cmpl-1", [1], SamplingParams(max_tokens=9), 60.0, fingerprint="f")
+    request = RequestState("cmpl-1", [1], SamplingParams(max_tokens=9), 60.0, "f")
     start = time.process_time()
     display = Display(prepare_stops(["ab" * 500] * 16, VOCABULARY.special_texts))
     prepared = time.process_time()
     for index in range(128):
-        Choice(index, generation, VOCABULARY, display)
+        Choice(index, request, VOCABULARY, display)
     assert time.process_time() - prepared < 5 * (prepared - start)
 
 
@@ -128,10 +125,9 @@ def test_tokens_of_one_text_do_not_hide_each_other() -> None:
     top = [(1, -0.5), (2, -1.0), (3, -2.0)]
 
     def shown_top(chosen: int, value: float) -> dict[str, float]:
-        whole = WholeChoice(0)
         logprob = TokenLogprob(token_id=chosen, logprob=value, top=top)
-        whole.add(Delta(0, "", True, None, logprob, 0, chosen))
-        logprobs = TextShape(vocabulary).whole(whole).logprobs
+        delta = Delta(0, "", True, None, logprob, 0, chosen)
+        logprobs = TextWriter(vocabulary, "m").choice([delta], is_chunk=False).logprobs
         assert logprobs is not None
         assert logprobs.top_logprobs[0][logprobs.tokens[0]] == value
         return logprobs.top_logprobs[0]
@@ -143,7 +139,7 @@ def test_tokens_of_one_text_do_not_hide_each_other() -> None:
 
 
 def test_chat_logprobs() -> None:
-    logprobs = ChatShape(VOCABULARY).chunk(logprob_delta()).logprobs
+    logprobs = ChatWriter(VOCABULARY, "m").choice([logprob_delta()], is_chunk=True).logprobs
     assert logprobs is not None
     [entry] = logprobs.content
     assert (entry.token, entry.logprob, entry.bytes) == ("bytes:\\xe2", -0.5, [0xE2])
@@ -155,9 +151,7 @@ def test_chat_logprobs() -> None:
 
 
 def test_completion_logprobs() -> None:
-    whole = WholeChoice(0)
-    whole.add(logprob_delta())
-    logprobs = TextShape(VOCABULARY).whole(whole).logprobs
+    logprobs = TextWriter(VOCABULARY, "m").choice([logprob_delta()], is_chunk=False).logprobs
     assert logprobs is not None
     assert logprobs.tokens == ["bytes:\\xe2"]
     assert logprobs.token_logprobs == [-0.5]
@@ -165,16 +159,16 @@ def test_completion_logprobs() -> None:
     assert logprobs.text_offset == [4]
 
 
-@pytest.mark.parametrize("shape", [ChatShape(VOCABULARY), TextShape(VOCABULARY)])
-def test_no_logprobs_unless_asked_for(shape: ChatShape | TextShape) -> None:
-    assert shape.chunk(Delta(0, "one", True, None, None, 0, 7)).logprobs is None
-
-
-@pytest.mark.parametrize("shape", [ChatShape, TextShape])
-def test_token_ids_are_shown_only_when_asked_for(shape: type[ChatShape | TextShape]) -> None:
+@pytest.mark.parametrize("kind", [ChatWriter, TextWriter])
+def test_no_logprobs_unless_asked_for(kind: type[ReplyWriter]) -> None:
     delta = Delta(0, "one", True, None, None, 0, 7)
-    whole = WholeChoice(0)
-    whole.add(delta)
-    assert shape(VOCABULARY, True).chunk(delta).token_ids == [7]
-    assert shape(VOCABULARY, True).whole(whole).token_ids == [7]
-    assert b"token_ids" not in msgspec.json.encode(shape(VOCABULARY).chunk(delta))
+    for is_chunk in (True, False):
+        assert kind(VOCABULARY, "m").choice([delta], is_chunk=is_chunk).logprobs is None
+
+
+@pytest.mark.parametrize("kind", [ChatWriter, TextWriter])
+def test_token_ids_are_shown_only_when_asked_for(kind: type[ReplyWriter]) -> None:
+    delta = Delta(0, "one", True, None, None, 0, 7)
+    for is_chunk in (True, False):
+        assert kind(VOCABULARY, "m", shows_token_ids=True).choice([delta], is_chunk=is_chunk).token_ids == [7]
+    assert b"token_ids" not in kind(VOCABULARY, "m").chunk(delta, None)

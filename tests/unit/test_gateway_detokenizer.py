@@ -6,12 +6,14 @@ import json
 import time
 
 import pytest
-from gateway_support import write_tokenizer
+from gateway_support import token_chunk, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
 
-from flowkv_gateway.output import Detokenizer, StopFinder, prepare_stops
+from flowkv_common.wire.messages import SamplingParams
+from flowkv_gateway.dispatch import RequestState
+from flowkv_gateway.output import Choice, Display, StopFinder, prepare_stops
 from flowkv_gateway.tokenizer import Vocabulary
 
 
@@ -27,8 +29,11 @@ def vocabulary(raw: RawTokenizer) -> Vocabulary:
 
 
 def decode(vocabulary: Vocabulary, token_ids: list[int]) -> list[str]:
-    detokenizer = Detokenizer(vocabulary)
-    return [*(detokenizer.push(token_id) for token_id in token_ids), detokenizer.finish()]
+    """The text that each token completes, and at last what can't be completed."""
+    request = RequestState("r", [1], SamplingParams(max_tokens=1), 60.0, "f")
+    choice = Choice(0, request, vocabulary, Display(shows_special=True))
+    deltas = [*choice.push(token_chunk(*token_ids)), *choice.push(token_chunk(finish_reason="length"))]
+    return [delta.text for delta in deltas]
 
 
 @given(text=st.text())

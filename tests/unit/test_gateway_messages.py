@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from flowkv_common.errors import BadRequest
-from flowkv_gateway.fields import parse_json
-from flowkv_gateway.messages import check_messages, for_template
-from flowkv_gateway.schemas import ChatRequest
+from flowkv_gateway.prompts import for_template
+from flowkv_gateway.schemas import ChatRequest, check_messages, parse_json
 
 
 def rendered(*messages: dict[str, Any]) -> list[dict[str, Any]]:

@@ -15,25 +15,27 @@ from hypothesis import strategies as st
 
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import ModelCard, SamplingParams
-from flowkv_gateway.dispatch import Generation
-from flowkv_gateway.fields import (
+from flowkv_gateway.dispatch import RequestState
+from flowkv_gateway.errors import ContextLengthExceeded
+from flowkv_gateway.prompts import (
+    SamplingDefaults,
+    chat_prompt,
+    load_sampling_defaults,
+    plan,
+    tokenize_prompt,
+)
+from flowkv_gateway.schemas import (
     CHANGE_NOTHING,
     CHAT,
     COMPLETIONS,
     REFUSED,
     TOKENIZE,
-    Refused,
-    parse_json,
-    parse_request,
-)
-from flowkv_gateway.http import ContextLengthExceeded
-from flowkv_gateway.prompts import chat_prompt, plan, tokenize_prompt
-from flowkv_gateway.schemas import (
     ChatRequest,
     CompletionRequest,
-    SamplingDefaults,
+    Refused,
     TokenizeRequest,
-    load_sampling_defaults,
+    parse_json,
+    parse_request,
 )
 from flowkv_gateway.tokenizer import Tokenizer
 
@@ -42,16 +44,12 @@ USER = [{"role": "user", "content": "hi"}]
 
 def chat(**fields: Any) -> ChatRequest:
     body = json.dumps({"messages": USER, **fields}).encode()
-    request = parse_request(body, ChatRequest)
-    request.check()
-    return request
+    return parse_request(body, ChatRequest)
 
 
 def completion(**fields: Any) -> CompletionRequest:
     body = json.dumps({"prompt": "hi", **fields}).encode()
-    request = parse_request(body, CompletionRequest)
-    request.check()
-    return request
+    return parse_request(body, CompletionRequest)
 
 
 def planned(
@@ -59,7 +57,7 @@ def planned(
     *prompts: list[int],
     defaults: SamplingDefaults | None = None,
     card: ModelCard = CARD,
-) -> list[list[Generation]]:
+) -> list[list[RequestState]]:
     return plan(
         request,
         prompts or ([5, 6],),

@@ -11,11 +11,11 @@ from flowkv_common.aio import stop_on_signals
 from flowkv_common.config import GatewaySettings, load
 from flowkv_common.fingerprint import model_files
 from flowkv_common.telemetry import process_registry, reason_in_one_line, serve_http, setup_logs
-from flowkv_gateway.app import build_app
+from flowkv_gateway.app import Api
 from flowkv_gateway.cluster import OwnModel
 from flowkv_gateway.dispatch import open_dispatch
 from flowkv_gateway.http import ApiConnection
-from flowkv_gateway.schemas import load_sampling_defaults
+from flowkv_gateway.prompts import load_sampling_defaults
 from flowkv_gateway.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -29,9 +29,9 @@ async def serve(settings: GatewaySettings) -> None:
     defaults = load_sampling_defaults(folder, settings.generation_config)
     own = OwnModel(await asyncio.to_thread(model_files, folder), settings.model_name)
     async with open_dispatch(settings.nats_url, own, stop.set) as dispatch:
-        app = build_app(settings, tokenizer, dispatch, process_registry(), defaults, stop)
+        api = Api(settings, tokenizer, dispatch, process_registry(), defaults, stop)
         async with serve_http(
-            app,
+            api.app,
             settings.host,
             settings.port,
             connection=ApiConnection,

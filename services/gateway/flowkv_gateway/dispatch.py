@@ -1,4 +1,4 @@
-"""What the HTTP side asks for and what it gets back. Knows neither HTTP nor NATS."""
+"""One request's way through the cluster: schedule, start the attempt, stream its tokens, retry."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 
 from flowkv_common import __version__
 from flowkv_common.aio import Phases, running
-from flowkv_common.bus.connection import SETTLE_S, Bus, connect
+from flowkv_common.bus.connection import CONTROL_TIMEOUT_S, SETTLE_S, Bus, connect
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import (
@@ -30,6 +30,7 @@ from flowkv_common.errors import (
     from_wire,
 )
 from flowkv_common.wire import subjects
+from flowkv_common.wire.hashing import block_hashes
 from flowkv_common.wire.messages import (
     Accepted,
     Assignment,
@@ -45,70 +46,187 @@ from flowkv_common.wire.messages import (
     StepTokens,
     TokenChunk,
     TokenIds,
-    TokenLogprob,
     Wait,
     hashes_that_fit,
     ids_that_fit,
     transfer_id,
 )
 from flowkv_common.wire.nodes import LoadReport
-from flowkv_gateway.cluster import (
-    MAX_HASHES,
-    AttemptStream,
-    Cluster,
-    HashBasis,
-    OwnModel,
-    PromptHashes,
-    Readiness,
-    Streams,
-)
-from flowkv_gateway.http import for_client
+from flowkv_gateway.cluster import Cluster, OwnModel, Readiness
+from flowkv_gateway.errors import for_client
+from flowkv_gateway.streams import Streams, TokenStream
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+# What another attempt can't mend: the request itself is wrong, refused, or out of time.
+FINAL = (BadRequest, NotFound, TooLarge, Full, DeadlineExceeded)
+# A scheduler decides within milliseconds. One that hangs stays subscribed, its successor comes within 2.5 s,
+# and whoever has asked the first one must not wait much longer than that.
+SCHEDULE_TIMEOUT_S = 1.0
+SCHEDULER_PATIENCE_S = 10.0
+# No token and no keepalive for so long: the attempt is lost. Nodes send keepalives once a second.
+SILENCE_S = 3.0
+# A message that is out of order by more than this was lost.
+GAP_S = 0.1
+# Longer than it takes to notice that it is we who are cut off.
+RESUME_TIMEOUT_S = 2.0
+# Just after NATS was away nodes may not be back yet: attempts must not fail one after the other meanwhile.
+UNSETTLED_PAUSE_S = 1.0
+
+# The phases before a first token in which nothing of the request is computed.
+WAITS = ("schedule", "queue", "reserve")
+MAX_HASHES = 16_384  # of a longer prompt the beginning will do
+MAX_HASHES_IN_LOOP = 1000  # a few milliseconds: the event loop must not stand still for more
 
 
 @dataclass
-class Record:
-    """What has become of a generation so far. Written by who makes the answer, read by who asked for it.
+class RequestState:
+    """One prompt to continue once, and how far its answer has come, over all attempts.
 
-    `queue_s` of the `ttft_s` seconds to the first token were waits: for a pair of nodes, and at the nodes.
+    The HTTP side makes it and reads it. `Dispatch.generate` moves it on.
     """
-
-    num_attempts: int = 0
-    prefill_node: str = ""  # of the last attempt
-    decode_node: str = ""
-    ttft_s: float | None = None
-    queue_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One prompt to continue once. `deadline_s` counts from the call of `generate`."""
 
     request_id: str
     prompt_ids: list[int]
     sampling: SamplingParams
-    deadline_s: float
+    deadline_s: float  # from the call of `generate` on
+    fingerprint: str  # of the model, on all attempts
     priority: int = 0
-    fingerprint: str = field(kw_only=True)  # of the model, on all attempts
-    record: Record = field(default_factory=Record, compare=False)
 
+    attempt: int = 0
+    num_attempts: int = 0  # that were given nodes
+    prefill_node: str = ""  # of the last attempt
+    decode_node: str = ""
+    output_ids: list[int] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    ttft_s: float | None = None
+    queue_s: float = 0.0  # of `ttft_s`: waits for a pair of nodes, and at the nodes
+    outcome: str = "closed"  # unless it ends otherwise: a stop string was found, or the client left
+    error: str | None = None
+    avoid: set[str] = field(default_factory=set)  # nodes that failed this request
+    phases: Phases = field(default_factory=Phases, compare=False)
+    predicted_ttft_s: float = 0.0  # by the scheduler's first answer: what the request was let in for
 
-class Piece(NamedTuple):
-    """The next tokens of an answer, in order and without gaps; `finish_reason` is set in the last piece.
+    began: float = 0.0  # monotonic, as the next two
+    asked_since: float = 0.0  # `began`, moved on by the time that was spent at nodes
+    assigned_at: float = 0.0
+    first_of_attempt: int = 0  # index of the attempt's first token
+    hashes: list[str] = field(default_factory=list)  # of the first full blocks
+    hashed_block_size: int | None = None
 
-    `logprobs` is empty or has one entry per token.
-    """
+    @property
+    def transfer_id(self) -> str:
+        return transfer_id(self.request_id, self.attempt)
 
-    token_ids: list[int]
-    logprobs: list[TokenLogprob]
-    finish_reason: str | None
-    num_cached_tokens: int
+    @property
+    def is_finished(self) -> bool:
+        return self.outcome in ("stop", "length")
+
+    def begin(self) -> None:
+        self.began = self.asked_since = time.monotonic()
+
+    def lived_s(self) -> float:
+        return time.monotonic() - self.began
+
+    def remaining_s(self) -> float:
+        return self.began + self.deadline_s - time.monotonic()
+
+    async def hash_blocks(self, block_size: int | None, max_hashes: int) -> list[str]:
+        """Hashes of the first full blocks, prompt and output together; none if no node's block size is known.
+
+        Tokens are only added, so no block is hashed twice. Many are hashed beside the event loop.
+        """
+        if block_size is None:
+            return []
+        if block_size != self.hashed_block_size:
+            self.hashed_block_size, self.hashes = block_size, []
+        token_ids = self.prompt_ids + self.output_ids
+        num_blocks = min(len(token_ids) // block_size, max_hashes, MAX_HASHES)
+        num_new = num_blocks - len(self.hashes)
+        if num_new > 0:
+            wanted = self.fingerprint, token_ids[: num_blocks * block_size], block_size, self.hashes
+            if num_new <= MAX_HASHES_IN_LOOP:
+                self.hashes = block_hashes(*wanted)
+            else:
+                self.hashes = await asyncio.to_thread(block_hashes, *wanted)
+        return self.hashes
+
+    def schedule_request(self, hashes: list[str]) -> ScheduleRequest:
+        return ScheduleRequest(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            fingerprint=self.fingerprint,
+            num_prompt_tokens=len(self.prompt_ids) + len(self.output_ids),
+            max_new_tokens=self.sampling.max_tokens - len(self.output_ids),
+            num_output_tokens=len(self.output_ids),
+            priority=self.priority,
+            age_s=time.monotonic() - self.asked_since,
+            avoid=sorted(self.avoid),
+            deadline_in_s=max(0.0, self.remaining_s()),
+            block_hashes=hashes,
+        )
+
+    def assign_nodes(self, assignment: Assignment) -> None:
+        self.num_attempts = self.attempt + 1
+        self.prefill_node, self.decode_node = assignment.prefill.node_id, assignment.decode.node_id
+        self.assigned_at = time.monotonic()
+
+    def begin_next_attempt(self) -> None:
+        """The same request again, going on from the output that it has.
+
+        Patience begins anew only after an attempt that brought output: a request that gets nothing but
+        assignments waits no longer than one that gets none.
+        """
+        now = time.monotonic()
+        has_run = len(self.output_ids) > self.first_of_attempt
+        self.asked_since = now if has_run else self.asked_since + now - self.assigned_at
+        self.attempt += 1
+        self.first_of_attempt = len(self.output_ids)
+
+    def holder(self) -> str:
+        """The node that has the attempt: decode from the second token of the attempt on."""
+        return self.decode_node if len(self.output_ids) > self.first_of_attempt else self.prefill_node
+
+    def add_chunk(self, chunk: TokenChunk) -> None:
+        is_first = not self.output_ids
+        if is_first:
+            self.ttft_s = self.lived_s()
+            self.phases.add({"ttft": self.ttft_s})
+        self.output_ids += chunk.token_ids
+        # A later attempt finds output of an earlier one cached, too.
+        num_cached_tokens = min(chunk.num_cached_tokens, len(self.prompt_ids))
+        self.num_cached_tokens = max(self.num_cached_tokens, num_cached_tokens)
+        self.phases.add(chunk.phases_s)
+        if is_first:
+            self.queue_s = sum(self.phases.seconds.get(phase, 0.0) for phase in WAITS)
+        if chunk.finish_reason:
+            self.outcome = chunk.finish_reason
+
+    def finished_event(self) -> RequestFinished:
+        total_s = self.lived_s()
+        self.phases.add({"total": total_s})
+        if "ttft" in self.phases.seconds:
+            self.phases.add({"decode": total_s - self.phases.seconds["ttft"]})
+        return RequestFinished(
+            request_id=self.request_id,
+            attempts=self.attempt + 1,
+            outcome=self.outcome,
+            num_prompt_tokens=len(self.prompt_ids),
+            num_output_tokens=len(self.output_ids),
+            num_cached_tokens=self.num_cached_tokens,
+            prefill_node=self.prefill_node,
+            decode_node=self.decode_node,
+            phases_s=self.phases.seconds,
+            error=self.error,
+            predicted_ttft_s=round(self.predicted_ttft_s, 3),
+        )
 
 
 class Load(NamedTuple):
-    """Open requests, by whether a node works at them now, and the share of KV blocks in use.
+    """Open requests of this gateway, by whether a node works at them now, and the nodes' KV blocks in use.
 
-    The requests are this generator's own: so the sum over gateways counts each once. The blocks are those of
-    all nodes of the model.
+    The sum of requests over gateways counts each once. The blocks are those of all nodes of the model.
     """
 
     num_running: int
@@ -116,182 +234,8 @@ class Load(NamedTuple):
     kv_cache_usage: float  # 0 to 1
 
 
-class Generator(Protocol):
-    """Makes answers. The HTTP side knows nothing of nodes, attempts or waiting."""
-
-    def generate(self, generation: Generation) -> AsyncGenerator[Piece, None]:
-        """The answer in pieces. Raises FlowKVError; closing the iterator cancels the request."""
-        ...
-
-    def model(self) -> ModelCard | None:
-        """The model of new requests; None until a node that serves the gateway's model has joined."""
-        ...
-
-    def load(self) -> Load: ...
-
-    def why_not_ready(self) -> str | None:
-        """What is missing for a request sent now to be served; None if nothing is."""
-        ...
-
-
-SCHEDULER_PATIENCE_S = 10.0
-# The phases before a first token in which nothing of the request is computed.
-WAITS = ("schedule", "queue", "reserve")
-
-
-class Journey:
-    """One request from its arrival to its end, over all of its attempts."""
-
-    def __init__(self, generation: Generation, max_hashes: int = MAX_HASHES) -> None:
-        """`max_hashes`: of blocks, in a message to the scheduler."""
-        self.generation = generation
-        self.attempt = 0
-        self.output_ids: list[int] = []
-        self.avoid: set[str] = set()
-        self._hashes = PromptHashes(max_hashes)
-        self._first_of_attempt = 0
-        self._began = time.monotonic()
-        self._asked_since = self._began  # moved on by the time that was spent at nodes
-        self._assigned_at = self._began
-        self._outcome = "closed"  # unless it ends otherwise: a stop string was found, or the client left
-        self._error: str | None = None
-        self._num_cached_tokens = 0
-        self._predicted_ttft_s = 0.0
-        self.phases = Phases()
-
-    @property
-    def transfer_id(self) -> str:
-        return transfer_id(self.generation.request_id, self.attempt)
-
-    @property
-    def is_finished(self) -> bool:
-        return self._outcome in ("stop", "length")
-
-    def lived_s(self) -> float:
-        """Seconds since the request came."""
-        return time.monotonic() - self._began
-
-    def remaining_s(self) -> float:
-        return self._began + self.generation.deadline_s - time.monotonic()
-
-    def waited_too_long_for_scheduler(self) -> bool:
-        return time.monotonic() - self._asked_since > SCHEDULER_PATIENCE_S
-
-    async def schedule_request(self, basis: HashBasis | None) -> ScheduleRequest:
-        """Without block hashes if nothing is known of how nodes make them."""
-        generation = self.generation
-        token_ids = generation.prompt_ids + self.output_ids
-        return ScheduleRequest(
-            request_id=generation.request_id,
-            attempt=self.attempt,
-            fingerprint=generation.fingerprint,
-            num_prompt_tokens=len(token_ids),
-            max_new_tokens=generation.sampling.max_tokens - len(self.output_ids),
-            num_output_tokens=len(self.output_ids),
-            priority=generation.priority,
-            age_s=time.monotonic() - self._asked_since,
-            avoid=sorted(self.avoid),
-            deadline_in_s=max(0.0, self.remaining_s()),
-            block_hashes=await self._hashes.of(token_ids, basis) if basis else [],
-        )
-
-    def foreseen(self, first_token_in_s: float) -> None:
-        """The scheduler has answered; what it says first is what the request was let in for."""
-        if not self._predicted_ttft_s and first_token_in_s:
-            self._predicted_ttft_s = time.monotonic() - self._began + first_token_in_s
-
-    def assigned(self, assignment: Assignment) -> None:
-        record = self.generation.record
-        record.num_attempts = self.attempt + 1
-        record.prefill_node, record.decode_node = assignment.prefill.node_id, assignment.decode.node_id
-        self._assigned_at = time.monotonic()
-
-    def next_attempt(self) -> None:
-        """The same request again, going on from the output that it has.
-
-        Patience begins anew only after an attempt that brought output: who gets nothing but assignments waits
-        no longer than who gets none.
-        """
-        now = time.monotonic()
-        has_run = len(self.output_ids) > self._first_of_attempt
-        self._asked_since = now if has_run else self._asked_since + now - self._assigned_at
-        self.attempt += 1
-        self._first_of_attempt = len(self.output_ids)
-
-    def suspect(self, assignment: Assignment) -> str:
-        """The node that holds the attempt: decode from the second token of the attempt on."""
-        has_first = len(self.output_ids) > self._first_of_attempt
-        return (assignment.decode if has_first else assignment.prefill).node_id
-
-    def take(self, chunk: TokenChunk) -> Piece:
-        """Add a chunk to the output; gives what the client gets of it."""
-        is_first = not self.output_ids
-        if is_first:
-            self.phases.add({"ttft": time.monotonic() - self._began})
-        self.output_ids += chunk.token_ids
-        # A later attempt finds output of an earlier one cached, too.
-        num_cached_tokens = min(chunk.num_cached_tokens, len(self.generation.prompt_ids))
-        self._num_cached_tokens = max(self._num_cached_tokens, num_cached_tokens)
-        self.phases.add(chunk.phases_s)
-        if is_first:
-            spent, record = self.phases.seconds, self.generation.record
-            record.ttft_s = spent["ttft"]
-            record.queue_s = sum(spent.get(phase, 0.0) for phase in WAITS)
-        if chunk.finish_reason:
-            self._outcome = chunk.finish_reason
-        return Piece(
-            token_ids=chunk.token_ids,
-            logprobs=chunk.logprobs,
-            finish_reason=chunk.finish_reason,
-            num_cached_tokens=self._num_cached_tokens,
-        )
-
-    def failed(self, error: FlowKVError) -> None:
-        self._outcome = "error"
-        self._error = error.message
-
-    def finished(self) -> RequestFinished:
-        """The event that closes the journey."""
-        total_s = time.monotonic() - self._began
-        self.phases.add({"total": total_s})
-        if "ttft" in self.phases.seconds:
-            self.phases.add({"decode": total_s - self.phases.seconds["ttft"]})
-        return RequestFinished(
-            request_id=self.generation.request_id,
-            attempts=self.attempt + 1,
-            outcome=self._outcome,
-            num_prompt_tokens=len(self.generation.prompt_ids),
-            num_output_tokens=len(self.output_ids),
-            num_cached_tokens=self._num_cached_tokens,
-            prefill_node=self.generation.record.prefill_node,
-            decode_node=self.generation.record.decode_node,
-            phases_s=self.phases.seconds,
-            error=self._error,
-            predicted_ttft_s=round(self._predicted_ttft_s, 3),
-        )
-
-
-log = logging.getLogger(__name__)
-
-MAX_ATTEMPTS = 3
-CONTROL_TIMEOUT_S = 2.0
-# A scheduler decides within milliseconds. One that hangs stays subscribed, its successor comes within 2.5 s,
-# and who has asked the first one must not wait much longer than that.
-SCHEDULE_TIMEOUT_S = 1.0
-# No token and no keepalive for so long: the attempt is lost. Nodes send keepalives once a second.
-SILENCE_S = 3.0
-# A message that is out of order by more than this was lost.
-GAP_S = 0.1
-# Just after NATS was away nodes may not be back yet: attempts must not fail one after the other meanwhile.
-UNSETTLED_PAUSE_S = 1.0
-# Longer than it takes to notice that it is we who are cut off.
-RESUME_TIMEOUT_S = 2.0
-# What another attempt can't mend: the request itself is wrong, refused, or out of time.
-FINAL = (BadRequest, NotFound, TooLarge, Full, DeadlineExceeded)
-
-
 class Dispatch:
-    """Runs requests on the cluster; the `Generator` behind the HTTP side. Made by `open_dispatch`."""
+    """Runs requests on the cluster. Made by `open_dispatch`."""
 
     def __init__(self, bus: Bus, gateway_id: str, own: OwnModel) -> None:
         self._bus = bus
@@ -302,7 +246,10 @@ class Dispatch:
         self._num_open = 0
 
     def model(self) -> ModelCard | None:
-        """Of new requests; its window is one that our messages can carry."""
+        """The model of new requests; None until a node that serves the gateway's model has joined.
+
+        Its window is one that our messages can carry.
+        """
         if (card := self.cluster.model()) is None:
             return None
         window = min(card.max_model_len, ids_that_fit(self._bus.max_payload))
@@ -318,134 +265,138 @@ class Dispatch:
         return Load(num_running, self._num_open - num_running, self.cluster.kv_cache_usage())
 
     def why_not_ready(self) -> str | None:
+        """What is missing for a request sent now to be served; None if nothing is."""
         return self.readiness.why_not()
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[Piece, None]:
-        """The answer in pieces, over as many attempts as it takes. Raises FlowKVError, fit for the client."""
-        journey = Journey(generation, hashes_that_fit(self._bus.max_payload))
+    async def generate(self, request: RequestState) -> AsyncGenerator[TokenChunk, None]:
+        """The answer in chunks, in order and without gaps, over as many attempts as it takes.
+
+        The last chunk has a finish reason; none has an error: those are raised as FlowKVError, fit for the
+        client. Closing the generator cancels the request.
+        """
+        request.begin()
         self._num_open += 1
         try:
             while True:
-                # It asks for as long as it makes sense: what comes of that is final.
-                assignment = await self._schedule(journey)
+                # Waits for as long as it makes sense: its errors are final.
+                assignment = await self._schedule(request)
                 try:
-                    async with contextlib.aclosing(self._attempt(journey, assignment)) as pieces:
-                        async for piece in pieces:
-                            yield piece
+                    async with self._attempt(request, assignment) as stream:
+                        while not request.is_finished:
+                            chunk = await self._next_chunk(request, stream)
+                            request.add_chunk(chunk)
+                            yield chunk
                     return
                 except FlowKVError as error:
-                    self._consider_retry(journey, error)
-                    if self._bus.connected_for_s < min(SETTLE_S, journey.lived_s()):
+                    if isinstance(error, FINAL) or request.attempt + 1 >= MAX_ATTEMPTS:
+                        raise
+                    if request.remaining_s() <= 0:
+                        raise DeadlineExceeded("the request ran out of time") from error
+                    log.warning("attempt %s failed, trying again: %s", request.transfer_id, error.message)
+                    request.begin_next_attempt()
+                    if self._bus.connected_for_s < min(SETTLE_S, request.lived_s()):
                         await asyncio.sleep(UNSETTLED_PAUSE_S)  # NATS was away just now
         except FlowKVError as error:
-            journey.failed(error)
+            request.outcome, request.error = "error", error.message
             if not isinstance(error, Full):
-                log.warning("request %s failed: %s: %s", generation.request_id, error.code, error.message)
-            raise for_client(error, generation.deadline_s) from error
+                log.warning("request %s failed: %s: %s", request.request_id, error.code, error.message)
+            raise for_client(error, request.deadline_s) from error
         finally:
             self._num_open -= 1
-            event = subjects.event("request_finished", generation.request_id)
+            event = subjects.event("request_finished", request.request_id)
             with contextlib.suppress(FlowKVError):
-                await self._bus.publish(event, journey.finished())
+                await self._bus.publish(event, request.finished_event())
 
-    def _consider_retry(self, journey: Journey, error: FlowKVError) -> None:
-        """Raises the error when another attempt would not help."""
-        if isinstance(error, FINAL) or journey.attempt + 1 >= MAX_ATTEMPTS:
-            raise error
-        if journey.remaining_s() <= 0:
-            raise DeadlineExceeded("the request ran out of time") from error
-        log.warning("attempt %s failed, trying again: %s", journey.transfer_id, error.message)
-        journey.next_attempt()
-
-    async def _attempt(self, journey: Journey, assignment: Assignment) -> AsyncGenerator[Piece, None]:
-        """One attempt on one pair of nodes; cancelled on both, however it ends but by itself."""
-        with self.streams.open(journey.transfer_id, len(journey.output_ids)) as stream:
-            try:
-                await self._start(journey, assignment)
-                while not journey.is_finished:
-                    chunk = await self._next_chunk(journey, assignment, stream)
-                    yield journey.take(chunk)
-            finally:
-                if not journey.is_finished:
-                    await self._cancel(journey.transfer_id, assignment)
-
-    async def _schedule(self, journey: Journey) -> Assignment:
+    async def _schedule(self, request: RequestState) -> Assignment:
         """Ask until there is a pair: the gateway does the waiting, so no queue is lost with a scheduler."""
-        with journey.phases.phase("schedule"):
+        with request.phases.phase("schedule"):
             while True:
-                answer = await self._ask_scheduler(journey)
-                journey.foreseen(answer.first_token_in_s)
+                block_size = self.cluster.block_size(request.fingerprint)
+                hashes = await request.hash_blocks(block_size, hashes_that_fit(self._bus.max_payload))
+                question = request.schedule_request(hashes)
+                try:
+                    answer = await self._bus.request(
+                        subjects.SCHEDULE, question, Assignment | Wait, timeout_s=SCHEDULE_TIMEOUT_S
+                    )
+                except (Unavailable, DeadlineExceeded) as error:
+                    # No scheduler just now, or we are cut off: worth waiting for, a while. A request with
+                    # output waits for NATS as long as those do whose nodes still work.
+                    is_out_of_patience = time.monotonic() - request.asked_since > SCHEDULER_PATIENCE_S
+                    may_wait = bool(request.output_ids) and not self._bus.is_settled
+                    if self._bus.is_closed or (is_out_of_patience and not may_wait):
+                        raise Unavailable(error.message, retry_after_s=1.0) from error
+                    answer = Wait(retry_in_s=0.2, reason=error.message)
+                assert isinstance(answer, Assignment | Wait)
+                if answer.first_token_in_s and not request.predicted_ttft_s:
+                    request.predicted_ttft_s = request.lived_s() + answer.first_token_in_s
                 if isinstance(answer, Assignment):
-                    journey.assigned(answer)
+                    request.assign_nodes(answer)
                     return answer
-                remaining_s = journey.remaining_s()
+                remaining_s = request.remaining_s()
                 if remaining_s <= 0:
                     raise DeadlineExceeded(f"waited in vain: {answer.reason}")
                 await asyncio.sleep(min(answer.retry_in_s, remaining_s))
 
-    async def _ask_scheduler(self, journey: Journey) -> Assignment | Wait:
-        basis = self.cluster.hash_basis(journey.generation.fingerprint)
-        request = await journey.schedule_request(basis)
-        kinds = Assignment | Wait
-        try:
-            answer = await self._bus.request(subjects.SCHEDULE, request, kinds, timeout_s=SCHEDULE_TIMEOUT_S)
-        except (Unavailable, DeadlineExceeded) as error:
-            # No scheduler just now, or we are cut off: worth waiting for, a while. Who has begun to answer
-            # waits for NATS as others do whose nodes still work.
-            may_wait = bool(journey.output_ids) and not self._bus.is_settled
-            if self._bus.is_closed or (journey.waited_too_long_for_scheduler() and not may_wait):
-                raise Unavailable(error.message, retry_after_s=1.0) from error
-            return Wait(retry_in_s=0.2, reason=error.message)
-        assert isinstance(answer, Assignment | Wait)
-        return answer
+    @contextlib.asynccontextmanager
+    async def _attempt(self, request: RequestState, assignment: Assignment) -> AsyncIterator[TokenStream]:
+        """One attempt on one pair of nodes; cancelled on both, however it ends but by itself."""
+        with self.streams.collect(request.transfer_id, len(request.output_ids)) as stream:
+            try:
+                await self._start_prefill(request, assignment)
+                yield stream
+            finally:
+                if not request.is_finished:
+                    cancel = Cancel(transfer_id=request.transfer_id, reason="not wanted any more")
+                    # Other nodes have never heard of the attempt.
+                    for node_id in {request.prefill_node, request.decode_node}:
+                        with contextlib.suppress(FlowKVError):
+                            await self._bus.publish(subjects.at(subjects.NODE_CANCEL, node_id), cancel)
 
-    async def _start(self, journey: Journey, assignment: Assignment) -> None:
+    async def _start_prefill(self, request: RequestState, assignment: Assignment) -> None:
         run = PrefillRun(
-            request_id=journey.generation.request_id,
-            attempt=journey.attempt,
+            request_id=request.request_id,
+            attempt=request.attempt,
             epoch=assignment.epoch,
             node=assignment.prefill,
-            fingerprint=journey.generation.fingerprint,
+            fingerprint=request.fingerprint,
             decode=assignment.decode,
             gateway_id=self._gateway_id,
-            prompt_ids=TokenIds.of(journey.generation.prompt_ids),
-            output_ids=TokenIds.of(journey.output_ids),
-            sampling=journey.generation.sampling,
-            deadline_in_s=journey.remaining_s(),
+            prompt_ids=TokenIds.of(request.prompt_ids),
+            output_ids=TokenIds.of(request.output_ids),
+            sampling=request.sampling,
+            deadline_in_s=request.remaining_s(),
         )
-        subject = subjects.at(subjects.PREFILL_RUN, assignment.prefill.node_id)
+        subject = subjects.at(subjects.PREFILL_RUN, request.prefill_node)
         try:
             await self._bus.request(subject, run, Accepted, timeout_s=CONTROL_TIMEOUT_S)
         except FlowKVError as error:
             if self._bus.is_connected:  # else it was us
-                journey.avoid.add(assignment.prefill.node_id)
+                request.avoid.add(request.prefill_node)
             if isinstance(error, DeadlineExceeded):
                 # That was the node's time, not the client's: another node may answer.
                 raise Unavailable(error.message) from error
             raise
 
-    async def _next_chunk(
-        self, journey: Journey, assignment: Assignment, stream: AttemptStream
-    ) -> TokenChunk:
+    async def _next_chunk(self, request: RequestState, stream: TokenStream) -> TokenChunk:
         """The next chunk, by resume if a message was lost. Raises FlowKVError when the attempt has failed."""
         while True:
-            remaining_s = journey.remaining_s()
+            remaining_s = request.remaining_s()
             if remaining_s <= 0:
                 raise DeadlineExceeded("the request ran out of time")
             patience_s = GAP_S if stream.gap_since else SILENCE_S / 4
-            chunk = await stream.next(min(patience_s, remaining_s))
+            chunk = await stream.next_chunk(min(patience_s, remaining_s))
             if chunk is None:
-                await self._look_after(journey, assignment, stream)
+                await self._check_silence(request, stream)
             elif chunk.error is not None:
                 error = from_wire(chunk.error)
                 # Prefill says by this code that it was the decode node that failed.
-                failed = assignment.decode.node_id if isinstance(error, TransferFailed) else stream.failed_at
-                journey.avoid.add(failed or journey.suspect(assignment))
+                failed = request.decode_node if isinstance(error, TransferFailed) else stream.failed_at
+                request.avoid.add(failed or request.holder())
                 raise error
             else:
                 return chunk
 
-    async def _look_after(self, journey: Journey, assignment: Assignment, stream: AttemptStream) -> None:
+    async def _check_silence(self, request: RequestState, stream: TokenStream) -> None:
         """Nothing came for a while: is a message lost, or the node? Raises Unavailable for the latter."""
         if self._bus.is_closed:
             raise Unavailable("the connection to NATS was closed for good")
@@ -457,26 +408,19 @@ class Dispatch:
         if not self._bus.is_connected or (silent and not lost and not self._bus.is_settled):
             return  # cut off ourselves, or just back: no verdict on others
         try:
-            subject = subjects.at(subjects.DECODE_RESUME, assignment.decode.node_id)
+            subject = subjects.at(subjects.DECODE_RESUME, request.decode_node)
             has_more = True
             while has_more:
-                resume = Resume(transfer_id=journey.transfer_id, from_index=stream.expected)
+                resume = Resume(transfer_id=request.transfer_id, from_index=stream.expected)
                 resumed = await self._bus.request(subject, resume, Resumed, timeout_s=RESUME_TIMEOUT_S)
-                stream.push(resumed.chunk, assignment.decode.node_id)
+                stream.add_chunk(resumed.chunk, request.decode_node)
                 has_more = bool(resumed.chunk.token_ids) and resumed.chunk.finish_reason is None
         except FlowKVError as error:
             if isinstance(error, (Unavailable, DeadlineExceeded)) and not self._bus.is_settled:
                 return  # it may be back a moment after us
-            suspect = journey.suspect(assignment)
-            journey.avoid.add(suspect)
+            suspect = request.holder()
+            request.avoid.add(suspect)
             raise Unavailable(f"{suspect} fell silent: {error.message}") from error
-
-    async def _cancel(self, tid: str, assignment: Assignment) -> None:
-        """Tell the pair; other nodes have never heard of the attempt."""
-        cancel = Cancel(transfer_id=tid, reason="not wanted any more")
-        for node_id in {assignment.prefill.node_id, assignment.decode.node_id}:
-            with contextlib.suppress(FlowKVError):
-                await self._bus.publish(subjects.at(subjects.NODE_CANCEL, node_id), cancel)
 
 
 @contextlib.asynccontextmanager
@@ -491,18 +435,19 @@ async def open_dispatch(
     gateway_id = f"gateway-{secrets.token_hex(4)}"
     async with connect(nats_url, name=f"flowkv-gateway/{gateway_id}", on_closed=on_closed) as bus:
         dispatch = Dispatch(bus, gateway_id, own)
+        cluster, streams = dispatch.cluster, dispatch.streams
         service = Service(
             bus,
             name="gateway",
             version=__version__,
             service_id=gateway_id,
             metadata=dispatch.metadata,
-            endpoints=[Endpoint(subjects.keepalive(gateway_id), Keepalive, dispatch.streams.keepalive)],
+            endpoints=[Endpoint(subjects.keepalive(gateway_id), Keepalive, streams.on_keepalive)],
         )
         async with (
-            await bus.subscribe(subjects.tokens(gateway_id), StepTokens, dispatch.streams.take),
-            await bus.subscribe(subjects.LOAD_ALL, LoadReport, lambda r, _: dispatch.cluster.hear(r)),
+            await bus.subscribe(subjects.tokens(gateway_id), StepTokens, streams.on_tokens),
+            await bus.subscribe(subjects.LOAD_ALL, LoadReport, lambda report, _: cluster.on_report(report)),
             service,
-            running(watch_nodes(bus, dispatch.cluster.follow), dispatch.readiness.keep_asking()),
+            running(watch_nodes(bus, cluster.on_nodes), dispatch.readiness.keep_asking()),
         ):
             yield dispatch

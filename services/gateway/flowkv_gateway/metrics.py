@@ -8,15 +8,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
-from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from flowkv_common.errors import Cancelled, FlowKVError
-from flowkv_gateway.dispatch import Generation, Load
-from flowkv_gateway.http import CLIENT_HAS_GONE, SHOWN_STATUSES
+from flowkv_gateway.dispatch import Load, RequestState
+from flowkv_gateway.errors import CLIENT_HAS_GONE, ERROR_TYPES
 from flowkv_gateway.output import Choice
 
 # vLLM's buckets: dashboards compute percentiles from them.
@@ -34,27 +33,6 @@ _REQUEST_S = (
 )
 _TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 _NUM_CHOICES = (1.0, 2.0, 5.0, 10.0, 20.0)
-_FINISHED_REASONS = ("stop", "length", "abort", "error")
-
-Family = TypeVar("Family", Counter, Histogram)
-
-
-class _OfModel(Generic[Family]):
-    """A family of one label, the model's name, which is asked for each time."""
-
-    def __init__(self, family: Family, model_name: Callable[[], str]) -> None:
-        self._labels: Callable[[str], Family] = family.labels
-        self._model_name = model_name
-
-    def now(self) -> Family:
-        """The series to go on with while the name stays."""
-        return self._labels(self._model_name())
-
-    def observe(self: _OfModel[Histogram], value: float) -> None:
-        self.now().observe(value)
-
-    def inc(self: _OfModel[Counter], value: float = 1) -> None:
-        self.now().inc(value)
 
 
 class GatewayMetrics(Collector):
@@ -72,23 +50,23 @@ class GatewayMetrics(Collector):
         is_known: Callable[[], bool],
         load: Callable[[], Load],
     ) -> None:
+        """`is_known`: whether the model's name is final."""
         registry.register(self)  # the first to be asked at a scrape
-        families: list[Counter | Histogram] = []
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> _OfModel[Histogram]:
-            family = Histogram(name, text, ["model_name"], buckets=buckets, registry=registry)
-            families.append(family)
-            return _OfModel(family, model_name)
-
-        def counter(name: str, text: str) -> _OfModel[Counter]:
-            family = Counter(name, text, ["model_name"], registry=registry)
-            families.append(family)
-            return _OfModel(family, model_name)
-
-        self._families = families
         self._model_name = model_name
         self._is_known = is_known
         self._load = load
+        self._families: list[Counter | Histogram] = []  # of one label, the model's name
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            family = Histogram(name, text, ["model_name"], buckets=buckets, registry=registry)
+            self._families.append(family)
+            return family
+
+        def counter(name: str, text: str) -> Counter:
+            family = Counter(name, text, ["model_name"], registry=registry)
+            self._families.append(family)
+            return family
+
         self.ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to first token", _TTFT_S)
         self.itl = histogram("vllm:inter_token_latency_seconds", "Between tokens", _TOKEN_S)
         self.tpot = histogram("vllm:request_time_per_output_token_seconds", "Mean after first", _TOKEN_S)
@@ -113,17 +91,18 @@ class GatewayMetrics(Collector):
             "flowkv_gateway_slow_clients", "Streams cut since nobody read them", registry=registry
         )
         self._errors = Counter("flowkv_gateway_errors", "Errors shown", ["status"], registry=registry)
-        for status in SHOWN_STATUSES:
-            self._errors.labels(str(status))
+        for status in ERROR_TYPES:
+            if status != CLIENT_HAS_GONE:
+                self._errors.labels(str(status))
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        """What is read when somebody asks."""
+        """What is read at a scrape."""
         if not self._is_known():
             return
         name = self._model_name()
         for family in self._families:
             family.labels(name)
-        for reason in _FINISHED_REASONS:
+        for reason in ("stop", "length", "abort", "error"):
             self._finished.labels(name, reason)
         load = self._load()
         for metric, text, value in (
@@ -136,26 +115,30 @@ class GatewayMetrics(Collector):
             yield gauge
 
     def count_error(self, status: int) -> None:
-        """Of an error that is shown: one whose client has gone is not."""
+        """Count an error that is shown: one whose client has gone is not."""
         if status != CLIENT_HAS_GONE:
             self._errors.labels(str(status)).inc()
+
+    def count_group(self, num_choices: int) -> None:
+        """Count a prompt that so many choices were asked for."""
+        self.num_choices.labels(self._model_name()).observe(num_choices)
 
     @contextlib.contextmanager
     def observe(self, choice: Choice) -> Iterator[ChoiceTimes]:
         """Measures one choice while it is made. One that is not finished then is for `count_unfinished`."""
-        times = ChoiceTimes(self, choice.generation)
+        name = self._model_name()
+        times = ChoiceTimes(self, name, choice.request)
         self._open.inc()
         try:
             yield times
         finally:
             self._open.dec()
             if choice.finish_reason is not None:
-                self._finished.labels(self._model_name(), choice.finish_reason).inc()
-                self._observe_lengths(choice)
-                times.end(choice.num_tokens)
+                self._finished.labels(name, choice.finish_reason).inc()
+                times.on_end(choice.num_tokens)
 
     def count_unfinished(self, choices: Iterable[Choice], error: FlowKVError | None) -> None:
-        """Those of `choices` that were cut off when their request ended with `error`.
+        """Count those of `choices` that were cut off when their request ended with `error`.
 
         A choice alone can't say why: it is cancelled alike when its client leaves, when another choice of its
         request fails and when the server stops.
@@ -165,49 +148,53 @@ class GatewayMetrics(Collector):
             if choice.finish_reason is None:
                 self._finished.labels(self._model_name(), reason).inc()
 
-    def _observe_lengths(self, choice: Choice) -> None:
-        self.prompt_length.observe(len(choice.generation.prompt_ids))
-        self.answer_length.observe(choice.num_tokens)
-        self.max_tokens.observe(choice.generation.sampling.max_tokens)
-
 
 class ChoiceTimes:
     """The clock of one choice, started when it is made."""
 
-    def __init__(self, metrics: GatewayMetrics, generation: Generation) -> None:
+    def __init__(self, metrics: GatewayMetrics, model_name: str, request: RequestState) -> None:
         self._metrics = metrics
-        self._generation = generation
-        self._itl = metrics.itl.now()  # asked for once: the next two count each token
-        self._answer_tokens = metrics.answer_tokens.now()
+        self._model_name = model_name
+        self._request = request
+        self._itl = metrics.itl.labels(model_name)  # looked up once: these two count each token
+        self._answer_tokens = metrics.answer_tokens.labels(model_name)
         self._start = perf_counter()
         self._first: float | None = None
         self._last = self._start
 
-    def tokens(self, num_tokens: int, num_cached_tokens: int) -> None:
-        """A piece with so many tokens has come; of the prompt, so many were cached."""
+    def on_tokens(self, num_tokens: int) -> None:
+        """A chunk with so many tokens has come."""
         if not num_tokens:
             return
         now = perf_counter()
         if self._first is None:
             self._first = now
-            num_prompt_tokens = len(self._generation.prompt_ids)
-            self._metrics.ttft.observe(now - self._start)
-            self._metrics.prompt_tokens.inc(num_prompt_tokens)
-            self._metrics.cache_queries.inc(num_prompt_tokens)
-            self._metrics.cache_hits.inc(num_cached_tokens)
+            num_prompt_tokens = len(self._request.prompt_ids)
+            self._observe(self._metrics.ttft, now - self._start)
+            self._metrics.prompt_tokens.labels(self._model_name).inc(num_prompt_tokens)
+            self._metrics.cache_queries.labels(self._model_name).inc(num_prompt_tokens)
+            self._metrics.cache_hits.labels(self._model_name).inc(self._request.num_cached_tokens)
         else:
             self._itl.observe(now - self._last)
         self._last = now
         self._answer_tokens.inc(num_tokens)
 
-    def end(self, num_tokens: int) -> None:
+    def on_end(self, num_tokens: int) -> None:
         """The answer is complete."""
-        self._metrics.e2e.observe(perf_counter() - self._start)
-        if self._first is not None:
-            ttft_s, queue_s = self._first - self._start, self._generation.record.queue_s
-            self._metrics.queue.observe(queue_s)
-            self._metrics.prefill.observe(max(0.0, ttft_s - queue_s))
-            self._metrics.decode.observe(self._last - self._first)
-            self._metrics.inference.observe(max(0.0, self._last - self._start - queue_s))
-        if self._first is not None and num_tokens > 1:
-            self._metrics.tpot.observe((self._last - self._first) / (num_tokens - 1))
+        metrics, request = self._metrics, self._request
+        self._observe(metrics.prompt_length, len(request.prompt_ids))
+        self._observe(metrics.answer_length, num_tokens)
+        self._observe(metrics.max_tokens, request.sampling.max_tokens)
+        self._observe(metrics.e2e, perf_counter() - self._start)
+        if self._first is None:
+            return
+        ttft_s, decode_s = self._first - self._start, self._last - self._first
+        self._observe(metrics.queue, request.queue_s)
+        self._observe(metrics.prefill, max(0.0, ttft_s - request.queue_s))
+        self._observe(metrics.decode, decode_s)
+        self._observe(metrics.inference, max(0.0, ttft_s + decode_s - request.queue_s))
+        if num_tokens > 1:
+            self._observe(metrics.tpot, decode_s / (num_tokens - 1))
+
+    def _observe(self, family: Histogram, value: float) -> None:
+        family.labels(self._model_name).observe(value)

@@ -1,30 +1,27 @@
-"""Tokens to text while they arrive: linear in the output, and no character is ever cut in two."""
+"""Tokens to what the client reads: text, stop strings, and OpenAI's JSON of an answer or a chunk of one.
+
+Linear in the output, and no character is ever cut in two.
+"""
 
 from __future__ import annotations
 
 import codecs
+import secrets
+import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flowkv_common.wire.messages import TokenLogprob
-from flowkv_gateway.dispatch import Generation, Piece
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from flowkv_common.wire.messages import TokenChunk, TokenLogprob
+from flowkv_gateway.dispatch import RequestState
 from flowkv_gateway.tokenizer import Vocabulary
 
-
-class Detokenizer:
-    """The text of one answer. `push` returns what the token completes; `finish` what can't be completed."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._vocabulary.token_bytes(token_id))
-
-    def finish(self) -> str:
-        return self._utf8.decode(b"", final=True)
+_LEAST_LOGPROB = -9999.0  # what OpenAI shows for minus infinity, which JSON can't
 
 
 class PreparedStop(NamedTuple):
@@ -41,10 +38,17 @@ class PreparedStop(NamedTuple):
 
 def prepare_stops(stops: Iterable[str], special_texts: Collection[str] = ()) -> tuple[PreparedStop, ...]:
     """Takes time linear in the length of each stop string, and per special token of the model."""
-    return tuple(
-        PreparedStop(stop, _borders(stop), any(special in stop for special in special_texts))
-        for stop in stops
-    )
+    prepared = []
+    for stop in stops:
+        borders, length = [0] * len(stop), 0
+        for place in range(1, len(stop)):
+            while length and stop[place] != stop[length]:
+                length = borders[length - 1]
+            if stop[place] == stop[length]:
+                length += 1
+            borders[place] = length
+        prepared.append(PreparedStop(stop, borders, any(special in stop for special in special_texts)))
+    return tuple(prepared)
 
 
 class StopFinder:
@@ -85,23 +89,7 @@ class StopFinder:
 
     def finish(self) -> str:
         """The text held back, once nothing more can come."""
-        return "" if self.is_stopped else self._take(len(self._held))
-
-    def _take_before(self, stops: Iterable[int]) -> str:
-        """What stands before the longest match of these stop strings; all of it if they may be shown."""
-        reach = 0 if self._keeps_stop else max(map(self._reach, stops), default=0)
-        return self._take(len(self._held) - reach)
-
-    def _take(self, length: int) -> str:
-        taken, self._held = self._held[:length], self._held[length:]
-        return taken
-
-    def _reach(self, which: int) -> int:
-        """How many shown characters back the match of a stop string begins."""
-        matched = self._matched[which]
-        if self._stops[which].sees_hidden:
-            return self._num_shown[-1] - self._num_shown[-1 - matched]
-        return matched
+        return "" if self.is_stopped else self._held
 
     def _advance(self, char: str, is_shown: bool) -> list[int]:
         """Take one character in; the stop strings that end with it."""
@@ -119,17 +107,17 @@ class StopFinder:
                 ended.append(which)
         return ended
 
-
-def _borders(stop: str) -> list[int]:
-    borders = [0] * len(stop)
-    length = 0
-    for place in range(1, len(stop)):
-        while length and stop[place] != stop[length]:
-            length = borders[length - 1]
-        if stop[place] == stop[length]:
-            length += 1
-        borders[place] = length
-    return borders
+    def _take_before(self, stops: Iterable[int]) -> str:
+        """The held text before the longest match of these stop strings; all of it if they may be shown."""
+        num_matched = 0  # shown characters
+        for which in stops if not self._keeps_stop else ():
+            matched = self._matched[which]
+            if self._stops[which].sees_hidden:
+                matched = self._num_shown[-1] - self._num_shown[-1 - matched]
+            num_matched = max(num_matched, matched)
+        length = len(self._held) - num_matched
+        taken, self._held = self._held[:length], self._held[length:]
+        return taken
 
 
 class Delta(NamedTuple):
@@ -164,51 +152,50 @@ class Display:
 
 
 class Choice:
-    """The state of one answer. Stop strings count only after `min_tokens` tokens."""
+    """One answer as text. Stop strings count only after `min_tokens` tokens."""
 
-    def __init__(self, index: int, generation: Generation, vocabulary: Vocabulary, display: Display) -> None:
+    def __init__(self, index: int, request: RequestState, vocabulary: Vocabulary, display: Display) -> None:
         self.index = index
-        self.generation = generation
+        self.request = request
         self.num_tokens = 0
-        self.num_cached_tokens = 0
         self.finish_reason: str | None = None
         self._vocabulary = vocabulary
         self._display = display
-        self._detokenizer = Detokenizer(vocabulary)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = StopFinder(display.stops, keeps_stop=display.shows_stop)
         self._num_chars = 0  # decoded so far, held back text included
 
-    def push(self, piece: Piece) -> Iterator[Delta]:
-        """One delta per token, none after a stop string; a last piece without tokens gives one, too."""
-        self.num_cached_tokens = max(self.num_cached_tokens, piece.num_cached_tokens)
-        last = len(piece.token_ids) - 1
-        for place, token_id in enumerate(piece.token_ids):
-            logprob = piece.logprobs[place] if piece.logprobs else None
-            yield self._take(token_id, logprob, piece.finish_reason if place == last else None)
+    def push(self, chunk: TokenChunk) -> Iterator[Delta]:
+        """One delta per token, none after a stop string; a last chunk without tokens gives one, too."""
+        last = len(chunk.token_ids) - 1
+        for place, token_id in enumerate(chunk.token_ids):
+            logprob = chunk.logprobs[place] if chunk.logprobs else None
+            yield self._delta(token_id, logprob, chunk.finish_reason if place == last else None)
             if self.finish_reason is not None:
                 return
-        if piece.finish_reason is not None:
-            yield self._take(None, None, piece.finish_reason)
+        if chunk.finish_reason is not None:
+            yield self._delta(None, None, chunk.finish_reason)
 
-    def _take(self, token_id: int | None, logprob: TokenLogprob | None, reason: str | None) -> Delta:
+    def _delta(self, token_id: int | None, logprob: TokenLogprob | None, reason: str | None) -> Delta:
         offset, is_first = self._num_chars, self.num_tokens == 0
-        decoded = hidden = ""
+        text = hidden = ""
         if token_id is not None:
             self.num_tokens += 1
             if self._is_hidden(token_id, reason):
                 hidden = self._vocabulary.token_text(token_id)
             else:
-                decoded = self._detokenizer.push(token_id)
+                text = self._utf8.decode(self._vocabulary.token_bytes(token_id))
         if reason is not None:
-            decoded += self._detokenizer.finish()
-        self._num_chars += len(decoded)
-        shown = self._show(decoded, hidden)
+            text += self._utf8.decode(b"", final=True)
+        self._num_chars += len(text)
+        if self.num_tokens > self.request.sampling.min_tokens:
+            text = self._stops.push(hidden, is_shown=False) + self._stops.push(text)
         if self._stops.is_stopped:
             reason = "stop"
         elif reason is not None:
-            shown += self._stops.finish()
+            text += self._stops.finish()
         self.finish_reason = reason
-        return Delta(self.index, shown, is_first, reason, logprob, offset, token_id)
+        return Delta(self.index, text, is_first, reason, logprob, offset, token_id)
 
     def _is_hidden(self, token_id: int, reason: str | None) -> bool:
         has_ended_it = reason == "stop" and token_id in self._display.stop_ids
@@ -216,7 +203,188 @@ class Choice:
             return True
         return self._vocabulary.is_special(token_id) and not self._display.shows_special
 
-    def _show(self, decoded: str, hidden: str) -> str:
-        if self.num_tokens <= self.generation.sampling.min_tokens:
-            return decoded
-        return self._stops.push(hidden, is_shown=False) + self._stops.push(decoded)
+
+# --- OpenAI's JSON ----------------------------------------------------------------------------------
+
+
+class PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class TextLogprobs(msgspec.Struct):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class AssistantMessage(msgspec.Struct):
+    content: str
+    role: str | UnsetType  # in the first chunk alone
+    refusal: None | UnsetType
+
+
+class ChatChoice(msgspec.Struct):
+    index: int
+    message: AssistantMessage | UnsetType  # in a whole answer
+    delta: AssistantMessage | UnsetType  # in a chunk
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    token_ids: list[int] | UnsetType  # shown only to those who ask for `return_token_ids`
+
+
+class TextChoice(msgspec.Struct):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: str | None
+    token_ids: list[int] | UnsetType
+
+
+class Reply(msgspec.Struct):
+    """A response or a chunk of one. `usage` is absent, or null in a chunk whose stream will tell it."""
+
+    id: str
+    object: str
+    created: int  # Unix time, s
+    model: str
+    choices: Sequence[ChatChoice | TextChoice]
+    usage: Usage | None | UnsetType = UNSET
+
+
+class ReplyWriter(ABC):
+    """Encodes all that is sent for one request to one endpoint."""
+
+    id_prefix: str
+    object: str
+    chunk_object: str
+
+    def __init__(self, vocabulary: Vocabulary, model: str, *, shows_token_ids: bool = False) -> None:
+        self.reply_id = f"{self.id_prefix}-{secrets.token_hex(12)}"
+        self._vocabulary = vocabulary
+        self._model = model
+        self._shows_token_ids = shows_token_ids
+        self._created = int(time.time())
+
+    def whole(self, choices: Iterable[Sequence[Delta]], usage: Usage) -> bytes:
+        """All deltas of each choice as one response."""
+        return self._encode(self.object, [self.choice(deltas, is_chunk=False) for deltas in choices], usage)
+
+    def chunk(self, delta: Delta, usage: Usage | None | UnsetType) -> bytes:
+        return self._encode(self.chunk_object, [self.choice((delta,), is_chunk=True)], usage)
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        return self._encode(self.chunk_object, [], usage)
+
+    @abstractmethod
+    def choice(self, deltas: Sequence[Delta], *, is_chunk: bool) -> ChatChoice | TextChoice:
+        """Deltas of one choice, put together: all of them, or as a chunk."""
+
+    def _encode(
+        self, kind: str, choices: Sequence[ChatChoice | TextChoice], usage: Usage | None | UnsetType
+    ) -> bytes:
+        return msgspec.json.encode(Reply(self.reply_id, kind, self._created, self._model, choices, usage))
+
+    def _token_ids(self, deltas: Sequence[Delta]) -> list[int] | UnsetType:
+        if not self._shows_token_ids:
+            return UNSET
+        return [delta.token_id for delta in deltas if delta.token_id is not None]
+
+
+class ChatWriter(ReplyWriter):
+    """`/v1/chat/completions`. The role goes out with the first token: earlier, it would look like one."""
+
+    id_prefix = "chatcmpl"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def choice(self, deltas: Sequence[Delta], *, is_chunk: bool) -> ChatChoice:
+        last = deltas[-1]
+        content = "".join([delta.text for delta in deltas])
+        logprobs = [self._token_logprob(delta.logprob) for delta in deltas if delta.logprob is not None]
+        shows_role = last.is_first or not is_chunk
+        message = AssistantMessage(content, "assistant" if shows_role else UNSET, UNSET if is_chunk else None)
+        return ChatChoice(
+            last.choice,
+            UNSET if is_chunk else message,
+            message if is_chunk else UNSET,
+            ChatLogprobs(logprobs) if logprobs else None,
+            last.finish_reason,
+            self._token_ids(deltas),
+        )
+
+    def _token_logprob(self, logprob: TokenLogprob) -> ChatTokenLogprob:
+        top = [TopLogprob(*self._describe(token_id, value)) for token_id, value in logprob.top]
+        return ChatTokenLogprob(*self._describe(logprob.token_id, logprob.logprob), top)
+
+    def _describe(self, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
+        token_bytes = list(self._vocabulary.token_bytes(token_id))
+        return self._vocabulary.token_text(token_id), _finite(logprob), token_bytes
+
+
+class TextWriter(ReplyWriter):
+    """`/v1/completions`. Whole answers and chunks look the same."""
+
+    id_prefix = "cmpl"
+    object = "text_completion"
+    chunk_object = "text_completion"
+
+    def choice(self, deltas: Sequence[Delta], *, is_chunk: bool) -> TextChoice:
+        last = deltas[-1]
+        text = "".join([delta.text for delta in deltas])
+        logprobs = self._logprobs([delta for delta in deltas if delta.logprob is not None])
+        return TextChoice(last.choice, text, logprobs, last.finish_reason, self._token_ids(deltas))
+
+    def _logprobs(self, deltas: list[Delta]) -> TextLogprobs | None:
+        if not deltas:
+            return None
+        logprobs = TextLogprobs([], [], [], [])
+        for delta in deltas:
+            assert delta.logprob is not None
+            logprobs.tokens.append(self._vocabulary.token_text(delta.logprob.token_id))
+            logprobs.token_logprobs.append(_finite(delta.logprob.logprob))
+            logprobs.top_logprobs.append(self._top(delta.logprob))
+            logprobs.text_offset.append(delta.text_offset)
+        return logprobs
+
+    def _top(self, logprob: TokenLogprob) -> dict[str, float]:
+        """Of the best tokens and the chosen one, by their texts.
+
+        Where several have one text, it means the chosen token, else the best of them. The others are called
+        by their ids, so that none is lost.
+        """
+        values = dict([*logprob.top, (logprob.token_id, logprob.logprob)])
+        ids_of: dict[str, int] = {}
+        for token_id in (logprob.token_id, *values):
+            ids_of.setdefault(self._vocabulary.token_text(token_id), token_id)
+        texts = {token_id: text for text, token_id in ids_of.items()}
+        return {
+            texts.get(token_id, f"token_id:{token_id}"): _finite(value) for token_id, value in values.items()
+        }
+
+
+def _finite(logprob: float) -> float:
+    """In this order of arguments, `max` turns NaN into the least as well."""
+    return max(_LEAST_LOGPROB, logprob)

@@ -1,42 +1,172 @@
-"""A request and its prompts to the generations that answer it. Pure: draws no seed, reads no clock."""
+"""A request to prompts, and each prompt to the generations that answer it."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
-from flowkv_common.errors import BadRequest
-from flowkv_common.wire.messages import ModelCard, SamplingParams
-from flowkv_gateway.dispatch import Generation
-from flowkv_gateway.http import ContextLengthExceeded
-from flowkv_gateway.messages import ChatMessage, for_template
+import msgspec
+
+from flowkv_common.errors import BadRequest, CannotStart
+from flowkv_common.wire.messages import GREEDY_BELOW, ModelCard, SamplingParams
+from flowkv_gateway.dispatch import RequestState
+from flowkv_gateway.errors import ContextLengthExceeded
 from flowkv_gateway.schemas import (
     MAX_CHOICES,
+    ChatMessage,
     ChatRequest,
     CompletionRequest,
-    SamplingDefaults,
+    RepetitionPenalty,
+    Share,
+    Temperature,
     TokenizeRequest,
+    ToolCall,
+    TopK,
 )
 from flowkv_gateway.tokenizer import Conversation, Tokenizer
 
+log = logging.getLogger(__name__)
+
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default
-_GREEDY_BELOW = 1e-5  # dividing logits by less than this overflows
 _LEAST_TOP_P = 1e-9  # 0 would leave no token; this leaves the best one
 
-Prompt = list[int]
 N = TypeVar("N", int, float)
+
+
+class SamplingDefaults(msgspec.Struct, frozen=True):
+    """Of generation_config.json, what requests can set as well. None: the file does not say.
+
+    `do_sample` is not heeded, nor is it by vLLM: whoever asks for a temperature of 0 gets the best token.
+    """
+
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    top_k: TopK | None = None
+    min_p: Share | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+
+
+def load_sampling_defaults(folder: Path, generation_config: str) -> SamplingDefaults:
+    """Those of the model in `folder`, and a line in the log; none if `generation_config` is "none".
+
+    Raises CannotStart for a file that can't be used.
+    """
+    file = folder / "generation_config.json"
+    if generation_config == "none" or not file.exists():
+        return SamplingDefaults()
+    try:
+        defaults = msgspec.json.decode(file.read_bytes(), type=SamplingDefaults, strict=False)
+    except msgspec.DecodeError as error:
+        raise CannotStart(f"{file}: {error}; FLOWKV_GENERATION_CONFIG=none leaves it out") from None
+    given = {name: value for name, value in msgspec.structs.asdict(defaults).items() if value is not None}
+    if given:
+        log.info("where a request is silent, %s applies: %s", file.name, given)
+    return defaults
+
+
+# --- prompts ------------------------------------------------------------------------------------------
+
+
+async def chat_prompt(request: ChatRequest | TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
+    """Raises BadRequest if the model's template refuses the messages."""
+    conversation = Conversation(
+        for_template(request.messages or ()),
+        # Templates ask whether there are any in their own ways: `is not none` is one of them.
+        tools=None if request.tool_choice == "none" else request.tools or None,
+        documents=request.documents or None,
+        template_kwargs=request.chat_template_kwargs or {},
+        add_generation_prompt=request.add_generation_prompt is not False,
+        continue_final_message=bool(request.continue_final_message),
+    )
+    return await tokenizer.encode_chat(conversation, add_special_tokens=bool(request.add_special_tokens))
+
+
+async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
+    """One prompt or several: a text, token ids, a list of texts or a list of lists of token ids."""
+    prompt, adds_special = request.prompt, request.add_special_tokens is not False
+    if isinstance(prompt, str):
+        return await tokenizer.encode([prompt], add_special_tokens=adds_special)
+    if not prompt:
+        raise BadRequest("prompt must not be empty.", field="prompt")
+    token_ids = [item for item in prompt if isinstance(item, int)]
+    if len(token_ids) == len(prompt):
+        return [token_ids]
+    if len(prompt) > MAX_CHOICES:
+        raise BadRequest(f"There are over {MAX_CHOICES} prompts.", field="prompt")
+    texts = [item for item in prompt if isinstance(item, str)]
+    if len(texts) == len(prompt):
+        return await tokenizer.encode(texts, add_special_tokens=adds_special)
+    lists = [item for item in prompt if isinstance(item, list)]
+    if len(lists) == len(prompt):
+        return lists
+    raise BadRequest("prompt mixes texts, token ids and lists.", field="prompt")
+
+
+async def tokenize_prompt(request: TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
+    if request.messages is not None:
+        return await chat_prompt(request, tokenizer)
+    adds_special = request.add_special_tokens is not False
+    [token_ids] = await tokenizer.encode([request.prompt or ""], add_special_tokens=adds_special)
+    return token_ids
+
+
+def for_template(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Checked messages as templates expect them: plain text, arguments of tool calls as objects."""
+    shown = []
+    for place, message in enumerate(messages):
+        # `developer` and `function` are roles that no template knows.
+        role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
+        if isinstance(message.content, list):
+            parts = [part if isinstance(part, str) else part.shown or "" for part in message.content]
+            text = "\n".join(parts)
+        else:
+            text = message.content or message.refusal or ""
+        fields: dict[str, Any] = {"role": role, "content": text}
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if (value := getattr(message, name)) is not None:
+                fields[name] = value
+        calls = message.tool_calls or []
+        if not calls and message.function_call is not None:
+            calls = [ToolCall(message.function_call)]
+        if calls:  # templates take an empty list for a turn that only calls tools
+            fields["tool_calls"] = [
+                _call_for_template(call, f"messages[{place}].tool_calls[{i}]") for i, call in enumerate(calls)
+            ]
+        shown.append(fields)
+    return shown
+
+
+def _call_for_template(call: ToolCall, field: str) -> dict[str, Any]:
+    """With the arguments as an object. A model wrote them: were they refused, the chat could never go on."""
+    arguments = call.function.arguments
+    if isinstance(arguments, str):
+        try:
+            arguments = msgspec.json.decode(arguments or "{}")
+        except (msgspec.DecodeError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, dict):
+        log.warning("%s: the arguments are no JSON object, they are left out", field)
+        arguments = {}
+    fields: dict[str, Any] = msgspec.to_builtins(call)
+    fields["function"]["arguments"] = arguments
+    return fields
+
+
+# --- generations --------------------------------------------------------------------------------------
 
 
 def plan(
     request: ChatRequest | CompletionRequest,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[list[int]],
     card: ModelCard,
     defaults: SamplingDefaults,
     *,
     request_id: str,
     seed: int,
     deadline_s: float,
-) -> list[list[Generation]]:
+) -> list[list[RequestState]]:
     """One group per prompt; the `n` of a group differ in their ids and seeds (`seed + i`) alone.
 
     `seed` is used where the request has none, or -1. Raises BadRequest for what does not fit the model.
@@ -50,13 +180,13 @@ def plan(
     for place, prompt in enumerate(prompts):
         max_tokens = _max_tokens(request, prompt, card)
         group = [
-            Generation(
+            RequestState(
                 request_id=request_id if is_alone else f"{request_id}-{place * num_samples + i}",
                 prompt_ids=prompt,
-                sampling=_sampling(request, card, defaults, max_tokens, _as_int64(base + i)),
+                sampling=_sampling(request, card, defaults, max_tokens, base + i),
                 deadline_s=deadline_s,
-                priority=request.priority or 0,
                 fingerprint=card.fingerprint,
+                priority=request.priority or 0,
             )
             for i in range(num_samples)
         ]
@@ -64,7 +194,7 @@ def plan(
     return groups
 
 
-def _max_tokens(request: ChatRequest | CompletionRequest, prompt: Prompt, card: ModelCard) -> int:
+def _max_tokens(request: ChatRequest | CompletionRequest, prompt: list[int], card: ModelCard) -> int:
     """How long the answer may be: as long as there is room. Raises ContextLengthExceeded if there is none."""
     field = "messages" if isinstance(request, ChatRequest) else "prompt"
     if not prompt:
@@ -105,8 +235,8 @@ def _sampling(
     temperature = _first(request.temperature, defaults.temperature, 1.0)
     return SamplingParams(
         max_tokens=max_tokens,
-        seed=seed,
-        temperature=temperature if temperature >= _GREEDY_BELOW else 0.0,
+        seed=(seed + 2**63) % 2**64 - 2**63,  # within 64 bits
+        temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
         top_p=max(_first(request.top_p, defaults.top_p, 1.0), _LEAST_TOP_P),
         top_k=max(_first(request.top_k, defaults.top_k, 0), 0),
         min_p=_first(request.min_p, defaults.min_p, 0.0),
@@ -129,61 +259,3 @@ def _check_ids(token_ids: Iterable[int], card: ModelCard, field: str) -> None:
 def _first(asked: N | None, default: N | None, neutral: N) -> N:
     """What the request says, else the model, else what changes nothing."""
     return asked if asked is not None else default if default is not None else neutral
-
-
-def _as_int64(number: int) -> int:
-    return (number + 2**63) % 2**64 - 2**63
-
-
-T = TypeVar("T")
-
-
-async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer) -> list[int]:
-    """Raises BadRequest if the model's template refuses the messages."""
-    conversation = _conversation(request, request.messages)
-    return await tokenizer.encode_chat(conversation, add_special_tokens=bool(request.add_special_tokens))
-
-
-async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
-    """One prompt or several: a text, token ids, a list of texts or a list of lists of token ids."""
-    prompt, adds_special = request.prompt, request.add_special_tokens is not False
-    if isinstance(prompt, str):
-        return await tokenizer.encode([prompt], add_special_tokens=adds_special)
-    if not prompt:
-        raise BadRequest("prompt must not be empty.", field="prompt")
-    if token_ids := _only(int, prompt):
-        return [token_ids]
-    if len(prompt) > MAX_CHOICES:
-        raise BadRequest(f"There are over {MAX_CHOICES} prompts.", field="prompt")
-    if texts := _only(str, prompt):
-        return await tokenizer.encode(texts, add_special_tokens=adds_special)
-    if lists := _only(list, prompt):
-        return lists
-    raise BadRequest("prompt mixes texts, token ids and lists.", field="prompt")
-
-
-def _only(kind: type[T], items: Sequence[object]) -> list[T]:
-    """The items if all of them are of this kind, else nothing."""
-    same = [item for item in items if isinstance(item, kind)]
-    return same if len(same) == len(items) else []
-
-
-async def tokenize_prompt(request: TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
-    if request.messages is not None:
-        conversation = _conversation(request, request.messages)
-        return await tokenizer.encode_chat(conversation, add_special_tokens=bool(request.add_special_tokens))
-    adds_special = request.add_special_tokens is not False
-    [token_ids] = await tokenizer.encode([request.prompt or ""], add_special_tokens=adds_special)
-    return token_ids
-
-
-def _conversation(request: ChatRequest | TokenizeRequest, messages: Sequence[ChatMessage]) -> Conversation:
-    return Conversation(
-        for_template(messages),
-        # Templates ask whether there are any in their own ways: `is not none` is one of them.
-        tools=None if request.tool_choice == "none" else request.tools or None,
-        documents=request.documents or None,
-        template_kwargs=request.chat_template_kwargs or {},
-        add_generation_prompt=request.add_generation_prompt is not False,
-        continue_final_message=bool(request.continue_final_message),
-    )

@@ -1,27 +1,20 @@
-"""The bodies of the endpoints: what may stand in them.
+"""The bodies of requests: what may stand in them, what is refused, and how bytes become one.
 
 Numbers and booleans may be written as text, as in vLLM. `null` means the same as absent. Unknown fields are
-accepted, since every client sends some; known ones that are not served are in `fields.py`. Knows nothing of
-the model or of tokens.
+accepted, since every client sends some. Knows nothing of the model or of tokens.
 """
 
 from __future__ import annotations
 
-import logging
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
-from flowkv_common.errors import BadRequest, CannotStart
-from flowkv_common.wire.messages import TokenLogprob
-from flowkv_gateway import fields
-from flowkv_gateway.messages import ChatMessage, check_messages
-from flowkv_gateway.output import Delta
-from flowkv_gateway.tokenizer import Vocabulary
+from flowkv_common.errors import BadRequest, invalid_input
 
 MAX_CHOICES = 128  # answers per request, over all its prompts
 _MAX_INT = 2**31 - 1
@@ -41,16 +34,86 @@ StopIds = Annotated[list[Count], Meta(max_length=128)]
 # How PHP and its like write an empty object.
 EmptyList = Annotated[list[Any], Meta(max_length=0)]
 
+CHAT, COMPLETIONS, TOKENIZE = "chat", "completions", "tokenize"
+
+# --- the messages of a chat ---------------------------------------------------------------------------
+#
+# A history is sent again and again, with all that this or another server once answered. So it is read with
+# patience: what says nothing counts as empty, and older forms as their newer ones. What would be lost (an
+# image), or can't have been an answer, is refused.
+
+
+class ContentPart(msgspec.Struct):
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+    @property
+    def shown(self) -> str | None:
+        return self.refusal if self.type == "refusal" else self.text
+
+
+class FunctionCall(msgspec.Struct):
+    name: str
+    arguments: Any = None
+
+
+class ToolCall(msgspec.Struct):
+    function: FunctionCall
+    id: str | None = None
+    type: str = "function"
+
+
+class ChatMessage(msgspec.Struct):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[ContentPart | str] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    function_call: FunctionCall | None = None  # what `tool_calls` replaced
+    refusal: str | None = None  # instead of content
+    reasoning_content: str | None = None
+
+
+def check_messages(messages: list[ChatMessage]) -> None:
+    """Raises BadRequest when there is nothing to render, or what can't be."""
+    if not messages:
+        raise BadRequest("messages must not be empty.", field="messages")
+    for place, message in enumerate(messages):
+        field = f"messages[{place}].content"
+        if message.content is None and message.role not in ("assistant", "tool", "function"):
+            raise BadRequest(f"{field} is missing.", field=field)
+        for at, part in enumerate(message.content if isinstance(message.content, list) else ()):
+            if isinstance(part, str):
+                continue
+            if part.type not in ("text", "input_text", "output_text", "refusal"):
+                raise BadRequest(f"Only text can be read, not {part.type!r}.", field=f"{field}[{at}].type")
+            if part.shown is None:
+                raise BadRequest("The part has no text.", field=f"{field}[{at}].text")
+
+
+# --- the bodies ---------------------------------------------------------------------------------------
+
+
+class Body(msgspec.Struct, kw_only=True):
+    """A request's body, for the endpoint by whose name the tables below know it."""
+
+    endpoint: ClassVar[str] = ""
+
+    model: str | None = None
+
+    def check(self) -> None:
+        """Raises BadRequest for fields that contradict each other."""
+
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(fields.Body, kw_only=True):
+class GenerationRequest(Body, kw_only=True):
     """What both endpoints have in common."""
 
-    model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: PositiveCount | None = None
@@ -74,12 +137,7 @@ class GenerationRequest(fields.Body, kw_only=True):
     return_token_ids: bool | None = None  # vLLM's: the ids of the output tokens beside the text
     priority: Annotated[int, Meta(ge=-_MAX_INT, le=_MAX_INT)] | None = None
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
     def check(self) -> None:
-        """Raises BadRequest for fields that contradict each other."""
         options = self.stream_options or StreamOptions()
         if (options.include_usage or options.continuous_usage_stats) and not self.stream:
             raise BadRequest("stream_options is only allowed with stream.", field="stream_options")
@@ -88,7 +146,7 @@ class GenerationRequest(fields.Body, kw_only=True):
 class ChatRequest(GenerationRequest, kw_only=True):
     """Body of `POST /v1/chat/completions`."""
 
-    endpoint: ClassVar[str] = fields.CHAT
+    endpoint: ClassVar[str] = CHAT
 
     messages: list[ChatMessage]
     max_completion_tokens: PositiveCount | None = None
@@ -108,7 +166,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
     def check(self) -> None:
         super().check()
         check_messages(self.messages)
-        _check_end(self.add_generation_prompt, self.continue_final_message)
+        _check_end(self)
         if self.top_logprobs and not self.logprobs:
             raise BadRequest("top_logprobs needs logprobs to be true.", field="top_logprobs")
 
@@ -116,7 +174,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
 class CompletionRequest(GenerationRequest, kw_only=True):
     """Body of `POST /v1/completions`. The prompt is a text, token ids, or a list of either."""
 
-    endpoint: ClassVar[str] = fields.COMPLETIONS
+    endpoint: ClassVar[str] = COMPLETIONS
 
     prompt: str | list[str | int | list[int]]
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
@@ -132,12 +190,11 @@ class CompletionRequest(GenerationRequest, kw_only=True):
             raise BadRequest("best_of other than n is not supported.", field="best_of")
 
 
-class TokenizeRequest(fields.Body):
+class TokenizeRequest(Body, kw_only=True):
     """Body of `POST /tokenize`: a prompt or messages."""
 
-    endpoint: ClassVar[str] = fields.TOKENIZE
+    endpoint: ClassVar[str] = TOKENIZE
 
-    model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
     tools: list[dict[str, Any]] | None = None
@@ -153,313 +210,184 @@ class TokenizeRequest(fields.Body):
             raise BadRequest("Give either prompt or messages.", field="prompt")
         if self.messages is not None:
             check_messages(self.messages)
-        _check_end(self.add_generation_prompt, self.continue_final_message)
+        _check_end(self)
 
 
-class DetokenizeRequest(fields.Body):
+class DetokenizeRequest(Body, kw_only=True):
     """Body of `POST /detokenize`."""
 
-    tokens: list[Annotated[int, Meta(ge=0, le=_MAX_INT)]]
-    model: str | None = None
-
-    def check(self) -> None:
-        """Any ids can be turned into text."""
+    tokens: list[Count]
 
 
-def _check_end(add_generation_prompt: bool | None, continue_final_message: bool | None) -> None:
-    if add_generation_prompt and continue_final_message:
+def _check_end(request: ChatRequest | TokenizeRequest) -> None:
+    if request.add_generation_prompt and request.continue_final_message:
         raise BadRequest(
             "A message can't be continued when another one is begun: leave add_generation_prompt out.",
             field="continue_final_message",
         )
 
 
-log = logging.getLogger(__name__)
-
-_FILE = "generation_config.json"
-
-
-class SamplingDefaults(msgspec.Struct, frozen=True):
-    """Of generation_config.json, what requests can set as well. None: the file does not say.
-
-    `do_sample` is not heeded, nor is it by vLLM: whoever asks for a temperature of 0 gets the best token.
-    """
-
-    temperature: Temperature | None = None
-    top_p: Share | None = None
-    top_k: TopK | None = None
-    min_p: Share | None = None
-    repetition_penalty: RepetitionPenalty | None = None
-
-
-def load_sampling_defaults(folder: Path, generation_config: str) -> SamplingDefaults:
-    """Those of the model in `folder`, and a line in the log; none if `generation_config` is "none".
-
-    Raises CannotStart for a file that can't be used.
-    """
-    file = folder / _FILE
-    if generation_config == "none" or not file.exists():
-        return SamplingDefaults()
-    try:
-        defaults = msgspec.json.decode(file.read_bytes(), type=SamplingDefaults, strict=False)
-    except msgspec.DecodeError as error:
-        raise CannotStart(f"{file}: {error}; FLOWKV_GENERATION_CONFIG=none leaves it out") from None
-    given = {name: value for name, value in msgspec.structs.asdict(defaults).items() if value is not None}
-    if given:
-        log.info("where a request is silent, %s applies: %s", _FILE, given)
-    return defaults
-
-
-_LEAST_LOGPROB = -9999.0  # what OpenAI shows for minus infinity, which JSON can't
-
-TokenIds = list[int] | UnsetType  # shown only to those who ask for `return_token_ids`
-
-
-class PromptTokensDetails(msgspec.Struct):
-    cached_tokens: int
-
-
-class Usage(msgspec.Struct):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-class TopLogprob(msgspec.Struct):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatTokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(msgspec.Struct):
-    content: list[ChatTokenLogprob]
-    refusal: None = None
-
-
-class TextLogprobs(msgspec.Struct):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class AssistantMessage(msgspec.Struct):
-    role: str
-    content: str
-    refusal: None = None
-
-
-class ChatDelta(msgspec.Struct):
-    content: str
-    role: str | UnsetType = UNSET
-
-
-class ChatChoice(msgspec.Struct):
-    index: int
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
-    token_ids: TokenIds
-
-
-class ChatChunkChoice(msgspec.Struct):
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
-    token_ids: TokenIds
-
-
-class TextChoice(msgspec.Struct):
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    finish_reason: str | None
-    token_ids: TokenIds
-
-
-class Reply(msgspec.Struct):
-    """A response or a chunk of one. `usage` is absent, or null in a chunk whose stream will tell it."""
-
-    id: str
-    object: str
-    created: int  # Unix time, s
-    model: str
-    choices: Sequence[ChatChoice | ChatChunkChoice | TextChoice]
-    usage: Usage | None | UnsetType = UNSET
-
-
-class Model(msgspec.Struct):
-    """An entry of `GET /v1/models`; `max_model_len` is null while no node is known."""
-
-    id: str
-    created: int
-    root: str
-    max_model_len: int | None
-    object: str = "model"
-    owned_by: str = "flowkv"
-    parent: None = None
-
-
-class ModelList(msgspec.Struct):
-    data: list[Model]
-    object: str = "list"
-
-
-@dataclass
-class WholeChoice:
-    """All deltas of one choice, put together."""
-
-    index: int
-    texts: list[str] = field(default_factory=list)
-    logprobs: list[tuple[TokenLogprob, int]] = field(default_factory=list)  # with their text offsets
-    finish_reason: str | None = None
-    token_ids: list[int] = field(default_factory=list)
-
-    def add(self, delta: Delta) -> None:
-        self.texts.append(delta.text)
-        if delta.token_id is not None:
-            self.token_ids.append(delta.token_id)
-        if delta.logprob is not None:
-            self.logprobs.append((delta.logprob, delta.text_offset))
-        self.finish_reason = delta.finish_reason
-
-
-class Shape(Protocol):
-    """How an endpoint writes its answers."""
-
-    id_prefix: str
-    object: str
-    chunk_object: str
-
-    def whole(self, choice: WholeChoice) -> ChatChoice | TextChoice: ...
-
-    def chunk(self, delta: Delta) -> ChatChunkChoice | TextChoice: ...
-
-
-class Writer:
-    """Encodes all that is sent for one request."""
-
-    def __init__(self, shape: Shape, *, reply_id: str, created: int, model: str) -> None:
-        self._shape = shape
-        self._id = reply_id
-        self._created = created
-        self._model = model
-
-    def whole(self, choices: Sequence[WholeChoice], usage: Usage) -> bytes:
-        shown = [self._shape.whole(choice) for choice in choices]
-        return self._encode(self._shape.object, shown, usage)
-
-    def chunk(self, delta: Delta, usage: Usage | None | UnsetType) -> bytes:
-        return self._encode(self._shape.chunk_object, [self._shape.chunk(delta)], usage)
-
-    def usage_chunk(self, usage: Usage) -> bytes:
-        return self._encode(self._shape.chunk_object, [], usage)
-
-    def _encode(
-        self,
-        kind: str,
-        choices: Sequence[ChatChoice | ChatChunkChoice | TextChoice],
-        usage: Usage | None | UnsetType,
-    ) -> bytes:
-        return msgspec.json.encode(Reply(self._id, kind, self._created, self._model, choices, usage))
-
-
-class ChatShape:
-    """`/v1/chat/completions`. The role goes out with the first token: earlier, it would look like one."""
-
-    id_prefix = "chatcmpl"
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def __init__(self, vocabulary: Vocabulary, with_token_ids: bool = False) -> None:
-        self._vocabulary = vocabulary
-        self._with_token_ids = with_token_ids
-
-    def whole(self, choice: WholeChoice) -> ChatChoice:
-        message = AssistantMessage("assistant", "".join(choice.texts))
-        logprobs = self._logprobs([logprob for logprob, _ in choice.logprobs])
-        token_ids = choice.token_ids if self._with_token_ids else UNSET
-        return ChatChoice(choice.index, message, logprobs, choice.finish_reason, token_ids)
-
-    def chunk(self, delta: Delta) -> ChatChunkChoice:
-        shown = ChatDelta(delta.text, "assistant" if delta.is_first else UNSET)
-        logprobs = self._logprobs([] if delta.logprob is None else [delta.logprob])
-        token_ids = _ids_of(delta) if self._with_token_ids else UNSET
-        return ChatChunkChoice(delta.choice, shown, logprobs, delta.finish_reason, token_ids)
-
-    def _logprobs(self, logprobs: list[TokenLogprob]) -> ChatLogprobs | None:
-        if not logprobs:
-            return None
-        return ChatLogprobs([self._token_logprob(logprob) for logprob in logprobs])
-
-    def _token_logprob(self, logprob: TokenLogprob) -> ChatTokenLogprob:
-        top = [TopLogprob(*self._describe(token_id, value)) for token_id, value in logprob.top]
-        return ChatTokenLogprob(*self._describe(logprob.token_id, logprob.logprob), top)
-
-    def _describe(self, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
-        token_bytes = list(self._vocabulary.token_bytes(token_id))
-        return self._vocabulary.token_text(token_id), _finite(logprob), token_bytes
-
-
-class TextShape:
-    """`/v1/completions`. Whole answers and chunks look the same."""
-
-    id_prefix = "cmpl"
-    object = "text_completion"
-    chunk_object = "text_completion"
-
-    def __init__(self, vocabulary: Vocabulary, with_token_ids: bool = False) -> None:
-        self._vocabulary = vocabulary
-        self._with_token_ids = with_token_ids
-
-    def whole(self, choice: WholeChoice) -> TextChoice:
-        logprobs = self._logprobs(choice.logprobs)
-        token_ids = choice.token_ids if self._with_token_ids else UNSET
-        return TextChoice(choice.index, "".join(choice.texts), logprobs, choice.finish_reason, token_ids)
-
-    def chunk(self, delta: Delta) -> TextChoice:
-        logprobs = self._logprobs([] if delta.logprob is None else [(delta.logprob, delta.text_offset)])
-        token_ids = _ids_of(delta) if self._with_token_ids else UNSET
-        return TextChoice(delta.choice, delta.text, logprobs, delta.finish_reason, token_ids)
-
-    def _logprobs(self, logprobs: list[tuple[TokenLogprob, int]]) -> TextLogprobs | None:
-        if not logprobs:
-            return None
-        text_of = self._vocabulary.token_text
-        return TextLogprobs(
-            tokens=[text_of(logprob.token_id) for logprob, _ in logprobs],
-            token_logprobs=[_finite(logprob.logprob) for logprob, _ in logprobs],
-            top_logprobs=[self._top(logprob) for logprob, _ in logprobs],
-            text_offset=[offset for _, offset in logprobs],
+# --- fields that are known and not served -------------------------------------------------------------
+
+_BOTH = (CHAT, COMPLETIONS)
+_UNLESS_TRUE: Sequence[Any] = (None, False)
+_UNLESS_GIVEN: Sequence[Any] = (None,)
+_UNLESS_FILLED: Sequence[Any] = (None, [], {}, "")
+
+
+class Refused(NamedTuple):
+    """A field that is refused unless its value is one of `accepted`; `reason` is for the client."""
+
+    name: str
+    endpoints: Sequence[str]
+    accepted: Sequence[Any]
+    reason: str
+
+    @property
+    def kind(self) -> Any:
+        """What its value is read as: flags and numbers may be written as text, as in served fields."""
+        for kind in (bool, int):
+            if any(type(value) is kind for value in self.accepted):
+                return kind | None
+        return Any
+
+
+_CONSTRAINED = "output can't be constrained"
+_REASONING = "reasoning is not told from the rest of the answer"
+_TOOLS = "tools are shown to the model, but its calls stay text"
+
+REFUSED = [
+    Refused("response_format", _BOTH, (None, {"type": "text"}), _CONSTRAINED),
+    *(
+        Refused(name, _BOTH, _UNLESS_FILLED, _CONSTRAINED)
+        for name in (
+            *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+            *("structural_tag", "regex", "ebnf", "grammar", "json_schema"),
         )
+    ),
+    Refused("tool_choice", (CHAT, TOKENIZE), (None, "none", "auto"), f"{_TOOLS}; use `auto` or `none`"),
+    Refused("functions", (CHAT,), _UNLESS_FILLED, "use `tools`, which replaced it"),
+    Refused("function_call", (CHAT,), (None, "none", "auto"), _TOOLS),
+    Refused("reasoning_effort", (CHAT,), _UNLESS_GIVEN, _REASONING),
+    Refused("include_reasoning", (CHAT,), (None, True), _REASONING),
+    Refused("thinking_token_budget", _BOTH, (None, -1), _REASONING),
+    Refused("verbosity", (CHAT,), (None, "medium"), "models are not told how long to answer"),
+    Refused("modalities", (CHAT,), (None, [], ["text"]), "answers are text"),
+    Refused("audio", (CHAT,), _UNLESS_GIVEN, "answers are text"),
+    Refused("web_search_options", (CHAT,), _UNLESS_GIVEN, "nothing is looked up"),
+    Refused("moderation", (CHAT,), _UNLESS_GIVEN, "nothing is moderated"),
+    Refused("chat_template", (CHAT, TOKENIZE), _UNLESS_GIVEN, "the model's own template is used"),
+    Refused("echo", _BOTH, _UNLESS_TRUE, "answers hold what is new"),
+    Refused("suffix", (COMPLETIONS,), (None, ""), "text is continued at its end only"),
+    Refused("prompt_embeds", (COMPLETIONS,), _UNLESS_FILLED, "a prompt is text or token ids"),
+    Refused("max_completion_tokens", (COMPLETIONS,), _UNLESS_GIVEN, "it is called `max_tokens` here"),
+    Refused("use_beam_search", _BOTH, _UNLESS_TRUE, "answers are sampled one by one"),
+    Refused("truncate_prompt_tokens", _BOTH, _UNLESS_GIVEN, "prompts are taken whole"),
+    Refused("prompt_logprobs", _BOTH, _UNLESS_GIVEN, "only output tokens have log probabilities"),
+    Refused("logprob_token_ids", _BOTH, _UNLESS_FILLED, "log probabilities are of the most likely tokens"),
+    Refused("return_tokens_as_token_ids", _BOTH, _UNLESS_TRUE, "use `return_token_ids`"),
+    Refused("allowed_token_ids", _BOTH, _UNLESS_FILLED, "use `logit_bias`"),
+    Refused("bad_words", _BOTH, _UNLESS_FILLED, "use `logit_bias`"),
+    Refused("watermarking", _BOTH, _UNLESS_TRUE, "nothing is marked"),
+    Refused("repetition_detection", _BOTH, _UNLESS_GIVEN, "use `repetition_penalty`"),
+    Refused("return_prompt_text", (CHAT,), _UNLESS_TRUE, "use `/tokenize` and `/detokenize`"),
+    Refused("return_token_strs", (TOKENIZE,), _UNLESS_TRUE, "use `/detokenize`"),
+    Refused("cache_salt", _BOTH, _UNLESS_GIVEN, "all requests share the prefix cache"),
+    Refused("kv_transfer_params", _BOTH, _UNLESS_FILLED, "the scheduler chooses the nodes"),
+    Refused("ec_transfer_params", _BOTH, _UNLESS_FILLED, "the scheduler chooses the nodes"),
+    Refused("vllm_xargs", _BOTH, _UNLESS_FILLED, "there are no extensions"),
+]
 
-    def _top(self, logprob: TokenLogprob) -> dict[str, float]:
-        """Of the best tokens and the chosen one, by their texts.
+CHANGE_NOTHING = {
+    "user": "who asked",
+    "safety_identifier": "who asked",
+    "metadata": "for stored answers",
+    "store": "nothing is stored",
+    "service_tier": "there is one",
+    "prompt_cache_key": "the prefix cache finds its blocks by what they hold",
+    "prompt_cache_options": "the same",
+    "prompt_cache_retention": "the same",
+    "prediction": "would make an answer faster, not another one",
+    "parallel_tool_calls": "there are no tool calls",
+    "length_penalty": "of beam search, which is refused",
+    "truncation_side": "of `truncate_prompt_tokens`, which is refused",
+    "spaces_between_special_tokens": "there are never any",
+    "guided_decoding_backend": "of constrained output, which is refused",
+    "guided_whitespace_pattern": "the same",
+    "media_io_kwargs": "of images and sound, which are refused",
+    "mm_processor_kwargs": "the same",
+    "return_mm_kwargs": "the same",
+    "return_token_offsets": "of an endpoint that does not exist here",
+    "routed_experts_prompt_start": "the choice of experts is not shown",
+    "request_id": "an answer's id is the gateway's",
+    "session_id": "related requests are known by what they share",
+    "stream_interval": "a stream has a chunk per token",
+}
 
-        Where several have one text, it means the chosen token, else the best of them. The others are called
-        by their ids, so that none is lost.
-        """
-        chosen = (logprob.token_id, logprob.logprob)
-        values = dict([*logprob.top, chosen])
-        names: dict[str, int] = {}
-        for token_id in (logprob.token_id, *values):
-            names.setdefault(self._vocabulary.token_text(token_id), token_id)
-        texts = {token_id: text for text, token_id in names.items()}
-        return {
-            texts.get(token_id, f"token_id:{token_id}"): _finite(value) for token_id, value in values.items()
-        }
+# --- from bytes to a body -----------------------------------------------------------------------------
+
+# Looking for the field costs a second, slower parse, which a large broken body is not worth.
+_MAX_EXPLAINED_BYTES = 64 * 1024
+
+T = TypeVar("T")
+B = TypeVar("B", bound=Body)
 
 
-def _ids_of(delta: Delta) -> list[int]:
-    return [] if delta.token_id is None else [delta.token_id]
+def parse_request(body: bytes, kind: type[B]) -> B:
+    """The `kind` in `body`. Raises BadRequest for what it can't be, and for what is known and not served."""
+    request: B = parse_json(body, _with_refused(kind))
+    for row in REFUSED:
+        if kind.endpoint in row.endpoints and getattr(request, row.name) not in row.accepted:
+            raise BadRequest(f"{row.name} is not supported: {row.reason}.", field=row.name)
+    request.check()
+    return request
 
 
-def _finite(logprob: float) -> float:
-    """In this order of arguments, `max` turns NaN into the least as well."""
-    return max(_LEAST_LOGPROB, logprob)
+@cache
+def _with_refused(kind: type[Body]) -> type[Any]:
+    """The struct `kind` with the fields refused there: a body may be large, and is read only once."""
+    refused = [
+        (row.name, row.kind, None)
+        for row in REFUSED
+        if kind.endpoint in row.endpoints and row.name not in kind.__struct_fields__
+    ]
+    return msgspec.defstruct(kind.__name__, refused, bases=(kind,), kw_only=True)
+
+
+def parse_json(body: bytes, kind: type[T]) -> T:
+    """The `kind` in `body`, where numbers and booleans may be written as text, and whole numbers as 10.0.
+
+    Raises BadRequest for anything else that bytes can be.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise invalid_input(str(error)) from None
+    except UnicodeDecodeError:
+        raise BadRequest("The body is not valid UTF-8.") from None
+    except RecursionError:
+        raise BadRequest("The JSON is nested too deeply.") from None
+    except msgspec.DecodeError as error:
+        if field := _non_finite_field(body):
+            raise BadRequest(f"{field}: NaN and Infinity are not numbers in JSON.", field=field) from None
+        raise BadRequest(f"The body is not valid JSON: {error}") from None
+
+
+def _non_finite_field(body: bytes) -> str | None:
+    """The top-level field that holds a NaN or Infinity, as many JSON writers put them."""
+    if len(body) > _MAX_EXPLAINED_BYTES:
+        return None
+    mark = object()
+    try:
+        fields = json.loads(body, parse_constant=lambda _: mark)
+    except (ValueError, RecursionError):
+        return None
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        waiting = [value]
+        while waiting:
+            current = waiting.pop()
+            if current is mark:
+                return str(name)
+            if isinstance(current, dict | list):
+                waiting.extend(current.values() if isinstance(current, dict) else current)
+    return None

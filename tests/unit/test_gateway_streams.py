@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv_common.wire.messages import Refusal, TokenChunk, TokenLogprob
-from flowkv_gateway.cluster import Reorder
+from flowkv_gateway.streams import TokenStream
 
 MAX_TOKENS = 12
 
@@ -23,54 +23,66 @@ def chunk(start: int, end: int, *, finish: str | None = None, error: Refusal | N
     )
 
 
+def push(stream: TokenStream, piece: TokenChunk) -> list[TokenChunk]:
+    """What is due once `piece` has come."""
+    stream.add_chunk(piece, "d")
+    due = list(stream.due)
+    stream.due.clear()
+    return due
+
+
+def has_gap(stream: TokenStream) -> bool:
+    return stream.gap_since is not None
+
+
 def test_chunks_in_order_pass_unchanged() -> None:
-    reorder = Reorder()
+    stream = TokenStream()
     first, second = chunk(0, 2), chunk(2, 3, finish="stop")
-    assert reorder.push(first) == [first]
-    assert reorder.push(second) == [second]
-    assert reorder.expected == 3
-    assert not reorder.has_gap
+    assert push(stream, first) == [first]
+    assert push(stream, second) == [second]
+    assert stream.expected == 3
+    assert not has_gap(stream)
 
 
 def test_late_chunk_fills_the_gap() -> None:
-    reorder = Reorder()
-    assert reorder.push(chunk(2, 4)) == []
-    assert reorder.has_gap
-    assert reorder.expected == 0
-    assert reorder.push(chunk(0, 2)) == [chunk(0, 2), chunk(2, 4)]
-    assert not reorder.has_gap
+    stream = TokenStream()
+    assert push(stream, chunk(2, 4)) == []
+    assert has_gap(stream)
+    assert stream.expected == 0
+    assert push(stream, chunk(0, 2)) == [chunk(0, 2), chunk(2, 4)]
+    assert not has_gap(stream)
 
 
 def test_overlap_is_trimmed_with_its_logprobs() -> None:
-    reorder = Reorder()
-    reorder.push(chunk(0, 3))
-    assert reorder.push(chunk(1, 5)) == [chunk(3, 5)]
+    stream = TokenStream()
+    push(stream, chunk(0, 3))
+    assert push(stream, chunk(1, 5)) == [chunk(3, 5)]
 
 
 def test_attempt_may_go_on_where_another_ended() -> None:
-    reorder = Reorder(expected=4)
-    assert reorder.push(chunk(4, 5)) == [chunk(4, 5)]
+    stream = TokenStream(expected=4)
+    assert push(stream, chunk(4, 5)) == [chunk(4, 5)]
 
 
 def test_error_waits_for_the_tokens_before_it() -> None:
-    reorder = Reorder()
+    stream = TokenStream()
     lost = chunk(2, 2, error=Refusal(code=503, message="gone"))
-    assert reorder.push(lost) == []
-    assert reorder.push(chunk(0, 2)) == [chunk(0, 2), lost]
+    assert push(stream, lost) == []
+    assert push(stream, chunk(0, 2)) == [chunk(0, 2), lost]
 
 
 def test_finish_is_given_out_when_its_tokens_are_known() -> None:
-    reorder = Reorder()
-    reorder.push(chunk(0, 3))
-    assert reorder.push(chunk(1, 3, finish="length")) == [chunk(3, 3, finish="length")]
+    stream = TokenStream()
+    push(stream, chunk(0, 3))
+    assert push(stream, chunk(1, 3, finish="length")) == [chunk(3, 3, finish="length")]
 
 
 def test_nothing_follows_the_end() -> None:
-    reorder = Reorder()
-    reorder.push(chunk(0, 1, finish="stop"))
-    assert reorder.push(chunk(0, 1, finish="stop")) == []
-    assert reorder.push(chunk(1, 2)) == []
-    assert not reorder.has_gap
+    stream = TokenStream()
+    push(stream, chunk(0, 1, finish="stop"))
+    assert push(stream, chunk(0, 1, finish="stop")) == []
+    assert push(stream, chunk(1, 2)) == []
+    assert not has_gap(stream)
 
 
 @st.composite
@@ -87,7 +99,7 @@ def deliveries(draw: st.DrawFn) -> list[TokenChunk]:
 
 @given(deliveries())
 def test_agrees_with_a_naive_model(chunks: list[TokenChunk]) -> None:
-    reorder = Reorder()
+    stream = TokenStream()
     seen: dict[int, int] = {}
     end_at: int | None = None
     indices: set[int] = set()
@@ -97,13 +109,13 @@ def test_agrees_with_a_naive_model(chunks: list[TokenChunk]) -> None:
         seen.update(zip(range(piece.index, piece.index + len(piece.token_ids)), piece.token_ids, strict=True))
         if piece.finish_reason is not None:
             end_at = piece.index + len(piece.token_ids)
-        given_out += reorder.push(piece)
+        given_out += push(stream, piece)
 
         known = next(i for i in range(MAX_TOKENS + 1) if i not in seen)
-        assert reorder.expected == known
+        assert stream.expected == known
         assert [t for c in given_out for t in c.token_ids] == [seen[i] for i in range(known)]
         assert [p.token_id for c in given_out for p in c.logprobs] == [seen[i] for i in range(known)]
         finished = [c.finish_reason for c in given_out if c.finish_reason is not None]
         assert finished == (["stop"] if end_at == known else [])
-        assert reorder.has_gap == (end_at != known and any(index > known for index in indices))
+        assert has_gap(stream) == (end_at != known and any(index > known for index in indices))
     assert all(c.token_ids or c.finish_reason for c in given_out)

@@ -1,0 +1,126 @@
+"""The tokens that nodes send to this gateway, put in order for each attempt that waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import msgspec
+from nats.aio.msg import Msg
+
+from flowkv_common.aio import wait_event
+from flowkv_common.wire.messages import Keepalive, KeepaliveReply, StepTokens, TokenChunk
+
+# States of an attempt in keepalives. A decode node that keeps room for it is no sign of life: prefill must
+# show one. A node that has it queued or preempted does not work at it.
+RESERVED = "reserved"
+WAITING = ("queued", "preempted")
+
+
+class TokenStream:
+    """The chunks of one attempt in order of their index, each token once, whatever arrives late or twice.
+
+    `expected` is the index of the next missing token. While `gap_since` is set, a chunk is held back for
+    tokens that have not come: ask for a resume from `expected`.
+    """
+
+    def __init__(self, expected: int = 0) -> None:
+        self.expected = expected
+        self.due: deque[TokenChunk] = deque()  # in order, for `next_chunk`
+        self.heard_at = time.monotonic()  # the last sign of life, token or keepalive
+        self.gap_since: float | None = None
+        self.failed_at: str | None = None  # the node that sent an error
+        self.is_running = False  # a node works at it, as far as its keepalives tell: they come once a second
+        self._held: list[TokenChunk] = []  # by index, all beyond `expected`
+        self._has_ended = False
+        self._has_due = asyncio.Event()
+
+    def add_chunk(self, chunk: TokenChunk, node_id: str) -> None:
+        """Take a chunk that `node_id` has sent.
+
+        One with a finish reason or an error comes last, and only when every token before it was given out.
+        """
+        self.heard_at = time.monotonic()
+        self.is_running = True
+        if chunk.error is not None:
+            self.failed_at = node_id
+        if not (self._has_ended or chunk in self._held):
+            bisect.insort(self._held, chunk, key=lambda held: (held.index, _is_last(held)))
+            self._release()
+        if not self._held:
+            self.gap_since = None
+        elif self.gap_since is None:
+            self.gap_since = self.heard_at
+
+    def _release(self) -> None:
+        """Moves to `due` what nothing is missing before, without tokens that were given out already."""
+        while self._held and self._held[0].index <= self.expected:
+            chunk = self._held.pop(0)
+            if num_known := self.expected - chunk.index:
+                chunk = msgspec.structs.replace(
+                    chunk,
+                    index=self.expected,
+                    token_ids=chunk.token_ids[num_known:],
+                    logprobs=chunk.logprobs[num_known:],
+                )
+            if not (chunk.token_ids or _is_last(chunk)):
+                continue
+            self.due.append(chunk)
+            self._has_due.set()
+            self.expected += len(chunk.token_ids)
+            if _is_last(chunk):
+                self._has_ended = True
+                self._held.clear()
+
+    async def next_chunk(self, timeout_s: float) -> TokenChunk | None:
+        """The next chunk in order, or None after `timeout_s`."""
+        if not self.due:
+            self._has_due.clear()
+            await wait_event(self._has_due, timeout_s)
+        return self.due.popleft() if self.due else None
+
+
+def _is_last(chunk: TokenChunk) -> bool:
+    return chunk.finish_reason is not None or chunk.error is not None
+
+
+class Streams:
+    """All attempts of this gateway that wait for tokens."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, TokenStream] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def num_running(self) -> int:
+        return sum(stream.is_running for stream in self._streams.values())
+
+    @contextlib.contextmanager
+    def collect(self, transfer_id: str, expected: int) -> Iterator[TokenStream]:
+        """The tokens of an attempt from index `expected` on, while the context lasts."""
+        stream = self._streams[transfer_id] = TokenStream(expected)
+        try:
+            yield stream
+        finally:
+            del self._streams[transfer_id]
+
+    def on_tokens(self, step: StepTokens, _: Msg) -> None:
+        for chunk in step.chunks:
+            if stream := self._streams.get(chunk.transfer_id):
+                stream.add_chunk(chunk, step.node_id)
+
+    async def on_keepalive(self, message: Keepalive) -> KeepaliveReply:
+        unknown = []
+        for transfer_id, state in message.states.items():
+            stream = self._streams.get(transfer_id)
+            if stream is None:
+                unknown.append(transfer_id)
+            elif state != RESERVED:
+                stream.heard_at = time.monotonic()
+                stream.is_running = state not in WAITING
+        return KeepaliveReply(unknown=unknown)
