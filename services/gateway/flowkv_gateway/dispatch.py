@@ -191,14 +191,14 @@ class RequestState:
     def add_chunk(self, chunk: TokenChunk) -> None:
         is_first = not self.output_ids
         if is_first:
-            self.ttft_s = self.lived_s()
-            self.phases.add({"ttft": self.ttft_s})
+            self.phases.add({"ttft": self.lived_s()})
         self.output_ids += chunk.token_ids
         # A later attempt finds output of an earlier one cached, too.
         num_cached_tokens = min(chunk.num_cached_tokens, len(self.prompt_ids))
         self.num_cached_tokens = max(self.num_cached_tokens, num_cached_tokens)
         self.phases.add(chunk.phases_s)
         if is_first:
+            self.ttft_s = self.phases.seconds["ttft"]
             self.queue_s = sum(self.phases.seconds.get(phase, 0.0) for phase in WAITS)
         if chunk.finish_reason:
             self.outcome = chunk.finish_reason
