@@ -25,6 +25,15 @@ Each setting is a variable, `FLOWKV_PORT`, and a flag, `--port`. Flags win. An u
 `tests/contract/settings_page.py`.
 """
 
+FIXED = """
+## Bounds that are not settings
+
+- a request waits for up to 10 s where no scheduler answers or no node is there
+- a request has at most three attempts
+- an attempt fails after 3 s without token or keepalive; a node is silent after three load reports
+- a reservation ends 30 s after its last renewal
+- an endpoint holds 1,024 requests"""
+
 
 def page_from_code() -> str:
     return "\n".join(_lines()) + "\n"
@@ -42,6 +51,7 @@ def _lines() -> Iterator[str]:
         yield ""
     yield "## Others\n"
     yield from (f"- `{name}`: {text}" for name, text in OTHER_VARIABLES.items())
+    yield FIXED
 
 
 def _row(setting: Setting) -> str:
