@@ -103,7 +103,7 @@ async def _send_all(orders: Connection, num_blocks: int) -> None:
     from flowkv_engine.kv.cuda_pool import CudaPool
     from flowkv_engine.transport import make_connectors
 
-    reservations = Reservations(Blocks(num_blocks, LLAMA_8B.block_size))
+    reservations = Reservations(Blocks(num_blocks))
     with CudaPool(LLAMA_8B, num_blocks) as pool:
         [connector] = make_connectors(["cuda_ipc"], pool, reservations, lambda _: False)
         async with connector:
@@ -118,7 +118,7 @@ async def ipc_transfers(all_sizes: list[Sizes], num_runs: int) -> list[dict[str,
     from flowkv_engine.transport import make_connectors
 
     num_blocks = max(sizes.num_blocks for sizes in all_sizes)
-    reservations = Reservations(Blocks(num_blocks, LLAMA_8B.block_size))
+    reservations = Reservations(Blocks(num_blocks))
     with CudaPool(LLAMA_8B, num_blocks) as pool, sender(num_blocks) as orders:
         [connector] = make_connectors(["cuda_ipc"], pool, reservations, LINK_TOKEN.__eq__)
         async with connector:

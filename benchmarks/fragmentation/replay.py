@@ -40,9 +40,9 @@ class Replay:
         self.num_left_out = 0  # of requests that alone are over the level
         self.num_prompt_blocks = 0
         self.num_hit_blocks: Counter[str] = Counter()
-        self.prefill_pool = Blocks(size, block_size)
-        self.told_pool = Blocks(size, block_size)
-        self.alone_pool = Blocks(size, block_size)
+        self.prefill_pool = Blocks(size)
+        self.told_pool = Blocks(size)
+        self.alone_pool = Blocks(size)
         self.list_pool = FreeList(size)
         self.prefill = PrefillSide(self.prefill_pool, block_size, limit)
         self.told = DecodeSide(self.told_pool, block_size, limit)

@@ -135,7 +135,7 @@ class FaultNode:
         words[:] = np.arange(
             seed << 40, (seed << 40) + len(words), dtype=np.uint64
         )  # no word twice, anywhere
-        self._blocks = Blocks(NUM_BLOCKS, LARGE.block_size)
+        self._blocks = Blocks(NUM_BLOCKS)
         everything = self._blocks.allocate(NUM_BLOCKS)
         self._blocks.release(block for block in everything if block not in GUARDS)
         self._reservations = WatchedReservations(self._blocks, reports)

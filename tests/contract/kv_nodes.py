@@ -118,7 +118,7 @@ class Network:
         self, layout: PoolLayout = SMALL, num_blocks: int = 24, *, io_timeout_s: float = 5.0
     ) -> Node:
         pool = self._stack.enter_context(KVPool(layout, num_blocks))
-        blocks = Blocks(num_blocks, layout.block_size)
+        blocks = Blocks(num_blocks)
         clock = [0.0]
         reservations = WatchedReservations(blocks, lambda: clock[0])
         connector = self._connector(pool, reservations, io_timeout_s)

@@ -28,7 +28,7 @@ class Job(msgspec.Struct):
 
 
 async def send(kind: str, job: Job) -> None:
-    reservations = Reservations(Blocks(job.num_blocks, job.layout.block_size))
+    reservations = Reservations(Blocks(job.num_blocks))
     async with contextlib.AsyncExitStack() as stack:
         pool = stack.enter_context(KVPool(job.layout, job.num_blocks))
         connector = connector_on_host(kind, pool, reservations, lambda _: False)

@@ -149,6 +149,6 @@ async def test_nccl_each_connection_has_a_communicator_and_ends_it() -> None:
 
 @pytest.mark.parametrize("name", ["cuda_ipc", "nccl"])
 def test_connectors_for_gpus_are_not_made_for_host_memory(name: str) -> None:
-    reservations = Reservations(Blocks(1, SMALL.block_size))
+    reservations = Reservations(Blocks(1))
     with KVPool(SMALL, 1) as pool, pytest.raises(ValueError, match=f"{name}' .*host memory: .*shm, tcp"):
         make_connectors(["tcp", name], pool, reservations, LINK_TOKEN.__eq__)

@@ -52,7 +52,7 @@ async def test_all_prompts_of_a_step_are_handed_off_while_the_next_one_computes(
     async with contextlib.AsyncExitStack() as stack:
         source, target = (stack.enter_context(KVPool(SMALL, 8)) for _ in range(2))
         source.tensor.normal_()
-        reservations = Reservations(Blocks(8, SMALL.block_size))
+        reservations = Reservations(Blocks(8))
         sender = await stack.enter_async_context(connector(kind, source, reservations))
         receiver = await stack.enter_async_context(connector(kind, target, reservations))
         link = await sender.connect(await receiver.listen(), LINK_TOKEN, 8)

@@ -28,7 +28,7 @@ async def carry_out(node: GpuNode, order: Send) -> Outcome:
 
 async def main() -> None:
     setup = msgspec.json.decode(sys.stdin.readline(), type=Setup)
-    reservations = Reservations(Blocks(setup.num_blocks, setup.layout.block_size))
+    reservations = Reservations(Blocks(setup.num_blocks))
     async with opened(setup, reservations, lambda _: False) as node:
         node.fill(SEED)
         print(msgspec.json.encode(Outcome()).decode(), flush=True)

@@ -58,7 +58,7 @@ class Receiver:
     """This process's node and its books."""
 
     def __init__(self) -> None:
-        self.blocks = Blocks(NUM_BLOCKS, LAYOUT.block_size)
+        self.blocks = Blocks(NUM_BLOCKS)
         self.reservations = WatchedReservations(self.blocks)
         self.node: GpuNode
         self.address = ""

@@ -64,7 +64,7 @@ class Node:
     def __init__(self, bus: Bus, node_id: str = "n0", incarnation: str = "i1") -> None:
         self.bus = bus
         self.ref = NodeRef(node_id=node_id, incarnation=incarnation)
-        self.blocks = Blocks(num_blocks=32, block_size=BLOCK_SIZE)
+        self.blocks = Blocks(num_blocks=32)
         self.news = BlockNews(self.ref, self.blocks)
         self.num_lists = 0
         self.refusals: list[Exception] = []  # of the next lists asked for

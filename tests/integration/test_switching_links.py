@@ -58,7 +58,7 @@ class Side:
 
     def __init__(self, bus: Bus, ref: NodeRef, pool: KVPool) -> None:
         self.pool = pool
-        self.reservations = Reservations(Blocks(NUM_BLOCKS, SMALL.block_size))
+        self.reservations = Reservations(Blocks(NUM_BLOCKS))
         self.links = Links(bus, ref, SMALL, "f", NUM_BLOCKS)
 
 

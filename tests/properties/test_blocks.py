@@ -12,7 +12,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from flowkv_engine.kv.blocks import Blocks, OutOfBlocks
 
 NUM_BLOCKS = 14
-BLOCK_SIZE = 4
 
 # Two families of prompts with common beginnings; a prompt is its chain of hashes.
 prompts = st.tuples(st.sampled_from("ab"), st.integers(1, 5), st.booleans()).map(
@@ -32,7 +31,7 @@ class Sequence:
 class BlocksMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = Blocks(NUM_BLOCKS, BLOCK_SIZE)
+        self.blocks = Blocks(NUM_BLOCKS)
         self.sequences: list[Sequence] = []
         self.quarantined: list[int] = []
         self.content: dict[int, str] = {}  # the hash of what was last computed into a block

@@ -23,7 +23,7 @@ class ReservationsMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.blocks = Blocks(NUM_BLOCKS, block_size=4)
+        self.blocks = Blocks(NUM_BLOCKS)
         self.reservations = Reservations(self.blocks, lambda: self.now)
         self.open: dict[str, Reservation] = {}
         self.copies: list[tuple[Reservation, ExitStack]] = []

@@ -33,7 +33,7 @@ def told(change: BlocksChanged | None) -> tuple[int, set[str], set[str]]:
 
 
 def test_tells_what_has_changed_since_and_nothing_while_nothing_does() -> None:
-    blocks = Blocks(num_blocks=8, block_size=16)
+    blocks = Blocks(num_blocks=8)
     news = BlockNews(REF, blocks)
     assert news.next_change() is None
     cached(blocks, "a", "b")
@@ -47,7 +47,7 @@ def test_tells_what_has_changed_since_and_nothing_while_nothing_does() -> None:
 
 
 def test_what_comes_and_goes_in_between_is_never_told() -> None:
-    blocks = Blocks(num_blocks=4, block_size=16)
+    blocks = Blocks(num_blocks=4)
     news = BlockNews(REF, blocks)
     cached(blocks, "a")
     assert told(news.next_change()) == (1, {"a"}, set())
@@ -59,7 +59,7 @@ def test_what_comes_and_goes_in_between_is_never_told() -> None:
 
 
 def test_blocks_aborted_under_a_copy_are_told_as_removed() -> None:
-    blocks = Blocks(num_blocks=4, block_size=16)
+    blocks = Blocks(num_blocks=4)
     news = BlockNews(REF, blocks)
     block_ids = blocks.allocate(1)
     blocks.commit(block_ids[0], "a", None)
@@ -70,7 +70,7 @@ def test_blocks_aborted_under_a_copy_are_told_as_removed() -> None:
 
 def test_more_than_fits_waits_for_the_next_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_news, "MAX_CHANGES", 3)
-    blocks = Blocks(num_blocks=8, block_size=16)
+    blocks = Blocks(num_blocks=8)
     news = BlockNews(REF, blocks)
     cached(blocks, *"abcde")
     first, second = news.next_change(), news.next_change()
@@ -87,7 +87,7 @@ def test_more_than_fits_waits_for_the_next_message(monkeypatch: pytest.MonkeyPat
 
 
 def test_cut_off_for_long_it_keeps_no_more_than_the_cache_holds() -> None:
-    blocks = Blocks(num_blocks=4, block_size=16)
+    blocks = Blocks(num_blocks=4)
     news = BlockNews(REF, blocks)
     for number in range(100):
         cached(blocks, f"{number}a", f"{number}b", f"{number}c")
@@ -98,7 +98,7 @@ def test_cut_off_for_long_it_keeps_no_more_than_the_cache_holds() -> None:
 
 
 def test_after_what_may_be_a_loss_a_number_is_missing_and_soon_noticed() -> None:
-    blocks = Blocks(num_blocks=4, block_size=16)
+    blocks = Blocks(num_blocks=4)
     news = BlockNews(REF, blocks)
     cached(blocks, "a")
     news.next_change()
@@ -109,7 +109,7 @@ def test_after_what_may_be_a_loss_a_number_is_missing_and_soon_noticed() -> None
 
 
 def test_messages_and_pages_are_as_large_as_a_server_takes_them() -> None:
-    blocks = Blocks(num_blocks=100, block_size=16)
+    blocks = Blocks(num_blocks=100)
     news = BlockNews(REF, blocks, max_hashes=20)
     hashes = [f"{number:032x}" for number in range(30)]
     cached(blocks, *hashes)
@@ -122,7 +122,7 @@ def test_messages_and_pages_are_as_large_as_a_server_takes_them() -> None:
 
 
 def test_pages_hold_what_was_told_each_hash_once() -> None:
-    blocks = Blocks(num_blocks=block_news.PAGE_SIZE + 1, block_size=16)
+    blocks = Blocks(num_blocks=block_news.PAGE_SIZE + 1)
     news = BlockNews(REF, blocks)
     hashes = [f"{number:032x}" for number in range(1000)]
     cached(blocks, *hashes)

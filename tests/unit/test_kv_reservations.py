@@ -29,7 +29,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def blocks() -> Iterator[Blocks]:
-    blocks = Blocks(num_blocks=16, block_size=16)
+    blocks = Blocks(num_blocks=16)
     yield blocks
     blocks.check_integrity()
 

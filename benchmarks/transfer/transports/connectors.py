@@ -30,7 +30,7 @@ class ConnectorTransport:
     def __init__(self, name: str, pool: KVPool) -> None:
         self._num_blocks = pool.num_blocks
         self._lifetime = contextlib.AsyncExitStack()
-        (self._connector,) = make_connectors([name], pool, _Unguarded(Blocks(0, 1)), lambda _: True)
+        (self._connector,) = make_connectors([name], pool, _Unguarded(Blocks(0)), lambda _: True)
 
     async def listen(self) -> str:
         await self._lifetime.enter_async_context(self._connector)

@@ -157,7 +157,7 @@ async def open_node(
     stop: asyncio.Event,
 ) -> AsyncIterator[Node]:
     """A node that listens for KV, with its two roles, none of them at work yet."""
-    blocks = Blocks(pool.num_blocks, settings.block_size)
+    blocks = Blocks(pool.num_blocks)
     reservations = Reservations(blocks)
     attempts = Attempts()
     instruments = Instruments(card.name, ref.node_id, settings.connector_names)

@@ -24,7 +24,7 @@ class OutOfBlocks(Exception):
 
 
 class Blocks:
-    """The blocks `0 ... num_blocks - 1`, each of `block_size` tokens. Not thread-safe.
+    """The blocks `0 ... num_blocks - 1`. Not thread-safe: the event loop alone uses it.
 
     | state       | meaning                                                                    |
     | ----------- | -------------------------------------------------------------------------- |
@@ -34,12 +34,9 @@ class Blocks:
     | quarantined | without a holder, but a copy or a step may still write it                  |
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.block_size = block_size
         self.num_leased = 0
-        self.num_queried_tokens = 0
-        self.num_hit_tokens = 0
         self.prefix_cache = PrefixCache(num_blocks)
         self._segments = Segments(num_blocks)
         self._refs = array("i", [0]) * num_blocks
@@ -96,8 +93,6 @@ class Blocks:
         for block_id in matched:
             self.num_leased += not refs[block_id]
             refs[block_id] += 1
-        self.num_queried_tokens += len(hashes) * self.block_size
-        self.num_hit_tokens += len(matched) * self.block_size
         return matched
 
     def commit(self, block_id: int, block_hash: str, parent_hash: str | None) -> None:
@@ -249,8 +244,7 @@ class PrefixCache:
         """The blocks of the longest cached prefix of a chain."""
         matched: list[int] = []
         for block_hash in hashes:
-            block_id = self._block_of.get(block_hash)
-            if block_id is None or self._states[block_id] == _OVERWRITTEN:
+            if (block_id := self.find(block_hash)) is None:
                 break
             matched.append(block_id)
         return matched

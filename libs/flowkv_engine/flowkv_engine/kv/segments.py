@@ -70,25 +70,23 @@ def ids_of(runs: Iterable[Run]) -> list[int]:
 
 
 class Segments:
-    """The free blocks among `0 ... num_blocks - 1`, as maximal runs. O(log n) per run that is touched."""
+    """The free blocks among `0 ... num_blocks - 1`, as maximal runs: segments.
+
+    An operation is O(log segments) per run, and looks for the ends of a segment in bytes: 100,000 blocks are
+    a few microseconds.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.num_free = 0
-        self._by_length = SortedList()  # (length, start)
-        self._length_at: dict[int, int] = {}  # by start
-        self._start_before: dict[int, int] = {}  # by end: where the segment starts that ends there
         self._is_free = bytearray(num_blocks)
+        self._by_length = SortedList()  # (length, start) of each segment
         if num_blocks:
             self.free_run(Run(0, num_blocks))
 
     @property
     def longest_run(self) -> int:
         return int(self._by_length[-1][0]) if self._by_length else 0
-
-    @property
-    def num_segments(self) -> int:
-        return len(self._by_length)
 
     def take_runs(self, n: int, like: Sequence[int] = (), *, room: int = 0) -> list[Run]:
         """Takes `n` blocks, in order, as one run where a segment holds them, else as few runs as possible.
@@ -109,24 +107,21 @@ class Segments:
     def take_run(self, run: Run) -> None:
         """Takes exactly `run`. Raises `ValueError` if part of it is not free."""
         start, end = run.start, run.start + run.length
-        if not (0 <= start < self.num_blocks and self._is_free[start]):
-            raise ValueError(f"block {start} is not free")
-        segment_start = self._is_free.rfind(0, 0, start) + 1  # a scan of bytes: 100,000 take microseconds
-        segment_end = segment_start + self._length_at[segment_start]
-        if end > segment_end:
-            raise ValueError(f"{run} is not free: its segment ends at {segment_end}")
+        if start < 0 or end > self.num_blocks or self._is_free.find(0, start, end) >= 0:
+            raise ValueError(f"{run} is not free")
+        segment_start, segment_end = self._free_around(start, end)
+        self._by_length.remove((segment_end - segment_start, segment_start))
+        if segment_start < start:
+            self._by_length.add((start - segment_start, segment_start))
+        if end < segment_end:
+            self._by_length.add((segment_end - end, end))
         self._is_free[start:end] = bytes(run.length)
         self.num_free -= run.length
-        self._drop_segment(segment_start, segment_end)
-        if segment_start < start:
-            self._add_segment(segment_start, start)
-        if end < segment_end:
-            self._add_segment(end, segment_end)
 
     def take_after(self, block_id: int) -> int | None:
-        """Takes the block behind the taken block `block_id` and returns it, or None if it is not free."""
+        """Takes the block behind `block_id` and returns it, or None if it is not free."""
         following = block_id + 1
-        if following not in self._length_at:
+        if following == self.num_blocks or not self._is_free[following]:
             return None
         self.take_run(Run(following, 1))
         return following
@@ -138,31 +133,30 @@ class Segments:
             raise ValueError(f"{run} is no run of a pool of {self.num_blocks} blocks")
         if (free := self._is_free.find(1, start, end)) >= 0:
             raise ValueError(f"double free: block {free} of {run} is free")
+        segment_start, segment_end = self._free_around(start, end)
+        if segment_start < start:
+            self._by_length.remove((start - segment_start, segment_start))
+        if end < segment_end:
+            self._by_length.remove((segment_end - end, end))
+        self._by_length.add((segment_end - segment_start, segment_start))
         self._is_free[start:end] = b"\x01" * run.length
         self.num_free += run.length
-        if (start_before := self._start_before.get(start)) is not None:
-            self._drop_segment(start_before, start)
-            start = start_before
-        if (length_behind := self._length_at.get(end)) is not None:
-            self._drop_segment(end, end + length_behind)
-            end += length_behind
-        self._add_segment(start, end)
 
     def free_blocks(self) -> list[int]:
-        """All free block ids, ascending. O(n): for checks."""
-        return ids_of(Run(start, length) for start, length in sorted(self._length_at.items()))
+        """All free block ids, ascending. O(blocks): for checks."""
+        return [block_id for block_id, is_free in enumerate(self._is_free) if is_free]
 
     def check_integrity(self) -> None:
-        """Raises `IntegrityError` if the indexes disagree or neighbours were not merged. O(blocks)."""
-        segments = [Run(start, length) for start, length in sorted(self._length_at.items())]
-        by_length = sorted((segment.length, segment.start) for segment in segments)
-        expect_equal("segments by start and by length", by_length, list(self._by_length))
-        by_end = {segment.start + segment.length: segment.start for segment in segments}
-        expect_equal("segments by start and by end", by_end, self._start_before)
-        marked = [block_id for block_id, is_free in enumerate(self._is_free) if is_free]
-        expect_equal("blocks of segments and blocks marked free", ids_of(segments), marked)
-        expect_equal("free blocks", len(marked), self.num_free)
-        expect_equal("segments, neighbours merged", runs_of(marked), segments)
+        """Raises `IntegrityError` if the indexes disagree. O(blocks)."""
+        free = self.free_blocks()
+        expect_equal("free blocks", len(free), self.num_free)
+        segments = sorted((run.length, run.start) for run in runs_of(free))
+        expect_equal("segments by length", segments, list(self._by_length))
+
+    def _free_around(self, start: int, end: int) -> tuple[int, int]:
+        """Where the free blocks in front of `start` begin, and where those from `end` on end."""
+        segment_end = self._is_free.find(0, end)
+        return self._is_free.rfind(0, 0, start) + 1, self.num_blocks if segment_end < 0 else segment_end
 
     def _choose_runs(self, n: int, like: Sequence[int], room: int) -> list[Run]:
         if n > self.num_free:
@@ -214,16 +208,6 @@ class Segments:
         length, start = self._by_length[index]
         spare = length - n
         return Run(start + spare - min(room, spare), n)
-
-    def _add_segment(self, start: int, end: int) -> None:
-        self._length_at[start] = end - start
-        self._start_before[end] = start
-        self._by_length.add((end - start, start))
-
-    def _drop_segment(self, start: int, end: int) -> None:
-        del self._length_at[start]
-        del self._start_before[end]
-        self._by_length.remove((end - start, start))
 
 
 class IntegrityError(AssertionError):
