@@ -1,6 +1,6 @@
 """Every type of causal language model that `transformers` knows gives its tokens, or is refused at once.
 
-What is held here is what README.md and docs/architecture.md say of the models that are served.
+What is held here is what README.md and docs/models.md say of the models that are served.
 """
 
 from __future__ import annotations
