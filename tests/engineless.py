@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from imagined_nodes import descriptor
@@ -43,7 +42,6 @@ from flowkv_engine.engine.sampler import Sampled
 from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.base import KVLink, TransferStats
-from flowkv_node import host
 from flowkv_node.endpoints import node_endpoints, watch_cancels
 from flowkv_node.handoffs import HandoffBudget, handoff_bytes
 from flowkv_node.node import Node
@@ -261,20 +259,8 @@ async def _side(
 ) -> AsyncIterator[Side]:
     ref = NodeRef(node_id=node_id, incarnation="1")
     own = NodeSettings(model_path="", block_size=BLOCK_SIZE, connectors="inprocess", **settings)
-    connectors: list[WrappedConnector] = []
-
-    def make_connectors(_: object, pool: KVPool, landings: Any, admits: Any, **__: Any) -> Any:
-        connectors.append(
-            WrappedConnector(InProcessConnector(pool, landings, admits, switchboard), WatchedLink)
-        )
-        return connectors
-
-    async with contextlib.AsyncExitStack() as opened:
-        pool = opened.enter_context(KVPool(LAYOUT, NUM_BLOCKS))
-        opened.enter_context(patch.object(host, "make_connectors", make_connectors))
-        node = await opened.enter_async_context(
-            host.open_node(ref, own, "mixed", CARD, pool, ROLES, bus, asyncio.Event())
-        )
+    with KVPool(LAYOUT, NUM_BLOCKS) as pool:
+        node = Node(ref, own, "mixed", CARD, pool, ROLES, bus, asyncio.Event())
         clock = Clock()
         max_bytes = handoff_bytes(own, LAYOUT, NUM_BLOCKS)
         node.handoffs = HandoffBudget(
@@ -287,5 +273,8 @@ async def _side(
             *node_endpoints(node, engine, BlockNews(ref, node.blocks)),
         ]
         service = Service(bus, name="node", version="0.1.0", service_id=node_id, endpoints=endpoints)
-        async with service, running(node.prefill.run(), node.links.run(), watch_cancels(node)):
-            yield Side(node, pool, connectors[0], clock)
+        real = InProcessConnector(pool, node.reservations, node.links.admits, switchboard)
+        async with WrappedConnector(real, WatchedLink) as connector:
+            await node.links.listen(connector)
+            async with service, running(node.prefill.run(), node.links.run(), watch_cancels(node)):
+                yield Side(node, pool, connector, clock)

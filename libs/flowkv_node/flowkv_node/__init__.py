@@ -1,1 +1,1 @@
-"""A node: one process, one device, one KV pool, one engine thread, and the guests that it hosts."""
+"""A node: one process, one device, one KV pool, one engine thread, and two roles: prefill and decode."""

@@ -69,9 +69,6 @@ class Attempts:
     def __contains__(self, transfer_id: str) -> bool:
         return transfer_id in self._live
 
-    def find(self, transfer_id: str) -> Attempt | None:
-        return self._live.get(transfer_id)
-
     def refuse_ended(self, transfer_id: str) -> None:
         """Raises Stale if this attempt was cancelled here, or a later one of the same request runs here."""
         if transfer_id in self._tombstones:

@@ -35,13 +35,13 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.asynccontextmanager
-async def serve_endpoints(node: Node, engine: Engine, news: BlockNews, starts_as: str) -> AsyncIterator[None]:
+async def serve_endpoints(node: Node, engine: Engine, news: BlockNews) -> AsyncIterator[None]:
     """One ADR-32 service for each role and one for the node, found by `nats micro ls`."""
 
     def metadata() -> dict[str, str]:
         """What `nats micro info` shows of each of the three."""
         return {
-            "role": starts_as,
+            "role": node.starts_as,
             "model": node.card.name,
             "incarnation": node.ref.incarnation,
             "state": node.why_not_ready() or "ready",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from enum import StrEnum
 
 from flowkv_common.aio import FairQueue
@@ -50,29 +51,26 @@ class Stage(StrEnum):
     SENDING = "is handed over"
 
 
+@dataclass(slots=True, eq=False)
 class InFlight:
-    """A handoff that holds its part of the budget. `moved_at` is when it last made progress by itself."""
+    """A handoff that holds its part of the budget."""
 
-    def __init__(
-        self, transfer_id: str, decode_node_id: str, num_bytes: int, clock: Callable[[], float]
-    ) -> None:
-        self.transfer_id = transfer_id
-        self.decode_node_id = decode_node_id
-        self.stage = Stage.RESERVING
-        self.moved_at = clock()
-        self.patience_s = STUCK_AFTER_S + num_bytes / SLOWEST_LINK_BYTES_PER_S
-        self._clock = clock
+    transfer_id: str
+    decode_node_id: str
+    patience_s: float
+    clock: Callable[[], float]
+    moved_at: float  # when it last made progress by itself
+    stage: Stage = Stage.RESERVING
 
     def enter(self, stage: Stage) -> None:
         """It has come to another stage, or is still in this one."""
         if stage is not self.stage:
-            self.stage = stage
-            self.moved_at = self._clock()
+            self.stage, self.moved_at = stage, self.clock()
 
     def hear_decode_node(self) -> None:
         """The decode node has answered. That is progress only for a handoff that waits for nothing else."""
         if self.stage is Stage.RESERVING:
-            self.moved_at = self._clock()
+            self.moved_at = self.clock()
 
 
 class HandoffBudget:
@@ -99,7 +97,8 @@ class HandoffBudget:
     async def hold(self, transfer_id: str, decode_node_id: str, num_bytes: int) -> AsyncIterator[InFlight]:
         """Waits for room, then holds `num_bytes` of it while the context lasts."""
         async with self.queue.hold(num_bytes):
-            mine = InFlight(transfer_id, decode_node_id, num_bytes, self._clock)
+            patience_s = STUCK_AFTER_S + num_bytes / SLOWEST_LINK_BYTES_PER_S
+            mine = InFlight(transfer_id, decode_node_id, patience_s, self._clock, self._clock())
             self._in_flight.add(mine)
             try:
                 yield mine

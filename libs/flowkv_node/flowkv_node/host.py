@@ -14,8 +14,9 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import torch
@@ -36,19 +37,12 @@ from flowkv_common.wire.messages import (
     payload_for,
     window_that_fits,
 )
-from flowkv_common.wire.nodes import NodeDescriptor, starting_chunk_budget
+from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_engine.engine.model import CPU, LoadedModel, kv_dtype
 from flowkv_engine.engine.runner import DeviceLost, Engine, EngineThread, Runner
-from flowkv_engine.kv.blocks import Blocks
-from flowkv_engine.kv.pool import Pool
-from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.transport import make_connectors
 from flowkv_engine.transport.sockets import Place, join_host_port
-from flowkv_node.attempts import Attempts, Outbox
 from flowkv_node.endpoints import serve_endpoints, watch_cancels
-from flowkv_node.handoffs import HandoffBudget, handoff_bytes
-from flowkv_node.links import Links
-from flowkv_node.measures import Instruments
 from flowkv_node.memory import make_pool
 from flowkv_node.node import Node, Roles
 from flowkv_node.reporting import BlockNews, report_load
@@ -71,7 +65,7 @@ class ServedModel:
 
 
 def served_model(model: LoadedModel, settings: NodeSettings) -> ServedModel:
-    """A loaded model that is computed on a thread of its own."""
+    """A loaded model, computed on a separate thread."""
     return ServedModel(
         card=model.card,
         layout=model.layout(settings.block_size, kv_dtype(settings.kv_dtype, model.dtype)),
@@ -106,18 +100,25 @@ async def serve_node(
         bus = await opened.enter_async_context(
             connect(settings.nats_url, name=f"flowkv-{starts_as}/{node_id}", on_closed=stop.set)
         )
-        node = await opened.enter_async_context(
-            open_node(ref, settings, starts_as, model.card, pool, roles, bus, stop)
+        card = _within_messages(model.card, bus, settings.block_size)
+        node = Node(ref, settings, starts_as, card, pool, roles, bus, stop)
+        place = Place(
+            host=settings.host,
+            port=settings.data_port,
+            reached_at=_reached_at(settings),
+            reached_on=settings.advertise_port,
+            socket_dir=settings.socket_dir or None,
         )
+        for connector in make_connectors(
+            settings.connector_names, pool, node.reservations, node.links.admits, place=place
+        ):
+            await node.links.listen(await opened.enter_async_context(connector))
         await claim_node_id(bus, node_id)
         app = service_app(node.instruments.registry, node.why_not_ready)
         http_port = await opened.enter_async_context(serve_http(app, settings.host, settings.http_port))
 
-        def descriptor() -> NodeDescriptor:
-            return _describe(node, starts_as, http_port)
-
-        # From the inside out: what is told last ends first. Endpoints answer while the node is still known,
-        # and tokens and keepalives go out until they have ended.
+        # They end in reverse order: endpoints answer until the node is withdrawn, tokens and keepalives go
+        # out until the last endpoint has answered.
         news = BlockNews(ref, node.blocks, hashes_that_fit(bus.max_payload))
         async with (
             running(
@@ -130,9 +131,9 @@ async def serve_node(
                 supervise(node, engine),
             ),
             running(node.outbox.keep_alive()),
-            serve_endpoints(node, engine, news, starts_as),
+            serve_endpoints(node, engine, news),
             running(
-                _stay_announced(node, descriptor),
+                _stay_announced(node, http_port),
                 report_load(node),
                 news.publish(bus, settings.load_period_s),
             ),
@@ -140,68 +141,6 @@ async def serve_node(
             log.info("%s is ready: %d blocks", node_id, node.blocks.num_blocks)
             await stop.wait()
             await _drain(node)
-
-
-# --- open ----------------------------------------------------------------------------------------
-
-
-@contextlib.asynccontextmanager
-async def open_node(
-    ref: NodeRef,
-    settings: NodeSettings,
-    starts_as: str,
-    card: ModelCard,
-    pool: Pool,
-    roles: Roles,
-    bus: Bus,
-    stop: asyncio.Event,
-) -> AsyncIterator[Node]:
-    """A node that listens for KV, with its two roles, none of them at work yet."""
-    blocks = Blocks(pool.num_blocks)
-    reservations = Reservations(blocks)
-    attempts = Attempts()
-    instruments = Instruments(card.name, ref.node_id, settings.connector_names)
-    node = Node(
-        ref=ref,
-        settings=settings,
-        card=_within_messages(card, bus, settings.block_size),
-        layout=pool.layout,
-        bus=bus,
-        blocks=blocks,
-        reservations=reservations,
-        attempts=attempts,
-        outbox=Outbox(bus, ref, attempts),
-        links=Links(bus, ref, pool.layout, card.fingerprint, pool.num_blocks),
-        handoffs=HandoffBudget(
-            settings.max_handoffs,
-            handoff_bytes(settings, pool.layout, pool.num_blocks),
-            node_moved_at=lambda: max(node.moved_at, reservations.renewed_at),
-        ),
-        instruments=instruments,
-        max_prefill_tokens_per_step=starting_chunk_budget(
-            starts_as, settings.token_budget, settings.block_size
-        ),
-        stop=stop,
-    )
-    node.prefill, node.decode = roles.prefill(node), roles.decode(node)
-    instruments.add_block_gauges(blocks.counts)
-    instruments.add_gauge(
-        "flowkv_max_prefill_tokens_per_step",
-        "Prompt tokens per step, at most: what makes a node prefill or decode",
-        lambda: node.max_prefill_tokens_per_step,
-    )
-    place = Place(
-        host=settings.host,
-        port=settings.data_port,
-        reached_at=_reached_at(settings),
-        reached_on=settings.advertise_port,
-        socket_dir=settings.socket_dir or None,
-    )
-    connectors = make_connectors(settings.connector_names, pool, reservations, node.links.admits, place=place)
-    async with contextlib.AsyncExitStack() as opened:
-        for connector in connectors:
-            await node.links.listen(await opened.enter_async_context(connector))
-        yield node
 
 
 def _within_messages(card: ModelCard, bus: Bus, block_size: int) -> ModelCard:
@@ -225,24 +164,21 @@ def _reached_at(settings: NodeSettings) -> str:
     return settings.advertise_host or own
 
 
-# --- announce ------------------------------------------------------------------------------------
-
-
-async def _stay_announced(node: Node, descriptor: Callable[[], NodeDescriptor]) -> None:
+async def _stay_announced(node: Node, http_port: int) -> None:
     """Until cancelled. A node whose id another incarnation has taken gives its work back and ends."""
     try:
-        await keep_announced(node.bus, descriptor)
+        await keep_announced(node.bus, partial(_describe, node, http_port))
     except NodeIdTaken as error:
         node.drain()
         await node.give_back(Unavailable(f"{node.ref.node_id} leaves: {error}"))
         raise
 
 
-def _describe(node: Node, starts_as: str, http_port: int) -> NodeDescriptor:
+def _describe(node: Node, http_port: int) -> NodeDescriptor:
     host = _reached_at(node.settings)
     return NodeDescriptor(
         node=node.ref,
-        role=starts_as,
+        role=node.starts_as,
         model=node.card,
         layout=node.layout,
         num_blocks=node.blocks.num_blocks,
@@ -317,9 +253,8 @@ async def check_handoffs(node: Node) -> None:
         node.changed.set()
         log.log(logging.ERROR if reason else logging.WARNING, reason or "all handoffs make progress again")
     node.stuck = reason
-    stuck = [node.attempts.find(handoff.transfer_id) for handoff in node.handoffs.find_stuck()]
-    if attempts := [attempt for attempt in stuck if attempt is not None]:
-        await node.give_back(Unavailable(f"{node.ref.node_id}: {reason}"), attempts)
+    if stuck := {handoff.transfer_id for handoff in node.handoffs.find_stuck()}:
+        await node.give_back(Unavailable(f"{node.ref.node_id}: {reason}"), stuck)
 
 
 async def _expire(node: Node) -> None:

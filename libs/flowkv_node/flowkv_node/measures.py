@@ -40,7 +40,7 @@ PRIOR_TOKENS = 256
 
 
 class Instruments:
-    """The node's own registry. Label `model_name` as vLLM's dashboards expect, `node_id` for ours."""
+    """The node's metrics. Label `model_name` as vLLM's dashboards expect, `node_id` for ours."""
 
     def __init__(self, model_name: str, node_id: str, connectors: Iterable[str] = ()) -> None:
         """What each of `connectors` has moved begins at 0, not with its first transfer."""
@@ -48,68 +48,56 @@ class Instruments:
         self.prefill_tokens_per_s = 0.0
         self.decode_step_s = 0.0
         self.step_fitter = StepFitter()
-        self._labels = {"model_name": model_name, "node_id": node_id}
+        self._labels = mine = {"model_name": model_name, "node_id": node_id}
 
-        def counter(name: str, text: str, *more_labels: str) -> Counter:
-            return Counter(name, text, [*more_labels, *self._labels], registry=self.registry)
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, [*labels, *mine], registry=self.registry)
 
-        def histogram(name: str, text: str, buckets: Sequence[float], *more_labels: str) -> Histogram:
-            labels = [*more_labels, *self._labels]
-            return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+            return Histogram(name, text, [*labels, *mine], buckets=buckets, registry=self.registry)
 
-        self._step_tokens = histogram("vllm:iteration_tokens_total", "Tokens per step", STEP_BUCKETS).labels(
-            **self._labels
-        )
-        self.preemptions = counter("vllm:num_preemptions", "Sequences preempted, to be recomputed").labels(
-            **self._labels
-        )
-        self.chunk_budget_changes = counter(
-            "flowkv_cap_changes", "Times that the prefill chunk budget was changed"
-        ).labels(**self._labels)
+        steps = histogram("vllm:iteration_tokens_total", "Tokens per step", STEP_BUCKETS)
+        preemptions = counter("vllm:num_preemptions", "Sequences preempted, to be recomputed")
+        changes = counter("flowkv_cap_changes", "Times that the prefill chunk budget was changed")
         handoffs = counter("flowkv_handoffs", "Handoffs by result", "result")
-        self.handoffs = {result: handoffs.labels(result=result, **self._labels) for result in HANDOFF_RESULTS}
+        self._step_tokens = steps.labels(**mine)
+        self.preemptions = preemptions.labels(**mine)
+        self.chunk_budget_changes = changes.labels(**mine)
+        self.handoffs = {result: handoffs.labels(result=result, **mine) for result in HANDOFF_RESULTS}
+
+        def seconds(name: str, text: str) -> Histogram:
+            return histogram(name, text, TRANSFER_BUCKETS, "connector")
+
         # By field of `KVTransferred`, so that event and metrics agree.
-        self._transfer_seconds = {
-            field: histogram(f"flowkv_kv_transfer_{name}", text, TRANSFER_BUCKETS, "connector")
-            for field, name, text in (
-                ("total_s", "seconds", "A request's KV transfer: time spent sending"),
-                ("hidden_s", "hidden_seconds", "Of that, while chunks were still computing"),
-                ("exposed_s", "exposed_seconds", "Of that, after the last chunk"),
-            )
-        }
-        self._transfer_counts = {
-            f"num_{name}": counter(f"flowkv_kv_transfer_{name}", text, "connector")
-            for name, text in (
-                ("bytes", "Bytes of KV sent"),
-                ("copies", "Copies, after alignment"),
-                ("calls", "Calls that the transport made"),
-            )
+        self._transfers: dict[str, Histogram | Counter] = {
+            "total_s": seconds("flowkv_kv_transfer_seconds", "A request's KV transfer: time spent sending"),
+            "hidden_s": seconds("flowkv_kv_transfer_hidden_seconds", "Of that, while chunks were computing"),
+            "exposed_s": seconds("flowkv_kv_transfer_exposed_seconds", "Of that, after the last chunk"),
+            "num_bytes": counter("flowkv_kv_transfer_bytes", "Bytes of KV sent", "connector"),
+            "num_copies": counter("flowkv_kv_transfer_copies", "Copies, after alignment", "connector"),
+            "num_calls": counter("flowkv_kv_transfer_calls", "Calls that the transport made", "connector"),
         }
         for connector in connectors:
-            for family in (*self._transfer_seconds.values(), *self._transfer_counts.values()):
-                family.labels(connector=connector, **self._labels)
+            for family in self._transfers.values():
+                family.labels(connector=connector, **mine)
 
-    def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """A gauge whose value is read when somebody asks."""
-        gauge = Gauge(name, text, list(self._labels), registry=self.registry)
-        gauge.labels(**self._labels).set_function(read)
+    def read_gauges(self, counts: Callable[[], BlockCounts], chunk_budget: Callable[[], int]) -> None:
+        """Gauges whose values are read when they are asked for: of the pool, and the prefill chunk budget."""
 
-    def add_block_gauges(self, counts: Callable[[], BlockCounts]) -> None:
-        """The pool: use as vLLM counts it, and how long its free runs are."""
+        def gauge(name: str, text: str, read: Callable[[], float]) -> None:
+            made = Gauge(name, text, list(self._labels), registry=self.registry)
+            made.labels(**self._labels).set_function(read)
 
         def usage() -> float:
             now = counts()
             return (now.leased + now.quarantined) / now.total
 
-        self.add_gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", usage)
-        self.add_gauge(
-            "flowkv_pool_free_blocks", "Blocks free or evictable", lambda: counts().free + counts().cached
-        )
-        self.add_gauge(
-            "flowkv_pool_longest_free_run",
-            "Blocks of the longest free run",
-            lambda: counts().longest_free_run,
-        )
+        gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", usage)
+        gauge("flowkv_pool_free_blocks", "Blocks free or evictable", lambda: counts().free + counts().cached)
+        longest = "Blocks of the longest free run"
+        gauge("flowkv_pool_longest_free_run", longest, lambda: counts().longest_free_run)
+        per_step = "Prompt tokens per step, at most: what makes a node prefill or decode"
+        gauge("flowkv_max_prefill_tokens_per_step", per_step, chunk_budget)
 
     def observe_step(self, counts: StepCounts, duration_s: float) -> None:
         """One engine step: what it computed, and how long it took."""
@@ -122,11 +110,12 @@ class Instruments:
             self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, total / duration_s)
 
     def observe_transfer(self, event: KVTransferred) -> None:
-        labels = {"connector": event.connector, **self._labels}
-        for field, seconds in self._transfer_seconds.items():
-            seconds.labels(**labels).observe(getattr(event, field))
-        for field, count in self._transfer_counts.items():
-            count.labels(**labels).inc(getattr(event, field))
+        for field, family in self._transfers.items():
+            metric = family.labels(connector=event.connector, **self._labels)
+            if isinstance(metric, Histogram):
+                metric.observe(getattr(event, field))
+            else:
+                metric.inc(getattr(event, field))
 
 
 def _smooth(old: float, new: float) -> float:

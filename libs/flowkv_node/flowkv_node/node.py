@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Container, Iterable
 from typing import NamedTuple, Protocol
 
 from flowkv_common.aio import wait_event
@@ -24,19 +23,19 @@ from flowkv_common.wire.messages import (
     Message,
     ModelCard,
     NodeRef,
-    PoolLayout,
     PrefillRun,
     TokenChunk,
     transfer_id,
 )
-from flowkv_common.wire.nodes import OutputForecast
+from flowkv_common.wire.nodes import OutputForecast, starting_chunk_budget
 from flowkv_engine.engine.batch import WorkItem
 from flowkv_engine.engine.sampler import Sampled
 from flowkv_engine.engine.sequence import Sequence
 from flowkv_engine.kv.blocks import Blocks, OutOfBlocks
+from flowkv_engine.kv.pool import Pool
 from flowkv_engine.kv.reservations import Reservations
-from flowkv_node.attempts import Attempt, Attempts, Cause, Outbox
-from flowkv_node.handoffs import HandoffBudget
+from flowkv_node.attempts import Attempts, Cause, Outbox
+from flowkv_node.handoffs import HandoffBudget, handoff_bytes
 from flowkv_node.links import Links
 from flowkv_node.measures import Instruments
 
@@ -91,37 +90,56 @@ class Roles(NamedTuple):
     decode: Callable[[Node], DecodingRole]
 
 
-@dataclass(slots=True, eq=False)
 class Node:
     """Everything that both roles share. Lives on the asyncio loop; only that loop takes and frees blocks."""
 
-    ref: NodeRef
-    settings: NodeSettings
-    card: ModelCard
-    layout: PoolLayout
-    bus: Bus
-    blocks: Blocks
-    reservations: Reservations
-    attempts: Attempts
-    outbox: Outbox
-    links: Links
-    handoffs: HandoffBudget
-    instruments: Instruments
-    max_prefill_tokens_per_step: int  # the prefill chunk budget: what makes it a prefill or a decode node
-    stop: asyncio.Event  # set when the node is to drain and leave
-    prefill: Role = field(init=False)
-    decode: DecodingRole = field(init=False)
-    wake: asyncio.Event = field(default_factory=asyncio.Event)  # set when there is work for the engine
-    changed: asyncio.Event = field(default_factory=asyncio.Event)  # set when a load report should not wait
-    drains_until: float | None = None  # monotonic; while it is set the node takes nothing new
-    wedged: bool = False
-    stuck: str | None = None  # which handoffs make no progress
-    epoch: int = 0  # the highest of a leading scheduler that this node has heard of
-    num_rooms_given: int = 0  # to sequences that will decode in this incarnation; each counts once
-    moved_at: float = field(default_factory=time.monotonic)  # when a step last ended or blocks came back
-    _in_step: set[int] = field(default_factory=set)  # ids of `Sequence` objects
-    _freed_in_step: list[list[int]] = field(default_factory=list)
-    _has_room: asyncio.Event = field(default_factory=asyncio.Event)
+    def __init__(
+        self,
+        ref: NodeRef,
+        settings: NodeSettings,
+        starts_as: str,
+        card: ModelCard,
+        pool: Pool,
+        roles: Roles,
+        bus: Bus,
+        stop: asyncio.Event,
+    ) -> None:
+        """`starts_as`: prefill, decode or mixed. `stop` is set when the node is to drain and leave."""
+        self.ref = ref
+        self.settings = settings
+        self.starts_as = starts_as
+        self.card = card
+        self.layout = pool.layout
+        self.bus = bus
+        self.stop = stop
+        # The prefill chunk budget: the one number that makes it a prefill or a decode node.
+        self.max_prefill_tokens_per_step = starting_chunk_budget(
+            starts_as, settings.token_budget, settings.block_size
+        )
+        self.blocks = Blocks(pool.num_blocks)
+        self.reservations = Reservations(self.blocks)
+        self.attempts = Attempts()
+        self.outbox = Outbox(bus, ref, self.attempts)
+        self.links = Links(bus, ref, pool.layout, card.fingerprint, pool.num_blocks)
+        self.handoffs = HandoffBudget(
+            settings.max_handoffs,
+            handoff_bytes(settings, pool.layout, pool.num_blocks),
+            node_moved_at=lambda: max(self.moved_at, self.reservations.renewed_at),
+        )
+        self.instruments = Instruments(card.name, ref.node_id, settings.connector_names)
+        self.instruments.read_gauges(self.blocks.counts, lambda: self.max_prefill_tokens_per_step)
+        self.wake = asyncio.Event()  # set when there is work for the engine
+        self.changed = asyncio.Event()  # set when the next load report should not wait
+        self.drains_until: float | None = None  # monotonic; while it is set the node takes nothing new
+        self.wedged = False  # a step takes far too long
+        self.stuck: str | None = None  # which handoffs make no progress
+        self.epoch = 0  # the highest of a leading scheduler that this node has heard of
+        self.num_rooms_given = 0  # to sequences that decode in this incarnation; each counts once
+        self.moved_at = time.monotonic()  # when a step last ended or blocks came back
+        self._in_step: set[int] = set()  # ids of `Sequence` objects
+        self._freed_in_step: list[list[int]] = []
+        self._has_room = asyncio.Event()
+        self.prefill, self.decode = roles.prefill(self), roles.decode(self)
 
     def endpoint(self, subject: str, kind: type[M], handler: Callable[[M], Awaitable[Message]]) -> Endpoint:
         """An endpoint of this node alone: its id ends the subject."""
@@ -175,11 +193,12 @@ class Node:
         """A scheduler of this epoch has led: an older one is refused when it wants to change this node."""
         self.epoch = max(self.epoch, epoch)
 
-    async def give_back(self, error: FlowKVError, attempts: Iterable[Attempt] | None = None) -> None:
+    async def give_back(self, error: FlowKVError, transfer_ids: Container[str] | None = None) -> None:
         """End these attempts here, all if None; gateways will try elsewhere."""
-        for attempt in self.attempts if attempts is None else attempts:
-            self.outbox.add_failure(attempt.gateway_id, attempt.transfer_id, error)
-            self.attempts.cancel(attempt.transfer_id, Cause.GIVEN_BACK)
+        for attempt in self.attempts:
+            if transfer_ids is None or attempt.transfer_id in transfer_ids:
+                self.outbox.add_failure(attempt.gateway_id, attempt.transfer_id, error)
+                self.attempts.cancel(attempt.transfer_id, Cause.GIVEN_BACK)
         await self.outbox.flush()
 
     def add_token(
