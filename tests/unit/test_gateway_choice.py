@@ -127,10 +127,9 @@ def test_tokens_of_one_text_do_not_hide_each_other() -> None:
     def shown_top(chosen: int, value: float) -> dict[str, float]:
         logprob = TokenLogprob(token_id=chosen, logprob=value, top=top)
         delta = Delta(0, "", True, None, logprob, 0, chosen)
-        logprobs = TextWriter(vocabulary, "m").choice([delta], is_chunk=False).logprobs
-        assert logprobs is not None
-        assert logprobs.top_logprobs[0][logprobs.tokens[0]] == value
-        return logprobs.top_logprobs[0]
+        logprobs = TextWriter(vocabulary, "m").choice([delta], is_chunk=False)["logprobs"]
+        assert logprobs["top_logprobs"][0][logprobs["tokens"][0]] == value
+        return logprobs["top_logprobs"][0]
 
     assert shown_top(1, -0.5) == {"\n": -0.5, "token_id:2": -1.0, "a": -2.0}
     assert shown_top(2, -1.0) == {"token_id:1": -0.5, "\n": -1.0, "a": -2.0}
@@ -139,11 +138,10 @@ def test_tokens_of_one_text_do_not_hide_each_other() -> None:
 
 
 def test_chat_logprobs() -> None:
-    logprobs = ChatWriter(VOCABULARY, "m").choice([logprob_delta()], is_chunk=True).logprobs
-    assert logprobs is not None
-    [entry] = logprobs.content
-    assert (entry.token, entry.logprob, entry.bytes) == ("bytes:\\xe2", -0.5, [0xE2])
-    assert [(top.token, top.logprob, bytes(top.bytes)) for top in entry.top_logprobs] == [
+    logprobs = ChatWriter(VOCABULARY, "m").choice([logprob_delta()], is_chunk=True)["logprobs"]
+    [entry] = logprobs["content"]
+    assert (entry["token"], entry["logprob"], entry["bytes"]) == ("bytes:\\xe2", -0.5, [0xE2])
+    assert [(top["token"], top["logprob"], bytes(top["bytes"])) for top in entry["top_logprobs"]] == [
         ("bytes:\\xe2", -0.5, b"\xe2"),
         ("one", -9999.0, b"one"),
         (" two", -9999.0, b" two"),
@@ -151,24 +149,24 @@ def test_chat_logprobs() -> None:
 
 
 def test_completion_logprobs() -> None:
-    logprobs = TextWriter(VOCABULARY, "m").choice([logprob_delta()], is_chunk=False).logprobs
-    assert logprobs is not None
-    assert logprobs.tokens == ["bytes:\\xe2"]
-    assert logprobs.token_logprobs == [-0.5]
-    assert logprobs.top_logprobs == [{"bytes:\\xe2": -0.5, "one": -9999.0, " two": -9999.0}]
-    assert logprobs.text_offset == [4]
+    logprobs = TextWriter(VOCABULARY, "m").choice([logprob_delta()], is_chunk=False)["logprobs"]
+    assert logprobs["tokens"] == ["bytes:\\xe2"]
+    assert logprobs["token_logprobs"] == [-0.5]
+    assert logprobs["top_logprobs"] == [{"bytes:\\xe2": -0.5, "one": -9999.0, " two": -9999.0}]
+    assert logprobs["text_offset"] == [4]
 
 
 @pytest.mark.parametrize("kind", [ChatWriter, TextWriter])
 def test_no_logprobs_unless_asked_for(kind: type[ReplyWriter]) -> None:
     delta = Delta(0, "one", True, None, None, 0, 7)
     for is_chunk in (True, False):
-        assert kind(VOCABULARY, "m").choice([delta], is_chunk=is_chunk).logprobs is None
+        assert kind(VOCABULARY, "m").choice([delta], is_chunk=is_chunk)["logprobs"] is None
 
 
 @pytest.mark.parametrize("kind", [ChatWriter, TextWriter])
 def test_token_ids_are_shown_only_when_asked_for(kind: type[ReplyWriter]) -> None:
     delta = Delta(0, "one", True, None, None, 0, 7)
     for is_chunk in (True, False):
-        assert kind(VOCABULARY, "m", shows_token_ids=True).choice([delta], is_chunk=is_chunk).token_ids == [7]
-    assert b"token_ids" not in kind(VOCABULARY, "m").chunk(delta, None)
+        choice = kind(VOCABULARY, "m", shows_token_ids=True).choice([delta], is_chunk=is_chunk)
+        assert choice["token_ids"] == [7]
+    assert b"token_ids" not in kind(VOCABULARY, "m").chunk(delta, {})

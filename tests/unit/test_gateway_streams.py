@@ -26,9 +26,7 @@ def chunk(start: int, end: int, *, finish: str | None = None, error: Refusal | N
 def push(stream: TokenStream, piece: TokenChunk) -> list[TokenChunk]:
     """What is due once `piece` has come."""
     stream.add_chunk(piece, "d")
-    due = list(stream.due)
-    stream.due.clear()
-    return due
+    return [stream.due.get_nowait() for _ in range(stream.due.qsize())]
 
 
 def has_gap(stream: TokenStream) -> bool:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 
-from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -22,7 +21,7 @@ from flowkv_gateway.dispatch import Dispatch
 from flowkv_gateway.errors import STOPPED, ClientTooSlow, error_body, error_response, status_of
 from flowkv_gateway.http import ABORT
 from flowkv_gateway.metrics import GatewayMetrics
-from flowkv_gateway.output import Choice, Delta, PromptTokensDetails, ReplyWriter, Usage
+from flowkv_gateway.output import Choice, Delta, Json, ReplyWriter
 from flowkv_gateway.schemas import StreamOptions
 
 log = logging.getLogger(__name__)
@@ -166,18 +165,18 @@ class AnswerResponse(ABC):
                         return
             raise Internal("The answer broke off.")
 
-    def _usage(self) -> Usage:
+    def _usage(self) -> Json:
         """Tokens so far. A prompt counts once, however many choices it has."""
         firsts = [group[0].request for group in self.groups]
         num_prompt_tokens = sum(len(first.prompt_ids) for first in firsts)
         num_tokens = sum(choice.num_tokens for choice in self._choices)
         num_cached = sum(first.num_cached_tokens for first in firsts)
-        return Usage(
-            prompt_tokens=num_prompt_tokens,
-            completion_tokens=num_tokens,
-            total_tokens=num_prompt_tokens + num_tokens,
-            prompt_tokens_details=PromptTokensDetails(num_cached),
-        )
+        return {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": num_tokens,
+            "total_tokens": num_prompt_tokens + num_tokens,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+        }
 
     def _log_end(self, error: FlowKVError | None) -> None:
         requests = [choice.request for choice in self._choices]
@@ -187,9 +186,9 @@ class AnswerResponse(ABC):
             "request_id": self.writer.reply_id,
             "status": 200 if error is None else status_of(error),
             "finish_reason": _each(choice.finish_reason or "" for choice in self._choices),
-            "num_prompt_tokens": usage.prompt_tokens,
-            "num_output_tokens": usage.completion_tokens,
-            "num_cached_tokens": usage.prompt_tokens_details.cached_tokens,
+            "num_prompt_tokens": usage["prompt_tokens"],
+            "num_output_tokens": usage["completion_tokens"],
+            "num_cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
             "ttft_s": round(min(ttfts_s), 4) if ttfts_s else None,
             "total_s": round(time.monotonic() - self._began, 4),
             "num_attempts": max(request.num_attempts for request in requests),
@@ -235,9 +234,9 @@ class StreamResponse(AnswerResponse):
         return running(self._keep_open())
 
     async def _send_delta(self, delta: Delta) -> None:
-        usage: Usage | None | UnsetType = None if self.options.include_usage else UNSET
+        usage: Json = {"usage": None} if self.options.include_usage else {}
         if self.options.continuous_usage_stats:
-            usage = self._usage()
+            usage = {"usage": self._usage()}
         await self._send_event(self.writer.chunk(delta, usage))
 
     async def _send_end(self) -> None:

@@ -196,7 +196,8 @@ class RequestState:
         # A later attempt finds output of an earlier one cached, too.
         num_cached_tokens = min(chunk.num_cached_tokens, len(self.prompt_ids))
         self.num_cached_tokens = max(self.num_cached_tokens, num_cached_tokens)
-        self.phases.add(chunk.phases_s)
+        if chunk.phases_s:
+            self.phases.add(chunk.phases_s)
         if is_first:
             self.ttft_s = self.phases.seconds["ttft"]
             self.queue_s = sum(self.phases.seconds.get(phase, 0.0) for phase in WAITS)

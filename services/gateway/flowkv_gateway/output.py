@@ -12,14 +12,15 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
-from msgspec import UNSET, UnsetType
 
 from flowkv_common.wire.messages import TokenChunk, TokenLogprob
 from flowkv_gateway.dispatch import RequestState
 from flowkv_gateway.tokenizer import Vocabulary
+
+Json = dict[str, Any]
 
 _LEAST_LOGPROB = -9999.0  # what OpenAI shows for minus infinity, which JSON can't
 
@@ -198,80 +199,13 @@ class Choice:
         return Delta(self.index, text, is_first, reason, logprob, offset, token_id)
 
     def _is_hidden(self, token_id: int, reason: str | None) -> bool:
-        has_ended_it = reason == "stop" and token_id in self._display.stop_ids
-        if has_ended_it and not self._display.shows_stop:
-            return True
-        return self._vocabulary.is_special(token_id) and not self._display.shows_special
+        display = self._display
+        if reason == "stop" and token_id in display.stop_ids and not display.shows_stop:
+            return True  # it has ended the answer
+        return not display.shows_special and token_id in self._vocabulary.special_ids
 
 
 # --- OpenAI's JSON ----------------------------------------------------------------------------------
-
-
-class PromptTokensDetails(msgspec.Struct):
-    cached_tokens: int
-
-
-class Usage(msgspec.Struct):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-class TopLogprob(msgspec.Struct):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatTokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(msgspec.Struct):
-    content: list[ChatTokenLogprob]
-    refusal: None = None
-
-
-class TextLogprobs(msgspec.Struct):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class AssistantMessage(msgspec.Struct):
-    content: str
-    role: str | UnsetType  # in the first chunk alone
-    refusal: None | UnsetType
-
-
-class ChatChoice(msgspec.Struct):
-    index: int
-    message: AssistantMessage | UnsetType  # in a whole answer
-    delta: AssistantMessage | UnsetType  # in a chunk
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
-    token_ids: list[int] | UnsetType  # shown only to those who ask for `return_token_ids`
-
-
-class TextChoice(msgspec.Struct):
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    finish_reason: str | None
-    token_ids: list[int] | UnsetType
-
-
-class Reply(msgspec.Struct):
-    """A response or a chunk of one. `usage` is absent, or null in a chunk whose stream will tell it."""
-
-    id: str
-    object: str
-    created: int  # Unix time, s
-    model: str
-    choices: Sequence[ChatChoice | TextChoice]
-    usage: Usage | None | UnsetType = UNSET
 
 
 class ReplyWriter(ABC):
@@ -284,33 +218,42 @@ class ReplyWriter(ABC):
     def __init__(self, vocabulary: Vocabulary, model: str, *, shows_token_ids: bool = False) -> None:
         self.reply_id = f"{self.id_prefix}-{secrets.token_hex(12)}"
         self._vocabulary = vocabulary
-        self._model = model
+        self._head = {"id": self.reply_id, "object": "", "created": int(time.time()), "model": model}
         self._shows_token_ids = shows_token_ids
-        self._created = int(time.time())
 
-    def whole(self, choices: Iterable[Sequence[Delta]], usage: Usage) -> bytes:
+    def whole(self, choices: Iterable[Sequence[Delta]], usage: Json) -> bytes:
         """All deltas of each choice as one response."""
-        return self._encode(self.object, [self.choice(deltas, is_chunk=False) for deltas in choices], usage)
+        shown = [self.choice(deltas, is_chunk=False) for deltas in choices]
+        return self._encode(self.object, shown, {"usage": usage})
 
-    def chunk(self, delta: Delta, usage: Usage | None | UnsetType) -> bytes:
+    def chunk(self, delta: Delta, usage: Json) -> bytes:
+        """`usage` is the field of that name if the chunk has one, else empty."""
         return self._encode(self.chunk_object, [self.choice((delta,), is_chunk=True)], usage)
 
-    def usage_chunk(self, usage: Usage) -> bytes:
-        return self._encode(self.chunk_object, [], usage)
+    def usage_chunk(self, usage: Json) -> bytes:
+        return self._encode(self.chunk_object, [], {"usage": usage})
+
+    def choice(self, deltas: Sequence[Delta], *, is_chunk: bool) -> Json:
+        """Deltas of one choice, put together: all of them, or one as a chunk."""
+        first, last = deltas[0], deltas[-1]
+        choice = {
+            "index": last.choice,
+            **self._content("".join([delta.text for delta in deltas]), first.is_first, is_chunk),
+            "logprobs": self._logprobs(deltas) if first.logprob is not None else None,
+            "finish_reason": last.finish_reason,
+        }
+        if self._shows_token_ids:
+            choice["token_ids"] = [delta.token_id for delta in deltas if delta.token_id is not None]
+        return choice
 
     @abstractmethod
-    def choice(self, deltas: Sequence[Delta], *, is_chunk: bool) -> ChatChoice | TextChoice:
-        """Deltas of one choice, put together: all of them, or as a chunk."""
+    def _content(self, text: str, is_first: bool, is_chunk: bool) -> Json: ...
 
-    def _encode(
-        self, kind: str, choices: Sequence[ChatChoice | TextChoice], usage: Usage | None | UnsetType
-    ) -> bytes:
-        return msgspec.json.encode(Reply(self.reply_id, kind, self._created, self._model, choices, usage))
+    @abstractmethod
+    def _logprobs(self, deltas: Sequence[Delta]) -> Json: ...
 
-    def _token_ids(self, deltas: Sequence[Delta]) -> list[int] | UnsetType:
-        if not self._shows_token_ids:
-            return UNSET
-        return [delta.token_id for delta in deltas if delta.token_id is not None]
+    def _encode(self, kind: str, choices: list[Json], usage: Json) -> bytes:
+        return msgspec.json.encode({**self._head, "object": kind, "choices": choices, **usage})
 
 
 class ChatWriter(ReplyWriter):
@@ -320,28 +263,24 @@ class ChatWriter(ReplyWriter):
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def choice(self, deltas: Sequence[Delta], *, is_chunk: bool) -> ChatChoice:
-        last = deltas[-1]
-        content = "".join([delta.text for delta in deltas])
-        logprobs = [self._token_logprob(delta.logprob) for delta in deltas if delta.logprob is not None]
-        shows_role = last.is_first or not is_chunk
-        message = AssistantMessage(content, "assistant" if shows_role else UNSET, UNSET if is_chunk else None)
-        return ChatChoice(
-            last.choice,
-            UNSET if is_chunk else message,
-            message if is_chunk else UNSET,
-            ChatLogprobs(logprobs) if logprobs else None,
-            last.finish_reason,
-            self._token_ids(deltas),
-        )
+    def _content(self, text: str, is_first: bool, is_chunk: bool) -> Json:
+        if not is_chunk:
+            return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"delta": {"content": text, "role": "assistant"} if is_first else {"content": text}}
 
-    def _token_logprob(self, logprob: TokenLogprob) -> ChatTokenLogprob:
-        top = [TopLogprob(*self._describe(token_id, value)) for token_id, value in logprob.top]
-        return ChatTokenLogprob(*self._describe(logprob.token_id, logprob.logprob), top)
+    def _logprobs(self, deltas: Sequence[Delta]) -> Json:
+        content = []
+        for logprob in [delta.logprob for delta in deltas if delta.logprob is not None]:
+            top = [self._token(token_id, value) for token_id, value in logprob.top]
+            content.append({**self._token(logprob.token_id, logprob.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
 
-    def _describe(self, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
-        token_bytes = list(self._vocabulary.token_bytes(token_id))
-        return self._vocabulary.token_text(token_id), _finite(logprob), token_bytes
+    def _token(self, token_id: int, logprob: float) -> Json:
+        return {
+            "token": self._vocabulary.token_text(token_id),
+            "logprob": _finite(logprob),
+            "bytes": list(self._vocabulary.token_bytes(token_id)),
+        }
 
 
 class TextWriter(ReplyWriter):
@@ -351,23 +290,17 @@ class TextWriter(ReplyWriter):
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def choice(self, deltas: Sequence[Delta], *, is_chunk: bool) -> TextChoice:
-        last = deltas[-1]
-        text = "".join([delta.text for delta in deltas])
-        logprobs = self._logprobs([delta for delta in deltas if delta.logprob is not None])
-        return TextChoice(last.choice, text, logprobs, last.finish_reason, self._token_ids(deltas))
+    def _content(self, text: str, is_first: bool, is_chunk: bool) -> Json:
+        return {"text": text}
 
-    def _logprobs(self, deltas: list[Delta]) -> TextLogprobs | None:
-        if not deltas:
-            return None
-        logprobs = TextLogprobs([], [], [], [])
-        for delta in deltas:
-            assert delta.logprob is not None
-            logprobs.tokens.append(self._vocabulary.token_text(delta.logprob.token_id))
-            logprobs.token_logprobs.append(_finite(delta.logprob.logprob))
-            logprobs.top_logprobs.append(self._top(delta.logprob))
-            logprobs.text_offset.append(delta.text_offset)
-        return logprobs
+    def _logprobs(self, deltas: Sequence[Delta]) -> Json:
+        logprobs = [delta.logprob for delta in deltas if delta.logprob is not None]
+        return {
+            "tokens": [self._vocabulary.token_text(logprob.token_id) for logprob in logprobs],
+            "token_logprobs": [_finite(logprob.logprob) for logprob in logprobs],
+            "top_logprobs": [self._top(logprob) for logprob in logprobs],
+            "text_offset": [delta.text_offset for delta in deltas if delta.logprob is not None],
+        }
 
     def _top(self, logprob: TokenLogprob) -> dict[str, float]:
         """Of the best tokens and the chosen one, by their texts.

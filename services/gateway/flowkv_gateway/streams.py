@@ -6,13 +6,11 @@ import asyncio
 import bisect
 import contextlib
 import time
-from collections import deque
 from collections.abc import Iterator
 
 import msgspec
 from nats.aio.msg import Msg
 
-from flowkv_common.aio import wait_event
 from flowkv_common.wire.messages import Keepalive, KeepaliveReply, StepTokens, TokenChunk
 
 # States of an attempt in keepalives. A decode node that keeps room for it is no sign of life: prefill must
@@ -30,14 +28,13 @@ class TokenStream:
 
     def __init__(self, expected: int = 0) -> None:
         self.expected = expected
-        self.due: deque[TokenChunk] = deque()  # in order, for `next_chunk`
+        self.due: asyncio.Queue[TokenChunk] = asyncio.Queue()  # in order, for `next_chunk`
         self.heard_at = time.monotonic()  # the last sign of life, token or keepalive
         self.gap_since: float | None = None
         self.failed_at: str | None = None  # the node that sent an error
         self.is_running = False  # a node works at it, as far as its keepalives tell: they come once a second
         self._held: list[TokenChunk] = []  # by index, all beyond `expected`
         self._has_ended = False
-        self._has_due = asyncio.Event()
 
     def add_chunk(self, chunk: TokenChunk, node_id: str) -> None:
         """Take a chunk that `node_id` has sent.
@@ -69,8 +66,7 @@ class TokenStream:
                 )
             if not (chunk.token_ids or _is_last(chunk)):
                 continue
-            self.due.append(chunk)
-            self._has_due.set()
+            self.due.put_nowait(chunk)
             self.expected += len(chunk.token_ids)
             if _is_last(chunk):
                 self._has_ended = True
@@ -78,10 +74,10 @@ class TokenStream:
 
     async def next_chunk(self, timeout_s: float) -> TokenChunk | None:
         """The next chunk in order, or None after `timeout_s`."""
-        if not self.due:
-            self._has_due.clear()
-            await wait_event(self._has_due, timeout_s)
-        return self.due.popleft() if self.due else None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                return await self.due.get()
+        return None
 
 
 def _is_last(chunk: TokenChunk) -> bool:

@@ -1,12 +1,4 @@
-"""Special tokens that somebody typed stay text: only the chat template may begin and end turns.
-
-A tokenizer finds `<|im_end|>` wherever it stands. So a conversation in which such a text was typed is
-rendered with a stand-in for it. Then the special tokens that the template has written are given other names,
-the stand-ins become what was typed, and a second tokenizer encodes it, which knows special tokens by those
-other names alone. It is the first one otherwise: spaces, merges and first words come out as they always do.
-
-A conversation without such a text, that is nearly all of them, takes none of this.
-"""
+"""Conversations and texts to token ids, and ids to bytes: the model's tokenizer and its chat template."""
 
 from __future__ import annotations
 
@@ -14,7 +6,7 @@ import asyncio
 import json
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -33,12 +25,275 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flowkv_common.errors import BadRequest, CannotStart
 
-# What a person, a model or a tool may have written in a conversation.
-_TYPED_PARTS = ("messages", "tools", "documents")
+# Encoding runs at about one million characters a second: this many take less than 5 ms.
+_MAX_INLINE_CHARS = 2048
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Those that are functions of single tokens.
+_KNOWN_DECODERS = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+# Templates may write a space or a line break after a message, but hardly this.
+_SPACE = " \t "
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a template turns into a prompt. `template_kwargs` are settings that only this template knows.
+
+    `continue_final_message`: the prompt ends within the last message, for the model to go on with it.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template. Long texts are encoded in a thread, short ones at once."""
+
+    def __init__(
+        self, encoder: tokenizers.Tokenizer, vocabulary: Vocabulary, template: ChatTemplate | None
+    ) -> None:
+        self.vocabulary = vocabulary
+        self._encoder = encoder
+        self._template = template
+        self._typed = TypedSpecials(encoder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """From tokenizer.json and, where they exist, tokenizer_config.json and chat_template.jinja.
+
+        Raises CannotStart if one of them can't be used, or the first is missing.
+        """
+        if not folder.is_dir():
+            raise CannotStart(f"there is no model folder at {folder}")
+        if not (folder / "tokenizer.json").is_file():
+            raise CannotStart(
+                f"{folder} has no tokenizer.json, the only form of a tokenizer that FlowKV reads"
+            )
+        try:
+            source = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            encoder = tokenizers.Tokenizer.from_str(source)
+            encoder.no_truncation()
+            encoder.no_padding()
+            vocabulary = Vocabulary.from_json(json.loads(source), encoder.get_vocab(with_added_tokens=True))
+            return cls(encoder, vocabulary, ChatTemplate.load(folder))
+        except Exception as error:  # `tokenizers` has no class of its own for its errors
+            raise CannotStart(f"the tokenizer in {folder} can't be used: {error}") from error
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """The ids of each text."""
+        if sum(map(len, texts)) <= _MAX_INLINE_CHARS:
+            return self._encode(texts, add_special_tokens)
+        return await asyncio.to_thread(self._encode, texts, add_special_tokens)
+
+    async def encode_chat(self, conversation: Conversation, *, add_special_tokens: bool = False) -> list[int]:
+        """The ids of the rendered conversation; special tokens that were typed in it are text.
+
+        Templates write all special tokens, BOS among them: more are added only if asked for. Raises
+        BadRequest if the template refuses the conversation.
+        """
+        if self._template is None:
+            raise BadRequest("This model has no chat template; use /v1/completions.", field="messages")
+        if self._typed.occur_in(conversation):
+            text = self._template.render(self._typed.hide(conversation))
+            return await asyncio.to_thread(self._typed.encode, text, add_special_tokens=add_special_tokens)
+        text = self._template.render(conversation)
+        [token_ids] = await self.encode([text], add_special_tokens=add_special_tokens)
+        return token_ids
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens included; unknown ids add nothing."""
+        # One batch as for encoding: it does not stop the other threads.
+        [text] = await asyncio.to_thread(
+            self._encoder.decode_batch, [list(token_ids)], skip_special_tokens=False
+        )
+        return text
+
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        # Of all ways to encode, the batched ones alone let other threads run meanwhile.
+        encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+
+class Vocabulary:
+    """Token ids to bytes. Ids that the tokenizer lacks (padding of the embedding) have no bytes."""
+
+    def __init__(self, token_bytes: Mapping[int, bytes], special_ids: frozenset[int]) -> None:
+        self.special_ids = special_ids
+        self._token_bytes = token_bytes
+
+    @classmethod
+    def from_json(cls, tokenizer_json: Mapping[str, Any], vocab: Mapping[str, int]) -> Vocabulary:
+        """From a parsed tokenizer.json and its full `vocab` (token to id, added tokens included).
+
+        Raises ValueError for a decoder that is not a function of single tokens.
+        """
+        kinds = set(_decoder_kinds(tokenizer_json.get("decoder")))
+        if unknown := kinds - _KNOWN_DECODERS:
+            raise ValueError(f"tokenizer.json: decoder {', '.join(sorted(unknown))} is not supported")
+        to_bytes = _byte_level if "ByteLevel" in kinds else _sentencepiece
+        added = tokenizer_json.get("added_tokens") or []
+        special = frozenset(token["id"] for token in added if token["special"])
+        return cls({token_id: to_bytes(token) for token, token_id in vocab.items()}, special)
+
+    @cached_property
+    def special_texts(self) -> frozenset[str]:
+        return frozenset(map(self.token_text, self.special_ids))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The token's own bytes, special or not."""
+        return self._token_bytes.get(token_id, b"")
+
+    def token_text(self, token_id: int) -> str:
+        """The token for people: its text, or `bytes:\\xe2\\x82` when it is only part of a character."""
+        own = self.token_bytes(token_id)
+        try:
+            return own.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
+
+
+def _decoder_kinds(decoder: Mapping[str, Any] | None) -> Iterator[str]:
+    if decoder is None:
+        return
+    if decoder["type"] == "Sequence":
+        for part in decoder["decoders"]:
+            yield from _decoder_kinds(part)
+    else:
+        yield decoder["type"]
+
+
+# GPT-2's way to write any byte as a printable character: printable Latin-1 stands for itself.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+
+
+def _byte_level(token: str) -> bytes:
+    try:
+        return bytes([_BYTE_OF[char] for char in token])
+    except KeyError:  # an added token: written as it is
+        return token.encode()
+
+
+def _sentencepiece(token: str) -> bytes:
+    if byte := _BYTE_TOKEN.fullmatch(token):
+        return bytes([int(byte[1], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+class ChatTemplate:
+    """Messages to the text that the model expects. `special_tokens` are names such as `bos_token`."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self._template = environment.from_string(source)
+        self._variables = meta.find_undeclared_variables(environment.parse(source))
+        self._special_tokens = dict(special_tokens)
+
+    @classmethod
+    def load(cls, folder: Path) -> ChatTemplate | None:
+        """The template of the model in `folder`; None if it has none."""
+        config: dict[str, Any] = {}
+        if (folder / "tokenizer_config.json").exists():
+            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        source = config.get("chat_template") or ""
+        if (folder / "chat_template.jinja").exists():
+            source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        elif isinstance(source, list):  # of named ones
+            source = next((named["template"] for named in source if named["name"] == "default"), "")
+        special_tokens = {}
+        for name, value in config.items():
+            content = value.get("content") if isinstance(value, dict) else value  # older files have objects
+            if name.endswith("_token") and isinstance(content, str):
+                special_tokens[name] = content
+        return cls(str(source), special_tokens) if source else None
+
+    def render(self, conversation: Conversation) -> str:
+        """Raises BadRequest with what the template says against this conversation."""
+        if conversation.documents and "documents" not in self._variables:
+            raise BadRequest("This model's chat template has no place for documents.", field="documents")
+        is_continued, messages = conversation.continue_final_message, conversation.messages
+        # The prompt of a continued message is cut at a mark that nobody can type: the message's own text may
+        # occur again after it.
+        mark = secrets.token_hex(16)
+        if is_continued:
+            *before, last = messages
+            if not last["content"].strip():
+                raise _cant_be_continued("it is empty")
+            messages = [*before, {**last, "content": last["content"] + mark + _SPACE}]
+        variables = {
+            **self._special_tokens,
+            **conversation.template_kwargs,
+            "messages": messages,
+            "tools": conversation.tools,
+            "documents": conversation.documents,
+            "add_generation_prompt": conversation.add_generation_prompt and not is_continued,
+        }
+        try:
+            text = self._template.render(variables)
+        except Exception as error:  # whatever it is, the template can't take these messages
+            raise BadRequest(f"The chat template refused the messages: {error}", field="messages") from error
+        if not is_continued:
+            return text
+        prompt, found, rest = text.rpartition(mark)
+        if not found:
+            raise _cant_be_continued("the chat template does not show it as it is")
+        return prompt if rest.startswith(_SPACE) else prompt.rstrip()  # else the template trims messages
+
+
+def _cant_be_continued(reason: str) -> BadRequest:
+    return BadRequest(f"The last message can't be continued: {reason}.", field="continue_final_message")
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks what the model said, for training. Here its body is just shown."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> str:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML, which no model was trained on.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 class TypedSpecials:
-    """Of one tokenizer. Nobody outside can guess a stand-in or a name: they are drawn at each start."""
+    """Special tokens that somebody typed stay text: only the chat template may begin and end turns.
+
+    A tokenizer finds `<|im_end|>` wherever it stands. So a conversation in which such a text was typed is
+    rendered with a stand-in for it. Then the special tokens that the template has written are given other
+    names, the stand-ins become what was typed, and a second tokenizer encodes it, which knows special tokens
+    by those other names alone. It is the first one otherwise: spaces, merges and first words come out as they
+    always do. A conversation without such a text, that is nearly all of them, takes none of this.
+
+    Nobody outside can guess a stand-in or a name: they are drawn at each start.
+    """
+
+    # What a person, a model or a tool may have written in a conversation.
+    _PARTS = ("messages", "tools", "documents")
 
     def __init__(self, encoder: tokenizers.Tokenizer) -> None:
         added = encoder.get_added_tokens_decoder().items()
@@ -46,15 +301,24 @@ class TypedSpecials:
         nonce = secrets.token_hex(8)
         self._stand_ins = {text: f"typed{nonce}n{token_id}n" for text, token_id in texts.items()}
         self._names = {text: f"special{nonce}n{token_id}n" for text, token_id in texts.items()}
-        self._special = _any_of(texts)
+        self._special = re.compile(_any_of(sorted(texts)))
         self._stand_in = re.compile(f"typed{nonce}n[0-9]+n")
         # Now, not with the first request that needs it: a large vocabulary would hold up all others.
         self._renamed = self._rename(encoder)
 
     def occur_in(self, conversation: Conversation) -> bool:
-        """Whether a special token's text was typed anywhere in it."""
-        parts = [getattr(conversation, name) for name in _TYPED_PARTS]
-        return any(self._special.search(text) for text in _texts(parts))
+        """Whether a special token's text was typed anywhere in it, keys of objects included."""
+        waiting: list[Any] = [getattr(conversation, name) for name in self._PARTS]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, str):
+                if self._special.search(value):
+                    return True
+            elif isinstance(value, Mapping):
+                waiting.extend((*value, *value.values()))
+            elif isinstance(value, Sequence):
+                waiting.extend(value)
+        return False
 
     def hide(self, conversation: Conversation) -> Conversation:
         """The same with stand-ins, to be rendered for `encode`.
@@ -62,7 +326,7 @@ class TypedSpecials:
         Raises BadRequest for JSON that is nested deeper than Python calls itself.
         """
         hidden = {}
-        for name in _TYPED_PARTS:
+        for name in self._PARTS:
             try:
                 hidden[name] = self._hide(getattr(conversation, name))
             except RecursionError:
@@ -103,320 +367,17 @@ class TypedSpecials:
         return value
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """All strings in a JSON value, keys included."""
-    waiting = [value]
-    while waiting:
-        current = waiting.pop()
-        if isinstance(current, str):
-            yield current
-        elif isinstance(current, Mapping):
-            waiting.extend((*current, *current.values()))
-        elif isinstance(current, Sequence):
-            waiting.extend(current)
-
-
-def _any_of(texts: Collection[str]) -> re.Pattern[str]:
-    """Of several that begin alike the longest is found, as tokenizers do it.
+def _any_of(texts: Sequence[str]) -> str:
+    """A regular expression for any of these, sorted; of several that begin alike the longest is found.
 
     What they have in common is tried once, not once for each of them: some models have a thousand.
     """
-    return re.compile(_branches(sorted(texts)) if texts else r"(?!)")
-
-
-def _branches(texts: Sequence[str]) -> str:
-    """A regular expression for any of these; they are sorted. An empty one among them comes last."""
+    if not texts:
+        return r"(?!)"
     branches = []
     for _, alike in groupby(filter(None, texts), key=lambda text: text[0]):
         group = list(alike)
         common = commonprefix(group)
         rests = [text[len(common) :] for text in group]
-        branches.append(re.escape(common) + (_branches(rests) if len(rests) > 1 else ""))
-    return f"(?:{'|'.join(branches)}){'' if texts[0] else '?'}"
-
-
-# Templates may write a space or a line break after a message, but hardly this.
-_SPACE = " \t "
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What a template turns into a prompt. `template_kwargs` are settings that only this template knows.
-
-    `continue_final_message`: the prompt ends within the last message, for the model to go on with it.
-    """
-
-    messages: Sequence[Mapping[str, Any]]
-    tools: Sequence[Mapping[str, Any]] | None = None
-    documents: Sequence[Mapping[str, Any]] | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what the model said, for training. Here its body is just shown."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class ChatTemplate:
-    """Messages to the text that the model expects. `special_tokens` are names such as `bos_token`."""
-
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self._template = environment.from_string(source)
-        self._variables = meta.find_undeclared_variables(environment.parse(source))
-        self._special_tokens = dict(special_tokens)
-
-    def render(self, conversation: Conversation) -> str:
-        """Raises BadRequest with what the template says against this conversation."""
-        if conversation.documents and "documents" not in self._variables:
-            raise BadRequest("This model's chat template has no place for documents.", field="documents")
-        is_continued, messages = conversation.continue_final_message, conversation.messages
-        # Nobody can type the mark: a message's own text may occur again after it.
-        mark = secrets.token_hex(16)
-        if is_continued:
-            messages = _with_mark(messages, mark)
-        variables = {
-            **self._special_tokens,
-            **conversation.template_kwargs,
-            "messages": messages,
-            "tools": conversation.tools,
-            "documents": conversation.documents,
-            "add_generation_prompt": conversation.add_generation_prompt and not is_continued,
-        }
-        try:
-            text = self._template.render(variables)
-        except Exception as error:  # whatever it is, the template can't take these messages
-            raise BadRequest(f"The chat template refused the messages: {error}", field="messages") from error
-        return _cut_at(text, mark) if is_continued else text
-
-
-def _with_mark(messages: Sequence[Mapping[str, Any]], mark: str) -> list[Mapping[str, Any]]:
-    """The messages with `mark` at the end of the last one. Raises BadRequest if that one is empty."""
-    *before, last = messages
-    if not last["content"].strip():
-        raise BadRequest("The last message can't be continued: it is empty.", field="continue_final_message")
-    return [*before, {**last, "content": last["content"] + mark + _SPACE}]
-
-
-def _cut_at(text: str, mark: str) -> str:
-    """The prompt up to the mark. A template that took the space after it trims messages."""
-    place = text.rfind(mark)
-    if place < 0:
-        raise BadRequest(
-            "The last message can't be continued: the chat template does not show it as it is.",
-            field="continue_final_message",
-        )
-    prompt = text[:place]
-    return prompt if text.startswith(_SPACE, place + len(mark)) else prompt.rstrip()
-
-
-def _raise(message: str) -> str:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML, which no model was trained on.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_KNOWN_DECODERS = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
-
-
-class Vocabulary:
-    """Token ids to bytes. Ids that the tokenizer lacks (padding of the embedding) have no bytes."""
-
-    def __init__(self, token_bytes: Mapping[int, bytes], special_ids: frozenset[int]) -> None:
-        self._token_bytes = token_bytes
-        self._special_ids = special_ids
-
-    @classmethod
-    def from_json(cls, tokenizer_json: Mapping[str, Any], vocab: Mapping[str, int]) -> Vocabulary:
-        """From a parsed tokenizer.json and its full `vocab` (token to id, added tokens included).
-
-        Raises ValueError for a decoder that is not a function of single tokens.
-        """
-        kinds = set(_decoder_kinds(tokenizer_json.get("decoder")))
-        if unknown := kinds - _KNOWN_DECODERS:
-            raise ValueError(f"tokenizer.json: decoder {', '.join(sorted(unknown))} is not supported")
-        to_bytes = _byte_level if "ByteLevel" in kinds else _sentencepiece
-        added = tokenizer_json.get("added_tokens") or []
-        special = frozenset(token["id"] for token in added if token["special"])
-        return cls({token_id: to_bytes(token) for token, token_id in vocab.items()}, special)
-
-    @cached_property
-    def special_texts(self) -> frozenset[str]:
-        return frozenset(map(self.token_text, self._special_ids))
-
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self._special_ids
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The token's own bytes, special or not."""
-        return self._token_bytes.get(token_id, b"")
-
-    def token_text(self, token_id: int) -> str:
-        """The token for people: its text, or `bytes:\\xe2\\x82` when it is only part of a character."""
-        own = self.token_bytes(token_id)
-        try:
-            return own.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
-
-
-def _decoder_kinds(decoder: Mapping[str, Any] | None) -> Iterator[str]:
-    if decoder is None:
-        return
-    if decoder["type"] == "Sequence":
-        for part in decoder["decoders"]:
-            yield from _decoder_kinds(part)
-    else:
-        yield decoder["type"]
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's way to write any byte as a printable character: printable Latin-1 stands for itself."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    alphabet = {chr(byte): byte for byte in printable}
-    alphabet.update({chr(256 + place): byte for place, byte in enumerate(others)})
-    return alphabet
-
-
-_ALPHABET = _byte_alphabet()
-
-
-def _byte_level(token: str) -> bytes:
-    try:
-        return bytes([_ALPHABET[char] for char in token])
-    except KeyError:  # an added token: written as it is
-        return token.encode()
-
-
-def _sentencepiece(token: str) -> bytes:
-    if byte := _BYTE_TOKEN.fullmatch(token):
-        return bytes([int(byte[1], 16)])
-    return token.replace("\u2581", " ").encode()
-
-
-# Encoding runs at about one million characters a second: this many take less than 5 ms.
-_MAX_INLINE_CHARS = 2048
-
-
-class Tokenizer:
-    """A model's tokenizer and chat template. Long texts are encoded in a thread, short ones at once."""
-
-    def __init__(
-        self, encoder: tokenizers.Tokenizer, vocabulary: Vocabulary, template: ChatTemplate | None
-    ) -> None:
-        self.vocabulary = vocabulary
-        self._encoder = encoder
-        self._template = template
-        self._typed = TypedSpecials(encoder)
-
-    @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """From tokenizer.json and, where they exist, tokenizer_config.json and chat_template.jinja.
-
-        Raises CannotStart if one of them can't be used, or the first is missing.
-        """
-        if not folder.is_dir():
-            raise CannotStart(f"there is no model folder at {folder}")
-        if not (folder / "tokenizer.json").is_file():
-            raise CannotStart(
-                f"{folder} has no tokenizer.json, the only form of a tokenizer that FlowKV reads"
-            )
-        try:
-            source = (folder / "tokenizer.json").read_text(encoding="utf-8")
-            encoder = tokenizers.Tokenizer.from_str(source)
-            encoder.no_truncation()
-            encoder.no_padding()
-            vocabulary = Vocabulary.from_json(json.loads(source), encoder.get_vocab(with_added_tokens=True))
-            return cls(encoder, vocabulary, _load_template(folder))
-        except Exception as error:  # `tokenizers` has no class of its own for its errors
-            raise CannotStart(f"the tokenizer in {folder} can't be used: {error}") from error
-
-    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """The ids of each text."""
-        if sum(map(len, texts)) <= _MAX_INLINE_CHARS:
-            return self._encode(texts, add_special_tokens)
-        return await asyncio.to_thread(self._encode, texts, add_special_tokens)
-
-    async def encode_chat(self, conversation: Conversation, *, add_special_tokens: bool = False) -> list[int]:
-        """The ids of the rendered conversation; special tokens that were typed in it are text.
-
-        Templates write all special tokens, BOS among them: more are added only if asked for. Raises
-        BadRequest if the template refuses the conversation.
-        """
-        if self._template is None:
-            raise BadRequest("This model has no chat template; use /v1/completions.", field="messages")
-        if self._typed.occur_in(conversation):
-            text = self._template.render(self._typed.hide(conversation))
-            return await asyncio.to_thread(self._typed.encode, text, add_special_tokens=add_special_tokens)
-        text = self._template.render(conversation)
-        [token_ids] = await self.encode([text], add_special_tokens=add_special_tokens)
-        return token_ids
-
-    async def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens included; unknown ids add nothing."""
-        # One batch as for encoding: it does not stop the other threads.
-        [text] = await asyncio.to_thread(
-            self._encoder.decode_batch, [list(token_ids)], skip_special_tokens=False
-        )
-        return text
-
-    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        # Of all ways to encode, the batched ones alone let other threads run meanwhile.
-        encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        return [encoding.ids for encoding in encodings]
-
-
-def _load_template(folder: Path) -> ChatTemplate | None:
-    config_file = folder / "tokenizer_config.json"
-    config: dict[str, Any] = (
-        json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
-    )
-    template_file = folder / "chat_template.jinja"
-    if template_file.exists():
-        source = template_file.read_text(encoding="utf-8")
-    else:
-        source = _default_template(config.get("chat_template"))
-    return ChatTemplate(source, _special_tokens(config)) if source else None
-
-
-def _default_template(entry: Any) -> str:
-    """tokenizer_config.json has one template or a list of named ones."""
-    if isinstance(entry, list):
-        named = {template["name"]: str(template["template"]) for template in entry}
-        return named.get("default", "")
-    return str(entry or "")
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token` and its like; older files write them as objects."""
-    tokens: dict[str, str] = {}
-    for name, value in config.items():
-        content = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(content, str):
-            tokens[name] = content
-    return tokens
+        branches.append(re.escape(common) + (_any_of(rests) if len(rests) > 1 else ""))
+    return f"(?:{'|'.join(branches)}){'' if texts[0] else '?'}"  # an empty one comes first
