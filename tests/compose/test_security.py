@@ -10,7 +10,7 @@ import pytest
 from composed import Composed, docker
 from observer import observe
 
-from flowkv_common.accounts import RIGHTS
+from flowkv.accounts import RIGHTS
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import LinkOffer, LinkRequest

@@ -16,7 +16,7 @@ import pytest
 from nats.aio.msg import Msg
 from nats_server import NatsServer
 
-from flowkv_common.accounts import RIGHTS, write
+from flowkv.accounts import RIGHTS, write_accounts
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import BarrierClient, connect
 from flowkv_common.bus.lease import Lease
@@ -33,7 +33,7 @@ CANCELS = subjects.at(subjects.NODE_CANCEL, "p")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write(tmp_path, "nats:4222")
+    write_accounts(tmp_path, "nats:4222")
     return tmp_path
 
 
@@ -68,7 +68,7 @@ async def raw(url: str, prefix: str = "_INBOX") -> AsyncIterator[tuple[BarrierCl
 def test_passwords_are_kept_and_only_their_owner_can_read_them(folder: Path) -> None:
     files = [folder / user / "nats_url" for user in RIGHTS] + [folder / "nats" / "nats.conf"]
     before = [file.read_text() for file in files]
-    write(folder, "nats:4222")
+    write_accounts(folder, "nats:4222")
     assert [file.read_text() for file in files] == before
     assert len({urlsplit(text.strip()).password for text in before[:-1]}) == len(RIGHTS)
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}

@@ -72,7 +72,7 @@ def paced_cluster(
         command += [f"--{name.replace('_', '-')}", str(getattr(fit, name))]
     command += ["--link-byte-s", str(link_byte_s)]
     with services(run_dir, model_path, settings) as cluster:
-        cluster.start_nodes(NODES, command)
+        cluster.start_process(NODES, command)
         cluster.wait_ready(READY_TIMEOUT_S)
         asyncio.run(wait_linked(cluster.nats_url, sum(counts.values())))
         yield cluster

@@ -90,7 +90,7 @@ def test_a_generation_config_is_the_models_or_none() -> None:
     argv = ["--model-path", "m"]
     assert load(GatewaySettings, argv, {}).generation_config == "auto"
     assert load(GatewaySettings, argv, {"FLOWKV_GENERATION_CONFIG": "none"}).generation_config == "none"
-    with pytest.raises(SystemExit, match="FLOWKV_GENERATION_CONFIG .*'vllm', choose one of auto, none"):
+    with pytest.raises(SystemExit, match="FLOWKV_GENERATION_CONFIG .*'vllm': choose one of auto, none"):
         load(GatewaySettings, argv, {"FLOWKV_GENERATION_CONFIG": "vllm"})
 
 
@@ -109,7 +109,7 @@ def test_no_time_is_negative(kind: type[ServiceSettings], value: str) -> None:
 
 def test_a_choice_is_refused_with_what_can_be_chosen() -> None:
     with pytest.raises(
-        SystemExit, match="FLOWKV_KV_DTYPE .*unknown value 'int8', choose one of auto, float32,"
+        SystemExit, match="FLOWKV_KV_DTYPE .*unknown value 'int8': choose one of auto, float32,"
     ):
         load(NodeSettings, ["--model-path", "m", "--kv-dtype", "int8"], {})
 

@@ -1,9 +1,8 @@
-"""`flowkv SERVICE ...`: one command for all of FlowKV's processes. `python -m flowkv` is the same."""
+"""`flowkv COMMAND ...`: one command for all of FlowKV's processes. `python -m flowkv` is the same."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 USAGE = """\
 usage: flowkv COMMAND [--setting VALUE ...]
@@ -20,52 +19,32 @@ usage: flowkv COMMAND [--setting VALUE ...]
 
 def main() -> int:
     command, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
-    if command not in COMMANDS:
-        if command in ("-h", "--help"):
-            print(USAGE)
-            return 0
-        print(f"{USAGE}\n\nunknown command {command!r}", file=sys.stderr)
-        return 2
     sys.argv = [f"flowkv {command}", *arguments]
-    return COMMANDS[command]() or 0
+    # Each command imports what it needs: a gateway loads no torch, whatever else is installed.
+    match command:
+        case "up":
+            from flowkv import up
 
+            return up.main()
+        case "gateway":
+            from flowkv_gateway.__main__ import main as gateway
 
-# Each imports what it runs: a gateway loads no torch, whatever else is installed.
-def _up() -> int:
-    from flowkv.up import main
+            gateway()
+        case "scheduler":
+            from flowkv_scheduler.__main__ import main as scheduler
 
-    return main()
+            scheduler()
+        case "prefill" | "decode" | "mixed":
+            from flowkv import node
 
+            node.main(command)
+        case "-h" | "--help":
+            print(USAGE)
+        case _:
+            print(f"{USAGE}\n\nunknown command {command!r}", file=sys.stderr)
+            return 2
+    return 0
 
-def _gateway() -> None:
-    from flowkv_gateway.__main__ import main
-
-    main()
-
-
-def _scheduler() -> None:
-    from flowkv_scheduler.__main__ import main
-
-    main()
-
-
-def _node(role: str) -> Callable[[], None]:
-    def run() -> None:
-        from flowkv.node import main
-
-        main(role)
-
-    return run
-
-
-COMMANDS: dict[str, Callable[[], int | None]] = {
-    "up": _up,
-    "gateway": _gateway,
-    "scheduler": _scheduler,
-    "prefill": _node("prefill"),
-    "decode": _node("decode"),
-    "mixed": _node("mixed"),
-}
 
 if __name__ == "__main__":
     sys.exit(main())

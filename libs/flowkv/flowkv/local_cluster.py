@@ -1,7 +1,6 @@
 """A cluster on one machine: a real nats-server and each service as a process of its own.
 
-Used by `make up` and by the tests. Knows nothing of what the services do, only how to start, watch and stop
-them.
+Used by `flowkv up` and by the tests. It only starts, watches and stops the processes.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ import subprocess
 import sys
 import sysconfig
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+from flowkv_common.health import problem
 from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES
 
 OLDEST_NATS = (2, 11)  # older servers don't tell watchers of expired keys
@@ -56,16 +54,8 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def refuse_taken(port: int) -> None:
-    """Raises ClusterError if something listens there: its answers would pass for ours."""
-    try:
-        socket.create_server(("127.0.0.1", port)).close()
-    except OSError as error:
-        raise ClusterError(f"port {port} can't be had: {error.strerror}; choose another by PORT=") from None
-
-
 class Process:
-    """One service. It gets a session of its own, so that Ctrl-C reaches only who started it."""
+    """One service. It gets a session of its own, so that Ctrl-C reaches only the process that started it."""
 
     def __init__(self, name: str, command: list[str], env: Mapping[str, str], log_path: Path) -> None:
         self.name = name
@@ -86,12 +76,12 @@ class Process:
         return self._popen.pid
 
     @property
-    def is_running(self) -> bool:
-        return self._popen.poll() is None
-
-    @property
     def exit_code(self) -> int | None:
         return self._popen.poll()
+
+    @property
+    def is_running(self) -> bool:
+        return self.exit_code is None
 
     def send(self, number: signal.Signals) -> None:
         if self.is_running:
@@ -103,13 +93,13 @@ class Process:
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
         self.send(signal.SIGKILL)
-        self._popen.wait(10)
+        self.wait(10)
 
     def stop(self, timeout_s: float) -> None:
         """SIGTERM, and SIGKILL if that does not help in time."""
         self.send(signal.SIGTERM)
         try:
-            self._popen.wait(timeout_s)
+            self.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
 
@@ -140,18 +130,6 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _is_ready(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=2) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _flags(settings: Mapping[str, str]) -> list[str]:
-    return [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
-
-
 class Cluster:
     """Starts in the order NATS, schedulers, gateway, nodes; stops in the order gateway, nodes, the rest."""
 
@@ -169,7 +147,7 @@ class Cluster:
     ) -> None:
         """`nodes` counts them per role; `settings` are further `FLOWKV_*` variables for all services.
 
-        Of several schedulers one leads, the others stand by.
+        Of several schedulers one leads, the others stand by. Logs are written to `run_dir`.
         """
         self.run_dir = run_dir
         self.port = port or free_port()
@@ -199,11 +177,15 @@ class Cluster:
         return f"nats://127.0.0.1:{self._nats_port}"
 
     def __enter__(self) -> Self:
-        refuse_taken(self.port)
+        try:
+            socket.create_server(("127.0.0.1", self.port)).close()
+        except OSError as error:  # the answers of what listens there would pass for ours
+            taken = f"port {self.port} can't be had: {error.strerror}; choose another with --port"
+            raise ClusterError(taken) from None
         try:
             self.start_nats()
             for i in range(self._num_schedulers):
-                self.start_scheduler(f"scheduler-{i}")
+                self._start_with_health(f"scheduler-{i}", "scheduler")
             self.start_gateway()
             for role, count in self._nodes.items():
                 for i in range(count):
@@ -217,7 +199,7 @@ class Cluster:
         self.stop()
 
     def metrics_urls(self) -> dict[str, str]:
-        """Where each process that runs tells what it measures, by name; of the gateways the first."""
+        """Where each process that runs shows its metrics, by name; of the gateways the first."""
         ports = {"gateway": self.port, **self._health_ports}
         running = {name for name, process in self.processes.items() if process.is_running}
         return {name: f"http://127.0.0.1:{port}/metrics" for name, port in ports.items() if name in running}
@@ -228,32 +210,29 @@ class Cluster:
         config = self.run_dir / "nats.conf"
         config.write_text(f"max_payload: {MAX_PAYLOAD_BYTES}\n")  # long prompts: no flag has it
         command = [find_nats_server(), "-c", str(config), "-a", "127.0.0.1", "-p", str(self._nats_port)]
-        return self._start("nats", [*command, "-js", "-sd", str(self.run_dir / "jetstream")])
-
-    def start_scheduler(self, name: str) -> Process:
-        self._health_ports[name] = port = free_port()
-        return self._start(name, [sys.executable, "-m", "flowkv_scheduler", "--http-port", str(port)])
+        return self.start_process("nats", [*command, "-js", "-sd", str(self.run_dir / "jetstream")])
 
     def start_gateway(self, name: str = "gateway", port: int = 0, **settings: str) -> Process:
         """One more gateway, or the first one; `settings` are flags of its own."""
-        command = [sys.executable, "-m", "flowkv_gateway", "--port", str(port or self.port)]
-        return self._start(name, command + _flags(settings))
+        return self._start_service(name, "gateway", port=str(port or self.port), **settings)
 
     def start_node(self, role: str, name: str, **settings: str) -> Process:
         """A node that is called `name` on the bus too; `settings` are flags of its own."""
-        module = "flowkv_prefill" if role == "prefill" else "flowkv_decode"
-        self._health_ports[name] = port = free_port()
-        command = [sys.executable, "-m", module, role, "--node-id", name, "--http-port", str(port)]
-        return self._start(name, command + _flags(settings))
+        return self._start_with_health(name, role, node_id=name, **settings)
 
-    def start_nodes(self, name: str, command: list[str]) -> Process:
-        """Another program that brings nodes, in the environment of all services. `name` begins with nodes."""
-        return self._start(name, command)
-
-    def _start(self, name: str, command: list[str]) -> Process:
-        process = Process(name, command, self._env, self.run_dir / f"{name}.log")
-        self.processes[name] = process
+    def start_process(self, name: str, command: list[str]) -> Process:
+        """Any program, in the environment of all services. `name` says when it is stopped."""
+        self.processes[name] = process = Process(name, command, self._env, self.run_dir / f"{name}.log")
         return process
+
+    def _start_with_health(self, name: str, service: str, **settings: str) -> Process:
+        """A node or a scheduler."""
+        self._health_ports[name] = port = free_port()
+        return self._start_service(name, service, http_port=str(port), **settings)
+
+    def _start_service(self, name: str, service: str, **settings: str) -> Process:
+        flags = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
+        return self.start_process(name, [sys.executable, "-m", "flowkv", service, *flags])
 
     def wait_ready(self, timeout_s: float) -> None:
         """Until all nodes and schedulers are ready and requests can be served.
@@ -271,9 +250,9 @@ class Cluster:
             time.sleep(0.05)
 
     def is_ready(self) -> bool:
-        """The gateway says so as soon as one node could serve alone; here all that run must be ready."""
+        """The gateway is ready as soon as one pair of nodes could serve; here all that run must be ready."""
         ports = [port for name, port in self._health_ports.items() if self.processes[name].is_running]
-        return all(_is_ready(port) for port in (*ports, self.port))
+        return all(problem(port, "/health/ready") is None for port in (*ports, self.port))
 
     def stop(self) -> None:
         """Drain and end everything, so that requests finish before what they need goes away."""

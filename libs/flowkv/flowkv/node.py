@@ -30,7 +30,7 @@ def main(default_role: str) -> None:
     named = bool(arguments) and not arguments[0].startswith("-")
     role = arguments.pop(0) if named else default_role
     if role not in ROLES:
-        raise SystemExit(f"settings: unknown role {role!r}, not one of {', '.join(ROLES)}")
+        raise SystemExit(f"settings: unknown role {role!r}: choose one of {', '.join(ROLES)}")
     settings = load(NodeSettings, arguments)
     setup_logs(role)
     # Compute threads spin some 50 us for the next kernel, or each of a step's would wake them anew; not for
@@ -53,7 +53,7 @@ def _load_and_serve(settings: NodeSettings, role: str) -> None:
     from flowkv_engine.engine.model import load_model, weights_dtype
     from flowkv_node.host import serve_node, served_model
 
-    # What it has to say goes where all else goes, in the same form.
+    # Its log goes where ours goes, in the same form.
     transformers.logging.disable_default_handler()
     transformers.logging.enable_propagation()
     if settings.num_threads:
@@ -79,9 +79,9 @@ def _load_and_serve(settings: NodeSettings, role: str) -> None:
 
 
 def _end_without_leak_reports() -> None:
-    """Libraries with nanobind, as Triton, print all that is left when the interpreter ends: what was frozen.
+    """Libraries with nanobind, like Triton, print what is left when the interpreter ends: what was frozen.
 
-    They have no switch for it. What we have to say has been said by then.
+    They have no switch for it. All of our own lines have been written by then.
     """
     with open(os.devnull, "wb") as nothing:
         os.dup2(nothing.fileno(), 2)

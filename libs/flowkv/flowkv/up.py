@@ -1,4 +1,4 @@
-"""`make up`: the whole cluster on this machine, without Docker. Ctrl-C drains it, nothing is left."""
+"""`flowkv up`: the whole cluster on this machine, without Docker. Ctrl-C drains it, nothing is left."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from flowkv.local_cluster import Cluster, ClusterError, Process
+from flowkv.local_cluster import Cluster, ClusterError
 from flowkv_engine.engine.fetch import served_name
 
-RUN_DIR = Path(".run").resolve()
 READY_TIMEOUT_S = 300.0
 
 
@@ -28,18 +27,16 @@ def main() -> int:
         nodes = {"prefill": options.prefill, "decode": options.decode, "mixed": options.mixed}
         _say(f"starting {', '.join(f'{count} {role}' for role, count in nodes.items() if count)}")
         began = time.monotonic()
-        run_dir = RUN_DIR / str(options.port)
-        name = served_name(options.model or None)
         with Cluster(
-            run_dir,
+            Path(".run", str(options.port)).resolve(),
             model_path,
             nodes=nodes,
             num_schedulers=options.scheduler,
             port=options.port,
-            model_name=name,
+            model_name=served_name(options.model or None),
         ) as cluster:
             cluster.wait_ready(READY_TIMEOUT_S)
-            _say(f"ready after {time.monotonic() - began:.1f} s, logs in {run_dir}")
+            _say(f"ready after {time.monotonic() - began:.1f} s, logs in {cluster.run_dir}")
             print(_welcome(cluster), flush=True)
             return _watch(cluster)
     except ClusterError as error:
@@ -52,13 +49,18 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="up")
-    parser.add_argument("--prefill", type=int, default=1)
-    parser.add_argument("--decode", type=int, default=1)
-    parser.add_argument("--mixed", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        prog="flowkv up",
+        description="A whole cluster on this machine. Its logs are written to the folder .run.",
+        epilog="FLOWKV_ variables reach all services; docs/settings.md lists them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--prefill", type=int, default=1, help="number of prefill nodes")
+    parser.add_argument("--decode", type=int, default=1, help="number of decode nodes")
+    parser.add_argument("--mixed", type=int, default=0, help="number of nodes with both roles")
     parser.add_argument("--scheduler", type=int, default=1, help="one leads, the others stand by")
-    parser.add_argument("--model", default="", help="a folder or a hub id; SmolLM2-135M-Instruct if empty")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--model", default="", help="a folder or a hub id; empty: SmolLM2-135M-Instruct")
+    parser.add_argument("--port", type=int, default=8000, help="port of the API")
     options = parser.parse_args()
     if options.mixed == 0 and (options.prefill == 0 or options.decode == 0):
         parser.error("one prefill and one decode node are needed, or one mixed node")
@@ -69,9 +71,7 @@ def _options() -> argparse.Namespace:
 
 def _prepare_model(spec: str) -> str:
     command = [sys.executable, "-m", "flowkv_engine.engine.fetch"]
-    if spec:
-        command += ["--model", spec]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([*command, "--model", spec] if spec else command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise ClusterError("the model could not be prepared, see above")
     return done.stdout.strip().splitlines()[-1]
@@ -94,15 +94,11 @@ def _watch(cluster: Cluster) -> int:
     while True:
         time.sleep(0.5)
         for process in [p for p in cluster.processes.values() if not p.is_running]:
-            if not _has_another(cluster, process):
+            schedulers = [p for p in cluster.processes.values() if p.name.startswith("scheduler")]
+            if process not in schedulers or not any(p.is_running for p in schedulers):
                 raise ClusterError(process.why_ended())
             _say(f"{process.name} ended with {process.exit_code}, another one leads")
             del cluster.processes[process.name]
-
-
-def _has_another(cluster: Cluster, ended: Process) -> bool:
-    schedulers = [p for p in cluster.processes.values() if p.name.startswith("scheduler")]
-    return ended in schedulers and any(p.is_running for p in schedulers)
 
 
 def _say(text: str) -> None:

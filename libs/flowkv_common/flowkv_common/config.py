@@ -236,7 +236,7 @@ def load(kind: type[S], argv: Sequence[str], environ: Mapping[str, str] = os.env
             raise SystemExit(f"settings: {found.message}") from None
         bad, what = settings[found.field], found.message.removeprefix(f"{found.field}: ")
         if bad.choices:
-            what = f"unknown value {values[bad.name]!r}, choose one of {', '.join(bad.choices)}"
+            what = f"unknown value {values[bad.name]!r}: choose one of {', '.join(bad.choices)}"
         raise SystemExit(f"settings: {bad.variable} (or {bad.flag}): {what}") from None
 
 

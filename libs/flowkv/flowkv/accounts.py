@@ -1,8 +1,8 @@
-"""Users of a NATS server that others can reach: one per service, with what it may say and hear.
+"""Users of a NATS server that others can reach: one per service, with what it may publish and subscribe to.
 
-`python -m flowkv_common.accounts FOLDER` writes `FOLDER/nats/nats.conf` and, per user,
-`FOLDER/<user>/nats_url`, which only that user's services need. Passwords are made once and kept; permissions
-are written anew, so that they follow the code.
+`python -m flowkv.accounts FOLDER` writes `FOLDER/nats/nats.conf` and, per user, `FOLDER/<user>/nats_url`,
+which only that user's services need. Passwords are made once and kept; permissions are written each time, so
+that they follow the code.
 """
 
 from __future__ import annotations
@@ -28,16 +28,12 @@ class Rights(NamedTuple):
 
 
 def _reading(bucket: str) -> list[str]:
-    """What a watch on a bucket asks of JetStream; whoever comes first makes the bucket."""
+    """What a watch on a bucket asks of JetStream; the first service to come makes the bucket."""
     api, stream = "$JS.API", f"KV_{bucket}"
     verbs = ["STREAM.CREATE", "STREAM.INFO", "STREAM.MSG.GET", "CONSUMER.CREATE"]
     nested = ["DIRECT.GET", "CONSUMER.CREATE", "CONSUMER.INFO", "CONSUMER.DELETE"]
     asked = [f"{api}.{verb}.{stream}" for verb in verbs] + [f"{api}.{verb}.{stream}.>" for verb in nested]
     return [f"{api}.INFO", *asked, f"$JS.ACK.{stream}.>", f"$JS.FC.{stream}.>"]
-
-
-def _writing(bucket: str) -> list[str]:
-    return [f"$KV.{bucket}.>"]
 
 
 _FOUND_BY_ALL = "$SRV.>"
@@ -67,7 +63,7 @@ RIGHTS: Mapping[str, Rights] = {
             subjects.event("scale_wanted", "*"),
             *_reading(subjects.NODES_BUCKET),
             *_reading(subjects.LEADER_BUCKET),
-            *_writing(subjects.LEADER_BUCKET),
+            f"$KV.{subjects.LEADER_BUCKET}.>",
         ],
         subscribe=[
             subjects.SCHEDULE,
@@ -90,7 +86,7 @@ RIGHTS: Mapping[str, Rights] = {
             subjects.keepalive("*"),
             subjects.event("kv_transferred", ">"),
             *_reading(subjects.NODES_BUCKET),
-            *_writing(subjects.NODES_BUCKET),
+            f"$KV.{subjects.NODES_BUCKET}.>",
         ],
         subscribe=[
             subjects.at(subjects.PREFILL_RUN, _ANY_NODE),
@@ -108,45 +104,34 @@ RIGHTS: Mapping[str, Rights] = {
 }
 
 
-def server_config(passwords: Mapping[str, str]) -> str:
-    """The server's configuration: who is not in it can't even connect."""
-    users = [_user(name, password, RIGHTS[name]) for name, password in passwords.items()]
+def write_accounts(folder: Path, address: str) -> None:
+    """Write the server's configuration, and each service's URL of the server at `address` (host:port)."""
+    users = []
+    for name, rights in RIGHTS.items():
+        url_file = folder / name / "nats_url"
+        known = urlsplit(url_file.read_text().strip()).password if url_file.exists() else None
+        password = known or secrets.token_hex(32)
+        _replace_file(url_file, f"nats://{name}:{password}@{address}\n")
+        permissions = {
+            "publish": {"allow": rights.publish},
+            "subscribe": {"allow": [f"_INBOX.{name}.>", *rights.subscribe]},
+            "allow_responses": {"max": _ANSWERS, "expires": "2m"},
+        }
+        users.append({"user": name, "password": password, "permissions": permissions})
     config = {
         "host": "0.0.0.0",
         "port": 4222,
         "http": "127.0.0.1:8222",  # monitoring shows who is connected from where
         "max_payload": MAX_PAYLOAD_BYTES,
         "jetstream": {"max_memory_store": 256 << 20, "max_file_store": 0},
-        "authorization": {"users": users},
+        "authorization": {"users": users},  # others can't even connect
     }
-    return json.dumps(config, indent=2) + "\n"  # which the server's own format includes
+    # The server's own format includes JSON.
+    _replace_file(folder / "nats" / "nats.conf", json.dumps(config, indent=2) + "\n")
 
 
-def _user(name: str, password: str, rights: Rights) -> dict[str, object]:
-    permissions = {
-        "publish": {"allow": rights.publish},
-        "subscribe": {"allow": [f"_INBOX.{name}.>", *rights.subscribe]},
-        "allow_responses": {"max": _ANSWERS, "expires": "2m"},
-    }
-    return {"user": name, "password": password, "permissions": permissions}
-
-
-def write(folder: Path, address: str) -> None:
-    """Write what server and services read, see above. Who may read it is a matter of `folder`'s owner."""
-    passwords = {name: _password(folder / name / "nats_url") for name in RIGHTS}
-    for name, password in passwords.items():
-        _put(folder / name / "nats_url", f"nats://{name}:{password}@{address}\n")
-    _put(folder / "nats" / "nats.conf", server_config(passwords))
-
-
-def _password(path: Path) -> str:
-    """The one in the URL that lies there, else a new one."""
-    known = urlsplit(path.read_text().strip()).password if path.exists() else None
-    return known or secrets.token_hex(32)
-
-
-def _put(path: Path, content: str) -> None:
-    """Replace the file in one step; only its owner can read it."""
+def _replace_file(path: Path, content: str) -> None:
+    """In one step; only its owner can read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.new")
     fresh.unlink(missing_ok=True)
@@ -160,7 +145,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--address", default="nats:4222", help="host:port at which services reach the server")
     options = parser.parse_args()
-    write(options.folder, options.address)
+    write_accounts(options.folder, options.address)
 
 
 if __name__ == "__main__":
