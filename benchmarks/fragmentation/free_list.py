@@ -58,4 +58,4 @@ class FreeList:
             if not self._refs[block_id]:
                 unheld.append(block_id)
         self.num_leased -= len(unheld)
-        self._free += reversed(self._cache.queue(unheld))
+        self._free += self._cache.queue(unheld)

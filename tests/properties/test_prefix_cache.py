@@ -35,16 +35,16 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.holders: list[Holder] = []
         self.used_at: dict[str, int] = {}  # the last time that a holder of the prefix, or of more, left
         self.now = 0
-        self.is_plain = True  # no prefix was ever computed twice, nothing pinned was ever evicted
+        self.is_plain = True  # no prefix was ever computed twice, nothing built on was ever evicted
 
     def leased(self) -> set[str]:
         found = {self.cache.hash_of(block) for holder in self.holders for block in holder.block_ids}
         return {known for known in found if known is not None}
 
     def queued(self) -> set[str]:
-        return {self.cache.hash_of(block) or "" for block in self.cache.queued_blocks()}
+        return {self.cache.hash_of(block) or "" for block in self.cache.blocks_without_holder()[0]}
 
-    def pinned(self) -> set[str]:
+    def built_on(self) -> set[str]:
         """Queued prefixes that a leased one builds on directly or over others that are queued."""
         leased, queued = self.leased(), self.queued()
         held: set[str] = set()
@@ -107,24 +107,25 @@ class PrefixCacheMachine(RuleBasedStateMachine):
     @rule(n=st.integers(1, 6))
     def evict(self, n: int) -> None:
         for _ in range(n):
-            queued, pinned, leased = self.queued(), self.pinned(), self.leased()
+            queued, built_on, leased = self.queued(), self.built_on(), self.leased()
             [block] = self.cache.evict(1) or [None]
             if block is None:
                 assert not queued
                 return
             self.open.add(block)
             evicted = self.cache.hash_of(block) or ""
-            self.is_plain &= queued != pinned
-            assert evicted not in pinned or queued == pinned
+            self.is_plain &= queued != built_on
+            assert evicted not in built_on or queued == built_on
             assert not any(evicted + more in queued for more in "ab")
             if self.is_plain:
-                assert evicted == min(queued - pinned, key=lambda h: (self.used_at[h], -len(h)))
+                assert evicted == min(queued - built_on, key=lambda h: (self.used_at[h], -len(h)))
             assert evicted not in leased
 
     @invariant()
     def indexes_agree(self) -> None:
         self.cache.check_integrity()
-        assert self.cache.num_queued + self.cache.num_evictable == len(self.cache.idle_blocks())
+        num_without_holder = sum(map(len, self.cache.blocks_without_holder()))
+        assert self.cache.num_queued + self.cache.num_evictable == num_without_holder
 
 
 TestPrefixCache = PrefixCacheMachine.TestCase

@@ -55,7 +55,7 @@ def test_parents_are_as_young_as_what_builds_on_them(cache: PrefixCache) -> None
     assert [evict_one(cache) for _ in range(4)] == ["x", "c", "b", "a"]
 
 
-def test_what_is_left_of_a_pinned_chain_stays_the_oldest(cache: PrefixCache) -> None:
+def test_what_is_left_of_a_chain_evicted_as_last_resort_is_next(cache: PrefixCache) -> None:
     insert_chain(cache, "abc", [0, 1, 2])
     cache.queue([0, 1])
     assert evict_one(cache) == "b"  # though "c" is leased: there is nothing else
@@ -64,7 +64,7 @@ def test_what_is_left_of_a_pinned_chain_stays_the_oldest(cache: PrefixCache) -> 
     assert [evict_one(cache) for _ in range(2)] == ["a", "x"]
 
 
-def test_a_forgotten_block_no_longer_pins_what_it_was_built_on(cache: PrefixCache) -> None:
+def test_a_forgotten_block_no_longer_keeps_what_it_was_built_on(cache: PrefixCache) -> None:
     insert_chain(cache, "ab", [0, 1])
     cache.queue([0])
     cache.forget([1])
@@ -102,3 +102,13 @@ def test_an_index_that_disagrees_is_reported(cache: PrefixCache) -> None:
     with pytest.raises(IntegrityError, match="evictable blocks: 1 != 0"):
         cache.check_integrity()
     cache.num_evictable = 0
+
+
+def test_a_parent_in_the_cache_is_evicted_after_a_child_of_another_sequence(cache: PrefixCache) -> None:
+    insert_chain(cache, "a", [0])
+    insert_chain(cache, "b", [1], parent="a")  # computed by a sequence with its own "a"
+    insert_chain(cache, "c", [2], parent="b")  # by the first one, with its own "b"
+    insert_chain(cache, "d", [3], parent="b")  # by a third one, with its own "a" and "b"
+    cache.queue([1])
+    cache.queue([0, 2])
+    assert [evict_one(cache) for _ in range(3)] == ["c", "b", "a"]

@@ -156,12 +156,12 @@ class Blocks:
         in_states = counts.free + counts.cached + counts.leased + counts.quarantined
         expect_equal(f"blocks in all states ({counts}) and in the pool", in_states, self.num_blocks)
         leased = {block_id for block_id, ref in enumerate(self._refs) if ref}
-        held = leased | self._quarantined | self.prefix_cache.idle_blocks()
-        num_held = counts.leased + counts.quarantined + counts.cached
-        expect_equal("blocks not free, each in one state only", len(held), num_held)
-        allocatable = set(range(self.num_blocks)) - leased - self._quarantined
-        allocatable -= self.prefix_cache.queued_blocks()
-        expect_equal("free and evictable blocks", sorted(allocatable), self._segments.free_blocks())
+        queued, evictable = self.prefix_cache.blocks_without_holder()
+        taken = leased | self._quarantined | queued
+        num_not_free = counts.leased + counts.quarantined + counts.cached
+        expect_equal("blocks not free, each in one state only", len(taken | evictable), num_not_free)
+        free = [block_id for block_id in range(self.num_blocks) if block_id not in taken]
+        expect_equal("free and evictable blocks", free, self._segments.free_blocks())
         expect_equal("leased blocks", len(leased), counts.leased)
 
     def _check_can_allocate(self, n: int) -> None:
@@ -223,18 +223,14 @@ class PrefixCache:
         self._parent_of: list[str | None] = [None] * num_blocks
         # An overwritten block stays in these indexes until it or its hash gets a new entry, or until
         # `take_changes` passes: to overwrite a run takes one step, however long it is.
-        self._block_of: dict[str, int] = {}
-        self._num_leased_children: dict[str, int] = {}  # by the parent's hash; no zeros
-        # Queued blocks in the order of eviction. The holder of a block holds its parent too, so a parent is
-        # queued no earlier than its children. The exception: two sequences have computed the same block, and
-        # one builds on its own copy, which is not in the cache. `insert` and `_end_lease` see to those.
-        self._queue: OrderedDict[int, None] = OrderedDict()
-        self._pinned: OrderedDict[int, None] = OrderedDict()  # leased blocks build on these: behind the queue
+        self._block_of: dict[str | None, int] = {}  # never of None, the parent of the first in a chain
+        self._num_children: dict[str, int] = {}  # by the parent's hash: leased and queued ones; no zeros
+        self._queue: OrderedDict[int, None] = OrderedDict()  # a parent stands behind all its children
         self._changed: dict[str, None] = {}  # a hash that was added and evicted again is not in it
 
     @property
     def num_queued(self) -> int:
-        return len(self._queue) + len(self._pinned)
+        return len(self._queue)
 
     def find(self, block_hash: str) -> int | None:
         block_id = self._block_of.get(block_hash)
@@ -261,55 +257,60 @@ class PrefixCache:
         self._hash_of[block_id] = block_hash
         self._parent_of[block_id] = parent_hash
         self._block_of[block_hash] = block_id
+        self._add_child(block_id)
         self._note_change(block_hash)
-        if parent_hash is not None:
-            self._num_leased_children[parent_hash] = self._num_leased_children.get(parent_hash, 0) + 1
-            if chain := self._dequeue_chain(parent_hash):
-                self._enqueue(chain)  # pinned from now on
 
     def lease(self, block_ids: Iterable[int]) -> list[int]:
         """These blocks, of one chain from its beginning, have a holder; returns those that were evictable."""
-        states, num_leased_children = self._states, self._num_leased_children
+        states, queue = self._states, self._queue
         evictable: list[int] = []
         for block_id in block_ids:
-            state = states[block_id]
-            if state == _LEASED:
-                continue
-            if state == _QUEUED:
-                self._dequeue(block_id)
-            else:
+            if states[block_id] == _QUEUED:
+                del queue[block_id]
+            elif states[block_id] == _EVICTABLE:
+                self._add_child(block_id)
                 evictable.append(block_id)
-                states[block_id] = _LEASED
-            if (parent_hash := self._parent_of[block_id]) is not None:
-                num_leased_children[parent_hash] = num_leased_children.get(parent_hash, 0) + 1
+            states[block_id] = _LEASED
         self.num_evictable -= len(evictable)
         return evictable
 
-    def queue(self, block_ids: Iterable[int]) -> list[int]:
-        """These blocks, of one chain in its order, have no holder left; returns those not in the cache."""
-        chain, uncached = self._end_lease(block_ids)
-        self._enqueue(chain)
+    def queue(self, block_ids: Sequence[int]) -> list[int]:
+        """These blocks, of one chain in its order, have no holder left; returns those not in the cache, the
+        last first."""
+        uncached: list[int] = []
+        for block_id in reversed(block_ids):
+            if self._states[block_id] == _LEASED:
+                self._enqueue(block_id)
+            else:
+                uncached.append(block_id)
         return uncached
 
-    def forget(self, block_ids: Sequence[int]) -> None:
-        """As `queue`, but the blocks leave the cache."""
-        chain, _ = self._end_lease(block_ids)
+    def forget(self, block_ids: Iterable[int]) -> None:
+        """These blocks have no holder left and leave the cache."""
         for block_id in block_ids:
+            if self._states[block_id] == _LEASED:
+                self._remove_child(block_id)
             self._clean(block_id)
-        self._enqueue([block_id for block_id in chain if self._hash_of[block_id] is not None])
 
     def evict(self, n: int) -> list[int]:
         """Makes up to `n` queued blocks evictable and returns them in the order of the queue."""
-        states, queue = self._states, self._queue
+        queue, hash_of, num_children = self._queue, self._hash_of, self._num_children
         evicted: list[int] = []
-        while len(evicted) < n and self.num_queued:
-            if not queue:
-                self._unpin()
-            first = list(islice(queue, n - len(evicted)))
-            for block_id in first:
-                del queue[block_id]
-                states[block_id] = _EVICTABLE
-            evicted += first
+        passed_over: int | None = None  # the first; all that is queued is built on when it comes again
+        is_last_resort = False
+        while queue and len(evicted) < n:
+            block_id = next(iter(queue))
+            is_last_resort |= block_id == passed_over
+            del queue[block_id]
+            if hash_of[block_id] in num_children and not is_last_resort:
+                # Leased blocks build on it, since queued ones would stand in front of it: two sequences have
+                # computed it, and one builds on its own copy, which is not in the cache.
+                passed_over = block_id if passed_over is None else passed_over
+                self._enqueue(block_id)
+                continue
+            self._states[block_id] = _EVICTABLE
+            self._remove_child(block_id)
+            evicted.append(block_id)
         self.num_evictable += len(evicted)
         return evicted
 
@@ -335,95 +336,51 @@ class PrefixCache:
             (added if block_hash in self._block_of else removed).append(block_hash)
         return added, removed
 
-    def queued_blocks(self) -> set[int]:
-        return {block_id for block_id, state in enumerate(self._states) if state == _QUEUED}
-
-    def idle_blocks(self) -> set[int]:
-        """The blocks of the cache that have no holder."""
-        return {block_id for block_id, state in enumerate(self._states) if state in (_QUEUED, _EVICTABLE)}
+    def blocks_without_holder(self) -> tuple[set[int], set[int]]:
+        """The queued ones, and the evictable ones. O(blocks): for checks."""
+        evictable = {block_id for block_id, state in enumerate(self._states) if state == _EVICTABLE}
+        return set(self._queue), evictable
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` if its indexes disagree. O(blocks)."""
         by_hash = {known: block_id for block_id, known in enumerate(self._hash_of) if known is not None}
         expect_equal("blocks by hash", by_hash, self._block_of)
-        with_state = {block_id for block_id, state in enumerate(self._states) if state != _UNKNOWN}
-        expect_equal("blocks with a hash and with a state", set(by_hash.values()), with_state)
-        in_queues = sorted([*self._queue, *self._pinned])
-        expect_equal("queued blocks", in_queues, sorted(self.queued_blocks()))
-        expect_equal("evictable blocks", self.num_evictable, self._states.count(_EVICTABLE))
-        leased = [block_id for block_id, state in enumerate(self._states) if state == _LEASED]
-        num_children = Counter(self._parent_of[block_id] for block_id in leased)
+        in_state: list[list[int]] = [[] for _ in range(_OVERWRITTEN + 1)]
+        for block_id, state in enumerate(self._states):
+            in_state[state].append(block_id)
+        expect_equal("blocks with a hash and with a state", len(by_hash), sum(map(len, in_state[_LEASED:])))
+        expect_equal("queued blocks", sorted(self._queue), in_state[_QUEUED])
+        expect_equal("evictable blocks", self.num_evictable, len(in_state[_EVICTABLE]))
+        num_children = Counter(
+            self._parent_of[block_id] for block_id in in_state[_LEASED] + in_state[_QUEUED]
+        )
         del num_children[None]
-        expect_equal("leased children by hash", dict(num_children), self._num_leased_children)
-        built_on = [block_id for block_id in self._queue if self._hash_of[block_id] in num_children]
-        expect_equal("blocks not pinned that leased ones build on", built_on, [])
+        expect_equal("children by hash", dict(num_children), self._num_children)
+        seen: set[str | None] = set()
+        for block_id in self._queue:
+            seen.add(self._hash_of[block_id])
+            expect_equal("parents in front of their children", self._parent_of[block_id] in seen, False)
 
-    def _end_lease(self, block_ids: Iterable[int]) -> tuple[list[int], list[int]]:
-        """Returns those in the cache and those that are not.
+    def _enqueue(self, block_id: int) -> None:
+        """Puts a block at the end of the queue, and the queued blocks it builds on behind it."""
+        states, queue = self._states, self._queue
+        states[block_id] = _QUEUED
+        queue[block_id] = None
+        parent = self._block_of.get(self._parent_of[block_id])
+        while parent is not None and states[parent] == _QUEUED:
+            queue.move_to_end(parent)
+            parent = self._block_of.get(self._parent_of[parent])
 
-        The former with the blocks in front of them that are queued already, which leave the queue: a parent
-        is as recently used as what builds on it.
-        """
-        states, hash_of, parent_of = self._states, self._hash_of, self._parent_of
-        num_leased_children = self._num_leased_children
-        chain: list[int] = []
-        uncached: list[int] = []
-        for block_id in block_ids:
-            if states[block_id] != _LEASED:
-                uncached.append(block_id)
-                continue
-            if (parent_hash := parent_of[block_id]) is not None:
-                if num_others := num_leased_children[parent_hash] - 1:
-                    num_leased_children[parent_hash] = num_others
-                else:
-                    del num_leased_children[parent_hash]
-                    if not chain or hash_of[chain[-1]] != parent_hash:
-                        chain += self._dequeue_chain(parent_hash)
-            chain.append(block_id)
-        return chain, uncached
+    def _add_child(self, block_id: int) -> None:
+        if (parent_hash := self._parent_of[block_id]) is not None:
+            self._num_children[parent_hash] = self._num_children.get(parent_hash, 0) + 1
 
-    def _enqueue(self, chain: list[int]) -> None:
-        """Puts a chain at the end of the queue, its last block first; pins all up to the last built on."""
-        hashes = [self._hash_of[block_id] for block_id in chain]
-        num_pinned = 0
-        if not self._num_leased_children.keys().isdisjoint(hashes):
-            num_pinned = 1 + max(i for i, own in enumerate(hashes) if own in self._num_leased_children)
-        states = self._states
-        for queue, part in ((self._pinned, chain[:num_pinned]), (self._queue, chain[num_pinned:])):
-            for block_id in reversed(part):
-                states[block_id] = _QUEUED
-                queue[block_id] = None
-
-    def _dequeue(self, block_id: int) -> None:
-        del (self._queue if block_id in self._queue else self._pinned)[block_id]
-        self._states[block_id] = _LEASED  # or queued again soon
-
-    def _dequeue_chain(self, last_hash: str) -> list[int]:
-        """Takes the block of this hash and those in front of it off the queue, as far as they are queued."""
-        chain: list[int] = []
-        block_hash: str | None = last_hash
-        while block_hash is not None:
-            block_id = self._block_of.get(block_hash)
-            if block_id is None or self._states[block_id] != _QUEUED:
-                break
-            self._dequeue(block_id)
-            chain.append(block_id)
-            block_hash = self._parent_of[block_id]
-        return chain[::-1]
-
-    def _unpin(self) -> None:
-        """Queues the first pinned block, and those in front of it that no leased block builds on."""
-        child: int | None = None
-        while self._pinned:
-            block_id = next(iter(self._pinned))
-            block_hash = self._hash_of[block_id]
-            if child is not None and (
-                block_hash != self._parent_of[child] or block_hash in self._num_leased_children
-            ):
-                break
-            del self._pinned[block_id]
-            self._queue[block_id] = None
-            child = block_id
+    def _remove_child(self, block_id: int) -> None:
+        if (parent_hash := self._parent_of[block_id]) is not None:
+            if num_others := self._num_children[parent_hash] - 1:
+                self._num_children[parent_hash] = num_others
+            else:
+                del self._num_children[parent_hash]
 
     def _clean(self, block_id: int) -> None:
         """The block and its hash, if it has one, leave the indexes."""
