@@ -1,4 +1,8 @@
-"""What several messages have in common: parts of them, never sent alone."""
+"""Every message on the bus but those of nodes and of the leader (`wire/nodes.py`), and their common parts.
+
+JSON objects with the class name under `type`. Times are durations in seconds: two hosts don't share a clock.
+Fields are only ever added, with a default, so that versions can run side by side (docs/protocol.md).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Run(NamedTuple):
-    """A stretch of consecutive blocks on one side: `start, start + 1, ... start + length - 1`."""
+    """Consecutive blocks of one pool: `start, start + 1, ... start + length - 1`."""
 
     start: int
     length: int
@@ -40,21 +44,21 @@ class PoolLayout(Part, frozen=True):
         return self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim * item
 
     def blocks_for_prompt(self, num_tokens: int) -> int:
-        """Blocks that a prompt of so many tokens needs, on either side: it has its next token's place too."""
+        """Blocks for a prompt of `num_tokens` tokens and its first output token, on either node."""
         return num_tokens // self.block_size + 1
 
 
 class NodeRef(Part, frozen=True):
-    """A node in one of its lives: a restarted process keeps its `node_id`, never its `incarnation`."""
+    """One incarnation of a node: a restarted process keeps its `node_id`, never its `incarnation`."""
 
     node_id: str
     incarnation: str
 
 
 class ModelFiles(Part, frozen=True):
-    """Digests of a model folder's files, by which a gateway tells which nodes serve its own model.
+    """Digests of a model folder's files; a gateway compares them with those of its own folder.
 
-    Empty where there is no such file, or where it is not used: random weights.
+    Empty where there is no such file, or where it is not used (random weights).
     """
 
     tokenizer: str = ""  # tokenizer.json
@@ -63,7 +67,7 @@ class ModelFiles(Part, frozen=True):
 
 
 class ModelCard(Part, frozen=True):
-    """What a gateway must know of the model. `fingerprint` names weights and dtype; it seeds block hashes."""
+    """What a gateway must know of a model. `fingerprint` names weights and dtype; it seeds block hashes."""
 
     name: str
     fingerprint: str
@@ -74,7 +78,7 @@ class ModelCard(Part, frozen=True):
 
 
 class TokenIds(Part, frozen=True):
-    """Token ids in little room: how many, and in base64 each as 4 bytes, the lowest first.
+    """Packed token ids: how many, and each as 4 little-endian bytes, which JSON shows in base64.
 
     Raises ValueError where the two don't agree.
     """
@@ -111,7 +115,7 @@ GREEDY_BELOW = 1e-5
 
 
 class SamplingParams(Part, frozen=True):
-    """How tokens are chosen. The text is a function of these and the prompt, whichever node samples."""
+    """How tokens are chosen. These and the prompt determine the text, whichever node samples."""
 
     max_tokens: int
     seed: int = 0
@@ -138,7 +142,7 @@ class TokenLogprob(Part, frozen=True):
 
 
 class Candidate(Part, frozen=True):
-    """A node that the scheduler weighed: predicted seconds until it could serve, smaller is better."""
+    """A node that the scheduler considered, and the predicted seconds until it could serve."""
 
     node_id: str
     predicted_s: float
@@ -151,7 +155,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 
 M = TypeVar("M")
 
-# 0 is the first. Small, for a node looks for all attempts that are older.
+# From 0. Small, since a node looks up all older attempts of a request.
 AttemptNumber = Annotated[int, Meta(ge=0, le=99)]
 # As `transfer_id` makes it.
 TransferId = Annotated[str, Meta(pattern=r"\.(0|[1-9][0-9]?)\Z")]
@@ -168,7 +172,7 @@ def decode(payload: bytes, kind: type[M]) -> M:
 
 
 def transfer_id(request_id: str, attempt: int) -> str:
-    """The one name of an attempt: at nodes, at the gateway, in cancel (docs/architecture.md, rule 2)."""
+    """The name of an attempt, everywhere (docs/architecture.md, rule 2)."""
     return f"{request_id}.{attempt}"
 
 
@@ -176,7 +180,7 @@ def transfer_id(request_id: str, attempt: int) -> str:
 
 
 class Accepted(Message, frozen=True):
-    """The node has taken the request on; tokens or an error will follow."""
+    """The node has accepted the request; tokens or an error will follow."""
 
     node_id: str
 
@@ -201,16 +205,16 @@ class ScheduleRequest(Message, frozen=True):
     fingerprint: str  # of the model: nodes of another are not for this request
     num_prompt_tokens: int
     max_new_tokens: int
-    num_output_tokens: int = 0  # of the prompt, what the client has seen: a request that runs is never shed
+    num_output_tokens: int = 0  # those of the prompt that the client has seen: such a request is never shed
     priority: int = 0  # smaller is more urgent
     age_s: float = 0.0
     avoid: list[str] = []  # nodes that failed this request before
     deadline_in_s: float = 600.0
-    block_hashes: list[str] = []  # of the prompt's full blocks: who has them need not compute them
+    block_hashes: list[str] = []  # of the prompt's full blocks: a node that has them need not compute them
 
 
 class Assignment(Message, frozen=True):
-    """The pair for one attempt, with the best candidates of each side, so that anyone can see why."""
+    """The pair for one attempt, and the best candidates of each role, which explain the choice."""
 
     request_id: str
     attempt: AttemptNumber
@@ -220,25 +224,25 @@ class Assignment(Message, frozen=True):
     reason: str
     prefill_candidates: list[Candidate]
     decode_candidates: list[Candidate]
-    first_token_in_s: float = 0.0  # as predicted, from now on
+    first_token_in_s: float = 0.0  # predicted, from now
 
 
 class Wait(Message, frozen=True):
-    """Nothing can take the request now; ask again in `retry_in_s` with your age."""
+    """No pair can take the request now: ask again in `retry_in_s`, with the request's age."""
 
     retry_in_s: float
     reason: str
-    first_token_in_s: float = 0.0  # as predicted, from now on; 0: no telling
+    first_token_in_s: float = 0.0  # predicted, from now; 0: unknown
 
 
 class ReadyRequest(Message, frozen=True):
-    """Gateway to scheduler, twice a second: would a request for this model be given nodes, be they full?"""
+    """Gateway to scheduler, twice a second: does this model have nodes for both roles, even if full?"""
 
     fingerprint: str
 
 
 class ReadyReply(Message, frozen=True):
-    """The answer of the scheduler that leads. `why_not` is None where it would."""
+    """The answer of the leading scheduler. `why_not` is None if the model has nodes."""
 
     epoch: int
     why_not: str | None = None
@@ -248,9 +252,9 @@ class ReadyReply(Message, frozen=True):
 
 
 class PrefillRun(Message, frozen=True):
-    """Gateway to prefill node: compute the prompt, hand over to `decode`.
+    """Gateway to prefill node: compute the prompt, then hand over to `decode`.
 
-    `output_ids` holds what earlier attempts have produced; generation goes on from there.
+    `output_ids` are the tokens of earlier attempts; generation continues after them.
     """
 
     request_id: str
@@ -267,10 +271,10 @@ class PrefillRun(Message, frozen=True):
 
 
 class Reserve(Message, frozen=True):
-    """Prefill to decode node: keep room for `num_tokens` tokens, or with a `token` go on keeping it.
+    """Prefill to decode node: reserve blocks for `num_tokens` tokens, or with a `token` renew a reservation.
 
-    `block_hashes` are of the full blocks, so that decode can pin what it has; `run_lengths` are the runs in
-    which the sender's blocks will lie, so that decode can choose runs to match. A renewal needs neither.
+    `block_hashes` are of the full blocks, so that decode can pin those it has; `run_lengths` are the runs of
+    the sender's blocks, so that decode can choose runs to match. A renewal needs neither.
     """
 
     transfer_id: TransferId
@@ -282,14 +286,14 @@ class Reserve(Message, frozen=True):
     block_hashes: list[str]
     run_lengths: list[int]
     expires_in_s: float
-    again: bool = False  # after a `Release`: this room was counted before
-    token: str = ""  # of the reservation to renew: a renewal that comes too late must not open another
+    again: bool = False  # after a `Release`: this reservation was counted before
+    token: str = ""  # of the reservation to renew: a late renewal must not open another
 
 
 class Reserved(Message, frozen=True):
-    """Decode's answer: the blocks in order, of which the first `num_cached_blocks` hold their KV already.
+    """Decode's answer: the blocks in order; the first `num_cached_blocks` already hold their KV.
 
-    `token` must come with every byte written into these blocks.
+    Every write into these blocks must carry `token`.
     """
 
     transfer_id: str
@@ -299,16 +303,16 @@ class Reserved(Message, frozen=True):
 
 
 class Release(Message, frozen=True):
-    """Prefill to decode node: the reservation is not needed: the request has ended, or waits for others."""
+    """Prefill to decode node: free the reservation. The request has ended, or begins to reserve again."""
 
     transfer_id: TransferId
     token: str
 
 
 class DecodeRun(Message, frozen=True):
-    """Prefill to decode node: the KV cache has landed, go on from the last of `output_ids`.
+    """Prefill to decode node: the KV cache has landed, continue after the last of `output_ids`.
 
-    This is the commit: prefill sends it only when its own blocks were leased throughout every copy.
+    This is the commit: prefill sends it only if its own blocks were leased throughout every copy.
     """
 
     request_id: str
@@ -326,23 +330,23 @@ class DecodeRun(Message, frozen=True):
 
 
 class Resume(Message, frozen=True):
-    """Gateway to decode node: send the output again from `from_index`, a message was lost."""
+    """Gateway to decode node: a message was lost, send the output again from `from_index`."""
 
     transfer_id: TransferId
     from_index: int
 
 
 class Cancel(Message, frozen=True):
-    """Gateway to everyone: stop this attempt and free all it holds. Idempotent, may come first."""
+    """Gateway to nodes: stop this attempt and free all it holds. Idempotent; may come before the attempt."""
 
     transfer_id: TransferId
     reason: str
 
 
 class TokenChunk(Part, frozen=True):
-    """What one step gave one request. `index` is the place of the first of `token_ids` in the output.
+    """The tokens of one request from one engine step; the first has place `index` in the output.
 
-    Also the reply to `Resume`. An `error` ends the attempt, a `finish_reason` the request.
+    Also in the reply to `Resume`. An `error` ends the attempt, a `finish_reason` the request.
     """
 
     transfer_id: str
@@ -352,7 +356,7 @@ class TokenChunk(Part, frozen=True):
     finish_reason: str | None = None
     error: Refusal | None = None
     num_cached_tokens: int = 0
-    phases_s: dict[str, float] = {}  # seconds spent per phase on the node that sends this
+    phases_s: dict[str, float] = {}  # seconds per phase on the sending node
 
 
 class Resumed(Message, frozen=True):
@@ -362,21 +366,21 @@ class Resumed(Message, frozen=True):
 
 
 class StepTokens(Message, frozen=True):
-    """All that one engine step gave the requests of one gateway: one message per step and gateway."""
+    """The tokens of one engine step for one gateway."""
 
     node_id: str
     chunks: list[TokenChunk]
 
 
 class Keepalive(Message, frozen=True):
-    """Node to gateway, once a second, as a request: these attempts live here. No answer: gateway is gone."""
+    """Node to gateway, once a second: these attempts live here. A gateway that does not answer is gone."""
 
     node: NodeRef
     states: dict[str, str]  # transfer_id -> queued | prefill | handoff | reserved | decode | preempted
 
 
 class KeepaliveReply(Message, frozen=True):
-    """Those of the attempts that the gateway does not want any more (a cancel was lost)."""
+    """Those of the attempts that the gateway does not know: their cancel was lost."""
 
     unknown: list[str]
 
@@ -389,7 +393,7 @@ class RequestFinished(Message, frozen=True):
 
     request_id: str
     attempts: int
-    outcome: str  # stop | length | closed (a stop string was found, or the client left) | error
+    outcome: str  # stop | length | closed (stop string, or the client left) | error
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int
@@ -397,14 +401,11 @@ class RequestFinished(Message, frozen=True):
     decode_node: str
     phases_s: dict[str, float]
     error: str | None = None
-    predicted_ttft_s: float = 0.0  # by the scheduler's first answer; 0: there was none
+    predicted_ttft_s: float = 0.0  # by the scheduler's first answer; 0: none
 
 
 class KVTransferred(Message, frozen=True):
-    """One per handoff: what moved, over which connector, how long it took and how much of it prefill hid.
-
-    `total_s` is the sum of `hidden_s` and `exposed_s`.
-    """
+    """One per handoff. `total_s` is `hidden_s`, while prefill still computed, plus `exposed_s`."""
 
     transfer_id: str
     prefill_node: str
@@ -418,13 +419,15 @@ class KVTransferred(Message, frozen=True):
     hidden_s: float = 0.0
 
 
-# Of the servers that we start. More is possible, and NATS advises against it.
+# --- what fits into one message -------------------------------------------------------------------
+
+# Of the servers that we start. NATS advises against more.
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
 
 # For all of a message but its longest lists. Most of it is for the largest `logit_bias` that a gateway takes:
 # 1,024 entries of at most 36 bytes.
 _OTHER_BYTES = 48 * 1024
-# Base64 makes 16 characters of the 12 bytes of 3 ids (`parts.TokenIds`).
+# Base64 makes 16 characters of the 12 bytes of 3 ids (`TokenIds`).
 _IDS, _BYTES_OF_IDS = 3, 16
 # 32 hex digits, quotes and a comma. Beside its hash a block may be a run of its own: a digit and a comma.
 _HASH_BYTES = 35
@@ -443,7 +446,7 @@ def ids_that_fit(max_payload: int) -> int:
 
 
 def payload_for(window: int, block_size: int) -> int:
-    """The least `max_payload` that a window of so many tokens needs: the inverse of `window_that_fits`."""
+    """The least `max_payload` for a window of `window` tokens: the inverse of `window_that_fits`."""
     num_blocks = -(-window // block_size)
     return _OTHER_BYTES + max(-(-window * _BYTES_OF_IDS // _IDS), num_blocks * _BLOCK_BYTES)
 

@@ -1,4 +1,4 @@
-"""What nodes say of themselves and are told, and what the scheduler that leads says of itself.
+"""Messages about nodes (descriptors, reports, orders, links) and from the leading scheduler.
 
 The rules are those of `wire/messages.py`.
 """
@@ -22,7 +22,7 @@ class BlockCounts(Part, frozen=True):
 
 
 class StepFit(Part, frozen=True):
-    """Seconds of one engine step, as a node has measured itself: a sum of costs, each 0 until it is known.
+    """A node's own estimate of the seconds of one engine step: a sum of costs, each 0 until measured.
 
     base_s + prefill_token_s x prompt tokens + attended_token_s x their pairs of token and context token
            + sequence_s x decoding sequences + context_token_s x tokens in their KV caches
@@ -36,15 +36,15 @@ class StepFit(Part, frozen=True):
 
 
 class OutputForecast(Part, frozen=True):
-    """How much longer a node expects the outputs of its sequences to become. In tokens."""
+    """How many more tokens a node expects of the sequences that decode there."""
 
-    tokens_left: float  # of all that decode here, together
-    first_ends_in: float  # until the first of them ends: so many steps
-    stop_rate: float  # outputs that end of themselves, by a stop or a cancel, per token
+    tokens_left: float  # of all of them together
+    first_ends_in: float  # steps until the first of them ends
+    stop_rate: float  # outputs that end by a stop or a cancel, per token
 
 
 def expected_tokens(max_tokens: float, stop_rate: float) -> float:
-    """How long an output of at most so many tokens becomes, which ends of itself at `stop_rate` per token."""
+    """Expected length of an output of at most `max_tokens` that ends at `stop_rate` per token."""
     return -math.expm1(-stop_rate * max_tokens) / stop_rate if stop_rate > 0.0 else max_tokens
 
 
@@ -87,11 +87,11 @@ class NodeDescriptor(Message, frozen=True):
     pid: int
     metrics_url: str
     version: str
-    memory: str = "host"  # where its KV cache is, host or gpu: blocks move within one kind
+    memory: str = "host"  # of its KV cache, host or gpu: blocks move within one kind
 
 
 class LoadReport(Message, frozen=True):
-    """A complete snapshot of a node, published every `period_s` and on change; the latest wins."""
+    """The state of a node, published every `period_s` and on change; the latest wins."""
 
     node: NodeRef
     seq: int
@@ -109,22 +109,22 @@ class LoadReport(Message, frozen=True):
     num_handoffs: int
     handoff_bytes: int
     links: dict[str, str] = {}  # node_id -> connector in use
-    num_prompts: int = 0  # that are not computed yet
+    num_prompts: int = 0  # not computed yet
     num_context_tokens: int = 0  # in the KV caches of the sequences that decode here
-    # In this life: a scheduler sees by these which of its choices the report shows. A sequence gets its room,
-    # which `blocks` then show as leased, when its prompt begins, and is taken on when its KV has come.
+    # Since the node's start. They tell a scheduler which of its choices the report includes. A sequence gets
+    # its blocks, which `blocks` counts as leased, when its prompt begins; it is accepted when its KV has come.
     num_prompts_accepted: int = 0
     num_rooms_given: int = 0
     num_sequences_accepted: int = 0
     step: StepFit | None = None
     epoch: int = 0  # the highest that this node has heard of
-    forecast: OutputForecast | None = None  # None: not told
+    forecast: OutputForecast | None = None
 
 
 class SetPrefillCap(Message, frozen=True):
-    """Scheduler to node: from the next step on, compute at most so many prompt tokens per step.
+    """Scheduler to node: the prefill chunk budget from the next step on.
 
-    This is how a node is lent to the other side and taken back. Refused from a leader of an older epoch.
+    This lends a node to the other role and takes it back. Refused from a leader of an older epoch.
     """
 
     node: NodeRef
@@ -134,9 +134,9 @@ class SetPrefillCap(Message, frozen=True):
 
 
 class BlocksChanged(Message, frozen=True):
-    """Which prefixes a node's cache has gained and lost since its message `seq - 1`.
+    """The blocks that a node's prefix cache has gained and lost since its message `seq - 1`.
 
-    Who missed one asks for the whole by `ListBlocks`.
+    A reader that missed one asks for the whole list with `ListBlocks`.
     """
 
     node: NodeRef
@@ -146,14 +146,14 @@ class BlocksChanged(Message, frozen=True):
 
 
 class ListBlocks(Message, frozen=True):
-    """Anyone to node: what is in your prefix cache? In pages, counted from 0."""
+    """To a node: list your prefix cache, in pages counted from 0."""
 
     node: NodeRef
     page: int
 
 
 class BlockList(Message, frozen=True):
-    """One page. `seq` is of the last `BlocksChanged` before it: apply those after the first page's."""
+    """One page. `seq` is of the last `BlocksChanged` before it: apply those after the first page's `seq`."""
 
     node: NodeRef
     seq: int
@@ -162,7 +162,7 @@ class BlockList(Message, frozen=True):
 
 
 class LinkRequest(Message, frozen=True):
-    """Node to node, at discovery: let me send KV to you. Refused unless layout and model are the same."""
+    """Node to node, at discovery: let me send KV to you. Refused unless layout and model are equal."""
 
     node: NodeRef
     peer: NodeRef
@@ -180,21 +180,21 @@ class LinkOffer(Message, frozen=True):
 
 
 class Drain(Message, frozen=True):
-    """Operator to node: take nothing new and finish what is here. The node stays, until `ResumeNode`."""
+    """Operator to node: accept nothing new and finish what is here, until `ResumeNode`."""
 
     reason: str = ""
 
 
 class ResumeNode(Message, frozen=True):
-    """Operator to node: the drain is over, take new work again."""
+    """Operator to node: the drain is over, accept new work again."""
 
 
 class Check(Message, frozen=True):
-    """Count the blocks and check that none is lost."""
+    """To a node: count your blocks and check that none is lost."""
 
 
 class Checked(Message, frozen=True):
-    """The counts, taken after `check_integrity()` passed, and how many requests and tasks the node holds."""
+    """The counts, after `check_integrity()` passed, and what the node holds."""
 
     node: NodeRef
     blocks: BlockCounts
@@ -209,9 +209,9 @@ class Wedge(Message, frozen=True):
 
 
 class Leader(Message, frozen=True):
-    """Who schedules; a record in the bucket `flowkv_leader`, renewed while it lives.
+    """The leading scheduler; a record in the bucket `flowkv_leader`, renewed while it leads.
 
-    It stays when its writer dies: what moves is alive. An empty `scheduler_id` says that nobody leads.
+    It stays when its writer dies. An empty `scheduler_id` says that none leads.
     """
 
     scheduler_id: str
@@ -219,7 +219,7 @@ class Leader(Message, frozen=True):
 
 
 class RegimeChanged(Message, frozen=True):
-    """The leading scheduler sees the cluster in another state: `normal` is one of them."""
+    """The leading scheduler sees the cluster in another state: normal, imbalance or overload."""
 
     epoch: int
     before: str
@@ -228,7 +228,7 @@ class RegimeChanged(Message, frozen=True):
 
 
 class CapMoved(Message, frozen=True):
-    """A node has accepted another prefill cap: it is lent to the other side, or taken back. In tokens."""
+    """A node has accepted another prefill chunk budget, in tokens."""
 
     node: NodeRef
     epoch: int
@@ -238,9 +238,9 @@ class CapMoved(Message, frozen=True):
 
 
 class ScaleWanted(Message, frozen=True):
-    """So many more nodes of a role (fewer if negative) would meet the goals.
+    """`change` more nodes of a role (fewer if negative) would meet the goals.
 
-    Stands until the next for that role, 0 if the need has ended, or until another scheduler leads.
+    Holds until the next one for that role (0: the need has ended), or until another scheduler leads.
     """
 
     epoch: int

@@ -5,12 +5,10 @@ General to specific, the version second, the verb before the id, the id last: `*
 
 from __future__ import annotations
 
-ALL = "flowkv.>"
-
 SCHEDULE = "flowkv.v1.scheduler.schedule"
 SCHEDULER_READY = "flowkv.v1.scheduler.ready"
 
-# Only the version and the verb differ between nodes' endpoints: `flowkv.v1.<role>.<verb>.<node_id>`.
+# Endpoints of a node: `flowkv.v1.<role or node>.<verb>.<node_id>`, see `at`.
 PREFILL_RUN = "flowkv.v1.prefill.run"
 DECODE_RESERVE = "flowkv.v1.decode.reserve"
 DECODE_RELEASE = "flowkv.v1.decode.release"
