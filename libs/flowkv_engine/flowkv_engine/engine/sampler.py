@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flowkv_common.wire.messages import SamplingParams, TokenLogprob
+from flowkv_common.wire.messages import GREEDY_BELOW, SamplingParams, TokenLogprob
 
-GREEDY_BELOW = 1e-5  # a lower temperature would overflow, and is greedy in all but name
 PREFIX_LEN = 256  # the most likely tokens: nearly always enough, and far cheaper than sorting a vocabulary
 GROUP_SIZE = 16  # tokens of which only the greatest is looked at first
 
