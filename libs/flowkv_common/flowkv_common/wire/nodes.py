@@ -112,7 +112,7 @@ class LoadReport(Message, frozen=True):
     num_prompts: int = 0  # not computed yet
     num_context_tokens: int = 0  # in the KV caches of the sequences that decode here
     # Since the node's start. They tell a scheduler which of its choices the report includes. A sequence gets
-    # its blocks, which `blocks` counts as leased, when its prompt begins; it is accepted when its KV has come.
+    # its blocks, counted as leased in `blocks`, when its prompt begins; it is accepted when its KV has come.
     num_prompts_accepted: int = 0
     num_rooms_given: int = 0
     num_sequences_accepted: int = 0
