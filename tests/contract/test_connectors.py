@@ -29,7 +29,7 @@ from flowkv_engine.transport.sockets import dial_tcp, dial_unix
 from flowkv_engine.transport.stream import (
     MAX_FRAME_BYTES,
     MAX_HELLO_BYTES,
-    MAX_STRANGERS,
+    MAX_UNAUTHENTICATED,
     Channel,
     Hello,
     Reply,
@@ -333,12 +333,12 @@ async def test_strangers_hold_a_bounded_number_of_places_and_lose_the_oldest_fir
         receiver, sender = await net.node(io_timeout_s=60.0), await net.node()
         with contextlib.ExitStack() as all_strangers:
             strangers = []
-            for _ in range(3 * MAX_STRANGERS):
+            for _ in range(3 * MAX_UNAUTHENTICATED):
                 strangers.append(all_strangers.enter_context(await dial(receiver)))
                 await strangers[-1].write(memoryview(framed(b"x" * 1000)[:500]))
             await assert_serves(receiver, sender)  # it has had a place among them for a moment
             are_there = [channel.is_quiet() for channel in strangers]
-        assert are_there == [False] * (2 * MAX_STRANGERS + 1) + [True] * (MAX_STRANGERS - 1)
+        assert are_there == [False] * (2 * MAX_UNAUTHENTICATED + 1) + [True] * (MAX_UNAUTHENTICATED - 1)
 
 
 @on_sockets
@@ -358,7 +358,7 @@ async def test_without_a_descriptor_left_the_oldest_stranger_gives_its_own(kind:
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         with await dial(receiver) as oldest, await dial(receiver) as other:
             async with asyncio.timeout(5):
-                await until(lambda: len(receiver.connector._strangers) == 2)
+                await until(lambda: len(receiver.connector._unauthenticated) == 2)
             for _ in range(5):  # what dialling took besides is given back
                 await asyncio.sleep(0)
             is_path = receiver.address.startswith("/")
@@ -405,7 +405,7 @@ async def greet_and_hang(listener: socket.socket, kind: str) -> Channel:
     await channel.receive_frame(Hello)
     await channel.send_frame(Reply())
     if kind == "shm":
-        await channel.arrival()
+        await channel.wait_readable()
         channel.sock.recv(1)  # with the descriptor of the pool, which is closed unseen
         await channel.send_frame(Reply())
     if kind == "cuda_ipc":

@@ -209,7 +209,7 @@ async def _answer_all(listener: socket.socket, answers: list[bytes]) -> None:
     sock, _ = await asyncio.get_running_loop().sock_accept(listener)
     with Channel(sock, DEADLINE_S) as channel:
         for answer in answers:
-            await channel.arrival()
+            await channel.wait_readable()
             sock.recv(1 << 20)
             await channel.write(memoryview(answer))
         await asyncio.get_running_loop().create_future()  # stays connected: it is cancelled in the end

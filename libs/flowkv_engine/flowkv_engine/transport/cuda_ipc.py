@@ -50,7 +50,12 @@ class ShownPool(Frame, frozen=True, kw_only=True):
 
 
 class CudaIpcConnector(StreamConnector[Pool]):
-    """`pool` has an allocation of its own, as `CudaPool` does: a handle names the whole allocation."""
+    """`pool` has an allocation of its own, as `CudaPool` does: a handle names the whole allocation.
+
+    A sender waits for nothing: a step is reported after the device has ended it (`engine/runner.py`), so what
+    is sent has been written. An event recorded now would stand behind the next step, which is queued already:
+    each link would do one handoff per step.
+    """
 
     name = "cuda_ipc"
     is_local = True
@@ -71,15 +76,6 @@ class CudaIpcConnector(StreamConnector[Pool]):
     async def introduce(self, channel: Channel) -> None:
         await channel.send_frame(ShownPool(handle=self._device.export_pool(self._pool.tensor.data_ptr())))
         await channel.expect_yes()
-
-    async def push(self, channel: Channel, copies: list[Copy]) -> int:
-        """Nothing to do: the receiver pulls.
-
-        Nothing to wait for either: a step is reported after the device has ended it (`engine/runner.py`), so
-        what is sent has been written. An event recorded now would stand behind the next step, which is queued
-        already: each link would do one handoff per step.
-        """
-        return 0
 
     async def serve_sender(self, channel: Channel, hello: Hello) -> None:
         block_bytes = self._pool.layout.block_bytes

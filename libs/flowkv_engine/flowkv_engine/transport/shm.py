@@ -43,14 +43,10 @@ class ShmConnector(StreamConnector[KVPool]):
         socket.send_fds(channel.sock, [b"\0"], [self._pool.fd])
         await channel.expect_yes()
 
-    async def push(self, channel: Channel, copies: list[Copy]) -> int:
-        """Nothing to do: the receiver pulls."""
-        return 0
-
     async def serve_sender(self, channel: Channel, hello: Hello) -> None:
         block_bytes = self._pool.layout.block_bytes
         async with channel.deadline():
-            await channel.arrival()
+            await channel.wait_readable()
         _, fds, _, _ = socket.recv_fds(channel.sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
         if not fds:
             raise FrameError("no pool was passed")

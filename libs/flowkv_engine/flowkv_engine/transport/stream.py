@@ -15,7 +15,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import msgspec
 
@@ -44,7 +44,7 @@ _BACKLOG = 128
 _ACCEPT_RETRY_S = 0.1
 # Connections of one listener that have not shown the secret. One more costs the oldest its place: a peer that
 # has the secret shows it at once.
-MAX_STRANGERS = 64
+MAX_UNAUTHENTICATED = 64
 
 T = TypeVar("T")
 F = TypeVar("F", bound="Frame")
@@ -129,7 +129,7 @@ class Channel:
         async with self.deadline():
             await self._loop.sock_sendall(self.sock, view)
 
-    async def arrival(self) -> None:
+    async def wait_readable(self) -> None:
         """Returns when there is something to read, be it the end. The only wait without a deadline."""
         arrived = asyncio.Event()
         with self.watching(arrived.set):
@@ -216,9 +216,9 @@ class StreamConnector(abc.ABC, Generic[P]):
         self._tasks = asyncio.TaskGroup()
         self._serving: set[asyncio.Task[None]] = set()
         # Connections that have not shown the secret, the oldest first, and the tasks that serve them.
-        self._strangers: dict[socket.socket, asyncio.Task[None]] = {}
+        self._unauthenticated: dict[socket.socket, asyncio.Task[None]] = {}
         self._is_crowded = False
-        self._links: list[StreamLink[P]] = []
+        self._links: list[StreamLink] = []
         self._resources = contextlib.ExitStack()  # given back after the last task has ended
 
     async def __aenter__(self) -> Self:
@@ -268,9 +268,10 @@ class StreamConnector(abc.ABC, Generic[P]):
     async def introduce(self, channel: Channel) -> None:
         """What a sender does between the greeting and its first transfer. Raises `OSError`, `Refused`."""
 
-    @abc.abstractmethod
     async def push(self, channel: Channel, copies: list[Copy]) -> int:
-        """What a sender does between a `Transfer` and its confirmation; returns calls made."""
+        """What a sender does between a `Transfer` and its confirmation; returns calls made. Nothing where the
+        receiver pulls."""
+        return 0
 
     @abc.abstractmethod
     async def serve_sender(self, channel: Channel, hello: Hello) -> None:
@@ -281,7 +282,7 @@ class StreamConnector(abc.ABC, Generic[P]):
     async def answer_transfers(self, channel: Channel, hello: Hello, land: Land) -> None:
         """Lands one transfer after the other by `land`. Raises `OSError` when the connection ends."""
         while True:
-            await channel.arrival()
+            await channel.wait_readable()
             transfer = await channel.receive_frame(Transfer)
             try:
                 reply = Reply(num_calls=await self._land_transfer(transfer, hello, land))
@@ -309,30 +310,32 @@ class StreamConnector(abc.ABC, Generic[P]):
                 # Out of descriptors, say. The kernel says so also while no connection waits.
                 if sockets.is_readable(listener):
                     log.warning("%s: can't accept: %s", self.name, error)
-                    self._drop_oldest_stranger()
+                    self._drop_oldest_unauthenticated()
                 await asyncio.sleep(_ACCEPT_RETRY_S)
                 continue
-            self._strangers[sock] = serving = self._start_task(self._serve(sock))
+            self._unauthenticated[sock] = serving = self._start_task(self._serve(sock))
             # Here, not in `_serve`: a task that is cancelled at once never runs.
             serving.add_done_callback(functools.partial(self._connection_ended, sock))
-            if len(self._strangers) > MAX_STRANGERS:
+            if len(self._unauthenticated) > MAX_UNAUTHENTICATED:
                 if not self._is_crowded:
                     log.warning(
-                        "%s: over %d connections show no secret: the oldest go", self.name, MAX_STRANGERS
+                        "%s: over %d connections show no secret: the oldest go",
+                        self.name,
+                        MAX_UNAUTHENTICATED,
                     )
                 self._is_crowded = True
-                self._drop_oldest_stranger()
+                self._drop_oldest_unauthenticated()
             # However many wait, the connections that are served get their turn between any two.
             await asyncio.sleep(0)
 
-    def _drop_oldest_stranger(self) -> None:
-        if oldest := next(iter(self._strangers), None):
-            self._strangers.pop(oldest).cancel()
+    def _drop_oldest_unauthenticated(self) -> None:
+        if oldest := next(iter(self._unauthenticated), None):
+            self._unauthenticated.pop(oldest).cancel()
 
     def _connection_ended(self, sock: socket.socket, _: asyncio.Task[None]) -> None:
         sock.close()
-        self._strangers.pop(sock, None)
-        if not self._strangers:
+        self._unauthenticated.pop(sock, None)
+        if not self._unauthenticated:
             self._is_crowded = False
 
     async def _serve(self, sock: socket.socket) -> None:
@@ -349,7 +352,7 @@ class StreamConnector(abc.ABC, Generic[P]):
                 elif hello.layout != repr(self._pool.layout):
                     objection = f"layouts differ: receiver {self._pool.layout!r}, sender {hello.layout}"
                 if objection is None:
-                    self._strangers.pop(sock, None)
+                    self._unauthenticated.pop(sock, None)
                 await channel.send_frame(Reply(error=objection))
                 if objection is None:
                     await self.serve_sender(channel, hello)
@@ -386,11 +389,11 @@ class StreamConnector(abc.ABC, Generic[P]):
             return channel
 
 
-class StreamLink(Generic[P]):
+class StreamLink:
     """A `KVLink` of a `StreamConnector`, to the peer that listens at `address`."""
 
     def __init__(
-        self, connector: StreamConnector[P], pool: P, address: str, token: str, num_peer_blocks: int
+        self, connector: StreamConnector[Any], pool: Pool, address: str, token: str, num_peer_blocks: int
     ) -> None:
         self.name = connector.name
         self.closed = False
@@ -472,12 +475,10 @@ def _parts(copies: Sequence[Copy], max_blocks: int) -> Iterator[list[Copy]]:
     part: list[Copy] = []
     space = max_blocks
     for src, dst, length in copies:
-        done = 0
-        while done < length:
-            step = min(space, length - done)
-            part.append(Copy(src + done, dst + done, step))
-            done += step
-            space -= step
+        while length:
+            step = min(space, length)
+            part.append(Copy(src, dst, step))
+            src, dst, length, space = src + step, dst + step, length - step, space - step
             if not space:
                 yield part
                 part, space = [], max_blocks
