@@ -41,7 +41,7 @@ async def group() -> AsyncIterator[asyncio.TaskGroup]:
 
 
 def stop_on_signals() -> asyncio.Event:
-    """An event that SIGTERM or SIGINT sets: the sign to drain and leave."""
+    """An event that SIGTERM or SIGINT sets: the service then drains and ends."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -86,7 +86,7 @@ class Phases:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the seconds spent in the block."""
+        """Add the seconds spent in the block."""
         began = time.monotonic()
         try:
             yield
@@ -100,23 +100,22 @@ class Phases:
 
 class _Waiting(NamedTuple):
     place: int
-    arrival: int  # orders those of one place; no two have the same
+    arrival: int  # orders those of one place; no two are equal
     weight: int
     admission: asyncio.Future[None]
 
 
 class FairQueue:
-    """Lets tasks in one after the other, at most `max_holders` at a time, of at most `max_weight` together.
+    """A semaphore with an order: at most `max_holders` tasks hold it, of at most `max_weight` together.
 
-    The next is always the one with the smallest place, also when it has to wait and a later one would fit.
-    One that is heavier than `max_weight` enters alone. `num_holders` and `weight_held` are of those inside,
-    `num_waiting` of those who want to enter. A cancel takes the same time however many wait.
+    The next is always the task with the smallest place, also when it has to wait and a later one would fit.
+    A task heavier than `max_weight` enters alone. A cancel takes the same time however many tasks wait.
     """
 
     def __init__(self, max_holders: int, max_weight: float = math.inf) -> None:
         self._max_holders = max_holders
         self._max_weight = max_weight
-        self._heap: list[_Waiting] = []  # all that wait, and some that were cancelled
+        self._heap: list[_Waiting] = []  # all that wait, and some that are cancelled
         self._arrivals = itertools.count()
         self.num_waiting = 0
         self.num_holders = 0
@@ -124,18 +123,11 @@ class FairQueue:
 
     @contextlib.asynccontextmanager
     async def hold(self, weight: int = 0, *, place: int | None = None) -> AsyncIterator[None]:
-        """Waits for room, then holds `weight` of it while the context lasts.
+        """Wait for room, then hold `weight` of it while the context lasts.
 
-        Without a `place` behind all that came without one. With one a task that leaves and comes back keeps
-        its place. A queue is used in one of the two ways.
+        Without a `place` tasks enter in the order in which they come. With one, a task that leaves and comes
+        back keeps its place. A queue is used in one of the two ways.
         """
-        await self._enter(weight, place)
-        try:
-            yield
-        finally:
-            self._leave(weight)
-
-    async def _enter(self, weight: int, place: int | None) -> None:
         arrival = next(self._arrivals)
         admission: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._heap, _Waiting(arrival if place is None else place, arrival, weight, admission))
@@ -144,13 +136,20 @@ class FairQueue:
         try:
             await admission
         except asyncio.CancelledError:
-            if admission.cancelled():
-                self.num_waiting -= 1
-                self._forget_cancelled()
-                self._admit()  # it may have kept others out
-            else:  # admitted, then cancelled before it could run
+            if not admission.cancelled():  # admitted, then cancelled before it could run
                 self._leave(weight)
+                raise
+            self.num_waiting -= 1
+            # The cancelled are removed only when they are half of the heap: so each cancel costs the same.
+            if len(self._heap) > 2 * self.num_waiting:
+                self._heap = [waiting for waiting in self._heap if not waiting.admission.done()]
+                heapq.heapify(self._heap)
+            self._admit()  # it may have kept others out
             raise
+        try:
+            yield
+        finally:
+            self._leave(weight)
 
     def _leave(self, weight: int) -> None:
         self.num_holders -= 1
@@ -158,27 +157,19 @@ class FairQueue:
         self._admit()
 
     def _admit(self) -> None:
-        """Admits the first ones for which there is room."""
+        """Admit the first ones while there is room."""
         while self._heap:
             first = self._heap[0]
             if first.admission.done():  # cancelled: its task counts it, when it runs
                 heapq.heappop(self._heap)
                 continue
-            if not self._has_room(first.weight):
+            has_room = (
+                self.num_holders < self._max_holders and self.weight_held + first.weight <= self._max_weight
+            )
+            if self.num_holders and not has_room:
                 return
             heapq.heappop(self._heap)
             self.num_waiting -= 1
             self.num_holders += 1
             self.weight_held += first.weight
             first.admission.set_result(None)
-
-    def _forget_cancelled(self) -> None:
-        """Only when they are half of all, so that it costs each cancel the same."""
-        if len(self._heap) > 2 * self.num_waiting:
-            self._heap = [waiting for waiting in self._heap if not waiting.admission.done()]
-            heapq.heapify(self._heap)
-
-    def _has_room(self, weight: int) -> bool:
-        if not self.num_holders:
-            return True
-        return self.num_holders < self._max_holders and self.weight_held + weight <= self._max_weight

@@ -204,8 +204,7 @@ def load(kind: type[S], argv: Sequence[str], environ: Mapping[str, str] = os.env
     """
     _refuse_unknown_variables(environ)
     parser = argparse.ArgumentParser(
-        prog=kind.__name__.removesuffix("Settings").lower(),
-        epilog="Each setting is also read from its variable. See docs/settings.md.",
+        epilog="Each setting is also read from its variable. Flags win. See docs/settings.md."
     )
     settings = {setting.name: setting for setting in settings_of(kind)}
     values: dict[str, str] = {}

@@ -18,8 +18,7 @@ SAMPLE_BYTES = 4096
 
 def fingerprint(folder: Path, dtype: str, *, has_weights: bool) -> str:
     """32 hex digits over config, dtype and, if `has_weights`, the weight files (no names, no dates)."""
-    digest = _new_digest()
-    digest.update((folder / "config.json").read_bytes())
+    digest = blake2b((folder / "config.json").read_bytes(), digest_size=16)
     digest.update(f"\0{dtype}\0{has_weights}".encode())
     if has_weights:
         for file in weight_files(folder):
@@ -30,56 +29,39 @@ def fingerprint(folder: Path, dtype: str, *, has_weights: bool) -> str:
 def model_files(folder: Path, *, has_weights: bool = True) -> ModelFiles:
     """The digests of what is in the folder; without those of weights if they are not what is served.
 
-    Where only some of the weight files lie in the folder it counts as one without weights. Raises
-    `CannotStart` as `weight_files`.
+    A folder in which some of the weight files are missing counts as one without weights. Raises `CannotStart`
+    as `weight_files`.
     """
     weights = weight_files(folder) if has_weights else []
     if not all(file.is_file() for file in weights):
         weights = []
-    digest = _new_digest()
+    digest = blake2b(digest_size=16)
     for file in weights:
         _add_samples(digest, file)
-    return ModelFiles(
-        tokenizer=_digest_of(folder / "tokenizer.json"),
-        config=_digest_of(folder / "config.json"),
-        weights=digest.hexdigest() if weights else "",
+    tokenizer, config = (
+        blake2b(file.read_bytes(), digest_size=16).hexdigest() if file.exists() else ""
+        for file in (folder / "tokenizer.json", folder / "config.json")
     )
+    return ModelFiles(tokenizer=tokenizer, config=config, weights=digest.hexdigest() if weights else "")
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that `transformers` reads weights from, in a fixed order; none if there are none.
 
-    One whole file, or all the shards that an index names, whether they are there or not: a file that merely
-    lies beside them holds no weights of the model. Raises `CannotStart` if the index can't be read.
+    One whole file, or all the shards that an index names, whether they are there or not: other files in the
+    folder hold no weights of the model. Raises `CannotStart` if the index can't be read.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return _shards(index)
+            try:
+                names = json.loads(index.read_bytes())["weight_map"].values()
+                return sorted({folder / name for name in names})
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise CannotStart(f"{index} is no index of weights: {error!r}") from error
     return []
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = json.loads(index.read_bytes())["weight_map"].values()
-        return sorted({index.parent / name for name in names})
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CannotStart(f"{index} is no index of weights: {error!r}") from error
-
-
-def _new_digest() -> blake2b:
-    return blake2b(digest_size=16)
-
-
-def _digest_of(file: Path) -> str:
-    """Of the whole file; empty if there is none."""
-    if not file.exists():
-        return ""
-    digest = _new_digest()
-    digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _add_samples(digest: blake2b, path: Path) -> None:
