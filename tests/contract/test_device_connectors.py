@@ -12,7 +12,7 @@ from kv_nodes import LARGE, LINK_TOKEN, SMALL, Node, network
 from test_communicator import SlowToAbort
 from test_connectors import assert_hangs_up, assert_serves, dial, hello
 
-from flowkv_common.errors import TransferFailed
+from flowkv_common.errors import CannotStart, TransferFailed
 from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.reservations import Reservations
@@ -150,5 +150,5 @@ async def test_nccl_each_connection_has_a_communicator_and_ends_it() -> None:
 @pytest.mark.parametrize("name", ["cuda_ipc", "nccl"])
 def test_connectors_for_gpus_are_not_made_for_host_memory(name: str) -> None:
     reservations = Reservations(Blocks(1))
-    with KVPool(SMALL, 1) as pool, pytest.raises(ValueError, match=f"{name}' .*host memory: .*shm, tcp"):
+    with KVPool(SMALL, 1) as pool, pytest.raises(CannotStart, match=f"'{name}': .*shm, tcp .*host memory"):
         make_connectors(["tcp", name], pool, reservations, LINK_TOKEN.__eq__)

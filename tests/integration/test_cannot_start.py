@@ -38,6 +38,13 @@ def test_a_node_with_a_model_that_is_not_served(tmp_path: Path) -> None:
     )
 
 
+def test_a_node_with_a_connector_that_there_is_not(nats_server: NatsServer, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "m")
+    flags = ["--model-path", str(folder), "--nats-url", nats_server.url, "--kv-cache-bytes", str(16 << 20)]
+    said = last_words("flowkv_prefill", *flags, "--connectors", "shm,rdma")
+    assert said == "prefill ended: unknown connector 'rdma': choose of shm, tcp for a KV cache in host memory"
+
+
 def test_a_gateway_without_a_tokenizer(tmp_path: Path) -> None:
     said = last_words("flowkv_gateway", "--model-path", str(tmp_path))
     assert said.startswith(f"gateway ended: {tmp_path} has no tokenizer.json")

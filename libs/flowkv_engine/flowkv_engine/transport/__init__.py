@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from flowkv_common.errors import CannotStart
 from flowkv_engine.kv.pool import KVPool, Pool
 from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.transport.base import KVConnector
@@ -22,8 +23,8 @@ def make_connectors(
 ) -> list[KVConnector]:
     """The connectors called `names`, in that order; `place` is where they listen.
 
-    `admits` says whether a peer that presents this link token may send. Raises `ValueError` for a name that
-    is unknown, or not one for memory where `pool` lies.
+    `admits` says whether a peer that presents this link token may send. Raises `CannotStart` for a name
+    that is unknown, or not one for memory where `pool` lies.
     """
     makers: dict[str, Callable[[], KVConnector]]
     if isinstance(pool, KVPool):
@@ -49,7 +50,7 @@ def make_connectors(
         }
     for name in names:
         if name not in makers:
-            raise ValueError(
-                f"unknown connector {name!r} for a pool in {memory} memory: choose of {', '.join(makers)}"
+            raise CannotStart(
+                f"unknown connector {name!r}: choose of {', '.join(makers)} for a KV cache in {memory} memory"
             )
     return [makers[name]() for name in names]
