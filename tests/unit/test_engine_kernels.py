@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import rms_norm, silu
 
-from flowkv_engine.engine.cpu.kernels import rotate_and_write
+from flowkv_engine.engine.cpu.attention import rotate_and_write
 from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack
 from flowkv_engine.engine.cpu.linear import rms_norm as compiled_rms_norm
 from flowkv_engine.engine.cpu.simd import LANES, TILE_PANELS, gate_row, softmax_row
@@ -31,29 +31,29 @@ def gate(gates, ups):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def softmax(row, least_peak):  # type: ignore[no-untyped-def]
-    return softmax_row(row, row.shape[0] // LANES, least_peak)
+def softmax(row, least_max):  # type: ignore[no-untyped-def]
+    return softmax_row(row, row.shape[0] // LANES, least_max)
 
 
-def test_softmax_finds_the_peak_wherever_it_is() -> None:
+def test_softmax_finds_the_maximum_wherever_it_is() -> None:
     for num_vectors in range(1, 10):
         scores = random(num_vectors * LANES)
         for place in range(len(scores)):
             row = scores.copy()
             row[place] = 5.0
             expected = np.exp(row - np.float32(5))
-            peak, total = softmax(row, np.float32(-1e30))
-            assert peak == 5.0
+            maximum, total = softmax(row, np.float32(-1e30))
+            assert maximum == 5.0
             np.testing.assert_allclose(row, expected, rtol=5e-7, atol=0)
             assert total == pytest.approx(expected.sum(), rel=1e-6)
 
 
-def test_softmax_keeps_a_higher_peak_and_hides_what_is_far_below() -> None:
+def test_softmax_keeps_a_higher_maximum_and_hides_what_is_far_below() -> None:
     row = random(3 * LANES)
     row[7] = -1e30
     expected = np.exp(row - np.float32(9))
-    peak, total = softmax(row, np.float32(9))
-    assert (peak, row[7]) == (9.0, 0.0)
+    maximum, total = softmax(row, np.float32(9))
+    assert (maximum, row[7]) == (9.0, 0.0)
     assert total == pytest.approx(expected.sum(), rel=1e-6)
 
 
@@ -61,9 +61,9 @@ def test_softmax_of_nan_is_nan_there() -> None:
     for place in range(5 * LANES):
         row = random(5 * LANES)
         row[place] = np.nan
-        peak, total = softmax(row, np.float32(-1e30))
+        maximum, total = softmax(row, np.float32(-1e30))
         assert np.isnan(row).nonzero()[0].tolist() == [place]
-        assert np.isfinite(peak)
+        assert np.isfinite(maximum)
         assert np.isnan(total)
 
 
@@ -150,20 +150,18 @@ def test_rotates_and_writes_as_torch_does(dtype: torch.dtype, has_norm: bool) ->
     cos, sin = random(10, dim, seed=2), random(10, dim, seed=3)
     query = np.empty((num_rows, heads, dim), np.float32)
 
-    turned, value = torch_of(states)[:, : heads + kv_heads], torch_of(states)[:, heads + kv_heads :]
+    rotated, value = torch_of(states)[:, : heads + kv_heads], torch_of(states)[:, heads + kv_heads :]
     if has_norm:
-        turned = rms_norm(turned, (dim,), eps=1e-6) * torch_of(norm)
-    halves = torch.cat((-turned[..., dim // 2 :], turned[..., : dim // 2]), dim=-1)
-    turned = turned * torch_of(cos)[positions, None] + halves * torch_of(sin)[positions, None]
+        rotated = rms_norm(rotated, (dim,), eps=1e-6) * torch_of(norm)
+    halves = torch.cat((-rotated[..., dim // 2 :], rotated[..., : dim // 2]), dim=-1)
+    rotated = rotated * torch_of(cos)[positions, None] + halves * torch_of(sin)[positions, None]
 
     array = pool.view(torch.uint16).numpy() if dtype == torch.bfloat16 else pool.numpy()
     norms = norm if has_norm else norm[:0]
-    rotate_and_write(
-        array, 1, slots, states, positions, cos, sin, norms, np.float32(1e-6), np.float32(0.5), query
-    )
-    torch.testing.assert_close(torch_of(query), turned[:, :heads] * 0.5, atol=1e-6, rtol=1e-5)
+    rotate_and_write(array, 1, slots, states, positions, cos, sin, norms, np.float32(1e-6), query)
+    torch.testing.assert_close(torch_of(query), rotated[:, :heads], atol=1e-6, rtol=1e-5)
     stored = pool[slots // 8, 1, :, slots % 8]  # [T, 2, kv heads, dim]
     tolerance = {"atol": 1e-6, "rtol": 1e-5 if dtype == torch.float32 else 2**-8}
-    torch.testing.assert_close(stored[:, 0], turned[:, heads:].to(dtype), **tolerance)
+    torch.testing.assert_close(stored[:, 0], rotated[:, heads:].to(dtype), **tolerance)
     torch.testing.assert_close(stored[:, 1], value.to(dtype), atol=0, rtol=0)
     assert pool.count_nonzero() == stored.count_nonzero()

@@ -1,118 +1,119 @@
 """Attention on the CPU, in compiled kernels that walk the block table.
 
 Decode reads KV once, where it lies; a prefill computes enough per byte to pack KV for its tiles first. A
-bfloat16 pool is widened while it is read.
+bfloat16 pool is widened while it is read. Kernels are compiled at first use and cached on disk
+(`NUMBA_CACHE_DIR`).
 """
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import numba
 import numpy as np
 import torch
+from numba import types
+from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
 from flowkv_engine.engine.attention import Prefill, TorchAttention
 from flowkv_engine.engine.batch import PackedBatch
-from flowkv_engine.engine.cpu.kernels import PART_LEN, make_decode, prefill, rotate_and_write, write_slots
-from flowkv_engine.engine.cpu.simd import LANES
+from flowkv_engine.engine.cpu.linear import multiply
+from flowkv_engine.engine.cpu.simd import LANES, score_tile, softmax_row, value_tile
 
-# Tokens per unit of work. Fixed, so that a sequence is summed in the same order in any batch.
+# Tokens of a split of decode. Fixed, so that a sequence is summed in the same order in any batch.
 SPLIT_LEN = 256
+# Keys per step of a prompt's online softmax: whole tiles of scores, which stay in the second cache.
+TILE_LEN = 192
+TILE_QUERIES = 32  # tokens of a prompt in one unit of work
+_LOWEST = np.float32(-1e30)
+
+
+class Scratch:
+    """Memory kept between calls, for they are many and short."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, NDArray[np.float32]] = {}
+
+    def array(self, name: str, *shape: int) -> NDArray[np.float32]:
+        """Holds anything. Valid until asked for again by that name."""
+        size = math.prod(shape)
+        if name not in self._arrays or self._arrays[name].size < size:
+            self._arrays[name] = np.empty(size, np.float32)
+        return self._arrays[name][:size].reshape(shape)
 
 
 class CpuAttention(TorchAttention):
     """Equal to `TorchAttention` up to rounding, by test. For float32 and bfloat16 pools on the CPU.
 
-    What `attend` returns is valid until it is called again.
+    What `attend` returns is valid until it is called again. `pool_array` and `slots` are for kernels that
+    write into the pool themselves.
     """
 
     name = "cpu"
 
     def __init__(self, pool: Tensor) -> None:
         super().__init__(pool)
-        self._pool_array = _as_numpy(pool)
-        self._slots = np.empty(0, np.int64)
+        self.pool_array = _as_numpy(pool)
+        self.slots = np.empty(0, np.int64)
         self._tables = np.empty((0, 0), np.int32)
         self._context_lens = np.empty(0, np.int32)
         self._split_len = max(1, SPLIT_LEN // self._block_size) * self._block_size
         self._num_splits = 0
-        self._scratch: dict[str, NDArray[np.float32]] = {}
+        self._scratch = Scratch()
 
     def bind(self, batch: PackedBatch) -> None:
         super().bind(batch)
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # of this thread
         decode = batch.query_lens == 1
-        self._slots = batch.slots
+        self.slots = batch.slots
         self._tables = batch.block_tables[decode]
         self._context_lens = batch.context_lens[decode]
         self._num_splits = -(-int(self._context_lens.max(initial=0)) // self._split_len)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         keys, values = (_as_numpy(states.to(self._pool.dtype)) for states in (key, value))
-        write_slots(self._pool_array, layer, keys, values, self._slots)
-
-    def rotate_and_write(
-        self,
-        layer: int,
-        qkv: NDArray[np.float32],
-        positions: NDArray[np.int64],
-        cos: NDArray[np.float32],
-        sin: NDArray[np.float32],
-        norm: NDArray[np.float32],
-        eps: np.float32,
-        query: NDArray[np.float32],
-    ) -> None:
-        """Instead of `write`: the kernel of that name at the batch's slots. Queries come unscaled."""
-        rotate_and_write(
-            self._pool_array, layer, self._slots, qkv, positions, cos, sin, norm, eps, np.float32(1), query
-        )
+        _write(self.pool_array, layer, keys, values, self.slots)
 
     def _decode(self, layer: int, query: Tensor, scale: float) -> Tensor:
         num_rows, num_heads, head_dim = query.shape
         decode = make_decode(num_heads // self._pool.shape[4], head_dim)
-        queries = (query.float() * scale).contiguous().numpy()
-        splits = (num_rows, self._num_splits, num_heads)
-        out = self._buffer("out", (num_rows, num_heads, head_dim))
+        shape = (num_rows, self._num_splits, num_heads)
+        out = self._scratch.array("out", num_rows, num_heads, head_dim)
         decode(
-            self._pool_array,
+            self.pool_array,
             layer,
             self._split_len,
-            queries,
+            (query.float() * scale).contiguous().numpy(),
             self._tables,
             self._context_lens,
-            self._buffer("parts", (*splits, head_dim)),
-            self._buffer("peaks", splits),
-            self._buffer("totals", splits),
+            self._scratch.array("splits", *shape, head_dim),
+            self._scratch.array("maxima", *shape),
+            self._scratch.array("sums", *shape),
             out,
         )
         return torch.from_numpy(out).to(query.dtype)
 
     def _prefill(self, layer: int, query: Tensor, item: Prefill, scale: float) -> Tensor:
         num_kv_heads, head_dim = self._pool.shape[4:]
-        num_parts = -(-item.context_len // PART_LEN)
+        num_tiles = -(-item.context_len // TILE_LEN)
         out = torch.empty(query.shape)
         prefill(
-            self._pool_array,
+            self.pool_array,
             layer,
             item.blocks.numpy(),
             item.context_len,
             query.float().contiguous().numpy(),
             np.float32(scale),
-            self._buffer("keys", (num_kv_heads, num_parts, PART_LEN // LANES, head_dim, LANES)),
-            self._buffer("values", (num_kv_heads, num_parts, head_dim // LANES, PART_LEN, LANES)),
+            self._scratch.array("keys", num_kv_heads, num_tiles, TILE_LEN // LANES, head_dim, LANES),
+            self._scratch.array("values", num_kv_heads, num_tiles, head_dim // LANES, TILE_LEN, LANES),
             out.numpy(),
         )
         return out.to(query.dtype)
-
-    def _buffer(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Memory kept between calls, for they are many and short."""
-        size = math.prod(shape)
-        if name not in self._scratch or self._scratch[name].size < size:
-            self._scratch[name] = np.empty(size, np.float32)
-        return self._scratch[name][:size].reshape(shape)
 
 
 def _as_numpy(tensor: Tensor) -> NDArray[np.float32] | NDArray[np.uint16]:
@@ -120,3 +121,283 @@ def _as_numpy(tensor: Tensor) -> NDArray[np.float32] | NDArray[np.uint16]:
     array: NDArray[np.float32] | NDArray[np.uint16]
     array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array
+
+
+# --- Numbers of the pool: float32, or the bits of a bfloat16 ---
+
+
+def _widened(number):
+    """As float32."""
+    raise NotImplementedError
+
+
+@overload(_widened)
+def _overload_widened(number):
+    if number == types.float32:
+        return lambda number: number
+    return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
+
+
+def _stored(number, like):
+    """As a pool that holds `like` stores it: rounded to the nearest, ties to even."""
+    raise NotImplementedError
+
+
+@overload(_stored)
+def _overload_stored(number, like):
+    if like == types.float32:
+        return lambda number, like: number
+
+    def narrow(number, like):
+        bits = np.float32(number).view(np.uint32)
+        nearest_even = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        return np.uint16(0x7FC0) if np.isnan(number) else np.uint16(nearest_even)
+
+    return narrow
+
+
+# --- Writing ---
+
+
+@numba.njit(cache=True, nogil=True)
+def _write(pool, layer, keys, values, slots):
+    """`keys`, `values` [T, kv heads, dim] of the pool's dtype -> the pool, at `slots` [T]."""
+    block_size = pool.shape[3]
+    for token in range(slots.shape[0]):
+        block, offset = slots[token] // block_size, slots[token] % block_size
+        for head in range(pool.shape[4]):
+            for dim in range(pool.shape[5]):
+                pool[block, layer, 0, offset, head, dim] = keys[token, head, dim]
+                pool[block, layer, 1, offset, head, dim] = values[token, head, dim]
+
+
+@numba.njit(cache=True, nogil=True)
+def _rotate(states, cos, sin, out):
+    """One head [dim], rotated by `cos` and `sin` [dim]. `out` may be `states`."""
+    half = states.shape[0] // 2
+    for dim in range(half):
+        first, second = states[dim], states[dim + half]
+        out[dim] = first * cos[dim] - second * sin[dim]
+        out[dim + half] = second * cos[dim + half] + first * sin[dim + half]
+
+
+@numba.njit(cache=True, nogil=True)
+def _rotate_and_write_row(pool, layer, slot, states, cos, sin, norm, eps, query):
+    num_heads, num_kv_heads = query.shape[0], pool.shape[4]
+    for head in range(norm.shape[0]):  # none, or all heads of queries and keys
+        total = np.float32(0)
+        for dim in range(states.shape[1]):
+            total += states[head, dim] * states[head, dim]
+        factor = np.float32(1) / np.sqrt(total / np.float32(states.shape[1]) + eps)
+        for dim in range(states.shape[1]):
+            states[head, dim] *= factor * norm[head, dim]
+    for head in range(num_heads):
+        _rotate(states[head], cos, sin, query[head])
+    block, offset = slot // pool.shape[3], slot % pool.shape[3]
+    for head in range(num_kv_heads):
+        key, value = states[num_heads + head], states[num_heads + num_kv_heads + head]
+        _rotate(key, cos, sin, key)
+        for dim in range(states.shape[1]):
+            like = pool[block, layer, 0, offset, head, dim]
+            pool[block, layer, 0, offset, head, dim] = _stored(key[dim], like)
+            pool[block, layer, 1, offset, head, dim] = _stored(value[dim], like)
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def rotate_and_write(pool, layer, slots, qkv, positions, cos, sin, norm, eps, query):
+    """Rotates queries and keys of `qkv` [T, heads + 2 kv heads, dim] (which it spoils) to their positions.
+
+    Keys and values go into the pool at `slots` [T], queries into `query` [T, heads, dim].
+    `cos`, `sin`: [max positions, dim]; `norm`: [0 or heads + kv heads, dim], each head's RMS norm before.
+    """
+    for row in numba.prange(qkv.shape[0]):
+        position = positions[row]
+        _rotate_and_write_row(
+            pool, layer, slots[row], qkv[row], cos[position], sin[position], norm, eps, query[row]
+        )
+
+
+# --- Decode: flash decoding over the block table, in splits of the context ---
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _attend_split(pool, layer, query, table, start, stop, head, out, maxima, sums, group_size, head_dim):
+    """KV head `head` over tokens `start .. stop - 1`: all scores, their softmax, then the values.
+
+    While one block is read the next is prefetched, whose place only the block table knows.
+    """
+    block_size = pool.shape[3]
+    num_vectors = (stop - start + LANES - 1) // LANES
+    scores = np.empty((group_size, (num_vectors + 1) * LANES), np.float32)  # a tile may reach beyond
+    for first in range(start, stop, block_size):
+        keys = pool[table[first // block_size], layer, 0]
+        if first + block_size < stop:
+            ahead = pool[table[first // block_size + 1], layer, 0]
+        else:
+            ahead = pool[table[start // block_size], layer, 1]
+        length = min(block_size, stop - first)
+        for token in range(0, length, LANES):
+            place = first - start + token
+            score_tile(query, keys, ahead, token, head, length - token, scores, place, group_size, head_dim)
+    scores[:, stop - start :] = _LOWEST
+    for group in range(group_size):
+        maxima[group], sums[group] = softmax_row(scores[group], num_vectors, _LOWEST)
+    out[:] = 0
+    for first in range(start, stop, block_size):
+        values = pool[table[first // block_size], layer, 1]
+        ahead = pool[table[min(first + block_size, stop - 1) // block_size], layer, 1]
+        length = min(block_size, stop - first)
+        value_tile(scores, first - start, values, ahead, head, length, out, group_size, head_dim)
+
+
+@numba.njit(cache=True, nogil=True)
+def _merge_splits(splits, maxima, sums, out):
+    """`splits` [splits, heads, dim] with their maxima and sums [splits, heads] -> `out` [heads, dim]."""
+    for head in range(out.shape[0]):
+        highest, total = maxima[0, head], np.float32(0)
+        for split in range(1, maxima.shape[0]):
+            highest = max(highest, maxima[split, head])
+        out[head] = 0
+        for split in range(maxima.shape[0]):
+            weight = np.exp(maxima[split, head] - highest)
+            total += weight * sums[split, head]
+            for dim in range(out.shape[1]):
+                out[head, dim] += weight * splits[split, head, dim]
+        for dim in range(out.shape[1]):
+            out[head, dim] /= total
+
+
+@functools.cache
+def make_decode(group_size: int, head_dim: int) -> Callable[..., None]:
+    """The decode kernel for `group_size` query heads per KV head; both sizes are compiled in.
+
+    `decode(pool, layer, split_len, query, tables, context_lens, splits, maxima, sums, out)`: `query` (scaled)
+    and `out` [N, heads, dim] float32; scratch: `splits` [N, splits, heads, dim], `maxima` and `sums`
+    [N, splits, heads], float32. `split_len`: tokens per unit of work, a multiple of the block size.
+    `head_dim`: a multiple of `LANES`.
+    """
+
+    @numba.njit(cache=True, nogil=True, parallel=True)
+    def decode(pool, layer, split_len, query, tables, context_lens, splits, maxima, sums, out):
+        num_rows, num_splits, num_kv_heads = query.shape[0], splits.shape[1], pool.shape[4]
+        for unit in numba.prange(num_rows * num_splits * num_kv_heads):
+            row, rest = unit // (num_splits * num_kv_heads), unit % (num_splits * num_kv_heads)
+            split, head = rest // num_kv_heads, rest % num_kv_heads
+            start = split * split_len
+            stop = min(start + split_len, context_lens[row])
+            first, last = head * group_size, (head + 1) * group_size
+            if start < stop:
+                _attend_split(
+                    pool,
+                    layer,
+                    query[row, first:last],
+                    tables[row],
+                    start,
+                    stop,
+                    head,
+                    splits[row, split, first:last],
+                    maxima[row, split, first:last],
+                    sums[row, split, first:last],
+                    group_size,
+                    head_dim,
+                )
+        for row in range(num_rows):
+            used = (context_lens[row] + split_len - 1) // split_len
+            _merge_splits(splits[row, :used], maxima[row, :used], sums[row, :used], out[row])
+
+    kernel: Callable[..., None] = decode
+    return kernel
+
+
+# --- Prefill: the online softmax over tiles of packed keys and values ---
+
+
+@numba.njit(cache=True, nogil=True)
+def _pack_tile(pool, layer, table, head, first, context_len, keys, values):
+    """The context's tile at `first`: keys [tokens / LANES, dim, LANES], values [dim / LANES, tokens, LANES].
+
+    Filled up to whole vectors with 0, which no score that counts will ever meet.
+    """
+    block_size = pool.shape[3]
+    count = min(TILE_LEN, context_len - first)
+    for token in range(count):
+        block, offset = table[(first + token) // block_size], (first + token) % block_size
+        panel, lane = token // LANES, token % LANES
+        for dim in range(pool.shape[5]):
+            keys[panel, dim, lane] = _widened(pool[block, layer, 0, offset, head, dim])
+            values[dim // LANES, token, dim % LANES] = _widened(pool[block, layer, 1, offset, head, dim])
+    for token in range(count, (count + LANES - 1) // LANES * LANES):
+        keys[token // LANES, :, token % LANES] = 0
+        values[:, token] = 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _scale(row, factor, out):
+    for dim in range(row.shape[0]):
+        out[dim] = row[dim] * factor
+
+
+@numba.njit(cache=True, nogil=True)
+def _attend_prompt(query, position, scale, keys, values, out):
+    """`query` [tokens, group, dim], the first at `position`, to one KV head's tiles of keys and values."""
+    num_tokens, group_size, head_dim = query.shape
+    num_rows = num_tokens * group_size
+    queries = np.empty((num_rows, head_dim), np.float32)
+    for row in range(num_rows):
+        _scale(query[row // group_size, row % group_size], scale, queries[row])
+    weighed = np.zeros((num_rows, head_dim), np.float32)
+    maxima, sums = np.full(num_rows, _LOWEST), np.zeros(num_rows, np.float32)
+    scores = np.empty((num_rows, TILE_LEN), np.float32)
+    context_len = position + num_tokens
+    for tile in range((context_len + TILE_LEN - 1) // TILE_LEN):
+        first = tile * TILE_LEN
+        num_vectors = (min(TILE_LEN, context_len - first) + LANES - 1) // LANES
+        multiply(queries, keys[tile], 0, num_vectors, head_dim, scores, False)
+        for row in range(num_rows):
+            visible = position + row // group_size + 1 - first
+            for token in range(max(0, visible), num_vectors * LANES):
+                scores[row, token] = _LOWEST
+            maximum, total = softmax_row(scores[row], num_vectors, maxima[row])
+            if maximum > maxima[row]:
+                rescale = np.exp(maxima[row] - maximum)
+                sums[row] *= rescale
+                _scale(weighed[row], rescale, weighed[row])
+                maxima[row] = maximum
+            sums[row] += total
+        multiply(scores, values[tile], 0, head_dim // LANES, num_vectors * LANES, weighed, True)
+    for row in range(num_rows):
+        _scale(weighed[row], np.float32(1) / sums[row], out[row // group_size, row % group_size])
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def prefill(pool, layer, table, context_len, query, scale, keys, values, out):
+    """Attention of the last T of `context_len` tokens -> `out` [T, heads, dim], as `query`, float32.
+
+    `table` [blocks]; `scale` times each score. Scratch, float32, for tiles = ceil(context_len / TILE_LEN):
+    `keys` [kv heads, tiles, TILE_LEN / LANES, dim, LANES] and
+    `values` [kv heads, tiles, dim / LANES, TILE_LEN, LANES].
+    """
+    num_tokens, num_kv_heads, num_tiles = query.shape[0], pool.shape[4], keys.shape[1]
+    group_size = query.shape[1] // num_kv_heads
+    for unit in numba.prange(num_kv_heads * num_tiles):
+        head, tile = unit // num_tiles, unit % num_tiles
+        _pack_tile(
+            pool, layer, table, head, tile * TILE_LEN, context_len, keys[head, tile], values[head, tile]
+        )
+    num_units = (num_tokens + TILE_QUERIES - 1) // TILE_QUERIES
+    for unit in numba.prange(num_units * num_kv_heads):
+        # Each thread gets a run of units. One head after the other: its keys and values stay in the second
+        # cache. Queries from both ends in turn: later tokens have more to attend to.
+        head, place = unit // num_units, unit % num_units
+        number = num_units - 1 - place // 2 if place % 2 else place // 2
+        start = number * TILE_QUERIES
+        stop = min(num_tokens, start + TILE_QUERIES)
+        first, last = head * group_size, (head + 1) * group_size
+        _attend_prompt(
+            query[start:stop, first:last],
+            context_len - num_tokens + start,
+            scale,
+            keys[head],
+            values[head],
+            out[start:stop, first:last],
+        )

@@ -1,4 +1,4 @@
-"""Gives back the memory of weights that are mapped from a file, once they are packed elsewhere."""
+"""The flat forward on the CPU: compiled kernels over packed weights, from memory kept between steps."""
 
 from __future__ import annotations
 
@@ -13,49 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flowkv_engine.engine.cpu.attention import CpuAttention
+from flowkv_engine.engine.cpu.attention import CpuAttention, Scratch, rotate_and_write
 from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack, rms_norm
 from flowkv_engine.engine.cpu.simd import LANES
 from flowkv_engine.engine.llama import FlatWeights, Layer
 
 _MAPS = Path("/proc/self/maps")
 _MADV_DONTNEED = 4
-
-
-def give_back(weights: Iterable[Tensor]) -> None:
-    """Drops their pages from this process; whoever reads them again reads the file.
-
-    Only whole pages of private file mappings, as safetensors makes them: they hold what the file holds, for
-    nobody writes to weights. Memory that no file backs stays. Does nothing where there is no /proc.
-    """
-    mapped = _file_mappings()
-    for weight in weights:
-        start = weight.data_ptr()
-        stop = start + weight.numel() * weight.element_size()
-        if any(first <= start and stop <= last for first, last in mapped):
-            first_page = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-            num_bytes = stop // mmap.PAGESIZE * mmap.PAGESIZE - first_page
-            if num_bytes > 0:
-                _madvise(first_page, num_bytes)
-
-
-def _file_mappings() -> list[tuple[int, int]]:
-    """Address ranges, private and of a file."""
-    if not _MAPS.exists():
-        return []
-    found = []
-    for line in _MAPS.read_text().splitlines():
-        addresses, permissions, _, _, inode, *_ = line.split(maxsplit=5)
-        if permissions.endswith("p") and inode != "0":
-            start, stop = addresses.split("-")
-            found.append((int(start, 16), int(stop, 16)))
-    return found
-
-
-def _madvise(address: int, num_bytes: int) -> None:
-    # It is advice: where it is refused, nothing but memory is lost.
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), _MADV_DONTNEED)
-
 
 Array = NDArray[np.float32]
 
@@ -74,23 +38,11 @@ class _Packed(NamedTuple):
     down: tuple[Array, Array]
 
 
-class _Buffers:
-    """What a step of up to `num_rows` rows writes into, named after what it holds."""
-
-    def __init__(self, num_rows: int, hidden: int, heads: int, qkv: int, mlp: int, head_dim: int) -> None:
-        self.num_rows = num_rows
-        self.normed = np.empty((num_rows, hidden), np.float32)
-        self.qkv = np.empty((num_rows, qkv), np.float32)
-        self.query = np.empty((num_rows, heads, head_dim), np.float32)
-        self.up = np.empty((num_rows, mlp), np.float32)
-        self.gated = np.empty((num_rows, mlp), np.float32)
-
-
 class CpuFlatForward:
     """Equal to `FlatForward` up to rounding, by test. Its logits are valid until the next call."""
 
     def __init__(self, weights: FlatWeights, attention: CpuAttention) -> None:
-        """`weights` must be such that `fits` says yes to; `attention` the one that every call brings.
+        """`weights` must be such that `fits` says yes to.
 
         The weights are packed into memory of their own: those of the model are not used any more, but for
         the embedding, and their memory is given back where they are mapped from a file.
@@ -100,86 +52,47 @@ class CpuFlatForward:
         self._layers = [_pack(layer) for layer in weights.layers]
         self._head = pack(weights.head.numpy())
         give_back([weights.head])
-        self._norm = weights.norm.numpy()
-        self._cos, self._sin = weights.cos.numpy(), weights.sin.numpy()
-        self._eps = np.float32(weights.eps)
-        self._buffers = self._make_buffers(1)
-        self._logits = np.empty((0, len(self._head) * LANES), np.float32)
+        self._scratch = Scratch()
 
     @staticmethod
     def fits(weights: FlatWeights) -> bool:
         """Whether the kernels can do this model: float32, and sizes that fill vector registers."""
         layer = weights.layers[0]
-        sizes = [
-            weights.head_dim,
-            *(each.in_features for each in (layer.qkv[0], layer.output, layer.down)),
-        ]
-        return weights.head.dtype == torch.float32 and not any(size % LANES for size in sizes)
+        inputs = [each.in_features for each in (layer.qkv[0], layer.output, layer.down)]
+        return weights.head.dtype == torch.float32 and not any(
+            size % LANES for size in (weights.head_dim, *inputs)
+        )
 
     def __call__(self, token_ids: Tensor, position_ids: Tensor, logits_indices: Tensor) -> Tensor:
-        num_rows = len(token_ids)
-        if num_rows > self._buffers.num_rows:
-            self._buffers = self._make_buffers(num_rows)
-        hidden = self._weights.embedding[token_ids].numpy()  # [T, hidden]
-        positions = position_ids.numpy()
-        sampled = logits_indices.numpy()
-        for index in range(len(self._layers)):
-            hidden = self._layer(index, hidden, positions, sampled)
-        return self._logits_of(hidden)
-
-    def _layer(
-        self, index: int, hidden: Array, positions: NDArray[np.int64], sampled: NDArray[np.int64]
-    ) -> Array:
-        """One layer on `hidden` [T, hidden], which it overwrites.
-
-        Of the last layer only keys and values are wanted of all rows, else the sampled ones: [S, hidden].
-        """
-        layer, buffers, eps = self._layers[index], self._buffers, self._eps
-        normed, qkv = buffers.normed[: len(hidden)], buffers.qkv[: len(hidden)]
-        rms_norm(hidden, layer.input_norm, eps, normed)
-        linear(normed, *layer.qkv, qkv, False)
-        attended = self._attend(index, qkv, positions)
-        if index == len(self._layers) - 1:
-            hidden, attended = hidden[sampled], attended[sampled]
-        num_rows = len(hidden)
-        normed, up, gated = (each[:num_rows] for each in (buffers.normed, buffers.up, buffers.gated))
-        linear(attended, *layer.output, hidden, True)
-        rms_norm(hidden, layer.mlp_norm, eps, normed)
-        gated_linear(normed, *layer.gate_up, up, gated)
-        linear(gated, *layer.down, hidden, True)
-        return hidden
-
-    def _attend(self, index: int, qkv: Array, positions: NDArray[np.int64]) -> Array:
-        """[T, heads * dim] out of queries, keys and values side by side, which are spoiled."""
-        weights, num_rows = self._weights, len(qkv)
-        query = self._buffers.query[:num_rows]
-        states = qkv.reshape(num_rows, -1, weights.head_dim)
-        turn = self._cos, self._sin, self._layers[index].qk_norm, self._eps
-        self._attention.rotate_and_write(index, states, positions, *turn, query)
-        attended = self._attention.attend(index, torch.from_numpy(query), weights.scale).numpy()
-        return attended.reshape(num_rows, -1)
-
-    def _logits_of(self, hidden: Array) -> Tensor:
-        """Logits [S, vocab] of `hidden` [S, hidden]."""
-        num_rows, num_cols = len(hidden), len(self._weights.head)
-        normed = np.empty_like(hidden)
-        rms_norm(hidden, self._norm, self._eps, normed)
-        if num_rows > len(self._logits):
-            self._logits = np.empty((num_rows, self._logits.shape[1]), np.float32)
-        logits = self._logits[:num_rows]
+        weights, num_rows, layer = self._weights, len(token_ids), self._weights.layers[0]
+        eps, head_dim = np.float32(weights.eps), weights.head_dim
+        cos, sin, positions = weights.cos.numpy(), weights.sin.numpy(), position_ids.numpy()
+        hidden = weights.embedding[token_ids].numpy()  # [T, hidden]
+        normed = self._scratch.array("normed", *hidden.shape)
+        heads = self._scratch.array("qkv", num_rows, sum(each.out_features for each in layer.qkv))
+        states = heads.reshape(num_rows, -1, head_dim)  # [T, heads + 2 kv heads, dim]
+        query = self._scratch.array("query", num_rows, weights.num_heads, head_dim)
+        up = self._scratch.array("up", num_rows, layer.down.in_features)
+        gated = self._scratch.array("gated", num_rows, layer.down.in_features)
+        for index, packed in enumerate(self._layers):
+            rms_norm(hidden, packed.input_norm, eps, normed)
+            linear(normed, *packed.qkv, heads, False)
+            pool, slots = self._attention.pool_array, self._attention.slots
+            rotate_and_write(pool, index, slots, states, positions, cos, sin, packed.qk_norm, eps, query)
+            attended = self._attention.attend(index, torch.from_numpy(query), weights.scale).numpy()
+            attended = attended.reshape(num_rows, -1)
+            if index == len(self._layers) - 1:  # of the last one only keys and values are wanted of all rows
+                sampled = logits_indices.numpy()
+                hidden, attended = hidden[sampled], attended[sampled]
+                normed, up, gated = (each[: len(sampled)] for each in (normed, up, gated))
+            linear(attended, *packed.output, hidden, True)
+            rms_norm(hidden, packed.mlp_norm, eps, normed)
+            gated_linear(normed, *packed.gate_up, up, gated)
+            linear(gated, *packed.down, hidden, True)
+        logits = self._scratch.array("logits", len(hidden), len(self._head) * LANES)
+        rms_norm(hidden, weights.norm.numpy(), eps, normed)
         linear(normed, self._head, _NOTHING, logits, False)
-        return torch.from_numpy(logits[:, :num_cols]).contiguous()
-
-    def _make_buffers(self, num_rows: int) -> _Buffers:
-        layer = self._weights.layers[0]
-        return _Buffers(
-            num_rows=num_rows,
-            hidden=layer.qkv[0].in_features,
-            heads=self._weights.num_heads,
-            qkv=sum(each.out_features for each in layer.qkv),
-            mlp=layer.down.in_features,
-            head_dim=self._weights.head_dim,
-        )
+        return torch.from_numpy(logits[:, : len(weights.head)]).contiguous()
 
 
 def _pack(layer: Layer) -> _Packed:
@@ -201,3 +114,26 @@ def _panels(*linears: nn.Linear) -> tuple[Array, Array]:
     panels = pack(*(each.weight.detach().numpy() for each in linears))
     biases = [each.bias.detach().numpy() for each in linears if each.bias is not None]
     return panels, np.concatenate(biases) if biases else _NOTHING
+
+
+def give_back(weights: Iterable[Tensor]) -> None:
+    """Drops the pages of `weights` from this process; a later read reads the file.
+
+    Only whole pages of private file mappings, as safetensors makes them: they hold what the file holds, for
+    nothing writes to weights. Memory that no file backs stays. Does nothing where there is no /proc.
+    """
+    mapped = []
+    for line in _MAPS.read_text().splitlines() if _MAPS.exists() else ():
+        addresses, permissions, _, _, inode, *_ = line.split(maxsplit=5)
+        if permissions.endswith("p") and inode != "0":
+            start, stop = addresses.split("-")
+            mapped.append((int(start, 16), int(stop, 16)))
+    for weight in weights:
+        begin = weight.data_ptr()
+        end = begin + weight.numel() * weight.element_size()
+        first_page = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        num_bytes = end // mmap.PAGESIZE * mmap.PAGESIZE - first_page
+        if num_bytes > 0 and any(start <= begin and end <= stop for start, stop in mapped):
+            # It is advice: where it is refused, nothing but memory is lost.
+            address, size = ctypes.c_void_p(first_page), ctypes.c_size_t(num_bytes)
+            ctypes.CDLL(None).madvise(address, size, _MADV_DONTNEED)

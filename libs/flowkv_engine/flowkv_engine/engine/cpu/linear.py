@@ -40,33 +40,27 @@ def _pack(weight, first, panels):
         panels[col // LANES, :, col % LANES] = weight[row]
 
 
-@numba.njit(cache=True, nogil=True)
-def _tiles(x, panels, panel, length, out, adds):
-    """All rows of `TILE_PANELS` panels."""
-    row, left = 0, x.shape[0]
-    while left >= TILE_ROWS:
-        panel_tile(x, row, panels, panel, length, out, adds, TILE_ROWS, TILE_PANELS)
-        row, left = row + TILE_ROWS, left - TILE_ROWS
-    if left >= _HALF:
-        panel_tile(x, row, panels, panel, length, out, adds, _HALF, TILE_PANELS)
-        row, left = row + _HALF, left - _HALF
-    if left >= _QUARTER:
-        panel_tile(x, row, panels, panel, length, out, adds, _QUARTER, TILE_PANELS)
-        row, left = row + _QUARTER, left - _QUARTER
-    if left:
-        panel_tile(x, row, panels, panel, length, out, adds, 1, TILE_PANELS)
+def _make_tiles(num_panels):
+    @numba.njit(cache=True, nogil=True)
+    def tiles(x, panels, panel, length, out, adds):
+        row, left = 0, x.shape[0]
+        while left >= TILE_ROWS:
+            panel_tile(x, row, panels, panel, length, out, adds, TILE_ROWS, num_panels)
+            row, left = row + TILE_ROWS, left - TILE_ROWS
+        if left >= _HALF:
+            panel_tile(x, row, panels, panel, length, out, adds, _HALF, num_panels)
+            row, left = row + _HALF, left - _HALF
+        if left >= _QUARTER:
+            panel_tile(x, row, panels, panel, length, out, adds, _QUARTER, num_panels)
+            row, left = row + _QUARTER, left - _QUARTER
+        if left:
+            panel_tile(x, row, panels, panel, length, out, adds, 1, num_panels)
+
+    return tiles
 
 
-@numba.njit(cache=True, nogil=True)
-def _last_tiles(x, panels, panel, length, out, adds):
-    """All rows of one panel."""
-    row, left = 0, x.shape[0]
-    while left >= TILE_ROWS:
-        panel_tile(x, row, panels, panel, length, out, adds, TILE_ROWS, 1)
-        row, left = row + TILE_ROWS, left - TILE_ROWS
-    while left:
-        panel_tile(x, row, panels, panel, length, out, adds, 1, 1)
-        row, left = row + 1, left - 1
+# All rows of several panels, and of one.
+_tiles, _last_tiles = _make_tiles(TILE_PANELS), _make_tiles(1)
 
 
 @numba.njit(cache=True, nogil=True)
