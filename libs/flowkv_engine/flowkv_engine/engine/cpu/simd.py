@@ -317,7 +317,7 @@ def value_tile(typing_context, weights, first, values, ahead, head, length, out,
 
 @intrinsic
 def softmax_row(typing_context, row, num_vectors, least_max):
-    """`row`, `num_vectors * LANES` scores, becomes `exp(score - maximum)` in place -> (maximum, sum of `row`).
+    """Turns `row`, `num_vectors * LANES` scores, into `exp(score - maximum)` -> (maximum, their sum).
 
     The maximum is the highest score, or `least_max` if that is higher. NaN comes out as NaN. `row` is
     one-dimensional, float32, contiguous.
