@@ -11,7 +11,7 @@ import msgspec
 import nats
 
 from flowkv_common.bus.connection import Bus, connect
-from flowkv_common.bus.registry import read
+from flowkv_common.bus.registry import read_key
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import decode
 from flowkv_common.wire.nodes import Check, Checked, LoadReport, NodeDescriptor
@@ -75,7 +75,7 @@ class Observer:
             info = await jetstream.stream_info(f"KV_{subjects.NODES_BUCKET}", subjects_filter=f"{prefix}>")
             bucket = await jetstream.key_value(subjects.NODES_BUCKET)
             names = [subject.removeprefix(prefix) for subject in info.state.subjects or {}]
-            found = [await read(bucket, name) for name in names]
+            found = [await read_key(bucket, name) for name in names]
         return [decode(each.value, NodeDescriptor) for each in found if each.value]
 
     async def events(self, subject: str) -> EventLog:

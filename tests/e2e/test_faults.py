@@ -122,9 +122,9 @@ async def test_nats_that_stands_still_costs_no_stream(
             await load.wait_under_way()
             more = Load(http, tasks)  # some are amid prefill or handoff, and some have no nodes yet
             await asyncio.sleep(0.2)
-            cluster.processes["nats"].send(signal.SIGSTOP)
+            cluster.processes["nats"].send_signal(signal.SIGSTOP)
             await asyncio.sleep(frozen_s)  # the outage itself, not a wait for something
-            cluster.processes["nats"].send(signal.SIGCONT)
+            cluster.processes["nats"].send_signal(signal.SIGCONT)
             async with asyncio.timeout(10):
                 again = await stream_completion(http, [100, 200, 300], max_tokens=TOKENS)
             streams = await load.results()
@@ -190,7 +190,7 @@ async def test_stopped_node_drains(cluster: Cluster, model_path: Path) -> None:
         async with asyncio.TaskGroup() as tasks:
             load = Load(http, tasks)
             await load.wait_under_way()
-            cluster.processes["decode-1"].send(signal.SIGTERM)
+            cluster.processes["decode-1"].send_signal(signal.SIGTERM)
             streams = await load.results()
         check_finished(model_path, streams)
         assert await asyncio.to_thread(cluster.processes["decode-1"].wait, 30) == 0

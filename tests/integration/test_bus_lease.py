@@ -12,7 +12,7 @@ from nats_server import NatsServer
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import KEY, Lease
-from flowkv_common.bus.registry import Found, open_bucket, read
+from flowkv_common.bus.registry import Found, open_bucket, read_key
 from flowkv_common.wire.messages import decode, encode
 from flowkv_common.wire.nodes import Leader
 from flowkv_common.wire.subjects import LEADER_BUCKET
@@ -94,7 +94,7 @@ async def candidate(
 
 async def seat_record(bus: Bus) -> Found:
     async with asyncio.timeout(5):
-        return await read(await open_bucket(bus, LEADER_BUCKET), KEY)
+        return await read_key(await open_bucket(bus, LEADER_BUCKET), KEY)
 
 
 def leader_in(found: Found) -> Leader:

@@ -15,7 +15,7 @@ from nats_server import NatsServer
 from tiny_models import make_tiny_model
 
 from flowkv.local_cluster import ClusterError, Process
-from flowkv_common.config import NodeSettings, load
+from flowkv_common.config import NodeSettings, load_settings
 
 
 def last_words(*command: str) -> str:
@@ -76,7 +76,7 @@ def test_a_scheduler_whose_port_others_have(nats_server: NatsServer) -> None:
 )
 def test_a_setting_is_called_as_its_user_calls_it(flags: list[str], said: str) -> None:
     with pytest.raises(SystemExit) as caught:
-        load(NodeSettings, flags, {})
+        load_settings(NodeSettings, flags, {})
     assert str(caught.value).startswith(said)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flowkv.roles import ROLES
 from flowkv_common.aio import stop_on_signals
-from flowkv_common.config import NodeSettings, load
+from flowkv_common.config import NodeSettings, load_settings
 from flowkv_common.telemetry import setup_logs
 from flowkv_common.wire.messages import ModelCard, PoolLayout
 from flowkv_common.wire.nodes import StepFit
@@ -127,7 +127,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--link-byte-s", type=float, default=0.0, help="seconds per byte of a transfer")
     parser.add_argument("--kept", type=Path, help="where to write, at the end, how the pace was kept")
     options, others = parser.parse_known_args(argv)
-    settings = load(NodeSettings, others)
+    settings = load_settings(NodeSettings, others)
     setup_logs("paced")
     torch.set_num_threads(1)
     asyncio.run(serve(options, settings))

@@ -13,7 +13,7 @@ from benchmarks.command import Report
 from benchmarks.overlap.measure import Sample
 from benchmarks.overlap.report import Spread, rows_of, table
 from benchmarks.overlap.setups import CHUNK_TOKENS, SETUPS, NotPinned, check_pinned
-from flowkv_common.config import NodeSettings, load
+from flowkv_common.config import NodeSettings, load_settings
 from flowkv_common.wire.messages import KVTransferred
 from flowkv_common.wire.nodes import starting_chunk_budget
 
@@ -61,7 +61,7 @@ def test_table_and_json_say_what_the_rows_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.name)
 def test_all_setups_cut_prompts_into_the_same_chunks(setup) -> None:
     environ = {"FLOWKV_MODEL_PATH": "model", "FLOWKV_TOKEN_BUDGET": str(CHUNK_TOKENS), **setup.settings}
-    settings = load(NodeSettings, [], environ)
+    settings = load_settings(NodeSettings, [], environ)
     role = "prefill" if setup.hands_over else "mixed"
     assert starting_chunk_budget(role, settings.token_budget, settings.block_size) == CHUNK_TOKENS
 

@@ -83,7 +83,7 @@ class Process:
     def is_running(self) -> bool:
         return self.exit_code is None
 
-    def send(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         if self.is_running:
             self._popen.send_signal(number)
 
@@ -92,12 +92,12 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
-        self.send(signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
         self.wait(10)
 
     def stop(self, timeout_s: float) -> None:
         """SIGTERM, and SIGKILL if that does not help in time."""
-        self.send(signal.SIGTERM)
+        self.send_signal(signal.SIGTERM)
         try:
             self.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -260,7 +260,7 @@ class Cluster:
         for kind in order:
             group = [p for p in self.processes.values() if p.name.startswith(kind)]
             for process in group:
-                process.send(signal.SIGTERM)
+                process.send_signal(signal.SIGTERM)
             for process in group:
                 process.stop(self._drain_timeout_s)
         shutil.rmtree(self.run_dir / "jetstream", ignore_errors=True)

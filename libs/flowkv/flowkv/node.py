@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from flowkv_common import __version__
-from flowkv_common.config import NodeSettings, load
+from flowkv_common.config import NodeSettings, load_settings
 from flowkv_common.telemetry import reason_in_one_line, setup_logs
 from flowkv_engine.engine.fetch import default_cache_dir
 
@@ -31,7 +31,7 @@ def main(default_role: str) -> None:
     role = arguments.pop(0) if named else default_role
     if role not in ROLES:
         raise SystemExit(f"settings: unknown role {role!r}: choose one of {', '.join(ROLES)}")
-    settings = load(NodeSettings, arguments)
+    settings = load_settings(NodeSettings, arguments)
     setup_logs(role)
     # Compute threads spin some 50 us for the next kernel, or each of a step's would wake them anew; not for
     # milliseconds, the default: nodes may share cores. Before torch is loaded.

@@ -91,9 +91,9 @@ class Phases:
         try:
             yield
         finally:
-            self.add({name: time.monotonic() - began})
+            self.add_seconds({name: time.monotonic() - began})
 
-    def add(self, seconds: Mapping[str, float]) -> None:
+    def add_seconds(self, seconds: Mapping[str, float]) -> None:
         for name, spent in seconds.items():
             self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 6)
 

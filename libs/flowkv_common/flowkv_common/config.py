@@ -197,7 +197,7 @@ def settings_of(kind: type[ServiceSettings]) -> list[Setting]:
 S = TypeVar("S", bound=ServiceSettings)
 
 
-def load(kind: type[S], argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> S:
+def load_settings(kind: type[S], argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> S:
     """The settings from flags over environment over defaults.
 
     Raises SystemExit with a message for an unknown name, a missing setting or a bad value.

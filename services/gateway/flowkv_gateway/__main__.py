@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from flowkv_common.aio import stop_on_signals
-from flowkv_common.config import GatewaySettings, load
+from flowkv_common.config import GatewaySettings, load_settings
 from flowkv_common.fingerprint import model_files
 from flowkv_common.telemetry import process_registry, reason_in_one_line, serve_http, setup_logs
 from flowkv_gateway.app import Api
@@ -48,7 +48,7 @@ async def serve(settings: GatewaySettings) -> None:
 def main() -> None:
     setup_logs("gateway")
     with reason_in_one_line("gateway"):
-        asyncio.run(serve(load(GatewaySettings, sys.argv[1:])))
+        asyncio.run(serve(load_settings(GatewaySettings, sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -191,13 +191,13 @@ class RequestState:
     def add_chunk(self, chunk: TokenChunk) -> None:
         is_first = not self.output_ids
         if is_first:
-            self.phases.add({"ttft": self.lived_s()})
+            self.phases.add_seconds({"ttft": self.lived_s()})
         self.output_ids += chunk.token_ids
         # A later attempt finds output of an earlier one cached, too.
         num_cached_tokens = min(chunk.num_cached_tokens, len(self.prompt_ids))
         self.num_cached_tokens = max(self.num_cached_tokens, num_cached_tokens)
         if chunk.phases_s:
-            self.phases.add(chunk.phases_s)
+            self.phases.add_seconds(chunk.phases_s)
         if is_first:
             self.ttft_s = self.phases.seconds["ttft"]
             self.queue_s = sum(self.phases.seconds.get(phase, 0.0) for phase in WAITS)
@@ -206,9 +206,9 @@ class RequestState:
 
     def finished_event(self) -> RequestFinished:
         total_s = self.lived_s()
-        self.phases.add({"total": total_s})
+        self.phases.add_seconds({"total": total_s})
         if "ttft" in self.phases.seconds:
-            self.phases.add({"decode": total_s - self.phases.seconds["ttft"]})
+            self.phases.add_seconds({"decode": total_s - self.phases.seconds["ttft"]})
         return RequestFinished(
             request_id=self.request_id,
             attempts=self.attempt + 1,

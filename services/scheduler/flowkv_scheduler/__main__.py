@@ -6,7 +6,7 @@ import asyncio
 import sys
 
 from flowkv_common.aio import stop_on_signals
-from flowkv_common.config import SchedulerSettings, load
+from flowkv_common.config import SchedulerSettings, load_settings
 from flowkv_common.telemetry import reason_in_one_line, setup_logs
 from flowkv_scheduler.app import serve
 
@@ -16,7 +16,7 @@ async def run(settings: SchedulerSettings) -> None:
 
 
 def main() -> None:
-    settings = load(SchedulerSettings, sys.argv[1:])
+    settings = load_settings(SchedulerSettings, sys.argv[1:])
     setup_logs("scheduler")
     with reason_in_one_line("scheduler"):
         asyncio.run(run(settings))

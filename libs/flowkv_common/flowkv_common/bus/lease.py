@@ -20,7 +20,14 @@ from nats.js.kv import KeyValue
 
 from flowkv_common.aio import running, wait_event
 from flowkv_common.bus.connection import Bus
-from flowkv_common.bus.registry import CALL_TIMEOUT_S, TROUBLE, describe, open_bucket, read, until_reconnect
+from flowkv_common.bus.registry import (
+    CALL_TIMEOUT_S,
+    TROUBLE,
+    describe,
+    open_bucket,
+    read_key,
+    until_reconnect,
+)
 from flowkv_common.wire.messages import decode, encode
 from flowkv_common.wire.nodes import Leader
 from flowkv_common.wire.subjects import LEADER_BUCKET
@@ -135,7 +142,7 @@ class Lease:
         """Take the lease if it is free: absent, given up, silent for too long, or ours of an earlier term."""
         if self._bucket is None:
             self._bucket = await open_bucket(self._bus, LEADER_BUCKET)
-        found = await read(self._bucket, KEY)
+        found = await read_key(self._bucket, KEY)
         now = asyncio.get_running_loop().time()
         if found.revision != self._seen[0]:
             self._seen = (found.revision, now)

@@ -68,7 +68,7 @@ async def claim_node_id(bus: Bus, node_id: str, ttl_s: float = 6.0) -> None:
 async def _claim(bus: Bus, node_id: str, ttl_s: float) -> None:
     async with asyncio.timeout(CALL_TIMEOUT_S):
         bucket = await open_bucket(bus, NODES_BUCKET, ttl_s)
-        before = await read(bucket, node_id)
+        before = await read_key(bucket, node_id)
     is_answered = True
     try:
         # Longer than a living node takes to renew its record: one that does not answer shows there.
@@ -80,7 +80,7 @@ async def _claim(bus: Bus, node_id: str, ttl_s: float) -> None:
     if is_answered:
         raise NodeIdTaken(node_id, _descriptor(before))
     async with asyncio.timeout(CALL_TIMEOUT_S):
-        after = await read(bucket, node_id)
+        after = await read_key(bucket, node_id)
         if after.value is None:
             return
         if after.revision != before.revision:
@@ -135,7 +135,7 @@ async def _write(bucket: KeyValue, record: NodeDescriptor, revision: int) -> int
     try:
         return await bucket.update(node_id, value, last=revision)
     except nats.js.errors.KeyWrongLastSequenceError:
-        found = await read(bucket, node_id)
+        found = await read_key(bucket, node_id)
     # It has expired, or we have not heard that it was written.
     other = _descriptor(found)
     if other is not None and other.node != record.node:
@@ -272,7 +272,7 @@ async def open_bucket(bus: Bus, name: str, ttl_s: float | None = None) -> KeyVal
         return await jetstream.key_value(name)
 
 
-async def read(bucket: KeyValue, key: str) -> Found:
+async def read_key(bucket: KeyValue, key: str) -> Found:
     """The latest value under `key`. A bucket that is gone reads as empty: only a write tells."""
     try:
         entry = await bucket.get(key)
