@@ -212,7 +212,7 @@ async def test_one_attempt(nats_server: NatsServer) -> None:
         assert set(event.phases_s) >= {"schedule", "ttft", "decode", "total"}
         await dispatch._bus.nc.flush()
         assert nodes.cancelled_at == []  # it has ended by itself
-        assert len(dispatch.streams) == 0
+        assert dispatch.streams.by_transfer_id == {}
         assert nodes.asked[0].block_hashes == []  # no node is known
 
 
@@ -520,7 +520,7 @@ async def test_client_that_leaves_cancels(nats_server: NatsServer) -> None:
             assert (await anext(chunks)).token_ids == [10]
         await nodes.wait_for(lambda: nodes.cancelled == ["r.0"] and bool(nodes.finished))
         assert nodes.finished[0].outcome == "closed"
-        assert len(dispatch.streams) == 0
+        assert dispatch.streams.by_transfer_id == {}
 
 
 async def test_deadline_ends_the_request_cleanly(nats_server: NatsServer) -> None:

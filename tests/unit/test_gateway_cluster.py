@@ -92,8 +92,8 @@ def test_nodes_of_another_model_are_as_if_they_were_not_there(caplog: pytest.Log
     join(cluster, ("p", "prefill", other), ("d", "decode", other))
     assert (cluster.model(), cluster.block_size("fb"), cluster.has_ready_node()) == (None, None, False)
     assert [record.getMessage() for record in caplog.records] == [
-        "p serves another model, other: its weights are others",
-        "d serves another model, other: its weights are others",
+        "p serves another model, other: its weights differ",
+        "d serves another model, other: its weights differ",
     ]
     mine = of_model("fa", "mine", weights="a")
     join(cluster, ("p", "prefill", other), ("d", "decode", other), ("p0", "prefill", mine))

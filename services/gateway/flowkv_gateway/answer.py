@@ -33,7 +33,7 @@ _STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # or nginx would collect the tokens
 ]
-# What some clients take for the end of a line, though the standard has only CR and LF. As JSON has them.
+# Some clients take these for line ends, though the standard has only CR and LF. With their JSON escapes.
 _LINE_BREAKS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 # The text of these errors is ours; that of others may repeat what the client has sent.
 _LOGGED_REASONS = frozenset((429, 500, 503, 504))
@@ -59,7 +59,7 @@ class AnswerResponse(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope, self._receive, self._send = scope, receive, send
-        error: FlowKVError | None = Cancelled("The client has gone.")
+        error: FlowKVError | None = Cancelled("The client has gone.")  # unless it ends otherwise
         try:
             async with asyncio.TaskGroup() as tasks:
                 working = tasks.create_task(self._make_and_send())
@@ -74,7 +74,7 @@ class AnswerResponse(ABC):
                 error = working.result()
             else:
                 error = Unavailable(STOPPED)  # also if the client does not hear of it
-                await self._tell(error)
+                await self._report_error(error)
         finally:
             self.metrics.count_unfinished(self._choices, error)
             if self.settings.log_requests:
@@ -83,7 +83,7 @@ class AnswerResponse(ABC):
     # --- how the answer is sent ------------------------------------------------------------------
 
     def _held_open(self) -> AbstractAsyncContextManager[None]:
-        """While the answer is made, its connection shall not look dead. Raises ClientTooSlow."""
+        """Keeps the connection from looking dead while the answer is made. Raises ClientTooSlow."""
         return nullcontext()
 
     @abstractmethod
@@ -103,7 +103,7 @@ class AnswerResponse(ABC):
             pass
 
     async def _make_and_send(self) -> FlowKVError | None:
-        """Returns what the client was told of, or cut off for, if anything."""
+        """Returns the error that the client got or was cut off for, None if there was none."""
         try:
             async with self._held_open():
                 await self._make_choices()
@@ -112,12 +112,12 @@ class AnswerResponse(ABC):
         except ClientTooSlow as slow:
             return self._cut_off(slow)
         except FlowKVError as error:
-            return await self._tell(error)
+            return await self._report_error(error)
         except Exception:
             log.exception("answering failed")
-            return await self._tell(Internal("Internal error."))
+            return await self._report_error(Internal("Internal error."))
 
-    async def _tell(self, error: FlowKVError) -> FlowKVError:
+    async def _report_error(self, error: FlowKVError) -> FlowKVError:
         self.metrics.count_error(status_of(error))
         try:
             await self._send_error(error)
@@ -195,7 +195,7 @@ class AnswerResponse(ABC):
             "prefill_node": _each(request.prefill_node for request in requests),
             "decode_node": _each(request.decode_node for request in requests),
         }
-        log.info("request ended", extra={"fields": {**fields, **_reason(error)}})
+        log.info("request ended", extra={"fields": {**fields, **_error_fields(error)}})
 
 
 class WholeResponse(AnswerResponse):
@@ -299,20 +299,20 @@ def log_refusal(request: Request, error: FlowKVError) -> None:
     """A line for a generation request that was refused before any node was asked."""
     if request.url.path in ("/v1/chat/completions", "/v1/completions"):
         fields = {"path": request.url.path, "status": status_of(error)}
-        log.info("request refused", extra={"fields": {**fields, **_reason(error)}})
+        log.info("request refused", extra={"fields": {**fields, **_error_fields(error)}})
 
 
-def _reason(error: FlowKVError | None) -> dict[str, str]:
+def _error_fields(error: FlowKVError | None) -> dict[str, str]:
     if error is None:
         return {}
-    told = {"error": type(error).__name__}
+    reason = {"error": type(error).__name__}
     if error.field:
-        told["field"] = error.field
+        reason["field"] = error.field
     if status_of(error) in _LOGGED_REASONS:
-        told["reason"] = error.message
-    return told
+        reason["reason"] = error.message
+    return reason
 
 
 def _each(words: Iterable[str]) -> str:
-    """Those that there are, each once."""
+    """The different words, without empty ones."""
     return ",".join(sorted({word for word in words if word}))

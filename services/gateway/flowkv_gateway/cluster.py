@@ -33,7 +33,7 @@ _NO_NODE = "no node of the model is ready"
 
 
 class OwnModel(msgspec.Struct, frozen=True):
-    """The files in the gateway's folder, and the name that clients shall use: empty if the nodes' name."""
+    """The files in the gateway's model folder, and the name that clients use; empty: the nodes' name."""
 
     files: ModelFiles
     name: str = ""
@@ -46,11 +46,11 @@ class OwnModel(msgspec.Struct, frozen=True):
         """
         ours, theirs = self.files, card.files
         if ours.tokenizer and theirs.tokenizer and ours.tokenizer != theirs.tokenizer:
-            return "its tokenizer.json is another"
+            return "its tokenizer.json differs"
         if ours.weights and theirs.weights:
-            return "its weights are others" if ours.weights != theirs.weights else None
+            return "its weights differ" if ours.weights != theirs.weights else None
         if ours.config and theirs.config and ours.config != theirs.config:
-            return "its config.json is another"
+            return "its config.json differs"
         if self.name and self.name != card.name:
             return f"it is not called {self.name!r}, and there are no weights here to compare"
         return None

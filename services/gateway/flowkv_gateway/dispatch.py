@@ -59,19 +59,19 @@ from flowkv_gateway.streams import Streams, TokenStream
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-# What another attempt can't mend: the request itself is wrong, refused, or out of time.
+# Another attempt would not help: the request itself is wrong, refused, or out of time.
 FINAL = (BadRequest, NotFound, TooLarge, Full, DeadlineExceeded)
-# A scheduler decides within milliseconds. One that hangs stays subscribed, its successor comes within 2.5 s,
-# and whoever has asked the first one must not wait much longer than that.
+# A scheduler decides within milliseconds. One that hangs stays subscribed and its successor comes within
+# 2.5 s: a request that asked the first one must not wait much longer.
 SCHEDULE_TIMEOUT_S = 1.0
 SCHEDULER_PATIENCE_S = 10.0
 # No token and no keepalive for so long: the attempt is lost. Nodes send keepalives once a second.
 SILENCE_S = 3.0
 # A message that is out of order by more than this was lost.
 GAP_S = 0.1
-# Longer than it takes to notice that it is we who are cut off.
+# Longer than this gateway takes to notice that it is cut off itself.
 RESUME_TIMEOUT_S = 2.0
-# Just after NATS was away nodes may not be back yet: attempts must not fail one after the other meanwhile.
+# Just after NATS was away, nodes may not be back yet: attempts must not fail one after the other.
 UNSETTLED_PAUSE_S = 1.0
 
 # The phases before a first token in which nothing of the request is computed.

@@ -50,7 +50,7 @@ def _with_header(send: Send, name: bytes, value: bytes) -> Send:
 
 
 class CloseWhileStopping:
-    """ASGI middleware: while `stop` is set, clients are answered and told to open a new connection next."""
+    """ASGI middleware: while `stop` is set, each response tells its client to open a new connection."""
 
     def __init__(self, app: ASGIApp, stop: asyncio.Event) -> None:
         self._app = app
@@ -71,10 +71,10 @@ class _StrictParser(h11.Connection):
             return request
         if not request.http_version.startswith(b"1."):
             version = request.http_version.decode()
-            raise h11.RemoteProtocolError(f"HTTP/{version} is not spoken here.", error_status_hint=505)
+            raise h11.RemoteProtocolError(f"HTTP/{version} is not supported.", error_status_hint=505)
         names = {name for name, _ in request.headers}
         if b"transfer-encoding" in names and (b"content-length" in names or request.http_version == b"1.0"):
-            raise h11.RemoteProtocolError("The length of the body is told in two ways.")
+            raise h11.RemoteProtocolError("The request gives the length of its body in two ways.")
         if (origin := _ORIGIN.match(request.target)) is None:
             return request
         path = request.target[origin.end() :]

@@ -182,7 +182,10 @@ class Choice:
         text = hidden = ""
         if token_id is not None:
             self.num_tokens += 1
-            if self._is_hidden(token_id, reason):
+            display = self._display
+            has_ended_it = reason == "stop" and token_id in display.stop_ids
+            is_special = token_id in self._vocabulary.special_ids
+            if (has_ended_it and not display.shows_stop) or (is_special and not display.shows_special):
                 hidden = self._vocabulary.token_text(token_id)
             else:
                 text = self._utf8.decode(self._vocabulary.token_bytes(token_id))
@@ -197,12 +200,6 @@ class Choice:
             text += self._stops.finish()
         self.finish_reason = reason
         return Delta(self.index, text, is_first, reason, logprob, offset, token_id)
-
-    def _is_hidden(self, token_id: int, reason: str | None) -> bool:
-        display = self._display
-        if reason == "stop" and token_id in display.stop_ids and not display.shows_stop:
-            return True  # it has ended the answer
-        return not display.shows_special and token_id in self._vocabulary.special_ids
 
 
 # --- OpenAI's JSON ----------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ N = TypeVar("N", int, float)
 class SamplingDefaults(msgspec.Struct, frozen=True):
     """Of generation_config.json, what requests can set as well. None: the file does not say.
 
-    `do_sample` is not heeded, nor is it by vLLM: whoever asks for a temperature of 0 gets the best token.
+    `do_sample` is ignored, as in vLLM: a request for greedy decoding sets a temperature of 0.
     """
 
     temperature: Temperature | None = None

@@ -253,7 +253,7 @@ class Refused(NamedTuple):
 
 
 _CONSTRAINED = "output can't be constrained"
-_REASONING = "reasoning is not told from the rest of the answer"
+_REASONING = "reasoning is not separated from the answer"
 _TOOLS = "tools are shown to the model, but its calls stay text"
 
 REFUSED = [
@@ -299,8 +299,8 @@ REFUSED = [
 ]
 
 CHANGE_NOTHING = {
-    "user": "who asked",
-    "safety_identifier": "who asked",
+    "user": "names the user",
+    "safety_identifier": "names the user",
     "metadata": "for stored answers",
     "store": "nothing is stored",
     "service_tier": "there is one",

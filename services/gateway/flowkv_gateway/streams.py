@@ -13,8 +13,8 @@ from nats.aio.msg import Msg
 
 from flowkv_common.wire.messages import Keepalive, KeepaliveReply, StepTokens, TokenChunk
 
-# States of an attempt in keepalives. A decode node that keeps room for it is no sign of life: prefill must
-# show one. A node that has it queued or preempted does not work at it.
+# States of an attempt in keepalives. A decode node that has only reserved blocks is no sign of life: prefill
+# must show one. A node does not work at an attempt that it has queued or preempted.
 RESERVED = "reserved"
 WAITING = ("queued", "preempted")
 
@@ -88,32 +88,29 @@ class Streams:
     """All attempts of this gateway that wait for tokens."""
 
     def __init__(self) -> None:
-        self._streams: dict[str, TokenStream] = {}
-
-    def __len__(self) -> int:
-        return len(self._streams)
+        self.by_transfer_id: dict[str, TokenStream] = {}
 
     def num_running(self) -> int:
-        return sum(stream.is_running for stream in self._streams.values())
+        return sum(stream.is_running for stream in self.by_transfer_id.values())
 
     @contextlib.contextmanager
     def collect(self, transfer_id: str, expected: int) -> Iterator[TokenStream]:
         """The tokens of an attempt from index `expected` on, while the context lasts."""
-        stream = self._streams[transfer_id] = TokenStream(expected)
+        stream = self.by_transfer_id[transfer_id] = TokenStream(expected)
         try:
             yield stream
         finally:
-            del self._streams[transfer_id]
+            del self.by_transfer_id[transfer_id]
 
     def on_tokens(self, step: StepTokens, _: Msg) -> None:
         for chunk in step.chunks:
-            if stream := self._streams.get(chunk.transfer_id):
+            if stream := self.by_transfer_id.get(chunk.transfer_id):
                 stream.add_chunk(chunk, step.node_id)
 
     async def on_keepalive(self, message: Keepalive) -> KeepaliveReply:
         unknown = []
         for transfer_id, state in message.states.items():
-            stream = self._streams.get(transfer_id)
+            stream = self.by_transfer_id.get(transfer_id)
             if stream is None:
                 unknown.append(transfer_id)
             elif state != RESERVED:

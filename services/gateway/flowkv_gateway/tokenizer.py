@@ -221,8 +221,7 @@ class ChatTemplate:
         if conversation.documents and "documents" not in self._variables:
             raise BadRequest("This model's chat template has no place for documents.", field="documents")
         is_continued, messages = conversation.continue_final_message, conversation.messages
-        # The prompt of a continued message is cut at a mark that nobody can type: the message's own text may
-        # occur again after it.
+        # The prompt of a continued message is cut at a random mark: its own text may occur again after it.
         mark = secrets.token_hex(16)
         if is_continued:
             *before, last = messages
@@ -267,29 +266,21 @@ def _raise_exception(message: str) -> str:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
     # Jinja's own filter escapes HTML, which no model was trained on.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
 class TypedSpecials:
-    """Special tokens that somebody typed stay text: only the chat template may begin and end turns.
+    """Keeps special tokens that a client typed as text: only the chat template may begin and end turns.
 
     A tokenizer finds `<|im_end|>` wherever it stands. So a conversation in which such a text was typed is
     rendered with a stand-in for it. Then the special tokens that the template has written are given other
     names, the stand-ins become what was typed, and a second tokenizer encodes it, which knows special tokens
-    by those other names alone. It is the first one otherwise: spaces, merges and first words come out as they
-    always do. A conversation without such a text, that is nearly all of them, takes none of this.
+    by those other names alone. Otherwise it equals the first one, so spaces and merges come out the same.
+    Nearly all conversations hold no such text and skip all of this.
 
-    Nobody outside can guess a stand-in or a name: they are drawn at each start.
+    Clients can't guess a stand-in or a name: they are random and new at each start.
     """
 
     # What a person, a model or a tool may have written in a conversation.
