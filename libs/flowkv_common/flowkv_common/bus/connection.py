@@ -402,6 +402,13 @@ class BarrierClient(Client):
 
     # --- in the place of nats-py's own ------------------------------------------------------------
 
+    async def close(self) -> None:
+        if not self.is_connected:
+            # What is buffered has nowhere to go, and Python 3.13.0 can't write to a transport that is closed.
+            self._pending.clear()
+            self._pending_data_size = 0
+        await super().close()
+
     async def flush(self, timeout: float = DEFAULT_FLUSH_TIMEOUT) -> None:
         await _cancellable(super().flush(timeout))  # type: ignore[arg-type]
 
