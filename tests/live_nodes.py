@@ -23,6 +23,9 @@ from flowkv_common.wire.messages import (
     KeepaliveReply,
     NodeRef,
     PrefillRun,
+    Release,
+    Reserve,
+    Reserved,
     SamplingParams,
     StepTokens,
     TokenChunk,
@@ -158,6 +161,30 @@ class Client:
         if output.error is not None:
             raise output.error
         return [output.token_ids[index] for index in sorted(output.token_ids)]
+
+    async def reserve(
+        self, node: NodeRef, num_tokens: int, transfer_id: str = "r.0", token: str = ""
+    ) -> Reserved:
+        """Room for a handoff, as another node asks for it; with the reservation's `token` it is renewed."""
+        request = Reserve(
+            transfer_id=transfer_id,
+            node=node,
+            fingerprint=self.fingerprint,
+            prefill=NodeRef(node_id="other", incarnation="1"),
+            gateway_id=self.gateway_id,
+            num_tokens=num_tokens,
+            block_hashes=[],
+            run_lengths=[],
+            expires_in_s=60.0,
+            token=token,
+        )
+        subject = subjects.at(subjects.DECODE_RESERVE, node.node_id)
+        return await self._bus.request(subject, request, Reserved, timeout_s=5)
+
+    async def release(self, node: NodeRef, reserved: Reserved) -> None:
+        message = Release(transfer_id=reserved.transfer_id, token=reserved.token)
+        subject = subjects.at(subjects.DECODE_RELEASE, node.node_id)
+        await self._bus.request(subject, message, Accepted, timeout_s=5)
 
 
 class _Output:

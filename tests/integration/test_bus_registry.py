@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
+import imagined_nodes
+import msgspec
 import pytest
 from nats_server import NatsServer
 
@@ -13,7 +15,7 @@ from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.registry import NodeIdTaken, claim_node_id, keep_announced, watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
-from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout
+from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockCounts, Check, Checked, NodeDescriptor
 from flowkv_common.wire.subjects import NODE_CHECK, at
 
@@ -21,21 +23,8 @@ TTL_S = 1.2  # the server's shortest marker lives 1 s
 
 
 def descriptor(node_id: str, cap: int = 512, incarnation: str = "i1") -> NodeDescriptor:
-    return NodeDescriptor(
-        node=NodeRef(node_id=node_id, incarnation=incarnation),
-        role="prefill",
-        model=ModelCard(name="m", fingerprint="f", max_model_len=64, vocab_size=8, eos_token_ids=[0]),
-        layout=PoolLayout(num_layers=1, block_size=16, num_kv_heads=1, head_dim=8, dtype="float32"),
-        num_blocks=32,
-        token_budget=512,
-        max_prefill_tokens_per_step=cap,
-        hosted_roles=["prefill"],
-        connectors=["shm"],
-        host="h",
-        pid=1,
-        metrics_url="",
-        version="0.1.0",
-    )
+    known = imagined_nodes.descriptor(node_id, "prefill", incarnation=incarnation)
+    return msgspec.structs.replace(known, max_prefill_tokens_per_step=cap)
 
 
 class Nodes:

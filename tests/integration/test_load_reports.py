@@ -13,8 +13,7 @@ from nats_server import NatsServer
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.errors import BadRequest
-from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, NodeRef, Release, Reserve, Reserved
+from flowkv_common.wire.messages import NodeRef, Reserved
 from flowkv_engine.engine.model import LoadedModel
 
 
@@ -25,25 +24,7 @@ class Setup(NamedTuple):
     heard: Heard
 
     async def reserve(self, num_blocks: int, token: str = "") -> Reserved:
-        request = Reserve(
-            transfer_id="r.0",
-            node=self.node,
-            fingerprint=self.client.fingerprint,
-            prefill=NodeRef(node_id="other", incarnation="1"),
-            gateway_id=self.client.gateway_id,
-            num_tokens=num_blocks * BLOCK_SIZE,
-            block_hashes=[],
-            run_lengths=[],
-            expires_in_s=60.0,
-            token=token,
-        )
-        subject = subjects.at(subjects.DECODE_RESERVE, self.node.node_id)
-        return await self.bus.request(subject, request, Reserved, timeout_s=5)
-
-    async def release(self, reserved: Reserved) -> None:
-        message = Release(transfer_id=reserved.transfer_id, token=reserved.token)
-        subject = subjects.at(subjects.DECODE_RELEASE, self.node.node_id)
-        await self.bus.request(subject, message, Accepted, timeout_s=5)
+        return await self.client.reserve(self.node, num_blocks * BLOCK_SIZE, token=token)
 
 
 @pytest.fixture
@@ -74,7 +55,7 @@ async def test_prompts_and_sequences_are_told_apart(setup: Setup) -> None:
         output = tasks.create_task(setup.client.generate(setup.node, setup.node, [30] * 20, max_tokens=60))
         queued = await first(setup.heard, lambda report: report.queued_prefill_tokens > 0)
         assert (queued.num_prompts, queued.num_waiting, queued.num_running) == (1, 0, 0)
-        await setup.release(held)
+        await setup.client.release(setup.node, held)
         decoding = await first(setup.heard, lambda report: report.num_running > 0)
         assert (decoding.num_prompts, decoding.num_waiting, decoding.num_running) == (0, 0, 1)
     assert len(output.result()) == 60

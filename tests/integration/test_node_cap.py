@@ -108,7 +108,7 @@ async def test_a_cap_that_no_node_can_have_is_refused(setup: Setup, cap: int) ->
     assert (await setup.metrics())["flowkv_cap_changes_total"] == 0
 
 
-async def test_a_message_to_a_former_life_is_refused(setup: Setup) -> None:
+async def test_a_message_to_a_former_incarnation_is_refused(setup: Setup) -> None:
     with pytest.raises(Stale):
         await setup.set_cap(BLOCK_SIZE, node=NodeRef(node_id="n0", incarnation="before"))
     assert (await setup.metrics())["flowkv_cap_changes_total"] == 0

@@ -18,7 +18,7 @@ from flowkv.roles import ROLES
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.errors import Unavailable
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, Cancel, NodeRef, Reserve, Reserved
+from flowkv_common.wire.messages import Accepted, Cancel, NodeRef, Reserved
 from flowkv_common.wire.nodes import Drain, ResumeNode, Wedge
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_node.host import serve_node, served_model
@@ -50,21 +50,7 @@ class Setup(NamedTuple):
         return await self.client.generate(self.node, self.node, PROMPT, max_tokens=max_tokens)
 
     async def reserve(self, transfer_id: str, token: str = "") -> Reserved:
-        """Room for a handoff; with the reservation's `token` it is renewed."""
-        request = Reserve(
-            transfer_id=transfer_id,
-            node=self.node,
-            fingerprint=self.client.fingerprint,
-            prefill=NodeRef(node_id="other", incarnation="1"),
-            gateway_id=self.client.gateway_id,
-            num_tokens=len(PROMPT),
-            block_hashes=[],
-            run_lengths=[],
-            expires_in_s=60.0,
-            token=token,
-        )
-        subject = subjects.at(subjects.DECODE_RESERVE, self.node.node_id)
-        return await self.bus.request(subject, request, Reserved, timeout_s=5)
+        return await self.client.reserve(self.node, len(PROMPT), transfer_id, token)
 
     async def states(self) -> set[str]:
         """As `nats micro info` shows it, of the node's three services."""

@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
-from live_nodes import client, first, live_node, node_settings, reports
+from live_nodes import Client, client, first, live_node, node_settings, reports
 from nats_server import NatsServer
 
 from flowkv.roles import ROLES
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import NodeIdTaken, open_bucket
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import NodeRef, Refusal, Reserve, Reserved, StepTokens, decode, encode
+from flowkv_common.wire.messages import NodeRef, Refusal, StepTokens, decode, encode
 from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_node.host import serve_node, served_model
@@ -39,7 +39,7 @@ async def test_the_second_of_an_id_says_why_it_does_not_serve_and_disturbs_nobod
         assert await mine.generate(node, node, [30] * 20, max_tokens=8) == expected
 
 
-async def test_a_node_that_finds_another_life_in_its_place_gives_its_work_back_and_ends(
+async def test_a_node_that_finds_another_incarnation_in_its_place_gives_its_work_back_and_ends(
     nats_server: NatsServer, bus: Bus, model: LoadedModel
 ) -> None:
     own = node_settings(nats_server, model, "n0")
@@ -54,18 +54,7 @@ async def test_a_node_that_finds_another_life_in_its_place_gives_its_work_back_a
             serve_node(own, "mixed", served_model(model, own), ROLES, asyncio.Event())
         )
         node = (await first(heard, lambda report: report.ready)).node
-        request = Reserve(
-            transfer_id="r.0",
-            node=node,
-            fingerprint=model.card.fingerprint,
-            prefill=NodeRef(node_id="other", incarnation="1"),
-            gateway_id="g",
-            num_tokens=9,
-            block_hashes=[],
-            run_lengths=[],
-            expires_in_s=60.0,
-        )
-        await bus.request(subjects.at(subjects.DECODE_RESERVE, "n0"), request, Reserved, timeout_s=5)
+        await Client(bus, model.card.fingerprint).reserve(node, 9)
         async with asyncio.timeout(10):
             bucket = await open_bucket(bus, subjects.NODES_BUCKET, ttl_s=6.0)
             record = decode((await bucket.get("n0")).value or b"", NodeDescriptor)

@@ -18,7 +18,7 @@ from tiny_models import make_tiny_model
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, NodeRef, Release, Reserve, Reserved
+from flowkv_common.wire.messages import NodeRef, Release, Reserve
 from flowkv_prefill import prompts
 
 NUM_BLOCKS = 12
@@ -40,27 +40,6 @@ class Pair(NamedTuple):
         """After their integrity checks."""
         books = [await check(self.bus, node.node_id) for node in (self.a, self.b)]
         return all((b.num_requests, b.num_reservations, b.blocks.leased) == (0, 0, 0) for b in books)
-
-    async def reserve_at_a(self) -> Reserved:
-        """Nearly all of A's blocks, as another node would for a prompt of its own."""
-        request = Reserve(
-            transfer_id="other.0",
-            node=self.a,
-            fingerprint=self.client.fingerprint,
-            prefill=NodeRef(node_id="c", incarnation="1"),
-            gateway_id=self.client.gateway_id,
-            num_tokens=LONG_PROMPT,
-            block_hashes=[],
-            run_lengths=[],
-            expires_in_s=60.0,
-        )
-        return await self.bus.request(
-            subjects.at(subjects.DECODE_RESERVE, "a"), request, Reserved, timeout_s=5
-        )
-
-    async def release_at_a(self, reserved: Reserved) -> None:
-        message = Release(transfer_id=reserved.transfer_id, token=reserved.token)
-        await self.bus.request(subjects.at(subjects.DECODE_RELEASE, "a"), message, Accepted, timeout_s=5)
 
 
 @pytest.fixture
@@ -104,7 +83,7 @@ class Overheard:
 @pytest.mark.usefixtures("impatient")
 async def test_who_waits_in_vain_gives_its_reservation_back(pair: Pair, model_path: Path) -> None:
     released, asked = Overheard(), Overheard()
-    held = await pair.reserve_at_a()
+    held = await pair.client.reserve(pair.a, LONG_PROMPT, "other.0")  # nearly all of its blocks
     prompt_ids = random.Random(1).choices(range(20, 500), k=LONG_PROMPT)
     async with (
         await pair.bus.subscribe(subjects.at(subjects.DECODE_RELEASE, "b"), Release, released),
@@ -117,7 +96,7 @@ async def test_who_waits_in_vain_gives_its_reservation_back(pair: Pair, model_pa
         await released.wait_for(2)
         await asked.wait_for(3)
         assert not output.done()
-        await pair.release_at_a(held)
+        await pair.client.release(pair.a, held)
         taken_on = await first(heard, lambda report: report.num_sequences_accepted > 0)
     assert taken_on.num_rooms_given == 1  # however often it came back
     assert len(output.result()) == 5

@@ -19,7 +19,7 @@ from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.transport.base import KVLink
 from flowkv_node.attempts import Cause
 from flowkv_prefill import handoff
-from flowkv_prefill.handoff import Span, split_at
+from flowkv_prefill.handoff import split_at
 
 
 @pytest.fixture
@@ -210,14 +210,14 @@ async def test_a_link_that_comes_in_time_is_used(pair: Pair) -> None:
     ("spans", "hidden_s", "exposed_s"),
     [
         ([], 0.0, 0.0),
-        ([Span(1.0, 2.0)], 1.0, 0.0),
-        ([Span(5.0, 7.0)], 0.0, 2.0),
-        ([Span(4.0, 5.0)], 1.0, 0.0),
-        ([Span(3.0, 7.0)], 2.0, 2.0),  # under way when the last chunk was done
-        ([Span(1.0, 2.0), Span(4.5, 5.5), Span(5.5, 8.5)], 1.5, 3.5),
+        ([(1.0, 2.0)], 1.0, 0.0),
+        ([(5.0, 7.0)], 0.0, 2.0),
+        ([(4.0, 5.0)], 1.0, 0.0),
+        ([(3.0, 7.0)], 2.0, 2.0),  # under way when the last chunk was done
+        ([(1.0, 2.0), (4.5, 5.5), (5.5, 8.5)], 1.5, 3.5),
     ],
 )
 def test_sends_are_hidden_until_the_last_chunk_is_computed(
-    spans: list[Span], hidden_s: float, exposed_s: float
+    spans: list[tuple[float, float]], hidden_s: float, exposed_s: float
 ) -> None:
     assert split_at(5.0, spans) == (hidden_s, exposed_s)

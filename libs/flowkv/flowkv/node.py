@@ -18,7 +18,7 @@ from flowkv_engine.engine.fetch import default_cache_dir
 
 log = logging.getLogger(__name__)
 
-ROLES = ("prefill", "decode", "mixed")
+STARTING_ROLES = ("prefill", "decode", "mixed")
 
 
 def main(default_role: str) -> None:
@@ -29,8 +29,8 @@ def main(default_role: str) -> None:
     arguments = sys.argv[1:]
     named = bool(arguments) and not arguments[0].startswith("-")
     role = arguments.pop(0) if named else default_role
-    if role not in ROLES:
-        raise SystemExit(f"settings: unknown role {role!r}: choose one of {', '.join(ROLES)}")
+    if role not in STARTING_ROLES:
+        raise SystemExit(f"settings: unknown role {role!r}: choose one of {', '.join(STARTING_ROLES)}")
     settings = load_settings(NodeSettings, arguments)
     setup_logs(role)
     # Compute threads spin some 50 us for the next kernel, or each of a step's would wake them anew; not for

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import msgspec
 
@@ -47,13 +46,6 @@ FIRST_RETRY_S = 0.02
 LONGEST_RETRY_S = 0.5
 
 
-class Span(NamedTuple):
-    """Of one send, waiting for the link included; on the monotonic clock."""
-
-    began: float
-    ended: float
-
-
 class Handoff:
     """One attempt's way to one decode node. Made by `reserve()`."""
 
@@ -69,7 +61,7 @@ class Handoff:
         self._num_landed = reserved.num_cached_blocks
         self._turn = asyncio.Lock()  # one send at a time: each begins where the one before ended
         self._sent: list[TransferStats] = []
-        self._spans: list[Span] = []
+        self._spans: list[tuple[float, float]] = []  # when each began and ended, waiting included
 
     async def keep_reserved(self) -> None:
         """Until cancelled: renew the reservation."""
@@ -103,7 +95,7 @@ class Handoff:
             copies = align(source, self._target[self._num_landed : num_ready])
             began = time.monotonic()
             self._sent.append(await self._link.send_blocks(self._request.transfer_id, self._token, copies))
-            self._spans.append(Span(began, time.monotonic()))
+            self._spans.append((began, time.monotonic()))
             self._node.handoffs.confirm_send(self._run.decode.node_id)
             self._num_landed = num_ready
 
@@ -209,7 +201,7 @@ async def _ask_room(node: Node, request: Reserve) -> Reserved:
     return await node.bus.request(subject, request, Reserved, timeout_s=CONTROL_TIMEOUT_S)
 
 
-def split_at(instant: float, spans: Iterable[Span]) -> tuple[float, float]:
+def split_at(instant: float, spans: Iterable[tuple[float, float]]) -> tuple[float, float]:
     """Seconds of `spans` before `instant` and after it."""
     before = after = 0.0
     for began, ended in spans:
