@@ -18,10 +18,6 @@ class WrappedLink:
         self._link = link
 
     @property
-    def closed(self) -> bool:
-        return self._link.closed
-
-    @property
     def is_lost(self) -> bool:
         return self._link.is_lost
 

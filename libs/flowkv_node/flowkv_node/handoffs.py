@@ -4,8 +4,8 @@
 | --- | --- |
 | asks for room at the decode node | that node answers, even if only that it is full |
 | waits for blocks here | a step ends at this node, blocks come back, or a reservation here is renewed |
-| is computed | a step ends at this node, whoever is in it |
-| is handed over | a send to its decode node is confirmed, whichever handoff's |
+| is computed | any step ends at this node |
+| is handed over | a send to its decode node is confirmed, also another handoff's |
 
 Each of these waits has a deadline of seconds; joining a communicator, within a send, may take two minutes. So
 a handoff that has made no progress for three, and for as long as a slow link takes for its bytes, waits for

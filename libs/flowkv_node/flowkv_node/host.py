@@ -276,7 +276,7 @@ async def _drain(node: Node) -> None:
     """Take nothing new, let what is here finish; what remains at the deadline is given back to gateways."""
     node.drain()
     log.info("draining %s: %d requests", node.ref.node_id, len(node.attempts))
-    if not node.bus.is_closed:  # else nobody hears of what it finishes
+    if not node.bus.is_closed:  # else no gateway hears of what it finishes
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(node.settings.drain_timeout_s):
                 await node.attempts.wait_empty()

@@ -42,17 +42,12 @@ class SwitchedLink:
     def __init__(self, link: KVLink) -> None:
         self._link = link
         self._num_sends: Counter[KVLink] = Counter()  # of each that has any, also of one that was replaced
-        self._is_closed = False
         self._some_ended = asyncio.Event()
         self._some_failed = asyncio.Event()
 
     @property
     def name(self) -> str:
         return self._link.name
-
-    @property
-    def closed(self) -> bool:
-        return self._is_closed
 
     @property
     def is_lost(self) -> bool:
@@ -90,7 +85,6 @@ class SwitchedLink:
 
     async def close(self) -> None:
         """Ends the link, after the transfers under way. Idempotent."""
-        self._is_closed = True
         for link in {self._link, *self._num_sends}:
             await link.close()
 
@@ -277,7 +271,7 @@ class Links:
             log.warning("KV goes to %s by %s, not by %s", node_id, name, pair.reasons(preferred))
         else:
             log.info("linked to %s by %s", node_id, name)
-        pair.has_link.set()  # nobody hears of it before a lost link is replaced below
+        pair.has_link.set()  # the waiter runs after the link is in place
         if pair.link is None:
             pair.link = SwitchedLink(link)
             self._links[node_id] = (pair.peer, pair.link)

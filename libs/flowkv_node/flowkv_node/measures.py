@@ -132,7 +132,7 @@ class StepCounts(NamedTuple):
 
     @classmethod
     def of(cls, items: Iterable[WorkItem]) -> StepCounts:
-        """Of a step that is about to run. One token is decoded, whoever asked for it; more are a prompt."""
+        """Of a step that is about to run. One token counts as decoded, for either role; more are a prompt."""
         num_prefill_tokens = num_attended = num_sequences = num_context_tokens = 0
         for sequence, num_tokens in items:
             num_before = sequence.num_computed_tokens

@@ -324,7 +324,7 @@ class Outputs:
         output.finish_reason = chunk.finish_reason
 
     def end(self, transfer_id: str) -> None:
-        """The sequence has left, for whatever reason; its output is kept for `KEEP_S`."""
+        """The sequence has left, for any reason; its output is kept for `KEEP_S`."""
         self._ended.append((time.monotonic(), transfer_id))
 
     def since(self, transfer_id: str, from_index: int) -> TokenChunk | None:

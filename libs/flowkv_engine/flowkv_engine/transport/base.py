@@ -33,9 +33,6 @@ class KVLink(Protocol):
         """That of the connector."""
 
     @property
-    def closed(self) -> bool: ...
-
-    @property
     def is_lost(self) -> bool:
         """Whether the last send could not reach the peer by this transport. Another transport may."""
 
