@@ -56,7 +56,11 @@ def test_the_cpu_is_everybodys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("gpu", "cpu, cuda, or cuda:1"), ("meta", "computes on cpu and cuda"), ("cuda:9", "torch sees")],
+    [
+        ("gpu", "choose one of cpu, cuda, cuda:1"),
+        ("meta", "choose one of cpu, cuda"),
+        ("cuda:9", "torch sees"),
+    ],
 )
 def test_what_is_no_device_is_said(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message), claimed(name, tmp_path):

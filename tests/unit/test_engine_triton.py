@@ -21,9 +21,8 @@ from flowkv_engine.engine.gpu import attention as attention_triton
 from flowkv_engine.engine.gpu import graphs
 from flowkv_engine.engine.gpu.attention import (
     NUM_ROWS,
-    Decoding,
-    Prompts,
     SplitKV,
+    Step,
     TritonAttention,
     query_tiles,
 )
@@ -91,10 +90,9 @@ def test_of_an_empty_place_nothing_is_read_or_written() -> None:
     attention = TritonAttention(pool)
     rows = torch.tensor([0, 10**8], dtype=torch.int32)  # far behind the memory of the step
     tables = torch.tensor([[3, 4], [0, 0]], dtype=torch.int32)
-    decoding = Decoding(rows, tables, torch.tensor([6, 0], dtype=torch.int32))
-    none = torch.full((3,), -1, dtype=torch.int32)
-    prompts = Prompts(tables, decoding.context_lens, torch.zeros(3, dtype=torch.int32), none, none)
-    attention.bind_tensors(torch.tensor([3 * 8 + 5, -1]), decoding, prompts)
+    lens = torch.tensor([6, 0], dtype=torch.int32)
+    no_tiles = torch.full((2, 3), -1, dtype=torch.int32)
+    attention.step = Step(torch.tensor([3 * 8 + 5, -1]), tables, lens, rows, lens, no_tiles)
     states = torch.randn(2, 2, 16)
     attention.write(1, states, states)
     assert torch.equal(pool[3, 1, 0, 5], states[0])

@@ -23,11 +23,12 @@ ARGUMENTS: dict[Any, tuple[dict[str, str], dict[str, int]]] = {
         {**HEADS, "group_size": 4, "num_rows": 64, "tile_len": 64},
     ),
     kernels.attend_splits: (
-        {"splits": "*fp32", "log_sums": "*fp32"} | dict.fromkeys(("rows", "tables", "context_lens"), NUMBERS),
+        {"splits": "*fp32", "log_sums": "*fp32"}
+        | dict.fromkeys(("query_starts", "tables", "context_lens"), NUMBERS),
         {**HEADS, **SPLITS, "group_size": 4, "padded_group": 16},
     ),
     kernels.merge_splits: (
-        {"splits": "*fp32", "log_sums": "*fp32", "rows": NUMBERS, "context_lens": NUMBERS},
+        {"splits": "*fp32", "log_sums": "*fp32", "query_starts": NUMBERS, "context_lens": NUMBERS},
         {**SPLITS, "head_dim": 128, "padded_dim": 128},
     ),
     kernels.add_and_norm: ({}, {"num_dims": 4096, "padded_dims": 4096, "adds": True}),

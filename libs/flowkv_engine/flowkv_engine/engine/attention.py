@@ -23,7 +23,7 @@ class Attention(Protocol):
     name: str  # "torch", "cpu" or "triton"
 
     def bind(self, batch: PackedBatch) -> None:
-        """Makes `batch` the one that the calls below are about."""
+        """Prepares for the step of `batch`."""
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Stores the step's keys and values, both [T, num_kv_heads, head_dim], at the batch's slots."""

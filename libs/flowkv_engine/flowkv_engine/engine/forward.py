@@ -14,7 +14,7 @@ from flowkv_engine.engine.llama import FlatForward, flat_weights
 
 # The name of our attention function in `transformers`.
 IMPLEMENTATION = "flowkv"
-# What some models want of attention, and we don't do.
+# Keyword arguments of attention that some models pass and FlowKV does not compute.
 UNSUPPORTED = {"softcap": "caps on scores", "s_aux": "attention sinks", "position_bias": "a position bias"}
 
 
@@ -22,8 +22,8 @@ class UnsupportedModel(CannotStart):
     """The model can't be served; the message says why."""
 
 
-# A packed row in, logits of some of its places out: token ids [T], position ids [T], places [S], all int64 ->
-# [S, vocab]. The step's attention is bound before.
+# Token ids [T], position ids [T] and places to sample from [S], all int64 -> logits [S, vocab]. The attention
+# is bound to the step before.
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

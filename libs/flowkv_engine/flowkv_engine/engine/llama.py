@@ -46,13 +46,6 @@ class FlatWeights(NamedTuple):
     sin: Tensor
 
 
-class Linear(NamedTuple):
-    """`x @ weight.T + bias`."""
-
-    weight: Tensor  # [out, in]
-    bias: Tensor | None  # [out]
-
-
 @torch.no_grad()
 def flat_weights(model: nn.Module) -> FlatWeights | None:
     """The parts of `model`, or `None` if it is not of the Llama family."""
@@ -100,8 +93,11 @@ def flat_weights(model: nn.Module) -> FlatWeights | None:
 
 
 @torch.no_grad()
-def fuse(*linears: nn.Linear) -> Linear:
-    """One projection in place of several of the same input; theirs become views of it."""
+def fuse(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight [out, in] and bias [out] of one projection for several of the same input.
+
+    Their own weights become views of it.
+    """
     sizes = [linear.out_features for linear in linears]
     weight = torch.cat([linear.weight.detach() for linear in linears])
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
@@ -109,7 +105,7 @@ def fuse(*linears: nn.Linear) -> Linear:
         part.weight.data = view
     if weight.is_cuda:
         torch.cuda.empty_cache()  # what was fused is free now, and too small for the next
-    return Linear(weight, torch.cat(biases) if biases else None)
+    return weight, torch.cat(biases) if biases else None
 
 
 class FlatForward:

@@ -1,4 +1,4 @@
-"""Loads a model folder: checks it, reads its weights, and says what others must know of it."""
+"""Loads a model folder: checks it, reads its weights, and describes it to the node."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DUMMY_SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """Weights on their device, and what others must know of them."""
+    """Weights on their device, and what a node needs to know about them."""
 
     module: nn.Module
     device: torch.device
@@ -125,11 +125,8 @@ def kv_dtype(wanted: str, weights: torch.dtype) -> str:
     return str(weights).removeprefix("torch.") if wanted == "auto" else wanted
 
 
-# --- Which tokens end a text ---
-
-
 class _EosFields(msgspec.Struct):
-    """What generation_config.json, config.json and the tokenizer's configs say of it."""
+    """What generation_config.json, config.json and the tokenizer's configs say about the end of a text."""
 
     eos_token_id: int | list[int] | None = None
     text_config: _EosFields | None = None  # a model of several parts keeps its ids there
@@ -184,7 +181,7 @@ def eos_token_ids(folder: Path, config: PretrainedConfig) -> list[int]:
 
 
 def _read(file: Path, fields: type[_Fields]) -> _Fields:
-    """Of an absent file the defaults. By Python's json, as published files have NaN and Infinity in them."""
+    """The file's fields, or defaults without one. With Python's json: published files hold NaN, Infinity."""
     try:
         return msgspec.convert(json.loads(file.read_bytes()) if file.exists() else {}, fields)
     except ValueError as error:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -107,8 +107,10 @@ class Runner:
 
 @contextlib.contextmanager
 def _current(device: torch.device) -> Iterator[None]:
-    """Kernels of this thread go to the device, and have ended when the block ends, also by an error: others
-    read what they wrote, blocks are given away, and a step's time is that of its kernels."""
+    """Kernels of this thread go to the device, and have ended when the block ends, also by an error.
+
+    Other readers see what they wrote, freed blocks are no longer written, and a step's time is theirs.
+    """
     if device.type != "cuda":
         yield
         return
@@ -119,23 +121,16 @@ def _current(device: torch.device) -> Iterator[None]:
             torch.cuda.current_stream().synchronize()
 
 
-class Engine(Protocol):
-    """What a node asks of an engine: steps, one after the other, in the order asked for.
+class Engine(contextlib.AbstractAsyncContextManager["Engine"], Protocol):
+    """Runs steps one after the other, in the order asked for. An async context manager.
 
-    An async context manager. A step that is cancelled while it waits or runs goes on, and its result is
-    dropped: its blocks may be written until a later step returns. `tests/contract/test_engines.py` holds
-    every engine to it.
+    A cancelled step goes on, whether it waits or runs, and its result is dropped: its blocks may be written
+    until a later step returns. `tests/contract/test_engines.py` tests every engine.
     """
 
     @property
     def busy_since(self) -> float | None:
         """Monotonic seconds; None while there is no work."""
-
-    async def __aenter__(self) -> Self: ...
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
 
     async def step(self, batch: PackedBatch) -> Result:
         """One result per item of the batch; raises what computing it raises. `DeviceLost` is the end."""
@@ -199,5 +194,5 @@ class EngineThread:
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
+    with contextlib.suppress(RuntimeError):  # the loop has closed: no one waits
         loop.call_soon_threadsafe(callback, *args)

@@ -54,9 +54,8 @@ def has_penalties(sampling: SamplingParams) -> bool:
 def sample(logits: Tensor, inputs: list[SampleInput], eos_token_ids: list[int]) -> list[Sampled]:
     """One token per row of `logits` [n, vocab], any float dtype.
 
-    `min_tokens` holds `eos_token_ids` back, and the request's own `stop_token_ids`.
-
-    Raises FloatingPointError if a row has no finite maximum.
+    Until `min_tokens` outputs, `eos_token_ids` and the request's `stop_token_ids` are masked. Raises
+    `FloatingPointError` if a row has no finite maximum.
     """
     top = logits.max(dim=-1)  # NaN counts as the greatest, so the maximum shows any
     rows = [row for row, value in enumerate(top.values.tolist()) if not math.isfinite(value)]
@@ -87,10 +86,10 @@ def sample(logits: Tensor, inputs: list[SampleInput], eos_token_ids: list[int]) 
 
 
 def _adjusted(raw: Tensor, input: SampleInput, eos_token_ids: list[int]) -> Tensor | None:
-    """The row with penalties, bias and ends of text masked, as a new fp32 tensor; `None` if it has none."""
+    """The row with penalties and bias applied and stops masked, as a new fp32 tensor; `None` if unchanged."""
     sampling = input.sampling
-    holds_stops_back = input.output_index < sampling.min_tokens
-    if not (has_penalties(sampling) or sampling.logit_bias or holds_stops_back):
+    masks_stops = input.output_index < sampling.min_tokens
+    if not (has_penalties(sampling) or sampling.logit_bias or masks_stops):
         return None
     row = raw.float().clone()
     if sampling.repetition_penalty != 1:  # makes seen tokens less likely, whatever the sign of their logit
@@ -104,7 +103,7 @@ def _adjusted(raw: Tensor, input: SampleInput, eos_token_ids: list[int]) -> Tens
     for token_id, bias in sampling.logit_bias.items():
         if 0 <= token_id < len(row):  # an unknown token has no logit: it must not cost the batch its step
             row[token_id] += bias
-    if holds_stops_back:
+    if masks_stops:
         stops = {*eos_token_ids, *sampling.stop_token_ids}
         row[_index((token_id for token_id in stops if 0 <= token_id < len(row)), row)] = -torch.inf
     return row
@@ -116,10 +115,10 @@ def _index(token_ids: Iterable[int], row: Tensor) -> Tensor:
 
 def _draw(logits: Tensor, inputs: list[SampleInput]) -> list[int]:
     """A token per row of `logits` [n, vocab], to which temperature is applied."""
-    peaks = logits.amax(-1, keepdim=True)
+    highest = logits.amax(-1, keepdim=True)
     # In double precision, so that the order of the sum, which depends on the number of rows, does not show.
-    totals = (logits - peaks).exp_().sum(-1, keepdim=True, dtype=torch.float64).log_()
-    log_totals = (peaks + totals).float()  # [n, 1]
+    totals = (logits - highest).exp_().sum(-1, keepdim=True, dtype=torch.float64).log_()
+    log_totals = (highest + totals).float()  # [n, 1]
     vocab_size = logits.shape[1]
     tokens = [-1] * len(logits)
     rows, length = list(range(len(logits))), min(PREFIX_LEN, vocab_size)
@@ -157,12 +156,26 @@ def _most_likely(logits: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 def _place(probabilities: NDArray[np.float64], vocab_size: int, input: SampleInput) -> int | None:
     """Where the draw falls in the descending `probabilities`; `None` if it takes more of them to tell."""
-    sampling, cumulative = input.sampling, probabilities.cumsum()
+    sampling, length, cumulative = input.sampling, len(probabilities), probabilities.cumsum()
     # Counter-based: the number depends on seed and place alone, so no generator state has to travel.
     philox = np.random.Philox(key=sampling.seed % 2**64, counter=input.output_index)
     uniform = float(np.random.Generator(philox).random())  # in [0, 1)
-    num_kept = _num_kept(probabilities, cumulative, vocab_size, sampling)
-    if num_kept is not None:
+
+    top_k = sampling.top_k if 0 < sampling.top_k < vocab_size else vocab_size
+    if top_k <= length:
+        num_kept, mass = top_k, cumulative[top_k - 1]
+    elif sampling.top_k == 0:
+        num_kept, mass = vocab_size, 1.0
+    else:
+        return None  # top_p is a share of what top_k leaves
+    if sampling.top_p < 1:
+        num_kept = min(num_kept, int(cumulative.searchsorted(sampling.top_p * mass)) + 1)
+    if sampling.min_p > 0:
+        num_likely = int((probabilities >= sampling.min_p * probabilities[0]).sum())
+        if num_likely < length:
+            num_kept = min(num_kept, num_likely)
+
+    if num_kept <= length:
         cumulative = cumulative[:num_kept]
         target = uniform * cumulative[-1]
     elif sampling.top_k == 0 and sampling.top_p >= 1 and sampling.min_p <= 0 and uniform < cumulative[-1]:
@@ -172,30 +185,6 @@ def _place(probabilities: NDArray[np.float64], vocab_size: int, input: SampleInp
     # The last place with any probability, in case rounding has put the target at the very end.
     last = cumulative.searchsorted(cumulative[-1])
     return min(int(cumulative.searchsorted(target, side="right")), int(last))
-
-
-def _num_kept(
-    probabilities: NDArray[np.float64],
-    cumulative: NDArray[np.float64],
-    vocab_size: int,
-    sampling: SamplingParams,
-) -> int | None:
-    """How many of the most likely tokens stay in the draw; `None` if the cut lies behind what is known."""
-    length = len(cumulative)
-    top_k = sampling.top_k if 0 < sampling.top_k < vocab_size else vocab_size
-    if top_k <= length:
-        num_kept, mass = top_k, cumulative[top_k - 1]
-    elif sampling.top_k == 0:
-        num_kept, mass = vocab_size, 1.0
-    else:
-        return None  # top_p is a part of what top_k leaves
-    if sampling.top_p < 1:
-        num_kept = min(num_kept, int(cumulative.searchsorted(sampling.top_p * mass)) + 1)
-    if sampling.min_p > 0:
-        num_likely = int((probabilities >= sampling.min_p * probabilities[0]).sum())
-        if num_likely < length:
-            num_kept = min(num_kept, num_likely)
-    return num_kept if num_kept <= length else None
 
 
 def _logprob(logits: Tensor, token_id: int, num_top: int | None) -> TokenLogprob | None:

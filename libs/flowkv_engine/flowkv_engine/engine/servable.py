@@ -1,7 +1,7 @@
-"""Which models are served: those whose answers are `transformers`' own. Any other one is refused in words.
+"""Which models are served: those that answer as `transformers` does. Others are refused with a reason.
 
-Before weights are read: the config, a run without weights, the headers of the weight files. Before the node
-is ready: logits. Whatever would be left out of a model, or made up for it, is a refusal. See docs/models.md.
+Four checks (docs/models.md). Before weights are read: the config, a run without weights, the headers of the
+weight files. Before the node is ready: logits.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ MASK_SAMPLES = 64  # positions at either end of the context, where a mask is loo
 
 NAMES_SHOWN = 3  # in a message
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-# Buffers that older versions of `transformers` wrote (each model computes its own), and what no model reads
-# itself: layers that guess further tokens for a drafter, and a head that valued answers in training.
+# Tensors that no model reads: buffers of older versions of `transformers` (each model computes its own),
+# layers of a drafter, a value head of training.
 HARMLESS = (
     r"\.(inv_freq|cos_cached|sin_cached|position_ids|masked_bias)$",
     r"(^|\.)mtp(\.|_)",
     r"^v_head\.",
 )
 MASK_DTYPES = {torch.bool, torch.uint8}
-DEQUANTIZED = "fp8"  # quantized weights that are read: as the floats that they stand for
+DEQUANTIZED = "fp8"  # the one quantization that is read: its weights become floats while they are loaded
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# What other tools write beside config.json, each for weights that are not floats.
+# Files that quantizers write beside config.json.
 QUANTIZER_FILES = {
     "hf_quant_config.json": "ModelOpt",
     "quantize_config.json": "GPTQ",
@@ -59,15 +59,15 @@ QUANTIZER_FILES = {
 }
 
 PROMPT_LENS = (9, 6)  # tokens; the last one of each is computed in a step of its own
-# How far logits may lie from the model's own, as a share of their spread and in units of rounding: 3 % in
-# float32, 50 % in bfloat16. Rounding costs up to 35 units; another position, mask or neighbour 20 % or more.
+# Logits may differ from the model's own by 64 units of rounding, as a share of their spread: 3 % in float32,
+# 50 % in bfloat16. Rounding costs up to 35 units; a wrong position, mask or neighbour costs 20 % or more.
 TOLERANCE = 64.0
-FINEST = 5e-4  # a GPU may multiply float32 with 11 bits
+LEAST_EPS = 5e-4  # a GPU may multiply float32 with 11 bits
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what `transformers` prints while it builds and loads a model."""
+    """`transformers` prints nothing while it builds and loads a model."""
     verbosity, has_bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -83,11 +83,8 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-# --- The config, and a run without weights ---
-
-
 def check_config(folder: Path) -> tuple[PretrainedConfig, tuple[int, int, int]]:
-    """The folder's config, and the shape of such a model's KV: layers, KV heads, head dimension.
+    """The folder's config, and the shape of the model's KV: layers, KV heads, head dimension.
 
     Raises `UnsupportedModel` if FlowKV can't serve such a model.
     """
@@ -103,7 +100,7 @@ def check_config(folder: Path) -> tuple[PretrainedConfig, tuple[int, int, int]]:
         ) from error
     try:
         reason = _why_not(config)
-    except Exception as error:  # configs answer a question that they can't with errors of their own
+    except Exception as error:  # a config that lacks a field may raise anything
         reason = f"its config does not say what is needed: {_first_line(error)}"
     if reason is None:
         try:
@@ -137,21 +134,21 @@ def _why_not(config: PretrainedConfig) -> str | None:
 
 
 def max_model_len(config: PretrainedConfig) -> int:
-    """The longest sequence that full attention with fixed positions computes as the model means it."""
+    """The longest sequence for which full attention with fixed positions equals the model."""
     limits = [int(config.max_position_embeddings)]
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     is_used = "sliding_attention" in types if types else getattr(config, "use_sliding_window", True)
     if window and is_used:
-        limits.append(int(window))  # up to its length it is full attention
+        limits.append(int(window))  # up to its length, a window is full attention
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        # Beyond this length all positions rotate differently, those whose keys are cached too.
+        # Beyond this length all positions rotate differently, also those whose keys are cached.
         limits.append(int(rope["original_max_position_embeddings"]))
     return min(limits)
 
 
 def _dry_run(config: PretrainedConfig) -> tuple[int, int, int]:
-    """Layers, KV heads and head dimension of what such a model writes, seen on torch's meta device.
+    """Runs the model on torch's meta device -> layers, KV heads and head dimension of the KV it writes.
 
     Raises `UnsupportedModel`, with the reason, if it can't be served.
     """
@@ -186,7 +183,7 @@ def _dry_run(config: PretrainedConfig) -> tuple[int, int, int]:
 
 
 class _Witness:
-    """An `Attention` that computes nothing and remembers what it was asked for."""
+    """An `Attention` that computes nothing and records what is written."""
 
     name = "witness"
 
@@ -204,7 +201,7 @@ class _Witness:
 
 
 class _Values(TorchFunctionMode):
-    """Where a model asks a tensor without values for one, it is 1 or true; no place of it is not zero."""
+    """Answers for tensors without values: each value is 1 or true, and `nonzero` finds none."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -229,13 +226,13 @@ def _wanted_mask(
     config: PretrainedConfig,
     **kwargs: Any,
 ) -> Tensor | None:
-    """None where the mask is causal as far as the model is served, else a mask, which attention refuses."""
+    """None if the mask is causal up to `max_model_len`; else some mask, which `paged_attention` refuses."""
     end = max_model_len(config)
     samples = sorted({*range(min(MASK_SAMPLES, end)), *range(max(0, end - MASK_SAMPLES), end)})
     positions = torch.tensor(samples, device="cpu")
     query, key = positions.view(1, 1, -1, 1), positions.view(1, 1, 1, -1)
     zero = torch.zeros_like(query[:, :, :1])
-    with contextlib.suppress(RuntimeError):  # it asks for values of the model's inputs
+    with contextlib.suppress(RuntimeError):  # raised if it reads values of the model's inputs
         allowed = mask_function(zero, zero, query, key)
         if not allowed.is_meta and bool((allowed == (key <= query)).all()):
             return None
@@ -246,33 +243,30 @@ AttentionInterface.register(DRY_RUN, paged_attention)
 AttentionMaskInterface.register(DRY_RUN, _wanted_mask)
 
 
-# --- The weight files, by their headers ---
-
-
 def check_weights(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
     """`config` such that `transformers` makes plain floats of the weights in `folder`, on any device.
 
-    Raises `UnsupportedModel` if it can't, or if the files hold less than the model, or more. Loads them as
-    `transformers` would, but on torch's meta device: of every tensor the name, type and shape.
+    Raises `UnsupportedModel` if it can't, or if a tensor is missing or has no place in the model. Loads the
+    files as `transformers` does, but on torch's meta device: only name, type and shape of each tensor.
     """
     config = _with_quantization(folder, config)
     tensors = _headers(folder)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     ignored = [*HARMLESS, *(model_class._keys_to_ignore_on_load_unexpected or [])]
-    # Causal masks that models once kept as a buffer, under the name of a bias.
+    # Causal masks, which models once kept as a buffer under the name of a bias.
     ignored += [
         f"^{re.escape(name)}$"
         for name, tensor in tensors.items()
         if re.search(r"\.(attn|attention)\.bias$", name) and tensor.dtype in MASK_DTYPES and tensor.ndim >= 2
     ]
-    # Layers for a drafter that a config tells of: they are numbered on behind the last one.
+    # Layers of a drafter that the config names: they are numbered on behind the last layer.
     num_drafting = getattr(config, "num_nextn_predict_layers", None) or 0
     ignored += [rf"\.layers\.{config.num_hidden_layers + i}\." for i in range(num_drafting)]
 
     def used(names: Iterable[str]) -> list[str]:
         return sorted(name for name in names if not any(re.search(pattern, name) for pattern in ignored))
 
-    # Integers and small floats need scales to mean anything: the config must say how to apply them.
+    # Integers and small floats need scales, and the config must say how to apply them.
     packed = [name for name in used(tensors) if tensors[name].dtype not in FLOATS]
     if packed and getattr(config, "quantization_config", None) is None:
         dtypes = sorted({str(tensors[name].dtype).removeprefix("torch.") for name in packed})
@@ -306,7 +300,7 @@ def check_weights(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _with_quantization(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
-    """The config, set to dequantize where its weights are quantized in the one way that is read."""
+    """The config, set to dequantize weights of the one quantization that is read."""
     if (folder / "adapter_config.json").is_file():  # a merged model may have kept it
         adapters = [name for name in ADAPTER_FILES if (folder / name).is_file()]
         if adapters or not weight_files(folder):
@@ -351,25 +345,22 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + more
 
 
-# --- Logits ---
-
-
 class SelfCheck:
-    """Two short prompts and what the model itself makes of them: a forward pass of its modules for each."""
+    """Compares logits of two short prompts with those of the model's own modules."""
 
     def __init__(self, module: nn.Module, pool: Tensor, max_model_len: int, vocab_size: int) -> None:
-        """To be made while `module` has its weights. A pool of one block has room for one prompt only."""
+        """Runs the modules: make it before weights are packed. A pool of one block gets one prompt."""
         num_blocks, self._block_size = pool.shape[0], pool.shape[3]
         longest = min(self._block_size, max_model_len)
         lens = [min(wanted, longest) for wanted in PROMPT_LENS[:num_blocks]] if longest > 1 else []
         generator = torch.Generator().manual_seed(0)
         dtypes = {next(module.parameters()).dtype, pool.dtype}
-        self._tolerance = TOLERANCE * max(FINEST, *(torch.finfo(dtype).eps for dtype in dtypes))
+        self._tolerance = TOLERANCE * max(LEAST_EPS, *(torch.finfo(dtype).eps for dtype in dtypes))
         self._prompts = [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lens]
         self._expected = [_plain_logits(module, prompt) for prompt in self._prompts]
 
     def compare(self, logits_of: Callable[[PackedBatch], Tensor]) -> None:
-        """`logits_of` computes a batch: logits [S, vocab]. Raises `UnsupportedModel` if they are others."""
+        """`logits_of` computes a batch: logits [S, vocab]. Raises `UnsupportedModel` if they differ."""
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
         sequences = [
             Sequence("", 0, "self-check", "", prompt[:-1], [], sampling, 0.0, [block])
@@ -393,7 +384,7 @@ class SelfCheck:
 
 @torch.inference_mode()
 def _plain_logits(module: Any, token_ids: list[int]) -> Tensor:
-    """[len(token_ids), vocab] in float32, with attention as the model's authors wrote it."""
+    """[len(token_ids), vocab] in float32, with the model's own attention."""
     device = next(module.parameters()).device
     with _quiet():
         module.set_attn_implementation("eager")

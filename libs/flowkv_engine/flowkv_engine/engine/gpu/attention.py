@@ -39,25 +39,15 @@ class SplitKV(NamedTuple):
 FEW, MANY = SplitKV(32, 128), SplitKV(16, 1024)
 
 
-class Decoding(NamedTuple):
-    """Items of one token, on the device. Of a place with a context of 0 tokens nothing is read or written."""
+class Step(NamedTuple):
+    """A step's numbers, on the device: int32, but for the slots. Kernels read them when they run."""
 
-    rows: Tensor  # [N] int32, of the step's queries
-    tables: Tensor  # [N, blocks] int32
-    context_lens: Tensor  # [N] int32
-
-
-class Prompts(NamedTuple):
-    """Items of several tokens, on the device, and the tiles of queries that they are cut into.
-
-    A tile of item -1 is empty.
-    """
-
-    tables: Tensor  # [N, blocks] int32
-    context_lens: Tensor  # [N] int32
-    query_starts: Tensor  # [N + 1] int32
-    tile_items: Tensor  # [tiles] int32
-    tile_firsts: Tensor  # [tiles] int32
+    slots: Tensor  # [T] int64; -1: written nowhere
+    tables: Tensor  # [N, blocks]
+    context_lens: Tensor  # [N]
+    query_starts: Tensor  # [N + 1]
+    decode_lens: Tensor | None  # [N], context lengths of items of one token; 0: nothing is read or written
+    tiles: Tensor | None  # [2, tiles] of the queries of longer items, as `query_tiles` says; item -1: none
 
 
 class TritonAttention:
@@ -76,34 +66,30 @@ class TritonAttention:
             "head_dim": self._head_dim,
             "padded_dim": self._padded_dim,
         }
-        self._slots = torch.empty(0, dtype=torch.int64, device=pool.device)
-        self._decoding: Decoding | None = None
-        self._prompts: Prompts | None = None
+        none = torch.empty(0, dtype=torch.int64, device=pool.device)
+        self.step = Step(none, none, none, none, None, None)
 
     def bind(self, batch: PackedBatch) -> None:
-        decodes = batch.query_lens == 1
-        slots, starts, tables = (
-            self._to_device(array) for array in (batch.slots, batch.query_starts, batch.block_tables)
-        )
-        decoding = prompts = None
-        if decodes.any():
-            decoding = Decoding(starts[:-1], tables, self._to_device(batch.decode_lens))
-        if not decodes.all():
-            items, firsts = self._to_device(query_tiles(batch.query_lens))
-            prompts = Prompts(tables, self._to_device(batch.context_lens), starts, items, firsts)
-        self.bind_tensors(slots, decoding, prompts)
+        def to_device(array: NDArray[np.integer]) -> Tensor:
+            return torch.from_numpy(array).to(self._pool.device)
 
-    def bind_tensors(self, slots: Tensor, decoding: Decoding | None, prompts: Prompts | None) -> None:
-        """A step whose numbers are read from these tensors when the kernels run: for graphs."""
-        self._slots, self._decoding, self._prompts = slots, decoding, prompts
+        decodes = batch.query_lens == 1
+        self.step = Step(
+            slots=to_device(batch.slots),
+            tables=to_device(batch.block_tables),
+            context_lens=to_device(batch.context_lens),
+            query_starts=to_device(batch.query_starts),
+            decode_lens=to_device(batch.decode_lens) if decodes.any() else None,
+            tiles=None if decodes.all() else to_device(query_tiles(batch.query_lens)),
+        )
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         key, value = key.to(self._pool.dtype), value.to(self._pool.dtype)
-        kernels.write_kv[(len(self._slots), self._num_kv_heads)](
+        kernels.write_kv[(len(self.step.slots), self._num_kv_heads)](
             self._pool[:, layer],
             key,
             value,
-            self._slots,
+            self.step.slots,
             self._pool.stride(0),
             *key.stride()[:2],
             *value.stride()[:2],
@@ -133,7 +119,7 @@ class TritonAttention:
             qkv,
             query,
             self._pool[:, layer],
-            self._slots,
+            self.step.slots,
             positions,
             cos,
             sin,
@@ -151,14 +137,14 @@ class TritonAttention:
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         pool, result = self._pool[:, layer], torch.empty_like(query, memory_format=torch.contiguous_format)
         scale *= math.log2(math.e)
-        if self._decoding is not None:
-            self._decode(pool, query, result, scale, self._decoding)
-        if self._prompts is not None:
-            self._prefill(pool, query, result, scale, self._prompts)
+        if self.step.decode_lens is not None:
+            self._decode(pool, query, result, scale, self.step.decode_lens)
+        if self.step.tiles is not None:
+            self._prefill(pool, query, result, scale, *self.step.tiles)
         return result
 
-    def _decode(self, pool: Tensor, query: Tensor, result: Tensor, scale: float, decoding: Decoding) -> None:
-        num_items, num_heads = len(decoding.rows), query.shape[1]
+    def _decode(self, pool: Tensor, query: Tensor, result: Tensor, scale: float, decode_lens: Tensor) -> None:
+        num_items, num_heads = len(decode_lens), query.shape[1]
         group_size = num_heads // self._num_kv_heads
         split_kv = MANY if num_items * self._num_kv_heads >= MANY_PAIRS else FEW
         shape = (num_items, num_heads, split_kv.num_splits)
@@ -170,9 +156,11 @@ class TritonAttention:
             result,
             splits,
             log_sums,
-            *decoding,
+            self.step.query_starts,
+            self.step.tables,
+            decode_lens,
             scale,
-            decoding.tables.stride(0),
+            self.step.tables.stride(0),
             pool.stride(0),
             *query.stride()[:2],
             **split_kv._asdict(),
@@ -186,23 +174,29 @@ class TritonAttention:
             splits,
             log_sums,
             result,
-            decoding.rows,
-            decoding.context_lens,
+            self.step.query_starts,
+            decode_lens,
             **split_kv._asdict(),
             tile_len=TILE_LEN,
             head_dim=self._head_dim,
             padded_dim=self._padded_dim,
         )
 
-    def _prefill(self, pool: Tensor, query: Tensor, result: Tensor, scale: float, prompts: Prompts) -> None:
+    def _prefill(
+        self, pool: Tensor, query: Tensor, result: Tensor, scale: float, items: Tensor, firsts: Tensor
+    ) -> None:
         num_heads, item_bytes = query.shape[1], max(query.element_size(), pool.element_size())
-        kernels.attend_prompts[(len(prompts.tile_items), num_heads)](
+        kernels.attend_prompts[(len(items), num_heads)](
             pool,
             query,
             result,
-            *prompts,
+            self.step.tables,
+            self.step.context_lens,
+            self.step.query_starts,
+            items,
+            firsts,
             scale,
-            prompts.tables.stride(0),
+            self.step.tables.stride(0),
             pool.stride(0),
             *query.stride()[:2],
             group_size=num_heads // self._num_kv_heads,
@@ -211,9 +205,6 @@ class TritonAttention:
             tile_len=TILE_LEN,
             num_stages=num_stages(item_bytes * self._padded_dim),
         )
-
-    def _to_device(self, array: NDArray[np.integer]) -> Tensor:
-        return torch.from_numpy(array).to(self._pool.device)
 
 
 def num_stages(head_bytes: int) -> int:

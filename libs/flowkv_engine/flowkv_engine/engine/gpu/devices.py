@@ -19,15 +19,14 @@ log = logging.getLogger(__name__)
 def claimed(name: str, folder: Path) -> Iterator[torch.device]:
     """The device called `name`. "cuda" is the first GPU that no other node has claimed in `folder`.
 
-    "cpu" and "cuda:1" are taken as they are: several nodes share a GPU that is named to each of them. Raises
+    "cpu" and "cuda:1" are taken as they are: several nodes may be given the same GPU by name. Raises
     `CannotStart` if there is no such device, or none is left.
     """
-    try:
+    device: torch.device | None = None
+    with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        raise CannotStart(f"FLOWKV_DEVICE is {name!r}: cpu, cuda, or cuda:1 is meant") from None
-    if device.type not in ("cpu", "cuda"):
-        raise CannotStart(f"FLOWKV_DEVICE is {name!r}: FlowKV computes on cpu and cuda")
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise CannotStart(f"FLOWKV_DEVICE is {name!r}: choose one of cpu, cuda, cuda:1")
     num_gpus = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= num_gpus:
         raise CannotStart(f"there is no GPU for {name}: torch sees {num_gpus}")
@@ -42,7 +41,7 @@ def claimed(name: str, folder: Path) -> Iterator[torch.device]:
 
 @contextlib.contextmanager
 def claimed_index(uuids: Sequence[str], folder: Path) -> Iterator[int]:
-    """The first of the GPUs that nobody holds, ours until the block ends, or this process, however it ends.
+    """The index of the first GPU that no process holds. Held until the block or the process ends.
 
     Raises `CannotStart` if others hold all of them.
     """

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.forward import Forward
-from flowkv_engine.engine.gpu.attention import NUM_ROWS, Decoding, Prompts, query_tiles
+from flowkv_engine.engine.gpu.attention import NUM_ROWS, Step, query_tiles
 from flowkv_engine.engine.gpu.forward import TritonFlatForward
 
 # Makes a graph of what a function launches; calling that replays it, into the same tensor.
@@ -32,7 +32,7 @@ TOKEN_SIZES = (64, 128, 192, 256, 384, 512, 640, 768, 1024)
 
 
 class Shape(NamedTuple):
-    """What a graph has places for. Of decode alone there are as many tokens as items."""
+    """What a graph has places for. A step of decode alone has as many tokens as items."""
 
     num_tokens: int
     num_items: int
@@ -109,7 +109,7 @@ class GraphedSteps:
         self._tables = torch.zeros((num_items, max_num_blocks), dtype=torch.int32, device=head.device)
         # One for all graphs, or each would keep its own.
         self._logits = torch.empty(num_items, len(head), dtype=head.dtype, device=head.device)
-        self._replays = {shape: record(self._step(shape)) for shape in sorted(self._shapes, reverse=True)}
+        self._replays = {shape: record(self._launches(shape)) for shape in sorted(self._shapes, reverse=True)}
 
     def shape_of(self, batch: PackedBatch) -> Shape | None:
         """The smallest that has places for all of `batch`."""
@@ -147,23 +147,25 @@ class GraphedSteps:
         self._tables[:num_items, : batch.block_tables.shape[1]].copy_(torch.from_numpy(batch.block_tables))
         return self._replays[shape]()[:num_logits]
 
-    def _step(self, shape: Shape) -> Callable[[], Tensor]:
+    def _launches(self, shape: Shape) -> Callable[[], Tensor]:
         num_tokens, num_items = shape
         token_ids, position_ids, slots, places = self._tokens.device[:, :num_tokens]
-        context_lens, decode_lens, starts = self._items.device
-        tables = self._tables[:num_items]
-        decoding = Decoding(starts[:num_items], tables, decode_lens[:num_items])
-        prompts = None
-        if shape.has_prompts:
-            tile_items, tile_firsts = self._tiles.device[:, : shape.num_tiles]
-            prompts = Prompts(tables, context_lens, starts, tile_items, tile_firsts)
+        context_lens, decode_lens, query_starts = self._items.device
+        step = Step(
+            slots=slots,
+            tables=self._tables[:num_items],
+            context_lens=context_lens,
+            query_starts=query_starts,
+            decode_lens=decode_lens[:num_items],
+            tiles=self._tiles.device[:, : shape.num_tiles] if shape.has_prompts else None,
+        )
 
-        def step() -> Tensor:
-            self._forward.attention.bind_tensors(slots, decoding, prompts)
+        def launch() -> Tensor:
+            self._forward.attention.step = step
             logits = self._forward(token_ids, position_ids, places[:num_items])
             return self._logits[:num_items].copy_(logits)
 
-        return step
+        return launch
 
 
 def record_steps(

@@ -150,7 +150,7 @@ def attend_splits(
     result,  # the same shape, contiguous: of a context of one split
     splits,  # [N, num_heads, num_splits, head_dim], fp32: what each split of the context gives
     log_sums,  # [N, num_heads, num_splits], fp32: log2 of its sum of exponentials
-    rows,  # [N]: each item's row of `query`
+    query_starts,  # [N]: each item's row of `query`
     tables,  # [N, stride_table]
     context_lens,  # [N]; 0: no item, an empty place of the batch
     scale,
@@ -185,7 +185,7 @@ def attend_splits(
     is_member = members < group_size
     mask = is_member[:, None] & (dims < head_dim)[None, :]
     heads = kv_head * group_size + members
-    row = tl.load(rows + item).to(tl.int64)
+    row = tl.load(query_starts + item).to(tl.int64)
     at = query + row * query_stride_token + heads[:, None] * query_stride_head + dims[None, :]
     queries = tl.load(at, mask=mask, other=0.0)
     row_max, sums, out = _attend(
@@ -221,7 +221,7 @@ def merge_splits(
     splits,  # as `attend_splits` writes them
     log_sums,
     result,  # [T, num_heads, head_dim], contiguous
-    rows,  # [N]
+    query_starts,  # [N]
     context_lens,  # [N]
     num_splits: tl.constexpr,
     min_split_len: tl.constexpr,
@@ -235,7 +235,7 @@ def merge_splits(
     """
     item, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num_heads = tl.num_programs(1)
-    row = tl.load(rows + item).to(tl.int64)
+    row = tl.load(query_starts + item).to(tl.int64)
     numbers = tl.arange(0, num_splits)
     dims = tl.arange(0, padded_dim)
     is_dim = dims < head_dim
