@@ -1,1 +1,1 @@
-"""The KV cache of one node: its memory, who holds which block, and how blocks reach another node's pool."""
+"""The KV cache of one node: its memory, the states of its blocks, and what is reserved for handoffs."""

@@ -76,7 +76,7 @@ class NcclBackend(Protocol):
 
 
 class Invitation(Frame, frozen=True, kw_only=True):
-    """What the receiver is to join. Whoever knows the id could take its place: it is a secret of the link."""
+    """What the receiver is to join. A process that knows the id could join in its place: it is a secret."""
 
     unique_id: bytes
     version: str

@@ -31,7 +31,7 @@ from flowkv_engine.transport.sockets import LOOPBACK, Place
 log = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 1 << 20
-# A `Hello` takes a few hundred bytes, and anybody may send one.
+# A `Hello` takes a few hundred bytes, and any process may send one.
 MAX_HELLO_BYTES = 4096
 _LENGTH_BYTES = 4
 _PIECE_BYTES = 64 << 10
