@@ -23,7 +23,6 @@ class Pool(Protocol):
 
     layout: PoolLayout
     num_blocks: int
-    num_bytes: int
     tensor: torch.Tensor
 
 
