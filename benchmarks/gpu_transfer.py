@@ -109,7 +109,9 @@ async def _send_all(orders: Connection, num_blocks: int) -> None:
         async with connector:
             link = await connector.connect(orders.recv(), LINK_TOKEN, num_blocks)
             while (order := await asyncio.to_thread(orders.recv)) is not None:
-                orders.send(await link.send_blocks(*order))
+                began = time.perf_counter()
+                sent = await link.send_blocks(*order)
+                orders.send((sent, time.perf_counter() - began))
 
 
 async def ipc_transfers(all_sizes: list[Sizes], num_runs: int) -> list[dict[str, Any]]:
@@ -127,8 +129,9 @@ async def ipc_transfers(all_sizes: list[Sizes], num_runs: int) -> list[dict[str,
             for sizes in all_sizes:
                 taken = [await transfer(orders, reservations, sizes) for _ in range(NUM_WARMUPS + num_runs)]
                 taken = taken[NUM_WARMUPS:]
-                row = summary([stats.duration_s for stats in taken], sizes.num_bytes)
-                rows.append({"num_copies": taken[0].num_copies, "num_calls": taken[0].num_calls, **row})
+                row = summary([seconds for _, seconds in taken], sizes.num_bytes)
+                sent = taken[0][0]
+                rows.append({"num_copies": sent.num_copies, "num_calls": sent.num_calls, **row})
             orders.send(None)
             return rows
 
@@ -148,15 +151,18 @@ def sender(num_blocks: int) -> Iterator[Connection]:
         process.kill()
 
 
-async def transfer(orders: Connection, reservations: Reservations, sizes: Sizes) -> TransferStats:
+async def transfer(
+    orders: Connection, reservations: Reservations, sizes: Sizes
+) -> tuple[TransferStats, float]:
+    """Returns how long it took too, in seconds."""
     reserved = reservations.reserve("r.1", sizes.num_blocks, [], [], 600.0)
     try:
         copies = [Copy(0, reserved.block_ids[0], sizes.num_blocks)]
         orders.send(("r.1", reserved.token, copies))
         if not await asyncio.to_thread(orders.poll, ANSWER_TIMEOUT_S):
             raise SystemExit(f"the sending process has not answered for {ANSWER_TIMEOUT_S} s")
-        stats: TransferStats = orders.recv()
-        return stats
+        sent, seconds = orders.recv()
+        return sent, seconds
     finally:
         reservations.cancel("r.1")
 
