@@ -1,1 +1,5 @@
-"""What FlowKV measures about itself. Each benchmark is a module that writes JSON and says what it ran on."""
+"""What FlowKV measures about itself: `python -m benchmarks` lists it all."""
+
+
+class BenchmarkFailed(Exception):
+    """There is no result; the message says why."""

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 
+from benchmarks import BenchmarkFailed
+from flowkv.local_cluster import ClusterError
+from flowkv_common.errors import FlowKVError
+
 BENCHMARKS = {
-    "The simulator: no model, no GPU, no cluster": {
+    "One engine, one device": {
+        "engine": "the bare engine beside transformers, vLLM and llama.cpp, and the floor under them",
+        "steps": "single steps on a GPU, with graphs and without, beside the floor",
+    },
+    "Moving KV": {
+        "transfer": "what each idea is worth, beside gloo, NIXL and Mooncake; --device cuda: on one GPU",
+        "fragmentation": "copies per request in pools long in use, by replaying a trace",
+        "overlap": "time to the second token, transfer overlapped or not, beside one node",
+    },
+    "Over HTTP": {
+        "serving": "throughput and latency beside vLLM, and what the services cost",
+        "disturbed": "chats beside long prompts: 1P1D, and one node's chunk sizes; --device cuda: on one GPU",
+        "disconnects": "how long blocks stay held after a client has left",
+        "load": "an open loop of load for any cluster that runs",
+    },
+    "Scheduling": {
+        "shift": "load that shifts between prompts and outputs, lending off and on",
+        "overload": "three times what the cluster can do, for a minute",
+        "burst": "many requests at once, predicted waits beside real ones",
+        "decisions": "what a decision costs, by the number of nodes",
+        "sustain": "steps per second that one process of paced nodes keeps on this machine",
+        "record": "write down what a running scheduler hears and decides",
+        "replay": "decide a recording's requests again, by FlowKV's or another policy",
+    },
+    "Simulation": {
         "simulate": "policies side by side on one trace",
         "simulate-cells": "all policies on all traces, loads and mixes of nodes",
         "plan": "the smallest cluster that keeps the targets on a trace",
-    },
-    "A scheduler's record": {
-        "record": "write down what a running scheduler hears and decides",
-        "replay": "decide a recording's requests again, by another policy",
+        "simulated": "how far the simulator is off, beside paced nodes or --real ones",
     },
 }
 
@@ -31,8 +57,12 @@ def main(argv: list[str]) -> int:
         print(f"unknown benchmark {argv[0]!r}: choose one of {', '.join(sorted(names))}", file=sys.stderr)
         return 2
     module = importlib.import_module(f"benchmarks.{argv[0].replace('-', '_')}")
-    status: int = module.main(argv[1:])
-    return status
+    try:
+        status: int = module.main(argv[1:])
+        return status
+    except (BenchmarkFailed, ClusterError, FlowKVError, TimeoutError, subprocess.CalledProcessError) as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
-from benchmarks.report import Report, fail, make_parser, options_of, table
-from benchmarks.simulate import add_traffic
-from benchmarks.simulator.kinds import KINDS, NodeKind, Targets, default_targets
-from benchmarks.simulator.run import GOOD_SHARE, POLICIES, Machines, carrying_split, splits_around
-from benchmarks.traces import Request, TraceError, at_rate, cut_to, own_rate, read_window
+from benchmarks import BenchmarkFailed
+from benchmarks.baselines import POLICIES
+from benchmarks.report import Report, make_parser
+from benchmarks.simulator.kinds import KINDS, NodeKind, Targets, targets_of
+from benchmarks.simulator.run import GOOD_SHARE, Machines, carrying_split, splits_around
+from benchmarks.traces import Request, add_traffic, at_rate, cut_to, own_rate, read_window
 
 # Relative precision of the margin, and the greatest that is looked for.
 MARGIN_PRECISION = 0.02
@@ -47,49 +48,40 @@ class Size(NamedTuple):
     def num_nodes(self) -> int:
         return self.num_prefill + self.num_decode
 
-    def price(self, prices: dict[str, float]) -> float:
-        """What the nodes cost, by the prices of their kinds; 1 where none is given."""
-        prefill, decode = (prices.get(kind.name, 1.0) for kind in (self.prefill, self.decode))
-        return self.num_prefill * prefill + self.num_decode * decode
-
 
 def main(argv: Sequence[str]) -> int:
     options = _options(argv)
-    try:
-        kinds = [KINDS[name] for name in options.nodes or ["h100"]]
-        prices = {name: float(price) for name, _, price in (one.partition("=") for one in options.price)}
-        window = read_window(options.trace, options.requests, options.seed)
-    except (OSError, TraceError, ValueError) as error:
-        return fail(error, 2)
+    kinds = [KINDS[name] for name in options.nodes or ["h100"]]
+    window = read_window(options.trace, options.requests, options.seed)
     requests = cut_to(window, min(kind.max_model_len for kind in kinds))
-    targets = default_targets(kinds[0], requests)
-    targets = Targets(options.ttft or targets.ttft_s, options.tpot or targets.tpot_s)
+    targets = targets_of(kinds[0], requests, options)
     demand = Demand(requests, options.rate or own_rate(requests), targets, options.seed, options.policy)
     print(
         f"{options.trace}: {len(requests)} requests at {demand.rate:.3f}/s, {GOOD_SHARE:.0%} of them within "
         f"TTFT {targets.ttft_s:.3f} s and TPOT {targets.tpot_s * 1e3:.1f} ms"
     )
-    report = Report(options.json, "plan", options_of(options))
+    report = Report(options.json, "plan", {name: str(value) for name, value in vars(options).items()})
     report.more = {"rate": demand.rate, "targets": targets._asdict()}
-    found = []
+    prices = dict(options.price)
     for prefill, decode in product(kinds, kinds):
-        if prefill.layout == decode.layout:  # else they can't exchange blocks
-            report.say(f"sizing {prefill.name} for prefill, {decode.name} for decode")
-            size = smallest(prefill, decode, demand, options.max_nodes)
-            found += [size] if size else []
-    found.sort(key=lambda size: size.price(prices))
-    report.rows = [
-        {
-            **size._asdict(),
-            "prefill": size.prefill.name,
-            "decode": size.decode.name,
-            "price": size.price(prices),
-        }
-        for size in found
-    ]
-    report.finish(sizes_table(found, prices))
-    print(answer(found, options.max_nodes))
-    return 0 if found else 1
+        if prefill.layout != decode.layout:
+            continue  # they can't exchange blocks
+        report.say(f"sizing {prefill.name} for prefill, {decode.name} for decode")
+        if size := smallest(prefill, decode, demand, options.max_nodes):
+            price = size.num_prefill * prices.get(prefill.name, 1.0)
+            price += size.num_decode * prices.get(decode.name, 1.0)
+            names = {"prefill": prefill.name, "decode": decode.name}
+            report.rows.append({**size._asdict(), **names, "price": price})
+    if not report.rows:
+        raise BenchmarkFailed(f"no cluster of up to {options.max_nodes} nodes keeps the targets")
+    report.rows.sort(key=lambda row: row["price"])
+    report.finish("prefill", "decode", "num_prefill", "num_decode", "price", "margin")
+    best = report.rows[0]
+    print(
+        f"take {best['num_prefill']} x {best['prefill']} for prefill and {best['num_decode']} x "
+        f"{best['decode']} for decode: they carry {best['margin']:.0%} more than this"
+    )
+    return 0
 
 
 def smallest(prefill: NodeKind, decode: NodeKind, demand: Demand, max_nodes: int) -> Size | None:
@@ -134,31 +126,18 @@ def margin(size: Size, demand: Demand) -> float:
     return low
 
 
-def sizes_table(sizes: Sequence[Size], prices: dict[str, float]) -> str:
-    """The cheapest first."""
-    lines = []
-    for size in sizes:
-        split = f"{size.num_prefill}P:{size.num_decode}D"
-        kinds = size.prefill.name, size.decode.name
-        lines.append([*kinds, size.num_nodes, split, f"{size.price(prices):g}", f"{size.margin:.0%}"])
-    return table(["prefill", "decode", "nodes", "split", "price", "margin"], lines)
-
-
-def answer(sizes: Sequence[Size], max_nodes: int) -> str:
-    if not sizes:
-        return f"no cluster of up to {max_nodes} nodes keeps the targets"
-    best = sizes[0]
-    return (
-        f"take {best.num_prefill} x {best.prefill.name} for prefill and {best.num_decode} x "
-        f"{best.decode.name} for decode: they carry {best.margin:.0%} more than this"
-    )
+def price_of(text: str) -> tuple[str, float]:
+    name, _, price = text.partition("=")
+    return name, float(price)
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser("plan", __doc__)
     add_traffic(parser, num_requests=2000)
     parser.add_argument("--nodes", action="append", choices=KINDS, help="to choose from; h100 without")
-    parser.add_argument("--price", action="append", default=[], help="KIND=NUMBER of one node; 1 without")
+    parser.add_argument(
+        "--price", action="append", type=price_of, default=[], help="KIND=NUMBER of a node; or 1"
+    )
     parser.add_argument("--rate", type=float, help="requests per second; the trace's own without")
     parser.add_argument("--ttft", type=float, help="target, seconds")
     parser.add_argument("--tpot", "--itl", type=float, help="target, seconds")

@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 import msgspec
 from nats.aio.msg import Msg
 
+from benchmarks import BenchmarkFailed
 from flowkv_common.aio import running, stop_on_signals
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import watch_nodes
@@ -55,18 +56,16 @@ class Line(msgspec.Struct, frozen=True):
     message: msgspec.Raw
 
 
-class UnreadableRecording(Exception):
-    """Not a recording; the message says in which line."""
-
-
 def read_lines(path: Path) -> Iterator[Line]:
-    """All lines in order. Raises `UnreadableRecording`, OSError."""
+    """All lines in order. Raises BenchmarkFailed, with the line, for what is no recording."""
+    if not path.exists():
+        raise BenchmarkFailed(f"{path}: no such file")
     with path.open("rb") as file:
         for number, text in enumerate(file, start=1):
             try:
                 yield msgspec.json.decode(text, type=Line)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise UnreadableRecording(f"{path}, line {number}: {error}") from None
+                raise BenchmarkFailed(f"{path}, line {number}: {error}") from None
 
 
 def write_line(out: BinaryIO, t: float, subject: str, message: Any) -> None:

@@ -18,8 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from benchmarks.baselines import BASELINES, make_planner
-from benchmarks.record import NODE_PREFIX, RECONNECTED, Line, UnreadableRecording, read_lines
-from benchmarks.report import fail
+from benchmarks.record import NODE_PREFIX, RECONNECTED, Line, read_lines
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, ScheduleRequest, Wait, decode
@@ -158,10 +157,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     replay = Replay(make_planner(options.policy, Goals(), options.seed))
-    try:
-        replay.run(read_lines(options.events))
-    except (UnreadableRecording, OSError) as error:
-        return fail(error)
+    replay.run(read_lines(options.events))
     for line in report(replay, options.policy):
         print(line)
     return 0

@@ -31,11 +31,7 @@ def make_parser(
 
     The first of `devices` is the default.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks {name}",
-        description=text,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=text)
     parser.add_argument("--json", type=Path, default=Path(f".run/{name}.json"), help="where the results go")
     if model:
         parser.add_argument("--model", default="", help="a prepared folder; if empty the default model")
@@ -52,71 +48,82 @@ def default_model() -> str:
 
 
 class Report:
-    """The result of one run: `rows` are dataclasses, structs or dicts. Knows how busy the host was."""
+    """The results of one run, row by row. Knows when it began and how busy the host was."""
 
     def __init__(self, path: Path, benchmark: str, conditions: Mapping[str, object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows: list[Any] = []
-        self.more: dict[str, object] = {}  # what is told beside the rows
+        self.rows: list[dict[str, Any]] = []
         self.conditions = dict(conditions)
+        self.more: dict[str, object] = {}  # what is told beside the rows
         self._path = path
         self._benchmark = benchmark
         self._began = datetime.now(UTC)
-        self._load_averages = {"before": os.getloadavg()}
+        self._load_before = os.getloadavg()
 
     def say(self, text: str) -> None:
         print(f"[{self._benchmark}] {text}", file=sys.stderr, flush=True)
 
+    def add_row(self, **row: Any) -> None:
+        """Writes the JSON too: the next row may be minutes away."""
+        self.rows.append(row)
+        self.write()
+
     def write(self) -> None:
-        """Call it after each row: the last row may be minutes away."""
         document = {
             "benchmark": self._benchmark,
             "commit": commit(),
             "date": self._began.isoformat(timespec="seconds"),
             "host": describe_host(),
             # Of the last 1, 5 and 15 minutes, this benchmark's own load included.
-            "load_average": {**self._load_averages, "after": os.getloadavg()},
+            "load_average": {"before": self._load_before, "after": os.getloadavg()},
             "conditions": self.conditions,
             **self.more,
             "rows": self.rows,
         }
         self._path.write_text(json.dumps(msgspec.to_builtins(document), indent=1) + "\n")
 
-    def finish(self, text: str) -> int:
-        """Write the JSON, print the table; the exit status."""
+    def finish(self, *columns: str) -> int:
+        """Write the JSON and print these columns of the rows; the exit status."""
         self.write()
-        print(text)
+        print(table([{name: row[name] for name in columns} for row in self.rows]))
+        print(f"wrote {self._path}")
+        return 0
+
+    def finish_single(self) -> int:
+        """As `finish`, for a benchmark of one row: a line for each of its figures."""
+        figures = {name: value for name, value in self.rows[0].items() if not isinstance(value, dict)}
+        self.write()
+        print(table([{"": name, "found": value} for name, value in figures.items()]))
         print(f"wrote {self._path}")
         return 0
 
 
-def options_of(parsed: argparse.Namespace) -> dict[str, object]:
-    """All options as the conditions of a report."""
-    return {name: str(value) for name, value in vars(parsed).items()}
-
-
-def fail(error: object, status: int = 1) -> int:
-    """Say what went wrong; the exit status."""
-    print(error, file=sys.stderr)
-    return status
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """The first column to the left, the others to the right."""
-    cells = [list(head), *(list(map(str, line)) for line in lines)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The first column to the left, the others to the right. All rows have the same columns."""
+    if not rows:
+        return "no rows"
+    lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = (
+        [text.rjust(width) if place else text.ljust(width) for place, (text, width) in enumerate(pairs)]
+        for pairs in (zip(line, widths, strict=True) for line in lines)
     )
+    return "\n".join("  ".join(line).rstrip() for line in aligned)
+
+
+def cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
 
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Of `num` values, in seconds where nothing else is said; all 0 where there are none."""
+    """Of `num` values; all 0 where there are none."""
 
     num: int
     p50: float
@@ -125,7 +132,7 @@ class Quantiles:
     max: float
 
     def __str__(self) -> str:
-        return f"{self.p50:.3f} / {self.p90:.3f} / {self.p99:.3f}" if self.num else "none"
+        return " / ".join(cell(value) for value in (self.p50, self.p90, self.p99)) if self.num else "none"
 
 
 def quantiles(values: Iterable[float]) -> Quantiles:
@@ -145,10 +152,13 @@ class Spread:
     min: float
     max: float
 
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        kept = list(values)
-        return cls(*(round(value, 3) for value in (statistics.median(kept), min(kept), max(kept))))
+    def __str__(self) -> str:
+        return f"{cell(self.median)} ({cell(self.min)}-{cell(self.max)})"
+
+
+def spread(values: Iterable[float]) -> Spread:
+    kept = list(values)
+    return Spread(*(round(value, 3) for value in (statistics.median(kept), min(kept), max(kept))))
 
 
 def time_s(work: Callable[[], object]) -> float:

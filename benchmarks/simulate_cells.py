@@ -9,21 +9,19 @@ a policy does by lending shows only over many report periods.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import msgspec
-
-from benchmarks.report import Report, fail, make_parser, options_of, table
+from benchmarks import BenchmarkFailed
+from benchmarks.report import Report, make_parser, table
 from benchmarks.simulator.kinds import KINDS, default_targets, slowest_that_holds
-from benchmarks.simulator.run import ALL_POLICIES, LEAST_RATE, Figures, Machines, Scene, capacity, figures
+from benchmarks.simulator.run import ALL_POLICIES, LEAST_RATE, Machines, Scene, capacity, figures
 from benchmarks.traces import ASKED_NEW_TOKENS, MADE_UP, at_rate, cut_to, read_window
 
 LOADS = (0.7, 1.0, 1.3)
@@ -40,54 +38,46 @@ class Task(NamedTuple):
     num_requests: int
 
 
-class Cell(msgspec.Struct, frozen=True):
-    """One trace, load, mix and seed, and what each policy made of it.
-
-    `rate` is the load's; `carried` is the rate that the best static split carries, `lending_carries` the one
-    that FlowKV does from half of the nodes on each side.
-    """
-
-    trace: str
-    load: float
-    slow_half: bool
-    seed: int
-    nodes: str
-    rate: float
-    carried: float
-    lending_carries: float
-    best_prefill: int
-    runs: list[Figures]
-
-
 def main(argv: Sequence[str]) -> int:
-    options = _options(argv)
+    parser = make_parser("simulate-cells", __doc__)
+    parser.add_argument("--trace", action="append", default=[], help="several; `shifting` is added")
+    parser.add_argument(
+        "--nodes", choices=KINDS, help="of one kind; without, the slowest that hold the longest prompt"
+    )
+    parser.add_argument("--num-nodes", type=int, default=8, help="half of them start on each side")
+    parser.add_argument("--requests", type=int, default=1200, help="in each run")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one seed, 300 requests")
+    options = parser.parse_args(argv)
     num_seeds, num_requests = (1, 300) if options.quick else (options.seeds, options.requests)
     traces = [*options.trace, "shifting"]
-    missing = [trace for trace in traces if trace not in MADE_UP and not Path(trace).exists()]
-    if missing:
-        return fail(f"no such trace: {', '.join(missing)}", 2)
-    report = Report(options.json, "simulate-cells", options_of(options))
+    if missing := [trace for trace in traces if trace not in MADE_UP and not Path(trace).exists()]:
+        raise BenchmarkFailed(f"no such trace: {', '.join(missing)}")
+    conditions = {name: str(value) for name, value in vars(options).items()}
+    report = Report(options.json, "simulate-cells", conditions)
     tasks = [
         Task(trace, slow_half, seed, options.nodes, options.num_nodes, num_requests)
         for seed, trace, slow_half in product(range(num_seeds), traces, (False, True))
     ]
     began = time.monotonic()
-    report.rows = list(run_all(tasks, report))
-    report.rows.sort(key=lambda cell: (traces.index(cell.trace), cell.slow_half, cell.load, cell.seed))
-    report.more["wall_s"] = time.monotonic() - began
-    return report.finish(cells_table(report.rows))
-
-
-def run_all(tasks: Sequence[Task], report: Report) -> Iterator[Cell]:
-    """On all cores, in no certain order."""
     cores = len(os.sched_getaffinity(0))
     with multiprocessing.get_context("spawn").Pool(min(cores, len(tasks))) as workers:
         for number, cells in enumerate(workers.imap_unordered(run_task, tasks), 1):
-            report.say(f"{number} of {len(tasks)}: {cells[0].trace}, seed {cells[0].seed}")
-            yield from cells
+            report.say(f"{number} of {len(tasks)}: {cells[0]['trace']}, seed {cells[0]['seed']}")
+            report.rows += cells
+    report.rows.sort(key=lambda c: (traces.index(c["trace"]), c["slow_half"], c["load"], c["seed"]))
+    report.more["wall_s"] = time.monotonic() - began
+    report.write()
+    print(table(means_of(report.rows)))
+    return 0
 
 
-def run_task(task: Task) -> list[Cell]:
+def run_task(task: Task) -> list[dict[str, Any]]:
+    """One cell per load: what each policy made of it.
+
+    `rate` is the load's; `carried` is the rate that the best static split carries, `lending_carries` the one
+    that FlowKV does from half of the nodes on each side.
+    """
     requests = read_window(task.trace, task.num_requests, task.seed)
     longest = max(request.num_prompt_tokens for request in requests) + ASKED_NEW_TOKENS
     kind = KINDS[task.nodes] if task.nodes else slowest_that_holds(longest)
@@ -103,52 +93,36 @@ def run_task(task: Task) -> list[Cell]:
         timed = at_rate(requests, rate, task.seed)
         scene = Scene(machines, half, timed, targets, rate, task.seed, carried.num_prefill)
         cells.append(
-            Cell(
-                trace=task.trace,
-                load=load,
-                slow_half=task.slow_half,
-                seed=task.seed,
-                nodes=kind.name,
-                rate=rate,
-                carried=carried.rate,
-                lending_carries=lending.rate,
-                best_prefill=carried.num_prefill,
-                runs=[figures(scene.outcome(policy)) for policy in ALL_POLICIES],
-            )
+            {
+                "trace": task.trace,
+                "load": load,
+                "slow_half": task.slow_half,
+                "seed": task.seed,
+                "nodes": kind.name,
+                "rate": rate,
+                "carried": carried.rate,
+                "lending_carries": lending.rate,
+                "best_prefill": carried.num_prefill,
+                "runs": [figures(scene.outcome(policy)) for policy in ALL_POLICIES],
+            }
         )
     return cells
 
 
-def cells_table(cells: Sequence[Cell]) -> str:
-    """One line for each trace, mix and load: the share of good requests by policy, the mean of all seeds.
+def means_of(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each trace, mix and load: the share of good requests by policy, the mean of all seeds, in percent.
 
     `carries` is what FlowKV carries, over what the best static split does.
     """
-    lines = []
-    for trace, slow_half, load in dict.fromkeys((cell.trace, cell.slow_half, cell.load) for cell in cells):
-        here = [c for c in cells if (c.trace, c.slow_half, c.load) == (trace, slow_half, load)]
-        shares = (mean(cell.runs[place].good_share for cell in here) for place in range(len(ALL_POLICIES)))
-        lines.append(
-            [
-                Path(trace).stem,
-                "half slow" if slow_half else "alike",
-                f"{load:.0%}",
-                f"{mean(cell.rate for cell in here):.2f}",
-                f"{sum(cell.lending_carries for cell in here) / sum(cell.carried for cell in here):.2f}",
-                *(f"{share:.1%}" for share in shares),
-            ]
-        )
-    return table(["trace", "nodes", "load", "requests/s", "carries", *ALL_POLICIES], lines)
-
-
-def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = make_parser("simulate-cells", __doc__)
-    parser.add_argument("--trace", action="append", default=[], help="several; `shifting` is added")
-    parser.add_argument(
-        "--nodes", choices=KINDS, help="of one kind; without, the slowest that hold the longest prompt"
-    )
-    parser.add_argument("--num-nodes", type=int, default=8, help="half of them start on each side")
-    parser.add_argument("--requests", type=int, default=1200, help="in each run")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one seed, 300 requests")
-    return parser.parse_args(argv)
+    rows = []
+    names = ("trace", "slow_half", "load")
+    for key in dict.fromkeys(tuple(cell[name] for name in names) for cell in cells):
+        here = [cell for cell in cells if tuple(cell[name] for name in names) == key]
+        carries = sum(cell["lending_carries"] for cell in here) / sum(cell["carried"] for cell in here)
+        shares = {
+            policy: 100 * mean(cell["runs"][place]["good_share"] for cell in here)
+            for place, policy in enumerate(ALL_POLICIES)
+        }
+        rate = mean(cell["rate"] for cell in here)
+        rows.append({**dict(zip(names, key, strict=True)), "requests/s": rate, "carries": carries, **shares})
+    return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import random
@@ -11,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
+
+from benchmarks import BenchmarkFailed
 
 # Mooncake's trace names each 512 tokens of a prompt by one id.
 TOKENS_PER_HASH_ID = 512
@@ -22,10 +25,6 @@ TOKEN_IDS = range(1000, 30_000)
 # simulated node about the same time. The spread is of the logarithm of both lengths.
 SHIFTING_PHASES = ((4000, 64, 1), (256, 512, 3), (4000, 64, 1))
 SHIFTING_SPREAD = 0.4
-
-
-class TraceError(Exception):
-    """The file is no trace in a known format."""
 
 
 class Request(NamedTuple):
@@ -53,17 +52,17 @@ def hashes_of_id(hash_id: int, block_size: int) -> list[str]:
 
 
 def read_trace(path: Path) -> list[Request]:
-    """Mooncake's JSON lines or Azure's CSV. Raises `TraceError` for anything else, and OSError."""
+    """Mooncake's JSON lines or Azure's CSV. Raises BenchmarkFailed for anything else."""
     readers = {".jsonl": _read_mooncake, ".csv": _read_azure}
     if path.suffix not in readers:
-        raise TraceError(f"{path}: neither .jsonl (Mooncake) nor .csv (Azure)")
-    with path.open(newline="") as lines:
-        try:
+        raise BenchmarkFailed(f"{path}: neither .jsonl (Mooncake) nor .csv (Azure)")
+    try:
+        with path.open(newline="") as lines:
             requests = list(readers[path.suffix](lines))
-        except (KeyError, ValueError, TypeError) as error:
-            raise TraceError(f"{path}: {error!r}") from error
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise BenchmarkFailed(f"{path}: {error!r}") from error
     if not requests:
-        raise TraceError(f"{path}: no requests")
+        raise BenchmarkFailed(f"{path}: no requests")
     return requests
 
 
@@ -124,7 +123,15 @@ def shifting(num_requests: int, seed: int = 0) -> list[Request]:
 
 
 MADE_UP = {"synthetic": synthetic, "shifting": shifting}
-TRACE_HELP = "Mooncake .jsonl, Azure .csv, `shifting` or `synthetic`"
+
+
+def add_traffic(parser: argparse.ArgumentParser, num_requests: int) -> None:
+    """The options of a benchmark that sends requests of a trace."""
+    parser.add_argument(
+        "--trace", default="synthetic", help=f"Mooncake .jsonl, Azure .csv, {' or '.join(MADE_UP)}"
+    )
+    parser.add_argument("--requests", type=int, default=num_requests, help="a window of the trace")
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def read_window(trace: str, num_requests: int, seed: int) -> list[Request]:
@@ -169,10 +176,12 @@ def own_rate(requests: Sequence[Request]) -> float:
 def cut_to(requests: Sequence[Request], max_model_len: int) -> list[Request]:
     """Prompts and answers no longer than the model and `ASKED_NEW_TOKENS` allow; the ends fall away.
 
-    Raises ValueError if the room kept for answers leaves nothing for a prompt.
+    Raises BenchmarkFailed if the room kept for answers leaves nothing for a prompt.
     """
     if max_model_len <= ASKED_NEW_TOKENS:
-        raise ValueError(f"{max_model_len} tokens: {ASKED_NEW_TOKENS} are kept for the answer, none is left")
+        raise BenchmarkFailed(
+            f"{max_model_len} tokens: {ASKED_NEW_TOKENS} are kept for the answer, none is left"
+        )
     return [
         request._replace(
             num_prompt_tokens=min(request.num_prompt_tokens, max_model_len - ASKED_NEW_TOKENS),

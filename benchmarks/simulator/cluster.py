@@ -222,7 +222,7 @@ class Cluster:
         node = self.nodes[life.decode]
         assert life.at_decode is not None, "it ran in blocks"
         node.pool.release(life.at_decode)
-        node.lengths.see(life.request.num_output_tokens, stopped=True)
+        node.lengths.observe(life.request.num_output_tokens, stopped=True)
         life.at_decode = None
         life.last_token_s = self.now
         self._count_bad(life, not self._targets.are_met(life))

@@ -6,6 +6,7 @@ efficiencies: they have the right proportions, and are no measurement of anythin
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -171,6 +172,12 @@ def default_targets(kind: NodeKind, requests: Sequence[Request]) -> Targets:
         TTFT_FACTOR * unloaded_prefill_s(kind, long_prompt) + TTFT_EXTRA_S,
         TPOT_FACTOR * step_s(kind.fit, 0, 0, 1, round(mean_context)),
     )
+
+
+def targets_of(kind: NodeKind, requests: Sequence[Request], options: argparse.Namespace) -> Targets:
+    """The targets that `--ttft` and `--tpot` ask for, or the default ones."""
+    targets = default_targets(kind, requests)
+    return Targets(options.ttft or targets.ttft_s, options.tpot or targets.tpot_s)
 
 
 def unloaded_prefill_s(kind: NodeKind, num_tokens: int) -> float:

@@ -6,10 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
+from benchmarks import BenchmarkFailed
 from benchmarks.baselines import POLICIES, make_planner
 from benchmarks.simulator.batch import Histogram, Life
 from benchmarks.simulator.cluster import Cluster
@@ -190,10 +191,10 @@ def capacity(
 
 
 def carried_by(machines: Machines, requests: Sequence[Request], targets: Targets, seed: int) -> Capacity:
-    """The capacity, to load the machines with a share of it. Raises ValueError if there is none."""
+    """The capacity, to load the machines with a share of it. Raises BenchmarkFailed if there is none."""
     carried = capacity(machines, requests, targets, seed)
     if not carried.rate:
-        raise ValueError("no split keeps the targets at any rate: there is nothing to take a share of")
+        raise BenchmarkFailed("no split keeps the targets at any rate: there is nothing to take a share of")
     return carried
 
 
@@ -214,65 +215,47 @@ def carrying_split(
 
 
 class SimQuantiles(msgspec.Struct, frozen=True):
+    """By place in the order, unlike the nearest rank of `report.quantiles`."""
+
     p50: float
     p90: float
     p99: float
 
-    def text(self, scale: float, digits: int) -> str:
-        return " / ".join(f"{value * scale:.{digits}f}" for value in msgspec.structs.astuple(self))
+    def __str__(self) -> str:
+        return f"{self.p50:.3f} / {self.p90:.3f} / {self.p99:.3f}"
 
 
-class Figures(msgspec.Struct, frozen=True):
+def figures(outcome: Outcome) -> dict[str, Any]:
     """One run in numbers.
 
     Good requests met both targets; goodput is those per second of arrivals; utilisation is by the role that a
     node was started as.
     """
-
-    policy: str
-    split: str
-    num_requests: int
-    num_good: int
-    good_share: float
-    goodput: float
-    ttft_s: SimQuantiles
-    tpot_s: SimQuantiles
-    itl_s: SimQuantiles
-    total_s: SimQuantiles
-    prefill_utilisation: float
-    decode_utilisation: float
-    cached_share: float
-    num_lendings: int
-    num_waits: int
-    refusals: dict[str, int]
-    simulated_s: float
-    wall_s: float
-
-
-def figures(outcome: Outcome) -> Figures:
     lives = outcome.lives
     done = [life for life in lives if life.is_done]
     num_prompt_tokens = sum(life.request.num_prompt_tokens for life in done)
-    return Figures(
-        policy=outcome.policy,
-        split=f"{outcome.num_prefill}P:{len(outcome.nodes) - outcome.num_prefill}D",
-        num_requests=len(lives),
-        num_good=outcome.num_good,
-        good_share=outcome.num_good / len(lives),
-        goodput=outcome.num_good / max(lives[-1].request.arrival_s, 1e-9),
-        ttft_s=_quantiles([life.ttft_s for life in done]),
-        tpot_s=_quantiles([life.tpot_s for life in done if life.request.num_output_tokens > 1]),
-        itl_s=SimQuantiles(*(outcome.itl.quantile(part) for part in (0.5, 0.9, 0.99))),
-        total_s=_quantiles([life.last_token_s - life.request.arrival_s for life in done]),
-        prefill_utilisation=_utilisation(outcome, "prefill"),
-        decode_utilisation=_utilisation(outcome, "decode"),
-        cached_share=sum(life.num_cached_tokens for life in done) / max(1, num_prompt_tokens),
-        num_lendings=outcome.num_lendings,
-        num_waits=sum(life.num_waits for life in lives),
-        refusals=dict(Counter(str(life.refused_with) for life in lives if life.refused_with)),
-        simulated_s=outcome.span_s,
-        wall_s=outcome.wall_s,
-    )
+    refusals = Counter(str(life.refused_with) for life in lives if life.refused_with)
+    return {
+        "policy": outcome.policy,
+        "split": f"{outcome.num_prefill}P:{len(outcome.nodes) - outcome.num_prefill}D",
+        "num_requests": len(lives),
+        "num_good": outcome.num_good,
+        "good_share": outcome.num_good / len(lives),
+        "goodput": outcome.num_good / max(lives[-1].request.arrival_s, 1e-9),
+        "ttft_s": _quantiles([life.ttft_s for life in done]),
+        "tpot_s": _quantiles([life.tpot_s for life in done if life.request.num_output_tokens > 1]),
+        "itl_s": SimQuantiles(*(outcome.itl.quantile(part) for part in (0.5, 0.9, 0.99))),
+        "total_s": _quantiles([life.last_token_s - life.request.arrival_s for life in done]),
+        "prefill_utilisation": _utilisation(outcome, "prefill"),
+        "decode_utilisation": _utilisation(outcome, "decode"),
+        "cached_share": sum(life.num_cached_tokens for life in done) / max(1, num_prompt_tokens),
+        "num_lendings": outcome.num_lendings,
+        "num_waits": sum(life.num_waits for life in lives),
+        "num_refused": refusals.total(),
+        "refusals": dict(refusals),
+        "simulated_s": outcome.span_s,
+        "wall_s": outcome.wall_s,
+    }
 
 
 def _quantiles(values: Sequence[float]) -> SimQuantiles:

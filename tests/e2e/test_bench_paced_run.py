@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.full
 
 
-def start(module: str, model_path: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", module, "--model", str(model_path), *arguments]
+def start(name: str, model_path: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", name, "--model", str(model_path), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
 
 
-def run(module: str, path: Path, model_path: Path, *arguments: str) -> list[dict[str, Any]]:
+def run(name: str, path: Path, model_path: Path, *arguments: str) -> list[dict[str, Any]]:
     """The rows that it wrote."""
-    done = start(module, model_path, ["--json", str(path), *arguments])
+    done = start(name, model_path, ["--json", str(path), *arguments])
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"wrote {path}" in done.stdout
     document = json.loads(path.read_text())
@@ -34,30 +34,29 @@ def run(module: str, path: Path, model_path: Path, *arguments: str) -> list[dict
 
 def test_shift(tmp_path: Path, model_path: Path) -> None:
     arguments = ["--nodes", "1", "--seconds", "3"]
-    rows = run("benchmarks.paced.shift", tmp_path / "shift.json", model_path, *arguments)
-    assert [(row["num_each"], row["lending"]) for row in rows] == [(1, False), (1, True)]
-    for row in rows:
-        whole, parts = row["phases"]["all"], [row["phases"][name] for name in list(row["phases"])[:-1]]
+    rows = run("shift", tmp_path / "shift.json", model_path, *arguments)
+    assert [(row["cluster"], row["lending"]) for row in rows] == [("1P1D", False)] * 4 + [("1P1D", True)] * 4
+    for *parts, whole in (rows[:4], rows[4:]):
         assert whole["num_sent"] == sum(part["num_sent"] for part in parts) > 0
         assert whole["num_complete"] == whole["num_sent"]
-        assert row["pace"]["num_steps"] > 0
-    sent = [[phase["num_sent"] for phase in row["phases"].values()] for row in rows]
-    assert sent[0] == sent[1]  # both got the same load
+        assert whole["pace"]["num_steps"] > 0
+    sent = [row["num_sent"] for row in rows]
+    assert sent[:4] == sent[4:]  # both got the same load
     assert rows[0]["num_cap_moves"] == 0
 
 
 def test_overload(tmp_path: Path, model_path: Path) -> None:
     arguments = ["--prefill", "1", "--decode", "1", "--seconds", "2", "--after", "5"]
-    [row] = run("benchmarks.paced.overload", tmp_path / "overload.json", model_path, *arguments)
-    assert row["load"]["num_sent"] == row["load"]["num_complete"] + row["num_refused"] > 0
+    [row] = run("overload", tmp_path / "overload.json", model_path, *arguments)
+    assert row["num_sent"] == row["num_complete"] + row["num_refused"] > 0
     assert row["rate_per_s"] == pytest.approx(3 * row["capacity_per_s"], rel=1e-2)
-    assert set(row["memory"]) == {"nats", "scheduler-0", "gateway", "nodes"}
-    assert all(memory["peak_mb"] > 1 for memory in row["memory"].values())
+    assert set(row["memory_mb"]) == {"nats", "scheduler-0", "gateway", "nodes"}
+    assert all(memory["peak"] > 1 for memory in row["memory_mb"].values())
 
 
 def test_burst(tmp_path: Path, model_path: Path) -> None:
     arguments = ["--nodes", "1", "--requests", "40", "--tokens", "64", "--max-wait-s", "1"]
-    [row] = run("benchmarks.paced.burst", tmp_path / "burst.json", model_path, *arguments)
+    [row] = run("burst", tmp_path / "burst.json", model_path, *arguments)
     assert row["num_complete"] + row["num_refused"] == 40
     assert row["errors"] == {}
     assert row["off_by"]["num"] == row["num_complete"] > 0
@@ -67,31 +66,31 @@ def test_burst(tmp_path: Path, model_path: Path) -> None:
 
 def test_simulated(tmp_path: Path, model_path: Path) -> None:
     arguments = ["--nodes", "1", "--loads", "0.9", "--requests", "12", "--seed", "4"]
-    [row] = run("benchmarks.paced.simulated", tmp_path / "simulated.json", model_path, *arguments)
-    for means in (row["measured"], row["simulated"]):
-        assert means["num_served"] == 12
-        assert min(means["ttft_s"], means["tpot_s"], means["tokens_per_s"]) > 0
+    [row] = run("simulated", tmp_path / "simulated.json", model_path, *arguments)
+    for side in ("measured", "simulated"):
+        assert row[f"{side}_num_served"] == 12
+        assert min(row[f"{side}_{name}"] for name in ("ttft_s", "tpot_s", "tokens_per_s")) > 0
 
 
 def test_simulated_says_so_if_nothing_can_be_carried(tmp_path: Path, model_path: Path) -> None:
     arguments = ["--json", str(tmp_path / "simulated.json"), "--nodes", "1", "--requests", "12"]
-    done = start("benchmarks.paced.simulated", model_path, arguments)  # two prompts take longer than 5 s
+    done = start("simulated", model_path, arguments)  # two prompts take longer than 5 s
     assert done.returncode == 1
     assert "no split keeps the targets at any rate" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_real(tmp_path: Path, model_path: Path) -> None:
-    arguments = ["--requests", "16", "--rates", "0.7", "--longest", "2600", "--blocks", "512"]
-    [row] = run("benchmarks.paced.real", tmp_path / "real.json", model_path, *arguments)
-    for means in (row["measured"], row["simulated"]):
-        assert means["num_served"] == 16
-        assert min(means["ttft_s"], means["tpot_s"], means["tokens_per_s"]) > 0
+    arguments = ["--real", "--requests", "16", "--rates", "0.7", "--longest", "2600", "--blocks", "512"]
+    [row] = run("simulated", tmp_path / "real.json", model_path, *arguments)
+    for side in ("measured", "simulated"):
+        assert row[f"{side}_num_served"] == 16
+        assert min(row[f"{side}_{name}"] for name in ("ttft_s", "tpot_s", "tokens_per_s")) > 0
 
 
 def test_real_says_so_if_nothing_is_left_for_prompts(tmp_path: Path, model_path: Path) -> None:
-    arguments = ["--json", str(tmp_path / "real.json"), "--longest", "2048"]
-    done = start("benchmarks.paced.real", model_path, arguments)
+    arguments = ["--real", "--json", str(tmp_path / "real.json"), "--longest", "2048"]
+    done = start("simulated", model_path, arguments)
     assert done.returncode == 1
     assert "2048 are kept for the answer" in done.stderr
     assert "Traceback" not in done.stderr
@@ -99,7 +98,7 @@ def test_real_says_so_if_nothing_is_left_for_prompts(tmp_path: Path, model_path:
 
 def test_sustain(tmp_path: Path, model_path: Path) -> None:
     arguments = ["--nodes", "1", "--sequences", "2", "--seconds", "1"]
-    rows = run("benchmarks.paced.sustain", tmp_path / "sustain.json", model_path, *arguments)
+    rows = run("sustain", tmp_path / "sustain.json", model_path, *arguments)
     assert [row["step_s"] for row in rows] == sorted((row["step_s"] for row in rows), reverse=True)
     # No step ends before its time, but the last one of the measured second may have begun before it.
     assert all(0 < row["steps_per_s"] <= 1.1 / row["step_s"] for row in rows)

@@ -15,8 +15,7 @@ import pytest
 from load import Streamed, run_all, stream_completion, wait_healthy
 from observer import observe
 
-from benchmarks.load.arrivals import Arrival
-from benchmarks.load.drive import drive
+from benchmarks.load import Arrival, drive
 from flowkv.local_cluster import Cluster
 from flowkv_common.config import NodeSettings
 from flowkv_common.wire.nodes import StepFit

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from tiny_models import make_tiny_model
 
-from benchmarks.engine.floor import Machine, Work
-from benchmarks.engine.jobs import Job, line_of
-from benchmarks.engine.report import row_of, table
+from benchmarks.engine import row_of
+from benchmarks.floor import Machine, Work
+from benchmarks.parties import Job
+from benchmarks.report import Spread, table
 
 ROOT = Path(__file__).parents[2]
 MACHINE = Machine(read_bytes_per_s=1e9, flop_per_s=1e12)
@@ -28,7 +29,9 @@ def test_work_counts_the_weights_of_a_model(tmp_path: Path) -> None:
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     per_layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 10
-    assert Work.of(tmp_path) == Work(3 * per_layer, 56, num_layers=3, hidden=8, kv_per_token=2 * 3 * 2 * 2)
+    assert Work.of(tmp_path / "config.json") == Work(
+        3 * per_layer, 56, num_layers=3, hidden=8, kv_per_token=2 * 3 * 2 * 2
+    )
 
 
 def test_a_decode_step_reads_weights_once_and_every_context() -> None:
@@ -46,14 +49,14 @@ def test_a_prompt_is_bound_by_its_operations() -> None:
 def test_rates_and_ratios_are_medians_over_rounds() -> None:
     job = Job(batch=2, context=10, num_steps=5)
     row = row_of(job, "other", seconds=[2.0, 1.0, 4.0], ours=[1.0, 1.0, 1.0], work=WORK, machine=MACHINE)
-    assert (row.tokens_per_s, row.min, row.max, row.num_repeats) == (5.0, 2.5, 10.0, 3)
-    assert row.versus == {"median": 2.0, "min": 1.0, "max": 4.0}
-    assert "2.00x (1.00-4.00)" in table([row], {"other": 5 << 20})
+    assert (row["tokens_per_s"], row["num_repeats"]) == (Spread(5.0, 2.5, 10.0), 3)
+    assert row["flowkv_is_times"] == Spread(2.0, 1.0, 4.0)
+    assert "2 (1-4)" in table([row])
 
 
 def test_the_gpu_benchmark_runs_wherever_the_engine_does(tmp_path: Path) -> None:
     folder, path = make_tiny_model(tmp_path / "m"), tmp_path / "gpu.json"
-    command = [sys.executable, "-m", "benchmarks.gpu_engine", "--json", str(path), "--device", "cpu"]
+    command = [sys.executable, "-m", "benchmarks", "steps", "--json", str(path), "--device", "cpu"]
     command += ["--config", str(folder / "config.json"), "--dtype", "float32", "--repeat", "1"]
     command += ["--batches", "1", "3", "--context", "20", "--prompts", "40", "--chunk", "16"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
@@ -65,12 +68,15 @@ def test_the_gpu_benchmark_runs_wherever_the_engine_does(tmp_path: Path) -> None
         (3, 20, False),
         (0, 40, False),
     ]
-    assert all(row["median_ms"] > row["floor_ms"] > 0 for row in found["rows"])
+    assert all(row["ms"]["median"] > row["floor_ms"] > 0 for row in found["rows"])
 
 
 def test_jobs_cross_the_pipe_and_prompts_differ_by_seed() -> None:
     job = Job(batch=3, context=4, num_steps=2)
-    assert Job(**json.loads(line_of(job))) == job
-    assert job.prompts() == job.prompts()
-    assert job.prompts(1) != job.prompts(2)
-    assert [len(prompt) for prompt in Job(batch=0, context=4).prompts()] == [4]
+    asked = json.loads(job.line(seed=1))
+    assert asked.pop("prompts") == job.prompts(1) == job.prompts(2)  # decode goes on from known prompts
+    assert Job(**asked) == job
+    prompt = Job(batch=0, context=4)
+    assert prompt.prompts(1) == prompt.prompts(1)
+    assert prompt.prompts(1) != prompt.prompts(2)
+    assert [len(each) for each in prompt.prompts(0)] == [4]

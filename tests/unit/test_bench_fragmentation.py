@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import traces
-from benchmarks.fragmentation.__main__ import main
-from benchmarks.fragmentation.replay import Conditions, Replay, num_runs
-from benchmarks.fragmentation.report import COLUMNS, of_counts, table
-from benchmarks.traces import Request, TraceError
+from benchmarks import BenchmarkFailed, traces
+from benchmarks.fragmentation import COLUMNS, Conditions, Replay, line_of, main, num_runs, of_counts
+from benchmarks.report import table
+from benchmarks.traces import Request
 
 
 def replayed(requests: list[Request], *, num_blocks: int, level: float, has_cache: bool, room: int) -> Replay:
@@ -82,7 +81,7 @@ def test_reads_both_formats(tmp_path: Path) -> None:
     assert traces.read_trace(mooncake) == [Request(700, 5, (0, 4), 27.5)]
     assert traces.read_trace(azure) == [Request(374, 44), Request(91, 1, (), 1.5)]
     azure.write_text("TIMESTAMP,Tokens\n2023-11-16 18:15:46,1\n")
-    with pytest.raises(TraceError, match="ContextTokens"):
+    with pytest.raises(BenchmarkFailed, match="ContextTokens"):
         traces.read_trace(azure)
 
 
@@ -90,16 +89,17 @@ def test_writes_json_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     file = tmp_path / "out.json"
     assert main(["--json", str(file), "--requests", "20", "--blocks", "3000", "--cache", "off"]) == 0
     report = json.loads(file.read_text())
-    assert [replay["conditions"]["level"] for replay in report["replays"]] == [0.6, 0.75, 0.9]
-    assert table(report["replays"]) in capsys.readouterr().out
-    assert main(["--json", str(file), "--trace", str(tmp_path / "none.csv")]) == 2
+    assert [replay["conditions"]["level"] for replay in report["rows"]] == [0.6, 0.75, 0.9]
+    assert table([line_of(row) for row in report["rows"]]) in capsys.readouterr().out
+    with pytest.raises(BenchmarkFailed, match="none.csv"):
+        main(["--json", str(file), "--trace", str(tmp_path / "none.csv")])
 
 
-def test_a_pool_that_is_outgrown_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pool_that_is_outgrown_is_told(tmp_path: Path) -> None:
     trace = tmp_path / "a.csv"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,20,900\n")
-    assert main(["--json", str(tmp_path / "out.json"), "--trace", str(trace), "--blocks", "30"]) == 1
-    assert "outgrow a pool of 30 blocks" in capsys.readouterr().err
+    with pytest.raises(BenchmarkFailed, match="outgrow a pool of 30 blocks"):
+        main(["--json", str(tmp_path / "out.json"), "--trace", str(trace), "--blocks", "30"])
 
 
 def test_counts_runs() -> None:

@@ -13,10 +13,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.load.arrivals import Arrival, Lengths, Phase, from_trace, poisson
-from benchmarks.load.client import Outcome, stream
-from benchmarks.load.drive import drive
-from benchmarks.load.summary import Targets, quantiles, summarize
+from benchmarks.load import (
+    Arrival,
+    Lengths,
+    Outcome,
+    Phase,
+    Targets,
+    arrivals_of,
+    drive,
+    poisson,
+    stream,
+    summarize,
+)
+from benchmarks.report import quantiles
+from benchmarks.traces import read_trace
 
 ARRIVAL = Arrival(0.0, 3, 2)
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -54,7 +64,10 @@ def test_a_trace_is_sent_as_fast_as_asked_for(tmp_path: Path) -> None:
         for ms, n in ((0, 0), (3000, 7))
     ]
     path.write_text("\n".join(map(json.dumps, records)))
-    assert from_trace(path, rate_factor=2.0) == [Arrival(0.0, 5, 1, "trace"), Arrival(1.5, 5, 7, "trace")]
+    assert arrivals_of(read_trace(path), rate_factor=2.0) == [
+        Arrival(0.0, 5, 1, "trace"),
+        Arrival(1.5, 5, 7, "trace"),
+    ]
 
 
 # --- figures ----------------------------------------------------------------------------------------
@@ -93,12 +106,12 @@ def test_summary_counts_what_kept_both_targets() -> None:
         outcome(status=503, error="no node", finish_reason=None),
     ]
     summary = summarize(outcomes, Targets(ttft_s=1.0, tpot_s=0.2), duration_s=4.0)
-    assert (summary.num_sent, summary.num_complete, summary.num_good) == (6, 3, 1)
-    assert summary.goodput_per_s == 0.25
-    assert summary.statuses == {"200": 4, "429": 1, "503": 1}
-    assert summary.errors == {"no node": 1}
-    assert (summary.itl_s.num, summary.itl_s.max) == (4, 0.3)
-    assert summary.client_late_s.max == 0.25
+    assert (summary["num_sent"], summary["num_complete"], summary["num_good"]) == (6, 3, 1)
+    assert summary["goodput_per_s"] == 0.25
+    assert summary["statuses"] == {"200": 4, "429": 1, "503": 1}
+    assert summary["errors"] == {"no node": 1}
+    assert (summary["itl_s"].num, summary["itl_s"].max) == (4, 0.3)
+    assert summary["client_late_s"].max == 0.25
 
 
 # --- the wire ---------------------------------------------------------------------------------------

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from benchmarks.command import Command, Report
-from benchmarks.load.arrivals import Arrival, Lengths
-from benchmarks.load.client import Outcome
-from benchmarks.paced import burst, overload, shift
-from benchmarks.paced.kept import pace_of
-from benchmarks.paced.observe import CapSeen, Observed
-from benchmarks.paced.pace import MAX_NUM_SEQS, ONE_CORE, capacity, stretched
+from benchmarks import burst, overload, shift
+from benchmarks.clusters import MAX_NUM_SEQS, ONE_CORE, CapSeen, Observed, Pace, capacity
+from benchmarks.load import Arrival, Lengths, Outcome
+from benchmarks.report import Report, make_parser
+from benchmarks.simulator.batch import slowed
 from flowkv_common.wire.nodes import StepFit
 from tests.paced.engine import Kept
 
@@ -32,7 +29,7 @@ def test_capacity_is_that_of_the_side_that_is_full_first() -> None:
 
 def test_stretched_nodes_do_as_much_less() -> None:
     lengths = Lengths(300, 60)
-    whole, half = (capacity(fit, 2, 2, lengths) for fit in (ONE_CORE, stretched(ONE_CORE, 2.0)))
+    whole, half = (capacity(fit, 2, 2, lengths) for fit in (ONE_CORE, slowed(ONE_CORE, 2.0)))
     assert half.prefill_per_s == pytest.approx(whole.prefill_per_s / 2)
     assert half.decode_per_s == pytest.approx(whole.decode_per_s / 2)
 
@@ -51,10 +48,10 @@ def test_each_phase_overloads_one_side_but_not_the_cluster() -> None:
 
 def test_pace_is_weighed_by_time() -> None:
     kept = {"a": Kept(10, 1.0, 1.1), "b": Kept(90, 9.0, 9.0), "idle": Kept()}
-    pace = pace_of(kept)
+    pace = Pace.of(kept)
     assert (pace.num_steps, pace.slip, pace.worst_node_slip) == (100, 0.01, 0.1)
-    assert pace.is_kept
-    assert "NOT KEPT" in str(pace_of({"a": Kept(10, 1.0, 1.1)}))
+    assert str(pace) == "+1.0%"
+    assert "NOT KEPT" in str(Pace.of({"a": Kept(10, 1.0, 1.1)}))
 
 
 def test_only_new_caps_are_moves() -> None:
@@ -91,7 +88,7 @@ def test_recovered_when_all_later_probes_are_as_before(
 
 
 def test_the_load_lies_between_quiet_times_with_probes_throughout() -> None:
-    arrivals = overload.arrivals_of(rate_per_s=20.0, seconds=10.0, after_s=15.0, seed=1)
+    arrivals = overload.arrivals_at(rate_per_s=20.0, seconds=10.0, after_s=15.0, seed=1)
     assert arrivals == sorted(arrivals)
     load = [each.at_s for each in arrivals if each.kind == "load"]
     assert 5.0 <= min(load) <= max(load) < 15.0
@@ -101,35 +98,30 @@ def test_the_load_lies_between_quiet_times_with_probes_throughout() -> None:
 
 def test_memory_is_taken_before_during_and_after() -> None:
     rss = [mb * 10**6 for mb in (*[50] * 5, *(60, 90, 80), 70, 65)]
-    assert overload.memory_of(rss, seconds=3.0) == overload.Memory(50.0, 90.0, 65.0)
+    assert overload.memory_of(rss, seconds=3.0) == {"before": 50.0, "peak": 90.0, "after": 65.0}
 
 
 # --- the JSON ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ARow:
-    value: int
-
-
 def test_the_report_says_what_it_ran_on(tmp_path: Path) -> None:
-    report = Report("paced.test", {"seed": 3})
-    report.rows += [ARow(1), ARow(2)]
-    report.write(tmp_path / "out.json")
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert written["rows"] == [{"value": 1}, {"value": 2}]
+    report = Report(tmp_path / "folder" / "out.json", "test", {"seed": 3})
+    report.add_row(value=1, pace=None)
+    report.add_row(value=2, pace=Pace(3, 0.5, 0.5))
+    written = json.loads((tmp_path / "folder" / "out.json").read_text())
+    pace = {"num_steps": 3, "slip": 0.5, "worst_node_slip": 0.5}
+    assert written["rows"] == [{"value": 1, "pace": None}, {"value": 2, "pace": pace}]
     assert written["conditions"] == {"seed": 3}
     assert {"benchmark", "commit", "date", "host", "load_average"} <= written.keys()
     assert written["load_average"].keys() == {"before", "after"}
 
 
 def test_every_command_knows_where_its_results_go_and_whose_model_it_takes() -> None:
-    command = Command("paced.test", "text")
-    command.parser.add_argument("--seed", type=int, default=0)
-    options = command.parse(["--json", "out.json", "--model", "folder", "--seed", "3"])
-    assert (options.json, options.model, options.seed) == (Path("out.json"), "folder", 3)
-    with pytest.raises(SystemExit):
-        command.parse(["--model", "folder"])
+    parser = make_parser("test", "text", model=True, devices=("cpu", "cuda"))
+    options = parser.parse_args(["--json", "out.json", "--model", "folder", "--device", "cuda"])
+    assert (options.json, options.model, options.device) == (Path("out.json"), "folder", "cuda")
+    options = parser.parse_args([])
+    assert (options.json, options.model, options.device) == (Path(".run/test.json"), "", "cpu")
 
 
 # --- bursts -----------------------------------------------------------------------------------------
@@ -150,16 +142,17 @@ def test_a_burst_is_judged_by_what_was_foreseen_and_by_what_the_refused_would_ha
     outcomes = [answered("a", 2.0), answered("b", 16.0), answered("c", 0.1), turned_away(), turned_away()]
     sent = burst.Burst(5, 2, outcomes, foreseen_s, 20.0)
     patient = [answered(name, wait_s) for name, wait_s in zip("abcde", (2, 16, 0.1, 59, 61), strict=True)]
-    row = burst.row_of(sent, burst.Burst(5, 2, patient, {}, 70.0), num_each=1, max_wait_s=60.0)
-    assert (row.num_complete, row.num_refused, row.num_refused_rightly) == (3, 2, 1)
-    assert (row.off_by.num, row.off_by.p50, row.off_by.max) == (3, 2.0, 4.0)
-    assert row.foreseen_over_real.p50 == 1.0  # 2, a quarter, and both of no concern
-    assert (row.tokens_per_s, row.retry_after_s.p50, row.errors) == (0.3, 3.0, {})
-    assert "1P1D" in burst.table([row])
+    row = burst.figures_of(sent, burst.Burst(5, 2, patient, {}, 70.0), max_wait_s=60.0)
+    assert (row["num_complete"], row["num_refused"], row["num_refused_rightly"]) == (3, 2, 1)
+    assert (row["off_by"].num, row["off_by"].p50, row["off_by"].max) == (3, 2.0, 4.0)
+    assert row["foreseen_over_real"].p50 == 1.0  # 2, a quarter, and both of no concern
+    assert (row["tokens_per_s"], row["retry_after_s"].p50, row["errors"]) == (0.3, 3.0, {})
+    assert row.keys() >= set(burst.COLUMNS) - {"cluster", "pace"}
 
 
 def test_where_nobody_was_refused_nobody_was_refused_rightly() -> None:
-    row = burst.row_of(burst.Burst(1, 2, [answered("a", 2.0)], {"a": 2.0}, 3.0), None, 1, 60.0)
-    assert (row.num_refused, row.num_refused_rightly) == (0, None)
+    row = burst.figures_of(burst.Burst(1, 2, [answered("a", 2.0)], {"a": 2.0}, 3.0), None, 60.0)
+    assert (row["num_refused"], row["num_refused_rightly"]) == (0, None)
     failed = Outcome(Arrival(0.0, 37, 2), 0.0, status=500, error="Internal error.")
-    assert burst.row_of(burst.Burst(1, 2, [failed], {}, 3.0), None, 1, 60.0).errors == {"Internal error.": 1}
+    row = burst.figures_of(burst.Burst(1, 2, [failed], {}, 3.0), None, 60.0)
+    assert row["errors"] == {"Internal error.": 1}

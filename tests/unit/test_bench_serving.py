@@ -5,12 +5,9 @@ import json
 
 import pytest
 
-from benchmarks.load.arrivals import Arrival
-from benchmarks.load.client import Outcome
-from benchmarks.load.summary import Targets
-from benchmarks.serving.bare import Bare, Floors
-from benchmarks.serving.loop import Load, RequestFailed, figures, run
-from benchmarks.serving.report import Run, table
+from benchmarks import BenchmarkFailed
+from benchmarks.load import Arrival, Outcome, Targets, summarize
+from benchmarks.serving import Load, medians, run_load
 
 
 def outcome(*times_s: float, ended_s: float) -> Outcome:
@@ -22,17 +19,27 @@ def outcome(*times_s: float, ended_s: float) -> Outcome:
 
 def test_figures_follow_the_definitions() -> None:
     outcomes = [outcome(0.5, 0.6, 0.9, ended_s=1.0), outcome(2.0, 2.1, 2.2, ended_s=2.5)]
-    found = figures(outcomes, Targets(ttft_s=1.0, tpot_s=0.25), duration_s=2.0)
-    assert found.output_tokens_per_s == 3.0
-    assert found.goodput_per_s == 0.5  # the second came too late
-    assert (found.ttft.p50, found.ttft.max) == (0.5, 2.0)
-    assert (found.itl.num, found.itl.max) == (4, pytest.approx(0.3))
-    assert found.tpot.max == pytest.approx(0.2)
-    assert found.e2e.max == 2.5
-    text = table([Run("flowkv", Load(2, 5, 3, 2), 0, found, {"gateway": 0.25, "scheduler-0": 0.5})], None)
-    assert "2 clients x 5+3" in text
-    assert "gateway 0.25, scheduler 0.50" in text
-    assert "bare" in table([], Floors(12.5, [Bare("2 clients x 5+3", 10.0, 5.0)]))
+    found = summarize(outcomes, Targets(ttft_s=1.0, tpot_s=0.25), duration_s=2.0)
+    assert found["output_tokens_per_s"] == 3.0
+    assert found["goodput_per_s"] == 0.5  # the second came too late
+    assert (found["ttft_s"].p50, found["ttft_s"].max) == (0.5, 2.0)
+    assert (found["itl_s"].num, found["itl_s"].max) == (4, pytest.approx(0.3))
+    assert found["tpot_s"].max == pytest.approx(0.2)
+    assert found["e2e_s"].max == 2.5
+
+
+def test_a_table_has_the_medians_of_the_rounds() -> None:
+    target, title = Targets(ttft_s=1.0, tpot_s=0.25), Load(2, 5, 3, 2).title
+    rounds = [summarize([outcome(at, at + 0.1, ended_s=at + 1)], target, duration_s=2.0) for at in (1, 2, 9)]
+    rows = [
+        {"server": "flowkv", "load": title, **found, "service_cpu": {"gateway": cpu}}
+        for found, cpu in zip(rounds, (0.1, 0.3, 0.2), strict=True)
+    ]
+    rows.append({"server": "vllm", "load": title, **rounds[0], "service_cpu": {}})
+    ours, theirs = medians(rows)
+    assert (ours["load"], ours["server"], theirs["server"]) == ("2 clients x 5+3", "flowkv", "vllm")
+    assert (ours["TTFT p50"], ours["gateway"], theirs["TTFT p50"]) == (2000, 0.2, 1000)
+    assert ours.keys() == theirs.keys()
 
 
 async def test_a_closed_loop_never_has_more_requests_than_clients() -> None:
@@ -56,9 +63,9 @@ async def test_a_closed_loop_never_has_more_requests_than_clients() -> None:
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with asyncio.timeout(20), server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        found = await run(url, Load(3, 5, 4, 10), Targets(1.0, 1.0), seed=0)
-        assert found.ttft.num == served == 10
+        found = await run_load(url, Load(3, 5, 4, 10), Targets(1.0, 1.0), seed=0)
+        assert found["ttft_s"].num == served == 10
         assert most <= 3
 
-    with pytest.raises(RequestFailed, match="2 clients"):
-        await run(url, Load(2, 5, 4, 2), Targets(1.0, 1.0), seed=0)  # nobody listens any more
+    with pytest.raises(BenchmarkFailed, match="0 of 4 tokens"):
+        await run_load(url, Load(2, 5, 4, 2), Targets(1.0, 1.0), seed=0)  # nobody listens any more

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.transfer.shapes import SHAPES
-from benchmarks.transfer.strategies import STRATEGIES, USED_SHARE, _used_pool
+from benchmarks.shapes import SHAPES
+from benchmarks.transfers.strategies import STRATEGIES, USED_SHARE, used_pool
 from flowkv_engine.kv.segments import Copy, runs_of
 
 NUM_BLOCKS, NUM_POOL_BLOCKS, PIECES = 40, 400, 6
@@ -48,7 +48,7 @@ def test_placements_differ_and_can_be_had_again() -> None:
 
 
 def test_a_pool_in_use_has_about_its_share_taken_and_holes() -> None:
-    pool = _used_pool(NUM_POOL_BLOCKS, seed=1)
+    pool = used_pool(NUM_POOL_BLOCKS, seed=1)
     assert 0.5 < 1 - pool.num_free / NUM_POOL_BLOCKS <= USED_SHARE
     assert len(runs_of(pool.free_blocks())) > 1
 

@@ -1,0 +1,146 @@
+"""Many requests at once: how long each waits, beside how long the scheduler said it would.
+
+For each request: the time to its first token by the scheduler's first answer (the event `request_finished`
+tells), beside what it took at the client. Where requests were refused, the same burst is sent again to a
+cluster that refuses none, so that each refused request's wait becomes known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.clusters import ONE_CORE, listening, start_cluster
+from benchmarks.load import Arrival, Outcome, drive, errors_of
+from benchmarks.report import Report, default_model, make_parser, quantiles
+from flowkv.local_cluster import Cluster
+from flowkv_common.wire.messages import RequestFinished
+
+PROMPT_TOKENS = 37
+# Before the first burst: nodes learn what their steps cost, which takes steps that differ.
+WARM_UP = [Arrival(0.05 * i, (20, 60, 200)[i % 3], 32, "warm-up") for i in range(48)]
+# Between bursts: reports settle, and what was lent goes home.
+PAUSE_S = 4.0
+# The longest wait of a cluster that refuses none.
+NO_LIMIT_S = 500.0
+# Shorter times count as this: whether 10 ms or 30 were predicted makes no difference.
+LEAST_S = 0.5
+EVENT_TIMEOUT_S = 5.0
+COLUMNS = ("cluster", "num_requests", "max_tokens", "num_complete", "num_refused", "num_refused_rightly")
+COLUMNS += ("seconds", "tokens_per_s", "ttft_s", "off_by", "foreseen_over_real", "pace")
+
+
+@dataclass(frozen=True)
+class Burst:
+    """What was sent at once, and what became of it; `foreseen_s` by request id."""
+
+    num_requests: int
+    max_tokens: int
+    outcomes: Sequence[Outcome]
+    foreseen_s: dict[str, float]
+    seconds: float
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        return self.num_requests, self.max_tokens
+
+    @property
+    def refused(self) -> list[int]:
+        return [i for i, each in enumerate(self.outcomes) if each.status == 429]
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = make_parser("burst", __doc__, model=True)
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2], help="of each role")
+    parser.add_argument("--requests", type=int, nargs="+", default=[32, 100, 200, 300], help="at once")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 128], help="max_tokens")
+    parser.add_argument("--real", action="store_true", help="nodes that compute the model, one thread each")
+    parser.add_argument("--max-wait-s", type=float, default=60.0, help="the longest wait that is admitted")
+    options = parser.parse_args(argv)
+    model, fit = options.model or default_model(), None if options.real else ONE_CORE
+    conditions = {
+        "fit": fit,
+        "real": options.real,
+        "prompt_tokens": PROMPT_TOKENS,
+        "max_wait_s": options.max_wait_s,
+        "least_s": LEAST_S,
+    }
+    report = Report(options.json, "burst", conditions)
+    cells = [(num, tokens) for tokens in options.tokens for num in options.requests]
+    for num_each in options.nodes:
+        report.say(f"{num_each}P{num_each}D")
+        nodes = {"prefill": num_each, "decode": num_each}
+        with start_cluster(model, nodes, fit=fit, max_wait_s=options.max_wait_s) as started:
+            bursts = asyncio.run(send_bursts(started.cluster, cells, report))
+        again: dict[tuple[int, int], Burst] = {}
+        if refusing := [burst.cell for burst in bursts if burst.refused]:
+            report.say("again, refusing none")
+            with start_cluster(model, nodes, fit=fit, max_wait_s=NO_LIMIT_S) as patient:
+                repeated = asyncio.run(send_bursts(patient.cluster, refusing, report))
+            again = dict(zip(refusing, repeated, strict=True))
+        for burst in bursts:
+            figures = figures_of(burst, again.get(burst.cell), options.max_wait_s)
+            report.add_row(cluster=f"{num_each}P{num_each}D", **figures, pace=started.pace)
+    return report.finish(*COLUMNS)
+
+
+async def send_bursts(cluster: Cluster, cells: Sequence[tuple[int, int]], report: Report) -> list[Burst]:
+    await drive(cluster.url, WARM_UP)
+    bursts = []
+    for num_requests, max_tokens in cells:
+        await asyncio.sleep(PAUSE_S)
+        bursts.append(await send_burst(cluster, num_requests, max_tokens))
+        last = bursts[-1]
+        report.say(f"{num_requests} x {max_tokens}: {last.seconds:.1f} s, {len(last.refused)} refused")
+    return bursts
+
+
+async def send_burst(cluster: Cluster, num_requests: int, max_tokens: int) -> Burst:
+    """Raises TimeoutError when an event of a request that was served does not come."""
+    foreseen_s: dict[str, float] = {}
+    async with listening(cluster, "request_finished", RequestFinished) as finished:
+        began = time.monotonic()
+        arrivals = [Arrival(0.0, PROMPT_TOKENS, max_tokens)] * num_requests
+        outcomes = await drive(cluster.url, arrivals, seed=num_requests + max_tokens)
+        seconds = time.monotonic() - began
+        served = {each.request_id for each in outcomes if each.is_complete}
+        async with asyncio.timeout(EVENT_TIMEOUT_S):
+            while served - foreseen_s.keys():
+                event = await finished.get()
+                if event.predicted_ttft_s:
+                    foreseen_s[event.request_id] = event.predicted_ttft_s
+    return Burst(num_requests, max_tokens, outcomes, foreseen_s, seconds)
+
+
+def figures_of(burst: Burst, again: Burst | None, max_wait_s: float) -> dict[str, Any]:
+    """`again`: the same burst where none is refused.
+
+    `off_by`: the larger of predicted and real time to the first token over the smaller; `foreseen_over_real`
+    says in which direction. `num_refused_rightly`: of the refused, those that waited for longer than
+    `max_wait_s` where none was refused; None where none was.
+    """
+    complete = [each for each in burst.outcomes if each.is_complete]
+    pairs = [
+        (max(LEAST_S, burst.foreseen_s[each.request_id]), max(LEAST_S, each.ttft_s))
+        for each in complete
+        if each.ttft_s is not None and each.request_id in burst.foreseen_s
+    ]
+    waits = [again.outcomes[i].ttft_s for i in burst.refused] if again else []
+    return {
+        "num_requests": burst.num_requests,
+        "max_tokens": burst.max_tokens,
+        "num_complete": len(complete),
+        "num_refused": len(burst.refused),
+        "num_refused_rightly": sum(s is None or s > max_wait_s for s in waits) if burst.refused else None,
+        "errors": errors_of(burst.outcomes),
+        "seconds": round(burst.seconds, 2),
+        "tokens_per_s": round(sum(len(each.token_ids) for each in complete) / burst.seconds, 1),
+        "ttft_s": quantiles(real for _, real in pairs),
+        "foreseen_s": quantiles(foreseen for foreseen, _ in pairs),
+        "off_by": quantiles(max(pair) / min(pair) for pair in pairs),
+        "foreseen_over_real": quantiles(foreseen / real for foreseen, real in pairs),
+        "retry_after_s": quantiles(each.retry_after_s for each in burst.outcomes if each.retry_after_s),
+    }

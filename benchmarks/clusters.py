@@ -1,0 +1,223 @@
+"""Clusters on this machine: nodes that compute the model, or paced ones; what they can do, and what they did.
+
+`tests/paced` says what is real in a cluster of paced nodes (all but the engines). Its engines only take the
+time of a model, so more nodes fit on a host than it has cores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import psutil
+
+from benchmarks import BenchmarkFailed
+from benchmarks.load import Arrival, Lengths, Outcome, drive
+from flowkv.local_cluster import Cluster
+from flowkv_common.aio import running
+from flowkv_common.bus.connection import connect
+from flowkv_common.wire import subjects
+from flowkv_common.wire.nodes import LoadReport, StepFit
+from tests.paced.cluster import kept, paced_cluster, paced_settings, variables
+from tests.paced.engine import Kept
+
+READY_TIMEOUT_S = 300.0
+# Paced nodes: about what one core does with SmolLM2-135M, 1,000 prompt tokens per second, and 12 decode steps
+# per second with 16 sequences.
+ONE_CORE = StepFit(
+    base_s=0.02, prefill_token_s=0.001, attended_token_s=1e-7, sequence_s=0.004, context_token_s=1e-6
+)
+CHUNK_TOKENS = 512
+MAX_NUM_SEQS = 32
+NUM_BLOCKS = 4096
+# With a larger slip the nodes were not what they are said to be: the host was too slow for so many.
+MAX_SLIP = 0.05
+SAMPLE_PERIOD_S = 1.0
+
+Message = TypeVar("Message", bound=msgspec.Struct)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How well paced nodes kept their pace. `slip`: by which share of the stated time steps were longer."""
+
+    num_steps: int
+    slip: float
+    worst_node_slip: float
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Kept]) -> Pace:
+        """Over all nodes that have run steps."""
+        each = [node for node in kept.values() if node.num_steps]
+        num_steps = sum(node.num_steps for node in each)
+        total = Kept(num_steps, sum(node.stated_s for node in each), sum(node.taken_s for node in each))
+        worst = max((node.slip for node in each), default=0.0)
+        return cls(num_steps, round(total.slip, 4), round(worst, 4))
+
+    def __str__(self) -> str:
+        return f"{self.slip:+.1%}" + ("" if self.slip <= MAX_SLIP else " NOT KEPT")
+
+
+@dataclass
+class Started:
+    """A cluster. `pace` is there when it has ended, if its nodes were paced."""
+
+    cluster: Cluster
+    pace: Pace | None = None
+
+
+@contextlib.contextmanager
+def start_cluster(
+    model: str,
+    nodes: Mapping[str, int],
+    *,
+    fit: StepFit | None = None,
+    cores: Mapping[str, set[int]] | None = None,
+    num_blocks: int = NUM_BLOCKS,
+    **settings: object,
+) -> Iterator[Started]:
+    """A cluster that is ready, with so many nodes per role; `settings` are those of all services.
+
+    With `fit` the nodes are paced by it and have pools of `num_blocks`. Without it they compute the model, on
+    one thread each unless said otherwise; `cores` may then pin the one node of each role. All else runs where
+    the kernel puts it. Raises ClusterError when it does not start, BenchmarkFailed when a thread has strayed.
+    """
+    with tempfile.TemporaryDirectory(prefix="flowkv-bench-") as folder:
+        if fit is not None:
+            paced = paced_settings(num_blocks, **settings)
+            with paced_cluster(Path(folder), model, nodes, fit, settings=paced) as cluster:
+                started = Started(cluster)
+                yield started
+            started.pace = Pace.of(kept(Path(folder)))
+            return
+        own = variables(**{"num_threads": 1, **settings})
+        with Cluster(Path(folder), model, nodes={} if cores else nodes, settings=own) as cluster:
+            pinned = {}
+            for role, mine in (cores or {}).items():
+                pid = cluster.start_node(role, f"{role}-0").pid
+                os.sched_setaffinity(pid, mine)  # before it has threads: they inherit it
+                pinned[pid] = mine
+            cluster.wait_ready(READY_TIMEOUT_S)
+            for pid, mine in pinned.items():
+                check_pinned(pid, mine)
+            yield Started(cluster)
+
+
+def check_pinned(pid: int, cores: set[int]) -> None:
+    """Raises BenchmarkFailed if a thread of the process may run on any other core."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        actual = os.sched_getaffinity(int(thread.name))
+        if not actual <= cores:
+            raise BenchmarkFailed(
+                f"a thread of process {pid} may run on {sorted(actual)}, not on {sorted(cores)} alone"
+            )
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time of a process so far, of user and kernel."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Requests per second that each side serves, its nodes always busy and its steps as full as they get."""
+
+    prefill_per_s: float
+    decode_per_s: float
+
+    @property
+    def per_s(self) -> float:
+        return min(self.prefill_per_s, self.decode_per_s)
+
+
+def capacity(fit: StepFit, num_prefill: int, num_decode: int, lengths: Lengths) -> Capacity:
+    """Of a paced cluster whose nodes keep their roles."""
+    num_prompt, num_output, _ = lengths
+    num_chunks = num_prompt / min(CHUNK_TOKENS, num_prompt)
+    prefill_s = num_chunks * fit.base_s + num_prompt * fit.prefill_token_s
+    prefill_s += num_prompt * num_prompt / 2 * fit.attended_token_s
+    context = num_prompt + num_output / 2
+    step_s = fit.base_s + MAX_NUM_SEQS * (fit.sequence_s + context * fit.context_token_s)
+    return Capacity(
+        prefill_per_s=num_prefill / prefill_s,
+        decode_per_s=num_decode * MAX_NUM_SEQS / (step_s * num_output),
+    )
+
+
+@dataclass(frozen=True)
+class CapSeen:
+    """A prefill chunk budget, `at_s` seconds after the watch began: of each node the first, then new ones."""
+
+    at_s: float
+    node_id: str
+    cap: int
+
+
+@dataclass
+class Observed:
+    """`rss_bytes`: by process, once a second. `fits`: by node, as it reported last."""
+
+    caps: list[CapSeen] = field(default_factory=list)
+    rss_bytes: dict[str, list[int]] = field(default_factory=dict)
+    fits: dict[str, StepFit] = field(default_factory=dict)
+
+    @property
+    def num_cap_moves(self) -> int:
+        return len(self.caps) - len({seen.node_id for seen in self.caps})
+
+
+@contextlib.asynccontextmanager
+async def observing(cluster: Cluster) -> AsyncIterator[Observed]:
+    """What nodes report and how much memory processes take, until the context ends."""
+    observed, began = Observed(), time.monotonic()
+    latest: dict[str, int] = {}
+    processes = {name: psutil.Process(process.pid) for name, process in cluster.processes.items()}
+
+    def look(report: LoadReport, _: object) -> None:
+        node_id, cap = report.node.node_id, report.max_prefill_tokens_per_step
+        if latest.get(node_id) != cap:
+            latest[node_id] = cap
+            observed.caps.append(CapSeen(round(time.monotonic() - began, 2), node_id, cap))
+        if report.step is not None:
+            observed.fits[node_id] = report.step
+
+    async def sample_memory() -> None:
+        while True:
+            for name, process in processes.items():
+                observed.rss_bytes.setdefault(name, []).append(process.memory_info().rss)
+            await asyncio.sleep(SAMPLE_PERIOD_S)
+
+    async with connect(cluster.nats_url, name="bench-observe") as bus:
+        async with await bus.subscribe(subjects.LOAD_ALL, LoadReport, look), running(sample_memory()):
+            yield observed
+
+
+async def drive_observed(
+    cluster: Cluster, arrivals: Iterable[Arrival], seed: int = 0
+) -> tuple[list[Outcome], Observed]:
+    async with observing(cluster) as observed:
+        return await drive(cluster.url, arrivals, seed=seed), observed
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    cluster: Cluster, event: str, kind: type[Message]
+) -> AsyncIterator[asyncio.Queue[Message]]:
+    """All events of a kind, as they come, until the context ends."""
+    events: asyncio.Queue[Message] = asyncio.Queue()
+
+    def hear(message: Message, _: object) -> None:
+        events.put_nowait(message)
+
+    async with connect(cluster.nats_url, name="bench-events") as bus:
+        async with await bus.subscribe(subjects.event(event, ">"), kind, hear):
+            yield events

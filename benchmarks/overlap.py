@@ -1,0 +1,165 @@
+"""Time to the second token, KV sent while later chunks compute or after them, beside one node.
+
+One request at a time. Each node has cores of its own; NATS, scheduler, gateway and client run anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import BenchmarkFailed
+from benchmarks.clusters import listening, start_cluster
+from benchmarks.load import ask, check_complete
+from benchmarks.report import Report, default_model, make_parser, spread
+from flowkv.local_cluster import Cluster
+from flowkv_common.wire.messages import KVTransferred
+
+CHUNK_TOKENS = 512
+LENGTHS = (500, 1000, 2000, 4000)
+EVENT_TIMEOUT_S = 10.0
+NUM_WARMUPS = 2
+WARMUP_TOKENS = 600  # more than one chunk
+
+
+@dataclass(frozen=True)
+class Setup:
+    """`cores` says for each role on how many cores its one node runs; a core belongs to one node."""
+
+    name: str
+    title: str
+    cores: dict[str, int]
+    settings: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def hands_over(self) -> bool:
+        return "prefill" in self.cores
+
+
+# No chunk keeps such an ITL target, so no prompt stays on the idle decode node; nor is that node lent.
+APART = {"token_budget": CHUNK_TOKENS, "itl_goal_s": 0.000001, "lending": False}
+# A mixed node's chunk is half of its token budget: with twice the budget all setups cut prompts alike.
+MIXED = {"token_budget": 2 * CHUNK_TOKENS}
+SPLIT = {"prefill": 1, "decode": 1}
+SETUPS = {
+    setup.name: setup
+    for setup in (
+        Setup("off", "P + D, overlap off", SPLIT, {**APART, "overlap_transfer": False}),
+        Setup("on", "P + D, overlap on", SPLIT, {**APART, "overlap_transfer": True}),
+        Setup("mixed-1", "colocated, 1 core", {"mixed": 1}, dict(MIXED)),
+        Setup("mixed-2", "colocated, 2 cores", {"mixed": 2}, dict(MIXED)),
+    )
+}
+
+
+class Sample(NamedTuple):
+    """One request. `transferred` is missing where prefill and decode are one node."""
+
+    num_tokens: int
+    first_s: float
+    second_s: float
+    transferred: KVTransferred | None
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = make_parser("overlap", __doc__, model=True)
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(LENGTHS), help="prompt lengths")
+    parser.add_argument("--repeat", type=int, default=7, help="requests per row")
+    parser.add_argument("--connector", default="shm", choices=("shm", "tcp"))
+    parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS))
+    options = parser.parse_args(argv)
+    model = options.model or default_model()
+    setups = [setup for name, setup in SETUPS.items() if name in options.setups]
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < max(sum(setup.cores.values()) for setup in setups):
+        raise BenchmarkFailed("not enough cores: each node needs its own")
+    conditions = {
+        "connector": options.connector,
+        "num_repeats": options.repeat,
+        "chunk_tokens": CHUNK_TOKENS,
+        "model": Path(model).name,
+        "pinned": "all threads of a node on its own cores; NATS, scheduler, gateway and client anywhere",
+        "time": "at the client, from sending the request; one request at a time, random prompts",
+        "setups": setups,
+    }
+    report = Report(options.json, "overlap", conditions)
+    for setup in setups:
+        report.say(f"{setup.title}: starting")
+        free = iter(cores)
+        mine = {role: {next(free) for _ in range(num)} for role, num in setup.cores.items()}
+        with start_cluster(
+            model,
+            {},
+            cores=mine,
+            connectors=options.connector,
+            num_threads=max(setup.cores.values()),
+            **setup.settings,
+        ) as started:
+            samples = asyncio.run(measure(started.cluster, setup, options, report))
+        report.rows += rows_of(setup, samples)
+        report.write()
+    names = ("first_token_ms", "second_token_ms", "num_bytes", "num_copies", "hidden_ms", "exposed_ms")
+    return report.finish("setup", "num_tokens", *names)
+
+
+async def measure(
+    cluster: Cluster, setup: Setup, options: argparse.Namespace, report: Report
+) -> list[Sample]:
+    """Some samples of each length, in turn, after some that don't count.
+
+    Prompts are random and never repeat, so no prefix is cached. Raises BenchmarkFailed, FlowKVError.
+    """
+    rng = random.Random(setup.name)
+    samples = []
+    async with listening(cluster, "kv_transferred", KVTransferred) as events:
+        for _ in range(NUM_WARMUPS):
+            await sample(cluster.url, setup, events, rng, WARMUP_TOKENS)
+        for number in range(options.repeat):
+            for length in options.tokens:
+                samples.append(await sample(cluster.url, setup, events, rng, length))
+            report.say(f"{setup.title}: {number + 1} of {options.repeat}")
+    return samples
+
+
+async def sample(
+    url: str, setup: Setup, events: asyncio.Queue[KVTransferred], rng: random.Random, length: int
+) -> Sample:
+    outcome = await ask(url, rng, length, 2)
+    check_complete([outcome])
+    transferred = None
+    if setup.hands_over:
+        try:
+            async with asyncio.timeout(EVENT_TIMEOUT_S):
+                transferred = await events.get()
+        except TimeoutError:
+            raise BenchmarkFailed(f"{setup.title}: no event of a transfer came") from None
+    return Sample(length, outcome.event_times_s[0], outcome.event_times_s[-1], transferred)
+
+
+def rows_of(setup: Setup, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """One row for each prompt length. What was moved is missing where prefill and decode are one node."""
+    rows = []
+    for length in dict.fromkeys(sample.num_tokens for sample in samples):
+        mine = [each for each in samples if each.num_tokens == length]
+        events = [each.transferred for each in mine if each.transferred]
+        row: dict[str, Any] = {
+            "setup": setup.name,
+            "num_tokens": length,
+            "num_repeats": len(mine),
+            "first_token_ms": spread(1e3 * each.first_s for each in mine),
+            "second_token_ms": spread(1e3 * each.second_s for each in mine),
+        }
+        for name in ("num_bytes", "num_copies", "num_calls"):
+            row[name] = statistics.median(getattr(event, name) for event in events) if events else None
+        for name in ("total", "hidden", "exposed"):
+            times = [1e3 * getattr(event, f"{name}_s") for event in events]
+            row[f"{name}_ms"] = spread(times) if times else None
+        rows.append(row)
+    return rows

@@ -1,0 +1,68 @@
+"""One program per engine: it reads one job a line on stdin and answers each with its seconds, a line each.
+
+Needs the standard library only: each engine has an environment of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+from benchmarks.traces import TOKEN_IDS
+
+Prompts = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Decode: `batch` sequences of `context` tokens go on by `num_steps`. Prefill (`batch` 0): one prompt."""
+
+    batch: int
+    context: int
+    num_steps: int = 1
+
+    @property
+    def is_decode(self) -> bool:
+        return self.batch > 0
+
+    @property
+    def title(self) -> str:
+        return f"decode {self.batch} x {self.context}" if self.is_decode else f"prefill {self.context}"
+
+    def prompts(self, seed: int) -> Prompts:
+        """Random token ids. Prefill gets others with each `seed`, so that no prompt was seen before."""
+        rng = random.Random(f"{self.context} {0 if self.is_decode else seed}")
+        return [rng.choices(TOKEN_IDS, k=self.context) for _ in range(max(1, self.batch))]
+
+    def line(self, seed: int) -> str:
+        """The job as a program reads it."""
+        return json.dumps({**asdict(self), "prompts": self.prompts(seed)}) + "\n"
+
+
+class Party(Protocol):
+    """An engine under measurement."""
+
+    def decode_s(self, job: Job, prompts: Prompts) -> float:
+        """Seconds that `job.num_steps` decode steps took. What comes before them doesn't count."""
+
+    def prefill_s(self, job: Job, prompts: Prompts) -> float:
+        """Seconds for a prompt that was never seen before, to its first token."""
+
+
+def serve(open_party: Callable[[str, int], Party]) -> None:
+    """`program MODEL_FOLDER THREADS`: answers jobs until stdin ends. Only answers go to stdout."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # libraries print
+    party = open_party(sys.argv[1], int(sys.argv[2]))
+    print(json.dumps("ready"), file=answers)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        prompts = asked.pop("prompts")
+        job = Job(**asked)
+        seconds = party.decode_s(job, prompts) if job.is_decode else party.prefill_s(job, prompts)
+        print(json.dumps(seconds), file=answers)

@@ -1,1 +1,0 @@
-"""Serving over HTTP: the same load on FlowKV and on others, and what FlowKV's services cost."""

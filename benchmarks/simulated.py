@@ -1,0 +1,176 @@
+"""How far the simulator is off: the same load over HTTP on real services, and simulated.
+
+Paced nodes and the simulator have steps of the same stated time, the same scheduler and the same requests.
+What differs is what the simulator leaves out: messages, handoffs, HTTP. With `--real` one prefill and one
+decode node compute the model on one thread each. What they have measured of their own steps when the load has
+ended is all that the simulator knows of them; nothing is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import msgspec
+
+from benchmarks import BenchmarkFailed
+from benchmarks.clusters import (
+    CHUNK_TOKENS,
+    MAX_NUM_SEQS,
+    NUM_BLOCKS,
+    ONE_CORE,
+    drive_observed,
+    start_cluster,
+)
+from benchmarks.load import Outcome, arrivals_of, drive
+from benchmarks.report import Report, default_model, make_parser
+from benchmarks.simulator.batch import slowed
+from benchmarks.simulator.kinds import SMOLLM2_CPU, NodeKind, Targets
+from benchmarks.simulator.run import WAIT_SHARE, Machines, carried_by, simulate
+from benchmarks.simulator.run import Outcome as SimOutcome
+from benchmarks.traces import Request, add_traffic, at_rate, cut_to, read_window
+from tests.paced.nodes import paced_layout
+
+MEANS = ("num_served", "ttft_s", "tpot_s", "tokens_per_s")
+TARGETS = Targets(ttft_s=5.0, tpot_s=0.25)
+# With real nodes all are served: what is compared is how long things take.
+REAL_TARGETS = Targets(ttft_s=60.0, tpot_s=1.0)
+# The longest prompt and answer together: what the model of the paced nodes allows.
+MAX_MODEL_LEN = 8192
+# The paced nodes for the simulator. Their KV is 64 bytes per token: what a handoff takes is latency.
+PACED = NodeKind(
+    name="paced",
+    fit=ONE_CORE,
+    layout=paced_layout(block_size=16),
+    num_blocks=NUM_BLOCKS,
+    token_budget=CHUNK_TOKENS,
+    max_num_seqs=MAX_NUM_SEQS,
+    max_model_len=MAX_MODEL_LEN,
+    connector="shm",
+    link_bytes_per_s=1e9,
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _options(argv)
+    options.model = options.model or default_model()
+    conditions = {
+        "trace": Path(options.trace).name,
+        "num_requests": options.requests,
+        "seed": options.seed,
+        "real": options.real,
+        "fit": ONE_CORE,
+        "goals": (REAL_TARGETS if options.real else TARGETS)._asdict(),
+    }
+    report = Report(options.json, "simulated", conditions)
+    chosen = cut_to(read_window(options.trace, options.requests, options.seed), options.longest)
+    (beside_real_nodes if options.real else beside_paced_nodes)(options, chosen, report)
+    names = [f"{side}_{name}" for name in MEANS for side in ("measured", "simulated")]
+    return report.finish("cluster", "load", "rate_per_s", *names, "simulator_off_by", "pace")
+
+
+def beside_paced_nodes(options: argparse.Namespace, chosen: list[Request], report: Report) -> None:
+    """Each size of the cluster at each load."""
+    for num_each in options.nodes:
+        kind = msgspec.structs.replace(PACED, fit=slowed(ONE_CORE, max(1.0, num_each / 4)))
+        machines = Machines(kind, 2 * num_each)
+        carried = carried_by(machines, chosen, TARGETS, options.seed)
+        for load in options.loads:
+            report.say(f"{num_each}P{num_each}D at {load:.0%} of {carried.rate:.2f} requests/s")
+            requests = at_rate(chosen, load * carried.rate, options.seed)
+            with start_cluster(
+                options.model,
+                {"prefill": num_each, "decode": num_each},
+                fit=kind.fit,
+                token_budget=CHUNK_TOKENS,
+                max_num_seqs=MAX_NUM_SEQS,
+                ttft_goal_s=TARGETS.ttft_s,
+                itl_goal_s=TARGETS.tpot_s,
+                max_wait_s=WAIT_SHARE * TARGETS.ttft_s,
+            ) as started:
+                outcomes = asyncio.run(drive(started.cluster.url, arrivals_of(requests), seed=options.seed))
+            report.add_row(
+                cluster=f"{num_each}P{num_each}D",
+                load=load,  # a share of what its best static split carries
+                rate_per_s=round(len(requests) / requests[-1].arrival_s, 3),
+                **compare(outcomes, simulate(machines, num_each, "flowkv", requests, TARGETS, options.seed)),
+                pace=started.pace,
+            )
+
+
+def beside_real_nodes(options: argparse.Namespace, chosen: list[Request], report: Report) -> None:
+    """One cluster, each rate."""
+    kind = msgspec.structs.replace(SMOLLM2_CPU, num_blocks=options.blocks)
+    with start_cluster(
+        options.model,
+        {"prefill": 1, "decode": 1},
+        token_budget=kind.token_budget,
+        max_num_seqs=kind.max_num_seqs,
+        kv_cache_bytes=kind.num_blocks * kind.layout.block_bytes,
+        ttft_goal_s=REAL_TARGETS.ttft_s,
+        itl_goal_s=REAL_TARGETS.tpot_s,
+        max_wait_s=REAL_TARGETS.ttft_s,
+    ) as started:
+        for rate in options.rates:
+            report.say(f"{rate} requests/s")
+            requests = at_rate(chosen, rate, options.seed)
+            outcomes, observed = asyncio.run(
+                drive_observed(started.cluster, arrivals_of(requests), options.seed)
+            )
+            if unknown := {"prefill-0", "decode-0"} - observed.fits.keys():
+                raise BenchmarkFailed(
+                    f"too few steps to tell what they cost at {sorted(unknown)}: send more requests"
+                )
+            fits = {name: msgspec.structs.asdict(fit) for name, fit in observed.fits.items()}
+            report.conditions["fits"] = fits
+            prefill = msgspec.structs.replace(kind, fit=observed.fits["prefill-0"])
+            decode = msgspec.structs.replace(kind, fit=observed.fits["decode-0"])
+            machines = Machines(prefill, 2, decode_kind=decode)
+            outcome = simulate(machines, 1, "flowkv", requests, REAL_TARGETS, options.seed)
+            report.add_row(
+                cluster="1P1D", load=None, rate_per_s=rate, **compare(outcomes, outcome), pace=None
+            )
+
+
+def compare(outcomes: Sequence[Outcome], simulated: SimOutcome) -> dict[str, object]:
+    """Means over all requests that were served; `tokens_per_s` from the first arrival to the last token."""
+    served = [outcome for outcome in outcomes if outcome.is_complete]
+    lives = [life for life in simulated.lives if life.is_done]
+    num_tokens = sum(len(outcome.token_ids) for outcome in served)
+    ended_s = max(outcome.sent_s + outcome.ended_s for outcome in served)
+    real = (
+        len(served),
+        fmean(outcome.ttft_s or 0.0 for outcome in served),
+        fmean(outcome.tpot_s for outcome in served if len(outcome.token_ids) > 1),
+        num_tokens / ended_s,
+    )
+    imagined = (
+        len(lives),
+        fmean(life.ttft_s for life in lives),
+        fmean(life.tpot_s for life in lives if life.request.num_output_tokens > 1),
+        sum(life.request.num_output_tokens for life in lives) / max(life.last_token_s for life in lives),
+    )
+    found: dict[str, object] = {}
+    for name, one, other in zip(MEANS, real, imagined, strict=True):
+        found |= {f"measured_{name}": one, f"simulated_{name}": other}
+    off_by = (f"{other / one - 1:+.1%}" for one, other in zip(real[1:], imagined[1:], strict=True))
+    return {**found, "simulator_off_by": " ".join(off_by)}  # of the last three
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser("simulated", __doc__, model=True)
+    add_traffic(parser, num_requests=100)
+    parser.add_argument("--real", action="store_true", help="1P1D of nodes that compute the model")
+    parser.add_argument(
+        "--longest", type=int, default=MAX_MODEL_LEN, help="prompt and answer are cut to so many tokens"
+    )
+    paced = parser.add_argument_group("beside paced nodes")
+    paced.add_argument("--nodes", type=int, nargs="+", default=[2, 4], help="of each role")
+    paced.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.7, 0.9])
+    real = parser.add_argument_group("with --real")
+    real.add_argument("--rates", type=float, nargs="+", default=[0.15, 0.3], help="requests per second")
+    real.add_argument("--blocks", type=int, default=4096, help="of each node's pool, 16 tokens each")
+    return parser.parse_args(argv)

@@ -1,0 +1,195 @@
+"""What each idea of the paper is worth in KV transfers: one request's cache, process to process.
+
+Each strategy over each transport, FlowKV's and others', with a memory copy beside every transfer. With
+`--device cuda`: copies on one GPU, CUDA IPC between two processes, and the price of NCCL's calls.
+
+Others that are not installed are left out. `pip install -c constraints.txt nixl-cu12
+mooncake-transfer-engine-non-cuda` brings two of them; Mooncake's needs the system's libibverbs1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import Report, make_parser, spread
+from benchmarks.shapes import SHAPES, Shape, require_gpu
+from benchmarks.transfers.pair import Pair, Timing, WorkerFailed
+from benchmarks.transfers.strategies import STRATEGIES, USED_SHARE, Strategy
+from benchmarks.transfers.transports import TRANSPORTS, Unavailable
+from flowkv_common.wire.messages import Run
+from flowkv_engine.kv.segments import Copy
+
+# Each strategy places the request anew that often, and takes the placements in turn.
+NUM_PLACEMENTS = 3
+# A pool has at least so many bytes, and so many blocks more than a request takes of the free ones.
+MIN_POOL_BYTES = 512 << 20
+SPARE_BLOCKS = 128
+SPARE_BYTES = 1 << 30
+COLUMNS = ("shape", "num_tokens", "connector", "strategy", "num_copies", "num_calls", "ms", "gb_per_s")
+COLUMNS += ("ratio_to_memcpy", "cpu_s")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How often a row is repeated: up to `num_repeats` times, but no new time after `budget_s` seconds."""
+
+    num_repeats: int
+    budget_s: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one pair of processes is started for."""
+
+    shape_name: str
+    num_tokens: int
+
+    @property
+    def shape(self) -> Shape:
+        return SHAPES[self.shape_name]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.shape.num_blocks(self.num_tokens)
+
+    @property
+    def num_pool_blocks(self) -> int:
+        """Blocks of a pool that has room for the request where others use their share of it."""
+        by_bytes = MIN_POOL_BYTES // self.shape.layout.block_bytes
+        return max(by_bytes, round(self.num_blocks / (1 - USED_SHARE)) + SPARE_BLOCKS)
+
+    def copies(self, strategy: Strategy, seed: int) -> list[Copy]:
+        return strategy.copies(self.num_blocks, self.num_pool_blocks, self.shape.pieces_per_block, seed)
+
+    def __str__(self) -> str:
+        return f"{self.shape_name}, {self.num_tokens} tokens"
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _options(argv)
+    if options.device == "cuda":
+        device = require_gpu()
+        from benchmarks.transfers.gpu import measure_gpu
+
+        return measure_gpu(options, device)
+    tokens = options.tokens or ([500] if options.quick else [500, 1000, 4000, 8000, 13000])
+    shapes = options.shape or (["llama"] if options.quick else list(SHAPES))
+    effort = Effort(options.repeat or 3, 1.0) if options.quick else Effort(options.repeat or 9, 20.0)
+    conditions = {
+        "num_repeats": effort.num_repeats,
+        "budget_s_per_row": effort.budget_s,
+        "used_share_of_pool": USED_SHARE,
+        "cache": "evicted before each transfer, placements rotated",
+        "checked": "CRC-32 on both sides, outside of the timed part",
+        "memcpy": "C library, one thread, one call, between the transfers",
+    }
+    report = Report(options.json, "transfer", conditions)
+    remarks: list[str] = []
+    report.more["strategies"] = {name: strategy.title for name, strategy in STRATEGIES.items()}
+    report.more["remarks"] = remarks
+    for shape, num_tokens in itertools.product(shapes, tokens):
+        case = Case(shape, num_tokens)
+        for row in measure_case(case, options.connectors, options.strategies, effort, remarks):
+            report.add_row(**row)
+            report.say(f"{case}, {row['connector']}, {STRATEGIES[row['strategy']].title}: {row['ms']} ms")
+    print("\n".join(dict.fromkeys(remarks)))
+    return report.finish(*COLUMNS)
+
+
+def measure_case(
+    case: Case, connectors: Sequence[str], strategies: Sequence[str], effort: Effort, remarks: list[str]
+) -> Iterator[dict[str, Any]]:
+    """All rows of one case; `remarks` get what can't be measured, and why."""
+    needed = 2 * case.num_pool_blocks * case.shape.layout.block_bytes + SPARE_BYTES
+    if needed > available_bytes():
+        remarks.append(f"{case}: skipped, needs {needed / 2**30:.1f} GiB of memory")
+        return
+    waiting = list(connectors)
+    while waiting:
+        with Pair(case.shape, case.num_pool_blocks) as pair:
+            while waiting:
+                connector = waiting.pop(0)
+                try:
+                    yield from measure_connector(pair, case, connector, strategies, effort)
+                except Unavailable as error:
+                    remarks.append(f"{connector}: not measured, {error}")
+                except WorkerFailed as error:
+                    remarks.append(f"{connector}, {case}: failed, {error}")
+                    break  # the others get a new pair
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (available,) = (line for line in lines if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) << 10
+
+
+def measure_connector(
+    pair: Pair, case: Case, connector: str, strategies: Sequence[str], effort: Effort
+) -> Iterator[dict[str, Any]]:
+    """Layer-major strategies first, each kind of pool with a connection of its own."""
+    for is_layer_major in (True, False):
+        names = [name for name in strategies if STRATEGIES[name].is_layer_major == is_layer_major]
+        if names:
+            pair.connect(connector, is_layer_major)
+            for name in names:
+                yield measure_strategy(pair, case, connector, name, effort)
+            pair.disconnect()
+
+
+def measure_strategy(pair: Pair, case: Case, connector: str, name: str, effort: Effort) -> dict[str, Any]:
+    strategy = STRATEGIES[name]
+    placements = [case.copies(strategy, seed) for seed in range(NUM_PLACEMENTS)]
+    pair.erase(placements[0])
+    pair.transfer(placements[0], strategy.is_one_by_one)  # to warm up, and to see that the bytes are right
+    pair.verify(placements[0])
+    timings: list[Timing] = []
+    memcpys: list[Timing] = []
+    half = case.num_pool_blocks // 2
+    ends_at = time.monotonic() + effort.budget_s
+    while not timings or (len(timings) < effort.num_repeats and time.monotonic() < ends_at):
+        # As many bytes from one half of the receiver's pool to the other, each time from elsewhere.
+        start = (len(timings) * case.num_blocks) % (half - case.num_blocks + 1)
+        memcpys.append(pair.memcpy(Run(start, case.num_blocks), Run(half + start, case.num_blocks)))
+        copies = placements[len(timings) % NUM_PLACEMENTS]
+        timings.append(pair.transfer(copies, strategy.is_one_by_one))
+    pair.verify(copies)
+    num_bytes = case.num_blocks * case.shape.layout.block_bytes
+    times = [1e3 * timing.duration_s for timing in timings]
+    limits = [1e3 * timing.duration_s for timing in memcpys]
+    return {
+        "shape": case.shape_name,
+        "num_tokens": case.num_tokens,
+        "connector": connector,
+        "strategy": name,
+        "num_bytes": num_bytes,
+        "num_copies": statistics.median_low(len(copies) for copies in placements),
+        "num_calls": statistics.median_low(timing.num_calls for timing in timings),
+        "num_runs": len(timings),
+        "ms": spread(times),
+        "gb_per_s": num_bytes / statistics.median(times) / 1e6,
+        "memcpy_ms": spread(limits),  # measured between the transfers
+        "ratio_to_memcpy": statistics.median(times) / statistics.median(limits),
+        "ratio_of_minima": min(times) / min(limits),
+        "cpu_s": statistics.median(timing.cpu_s for timing in timings),
+    }
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser("transfer", __doc__, devices=("cpu", "cuda"))
+    parser.add_argument("--tokens", type=int, nargs="+", help="prompt lengths")
+    parser.add_argument("--repeat", type=int, help="timed runs per row, fewer where they take long")
+    cpu = parser.add_argument_group("with --device cpu")
+    cpu.add_argument("--shape", choices=SHAPES, nargs="+")
+    cpu.add_argument("--connectors", choices=TRANSPORTS, nargs="+", default=list(TRANSPORTS))
+    cpu.add_argument("--strategies", choices=STRATEGIES, nargs="+", default=list(STRATEGIES))
+    cpu.add_argument("--quick", action="store_true", help="one shape and length, few runs: under a minute")
+    return parser.parse_args(argv)

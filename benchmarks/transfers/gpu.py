@@ -1,0 +1,218 @@
+"""Moving KV blocks on one GPU: copies, CUDA IPC between two processes, and NCCL's price per call.
+
+`python -m benchmarks transfer --device cuda`. NCCL between two processes on one GPU says nothing of its speed
+between two, so it is not timed here: only what a call costs, by sending to oneself in one rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import cupy
+from cupy.cuda import nccl, runtime
+
+from benchmarks.report import Report, Spread, table, time_s
+from benchmarks.shapes import SHAPES
+from flowkv_engine.kv.blocks import Blocks
+from flowkv_engine.kv.cuda_pool import CudaPool
+from flowkv_engine.kv.reservations import Reservations
+from flowkv_engine.kv.segments import Copy
+from flowkv_engine.transport import make_connectors
+from flowkv_engine.transport.base import TransferStats
+
+LLAMA = SHAPES["llama"]
+PROMPT_TOKENS = (500, 1000, 4000, 8000)
+NUM_RUNS = 20
+NUM_WARMUPS = 2
+NUM_NCCL_RUNS = 5  # of half a second each, in tens of thousands of calls
+LINK_TOKEN = "benchmark"
+ANSWER_TIMEOUT_S = 60.0
+
+
+class Sizes(NamedTuple):
+    """One prompt's cache: blocks, and the pieces that a layer-major pool would send."""
+
+    num_tokens: int
+    num_blocks: int
+    num_pieces: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, num_tokens: int) -> Sizes:
+        num_blocks = LLAMA.num_blocks(num_tokens)
+        num_pieces = num_blocks * LLAMA.pieces_per_block
+        return cls(num_tokens, num_blocks, num_pieces, num_blocks * LLAMA.layout.block_bytes)
+
+
+def measure_gpu(options: argparse.Namespace, device: str) -> int:
+    num_runs = options.repeat or NUM_RUNS
+    report = Report(options.json, "transfer", {"device": device, "num_runs": num_runs})
+    all_sizes = [Sizes.of(num_tokens) for num_tokens in options.tokens or PROMPT_TOKENS]
+    through_ipc = asyncio.run(ipc_transfers(all_sizes, num_runs))
+    for sizes, ipc in zip(all_sizes, through_ipc, strict=True):
+        copies = device_copies(sizes, num_runs)
+        ratio = copies["one copy"]["ms"].median / ipc["ms"].median
+        report.rows.append({**sizes._asdict(), **copies, "cuda_ipc": ipc, "cuda_ipc of one copy": ratio})
+    report.write()  # the rest may be minutes away
+    nccl_rows = nccl_calls(all_sizes)
+    report.more["nccl to oneself"] = nccl_rows or "CuPy has found no NCCL library"
+    kinds = ("one copy", "cuda_ipc", "layer-major")
+    lines = [
+        [row["num_tokens"], f"{row['num_bytes'] / 1e6:.0f}", *(f"{row[kind]['ms']:.2f}" for kind in kinds)]
+        for row in report.rows
+    ]
+    text = table(["tokens", "MB", "one copy, ms", "CUDA IPC, ms", "as layers, ms"], lines)
+    kinds = ("one run", "block-major", "layer-major")
+    lines = [
+        [
+            row["num_tokens"],
+            row["num_pieces"],
+            *(f"{row[kind]['ms']:.2f}" for kind in kinds),
+            f"{row['us_per_call']:.2f}",
+        ]
+        for row in nccl_rows
+    ]
+    head = ["NCCL: tokens", "pieces", "one call, ms", "blocks, ms", "layers, ms", "us/call"]
+    return report.finish(f"{text}\n{table(head, lines)}")
+
+
+def figures(seconds: list[float], num_bytes: int) -> dict[str, Any]:
+    ms = Spread.of(1e3 * each for each in seconds)
+    return {"ms": ms, "gb_per_s": num_bytes / ms.median / 1e6}
+
+
+def times_s(work: Callable[[], None], num_runs: int) -> list[float]:
+    """Of `work`, which returns when the device has done it."""
+    return [time_s(work) for _ in range(NUM_WARMUPS + num_runs)][NUM_WARMUPS:]
+
+
+def device_copies(sizes: Sizes, num_runs: int) -> dict[str, dict[str, Any]]:
+    """One copy of all the bytes, and as many as a layer-major pool needs, on one stream."""
+    source, target = cupy.zeros(sizes.num_bytes, "uint8"), cupy.zeros(sizes.num_bytes, "uint8")
+    stream = cupy.cuda.Stream(non_blocking=True)
+
+    def copy_in(num_pieces: int) -> None:
+        step = sizes.num_bytes // num_pieces
+        for at in range(0, sizes.num_bytes, step):
+            kind = runtime.memcpyDeviceToDevice
+            runtime.memcpyAsync(target.data.ptr + at, source.data.ptr + at, step, kind, stream.ptr)
+        stream.synchronize()
+
+    return {
+        "one copy": figures(times_s(lambda: copy_in(1), num_runs), sizes.num_bytes),
+        "layer-major": figures(times_s(lambda: copy_in(sizes.num_pieces), num_runs), sizes.num_bytes),
+    }
+
+
+# --- CUDA IPC between two processes --------------------------------------------------------------
+
+
+async def ipc_transfers(all_sizes: list[Sizes], num_runs: int) -> list[dict[str, Any]]:
+    """Requests of these sizes through the connector, each in one run on both sides."""
+    num_blocks = max(sizes.num_blocks for sizes in all_sizes)
+    reservations = Reservations(Blocks(num_blocks))
+    with CudaPool(LLAMA.layout, num_blocks) as pool, start_sender(num_blocks) as orders:
+        [connector] = make_connectors(["cuda_ipc"], pool, reservations, LINK_TOKEN.__eq__)
+        async with connector:
+            orders.send(await connector.listen())
+            rows = []
+            for sizes in all_sizes:
+                taken = [await transfer(orders, reservations, sizes) for _ in range(NUM_WARMUPS + num_runs)]
+                seconds = [took_s for _, took_s in taken[NUM_WARMUPS:]]
+                sent, _ = taken[-1]
+                counts = {"num_copies": sent.num_copies, "num_calls": sent.num_calls}
+                rows.append({**counts, **figures(seconds, sizes.num_bytes)})
+            orders.send(None)
+            return rows
+
+
+async def transfer(
+    orders: Connection, reservations: Reservations, sizes: Sizes
+) -> tuple[TransferStats, float]:
+    """What was sent, and the seconds that it took."""
+    reserved = reservations.reserve("r.1", sizes.num_blocks, [], [], 600.0)
+    try:
+        orders.send(("r.1", reserved.token, [Copy(0, reserved.block_ids[0], sizes.num_blocks)]))
+        if not await asyncio.to_thread(orders.poll, ANSWER_TIMEOUT_S):
+            raise SystemExit(f"the sending process has not answered for {ANSWER_TIMEOUT_S} s")
+        sent, seconds = orders.recv()
+        return sent, seconds
+    finally:
+        reservations.cancel("r.1")
+
+
+@contextlib.contextmanager
+def start_sender(num_blocks: int) -> Iterator[Connection]:
+    """A connection to a sending process, which is gone when the block ends."""
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    ours, theirs = context.Pipe()
+    process = context.Process(target=send_all, args=(theirs, num_blocks), daemon=True)
+    process.start()
+    theirs.close()  # or else its death would go unnoticed
+    try:
+        yield ours
+    finally:
+        process.join(10)
+        process.kill()
+
+
+def send_all(orders: Connection, num_blocks: int) -> None:
+    """The other process: sends what it is told to, and answers with what it took."""
+
+    async def serve() -> None:
+        reservations = Reservations(Blocks(num_blocks))
+        with CudaPool(LLAMA.layout, num_blocks) as pool:
+            [connector] = make_connectors(["cuda_ipc"], pool, reservations, lambda _: False)
+            async with connector:
+                link = await connector.connect(orders.recv(), LINK_TOKEN, num_blocks)
+                while (order := await asyncio.to_thread(orders.recv)) is not None:
+                    began = time.perf_counter()
+                    sent = await link.send_blocks(*order)
+                    orders.send((sent, time.perf_counter() - began))
+
+    asyncio.run(serve())
+
+
+# --- NCCL to oneself -----------------------------------------------------------------------------
+
+
+def nccl_calls(all_sizes: list[Sizes]) -> list[dict[str, Any]]:
+    """Grouped sends to oneself: as many as a layer-major pool makes, as many as blocks, and one.
+
+    A send needs its receive in the same group, so a call here is a pair. The bytes are moved within the GPU.
+    """
+    if not nccl.available:
+        return []
+    communicator = nccl.NcclCommunicator(1, nccl.get_unique_id(), 0)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    most = max(sizes.num_bytes for sizes in all_sizes)
+    source, target = cupy.zeros(most, "uint8"), cupy.zeros(most, "uint8")
+
+    def send(num_bytes: int, num_pieces: int) -> None:
+        step = num_bytes // num_pieces
+        nccl.groupStart()
+        for at in range(0, num_bytes, step):
+            communicator.send(source.data.ptr + at, step, nccl.NCCL_UINT8, 0, stream.ptr)
+            communicator.recv(target.data.ptr + at, step, nccl.NCCL_UINT8, 0, stream.ptr)
+        nccl.groupEnd()
+        stream.synchronize()
+
+    def measure(sizes: Sizes, num_calls: int) -> dict[str, Any]:
+        seconds = times_s(lambda: send(sizes.num_bytes, num_calls), NUM_NCCL_RUNS)
+        return {"num_calls": num_calls, **figures(seconds, sizes.num_bytes)}
+
+    rows = []
+    for sizes in all_sizes:
+        kinds = {"layer-major": sizes.num_pieces, "block-major": sizes.num_blocks, "one run": 1}
+        measured = {kind: measure(sizes, num_calls) for kind, num_calls in kinds.items()}
+        more_ms = measured["layer-major"]["ms"].median - measured["one run"]["ms"].median
+        rows.append({**sizes._asdict(), **measured, "us_per_call": more_ms * 1e3 / (sizes.num_pieces - 1)})
+    communicator.abort()
+    return rows
