@@ -110,13 +110,12 @@ class StopFinder:
 
     def _take_before(self, stops: Iterable[int]) -> str:
         """The held text before the longest match of these stop strings; all of it if they may be shown."""
-        num_matched = 0  # shown characters
+        length = len(self._held)
         for which in stops if not self._keeps_stop else ():
             matched = self._matched[which]
-            if self._stops[which].sees_hidden:
+            if self._stops[which].sees_hidden:  # count its shown characters alone
                 matched = self._num_shown[-1] - self._num_shown[-1 - matched]
-            num_matched = max(num_matched, matched)
-        length = len(self._held) - num_matched
+            length = min(length, len(self._held) - matched)
         taken, self._held = self._held[:length], self._held[length:]
         return taken
 
