@@ -10,6 +10,7 @@ from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 from nats_server import NatsServer
 
 from flowkv_common import errors
+from flowkv_common.bus import service as service_module
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.wire.messages import Accepted, Cancel, Message, Release, Reserve, encode
@@ -70,10 +71,13 @@ async def test_handlers_of_one_endpoint_run_at_the_same_time(nats_server: NatsSe
     assert [task.result() for task in asked] == [Accepted(node_id="d0")] * 100
 
 
-async def test_over_the_limit_is_refused_at_once(nats_server: NatsServer) -> None:
+async def test_over_the_limit_is_refused_at_once(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "MAX_RUNNING", 2)
     gate = Gate(expected=2)
     async with connect(nats_server.url, name="test") as bus, asyncio.timeout(10):
-        async with service(bus, Endpoint(SUBJECT, Release, gate.handle, limit=2)):
+        async with service(bus, Endpoint(SUBJECT, Release, gate.handle)):
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(2):
                     tasks.create_task(ask(bus))

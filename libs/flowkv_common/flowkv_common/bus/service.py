@@ -1,6 +1,6 @@
 """Endpoints that answer requests, visible to `nats micro ls|info|stats` (ADR-32).
 
-Requests of one endpoint run at the same time, up to its limit. Knows nothing of what the endpoints do.
+Requests of one endpoint run at the same time, up to a limit. Knows nothing of what the endpoints do.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ from flowkv_common.bus.connection import Bus, Subscription
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Message, decode
 
+MAX_RUNNING = 1024  # requests of one endpoint
+
 log = logging.getLogger(__name__)
 
 
 class Endpoint(NamedTuple):
     """`handler` gets every `kind` that arrives on `subject`; what it returns, or raises, is the answer.
 
-    More than `limit` at a time are refused with 429.
+    More than `MAX_RUNNING` at a time are refused with 429.
     """
 
     subject: str
     kind: Any  # a Message class, or a union of some
     handler: Callable[[Any], Awaitable[Message]]
-    limit: int = 1024
 
 
 class _Served:
@@ -145,7 +146,7 @@ class Service:
 
     async def _on_request(self, served: _Served, msg: Msg) -> None:
         served.num_requests += 1
-        if served.num_running >= served.endpoint.limit:
+        if served.num_running >= MAX_RUNNING:
             full = errors.Full(f"{served.endpoint.subject} has {served.num_running} requests in hand")
             await self._refuse(served, msg, full)
             return
