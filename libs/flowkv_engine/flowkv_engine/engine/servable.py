@@ -32,14 +32,11 @@ from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
 from flowkv_engine.engine.forward import IMPLEMENTATION, ModulesForward, UnsupportedModel, paged_attention
 from flowkv_engine.engine.sequence import Sequence
 
-LAYER_TYPES = {"full_attention", "sliding_attention"}
-
 # The name of the attention function that serves, with the mask that a layer wants.
 DRY_RUN = "flowkv_dry_run"
 DRY_RUN_TOKENS = 8
 MASK_SAMPLES = 64  # positions at either end of the context, where a mask is looked at
 
-NAMES_SHOWN = 3  # in a message
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 # Tensors that no model reads: buffers of older versions of `transformers` (each model computes its own),
 # layers of a drafter, a value head of training.
@@ -48,9 +45,7 @@ HARMLESS = (
     r"(^|\.)mtp(\.|_)",
     r"^v_head\.",
 )
-MASK_DTYPES = {torch.bool, torch.uint8}
 DEQUANTIZED = "fp8"  # the one quantization that is read: its weights become floats while they are loaded
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Files that quantizers write beside config.json.
 QUANTIZER_FILES = {
     "hf_quant_config.json": "ModelOpt",
@@ -99,14 +94,12 @@ def check_config(folder: Path) -> tuple[PretrainedConfig, tuple[int, int, int]]:
             f"{folder} has no config that transformers knows: {_first_line(error)}"
         ) from error
     try:
-        reason = _why_not(config)
+        if (reason := _why_not(config)) is None:
+            return config, _dry_run(config)
+    except UnsupportedModel as error:
+        reason = str(error)
     except Exception as error:  # a config that lacks a field may raise anything
         reason = f"its config does not say what is needed: {_first_line(error)}"
-    if reason is None:
-        try:
-            return config, _dry_run(config)
-        except UnsupportedModel as error:
-            reason = str(error)
     raise UnsupportedModel(f"{folder} ({config.model_type}) can't be served: {reason}")
 
 
@@ -126,7 +119,7 @@ def _why_not(config: PretrainedConfig) -> str | None:
         return "its KV cache is compressed (MLA)"
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention caps logits"
-    if unknown := set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES:
+    if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         return f"it has layers of type {', '.join(sorted(unknown))}"
     if not getattr(config, "max_position_embeddings", None):
         return "its config has no max_position_embeddings, so its longest context is unknown"
@@ -253,12 +246,11 @@ def check_weights(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
     tensors = _headers(folder)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     ignored = [*HARMLESS, *(model_class._keys_to_ignore_on_load_unexpected or [])]
-    # Causal masks, which models once kept as a buffer under the name of a bias.
-    ignored += [
-        f"^{re.escape(name)}$"
-        for name, tensor in tensors.items()
-        if re.search(r"\.(attn|attention)\.bias$", name) and tensor.dtype in MASK_DTYPES and tensor.ndim >= 2
-    ]
+    for name, tensor in tensors.items():
+        # A causal mask, which models once kept as a buffer under the name of a bias.
+        is_mask = tensor.dtype in (torch.bool, torch.uint8) and tensor.ndim >= 2
+        if is_mask and re.search(r"\.(attn|attention)\.bias$", name):
+            ignored.append(f"^{re.escape(name)}$")
     # Layers of a drafter that the config names: they are numbered on behind the last layer.
     num_drafting = getattr(config, "num_nextn_predict_layers", None) or 0
     ignored += [rf"\.layers\.{config.num_hidden_layers + i}\." for i in range(num_drafting)]
@@ -302,8 +294,8 @@ def check_weights(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
 def _with_quantization(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
     """The config, set to dequantize weights of the one quantization that is read."""
     if (folder / "adapter_config.json").is_file():  # a merged model may have kept it
-        adapters = [name for name in ADAPTER_FILES if (folder / name).is_file()]
-        if adapters or not weight_files(folder):
+        has_adapter = any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin"))
+        if has_adapter or not weight_files(folder):
             raise UnsupportedModel(f"{folder} holds an adapter (LoRA), which is not served: merge it first")
     quantization: dict[str, Any] = getattr(config, "quantization_config", None) or {}
     method = quantization.get("quant_method") or ("an unnamed method" if quantization else None)
@@ -341,8 +333,7 @@ def _headers(folder: Path) -> dict[str, Tensor]:
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class SelfCheck:
