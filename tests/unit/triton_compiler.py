@@ -13,14 +13,14 @@ from flowkv_engine.engine.gpu import kernels
 from flowkv_engine.engine.gpu.attention import num_stages
 
 HEADS = {"block_size": 16, "num_kv_heads": 8, "head_dim": 128, "padded_dim": 128}
-SPLITS = {"num_splits": 32, "min_split_len": 128, "tile_len": 64}
+SPLITS = {"num_splits": 32, "min_split_len": 128}
 NUMBERS = "*i32"
 ITEM_BYTES = {"bf16": 2, "fp32": 4}
 ARGUMENTS: dict[Any, tuple[dict[str, str], dict[str, int]]] = {
     kernels.write_kv: ({"slots": "*i64"}, HEADS),
     kernels.attend_prompts: (
         dict.fromkeys(("tables", "context_lens", "query_starts", "tile_items", "tile_firsts"), NUMBERS),
-        {**HEADS, "group_size": 4, "num_rows": 64, "tile_len": 64},
+        {**HEADS, "group_size": 4, "num_rows": 64},
     ),
     kernels.attend_splits: (
         {"splits": "*fp32", "log_sums": "*fp32"}

@@ -16,8 +16,7 @@ from flowkv_engine.engine.gpu import kernels
 
 # So many pairs of sequence and KV head keep a GPU busy by themselves.
 MANY_PAIRS = 512
-# Keys per step of the online softmax, and queries of a prompt per program.
-TILE_LEN = 64
+# Queries of a prompt per program.
 NUM_ROWS = 64
 # The matrix units take at least so many rows.
 LEAST_ROWS = 16
@@ -167,7 +166,6 @@ class TritonAttention:
             group_size=group_size,
             padded_group=max(LEAST_ROWS, triton.next_power_of_2(group_size)),
             **self._sizes,
-            tile_len=TILE_LEN,
             num_stages=2,
         )
         kernels.merge_splits[(num_items, num_heads)](
@@ -177,7 +175,6 @@ class TritonAttention:
             self.step.query_starts,
             decode_lens,
             **split_kv._asdict(),
-            tile_len=TILE_LEN,
             head_dim=self._head_dim,
             padded_dim=self._padded_dim,
         )
@@ -202,7 +199,6 @@ class TritonAttention:
             group_size=num_heads // self._num_kv_heads,
             **self._sizes,
             num_rows=NUM_ROWS,
-            tile_len=TILE_LEN,
             num_stages=num_stages(item_bytes * self._padded_dim),
         )
 

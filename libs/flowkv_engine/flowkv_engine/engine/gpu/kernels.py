@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+TILE_LEN = tl.constexpr(64)  # keys per step of the online softmax
+
 
 @triton.jit
 def _attend(
@@ -31,9 +33,8 @@ def _attend(
     num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
-    tile_len: tl.constexpr,
 ):
-    """The online softmax over the keys from `begin` to `end`, `tile_len` at a time.
+    """The online softmax over the keys from `begin` to `end`, `TILE_LEN` at a time.
 
     Whole tiles that all rows see go without a mask, the others with one. Returns the rows' maxima, as
     exponents of 2, their sums of exponentials, and the weighed values, not yet divided by the sums; all fp32.
@@ -42,10 +43,10 @@ def _attend(
     sums = tl.zeros([queries.shape[0]], tl.float32)
     out = tl.zeros([queries.shape[0], padded_dim], tl.float32)
     dims = tl.arange(0, padded_dim)
-    edge = begin + tl.maximum(seen_by_all - begin, 0) // tile_len * tile_len
+    edge = begin + tl.maximum(seen_by_all - begin, 0) // TILE_LEN * TILE_LEN
     for is_masked in tl.static_range(2):
-        for first in range(edge if is_masked else begin, end if is_masked else edge, tile_len):
-            positions = first + tl.arange(0, tile_len)
+        for first in range(edge if is_masked else begin, end if is_masked else edge, TILE_LEN):
+            positions = first + tl.arange(0, TILE_LEN)
             is_here = positions < end
             if is_masked:
                 blocks = tl.load(table + positions // block_size, mask=is_here, other=0).to(tl.int64)
@@ -64,7 +65,7 @@ def _attend(
             scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="ieee") * scale
             if is_masked:
                 sees = is_here[None, :] & (positions[None, :] <= last_seen[:, None])
-                scores = tl.where(sees, scores, -float("inf"))  # [rows, tile_len]
+                scores = tl.where(sees, scores, -float("inf"))  # [rows, TILE_LEN]
             new_max = tl.maximum(row_max, tl.max(scores, 1))
             # A row that has seen nothing yet has a maximum of -inf: its factor must not be NaN.
             pivots = tl.where(new_max == -float("inf"), 0.0, new_max)
@@ -98,7 +99,6 @@ def attend_prompts(
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
     num_rows: tl.constexpr,
-    tile_len: tl.constexpr,
 ):
     """`num_rows` queries of one item and head against all that they may see. Grid (tiles, num_heads)."""
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -130,7 +130,6 @@ def attend_prompts(
         num_kv_heads,
         head_dim,
         padded_dim,
-        tile_len,
     )
     out = out / sums[:, None]
     to = result + (tokens[:, None] * num_kv_heads * group_size + head) * head_dim + dims[None, :]
@@ -138,9 +137,9 @@ def attend_prompts(
 
 
 @triton.jit
-def _split_len(context_len, num_splits: tl.constexpr, min_split_len: tl.constexpr, tile_len: tl.constexpr):
+def _split_len(context_len, num_splits: tl.constexpr, min_split_len: tl.constexpr):
     """Splits are of equal length, whole tiles, and depend on the sequence's own length alone."""
-    return tl.cdiv(tl.maximum(tl.cdiv(context_len, num_splits), min_split_len), tile_len) * tile_len
+    return tl.cdiv(tl.maximum(tl.cdiv(context_len, num_splits), min_split_len), TILE_LEN) * TILE_LEN
 
 
 @triton.jit(do_not_specialize=["stride_table"])
@@ -166,7 +165,6 @@ def attend_splits(
     num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
-    tile_len: tl.constexpr,
 ):
     """A sequence's queries of one KV head against one split of its context.
 
@@ -174,7 +172,7 @@ def attend_splits(
     """
     item, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     context_len = tl.load(context_lens + item)
-    split_len = _split_len(context_len, num_splits, min_split_len, tile_len)
+    split_len = _split_len(context_len, num_splits, min_split_len)
     begin = split * split_len
     if begin >= context_len:
         return
@@ -203,7 +201,6 @@ def attend_splits(
         num_kv_heads,
         head_dim,
         padded_dim,
-        tile_len,
     )
     out = out / sums[:, None]
     num_heads: tl.constexpr = num_kv_heads * group_size
@@ -225,7 +222,6 @@ def merge_splits(
     context_lens,  # [N]
     num_splits: tl.constexpr,
     min_split_len: tl.constexpr,
-    tile_len: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
 ):
@@ -241,7 +237,7 @@ def merge_splits(
     is_dim = dims < head_dim
     place = (item * num_heads + head) * num_splits + numbers
     context_len = tl.load(context_lens + item)
-    split_len = _split_len(context_len, num_splits, min_split_len, tile_len)
+    split_len = _split_len(context_len, num_splits, min_split_len)
     if split_len >= context_len:
         return
     is_split = numbers * split_len < context_len
