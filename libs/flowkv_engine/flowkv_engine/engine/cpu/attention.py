@@ -1,8 +1,7 @@
 """Attention on the CPU, in compiled kernels that walk the block table.
 
-Decode reads KV once, where it lies; a prefill computes enough per byte to pack KV for its tiles first. A
-bfloat16 pool is widened while it is read. Kernels are compiled at first use and cached on disk
-(`NUMBA_CACHE_DIR`).
+Decode reads KV once, in the pool; a prefill computes enough per byte to pack KV for its tiles first. bfloat16
+becomes float32 while it is read. Kernels are compiled at first use and cached on disk (`NUMBA_CACHE_DIR`).
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -34,13 +33,13 @@ _LOWEST = np.float32(-1e30)
 
 
 class Scratch:
-    """Memory kept between calls, for they are many and short."""
+    """Memory kept between calls: they are many and short."""
 
     def __init__(self) -> None:
         self._arrays: dict[str, NDArray[np.float32]] = {}
 
     def array(self, name: str, *shape: int) -> NDArray[np.float32]:
-        """Holds anything. Valid until asked for again by that name."""
+        """Uninitialized memory, valid until the next call with that name."""
         size = math.prod(shape)
         if name not in self._arrays or self._arrays[name].size < size:
             self._arrays[name] = np.empty(size, np.float32)
@@ -50,8 +49,8 @@ class Scratch:
 class CpuAttention(TorchAttention):
     """Equal to `TorchAttention` up to rounding, by test. For float32 and bfloat16 pools on the CPU.
 
-    What `attend` returns is valid until it is called again. `pool_array` and `slots` are for kernels that
-    write into the pool themselves.
+    The result of `attend` is valid until the next call. `pool_array` and `slots` are for kernels that write
+    into the pool themselves.
     """
 
     name = "cpu"
@@ -224,7 +223,7 @@ def rotate_and_write(pool, layer, slots, qkv, positions, cos, sin, norm, eps, qu
 def _attend_split(pool, layer, query, table, start, stop, head, out, maxima, sums, group_size, head_dim):
     """KV head `head` over tokens `start .. stop - 1`: all scores, their softmax, then the values.
 
-    While one block is read the next is prefetched, whose place only the block table knows.
+    While one block is read the next is prefetched: the processor can't guess its place.
     """
     block_size = pool.shape[3]
     num_vectors = (stop - start + LANES - 1) // LANES
@@ -316,7 +315,7 @@ def make_decode(group_size: int, head_dim: int) -> Callable[..., None]:
 def _pack_tile(pool, layer, table, head, first, context_len, keys, values):
     """The context's tile at `first`: keys [tokens / LANES, dim, LANES], values [dim / LANES, tokens, LANES].
 
-    Filled up to whole vectors with 0, which no score that counts will ever meet.
+    Padded to whole vectors with 0; the scores of padding are masked.
     """
     block_size = pool.shape[3]
     count = min(TILE_LEN, context_len - first)
@@ -339,13 +338,13 @@ def _scale(row, factor, out):
 
 @numba.njit(cache=True, nogil=True)
 def _attend_prompt(query, position, scale, keys, values, out):
-    """`query` [tokens, group, dim], the first at `position`, to one KV head's tiles of keys and values."""
+    """`query` [tokens, group, dim], the first at `position`, attends to one KV head's tiles."""
     num_tokens, group_size, head_dim = query.shape
     num_rows = num_tokens * group_size
     queries = np.empty((num_rows, head_dim), np.float32)
     for row in range(num_rows):
         _scale(query[row // group_size, row % group_size], scale, queries[row])
-    weighed = np.zeros((num_rows, head_dim), np.float32)
+    weighted = np.zeros((num_rows, head_dim), np.float32)
     maxima, sums = np.full(num_rows, _LOWEST), np.zeros(num_rows, np.float32)
     scores = np.empty((num_rows, TILE_LEN), np.float32)
     context_len = position + num_tokens
@@ -361,12 +360,12 @@ def _attend_prompt(query, position, scale, keys, values, out):
             if maximum > maxima[row]:
                 rescale = np.exp(maxima[row] - maximum)
                 sums[row] *= rescale
-                _scale(weighed[row], rescale, weighed[row])
+                _scale(weighted[row], rescale, weighted[row])
                 maxima[row] = maximum
             sums[row] += total
-        multiply(scores, values[tile], 0, head_dim // LANES, num_vectors * LANES, weighed, True)
+        multiply(scores, values[tile], 0, head_dim // LANES, num_vectors * LANES, weighted, True)
     for row in range(num_rows):
-        _scale(weighed[row], np.float32(1) / sums[row], out[row // group_size, row % group_size])
+        _scale(weighted[row], np.float32(1) / sums[row], out[row // group_size, row % group_size])
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)

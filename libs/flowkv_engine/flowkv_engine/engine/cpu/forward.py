@@ -27,7 +27,7 @@ _NOTHING: Array = np.empty(0, np.float32)
 
 
 class _Packed(NamedTuple):
-    """A layer as the kernels take it: panels and biases. A bias or norm that is not there has no elements."""
+    """A layer as the kernels take it: panels and biases. A missing bias or norm has no elements."""
 
     input_norm: Array
     qkv: tuple[Array, Array]
@@ -42,10 +42,10 @@ class CpuFlatForward:
     """Equal to `FlatForward` up to rounding, by test. Its logits are valid until the next call."""
 
     def __init__(self, weights: FlatWeights, attention: CpuAttention) -> None:
-        """`weights` must be such that `fits` says yes to.
+        """`weights` must fit (see `fits`).
 
-        The weights are packed into memory of their own: those of the model are not used any more, but for
-        the embedding, and their memory is given back where they are mapped from a file.
+        Packs the weights into new memory. Of the model's own only the embedding is used from then on; the
+        memory of the others is given back where they are mapped from a file.
         """
         self._weights = weights
         self._attention = attention
@@ -81,7 +81,7 @@ class CpuFlatForward:
             rotate_and_write(pool, index, slots, states, positions, cos, sin, packed.qk_norm, eps, query)
             attended = self._attention.attend(index, torch.from_numpy(query), weights.scale).numpy()
             attended = attended.reshape(num_rows, -1)
-            if index == len(self._layers) - 1:  # of the last one only keys and values are wanted of all rows
+            if index == len(self._layers) - 1:  # the other rows need only keys and values
                 sampled = logits_indices.numpy()
                 hidden, attended = hidden[sampled], attended[sampled]
                 normed, up, gated = (each[: len(sampled)] for each in (normed, up, gated))

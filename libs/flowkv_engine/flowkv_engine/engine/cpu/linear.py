@@ -1,8 +1,7 @@
 """Compiled linear layers over packed weights, and the norms and gates between them.
 
 Decode reads each weight once for all rows, at the speed of memory; a prompt's many rows run at the rate of a
-large matmul. Both are the same tiles, so a row's sums are in one order in any batch: it gets the same bits
-alone and in company. Compiled at first use and cached on disk (`NUMBA_CACHE_DIR`). Knows arrays only.
+large matmul. Both use the same tiles, which sum a row in one order: it gets the same bits in any batch.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -15,8 +14,8 @@ from numpy.typing import NDArray
 from flowkv_engine.engine.cpu.simd import LANES, TILE_PANELS, TILE_ROWS, gate_row, panel_tile
 
 _HALF, _QUARTER = TILE_ROWS // 2, TILE_ROWS // 4
-_BLOCK_ROWS = 256  # at most: more units of work for more threads, each within the second cache
-_SERIAL_ROWS = 32  # up to so many, waking other threads takes longer than a norm
+_BLOCK_ROWS = 256  # at most: a block stays in the second cache, and threads share the blocks
+_SERIAL_ROWS = 32  # up to this many, waking other threads takes longer than the norms
 
 
 def pack(*weights: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -86,7 +85,7 @@ def _columns(x, panels, bias, start, stop, out, adds):
 
 @numba.njit(cache=True, nogil=True)
 def _blocks(num_rows):
-    """Blocks of rows, all about as long, and how long: each thread is to get its share of the work."""
+    """The number of blocks of rows, and their length: about equal, so that threads get equal work."""
     num_blocks = (num_rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS
     length = (num_rows + num_blocks - 1) // num_blocks if num_blocks else 0
     return num_blocks, (length + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS

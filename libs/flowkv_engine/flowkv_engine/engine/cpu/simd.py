@@ -1,6 +1,6 @@
-"""Vector code that numba can't be brought to write: tiles of products whose sums stay in registers, and exp.
+"""Vector code that numba does not generate: tiles of products whose sums stay in registers, and exp.
 
-Numba intrinsics, as LLVM's IR. All are for float32 numbers, in vectors of `LANES`.
+Numba intrinsics, written as LLVM's IR, for float32 numbers in vectors of `LANES`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"

@@ -14,27 +14,26 @@ from torch import Tensor
 from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.gpu import kernels
 
-# So many pairs of sequence and KV head keep a GPU busy by themselves.
+# This many pairs of sequence and KV head fill a GPU without splits.
 MANY_PAIRS = 512
 # Queries of a prompt per program.
 NUM_ROWS = 64
-# The matrix units take at least so many rows.
+# The matrix units take at least this many rows.
 LEAST_ROWS = 16
 
 
 class SplitKV(NamedTuple):
-    """How contexts of decode are split, each split a program of its own: it follows from the size of the
-    batch alone, so that a recorded graph has one grid.
+    """How contexts of decode are split: each split is a program.
 
-    A context has `num_splits` splits at most, and fewer where they would be shorter than `min_split_len`: the
-    results of several splits are written and read once more.
+    Chosen by the size of the batch alone, so that a recorded graph has one grid. A context has up to
+    `num_splits` splits of at least `min_split_len` tokens: the results of several are written and read again.
     """
 
     num_splits: int
     min_split_len: int
 
 
-# Few sequences share the GPU out among their splits. Of many, only a long one is split.
+# With few sequences, splits fill the GPU. With many, only a long context is split.
 FEW, MANY = SplitKV(32, 128), SplitKV(16, 1024)
 
 
@@ -204,14 +203,14 @@ class TritonAttention:
 
 
 def num_stages(head_bytes: int) -> int:
-    """Tiles of prompts that are loaded ahead, for heads of so many bytes: of wide ones few GPUs hold more."""
+    """Tiles of keys that `attend_prompts` loads ahead: shared memory holds one of wide heads."""
     return 3 if head_bytes <= 256 else 1
 
 
 def query_tiles(query_lens: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Items with several queries in tiles of `NUM_ROWS`: the item of each, and its first query there, [2, n].
+    """Items of several queries in tiles of `NUM_ROWS`: the item and the first query of each tile, [2, n].
 
-    The last come first: they have most to attend to, and the GPU shall not wait for them in the end.
+    The last tiles come first: they attend to the most keys, and would end last.
     """
     num_tiles = np.where(query_lens > 1, -(-query_lens // NUM_ROWS), 0)
     items = np.repeat(np.arange(len(query_lens)), num_tiles)

@@ -12,12 +12,11 @@ from flowkv_engine.engine.gpu.attention import TritonAttention
 from flowkv_engine.engine.llama import FlatWeights, fuse
 
 GATE_TILE_LEN = 1024
-# A row of so many numbers takes twice as many threads as a kernel has by itself.
-LONG_ROW = 4096
+LONG_ROW = 4096  # numbers; a longer row takes twice the threads
 
 
 class TritonFlatForward:
-    """Equal to `FlatForward` up to rounding, by test. It never asks the device for a number."""
+    """Equal to `FlatForward` up to rounding, by test. It never reads a number from the device."""
 
     def __init__(self, weights: FlatWeights, attention: TritonAttention) -> None:
         """The model's projections are fused in place."""
@@ -37,7 +36,7 @@ class TritonFlatForward:
             )
             attended = attention.attend(index, query, weights.scale).flatten(1)
             if index == len(weights.layers) - 1 and len(logits_indices) < len(hidden):
-                # Of the last layer only keys and values are wanted of all rows.
+                # The last layer needs only keys and values of the other rows.
                 hidden, attended = (each.index_select(0, logits_indices) for each in (hidden, attended))
             delta = linear(attended, layer.output.weight, layer.output.bias)
             normed = self._add_and_norm(hidden, delta, layer.mlp_norm)

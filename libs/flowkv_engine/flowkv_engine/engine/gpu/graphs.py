@@ -1,9 +1,9 @@
 """Steps as recorded graphs: one launch instead of some hundred, from fixed memory.
 
-A graph is recorded for each of a few sizes. A step takes the next larger one; the places that are left over
-have an empty context and write nowhere. Steps of decode have graphs of their own; a larger one takes prompts
-and decode together. Beyond the largest the device has enough to do while the host launches. Only
-`TritonFlatForward` can be recorded: it never asks the device for a number.
+A graph is recorded for each of a few sizes. A step takes the next larger one; the places left over have an
+empty context and write nowhere. Some graphs take decode alone, others prompts and decode. Larger steps are
+not recorded: they keep the device busy while the host launches. Only `TritonFlatForward` can be recorded: it
+never reads a number from the device.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def record_steps(
     """The graphs of a model on a GPU; `None` if its forward pass can't be recorded."""
     if not isinstance(forward, TritonFlatForward):
         return None
-    # A stream aside, as CUDA asks for; the same always, for cuBLAS keeps memory for each. All graphs share
-    # one pool of memory: one runs at a time.
+    # CUDA records on a side stream. One for all graphs, as cuBLAS keeps memory for each stream; one pool of
+    # memory for all, as one graph runs at a time.
     memory = torch.cuda.graph_pool_handle()
     aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
