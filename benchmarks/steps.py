@@ -61,7 +61,7 @@ def _tokens(number: int, context: int, num_left: int) -> Tokens:
     num_blocks = -(-context // BLOCK_SIZE)
     blocks = list(range(number * num_blocks, (number + 1) * num_blocks))
     sampling = SamplingParams(max_tokens=1, temperature=0.0)
-    tokens = Tokens("", 0, "bench", "", [1] * context, [], sampling, 0.0, blocks)
+    tokens = Tokens("bench", "", [1] * context, [], sampling, 0.0, blocks)
     tokens.num_computed_tokens = context - num_left
     return tokens
 

@@ -35,11 +35,8 @@ def make_pool(model: LoadedModel, num_blocks: int, dtype: torch.dtype = torch.fl
 def make_sequence(
     prompt_ids: list[int], block_table: list[int] | None = None, sampling: SamplingParams = GREEDY
 ) -> Sequence:
-    request_id = f"r{next(_numbers)}"
     return Sequence(
-        request_id=request_id,
-        attempt=0,
-        transfer_id=transfer_id(request_id, 0),
+        transfer_id=transfer_id(f"r{next(_numbers)}", 0),
         gateway_id="g",
         prompt_ids=prompt_ids,
         output_ids=[],

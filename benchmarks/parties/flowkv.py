@@ -72,8 +72,6 @@ def _sequences(job: Job, prompts: Prompts) -> list[Sequence]:
     per_sequence = -(-(job.context + job.num_steps + 1) // _BLOCK_SIZE)
     return [
         Sequence(
-            request_id=str(number),
-            attempt=0,
             transfer_id=str(number),
             gateway_id="",
             prompt_ids=prompt,

@@ -13,8 +13,6 @@ from flowkv_prefill.prompts import plan_chunks
 
 def sequence(num_prompt: int, num_computed: int = 0, num_blocks: int = 0, num_output: int = 0) -> Sequence:
     return Sequence(
-        request_id="r",
-        attempt=0,
         transfer_id="r.0",
         gateway_id="g",
         prompt_ids=[1] * num_prompt,

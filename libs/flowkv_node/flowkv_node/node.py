@@ -295,8 +295,6 @@ class Node:
 def new_sequence(run: PrefillRun | DecodeRun) -> Sequence:
     """The sequence that a message asks for, without blocks; its deadline counts from now."""
     return Sequence(
-        request_id=run.request_id,
-        attempt=run.attempt,
         transfer_id=transfer_id(run.request_id, run.attempt),
         gateway_id=run.gateway_id,
         prompt_ids=run.prompt_ids.unpack(),

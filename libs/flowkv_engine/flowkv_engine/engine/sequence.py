@@ -15,9 +15,7 @@ from flowkv_common.wire.messages import SamplingParams
 class Sequence:
     """Tokens `0 .. num_computed_tokens - 1` have their KV in the blocks of `block_table`."""
 
-    request_id: str
-    attempt: int
-    transfer_id: str
+    transfer_id: str  # of the request and the attempt
     gateway_id: str
     prompt_ids: list[int]  # never changed: a running step may hold it
     output_ids: list[int]

@@ -354,7 +354,7 @@ class SelfCheck:
         """`logits_of` computes a batch: logits [S, vocab]. Raises `UnsupportedModel` if they differ."""
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
         sequences = [
-            Sequence("", 0, "self-check", "", prompt[:-1], [], sampling, 0.0, [block])
+            Sequence("self-check", "", prompt[:-1], [], sampling, 0.0, [block])
             for block, prompt in enumerate(self._prompts)
         ]
         for num_left in (1, 0) if sequences else ():  # all tokens but the last one, then the last one
