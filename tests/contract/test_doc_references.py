@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import BENCHMARKS
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [
     "README.md",
@@ -50,6 +52,22 @@ def test_files_and_names_in_the_code_exist(doc: str) -> None:
 
 def test_the_pages_name_files_in_the_form_that_is_checked() -> None:
     assert len(REFERENCE.findall((ROOT / "docs/architecture.md").read_text())) > 10
+
+
+def test_documented_benchmarks_exist() -> None:
+    pages = "\n".join((ROOT / doc).read_text() for doc in DOCS)
+    known = {name for group in BENCHMARKS.values() for name in group}
+    named = set(re.findall(r"python -m benchmarks ([a-z-]+)", pages))
+    assert named
+    assert named <= known
+
+
+@pytest.mark.parametrize("doc", ["docs/performance.md", "docs/simulator.md"])
+def test_results_behind_figures_exist(doc: str) -> None:
+    named = re.findall(r"`([a-z0-9*-]+\.json)`", (ROOT / doc).read_text())
+    assert named
+    for pattern in named:
+        assert any((ROOT / "benchmarks/results").glob(pattern)), f"{doc} names {pattern}"
 
 
 @pytest.mark.parametrize("doc", DOCS)
