@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.clusters import ONE_CORE, listening, start_cluster
 from benchmarks.load import Arrival, Outcome, drive, errors_of
-from benchmarks.report import Report, default_model, make_parser, quantiles
+from benchmarks.report import Report, make_parser, quantiles
 from flowkv.local_cluster import Cluster
 from flowkv_common.wire.messages import RequestFinished
 
@@ -29,7 +29,14 @@ NO_LIMIT_S = 500.0
 # Shorter times count as this: whether 10 ms or 30 were predicted makes no difference.
 LEAST_S = 0.5
 EVENT_TIMEOUT_S = 5.0
-COLUMNS = ("cluster", "num_requests", "max_tokens", "num_complete", "num_refused", "num_refused_rightly")
+COLUMNS: tuple[str, ...] = (
+    "cluster",
+    "num_requests",
+    "max_tokens",
+    "num_complete",
+    "num_refused",
+    "num_refused_rightly",
+)
 COLUMNS += ("seconds", "tokens_per_s", "ttft_s", "off_by", "foreseen_over_real", "pace")
 
 
@@ -60,25 +67,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--real", action="store_true", help="nodes that compute the model, one thread each")
     parser.add_argument("--max-wait-s", type=float, default=60.0, help="the longest wait that is admitted")
     options = parser.parse_args(argv)
-    model, fit = options.model or default_model(), None if options.real else ONE_CORE
-    conditions = {
-        "fit": fit,
-        "real": options.real,
-        "prompt_tokens": PROMPT_TOKENS,
-        "max_wait_s": options.max_wait_s,
-        "least_s": LEAST_S,
-    }
-    report = Report(options.json, "burst", conditions)
+    fit = None if options.real else ONE_CORE
+    report = Report(options, fit=fit, prompt_tokens=PROMPT_TOKENS, least_s=LEAST_S)
     cells = [(num, tokens) for tokens in options.tokens for num in options.requests]
     for num_each in options.nodes:
         report.say(f"{num_each}P{num_each}D")
         nodes = {"prefill": num_each, "decode": num_each}
-        with start_cluster(model, nodes, fit=fit, max_wait_s=options.max_wait_s) as started:
+        settings = {"max_wait_s": options.max_wait_s}
+        with start_cluster(options.model, nodes, settings=settings, fit=fit) as started:
             bursts = asyncio.run(send_bursts(started.cluster, cells, report))
         again: dict[tuple[int, int], Burst] = {}
         if refusing := [burst.cell for burst in bursts if burst.refused]:
             report.say("again, refusing none")
-            with start_cluster(model, nodes, fit=fit, max_wait_s=NO_LIMIT_S) as patient:
+            with start_cluster(options.model, nodes, settings={"max_wait_s": NO_LIMIT_S}, fit=fit) as patient:
                 repeated = asyncio.run(send_bursts(patient.cluster, refusing, report))
             again = dict(zip(refusing, repeated, strict=True))
         for burst in bursts:

@@ -38,6 +38,7 @@ ONE_CORE = StepFit(
 CHUNK_TOKENS = 512
 MAX_NUM_SEQS = 32
 NUM_BLOCKS = 4096
+PACED_LIMITS = {"token_budget": CHUNK_TOKENS, "max_num_seqs": MAX_NUM_SEQS}
 # With a larger slip the nodes were not what they are said to be: the host was too slow for so many.
 MAX_SLIP = 0.05
 SAMPLE_PERIOD_S = 1.0
@@ -79,10 +80,10 @@ def start_cluster(
     model: str,
     nodes: Mapping[str, int],
     *,
+    settings: Mapping[str, object] | None = None,
     fit: StepFit | None = None,
     cores: Mapping[str, set[int]] | None = None,
     num_blocks: int = NUM_BLOCKS,
-    **settings: object,
 ) -> Iterator[Started]:
     """A cluster that is ready, with so many nodes per role; `settings` are those of all services.
 
@@ -92,13 +93,13 @@ def start_cluster(
     """
     with tempfile.TemporaryDirectory(prefix="flowkv-bench-") as folder:
         if fit is not None:
-            paced = paced_settings(num_blocks, **settings)
+            paced = paced_settings(num_blocks, **(settings or {}))
             with paced_cluster(Path(folder), model, nodes, fit, settings=paced) as cluster:
                 started = Started(cluster)
                 yield started
             started.pace = Pace.of(kept(Path(folder)))
             return
-        own = variables(**{"num_threads": 1, **settings})
+        own = variables(**{"num_threads": 1, **(settings or {})})
         with Cluster(Path(folder), model, nodes={} if cores else nodes, settings=own) as cluster:
             pinned = {}
             for role, mine in (cores or {}).items():

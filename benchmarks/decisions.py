@@ -151,7 +151,10 @@ def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> dict[str,
     for node in nodes:
         planner.add_report(node.report(), 0.0)
     running: deque[Node] = deque()  # by its decode node; the scheduler keeps no choices either
-    decisions, reports, news, ticks = [], [], [], []
+    decisions: list[float] = []
+    reports: list[float] = []
+    news: list[float] = []
+    ticks: list[float] = []
     num_others, num_due, now = 0, 0.0, 0.0
     memory_before = 0.0
     for place, request in zip(range(num_decisions), requests(0), strict=False):
@@ -213,7 +216,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--in-flight", type=int, default=10_000)
     parser.add_argument("--decisions", type=int, default=100_000)
     options = parser.parse_args(argv)
-    report = Report(options.json, "decisions", {})
+    report = Report(options)
     for num_nodes in options.nodes:
         report.say(f"{num_nodes} nodes")
         report.add_row(**measure(num_nodes, options.in_flight, options.decisions))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from benchmarks.clusters import start_cluster
 from benchmarks.load import connection, read_events, request_bytes
-from benchmarks.report import Report, default_model, make_parser, quantiles
+from benchmarks.report import Report, make_parser, quantiles
 from benchmarks.traces import TOKEN_IDS
 from flowkv.local_cluster import Cluster
 from flowkv_common.bus.connection import Bus, connect
@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser("disconnects", __doc__, model=True)
     parser.add_argument("--clients", type=int, default=200)
     options = parser.parse_args(argv)
-    report = Report(options.json, "disconnects", {"num_clients": options.clients, "unit": "ms"})
-    with start_cluster(options.model or default_model(), {"prefill": 1, "decode": 1}) as started:
+    report = Report(options, unit="ms")
+    with start_cluster(options.model, {"prefill": 1, "decode": 1}) as started:
         times = asyncio.run(measure(started.cluster, options.clients))
     for phase in ["all", *dict.fromkeys(phase for phase, _ in times)]:
         held = quantiles(1e3 * seconds for each, seconds in times if phase in ("all", each))

@@ -24,13 +24,20 @@ from typing import Any
 from benchmarks import BenchmarkFailed
 from benchmarks.clusters import listening, start_cluster
 from benchmarks.load import Outcome, ask, check_complete, ttfts
-from benchmarks.report import Report, default_model, make_parser, quantiles
+from benchmarks.report import Report, make_parser, quantiles
 from benchmarks.serving import UNBOUNDED
 from benchmarks.shapes import LLAMA_8B_CONFIG, require_gpu
 from flowkv.local_cluster import Cluster
 from flowkv_common.wire.messages import KVTransferred
 
-COLUMNS = ("setup", "num_chats", "chat_itl_s", "chat_ttft_s", "chat_tokens_per_s", "long_ttft_s")
+COLUMNS: tuple[str, ...] = (
+    "setup",
+    "num_chats",
+    "chat_itl_s",
+    "chat_ttft_s",
+    "chat_tokens_per_s",
+    "long_ttft_s",
+)
 COLUMNS += ("long_tokens_per_s",)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # By device: what the options are if not given.
@@ -83,16 +90,14 @@ class Load:
 
 def main(argv: Sequence[str]) -> int:
     options = _options(argv)
-    model = options.model or default_model()
+    model = options.model
     cores = sorted(os.sched_getaffinity(0))[:2]
-    conditions: dict[str, object] = {"lending": False, "kv_cache_bytes": options.kv_cache_bytes}
     if options.device == "cuda":
-        conditions["device"] = require_gpu()
+        report = Report(options, gpu=require_gpu())
     elif len(cores) < 2:
         raise BenchmarkFailed("2 cores are needed")
     else:
-        conditions["pinned"] = "1P1D: each node on one core, 1 thread; one node: both cores, 2 threads"
-    report = Report(options.json, "disturbed", conditions)
+        report = Report(options, pinned="1P1D: a core and a thread per node; one node: both cores, 2 threads")
     with tempfile.TemporaryDirectory() as folder:
         if options.device == "cuda":
             model = large_model(Path(folder), Path(model))
@@ -123,10 +128,12 @@ def measure(model: str, chunk: int, cores: list[int], options: argparse.Namespac
         settings["token_budget"] = 2 * chunk
     long_tokens, period_s = WARM_UP[options.device]
     warm_up = Load(2, 32, 8, long_tokens, 2, num_long=1, period_s=period_s)
-    with start_cluster(model, {}, cores=nodes, **settings) as started:
+    with start_cluster(model, {}, cores=nodes, settings=settings) as started:
         asyncio.run(run_load(started.cluster.url, warm_up, seed=-1))
         for num_chats in options.chats:
-            load = Load(num_chats, *options.chat, options.long, 4, options.num_long, options.period)
+            load = Load(
+                num_chats, options.chat[0], options.chat[1], options.long, 4, options.num_long, options.period
+            )
             for number in range(options.repeat):
                 figures = asyncio.run(run_watched(started.cluster, load, seed=number))
                 report.add_row(setup=name, chunk=chunk, **asdict(load), round=number, **figures)

@@ -1,7 +1,8 @@
 """The bare engine, without services, beside other engines on the same cores, and the floor under them.
 
-Each engine is a process of its own; only the one that is measured runs. Decode steps of 1 to 16 sequences,
-and whole prompts, round after round.
+Each engine is a process of its own, in float32 (llama.cpp: the weights of its file, KV in float16); only the
+one that is measured runs. Decode steps of 1 to 16 sequences, and whole prompts, round after round; one more
+round before them doesn't count.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from benchmarks import BenchmarkFailed
 from benchmarks.floor import Machine, Work, measure_machine
 from benchmarks.parties import Job
-from benchmarks.report import Report, default_model, make_parser, spread
+from benchmarks.report import Report, make_parser, spread
 
 ROOT = Path(__file__).parents[1]
 NUM_STEPS = 16
@@ -42,22 +43,11 @@ OTHER_WEIGHTS = {"llamacpp"}
 
 def main(argv: Sequence[str]) -> int:
     options = _options(argv)
-    model = options.model or default_model()
+    model = options.model
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
     had = {"flowkv", "transformers"} | ({"vllm"} if options.vllm else set())
     had |= {"llamacpp"} if options.llamacpp else set()
-    conditions: dict[str, object] = {
-        "model": Path(model).name,
-        "weights_and_kv": "float32",
-        "threads": options.threads,
-        "cores": cores,
-        "rounds": "each party in turn; one more before them, that doesn't count",
-        "decode_steps": NUM_STEPS,
-        "memory": "flowkv's holds a pool of 16 x 2,304 tokens; parties that are not measured are stopped",
-    }
-    if options.llamacpp:
-        conditions["llamacpp"] = f"weights of {options.gguf.name}, KV in float16"
-    report = Report(options.json, "engine", conditions)
+    report = Report(options, cores=cores, decode_steps=NUM_STEPS)
     work = Work.of(Path(model) / "config.json")
     with contextlib.ExitStack() as opened:
         parties: list[PartyProcess] = []

@@ -84,6 +84,6 @@ class Work:
             pairs, rows, sampled = job.batch * context, job.batch, job.batch
         else:
             pairs, rows, sampled = job.context * (job.context + 1) / 2, job.context, 1
-        flop = 2 * rows * self.layer_weights + 2 * sampled * self.head_weights
+        flop = 2.0 * rows * self.layer_weights + 2 * sampled * self.head_weights
         flop += 4 * pairs * self.num_layers * self.hidden
         return max(num_bytes / machine.read_bytes_per_s, flop / machine.flop_per_s)

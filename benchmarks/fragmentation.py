@@ -27,8 +27,6 @@ from flowkv_engine.kv.segments import align, runs_of
 LEVELS = (0.6, 0.75, 0.9)
 CACHES = {"off": (False,), "on": (True,), "both": (False, True)}
 NUM_SYNTHETIC = 20_000
-# Of the pools, over a replay.
-NUM_SAMPLES = 100
 COLUMNS = ("prefill alone", "decode alone", "one-sided", "aligned", "larger side", "free list")
 
 
@@ -36,13 +34,13 @@ def main(argv: Sequence[str]) -> int:
     options = _options(argv)
     requests = read_trace(options.trace) if options.trace else synthetic(NUM_SYNTHETIC)
     trace = options.trace.name if options.trace else "synthetic"
-    report = Report(options.json, "fragmentation", {"trace": trace})
+    report = Report(options)
     caches = CACHES[options.cache] if any(request.hash_ids for request in requests) else (False,)
     for has_cache, level in itertools.product(caches, LEVELS):
         report.say(f"{trace}, {level:.0%} leased, cache {'on' if has_cache else 'off'}")
         replay = Replay(Conditions(options.blocks, options.block_size, level, has_cache, options.room))
         try:
-            replay.run(itertools.islice(itertools.cycle(requests), options.requests), options.requests)
+            replay.run(itertools.islice(itertools.cycle(requests), options.requests))
         except OutOfBlocks:
             raise BenchmarkFailed(f"running sequences outgrow a pool of {options.blocks} blocks") from None
         report.add_row(**figures(replay))
@@ -76,10 +74,6 @@ class FreeList:
         self._free = list(range(num_blocks))[::-1]
         self._refs = [0] * num_blocks
         self._cache = PrefixCache(num_blocks)
-
-    def longest_free_run(self) -> int:
-        """O(n log n): a free list does not know."""
-        return max((run.length for run in runs_of(sorted(self._free))), default=0)
 
     def allocate(self, n: int, *, like: Sequence[int] = (), room: int = 0) -> list[int]:
         for block_id in self._cache.evict(n - len(self._free)):
@@ -247,7 +241,6 @@ class Replay:
         limit = int(size * conditions.level)
         self.conditions = conditions
         self.copies: dict[str, Counter[int]] = defaultdict(Counter)
-        self.longest_free_run: dict[str, list[int]] = defaultdict(list)
         self.num_left_out = 0  # of requests that alone are over the level
         self.num_prompt_blocks = 0
         self.num_hit_blocks: Counter[str] = Counter()
@@ -260,21 +253,15 @@ class Replay:
         self.alone = DecodeSide(self.alone_pool, block_size, limit)
         self.list = DecodeSide(self.list_pool, block_size, limit)
 
-    def run(self, requests: Iterable[Request], num_requests: int) -> None:
-        """`num_requests` are how many there are in `requests`: to look at the pools at equal intervals."""
+    def run(self, requests: Iterable[Request]) -> None:
         conditions = self.conditions
-        interval = max(1, num_requests // NUM_SAMPLES)
-        for number, request in enumerate(requests, 1):
+        for request in requests:
             num_blocks = request.num_prompt_tokens // conditions.block_size + 1
             if num_blocks > conditions.num_blocks * conditions.level:
                 self.num_left_out += 1
                 continue
             self.num_prompt_blocks += num_blocks
             self._place(request, request.block_hashes(conditions.block_size) if conditions.has_cache else [])
-            if number % interval == 0:
-                for name, pool in (("prefill", self.prefill_pool), ("decode", self.alone_pool)):
-                    self.longest_free_run[name].append(pool.counts().longest_free_run)
-                self.longest_free_run["free list"].append(self.list_pool.longest_free_run())
 
     def _place(self, request: Request, hashes: list[str]) -> None:
         room = self.conditions.room
@@ -313,7 +300,6 @@ def figures(replay: Replay) -> dict[str, Any]:
         "num_requests": replay.copies["aligned"].total(),
         "num_left_out": replay.num_left_out,
         "copies_per_request": {name: of_counts(replay.copies[name]) for name in COLUMNS},
-        "longest_free_run": dict(replay.longest_free_run),
         "take_cpu_us": of_times(replay.alone.take_ns),
         "take_aligned_cpu_us": of_times(replay.told.take_ns),
         "grow_moved_ratio": alone.num_moved / alone.num_grown if alone.num_grown else 0.0,

@@ -20,7 +20,7 @@ import msgspec
 
 from benchmarks import BenchmarkFailed
 from benchmarks.report import Quantiles, quantiles
-from benchmarks.traces import TOKEN_IDS, Request, read_trace
+from benchmarks.traces import TOKEN_IDS, Request, Targets, read_trace
 
 MAX_LINE_BYTES = 1 << 20
 
@@ -268,19 +268,6 @@ def check_complete(outcomes: Iterable[Outcome]) -> None:
 # --- figures ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What users are to see, in seconds."""
-
-    ttft_s: float
-    tpot_s: float
-
-    def are_met_by(self, outcome: Outcome) -> bool:
-        if not outcome.is_complete or outcome.ttft_s is None:
-            return False
-        return outcome.ttft_s <= self.ttft_s and outcome.tpot_s <= self.tpot_s
-
-
 def summarize(outcomes: Sequence[Outcome], targets: Targets, duration_s: float) -> dict[str, Any]:
     """Figures of requests that were sent over `duration_s`; times in seconds.
 
@@ -288,7 +275,7 @@ def summarize(outcomes: Sequence[Outcome], targets: Targets, duration_s: float) 
     of all complete requests; a request keeps the target when its mean gap does.
     """
     complete = [outcome for outcome in outcomes if outcome.is_complete]
-    num_good = sum(targets.are_met_by(outcome) for outcome in complete)
+    num_good = sum(targets.are_met(outcome.ttft_s, outcome.tpot_s) for outcome in complete)
     return {
         "num_sent": len(outcomes),
         "num_complete": len(complete),

@@ -12,13 +12,12 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import BenchmarkFailed
 from benchmarks.clusters import listening, start_cluster
 from benchmarks.load import ask, check_complete
-from benchmarks.report import Report, default_model, make_parser, spread
+from benchmarks.report import Report, make_parser, spread
 from flowkv.local_cluster import Cluster
 from flowkv_common.wire.messages import KVTransferred
 
@@ -75,21 +74,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--connector", default="shm", choices=("shm", "tcp"))
     parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS))
     options = parser.parse_args(argv)
-    model = options.model or default_model()
+    model = options.model
     setups = [setup for name, setup in SETUPS.items() if name in options.setups]
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < max(sum(setup.cores.values()) for setup in setups):
         raise BenchmarkFailed("not enough cores: each node needs its own")
-    conditions = {
-        "connector": options.connector,
-        "num_repeats": options.repeat,
-        "chunk_tokens": CHUNK_TOKENS,
-        "model": Path(model).name,
-        "pinned": "all threads of a node on its own cores; NATS, scheduler, gateway and client anywhere",
-        "time": "at the client, from sending the request; one request at a time, random prompts",
-        "setups": setups,
-    }
-    report = Report(options.json, "overlap", conditions)
+    report = Report(options, chunk_tokens=CHUNK_TOKENS, setups=SETUPS)
     for setup in setups:
         report.say(f"{setup.title}: starting")
         free = iter(cores)
@@ -98,9 +88,11 @@ def main(argv: Sequence[str]) -> int:
             model,
             {},
             cores=mine,
-            connectors=options.connector,
-            num_threads=max(setup.cores.values()),
-            **setup.settings,
+            settings={
+                "connectors": options.connector,
+                "num_threads": max(setup.cores.values()),
+                **setup.settings,
+            },
         ) as started:
             samples = asyncio.run(measure(started.cluster, setup, options, report))
         report.rows += rows_of(setup, samples)

@@ -12,14 +12,7 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks import BenchmarkFailed
-from benchmarks.clusters import (
-    CHUNK_TOKENS,
-    MAX_NUM_SEQS,
-    ONE_CORE,
-    capacity,
-    drive_observed,
-    start_cluster,
-)
+from benchmarks.clusters import ONE_CORE, PACED_LIMITS, capacity, drive_observed, start_cluster
 from benchmarks.load import (
     Arrival,
     Lengths,
@@ -30,7 +23,7 @@ from benchmarks.load import (
     summarize,
     targets_of,
 )
-from benchmarks.report import Report, default_model, make_parser, quantiles, table
+from benchmarks.report import Report, make_parser, quantiles, table
 
 LENGTHS = Lengths(300, 60, spread=0.5)
 PROBE = Lengths(20, 2)
@@ -53,25 +46,18 @@ def main(argv: Sequence[str]) -> int:
     targets = targets_of(options)
     most_per_s = capacity(ONE_CORE, options.prefill, options.decode, LENGTHS).per_s
     arrivals = arrivals_at(options.factor * most_per_s, options.seconds, options.after, options.seed)
-    conditions = {
-        "fit": ONE_CORE,
-        "lengths": LENGTHS._asdict(),
-        "probe": PROBE._asdict(),
-        "seconds": options.seconds,
-        "seed": options.seed,
-        "targets": targets,
-    }
-    report = Report(options.json, "overload", conditions)
+    report = Report(options, fit=ONE_CORE, lengths=LENGTHS._asdict(), probe=PROBE._asdict())
     with start_cluster(
-        options.model or default_model(),
+        options.model,
         {"prefill": options.prefill, "decode": options.decode},
+        settings={
+            **PACED_LIMITS,
+            "ttft_goal_s": options.ttft_s,
+            "itl_goal_s": options.tpot_s,
+            # The other half is for the prompt itself, and for waits that were predicted too short.
+            "max_wait_s": options.ttft_s / 2,
+        },
         fit=ONE_CORE,
-        token_budget=CHUNK_TOKENS,
-        max_num_seqs=MAX_NUM_SEQS,
-        ttft_goal_s=options.ttft_s,
-        itl_goal_s=options.tpot_s,
-        # The other half is for the prompt itself, and for waits that were predicted too short.
-        max_wait_s=options.ttft_s / 2,
     ) as started:
         outcomes, observed = asyncio.run(drive_observed(started.cluster, arrivals))
     load, probes = ([each for each in outcomes if each.arrival.kind == kind] for kind in ("load", "probe"))

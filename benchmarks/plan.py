@@ -13,9 +13,9 @@ from typing import NamedTuple
 from benchmarks import BenchmarkFailed
 from benchmarks.baselines import POLICIES
 from benchmarks.report import Report, make_parser
-from benchmarks.simulator.kinds import KINDS, NodeKind, Targets, targets_of
+from benchmarks.simulator.kinds import KINDS, NodeKind, targets_of
 from benchmarks.simulator.run import GOOD_SHARE, Machines, carrying_split, splits_around
-from benchmarks.traces import Request, add_traffic, at_rate, cut_to, own_rate, read_window
+from benchmarks.traces import Request, Targets, add_traffic, at_rate, cut_to, own_rate, read_window
 
 # Relative precision of the margin, and the greatest that is looked for.
 MARGIN_PRECISION = 0.02
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         f"{options.trace}: {len(requests)} requests at {demand.rate:.3f}/s, {GOOD_SHARE:.0%} of them within "
         f"TTFT {targets.ttft_s:.3f} s and TPOT {targets.tpot_s * 1e3:.1f} ms"
     )
-    report = Report(options.json, "plan", {name: str(value) for name, value in vars(options).items()})
+    report = Report(options)
     report.more = {"rate": demand.rate, "targets": targets._asdict()}
     prices = dict(options.price)
     for prefill, decode in product(kinds, kinds):

@@ -32,16 +32,20 @@ def make_parser(
     The first of `devices` is the default.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=text)
+    parser.set_defaults(benchmark=name)
     parser.add_argument("--json", type=Path, default=Path(f".run/{name}.json"), help="where the results go")
     if model:
-        parser.add_argument("--model", default="", help="a prepared folder; if empty the default model")
+        help = "a prepared folder; the default model without"
+        parser.add_argument("--model", type=model_folder, default="", help=help)
     if devices:
         parser.add_argument("--device", choices=devices, default=devices[0], help="what computes")
     return parser
 
 
-def default_model() -> str:
-    """The default model's folder, prepared as `make up` does it. Raises CalledProcessError."""
+def model_folder(given: str) -> str:
+    """The folder, or that of the default model, prepared as `make up` does it. Raises CalledProcessError."""
+    if given:
+        return given
     command = [sys.executable, "-m", "flowkv_engine.engine.fetch"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=PREPARE_TIMEOUT_S)
     return done.stdout.strip().splitlines()[-1]
@@ -50,13 +54,15 @@ def default_model() -> str:
 class Report:
     """The results of one run, row by row. Knows when it began and how busy the host was."""
 
-    def __init__(self, path: Path, benchmark: str, conditions: Mapping[str, object]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, options: argparse.Namespace, **conditions: object) -> None:
+        """`options` of `make_parser` are conditions too."""
+        given = dict(vars(options))
+        self._path: Path = given.pop("json")
+        self._benchmark: str = given.pop("benchmark")
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
-        self.conditions = dict(conditions)
+        self.conditions: dict[str, object] = {**given, **conditions}
         self.more: dict[str, object] = {}  # what is told beside the rows
-        self._path = path
-        self._benchmark = benchmark
         self._began = datetime.now(UTC)
         self._load_before = os.getloadavg()
 
@@ -80,7 +86,8 @@ class Report:
             **self.more,
             "rows": self.rows,
         }
-        self._path.write_text(json.dumps(msgspec.to_builtins(document), indent=1) + "\n")
+        builtins = msgspec.to_builtins(document, enc_hook=str)  # paths
+        self._path.write_text(json.dumps(builtins, indent=1) + "\n")
 
     def finish(self, *columns: str) -> int:
         """Write the JSON and print these columns of the rows; the exit status."""

@@ -31,7 +31,6 @@ from benchmarks.load import (
     Lengths,
     Outcome,
     Phase,
-    Targets,
     ask,
     check_complete,
     drive,
@@ -39,7 +38,8 @@ from benchmarks.load import (
     summarize,
 )
 from benchmarks.parties import Job
-from benchmarks.report import Quantiles, Report, default_model, make_parser, quantiles, table
+from benchmarks.report import Quantiles, Report, make_parser, quantiles, table
+from benchmarks.traces import Targets
 from flowkv.local_cluster import Cluster, free_port
 from flowkv_common.wire.messages import RequestFinished
 
@@ -88,7 +88,7 @@ class Server:
 
 def main(argv: Sequence[str]) -> int:
     options = _options(argv)
-    model = options.model or default_model()
+    model = options.model
     cores = sorted(os.sched_getaffinity(0))
     engine_cores = cores[: options.threads]
     loads = [
@@ -96,24 +96,13 @@ def main(argv: Sequence[str]) -> int:
         for length in options.inputs
         for concurrency in options.concurrency
     ]
-    conditions = {
-        "model": Path(model).name,
-        "dtype": "float32",
-        "threads": options.threads,
-        "cores": cores,
-        "pinned": options.pinned,
-        "rounds": "each server in turn, every load; prompts are random and never repeat",
-        "targets": TARGETS,
-    }
-    report = Report(options.json, "serving", conditions)
+    report = Report(options, dtype="float32", cores=cores, targets=TARGETS)
     with contextlib.ExitStack() as opened:
         flowkv = start_cluster(
             model,
             {},
             cores={"mixed": set(engine_cores if options.pinned else cores)},
-            num_threads=options.threads,
-            kv_cache_bytes=KV_CACHE_BYTES,
-            **UNBOUNDED,
+            settings={"num_threads": options.threads, "kv_cache_bytes": KV_CACHE_BYTES, **UNBOUNDED},
         )
         cluster = opened.enter_context(flowkv).cluster
         services = {name: each.pid for name, each in cluster.processes.items() if name != "mixed-0"}

@@ -10,16 +10,9 @@ import asyncio
 import random
 from collections.abc import Sequence
 
-from benchmarks.clusters import (
-    CHUNK_TOKENS,
-    MAX_NUM_SEQS,
-    ONE_CORE,
-    capacity,
-    drive_observed,
-    start_cluster,
-)
+from benchmarks.clusters import ONE_CORE, PACED_LIMITS, capacity, drive_observed, start_cluster
 from benchmarks.load import Lengths, Phase, add_targets, poisson, summarize, targets_of
-from benchmarks.report import Report, default_model, make_parser
+from benchmarks.report import Report, make_parser
 from benchmarks.simulator.batch import slowed
 from flowkv_common.wire.nodes import StepFit
 
@@ -27,7 +20,16 @@ PROMPTS = Lengths(1000, 20, spread=0.5)
 OUTPUTS = Lengths(100, 200, spread=0.5)
 # Of what the busier side can do with its own nodes.
 OVERLOAD = 1.3
-COLUMNS = ("cluster", "lending", "phase", "num_sent", "num_complete", "goodput_per_s", "ttft_s", "tpot_s")
+COLUMNS: tuple[str, ...] = (
+    "cluster",
+    "lending",
+    "phase",
+    "num_sent",
+    "num_complete",
+    "goodput_per_s",
+    "ttft_s",
+    "tpot_s",
+)
 COLUMNS += ("num_cap_moves", "pace")
 
 
@@ -40,18 +42,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     add_targets(parser, tpot_s=0.4)
     options = parser.parse_args(argv)
-    model, targets = options.model or default_model(), targets_of(options)
-    conditions = {
-        "fit": ONE_CORE,
-        "prompts": PROMPTS._asdict(),
-        "outputs": OUTPUTS._asdict(),
-        "overload": OVERLOAD,
-        "phase_s": options.seconds,
-        "seed": options.seed,
-        "real": options.real,
-        "targets": targets,
-    }
-    report = Report(options.json, "shift", conditions)
+    targets = targets_of(options)
+    report = Report(
+        options, fit=ONE_CORE, prompts=PROMPTS._asdict(), outputs=OUTPUTS._asdict(), overload=OVERLOAD
+    )
     for num_each in options.nodes:
         stretch = options.stretch or max(1.0, num_each / 4)
         fit = slowed(ONE_CORE, stretch)
@@ -60,12 +54,10 @@ def main(argv: Sequence[str]) -> int:
         for lending in (False, True):
             report.say(f"{num_each}P{num_each}D, lending {'on' if lending else 'off'}")
             with start_cluster(
-                model,
+                options.model,
                 {"prefill": num_each, "decode": num_each},
+                settings={**PACED_LIMITS, "lending": lending},
                 fit=None if options.real else fit,
-                token_budget=CHUNK_TOKENS,
-                max_num_seqs=MAX_NUM_SEQS,
-                lending=lending,
             ) as started:
                 outcomes, observed = asyncio.run(drive_observed(started.cluster, arrivals))
             report.more[f"caps, {num_each} each, lending {lending}"] = observed.caps

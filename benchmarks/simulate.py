@@ -11,7 +11,16 @@ from benchmarks.simulator.kinds import KINDS, targets_of, with_fit
 from benchmarks.simulator.run import ALL_POLICIES, Machines, Scene, carried_by, figures
 from benchmarks.traces import add_traffic, at_rate, cut_to, own_rate, read_window
 
-COLUMNS = ("policy", "split", "good_share", "goodput", "ttft_s", "tpot_s", "itl_s", "prefill_utilisation")
+COLUMNS: tuple[str, ...] = (
+    "policy",
+    "split",
+    "good_share",
+    "goodput",
+    "ttft_s",
+    "tpot_s",
+    "itl_s",
+    "prefill_utilisation",
+)
 COLUMNS += ("decode_utilisation", "cached_share", "num_lendings", "num_waits", "num_refused")
 
 
@@ -34,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         f"{num_prefill}:{num_decode} to start with\n"
         f"targets: TTFT {targets.ttft_s:.3f} s, TPOT {targets.tpot_s * 1e3:.1f} ms"
     )
-    report = Report(options.json, "simulate", {name: str(value) for name, value in vars(options).items()})
+    report = Report(options)
     report.more = {"rate": rate, "targets": targets._asdict()}
     for policy in options.policy or ALL_POLICIES:
         report.say(policy)

@@ -53,8 +53,7 @@ def main(argv: Sequence[str]) -> int:
     traces = [*options.trace, "shifting"]
     if missing := [trace for trace in traces if trace not in MADE_UP and not Path(trace).exists()]:
         raise BenchmarkFailed(f"no such trace: {', '.join(missing)}")
-    conditions = {name: str(value) for name, value in vars(options).items()}
-    report = Report(options.json, "simulate-cells", conditions)
+    report = Report(options)
     tasks = [
         Task(trace, slow_half, seed, options.nodes, options.num_nodes, num_requests)
         for seed, trace, slow_half in product(range(num_seeds), traces, (False, True))

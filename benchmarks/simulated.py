@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 
 import msgspec
@@ -22,16 +21,17 @@ from benchmarks.clusters import (
     MAX_NUM_SEQS,
     NUM_BLOCKS,
     ONE_CORE,
+    PACED_LIMITS,
     drive_observed,
     start_cluster,
 )
 from benchmarks.load import Outcome, arrivals_of, drive
-from benchmarks.report import Report, default_model, make_parser
+from benchmarks.report import Report, make_parser
 from benchmarks.simulator.batch import slowed
-from benchmarks.simulator.kinds import SMOLLM2_CPU, NodeKind, Targets
+from benchmarks.simulator.kinds import SMOLLM2_CPU, NodeKind
 from benchmarks.simulator.run import WAIT_SHARE, Machines, carried_by, simulate
 from benchmarks.simulator.run import Outcome as SimOutcome
-from benchmarks.traces import Request, add_traffic, at_rate, cut_to, read_window
+from benchmarks.traces import Request, Targets, add_traffic, at_rate, cut_to, read_window
 from tests.paced.nodes import paced_layout
 
 MEANS = ("num_served", "ttft_s", "tpot_s", "tokens_per_s")
@@ -56,16 +56,7 @@ PACED = NodeKind(
 
 def main(argv: Sequence[str]) -> int:
     options = _options(argv)
-    options.model = options.model or default_model()
-    conditions = {
-        "trace": Path(options.trace).name,
-        "num_requests": options.requests,
-        "seed": options.seed,
-        "real": options.real,
-        "fit": ONE_CORE,
-        "goals": (REAL_TARGETS if options.real else TARGETS)._asdict(),
-    }
-    report = Report(options.json, "simulated", conditions)
+    report = Report(options, fit=ONE_CORE, goals=REAL_TARGETS if options.real else TARGETS)
     chosen = cut_to(read_window(options.trace, options.requests, options.seed), options.longest)
     (beside_real_nodes if options.real else beside_paced_nodes)(options, chosen, report)
     names = [f"{side}_{name}" for name in MEANS for side in ("measured", "simulated")]
@@ -84,12 +75,8 @@ def beside_paced_nodes(options: argparse.Namespace, chosen: list[Request], repor
             with start_cluster(
                 options.model,
                 {"prefill": num_each, "decode": num_each},
+                settings={**PACED_LIMITS, **goals_of(TARGETS, WAIT_SHARE)},
                 fit=kind.fit,
-                token_budget=CHUNK_TOKENS,
-                max_num_seqs=MAX_NUM_SEQS,
-                ttft_goal_s=TARGETS.ttft_s,
-                itl_goal_s=TARGETS.tpot_s,
-                max_wait_s=WAIT_SHARE * TARGETS.ttft_s,
             ) as started:
                 outcomes = asyncio.run(drive(started.cluster.url, arrivals_of(requests), seed=options.seed))
             report.add_row(
@@ -107,12 +94,12 @@ def beside_real_nodes(options: argparse.Namespace, chosen: list[Request], report
     with start_cluster(
         options.model,
         {"prefill": 1, "decode": 1},
-        token_budget=kind.token_budget,
-        max_num_seqs=kind.max_num_seqs,
-        kv_cache_bytes=kind.num_blocks * kind.layout.block_bytes,
-        ttft_goal_s=REAL_TARGETS.ttft_s,
-        itl_goal_s=REAL_TARGETS.tpot_s,
-        max_wait_s=REAL_TARGETS.ttft_s,
+        settings={
+            "token_budget": kind.token_budget,
+            "max_num_seqs": kind.max_num_seqs,
+            "kv_cache_bytes": kind.num_blocks * kind.layout.block_bytes,
+            **goals_of(REAL_TARGETS, 1.0),
+        },
     ) as started:
         for rate in options.rates:
             report.say(f"{rate} requests/s")
@@ -133,6 +120,15 @@ def beside_real_nodes(options: argparse.Namespace, chosen: list[Request], report
             report.add_row(
                 cluster="1P1D", load=None, rate_per_s=rate, **compare(outcomes, outcome), pace=None
             )
+
+
+def goals_of(targets: Targets, wait_share: float) -> dict[str, object]:
+    """The settings of a scheduler that has these targets."""
+    return {
+        "ttft_goal_s": targets.ttft_s,
+        "itl_goal_s": targets.tpot_s,
+        "max_wait_s": wait_share * targets.ttft_s,
+    }
 
 
 def compare(outcomes: Sequence[Outcome], simulated: SimOutcome) -> dict[str, object]:

@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     bench = Bench(model, -(-num_tokens // BLOCK_SIZE) + most, most, options.chunk)
     jobs = [(batch, options.context, bench.decode_step(batch, options.context)) for batch in options.batches]
     jobs += [(0, num_tokens, bench.prompt_steps(num_tokens, options.chunk)) for num_tokens in options.prompts]
-    report = Report(options.json, "steps", {"dtype": options.dtype, "chunk": options.chunk})
+    report = Report(options)
     report.more = {
         "device": torch.cuda.get_device_name(device) if options.device == "cuda" else "cpu",
         "attention": bench.runner.attention.name,

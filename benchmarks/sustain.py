@@ -17,7 +17,7 @@ from nats.aio.msg import Msg
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.clusters import MAX_SLIP, cpu_s, start_cluster
-from benchmarks.report import Report, default_model, make_parser
+from benchmarks.report import Report, make_parser
 from flowkv.local_cluster import Cluster
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
@@ -52,15 +52,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--sequences", type=int, default=4, help="on each decode node")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each row")
     options = parser.parse_args(argv)
-    model = options.model or default_model()
-    conditions = {"seconds": options.seconds, "sequences_per_node": options.sequences}
-    report = Report(options.json, "sustain", conditions)
+    report = Report(options)
     for num_each, step_s in itertools.product(options.nodes, STEPS_S):
         nodes = {"prefill": num_each, "decode": num_each}
         fit = StepFit(
             base_s=step_s, prefill_token_s=0.0, attended_token_s=0.0, sequence_s=0.0, context_token_s=0.0
         )
-        with start_cluster(model, nodes, fit=fit, num_blocks=NUM_BLOCKS) as started:
+        with start_cluster(options.model, nodes, fit=fit, num_blocks=NUM_BLOCKS) as started:
             wall_s, used_s, num_steps = asyncio.run(measure(started.cluster, 2 * num_each, step_s, options))
         steps_per_s = num_steps / wall_s
         report.add_row(
@@ -122,9 +120,7 @@ def keepalives(bus: Bus) -> Service:
         return KeepaliveReply(unknown=[])
 
     endpoint = Endpoint(subjects.keepalive(GATEWAY_ID), Keepalive, answer)
-    return Service(
-        bus, name="gateway", version="0.0.0", service_id=GATEWAY_ID, metadata={}, endpoints=[endpoint]
-    )
+    return Service(bus, name="gateway", version="0.0.0", service_id=GATEWAY_ID, endpoints=[endpoint])
 
 
 async def throw_away(_: Msg) -> None:

@@ -46,6 +46,16 @@ class Request(NamedTuple):
         return hashes[:num_blocks]
 
 
+class Targets(NamedTuple):
+    """What users are to see, in seconds. A request is good when it is served within both."""
+
+    ttft_s: float
+    tpot_s: float
+
+    def are_met(self, ttft_s: float | None, tpot_s: float) -> bool:
+        return ttft_s is not None and ttft_s <= self.ttft_s and tpot_s <= self.tpot_s
+
+
 def hashes_of_id(hash_id: int, block_size: int) -> list[str]:
     """One hash for each block of the 512 tokens that an id names, of 32 hex digits as on the wire."""
     return [f"{hash_id:08x}{place:08x}" * 2 for place in range(TOKENS_PER_HASH_ID // block_size)]

@@ -1,7 +1,8 @@
 """What each idea of the paper is worth in KV transfers: one request's cache, process to process.
 
-Each strategy over each transport, FlowKV's and others', with a memory copy beside every transfer. With
-`--device cuda`: copies on one GPU, CUDA IPC between two processes, and the price of NCCL's calls.
+Each strategy over each transport, FlowKV's and others', with a memory copy (the C library's, one thread)
+beside every transfer. Caches are evicted before each, and bytes checked on both sides. With `--device cuda`:
+copies on one GPU, CUDA IPC between two processes, and the price of NCCL's calls.
 
 Others that are not installed are left out. `pip install -c constraints.txt nixl-cu12
 mooncake-transfer-engine-non-cuda` brings two of them; Mooncake's needs the system's libibverbs1.
@@ -32,7 +33,16 @@ NUM_PLACEMENTS = 3
 MIN_POOL_BYTES = 512 << 20
 SPARE_BLOCKS = 128
 SPARE_BYTES = 1 << 30
-COLUMNS = ("shape", "num_tokens", "connector", "strategy", "num_copies", "num_calls", "ms", "gb_per_s")
+COLUMNS: tuple[str, ...] = (
+    "shape",
+    "num_tokens",
+    "connector",
+    "strategy",
+    "num_copies",
+    "num_calls",
+    "ms",
+    "gb_per_s",
+)
 COLUMNS += ("ratio_to_memcpy", "cpu_s")
 
 
@@ -82,15 +92,7 @@ def main(argv: Sequence[str]) -> int:
     tokens = options.tokens or ([500] if options.quick else [500, 1000, 4000, 8000, 13000])
     shapes = options.shape or (["llama"] if options.quick else list(SHAPES))
     effort = Effort(options.repeat or 3, 1.0) if options.quick else Effort(options.repeat or 9, 20.0)
-    conditions = {
-        "num_repeats": effort.num_repeats,
-        "budget_s_per_row": effort.budget_s,
-        "used_share_of_pool": USED_SHARE,
-        "cache": "evicted before each transfer, placements rotated",
-        "checked": "CRC-32 on both sides, outside of the timed part",
-        "memcpy": "C library, one thread, one call, between the transfers",
-    }
-    report = Report(options.json, "transfer", conditions)
+    report = Report(options, effort=effort, used_share_of_pool=USED_SHARE)
     remarks: list[str] = []
     report.more["strategies"] = {name: strategy.title for name, strategy in STRATEGIES.items()}
     report.more["remarks"] = remarks

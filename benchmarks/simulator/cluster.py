@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from benchmarks.simulator.batch import Life, Prompt
-from benchmarks.simulator.kinds import Targets
 from benchmarks.simulator.node import FINGERPRINT, REPORT_PERIOD_S, SimNode
-from benchmarks.traces import ASKED_NEW_TOKENS, TOKENS_PER_HASH_ID
+from benchmarks.traces import ASKED_NEW_TOKENS, TOKENS_PER_HASH_ID, Targets
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_scheduler.planner import Planner
@@ -225,7 +224,7 @@ class Cluster:
         node.lengths.observe(life.request.num_output_tokens, stopped=True)
         life.at_decode = None
         life.last_token_s = self.now
-        self._count_bad(life, not self._targets.are_met(life))
+        self._count_bad(life, not self._targets.are_met(life.ttft_s, life.tpot_s))
         self._num_open -= 1
         self._freed(node)
 

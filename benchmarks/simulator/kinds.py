@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from benchmarks.simulator.batch import Life, Limits, chunk_pairs, step_s
-from benchmarks.traces import Request
+from benchmarks.simulator.batch import Limits, chunk_pairs, step_s
+from benchmarks.traces import Request, Targets
 from flowkv_common.wire.messages import PoolLayout
 from flowkv_common.wire.nodes import StepFit
 
@@ -151,16 +151,6 @@ def with_fit(kind: NodeKind, file: Path) -> NodeKind:
     """
     found = json.loads(file.read_text())
     return msgspec.structs.replace(kind, fit=msgspec.convert(found.get("step", found), StepFit))
-
-
-class Targets(NamedTuple):
-    """What users are to see, in seconds. A request is good when it meets both."""
-
-    ttft_s: float
-    tpot_s: float
-
-    def are_met(self, life: Life) -> bool:
-        return life.is_done and life.ttft_s <= self.ttft_s and life.tpot_s <= self.tpot_s
 
 
 def default_targets(kind: NodeKind, requests: Sequence[Request]) -> Targets:

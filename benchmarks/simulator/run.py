@@ -14,9 +14,9 @@ from benchmarks import BenchmarkFailed
 from benchmarks.baselines import POLICIES, make_planner
 from benchmarks.simulator.batch import Histogram, Life
 from benchmarks.simulator.cluster import Cluster
-from benchmarks.simulator.kinds import NodeKind, Targets
+from benchmarks.simulator.kinds import NodeKind
 from benchmarks.simulator.node import SimNode
-from benchmarks.traces import Request, at_rate
+from benchmarks.traces import Request, Targets, at_rate
 from flowkv_scheduler.policy import Goals
 from flowkv_scheduler.rebalance import MoveCap
 

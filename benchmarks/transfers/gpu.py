@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import cupy
 from cupy.cuda import nccl, runtime
 
-from benchmarks.report import Report, Spread, table, time_s
+from benchmarks.report import Report, spread, table, time_s
 from benchmarks.shapes import SHAPES
 from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.cuda_pool import CudaPool
@@ -53,38 +53,26 @@ class Sizes(NamedTuple):
 
 def measure_gpu(options: argparse.Namespace, device: str) -> int:
     num_runs = options.repeat or NUM_RUNS
-    report = Report(options.json, "transfer", {"device": device, "num_runs": num_runs})
+    report = Report(options, gpu=device, num_runs=num_runs)
     all_sizes = [Sizes.of(num_tokens) for num_tokens in options.tokens or PROMPT_TOKENS]
     through_ipc = asyncio.run(ipc_transfers(all_sizes, num_runs))
     for sizes, ipc in zip(all_sizes, through_ipc, strict=True):
         copies = device_copies(sizes, num_runs)
         ratio = copies["one copy"]["ms"].median / ipc["ms"].median
-        report.rows.append({**sizes._asdict(), **copies, "cuda_ipc": ipc, "cuda_ipc of one copy": ratio})
-    report.write()  # the rest may be minutes away
+        report.add_row(**sizes._asdict(), **copies, **{"cuda_ipc": ipc, "cuda_ipc of one copy": ratio})
     nccl_rows = nccl_calls(all_sizes)
     report.more["nccl to oneself"] = nccl_rows or "CuPy has found no NCCL library"
-    kinds = ("one copy", "cuda_ipc", "layer-major")
-    lines = [
-        [row["num_tokens"], f"{row['num_bytes'] / 1e6:.0f}", *(f"{row[kind]['ms']:.2f}" for kind in kinds)]
-        for row in report.rows
-    ]
-    text = table(["tokens", "MB", "one copy, ms", "CUDA IPC, ms", "as layers, ms"], lines)
-    kinds = ("one run", "block-major", "layer-major")
-    lines = [
-        [
-            row["num_tokens"],
-            row["num_pieces"],
-            *(f"{row[kind]['ms']:.2f}" for kind in kinds),
-            f"{row['us_per_call']:.2f}",
-        ]
-        for row in nccl_rows
-    ]
-    head = ["NCCL: tokens", "pieces", "one call, ms", "blocks, ms", "layers, ms", "us/call"]
-    return report.finish(f"{text}\n{table(head, lines)}")
+    print(table([times_of(row, "one run", "block-major", "layer-major") for row in nccl_rows]))
+    print(table([times_of(row, "one copy", "cuda_ipc", "layer-major") for row in report.rows]))
+    return report.finish("num_tokens", "num_bytes", "cuda_ipc of one copy")
+
+
+def times_of(row: dict[str, Any], *kinds: str) -> dict[str, Any]:
+    return {"tokens": row["num_tokens"], **{f"{kind}, ms": row[kind]["ms"] for kind in kinds}}
 
 
 def figures(seconds: list[float], num_bytes: int) -> dict[str, Any]:
-    ms = Spread.of(1e3 * each for each in seconds)
+    ms = spread(1e3 * each for each in seconds)
     return {"ms": ms, "gb_per_s": num_bytes / ms.median / 1e6}
 
 

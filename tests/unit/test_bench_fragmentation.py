@@ -16,7 +16,7 @@ from benchmarks.traces import Request
 
 def replayed(requests: list[Request], *, num_blocks: int, level: float, has_cache: bool, room: int) -> Replay:
     replay = Replay(Conditions(num_blocks, 16, level, has_cache, room))
-    replay.run(requests, len(requests))
+    replay.run(requests)
     for pool in (replay.prefill_pool, replay.told_pool, replay.alone_pool):
         pool.check_integrity()
     return replay

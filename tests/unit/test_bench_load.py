@@ -18,7 +18,6 @@ from benchmarks.load import (
     Lengths,
     Outcome,
     Phase,
-    Targets,
     arrivals_of,
     drive,
     poisson,
@@ -26,7 +25,7 @@ from benchmarks.load import (
     summarize,
 )
 from benchmarks.report import quantiles
-from benchmarks.traces import read_trace
+from benchmarks.traces import Targets, read_trace
 
 ARRIVAL = Arrival(0.0, 3, 2)
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

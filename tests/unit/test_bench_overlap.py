@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_table_and_json_say_what_the_rows_say(tmp_path: Path) -> None:
     rows += rows_of(SETUPS["mixed-1"], [Sample(500, 1.0, 1.25, None)])
     assert "1,500.0 (1,500.0-1,500.0)" in table(rows)
     assert "1,250.0 (1,250.0-1,250.0)" in table(rows)
-    report = Report(tmp_path / "overlap.json", "overlap", {"connector": "shm"})
+    report = Report(Namespace(benchmark="overlap", json=tmp_path / "overlap.json"), connector="shm")
     report.rows += rows
     report.write()
     written = json.loads((tmp_path / "overlap.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -105,13 +106,14 @@ def test_memory_is_taken_before_during_and_after() -> None:
 
 
 def test_the_report_says_what_it_ran_on(tmp_path: Path) -> None:
-    report = Report(tmp_path / "folder" / "out.json", "test", {"seed": 3})
+    options = Namespace(benchmark="test", json=tmp_path / "folder" / "out.json", trace=Path("t.csv"))
+    report = Report(options, seed=3)
     report.add_row(value=1, pace=None)
     report.add_row(value=2, pace=Pace(3, 0.5, 0.5))
     written = json.loads((tmp_path / "folder" / "out.json").read_text())
     pace = {"num_steps": 3, "slip": 0.5, "worst_node_slip": 0.5}
     assert written["rows"] == [{"value": 1, "pace": None}, {"value": 2, "pace": pace}]
-    assert written["conditions"] == {"seed": 3}
+    assert written["conditions"] == {"trace": "t.csv", "seed": 3}
     assert {"benchmark", "commit", "date", "host", "load_average"} <= written.keys()
     assert written["load_average"].keys() == {"before", "after"}
 
@@ -120,8 +122,8 @@ def test_every_command_knows_where_its_results_go_and_whose_model_it_takes() -> 
     parser = make_parser("test", "text", model=True, devices=("cpu", "cuda"))
     options = parser.parse_args(["--json", "out.json", "--model", "folder", "--device", "cuda"])
     assert (options.json, options.model, options.device) == (Path("out.json"), "folder", "cuda")
-    options = parser.parse_args([])
-    assert (options.json, options.model, options.device) == (Path(".run/test.json"), "", "cpu")
+    options = parser.parse_args(["--model", "folder"])
+    assert (options.json, options.device, options.benchmark) == (Path(".run/test.json"), "cpu", "test")
 
 
 # --- bursts -----------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from benchmarks import BenchmarkFailed
-from benchmarks.load import Arrival, Outcome, Targets, summarize
+from benchmarks.load import Arrival, Outcome, summarize
 from benchmarks.serving import Load, medians, run_load
+from benchmarks.traces import Targets
 
 
 def outcome(*times_s: float, ended_s: float) -> Outcome:

@@ -11,10 +11,10 @@ import pytest
 from benchmarks.baselines import POLICIES
 from benchmarks.simulator.batch import Histogram, Life, step_s
 from benchmarks.simulator.cluster import Cluster
-from benchmarks.simulator.kinds import KINDS, NodeKind, Targets
+from benchmarks.simulator.kinds import KINDS, NodeKind
 from benchmarks.simulator.node import SimNode
 from benchmarks.simulator.run import Machines, Outcome, figures, simulate
-from benchmarks.traces import Request, synthetic
+from benchmarks.traces import Request, Targets, synthetic
 from flowkv_common.wire.messages import PoolLayout
 from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor, StepFit
 from flowkv_scheduler.planner import Planner

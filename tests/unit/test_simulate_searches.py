@@ -12,7 +12,7 @@ from benchmarks import simulate_cells as cells
 from benchmarks.plan import Demand, smallest, splits_to_try
 from benchmarks.plan import main as plan
 from benchmarks.simulate import COLUMNS, main
-from benchmarks.simulator.kinds import KINDS, Targets
+from benchmarks.simulator.kinds import KINDS
 from benchmarks.simulator.run import (
     ALL_POLICIES,
     GOOD_SHARE,
@@ -24,7 +24,7 @@ from benchmarks.simulator.run import (
     simulate,
     splits_around,
 )
-from benchmarks.traces import Request, at_rate
+from benchmarks.traces import Request, Targets, at_rate
 
 L40S = KINDS["l40s"]
 TARGETS = Targets(2.0, 0.06)
