@@ -129,29 +129,32 @@ class PrefillRole:
             result = "failed"
             try:
                 with self._blocks_of(prompt):
-                    handoff = await self._reserve_and_take_blocks(prompt, in_flight)
-                    async with running(handoff.keep_reserved(), self._send_early(prompt, handoff)):
-                        in_flight.enter(Stage.COMPUTING)
-                        await self._compute(prompt)
-                        in_flight.enter(Stage.SENDING)
-                        if await self._emit_first(prompt):
-                            result = "unneeded"
-                            node.attempts.end(tid)
-                            await handoff.release()
-                        else:
-                            node.attempts.set_state(tid, "handoff")
-                            with prompt.phases.phase("handoff"):
-                                await handoff.send_computed(prompt.sequence, prompt_done=True)
-                            # From here on the decode node holds the attempt.
-                            await handoff.commit(prompt.sequence)
-                            node.attempts.end(tid)
-                            await handoff.report(prompt.computed_at)
-                            result = "done"
+                    result = await self._hand_off(prompt, in_flight)
             except asyncio.CancelledError:
                 result = "cancelled"
                 raise
             finally:
                 node.instruments.handoffs[result].inc()
+
+    async def _hand_off(self, prompt: Prompt, in_flight: InFlight) -> str:
+        """Returns "done", or "unneeded" where the first token ends the request."""
+        tid, attempts = prompt.sequence.transfer_id, self._node.attempts
+        handoff = await self._reserve_and_take_blocks(prompt, in_flight)
+        async with running(handoff.keep_reserved(), self._send_early(prompt, handoff)):
+            in_flight.enter(Stage.COMPUTING)
+            await self._compute(prompt)
+            in_flight.enter(Stage.SENDING)
+            if await self._emit_first(prompt):
+                attempts.end(tid)
+                await handoff.release()
+                return "unneeded"
+            attempts.set_state(tid, "handoff")
+            with prompt.phases.phase("handoff"):
+                await handoff.send_computed(prompt.sequence, prompt_done=True)
+            await handoff.commit(prompt.sequence)
+            attempts.end(tid)  # the decode node has it now
+            await handoff.report(prompt.computed_at)
+            return "done"
 
     async def _serve_here(self, prompt: Prompt) -> None:
         """Prefill and decode are the same node: the handoff moves no bytes."""
