@@ -30,6 +30,7 @@ class Cache:
     def __init__(self) -> None:
         self.hashes: set[str] = set()
         self._told: set[str] = set()
+        self.prefix_cache = self
 
     def take_changes(self, _: int) -> tuple[list[str], list[str]]:
         stored, removed = self.hashes - self._told, self._told - self.hashes
