@@ -112,10 +112,12 @@ class Side:
 
     @property
     def prefill(self) -> PrefillRole:
+        assert isinstance(self.node.prefill, PrefillRole)
         return self.node.prefill
 
     @property
     def decode(self) -> DecodeRole:
+        assert isinstance(self.node.decode, DecodeRole)
         return self.node.decode
 
     @property
@@ -145,6 +147,10 @@ class Side:
             "waiting": self.decode.load().num_waiting,
             "running": self.decode.load().num_running,
         }
+
+    async def wait_accepted(self, num_sequences: int) -> None:
+        """Until so many have been handed over to it."""
+        await until(lambda: self.num_sequences_accepted == num_sequences)
 
     async def wait_idle(self) -> None:
         """Raises AssertionError with what is still held after `TIMEOUT_S`."""

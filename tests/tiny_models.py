@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -28,10 +29,10 @@ _COMMON = {
 
 
 def make_tiny_model(
-    folder: Path, arch: str = "llama", seed: int = 0, *, vocab_size: int = VOCAB_SIZE, **config: object
+    folder: Path, arch: str = "llama", seed: int = 0, *, vocab_size: int = VOCAB_SIZE, **config: Any
 ) -> Path:
     """Writes config and fp32 safetensors of a random model of type `arch`, such as "llama" or "gpt2"."""
-    values = {**_COMMON, "vocab_size": vocab_size, **config}
+    values: dict[str, Any] = {**_COMMON, "vocab_size": vocab_size, **config}
     if arch == "gpt2":  # knows neither, and would believe them
         del values["num_key_value_heads"], values["head_dim"]
         values["hidden_size"] = 96  # heads of 16, also wide enough for vectors of AVX-512

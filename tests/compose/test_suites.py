@@ -64,7 +64,7 @@ async def test_identity(composed: Composed, model_path: Path, connectors: str, s
     async with observe(composed.nats_url) as watching:
         transfers = await watching.events("flowkv.v1.event.kv_transferred.>")
         finishes = await watching.events("flowkv.v1.event.request_finished.>")
-        done = await generate_all(composed, prompts)
+        done = await generate_all(composed.url, prompts)
         finished = await finishes.wait_for_all(len(prompts))
         await watching.wait_idle()
     composed.set(CONNECTORS="shm,tcp")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +24,8 @@ def page_from_code(page: str) -> str:
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         assert begin in page, f"docs/api.md has no {begin}"
         table = "\n".join([begin, *lines, end])
-        page = re.sub(f"{begin}.*?{end}", lambda _, table=table: table, page, flags=re.DOTALL)
+        before, _, rest = page.partition(begin)
+        page = before + table + rest.partition(end)[2]
     return page
 
 

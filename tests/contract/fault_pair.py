@@ -127,14 +127,14 @@ class Peer:
         return all(thread.read_text().rpartition(")")[2].split()[0] == "T" for thread in threads)
 
     def _first(self, names: set[str], timeout_s: float) -> tuple[str, Any]:
-        for event in self._events:
-            if event[0] in names:
-                self._events.remove(event)
-                return event
+        for kept in self._events:
+            if kept[0] in names:
+                self._events.remove(kept)
+                return kept
         give_up_at = time.monotonic() + timeout_s
         while self._pipe.poll(max(0.0, give_up_at - time.monotonic())):
             try:
-                event = self._pipe.recv()
+                event: tuple[str, Any] = self._pipe.recv()
             except (EOFError, OSError) as error:
                 raise PeerError("gone") from error
             if event[0] in names:

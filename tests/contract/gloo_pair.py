@@ -11,12 +11,16 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import torch
-from torch.distributed import ProcessGroupGloo, TCPStore
+import torch.distributed
 
 from flowkv_engine.transport.nccl import NcclFailed, Span
+
+# Its type stubs lack most of what is used here.
+_distributed: Any = torch.distributed
 
 _TIMEOUT = datetime.timedelta(seconds=10)
 
@@ -36,25 +40,29 @@ class GlooPair:
     def __init__(self) -> None:
         self._byte = ctypes.create_string_buffer(1)
         self.scratch = Span(ctypes.addressof(self._byte), 1)
-        self._group: ProcessGroupGloo | None = None
-        self._works: list[object] = []
+        self._group: Any = None  # of `ProcessGroupGloo`, while joined
+        self._works: list[Any] = []
         self._waiters: list[Waiter] = []
 
     def get_unique_id(self) -> bytes:
-        self._store = TCPStore("127.0.0.1", 0, 2, is_master=True, timeout=_TIMEOUT, wait_for_workers=False)
+        self._store = _distributed.TCPStore(
+            "127.0.0.1", 0, 2, is_master=True, timeout=_TIMEOUT, wait_for_workers=False
+        )
         host = ".".join(["127", *(str(1 + secrets.randbelow(254)) for _ in range(3))])
         return msgspec.json.encode(UniqueId(port=self._store.port, host=host))
 
     def init(self, unique_id: bytes, rank: int) -> None:
         joined = msgspec.json.decode(unique_id, type=UniqueId)
         self._host, self._peer = joined.host, 1 - rank
-        options = ProcessGroupGloo._Options()
-        options._devices = [ProcessGroupGloo.create_device(hostname=joined.host)]
+        options = _distributed.ProcessGroupGloo._Options()
+        options._devices = [_distributed.ProcessGroupGloo.create_device(hostname=joined.host)]
         options._timeout = _TIMEOUT
         with _failures():
             if rank == 1:
-                self._store = TCPStore("127.0.0.1", joined.port, 2, timeout=_TIMEOUT, wait_for_workers=False)
-            self._group = ProcessGroupGloo(self._store, rank, 2, options)
+                self._store = _distributed.TCPStore(
+                    "127.0.0.1", joined.port, 2, timeout=_TIMEOUT, wait_for_workers=False
+                )
+            self._group = _distributed.ProcessGroupGloo(self._store, rank, 2, options)
 
     def group_start(self) -> None:
         self._works = []
@@ -85,7 +93,7 @@ class GlooPair:
             time.sleep(1e-3)
 
     @property
-    def _joined(self) -> ProcessGroupGloo:
+    def _joined(self) -> Any:
         if self._group is None:
             raise NcclFailed("aborted")
         return self._group
@@ -94,7 +102,7 @@ class GlooPair:
 class Waiter:
     """Waits for gloo's works in a thread of its own: they tell nobody who does not wait that they ended."""
 
-    def __init__(self, works: list[object]) -> None:
+    def __init__(self, works: list[Any]) -> None:
         self._works = works
         self._error: RuntimeError | None = None
         self._thread = threading.Thread(target=self._wait, daemon=True)

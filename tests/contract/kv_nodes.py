@@ -34,7 +34,7 @@ class WatchedReservations(Reservations):
 
     def __init__(self, blocks: Blocks, clock: Callable[[], float]) -> None:
         super().__init__(blocks, clock)
-        self.on_enter: Callable[[], None] = lambda: None
+        self.on_enter: Callable[[], object] = lambda: None
         self.num_ended = 0
         self.ended = asyncio.Event()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from gloo_pair import GlooPair
+from inprocess_connector import InProcessLink
 from kv_nodes import LARGE, LINK_TOKEN, SMALL, Network, Node, copies_between, network
 from kv_sender import Job
 
@@ -22,7 +23,7 @@ from flowkv_common.errors import TransferFailed
 from flowkv_common.wire.messages import PoolLayout
 from flowkv_engine.kv.reservations import Reservation
 from flowkv_engine.kv.segments import Copy
-from flowkv_engine.transport.base import ConnectorUnavailable
+from flowkv_engine.transport.base import ConnectorUnavailable, KVLink
 from flowkv_engine.transport.cuda_ipc import ShownPool
 from flowkv_engine.transport.nccl import RECEIVER, Communicator, Invitation
 from flowkv_engine.transport.sockets import dial_tcp, dial_unix
@@ -33,6 +34,8 @@ from flowkv_engine.transport.stream import (
     Channel,
     Hello,
     Reply,
+    StreamConnector,
+    StreamLink,
     Transfer,
 )
 from flowkv_node.links import SwitchedLink
@@ -52,6 +55,11 @@ async def assert_serves(receiver: Node, sender: Node, transfer_id: str = "check.
     reserved = receiver.reservations.claim(transfer_id, reserved.token)
     receiver.blocks.release(reserved.block_ids)
     await link.close()
+
+
+def is_closed(link: KVLink) -> bool:
+    assert isinstance(link, InProcessLink | StreamLink)
+    return link.closed
 
 
 # --- all connectors ------------------------------------------------------------------------------
@@ -77,7 +85,7 @@ async def test_the_right_bytes_arrive_and_nothing_else_changes(kind: str) -> Non
         assert [receiver.block(block) for block in range(30)] == list(expected.values())
         assert (stats.num_bytes, stats.num_copies) == (9 * SMALL.block_bytes, len(copies))
         assert stats.num_calls == len(copies)
-        assert (link.name, link.closed) == (kind, False)
+        assert (link.name, is_closed(link)) == (kind, False)
         assert receiver.reservations.claim("r.1", reserved.token) is reserved
 
 
@@ -213,7 +221,7 @@ async def test_a_closed_link_says_so(kind: str) -> None:
         link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
         await link.close()
         await link.close()
-        assert link.closed
+        assert is_closed(link)
         with pytest.raises(TransferFailed, match="closed"):
             await link.send_blocks("r.1", "any", [Copy(0, 0, 1)])
 
@@ -241,13 +249,13 @@ async def test_a_link_is_replaced_under_those_who_send(kind: str) -> None:
             await has_begun.wait()
             switching = tasks.create_task(link.switch(new))
             await asyncio.sleep(0)
-            assert not old.closed
+            assert not is_closed(old)
             for number in (2, 3):
                 tasks.create_task(send(number))
         assert switching.done()
-        assert (old.closed, new.closed) == (True, False)
+        assert (is_closed(old), is_closed(new)) == (True, False)
         await link.close()
-        assert new.closed
+        assert is_closed(new)
 
 
 # --- those on sockets ----------------------------------------------------------------------------
@@ -356,9 +364,11 @@ async def test_without_a_descriptor_left_the_oldest_stranger_gives_its_own(kind:
     async with network(kind) as net:
         receiver = await net.node(io_timeout_s=60.0)
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        connector = receiver.connector
+        assert isinstance(connector, StreamConnector)
         with await dial(receiver) as oldest, await dial(receiver) as other:
             async with asyncio.timeout(5):
-                await until(lambda: len(receiver.connector._unauthenticated) == 2)
+                await until(lambda: len(connector._unauthenticated) == 2)
             for _ in range(5):  # what dialling took besides is given back
                 await asyncio.sleep(0)
             is_path = receiver.address.startswith("/")
@@ -451,6 +461,8 @@ async def test_a_link_outlives_a_connection(kind: str) -> None:
     async with network(kind) as net:
         receiver, sender = await net.node(), await net.node()
         link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
+        assert isinstance(link, StreamLink)
+        assert link._channel is not None
         link._channel.sock.shutdown(socket.SHUT_RDWR)
         reserved = receiver.reserve(1)
         await link.send_blocks("r.1", reserved.token, [Copy(5, reserved.block_ids[0], 1)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gloo_pair import GlooPair
@@ -20,6 +21,7 @@ from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport import make_connectors
 from flowkv_engine.transport.base import ConnectorUnavailable
 from flowkv_engine.transport.cuda_ipc import ShownPool
+from flowkv_engine.transport.nccl import NcclConnector
 
 
 @pytest.mark.parametrize("content", [None, b"", b"a secret"])
@@ -39,10 +41,15 @@ async def test_cuda_ipc_a_handle_of_no_such_pool_costs_only_its_connection(
         await assert_serves(receiver, sender)
 
 
+def nccl(node: Node) -> NcclConnector:
+    assert isinstance(node.connector, NcclConnector)
+    return node.connector
+
+
 async def half_sent(receiver: Node, sender: Node) -> asyncio.Task[object]:
     """A transfer whose receives are posted while its sender keeps the bytes to itself."""
     link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
-    communicator = next(iter(sender.connector._sending.values()))
+    communicator: Any = next(iter(nccl(sender)._sending.values()))
 
     async def withhold(*_: object) -> None:
         await asyncio.Event().wait()
@@ -63,7 +70,7 @@ async def test_nccl_blocks_stay_quarantined_until_the_abort_has_returned() -> No
     async with network("nccl") as net:
         receiver, sender = await net.node(io_timeout_s=1.0), await net.node(io_timeout_s=1.0)
         backend = SlowToAbort()
-        receiver.connector._new_backend = lambda: backend
+        nccl(receiver)._new_backend = lambda: backend
         sending = await half_sent(receiver, sender)
 
         receiver.reservations.cancel("r.1")
@@ -74,7 +81,7 @@ async def test_nccl_blocks_stay_quarantined_until_the_abort_has_returned() -> No
             await receiver.reservations.ended.wait()
         assert receiver.blocks.counts().free == 24
 
-        receiver.connector._new_backend = GlooPair
+        nccl(receiver)._new_backend = GlooPair
         sending.cancel()
         with pytest.raises((asyncio.CancelledError, TransferFailed)):
             await sending
@@ -112,7 +119,7 @@ async def test_nccl_a_large_copy_has_more_time_than_a_step() -> None:
             await net.node(LARGE, 34, io_timeout_s=0.5),
         )
         for node in (receiver, sender):
-            node.connector._new_backend = Slow
+            nccl(node)._new_backend = Slow
         link = await sender.connector.connect(receiver.address, LINK_TOKEN, 34)
         reserved = receiver.reserve(33)
         copies = [Copy(0, reserved.block_ids[0], 32), Copy(32, reserved.block_ids[32], 1)]
@@ -126,11 +133,11 @@ class Older(GlooPair):
 async def test_nccl_versions_that_differ_get_no_link() -> None:
     async with network("nccl") as net:
         receiver, sender = await net.node(), await net.node()
-        sender.connector._new_backend = Older
+        nccl(sender)._new_backend = Older
         reason = "NCCL versions differ: receiver gloo, sender an older gloo"
         with pytest.raises(ConnectorUnavailable, match=reason):
             await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
-        sender.connector._new_backend = GlooPair
+        nccl(sender)._new_backend = GlooPair
         await assert_serves(receiver, sender)
 
 
@@ -138,11 +145,11 @@ async def test_nccl_each_connection_has_a_communicator_and_ends_it() -> None:
     async with network("nccl") as net:
         receiver, sender = await net.node(SMALL), await net.node(SMALL)
         links = [await sender.connector.connect(receiver.address, LINK_TOKEN, 24) for _ in range(2)]
-        made = set(sender.connector._communicators)
+        made = set(nccl(sender)._communicators)
         assert len(made) == 2
         for link in links:
             await link.close()
-        assert not sender.connector._sending
+        assert not nccl(sender)._sending
         for communicator in made:
             assert await communicator.ended(5.0)
 

@@ -116,11 +116,11 @@ async def test_steps_run_in_the_order_asked_for(engine: Engine) -> None:
         steps.append(asyncio.create_task(engine.step(batch_of((sequence, num_tokens)))))
         await asyncio.sleep(0)  # so that it has asked
         sequence.num_computed_tokens += num_tokens
-    ended: list[int] = []
-    for place, step in enumerate(steps):
-        step.add_done_callback(lambda _, place=place: ended.append(place))
+    ended: list[object] = []
+    for step in steps:
+        step.add_done_callback(ended.append)
     *_, [last] = await asyncio.gather(*steps)
-    assert ended == [0, 1, 2]
+    assert ended == steps
     assert last is not None
     expected = await generate(engine, sequence_of(PROMPT, first_block=20))
     assert last.token_id == expected[0]

@@ -38,12 +38,12 @@ def connector(kind: str, pool: KVPool, reservations: Reservations) -> KVConnecto
 def test_a_missing_nccl_is_asked_for_as_this_torch_would_bring_it(
     cuda: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flowkv_engine.transport import cuda as flowkv_cuda
+    from flowkv_engine.transport.cuda import CupyNccl
 
-    monkeypatch.setattr(flowkv_cuda.nccl, "available", False)
+    monkeypatch.setattr("cupy.cuda.nccl.available", False)
     monkeypatch.setattr("torch.version.cuda", cuda)
     with pytest.raises(NcclFailed, match=f"install nvidia-nccl-cu{cuda[:2]},"):
-        flowkv_cuda.CupyNccl()
+        CupyNccl()
 
 
 @pytest.mark.usefixtures("cupy_on_host")

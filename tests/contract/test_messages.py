@@ -103,7 +103,8 @@ ABOUT_AN_ATTEMPT = [
 @pytest.mark.parametrize("number", [-1, 100, 1_000_000])
 def test_an_attempts_number_is_small(example: Message, number: int) -> None:
     """A node goes through all numbers before it."""
-    assert decode(with_field(example, "attempt", 99), type(example)).attempt == 99
+    read = decode(with_field(example, "attempt", 99), type(example))
+    assert msgspec.structs.asdict(read)["attempt"] == 99
     with pytest.raises(msgspec.ValidationError, match=r"\$\.attempt"):
         decode(with_field(example, "attempt", number), type(example))
 
@@ -112,7 +113,8 @@ def test_an_attempts_number_is_small(example: Message, number: int) -> None:
 @pytest.mark.parametrize("name", ["", "r", "r.", "r.x", "r.-1", "r.00", "r.100", "r.1000000", "r.1\n", "r.²"])
 def test_the_name_of_an_attempt_ends_in_its_number(example: Message, name: str) -> None:
     for good in ("r.0", "a.b.99"):
-        assert decode(with_field(example, "transfer_id", good), type(example)).transfer_id == good
+        read = decode(with_field(example, "transfer_id", good), type(example))
+        assert msgspec.structs.asdict(read)["transfer_id"] == good
     with pytest.raises(msgspec.ValidationError, match=r"\$\.transfer_id"):
         decode(with_field(example, "transfer_id", name), type(example))
 

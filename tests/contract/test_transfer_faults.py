@@ -128,9 +128,10 @@ def kill_sender(phase: str, pair: Pair, transfer: Transfer) -> Told:
     pair.sender.kill()
     if phase in (COPYING, LANDED):
         pair.receiver.open_gate()
-    for reserved in (transfer, transfer.following):
-        if phase != IDLE:
-            expire(pair, reserved)
+    if phase != IDLE:
+        assert transfer.following is not None
+        expire(pair, transfer)
+        expire(pair, transfer.following)
     settle(pair)
     return ("nothing to undo" if phase == IDLE else "reservation expired"), None
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import msgspec
-import nats
+from nats.aio.msg import Msg
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import read_key
@@ -82,7 +82,7 @@ class Observer:
         """Collects the JSON of all that is published on `subject` from now on."""
         log = EventLog()
 
-        async def keep(message: nats.aio.msg.Msg) -> None:
+        async def keep(message: Msg) -> None:
             log.add(message.subject, msgspec.json.decode(message.data))
 
         log.subscription = await self.bus.subscribe_raw(subject, keep)

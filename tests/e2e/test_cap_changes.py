@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,7 @@ from observer import Observer, observe
 from oracle import check_identity
 from prompts import make_prompts
 
+from flowkv.local_cluster import Cluster
 from flowkv_common.aio import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, NodeRef
@@ -65,7 +67,7 @@ class Mover:
     ("num_requests", "min_changes"), [(12, 100), pytest.param(24, 200, marks=pytest.mark.full)]
 )
 async def test_no_request_notices(
-    start_cluster, model_path: Path, num_requests: int, min_changes: int
+    start_cluster: Callable[..., Cluster], model_path: Path, num_requests: int, min_changes: int
 ) -> None:
     rng = random.Random(4)
     prompts = rng.sample(make_prompts(vocab_size=49_152, longest=200), num_requests)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -24,7 +25,7 @@ NODES = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
 
 @pytest.fixture(scope="module")
-def cluster(start_cluster) -> Cluster:
+def cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
     """Two nodes of each kind, so that one of each may die."""
     settings = {"FLOWKV_KV_CACHE_BYTES": str(256 << 20), "FLOWKV_WEDGE_TIMEOUT_S": "3"}
     return start_cluster(prefill=2, decode=2, settings=settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -19,10 +20,10 @@ TOKENS = 12
 AT_ONCE = 8
 
 
-async def generate_all(cluster: Cluster, prompts: list[list[int]]) -> list[Streamed]:
+async def generate_all(url: str, prompts: list[list[int]]) -> list[Streamed]:
     """Greedy output of all prompts, several at once."""
     done: list[Streamed] = []
-    async with httpx.AsyncClient(base_url=cluster.url, timeout=120) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=120) as http:
         for start in range(0, len(prompts), AT_ONCE):
             done += await run_all(http, prompts[start : start + AT_ONCE], TOKENS)
     return done
@@ -41,7 +42,7 @@ async def test_shared_memory_1p1d(cluster: Cluster, model_path: Path) -> None:
     async with observe(cluster.nats_url) as observer:
         events = await observer.events("flowkv.v1.event.kv_transferred.>")
         finishes = await observer.events("flowkv.v1.event.request_finished.>")
-        done = await generate_all(cluster, prompts)
+        done = await generate_all(cluster.url, prompts)
         await observer.wait_idle(["prefill-0", "decode-0"])
         finished = await finishes.wait_for_all(len(prompts))
     check_all(model_path, done)
@@ -60,11 +61,11 @@ def clusters() -> list[tuple[str, dict[str, int]]]:
 @pytest.mark.full
 @pytest.mark.parametrize(("connector", "nodes"), clusters(), ids=str)
 async def test_real_model_matrix(
-    start_cluster, model_path: Path, connector: str, nodes: dict[str, int]
+    start_cluster: Callable[..., Cluster], model_path: Path, connector: str, nodes: dict[str, int]
 ) -> None:
     cluster = start_cluster(settings={"FLOWKV_CONNECTORS": connector}, **nodes)
     try:
-        check_all(model_path, await generate_all(cluster, make_prompts(vocab_size=49_152)))
+        check_all(model_path, await generate_all(cluster.url, make_prompts(vocab_size=49_152)))
     finally:
         cluster.stop()
 
@@ -73,7 +74,12 @@ async def test_real_model_matrix(
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "mistral"])
 @pytest.mark.parametrize(("connector", "nodes"), clusters(), ids=str)
 async def test_tiny_model_matrix(
-    start_cluster, tmp_path: Path, model_path: Path, arch: str, connector: str, nodes: dict[str, int]
+    start_cluster: Callable[..., Cluster],
+    tmp_path: Path,
+    model_path: Path,
+    arch: str,
+    connector: str,
+    nodes: dict[str, int],
 ) -> None:
     model = tiny_with_tokenizer(tmp_path, arch, model_path)
     # Small chunks and few blocks: borders everywhere, and preemption.
@@ -81,7 +87,7 @@ async def test_tiny_model_matrix(
     cluster = start_cluster(model=model, settings=settings, **nodes)
     try:
         prompts = make_prompts(vocab_size=VOCAB_SIZE, longest=220)
-        check_all(model, await generate_all(cluster, prompts))
+        check_all(model, await generate_all(cluster.url, prompts))
     finally:
         cluster.stop()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -19,7 +20,9 @@ NEW_TOKENS = 77
 VOCAB_SIZE = 49_152
 
 
-async def test_only_new_blocks_of_a_known_prefix_are_sent(start_cluster, model_path: Path) -> None:
+async def test_only_new_blocks_of_a_known_prefix_are_sent(
+    start_cluster: Callable[..., Cluster], model_path: Path
+) -> None:
     # No chunk keeps such a goal: no prompt stays on the decode node. Nor is that lent.
     settings = {"FLOWKV_ITL_GOAL_S": "0.000001", "FLOWKV_LENDING": "false"}
     cluster: Cluster = start_cluster(prefill=1, decode=1, settings=settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -13,6 +14,7 @@ from oracle import check_identity
 from prometheus_client.parser import text_string_to_metric_families
 from test_identity import tiny_with_tokenizer
 
+from flowkv.local_cluster import Cluster
 from flowkv_common.wire.nodes import NodeDescriptor
 
 NUM_REQUESTS = 10
@@ -24,7 +26,7 @@ BLOCK_BYTES = 3 * 2 * 8 * 2 * 16 * 4
 
 @pytest.mark.parametrize("nodes", [{"mixed": 1}, {"prefill": 1, "decode": 1}], ids=["mixed", "1p1d"])
 async def test_preemption_keeps_the_text(
-    start_cluster, tmp_path: Path, model_path: Path, nodes: dict[str, int]
+    start_cluster: Callable[..., Cluster], tmp_path: Path, model_path: Path, nodes: dict[str, int]
 ) -> None:
     model = tiny_with_tokenizer(tmp_path, "llama", model_path)
     settings = {

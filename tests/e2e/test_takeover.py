@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -25,7 +26,9 @@ def leader_of(cluster: Cluster) -> Process:
     return leader
 
 
-async def test_killed_scheduler_costs_no_stream_and_new_ones_little(start_cluster, model_path: Path) -> None:
+async def test_killed_scheduler_costs_no_stream_and_new_ones_little(
+    start_cluster: Callable[..., Cluster], model_path: Path
+) -> None:
     cluster = start_cluster(prefill=1, decode=1, num_schedulers=2)
     async with (
         httpx.AsyncClient(base_url=cluster.url, timeout=120) as http,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ async def ask_all(http: httpx.AsyncClient, observer: Observer, prompts: list[lis
 
 @pytest.mark.parametrize("overlap", ["true", pytest.param("false", marks=pytest.mark.full)])
 async def test_events_and_metrics_agree_with_the_request(
-    start_cluster, tmp_path: Path, model_path: Path, overlap: str
+    start_cluster: Callable[..., Cluster], tmp_path: Path, model_path: Path, overlap: str
 ) -> None:
     model = tiny_with_tokenizer(tmp_path, "llama", model_path)
     settings = {

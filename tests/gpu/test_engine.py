@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,11 +104,18 @@ def test_a_pool_takes_its_share_of_the_memory() -> None:
 @torch.inference_mode()
 def test_the_flat_forward_equals_the_modules(tmp_path: Path, dtype: torch.dtype) -> None:
     """Wide rows and heads of 128. Judged beside what the modules in the same dtype are off from fp32."""
-    config = {"hidden_size": 1024, "intermediate_size": 3000, "num_attention_heads": 8, "head_dim": 128}
+    config: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 3000,
+        "num_attention_heads": 8,
+        "head_dim": 128,
+    }
     folder = make_tiny_model(tmp_path / "m", seed=5, initializer_range=0.05, **config)
     sequence = make_sequence([token * 7 % 512 for token in range(200)], list(range(25)))
     batch = pack([WorkItem(sequence, 200)], BLOCK_SIZE)
-    rows = [torch.from_numpy(array).to(CUDA) for array in (batch.token_ids, batch.position_ids)]
+    token_ids, position_ids = (
+        torch.from_numpy(array).to(CUDA) for array in (batch.token_ids, batch.position_ids)
+    )
     places = torch.arange(200, device=CUDA)
     outs = []
     for kind, backend in [(torch.float32, "torch"), (dtype, "torch"), (dtype, "triton")]:
@@ -116,7 +124,7 @@ def test_the_flat_forward_equals_the_modules(tmp_path: Path, dtype: torch.dtype)
         attention = make_attention(backend, pool)
         forward = make_forward(model, attention) if backend == "triton" else ModulesForward(model, attention)
         attention.bind(batch)
-        outs.append(forward(*rows, places).float())
+        outs.append(forward(token_ids, position_ids, places).float())
     exact, modules, flat = outs
     off = (modules - exact).norm() / exact.norm()
     assert 0 < off < 0.05

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from nats.aio.msg import Msg
@@ -206,6 +206,7 @@ async def test_of_several_servers_any_will_do(nats_server: NatsServer) -> None:
         async with connect(f"{other.url},{nats_server.url}", name="test") as bus:
             back = reconnected(bus)
             for server in (other, nats_server):  # whichever it has chosen
+                assert bus.nc.connected_url is not None
                 if bus.nc.connected_url.geturl() == server.url:
                     server.kill()
                     break
@@ -251,7 +252,8 @@ async def test_what_could_not_be_subscribed_or_drained_does_not_come_back_with_a
                 await bus.subscribe(SUBJECT, Drain, lambda *_: None)
             await drained.drain()
         back = reconnected(bus)
-        bus.nc._transport.close()
+        transport: Any = bus.nc._transport
+        transport.close()
         await soon(back.wait())
         await soon(bus.nc.flush(5))
         with pytest.raises(errors.Unavailable, match="nobody listens"):

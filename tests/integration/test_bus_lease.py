@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 from nats_server import NatsServer
@@ -197,8 +198,14 @@ async def test_holder_that_is_cut_off_for_a_moment_goes_on_after_a_renewal(nats_
         revision = (await seat_record(a.bus)).revision
         states: list[bool] = []
         back = asyncio.Event()
-        a.bus.on_reconnect(lambda: (states.append(a.lease.is_held), back.set()))
-        a.bus.nc._transport.close()  # the socket alone, as a flaky network would
+
+        def note() -> None:
+            states.append(a.lease.is_held)
+            back.set()
+
+        a.bus.on_reconnect(note)
+        transport: Any = a.bus.nc._transport
+        transport.close()  # the socket alone, as a flaky network would
         async with asyncio.timeout(5):
             await back.wait()
             while (await seat_record(a.bus)).revision == revision:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 import imagined_nodes
 import msgspec
@@ -265,7 +266,7 @@ async def test_of_two_that_come_at_the_same_instant_one_leaves_at_once(nats_serv
     async with connect(nats_server.url, name="a") as bus, connect(nats_server.url, name="b") as twin:
         await asyncio.gather(*(claim_node_id(one, "p0", TTL_S) for one in (bus, twin)))
         both = [
-            asyncio.create_task(keep_announced(one, lambda i=i: descriptor("p0", incarnation=i), TTL_S))
+            asyncio.create_task(keep_announced(one, partial(descriptor, "p0", incarnation=i), TTL_S))
             for one, i in ((bus, "i1"), (twin, "i2"))
         ]
         async with running(*both):

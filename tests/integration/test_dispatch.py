@@ -216,23 +216,24 @@ async def test_one_attempt(nats_server: NatsServer) -> None:
         assert nodes.asked[0].block_hashes == []  # no node is known
 
 
-async def test_a_cancel_goes_to_the_pair_alone(nats_server: NatsServer) -> None:
+@pytest.mark.parametrize(("decode", "told"), [(D, ["d", "p"]), (P, ["p"])], ids=["pair", "one node"])
+async def test_a_cancel_goes_to_the_pair_alone(
+    nats_server: NatsServer, decode: NodeRef, told: list[str]
+) -> None:
     """The client goes; the same where one node is the pair is one message."""
 
     async def begin(nodes: Nodes, run: PrefillRun) -> None:
         await nodes.send(run, chunk(tid_of(run), 0, [10]))
 
     async with cluster(nats_server, begin) as (dispatch, nodes):
-        for decode, told in ((D, {"p", "d"}), (P, {"p"})):
-            nodes.decode = decode
-            chunks = dispatch.generate(new_request())
-            await anext(chunks)
-            await chunks.aclose()
-            expected = sorted((subjects.at(subjects.NODE_CANCEL, node_id), "r.0") for node_id in told)
-            await nodes.wait_for(lambda expected=expected: len(nodes.cancelled_at) >= len(expected))
-            await nodes.bus.nc.flush()
-            assert sorted(nodes.cancelled_at) == expected
-            nodes.cancelled_at.clear()
+        nodes.decode = decode
+        chunks = dispatch.generate(new_request())
+        await anext(chunks)
+        await chunks.aclose()
+        await nodes.wait_for(lambda: len(nodes.cancelled_at) >= len(told))
+        await nodes.bus.nc.flush()
+        expected = [(subjects.at(subjects.NODE_CANCEL, node_id), "r.0") for node_id in told]
+        assert sorted(nodes.cancelled_at) == expected
 
 
 async def test_wait_is_obeyed_and_asked_again_with_age(nats_server: NatsServer) -> None:

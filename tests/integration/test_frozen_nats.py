@@ -140,17 +140,16 @@ async def test_the_pong_of_a_flush_that_was_cancelled_makes_nobody_deaf(nats_ser
 
 
 async def test_a_read_loop_that_fails_is_replaced_at_once(
-    nats_server: NatsServer, caplog: pytest.LogCaptureFixture
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with connect(nats_server.url, name="test") as bus, echo(bus):
         back = reconnected(bus)
-        parse = bus.nc._ps.parse
 
         async def fail(data: bytes) -> None:
-            bus.nc._ps.parse = parse
+            monkeypatch.undo()
             raise RuntimeError("on purpose")
 
-        bus.nc._ps.parse = fail
+        monkeypatch.setattr(bus.nc._ps, "parse", fail)
         async with asyncio.timeout(1.0):
             await back.wait()
         assert await ask(bus) == Accepted(node_id="echo")

@@ -206,14 +206,16 @@ async def test_a_stream_that_waits_has_headers_and_comments(gateway: Gateway, to
         gate.set()
         said = await reader.readuntil(b"[DONE]")
     assert said.count(b"ping") <= 1
-    client = openai.AsyncOpenAI(
-        base_url=f"{gateway.http.base_url}/v1", api_key="none", http_client=gateway.http
-    )
     gate.clear()
-    stream = await client.chat.completions.create(**CHAT, model=MODEL, stream=True)
-    await asyncio.sleep(3 * SOON_S)  # it is the silence that is tried
-    gate.set()
-    assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == "hello"
+    async with openai.AsyncOpenAI(
+        base_url=f"{gateway.http.base_url}/v1",
+        api_key="none",
+        http_client=openai.DefaultAsyncHttpxClient(trust_env=False, verify=False),
+    ) as client:
+        stream = await client.chat.completions.create(**CHAT, model=MODEL, stream=True)
+        await asyncio.sleep(3 * SOON_S)  # it is the silence that is tried
+        gate.set()
+        assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == "hello"
 
 
 @pytest.mark.usefixtures("impatient")

@@ -100,7 +100,7 @@ async def running(
                 api_key="none",
                 max_retries=0,
                 timeout=10,
-                http_client=httpx.AsyncClient(trust_env=False, verify=False),
+                http_client=openai.DefaultAsyncHttpxClient(trust_env=False, verify=False),
             ) as client,
         ):
             yield Gateway(dispatch, port, http, client)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from drive import load_tiny
@@ -36,7 +37,7 @@ has_ipv6 = Path("/proc/net/if_inet6").exists() and "lo" in Path("/proc/net/if_in
 @pytest.mark.skipif(not has_ipv6, reason="this host has no IPv6")
 async def test_nodes_may_have_addresses_of_ipv6(nats_server: NatsServer, tmp_path: Path) -> None:
     model = load_tiny(make_tiny_model(tmp_path, "llama"))
-    there = {"connectors": "tcp", "host": "::", "advertise_host": "::1"}
+    there: dict[str, Any] = {"connectors": "tcp", "host": "::", "advertise_host": "::1"}
     async with connect(nats_server.url, name="test") as bus:
         async with live_node(nats_server, bus, model, "b", **there):
             async with live_node(nats_server, bus, model, "a", **there, peers=1):
@@ -48,7 +49,7 @@ async def test_a_node_bound_to_all_addresses_is_reached_by_its_hosts_name(
 ) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "localhost")
     model = load_tiny(make_tiny_model(tmp_path, "llama"))
-    wildcard = {"connectors": "tcp", "host": "0.0.0.0"}
+    wildcard: dict[str, Any] = {"connectors": "tcp", "host": "0.0.0.0"}
     async with connect(nats_server.url, name="test") as bus:
         async with live_node(nats_server, bus, model, "b", **wildcard):
             async with live_node(nats_server, bus, model, "a", **wildcard, peers=1):

@@ -77,8 +77,17 @@ async def setup(nats_server: NatsServer, model: LoadedModel, drain_timeout_s: fl
     port = free_port()
     async with AsyncExitStack() as opened:
         bus = await opened.enter_async_context(connect(nats_server.url, name="test"))
-        settings = {"http_port": port, "test_hooks": True, "drain_timeout_s": drain_timeout_s}
-        node = await opened.enter_async_context(live_node(nats_server, bus, model, "n0", **settings))
+        node = await opened.enter_async_context(
+            live_node(
+                nats_server,
+                bus,
+                model,
+                "n0",
+                http_port=port,
+                test_hooks=True,
+                drain_timeout_s=drain_timeout_s,
+            )
+        )
         heard = await opened.enter_async_context(reports(bus, "n0"))
         http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False)
         yield Setup(

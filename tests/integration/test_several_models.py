@@ -191,7 +191,7 @@ async def test_a_node_refuses_work_of_another_model(nats_server: NatsServer, bus
     async with live_node(nats_server, bus, a.model, "n") as node:
         other = NodeRef(node_id="other", incarnation="1")
         common: dict[str, Any] = {"node": node, "fingerprint": "b", "gateway_id": "g"}
-        run = {
+        run: dict[str, Any] = {
             "request_id": "r",
             "attempt": 0,
             "epoch": 1,

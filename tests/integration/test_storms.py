@@ -98,7 +98,7 @@ class Storm:
         run = pair.run([5] * 20)
         await pair.p.prefill.accept(run)
         await pair.compute_all(8)
-        await until(lambda: pair.d.num_sequences_accepted == num_accepted + 1)
+        await pair.d.wait_accepted(num_accepted + 1)
         self.cancel([run])
         await pair.p.wait_idle()
         await pair.d.wait_idle()

@@ -53,7 +53,7 @@ async def serve_another(pair: Pair) -> None:
     before = pair.d.num_sequences_accepted
     await pair.p.prefill.accept(pair.run(PROMPT))
     await pair.compute_all()
-    await until(lambda: pair.d.num_sequences_accepted == before + 1)
+    await pair.d.wait_accepted(before + 1)
     await pair.p.wait_idle()
 
 
@@ -102,7 +102,7 @@ async def test_a_prompt_that_waits_for_the_engine_is_not_stuck_while_that_steps(
         await sweep(pair)
         assert pair.p.node.why_not_ready() is None
     await pair.compute_all()
-    await until(lambda: pair.d.num_sequences_accepted == 1)
+    await pair.d.wait_accepted(1)
 
 
 async def test_a_prompt_that_nobody_computes_is_stuck(pair: Pair) -> None:
@@ -125,7 +125,7 @@ async def test_a_send_that_waits_behind_others_is_not_stuck_while_those_arrive(p
         pass_time(pair)
         await pair.p.prefill.accept(pair.run(PROMPT))
         await pair.compute_all()
-        await until(lambda number=number: pair.d.num_sequences_accepted == number + 1)
+        await pair.d.wait_accepted(number + 1)
         await sweep(pair)
         assert pair.p.node.why_not_ready() is None
     waits.set()
@@ -147,7 +147,7 @@ async def test_a_prompt_that_waits_for_a_full_decode_node_is_not_stuck_while_tha
                 assert pair.p.node.why_not_ready() is None
     pair.d.node.blocks.release(taken)
     await pair.compute_all()
-    await until(lambda: pair.d.num_sequences_accepted == 1)
+    await pair.d.wait_accepted(1)
 
 
 async def test_a_prompt_that_waits_for_blocks_nobody_gives_back_is_stuck(pair: Pair) -> None:

@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from inprocess_connector import InProcessConnector, Switchboard
@@ -19,7 +20,7 @@ from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import TransferFailed, Unavailable
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import NodeRef, PoolLayout
-from flowkv_common.wire.nodes import LinkRequest
+from flowkv_common.wire.nodes import LinkOffer, LinkRequest
 from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.reservations import Reservations
@@ -27,18 +28,20 @@ from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport import make_connectors
 from flowkv_engine.transport.base import ConnectorUnavailable, KVConnector, KVLink
 from flowkv_engine.transport.sockets import Place
+from flowkv_engine.transport.stream import StreamLink
 from flowkv_node import links as links_module
-from flowkv_node.links import Links
+from flowkv_node.links import Links, SwitchedLink
 
 SMALL = PoolLayout(num_layers=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="float32")
 NUM_BLOCKS = 24
 B = NodeRef(node_id="b", incarnation="1")
+NO_BUS: Any = None  # for links that ask no peer
 
 
 class Gated(WrappedConnector):
     """A connector under another name, whose `connect` first waits for what the test wants."""
 
-    def __init__(self, name: str, connector: KVConnector, before: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, name: str, connector: KVConnector, before: Callable[[], Awaitable[object]]) -> None:
         super().__init__(connector)
         self.name = name
         self.connect_timeout_s = 60.0
@@ -83,7 +86,7 @@ async def two_sides(bus: Bus) -> AsyncIterator[tuple[Side, Side, contextlib.Asyn
             for node_id in "ab"
         )
 
-        async def link(request: LinkRequest) -> object:
+        async def link(request: LinkRequest) -> LinkOffer:
             return b.links.offer(request)
 
         endpoint = Endpoint(subjects.at(subjects.NODE_LINK, "b"), LinkRequest, link)
@@ -112,6 +115,13 @@ async def send(a: Side, b: Side, transfer_id: str) -> None:
     assert a.pool.tensor[5].equal(b.pool.tensor[reserved.block_ids[0]])
 
 
+def hang_up(link: KVLink) -> None:
+    """Close the connection under the link: the next send dials anew."""
+    assert isinstance(link, SwitchedLink)
+    assert isinstance(link._link, StreamLink)
+    link._link._hang_up()
+
+
 @pytest.fixture
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links_module, "HEAD_START_S", 0.01)
@@ -120,7 +130,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def gated(
-    side: Side, stack: contextlib.AsyncExitStack, board: Switchboard, **gates: object
+    side: Side, stack: contextlib.AsyncExitStack, board: Switchboard, **gates: Callable[[], Awaitable[object]]
 ) -> list[Gated]:
     """Connectors of these names, the first one preferred."""
     made = []
@@ -228,7 +238,7 @@ async def test_where_one_fails_another_takes_over_and_later_gives_it_back(
             await send(a, b, "r1.0")
             folder = Path(b.links._addresses["shm"]).parent
             aside = shutil.move(folder, tmp_path / "aside")
-            a.links.to(B)._link._hang_up()
+            hang_up(a.links.to(B))
             with pytest.raises(TransferFailed, match="No such file"):
                 await send(a, b, "r2.0")
             await until(lambda: a.links.connectors_in_use() == {"b": "tcp"})
@@ -259,7 +269,7 @@ async def test_a_link_that_was_lost_is_made_anew_also_while_nobody_sends(
             folder = Path(b.links._addresses["shm"]).parent
             aside = shutil.move(folder, tmp_path / "aside")
             link = a.links.to(B)
-            link._link._hang_up()
+            hang_up(link)
             with pytest.raises(TransferFailed, match="No such file"):
                 await send(a, b, "r1.0")
             assert link.is_lost
@@ -285,7 +295,7 @@ async def test_a_link_that_was_lost_is_replaced_while_a_better_one_takes_long(
         async with keeping(a):
             await until(lambda: a.links.connectors_in_use() == {"b": "shm"})
             shutil.move(Path(b.links._addresses["shm"]).parent, tmp_path / "aside")
-            a.links.to(B)._link._hang_up()
+            hang_up(a.links.to(B))
             with pytest.raises(TransferFailed, match="No such file"):
                 await send(a, b, "r1.0")
             await until(lambda: a.links.connectors_in_use() == {"b": "tcp"})
@@ -330,7 +340,7 @@ async def test_an_error_that_nobody_foresaw_fails_one_try_and_no_node(
 
 async def test_a_life_of_a_peer_that_the_registry_has_not_told_of_yet_is_worth_waiting_for() -> None:
     """Also when an older one is known: whoever asks may have heard of it first."""
-    links = Links(None, NodeRef(node_id="a", incarnation="1"), SMALL, "f", NUM_BLOCKS)
+    links = Links(NO_BUS, NodeRef(node_id="a", incarnation="1"), SMALL, "f", NUM_BLOCKS)
     links._peers["b"] = B
     for peer in (B, NodeRef(node_id="b", incarnation="2"), NodeRef(node_id="c", incarnation="1")):
         with pytest.raises(Unavailable, match="yet") as caught:
@@ -338,12 +348,12 @@ async def test_a_life_of_a_peer_that_the_registry_has_not_told_of_yet_is_worth_w
         assert caught.value.retry_after_s is not None
 
 
-async def test_one_life_of_a_peer_has_one_secret_and_the_next_life_another(nats_server: NatsServer) -> None:
+async def test_one_life_of_a_peer_has_one_secret_and_the_next_life_another() -> None:
     def asked_by(incarnation: str) -> LinkRequest:
         peer = NodeRef(node_id="a", incarnation=incarnation)
         return LinkRequest(node=B, peer=peer, layout=SMALL, fingerprint="f")
 
-    links = Links(None, B, SMALL, "f", NUM_BLOCKS)
+    links = Links(NO_BUS, B, SMALL, "f", NUM_BLOCKS)
     first = links.offer(asked_by("1")).token
     assert links.offer(asked_by("1")).token == first
     assert links.admits(first)

@@ -108,10 +108,11 @@ class PrefixCacheMachine(RuleBasedStateMachine):
     def evict(self, n: int) -> None:
         for _ in range(n):
             queued, built_on, leased = self.queued(), self.built_on(), self.leased()
-            [block] = self.cache.evict(1) or [None]
-            if block is None:
+            evicted_ids = self.cache.evict(1)
+            if not evicted_ids:
                 assert not queued
                 return
+            [block] = evicted_ids
             self.open.add(block)
             evicted = self.cache.hash_of(block) or ""
             self.is_plain &= queued != built_on

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv_common.wire.messages import SamplingParams
 from flowkv_decode.sequences import DecodeRole
+from flowkv_engine.engine.batch import WorkItem
 from flowkv_engine.engine.sequence import Sequence
 from flowkv_prefill.prompts import plan_chunks
 
@@ -24,7 +26,7 @@ def sequence(num_prompt: int, num_computed: int = 0, num_blocks: int = 0, num_ou
     )
 
 
-def lengths(items) -> list[int]:
+def lengths(items: list[WorkItem]) -> list[int]:
     return [item.num_tokens for item in items]
 
 
@@ -56,7 +58,8 @@ def test_chunks_keep_to_the_cap_and_always_proceed(prompts: list[tuple[int, int]
 
 def role_with(*running: Sequence) -> DecodeRole:
     """Its batch is given: no node is asked for places or blocks."""
-    role = DecodeRole(SimpleNamespace(settings=SimpleNamespace(block_size=16, max_num_seqs=64)))
+    node: Any = SimpleNamespace(settings=SimpleNamespace(block_size=16, max_num_seqs=64))
+    role = DecodeRole(node)
     role._running = list(running)
     return role
 

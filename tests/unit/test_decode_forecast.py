@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 from engineless import FINGERPRINT, Pair, Side, engineless_pair, until
@@ -44,7 +45,12 @@ def side(pair: Pair) -> Side:
 async def begin(side: Side, request_id: str, attempt: int = 0) -> str:
     """A running sequence with some tokens of output."""
     tid = f"{request_id}.{attempt}"
-    common = {"node": side.node.ref, "fingerprint": FINGERPRINT, "prefill": PREFILL, "gateway_id": "g"}
+    common: dict[str, Any] = {
+        "node": side.node.ref,
+        "fingerprint": FINGERPRINT,
+        "prefill": PREFILL,
+        "gateway_id": "g",
+    }
     reserved = await side.decode.reserve(
         Reserve(**common, transfer_id=tid, num_tokens=8, block_hashes=[], run_lengths=[], expires_in_s=30.0)
     )
@@ -61,6 +67,12 @@ async def begin(side: Side, request_id: str, attempt: int = 0) -> str:
     )
     await side.decode.accept(run)
     return tid
+
+
+def stop_rate(side: Side) -> float:
+    forecast = side.decode.load().forecast
+    assert forecast is not None
+    return forecast.stop_rate
 
 
 async def fail_all(side: Side) -> None:
@@ -88,7 +100,7 @@ async def test_outputs_that_were_cut_off_do_not_pass_for_short_ones(
         await begin(side, f"r{number}")
     await cut(side)
     assert len(side.node.attempts) == 0
-    assert side.decode.load().forecast.stop_rate == pytest.approx(1 / PRIOR_TOKENS, rel=1e-4)
+    assert stop_rate(side) == pytest.approx(1 / PRIOR_TOKENS, rel=1e-4)
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
@@ -111,4 +123,4 @@ async def test_a_cancel_by_the_gateway_ends_an_output_as_a_stop_does(
             await pair.bus.publish(subjects.at(subjects.NODE_CANCEL, side.node.ref.node_id), cancel)
             await until(lambda: not len(side.node.attempts))
     expected = 2 / (PRIOR_TOKENS + NUM_OUTPUT_TOKENS)
-    assert side.decode.load().forecast.stop_rate == pytest.approx(expected, rel=1e-4)
+    assert stop_rate(side) == pytest.approx(expected, rel=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 from engineless import BLOCK_SIZE, FINGERPRINT, NUM_BLOCKS, Pair, Side, engineless_pair
@@ -38,8 +39,8 @@ def side(pair: Pair) -> Side:
     return pair.d
 
 
-def reserve(num_tokens: int, name: str = "r", **changes: object) -> Reserve:
-    values = {
+def reserve(num_tokens: int, name: str = "r", **changes: Any) -> Reserve:
+    values: dict[str, Any] = {
         "transfer_id": f"{name}.0",
         "node": NodeRef(node_id="d", incarnation="1"),
         "fingerprint": FINGERPRINT,
@@ -53,8 +54,8 @@ def reserve(num_tokens: int, name: str = "r", **changes: object) -> Reserve:
     return Reserve(**{**values, **changes})
 
 
-def decode_run(reserved: Reserved, prompt_ids: list[int], **changes: object) -> DecodeRun:
-    values = {
+def decode_run(reserved: Reserved, prompt_ids: list[int], **changes: Any) -> DecodeRun:
+    values: dict[str, Any] = {
         "request_id": reserved.transfer_id.removesuffix(".0"),
         "attempt": 0,
         "epoch": 1,

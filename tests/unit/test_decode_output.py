@@ -34,7 +34,7 @@ def filled(num_tokens: int, logprobs: bool) -> tuple[Outputs, str]:
 def test_long_output_comes_in_parts_that_fit_into_the_smallest_message(logprobs: bool, most: int) -> None:
     num_tokens = 2 * most + 2
     outputs, tid = filled(num_tokens, logprobs)
-    parts = []
+    parts: list[TokenChunk] = []
     expected = 1
     while not parts or parts[-1].finish_reason is None:
         chunk = outputs.since(tid, expected)

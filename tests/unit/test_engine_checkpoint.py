@@ -52,6 +52,10 @@ def make(folder: Path, change: Callable[[Tensors], object] | None = None, **conf
     return folder
 
 
+def adding(name: str, tensor: Tensor) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({name: tensor})
+
+
 def move(tensors: Tensors, name: str, to: str) -> None:
     tensors[to] = tensors.pop(name)
 
@@ -102,7 +106,7 @@ def test_both_are_said_of_a_tensor_of_another_name(tmp_path: Path, monkeypatch: 
 
 
 def test_a_tensor_of_another_shape_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make(tmp_path / "m", lambda tensors: tensors.update({DOWN: torch.zeros(48, 95)}))
+    folder = make(tmp_path / "m", adding(DOWN, torch.zeros(48, 95)))
     assert f"another shape than the model's: {DOWN} (48, 95) for (48, 96)" in refusal(folder, monkeypatch)
 
 
@@ -116,7 +120,7 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path, monkeypatch: pytes
     ],
 )
 def test_what_no_model_reads_is_no_reason_to_refuse(tmp_path: Path, name: str) -> None:
-    load(make(tmp_path / "m", lambda tensors: tensors.update({name: torch.zeros(8)})))
+    load(make(tmp_path / "m", adding(name, torch.zeros(8))))
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.attn.bias", "model.layers.0.attention.bias"])
@@ -125,12 +129,12 @@ def test_a_causal_mask_that_was_saved_is_no_reason_and_a_packed_bias_is(
 ) -> None:
     for dtype in (torch.bool, torch.uint8):
         mask = torch.ones(1, 1, 8, 8, dtype=dtype)
-        load(make(tmp_path / str(dtype), lambda tensors, mask=mask: tensors.update({name: mask})))
+        load(make(tmp_path / str(dtype), adding(name, mask)))
     for i, other in enumerate((torch.ones(8, dtype=torch.uint8), torch.ones(8, 8, dtype=torch.int8))):
-        folder = make(tmp_path / str(i), lambda tensors, other=other: tensors.update({name: other}))
+        folder = make(tmp_path / str(i), adding(name, other))
         with monkeypatch.context() as patch:
             assert f"int8 ({name})" in refusal(folder, patch)
-    folder = make(tmp_path / "floats", lambda tensors: tensors.update({name: torch.ones(8, 8)}))
+    folder = make(tmp_path / "floats", adding(name, torch.ones(8, 8)))
     assert refusal(folder, monkeypatch).endswith(f"hold what the model has no place for: {name}")
 
 

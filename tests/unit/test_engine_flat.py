@@ -63,7 +63,7 @@ def logits(
         ),
     ],
 )
-def test_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, object]) -> None:
+def test_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, Any]) -> None:
     model = load_tiny(make_tiny_model(tmp_path / "m", arch, seed=3, **config))
     batch = packed()
     places = list(range(50))
@@ -89,7 +89,7 @@ def test_no_logits_where_none_are_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("arch", "config"), [("gpt2", {}), ("llama", {"hidden_act": "gelu"})])
-def test_other_models_have_none(tmp_path: Path, arch: str, config: dict[str, object]) -> None:
+def test_other_models_have_none(tmp_path: Path, arch: str, config: dict[str, Any]) -> None:
     assert flat_weights(load_tiny(make_tiny_model(tmp_path / "m", arch, **config)).module) is None
 
 

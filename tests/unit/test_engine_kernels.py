@@ -161,7 +161,7 @@ def test_rotates_and_writes_as_torch_does(dtype: torch.dtype, has_norm: bool) ->
     rotate_and_write(array, 1, slots, states, positions, cos, sin, norms, np.float32(1e-6), query)
     torch.testing.assert_close(torch_of(query), rotated[:, :heads], atol=1e-6, rtol=1e-5)
     stored = pool[slots // 8, 1, :, slots % 8]  # [T, 2, kv heads, dim]
-    tolerance = {"atol": 1e-6, "rtol": 1e-5 if dtype == torch.float32 else 2**-8}
-    torch.testing.assert_close(stored[:, 0], rotated[:, heads:].to(dtype), **tolerance)
+    rtol = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(stored[:, 0], rotated[:, heads:].to(dtype), atol=1e-6, rtol=rtol)
     torch.testing.assert_close(stored[:, 1], value.to(dtype), atol=0, rtol=0)
     assert pool.count_nonzero() == stored.count_nonzero()

@@ -159,7 +159,7 @@ def test_rope_that_changes_with_the_batch_limits_the_length(tmp_path: Path) -> N
         "short_factor": [1.0] * 4,
         "long_factor": [2.0] * 4,
     }
-    config = {"head_dim": 8, "rope_parameters": rope, "original_max_position_embeddings": 64}
+    config: dict[str, Any] = {"head_dim": 8, "rope_parameters": rope, "original_max_position_embeddings": 64}
     folder = make_tiny_model(tmp_path / "m", "phi3", **config)
     assert load(folder).card.max_model_len == 64
 

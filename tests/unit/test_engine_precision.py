@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_a_folder_without_a_config_is_for_others_to_refuse(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("set_to", "stored"), [("auto", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")]
 )
-def test_kv_is_stored_as_the_weights_are_unless_it_is_set(set_to: str, stored: str, tmp_path: Path) -> None:
+def test_kv_is_stored_as_the_weights_are_unless_it_is_set(set_to: Any, stored: str, tmp_path: Path) -> None:
     model = load_tiny(make_tiny_model(tmp_path, "llama"))
     assert served_model(model, NodeSettings(model_path="", kv_dtype=set_to)).layout.dtype == stored
     assert kv_dtype("auto", torch.bfloat16) == "bfloat16"

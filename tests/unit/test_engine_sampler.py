@@ -107,7 +107,7 @@ def test_the_prefix_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_repetition_penalty_lowers_seen_tokens_of_either_sign() -> None:
     logits = torch.tensor([2.0, 1.5, -1.0, -1.2])
-    greedy = {"temperature": 0.0, "repetition_penalty": 2.0}
+    greedy: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 2.0}
     assert choose(logits, prompt_ids=[0, 0], **greedy) == 1
     assert choose(logits, output_ids=[0], **greedy) == 1
     assert choose(logits[2:], output_ids=[0], **greedy) == 1
@@ -136,7 +136,7 @@ def test_min_tokens_holds_eos_back() -> None:
 
 def test_min_tokens_holds_the_requests_own_stops_back() -> None:
     logits = torch.tensor([0.0, 1.0, 5.0, 9.0])
-    stops = {"stop_token_ids": [3, 77, -1], "min_tokens": 2, "temperature": 0.0}
+    stops: dict[str, Any] = {"stop_token_ids": [3, 77, -1], "min_tokens": 2, "temperature": 0.0}
     assert [choose(logits, index, **stops) for index in (1, 2)] == [1, 3]
 
 
@@ -154,7 +154,8 @@ def test_logprobs_are_the_models_own() -> None:
     params = SamplingParams(max_tokens=9, temperature=0.0, logit_bias={2: 9.0}, num_logprobs=2)
     logprob = sample(logits.unsqueeze(0), [SampleInput(params, 0, [], [])], EOS)[0].logprob
     assert logprob is not None
-    assert (logprob.token_id, logprob.logprob) == (2, pytest.approx(float(logits[2])))
+    assert logprob.token_id == 2
+    assert logprob.logprob == pytest.approx(float(logits[2]))
     assert [token_id for token_id, _ in logprob.top] == [0, 1]
     assert logprob.top[0][1] == pytest.approx(float(logits[0]))
 

@@ -220,7 +220,8 @@ def test_a_step_in_a_larger_graph_is_the_same_step(tmp_path: Path) -> None:
         assert graphed.shape_of(batch) == shape
         plain.bind(batch)
         expected = modules(
-            *(torch.from_numpy(array) for array in (batch.token_ids, batch.position_ids)),
+            torch.from_numpy(batch.token_ids),
+            torch.from_numpy(batch.position_ids),
             torch.from_numpy(batch.logits_indices),
         )
         torch.testing.assert_close(graphed.run(batch, Shape(*shape)), expected, atol=1e-4, rtol=0)

@@ -128,8 +128,9 @@ def test_tokens_of_one_text_do_not_hide_each_other() -> None:
         logprob = TokenLogprob(token_id=chosen, logprob=value, top=top)
         delta = Delta(0, "", True, None, logprob, 0, chosen)
         logprobs = TextWriter(vocabulary, "m").choice([delta], is_chunk=False)["logprobs"]
-        assert logprobs["top_logprobs"][0][logprobs["tokens"][0]] == value
-        return logprobs["top_logprobs"][0]
+        shown: dict[str, float] = logprobs["top_logprobs"][0]
+        assert shown[logprobs["tokens"][0]] == value
+        return shown
 
     assert shown_top(1, -0.5) == {"\n": -0.5, "token_id:2": -1.0, "a": -2.0}
     assert shown_top(2, -1.0) == {"token_id:1": -0.5, "\n": -1.0, "a": -2.0}

@@ -83,7 +83,7 @@ def join(cluster: Cluster, *nodes: tuple[str, str, ModelCard], ready: bool = Tru
 
 def fingerprint_of(cluster: Cluster) -> str | None:
     model = cluster.model()
-    return model and model.fingerprint
+    return model.fingerprint if model else None
 
 
 def test_nodes_of_another_model_are_as_if_they_were_not_there(caplog: pytest.LogCaptureFixture) -> None:

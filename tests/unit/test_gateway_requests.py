@@ -182,7 +182,8 @@ FIELDS = st.sampled_from([*ChatRequest.__struct_fields__, *CompletionRequest.__s
 
 @given(fields=st.dictionaries(FIELDS, JSON, max_size=4), body=st.binary(max_size=8))
 def test_any_json_is_planned_or_refused(fields: dict[str, Any], body: bytes) -> None:
-    for kind in (ChatRequest, CompletionRequest):
+    kinds: tuple[type[ChatRequest | CompletionRequest], ...] = (ChatRequest, CompletionRequest)
+    for kind in kinds:
         for payload in (body, json.dumps({"messages": USER, "prompt": "a", **fields}).encode()):
             with contextlib.suppress(BadRequest):
                 request = parse_json(payload, kind)
@@ -197,7 +198,7 @@ def test_null_and_unknown_fields_are_nothing() -> None:
 
 
 def test_every_parameter_arrives() -> None:
-    given_params = {
+    given_params: dict[str, Any] = {
         "temperature": 0.5,
         "top_p": 0.9,
         "top_k": 40,

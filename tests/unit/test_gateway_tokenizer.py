@@ -14,7 +14,7 @@ from gateway_support import TEMPLATE, write_tokenizer
 from flowkv_common.errors import BadRequest
 from flowkv_gateway.tokenizer import ChatTemplate, Conversation, Tokenizer
 
-CHAT = [
+CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": "h\u00e9llo <b> \U0001f600\n"},
     {

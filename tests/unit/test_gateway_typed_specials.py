@@ -202,7 +202,8 @@ def test_json_too_deep_to_hide_a_special_token_in_is_refused_by_its_field(part: 
     nested: Any = "<s>"
     for _ in range(2000):
         nested = {"a": nested}
-    conversation = Conversation([{"role": "user", "content": "a"}], **{part: [nested]})
+    json: dict[str, Any] = {part: [nested]}
+    conversation = Conversation([{"role": "user", "content": "a"}], **json)
     assert typed.occur_in(conversation)
     with pytest.raises(BadRequest, match="nested too deeply") as caught:
         typed.hide(conversation)

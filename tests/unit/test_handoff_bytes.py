@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flowkv_common.config import NodeSettings
 from flowkv_common.wire.messages import PoolLayout
 from flowkv_node.handoffs import handoff_bytes
@@ -11,7 +13,7 @@ LLAMA_8B = PoolLayout(num_layers=32, block_size=16, num_kv_heads=8, head_dim=128
 SMOLLM = PoolLayout(num_layers=30, block_size=16, num_kv_heads=3, head_dim=64, dtype="float32")
 
 
-def allowed(layout: PoolLayout, pool_bytes: int, **settings: int) -> int:
+def allowed(layout: PoolLayout, pool_bytes: int, **settings: Any) -> int:
     return handoff_bytes(NodeSettings(model_path="", **settings), layout, pool_bytes // layout.block_bytes)
 
 

@@ -21,7 +21,8 @@ def begin(attempts: Attempts, transfer_id: str, stopped: list[str], gateway: str
 
 
 def test_cancel_stops_once_and_buries() -> None:
-    attempts, stopped = Attempts(), []
+    attempts = Attempts()
+    stopped: list[str] = []
     begin(attempts, "r.0", stopped)
     attempts.cancel("r.0", Cause.UNWANTED)
     attempts.cancel("r.0", Cause.UNWANTED)
@@ -39,7 +40,8 @@ def test_cancel_that_comes_first_wins() -> None:
 
 
 def test_newer_attempt_ends_older_and_keeps_it_out() -> None:
-    attempts, stopped = Attempts(), []
+    attempts = Attempts()
+    stopped: list[str] = []
     begin(attempts, "r.0", stopped)
     begin(attempts, "r.1", stopped)
     assert stopped == ["r.0"]
@@ -49,7 +51,8 @@ def test_newer_attempt_ends_older_and_keeps_it_out() -> None:
 
 
 def test_next_phase_takes_the_place_of_the_last() -> None:
-    attempts, stopped = Attempts(), []
+    attempts = Attempts()
+    stopped: list[str] = []
     begin(attempts, "r.0", stopped)
     attempts.begin(Attempt("r.0", "g", "decode", lambda _: stopped.append("as decode")))
     assert attempts.states_by_gateway() == {"g": {"r.0": "decode"}}
@@ -58,7 +61,8 @@ def test_next_phase_takes_the_place_of_the_last() -> None:
 
 
 def test_ended_attempt_leaves_no_tombstone() -> None:
-    attempts, stopped = Attempts(), []
+    attempts = Attempts()
+    stopped: list[str] = []
     begin(attempts, "r.0", stopped)
     attempts.end("r.0")
     attempts.refuse_ended("r.0")
@@ -66,7 +70,8 @@ def test_ended_attempt_leaves_no_tombstone() -> None:
 
 
 def test_cancel_gateway_takes_only_its_own() -> None:
-    attempts, stopped = Attempts(), []
+    attempts = Attempts()
+    stopped: list[str] = []
     begin(attempts, "a.0", stopped, gateway="one")
     begin(attempts, "b.0", stopped, gateway="two")
     assert attempts.cancel_gateway("one") == 1
@@ -122,7 +127,8 @@ def test_a_cancel_that_is_repeated_is_remembered_from_then_on() -> None:
 
 
 async def test_wait_empty_ends_with_the_last_attempt() -> None:
-    attempts, stopped = Attempts(), []
+    attempts = Attempts()
+    stopped: list[str] = []
     begin(attempts, "r.0", stopped)
     attempts.end("r.0")
     await attempts.wait_empty()

@@ -60,7 +60,7 @@ def comes_to_the_next_stage(_: HandoffBudget, mine: InFlight, __: Time) -> None:
     mine.enter(Stage.SENDING if mine.stage is not Stage.SENDING else Stage.RESERVING)
 
 
-PROGRESS = {
+PROGRESS: dict[Stage, set[Move]] = {
     Stage.RESERVING: {decode_answers, comes_to_the_next_stage},
     Stage.WAITING: {step_ends, comes_to_the_next_stage},
     Stage.COMPUTING: {step_ends, comes_to_the_next_stage},

@@ -25,7 +25,7 @@ async def test_tasks_end_with_the_block() -> None:
 
 async def test_an_error_of_the_block_leaves_as_itself() -> None:
     with pytest.raises(Full):
-        async with running(asyncio.Event().wait()):
+        async with running(asyncio.sleep(60)):
             raise Full("no room")
 
 
@@ -40,7 +40,7 @@ async def test_an_error_of_a_task_ends_the_block() -> None:
 
 async def test_a_cancelled_block_is_cancelled() -> None:
     async def block() -> None:
-        async with running(asyncio.Event().wait()):
+        async with running(asyncio.sleep(60)):
             await asyncio.Event().wait()
 
     task = asyncio.create_task(block())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -31,8 +33,14 @@ KIB = 1024
 # Names as long as anyone makes them.
 REF = NodeRef(node_id="n" * 250, incarnation="f" * 8)
 NAME = "chatcmpl-" + "f" * 24 + "-127"
-COMMON = {"node": REF, "fingerprint": "f" * 64, "gateway_id": "gateway-" + "f" * 8}
-RUN = {**COMMON, "request_id": NAME, "attempt": 2, "epoch": 2**53, "deadline_in_s": 599.9999999999999}
+COMMON: dict[str, Any] = {"node": REF, "fingerprint": "f" * 64, "gateway_id": "gateway-" + "f" * 8}
+RUN: dict[str, Any] = {
+    **COMMON,
+    "request_id": NAME,
+    "attempt": 2,
+    "epoch": 2**53,
+    "deadline_in_s": 599.9999999999999,
+}
 # The longest that a request may ask for, and each number as long as it can be written.
 SAMPLING = SamplingParams(
     max_tokens=2**31 - 1,
@@ -56,7 +64,7 @@ def longest(window: int, block_size: int, max_payload: int) -> list[Message]:
     num_blocks = window // block_size + 1
     messages: list[Message] = []
     for num_output in {0, 1, window // 2, window - 1}:  # a retry late in the answer has all of it as output
-        ids = {
+        ids: dict[str, Any] = {
             "prompt_ids": TokenIds.of([2**32 - 1] * (window - num_output)),
             "output_ids": TokenIds.of([2**32 - 1] * num_output),
         }
