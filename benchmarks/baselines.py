@@ -13,10 +13,9 @@ import msgspec
 
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_scheduler import policy
-from flowkv_scheduler.cluster import group_of
+from flowkv_scheduler.cluster import Goals, NodeView, group_of
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Choice, Chooser, Goals, Weighing
-from flowkv_scheduler.views import NodeView
+from flowkv_scheduler.policy import Choice, Chooser, RequestCosts
 
 # Affinity goes by the hash that names the prompt up to this token. Less is the system prompt that all share.
 AFFINITY_TOKENS = 2048
@@ -33,24 +32,24 @@ def baseline(pick_prefill: Pick, pick_decode: Pick) -> Chooser:
     own choice: a bad pick shall show in what comes of it, not in what is refused.
     """
 
-    def choose(weighing: Weighing) -> Choice | None:
-        choice = policy.choose(weighing)
+    def choose(costs: RequestCosts) -> Choice | None:
+        choice = policy.choose(costs)
         if choice is None:
             return None
         group = group_of(choice.decode.descriptor)
-        usable = sorted(weighing.state.usable(weighing.now), key=lambda node: node.node_id)
+        usable = sorted(costs.state.usable(costs.now), key=lambda node: node.node_id)
         nodes = [node for node in usable if group_of(node.descriptor) == group]
-        prefill = [node for node in nodes if node.may_prefill and weighing.takes_prompt(node)]
-        decode = [node for node in nodes if node.may_decode and weighing.takes_sequence(node)]
-        roomy = [node for node in decode if weighing.num_missing_blocks(node) <= 0]
-        p = pick_prefill(weighing.request, prefill or [choice.prefill], lambda node: node.num_queued_tokens)
-        d = pick_decode(weighing.request, roomy or [choice.decode], lambda node: node.num_sequences)
+        prefill = [node for node in nodes if node.may_prefill and costs.takes_prompt(node)]
+        decode = [node for node in nodes if node.may_decode and costs.takes_sequence(node)]
+        roomy = [node for node in decode if costs.num_missing_blocks(node) <= 0]
+        p = pick_prefill(costs.request, prefill or [choice.prefill], lambda node: node.num_queued_tokens)
+        d = pick_decode(costs.request, roomy or [choice.decode], lambda node: node.num_sequences)
         return msgspec.structs.replace(
             choice,
             prefill=p,
             decode=d,
-            first_token_s=weighing.prefill_cost(p).total_s,
-            num_cached_tokens=weighing.num_cached_tokens(p),
+            first_token_s=costs.prefill_cost(p).total_s,
+            num_cached_tokens=costs.num_cached_tokens(p),
             reason=f"picked from {len(prefill)} prefill nodes and {len(roomy)} decode nodes with room",
             prefill_candidates=[],
             decode_candidates=[],

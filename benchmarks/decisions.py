@@ -20,8 +20,9 @@ from benchmarks.simulator.batch import slowed
 from flowkv_common.errors import Full
 from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout, ScheduleRequest
 from flowkv_common.wire.nodes import BlockCounts, BlocksChanged, LoadReport, NodeDescriptor, StepFit
+from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Choice, Goals
+from flowkv_scheduler.policy import Choice
 
 PERIOD_S = 0.5
 DECISIONS_PER_S = 5000
@@ -166,7 +167,7 @@ def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> dict[str,
             num_due -= 1
             node = nodes[len(reports) % num_nodes]
             reports.append(time_s(partial(planner.add_report, node.report(), now)))
-            news.append(time_s(partial(planner.state.prefixes.apply, node.news())))
+            news.append(time_s(partial(planner.state.prefixes.apply_change, node.news())))
         if place % (DECISIONS_PER_S * PERIOD_S) == 0:
             ticks.append(time_s(partial(planner.tick, now)))
         began = time.perf_counter()

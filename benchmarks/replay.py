@@ -24,8 +24,8 @@ from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, ScheduleRequest, Wait, decode
 from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor
 from flowkv_scheduler.app import TICK_PERIOD_S
+from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Goals
 
 VERB_OF_LOAD = subjects.load("*").rpartition(".")[0]
 VERB_OF_BLOCKS = subjects.blocks("*").rpartition(".")[0]
@@ -105,7 +105,7 @@ class Replay:
         elif verb == VERB_OF_LOAD:
             self._planner.add_report(decode(line.message, LoadReport), line.t)
         elif verb == VERB_OF_BLOCKS:
-            self._planner.state.prefixes.apply(decode(line.message, BlocksChanged))
+            self._planner.state.prefixes.apply_change(decode(line.message, BlocksChanged))
         elif verb == VERB_OF_ASSIGNMENT:
             self._compare(decode(line.message, Assignment))
         # Events are for people. Of prefix caches only what changed meanwhile is known.

@@ -8,8 +8,8 @@ import msgspec
 
 from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout, ScheduleRequest
 from flowkv_common.wire.nodes import BlockCounts, LoadReport, NodeDescriptor
-from flowkv_scheduler.cluster import ClusterState
-from flowkv_scheduler.views import NodeView, Work
+from flowkv_scheduler.cluster import ClusterState, NodeView, Work
+from flowkv_scheduler.prefixes import Hits
 
 BLOCK_SIZE = 16
 TOKEN_BUDGET = 512
@@ -127,6 +127,10 @@ def view(imagined: Imagined) -> NodeView:
     """How the policy sees it."""
     (seen,) = cluster(imagined).views()
     return seen
+
+
+def blocks_by_node(hits: Hits) -> dict[str, int]:
+    return {node_id: hits.num_blocks(node_id) for node_id in hits.longest_first()}
 
 
 def request(num_prompt_tokens: int = 100, max_new_tokens: int = 50, **changes: Any) -> ScheduleRequest:

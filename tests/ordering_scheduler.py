@@ -8,15 +8,22 @@ import sys
 from flowkv_common.aio import stop_on_signals
 from flowkv_common.config import SchedulerSettings
 from flowkv_common.wire.messages import NodeRef
+from flowkv_common.wire.nodes import SetPrefillCap
 from flowkv_scheduler.app import serve
+from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Goals
-from flowkv_scheduler.rebalance import MoveCap, Order
+from flowkv_scheduler.rebalance import Order
 
 
 class OrderingPlanner(Planner):
     def tick(self, now: float) -> list[Order]:
-        return [MoveCap(NodeRef(node_id="d0", incarnation="i1"), 128, "the test wants it")]
+        order = SetPrefillCap(
+            node=NodeRef(node_id="d0", incarnation="i1"),
+            epoch=0,
+            max_prefill_tokens_per_step=128,
+            reason="the test wants it",
+        )
+        return [order]
 
 
 async def main() -> None:

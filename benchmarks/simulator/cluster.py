@@ -16,8 +16,9 @@ from benchmarks.simulator.node import FINGERPRINT, REPORT_PERIOD_S, SimNode
 from benchmarks.traces import ASKED_NEW_TOKENS, TOKENS_PER_HASH_ID, Targets
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import ScheduleRequest, Wait
+from flowkv_common.wire.nodes import SetPrefillCap
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.rebalance import MoveCap, Order
+from flowkv_scheduler.rebalance import Order
 
 # As `max_handoffs` in the settings of a node.
 MAX_HANDOFFS = 16
@@ -85,12 +86,12 @@ class Cluster:
         for node in self.nodes:
             self._planner.add_report(node.report(now), now)
             if (news := node.block_news()) is not None:
-                self._planner.state.prefixes.apply(news)
+                self._planner.state.prefixes.apply_change(news)
         for order in self._planner.tick(now):
             self.orders.append((now, order))
-            if isinstance(order, MoveCap):
+            if isinstance(order, SetPrefillCap):
                 node = self._by_id[order.node.node_id]
-                self._at(now + CONTROL_S, partial(self._move_cap, node, order.cap))
+                self._at(now + CONTROL_S, partial(self._move_cap, node, order.max_prefill_tokens_per_step))
         self._at(now + REPORT_PERIOD_S, self._tick)
 
     def _move_cap(self, node: SimNode, cap: int) -> None:

@@ -17,8 +17,8 @@ from benchmarks.simulator.cluster import Cluster
 from benchmarks.simulator.kinds import NodeKind
 from benchmarks.simulator.node import SimNode
 from benchmarks.traces import Request, Targets, at_rate
-from flowkv_scheduler.policy import Goals
-from flowkv_scheduler.rebalance import MoveCap
+from flowkv_common.wire.nodes import SetPrefillCap
+from flowkv_scheduler.cluster import Goals
 
 SLOW_FACTOR = 3.0
 # A longer wait than this part of the TTFT target is refused: with its prefill the request would miss it.
@@ -107,7 +107,7 @@ def simulate(
         span_s=cluster.now,
         num_good=len(lives) - cluster.num_bad,
         has_failed=cluster.has_failed,
-        num_lendings=sum(isinstance(order, MoveCap) for _, order in cluster.orders),
+        num_lendings=sum(isinstance(order, SetPrefillCap) for _, order in cluster.orders),
         wall_s=time.perf_counter() - began,
     )
 

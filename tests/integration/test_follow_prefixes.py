@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from imagined_nodes import descriptor
+from imagined_nodes import blocks_by_node, descriptor
 from nats_server import NatsServer
 
 from flowkv_common.aio import running
@@ -36,20 +36,23 @@ class WatchedIndex(PrefixIndex):
         super().__init__()
         self.has_changed = asyncio.Event()
 
-    def apply(self, event: BlocksChanged) -> bool:
+    def apply_change(self, event: BlocksChanged) -> bool:
         self.has_changed.set()
-        return super().apply(event)
+        return super().apply_change(event)
 
-    def load(self, page: BlockList, number: int) -> bool:
+    def load_page(self, page: BlockList, number: int) -> bool:
         self.has_changed.set()
-        return super().load(page, number)
+        return super().load_page(page, number)
 
-    def drop(self, node_id: str) -> None:
+    def drop_node(self, node_id: str) -> None:
         self.has_changed.set()
-        super().drop(node_id)
+        super().drop_node(node_id)
+
+    def blocks_of(self, hashes: list[str]) -> dict[str, int]:
+        return blocks_by_node(self.hits(keys_of(hashes), 0.0))
 
     async def until_hits(self, hits: dict[str, int], timeout_s: float = 8.0) -> None:
-        await self.until(lambda: self.hits(keys_of(CHAIN), 0.0) == hits, timeout_s)
+        await self.until(lambda: self.blocks_of(CHAIN) == hits, timeout_s)
 
     async def until(self, is_met: Callable[[], bool], timeout_s: float = 8.0) -> None:
         async with asyncio.timeout(timeout_s):
@@ -244,7 +247,7 @@ async def test_follows_what_a_cache_really_does(nats_server: NatsServer) -> None
                 mine = block_hashes(f"{number}", list(range(12 * BLOCK_SIZE)), BLOCK_SIZE)
                 node.compute(mine)
                 node.compute(CHAIN[: number % 8])
-                await index.until(lambda mine=mine: index.hits(keys_of(mine), 0.0) == node_hits(node, mine))
+                await index.until(lambda mine=mine: index.blocks_of(mine) == node_hits(node, mine))
                 await index.until_hits(node_hits(node, CHAIN))
             node.evict_all()
             await index.until(lambda: index.num_hashes == 0)

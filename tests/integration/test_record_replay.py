@@ -19,7 +19,7 @@ from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, NodeRef
 from flowkv_common.wire.nodes import CapMoved
 from flowkv_scheduler.app import serve
-from flowkv_scheduler.policy import Goals
+from flowkv_scheduler.cluster import Goals
 
 ROOT = Path(__file__).resolve().parents[2]
 

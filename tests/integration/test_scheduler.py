@@ -23,8 +23,8 @@ from flowkv_common.config import SchedulerSettings
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment
 from flowkv_scheduler.app import Scheduler, serve
+from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Goals
 
 
 @contextlib.asynccontextmanager

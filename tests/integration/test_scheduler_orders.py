@@ -19,16 +19,24 @@ from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import SchedulerSettings
-from flowkv_common.wire import nodes, subjects
+from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, NodeRef, decode
-from flowkv_common.wire.nodes import CapMoved, RegimeChanged, SetPrefillCap
-from flowkv_scheduler.app import Orders, lead, serve
+from flowkv_common.wire.nodes import CapMoved, RegimeChanged, ScaleWanted, SetPrefillCap
+from flowkv_scheduler.app import Orders, serve, serve_and_tick
+from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Goals
-from flowkv_scheduler.rebalance import MoveCap, Order, RegimeChange, ScaleWanted
+from flowkv_scheduler.rebalance import Order
 
 D0, D1 = NodeRef(node_id="d0", incarnation="i1"), NodeRef(node_id="d1", incarnation="i1")
 WHY = "the test wants it"
+
+
+def move(node: NodeRef, budget: int) -> SetPrefillCap:
+    return SetPrefillCap(node=node, epoch=0, max_prefill_tokens_per_step=budget, reason=WHY)
+
+
+def scale(change: int) -> ScaleWanted:
+    return ScaleWanted(epoch=0, role="prefill", change=change, reason=WHY)
 
 
 class Caps:
@@ -89,7 +97,7 @@ async def office(server: NatsServer, caps: Caps) -> AsyncIterator[Office]:
         leads = asyncio.Event()
 
         async def lead() -> None:
-            with found.orders.in_office():
+            with found.orders.showing_metrics():
                 leads.set()
                 await asyncio.Event().wait()
 
@@ -114,7 +122,7 @@ async def office(server: NatsServer, caps: Caps) -> AsyncIterator[Office]:
 async def test_cap_is_asked_for_with_the_epoch_and_told_once_accepted(nats_server: NatsServer) -> None:
     caps = Caps()
     async with office(nats_server, caps) as at:
-        await at.orders.carry_out([MoveCap(D0, 512, WHY), MoveCap(D1, 256, WHY)])
+        await at.orders.apply([move(D0, 512), move(D1, 256)])
         assert sorted(request.max_prefill_tokens_per_step for request in caps.asked) == [256, 512]
         assert {request.epoch for request in caps.asked} == {1}
         told = dict([await at.events.next(CapMoved) for _ in range(2)])
@@ -129,7 +137,7 @@ async def test_nodes_that_fail_cost_the_others_nothing(nats_server: NatsServer) 
     caps = Caps(deaf=("d1",))
     async with office(nats_server, caps) as at:
         gone = NodeRef(node_id="gone", incarnation="i1")
-        await at.orders.carry_out([MoveCap(gone, 512, WHY), MoveCap(D1, 512, WHY), MoveCap(D0, 512, WHY)])
+        await at.orders.apply([move(gone, 512), move(D1, 512), move(D0, 512)])
         assert len(caps.asked) == 2
         assert (await at.events.next(CapMoved))[0] == "cap_moved.d0"
         assert at.metric("flowkv_cap_moves_total") == 1
@@ -139,7 +147,7 @@ async def test_nodes_that_fail_cost_the_others_nothing(nats_server: NatsServer) 
 async def test_refused_cap_is_not_told(nats_server: NatsServer) -> None:
     caps = Caps(unwilling=("d0",))
     async with office(nats_server, caps) as at:
-        await at.orders.carry_out([MoveCap(D0, 512, WHY), MoveCap(D1, 512, WHY)])
+        await at.orders.apply([move(D0, 512), move(D1, 512)])
         assert (await at.events.next(CapMoved))[0] == "cap_moved.d1"
         assert at.metric("flowkv_cap_moves_total") == 1
 
@@ -147,10 +155,10 @@ async def test_refused_cap_is_not_told(nats_server: NatsServer) -> None:
 async def test_regime_and_wish_for_nodes_are_told_and_shown(nats_server: NatsServer) -> None:
     async with office(nats_server, Caps()) as at:
         assert at.metric("flowkv_regime", regime="normal") == 1
-        await at.orders.carry_out([RegimeChange("normal", "overload", WHY)])
-        await at.orders.carry_out([ScaleWanted("prefill", 2, WHY)])
-        await at.orders.carry_out([ScaleWanted("prefill", 2, WHY)])  # the same again: nothing new to tell
-        await at.orders.carry_out([ScaleWanted("prefill", 0, WHY)])
+        await at.orders.apply([RegimeChanged(epoch=0, before="normal", after="overload", reason=WHY)])
+        await at.orders.apply([scale(2)])
+        await at.orders.apply([scale(2)])  # the same again: nothing new to tell
+        await at.orders.apply([scale(0)])
         assert at.metric("flowkv_regime", regime="normal") == 0
         assert at.metric("flowkv_regime", regime="overload") == 1
         assert await at.events.next(RegimeChanged) == (
@@ -158,9 +166,9 @@ async def test_regime_and_wish_for_nodes_are_told_and_shown(nats_server: NatsSer
             RegimeChanged(epoch=1, before="normal", after="overload", reason=WHY),
         )
         for change in (2, 0):
-            assert await at.events.next(nodes.ScaleWanted) == (
+            assert await at.events.next(ScaleWanted) == (
                 "scale_wanted.prefill",
-                nodes.ScaleWanted(epoch=1, role="prefill", change=change, reason=WHY),
+                ScaleWanted(epoch=1, role="prefill", change=change, reason=WHY),
             )
         assert at.metric("flowkv_scale_wanted", role="prefill") == 0
     assert at.metric("flowkv_scale_wanted", role="prefill") is None
@@ -172,7 +180,7 @@ async def test_who_does_not_lead_orders_nothing_of_nodes(nats_server: NatsServer
     async with office(nats_server, caps) as at:
         pass
     assert not at.lease.is_held
-    await at.orders.carry_out([MoveCap(D0, 512, WHY)])
+    await at.orders.apply([move(D0, 512)])
     assert caps.asked == []
 
 
@@ -196,7 +204,7 @@ async def test_endpoint_that_could_not_be_opened_is_opened_later(
 
         async with Service(bus, name="scheduler", version="0.1.0", service_id="s", endpoints=[]) as service:
             monkeypatch.setattr(bus, "subscribe_raw", subscribe_at_second_try)
-            async with running(lead(service, caps.endpoints(), tick)), asyncio.timeout(5):
+            async with running(serve_and_tick(service, caps.endpoints(), tick)), asyncio.timeout(5):
                 await ticked.wait()
                 order = SetPrefillCap(node=D0, epoch=1, max_prefill_tokens_per_step=512, reason=WHY)
                 subject = subjects.at(subjects.NODE_CAP, "d0")
@@ -215,7 +223,7 @@ class FailingOnce(Planner):
         self.num_ticks += 1
         if self.num_ticks == 1:
             raise ZeroDivisionError
-        return [MoveCap(D0, 512, WHY)]
+        return [move(D0, 512)]
 
 
 async def test_leader_ticks_its_planner_and_outlives_its_failures(nats_server: NatsServer) -> None:

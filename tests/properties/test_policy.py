@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from imagined_nodes import CAPS, NUM_BLOCKS, Imagined, cluster, node, request, view
 
 from flowkv_common import errors
-from flowkv_common.wire.messages import ScheduleRequest, Wait
+from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import StepFit
 from flowkv_scheduler import admission, policy
-from flowkv_scheduler.admission import Limits
-from flowkv_scheduler.policy import Choice, Goals, Weighing
-from flowkv_scheduler.views import Work
+from flowkv_scheduler.admission import Later, WaitingQueue
+from flowkv_scheduler.cluster import Goals, Work
+from flowkv_scheduler.policy import Choice, RequestCosts
 
 FITS = [
     None,
@@ -62,7 +62,7 @@ goals = st.builds(Goals, itl_s=st.sampled_from([0.01, 0.05, 0.25]), max_wait_s=s
 
 
 def choose(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> Choice | None:
-    return policy.choose(Weighing(wanted, cluster(*nodes), aims, now=0.0))
+    return policy.choose(RequestCosts(wanted, cluster(*nodes), aims, now=0.0))
 
 
 def pair(choice: Choice | None) -> tuple[str, str] | None:
@@ -98,14 +98,14 @@ def test_order_of_nodes_changes_nothing(
 def brute_force(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> float:
     """The least prediction over all pairs of the two sides, without an index; infinite without a pair."""
     state = cluster(*nodes)
-    weighing = Weighing(wanted, state, aims, 0.0)
+    costs = RequestCosts(wanted, state, aims, 0.0)
     usable = [one for one in state.views() if one.is_usable(0.0) and one.node_id not in wanted.avoid]
-    prefill = [one for one in usable if one.may_prefill and weighing.takes_prompt(one)]
-    decode = [one for one in usable if one.may_decode and weighing.takes_sequence(one)]
+    prefill = [one for one in usable if one.may_prefill and costs.takes_prompt(one)]
+    decode = [one for one in usable if one.may_decode and costs.takes_sequence(one)]
     totals = [
-        p.total_s + weighing.transfer_s(p, d.num_cached_tokens, weighing.way(p.node, d.node)) + d.total_s
-        for p in map(weighing.prefill_cost, prefill)
-        for d in map(weighing.decode_cost, filter(weighing.has_place, decode))
+        p.total_s + costs.transfer_s(p, d.num_cached_tokens, costs.link_between(p.node, d.node)) + d.total_s
+        for p in map(costs.prefill_cost, prefill)
+        for d in map(costs.decode_cost, filter(costs.has_room, decode))
     ]
     return min(totals, default=math.inf) if prefill and decode else math.inf
 
@@ -160,17 +160,17 @@ def test_more_load_never_makes_a_node_more_attractive(
 def test_more_load_never_lowers_a_cost(
     nodes: list[Imagined], wanted: ScheduleRequest, load: str, by: int
 ) -> None:
-    weighing = Weighing(wanted, cluster(), Goals(), 0.0)
-    weighing.state.mean_prompt_tokens = 0.0
+    costs = RequestCosts(wanted, cluster(), Goals(), 0.0)
+    costs.state.mean_prompt_tokens = 0.0
     for one in nodes:
         idle, busy = view(one), view(loaded(one, load, by))
-        assert weighing.prefill_cost(busy).total_s >= weighing.prefill_cost(idle).total_s
-        assert weighing.decode_cost(busy).total_s >= weighing.decode_cost(idle).total_s
+        assert costs.prefill_cost(busy).total_s >= costs.prefill_cost(idle).total_s
+        assert costs.decode_cost(busy).total_s >= costs.decode_cost(idle).total_s
 
 
 def refused(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> bool:
     try:
-        admission.decide(wanted, cluster(*nodes), aims, Limits(), now=0.0)
+        admission.decide(wanted, cluster(*nodes), aims, 0.0, WaitingQueue())
     except errors.Full:
         return True
     except errors.FlowKVError:
@@ -212,8 +212,8 @@ def test_who_is_told_to_wait_is_told_for_how_long(
     nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals
 ) -> None:
     try:
-        decision = admission.decide(wanted, cluster(*nodes), aims, Limits(), now=0.0)
+        decision = admission.decide(wanted, cluster(*nodes), aims, 0.0, WaitingQueue())
     except errors.FlowKVError:
         return
-    if isinstance(decision, Wait):
-        assert Limits().min_retry_s <= decision.retry_in_s <= Limits().max_retry_s
+    if isinstance(decision, Later):
+        assert admission.MIN_RETRY_S <= decision.wait.retry_in_s <= admission.MAX_RETRY_S

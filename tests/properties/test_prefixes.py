@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from imagined_nodes import blocks_by_node
 
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged
@@ -31,6 +32,10 @@ class Cache:
         self.hashes: set[str] = set()
         self._told: set[str] = set()
         self.prefix_cache = self
+
+    @property
+    def prefix_cache(self) -> Cache:
+        return self
 
     def take_changes(self, _: int) -> tuple[list[str], list[str]]:
         stored, removed = self.hashes - self._told, self._told - self.hashes
@@ -69,7 +74,7 @@ class PrefixIndexMachine(RuleBasedStateMachine):
         self.num_lives += 1
         self.nodes[node_id] = Node(node_id, self.num_lives)
         if is_noticed:
-            self.index.drop(node_id)
+            self.index.drop_node(node_id)
 
     @rule(node_id=NODES, stored=chains, removed=chains)
     def change(self, node_id: str, stored: list[str], removed: list[str]) -> None:
@@ -91,7 +96,7 @@ class PrefixIndexMachine(RuleBasedStateMachine):
         self.deliver(data.draw(st.sampled_from([n for n in self.nodes.values() if n.on_its_way])))
 
     def deliver(self, node: Node) -> None:
-        if not self.index.apply(node.on_its_way.pop(0)):
+        if not self.index.apply_change(node.on_its_way.pop(0)):
             node.must_load = True
 
     @precondition(lambda self: any(len(node.on_its_way) > 0 for node in self.nodes.values()))
@@ -116,7 +121,7 @@ class PrefixIndexMachine(RuleBasedStateMachine):
         """The pages asked for so far, and the others; what is on its way may come before or after them."""
         pages, node.pages = node.pages, []
         pages += [node.news.page(number) for number in range(len(pages), 3)]
-        node.must_load = not all(self.index.load(page, number) for number, page in enumerate(pages))
+        node.must_load = not all(self.index.load_page(page, number) for number, page in enumerate(pages))
         assert node.must_load or self.index.knows(node.ref)
 
     @rule(node_id=NODES, hashes=chains, for_s=st.integers(1, 3))
@@ -129,7 +134,7 @@ class PrefixIndexMachine(RuleBasedStateMachine):
     @rule(hashes=chains)
     def ask(self, hashes: list[str]) -> None:
         self.now += 1
-        found = self.index.hits(keys_of(hashes), self.now)
+        found = blocks_by_node(self.index.hits(keys_of(hashes), self.now))
         assert found.keys() <= self.nodes.keys()
         assert all(1 <= num_blocks <= len(hashes) for num_blocks in found.values())
 
@@ -147,7 +152,7 @@ class PrefixIndexMachine(RuleBasedStateMachine):
                 self.load(node)
             assert not node.must_load
         for hashes in asked:
-            assert self.index.hits(keys_of(hashes), self.now) == self.naive_hits(hashes)
+            assert blocks_by_node(self.index.hits(keys_of(hashes), self.now)) == self.naive_hits(hashes)
 
     def naive_hits(self, hashes: Sequence[str]) -> dict[str, int]:
         found = {}

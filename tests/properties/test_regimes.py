@@ -6,11 +6,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from imagined_nodes import BLOCK_SIZE, CAPS, NUM_BLOCKS, TOKEN_BUDGET, Imagined, cluster, node
 
-from flowkv_scheduler.policy import Goals
-from flowkv_scheduler.rebalance import MoveCap, Order, Regimes, Thresholds
+from flowkv_common.wire.nodes import SetPrefillCap
+from flowkv_scheduler.cluster import Goals
+from flowkv_scheduler.rebalance import DWELL_S, Order, Rebalancer
 
 GOALS = Goals(ttft_s=4.0, itl_s=0.25)
-AT = Thresholds()
 TICK_S = 0.5
 
 # Per tick: tokens queued at prefill nodes, sequences at decode nodes, and who answers.
@@ -36,15 +36,15 @@ def nodes_under(load: tuple[int, int, int], caps: dict[str, int], num_each: int)
 
 def played(history: list[tuple[tuple[int, int, int], int]], num_each: int = 2) -> list[tuple[float, Order]]:
     """All orders of a history in which nodes obey at once."""
-    regimes, caps, orders, now = Regimes(GOALS, AT), dict[str, int](), list[tuple[float, Order]](), 0.0
+    rebalancer, caps, orders, now = Rebalancer(GOALS), dict[str, int](), list[tuple[float, Order]](), 0.0
     for load, num_ticks in history:
         for _ in range(num_ticks):
             now += TICK_S
             views = cluster(*nodes_under(load, caps, num_each)).views()
-            for order in regimes.tick(views, load[0] / 5.0, now):
+            for order in rebalancer.tick(views, load[0] / 5.0, now):
                 orders.append((now, order))
-                if isinstance(order, MoveCap):
-                    caps[order.node.node_id] = order.cap
+                if isinstance(order, SetPrefillCap):
+                    caps[order.node.node_id] = order.max_prefill_tokens_per_step
     return orders
 
 
@@ -54,12 +54,12 @@ def played(history: list[tuple[tuple[int, int, int], int]], num_each: int = 2) -
 def test_no_lending_is_undone_within_its_dwell_time(history: list[tuple[tuple[int, int, int], int]]) -> None:
     directed: dict[str, tuple[str, float]] = {}
     for now, order in played(history):
-        if not isinstance(order, MoveCap):
+        if not isinstance(order, SetPrefillCap):
             continue
         to = order.reason.partition(",")[0]  # "lent to prefill", "taken back to decode"
         before, since = directed.get(order.node.node_id, (to, now))
         if to != before:
-            assert before.startswith("taken back") or now - since >= AT.dwell_s
+            assert before.startswith("taken back") or now - since >= DWELL_S
             since = now
         directed[order.node.node_id] = (to, since)
 
@@ -68,8 +68,8 @@ def test_no_lending_is_undone_within_its_dwell_time(history: list[tuple[tuple[in
 @given(histories)
 def test_caps_stay_between_a_block_and_the_budget(history: list[tuple[tuple[int, int, int], int]]) -> None:
     for _, order in played(history):
-        if isinstance(order, MoveCap):
-            assert BLOCK_SIZE <= order.cap <= TOKEN_BUDGET
+        if isinstance(order, SetPrefillCap):
+            assert BLOCK_SIZE <= order.max_prefill_tokens_per_step <= TOKEN_BUDGET
 
 
 @settings(deadline=None)
@@ -83,6 +83,6 @@ def test_the_same_history_gives_the_same_orders(history: list[tuple[tuple[int, i
 def test_under_steady_load_it_comes_to_rest(load: tuple[int, int, int], num_ticks: int) -> None:
     """No load makes it lend and take back for ever: a node goes at most once and comes back at most once,
     each in at most two steps."""
-    moves = [order for _, order in played([(load, num_ticks)]) if isinstance(order, MoveCap)]
+    moves = [order for _, order in played([(load, num_ticks)]) if isinstance(order, SetPrefillCap)]
     for name in {order.node.node_id for order in moves}:
         assert sum(order.node.node_id == name for order in moves) <= 4

@@ -14,9 +14,10 @@ from imagined_nodes import BLOCK_SIZE, descriptor, report, request
 
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import BlockCounts
+from flowkv_scheduler.admission import PRIORITY_S
+from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Choice, Goals
-from flowkv_scheduler.waiting import PRIORITY_S
+from flowkv_scheduler.policy import Choice
 
 # Blocks and places of each decode node. The second one can't hold the longest requests.
 POOLS = {"d0": (32, 6), "d1": (12, 4)}

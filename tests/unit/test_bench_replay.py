@@ -17,8 +17,8 @@ from benchmarks.baselines import BASELINES, make_planner
 from benchmarks.record import NODE_PREFIX, RECONNECTED, read_lines, write_line
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, NodeRef
-from flowkv_scheduler.cluster import ClusterState
-from flowkv_scheduler.policy import Goals, Weighing
+from flowkv_scheduler.cluster import ClusterState, Goals
+from flowkv_scheduler.policy import RequestCosts
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
@@ -204,12 +204,12 @@ def cluster(**changes: dict[str, Any]) -> ClusterState:
 def test_policies_keep_to_nodes_that_can_take_it(name: str) -> None:
     choose = BASELINES[name](0)
     state = cluster(p0={"draining": True}, d1={"free": 1})
-    choices = [choose(Weighing(request(), state, Goals(), 0.0)) for _ in range(8)]
+    choices = [choose(RequestCosts(request(), state, Goals(), 0.0)) for _ in range(8)]
     assert {choice and (choice.prefill.node_id, choice.decode.node_id) for choice in choices} == {
         ("p1", "d0")
     }
     none_ready = cluster(**{node_id: {"ready": False} for node_id in NODES})
-    assert choose(Weighing(request(), none_ready, Goals(), 0.0)) is None
+    assert choose(RequestCosts(request(), none_ready, Goals(), 0.0)) is None
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -15,8 +15,9 @@ from benchmarks.simulator.node import FINGERPRINT
 from benchmarks.simulator.run import Machines
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import ScheduleRequest, Wait
+from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Choice, Goals
+from flowkv_scheduler.policy import Choice
 
 
 class Load(NamedTuple):

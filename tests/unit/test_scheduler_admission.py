@@ -12,22 +12,21 @@ from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import OutputForecast, StepFit
 from flowkv_scheduler import admission
-from flowkv_scheduler.admission import ERROR, Later, Limits
-from flowkv_scheduler.cluster import ClusterState
-from flowkv_scheduler.policy import Choice, Goals
-from flowkv_scheduler.prefixes import Keys, keys_of
-from flowkv_scheduler.views import Work
-from flowkv_scheduler.waiting import Waiting
+from flowkv_scheduler.admission import WAIT_ERROR, Later, WaitingQueue
+from flowkv_scheduler.cluster import ClusterState, Goals, Work
+from flowkv_scheduler.policy import Choice
+from flowkv_scheduler.prefixes import Hits, Keys, keys_of
 
-LIMITS = Limits()
 GOALS = Goals(max_wait_s=60.0)
 PAIR = [node("p0", "prefill"), node("d0", "decode")]
 # It decodes, but would compute no prompt of its own soon.
 D0 = node("d0", "decode", queued_prefill_tokens=500_000)
 
 
-def decide(wanted: ScheduleRequest, nodes: list[Imagined], waiting: Waiting | None = None) -> Choice | Wait:
-    return told(admission.decide(wanted, cluster(*nodes), GOALS, LIMITS, now=0.0, waiting=waiting))
+def decide(
+    wanted: ScheduleRequest, nodes: list[Imagined], waiting: WaitingQueue | None = None
+) -> Choice | Wait:
+    return told(admission.decide(wanted, cluster(*nodes), GOALS, 0.0, waiting or WaitingQueue()))
 
 
 def told(decision: Choice | Later) -> Choice | Wait:
@@ -60,9 +59,9 @@ def test_request_for_a_node_that_is_not_ready_is_no_bad_request() -> None:
 def test_without_nodes_it_waits_then_gives_up(nodes: list[Imagined]) -> None:
     decision = decide(request(), nodes)
     assert isinstance(decision, Wait)
-    assert decision.retry_in_s == LIMITS.no_node_retry_s
+    assert decision.retry_in_s == admission.NO_NODE_RETRY_S
     with pytest.raises(errors.Unavailable) as caught:
-        decide(request(age_s=LIMITS.no_node_age_s + 0.1), nodes)
+        decide(request(age_s=admission.NO_NODE_AGE_S + 0.1), nodes)
     assert caught.value.retry_after_s is not None
 
 
@@ -74,7 +73,7 @@ def test_nodes_of_another_model_are_no_nodes() -> None:
     assert isinstance(decision, Wait)
     assert decision.reason == "no node of the model is ready"
     with pytest.raises(errors.Unavailable, match="no node of the model"):
-        decide(request(age_s=LIMITS.no_node_age_s + 0.1), others)
+        decide(request(age_s=admission.NO_NODE_AGE_S + 0.1), others)
     with pytest.raises(errors.BadRequest, match="4096 tokens"):
         decide(request(4096, 1), [*PAIR, *others])
     full = [node("p0", "prefill"), node("d0", "decode", free=0), *others]
@@ -87,15 +86,13 @@ def test_full_decode_nodes_make_it_wait() -> None:
     nodes = [node("p0", "prefill"), node("d0", "decode", free=0), node("d1", "decode", free=5)]
     decision = decide(request(), nodes)
     assert isinstance(decision, Wait)
-    assert LIMITS.min_retry_s <= decision.retry_in_s <= LIMITS.max_retry_s
+    assert admission.MIN_RETRY_S <= decision.retry_in_s <= admission.MAX_RETRY_S
     assert "decode nodes are full" in decision.reason
 
 
 def test_full_decode_nodes_refuse_what_has_waited_too_long() -> None:
     with pytest.raises(errors.Full) as caught:
-        decide(
-            request(age_s=ERROR * GOALS.max_wait_s + 1), [node("p0", "prefill"), node("d0", "decode", free=0)]
-        )
+        decide(request(age_s=WAIT_ERROR * GOALS.max_wait_s + 1), [PAIR[0], node("d0", "decode", free=0)])
     assert caught.value.retry_after_s is not None
     assert caught.value.retry_after_s > 0
 
@@ -134,7 +131,8 @@ def test_retry_of_a_request_that_never_began_goes_through_the_door() -> None:
         decide(request(attempt=1), [node("p0", "prefill", queued_prefill_tokens=72_000), D0])
     with pytest.raises(errors.Full):
         decide(
-            request(attempt=2, age_s=ERROR * GOALS.max_wait_s + 1), [PAIR[0], node("d0", "decode", free=0)]
+            request(attempt=2, age_s=WAIT_ERROR * GOALS.max_wait_s + 1),
+            [PAIR[0], node("d0", "decode", free=0)],
         )
 
 
@@ -142,23 +140,23 @@ def test_prefixes_are_looked_up_once_also_when_the_cluster_is_full(monkeypatch: 
     state = cluster(node("p0", "prefill"), node("d0", "decode", free=0))
     look_up, asked = state.prefixes.hits, []
 
-    def hits(keys: Keys, now: float) -> dict[str, int]:
+    def hits(keys: Keys, now: float) -> Hits:
         asked.append(keys)
         return look_up(keys, now)
 
     monkeypatch.setattr(state.prefixes, "hits", hits)
     wanted = request(block_hashes=["0" * 32])
-    assert isinstance(told(admission.decide(wanted, state, GOALS, LIMITS, now=0.0)), Wait)
+    assert isinstance(told(admission.decide(wanted, state, GOALS, 0.0, WaitingQueue())), Wait)
     assert asked == [keys_of(["0" * 32])]
 
 
 def test_idle_prefill_nodes_are_no_room_for_sequences() -> None:
     nodes = [node("p0", "prefill"), node("d0", "decode", free=0, num_running=2)]
     state = cluster(*nodes)
-    decision = told(admission.decide(request(), state, GOALS, LIMITS, now=0.0))
+    decision = told(admission.decide(request(), state, GOALS, 0.0, WaitingQueue()))
     assert isinstance(decision, Wait)
     assert decision.reason == "all 1 decode nodes are full"
-    assert decision.retry_in_s > LIMITS.min_retry_s
+    assert decision.retry_in_s > admission.MIN_RETRY_S
 
 
 def test_nobody_is_held_up_for_ever_for_the_sake_of_others_rhythm() -> None:
@@ -192,10 +190,12 @@ def test_a_full_batch_is_no_room() -> None:
     assert isinstance(decide(request(), [PAIR[0], full_node(16)]), Wait)
 
 
-def waiting_behind(others: list[ScheduleRequest], at: str = "d0") -> Waiting:
-    waiting = Waiting()
+def waiting_behind(others: list[ScheduleRequest], at: str = "d0") -> WaitingQueue:
+    waiting = WaitingQueue()
     for other in others:
-        waiting.note(other, at, Work(other.num_prompt_tokens, 1, 7, other.num_prompt_tokens, 50.0), 0.5, 0.0)
+        waiting.add_waiter(
+            other, at, Work(other.num_prompt_tokens, 1, 7, other.num_prompt_tokens, 50.0), 0.5, 0.0
+        )
     return waiting
 
 
@@ -216,9 +216,7 @@ def test_who_comes_too_late_is_refused_when_it_comes_not_after_it_has_waited() -
     with pytest.raises(errors.Full) as caught:
         decide(request(), nodes, crowd)
     assert caught.value.retry_after_s is not None
-    patient = admission.decide(
-        request(deadline_in_s=1e6), cluster(*nodes), Goals(max_wait_s=1e6), LIMITS, now=0.0, waiting=crowd
-    )
+    patient = admission.decide(request(deadline_in_s=1e6), cluster(*nodes), Goals(max_wait_s=1e6), 0.0, crowd)
     assert isinstance(patient, Later)
     assert caught.value.retry_after_s == pytest.approx(patient.wait.first_token_in_s - 60.0, rel=0.05)
 
@@ -252,7 +250,7 @@ def test_who_has_been_let_in_is_not_sent_away_for_what_is_foreseen_later() -> No
     assert isinstance(decide(mine, nodes, waiting_behind([*crowd, mine])), Wait)
     with pytest.raises(errors.Full):
         decide(mine, nodes, waiting_behind(crowd))
-    old = msgspec.structs.replace(mine, age_s=ERROR * GOALS.max_wait_s + 1)
+    old = msgspec.structs.replace(mine, age_s=WAIT_ERROR * GOALS.max_wait_s + 1)
     with pytest.raises(errors.Full):
         decide(old, nodes, waiting_behind([*crowd, old]))
     # A pair for it is no reason to send it away.
@@ -285,8 +283,8 @@ def test_room_that_those_ahead_cant_use_is_given_away() -> None:
         node("d0", "decode", num_running=2, free=9),
         node("d1", "decode", free=0, num_running=9),
     ]
-    waiting = Waiting()
-    waiting.note(first, "d1", Work(3000, 1, 188, 3000, 50.0), 0.5, 0.0)
+    waiting = WaitingQueue()
+    waiting.add_waiter(first, "d1", Work(3000, 1, 188, 3000, 50.0), 0.5, 0.0)
     choice = decide(request(request_id="second"), nodes, waiting)
     assert isinstance(choice, Choice)
     assert choice.decode.node_id == "d0"
@@ -304,8 +302,8 @@ def test_room_is_kept_at_one_node_for_each_request_ahead() -> None:
 
 
 def test_a_request_that_waits_for_a_first_node_is_served_before_a_later_one() -> None:
-    waiting = Waiting()
-    waiting.note(request(request_id="first", age_s=5.0), "", Work(), 0.5, 0.0)
+    waiting = WaitingQueue()
+    waiting.add_waiter(request(request_id="first", age_s=5.0), "", Work(), 0.5, 0.0)
     nodes = [PAIR[0], full_node(15)]
     assert isinstance(decide(request(request_id="late"), nodes, waiting), Wait)
     assert isinstance(decide(request(request_id="first", age_s=5.0), nodes, waiting), Choice)
@@ -326,7 +324,7 @@ def test_the_retry_of_a_running_request_stands_before_all_others() -> None:
 def test_blocks_of_sequences_on_their_way_are_not_given_twice() -> None:
     """Given and reserved, though no report shows them as leased yet."""
     state: ClusterState = cluster(PAIR[0], node("d0", "decode", free=12, given=Work(0, 1, 7, 100)))
-    assert isinstance(told(admission.decide(request(), state, GOALS, LIMITS, now=0.0)), Wait)
+    assert isinstance(told(admission.decide(request(), state, GOALS, 0.0, WaitingQueue())), Wait)
 
 
 def test_a_prefill_node_that_decodes_besides_keeps_time_for_prompts() -> None:
@@ -344,25 +342,26 @@ def test_a_prefill_node_that_decodes_besides_keeps_time_for_prompts() -> None:
 
 def test_a_wait_is_foreseen_to_be_shorter_where_an_idle_prefill_node_will_be_lent() -> None:
     """If outputs are so long that prompts come slowly while the line drains; not for short ones."""
-    lending = Limits(lends=True)
     forecast = OutputForecast(tokens_left=16 * 128.0, first_ends_in=128.0, stop_rate=1e-6)
     busy = msgspec.structs.replace(full_node(16).report, forecast=forecast)
     state = cluster(PAIR[0], full_node(16)._replace(report=busy))
     for num_new, is_lent in ((128, True), (2, False)):
         wanted = request(50, num_new)
         waits = [
-            told(admission.decide(wanted, state, GOALS, limits, now=0.0)) for limits in (LIMITS, lending)
+            told(admission.decide(wanted, state, GOALS, 0.0, WaitingQueue(), lends=lends))
+            for lends in (False, True)
         ]
         alone, helped = (wait.first_token_in_s for wait in waits if isinstance(wait, Wait))
         assert (helped < alone) == is_lent
-    helped_wait = admission.decide(request(50, 128), state, GOALS, lending, now=0.0)
+    helped_wait = admission.decide(request(50, 128), state, GOALS, 0.0, WaitingQueue(), lends=True)
     assert isinstance(helped_wait, Later)
     assert helped_wait.node_id == "p0"  # it stands there, behind nobody
-    assert helped_wait.wait.first_token_in_s == pytest.approx(lending.lent_in_s, abs=0.2)
+    assert helped_wait.wait.first_token_in_s == pytest.approx(admission.LENT_IN_S, abs=0.2)
     # The node that helps already is no other one.
     helping = node("p0", "prefill", max_prefill_tokens_per_step=100, num_running=15)
     both = cluster(helping, full_node(16)._replace(report=busy))
     found = [
-        told(admission.decide(request(50, 128), both, GOALS, limits, now=0.0)) for limits in (LIMITS, lending)
+        told(admission.decide(request(50, 128), both, GOALS, 0.0, WaitingQueue(), lends=lends))
+        for lends in (False, True)
     ]
     assert found[0] == found[1]

@@ -6,10 +6,10 @@ import msgspec
 from imagined_nodes import TOKEN_BUDGET, descriptor, report, request
 
 from flowkv_common.wire.messages import Wait
-from flowkv_common.wire.nodes import StepFit
+from flowkv_common.wire.nodes import SetPrefillCap, StepFit
+from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Choice, Goals
-from flowkv_scheduler.rebalance import MoveCap
+from flowkv_scheduler.policy import Choice
 
 
 def test_a_lent_node_is_forgotten_when_it_leaves_the_registry_not_when_it_is_silent() -> None:
@@ -21,11 +21,11 @@ def test_a_lent_node_is_forgotten_when_it_leaves_the_registry_not_when_it_is_sil
         cap = {"max_prefill_tokens_per_step": TOKEN_BUDGET} if name == "d0" else {}
         planner.add_report(report(name, role, **cap), 0.0)
     planner.tick(0.0)
-    assert planner.regimes.leaving == {"d0": "decode"}
+    assert planner.rebalancer.leaving == {"d0": "decode"}
     planner.tick(9.0)  # all are silent
-    assert planner.regimes.leaving == {"d0": "decode"}
+    assert planner.rebalancer.leaving == {"d0": "decode"}
     planner.set_descriptors({name: nodes[name] for name in ("p0", "d1")})
-    assert planner.regimes.leaving == planner.regimes.lent == {}
+    assert planner.rebalancer.leaving == planner.rebalancer.moved == {}
 
 
 def test_prompts_that_come_at_once_to_one_node_wait_for_each_other_and_are_not_refused() -> None:
@@ -57,4 +57,4 @@ def test_the_planner_counts_what_prompts_will_produce() -> None:
         wanted = msgspec.structs.replace(request(16, 2000), request_id=f"r{number}")
         assert isinstance(planner.schedule(wanted, 0.0), Choice)
     told = [planner.tick(0.5), planner.tick(1.0)]
-    assert [order.cap for orders in told for order in orders if isinstance(order, MoveCap)]
+    assert any(isinstance(order, SetPrefillCap) for orders in told for order in orders)

@@ -11,23 +11,23 @@ from imagined_nodes import BLOCK_SIZE, MODEL, Imagined, cluster, node, request, 
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import StepFit, expected_tokens
 from flowkv_scheduler import policy
-from flowkv_scheduler.policy import HANDOFF_S, Choice, Goals, Weighing, added_work
-from flowkv_scheduler.views import Work
+from flowkv_scheduler.cluster import Goals, Work
+from flowkv_scheduler.policy import HANDOFF_S, Choice, RequestCosts
 
 GOALS = Goals()
 BLOCK_BYTES = 2 * 2 * BLOCK_SIZE * 2 * 16 * 4  # layers, K and V, slots, heads, head_dim, fp32
 
 
 def choose(wanted: ScheduleRequest, nodes: list[Imagined], goals: Goals = GOALS) -> Choice | None:
-    return policy.choose(Weighing(wanted, cluster(*nodes), goals, now=0.0))
+    return policy.choose(RequestCosts(wanted, cluster(*nodes), goals, now=0.0))
 
 
 def pair(choice: Choice | None) -> tuple[str, str] | None:
     return choice and (choice.prefill.node_id, choice.decode.node_id)
 
 
-def weighing(wanted: ScheduleRequest, *nodes: Imagined) -> Weighing:
-    return Weighing(wanted, cluster(*nodes), GOALS, 0.0)
+def costs_of(wanted: ScheduleRequest, *nodes: Imagined) -> RequestCosts:
+    return RequestCosts(wanted, cluster(*nodes), GOALS, 0.0)
 
 
 def test_sides_follow_the_prefill_cap() -> None:
@@ -119,21 +119,21 @@ def test_node_that_has_cached_the_prefix_is_worth_a_wait() -> None:
     state = cluster(*nodes)
     state.prefixes.expect([nodes[0].descriptor.node], hashes[:8], until=9.0)
     wanted = request(num_prompt_tokens=180, block_hashes=hashes)
-    choice = policy.choose(Weighing(wanted, state, GOALS, now=0.0))
+    choice = policy.choose(RequestCosts(wanted, state, GOALS, now=0.0))
     assert choice is not None
     assert (choice.prefill.node_id, choice.num_cached_tokens) == ("p0", 128)
-    assert added_work(wanted, choice)[0] == Work(prefill_tokens=52)
+    assert choice.added_work(wanted)[0] == Work(prefill_tokens=52)
 
 
-def test_a_mixed_node_that_has_cached_the_prefix_is_weighed_beside_many_of_its_side() -> None:
+def test_a_mixed_node_that_has_cached_the_prefix_is_costs_beside_many_of_its_side() -> None:
     hashes = [f"{number:016x}" * 2 for number in range(248)]
     idle = [node(f"p{n}", "prefill") for n in range(9)]
-    # With more to do than the four that are weighed for their load.
+    # With more to do than the four that are costs for their load.
     mixed = node("m", "mixed", queued_prefill_tokens=100, num_running=15)
     state = cluster(*idle, mixed, node("d0", "decode"))
     state.prefixes.expect([mixed.descriptor.node], hashes, until=9.0)
     wanted = request(num_prompt_tokens=3969, block_hashes=hashes)
-    choice = policy.choose(Weighing(wanted, state, GOALS, now=0.0))
+    choice = policy.choose(RequestCosts(wanted, state, GOALS, now=0.0))
     assert choice is not None
     assert (choice.prefill.node_id, choice.num_cached_tokens) == ("m", 3968)
 
@@ -146,7 +146,7 @@ def test_a_prefix_that_many_decode_nodes_have_is_still_found_at_a_prefill_node()
     for one in (*decode, having):  # the decode nodes were heard of first
         state.prefixes.expect([one.descriptor.node], hashes, until=9.0)
     wanted = request(num_prompt_tokens=3969, block_hashes=hashes)
-    choice = policy.choose(Weighing(wanted, state, GOALS, now=0.0))
+    choice = policy.choose(RequestCosts(wanted, state, GOALS, now=0.0))
     assert choice is not None
     assert choice.num_cached_tokens == 3968
     assert choice.prefill.node_id in {"p9", *(one.node_id for one in decode)}
@@ -200,20 +200,20 @@ def test_prediction_is_the_sum_of_its_parts() -> None:
 def test_transfer_hides_behind_prefill_as_far_as_the_link_keeps_up() -> None:
     tokens, token_s = 5120, BLOCK_BYTES / BLOCK_SIZE / 1e9
     p, d = node("p0", "prefill", links={"d0": "tcp"}, prefill_tokens_per_s=1e9), node("d0", "decode")
-    weighed = weighing(request(num_prompt_tokens=tokens), p, d)
-    prefill = weighed.prefill_cost(view(p))
-    assert weighed.way(view(p), view(d)) == "tcp"
-    assert weighed.transfer_s(prefill, 0, "tcp") == pytest.approx(HANDOFF_S + tokens * token_s, rel=1e-2)
+    costs = costs_of(request(num_prompt_tokens=tokens), p, d)
+    prefill = costs.prefill_cost(view(p))
+    assert costs.link_between(view(p), view(d)) == "tcp"
+    assert costs.transfer_s(prefill, 0, "tcp") == pytest.approx(HANDOFF_S + tokens * token_s, rel=1e-2)
     slow = msgspec.structs.replace(prefill, work_s=10.0)
-    assert weighed.transfer_s(slow, 0, "tcp") == pytest.approx(HANDOFF_S + 512 * token_s)
+    assert costs.transfer_s(slow, 0, "tcp") == pytest.approx(HANDOFF_S + 512 * token_s)
 
 
 def test_unmeasured_node_is_taken_to_be_middling() -> None:
     fresh = node("p0", "prefill", prefill_tokens_per_s=0.0)
     wanted = request(num_prompt_tokens=1000)
-    assert weighing(wanted, fresh).prefill_cost(view(fresh)).total_s == pytest.approx(1.0)
+    assert costs_of(wanted, fresh).prefill_cost(view(fresh)).total_s == pytest.approx(1.0)
     idle = node("d0", "decode", decode_step_s=0.0)
-    assert weighing(wanted, idle).decode_cost(view(idle)).total_s == pytest.approx(0.03 * 17 / 16)
+    assert costs_of(wanted, idle).decode_cost(view(idle)).total_s == pytest.approx(0.03 * 17 / 16)
 
 
 def test_candidates_are_the_best_four_of_each_side_in_order() -> None:
@@ -230,7 +230,7 @@ def test_choice_adds_tokens_to_prefill_and_blocks_to_decode() -> None:
     wanted = request(num_prompt_tokens=96)
     choice = choose(wanted, [node("p0", "prefill"), node("d0", "decode")])
     assert choice is not None
-    for_prefill, for_decode = added_work(wanted, choice)
+    for_prefill, for_decode = choice.added_work(wanted)
     assert for_prefill == Work(prefill_tokens=96)
     expected = expected_tokens(wanted.max_new_tokens, choice.decode.stop_rate)
     assert for_decode == Work(0, 1, 7, 96, expected)

@@ -58,11 +58,12 @@ def lending(settings: SchedulerSettings) -> Planner:
 
 
 def test_lending_is_set() -> None:
-    assert lending(SchedulerSettings(max_wait_s=1e6)).regimes.lent
-    assert not lending(SchedulerSettings(max_wait_s=1e6, lending=False)).regimes.lent
+    assert lending(SchedulerSettings(max_wait_s=1e6)).rebalancer.moved
+    assert not lending(SchedulerSettings(max_wait_s=1e6, lending=False)).rebalancer.moved
 
 
 def test_a_new_term_begins_without_what_was_lent_in_an_earlier_one() -> None:
     planner = lending(SchedulerSettings(max_wait_s=1e6))
-    planner.begin_term()
-    assert (planner.regimes.lent, planner.regimes.leaving, planner.regimes.regime) == ({}, {}, "normal")
+    planner.start_term()
+    rebalancer = planner.rebalancer
+    assert (rebalancer.moved, rebalancer.leaving, rebalancer.regime) == ({}, {}, "normal")

@@ -8,8 +8,7 @@ from imagined_nodes import NUM_BLOCKS, PERIOD_S, descriptor, report
 
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import StepFit
-from flowkv_scheduler.cluster import ClusterState
-from flowkv_scheduler.views import NodeView, Work
+from flowkv_scheduler.cluster import ClusterState, NodeView, Work
 
 D0 = NodeRef(node_id="d0", incarnation="i1")
 
@@ -120,7 +119,7 @@ def test_new_life_of_a_node_starts_without_the_old_report_and_choices(state: Clu
 def test_node_that_left_the_registry_is_gone(state: ClusterState) -> None:
     state.set_descriptors({})
     assert state.views() == []
-    assert state.index.groups == []
+    assert state.groups_of("f") == []
 
 
 def test_lives_of_the_long_gone_are_not_kept(state: ClusterState) -> None:

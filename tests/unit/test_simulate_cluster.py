@@ -16,10 +16,10 @@ from benchmarks.simulator.node import SimNode
 from benchmarks.simulator.run import Machines, Outcome, figures, simulate
 from benchmarks.traces import Request, Targets, synthetic
 from flowkv_common.wire.messages import PoolLayout
-from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor, StepFit
+from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor, SetPrefillCap, StepFit
+from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Goals
-from flowkv_scheduler.rebalance import MoveCap, Order
+from flowkv_scheduler.rebalance import Order
 
 # A token takes 1 KiB.
 LAYOUT = PoolLayout(num_layers=2, block_size=64, num_kv_heads=4, head_dim=32, dtype="bfloat16")
@@ -124,7 +124,15 @@ class Restless(Planner):
 
     def tick(self, now: float) -> list[Order]:
         draw = random.Random(now)
-        return [MoveCap(ref, draw.choice([64, 200, 1024]), "restless") for ref in self.refs]
+        return [
+            SetPrefillCap(
+                node=ref,
+                epoch=0,
+                max_prefill_tokens_per_step=draw.choice([64, 200, 1024]),
+                reason="restless",
+            )
+            for ref in self.refs
+        ]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -135,7 +143,7 @@ def test_nodes_that_change_sides_all_the_time_end_all_requests(seed: int) -> Non
     cluster = Cluster(nodes, Restless(Goals()), lives, LOOSE)
     cluster.run()
     check_all_is_back(nodes, lives, itl)
-    assert sum(isinstance(order, MoveCap) for _, order in cluster.orders) > 3
+    assert sum(isinstance(order, SetPrefillCap) for _, order in cluster.orders) > 3
     assert any(life.prefill == life.decode for life in lives)
 
 
@@ -175,7 +183,7 @@ def test_news_of_blocks_name_what_a_request_asks_for(monkeypatch: pytest.MonkeyP
     lives = [Life(0, request), Life(1, Request(1, 2, (), 9.0))]
     nodes = Machines(KIND, 2).nodes(1, Histogram())
     planner = Planner(Goals(), lends=False)
-    monkeypatch.setattr(planner.state.prefixes, "apply", heard.append)
+    monkeypatch.setattr(planner.state.prefixes, "apply_change", heard.append)
     Cluster(nodes, planner, lives, LOOSE).run()
     assert [(news.node, news.seq, news.removed) for news in heard] == [(node.ref, 1, []) for node in nodes]
     full = request.block_hashes(LAYOUT.block_size)[: 1024 // LAYOUT.block_size]

@@ -1,141 +1,146 @@
-"""When a full node has room for one more: from what its sequences have still to produce. Pure arithmetic.
+"""Admission control: a request gets its pair now, is told when to ask again, or is refused.
 
-The one place where the door foresees a wait. Sequences end one by one; what the request and those before it
-lack of blocks, places and rhythm is told as a number of ends, and ends as a number of steps.
+Gateways do the waiting; `WaitingQueue` only knows which requests wait, in which order they are served, and
+at which node each of them stands. Predicted waits come from what the sequences of a full node have still to
+produce: what a request and those before it lack is a number of ends, and ends are a number of steps.
+
+Pure: `now` is seconds of any clock.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
+from sortedcontainers import SortedDict
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_scheduler import policy
-from flowkv_scheduler.cluster import ClusterState
-from flowkv_scheduler.policy import Choice, Chooser, Goals, Weighing, need_at, num_missing_places
-from flowkv_scheduler.rebalance import FULL_PREFILL, SHARED, Thresholds
-from flowkv_scheduler.views import NOTHING, NodeView, Work
-from flowkv_scheduler.waiting import Waiting
+from flowkv_scheduler.cluster import NOTHING, ClusterState, Goals, NodeView, Work
+from flowkv_scheduler.policy import Choice, Chooser, RequestCosts
+from flowkv_scheduler.prefixes import NO_HITS
+from flowkv_scheduler.rebalance import CALM_PRESSURE, FULL_PREFILL, SHARED, SHARED_ITL
 
-AT = Thresholds()
-
-
-def room_in_s(node: NodeView, weighing: Weighing, ahead: Work) -> float:
-    """Seconds until the request fits there, behind `ahead`, which waits for room on the node too."""
-    for_room = max(_ends_for_blocks(node, weighing, ahead), num_missing_places(node, ahead))
-    for_room_s = _ends_in_s(node, weighing, ahead, for_room)
-    if not weighing.respects_rhythm(node):
-        return for_room_s
-    for_rhythm_s = _rhythm_in_s(node, weighing, ahead)
-    # For the sake of rhythm nobody waits for longer, unless prompts would be held up.
-    if not node.helps_decode:
-        for_rhythm_s = min(for_rhythm_s, weighing.patience_s)
-    return max(for_room_s, for_rhythm_s)
-
-
-def prompts_in_s(nodes: list[NodeView], ahead: Work) -> float:
-    """Seconds until these nodes have computed what is queued there, and the prompts of those ahead."""
-    soonest_s = min((node.prefill_wait_s for node in nodes), default=0.0)
-    if not ahead.num_sequences:
-        return soonest_s
-    num_tokens, mean = ahead.prefill_tokens, ahead.prefill_tokens / ahead.num_sequences
-    alone_s = (node.speed.queue_s(num_tokens, mean, node.chunk, node.chunk_beside_s) for node in nodes)
-    return soonest_s + 1.0 / sum(1.0 / max(seconds, 1e-9) for seconds in alone_s)
-
-
-def lent_soon(nodes: list[NodeView], weighing: Weighing) -> NodeView | None:
-    """The prefill node that lending will let decode besides, as it will be then; None if it won't, or has.
-
-    It will if prefill has little to do while those who wait get their room one by one. The last node of the
-    side goes on with prompts.
-    """
-    decode = [node for node in nodes if node.may_decode]
-    prefill = [node for node in nodes if node.may_prefill and node.descriptor.role == "prefill"]
-    if not decode or not prefill or any(node.descriptor.role == "prefill" for node in decode):
-        return None
-    idlest, *others = sorted(prefill, key=lambda node: (node.prefill_wait_s, node.node_id))
-    ends_per_s = sum(
-        node.num_sequences / (node.step_s * need_at(node, weighing.request).output_tokens) for node in decode
-    )
-    staying = others or prefill
-    capacity = sum(1.0 / node.speed.prefill_token_s for node in staying) * (1.0 if others else SHARED)
-    if ends_per_s * weighing.request.num_prompt_tokens > AT.calm * FULL_PREFILL * capacity:
-        return None
-    return msgspec.structs.replace(
-        idlest,
-        may_decode=True,
-        may_prefill=not others,
-        chunk_s=0.0,
-        step_s=idlest.step_s - idlest.chunk_s,
-    )
-
-
-def _ends_for_blocks(node: NodeView, weighing: Weighing, ahead: Work) -> float:
-    """Each sequence gives an equal share of what is taken."""
-    missing = weighing.num_missing_blocks(node) + ahead.num_blocks
-    num_taken = max(1, node.descriptor.num_blocks - node.num_available_blocks)
-    return max(0, missing) * max(1, node.num_sequences) / num_taken
-
-
-def _rhythm_in_s(node: NodeView, weighing: Weighing, ahead: Work) -> float:
-    if weighing.is_held_up_by_prompts(node):
-        return node.prefill_wait_s
-    over_s = weighing.over_s(node, ahead)
-    if over_s <= 0.0:
-        return 0.0
-    num = max(1, node.num_sequences)
-    each_s = node.speed.beside_s(1, 0) + node.num_context_tokens / num * node.speed.context_token_s
-    num_all = node.num_sequences + ahead.num_sequences  # when all have left it is idle, and good enough
-    return _ends_in_s(node, weighing, ahead, over_s / each_s if over_s < num_all * each_s else num_all)
-
-
-def _ends_in_s(node: NodeView, weighing: Weighing, ahead: Work, num_ends: float) -> float:
-    """Until so many sequences have ended, those ahead among them as soon as they have had their turn.
-
-    Those that run are taken to end evenly, the first after `first_ends_in` steps, the last when a request
-    like this one would, had it begun now; later ones live for as long as this one will.
-    """
-    if num_ends <= 0.0:
-        return 0.0
-    whole = need_at(node, weighing.request).output_tokens
-    # So many run at once: those who do, and those ahead who still find room.
-    num = max(1.0, node.num_sequences + ahead.num_sequences + 1 - num_ends)
-    mean = (node.tokens_left + max(0.0, num - node.num_sequences) * whole) / num
-    first = min(node.first_ends_in, mean)
-    last = max(mean, min(2.0 * mean - first, whole))
-    steps = first + (last - first) * min(1.0, num_ends / num)
-    if num_ends > num:
-        steps += (num_ends / num - 1.0) * whole
-    joining = max(0.0, num - node.num_sequences - 1)
-    context = joining * weighing.request.num_prompt_tokens
-    step_s = weighing.step_s(node) + joining * node.speed.sequence_s + context * node.speed.context_token_s
-    if node.helps_decode:  # its prompts fill up its steps
-        step_s = max(step_s, AT.rhythm_share * weighing.goals.itl_s)
-    return steps * step_s
-
-
-# A wait may turn out so many times longer than was foreseen: who was let in stays for that.
-ERROR = 1.5
+# A wait may last so many times longer than was predicted: an admitted request stays for that.
+WAIT_ERROR = 1.5
 # A less urgent request is refused at this part of the longest wait: the rest is for others.
 LESS_URGENT_SHARE = 0.5
+# Without a live node of the model a request asks again after this, and is refused when it is so old.
+NO_NODE_RETRY_S = 0.25
+NO_NODE_AGE_S = 10.0
+# How soon a request that waits for room asks again.
+MIN_RETRY_S = 0.05
+MAX_RETRY_S = 0.5
+# From when a prefill node is idle, lending it takes so long.
+LENT_IN_S = 3.0
+# A request that is so much too late to ask again is gone, and its gateway perhaps too.
+GRACE_S = 1.0
+# Each step of priority counts as so many seconds of age, up to a minute: no request waits forever.
+PRIORITY_S = 10.0
+MAX_PRIORITY = 6
 
 
-class Limits(msgspec.Struct, frozen=True):
-    """Seconds: how long a request may look for nodes, and how soon it is asked for again.
+class Place(NamedTuple):
+    """The order of service: requests whose client has output first, then the oldest; priority is age."""
 
-    Where nodes are lent, that takes `lent_in_s` from when they are idle.
+    is_new: bool
+    since: float
+    request_id: str
+
+
+class Waiter(NamedTuple):
+    """`need`: the room that it takes, and the work that it brings."""
+
+    request: ScheduleRequest
+    place: Place
+    node_id: str
+    need: Work
+    began: float
+    until: float
+
+
+class _NodeQueue:
+    """The requests that stand at one node."""
+
+    def __init__(self) -> None:
+        self.waiters: SortedDict = SortedDict()  # place -> waiter
+        self.sum = NOTHING
+
+
+class WaitingQueue:
+    """A request that does not ask again is forgotten.
+
+    All operations take O(log n), but for `ahead_of`, which goes through those ahead.
     """
 
-    no_node_age_s: float = 10.0
-    no_node_retry_s: float = 0.25
-    min_retry_s: float = 0.05
-    max_retry_s: float = 0.5
-    lends: bool = False
-    lent_in_s: float = 3.0
+    def __init__(self) -> None:
+        self._waiters: dict[str, Waiter] = {}
+        self._in_order: SortedDict = SortedDict()  # place -> waiter
+        self._at_nodes: dict[str, _NodeQueue] = {}
+        self._ends: SortedDict = SortedDict()  # (until, request id) -> None
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._waiters
+
+    def __len__(self) -> int:
+        return len(self._waiters)
+
+    def place_of(self, request: ScheduleRequest, now: float) -> Place:
+        """It stays what it was when the request first came."""
+        known = self._waiters.get(request.request_id)
+        began = known.began if known else now - request.age_s
+        priority = min(max(request.priority, -MAX_PRIORITY), MAX_PRIORITY)
+        return Place(not request.num_output_tokens, began + PRIORITY_S * priority, request.request_id)
+
+    def ahead_of(self, place: Place) -> Iterator[Waiter]:
+        """All that come before it, in their order."""
+        for other in self._in_order:
+            if other >= place:
+                return
+            yield self._in_order[other]
+
+    def work_ahead(self, node_id: str, place: Place) -> Work:
+        """The need of those before it at the node: as many as there are, of the mean of all there."""
+        queue = self._at_nodes.get(node_id)
+        if queue is None:
+            return NOTHING
+        return queue.sum.share(queue.waiters.bisect_left(place), len(queue.waiters))
+
+    def add_waiter(
+        self, request: ScheduleRequest, node_id: str, need: Work, retry_in_s: float, now: float
+    ) -> None:
+        """It will ask again, and until then stands at that node."""
+        known = self._waiters.get(request.request_id)
+        began = known.began if known else now - request.age_s
+        place, until = self.place_of(request, now), now + retry_in_s + GRACE_S
+        self.forget(request.request_id)
+        waiter = Waiter(request, place, node_id, need, began, until)
+        self._waiters[request.request_id] = self._in_order[place] = waiter
+        self._ends[until, request.request_id] = None
+        queue = self._at_nodes.setdefault(node_id, _NodeQueue())
+        queue.waiters[place] = waiter
+        queue.sum = queue.sum.plus(need)
+
+    def forget(self, request_id: str) -> None:
+        """It has got its pair, or was refused."""
+        waiter = self._waiters.pop(request_id, None)
+        if waiter is None:
+            return
+        del self._in_order[waiter.place]
+        del self._ends[waiter.until, request_id]
+        queue = self._at_nodes[waiter.node_id]
+        del queue.waiters[waiter.place]
+        queue.sum = queue.sum.plus(waiter.need, -1)
+        if not queue.waiters:
+            del self._at_nodes[waiter.node_id]
+
+    def forget_gone(self, now: float) -> None:
+        """Those that should have asked again and have not."""
+        while self._ends and (end := self._ends.peekitem(0)[0])[0] < now:
+            self.forget(end[1])
 
 
 class Later(NamedTuple):
@@ -150,52 +155,69 @@ def decide(
     request: ScheduleRequest,
     state: ClusterState,
     goals: Goals,
-    limits: Limits,
     now: float,
+    queue: WaitingQueue,
+    *,
+    lends: bool = False,
     choose: Chooser = policy.choose,
-    waiting: Waiting | None = None,
 ) -> Choice | Later:
-    """The pair that `choose` takes, or when to ask again, behind those of `waiting` who come before it.
+    """The pair that `choose` takes, or when to ask again, behind the requests of `queue` that come before it.
+
+    `lends`: prefill nodes are lent to decode where that helps.
 
     Raises `BadRequest` when no pool could ever hold the request, `Unavailable` when there has been no node
     for too long, `Full` when the wait would be too long or outlast the request's deadline; `retry_after_s` is
     the predicted end of that.
     """
-    weighing = Weighing(request, state, goals, now, waiting)
-    choice = choose(weighing)
-    if choice is None:
-        _check_fits(request, [node for node in state.views() if weighing.is_of_model(node)])
-        if not any(weighing.stands(group) for group in weighing.groups):
-            return Later(_without_nodes(request, limits))
-        return _without_room(request, weighing, limits)
-    _check_wait(weighing, choice.wait_s, choice.predicted_s, has_pair=True)
-    return choice
+    place = queue.place_of(request, now)
+    costs = RequestCosts(request, state, goals, now, find_kept=functools.partial(room_kept, queue, place))
+    longest_s = goals.max_wait_s * (LESS_URGENT_SHARE if request.priority > 0 else 1.0)
+    # A running request is never refused: its client has seen half of the answer.
+    is_running, is_waiting = request.num_output_tokens > 0, request.request_id in queue
+    choice = choose(costs)
+    if choice is not None:
+        if not is_running:
+            if not is_waiting and request.age_s + choice.wait_s > longest_s:
+                raise _wait_too_long(request, choice.wait_s, longest_s)
+            _check_deadline(request, choice.predicted_s)
+        return choice
+    _check_fits(request, [node for node in state.views() if costs.is_of_model(node)])
+    if not costs.has_nodes():
+        if request.age_s > NO_NODE_AGE_S:
+            raise errors.Unavailable(
+                f"no node of the model has been ready for {request.age_s:.0f} s", retry_after_s=NO_NODE_AGE_S
+            )
+        return Later(Wait(retry_in_s=NO_NODE_RETRY_S, reason="no node of the model is ready"))
+    room = foresee_room(costs, queue, place, lends=lends)
+    if room is None:
+        return Later(Wait(retry_in_s=MAX_RETRY_S, reason="no decode node can take it now"))
+    if is_waiting and not is_running:
+        # Once admitted it is refused for its age alone, not for what is predicted later.
+        if request.age_s > WAIT_ERROR * longest_s:
+            raise _wait_too_long(request, room.wait_s, longest_s)
+    elif not is_running:
+        if request.age_s + room.wait_s > longest_s:
+            raise _wait_too_long(request, room.wait_s, longest_s)
+        _check_deadline(request, room.first_token_s)
+    wait = Wait(
+        # Half of the wait: so it is there in time, though rarely asked for while it is far back.
+        retry_in_s=min(max(room.room_s / 2, MIN_RETRY_S), MAX_RETRY_S),
+        reason=f"all {room.num_nodes} decode nodes are full",
+        first_token_in_s=room.first_token_s,
+    )
+    return Later(wait, room.node.node_id, room.node.need_of(request))
 
 
-def longest_wait_s(request: ScheduleRequest, goals: Goals) -> float:
-    """Never longer for a less urgent request than for a more urgent one."""
-    return goals.max_wait_s * (LESS_URGENT_SHARE if request.priority > 0 else 1.0)
+def _wait_too_long(request: ScheduleRequest, wait_s: float, longest_s: float) -> errors.Full:
+    return errors.Full(
+        f"the first token would wait for about {request.age_s + wait_s:.1f} s, "
+        f"at most {longest_s:.1f} s are admitted",
+        retry_after_s=request.age_s + wait_s - longest_s,
+    )
 
 
-def _check_wait(weighing: Weighing, wait_s: float, predicted_s: float, *, has_pair: bool = False) -> None:
-    """At the door. Who has been let in is not sent away for what is foreseen later, but when its age says so,
-    and even then not if there is a pair for it.
-
-    The retry of a running request is never shed: its client has seen half of the answer.
-    """
-    request = weighing.request
-    if request.num_output_tokens:
-        return
-    longest_s = longest_wait_s(request, weighing.goals)
-    is_in = request.request_id in weighing.waiting
-    over_s = request.age_s + wait_s - longest_s
-    if (request.age_s > ERROR * longest_s and not has_pair) if is_in else over_s > 0.0:
-        raise errors.Full(
-            f"the first token would wait for about {request.age_s + wait_s:.1f} s, "
-            f"at most {longest_s:.1f} s are admitted",
-            retry_after_s=over_s,
-        )
-    if predicted_s > request.deadline_in_s and (has_pair or not is_in):
+def _check_deadline(request: ScheduleRequest, predicted_s: float) -> None:
+    if predicted_s > request.deadline_in_s:
         raise errors.Full(
             f"{predicted_s:.1f} s to the second token, the request has {request.deadline_in_s:.1f} s left",
             retry_after_s=predicted_s - request.deadline_in_s,
@@ -203,7 +225,7 @@ def _check_wait(weighing: Weighing, wait_s: float, predicted_s: float, *, has_pa
 
 
 def _check_fits(request: ScheduleRequest, nodes: Sequence[NodeView]) -> None:
-    """Nodes count that are not ready now, too: they may be when the request is asked for again."""
+    """Nodes that are not ready now count too: they may be when the request is asked for again."""
     if not nodes or any(node.can_ever_hold(request) for node in nodes):
         return
     largest = max(node.num_tokens_held for node in nodes)
@@ -216,43 +238,182 @@ def _check_fits(request: ScheduleRequest, nodes: Sequence[NodeView]) -> None:
     )
 
 
-def _without_nodes(request: ScheduleRequest, limits: Limits) -> Wait:
-    if request.age_s > limits.no_node_age_s:
-        raise errors.Unavailable(
-            f"no node of the model has been ready for {request.age_s:.0f} s",
-            retry_after_s=limits.no_node_age_s,
-        )
-    return Wait(retry_in_s=limits.no_node_retry_s, reason="no node of the model is ready")
+# --- room that is kept for requests ahead ----------------------------------------------------------
 
 
-def _without_room(request: ScheduleRequest, weighing: Weighing, limits: Limits) -> Later:
-    """Decode nodes are full, would lose their rhythm, or have just enough room for those who came before.
+def room_kept(queue: WaitingQueue, place: Place, costs: RequestCosts) -> dict[str, Work]:
+    """Node id -> the room there that is kept for waiting requests before `place`.
 
-    The request stands at the node that has room for it first. Its prompt comes after all of those before it.
+    Each gets it at one node alone: where it stands, or else another that has enough for it now. If none
+    has, room is saved where it stands until there is enough. A node with nothing left is not looked at
+    again, so this takes a step per waiting request and one per free place.
     """
-    usable = list(weighing.state.usable(weighing.now))
-    able = [node for node in usable if weighing.takes_sequence(node)]
+    kept: dict[str, Work] = {}
+    if not queue:
+        return kept
+    usable = list(filter(costs.is_of_model, costs.state.usable(costs.now)))
+    decode = [node for node in usable if node.may_decode] or usable
+    open_nodes = {node.node_id: node for node in decode if _is_open(node, NOTHING)}
+    for other in queue.ahead_of(place):
+        if not open_nodes:
+            break
+        if other.request.fingerprint != costs.request.fingerprint:
+            continue
+        node = own = open_nodes.get(other.node_id)
+        for one in [own, *open_nodes.values()] if own else open_nodes.values():
+            if _could_take(one, other.request, kept.get(one.node_id, NOTHING), costs):
+                node = one
+                break
+        if node is None:
+            continue
+        held = kept.get(node.node_id, NOTHING).plus(node.need_of(other.request))
+        kept[node.node_id] = held
+        if not _is_open(node, held):
+            del open_nodes[node.node_id]
+    return kept
+
+
+def _is_open(node: NodeView, held: Work) -> bool:
+    """Is there a block and a place left, beside `held`?"""
+    return node.num_available_blocks > held.num_blocks and node.num_missing_places(held) <= 0
+
+
+def _could_take(node: NodeView, other: ScheduleRequest, held: Work, costs: RequestCosts) -> bool:
+    """Would a usable node of its model have room for a waiting request, beside `held`, if it asked now?"""
+    num_blocks = node.descriptor.layout.blocks_for_prompt(other.num_prompt_tokens)
+    if num_blocks + held.num_blocks > node.num_available_blocks or node.node_id in other.avoid:
+        return False  # most often, and soon seen
+    if not node.can_ever_hold(other):
+        return False
+    # It has the blocks without those that it would find cached.
+    others_costs = RequestCosts(other, costs.state, costs.goals, costs.now, hits=NO_HITS)
+    return others_costs.joins_batch(node, held)
+
+
+# --- predicted waits -------------------------------------------------------------------------------
+
+
+class Room(NamedTuple):
+    """Where a request that fits nowhere will have room first, and the seconds until then."""
+
+    node: NodeView
+    room_s: float
+    wait_s: float  # until its prompt begins: with room, and after all prompts before it
+    first_token_s: float
+    num_nodes: int  # that could have given it room
+
+
+def foresee_room(costs: RequestCosts, queue: WaitingQueue, place: Place, *, lends: bool) -> Room | None:
+    """Decode nodes are full, would exceed the ITL target, or have just enough room for requests before it.
+
+    None if no node could ever take it now.
+    """
+    usable = list(costs.state.usable(costs.now))
+    able = [node for node in usable if costs.takes_sequence(node)]
     nodes = [node for node in able if node.may_decode] or able
     if not nodes:
-        return Later(Wait(retry_in_s=limits.max_retry_s, reason="no decode node can take it now"))
-    waiting, turn = weighing.waiting, weighing.turn
-    ahead = {node.node_id: waiting.ahead_at(node.node_id, turn) for node in nodes}
-    prefill = [node for node in usable if node.may_prefill and weighing.takes_prompt(node)]
-    prompts_s = prompts_in_s(prefill or able, functools.reduce(Work.plus, ahead.values()))
-    room_s = [(room_in_s(node, weighing, ahead[node.node_id]), node.node_id, node) for node in nodes]
-    if limits.lends and (helper := lent_soon(able, weighing)):
-        free_s = helper.prefill_wait_s + limits.lent_in_s
-        behind_s = room_in_s(helper, weighing, waiting.ahead_at(helper.node_id, turn))
-        room_s.append((free_s + behind_s, helper.node_id, helper))
-    first_s, _, first = min(room_s, key=lambda found: found[:2])
-    wait_s = max(first_s, prompts_s)
-    first_token_s = wait_s + min(weighing.prefill_cost(node).work_s for node in prefill or able)
-    _check_wait(weighing, wait_s, first_token_s)
-    # Half of the wait: so it is there in time, though rarely asked for while it is far back.
-    retry_in_s = min(max(first_s / 2, limits.min_retry_s), limits.max_retry_s)
-    wait = Wait(
-        retry_in_s=retry_in_s,
-        reason=f"all {len(nodes)} decode nodes are full",
-        first_token_in_s=first_token_s,
+        return None
+    ahead = {node.node_id: queue.work_ahead(node.node_id, place) for node in nodes}
+    prefill = [node for node in usable if node.may_prefill and costs.takes_prompt(node)] or able
+    prompts_s = _prompts_in_s(prefill, functools.reduce(Work.plus, ahead.values()))
+    rooms = [(_room_in_s(node, costs, ahead[node.node_id]), node.node_id, node) for node in nodes]
+    if lends and (helper := _lent_soon(able, costs)):
+        free_s = helper.prefill_wait_s + LENT_IN_S
+        behind_s = _room_in_s(helper, costs, queue.work_ahead(helper.node_id, place))
+        rooms.append((free_s + behind_s, helper.node_id, helper))
+    room_s, _, node = min(rooms, key=lambda room: room[:2])
+    wait_s = max(room_s, prompts_s)
+    first_token_s = wait_s + min(costs.prefill_cost(node).work_s for node in prefill)
+    return Room(node, room_s, wait_s, first_token_s, len(nodes))
+
+
+def _room_in_s(node: NodeView, costs: RequestCosts, ahead: Work) -> float:
+    """Seconds until the request fits there, behind `ahead`, which waits for room on the node too."""
+    # Each sequence that ends frees an equal share of the blocks.
+    num_missing_blocks = max(0, costs.num_missing_blocks(node) + ahead.num_blocks)
+    num_taken = max(1, node.descriptor.num_blocks - node.num_available_blocks)
+    for_blocks = num_missing_blocks * max(1, node.num_sequences) / num_taken
+    for_room_s = _ends_in_s(node, costs, ahead, max(for_blocks, node.num_missing_places(ahead)))
+    if not costs.must_meet_itl(node):
+        return for_room_s
+    for_itl_s = _itl_in_s(node, costs, ahead)
+    # The ITL target delays no request for longer, unless prompts would be delayed.
+    if not node.helps_decode:
+        for_itl_s = min(for_itl_s, costs.patience_s)
+    return max(for_room_s, for_itl_s)
+
+
+def _prompts_in_s(nodes: Sequence[NodeView], ahead: Work) -> float:
+    """Seconds until these nodes have computed what is queued there, and the prompts of `ahead`."""
+    soonest_s = min((node.prefill_wait_s for node in nodes), default=0.0)
+    if not ahead.num_sequences:
+        return soonest_s
+    num_tokens, mean = ahead.prefill_tokens, ahead.prefill_tokens / ahead.num_sequences
+    alone_s = (node.speed.queue_s(num_tokens, mean, node.chunk_tokens, node.chunk_beside_s) for node in nodes)
+    return soonest_s + 1.0 / sum(1.0 / max(seconds, 1e-9) for seconds in alone_s)
+
+
+def _lent_soon(nodes: Sequence[NodeView], costs: RequestCosts) -> NodeView | None:
+    """The prefill node that lending will let decode besides, as it will be then; None if it won't, or has.
+
+    It will if prefill has little to do while the waiting requests get their room one by one. The last node
+    of the side goes on with prompts.
+    """
+    decode = [node for node in nodes if node.may_decode]
+    prefill = [node for node in nodes if node.may_prefill and node.descriptor.role == "prefill"]
+    if not decode or not prefill or any(node.descriptor.role == "prefill" for node in decode):
+        return None
+    idlest, *others = sorted(prefill, key=lambda node: (node.prefill_wait_s, node.node_id))
+    request = costs.request
+    ends_per_s = sum(
+        node.num_sequences / (node.step_s * node.need_of(request).output_tokens) for node in decode
     )
-    return Later(wait, first.node_id, need_at(first, request))
+    staying = others or prefill
+    capacity = sum(1.0 / node.speed.prefill_token_s for node in staying) * (1.0 if others else SHARED)
+    if ends_per_s * request.num_prompt_tokens > CALM_PRESSURE * FULL_PREFILL * capacity:
+        return None
+    return msgspec.structs.replace(
+        idlest,
+        may_decode=True,
+        may_prefill=not others,
+        chunk_s=0.0,
+        step_s=idlest.step_s - idlest.chunk_s,
+    )
+
+
+def _itl_in_s(node: NodeView, costs: RequestCosts, ahead: Work) -> float:
+    """Seconds until the node meets the ITL target with the request, behind `ahead`."""
+    if 0.0 < costs.itl_excess_s(node) <= node.chunk_s and not node.helps_decode:
+        return node.prefill_wait_s  # it will when the prompts that wait there are computed
+    excess_s = costs.itl_excess_s(node, ahead)
+    if excess_s <= 0.0:
+        return 0.0
+    num = max(1, node.num_sequences)
+    each_s = node.speed.beside_s(1, 0) + node.num_context_tokens / num * node.speed.context_token_s
+    num_all = node.num_sequences + ahead.num_sequences  # when all have left it is idle, and good enough
+    return _ends_in_s(node, costs, ahead, excess_s / each_s if excess_s < num_all * each_s else num_all)
+
+
+def _ends_in_s(node: NodeView, costs: RequestCosts, ahead: Work, num_ends: float) -> float:
+    """Seconds until so many sequences have ended, those of `ahead` among them, once they have run.
+
+    Those that run are taken to end evenly, the first after `first_ends_in` steps, the last when a request
+    like this one would, had it begun now; later ones live for as long as this one will.
+    """
+    if num_ends <= 0.0:
+        return 0.0
+    whole = node.need_of(costs.request).output_tokens
+    # So many run at once: those that do, and those of `ahead` that still find room.
+    num = max(1.0, node.num_sequences + ahead.num_sequences + 1 - num_ends)
+    mean = (node.tokens_left + max(0.0, num - node.num_sequences) * whole) / num
+    first = min(node.first_ends_in, mean)
+    last = max(mean, min(2.0 * mean - first, whole))
+    steps = first + (last - first) * min(1.0, num_ends / num)
+    if num_ends > num:
+        steps += (num_ends / num - 1.0) * whole
+    joining = max(0.0, num - node.num_sequences - 1)
+    context = joining * costs.request.num_prompt_tokens
+    step_s = costs.step_s(node) + joining * node.speed.sequence_s + context * node.speed.context_token_s
+    if node.helps_decode:  # its prompts fill up its steps
+        step_s = max(step_s, SHARED_ITL * costs.goals.itl_s)
+    return steps * step_s

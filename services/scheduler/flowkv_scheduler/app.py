@@ -1,4 +1,4 @@
-"""What only the scheduler that leads does: it answers gateways, and looks after the cluster."""
+"""The scheduler process: a planner on the bus that answers gateways and applies orders while it leads."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import SchedulerSettings
-from flowkv_common.errors import FlowKVError, Unavailable
 from flowkv_common.telemetry import process_registry, serve_http, service_app
-from flowkv_common.wire import nodes, subjects
+from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
     Assignment,
@@ -31,65 +30,45 @@ from flowkv_common.wire.messages import (
     ScheduleRequest,
     Wait,
 )
-from flowkv_common.wire.nodes import CapMoved, LoadReport, NodeDescriptor, RegimeChanged, SetPrefillCap
-from flowkv_scheduler.cluster import num_pairs, why_apart
+from flowkv_common.wire.nodes import (
+    CapMoved,
+    LoadReport,
+    NodeDescriptor,
+    RegimeChanged,
+    ScaleWanted,
+    SetPrefillCap,
+)
+from flowkv_scheduler.cluster import Goals, num_pairs, why_apart
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import Choice, Goals
 from flowkv_scheduler.prefixes import following_prefixes
-from flowkv_scheduler.rebalance import IMBALANCE, NORMAL, OVERLOAD, MoveCap, Order, RegimeChange, ScaleWanted
+from flowkv_scheduler.rebalance import NORMAL, REGIMES, SIDES, Order
 
 log = logging.getLogger(__name__)
 
 TICK_PERIOD_S = 0.5
-
-
-async def lead(service: Service, endpoints: Sequence[Endpoint], tick: Callable[[], Awaitable[None]]) -> None:
-    """Until cancelled: serve `endpoints`, and call `tick` once per period.
-
-    A tick that takes longer than the period delays the next one; one that fails is logged and costs nothing
-    else.
-    """
-    while True:
-        try:
-            async with AsyncExitStack() as served:
-                for endpoint in endpoints:
-                    await served.enter_async_context(service.also_serving(endpoint))
-                await _keep_ticking(tick)
-        except Unavailable as error:
-            # Cut off just now. Either the connection comes back in time, or the lease ends and so do we.
-            log.warning("can't serve gateways: %s", error.message)
-            await asyncio.sleep(TICK_PERIOD_S)
-
-
-async def _keep_ticking(tick: Callable[[], Awaitable[None]]) -> None:
-    clock = asyncio.get_running_loop().time
-    due = clock()
-    while True:
-        try:
-            await tick()
-        except Exception:
-            log.exception("the planner failed")
-        due = max(due + TICK_PERIOD_S, clock())
-        await asyncio.sleep(due - clock())
-
-
 # As long as the planner's period: what has failed by then is asked anew by what it orders next.
 ORDER_TIMEOUT_S = 0.5
+# A decision takes some 0.1 ms.
+DECISION_BUCKETS = (5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 4e-4, 6e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.025, 0.1, 1.0)
+OUTCOMES = ("assigned", "wait", "400", "429", "503")
 
 
 class Orders:
-    """The hands of a leader. `cap_of` gives the cap in a node's last report, None if there is none.
+    """Applies a leader's orders. `budget_of`: the chunk budget in a node's last report, None without one.
 
-    Nothing is kept for later: an order that fails is logged, and the planner orders it again if it still
-    wants it. Metrics speak only while we lead.
+    Nothing is kept for later: an order that fails is logged, and the planner repeats it if it still wants it.
     """
 
     def __init__(
-        self, bus: Bus, lease: Lease, registry: CollectorRegistry, cap_of: Callable[[NodeRef], int | None]
+        self,
+        bus: Bus,
+        lease: Lease,
+        registry: CollectorRegistry,
+        budget_of: Callable[[NodeRef], int | None],
     ) -> None:
         self._bus = bus
         self._lease = lease
-        self._cap_of = cap_of
+        self._budget_of = budget_of
         self._regime = NORMAL
         self._wanted: dict[str, int] = {}  # role -> change, as last told
         self._num_moves = Counter("flowkv_cap_moves", "Prefill caps moved", registry=registry)
@@ -102,10 +81,10 @@ class Orders:
         )
 
     @contextlib.contextmanager
-    def in_office(self) -> Iterator[None]:
-        """While we lead, show what our planner has found last; else that is for another to show."""
+    def showing_metrics(self) -> Iterator[None]:
+        """While we lead, show what our planner found last; else that is another's to show."""
         self._show_regime()
-        for role in ("prefill", "decode"):
+        for role in SIDES:
             self._scale.labels(role).set(0)
         try:
             yield
@@ -115,47 +94,46 @@ class Orders:
             self._wanted.clear()
 
     def _show_regime(self) -> None:
-        for regime in (NORMAL, IMBALANCE, OVERLOAD):
+        for regime in REGIMES:
             self._regimes.labels(regime).set(regime == self._regime)
 
-    async def carry_out(self, orders: Iterable[Order]) -> None:
+    async def apply(self, orders: Iterable[Order]) -> None:
         """All of them at once. Raises nothing of what goes wrong at nodes or on NATS."""
         async with asyncio.TaskGroup() as tasks:
             for order in orders:
+                order = msgspec.structs.replace(order, epoch=self._lease.epoch)
                 match order:
-                    case MoveCap():
-                        tasks.create_task(self._move_cap(order))
-                    case RegimeChange():
+                    case SetPrefillCap():
+                        tasks.create_task(self._move_budget(order))
+                    case RegimeChanged():
                         tasks.create_task(self._change_regime(order))
                     case ScaleWanted():
                         tasks.create_task(self._want_scale(order))
 
-    async def _move_cap(self, order: MoveCap) -> None:
-        node_id, before, epoch = order.node.node_id, self._cap_of(order.node), self._lease.epoch
+    async def _move_budget(self, order: SetPrefillCap) -> None:
+        node_id, before, after = (
+            order.node.node_id,
+            self._budget_of(order.node),
+            order.max_prefill_tokens_per_step,
+        )
         if not self._lease.is_held:
             return  # our process was held up: another may lead. What slips through is refused by its epoch
-        request = SetPrefillCap(
-            node=order.node, epoch=epoch, max_prefill_tokens_per_step=order.cap, reason=order.reason
-        )
         subject = subjects.at(subjects.NODE_CAP, node_id)
         try:
-            await self._bus.request(subject, request, Accepted, timeout_s=ORDER_TIMEOUT_S)
-        except FlowKVError as error:
-            log.warning("the prefill cap of %s is not moved to %d: %s", node_id, order.cap, error.message)
+            await self._bus.request(subject, order, Accepted, timeout_s=ORDER_TIMEOUT_S)
+        except errors.FlowKVError as error:
+            log.warning("the prefill cap of %s is not moved to %d: %s", node_id, after, error.message)
             return
         self._num_moves.inc()
-        log.info("moved the prefill cap of %s from %s to %d: %s", node_id, before, order.cap, order.reason)
-        moved = CapMoved(node=order.node, epoch=epoch, after=order.cap, reason=order.reason, before=before)
-        await self._tell(subjects.event("cap_moved", node_id), moved)
+        log.info("moved the prefill cap of %s from %s to %d: %s", node_id, before, after, order.reason)
+        moved = CapMoved(node=order.node, epoch=order.epoch, after=after, reason=order.reason, before=before)
+        await self._publish_event(subjects.event("cap_moved", node_id), moved)
 
-    async def _change_regime(self, order: RegimeChange) -> None:
+    async def _change_regime(self, order: RegimeChanged) -> None:
         self._regime = order.after
         self._show_regime()
         log.info("the regime is %s, it was %s: %s", order.after, order.before, order.reason)
-        changed = RegimeChanged(
-            epoch=self._lease.epoch, before=order.before, after=order.after, reason=order.reason
-        )
-        await self._tell(subjects.event("regime_changed", self._lease.holder_id), changed)
+        await self._publish_event(subjects.event("regime_changed", self._lease.holder_id), order)
 
     async def _want_scale(self, order: ScaleWanted) -> None:
         self._scale.labels(order.role).set(order.change)
@@ -163,21 +141,13 @@ class Orders:
             return  # told before
         self._wanted[order.role] = order.change
         log.info("%+d %s nodes are wanted: %s", order.change, order.role, order.reason)
-        wanted = nodes.ScaleWanted(
-            epoch=self._lease.epoch, role=order.role, change=order.change, reason=order.reason
-        )
-        await self._tell(subjects.event("scale_wanted", order.role), wanted)
+        await self._publish_event(subjects.event("scale_wanted", order.role), order)
 
-    async def _tell(self, subject: str, event: msgspec.Struct) -> None:
+    async def _publish_event(self, subject: str, event: msgspec.Struct) -> None:
         try:
             await self._bus.publish(subject, event)
-        except FlowKVError as error:
+        except errors.FlowKVError as error:
             log.warning("not told on %s: %s", subject, error.message)
-
-
-# A decision takes some 0.1 ms.
-DECISION_BUCKETS = (5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 4e-4, 6e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.025, 0.1, 1.0)
-OUTCOMES = ("assigned", "wait", "400", "429", "503")
 
 
 class Scheduler:
@@ -199,7 +169,7 @@ class Scheduler:
         self._lease = lease
         self._clock = clock
         self._apart: str | None = None  # what was last told of nodes that can't serve together
-        self._orders = Orders(bus, lease, registry, self._cap_of)
+        self._orders = Orders(bus, lease, registry, self._budget_of)
         self._decisions = Counter(
             "flowkv_schedule_decisions", "Schedule requests by outcome", ["outcome"], registry=registry
         )
@@ -238,12 +208,18 @@ class Scheduler:
         state = "leader" if self._lease.is_held else "standby"
         return {"state": state, "epoch": str(self._lease.highest_epoch)}
 
+    def why_not_ready(self) -> str | None:
+        """A standby is ready while another leads."""
+        if not self._bus.is_connected:
+            return "not connected to NATS"
+        return None if self._lease.has_leader else "nobody leads"
+
     async def schedule(self, request: ScheduleRequest) -> Assignment | Wait:
         """The pair for one attempt, published too; or when to ask again.
 
         Raises as `admission.decide`, and `Unavailable` when we can't be sure to lead.
         """
-        self._refuse_standing_by()
+        self._check_leads()
         try:
             with self._seconds.time():
                 decision = self.planner.schedule(request, self._clock())
@@ -254,57 +230,75 @@ class Scheduler:
             self._decisions.labels("wait").inc()
             return decision
         self._decisions.labels("assigned").inc()
-        assignment = _assignment(request, decision, self._lease.epoch)
+        assignment = Assignment(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            epoch=self._lease.epoch,
+            prefill=decision.prefill.descriptor.node,
+            decode=decision.decode.descriptor.node,
+            reason=decision.reason,
+            prefill_candidates=decision.prefill_candidates,
+            decode_candidates=decision.decode_candidates,
+            first_token_in_s=decision.first_token_s,
+        )
         await self._bus.publish(subjects.assignment(request.request_id), assignment)
         return assignment
 
     async def ready(self, request: ReadyRequest) -> ReadyReply:
         """Raises `Unavailable` when we can't be sure to lead."""
-        self._refuse_standing_by()
+        self._check_leads()
         why_not = self.planner.why_not_ready(request.fingerprint, self._clock())
         return ReadyReply(epoch=self._lease.epoch, why_not=why_not)
 
-    def why_not_ready(self) -> str | None:
-        """A standby is ready while another leads."""
-        if not self._bus.is_connected:
-            return "not connected to NATS"
-        return None if self._lease.has_leader else "nobody leads"
-
-    def _refuse_standing_by(self) -> None:
+    def _check_leads(self) -> None:
         if not self._lease.is_held:
             raise errors.Unavailable(f"{self._lease.holder_id} does not lead")
 
     async def lead(self, service: Service) -> None:
         """Until cancelled: answer schedule requests, and look after the cluster once per period."""
-        self.planner.begin_term()
-        with self._orders.in_office():
+        self.planner.start_term()
+        with self._orders.showing_metrics():
             endpoints = [
                 Endpoint(subjects.SCHEDULE, ScheduleRequest, self.schedule),
                 Endpoint(subjects.SCHEDULER_READY, ReadyRequest, self.ready),
             ]
-            await lead(service, endpoints, self._tick)
+            await serve_and_tick(service, endpoints, self._tick)
 
     async def _tick(self) -> None:
         if self._lease.is_held:
-            await self._orders.carry_out(self.planner.tick(self._clock()))
+            await self._orders.apply(self.planner.tick(self._clock()))
 
-    def _cap_of(self, node: NodeRef) -> int | None:
+    def _budget_of(self, node: NodeRef) -> int | None:
         view = self.planner.state.view(node.node_id)
-        return view.cap if view is not None and view.descriptor.node == node else None
+        return view.chunk_budget if view is not None and view.descriptor.node == node else None
 
 
-def _assignment(request: ScheduleRequest, choice: Choice, epoch: int) -> Assignment:
-    return Assignment(
-        request_id=request.request_id,
-        attempt=request.attempt,
-        epoch=epoch,
-        prefill=choice.prefill.descriptor.node,
-        decode=choice.decode.descriptor.node,
-        reason=choice.reason,
-        prefill_candidates=choice.prefill_candidates,
-        decode_candidates=choice.decode_candidates,
-        first_token_in_s=choice.first_token_s,
-    )
+async def serve_and_tick(
+    service: Service, endpoints: Sequence[Endpoint], tick: Callable[[], Awaitable[None]]
+) -> None:
+    """Until cancelled: serve `endpoints`, and call `tick` once per period.
+
+    A tick that takes longer than the period delays the next one; one that fails is logged and costs nothing
+    else.
+    """
+    clock = asyncio.get_running_loop().time
+    while True:
+        try:
+            async with AsyncExitStack() as served:
+                for endpoint in endpoints:
+                    await served.enter_async_context(service.also_serving(endpoint))
+                due = clock()
+                while True:
+                    try:
+                        await tick()
+                    except Exception:
+                        log.exception("the planner failed")
+                    due = max(due + TICK_PERIOD_S, clock())
+                    await asyncio.sleep(due - clock())
+        except errors.Unavailable as error:
+            # Cut off just now. Either the connection comes back in time, or the lease ends and so do we.
+            log.warning("can't serve gateways: %s", error.message)
+            await asyncio.sleep(TICK_PERIOD_S)
 
 
 def planner_of(settings: SchedulerSettings) -> Planner:

@@ -1,265 +1,250 @@
-"""Finds the few nodes that are worth weighing, without looking at all of them.
+"""What the scheduler knows of the nodes: what they are, how loaded they are, and what it gave them since.
 
-Nodes that can exchange blocks form a group. In a group each side is kept sorted by how soon a node could
-begin, one list per class of equal speed: the best of a class is at its front, whatever the request.
+Pure: `now` is seconds of any monotonic clock.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right, insort
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import msgspec
+from sortedcontainers import SortedDict
 
-from flowkv_common.wire.messages import NodeRef
-from flowkv_common.wire.nodes import SILENT_AFTER_PERIODS, LoadReport, NodeDescriptor
+from flowkv_common.wire.messages import NodeRef, PoolLayout, ScheduleRequest
+from flowkv_common.wire.nodes import (
+    SILENT_AFTER_PERIODS,
+    LoadReport,
+    NodeDescriptor,
+    OutputForecast,
+    expected_tokens,
+    serves_decode,
+    serves_prefill,
+)
 from flowkv_scheduler.prefixes import PrefixIndex
-from flowkv_scheduler.views import NodeView, Speed, Work, speed_of, view_of
 
-if TYPE_CHECKING:
-    from flowkv_common.wire.nodes import NodeDescriptor
-    from flowkv_scheduler.views import NodeView
-
+# Assumed until a node has measured its own: middling figures of a small model on CPU.
+DEFAULT_PREFILL_TOKENS_PER_S = 1000.0
+DEFAULT_DECODE_STEP_S = 0.03
+# Assumed of a node without a forecast: a token ends its output with this probability, as in a chat.
+DEFAULT_STOP_RATE = 1 / 256
+# Prompts are taken to be so long at first, and the newest one has this weight in the mean.
+FIRST_MEAN_PROMPT_TOKENS = 512.0
+NEWEST_PROMPT_WEIGHT = 0.05
+# Load reports lag: what we gave a node counts on top of its report for so long, unless one shows it sooner.
+CHOICES_COUNT_FOR_PERIODS = 2.0
+# The report of a silent node is dropped after this.
+FORGET_REPORT_AFTER_S = 60.0
 # Nodes whose speeds differ by less than this factor are compared by their load alone.
-_SPEED_STEP = math.log(1.25)
+SPEED_CLASS_FACTOR = 1.25
+
+
+class Goals(msgspec.Struct, frozen=True):
+    """Targets in seconds: time to first token, time between tokens, and the longest wait that is admitted."""
+
+    ttft_s: float = 5.0
+    itl_s: float = 0.25
+    max_wait_s: float = 60.0
+
+
+class Work(msgspec.Struct, frozen=True, gc=False):
+    """What requests add to a node."""
+
+    prefill_tokens: int = 0
+    num_sequences: int = 0
+    num_blocks: int = 0
+    context_tokens: int = 0
+    output_tokens: float = 0.0  # as expected
+
+    def plus(self, other: Work, sign: int = 1) -> Work:
+        return Work(
+            self.prefill_tokens + sign * other.prefill_tokens,
+            self.num_sequences + sign * other.num_sequences,
+            self.num_blocks + sign * other.num_blocks,
+            self.context_tokens + sign * other.context_tokens,
+            self.output_tokens + sign * other.output_tokens,
+        )
+
+    def share(self, part: int, whole: int) -> Work:
+        """That of `part` requests, where all of this is of `whole`."""
+        if part == whole:
+            return self
+        return Work(
+            self.prefill_tokens * part // whole,
+            self.num_sequences * part // whole,
+            self.num_blocks * part // whole,
+            self.context_tokens * part // whole,
+            self.output_tokens * part / whole,
+        )
+
+
+NOTHING = Work()
+
+
+class Speed(msgspec.Struct, frozen=True, gc=False):
+    """Seconds of an engine step: `base_s`, and so much for each thing in it, as in `StepFit`.
+
+    `chunk_base_s` is the part of `base_s` that a prompt's chunk pays: 0 where the node reports only its
+    rates, for its prefill rate includes it.
+    """
+
+    base_s: float
+    chunk_base_s: float
+    prefill_token_s: float
+    attended_token_s: float
+    sequence_s: float
+    context_token_s: float
+
+    def prefill_s(self, num_new: int, num_cached: int, chunk_tokens: int, beside_s: float) -> float:
+        """Seconds to compute `num_new` tokens behind `num_cached` in steps of at most `chunk_tokens`.
+
+        `beside_s` is what each of these steps computes for decoding sequences.
+        """
+        if num_new <= 0:
+            return 0.0
+        num_steps = -(-num_new // max(1, chunk_tokens))
+        num_attended = num_new * (num_cached + num_new / 2)
+        return (
+            num_steps * (self.chunk_base_s + beside_s)
+            + num_new * self.prefill_token_s
+            + num_attended * self.attended_token_s
+        )
+
+    def queue_s(self, num_tokens: int, mean_tokens: float, chunk_tokens: int, beside_s: float) -> float:
+        """Of a queue of so many tokens, in prompts of about `mean_tokens` that share their steps."""
+        one_prompt_s = self.prefill_s(num_tokens, 0, chunk_tokens, beside_s)
+        return max(0.0, one_prompt_s + num_tokens * (mean_tokens - num_tokens) / 2 * self.attended_token_s)
+
+    def decode_step_s(self, num_sequences: int, num_context_tokens: int) -> float:
+        """Of a step that gives each sequence one token."""
+        return self.base_s + self.beside_s(num_sequences, num_context_tokens)
+
+    def beside_s(self, num_sequences: int, num_context_tokens: int) -> float:
+        """What decoding sequences add to a step that runs anyway."""
+        return num_sequences * self.sequence_s + num_context_tokens * self.context_token_s
+
+
+def speed_of(report: LoadReport) -> Speed:
+    """From the fit that the node reports; from its plain rates what is missing in it."""
+    rate = report.prefill_tokens_per_s or DEFAULT_PREFILL_TOKENS_PER_S
+    step_s = report.decode_step_s or DEFAULT_DECODE_STEP_S
+    fit = report.step
+    if fit is None:
+        return Speed(step_s, 0.0, 1 / rate, 0.0, step_s / max(1, report.max_num_seqs), 0.0)
+    return Speed(
+        base_s=fit.base_s or step_s,
+        chunk_base_s=fit.base_s,
+        prefill_token_s=fit.prefill_token_s or 1 / rate,
+        attended_token_s=fit.attended_token_s,
+        sequence_s=fit.sequence_s,
+        context_token_s=fit.context_token_s,
+    )
 
 
 class Group(NamedTuple):
-    """What nodes have in common that can exchange blocks: the weights, the layout, the kind of memory."""
+    """What nodes that can exchange blocks have in common: weights, shape of a block, kind of memory."""
 
     fingerprint: str
-    num_layers: int
-    block_size: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: str
+    layout: PoolLayout
     memory: str
 
 
-class _Place(msgspec.Struct, frozen=True, gc=False):
-    """Where a node stands on one side, to be found again."""
+def group_of(node: NodeDescriptor) -> Group:
+    return Group(node.model.fingerprint, node.layout, node.memory)
 
+
+class NodeView(msgspec.Struct, frozen=True, gc=False):
+    """What a node is, its last report, what we gave it since, and what follows from these. Made by `view_of`.
+
+    Tokens, sequences and blocks include what we gave it and its report does not show yet.
+    """
+
+    node_id: str
+    descriptor: NodeDescriptor
     group: Group
-    speed_class: int
-    key: tuple[float, str]
-
-
-class Side:
-    """Nodes of one side, by group and speed class, each sorted by `(seconds, node id)`.
-
-    Plain lists: to move what comes behind a node is one `memmove`, of 80 kB with 10,000 nodes.
-    """
-
-    def __init__(self) -> None:
-        self._sorted: dict[Group, dict[int, list[tuple[float, str]]]] = {}
-        self._places: dict[str, _Place] = {}
-        self._views: dict[str, NodeView] = {}
-
-    def put(self, view: NodeView, group: Group, speed_s: float, seconds: float) -> None:
-        place = _Place(group, round(math.log(speed_s) / _SPEED_STEP), (seconds, view.node_id))
-        if self._places.get(view.node_id) != place:
-            self.remove(view.node_id)
-            self._places[view.node_id] = place
-            classes = self._sorted.setdefault(group, {})
-            insort(classes.setdefault(place.speed_class, []), place.key)
-        self._views[view.node_id] = view
-
-    def remove(self, node_id: str) -> None:
-        place = self._places.pop(node_id, None)
-        if place is None:
-            return
-        del self._views[node_id]
-        classes = self._sorted[place.group]
-        by_load = classes[place.speed_class]
-        del by_load[bisect_left(by_load, place.key)]
-        if not by_load:
-            del classes[place.speed_class]
-        if not classes:
-            del self._sorted[place.group]
-
-    def has(self, group: Group) -> bool:
-        return group in self._sorted
-
-    def find(self, group: Group, num: int, accepts: Callable[[NodeView], bool]) -> list[NodeView]:
-        """Of those that are accepted the soonest, `num` of each class of speed."""
-        views = self._views
-        found: list[NodeView] = []
-        for by_load in self._sorted.get(group, {}).values():
-            nodes = (views[node_id] for _, node_id in by_load)
-            found += islice(filter(accepts, nodes), num)
-        return found
-
-    def member(self, group: Group, node_id: str) -> NodeView | None:
-        place = self._places.get(node_id)
-        return self._views[node_id] if place and place.group == group else None
-
-
-class Members:
-    """All nodes of each group, whatever their side: for when a side is empty."""
-
-    def __init__(self) -> None:
-        self.groups: list[Group] = []  # in one order, whatever the nodes' is
-        self._views: dict[Group, dict[str, NodeView]] = {}
-
-    def put(self, view: NodeView, group: Group) -> None:
-        if group not in self._views:
-            insort(self.groups, group, key=repr)
-            self._views[group] = {}
-        self._views[group][view.node_id] = view
-
-    def remove(self, node_id: str, group: Group) -> None:
-        del self._views[group][node_id]
-        if not self._views[group]:
-            del self._views[group]
-            self.groups.remove(group)
-
-    def find(self, group: Group, num: int, accepts: Callable[[NodeView], bool]) -> list[NodeView]:
-        """`num` of those that are accepted, by id. O(n log n)."""
-        by_id = (view for _, view in sorted(self._views.get(group, {}).items()))
-        return list(islice(filter(accepts, by_id), num))
-
-    def member(self, group: Group, node_id: str) -> NodeView | None:
-        return self._views.get(group, {}).get(node_id)
-
-
-class Index:
-    """Both sides of all groups. A mixed node stands on both.
-
-    The nodes of `prefill` are sorted by when they could begin, those of `decode` by the length of a step.
-    """
-
-    def __init__(self) -> None:
-        self.prefill = Side()
-        self.decode = Side()
-        self.members = Members()
-        self._group_of: dict[str, Group] = {}
+    report: LoadReport
+    usable_until: float  # silent after that, unless it reports again; -inf if it takes nothing new
+    given: Work
+    speed: Speed
+    chunk_budget: int  # prompt tokens per step, the one number that says what the node is
+    chunk_tokens: int  # of a prompt, in one step
+    may_prefill: bool
+    may_decode: bool
+    num_tokens_held: int  # at most, by the whole pool
+    num_sequences: int
+    num_context_tokens: int
+    num_queued_tokens: int
+    num_available_blocks: int  # free ones and cached ones, which are evicted on demand
+    chunk_beside_s: float  # what a prompt's steps compute for decoding sequences
+    prefill_wait_s: float  # until a prompt that comes now is begun
+    chunk_s: float  # what prompts that wait here add to a step
+    step_s: float  # of a decode step, were one more sequence of mean length there; with `chunk_s`
+    tokens_left: float  # that its sequences are expected to produce yet, together
+    first_ends_in: float  # steps, until the first of them has ended
+    stop_rate: float  # outputs that end by themselves, per token
+    prefill_rank: tuple[int, float, str]  # class of speed, seconds until it could begin, node id
+    decode_rank: tuple[int, float, str]  # class of speed, seconds of a step, node id
 
     @property
-    def groups(self) -> list[Group]:
-        return self.members.groups
+    def helps_decode(self) -> bool:
+        """A prefill node that decodes besides: a delay of its prompts delays all requests behind them."""
+        return self.descriptor.role == "prefill" and self.may_prefill and self.may_decode
 
-    def groups_of(self, fingerprint: str) -> list[Group]:
-        """Those that serve the model."""
-        return [group for group in self.groups if group.fingerprint == fingerprint]
+    def is_usable(self, now: float) -> bool:
+        """May it get new work?"""
+        return now <= self.usable_until
 
-    def is_whole(self, group: Group) -> bool:
-        """Has it nodes on both sides?"""
-        return self.prefill.has(group) and self.decode.has(group)
+    def can_ever_compute(self, request: ScheduleRequest) -> bool:
+        """Could the whole pool hold the prompt?"""
+        num_blocks = self.descriptor.layout.blocks_for_prompt(request.num_prompt_tokens)
+        return num_blocks <= self.descriptor.num_blocks
 
-    def put(self, view: NodeView) -> None:
-        """Take the node up, or to its new place."""
-        group = group_of(view.descriptor)
-        if self._group_of.get(view.node_id) != group:
-            self.remove(view.node_id)
-            self._group_of[view.node_id] = group
-        self.members.put(view, group)
-        if view.may_prefill:
-            self.prefill.put(view, group, view.speed.prefill_token_s, view.prefill_wait_s)
-        else:
-            self.prefill.remove(view.node_id)
-        if view.may_decode:
-            self.decode.put(view, group, view.speed.base_s, view.step_s)
-        else:
-            self.decode.remove(view.node_id)
+    def can_ever_hold(self, request: ScheduleRequest) -> bool:
+        """Could the whole pool hold the prompt, and all that it may produce?"""
+        return request.num_prompt_tokens + request.max_new_tokens <= self.num_tokens_held
 
-    def remove(self, node_id: str) -> None:
-        group = self._group_of.pop(node_id, None)
-        if group is None:
-            return
-        self.members.remove(node_id, group)
-        self.prefill.remove(node_id)
-        self.decode.remove(node_id)
+    def need_of(self, request: ScheduleRequest) -> Work:
+        """The room that the request takes here, and the work that it brings."""
+        return Work(
+            prefill_tokens=request.num_prompt_tokens,
+            num_sequences=1,
+            num_blocks=self.descriptor.layout.blocks_for_prompt(request.num_prompt_tokens),
+            context_tokens=request.num_prompt_tokens,
+            output_tokens=expected_tokens(request.max_new_tokens, self.stop_rate),
+        )
 
-
-def group_of(node: NodeDescriptor) -> Group:
-    layout = node.layout
-    return Group(
-        fingerprint=node.model.fingerprint,
-        num_layers=layout.num_layers,
-        block_size=layout.block_size,
-        num_kv_heads=layout.num_kv_heads,
-        head_dim=layout.head_dim,
-        dtype=layout.dtype,
-        memory=node.memory,
-    )
-
-
-# What an operator knows each part of a group by.
-_NAMES = {"fingerprint": "model fingerprint", "dtype": "KV dtype", "memory": "memory of the KV cache"}
-
-
-def num_pairs(nodes: Iterable[NodeView]) -> int:
-    """Of a node that takes prompts and one that decodes, which can exchange blocks, or are the same node."""
-    prefill, decode = Counter[Group](), Counter[Group]()
-    for node in nodes:
-        group = group_of(node.descriptor)
-        prefill[group] += node.may_prefill
-        decode[group] += node.may_decode
-    return sum(count * decode[group] for group, count in prefill.items())
-
-
-def why_apart(nodes: Iterable[NodeDescriptor]) -> str | None:
-    """Who can't exchange blocks with most of the nodes, and by what they differ; None if all can."""
-    groups: dict[Group, list[str]] = defaultdict(list)
-    for node in sorted(nodes, key=lambda node: node.node.node_id):
-        groups[group_of(node)].append(node.node.node_id)
-    if len(groups) < 2:
-        return None
-    most = max(groups, key=lambda group: len(groups[group]))  # of equals, that with the first node
-    return "; ".join(
-        f"{', '.join(names)} can't exchange KV with {', '.join(groups[most])}: {_differences(group, most)}"
-        for group, names in groups.items()
-        if group != most
-    )
-
-
-def _differences(group: Group, other: Group) -> str:
-    return ", ".join(
-        f"{_NAMES.get(name, name.replace('_', ' '))} {mine}, not {theirs}"
-        for name, mine, theirs in zip(Group._fields, group, other, strict=True)
-        if mine != theirs
-    )
-
-
-# Load reports lag: what we gave a node counts on top of its report for so long, unless it shows it sooner.
-CHOICES_COUNT_FOR_PERIODS = 2.0
-_FORGET_REPORT_AFTER_S = 60.0
-# Weight of the newest prompt in the mean length.
-_SMOOTHING = 0.05
-_FIRST_MEAN_TOKENS = 512.0
-
-
-class _Given(msgspec.Struct, frozen=True, gc=False):
-    """One choice of ours, which counts until `until` at the latest."""
-
-    until: float
-    work: Work
+    def num_missing_places(self, held: Work) -> int:
+        """In the batch, for one more sequence beside those of `held`."""
+        return self.num_sequences + held.num_sequences + 1 - max(1, self.report.max_num_seqs)
 
 
 class _Pending:
     """Our choices for one side of a node, until its reports show them."""
 
     def __init__(self, num_accepted: int) -> None:
-        self.sum = Work()
+        self.sum = NOTHING
         self._num_accepted = num_accepted
-        self._given: list[_Given] = []  # in the order in which they end
+        self._choices: list[tuple[float, Work]] = []  # until when each counts, soonest first
 
-    def add(self, given: _Given) -> None:
-        insort(self._given, given, key=lambda one: one.until)
-        self.sum = self.sum.plus(given.work)
+    def add_choice(self, until: float, work: Work) -> None:
+        insort(self._choices, (until, work), key=_until)
+        self.sum = self.sum.plus(work)
 
     def settle(self, num_accepted: int, now: float) -> None:
-        """Drop as many as the node has taken on since, oldest first, and those that have had their time."""
+        """Drop as many as the node has accepted since, oldest first, and those whose time is over."""
         num_shown = max(0, num_accepted - self._num_accepted)
         self._num_accepted = num_accepted
-        num_ended = bisect_right(self._given, now, key=lambda given: given.until)
-        for given in self._given[: max(num_shown, num_ended)]:
-            self.sum = self.sum.plus(given.work, -1)
-        del self._given[: max(num_shown, num_ended)]
+        num_dropped = max(num_shown, bisect_right(self._choices, now, key=_until))
+        for _, work in self._choices[:num_dropped]:
+            self.sum = self.sum.plus(work, -1)
+        del self._choices[:num_dropped]
+
+
+def _until(choice: tuple[float, Work]) -> float:
+    return choice[0]
 
 
 class _Node:
@@ -273,10 +258,6 @@ class _Node:
         self.rooms = _Pending(report.num_rooms_given)
         self.sequences = _Pending(report.num_sequences_accepted)
 
-    @property
-    def given(self) -> Work:
-        return self.prompts.sum.plus(self.rooms.sum).plus(self.sequences.sum)
-
     def hear(self, report: LoadReport, speed: Speed, now: float) -> None:
         self.report, self.speed, self.heard_at = report, speed, now
         self.prompts.settle(report.num_prompts_accepted, now)
@@ -284,16 +265,101 @@ class _Node:
         self.sequences.settle(report.num_sequences_accepted, now)
 
 
+def view_of(
+    descriptor: NodeDescriptor, node: _Node, mean_prompt_tokens: float, leaves: str | None
+) -> NodeView:
+    """`mean_prompt_tokens`: a queue is one of such prompts. `leaves`: the side that gets nothing new here."""
+    report, speed = node.report, node.speed
+    node_id, block_size = descriptor.node.node_id, descriptor.layout.block_size
+    given = node.prompts.sum.plus(node.rooms.sum).plus(node.sequences.sum)
+    silent_at = node.heard_at + SILENT_AFTER_PERIODS * report.period_s
+    budget, blocks = report.max_prefill_tokens_per_step, report.blocks
+    chunk_tokens = max(budget, block_size)
+    may_prefill = serves_prefill(budget, block_size) and leaves != "prefill"
+    num_sequences = report.num_running + report.num_waiting + given.num_sequences
+    num_context_tokens = report.num_context_tokens + given.context_tokens
+    num_queued = report.queued_prefill_tokens + given.prefill_tokens
+    # A chunk on a decode node takes a whole step: a block at a time is never as cheap as its rate.
+    base_s = 0.0 if may_prefill else speed.base_s - speed.chunk_base_s
+    beside_s = base_s + speed.beside_s(report.num_running, report.num_context_tokens)
+    wait_s = speed.queue_s(num_queued, mean_prompt_tokens, chunk_tokens, beside_s)
+    chunk_s = min(num_queued, chunk_tokens) * speed.prefill_token_s
+    step_s = speed.decode_step_s(num_sequences + 1, num_context_tokens + int(mean_prompt_tokens)) + chunk_s
+    forecast = report.forecast
+    if forecast is None:  # all that is known is how many there are
+        num = report.num_running + report.num_waiting
+        left = expected_tokens(math.inf, DEFAULT_STOP_RATE)
+        forecast = OutputForecast(
+            tokens_left=num * left, first_ends_in=left / max(1, num), stop_rate=DEFAULT_STOP_RATE
+        )
+    # What was given last is all still to begin.
+    given_ends_in = given.output_tokens / given.num_sequences if given.num_sequences else math.inf
+    return NodeView(
+        node_id=node_id,
+        descriptor=descriptor,
+        group=group_of(descriptor),
+        report=report,
+        usable_until=silent_at if report.ready and not report.draining else -math.inf,
+        given=given,
+        speed=speed,
+        chunk_budget=budget,
+        chunk_tokens=chunk_tokens,
+        may_prefill=may_prefill,
+        may_decode=serves_decode(budget, descriptor.token_budget) and leaves != "decode",
+        num_tokens_held=descriptor.num_blocks * block_size,
+        num_sequences=num_sequences,
+        num_context_tokens=num_context_tokens,
+        num_queued_tokens=num_queued,
+        num_available_blocks=blocks.free + blocks.cached - given.num_blocks,
+        chunk_beside_s=beside_s,
+        prefill_wait_s=wait_s,
+        chunk_s=chunk_s,
+        step_s=step_s,
+        tokens_left=forecast.tokens_left + given.output_tokens,
+        first_ends_in=min(forecast.first_ends_in if forecast.tokens_left else math.inf, given_ends_in),
+        stop_rate=forecast.stop_rate,
+        prefill_rank=(_speed_class(speed.prefill_token_s), wait_s, node_id),
+        decode_rank=(_speed_class(speed.base_s), step_s, node_id),
+    )
+
+
+def _speed_class(seconds: float) -> int:
+    return round(math.log(seconds, SPEED_CLASS_FACTOR))
+
+
+class NodeGroup:
+    """Nodes that can exchange blocks: all of them, and each side, the soonest of each speed class first."""
+
+    def __init__(self) -> None:
+        self.members: SortedDict = SortedDict()  # (0, node id) -> node
+        self.prefill: SortedDict = SortedDict()  # `prefill_rank` -> node
+        self.decode: SortedDict = SortedDict()  # `decode_rank` -> node
+
+    def add_node(self, node: NodeView) -> None:
+        self.members[0, node.node_id] = node
+        if node.may_prefill:
+            self.prefill[node.prefill_rank] = node
+        if node.may_decode:
+            self.decode[node.decode_rank] = node
+
+    def remove_node(self, node: NodeView) -> None:
+        del self.members[0, node.node_id]
+        if node.may_prefill:
+            del self.prefill[node.prefill_rank]
+        if node.may_decode:
+            del self.decode[node.decode_rank]
+
+
 class ClusterState:
     """Joins descriptors and reports by node *and* incarnation: a former life never passes for the present."""
 
     def __init__(self) -> None:
-        self.index = Index()
         self.prefixes = PrefixIndex()
-        self.mean_prompt_tokens = _FIRST_MEAN_TOKENS
+        self.mean_prompt_tokens = FIRST_MEAN_PROMPT_TOKENS
         self._descriptors: dict[str, NodeDescriptor] = {}
         self._nodes: dict[NodeRef, _Node] = {}
         self._views: dict[str, NodeView] = {}
+        self._groups: SortedDict = SortedDict(repr)  # group -> `NodeGroup`
         self._leaving: dict[str, str] = {}
         self._decode_costs: dict[str, tuple[float, float]] = {}  # by model: of a sequence, of a context token
 
@@ -320,7 +386,7 @@ class ClusterState:
         """Count a prompt that we gave a node, until its report shows it or two periods have passed."""
         if known := self._nodes.get(node):
             until = now + CHOICES_COUNT_FOR_PERIODS * known.report.period_s
-            known.prompts.add(_Given(until, work))
+            known.prompts.add_choice(until, work)
             self._refresh(node.node_id)
 
     def add_sequence(self, node: NodeRef, work: Work, arrives_in_s: float, now: float) -> None:
@@ -330,13 +396,13 @@ class ClusterState:
         """
         if known := self._nodes.get(node):
             until = now + arrives_in_s + CHOICES_COUNT_FOR_PERIODS * known.report.period_s
-            known.rooms.add(_Given(until, Work(num_blocks=work.num_blocks)))
-            known.sequences.add(_Given(until, msgspec.structs.replace(work, num_blocks=0)))
+            known.rooms.add_choice(until, Work(num_blocks=work.num_blocks))
+            known.sequences.add_choice(until, msgspec.structs.replace(work, num_blocks=0))
             self._refresh(node.node_id)
 
-    def see_prompt(self, num_tokens: int) -> None:
-        """Learn how long prompts are: that tells what a queue of so many tokens costs."""
-        self.mean_prompt_tokens += _SMOOTHING * (num_tokens - self.mean_prompt_tokens)
+    def learn_prompt_length(self, num_tokens: int) -> None:
+        """The mean length of prompts tells what a queue of so many tokens costs."""
+        self.mean_prompt_tokens += NEWEST_PROMPT_WEIGHT * (num_tokens - self.mean_prompt_tokens)
 
     def set_leaving(self, leaving: Mapping[str, str]) -> None:
         """Which side each of these nodes gets nothing new on, by id."""
@@ -361,6 +427,10 @@ class ClusterState:
     def usable(self, now: float) -> Iterator[NodeView]:
         return (view for view in self._views.values() if view.is_usable(now))
 
+    def groups_of(self, fingerprint: str) -> list[NodeGroup]:
+        """The nodes of a model."""
+        return [nodes for group, nodes in self._groups.items() if group.fingerprint == fingerprint]
+
     def _speed_of(self, report: LoadReport) -> Speed:
         """A node that has not decoded yet is taken to do it as another of its model does: not for nothing."""
         speed, descriptor = speed_of(report), self._descriptors.get(report.node.node_id)
@@ -374,29 +444,74 @@ class ClusterState:
         return speed
 
     def _refresh(self, node_id: str) -> None:
-        """Compute the node's view anew and put it where the index keeps it."""
-        descriptor = self._descriptors.get(node_id)
+        """Compute the node's view anew."""
+        descriptor, before = self._descriptors.get(node_id), self._views.get(node_id)
         known = self._nodes.get(descriptor.node) if descriptor else None
-        if descriptor is None or known is None:
-            self._views.pop(node_id, None)
-            self.index.remove(node_id)
-            return
-        view = view_of(
-            descriptor,
-            known.report,
-            known.speed,
-            known.heard_at,
-            known.given,
-            mean_prompt_tokens=self.mean_prompt_tokens,
-            leaves=self._leaving.get(node_id),
-        )
-        self._views[node_id] = view
-        self.index.put(view)
+        view = None
+        if descriptor is not None and known is not None:
+            view = view_of(descriptor, known, self.mean_prompt_tokens, self._leaving.get(node_id))
+        if before is not None:
+            self._groups[before.group].remove_node(before)
+        if view is not None:
+            self._views[node_id] = view
+            if view.group not in self._groups:
+                self._groups[view.group] = NodeGroup()
+            self._groups[view.group].add_node(view)
+        elif before is not None:
+            del self._views[node_id]
+        if before is not None and not self._groups[before.group].members:
+            del self._groups[before.group]
 
     def _forget_silent(self, now: float) -> None:
-        """Lives that ended long ago; asked when a new one begins, so memory stays bounded."""
+        """Drop lives that ended long ago; called when a new one begins, so memory stays bounded."""
         for ref, known in list(self._nodes.items()):
             silent_s = SILENT_AFTER_PERIODS * known.report.period_s
-            if now - known.heard_at > max(_FORGET_REPORT_AFTER_S, silent_s):
+            if now - known.heard_at > max(FORGET_REPORT_AFTER_S, silent_s):
                 del self._nodes[ref]
                 self._refresh(ref.node_id)
+
+
+def num_pairs(nodes: Iterable[NodeView]) -> int:
+    """Of a node that prefills and one that decodes, which can exchange blocks or are the same node."""
+    prefill, decode = Counter[Group](), Counter[Group]()
+    for node in nodes:
+        prefill[node.group] += node.may_prefill
+        decode[node.group] += node.may_decode
+    return sum(count * decode[group] for group, count in prefill.items())
+
+
+def why_apart(nodes: Iterable[NodeDescriptor]) -> str | None:
+    """Which nodes can't exchange blocks with most of the nodes, and what differs; None if all can."""
+    groups: dict[Group, list[str]] = defaultdict(list)
+    for node in sorted(nodes, key=lambda node: node.node.node_id):
+        groups[group_of(node)].append(node.node.node_id)
+    if len(groups) < 2:
+        return None
+    most = max(groups, key=lambda group: len(groups[group]))  # of equals, that with the first node
+    lines = []
+    for group, names in groups.items():
+        differences = [
+            f"{name} {mine}, not {theirs}"
+            for (name, mine), theirs in zip(_parts(group).items(), _parts(most).values(), strict=True)
+            if mine != theirs
+        ]
+        if differences:
+            lines.append(
+                f"{', '.join(names)} can't exchange KV with {', '.join(groups[most])}: "
+                f"{', '.join(differences)}"
+            )
+    return "; ".join(lines)
+
+
+def _parts(group: Group) -> dict[str, str | int]:
+    """By the names that an operator knows."""
+    layout = group.layout
+    return {
+        "model fingerprint": group.fingerprint,
+        "num layers": layout.num_layers,
+        "block size": layout.block_size,
+        "num kv heads": layout.num_kv_heads,
+        "head dim": layout.head_dim,
+        "KV dtype": layout.dtype,
+        "memory of the KV cache": group.memory,
+    }

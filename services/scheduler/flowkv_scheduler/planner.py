@@ -1,6 +1,6 @@
 """All that a scheduler decides, in one pure object: the process, the replay and the simulator run this one.
 
-Reads no clock and does no I/O: `now` is seconds of any monotonic clock, what is decided is returned.
+Reads no clock and does no I/O: `now` is seconds of any monotonic clock, decisions are returned.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_scheduler import admission, policy
-from flowkv_scheduler.cluster import CHOICES_COUNT_FOR_PERIODS, ClusterState
-from flowkv_scheduler.policy import Choice, Chooser, Goals, Weighing
-from flowkv_scheduler.rebalance import Order, Rate, Regimes, Thresholds
-from flowkv_scheduler.waiting import Waiting
+from flowkv_scheduler.admission import WaitingQueue
+from flowkv_scheduler.cluster import CHOICES_COUNT_FOR_PERIODS, ClusterState, Goals
+from flowkv_scheduler.policy import Choice, Chooser, RequestCosts
+from flowkv_scheduler.prefixes import NO_HITS
+from flowkv_scheduler.rebalance import Order, Rate, Rebalancer
 
 # Prompts: enough to see through a burst, few enough to follow the traffic.
 NUM_REMEMBERED = 40
@@ -28,21 +29,20 @@ class Planner:
         self.state = ClusterState()
         self._prefill_tokens = Rate(NUM_REMEMBERED)
         self._output_tokens = Rate(NUM_REMEMBERED)
+        self._queue = WaitingQueue()
         self._goals = goals
         self._lends = lends
-        self.begin_term()
-        self._limits = admission.Limits(lends=lends)
         self._choose = choose
-        self._waiting = Waiting()
+        self.start_term()
 
-    def begin_term(self) -> None:
-        """Forget what was lent: others may have led since. Whom they have lent shows in the nodes' caps."""
-        self.regimes = Regimes(self._goals, Thresholds(), lends=self._lends)
+    def start_term(self) -> None:
+        """Forget what was lent: others may have led since. What they lent shows in the nodes' budgets."""
+        self.rebalancer = Rebalancer(self._goals, lends=self._lends)
         self.state.set_leaving({})
 
     def set_descriptors(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         self.state.set_descriptors(descriptors)
-        self.regimes.follow(descriptors.values())
+        self.rebalancer.set_descriptors(descriptors.values())
 
     def add_report(self, report: LoadReport, now: float) -> None:
         self.state.add_report(report, now)
@@ -53,19 +53,19 @@ class Planner:
 
     def schedule(self, request: ScheduleRequest, now: float) -> Choice | Wait:
         """The pair for one attempt, counted at once; or when to ask again. Raises as `admission.decide`."""
-        self._waiting.forget_gone(now)
+        self._queue.forget_gone(now)
         try:
             decision = admission.decide(
-                request, self.state, self._goals, self._limits, now, self._choose, self._waiting
+                request, self.state, self._goals, now, self._queue, lends=self._lends, choose=self._choose
             )
         except errors.FlowKVError:
-            self._waiting.forget(request.request_id)
+            self._queue.forget(request.request_id)
             raise
         if isinstance(decision, Choice):
-            self._waiting.forget(request.request_id)
+            self._queue.forget(request.request_id)
             self._count(request, decision, now)
             return decision
-        self._waiting.note(request, decision.node_id, decision.need, decision.wait.retry_in_s, now)
+        self._queue.add_waiter(request, decision.node_id, decision.need, decision.wait.retry_in_s, now)
         return decision.wait
 
     def why_not_ready(self, fingerprint: str, now: float) -> str | None:
@@ -73,28 +73,30 @@ class Planner:
         least = ScheduleRequest(
             request_id="", attempt=0, fingerprint=fingerprint, num_prompt_tokens=1, max_new_tokens=1
         )
-        weighing = Weighing(least, self.state, self._goals, now)
-        if any(weighing.stands(group) for group in weighing.groups):
-            return None
-        return "no node of the model is ready"
+        costs = RequestCosts(least, self.state, self._goals, now, hits=NO_HITS)
+        return None if costs.has_nodes() else "no node of the model is ready"
 
     def tick(self, now: float) -> list[Order]:
         """Once per period: regimes, lending, scaling."""
-        orders = self.regimes.tick(
-            list(self.state.usable(now)), self._prefill_tokens.at(now), now, self._output_tokens.at(now)
+        orders = self.rebalancer.tick(
+            list(self.state.usable(now)),
+            self._prefill_tokens.per_second(now),
+            now,
+            self._output_tokens.per_second(now),
         )
-        self.state.set_leaving(self.regimes.leaving)
+        self.state.set_leaving(self.rebalancer.leaving)
         return orders
 
     def _count(self, request: ScheduleRequest, choice: Choice, now: float) -> None:
         """Load reports lag: what we have just given must not be given twice."""
-        self.state.see_prompt(request.num_prompt_tokens)
-        self._prefill_tokens.add(choice.prefill_s / choice.prefill.speed.prefill_token_s, now)
-        for_prefill, for_decode = policy.added_work(request, choice)
-        self._output_tokens.add(for_decode.output_tokens, now)
-        arrives_in_s = choice.first_token_s
-        self.state.add_prompt(choice.prefill.descriptor.node, for_prefill, now)
-        self.state.add_sequence(choice.decode.descriptor.node, for_decode, arrives_in_s, now)
+        self.state.learn_prompt_length(request.num_prompt_tokens)
+        self._prefill_tokens.add_event(choice.prefill_s / choice.prefill.speed.prefill_token_s, now)
+        for_prefill, for_decode = choice.added_work(request)
+        self._output_tokens.add_event(for_decode.output_tokens, now)
+        prefill, decode = choice.prefill.descriptor.node, choice.decode.descriptor.node
+        self.state.add_prompt(prefill, for_prefill, now)
+        self.state.add_sequence(decode, for_decode, choice.first_token_s, now)
         until = now + choice.predicted_s + CHOICES_COUNT_FOR_PERIODS * choice.prefill.report.period_s
-        nodes = {node.node_id: node.descriptor.node for node in (choice.prefill, choice.decode)}
-        self.state.prefixes.expect(nodes.values(), request.block_hashes, until)
+        self.state.prefixes.expect(
+            {prefill.node_id: prefill, decode.node_id: decode}.values(), request.block_hashes, until
+        )

@@ -1,28 +1,61 @@
-"""How much of one prompt each node has cached. Pure: made by `PrefixIndex`, read by the policy."""
+"""Which prefixes the nodes have cached: an index of block hashes, and the follower that keeps it up to date.
+
+Times are seconds of any one clock.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import math
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 
 from nats.aio.msg import Msg
 
-from flowkv_common.aio import group
+from flowkv_common.aio import Backoff, group
 from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import BadRequest, FlowKVError, Stale
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged, ListBlocks, NodeDescriptor
-from flowkv_scheduler.views import Expected, set_bits
+
+log = logging.getLogger(__name__)
+
+# Blocks. A hash covers all tokens before it: a node with the last block of a part likely has the others.
+PART_SIZE = 8
+# Changes that are kept while a node's list is on its way: minutes of them.
+MAX_WAITING = 256
+# The keys of nodes that have left are cleared bit by bit, so many per call.
+KEYS_PER_CALL = 1024
+PAGE_TIMEOUT_S = 2.0
+FIRST_RETRY_S = 0.1
+MAX_RETRY_S = 5.0
+# A scheduler that has just started asks all nodes; their lists must not fill its connection.
+MAX_LOADS = 8
+
+Keys = list[int]
 
 
-class Hits(Mapping[str, int]):
-    """Blocks from the front of the prompt, by node id; nodes without the first one are left out.
+def keys_of(hashes: Sequence[str]) -> Keys:
+    """The first half of each hash as a number: a quarter of the memory, and made at the speed of C.
 
-    Nodes are kept as bits: a prefix that a thousand nodes share costs no more than one of a single node.
+    Raises `BadRequest` for what is no hash.
+    """
+    try:
+        digests = bytes.fromhex("".join(hashes))
+    except ValueError:
+        digests = b""
+    if len(digests) != 16 * len(hashes):
+        raise BadRequest("a block hash has 32 hex digits", field="block_hashes")
+    return array("Q", digests)[::2].tolist()
+
+
+class Hits:
+    """How many blocks from the front of one prompt each node has. False if no node has any.
+
+    Nodes are bits: a prefix that a thousand nodes share costs no more than one of a single node.
     """
 
     def __init__(
@@ -33,8 +66,10 @@ class Hits(Mapping[str, int]):
         self._names = names
         self._bit_of = bit_of
 
-    def of(self, node_id: str) -> int:
-        """0 for a node that has none."""
+    def __bool__(self) -> bool:
+        return bool(self._ends)
+
+    def num_blocks(self, node_id: str) -> int:
         if self._ends:
             bit = self._bit_of.get(node_id, 0)
             for num_blocks, bits in self._ends:
@@ -43,34 +78,56 @@ class Hits(Mapping[str, int]):
         return 0
 
     def longest_first(self) -> Iterator[str]:
-        """All that have any; equals in the order of their bits."""
+        """All nodes that have any; equals in the order of their bits."""
         for _, bits in reversed(self._ends):
             while bits:
                 lowest = bits & -bits
                 yield self._names[lowest.bit_length() - 1]
                 bits ^= lowest
 
-    def __getitem__(self, node_id: str) -> int:
-        if num_blocks := self.of(node_id):
-            return num_blocks
-        raise KeyError(node_id)
 
-    def __iter__(self) -> Iterator[str]:
-        return self.longest_first()
-
-    def __len__(self) -> int:
-        return sum(bits.bit_count() for _, bits in self._ends)
+NO_HITS = Hits((), (), {})
 
 
-# Changes that are kept while a node's list is on its way: minutes of them.
-MAX_WAITING = 256
-# Work on nodes that have left is done on the side, so much per call.
-KEYS_PER_CALL = 1024
-# Blocks. A block's hash covers all tokens before it: who has the last of a part very likely has the others.
-PART_SIZE = 8
+class Expected:
+    """Masks of nodes by key, one dict for each second in which expectations end."""
+
+    def __init__(self) -> None:
+        self._masks_until: dict[int, dict[int, int]] = {}
+        self._ended: list[dict[int, int]] = []  # emptied bit by bit: all at once would delay a request
+
+    def expect_keys(self, keys: Keys, bits: int, until: float) -> int:
+        """The nodes of these bits will have the keys; forgotten within a second after `until`.
+
+        Returns the second in which the bits are free again.
+        """
+        second = math.ceil(until)
+        if keys:
+            _set_bits(self._masks_until.setdefault(second, {}), keys, bits)
+            self._empty_ended(2 * len(keys))
+        return second
+
+    def masks(self, now: float) -> list[dict[int, int]]:
+        """Those that still count."""
+        while self._masks_until and (first := min(self._masks_until)) <= now:
+            self._ended.append(self._masks_until.pop(first))
+        return list(self._masks_until.values())
+
+    def _empty_ended(self, num_keys: int) -> None:
+        while self._ended and num_keys > 0:
+            masks = self._ended[-1]
+            num_now = min(num_keys, len(masks))
+            for _ in range(num_now):
+                masks.popitem()
+            num_keys -= num_now
+            if not masks:
+                self._ended.pop()
 
 
-Keys = list[int]
+def _set_bits(masks: dict[int, int], keys: Iterable[int], bits: int) -> None:
+    for key in keys:
+        mask = masks.get(key)
+        masks[key] = bits if mask is None else mask | bits  # most are of the same nodes: they share an int
 
 
 class _Holder:
@@ -92,7 +149,7 @@ class _Holder:
 class PrefixIndex:
     """The cached prefixes of all nodes, in less than 200 bytes per hash and node.
 
-    Times are seconds of any one clock. Events with hashes that are none raise `BadRequest`.
+    Events with malformed hashes raise `BadRequest`.
     """
 
     def __init__(self) -> None:
@@ -111,13 +168,13 @@ class PrefixIndex:
         return len(self._masks)
 
     def knows(self, node: NodeRef) -> bool:
-        """Whether this life of the node was heard of, and nothing of it was missed."""
+        """Whether this life of the node was heard of, and no change of it was missed."""
         holder = self._holders.get(node.node_id)
         return holder is not None and holder.ref == node and holder.waiting is None
 
-    def apply(self, event: BlocksChanged) -> bool:
-        """Takes a change in. False if one was missed: load the node's whole list, meanwhile changes wait."""
-        self._clear_those_who_left()
+    def apply_change(self, event: BlocksChanged) -> bool:
+        """False if a change was missed: load the node's whole list, meanwhile changes wait."""
+        self._clear_left()
         holder = self._holder(event.node)
         if holder.waiting is not None:
             del holder.waiting[: max(0, len(holder.waiting) - MAX_WAITING + 1)]
@@ -125,13 +182,13 @@ class PrefixIndex:
             return False
         return self._follow(holder, event)
 
-    def load(self, page: BlockList, number: int) -> bool:
-        """Takes in one page of a node's list: all of them, in order from 0.
+    def load_page(self, page: BlockList, number: int) -> bool:
+        """Take in one page of a node's list: all of them, in order from 0.
 
         False if it must be begun again: the node was dropped in between, a change was missed again, or one
         that came after the first page was made has been taken in before it.
         """
-        self._clear_those_who_left()
+        self._clear_left()
         holder = self._holder(page.node)
         if number == 0:
             if holder.waiting is None and page.seq < holder.seq:
@@ -143,18 +200,17 @@ class PrefixIndex:
             return False
         keys = keys_of(page.block_hashes)
         holder.listed.update(keys)
-        self._add(holder, keys)
+        self._add_keys(holder, keys)
         if number < page.num_pages - 1:
             return True
-        self._remove(holder, holder.cached - holder.listed)
+        self._remove_keys(holder, holder.cached - holder.listed)
         waiting, holder.waiting, holder.listed = holder.waiting, None, set()
         holder.seq = holder.listed_seq
         for event in waiting:
             self._follow(holder, event)
         return holder.waiting is None
 
-    def drop(self, node_id: str) -> None:
-        """The node has left."""
+    def drop_node(self, node_id: str) -> None:
         if holder := self._holders.pop(node_id, None):
             del self._bits[node_id]
             self._present ^= holder.bit
@@ -162,18 +218,18 @@ class PrefixIndex:
 
     def expect(self, nodes: Iterable[NodeRef], hashes: Sequence[str], until: float) -> None:
         """The nodes will soon have these: a prompt was sent to them. Forgotten within a second after `until`
-        unless they say so. Only whole parts count."""
-        self._clear_those_who_left()
+        unless they report it. Only whole parts count."""
+        self._clear_left()
         holders = [self._holder(node) for node in nodes]
         keys = keys_of(hashes[PART_SIZE - 1 :: PART_SIZE])
-        second = self._expected.add(keys, sum(holder.bit for holder in holders), until)
+        second = self._expected.expect_keys(keys, sum(holder.bit for holder in holders), until)
         for holder in holders:
             holder.expected_until = max(holder.expected_until, second)
 
     def hits(self, keys: Keys, now: float) -> Hits:
         """How many blocks from the front of the chain each node has.
 
-        By parts: who has the last block of one is taken to have all of it, the others are gone through.
+        A node that has the last block of a part is taken to have all of it; of the others each block counts.
         """
         self._now = now
         ends: list[tuple[int, int]] = []
@@ -196,10 +252,8 @@ class PrefixIndex:
             ends.append((len(keys), having))
         return Hits(ends, self._names, self._bits)
 
-    # --- bookkeeping -----------------------------------------------------------------------------
-
     def _ends_within(self, part: Keys, num_before: int, having: int) -> Iterator[tuple[int, int]]:
-        """Where in the part the chain ends for those who don't have all of it, as in `Hits`."""
+        """Where in the part the chain ends for the nodes that don't have all of it, as in `Hits`."""
         for num_blocks, key in enumerate(part, start=num_before):
             still_having = self._masks.get(key, 0) & having
             if num_blocks and still_having != having:
@@ -214,7 +268,7 @@ class PrefixIndex:
         holder = self._holders.get(ref.node_id)
         if holder is not None and holder.ref == ref:
             return holder
-        self.drop(ref.node_id)
+        self.drop_node(ref.node_id)
         slot = self._free_slots.pop() if self._free_slots else len(self._names)
         self._names[slot : slot + 1] = [ref.node_id]
         self._holders[ref.node_id] = holder = _Holder(ref, slot)
@@ -230,66 +284,43 @@ class PrefixIndex:
             return False
         removed, stored = keys_of(event.removed), keys_of(event.stored)
         holder.seq = event.seq
-        self._remove(holder, removed)
-        self._add(holder, stored)
+        self._remove_keys(holder, removed)
+        self._add_keys(holder, stored)
         return True
 
-    def _add(self, holder: _Holder, keys: Sequence[int]) -> None:
-        set_bits(self._masks, keys, holder.bit)
+    def _add_keys(self, holder: _Holder, keys: Keys) -> None:
+        _set_bits(self._masks, keys, holder.bit)
         holder.cached.update(keys)
 
-    def _remove(self, holder: _Holder, keys: Iterable[int]) -> None:
+    def _remove_keys(self, holder: _Holder, keys: Iterable[int]) -> None:
         for key in keys:
             if key in holder.cached:
                 holder.cached.remove(key)
-                self._clear(key, holder.bit)
+                self._clear_bit(key, holder.bit)
 
-    def _clear(self, key: int, bit: int) -> None:
+    def _clear_bit(self, key: int, bit: int) -> None:
         if left := self._masks[key] & ~bit:
             self._masks[key] = left
         else:
             del self._masks[key]
 
-    def _clear_those_who_left(self) -> None:
-        """Some of the bits of nodes that have left; it would take too long at once."""
+    def _clear_left(self) -> None:
+        """Clear some of the bits of nodes that have left; all at once would take too long."""
         num_left = KEYS_PER_CALL
         for holder in list(self._left):
             while num_left and holder.cached:
-                self._clear(holder.cached.pop(), holder.bit)
+                self._clear_bit(holder.cached.pop(), holder.bit)
                 num_left -= 1
             if not holder.cached and holder.expected_until <= self._now:
                 self._left.remove(holder)
                 self._free_slots.append(holder.slot)
 
 
-def keys_of(hashes: Sequence[str]) -> Keys:
-    """The first half of each hash as a number: a quarter of the memory, and made at the speed of C.
-
-    Raises `BadRequest` for what is no hash.
-    """
-    try:
-        digests = bytes.fromhex("".join(hashes))
-    except ValueError:
-        digests = b""
-    if len(digests) != 16 * len(hashes):
-        raise BadRequest("a block hash has 32 hex digits", field="block_hashes")
-    return array("Q", digests)[::2].tolist()
-
-
-SetNodes = Callable[[Mapping[str, NodeDescriptor]], None]
-
-log = logging.getLogger(__name__)
-
-PAGE_TIMEOUT_S = 2.0
-FIRST_RETRY_S = 0.1
-MAX_RETRY_S = 5.0
-# A scheduler that has just started asks all nodes; their lists must not fill its connection.
-MAX_LOADS = 8
-
-
 @contextlib.asynccontextmanager
-async def following_prefixes(bus: Bus, index: PrefixIndex) -> AsyncIterator[SetNodes]:
-    """Keeps `index` up to date while the context lasts; gives what must hear who is registered."""
+async def following_prefixes(
+    bus: Bus, index: PrefixIndex
+) -> AsyncIterator[Callable[[Mapping[str, NodeDescriptor]], None]]:
+    """Keep `index` up to date while the context lasts. Tell what is yielded which nodes are registered."""
     async with group() as loads:
         follower = _Follower(bus, index, loads)
         forget_callback = bus.on_reconnect(follower.load_all)
@@ -303,56 +334,56 @@ async def following_prefixes(bus: Bus, index: PrefixIndex) -> AsyncIterator[SetN
 
 
 class _Follower:
-    """Loads the list of a node that is new or was not heard for a moment; one load per node at a time."""
+    """Loads the list of a node that is new or missed a change; one load per node at a time."""
 
-    def __init__(self, bus: Bus, index: PrefixIndex, loads: asyncio.TaskGroup) -> None:
+    def __init__(self, bus: Bus, index: PrefixIndex, tasks: asyncio.TaskGroup) -> None:
         self._bus = bus
         self._index = index
-        self._tasks = loads
+        self._tasks = tasks
         self._nodes: dict[str, NodeRef] = {}
-        self._loading: dict[str, tuple[NodeRef, asyncio.Task[None]]] = {}  # by node id
-        self._turns = asyncio.Semaphore(MAX_LOADS)
+        self._loads: dict[str, tuple[NodeRef, asyncio.Task[None]]] = {}  # by node id
+        self._load_slots = asyncio.Semaphore(MAX_LOADS)
 
     def set_nodes(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         """The registry has changed."""
         before, self._nodes = self._nodes, {name: found.node for name, found in descriptors.items()}
         for node_id in before.keys() - self._nodes.keys():
-            self._stop_loading(node_id)
-            self._index.drop(node_id)
+            self._stop_load(node_id)
+            self._index.drop_node(node_id)
         for node_id, ref in self._nodes.items():
             if ref != before.get(node_id):
-                self._load(ref)
+                self._start_load(ref)
 
     def hear(self, event: BlocksChanged, _: Msg) -> None:
-        """A node that the registry doesn't show is not heard: its list is loaded once it does."""
-        if self._nodes.get(event.node.node_id) == event.node and not self._index.apply(event):
-            self._load(event.node)
+        """Changes of a node that the registry doesn't show are ignored: its list is loaded once it does."""
+        if self._nodes.get(event.node.node_id) == event.node and not self._index.apply_change(event):
+            self._start_load(event.node)
 
     def load_all(self) -> None:
-        """After a reconnect: nobody knows what was missed, and the nodes may have nothing more to say."""
+        """After a reconnect: changes may have been missed, and the nodes may have none to send any more."""
         for ref in self._nodes.values():
-            self._stop_loading(ref.node_id)
-            self._load(ref)
+            self._stop_load(ref.node_id)
+            self._start_load(ref)
 
-    def _load(self, ref: NodeRef) -> None:
-        """Begins to load the node's list, unless that is under way."""
-        loading, task = self._loading.get(ref.node_id, (None, None))
+    def _start_load(self, ref: NodeRef) -> None:
+        """Load the node's list, unless that is under way."""
+        loading, task = self._loads.get(ref.node_id, (None, None))
         if task is not None and not task.done() and loading == ref:
             return
-        self._stop_loading(ref.node_id)
-        self._loading[ref.node_id] = ref, self._tasks.create_task(self._keep_loading(ref))
+        self._stop_load(ref.node_id)
+        self._loads[ref.node_id] = ref, self._tasks.create_task(self._load(ref))
 
-    def _stop_loading(self, node_id: str) -> None:
-        _, task = self._loading.pop(node_id, (None, None))
+    def _stop_load(self, node_id: str) -> None:
+        _, task = self._loads.pop(node_id, (None, None))
         if task is not None:
             task.cancel()
 
-    async def _keep_loading(self, ref: NodeRef) -> None:
+    async def _load(self, ref: NodeRef) -> None:
         """Until the node's list is loaded, or its life has ended."""
-        retry_s = FIRST_RETRY_S
+        retry = Backoff(FIRST_RETRY_S, MAX_RETRY_S)
         while self._nodes.get(ref.node_id) == ref:
             try:
-                async with self._turns:
+                async with self._load_slots:
                     if await self._load_pages(ref):
                         return
             except Stale:
@@ -361,8 +392,7 @@ class _Follower:
                 log.warning("the list of prefixes of %s is no such list: %s", ref.node_id, error)
             except FlowKVError as error:
                 log.debug("the list of prefixes of %s did not come: %s", ref.node_id, error)
-            await asyncio.sleep(retry_s)
-            retry_s = min(2 * retry_s, MAX_RETRY_S)
+            await retry.sleep()
 
     async def _load_pages(self, ref: NodeRef) -> bool:
         """False if it must be begun again. Raises FlowKVError."""
@@ -372,7 +402,7 @@ class _Follower:
             wanted = ListBlocks(node=ref, page=number)
             page = await self._bus.request(subject, wanted, BlockList, timeout_s=PAGE_TIMEOUT_S)
             num_pages = page.num_pages
-            if not self._index.load(page, number):
+            if not self._index.load_page(page, number):
                 return False
             number += 1
         return True
