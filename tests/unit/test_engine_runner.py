@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from flowkv_common.wire.messages import SamplingParams
 from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
-from flowkv_engine.engine.cpu.forward import CpuFlatForward
+from flowkv_engine.engine.cpu.forward import CpuLlamaForward
 from flowkv_engine.engine.forward import ModulesForward
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import EngineThread, Runner
@@ -115,7 +115,7 @@ def test_chooses_the_fastest_that_works(folder: Path) -> None:
     model = load_tiny(folder)
     runner = Runner(model, make_pool(model, 2), attention="auto")
     assert runner.attention.name == "cpu"
-    assert isinstance(runner.forward, CpuFlatForward if folder.name in ARCHITECTURES else ModulesForward)
+    assert isinstance(runner.forward, CpuLlamaForward if folder.name in ARCHITECTURES else ModulesForward)
 
 
 def test_refuses_the_pool_of_another_model(llama: Path) -> None:

@@ -26,9 +26,9 @@ from flowkv_engine.engine.gpu.attention import (
     TritonAttention,
     query_tiles,
 )
-from flowkv_engine.engine.gpu.forward import TritonFlatForward
+from flowkv_engine.engine.gpu.forward import TritonLlamaForward
 from flowkv_engine.engine.gpu.graphs import MAX_BATCH, GraphedSteps, Shape, graph_shapes
-from flowkv_engine.engine.llama import flat_weights
+from flowkv_engine.engine.llama import llama_weights
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import Runner
 
@@ -119,13 +119,13 @@ def test_tiles_cover_every_query_of_prompts_once_the_last_first() -> None:
     [*((arch, {}) for arch in ("llama", "qwen2", "qwen3", "mistral")), ("llama", {"attention_bias": True})],
 )
 @torch.inference_mode()
-def test_the_flat_forward_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, Any]) -> None:
+def test_the_llama_forward_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, Any]) -> None:
     """A prompt, and steps of decode that attend to what it wrote; not all places are sampled."""
     model = load_tiny(make_tiny_model(tmp_path / "m", arch, seed=3, **config))
     pools = make_pool(model, 8), make_pool(model, 8)
     plain, attention = TorchAttention(pools[0]), TritonAttention(pools[1])
     modules, flat = ModulesForward(model.module, plain), make_forward(model.module, attention)
-    assert isinstance(flat, TritonFlatForward)
+    assert isinstance(flat, TritonLlamaForward)
     sequence = make_sequence([token * 7 % 512 for token in range(20)], [5, 2, 7])
     for num_tokens, places in [(18, [4, 17]), (1, [0]), (1, [])]:
         batch = pack([WorkItem(sequence, num_tokens)], BLOCK_SIZE)
@@ -142,7 +142,7 @@ def test_the_flat_forward_equals_the_modules(tmp_path: Path, arch: str, config: 
 @pytest.mark.usefixtures("few_splits")
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_tokens_are_those_of_torch(tmp_path: Path, arch: str) -> None:
-    """Chunks, mixed batches and decode, through the flat forward and the modules."""
+    """Chunks, mixed batches and decode, through the Llama forward and the modules."""
     model = load_tiny(make_tiny_model(tmp_path / "m", arch, seed=5))
     outputs = []
     for attention in ("torch", "triton"):
@@ -176,10 +176,10 @@ def batch_of(*items: tuple[int, int]) -> PackedBatch:
 
 
 def record_again(model: LoadedModel, pool: torch.Tensor, max_num_blocks: int) -> GraphedSteps:
-    weights = flat_weights(model.module)
+    weights = llama_weights(model.module)
     assert weights is not None
     return GraphedSteps(
-        TritonFlatForward(weights, TritonAttention(pool)),
+        TritonLlamaForward(weights, TritonAttention(pool)),
         max_num_seqs=3,
         token_budget=16,
         max_num_blocks=max_num_blocks,

@@ -51,7 +51,7 @@ ROWS = ("hidden", "delta", "weight", "gate_up", "qkv", "cos", "sin", "norm")
 def main(capability: int, dtype: str) -> None:
     names = ("pool", "query", "result", "key", "value", *ROWS)
     states = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("scale", "eps"), "fp32")
-    launch: dict[Any, dict[str, int]] = {  # as `TritonAttention` and `TritonFlatForward` ask for
+    launch: dict[Any, dict[str, int]] = {  # as `TritonAttention` and `TritonLlamaForward` ask for
         kernels.attend_prompts: {"num_stages": num_stages(HEADS["head_dim"] * ITEM_BYTES[dtype])},
         kernels.attend_splits: {"num_stages": 2},
         kernels.add_and_norm: {"num_warps": 8},

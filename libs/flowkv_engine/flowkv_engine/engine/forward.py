@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 
 from flowkv_common.errors import CannotStart
 from flowkv_engine.engine.attention import Attention
-from flowkv_engine.engine.llama import FlatForward, flat_weights
+from flowkv_engine.engine.llama import LlamaForward, llama_weights
 
 # The name of our attention function in `transformers`.
 IMPLEMENTATION = "flowkv"
@@ -92,20 +92,20 @@ AttentionInterface.register(IMPLEMENTATION, paged_attention)
 
 def make_forward(module: nn.Module, attention: Attention) -> Forward:
     """The fastest forward pass for the model and the backend. It may fuse or pack the model's weights."""
-    weights = flat_weights(module)
+    weights = llama_weights(module)
     if weights is None:
         return ModulesForward(module, attention)
     if attention.name == "triton":
         from flowkv_engine.engine.gpu.attention import TritonAttention
-        from flowkv_engine.engine.gpu.forward import TritonFlatForward
+        from flowkv_engine.engine.gpu.forward import TritonLlamaForward
 
         assert isinstance(attention, TritonAttention)
-        return TritonFlatForward(weights, attention)
+        return TritonLlamaForward(weights, attention)
     if attention.name == "cpu":
         from flowkv_engine.engine.cpu.attention import CpuAttention
-        from flowkv_engine.engine.cpu.forward import CpuFlatForward
+        from flowkv_engine.engine.cpu.forward import CpuLlamaForward
 
         assert isinstance(attention, CpuAttention)
-        if CpuFlatForward.fits(weights):
-            return CpuFlatForward(weights, attention)
-    return FlatForward(weights, attention)
+        if CpuLlamaForward.fits(weights):
+            return CpuLlamaForward(weights, attention)
+    return LlamaForward(weights, attention)

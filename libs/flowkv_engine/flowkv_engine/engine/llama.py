@@ -1,6 +1,6 @@
 """The forward pass of the Llama family in one loop over plain weights: Llama, Mistral, Qwen2, Qwen3.
 
-`FlatForward` is in torch; `cpu/forward.py` and `gpu/forward.py` have it in kernels.
+`LlamaForward` is in torch; `cpu/forward.py` and `gpu/forward.py` have it in kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Layer(NamedTuple):
     down: nn.Linear
 
 
-class FlatWeights(NamedTuple):
+class LlamaWeights(NamedTuple):
     """A model's parts; its weights stay where they are."""
 
     num_heads: int
@@ -47,7 +47,7 @@ class FlatWeights(NamedTuple):
 
 
 @torch.no_grad()
-def flat_weights(model: nn.Module) -> FlatWeights | None:
+def llama_weights(model: nn.Module) -> LlamaWeights | None:
     """The parts of `model`, or `None` if it is not of the Llama family."""
     causal_lm: Any = model
     config = causal_lm.config
@@ -77,7 +77,7 @@ def flat_weights(model: nn.Module) -> FlatWeights | None:
     weight = inner.embed_tokens.weight
     positions = torch.arange(config.max_position_embeddings, device=weight.device)
     cos, sin = inner.rotary_emb(weight, positions.unsqueeze(0))  # the model's own
-    return FlatWeights(
+    return LlamaWeights(
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=inner.layers[0].self_attn.head_dim,
@@ -108,10 +108,10 @@ def fuse(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return weight, torch.cat(biases) if biases else None
 
 
-class FlatForward:
+class LlamaForward:
     """Equal to `ModulesForward` up to rounding, by test."""
 
-    def __init__(self, weights: FlatWeights, attention: Attention) -> None:
+    def __init__(self, weights: LlamaWeights, attention: Attention) -> None:
         """The model's projections are fused in place."""
         self._weights = weights
         self._attention = attention

@@ -1,4 +1,4 @@
-"""The flat forward on the CPU: compiled kernels over packed weights, from memory kept between steps."""
+"""The Llama forward on the CPU: compiled kernels over packed weights, and memory kept between steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flowkv_engine.engine.cpu.attention import CpuAttention, Scratch, rotate_and_write
 from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack, rms_norm
 from flowkv_engine.engine.cpu.simd import LANES
-from flowkv_engine.engine.llama import FlatWeights, Layer
+from flowkv_engine.engine.llama import Layer, LlamaWeights
 
 _MAPS = Path("/proc/self/maps")
 _MADV_DONTNEED = 4
@@ -38,10 +38,10 @@ class _Packed(NamedTuple):
     down: tuple[Array, Array]
 
 
-class CpuFlatForward:
-    """Equal to `FlatForward` up to rounding, by test. Its logits are valid until the next call."""
+class CpuLlamaForward:
+    """Equal to `LlamaForward` up to rounding, by test. Its logits are valid until the next call."""
 
-    def __init__(self, weights: FlatWeights, attention: CpuAttention) -> None:
+    def __init__(self, weights: LlamaWeights, attention: CpuAttention) -> None:
         """`weights` must fit (see `fits`).
 
         Packs the weights into new memory. Of the model's own only the embedding is used from then on; the
@@ -55,7 +55,7 @@ class CpuFlatForward:
         self._scratch = Scratch()
 
     @staticmethod
-    def fits(weights: FlatWeights) -> bool:
+    def fits(weights: LlamaWeights) -> bool:
         """Whether the kernels can do this model: float32, and sizes that fill vector registers."""
         layer = weights.layers[0]
         inputs = [each.in_features for each in (layer.qkv[0], layer.output, layer.down)]

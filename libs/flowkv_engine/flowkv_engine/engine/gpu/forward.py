@@ -1,4 +1,4 @@
-"""The flat forward on a GPU: torch's matmuls, and one Triton kernel for all that lies between two of them."""
+"""The Llama forward on a GPU: torch's matmuls, and one Triton kernel for all that is between two of them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch.nn.functional import embedding, linear
 
 from flowkv_engine.engine.gpu import kernels
 from flowkv_engine.engine.gpu.attention import TritonAttention
-from flowkv_engine.engine.llama import FlatWeights, fuse
+from flowkv_engine.engine.llama import LlamaWeights, fuse
 
 GATE_TILE_LEN = 1024
 LONG_ROW = 4096  # numbers; a longer row takes twice the threads
 
 
-class TritonFlatForward:
-    """Equal to `FlatForward` up to rounding, by test. It never reads a number from the device."""
+class TritonLlamaForward:
+    """Equal to `LlamaForward` up to rounding, by test. It never reads a number from the device."""
 
-    def __init__(self, weights: FlatWeights, attention: TritonAttention) -> None:
+    def __init__(self, weights: LlamaWeights, attention: TritonAttention) -> None:
         """The model's projections are fused in place."""
         self.weights = weights
         self.attention = attention

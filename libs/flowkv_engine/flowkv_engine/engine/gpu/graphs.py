@@ -2,7 +2,7 @@
 
 A graph is recorded for each of a few sizes. A step takes the next larger one; the places left over have an
 empty context and write nowhere. Some graphs take decode alone, others prompts and decode. Larger steps are
-not recorded: they keep the device busy while the host launches. Only `TritonFlatForward` can be recorded: it
+not recorded: they keep the device busy while the host launches. Only `TritonLlamaForward` can be recorded: it
 never reads a number from the device.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.forward import Forward
 from flowkv_engine.engine.gpu.attention import NUM_ROWS, Step, query_tiles
-from flowkv_engine.engine.gpu.forward import TritonFlatForward
+from flowkv_engine.engine.gpu.forward import TritonLlamaForward
 
 # Makes a graph of what a function launches; calling that replays it, into the same tensor.
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -83,7 +83,7 @@ class GraphedSteps:
 
     def __init__(
         self,
-        forward: TritonFlatForward,
+        forward: TritonLlamaForward,
         *,
         max_num_seqs: int,
         token_budget: int,
@@ -172,7 +172,7 @@ def record_steps(
     forward: Forward, pool: Tensor, *, max_num_seqs: int, token_budget: int, max_model_len: int
 ) -> GraphedSteps | None:
     """The graphs of a model on a GPU; `None` if its forward pass can't be recorded."""
-    if not isinstance(forward, TritonFlatForward):
+    if not isinstance(forward, TritonLlamaForward):
         return None
     # CUDA records on a side stream. One for all graphs, as cuBLAS keeps memory for each stream; one pool of
     # memory for all, as one graph runs at a time.

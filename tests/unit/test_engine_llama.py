@@ -12,17 +12,17 @@ from torch import nn
 
 from flowkv_engine.engine.attention import Attention, TorchAttention, make_attention
 from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
-from flowkv_engine.engine.cpu.forward import CpuFlatForward
+from flowkv_engine.engine.cpu.forward import CpuLlamaForward
 from flowkv_engine.engine.forward import Forward, ModulesForward, make_forward
-from flowkv_engine.engine.llama import FlatForward, flat_weights
+from flowkv_engine.engine.llama import LlamaForward, llama_weights
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.sequence import Sequence
 
 
-def make_flat(module: nn.Module, attention: Attention) -> FlatForward:
-    weights = flat_weights(module)
+def make_llama(module: nn.Module, attention: Attention) -> LlamaForward:
+    weights = llama_weights(module)
     assert weights is not None
-    return FlatForward(weights, attention)
+    return LlamaForward(weights, attention)
 
 
 def packed() -> PackedBatch:
@@ -68,7 +68,7 @@ def test_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, Any]) -
     batch = packed()
     places = list(range(50))
     expected = logits(ModulesForward, model, batch, places)
-    got = logits(make_flat, model, batch, places)
+    got = logits(make_llama, model, batch, places)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
     # The modules go on working on the fused weights, which are not held twice.
@@ -77,7 +77,7 @@ def test_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, Any]) -
 
 def test_fused_weights_are_shared_with_the_modules(tmp_path: Path) -> None:
     model = load_tiny(make_tiny_model(tmp_path / "m"))
-    make_flat(model.module, TorchAttention(make_pool(model, num_blocks=1)))
+    make_llama(model.module, TorchAttention(make_pool(model, num_blocks=1)))
     attention = model.module.get_submodule("model.layers.1.self_attn")
     storages = {getattr(attention, name).weight.untyped_storage().data_ptr() for name in ("q_proj", "v_proj")}
     assert len(storages) == 1
@@ -85,12 +85,12 @@ def test_fused_weights_are_shared_with_the_modules(tmp_path: Path) -> None:
 
 def test_no_logits_where_none_are_asked_for(tmp_path: Path) -> None:
     model = load_tiny(make_tiny_model(tmp_path / "m"))
-    assert logits(make_flat, model, packed(), []).shape == (0, 512)
+    assert logits(make_llama, model, packed(), []).shape == (0, 512)
 
 
 @pytest.mark.parametrize(("arch", "config"), [("gpt2", {}), ("llama", {"hidden_act": "gelu"})])
 def test_other_models_have_none(tmp_path: Path, arch: str, config: dict[str, Any]) -> None:
-    assert flat_weights(load_tiny(make_tiny_model(tmp_path / "m", arch, **config)).module) is None
+    assert llama_weights(load_tiny(make_tiny_model(tmp_path / "m", arch, **config)).module) is None
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_compiled_equals_the_modules(tmp_path: Path, arch: str, config: dict[str
     expected = logits(ModulesForward, model, batch, places)
     attention = make_attention("cpu", make_pool(model, num_blocks=8))
     forward = make_forward(model.module, attention)
-    assert isinstance(forward, CpuFlatForward)
+    assert isinstance(forward, CpuLlamaForward)
     attention.bind(batch)
     rows = (torch.from_numpy(batch.token_ids), torch.from_numpy(batch.position_ids))
     got = forward(*rows, torch.tensor(places))
