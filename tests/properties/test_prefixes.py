@@ -33,10 +33,6 @@ class Cache:
         self._told: set[str] = set()
         self.prefix_cache = self
 
-    @property
-    def prefix_cache(self) -> Cache:
-        return self
-
     def take_changes(self, _: int) -> tuple[list[str], list[str]]:
         stored, removed = self.hashes - self._told, self._told - self.hashes
         self._told = set(self.hashes)
