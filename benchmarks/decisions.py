@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.report import Report, make_parser, table, time_s
+from benchmarks.report import Report, make_parser, time_s
 from benchmarks.simulator.batch import slowed
 from flowkv_common.errors import Full
 from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout, ScheduleRequest
@@ -222,5 +222,5 @@ def main(argv: Sequence[str]) -> int:
         report.say(f"{num_nodes} nodes")
         report.add_row(**measure(num_nodes, options.in_flight, options.decisions))
     names = list(report.rows[0])
-    print(table([{"": name, **{str(row["num_nodes"]): row[name] for row in report.rows}} for name in names]))
-    return report.finish("num_nodes", "decisions_per_s")
+    shown = [{"": name, **{f"{row['num_nodes']} nodes": row[name] for row in report.rows}} for name in names]
+    return report.finish(shown=shown)

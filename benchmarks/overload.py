@@ -79,7 +79,8 @@ def main(argv: Sequence[str]) -> int:
         pace=started.pace,
     )
     print(table([{"memory, MB": name, **figures} for name, figures in memory.items()]))
-    return report.finish_single()
+    figures = {name: value for name, value in report.rows[0].items() if not isinstance(value, dict)}
+    return report.finish(shown=[{"": name, "found": value} for name, value in figures.items()])
 
 
 def arrivals_at(rate_per_s: float, seconds: float, after_s: float, seed: int) -> list[Arrival]:

@@ -89,18 +89,10 @@ class Report:
         builtins = msgspec.to_builtins(document, enc_hook=str)  # paths
         self._path.write_text(json.dumps(builtins, indent=1) + "\n")
 
-    def finish(self, *columns: str) -> int:
-        """Write the JSON and print these columns of the rows; the exit status."""
+    def finish(self, *columns: str, shown: Sequence[Mapping[str, Any]] | None = None) -> int:
+        """Write the JSON and print `shown`, or these columns of the rows; the exit status."""
         self.write()
-        print(table([{name: row[name] for name in columns} for row in self.rows]))
-        print(f"wrote {self._path}")
-        return 0
-
-    def finish_single(self) -> int:
-        """As `finish`, for a benchmark of one row: a line for each of its figures."""
-        figures = {name: value for name, value in self.rows[0].items() if not isinstance(value, dict)}
-        self.write()
-        print(table([{"": name, "found": value} for name, value in figures.items()]))
+        print(table(shown or [{name: row[name] for name in columns} for row in self.rows]))
         print(f"wrote {self._path}")
         return 0
 

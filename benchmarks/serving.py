@@ -124,8 +124,7 @@ def main(argv: Sequence[str]) -> int:
             found = bare(engine, loads)
         report.more["bare"] = found
         print(table(found))
-    print(table(medians(report.rows)))
-    return report.finish("server", "load", "round", "output_tokens_per_s", "ttft_s", "itl_s", "goodput_per_s")
+    return report.finish(shown=medians(report.rows))
 
 
 # --- the loads --------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     options = _options(argv)
     kind = with_fit(KINDS[options.nodes], options.fit) if options.fit else KINDS[options.nodes]
     num_prefill, num_decode = options.split
-    machines = Machines(kind, num_prefill + num_decode, options.slow_half, options.fit_noise)
+    machines = Machines(kind, num_prefill + num_decode, options.slow_half)
     chosen = cut_to(read_window(options.trace, options.requests, options.seed), kind.max_model_len)
     targets = targets_of(kind, chosen, options)
     rate, likely = options.rate or own_rate(chosen), num_prefill
@@ -61,7 +61,6 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add_traffic(parser, num_requests=2000)
     parser.add_argument("--nodes", choices=KINDS, default="h100", help="kind of all nodes")
     parser.add_argument("--fit", type=Path, help="JSON with the StepFit to use instead of the kind's")
-    parser.add_argument("--fit-noise", type=float, default=0.0, help="relative error of the fits reported")
     parser.add_argument(
         "--split", type=split_of, default="8:8", help="prefill and decode nodes to start with"
     )

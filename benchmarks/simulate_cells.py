@@ -19,7 +19,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from benchmarks import BenchmarkFailed
-from benchmarks.report import Report, make_parser, table
+from benchmarks.report import Report, make_parser
 from benchmarks.simulator.kinds import KINDS, default_targets, slowest_that_holds
 from benchmarks.simulator.run import ALL_POLICIES, LEAST_RATE, Machines, Scene, capacity, figures
 from benchmarks.traces import ASKED_NEW_TOKENS, MADE_UP, at_rate, cut_to, read_window
@@ -66,9 +66,7 @@ def main(argv: Sequence[str]) -> int:
             report.rows += cells
     report.rows.sort(key=lambda c: (traces.index(c["trace"]), c["slow_half"], c["load"], c["seed"]))
     report.more["wall_s"] = time.monotonic() - began
-    report.write()
-    print(table(means_of(report.rows)))
-    return 0
+    return report.finish(shown=means_of(report.rows))
 
 
 def run_task(task: Task) -> list[dict[str, Any]]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections import deque
-
-import msgspec
 
 from benchmarks.simulator.batch import Batch, Histogram, Life, slowed
 from benchmarks.simulator.kinds import NodeKind
 from benchmarks.simulator.pool import Pool
 from benchmarks.traces import ASKED_NEW_TOKENS, hashes_of_id
 from flowkv_common.wire.messages import ModelCard, NodeRef
-from flowkv_common.wire.nodes import BlockCounts, BlocksChanged, LoadReport, NodeDescriptor, StepFit
+from flowkv_common.wire.nodes import BlockCounts, BlocksChanged, LoadReport, NodeDescriptor
 from flowkv_node.measures import OutputLengths
 
 REPORT_PERIOD_S = 0.5
@@ -20,7 +17,7 @@ FINGERPRINT = "simulated"
 
 
 class SimNode:
-    """`slow` multiplies the cost of its steps; `fit_noise` is the relative error of its reported fit."""
+    """`slow` multiplies the cost of its steps."""
 
     def __init__(
         self,
@@ -28,9 +25,7 @@ class SimNode:
         kind: NodeKind,
         role: str,
         itl: Histogram,
-        *,
         slow: float = 1.0,
-        fit_noise: float = 0.0,
     ) -> None:
         self.index = index
         self.kind = kind
@@ -53,7 +48,6 @@ class SimNode:
         self._link_free_at = 0.0
         self._seq = 0
         self._blocks_seq = 0
-        self._reported_fit = _noisy(self.batch.fit, fit_noise, random.Random(index))
         self._last_report: LoadReport | None = None
         self._was_idle = False  # at the last report
         self._reported_cap = cap
@@ -153,14 +147,6 @@ class SimNode:
             num_prompts_accepted=self.num_prompts_accepted,
             num_rooms_given=self.num_rooms_given,
             num_sequences_accepted=self.num_sequences_accepted,
-            step=self._reported_fit,
+            step=batch.fit,
             forecast=self.lengths.forecast([(0, ASKED_NEW_TOKENS)] * num_sequences),
         )
-
-
-def _noisy(fit: StepFit, noise: float, draw: random.Random) -> StepFit:
-    """Each figure off by its own normal error, never below zero."""
-    if not noise:
-        return fit
-    costs = msgspec.structs.asdict(fit)
-    return StepFit(**{name: value * max(0.0, draw.gauss(1.0, noise)) for name, value in costs.items()})

@@ -45,7 +45,6 @@ class Machines(NamedTuple):
     kind: NodeKind
     num_nodes: int
     slow_half: bool = False
-    fit_noise: float = 0.0
     decode_kind: NodeKind | None = None
 
     def nodes(self, num_prefill: int, itl: Histogram) -> list[SimNode]:
@@ -55,8 +54,7 @@ class Machines(NamedTuple):
                 self.kind if index < num_prefill else self.decode_kind or self.kind,
                 "prefill" if index < num_prefill else "decode",
                 itl,
-                slow=SLOW_FACTOR if self.slow_half and index % 2 else 1.0,
-                fit_noise=self.fit_noise,
+                SLOW_FACTOR if self.slow_half and index % 2 else 1.0,
             )
             for index in range(self.num_nodes)
         ]
