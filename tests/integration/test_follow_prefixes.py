@@ -51,8 +51,8 @@ class WatchedIndex(PrefixIndex):
     def blocks_of(self, hashes: list[str]) -> dict[str, int]:
         return blocks_by_node(self.hits(keys_of(hashes), 0.0))
 
-    async def until_hits(self, hits: dict[str, int], timeout_s: float = 8.0) -> None:
-        await self.until(lambda: self.blocks_of(CHAIN) == hits, timeout_s)
+    async def until_hits(self, hits: dict[str, int], hashes: list[str] = CHAIN) -> None:
+        await self.until(lambda: self.blocks_of(hashes) == hits)
 
     async def until(self, is_met: Callable[[], bool], timeout_s: float = 8.0) -> None:
         async with asyncio.timeout(timeout_s):
@@ -247,7 +247,7 @@ async def test_follows_what_a_cache_really_does(nats_server: NatsServer) -> None
                 mine = block_hashes(f"{number}", list(range(12 * BLOCK_SIZE)), BLOCK_SIZE)
                 node.compute(mine)
                 node.compute(CHAIN[: number % 8])
-                await index.until(lambda mine=mine: index.blocks_of(mine) == node_hits(node, mine))
+                await index.until_hits(node_hits(node, mine), mine)
                 await index.until_hits(node_hits(node, CHAIN))
             node.evict_all()
             await index.until(lambda: index.num_hashes == 0)

@@ -66,7 +66,7 @@ def choose(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> Choic
 
 
 def pair(choice: Choice | None) -> tuple[str, str] | None:
-    return choice and (choice.prefill.node_id, choice.decode.node_id)
+    return (choice.prefill.node_id, choice.decode.node_id) if choice else None
 
 
 @settings(deadline=None)

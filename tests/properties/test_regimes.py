@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from imagined_nodes import BLOCK_SIZE, CAPS, NUM_BLOCKS, TOKEN_BUDGET, Imagined, cluster, node
@@ -26,7 +28,9 @@ def nodes_under(load: tuple[int, int, int], caps: dict[str, int], num_each: int)
         if absent & (1 << number):
             continue
         name = f"n{number}"
-        busy = {"queued_prefill_tokens": queued} if role == "prefill" else {"num_running": running}
+        busy: dict[str, Any] = (
+            {"queued_prefill_tokens": queued} if role == "prefill" else {"num_running": running}
+        )
         free = NUM_BLOCKS - 8 * running if role == "decode" else NUM_BLOCKS
         found.append(
             node(name, role, free=free, max_prefill_tokens_per_step=caps.get(name, CAPS[role]), **busy)

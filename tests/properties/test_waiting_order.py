@@ -71,9 +71,17 @@ class World:
             counts = BlockCounts(
                 total=total, free=free, cached=0, leased=total - free, quarantined=0, longest_free_run=free
             )
-            shown = {"blocks": counts, "num_running": len(self.running[name]), "max_num_seqs": places}
-            given = {"num_rooms_given": self.num_given[name], "num_sequences_accepted": self.num_given[name]}
-            self.planner.add_report(report(name, "decode", seq=self.seq, **shown, **given), self.now)
+            load = report(
+                name,
+                "decode",
+                seq=self.seq,
+                blocks=counts,
+                num_running=len(self.running[name]),
+                max_num_seqs=places,
+                num_rooms_given=self.num_given[name],
+                num_sequences_accepted=self.num_given[name],
+            )
+            self.planner.add_report(load, self.now)
 
     def arrive(self, num_prompt_tokens: int, priority: int) -> None:
         wanted = request(

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import BenchmarkFailed
 from benchmarks.clusters import check_pinned
-from benchmarks.overlap import CHUNK_TOKENS, SETUPS, Sample, rows_of
+from benchmarks.overlap import CHUNK_TOKENS, SETUPS, Sample, Setup, rows_of
 from benchmarks.report import Report, Spread, table
 from flowkv_common.config import NodeSettings, load_settings
 from flowkv_common.wire.messages import KVTransferred
@@ -59,7 +59,7 @@ def test_table_and_json_say_what_the_rows_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
-def test_all_setups_cut_prompts_into_the_same_chunks(setup) -> None:
+def test_all_setups_cut_prompts_into_the_same_chunks(setup: Setup) -> None:
     settings = load_settings(NodeSettings, [], {"FLOWKV_MODEL_PATH": "model", **variables(**setup.settings)})
     role = "prefill" if setup.hands_over else "mixed"
     assert starting_chunk_budget(role, settings.token_budget, settings.block_size) == CHUNK_TOKENS

@@ -18,7 +18,9 @@ from benchmarks.record import NODE_PREFIX, RECONNECTED, read_lines, write_line
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, NodeRef
 from flowkv_scheduler.cluster import ClusterState, Goals
+from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import RequestCosts
+from flowkv_scheduler.rebalance import Order
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
@@ -120,8 +122,8 @@ def test_nodes_leave_and_silence_of_our_own_is_not_theirs(tape: Tape) -> None:
 def test_planner_ticks_once_per_period_of_recorded_time(tape: Tape) -> None:
     ticks: list[float] = []
 
-    class Ticking:
-        def tick(self, now: float) -> list[Any]:
+    class Ticking(Planner):
+        def tick(self, now: float) -> list[Order]:
             ticks.append(now)
             return []
 
@@ -130,7 +132,7 @@ def test_planner_ticks_once_per_period_of_recorded_time(tape: Tape) -> None:
 
     for t in (3.0, 3.2, 4.1, 6.0):
         tape.write(t, RECONNECTED, None)
-    replay.Replay(Ticking()).run(read_lines(tape.path))
+    replay.Replay(Ticking(Goals())).run(read_lines(tape.path))
     assert ticks == [3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0]
 
 

@@ -200,7 +200,7 @@ def waiting_behind(others: list[ScheduleRequest], at: str = "d0") -> WaitingQueu
 
 
 def others(num: int, **changes: Any) -> list[ScheduleRequest]:
-    return [request(**{"request_id": f"o{i}", "age_s": 1.0} | changes) for i in range(num)]
+    return [request(request_id=f"o{i}", **{"age_s": 1.0} | changes) for i in range(num)]
 
 
 def test_who_comes_later_waits_for_longer() -> None:
@@ -332,7 +332,7 @@ def test_a_prefill_node_that_decodes_besides_keeps_time_for_prompts() -> None:
     fit = StepFit(
         base_s=0.02, prefill_token_s=1e-3, attended_token_s=0.0, sequence_s=0.01, context_token_s=0.0
     )
-    lent = {"max_prefill_tokens_per_step": 100, "step": fit, "queued_prefill_tokens": 200}
+    lent: dict[str, Any] = {"max_prefill_tokens_per_step": 100, "step": fit, "queued_prefill_tokens": 200}
     full = full_node(16)
     for num_running, has_room in ((9, True), (10, False)):  # a step of 20 + 10 x 10 ms; half of 250 are 125
         helper = node("p0", "prefill", num_running=num_running, **lent)

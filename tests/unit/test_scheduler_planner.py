@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import msgspec
-from imagined_nodes import TOKEN_BUDGET, descriptor, report, request
+from imagined_nodes import CAPS, TOKEN_BUDGET, descriptor, report, request
 
 from flowkv_common.wire.messages import Wait
 from flowkv_common.wire.nodes import SetPrefillCap, StepFit
@@ -18,14 +18,15 @@ def test_a_lent_node_is_forgotten_when_it_leaves_the_registry_not_when_it_is_sil
     nodes = {name: descriptor(name, role) for name, role in roles.items()}
     planner.set_descriptors(nodes)
     for name, role in roles.items():
-        cap = {"max_prefill_tokens_per_step": TOKEN_BUDGET} if name == "d0" else {}
-        planner.add_report(report(name, role, **cap), 0.0)
+        cap = TOKEN_BUDGET if name == "d0" else CAPS[role]
+        planner.add_report(report(name, role, max_prefill_tokens_per_step=cap), 0.0)
     planner.tick(0.0)
     assert planner.rebalancer.leaving == {"d0": "decode"}
     planner.tick(9.0)  # all are silent
     assert planner.rebalancer.leaving == {"d0": "decode"}
     planner.set_descriptors({name: nodes[name] for name in ("p0", "d1")})
-    assert planner.rebalancer.leaving == planner.rebalancer.moved == {}
+    assert planner.rebalancer.leaving == {}
+    assert planner.rebalancer.moved == {}
 
 
 def test_prompts_that_come_at_once_to_one_node_wait_for_each_other_and_are_not_refused() -> None:
@@ -35,8 +36,8 @@ def test_prompts_that_come_at_once_to_one_node_wait_for_each_other_and_are_not_r
     core = StepFit(
         base_s=0.02, prefill_token_s=0.0011, attended_token_s=2e-7, sequence_s=0.0012, context_token_s=1e-6
     )
-    load = {"free": 1456, "max_prefill_tokens_per_step": 256, "max_num_seqs": 64, "step": core}
-    planner.add_report(report("m0", "mixed", **load), 0.0)
+    load = report("m0", "mixed", free=1456, max_prefill_tokens_per_step=256, max_num_seqs=64, step=core)
+    planner.add_report(load, 0.0)
     wanted = [msgspec.structs.replace(request(512, 64), request_id=f"r{number}") for number in range(16)]
     first, *others = [planner.schedule(each, 0.1) for each in wanted]
     assert isinstance(first, Choice)

@@ -114,7 +114,7 @@ def test_it_is_taken_back_when_all_is_well_but_not_before_its_time() -> None:
     idle = (prefill(), decode("d0"), decode("d1"))
     run.tick(prefill(queued=4000), *idle[1:], times=NUM_TICKS)
     lent_at = run.now
-    orders = []
+    orders: list[tuple[str, int]] = []
     while not orders:
         orders = moves(run.tick(*idle))
         assert run.now < 60
