@@ -82,16 +82,10 @@ class TritonAttention:
         )
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        key, value = key.to(self._pool.dtype), value.to(self._pool.dtype)
-        kernels.write_kv[(len(self.step.slots), self._num_kv_heads)](
-            self._pool[:, layer],
-            key,
-            value,
-            self.step.slots,
-            self._pool.stride(0),
-            *key.stride()[:2],
-            *value.stride()[:2],
-            **self._sizes,
+        pool, slots = self._pool[:, layer], self.step.slots
+        key, value = key.to(pool.dtype), value.to(pool.dtype)
+        kernels.write_kv[(len(slots), self._num_kv_heads)](
+            pool, key, value, slots, pool.stride(0), *key.stride()[:2], *value.stride()[:2], **self._sizes
         )
 
     def rotate_and_write(
