@@ -9,7 +9,7 @@ import msgspec
 from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout, ScheduleRequest
 from flowkv_common.wire.nodes import BlockCounts, LoadReport, NodeDescriptor
 from flowkv_scheduler.cluster import ClusterState, NodeView, Work
-from flowkv_scheduler.prefixes import Hits
+from flowkv_scheduler.prefixes import Hits, PrefixIndex
 
 BLOCK_SIZE = 16
 TOKEN_BUDGET = 512
@@ -127,6 +127,16 @@ def view(imagined: Imagined) -> NodeView:
     """How the policy sees it."""
     (seen,) = cluster(imagined).views()
     return seen
+
+
+def knows(index: PrefixIndex, node: NodeRef) -> bool:
+    """Whether this life of the node was heard of, and no change of it was missed."""
+    holder = index._holders.get(node.node_id)
+    return holder is not None and holder.ref == node and holder.waiting is None
+
+
+def num_hashes(index: PrefixIndex) -> int:
+    return len(index._masks)
 
 
 def blocks_by_node(hits: Hits) -> dict[str, int]:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from imagined_nodes import blocks_by_node, descriptor
+from imagined_nodes import blocks_by_node, descriptor, knows, num_hashes
 from nats_server import NatsServer
 
 from flowkv_common.aio import running
@@ -123,7 +123,7 @@ async def test_follows_a_node_and_loads_its_list_only_when_a_message_was_lost(
     async with following(nats_server) as (bus, index):
         node = Node(bus)
         async with node.living():
-            await index.until(lambda: index.knows(node.ref))
+            await index.until(lambda: knows(index, node.ref))
             assert node.num_lists == 1
             node.compute(CHAIN[:3])
             await node.tell()
@@ -134,7 +134,7 @@ async def test_follows_a_node_and_loads_its_list_only_when_a_message_was_lost(
             node.compute(CHAIN[:6])
             await node.tell()
             await index.until_hits({"n0": 6})
-            await index.until(lambda: index.knows(node.ref))
+            await index.until(lambda: knows(index, node.ref))
             assert node.num_lists == 2
             node.evict_all()
             await node.tell()
@@ -164,13 +164,13 @@ async def test_a_node_that_leaves_is_forgotten_and_a_new_life_begins_with_nothin
             await node.tell()
             await index.until_hits({"n0": 8})
         await index.until_hits({})
-        assert not index.knows(node.ref)
+        assert not knows(index, node.ref)
         again = Node(bus, incarnation="i2")
         async with again.living():
             again.compute(CHAIN[:1])
             await again.tell()
             await index.until_hits({"n0": 1})
-            assert index.knows(again.ref)
+            assert knows(index, again.ref)
 
 
 async def test_an_error_beside_it_leaves_as_itself_and_ends_all_loads(nats_server: NatsServer) -> None:
@@ -250,7 +250,7 @@ async def test_follows_what_a_cache_really_does(nats_server: NatsServer) -> None
                 await index.until_hits(node_hits(node, mine), mine)
                 await index.until_hits(node_hits(node, CHAIN))
             node.evict_all()
-            await index.until(lambda: index.num_hashes == 0)
+            await index.until(lambda: num_hashes(index) == 0)
             node.blocks.check_integrity()
 
 

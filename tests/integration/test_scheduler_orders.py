@@ -122,7 +122,7 @@ async def office(server: NatsServer, caps: Caps) -> AsyncIterator[Office]:
 async def test_cap_is_asked_for_with_the_epoch_and_told_once_accepted(nats_server: NatsServer) -> None:
     caps = Caps()
     async with office(nats_server, caps) as at:
-        await at.orders.apply([move(D0, 512), move(D1, 256)])
+        await at.orders.apply_orders([move(D0, 512), move(D1, 256)])
         assert sorted(request.max_prefill_tokens_per_step for request in caps.asked) == [256, 512]
         assert {request.epoch for request in caps.asked} == {1}
         told = dict([await at.events.next(CapMoved) for _ in range(2)])
@@ -137,7 +137,7 @@ async def test_nodes_that_fail_cost_the_others_nothing(nats_server: NatsServer) 
     caps = Caps(deaf=("d1",))
     async with office(nats_server, caps) as at:
         gone = NodeRef(node_id="gone", incarnation="i1")
-        await at.orders.apply([move(gone, 512), move(D1, 512), move(D0, 512)])
+        await at.orders.apply_orders([move(gone, 512), move(D1, 512), move(D0, 512)])
         assert len(caps.asked) == 2
         assert (await at.events.next(CapMoved))[0] == "cap_moved.d0"
         assert at.metric("flowkv_cap_moves_total") == 1
@@ -147,7 +147,7 @@ async def test_nodes_that_fail_cost_the_others_nothing(nats_server: NatsServer) 
 async def test_refused_cap_is_not_told(nats_server: NatsServer) -> None:
     caps = Caps(unwilling=("d0",))
     async with office(nats_server, caps) as at:
-        await at.orders.apply([move(D0, 512), move(D1, 512)])
+        await at.orders.apply_orders([move(D0, 512), move(D1, 512)])
         assert (await at.events.next(CapMoved))[0] == "cap_moved.d1"
         assert at.metric("flowkv_cap_moves_total") == 1
 
@@ -155,10 +155,10 @@ async def test_refused_cap_is_not_told(nats_server: NatsServer) -> None:
 async def test_regime_and_wish_for_nodes_are_told_and_shown(nats_server: NatsServer) -> None:
     async with office(nats_server, Caps()) as at:
         assert at.metric("flowkv_regime", regime="normal") == 1
-        await at.orders.apply([RegimeChanged(epoch=0, before="normal", after="overload", reason=WHY)])
-        await at.orders.apply([scale(2)])
-        await at.orders.apply([scale(2)])  # the same again: nothing new to tell
-        await at.orders.apply([scale(0)])
+        await at.orders.apply_orders([RegimeChanged(epoch=0, before="normal", after="overload", reason=WHY)])
+        await at.orders.apply_orders([scale(2)])
+        await at.orders.apply_orders([scale(2)])  # the same again: nothing new to tell
+        await at.orders.apply_orders([scale(0)])
         assert at.metric("flowkv_regime", regime="normal") == 0
         assert at.metric("flowkv_regime", regime="overload") == 1
         assert await at.events.next(RegimeChanged) == (
@@ -180,7 +180,7 @@ async def test_who_does_not_lead_orders_nothing_of_nodes(nats_server: NatsServer
     async with office(nats_server, caps) as at:
         pass
     assert not at.lease.is_held
-    await at.orders.apply([move(D0, 512)])
+    await at.orders.apply_orders([move(D0, 512)])
     assert caps.asked == []
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from imagined_nodes import blocks_by_node
+from imagined_nodes import blocks_by_node, knows, num_hashes
 
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged
@@ -118,7 +118,7 @@ class PrefixIndexMachine(RuleBasedStateMachine):
         pages, node.pages = node.pages, []
         pages += [node.news.page(number) for number in range(len(pages), 3)]
         node.must_load = not all(self.index.load_page(page, number) for number, page in enumerate(pages))
-        assert node.must_load or self.index.knows(node.ref)
+        assert node.must_load or knows(self.index, node.ref)
 
     @rule(node_id=NODES, hashes=chains, for_s=st.integers(1, 3))
     def expect(self, node_id: str, hashes: list[str], for_s: int) -> None:
@@ -169,7 +169,7 @@ class PrefixIndexMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_kept_for_nobody(self) -> None:
-        assert self.index.num_hashes <= len(HASHES)
+        assert num_hashes(self.index) <= len(HASHES)
 
 
 TestPrefixIndex = PrefixIndexMachine.TestCase

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from imagined_nodes import blocks_by_node
+from imagined_nodes import blocks_by_node, knows, num_hashes
 
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import NodeRef
@@ -48,12 +48,12 @@ def test_after_a_gap_changes_wait_for_the_list() -> None:
     index = PrefixIndex()
     assert index.apply_change(changed(N0, 1, [A]))
     assert not index.apply_change(changed(N0, 3, [C]))
-    assert not index.knows(N0)
+    assert not knows(index, N0)
     assert not index.apply_change(changed(N0, 4, removed=[A]))
     assert blocks(index, [A]) == {"n0": 1}  # what is known is still the best guess
     assert index.load_page(page(N0, 3, [A, C, D], num_pages=2), 0)
     assert index.load_page(page(N0, 4, [B], num_pages=2), 1)
-    assert index.knows(N0)
+    assert knows(index, N0)
     assert blocks(index, [A]) == {}
     assert blocks(index, [B, C, D]) == {"n0": 3}
     assert index.apply_change(changed(N0, 5, [A]))
@@ -66,7 +66,7 @@ def test_a_list_after_which_a_change_was_missed_must_be_loaded_again() -> None:
     assert not index.apply_change(changed(N0, 3, [A]))
     assert not index.apply_change(changed(N0, 5, [B]))
     assert not index.load_page(page(N0, 3, [A]), 0)
-    assert not index.knows(N0)
+    assert not knows(index, N0)
     assert index.load_page(page(N0, 5, [C]), 0)
     assert blocks(index, [C]) == {"n0": 1}
     assert blocks(index, [A]) == {}  # on the first list, but not on this one
@@ -120,7 +120,7 @@ def test_what_is_expected_counts_until_then_and_stays_if_it_comes() -> None:
     assert blocks(index, LONG, 6.9) == {"n0": PART_SIZE}
     assert blocks(index, LONG, 7.0) == {}
     assert blocks(index, LONG[1:], 7.0) == {"n0": 2}
-    assert index.num_hashes == 2
+    assert num_hashes(index) == 2
 
 
 def test_who_has_the_last_block_of_a_part_is_taken_to_have_all_of_it() -> None:
@@ -155,7 +155,7 @@ def test_slots_of_nodes_that_left_are_used_again_only_when_they_are_clean(
         node = NodeRef(node_id=f"n{number}", incarnation="1")
         assert index.apply_change(changed(node, 1))
         assert blocks(index, CHAIN) == {}
-    assert index.num_hashes == 0
+    assert num_hashes(index) == 0
     assert index._names == ["n3", "n1", "n2"]
     assert index.apply_change(changed(N0, 1, [A]))
     assert blocks(index, [A]) == {"n0": 1}

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
-from sortedcontainers import SortedDict
+from sortedcontainers import SortedDict, SortedList
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
@@ -62,12 +62,11 @@ class Waiter(NamedTuple):
     until: float
 
 
-class _NodeQueue:
+class _NodeQueue(NamedTuple):
     """The requests that stand at one node."""
 
-    def __init__(self) -> None:
-        self.waiters: SortedDict = SortedDict()  # place -> waiter
-        self.sum = NOTHING
+    places: SortedList
+    need: Work  # of all of them
 
 
 class WaitingQueue:
@@ -105,9 +104,7 @@ class WaitingQueue:
     def work_ahead(self, node_id: str, place: Place) -> Work:
         """The need of those before it at the node: as many as there are, of the mean of all there."""
         queue = self._at_nodes.get(node_id)
-        if queue is None:
-            return NOTHING
-        return queue.sum.share(queue.waiters.bisect_left(place), len(queue.waiters))
+        return queue.need.share(queue.places.bisect_left(place), len(queue.places)) if queue else NOTHING
 
     def add_waiter(
         self, request: ScheduleRequest, node_id: str, need: Work, retry_in_s: float, now: float
@@ -120,9 +117,9 @@ class WaitingQueue:
         waiter = Waiter(request, place, node_id, need, began, until)
         self._waiters[request.request_id] = self._in_order[place] = waiter
         self._ends[until, request.request_id] = None
-        queue = self._at_nodes.setdefault(node_id, _NodeQueue())
-        queue.waiters[place] = waiter
-        queue.sum = queue.sum.plus(need)
+        queue = self._at_nodes.get(node_id, _NodeQueue(SortedList(), NOTHING))
+        queue.places.add(place)
+        self._at_nodes[node_id] = queue._replace(need=queue.need.plus(need))
 
     def forget(self, request_id: str) -> None:
         """It has got its pair, or was refused."""
@@ -131,11 +128,10 @@ class WaitingQueue:
             return
         del self._in_order[waiter.place]
         del self._ends[waiter.until, request_id]
-        queue = self._at_nodes[waiter.node_id]
-        del queue.waiters[waiter.place]
-        queue.sum = queue.sum.plus(waiter.need, -1)
-        if not queue.waiters:
-            del self._at_nodes[waiter.node_id]
+        queue = self._at_nodes.pop(waiter.node_id)
+        queue.places.remove(waiter.place)
+        if queue.places:
+            self._at_nodes[waiter.node_id] = queue._replace(need=queue.need.plus(waiter.need, -1))
 
     def forget_gone(self, now: float) -> None:
         """Those that should have asked again and have not."""

@@ -97,7 +97,7 @@ class Orders:
         for regime in REGIMES:
             self._regimes.labels(regime).set(regime == self._regime)
 
-    async def apply(self, orders: Iterable[Order]) -> None:
+    async def apply_orders(self, orders: Iterable[Order]) -> None:
         """All of them at once. Raises nothing of what goes wrong at nodes or on NATS."""
         async with asyncio.TaskGroup() as tasks:
             for order in orders:
@@ -266,7 +266,7 @@ class Scheduler:
 
     async def _tick(self) -> None:
         if self._lease.is_held:
-            await self._orders.apply(self.planner.tick(self._clock()))
+            await self._orders.apply_orders(self.planner.tick(self._clock()))
 
     def _budget_of(self, node: NodeRef) -> int | None:
         view = self.planner.state.view(node.node_id)

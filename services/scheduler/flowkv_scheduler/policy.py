@@ -39,10 +39,9 @@ Rank = Callable[[NodeView], tuple[Any, ...]]
 
 
 class Cost(msgspec.Struct, frozen=True, gc=False):
-    """Predicted seconds at one node: behind others, then for this request."""
+    """Predicted seconds at one node: for this request, and with the wait behind others."""
 
     node: NodeView
-    wait_s: float
     work_s: float
     num_cached_tokens: int
     total_s: float
@@ -143,12 +142,12 @@ class RequestCosts:
         num_cached = self.num_cached_tokens(node)
         num_new = self.request.num_prompt_tokens - num_cached
         work_s = node.speed.prefill_s(num_new, num_cached, node.chunk_tokens, node.chunk_beside_s)
-        return Cost(node, node.prefill_wait_s, work_s, num_cached, node.prefill_wait_s + work_s)
+        return Cost(node, work_s, num_cached, node.prefill_wait_s + work_s)
 
     def decode_cost(self, node: NodeView) -> Cost:
         """One step: a request that gets the node has its place in the batch."""
         step_s = self.step_s(node)
-        return Cost(node, 0.0, step_s, self.num_cached_tokens(node), step_s)
+        return Cost(node, step_s, self.num_cached_tokens(node), step_s)
 
     def link_between(self, prefill: NodeView, decode: NodeView) -> str:
         """The connector; `HERE` if there is nothing to move, "" if that is not known."""
@@ -314,30 +313,18 @@ def _choose_in(costs: RequestCosts, group: NodeGroup) -> Choice | None:
         prefill=p.node,
         decode=d.node,
         predicted_s=best.predicted_s,
-        wait_s=p.wait_s,
+        wait_s=p.node.prefill_wait_s,
         first_token_s=p.total_s,
         prefill_s=p.work_s,
         num_cached_tokens=p.num_cached_tokens,
         reason=(
             f"best of {len(prefill) * len(decode) + len(staying)} pairs, {best.predicted_s:.3f} s to the "
-            f"second token: wait at {p.node.node_id} {p.wait_s:.3f} s, prefill of "
+            f"second token: wait at {p.node.node_id} {p.node.prefill_wait_s:.3f} s, prefill of "
             f"{costs.request.num_prompt_tokens - p.num_cached_tokens} tokens {p.work_s:.3f} s, transfer "
             f"{best.transfer_s:.3f} s, step at {d.node.node_id} {d.work_s:.3f} s"
         ),
-        prefill_candidates=[
-            _candidate(
-                p, f"{p.node.num_queued_tokens} tokens ahead, {p.num_cached_tokens} of the prompt cached"
-            )
-            for p in prefill[:NUM_TOLD]
-        ],
-        decode_candidates=[
-            _candidate(
-                d,
-                f"{d.node.num_sequences} of {d.node.report.max_num_seqs} sequences, "
-                f"{d.node.num_available_blocks} blocks available, step {d.work_s * 1e3:.0f} ms",
-            )
-            for d in decode[:NUM_TOLD]
-        ],
+        prefill_candidates=[_prefill_candidate(cost) for cost in prefill[:NUM_TOLD]],
+        decode_candidates=[_decode_candidate(cost) for cost in decode[:NUM_TOLD]],
     )
 
 
@@ -369,5 +356,15 @@ def _may_stay(costs: RequestCosts, node: NodeView) -> bool:
     return is_idle and costs.step_s(node) + chunk_s <= costs.goals.itl_s
 
 
-def _candidate(cost: Cost, reason: str) -> Candidate:
+def _prefill_candidate(cost: Cost) -> Candidate:
+    reason = f"{cost.node.num_queued_tokens} tokens ahead, {cost.num_cached_tokens} of the prompt cached"
     return Candidate(node_id=cost.node.node_id, predicted_s=cost.total_s, reason=reason)
+
+
+def _decode_candidate(cost: Cost) -> Candidate:
+    node = cost.node
+    reason = (
+        f"{node.num_sequences} of {node.report.max_num_seqs} sequences, "
+        f"{node.num_available_blocks} blocks available, step {cost.work_s * 1e3:.0f} ms"
+    )
+    return Candidate(node_id=node.node_id, predicted_s=cost.total_s, reason=reason)

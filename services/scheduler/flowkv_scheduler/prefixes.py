@@ -163,15 +163,6 @@ class PrefixIndex:
         self._expected = Expected()
         self._now = 0.0  # when last asked
 
-    @property
-    def num_hashes(self) -> int:
-        return len(self._masks)
-
-    def knows(self, node: NodeRef) -> bool:
-        """Whether this life of the node was heard of, and no change of it was missed."""
-        holder = self._holders.get(node.node_id)
-        return holder is not None and holder.ref == node and holder.waiting is None
-
     def apply_change(self, event: BlocksChanged) -> bool:
         """False if a change was missed: load the node's whole list, meanwhile changes wait."""
         self._clear_left()
