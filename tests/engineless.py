@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from imagined_nodes import descriptor
+from described_nodes import descriptor
 from inprocess_connector import InProcessConnector, Switchboard
 from nats_server import NatsServer
 from wrapped_links import WrappedConnector, WrappedLink

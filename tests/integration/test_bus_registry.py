@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 
-import imagined_nodes
+import described_nodes
 import msgspec
 import pytest
 from nats_server import NatsServer
@@ -24,7 +24,7 @@ TTL_S = 1.2  # the server's shortest marker lives 1 s
 
 
 def descriptor(node_id: str, cap: int = 512, incarnation: str = "i1") -> NodeDescriptor:
-    known = imagined_nodes.descriptor(node_id, "prefill", incarnation=incarnation)
+    known = described_nodes.descriptor(node_id, "prefill", incarnation=incarnation)
     return msgspec.structs.replace(known, max_prefill_tokens_per_step=cap)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from imagined_nodes import BLOCK_SIZE, descriptor
+from described_nodes import BLOCK_SIZE, descriptor
 from nats_server import NatsServer
 
 from flowkv_common.aio import running

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from imagined_nodes import blocks_by_node, descriptor, knows, num_hashes
+from described_nodes import blocks_by_node, descriptor, knows, num_hashes
 from nats_server import NatsServer
 
 from flowkv_common.aio import running

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from imagined_nodes import descriptor
+from described_nodes import descriptor
 from nats_server import NatsServer
 
 from flowkv_common import errors

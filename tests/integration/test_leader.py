@@ -11,10 +11,9 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import httpx
-from imagined_nodes import request
+from described_nodes import ReportingNode, is_assigned, reporting, request, schedule, until_answer
 from nats.aio.msg import Msg
 from nats_server import NatsServer
-from scripted_nodes import Node, is_assigned, living, schedule, until
 
 from flowkv_common import errors
 from flowkv_common.aio import running
@@ -155,14 +154,14 @@ async def two_schedulers(
     async with (
         scheduler(server, *command) as leader,
         # With places for all that are chosen between two reports.
-        living(
+        reporting(
             *(
-                Node(bus, name, role, period_s=SILENCE_AFTER_S / 3, max_num_seqs=1000)
+                ReportingNode(bus, name, role, period_s=SILENCE_AFTER_S / 3, max_num_seqs=1000)
                 for name, role in NODES.items()
             )
         ),
     ):
-        await until(bus, is_assigned("p0", "d0"))
+        await until_answer(bus, is_assigned("p0", "d0"))
         async with scheduler(server, *command) as standby:
             await until_states(bus, "leader", "standby")
             yield leader, standby
@@ -208,7 +207,7 @@ async def test_server_that_restarts_is_left_with_one_leader_of_a_higher_epoch(
             await back.wait()
         assert await until_states(bus, "leader", "standby", at_least=2) == 2
         assert await num_replies(bus) == 1
-        await until(bus, lambda answer: isinstance(answer, Assignment) and answer.epoch == 2)
+        await until_answer(bus, lambda answer: isinstance(answer, Assignment) and answer.epoch == 2)
 
 
 async def test_of_two_that_start_together_one_listens(nats_server: NatsServer) -> None:

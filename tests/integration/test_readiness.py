@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
+from described_nodes import ReportingNode, reporting, schedule
 from nats_server import NatsServer
-from scripted_nodes import Node, living, schedule
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.errors import FlowKVError
@@ -64,15 +64,15 @@ async def until(gateway: Dispatch, expected: str | None, timeout_s: float = 10.0
     return time.monotonic() - began
 
 
-def pair(bus: Bus) -> tuple[Node, Node]:
-    return Node(bus, "p0", "prefill"), Node(bus, "d0", "decode")
+def pair(bus: Bus) -> tuple[ReportingNode, ReportingNode]:
+    return ReportingNode(bus, "p0", "prefill"), ReportingNode(bus, "d0", "decode")
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
 async def test_a_scheduler_that_is_gone_makes_a_gateway_unready(
     nats_server: NatsServer, bus: Bus, gateway: Dispatch, end: signal.Signals
 ) -> None:
-    async with living(*pair(bus)):
+    async with reporting(*pair(bus)):
         async with scheduler(nats_server) as process:
             await until(gateway, None)
             process.send_signal(end)
@@ -96,7 +96,7 @@ async def test_what_is_missing_is_named(nats_server: NatsServer, bus: Bus, gatew
     prefill, decode = pair(bus)
     async with scheduler(nats_server):
         await until(gateway, NO_NODE)
-        async with living(prefill, decode):
+        async with reporting(prefill, decode):
             await until(gateway, None)
             prefill.changes = decode.changes = {"ready": False}
             await until(gateway, NO_NODE)
@@ -109,7 +109,7 @@ async def test_what_is_missing_is_named(nats_server: NatsServer, bus: Bus, gatew
 async def test_a_successor_that_stands_by_keeps_gateways_ready(
     nats_server: NatsServer, bus: Bus, gateway: Dispatch
 ) -> None:
-    async with living(*pair(bus)), scheduler(nats_server) as leader:
+    async with reporting(*pair(bus)), scheduler(nats_server) as leader:
         await until(gateway, None)
         async with scheduler(nats_server) as standby:
             port = await metrics_port(standby)

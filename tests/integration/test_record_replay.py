@@ -6,9 +6,8 @@ import asyncio
 import sys
 from pathlib import Path
 
-from imagined_nodes import request
+from described_nodes import ReportingNode, reporting, request, schedule, until_answer
 from nats_server import NatsServer
-from scripted_nodes import Node, living, schedule, until
 
 from benchmarks import replay
 from benchmarks.baselines import make_planner
@@ -24,7 +23,7 @@ from flowkv_scheduler.cluster import Goals
 ROOT = Path(__file__).resolve().parents[2]
 
 
-async def ask_in_bursts(bus: Bus, p0: Node) -> list[tuple[str, str]]:
+async def ask_in_bursts(bus: Bus, p0: ReportingNode) -> list[tuple[str, str]]:
     """Requests of many lengths while loads change; the pairs that they got."""
     pairs = []
     for burst in range(4):
@@ -48,11 +47,13 @@ async def test_recording_of_a_live_scheduler_replays_to_the_same_choices(
             # A long period: no choice is forgotten and no node falls silent at a moment that two clocks see
             # differently. Places for all, since none is given back.
             kept = {"period_s": 30.0, "max_num_seqs": 64}
-            nodes = {name: Node(bus, name, role, **kept) for name, role in roles.items()}
+            nodes = {name: ReportingNode(bus, name, role, **kept) for name, role in roles.items()}
             async with recording(ears, Recorder(out)), asyncio.TaskGroup() as tasks:
                 tasks.create_task(serve(SchedulerSettings(nats_url=nats_server.url), stop))
-                async with living(*nodes.values()):
-                    await until(bus, lambda m: isinstance(m, Assignment) and len(m.decode_candidates) == 2)
+                async with reporting(*nodes.values()):
+                    await until_answer(
+                        bus, lambda m: isinstance(m, Assignment) and len(m.decode_candidates) == 2
+                    )
                     live = await ask_in_bursts(bus, nodes["p0"])
                     event = CapMoved(
                         node=NodeRef(node_id="d0", incarnation="i1"), epoch=1, after=512, reason="by hand"
@@ -89,7 +90,7 @@ async def test_recorder_as_a_process_ends_by_itself_with_all_it_heard(
         stderr=asyncio.subprocess.PIPE,
     )
     async with asyncio.timeout(20), connect(nats_server.url, name="test") as bus:
-        async with living(Node(bus, "p0", "prefill")):
+        async with reporting(ReportingNode(bus, "p0", "prefill")):
             _, said = await process.communicate()
     lines = list(read_lines(path))
     assert process.returncode == 0

@@ -11,10 +11,18 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from imagined_nodes import descriptor, request
+from described_nodes import (
+    ReportingNode,
+    descriptor,
+    is_assigned,
+    is_wait,
+    reporting,
+    request,
+    schedule,
+    until_answer,
+)
 from nats_server import NatsServer
 from prometheus_client import CollectorRegistry
-from scripted_nodes import Node, is_assigned, is_wait, living, schedule, until
 
 from flowkv_common import errors
 from flowkv_common.bus.connection import Bus, connect
@@ -42,9 +50,9 @@ async def test_waits_for_nodes_then_pairs_them_and_tells_everyone(nats_server: N
     told: asyncio.Queue[Assignment] = asyncio.Queue()
     async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
         async with await bus.subscribe(subjects.assignment("r"), Assignment, lambda m, _: told.put(m)):
-            await until(bus, is_wait)
-            async with living(Node(bus, "p0", "prefill"), Node(bus, "d0", "decode")):
-                answer = await until(bus, is_assigned("p0", "d0"))
+            await until_answer(bus, is_wait)
+            async with reporting(ReportingNode(bus, "p0", "prefill"), ReportingNode(bus, "d0", "decode")):
+                answer = await until_answer(bus, is_assigned("p0", "d0"))
                 assert isinstance(answer, Assignment)
                 assert answer.epoch == 1
                 assert [c.node_id for c in answer.prefill_candidates] == ["p0"]
@@ -52,37 +60,41 @@ async def test_waits_for_nodes_then_pairs_them_and_tells_everyone(nats_server: N
                     assert await told.get() == answer
 
 
-def busy_with_its_own(bus: Bus, node_id: str) -> Node:
+def busy_with_its_own(bus: Bus, node_id: str) -> ReportingNode:
     """A decode node that has no time for a new prompt, only for sequences."""
-    return Node(bus, node_id, "decode", queued_prefill_tokens=500_000)
+    return ReportingNode(bus, node_id, "decode", queued_prefill_tokens=500_000)
 
 
 async def test_one_watch_on_the_registry_feeds_all(nats_server: NatsServer) -> None:
     async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
-        async with living(Node(bus, "p0", "prefill"), Node(bus, "d0", "decode")):
-            await until(bus, is_assigned("p0", "d0"))
+        async with reporting(ReportingNode(bus, "p0", "prefill"), ReportingNode(bus, "d0", "decode")):
+            await until_answer(bus, is_assigned("p0", "d0"))
             watches = await bus.nc.jetstream().consumers_info(f"KV_{subjects.NODES_BUCKET}")
             assert len(watches) == 1
 
 
 async def test_live_load_moves_requests_to_the_idler_node(nats_server: NatsServer) -> None:
     async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
-        p0, p1 = Node(bus, "p0", "prefill"), Node(bus, "p1", "prefill", queued_prefill_tokens=3000)
-        async with living(p0, p1, busy_with_its_own(bus, "d0")):
-            await until(bus, is_assigned("p0", "d0"))
+        p0, p1 = (
+            ReportingNode(bus, "p0", "prefill"),
+            ReportingNode(bus, "p1", "prefill", queued_prefill_tokens=3000),
+        )
+        async with reporting(p0, p1, busy_with_its_own(bus, "d0")):
+            await until_answer(bus, is_assigned("p0", "d0"))
             p0.changes = {"queued_prefill_tokens": 9000}
-            await until(bus, is_assigned("p1", "d0"))
+            await until_answer(bus, is_assigned("p1", "d0"))
 
 
 async def test_a_burst_between_two_reports_is_spread(nats_server: NatsServer) -> None:
     async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
         nodes = [
-            Node(bus, name, role) for name, role in (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"))
+            ReportingNode(bus, name, role)
+            for name, role in (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"))
         ]
         for node in nodes:
             node.changes = {"period_s": 30.0}  # choices count for a minute: no report can hide them
-        async with living(*nodes):
-            await until(bus, lambda m: isinstance(m, Assignment) and len(m.prefill_candidates) == 2)
+        async with reporting(*nodes):
+            await until_answer(bus, lambda m: isinstance(m, Assignment) and len(m.prefill_candidates) == 2)
             answers = [await schedule(bus) for _ in range(10)]
     chosen = [answer.prefill.node_id for answer in answers if isinstance(answer, Assignment)]
     assert abs(chosen.count("p0") - chosen.count("p1")) <= 2
@@ -91,28 +103,28 @@ async def test_a_burst_between_two_reports_is_spread(nats_server: NatsServer) ->
 
 async def test_silent_and_draining_nodes_get_nothing(nats_server: NatsServer) -> None:
     async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
-        d0, d1 = Node(bus, "d0", "decode"), Node(bus, "d1", "decode", num_running=9)
-        async with living(Node(bus, "p0", "prefill"), d1):
-            async with living(d0):
-                await until(bus, is_assigned("p0", "d0"))
+        d0, d1 = ReportingNode(bus, "d0", "decode"), ReportingNode(bus, "d1", "decode", num_running=9)
+        async with reporting(ReportingNode(bus, "p0", "prefill"), d1):
+            async with reporting(d0):
+                await until_answer(bus, is_assigned("p0", "d0"))
                 d0.changes = {"draining": True}
-                await until(bus, is_assigned("p0", "d1"))
+                await until_answer(bus, is_assigned("p0", "d1"))
                 d0.changes = {}
-                await until(bus, is_assigned("p0", "d0"))
-            await until(bus, is_assigned("p0", "d1"))
+                await until_answer(bus, is_assigned("p0", "d0"))
+            await until_answer(bus, is_assigned("p0", "d1"))
 
 
 async def test_refusals_arrive_as_errors(nats_server: NatsServer) -> None:
     async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
-        p0 = Node(bus, "p0", "prefill")
-        async with living(p0, busy_with_its_own(bus, "d0")):
-            await until(bus, is_assigned("p0", "d0"))
+        p0 = ReportingNode(bus, "p0", "prefill")
+        async with reporting(p0, busy_with_its_own(bus, "d0")):
+            await until_answer(bus, is_assigned("p0", "d0"))
             with pytest.raises(errors.BadRequest) as bad:
                 await schedule(bus, request(num_prompt_tokens=5000))
             assert bad.value.field == "prompt"
             p0.changes = {"queued_prefill_tokens": 90_000}
             with pytest.raises(errors.Full) as full:
-                await until(bus, lambda _: False)
+                await until_answer(bus, lambda _: False)
             assert full.value.retry_after_s is not None
             assert 25 < full.value.retry_after_s < 35
 
@@ -137,15 +149,15 @@ async def test_the_planner_is_told_whether_it_lends(
 
 async def test_scheduling_goes_on_after_a_server_restart(nats_server: NatsServer) -> None:
     async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
-        async with living(Node(bus, "p0", "prefill"), Node(bus, "d0", "decode")):
-            await until(bus, is_assigned("p0", "d0"))
+        async with reporting(ReportingNode(bus, "p0", "prefill"), ReportingNode(bus, "d0", "decode")):
+            await until_answer(bus, is_assigned("p0", "d0"))
             back = asyncio.Event()
             bus.on_reconnect(back.set)
             nats_server.kill()
             nats_server.start()
             async with asyncio.timeout(5):
                 await back.wait()
-            await until(bus, is_assigned("p0", "d0"))
+            await until_answer(bus, is_assigned("p0", "d0"))
 
 
 async def test_process_serves_metrics_and_leaves_on_sigterm(nats_server: NatsServer) -> None:
@@ -158,7 +170,7 @@ async def test_process_serves_metrics_and_leaves_on_sigterm(nats_server: NatsSer
     try:
         async with asyncio.timeout(20), connect(nats_server.url, name="test") as bus:
             url = await _metrics_url(process)
-            await until(bus, is_wait)
+            await until_answer(bus, is_wait)
             async with httpx.AsyncClient() as http:
                 metrics = (await http.get(url)).text
                 ready = await http.get(url.replace("/metrics", "/health"))

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from described_nodes import ReportingNode, is_assigned, reporting, until_answer
 from nats.aio.msg import Msg
 from nats_server import NatsServer
 from prometheus_client import CollectorRegistry
-from scripted_nodes import Node, is_assigned, living, until
 
 from flowkv_common import errors
 from flowkv_common.aio import running
@@ -241,10 +241,10 @@ async def test_leader_ticks_its_planner_and_outlives_its_failures(nats_server: N
         async with (
             service,
             await bus.subscribe_raw(subjects.event("cap_moved", "*"), events.take),
-            living(Node(bus, "p0", "prefill"), Node(bus, "d0", "decode")),
+            reporting(ReportingNode(bus, "p0", "prefill"), ReportingNode(bus, "d0", "decode")),
         ):
             tasks.create_task(serve(settings, stop, planner))
-            await until(bus, is_assigned("p0", "d0"))
+            await until_answer(bus, is_assigned("p0", "d0"))
             moves = [(await events.next(CapMoved))[1] for _ in range(3)]
             stop.set()
     assert {(move.node, move.after) for move in moves} == {(D0, 512)}

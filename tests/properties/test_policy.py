@@ -6,17 +6,17 @@ import math
 from random import Random
 
 import msgspec
+from described_nodes import CAPS, NUM_BLOCKS, Described, choose, cluster, node, pair, request, view
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from imagined_nodes import CAPS, NUM_BLOCKS, Imagined, cluster, node, request, view
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import StepFit
-from flowkv_scheduler import admission, policy
+from flowkv_scheduler import admission
 from flowkv_scheduler.admission import Later, WaitingQueue
 from flowkv_scheduler.cluster import Goals, Work
-from flowkv_scheduler.policy import Choice, RequestCosts
+from flowkv_scheduler.policy import RequestCosts
 
 FITS = [
     None,
@@ -26,7 +26,7 @@ FITS = [
 
 
 @st.composite
-def clusters(draw: st.DrawFn) -> list[Imagined]:
+def clusters(draw: st.DrawFn) -> list[Described]:
     """Up to six nodes in any state, of few distinct loads so that ties are common."""
     few = st.sampled_from
     return [
@@ -61,17 +61,11 @@ requests = st.builds(
 goals = st.builds(Goals, itl_s=st.sampled_from([0.01, 0.05, 0.25]), max_wait_s=st.sampled_from([0.1, 5.0]))
 
 
-def choose(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> Choice | None:
-    return policy.choose(RequestCosts(wanted, cluster(*nodes), aims, now=0.0))
-
-
-def pair(choice: Choice | None) -> tuple[str, str] | None:
-    return (choice.prefill.node_id, choice.decode.node_id) if choice else None
-
-
 @settings(deadline=None)
 @given(clusters(), requests, goals)
-def test_unusable_nodes_are_never_chosen(nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals) -> None:
+def test_unusable_nodes_are_never_chosen(
+    nodes: list[Described], wanted: ScheduleRequest, aims: Goals
+) -> None:
     choice = choose(wanted, nodes, aims)
     if choice is None:
         return
@@ -88,14 +82,14 @@ def test_unusable_nodes_are_never_chosen(nodes: list[Imagined], wanted: Schedule
 @settings(deadline=None)
 @given(clusters(), requests, goals, st.randoms())
 def test_order_of_nodes_changes_nothing(
-    nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals, random: Random
+    nodes: list[Described], wanted: ScheduleRequest, aims: Goals, random: Random
 ) -> None:
     shuffled = list(nodes)
     random.shuffle(shuffled)
     assert choose(wanted, shuffled, aims) == choose(wanted, nodes, aims)
 
 
-def brute_force(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> float:
+def brute_force(wanted: ScheduleRequest, nodes: list[Described], aims: Goals) -> float:
     """The least prediction over all pairs of the two sides, without an index; infinite without a pair."""
     state = cluster(*nodes)
     costs = RequestCosts(wanted, state, aims, 0.0)
@@ -113,7 +107,7 @@ def brute_force(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> 
 @settings(deadline=None)
 @given(clusters(), requests, goals)
 def test_no_pair_of_the_sides_promises_less(
-    nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals
+    nodes: list[Described], wanted: ScheduleRequest, aims: Goals
 ) -> None:
     choice = choose(wanted, nodes, aims)
     least = brute_force(wanted, nodes, aims)
@@ -128,7 +122,7 @@ loads = st.sampled_from(
 )
 
 
-def loaded(one: Imagined, load: str, by: int) -> Imagined:
+def loaded(one: Described, load: str, by: int) -> Described:
     """The same node with more to do."""
     if load == "given":
         return one._replace(given=Work(*(have + by for have in msgspec.structs.astuple(one.given))))
@@ -143,7 +137,7 @@ def loaded(one: Imagined, load: str, by: int) -> Imagined:
 @settings(deadline=None)
 @given(clusters(), requests, goals, st.data())
 def test_more_load_never_makes_a_node_more_attractive(
-    nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals, data: st.DataObject
+    nodes: list[Described], wanted: ScheduleRequest, aims: Goals, data: st.DataObject
 ) -> None:
     if not nodes:
         return
@@ -158,7 +152,7 @@ def test_more_load_never_makes_a_node_more_attractive(
 @settings(deadline=None)
 @given(clusters(), requests, loads, st.sampled_from([1, 8, 700]))
 def test_more_load_never_lowers_a_cost(
-    nodes: list[Imagined], wanted: ScheduleRequest, load: str, by: int
+    nodes: list[Described], wanted: ScheduleRequest, load: str, by: int
 ) -> None:
     costs = RequestCosts(wanted, cluster(), Goals(), 0.0)
     costs.state.mean_prompt_tokens = 0.0
@@ -168,7 +162,7 @@ def test_more_load_never_lowers_a_cost(
         assert costs.decode_cost(busy).total_s >= costs.decode_cost(idle).total_s
 
 
-def refused(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> bool:
+def refused(wanted: ScheduleRequest, nodes: list[Described], aims: Goals) -> bool:
     try:
         admission.decide(wanted, cluster(*nodes), aims, 0.0, WaitingQueue())
     except errors.Full:
@@ -187,7 +181,7 @@ def refused(wanted: ScheduleRequest, nodes: list[Imagined], aims: Goals) -> bool
     st.tuples(st.sampled_from([0.2, 5.0, 600.0]), st.sampled_from([0.2, 5.0, 600.0])),
 )
 def test_the_more_urgent_and_the_more_patient_are_refused_last(
-    nodes: list[Imagined],
+    nodes: list[Described],
     wanted: ScheduleRequest,
     aims: Goals,
     priorities: tuple[int, int],
@@ -201,7 +195,7 @@ def test_the_more_urgent_and_the_more_patient_are_refused_last(
 @settings(deadline=None)
 @given(clusters(), requests, goals)
 def test_retries_of_running_requests_are_never_shed(
-    nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals
+    nodes: list[Described], wanted: ScheduleRequest, aims: Goals
 ) -> None:
     assert not refused(msgspec.structs.replace(wanted, num_output_tokens=1, deadline_in_s=0.1), nodes, aims)
 
@@ -209,7 +203,7 @@ def test_retries_of_running_requests_are_never_shed(
 @settings(deadline=None)
 @given(clusters(), requests, goals)
 def test_who_is_told_to_wait_is_told_for_how_long(
-    nodes: list[Imagined], wanted: ScheduleRequest, aims: Goals
+    nodes: list[Described], wanted: ScheduleRequest, aims: Goals
 ) -> None:
     try:
         decision = admission.decide(wanted, cluster(*nodes), aims, 0.0, WaitingQueue())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from described_nodes import BLOCK_SIZE, CAPS, NUM_BLOCKS, TOKEN_BUDGET, Described, cluster, node
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from imagined_nodes import BLOCK_SIZE, CAPS, NUM_BLOCKS, TOKEN_BUDGET, Imagined, cluster, node
 
 from flowkv_common.wire.nodes import SetPrefillCap
 from flowkv_scheduler.cluster import Goals
@@ -20,7 +20,7 @@ loads = st.tuples(st.sampled_from([0, 100, 9000]), st.sampled_from([0, 2, 15]), 
 histories = st.lists(st.tuples(loads, st.integers(1, 12)), max_size=12)
 
 
-def nodes_under(load: tuple[int, int, int], caps: dict[str, int], num_each: int) -> list[Imagined]:
+def nodes_under(load: tuple[int, int, int], caps: dict[str, int], num_each: int) -> list[Described]:
     queued, running, absent = load
     found = []
     for number in range(2 * num_each):

@@ -7,7 +7,7 @@ import random
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from imagined_steps import duration_s, make_step, run_steps, worst_error
+from made_steps import duration_s, make_step, run_steps, worst_error
 
 from flowkv_common.wire.nodes import StepFit
 from flowkv_node.measures import StepCounts, StepFitter

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from described_nodes import BLOCK_SIZE, descriptor, report, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from imagined_nodes import BLOCK_SIZE, descriptor, report, request
 
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import BlockCounts

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from imagined_nodes import descriptor, report, request
+from described_nodes import descriptor, report, request
 
 from benchmarks import BenchmarkFailed, replay
 from benchmarks.baselines import BASELINES, make_planner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from imagined_nodes import BLOCK_SIZE, MODEL, descriptor, report
+from described_nodes import BLOCK_SIZE, MODEL, descriptor, report
 
 from flowkv_common.wire.messages import ModelCard, ModelFiles
 from flowkv_gateway.cluster import Cluster, OwnModel

@@ -8,7 +8,7 @@ import time
 import msgspec
 import pytest
 from drive import make_sequence
-from imagined_steps import COSTS, duration_s, make_step, run_steps, worst_error
+from made_steps import COSTS, duration_s, make_step, run_steps, worst_error
 
 from flowkv_common.wire.nodes import StepFit
 from flowkv_engine.engine.batch import WorkItem

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from imagined_nodes import MODEL, NUM_BLOCKS, Imagined, cluster, node, request
+from described_nodes import MODEL, NUM_BLOCKS, Described, cluster, node, request
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
@@ -24,7 +24,7 @@ D0 = node("d0", "decode", queued_prefill_tokens=500_000)
 
 
 def decide(
-    wanted: ScheduleRequest, nodes: list[Imagined], waiting: WaitingQueue | None = None
+    wanted: ScheduleRequest, nodes: list[Described], waiting: WaitingQueue | None = None
 ) -> Choice | Wait:
     return told(admission.decide(wanted, cluster(*nodes), GOALS, 0.0, waiting or WaitingQueue()))
 
@@ -56,7 +56,7 @@ def test_request_for_a_node_that_is_not_ready_is_no_bad_request() -> None:
 @pytest.mark.parametrize(
     "nodes", [[], [node("p0", "prefill", ready=False)], [node("d0", "decode", age_s=9.0)]]
 )
-def test_without_nodes_it_waits_then_gives_up(nodes: list[Imagined]) -> None:
+def test_without_nodes_it_waits_then_gives_up(nodes: list[Described]) -> None:
     decision = decide(request(), nodes)
     assert isinstance(decision, Wait)
     assert decision.retry_in_s == admission.NO_NODE_RETRY_S
@@ -181,7 +181,7 @@ def test_a_prompt_that_fits_no_pool_with_its_next_token_is_refused_at_once() -> 
         decide(request(2 * NUM_BLOCKS * 16, 1), [small, large])
 
 
-def full_node(num_running: int, max_num_seqs: int = 16) -> Imagined:
+def full_node(num_running: int, max_num_seqs: int = 16) -> Described:
     return node("d0", "decode", num_running=num_running, max_num_seqs=max_num_seqs, free=NUM_BLOCKS - 16)
 
 

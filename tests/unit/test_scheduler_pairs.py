@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from imagined_nodes import Imagined, cluster, descriptor, node
+from described_nodes import Described, cluster, descriptor, node
 
 from flowkv_scheduler.cluster import num_pairs, why_apart
 
 
-def pairs(*nodes: Imagined) -> int:
+def pairs(*nodes: Described) -> int:
     return num_pairs(cluster(*nodes).usable(0.0))
 
 

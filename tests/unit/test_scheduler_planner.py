@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import msgspec
-from imagined_nodes import CAPS, TOKEN_BUDGET, descriptor, report, request
+from described_nodes import CAPS, TOKEN_BUDGET, descriptor, report, request
 
 from flowkv_common.wire.messages import Wait
 from flowkv_common.wire.nodes import SetPrefillCap, StepFit

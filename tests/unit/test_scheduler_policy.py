@@ -6,27 +6,18 @@ from typing import Any
 
 import msgspec
 import pytest
-from imagined_nodes import BLOCK_SIZE, MODEL, Imagined, cluster, node, request, view
+from described_nodes import BLOCK_SIZE, GOALS, MODEL, Described, choose, cluster, node, pair, request, view
 
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import StepFit, expected_tokens
 from flowkv_scheduler import policy
 from flowkv_scheduler.cluster import Goals, Work
-from flowkv_scheduler.policy import HANDOFF_S, Choice, RequestCosts
+from flowkv_scheduler.policy import HANDOFF_S, RequestCosts
 
-GOALS = Goals()
 BLOCK_BYTES = 2 * 2 * BLOCK_SIZE * 2 * 16 * 4  # layers, K and V, slots, heads, head_dim, fp32
 
 
-def choose(wanted: ScheduleRequest, nodes: list[Imagined], goals: Goals = GOALS) -> Choice | None:
-    return policy.choose(RequestCosts(wanted, cluster(*nodes), goals, now=0.0))
-
-
-def pair(choice: Choice | None) -> tuple[str, str] | None:
-    return (choice.prefill.node_id, choice.decode.node_id) if choice else None
-
-
-def costs_of(wanted: ScheduleRequest, *nodes: Imagined) -> RequestCosts:
+def costs_of(wanted: ScheduleRequest, *nodes: Described) -> RequestCosts:
     return RequestCosts(wanted, cluster(*nodes), GOALS, 0.0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from imagined_nodes import blocks_by_node, knows, num_hashes
+from described_nodes import blocks_by_node, knows, num_hashes
 
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import NodeRef

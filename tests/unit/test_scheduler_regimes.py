@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from imagined_nodes import CAPS, NUM_BLOCKS, TOKEN_BUDGET, Imagined, cluster, node
+from described_nodes import CAPS, NUM_BLOCKS, TOKEN_BUDGET, Described, cluster, node
 
 from flowkv_common.wire.nodes import RegimeChanged, ScaleWanted, SetPrefillCap, StepFit
 from flowkv_scheduler.cluster import Goals, Work
@@ -15,11 +15,11 @@ GOALS = Goals(ttft_s=4.0, itl_s=0.25)
 FIT = StepFit(base_s=0.05, prefill_token_s=1e-3, attended_token_s=0.0, sequence_s=0.01, context_token_s=0.0)
 
 
-def prefill(name: str = "p0", queued: int = 0, **changes: Any) -> Imagined:
+def prefill(name: str = "p0", queued: int = 0, **changes: Any) -> Described:
     return node(name, "prefill", queued_prefill_tokens=queued, step=FIT, **changes)
 
 
-def decode(name: str = "d0", running: int = 0, **changes: Any) -> Imagined:
+def decode(name: str = "d0", running: int = 0, **changes: Any) -> Described:
     free = NUM_BLOCKS - 2 * running
     context = {"num_context_tokens": 100 * running}
     return node(name, "decode", num_running=running, step=FIT, **({"free": free} | context | changes))
@@ -36,7 +36,7 @@ class Run:
         self.caps: dict[str, int] = {}
         self.now = 0.0
 
-    def tick(self, *nodes: Imagined, times: int = 1, obey: bool = True) -> list[Order]:
+    def tick(self, *nodes: Described, times: int = 1, obey: bool = True) -> list[Order]:
         orders: list[Order] = []
         prefill_rate = sum(one.report.queued_prefill_tokens for one in nodes) / 5.0
         for _ in range(times):
@@ -52,7 +52,7 @@ class Run:
             orders += said
         return orders
 
-    def _with_cap(self, one: Imagined) -> Imagined:
+    def _with_cap(self, one: Described) -> Described:
         cap = self.caps.get(one.node_id, one.report.max_prefill_tokens_per_step)
         fields = {name: getattr(one.report, name) for name in one.report.__struct_fields__}
         return one._replace(report=type(one.report)(**fields | {"max_prefill_tokens_per_step": cap}))

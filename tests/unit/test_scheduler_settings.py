@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import msgspec
-from imagined_nodes import descriptor, node, request
+from described_nodes import descriptor, node, request
 
 from flowkv_common import errors
 from flowkv_common.config import SchedulerSettings

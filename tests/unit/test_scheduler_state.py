@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from imagined_nodes import NUM_BLOCKS, PERIOD_S, descriptor, report
+from described_nodes import NUM_BLOCKS, PERIOD_S, descriptor, report
 
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import StepFit
