@@ -7,12 +7,16 @@ import contextlib
 import itertools
 import math
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
+import httpx
 from nats_server import NatsServer
 
 from flowkv.roles import ROLES
-from flowkv_common.bus.connection import Bus
+from flowkv_common.aio import running
+from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import NodeSettings
 from flowkv_common.errors import FlowKVError, from_wire
@@ -21,6 +25,7 @@ from flowkv_common.wire.messages import (
     Accepted,
     Keepalive,
     KeepaliveReply,
+    Message,
     NodeRef,
     PrefillRun,
     Release,
@@ -32,7 +37,16 @@ from flowkv_common.wire.messages import (
     TokenIds,
     transfer_id,
 )
-from flowkv_common.wire.nodes import Check, Checked, LoadReport
+from flowkv_common.wire.nodes import (
+    Check,
+    Checked,
+    Drain,
+    LoadReport,
+    NodeDescriptor,
+    ResumeNode,
+    SetPrefillCap,
+    Wedge,
+)
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_node.host import serve_node, served_model
 
@@ -99,6 +113,74 @@ async def first(heard: Heard, is_met: Callable[[LoadReport], bool]) -> LoadRepor
         while not is_met(report := await heard.get()):
             pass
     return report
+
+
+@dataclass
+class LiveNode:
+    """A node, and what a gateway, a scheduler and an operator ask of it."""
+
+    bus: Bus
+    client: Client
+    ref: NodeRef
+    heard: Heard
+
+    async def generate(self, prompt_ids: list[int], *, max_tokens: int, epoch: int = 1) -> list[int]:
+        """Prefilled and decoded here."""
+        return await self.client.generate(self.ref, self.ref, prompt_ids, max_tokens=max_tokens, epoch=epoch)
+
+    async def set_cap(self, cap: int, *, epoch: int = 1, node: NodeRef | None = None) -> None:
+        message = SetPrefillCap(
+            node=node or self.ref, epoch=epoch, max_prefill_tokens_per_step=cap, reason="the test says so"
+        )
+        await self._ask(subjects.NODE_CAP, message)
+
+    async def drain(self) -> None:
+        await self._ask(subjects.NODE_DRAIN, Drain(reason="new fan"))
+
+    async def resume(self) -> None:
+        await self._ask(subjects.NODE_RESUME, ResumeNode())
+
+    async def wedge(self, for_s: float) -> None:
+        await self._ask(subjects.NODE_WEDGE, Wedge(for_s=for_s))
+
+    async def _ask(self, subject: str, message: Message) -> None:
+        answer = await self.bus.request(
+            subjects.at(subject, self.ref.node_id), message, Accepted, timeout_s=5
+        )
+        assert answer == Accepted(node_id=self.ref.node_id)
+
+    async def check(self) -> Checked:
+        """Its block counts after its own integrity check."""
+        return await check(self.bus, self.ref.node_id)
+
+    async def get(self, path: str) -> httpx.Response:
+        """From its HTTP port."""
+        url = (await self.descriptor()).metrics_url.replace("/metrics", path)
+        async with httpx.AsyncClient(timeout=5, trust_env=False, verify=False) as http:
+            return await http.get(url)
+
+    async def descriptor(self, cap: int | None = None) -> NodeDescriptor:
+        """Its record in the registry, once it says `cap`."""
+        found: asyncio.Queue[NodeDescriptor] = asyncio.Queue()
+
+        def look(nodes: dict[str, NodeDescriptor]) -> None:
+            record = nodes.get(self.ref.node_id)
+            if record is not None and cap in (None, record.max_prefill_tokens_per_step):
+                found.put_nowait(record)
+
+        async with running(watch_nodes(self.bus, look)), asyncio.timeout(10):
+            return await found.get()
+
+
+@contextlib.asynccontextmanager
+async def one_node(server: NatsServer, model: LoadedModel, **settings: Any) -> AsyncIterator[LiveNode]:
+    """The only node, "n0", with a connection of the test's own."""
+    async with (
+        connect(server.url, name="test") as bus,
+        live_node(server, bus, model, "n0", **settings) as ref,
+    ):
+        async with reports(bus, "n0") as heard, client(bus, model.card.fingerprint) as mine:
+            yield LiveNode(bus, mine, ref, heard)
 
 
 async def check(bus: Bus, node_id: str) -> Checked:

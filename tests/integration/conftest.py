@@ -1,15 +1,33 @@
-"""Fixtures of tests on live nodes."""
+"""Fixtures that tests on one server share."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from pathlib import Path
+
 import pytest
 from drive import load_tiny
+from nats_server import NatsServer
 from tiny_models import make_tiny_model
 
+from flowkv_common.bus.connection import Bus, connect
 from flowkv_engine.engine.model import LoadedModel
 
 
+@pytest.fixture
+async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
+    """The test's own connection."""
+    async with connect(nats_server.url, name="test") as mine:
+        yield mine
+
+
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """A tiny model, loaded once for all tests."""
-    return load_tiny(make_tiny_model(tmp_path_factory.mktemp("model")))
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, in place of the default one."""
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def model(model_path: Path) -> LoadedModel:
+    """It, loaded once for all tests."""
+    return load_tiny(model_path)

@@ -6,21 +6,17 @@ import asyncio
 from unittest.mock import patch
 
 import pytest
-from drive import load_tiny
 from live_nodes import node_settings, reports
 from nats_server import NatsServer
-from tiny_models import make_tiny_model
 
 from flowkv.roles import ROLES
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.errors import Unavailable
+from flowkv_engine.engine.model import LoadedModel
 from flowkv_node.host import serve_node, served_model
 
 
-async def test_a_node_ends_when_nats_ends_its_connection(
-    nats_server: NatsServer, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    model = load_tiny(make_tiny_model(tmp_path_factory.mktemp("model")))
+async def test_a_node_ends_when_nats_ends_its_connection(nats_server: NatsServer, model: LoadedModel) -> None:
     settings = node_settings(nats_server, model, "n", drain_timeout_s=30.0)
     opened: list[Bus] = []
     init = Bus.__init__

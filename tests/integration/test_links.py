@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drive import load_tiny
 from live_nodes import live_node
 from nats_server import NatsServer
-from tiny_models import make_tiny_model
 
 from flowkv_common.bus.connection import connect
+from flowkv_engine.engine.model import LoadedModel
 
 
 @pytest.mark.parametrize(
@@ -20,9 +19,12 @@ from flowkv_common.bus.connection import connect
     [("shm,tcp", []), ("tcp", ["KV goes to b by tcp, not by shm: the peer does not offer it"])],
 )
 async def test_a_slower_link_is_warned_about(
-    nats_server: NatsServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, theirs: str, told: list[str]
+    nats_server: NatsServer,
+    model: LoadedModel,
+    caplog: pytest.LogCaptureFixture,
+    theirs: str,
+    told: list[str],
 ) -> None:
-    model = load_tiny(make_tiny_model(tmp_path, "llama"))
     async with connect(nats_server.url, name="test") as bus:
         async with live_node(nats_server, bus, model, "b", connectors=theirs):
             async with live_node(nats_server, bus, model, "a", connectors="shm,tcp", peers=1):
@@ -35,8 +37,7 @@ has_ipv6 = Path("/proc/net/if_inet6").exists() and "lo" in Path("/proc/net/if_in
 
 
 @pytest.mark.skipif(not has_ipv6, reason="this host has no IPv6")
-async def test_nodes_may_have_addresses_of_ipv6(nats_server: NatsServer, tmp_path: Path) -> None:
-    model = load_tiny(make_tiny_model(tmp_path, "llama"))
+async def test_nodes_may_have_addresses_of_ipv6(nats_server: NatsServer, model: LoadedModel) -> None:
     there: dict[str, Any] = {"connectors": "tcp", "host": "::", "advertise_host": "::1"}
     async with connect(nats_server.url, name="test") as bus:
         async with live_node(nats_server, bus, model, "b", **there):
@@ -45,10 +46,9 @@ async def test_nodes_may_have_addresses_of_ipv6(nats_server: NatsServer, tmp_pat
 
 
 async def test_a_node_bound_to_all_addresses_is_reached_by_its_hosts_name(
-    nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nats_server: NatsServer, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "localhost")
-    model = load_tiny(make_tiny_model(tmp_path, "llama"))
     wildcard: dict[str, Any] = {"connectors": "tcp", "host": "0.0.0.0"}
     async with connect(nats_server.url, name="test") as bus:
         async with live_node(nats_server, bus, model, "b", **wildcard):

@@ -4,71 +4,56 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
-from typing import NamedTuple
 
 import pytest
-from live_nodes import BLOCK_SIZE, Client, Heard, client, first, live_node, reports
+from live_nodes import BLOCK_SIZE, LiveNode, first, one_node
 from nats_server import NatsServer
 
-from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.errors import BadRequest
-from flowkv_common.wire.messages import NodeRef, Reserved
 from flowkv_engine.engine.model import LoadedModel
 
 
-class Setup(NamedTuple):
-    bus: Bus
-    client: Client
-    node: NodeRef
-    heard: Heard
-
-    async def reserve(self, num_blocks: int, token: str = "") -> Reserved:
-        return await self.client.reserve(self.node, num_blocks * BLOCK_SIZE, token=token)
-
-
 @pytest.fixture
-async def setup(nats_server: NatsServer, model: LoadedModel) -> AsyncIterator[Setup]:
-    async with AsyncExitStack() as opened:
-        bus = await opened.enter_async_context(connect(nats_server.url, name="test"))
-        node = await opened.enter_async_context(live_node(nats_server, bus, model, "n0"))
-        heard = await opened.enter_async_context(reports(bus, "n0"))
-        yield Setup(bus, await opened.enter_async_context(client(bus, model.card.fingerprint)), node, heard)
+async def node(nats_server: NatsServer, model: LoadedModel) -> AsyncIterator[LiveNode]:
+    async with one_node(nats_server, model) as node:
+        yield node
 
 
-async def test_a_reservation_shows_its_blocks_and_itself_at_the_same_time(setup: Setup) -> None:
-    reserved = await setup.reserve(num_blocks=5)
-    assert await setup.reserve(num_blocks=5, token=reserved.token) == reserved  # renewed: the same room
-    shown = await first(setup.heard, lambda report: report.blocks.leased > 0 or report.num_rooms_given > 0)
+async def test_a_reservation_shows_its_blocks_and_itself_at_the_same_time(node: LiveNode) -> None:
+    reserved = await node.client.reserve(node.ref, 5 * BLOCK_SIZE)
+    assert (
+        await node.client.reserve(node.ref, 5 * BLOCK_SIZE, token=reserved.token) == reserved
+    )  # renewed: the same room
+    shown = await first(node.heard, lambda report: report.blocks.leased > 0 or report.num_rooms_given > 0)
     assert (shown.blocks.leased, shown.num_rooms_given, shown.num_sequences_accepted) == (5, 1, 0)
 
 
-async def test_room_on_the_node_of_the_prompt_counts_too(setup: Setup) -> None:
-    await setup.client.generate(setup.node, setup.node, [30] * 20, max_tokens=3)
-    done = await first(setup.heard, lambda report: report.num_sequences_accepted > 0)
+async def test_room_on_the_node_of_the_prompt_counts_too(node: LiveNode) -> None:
+    await node.generate([30] * 20, max_tokens=3)
+    done = await first(node.heard, lambda report: report.num_sequences_accepted > 0)
     assert (done.num_prompts_accepted, done.num_rooms_given, done.num_sequences_accepted) == (1, 1, 1)
 
 
-async def test_prompts_and_sequences_are_told_apart(setup: Setup) -> None:
-    held = await setup.reserve(num_blocks=63)  # of 64: a prompt must wait
+async def test_prompts_and_sequences_are_told_apart(node: LiveNode) -> None:
+    held = await node.client.reserve(node.ref, 63 * BLOCK_SIZE)  # of 64: a prompt must wait
     async with asyncio.TaskGroup() as tasks:
-        output = tasks.create_task(setup.client.generate(setup.node, setup.node, [30] * 20, max_tokens=60))
-        queued = await first(setup.heard, lambda report: report.queued_prefill_tokens > 0)
+        output = tasks.create_task(node.generate([30] * 20, max_tokens=60))
+        queued = await first(node.heard, lambda report: report.queued_prefill_tokens > 0)
         assert (queued.num_prompts, queued.num_waiting, queued.num_running) == (1, 0, 0)
-        await setup.client.release(setup.node, held)
-        decoding = await first(setup.heard, lambda report: report.num_running > 0)
+        await node.client.release(node.ref, held)
+        decoding = await first(node.heard, lambda report: report.num_running > 0)
         assert (decoding.num_prompts, decoding.num_waiting, decoding.num_running) == (0, 0, 1)
     assert len(output.result()) == 60
 
 
-async def test_what_is_left_of_outputs_is_told_from_their_max_tokens(setup: Setup) -> None:
+async def test_what_is_left_of_outputs_is_told_from_their_max_tokens(node: LiveNode) -> None:
     async with asyncio.TaskGroup() as tasks:
-        output = tasks.create_task(setup.client.generate(setup.node, setup.node, [30] * 20, max_tokens=60))
-        decoding = await first(setup.heard, lambda report: report.num_running > 0)
+        output = tasks.create_task(node.generate([30] * 20, max_tokens=60))
+        decoding = await first(node.heard, lambda report: report.num_running > 0)
         assert decoding.forecast is not None
         assert 0 < decoding.forecast.tokens_left < 60
         ended = await first(
-            setup.heard, lambda report: report.num_sequences_accepted > 0 == report.num_running
+            node.heard, lambda report: report.num_sequences_accepted > 0 == report.num_running
         )
         assert ended.forecast is not None
         assert ended.forecast.tokens_left == 0
@@ -82,10 +67,8 @@ async def test_a_prompt_that_fills_the_pool_to_the_brim_is_refused_at_once(
 ) -> None:
     """Its next token has no place: it would wait for a block that there is not, until its deadline."""
     brim = 16 * BLOCK_SIZE
-    async with connect(nats_server.url, name="test") as bus, AsyncExitStack() as opened:
-        node = await opened.enter_async_context(live_node(nats_server, bus, model, "n0", num_blocks=16))
-        mine = await opened.enter_async_context(client(bus, model.card.fingerprint))
-        assert len(await mine.generate(node, node, [30] * (brim - 1), max_tokens=1)) == 1
+    async with one_node(nats_server, model, num_blocks=16) as node:
+        assert len(await node.generate([30] * (brim - 1), max_tokens=1)) == 1
         async with asyncio.timeout(5):
             with pytest.raises(BadRequest, match="needs 17 blocks"):
-                await mine.generate(node, node, [30] * brim, max_tokens=1)
+                await node.generate([30] * brim, max_tokens=1)

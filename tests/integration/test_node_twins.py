@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
@@ -11,19 +10,13 @@ from live_nodes import Client, client, first, live_node, node_settings, reports
 from nats_server import NatsServer
 
 from flowkv.roles import ROLES
-from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.connection import Bus
 from flowkv_common.bus.registry import NodeIdTaken, open_bucket
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import NodeRef, Refusal, StepTokens, decode, encode
 from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_node.host import serve_node, served_model
-
-
-@pytest.fixture
-async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
-    async with connect(nats_server.url, name="test") as mine:
-        yield mine
 
 
 async def test_the_second_of_an_id_says_why_it_does_not_serve_and_disturbs_nobody(

@@ -15,7 +15,7 @@ import pytest
 from described_nodes import ReportingNode, reporting, schedule
 from nats_server import NatsServer
 
-from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import ModelFiles
 from flowkv_gateway.cluster import READY_PERIOD_S, SCHEDULER_SILENT_S, OwnModel
@@ -39,12 +39,6 @@ async def scheduler(server: NatsServer) -> AsyncIterator[Process]:
             process.kill()
         async with asyncio.timeout(5):
             await process.communicate()
-
-
-@pytest.fixture
-async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
-    async with connect(nats_server.url, name="test") as mine:
-        yield mine
 
 
 @pytest.fixture

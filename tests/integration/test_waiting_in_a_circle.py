@@ -10,24 +10,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from drive import load_tiny
 from live_nodes import BLOCK_SIZE, Client, check, client, first, live_node, reports
 from nats_server import NatsServer
 from oracle import check_identity
-from tiny_models import make_tiny_model
 
-from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.connection import Bus
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import NodeRef, Release, Reserve
+from flowkv_engine.engine.model import LoadedModel
 from flowkv_prefill import prompts
 
 NUM_BLOCKS = 12
 LONG_PROMPT = (NUM_BLOCKS - 2) * BLOCK_SIZE  # leaves no room for another in the pool
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 class Pair(NamedTuple):
@@ -43,10 +37,8 @@ class Pair(NamedTuple):
 
 
 @pytest.fixture
-async def pair(nats_server: NatsServer, model_path: Path) -> AsyncIterator[Pair]:
-    model = load_tiny(model_path)
+async def pair(nats_server: NatsServer, bus: Bus, model: LoadedModel) -> AsyncIterator[Pair]:
     async with AsyncExitStack() as opened:
-        bus = await opened.enter_async_context(connect(nats_server.url, name="test"))
         a, b = [
             await opened.enter_async_context(
                 live_node(nats_server, bus, model, node_id, num_blocks=NUM_BLOCKS, peers=peers)
