@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import httpx
+import openai
+from prometheus_client import CollectorRegistry
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
+from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import FlowKVError
+from flowkv_common.telemetry import serve_http
 from flowkv_common.wire.messages import ModelCard, TokenChunk, TokenLogprob
+from flowkv_gateway.app import Api
 from flowkv_gateway.dispatch import Dispatch, Load, RequestState
+from flowkv_gateway.http import ApiConnection
+from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
 
 MODEL = "tiny/model"
+NO_DEFAULTS = SamplingDefaults()
 CARD = ModelCard(name=MODEL, fingerprint="f", max_model_len=128, vocab_size=512, eos_token_ids=[0])
 EOS = 0  # <|end|>, special
 START = 1  # <|start|>, special
@@ -123,3 +134,73 @@ class ScriptedDispatch(Dispatch):
 
     def why_not_ready(self) -> str | None:
         return self.problem
+
+
+@dataclass
+class Gateway:
+    """One that serves over HTTP, and clients of it."""
+
+    port: int
+    dispatch: ScriptedDispatch
+    http: httpx.AsyncClient
+    client: openai.AsyncOpenAI
+    stop: asyncio.Event  # it is about to stop
+    leave: asyncio.Event  # its delay is over
+
+    async def metric(self, name: str) -> float:
+        """The sum of a metric's samples."""
+        text = (await self.http.get("/metrics")).text
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+    @contextlib.asynccontextmanager
+    async def connect(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            async with asyncio.timeout(10):
+                yield reader, writer
+        finally:
+            writer.transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    tokenizer: Tokenizer,
+    *,
+    text: str = "hello",
+    defaults: SamplingDefaults = NO_DEFAULTS,
+    **settings: Any,
+) -> AsyncIterator[Gateway]:
+    """A gateway that answers with `text`."""
+    wanted = GatewaySettings(**{"model_path": "unused", "model_name": MODEL, **settings})
+    dispatch = ScriptedDispatch(text_chunks(tokenizer, text))
+    stop, leave = asyncio.Event(), asyncio.Event()
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    api = Api(wanted, tokenizer, dispatch, CollectorRegistry(), defaults, stop)
+
+    async def serve() -> None:
+        async with serve_http(
+            api.app,
+            "127.0.0.1",
+            0,
+            connection=ApiConnection,
+            keep_alive_s=wanted.keep_alive_s,
+            drain_timeout_s=wanted.drain_timeout_s,
+        ) as bound:
+            port.set_result(bound)
+            await leave.wait()
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(serve())
+        url = f"http://127.0.0.1:{await port}"
+        async with (
+            httpx.AsyncClient(base_url=url, timeout=10, trust_env=False, verify=False) as http,
+            openai.AsyncOpenAI(
+                base_url=f"{url}/v1",
+                api_key="none",
+                max_retries=0,
+                timeout=10,
+                http_client=openai.DefaultAsyncHttpxClient(trust_env=False, verify=False),
+            ) as client,
+        ):
+            yield Gateway(await port, dispatch, http, client, stop, leave)
+        leave.set()

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from drive import load_tiny
+from gateway_support import write_tokenizer
 from nats_server import NatsServer
 from tiny_models import make_tiny_model
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_engine.engine.model import LoadedModel
+from flowkv_gateway.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -31,3 +33,9 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(model_path: Path) -> LoadedModel:
     """It, loaded once for all tests."""
     return load_tiny(model_path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A gateway's, of a few hundred tokens."""
+    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))

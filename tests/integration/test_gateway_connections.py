@@ -7,34 +7,24 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import httpx
-import openai
 import pytest
-from gateway_support import MODEL, ScriptedDispatch, text_chunks, write_tokenizer
+from gateway_support import MODEL, Gateway, ScriptedDispatch, serving, text_chunks
 from prometheus_client import CollectorRegistry
 from starlette.types import Message
 
 from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import Full
-from flowkv_common.telemetry import serve_http
 from flowkv_gateway import answer, http
 from flowkv_gateway.app import Api
 from flowkv_gateway.errors import STOPPED
-from flowkv_gateway.http import ApiConnection
 from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "say hello"}]}
 SOON_S = 0.05
 LINE_BREAKS = "one\u2028two\u2029three\u0085four \U0001f600"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture
@@ -44,33 +34,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer, "HEADERS_AFTER_S", SOON_S)
 
 
-@dataclass
-class Gateway:
-    port: int
-    dispatch: ScriptedDispatch
-    http: httpx.AsyncClient
-    stop: asyncio.Event  # it is about to stop
-    leave: asyncio.Event  # its delay is over
-
-    @contextlib.asynccontextmanager
-    async def connect(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        try:
-            async with asyncio.timeout(10):
-                yield reader, writer
-        finally:
-            writer.transport.abort()
-
-    @contextlib.asynccontextmanager
-    async def ask(self, stream: bool) -> AsyncIterator[asyncio.StreamReader]:
-        """A request on a connection of its own, once the dispatch has it."""
-        async with self.connect() as (reader, writer):
-            writer.write(post({**CHAT, "stream": stream}))
-            await self.dispatch.was_asked.wait()
-            self.dispatch.was_asked.clear()
-            yield reader
-
-
 def post(body: dict[str, Any]) -> bytes:
     payload = json.dumps(body).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(payload)}\r\n"
@@ -78,31 +41,13 @@ def post(body: dict[str, Any]) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def serving(tokenizer: Tokenizer, **settings: Any) -> AsyncIterator[Gateway]:
-    wanted = GatewaySettings(model_path="unused", model_name=MODEL, **settings)
-    dispatch = ScriptedDispatch(text_chunks(tokenizer, "hello"))
-    stop, leave = asyncio.Event(), asyncio.Event()
-    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    api = Api(wanted, tokenizer, dispatch, CollectorRegistry(), SamplingDefaults(), stop)
-
-    async def serve() -> None:
-        async with serve_http(
-            api.app,
-            "127.0.0.1",
-            0,
-            connection=ApiConnection,
-            keep_alive_s=wanted.keep_alive_s,
-            drain_timeout_s=wanted.drain_timeout_s,
-        ) as bound:
-            port.set_result(bound)
-            await leave.wait()
-
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(serve())
-        url = f"http://127.0.0.1:{await port}"
-        async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False, verify=False) as http:
-            yield Gateway(await port, dispatch, http, stop, leave)
-        leave.set()
+async def ask(gateway: Gateway, stream: bool) -> AsyncIterator[asyncio.StreamReader]:
+    """A request on a connection of its own, once the dispatch has it."""
+    async with gateway.connect() as (reader, writer):
+        writer.write(post({**CHAT, "stream": stream}))
+        await gateway.dispatch.was_asked.wait()
+        gateway.dispatch.was_asked.clear()
+        yield reader
 
 
 @pytest.fixture
@@ -199,7 +144,7 @@ async def test_the_target_may_be_absolute(gateway: Gateway, target: bytes, statu
 async def test_a_stream_that_waits_has_headers_and_comments(gateway: Gateway, tokenizer: Tokenizer) -> None:
     gate = asyncio.Event()
     gateway.dispatch.script = [gate, *text_chunks(tokenizer, "hello")]
-    async with gateway.ask(stream=True) as reader:
+    async with ask(gateway, stream=True) as reader:
         assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
         for _ in range(3):
             await reader.readuntil(b": ping\n\n")
@@ -207,15 +152,10 @@ async def test_a_stream_that_waits_has_headers_and_comments(gateway: Gateway, to
         said = await reader.readuntil(b"[DONE]")
     assert said.count(b"ping") <= 1
     gate.clear()
-    async with openai.AsyncOpenAI(
-        base_url=f"{gateway.http.base_url}/v1",
-        api_key="none",
-        http_client=openai.DefaultAsyncHttpxClient(trust_env=False, verify=False),
-    ) as client:
-        stream = await client.chat.completions.create(**CHAT, model=MODEL, stream=True)
-        await asyncio.sleep(3 * SOON_S)  # it is the silence that is tried
-        gate.set()
-        assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == "hello"
+    stream = await gateway.client.chat.completions.create(**CHAT, model=MODEL, stream=True)
+    await asyncio.sleep(3 * SOON_S)  # it is the silence that is tried
+    gate.set()
+    assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == "hello"
 
 
 @pytest.mark.usefixtures("impatient")
@@ -223,7 +163,7 @@ async def test_comments_can_be_switched_off(tokenizer: Tokenizer) -> None:
     async with serving(tokenizer, ping_s=0) as gateway:
         gate = asyncio.Event()
         gateway.dispatch.script = [gate, *text_chunks(tokenizer, "hello")]
-        async with gateway.ask(stream=True) as reader:
+        async with ask(gateway, stream=True) as reader:
             await reader.readuntil(b"\r\n\r\n")
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(4 * SOON_S):
@@ -237,7 +177,7 @@ async def test_comments_can_be_switched_off(tokenizer: Tokenizer) -> None:
 async def test_an_error_has_its_status_until_the_headers_are_gone(gateway: Gateway, is_late: bool) -> None:
     gate = asyncio.Event()
     gateway.dispatch.script = [gate, Full("no room", retry_after_s=3)]
-    async with gateway.ask(stream=True) as reader:
+    async with ask(gateway, stream=True) as reader:
         if is_late:
             assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
         gate.set()
@@ -284,7 +224,7 @@ async def test_who_is_about_to_stop_is_not_ready_but_serves(gateway: Gateway) ->
 async def test_open_answers_end_by_themselves(gateway: Gateway, tokenizer: Tokenizer) -> None:
     gate = asyncio.Event()
     gateway.dispatch.script = [*text_chunks(tokenizer, "hello")[:1], gate, *text_chunks(tokenizer, "hello")]
-    async with gateway.ask(stream=True) as stream, gateway.ask(stream=False) as whole:
+    async with ask(gateway, stream=True) as stream, ask(gateway, stream=False) as whole:
         gateway.leave.set()
         await until_refused(gateway)
         gate.set()
@@ -311,8 +251,8 @@ async def test_who_is_cut_off_at_the_end_is_told(
     async with serving(tokenizer, drain_timeout_s=SOON_S) as gateway:
         gateway.dispatch.script = [*text_chunks(tokenizer, "hello")[:1], asyncio.Event()]
         async with (
-            gateway.ask(stream=True) as stream,
-            gateway.ask(stream=False) as whole,
+            ask(gateway, stream=True) as stream,
+            ask(gateway, stream=False) as whole,
             gateway.connect() as (late, writer),
         ):
             await stream.readuntil(b"\n\n")
@@ -349,7 +289,7 @@ async def test_a_client_that_never_reads_does_not_hold_the_server_up(tokenizer: 
 
     async with serving(tokenizer, drain_timeout_s=SOON_S) as gateway:
         gateway.dispatch.script = Endless(text_chunks(tokenizer, "hello")[:1])
-        async with gateway.ask(stream=True):
+        async with ask(gateway, stream=True):
             gateway.leave.set()
             await gateway.dispatch.was_cancelled.wait()
 

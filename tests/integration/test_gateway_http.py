@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import re
@@ -11,10 +10,9 @@ import socket
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import httpx
 import msgspec
 import openai
 import pytest
@@ -23,14 +21,13 @@ from gateway_support import (
     EOS,
     MODEL,
     START,
+    Gateway,
     ScriptedDispatch,
+    serving,
     text_chunks,
     token_chunk,
-    write_tokenizer,
 )
-from prometheus_client import CollectorRegistry
 
-from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import (
     DeadlineExceeded,
     Full,
@@ -38,72 +35,27 @@ from flowkv_common.errors import (
     Stale,
     Unavailable,
 )
-from flowkv_common.telemetry import serve_http
 from flowkv_common.wire.messages import TokenChunk, TokenLogprob
-from flowkv_gateway.app import Api
 from flowkv_gateway.dispatch import Load
-from flowkv_gateway.http import ApiConnection
 from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
 
 USER: Any = [{"role": "user", "content": "say hello"}]
 CHAT = {"messages": USER}
-NO_DEFAULTS = SamplingDefaults()
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+# Gateways that say these words.
+running = partial(serving, text="hello w\u00f6rld \U0001f600", drain_timeout_s=1)
 
 
-@dataclass
-class Gateway:
-    dispatch: ScriptedDispatch
-    port: int
-    http: httpx.AsyncClient
-    client: openai.AsyncOpenAI
-
-    async def metric(self, name: str) -> float:
-        """The sum of a metric's samples."""
-        text = (await self.http.get("/metrics")).text
-        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
-
-    async def events(self, path: str, body: dict[str, Any]) -> list[str]:
-        """The payloads of all events, after the exact framing has been checked."""
-        response = await self.http.post(path, json={**body, "stream": True})
-        assert response.headers["content-type"].startswith("text/event-stream")
-        *events, rest = response.text.split("\n\n")
-        assert rest == ""
-        assert all(event.startswith("data: ") and "\n" not in event for event in events)
-        return [event.removeprefix("data: ") for event in events]
-
-
-@contextlib.asynccontextmanager
-async def running(
-    tokenizer: Tokenizer, defaults: SamplingDefaults = NO_DEFAULTS, **settings: Any
-) -> AsyncIterator[Gateway]:
-    dispatch = ScriptedDispatch(text_chunks(tokenizer, "hello w\u00f6rld \U0001f600"))
-    api = Api(
-        GatewaySettings(**{"model_path": "unused", "model_name": MODEL, **settings}),
-        tokenizer,
-        dispatch,
-        CollectorRegistry(),
-        defaults,
-        asyncio.Event(),
-    )
-    async with serve_http(api.app, "127.0.0.1", 0, connection=ApiConnection, drain_timeout_s=1) as port:
-        url = f"http://127.0.0.1:{port}"
-        async with (
-            httpx.AsyncClient(base_url=url, timeout=10, trust_env=False, verify=False) as http,
-            openai.AsyncOpenAI(
-                base_url=f"{url}/v1",
-                api_key="none",
-                max_retries=0,
-                timeout=10,
-                http_client=openai.DefaultAsyncHttpxClient(trust_env=False, verify=False),
-            ) as client,
-        ):
-            yield Gateway(dispatch, port, http, client)
+async def stream_events(gateway: Gateway, path: str, body: dict[str, Any]) -> list[str]:
+    """The payloads of all events, after the exact framing has been checked."""
+    response = await gateway.http.post(path, json={**body, "stream": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, rest = response.text.split("\n\n")
+    assert rest == ""
+    assert all(event.startswith("data: ") and "\n" not in event for event in events)
+    return [event.removeprefix("data: ") for event in events]
 
 
 @pytest.fixture
@@ -150,11 +102,13 @@ async def test_chat_stream(gateway: Gateway) -> None:
 
 async def test_stream_framing_and_usage_in_every_chunk(gateway: Gateway) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
-    *events, done = await gateway.events("/v1/completions", {"prompt": "a", "stream_options": options})
+    *events, done = await stream_events(
+        gateway, "/v1/completions", {"prompt": "a", "stream_options": options}
+    )
     assert done == "[DONE]"
     used = [json.loads(event)["usage"]["completion_tokens"] for event in events]
     assert used == [*range(1, len(used)), len(used) - 1]
-    plain = await gateway.events("/v1/completions", {"prompt": "a"})
+    plain = await stream_events(gateway, "/v1/completions", {"prompt": "a"})
     assert "usage" not in json.loads(plain[0])
 
 
@@ -294,7 +248,7 @@ async def test_an_ordinary_eos_does_not_show(gateway: Gateway, tokenizer: Tokeni
     gateway.dispatch.script = [*others, last]
     text = await tokenizer.decode([chunk.token_ids[0] for chunk in others])
     assert (await completion(gateway))["text"] == text
-    [*tokens, done] = await gateway.events("/v1/completions", {"prompt": "a"})
+    [*tokens, done] = await stream_events(gateway, "/v1/completions", {"prompt": "a"})
     assert "".join(json.loads(token)["choices"][0]["text"] for token in tokens) == text
     assert done == "[DONE]"
 
@@ -397,7 +351,7 @@ async def test_max_tokens_is_cut_to_the_room(gateway: Gateway) -> None:
 
 
 async def test_the_models_sampling_defaults_apply(tokenizer: Tokenizer) -> None:
-    async with running(tokenizer, SamplingDefaults(temperature=0.25, top_k=3)) as gateway:
+    async with running(tokenizer, defaults=SamplingDefaults(temperature=0.25, top_k=3)) as gateway:
         await completion(gateway)
         await completion(gateway, temperature=1)
         shown = [(one.sampling.temperature, one.sampling.top_k) for one in gateway.dispatch.asked]
@@ -436,7 +390,7 @@ async def test_error_after_the_first_token_is_an_event_and_the_end(
     gateway: Gateway, tokenizer: Tokenizer
 ) -> None:
     gateway.dispatch.script = [*text_chunks(tokenizer, "hello")[:1], Unavailable("all nodes are gone")]
-    token, failure = await gateway.events("/v1/chat/completions", CHAT)
+    token, failure = await stream_events(gateway, "/v1/chat/completions", CHAT)
     assert json.loads(token)["choices"]
     assert json.loads(failure)["error"]["message"] == "all nodes are gone"
     with pytest.raises(openai.APIError, match="all nodes are gone"):
