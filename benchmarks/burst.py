@@ -29,15 +29,10 @@ NO_LIMIT_S = 500.0
 # Shorter times count as this: whether 10 ms or 30 were predicted makes no difference.
 LEAST_S = 0.5
 EVENT_TIMEOUT_S = 5.0
-COLUMNS: tuple[str, ...] = (
-    "cluster",
-    "num_requests",
-    "max_tokens",
-    "num_complete",
-    "num_refused",
-    "num_refused_rightly",
-)
-COLUMNS += ("seconds", "tokens_per_s", "ttft_s", "off_by", "foreseen_over_real", "pace")
+COLUMNS = (
+    "cluster", "num_requests", "max_tokens", "num_complete", "num_refused", "num_refused_rightly",
+    "seconds", "tokens_per_s", "ttft_s", "off_by", "foreseen_over_real", "pace",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

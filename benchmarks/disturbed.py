@@ -30,38 +30,31 @@ from benchmarks.shapes import LLAMA_8B_CONFIG, require_gpu
 from flowkv.local_cluster import Cluster
 from flowkv_common.wire.messages import KVTransferred
 
-COLUMNS: tuple[str, ...] = (
-    "setup",
-    "num_chats",
-    "chat_itl_s",
-    "chat_ttft_s",
-    "chat_tokens_per_s",
-    "long_ttft_s",
-)
-COLUMNS += ("long_tokens_per_s",)
+COLUMNS = (
+    "setup", "num_chats", "chat_itl_s", "chat_ttft_s", "chat_tokens_per_s", "long_ttft_s",
+    "long_tokens_per_s",
+)  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # By device: what the options are if not given.
-DEFAULTS: dict[str, dict[str, object]] = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
         "chunks": [32, 64, 128, 256, 512],
         "chats": [4],
-        "chat": [64, 64],
         "long": 2000,
         "num_long": 4,
         "period": 12.0,
-        "kv_cache_bytes": 2 << 30,
     },
     "cuda": {
         "chunks": [512, 2048],
         "chats": [16],
-        "chat": [256, 128],
         "long": 8000,
         "num_long": 8,
         "period": 2.0,
-        "kv_cache_bytes": 12 << 30,
     },
 }
-WARM_UP = {"cpu": (600, 1.0), "cuda": (2048, 2.0)}  # tokens of the long prompt, seconds
+CHAT_TOKENS = {"cpu": (64, 64), "cuda": (256, 128)}  # of prompt and answer
+KV_CACHE_BYTES = {"cpu": 2 << 30, "cuda": 12 << 30}
+WARM_UP = {"cpu": (600, 1.0), "cuda": (2048, 2.0)}  # tokens of a long prompt, seconds
 ON_GPU: dict[str, object] = {
     "device": "cuda:0",  # by number: two nodes share it
     "load_format": "dummy",
@@ -126,14 +119,12 @@ def measure(model: str, chunk: int, cores: list[int], options: argparse.Namespac
         settings |= {**ON_GPU, "num_threads": 1, "token_budget": options.budget}
     if chunk:  # a mixed node's chunk is half of its budget
         settings["token_budget"] = 2 * chunk
-    long_tokens, period_s = WARM_UP[options.device]
+    chat, (long_tokens, period_s) = CHAT_TOKENS[options.device], WARM_UP[options.device]
     warm_up = Load(2, 32, 8, long_tokens, 2, num_long=1, period_s=period_s)
     with start_cluster(model, {}, cores=nodes, settings=settings) as started:
         asyncio.run(run_load(started.cluster.url, warm_up, seed=-1))
         for num_chats in options.chats:
-            load = Load(
-                num_chats, options.chat[0], options.chat[1], options.long, 4, options.num_long, options.period
-            )
+            load = Load(num_chats, *chat, options.long, 4, options.num_long, options.period)
             for number in range(options.repeat):
                 figures = asyncio.run(run_watched(started.cluster, load, seed=number))
                 report.add_row(setup=name, chunk=chunk, **asdict(load), round=number, **figures)
@@ -196,7 +187,6 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser("disturbed", __doc__, model=True, devices=("cpu", "cuda"))
     parser.add_argument("--chunks", type=int, nargs="+", help="of the one node")
     parser.add_argument("--chats", type=int, nargs="+", help="clients that chat")
-    parser.add_argument("--chat", type=int, nargs=2, help="prompt and output tokens of a chat")
     parser.add_argument("--long", type=int, help="tokens of a long prompt")
     parser.add_argument("--num-long", type=int, help="long prompts")
     parser.add_argument("--period", type=float, help="seconds between long prompts")
@@ -204,7 +194,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--kv-cache-bytes", type=int, help="of each node")
     parser.add_argument("--budget", type=int, default=2048, help="tokens per step of two nodes on a GPU")
     options = parser.parse_args(argv)
-    for name, value in DEFAULTS[options.device].items():
+    defaults = {**DEFAULTS[options.device], "kv_cache_bytes": KV_CACHE_BYTES[options.device]}
+    for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options

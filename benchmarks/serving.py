@@ -15,7 +15,6 @@ import os
 import random
 import signal
 import statistics
-import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -40,7 +39,7 @@ from benchmarks.load import (
 from benchmarks.parties import Job
 from benchmarks.report import Quantiles, Report, make_parser, quantiles, table
 from benchmarks.traces import Targets
-from flowkv.local_cluster import Cluster, free_port
+from flowkv.local_cluster import Cluster, Process, free_port
 from flowkv_common.wire.messages import RequestFinished
 
 TARGETS = Targets(ttft_s=5.0, tpot_s=0.2)
@@ -255,34 +254,26 @@ def start_vllm(python: Path, log: Path, model: str, cores: Sequence[int]) -> Ite
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_BYTES >> 30),
     }
-    with (
-        log.open("ab") as out,
-        subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True) as process,
-    ):
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_healthy(url, process, log)
-            yield Server("vllm", url)
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-                os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+    process = Process("vllm", command, environment, log)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_healthy(url, process)
+        yield Server("vllm", url)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(process.pid, signal.SIGTERM)
+        process.stop(20)
 
 
-def wait_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_healthy(url: str, process: Process) -> None:
     deadline = time.monotonic() + VLLM_READY_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise BenchmarkFailed(f"vllm ended with {process.returncode}, see {log}")
+    while time.monotonic() < deadline and process.is_running:
         with contextlib.suppress(urllib.error.URLError, OSError):
             with urllib.request.urlopen(f"{url}/health", timeout=2) as response:
                 if response.status == 200:
                     return
         time.sleep(0.5)
-    raise BenchmarkFailed(f"vllm was not ready after {VLLM_READY_TIMEOUT_S:.0f} s, see {log}")
+    raise BenchmarkFailed(f"vllm is not ready, see {process.log_path}\n{process.log_tail()}")
 
 
 def medians(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

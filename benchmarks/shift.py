@@ -20,17 +20,10 @@ PROMPTS = Lengths(1000, 20, spread=0.5)
 OUTPUTS = Lengths(100, 200, spread=0.5)
 # Of what the busier side can do with its own nodes.
 OVERLOAD = 1.3
-COLUMNS: tuple[str, ...] = (
-    "cluster",
-    "lending",
-    "phase",
-    "num_sent",
-    "num_complete",
-    "goodput_per_s",
-    "ttft_s",
-    "tpot_s",
-)
-COLUMNS += ("num_cap_moves", "pace")
+COLUMNS = (
+    "cluster", "lending", "phase", "num_sent", "num_complete", "goodput_per_s", "ttft_s", "tpot_s",
+    "num_cap_moves", "pace",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:

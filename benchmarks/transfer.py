@@ -33,17 +33,10 @@ NUM_PLACEMENTS = 3
 MIN_POOL_BYTES = 512 << 20
 SPARE_BLOCKS = 128
 SPARE_BYTES = 1 << 30
-COLUMNS: tuple[str, ...] = (
-    "shape",
-    "num_tokens",
-    "connector",
-    "strategy",
-    "num_copies",
-    "num_calls",
-    "ms",
-    "gb_per_s",
-)
-COLUMNS += ("ratio_to_memcpy", "cpu_s")
+COLUMNS = (
+    "shape", "num_tokens", "connector", "strategy", "num_copies", "num_calls", "ms", "gb_per_s",
+    "ratio_to_memcpy", "cpu_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
