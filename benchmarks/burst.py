@@ -31,18 +31,18 @@ LEAST_S = 0.5
 EVENT_TIMEOUT_S = 5.0
 COLUMNS = (
     "cluster", "num_requests", "max_tokens", "num_complete", "num_refused", "num_refused_rightly",
-    "seconds", "tokens_per_s", "ttft_s", "off_by", "foreseen_over_real", "pace",
+    "seconds", "tokens_per_s", "ttft_s", "off_by", "predicted_over_real", "pace",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Burst:
-    """What was sent at once, and what became of it; `foreseen_s` by request id."""
+    """What was sent at once, and what became of it; `predicted_s` by request id."""
 
     num_requests: int
     max_tokens: int
     outcomes: Sequence[Outcome]
-    foreseen_s: dict[str, float]
+    predicted_s: dict[str, float]
     seconds: float
 
     @property
@@ -96,7 +96,7 @@ async def send_bursts(cluster: Cluster, cells: Sequence[tuple[int, int]], report
 
 async def send_burst(cluster: Cluster, num_requests: int, max_tokens: int) -> Burst:
     """Raises TimeoutError when an event of a request that was served does not come."""
-    foreseen_s: dict[str, float] = {}
+    predicted_s: dict[str, float] = {}
     async with listening(cluster, "request_finished", RequestFinished) as finished:
         began = time.monotonic()
         arrivals = [Arrival(0.0, PROMPT_TOKENS, max_tokens)] * num_requests
@@ -104,25 +104,25 @@ async def send_burst(cluster: Cluster, num_requests: int, max_tokens: int) -> Bu
         seconds = time.monotonic() - began
         served = {each.request_id for each in outcomes if each.is_complete}
         async with asyncio.timeout(EVENT_TIMEOUT_S):
-            while served - foreseen_s.keys():
+            while served - predicted_s.keys():
                 event = await finished.get()
                 if event.predicted_ttft_s:
-                    foreseen_s[event.request_id] = event.predicted_ttft_s
-    return Burst(num_requests, max_tokens, outcomes, foreseen_s, seconds)
+                    predicted_s[event.request_id] = event.predicted_ttft_s
+    return Burst(num_requests, max_tokens, outcomes, predicted_s, seconds)
 
 
 def figures_of(burst: Burst, again: Burst | None, max_wait_s: float) -> dict[str, Any]:
     """`again`: the same burst where none is refused.
 
-    `off_by`: the larger of predicted and real time to the first token over the smaller; `foreseen_over_real`
+    `off_by`: the larger of predicted and real time to the first token over the smaller; `predicted_over_real`
     says in which direction. `num_refused_rightly`: of the refused, those that waited for longer than
     `max_wait_s` where none was refused; None where none was.
     """
     complete = [each for each in burst.outcomes if each.is_complete]
     pairs = [
-        (max(LEAST_S, burst.foreseen_s[each.request_id]), max(LEAST_S, each.ttft_s))
+        (max(LEAST_S, burst.predicted_s[each.request_id]), max(LEAST_S, each.ttft_s))
         for each in complete
-        if each.ttft_s is not None and each.request_id in burst.foreseen_s
+        if each.ttft_s is not None and each.request_id in burst.predicted_s
     ]
     waits = [again.outcomes[i].ttft_s for i in burst.refused] if again else []
     return {
@@ -135,8 +135,8 @@ def figures_of(burst: Burst, again: Burst | None, max_wait_s: float) -> dict[str
         "seconds": round(burst.seconds, 2),
         "tokens_per_s": round(sum(len(each.token_ids) for each in complete) / burst.seconds, 1),
         "ttft_s": quantiles(real for _, real in pairs),
-        "foreseen_s": quantiles(foreseen for foreseen, _ in pairs),
+        "predicted_s": quantiles(predicted for predicted, _ in pairs),
         "off_by": quantiles(max(pair) / min(pair) for pair in pairs),
-        "foreseen_over_real": quantiles(foreseen / real for foreseen, real in pairs),
+        "predicted_over_real": quantiles(predicted / real for predicted, real in pairs),
         "retry_after_s": quantiles(each.retry_after_s for each in burst.outcomes if each.retry_after_s),
     }

@@ -1,6 +1,6 @@
 """The bare engine, without services, beside other engines on the same cores, and the floor under them.
 
-Each engine is a process of its own, in float32 (llama.cpp: the weights of its file, KV in float16); only the
+Each engine is a process, in float32 (llama.cpp: the weights of its file, KV in float16); only the
 one that is measured runs. Decode steps of 1 to 16 sequences, and whole prompts, round after round; one more
 round before them doesn't count.
 """

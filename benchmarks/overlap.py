@@ -1,6 +1,6 @@
 """Time to the second token, KV sent while later chunks compute or after them, beside one node.
 
-One request at a time. Each node has cores of its own; NATS, scheduler, gateway and client run anywhere.
+One request at a time. Each node has its own cores; NATS, scheduler, gateway and client run anywhere.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
 def smallest(prefill: NodeKind, decode: NodeKind, demand: Demand, max_nodes: int) -> Size | None:
     """The fewest nodes that keep the targets for `GOOD_SHARE` of requests; None when `max_nodes` don't.
 
-    Takes it that more nodes carry no less, and that good splits have like proportions.
+    Assumes that more nodes carry no less, and that good splits have similar proportions.
     """
     timed = at_rate(demand.requests, demand.rate, demand.seed)
     too_few, best, num_nodes = 1, None, 2

@@ -55,8 +55,11 @@ class Report:
     """The results of one run, row by row. Knows when it began and how busy the host was."""
 
     def __init__(self, options: argparse.Namespace, **conditions: object) -> None:
-        """`options` of `make_parser` are conditions too."""
-        given = dict(vars(options))
+        """`options` of `make_parser` are conditions too: of files and folders the names."""
+        given: dict[str, Any] = {
+            name: Path(value).name if isinstance(value, str) and "/" in value else value
+            for name, value in vars(options).items()
+        }
         self._path: Path = given.pop("json")
         self._benchmark: str = given.pop("benchmark")
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +89,7 @@ class Report:
             **self.more,
             "rows": self.rows,
         }
-        builtins = msgspec.to_builtins(document, enc_hook=str)  # paths
+        builtins = msgspec.to_builtins(document, enc_hook=lambda path: path.name)
         self._path.write_text(json.dumps(builtins, indent=1) + "\n")
 
     def finish(self, *columns: str, shown: Sequence[Mapping[str, Any]] | None = None) -> int:

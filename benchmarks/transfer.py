@@ -130,7 +130,7 @@ def available_bytes() -> int:
 def measure_connector(
     pair: Pair, case: Case, connector: str, strategies: Sequence[str], effort: Effort
 ) -> Iterator[dict[str, Any]]:
-    """Layer-major strategies first, each kind of pool with a connection of its own."""
+    """Layer-major strategies first, each kind of pool over its own connection."""
     for is_layer_major in (True, False):
         names = [name for name in strategies if STRATEGIES[name].is_layer_major == is_layer_major]
         if names:

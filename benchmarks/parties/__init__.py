@@ -1,6 +1,6 @@
 """One program per engine: it reads one job a line on stdin and answers each with its seconds, a line each.
 
-Needs the standard library only: each engine has an environment of its own.
+Needs the standard library only: each engine has its own environment.
 """
 
 from __future__ import annotations

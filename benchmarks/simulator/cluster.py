@@ -49,7 +49,7 @@ class Cluster:
         self._targets = targets
         self._max_bad = max_bad
         self._events: list[tuple[float, int, Callable[[], None]]] = []  # a heap: when, in which order, what
-        self._num_foreseen = 0
+        self._num_events = 0
         self._by_id = {node.ref.node_id: node for node in nodes}
         self._num_open = len(lives)
 
@@ -71,8 +71,8 @@ class Cluster:
 
     def _at(self, when: float, what: Callable[[], None]) -> None:
         """`what` happens at `when`, or now if that has passed; at one moment, in the order of the calls."""
-        self._num_foreseen += 1
-        heapq.heappush(self._events, (max(when, self.now), self._num_foreseen, what))
+        self._num_events += 1
+        heapq.heappush(self._events, (max(when, self.now), self._num_events, what))
 
     def _count_bad(self, life: Life, misses: bool) -> None:
         if misses and not life.is_bad:
@@ -254,8 +254,8 @@ class Cluster:
         node.wake_at = when
         self._at(when, partial(self._wake, node, when))
 
-    def _wake(self, node: SimNode, foreseen: float) -> None:
-        if node.wake_at != foreseen:
+    def _wake(self, node: SimNode, when: float) -> None:
+        if node.wake_at != when:
             return  # the stretch was cut
         node.wake_at = None
         node.is_ending = True

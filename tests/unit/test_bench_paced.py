@@ -106,14 +106,16 @@ def test_memory_is_taken_before_during_and_after() -> None:
 
 
 def test_the_report_says_what_it_ran_on(tmp_path: Path) -> None:
-    options = Namespace(benchmark="test", json=tmp_path / "folder" / "out.json", trace=Path("t.csv"))
+    options = Namespace(
+        benchmark="test", json=tmp_path / "folder" / "out.json", trace=Path("/x/t.csv"), model="/x/m"
+    )
     report = Report(options, seed=3)
     report.add_row(value=1, pace=None)
     report.add_row(value=2, pace=Pace(3, 0.5, 0.5))
     written = json.loads((tmp_path / "folder" / "out.json").read_text())
     pace = {"num_steps": 3, "slip": 0.5, "worst_node_slip": 0.5}
     assert written["rows"] == [{"value": 1, "pace": None}, {"value": 2, "pace": pace}]
-    assert written["conditions"] == {"trace": "t.csv", "seed": 3}
+    assert written["conditions"] == {"trace": "t.csv", "model": "m", "seed": 3}
     assert {"benchmark", "commit", "date", "host", "load_average"} <= written.keys()
     assert written["load_average"].keys() == {"before", "after"}
 
@@ -140,14 +142,14 @@ def turned_away() -> Outcome:
 
 
 def test_a_burst_is_judged_by_what_was_foreseen_and_by_what_the_refused_would_have_waited() -> None:
-    foreseen_s = {"a": 4.0, "b": 4.0, "c": 0.01}
+    predicted_s = {"a": 4.0, "b": 4.0, "c": 0.01}
     outcomes = [answered("a", 2.0), answered("b", 16.0), answered("c", 0.1), turned_away(), turned_away()]
-    sent = burst.Burst(5, 2, outcomes, foreseen_s, 20.0)
+    sent = burst.Burst(5, 2, outcomes, predicted_s, 20.0)
     patient = [answered(name, wait_s) for name, wait_s in zip("abcde", (2, 16, 0.1, 59, 61), strict=True)]
     row = burst.figures_of(sent, burst.Burst(5, 2, patient, {}, 70.0), max_wait_s=60.0)
     assert (row["num_complete"], row["num_refused"], row["num_refused_rightly"]) == (3, 2, 1)
     assert (row["off_by"].num, row["off_by"].p50, row["off_by"].max) == (3, 2.0, 4.0)
-    assert row["foreseen_over_real"].p50 == 1.0  # 2, a quarter, and both of no concern
+    assert row["predicted_over_real"].p50 == 1.0  # 2, a quarter, and both of no concern
     assert (row["tokens_per_s"], row["retry_after_s"].p50, row["errors"]) == (0.3, 3.0, {})
     assert row.keys() >= set(burst.COLUMNS) - {"cluster", "pace"}
 
