@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from described_nodes import descriptor
 from inprocess_connector import InProcessConnector, Switchboard
 from nats_server import NatsServer
+from waiting import until
 from wrapped_links import WrappedConnector, WrappedLink
 
 from flowkv.roles import ROLES
@@ -55,7 +56,6 @@ FINGERPRINT = "f"
 EOS = 2
 CARD = ModelCard(name="m", fingerprint=FINGERPRINT, max_model_len=512, vocab_size=999, eos_token_ids=[EOS])
 FIRST_TOKEN = 77  # what each prompt's last chunk "samples"
-TIMEOUT_S = 5.0
 
 
 class Clock:
@@ -153,7 +153,7 @@ class Side:
         await until(lambda: self.num_sequences_accepted == num_sequences)
 
     async def wait_idle(self) -> None:
-        """Raises AssertionError with what is still held after `TIMEOUT_S`."""
+        """Raises AssertionError with what is still held in time."""
         with contextlib.suppress(TimeoutError):
             await until(lambda: not any(self.idle_counts().values()))
         held = {name: count for name, count in self.idle_counts().items() if count}
@@ -163,13 +163,6 @@ class Side:
 def kv_of(prompt_ids: Sequence[int]) -> list[float]:
     """What computing these tokens writes, one number each: exact in float32."""
     return [float(1 + position * 1000 + token_id) for position, token_id in enumerate(prompt_ids)]
-
-
-async def until(is_met: Callable[[], Any]) -> None:
-    """Looks again and again: not every state has an event. Raises TimeoutError after `TIMEOUT_S`."""
-    async with asyncio.timeout(TIMEOUT_S):
-        while not is_met():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ NODE = NodeRef(node_id="prefill-1", incarnation="a")
 class WatchedReservations(Reservations):
     """Reservations whose copies can be watched: `on_enter` runs when one begins, `ended` counts the ends."""
 
-    def __init__(self, blocks: Blocks, clock: Callable[[], float]) -> None:
+    def __init__(self, blocks: Blocks, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(blocks, clock)
         self.on_enter: Callable[[], object] = lambda: None
         self.num_ended = 0

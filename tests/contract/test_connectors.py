@@ -9,7 +9,6 @@ import resource
 import socket
 import sys
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -18,6 +17,7 @@ from gloo_pair import GlooPair
 from inprocess_connector import InProcessLink
 from kv_nodes import LARGE, LINK_TOKEN, SMALL, Network, Node, copies_between, network
 from kv_sender import Job
+from waiting import until
 
 from flowkv_common.errors import TransferFailed
 from flowkv_common.wire.messages import PoolLayout
@@ -367,8 +367,7 @@ async def test_without_a_descriptor_left_the_oldest_stranger_gives_its_own(kind:
         connector = receiver.connector
         assert isinstance(connector, StreamConnector)
         with await dial(receiver) as oldest, await dial(receiver) as other:
-            async with asyncio.timeout(5):
-                await until(lambda: len(connector._unauthenticated) == 2)
+            await until(lambda: len(connector._unauthenticated) == 2)
             for _ in range(5):  # what dialling took besides is given back
                 await asyncio.sleep(0)
             is_path = receiver.address.startswith("/")
@@ -388,19 +387,13 @@ async def test_without_a_descriptor_left_the_oldest_stranger_gives_its_own(kind:
             assert other.is_quiet()
 
 
-async def until(is_met: Callable[[], bool]) -> None:
-    while not is_met():  # noqa: ASYNC110  a turn of the loop, no time
-        await asyncio.sleep(0)
-
-
 async def test_what_is_announced_and_never_comes_takes_no_memory() -> None:
     one, other = socket.socketpair()
     with Channel(one, 60.0) as speaker, Channel(other, 60.0) as listener:
         await speaker.write(memoryview(MAX_FRAME_BYTES.to_bytes(4, "big") + b"x" * 1000))
         tracemalloc.start()
         receiving = asyncio.create_task(listener.receive_frame(Transfer))
-        async with asyncio.timeout(5):
-            await until(listener.is_quiet)  # it has taken what there is
+        await until(listener.is_quiet)  # it has taken what there is
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         receiving.cancel()

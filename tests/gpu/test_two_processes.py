@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -13,10 +13,11 @@ import pytest
 import torch
 from gpu_nodes import GpuNode, Outcome, Send, Setup, environment, opened, pattern
 from gpu_sender import SEED
+from kv_nodes import WatchedReservations
 
 from flowkv_common.wire.messages import PoolLayout
 from flowkv_engine.kv.blocks import Blocks
-from flowkv_engine.kv.reservations import Reservation, Reservations
+from flowkv_engine.kv.reservations import Reservation
 from flowkv_engine.kv.segments import Copy
 
 LINK_TOKEN = "open sesame"
@@ -34,24 +35,6 @@ every_connector = pytest.mark.parametrize(
         pytest.param("nccl", "host", marks=pytest.mark.full),
     ],
 )
-
-
-class WatchedReservations(Reservations):
-    """Reservations, and what happens as a copy into them begins."""
-
-    def __init__(self, blocks: Blocks) -> None:
-        super().__init__(blocks)
-        self.on_enter: Callable[[], None] = lambda: None
-        self.ended = asyncio.Event()
-
-    @contextlib.contextmanager
-    def copying(self, transfer_id: str, token: str, dst_blocks: Sequence[int]) -> Iterator[Reservation]:
-        try:
-            with super().copying(transfer_id, token, dst_blocks) as reservation:
-                self.on_enter()
-                yield reservation
-        finally:
-            self.ended.set()
 
 
 class Receiver:

@@ -5,34 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from nats.aio.msg import Msg
 from nats.errors import FlushTimeoutError
 from nats_server import NatsServer
+from waiting import reconnected, soon
 
 from flowkv_common import errors
 from flowkv_common.bus import connection
-from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.connection import connect
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, Cancel, Wait, encode
 from flowkv_common.wire.nodes import Drain
 
-T = TypeVar("T")
 SUBJECT = "flowkv.v1.test.cancel.x"
-
-
-async def soon(wait: Awaitable[T], timeout_s: float = 5.0) -> T:
-    async with asyncio.timeout(timeout_s):
-        return await wait
-
-
-def reconnected(bus: Bus) -> asyncio.Event:
-    event = asyncio.Event()
-    bus.on_reconnect(event.set)
-    return event
 
 
 async def test_subscriber_gets_what_is_published(nats_server: NatsServer) -> None:

@@ -11,6 +11,7 @@ import described_nodes
 import msgspec
 import pytest
 from nats_server import NatsServer
+from waiting import reconnected
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import Lease
@@ -189,8 +190,7 @@ async def test_node_that_died_with_the_server_is_dropped_only_after_a_grace(nats
             async with running(announce(node_bus, "p0")):
                 await nodes.until("p0")
                 await node.aclose()
-            back = asyncio.Event()
-            bus.on_reconnect(back.set)
+            back = reconnected(bus)
             nats_server.kill()
             nats_server.start()
             async with asyncio.timeout(5):

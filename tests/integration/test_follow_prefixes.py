@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from described_nodes import blocks_by_node, descriptor, knows, num_hashes
 from nats_server import NatsServer
+from waiting import reconnected
 
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
@@ -226,8 +227,7 @@ async def test_a_node_that_was_cut_off_leaves_a_gap_even_if_it_has_no_news(nats_
             asyncio.timeout(15),
         ):
             assert (await told.get()).seq == 1
-            is_back = asyncio.Event()
-            listener.on_reconnect(is_back.set)
+            is_back = reconnected(listener)
             nats_server.stop()
             nats_server.start()
             await is_back.wait()

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from described_nodes import descriptor
 from nats_server import NatsServer
+from waiting import reconnected, until
 
 from flowkv_common import errors
 from flowkv_common.bus import connection as client
@@ -36,18 +37,6 @@ async def echo(bus: Bus) -> AsyncIterator[None]:
 
     async with await bus.subscribe(SUBJECT, Drain, answer):
         yield
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 (what nats-py is up to sets no event)
-            await asyncio.sleep(0.005)
-
-
-def reconnected(bus: Bus) -> asyncio.Event:
-    event = asyncio.Event()
-    bus.on_reconnect(event.set)
-    return event
 
 
 async def ask(bus: Bus) -> Accepted:

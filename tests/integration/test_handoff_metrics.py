@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from engineless import Pair, engineless_pair, until
+from engineless import Pair, engineless_pair
 from nats_server import NatsServer
+from waiting import until
 
 from flowkv_node.attempts import Cause
 from flowkv_node.measures import HANDOFF_RESULTS

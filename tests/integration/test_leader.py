@@ -14,6 +14,7 @@ import httpx
 from described_nodes import ReportingNode, is_assigned, reporting, request, schedule, until_answer
 from nats.aio.msg import Msg
 from nats_server import NatsServer
+from waiting import reconnected
 
 from flowkv_common import errors
 from flowkv_common.aio import running
@@ -199,8 +200,7 @@ async def test_server_that_restarts_is_left_with_one_leader_of_a_higher_epoch(
     nats_server: NatsServer,
 ) -> None:
     async with connect(nats_server.url, name="test") as bus, two_schedulers(nats_server, bus):
-        back = asyncio.Event()
-        bus.on_reconnect(back.set)
+        back = reconnected(bus)
         nats_server.kill()
         nats_server.start()
         async with asyncio.timeout(5):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from engineless import until
 from nats_server import NatsServer
+from waiting import until
 
 from flowkv_common.aio import running
 from flowkv_common.bus import connection

@@ -23,6 +23,7 @@ from described_nodes import (
 )
 from nats_server import NatsServer
 from prometheus_client import CollectorRegistry
+from waiting import reconnected
 
 from flowkv_common import errors
 from flowkv_common.bus.connection import Bus, connect
@@ -151,8 +152,7 @@ async def test_scheduling_goes_on_after_a_server_restart(nats_server: NatsServer
     async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
         async with reporting(ReportingNode(bus, "p0", "prefill"), ReportingNode(bus, "d0", "decode")):
             await until_answer(bus, is_assigned("p0", "d0"))
-            back = asyncio.Event()
-            bus.on_reconnect(back.set)
+            back = reconnected(bus)
             nats_server.kill()
             nats_server.start()
             async with asyncio.timeout(5):

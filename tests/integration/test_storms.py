@@ -7,8 +7,9 @@ import random
 from collections.abc import AsyncIterator
 
 import pytest
-from engineless import NUM_BLOCKS, Pair, engineless_pair, until
+from engineless import NUM_BLOCKS, Pair, engineless_pair
 from nats_server import NatsServer
+from waiting import until
 
 from flowkv_common.errors import Stale, Unavailable
 from flowkv_common.wire import subjects

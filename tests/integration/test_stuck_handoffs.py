@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator
 from types import SimpleNamespace
 
 import pytest
-from engineless import Pair, engineless_pair, until
+from engineless import Pair, engineless_pair
 from nats_server import NatsServer
+from waiting import until
 
 from flowkv_common.aio import running
 from flowkv_common.errors import Unavailable

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from inprocess_connector import InProcessConnector, Switchboard
 from nats_server import NatsServer
+from waiting import until
 from wrapped_links import WrappedConnector
 
 from flowkv_common.bus.connection import Bus, connect
@@ -67,12 +68,6 @@ class Side:
 
 async def nothing() -> None:
     pass
-
-
-async def until(is_met: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not is_met():  # noqa: ASYNC110  links tell nobody when they change
-            await asyncio.sleep(0.005)
 
 
 @contextlib.asynccontextmanager

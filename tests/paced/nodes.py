@@ -30,7 +30,7 @@ from flowkv_common.wire.nodes import StepFit
 from flowkv_engine.transport import make_connectors
 from flowkv_node import host
 from tests.paced.engine import Pace, PacedEngine
-from tests.paced.slow_links import slowed
+from tests.wrapped_links import slowed
 
 MAX_MODEL_LEN = 32_768
 FINGERPRINT = "paced"

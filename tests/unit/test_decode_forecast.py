@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
-from engineless import FINGERPRINT, Pair, Side, engineless_pair, until
+from engineless import FINGERPRINT, Pair, Side, engineless_pair
 from nats_server import NatsServer
+from waiting import until
 
 from flowkv_common.aio import running
 from flowkv_common.bus.service import Endpoint, Service
