@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import httpx
 from described_nodes import ReportingNode, is_assigned, reporting, request, schedule, until_answer
 from nats.aio.msg import Msg
 from nats_server import NatsServer
+from scheduler_process import Process, scheduler_process
 from waiting import reconnected
 
 from flowkv_common import errors
@@ -29,24 +29,6 @@ ASK_EVERY_S = 0.02
 SILENCE_AFTER_S = 3.0  # of a node, whose reports a busy machine may delay
 NODES = {"p0": "prefill", "d0": "decode"}
 ORDERING = (str(Path(__file__).parents[1] / "ordering_scheduler.py"),)
-
-Process = asyncio.subprocess.Process
-
-
-@contextlib.asynccontextmanager
-async def scheduler(server: NatsServer, *command: str) -> AsyncIterator[Process]:
-    """One process, killed at the end if it still runs."""
-    arguments = (*command, server.url) if command else ("-m", "flowkv_scheduler", "--nats-url", server.url)
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, *arguments, stderr=asyncio.subprocess.DEVNULL
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        async with asyncio.timeout(5):
-            await process.wait()
 
 
 async def states(bus: Bus, num_expected: int) -> list[tuple[str, int, int]]:
@@ -153,7 +135,7 @@ async def two_schedulers(
 ) -> AsyncIterator[tuple[Process, Process]]:
     """The one that leads, with two nodes to lead and all of it known, and the one that stands by."""
     async with (
-        scheduler(server, *command) as leader,
+        scheduler_process(server, *command) as leader,
         # With places for all that are chosen between two reports.
         reporting(
             *(
@@ -163,7 +145,7 @@ async def two_schedulers(
         ),
     ):
         await until_answer(bus, is_assigned("p0", "d0"))
-        async with scheduler(server, *command) as standby:
+        async with scheduler_process(server, *command) as standby:
             await until_states(bus, "leader", "standby")
             yield leader, standby
 
@@ -213,7 +195,7 @@ async def test_server_that_restarts_is_left_with_one_leader_of_a_higher_epoch(
 async def test_of_two_that_start_together_one_listens(nats_server: NatsServer) -> None:
     listeners = Listeners(nats_server)
     async with connect(nats_server.url, name="test") as bus, running(listeners.run()):
-        async with scheduler(nats_server), scheduler(nats_server):
+        async with scheduler_process(nats_server), scheduler_process(nats_server):
             assert await until_states(bus, "leader", "standby") == 1
             assert [endpoints for _, _, endpoints in await states(bus, 2)] == [2, 0]
             assert await num_replies(bus) == 1

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator
 
@@ -14,6 +12,7 @@ import httpx
 import pytest
 from described_nodes import ReportingNode, reporting, schedule
 from nats_server import NatsServer
+from scheduler_process import metrics_url, scheduler_process
 
 from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import FlowKVError
@@ -24,21 +23,6 @@ from flowkv_gateway.dispatch import Dispatch, open_dispatch
 NO_NODE = "no node of the model is ready"
 NO_SCHEDULER = "no scheduler answers"
 LOOK_EVERY_S = 0.02
-
-Process = asyncio.subprocess.Process
-
-
-@contextlib.asynccontextmanager
-async def scheduler(server: NatsServer) -> AsyncIterator[Process]:
-    command = [sys.executable, "-m", "flowkv_scheduler", "--nats-url", server.url]
-    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        async with asyncio.timeout(5):
-            await process.communicate()
 
 
 @pytest.fixture
@@ -67,11 +51,11 @@ async def test_a_scheduler_that_is_gone_makes_a_gateway_unready(
     nats_server: NatsServer, bus: Bus, gateway: Dispatch, end: signal.Signals
 ) -> None:
     async with reporting(*pair(bus)):
-        async with scheduler(nats_server) as process:
+        async with scheduler_process(nats_server) as process:
             await until(gateway, None)
             process.send_signal(end)
             assert await until(gateway, NO_SCHEDULER) < SCHEDULER_SILENT_S + 2 * READY_PERIOD_S
-        async with scheduler(nats_server):
+        async with scheduler_process(nats_server):
             await until_scheduled(bus)
             assert await until(gateway, None) < 4 * READY_PERIOD_S
 
@@ -88,7 +72,7 @@ async def until_scheduled(bus: Bus) -> None:
 async def test_what_is_missing_is_named(nats_server: NatsServer, bus: Bus, gateway: Dispatch) -> None:
     assert gateway.why_not_ready() == f"{NO_SCHEDULER}; {NO_NODE}"
     prefill, decode = pair(bus)
-    async with scheduler(nats_server):
+    async with scheduler_process(nats_server):
         await until(gateway, NO_NODE)
         async with reporting(prefill, decode):
             await until(gateway, None)
@@ -103,11 +87,11 @@ async def test_what_is_missing_is_named(nats_server: NatsServer, bus: Bus, gatew
 async def test_a_successor_that_stands_by_keeps_gateways_ready(
     nats_server: NatsServer, bus: Bus, gateway: Dispatch
 ) -> None:
-    async with reporting(*pair(bus)), scheduler(nats_server) as leader:
+    async with reporting(*pair(bus)), scheduler_process(nats_server) as leader:
         await until(gateway, None)
-        async with scheduler(nats_server) as standby:
-            port = await metrics_port(standby)
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
+        async with scheduler_process(nats_server, stderr=asyncio.subprocess.PIPE) as standby:
+            url = (await metrics_url(standby)).removesuffix("/metrics")
+            async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
                 assert (await http.get("/health/ready")).status_code == 200
                 leader.kill()
                 seen = set()
@@ -118,13 +102,3 @@ async def test_a_successor_that_stands_by_keeps_gateways_ready(
                 assert seen == {None}
                 await leader.wait()
                 await until(gateway, None)
-
-
-async def metrics_port(process: Process) -> int:
-    """From the log line that tells it."""
-    assert process.stderr is not None
-    async with asyncio.timeout(10):
-        async for line in process.stderr:
-            if found := re.search(rb"http://127\.0\.0\.1:(\d+)/metrics", line):
-                return int(found[1])
-    raise AssertionError("the scheduler told no port")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -23,6 +22,7 @@ from described_nodes import (
 )
 from nats_server import NatsServer
 from prometheus_client import CollectorRegistry
+from scheduler_process import metrics_url, scheduler_process
 from waiting import reconnected
 
 from flowkv_common import errors
@@ -161,40 +161,26 @@ async def test_scheduling_goes_on_after_a_server_restart(nats_server: NatsServer
 
 
 async def test_process_serves_metrics_and_leaves_on_sigterm(nats_server: NatsServer) -> None:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "flowkv_scheduler", "--nats-url", nats_server.url),
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        async with asyncio.timeout(20), connect(nats_server.url, name="test") as bus:
-            url = await _metrics_url(process)
-            await until_answer(bus, is_wait)
-            async with httpx.AsyncClient() as http:
-                metrics = (await http.get(url)).text
-                ready = await http.get(url.replace("/metrics", "/health"))
-            assert 'flowkv_schedule_decisions_total{outcome="wait"} 1.0' in metrics
-            assert "flowkv_usable_nodes 0.0" in metrics
-            assert "flowkv_pairs 0.0" in metrics
-            assert "flowkv_scheduler_is_leader 1.0" in metrics
-            assert "flowkv_scheduler_epoch 1.0" in metrics
-            assert 'flowkv_regime{regime="normal"} 1.0' in metrics
-            assert ready.status_code == 200
-            process.send_signal(signal.SIGTERM)
-            await process.communicate()
+    async with (
+        connect(nats_server.url, name="test") as bus,
+        scheduler_process(nats_server, stderr=asyncio.subprocess.PIPE) as process,
+        asyncio.timeout(20),
+        httpx.AsyncClient() as http,
+    ):
+        url = await metrics_url(process)
+        await until_answer(bus, is_wait)
+        metrics = (await http.get(url)).text
+        ready = await http.get(url.replace("/metrics", "/health"))
+        assert 'flowkv_schedule_decisions_total{outcome="wait"} 1.0' in metrics
+        assert "flowkv_usable_nodes 0.0" in metrics
+        assert "flowkv_pairs 0.0" in metrics
+        assert "flowkv_scheduler_is_leader 1.0" in metrics
+        assert "flowkv_scheduler_epoch 1.0" in metrics
+        assert 'flowkv_regime{regime="normal"} 1.0' in metrics
+        assert ready.status_code == 200
+        process.send_signal(signal.SIGTERM)
+        await process.communicate()
         assert process.returncode == 0
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-
-
-async def _metrics_url(process: asyncio.subprocess.Process) -> str:
-    assert process.stderr is not None
-    async for line in process.stderr:
-        if b"metrics on " in line:
-            return line.decode().split("metrics on ")[1].split('"')[0].strip()
-    raise AssertionError("the scheduler ended before it was ready")
 
 
 async def test_scheduler_never_loads_torch() -> None:
