@@ -19,6 +19,7 @@ import torch
 from described_nodes import descriptor
 from inprocess_connector import InProcessConnector, Switchboard
 from nats_server import NatsServer
+from node_messages import FINGERPRINT, prefill_run
 from waiting import until
 from wrapped_links import WrappedConnector, WrappedLink
 
@@ -36,7 +37,6 @@ from flowkv_common.wire.messages import (
     SamplingParams,
     StepTokens,
     TokenChunk,
-    TokenIds,
 )
 from flowkv_decode.sequences import DecodeRole
 from flowkv_engine.engine.sampler import Sampled
@@ -52,7 +52,6 @@ from flowkv_prefill.prompts import PrefillRole
 BLOCK_SIZE = 4
 NUM_BLOCKS = 24
 LAYOUT = PoolLayout(num_layers=2, block_size=BLOCK_SIZE, num_kv_heads=1, head_dim=2, dtype="float32")
-FINGERPRINT = "f"
 EOS = 2
 CARD = ModelCard(name="m", fingerprint=FINGERPRINT, max_model_len=512, vocab_size=999, eos_token_ids=[EOS])
 FIRST_TOKEN = 77  # what each prompt's last chunk "samples"
@@ -182,16 +181,9 @@ class Pair:
         return self.p.connector.link
 
     def run(self, prompt_ids: list[int], *, max_tokens: int = 8, deadline_in_s: float = 60.0) -> PrefillRun:
-        return PrefillRun(
+        return prefill_run(
+            prompt_ids,
             request_id=f"r{next(self._numbers)}",
-            attempt=0,
-            epoch=1,
-            fingerprint=FINGERPRINT,
-            node=self.p.node.ref,
-            decode=self.d.node.ref,
-            gateway_id="g",
-            prompt_ids=TokenIds.of(prompt_ids),
-            output_ids=TokenIds.of([]),
             sampling=SamplingParams(max_tokens=max_tokens),
             deadline_in_s=deadline_in_s,
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 from nats_server import NatsServer
+from node_messages import prefill_run, reserve
 
 from flowkv.roles import ROLES
 from flowkv_common.aio import running
@@ -27,14 +28,11 @@ from flowkv_common.wire.messages import (
     KeepaliveReply,
     Message,
     NodeRef,
-    PrefillRun,
     Release,
-    Reserve,
     Reserved,
     SamplingParams,
     StepTokens,
     TokenChunk,
-    TokenIds,
     transfer_id,
 )
 from flowkv_common.wire.nodes import (
@@ -223,18 +221,14 @@ class Client:
         """Greedy output, EOS ignored. Raises what a node has failed with, TimeoutError after 20 s."""
         request_id = f"r{next(self._numbers)}"
         output = self._outputs[transfer_id(request_id, 0)] = _Output()
-        run = PrefillRun(
+        run = prefill_run(
+            prompt_ids,
             request_id=request_id,
-            attempt=0,
             epoch=epoch,
             node=prefill,
             fingerprint=self.fingerprint,
             decode=decode,
-            gateway_id=self.gateway_id,
-            prompt_ids=TokenIds.of(prompt_ids),
-            output_ids=TokenIds.of([]),
             sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
-            deadline_in_s=60.0,
         )
         subject = subjects.at(subjects.PREFILL_RUN, prefill.node_id)
         async with asyncio.timeout(TIMEOUT_S):
@@ -248,15 +242,11 @@ class Client:
         self, node: NodeRef, num_tokens: int, transfer_id: str = "r.0", token: str = ""
     ) -> Reserved:
         """Room for a handoff, as another node asks for it; with the reservation's `token` it is renewed."""
-        request = Reserve(
+        request = reserve(
+            num_tokens,
             transfer_id=transfer_id,
             node=node,
             fingerprint=self.fingerprint,
-            prefill=NodeRef(node_id="other", incarnation="1"),
-            gateway_id=self.gateway_id,
-            num_tokens=num_tokens,
-            block_hashes=[],
-            run_lengths=[],
             expires_in_s=60.0,
             token=token,
         )

@@ -16,6 +16,7 @@ from drive import load_tiny
 from live_nodes import TIMEOUT_S, live_node
 from nats.aio.msg import Msg
 from nats_server import NatsServer
+from node_messages import decode_run, prefill_run, reserve
 from oracle import check_identity
 from tiny_models import make_tiny_model
 
@@ -27,14 +28,9 @@ from flowkv_common.fingerprint import model_files
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
-    DecodeRun,
     Message,
-    NodeRef,
-    PrefillRun,
-    Reserve,
     Reserved,
     SamplingParams,
-    TokenIds,
 )
 from flowkv_common.wire.nodes import LoadReport
 from flowkv_engine.engine.model import LoadedModel
@@ -189,41 +185,10 @@ async def test_a_rolling_change_of_model_gives_no_wrong_answer(
 
 async def test_a_node_refuses_work_of_another_model(nats_server: NatsServer, bus: Bus, a: Weights) -> None:
     async with live_node(nats_server, bus, a.model, "n") as node:
-        other = NodeRef(node_id="other", incarnation="1")
-        common: dict[str, Any] = {"node": node, "fingerprint": "b", "gateway_id": "g"}
-        run: dict[str, Any] = {
-            "request_id": "r",
-            "attempt": 0,
-            "epoch": 1,
-            "prompt_ids": TokenIds.of([30]),
-            "deadline_in_s": 9.0,
-        }
         work: list[tuple[str, Message, Any]] = [
-            (
-                subjects.PREFILL_RUN,
-                PrefillRun(**common, **run, decode=node, output_ids=TokenIds.of([]), sampling=GREEDY),
-                Accepted,
-            ),
-            (
-                subjects.DECODE_RESERVE,
-                Reserve(
-                    **common,
-                    transfer_id="r.0",
-                    prefill=other,
-                    num_tokens=9,
-                    block_hashes=[],
-                    run_lengths=[],
-                    expires_in_s=9.0,
-                ),
-                Reserved,
-            ),
-            (
-                subjects.DECODE_RUN,
-                DecodeRun(
-                    **common, **run, prefill=other, token="t", output_ids=TokenIds.of([31]), sampling=GREEDY
-                ),
-                Accepted,
-            ),
+            (subjects.PREFILL_RUN, prefill_run([30], node=node, fingerprint="b"), Accepted),
+            (subjects.DECODE_RESERVE, reserve(9, node=node, fingerprint="b"), Reserved),
+            (subjects.DECODE_RUN, decode_run([30], "t", node=node, fingerprint="b"), Accepted),
         ]
         for subject, message, reply in work:
             with pytest.raises(WrongModel, match=f"serves {a.model.card.name} .*, not b"):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
 
 import pytest
-from engineless import FINGERPRINT, Pair, Side, engineless_pair
+from engineless import Pair, Side, engineless_pair
 from nats_server import NatsServer
+from node_messages import decode_run, reserve
 from waiting import until
 
 from flowkv_common.aio import running
@@ -16,18 +16,15 @@ from flowkv_common.errors import Unavailable
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Cancel,
-    DecodeRun,
     Keepalive,
     KeepaliveReply,
-    NodeRef,
-    Reserve,
     SamplingParams,
     TokenIds,
+    transfer_id,
 )
 from flowkv_node.endpoints import watch_cancels
 from flowkv_node.measures import PRIOR_TOKENS
 
-PREFILL = NodeRef(node_id="p", incarnation="1")
 NUM_OUTPUT_TOKENS = 3
 NUM_SEQUENCES = 4
 
@@ -45,28 +42,18 @@ def side(pair: Pair) -> Side:
 
 async def begin(side: Side, request_id: str, attempt: int = 0) -> str:
     """A running sequence with some tokens of output."""
-    tid = f"{request_id}.{attempt}"
-    common: dict[str, Any] = {
-        "node": side.node.ref,
-        "fingerprint": FINGERPRINT,
-        "prefill": PREFILL,
-        "gateway_id": "g",
-    }
-    reserved = await side.decode.reserve(
-        Reserve(**common, transfer_id=tid, num_tokens=8, block_hashes=[], run_lengths=[], expires_in_s=30.0)
+    tid = transfer_id(request_id, attempt)
+    reserved = await side.decode.reserve(reserve(8, transfer_id=tid))
+    await side.decode.accept(
+        decode_run(
+            [5] * 4,
+            reserved.token,
+            request_id,
+            attempt=attempt,
+            output_ids=TokenIds.of([7] * NUM_OUTPUT_TOKENS),
+            sampling=SamplingParams(max_tokens=1000),
+        )
     )
-    run = DecodeRun(
-        **common,
-        request_id=request_id,
-        attempt=attempt,
-        epoch=1,
-        token=reserved.token,
-        prompt_ids=TokenIds.of([5] * 4),
-        output_ids=TokenIds.of([7] * NUM_OUTPUT_TOKENS),
-        sampling=SamplingParams(max_tokens=1000),
-        deadline_in_s=60.0,
-    )
-    await side.decode.accept(run)
     return tid
 
 

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
-from engineless import BLOCK_SIZE, FINGERPRINT, NUM_BLOCKS, Pair, Side, engineless_pair
+from engineless import BLOCK_SIZE, NUM_BLOCKS, Pair, Side, engineless_pair
 from nats_server import NatsServer
+from node_messages import FINGERPRINT, decode_run, reserve
 
 from flowkv_common.errors import BadRequest, Full, Stale, Unavailable
 from flowkv_common.wire.hashing import block_hashes
 from flowkv_common.wire.messages import (
-    DecodeRun,
-    NodeRef,
     Release,
-    Reserve,
-    Reserved,
-    SamplingParams,
     TokenIds,
 )
 from flowkv_engine.engine.sampler import Sampled
 from flowkv_node.attempts import Cause
 
-PREFILL = NodeRef(node_id="p", incarnation="1")
 MAX_HANDOFFS = 3
 
 
@@ -39,43 +33,10 @@ def side(pair: Pair) -> Side:
     return pair.d
 
 
-def reserve(num_tokens: int, name: str = "r", **changes: Any) -> Reserve:
-    values: dict[str, Any] = {
-        "transfer_id": f"{name}.0",
-        "node": NodeRef(node_id="d", incarnation="1"),
-        "fingerprint": FINGERPRINT,
-        "prefill": PREFILL,
-        "gateway_id": "g",
-        "num_tokens": num_tokens,
-        "block_hashes": [],
-        "run_lengths": [],
-        "expires_in_s": 30.0,
-    }
-    return Reserve(**{**values, **changes})
-
-
-def decode_run(reserved: Reserved, prompt_ids: list[int], **changes: Any) -> DecodeRun:
-    values: dict[str, Any] = {
-        "request_id": reserved.transfer_id.removesuffix(".0"),
-        "attempt": 0,
-        "epoch": 1,
-        "node": NodeRef(node_id="d", incarnation="1"),
-        "fingerprint": FINGERPRINT,
-        "prefill": PREFILL,
-        "token": reserved.token,
-        "gateway_id": "g",
-        "prompt_ids": TokenIds.of(prompt_ids),
-        "output_ids": TokenIds.of([7]),
-        "sampling": SamplingParams(max_tokens=50, ignore_eos=True),
-        "deadline_in_s": 60.0,
-    }
-    return DecodeRun(**{**values, **changes})
-
-
 async def handed_over(side: Side, prompt_ids: list[int], name: str) -> None:
     """A sequence that runs."""
     reserved = await side.decode.reserve(reserve(len(prompt_ids) + 1, name))
-    await side.decode.accept(decode_run(reserved, prompt_ids))
+    await side.decode.accept(decode_run(prompt_ids, reserved.token, name))
     assert side.decode.decode_work()
 
 
@@ -141,7 +102,7 @@ async def test_a_renewal_that_comes_too_late_opens_nothing(side: Side, ending: s
     """It is on its way while the prompt's last message overtakes it."""
     reserved = await side.decode.reserve(reserve(10, expires_in_s=0.0 if ending == "expiry" else 30.0))
     if ending == "commit":
-        await side.decode.accept(decode_run(reserved, [5] * 9))
+        await side.decode.accept(decode_run([5] * 9, reserved.token))
     elif ending == "release":
         await side.decode.release(Release(transfer_id="r.0", token=reserved.token))
     else:
@@ -158,7 +119,7 @@ async def test_a_reservation_is_opened_once(side: Side) -> None:
     reserved = await side.decode.reserve(reserve(10))
     with pytest.raises(Stale, match="already"):
         await side.decode.reserve(reserve(10))
-    await side.decode.accept(decode_run(reserved, [5] * 9))
+    await side.decode.accept(decode_run([5] * 9, reserved.token))
     with pytest.raises(Stale, match="already"):
         await side.decode.reserve(reserve(10))
 
@@ -174,7 +135,7 @@ async def test_a_cancel_after_the_reservation_keeps_the_commit_out(side: Side) -
     reserved = await side.decode.reserve(reserve(10))
     side.node.attempts.cancel("r.0", Cause.UNWANTED)
     with pytest.raises(Stale):
-        await side.decode.accept(decode_run(reserved, [5] * 9))
+        await side.decode.accept(decode_run([5] * 9, reserved.token))
     assert not any(side.idle_counts().values())
 
 
@@ -182,13 +143,13 @@ async def test_a_cancel_after_the_reservation_keeps_the_commit_out(side: Side) -
 async def test_only_the_reservations_secret_commits_or_releases_it(side: Side, token: str) -> None:
     reserved = await side.decode.reserve(reserve(10))
     with pytest.raises(Stale, match="token"):
-        await side.decode.accept(decode_run(reserved, [5] * 9, token=token))
+        await side.decode.accept(decode_run([5] * 9, token))
     with pytest.raises(Stale, match="token"):
         await side.decode.release(Release(transfer_id="r.0", token=token))
     with pytest.raises(Stale):
         await side.decode.reserve(reserve(10, token=token))
     assert (side.node.reservations.num_open, side.num_sequences_accepted) == (1, 0)
-    await side.decode.accept(decode_run(reserved, [5] * 9))
+    await side.decode.accept(decode_run([5] * 9, reserved.token))
     assert (side.node.reservations.num_open, side.num_sequences_accepted) == (0, 1)
 
 
@@ -205,7 +166,7 @@ async def test_a_commit_of_other_tokens_than_were_reserved_for_costs_no_blocks(
 ) -> None:
     reserved = await side.decode.reserve(reserve(10))
     with error:  # type: ignore[attr-defined]
-        await side.decode.accept(decode_run(reserved, prompt_ids, output_ids=TokenIds.of(output_ids)))
+        await side.decode.accept(decode_run(prompt_ids, reserved.token, output_ids=TokenIds.of(output_ids)))
         side.node.attempts.cancel("r.0", Cause.UNWANTED)
     assert not any(side.idle_counts().values())
 

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import AsyncIterator
 
 import pytest
-from engineless import BLOCK_SIZE, FINGERPRINT, FIRST_TOKEN, Pair, engineless_pair, kv_of
+from engineless import BLOCK_SIZE, FIRST_TOKEN, Pair, engineless_pair, kv_of
 from nats_server import NatsServer
+from node_messages import FINGERPRINT
 from waiting import until
 
 from flowkv_common.errors import Full

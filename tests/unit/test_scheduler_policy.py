@@ -116,7 +116,7 @@ def test_node_that_has_cached_the_prefix_is_worth_a_wait() -> None:
     assert choice.added_work(wanted)[0] == Work(prefill_tokens=52)
 
 
-def test_a_mixed_node_that_has_cached_the_prefix_is_costs_beside_many_of_its_side() -> None:
+def test_a_mixed_node_that_has_cached_the_prefix_is_compared_with_many_of_its_side() -> None:
     hashes = [f"{number:016x}" * 2 for number in range(248)]
     idle = [node(f"p{n}", "prefill") for n in range(9)]
     # With more to do than the four that are costs for their load.
