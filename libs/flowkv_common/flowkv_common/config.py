@@ -40,7 +40,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True):
     nats_url: Annotated[str, "NATS, or several servers of one cluster with commas between"] = (
         "nats://127.0.0.1:4222"
     )
-    host: Annotated[str, "address that the HTTP server, and a node's KV socket, bind to"] = "127.0.0.1"
+    host: Annotated[str, "address that the service listens on"] = "127.0.0.1"
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
@@ -56,7 +56,7 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
         Literal["auto", "none"], "none: the model's generation_config.json sets no sampling defaults"
     ] = "auto"
     request_timeout_s: Annotated[Seconds, "longest time that an answer may take"] = 600.0
-    max_body_bytes: Annotated[Bytes, "longest body of a request"] = 4 * 1024 * 1024
+    max_body_bytes: Annotated[Bytes, "a longer body of a request gets 413"] = 4 * 1024 * 1024
     send_timeout_s: Annotated[Seconds, "a client that reads nothing for this long is disconnected"] = 30.0
     keep_alive_s: Annotated[
         Seconds, "an idle connection is closed after this; keep it longer than your proxy's"
@@ -67,7 +67,7 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
     shutdown_delay_s: Annotated[
         Seconds, "when told to stop: not ready but serving for this long, so that clients go elsewhere"
     ] = 0.0
-    drain_timeout_s: Annotated[Seconds, "open answers have this long to end after that"] = 30.0
+    drain_timeout_s: Annotated[Seconds, "after shutdown_delay_s: open answers have this long to end"] = 30.0
     log_requests: Annotated[bool, "a log line per request, without its text"] = True
 
 
@@ -76,11 +76,12 @@ class SchedulerSettings(ServiceSettings, frozen=True, kw_only=True):
     ttft_goal_s: Annotated[Seconds, "target for the time to first token (TTFT)"] = 5.0
     itl_goal_s: Annotated[Seconds, "target for the time between two tokens (ITL)"] = 0.25
     max_wait_s: Annotated[
-        Seconds, "a request whose first token is predicted to take longer is refused with 429"
+        Seconds,
+        "a request whose first token is predicted later gets 429; a waiting one, after 1.5 times this",
     ] = 60.0
-    lending: Annotated[bool, "move prefill chunk budgets when prefill and decode load are out of balance"] = (
-        True
-    )
+    lending: Annotated[
+        bool, "lend nodes to the other side when prefill and decode load are out of balance"
+    ] = True
 
 
 class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
@@ -89,7 +90,7 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     model_path: Annotated[str, "folder of the model"]
     model_name: Annotated[str, "name that clients use; empty: the folder's"] = ""
     node_id: Annotated[str, "unique name; empty: `<role>-<host>-<4 random>`"] = ""
-    load_format: Annotated[Literal["auto", "dummy"], "dummy: random weights from config.json"] = "auto"
+    load_format: Annotated[Literal["auto", "dummy"], "dummy: random weights, from config.json alone"] = "auto"
     device: Annotated[str, "cpu, cuda (a GPU that no other node of this host has) or cuda:1"] = "cpu"
     dtype: Annotated[DType, "of the weights; auto: float32 on a CPU, the checkpoint's on a GPU"] = "auto"
     attention: Annotated[
@@ -118,11 +119,15 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     ] = ""
     http_port: Annotated[int, "port of health and metrics; 0: any free one"] = 0
     load_period_s: Annotated[Seconds, "between two load reports"] = 0.5
-    wedge_timeout_s: Annotated[Seconds, "an engine step longer than this makes the node unhealthy"] = 8.0
+    wedge_timeout_s: Annotated[
+        Seconds, "an engine step longer than this makes the node unready, and its requests go elsewhere"
+    ] = 8.0
     drain_timeout_s: Annotated[Seconds, "requests have this long to end when the node drains"] = 30.0
-    max_handoffs: Annotated[int, "KV handoffs in flight"] = 16
+    max_handoffs: Annotated[int, "handoffs in flight from a node, and open reservations on it"] = 16
     max_handoff_bytes: Annotated[
-        Bytes, "KV in flight; 0: a quarter of the pool, or a step's tokens per handoff if that is more"
+        Bytes,
+        "KV in flight from a node; 0: a quarter of its pool, or max_handoffs times the KV of token_budget "
+        "tokens if that is more",
     ] = 0
     test_hooks: Annotated[bool, "serve the endpoints that tests need"] = False
 
