@@ -20,9 +20,20 @@ GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
 _numbers: Iterator[int] = itertools.count()
 
 
-def load_tiny(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> LoadedModel:
+def load_tiny(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    *,
+    load_format: str = "auto",
+) -> LoadedModel:
     return load_model(
-        str(folder), name=None, dtype=dtype, load_format="auto", on_progress=lambda _: None, device=device
+        str(folder),
+        name=None,
+        dtype=dtype,
+        load_format=load_format,
+        on_progress=lambda _: None,
+        device=device,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -21,9 +22,9 @@ async def test_a_node_ends_when_nats_ends_its_connection(nats_server: NatsServer
     opened: list[Bus] = []
     init = Bus.__init__
 
-    def note(bus: Bus, *arguments: object) -> None:
+    def note(bus: Bus, *arguments: Any) -> None:
         opened.append(bus)
-        init(bus, *arguments)  # type: ignore[arg-type]
+        init(bus, *arguments)
 
     async with connect(nats_server.url, name="test") as bus, reports(bus, "n") as heard:
         with patch.object(Bus, "__init__", note):

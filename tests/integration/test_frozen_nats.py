@@ -7,9 +7,11 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 from described_nodes import descriptor
+from nats.aio.msg import Msg
 from nats_server import NatsServer
 from waiting import reconnected, until
 
@@ -32,8 +34,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.asynccontextmanager
 async def echo(bus: Bus) -> AsyncIterator[None]:
-    async def answer(*arguments: object) -> None:
-        await arguments[1].respond(encode(Accepted(node_id="echo")))  # type: ignore[attr-defined]
+    async def answer(_: Drain, msg: Msg) -> None:
+        await msg.respond(encode(Accepted(node_id="echo")))
 
     async with await bus.subscribe(SUBJECT, Drain, answer):
         yield
@@ -228,7 +230,7 @@ async def test_who_leads_takes_the_seat_again_as_soon_as_the_server_is_back(nats
     async with connect(nats_server.url, name="a") as a, connect(nats_server.url, name="b") as b:
         leases = [Lease(a, "a", ttl_s=1.0), Lease(b, "b", ttl_s=1.0)]
 
-        def lead(lease: Lease) -> Callable[[], object]:
+        def lead(lease: Lease) -> Callable[[], Coroutine[Any, Any, None]]:
             async def leading() -> None:
                 await terms.put(lease.epoch)
                 await asyncio.Event().wait()
@@ -236,7 +238,7 @@ async def test_who_leads_takes_the_seat_again_as_soon_as_the_server_is_back(nats
             return leading
 
         async with asyncio.TaskGroup() as tasks:
-            campaigns = [tasks.create_task(lease.campaign(lead(lease))) for lease in leases]  # type: ignore[arg-type]
+            campaigns = [tasks.create_task(lease.campaign(lead(lease))) for lease in leases]
             async with asyncio.timeout(5.0):
                 assert await terms.get() == 1
             first = next(lease for lease in leases if lease.is_held)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 from engineless import BLOCK_SIZE, NUM_BLOCKS, Pair, Side, engineless_pair
@@ -162,10 +162,10 @@ async def test_only_the_reservations_secret_commits_or_releases_it(side: Side, t
     ],
 )
 async def test_a_commit_of_other_tokens_than_were_reserved_for_costs_no_blocks(
-    side: Side, prompt_ids: list[int], output_ids: list[int], error: object
+    side: Side, prompt_ids: list[int], output_ids: list[int], error: AbstractContextManager[object]
 ) -> None:
     reserved = await side.decode.reserve(reserve(10))
-    with error:  # type: ignore[attr-defined]
+    with error:
         await side.decode.accept(decode_run(prompt_ids, reserved.token, output_ids=TokenIds.of(output_ids)))
         side.node.attempts.cancel("r.0", Cause.UNWANTED)
     assert not any(side.idle_counts().values())

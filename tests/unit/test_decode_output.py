@@ -57,7 +57,9 @@ def test_what_is_whole_ends_with_its_reason_and_then_is_empty() -> None:
     last = outputs.since(tid, 3)
     assert last is not None
     assert (last.token_ids, last.finish_reason) == ([], "length")
-    assert outputs.since(tid, 3).finish_reason == "length"  # type: ignore[union-attr]
+    again = outputs.since(tid, 3)
+    assert again is not None
+    assert again.finish_reason == "length"
     assert outputs.since("stranger.0", 0) is None
 
 

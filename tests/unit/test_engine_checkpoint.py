@@ -9,21 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from drive import load_tiny
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 from torch import Tensor
 
 from flowkv_engine.engine.forward import UnsupportedModel
-from flowkv_engine.engine.model import LoadedModel, load_model
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 Tensors = dict[str, Tensor]
-
-
-def load(folder: Path) -> LoadedModel:
-    return load_model(
-        str(folder), name=None, dtype=torch.float32, load_format="auto", on_progress=lambda line: None
-    )
 
 
 def refusal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -34,7 +28,7 @@ def refusal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
     monkeypatch.setattr("flowkv_engine.engine.model._read_weights", read)
     with pytest.raises(UnsupportedModel) as caught:
-        load(folder)
+        load_tiny(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -86,7 +80,7 @@ def test_an_untied_head_may_not_be_missing_and_a_tied_one_may(
     def without_head(tensors: Tensors) -> None:
         del tensors["lm_head.weight"]
 
-    load(make(tmp_path / "tied", without_head, tie_word_embeddings=True))
+    load_tiny(make(tmp_path / "tied", without_head, tie_word_embeddings=True))
     folder = make(tmp_path / "untied", without_head)
     assert refusal(folder, monkeypatch) == f"the weights in {folder} lack lm_head.weight"
 
@@ -120,7 +114,7 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path, monkeypatch: pytes
     ],
 )
 def test_what_no_model_reads_is_no_reason_to_refuse(tmp_path: Path, name: str) -> None:
-    load(make(tmp_path / "m", adding(name, torch.zeros(8))))
+    load_tiny(make(tmp_path / "m", adding(name, torch.zeros(8))))
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.attn.bias", "model.layers.0.attention.bias"])
@@ -129,7 +123,7 @@ def test_a_causal_mask_that_was_saved_is_no_reason_and_a_packed_bias_is(
 ) -> None:
     for dtype in (torch.bool, torch.uint8):
         mask = torch.ones(1, 1, 8, 8, dtype=dtype)
-        load(make(tmp_path / str(dtype), adding(name, mask)))
+        load_tiny(make(tmp_path / str(dtype), adding(name, mask)))
     for i, other in enumerate((torch.ones(8, dtype=torch.uint8), torch.ones(8, 8, dtype=torch.int8))):
         folder = make(tmp_path / str(i), adding(name, other))
         with monkeypatch.context() as patch:
@@ -139,7 +133,7 @@ def test_a_causal_mask_that_was_saved_is_no_reason_and_a_packed_bias_is(
 
 
 def test_layers_that_a_config_tells_to_be_a_drafters_are_harmless(tmp_path: Path) -> None:
-    load(make(tmp_path / "m", num_hidden_layers=2, num_nextn_predict_layers=1))
+    load_tiny(make(tmp_path / "m", num_hidden_layers=2, num_nextn_predict_layers=1))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +178,7 @@ def test_fp8_of_transformers_is_read_as_the_floats_that_it_stands_for(tmp_path: 
     quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
     config = json.loads(config_file.read_text()) | {"quantization_config": quantization}
     config_file.write_text(json.dumps(config))
-    module: Any = load(tmp_path / "m").module
+    module: Any = load_tiny(tmp_path / "m").module
     read = module.model.layers[1].mlp.down_proj.weight
     assert type(module.model.layers[1].mlp.down_proj) is torch.nn.Linear
     assert read.dtype == torch.float32
@@ -208,7 +202,7 @@ def test_a_merged_model_may_keep_the_config_of_its_adapter(
 ) -> None:
     folder = make(tmp_path / "m")
     (folder / "adapter_config.json").write_text("{}")
-    load(folder)
+    load_tiny(folder)
     (folder / "model.safetensors").unlink()
     assert "holds an adapter" in refusal(folder, monkeypatch)
 
@@ -234,7 +228,7 @@ def test_a_pickled_checkpoint_is_checked_as_well(tmp_path: Path, monkeypatch: py
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
-    assert load(folder).num_layers == 3
+    assert load_tiny(folder).num_layers == 3
     del tensors[DOWN]
     torch.save(tensors, folder / "pytorch_model.bin")
     assert refusal(folder, monkeypatch) == f"the weights in {folder} lack {DOWN}"

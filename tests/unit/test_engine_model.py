@@ -6,17 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from drive import load_tiny
 from tiny_models import make_tiny_model
 from transformers import AutoConfig
 
 from flowkv_engine.engine.forward import UnsupportedModel
-from flowkv_engine.engine.model import LoadedModel, eos_token_ids, load_model
-
-
-def load(folder: Path, load_format: str = "auto", dtype: torch.dtype = torch.float32) -> LoadedModel:
-    return load_model(
-        str(folder), name=None, dtype=dtype, load_format=load_format, on_progress=lambda line: None
-    )
+from flowkv_engine.engine.model import eos_token_ids
 
 
 def config_only(folder: Path, **config: Any) -> Path:
@@ -31,7 +26,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_card_and_layout(llama: Path) -> None:
-    model = load(llama)
+    model = load_tiny(llama)
     assert (model.card.name, model.card.max_model_len, model.card.vocab_size) == ("llama", 256, 512)
     assert model.card.eos_token_ids == [2]
     layout = model.layout(16, "bfloat16")
@@ -86,7 +81,7 @@ def test_a_file_that_names_no_end_of_text_in_a_readable_way_is_named_before_weig
     for name, content in files.items():
         (folder / f"{name}.json").write_text(content)
     with pytest.raises(UnsupportedModel) as caught:
-        load(folder)
+        load_tiny(folder)
     assert str(caught.value).startswith(
         f"{folder / list(files)[-1]}.json does not say which token ends a text: "
     )
@@ -105,31 +100,31 @@ def test_a_tokenizer_without_such_a_token_adds_none(tmp_path: Path, tokenizer: s
     folder = make_tiny_model(tmp_path / "model")
     (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "other": Infinity}')
     (folder / "tokenizer.json").write_text(tokenizer)
-    assert load(folder).card.eos_token_ids == [2]
+    assert load_tiny(folder).card.eos_token_ids == [2]
 
 
 def test_the_card_has_every_end_of_text(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "model")
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    assert load(folder).card.eos_token_ids == [5, 7, 2]
+    assert load_tiny(folder).card.eos_token_ids == [5, 7, 2]
 
 
 def test_fingerprint_names_content_and_dtype(llama: Path, tmp_path: Path) -> None:
-    fingerprint = load(llama).card.fingerprint
-    assert load(make_tiny_model(tmp_path / "copy")).card.fingerprint == fingerprint
+    fingerprint = load_tiny(llama).card.fingerprint
+    assert load_tiny(make_tiny_model(tmp_path / "copy")).card.fingerprint == fingerprint
     others = {
-        load(make_tiny_model(tmp_path / "other", seed=1)).card.fingerprint,
-        load(llama, dtype=torch.bfloat16).card.fingerprint,
-        load(llama, "dummy").card.fingerprint,
+        load_tiny(make_tiny_model(tmp_path / "other", seed=1)).card.fingerprint,
+        load_tiny(llama, dtype=torch.bfloat16).card.fingerprint,
+        load_tiny(llama, load_format="dummy").card.fingerprint,
     }
     assert len(others | {fingerprint}) == 4
 
 
 def test_dummy_weights_do_not_depend_on_the_generator(llama: Path) -> None:
-    first = load(llama, "dummy").module.state_dict()
+    first = load_tiny(llama, load_format="dummy").module.state_dict()
     torch.manual_seed(1234)
     state = torch.get_rng_state()
-    second = load(llama, "dummy").module.state_dict()
+    second = load_tiny(llama, load_format="dummy").module.state_dict()
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["model.embed_tokens.weight"].std() > 0
@@ -148,7 +143,7 @@ def test_dummy_weights_do_not_depend_on_the_generator(llama: Path) -> None:
 def test_a_sliding_window_limits_the_length(
     tmp_path: Path, arch: str, config: dict[str, Any], limit: int
 ) -> None:
-    assert load(make_tiny_model(tmp_path / "m", arch, **config)).card.max_model_len == limit
+    assert load_tiny(make_tiny_model(tmp_path / "m", arch, **config)).card.max_model_len == limit
 
 
 def test_rope_that_changes_with_the_batch_limits_the_length(tmp_path: Path) -> None:
@@ -161,7 +156,7 @@ def test_rope_that_changes_with_the_batch_limits_the_length(tmp_path: Path) -> N
     }
     config: dict[str, Any] = {"head_dim": 8, "rope_parameters": rope, "original_max_position_embeddings": 64}
     folder = make_tiny_model(tmp_path / "m", "phi3", **config)
-    assert load(folder).card.max_model_len == 64
+    assert load_tiny(folder).card.max_model_len == 64
 
 
 @pytest.mark.parametrize(
@@ -183,16 +178,16 @@ def test_what_cannot_be_served_is_refused_before_weights_are_read(
     tmp_path: Path, config: dict[str, Any], why: str
 ) -> None:
     with pytest.raises(UnsupportedModel, match=why):
-        load(config_only(tmp_path / "model", **config))
+        load_tiny(config_only(tmp_path / "model", **config))
 
 
 def test_a_folder_without_config_or_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="no config"):
-        load(tmp_path)
+        load_tiny(tmp_path)
     with pytest.raises(UnsupportedModel, match="holds no weights"):
-        load(config_only(tmp_path / "model", model_type="llama"))
+        load_tiny(config_only(tmp_path / "model", model_type="llama"))
 
 
 def test_an_unknown_load_format_is_refused(llama: Path) -> None:
     with pytest.raises(ValueError, match="FLOWKV_LOAD_FORMAT is 'npz'"):
-        load(llama, "npz")
+        load_tiny(llama, load_format="npz")

@@ -21,7 +21,7 @@ from tiny_models import save_random
 
 from flowkv_engine.engine import servable
 from flowkv_engine.engine.forward import UnsupportedModel
-from flowkv_engine.engine.model import LoadedModel, load_model
+from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import Runner
 from flowkv_engine.engine.servable import SelfCheck
 
@@ -57,9 +57,7 @@ def refusal(folder: Path, model_type: str, **further: Any) -> str | None:
     """Why such a model is not served, as said of a folder that holds no weights; None if it would be."""
     tiny_config(model_type, **further).save_pretrained(folder)
     with pytest.raises(UnsupportedModel) as caught:
-        load_model(
-            str(folder), name=None, dtype=torch.float32, load_format="auto", on_progress=lambda line: None
-        )
+        load_tiny(folder)
     said = str(caught.value)
     assert "\n" not in said
     if "holds no weights" in said:
@@ -189,7 +187,8 @@ def test_rounding_is_no_reason_to_refuse(tmp_path: Path, dtype: torch.dtype, num
 def test_the_check_leaves_the_models_attention_as_it_was(tmp_path: Path) -> None:
     model = random_model(tmp_path / "m", "gpt2")
     SelfCheck(model.module, make_pool(model, 2), 256, VOCAB_SIZE)
-    assert model.module.config._attn_implementation == "flowkv"  # type: ignore[union-attr]
+    module: Any = model.module
+    assert module.config._attn_implementation == "flowkv"
 
 
 def test_the_page_names_what_is_served_and_counts_what_is_not() -> None:

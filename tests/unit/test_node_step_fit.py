@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,7 +19,7 @@ from flowkv_node.measures import MIN_STEPS, StepCounts, StepFitter
 RNG_SEED = 3
 
 
-def only(kinds: str):  # type: ignore[no-untyped-def]
+def only(kinds: str) -> Callable[[random.Random], StepCounts]:
     return lambda rng: make_step(rng, kinds)
 
 
@@ -25,9 +27,9 @@ def times(costs: StepFit, factor: float) -> StepFit:
     return StepFit(**{name: factor * cost for name, cost in msgspec.structs.asdict(costs).items()})
 
 
-def taught(num_steps: int = 400, **kwargs: object) -> tuple[StepFitter, random.Random]:
+def taught(num_steps: int = 400, **kwargs: Any) -> tuple[StepFitter, random.Random]:
     fitter, rng = StepFitter(), random.Random(RNG_SEED)
-    run_steps(fitter, num_steps, rng, **kwargs)  # type: ignore[arg-type]
+    run_steps(fitter, num_steps, rng, **kwargs)
     return fitter, rng
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,15 +67,15 @@ steps = st.lists(
 
 
 @given(steps)
-def test_blocks_and_prefixes_are_those_of_the_naive_pool(drawn: list[tuple[object, ...]]) -> None:
+def test_blocks_and_prefixes_are_those_of_the_naive_pool(drawn: list[tuple[Any, ...]]) -> None:
     pool, naive = Pool(80, 64), NaivePool(80)
     held: list[tuple[Lease, Lease, tuple[int, ...]]] = []
     announced: set[int] = set()
     for kind, *args in drawn:
         if kind == "take":
             chain, length, more = args
-            ids = chain[:length]  # type: ignore[index]
-            num_tokens = 512 * len(ids) + 64 * more  # type: ignore[operator]
+            ids = chain[:length]
+            num_tokens = 512 * len(ids) + 64 * more
             expected = naive.take(num_tokens // 64, ids)
             assert pool.has_room(num_tokens, ids) == (expected is not None)
             if expected is not None:
@@ -81,7 +83,7 @@ def test_blocks_and_prefixes_are_those_of_the_naive_pool(drawn: list[tuple[objec
                 assert lease == expected
                 held.append((lease, expected, ids))
         elif held:
-            lease, expected, ids = held[args[0] % len(held)]  # type: ignore[operator]
+            lease, expected, ids = held[args[0] % len(held)]
             if kind == "commit":
                 pool.commit(lease, ids)
                 naive.commit(expected, ids)
