@@ -9,6 +9,7 @@ import math
 from bisect import bisect_right, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from operator import attrgetter
 from typing import NamedTuple
 
 import msgspec
@@ -185,8 +186,9 @@ class NodeView(msgspec.Struct, frozen=True, gc=False):
     tokens_left: float  # that its sequences are expected to produce yet, together
     first_ends_in: float  # steps, until the first of them has ended
     stop_rate: float  # outputs that end by themselves, per token
-    prefill_rank: tuple[int, float, str]  # class of speed, seconds until it could begin, node id
-    decode_rank: tuple[int, float, str]  # class of speed, seconds of a step, node id
+    # On a side the class of speed, the seconds until it could begin, or of a step, and the node id.
+    prefill_rank: tuple[int, float, str] | None
+    decode_rank: tuple[int, float, str] | None
 
     @property
     def helps_decode(self) -> bool:
@@ -276,6 +278,7 @@ def view_of(
     budget, blocks = report.max_prefill_tokens_per_step, report.blocks
     chunk_tokens = max(budget, block_size)
     may_prefill = serves_prefill(budget, block_size) and leaves != "prefill"
+    may_decode = serves_decode(budget, descriptor.token_budget) and leaves != "decode"
     num_sequences = report.num_running + report.num_waiting + given.num_sequences
     num_context_tokens = report.num_context_tokens + given.context_tokens
     num_queued = report.queued_prefill_tokens + given.prefill_tokens
@@ -305,7 +308,7 @@ def view_of(
         chunk_budget=budget,
         chunk_tokens=chunk_tokens,
         may_prefill=may_prefill,
-        may_decode=serves_decode(budget, descriptor.token_budget) and leaves != "decode",
+        may_decode=may_decode,
         num_tokens_held=descriptor.num_blocks * block_size,
         num_sequences=num_sequences,
         num_context_tokens=num_context_tokens,
@@ -318,8 +321,8 @@ def view_of(
         tokens_left=forecast.tokens_left + given.output_tokens,
         first_ends_in=min(forecast.first_ends_in if forecast.tokens_left else math.inf, given_ends_in),
         stop_rate=forecast.stop_rate,
-        prefill_rank=(_speed_class(speed.prefill_token_s), wait_s, node_id),
-        decode_rank=(_speed_class(speed.base_s), step_s, node_id),
+        prefill_rank=(_speed_class(speed.prefill_token_s), wait_s, node_id) if may_prefill else None,
+        decode_rank=(_speed_class(speed.base_s), step_s, node_id) if may_decode else None,
     )
 
 
@@ -331,23 +334,30 @@ class NodeGroup:
     """Nodes that can exchange blocks: all of them, and each side, the soonest of each speed class first."""
 
     def __init__(self) -> None:
-        self.members: SortedDict = SortedDict()  # (0, node id) -> node
+        self.members: SortedDict = SortedDict()  # `id_rank` -> node
         self.prefill: SortedDict = SortedDict()  # `prefill_rank` -> node
         self.decode: SortedDict = SortedDict()  # `decode_rank` -> node
 
-    def add_node(self, node: NodeView) -> None:
-        self.members[0, node.node_id] = node
-        if node.may_prefill:
-            self.prefill[node.prefill_rank] = node
-        if node.may_decode:
-            self.decode[node.decode_rank] = node
+    def replace_node(self, before: NodeView | None, after: NodeView | None) -> None:
+        """One view of a node by the next; None if it was not here, or leaves."""
+        for nodes, rank in (
+            (self.members, id_rank),
+            (self.prefill, prefill_rank),
+            (self.decode, decode_rank),
+        ):
+            old, new = before and rank(before), after and rank(after)
+            if old is not None and old != new:
+                del nodes[old]
+            if new is not None:
+                nodes[new] = after
 
-    def remove_node(self, node: NodeView) -> None:
-        del self.members[0, node.node_id]
-        if node.may_prefill:
-            del self.prefill[node.prefill_rank]
-        if node.may_decode:
-            del self.decode[node.decode_rank]
+
+def id_rank(node: NodeView) -> tuple[int, str]:
+    return 0, node.node_id
+
+
+prefill_rank = attrgetter("prefill_rank")
+decode_rank = attrgetter("decode_rank")
 
 
 class ClusterState:
@@ -450,17 +460,18 @@ class ClusterState:
         view = None
         if descriptor is not None and known is not None:
             view = view_of(descriptor, known, self.mean_prompt_tokens, self._leaving.get(node_id))
-        if before is not None:
-            self._groups[before.group].remove_node(before)
-        if view is not None:
-            self._views[node_id] = view
-            if view.group not in self._groups:
-                self._groups[view.group] = NodeGroup()
-            self._groups[view.group].add_node(view)
-        elif before is not None:
-            del self._views[node_id]
-        if before is not None and not self._groups[before.group].members:
-            del self._groups[before.group]
+        if before is not None and (view is None or view.group != before.group):
+            self._groups[before.group].replace_node(before, None)
+            if not self._groups[before.group].members:
+                del self._groups[before.group]
+            before = None
+        if view is None:
+            self._views.pop(node_id, None)
+            return
+        self._views[node_id] = view
+        if view.group not in self._groups:
+            self._groups[view.group] = NodeGroup()
+        self._groups[view.group].replace_node(before, view)
 
     def _forget_silent(self, now: float) -> None:
         """Drop lives that ended long ago; called when a new one begins, so memory stays bounded."""

@@ -15,7 +15,17 @@ import msgspec
 from sortedcontainers import SortedDict
 
 from flowkv_common.wire.messages import Candidate, ScheduleRequest
-from flowkv_scheduler.cluster import NOTHING, ClusterState, Goals, NodeGroup, NodeView, Work
+from flowkv_scheduler.cluster import (
+    NOTHING,
+    ClusterState,
+    Goals,
+    NodeGroup,
+    NodeView,
+    Work,
+    decode_rank,
+    id_rank,
+    prefill_rank,
+)
 from flowkv_scheduler.prefixes import Hits, keys_of
 
 # Bytes per second between two nodes, by connector: orders of magnitude, all that a choice needs.
@@ -91,7 +101,10 @@ class RequestCosts:
 
     def has_room(self, node: NodeView) -> bool:
         """Does the request fit on the node now, beside what is kept there?"""
-        return self._fits(node, NOTHING) and self._fits(node, self.kept.get(node.node_id, NOTHING))
+        if not self._fits(node, NOTHING):
+            return False
+        held = self.kept.get(node.node_id)
+        return held is None or self._fits(node, held)
 
     def _fits(self, node: NodeView, held: Work) -> bool:
         """The whole prompt and a token, a place in the batch, and the ITL target, beside `held`."""
@@ -183,7 +196,7 @@ class RequestCosts:
 
     def prefill_side(self, group: NodeGroup) -> list[Cost]:
         """The best nodes for the prompt, soonest first."""
-        sides = (group.prefill, attrgetter("prefill_rank")), (group.members, _id_rank)
+        sides = (group.prefill, prefill_rank), (group.members, id_rank)
         found = self._candidates(sides, self.takes_prompt, self.takes_prompt)
         return sorted(map(self.prefill_cost, found), key=_rank)[:MAX_CANDIDATES]
 
@@ -192,7 +205,7 @@ class RequestCosts:
 
         Twice as many as of the other side: what is cached here spares a transfer, which this order ignores.
         """
-        sides = (group.decode, attrgetter("decode_rank")), (group.members, _id_rank)
+        sides = (group.decode, decode_rank), (group.members, id_rank)
         found = self._candidates(
             sides, self.takes_sequence, lambda node: self.has_room(node) and self.takes_sequence(node)
         )
@@ -224,10 +237,6 @@ class RequestCosts:
         others = (self.state.view(name) for name in self.hits.longest_first() if name not in seen)
         members = (node for node in others if node is not None and rank(node) in nodes)
         return list(islice(filter(fits, islice(members, NUM_LOOKED_AT)), NUM_BY_PREFIX))
-
-
-def _id_rank(node: NodeView) -> tuple[int, str]:
-    return 0, node.node_id
 
 
 def _but(avoid: frozenset[str], accepts: Accepts) -> Accepts:
