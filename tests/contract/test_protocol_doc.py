@@ -140,7 +140,7 @@ def in_code(kind: Any) -> list[tuple[str, str, str]]:
         types = {field: _source(kind.__annotations__[field]) for field in kind._fields}
         return [(field, written, "") for field, written in types.items()]
     return [
-        (field.name, _source(kind.__annotations__[field.name]), _default(field))
+        (field.encode_name, _source(kind.__annotations__[field.name]), _default(field))
         for field in msgspec.structs.fields(kind)
     ]
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+import msgspec
+
 from flowkv_common.wire.messages import Message, ModelCard, NodeRef, Part, PoolLayout
 
 
@@ -81,7 +83,8 @@ class NodeDescriptor(Message, frozen=True):
     num_blocks: int
     token_budget: int
     max_prefill_tokens_per_step: int
-    hosted_roles: list[str]  # prefill and decode; `role` is what it starts as
+    # Prefill and decode; `role` is what it starts as. Version 0.1.0 has this name on the wire.
+    hosted_roles: list[str] = msgspec.field(name="guests")
     connectors: list[str]
     host: str
     pid: int
