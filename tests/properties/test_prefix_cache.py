@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -121,6 +123,15 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             if self.is_plain:
                 assert evicted == min(queued - built_on, key=lambda h: (self.used_at[h], -len(h)))
             assert evicted not in leased
+
+    @rule(n=st.integers(2, 6))
+    def evict_at_once(self, n: int) -> None:
+        """Gives up the same blocks, in the same order, as one after the other."""
+        other, built_on = copy.deepcopy(self.cache), self.built_on()
+        evicted = self.cache.evict(n)
+        assert evicted == [block for _ in range(n) for block in other.evict(1)]
+        self.open.update(evicted)
+        self.is_plain &= built_on.isdisjoint(self.cache.hash_of(block) for block in evicted)
 
     @invariant()
     def indexes_agree(self) -> None:

@@ -277,12 +277,16 @@ class PrefixCache:
     def queue(self, block_ids: Sequence[int]) -> list[int]:
         """These blocks, of one chain in its order, have no holder left; returns those not in the cache, the
         last first."""
+        states, queue, hash_of, parent_of = self._states, self._queue, self._hash_of, self._parent_of
         uncached: list[int] = []
-        for block_id in reversed(block_ids):
-            if self._states[block_id] == _LEASED:
-                self._enqueue(block_id)
-            else:
+        for block_id, previous in zip(reversed(block_ids), [*block_ids[-2::-1], None], strict=False):
+            if states[block_id] != _LEASED:
                 uncached.append(block_id)
+            elif previous is not None and hash_of[previous] is parent_of[block_id]:
+                states[block_id] = _QUEUED  # its parent comes next: no need to look it up by hash
+                queue[block_id] = None
+            else:
+                self._enqueue(block_id)
         return uncached
 
     def forget(self, block_ids: Iterable[int]) -> None:
@@ -296,20 +300,21 @@ class PrefixCache:
         """Makes up to `n` queued blocks evictable and returns them in the order of the queue."""
         queue, hash_of, num_children = self._queue, self._hash_of, self._num_children
         evicted: list[int] = []
+        childless: str | None = None  # the parent of the last one evicted: most often the next one
         passed_over: int | None = None  # the first; all that is queued is built on when it comes again
         is_last_resort = False
         while queue and len(evicted) < n:
-            block_id = next(iter(queue))
+            block_id, _ = queue.popitem(last=False)
             is_last_resort |= block_id == passed_over
-            del queue[block_id]
-            if hash_of[block_id] in num_children and not is_last_resort:
+            block_hash = hash_of[block_id]
+            if block_hash is not childless and block_hash in num_children and not is_last_resort:
                 # Leased blocks build on it, since queued ones would stand in front of it: two sequences have
                 # computed it, and one builds on its own copy, which is not in the cache.
                 passed_over = block_id if passed_over is None else passed_over
                 self._enqueue(block_id)
                 continue
             self._states[block_id] = _EVICTABLE
-            self._remove_child(block_id)
+            childless = self._remove_child(block_id)
             evicted.append(block_id)
         self.num_evictable += len(evicted)
         return evicted
@@ -375,12 +380,13 @@ class PrefixCache:
         if (parent_hash := self._parent_of[block_id]) is not None:
             self._num_children[parent_hash] = self._num_children.get(parent_hash, 0) + 1
 
-    def _remove_child(self, block_id: int) -> None:
-        if (parent_hash := self._parent_of[block_id]) is not None:
-            if num_others := self._num_children[parent_hash] - 1:
-                self._num_children[parent_hash] = num_others
-            else:
-                del self._num_children[parent_hash]
+    def _remove_child(self, block_id: int) -> str | None:
+        """Returns the hash of its parent if that has no other children."""
+        parent_hash = self._parent_of[block_id]
+        if parent_hash is not None and (num_children := self._num_children.pop(parent_hash)) > 1:
+            self._num_children[parent_hash] = num_children - 1
+            return None
+        return parent_hash
 
     def _clean(self, block_id: int) -> None:
         """The block and its hash, if it has one, leave the indexes."""
