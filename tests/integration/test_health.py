@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from flowkv.local_cluster import free_port
 from flowkv_common import telemetry as service_connection
+from flowkv_common.health import problem
 from flowkv_common.telemetry import MAX_CONNECTIONS, serve_http, service_app
 
 
@@ -69,3 +70,19 @@ async def test_nobody_there_is_not_well() -> None:
     code, said = await run_health(str(free_port()))
     assert code == 1
     assert "refused" in said
+
+
+@pytest.mark.parametrize(
+    "answer", [b"HTTP/1.1 503 no\r\ntransfer-encoding: chunked\r\n\r\nff\r\nno l", b"no\r\n"]
+)
+async def test_one_that_ends_while_it_answers_is_not_well(answer: bytes) -> None:
+    """As a node that is killed while it starts: whoever waits for it goes on to wait."""
+
+    async def answer_half(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(answer_half, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        assert await asyncio.to_thread(problem, port, "/health/ready") is not None

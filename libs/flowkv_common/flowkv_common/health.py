@@ -5,22 +5,25 @@ What a container's health check runs: it needs no curl. Loads nothing but the st
 
 from __future__ import annotations
 
+import http.client
 import sys
-import urllib.error
-import urllib.request
 
 TIMEOUT_S = 3.0
 
 
 def problem(port: int, path: str) -> str | None:
     """Why the service is not well, in its own words where it has some; None if it is."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=TIMEOUT_S):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        if response.status == 200:
             return None
-    except urllib.error.HTTPError as error:
-        return f"{error.code}: {error.read(1000).decode(errors='replace').strip()}"
-    except OSError as error:
-        return str(error)
+        return f"{response.status}: {response.read(1000).decode(errors='replace').strip()}"
+    except (OSError, http.client.HTTPException) as error:  # also one that ends while it answers
+        return str(error) or type(error).__name__
+    finally:
+        connection.close()
 
 
 def main(port: int, path: str = "/health/ready") -> int:
