@@ -106,7 +106,7 @@ class Reservations:
 
     @contextmanager
     def copying(self, transfer_id: str, token: str, dst_blocks: Sequence[int]) -> Iterator[Reservation]:
-        """Guards one copy into `dst_blocks`: once `revoked` is set, it the copy must stop.
+        """Guards one copy into `dst_blocks`, which must stop once `revoked` is set.
 
         Raises `Stale` if the reservation has ended or the token is wrong, `BadRequest` if a block is not one
         of its empty ones.
