@@ -65,7 +65,7 @@ def test_burst(tmp_path: Path, model_path: Path) -> None:
 
 
 def test_simulated(tmp_path: Path, model_path: Path) -> None:
-    arguments = ["--nodes", "1", "--loads", "0.9", "--requests", "12", "--seed", "4"]
+    arguments = ["--nodes", "1", "--loads", "0.7", "--requests", "12", "--seed", "5"]
     [row] = run("simulated", tmp_path / "simulated.json", model_path, *arguments)
     for side in ("measured", "simulated"):
         assert row[f"{side}_num_served"] == 12
