@@ -55,7 +55,7 @@ def test_what_holds_a_password_can_come_from_a_file(tmp_path: Path) -> None:
 def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         load_settings(SchedulerSettings, ["--block-size", "8"], {})
-    assert "unrecognized arguments" in capsys.readouterr().err
+    assert "\nscheduler: error: unrecognized arguments: --block-size 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("node_id", ["node.1", "a b", "*", ">", "n\u00e4he", "a/b"])

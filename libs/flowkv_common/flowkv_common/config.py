@@ -209,7 +209,8 @@ def load_settings(kind: type[S], argv: Sequence[str], environ: Mapping[str, str]
     """
     _refuse_unknown_variables(environ)
     parser = argparse.ArgumentParser(
-        epilog="Each setting is also read from its variable. Flags win. See docs/settings.md."
+        prog=kind.__name__.removesuffix("Settings").lower(),
+        epilog="Each setting is also read from its variable. Flags win. See docs/settings.md.",
     )
     settings = {setting.name: setting for setting in settings_of(kind)}
     values: dict[str, str] = {}
@@ -236,9 +237,10 @@ def load_settings(kind: type[S], argv: Sequence[str], environ: Mapping[str, str]
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
         found = invalid_input(str(error))
-        if found.field is None:
-            raise SystemExit(f"settings: {found.message}") from None
-        bad, what = settings[found.field], found.message.removeprefix(f"{found.field}: ")
+        bad = settings.get(found.field or "")
+        if bad is None:  # a complaint of `__post_init__`, which names its setting
+            raise SystemExit(f"settings: {error}") from None
+        what = found.message.removeprefix(f"{found.field}: ")
         if bad.choices:
             what = f"unknown value {values[bad.name]!r}: choose one of {', '.join(bad.choices)}"
         raise SystemExit(f"settings: {bad.variable} (or {bad.flag}): {what}") from None
