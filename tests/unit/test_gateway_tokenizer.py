@@ -150,6 +150,11 @@ def test_template_language() -> None:
     assert template.render(Conversation(CHAT)) == 'system%<s>{"a": "<é>"}'
 
 
+def test_a_template_gives_options_of_json_in_the_order_of_transformers() -> None:
+    source = "{{ {'b': 1, 'a': 'é'} | tojson(true, none, (',', ':'), true) }}"
+    assert ChatTemplate(source, {}).render(Conversation([])) == '{"a":"\\u00e9","b":1}'
+
+
 async def test_named_and_missing_templates(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     with pytest.raises(BadRequest):
