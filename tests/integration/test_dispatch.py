@@ -80,6 +80,7 @@ class Nodes:
         self.resumable: dict[str, list[int]] = {}
         self.max_resumed = 100  # tokens in one answer
         self.num_resumed = 0
+        self.resume_hangs = False
         self.news = asyncio.Event()
         self.num_hanging = 0  # of the first schedule requests: not answered until `hung` is set
         self.hung = asyncio.Event()
@@ -110,6 +111,10 @@ class Nodes:
         return Accepted(node_id="p")
 
     async def resume(self, request: Resume) -> Resumed:
+        if self.resume_hangs:
+            self.num_resumed += 1
+            self.news.set()
+            await self.hung.wait()
         if request.transfer_id not in self.resumable:
             raise NotFound("not here")
         self.num_resumed += 1
@@ -522,6 +527,57 @@ async def test_client_that_leaves_cancels(nats_server: NatsServer) -> None:
         await nodes.wait_for(lambda: nodes.cancelled == ["r.0"] and bool(nodes.finished))
         assert nodes.finished[0].outcome == "closed"
         assert dispatch.streams.by_transfer_id == {}
+
+
+async def hang(nodes: Nodes, run: PrefillRun) -> None:
+    """Never accepts the prompt."""
+    nodes.news.set()
+    await nodes.hung.wait()
+
+
+async def accept(nodes: Nodes, run: PrefillRun) -> None:
+    nodes.news.set()
+
+
+async def begin_and_skip(nodes: Nodes, run: PrefillRun) -> None:
+    """The second token is lost, and the node that has it does not answer."""
+    nodes.resume_hangs = True
+    await nodes.send(run, chunk(tid_of(run), 0, [10]), chunk(tid_of(run), 2, [12]))
+
+
+async def fail(nodes: Nodes, run: PrefillRun) -> None:
+    await nodes.send(run, failure(tid_of(run), Unavailable("stuck")))
+
+
+@pytest.mark.parametrize(
+    ("attempts", "until"),
+    [
+        ([hang], lambda nodes: len(nodes.runs) == 1),
+        ([accept], lambda nodes: len(nodes.runs) == 1),
+        ([begin_and_skip], lambda nodes: nodes.num_resumed == 1),
+        ([fail, hang], lambda nodes: len(nodes.runs) == 2),
+        ([fail, accept], lambda nodes: len(nodes.runs) == 2),
+    ],
+    ids=["start", "wait for a token", "resume", "start again", "wait for a token again"],
+)
+async def test_a_cancel_reaches_the_pair_whatever_the_request_waits_for(
+    nats_server: NatsServer, attempts: list[Behaviour], until: Callable[[Nodes], bool]
+) -> None:
+    async with cluster(nats_server, *attempts) as (dispatch, nodes):
+        answering = asyncio.create_task(collect(dispatch))
+        await nodes.wait_for(lambda: until(nodes))
+        answering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await answering
+        attempt = f"r.{len(attempts) - 1}"
+        pair = [(subjects.at(subjects.NODE_CANCEL, node_id), attempt) for node_id in ("d", "p")]
+        await nodes.wait_for(lambda: set(pair) <= set(nodes.cancelled_at) and bool(nodes.finished))
+        await nodes.bus.nc.flush()
+        assert len(nodes.cancelled_at) == 2 * len(attempts), "each attempt is cancelled once at each node"
+        assert [(event.outcome, event.attempts) for event in nodes.finished] == [("closed", len(attempts))]
+        assert dispatch.streams.by_transfer_id == {}
+        assert dispatch.load() == Load(0, 0, 0.0)
+        nodes.hung.set()
 
 
 async def test_deadline_ends_the_request_cleanly(nats_server: NatsServer) -> None:
