@@ -14,6 +14,7 @@ from flowkv.local_cluster import Cluster, ClusterError
 from flowkv_engine.engine.fetch import served_name
 
 READY_TIMEOUT_S = 300.0
+NODES = ("prefill", "decode", "mixed")
 
 
 def main() -> int:
@@ -38,7 +39,8 @@ def main() -> int:
             cluster.wait_ready(READY_TIMEOUT_S)
             _say(f"ready after {time.monotonic() - began:.1f} s, logs in {cluster.run_dir}")
             print(_welcome(cluster), flush=True)
-            return _watch(cluster)
+            watch(cluster)
+            return 0
     except ClusterError as error:
         print(error, file=sys.stderr)
         return 1
@@ -89,16 +91,19 @@ def _welcome(cluster: Cluster) -> str:
     )
 
 
-def _watch(cluster: Cluster) -> int:
-    """Until Ctrl-C, or until a service ends by itself. A scheduler may, while another runs."""
+def watch(cluster: Cluster) -> None:
+    """Until Ctrl-C. A node may end while another runs, for every node hosts both roles; so may a scheduler.
+
+    Raises ClusterError with the reason when the gateway, NATS, the last node or the last scheduler has ended.
+    """
     while True:
         time.sleep(0.5)
         for process in [p for p in cluster.processes.values() if not p.is_running]:
-            schedulers = [p for p in cluster.processes.values() if p.name.startswith("scheduler")]
-            if process not in schedulers or not any(p.is_running for p in schedulers):
-                raise ClusterError(process.why_ended())
-            _say(f"{process.name} ended with {process.exit_code}, another one leads")
             del cluster.processes[process.name]
+            kinds = next((kinds for kinds in (NODES, ("scheduler",)) if process.name.startswith(kinds)), ())
+            if not any(name.startswith(kinds) for name in cluster.processes):
+                raise ClusterError(process.why_ended())
+            _say(f"{process.why_ended()}\n[up] the others go on")
 
 
 def _say(text: str) -> None:
