@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
 from engineless import Pair, engineless_pair
 from nats_server import NatsServer
-from waiting import until
+from waiting import soon, until
 
+from flowkv_common.errors import TransferFailed
 from flowkv_node.attempts import Cause
 from flowkv_node.measures import HANDOFF_RESULTS
 
@@ -56,3 +58,24 @@ async def test_handoffs_are_counted_by_result(pair: Pair) -> None:
     await until(lambda: any(chunk.error for chunk in pair.chunks))
     await pair.p.wait_idle()
     assert counted(pair) == {"done": 1, "unneeded": 1, "cancelled": 1, "failed": 1}
+
+
+async def test_a_handoff_that_is_not_needed_has_not_failed_with_a_copy_under_way(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, fails = asyncio.Event(), asyncio.Event()
+
+    async def send_blocks(*_: object) -> None:
+        begun.set()
+        await soon(fails.wait())
+        raise TransferFailed("cut")
+
+    monkeypatch.setattr(pair.link, "send_blocks", send_blocks)
+    await pair.p.prefill.accept(pair.run(PROMPT, max_tokens=1))
+    await pair.compute(4)
+    await soon(begun.wait())
+    await pair.compute()
+    await until(lambda: pair.chunks)
+    fails.set()
+    await pair.p.wait_idle()
+    assert counted(pair) == {"unneeded": 1}

@@ -46,6 +46,7 @@ class Prompt:
     computed_at: float = 0.0  # on the monotonic clock
     first: Sampled | None = None  # what the last chunk gives: an output token
     phases: Phases = field(default_factory=Phases)
+    handoff_result: str = "failed"  # one of `HANDOFF_RESULTS`, as far as it has come
 
 
 class PrefillRole:
@@ -126,18 +127,16 @@ class PrefillRole:
             with prompt.phases.phase("queue"):
                 budget = node.handoffs.hold(tid, prompt.run.decode.node_id, num_bytes)
                 in_flight = await held.enter_async_context(budget)
-            result = "failed"
             try:
                 with self._blocks_of(prompt):
-                    result = await self._hand_off(prompt, in_flight)
+                    await self._hand_off(prompt, in_flight)
             except asyncio.CancelledError:
-                result = "cancelled"
+                prompt.handoff_result = "cancelled"
                 raise
             finally:
-                node.instruments.handoffs[result].inc()
+                node.instruments.handoffs[prompt.handoff_result].inc()
 
-    async def _hand_off(self, prompt: Prompt, in_flight: InFlight) -> str:
-        """Returns "done", or "unneeded" where the first token ends the request."""
+    async def _hand_off(self, prompt: Prompt, in_flight: InFlight) -> None:
         tid, attempts = prompt.sequence.transfer_id, self._node.attempts
         handoff = await self._reserve_and_take_blocks(prompt, in_flight)
         async with running(handoff.keep_reserved(), self._send_early(prompt, handoff)):
@@ -145,16 +144,17 @@ class PrefillRole:
             await self._compute(prompt)
             in_flight.enter(Stage.SENDING)
             if await self._emit_first(prompt):
+                prompt.handoff_result = "unneeded"  # also if a copy under way fails now
                 attempts.end(tid)
                 await handoff.release()
-                return "unneeded"
+                return
             attempts.set_state(tid, "handoff")
             with prompt.phases.phase("handoff"):
                 await handoff.send_computed(prompt.sequence, prompt_done=True)
             await handoff.commit(prompt.sequence)
             attempts.end(tid)  # the decode node has it now
             await handoff.report(prompt.computed_at)
-            return "done"
+            prompt.handoff_result = "done"
 
     async def _serve_here(self, prompt: Prompt) -> None:
         """Prefill and decode are the same node: the handoff moves no bytes."""
