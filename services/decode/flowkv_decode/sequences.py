@@ -120,8 +120,9 @@ class DecodeRole:
                 )
             except OutOfBlocks:
                 raise Full(f"no room for {num_blocks} blocks", retry_after_s=RETRY_S) from None
-            stop = Attempt(tid, request.gateway_id, "reserved", lambda _: node.reservations.cancel(tid))
-            node.attempts.begin(stop)
+            node.attempts.begin(
+                Attempt(tid, request.gateway_id, "reserved", lambda _: node.reservations.cancel(tid))
+            )
             node.num_rooms_given += not request.again
         return Reserved(
             transfer_id=tid,
