@@ -20,6 +20,7 @@ from oracle import check_identity
 from tiny_models import save_random
 
 from flowkv_engine.engine import servable
+from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.forward import UnsupportedModel
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import Runner
@@ -163,15 +164,17 @@ def test_a_form_that_is_not_computed_is_refused(
     assert why in (refusal(tmp_path / "m", model_type, **further) or "served")
 
 
+@pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_a_node_refuses_to_serve_other_logits_than_the_models(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_size: int
 ) -> None:
     """Whatever the reason: here the model's own answer is that of another prompt."""
     model = random_model(tmp_path / "m", "llama")
     plain = servable._plain_logits
     monkeypatch.setattr(servable, "_plain_logits", lambda module, ids: plain(module, [ids[0] ^ 1, *ids[1:]]))
+    pool = torch.zeros(20, model.num_layers, 2, block_size, model.num_kv_heads, model.head_dim)
     with pytest.raises(UnsupportedModel, match="gives other logits than the model, by"):
-        Runner(model, make_pool(model, 4))
+        Runner(model, pool)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +185,27 @@ def test_rounding_is_no_reason_to_refuse(tmp_path: Path, dtype: torch.dtype, num
     save_random(tiny_config("qwen3_moe"), folder)
     model = load_tiny(folder, dtype)
     Runner(model, make_pool(model, num_blocks, dtype), attention="torch")
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_small_blocks_are_no_reason_to_refuse_and_kernels_run_before_the_first_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_size: int
+) -> None:
+    """Compiling takes longer than a step may take."""
+    num_logits: list[int] = []
+    logits_of = Runner._logits
+
+    def counted(runner: Runner, batch: PackedBatch) -> torch.Tensor:
+        num_logits.append(len(batch.query_lens))
+        return logits_of(runner, batch)
+
+    monkeypatch.setattr(Runner, "_logits", counted)
+    model = random_model(tmp_path / "m", "llama")
+    for num_blocks, num_prompts in ((20, 2), (2, 1)):
+        pool = torch.zeros(num_blocks, model.num_layers, 2, block_size, model.num_kv_heads, model.head_dim)
+        Runner(model, pool)
+        assert num_logits == [num_prompts] * 2  # the prompts, and a step of decode
+        num_logits.clear()
 
 
 def test_the_check_leaves_the_models_attention_as_it_was(tmp_path: Path) -> None:

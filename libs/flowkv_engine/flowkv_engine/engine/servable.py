@@ -7,6 +7,7 @@ weight files. Before the node is ready: logits.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -340,23 +341,26 @@ class SelfCheck:
     """Compares logits of two short prompts with those of the model's own modules."""
 
     def __init__(self, module: nn.Module, pool: Tensor, max_model_len: int, vocab_size: int) -> None:
-        """Runs the modules: make it before weights are packed. A pool of one block gets one prompt."""
-        num_blocks, self._block_size = pool.shape[0], pool.shape[3]
-        longest = min(self._block_size, max_model_len)
-        lens = [min(wanted, longest) for wanted in PROMPT_LENS[:num_blocks]] if longest > 1 else []
+        """Runs the modules: make it before weights are packed. A pool with room for one prompt gets one."""
+        num_free_blocks, self._block_size = pool.shape[0], pool.shape[3]
         generator = torch.Generator().manual_seed(0)
         dtypes = {next(module.parameters()).dtype, pool.dtype}
         self._tolerance = TOLERANCE * max(LEAST_EPS, *(torch.finfo(dtype).eps for dtype in dtypes))
-        self._prompts = [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lens]
+        self._prompts: list[list[int]] = []
+        for wanted in PROMPT_LENS:
+            length = min(wanted, max_model_len, num_free_blocks * self._block_size)
+            if length > 1:
+                self._prompts.append(torch.randint(vocab_size, (length,), generator=generator).tolist())
+                num_free_blocks -= -(-length // self._block_size)
         self._expected = [_plain_logits(module, prompt) for prompt in self._prompts]
 
     def compare(self, logits_of: Callable[[PackedBatch], Tensor]) -> None:
         """`logits_of` computes a batch: logits [S, vocab]. Raises `UnsupportedModel` if they differ."""
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
-        sequences = [
-            Sequence("self-check", "", prompt[:-1], [], sampling, 0.0, [block])
-            for block, prompt in enumerate(self._prompts)
-        ]
+        sequences, blocks = [], itertools.count()
+        for prompt in self._prompts:
+            block_table = [next(blocks) for _ in range(0, len(prompt), self._block_size)]
+            sequences.append(Sequence("self-check", "", prompt[:-1], [], sampling, 0.0, block_table))
         for num_left in (1, 0) if sequences else ():  # all tokens but the last one, then the last one
             batch = pack([WorkItem(each, each.num_new_tokens) for each in sequences], self._block_size)
             got = logits_of(batch).float()
