@@ -103,6 +103,15 @@ def test_a_tokenizer_without_such_a_token_adds_none(tmp_path: Path, tokenizer: s
     assert load_tiny(folder).card.eos_token_ids == [2]
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map"])
+def test_ids_are_not_read_where_only_the_text_counts(tmp_path: Path, name: str) -> None:
+    folder = make_tiny_model(tmp_path / "model")
+    content = '{"eos_token": "</s>", "eos_token_id": "9", "text_config": "t"}'
+    (folder / f"{name}.json").write_text(content)
+    (folder / "tokenizer.json").write_text('{"added_tokens": [{"id": 7, "content": "</s>"}]}')
+    assert load_tiny(folder).card.eos_token_ids == [2, 7]
+
+
 def test_the_card_has_every_end_of_text(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "model")
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')

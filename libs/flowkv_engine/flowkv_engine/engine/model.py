@@ -125,17 +125,22 @@ def kv_dtype(wanted: str, weights: torch.dtype) -> str:
     return str(weights).removeprefix("torch.") if wanted == "auto" else wanted
 
 
-class _EosFields(msgspec.Struct):
-    """What generation_config.json, config.json and the tokenizer's configs say about the end of a text."""
+class _EosIds(msgspec.Struct):
+    """What generation_config.json and config.json say about the end of a text."""
 
     eos_token_id: int | list[int] | None = None
-    text_config: _EosFields | None = None  # a model of several parts keeps its ids there
-    eos_token: Any = None  # a text; older files write it as an object
+    text_config: _EosIds | None = None  # a model of several parts keeps its ids there
 
     def ids(self) -> list[int]:
         if self.eos_token_id is None:
             return self.text_config.ids() if self.text_config else []
         return self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+
+
+class _EosText(msgspec.Struct):
+    """What tokenizer_config.json and special_tokens_map.json say: their ids, if any, don't count."""
+
+    eos_token: Any = None  # a text; older files write it as an object
 
 
 class _AddedToken(msgspec.Struct):
@@ -162,11 +167,11 @@ def eos_token_ids(folder: Path, config: PretrainedConfig) -> list[int]:
     no file names any, the default of the model's type counts. Ids outside the vocabulary are left out. Raises
     `UnsupportedModel` if one of the files can't be read.
     """
-    ids = [*_read(folder / "generation_config.json", _EosFields).ids()]
-    ids += _read(folder / "config.json", _EosFields).ids()
+    ids = [*_read(folder / "generation_config.json", _EosIds).ids()]
+    ids += _read(folder / "config.json", _EosIds).ids()
     texts: set[str] = set()
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _read(folder / name, _EosFields).eos_token
+        token = _read(folder / name, _EosText).eos_token
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str) and token:
             texts.add(token)
@@ -176,7 +181,7 @@ def eos_token_ids(folder: Path, config: PretrainedConfig) -> list[int]:
         id_of = vocab if isinstance(vocab, dict) else {}
         id_of |= {token.content: token.id for token in tokenizer.added_tokens or ()}
         ids += [id_of[text] for text in sorted(texts) if text in id_of]
-    ids = ids or msgspec.convert(config.to_dict(), _EosFields).ids()
+    ids = ids or msgspec.convert(config.to_dict(), _EosIds).ids()
     return [token_id for token_id in dict.fromkeys(ids) if 0 <= token_id < config.vocab_size]
 
 
