@@ -119,7 +119,7 @@ def test_node_that_has_cached_the_prefix_is_worth_a_wait() -> None:
 def test_a_mixed_node_that_has_cached_the_prefix_is_compared_with_many_of_its_side() -> None:
     hashes = [f"{number:016x}" * 2 for number in range(248)]
     idle = [node(f"p{n}", "prefill") for n in range(9)]
-    # With more to do than the four that are costs for their load.
+    # With more to do than the four that are compared for their load.
     mixed = node("m", "mixed", queued_prefill_tokens=100, num_running=15)
     state = cluster(*idle, mixed, node("d0", "decode"))
     state.prefixes.expect([mixed.descriptor.node], hashes, until=9.0)
