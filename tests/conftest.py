@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from nats_server import NatsServer
+
+from tests.nats_server import NatsServer
 
 # A busy host may take longer than 200 ms, the default, for any example.
 settings.register_profile("flowkv", deadline=None)

@@ -16,12 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from described_nodes import descriptor
-from inprocess_connector import InProcessConnector, Switchboard
-from nats_server import NatsServer
-from node_messages import FINGERPRINT, prefill_run
-from waiting import until
-from wrapped_links import WrappedConnector, WrappedLink
 
 from flowkv.roles import ROLES
 from flowkv_common.aio import running
@@ -48,6 +42,12 @@ from flowkv_node.handoffs import HandoffBudget, handoff_bytes
 from flowkv_node.node import Node
 from flowkv_node.reporting import BlockNews
 from flowkv_prefill.prompts import PrefillRole
+from tests.described_nodes import descriptor
+from tests.inprocess_connector import InProcessConnector, Switchboard
+from tests.nats_server import NatsServer
+from tests.node_messages import FINGERPRINT, prefill_run
+from tests.waiting import until
+from tests.wrapped_links import WrappedConnector, WrappedLink
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 24

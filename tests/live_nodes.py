@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from nats_server import NatsServer
-from node_messages import prefill_run, reserve
 
 from flowkv.roles import ROLES
 from flowkv_common.aio import running
@@ -47,6 +45,8 @@ from flowkv_common.wire.nodes import (
 )
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_node.host import serve_node, served_model
+from tests.nats_server import NatsServer
+from tests.node_messages import prefill_run, reserve
 
 BLOCK_SIZE = 8
 TOKEN_BUDGET = 64

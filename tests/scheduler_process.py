@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import AsyncIterator
 
-from nats_server import NatsServer
+from tests.nats_server import NatsServer
 
 Process = asyncio.subprocess.Process
 

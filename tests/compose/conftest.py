@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from composed import Composed, docker
+
+from tests.compose.composed import Composed, docker
 
 
 @pytest.fixture(scope="session")

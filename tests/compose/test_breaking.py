@@ -11,14 +11,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from composed import Composed, docker
-from load import Streamed, stream_completion
-from observer import Observer, observe
-from oracle import check_identity
 
 from flowkv_common.aio import running
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.wire.nodes import NodeDescriptor
+from tests.compose.composed import Composed, docker
+from tests.e2e.load import Streamed, stream_completion
+from tests.e2e.observer import Observer, observe
+from tests.oracle import check_identity
 
 pytestmark = pytest.mark.compose
 

@@ -6,7 +6,8 @@ import json
 
 import httpx
 import pytest
-from composed import FILES, Composed, docker
+
+from tests.compose.composed import FILES, Composed, docker
 
 pytestmark = pytest.mark.compose
 

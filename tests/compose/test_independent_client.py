@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from composed import Composed
 
 from flowkv_common.wire import subjects
+from tests.compose.composed import Composed
 
 pytestmark = pytest.mark.compose
 

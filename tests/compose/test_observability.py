@@ -9,7 +9,8 @@ import re
 
 import httpx
 import pytest
-from composed import ROOT, Composed, docker
+
+from tests.compose.composed import ROOT, Composed, docker
 
 pytestmark = pytest.mark.compose
 

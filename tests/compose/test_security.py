@@ -7,13 +7,13 @@ import secrets
 from pathlib import Path
 
 import pytest
-from composed import Composed, docker
-from observer import observe
 
 from flowkv.accounts import RIGHTS
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import LinkOffer, LinkRequest
+from tests.compose.composed import Composed, docker
+from tests.e2e.observer import observe
 
 pytestmark = pytest.mark.compose
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from composed import Composed
-from observer import observe
-from prompts import make_prompts
-from test_bad_input import (  # noqa: F401 - pytest runs what is imported
+
+from tests.compose.composed import Composed
+from tests.e2e.observer import observe
+from tests.e2e.prompts import make_prompts
+from tests.e2e.test_bad_input import (  # noqa: F401 - pytest runs what is imported
     _no_process_ends,
     http,
     test_a_good_stream_does_not_notice,
@@ -21,8 +22,8 @@ from test_bad_input import (  # noqa: F401 - pytest runs what is imported
     test_what_is_no_http,
     test_wrong_method,
 )
-from test_identity import check_all, generate_all
-from test_openai_client import (  # noqa: F401
+from tests.e2e.test_identity import check_all, generate_all
+from tests.e2e.test_openai_client import (  # noqa: F401
     async_client,
     client,
     eos_id,

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from composed import Composed, docker
-from load import run_all
-from observer import observe
-from test_identity import TOKENS, check_all
+
+from tests.compose.composed import Composed, docker
+from tests.e2e.load import run_all
+from tests.e2e.observer import observe
+from tests.e2e.test_identity import TOKENS, check_all
 
 pytestmark = pytest.mark.compose
 

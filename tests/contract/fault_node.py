@@ -19,7 +19,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-from kv_nodes import LARGE, LINK_TOKEN, connector_on_host
 
 from flowkv_common.errors import FlowKVError, TransferFailed
 from flowkv_common.wire.messages import Run
@@ -28,6 +27,7 @@ from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.reservations import Reservation, Reservations
 from flowkv_engine.kv.segments import Copy, align
 from flowkv_engine.transport.base import ConnectorUnavailable, KVLink
+from tests.contract.kv_nodes import LARGE, LINK_TOKEN, connector_on_host
 
 IO_TIMEOUT_S = 1.0
 

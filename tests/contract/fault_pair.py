@@ -14,8 +14,9 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fault_node
 import pytest
+
+from tests.contract import fault_node
 
 # For what must come, however busy the machine is.
 PATIENCE_S = 20.0
@@ -28,7 +29,7 @@ _processes = multiprocessing.get_context("forkserver")
 
 def start_fork_server() -> None:
     """Processes are then forks of one that has imported torch already: milliseconds instead of seconds."""
-    _processes.set_forkserver_preload(["fault_node"])
+    _processes.set_forkserver_preload([fault_node.__name__])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server doesn't get `sys.path` otherwise
         forkserver.ensure_running()

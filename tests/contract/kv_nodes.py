@@ -9,9 +9,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from gloo_pair import GlooPair
-from inprocess_connector import InProcessConnector, Switchboard
-from memfd_device import MemfdDevice
 
 from flowkv_common.wire.messages import NodeRef, PoolLayout
 from flowkv_engine.kv.blocks import Blocks
@@ -23,6 +20,9 @@ from flowkv_engine.transport.cuda_ipc import CudaIpcConnector
 from flowkv_engine.transport.nccl import NcclConnector
 from flowkv_engine.transport.shm import ShmConnector
 from flowkv_engine.transport.tcp import TcpConnector
+from tests.contract.gloo_pair import GlooPair
+from tests.contract.memfd_device import MemfdDevice
+from tests.inprocess_connector import InProcessConnector, Switchboard
 
 LINK_TOKEN = "open sesame"
 SMALL = PoolLayout(num_layers=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="float32")  # 1 KiB blocks

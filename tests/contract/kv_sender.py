@@ -1,4 +1,4 @@
-"""A sender in a process of its own, which the contract tests kill: `kv_sender.py <kind> <json of a Job>`."""
+"""A sender in a process of its own, which the contract tests kill: `-m tests.contract.kv_sender KIND JOB`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import contextlib
 import sys
 
 import msgspec
-from kv_nodes import connector_on_host
 
 from flowkv_common.wire.messages import PoolLayout
 from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.kv.segments import Copy
+from tests.contract.kv_nodes import connector_on_host
 
 
 class Job(msgspec.Struct):

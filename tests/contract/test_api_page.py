@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from api_page import PAGE, page_from_code
+from tests.contract.api_page import PAGE, page_from_code
 
 
 def test_the_page_agrees_with_the_code() -> None:

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 import torch
-from gloo_pair import GlooPair
 
 from flowkv_engine.transport.nccl import RECEIVER, SENDER, Communicator, NcclFailed, Span
+from tests.contract.gloo_pair import GlooPair
 
 KIB = 1 << 10
 

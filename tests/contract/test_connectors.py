@@ -13,11 +13,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from gloo_pair import GlooPair
-from inprocess_connector import InProcessLink
-from kv_nodes import LARGE, LINK_TOKEN, SMALL, Network, Node, copies_between, network
-from kv_sender import Job
-from waiting import until
 
 from flowkv_common.errors import TransferFailed
 from flowkv_common.wire.messages import PoolLayout
@@ -39,6 +34,11 @@ from flowkv_engine.transport.stream import (
     Transfer,
 )
 from flowkv_node.links import SwitchedLink
+from tests.contract.gloo_pair import GlooPair
+from tests.contract.kv_nodes import LARGE, LINK_TOKEN, SMALL, Network, Node, copies_between, network
+from tests.contract.kv_sender import Job
+from tests.inprocess_connector import InProcessLink
+from tests.waiting import until
 
 every_connector = pytest.mark.parametrize("kind", ["inprocess", "shm", "tcp", "cuda_ipc", "nccl"])
 on_sockets = pytest.mark.parametrize("kind", ["shm", "tcp", "cuda_ipc", "nccl"])
@@ -549,11 +549,9 @@ async def start_sender(net: Network, receiver: Node, reserved: Reservation) -> a
     job = Job(
         receiver.address, LINK_TOKEN, receiver.pool.layout, receiver.pool.num_blocks, "r.1", reserved.token
     )
-    script = str(Path(__file__).with_name("kv_sender.py"))
+    command = [sys.executable, "-m", "tests.contract.kv_sender", net.kind, msgspec.json.encode(job).decode()]
     paths = os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path))}
-    return await asyncio.create_subprocess_exec(
-        sys.executable, script, net.kind, msgspec.json.encode(job), env=paths
-    )
+    return await asyncio.create_subprocess_exec(*command, env=paths)
 
 
 @on_sockets

@@ -8,10 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gloo_pair import GlooPair
-from kv_nodes import LARGE, LINK_TOKEN, SMALL, Node, network
-from test_communicator import SlowToAbort
-from test_connectors import assert_hangs_up, assert_serves, dial, hello
 
 from flowkv_common.errors import CannotStart, TransferFailed
 from flowkv_engine.kv.blocks import Blocks
@@ -22,6 +18,10 @@ from flowkv_engine.transport import make_connectors
 from flowkv_engine.transport.base import ConnectorUnavailable
 from flowkv_engine.transport.cuda_ipc import ShownPool
 from flowkv_engine.transport.nccl import NcclConnector
+from tests.contract.gloo_pair import GlooPair
+from tests.contract.kv_nodes import LARGE, LINK_TOKEN, SMALL, Node, network
+from tests.contract.test_communicator import SlowToAbort
+from tests.contract.test_connectors import assert_hangs_up, assert_serves, dial, hello
 
 
 @pytest.mark.parametrize("content", [None, b"", b"a secret"])

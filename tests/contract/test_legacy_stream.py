@@ -7,8 +7,6 @@ import contextlib
 from collections.abc import Callable
 
 import pytest
-from cupy_on_host import busy_legacy_stream, cupy_on_host
-from kv_nodes import LINK_TOKEN, SMALL
 
 from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.pool import KVPool
@@ -17,6 +15,8 @@ from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.base import KVConnector
 from flowkv_engine.transport.cuda_ipc import CudaIpcConnector
 from flowkv_engine.transport.nccl import NcclConnector, NcclFailed
+from tests.contract.cupy_on_host import busy_legacy_stream, cupy_on_host
+from tests.contract.kv_nodes import LINK_TOKEN, SMALL
 
 __all__ = ["cupy_on_host"]
 

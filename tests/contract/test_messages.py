@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from wire_examples import EXAMPLES, GOLDEN, MESSAGES, PARTS, as_golden, golden_file
 
 from flowkv_common.wire import nodes
 from flowkv_common.wire.messages import (
@@ -21,6 +20,7 @@ from flowkv_common.wire.messages import (
     decode,
     encode,
 )
+from tests.contract.wire_examples import EXAMPLES, GOLDEN, MESSAGES, PARTS, as_golden, golden_file
 
 each_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: type(example).__name__)
 

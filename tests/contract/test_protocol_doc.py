@@ -10,11 +10,11 @@ from typing import Any, ForwardRef, NamedTuple
 
 import msgspec
 import pytest
-from wire_examples import MESSAGES, PARTS
 
 from flowkv_common import errors
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Message, Run
+from tests.contract.wire_examples import MESSAGES, PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS: dict[str, str] = dict(

@@ -9,9 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from fault_node import IO_TIMEOUT_S, NUM_USED
-from fault_pair import GRACE_S, PATIENCE_S, Pair, Peer, PeerError, SendEnd, Transfer, start_fork_server
-from fault_table import Row, write_table
+
+from tests.contract.fault_node import IO_TIMEOUT_S, NUM_USED
+from tests.contract.fault_pair import (
+    GRACE_S,
+    PATIENCE_S,
+    Pair,
+    Peer,
+    PeerError,
+    SendEnd,
+    Transfer,
+    start_fork_server,
+)
+from tests.contract.fault_table import Row, write_table
 
 EXPIRY_S = 0.05
 # Blocks of 1 MiB; and those of another transfer that is to be sent next.

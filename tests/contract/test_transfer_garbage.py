@@ -10,14 +10,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from kv_nodes import LINK_TOKEN, SMALL, Network, Node, network
-from test_connectors import GARBAGE, assert_hangs_up, assert_serves, dial, framed, hello
 
 from flowkv_common.errors import TransferFailed
 from flowkv_engine.kv.reservations import Reservation
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.base import ConnectorUnavailable
 from flowkv_engine.transport.stream import Channel, Frame, Refused, Reply, Transfer
+from tests.contract.kv_nodes import LINK_TOKEN, SMALL, Network, Node, network
+from tests.contract.test_connectors import GARBAGE, assert_hangs_up, assert_serves, dial, framed, hello
 
 both_kinds = pytest.mark.parametrize("kind", ["shm", "tcp"])
 

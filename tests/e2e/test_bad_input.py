@@ -10,12 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
-from bad_bodies import BAD_BODIES, CHAT, TEXT, USER, BadBody
-from load import stream_completion, wait_healthy
-from observer import observe
-from raw_client import connect, post
 
 from flowkv.local_cluster import Cluster, Process, free_port
+from tests.e2e.bad_bodies import BAD_BODIES, CHAT, TEXT, USER, BadBody
+from tests.e2e.load import stream_completion, wait_healthy
+from tests.e2e.observer import observe
+from tests.e2e.raw_client import connect, post
 
 NODES = ("prefill-0", "decode-0")
 PROMPT = [100, 200, 300]

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import httpx
 import pytest
-from load import Streamed, stream_completion
-from observer import Observer, observe
-from oracle import check_identity
-from prompts import make_prompts
 
 from flowkv.local_cluster import Cluster
 from flowkv_common.aio import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, NodeRef
 from flowkv_common.wire.nodes import LoadReport, SetPrefillCap
+from tests.e2e.load import Streamed, stream_completion
+from tests.e2e.observer import Observer, observe
+from tests.e2e.prompts import make_prompts
+from tests.oracle import check_identity
 
 AT_ONCE = 6
 TOKENS = 12

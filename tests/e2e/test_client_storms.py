@@ -9,15 +9,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from load import stream_completion, wait_healthy
-from observer import observe
-from test_paced_nodes import Paced, fit, prompt_of
 
 from flowkv.local_cluster import Process, free_port
 from flowkv_common.bus.connection import connect
 from flowkv_common.config import NodeSettings
 from flowkv_common.wire import subjects
 from flowkv_common.wire.nodes import LoadReport
+from tests.e2e.load import stream_completion, wait_healthy
+from tests.e2e.observer import observe
+from tests.e2e.test_paced_nodes import Paced, fit, prompt_of
 from tests.paced.cluster import services, variables, wait_linked
 from tests.paced.nodes import pace_of, paced_layout, paced_nodes
 

@@ -7,10 +7,10 @@ import random
 import time
 
 import httpx
-from load import Streamed, stream_completion
-from observer import observe
 
 from flowkv.local_cluster import Cluster
+from tests.e2e.load import Streamed, stream_completion
+from tests.e2e.observer import observe
 
 NUM_CLIENTS = 200
 AT_ONCE = 12

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from load import Streamed, stream_completion, wait_healthy
-from observer import observe
-from oracle import check_identity
 
 from flowkv.local_cluster import Cluster, free_port
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted
 from flowkv_common.wire.nodes import LoadReport, Wedge
+from tests.e2e.load import Streamed, stream_completion, wait_healthy
+from tests.e2e.observer import observe
+from tests.oracle import check_identity
 
 NUM_STREAMS = 6
 TOKENS = 32

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from load import Streamed, run_all
-from observer import observe
-from oracle import check_identity
-from prompts import make_prompts
-from tiny_models import VOCAB_SIZE, make_tiny_model
 
 from flowkv.local_cluster import Cluster
+from tests.e2e.load import Streamed, run_all
+from tests.e2e.observer import observe
+from tests.e2e.prompts import make_prompts
+from tests.oracle import check_identity
+from tests.tiny_models import VOCAB_SIZE, make_tiny_model
 
 TOKENS = 12
 AT_ONCE = 8

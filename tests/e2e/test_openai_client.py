@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from observer import Observer, observe
 
 from flowkv.local_cluster import Cluster
+from tests.e2e.observer import Observer, observe
 
 MODEL = "test-model"
 NODES = ("prefill-0", "decode-0", "decode-1")

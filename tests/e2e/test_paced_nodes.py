@@ -12,13 +12,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from load import Streamed, run_all, stream_completion, wait_healthy
-from observer import observe
 
 from benchmarks.load import Arrival, drive
 from flowkv.local_cluster import Cluster
 from flowkv_common.config import NodeSettings
 from flowkv_common.wire.nodes import StepFit
+from tests.e2e.load import Streamed, run_all, stream_completion, wait_healthy
+from tests.e2e.observer import observe
 from tests.paced.cluster import services, wait_linked
 from tests.paced.digest import paced_tokens
 from tests.paced.engine import Kept, Pace

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-from load import stream_completion
-from observer import observe
-from oracle import check_identity
 
 from flowkv.local_cluster import Cluster
 from flowkv_common.wire.messages import PoolLayout
+from tests.e2e.load import stream_completion
+from tests.e2e.observer import observe
+from tests.oracle import check_identity
 
 TOKENS = 8
 PREFIX_TOKENS = 2000  # 125 whole blocks

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from load import run_all
-from observer import observe
-from oracle import check_identity
 from prometheus_client.parser import text_string_to_metric_families
-from test_identity import tiny_with_tokenizer
 
 from flowkv.local_cluster import Cluster
 from flowkv_common.wire.nodes import NodeDescriptor
+from tests.e2e.load import run_all
+from tests.e2e.observer import observe
+from tests.e2e.test_identity import tiny_with_tokenizer
+from tests.oracle import check_identity
 
 NUM_REQUESTS = 10
 TOKENS = 60

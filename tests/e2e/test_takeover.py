@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-from load import stream_completion
-from observer import observe
-from test_faults import Load, check_finished
 
 from flowkv.local_cluster import Cluster, Process
 from flowkv_common.wire import subjects
+from tests.e2e.load import stream_completion
+from tests.e2e.observer import observe
+from tests.e2e.test_faults import Load, check_finished
 
 TAKEOVER_S = 4.0
 NUM_RUNNING, NUM_NEW = 3, 2

@@ -11,14 +11,14 @@ from typing import Any
 
 import httpx
 import pytest
-from load import Streamed, stream_completion
-from observer import Observer, observe
-from oracle import check_identity
 from prometheus_client.parser import text_string_to_metric_families
-from test_identity import tiny_with_tokenizer
-from tiny_models import VOCAB_SIZE
 
 from flowkv.local_cluster import Cluster
+from tests.e2e.load import Streamed, stream_completion
+from tests.e2e.observer import Observer, observe
+from tests.e2e.test_identity import tiny_with_tokenizer
+from tests.oracle import check_identity
+from tests.tiny_models import VOCAB_SIZE
 
 BLOCK_SIZE = 8
 CHUNK = 64

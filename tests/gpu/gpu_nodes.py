@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import torch
@@ -21,9 +19,7 @@ from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport import make_connectors
 from flowkv_engine.transport.base import KVConnector
-
-sys.path.append(str(Path(__file__).parents[1] / "contract"))
-from kv_nodes import connector_on_host
+from tests.contract.kv_nodes import connector_on_host
 
 MULTI_RANK_SINCE = 23003
 

@@ -6,12 +6,12 @@ import asyncio
 import sys
 
 import msgspec
-from gpu_nodes import GpuNode, Outcome, Send, Setup, opened
 
 from flowkv_common.errors import TransferFailed
 from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.transport.base import ConnectorUnavailable
+from tests.gpu.gpu_nodes import GpuNode, Outcome, Send, Setup, opened
 
 SEED = 7
 

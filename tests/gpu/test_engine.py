@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from drive import BLOCK_SIZE, generate, load_tiny, make_sequence
-from tiny_models import make_tiny_model
 
 from flowkv_common.config import NodeSettings
 from flowkv_common.wire.messages import PoolLayout
@@ -19,6 +17,8 @@ from flowkv_engine.engine.forward import ModulesForward, make_forward
 from flowkv_engine.engine.gpu import attention as attention_triton
 from flowkv_engine.engine.runner import Runner
 from flowkv_node.memory import make_pool
+from tests.drive import BLOCK_SIZE, generate, load_tiny, make_sequence
+from tests.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.gpu
 if torch.cuda.is_available():

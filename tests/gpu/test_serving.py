@@ -7,13 +7,13 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from gateway_support import write_tokenizer
-from load import run_all
-from observer import observe
-from oracle import check_identity
-from tiny_models import VOCAB_SIZE, make_tiny_model
 
 from flowkv.local_cluster import Cluster
+from tests.e2e.load import run_all
+from tests.e2e.observer import observe
+from tests.gateway_support import write_tokenizer
+from tests.oracle import check_identity
+from tests.tiny_models import VOCAB_SIZE, make_tiny_model
 
 pytestmark = pytest.mark.gpu
 TOKENS = 12

@@ -6,19 +6,18 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import msgspec
 import pytest
 import torch
-from gpu_nodes import GpuNode, Outcome, Send, Setup, environment, opened, pattern
-from gpu_sender import SEED
-from kv_nodes import WatchedReservations
 
 from flowkv_common.wire.messages import PoolLayout
 from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.reservations import Reservation
 from flowkv_engine.kv.segments import Copy
+from tests.contract.kv_nodes import WatchedReservations
+from tests.gpu.gpu_nodes import GpuNode, Outcome, Send, Setup, environment, opened, pattern
+from tests.gpu.gpu_sender import SEED
 
 LINK_TOKEN = "open sesame"
 NUM_BLOCKS = 80
@@ -99,7 +98,7 @@ async def receiving(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
 async def sending(setup: Setup) -> AsyncIterator[Sender]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        str(Path(__file__).with_name("gpu_sender.py")),
+        *("-m", "tests.gpu.gpu_sender"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         env=environment(setup, "sender") | {"PYTHONPATH": ":".join(filter(None, sys.path))},

@@ -6,14 +6,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from drive import load_tiny
-from gateway_support import write_tokenizer
-from nats_server import NatsServer
-from tiny_models import make_tiny_model
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_gateway.tokenizer import Tokenizer
+from tests.drive import load_tiny
+from tests.gateway_support import write_tokenizer
+from tests.nats_server import NatsServer
+from tests.tiny_models import make_tiny_model
 
 
 @pytest.fixture

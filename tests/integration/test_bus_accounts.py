@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 import nats.errors
 import pytest
 from nats.aio.msg import Msg
-from nats_server import NatsServer
 
 from flowkv.accounts import RIGHTS, write_accounts
 from flowkv_common.aio import running
@@ -23,6 +22,7 @@ from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Service
 from flowkv_common.wire import subjects
+from tests.nats_server import NatsServer
 
 SERVICES = ("gateway", "scheduler", "node")
 PROMPTS = subjects.at(subjects.PREFILL_RUN, "p")

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 from nats.aio.msg import Msg
 from nats.errors import FlushTimeoutError
-from nats_server import NatsServer
-from waiting import reconnected, soon
 
 from flowkv_common import errors
 from flowkv_common.bus import connection
@@ -19,6 +17,8 @@ from flowkv_common.bus.connection import connect
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, Cancel, Wait, encode
 from flowkv_common.wire.nodes import Drain
+from tests.nats_server import NatsServer
+from tests.waiting import reconnected, soon
 
 SUBJECT = "flowkv.v1.test.cancel.x"
 

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from nats_server import NatsServer
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import KEY, Lease
@@ -17,6 +16,7 @@ from flowkv_common.bus.registry import Found, open_bucket, read_key
 from flowkv_common.wire.messages import decode, encode
 from flowkv_common.wire.nodes import Leader
 from flowkv_common.wire.subjects import LEADER_BUCKET
+from tests.nats_server import NatsServer
 
 TTL_S = 0.8
 

@@ -7,11 +7,8 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 
-import described_nodes
 import msgspec
 import pytest
-from nats_server import NatsServer
-from waiting import reconnected
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import Lease
@@ -20,6 +17,9 @@ from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockCounts, Check, Checked, NodeDescriptor
 from flowkv_common.wire.subjects import NODE_CHECK, at
+from tests import described_nodes
+from tests.nats_server import NatsServer
+from tests.waiting import reconnected
 
 TTL_S = 1.2  # the server's shortest marker lives 1 s
 

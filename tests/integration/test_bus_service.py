@@ -7,7 +7,6 @@ import json
 
 import pytest
 from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
-from nats_server import NatsServer
 
 from flowkv_common import errors
 from flowkv_common.bus import service as service_module
@@ -15,6 +14,7 @@ from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.wire.messages import Accepted, Cancel, Message, Release, Reserve, encode
 from flowkv_common.wire.nodes import Drain
+from tests.nats_server import NatsServer
 
 SUBJECT = "flowkv.v1.decode.release.d0"
 

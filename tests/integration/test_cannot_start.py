@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from every_model import tiny_config
-from nats_server import NatsServer
-from tiny_models import make_tiny_model
 
 from flowkv.local_cluster import ClusterError, Process
 from flowkv_common.config import NodeSettings, load_settings
+from tests.every_model import tiny_config
+from tests.nats_server import NatsServer
+from tests.tiny_models import make_tiny_model
 
 
 def last_words(*command: str) -> str:

@@ -7,14 +7,14 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from live_nodes import node_settings, reports
-from nats_server import NatsServer
 
 from flowkv.roles import ROLES
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.errors import Unavailable
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_node.host import serve_node, served_model
+from tests.live_nodes import node_settings, reports
+from tests.nats_server import NatsServer
 
 
 async def test_a_node_ends_when_nats_ends_its_connection(nats_server: NatsServer, model: LoadedModel) -> None:

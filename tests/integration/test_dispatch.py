@@ -10,8 +10,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from described_nodes import BLOCK_SIZE, descriptor
-from nats_server import NatsServer
 
 from flowkv_common.aio import running
 from flowkv_common.bus import connection
@@ -58,6 +56,8 @@ from flowkv_gateway import dispatch as dispatch_module
 from flowkv_gateway.cluster import OwnModel
 from flowkv_gateway.dispatch import Dispatch, Load, RequestState, open_dispatch
 from flowkv_gateway.errors import ContextLengthExceeded
+from tests.described_nodes import BLOCK_SIZE, descriptor
+from tests.nats_server import NatsServer
 
 OWN = OwnModel(ModelFiles())
 P, D = NodeRef(node_id="p", incarnation="1"), NodeRef(node_id="d", incarnation="1")

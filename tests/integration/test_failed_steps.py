@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from live_nodes import LiveNode, client, first, node_settings, reports
-from nats_server import NatsServer
 from torch import Tensor
 
 from flowkv.roles import ROLES
@@ -21,6 +19,8 @@ from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import DeviceLost, EngineThread, Runner
 from flowkv_node.host import serve_node, served_model
+from tests.live_nodes import LiveNode, client, first, node_settings, reports
+from tests.nats_server import NatsServer
 
 PROMPT = [5] * 20
 

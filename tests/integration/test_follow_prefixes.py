@@ -7,9 +7,6 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from described_nodes import blocks_by_node, descriptor, knows, num_hashes
-from nats_server import NatsServer
-from waiting import reconnected
 
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
@@ -24,6 +21,9 @@ from flowkv_engine.kv.blocks import Blocks
 from flowkv_node.reporting import BlockNews
 from flowkv_scheduler import prefixes as follow_prefixes_module
 from flowkv_scheduler.prefixes import PrefixIndex, following_prefixes, keys_of
+from tests.described_nodes import blocks_by_node, descriptor, knows, num_hashes
+from tests.nats_server import NatsServer
+from tests.waiting import reconnected
 
 BLOCK_SIZE = 16
 CHAIN = block_hashes("f", list(range(8 * BLOCK_SIZE)), BLOCK_SIZE)

@@ -10,10 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
-from described_nodes import descriptor
 from nats.aio.msg import Msg
-from nats_server import NatsServer
-from waiting import reconnected, until
 
 from flowkv_common import errors
 from flowkv_common.bus import connection as client
@@ -22,6 +19,9 @@ from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.registry import keep_announced, watch_nodes
 from flowkv_common.wire.messages import Accepted, Cancel, encode
 from flowkv_common.wire.nodes import Drain, NodeDescriptor
+from tests.described_nodes import descriptor
+from tests.nats_server import NatsServer
+from tests.waiting import reconnected, until
 
 SUBJECT = "flowkv.v1.test.frozen.x"
 

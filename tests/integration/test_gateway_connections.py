@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from gateway_support import MODEL, Gateway, ScriptedDispatch, serving, text_chunks
 from prometheus_client import CollectorRegistry
 from starlette.types import Message
 
@@ -21,6 +20,7 @@ from flowkv_gateway.app import Api
 from flowkv_gateway.errors import STOPPED
 from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
+from tests.gateway_support import MODEL, Gateway, ScriptedDispatch, serving, text_chunks
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "say hello"}]}
 SOON_S = 0.05

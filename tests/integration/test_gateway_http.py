@@ -16,17 +16,6 @@ from typing import Any
 import msgspec
 import openai
 import pytest
-from gateway_support import (
-    CARD,
-    EOS,
-    MODEL,
-    START,
-    Gateway,
-    ScriptedDispatch,
-    serving,
-    text_chunks,
-    token_chunk,
-)
 
 from flowkv_common.errors import (
     DeadlineExceeded,
@@ -39,6 +28,17 @@ from flowkv_common.wire.messages import TokenChunk, TokenLogprob
 from flowkv_gateway.dispatch import Load
 from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
+from tests.gateway_support import (
+    CARD,
+    EOS,
+    MODEL,
+    START,
+    Gateway,
+    ScriptedDispatch,
+    serving,
+    text_chunks,
+    token_chunk,
+)
 
 USER: Any = [{"role": "user", "content": "say hello"}]
 CHAT = {"messages": USER}

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from engineless import Pair, engineless_pair
-from nats_server import NatsServer
-from waiting import soon, until
 
 from flowkv_common.errors import TransferFailed
 from flowkv_node.attempts import Cause
 from flowkv_node.measures import HANDOFF_RESULTS
+from tests.engineless import Pair, engineless_pair
+from tests.nats_server import NatsServer
+from tests.waiting import soon, until
 
 PROMPT = list(range(100, 110))
 

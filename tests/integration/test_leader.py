@@ -10,11 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import httpx
-from described_nodes import ReportingNode, is_assigned, reporting, request, schedule, until_answer
 from nats.aio.msg import Msg
-from nats_server import NatsServer
-from scheduler_process import Process, scheduler_process
-from waiting import reconnected
 
 from flowkv_common import errors
 from flowkv_common.aio import running
@@ -23,6 +19,10 @@ from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, Assignment, encode
 from flowkv_common.wire.nodes import SetPrefillCap
+from tests.described_nodes import ReportingNode, is_assigned, reporting, request, schedule, until_answer
+from tests.nats_server import NatsServer
+from tests.scheduler_process import Process, scheduler_process
+from tests.waiting import reconnected
 
 TAKEOVER_S = 4.0
 ASK_EVERY_S = 0.02

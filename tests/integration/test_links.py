@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_nodes import live_node
-from nats_server import NatsServer
 
 from flowkv_common.bus.connection import connect
 from flowkv_engine.engine.model import LoadedModel
+from tests.live_nodes import live_node
+from tests.nats_server import NatsServer
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from live_nodes import BLOCK_SIZE, LiveNode, first, one_node
-from nats_server import NatsServer
 
 from flowkv_common.errors import BadRequest
 from flowkv_engine.engine.model import LoadedModel
+from tests.live_nodes import BLOCK_SIZE, LiveNode, first, one_node
+from tests.nats_server import NatsServer
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from live_nodes import BLOCK_SIZE, TOKEN_BUDGET, LiveNode, first, live_node, one_node, reports
-from nats_server import NatsServer
 from prometheus_client.parser import text_string_to_metric_families
 
 from flowkv_common.errors import BadRequest, Stale
 from flowkv_common.wire.messages import NodeRef
 from flowkv_engine.engine.model import LoadedModel
+from tests.live_nodes import BLOCK_SIZE, TOKEN_BUDGET, LiveNode, first, live_node, one_node, reports
+from tests.nats_server import NatsServer
 
 FIELD = "max_prefill_tokens_per_step"
 NUM_TOKENS = 3 * TOKEN_BUDGET

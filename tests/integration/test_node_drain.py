@@ -7,8 +7,6 @@ import json
 from collections.abc import AsyncIterator
 
 import pytest
-from live_nodes import LiveNode, client, first, node_settings, one_node, reports
-from nats_server import NatsServer
 
 from flowkv.roles import ROLES
 from flowkv_common.bus.connection import connect
@@ -17,6 +15,8 @@ from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Cancel, Reserved
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_node.host import serve_node, served_model
+from tests.live_nodes import LiveNode, client, first, node_settings, one_node, reports
+from tests.nats_server import NatsServer
 
 PROMPT = [30] * 20
 NUM_TOKENS = 12

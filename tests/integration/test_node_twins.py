@@ -6,8 +6,6 @@ import asyncio
 
 import msgspec
 import pytest
-from live_nodes import Client, client, first, live_node, node_settings, reports
-from nats_server import NatsServer
 
 from flowkv.roles import ROLES
 from flowkv_common.bus.connection import Bus
@@ -17,6 +15,8 @@ from flowkv_common.wire.messages import NodeRef, Refusal, StepTokens, decode, en
 from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_node.host import serve_node, served_model
+from tests.live_nodes import Client, client, first, live_node, node_settings, reports
+from tests.nats_server import NatsServer
 
 
 async def test_the_second_of_an_id_says_why_it_does_not_serve_and_disturbs_nobody(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from nats_server import NatsServer
-from waiting import until
 
 from flowkv_common.aio import running
 from flowkv_common.bus import connection
@@ -24,6 +22,8 @@ from flowkv_common.wire.messages import (
 )
 from flowkv_node import attempts as attempts_module
 from flowkv_node.attempts import MISSES_UNTIL_GONE, Attempt, Attempts, Outbox
+from tests.nats_server import NatsServer
+from tests.waiting import until
 
 
 def chunk(number: int, num_logprobs: int) -> TokenChunk:

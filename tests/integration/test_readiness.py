@@ -10,15 +10,15 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from described_nodes import ReportingNode, reporting, schedule
-from nats_server import NatsServer
-from scheduler_process import metrics_url, scheduler_process
 
 from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import ModelFiles
 from flowkv_gateway.cluster import READY_PERIOD_S, SCHEDULER_SILENT_S, OwnModel
 from flowkv_gateway.dispatch import Dispatch, open_dispatch
+from tests.described_nodes import ReportingNode, reporting, schedule
+from tests.nats_server import NatsServer
+from tests.scheduler_process import metrics_url, scheduler_process
 
 NO_NODE = "no node of the model is ready"
 NO_SCHEDULER = "no scheduler answers"

@@ -6,9 +6,6 @@ import asyncio
 import sys
 from pathlib import Path
 
-from described_nodes import ReportingNode, reporting, request, schedule, until_answer
-from nats_server import NatsServer
-
 from benchmarks import replay
 from benchmarks.baselines import make_planner
 from benchmarks.record import NODE_PREFIX, Recorder, read_lines, recording
@@ -19,6 +16,8 @@ from flowkv_common.wire.messages import Assignment, NodeRef
 from flowkv_common.wire.nodes import CapMoved
 from flowkv_scheduler.app import serve
 from flowkv_scheduler.cluster import Goals
+from tests.described_nodes import ReportingNode, reporting, request, schedule, until_answer
+from tests.nats_server import NatsServer
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,9 +12,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from engineless import FIRST_TOKEN, Pair, Side, engineless_pair
-from nats_server import NatsServer
-from waiting import soon, until
 
 from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import Unavailable
@@ -25,6 +22,9 @@ from flowkv_engine.engine.runner import DeviceLost, Result
 from flowkv_engine.engine.sampler import Sampled
 from flowkv_node.attempts import Cause
 from flowkv_node.steps import run_steps
+from tests.engineless import FIRST_TOKEN, Pair, Side, engineless_pair
+from tests.nats_server import NatsServer
+from tests.waiting import soon, until
 
 PROMPT = list(range(100, 110))
 

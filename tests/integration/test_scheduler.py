@@ -10,20 +10,7 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from described_nodes import (
-    ReportingNode,
-    descriptor,
-    is_assigned,
-    is_wait,
-    reporting,
-    request,
-    schedule,
-    until_answer,
-)
-from nats_server import NatsServer
 from prometheus_client import CollectorRegistry
-from scheduler_process import metrics_url, scheduler_process
-from waiting import reconnected
 
 from flowkv_common import errors
 from flowkv_common.bus.connection import Bus, connect
@@ -34,6 +21,19 @@ from flowkv_common.wire.messages import Assignment
 from flowkv_scheduler.app import Scheduler, serve
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
+from tests.described_nodes import (
+    ReportingNode,
+    descriptor,
+    is_assigned,
+    is_wait,
+    reporting,
+    request,
+    schedule,
+    until_answer,
+)
+from tests.nats_server import NatsServer
+from tests.scheduler_process import metrics_url, scheduler_process
+from tests.waiting import reconnected
 
 
 @contextlib.asynccontextmanager

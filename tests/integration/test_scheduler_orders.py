@@ -8,9 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from described_nodes import ReportingNode, is_assigned, reporting, until_answer
 from nats.aio.msg import Msg
-from nats_server import NatsServer
 from prometheus_client import CollectorRegistry
 
 from flowkv_common import errors
@@ -26,6 +24,8 @@ from flowkv_scheduler.app import Orders, serve, serve_and_tick
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.rebalance import Order
+from tests.described_nodes import ReportingNode, is_assigned, reporting, until_answer
+from tests.nats_server import NatsServer
 
 D0, D1 = NodeRef(node_id="d0", incarnation="i1"), NodeRef(node_id="d1", incarnation="i1")
 WHY = "the test wants it"

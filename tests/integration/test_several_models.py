@@ -12,13 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from drive import load_tiny
-from live_nodes import TIMEOUT_S, live_node
 from nats.aio.msg import Msg
-from nats_server import NatsServer
-from node_messages import decode_run, prefill_run, reserve
-from oracle import check_identity
-from tiny_models import make_tiny_model
 
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
@@ -37,6 +31,12 @@ from flowkv_engine.engine.model import LoadedModel
 from flowkv_gateway.cluster import OwnModel
 from flowkv_gateway.dispatch import Dispatch, RequestState, open_dispatch
 from flowkv_scheduler.app import serve as serve_scheduler
+from tests.drive import load_tiny
+from tests.live_nodes import TIMEOUT_S, live_node
+from tests.nats_server import NatsServer
+from tests.node_messages import decode_run, prefill_run, reserve
+from tests.oracle import check_identity
+from tests.tiny_models import make_tiny_model
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 NUMBERS = itertools.count()

@@ -7,15 +7,15 @@ import random
 from collections.abc import AsyncIterator
 
 import pytest
-from engineless import NUM_BLOCKS, Pair, engineless_pair
-from nats_server import NatsServer
-from waiting import until
 
 from flowkv_common.errors import Stale, Unavailable
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Cancel, PrefillRun, transfer_id
 from flowkv_node.attempts import Cause
 from flowkv_prefill import handoff
+from tests.engineless import NUM_BLOCKS, Pair, engineless_pair
+from tests.nats_server import NatsServer
+from tests.waiting import until
 
 NUM_PROMPTS = 12
 NUM_ROUNDS = 60

@@ -7,9 +7,6 @@ from collections.abc import AsyncIterator
 from types import SimpleNamespace
 
 import pytest
-from engineless import Pair, engineless_pair
-from nats_server import NatsServer
-from waiting import until
 
 from flowkv_common.aio import running
 from flowkv_common.errors import Unavailable
@@ -18,6 +15,9 @@ from flowkv_common.wire.messages import Reserve
 from flowkv_node import host
 from flowkv_node.attempts import Cause
 from flowkv_node.handoffs import STUCK_AFTER_S
+from tests.engineless import Pair, engineless_pair
+from tests.nats_server import NatsServer
+from tests.waiting import until
 
 PROMPT = list(range(100, 110))
 

@@ -11,10 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inprocess_connector import InProcessConnector, Switchboard
-from nats_server import NatsServer
-from waiting import until
-from wrapped_links import WrappedConnector
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.service import Endpoint, Service
@@ -32,6 +28,10 @@ from flowkv_engine.transport.sockets import Place
 from flowkv_engine.transport.stream import StreamLink
 from flowkv_node import links as links_module
 from flowkv_node.links import Links, SwitchedLink
+from tests.inprocess_connector import InProcessConnector, Switchboard
+from tests.nats_server import NatsServer
+from tests.waiting import until
+from tests.wrapped_links import WrappedConnector
 
 SMALL = PoolLayout(num_layers=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="float32")
 NUM_BLOCKS = 24

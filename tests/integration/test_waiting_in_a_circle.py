@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from live_nodes import BLOCK_SIZE, Client, check, client, first, live_node, reports
-from nats_server import NatsServer
-from oracle import check_identity
 
 from flowkv_common.bus.connection import Bus
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import NodeRef, Release, Reserve
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_prefill import prompts
+from tests.live_nodes import BLOCK_SIZE, Client, check, client, first, live_node, reports
+from tests.nats_server import NatsServer
+from tests.oracle import check_identity
 
 NUM_BLOCKS = 12
 LONG_PROMPT = (NUM_BLOCKS - 2) * BLOCK_SIZE  # leaves no room for another in the pool

@@ -8,8 +8,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple
 
 import pytest
-from live_nodes import TIMEOUT_S
-from nats_server import NatsServer
 
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import connect
@@ -21,6 +19,8 @@ from flowkv_common.wire.nodes import LoadReport, StepFit
 from flowkv_gateway.cluster import OwnModel
 from flowkv_gateway.dispatch import Dispatch, RequestState, open_dispatch
 from flowkv_scheduler.app import serve as serve_scheduler
+from tests.live_nodes import TIMEOUT_S
+from tests.nats_server import NatsServer
 from tests.paced.digest import paced_tokens
 from tests.paced.engine import Pace
 from tests.paced.nodes import MAX_MODEL_LEN, PacedNode, paced_layout

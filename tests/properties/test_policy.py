@@ -6,7 +6,6 @@ import math
 from random import Random
 
 import msgspec
-from described_nodes import CAPS, NUM_BLOCKS, Described, choose, cluster, node, pair, request, view
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from flowkv_scheduler import admission
 from flowkv_scheduler.admission import Later, WaitingQueue
 from flowkv_scheduler.cluster import Goals, Work
 from flowkv_scheduler.policy import RequestCosts
+from tests.described_nodes import CAPS, NUM_BLOCKS, Described, choose, cluster, node, pair, request, view
 
 FITS = [
     None,

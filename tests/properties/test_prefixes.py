@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from described_nodes import blocks_by_node, knows, num_hashes
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -13,6 +12,7 @@ from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged
 from flowkv_node.reporting import PAGE_SIZE, BlockNews
 from flowkv_scheduler.prefixes import PART_SIZE, PrefixIndex, keys_of
+from tests.described_nodes import blocks_by_node, knows, num_hashes
 
 HASHES = [f"{number:016x}{0:016x}" for number in range(20)]
 NODES = st.sampled_from(["n0", "n1", "n2"])

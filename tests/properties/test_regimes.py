@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from described_nodes import BLOCK_SIZE, CAPS, NUM_BLOCKS, TOKEN_BUDGET, Described, cluster, node
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flowkv_common.wire.nodes import SetPrefillCap
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.rebalance import DWELL_S, Order, Rebalancer
+from tests.described_nodes import BLOCK_SIZE, CAPS, NUM_BLOCKS, TOKEN_BUDGET, Described, cluster, node
 
 GOALS = Goals(ttft_s=4.0, itl_s=0.25)
 TICK_S = 0.5

@@ -7,10 +7,10 @@ import random
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_steps import duration_s, make_step, run_steps, worst_error
 
 from flowkv_common.wire.nodes import StepFit
 from flowkv_node.measures import StepCounts, StepFitter
+from tests.made_steps import duration_s, make_step, run_steps, worst_error
 
 # From a GPU to a slow core; some parts cost nothing. A step is never free.
 costs = st.builds(

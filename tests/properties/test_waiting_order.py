@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from described_nodes import BLOCK_SIZE, descriptor, report, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from flowkv_scheduler.admission import PRIORITY_S
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
+from tests.described_nodes import BLOCK_SIZE, descriptor, report, request
 
 # Blocks and places of each decode node. The second one can't hold the longest requests.
 POOLS = {"d0": (32, 6), "d1": (12, 4)}

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import make_tiny_model
 
 from benchmarks.engine import row_of
 from benchmarks.floor import Machine, Work
 from benchmarks.parties import Job
 from benchmarks.report import Spread, table
+from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 MACHINE = Machine(read_bytes_per_s=1e9, flop_per_s=1e12)

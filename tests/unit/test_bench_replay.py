@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from described_nodes import descriptor, report, request
 
 from benchmarks import BenchmarkFailed, replay
 from benchmarks.baselines import BASELINES, make_planner
@@ -21,6 +20,7 @@ from flowkv_scheduler.cluster import ClusterState, Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import RequestCosts
 from flowkv_scheduler.rebalance import Order
+from tests.described_nodes import descriptor, report, request
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}

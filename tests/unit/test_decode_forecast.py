@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-from engineless import Pair, Side, engineless_pair
-from nats_server import NatsServer
-from node_messages import decode_run, reserve
-from waiting import until
 
 from flowkv_common.aio import running
 from flowkv_common.bus.service import Endpoint, Service
@@ -24,6 +20,10 @@ from flowkv_common.wire.messages import (
 )
 from flowkv_node.endpoints import watch_cancels
 from flowkv_node.measures import PRIOR_TOKENS
+from tests.engineless import Pair, Side, engineless_pair
+from tests.nats_server import NatsServer
+from tests.node_messages import decode_run, reserve
+from tests.waiting import until
 
 NUM_OUTPUT_TOKENS = 3
 NUM_SEQUENCES = 4

@@ -6,9 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, nullcontext
 
 import pytest
-from engineless import BLOCK_SIZE, NUM_BLOCKS, Pair, Side, engineless_pair
-from nats_server import NatsServer
-from node_messages import FINGERPRINT, decode_run, reserve
 
 from flowkv_common.errors import BadRequest, Full, Stale, Unavailable
 from flowkv_common.wire.hashing import block_hashes
@@ -18,6 +15,9 @@ from flowkv_common.wire.messages import (
 )
 from flowkv_engine.engine.sampler import Sampled
 from flowkv_node.attempts import Cause
+from tests.engineless import BLOCK_SIZE, NUM_BLOCKS, Pair, Side, engineless_pair
+from tests.nats_server import NatsServer
+from tests.node_messages import FINGERPRINT, decode_run, reserve
 
 MAX_HANDOFFS = 3
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
-from drive import make_sequence
 
 from flowkv_common.wire.messages import _OTHER_BYTES, Resumed, TokenChunk, TokenLogprob, encode
 from flowkv_decode.sequences import KEEP_S, MAX_TOKENS, MAX_TOKENS_WITH_LOGPROBS, Outputs
+from tests.drive import make_sequence
 
 
 def filled(num_tokens: int, logprobs: bool) -> tuple[Outputs, str]:

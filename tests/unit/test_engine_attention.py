@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drive import make_sequence
 from torch.nn.functional import scaled_dot_product_attention
 
 from flowkv_engine.engine.attention import Attention, TorchAttention, make_attention
 from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
+from tests.drive import make_sequence
 
 NUM_LAYERS, NUM_KV_HEADS, NUM_HEADS, HEAD_DIM, BLOCK_SIZE = 2, 2, 6, 16, 8
 # (tokens computed before, tokens of this step): decode, chunks, a prompt of one, long contexts.

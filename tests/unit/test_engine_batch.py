@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from drive import make_sequence
 
 from flowkv_common.wire.messages import SamplingParams
 from flowkv_engine.engine.batch import WorkItem, pack
+from tests.drive import make_sequence
 
 
 def test_packs_decode_chunk_and_last_chunk() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from drive import load_tiny
 from safetensors.torch import load_file, save_file
-from tiny_models import make_tiny_model
 from torch import Tensor
 
 from flowkv_engine.engine.forward import UnsupportedModel
+from tests.drive import load_tiny
+from tests.tiny_models import make_tiny_model
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 Tensors = dict[str, Tensor]

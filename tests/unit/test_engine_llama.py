@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from drive import BLOCK_SIZE, load_tiny, make_pool, make_sequence
-from tiny_models import ARCHITECTURES, make_tiny_model
 from torch import nn
 
 from flowkv_engine.engine.attention import Attention, TorchAttention, make_attention
@@ -17,6 +15,8 @@ from flowkv_engine.engine.forward import Forward, ModulesForward, make_forward
 from flowkv_engine.engine.llama import LlamaForward, llama_weights
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.sequence import Sequence
+from tests.drive import BLOCK_SIZE, load_tiny, make_pool, make_sequence
+from tests.tiny_models import ARCHITECTURES, make_tiny_model
 
 
 def make_llama(module: nn.Module, attention: Attention) -> LlamaForward:

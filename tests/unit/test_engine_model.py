@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from drive import load_tiny
-from tiny_models import make_tiny_model
 from transformers import AutoConfig
 
 from flowkv_engine.engine.forward import UnsupportedModel
 from flowkv_engine.engine.model import eos_token_ids
+from tests.drive import load_tiny
+from tests.tiny_models import make_tiny_model
 
 
 def config_only(folder: Path, **config: Any) -> Path:

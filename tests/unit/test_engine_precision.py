@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from drive import load_tiny
-from tiny_models import make_tiny_model
 
 from flowkv_common.config import NodeSettings
 from flowkv_engine.engine.model import kv_dtype, weights_dtype
 from flowkv_node.host import served_model
+from tests.drive import load_tiny
+from tests.tiny_models import make_tiny_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from drive import BLOCK_SIZE, GREEDY, generate, load_tiny, make_pool, make_sequence, step
-from oracle import check_identity
-from tiny_models import ARCHITECTURES, VOCAB_SIZE, make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from flowkv_common.wire.messages import SamplingParams
@@ -22,6 +19,9 @@ from flowkv_engine.engine.forward import ModulesForward
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import EngineThread, Runner
 from flowkv_engine.engine.sequence import Sequence
+from tests.drive import BLOCK_SIZE, GREEDY, generate, load_tiny, make_pool, make_sequence, step
+from tests.oracle import check_identity
+from tests.tiny_models import ARCHITECTURES, VOCAB_SIZE, make_tiny_model
 
 NUM_BLOCKS = 64
 NUM_OUTPUTS = 16

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from drive import make_sequence
 
 from flowkv_common.wire.hashing import block_hashes
 from flowkv_common.wire.messages import SamplingParams
+from tests.drive import make_sequence
 
 EOS = [2]
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence
-from tiny_models import make_tiny_model
 
 from flowkv_engine.engine.attention import TorchAttention
 from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
@@ -31,6 +29,8 @@ from flowkv_engine.engine.gpu.graphs import MAX_BATCH, GraphedSteps, Shape, grap
 from flowkv_engine.engine.llama import llama_weights
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import Runner
+from tests.drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence
+from tests.tiny_models import make_tiny_model
 
 NUM_BLOCKS = 64
 

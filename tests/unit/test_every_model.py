@@ -14,10 +14,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence
-from every_model import MODEL_TYPES, SERVED, VOCAB_SIZE, tiny_config
-from oracle import check_identity
-from tiny_models import save_random
 
 from flowkv_engine.engine import servable
 from flowkv_engine.engine.batch import PackedBatch
@@ -25,6 +21,10 @@ from flowkv_engine.engine.forward import UnsupportedModel
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import Runner
 from flowkv_engine.engine.servable import SelfCheck
+from tests.drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence
+from tests.every_model import MODEL_TYPES, SERVED, VOCAB_SIZE, tiny_config
+from tests.oracle import check_identity
+from tests.tiny_models import save_random
 
 CHUNK = 64
 NUM_OUTPUTS = 8

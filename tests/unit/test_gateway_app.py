@@ -8,7 +8,6 @@ from typing import Any
 
 import httpx
 import pytest
-from gateway_support import MODEL, ScriptedDispatch, text_chunks, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
@@ -18,6 +17,7 @@ from flowkv_common.config import GatewaySettings
 from flowkv_gateway.app import Api
 from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
+from tests.gateway_support import MODEL, ScriptedDispatch, text_chunks, write_tokenizer
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

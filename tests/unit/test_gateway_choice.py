@@ -7,12 +7,12 @@ import time
 from typing import Any
 
 import pytest
-from gateway_support import token_chunk
 
 from flowkv_common.wire.messages import SamplingParams, TokenLogprob
 from flowkv_gateway.dispatch import RequestState
 from flowkv_gateway.output import ChatWriter, Choice, Delta, Display, ReplyWriter, TextWriter, prepare_stops
 from flowkv_gateway.tokenizer import Vocabulary
+from tests.gateway_support import token_chunk
 
 VOCABULARY = Vocabulary(
     {0: b"<|end|>", 1: b"one", 2: b" two", 3: b" thr", 4: b"ee", 5: b"\xe2", 6: b"\x82\xac"}, frozenset({0})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from described_nodes import BLOCK_SIZE, MODEL, descriptor, report
 
 from flowkv_common.wire.messages import ModelCard, ModelFiles
 from flowkv_gateway.cluster import Cluster, OwnModel
+from tests.described_nodes import BLOCK_SIZE, MODEL, descriptor, report
 
 OWN = OwnModel(ModelFiles())
 

@@ -6,7 +6,6 @@ import json
 import time
 
 import pytest
-from gateway_support import token_chunk, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
@@ -15,6 +14,7 @@ from flowkv_common.wire.messages import SamplingParams
 from flowkv_gateway.dispatch import RequestState
 from flowkv_gateway.output import Choice, Display, StopFinder, prepare_stops
 from flowkv_gateway.tokenizer import Vocabulary
+from tests.gateway_support import token_chunk, write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from gateway_support import write_tokenizer
-from tiny_models import make_tiny_model
 
 from flowkv_common.errors import CannotStart
 from flowkv_common.fingerprint import fingerprint, model_files
 from flowkv_common.wire.messages import ModelCard, ModelFiles
 from flowkv_gateway.cluster import OwnModel
+from tests.gateway_support import write_tokenizer
+from tests.tiny_models import make_tiny_model
 
 ALL = ModelFiles(tokenizer="t", config="c", weights="w")
 NO_WEIGHTS = ModelFiles(tokenizer="t", config="c")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_support import CARD, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +37,7 @@ from flowkv_gateway.schemas import (
     parse_request,
 )
 from flowkv_gateway.tokenizer import Tokenizer
+from tests.gateway_support import CARD, write_tokenizer
 
 USER = [{"role": "user", "content": "hi"}]
 

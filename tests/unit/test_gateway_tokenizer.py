@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_support import TEMPLATE, write_tokenizer
 
 from flowkv_common.errors import BadRequest
 from flowkv_gateway.tokenizer import ChatTemplate, Conversation, Tokenizer
+from tests.gateway_support import TEMPLATE, write_tokenizer
 
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "be brief"},

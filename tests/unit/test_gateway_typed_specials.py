@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_support import write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -19,6 +18,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from flowkv_common.errors import BadRequest
 from flowkv_gateway.tokenizer import ChatTemplate, Conversation, Tokenizer, TypedSpecials, _any_of
+from tests.gateway_support import write_tokenizer
 
 CORPUS = ["the quick brown fox jumps over the lazy dog, hello world, user assistant", "<|im_end|> s> <s"]
 SPECIALS = [

@@ -9,12 +9,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from drive import make_sequence
-from made_steps import COSTS, duration_s, make_step, run_steps, worst_error
 
 from flowkv_common.wire.nodes import StepFit
 from flowkv_engine.engine.batch import WorkItem
 from flowkv_node.measures import MIN_STEPS, StepCounts, StepFitter
+from tests.drive import make_sequence
+from tests.made_steps import COSTS, duration_s, make_step, run_steps, worst_error
 
 RNG_SEED = 3
 

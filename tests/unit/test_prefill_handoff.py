@@ -8,10 +8,6 @@ from collections import Counter
 from collections.abc import AsyncIterator
 
 import pytest
-from engineless import BLOCK_SIZE, FIRST_TOKEN, Pair, engineless_pair, kv_of
-from nats_server import NatsServer
-from node_messages import FINGERPRINT
-from waiting import until
 
 from flowkv_common.errors import Full
 from flowkv_common.wire import subjects
@@ -22,6 +18,10 @@ from flowkv_engine.transport.base import KVLink
 from flowkv_node.attempts import Cause
 from flowkv_prefill import handoff
 from flowkv_prefill.handoff import split_at
+from tests.engineless import BLOCK_SIZE, FIRST_TOKEN, Pair, engineless_pair, kv_of
+from tests.nats_server import NatsServer
+from tests.node_messages import FINGERPRINT
+from tests.waiting import until
 
 
 @pytest.fixture

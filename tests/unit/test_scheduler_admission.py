@@ -6,7 +6,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from described_nodes import MODEL, NUM_BLOCKS, Described, cluster, node, request
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
@@ -16,6 +15,7 @@ from flowkv_scheduler.admission import WAIT_ERROR, Later, WaitingQueue
 from flowkv_scheduler.cluster import ClusterState, Goals, Work
 from flowkv_scheduler.policy import Choice
 from flowkv_scheduler.prefixes import Hits, Keys, keys_of
+from tests.described_nodes import MODEL, NUM_BLOCKS, Described, cluster, node, request
 
 GOALS = Goals(max_wait_s=60.0)
 PAIR = [node("p0", "prefill"), node("d0", "decode")]

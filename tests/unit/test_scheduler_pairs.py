@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from described_nodes import Described, cluster, descriptor, node
-
 from flowkv_scheduler.cluster import num_pairs, why_apart
+from tests.described_nodes import Described, cluster, descriptor, node
 
 
 def pairs(*nodes: Described) -> int:

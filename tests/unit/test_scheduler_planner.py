@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import msgspec
-from described_nodes import CAPS, TOKEN_BUDGET, descriptor, report, request
 
 from flowkv_common.wire.messages import Wait
 from flowkv_common.wire.nodes import SetPrefillCap, StepFit
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
+from tests.described_nodes import CAPS, TOKEN_BUDGET, descriptor, report, request
 
 
 def test_a_lent_node_is_forgotten_when_it_leaves_the_registry_not_when_it_is_silent() -> None:

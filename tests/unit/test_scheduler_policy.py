@@ -6,13 +6,24 @@ from typing import Any
 
 import msgspec
 import pytest
-from described_nodes import BLOCK_SIZE, GOALS, MODEL, Described, choose, cluster, node, pair, request, view
 
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import StepFit, expected_tokens
 from flowkv_scheduler import policy
 from flowkv_scheduler.cluster import Goals, Work
 from flowkv_scheduler.policy import HANDOFF_S, RequestCosts
+from tests.described_nodes import (
+    BLOCK_SIZE,
+    GOALS,
+    MODEL,
+    Described,
+    choose,
+    cluster,
+    node,
+    pair,
+    request,
+    view,
+)
 
 BLOCK_BYTES = 2 * 2 * BLOCK_SIZE * 2 * 16 * 4  # layers, K and V, slots, heads, head_dim, fp32
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from described_nodes import blocks_by_node, knows, num_hashes
 
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged
 from flowkv_scheduler import prefixes
 from flowkv_scheduler.prefixes import PART_SIZE, Expected, PrefixIndex, keys_of
+from tests.described_nodes import blocks_by_node, knows, num_hashes
 
 A, B, C, D, E = CHAIN = [f"{number:016x}{0:016x}" for number in range(5)]
 LONG = [f"{number:016x}{1:016x}" for number in range(100, 100 + 2 * PART_SIZE + 3)]

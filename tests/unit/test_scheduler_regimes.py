@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from described_nodes import CAPS, NUM_BLOCKS, TOKEN_BUDGET, Described, cluster, node
 
 from flowkv_common.wire.nodes import RegimeChanged, ScaleWanted, SetPrefillCap, StepFit
 from flowkv_scheduler.cluster import Goals, Work
 from flowkv_scheduler.rebalance import DWELL_S, NUM_TICKS, Order, Rebalancer, pressures_of
+from tests.described_nodes import CAPS, NUM_BLOCKS, TOKEN_BUDGET, Described, cluster, node
 
 GOALS = Goals(ttft_s=4.0, itl_s=0.25)
 FIT = StepFit(base_s=0.05, prefill_token_s=1e-3, attended_token_s=0.0, sequence_s=0.01, context_token_s=0.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import msgspec
-from described_nodes import descriptor, node, request
 
 from flowkv_common import errors
 from flowkv_common.config import SchedulerSettings
@@ -11,6 +10,7 @@ from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_scheduler.app import planner_of
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
+from tests.described_nodes import descriptor, node, request
 
 
 def planned(settings: SchedulerSettings, queued: int, running: int = 0) -> Planner:

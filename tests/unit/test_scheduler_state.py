@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from described_nodes import NUM_BLOCKS, PERIOD_S, descriptor, report
 
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import StepFit
 from flowkv_scheduler.cluster import ClusterState, NodeView, Work
+from tests.described_nodes import NUM_BLOCKS, PERIOD_S, descriptor, report
 
 D0 = NodeRef(node_id="d0", incarnation="i1")
 
