@@ -63,6 +63,22 @@ def test_what_is_whole_ends_with_its_reason_and_then_is_empty() -> None:
     assert outputs.since("stranger.0", 0) is None
 
 
+def test_what_has_failed_gives_what_it_has_and_no_more() -> None:
+    """Else a gateway that missed the failure would take each answer for a sign of life."""
+    outputs, tid = Outputs(), (sequence := make_sequence([5, 6])).transfer_id
+    sequence.output_ids.append(0)
+    outputs.begin(sequence)
+    outputs.add_chunk(TokenChunk(transfer_id=tid, index=1, token_ids=[1], logprobs=[]))
+    running = outputs.since(tid, 2)
+    assert running is not None
+    assert (running.token_ids, running.finish_reason) == ([], None)
+    outputs.end(tid)
+    rest = outputs.since(tid, 1)
+    assert rest is not None
+    assert (rest.token_ids, rest.finish_reason) == ([1], None)
+    assert outputs.since(tid, 2) is None
+
+
 def test_output_is_forgotten_a_while_after_the_end_and_not_before() -> None:
     outputs, ended = filled(3, logprobs=False)
     running, ended_twice = make_sequence([1, 2, 3]), make_sequence([1, 2, 3])
@@ -77,3 +93,4 @@ def test_output_is_forgotten_a_while_after_the_end_and_not_before() -> None:
     assert all(outputs.since(tid, 0) for tid in all_three)
     outputs.forget_old(now + 1.1 * KEEP_S)
     assert [outputs.since(tid, 0) is not None for tid in all_three] == [True, False, False]
+    outputs.end(ended_twice.transfer_id)  # its step was stuck for long, and fails only now

@@ -304,6 +304,7 @@ class _Output:
     token_ids: list[int]
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    has_left: bool = False  # without a `finish_reason` it was cancelled or has failed
 
 
 class Outputs:
@@ -326,17 +327,22 @@ class Outputs:
 
     def end(self, transfer_id: str) -> None:
         """The sequence has left, for any reason; its output is kept for `KEEP_S`."""
+        if output := self._outputs.get(transfer_id):  # else cancelled, forgotten, and then its step fails
+            output.has_left = True
         self._ended.append((time.monotonic(), transfer_id))
 
     def since(self, transfer_id: str, from_index: int) -> TokenChunk | None:
         """One chunk with the tokens from `from_index` on, not all if they are many.
 
-        None when unknown or out of reach.
+        None when unknown, out of reach, or all of it where the sequence has left before its end: the message
+        that it has failed was lost, too.
         """
         output = self._outputs.get(transfer_id)
         if output is None or from_index < output.first_index:
             return None
         start = from_index - output.first_index
+        if output.has_left and output.finish_reason is None and start >= len(output.token_ids):
+            return None
         if start == 0 and output.logprobs:
             return None  # prefill did not pass on the log probabilities of its token
         end = start + (MAX_TOKENS_WITH_LOGPROBS if output.logprobs else MAX_TOKENS)
