@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from tests.nats_server import NatsServer
+
+if TYPE_CHECKING:
+    from tests.engineless import Pair, Side
 
 # A busy host may take longer than 200 ms, the default, for any example.
 settings.register_profile("flowkv", deadline=None)
@@ -29,6 +33,21 @@ def nats_server() -> Iterator[NatsServer]:
     """A NATS server of the test's own (19 ms)."""
     with NatsServer() as server:
         yield server
+
+
+@pytest.fixture
+async def pair(nats_server: NatsServer) -> AsyncIterator[Pair]:
+    """A prefill and a decode node without engines."""
+    from tests.engineless import engineless_pair  # only who asks for it waits for torch
+
+    async with engineless_pair(nats_server) as pair:
+        yield pair
+
+
+@pytest.fixture
+def side(pair: Pair) -> Side:
+    """Its decode node."""
+    return pair.d
 
 
 @pytest.fixture(scope="session")

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 
 from flowkv_common.errors import TransferFailed
 from flowkv_node.attempts import Cause
 from flowkv_node.measures import HANDOFF_RESULTS
-from tests.engineless import Pair, engineless_pair
-from tests.nats_server import NatsServer
+from tests.engineless import Pair
 from tests.waiting import soon, until
 
 PROMPT = list(range(100, 110))
-
-
-@pytest.fixture
-async def pair(nats_server: NatsServer) -> AsyncIterator[Pair]:
-    async with engineless_pair(nats_server) as pair:
-        yield pair
 
 
 def counted(pair: Pair) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -20,24 +20,12 @@ from flowkv_common.wire.messages import (
 )
 from flowkv_node.endpoints import watch_cancels
 from flowkv_node.measures import PRIOR_TOKENS
-from tests.engineless import Pair, Side, engineless_pair
-from tests.nats_server import NatsServer
+from tests.engineless import Pair, Side
 from tests.node_messages import decode_run, reserve
 from tests.waiting import until
 
 NUM_OUTPUT_TOKENS = 3
 NUM_SEQUENCES = 4
-
-
-@pytest.fixture
-async def pair(nats_server: NatsServer) -> AsyncIterator[Pair]:
-    async with engineless_pair(nats_server) as pair:
-        yield pair
-
-
-@pytest.fixture
-def side(pair: Pair) -> Side:
-    return pair.d
 
 
 async def begin(side: Side, request_id: str, attempt: int = 0) -> str:

@@ -28,11 +28,6 @@ async def pair(nats_server: NatsServer) -> AsyncIterator[Pair]:
         yield pair
 
 
-@pytest.fixture
-def side(pair: Pair) -> Side:
-    return pair.d
-
-
 async def handed_over(side: Side, prompt_ids: list[int], name: str) -> None:
     """A sequence that runs."""
     reserved = await side.decode.reserve(reserve(len(prompt_ids) + 1, name))

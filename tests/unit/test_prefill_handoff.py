@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -22,12 +21,6 @@ from tests.engineless import BLOCK_SIZE, FIRST_TOKEN, Pair, engineless_pair, kv_
 from tests.nats_server import NatsServer
 from tests.node_messages import FINGERPRINT
 from tests.waiting import until
-
-
-@pytest.fixture
-async def pair(nats_server: NatsServer) -> AsyncIterator[Pair]:
-    async with engineless_pair(nats_server) as pair:
-        yield pair
 
 
 def prompt_of(num_tokens: int) -> list[int]:
