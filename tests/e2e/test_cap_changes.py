@@ -6,17 +6,16 @@ import asyncio
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 
-from flowkv.local_cluster import Cluster
 from flowkv_common.aio import running
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, NodeRef
 from flowkv_common.wire.nodes import LoadReport, SetPrefillCap
+from tests.e2e.conftest import StartCluster
 from tests.e2e.load import Streamed, stream_completion
 from tests.e2e.observer import Observer, observe
 from tests.e2e.prompts import make_prompts
@@ -67,7 +66,7 @@ class Mover:
     ("num_requests", "min_changes"), [(12, 100), pytest.param(24, 200, marks=pytest.mark.full)]
 )
 async def test_no_request_notices(
-    start_cluster: Callable[..., Cluster], model_path: Path, num_requests: int, min_changes: int
+    start_cluster: StartCluster, model_path: Path, num_requests: int, min_changes: int
 ) -> None:
     rng = random.Random(4)
     prompts = rng.sample(make_prompts(vocab_size=49_152, longest=200), num_requests)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -15,6 +14,7 @@ from flowkv.local_cluster import Cluster, free_port
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted
 from flowkv_common.wire.nodes import LoadReport, Wedge
+from tests.e2e.conftest import StartCluster
 from tests.e2e.load import Streamed, stream_completion, wait_healthy
 from tests.e2e.observer import observe
 from tests.oracle import check_identity
@@ -25,7 +25,7 @@ NODES = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
 
 @pytest.fixture(scope="module")
-def cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
+def cluster(start_cluster: StartCluster) -> Cluster:
     """Two nodes of each kind, so that one of each may die."""
     settings = {"FLOWKV_KV_CACHE_BYTES": str(256 << 20), "FLOWKV_WEDGE_TIMEOUT_S": "3"}
     return start_cluster(prefill=2, decode=2, settings=settings)

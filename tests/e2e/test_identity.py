@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 
 from flowkv.local_cluster import Cluster
+from tests.e2e.conftest import StartCluster
 from tests.e2e.load import Streamed, run_all
 from tests.e2e.observer import observe
 from tests.e2e.prompts import make_prompts
@@ -61,7 +61,7 @@ def clusters() -> list[tuple[str, dict[str, int]]]:
 @pytest.mark.full
 @pytest.mark.parametrize(("connector", "nodes"), clusters(), ids=str)
 async def test_real_model_matrix(
-    start_cluster: Callable[..., Cluster], model_path: Path, connector: str, nodes: dict[str, int]
+    start_cluster: StartCluster, model_path: Path, connector: str, nodes: dict[str, int]
 ) -> None:
     cluster = start_cluster(settings={"FLOWKV_CONNECTORS": connector}, **nodes)
     try:
@@ -74,7 +74,7 @@ async def test_real_model_matrix(
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "mistral"])
 @pytest.mark.parametrize(("connector", "nodes"), clusters(), ids=str)
 async def test_tiny_model_matrix(
-    start_cluster: Callable[..., Cluster],
+    start_cluster: StartCluster,
     tmp_path: Path,
     model_path: Path,
     arch: str,

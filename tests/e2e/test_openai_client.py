@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from flowkv.local_cluster import Cluster
+from tests.e2e.conftest import StartCluster
 from tests.e2e.observer import Observer, observe
 
 MODEL = "test-model"
@@ -22,7 +23,7 @@ GREEDY: Any = {"model": MODEL, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
-def cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
+def cluster(start_cluster: StartCluster) -> Cluster:
     """Two decode nodes, so that one may die. All prompts go to the one prefill node, and are cached there."""
     settings = {
         "FLOWKV_KV_CACHE_BYTES": str(256 << 20),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 
 from flowkv.local_cluster import Cluster
 from flowkv_common.wire.messages import PoolLayout
+from tests.e2e.conftest import StartCluster
 from tests.e2e.load import stream_completion
 from tests.e2e.observer import observe
 from tests.oracle import check_identity
@@ -21,7 +21,7 @@ VOCAB_SIZE = 49_152
 
 
 async def test_only_new_blocks_of_a_known_prefix_are_sent(
-    start_cluster: Callable[..., Cluster], model_path: Path
+    start_cluster: StartCluster, model_path: Path
 ) -> None:
     # No chunk keeps such a goal: no prompt stays on the decode node. Nor is that lent.
     settings = {"FLOWKV_ITL_GOAL_S": "0.000001", "FLOWKV_LENDING": "false"}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from flowkv.local_cluster import Cluster
 from flowkv_common.wire.nodes import NodeDescriptor
+from tests.e2e.conftest import StartCluster
 from tests.e2e.load import run_all
 from tests.e2e.observer import observe
 from tests.e2e.test_identity import tiny_with_tokenizer
@@ -26,7 +25,7 @@ BLOCK_BYTES = 3 * 2 * 8 * 2 * 16 * 4
 
 @pytest.mark.parametrize("nodes", [{"mixed": 1}, {"prefill": 1, "decode": 1}], ids=["mixed", "1p1d"])
 async def test_preemption_keeps_the_text(
-    start_cluster: Callable[..., Cluster], tmp_path: Path, model_path: Path, nodes: dict[str, int]
+    start_cluster: StartCluster, tmp_path: Path, model_path: Path, nodes: dict[str, int]
 ) -> None:
     model = tiny_with_tokenizer(tmp_path, "llama", model_path)
     settings = {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 
 from flowkv.local_cluster import Cluster, Process
 from flowkv_common.wire import subjects
+from tests.e2e.conftest import StartCluster
 from tests.e2e.load import stream_completion
 from tests.e2e.observer import observe
 from tests.e2e.test_faults import Load, check_finished
@@ -27,7 +27,7 @@ def leader_of(cluster: Cluster) -> Process:
 
 
 async def test_killed_scheduler_costs_no_stream_and_new_ones_little(
-    start_cluster: Callable[..., Cluster], model_path: Path
+    start_cluster: StartCluster, model_path: Path
 ) -> None:
     cluster = start_cluster(prefill=1, decode=1, num_schedulers=2)
     async with (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from flowkv.local_cluster import Cluster
+from tests.e2e.conftest import StartCluster
 from tests.e2e.load import Streamed, stream_completion
 from tests.e2e.observer import Observer, observe
 from tests.e2e.test_identity import tiny_with_tokenizer
@@ -57,7 +57,7 @@ async def ask_all(http: httpx.AsyncClient, observer: Observer, prompts: list[lis
 
 @pytest.mark.parametrize("overlap", ["true", pytest.param("false", marks=pytest.mark.full)])
 async def test_events_and_metrics_agree_with_the_request(
-    start_cluster: Callable[..., Cluster], tmp_path: Path, model_path: Path, overlap: str
+    start_cluster: StartCluster, tmp_path: Path, model_path: Path, overlap: str
 ) -> None:
     model = tiny_with_tokenizer(tmp_path, "llama", model_path)
     settings = {
