@@ -22,10 +22,14 @@ settings.register_profile("flowkv", deadline=None)
 settings.load_profile("flowkv")
 
 
+# Triton looks once, when it is imported, whether it shall run its kernels on the CPU. Other conftests may
+# import it before pytest has parsed its options.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Triton looks once, when it is imported, whether it shall run its kernels on the CPU. `-m gpu`: not."""
-    if config.option.markexpr != "gpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if config.option.markexpr == "gpu":
+        del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.fixture
