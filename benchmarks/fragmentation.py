@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 from benchmarks import BenchmarkFailed
 from benchmarks.report import Report, make_parser
-from benchmarks.traces import Request, read_trace, synthetic
+from benchmarks.traces import Request, read_trace
+from benchmarks.traffic import synthetic
 from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.blocks import Blocks, OutOfBlocks, PrefixCache
 from flowkv_engine.kv.segments import align, runs_of

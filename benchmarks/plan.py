@@ -15,7 +15,8 @@ from benchmarks.baselines import POLICIES
 from benchmarks.report import Report, make_parser
 from benchmarks.simulator.kinds import KINDS, NodeKind, targets_of
 from benchmarks.simulator.run import GOOD_SHARE, Machines, carrying_split, splits_around
-from benchmarks.traces import Request, Targets, add_traffic, at_rate, cut_to, own_rate, read_window
+from benchmarks.traces import Request, Targets, at_rate, cut_to, own_rate
+from benchmarks.traffic import add_traffic, read_window
 
 # Relative precision of the margin, and the greatest that is looked for.
 MARGIN_PRECISION = 0.02

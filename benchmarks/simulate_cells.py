@@ -22,9 +22,15 @@ from benchmarks import BenchmarkFailed
 from benchmarks.report import Report, make_parser
 from benchmarks.simulator.kinds import KINDS, default_targets, slowest_that_holds
 from benchmarks.simulator.run import ALL_POLICIES, LEAST_RATE, Machines, Scene, capacity, figures
-from benchmarks.traces import ASKED_NEW_TOKENS, MADE_UP, at_rate, cut_to, read_window
+from benchmarks.traces import ASKED_NEW_TOKENS, at_rate, cut_to
+from benchmarks.traffic import MADE_UP, read_window
 
 LOADS = (0.7, 1.0, 1.3)
+# What the scheduler's constants may be tuned on, and what its figures are reported on (docs/simulator.md).
+TUNING = ("code", "agents", "bursts", "giants", "turns", "alternating", "ramp", "shifting")
+TUNING_SEEDS = range(100, 105)
+REPORTING = (*TUNING, "hot", "batchy", "bimodal", "synthetic")  # and the trace files
+REPORTING_SEEDS = range(5)
 
 
 class Task(NamedTuple):

@@ -31,7 +31,8 @@ from benchmarks.simulator.batch import slowed
 from benchmarks.simulator.kinds import SMOLLM2_CPU, NodeKind
 from benchmarks.simulator.run import WAIT_SHARE, Machines, carried_by, simulate
 from benchmarks.simulator.run import Outcome as SimOutcome
-from benchmarks.traces import Request, Targets, add_traffic, at_rate, cut_to, read_window
+from benchmarks.traces import Request, Targets, at_rate, cut_to
+from benchmarks.traffic import add_traffic, read_window
 from tests.paced.nodes import paced_layout
 
 MEANS = ("num_served", "ttft_s", "tpot_s", "tokens_per_s")

@@ -1,8 +1,7 @@
-"""Requests as lengths and arrival times: read from a trace or made up, a window of them, at any rate."""
+"""Requests as lengths and arrival times: read from a trace, a window of them, at any rate."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import random
@@ -21,10 +20,6 @@ TOKENS_PER_HASH_ID = 512
 ASKED_NEW_TOKENS = 2048
 # Token ids that stand for text in every tokenizer used here.
 TOKEN_IDS = range(1000, 30_000)
-# Of `shifting`: the phases as median prompt and answer tokens and requests per second. Each phase costs a
-# simulated node about the same time. The spread is of the logarithm of both lengths.
-SHIFTING_PHASES = ((4000, 64, 1), (256, 512, 3), (4000, 64, 1))
-SHIFTING_SPREAD = 0.4
 
 
 class Request(NamedTuple):
@@ -90,65 +85,6 @@ def _read_azure(lines: Iterator[str]) -> Iterator[Request]:
         began = began or at
         num_prompt, num_output = int(row["ContextTokens"]), max(1, int(row["GeneratedTokens"]))
         yield Request(num_prompt, num_output, (), (at - began).total_seconds())
-
-
-def synthetic(num_requests: int, seed: int = 0) -> list[Request]:
-    """The shape of a chat service, one request per second by a Poisson process.
-
-    Log-normal prompts (median about 1,000 tokens) and answers (150); half of the prompts begin with one of 64
-    prefixes of 512 to 2,048 tokens.
-    """
-    draw, arrivals = random.Random(seed), random.Random(seed + 1)
-    prefixes = [tuple(64 * i + j for j in range(draw.randint(1, 4))) for i in range(64)]
-    requests = []
-    arrival_s = 0.0
-    for number in range(num_requests):
-        num_prompt = min(16_000, max(1, round(draw.lognormvariate(6.9, 0.9))))
-        num_output = min(1_000, max(1, round(draw.lognormvariate(5.0, 0.8))))
-        num_ids = -(-num_prompt // TOKENS_PER_HASH_ID)
-        prefix = draw.choice(prefixes)[: num_ids - 1] if draw.random() < 0.5 else ()
-        own = (64 * (64 + number) + i for i in range(num_ids - len(prefix)))
-        requests.append(Request(num_prompt, num_output, (*prefix, *own), arrival_s))
-        arrival_s += arrivals.expovariate(1.0)
-    return requests
-
-
-def shifting(num_requests: int, seed: int = 0) -> list[Request]:
-    """Long prompts with short answers, then the reverse, then back. No prefix is shared."""
-    draw = random.Random(seed)
-    requests = []
-    arrival_s = 0.0
-    first_id = 0
-    by_number = [phase for phase in SHIFTING_PHASES for _ in range(phase[2])]
-    for number in range(num_requests):
-        prompt_tokens, output_tokens, rate = by_number[number * len(by_number) // num_requests]
-        num_prompt = max(1, round(prompt_tokens * draw.lognormvariate(0, SHIFTING_SPREAD)))
-        num_output = max(1, round(output_tokens * draw.lognormvariate(0, SHIFTING_SPREAD)))
-        num_ids = -(-num_prompt // TOKENS_PER_HASH_ID)
-        hash_ids = tuple(range(first_id, first_id + num_ids))
-        requests.append(Request(num_prompt, num_output, hash_ids, arrival_s))
-        first_id += num_ids
-        arrival_s += draw.expovariate(rate)
-    return requests
-
-
-MADE_UP = {"synthetic": synthetic, "shifting": shifting}
-
-
-def add_traffic(parser: argparse.ArgumentParser, num_requests: int) -> None:
-    """The options of a benchmark that sends requests of a trace."""
-    parser.add_argument(
-        "--trace", default="synthetic", help=f"Mooncake .jsonl, Azure .csv, {' or '.join(MADE_UP)}"
-    )
-    parser.add_argument("--requests", type=int, default=num_requests, help="a window of the trace")
-    parser.add_argument("--seed", type=int, default=0)
-
-
-def read_window(trace: str, num_requests: int, seed: int) -> list[Request]:
-    """Requests of a file or, with the seed, of a generator of `MADE_UP`. Raises as `read_trace`."""
-    if trace in MADE_UP:
-        return MADE_UP[trace](num_requests, seed)
-    return window(read_trace(Path(trace)), num_requests, seed)
 
 
 def window(trace: Sequence[Request], num_requests: int, seed: int) -> list[Request]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import BenchmarkFailed, traces
+from benchmarks import BenchmarkFailed, traces, traffic
 from benchmarks.fragmentation import COLUMNS, Conditions, Replay, line_of, main, num_runs, of_counts
 from benchmarks.report import table
 from benchmarks.traces import Request
@@ -57,7 +57,7 @@ def test_sequences_grow_token_by_token_beside_each_other() -> None:
 def test_a_replay_gives_exactly_these_figures(
     has_cache: bool, means: list[float], hits: tuple[int, int]
 ) -> None:
-    requests = traces.synthetic(300, seed=1)
+    requests = traffic.synthetic(300, seed=1)
     replay = replayed(requests, num_blocks=4_000, level=0.9, has_cache=has_cache, room=8)
     assert [mean(replay, name) for name in COLUMNS] == means
     assert (replay.num_hit_blocks["segments"], replay.num_hit_blocks["free list"]) == hits

@@ -14,7 +14,8 @@ from benchmarks.simulator.cluster import Cluster
 from benchmarks.simulator.kinds import KINDS, NodeKind
 from benchmarks.simulator.node import SimNode
 from benchmarks.simulator.run import Machines, Outcome, figures, simulate
-from benchmarks.traces import Request, Targets, synthetic
+from benchmarks.traces import Request, Targets
+from benchmarks.traffic import synthetic
 from flowkv_common.wire.messages import PoolLayout
 from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor, SetPrefillCap, StepFit
 from flowkv_scheduler.cluster import Goals

@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from benchmarks.simulator.kinds import KINDS, default_targets, unloaded_prefill_s
-from benchmarks.traces import Request, at_rate, cut_to, own_rate, shifting, window
+from benchmarks.traces import Request, at_rate, cut_to, own_rate, window
+from benchmarks.traffic import MADE_UP, shifting
 
 H100 = KINDS["h100"]
 
@@ -62,6 +63,40 @@ def test_the_shift_goes_from_prompts_to_answers_and_back() -> None:
     assert max(lasts) < 1.5 * min(lasts)
     ids = [key for request in requests for key in request.hash_ids]
     assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("name", MADE_UP)
+def test_made_up_traffic_follows_from_its_seed(name: str) -> None:
+    requests = MADE_UP[name](400, 4)
+    assert requests == MADE_UP[name](400, 4) != MADE_UP[name](400, 5)
+    assert len(requests) == 400
+    assert requests[0].arrival_s == 0
+    assert all(sooner.arrival_s <= later.arrival_s for sooner, later in itertools.pairwise(requests))
+    assert all(len(r.hash_ids) in (0, -(-r.num_prompt_tokens // 512)) for r in requests)
+    assert min(min(r.num_prompt_tokens, r.num_output_tokens) for r in requests) >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("agents", 0.8, 0.97), ("turns", 0.7, 0.9), ("hot", 0.7, 0.8)]
+)
+def test_prompts_share_what_their_traffic_is_about(name: str, least: float, most: float) -> None:
+    seen: set[int] = set()
+    num_shared = num_all = 0
+    for request in MADE_UP[name](600, 1):
+        new = [key for key in request.hash_ids if key not in seen]
+        assert request.hash_ids[len(request.hash_ids) - len(new) :] == tuple(new)  # seen ids come first
+        num_shared += 512 * (len(request.hash_ids) - len(new))
+        num_all += request.num_prompt_tokens
+        seen.update(new)
+    assert least < num_shared / num_all < most
+
+
+def test_bursts_and_batches_are_still_there_at_another_rate() -> None:
+    for name, most in (("bursts", 50), ("batchy", 200)):
+        timed = [r.arrival_s for r in at_rate(MADE_UP[name](600, 0), 4.0, seed=0)]
+        assert max(sum(at <= other < at + 5 for other in timed) for at in timed) == pytest.approx(
+            most, abs=25
+        )
 
 
 def test_targets_are_multiples_of_an_idle_node() -> None:
