@@ -217,7 +217,7 @@ async def test_one_attempt(nats_server: NatsServer) -> None:
         assert set(event.phases_s) >= {"schedule", "ttft", "decode", "total"}
         await dispatch._bus.nc.flush()
         assert nodes.cancelled_at == []  # it has ended by itself
-        assert dispatch.streams.by_transfer_id == {}
+        assert dispatch.streams == {}
         assert nodes.asked[0].block_hashes == []  # no node is known
 
 
@@ -526,7 +526,7 @@ async def test_client_that_leaves_cancels(nats_server: NatsServer) -> None:
             assert (await anext(chunks)).token_ids == [10]
         await nodes.wait_for(lambda: nodes.cancelled == ["r.0"] and bool(nodes.finished))
         assert nodes.finished[0].outcome == "closed"
-        assert dispatch.streams.by_transfer_id == {}
+        assert dispatch.streams == {}
 
 
 async def hang(nodes: Nodes, run: PrefillRun) -> None:
@@ -575,7 +575,7 @@ async def test_a_cancel_reaches_the_pair_whatever_the_request_waits_for(
         await nodes.bus.nc.flush()
         assert len(nodes.cancelled_at) == 2 * len(attempts), "each attempt is cancelled once at each node"
         assert [(event.outcome, event.attempts) for event in nodes.finished] == [("closed", len(attempts))]
-        assert dispatch.streams.by_transfer_id == {}
+        assert dispatch.streams == {}
         assert dispatch.load() == Load(0, 0, 0.0)
         nodes.hung.set()
 

@@ -14,8 +14,8 @@ import pytest
 from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import ModelFiles
-from flowkv_gateway.cluster import READY_PERIOD_S, SCHEDULER_SILENT_S, OwnModel
-from flowkv_gateway.dispatch import Dispatch, open_dispatch
+from flowkv_gateway.cluster import OwnModel
+from flowkv_gateway.dispatch import READY_PERIOD_S, SCHEDULER_SILENT_S, Dispatch, open_dispatch
 from tests.described_nodes import ReportingNode, reporting, schedule
 from tests.nats_server import NatsServer
 from tests.scheduler_process import metrics_url, scheduler_process

@@ -1,20 +1,15 @@
-"""The gateway's view of its cluster: which nodes serve its model, and whether requests would be served."""
+"""The gateway's view of its cluster: which nodes serve its model, and which of them are ready."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
-from flowkv_common.bus.connection import Bus
-from flowkv_common.errors import FlowKVError
-from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import ModelCard, ModelFiles, ReadyReply, ReadyRequest
+from flowkv_common.wire.messages import ModelCard, ModelFiles
 from flowkv_common.wire.nodes import (
     SILENT_AFTER_PERIODS,
     LoadReport,
@@ -24,12 +19,6 @@ from flowkv_common.wire.nodes import (
 )
 
 log = logging.getLogger(__name__)
-
-READY_PERIOD_S = 0.5
-READY_TIMEOUT_S = 1.0
-# A scheduler that dies has a successor within 2.5 s, where one stands by, and requests wait for so long.
-SCHEDULER_SILENT_S = 3.0
-_NO_NODE = "no node of the model is ready"
 
 
 class OwnModel(msgspec.Struct, frozen=True):
@@ -160,39 +149,3 @@ class Cluster:
 def _standing(report: LoadReport) -> tuple[str, bool, int]:
     """What of a report decides whether, and on which side, its node counts."""
     return report.node.incarnation, report.ready, report.max_prefill_tokens_per_step
-
-
-class Readiness:
-    """Whether a request sent now would be served: the scheduler is asked, and nodes are looked at."""
-
-    def __init__(self, bus: Bus, cluster: Cluster) -> None:
-        self._bus = bus
-        self._cluster = cluster
-        self._answered_at = -math.inf
-        self._why_not: str | None = None  # in the scheduler's last answer
-
-    def why_not(self) -> str | None:
-        """All that is missing, None if nothing is."""
-        if not self._bus.is_connected:
-            return "not connected to NATS"
-        if time.monotonic() - self._answered_at > SCHEDULER_SILENT_S:
-            missing = ["no scheduler answers"]
-        else:
-            missing = [self._why_not] if self._why_not else []
-        if not self._cluster.has_ready_node() and _NO_NODE not in missing:
-            missing.append(_NO_NODE)
-        return "; ".join(missing) or None
-
-    async def keep_asking(self) -> None:
-        """Until cancelled."""
-        while True:
-            model = self._cluster.model()
-            request = ReadyRequest(fingerprint=model.fingerprint if model else "")
-            try:
-                reply = await self._bus.request(
-                    subjects.SCHEDULER_READY, request, ReadyReply, timeout_s=READY_TIMEOUT_S
-                )
-                self._answered_at, self._why_not = time.monotonic(), reply.why_not
-            except FlowKVError:
-                pass  # what counts is the last answer
-            await asyncio.sleep(READY_PERIOD_S)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
+from nats.aio.msg import Msg
 
 from flowkv_common import __version__
 from flowkv_common.aio import Phases, running
@@ -36,8 +39,11 @@ from flowkv_common.wire.messages import (
     Assignment,
     Cancel,
     Keepalive,
+    KeepaliveReply,
     ModelCard,
     PrefillRun,
+    ReadyReply,
+    ReadyRequest,
     RequestFinished,
     Resume,
     Resumed,
@@ -52,9 +58,8 @@ from flowkv_common.wire.messages import (
     transfer_id,
 )
 from flowkv_common.wire.nodes import LoadReport
-from flowkv_gateway.cluster import Cluster, OwnModel, Readiness
+from flowkv_gateway.cluster import Cluster, OwnModel
 from flowkv_gateway.errors import for_client
-from flowkv_gateway.streams import Streams, TokenStream
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +78,10 @@ GAP_S = 0.1
 RESUME_TIMEOUT_S = 2.0
 # Just after NATS was away, nodes may not be back yet: attempts must not fail one after the other.
 UNSETTLED_PAUSE_S = 1.0
+READY_PERIOD_S = 0.5
+READY_TIMEOUT_S = 1.0
+# A scheduler that dies has a successor within 2.5 s, where one stands by, and requests wait for so long.
+SCHEDULER_SILENT_S = 3.0
 
 # The phases before a first token in which nothing of the request is computed.
 WAITS = ("schedule", "queue", "reserve")
@@ -100,7 +109,6 @@ class RequestState:
     decode_node: str = ""
     output_ids: list[int] = field(default_factory=list)
     num_cached_tokens: int = 0
-    ttft_s: float | None = None
     queue_s: float = 0.0  # of `ttft_s`: waits for a pair of nodes, and at the nodes
     outcome: str = "closed"  # unless it ends otherwise: a stop string was found, or the client left
     error: str | None = None
@@ -118,6 +126,10 @@ class RequestState:
     @property
     def transfer_id(self) -> str:
         return transfer_id(self.request_id, self.attempt)
+
+    @property
+    def ttft_s(self) -> float | None:
+        return self.phases.seconds.get("ttft")
 
     @property
     def is_finished(self) -> bool:
@@ -167,11 +179,6 @@ class RequestState:
             block_hashes=hashes,
         )
 
-    def assign_nodes(self, assignment: Assignment) -> None:
-        self.num_attempts = self.attempt + 1
-        self.prefill_node, self.decode_node = assignment.prefill.node_id, assignment.decode.node_id
-        self.assigned_at = time.monotonic()
-
     def begin_next_attempt(self) -> None:
         """The same request again, going on from the output that it has.
 
@@ -199,7 +206,6 @@ class RequestState:
         if chunk.phases_s:
             self.phases.add_seconds(chunk.phases_s)
         if is_first:
-            self.ttft_s = self.phases.seconds["ttft"]
             self.queue_s = sum(self.phases.seconds.get(phase, 0.0) for phase in WAITS)
         if chunk.finish_reason:
             self.outcome = chunk.finish_reason
@@ -207,8 +213,8 @@ class RequestState:
     def finished_event(self) -> RequestFinished:
         total_s = self.lived_s()
         self.phases.add_seconds({"total": total_s})
-        if "ttft" in self.phases.seconds:
-            self.phases.add_seconds({"decode": total_s - self.phases.seconds["ttft"]})
+        if self.ttft_s is not None:
+            self.phases.add_seconds({"decode": total_s - self.ttft_s})
         return RequestFinished(
             request_id=self.request_id,
             attempts=self.attempt + 1,
@@ -222,6 +228,64 @@ class RequestState:
             error=self.error,
             predicted_ttft_s=round(self.predicted_ttft_s, 3),
         )
+
+
+class TokenStream:
+    """The chunks of one attempt in order of their index, each token once, whatever arrives late or twice.
+
+    `expected` is the index of the next missing token. While `gap_since` is set, a chunk is held back for
+    tokens that have not come: ask for a resume from `expected`.
+    """
+
+    def __init__(self, expected: int = 0) -> None:
+        self.expected = expected
+        self.due: asyncio.Queue[TokenChunk] = asyncio.Queue()  # in order
+        self.heard_at = time.monotonic()  # the last sign of life, token or keepalive
+        self.gap_since: float | None = None
+        self.failed_at: str | None = None  # the node that sent an error
+        self.is_running = False  # a node works at it, as far as its keepalives tell: they come once a second
+        self._held: list[TokenChunk] = []  # by index, all beyond `expected`
+        self._has_ended = False
+
+    def add_chunk(self, chunk: TokenChunk, node_id: str) -> None:
+        """Take a chunk that `node_id` has sent.
+
+        One with a finish reason or an error comes last, and only when every token before it was given out.
+        """
+        self.heard_at = time.monotonic()
+        self.is_running = True
+        if chunk.error is not None:
+            self.failed_at = node_id
+        if not (self._has_ended or chunk in self._held):
+            bisect.insort(self._held, chunk, key=lambda held: (held.index, _is_last(held)))
+            self._release()
+        if not self._held:
+            self.gap_since = None
+        elif self.gap_since is None:
+            self.gap_since = self.heard_at
+
+    def _release(self) -> None:
+        """Moves to `due` what nothing is missing before, without tokens that were given out already."""
+        while self._held and self._held[0].index <= self.expected:
+            chunk = self._held.pop(0)
+            if num_known := self.expected - chunk.index:
+                chunk = msgspec.structs.replace(
+                    chunk,
+                    index=self.expected,
+                    token_ids=chunk.token_ids[num_known:],
+                    logprobs=chunk.logprobs[num_known:],
+                )
+            if not (chunk.token_ids or _is_last(chunk)):
+                continue
+            self.due.put_nowait(chunk)
+            self.expected += len(chunk.token_ids)
+            if _is_last(chunk):
+                self._has_ended = True
+                self._held.clear()
+
+
+def _is_last(chunk: TokenChunk) -> bool:
+    return chunk.finish_reason is not None or chunk.error is not None
 
 
 class Load(NamedTuple):
@@ -241,10 +305,11 @@ class Dispatch:
     def __init__(self, bus: Bus, gateway_id: str, own: OwnModel) -> None:
         self._bus = bus
         self._gateway_id = gateway_id
-        self.streams = Streams()
         self.cluster = Cluster(own)
-        self.readiness = Readiness(bus, self.cluster)
+        self.streams: dict[str, TokenStream] = {}  # transfer id -> the tokens of this attempt
         self._num_open = 0
+        self._scheduler_answered_at = -math.inf
+        self._scheduler_why_not: str | None = None  # what was missing by its last answer
 
     def model(self) -> ModelCard | None:
         """The model of new requests; None until a node that serves the gateway's model has joined.
@@ -262,12 +327,21 @@ class Dispatch:
         return {"model": model.name, "fingerprint": model.fingerprint} if model else {}
 
     def load(self) -> Load:
-        num_running = self.streams.num_running()
+        num_running = sum(stream.is_running for stream in self.streams.values())
         return Load(num_running, self._num_open - num_running, self.cluster.kv_cache_usage())
 
     def why_not_ready(self) -> str | None:
         """What is missing for a request sent now to be served; None if nothing is."""
-        return self.readiness.why_not()
+        if not self._bus.is_connected:
+            return "not connected to NATS"
+        if time.monotonic() - self._scheduler_answered_at > SCHEDULER_SILENT_S:
+            missing = ["no scheduler answers"]
+        else:
+            missing = [self._scheduler_why_not] if self._scheduler_why_not else []
+        no_node = "no node of the model is ready"  # also in the scheduler's words
+        if not self.cluster.has_ready_node() and no_node not in missing:
+            missing.append(no_node)
+        return "; ".join(missing) or None
 
     async def generate(self, request: RequestState) -> AsyncGenerator[TokenChunk, None]:
         """The answer in chunks, in order and without gaps, over as many attempts as it takes.
@@ -331,7 +405,10 @@ class Dispatch:
                 if answer.first_token_in_s and not request.predicted_ttft_s:
                     request.predicted_ttft_s = request.lived_s() + answer.first_token_in_s
                 if isinstance(answer, Assignment):
-                    request.assign_nodes(answer)
+                    request.num_attempts = request.attempt + 1
+                    request.prefill_node = answer.prefill.node_id
+                    request.decode_node = answer.decode.node_id
+                    request.assigned_at = time.monotonic()
                     return answer
                 remaining_s = request.remaining_s()
                 if remaining_s <= 0:
@@ -341,17 +418,18 @@ class Dispatch:
     @contextlib.asynccontextmanager
     async def _attempt(self, request: RequestState, assignment: Assignment) -> AsyncIterator[TokenStream]:
         """One attempt on one pair of nodes; cancelled on both, however it ends but by itself."""
-        with self.streams.collect(request.transfer_id, len(request.output_ids)) as stream:
-            try:
-                await self._start_prefill(request, assignment)
-                yield stream
-            finally:
-                if not request.is_finished:
-                    cancel = Cancel(transfer_id=request.transfer_id, reason="not wanted any more")
-                    # Other nodes have never heard of the attempt.
-                    for node_id in {request.prefill_node, request.decode_node}:
-                        with contextlib.suppress(FlowKVError):
-                            await self._bus.publish(subjects.at(subjects.NODE_CANCEL, node_id), cancel)
+        stream = self.streams[request.transfer_id] = TokenStream(len(request.output_ids))
+        try:
+            await self._start_prefill(request, assignment)
+            yield stream
+        finally:
+            del self.streams[request.transfer_id]
+            if not request.is_finished:
+                cancel = Cancel(transfer_id=request.transfer_id, reason="not wanted any more")
+                # Other nodes have never heard of the attempt.
+                for node_id in {request.prefill_node, request.decode_node}:
+                    with contextlib.suppress(FlowKVError):
+                        await self._bus.publish(subjects.at(subjects.NODE_CANCEL, node_id), cancel)
 
     async def _start_prefill(self, request: RequestState, assignment: Assignment) -> None:
         run = PrefillRun(
@@ -385,17 +463,19 @@ class Dispatch:
             if remaining_s <= 0:
                 raise DeadlineExceeded("the request ran out of time")
             patience_s = GAP_S if stream.gap_since else SILENCE_S / 4
-            chunk = await stream.next_chunk(min(patience_s, remaining_s))
-            if chunk is None:
+            try:
+                async with asyncio.timeout(min(patience_s, remaining_s)):
+                    chunk = await stream.due.get()
+            except TimeoutError:
                 await self._check_silence(request, stream)
-            elif chunk.error is not None:
-                error = from_wire(chunk.error)
-                # Prefill says by this code that it was the decode node that failed.
-                failed = request.decode_node if isinstance(error, TransferFailed) else stream.failed_at
-                request.avoid.add(failed or request.holder())
-                raise error
-            else:
+                continue
+            if chunk.error is None:
                 return chunk
+            error = from_wire(chunk.error)
+            # Prefill says by this code that it was the decode node that failed.
+            failed = request.decode_node if isinstance(error, TransferFailed) else stream.failed_at
+            request.avoid.add(failed or request.holder())
+            raise error
 
     async def _check_silence(self, request: RequestState, stream: TokenStream) -> None:
         """Nothing came for a while: is a message lost, or the node? Raises Unavailable for the latter."""
@@ -423,6 +503,34 @@ class Dispatch:
             request.avoid.add(suspect)
             raise Unavailable(f"{suspect} fell silent: {error.message}") from error
 
+    # --- what `open_dispatch` runs -----------------------------------------------------------------
+
+    def on_tokens(self, step: StepTokens, _: Msg) -> None:
+        for chunk in step.chunks:
+            if stream := self.streams.get(chunk.transfer_id):
+                stream.add_chunk(chunk, step.node_id)
+
+    async def on_keepalive(self, message: Keepalive) -> KeepaliveReply:
+        for attempt, state in message.states.items():
+            stream = self.streams.get(attempt)
+            # A decode node that has only reserved blocks is no sign of life: prefill must show one.
+            if stream is not None and state != "reserved":
+                stream.heard_at = time.monotonic()
+                stream.is_running = state not in ("queued", "preempted")
+        return KeepaliveReply(unknown=[attempt for attempt in message.states if attempt not in self.streams])
+
+    async def keep_asking_scheduler(self) -> None:
+        """Whether it would find a pair of nodes, until cancelled."""
+        while True:
+            model = self.cluster.model()
+            request = ReadyRequest(fingerprint=model.fingerprint if model else "")
+            with contextlib.suppress(FlowKVError):  # what counts is the last answer
+                reply = await self._bus.request(
+                    subjects.SCHEDULER_READY, request, ReadyReply, timeout_s=READY_TIMEOUT_S
+                )
+                self._scheduler_answered_at, self._scheduler_why_not = time.monotonic(), reply.why_not
+            await asyncio.sleep(READY_PERIOD_S)
+
 
 @contextlib.asynccontextmanager
 async def open_dispatch(
@@ -436,19 +544,19 @@ async def open_dispatch(
     gateway_id = f"gateway-{secrets.token_hex(4)}"
     async with connect(nats_url, name=f"flowkv-gateway/{gateway_id}", on_closed=on_closed) as bus:
         dispatch = Dispatch(bus, gateway_id, own)
-        cluster, streams = dispatch.cluster, dispatch.streams
+        cluster = dispatch.cluster
         service = Service(
             bus,
             name="gateway",
             version=__version__,
             service_id=gateway_id,
             metadata=dispatch.metadata,
-            endpoints=[Endpoint(subjects.keepalive(gateway_id), Keepalive, streams.on_keepalive)],
+            endpoints=[Endpoint(subjects.keepalive(gateway_id), Keepalive, dispatch.on_keepalive)],
         )
         async with (
-            await bus.subscribe(subjects.tokens(gateway_id), StepTokens, streams.on_tokens),
+            await bus.subscribe(subjects.tokens(gateway_id), StepTokens, dispatch.on_tokens),
             await bus.subscribe(subjects.LOAD_ALL, LoadReport, lambda report, _: cluster.on_report(report)),
             service,
-            running(watch_nodes(bus, cluster.on_nodes), dispatch.readiness.keep_asking()),
+            running(watch_nodes(bus, cluster.on_nodes), dispatch.keep_asking_scheduler()),
         ):
             yield dispatch
