@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -18,9 +19,11 @@ from tests.nats_server import NatsServer
 from tests.tiny_models import make_tiny_model
 
 
-def last_words(*command: str) -> str:
+def last_words(*command: str, env: dict[str, str] | None = None) -> str:
     """The message of the only error in the log of a service that ends by itself, with 1."""
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, timeout=120, env=env
+    )
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     *before, last = [json.loads(line) for line in done.stderr.splitlines()]
@@ -43,6 +46,26 @@ def test_a_node_with_a_connector_that_there_is_not(nats_server: NatsServer, tmp_
     flags = ["--model-path", str(folder), "--nats-url", nats_server.url, "--kv-cache-bytes", str(16 << 20)]
     said = last_words("flowkv_prefill", *flags, "--connectors", "shm,rdma")
     assert said == "prefill ended: unknown connector 'rdma': choose of shm, tcp for a KV cache in host memory"
+
+
+def without(module: str, folder: Path) -> dict[str, str]:
+    """The environment of processes in which `module` is not installed. `folder` is empty."""
+    (folder / f"{module}.py").write_text(f"raise ModuleNotFoundError(name={module!r})")
+    return {**os.environ, "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode", "mixed"])
+def test_a_node_where_only_the_control_plane_is_installed(role: str, tmp_path: Path) -> None:
+    said = last_words("flowkv", role, "--model-path", "m", env=without("torch", tmp_path))
+    assert said == f"{role} ended: torch is not installed: pip install 'flowkv[engine]'"
+
+
+def test_a_model_is_fetched_where_only_the_control_plane_is_installed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flowkv_engine.engine.fetch", "--model", "org/m"]
+    env = without("huggingface_hub", tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["huggingface_hub is not installed: pip install 'flowkv[engine]'"]
 
 
 def test_a_gateway_without_a_tokenizer(tmp_path: Path) -> None:

@@ -54,16 +54,16 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-class Process:
+class Process(subprocess.Popen[bytes]):
     """One service. It gets a session of its own, so that Ctrl-C reaches only the process that started it."""
 
     def __init__(self, name: str, command: list[str], env: Mapping[str, str], log_path: Path) -> None:
         self.name = name
         self.log_path = log_path
         with log_path.open("ab") as log:
-            self._popen = subprocess.Popen(
+            super().__init__(
                 command,
-                env=dict(env),
+                env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -72,32 +72,17 @@ class Process:
             )
 
     @property
-    def pid(self) -> int:
-        return self._popen.pid
-
-    @property
-    def exit_code(self) -> int | None:
-        return self._popen.poll()
-
-    @property
     def is_running(self) -> bool:
-        return self.exit_code is None
-
-    def send_signal(self, number: signal.Signals) -> None:
-        if self.is_running:
-            self._popen.send_signal(number)
-
-    def wait(self, timeout_s: float) -> int:
-        return self._popen.wait(timeout_s)
+        return self.poll() is None
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
-        self.send_signal(signal.SIGKILL)
+        super().kill()
         self.wait(10)
 
     def stop(self, timeout_s: float) -> None:
         """SIGTERM, and SIGKILL if that does not help in time."""
-        self.send_signal(signal.SIGTERM)
+        self.terminate()
         try:
             self.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -110,7 +95,7 @@ class Process:
         """How it ended: the last error in its log, else the log's end; and where the log is."""
         lines = self.log_path.read_text(errors="replace").splitlines()
         reason = next(filter(None, map(_error_in, reversed(lines))), None) or self.log_tail()
-        return f"{self.name} ended with {self.exit_code}: {reason}\n(all it said is in {self.log_path})"
+        return f"{self.name} ended with {self.poll()}: {reason}\n(all it said is in {self.log_path})"
 
 
 def _error_in(line: str) -> str | None:
@@ -185,7 +170,7 @@ class Cluster:
         try:
             self.start_nats()
             for i in range(self._num_schedulers):
-                self._start_with_health(f"scheduler-{i}", "scheduler")
+                self._start_service(f"scheduler-{i}", "scheduler")
             self.start_gateway()
             for role, count in self._nodes.items():
                 for i in range(count):
@@ -218,19 +203,17 @@ class Cluster:
 
     def start_node(self, role: str, name: str, **settings: str) -> Process:
         """A node that is called `name` on the bus too; `settings` are flags of its own."""
-        return self._start_with_health(name, role, node_id=name, **settings)
+        return self._start_service(name, role, node_id=name, **settings)
 
     def start_process(self, name: str, command: list[str]) -> Process:
         """Any program, in the environment of all services. `name` says when it is stopped."""
         self.processes[name] = process = Process(name, command, self._env, self.run_dir / f"{name}.log")
         return process
 
-    def _start_with_health(self, name: str, service: str, **settings: str) -> Process:
-        """A node or a scheduler."""
-        self._health_ports[name] = port = free_port()
-        return self._start_service(name, service, http_port=str(port), **settings)
-
     def _start_service(self, name: str, service: str, **settings: str) -> Process:
+        if service != "gateway":  # its health is on the API's port
+            self._health_ports[name] = port = free_port()
+            settings["http_port"] = str(port)
         flags = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
         return self.start_process(name, [sys.executable, "-m", "flowkv", service, *flags])
 
@@ -256,8 +239,7 @@ class Cluster:
 
     def stop(self) -> None:
         """Drain and end everything, so that requests finish before what they need goes away."""
-        order = ["gateway", "nodes", "prefill", "decode", "mixed", "scheduler", "nats"]
-        for kind in order:
+        for kind in ("gateway", "nodes", "prefill", "decode", "mixed", "scheduler", "nats"):
             group = [p for p in self.processes.values() if p.name.startswith(kind)]
             for process in group:
                 process.send_signal(signal.SIGTERM)

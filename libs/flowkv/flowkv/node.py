@@ -13,25 +13,19 @@ from pathlib import Path
 
 from flowkv_common import __version__
 from flowkv_common.config import NodeSettings, load_settings
+from flowkv_common.errors import CannotStart
 from flowkv_common.telemetry import reason_in_one_line, setup_logs
 from flowkv_engine.engine.fetch import default_cache_dir
 
 log = logging.getLogger(__name__)
 
-STARTING_ROLES = ("prefill", "decode", "mixed")
 
+def main(role: str) -> None:
+    """Load the model, then serve until SIGTERM.
 
-def main(default_role: str) -> None:
-    """`[prefill|decode|mixed] [--flags]`: load the model, then serve until SIGTERM.
-
-    The role only sets the prefill chunk budget that the node starts with.
+    `role`: prefill, decode or mixed; it only sets the prefill chunk budget that the node starts with.
     """
-    arguments = sys.argv[1:]
-    named = bool(arguments) and not arguments[0].startswith("-")
-    role = arguments.pop(0) if named else default_role
-    if role not in STARTING_ROLES:
-        raise SystemExit(f"settings: unknown role {role!r}: choose one of {', '.join(STARTING_ROLES)}")
-    settings = load_settings(NodeSettings, arguments)
+    settings = load_settings(NodeSettings, sys.argv[1:])
     setup_logs(role)
     # Compute threads spin some 50 us for the next kernel, or each of a step's would wake them anew; not for
     # milliseconds, the default: nodes may share cores. Before torch is loaded.
@@ -44,8 +38,11 @@ def main(default_role: str) -> None:
 
 
 def _load_and_serve(settings: NodeSettings, role: str) -> None:
-    import torch
-    import transformers
+    try:
+        import torch
+        import transformers
+    except ModuleNotFoundError as error:
+        raise CannotStart(f"{error.name} is not installed: pip install 'flowkv[engine]'") from None
 
     from flowkv.roles import ROLES
     from flowkv_common.aio import stop_on_signals

@@ -178,6 +178,8 @@ def main() -> None:
         )
     except (OSError, ValueError) as error:  # TimeoutError is an OSError; the hub's have both
         raise SystemExit(str(error)) from None
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error.name} is not installed: pip install 'flowkv[engine]'") from None
     if options.link is not None:  # in one step, and relative: both may be seen under another root
         fresh: Path = options.link.with_name(f".{options.link.name}.{os.getpid()}")
         fresh.symlink_to(os.path.relpath(folder, options.link.parent))
