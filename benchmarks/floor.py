@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.parties import Job
-from benchmarks.report import time_s
+from benchmarks.report import times_s
 
 REPEATS = 7
 READ_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
@@ -38,14 +38,14 @@ def measure_machine(num_threads: int, device: str = "cpu", dtype: torch.dtype = 
 
 
 def device_times(work: Callable[[], object], num_runs: int, device: str) -> list[float]:
-    """Seconds until the device has done it, after two runs that are not counted."""
+    """`times_s`, each until the device has done it."""
 
     def to_its_end() -> None:
         work()
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return [time_s(to_its_end) for _ in range(2 + num_runs)][2:]
+    return times_s(to_its_end, num_runs)
 
 
 @dataclass(frozen=True)

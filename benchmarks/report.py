@@ -42,6 +42,13 @@ def make_parser(
     return parser
 
 
+def set_missing(options: argparse.Namespace, **defaults: object) -> None:
+    """Gives the options that are None these values: defaults that depend on other options."""
+    for name, value in defaults.items():
+        if getattr(options, name, None) is None:
+            setattr(options, name, value)
+
+
 def model_folder(given: str) -> str:
     """The folder, or that of the default model, prepared as `make up` does it. Raises CalledProcessError."""
     if given:
@@ -168,6 +175,11 @@ def time_s(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def times_s(work: Callable[[], object], num_runs: int) -> list[float]:
+    """Of each run, after two that are not counted."""
+    return [time_s(work) for _ in range(2 + num_runs)][2:]
 
 
 def cache_bytes() -> int:

@@ -16,12 +16,13 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Report, make_parser, spread
+import psutil
+
+from benchmarks.report import Report, make_parser, set_missing, spread
 from benchmarks.shapes import SHAPES, Shape, require_gpu
-from benchmarks.transfers.pair import Pair, Timing, WorkerFailed
+from benchmarks.transfers.pair import Pair, Timing, WorkerFailed, start_pair
 from benchmarks.transfers.strategies import STRATEGIES, USED_SHARE, Strategy
 from benchmarks.transfers.transports import TRANSPORTS, Unavailable
 from flowkv_common.wire.messages import Run
@@ -37,14 +38,6 @@ COLUMNS = (
     "shape", "num_tokens", "connector", "strategy", "num_copies", "num_calls", "ms", "gb_per_s",
     "ratio_to_memcpy", "cpu_s",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How often a row is repeated: up to `num_repeats` times, but no new time after `budget_s` seconds."""
-
-    num_repeats: int
-    budget_s: float
 
 
 @dataclass(frozen=True)
@@ -82,37 +75,32 @@ def main(argv: Sequence[str]) -> int:
         from benchmarks.transfers.gpu import measure_gpu
 
         return measure_gpu(options, device)
-    tokens = options.tokens or ([500] if options.quick else [500, 1000, 4000, 8000, 13000])
-    shapes = options.shape or (["llama"] if options.quick else list(SHAPES))
-    effort = Effort(options.repeat or 3, 1.0) if options.quick else Effort(options.repeat or 9, 20.0)
-    report = Report(options, effort=effort, used_share_of_pool=USED_SHARE)
+    report = Report(options, used_share_of_pool=USED_SHARE)
     remarks: list[str] = []
     report.more["strategies"] = {name: strategy.title for name, strategy in STRATEGIES.items()}
     report.more["remarks"] = remarks
-    for shape, num_tokens in itertools.product(shapes, tokens):
+    for shape, num_tokens in itertools.product(options.shape, options.tokens):
         case = Case(shape, num_tokens)
-        for row in measure_case(case, options.connectors, options.strategies, effort, remarks):
+        for row in measure_case(case, options, remarks):
             report.add_row(**row)
             report.say(f"{case}, {row['connector']}, {STRATEGIES[row['strategy']].title}: {row['ms']} ms")
     print("\n".join(dict.fromkeys(remarks)))
     return report.finish(*COLUMNS)
 
 
-def measure_case(
-    case: Case, connectors: Sequence[str], strategies: Sequence[str], effort: Effort, remarks: list[str]
-) -> Iterator[dict[str, Any]]:
+def measure_case(case: Case, options: argparse.Namespace, remarks: list[str]) -> Iterator[dict[str, Any]]:
     """All rows of one case; `remarks` get what can't be measured, and why."""
     needed = 2 * case.num_pool_blocks * case.shape.layout.block_bytes + SPARE_BYTES
-    if needed > available_bytes():
+    if needed > psutil.virtual_memory().available:
         remarks.append(f"{case}: skipped, needs {needed / 2**30:.1f} GiB of memory")
         return
-    waiting = list(connectors)
+    waiting = list(options.connectors)
     while waiting:
-        with Pair(case.shape, case.num_pool_blocks) as pair:
+        with start_pair(case.shape, case.num_pool_blocks) as pair:
             while waiting:
                 connector = waiting.pop(0)
                 try:
-                    yield from measure_connector(pair, case, connector, strategies, effort)
+                    yield from measure_connector(pair, case, connector, options)
                 except Unavailable as error:
                     remarks.append(f"{connector}: not measured, {error}")
                 except WorkerFailed as error:
@@ -120,60 +108,57 @@ def measure_case(
                     break  # the others get a new pair
 
 
-def available_bytes() -> int:
-    """Memory that can be had without swapping."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    (available,) = (line for line in lines if line.startswith("MemAvailable:"))
-    return int(available.split()[1]) << 10
-
-
 def measure_connector(
-    pair: Pair, case: Case, connector: str, strategies: Sequence[str], effort: Effort
+    pair: Pair, case: Case, connector: str, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """Layer-major strategies first, each kind of pool over its own connection."""
     for is_layer_major in (True, False):
-        names = [name for name in strategies if STRATEGIES[name].is_layer_major == is_layer_major]
+        names = [name for name in options.strategies if STRATEGIES[name].is_layer_major == is_layer_major]
         if names:
             pair.connect(connector, is_layer_major)
             for name in names:
-                yield measure_strategy(pair, case, connector, name, effort)
-            pair.disconnect()
+                yield {
+                    "shape": case.shape_name,
+                    "num_tokens": case.num_tokens,
+                    "connector": connector,
+                    "strategy": name,
+                    **measure_strategy(pair, case, STRATEGIES[name], options),
+                }
+            pair.ask_both("disconnect")
 
 
-def measure_strategy(pair: Pair, case: Case, connector: str, name: str, effort: Effort) -> dict[str, Any]:
-    strategy = STRATEGIES[name]
+def measure_strategy(
+    pair: Pair, case: Case, strategy: Strategy, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Up to `repeat` transfers, but none begins after `budget_s` seconds."""
     placements = [case.copies(strategy, seed) for seed in range(NUM_PLACEMENTS)]
     pair.erase(placements[0])
     pair.transfer(placements[0], strategy.is_one_by_one)  # to warm up, and to see that the bytes are right
     pair.verify(placements[0])
     timings: list[Timing] = []
-    memcpys: list[Timing] = []
+    memcpys_ms: list[float] = []
     half = case.num_pool_blocks // 2
-    ends_at = time.monotonic() + effort.budget_s
-    while not timings or (len(timings) < effort.num_repeats and time.monotonic() < ends_at):
+    ends_at = time.monotonic() + options.budget_s
+    while not timings or (len(timings) < options.repeat and time.monotonic() < ends_at):
         # As many bytes from one half of the receiver's pool to the other, each time from elsewhere.
         start = (len(timings) * case.num_blocks) % (half - case.num_blocks + 1)
-        memcpys.append(pair.memcpy(Run(start, case.num_blocks), Run(half + start, case.num_blocks)))
+        src, dst = Run(start, case.num_blocks), Run(half + start, case.num_blocks)
+        memcpys_ms.append(1e3 * pair.memcpy_s(src, dst))
         copies = placements[len(timings) % NUM_PLACEMENTS]
         timings.append(pair.transfer(copies, strategy.is_one_by_one))
     pair.verify(copies)
     num_bytes = case.num_blocks * case.shape.layout.block_bytes
-    times = [1e3 * timing.duration_s for timing in timings]
-    limits = [1e3 * timing.duration_s for timing in memcpys]
+    times_ms = [1e3 * timing.duration_s for timing in timings]
     return {
-        "shape": case.shape_name,
-        "num_tokens": case.num_tokens,
-        "connector": connector,
-        "strategy": name,
         "num_bytes": num_bytes,
         "num_copies": statistics.median_low(len(copies) for copies in placements),
         "num_calls": statistics.median_low(timing.num_calls for timing in timings),
         "num_runs": len(timings),
-        "ms": spread(times),
-        "gb_per_s": num_bytes / statistics.median(times) / 1e6,
-        "memcpy_ms": spread(limits),  # measured between the transfers
-        "ratio_to_memcpy": statistics.median(times) / statistics.median(limits),
-        "ratio_of_minima": min(times) / min(limits),
+        "ms": spread(times_ms),
+        "gb_per_s": num_bytes / statistics.median(times_ms) / 1e6,
+        "memcpy_ms": spread(memcpys_ms),  # measured between the transfers
+        "ratio_to_memcpy": statistics.median(times_ms) / statistics.median(memcpys_ms),
+        "ratio_of_minima": min(times_ms) / min(memcpys_ms),
         "cpu_s": statistics.median(timing.cpu_s for timing in timings),
     }
 
@@ -187,4 +172,13 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     cpu.add_argument("--connectors", choices=TRANSPORTS, nargs="+", default=list(TRANSPORTS))
     cpu.add_argument("--strategies", choices=STRATEGIES, nargs="+", default=list(STRATEGIES))
     cpu.add_argument("--quick", action="store_true", help="one shape and length, few runs: under a minute")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.device == "cuda":
+        set_missing(options, tokens=[500, 1000, 4000, 8000], repeat=20)
+    elif options.quick:
+        set_missing(options, tokens=[500], shape=["llama"], repeat=3, budget_s=1.0)
+    else:
+        set_missing(
+            options, tokens=[500, 1000, 4000, 8000, 13000], shape=list(SHAPES), repeat=9, budget_s=20.0
+        )
+    return options

@@ -11,14 +11,14 @@ import asyncio
 import contextlib
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import cupy
 from cupy.cuda import nccl, runtime
 
-from benchmarks.report import Report, spread, table, time_s
+from benchmarks.report import Report, spread, table, times_s
 from benchmarks.shapes import SHAPES
 from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.cuda_pool import CudaPool
@@ -28,8 +28,6 @@ from flowkv_engine.transport import make_connectors
 from flowkv_engine.transport.base import TransferStats
 
 LLAMA = SHAPES["llama"]
-PROMPT_TOKENS = (500, 1000, 4000, 8000)
-NUM_RUNS = 20
 NUM_WARMUPS = 2
 NUM_NCCL_RUNS = 5  # of half a second each, in tens of thousands of calls
 LINK_TOKEN = "benchmark"
@@ -52,9 +50,9 @@ class Sizes(NamedTuple):
 
 
 def measure_gpu(options: argparse.Namespace, device: str) -> int:
-    num_runs = options.repeat or NUM_RUNS
-    report = Report(options, gpu=device, num_runs=num_runs)
-    all_sizes = [Sizes.of(num_tokens) for num_tokens in options.tokens or PROMPT_TOKENS]
+    num_runs = options.repeat
+    report = Report(options, gpu=device)
+    all_sizes = [Sizes.of(num_tokens) for num_tokens in options.tokens]
     through_ipc = asyncio.run(ipc_transfers(all_sizes, num_runs))
     for sizes, ipc in zip(all_sizes, through_ipc, strict=True):
         copies = device_copies(sizes, num_runs)
@@ -74,11 +72,6 @@ def times_of(row: dict[str, Any], *kinds: str) -> dict[str, Any]:
 def figures(seconds: list[float], num_bytes: int) -> dict[str, Any]:
     ms = spread(1e3 * each for each in seconds)
     return {"ms": ms, "gb_per_s": num_bytes / ms.median / 1e6}
-
-
-def times_s(work: Callable[[], None], num_runs: int) -> list[float]:
-    """Of `work`, which returns when the device has done it."""
-    return [time_s(work) for _ in range(NUM_WARMUPS + num_runs)][NUM_WARMUPS:]
 
 
 def device_copies(sizes: Sizes, num_runs: int) -> dict[str, dict[str, Any]]:

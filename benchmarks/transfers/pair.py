@@ -6,6 +6,7 @@ Each request has a deadline; both processes end with the `with` block, and die w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -13,17 +14,16 @@ import resource
 import signal
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from benchmarks.report import cache_bytes
+from benchmarks.report import cache_bytes, time_s
 from benchmarks.shapes import Shape
-from benchmarks.transfers.transports import Transport, Unavailable, make_transport
+from benchmarks.transfers.transports import TRANSPORTS, Transport, Unavailable
 from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.segments import Copy
@@ -48,93 +48,13 @@ class Timing(NamedTuple):
     num_calls: int
 
 
-class Pair:
-    """A sender and a receiver with a pool of `num_blocks` blocks each."""
-
-    def __init__(self, shape: Shape, num_blocks: int) -> None:
-        self.sender, self.receiver = (Peer(shape, num_blocks) for _ in range(2))
-
-    def __enter__(self) -> Self:
-        try:
-            for seed, peer in enumerate((self.sender, self.receiver)):
-                peer.answer(START_TIMEOUT_S)
-                peer.begin("fill", seed)
-            self._answers()
-        except BaseException:
-            self._stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop()
-
-    def connect(self, transport: str, is_layer_major: bool) -> None:
-        """From now on copies are in blocks, or in pieces where the pools are layer-major."""
-        address = self.receiver.ask("listen", transport, is_layer_major)
-        self.sender.ask("connect", transport, is_layer_major, address)
-
-    def disconnect(self) -> None:
-        self._ask_both("disconnect")
-
-    def transfer(self, copies: Sequence[Copy], one_by_one: bool) -> Timing:
-        """One timed transfer out of memory that is not in the cache."""
-        self._ask_both("evict")
-        cpu_before_s = sum(self._ask_both("cpu_s"))
-        self.receiver.begin("receive", copies, one_by_one)
-        self.receiver.answer()  # it is ready
-        sent = self.sender.ask("send", copies, one_by_one)
-        received = self.receiver.answer()
-        duration_s = max(sent.ended_s, received.ended_s) - sent.started_s
-        return Timing(duration_s, sum(self._ask_both("cpu_s")) - cpu_before_s, sent.num_calls)
-
-    def memcpy(self, src: Run, dst: Run) -> Timing:
-        """One timed copy of whole blocks within the receiver's pool."""
-        self._ask_both("evict")
-        cpu_before_s = sum(self._ask_both("cpu_s"))
-        copied = self.receiver.ask("memcpy", src, dst)
-        used_s = sum(self._ask_both("cpu_s")) - cpu_before_s
-        return Timing(copied.ended_s - copied.started_s, used_s, copied.num_calls)
-
-    def erase(self, copies: Sequence[Copy]) -> None:
-        self.receiver.ask("erase", [Run(copy.dst, copy.length) for copy in copies])
-
-    def verify(self, copies: Sequence[Copy]) -> None:
-        """Raises WorkerFailed unless the receiver holds the sender's bytes."""
-        self.sender.begin("checksum", [Run(copy.src, copy.length) for copy in copies])
-        self.receiver.begin("checksum", [Run(copy.dst, copy.length) for copy in copies])
-        if len(set(self._answers())) != 1:
-            raise WorkerFailed("other bytes arrived than were sent")
-
-    def _ask_both(self, method: str) -> list[Any]:
-        self.sender.begin(method)
-        self.receiver.begin(method)
-        return self._answers()
-
-    def _answers(self) -> list[Any]:
-        return [self.sender.answer(), self.receiver.answer()]
-
-    def _stop(self) -> None:
-        self.sender.stop()
-        self.receiver.stop()
-
-
 class Peer:
-    """One worker process, as the parent sees it."""
+    """One worker process, as the parent sees it. All methods raise WorkerFailed or Unavailable."""
 
-    def __init__(self, shape: Shape, num_blocks: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        self._connection: Connection[Any, Any] = ours
-        self._process = context.Process(
-            target=work, args=(theirs, os.getpid(), shape, num_blocks), daemon=True
-        )
-        self._process.start()
-        theirs.close()
+    def __init__(self, connection: Connection[Any, Any]) -> None:
+        self._connection = connection
 
     def ask(self, method: str, *arguments: object) -> Any:
-        """Raises WorkerFailed, Unavailable."""
         self.begin(method, *arguments)
         return self.answer()
 
@@ -154,11 +74,78 @@ class Peer:
             raise WorkerFailed(value)
         return value
 
-    def stop(self) -> None:
-        self._connection.close()
-        self._process.join(5.0)
-        self._process.kill()
-        self._process.join()
+
+@contextlib.contextmanager
+def start_peer(shape: Shape, num_blocks: int) -> Iterator[Peer]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(theirs, os.getpid(), shape, num_blocks), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield Peer(ours)
+    finally:
+        ours.close()
+        process.join(5.0)
+        process.kill()
+        process.join()
+
+
+class Pair:
+    """A sender and a receiver with a pool each."""
+
+    def __init__(self, sender: Peer, receiver: Peer) -> None:
+        self.sender, self.receiver = sender, receiver
+
+    def connect(self, transport: str, is_layer_major: bool) -> None:
+        """From now on copies are in blocks, or in pieces where the pools are layer-major."""
+        address = self.receiver.ask("listen", transport, is_layer_major)
+        self.sender.ask("connect", transport, is_layer_major, address)
+
+    def transfer(self, copies: Sequence[Copy], one_by_one: bool) -> Timing:
+        """One timed transfer out of memory that is not in the cache."""
+        self.ask_both("evict")
+        cpu_before_s = sum(self.ask_both("cpu_s"))
+        self.receiver.begin("receive", copies, one_by_one)
+        self.receiver.answer()  # it is ready
+        sent = self.sender.ask("send", copies, one_by_one)
+        received = self.receiver.answer()
+        duration_s = max(sent.ended_s, received.ended_s) - sent.started_s
+        return Timing(duration_s, sum(self.ask_both("cpu_s")) - cpu_before_s, sent.num_calls)
+
+    def memcpy_s(self, src: Run, dst: Run) -> float:
+        """Seconds of one copy of whole blocks within the receiver's pool."""
+        self.ask_both("evict")
+        seconds: float = self.receiver.ask("memcpy_s", src, dst)
+        return seconds
+
+    def erase(self, copies: Sequence[Copy]) -> None:
+        self.receiver.ask("erase", [Run(copy.dst, copy.length) for copy in copies])
+
+    def verify(self, copies: Sequence[Copy]) -> None:
+        """Raises WorkerFailed unless the receiver holds the sender's bytes."""
+        self.sender.begin("checksum", [Run(copy.src, copy.length) for copy in copies])
+        self.receiver.begin("checksum", [Run(copy.dst, copy.length) for copy in copies])
+        if self.sender.answer() != self.receiver.answer():
+            raise WorkerFailed("other bytes arrived than were sent")
+
+    def ask_both(self, method: str) -> tuple[Any, Any]:
+        """Asks for something that takes no arguments."""
+        self.sender.begin(method)
+        self.receiver.begin(method)
+        return self.sender.answer(), self.receiver.answer()
+
+
+@contextlib.contextmanager
+def start_pair(shape: Shape, num_blocks: int) -> Iterator[Pair]:
+    """Two processes whose pools of `num_blocks` blocks hold other bytes each."""
+    with start_peer(shape, num_blocks) as sender, start_peer(shape, num_blocks) as receiver:
+        for seed, peer in enumerate((sender, receiver)):
+            peer.answer(START_TIMEOUT_S)
+            peer.begin("fill", seed)
+        sender.answer()
+        receiver.answer()
+        yield Pair(sender, receiver)
 
 
 # --- in the worker process --------------------------------------------------------------------------
@@ -184,14 +171,19 @@ class Worker:
         self._scratch = np.zeros(2 * cache_bytes(), dtype=np.uint8)
 
     async def listen(self, name: str, is_layer_major: bool) -> Any:
-        self._pool = self._pieces if is_layer_major else self._blocks
-        self._transport = make_transport(name, self._pool)
+        self._open(name, is_layer_major)
         return await self._transport.listen()
 
     async def connect(self, name: str, is_layer_major: bool, address: Any) -> None:
-        self._pool = self._pieces if is_layer_major else self._blocks
-        self._transport = make_transport(name, self._pool)
+        self._open(name, is_layer_major)
         await self._transport.connect(address)
+
+    def _open(self, name: str, is_layer_major: bool) -> None:
+        self._pool = self._pieces if is_layer_major else self._blocks
+        try:
+            self._transport = TRANSPORTS[name](name, self._pool)
+        except ImportError as error:
+            raise Unavailable(f"can't be imported: {error}") from error
 
     async def disconnect(self) -> None:
         await self._transport.close()
@@ -207,12 +199,12 @@ class Worker:
         await self._transport.receive(copies, one_by_one)
         return Span(started_s, time.monotonic(), 0)
 
-    async def memcpy(self, src: Run, dst: Run) -> Span:
+    async def memcpy_s(self, src: Run, dst: Run) -> float:
         """The limit: the C library's memory copy, once, of blocks within the pool."""
         base, size = self._blocks.tensor.data_ptr(), self._blocks.layout.block_bytes
-        started_s = time.monotonic()
-        ctypes.memmove(base + dst.start * size, base + src.start * size, src.length * size)
-        return Span(started_s, time.monotonic(), 1)
+        return time_s(
+            lambda: ctypes.memmove(base + dst.start * size, base + src.start * size, src.length * size)
+        )
 
     async def evict(self) -> None:
         """Streams through more memory than the cache holds, so that no block is in it."""
@@ -228,8 +220,7 @@ class Worker:
 
     async def erase(self, runs: Sequence[Run]) -> None:
         for run in runs:
-            view = np.frombuffer(self._pool.bytes_of(run), dtype=np.uint8)
-            view[:] = 0
+            np.frombuffer(self._pool.bytes_of(run), dtype=np.uint8)[:] = 0
 
     async def checksum(self, runs: Sequence[Run]) -> int:
         """CRC-32 of all bytes of `runs`, in order."""
