@@ -41,6 +41,7 @@ from flowkv_node.endpoints import node_endpoints, watch_cancels
 from flowkv_node.handoffs import HandoffBudget, handoff_bytes
 from flowkv_node.node import Node
 from flowkv_node.reporting import BlockNews
+from flowkv_node.steps import plan_chunks
 from flowkv_prefill.prompts import PrefillRole
 from tests.described_nodes import descriptor
 from tests.inprocess_connector import InProcessConnector, Switchboard
@@ -190,12 +191,12 @@ class Pair:
 
     async def compute(self, max_tokens: int = 1000) -> int:
         """One step of `p`, once there is work for it: prompt tokens of the step."""
-        await until(lambda: self.p.prefill.prefill_work(max_tokens))
+        await until(self.p.prefill.sequences_to_prefill)
         return self.step(max_tokens)
 
     def step(self, max_tokens: int = 1000) -> int:
         """One step of `p`, if there is work."""
-        items = self.p.prefill.prefill_work(max_tokens)
+        items = plan_chunks(self.p.prefill.sequences_to_prefill(), max_tokens, BLOCK_SIZE)
         for sequence, num_tokens in items:
             first, end = sequence.num_computed_tokens, sequence.num_computed_tokens + num_tokens
             for position, number in enumerate(

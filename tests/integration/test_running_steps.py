@@ -100,7 +100,7 @@ async def test_the_others_of_a_step_get_their_tokens(computing: Computing) -> No
     first = await computing.accept()
     await engine.begun(1)
     second, third = await computing.accept(), await computing.accept()
-    await until(lambda: len(side.prefill.prefill_work(1000)) == 3)
+    await until(lambda: len(side.prefill.sequences_to_prefill()) == 3)
     engine.end_step()
     await engine.begun(2)
     assert len(engine.steps[1][0].samples) == 2  # the prompts; the sequence has not come to decode yet

@@ -96,7 +96,7 @@ async def test_a_node_stays_red_while_a_handoff_cant_be_ended(pair: Pair) -> Non
 
 async def test_a_prompt_that_waits_for_the_engine_is_not_stuck_while_that_steps(pair: Pair) -> None:
     await pair.p.prefill.accept(pair.run(PROMPT))
-    await until(lambda: pair.p.prefill.prefill_work(1000))
+    await until(pair.p.prefill.sequences_to_prefill)
     for _ in range(4):
         pass_time(pair)
         pair.p.clock.end_step()  # of others
@@ -108,7 +108,7 @@ async def test_a_prompt_that_waits_for_the_engine_is_not_stuck_while_that_steps(
 
 async def test_a_prompt_that_nobody_computes_is_stuck(pair: Pair) -> None:
     await pair.p.prefill.accept(pair.run(PROMPT))
-    await until(lambda: pair.p.prefill.prefill_work(1000))
+    await until(pair.p.prefill.sequences_to_prefill)
     pass_time(pair)
     pass_time(pair)
     await until(pair.p.node.why_not_ready)

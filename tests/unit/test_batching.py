@@ -10,7 +10,7 @@ from flowkv_common.wire.messages import SamplingParams
 from flowkv_decode.sequences import DecodeRole
 from flowkv_engine.engine.batch import WorkItem
 from flowkv_engine.engine.sequence import Sequence
-from flowkv_prefill.prompts import plan_chunks
+from flowkv_node.steps import plan_chunks
 
 
 def sequence(num_prompt: int, num_computed: int = 0, num_blocks: int = 0, num_output: int = 0) -> Sequence:
@@ -71,10 +71,10 @@ def test_missing_blocks_include_the_newest_token() -> None:
     assert missing(sequence(40)) == 3
 
 
-def test_decoding_sequences_get_one_token_preempted_ones_a_chunk() -> None:
+def test_preempted_sequences_are_prefilled_the_others_decoded() -> None:
     decoding = sequence(20, num_computed=20, num_blocks=2, num_output=1)
     preempted = sequence(20, num_computed=0, num_blocks=2, num_output=5)
     role = role_with(decoding, preempted)
-    assert [(item.sequence, item.num_tokens) for item in role.decode_work()] == [(decoding, 1)]
-    assert [(item.sequence, item.num_tokens) for item in role.prefill_work(16)] == [(preempted, 16)]
-    assert role.prefill_work(0) == []
+    assert (role.sequences_to_decode(), role.sequences_to_prefill()) == ([decoding], [preempted])
+    assert lengths(plan_chunks(role.sequences_to_prefill(), 16, 16)) == [16]
+    assert plan_chunks(role.sequences_to_prefill(), 0, 16) == []

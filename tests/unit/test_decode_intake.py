@@ -32,7 +32,7 @@ async def handed_over(side: Side, prompt_ids: list[int], name: str) -> None:
     """A sequence that runs."""
     reserved = await side.decode.reserve(reserve(len(prompt_ids) + 1, name))
     await side.decode.accept(decode_run(prompt_ids, reserved.token, name))
-    assert side.decode.decode_work()
+    assert side.decode.sequences_to_decode()
 
 
 async def test_who_runs_and_who_was_preempted_come_before_a_new_handoff(side: Side) -> None:
@@ -45,10 +45,10 @@ async def test_who_runs_and_who_was_preempted_come_before_a_new_handoff(side: Si
     await side.decode.release(Release(transfer_id="b.0", token=reserved.token))
 
     hog = side.node.blocks.allocate(num_free)
-    [work] = side.decode.decode_work()
-    work.sequence.num_computed_tokens += 1
-    side.decode.apply(work.sequence, Sampled(9, None))
-    assert side.decode.decode_work() == []  # no block to grow: it has been preempted
+    [sequence] = side.decode.sequences_to_decode()
+    sequence.num_computed_tokens += 1
+    side.decode.apply(sequence, Sampled(9, None))
+    assert side.decode.sequences_to_decode() == []  # no block to grow: it has been preempted
     side.node.blocks.release(hog)
     assert side.decode.load().num_waiting == 1
     num_owed = 3
@@ -60,12 +60,12 @@ async def test_who_runs_and_who_was_preempted_come_before_a_new_handoff(side: Si
 async def test_the_youngest_gives_way_to_the_oldest(side: Side) -> None:
     for name in ("old", "young"):
         await handed_over(side, [5] * (2 * BLOCK_SIZE - 1), name)
-    [old, young] = [work.sequence for work in side.decode.decode_work()]
+    [old, young] = side.decode.sequences_to_decode()
     hog = side.node.blocks.allocate(NUM_BLOCKS - 4)
     for sequence in (old, young):
         sequence.num_computed_tokens += 1
         side.decode.apply(sequence, Sampled(9, None))
-    assert [work.sequence for work in side.decode.decode_work()] == [old]
+    assert side.decode.sequences_to_decode() == [old]
     assert (len(old.block_table), young.block_table) == (3, [])
     side.node.blocks.release(hog)
 

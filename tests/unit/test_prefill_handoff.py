@@ -54,10 +54,10 @@ async def test_every_token_of_the_prompt_lands_and_every_block_is_sent_once(
         await pair.p.prefill.accept(pair.run(prompt_ids))
         await pair.compute_all(chunk_tokens)
         await until(lambda: pair.d.decode.load().num_waiting == 1)
-        [work] = pair.d.decode.decode_work()
-        assert pair.d.kv(work.sequence.block_table, num_tokens) == kv_of(prompt_ids)
-        assert (work.sequence.prompt_ids, work.sequence.output_ids) == (prompt_ids, [FIRST_TOKEN])
-        assert work.sequence.num_computed_tokens == num_tokens
+        [sequence] = pair.d.decode.sequences_to_decode()
+        assert pair.d.kv(sequence.block_table, num_tokens) == kv_of(prompt_ids)
+        assert (sequence.prompt_ids, sequence.output_ids) == (prompt_ids, [FIRST_TOKEN])
+        assert sequence.num_computed_tokens == num_tokens
         num_blocks = -(-num_tokens // BLOCK_SIZE)
         assert Counter(pair.link.times_sent().values()) == {1: num_blocks}
         # Each chunk but the last is sent while the next one computes, where there are several.
@@ -74,11 +74,11 @@ async def test_what_decode_has_cached_is_not_sent(pair: Pair, num_tokens: int, n
     await pair.p.prefill.accept(pair.run(prompt_ids))
     await pair.compute_all(BLOCK_SIZE)
     await until(lambda: pair.d.decode.load().num_waiting == 1)
-    [work] = pair.d.decode.decode_work()
-    assert work.sequence.block_table[:num_cached] == known
+    [sequence] = pair.d.decode.sequences_to_decode()
+    assert sequence.block_table[:num_cached] == known
     num_cached_tokens = num_cached * BLOCK_SIZE
     expected = [-1.0] * num_cached_tokens + kv_of(prompt_ids)[num_cached_tokens:]
-    assert pair.d.kv(work.sequence.block_table, num_tokens) == expected
+    assert pair.d.kv(sequence.block_table, num_tokens) == expected
     assert sum(pair.link.times_sent().values()) == -(-num_tokens // BLOCK_SIZE) - num_cached
 
 

@@ -61,8 +61,8 @@ class Role(Protocol):
     async def run(self) -> None:
         """Background work, until cancelled."""
 
-    def prefill_work(self, max_tokens: int) -> list[WorkItem]:
-        """Prompt chunks for the next step, at most `max_tokens` tokens."""
+    def sequences_to_prefill(self) -> list[Sequence]:
+        """Those of which more than the newest token is to be computed, the next one first."""
 
     def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
         """A step has computed tokens of this role's sequence; `sampled` is its new token."""
@@ -76,8 +76,8 @@ class Role(Protocol):
 class DecodingRole(Role, Protocol):
     """The role that runs sequences."""
 
-    def decode_work(self) -> list[WorkItem]:
-        """One token of each running sequence: all of them are in the next step."""
+    def sequences_to_decode(self) -> list[Sequence]:
+        """Those that get a token in the next step, with a block for it."""
 
     def adopt(self, sequence: Sequence) -> None:
         """Run a sequence that comes with its blocks, from the other role of this node."""
@@ -266,7 +266,7 @@ class Node:
         sequence.num_computed_tokens = sequence.num_committed_blocks = 0
         if id(sequence) in self._in_step:
             self._freed_in_step.append(block_ids)
-        else:
+        elif block_ids:
             self.blocks.release(block_ids)
             self.notice_room()
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterable
 
 from flowkv_common.errors import Internal
 from flowkv_engine.engine.batch import WorkItem, pack
 from flowkv_engine.engine.runner import DeviceLost, Engine, Result
+from flowkv_engine.engine.sequence import Sequence
 from flowkv_node.measures import StepCounts
 from flowkv_node.node import Node, Role
 
@@ -31,15 +33,33 @@ async def run_steps(node: Node, engine: Engine) -> None:
 
 def plan_step(node: Node) -> Work:
     """One token of each running sequence, then prompt chunks under the prefill chunk budget."""
-    work: Work = [(node.decode, item) for item in node.decode.decode_work()]
+    work: Work = [(node.decode, WorkItem(sequence, 1)) for sequence in node.decode.sequences_to_decode()]
     room = min(node.settings.token_budget - len(work), node.max_prefill_tokens_per_step)
     # At least one block: prompts always proceed, also those of preempted sequences.
     room = max(room, node.settings.block_size)
     for role in (node.prefill, node.decode):
-        items = role.prefill_work(room)
-        work += [(role, item) for item in items]
-        room -= sum(item.num_tokens for item in items)
+        for chunk in plan_chunks(role.sequences_to_prefill(), room, node.settings.block_size):
+            work.append((role, chunk))
+            room -= chunk.num_tokens
     return work
+
+
+def plan_chunks(queue: Iterable[Sequence], max_tokens: int, block_size: int) -> list[WorkItem]:
+    """First come, first served, at most `max_tokens` tokens in all.
+
+    A chunk that does not end its prompt ends on a block border, so that only whole blocks are handed off
+    while later chunks compute.
+    """
+    chunks: list[WorkItem] = []
+    for sequence in queue:
+        num_tokens = min(sequence.num_new_tokens, max_tokens)
+        if num_tokens < sequence.num_new_tokens:
+            num_tokens -= (sequence.num_computed_tokens + num_tokens) % block_size
+        if num_tokens <= 0:
+            break
+        chunks.append(WorkItem(sequence, num_tokens))
+        max_tokens -= num_tokens
+    return chunks
 
 
 async def _run_step(node: Node, engine: Engine, work: Work) -> None:

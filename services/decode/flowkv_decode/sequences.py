@@ -27,7 +27,6 @@ from flowkv_common.wire.messages import (
     TokenLogprob,
     transfer_id,
 )
-from flowkv_engine.engine.batch import WorkItem
 from flowkv_engine.engine.sampler import Sampled
 from flowkv_engine.engine.sequence import Sequence
 from flowkv_engine.kv.blocks import GROWTH_ROOM, OutOfBlocks
@@ -187,7 +186,7 @@ class DecodeRole:
 
     # --- batch ------------------------------------------------------------------------------------
 
-    def decode_work(self) -> list[WorkItem]:
+    def sequences_to_decode(self) -> list[Sequence]:
         """Gives places and blocks first, if need be at the cost of the youngest sequence."""
         self._admit()
         for sequence in list(self._running):
@@ -197,17 +196,11 @@ class DecodeRole:
                     sequence.block_table.append(self._node.blocks.grow(sequence.block_table[-1]))
                 except OutOfBlocks:
                     self._preempt(self._running[-1])
-        return [WorkItem(sequence, 1) for sequence in self._running if not sequence.is_prefilling]
+        return [sequence for sequence in self._running if not sequence.is_prefilling]
 
-    def prefill_work(self, max_tokens: int) -> list[WorkItem]:
-        """Chunks of the sequences that lost their KV to a preemption, oldest first."""
-        items = []
-        for sequence in self._running:
-            if sequence.is_prefilling and max_tokens > 0:
-                num_tokens = min(sequence.num_new_tokens, max_tokens)
-                items.append(WorkItem(sequence, num_tokens))
-                max_tokens -= num_tokens
-        return items
+    def sequences_to_prefill(self) -> list[Sequence]:
+        """Those that lost their KV to a preemption, oldest first."""
+        return [sequence for sequence in self._running if sequence.is_prefilling]
 
     def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
         """Append the new token, tell the gateway, end the sequence when this was its last."""

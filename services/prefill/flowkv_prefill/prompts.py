@@ -7,7 +7,6 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from flowkv_common.aio import FairQueue, Phases, running
@@ -15,7 +14,6 @@ from flowkv_common.bus.service import Endpoint
 from flowkv_common.errors import BadRequest, DeadlineExceeded, FlowKVError, Internal, TransferFailed
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, PrefillRun
-from flowkv_engine.engine.batch import WorkItem
 from flowkv_engine.engine.sampler import Sampled
 from flowkv_engine.engine.sequence import Sequence
 from flowkv_node.attempts import Attempt
@@ -46,7 +44,6 @@ class Prompt:
     computed_at: float = 0.0  # on the monotonic clock
     first: Sampled | None = None  # what the last chunk gives: an output token
     phases: Phases = field(default_factory=Phases)
-    handoff_result: str = "failed"  # one of `HANDOFF_RESULTS`, as far as it has come
 
 
 class PrefillRole:
@@ -105,7 +102,7 @@ class PrefillRole:
                 if prompt.run.decode == node.ref:
                     await self._serve_here(prompt)
                 else:
-                    await self._serve_and_hand_off(prompt, num_blocks * node.layout.block_bytes)
+                    await self._hand_off(prompt, num_blocks * node.layout.block_bytes)
         except BadRequest as error:
             self._give_up(prompt, error)
         except FlowKVError as error:
@@ -118,55 +115,53 @@ class PrefillRole:
             self._give_up(prompt, Internal(f"prefill failed: {error}"))
         finally:
             self._prompts.pop(tid, None)
+            self._computing.pop(tid, None)
+            node.free_blocks(prompt.sequence)
+            node.wake.set()
             await node.outbox.flush()
 
-    async def _serve_and_hand_off(self, prompt: Prompt, num_bytes: int) -> None:
-        """And count how it ends, once it has begun. One that is out of time is cancelled, too."""
+    async def _hand_off(self, prompt: Prompt, num_bytes: int) -> None:
+        """To another node. The metric says how it ended; one that is out of time is cancelled, too."""
         tid, node = prompt.sequence.transfer_id, self._node
         async with contextlib.AsyncExitStack() as held:
             with prompt.phases.phase("queue"):
                 budget = node.handoffs.hold(tid, prompt.run.decode.node_id, num_bytes)
                 in_flight = await held.enter_async_context(budget)
+            result = "failed"  # one of `HANDOFF_RESULTS`, as far as it has come
             try:
-                with self._blocks_of(prompt):
-                    await self._hand_off(prompt, in_flight)
+                handoff = await self._reserve_and_take_blocks(prompt, in_flight)
+                async with running(handoff.keep_reserved(), self._send_early(prompt, handoff)):
+                    in_flight.enter(Stage.COMPUTING)
+                    await self._compute(prompt)
+                    in_flight.enter(Stage.SENDING)
+                    if await self._emit_first(prompt):
+                        result = "unneeded"  # also if a copy under way fails now
+                        node.attempts.end(tid)
+                        await handoff.release()
+                        return
+                    node.attempts.set_state(tid, "handoff")
+                    with prompt.phases.phase("handoff"):
+                        await handoff.send_computed(prompt.sequence, prompt_done=True)
+                    await handoff.commit(prompt.sequence)
+                    node.attempts.end(tid)  # the decode node has it now
+                    await handoff.report(prompt.computed_at)
+                    result = "done"
             except asyncio.CancelledError:
-                prompt.handoff_result = "cancelled"
+                result = "cancelled"
                 raise
             finally:
-                node.instruments.handoffs[prompt.handoff_result].inc()
-
-    async def _hand_off(self, prompt: Prompt, in_flight: InFlight) -> None:
-        tid, attempts = prompt.sequence.transfer_id, self._node.attempts
-        handoff = await self._reserve_and_take_blocks(prompt, in_flight)
-        async with running(handoff.keep_reserved(), self._send_early(prompt, handoff)):
-            in_flight.enter(Stage.COMPUTING)
-            await self._compute(prompt)
-            in_flight.enter(Stage.SENDING)
-            if await self._emit_first(prompt):
-                prompt.handoff_result = "unneeded"  # also if a copy under way fails now
-                attempts.end(tid)
-                await handoff.release()
-                return
-            attempts.set_state(tid, "handoff")
-            with prompt.phases.phase("handoff"):
-                await handoff.send_computed(prompt.sequence, prompt_done=True)
-            await handoff.commit(prompt.sequence)
-            attempts.end(tid)  # the decode node has it now
-            await handoff.report(prompt.computed_at)
-            prompt.handoff_result = "done"
+                node.instruments.handoffs[result].inc()
 
     async def _serve_here(self, prompt: Prompt) -> None:
         """Prefill and decode are the same node: the handoff moves no bytes."""
-        with self._blocks_of(prompt):
-            await self._take_blocks(prompt)
-            self._node.num_rooms_given += 1
-            await self._compute(prompt)
-            if await self._emit_first(prompt):
-                self._node.attempts.end(prompt.sequence.transfer_id)
-            else:
-                self._node.decode.adopt(prompt.sequence)
-                prompt.sequence = new_sequence(prompt.run)  # the blocks are decode's now: none to free here
+        await self._take_blocks(prompt)
+        self._node.num_rooms_given += 1
+        await self._compute(prompt)
+        if await self._emit_first(prompt):
+            self._node.attempts.end(prompt.sequence.transfer_id)
+        else:
+            self._node.decode.adopt(prompt.sequence)
+            prompt.sequence = new_sequence(prompt.run)  # the blocks are decode's now: none to free here
 
     async def _reserve_and_take_blocks(self, prompt: Prompt, in_flight: InFlight) -> Handoff:
         """Room at the decode node, then blocks here: in that order everywhere.
@@ -209,16 +204,6 @@ class PrefillRole:
                 while not node.take_blocks(sequence, num_blocks):
                     await node.wait_for_room(ROOM_RETRY_S)
         sequence.num_cached_tokens = sequence.num_computed_tokens
-
-    @contextlib.contextmanager
-    def _blocks_of(self, prompt: Prompt) -> Iterator[None]:
-        """Gives the blocks back that the prompt has taken in the context, if any."""
-        try:
-            yield
-        finally:
-            self._computing.pop(prompt.sequence.transfer_id, None)
-            self._node.free_blocks(prompt.sequence)
-            self._node.wake.set()
 
     async def _compute(self, prompt: Prompt) -> None:
         """Wait until all chunks are computed."""
@@ -269,9 +254,8 @@ class PrefillRole:
 
     # --- between steps ----------------------------------------------------------------------------
 
-    def prefill_work(self, max_tokens: int) -> list[WorkItem]:
-        waiting = (prompt.sequence for prompt in self._computing.values() if prompt.first is None)
-        return plan_chunks(waiting, max_tokens, self._node.settings.block_size)
+    def sequences_to_prefill(self) -> list[Sequence]:
+        return [prompt.sequence for prompt in self._computing.values() if prompt.first is None]
 
     def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
         """One more chunk is computed; the last one comes with a token."""
@@ -294,22 +278,3 @@ class PrefillRole:
             queued_prefill_tokens=sum(sequence.num_new_tokens for sequence in waiting),
             num_prompts=len(waiting),
         )
-
-
-def plan_chunks(queue: Iterable[Sequence], max_tokens: int, block_size: int) -> list[WorkItem]:
-    """First come, first served, at most `max_tokens` tokens in all.
-
-    A chunk that does not end its prompt ends on a block border, so that only whole blocks are handed off
-    while later chunks compute.
-    """
-    chunks: list[WorkItem] = []
-    for sequence in queue:
-        num_tokens = min(sequence.num_new_tokens, max_tokens)
-        if num_tokens < sequence.num_new_tokens:
-            end = sequence.num_computed_tokens + num_tokens
-            num_tokens -= end % block_size
-        if num_tokens <= 0:
-            break
-        chunks.append(WorkItem(sequence, num_tokens))
-        max_tokens -= num_tokens
-    return chunks
