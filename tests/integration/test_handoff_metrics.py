@@ -7,7 +7,6 @@ import asyncio
 import pytest
 
 from flowkv_common.errors import TransferFailed
-from flowkv_node.attempts import Cause
 from flowkv_node.measures import HANDOFF_RESULTS
 from tests.engineless import Pair
 from tests.waiting import soon, until
@@ -41,7 +40,7 @@ async def test_handoffs_are_counted_by_result(pair: Pair) -> None:
     run = pair.run(PROMPT)
     await pair.p.prefill.accept(run)
     await until(lambda: pair.p.node.handoffs.queue.num_holders)
-    pair.p.node.attempts.cancel(f"{run.request_id}.0", Cause.UNWANTED)
+    pair.p.node.attempts.cancel(f"{run.request_id}.0")
     await pair.p.wait_idle()
     assert counted(pair) == {"done": 1, "unneeded": 1, "cancelled": 1}
 

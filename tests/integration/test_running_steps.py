@@ -20,7 +20,6 @@ from flowkv_common.wire.messages import PrefillRun, Resume, transfer_id
 from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.runner import DeviceLost, Result
 from flowkv_engine.engine.sampler import Sampled
-from flowkv_node.attempts import Cause
 from flowkv_node.steps import run_steps
 from tests.engineless import FIRST_TOKEN, Pair, Side, engineless_pair
 from tests.nats_server import NatsServer
@@ -88,7 +87,7 @@ async def test_blocks_of_a_cancelled_sequence_are_held_until_its_step_ends(
         engine.end_step()
         await engine.begun(2)
     num_held = side.node.blocks.num_leased
-    side.node.attempts.cancel(tid, Cause.UNWANTED)
+    side.node.attempts.cancel(tid)
     await computing.pair.settle()
     assert side.node.blocks.num_leased == num_held > 0
     engine.end_step(error)
@@ -104,7 +103,7 @@ async def test_the_others_of_a_step_get_their_tokens(computing: Computing) -> No
     engine.end_step()
     await engine.begun(2)
     assert len(engine.steps[1][0].samples) == 2  # the prompts; the sequence has not come to decode yet
-    side.node.attempts.cancel(second, Cause.UNWANTED)
+    side.node.attempts.cancel(second)
     engine.end_step()
     await until(lambda: {chunk.transfer_id for chunk in computing.pair.chunks} == {first, third})
 

@@ -11,7 +11,6 @@ import pytest
 from flowkv_common.errors import Stale, Unavailable
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Cancel, PrefillRun, transfer_id
-from flowkv_node.attempts import Cause
 from flowkv_prefill import handoff
 from tests.engineless import NUM_BLOCKS, Pair, engineless_pair
 from tests.nats_server import NatsServer
@@ -88,7 +87,7 @@ class Storm:
         """At both nodes, in any order. The tasks learn of it in the same tick."""
         for run in runs:
             for side in self.random.sample([self.pair.p, self.pair.d], k=2):
-                side.node.attempts.cancel(tid_of(run), Cause.UNWANTED)
+                side.node.attempts.cancel(tid_of(run))
 
     async def end(self) -> None:
         """Raises AssertionError if anything is held, or the next prompt is not served."""
@@ -125,9 +124,9 @@ class Wedge(Storm):
         mine = [run for run in self.runs if tid_of(run) in side.node.attempts]
         for attempt in side.node.attempts:
             side.node.outbox.add_failure(attempt.gateway_id, attempt.transfer_id, Unavailable("wedged"))
-            side.node.attempts.cancel(attempt.transfer_id, Cause.GIVEN_BACK)
+            side.node.attempts.cancel(attempt.transfer_id, is_cut_off=True)
         for run in mine:
-            other.node.attempts.cancel(tid_of(run), Cause.UNWANTED)
+            other.node.attempts.cancel(tid_of(run))
 
 
 @pytest.mark.parametrize("kind", [Storm, GatewayLoss, Wedge], ids=["clients", "gateway", "wedge"])

@@ -13,7 +13,6 @@ from flowkv_common.errors import Unavailable
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Reserve
 from flowkv_node import host
-from flowkv_node.attempts import Cause
 from flowkv_node.handoffs import STUCK_AFTER_S
 from tests.engineless import Pair, engineless_pair
 from tests.nats_server import NatsServer
@@ -50,7 +49,7 @@ async def send_without_end(pair: Pair) -> None:
 
 
 async def serve_another(pair: Pair) -> None:
-    pair.d.node.attempts.cancel("r0.0", Cause.UNWANTED)
+    pair.d.node.attempts.cancel("r0.0")
     before = pair.d.num_sequences_accepted
     await pair.p.prefill.accept(pair.run(PROMPT))
     await pair.compute_all()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import shutil
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ async def keeping(side: Side) -> AsyncIterator[None]:
 async def send(a: Side, b: Side, transfer_id: str) -> None:
     """One block, and a look at whether it has arrived."""
     reserved = b.reservations.reserve(transfer_id, 1, [], [], 60.0)
-    await a.links.to(B).send_blocks(transfer_id, reserved.token, [Copy(5, reserved.block_ids[0], 1)])
+    link = await a.links.link_to(B)
+    await link.send_blocks(transfer_id, reserved.token, [Copy(5, reserved.block_ids[0], 1)])
     assert a.pool.tensor[5].equal(b.pool.tensor[reserved.block_ids[0]])
 
 
@@ -149,11 +151,11 @@ async def test_while_a_slow_connector_is_made_the_next_one_serves(
         async with keeping(a):
             await until(lambda: a.links.connectors_in_use() == {"b": "fast"})
             await send(a, b, "r1.0")
-            link = a.links.to(B)
+            link = await a.links.link_to(B)
             may_go.set()
             await until(lambda: a.links.connectors_in_use() == {"b": "slow"})
             await send(a, b, "r2.0")
-            assert a.links.to(B) is link  # who holds it needs to know nothing
+            assert await a.links.link_to(B) is link  # who holds it needs to know nothing
         assert (slow.num_tries, fast.num_tries) == (1, 1)
         assert "KV goes to b by fast, not by slow: takes long" in caplog.messages
         assert "linked to b by slow" in caplog.messages
@@ -233,7 +235,7 @@ async def test_where_one_fails_another_takes_over_and_later_gives_it_back(
             await send(a, b, "r1.0")
             folder = Path(b.links._addresses["shm"]).parent
             aside = shutil.move(folder, tmp_path / "aside")
-            hang_up(a.links.to(B))
+            hang_up(await a.links.link_to(B))
             with pytest.raises(TransferFailed, match="No such file"):
                 await send(a, b, "r2.0")
             await until(lambda: a.links.connectors_in_use() == {"b": "tcp"})
@@ -263,7 +265,7 @@ async def test_a_link_that_was_lost_is_made_anew_also_while_nobody_sends(
             await until(lambda: bool(a.links.connectors_in_use()))
             folder = Path(b.links._addresses["shm"]).parent
             aside = shutil.move(folder, tmp_path / "aside")
-            link = a.links.to(B)
+            link = await a.links.link_to(B)
             hang_up(link)
             with pytest.raises(TransferFailed, match="No such file"):
                 await send(a, b, "r1.0")
@@ -290,7 +292,7 @@ async def test_a_link_that_was_lost_is_replaced_while_a_better_one_takes_long(
         async with keeping(a):
             await until(lambda: a.links.connectors_in_use() == {"b": "shm"})
             shutil.move(Path(b.links._addresses["shm"]).parent, tmp_path / "aside")
-            hang_up(a.links.to(B))
+            hang_up(await a.links.link_to(B))
             with pytest.raises(TransferFailed, match="No such file"):
                 await send(a, b, "r1.0")
             await until(lambda: a.links.connectors_in_use() == {"b": "tcp"})
@@ -333,14 +335,18 @@ async def test_an_error_that_nobody_foresaw_fails_one_try_and_no_node(
     assert "KV goes to b by last, not by best: RuntimeError: can't start new thread" in caplog.messages
 
 
-async def test_a_life_of_a_peer_that_the_registry_has_not_told_of_yet_is_worth_waiting_for() -> None:
+async def test_a_life_of_a_peer_that_the_registry_has_not_told_of_yet_is_worth_waiting_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Also when an older one is known: whoever asks may have heard of it first."""
+    monkeypatch.setattr(links_module, "LINK_PATIENCE_S", 0.05)
     links = Links(NO_BUS, NodeRef(node_id="a", incarnation="1"), SMALL, "f", NUM_BLOCKS)
     links._peers["b"] = B
     for peer in (B, NodeRef(node_id="b", incarnation="2"), NodeRef(node_id="c", incarnation="1")):
-        with pytest.raises(Unavailable, match="yet") as caught:
-            links.to(peer)
-        assert caught.value.retry_after_s is not None
+        began = time.monotonic()
+        with pytest.raises(Unavailable, match=f"no link to {peer.node_id} within 0.05 s"):
+            await links.link_to(peer)
+        assert time.monotonic() - began >= 0.05
 
 
 async def test_one_life_of_a_peer_has_one_secret_and_the_next_life_another() -> None:

@@ -14,7 +14,6 @@ from flowkv_common.wire.messages import (
     TokenIds,
 )
 from flowkv_engine.engine.sampler import Sampled
-from flowkv_node.attempts import Cause
 from tests.engineless import BLOCK_SIZE, NUM_BLOCKS, Pair, Side, engineless_pair
 from tests.nats_server import NatsServer
 from tests.node_messages import FINGERPRINT, decode_run, reserve
@@ -106,7 +105,7 @@ async def test_a_renewal_that_comes_too_late_opens_nothing(side: Side, ending: s
         await side.decode.reserve(reserve(10, token=reserved.token))
     assert side.node.reservations.num_open == 0
     if ending == "commit":  # the sequence is still what a cancel stops
-        side.node.attempts.cancel("r.0", Cause.UNWANTED)
+        side.node.attempts.cancel("r.0")
         assert not any(side.idle_counts().values())
 
 
@@ -120,7 +119,7 @@ async def test_a_reservation_is_opened_once(side: Side) -> None:
 
 
 async def test_a_cancel_that_comes_first_keeps_the_reservation_out(side: Side) -> None:
-    side.node.attempts.cancel("r.0", Cause.UNWANTED)
+    side.node.attempts.cancel("r.0")
     with pytest.raises(Stale):
         await side.decode.reserve(reserve(10))
     assert not any(side.idle_counts().values())
@@ -128,7 +127,7 @@ async def test_a_cancel_that_comes_first_keeps_the_reservation_out(side: Side) -
 
 async def test_a_cancel_after_the_reservation_keeps_the_commit_out(side: Side) -> None:
     reserved = await side.decode.reserve(reserve(10))
-    side.node.attempts.cancel("r.0", Cause.UNWANTED)
+    side.node.attempts.cancel("r.0")
     with pytest.raises(Stale):
         await side.decode.accept(decode_run([5] * 9, reserved.token))
     assert not any(side.idle_counts().values())
@@ -162,7 +161,7 @@ async def test_a_commit_of_other_tokens_than_were_reserved_for_costs_no_blocks(
     reserved = await side.decode.reserve(reserve(10))
     with error:
         await side.decode.accept(decode_run(prompt_ids, reserved.token, output_ids=TokenIds.of(output_ids)))
-        side.node.attempts.cancel("r.0", Cause.UNWANTED)
+        side.node.attempts.cancel("r.0")
     assert not any(side.idle_counts().values())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from flowkv_common.errors import Stale
-from flowkv_node.attempts import MAX_TOMBSTONES, TOMBSTONE_S, Attempt, Attempts, Cause
+from flowkv_node.attempts import MAX_TOMBSTONES, TOMBSTONE_S, Attempt, Attempts
 
 
 class Clock:
@@ -24,8 +24,8 @@ def test_cancel_stops_once_and_buries() -> None:
     attempts = Attempts()
     stopped: list[str] = []
     begin(attempts, "r.0", stopped)
-    attempts.cancel("r.0", Cause.UNWANTED)
-    attempts.cancel("r.0", Cause.UNWANTED)
+    attempts.cancel("r.0")
+    attempts.cancel("r.0")
     assert stopped == ["r.0"]
     assert len(attempts) == 0
     with pytest.raises(Stale):
@@ -34,7 +34,7 @@ def test_cancel_stops_once_and_buries() -> None:
 
 def test_cancel_that_comes_first_wins() -> None:
     attempts = Attempts()
-    attempts.cancel("r.0", Cause.UNWANTED)
+    attempts.cancel("r.0")
     with pytest.raises(Stale):
         attempts.refuse_ended("r.0")
 
@@ -56,7 +56,7 @@ def test_next_phase_takes_the_place_of_the_last() -> None:
     begin(attempts, "r.0", stopped)
     attempts.begin(Attempt("r.0", "g", "decode", lambda _: stopped.append("as decode")))
     assert attempts.states_by_gateway() == {"g": {"r.0": "decode"}}
-    attempts.cancel("r.0", Cause.UNWANTED)
+    attempts.cancel("r.0")
     assert stopped == ["as decode"]
 
 
@@ -81,9 +81,9 @@ def test_cancel_gateway_takes_only_its_own() -> None:
 def test_tombstones_are_forgotten_in_the_end() -> None:
     clock = Clock()
     attempts = Attempts(clock)
-    attempts.cancel("r.0", Cause.UNWANTED)
+    attempts.cancel("r.0")
     clock.now = TOMBSTONE_S + 1
-    attempts.cancel("other.0", Cause.UNWANTED)
+    attempts.cancel("other.0")
     attempts.refuse_ended("r.0")
 
 
@@ -106,7 +106,7 @@ def test_a_cancel_costs_the_same_after_a_hundred_thousand() -> None:
     attempts._tombstones = graves = Counting()
     for number in range(MAX_TOMBSTONES + 50):
         before = graves.num_looks
-        attempts.cancel(f"r{number}.0", Cause.UNWANTED)
+        attempts.cancel(f"r{number}.0")
         assert graves.num_looks - before <= 4
     assert len(graves) == MAX_TOMBSTONES
     attempts.refuse_ended("r49.0")  # the oldest are gone, the youngest stand
@@ -117,11 +117,11 @@ def test_a_cancel_costs_the_same_after_a_hundred_thousand() -> None:
 def test_a_cancel_that_is_repeated_is_remembered_from_then_on() -> None:
     clock = Clock()
     attempts = Attempts(clock)
-    attempts.cancel("r.0", Cause.UNWANTED)
+    attempts.cancel("r.0")
     clock.now = TOMBSTONE_S - 1
-    attempts.cancel("r.0", Cause.UNWANTED)
+    attempts.cancel("r.0")
     clock.now = TOMBSTONE_S + 1
-    attempts.cancel("other.0", Cause.UNWANTED)
+    attempts.cancel("other.0")
     with pytest.raises(Stale):
         attempts.refuse_ended("r.0")
 

@@ -11,10 +11,9 @@ import pytest
 from flowkv_common.errors import Full
 from flowkv_common.wire import subjects
 from flowkv_common.wire.hashing import block_hashes
-from flowkv_common.wire.messages import NodeRef, Reserve
+from flowkv_common.wire.messages import Reserve
 from flowkv_engine.kv.blocks import Blocks
-from flowkv_engine.transport.base import KVLink
-from flowkv_node.attempts import Cause
+from flowkv_node import links
 from flowkv_prefill import handoff
 from flowkv_prefill.handoff import split_at
 from tests.engineless import BLOCK_SIZE, FIRST_TOKEN, Pair, engineless_pair, kv_of
@@ -131,7 +130,7 @@ async def test_a_commit_that_is_refused_gives_everything_back(pair: Pair) -> Non
     await pair.compute_all()
     async with asyncio.timeout(5):
         await pair.link.landed.wait()
-    pair.d.node.attempts.cancel(f"{run.request_id}.0", Cause.UNWANTED)
+    pair.d.node.attempts.cancel(f"{run.request_id}.0")
     pair.link.may_confirm.set()
     await until(lambda: any(chunk.error for chunk in pair.chunks))
     await pair.p.wait_idle()
@@ -169,7 +168,7 @@ async def test_prefill_asks_a_full_decode_node_again_and_takes_no_blocks_before(
 
 
 async def test_all_who_wait_for_a_link_wait_equally_long(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handoff, "LINK_PATIENCE_S", 0.2)
+    monkeypatch.setattr(links, "LINK_PATIENCE_S", 0.2)
     pair.p.node.links._links.clear()
     began = time.monotonic()
     for _ in range(8):
@@ -182,21 +181,13 @@ async def test_all_who_wait_for_a_link_wait_equally_long(pair: Pair, monkeypatch
     await pair.p.wait_idle()
 
 
-async def test_a_link_that_comes_in_time_is_used(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    links = pair.p.node.links
-    kept, looks = dict(links._links), 0
-    links._links.clear()
-    real_to = links.to
-
-    def to(peer: NodeRef) -> KVLink:
-        nonlocal looks
-        looks += 1
-        return real_to(peer)
-
-    monkeypatch.setattr(links, "to", to)
+async def test_a_link_that_comes_in_time_is_used(pair: Pair) -> None:
+    made = pair.p.node.links._links
+    kept = dict(made)
+    made.clear()
     await pair.p.prefill.accept(pair.run(prompt_of(10)))
-    await until(lambda: looks > 1)
-    links._links.update(kept)
+    await until(lambda: pair.p.node.handoffs.queue.num_holders)  # it has looked for the link by now
+    made.update(kept)
     await pair.compute_all()
     await pair.d.wait_accepted(1)
 

@@ -13,7 +13,6 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum, auto
 
 from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import DeadlineExceeded, FlowKVError, Stale, TooLarge, Unavailable
@@ -31,23 +30,17 @@ KEEPALIVE_TIMEOUT_S = 2.0
 MISSES_UNTIL_GONE = 2
 
 
-class Cause(Enum):
-    """Why an attempt is stopped before it has ended by itself."""
-
-    UNWANTED = auto()  # its gateway has found a stop string, or its client has left
-    GATEWAY_GONE = auto()
-    NEWER_ATTEMPT = auto()  # of the same request
-    GIVEN_BACK = auto()  # to its gateway, by a node that can't go on with it
-
-
 @dataclass(slots=True)
 class Attempt:
-    """One attempt on this node. `state` is shown to the gateway; `stop` frees all that the attempt holds."""
+    """One attempt on this node. `state` is shown to the gateway.
+
+    `stop(is_cut_off)` frees all that the attempt holds.
+    """
 
     transfer_id: str
     gateway_id: str
     state: str
-    stop: Callable[[Cause], None]
+    stop: Callable[[bool], None]
 
 
 class Attempts:
@@ -85,7 +78,7 @@ class Attempts:
         self.refuse_ended(attempt.transfer_id)
         request_id, _, number = attempt.transfer_id.rpartition(".")
         for older in range(int(number)):
-            self.cancel(f"{request_id}.{older}", Cause.NEWER_ATTEMPT)
+            self.cancel(f"{request_id}.{older}", is_cut_off=True)
         self._live[attempt.transfer_id] = attempt
 
     def set_state(self, transfer_id: str, state: str) -> None:
@@ -103,22 +96,25 @@ class Attempts:
             self._some_ended.clear()
             await self._some_ended.wait()
 
-    def cancel(self, transfer_id: str, cause: Cause) -> None:
-        """Stop the attempt if it is here, and refuse it if it comes later. As fast with many tombstones."""
+    def cancel(self, transfer_id: str, *, is_cut_off: bool = False) -> None:
+        """Stop the attempt if it is here, and refuse it if it comes later. As fast with many tombstones.
+
+        `is_cut_off`: its gateway did not ask for it, so its output has not ended.
+        """
         now, tombstones = self._clock(), self._tombstones
         tombstones[transfer_id] = now + TOMBSTONE_S
         tombstones.move_to_end(transfer_id)
         while len(tombstones) > MAX_TOMBSTONES or tombstones[next(iter(tombstones))] <= now:
             tombstones.popitem(last=False)
         if attempt := self._live.pop(transfer_id, None):
-            attempt.stop(cause)
+            attempt.stop(is_cut_off)
             self._some_ended.set()
 
     def cancel_gateway(self, gateway_id: str) -> int:
         """Stop all attempts of a gateway that is gone; returns their number."""
         mine = [attempt for attempt in self if attempt.gateway_id == gateway_id]
         for attempt in mine:
-            self.cancel(attempt.transfer_id, Cause.GATEWAY_GONE)
+            self.cancel(attempt.transfer_id, is_cut_off=True)
         return len(mine)
 
     def states_by_gateway(self) -> dict[str, dict[str, str]]:
@@ -197,7 +193,7 @@ class Outbox:
             log.warning("keepalive to %s: %s", gateway_id, error.message)
         else:
             for transfer_id in reply.unknown:
-                self._attempts.cancel(transfer_id, Cause.UNWANTED)  # a cancel was lost
+                self._attempts.cancel(transfer_id)  # a cancel was lost
         self._misses.pop(gateway_id, None)
 
     def _count_miss(self, gateway_id: str, error: FlowKVError) -> None:

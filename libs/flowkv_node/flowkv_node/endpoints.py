@@ -27,7 +27,6 @@ from flowkv_common.wire.nodes import (
     Wedge,
 )
 from flowkv_engine.engine.runner import Engine
-from flowkv_node.attempts import Cause
 from flowkv_node.node import Node
 from flowkv_node.reporting import BlockNews
 
@@ -148,7 +147,7 @@ async def watch_cancels(node: Node) -> None:
     """Until cancelled: stop the attempts that gateways cancel, wherever they stand."""
 
     def cancel(message: Cancel, _: Msg) -> None:
-        node.attempts.cancel(message.transfer_id, Cause.UNWANTED)
+        node.attempts.cancel(message.transfer_id)
         node.wake.set()
 
     mine = subjects.at(subjects.NODE_CANCEL, node.ref.node_id)

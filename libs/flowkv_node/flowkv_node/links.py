@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 FIRST_RETRY_S = 0.2
 LONGEST_RETRY_S = 5.0
 OFFER_TIMEOUT_S = 5.0
+# A request waits so long for a link that is being set up, however many others wait for it too.
+LINK_PATIENCE_S = 5.0
+LINK_POLL_S = 0.02
 # A connector that is preferred has so long before the next one is tried beside it.
 HEAD_START_S = 1.0
 # When connectors that would be preferred are tried again. Each try may cost the peers a thread for minutes.
@@ -105,7 +108,7 @@ class Links:
         self._tokens: dict[str, NodeRef] = {}  # link token -> the peer it was given to
         self._peers: dict[str, NodeRef] = {}
         self._missing_since: dict[str, float] = {}
-        self._links: dict[str, tuple[NodeRef, SwitchedLink]] = {}
+        self._links: dict[NodeRef, SwitchedLink] = {}
         self._changed = asyncio.Event()
 
     async def listen(self, connector: KVConnector) -> None:
@@ -131,19 +134,21 @@ class Links:
             self._tokens[token] = request.peer
         return LinkOffer(node=self._node, num_blocks=self._num_blocks, token=token, addresses=self._addresses)
 
-    def to(self, peer: NodeRef) -> KVLink:
-        """The link to one incarnation of a peer. Raises Unavailable, with a time to ask again, without one.
+    async def link_to(self, peer: NodeRef) -> KVLink:
+        """The link to one incarnation of a peer, once it is made. Raises Unavailable after `LINK_PATIENCE_S`.
 
         Whether that incarnation is yet to be seen here or is over can't be told: the registry may lag behind.
         """
-        linked = self._links.get(peer.node_id)
-        if linked is not None and linked[0] == peer:
-            return linked[1]
-        raise Unavailable(f"no link to {peer.node_id} yet", retry_after_s=FIRST_RETRY_S)
+        gives_up_at = time.monotonic() + LINK_PATIENCE_S
+        while (link := self._links.get(peer)) is None:
+            if time.monotonic() >= gives_up_at:
+                raise Unavailable(f"no link to {peer.node_id} within {LINK_PATIENCE_S:g} s")
+            await asyncio.sleep(LINK_POLL_S)
+        return link
 
     def connectors_in_use(self) -> dict[str, str]:
         """node_id -> name of the connector."""
-        return {node_id: link.name for node_id, (_, link) in self._links.items()}
+        return {peer.node_id: link.name for peer, link in self._links.items()}
 
     def follow(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         """The registry has changed: link to new nodes of our model, forget missing ones after a while."""
@@ -207,8 +212,8 @@ class Links:
                         await pair.link.until_lost()
         finally:
             if pair.link is not None:
-                if self._links.get(peer.node_id) == (peer, pair.link):
-                    del self._links[peer.node_id]
+                if self._links.get(peer) is pair.link:
+                    del self._links[peer]
                 await pair.link.close()
 
     def _better_than(self, pair: _Pair) -> list[str]:
@@ -273,8 +278,7 @@ class Links:
             log.info("linked to %s by %s", node_id, name)
         pair.has_link.set()  # the waiter runs after the link is in place
         if pair.link is None:
-            pair.link = SwitchedLink(link)
-            self._links[node_id] = (pair.peer, pair.link)
+            pair.link = self._links[pair.peer] = SwitchedLink(link)
         else:
             await pair.link.switch(link)
 

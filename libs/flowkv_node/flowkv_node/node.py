@@ -34,7 +34,7 @@ from flowkv_engine.engine.sequence import Sequence
 from flowkv_engine.kv.blocks import Blocks, OutOfBlocks
 from flowkv_engine.kv.pool import Pool
 from flowkv_engine.kv.reservations import Reservations
-from flowkv_node.attempts import Attempts, Cause, Outbox
+from flowkv_node.attempts import Attempts, Outbox
 from flowkv_node.handoffs import HandoffBudget, handoff_bytes
 from flowkv_node.links import Links
 from flowkv_node.measures import Instruments
@@ -198,7 +198,7 @@ class Node:
         for attempt in self.attempts:
             if transfer_ids is None or attempt.transfer_id in transfer_ids:
                 self.outbox.add_failure(attempt.gateway_id, attempt.transfer_id, error)
-                self.attempts.cancel(attempt.transfer_id, Cause.GIVEN_BACK)
+                self.attempts.cancel(attempt.transfer_id, is_cut_off=True)
         await self.outbox.flush()
 
     def add_token(

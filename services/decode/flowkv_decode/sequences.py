@@ -31,7 +31,7 @@ from flowkv_engine.engine.sampler import Sampled
 from flowkv_engine.engine.sequence import Sequence
 from flowkv_engine.kv.blocks import GROWTH_ROOM, OutOfBlocks
 from flowkv_engine.kv.segments import runs_of
-from flowkv_node.attempts import Attempt, Cause
+from flowkv_node.attempts import Attempt
 from flowkv_node.measures import OutputLengths
 from flowkv_node.node import Node, RoleLoad, new_sequence
 
@@ -253,9 +253,9 @@ class DecodeRole:
         self._node.attempts.set_state(sequence.transfer_id, "preempted")
         log.info("preempted %s at %d tokens", sequence.transfer_id, sequence.num_tokens)
 
-    def _stop(self, sequence: Sequence, cause: Cause) -> None:
-        """Cancelled. Its output has ended here only if its gateway says so: else it goes on elsewhere."""
-        if cause is Cause.UNWANTED:
+    def _stop(self, sequence: Sequence, is_cut_off: bool) -> None:
+        """Cancelled. Output that was cut off has not ended: it goes on elsewhere."""
+        if not is_cut_off:
             self._lengths.observe(len(sequence.output_ids), stopped=True)
         self._drop(sequence)
 

@@ -16,13 +16,12 @@ import msgspec
 
 from flowkv_common.aio import Backoff
 from flowkv_common.bus.connection import CONTROL_TIMEOUT_S
-from flowkv_common.errors import FlowKVError, Full, Unavailable
+from flowkv_common.errors import FlowKVError, Full
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
     DecodeRun,
     KVTransferred,
-    NodeRef,
     PrefillRun,
     Release,
     Reserve,
@@ -40,8 +39,6 @@ from flowkv_node.node import Node
 RESERVATION_S = 30.0
 RENEW_S = 10.0
 RENEW_RETRY_S = 1.0
-# A request waits so long for a link that is being set up, however many others wait for it too.
-LINK_PATIENCE_S = 5.0
 FIRST_RETRY_S = 0.02
 LONGEST_RETRY_S = 0.5
 
@@ -173,7 +170,7 @@ async def reserve(
     )
     backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S)
     while True:
-        link = await _link_to(node, run.decode)
+        link = await node.links.link_to(run.decode)
         try:
             return Handoff(node, run, link, request, await _ask_room(node, request))
         except FlowKVError as error:
@@ -182,18 +179,6 @@ async def reserve(
             if isinstance(error, Full):
                 in_flight.hear_decode_node()
         await backoff.sleep()
-
-
-async def _link_to(node: Node, peer: NodeRef) -> KVLink:
-    """Waits for a link that is being set up. Raises Unavailable after `LINK_PATIENCE_S`."""
-    gives_up_at = time.monotonic() + LINK_PATIENCE_S
-    while True:
-        try:
-            return node.links.to(peer)
-        except Unavailable:
-            if time.monotonic() >= gives_up_at:
-                raise Unavailable(f"no link to {peer.node_id} within {LINK_PATIENCE_S:g} s") from None
-        await asyncio.sleep(FIRST_RETRY_S)
 
 
 async def _ask_room(node: Node, request: Reserve) -> Reserved:
