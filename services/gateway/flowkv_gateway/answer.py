@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -40,8 +39,8 @@ _LOGGED_REASONS = frozenset((429, 500, 503, 504))
 
 
 @dataclass(eq=False)
-class AnswerResponse(ABC):
-    """An ASGI response that makes the answer while it is sent. `groups`: the choices, one group per prompt.
+class AnswerResponse:
+    """Makes the answer, and sends it as one JSON body. `groups`: the choices, one group per prompt.
 
     When the client goes away, everything that works for it is cancelled at once. A client that reads slowly
     slows only its own request: nothing piles up here.
@@ -55,6 +54,7 @@ class AnswerResponse(ABC):
 
     def __post_init__(self) -> None:
         self._choices = [choice for group in self.groups for choice in group]
+        self._deltas: list[list[Delta]] = [[] for _ in self._choices]
         self._began = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,15 +82,12 @@ class AnswerResponse(ABC):
 
     # --- how the answer is sent ------------------------------------------------------------------
 
-    def _held_open(self) -> AbstractAsyncContextManager[None]:
-        """Keeps the connection from looking dead while the answer is made. Raises ClientTooSlow."""
-        return nullcontext()
+    async def _send_delta(self, delta: Delta) -> None:
+        self._deltas[delta.choice].append(delta)
 
-    @abstractmethod
-    async def _send_delta(self, delta: Delta) -> None: ...
-
-    @abstractmethod
-    async def _send_end(self) -> None: ...
+    async def _send_end(self) -> None:
+        body = self.writer.whole(self._deltas, self._usage())
+        await Response(body, media_type="application/json")(self._scope, self._receive, self._send)
 
     async def _send_error(self, error: FlowKVError) -> None:
         await error_response(error)(self._scope, self._receive, self._send)
@@ -105,12 +102,11 @@ class AnswerResponse(ABC):
     async def _make_and_send(self) -> FlowKVError | None:
         """Returns the error that the client got or was cut off for, None if there was none."""
         try:
-            async with self._held_open():
-                await self._make_choices()
+            await self._make_choices()
             await self._send_end()
             return None
         except ClientTooSlow as slow:
-            return self._cut_off(slow)
+            return slow
         except FlowKVError as error:
             return await self._report_error(error)
         except Exception:
@@ -122,16 +118,8 @@ class AnswerResponse(ABC):
         try:
             await self._send_error(error)
         except ClientTooSlow as slow:
-            return self._cut_off(slow)
+            return slow
         return error
-
-    def _cut_off(self, slow: ClientTooSlow) -> FlowKVError:
-        self.metrics.slow_clients.inc()
-        log.warning("cut off a client: %s", slow)
-        abort: Callable[[], None] | None = self._scope.get("extensions", {}).get(ABORT)
-        if abort is not None:  # closing would wait for the client to read what is left
-            abort()
-        return slow
 
     async def _make_choices(self) -> None:
         """Until every choice has ended. If one fails its error is raised, and the others are cancelled."""
@@ -154,11 +142,11 @@ class AnswerResponse(ABC):
             tasks.create_task(self._make_choice(choice, has_tokens))
 
     async def _make_choice(self, choice: Choice, has_tokens: asyncio.Event) -> None:
-        with self.metrics.observe(choice) as times:
+        with self.metrics.observe(choice) as on_tokens:
             async with aclosing(self.dispatch.generate(choice.request)) as chunks:
                 async for chunk in chunks:
                     has_tokens.set()
-                    times.on_tokens(len(chunk.token_ids))
+                    on_tokens(len(chunk.token_ids))
                     for delta in choice.push(chunk):
                         await self._send_delta(delta)
                     if choice.finish_reason is not None:
@@ -198,21 +186,6 @@ class AnswerResponse(ABC):
         log.info("request ended", extra={"fields": {**fields, **_error_fields(error)}})
 
 
-class WholeResponse(AnswerResponse):
-    """Collects the answer and sends it as one JSON body."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._deltas: list[list[Delta]] = [[] for _ in self._choices]
-
-    async def _send_delta(self, delta: Delta) -> None:
-        self._deltas[delta.choice].append(delta)
-
-    async def _send_end(self) -> None:
-        body = self.writer.whole(self._deltas, self._usage())
-        await Response(body, media_type="application/json")(self._scope, self._receive, self._send)
-
-
 @dataclass(eq=False)
 class StreamResponse(AnswerResponse):
     """Sends one event per token. An error before the headers is a plain error response, later an event.
@@ -230,8 +203,9 @@ class StreamResponse(AnswerResponse):
         self._sending = asyncio.Lock()
         self._sent_at = time.monotonic()
 
-    def _held_open(self) -> AbstractAsyncContextManager[None]:
-        return running(self._keep_open())
+    async def _make_choices(self) -> None:
+        async with running(self._keep_open()):
+            await super()._make_choices()
 
     async def _send_delta(self, delta: Delta) -> None:
         usage: Json = {"usage": None} if self.options.include_usage else {}
@@ -242,15 +216,13 @@ class StreamResponse(AnswerResponse):
     async def _send_end(self) -> None:
         if self.options.include_usage:
             await self._send_event(self.writer.usage_chunk(self._usage()))
-        await self._send_event(b"[DONE]")
-        await self._send_message({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._send_last_event(b"[DONE]")
 
     async def _send_error(self, error: FlowKVError) -> None:
-        if not self._is_started:
+        if self._is_started:
+            await self._send_last_event(error_body(error))
+        else:
             await super()._send_error(error)
-            return
-        await self._send_event(error_body(error))
-        await self._send_message({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _keep_open(self) -> None:
         """Until cancelled: headers after a second, then a comment after each `ping_s` of silence (0: none).
@@ -259,12 +231,12 @@ class StreamResponse(AnswerResponse):
         """
         await asyncio.sleep(HEADERS_AFTER_S)
         async with self._sending:
-            await self._start()
+            await self._send_headers()
         while ping_s := self.settings.ping_s:
             await asyncio.sleep(self._sent_at + ping_s - time.monotonic())
             async with self._sending:
                 if time.monotonic() - self._sent_at >= ping_s:
-                    await self._send_part(b": ping\n\n")
+                    await self._send_body(b": ping\n\n")
 
     async def _send_event(self, payload: bytes) -> None:
         """The first one goes out with status and headers. `payload` is JSON. Raises ClientTooSlow."""
@@ -272,18 +244,22 @@ class StreamResponse(AnswerResponse):
             for line_break, escaped in _LINE_BREAKS:
                 payload = payload.replace(line_break, escaped)
         async with self._sending:
-            await self._start()
-            await self._send_part(b"data: " + payload + b"\n\n")
+            await self._send_headers()
+            await self._send_body(b"data: " + payload + b"\n\n")
 
-    async def _start(self) -> None:
+    async def _send_last_event(self, payload: bytes) -> None:
+        await self._send_event(payload)
+        await self._send_body(b"", more_body=False)
+
+    async def _send_headers(self) -> None:
         if not self._is_started:
             await self._send_message(
                 {"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS}
             )
             self._is_started = True
 
-    async def _send_part(self, body: bytes) -> None:
-        await self._send_message({"type": "http.response.body", "body": body, "more_body": True})
+    async def _send_body(self, body: bytes, *, more_body: bool = True) -> None:
+        await self._send_message({"type": "http.response.body", "body": body, "more_body": more_body})
         self._sent_at = time.monotonic()
 
     async def _send_message(self, message: Message) -> None:
@@ -292,7 +268,13 @@ class StreamResponse(AnswerResponse):
             async with asyncio.timeout(timeout_s):
                 await self._send(message)
         except TimeoutError:
-            raise ClientTooSlow(f"Nothing was read for {timeout_s:g} s.") from None
+            slow = ClientTooSlow(f"Nothing was read for {timeout_s:g} s.")
+            self.metrics.slow_clients.inc()
+            log.warning("cut off a client: %s", slow)
+            abort: Callable[[], None] | None = self._scope.get("extensions", {}).get(ABORT)
+            if abort is not None:  # closing would wait for the client to read what is left
+                abort()
+            raise slow from None
 
 
 def log_refusal(request: Request, error: FlowKVError) -> None:

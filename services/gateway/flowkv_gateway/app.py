@@ -24,7 +24,7 @@ from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import FlowKVError, Internal, Unavailable
 from flowkv_common.telemetry import health_routes, metrics_routes
 from flowkv_common.wire.messages import ModelCard
-from flowkv_gateway.answer import StreamResponse, WholeResponse, log_refusal
+from flowkv_gateway.answer import AnswerResponse, StreamResponse, log_refusal
 from flowkv_gateway.dispatch import Dispatch
 from flowkv_gateway.errors import ModelNotFound, error_response, json_error, status_of
 from flowkv_gateway.http import CloseWhileStopping, read_body
@@ -67,12 +67,7 @@ class Api:
         self._stop = stop
         folder = Path(settings.model_path)
         self._folder_names = (folder.name, folder.resolve().name)
-        self._metrics = GatewayMetrics(
-            registry,
-            self._model_name,
-            is_known=lambda: bool(settings.model_name) or dispatch.model() is not None,
-            load=dispatch.load,
-        )
+        self._metrics = GatewayMetrics(registry, self._known_model_name, dispatch.load)
         self._created = int(time.time())
         self.app = Starlette(
             routes=[
@@ -155,10 +150,13 @@ class Api:
             self._check_model(body.model)
         return body
 
-    def _model_name(self) -> str:
-        """As it was set, else as the nodes call it; before any has joined the folder's name."""
+    def _known_model_name(self) -> str | None:
+        """As it was set, else as the nodes call it; None before any has joined."""
         card = self._dispatch.model()
-        return self._settings.model_name or (card.name if card else self._folder_names[0])
+        return self._settings.model_name or (card.name if card else None)
+
+    def _model_name(self) -> str:
+        return self._known_model_name() or self._folder_names[0]
 
     def _check_model(self, name: str) -> None:
         # The folder's name means the same model, whatever the nodes call it.
@@ -212,7 +210,7 @@ class Api:
         numbers = itertools.count()
         choices = [[Choice(next(numbers), one, vocabulary, display) for one in group] for group in groups]
         if not body.stream:
-            return WholeResponse(choices, writer, self._dispatch, self._metrics, self._settings)
+            return AnswerResponse(choices, writer, self._dispatch, self._metrics, self._settings)
         options = body.stream_options or StreamOptions()
         return StreamResponse(choices, writer, self._dispatch, self._metrics, self._settings, options)
 

@@ -14,7 +14,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from flowkv_common.errors import Cancelled, FlowKVError
-from flowkv_gateway.dispatch import Load, RequestState
+from flowkv_gateway.dispatch import Load
 from flowkv_gateway.errors import CLIENT_HAS_GONE, ERROR_TYPES
 from flowkv_gateway.output import Choice
 
@@ -45,15 +45,12 @@ class GatewayMetrics(Collector):
     def __init__(
         self,
         registry: CollectorRegistry,
-        model_name: Callable[[], str],
-        *,
-        is_known: Callable[[], bool],
+        model_name: Callable[[], str | None],
         load: Callable[[], Load],
     ) -> None:
-        """`is_known`: whether the model's name is final."""
+        """`model_name` is None until it is known, which is before the first choice is made."""
         registry.register(self)  # the first to be asked at a scrape
         self._model_name = model_name
-        self._is_known = is_known
         self._load = load
         self._families: list[Counter | Histogram] = []  # of one label, the model's name
 
@@ -97,9 +94,8 @@ class GatewayMetrics(Collector):
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """What is read at a scrape."""
-        if not self._is_known():
+        if (name := self._model_name()) is None:
             return
-        name = self._model_name()
         for family in self._families:
             family.labels(name)
         for reason in ("stop", "length", "abort", "error"):
@@ -124,18 +120,56 @@ class GatewayMetrics(Collector):
         self.num_choices.labels(self._model_name()).observe(num_choices)
 
     @contextlib.contextmanager
-    def observe(self, choice: Choice) -> Iterator[ChoiceTimes]:
-        """Measures one choice while it is made. One that is not finished then is for `count_unfinished`."""
-        name = self._model_name()
-        times = ChoiceTimes(self, name, choice.request)
+    def observe(self, choice: Choice) -> Iterator[Callable[[int], None]]:
+        """Measures one choice while it is made; gives what to call with each chunk's number of tokens.
+
+        One that is not finished at the end is for `count_unfinished`.
+        """
+        name, request = self._model_name(), choice.request
+        itl, answer_tokens = self.itl.labels(name), self.answer_tokens.labels(name)  # once: each token counts
+        began = perf_counter()
+        first_at = last_at = 0.0
+
+        def on_tokens(num_tokens: int) -> None:
+            nonlocal first_at, last_at
+            if not num_tokens:
+                return
+            now = perf_counter()
+            if first_at:
+                itl.observe(now - last_at)
+            else:
+                first_at = now
+                self.ttft.labels(name).observe(now - began)
+                self.prompt_tokens.labels(name).inc(len(request.prompt_ids))
+                self.cache_queries.labels(name).inc(len(request.prompt_ids))
+                self.cache_hits.labels(name).inc(request.num_cached_tokens)
+            last_at = now
+            answer_tokens.inc(num_tokens)
+
         self._open.inc()
         try:
-            yield times
+            yield on_tokens
         finally:
             self._open.dec()
             if choice.finish_reason is not None:
                 self._finished.labels(name, choice.finish_reason).inc()
-                times.on_end(choice.num_tokens)
+                observed: list[tuple[Histogram, float]] = [
+                    (self.prompt_length, len(request.prompt_ids)),
+                    (self.answer_length, choice.num_tokens),
+                    (self.max_tokens, request.sampling.max_tokens),
+                    (self.e2e, perf_counter() - began),
+                ]
+                if first_at:
+                    observed += [
+                        (self.queue, request.queue_s),
+                        (self.prefill, max(0.0, first_at - began - request.queue_s)),
+                        (self.decode, last_at - first_at),
+                        (self.inference, max(0.0, last_at - began - request.queue_s)),
+                    ]
+                if choice.num_tokens > 1:
+                    observed.append((self.tpot, (last_at - first_at) / (choice.num_tokens - 1)))
+                for family, value in observed:
+                    family.labels(name).observe(value)
 
     def count_unfinished(self, choices: Iterable[Choice], error: FlowKVError | None) -> None:
         """Count those of `choices` that were cut off when their request ended with `error`.
@@ -147,54 +181,3 @@ class GatewayMetrics(Collector):
         for choice in choices:
             if choice.finish_reason is None:
                 self._finished.labels(self._model_name(), reason).inc()
-
-
-class ChoiceTimes:
-    """The clock of one choice, started when it is made."""
-
-    def __init__(self, metrics: GatewayMetrics, model_name: str, request: RequestState) -> None:
-        self._metrics = metrics
-        self._model_name = model_name
-        self._request = request
-        self._itl = metrics.itl.labels(model_name)  # looked up once: these two count each token
-        self._answer_tokens = metrics.answer_tokens.labels(model_name)
-        self._start = perf_counter()
-        self._first: float | None = None
-        self._last = self._start
-
-    def on_tokens(self, num_tokens: int) -> None:
-        """A chunk with so many tokens has come."""
-        if not num_tokens:
-            return
-        now = perf_counter()
-        if self._first is None:
-            self._first = now
-            num_prompt_tokens = len(self._request.prompt_ids)
-            self._observe(self._metrics.ttft, now - self._start)
-            self._metrics.prompt_tokens.labels(self._model_name).inc(num_prompt_tokens)
-            self._metrics.cache_queries.labels(self._model_name).inc(num_prompt_tokens)
-            self._metrics.cache_hits.labels(self._model_name).inc(self._request.num_cached_tokens)
-        else:
-            self._itl.observe(now - self._last)
-        self._last = now
-        self._answer_tokens.inc(num_tokens)
-
-    def on_end(self, num_tokens: int) -> None:
-        """The answer is complete."""
-        metrics, request = self._metrics, self._request
-        self._observe(metrics.prompt_length, len(request.prompt_ids))
-        self._observe(metrics.answer_length, num_tokens)
-        self._observe(metrics.max_tokens, request.sampling.max_tokens)
-        self._observe(metrics.e2e, perf_counter() - self._start)
-        if self._first is None:
-            return
-        ttft_s, decode_s = self._first - self._start, self._last - self._first
-        self._observe(metrics.queue, request.queue_s)
-        self._observe(metrics.prefill, max(0.0, ttft_s - request.queue_s))
-        self._observe(metrics.decode, decode_s)
-        self._observe(metrics.inference, max(0.0, ttft_s + decode_s - request.queue_s))
-        if num_tokens > 1:
-            self._observe(metrics.tpot, decode_s / (num_tokens - 1))
-
-    def _observe(self, family: Histogram, value: float) -> None:
-        family.labels(self._model_name).observe(value)
