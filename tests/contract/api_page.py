@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flowkv_gateway.schemas import (
-    CHANGE_NOTHING,
     REFUSED,
     ChatRequest,
     CompletionRequest,
@@ -15,6 +14,38 @@ from flowkv_gateway.schemas import (
     TokenizeRequest,
 )
 
+# Accepted like any unknown field, since nothing here depends on them.
+CHANGE_NOTHING = {
+    "user": "names the user",
+    "safety_identifier": "names the user",
+    "metadata": "for stored answers",
+    "store": "nothing is stored",
+    "service_tier": "there is one",
+    "prompt_cache_key": "the prefix cache finds its blocks by what they hold",
+    "prompt_cache_options": "the same",
+    "prompt_cache_retention": "the same",
+    "prediction": "would make an answer faster, not another one",
+    "parallel_tool_calls": "there are no tool calls",
+    "length_penalty": "of beam search, which is refused",
+    "truncation_side": "of `truncate_prompt_tokens`, which is refused",
+    "spaces_between_special_tokens": "there are never any",
+    "guided_decoding_backend": "of constrained output, which is refused",
+    "guided_whitespace_pattern": "the same",
+    "media_io_kwargs": "of images and sound, which are refused",
+    "mm_processor_kwargs": "the same",
+    "return_mm_kwargs": "the same",
+    "return_token_offsets": "of an endpoint that does not exist here",
+    "routed_experts_prompt_start": "the choice of experts is not shown",
+    "request_id": "an answer's id is the gateway's",
+    "session_id": "related requests are known by what they share",
+    "stream_interval": "a stream has a chunk per token",
+}
+
+BODIES = {
+    ChatRequest: ("chat", "/v1/chat/completions"),
+    CompletionRequest: ("completions", "/v1/completions"),
+    TokenizeRequest: ("tokenize", "/tokenize"),
+}
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 
 
@@ -32,11 +63,7 @@ def page_from_code(page: str) -> str:
 def _served() -> Iterator[str]:
     common = GenerationRequest.__struct_fields__
     yield f"- both generation endpoints: {_names(common)}"
-    for path, kind in (
-        ("/v1/chat/completions", ChatRequest),
-        ("/v1/completions", CompletionRequest),
-        ("/tokenize", TokenizeRequest),
-    ):
+    for kind, (_, path) in BODIES.items():
         own = [name for name in kind.__struct_fields__ if kind is TokenizeRequest or name not in common]
         yield f"- `{path}`: {_names(own)}"
 
@@ -45,7 +72,8 @@ def _refused() -> Iterator[str]:
     alike: dict[tuple[str, str, str], list[str]] = {}
     for row in REFUSED:
         accepted = ", ".join(f"`{json.dumps(value)}`" for value in row.accepted if value is not None)
-        alike.setdefault((", ".join(row.endpoints), accepted, row.reason), []).append(row.name)
+        where = ", ".join(BODIES[kind][0] for kind in row.bodies)
+        alike.setdefault((where, accepted, row.reason), []).append(row.name)
     for (where, accepted, reason), names in alike.items():
         but = f"; not {accepted}" if accepted else ""
         yield f"- {_names(names)} ({where}{but}): {reason}"

@@ -88,8 +88,6 @@ async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer) -
     prompt, adds_special = request.prompt, request.add_special_tokens is not False
     if isinstance(prompt, str):
         return await tokenizer.encode([prompt], add_special_tokens=adds_special)
-    if not prompt:
-        raise BadRequest("prompt must not be empty.", field="prompt")
     token_ids = [item for item in prompt if isinstance(item, int)]
     if len(token_ids) == len(prompt):
         return [token_ids]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -33,8 +33,6 @@ LogitBias = Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(m
 StopIds = Annotated[list[Count], Meta(max_length=128)]
 # How PHP and its like write an empty object.
 EmptyList = Annotated[list[Any], Meta(max_length=0)]
-
-CHAT, COMPLETIONS, TOKENIZE = "chat", "completions", "tokenize"
 
 # --- the messages of a chat ---------------------------------------------------------------------------
 #
@@ -75,35 +73,16 @@ class ChatMessage(msgspec.Struct):
     reasoning_content: str | None = None
 
 
-def check_messages(messages: list[ChatMessage]) -> None:
-    """Raises BadRequest when there is nothing to render, or what can't be."""
-    if not messages:
-        raise BadRequest("messages must not be empty.", field="messages")
-    for place, message in enumerate(messages):
-        field = f"messages[{place}].content"
-        if message.content is None and message.role not in ("assistant", "tool", "function"):
-            raise BadRequest(f"{field} is missing.", field=field)
-        for at, part in enumerate(message.content if isinstance(message.content, list) else ()):
-            if isinstance(part, str):
-                continue
-            if part.type not in ("text", "input_text", "output_text", "refusal"):
-                raise BadRequest(f"Only text can be read, not {part.type!r}.", field=f"{field}[{at}].type")
-            if part.shown is None:
-                raise BadRequest("The part has no text.", field=f"{field}[{at}].text")
+Messages = Annotated[list[ChatMessage], Meta(min_length=1)]
 
 
 # --- the bodies ---------------------------------------------------------------------------------------
 
 
 class Body(msgspec.Struct, kw_only=True):
-    """A request's body, for the endpoint by whose name the tables below know it."""
-
-    endpoint: ClassVar[str] = ""
+    """A request's body. Making one raises BadRequest for fields that contradict each other."""
 
     model: str | None = None
-
-    def check(self) -> None:
-        """Raises BadRequest for fields that contradict each other."""
 
 
 class StreamOptions(msgspec.Struct):
@@ -137,7 +116,7 @@ class GenerationRequest(Body, kw_only=True):
     return_token_ids: bool | None = None  # vLLM's: the ids of the output tokens beside the text
     priority: Annotated[int, Meta(ge=-_MAX_INT, le=_MAX_INT)] | None = None
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         options = self.stream_options or StreamOptions()
         if (options.include_usage or options.continuous_usage_stats) and not self.stream:
             raise BadRequest("stream_options is only allowed with stream.", field="stream_options")
@@ -146,9 +125,7 @@ class GenerationRequest(Body, kw_only=True):
 class ChatRequest(GenerationRequest, kw_only=True):
     """Body of `POST /v1/chat/completions`."""
 
-    endpoint: ClassVar[str] = CHAT
-
-    messages: list[ChatMessage]
+    messages: Messages
     max_completion_tokens: PositiveCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
@@ -163,10 +140,9 @@ class ChatRequest(GenerationRequest, kw_only=True):
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def check(self) -> None:
-        super().check()
-        check_messages(self.messages)
-        _check_end(self)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_conversation(self)
         if self.top_logprobs and not self.logprobs:
             raise BadRequest("top_logprobs needs logprobs to be true.", field="top_logprobs")
 
@@ -174,9 +150,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
 class CompletionRequest(GenerationRequest, kw_only=True):
     """Body of `POST /v1/completions`. The prompt is a text, token ids, or a list of either."""
 
-    endpoint: ClassVar[str] = COMPLETIONS
-
-    prompt: str | list[str | int | list[int]]
+    prompt: str | Annotated[list[str | int | list[int]], Meta(min_length=1)]
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     best_of: PositiveCount | None = None
 
@@ -184,8 +158,8 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
-    def check(self) -> None:
-        super().check()
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise BadRequest("best_of other than n is not supported.", field="best_of")
 
@@ -193,10 +167,8 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 class TokenizeRequest(Body, kw_only=True):
     """Body of `POST /tokenize`: a prompt or messages."""
 
-    endpoint: ClassVar[str] = TOKENIZE
-
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Messages | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     documents: list[dict[str, Any]] | None = None
@@ -205,12 +177,10 @@ class TokenizeRequest(Body, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise BadRequest("Give either prompt or messages.", field="prompt")
-        if self.messages is not None:
-            check_messages(self.messages)
-        _check_end(self)
+        _check_conversation(self)
 
 
 class DetokenizeRequest(Body, kw_only=True):
@@ -219,37 +189,41 @@ class DetokenizeRequest(Body, kw_only=True):
     tokens: list[Count]
 
 
-def _check_end(request: ChatRequest | TokenizeRequest) -> None:
+def _check_conversation(request: ChatRequest | TokenizeRequest) -> None:
     if request.add_generation_prompt and request.continue_final_message:
         raise BadRequest(
             "A message can't be continued when another one is begun: leave add_generation_prompt out.",
             field="continue_final_message",
         )
+    for place, message in enumerate(request.messages or ()):
+        field = f"messages[{place}].content"
+        if message.content is None and message.role not in ("assistant", "tool", "function"):
+            raise BadRequest(f"{field} is missing.", field=field)
+        for at, part in enumerate(message.content if isinstance(message.content, list) else ()):
+            if isinstance(part, str):
+                continue
+            if part.type not in ("text", "input_text", "output_text", "refusal"):
+                raise BadRequest(f"Only text can be read, not {part.type!r}.", field=f"{field}[{at}].type")
+            if part.shown is None:
+                raise BadRequest("The part has no text.", field=f"{field}[{at}].text")
 
 
 # --- fields that are known and not served -------------------------------------------------------------
 
-_BOTH = (CHAT, COMPLETIONS)
+_CHAT, _COMPLETIONS, _TOKENIZE = (ChatRequest,), (CompletionRequest,), (TokenizeRequest,)
+_BOTH = (*_CHAT, *_COMPLETIONS)
 _UNLESS_TRUE: Sequence[Any] = (None, False)
 _UNLESS_GIVEN: Sequence[Any] = (None,)
 _UNLESS_FILLED: Sequence[Any] = (None, [], {}, "")
 
 
 class Refused(NamedTuple):
-    """A field that is refused unless its value is one of `accepted`; `reason` is for the client."""
+    """A field that `bodies` may only have with one of the `accepted` values; `reason` is for the client."""
 
     name: str
-    endpoints: Sequence[str]
+    bodies: Sequence[type[Body]]
     accepted: Sequence[Any]
     reason: str
-
-    @property
-    def kind(self) -> Any:
-        """What its value is read as: flags and numbers may be written as text, as in served fields."""
-        for kind in (bool, int):
-            if any(type(value) is kind for value in self.accepted):
-                return kind | None
-        return Any
 
 
 _CONSTRAINED = "output can't be constrained"
@@ -265,22 +239,22 @@ REFUSED = [
             *("structural_tag", "regex", "ebnf", "grammar", "json_schema"),
         )
     ),
-    Refused("tool_choice", (CHAT, TOKENIZE), (None, "none", "auto"), f"{_TOOLS}; use `auto` or `none`"),
-    Refused("functions", (CHAT,), _UNLESS_FILLED, "use `tools`, which replaced it"),
-    Refused("function_call", (CHAT,), (None, "none", "auto"), _TOOLS),
-    Refused("reasoning_effort", (CHAT,), _UNLESS_GIVEN, _REASONING),
-    Refused("include_reasoning", (CHAT,), (None, True), _REASONING),
+    Refused("tool_choice", (*_CHAT, *_TOKENIZE), (None, "none", "auto"), f"{_TOOLS}; use `auto` or `none`"),
+    Refused("functions", _CHAT, _UNLESS_FILLED, "use `tools`, which replaced it"),
+    Refused("function_call", _CHAT, (None, "none", "auto"), _TOOLS),
+    Refused("reasoning_effort", _CHAT, _UNLESS_GIVEN, _REASONING),
+    Refused("include_reasoning", _CHAT, (None, True), _REASONING),
     Refused("thinking_token_budget", _BOTH, (None, -1), _REASONING),
-    Refused("verbosity", (CHAT,), (None, "medium"), "models are not told how long to answer"),
-    Refused("modalities", (CHAT,), (None, [], ["text"]), "answers are text"),
-    Refused("audio", (CHAT,), _UNLESS_GIVEN, "answers are text"),
-    Refused("web_search_options", (CHAT,), _UNLESS_GIVEN, "nothing is looked up"),
-    Refused("moderation", (CHAT,), _UNLESS_GIVEN, "nothing is moderated"),
-    Refused("chat_template", (CHAT, TOKENIZE), _UNLESS_GIVEN, "the model's own template is used"),
+    Refused("verbosity", _CHAT, (None, "medium"), "models are not told how long to answer"),
+    Refused("modalities", _CHAT, (None, [], ["text"]), "answers are text"),
+    Refused("audio", _CHAT, _UNLESS_GIVEN, "answers are text"),
+    Refused("web_search_options", _CHAT, _UNLESS_GIVEN, "nothing is looked up"),
+    Refused("moderation", _CHAT, _UNLESS_GIVEN, "nothing is moderated"),
+    Refused("chat_template", (*_CHAT, *_TOKENIZE), _UNLESS_GIVEN, "the model's own template is used"),
     Refused("echo", _BOTH, _UNLESS_TRUE, "answers hold what is new"),
-    Refused("suffix", (COMPLETIONS,), (None, ""), "text is continued at its end only"),
-    Refused("prompt_embeds", (COMPLETIONS,), _UNLESS_FILLED, "a prompt is text or token ids"),
-    Refused("max_completion_tokens", (COMPLETIONS,), _UNLESS_GIVEN, "it is called `max_tokens` here"),
+    Refused("suffix", _COMPLETIONS, (None, ""), "text is continued at its end only"),
+    Refused("prompt_embeds", _COMPLETIONS, _UNLESS_FILLED, "a prompt is text or token ids"),
+    Refused("max_completion_tokens", _COMPLETIONS, _UNLESS_GIVEN, "it is called `max_tokens` here"),
     Refused("use_beam_search", _BOTH, _UNLESS_TRUE, "answers are sampled one by one"),
     Refused("truncate_prompt_tokens", _BOTH, _UNLESS_GIVEN, "prompts are taken whole"),
     Refused("prompt_logprobs", _BOTH, _UNLESS_GIVEN, "only output tokens have log probabilities"),
@@ -290,46 +264,19 @@ REFUSED = [
     Refused("bad_words", _BOTH, _UNLESS_FILLED, "use `logit_bias`"),
     Refused("watermarking", _BOTH, _UNLESS_TRUE, "nothing is marked"),
     Refused("repetition_detection", _BOTH, _UNLESS_GIVEN, "use `repetition_penalty`"),
-    Refused("return_prompt_text", (CHAT,), _UNLESS_TRUE, "use `/tokenize` and `/detokenize`"),
-    Refused("return_token_strs", (TOKENIZE,), _UNLESS_TRUE, "use `/detokenize`"),
+    Refused("return_prompt_text", _CHAT, _UNLESS_TRUE, "use `/tokenize` and `/detokenize`"),
+    Refused("return_token_strs", _TOKENIZE, _UNLESS_TRUE, "use `/detokenize`"),
     Refused("cache_salt", _BOTH, _UNLESS_GIVEN, "all requests share the prefix cache"),
     Refused("kv_transfer_params", _BOTH, _UNLESS_FILLED, "the scheduler chooses the nodes"),
     Refused("ec_transfer_params", _BOTH, _UNLESS_FILLED, "the scheduler chooses the nodes"),
     Refused("vllm_xargs", _BOTH, _UNLESS_FILLED, "there are no extensions"),
 ]
 
-CHANGE_NOTHING = {
-    "user": "names the user",
-    "safety_identifier": "names the user",
-    "metadata": "for stored answers",
-    "store": "nothing is stored",
-    "service_tier": "there is one",
-    "prompt_cache_key": "the prefix cache finds its blocks by what they hold",
-    "prompt_cache_options": "the same",
-    "prompt_cache_retention": "the same",
-    "prediction": "would make an answer faster, not another one",
-    "parallel_tool_calls": "there are no tool calls",
-    "length_penalty": "of beam search, which is refused",
-    "truncation_side": "of `truncate_prompt_tokens`, which is refused",
-    "spaces_between_special_tokens": "there are never any",
-    "guided_decoding_backend": "of constrained output, which is refused",
-    "guided_whitespace_pattern": "the same",
-    "media_io_kwargs": "of images and sound, which are refused",
-    "mm_processor_kwargs": "the same",
-    "return_mm_kwargs": "the same",
-    "return_token_offsets": "of an endpoint that does not exist here",
-    "routed_experts_prompt_start": "the choice of experts is not shown",
-    "request_id": "an answer's id is the gateway's",
-    "session_id": "related requests are known by what they share",
-    "stream_interval": "a stream has a chunk per token",
-}
-
 # --- from bytes to a body -----------------------------------------------------------------------------
 
 # Looking for the field costs a second, slower parse, which a large broken body is not worth.
 _MAX_EXPLAINED_BYTES = 64 * 1024
 
-T = TypeVar("T")
 B = TypeVar("B", bound=Body)
 
 
@@ -337,24 +284,24 @@ def parse_request(body: bytes, kind: type[B]) -> B:
     """The `kind` in `body`. Raises BadRequest for what it can't be, and for what is known and not served."""
     request: B = parse_json(body, _with_refused(kind))
     for row in REFUSED:
-        if kind.endpoint in row.endpoints and getattr(request, row.name) not in row.accepted:
+        if kind in row.bodies and getattr(request, row.name) not in row.accepted:
             raise BadRequest(f"{row.name} is not supported: {row.reason}.", field=row.name)
-    request.check()
     return request
 
 
 @cache
 def _with_refused(kind: type[Body]) -> type[Any]:
     """The struct `kind` with the fields refused there: a body may be large, and is read only once."""
-    refused = [
-        (row.name, row.kind, None)
-        for row in REFUSED
-        if kind.endpoint in row.endpoints and row.name not in kind.__struct_fields__
-    ]
-    return msgspec.defstruct(kind.__name__, refused, bases=(kind,), kw_only=True)
+    fields: list[tuple[str, Any, None]] = []
+    for row in REFUSED:
+        if kind in row.bodies and row.name not in kind.__struct_fields__:
+            # Flags and numbers may be written as text, as in served fields.
+            types = {type(value) for value in row.accepted} & {bool, int}
+            fields.append((row.name, types.pop() | None if types else Any, None))
+    return msgspec.defstruct(kind.__name__, fields, bases=(kind,), kw_only=True)
 
 
-def parse_json(body: bytes, kind: type[T]) -> T:
+def parse_json(body: bytes, kind: type[B]) -> B:
     """The `kind` in `body`, where numbers and booleans may be written as text, and whole numbers as 10.0.
 
     Raises BadRequest for anything else that bytes can be.
