@@ -191,7 +191,7 @@ class Bus:
             raise _error_in(answer.data, answer.headers)
         try:
             return decode(answer.data, reply)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except msgspec.DecodeError as error:
             raise errors.Internal(f"the answer of {subject} is no {reply}: {error}") from None
 
     async def subscribe(
@@ -207,7 +207,7 @@ class Bus:
         async def on_message(msg: Msg) -> None:
             try:
                 message = decode(msg.data, kind)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except msgspec.DecodeError as error:
                 log.warning("message on %s is no %s: %s", msg.subject, kind.__name__, error)
                 return
             try:
@@ -361,7 +361,7 @@ def _error_in(payload: bytes, headers: Mapping[str, str]) -> errors.FlowKVError:
     """The error of an answer: from its body, or from its headers where another service wrote the body."""
     try:
         return errors.from_wire(decode(payload, Refusal))
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except msgspec.DecodeError:
         code = headers[subjects.ERROR_CODE_HEADER]
         text = headers.get(subjects.ERROR_HEADER, "error without a text")
         return errors.from_wire(Refusal(code=int(code) if code.isdecimal() else 500, message=text))

@@ -24,6 +24,7 @@ from flowkv_common.bus.registry import (
     CALL_TIMEOUT_S,
     TROUBLE,
     describe,
+    log_once,
     open_bucket,
     read_key,
     until_reconnect,
@@ -123,19 +124,17 @@ class Lease:
 
     async def _win(self) -> None:
         """Until the lease is ours."""
-        is_troubled = False
+        trouble = ""
         while True:
             try:
                 if self._bus.is_connected:
                     async with until_reconnect(self._bus), asyncio.timeout(CALL_TIMEOUT_S):
                         if await self._try_to_win():
                             return
-                    is_troubled = False
+                    trouble = ""
             except TROUBLE as error:
                 self._bucket = None
-                if not is_troubled:
-                    log.warning("can't look who leads: %s", describe(error))
-                is_troubled = True
+                trouble = log_once("can't look who leads", error, trouble)
             await self._pause(_LOOK_EVERY * self._ttl_s)
 
     async def _try_to_win(self) -> bool:
@@ -219,6 +218,6 @@ def _leader(value: bytes) -> Leader:
     """The record; if it can't be read nobody's, so that a spoilt one does not lock everyone out."""
     try:
         return decode(value, Leader)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except msgspec.DecodeError as error:
         log.warning("the record of the leader is none: %s", error)
         return Leader(scheduler_id=NOBODY, epoch=0)

@@ -59,7 +59,7 @@ async def claim_node_id(bus: Bus, node_id: str, ttl_s: float = 6.0) -> None:
                 try:
                     return await _claim(bus, node_id, ttl_s)
                 except TROUBLE as error:
-                    trouble = _log_once("the registry of nodes can't be read", error, trouble)
+                    trouble = log_once("the registry of nodes can't be read", error, trouble)
                 await asyncio.sleep(_FIRST_RETRY_S)
     except TimeoutError:
         raise errors.Unavailable(f"no registry of nodes for {_CLAIM_TIMEOUT_S} s: {trouble}") from None
@@ -114,7 +114,7 @@ async def keep_announced(bus: Bus, descriptor: Callable[[], NodeDescriptor], ttl
                     trouble = ""
                     backoff.reset()
             except TROUBLE as error:
-                trouble = _log_once("the node is not announced", error, trouble)
+                trouble = log_once("the node is not announced", error, trouble)
                 bucket = None
                 pause_s = backoff.advance()
             await wait_event(woken, pause_s)
@@ -163,7 +163,7 @@ async def watch_nodes(
         except Reconnected:
             backoff.reset()
         except TROUBLE as error:
-            trouble = _log_once("the watch on nodes ended", error, trouble)
+            trouble = log_once("the watch on nodes ended", error, trouble)
             await backoff.sleep()
 
 
@@ -220,7 +220,7 @@ class _Watch:
             return
         try:
             self._nodes[entry.key] = decode(value, NodeDescriptor)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except msgspec.DecodeError as error:
             log.warning("record %s in the registry is no node: %s", entry.key, error)
 
     def _tell_changes(self) -> None:
@@ -236,7 +236,7 @@ class _Watch:
             self._on_change(dict(self._nodes))
 
 
-def _log_once(what: str, error: BaseException, told: str) -> str:
+def log_once(what: str, error: BaseException, told: str) -> str:
     """Logs what is wrong, but not what was `told` last time already. Returns what to pass next time."""
     trouble = describe(error)
     if trouble != told:
@@ -293,7 +293,7 @@ def _descriptor(found: Found) -> NodeDescriptor | None:
     """None if nothing stands there, or nothing that can be read."""
     try:
         return decode(found.value, NodeDescriptor) if found.value else None
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except msgspec.DecodeError:
         return None
 
 

@@ -1,6 +1,7 @@
 """Endpoints that answer requests, visible to `nats micro ls|info|stats` (ADR-32).
 
-Requests of one endpoint run at the same time, up to a limit. Knows nothing of what the endpoints do.
+nats-py's own service answers one request after the other, knows one kind of error and drops what is running
+when it stops. Of it stay the figures, and how they are written.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from nats.micro.service import (
     ServiceInfo,
     ServicePing,
     ServiceStats,
-    ServiceVerb,
-    control_subject,
 )
 
 from flowkv_common import errors
@@ -41,7 +40,7 @@ log = logging.getLogger(__name__)
 class Endpoint(NamedTuple):
     """`handler` gets every `kind` that arrives on `subject`; what it returns, or raises, is the answer.
 
-    More than `MAX_RUNNING` at a time are refused with 429.
+    Requests run at the same time. More than `MAX_RUNNING` are refused with 429.
     """
 
     subject: str
@@ -50,16 +49,20 @@ class Endpoint(NamedTuple):
 
 
 class _Served:
-    """An endpoint at work, and its figures."""
+    """An endpoint at work, and its figures. Its name is the verb: `run` of flowkv.v1.decode.run.<node>."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self.name = endpoint.subject.split(".")[3]  # the verb: `reserve` of flowkv.v1.decode.reserve.<node>
         self.num_running = 0
-        self.num_requests = 0
-        self.num_errors = 0
-        self.processing_ns = 0
-        self.last_error = ""
+        self.stats = EndpointStats(
+            name=endpoint.subject.split(".")[3],
+            subject=endpoint.subject,
+            queue_group="",
+            num_requests=0,
+            num_errors=0,
+            processing_time=0,
+            average_processing_time=0,
+        )
 
 
 class Service:
@@ -83,7 +86,7 @@ class Service:
     ) -> None:
         if not SEMVER_REGEX.fullmatch(version):
             raise ValueError(f"version {version!r} is not semver")
-        self.service_id = service_id
+        self._service_id = service_id
         self._bus = bus
         self._name = name
         self._version = version
@@ -100,15 +103,8 @@ class Service:
         try:
             for served in self._served:
                 self._intake.append(await self._listen(served))
-            for verb, describe in (
-                (ServiceVerb.PING, self.ping),
-                (ServiceVerb.INFO, self.info),
-                (ServiceVerb.STATS, self.stats),
-            ):
-                for asked in ((), (self._name,), (self._name, self.service_id)):
-                    subject = control_subject(verb, *asked)
-                    on_control = partial(self._on_control, describe)
-                    self._control.append(await self._bus.subscribe_raw(subject, on_control))
+            for scope in ("", f".{self._name}", f".{self._name}.{self._service_id}"):
+                self._control.append(await self._bus.subscribe_raw(f"$SRV.*{scope}", self._describe))
         except BaseException:
             await self.__aexit__(None, None, None)
             raise
@@ -145,7 +141,7 @@ class Service:
         return await self._bus.subscribe_raw(served.endpoint.subject, partial(self._on_request, served))
 
     async def _on_request(self, served: _Served, msg: Msg) -> None:
-        served.num_requests += 1
+        served.stats.num_requests += 1
         if served.num_running >= MAX_RUNNING:
             full = errors.Full(f"{served.endpoint.subject} has {served.num_running} requests in hand")
             await self._refuse(served, msg, full)
@@ -154,26 +150,32 @@ class Service:
         self._handlers.create_task(self._answer(served, msg))
 
     async def _answer(self, served: _Served, msg: Msg) -> None:
-        started = time.perf_counter_ns()
+        began = time.perf_counter_ns()
         try:
-            reply = await served.endpoint.handler(_request_in(msg, served.endpoint.kind))
+            try:
+                request = decode(msg.data, served.endpoint.kind)
+            except msgspec.DecodeError as error:
+                raise errors.invalid_input(str(error)) from None
+            reply = await served.endpoint.handler(request)
             if msg.reply:
                 await self._bus.publish(msg.reply, reply)
         except errors.FlowKVError as error:
             await self._refuse(served, msg, error)
         except asyncio.CancelledError:
-            await self._refuse(served, msg, errors.Unavailable(f"{self.service_id} is stopping"))
+            await self._refuse(served, msg, errors.Unavailable(f"{self._service_id} is stopping"))
             raise
         except Exception:
             log.exception("request on %s failed", msg.subject)
-            await self._refuse(served, msg, errors.Internal(f"internal error in {self.service_id}"))
+            await self._refuse(served, msg, errors.Internal(f"internal error in {self._service_id}"))
         finally:
             served.num_running -= 1
-            served.processing_ns += time.perf_counter_ns() - started
+            stats = served.stats
+            stats.processing_time += time.perf_counter_ns() - began
+            stats.average_processing_time = stats.processing_time // stats.num_requests
 
     async def _refuse(self, served: _Served, msg: Msg, error: errors.FlowKVError) -> None:
-        served.num_errors += 1
-        served.last_error = f"{error.code}: {error.message}"
+        served.stats.num_errors += 1
+        served.stats.last_error = f"{error.code}: {error.message}"
         if not msg.reply:
             return
         headers = {subjects.ERROR_HEADER: error.message, subjects.ERROR_CODE_HEADER: str(error.code)}
@@ -182,49 +184,26 @@ class Service:
         except errors.FlowKVError as unsent:
             log.warning("can't answer on %s: %s", msg.subject, unsent)
 
-    # --- what `nats micro` asks (ADR-32) ---------------------------------------------------------
-
-    async def _on_control(
-        self, describe: Callable[[], ServicePing | ServiceInfo | ServiceStats], msg: Msg
-    ) -> None:
+    async def _describe(self, msg: Msg) -> None:
+        """Answer what `nats micro` asks: the verb is the second part of the subject."""
+        identity: dict[str, Any] = {
+            "id": self._service_id,
+            "name": self._name,
+            "version": self._version,
+            "metadata": dict(self._metadata()),
+        }
+        stats = [served.stats for served in self._served]
+        answer: ServicePing | ServiceInfo | ServiceStats
+        match msg.subject.split(".")[1]:
+            case "PING":
+                answer = ServicePing(**identity)
+            case "INFO":
+                endpoints = [EndpointInfo(each.name, each.subject, each.queue_group) for each in stats]
+                # A description of null, nats-py's default, is not in the ADR.
+                answer = ServiceInfo(**identity, description=f"FlowKV {self._name}", endpoints=endpoints)
+            case "STATS":
+                answer = ServiceStats(**identity, started=self._started, endpoints=stats)
+            case _:
+                return
         if msg.reply:
-            await self._bus.nc.publish(msg.reply, json.dumps(describe().to_dict()).encode())
-
-    def ping(self) -> ServicePing:
-        return ServicePing(**self._identity())
-
-    def info(self) -> ServiceInfo:
-        endpoints = [
-            EndpointInfo(name=served.name, subject=served.endpoint.subject, queue_group="")
-            for served in self._served
-        ]
-        # A description of null, nats-py's default, is not in the ADR.
-        return ServiceInfo(**self._identity(), description=f"FlowKV {self._name}", endpoints=endpoints)
-
-    def stats(self) -> ServiceStats:
-        endpoints = [
-            EndpointStats(
-                name=served.name,
-                subject=served.endpoint.subject,
-                queue_group="",
-                num_requests=served.num_requests,
-                num_errors=served.num_errors,
-                processing_time=served.processing_ns,
-                average_processing_time=served.processing_ns // max(1, served.num_requests),
-                last_error=served.last_error,
-            )
-            for served in self._served
-        ]
-        return ServiceStats(**self._identity(), started=self._started, endpoints=endpoints)
-
-    def _identity(self) -> dict[str, Any]:
-        metadata = dict(self._metadata())
-        return {"id": self.service_id, "name": self._name, "version": self._version, "metadata": metadata}
-
-
-def _request_in(msg: Msg, kind: Any) -> Message:
-    """The request in `msg`. Raises `BadRequest` that names the field."""
-    try:
-        return decode(msg.data, kind)  # type: ignore[no-any-return]
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise errors.invalid_input(str(error)) from None
+            await self._bus.nc.publish(msg.reply, json.dumps(answer.to_dict()).encode())

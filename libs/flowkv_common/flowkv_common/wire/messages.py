@@ -167,8 +167,11 @@ def encode(message: msgspec.Struct) -> bytes:
 
 
 def decode(payload: bytes, kind: type[M]) -> M:
-    """The message in `payload`. Raises `msgspec.ValidationError` or `DecodeError` if it is not a `kind`."""
-    return msgspec.json.decode(payload, type=kind)
+    """The message in `payload`. Raises `msgspec.DecodeError` if it is not a `kind`."""
+    try:
+        return msgspec.json.decode(payload, type=kind)
+    except UnicodeDecodeError as error:
+        raise msgspec.DecodeError(str(error)) from None
 
 
 def transfer_id(request_id: str, attempt: int) -> str:
