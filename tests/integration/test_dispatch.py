@@ -31,8 +31,8 @@ from flowkv_common.errors import (
     Unavailable,
     WrongModel,
 )
+from flowkv_common.fingerprint import block_hashes
 from flowkv_common.wire import subjects
-from flowkv_common.wire.hashing import block_hashes
 from flowkv_common.wire.messages import (
     Accepted,
     Assignment,

@@ -13,8 +13,8 @@ from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import keep_announced, watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import Stale, Unavailable
+from flowkv_common.fingerprint import block_hashes
 from flowkv_common.wire import subjects
-from flowkv_common.wire.hashing import block_hashes
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import BlockList, BlocksChanged, ListBlocks
 from flowkv_engine.kv.blocks import Blocks

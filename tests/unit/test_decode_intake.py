@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import pytest
 
 from flowkv_common.errors import BadRequest, Full, Stale, Unavailable
-from flowkv_common.wire.hashing import block_hashes
+from flowkv_common.fingerprint import block_hashes
 from flowkv_common.wire.messages import (
     Release,
     TokenIds,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from flowkv_common.wire.hashing import block_hashes
+from flowkv_common.fingerprint import block_hashes
 from flowkv_common.wire.messages import SamplingParams
 from tests.drive import make_sequence
 

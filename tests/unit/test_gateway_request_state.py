@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from flowkv_common.fingerprint import block_hashes
 from flowkv_common.wire import hashing
-from flowkv_common.wire.hashing import block_hashes
 from flowkv_common.wire.messages import SamplingParams, TokenChunk, encode
 from flowkv_gateway import dispatch
 from flowkv_gateway.dispatch import MAX_HASHES, MAX_HASHES_IN_LOOP, RequestState

@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from flowkv_common.errors import Full
+from flowkv_common.fingerprint import block_hashes
 from flowkv_common.wire import subjects
-from flowkv_common.wire.hashing import block_hashes
 from flowkv_common.wire.messages import Reserve
 from flowkv_engine.kv.blocks import Blocks
 from flowkv_node import links

@@ -1,3 +1,3 @@
-"""What FlowKV's services share. Importing this package loads nothing heavy; `engine`, `kv` and `node` do."""
+"""What FlowKV's services share. None of it loads torch or numpy."""
 
 __version__ = "0.1.0"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
 import itertools
 import math
 import signal
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
+
+from sortedcontainers import SortedDict
 
 
 @contextlib.asynccontextmanager
@@ -98,13 +99,6 @@ class Phases:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 6)
 
 
-class _Waiting(NamedTuple):
-    place: int
-    arrival: int  # orders those of one place; no two are equal
-    weight: int
-    admission: asyncio.Future[None]
-
-
 class FairQueue:
     """A semaphore with an order: at most `max_holders` tasks hold it, of at most `max_weight` together.
 
@@ -115,11 +109,15 @@ class FairQueue:
     def __init__(self, max_holders: int, max_weight: float = math.inf) -> None:
         self._max_holders = max_holders
         self._max_weight = max_weight
-        self._heap: list[_Waiting] = []  # all that wait, and some that are cancelled
+        # (place, arrival) -> weight, and what the task waits for
+        self._waiting: SortedDict[tuple[int, int], tuple[int, asyncio.Future[None]]] = SortedDict()
         self._arrivals = itertools.count()
-        self.num_waiting = 0
         self.num_holders = 0
         self.weight_held = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     @contextlib.asynccontextmanager
     async def hold(self, weight: int = 0, *, place: int | None = None) -> AsyncIterator[None]:
@@ -129,22 +127,18 @@ class FairQueue:
         back keeps its place. A queue is used in one of the two ways.
         """
         arrival = next(self._arrivals)
+        key = (arrival if place is None else place, arrival)
         admission: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._heap, _Waiting(arrival if place is None else place, arrival, weight, admission))
-        self.num_waiting += 1
+        self._waiting[key] = (weight, admission)
         self._admit()
         try:
             await admission
         except asyncio.CancelledError:
-            if not admission.cancelled():  # admitted, then cancelled before it could run
+            if admission.cancelled():
+                self._waiting.pop(key, None)
+                self._admit()  # it may have kept others out
+            else:  # admitted, then cancelled before it could run
                 self._leave(weight)
-                raise
-            self.num_waiting -= 1
-            # The cancelled are removed only when they are half of the heap: so each cancel costs the same.
-            if len(self._heap) > 2 * self.num_waiting:
-                self._heap = [waiting for waiting in self._heap if not waiting.admission.done()]
-                heapq.heapify(self._heap)
-            self._admit()  # it may have kept others out
             raise
         try:
             yield
@@ -158,18 +152,13 @@ class FairQueue:
 
     def _admit(self) -> None:
         """Admit the first ones while there is room."""
-        while self._heap:
-            first = self._heap[0]
-            if first.admission.done():  # cancelled: its task counts it, when it runs
-                heapq.heappop(self._heap)
-                continue
-            has_room = (
-                self.num_holders < self._max_holders and self.weight_held + first.weight <= self._max_weight
-            )
-            if self.num_holders and not has_room:
+        while self._waiting:
+            key, (weight, admission) = self._waiting.peekitem(0)
+            has_room = self.num_holders < self._max_holders and self.weight_held + weight <= self._max_weight
+            if self.num_holders and not has_room and not admission.cancelled():
                 return
-            heapq.heappop(self._heap)
-            self.num_waiting -= 1
-            self.num_holders += 1
-            self.weight_held += first.weight
-            first.admission.set_result(None)
+            del self._waiting[key]
+            if not admission.cancelled():
+                self.num_holders += 1
+                self.weight_held += weight
+                admission.set_result(None)

@@ -1,11 +1,14 @@
-"""Names models by content, without reading all of it: equal on every host that has the same files.
+"""Names by content: of models, and of the blocks of their KV caches.
 
-Reads files alone, so that a gateway can tell its own model from others without loading any.
+A model's is made without reading all of its weights, and is equal on every host that has the same files. Only
+files are read, so that a gateway can tell its own model from others without loading any.
 """
 
 from __future__ import annotations
 
 import json
+from array import array
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -72,3 +75,25 @@ def _add_samples(digest: blake2b, path: Path) -> None:
         for sample in range(NUM_SAMPLES):
             file.seek(max(0, size - SAMPLE_BYTES) * sample // (NUM_SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))
+
+
+def block_hashes(
+    fingerprint: str, token_ids: Sequence[int], block_size: int, known: Sequence[str] = ()
+) -> list[str]:
+    """Hashes of the *full* blocks of `token_ids`, each chained to the one before (32 hex digits each).
+
+    The chain starts at the model's fingerprint, so caches of different weights never meet. `known` are the
+    first of them, if the caller has those already.
+    """
+    hashes = list(known)
+    for end in range((len(hashes) + 1) * block_size, len(token_ids) + 1, block_size):
+        parent = hashes[-1] if hashes else None
+        hashes.append(chained_hash(fingerprint, parent, token_ids[end - block_size : end]))
+    return hashes
+
+
+def chained_hash(fingerprint: str, parent: str | None, block: Sequence[int]) -> str:
+    """The hash of one full block behind the block of hash `parent`, or of a first block."""
+    digest = blake2b(fingerprint.encode() if parent is None else bytes.fromhex(parent), digest_size=16)
+    digest.update(array("I", block).tobytes())
+    return digest.hexdigest()

@@ -47,20 +47,16 @@ def process_registry() -> CollectorRegistry:
     return registry
 
 
-def metrics_routes(registry: CollectorRegistry) -> list[Route]:
-    """`GET` and `HEAD /metrics` in Prometheus' text form."""
+def service_routes(
+    registry: CollectorRegistry, why_not_ready: Callable[[], str | None], *also_ready: str
+) -> list[Route]:
+    """`/metrics` in Prometheus' text form, and `/health/live`, which answers while the loop turns.
+
+    `/health/ready`, `/health` and `also_ready` say 503 with the reason.
+    """
 
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
-
-    return [Route("/metrics", metrics)]
-
-
-def health_routes(why_not_ready: Callable[[], str | None], *also_ready: str) -> list[Route]:
-    """`/health/live` answers while the loop turns; `/health/ready` says 503 with the reason.
-
-    So do `/health` and further paths.
-    """
 
     async def live(_: Request) -> Response:
         return PlainTextResponse("live\n")
@@ -70,12 +66,16 @@ def health_routes(why_not_ready: Callable[[], str | None], *also_ready: str) -> 
         return PlainTextResponse(f"{reason or 'ready'}\n", status_code=503 if reason else 200)
 
     paths = ("/health/ready", "/health", *also_ready)
-    return [Route("/health/live", live), *(Route(path, ready) for path in paths)]
+    return [
+        Route("/metrics", metrics),
+        Route("/health/live", live),
+        *(Route(path, ready) for path in paths),
+    ]
 
 
 def service_app(registry: CollectorRegistry, why_not_ready: Callable[[], str | None]) -> Starlette:
     """The HTTP side of a service that has no API of its own."""
-    return Starlette(routes=[*metrics_routes(registry), *health_routes(why_not_ready)])
+    return Starlette(routes=service_routes(registry, why_not_ready))
 
 
 class ServiceConnection(H11Protocol):

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 import flowkv_common
 from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import FlowKVError, Internal, Unavailable
-from flowkv_common.telemetry import health_routes, metrics_routes
+from flowkv_common.telemetry import service_routes
 from flowkv_common.wire.messages import ModelCard
 from flowkv_gateway.answer import AnswerResponse, StreamResponse, log_refusal
 from flowkv_gateway.dispatch import Dispatch
@@ -78,8 +78,7 @@ class Api:
                 Route("/tokenize", self.tokenize, methods=["POST"]),
                 Route("/detokenize", self.detokenize, methods=["POST"]),
                 Route("/version", self.version),
-                *health_routes(self.why_not_ready, "/ping"),
-                *metrics_routes(registry),
+                *service_routes(registry, self.why_not_ready, "/ping"),
             ],
             middleware=[Middleware(CloseWhileStopping, stop)],
             exception_handlers={

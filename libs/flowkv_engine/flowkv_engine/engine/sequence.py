@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flowkv_common.wire.hashing import chained_hash
+from flowkv_common.fingerprint import chained_hash
 from flowkv_common.wire.messages import SamplingParams
 
 
@@ -48,7 +48,7 @@ class Sequence:
         return self.prompt_ids[start:stop] + self.output_ids[: max(0, stop - num_prompt)]
 
     def full_block_hashes(self, fingerprint: str, block_size: int) -> list[str]:
-        """`wire.hashing.block_hashes` of all tokens so far; only blocks that are new get hashed."""
+        """`block_hashes` of all tokens so far; only blocks that are new get hashed."""
         hashes = self._hashes
         while (len(hashes) + 1) * block_size <= self.num_tokens:
             start = len(hashes) * block_size
