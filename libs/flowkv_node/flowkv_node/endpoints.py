@@ -93,7 +93,26 @@ def node_endpoints(node: Node, engine: Engine, news: BlockNews) -> list[Endpoint
         )
 
     async def set_cap(request: SetPrefillCap) -> Accepted:
-        set_chunk_budget(node, request)
+        """From the next step on. The same budget again is accepted and changes nothing."""
+        node.refuse_misdirected(request.node)
+        if request.epoch < node.epoch:
+            raise Stale(f"epoch {request.epoch} is over, {node.ref.node_id} has heard of {node.epoch}")
+        node.hear_epoch(request.epoch)
+        old, new = node.max_prefill_tokens_per_step, request.max_prefill_tokens_per_step
+        least, most = node.settings.block_size, node.settings.token_budget
+        if not least <= new <= most:
+            raise BadRequest(
+                f"the prefill chunk budget lies between {least} and {most} tokens, not at {new}",
+                field="max_prefill_tokens_per_step",
+            )
+        node.changed.set()
+        if new != old:
+            node.max_prefill_tokens_per_step = new
+            node.wake.set()
+            node.instruments.chunk_budget_changes.inc()
+            log.info(
+                "the prefill chunk budget goes from %d to %d tokens per step: %s", old, new, request.reason
+            )
         return accepted
 
     async def list_blocks(request: ListBlocks) -> BlockList:
@@ -115,32 +134,6 @@ def node_endpoints(node: Node, engine: Engine, news: BlockNews) -> list[Endpoint
     if node.settings.test_hooks:
         endpoints.append(node.endpoint(subjects.NODE_WEDGE, Wedge, wedge))
     return endpoints
-
-
-def set_chunk_budget(node: Node, request: SetPrefillCap) -> None:
-    """Make the node more of a prefill or more of a decode node, from the next step on.
-
-    Raises Stale for a message to another incarnation or from a leader of an older epoch, BadRequest for a
-    budget below one block or above the token budget. The same budget again is accepted and changes nothing.
-    """
-    node.refuse_misdirected(request.node)
-    if request.epoch < node.epoch:
-        raise Stale(f"epoch {request.epoch} is over, {node.ref.node_id} has heard of {node.epoch}")
-    node.hear_epoch(request.epoch)
-    old, new = node.max_prefill_tokens_per_step, request.max_prefill_tokens_per_step
-    least, most = node.settings.block_size, node.settings.token_budget
-    if not least <= new <= most:
-        raise BadRequest(
-            f"the prefill chunk budget lies between {least} and {most} tokens, not at {new}",
-            field="max_prefill_tokens_per_step",
-        )
-    node.changed.set()
-    if new == old:
-        return
-    node.max_prefill_tokens_per_step = new
-    node.wake.set()
-    node.instruments.chunk_budget_changes.inc()
-    log.info("the prefill chunk budget goes from %d to %d tokens per step: %s", old, new, request.reason)
 
 
 async def watch_cancels(node: Node) -> None:

@@ -42,8 +42,18 @@ PRIOR_TOKENS = 256
 class Instruments:
     """The node's metrics. Label `model_name` as vLLM's dashboards expect, `node_id` for ours."""
 
-    def __init__(self, model_name: str, node_id: str, connectors: Iterable[str] = ()) -> None:
-        """What each of `connectors` has moved begins at 0, not with its first transfer."""
+    def __init__(
+        self,
+        model_name: str,
+        node_id: str,
+        connectors: Iterable[str],
+        blocks: Callable[[], BlockCounts],
+        chunk_budget: Callable[[], int],
+    ) -> None:
+        """What each of `connectors` has moved begins at 0, not with its first transfer.
+
+        `blocks` and `chunk_budget` are asked when the gauges are read.
+        """
         self.registry = process_registry()
         self.prefill_tokens_per_s = 0.0
         self.decode_step_s = 0.0
@@ -55,6 +65,20 @@ class Instruments:
 
         def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
             return Histogram(name, text, [*labels, *mine], buckets=buckets, registry=self.registry)
+
+        def gauge(name: str, text: str, read: Callable[[], float]) -> None:
+            Gauge(name, text, list(mine), registry=self.registry).labels(**mine).set_function(read)
+
+        def usage() -> float:
+            now = blocks()
+            return (now.leased + now.quarantined) / now.total
+
+        gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", usage)
+        gauge("flowkv_pool_free_blocks", "Blocks free or evictable", lambda: blocks().free + blocks().cached)
+        longest = "Blocks of the longest free run"
+        gauge("flowkv_pool_longest_free_run", longest, lambda: blocks().longest_free_run)
+        per_step = "Prompt tokens per step, at most: what makes a node prefill or decode"
+        gauge("flowkv_max_prefill_tokens_per_step", per_step, chunk_budget)
 
         steps = histogram("vllm:iteration_tokens_total", "Tokens per step", STEP_BUCKETS)
         preemptions = counter("vllm:num_preemptions", "Sequences preempted, to be recomputed")
@@ -80,24 +104,6 @@ class Instruments:
         for connector in connectors:
             for family in self._transfers.values():
                 family.labels(connector=connector, **mine)
-
-    def read_gauges(self, counts: Callable[[], BlockCounts], chunk_budget: Callable[[], int]) -> None:
-        """Gauges whose values are read when they are asked for: of the pool, and the prefill chunk budget."""
-
-        def gauge(name: str, text: str, read: Callable[[], float]) -> None:
-            made = Gauge(name, text, list(self._labels), registry=self.registry)
-            made.labels(**self._labels).set_function(read)
-
-        def usage() -> float:
-            now = counts()
-            return (now.leased + now.quarantined) / now.total
-
-        gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", usage)
-        gauge("flowkv_pool_free_blocks", "Blocks free or evictable", lambda: counts().free + counts().cached)
-        longest = "Blocks of the longest free run"
-        gauge("flowkv_pool_longest_free_run", longest, lambda: counts().longest_free_run)
-        per_step = "Prompt tokens per step, at most: what makes a node prefill or decode"
-        gauge("flowkv_max_prefill_tokens_per_step", per_step, chunk_budget)
 
     def observe_step(self, counts: StepCounts, duration_s: float) -> None:
         """One engine step: what it computed, and how long it took."""

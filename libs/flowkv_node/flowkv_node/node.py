@@ -126,8 +126,13 @@ class Node:
             handoff_bytes(settings, pool.layout, pool.num_blocks),
             node_moved_at=lambda: max(self.moved_at, self.reservations.renewed_at),
         )
-        self.instruments = Instruments(card.name, ref.node_id, settings.connector_names)
-        self.instruments.read_gauges(self.blocks.counts, lambda: self.max_prefill_tokens_per_step)
+        self.instruments = Instruments(
+            card.name,
+            ref.node_id,
+            settings.connector_names,
+            self.blocks.counts,
+            lambda: self.max_prefill_tokens_per_step,
+        )
         self.wake = asyncio.Event()  # set when there is work for the engine
         self.changed = asyncio.Event()  # set when the next load report should not wait
         self.drains_until: float | None = None  # monotonic; while it is set the node takes nothing new
@@ -147,10 +152,6 @@ class Node:
 
     # --- whether it takes work --------------------------------------------------------------------
 
-    @property
-    def draining(self) -> bool:
-        return self.drains_until is not None
-
     def drain(self) -> None:
         """Take nothing new. What is here has `drain_timeout_s` to finish, counted from the first call."""
         if self.drains_until is None:
@@ -165,7 +166,7 @@ class Node:
         self.changed.set()
 
     def why_not_ready(self) -> str | None:
-        if self.draining:
+        if self.drains_until is not None:
             return "draining"
         if self.wedged:
             return "the engine makes no progress"

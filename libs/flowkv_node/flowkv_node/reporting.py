@@ -44,7 +44,7 @@ def load_report(node: Node, seq: int) -> LoadReport:
         seq=seq,
         period_s=node.settings.load_period_s,
         ready=node.why_not_ready() is None,
-        draining=node.draining,
+        draining=node.drains_until is not None,
         max_prefill_tokens_per_step=node.max_prefill_tokens_per_step,
         queued_prefill_tokens=prefill.queued_prefill_tokens + decode.queued_prefill_tokens,
         num_waiting=decode.num_waiting,

@@ -297,7 +297,7 @@ class _Output:
     token_ids: list[int]
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
-    has_left: bool = False  # without a `finish_reason` it was cancelled or has failed
+    left_at: float | None = None  # monotonic; without a `finish_reason` it was cancelled or has failed
 
 
 class Outputs:
@@ -305,7 +305,6 @@ class Outputs:
 
     def __init__(self) -> None:
         self._outputs: dict[str, _Output] = {}
-        self._ended: deque[tuple[float, str]] = deque()  # when, and which; oldest first
 
     def begin(self, sequence: Sequence) -> None:
         """A sequence begins here; the last of its `output_ids` came without log probabilities."""
@@ -321,8 +320,7 @@ class Outputs:
     def end(self, transfer_id: str) -> None:
         """The sequence has left, for any reason; its output is kept for `KEEP_S`."""
         if output := self._outputs.get(transfer_id):  # else cancelled, forgotten, and then its step fails
-            output.has_left = True
-        self._ended.append((time.monotonic(), transfer_id))
+            output.left_at = time.monotonic()
 
     def since(self, transfer_id: str, from_index: int) -> TokenChunk | None:
         """One chunk with the tokens from `from_index` on, not all if they are many.
@@ -334,7 +332,7 @@ class Outputs:
         if output is None or from_index < output.first_index:
             return None
         start = from_index - output.first_index
-        if output.has_left and output.finish_reason is None and start >= len(output.token_ids):
+        if output.left_at is not None and output.finish_reason is None and start >= len(output.token_ids):
             return None
         if start == 0 and output.logprobs:
             return None  # prefill did not pass on the log probabilities of its token
@@ -348,6 +346,8 @@ class Outputs:
         )
 
     def forget_old(self, now: float) -> None:
-        while self._ended and now - self._ended[0][0] > KEEP_S:
-            _, transfer_id = self._ended.popleft()
-            self._outputs.pop(transfer_id, None)  # a sequence may have ended twice: failed, and cancelled
+        self._outputs = {
+            transfer_id: output
+            for transfer_id, output in self._outputs.items()
+            if output.left_at is None or now - output.left_at <= KEEP_S
+        }
