@@ -44,21 +44,63 @@ LONGEST_RETRY_S = 0.5
 
 
 class Handoff:
-    """One attempt's way to one decode node. Made by `reserve()`."""
+    """One attempt's way to its decode node. `in_flight` is its place in this node's budget."""
 
-    def __init__(
-        self, node: Node, run: PrefillRun, link: KVLink, request: Reserve, reserved: Reserved
-    ) -> None:
+    _link: KVLink
+    _request: Reserve
+    _reserved: Reserved
+
+    def __init__(self, node: Node, run: PrefillRun, sequence: Sequence, in_flight: InFlight) -> None:
+        self.in_flight = in_flight
         self._node = node
         self._run = run
-        self._link = link
-        self._request = request
-        self._token = reserved.token
-        self._target = ids_of(reserved.runs)  # block ids at the decode node, in order
-        self._num_landed = reserved.num_cached_blocks
+        self._sequence = sequence
+        self._holds_room = self._has_released = False
+        self._num_landed = 0  # blocks at the decode node
         self._turn = asyncio.Lock()  # one send at a time: each begins where the one before ended
         self._sent: list[TransferStats] = []
         self._spans: list[tuple[float, float]] = []  # when each began and ended, waiting included
+
+    async def reserve(self) -> None:
+        """Room for the prompt and the token after it at the decode node, or the same room for longer.
+
+        Asks again while that node is full. Raises FlowKVError when it refuses for good: without saying when
+        to ask again.
+        """
+        if self._holds_room:
+            await self._renew()
+            return
+        node, sequence = self._node, self._sequence
+        try:
+            # The runs that this node's blocks will lie in.
+            run_lengths = node.blocks.plan_runs(node.layout.blocks_for_prompt(sequence.num_tokens))
+        except OutOfBlocks:
+            run_lengths = []  # they are only a hint
+        self._request = Reserve(
+            transfer_id=sequence.transfer_id,
+            node=self._run.decode,
+            fingerprint=self._run.fingerprint,
+            prefill=node.ref,
+            gateway_id=self._run.gateway_id,
+            num_tokens=sequence.num_tokens + 1,
+            block_hashes=sequence.full_block_hashes(node.card.fingerprint, node.settings.block_size),
+            run_lengths=run_lengths,
+            expires_in_s=RESERVATION_S,
+            again=self._has_released,
+        )
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S)
+        while not self._holds_room:
+            self._link = await node.links.link_to(self._run.decode)
+            try:
+                self._reserved = await self._ask_room(self._request)
+                self._holds_room = True
+            except FlowKVError as error:
+                if error.retry_after_s is None:
+                    raise
+                if isinstance(error, Full):
+                    self.in_flight.hear_decode_node()
+                await backoff.sleep()
+        self._num_landed = self._reserved.num_cached_blocks
 
     async def keep_reserved(self) -> None:
         """Until cancelled: renew the reservation."""
@@ -66,37 +108,42 @@ class Handoff:
         while True:
             await asyncio.sleep(pause_s)
             try:
-                await self.renew()
+                await self._renew()
                 pause_s = RENEW_S
             except FlowKVError:  # a lost reservation shows in the next copy
                 pause_s = RENEW_RETRY_S
 
-    async def renew(self) -> None:
-        """Let the reservation stand for longer. Raises FlowKVError if it does not stand any more."""
-        renewal = {"token": self._token, "block_hashes": [], "run_lengths": []}
-        await _ask_room(self._node, msgspec.structs.replace(self._request, **renewal))
+    async def _renew(self) -> None:
+        """Raises FlowKVError if the reservation does not stand any more."""
+        renewal = {"token": self._reserved.token, "block_hashes": [], "run_lengths": []}
+        await self._ask_room(msgspec.structs.replace(self._request, **renewal))
 
-    async def send_computed(self, sequence: Sequence, *, prompt_done: bool) -> None:
+    async def _ask_room(self, request: Reserve) -> Reserved:
+        subject = subjects.at(subjects.DECODE_RESERVE, request.node.node_id)
+        return await self._node.bus.request(subject, request, Reserved, timeout_s=CONTROL_TIMEOUT_S)
+
+    async def send_computed(self, *, prompt_done: bool) -> None:
         """Send the blocks that are complete and not yet there; with `prompt_done` also the last, partial one.
 
         Raises TransferFailed.
         """
         async with self._turn:
-            block_size = self._node.settings.block_size
+            sequence, block_size = self._sequence, self._node.settings.block_size
             num_ready = sequence.num_computed_tokens // block_size
             if prompt_done:
                 num_ready = -(-sequence.num_computed_tokens // block_size)
             if num_ready <= self._num_landed:
                 return
-            source = sequence.block_table[self._num_landed : num_ready]
-            copies = align(source, self._target[self._num_landed : num_ready])
+            new = slice(self._num_landed, num_ready)
+            copies = align(sequence.block_table[new], ids_of(self._reserved.runs)[new])
             began = time.monotonic()
-            self._sent.append(await self._link.send_blocks(self._request.transfer_id, self._token, copies))
+            sent = await self._link.send_blocks(sequence.transfer_id, self._reserved.token, copies)
+            self._sent.append(sent)
             self._spans.append((began, time.monotonic()))
             self._node.handoffs.confirm_send(self._run.decode.node_id)
             self._num_landed = num_ready
 
-    async def commit(self, sequence: Sequence) -> None:
+    async def commit(self) -> None:
         """From here on the decode node answers for the request. Raises FlowKVError if it refuses."""
         run = DecodeRun(
             request_id=self._run.request_id,
@@ -105,19 +152,20 @@ class Handoff:
             node=self._run.decode,
             fingerprint=self._run.fingerprint,
             prefill=self._node.ref,
-            token=self._token,
+            token=self._reserved.token,
             gateway_id=self._run.gateway_id,
             prompt_ids=self._run.prompt_ids,
-            output_ids=TokenIds.of(sequence.output_ids),
+            output_ids=TokenIds.of(self._sequence.output_ids),
             sampling=self._run.sampling,
-            deadline_in_s=sequence.deadline - time.monotonic(),
+            deadline_in_s=self._sequence.deadline - time.monotonic(),
         )
         subject = subjects.at(subjects.DECODE_RUN, self._run.decode.node_id)
         await self._node.bus.request(subject, run, Accepted, timeout_s=CONTROL_TIMEOUT_S)
 
     async def release(self) -> None:
-        """Give the room back: the request has ended, or begins again at `reserve()`. If lost, it expires."""
-        message = Release(transfer_id=self._request.transfer_id, token=self._token)
+        """Give the room back: the request has ended, or begins to reserve again. If lost, it expires."""
+        self._holds_room, self._has_released = False, True
+        message = Release(transfer_id=self._sequence.transfer_id, token=self._reserved.token)
         subject = subjects.at(subjects.DECODE_RELEASE, self._run.decode.node_id)
         with contextlib.suppress(FlowKVError):
             async with self._turn:  # a copy may still be on its way
@@ -127,7 +175,7 @@ class Handoff:
         """Publish and measure what was moved; `computed_at` is when the last chunk was done (monotonic)."""
         hidden_s, exposed_s = split_at(computed_at, self._spans)
         event = KVTransferred(
-            transfer_id=self._request.transfer_id,
+            transfer_id=self._sequence.transfer_id,
             prefill_node=self._node.ref.node_id,
             decode_node=self._run.decode.node_id,
             connector=self._link.name,
@@ -141,49 +189,6 @@ class Handoff:
         self._node.instruments.observe_transfer(event)
         with contextlib.suppress(FlowKVError):  # the handoff is done, told or not
             await self._node.bus.publish(subjects.event("kv_transferred", event.transfer_id), event)
-
-
-async def reserve(
-    node: Node, run: PrefillRun, sequence: Sequence, in_flight: InFlight, *, again: bool
-) -> Handoff:
-    """Room for the prompt and the token after it at the decode node; asks again while that node is full.
-
-    `in_flight` hears of each answer; `again` if such room has been released before.
-    Raises FlowKVError when the node refuses for good: without saying when to ask again.
-    """
-    try:
-        # The runs that this node's blocks will lie in.
-        run_lengths = node.blocks.plan_runs(node.layout.blocks_for_prompt(sequence.num_tokens))
-    except OutOfBlocks:
-        run_lengths = []  # they are only a hint
-    request = Reserve(
-        transfer_id=sequence.transfer_id,
-        node=run.decode,
-        fingerprint=run.fingerprint,
-        prefill=node.ref,
-        gateway_id=run.gateway_id,
-        num_tokens=sequence.num_tokens + 1,
-        block_hashes=sequence.full_block_hashes(node.card.fingerprint, node.settings.block_size),
-        run_lengths=run_lengths,
-        expires_in_s=RESERVATION_S,
-        again=again,
-    )
-    backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S)
-    while True:
-        link = await node.links.link_to(run.decode)
-        try:
-            return Handoff(node, run, link, request, await _ask_room(node, request))
-        except FlowKVError as error:
-            if error.retry_after_s is None:
-                raise
-            if isinstance(error, Full):
-                in_flight.hear_decode_node()
-        await backoff.sleep()
-
-
-async def _ask_room(node: Node, request: Reserve) -> Reserved:
-    subject = subjects.at(subjects.DECODE_RESERVE, request.node.node_id)
-    return await node.bus.request(subject, request, Reserved, timeout_s=CONTROL_TIMEOUT_S)
 
 
 def split_at(instant: float, spans: Iterable[tuple[float, float]]) -> tuple[float, float]:

@@ -17,9 +17,9 @@ from flowkv_common.wire.messages import Accepted, PrefillRun
 from flowkv_engine.engine.sampler import Sampled
 from flowkv_engine.engine.sequence import Sequence
 from flowkv_node.attempts import Attempt
-from flowkv_node.handoffs import InFlight, Stage
+from flowkv_node.handoffs import Stage
 from flowkv_node.node import Node, RoleLoad, new_sequence
-from flowkv_prefill.handoff import Handoff, reserve
+from flowkv_prefill.handoff import Handoff
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,8 @@ class PrefillRole:
                 in_flight = await held.enter_async_context(budget)
             result = "failed"  # one of `HANDOFF_RESULTS`, as far as it has come
             try:
-                handoff = await self._reserve_and_take_blocks(prompt, in_flight)
+                handoff = Handoff(node, prompt.run, prompt.sequence, in_flight)
+                await self._reserve_and_take_blocks(prompt, handoff)
                 async with running(handoff.keep_reserved(), self._send_early(prompt, handoff)):
                     in_flight.enter(Stage.COMPUTING)
                     await self._compute(prompt)
@@ -141,8 +142,8 @@ class PrefillRole:
                         return
                     node.attempts.set_state(tid, "handoff")
                     with prompt.phases.phase("handoff"):
-                        await handoff.send_computed(prompt.sequence, prompt_done=True)
-                    await handoff.commit(prompt.sequence)
+                        await handoff.send_computed(prompt_done=True)
+                    await handoff.commit()
                     node.attempts.end(tid)  # the decode node has it now
                     await handoff.report(prompt.computed_at)
                     result = "done"
@@ -163,36 +164,29 @@ class PrefillRole:
             self._node.decode.adopt(prompt.sequence)
             prompt.sequence = new_sequence(prompt.run)  # the blocks are decode's now: none to free here
 
-    async def _reserve_and_take_blocks(self, prompt: Prompt, in_flight: InFlight) -> Handoff:
+    async def _reserve_and_take_blocks(self, prompt: Prompt, handoff: Handoff) -> None:
         """Room at the decode node, then blocks here: in that order everywhere.
 
         Nodes that prefill for each other could still wait in a circle, each for blocks that are reserved for
         a prompt of the next. So a prompt that has waited for a while gives its reservation back and begins
         again.
         """
-        patience_s, has_released = FIRST_PATIENCE_S, False
-        handoff: Handoff | None = None
+        patience_s = FIRST_PATIENCE_S
         while True:
             with prompt.phases.phase("reserve"):
-                if handoff:
-                    await handoff.renew()
-                else:
-                    handoff = await reserve(
-                        self._node, prompt.run, prompt.sequence, in_flight, again=has_released
-                    )
-            in_flight.enter(Stage.WAITING)
+                await handoff.reserve()
+            handoff.in_flight.enter(Stage.WAITING)
             try:
                 # Drawn anew each time, so that two that wait for each other don't give way at once.
                 async with asyncio.timeout(patience_s * random.uniform(1.0, 1.5)):
                     await self._take_blocks(prompt)
-                return handoff
+                return
             except TimeoutError:
                 if not self._node.reservations.num_open:
                     continue  # no circle: what holds the blocks here waits for no other node
             log.info("%s lets others go first: no blocks here", prompt.sequence.transfer_id)
             await handoff.release()
-            handoff, has_released = None, True
-            in_flight.enter(Stage.RESERVING)
+            handoff.in_flight.enter(Stage.RESERVING)
             patience_s = min(2 * patience_s, LONGEST_PATIENCE_S)
 
     async def _take_blocks(self, prompt: Prompt) -> None:
@@ -226,7 +220,7 @@ class PrefillRole:
             prompt.progress.clear()
             if prompt.computed.is_set():
                 return
-            await handoff.send_computed(prompt.sequence, prompt_done=False)
+            await handoff.send_computed(prompt_done=False)
 
     async def _emit_first(self, prompt: Prompt) -> bool:
         """Send output token 0 to the gateway at once; True when it ends the request."""
