@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from flowkv_common import fingerprint as fingerprint_module
 from flowkv_common.fingerprint import block_hashes
-from flowkv_common.wire import hashing
 from flowkv_common.wire.messages import SamplingParams, TokenChunk, encode
 from flowkv_gateway import dispatch
 from flowkv_gateway.dispatch import MAX_HASHES, MAX_HASHES_IN_LOOP, RequestState
@@ -89,7 +89,7 @@ async def test_no_more_hashes_are_made_than_a_message_can_carry() -> None:
 async def test_the_longest_prompt_stays_far_below_the_limit_of_a_message(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hashing, "chained_hash", lambda *_: "0" * 32)
+    monkeypatch.setattr(fingerprint_module, "chained_hash", lambda *_: "0" * 32)
     request = state([0] * (4 * MAX_HASHES + 4))
     hashes = await request.hash_blocks(4, 10 * MAX_HASHES)
     assert len(hashes) == MAX_HASHES
