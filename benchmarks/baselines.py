@@ -13,7 +13,7 @@ import msgspec
 
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_scheduler import policy
-from flowkv_scheduler.cluster import Goals, NodeView, group_of
+from flowkv_scheduler.cluster import NOTHING, Goals, NodeView, group_of
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice, Chooser, RequestCosts
 
@@ -114,6 +114,37 @@ def prefix_affinity(seed: int) -> Chooser:
     return baseline(pick, _least)
 
 
+def one_node(costs: RequestCosts) -> Choice | None:
+    """Of mixed nodes that which takes both halves of the request with the least predicted time."""
+
+    def has_room(node: NodeView) -> bool:
+        held = costs.kept.get(node.node_id, NOTHING)
+        if costs.num_missing_blocks(node) + held.num_blocks > 0 or node.num_missing_places(held) > 0:
+            return False
+        # Prompts delay some of its steps in any case: without them its steps are to meet the target.
+        step_s = costs.step_s(node) - node.chunk_s
+        step_s += node.speed.beside_s(held.num_sequences, held.context_tokens)
+        return not node.num_sequences or step_s <= costs.goals.itl_s or not costs.must_meet_itl(node)
+
+    able = [node for node in costs.state.usable(costs.now) if costs.takes_sequence(node)]
+    roomy = [costs.prefill_cost(node) for node in able if has_room(node)]
+    if not roomy:
+        return None
+    best = min(roomy, key=lambda cost: (cost.total_s + costs.step_s(cost.node), cost.node.node_id))
+    return Choice(
+        prefill=best.node,
+        decode=best.node,
+        predicted_s=best.total_s + costs.step_s(best.node),
+        wait_s=best.node.prefill_wait_s,
+        first_token_s=best.total_s,
+        prefill_s=best.work_s,
+        num_cached_tokens=best.num_cached_tokens,
+        reason=f"best of {len(roomy)} nodes",
+        prefill_candidates=[],
+        decode_candidates=[],
+    )
+
+
 def _least(request: ScheduleRequest, nodes: Sequence[NodeView], load: Load) -> NodeView:
     return min(nodes, key=lambda node: (load(node), node.node_id))
 
@@ -126,6 +157,7 @@ BASELINES: dict[str, Callable[[int], Chooser]] = {
     "two_choices": two_choices,
     "prefix_affinity": prefix_affinity,
 }
+ONE_NODE = "one_node"  # only for mixed nodes
 POLICIES = ("flowkv", "static", *BASELINES)
 
 
@@ -133,4 +165,4 @@ def make_planner(policy: str, goals: Goals, seed: int) -> Planner:
     """FlowKV's planner (`static`: without lending), or a baseline. Raises KeyError for an unknown name."""
     if policy in ("flowkv", "static"):
         return Planner(goals, lends=policy == "flowkv")
-    return Planner(goals, lends=False, choose=BASELINES[policy](seed))
+    return Planner(goals, lends=False, choose=one_node if policy == ONE_NODE else BASELINES[policy](seed))

@@ -1,7 +1,10 @@
-"""All policies on all traces, loads and mixes of nodes.
+"""Policies on traces, loads and mixes of nodes: how good is FlowKV beside what hindsight would have chosen?
 
 A cell is a trace, a load, and nodes that are alike or half of them slow; it is run with several seeds. The
 load is a share of what the best static split carries of the same requests, found first.
+
+With `--beside FILE` only the policies that are named are run: the load and the others are those of FILE, an
+earlier run with the same cells.
 
 Nodes are few and the slowest that hold the longest prompt, so that a thousand requests last for minutes: what
 a policy does by lending shows only over many report periods.
@@ -9,6 +12,8 @@ a policy does by lending shows only over many report periods.
 
 from __future__ import annotations
 
+import argparse
+import json
 import multiprocessing
 import os
 import time
@@ -21,61 +26,88 @@ from typing import Any, NamedTuple
 from benchmarks import BenchmarkFailed
 from benchmarks.report import Report, make_parser
 from benchmarks.simulator.kinds import KINDS, default_targets, slowest_that_holds
-from benchmarks.simulator.run import ALL_POLICIES, LEAST_RATE, Machines, Scene, capacity, figures
+from benchmarks.simulator.run import (
+    ALL_POLICIES,
+    BEST_STATIC,
+    LEAST_RATE,
+    MIXED,
+    Machines,
+    Scene,
+    capacity,
+    figures,
+)
 from benchmarks.traces import ASKED_NEW_TOKENS, at_rate, cut_to
 from benchmarks.traffic import MADE_UP, read_window
 
 LOADS = (0.7, 1.0, 1.3)
+MIXES = ALIKE, SLOW_HALF = "alike", "slow-half"
 # What the scheduler's constants may be tuned on, and what its figures are reported on (docs/simulator.md).
 TUNING = ("code", "agents", "bursts", "giants", "turns", "alternating", "ramp", "shifting")
 TUNING_SEEDS = range(100, 105)
 REPORTING = (*TUNING, "hot", "batchy", "bimodal", "synthetic")  # and the trace files
 REPORTING_SEEDS = range(5)
 
+# A cell is the same as one of an earlier run if these are.
+NAMES = ("trace", "mix", "seed", "nodes", "num_nodes", "num_requests")
+# What is told first, and what FlowKV is compared with.
+SHOWN = ("flowkv", "static", BEST_STATIC, MIXED)
+
+Cell = dict[str, Any]
+
 
 class Task(NamedTuple):
-    """The cells of one trace, mix of nodes and seed: their loads share one capacity."""
+    """The cells of one trace, mix of nodes and seed; their loads share one capacity. `known`: `--beside`."""
 
     trace: str
-    slow_half: bool
+    mix: str
     seed: int
     nodes: str | None
     num_nodes: int
     num_requests: int
+    loads: Sequence[float] = LOADS
+    policies: Sequence[str] = ALL_POLICIES
+    with_capacity: bool = False
+    known: Sequence[Cell] = ()
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = make_parser("simulate-cells", __doc__)
-    parser.add_argument("--trace", action="append", default=[], help="several; `shifting` is added")
-    parser.add_argument(
-        "--nodes", choices=KINDS, help="of one kind; without, the slowest that hold the longest prompt"
-    )
-    parser.add_argument("--num-nodes", type=int, default=8, help="half of them start on each side")
-    parser.add_argument("--requests", type=int, default=1200, help="in each run")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one seed, 300 requests")
-    options = parser.parse_args(argv)
-    num_seeds, num_requests = (1, 300) if options.quick else (options.seeds, options.requests)
-    traces = [*options.trace, "shifting"]
+    options = _options(argv)
+    traces = options.trace or (TUNING if options.tuning else REPORTING)
+    seeds = options.seeds or (TUNING_SEEDS if options.tuning else REPORTING_SEEDS)
     if missing := [trace for trace in traces if trace not in MADE_UP and not Path(trace).exists()]:
         raise BenchmarkFailed(f"no such trace: {', '.join(missing)}")
+    known = json.loads(options.beside.read_text())["rows"] if options.beside else []
     report = Report(options)
     tasks = [
-        Task(trace, slow_half, seed, options.nodes, options.num_nodes, num_requests)
-        for seed, trace, slow_half in product(range(num_seeds), traces, (False, True))
+        Task(
+            trace,
+            mix,
+            seed,
+            options.nodes,
+            options.num_nodes,
+            options.requests,
+            options.loads,
+            options.policy or ALL_POLICIES,
+            options.capacity,
+            known,
+        )
+        for seed, trace, mix in product(seeds, traces, options.mixes)
     ]
     began = time.monotonic()
-    cores = len(os.sched_getaffinity(0))
-    with multiprocessing.get_context("spawn").Pool(min(cores, len(tasks))) as workers:
+    with multiprocessing.get_context("spawn").Pool(min(options.jobs, len(tasks))) as workers:
         for number, cells in enumerate(workers.imap_unordered(run_task, tasks), 1):
             report.say(f"{number} of {len(tasks)}: {cells[0]['trace']}, seed {cells[0]['seed']}")
             report.rows += cells
-    report.rows.sort(key=lambda c: (traces.index(c["trace"]), c["slow_half"], c["load"], c["seed"]))
+    order = [Path(trace).name for trace in traces]
+    report.rows.sort(key=lambda cell: (order.index(cell["trace"]), cell["mix"], cell["load"], cell["seed"]))
     report.more["wall_s"] = time.monotonic() - began
-    return report.finish(shown=means_of(report.rows))
+    shown = means_of(report.rows)
+    report.finish(shown=shown)
+    print("\n".join(differences(shown)))
+    return 0
 
 
-def run_task(task: Task) -> list[dict[str, Any]]:
+def run_task(task: Task) -> list[Cell]:
     """One cell per load: what each policy made of it.
 
     `rate` is the load's; `carried` is the rate that the best static split carries, `lending_carries` the one
@@ -84,48 +116,85 @@ def run_task(task: Task) -> list[dict[str, Any]]:
     requests = read_window(task.trace, task.num_requests, task.seed)
     longest = max(request.num_prompt_tokens for request in requests) + ASKED_NEW_TOKENS
     kind = KINDS[task.nodes] if task.nodes else slowest_that_holds(longest)
-    machines = Machines(kind, task.num_nodes, task.slow_half)
+    machines = Machines(kind, task.num_nodes, task.mix == SLOW_HALF)
     requests = cut_to(requests, kind.max_model_len)
     targets = default_targets(kind, requests)
-    carried = capacity(machines, requests, targets, task.seed)
     half = task.num_nodes // 2
-    lending = capacity(machines, requests, targets, task.seed, "flowkv", splits=[half])
-    cells = []
-    for load in LOADS:
-        rate = load * max(carried.rate, LEAST_RATE * task.num_nodes)
+    place = Path(task.trace).name, task.mix, task.seed, kind.name, task.num_nodes, task.num_requests
+    known = [cell for cell in task.known if tuple(cell[name] for name in NAMES) == place]
+    shared: Cell = dict(zip(NAMES, place, strict=True))
+    if known:
+        shared |= {"carried": known[0]["carried"], "best_prefill": known[0]["best_prefill"]}
+    else:
+        carried = capacity(machines, requests, targets, task.seed)
+        shared |= {"carried": carried.rate, "best_prefill": carried.num_prefill}
+    if task.with_capacity:
+        lending = capacity(machines, requests, targets, task.seed, "flowkv", splits=[half])
+        shared["lending_carries"] = lending.rate
+    cells: list[Cell] = []
+    for load in task.loads:
+        rate = load * max(shared["carried"], LEAST_RATE * task.num_nodes)
         timed = at_rate(requests, rate, task.seed)
-        scene = Scene(machines, half, timed, targets, rate, task.seed, carried.num_prefill)
-        cells.append(
-            {
-                "trace": task.trace,
-                "load": load,
-                "slow_half": task.slow_half,
-                "seed": task.seed,
-                "nodes": kind.name,
-                "rate": rate,
-                "carried": carried.rate,
-                "lending_carries": lending.rate,
-                "best_prefill": carried.num_prefill,
-                "runs": [figures(scene.outcome(policy)) for policy in ALL_POLICIES],
-            }
-        )
+        scene = Scene(machines, half, timed, targets, rate, task.seed, shared["best_prefill"])
+        earlier: Cell = next((cell for cell in known if cell["load"] == load), {"runs": {}})
+        runs = {policy: figures(scene.outcome(policy)) for policy in task.policies}
+        cells.append({**earlier, **shared, "load": load, "rate": rate, "runs": {**earlier["runs"], **runs}})
     return cells
 
 
-def means_of(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def means_of(cells: Sequence[Cell]) -> list[Cell]:
     """For each trace, mix and load: the share of good requests by policy, the mean of all seeds, in percent.
 
     `carries` is what FlowKV carries, over what the best static split does.
     """
     rows = []
-    names = ("trace", "slow_half", "load")
+    names = ("trace", "mix", "load")
     for key in dict.fromkeys(tuple(cell[name] for name in names) for cell in cells):
         here = [cell for cell in cells if tuple(cell[name] for name in names) == key]
-        carries = sum(cell["lending_carries"] for cell in here) / sum(cell["carried"] for cell in here)
-        shares = {
-            policy: 100 * mean(cell["runs"][place]["good_share"] for cell in here)
-            for place, policy in enumerate(ALL_POLICIES)
-        }
-        rate = mean(cell["rate"] for cell in here)
-        rows.append({**dict(zip(names, key, strict=True)), "requests/s": rate, "carries": carries, **shares})
+        row = {**dict(zip(names, key, strict=True)), "requests/s": mean(cell["rate"] for cell in here)}
+        policies = dict.fromkeys(policy for cell in cells for policy in cell["runs"])
+        for policy in sorted(policies, key=lambda policy: (policy not in SHOWN, ALL_POLICIES.index(policy))):
+            row[policy] = 100 * mean(cell["runs"][policy]["good_share"] for cell in here)
+        if all("lending_carries" in cell for cell in cells):
+            lending, carried = (sum(cell[name] for cell in here) for name in ("lending_carries", "carried"))
+            row["carries"] = lending / carried
+        rows.append(row)
     return rows
+
+
+def differences(rows: Sequence[Cell]) -> list[str]:
+    """FlowKV less each of `SHOWN`, in points of good requests: the mean of all rows and the worst one."""
+    lines = []
+    for policy in SHOWN[1:]:
+        points = [(row["flowkv"] - row[policy], row) for row in rows if {"flowkv", policy} <= row.keys()]
+        if points:
+            worst, row = min(points, key=lambda pair: pair[0])
+            where = f"{row['trace']}, {row['mix']}, {row['load']:.0%}"
+            lines.append(
+                f"flowkv - {policy}: {mean(point for point, _ in points):+.1f} on average, "
+                f"{worst:+.1f} at worst ({where})"
+            )
+    return lines
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser("simulate-cells", __doc__)
+    parser.add_argument(
+        "--tuning", action="store_true", help="traffic and seeds for tuning, not for reporting"
+    )
+    parser.add_argument("--trace", nargs="+", help="instead: files, or made up: " + ", ".join(MADE_UP))
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--loads", type=float, nargs="+", default=LOADS)
+    parser.add_argument("--mixes", nargs="+", choices=MIXES, default=MIXES)
+    parser.add_argument("--policy", nargs="+", choices=ALL_POLICIES, help="all without")
+    parser.add_argument(
+        "--beside", type=Path, help="JSON of an earlier run: take from it what is not to be run"
+    )
+    parser.add_argument("--capacity", action="store_true", help="search what FlowKV carries, too")
+    parser.add_argument(
+        "--nodes", choices=KINDS, help="of one kind; without, the slowest that hold the longest prompt"
+    )
+    parser.add_argument("--num-nodes", type=int, default=8, help="half of them start on each side")
+    parser.add_argument("--requests", type=int, default=1200, help="in each run")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    return parser.parse_args(argv)

@@ -65,10 +65,11 @@ def alternating(num_requests: int, seed: int = 0) -> list[Request]:
 
 
 def code(num_requests: int, seed: int = 0) -> list[Request]:
-    """Azure's code trace: prompts of about 2,000 tokens, answers of a few (median 10, mean 28), bursty."""
+    """Azure's code trace: prompts of about 2,000 tokens, answers of ten, one in six of a hundred; bursty."""
     draw = random.Random(seed)
     lengths = [
-        (_lognormal(draw, 1500, 0.76, 8000), _lognormal(draw, 10, 1.43, 1000)) for _ in range(num_requests)
+        (_lognormal(draw, 1500, 0.76, 8000), _lognormal(draw, draw.choice((80, *[10] * 5)), 0.6, 1000))
+        for _ in range(num_requests)
     ]
     return _timed(lengths, (draw.gammavariate(0.25, 4.0) for _ in lengths))
 

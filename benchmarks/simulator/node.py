@@ -9,7 +9,13 @@ from benchmarks.simulator.kinds import NodeKind
 from benchmarks.simulator.pool import Pool
 from benchmarks.traces import ASKED_NEW_TOKENS, hashes_of_id
 from flowkv_common.wire.messages import ModelCard, NodeRef
-from flowkv_common.wire.nodes import BlockCounts, BlocksChanged, LoadReport, NodeDescriptor
+from flowkv_common.wire.nodes import (
+    BlockCounts,
+    BlocksChanged,
+    LoadReport,
+    NodeDescriptor,
+    starting_chunk_budget,
+)
 from flowkv_node.measures import OutputLengths
 
 REPORT_PERIOD_S = 0.5
@@ -17,7 +23,7 @@ FINGERPRINT = "simulated"
 
 
 class SimNode:
-    """`slow` multiplies the cost of its steps."""
+    """`slow` multiplies the cost of its steps. `chunk`: the prefill chunk budget, that of its role if 0."""
 
     def __init__(
         self,
@@ -26,12 +32,13 @@ class SimNode:
         role: str,
         itl: Histogram,
         slow: float = 1.0,
+        chunk: int = 0,
     ) -> None:
         self.index = index
         self.kind = kind
         self.role = role
         self.ref = NodeRef(node_id=f"node-{index:04}", incarnation="0")
-        cap = kind.token_budget if role == "prefill" else kind.layout.block_size
+        cap = chunk or starting_chunk_budget(role, kind.token_budget, kind.layout.block_size)
         self.batch = Batch(slowed(kind.fit, slow), kind.limits, cap, itl)
         self.pool = Pool(kind.num_blocks, kind.layout.block_size)
         self.line: deque[Life] = deque()  # prompts that wait for blocks here and at their decode node

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from benchmarks import BenchmarkFailed
-from benchmarks.baselines import POLICIES, make_planner
+from benchmarks.baselines import ONE_NODE, POLICIES, make_planner
 from benchmarks.simulator.batch import Histogram, Life
 from benchmarks.simulator.cluster import Cluster
 from benchmarks.simulator.kinds import NodeKind
@@ -32,32 +32,33 @@ FIRST_RATE = 0.1
 LEAST_RATE = 0.001
 MOST_RATE = 100.0
 
-BEST_STATIC = "best_static"
-ALL_POLICIES = (*POLICIES, BEST_STATIC)
+# With hindsight: the best static split; all nodes mixed, the best chunk budget of these.
+BEST_STATIC, MIXED = "best_static", "mixed"
+ALL_POLICIES = (*POLICIES, BEST_STATIC, MIXED)
+CHUNKS = (512, 256, 1024, 128, 2048, 64)
 
 
 class Machines(NamedTuple):
     """The nodes of a cluster. `slow_half`: every second node takes three times as long for everything.
 
     `decode_kind`: what decode nodes are, if not of the same `kind`; both must have one layout.
+    `mixed_chunk`: not 0, all nodes serve both roles, with this prefill chunk budget.
     """
 
     kind: NodeKind
     num_nodes: int
     slow_half: bool = False
     decode_kind: NodeKind | None = None
+    mixed_chunk: int = 0
 
     def nodes(self, num_prefill: int, itl: Histogram) -> list[SimNode]:
-        return [
-            SimNode(
-                index,
-                self.kind if index < num_prefill else self.decode_kind or self.kind,
-                "prefill" if index < num_prefill else "decode",
-                itl,
-                SLOW_FACTOR if self.slow_half and index % 2 else 1.0,
-            )
-            for index in range(self.num_nodes)
-        ]
+        nodes = []
+        for index in range(self.num_nodes):
+            kind = self.kind if index < num_prefill else self.decode_kind or self.kind
+            role = "mixed" if self.mixed_chunk else "prefill" if index < num_prefill else "decode"
+            slow = SLOW_FACTOR if self.slow_half and index % 2 else 1.0
+            nodes.append(SimNode(index, kind, role, itl, slow, self.mixed_chunk))
+        return nodes
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Outcome:
     """All that a run gave. `wall_s` is real time, everything else is a function of the input."""
 
     policy: str
+    machines: Machines
     num_prefill: int
     lives: list[Life]
     itl: Histogram
@@ -98,6 +100,7 @@ def simulate(
     cluster.run()
     return Outcome(
         policy=policy,
+        machines=machines,
         num_prefill=num_prefill,
         lives=lives,
         itl=itl,
@@ -122,10 +125,12 @@ class Scene(NamedTuple):
     likely: int
 
     def outcome(self, policy: str) -> Outcome:
-        """One of `ALL_POLICIES`, from `num_prefill` prefill nodes on unless it is the best static split."""
+        """One of `ALL_POLICIES`, from `num_prefill` prefill nodes on unless it is one with hindsight."""
         machines, num_prefill, requests, targets, _, seed, likely = self
         if policy == BEST_STATIC:
             return best_static(machines, requests, targets, seed, likely)
+        if policy == MIXED:
+            return best_mixed(machines, requests, targets, seed)
         return simulate(machines, num_prefill, policy, requests, targets, seed)
 
 
@@ -142,13 +147,37 @@ def best_static(
     Those around `likely` prefill nodes (0: half) are tried first: the others give up once they are worse.
     """
     splits = splits_around(machines.num_nodes, likely or machines.num_nodes // 2)
-    best = simulate(machines, splits[0], "static", requests, targets, seed)
-    for num_prefill in splits[1:]:
-        max_bad = len(requests) - best.num_good - 1
-        outcome = simulate(machines, num_prefill, "static", requests, targets, seed, max_bad)
+    trials = [(machines, num_prefill, "static") for num_prefill in splits]
+    return _best_of(BEST_STATIC, trials, requests, targets, seed)
+
+
+def best_mixed(machines: Machines, requests: Sequence[Request], targets: Targets, seed: int = 0) -> Outcome:
+    """All nodes mixed: of all chunk budgets the one with the most good requests.
+
+    Requests are paired as FlowKV does, so that a prompt may be computed elsewhere; or stay on one node.
+    """
+    budgets = [chunk for chunk in CHUNKS if chunk < machines.kind.token_budget]
+    mixed = [machines._replace(mixed_chunk=chunk) for chunk in budgets]
+    trials = [(nodes, 0, policy) for nodes in mixed for policy in ("static", ONE_NODE)]
+    return _best_of(MIXED, trials, requests, targets, seed)
+
+
+def _best_of(
+    name: str,
+    trials: Sequence[tuple[Machines, int, str]],
+    requests: Sequence[Request],
+    targets: Targets,
+    seed: int,
+) -> Outcome:
+    """The run with the most good requests. All but the first give up once they are worse than the best."""
+    best: Outcome | None = None
+    for machines, num_prefill, policy in trials:
+        max_bad = len(requests) - best.num_good - 1 if best else None
+        outcome = simulate(machines, num_prefill, policy, requests, targets, seed, max_bad)
         if not outcome.has_failed:
             best = outcome
-    best.policy = BEST_STATIC
+    assert best is not None, "the first run has no limit"
+    best.policy = name
     return best
 
 
@@ -235,7 +264,11 @@ def figures(outcome: Outcome) -> dict[str, Any]:
     refusals = Counter(str(life.refused_with) for life in lives if life.refused_with)
     return {
         "policy": outcome.policy,
-        "split": f"{outcome.num_prefill}P:{len(outcome.nodes) - outcome.num_prefill}D",
+        "split": (
+            f"chunks of {outcome.machines.mixed_chunk}"
+            if outcome.machines.mixed_chunk
+            else f"{outcome.num_prefill}P:{len(outcome.nodes) - outcome.num_prefill}D"
+        ),
         "num_requests": len(lives),
         "num_good": outcome.num_good,
         "good_share": outcome.num_good / len(lives),

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from benchmarks import BenchmarkFailed
 from benchmarks import simulate_cells as cells
+from benchmarks.baselines import ONE_NODE
 from benchmarks.plan import Demand, smallest, splits_to_try
 from benchmarks.plan import main as plan
 from benchmarks.simulate import COLUMNS, main
 from benchmarks.simulator.kinds import KINDS
 from benchmarks.simulator.run import (
     ALL_POLICIES,
+    CHUNKS,
     GOOD_SHARE,
     PRECISION,
     Machines,
+    best_mixed,
     best_static,
     capacity,
     carrying_split,
+    figures,
     simulate,
     splits_around,
 )
@@ -127,21 +132,71 @@ def test_a_plan_names_kinds_split_and_margin(tmp_path: Path, capsys: pytest.Capt
         plan(["--requests", "5", "--ttft", "1e-6", "--max-nodes", "2", "--json", str(file)])
 
 
-def test_cells_cover_loads_policies_and_mixes() -> None:
-    found = [
-        cell
-        for slow_half in (False, True)
-        for cell in cells.run_task(cells.Task("shifting", slow_half, 1, None, num_nodes=4, num_requests=12))
+def test_mixed_nodes_have_the_best_chunk_budget() -> None:
+    machines = Machines(L40S, 3)
+    requests = at_rate(even_traffic(60), 9.0, seed=0)
+    best = best_mixed(machines, requests, TARGETS)
+    chunk = best.machines.mixed_chunk
+    assert chunk in CHUNKS
+    assert {node.role for node in best.nodes} == {"mixed"}
+    assert {node.batch.cap for node in best.nodes} == {chunk}
+    others = [
+        simulate(machines._replace(mixed_chunk=chunk), 0, policy, requests, TARGETS).num_good
+        for chunk in CHUNKS
+        for policy in ("static", ONE_NODE)
     ]
-    assert [(cell["load"], cell["slow_half"]) for cell in found] == [
-        (load, slow_half) for slow_half in (False, True) for load in cells.LOADS
+    assert best.num_good == max(others) > min(others)
+    assert figures(best)["split"] == f"chunks of {chunk}"
+
+
+def test_on_one_node_requests_stay() -> None:
+    mixed = Machines(L40S, 3, mixed_chunk=512)
+    lives = simulate(mixed, 0, ONE_NODE, at_rate(even_traffic(60), 9.0, seed=0), TARGETS).lives
+    assert all(life.prefill == life.decode for life in lives)
+    assert {life.prefill for life in lives} == {0, 1, 2}
+
+
+def cells_of(mix: str, policies: Sequence[str], known: Sequence[cells.Cell] = ()) -> list[cells.Cell]:
+    return cells.run_task(cells.Task("shifting", mix, 1, None, 4, 12, policies=policies, known=known))
+
+
+def test_cells_cover_loads_policies_and_mixes() -> None:
+    found = [cell for mix in cells.MIXES for cell in cells_of(mix, ALL_POLICIES)]
+    assert [(cell["load"], cell["mix"]) for cell in found] == [
+        (load, mix) for mix in ("alike", "slow-half") for load in cells.LOADS
     ]
     assert {cell["nodes"] for cell in found} == {"a10g"}
-    assert all([run["policy"] for run in cell["runs"]] == list(ALL_POLICIES) for cell in found)
+    assert all(list(cell["runs"]) == list(ALL_POLICIES) for cell in found)
     assert found[2]["rate"] == pytest.approx(1.3 / 0.7 * found[0]["rate"])
     lines = cells.means_of(found)
     assert len(lines) == len(found)
-    assert (lines[-1]["slow_half"], lines[-1].keys() >= set(ALL_POLICIES)) == (True, True)
+    assert lines[-1]["mix"] == "slow-half"
+    assert list(lines[-1])[4:8] == ["flowkv", "static", "best_static", "mixed"]
+
+
+def test_beside_an_earlier_run_only_what_is_named_runs_again() -> None:
+    earlier = cells_of("alike", ["flowkv", "best_static"])
+    for cell in earlier:
+        cell["carried"] *= 2  # as it was found then
+        cell["runs"]["flowkv"]["good_share"] = -1.0
+        cell["runs"]["best_static"]["good_share"] = -2.0
+    again = cells_of("alike", ["flowkv"], known=earlier)
+    assert [cell["rate"] for cell in again] == [2 * cell["rate"] for cell in earlier]
+    assert all(cell["runs"]["flowkv"]["good_share"] >= 0 for cell in again)
+    assert {cell["runs"]["best_static"]["good_share"] for cell in again} == {-2.0}
+    others = cells_of("slow-half", ["flowkv"], known=earlier)  # not those of `earlier`
+    assert {tuple(cell["runs"]) for cell in others} == {("flowkv",)}
+
+
+def test_differences_are_told_with_the_worst_row() -> None:
+    rows = [
+        {"trace": "code", "mix": "alike", "load": 0.7, "flowkv": 90.0, "static": 91.0, "best_static": 95.0},
+        {"trace": "code", "mix": "alike", "load": 1.3, "flowkv": 80.0, "static": 75.0, "best_static": 87.0},
+    ]
+    assert cells.differences(rows) == [
+        "flowkv - static: +2.0 on average, -1.0 at worst (code, alike, 70%)",
+        "flowkv - best_static: -6.0 on average, -7.0 at worst (code, alike, 130%)",
+    ]
 
 
 def test_cells_want_their_traces(tmp_path: Path) -> None:
