@@ -14,6 +14,7 @@ import pytest
 from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import ModelFiles
+from flowkv_gateway import dispatch
 from flowkv_gateway.cluster import OwnModel
 from flowkv_gateway.dispatch import READY_PERIOD_S, SCHEDULER_SILENT_S, Dispatch, open_dispatch
 from tests.described_nodes import ReportingNode, reporting, schedule
@@ -82,6 +83,22 @@ async def test_what_is_missing_is_named(nats_server: NatsServer, bus: Bus, gatew
             await until(gateway, None)
     nats_server.stop()
     await until(gateway, "not connected to NATS")
+
+
+async def test_a_gateway_is_ready_as_soon_as_it_hears_nats_again(
+    nats_server: NatsServer, bus: Bus, gateway: Dispatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it could not hear meanwhile is no sign that others are gone."""
+    monkeypatch.setattr(dispatch, "SCHEDULER_SILENT_S", 1.0)
+    seen: list[str | None] = []
+    gateway._bus.on_reconnect(lambda: seen.append(gateway.why_not_ready()))
+    async with reporting(*pair(bus)), scheduler_process(nats_server):
+        await until(gateway, None)
+        with nats_server.frozen():
+            await until(gateway, "not connected to NATS")
+            await asyncio.sleep(0.5)  # all that was heard before is older than silence is borne
+        await until(gateway, None)
+    assert seen == [None]
 
 
 async def test_a_successor_that_stands_by_keeps_gateways_ready(

@@ -81,6 +81,10 @@ class Cluster:
         if before is None or _standing(before) != _standing(report):
             self._choose_model()
 
+    def touch_all(self) -> None:
+        """After a reconnect: the silence was ours, not the nodes'."""
+        self._reports = {name: (self._clock(), report) for name, (_, report) in self._reports.items()}
+
     def model(self) -> ModelCard | None:
         """The model of new requests; None until a node of ours has joined."""
         return self._model

@@ -6,7 +6,6 @@ import asyncio
 import bisect
 import contextlib
 import logging
-import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -82,6 +81,7 @@ READY_PERIOD_S = 0.5
 READY_TIMEOUT_S = 1.0
 # A scheduler that dies has a successor within 2.5 s, where one stands by, and requests wait for so long.
 SCHEDULER_SILENT_S = 3.0
+_NO_SCHEDULER = "no scheduler answers"
 
 # The phases before a first token in which nothing of the request is computed.
 WAITS = ("schedule", "queue", "reserve")
@@ -308,8 +308,8 @@ class Dispatch:
         self.cluster = Cluster(own)
         self.streams: dict[str, TokenStream] = {}  # transfer id -> the tokens of this attempt
         self._num_open = 0
-        self._scheduler_answered_at = -math.inf
-        self._scheduler_why_not: str | None = None  # what was missing by its last answer
+        self._scheduler_answered_at = 0.0
+        self._scheduler_why_not: str | None = _NO_SCHEDULER  # what was missing by its last answer
 
     def model(self) -> ModelCard | None:
         """The model of new requests; None until a node that serves the gateway's model has joined.
@@ -334,10 +334,10 @@ class Dispatch:
         """What is missing for a request sent now to be served; None if nothing is."""
         if not self._bus.is_connected:
             return "not connected to NATS"
-        if time.monotonic() - self._scheduler_answered_at > SCHEDULER_SILENT_S:
-            missing = ["no scheduler answers"]
-        else:
-            missing = [self._scheduler_why_not] if self._scheduler_why_not else []
+        # Just after NATS was away, the silence may have been ours.
+        silent_s = min(time.monotonic() - self._scheduler_answered_at, self._bus.connected_for_s)
+        why_not = _NO_SCHEDULER if silent_s > SCHEDULER_SILENT_S else self._scheduler_why_not
+        missing = [why_not] if why_not else []
         no_node = "no node of the model is ready"  # also in the scheduler's words
         if not self.cluster.has_ready_node() and no_node not in missing:
             missing.append(no_node)
@@ -545,6 +545,7 @@ async def open_dispatch(
     async with connect(nats_url, name=f"flowkv-gateway/{gateway_id}", on_closed=on_closed) as bus:
         dispatch = Dispatch(bus, gateway_id, own)
         cluster = dispatch.cluster
+        bus.on_reconnect(cluster.touch_all)
         service = Service(
             bus,
             name="gateway",
