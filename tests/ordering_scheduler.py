@@ -1,4 +1,4 @@
-"""`python tests/ordering_scheduler.py NATS_URL`: a scheduler that moves the cap of `d0` in each tick."""
+"""`python tests/ordering_scheduler.py NATS_URL`: a scheduler that moves the budget of `d0` in each tick."""
 
 from __future__ import annotations
 

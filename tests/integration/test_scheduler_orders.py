@@ -213,7 +213,7 @@ async def test_endpoint_that_could_not_be_opened_is_opened_later(
 
 
 class FailingOnce(Planner):
-    """Its first tick raises; each later one moves the cap of `d0`."""
+    """Its first tick raises; each later one moves the prefill chunk budget of `d0`."""
 
     def __init__(self) -> None:
         super().__init__(Goals())

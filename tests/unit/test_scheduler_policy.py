@@ -32,7 +32,7 @@ def costs_of(wanted: ScheduleRequest, *nodes: Described) -> RequestCosts:
     return RequestCosts(wanted, cluster(*nodes), GOALS, 0.0)
 
 
-def test_sides_follow_the_prefill_cap() -> None:
+def test_sides_follow_the_prefill_chunk_budget() -> None:
     assert pair(choose(request(), [node("a", "decode"), node("b", "prefill")])) == ("b", "a")
 
 

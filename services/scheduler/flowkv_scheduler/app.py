@@ -71,7 +71,7 @@ class Orders:
         self._budget_of = budget_of
         self._regime = NORMAL
         self._wanted: dict[str, int] = {}  # role -> change, as last told
-        self._num_moves = Counter("flowkv_cap_moves", "Prefill caps moved", registry=registry)
+        self._num_moves = Counter("flowkv_cap_moves", "Prefill chunk budgets moved", registry=registry)
         self._regimes = Gauge("flowkv_regime", "1 for what the leader sees", ["regime"], registry=registry)
         self._scale = Gauge(
             "flowkv_scale_wanted",
@@ -122,10 +122,14 @@ class Orders:
         try:
             await self._bus.request(subject, order, Accepted, timeout_s=ORDER_TIMEOUT_S)
         except errors.FlowKVError as error:
-            log.warning("the prefill cap of %s is not moved to %d: %s", node_id, after, error.message)
+            log.warning(
+                "the prefill chunk budget of %s is not moved to %d: %s", node_id, after, error.message
+            )
             return
         self._num_moves.inc()
-        log.info("moved the prefill cap of %s from %s to %d: %s", node_id, before, after, order.reason)
+        log.info(
+            "moved the prefill chunk budget of %s from %s to %d: %s", node_id, before, after, order.reason
+        )
         moved = CapMoved(node=order.node, epoch=order.epoch, after=after, reason=order.reason, before=before)
         await self._publish_event(subjects.event("cap_moved", node_id), moved)
 
