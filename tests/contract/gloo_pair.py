@@ -10,14 +10,14 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 import torch
 import torch.distributed
 
-from flowkv_engine.transport.nccl import NcclFailed, Span
+from flowkv_engine.transport.nccl import RECEIVER, SENDER, NcclFailed, Span
 
 # Its type stubs lack most of what is used here.
 _distributed: Any = torch.distributed
@@ -41,7 +41,6 @@ class GlooPair:
         self._byte = ctypes.create_string_buffer(1)
         self.scratch = Span(ctypes.addressof(self._byte), 1)
         self._group: Any = None  # of `ProcessGroupGloo`, while joined
-        self._works: list[Any] = []
         self._waiters: list[Waiter] = []
 
     def get_unique_id(self) -> bytes:
@@ -53,30 +52,24 @@ class GlooPair:
 
     def init(self, unique_id: bytes, rank: int) -> None:
         joined = msgspec.json.decode(unique_id, type=UniqueId)
-        self._host, self._peer = joined.host, 1 - rank
+        self._host, self._rank = joined.host, rank
         options = _distributed.ProcessGroupGloo._Options()
         options._devices = [_distributed.ProcessGroupGloo.create_device(hostname=joined.host)]
         options._timeout = _TIMEOUT
         with _failures():
-            if rank == 1:
+            if rank == RECEIVER:
                 self._store = _distributed.TCPStore(
                     "127.0.0.1", joined.port, 2, timeout=_TIMEOUT, wait_for_workers=False
                 )
             self._group = _distributed.ProcessGroupGloo(self._store, rank, 2, options)
 
-    def group_start(self) -> None:
-        self._works = []
-
-    def group_end(self) -> None:
-        self._waiters = [Waiter(self._works)]
-
-    def send(self, address: int, num_bytes: int) -> None:
+    def exchange(self, spans: Sequence[Span]) -> None:
+        if self._group is None:
+            raise NcclFailed("aborted")
+        move = self._group.send if self._rank == SENDER else self._group.recv
         with _failures():
-            self._works.append(self._joined.send([_tensor(address, num_bytes)], self._peer, 0))
-
-    def recv(self, address: int, num_bytes: int) -> None:
-        with _failures():
-            self._works.append(self._joined.recv([_tensor(address, num_bytes)], self._peer, 0))
+            works = [move([_tensor(address, num_bytes)], 1 - self._rank, 0) for address, num_bytes in spans]
+        self._waiters = [Waiter(works)]
 
     def poll(self) -> bool:
         return all(waiter.has_ended() for waiter in self._waiters)
@@ -91,12 +84,6 @@ class GlooPair:
             if time.monotonic() > ends_at:
                 raise NcclFailed("a connection could not be cut")
             time.sleep(1e-3)
-
-    @property
-    def _joined(self) -> Any:
-        if self._group is None:
-            raise NcclFailed("aborted")
-        return self._group
 
 
 class Waiter:

@@ -16,9 +16,8 @@ from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.reservations import Reservation, Reservations
 from flowkv_engine.kv.segments import Copy, align
 from flowkv_engine.transport.base import KVConnector
-from flowkv_engine.transport.cuda_ipc import CudaIpcConnector
+from flowkv_engine.transport.mapped import CudaIpcConnector, ShmConnector
 from flowkv_engine.transport.nccl import NcclConnector
-from flowkv_engine.transport.shm import ShmConnector
 from flowkv_engine.transport.tcp import TcpConnector
 from tests.contract.gloo_pair import GlooPair
 from tests.contract.memfd_device import MemfdDevice

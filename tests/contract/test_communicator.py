@@ -125,7 +125,7 @@ async def test_a_join_without_a_peer_ends_in_time_and_its_thread_when_the_peer_c
     sender = Communicator(invites, SENDER)
     with pytest.raises(NcclFailed, match=r"not joined within 0\.02 s"):
         await sender.join(unique_id, 0.02)
-    assert sender.is_alive
+    assert sender.thread.is_alive()
     with contextlib.suppress(NcclFailed):  # it may find the other one gone
         await asyncio.to_thread(late.init, unique_id, RECEIVER)
     assert await sender.ended(5.0)

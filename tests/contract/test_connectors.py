@@ -19,7 +19,7 @@ from flowkv_common.wire.messages import PoolLayout
 from flowkv_engine.kv.reservations import Reservation
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.base import ConnectorUnavailable, KVLink
-from flowkv_engine.transport.cuda_ipc import ShownPool
+from flowkv_engine.transport.mapped import ShownPool
 from flowkv_engine.transport.nccl import RECEIVER, Communicator, Invitation
 from flowkv_engine.transport.sockets import dial_tcp, dial_unix
 from flowkv_engine.transport.stream import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport import make_connectors
 from flowkv_engine.transport.base import ConnectorUnavailable
-from flowkv_engine.transport.cuda_ipc import ShownPool
-from flowkv_engine.transport.nccl import NcclConnector
+from flowkv_engine.transport.mapped import ShownPool
+from flowkv_engine.transport.nccl import NcclConnector, Span
 from tests.contract.gloo_pair import GlooPair
 from tests.contract.kv_nodes import LARGE, LINK_TOKEN, SMALL, Node, network
 from tests.contract.test_communicator import SlowToAbort
@@ -49,7 +50,7 @@ def nccl(node: Node) -> NcclConnector:
 async def half_sent(receiver: Node, sender: Node) -> asyncio.Task[object]:
     """A transfer whose receives are posted while its sender keeps the bytes to itself."""
     link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
-    communicator: Any = next(iter(nccl(sender)._sending.values()))
+    communicator: Any = next(iter(nccl(sender)._communicators))
 
     async def withhold(*_: object) -> None:
         await asyncio.Event().wait()
@@ -70,7 +71,7 @@ async def test_nccl_blocks_stay_quarantined_until_the_abort_has_returned() -> No
     async with network("nccl") as net:
         receiver, sender = await net.node(io_timeout_s=1.0), await net.node(io_timeout_s=1.0)
         backend = SlowToAbort()
-        nccl(receiver)._new_backend = lambda: backend
+        nccl(receiver).new_backend = lambda: backend
         sending = await half_sent(receiver, sender)
 
         receiver.reservations.cancel("r.1")
@@ -81,7 +82,7 @@ async def test_nccl_blocks_stay_quarantined_until_the_abort_has_returned() -> No
             await receiver.reservations.ended.wait()
         assert receiver.blocks.counts().free == 24
 
-        nccl(receiver)._new_backend = GlooPair
+        nccl(receiver).new_backend = GlooPair
         sending.cancel()
         with pytest.raises((asyncio.CancelledError, TransferFailed)):
             await sending
@@ -104,9 +105,9 @@ async def test_nccl_a_sender_that_keeps_its_bytes_is_given_up_in_time() -> None:
 class Slow(GlooPair):
     """Takes 0.8 s for a copy, as a slow network does."""
 
-    def group_end(self) -> None:
-        super().group_end()
-        self._ends_at = time.monotonic() + (0.8 if len(self._works) > 1 else 0.0)
+    def exchange(self, spans: Sequence[Span]) -> None:
+        super().exchange(spans)
+        self._ends_at = time.monotonic() + (0.8 if len(spans) > 1 else 0.0)
 
     def poll(self) -> bool:
         return super().poll() and time.monotonic() > self._ends_at
@@ -119,7 +120,7 @@ async def test_nccl_a_large_copy_has_more_time_than_a_step() -> None:
             await net.node(LARGE, 34, io_timeout_s=0.5),
         )
         for node in (receiver, sender):
-            nccl(node)._new_backend = Slow
+            nccl(node).new_backend = Slow
         link = await sender.connector.connect(receiver.address, LINK_TOKEN, 34)
         reserved = receiver.reserve(33)
         copies = [Copy(0, reserved.block_ids[0], 32), Copy(32, reserved.block_ids[32], 1)]
@@ -133,11 +134,11 @@ class Older(GlooPair):
 async def test_nccl_versions_that_differ_get_no_link() -> None:
     async with network("nccl") as net:
         receiver, sender = await net.node(), await net.node()
-        nccl(sender)._new_backend = Older
+        nccl(sender).new_backend = Older
         reason = "NCCL versions differ: receiver gloo, sender an older gloo"
         with pytest.raises(ConnectorUnavailable, match=reason):
             await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
-        nccl(sender)._new_backend = GlooPair
+        nccl(sender).new_backend = GlooPair
         await assert_serves(receiver, sender)
 
 
@@ -149,7 +150,6 @@ async def test_nccl_each_connection_has_a_communicator_and_ends_it() -> None:
         assert len(made) == 2
         for link in links:
             await link.close()
-        assert not nccl(sender)._sending
         for communicator in made:
             assert await communicator.ended(5.0)
 

@@ -13,7 +13,7 @@ from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.base import KVConnector
-from flowkv_engine.transport.cuda_ipc import CudaIpcConnector
+from flowkv_engine.transport.mapped import CudaIpcConnector
 from flowkv_engine.transport.nccl import NcclConnector, NcclFailed
 from tests.contract.cupy_on_host import busy_legacy_stream, cupy_on_host
 from tests.contract.kv_nodes import LINK_TOKEN, SMALL

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from flowkv_common.errors import CannotStart
 from flowkv_engine.kv.pool import KVPool, Pool
 from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.transport.base import KVConnector
-from flowkv_engine.transport.shm import ShmConnector
+from flowkv_engine.transport.mapped import CudaIpcConnector, ShmConnector
+from flowkv_engine.transport.nccl import NcclConnector
 from flowkv_engine.transport.sockets import LOOPBACK, Place
 from flowkv_engine.transport.tcp import TcpConnector
 
@@ -26,31 +28,21 @@ def make_connectors(
     `admits` says whether a peer that presents this link token may send. Raises `CannotStart` for a name
     that is unknown, or not one for memory where `pool` lies.
     """
-    makers: dict[str, Callable[[], KVConnector]]
+    makers: dict[str, Callable[..., KVConnector]]
     if isinstance(pool, KVPool):
-        memory = "host"
-        makers = {
-            "shm": lambda: ShmConnector(pool, reservations, admits, place=place),
-            "tcp": lambda: TcpConnector(pool, reservations, admits, place=place),
-        }
+        memory, makers = "host", {"shm": ShmConnector, "tcp": TcpConnector}
     else:
         # CuPy is an extra, and there is nothing to import it for on a host without a GPU.
         from flowkv_engine.transport.cuda import CudaDevice, CupyNccl
-        from flowkv_engine.transport.cuda_ipc import CudaIpcConnector
-        from flowkv_engine.transport.nccl import NcclConnector
 
         memory, index = "GPU", pool.tensor.device.index
         makers = {
-            "cuda_ipc": lambda: CudaIpcConnector(
-                pool, reservations, admits, device=CudaDevice(index), place=place
-            ),
-            "nccl": lambda: NcclConnector(
-                pool, reservations, admits, new_backend=lambda: CupyNccl(index), place=place
-            ),
+            "cuda_ipc": partial(CudaIpcConnector, device=CudaDevice(index)),
+            "nccl": partial(NcclConnector, new_backend=partial(CupyNccl, index)),
         }
     for name in names:
         if name not in makers:
             raise CannotStart(
                 f"unknown connector {name!r}: choose of {', '.join(makers)} for a KV cache in {memory} memory"
             )
-    return [makers[name]() for name in names]
+    return [makers[name](pool, reservations, admits, place=place) for name in names]

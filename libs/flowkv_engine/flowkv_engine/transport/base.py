@@ -52,7 +52,9 @@ class KVLink(Protocol):
 class KVConnector(Protocol):
     """One transport of one node. Serves its peers while its `async with` block lasts."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As in `FLOWKV_CONNECTORS`."""
 
     @property
     def connect_timeout_s(self) -> float:

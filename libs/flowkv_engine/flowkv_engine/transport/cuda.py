@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import cupy
 import torch
 from cupy.cuda import nccl, runtime
 
-from flowkv_engine.transport.nccl import NcclFailed, Span
+from flowkv_engine.transport.nccl import SENDER, NcclFailed, Span
 
 _HANDLE_BYTES = 64
 _NUM_RANKS = 2
@@ -99,7 +100,7 @@ class CupyNccl:
         self.version = str(nccl.get_version())
         self.scratch = Span(0, 0)
         self._device = cupy.cuda.Device(device)
-        self._communicator: nccl.NcclCommunicator | None = None
+        self._communicator: Any = None  # an `nccl.NcclCommunicator` from `init` to `abort`
 
     def get_unique_id(self) -> bytes:
         with _failures():
@@ -107,34 +108,28 @@ class CupyNccl:
 
     def init(self, unique_id: bytes, rank: int) -> None:
         with _failures(), self._device:
-            self._peer = 1 - rank
+            self._rank = rank
             self._stream = cupy.cuda.Stream(non_blocking=True)
             self._done = cupy.cuda.Event(disable_timing=True)
             self.scratch = Span(runtime.malloc(1), 1)
             self._communicator = nccl.NcclCommunicator(_NUM_RANKS, unique_id, rank)
 
-    def group_start(self) -> None:
+    def exchange(self, spans: Sequence[Span]) -> None:
         # Behind nothing that the engine has queued. No step that still runs writes blocks that are sent, and
         # none touches blocks that are reserved; each end would wait, on the device, for the other's step.
         with _failures(), self._device:
+            move = self._communicator.send if self._rank == SENDER else self._communicator.recv
             nccl.groupStart()
-
-    def group_end(self) -> None:
-        with _failures(), self._device:
-            nccl.groupEnd()
-            self._done.record(self._stream)
-
-    def send(self, address: int, num_bytes: int) -> None:
-        with _failures():
-            self._joined.send(address, num_bytes, nccl.NCCL_UINT8, self._peer, self._stream.ptr)
-
-    def recv(self, address: int, num_bytes: int) -> None:
-        with _failures():
-            self._joined.recv(address, num_bytes, nccl.NCCL_UINT8, self._peer, self._stream.ptr)
+            try:
+                for span in spans:
+                    move(span.address, span.num_bytes, nccl.NCCL_UINT8, 1 - self._rank, self._stream.ptr)
+            finally:
+                nccl.groupEnd()  # an abort inside of a group would wait for its end
+                self._done.record(self._stream)
 
     def poll(self) -> bool:
         with _failures():
-            self._joined.check_async_error()
+            self._communicator.check_async_error()
             return bool(self._done.done)
 
     def abort(self) -> None:
@@ -145,12 +140,6 @@ class CupyNccl:
         scratch, self.scratch = self.scratch, Span(0, 0)
         with _failures(), self._device:
             runtime.free(scratch.address)  # nothing, when it is 0
-
-    @property
-    def _joined(self) -> nccl.NcclCommunicator:
-        if self._communicator is None:
-            raise NcclFailed("the communicator has been aborted")
-        return self._communicator
 
 
 @contextlib.contextmanager

@@ -13,16 +13,26 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from flowkv_common.errors import Stale
-from flowkv_engine.kv.pool import Pool
-from flowkv_engine.kv.reservations import Reservation, Reservations
+from flowkv_common.wire.messages import Run
+from flowkv_engine.kv.reservations import Reservation
 from flowkv_engine.kv.segments import Copy
-from flowkv_engine.transport.sockets import LOOPBACK, Place
-from flowkv_engine.transport.stream import Channel, Frame, Hello, Reply, StreamConnector, finish_thread
+from flowkv_engine.transport.stream import (
+    Channel,
+    Frame,
+    FrameError,
+    Hello,
+    Land,
+    Push,
+    Reply,
+    StreamConnector,
+    finish_thread,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +44,10 @@ _JOIN_TIMEOUT_S = 120.0
 _SLOWEST_BYTES_PER_S = 32 << 20
 _FIRST_POLL_S = 20e-6
 _LONGEST_POLL_S = 1e-3
+
+
+_Job = tuple[Callable[[], None], concurrent.futures.Future[None]]
+Move = Callable[[list[Run], Callable[[], bool]], Awaitable[None]]
 
 
 class NcclFailed(ConnectionError):
@@ -59,14 +73,11 @@ class NcclBackend(Protocol):
     def init(self, unique_id: bytes, rank: int) -> None:
         """Joins. Blocks until the other end has, for ever if it never does."""
 
-    def group_start(self) -> None: ...
+    def exchange(self, spans: Sequence[Span]) -> None:
+        """Queues a group: a `SENDER` sends each span, a `RECEIVER` receives into each.
 
-    def group_end(self) -> None: ...
-
-    def send(self, address: int, num_bytes: int) -> None:
-        """Queues a send to the other rank; the n-th send of a group meets the n-th `recv` there."""
-
-    def recv(self, address: int, num_bytes: int) -> None: ...
+        The n-th span of a group meets the n-th of the other end's, which has the same length.
+        """
 
     def poll(self) -> bool:
         """Whether all that was queued has ended. Raises `NcclFailed` if it never will."""
@@ -82,26 +93,13 @@ class Invitation(Frame, frozen=True, kw_only=True):
     version: str
 
 
-class NcclConnector(StreamConnector[Pool]):
-    """`new_backend` makes one end of a communicator."""
-
+@dataclass(eq=False)
+class NcclConnector(StreamConnector):
     name = "nccl"
     is_local = False
 
-    def __init__(
-        self,
-        pool: Pool,
-        reservations: Reservations,
-        admits: Callable[[str], bool],
-        *,
-        new_backend: Callable[[], NcclBackend],
-        place: Place = LOOPBACK,
-        io_timeout_s: float = 10.0,
-    ) -> None:
-        super().__init__(pool, reservations, admits, place=place, io_timeout_s=io_timeout_s)
-        self._new_backend = new_backend
-        self._sending: dict[Channel, Communicator] = {}
-        self._communicators: set[Communicator] = set()
+    new_backend: Callable[[], NcclBackend] = field(kw_only=True)  # makes one end of a communicator
+    _communicators: set[Communicator] = field(default_factory=set, init=False)
 
     @property
     def connect_timeout_s(self) -> float:
@@ -115,40 +113,33 @@ class NcclConnector(StreamConnector[Pool]):
         finally:
             for communicator in self._communicators:
                 communicator.abort()
-                if not await communicator.ended(self._io_timeout_s):
+                if not await communicator.ended(self.io_timeout_s):
                     log.error("nccl: a communicator does not end; the pool's memory is not safe to free")
 
-    async def introduce(self, channel: Channel) -> None:
-        backend = self._new_backend()
+    async def introduce(self, channel: Channel) -> Push:
+        backend = self.new_backend()
         unique_id = backend.get_unique_id()
         await channel.send_frame(Invitation(unique_id=unique_id, version=backend.version))
         await channel.expect_yes()
-        communicator = self._start_communicator(backend, SENDER, channel)
-        self._sending[channel] = communicator
-        channel.lifetime.callback(self._sending.pop, channel)
-        with channel.watching(functools.partial(_abort_if_gone, communicator, channel)):
-            await communicator.join(unique_id, _JOIN_TIMEOUT_S)
+        move = await self._join(backend, SENDER, unique_id, channel)
         await channel.expect_yes()
 
-    async def push(self, channel: Channel, copies: list[Copy]) -> int:
-        await channel.expect_yes()  # asked first, so that a refusal costs no bytes
-        communicator = self._sending[channel]
-        with channel.watching(functools.partial(_abort_if_gone, communicator, channel)):
-            spans = self._spans([(copy.src, copy.length) for copy in copies])
-            await communicator.exchange(spans, self._timeout_s(spans))
-        return len(copies)
+        async def push(copies: list[Copy]) -> int:
+            await channel.expect_yes()  # asked first, so that a refusal costs no bytes
+            await move([Run(copy.src, copy.length) for copy in copies], lambda: False)
+            return len(copies)
 
-    async def serve_sender(self, channel: Channel, hello: Hello) -> None:
+        return push
+
+    async def welcome(self, channel: Channel, hello: Hello) -> Land:
         invitation = await channel.receive_frame(Invitation)
-        backend = self._new_backend()
+        backend = self.new_backend()
         if invitation.version != backend.version:
             reason = f"NCCL versions differ: receiver {backend.version}, sender {invitation.version}"
             await channel.send_frame(Reply(error=reason))
-            return
+            raise FrameError(reason)
         await channel.send_frame(Reply())
-        communicator = self._start_communicator(backend, RECEIVER, channel)
-        with channel.watching(communicator.abort):
-            await communicator.join(invitation.unique_id, _JOIN_TIMEOUT_S)
+        move = await self._join(backend, RECEIVER, invitation.unique_id, channel)
         await channel.send_frame(Reply())
 
         async def land(copies: list[Copy], reservation: Reservation) -> int:
@@ -156,33 +147,33 @@ class NcclConnector(StreamConnector[Pool]):
             if reservation.revoked:
                 raise Stale("the reservation has ended")
             await channel.send_frame(Reply())
-            spans = self._spans([(copy.dst, copy.length) for copy in copies])
-            with channel.watching(communicator.abort):
-                await communicator.exchange(spans, self._timeout_s(spans), lambda: reservation.revoked)
+            await move([Run(copy.dst, copy.length) for copy in copies], lambda: reservation.revoked)
             return 0
 
-        await self.answer_transfers(channel, hello, land)
+        return land
 
-    def _start_communicator(self, backend: NcclBackend, rank: int, channel: Channel) -> Communicator:
-        """It ends with the channel."""
+    async def _join(self, backend: NcclBackend, rank: int, unique_id: bytes, channel: Channel) -> Move:
+        """Makes a communicator that ends with the channel. Returns what moves runs of blocks by it."""
         communicator = Communicator(backend, rank)
-        self._communicators = {other for other in self._communicators if other.is_alive}
+        self._communicators = {other for other in self._communicators if other.thread.is_alive()}
         self._communicators.add(communicator)
         channel.lifetime.callback(communicator.abort)
-        return communicator
 
-    def _timeout_s(self, spans: list[Span]) -> float:
-        return self._io_timeout_s + sum(span.num_bytes for span in spans) / _SLOWEST_BYTES_PER_S
+        def arrived() -> None:
+            # A sender has nothing to say meanwhile. A receiver's reply may come early: only its end counts.
+            if rank == RECEIVER or channel.peek() == b"":
+                communicator.abort()
 
-    def _spans(self, runs: list[tuple[int, int]]) -> list[Span]:
-        start, size = self._pool.tensor.data_ptr(), self._pool.layout.block_bytes
-        return [Span(start + first * size, length * size) for first, length in runs]
+        async def move(runs: list[Run], should_stop: Callable[[], bool]) -> None:
+            start, size = self.pool.tensor.data_ptr(), self.pool.layout.block_bytes
+            spans = [Span(start + run.start * size, run.length * size) for run in runs]
+            timeout_s = self.io_timeout_s + sum(span.num_bytes for span in spans) / _SLOWEST_BYTES_PER_S
+            with channel.watching(arrived):
+                await communicator.exchange(spans, timeout_s, should_stop)
 
-
-def _abort_if_gone(communicator: Communicator, channel: Channel) -> None:
-    """A reply that comes early is no reason to abort, the end of the connection is."""
-    if channel.peek() == b"":
-        communicator.abort()
+        with channel.watching(arrived):
+            await communicator.join(unique_id, _JOIN_TIMEOUT_S)
+        return move
 
 
 class Communicator:
@@ -193,14 +184,10 @@ class Communicator:
         self._rank = rank
         self._stop = threading.Event()
         self._aborted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         # A daemon: a thread that waits in `init` for a peer that never comes can't be ended, only left.
-        self._thread = threading.Thread(target=self._run_jobs, name="flowkv-nccl", daemon=True)
-        self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        self.thread = threading.Thread(target=self._run_jobs, name="flowkv-nccl", daemon=True)
+        self.thread.start()
 
     async def join(self, unique_id: bytes, timeout_s: float) -> None:
         """Joins, and moves first bytes, so that the first request doesn't pay for the connection.
@@ -235,7 +222,7 @@ class Communicator:
         from the thread. Raises `NcclFailed`; then the communicator has been aborted.
         """
         work = functools.partial(self._exchange, spans, timeout_s, should_stop)
-        await finish_thread(self._submit(work), self._stop)
+        await finish_thread(self._submit(work), self._stop.set)
 
     def abort(self) -> None:
         """Asks the thread to abort and end; `ended` waits for that. Idempotent. From the event loop."""
@@ -246,30 +233,26 @@ class Communicator:
 
     async def ended(self, timeout_s: float) -> bool:
         """Whether the thread has ended, after at most `timeout_s`."""
-        await asyncio.to_thread(self._thread.join, timeout_s)
-        return not self.is_alive
+        await asyncio.to_thread(self.thread.join, timeout_s)
+        return not self.thread.is_alive()
 
     def _submit(self, work: Callable[[], None]) -> asyncio.Future[None]:
         if self._aborted.done():
             raise NcclFailed("aborted")
         result: concurrent.futures.Future[None] = concurrent.futures.Future()
         result.set_running_or_notify_cancel()
+        self._jobs.put((work, result))
+        return asyncio.wrap_future(result)
 
-        def job() -> None:
+    def _run_jobs(self) -> None:
+        """The thread."""
+        for work, result in iter(self._jobs.get, None):
             try:
                 work()
             except BaseException as error:
                 result.set_exception(error)
             else:
                 result.set_result(None)
-
-        self._jobs.put(job)
-        return asyncio.wrap_future(result)
-
-    def _run_jobs(self) -> None:
-        """The thread."""
-        for job in iter(self._jobs.get, None):
-            job()
         self._backend.abort()
 
     def _exchange(self, spans: Sequence[Span], timeout_s: float, should_stop: Callable[[], bool]) -> None:
@@ -284,13 +267,7 @@ class Communicator:
 
         try:
             check()
-            move = self._backend.send if self._rank == SENDER else self._backend.recv
-            self._backend.group_start()
-            try:
-                for span in spans:
-                    move(span.address, span.num_bytes)
-            finally:
-                self._backend.group_end()  # an abort inside of a group would wait for its end
+            self._backend.exchange(spans)
             pause_s = _FIRST_POLL_S
             while not self._backend.poll():
                 check()

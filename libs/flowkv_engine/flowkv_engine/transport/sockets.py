@@ -32,7 +32,9 @@ class Place(NamedTuple):
 LOOPBACK = Place()
 
 
-def bind_unix(place: Place, lifetime: contextlib.ExitStack) -> tuple[socket.socket, str]:
+def bind_unix(
+    place: Place, lifetime: contextlib.ExitStack | contextlib.AsyncExitStack
+) -> tuple[socket.socket, str]:
     """A socket bound in a folder that only this user can enter, which `lifetime` removes; and its path."""
     folder = lifetime.enter_context(tempfile.TemporaryDirectory(prefix="flowkv-", dir=place.socket_dir))
     address = str(Path(folder, "pool.sock"))

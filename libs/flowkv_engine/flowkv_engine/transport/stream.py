@@ -12,13 +12,14 @@ import contextlib
 import functools
 import logging
 import socket
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import msgspec
 
+from flowkv_common.aio import running
 from flowkv_common.errors import BadRequest, FlowKVError, Stale, TransferFailed
 from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.pool import Pool
@@ -48,8 +49,9 @@ MAX_UNAUTHENTICATED = 64
 
 T = TypeVar("T")
 F = TypeVar("F", bound="Frame")
-P = TypeVar("P", bound=Pool)
-Land = Callable[[list[Copy], Reservation], Awaitable[int]]  # returns the calls made
+# Moves the bytes of one `Transfer`, from its sender and into its receiver; returns the calls made.
+Push = Callable[[list[Copy]], Awaitable[int]]
+Land = Callable[[list[Copy], Reservation], Awaitable[int]]
 
 
 class Frame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
@@ -98,6 +100,7 @@ class Channel:
         sock.setblocking(False)
         self.sock = sock
         self.lifetime = contextlib.ExitStack()
+        self.lifetime.enter_context(sock)
         self._io_timeout_s = io_timeout_s
         self._loop = asyncio.get_running_loop()
 
@@ -173,7 +176,6 @@ class Channel:
 
     def close(self) -> None:
         self.lifetime.close()
-        self.sock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -193,70 +195,56 @@ class Channel:
         return data
 
 
-class StreamConnector(abc.ABC, Generic[P]):
-    """A `KVConnector` of pools of type `P`. Its tasks end with its `async with` block."""
+@dataclass(eq=False)
+class StreamConnector(abc.ABC):
+    """A `KVConnector` over sockets. Its tasks end with its `async with` block."""
 
-    name: str
-    is_local: bool  # whether both nodes must be on one host: they talk over Unix sockets then, else over TCP
+    name: ClassVar[str]
+    is_local: ClassVar[bool]  # both nodes must be on one host and talk over Unix sockets, else over TCP
 
-    def __init__(
-        self,
-        pool: P,
-        reservations: Reservations,
-        admits: Callable[[str], bool],
-        *,
-        place: Place = LOOPBACK,
-        io_timeout_s: float = 10.0,
-    ) -> None:
-        self._pool = pool
-        self._reservations = reservations
-        self._admits = admits
-        self._place = place
-        self._io_timeout_s = io_timeout_s
-        self._tasks = asyncio.TaskGroup()
-        self._serving: set[asyncio.Task[None]] = set()
-        # Connections that have not shown the secret, the oldest first, and the tasks that serve them.
-        self._unauthenticated: dict[socket.socket, asyncio.Task[None]] = {}
-        self._is_crowded = False
-        self._links: list[StreamLink] = []
-        self._resources = contextlib.ExitStack()  # given back after the last task has ended
+    pool: Pool
+    reservations: Reservations
+    admits: Callable[[str], bool]
+    _: KW_ONLY
+    place: Place = LOOPBACK
+    io_timeout_s: float = 10.0
+    # Connections that have not shown the secret, the oldest first, and the tasks that serve them.
+    _unauthenticated: dict[socket.socket, asyncio.Task[None]] = field(default_factory=dict, init=False)
+    _links: list[StreamLink] = field(default_factory=list, init=False)
+    _opened: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack, init=False)
 
     async def __aenter__(self) -> Self:
-        await self._tasks.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in self._serving:
-            task.cancel()
         try:
-            await self._tasks.__aexit__(None, None, None)  # an error of the body stays what it is
+            await self._opened.aclose()  # is not told of `error`, which stays what it is
         finally:
-            self._resources.close()
             for link in self._links:
                 await link.close()
 
     @property
     def connect_timeout_s(self) -> float:
         """To reach the peer, to be greeted, and to be introduced."""
-        return 3 * self._io_timeout_s
+        return 3 * self.io_timeout_s
 
     async def listen(self) -> str:
         """See `KVConnector.listen`."""
         if self.is_local:
-            listener, address = sockets.bind_unix(self._place, self._resources)
+            listener, address = sockets.bind_unix(self.place, self._opened)
         else:
-            listener, address = await sockets.bind_tcp(self._place)
-        self._resources.enter_context(listener)
+            listener, address = await sockets.bind_tcp(self.place)
+        self._opened.enter_context(listener)
         listener.setblocking(False)
         listener.listen(_BACKLOG)
-        self._start_task(self._accept(listener))
+        await self._opened.enter_async_context(running(self._accept(listener)))
         return address
 
     async def connect(self, address: str, token: str, num_blocks: int) -> KVLink:
         """See `KVConnector.connect`."""
-        link = StreamLink(self, self._pool, address, token, num_blocks)
+        link = StreamLink(self, address, token, num_blocks)
         await link.probe()
         self._links = [other for other in self._links if not other.closed]
         self._links.append(link)
@@ -265,68 +253,43 @@ class StreamConnector(abc.ABC, Generic[P]):
     # --- what a transport brings -------------------------------------------------------------------
 
     @abc.abstractmethod
-    async def introduce(self, channel: Channel) -> None:
-        """What a sender does between the greeting and its first transfer. Raises `OSError`, `Refused`."""
-
-    async def push(self, channel: Channel, copies: list[Copy]) -> int:
-        """What a sender does between a `Transfer` and its confirmation; returns calls made. Nothing where the
-        receiver pulls."""
-        return 0
+    async def introduce(self, channel: Channel) -> Push | None:
+        """What a sender does after the greeting. Returns what moves the bytes between a `Transfer` and its
+        confirmation; None where the receiver pulls them. Raises `OSError`, `Refused`."""
 
     @abc.abstractmethod
-    async def serve_sender(self, channel: Channel, hello: Hello) -> None:
-        """Serves a sender that has been greeted, by `answer_transfers`. Raises `OSError` when it ends."""
+    async def welcome(self, channel: Channel, hello: Hello) -> Land:
+        """What a receiver does after the greeting. Returns what lands the bytes of a `Transfer`: it may write
+        until it returns or raises, and heeds a revocation. Raises `OSError`."""
 
     # --- receiving ---------------------------------------------------------------------------------
 
-    async def answer_transfers(self, channel: Channel, hello: Hello, land: Land) -> None:
-        """Lands one transfer after the other by `land`. Raises `OSError` when the connection ends."""
-        while True:
-            await channel.wait_readable()
-            transfer = await channel.receive_frame(Transfer)
-            try:
-                reply = Reply(num_calls=await self._land_transfer(transfer, hello, land))
-            except FlowKVError as refusal:
-                reply = Reply(error=refusal.message)
-            await channel.send_frame(reply)
-
-    async def _land_transfer(self, transfer: Transfer, hello: Hello, land: Land) -> int:
-        stray = find_stray(transfer.copies, hello.num_blocks, self._pool.num_blocks)
-        if stray is not None:
-            raise BadRequest(f"{stray} is outside the pools")
-        dst_blocks = ids_of(Run(copy.dst, copy.length) for copy in transfer.copies)
-        with self._reservations.copying(transfer.transfer_id, transfer.token, dst_blocks) as reservation:
-            num_calls = await land(transfer.copies, reservation)
-            if reservation.revoked:
-                raise Stale(f"the reservation of transfer {transfer.transfer_id} has ended")
-            return num_calls
-
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        while True:
-            try:
-                sock, _ = await loop.sock_accept(listener)
-            except OSError as error:
-                # Out of descriptors, say. The kernel says so also while no connection waits.
-                if sockets.is_readable(listener):
-                    log.warning("%s: can't accept: %s", self.name, error)
+        is_crowded = False
+        async with asyncio.TaskGroup() as serving:
+            while True:
+                try:
+                    sock, _ = await loop.sock_accept(listener)
+                except OSError as error:
+                    # Out of descriptors, say. The kernel says so also while no connection waits.
+                    if sockets.is_readable(listener):
+                        log.warning("%s: can't accept: %s", self.name, error)
+                        self._drop_oldest_unauthenticated()
+                    await asyncio.sleep(_ACCEPT_RETRY_S)
+                    continue
+                is_crowded &= bool(self._unauthenticated)
+                task = self._unauthenticated[sock] = serving.create_task(self._serve(sock))
+                # Here, not in `_serve`: a task that is cancelled at once never runs.
+                task.add_done_callback(functools.partial(self._connection_ended, sock))
+                if len(self._unauthenticated) > MAX_UNAUTHENTICATED:
+                    if not is_crowded:
+                        text = "%s: over %d connections show no secret: the oldest go"
+                        log.warning(text, self.name, MAX_UNAUTHENTICATED)
+                    is_crowded = True
                     self._drop_oldest_unauthenticated()
-                await asyncio.sleep(_ACCEPT_RETRY_S)
-                continue
-            self._unauthenticated[sock] = serving = self._start_task(self._serve(sock))
-            # Here, not in `_serve`: a task that is cancelled at once never runs.
-            serving.add_done_callback(functools.partial(self._connection_ended, sock))
-            if len(self._unauthenticated) > MAX_UNAUTHENTICATED:
-                if not self._is_crowded:
-                    log.warning(
-                        "%s: over %d connections show no secret: the oldest go",
-                        self.name,
-                        MAX_UNAUTHENTICATED,
-                    )
-                self._is_crowded = True
-                self._drop_oldest_unauthenticated()
-            # However many wait, the connections that are served get their turn between any two.
-            await asyncio.sleep(0)
+                # However many wait, the connections that are served get their turn between any two.
+                await asyncio.sleep(0)
 
     def _drop_oldest_unauthenticated(self) -> None:
         if oldest := next(iter(self._unauthenticated), None):
@@ -335,87 +298,96 @@ class StreamConnector(abc.ABC, Generic[P]):
     def _connection_ended(self, sock: socket.socket, _: asyncio.Task[None]) -> None:
         sock.close()
         self._unauthenticated.pop(sock, None)
-        if not self._unauthenticated:
-            self._is_crowded = False
 
     async def _serve(self, sock: socket.socket) -> None:
         """One connection. Whatever a peer does costs only this."""
-        with Channel(sock, self._io_timeout_s) as channel:
-            try:
+        try:
+            with Channel(sock, self.io_timeout_s) as channel:
                 if not self.is_local:
                     sockets.tune_tcp(sock)
                 async with channel.deadline():
                     hello = await channel.receive_frame(Hello, MAX_HELLO_BYTES)
                 objection = None
-                if not self._admits(hello.token):
+                if not self.admits(hello.token):
                     objection = "wrong link token"
-                elif hello.layout != repr(self._pool.layout):
-                    objection = f"layouts differ: receiver {self._pool.layout!r}, sender {hello.layout}"
-                if objection is None:
-                    self._unauthenticated.pop(sock, None)
-                await channel.send_frame(Reply(error=objection))
-                if objection is None:
-                    await self.serve_sender(channel, hello)
-                else:
+                elif hello.layout != repr(self.pool.layout):
+                    objection = f"layouts differ: receiver {self.pool.layout!r}, sender {hello.layout}"
+                if objection is not None:
+                    await channel.send_frame(Reply(error=objection))
                     log.warning("%s: refused a peer: %s", self.name, objection)
-            except OSError as error:
-                log.info("%s: a connection ended: %s", self.name, error)
-            except Exception:
-                log.exception("%s: a connection failed", self.name)
+                    return
+                self._unauthenticated.pop(sock, None)
+                await channel.send_frame(Reply())
+                land = await self.welcome(channel, hello)
+                while True:
+                    await channel.wait_readable()
+                    transfer = await channel.receive_frame(Transfer)
+                    try:
+                        reply = Reply(num_calls=await self._land_transfer(transfer, hello, land))
+                    except FlowKVError as refusal:
+                        reply = Reply(error=refusal.message)
+                    await channel.send_frame(reply)
+        except OSError as error:
+            log.info("%s: a connection ended: %s", self.name, error)
+        except Exception:
+            log.exception("%s: a connection failed", self.name)
 
-    def _start_task(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
-        task = self._tasks.create_task(work)
-        self._serving.add(task)
-        task.add_done_callback(self._serving.discard)
-        return task
+    async def _land_transfer(self, transfer: Transfer, hello: Hello, land: Land) -> int:
+        stray = find_stray(transfer.copies, hello.num_blocks, self.pool.num_blocks)
+        if stray is not None:
+            raise BadRequest(f"{stray} is outside the pools")
+        dst_blocks = ids_of(Run(copy.dst, copy.length) for copy in transfer.copies)
+        with self.reservations.copying(transfer.transfer_id, transfer.token, dst_blocks) as reservation:
+            num_calls = await land(transfer.copies, reservation)
+            if reservation.revoked:
+                raise Stale(f"the reservation of transfer {transfer.transfer_id} has ended")
+            return num_calls
 
     # --- sending -----------------------------------------------------------------------------------
 
-    async def dial(self, address: str, token: str) -> Channel:
+    async def dial(self, address: str, token: str) -> tuple[Channel, Push | None]:
         """A connection that is greeted and introduced. Raises `ConnectorUnavailable`."""
         with contextlib.ExitStack() as undo:
             try:
-                async with asyncio.timeout(self._io_timeout_s):
+                async with asyncio.timeout(self.io_timeout_s):
                     dial_socket = sockets.dial_unix if self.is_local else sockets.dial_tcp
                     sock = await dial_socket(address)
-                channel = undo.enter_context(Channel(sock, self._io_timeout_s))
-                layout = repr(self._pool.layout)
-                await channel.send_frame(Hello(token=token, layout=layout, num_blocks=self._pool.num_blocks))
+                channel = undo.enter_context(Channel(sock, self.io_timeout_s))
+                layout = repr(self.pool.layout)
+                await channel.send_frame(Hello(token=token, layout=layout, num_blocks=self.pool.num_blocks))
                 await channel.expect_yes()
-                await self.introduce(channel)
+                push = await self.introduce(channel)
             except (OSError, Refused) as error:
                 raise ConnectorUnavailable(f"{self.name} to {address}: {error or 'out of time'}") from error
             undo.pop_all()
-            return channel
+            return channel, push
 
 
 class StreamLink:
     """A `KVLink` of a `StreamConnector`, to the peer that listens at `address`."""
 
-    def __init__(
-        self, connector: StreamConnector[Any], pool: Pool, address: str, token: str, num_peer_blocks: int
-    ) -> None:
+    def __init__(self, connector: StreamConnector, address: str, token: str, num_peer_blocks: int) -> None:
         self.name = connector.name
         self.closed = False
         self.is_lost = False
         self._connector = connector
-        self._pool = pool
         self._address = address
         self._token = token
         self._num_peer_blocks = num_peer_blocks
         self._turn = asyncio.Lock()
         self._channel: Channel | None = None
+        self._push: Push | None = None
 
     async def probe(self) -> None:
         """Dials now. Raises `ConnectorUnavailable`."""
-        self._channel = await self._connector.dial(self._address, self._token)
+        self._channel, self._push = await self._connector.dial(self._address, self._token)
 
     async def send_blocks(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
         """See `KVLink.send_blocks`."""
-        stray = find_stray(copies, self._pool.num_blocks, self._num_peer_blocks)
+        stray = find_stray(copies, self._connector.pool.num_blocks, self._num_peer_blocks)
         if stray is not None:
             raise TransferFailed(f"{stray} is outside the pools")
-        block_bytes = self._pool.layout.block_bytes
+        block_bytes = self._connector.pool.layout.block_bytes
         max_blocks = min(_MAX_TRANSFER_BLOCKS, max(1, _MAX_TRANSFER_BYTES // block_bytes))
         num_calls = 0
         async with self._turn:
@@ -438,7 +410,7 @@ class StreamLink:
         try:
             channel = await self._connected()
             await channel.send_frame(transfer)
-            num_pushed = await self._connector.push(channel, transfer.copies)
+            num_pushed = await self._push(transfer.copies) if self._push is not None else 0
             return num_pushed + (await channel.expect_yes()).num_calls
         except Refused as refusal:
             raise TransferFailed(f"{self.name}: refused: {refusal}") from refusal
@@ -467,7 +439,7 @@ class StreamLink:
     def _hang_up(self) -> None:
         if self._channel is not None:
             self._channel.close()
-            self._channel = None
+            self._channel = self._push = None
 
 
 def _parts(copies: Sequence[Copy], max_blocks: int) -> Iterator[list[Copy]]:
@@ -486,30 +458,8 @@ def _parts(copies: Sequence[Copy], max_blocks: int) -> Iterator[list[Copy]]:
         yield part
 
 
-def copying_in_thread(channel: Channel, copy: Callable[[list[Copy], Callable[[], bool]], int]) -> Land:
-    """A `Land` that runs `copy(copies, should_stop)` in a worker thread, which returns the calls it made.
-
-    The thread has left the pool when the result is there, or an exception.
-    """
-
-    async def land(copies: list[Copy], reservation: Reservation) -> int:
-        abandoned = threading.Event()
-
-        def should_stop() -> bool:
-            return reservation.revoked or abandoned.is_set()
-
-        with channel.watching(abandoned.set):
-            copied = asyncio.get_running_loop().run_in_executor(None, copy, copies, should_stop)
-            num_calls = await finish_thread(copied, abandoned)
-        if abandoned.is_set():
-            raise ConnectionAbortedError("the sender hung up during the copy")
-        return num_calls
-
-    return land
-
-
-async def finish_thread(working: asyncio.Future[T], abandoned: threading.Event) -> T:
-    """The result of a thread. A cancel sets `abandoned`, for the thread to see, and waits until it has left.
+async def finish_thread(working: asyncio.Future[T], abandon: Callable[[], object]) -> T:
+    """The result of a thread. A cancel calls `abandon`, for the thread to see, and waits until it has left.
 
     A thread can't be interrupted, and blocks that it may still write must not be given out
     (docs/architecture.md, rule 4).
@@ -517,7 +467,7 @@ async def finish_thread(working: asyncio.Future[T], abandoned: threading.Event) 
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:
-        abandoned.set()
+        abandon()
         while not working.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([working])

@@ -11,15 +11,15 @@ import contextlib
 import os
 import select
 import socket
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.reservations import Reservation
 from flowkv_engine.kv.segments import Copy
-from flowkv_engine.transport.stream import Channel, Hello, Reply, StreamConnector, finish_thread
+from flowkv_engine.transport.stream import Channel, Hello, Land, Push, Reply, StreamConnector, finish_thread
 
 # One system call, on either side: as much may still be read after a reservation has ended.
 _STEP_BYTES = 1 << 20
@@ -27,54 +27,52 @@ _STEP_BYTES = 1 << 20
 _WAKE_BYTES = 512 << 10
 
 
-class TcpConnector(StreamConnector[KVPool]):
+@dataclass(eq=False)
+class TcpConnector(StreamConnector):
     name = "tcp"
     is_local = False
 
-    async def introduce(self, channel: Channel) -> None:
-        """Nothing to say: the greeting was all."""
+    pool: KVPool
 
-    async def push(self, channel: Channel, copies: list[Copy]) -> int:
-        await channel.expect_yes()  # asked first, so that a refusal costs no bytes
-        block_bytes = self._pool.layout.block_bytes
-        steps: list[tuple[int, int]] = []  # of each system call: where it begins in the pool, and ends
-        for copy in copies:
-            begin, end = copy.src * block_bytes, (copy.src + copy.length) * block_bytes
-            steps += [(at, min(at + _STEP_BYTES, end)) for at in range(begin, end, _STEP_BYTES)]
-        fd, io_timeout_s = self._pool.fd, self._io_timeout_s
-        await _in_thread(channel.sock, lambda: _send(channel.sock, fd, steps, io_timeout_s))
-        return len(steps)
+    async def introduce(self, channel: Channel) -> Push:
+        async def push(copies: list[Copy]) -> int:
+            await channel.expect_yes()  # asked first, so that a refusal costs no bytes
+            block_bytes = self.pool.layout.block_bytes
+            steps: list[tuple[int, int]] = []  # of each system call: where it begins in the pool, and ends
+            for copy in copies:
+                begin, end = copy.src * block_bytes, (copy.src + copy.length) * block_bytes
+                steps += [(at, min(at + _STEP_BYTES, end)) for at in range(begin, end, _STEP_BYTES)]
+            await _in_thread(channel.sock, _send, self.pool.fd, steps, self.io_timeout_s)
+            return len(steps)
 
-    async def serve_sender(self, channel: Channel, hello: Hello) -> None:
+        return push
+
+    async def welcome(self, channel: Channel, hello: Hello) -> Land:
         async def land(copies: list[Copy], reservation: Reservation) -> int:
             """A revocation ends the connection: the bytes are on the way."""
-            views = [self._pool.bytes_of(Run(copy.dst, copy.length)) for copy in copies]
+            views = [self.pool.bytes_of(Run(copy.dst, copy.length)) for copy in copies]
             await channel.send_frame(Reply())
-            await _in_thread(
-                channel.sock,
-                lambda: _receive(channel.sock, views, lambda: reservation.revoked, self._io_timeout_s),
-            )
+            await _in_thread(channel.sock, _receive, views, lambda: reservation.revoked, self.io_timeout_s)
             return 0
 
-        await self.answer_transfers(channel, hello, land)
+        return land
 
 
-async def _in_thread(sock: socket.socket, work: Callable[[], None]) -> None:
-    """Waits for `work`, which the loop's other tasks would slow down. A cancel ends the connection.
+async def _in_thread(sock: socket.socket, work: Callable[..., None], *args: object) -> None:
+    """Waits for `work(sock, *args)`, which other tasks would slow down. A cancel ends the connection.
 
     A thread for each, since each waits for one of the peer's: in pools of a fixed size, two nodes that send
     to each other could hold all threads and wait for none.
     """
-    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flowkv-tcp")
-    working = asyncio.get_running_loop().run_in_executor(thread, work)
-    try:
-        await asyncio.shield(working)
-    except asyncio.CancelledError:
+
+    def shut_down() -> None:
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)  # wakes the thread, which then fails
-        with contextlib.suppress(OSError):
-            await finish_thread(working, threading.Event())
-        raise
+
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flowkv-tcp")
+    try:
+        working = asyncio.get_running_loop().run_in_executor(thread, work, sock, *args)
+        await finish_thread(working, shut_down)
     finally:
         thread.shutdown(wait=False)
 
