@@ -117,13 +117,6 @@ class Attempts:
             self.cancel(attempt.transfer_id, is_cut_off=True)
         return len(mine)
 
-    def states_by_gateway(self) -> dict[str, dict[str, str]]:
-        """gateway_id -> transfer_id -> state."""
-        states: defaultdict[str, dict[str, str]] = defaultdict(dict)
-        for attempt in self._live.values():
-            states[attempt.gateway_id][attempt.transfer_id] = attempt.state
-        return states
-
 
 class Outbox:
     """Collects the chunks of a step and sends them on `flush()`, one message per gateway."""
@@ -172,7 +165,9 @@ class Outbox:
     async def keep_alive(self) -> None:
         """Until cancelled: show every gateway its attempts, drop those of gateways that are gone."""
         while True:
-            states = self._attempts.states_by_gateway()
+            states: defaultdict[str, dict[str, str]] = defaultdict(dict)
+            for attempt in self._attempts:
+                states[attempt.gateway_id][attempt.transfer_id] = attempt.state
             for gateway_id in self._misses.keys() - states.keys():
                 del self._misses[gateway_id]  # it has not been asked since: in a row means in a row
             async with asyncio.TaskGroup() as tasks:
@@ -186,8 +181,15 @@ class Outbox:
         try:
             reply = await self._bus.request(subject, keepalive, KeepaliveReply, timeout_s=KEEPALIVE_TIMEOUT_S)
         except (Unavailable, DeadlineExceeded) as error:
-            self._count_miss(gateway_id, error)
-            return
+            if not self._bus.is_settled:
+                self._misses.clear()  # cut off ourselves: no verdict on others (docs/architecture.md, rule 8)
+                return
+            self._misses[gateway_id] += 1
+            if self._misses[gateway_id] < MISSES_UNTIL_GONE:
+                return
+            num = self._attempts.cancel_gateway(gateway_id)
+            reason = "no responders" if isinstance(error, Unavailable) else str(error)
+            log.warning("dropped %d requests of gateway %s: %s", num, gateway_id, reason)
         except FlowKVError as error:
             # A gateway that refuses lives; and a keepalive too large to be sent says nothing of it.
             log.warning("keepalive to %s: %s", gateway_id, error.message)
@@ -195,14 +197,3 @@ class Outbox:
             for transfer_id in reply.unknown:
                 self._attempts.cancel(transfer_id)  # a cancel was lost
         self._misses.pop(gateway_id, None)
-
-    def _count_miss(self, gateway_id: str, error: FlowKVError) -> None:
-        if not self._bus.is_settled:
-            self._misses.clear()  # cut off ourselves: no verdict on others (docs/architecture.md, rule 8)
-            return
-        self._misses[gateway_id] += 1
-        if self._misses[gateway_id] >= MISSES_UNTIL_GONE:
-            del self._misses[gateway_id]
-            num = self._attempts.cancel_gateway(gateway_id)
-            reason = "no responders" if isinstance(error, Unavailable) else str(error)
-            log.warning("dropped %d requests of gateway %s: %s", num, gateway_id, reason)

@@ -211,62 +211,46 @@ async def _compute(node: Node, engine: Engine) -> None:
 async def supervise(node: Node, engine: Engine) -> None:
     """Until cancelled: see to it that engine and handoffs make progress, and end what is out of time.
 
+    Without progress the node is unready and gives the work back, until there is some again. The blocks of a
+    stuck step stay held until it ends, if it ever does. A handoff that can't be ended, such as a thread that
+    waits for a device for ever, keeps the node unready.
+
     Raises IntegrityError if a block is lost: a node that can't count its blocks must not serve.
     """
-    checked_at = 0.0
+    node_id, wedge_timeout_s, checked_at = node.ref.node_id, node.settings.wedge_timeout_s, 0.0
     while True:
         await asyncio.sleep(SUPERVISE_PERIOD_S)
-        await _check_engine(node, engine)
-        await check_handoffs(node)
-        await _expire(node)
-        if not len(node.attempts) and time.monotonic() - checked_at > CHECK_BLOCKS_PERIOD_S:
+        now, busy_since = time.monotonic(), engine.busy_since
+        wedged = busy_since is not None and now - busy_since > wedge_timeout_s
+        if wedged != node.wedged:
+            node.wedged = wedged
+            node.changed.set()
+            if wedged:
+                log.error("the engine has made no progress for %.1f s", wedge_timeout_s)
+                await node.give_back(Unavailable(f"the engine of {node_id} is stuck"))
+            else:
+                log.warning("the engine makes progress again")
+
+        reason = node.handoffs.why_stuck()
+        if (reason is None) != (node.stuck is None):
+            node.changed.set()
+            log.log(
+                logging.ERROR if reason else logging.WARNING, reason or "all handoffs make progress again"
+            )
+        node.stuck = reason
+        if stuck := {handoff.transfer_id for handoff in node.handoffs.find_stuck()}:
+            await node.give_back(Unavailable(f"{node_id}: {reason}"), stuck)
+
+        if node.drains_until is not None and now > node.drains_until and len(node.attempts):
+            await node.give_back(Unavailable(f"{node_id} is draining"))
+        if node.bus.is_settled:  # else prefill nodes could not renew their reservations
+            for transfer_id in node.reservations.sweep():
+                log.info("reservation %s expired", transfer_id)
+                node.attempts.end(transfer_id)
+                node.wake.set()
+        if not len(node.attempts) and now - checked_at > CHECK_BLOCKS_PERIOD_S:
             node.blocks.check_integrity()
-            checked_at = time.monotonic()
-
-
-async def _check_engine(node: Node, engine: Engine) -> None:
-    """A step that takes far too long makes the node unready and gives its work back.
-
-    The blocks of the stuck step stay held until it ends, if it ever does; then the node is ready again.
-    """
-    timeout_s, busy_since = node.settings.wedge_timeout_s, engine.busy_since
-    wedged = busy_since is not None and time.monotonic() - busy_since > timeout_s
-    if wedged == node.wedged:
-        return
-    node.wedged = wedged
-    node.changed.set()
-    if wedged:
-        log.error("the engine has made no progress for %.1f s", timeout_s)
-        await node.give_back(Unavailable(f"the engine of {node.ref.node_id} is stuck"))
-    else:
-        log.warning("the engine makes progress again")
-
-
-async def check_handoffs(node: Node) -> None:
-    """Handoffs that make no progress make the node unready, and are given back.
-
-    The node is ready again once they have let go of their budget. One that can't be ended, such as a thread
-    that waits for a device for ever, keeps it unready.
-    """
-    reason = node.handoffs.why_stuck()
-    if (reason is None) != (node.stuck is None):
-        node.changed.set()
-        log.log(logging.ERROR if reason else logging.WARNING, reason or "all handoffs make progress again")
-    node.stuck = reason
-    if stuck := {handoff.transfer_id for handoff in node.handoffs.find_stuck()}:
-        await node.give_back(Unavailable(f"{node.ref.node_id}: {reason}"), stuck)
-
-
-async def _expire(node: Node) -> None:
-    """What a drain has not finished in time goes back to the gateways; old reservations end."""
-    if node.drains_until is not None and time.monotonic() > node.drains_until and len(node.attempts):
-        await node.give_back(Unavailable(f"{node.ref.node_id} is draining"))
-    if not node.bus.is_settled:
-        return  # prefill nodes could not renew their reservations
-    for transfer_id in node.reservations.sweep():
-        log.info("reservation %s expired", transfer_id)
-        node.attempts.end(transfer_id)
-        node.wake.set()
+            checked_at = now
 
 
 # --- drain ---------------------------------------------------------------------------------------

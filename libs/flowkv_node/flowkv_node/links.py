@@ -105,7 +105,7 @@ class Links:
         self._num_blocks = num_blocks
         self._connectors: dict[str, KVConnector] = {}  # by name, the best one first
         self._addresses: dict[str, str] = {}
-        self._tokens: dict[str, NodeRef] = {}  # link token -> the peer it was given to
+        self._tokens: dict[str, tuple[NodeRef, str]] = {}  # node_id -> a peer, and the secret it was given
         self._peers: dict[str, NodeRef] = {}
         self._missing_since: dict[str, float] = {}
         self._links: dict[NodeRef, SwitchedLink] = {}
@@ -118,7 +118,7 @@ class Links:
 
     def admits(self, token: str) -> bool:
         """Whether a peer that presents `token` may write into this pool."""
-        return token in self._tokens
+        return any(token == given for _, given in self._tokens.values())
 
     def offer(self, request: LinkRequest) -> LinkOffer:
         """Answer a peer that wants to send here. Raises BadRequest for another layout, WrongModel."""
@@ -127,11 +127,10 @@ class Links:
         if request.fingerprint != self._fingerprint:
             raise WrongModel(f"{self._node.node_id} serves another model", field="fingerprint")
         # An incarnation keeps its token: a link that it has must be able to reconnect while it tries others.
-        token = next((token for token, peer in self._tokens.items() if peer == request.peer), None)
-        if token is None:
-            self._forget_tokens(request.peer.node_id)
+        peer, token = self._tokens.get(request.peer.node_id, (None, ""))
+        if peer != request.peer:
             token = secrets.token_hex(16)
-            self._tokens[token] = request.peer
+            self._tokens[request.peer.node_id] = (request.peer, token)
         return LinkOffer(node=self._node, num_blocks=self._num_blocks, token=token, addresses=self._addresses)
 
     async def link_to(self, peer: NodeRef) -> KVLink:
@@ -170,24 +169,16 @@ class Links:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 self._changed.clear()
-                self._forget_missing()
+                for node_id, since in list(self._missing_since.items()):
+                    if time.monotonic() - since > FORGET_AFTER_S and self._bus.is_settled:
+                        del self._missing_since[node_id], self._peers[node_id]
+                        self._tokens.pop(node_id, None)
                 wanted = set(self._peers.values())
                 for peer in set(keepers) - wanted:
                     keepers.pop(peer).cancel()
                 for peer in wanted - set(keepers):
                     keepers[peer] = tasks.create_task(self._keep(peer))
                 await wait_event(self._changed, FORGET_AFTER_S)
-
-    def _forget_missing(self) -> None:
-        now = time.monotonic()
-        for node_id, since in list(self._missing_since.items()):
-            if now - since > FORGET_AFTER_S and self._bus.is_settled:
-                del self._missing_since[node_id]
-                del self._peers[node_id]
-                self._forget_tokens(node_id)
-
-    def _forget_tokens(self, node_id: str) -> None:
-        self._tokens = {token: peer for token, peer in self._tokens.items() if peer.node_id != node_id}
 
     # --- the link to one peer ---------------------------------------------------------------------
 
