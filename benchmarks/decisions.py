@@ -8,21 +8,24 @@ after a while, so that a steady number of them is in flight. Nodes tell what is 
 from __future__ import annotations
 
 import random
-import resource
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from typing import Any
 
-from benchmarks.report import Report, make_parser, time_s
+import msgspec
+import psutil
+
+from benchmarks.report import Report, make_parser, quantiles, time_s
 from benchmarks.simulator.batch import slowed
 from flowkv_common.errors import Full
-from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout, ScheduleRequest
-from flowkv_common.wire.nodes import BlockCounts, BlocksChanged, LoadReport, NodeDescriptor, StepFit
+from flowkv_common.wire.messages import NodeRef, ScheduleRequest
+from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor, StepFit
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
+from tests.described_nodes import BLOCK_SIZE, INCARNATION, MODEL, descriptor, report
 
 PERIOD_S = 0.5
 DECISIONS_PER_S = 5000
@@ -30,8 +33,6 @@ NUM_BLOCKS = 20_000
 BLOCKS_PER_SEQUENCE = 70
 TOKEN_BUDGET = 2048
 PROMPTS_CACHED = 10  # by each node: the last ones
-LAYOUT = PoolLayout(num_layers=32, block_size=16, num_kv_heads=8, head_dim=128, dtype="bfloat16")
-CARD = ModelCard(name="m", fingerprint="f", max_model_len=131072, vocab_size=128256, eos_token_ids=[2])
 FIT = StepFit(
     base_s=0.008, prefill_token_s=4e-5, attended_token_s=1e-9, sequence_s=2e-5, context_token_s=1e-8
 )
@@ -41,61 +42,42 @@ class Node:
     """What a node would report: counts of what it was given and has not finished, and its prefix cache."""
 
     def __init__(self, number: int) -> None:
-        self.ref = NodeRef(node_id=f"node-{number:04}", incarnation="i")
-        self.role = "decode" if number % 2 else "prefill"
+        self.node_id, self.role = f"node-{number:04}", "decode" if number % 2 else "prefill"
         self.num_sequences = 0
         self.num_prompts_accepted = 0
         self.num_handed_over = 0
         self._fit = slowed(FIT, 1.0 if number % 3 else 3.0)
-        self._cap = TOKEN_BUDGET if self.role == "prefill" else LAYOUT.block_size
+        self._cap = TOKEN_BUDGET if self.role == "prefill" else BLOCK_SIZE
         self._seq = self._news_seq = 0
         self._prompts: deque[list[str]] = deque()
         self._uses: Counter[str] = Counter()
         self._touched: set[str] = set()  # hashes that may have come or gone since the last news
 
     def descriptor(self) -> NodeDescriptor:
-        return NodeDescriptor(
-            node=self.ref,
-            role=self.role,
-            model=CARD,
-            layout=LAYOUT,
+        shape = descriptor(
+            self.node_id,
+            self.role,
             num_blocks=NUM_BLOCKS,
-            token_budget=TOKEN_BUDGET,
-            max_prefill_tokens_per_step=self._cap,
-            hosted_roles=["decode", "prefill"],
-            connectors=["tcp"],
-            host="h",
-            pid=1,
-            metrics_url="",
-            version="0",
+            num_layers=32,
+            num_kv_heads=8,
+            head_dim=128,
+            dtype="bfloat16",
+        )
+        return msgspec.structs.replace(
+            shape, token_budget=TOKEN_BUDGET, max_prefill_tokens_per_step=self._cap
         )
 
     def report(self) -> LoadReport:
         self._seq += 1
-        used = self.num_sequences * BLOCKS_PER_SEQUENCE
-        return LoadReport(
-            node=self.ref,
+        return report(
+            self.node_id,
+            self.role,
+            num_blocks=NUM_BLOCKS,
+            free=NUM_BLOCKS - self.num_sequences * BLOCKS_PER_SEQUENCE,
             seq=self._seq,
-            period_s=PERIOD_S,
-            ready=True,
-            draining=False,
             max_prefill_tokens_per_step=self._cap,
-            queued_prefill_tokens=0,
-            num_waiting=0,
             num_running=self.num_sequences,
             max_num_seqs=256,
-            blocks=BlockCounts(
-                total=NUM_BLOCKS,
-                free=NUM_BLOCKS - used,
-                cached=0,
-                leased=used,
-                quarantined=0,
-                longest_free_run=NUM_BLOCKS - used,
-            ),
-            prefill_tokens_per_s=20_000.0,
-            decode_step_s=0.01,
-            num_handoffs=0,
-            handoff_bytes=0,
             num_context_tokens=self.num_sequences * 1100,
             num_prompts_accepted=self.num_prompts_accepted,
             num_rooms_given=self.num_handed_over,
@@ -116,7 +98,8 @@ class Node:
             del self._uses[block_hash]
         self._touched.clear()
         self._news_seq += 1
-        return BlocksChanged(node=self.ref, seq=self._news_seq, stored=stored, removed=removed)
+        ref = NodeRef(node_id=self.node_id, incarnation=INCARNATION)
+        return BlocksChanged(node=ref, seq=self._news_seq, stored=stored, removed=removed)
 
     def _use(self, hashes: list[str], sign: int) -> None:
         for block_hash in hashes:
@@ -136,46 +119,47 @@ def requests(seed: int) -> Iterator[ScheduleRequest]:
         yield ScheduleRequest(
             request_id=f"r{number}",
             attempt=0,
-            fingerprint=CARD.fingerprint,
+            fingerprint=MODEL.fingerprint,
             num_prompt_tokens=num_tokens,
             max_new_tokens=300,
             block_hashes=hashes,
         )
 
 
-def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> dict[str, float]:
+def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> dict[str, Any]:
     """Asks `num_decisions` times, 5,000 a second; reports come in between as they would in that time."""
     planner = Planner(Goals(max_wait_s=1e9))
     nodes = [Node(number) for number in range(num_nodes)]
-    by_id = {node.ref.node_id: node for node in nodes}
-    planner.set_descriptors({node.ref.node_id: node.descriptor() for node in nodes})
+    by_id = {node.node_id: node for node in nodes}
+    planner.set_descriptors({node.node_id: node.descriptor() for node in nodes})
     for node in nodes:
         planner.add_report(node.report(), 0.0)
     running: deque[Node] = deque()  # by its decode node; the scheduler keeps no choices either
-    decisions: list[float] = []
-    reports: list[float] = []
-    news: list[float] = []
-    ticks: list[float] = []
+    process = psutil.Process()
+    decisions_s: list[float] = []
+    reports_s: list[float] = []
+    news_s: list[float] = []
+    ticks_s: list[float] = []
     num_others, num_due, now = 0, 0.0, 0.0
-    memory_before = 0.0
+    rss_before = 0
     for place, request in zip(range(num_decisions), requests(0), strict=False):
         if place == num_decisions // 10:
-            memory_before = _rss_mb()
+            rss_before = process.memory_info().rss
         now += 1 / DECISIONS_PER_S
         num_due += num_nodes / PERIOD_S / DECISIONS_PER_S
         while num_due >= 1:
             num_due -= 1
-            node = nodes[len(reports) % num_nodes]
-            reports.append(time_s(partial(planner.add_report, node.report(), now)))
-            news.append(time_s(partial(planner.state.prefixes.apply_change, node.news())))
+            node = nodes[len(reports_s) % num_nodes]
+            reports_s.append(time_s(partial(planner.add_report, node.report(), now)))
+            news_s.append(time_s(partial(planner.state.prefixes.apply_change, node.news())))
         if place % (DECISIONS_PER_S * PERIOD_S) == 0:
-            ticks.append(time_s(partial(planner.tick, now)))
+            ticks_s.append(time_s(partial(planner.tick, now)))
         began = time.perf_counter()
         try:
             decision = planner.schedule(request, now)
         except Full:
             decision = None
-        decisions.append(time.perf_counter() - began)
+        decisions_s.append(time.perf_counter() - began)
         if not isinstance(decision, Choice):
             num_others += 1
             continue
@@ -188,27 +172,19 @@ def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> dict[str,
         running.append(decode)
         if len(running) > num_in_flight:
             running.popleft().num_sequences -= 1
-    decisions.sort()
     return {
         "num_nodes": num_nodes,
         "num_in_flight": len(running),
         "num_decisions": num_decisions,
-        "decisions_per_s": num_decisions / sum(decisions),
-        "decision_p50_us": decisions[len(decisions) // 2] * 1e6,
-        "decision_p99_us": decisions[len(decisions) * 99 // 100] * 1e6,
-        "decision_max_us": decisions[-1] * 1e6,
-        "report_p50_us": sorted(reports)[len(reports) // 2] * 1e6,
-        "news_p50_us": sorted(news)[len(news) // 2] * 1e6,
-        "tick_ms": sorted(ticks)[len(ticks) // 2] * 1e3,
-        "rss_mb_before": memory_before,
-        "rss_mb_after": _rss_mb(),
+        "decisions_per_s": num_decisions / sum(decisions_s),
+        "decision_us": quantiles(1e6 * each for each in decisions_s),
+        "report_us": quantiles(1e6 * each for each in reports_s),
+        "news_us": quantiles(1e6 * each for each in news_s),
+        "tick_ms": quantiles(1e3 * each for each in ticks_s),
+        "rss_mb_before": rss_before / 1e6,
+        "rss_mb_after": process.memory_info().rss / 1e6,
         "num_waits_and_refusals": num_others,
     }
-
-
-def _rss_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6
 
 
 def main(argv: Sequence[str]) -> int:

@@ -6,23 +6,22 @@ that are not, and that have a free list. At three levels of use, with the prefix
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import itertools
-from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from time import thread_time_ns
-from typing import Any, Protocol
+from typing import Any
 
 from benchmarks import BenchmarkFailed
-from benchmarks.report import Report, make_parser
+from benchmarks.report import Report, make_parser, quantiles
 from benchmarks.traces import Request, read_trace
 from benchmarks.traffic import synthetic
 from flowkv_common.wire.messages import Run
-from flowkv_engine.kv.blocks import Blocks, OutOfBlocks, PrefixCache
+from flowkv_engine.kv.blocks import Blocks, OutOfBlocks
 from flowkv_engine.kv.segments import align, runs_of
 
 LEVELS = (0.6, 0.75, 0.9)
@@ -32,7 +31,14 @@ COLUMNS = ("prefill alone", "decode alone", "one-sided", "aligned", "larger side
 
 
 def main(argv: Sequence[str]) -> int:
-    options = _options(argv)
+    parser = make_parser("fragmentation", __doc__)
+    parser.add_argument("--trace", type=Path, help="Mooncake .jsonl or Azure .csv; a synthetic one without")
+    parser.add_argument("--requests", type=int, default=100_000, help="the trace is repeated up to as many")
+    parser.add_argument("--blocks", type=int, default=100_000, help="in each pool")
+    parser.add_argument("--block-size", type=int, default=16, choices=(8, 16, 32, 64), help="tokens")
+    parser.add_argument("--room", type=int, default=8, help="blocks left free behind a growing sequence")
+    parser.add_argument("--cache", choices=CACHES, default="both", help="prefix cache")
+    options = parser.parse_args(argv)
     requests = read_trace(options.trace) if options.trace else synthetic(NUM_SYNTHETIC)
     trace = options.trace.name if options.trace else "synthetic"
     report = Report(options)
@@ -44,45 +50,28 @@ def main(argv: Sequence[str]) -> int:
             replay.run(itertools.islice(itertools.cycle(requests), options.requests))
         except OutOfBlocks:
             raise BenchmarkFailed(f"running sequences outgrow a pool of {options.blocks} blocks") from None
-        report.add_row(**figures(replay))
+        report.add_row(**replay.figures())
     return report.finish(shown=[line_of(row) for row in report.rows])
 
 
-# --- pools ------------------------------------------------------------------------------------------
-
-
-class Pool(Protocol):
-    """What `Blocks` and `FreeList` have in common."""
-
-    @property
-    def num_leased(self) -> int: ...
-    def allocate(self, n: int, *, like: Sequence[int] = (), room: int = 0) -> list[int]: ...
-    def grow(self, last_block: int | None) -> int: ...
-    def match_prefix(self, hashes: Sequence[str]) -> list[int]: ...
-    def commit(self, block_id: int, block_hash: str, parent_hash: str | None) -> None: ...
-    def release(self, block_ids: list[int]) -> None: ...
-
-
-class FreeList:
+class FreeList(Blocks):
     """The baseline: blocks from a stack of free ones, last freed first, wherever they lie.
 
     It has the prefix cache of `Blocks`, and a free list in place of segments.
     """
 
     def __init__(self, num_blocks: int) -> None:
-        self.num_leased = 0
-        self._free = list(range(num_blocks))[::-1]
-        self._refs = [0] * num_blocks
-        self._cache = PrefixCache(num_blocks)
+        super().__init__(num_blocks)
+        self._stack = list(range(num_blocks))[::-1]
 
     def allocate(self, n: int, *, like: Sequence[int] = (), room: int = 0) -> list[int]:
-        for block_id in self._cache.evict(n - len(self._free)):
-            self._cache.overwrite(Run(block_id, 1))
-            self._free.append(block_id)
-        if len(self._free) < n:
-            raise OutOfBlocks(f"{n} blocks wanted, {len(self._free)} are free")
-        taken = self._free[len(self._free) - n :][::-1]
-        del self._free[len(self._free) - n :]
+        for block_id in self.prefix_cache.evict(n - len(self._stack)):
+            self.prefix_cache.overwrite(Run(block_id, 1))
+            self._stack.append(block_id)
+        if len(self._stack) < n:
+            raise OutOfBlocks(f"{n} blocks wanted, {len(self._stack)} are free")
+        taken = self._stack[len(self._stack) - n :][::-1]
+        del self._stack[len(self._stack) - n :]
         for block_id in taken:
             self._refs[block_id] = 1
         self.num_leased += n
@@ -91,26 +80,11 @@ class FreeList:
     def grow(self, last_block: int | None) -> int:
         return self.allocate(1)[0]
 
-    def match_prefix(self, hashes: Sequence[str]) -> list[int]:
-        matched = self._cache.match(hashes)
-        self._cache.lease(matched)
-        for block_id in matched:
-            self.num_leased += not self._refs[block_id]
-            self._refs[block_id] += 1
-        return matched
+    def _free(self, block_ids: Iterable[int]) -> None:
+        self._stack += block_ids
 
-    def commit(self, block_id: int, block_hash: str, parent_hash: str | None) -> None:
-        if self._cache.find(block_hash) is None:
-            self._cache.insert(block_id, block_hash, parent_hash)
-
-    def release(self, block_ids: Iterable[int]) -> None:
-        unheld = []
-        for block_id in block_ids:
-            self._refs[block_id] -= 1
-            if not self._refs[block_id]:
-                unheld.append(block_id)
-        self.num_leased -= len(unheld)
-        self._free += self._cache.queue(unheld)
+    def _evict_ahead(self, at_most: int) -> None:
+        """There are no runs to make."""
 
 
 # --- the two sides of a handoff ---------------------------------------------------------------------
@@ -137,16 +111,18 @@ class Side:
     It works on until the next request fits. What its clock counts, each side says.
     """
 
-    def __init__(self, pool: Pool, block_size: int, limit: int) -> None:
+    def __init__(self, pool: Blocks, block_size: int, limit: int) -> None:
         self.pool = pool
-        self.take_ns = array("q")  # CPU time of each allocation
+        self.allocate_us: list[float] = []  # CPU time of each allocation
         self._block_size = block_size
         self._limit = limit
         self._now = 0
         self._due: list[tuple[int, int, Running]] = []
         self._num_due = 0
 
-    def place(self, request: Request, hashes: list[str], source: Sequence[int], room: int) -> Running:
+    def admit(
+        self, request: Request, hashes: list[str], source: Sequence[int] = (), room: int = 0
+    ) -> Running:
         """Gives the request blocks, in runs like those of `source`: as many block ids at the other side."""
         n = request.num_prompt_tokens // self._block_size + 1  # the prompt and the token that comes next
         while self.pool.num_leased + n > self._limit:
@@ -157,8 +133,13 @@ class Side:
         like = [run.length for run in runs_of(source[len(cached) :])]
         began = thread_time_ns()
         fresh = self.pool.allocate(n - len(cached), like=like, room=room)
-        self.take_ns.append(thread_time_ns() - began)
-        return Running(request, hashes, cached + fresh, len(cached))
+        self.allocate_us.append((thread_time_ns() - began) / 1e3)
+        running = Running(request, hashes, cached + fresh, len(cached))
+        self._begin(running)
+        return running
+
+    def _begin(self, running: Running) -> None:
+        raise NotImplementedError
 
     def _go_on(self, running: Running) -> None:
         raise NotImplementedError
@@ -175,11 +156,9 @@ class Side:
 class PrefillSide(Side):
     """Prompts that are computed together, at an equal pace: the clock counts tokens of each."""
 
-    def admit(self, request: Request, hashes: list[str]) -> Running:
-        running = self.place(request, hashes, source=(), room=0)
-        num_computed = request.num_prompt_tokens - running.num_cached * self._block_size
+    def _begin(self, running: Running) -> None:
+        num_computed = running.request.num_prompt_tokens - running.num_cached * self._block_size
         self._wait(running, self._now + num_computed)
-        return running
 
     def _go_on(self, running: Running) -> None:
         self._commit(running)
@@ -189,17 +168,13 @@ class PrefillSide(Side):
 class DecodeSide(Side):
     """Continuous batching: with each step of the clock, each sequence has one token more."""
 
-    def __init__(self, pool: Pool, block_size: int, limit: int) -> None:
-        super().__init__(pool, block_size, limit)
-        self.num_grown = 0
-        self.num_moved = 0  # of those, how many did not lie behind the block before
+    num_grown = 0
+    num_moved = 0  # of those, how many did not lie behind the block before
 
-    def admit(self, request: Request, hashes: list[str], source: Sequence[int], room: int) -> Running:
-        running = self.place(request, hashes, source, room)
-        running.ends_at = self._now + request.num_output_tokens - 1  # the first token comes from prefill
+    def _begin(self, running: Running) -> None:
+        running.ends_at = self._now + running.request.num_output_tokens - 1  # prefill gives the first token
         self._commit(running)
         self._wait_until_full(running)
-        return running
 
     def _go_on(self, running: Running) -> None:
         if self._now == running.ends_at:
@@ -244,14 +219,9 @@ class Replay:
         self.num_left_out = 0  # of requests that alone are over the level
         self.num_prompt_blocks = 0
         self.num_hit_blocks: Counter[str] = Counter()
-        self.prefill_pool = Blocks(size)
-        self.told_pool = Blocks(size)
-        self.alone_pool = Blocks(size)
-        self.list_pool = FreeList(size)
-        self.prefill = PrefillSide(self.prefill_pool, block_size, limit)
-        self.told = DecodeSide(self.told_pool, block_size, limit)
-        self.alone = DecodeSide(self.alone_pool, block_size, limit)
-        self.list = DecodeSide(self.list_pool, block_size, limit)
+        self.prefill = PrefillSide(Blocks(size), block_size, limit)
+        self.told, self.alone = (DecodeSide(Blocks(size), block_size, limit) for _ in range(2))
+        self.list = DecodeSide(FreeList(size), block_size, limit)
 
     def run(self, requests: Iterable[Request]) -> None:
         conditions = self.conditions
@@ -267,81 +237,45 @@ class Replay:
         room = self.conditions.room
         source = self.prefill.admit(request, hashes)
         told = self.told.admit(request, hashes, source.block_ids, room)
-        alone = self.alone.admit(request, hashes, (), room)
-        listed = self.list.admit(request, hashes, (), 0)
-        self.copies["prefill alone"][num_runs(source.fresh)] += 1
-        self.copies["decode alone"][num_runs(alone.fresh)] += 1
-        self.copies["free list"][num_runs(listed.fresh)] += 1
-        self.copies["one-sided"][num_copies(source, alone)] += 1
-        self.copies["aligned"][num_copies(source, told)] += 1
+        alone = self.alone.admit(request, hashes, room=room)
+        listed = self.list.admit(request, hashes)
         sent = source.block_ids[told.num_cached :]
-        self.copies["larger side"][max(num_runs(sent), num_runs(told.fresh))] += 1
+        for name, num_copies in {
+            "prefill alone": len(runs_of(source.fresh)),
+            "decode alone": len(runs_of(alone.fresh)),
+            "one-sided": len(align(source.block_ids[alone.num_cached :], alone.fresh)),
+            "aligned": len(align(sent, told.fresh)),
+            "larger side": max(len(runs_of(sent)), len(runs_of(told.fresh))),
+            "free list": len(runs_of(listed.fresh)),
+        }.items():
+            self.copies[name][num_copies] += 1
         self.num_hit_blocks.update({"segments": alone.num_cached, "free list": listed.num_cached})
 
-
-def num_runs(block_ids: Sequence[int]) -> int:
-    return sum(following != block + 1 for block, following in itertools.pairwise(block_ids)) + bool(block_ids)
-
-
-def num_copies(source: Running, target: Running) -> int:
-    """Copies that bring `target` what it lacks."""
-    return len(align(source.block_ids[target.num_cached :], target.fresh))
-
-
-# --- the report -------------------------------------------------------------------------------------
-
-
-def figures(replay: Replay) -> dict[str, Any]:
-    """Times in microseconds, runs in blocks."""
-    alone = replay.alone
-    num_blocks = max(1, replay.num_prompt_blocks)
-    return {
-        "conditions": asdict(replay.conditions),
-        "num_requests": replay.copies["aligned"].total(),
-        "num_left_out": replay.num_left_out,
-        "copies_per_request": {name: of_counts(replay.copies[name]) for name in COLUMNS},
-        "take_cpu_us": of_times(replay.alone.take_ns),
-        "take_aligned_cpu_us": of_times(replay.told.take_ns),
-        "grow_moved_ratio": alone.num_moved / alone.num_grown if alone.num_grown else 0.0,
-        "hit_ratio": {name: hits / num_blocks for name, hits in replay.num_hit_blocks.items()},
-    }
-
-
-def of_counts(counts: Counter[int]) -> dict[str, float]:
-    """Mean, p50, p99 and the greatest of a histogram."""
-    values = list(itertools.chain.from_iterable([value] * counts[value] for value in sorted(counts))) or [0]
-    return {
-        "mean": round(sum(values) / len(values), 4),
-        "p50": values[int(0.5 * len(values))],
-        "p99": values[int(0.99 * len(values))],
-        "max": values[-1],
-    }
-
-
-def of_times(times_ns: array[int]) -> dict[str, float]:
-    ordered = sorted(times_ns) or [0]
-    return {"p50": ordered[len(ordered) // 2] / 1e3, "p99": ordered[int(0.99 * len(ordered))] / 1e3}
+    def figures(self) -> dict[str, Any]:
+        """Times in microseconds, runs in blocks."""
+        return {
+            "conditions": asdict(self.conditions),
+            "num_requests": self.copies["aligned"].total(),
+            "num_left_out": self.num_left_out,
+            "mean_copies": {name: round(fmean(self.copies[name].elements()), 4) for name in COLUMNS},
+            "copies": {name: quantiles(self.copies[name].elements()) for name in COLUMNS},
+            "allocate_cpu_us": quantiles(self.alone.allocate_us),
+            "allocate_aligned_cpu_us": quantiles(self.told.allocate_us),
+            "grow_moved_ratio": self.alone.num_moved / max(1, self.alone.num_grown),
+            "hit_ratio": {
+                name: hits / max(1, self.num_prompt_blocks) for name, hits in self.num_hit_blocks.items()
+            },
+        }
 
 
 def line_of(row: dict[str, Any]) -> dict[str, Any]:
     """Mean / p99 of the copies per request."""
-    conditions, copies = row["conditions"], row["copies_per_request"]
+    conditions, allocate = row["conditions"], row["allocate_cpu_us"]
     return {
         "leased": f"{conditions['level']:.0%}",
         "cache": conditions["has_cache"],
-        **{name: f"{copies[name]['mean']:.2f} / {copies[name]['p99']}" for name in COLUMNS},
-        "take p50 / p99, CPU us": f"{row['take_cpu_us']['p50']:.0f} / {row['take_cpu_us']['p99']:.0f}",
+        **{name: f"{row['mean_copies'][name]:.2f} / {row['copies'][name].p99}" for name in COLUMNS},
+        "allocate p50 / p99, CPU us": f"{allocate.p50:.0f} / {allocate.p99:.0f}",
         "moved": f"{row['grow_moved_ratio']:.1%}",
         "hits": f"{row['hit_ratio'].get('segments', 0):.1%}",
     }
-
-
-def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = make_parser("fragmentation", __doc__)
-    parser.add_argument("--trace", type=Path, help="Mooncake .jsonl or Azure .csv; a synthetic one without")
-    parser.add_argument("--requests", type=int, default=100_000, help="the trace is repeated up to as many")
-    parser.add_argument("--blocks", type=int, default=100_000, help="in each pool")
-    parser.add_argument("--block-size", type=int, default=16, choices=(8, 16, 32, 64), help="tokens")
-    parser.add_argument("--room", type=int, default=8, help="blocks left free behind a growing sequence")
-    parser.add_argument("--cache", choices=CACHES, default="both", help="prefix cache")
-    return parser.parse_args(argv)

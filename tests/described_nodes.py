@@ -34,6 +34,7 @@ from flowkv_scheduler.prefixes import Hits, PrefixIndex
 BLOCK_SIZE = 16
 TOKEN_BUDGET = 512
 NUM_BLOCKS = 256  # 4096 tokens
+INCARNATION = "i1"
 PERIOD_S = 0.5
 QUICK_PERIOD_S = 0.1  # of nodes that report over NATS
 MODEL = ModelCard(name="m", fingerprint="f", max_model_len=4096, vocab_size=64, eos_token_ids=[0])
@@ -46,7 +47,7 @@ def descriptor(
     node_id: str,
     role: str,
     *,
-    incarnation: str = "i1",
+    incarnation: str = INCARNATION,
     num_blocks: int = NUM_BLOCKS,
     memory: str = "host",
     model: ModelCard = MODEL,
@@ -75,8 +76,16 @@ def descriptor(
 
 
 def report(
-    node_id: str, role: str, *, incarnation: str = "i1", free: int = NUM_BLOCKS, **changes: Any
+    node_id: str,
+    role: str,
+    *,
+    incarnation: str = INCARNATION,
+    num_blocks: int = NUM_BLOCKS,
+    free: int | None = None,
+    **changes: Any,
 ) -> LoadReport:
+    """Of an idle node, but for `changes`; all of its blocks are free, but for `free`."""
+    free = num_blocks if free is None else free
     idle = LoadReport(
         node=NodeRef(node_id=node_id, incarnation=incarnation),
         seq=1,
@@ -89,10 +98,10 @@ def report(
         num_running=0,
         max_num_seqs=16,
         blocks=BlockCounts(
-            total=NUM_BLOCKS,
+            total=num_blocks,
             free=free,
             cached=0,
-            leased=NUM_BLOCKS - free,
+            leased=num_blocks - free,
             quarantined=0,
             longest_free_run=free,
         ),
