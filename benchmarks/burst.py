@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.clusters import ONE_CORE, listening, start_cluster
+from benchmarks.clusters import ONE_CORE, event_of, listening, start_cluster
 from benchmarks.load import Arrival, Outcome, drive, errors_of
 from benchmarks.report import Report, make_parser, quantiles
 from flowkv.local_cluster import Cluster
@@ -28,7 +28,6 @@ PAUSE_S = 4.0
 NO_LIMIT_S = 500.0
 # Shorter times count as this: whether 10 ms or 30 were predicted makes no difference.
 LEAST_S = 0.5
-EVENT_TIMEOUT_S = 5.0
 COLUMNS = (
     "cluster", "num_requests", "max_tokens", "num_complete", "num_refused", "num_refused_rightly",
     "seconds", "tokens_per_s", "ttft_s", "off_by", "predicted_over_real", "pace",
@@ -95,7 +94,7 @@ async def send_bursts(cluster: Cluster, cells: Sequence[tuple[int, int]], report
 
 
 async def send_burst(cluster: Cluster, num_requests: int, max_tokens: int) -> Burst:
-    """Raises TimeoutError when an event of a request that was served does not come."""
+    """Raises BenchmarkFailed when an event of a request that was served does not come."""
     predicted_s: dict[str, float] = {}
     async with listening(cluster, "request_finished", RequestFinished) as finished:
         began = time.monotonic()
@@ -103,11 +102,9 @@ async def send_burst(cluster: Cluster, num_requests: int, max_tokens: int) -> Bu
         outcomes = await drive(cluster.url, arrivals, seed=num_requests + max_tokens)
         seconds = time.monotonic() - began
         served = {each.request_id for each in outcomes if each.is_complete}
-        async with asyncio.timeout(EVENT_TIMEOUT_S):
-            while served - predicted_s.keys():
-                event = await finished.get()
-                if event.predicted_ttft_s:
-                    predicted_s[event.request_id] = event.predicted_ttft_s
+        while served - predicted_s.keys():
+            event = await event_of(finished, lambda event: event.predicted_ttft_s > 0)
+            predicted_s[event.request_id] = event.predicted_ttft_s
     return Burst(num_requests, max_tokens, outcomes, predicted_s, seconds)
 
 

@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import os
 import tempfile
-import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -42,6 +42,7 @@ PACED_LIMITS = {"token_budget": CHUNK_TOKENS, "max_num_seqs": MAX_NUM_SEQS}
 # With a larger slip the nodes were not what they are said to be: the host was too slow for so many.
 MAX_SLIP = 0.05
 SAMPLE_PERIOD_S = 1.0
+EVENT_TIMEOUT_S = 10.0
 
 Message = TypeVar("Message", bound=msgspec.Struct)
 
@@ -52,16 +53,17 @@ class Pace:
 
     num_steps: int
     slip: float
-    worst_node_slip: float
 
     @classmethod
-    def of(cls, kept: Mapping[str, Kept]) -> Pace:
-        """Over all nodes that have run steps."""
-        each = [node for node in kept.values() if node.num_steps]
-        num_steps = sum(node.num_steps for node in each)
-        total = Kept(num_steps, sum(node.stated_s for node in each), sum(node.taken_s for node in each))
-        worst = max((node.slip for node in each), default=0.0)
-        return cls(num_steps, round(total.slip, 4), round(worst, 4))
+    def of(cls, nodes: Iterable[Kept]) -> Pace:
+        total = Kept()
+        for node in nodes:
+            total = Kept(
+                total.num_steps + node.num_steps,
+                total.stated_s + node.stated_s,
+                total.taken_s + node.taken_s,
+            )
+        return cls(total.num_steps, round(total.slip, 4))
 
     def __str__(self) -> str:
         return f"{self.slip:+.1%}" + ("" if self.slip <= MAX_SLIP else " NOT KEPT")
@@ -69,10 +71,14 @@ class Pace:
 
 @dataclass
 class Started:
-    """A cluster. `pace` is there when it has ended, if its nodes were paced."""
+    """A cluster. `kept` is there when it has ended, by node, if they were paced."""
 
     cluster: Cluster
-    pace: Pace | None = None
+    kept: dict[str, Kept] = field(default_factory=dict)
+
+    @property
+    def pace(self) -> Pace | None:
+        return Pace.of(self.kept.values()) if self.kept else None
 
 
 @contextlib.contextmanager
@@ -97,7 +103,7 @@ def start_cluster(
             with paced_cluster(Path(folder), model, nodes, fit, settings=paced) as cluster:
                 started = Started(cluster)
                 yield started
-            started.pace = Pace.of(kept(Path(folder)))
+            started.kept = kept(Path(folder))
             return
         own = variables(**{"num_threads": 1, **(settings or {})})
         with Cluster(Path(folder), model, nodes={} if cores else nodes, settings=own) as cluster:
@@ -154,59 +160,39 @@ def capacity(fit: StepFit, num_prefill: int, num_decode: int, lengths: Lengths) 
     )
 
 
-@dataclass(frozen=True)
-class CapSeen:
-    """A prefill chunk budget, `at_s` seconds after the watch began: of each node the first, then new ones."""
-
-    at_s: float
-    node_id: str
-    cap: int
-
-
 @dataclass
 class Observed:
     """`rss_bytes`: by process, once a second. `fits`: by node, as it reported last."""
 
-    caps: list[CapSeen] = field(default_factory=list)
-    rss_bytes: dict[str, list[int]] = field(default_factory=dict)
+    num_cap_moves: int = 0  # changes of a prefill chunk budget
+    rss_bytes: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     fits: dict[str, StepFit] = field(default_factory=dict)
 
-    @property
-    def num_cap_moves(self) -> int:
-        return len(self.caps) - len({seen.node_id for seen in self.caps})
 
-
-@contextlib.asynccontextmanager
-async def observing(cluster: Cluster) -> AsyncIterator[Observed]:
-    """What nodes report and how much memory processes take, until the context ends."""
-    observed, began = Observed(), time.monotonic()
-    latest: dict[str, int] = {}
+async def drive_observed(
+    cluster: Cluster, arrivals: Iterable[Arrival], seed: int = 0
+) -> tuple[list[Outcome], Observed]:
+    """`drive`, and meanwhile what nodes report and how much memory processes take."""
+    observed = Observed()
+    caps: dict[str, int] = {}
     processes = {name: psutil.Process(process.pid) for name, process in cluster.processes.items()}
 
     def look(report: LoadReport, _: object) -> None:
         node_id, cap = report.node.node_id, report.max_prefill_tokens_per_step
-        if latest.get(node_id) != cap:
-            latest[node_id] = cap
-            observed.caps.append(CapSeen(round(time.monotonic() - began, 2), node_id, cap))
+        observed.num_cap_moves += caps.setdefault(node_id, cap) != cap
+        caps[node_id] = cap
         if report.step is not None:
             observed.fits[node_id] = report.step
 
     async def sample_memory() -> None:
         while True:
             for name, process in processes.items():
-                observed.rss_bytes.setdefault(name, []).append(process.memory_info().rss)
+                observed.rss_bytes[name].append(process.memory_info().rss)
             await asyncio.sleep(SAMPLE_PERIOD_S)
 
     async with connect(cluster.nats_url, name="bench-observe") as bus:
         async with await bus.subscribe(subjects.LOAD_ALL, LoadReport, look), running(sample_memory()):
-            yield observed
-
-
-async def drive_observed(
-    cluster: Cluster, arrivals: Iterable[Arrival], seed: int = 0
-) -> tuple[list[Outcome], Observed]:
-    async with observing(cluster) as observed:
-        return await drive(cluster.url, arrivals, seed=seed), observed
+            return await drive(cluster.url, arrivals, seed=seed), observed
 
 
 @contextlib.asynccontextmanager
@@ -222,3 +208,16 @@ async def listening(
     async with connect(cluster.nats_url, name="bench-events") as bus:
         async with await bus.subscribe(subjects.event(event, ">"), kind, hear):
             yield events
+
+
+async def event_of(
+    events: asyncio.Queue[Message], is_wanted: Callable[[Message], bool] = lambda _: True
+) -> Message:
+    """The next event that is wanted; others are lost. Raises BenchmarkFailed if none comes."""
+    try:
+        async with asyncio.timeout(EVENT_TIMEOUT_S):
+            while not is_wanted(event := await events.get()):
+                pass
+            return event
+    except TimeoutError:
+        raise BenchmarkFailed(f"an event that was due has not come for {EVENT_TIMEOUT_S:g} s") from None

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from benchmarks.report import Report, make_parser, quantiles, time_s
+from benchmarks.report import Report, make_parser, quantiles, time_s, transposed
 from benchmarks.simulator.batch import slowed
 from flowkv_common.errors import Full
 from flowkv_common.wire.messages import NodeRef, ScheduleRequest
@@ -25,7 +25,8 @@ from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor, 
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
-from tests.described_nodes import BLOCK_SIZE, INCARNATION, MODEL, descriptor, report
+from tests import described_nodes
+from tests.described_nodes import BLOCK_SIZE, INCARNATION, MODEL
 
 PERIOD_S = 0.5
 DECISIONS_PER_S = 5000
@@ -54,7 +55,7 @@ class Node:
         self._touched: set[str] = set()  # hashes that may have come or gone since the last news
 
     def descriptor(self) -> NodeDescriptor:
-        shape = descriptor(
+        shape = described_nodes.descriptor(
             self.node_id,
             self.role,
             num_blocks=NUM_BLOCKS,
@@ -69,7 +70,7 @@ class Node:
 
     def report(self) -> LoadReport:
         self._seq += 1
-        return report(
+        return described_nodes.report(
             self.node_id,
             self.role,
             num_blocks=NUM_BLOCKS,
@@ -197,6 +198,4 @@ def main(argv: Sequence[str]) -> int:
     for num_nodes in options.nodes:
         report.say(f"{num_nodes} nodes")
         report.add_row(**measure(num_nodes, options.in_flight, options.decisions))
-    names = list(report.rows[0])
-    shown = [{"": name, **{f"{row['num_nodes']} nodes": row[name] for row in report.rows}} for name in names]
-    return report.finish(shown=shown)
+    return report.finish(shown=transposed(report.rows, "num_nodes"))

@@ -15,16 +15,15 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import BenchmarkFailed
 from benchmarks.clusters import listening, start_cluster
-from benchmarks.load import Outcome, ask, check_complete, ttfts
-from benchmarks.report import Report, make_parser, quantiles
+from benchmarks.load import Lengths, ask, check_complete, closed_loop, ttfts
+from benchmarks.report import Report, make_parser, quantiles, set_missing
 from benchmarks.serving import UNBOUNDED
 from benchmarks.shapes import LLAMA_8B_CONFIG, require_gpu
 from flowkv.local_cluster import Cluster
@@ -43,6 +42,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "long": 2000,
         "num_long": 4,
         "period": 12.0,
+        "kv_cache_bytes": 2 << 30,
     },
     "cuda": {
         "chunks": [512, 2048],
@@ -50,11 +50,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "long": 8000,
         "num_long": 8,
         "period": 2.0,
+        "kv_cache_bytes": 12 << 30,
     },
 }
-CHAT_TOKENS = {"cpu": (64, 64), "cuda": (256, 128)}  # of prompt and answer
-KV_CACHE_BYTES = {"cpu": 2 << 30, "cuda": 12 << 30}
-WARM_UP = {"cpu": (600, 1.0), "cuda": (2048, 2.0)}  # tokens of a long prompt, seconds
+CHATS = {"cpu": Lengths(64, 64), "cuda": Lengths(256, 128)}
 ON_GPU: dict[str, object] = {
     "device": "cuda:0",  # by number: two nodes share it
     "load_format": "dummy",
@@ -64,21 +63,24 @@ ON_GPU: dict[str, object] = {
 }
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(NamedTuple):
     """`num_chats` clients with one chat after the other; `num_long` prompts, one every `period_s`."""
 
     num_chats: int
-    chat_prompt_tokens: int
-    chat_output_tokens: int
-    long_tokens: int
-    long_output_tokens: int
+    chat: Lengths
+    long: Lengths
     num_long: int
     period_s: float
 
     @property
     def duration_s(self) -> float:
         return self.num_long * self.period_s
+
+
+WARM_UPS = {
+    "cpu": Load(2, Lengths(32, 8), Lengths(600, 2), num_long=1, period_s=1.0),
+    "cuda": Load(2, Lengths(32, 8), Lengths(2048, 2), num_long=1, period_s=2.0),
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -119,15 +121,14 @@ def measure(model: str, chunk: int, cores: list[int], options: argparse.Namespac
         settings |= {**ON_GPU, "num_threads": 1, "token_budget": options.budget}
     if chunk:  # a mixed node's chunk is half of its budget
         settings["token_budget"] = 2 * chunk
-    chat, (long_tokens, period_s) = CHAT_TOKENS[options.device], WARM_UP[options.device]
-    warm_up = Load(2, 32, 8, long_tokens, 2, num_long=1, period_s=period_s)
     with start_cluster(model, {}, cores=nodes, settings=settings) as started:
-        asyncio.run(run_load(started.cluster.url, warm_up, seed=-1))
+        asyncio.run(run_load(started.cluster.url, WARM_UPS[options.device], seed=-1))
         for num_chats in options.chats:
-            load = Load(num_chats, *chat, options.long, 4, options.num_long, options.period)
+            long = Lengths(options.long, 4)
+            load = Load(num_chats, CHATS[options.device], long, options.num_long, options.period)
             for number in range(options.repeat):
                 figures = asyncio.run(run_watched(started.cluster, load, seed=number))
-                report.add_row(setup=name, chunk=chunk, **asdict(load), round=number, **figures)
+                report.add_row(setup=name, chunk=chunk, **load._asdict(), round=number, **figures)
 
 
 async def run_watched(cluster: Cluster, load: Load, seed: int) -> dict[str, Any]:
@@ -156,22 +157,18 @@ async def run_load(url: str, load: Load, seed: int) -> dict[str, Any]:
     """
     rng = random.Random(seed)
     began = time.monotonic()
-    chats: list[Outcome] = []
-    longs: list[Outcome] = []
 
-    async def chat() -> None:
-        while time.monotonic() - began < load.duration_s and all(each.is_complete for each in chats[-1:]):
-            chats.append(await ask(url, rng, load.chat_prompt_tokens, load.chat_output_tokens))
-
-    async def ask_long() -> None:
-        longs.append(await ask(url, rng, load.long_tokens, load.long_output_tokens))
+    def turns() -> Iterator[None]:
+        while time.monotonic() - began < load.duration_s:
+            yield
 
     async with asyncio.TaskGroup() as tasks:
-        for _ in range(load.num_chats):
-            tasks.create_task(chat())
+        chatting = tasks.create_task(closed_loop(url, rng, load.chat, load.num_chats, turns()))
+        asked = []
         for number in range(load.num_long):
             await asyncio.sleep(began + (number + 0.5) * load.period_s - time.monotonic())
-            tasks.create_task(ask_long())
+            asked.append(tasks.create_task(ask(url, rng, *load.long[:2])))
+    chats, longs = chatting.result(), [task.result() for task in asked]
     check_complete([*chats, *longs])
     duration_s = time.monotonic() - began
     return {
@@ -179,7 +176,7 @@ async def run_load(url: str, load: Load, seed: int) -> dict[str, Any]:
         "chat_ttft_s": ttfts(chats),
         "long_ttft_s": ttfts(longs),
         "chat_tokens_per_s": round(sum(len(outcome.token_ids) for outcome in chats) / duration_s, 2),
-        "long_tokens_per_s": round(len(longs) * load.long_tokens / duration_s, 2),
+        "long_tokens_per_s": round(len(longs) * load.long.num_prompt_tokens / duration_s, 2),
     }
 
 
@@ -194,8 +191,5 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--kv-cache-bytes", type=int, help="of each node")
     parser.add_argument("--budget", type=int, default=2048, help="tokens per step of two nodes on a GPU")
     options = parser.parse_args(argv)
-    defaults = {**DEFAULTS[options.device], "kv_cache_bytes": KV_CACHE_BYTES[options.device]}
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    set_missing(options, **DEFAULTS[options.device])
     return options

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import itertools
-import json
 import random
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from benchmarks import BenchmarkFailed
-from benchmarks.report import Quantiles, quantiles
+from benchmarks.report import Quantiles, Report, make_parser, quantiles, transposed
 from benchmarks.traces import TOKEN_IDS, Request, Targets, read_trace
 
 MAX_LINE_BYTES = 1 << 20
@@ -87,16 +86,12 @@ class Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class Error(msgspec.Struct):
-    message: str
-
-
 class Event(msgspec.Struct):
     """What a client of the API reads of an event, or of the body of an error."""
 
     id: str = ""
     choices: list[Choice] = []
-    error: Error | None = None
+    error: dict[str, Any] | None = None
 
 
 decode_event = msgspec.json.Decoder(Event).decode
@@ -169,18 +164,20 @@ async def connection(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyn
         writer.transport.abort()
 
 
+def completion(prompt_ids: Sequence[int], max_tokens: int) -> dict[str, Any]:
+    """The body that asks for a greedy streamed completion of exactly `max_tokens` tokens."""
+    return {
+        "prompt": prompt_ids,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
+
+
 def request_bytes(url: str, prompt_ids: Sequence[int], max_tokens: int) -> bytes:
-    """A greedy streamed completion of exactly `max_tokens` tokens."""
-    body = msgspec.json.encode(
-        {
-            "prompt": prompt_ids,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "return_token_ids": True,
-        }
-    )
+    body = msgspec.json.encode(completion(prompt_ids, max_tokens))
     head = (
         f"POST /v1/completions HTTP/1.1\r\nhost: {urlsplit(url).netloc}\r\n"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -196,7 +193,7 @@ async def read_answer(reader: asyncio.StreamReader, outcome: Outcome, began: flo
     outcome.status = int(status_line.split()[1])
     if outcome.status != 200:
         body = await reader.readexactly(int(headers["content-length"]))
-        outcome.error = (decode_event(body).error or Error("no message")).message
+        outcome.error = (decode_event(body).error or {}).get("message", "no message")
         if "retry-after" in headers:
             outcome.retry_after_s = float(headers["retry-after"])
         return
@@ -204,7 +201,7 @@ async def read_answer(reader: asyncio.StreamReader, outcome: Outcome, began: flo
         at_s = time.monotonic() - began
         outcome.request_id = outcome.request_id or event.id
         if event.error:
-            outcome.error = event.error.message
+            outcome.error = event.error.get("message", "no message")
         for choice in event.choices:
             outcome.finish_reason = choice.finish_reason or outcome.finish_reason
             if choice.token_ids:
@@ -252,6 +249,28 @@ async def ask(
     prompt_ids = rng.choices(TOKEN_IDS, k=num_prompt_tokens)
     await stream(url, prompt_ids, outcome, timeout_s=timeout_s)
     return outcome
+
+
+async def closed_loop(
+    url: str, rng: random.Random, lengths: Lengths, num_clients: int, turns: Iterable[object]
+) -> list[Outcome]:
+    """Clients with one request after the other; each request takes one of `turns`.
+
+    A client whose request failed sends no other.
+    """
+    outcomes: list[Outcome] = []
+    shared = iter(turns)
+
+    async def client() -> None:
+        for _ in shared:  # whichever client is done takes the next
+            outcomes.append(await ask(url, rng, *lengths[:2]))
+            if not outcomes[-1].is_complete:
+                return
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(num_clients):
+            tasks.create_task(client())
+    return outcomes
 
 
 def check_complete(outcomes: Iterable[Outcome]) -> None:
@@ -305,7 +324,7 @@ def errors_of(outcomes: Iterable[Outcome]) -> dict[str, int]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks load", description=__doc__)
+    parser = make_parser("load", __doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--rate", type=float, default=1.0, help="requests per second, on average")
     parser.add_argument("--seconds", type=float, default=30.0)
@@ -325,10 +344,10 @@ def main(argv: Sequence[str]) -> int:
         arrivals = list(poisson([phase], random.Random(options.seed)))
     if not arrivals:
         raise BenchmarkFailed("no request comes in that time")
+    report = Report(options)
     outcomes = asyncio.run(drive(options.url, arrivals, seed=options.seed))
-    summary = summarize(outcomes, targets_of(options), max(arrivals[-1].at_s, 1.0))
-    print(json.dumps(msgspec.to_builtins(summary), indent=1))
-    return 0
+    report.add_row(url=options.url, **summarize(outcomes, targets_of(options), max(arrivals[-1].at_s, 1.0)))
+    return report.finish(shown=transposed(report.rows, "url"))
 
 
 def add_targets(parser: argparse.ArgumentParser, ttft_s: float = 5.0, tpot_s: float = 0.2) -> None:

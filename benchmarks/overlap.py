@@ -11,11 +11,10 @@ import os
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from benchmarks import BenchmarkFailed
-from benchmarks.clusters import listening, start_cluster
+from benchmarks.clusters import event_of, listening, start_cluster
 from benchmarks.load import ask, check_complete
 from benchmarks.report import Report, make_parser, spread
 from flowkv.local_cluster import Cluster
@@ -23,23 +22,16 @@ from flowkv_common.wire.messages import KVTransferred
 
 CHUNK_TOKENS = 512
 LENGTHS = (500, 1000, 2000, 4000)
-EVENT_TIMEOUT_S = 10.0
 NUM_WARMUPS = 2
 WARMUP_TOKENS = 600  # more than one chunk
 
 
-@dataclass(frozen=True)
-class Setup:
+class Setup(NamedTuple):
     """`cores` says for each role on how many cores its one node runs; a core belongs to one node."""
 
-    name: str
     title: str
     cores: dict[str, int]
-    settings: dict[str, object] = field(default_factory=dict)
-
-    @property
-    def hands_over(self) -> bool:
-        return "prefill" in self.cores
+    settings: dict[str, object]
 
 
 # No chunk keeps such an ITL target, so no prompt stays on the idle decode node; nor is that node lent.
@@ -48,13 +40,10 @@ APART = {"token_budget": CHUNK_TOKENS, "itl_goal_s": 0.000001, "lending": False}
 MIXED = {"token_budget": 2 * CHUNK_TOKENS}
 SPLIT = {"prefill": 1, "decode": 1}
 SETUPS = {
-    setup.name: setup
-    for setup in (
-        Setup("off", "P + D, overlap off", SPLIT, {**APART, "overlap_transfer": False}),
-        Setup("on", "P + D, overlap on", SPLIT, {**APART, "overlap_transfer": True}),
-        Setup("mixed-1", "colocated, 1 core", {"mixed": 1}, dict(MIXED)),
-        Setup("mixed-2", "colocated, 2 cores", {"mixed": 2}, dict(MIXED)),
-    )
+    "off": Setup("P + D, overlap off", SPLIT, {**APART, "overlap_transfer": False}),
+    "on": Setup("P + D, overlap on", SPLIT, {**APART, "overlap_transfer": True}),
+    "mixed-1": Setup("colocated, 1 core", {"mixed": 1}, dict(MIXED)),
+    "mixed-2": Setup("colocated, 2 cores", {"mixed": 2}, dict(MIXED)),
 }
 
 
@@ -74,28 +63,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--connector", default="shm", choices=("shm", "tcp"))
     parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS))
     options = parser.parse_args(argv)
-    model = options.model
-    setups = [setup for name, setup in SETUPS.items() if name in options.setups]
+    setups = {name: setup for name, setup in SETUPS.items() if name in options.setups}
     cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < max(sum(setup.cores.values()) for setup in setups):
+    if len(cores) < max(sum(setup.cores.values()) for setup in setups.values()):
         raise BenchmarkFailed("not enough cores: each node needs its own")
     report = Report(options, chunk_tokens=CHUNK_TOKENS, setups=SETUPS)
-    for setup in setups:
+    for name, setup in setups.items():
         report.say(f"{setup.title}: starting")
         free = iter(cores)
         mine = {role: {next(free) for _ in range(num)} for role, num in setup.cores.items()}
-        with start_cluster(
-            model,
-            {},
-            cores=mine,
-            settings={
-                "connectors": options.connector,
-                "num_threads": max(setup.cores.values()),
-                **setup.settings,
-            },
-        ) as started:
+        num_threads = max(setup.cores.values())
+        settings = {"connectors": options.connector, "num_threads": num_threads, **setup.settings}
+        with start_cluster(options.model, {}, cores=mine, settings=settings) as started:
             samples = asyncio.run(measure(started.cluster, setup, options, report))
-        report.rows += rows_of(setup, samples)
+        report.rows += rows_of(name, samples)
         report.write()
     names = ("first_token_ms", "second_token_ms", "num_bytes", "num_copies", "hidden_ms", "exposed_ms")
     return report.finish("setup", "num_tokens", *names)
@@ -106,43 +87,34 @@ async def measure(
 ) -> list[Sample]:
     """Some samples of each length, in turn, after some that don't count.
 
-    Prompts are random and never repeat, so no prefix is cached. Raises BenchmarkFailed, FlowKVError.
+    Prompts are random and never repeat, so no prefix is cached. Raises BenchmarkFailed.
     """
-    rng = random.Random(setup.name)
+    rng = random.Random(setup.title)
     samples = []
     async with listening(cluster, "kv_transferred", KVTransferred) as events:
+
+        async def sample(num_tokens: int) -> Sample:
+            outcome = await ask(cluster.url, rng, num_tokens, 2)
+            check_complete([outcome])
+            transferred = await event_of(events) if setup.cores == SPLIT else None
+            return Sample(num_tokens, outcome.event_times_s[0], outcome.event_times_s[-1], transferred)
+
         for _ in range(NUM_WARMUPS):
-            await sample(cluster.url, setup, events, rng, WARMUP_TOKENS)
+            await sample(WARMUP_TOKENS)
         for number in range(options.repeat):
-            for length in options.tokens:
-                samples.append(await sample(cluster.url, setup, events, rng, length))
+            samples += [await sample(num_tokens) for num_tokens in options.tokens]
             report.say(f"{setup.title}: {number + 1} of {options.repeat}")
     return samples
 
 
-async def sample(
-    url: str, setup: Setup, events: asyncio.Queue[KVTransferred], rng: random.Random, length: int
-) -> Sample:
-    outcome = await ask(url, rng, length, 2)
-    check_complete([outcome])
-    transferred = None
-    if setup.hands_over:
-        try:
-            async with asyncio.timeout(EVENT_TIMEOUT_S):
-                transferred = await events.get()
-        except TimeoutError:
-            raise BenchmarkFailed(f"{setup.title}: no event of a transfer came") from None
-    return Sample(length, outcome.event_times_s[0], outcome.event_times_s[-1], transferred)
-
-
-def rows_of(setup: Setup, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+def rows_of(setup: str, samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """One row for each prompt length. What was moved is missing where prefill and decode are one node."""
     rows = []
     for length in dict.fromkeys(sample.num_tokens for sample in samples):
         mine = [each for each in samples if each.num_tokens == length]
         events = [each.transferred for each in mine if each.transferred]
         row: dict[str, Any] = {
-            "setup": setup.name,
+            "setup": setup,
             "num_tokens": length,
             "num_repeats": len(mine),
             "first_token_ms": spread(1e3 * each.first_s for each in mine),

@@ -13,17 +13,8 @@ from collections.abc import Sequence
 
 from benchmarks import BenchmarkFailed
 from benchmarks.clusters import ONE_CORE, PACED_LIMITS, capacity, drive_observed, start_cluster
-from benchmarks.load import (
-    Arrival,
-    Lengths,
-    Outcome,
-    Phase,
-    add_targets,
-    poisson,
-    summarize,
-    targets_of,
-)
-from benchmarks.report import Report, make_parser, quantiles, table
+from benchmarks.load import Arrival, Lengths, Outcome, Phase, add_targets, poisson, summarize, targets_of
+from benchmarks.report import Report, make_parser, quantiles, transposed
 
 LENGTHS = Lengths(300, 60, spread=0.5)
 PROBE = Lengths(20, 2)
@@ -63,7 +54,6 @@ def main(argv: Sequence[str]) -> int:
     load, probes = ([each for each in outcomes if each.arrival.kind == kind] for kind in ("load", "probe"))
     refused = [each for each in load if each.status == 429]
     usual_s = usual_ttft_s(probes)
-    memory = {name: memory_of(rss, options.seconds) for name, rss in observed.rss_bytes.items()}
     report.add_row(
         cluster=f"{options.prefill}P{options.decode}D",
         rate_per_s=round(options.factor * most_per_s, 3),
@@ -75,12 +65,10 @@ def main(argv: Sequence[str]) -> int:
         probe_ttft_s=round(usual_s, 4),
         # From the end of the load until probes were served as before; None: not in this run.
         recovered_s=recovered_s(probes, usual_s, QUIET_S + options.seconds),
-        memory_mb=memory,
+        memory_mb={name: memory_of(rss, options.seconds) for name, rss in observed.rss_bytes.items()},
         pace=started.pace,
     )
-    print(table([{"memory, MB": name, **figures} for name, figures in memory.items()]))
-    figures = {name: value for name, value in report.rows[0].items() if not isinstance(value, dict)}
-    return report.finish(shown=[{"": name, "found": value} for name, value in figures.items()])
+    return report.finish(shown=transposed(report.rows, "cluster"))
 
 
 def arrivals_at(rate_per_s: float, seconds: float, after_s: float, seed: int) -> list[Arrival]:

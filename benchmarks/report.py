@@ -120,11 +120,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in aligned)
 
 
+def transposed(rows: Sequence[Mapping[str, Any]], title: str) -> list[dict[str, Any]]:
+    """A line for each figure, a column for each row, called by what the row has as `title`."""
+    return [{"": name, **{str(row[title]): row[name] for row in rows}} for name in rows[0]]
+
+
 def cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {cell(each)}" for name, each in value.items())
     if isinstance(value, float):
         return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3g}"
     return str(value)

@@ -53,7 +53,6 @@ def main(argv: Sequence[str]) -> int:
                 fit=None if options.real else fit,
             ) as started:
                 outcomes, observed = asyncio.run(drive_observed(started.cluster, arrivals))
-            report.more[f"caps, {num_each} each, lending {lending}"] = observed.caps
             for phase in [*(phase.kind for phase in phases), "all"]:
                 mine = [each for each in outcomes if phase in ("all", each.arrival.kind)]
                 duration_s = options.seconds * (len(phases) if phase == "all" else 1)

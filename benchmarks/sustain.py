@@ -12,11 +12,9 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-import httpx
 from nats.aio.msg import Msg
-from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.clusters import MAX_SLIP, cpu_s, start_cluster
+from benchmarks.clusters import MAX_SLIP, Pace, cpu_s, start_cluster
 from benchmarks.report import Report, make_parser
 from flowkv.local_cluster import Cluster
 from flowkv_common.aio import running
@@ -59,25 +57,24 @@ def main(argv: Sequence[str]) -> int:
             base_s=step_s, prefill_token_s=0.0, attended_token_s=0.0, sequence_s=0.0, context_token_s=0.0
         )
         with start_cluster(options.model, nodes, fit=fit, num_blocks=NUM_BLOCKS) as started:
-            wall_s, used_s, num_steps = asyncio.run(measure(started.cluster, 2 * num_each, step_s, options))
-        steps_per_s = num_steps / wall_s
+            cores = asyncio.run(measure(started.cluster, 2 * num_each, step_s, options))
+        decode = [kept for name, kept in started.kept.items() if name.startswith("decode")]
+        steps_per_s = sum(kept.num_steps / kept.taken_s for kept in decode)
         report.add_row(
             cluster=f"{num_each}P{num_each}D",
             step_s=step_s,
             steps_per_s=round(steps_per_s, 1),
-            slip=round(num_each / (step_s * steps_per_s) - 1, 4),  # the share by which steps took longer
-            cores=round(used_s / wall_s, 2),  # of the nodes' process
-            cpu_ms_per_step=round(1e3 * used_s / num_steps, 2),
+            slip=Pace.of(decode).slip,
+            cores=round(cores, 2),  # of the nodes' process
+            cpu_ms_per_step=round(1e3 * cores / steps_per_s, 2),
         )
-    kept = max((row["steps_per_s"] for row in report.rows if row["slip"] <= MAX_SLIP), default=0.0)
-    print(f"kept within {MAX_SLIP:.0%}: {kept:.0f} steps/s")
+    best = max((row["steps_per_s"] for row in report.rows if row["slip"] <= MAX_SLIP), default=0.0)
+    print(f"kept within {MAX_SLIP:.0%}: {best:.0f} steps/s")
     return report.finish("cluster", "step_s", "steps_per_s", "slip", "cores", "cpu_ms_per_step")
 
 
-async def measure(
-    cluster: Cluster, num_nodes: int, step_s: float, options: argparse.Namespace
-) -> tuple[float, float, float]:
-    """While each decode node has sequences: seconds that passed, CPU seconds of the nodes, their steps."""
+async def measure(cluster: Cluster, num_nodes: int, step_s: float, options: argparse.Namespace) -> float:
+    """Keeps each decode node busy for a while; the cores that the nodes used meanwhile."""
     async with (
         connect(cluster.nats_url, name=GATEWAY_ID) as bus,
         keepalives(bus),
@@ -90,15 +87,13 @@ async def measure(
             await bus.request(subject, run, Accepted, timeout_s=5)
         await asyncio.sleep(SETTLE_S)
         pid = cluster.processes[NODES].pid
-        urls = [node.metrics_url for node in nodes if node.role == "decode"]
-        async with httpx.AsyncClient() as http:  # one for both counts: making it takes long
-            began, cpu_before, before = time.monotonic(), cpu_s(pid), await num_steps_so_far(http, urls)
-            await asyncio.sleep(options.seconds)
-            ended, cpu_after, after = time.monotonic(), cpu_s(pid), await num_steps_so_far(http, urls)
+        began, cpu_before_s = time.monotonic(), cpu_s(pid)
+        await asyncio.sleep(options.seconds)
+        cores = (cpu_s(pid) - cpu_before_s) / (time.monotonic() - began)
         for run in runs:
             name = transfer_id(run.request_id, run.attempt)
             await bus.publish(subjects.cancel(name), Cancel(transfer_id=name, reason="measured"))
-    return ended - began, cpu_after - cpu_before, after - before
+    return cores
 
 
 async def descriptors_of(bus: Bus, num_nodes: int) -> list[NodeDescriptor]:
@@ -146,15 +141,3 @@ def prefill_runs(
             sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
             deadline_in_s=600.0,
         )
-
-
-async def num_steps_so_far(http: httpx.AsyncClient, metrics_urls: Sequence[str]) -> float:
-    """Engine steps so far, over all nodes."""
-    answers = await asyncio.gather(*(http.get(url) for url in metrics_urls))
-    return sum(
-        sample.value
-        for answer in answers
-        for family in text_string_to_metric_families(answer.text)
-        for sample in family.samples
-        if sample.name == "vllm:iteration_tokens_total_count"
-    )

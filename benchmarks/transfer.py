@@ -2,7 +2,7 @@
 
 Each strategy over each transport, FlowKV's and others', with a memory copy (the C library's, one thread)
 beside every transfer. Caches are evicted before each, and bytes checked on both sides. With `--device cuda`:
-copies on one GPU, CUDA IPC between two processes, and the price of NCCL's calls.
+copies on one GPU, and CUDA IPC between two processes.
 
 Others that are not installed are left out. `pip install -c constraints.txt nixl-cu12
 mooncake-transfer-engine-non-cuda` brings two of them; Mooncake's needs the system's libibverbs1.

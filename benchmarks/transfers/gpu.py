@@ -1,7 +1,7 @@
-"""Moving KV blocks on one GPU: copies, CUDA IPC between two processes, and NCCL's price per call.
+"""Moving KV blocks on one GPU: copies, and CUDA IPC between two processes.
 
 `python -m benchmarks transfer --device cuda`. NCCL between two processes on one GPU says nothing of its speed
-between two, so it is not timed here: only what a call costs, by sending to oneself in one rank.
+between two, so it is not timed here.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import cupy
-from cupy.cuda import nccl, runtime
+from cupy.cuda import runtime
 
-from benchmarks.report import Report, spread, table, times_s
+from benchmarks.report import Report, spread, times_s
 from benchmarks.shapes import SHAPES
 from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.cuda_pool import CudaPool
@@ -29,7 +29,6 @@ from flowkv_engine.transport.base import TransferStats
 
 LLAMA = SHAPES["llama"]
 NUM_WARMUPS = 2
-NUM_NCCL_RUNS = 5  # of half a second each, in tens of thousands of calls
 LINK_TOKEN = "benchmark"
 ANSWER_TIMEOUT_S = 60.0
 
@@ -56,17 +55,16 @@ def measure_gpu(options: argparse.Namespace, device: str) -> int:
     through_ipc = asyncio.run(ipc_transfers(all_sizes, num_runs))
     for sizes, ipc in zip(all_sizes, through_ipc, strict=True):
         copies = device_copies(sizes, num_runs)
-        ratio = copies["one copy"]["ms"].median / ipc["ms"].median
-        report.add_row(**sizes._asdict(), **copies, **{"cuda_ipc": ipc, "cuda_ipc of one copy": ratio})
-    nccl_rows = nccl_calls(all_sizes)
-    report.more["nccl to oneself"] = nccl_rows or "CuPy has found no NCCL library"
-    print(table([times_of(row, "one run", "block-major", "layer-major") for row in nccl_rows]))
-    print(table([times_of(row, "one copy", "cuda_ipc", "layer-major") for row in report.rows]))
-    return report.finish("num_tokens", "num_bytes", "cuda_ipc of one copy")
-
-
-def times_of(row: dict[str, Any], *kinds: str) -> dict[str, Any]:
-    return {"tokens": row["num_tokens"], **{f"{kind}, ms": row[kind]["ms"] for kind in kinds}}
+        report.add_row(**sizes._asdict(), **copies, cuda_ipc=ipc)
+    shown = [
+        {
+            "tokens": row["num_tokens"],
+            "bytes": row["num_bytes"],
+            **{f"{kind}, ms": row[kind]["ms"] for kind in ("one copy", "cuda_ipc", "layer-major")},
+        }
+        for row in report.rows
+    ]
+    return report.finish(shown=shown)
 
 
 def figures(seconds: list[float], num_bytes: int) -> dict[str, Any]:
@@ -159,41 +157,3 @@ def send_all(orders: Connection, num_blocks: int) -> None:
                     orders.send((sent, time.perf_counter() - began))
 
     asyncio.run(serve())
-
-
-# --- NCCL to oneself -----------------------------------------------------------------------------
-
-
-def nccl_calls(all_sizes: list[Sizes]) -> list[dict[str, Any]]:
-    """Grouped sends to oneself: as many as a layer-major pool makes, as many as blocks, and one.
-
-    A send needs its receive in the same group, so a call here is a pair. The bytes are moved within the GPU.
-    """
-    if not nccl.available:
-        return []
-    communicator = nccl.NcclCommunicator(1, nccl.get_unique_id(), 0)
-    stream = cupy.cuda.Stream(non_blocking=True)
-    most = max(sizes.num_bytes for sizes in all_sizes)
-    source, target = cupy.zeros(most, "uint8"), cupy.zeros(most, "uint8")
-
-    def send(num_bytes: int, num_pieces: int) -> None:
-        step = num_bytes // num_pieces
-        nccl.groupStart()
-        for at in range(0, num_bytes, step):
-            communicator.send(source.data.ptr + at, step, nccl.NCCL_UINT8, 0, stream.ptr)
-            communicator.recv(target.data.ptr + at, step, nccl.NCCL_UINT8, 0, stream.ptr)
-        nccl.groupEnd()
-        stream.synchronize()
-
-    def measure(sizes: Sizes, num_calls: int) -> dict[str, Any]:
-        seconds = times_s(lambda: send(sizes.num_bytes, num_calls), NUM_NCCL_RUNS)
-        return {"num_calls": num_calls, **figures(seconds, sizes.num_bytes)}
-
-    rows = []
-    for sizes in all_sizes:
-        kinds = {"layer-major": sizes.num_pieces, "block-major": sizes.num_blocks, "one run": 1}
-        measured = {kind: measure(sizes, num_calls) for kind, num_calls in kinds.items()}
-        more_ms = measured["layer-major"]["ms"].median - measured["one run"]["ms"].median
-        rows.append({**sizes._asdict(), **measured, "us_per_call": more_ms * 1e3 / (sizes.num_pieces - 1)})
-    communicator.abort()
-    return rows

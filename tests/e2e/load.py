@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 
+from benchmarks.load import completion
+
 
 @dataclass
 class Streamed:
@@ -33,15 +35,7 @@ async def stream_completion(
     **extra: Any,
 ) -> Streamed:
     """Stream a greedy completion of token ids to its end, EOS ignored unless said otherwise."""
-    body = {
-        "prompt": prompt_ids,
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "return_token_ids": True,
-        **extra,
-    }
+    body = completion(prompt_ids, max_tokens) | extra
     result = Streamed(prompt_ids)
     async with http.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:

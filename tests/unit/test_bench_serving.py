@@ -6,7 +6,7 @@ import json
 import pytest
 
 from benchmarks import BenchmarkFailed
-from benchmarks.load import Arrival, Outcome, summarize
+from benchmarks.load import Arrival, Lengths, Outcome, summarize
 from benchmarks.serving import Load, medians, run_load
 from benchmarks.traces import Targets
 
@@ -30,7 +30,7 @@ def test_figures_follow_the_definitions() -> None:
 
 
 def test_a_table_has_the_medians_of_the_rounds() -> None:
-    target, title = Targets(ttft_s=1.0, tpot_s=0.25), Load(2, 5, 3, 2).title
+    target, title = Targets(ttft_s=1.0, tpot_s=0.25), Load(2, Lengths(5, 3), 2).title
     rounds = [summarize([outcome(at, at + 0.1, ended_s=at + 1)], target, duration_s=2.0) for at in (1, 2, 9)]
     rows = [
         {"server": "flowkv", "load": title, **found, "service_cpu": {"gateway": cpu}}
@@ -64,9 +64,9 @@ async def test_a_closed_loop_never_has_more_requests_than_clients() -> None:
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with asyncio.timeout(20), server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        found = await run_load(url, Load(3, 5, 4, 10), Targets(1.0, 1.0), seed=0)
+        found = await run_load(url, Load(3, Lengths(5, 4), 10), Targets(1.0, 1.0), seed=0)
         assert found["ttft_s"].num == served == 10
         assert most <= 3
 
     with pytest.raises(BenchmarkFailed, match="0 of 4 tokens"):
-        await run_load(url, Load(2, 5, 4, 2), Targets(1.0, 1.0), seed=0)  # nobody listens any more
+        await run_load(url, Load(2, Lengths(5, 4), 2), Targets(1.0, 1.0), seed=0)  # nobody listens any more
