@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import BenchmarkFailed
 from benchmarks.report import Report, make_parser
+from benchmarks.simulator.bound import most_good
 from benchmarks.simulator.kinds import KINDS, default_targets, slowest_that_holds
 from benchmarks.simulator.run import (
     ALL_POLICIES,
@@ -49,8 +50,10 @@ REPORTING_SEEDS = range(5)
 
 # A cell is the same as one of an earlier run if these are.
 NAMES = ("trace", "mix", "seed", "nodes", "num_nodes", "num_requests")
-# What is told first, and what FlowKV is compared with.
-SHOWN = ("flowkv", "static", BEST_STATIC, MIXED)
+BOUND = "bound"  # no policy, but what none can beat
+# What is told first.
+SHOWN = ("flowkv", "static", BEST_STATIC, MIXED, BOUND)
+ALL = (*ALL_POLICIES, BOUND)
 
 Cell = dict[str, Any]
 
@@ -65,7 +68,7 @@ class Task(NamedTuple):
     num_nodes: int
     num_requests: int
     loads: Sequence[float] = LOADS
-    policies: Sequence[str] = ALL_POLICIES
+    policies: Sequence[str] = ALL
     with_capacity: bool = False
     known: Sequence[Cell] = ()
 
@@ -87,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
             options.num_nodes,
             options.requests,
             options.loads,
-            options.policy or ALL_POLICIES,
+            options.policy or ALL,
             options.capacity,
             known,
         )
@@ -98,6 +101,7 @@ def main(argv: Sequence[str]) -> int:
         for number, cells in enumerate(workers.imap_unordered(run_task, tasks), 1):
             report.say(f"{number} of {len(tasks)}: {cells[0]['trace']}, seed {cells[0]['seed']}")
             report.rows += cells
+            report.write()
     order = [Path(trace).name for trace in traces]
     report.rows.sort(key=lambda cell: (order.index(cell["trace"]), cell["mix"], cell["load"], cell["seed"]))
     report.more["wall_s"] = time.monotonic() - began
@@ -137,7 +141,9 @@ def run_task(task: Task) -> list[Cell]:
         timed = at_rate(requests, rate, task.seed)
         scene = Scene(machines, half, timed, targets, rate, task.seed, shared["best_prefill"])
         earlier: Cell = next((cell for cell in known if cell["load"] == load), {"runs": {}})
-        runs = {policy: figures(scene.outcome(policy)) for policy in task.policies}
+        runs = {policy: figures(scene.outcome(policy)) for policy in task.policies if policy != BOUND}
+        if BOUND in task.policies:
+            runs[BOUND] = {"good_share": most_good(machines, timed, targets) / len(timed)}
         cells.append({**earlier, **shared, "load": load, "rate": rate, "runs": {**earlier["runs"], **runs}})
     return cells
 
@@ -145,7 +151,8 @@ def run_task(task: Task) -> list[Cell]:
 def means_of(cells: Sequence[Cell]) -> list[Cell]:
     """For each trace, mix and load: the share of good requests by policy, the mean of all seeds, in percent.
 
-    `carries` is what FlowKV carries, over what the best static split does.
+    `of bound` is FlowKV's share of the bound. `carries` is what FlowKV carries, over what the best static
+    split does.
     """
     rows = []
     names = ("trace", "mix", "load")
@@ -153,8 +160,10 @@ def means_of(cells: Sequence[Cell]) -> list[Cell]:
         here = [cell for cell in cells if tuple(cell[name] for name in names) == key]
         row = {**dict(zip(names, key, strict=True)), "requests/s": mean(cell["rate"] for cell in here)}
         policies = dict.fromkeys(policy for cell in cells for policy in cell["runs"])
-        for policy in sorted(policies, key=lambda policy: (policy not in SHOWN, ALL_POLICIES.index(policy))):
+        for policy in sorted(policies, key=(*SHOWN, *ALL).index):
             row[policy] = 100 * mean(cell["runs"][policy]["good_share"] for cell in here)
+        if row.keys() >= {"flowkv", BOUND}:
+            row["of bound"] = f"{row['flowkv'] / row[BOUND]:.0%}"
         if all("lending_carries" in cell for cell in cells):
             lending, carried = (sum(cell[name] for cell in here) for name in ("lending_carries", "carried"))
             row["carries"] = lending / carried
@@ -165,7 +174,7 @@ def means_of(cells: Sequence[Cell]) -> list[Cell]:
 def differences(rows: Sequence[Cell]) -> list[str]:
     """FlowKV less each of `SHOWN`, in points of good requests: the mean of all rows and the worst one."""
     lines = []
-    for policy in SHOWN[1:]:
+    for policy in SHOWN[1:-1]:
         points = [(row["flowkv"] - row[policy], row) for row in rows if {"flowkv", policy} <= row.keys()]
         if points:
             worst, row = min(points, key=lambda pair: pair[0])
@@ -186,7 +195,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--loads", type=float, nargs="+", default=LOADS)
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=MIXES)
-    parser.add_argument("--policy", nargs="+", choices=ALL_POLICIES, help="all without")
+    parser.add_argument("--policy", nargs="+", choices=ALL, help="all without")
     parser.add_argument(
         "--beside", type=Path, help="JSON of an earlier run: take from it what is not to be run"
     )
