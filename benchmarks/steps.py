@@ -21,9 +21,9 @@ from benchmarks.report import Report, make_parser, spread
 from benchmarks.shapes import BLOCK_SIZE, LLAMA_8B_CONFIG
 from flowkv_common.wire.messages import SamplingParams
 from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
+from flowkv_engine.engine.batch import Sequence as Tokens
 from flowkv_engine.engine.model import LoadedModel, load_model
 from flowkv_engine.engine.runner import Runner
-from flowkv_engine.engine.sequence import Sequence as Tokens
 
 
 class Bench:
@@ -75,9 +75,7 @@ def main(argv: Sequence[str]) -> int:
         config = Path(folder) / "config.json"
         config.write_text(options.config.read_text() if options.config else json.dumps(LLAMA_8B_CONFIG))
         work = Work.of(config)
-        model = load_model(
-            folder, name="bench", dtype=dtype, load_format="dummy", on_progress=print, device=device
-        )
+        model = load_model(folder, name="bench", dtype=dtype, load_format="dummy", device=device)
     machine = measure_machine(torch.get_num_threads(), options.device, dtype)
     most = max(options.batches)
     num_tokens = max(most * options.context, *options.prompts)

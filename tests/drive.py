@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from flowkv_common.wire.messages import SamplingParams, transfer_id
-from flowkv_engine.engine.batch import WorkItem, pack
+from flowkv_engine.engine.batch import Sequence, WorkItem, pack
 from flowkv_engine.engine.model import CPU, LoadedModel, load_model
 from flowkv_engine.engine.runner import Runner
-from flowkv_engine.engine.sequence import Sequence
 
 BLOCK_SIZE = 8
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
@@ -32,7 +31,6 @@ def load_tiny(
         name=None,
         dtype=dtype,
         load_format=load_format,
-        on_progress=lambda _: None,
         device=device,
     )
 

@@ -11,10 +11,9 @@ import torch
 
 from benchmarks.parties import Job, Prompts, serve
 from flowkv_common.wire.messages import SamplingParams
-from flowkv_engine.engine.batch import WorkItem, pack
+from flowkv_engine.engine.batch import Sequence, WorkItem, pack
 from flowkv_engine.engine.model import load_model
 from flowkv_engine.engine.runner import Runner
-from flowkv_engine.engine.sequence import Sequence
 from flowkv_engine.kv.pool import KVPool
 
 _BLOCK_SIZE = 16
@@ -27,9 +26,7 @@ class FlowKV:
 
     def __init__(self, model_path: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
-        model = load_model(
-            model_path, name=None, dtype=torch.float32, load_format="auto", on_progress=lambda line: None
-        )
+        model = load_model(model_path, name=None, dtype=torch.float32, load_format="auto")
         layout = model.layout(_BLOCK_SIZE, "float32")
         self._pool = KVPool(layout, num_blocks=16 * 2304 // _BLOCK_SIZE)
         self._runner = Runner(model, self._pool.tensor, attention="auto")

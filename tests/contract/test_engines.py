@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from flowkv_common.wire.nodes import StepFit
-from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
+from flowkv_engine.engine.batch import PackedBatch, Sequence, WorkItem, pack
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import Engine, EngineThread, Runner
-from flowkv_engine.engine.sequence import Sequence
 from tests.drive import BLOCK_SIZE, load_tiny, make_pool, make_sequence
 from tests.paced.engine import Pace, PacedEngine
 from tests.tiny_models import VOCAB_SIZE, make_tiny_model

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from flowkv_common.wire.messages import SamplingParams
 from flowkv_decode.sequences import DecodeRole
-from flowkv_engine.engine.batch import WorkItem
-from flowkv_engine.engine.sequence import Sequence
+from flowkv_engine.engine.batch import Sequence, WorkItem
 from flowkv_node.steps import plan_chunks
 
 

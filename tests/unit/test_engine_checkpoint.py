@@ -26,7 +26,7 @@ def refusal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     def read(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("flowkv_engine.engine.model._read_weights", read)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", read)
     with pytest.raises(UnsupportedModel) as caught:
         load_tiny(folder)
     assert "\n" not in str(caught.value)

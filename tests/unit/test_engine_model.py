@@ -76,7 +76,7 @@ def test_a_file_that_names_no_end_of_text_in_a_readable_way_is_named_before_weig
     def read(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("flowkv_engine.engine.model._read_weights", read)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", read)
     folder = make_tiny_model(tmp_path / "model")
     for name, content in files.items():
         (folder / f"{name}.json").write_text(content)

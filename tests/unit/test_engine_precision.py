@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flowkv_common.config import NodeSettings
-from flowkv_engine.engine.model import kv_dtype, weights_dtype
+from flowkv_engine.engine.model import weights_dtype
 from flowkv_node.host import served_model
 from tests.drive import load_tiny
 from tests.tiny_models import make_tiny_model
@@ -45,9 +45,11 @@ def test_a_folder_without_a_config_is_for_others_to_refuse(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("set_to", "stored"), [("auto", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")]
+    ("set_to", "weights", "stored"),
+    [("auto", "float32", "float32"), ("auto", "bfloat16", "bfloat16"), ("bfloat16", "float32", "bfloat16")],
 )
-def test_kv_is_stored_as_the_weights_are_unless_it_is_set(set_to: Any, stored: str, tmp_path: Path) -> None:
-    model = load_tiny(make_tiny_model(tmp_path, "llama"))
+def test_kv_is_stored_as_the_weights_are_unless_it_is_set(
+    set_to: Any, weights: str, stored: str, tmp_path: Path
+) -> None:
+    model = load_tiny(make_tiny_model(tmp_path, "llama"), getattr(torch, weights))
     assert served_model(model, NodeSettings(model_path="", kv_dtype=set_to)).layout.dtype == stored
-    assert kv_dtype("auto", torch.bfloat16) == "bfloat16"

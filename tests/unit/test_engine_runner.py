@@ -13,12 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flowkv_common.wire.messages import SamplingParams
-from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
+from flowkv_engine.engine.batch import PackedBatch, Sequence, WorkItem, pack
 from flowkv_engine.engine.cpu.forward import CpuLlamaForward
 from flowkv_engine.engine.forward import ModulesForward
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import EngineThread, Runner
-from flowkv_engine.engine.sequence import Sequence
 from tests.drive import BLOCK_SIZE, GREEDY, generate, load_tiny, make_pool, make_sequence, step
 from tests.oracle import check_identity
 from tests.tiny_models import ARCHITECTURES, VOCAB_SIZE, make_tiny_model

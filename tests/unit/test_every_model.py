@@ -15,12 +15,11 @@ import pytest
 import torch
 import transformers
 
-from flowkv_engine.engine import servable
+from flowkv_engine.engine import runner as engine_runner
 from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.forward import UnsupportedModel
 from flowkv_engine.engine.model import LoadedModel
-from flowkv_engine.engine.runner import Runner
-from flowkv_engine.engine.servable import SelfCheck
+from flowkv_engine.engine.runner import Runner, SelfCheck
 from tests.drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence
 from tests.every_model import MODEL_TYPES, SERVED, VOCAB_SIZE, tiny_config
 from tests.oracle import check_identity
@@ -170,8 +169,10 @@ def test_a_node_refuses_to_serve_other_logits_than_the_models(
 ) -> None:
     """Whatever the reason: here the model's own answer is that of another prompt."""
     model = random_model(tmp_path / "m", "llama")
-    plain = servable._plain_logits
-    monkeypatch.setattr(servable, "_plain_logits", lambda module, ids: plain(module, [ids[0] ^ 1, *ids[1:]]))
+    plain = engine_runner._plain_logits
+    monkeypatch.setattr(
+        engine_runner, "_plain_logits", lambda module, ids: plain(module, [ids[0] ^ 1, *ids[1:]])
+    )
     pool = torch.zeros(20, model.num_layers, 2, block_size, model.num_kv_heads, model.head_dim)
     with pytest.raises(UnsupportedModel, match="gives other logits than the model, by"):
         Runner(model, pool)
@@ -210,7 +211,7 @@ def test_small_blocks_are_no_reason_to_refuse_and_kernels_run_before_the_first_r
 
 def test_the_check_leaves_the_models_attention_as_it_was(tmp_path: Path) -> None:
     model = random_model(tmp_path / "m", "gpt2")
-    SelfCheck(model.module, make_pool(model, 2), 256, VOCAB_SIZE)
+    SelfCheck(model, make_pool(model, 2))
     module: Any = model.module
     assert module.config._attn_implementation == "flowkv"
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from flowkv_common.wire.nodes import StepFit
-from flowkv_engine.engine.batch import WorkItem, pack
-from flowkv_engine.engine.sequence import Sequence
+from flowkv_engine.engine.batch import Sequence, WorkItem, pack
 from tests.drive import BLOCK_SIZE, GREEDY, make_sequence
 from tests.paced.digest import paced_tokens
 from tests.paced.engine import Pace, PacedEngine, step_seconds

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import gc
-import logging
 import os
 import sys
 import tempfile
@@ -16,8 +15,6 @@ from flowkv_common.config import NodeSettings, load_settings
 from flowkv_common.errors import CannotStart
 from flowkv_common.telemetry import reason_in_one_line, setup_logs
 from flowkv_engine.engine.fetch import default_cache_dir
-
-log = logging.getLogger(__name__)
 
 
 def main(role: str) -> None:
@@ -62,7 +59,6 @@ def _load_and_serve(settings: NodeSettings, role: str) -> None:
             dtype=weights_dtype(settings.dtype, settings.model_path, device),
             device=device,
             load_format=settings.load_format,
-            on_progress=log.info,
         )
         # Libraries and the model stay: no collection shall walk through them amid a step, nor at exit (1 s).
         gc.collect()

@@ -38,7 +38,7 @@ from flowkv_common.wire.messages import (
     window_that_fits,
 )
 from flowkv_common.wire.nodes import NodeDescriptor
-from flowkv_engine.engine.model import CPU, LoadedModel, kv_dtype
+from flowkv_engine.engine.model import CPU, LoadedModel
 from flowkv_engine.engine.runner import DeviceLost, Engine, EngineThread, Runner
 from flowkv_engine.transport import make_connectors
 from flowkv_engine.transport.sockets import Place, join_host_port
@@ -68,7 +68,7 @@ def served_model(model: LoadedModel, settings: NodeSettings) -> ServedModel:
     """A loaded model, computed on a separate thread."""
     return ServedModel(
         card=model.card,
-        layout=model.layout(settings.block_size, kv_dtype(settings.kv_dtype, model.dtype)),
+        layout=model.layout(settings.block_size, settings.kv_dtype),
         device=model.device,
         make_engine=lambda pool: EngineThread(
             Runner(

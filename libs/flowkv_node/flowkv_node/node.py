@@ -28,9 +28,8 @@ from flowkv_common.wire.messages import (
     transfer_id,
 )
 from flowkv_common.wire.nodes import OutputForecast, starting_chunk_budget
-from flowkv_engine.engine.batch import WorkItem
+from flowkv_engine.engine.batch import Sequence, WorkItem
 from flowkv_engine.engine.sampler import Sampled
-from flowkv_engine.engine.sequence import Sequence
 from flowkv_engine.kv.blocks import Blocks, OutOfBlocks
 from flowkv_engine.kv.pool import Pool
 from flowkv_engine.kv.reservations import Reservations

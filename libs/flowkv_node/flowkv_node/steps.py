@@ -8,9 +8,8 @@ import time
 from collections.abc import Iterable
 
 from flowkv_common.errors import Internal
-from flowkv_engine.engine.batch import WorkItem, pack
+from flowkv_engine.engine.batch import Sequence, WorkItem, pack
 from flowkv_engine.engine.runner import DeviceLost, Engine, Result
-from flowkv_engine.engine.sequence import Sequence
 from flowkv_node.measures import StepCounts
 from flowkv_node.node import Node, Role
 

@@ -27,8 +27,8 @@ from flowkv_common.wire.messages import (
     TokenLogprob,
     transfer_id,
 )
+from flowkv_engine.engine.batch import Sequence
 from flowkv_engine.engine.sampler import Sampled
-from flowkv_engine.engine.sequence import Sequence
 from flowkv_engine.kv.blocks import GROWTH_ROOM, OutOfBlocks
 from flowkv_engine.kv.segments import runs_of
 from flowkv_node.attempts import Attempt

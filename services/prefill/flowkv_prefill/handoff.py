@@ -28,7 +28,7 @@ from flowkv_common.wire.messages import (
     Reserved,
     TokenIds,
 )
-from flowkv_engine.engine.sequence import Sequence
+from flowkv_engine.engine.batch import Sequence
 from flowkv_engine.kv.blocks import OutOfBlocks
 from flowkv_engine.kv.segments import align, ids_of
 from flowkv_engine.transport.base import KVLink, TransferStats

@@ -14,8 +14,8 @@ from flowkv_common.bus.service import Endpoint
 from flowkv_common.errors import BadRequest, DeadlineExceeded, FlowKVError, Internal, TransferFailed
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, PrefillRun
+from flowkv_engine.engine.batch import Sequence
 from flowkv_engine.engine.sampler import Sampled
-from flowkv_engine.engine.sequence import Sequence
 from flowkv_node.attempts import Attempt
 from flowkv_node.handoffs import Stage
 from flowkv_node.node import Node, RoleLoad, new_sequence

@@ -1,27 +1,67 @@
-"""Loads a model folder: checks it, reads its weights, and describes it to the node."""
+"""Loads a model folder for a node. Served are models that answer as `transformers` does (docs/models.md).
+
+Others are refused with a reason before their weights are read: by the config, a run without weights, and the
+headers of the weight files. `Runner` compares logits before the node is ready.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+import transformers
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+)
+from transformers.modeling_utils import load_state_dict
 
 from flowkv_common.config import DTYPES
 from flowkv_common.errors import CannotStart
-from flowkv_common.fingerprint import fingerprint, model_files
+from flowkv_common.fingerprint import fingerprint, model_files, weight_files
 from flowkv_common.wire.messages import ModelCard, PoolLayout
-from flowkv_engine.engine.forward import IMPLEMENTATION, UnsupportedModel
-from flowkv_engine.engine.servable import check_config, check_weights, max_model_len
+from flowkv_engine.engine.batch import PackedBatch
+from flowkv_engine.engine.forward import IMPLEMENTATION, ModulesForward, UnsupportedModel, paged_attention
+
+log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-DUMMY_SEED = 0
+
+DRY_RUN = (
+    "flowkv_dry_run"  # the name in `transformers` of the attention that serves, with the mask a layer wants
+)
+DRY_RUN_TOKENS = 8
+MASK_SAMPLES = 64  # positions at either end of the context, where a mask is looked at
+
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+# Tensors that no model reads: buffers of older versions of `transformers` (each model computes its own),
+# layers of a drafter, a value head of training.
+HARMLESS = (
+    r"\.(inv_freq|cos_cached|sin_cached|position_ids|masked_bias)$",
+    r"(^|\.)mtp(\.|_)",
+    r"^v_head\.",
+)
+DEQUANTIZED = "fp8"  # the one quantization that is read: its weights become floats while they are loaded
+# Files that quantizers write beside config.json.
+QUANTIZER_FILES = {
+    "hf_quant_config.json": "ModelOpt",
+    "quantize_config.json": "GPTQ",
+    "quant_config.json": "AWQ",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +77,16 @@ class LoadedModel:
     head_dim: int
 
     def layout(self, block_size: int, kv_dtype: str) -> PoolLayout:
-        """The layout of this model's pool: `block_size` tokens per block, a dtype such as "float32"."""
+        """The layout of this model's pool: `block_size` tokens per block, of `kv_dtype`.
+
+        "auto" is that of the weights: what attention computes in is what it should store.
+        """
         return PoolLayout(
             num_layers=self.num_layers,
             block_size=block_size,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            dtype=kv_dtype,
+            dtype=str(self.dtype).removeprefix("torch.") if kv_dtype == "auto" else kv_dtype,
         )
 
 
@@ -53,7 +96,6 @@ def load_model(
     name: str | None,
     dtype: torch.dtype,
     load_format: str,
-    on_progress: Callable[[str], None],
     device: torch.device = CPU,
 ) -> LoadedModel:
     """The model in the folder `path`, in `dtype`, on `device`; random weights if `load_format` is "dummy".
@@ -63,41 +105,32 @@ def load_model(
     if load_format not in ("auto", "dummy"):
         raise CannotStart(f"FLOWKV_LOAD_FORMAT is {load_format!r}: choose one of auto, dummy")
     folder, has_weights = Path(path), load_format == "auto"
-    config, (num_layers, num_kv_heads, head_dim) = check_config(folder)
+    config, (num_layers, num_kv_heads, head_dim) = _check_config(folder)
     eos = eos_token_ids(folder, config)
     if has_weights:
-        config = check_weights(folder, config)
-    on_progress(f"loading {path} ({load_format})")
-    module = _read_weights(folder, config, dtype).to(device) if has_weights else _dummy(config, dtype, device)
+        config = _check_weights(folder, config)
+    log.info("loading %s (%s)", path, load_format)
+    module: nn.Module
+    if has_weights:
+        module = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation=IMPLEMENTATION
+        ).to(device)
+    else:  # made where they stay: the same in every process on such a device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+            torch.manual_seed(0)
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
     module.eval().requires_grad_(False)
     card = ModelCard(
         name=name or folder.resolve().name,
         fingerprint=fingerprint(folder, str(dtype), has_weights=has_weights),
-        max_model_len=max_model_len(config),
+        max_model_len=_max_model_len(config),
         vocab_size=config.vocab_size,
         eos_token_ids=eos,
         files=model_files(folder, has_weights=has_weights),
     )
-    on_progress(f"loaded {card.name}: {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters")
+    log.info("loaded %s: %.1f M parameters", card.name, sum(p.numel() for p in module.parameters()) / 1e6)
     weight = next(module.parameters())
     return LoadedModel(module, weight.device, weight.dtype, card, num_layers, num_kv_heads, head_dim)
-
-
-def _read_weights(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
-    module: nn.Module = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, attn_implementation=IMPLEMENTATION
-    )
-    return module
-
-
-def _dummy(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Random weights, made where they stay: the same in every process on such a device."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        torch.manual_seed(DUMMY_SEED)
-        module: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=IMPLEMENTATION
-        )
-    return module
 
 
 def weights_dtype(wanted: str, model_path: str, device: torch.device) -> torch.dtype:
@@ -120,9 +153,280 @@ def weights_dtype(wanted: str, model_path: str, device: torch.device) -> torch.d
     return dtype
 
 
-def kv_dtype(wanted: str, weights: torch.dtype) -> str:
-    """`wanted`, or for "auto" that of the weights: what attention computes in is what it should store."""
-    return str(weights).removeprefix("torch.") if wanted == "auto" else wanted
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """`transformers` prints nothing while it builds and loads a model."""
+    verbosity, has_bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if has_bar:
+            transformers.logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _check_config(folder: Path) -> tuple[PretrainedConfig, tuple[int, int, int]]:
+    """The folder's config, and the shape of the model's KV: layers, KV heads, head dimension.
+
+    Raises `UnsupportedModel` if FlowKV can't serve such a model.
+    """
+    if not folder.is_dir():
+        raise UnsupportedModel(f"there is no model folder at {folder}")
+    if not (folder / "config.json").is_file():
+        raise UnsupportedModel(f"{folder} has no config.json, so it is no model of transformers")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # of any model's code, which checks its config in its own way
+        raise UnsupportedModel(
+            f"{folder} has no config that transformers knows: {_first_line(error)}"
+        ) from error
+    try:
+        if (reason := _why_not(config)) is None:
+            return config, _dry_run(config)
+    except UnsupportedModel as error:
+        reason = str(error)
+    except Exception as error:  # a config that lacks a field may raise anything
+        reason = f"its config does not say what is needed: {_first_line(error)}"
+    raise UnsupportedModel(f"{folder} ({config.model_type}) can't be served: {reason}")
+
+
+def _why_not(config: PretrainedConfig) -> str | None:
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder, only decoder-only models are"
+    if config.get_text_config() is not config:
+        return "it takes more than text"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "it is not a causal language model"
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if model_class._is_stateful:
+        return "it keeps a recurrent state beside its KV cache"
+    if not model_class._supports_attention_backend:
+        return f"{model_class.__name__} of transformers does not let its attention be replaced"
+    if getattr(config, "kv_lora_rank", None):
+        return "its KV cache is compressed (MLA)"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "its attention caps logits"
+    if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return f"it has layers of type {', '.join(sorted(unknown))}"
+    if not getattr(config, "max_position_embeddings", None):
+        return "its config has no max_position_embeddings, so its longest context is unknown"
+    return None
+
+
+def _max_model_len(config: PretrainedConfig) -> int:
+    """The longest sequence for which full attention with fixed positions equals the model."""
+    limits = [int(config.max_position_embeddings)]
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    is_used = "sliding_attention" in types if types else getattr(config, "use_sliding_window", True)
+    if window and is_used:
+        limits.append(int(window))  # up to its length, a window is full attention
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond this length all positions rotate differently, also those whose keys are cached.
+        limits.append(int(rope["original_max_position_embeddings"]))
+    return min(limits)
+
+
+def _dry_run(config: PretrainedConfig) -> tuple[int, int, int]:
+    """Runs the model on torch's meta device -> layers, KV heads and head dimension of the KV it writes.
+
+    Raises `UnsupportedModel`, with the reason, if it can't be served.
+    """
+    attention = _Witness()
+    try:
+        with quiet():
+            with torch.device("meta"):
+                module = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.bfloat16, attn_implementation=DRY_RUN
+                ).eval()
+            if any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules()):
+                raise UnsupportedModel("it counts positions on from the id of its padding token")
+            token_ids = torch.zeros(DRY_RUN_TOKENS, dtype=torch.int64, device="meta")
+            indices = torch.zeros(2, dtype=torch.int64, device="meta")
+            with torch.inference_mode(), _Values():
+                logits = ModulesForward(module, attention)(token_ids, token_ids, indices)
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # of any model's code
+        raise UnsupportedModel(f"transformers can't run it without weights: {_first_line(error)}") from error
+    if logits.shape != (len(indices), config.vocab_size):
+        raise UnsupportedModel(f"for {len(indices)} tokens it gives logits of shape {tuple(logits.shape)}")
+    num_layers, shapes = len(attention.written), set(attention.written.values())
+    if not shapes:
+        raise UnsupportedModel("its layers don't call the attention function they are given")
+    if sorted(attention.written) != list(range(num_layers)):
+        raise UnsupportedModel("only some of its layers have attention")
+    if len(shapes) > 1:
+        sizes = " and ".join(f"{heads} x {dim}" for heads, dim in sorted(shapes))
+        raise UnsupportedModel(f"its layers' KV caches differ in shape ({sizes}), and a pool has one")
+    return (num_layers, *shapes.pop())
+
+
+class _Witness:
+    """An `Attention` that computes nothing and records what is written."""
+
+    name = "witness"
+
+    def __init__(self) -> None:
+        self.written: dict[int, tuple[int, int]] = {}  # KV heads and head dimension of each layer
+
+    def bind(self, batch: PackedBatch) -> None:
+        raise NotImplementedError
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        self.written[layer] = (key.shape[1], key.shape[2])
+
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        return torch.empty_like(query)
+
+
+class _Values(TorchFunctionMode):
+    """Answers for tensors without values: each value is 1 or true, and `nonzero` finds none."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if args and isinstance(args[0], Tensor) and args[0].is_meta:
+            if func in (Tensor.item, Tensor.__int__, Tensor.__index__, Tensor.__float__):
+                return 1
+            if func in (Tensor.__bool__, Tensor.__contains__):
+                return True
+            if func is Tensor.tolist:
+                return torch.ones(args[0].shape, dtype=args[0].dtype, device="cpu").tolist()
+            if func in (torch.nonzero, Tensor.nonzero):
+                return torch.empty(0, args[0].dim(), dtype=torch.int64, device="meta")
+        return func(*args, **(kwargs or {}))
+
+
+def _wanted_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    config: PretrainedConfig,
+    **kwargs: Any,
+) -> Tensor | None:
+    """None if the mask is causal up to `max_model_len`; else some mask, which `paged_attention` refuses."""
+    end = _max_model_len(config)
+    samples = sorted({*range(min(MASK_SAMPLES, end)), *range(max(0, end - MASK_SAMPLES), end)})
+    positions = torch.tensor(samples, device="cpu")
+    query, key = positions.view(1, 1, -1, 1), positions.view(1, 1, 1, -1)
+    zero = torch.zeros_like(query[:, :, :1])
+    with contextlib.suppress(RuntimeError):  # raised if it reads values of the model's inputs
+        allowed = mask_function(zero, zero, query, key)
+        if not allowed.is_meta and bool((allowed == (key <= query)).all()):
+            return None
+    return torch.empty(1, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+
+
+AttentionInterface.register(DRY_RUN, paged_attention)
+AttentionMaskInterface.register(DRY_RUN, _wanted_mask)
+
+
+def _check_weights(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
+    """`config` such that `transformers` makes plain floats of the weights in `folder`, on any device.
+
+    Raises `UnsupportedModel` if it can't, or if a tensor is missing or has no place in the model. Loads the
+    files as `transformers` does, but on torch's meta device: only name, type and shape of each tensor.
+    """
+    config = _with_quantization(folder, config)
+    tensors = _headers(folder)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    ignored = [*HARMLESS, *(model_class._keys_to_ignore_on_load_unexpected or [])]
+    for name, tensor in tensors.items():
+        # A causal mask, which models once kept as a buffer under the name of a bias.
+        is_mask = tensor.dtype in (torch.bool, torch.uint8) and tensor.ndim >= 2
+        if is_mask and re.search(r"\.(attn|attention)\.bias$", name):
+            ignored.append(f"^{re.escape(name)}$")
+    # Layers of a drafter that the config names: they are numbered on behind the last layer.
+    num_drafting = getattr(config, "num_nextn_predict_layers", None) or 0
+    ignored += [rf"\.layers\.{config.num_hidden_layers + i}\." for i in range(num_drafting)]
+
+    def used(names: Iterable[str]) -> list[str]:
+        return sorted(name for name in names if not any(re.search(pattern, name) for pattern in ignored))
+
+    # Integers and small floats need scales, and the config must say how to apply them.
+    packed = [name for name in used(tensors) if tensors[name].dtype not in FLOATS]
+    if packed and getattr(config, "quantization_config", None) is None:
+        dtypes = sorted({str(tensors[name].dtype).removeprefix("torch.") for name in packed})
+        raise UnsupportedModel(
+            f"{folder} can't be served: it holds tensors of {', '.join(dtypes)} ({_some(packed)}), and its "
+            "config.json has no quantization_config"
+        )
+    try:
+        with quiet():
+            _, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # of any model's code
+        raise UnsupportedModel(f"transformers can't load {folder}: {_first_line(error)}") from error
+    other = [f"{name} {tuple(has)} for {tuple(wants)}" for name, has, wants in info["mismatched_keys"]]
+    complaints = {
+        "lack": sorted(info["missing_keys"]),
+        "hold what the model has no place for:": used(info["unexpected_keys"]),
+        "have another shape than the model's:": sorted(other),
+        "can't be read:": info["error_msgs"],
+    }
+    said = [f"{words} {_some(names)}" for words, names in complaints.items() if names]
+    if said:
+        raise UnsupportedModel(f"the weights in {folder} {', and '.join(said)}")
+    return config
+
+
+def _with_quantization(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
+    """The config, set to dequantize weights of the one quantization that is read."""
+    if (folder / "adapter_config.json").is_file():  # a merged model may have kept it
+        has_adapter = any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin"))
+        if has_adapter or not weight_files(folder):
+            raise UnsupportedModel(f"{folder} holds an adapter (LoRA), which is not served: merge it first")
+    quantization: dict[str, Any] = getattr(config, "quantization_config", None) or {}
+    method = quantization.get("quant_method") or ("an unnamed method" if quantization else None)
+    for name, tool in QUANTIZER_FILES.items():
+        if method is None and (folder / name).is_file():
+            method = f"{tool} ({name})"
+    if method is None:
+        return config
+    if method != DEQUANTIZED:
+        raise UnsupportedModel(
+            f"{folder} can't be served: its weights are quantized by {method}, and only plain floats and "
+            f"{DEQUANTIZED} of transformers are read"
+        )
+    config.quantization_config = {**quantization, "dequantize": True}
+    return config
+
+
+def _headers(folder: Path) -> dict[str, Tensor]:
+    """Name, shape and type of every tensor in the folder's weight files, as tensors without values."""
+    files = weight_files(folder)
+    if not files:
+        raise UnsupportedModel(
+            f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin, no index of several "
+            "such files; load format dummy makes random ones"
+        )
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise UnsupportedModel(f"{folder} lacks {_some(absent)}, which its index of weights names")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_state_dict(file, map_location="meta")
+        except Exception as error:  # of several libraries: the file is not what its name says
+            raise UnsupportedModel(f"{file} can't be read: {error}") from error
+    return tensors
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class _EosIds(msgspec.Struct):

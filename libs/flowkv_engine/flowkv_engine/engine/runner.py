@@ -1,9 +1,10 @@
-"""Runs packed batches: a model over its pool, and the thread on which a node's steps run."""
+"""Runs packed batches: a model over its pool, its check, and the thread on which a node's steps run."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import queue
 import threading
 import time
@@ -14,17 +15,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from flowkv_common.wire.messages import SamplingParams
 from flowkv_engine.engine.attention import make_attention
-from flowkv_engine.engine.batch import PackedBatch
-from flowkv_engine.engine.forward import make_forward
-from flowkv_engine.engine.model import LoadedModel
+from flowkv_engine.engine.batch import PackedBatch, Sequence, WorkItem, pack
+from flowkv_engine.engine.forward import IMPLEMENTATION, UnsupportedModel, make_forward
+from flowkv_engine.engine.model import LoadedModel, quiet
 from flowkv_engine.engine.sampler import Sampled, sample
-from flowkv_engine.engine.servable import SelfCheck
 
 if TYPE_CHECKING:
     from flowkv_engine.engine.gpu.graphs import GraphedSteps
 
 CLOSE_TIMEOUT_S = 5.0
+
+PROMPT_LENS = (9, 6)  # tokens of the prompts that are compared; the last of each is a step by itself
+# Logits may differ from the model's own by 64 units of rounding, as a share of their spread: 3 % in float32,
+# 50 % in bfloat16. Rounding costs up to 35 units; a wrong position, mask or neighbour costs 20 % or more.
+TOLERANCE = 64.0
+LEAST_EPS = 5e-4  # a GPU may multiply float32 with 11 bits
 
 # Of each item of a batch the sampled token, or None if its last token was not reached.
 Result = list[Sampled | None]
@@ -62,7 +69,7 @@ class Runner:
         self._device = pool.device
         self._graphs: GraphedSteps | None = None
         with _current(self._device):
-            check = SelfCheck(model.module, pool, model.card.max_model_len, model.card.vocab_size)
+            check = SelfCheck(model, pool)
         self.forward = make_forward(model.module, self.attention)
         with torch.inference_mode(), _current(self._device):
             check.compare(self._logits)
@@ -119,6 +126,58 @@ def _current(device: torch.device) -> Iterator[None]:
             yield
         finally:
             torch.cuda.current_stream().synchronize()
+
+
+class SelfCheck:
+    """Compares logits of two short prompts with those of the model's own modules."""
+
+    def __init__(self, model: LoadedModel, pool: Tensor) -> None:
+        """Runs the modules: make it before weights are packed. A pool with room for one prompt gets one."""
+        num_free_blocks, self._block_size = pool.shape[0], pool.shape[3]
+        self._tolerance = TOLERANCE * max(LEAST_EPS, *(torch.finfo(x.dtype).eps for x in (model, pool)))
+        self._prompts: list[list[int]] = []
+        generator = torch.Generator().manual_seed(0)
+        for wanted in PROMPT_LENS:
+            length = min(wanted, model.card.max_model_len, num_free_blocks * self._block_size)
+            if length > 1:
+                prompt = torch.randint(model.card.vocab_size, (length,), generator=generator)
+                self._prompts.append(prompt.tolist())
+                num_free_blocks -= -(-length // self._block_size)
+        self._expected = [_plain_logits(model.module, prompt) for prompt in self._prompts]
+
+    def compare(self, logits_of: Callable[[PackedBatch], Tensor]) -> None:
+        """`logits_of` computes a batch: logits [S, vocab]. Raises `UnsupportedModel` if they differ."""
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
+        sequences, blocks = [], itertools.count()
+        for prompt in self._prompts:
+            block_table = [next(blocks) for _ in range(0, len(prompt), self._block_size)]
+            sequences.append(Sequence("self-check", "", prompt[:-1], [], sampling, 0.0, block_table))
+        for num_left in (1, 0) if sequences else ():  # all tokens but the last one, then the last one
+            batch = pack([WorkItem(each, each.num_new_tokens) for each in sequences], self._block_size)
+            got = logits_of(batch).float()
+            expected = torch.stack([logits[-1 - num_left] for logits in self._expected])
+            spread = (expected - expected.mean(dim=-1, keepdim=True)).norm(dim=-1)
+            error = ((got - expected).norm(dim=-1) / spread).max().item()
+            if not error <= self._tolerance:  # NaN too
+                raise UnsupportedModel(
+                    "its answers would be wrong: the forward pass that serves gives other logits than the "
+                    f"model, by {error:.0%} of their spread"
+                )
+            for sequence, prompt in zip(sequences, self._prompts, strict=True):
+                sequence.num_computed_tokens = len(prompt) - 1
+                sequence.output_ids = prompt[-1:]
+
+
+@torch.inference_mode()
+def _plain_logits(module: Any, token_ids: list[int]) -> Tensor:
+    """[len(token_ids), vocab] in float32, with the model's own attention."""
+    device = next(module.parameters()).device
+    with quiet():
+        module.set_attn_implementation("eager")
+        output = module(torch.tensor([token_ids], device=device), use_cache=False)
+        module.set_attn_implementation(IMPLEMENTATION)
+    logits: Tensor = output.logits[0].float()
+    return logits
 
 
 class Engine(contextlib.AbstractAsyncContextManager["Engine"], Protocol):
