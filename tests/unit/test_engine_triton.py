@@ -16,7 +16,7 @@ from flowkv_engine.engine.attention import TorchAttention
 from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
 from flowkv_engine.engine.forward import ModulesForward, make_forward
 from flowkv_engine.engine.gpu import attention as attention_triton
-from flowkv_engine.engine.gpu import graphs
+from flowkv_engine.engine.gpu import forward as forward_triton
 from flowkv_engine.engine.gpu.attention import (
     NUM_ROWS,
     SplitKV,
@@ -24,8 +24,13 @@ from flowkv_engine.engine.gpu.attention import (
     TritonAttention,
     query_tiles,
 )
-from flowkv_engine.engine.gpu.forward import TritonLlamaForward
-from flowkv_engine.engine.gpu.graphs import MAX_BATCH, GraphedSteps, Shape, graph_shapes
+from flowkv_engine.engine.gpu.forward import (
+    MAX_BATCH,
+    GraphedSteps,
+    Shape,
+    TritonLlamaForward,
+    graph_shapes,
+)
 from flowkv_engine.engine.llama import llama_weights
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import Runner
@@ -189,7 +194,7 @@ def record_again(model: LoadedModel, pool: torch.Tensor, max_num_blocks: int) ->
 
 @pytest.fixture
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "TOKEN_SIZES", (4, 8, 16, 32))
+    monkeypatch.setattr(forward_triton, "TOKEN_SIZES", (4, 8, 16, 32))
 
 
 @pytest.mark.usefixtures("few_splits", "few_tokens")

