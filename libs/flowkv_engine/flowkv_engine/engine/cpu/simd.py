@@ -6,7 +6,7 @@ Numba intrinsics, written as LLVM's IR, for float32 numbers in vectors of `LANES
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -147,24 +147,11 @@ class _Emit:
         result = _splat(_EXP_SERIES[0])
         for coefficient in _EXP_SERIES[1:]:
             result = self.call("fma", result, rest, _splat(coefficient))
-        if LANES == 16:  # one instruction for `result * 2 ** power`, and 0 where the mask says no
-            mask = b.bitcast(b.not_(too_low), ir.IntType(16))
-            arguments = [result, power, _splat(0.0), mask, _I32(4)]  # 4: the current rounding mode
-            kind = ir.FunctionType(_VECTOR, [argument.type for argument in arguments])
-            name = "llvm.x86.avx512.mask.scalef.ps.512"
-            return b.call(cgutils.get_or_insert_function(b.module, kind, name), arguments)
         # NaN has no integer, but then `result` is NaN whatever it is multiplied by.
         is_nan = b.fcmp_unordered("uno", power, power)
         exponent = b.fptosi(b.select(is_nan, _splat(0.0), power), _INT_VECTOR)
         bits = b.shl(b.add(exponent, _splat_int(127)), _splat_int(23))
         return b.select(too_low, _splat(0.0), b.fmul(result, b.bitcast(bits, _VECTOR)))
-
-
-def _literals(arguments: Sequence[Any]) -> list[int] | None:
-    """The values of arguments that have to be constants; None asks numba to make them so."""
-    if all(isinstance(argument, types.IntegerLiteral) for argument in arguments):
-        return [argument.literal_value for argument in arguments]
-    return None
 
 
 @intrinsic(prefer_literal=True)
@@ -174,14 +161,12 @@ def panel_tile(typing_context, x, row, panels, panel, length, out, adds, num_row
     The tile: `num_rows` rows from `row` on, and the columns of `num_panels` panels from `panel` on; both are
     constants. `x` [M, K], `panels` [P, K, LANES], `out` [M, P * LANES], float32, each row contiguous.
     """
-    sizes = _literals((num_rows, num_panels))
-    if sizes is None:
-        return None
+    rows, cols = num_rows.literal_value, num_panels.literal_value
     indices = (types.intp, panels, types.intp, types.intp)
     signature = types.void(x, *indices, out, types.boolean, num_rows, num_panels)
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        emit, (rows, cols) = _Emit(context, b, signature, arguments), sizes
+        emit = _Emit(context, b, signature, arguments)
         _, first_row, _, first_panel, k_end, _, adds, *_ = arguments
         x_data, (x_stride, _) = emit.array(0)
         panel_data, (panel_stride, *_) = emit.array(2)
@@ -224,15 +209,13 @@ def score_tile(typing_context, query, keys, ahead, token, head, length, scores, 
     `query` [group size, head dim] and `scores` [group size, any] float32, `keys` [tokens, kv heads, head dim]
     float32 or bfloat16 (as uint16).
     """
-    sizes = _literals((group_size, head_dim))
-    if sizes is None:
-        return None
+    groups, dim = group_size.literal_value, head_dim.literal_value
     indices = (types.intp, types.intp, types.intp)
     signature = types.void(query, keys, ahead, *indices, scores, types.intp, group_size, head_dim)
     item_bytes, is_bfloat16 = (4, False) if keys.dtype == types.float32 else (2, True)
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        emit, (groups, dim) = _Emit(context, b, signature, arguments), sizes
+        emit = _Emit(context, b, signature, arguments)
         token, head, length, _, first, *_ = arguments[3:]
         query_data, (query_stride, _) = emit.array(0)
         key_data, (token_stride, head_stride, _) = emit.array(1)
@@ -277,15 +260,13 @@ def value_tile(typing_context, weights, first, values, ahead, head, length, out,
 
     Shapes, dtypes and `ahead` are as of `score_tile`; `out` [group size, head dim] float32.
     """
-    sizes = _literals((group_size, head_dim))
-    if sizes is None:
-        return None
+    groups, dim = group_size.literal_value, head_dim.literal_value
     indices = (types.intp, types.intp)
     signature = types.void(weights, types.intp, values, ahead, *indices, out, group_size, head_dim)
     item_bytes, is_bfloat16 = (4, False) if values.dtype == types.float32 else (2, True)
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        emit, (groups, dim) = _Emit(context, b, signature, arguments), sizes
+        emit = _Emit(context, b, signature, arguments)
         _, first, _, _, head, length, *_ = arguments
         weight_data, (weight_stride, _) = emit.array(0)
         value_data, (token_stride, head_stride, _) = emit.array(2)
