@@ -15,18 +15,18 @@ OWN = OwnModel(ModelFiles())
 def test_the_context_is_no_longer_than_the_largest_kv_cache() -> None:
     """Or a chat without max_tokens would ask for more than any node can ever hold."""
     cluster = Cluster(OWN)
-    assert cluster.model() is None
+    assert cluster.model is None
     nodes = [descriptor("p", "prefill", num_blocks=20), descriptor("d", "decode", num_blocks=30)]
     cluster.on_nodes({node.node.node_id: node for node in nodes})
-    model = cluster.model()
+    model = cluster.model
     assert model is not None
     assert model.max_model_len == 30 * BLOCK_SIZE
     cluster.on_nodes({"d": descriptor("d", "decode", num_blocks=1000)})
-    model = cluster.model()
+    model = cluster.model
     assert model is not None
     assert model.max_model_len == 4096
     cluster.on_nodes({})
-    assert cluster.model() == model
+    assert cluster.model == model
 
 
 def test_a_node_that_leaves_the_registry_leaves_no_report_behind() -> None:
@@ -82,7 +82,7 @@ def join(cluster: Cluster, *nodes: tuple[str, str, ModelCard], ready: bool = Tru
 
 
 def fingerprint_of(cluster: Cluster) -> str | None:
-    model = cluster.model()
+    model = cluster.model
     return model.fingerprint if model else None
 
 
@@ -90,7 +90,7 @@ def test_nodes_of_another_model_are_as_if_they_were_not_there(caplog: pytest.Log
     cluster = Cluster(OwnModel(ModelFiles(weights="a")))
     other = of_model("fb", "other", weights="b")
     join(cluster, ("p", "prefill", other), ("d", "decode", other))
-    assert (cluster.model(), cluster.block_size("fb"), cluster.has_ready_node()) == (None, None, False)
+    assert (cluster.model, cluster.block_size("fb"), cluster.has_ready_node()) == (None, None, False)
     assert [record.getMessage() for record in caplog.records] == [
         "p serves another model, other: its weights differ",
         "d serves another model, other: its weights differ",
@@ -147,7 +147,7 @@ def test_the_model_is_called_as_most_of_its_nodes_say() -> None:
         ("d", "decode", of_model("f", "name")),
         ("e", "decode", of_model("f", "name")),
     )
-    model = cluster.model()
+    model = cluster.model
     assert model is not None
     assert model.name == "name"
 

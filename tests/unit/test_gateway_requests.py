@@ -16,13 +16,7 @@ from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import ModelCard, SamplingParams
 from flowkv_gateway.dispatch import RequestState
 from flowkv_gateway.errors import ContextLengthExceeded
-from flowkv_gateway.prompts import (
-    SamplingDefaults,
-    chat_prompt,
-    load_sampling_defaults,
-    plan,
-    tokenize_prompt,
-)
+from flowkv_gateway.prompts import SamplingDefaults, chat_prompt, load_sampling_defaults, plan
 from flowkv_gateway.schemas import (
     REFUSED,
     Body,
@@ -307,7 +301,7 @@ async def test_what_is_tokenized_is_what_is_answered(
     tokenizer = Tokenizer.load(tmp_path)
     messages = [{"role": "user", "content": "hi"}]
     counted = parse_request(json.dumps({"messages": messages, **fields}).encode(), TokenizeRequest)
-    assert await tokenizer.decode(await tokenize_prompt(counted, tokenizer)) == text
+    assert await tokenizer.decode(await chat_prompt(counted, tokenizer)) == text
     answered = chat(messages=messages, **fields)
     assert await tokenizer.decode(await chat_prompt(answered, tokenizer)) == text
 

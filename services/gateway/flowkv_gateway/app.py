@@ -30,7 +30,7 @@ from flowkv_gateway.errors import ModelNotFound, error_response, json_error, sta
 from flowkv_gateway.http import CloseWhileStopping, read_body
 from flowkv_gateway.metrics import GatewayMetrics
 from flowkv_gateway.output import ChatWriter, Choice, Display, ReplyWriter, TextWriter, prepare_stops
-from flowkv_gateway.prompts import SamplingDefaults, chat_prompt, completion_prompts, plan, tokenize_prompt
+from flowkv_gateway.prompts import SamplingDefaults, chat_prompt, completion_prompts, plan
 from flowkv_gateway.schemas import (
     Body,
     ChatRequest,
@@ -110,7 +110,11 @@ class Api:
 
     async def tokenize(self, request: Request) -> Response:
         body = await self._parse(request, TokenizeRequest)
-        tokens = await tokenize_prompt(body, self._tokenizer)
+        if body.prompt is None:
+            tokens = await chat_prompt(body, self._tokenizer)
+        else:
+            adds_special = body.add_special_tokens is not False
+            [tokens] = await self._tokenizer.encode([body.prompt], add_special_tokens=adds_special)
         max_model_len = self._model_entry()["max_model_len"]
         return _json({"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens})
 

@@ -57,7 +57,7 @@ class Cluster:
         self._clock = clock
         self._by_fingerprint: dict[str, dict[str, NodeDescriptor]] = {}
         self._reports: dict[str, tuple[float, LoadReport]] = {}  # node id -> when it came, and the report
-        self._model: ModelCard | None = None
+        self.model: ModelCard | None = None  # of new requests; None until a node of ours has joined
         self._others: dict[str, str] = {}  # node id -> why it serves another model
 
     def on_nodes(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
@@ -85,10 +85,6 @@ class Cluster:
         """After a reconnect: the silence was ours, not the nodes'."""
         self._reports = {name: (self._clock(), report) for name, (_, report) in self._reports.items()}
 
-    def model(self) -> ModelCard | None:
-        """The model of new requests; None until a node of ours has joined."""
-        return self._model
-
     def block_size(self, fingerprint: str) -> int | None:
         """Tokens per KV block at most nodes of this fingerprint; None while there are none."""
         nodes = self._by_fingerprint.get(fingerprint, {}).values()
@@ -96,11 +92,11 @@ class Cluster:
         return sizes[0][0] if sizes else None
 
     def has_ready_node(self) -> bool:
-        return self._model is not None and self._num_ready(self._model.fingerprint)[1] > 0
+        return self.model is not None and self._num_ready(self.model.fingerprint)[1] > 0
 
     def kv_cache_usage(self) -> float:
         """The share of blocks in use, 0 to 1, over all nodes of the model that report; 0 if none does."""
-        reports = self._fresh_reports(self._model.fingerprint) if self._model else ()
+        reports = self._fresh_reports(self.model.fingerprint) if self.model else ()
         blocks = [report.blocks for _, report in reports]
         used = sum(one.leased + one.quarantined for one in blocks)
         return used / max(1, sum(one.total for one in blocks))
@@ -119,7 +115,7 @@ class Cluster:
         """The weights that were served while any node has them; then most pairs, then most nodes."""
         if not self._by_fingerprint:
             return
-        current = self._model
+        current = self.model
 
         def rank(fingerprint: str) -> tuple[bool, tuple[int, int], bool, str]:
             card = next(iter(self._by_fingerprint[fingerprint].values())).model
@@ -135,7 +131,7 @@ class Cluster:
         largest = max(node.num_blocks * node.layout.block_size for node in nodes)
         card = nodes[-1].model
         max_model_len = min(card.max_model_len, largest)
-        self._model = msgspec.structs.replace(card, name=name, max_model_len=max_model_len)
+        self.model = msgspec.structs.replace(card, name=name, max_model_len=max_model_len)
         if current is None or best != current.fingerprint:
             log.info("served by the nodes of %s, fingerprint %s", name, best)
 

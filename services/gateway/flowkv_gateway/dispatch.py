@@ -258,14 +258,7 @@ class TokenStream:
             self.failed_at = node_id
         if not (self._has_ended or chunk in self._held):
             bisect.insort(self._held, chunk, key=lambda held: (held.index, _is_last(held)))
-            self._release()
-        if not self._held:
-            self.gap_since = None
-        elif self.gap_since is None:
-            self.gap_since = self.heard_at
-
-    def _release(self) -> None:
-        """Moves to `due` what nothing is missing before, without tokens that were given out already."""
+        # Give out what nothing is missing before, without tokens that were given out already.
         while self._held and self._held[0].index <= self.expected:
             chunk = self._held.pop(0)
             if num_known := self.expected - chunk.index:
@@ -282,6 +275,10 @@ class TokenStream:
             if _is_last(chunk):
                 self._has_ended = True
                 self._held.clear()
+        if not self._held:
+            self.gap_since = None
+        elif self.gap_since is None:
+            self.gap_since = self.heard_at
 
 
 def _is_last(chunk: TokenChunk) -> bool:
@@ -316,7 +313,7 @@ class Dispatch:
 
         Its window is one that our messages can carry.
         """
-        if (card := self.cluster.model()) is None:
+        if (card := self.cluster.model) is None:
             return None
         window = min(card.max_model_len, ids_that_fit(self._bus.max_payload))
         return msgspec.structs.replace(card, max_model_len=window)
@@ -522,7 +519,7 @@ class Dispatch:
     async def keep_asking_scheduler(self) -> None:
         """Whether it would find a pair of nodes, until cancelled."""
         while True:
-            model = self.cluster.model()
+            model = self.cluster.model
             request = ReadyRequest(fingerprint=model.fingerprint if model else "")
             with contextlib.suppress(FlowKVError):  # what counts is the last answer
                 reply = await self._bus.request(

@@ -43,9 +43,13 @@ STOPPED = "This server has stopped before the answer was complete."
 class ContextLengthExceeded(BadRequest):
     """Prompt and answer together are longer than the model's context."""
 
+    openai_code = "context_length_exceeded"
+
 
 class ModelNotFound(NotFound):
     """This gateway serves another model."""
+
+    openai_code = "model_not_found"
 
 
 class RequestTimeout(FlowKVError):
@@ -56,12 +60,6 @@ class RequestTimeout(FlowKVError):
 
 class ClientTooSlow(Cancelled):
     """The client has not read its stream for too long."""
-
-
-_OPENAI_CODES: dict[type[FlowKVError], str] = {
-    ContextLengthExceeded: "context_length_exceeded",
-    ModelNotFound: "model_not_found",
-}
 
 
 def status_of(error: FlowKVError) -> int:
@@ -75,7 +73,7 @@ def json_error(status: int, message: str, field: str | None = None, code: str | 
 
 
 def error_body(error: FlowKVError) -> bytes:
-    return json_error(status_of(error), error.message, error.field, _OPENAI_CODES.get(type(error)))
+    return json_error(status_of(error), error.message, error.field, getattr(error, "openai_code", None))
 
 
 def error_response(error: FlowKVError) -> Response:

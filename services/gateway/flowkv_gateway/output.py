@@ -167,38 +167,34 @@ class Choice:
 
     def push(self, chunk: TokenChunk) -> Iterator[Delta]:
         """One delta per token, none after a stop string; a last chunk without tokens gives one, too."""
-        last = len(chunk.token_ids) - 1
-        for place, token_id in enumerate(chunk.token_ids):
-            logprob = chunk.logprobs[place] if chunk.logprobs else None
-            yield self._delta(token_id, logprob, chunk.finish_reason if place == last else None)
-            if self.finish_reason is not None:
+        token_ids: Sequence[int | None] = chunk.token_ids or (None,)
+        display = self._display
+        for place, token_id in enumerate(token_ids, start=1):
+            reason = chunk.finish_reason if place == len(token_ids) else None
+            offset, is_first = self._num_chars, self.num_tokens == 0
+            text = hidden = ""
+            if token_id is not None:
+                self.num_tokens += 1
+                has_ended_it = reason == "stop" and token_id in display.stop_ids
+                is_special = token_id in self._vocabulary.special_ids
+                if (has_ended_it and not display.shows_stop) or (is_special and not display.shows_special):
+                    hidden = self._vocabulary.token_text(token_id)
+                else:
+                    text = self._utf8.decode(self._vocabulary.token_bytes(token_id))
+            if reason is not None:
+                text += self._utf8.decode(b"", final=True)
+            self._num_chars += len(text)
+            if self.num_tokens > self.request.sampling.min_tokens:
+                text = self._stops.push(hidden, is_shown=False) + self._stops.push(text)
+            if self._stops.is_stopped:
+                reason = "stop"
+            elif reason is not None:
+                text += self._stops.finish()
+            self.finish_reason = reason
+            logprob = chunk.logprobs[place - 1] if chunk.logprobs else None
+            yield Delta(self.index, text, is_first, reason, logprob, offset, token_id)
+            if reason is not None:
                 return
-        if chunk.finish_reason is not None:
-            yield self._delta(None, None, chunk.finish_reason)
-
-    def _delta(self, token_id: int | None, logprob: TokenLogprob | None, reason: str | None) -> Delta:
-        offset, is_first = self._num_chars, self.num_tokens == 0
-        text = hidden = ""
-        if token_id is not None:
-            self.num_tokens += 1
-            display = self._display
-            has_ended_it = reason == "stop" and token_id in display.stop_ids
-            is_special = token_id in self._vocabulary.special_ids
-            if (has_ended_it and not display.shows_stop) or (is_special and not display.shows_special):
-                hidden = self._vocabulary.token_text(token_id)
-            else:
-                text = self._utf8.decode(self._vocabulary.token_bytes(token_id))
-        if reason is not None:
-            text += self._utf8.decode(b"", final=True)
-        self._num_chars += len(text)
-        if self.num_tokens > self.request.sampling.min_tokens:
-            text = self._stops.push(hidden, is_shown=False) + self._stops.push(text)
-        if self._stops.is_stopped:
-            reason = "stop"
-        elif reason is not None:
-            text += self._stops.finish()
-        self.finish_reason = reason
-        return Delta(self.index, text, is_first, reason, logprob, offset, token_id)
 
 
 # --- OpenAI's JSON ----------------------------------------------------------------------------------

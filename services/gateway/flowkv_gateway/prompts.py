@@ -102,14 +102,6 @@ async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer) -
     raise BadRequest("prompt mixes texts, token ids and lists.", field="prompt")
 
 
-async def tokenize_prompt(request: TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
-    if request.messages is not None:
-        return await chat_prompt(request, tokenizer)
-    adds_special = request.add_special_tokens is not False
-    [token_ids] = await tokenizer.encode([request.prompt or ""], add_special_tokens=adds_special)
-    return token_ids
-
-
 def for_template(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """Checked messages as templates expect them: plain text, arguments of tool calls as objects."""
     shown = []
