@@ -205,6 +205,7 @@ class Pair:
                 block_id = sequence.block_table[position // BLOCK_SIZE]
                 self.p.pool.tensor[block_id, :, :, position % BLOCK_SIZE] = number
             sequence.num_computed_tokens = end
+            self.p.node.commit_computed(sequence)
             is_done = end == sequence.num_tokens
             self.p.prefill.apply(sequence, Sampled(FIRST_TOKEN, None) if is_done else None)
         self.p.node.end_step()

@@ -88,4 +88,5 @@ async def _run_step(node: Node, engine: Engine, work: Work) -> None:
     for (role, item), sampled in zip(work, result, strict=True):
         if item.sequence.block_table:  # else it was cancelled during the step
             item.sequence.num_computed_tokens += item.num_tokens
+            node.commit_computed(item.sequence)
             role.apply(item.sequence, sampled)

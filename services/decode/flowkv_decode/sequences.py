@@ -204,7 +204,6 @@ class DecodeRole:
 
     def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
         """Append the new token, tell the gateway, end the sequence when this was its last."""
-        self._node.commit_computed(sequence)
         if sampled is None:
             return
         chunk = self._node.add_token(sequence, sampled)

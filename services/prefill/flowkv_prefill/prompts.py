@@ -133,9 +133,9 @@ class PrefillRole:
                 await self._reserve_and_take_blocks(prompt, handoff)
                 async with running(handoff.keep_reserved(), self._send_early(prompt, handoff)):
                     in_flight.enter(Stage.COMPUTING)
-                    await self._compute(prompt)
+                    is_whole = await self._compute_first_token(prompt)
                     in_flight.enter(Stage.SENDING)
-                    if await self._emit_first(prompt):
+                    if is_whole:
                         result = "unneeded"  # also if a copy under way fails now
                         node.attempts.end(tid)
                         await handoff.release()
@@ -157,8 +157,7 @@ class PrefillRole:
         """Prefill and decode are the same node: the handoff moves no bytes."""
         await self._take_blocks(prompt)
         self._node.num_rooms_given += 1
-        await self._compute(prompt)
-        if await self._emit_first(prompt):
+        if await self._compute_first_token(prompt):
             self._node.attempts.end(prompt.sequence.transfer_id)
         else:
             self._node.decode.adopt(prompt.sequence)
@@ -199,14 +198,23 @@ class PrefillRole:
                     await node.wait_for_room(ROOM_RETRY_S)
         sequence.num_cached_tokens = sequence.num_computed_tokens
 
-    async def _compute(self, prompt: Prompt) -> None:
-        """Wait until all chunks are computed."""
+    async def _compute_first_token(self, prompt: Prompt) -> bool:
+        """Wait for all chunks, then send output token 0 to the gateway; True when it ends the request."""
         tid = prompt.sequence.transfer_id
         self._node.attempts.set_state(tid, "prefill")
         self._computing[tid] = prompt
         self._node.wake.set()
         with prompt.phases.phase("prefill"):
             await prompt.computed.wait()
+        assert prompt.first is not None
+        chunk = self._node.add_token(
+            prompt.sequence,
+            prompt.first,
+            num_cached_tokens=prompt.sequence.num_cached_tokens,
+            phases_s=prompt.phases.seconds,
+        )
+        await self._node.outbox.flush()
+        return chunk.finish_reason is not None
 
     async def _send_early(self, prompt: Prompt, handoff: Handoff) -> None:
         """After each chunk but the last: send the blocks that are complete, while the next one computes.
@@ -221,18 +229,6 @@ class PrefillRole:
             if prompt.computed.is_set():
                 return
             await handoff.send_computed(prompt_done=False)
-
-    async def _emit_first(self, prompt: Prompt) -> bool:
-        """Send output token 0 to the gateway at once; True when it ends the request."""
-        assert prompt.first is not None
-        chunk = self._node.add_token(
-            prompt.sequence,
-            prompt.first,
-            num_cached_tokens=prompt.sequence.num_cached_tokens,
-            phases_s=prompt.phases.seconds,
-        )
-        await self._node.outbox.flush()
-        return chunk.finish_reason is not None
 
     def _stop(self, prompt: Prompt) -> None:
         """Cancelled from outside. A task that has not begun would end without cleaning up."""
@@ -253,7 +249,6 @@ class PrefillRole:
 
     def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
         """One more chunk is computed; the last one comes with a token."""
-        self._node.commit_computed(sequence)
         prompt = self._computing[sequence.transfer_id]
         if sampled is not None:
             prompt.first, prompt.computed_at = sampled, time.monotonic()
