@@ -10,12 +10,11 @@ import contextlib
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from flowkv_common.aio import Backoff, running, wait_event
 from flowkv_common.bus.connection import Bus
-from flowkv_common.errors import BadRequest, FlowKVError, TransferFailed, Unavailable, WrongModel
+from flowkv_common.errors import BadRequest, FlowKVError, Unavailable, WrongModel
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import NodeRef, PoolLayout
 from flowkv_common.wire.nodes import LinkOffer, LinkRequest, NodeDescriptor
@@ -44,9 +43,8 @@ class SwitchedLink:
 
     def __init__(self, link: KVLink) -> None:
         self._link = link
-        self._num_sends: Counter[KVLink] = Counter()  # of each that has any, also of one that was replaced
-        self._some_ended = asyncio.Event()
-        self._some_failed = asyncio.Event()
+        self._sending: list[KVLink] = []  # one per send under way, also those that were replaced
+        self._send_ended = asyncio.Event()
 
     @property
     def name(self) -> str:
@@ -58,38 +56,32 @@ class SwitchedLink:
 
     async def send_blocks(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
         link = self._link
-        self._num_sends[link] += 1
+        self._sending.append(link)
         try:
             return await link.send_blocks(transfer_id, token, copies)
-        except TransferFailed:
-            self._some_failed.set()
-            raise
         finally:
-            self._num_sends[link] -= 1
-            if not self._num_sends[link]:
-                del self._num_sends[link]
-            self._some_ended.set()
+            self._sending.remove(link)
+            self._send_ended.set()
 
     async def switch(self, link: KVLink) -> None:
         """What is sent from now on goes by `link`. Returns when the one before has ended its transfers."""
         before, self._link = self._link, link
         try:
-            while self._num_sends[before]:
-                self._some_ended.clear()
-                await self._some_ended.wait()
+            while before in self._sending:
+                self._send_ended.clear()
+                await self._send_ended.wait()
         finally:
             await before.close()
 
     async def until_lost(self) -> None:
         """Returns when a send has failed because the peer can't be reached by this transport any more."""
         while not self.is_lost:
-            self._some_failed.clear()
-            await self._some_failed.wait()
+            self._send_ended.clear()
+            await self._send_ended.wait()
 
     async def close(self) -> None:
-        """Ends the link, after the transfers under way. Idempotent."""
-        for link in {self._link, *self._num_sends}:
-            await link.close()
+        """Ends the link, after the transfer under way. Idempotent."""
+        await self._link.close()  # `switch` closes those before
 
 
 class Links:

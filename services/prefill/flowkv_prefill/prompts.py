@@ -38,7 +38,7 @@ class Prompt:
     run: PrefillRun
     number: int  # grows from prompt to prompt: its place among those that wait for blocks
     sequence: Sequence
-    task: asyncio.Task[None] | None = None
+    task: asyncio.Task[None] = field(init=False)
     progress: asyncio.Event = field(default_factory=asyncio.Event)  # set after each chunk
     computed: asyncio.Event = field(default_factory=asyncio.Event)  # set after the last one
     computed_at: float = 0.0  # on the monotonic clock
@@ -233,8 +233,7 @@ class PrefillRole:
     def _stop(self, prompt: Prompt) -> None:
         """Cancelled from outside. A task that has not begun would end without cleaning up."""
         self._prompts.pop(prompt.sequence.transfer_id, None)
-        if prompt.task:
-            prompt.task.cancel()
+        prompt.task.cancel()
 
     def _give_up(self, prompt: Prompt, error: FlowKVError) -> None:
         tid = prompt.sequence.transfer_id
