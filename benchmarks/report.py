@@ -18,8 +18,6 @@ from typing import Any
 
 import msgspec
 
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 FALLBACK_CACHE_BYTES = 64 << 20
 PREPARE_TIMEOUT_S = 1800
 
@@ -73,7 +71,11 @@ class Report:
         self.rows: list[dict[str, Any]] = []
         self.conditions: dict[str, object] = {**given, **conditions}
         self.more: dict[str, object] = {}  # what is told beside the rows
-        self._began = datetime.now(UTC)
+        self._ran_on = {
+            "commit": commit(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": describe_host(),
+        }
         self._load_before = os.getloadavg()
 
     def say(self, text: str) -> None:
@@ -87,9 +89,7 @@ class Report:
     def write(self) -> None:
         document = {
             "benchmark": self._benchmark,
-            "commit": commit(),
-            "date": self._began.isoformat(timespec="seconds"),
-            "host": describe_host(),
+            **self._ran_on,
             # Of the last 1, 5 and 15 minutes, this benchmark's own load included.
             "load_average": {"before": self._load_before, "after": os.getloadavg()},
             "conditions": self.conditions,
@@ -191,12 +191,16 @@ def times_s(work: Callable[[], object], num_runs: int) -> list[float]:
 
 def cache_bytes() -> int:
     """The size of the largest cache of the first core."""
-    sizes = [int(path.read_text().strip().removesuffix("K")) << 10 for path in CACHES.glob("index*/size")]
+    caches = Path("/sys/devices/system/cpu/cpu0/cache")
+    sizes = [int(path.read_text().strip().removesuffix("K")) << 10 for path in caches.glob("index*/size")]
     return max(sizes, default=FALLBACK_CACHE_BYTES)
 
 
 def describe_host() -> dict[str, object]:
-    models = [line for line in _read(Path("/proc/cpuinfo")).splitlines() if line.startswith("model name")]
+    def read(path: str) -> str:
+        return Path(path).read_text().strip() if Path(path).exists() else ""
+
+    models = [line for line in read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
     return {
         "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
         "num_cores": len(os.sched_getaffinity(0)),
@@ -205,11 +209,11 @@ def describe_host() -> dict[str, object]:
         "libc": " ".join(platform.libc_ver()),
         "python": platform.python_version(),
         "huge_pages": {  # the choice in brackets: `always [madvise] never`
-            name: _read(HUGE_PAGES / name).partition("[")[2].partition("]")[0]
+            name: read(f"/sys/kernel/mm/transparent_hugepage/{name}").partition("[")[2].partition("]")[0]
             for name in ("enabled", "shmem_enabled")
         },
-        "tcp_rmem": _read(Path("/proc/sys/net/ipv4/tcp_rmem")),
-        "tcp_wmem": _read(Path("/proc/sys/net/ipv4/tcp_wmem")),
+        "tcp_rmem": read("/proc/sys/net/ipv4/tcp_rmem"),
+        "tcp_wmem": read("/proc/sys/net/ipv4/tcp_wmem"),
     }
 
 
@@ -219,7 +223,3 @@ def commit() -> str:
     folder = Path(__file__).parent
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=False)
     return done.stdout.strip()
-
-
-def _read(path: Path) -> str:
-    return path.read_text().strip() if path.exists() else ""

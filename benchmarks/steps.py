@@ -6,7 +6,6 @@ measured read bandwidth, or operations over the measured rate of a large matmul.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -67,7 +66,15 @@ def _tokens(number: int, context: int, num_left: int) -> Tokens:
 
 
 def main(argv: Sequence[str]) -> int:
-    options = _options(argv)
+    parser = make_parser("steps", __doc__, devices=("cuda", "cpu"))
+    parser.add_argument("--config", type=Path, help="a config.json of another shape")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 1024, 2048, 8192])
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prompt in one step")
+    parser.add_argument("--repeat", type=int, default=20)
+    options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise BenchmarkFailed("--device cuda: no CUDA device is here")
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
@@ -102,15 +109,3 @@ def main(argv: Sequence[str]) -> int:
                 tokens_per_s=1e3 * (batch or context) / ms.median,
             )
     return report.finish("batch", "context", "graphs", "ms", "floor_ms", "tokens_per_s")
-
-
-def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = make_parser("steps", __doc__, devices=("cuda", "cpu"))
-    parser.add_argument("--config", type=Path, help="a config.json of another shape")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 1024, 2048, 8192])
-    parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prompt in one step")
-    parser.add_argument("--repeat", type=int, default=20)
-    return parser.parse_args(argv)
