@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.clusters import ONE_CORE, event_of, listening, start_cluster
 from benchmarks.load import Arrival, Outcome, drive, errors_of
@@ -34,8 +33,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Burst:
+class Burst(NamedTuple):
     """What was sent at once, and what became of it; `predicted_s` by request id."""
 
     num_requests: int
@@ -83,29 +81,25 @@ def main(argv: Sequence[str]) -> int:
 
 
 async def send_bursts(cluster: Cluster, cells: Sequence[tuple[int, int]], report: Report) -> list[Burst]:
+    """Raises BenchmarkFailed when an event of a request that was served does not come."""
     await drive(cluster.url, WARM_UP)
     bursts = []
-    for num_requests, max_tokens in cells:
-        await asyncio.sleep(PAUSE_S)
-        bursts.append(await send_burst(cluster, num_requests, max_tokens))
-        last = bursts[-1]
-        report.say(f"{num_requests} x {max_tokens}: {last.seconds:.1f} s, {len(last.refused)} refused")
-    return bursts
-
-
-async def send_burst(cluster: Cluster, num_requests: int, max_tokens: int) -> Burst:
-    """Raises BenchmarkFailed when an event of a request that was served does not come."""
-    predicted_s: dict[str, float] = {}
     async with listening(cluster, "request_finished", RequestFinished) as finished:
-        began = time.monotonic()
-        arrivals = [Arrival(0.0, PROMPT_TOKENS, max_tokens)] * num_requests
-        outcomes = await drive(cluster.url, arrivals, seed=num_requests + max_tokens)
-        seconds = time.monotonic() - began
-        served = {each.request_id for each in outcomes if each.is_complete}
-        while served - predicted_s.keys():
-            event = await event_of(finished, lambda event: event.predicted_ttft_s > 0)
-            predicted_s[event.request_id] = event.predicted_ttft_s
-    return Burst(num_requests, max_tokens, outcomes, predicted_s, seconds)
+        for num_requests, max_tokens in cells:
+            await asyncio.sleep(PAUSE_S)
+            predicted_s: dict[str, float] = {}
+            began = time.monotonic()
+            arrivals = [Arrival(0.0, PROMPT_TOKENS, max_tokens)] * num_requests
+            outcomes = await drive(cluster.url, arrivals, seed=num_requests + max_tokens)
+            seconds = time.monotonic() - began
+            served = {each.request_id for each in outcomes if each.is_complete}
+            while served - predicted_s.keys():
+                event = await event_of(finished, lambda event: event.predicted_ttft_s > 0)
+                predicted_s[event.request_id] = event.predicted_ttft_s
+            bursts.append(Burst(num_requests, max_tokens, outcomes, predicted_s, seconds))
+            num_refused = len(bursts[-1].refused)
+            report.say(f"{num_requests} x {max_tokens}: {seconds:.1f} s, {num_refused} refused")
+    return bursts
 
 
 def figures_of(burst: Burst, again: Burst | None, max_wait_s: float) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Chats run without a pause, long prompts come in at fixed times. On the CPU two nodes have one core each, one
 node has both. On a GPU all nodes share it, with random weights in Llama-3.1-8B's shape; the cache moves by
-CUDA IPC, and what that took is told too.
+CUDA IPC.
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 from benchmarks import BenchmarkFailed
-from benchmarks.clusters import listening, start_cluster
+from benchmarks.clusters import start_cluster
 from benchmarks.load import Lengths, ask, check_complete, closed_loop, ttfts
 from benchmarks.report import Report, make_parser, quantiles, set_missing
 from benchmarks.serving import UNBOUNDED
 from benchmarks.shapes import LLAMA_8B_CONFIG, require_gpu
-from flowkv.local_cluster import Cluster
-from flowkv_common.wire.messages import KVTransferred
 
 COLUMNS = (
     "setup", "num_chats", "chat_itl_s", "chat_ttft_s", "chat_tokens_per_s", "long_ttft_s",
@@ -84,7 +81,17 @@ WARM_UPS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    options = _options(argv)
+    parser = make_parser("disturbed", __doc__, model=True, devices=("cpu", "cuda"))
+    parser.add_argument("--chunks", type=int, nargs="+", help="of the one node")
+    parser.add_argument("--chats", type=int, nargs="+", help="clients that chat")
+    parser.add_argument("--long", type=int, help="tokens of a long prompt")
+    parser.add_argument("--num-long", type=int, help="long prompts")
+    parser.add_argument("--period", type=float, help="seconds between long prompts")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--kv-cache-bytes", type=int, help="of each node")
+    parser.add_argument("--budget", type=int, default=2048, help="tokens per step of two nodes on a GPU")
+    options = parser.parse_args(argv)
+    set_missing(options, **DEFAULTS[options.device])
     model = options.model
     cores = sorted(os.sched_getaffinity(0))[:2]
     if options.device == "cuda":
@@ -94,19 +101,14 @@ def main(argv: Sequence[str]) -> int:
     else:
         report = Report(options, pinned="1P1D: a core and a thread per node; one node: both cores, 2 threads")
     with tempfile.TemporaryDirectory() as folder:
-        if options.device == "cuda":
-            model = large_model(Path(folder), Path(model))
+        if options.device == "cuda":  # the shape of the large model and the words of the small one
+            (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B_CONFIG))
+            for name in TOKENIZER_FILES:
+                shutil.copy(Path(model) / name, folder)
+            model = folder
         for chunk in [0, *options.chunks]:
             measure(model, chunk, cores, options, report)
     return report.finish(*COLUMNS)
-
-
-def large_model(folder: Path, tokenizer: Path) -> str:
-    """A folder with the shape of the large model and the words of the small one."""
-    (folder / "config.json").write_text(json.dumps(LLAMA_8B_CONFIG))
-    for name in TOKENIZER_FILES:
-        shutil.copy(tokenizer / name, folder / name)
-    return str(folder)
 
 
 def measure(model: str, chunk: int, cores: list[int], options: argparse.Namespace, report: Report) -> None:
@@ -127,27 +129,8 @@ def measure(model: str, chunk: int, cores: list[int], options: argparse.Namespac
             long = Lengths(options.long, 4)
             load = Load(num_chats, CHATS[options.device], long, options.num_long, options.period)
             for number in range(options.repeat):
-                figures = asyncio.run(run_watched(started.cluster, load, seed=number))
+                figures = asyncio.run(run_load(started.cluster.url, load, seed=number))
                 report.add_row(setup=name, chunk=chunk, **load._asdict(), round=number, **figures)
-
-
-async def run_watched(cluster: Cluster, load: Load, seed: int) -> dict[str, Any]:
-    """The load's figures, and medians of the long prompts' transfers, if there were any."""
-    async with listening(cluster, "kv_transferred", KVTransferred) as heard:
-        figures = await run_load(cluster.url, load, seed)
-    events = [heard.get_nowait() for _ in range(heard.qsize())]
-    most = max((event.num_bytes for event in events), default=0)
-    longs = [event for event in events if event.num_bytes == most]
-    if longs:
-        figures["transfers"] = {
-            "connectors": sorted({event.connector for event in events}),
-            "num_handoffs": len(events),
-            "long_bytes": most,
-            "long_calls": median(event.num_calls for event in longs),
-            "long_total_ms": 1e3 * median(event.total_s for event in longs),
-            "long_exposed_ms": 1e3 * median(event.exposed_s for event in longs),
-        }
-    return figures
 
 
 async def run_load(url: str, load: Load, seed: int) -> dict[str, Any]:
@@ -178,18 +161,3 @@ async def run_load(url: str, load: Load, seed: int) -> dict[str, Any]:
         "chat_tokens_per_s": round(sum(len(outcome.token_ids) for outcome in chats) / duration_s, 2),
         "long_tokens_per_s": round(len(longs) * load.long.num_prompt_tokens / duration_s, 2),
     }
-
-
-def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = make_parser("disturbed", __doc__, model=True, devices=("cpu", "cuda"))
-    parser.add_argument("--chunks", type=int, nargs="+", help="of the one node")
-    parser.add_argument("--chats", type=int, nargs="+", help="clients that chat")
-    parser.add_argument("--long", type=int, help="tokens of a long prompt")
-    parser.add_argument("--num-long", type=int, help="long prompts")
-    parser.add_argument("--period", type=float, help="seconds between long prompts")
-    parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--kv-cache-bytes", type=int, help="of each node")
-    parser.add_argument("--budget", type=int, default=2048, help="tokens per step of two nodes on a GPU")
-    options = parser.parse_args(argv)
-    set_missing(options, **DEFAULTS[options.device])
-    return options

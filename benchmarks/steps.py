@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,48 +22,8 @@ from benchmarks.shapes import BLOCK_SIZE, LLAMA_8B_CONFIG
 from flowkv_common.wire.messages import SamplingParams
 from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
 from flowkv_engine.engine.batch import Sequence as Tokens
-from flowkv_engine.engine.model import LoadedModel, load_model
+from flowkv_engine.engine.model import load_model
 from flowkv_engine.engine.runner import Runner
-
-
-class Bench:
-    """One model over one pool, with and without graphs."""
-
-    def __init__(self, model: LoadedModel, num_blocks: int, max_num_seqs: int, token_budget: int) -> None:
-        shape = (num_blocks, model.num_layers, 2, BLOCK_SIZE, model.num_kv_heads, model.head_dim)
-        weight = next(model.module.parameters())
-        self.pool = torch.empty(shape, dtype=weight.dtype, device=weight.device).normal_()
-        self.runner = Runner(
-            model, self.pool, attention="auto", max_num_seqs=max_num_seqs, token_budget=token_budget
-        )
-        self.graphs = self.runner._graphs
-
-    def has_graphs(self, batches: Sequence[PackedBatch]) -> bool:
-        return self.graphs is not None and all(self.graphs.shape_of(batch) for batch in batches)
-
-    def decode_step(self, num_sequences: int, context: int) -> list[PackedBatch]:
-        """KV is whatever lies in the pool."""
-        items = [WorkItem(_tokens(number, context, 1), 1) for number in range(num_sequences)]
-        return [pack(items, BLOCK_SIZE)]
-
-    def prompt_steps(self, num_tokens: int, chunk: int) -> list[PackedBatch]:
-        left = range(num_tokens, 0, -chunk)
-        return [pack([WorkItem(_tokens(0, num_tokens, n), min(chunk, n))], BLOCK_SIZE) for n in left]
-
-    def seconds(self, batches: Sequence[PackedBatch], num_runs: int, *, graphs: bool) -> list[float]:
-        """For all of the batches, one after the other."""
-        self.runner._graphs = self.graphs if graphs else None
-        device = self.pool.device.type
-        return device_times(lambda: [self.runner.run(batch) for batch in batches], num_runs, device)
-
-
-def _tokens(number: int, context: int, num_left: int) -> Tokens:
-    num_blocks = -(-context // BLOCK_SIZE)
-    blocks = list(range(number * num_blocks, (number + 1) * num_blocks))
-    sampling = SamplingParams(max_tokens=1, temperature=0.0)
-    tokens = Tokens("bench", "", [1] * context, [], sampling, 0.0, blocks)
-    tokens.num_computed_tokens = context - num_left
-    return tokens
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,26 +47,57 @@ def main(argv: Sequence[str]) -> int:
     machine = measure_machine(torch.get_num_threads(), options.device, dtype)
     most = max(options.batches)
     num_tokens = max(most * options.context, *options.prompts)
-    bench = Bench(model, -(-num_tokens // BLOCK_SIZE) + most, most, options.chunk)
-    jobs = [(batch, options.context, bench.decode_step(batch, options.context)) for batch in options.batches]
-    jobs += [(0, num_tokens, bench.prompt_steps(num_tokens, options.chunk)) for num_tokens in options.prompts]
+    shape = (-(-num_tokens // BLOCK_SIZE) + most, model.num_layers, 2, BLOCK_SIZE, model.num_kv_heads)
+    pool = torch.empty((*shape, model.head_dim), dtype=dtype, device=device).normal_()
+    runner = Runner(model, pool, attention="auto", max_num_seqs=most, token_budget=options.chunk)
+    graphs = runner._graphs
+    jobs = [(batch, options.context, [decode_step(batch, options.context)]) for batch in options.batches]
+    jobs += [(0, num_tokens, prompt_steps(num_tokens, options.chunk)) for num_tokens in options.prompts]
     report = Report(options)
     report.more = {
         "device": torch.cuda.get_device_name(device) if options.device == "cuda" else "cpu",
-        "attention": bench.runner.attention.name,
+        "attention": runner.attention.name,
         "read_gb_per_s": machine.read_bytes_per_s / 1e9,
         "tflop_per_s": machine.flop_per_s / 1e12,
     }
     for batch, context, steps in jobs:
         floor_s = work.floor_s(Job(batch, context), machine, dtype.itemsize, dtype.itemsize)
-        for graphs in (False, True) if bench.has_graphs(steps) else (False,):
-            ms = spread(1e3 * each for each in bench.seconds(steps, options.repeat, graphs=graphs))
+        has_graphs = graphs is not None and all(graphs.shape_of(step) for step in steps)
+        for with_graphs in (False, True) if has_graphs else (False,):
+            runner._graphs = graphs if with_graphs else None
+            run_all = partial(run_steps, runner, steps)
+            ms = spread(1e3 * each for each in device_times(run_all, options.repeat, options.device))
             report.add_row(
                 batch=batch,  # 0: one prompt of `context` tokens
                 context=context,
-                graphs=graphs,
+                graphs=with_graphs,
                 ms=ms,
                 floor_ms=floor_s * 1e3,
                 tokens_per_s=1e3 * (batch or context) / ms.median,
             )
     return report.finish("batch", "context", "graphs", "ms", "floor_ms", "tokens_per_s")
+
+
+def decode_step(num_sequences: int, context: int) -> PackedBatch:
+    """KV is whatever lies in the pool."""
+    return pack([WorkItem(tokens(number, context, 1), 1) for number in range(num_sequences)], BLOCK_SIZE)
+
+
+def prompt_steps(num_tokens: int, chunk: int) -> list[PackedBatch]:
+    left = range(num_tokens, 0, -chunk)
+    return [pack([WorkItem(tokens(0, num_tokens, n), min(chunk, n))], BLOCK_SIZE) for n in left]
+
+
+def tokens(number: int, context: int, num_left: int) -> Tokens:
+    """A sequence of which all but `num_left` tokens are computed, in blocks that no other `number` has."""
+    num_blocks = -(-context // BLOCK_SIZE)
+    blocks = list(range(number * num_blocks, (number + 1) * num_blocks))
+    sampling = SamplingParams(max_tokens=1, temperature=0.0)
+    sequence = Tokens("bench", "", [1] * context, [], sampling, 0.0, blocks)
+    sequence.num_computed_tokens = context - num_left
+    return sequence
+
+
+def run_steps(runner: Runner, steps: Sequence[PackedBatch]) -> None:
+    for step in steps:
+        runner.run(step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.segments import Copy, Segments, align, ids_of
@@ -49,15 +50,11 @@ def scattered(num_blocks: int, num_pool_blocks: int, seed: int) -> list[Copy]:
     return [Copy(here, there, 1) for here, there in zip(src, dst, strict=True)]
 
 
-def allocated(num_blocks: int, num_pool_blocks: int, seed: int) -> list[Copy]:
+def allocated(num_blocks: int, num_pool_blocks: int, seed: int, is_told: bool = False) -> list[Copy]:
+    """By the segments of two pools in use; with `is_told` the receiver takes runs like the sender's."""
     src = used_pool(num_pool_blocks, 2 * seed).take_runs(num_blocks)
-    dst = used_pool(num_pool_blocks, 2 * seed + 1).take_runs(num_blocks)
-    return align(ids_of(src), ids_of(dst))
-
-
-def aligned(num_blocks: int, num_pool_blocks: int, seed: int) -> list[Copy]:
-    src = used_pool(num_pool_blocks, 2 * seed).take_runs(num_blocks)
-    dst = used_pool(num_pool_blocks, 2 * seed + 1).take_runs(num_blocks, [run.length for run in src])
+    like = [run.length for run in src] if is_told else []
+    dst = used_pool(num_pool_blocks, 2 * seed + 1).take_runs(num_blocks, like)
     return align(ids_of(src), ids_of(dst))
 
 
@@ -72,7 +69,7 @@ STRATEGIES = {
     "layer-batch": Strategy("layer-major, all pieces in one batch", scattered, True),
     "block": Strategy("block-major, scattered blocks", scattered),
     "segments": Strategy("+ segment allocator, 75 % in use", allocated),
-    "aligned": Strategy("+ two-sided alignment, 75 % in use", aligned),
+    "aligned": Strategy("+ two-sided alignment, 75 % in use", partial(allocated, is_told=True)),
     "fresh": Strategy("+ two-sided alignment, fresh pool", fresh),
 }
 
