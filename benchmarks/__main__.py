@@ -38,7 +38,7 @@ BENCHMARKS = {
     "Simulation": {
         "simulate": "policies side by side on one trace",
         "simulate-cells": "all policies on all traces, loads and mixes of nodes",
-        "plan": "the smallest cluster that keeps the targets on a trace",
+        "plan": "the smallest cluster that keeps the targets on a trace, split or not",
         "simulated": "how far the simulator is off, beside paced nodes or --real ones",
     },
 }

@@ -1,4 +1,4 @@
-"""The smallest cluster that keeps the targets on a trace, by simulation and bisection.
+"""The smallest cluster that keeps the targets on a trace, and whether its nodes should be split at all.
 
 With several kinds of nodes it also says which should prefill and which decode.
 """
@@ -6,7 +6,7 @@ With several kinds of nodes it also says which should prefill and which decode.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -14,7 +14,17 @@ from benchmarks import BenchmarkFailed
 from benchmarks.baselines import POLICIES
 from benchmarks.report import Report, make_parser
 from benchmarks.simulator.kinds import KINDS, NodeKind, targets_of
-from benchmarks.simulator.run import GOOD_SHARE, Machines, carrying_split, splits_around
+from benchmarks.simulator.run import (
+    GOOD_SHARE,
+    Machines,
+    Outcome,
+    best_mixed,
+    best_static,
+    carrying_split,
+    figures,
+    simulate,
+    splits_around,
+)
 from benchmarks.traces import Request, Targets, at_rate, cut_to, own_rate
 from benchmarks.traffic import add_traffic, read_window
 
@@ -82,6 +92,14 @@ def main(argv: Sequence[str]) -> int:
         f"take {best['num_prefill']} x {best['prefill']} for prefill and {best['num_decode']} x "
         f"{best['decode']} for decode: they carry {best['margin']:.0%} more than this"
     )
+    report.say("the same nodes split, lent, and all mixed")
+    size = Size(
+        KINDS[best["prefill"]], KINDS[best["decode"]], best["num_prefill"], best["num_decode"], best["margin"]
+    )
+    ways = ways_to_serve(size, demand)
+    report.more["ways"] = {name: figures(outcome) for name, outcome in ways.items()}
+    report.write()
+    print(advice(ways, targets))
     return 0
 
 
@@ -102,6 +120,56 @@ def smallest(prefill: NodeKind, decode: NodeKind, demand: Demand, max_nodes: int
             best = Size(prefill, decode, found, num_nodes - found, 0.0)
         num_nodes = (too_few + best.num_nodes) // 2 if best else min(2 * num_nodes, max_nodes)
     return best._replace(margin=margin(best, demand)) if best else None
+
+
+def ways_to_serve(size: Size, demand: Demand) -> dict[str, Outcome]:
+    """What the same nodes make of the demand: the best static split, lending from there, all mixed."""
+    machines = Machines(size.prefill, size.num_nodes, decode_kind=size.decode)
+    timed = at_rate(demand.requests, demand.rate, demand.seed)
+    targets, seed, num_prefill = demand.targets, demand.seed, size.num_prefill
+    if size.prefill == size.decode:
+        split = best_static(machines, timed, targets, seed, num_prefill)
+    else:
+        split = simulate(machines, num_prefill, "static", timed, targets, seed)
+    lending = simulate(machines, split.num_prefill, "flowkv", timed, targets, seed)
+    return {
+        "split": split,
+        "lending": lending,
+        "mixed": best_mixed(machines, num_prefill, timed, targets, seed),
+    }
+
+
+def advice(ways: Mapping[str, Outcome], targets: Targets) -> str:
+    """Should the nodes be split, and what do the other ways miss? Of equals the simpler way."""
+    split, mixed, lending = (ways[name] for name in ("split", "mixed", "lending"))
+    names = {
+        "split": f"{figures(split)['split']} split",
+        "mixed": f"all mixed in {figures(mixed)['split']}",
+        "lending": f"{figures(lending)['split']} with lending",
+    }
+    best = max(("mixed", "split", "lending"), key=lambda name: ways[name].num_good)
+    head = {
+        "split": "split them, lending off",
+        "mixed": "do not split them",
+        "lending": "split them and lend",
+    }
+    others = "; ".join(
+        f"{names[name]} {ways[name].good_share:.1%} ({misses(ways[name], targets)})"
+        for name in names
+        if name != best
+    )
+    return f"{head[best]}: {ways[best].good_share:.1%} of the requests are good with {names[best]}; {others}"
+
+
+def misses(outcome: Outcome, targets: Targets) -> str:
+    """Of all requests, how many were refused, and how many missed a target."""
+    done = [life for life in outcome.lives if life.is_done]
+    shares = {
+        "refused": sum(life.refused_with > 0 for life in outcome.lives),
+        "miss TTFT": sum(life.ttft_s > targets.ttft_s for life in done),
+        "miss TPOT": sum(life.tpot_s > targets.tpot_s for life in done),
+    }
+    return ", ".join(f"{num / len(outcome.lives):.1%} {what}" for what, num in shares.items())
 
 
 def splits_to_try(num_nodes: int, share: float | None) -> list[int]:

@@ -77,6 +77,10 @@ class Outcome:
     num_lendings: int
     wall_s: float
 
+    @property
+    def good_share(self) -> float:
+        return self.num_good / len(self.lives)
+
 
 def simulate(
     machines: Machines,
@@ -130,7 +134,7 @@ class Scene(NamedTuple):
         if policy == BEST_STATIC:
             return best_static(machines, requests, targets, seed, likely)
         if policy == MIXED:
-            return best_mixed(machines, requests, targets, seed)
+            return best_mixed(machines, num_prefill, requests, targets, seed)
         return simulate(machines, num_prefill, policy, requests, targets, seed)
 
 
@@ -151,14 +155,17 @@ def best_static(
     return _best_of(BEST_STATIC, trials, requests, targets, seed)
 
 
-def best_mixed(machines: Machines, requests: Sequence[Request], targets: Targets, seed: int = 0) -> Outcome:
+def best_mixed(
+    machines: Machines, num_prefill: int, requests: Sequence[Request], targets: Targets, seed: int = 0
+) -> Outcome:
     """All nodes mixed: of all chunk budgets the one with the most good requests.
 
-    Requests are paired as FlowKV does, so that a prompt may be computed elsewhere; or stay on one node.
+    Requests are paired as FlowKV does, so a prompt may be computed elsewhere; or stay on one node. As many
+    nodes as `num_prefill` are of the first kind.
     """
     budgets = [chunk for chunk in CHUNKS if chunk < machines.kind.token_budget]
     mixed = [machines._replace(mixed_chunk=chunk) for chunk in budgets]
-    trials = [(nodes, 0, policy) for nodes in mixed for policy in ("static", ONE_NODE)]
+    trials = [(nodes, num_prefill, policy) for nodes in mixed for policy in ("static", ONE_NODE)]
     return _best_of(MIXED, trials, requests, targets, seed)
 
 
@@ -271,7 +278,7 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         ),
         "num_requests": len(lives),
         "num_good": outcome.num_good,
-        "good_share": outcome.num_good / len(lives),
+        "good_share": outcome.good_share,
         "goodput": outcome.num_good / max(lives[-1].request.arrival_s, 1e-9),
         "ttft_s": _quantiles([life.ttft_s for life in done]),
         "tpot_s": _quantiles([life.tpot_s for life in done if life.request.num_output_tokens > 1]),

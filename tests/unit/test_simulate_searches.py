@@ -11,9 +11,10 @@ import pytest
 from benchmarks import BenchmarkFailed
 from benchmarks import simulate_cells as cells
 from benchmarks.baselines import ONE_NODE
-from benchmarks.plan import Demand, smallest, splits_to_try
+from benchmarks.plan import Demand, advice, smallest, splits_to_try
 from benchmarks.plan import main as plan
 from benchmarks.simulate import COLUMNS, main
+from benchmarks.simulator.batch import Histogram, Life
 from benchmarks.simulator.kinds import KINDS
 from benchmarks.simulator.run import (
     ALL_POLICIES,
@@ -21,6 +22,7 @@ from benchmarks.simulator.run import (
     GOOD_SHARE,
     PRECISION,
     Machines,
+    Outcome,
     best_mixed,
     best_static,
     capacity,
@@ -126,8 +128,11 @@ def test_a_plan_names_kinds_split_and_margin(tmp_path: Path, capsys: pytest.Capt
     assert len(sizes) == 4
     assert [size["price"] for size in sizes] == sorted(size["price"] for size in sizes)
     assert sizes[0]["price"] == sizes[0]["num_prefill"] + sizes[0]["num_decode"]
-    answer = capsys.readouterr().out.splitlines()[-1]
+    answer, reason = capsys.readouterr().out.splitlines()[-2:]
     assert answer.startswith(f"take {sizes[0]['num_prefill']} x l40s for prefill")
+    assert "split them" in reason
+    ways = json.loads(file.read_text())["ways"]
+    assert list(ways) == ["split", "lending", "mixed"]
     with pytest.raises(BenchmarkFailed, match="no cluster of up to 2 nodes"):
         plan(["--requests", "5", "--ttft", "1e-6", "--max-nodes", "2", "--json", str(file)])
 
@@ -135,7 +140,7 @@ def test_a_plan_names_kinds_split_and_margin(tmp_path: Path, capsys: pytest.Capt
 def test_mixed_nodes_have_the_best_chunk_budget() -> None:
     machines = Machines(L40S, 3)
     requests = at_rate(even_traffic(60), 9.0, seed=0)
-    best = best_mixed(machines, requests, TARGETS)
+    best = best_mixed(machines, 1, requests, TARGETS)
     chunk = best.machines.mixed_chunk
     assert chunk in CHUNKS
     assert {node.role for node in best.nodes} == {"mixed"}
@@ -158,6 +163,31 @@ def test_on_one_node_requests_stay() -> None:
 
 def cells_of(mix: str, policies: Sequence[str], known: Sequence[cells.Cell] = ()) -> list[cells.Cell]:
     return cells.run_task(cells.Task("shifting", mix, 1, None, 4, 12, policies=policies, known=known))
+
+
+def test_advice_names_the_best_way_and_what_the_others_miss() -> None:
+    machines, targets = Machines(L40S, 4), Targets(2.0, 0.06)
+
+    def way(mixed_chunk: int, ttfts_s: Sequence[float], num_refused: int) -> Outcome:
+        lives = [Life(0, Request(10, 1), first_token_s=at, last_token_s=at) for at in ttfts_s]
+        lives += [Life(0, Request(10, 1), refused_with=429)] * num_refused
+        num_good = sum(at <= targets.ttft_s for at in ttfts_s)
+        nodes = machines.nodes(2, Histogram())
+        at = machines._replace(mixed_chunk=mixed_chunk)
+        return Outcome("", at, 2, lives, Histogram(), nodes, 1.0, num_good, False, 0, 0.0)
+
+    good, late, refused = way(0, [1.0] * 4, 0), way(256, [1.0, 1.0, 3.0, 1.0], 0), way(0, [1.0] * 3, 1)
+    assert advice({"split": good, "lending": refused, "mixed": late}, targets) == (
+        "split them, lending off: 100.0% of the requests are good with 2P:2D split; "
+        "all mixed in chunks of 256 75.0% (0.0% refused, 25.0% miss TTFT, 0.0% miss TPOT); "
+        "2P:2D with lending 75.0% (25.0% refused, 0.0% miss TTFT, 0.0% miss TPOT)"
+    )
+    assert advice({"split": late, "lending": late, "mixed": late}, targets).startswith(
+        "do not split them: 75.0%"
+    )
+    assert advice({"split": late, "lending": good, "mixed": late}, targets).startswith(
+        "split them and lend: 100.0%"
+    )
 
 
 def test_cells_cover_loads_policies_and_mixes() -> None:
