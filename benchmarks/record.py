@@ -64,7 +64,7 @@ def read_lines(path: Path) -> Iterator[Line]:
         for number, text in enumerate(file, start=1):
             try:
                 yield msgspec.json.decode(text, type=Line)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise BenchmarkFailed(f"{path}, line {number}: {error}") from None
 
 
@@ -86,7 +86,7 @@ class Recorder:
     async def on_message(self, msg: Msg) -> None:
         try:
             self._write(msg.subject, msgspec.json.decode(msg.data))
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             self.num_unreadable += 1
 
     def on_nodes(self, nodes: Mapping[str, NodeDescriptor]) -> None:

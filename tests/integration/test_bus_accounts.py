@@ -57,7 +57,7 @@ async def raw(url: str, prefix: str = "_INBOX") -> AsyncIterator[tuple[BarrierCl
     async def on_error(error: Exception) -> None:
         denials.append(str(error))
 
-    client = BarrierClient(lambda: None, lambda: None)  # its flush ends after all denials have come
+    client = BarrierClient(lambda: None)  # its flush ends after all denials have come
     try:
         await client.connect(url, error_cb=on_error, allow_reconnect=False, inbox_prefix=prefix)
         yield client, denials

@@ -92,7 +92,7 @@ class Bus:
     """Typed access to one NATS connection, made by `connect`. `nc` is nats-py's client underneath."""
 
     def __init__(self, on_closed: Callable[[], None] | None) -> None:
-        self.nc = BarrierClient(self._on_deaf, self._on_heard_again)
+        self.nc = BarrierClient(self._begin_anew)
         self.num_slow_consumer_drops = 0
         self._on_closed = on_closed
         self._reconnect_callbacks: list[Callable[[], None]] = []
@@ -261,7 +261,7 @@ class Bus:
             drain_timeout=_DRAIN_TIMEOUT_S,  # type: ignore[arg-type]
         )
         self._connected_at = asyncio.get_running_loop().time()
-        log.info("connected to NATS at %s", self._server())
+        log.info("connected to NATS at %s", self.nc.server)
 
     async def _close(self) -> None:
         self._is_closing = True
@@ -295,15 +295,7 @@ class Bus:
             log.warning("lost the connection to NATS")
 
     async def _on_reconnected(self) -> None:
-        log.info("reconnected to NATS at %s", self._server())
-        self._begin_anew()
-
-    def _on_deaf(self) -> None:
-        self._connected_at = None
-        log.warning("NATS at %s says nothing any more", self._server())
-
-    def _on_heard_again(self) -> None:
-        log.info("NATS at %s is heard again", self._server())
+        log.info("reconnected to NATS at %s", self.nc.server)
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -322,11 +314,7 @@ class Bus:
             self._on_closed()
 
     async def _on_lame_duck(self) -> None:
-        log.info("NATS server %s is about to stop", self._server())
-
-    def _server(self) -> str:
-        url = self.nc.connected_url  # its netloc may hold a password
-        return f"{url.hostname}:{url.port}" if url else "?"
+        log.info("NATS server %s is about to stop", self.nc.server)
 
 
 class Subscription:
@@ -380,10 +368,9 @@ class BarrierClient(Client):
     - It drops a cancel that comes while it flushes.
     """
 
-    def __init__(self, on_deaf: Callable[[], None], on_heard_again: Callable[[], None]) -> None:
-        """`on_deaf` is called when a connection that stands has become silent, the other when it is not."""
+    def __init__(self, on_heard_again: Callable[[], None]) -> None:
+        """`on_heard_again` is called when a connection that stands is not silent any more."""
         super().__init__()
-        self._on_deaf = on_deaf
         self._on_heard_again = on_heard_again
         self._num_silent_pings = 0
 
@@ -391,6 +378,12 @@ class BarrierClient(Client):
     def is_hearing(self) -> bool:
         """Connected, and the server has said something lately."""
         return bool(self.is_connected) and self._num_silent_pings < DEAF_AFTER_PINGS
+
+    @property
+    def server(self) -> str:
+        """For log lines: the URL may hold a password."""
+        url = self.connected_url
+        return f"{url.hostname}:{url.port}" if url else "?"
 
     def forget(self, subscription: NatsSubscription) -> None:
         """Drop a subscription without a word to the server, which may be gone.
@@ -448,7 +441,7 @@ class BarrierClient(Client):
                 continue
             self._num_silent_pings += 1
             if self._num_silent_pings == DEAF_AFTER_PINGS:
-                self._on_deaf()
+                log.warning("NATS at %s says nothing any more", self.server)
             if self._num_silent_pings == HANG_UP_AFTER_PINGS:
                 self._drop_socket()
                 await self._process_op_err(nats.errors.StaleConnectionError())
@@ -471,6 +464,7 @@ class BarrierClient(Client):
         was_deaf = self._num_silent_pings >= DEAF_AFTER_PINGS
         self._num_silent_pings = 0
         if was_deaf:
+            log.info("NATS at %s is heard again", self.server)
             self._on_heard_again()
 
 
