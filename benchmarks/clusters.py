@@ -177,7 +177,7 @@ async def drive_observed(
     caps: dict[str, int] = {}
     processes = {name: psutil.Process(process.pid) for name, process in cluster.processes.items()}
 
-    def look(report: LoadReport, _: object) -> None:
+    def look(report: LoadReport) -> None:
         node_id, cap = report.node.node_id, report.max_prefill_tokens_per_step
         observed.num_cap_moves += caps.setdefault(node_id, cap) != cap
         caps[node_id] = cap
@@ -202,7 +202,7 @@ async def listening(
     """All events of a kind, as they come, until the context ends."""
     events: asyncio.Queue[Message] = asyncio.Queue()
 
-    def hear(message: Message, _: object) -> None:
+    def hear(message: Message) -> None:
         events.put_nowait(message)
 
     async with connect(cluster.nats_url, name="bench-events") as bus:

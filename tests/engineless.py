@@ -224,7 +224,7 @@ class Pair:
         for _ in range(5):
             await self.bus.nc.flush()
 
-    def hear(self, message: StepTokens, _: object) -> None:
+    def hear(self, message: StepTokens) -> None:
         self.chunks += message.chunks
         self.told.set()
 

@@ -101,7 +101,7 @@ def node_settings(
 async def reports(bus: Bus, node_id: str) -> AsyncIterator[Heard]:
     """Collects the load reports of a node while the context lasts."""
     heard: Heard = asyncio.Queue()
-    async with await bus.subscribe(subjects.load(node_id), LoadReport, lambda report, _: heard.put(report)):
+    async with await bus.subscribe(subjects.load(node_id), LoadReport, heard.put):
         yield heard
 
 
@@ -210,7 +210,7 @@ class Client:
     async def keepalive(self, message: Keepalive) -> KeepaliveReply:
         return KeepaliveReply(unknown=[])
 
-    def take(self, step: StepTokens, _: object) -> None:
+    def take(self, step: StepTokens) -> None:
         for chunk in step.chunks:
             if output := self._outputs.get(chunk.transfer_id):  # else the test has reserved by hand
                 output.take(chunk)

@@ -58,7 +58,7 @@ class Observer:
         """Until a node is ready and its load report shows links to all of its peers; raises TimeoutError."""
         linked = asyncio.Event()
 
-        def look(report: LoadReport, _: object) -> None:
+        def look(report: LoadReport) -> None:
             if report.node.node_id == node_id and len(report.links) >= num_peers and report.ready:
                 linked.set()
 

@@ -40,7 +40,7 @@ class Mover:
         self._rng = rng
         self._epoch = 1
 
-    def hear(self, report: LoadReport, _: object) -> None:
+    def hear(self, report: LoadReport) -> None:
         """Nodes obey the leader that they know, and nobody before it."""
         self._epoch = max(self._epoch, report.epoch)
 

@@ -50,7 +50,7 @@ async def wait_let_go(system: Paced) -> None:
     held: dict[str, tuple[int, int]] = {}
     all_free = asyncio.Event()
 
-    def look(report: LoadReport, _: object) -> None:
+    def look(report: LoadReport) -> None:
         held[report.node.node_id] = (report.num_handoffs, report.handoff_bytes)
         if held == dict.fromkeys(system.nodes, (0, 0)):
             all_free.set()

@@ -162,7 +162,7 @@ async def test_wedged_engine_goes_red_and_its_requests_move(
 ) -> None:
     red = asyncio.Event()
 
-    def look(report: LoadReport, _: object) -> None:
+    def look(report: LoadReport) -> None:
         if report.node.node_id == victim and not report.ready:
             red.set()
 

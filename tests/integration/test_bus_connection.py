@@ -26,7 +26,7 @@ SUBJECT = "flowkv.v1.test.cancel.x"
 async def test_subscriber_gets_what_is_published(nats_server: NatsServer) -> None:
     got: asyncio.Queue[Cancel] = asyncio.Queue()
     async with connect(nats_server.url, name="test") as bus:
-        async with await bus.subscribe(SUBJECT, Cancel, lambda message, msg: got.put(message)):
+        async with await bus.subscribe(SUBJECT, Cancel, got.put):
             await bus.publish(SUBJECT, Cancel(transfer_id="r.1", reason="gone"))
             assert await soon(got.get()) == Cancel(transfer_id="r.1", reason="gone")
 
@@ -36,7 +36,7 @@ async def test_bad_payload_and_failing_handler_are_logged_and_survived(
 ) -> None:
     got: asyncio.Queue[Cancel] = asyncio.Queue()
 
-    def handler(message: Cancel, msg: Msg) -> None:
+    def handler(message: Cancel) -> None:
         if message.reason == "raise":
             raise ValueError("on purpose")
         got.put_nowait(message)
@@ -56,7 +56,7 @@ async def test_bad_payload_and_failing_handler_are_logged_and_survived(
 
 async def test_flush_comes_back_behind_all_that_was_published(nats_server: NatsServer) -> None:
     async with connect(nats_server.url, name="test") as bus:
-        async with await bus.subscribe(SUBJECT, Drain, lambda message, msg: None):
+        async with await bus.subscribe(SUBJECT, Drain, lambda message: None):
             num_before = bus.nc.stats["in_msgs"]
             for _ in range(100):
                 await bus.publish(SUBJECT, Drain(reason="x" * 10_000))
@@ -67,7 +67,7 @@ async def test_flush_comes_back_behind_all_that_was_published(nats_server: NatsS
 async def test_leaving_a_subscription_handles_what_has_arrived(nats_server: NatsServer) -> None:
     num_handled = 0
 
-    async def slow(message: Drain, msg: Msg) -> None:
+    async def slow(message: Drain) -> None:
         nonlocal num_handled
         await asyncio.sleep(0)
         num_handled += 1
@@ -85,7 +85,7 @@ async def test_over_the_pending_limit_messages_are_dropped_and_counted(
     monkeypatch.setattr(connection, "MAX_PENDING_MESSAGES", 4)
     may_go_on = asyncio.Event()
 
-    async def stuck(message: Cancel, msg: Msg) -> None:
+    async def stuck(message: Cancel) -> None:
         await may_go_on.wait()
 
     async with connect(nats_server.url, name="test") as bus:
@@ -105,7 +105,7 @@ async def test_request_without_a_responder_fails_at_once(nats_server: NatsServer
 
 async def test_request_without_an_answer_ends_at_its_deadline(nats_server: NatsServer) -> None:
     async with connect(nats_server.url, name="test") as bus:
-        async with await bus.subscribe(SUBJECT, Drain, lambda message, msg: None):
+        async with await bus.subscribe(SUBJECT, Drain, lambda message: None):
             with pytest.raises(errors.DeadlineExceeded):
                 await bus.request(SUBJECT, Drain(), Accepted, timeout_s=0.05)
 
@@ -113,10 +113,10 @@ async def test_request_without_an_answer_ends_at_its_deadline(nats_server: NatsS
 async def test_answer_may_be_one_of_a_union_and_must_be_of_it(nats_server: NatsServer) -> None:
     async with connect(nats_server.url, name="test") as bus:
 
-        async def answer(message: Drain, msg: Msg) -> None:
+        async def answer(msg: Msg) -> None:
             await msg.respond(encode(Wait(retry_in_s=1.0, reason="full")))
 
-        async with await bus.subscribe(SUBJECT, Drain, answer):
+        async with await bus.subscribe_raw(SUBJECT, answer):
             reply = await bus.request(SUBJECT, Drain(), Accepted | Wait, timeout_s=5)
             assert reply == Wait(retry_in_s=1.0, reason="full")
             with pytest.raises(errors.Internal):
@@ -126,11 +126,11 @@ async def test_answer_may_be_one_of_a_union_and_must_be_of_it(nats_server: NatsS
 async def test_error_of_a_foreign_service_is_rebuilt_from_its_headers(nats_server: NatsServer) -> None:
     async with connect(nats_server.url, name="test") as bus:
 
-        async def refuse(message: Drain, msg: Msg) -> None:
+        async def refuse(msg: Msg) -> None:
             headers = {subjects.ERROR_HEADER: "not here", subjects.ERROR_CODE_HEADER: "404"}
             await bus.nc.publish(msg.reply, b"", headers=headers)
 
-        async with await bus.subscribe(SUBJECT, Drain, refuse):
+        async with await bus.subscribe_raw(SUBJECT, refuse):
             with pytest.raises(errors.NotFound, match="not here"):
                 await bus.request(SUBJECT, Drain(), Accepted, timeout_s=5)
 
@@ -148,7 +148,7 @@ async def test_everything_works_again_after_a_server_restart(nats_server: NatsSe
     got: asyncio.Queue[Cancel] = asyncio.Queue()
     async with connect(nats_server.url, name="test") as bus:
         back = reconnected(bus)
-        async with await bus.subscribe(SUBJECT, Cancel, lambda message, msg: got.put(message)):
+        async with await bus.subscribe(SUBJECT, Cancel, got.put):
             nats_server.kill()
             nats_server.start()
             await soon(back.wait())
@@ -164,7 +164,7 @@ async def test_cut_off_requests_fail_at_once_and_the_exit_is_quick(
     caplog.set_level(logging.INFO)
     async with contextlib.AsyncExitStack() as stack:
         bus = await stack.enter_async_context(connect(nats_server.url, name="test"))
-        await stack.enter_async_context(await bus.subscribe(SUBJECT, Cancel, lambda message, msg: None))
+        await stack.enter_async_context(await bus.subscribe(SUBJECT, Cancel, lambda message: None))
         assert bus.connected_for_s > 0.0
         lost = asyncio.Event()
         handler = _Notify("lost the connection", lost)

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from nats.aio.msg import Msg
 
 from flowkv_common.aio import running
 from flowkv_common.bus import connection
@@ -50,6 +51,7 @@ from flowkv_common.wire.messages import (
     StepTokens,
     TokenChunk,
     Wait,
+    decode,
     transfer_id,
 )
 from flowkv_gateway import dispatch as dispatch_module
@@ -161,22 +163,22 @@ async def cluster(nats_server: NatsServer, *attempts: Behaviour) -> AsyncIterato
             Endpoint(subjects.at(subjects.PREFILL_RUN, "p"), PrefillRun, nodes.prefill),
             Endpoint(subjects.at(subjects.DECODE_RESUME, "d"), Resume, nodes.resume),
         ]
+
+        async def note_cancel(msg: Msg) -> None:
+            nodes.take_note(nodes.cancelled_at, (msg.subject, decode(msg.data, Cancel).transfer_id))
+
         async with (
             Service(bus, name="nodes", version="0.1.0", service_id="nodes", endpoints=endpoints),
             await bus.subscribe(
                 subjects.at(subjects.NODE_CANCEL, "p"),
                 Cancel,
-                lambda c, _: nodes.take_note(nodes.cancelled, c.transfer_id),
+                lambda c: nodes.take_note(nodes.cancelled, c.transfer_id),
             ),
-            await bus.subscribe(
-                "flowkv.v1.*.cancel.>",
-                Cancel,
-                lambda c, msg: nodes.take_note(nodes.cancelled_at, (msg.subject, c.transfer_id)),
-            ),
+            await bus.subscribe_raw("flowkv.v1.*.cancel.>", note_cancel),
             await bus.subscribe(
                 subjects.event("request_finished", "*"),
                 RequestFinished,
-                lambda event, _: nodes.take_note(nodes.finished, event),
+                lambda event: nodes.take_note(nodes.finished, event),
             ),
         ):
             yield dispatch, nodes
@@ -344,7 +346,7 @@ async def test_who_gets_no_pair_is_not_tried_again(
     async with connect(nats_server.url, name="test") as bus, open_dispatch(nats_server.url, OWN) as dispatch:
         told: asyncio.Queue[RequestFinished] = asyncio.Queue()
         finished = subjects.event("request_finished", "*")
-        async with await bus.subscribe(finished, RequestFinished, lambda event, _: told.put(event)):
+        async with await bus.subscribe(finished, RequestFinished, told.put):
             with pytest.raises(Unavailable):  # nobody schedules
                 await collect(dispatch)
             async with asyncio.timeout(5):

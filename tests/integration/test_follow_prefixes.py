@@ -222,7 +222,7 @@ async def test_a_node_that_was_cut_off_leaves_a_gap_even_if_it_has_no_news(nats_
         node.compute(CHAIN[:2])
         subject = subjects.blocks(node.ref.node_id)
         async with (
-            await listener.subscribe(subject, BlocksChanged, lambda m, _: told.put(m)),
+            await listener.subscribe(subject, BlocksChanged, told.put),
             running(node.news.publish(bus, period_s=0.02)),
             asyncio.timeout(15),
         ):

@@ -34,10 +34,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.asynccontextmanager
 async def echo(bus: Bus) -> AsyncIterator[None]:
-    async def answer(_: Drain, msg: Msg) -> None:
+    async def answer(msg: Msg) -> None:
         await msg.respond(encode(Accepted(node_id="echo")))
 
-    async with await bus.subscribe(SUBJECT, Drain, answer):
+    async with await bus.subscribe_raw(SUBJECT, answer):
         yield
 
 
@@ -72,7 +72,7 @@ async def test_who_hears_nothing_is_cut_off_and_is_back_as_soon_as_the_server_is
 async def test_what_is_published_to_a_server_that_stands_still_arrives(nats_server: NatsServer) -> None:
     got: list[str] = []
     async with connect(nats_server.url, name="test") as bus:
-        async with await bus.subscribe(SUBJECT, Cancel, lambda message, _: got.append(message.transfer_id)):
+        async with await bus.subscribe(SUBJECT, Cancel, lambda message: got.append(message.transfer_id)):
             with nats_server.frozen():
                 for number in range(5):
                     await bus.publish(SUBJECT, Cancel(transfer_id=f"r.{number}", reason=""))

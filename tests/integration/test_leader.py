@@ -232,7 +232,7 @@ async def test_leader_that_hangs_and_comes_back_gives_no_more_orders(nats_server
         cap = Endpoint(subjects.at(subjects.NODE_CAP, "d0"), SetPrefillCap, node.set_cap)
         async with (
             Service(bus, name="node", version="0.1.0", service_id="d0", endpoints=[cap]),
-            await bus.subscribe(subjects.assignment("*"), Assignment, lambda m, _: told.append(m.epoch)),
+            await bus.subscribe(subjects.assignment("*"), Assignment, lambda m: told.append(m.epoch)),
             two_schedulers(nats_server, bus, *ORDERING) as (leader, _),
         ):
             await node.until_accepted(1)

@@ -38,7 +38,7 @@ async def test_a_node_that_finds_another_incarnation_in_its_place_gives_its_work
     own = node_settings(nats_server, model, "n0")
     told: asyncio.Queue[Refusal | None] = asyncio.Queue()
 
-    def hear(step: StepTokens, _: object) -> None:
+    def hear(step: StepTokens) -> None:
         for chunk in step.chunks:
             told.put_nowait(chunk.error)
 

@@ -35,7 +35,7 @@ async def test_a_step_whose_tokens_are_more_than_a_message_takes_is_sent_in_seve
     with NatsServer(max_payload=4096) as server:
         got: asyncio.Queue[StepTokens] = asyncio.Queue()
         async with connect(server.url, name="test") as bus:
-            async with await bus.subscribe(subjects.tokens("g"), StepTokens, lambda step, _: got.put(step)):
+            async with await bus.subscribe(subjects.tokens("g"), StepTokens, got.put):
                 outbox = Outbox(bus, NodeRef(node_id="n", incarnation="1"), Attempts())
                 for number in range(3):
                     outbox.add_chunk("g", chunk(number, num_logprobs=0))

@@ -50,7 +50,7 @@ async def scheduler(server: NatsServer) -> AsyncIterator[None]:
 async def test_waits_for_nodes_then_pairs_them_and_tells_everyone(nats_server: NatsServer) -> None:
     told: asyncio.Queue[Assignment] = asyncio.Queue()
     async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
-        async with await bus.subscribe(subjects.assignment("r"), Assignment, lambda m, _: told.put(m)):
+        async with await bus.subscribe(subjects.assignment("r"), Assignment, told.put):
             await until_answer(bus, is_wait)
             async with reporting(ReportingNode(bus, "p0", "prefill"), ReportingNode(bus, "d0", "decode")):
                 answer = await until_answer(bus, is_assigned("p0", "d0"))

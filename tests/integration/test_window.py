@@ -85,7 +85,7 @@ async def small() -> AsyncIterator[Small]:
             linked: set[str] = set()
             heard = asyncio.Event()
 
-            def hear(report: LoadReport, _: object) -> None:
+            def hear(report: LoadReport) -> None:
                 if report.ready and len(report.links) == len(nodes) - 1:
                     linked.add(report.node.node_id)
                 heard.set()

@@ -83,7 +83,7 @@ async def wait_linked(nats_url: str, num_nodes: int, timeout_s: float = READY_TI
     linked: set[str] = set()
     all_linked = asyncio.Event()
 
-    def look(report: LoadReport, _: object) -> None:
+    def look(report: LoadReport) -> None:
         if report.ready and len(report.links) == num_nodes - 1:
             linked.add(report.node.node_id)
         if len(linked) == num_nodes:

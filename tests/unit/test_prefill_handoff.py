@@ -143,7 +143,7 @@ async def test_a_reservation_is_renewed_while_its_prompt_is_computed(
     monkeypatch.setattr(handoff, "RENEW_S", 0.01)
     asked: list[Reserve] = []
     subject = subjects.at(subjects.DECODE_RESERVE, "d")
-    async with await pair.bus.subscribe(subject, Reserve, lambda message, _: asked.append(message)):
+    async with await pair.bus.subscribe(subject, Reserve, asked.append):
         await pair.p.prefill.accept(pair.run(prompt_of(10)))
         await until(lambda: pair.d.node.reservations.num_open)
         opened_at = pair.d.node.reservations.renewed_at

@@ -7,8 +7,6 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 
-from nats.aio.msg import Msg
-
 from flowkv_common import __version__
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import BadRequest, Stale
@@ -139,7 +137,7 @@ def node_endpoints(node: Node, engine: Engine, news: BlockNews) -> list[Endpoint
 async def watch_cancels(node: Node) -> None:
     """Until cancelled: stop the attempts that gateways cancel, wherever they stand."""
 
-    def cancel(message: Cancel, _: Msg) -> None:
+    def cancel(message: Cancel) -> None:
         node.attempts.cancel(message.transfer_id)
         node.wake.set()
 

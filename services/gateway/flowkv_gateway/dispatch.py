@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
-from nats.aio.msg import Msg
 
 from flowkv_common import __version__
 from flowkv_common.aio import Phases, running
@@ -502,7 +501,7 @@ class Dispatch:
 
     # --- what `open_dispatch` runs -----------------------------------------------------------------
 
-    def on_tokens(self, step: StepTokens, _: Msg) -> None:
+    def on_tokens(self, step: StepTokens) -> None:
         for chunk in step.chunks:
             if stream := self.streams.get(chunk.transfer_id):
                 stream.add_chunk(chunk, step.node_id)
@@ -553,7 +552,7 @@ async def open_dispatch(
         )
         async with (
             await bus.subscribe(subjects.tokens(gateway_id), StepTokens, dispatch.on_tokens),
-            await bus.subscribe(subjects.LOAD_ALL, LoadReport, lambda report, _: cluster.on_report(report)),
+            await bus.subscribe(subjects.LOAD_ALL, LoadReport, cluster.on_report),
             service,
             running(watch_nodes(bus, cluster.on_nodes), dispatch.keep_asking_scheduler()),
         ):

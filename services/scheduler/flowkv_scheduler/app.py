@@ -338,7 +338,7 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event, planner: Plann
 
         async with (
             serve_http(app, settings.host, settings.http_port) as http_port,
-            await bus.subscribe(subjects.LOAD_ALL, LoadReport, lambda report, _: scheduler.on_report(report)),
+            await bus.subscribe(subjects.LOAD_ALL, LoadReport, scheduler.on_report),
             following_prefixes(bus, scheduler.planner.state.prefixes) as follow_prefixes,
             service,
             running(watch_nodes(bus, on_nodes), lease.campaign(lambda: scheduler.lead(service))),

@@ -12,8 +12,6 @@ import math
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 
-from nats.aio.msg import Msg
-
 from flowkv_common.aio import Backoff, group
 from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import BadRequest, FlowKVError, Stale
@@ -345,7 +343,7 @@ class _Follower:
             if ref != before.get(node_id):
                 self._start_load(ref)
 
-    def hear(self, event: BlocksChanged, _: Msg) -> None:
+    def hear(self, event: BlocksChanged) -> None:
         """Changes of a node that the registry doesn't show are ignored: its list is loaded once it does."""
         if self._nodes.get(event.node.node_id) == event.node and not self._index.apply_change(event):
             self._start_load(event.node)

@@ -195,7 +195,7 @@ class Bus:
             raise errors.Internal(f"the answer of {subject} is no {reply}: {error}") from None
 
     async def subscribe(
-        self, subject: str, kind: type[M], handler: Callable[[M, Msg], Awaitable[None] | None]
+        self, subject: str, kind: type[M], handler: Callable[[M], Awaitable[None] | None]
     ) -> Subscription:
         """Hand every `kind` that arrives on `subject` to `handler`, one after the other.
 
@@ -211,7 +211,7 @@ class Bus:
                 log.warning("message on %s is no %s: %s", msg.subject, kind.__name__, error)
                 return
             try:
-                pending = handler(message, msg)
+                pending = handler(message)
                 if pending is not None:
                     await pending
             except Exception:
