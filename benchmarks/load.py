@@ -241,13 +241,11 @@ async def drive(
     return outcomes
 
 
-async def ask(
-    url: str, rng: random.Random, num_prompt_tokens: int, num_output_tokens: int, *, timeout_s: float = 300.0
-) -> Outcome:
+async def ask(url: str, rng: random.Random, num_prompt_tokens: int, num_output_tokens: int) -> Outcome:
     """One request now, with a random prompt, to its end."""
     outcome = Outcome(Arrival(0.0, num_prompt_tokens, num_output_tokens), 0.0)
     prompt_ids = rng.choices(TOKEN_IDS, k=num_prompt_tokens)
-    await stream(url, prompt_ids, outcome, timeout_s=timeout_s)
+    await stream(url, prompt_ids, outcome, timeout_s=300.0)
     return outcome
 
 

@@ -47,8 +47,11 @@ class Job:
 class Party(Protocol):
     """An engine under measurement."""
 
+    def compute_prompts(self, job: Job, prompts: Prompts) -> None:
+        """What comes before decode, until another job is asked for. It doesn't count."""
+
     def decode_s(self, job: Job, prompts: Prompts) -> float:
-        """Seconds that `job.num_steps` decode steps took. What comes before them doesn't count."""
+        """Seconds of `job.num_steps` decode steps after these prompts."""
 
     def prefill_s(self, job: Job, prompts: Prompts) -> float:
         """Seconds for a prompt that was never seen before, to its first token."""
@@ -60,9 +63,13 @@ def serve(open_party: Callable[[str, int], Party]) -> None:
     os.dup2(2, 1)  # libraries print
     party = open_party(sys.argv[1], int(sys.argv[2]))
     print(json.dumps("ready"), file=answers)
+    computed: Job | None = None
     for line in sys.stdin:
         asked = json.loads(line)
         prompts = asked.pop("prompts")
         job = Job(**asked)
+        if job.is_decode and job != computed:
+            party.compute_prompts(job, prompts)
+        computed = job
         seconds = party.decode_s(job, prompts) if job.is_decode else party.prefill_s(job, prompts)
         print(json.dumps(seconds), file=answers)

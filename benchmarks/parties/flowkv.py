@@ -30,22 +30,21 @@ class FlowKV:
         layout = model.layout(_BLOCK_SIZE, "float32")
         self._pool = KVPool(layout, num_blocks=16 * 2304 // _BLOCK_SIZE)
         self._runner = Runner(model, self._pool.tensor, attention="auto")
-        self._computed: tuple[Job, list[Sequence]] | None = None
+        self._sequences: list[Sequence] = []
+
+    def compute_prompts(self, job: Job, prompts: Prompts) -> None:
+        self._sequences = _sequences(job, prompts)
+        for sequence in self._sequences:
+            self._prefill(sequence)
 
     def decode_s(self, job: Job, prompts: Prompts) -> float:
-        if self._computed is None or self._computed[0] != job:
-            self._computed = job, _sequences(job, prompts)
-            for sequence in self._computed[1]:
-                self._prefill(sequence)
-        sequences = self._computed[1]
-        for sequence in sequences:
+        for sequence in self._sequences:
             del sequence.output_ids[1:]
             sequence.num_computed_tokens = job.context
-        return sum(self._step(sequences) for _ in range(job.num_steps))
+        return sum(self._step(self._sequences) for _ in range(job.num_steps))
 
     def prefill_s(self, job: Job, prompts: Prompts) -> float:
         [sequence] = _sequences(job, prompts)
-        self._computed = None
         return self._prefill(sequence)
 
     def _prefill(self, sequence: Sequence) -> float:

@@ -17,21 +17,19 @@ class Transformers:
         torch.set_num_threads(num_threads)
         self._model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
         self._model.generation_config.eos_token_id = None
-        self._computed: tuple[Job, DynamicCache] | None = None
+        self._cache = DynamicCache()
+
+    @torch.inference_mode()
+    def compute_prompts(self, job: Job, prompts: Prompts) -> None:
+        self._cache = DynamicCache()
+        ids = torch.tensor(prompts)[:, :-1]
+        self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
 
     def decode_s(self, job: Job, prompts: Prompts) -> float:
-        if self._computed is None or self._computed[0] != job:
-            self._computed = job, self._prefill(torch.tensor(prompts)[:, :-1])
-        return self._generate_s(prompts, job.num_steps, copy.deepcopy(self._computed[1]))
+        return self._generate_s(prompts, job.num_steps, copy.deepcopy(self._cache))
 
     def prefill_s(self, job: Job, prompts: Prompts) -> float:
         return self._generate_s(prompts, 1, DynamicCache())
-
-    @torch.inference_mode()
-    def _prefill(self, prompts: torch.Tensor) -> DynamicCache:
-        cache = DynamicCache()
-        self._model(prompts, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
 
     def _generate_s(self, prompts: Prompts, num_tokens: int, cache: DynamicCache) -> float:
         ids = torch.tensor(prompts)

@@ -27,18 +27,16 @@ class VLLM:
             enable_prefix_caching=True,
             disable_log_stats=True,
         )
-        self._cached: Job | None = None
+
+    def compute_prompts(self, job: Job, prompts: Prompts) -> None:
+        self._llm.reset_prefix_cache()
+        self._generate_s(prompts, 1)
 
     def decode_s(self, job: Job, prompts: Prompts) -> float:
         """With so many more tokens, less without: what remains is decode alone."""
-        if self._cached != job:
-            self._llm.reset_prefix_cache()
-            self._generate_s(prompts, 1)
-            self._cached = job
         return self._generate_s(prompts, 1 + job.num_steps) - self._generate_s(prompts, 1)
 
     def prefill_s(self, job: Job, prompts: Prompts) -> float:
-        self._cached = None
         return self._generate_s(prompts, 1)
 
     def _generate_s(self, prompts: Prompts, num_tokens: int) -> float:
