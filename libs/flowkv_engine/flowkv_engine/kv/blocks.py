@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -39,7 +38,7 @@ class Blocks:
         self.num_leased = 0
         self.prefix_cache = PrefixCache(num_blocks)
         self._segments = Segments(num_blocks)
-        self._refs = array("i", [0]) * num_blocks
+        self._refs = [0] * num_blocks
         self._quarantined: set[int] = set()
 
     def can_allocate(self, n: int) -> bool:
@@ -186,19 +185,20 @@ class Blocks:
         start, end = run.start, run.start + run.length
         if self.prefix_cache.num_evictable:
             self.prefix_cache.overwrite(run)
-        self._refs[start:end] = array("i", [1]) * run.length
+        self._refs[start:end] = [1] * run.length
         self.num_leased += run.length
         return range(start, end)
 
     def _drop_holders(self, block_ids: list[int]) -> list[int]:
         """Takes one holder off each and returns the blocks that have none left, in order."""
-        refs, unheld = self._refs, []
-        for block_id, times in Counter(block_ids).items():
-            if not 0 <= block_id < self.num_blocks or refs[block_id] < times:
-                raise ValueError(f"block {block_id} is not leased {times} times")
-        for block_id in block_ids:
-            refs[block_id] -= 1
-            if not refs[block_id]:
+        refs, num_blocks, unheld = self._refs, self.num_blocks, []
+        for place, block_id in enumerate(block_ids):
+            if not 0 <= block_id < num_blocks or not refs[block_id]:
+                for dropped in block_ids[:place]:
+                    refs[dropped] += 1
+                raise ValueError(f"block {block_id} is not leased, or not that often")
+            refs[block_id] = left = refs[block_id] - 1
+            if not left:
                 unheld.append(block_id)
         self.num_leased -= len(unheld)
         return unheld
@@ -298,22 +298,24 @@ class PrefixCache:
 
     def evict(self, n: int) -> list[int]:
         """Makes up to `n` queued blocks evictable and returns them in the order of the queue."""
-        queue, hash_of, num_children = self._queue, self._hash_of, self._num_children
+        states, queue, hash_of, num_children = self._states, self._queue, self._hash_of, self._num_children
         evicted: list[int] = []
-        childless: str | None = None  # the parent of the last one evicted: most often the next one
         passed_over: int | None = None  # the first; all that is queued is built on when it comes again
         is_last_resort = False
-        while queue and len(evicted) < n:
+        childless: str | None = None  # the parent of the last one evicted: most often the next one
+        num_evicted = min(n, len(queue))
+        while len(evicted) < num_evicted:
             block_id, _ = queue.popitem(last=False)
-            is_last_resort |= block_id == passed_over
             block_hash = hash_of[block_id]
             if block_hash is not childless and block_hash in num_children and not is_last_resort:
                 # Leased blocks build on it, since queued ones would stand in front of it: two sequences have
                 # computed it, and one builds on its own copy, which is not in the cache.
-                passed_over = block_id if passed_over is None else passed_over
-                self._enqueue(block_id)
-                continue
-            self._states[block_id] = _EVICTABLE
+                is_last_resort = block_id == passed_over
+                if not is_last_resort:
+                    passed_over = block_id if passed_over is None else passed_over
+                    self._enqueue(block_id)
+                    continue
+            states[block_id] = _EVICTABLE
             childless = self._remove_child(block_id)
             evicted.append(block_id)
         self.num_evictable += len(evicted)
