@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -85,20 +85,17 @@ async def chat_prompt(request: ChatRequest | TokenizeRequest, tokenizer: Tokeniz
 
 async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
     """One prompt or several: a text, token ids, a list of texts or a list of lists of token ids."""
-    prompt, adds_special = request.prompt, request.add_special_tokens is not False
-    if isinstance(prompt, str):
-        return await tokenizer.encode([prompt], add_special_tokens=adds_special)
-    token_ids = [item for item in prompt if isinstance(item, int)]
-    if len(token_ids) == len(prompt):
-        return [token_ids]
-    if len(prompt) > MAX_CHOICES:
+    items = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+    kinds = {type(item) for item in items}
+    if kinds == {int}:
+        return [cast("list[int]", items)]
+    if len(items) > MAX_CHOICES:
         raise BadRequest(f"There are over {MAX_CHOICES} prompts.", field="prompt")
-    texts = [item for item in prompt if isinstance(item, str)]
-    if len(texts) == len(prompt):
-        return await tokenizer.encode(texts, add_special_tokens=adds_special)
-    lists = [item for item in prompt if isinstance(item, list)]
-    if len(lists) == len(prompt):
-        return lists
+    if kinds == {str}:
+        adds_special = request.add_special_tokens is not False
+        return await tokenizer.encode(cast("list[str]", items), add_special_tokens=adds_special)
+    if kinds == {list}:
+        return cast("list[list[int]]", items)
     raise BadRequest("prompt mixes texts, token ids and lists.", field="prompt")
 
 
