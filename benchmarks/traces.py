@@ -25,13 +25,14 @@ TOKEN_IDS = range(1000, 30_000)
 class Request(NamedTuple):
     """Requests that begin with equal `hash_ids` share a prefix of 512 tokens per id; some traces have no ids.
 
-    `arrival_s` counts from the first request.
+    `arrival_s` counts from the first request. `max_tokens` is what the client asks for, at least the answer.
     """
 
     num_prompt_tokens: int
     num_output_tokens: int
     hash_ids: tuple[int, ...] = ()
     arrival_s: float = 0.0
+    max_tokens: int = ASKED_NEW_TOKENS
 
     def block_hashes(self, block_size: int) -> list[str]:
         """One hash for each full block of the prompt that `hash_ids` name."""

@@ -19,6 +19,7 @@ import msgspec
 from benchmarks.simulator.pool import Lease
 from benchmarks.traces import TOKENS_PER_HASH_ID, Request
 from flowkv_common.wire.nodes import StepFit
+from flowkv_node.measures import StepCounts, StepFitter
 
 # How much the newest step counts in measured rates: as in `flowkv_node/steps.py`.
 SMOOTHING = 0.2
@@ -141,6 +142,8 @@ class Stretch(NamedTuple):
     num_steps: int
     num_decoding: int
     prompt_tokens: int  # of each step
+    num_pairs: int = 0  # of the first
+    num_context: int = 0
 
     @property
     def end_s(self) -> float:
@@ -215,6 +218,7 @@ class Batch:
         self.decode_step_s = 0.0  # smoothed, as a node measures them; 0: not yet
         self.prefill_tokens_per_s = 0.0
         self.busy_s = 0.0
+        self.fitter = StepFitter()
         self._itl = itl
         self._num_steps = 0  # in all: each gives each decoding sequence one token
         self._decoding: list[tuple[int, int, Life]] = []  # by the number of the step that is their last
@@ -247,6 +251,8 @@ class Batch:
             num_steps=num_steps,
             num_decoding=num_decoding,
             prompt_tokens=tokens,
+            num_pairs=pairs,
+            num_context=self.num_context,
         )
         return self.stretch
 
@@ -292,6 +298,16 @@ class Batch:
     def num_context_at(self, now: float) -> int:
         num_grown = self.stretch.num_ended(now) * self.stretch.num_decoding if self.stretch else 0
         return self.num_context + num_grown
+
+    def outputs_at(self, now: float) -> list[tuple[int, int]]:
+        """Of each sequence the tokens that it has produced, and may produce yet."""
+        num_steps = self._num_steps + (self.stretch.num_ended(now) if self.stretch else 0)
+        produced = [
+            (life, life.request.num_output_tokens - last_step + num_steps)
+            for last_step, _, life in self._decoding
+        ]
+        produced += ((life, 1) for life in self.waiting)
+        return [(num, life.request.max_tokens - num) for life, num in produced]
 
     def num_early_blocks_at(self, now: float) -> int:
         """Blocks that all sequences have, and will need only when they have grown."""
@@ -343,6 +359,14 @@ class Batch:
         if stretch.num_steps > 1:
             self._itl.add_ramp(first_s + growth_s, growth_s, stretch.num_steps - 1, num_decoding)
         last_s = first_s + (stretch.num_steps - 1) * growth_s
+        for place in sorted({0, stretch.num_steps // 2, stretch.num_steps - 1}):  # a node sees all of them
+            counts = StepCounts(
+                stretch.prompt_tokens,
+                stretch.num_pairs + place * stretch.prompt_tokens**2,
+                num_decoding,
+                stretch.num_context + place * num_decoding,
+            )
+            self.fitter.observe(counts, first_s + place * growth_s)
         if not stretch.prompt_tokens:
             self.decode_step_s = _smooth(self.decode_step_s, last_s, stretch.num_steps)
         elif stretch.prompt_tokens + num_decoding >= 16:

@@ -13,7 +13,7 @@ from functools import partial
 
 from benchmarks.simulator.batch import Life, Prompt
 from benchmarks.simulator.node import FINGERPRINT, REPORT_PERIOD_S, SimNode
-from benchmarks.traces import ASKED_NEW_TOKENS, TOKENS_PER_HASH_ID, Targets
+from benchmarks.traces import TOKENS_PER_HASH_ID, Targets
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import SetPrefillCap
@@ -22,8 +22,10 @@ from flowkv_scheduler.rebalance import Order
 
 # As `max_handoffs` in the settings of a node.
 MAX_HANDOFFS = 16
-# From an order of the scheduler to the node's report of it.
+# A message's way: to a node, or from it.
 CONTROL_S = 0.001
+# As in `flowkv_scheduler/app.py`.
+TICK_PERIOD_S = 0.5
 # As `request_timeout_s` in the settings of the gateway.
 REQUEST_TIMEOUT_S = 600.0
 TIMEOUT_CODE = 504
@@ -62,7 +64,13 @@ class Cluster:
         for node in self.nodes:
             node.links = links
         self._planner.set_descriptors({node.ref.node_id: node.descriptor() for node in self.nodes})
-        self._tick()
+        for place, node in enumerate(self.nodes):
+            self._planner.add_report(node.report(0.0), 0.0)
+            # Each node has its own clock, and so has the scheduler.
+            phase_s = REPORT_PERIOD_S * place / len(self.nodes)
+            self._at(phase_s, partial(self._report, node, 0))
+            self._at(phase_s, partial(self._tell_blocks, node))
+        self._at(REPORT_PERIOD_S / 3, self._tick)
         for life in self._lives:
             self._at(life.request.arrival_s, partial(self._arrive, life))
         while self._num_open and not self.has_failed and self._events:
@@ -83,21 +91,33 @@ class Cluster:
 
     def _tick(self) -> None:
         now = self.now
-        for node in self.nodes:
-            self._planner.add_report(node.report(now), now)
-            if (news := node.block_news()) is not None:
-                self._planner.state.prefixes.apply_change(news)
         for order in self._planner.tick(now):
             self.orders.append((now, order))
             if isinstance(order, SetPrefillCap):
                 node = self._by_id[order.node.node_id]
                 self._at(now + CONTROL_S, partial(self._move_cap, node, order.max_prefill_tokens_per_step))
-        self._at(now + REPORT_PERIOD_S, self._tick)
+        self._at(now + TICK_PERIOD_S, self._tick)
 
     def _move_cap(self, node: SimNode, cap: int) -> None:
         node.batch.cap = cap
         self._changed(node)
+        self._report_soon(node)
+
+    def _report(self, node: SimNode, number: int) -> None:
+        """A period after the last report, or when something has changed; unless there was one since."""
+        if number != node.num_reports:
+            return
+        node.num_reports += 1
         self._planner.add_report(node.report(self.now), self.now)
+        self._at(self.now + REPORT_PERIOD_S, partial(self._report, node, node.num_reports))
+
+    def _report_soon(self, node: SimNode) -> None:
+        self._at(self.now + CONTROL_S, partial(self._report, node, node.num_reports))
+
+    def _tell_blocks(self, node: SimNode) -> None:
+        if (news := node.block_news()) is not None:
+            self._planner.state.prefixes.apply_change(news)
+        self._at(self.now + REPORT_PERIOD_S, partial(self._tell_blocks, node))
 
     def _arrive(self, life: Life) -> None:
         life.block_hashes = life.request.block_hashes(self.nodes[0].kind.layout.block_size)
@@ -112,7 +132,7 @@ class Cluster:
             attempt=0,
             fingerprint=FINGERPRINT,
             num_prompt_tokens=life.request.num_prompt_tokens,
-            max_new_tokens=ASKED_NEW_TOKENS,
+            max_new_tokens=life.request.max_tokens,
             age_s=age_s,
             deadline_in_s=REQUEST_TIMEOUT_S - age_s,
             block_hashes=life.block_hashes,
@@ -128,8 +148,12 @@ class Cluster:
         life.block_hashes = []
         node = self._by_id[decision.prefill.node_id]
         life.prefill, life.decode = node.index, self._by_id[decision.decode.node_id].index
+        self._at(self.now + CONTROL_S, partial(self._accept, node, life))
+
+    def _accept(self, node: SimNode, life: Life) -> None:
         node.line.append(life)
         node.num_prompts_accepted += 1
+        self._report_soon(node)
         self._start_line(node)
 
     def _refuse(self, life: Life, code: int) -> None:
@@ -205,6 +229,7 @@ class Cluster:
     def _decode(self, node: SimNode, life: Life) -> None:
         node.batch.waiting.append(life)
         node.num_sequences_accepted += 1
+        self._report_soon(node)
         self._changed(node)
 
     def _left_prefill(self, life: Life) -> None:
@@ -222,7 +247,8 @@ class Cluster:
         node = self.nodes[life.decode]
         assert life.at_decode is not None, "it ran in blocks"
         node.pool.release(life.at_decode)
-        node.lengths.observe(life.request.num_output_tokens, stopped=True)
+        num_tokens = life.request.num_output_tokens
+        node.lengths.observe(num_tokens, stopped=num_tokens < life.request.max_tokens)
         life.at_decode = None
         life.last_token_s = self.now
         self._count_bad(life, not self._targets.are_met(life.ttft_s, life.tpot_s))

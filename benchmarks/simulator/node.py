@@ -7,7 +7,7 @@ from collections import deque
 from benchmarks.simulator.batch import Batch, Histogram, Life, slowed
 from benchmarks.simulator.kinds import NodeKind
 from benchmarks.simulator.pool import Pool
-from benchmarks.traces import ASKED_NEW_TOKENS, hashes_of_id
+from benchmarks.traces import hashes_of_id
 from flowkv_common.wire.messages import ModelCard, NodeRef
 from flowkv_common.wire.nodes import (
     BlockCounts,
@@ -52,6 +52,7 @@ class SimNode:
         self.num_prompts_accepted = 0
         self.num_rooms_given = 0
         self.num_sequences_accepted = 0
+        self.num_reports = 0
         self._link_free_at = 0.0
         self._seq = 0
         self._blocks_seq = 0
@@ -112,10 +113,12 @@ class SimNode:
         """What the node would publish at `now`; the last report again if it has been idle since."""
         has_work = self.batch.stretch is not None or bool(self.line) or self.num_sending > 0
         is_idle = not has_work and self.batch.cap == self._reported_cap
-        if self._last_report is None or not (is_idle and self._was_idle):
-            self._was_idle, self._reported_cap = is_idle, self.batch.cap
-            self._seq += 1
-            self._last_report = self._snapshot(now)
+        last = self._last_report
+        if last and is_idle and self._was_idle and last.num_rooms_given == self.num_rooms_given:
+            return last
+        self._was_idle, self._reported_cap = is_idle, self.batch.cap
+        self._seq += 1
+        self._last_report = self._snapshot(now)
         return self._last_report
 
     def _snapshot(self, now: float) -> LoadReport:
@@ -123,7 +126,6 @@ class SimNode:
         # A real node takes a block when a sequence grows into it, the simulated one takes all at the start.
         # So what is still to grow is told as free, or the scheduler would learn how long answers get.
         num_free = pool.num_free + batch.num_early_blocks_at(now)
-        num_sequences = len(batch.waiting) + batch.num_decoding
         return LoadReport(
             node=self.ref,
             seq=self._seq,
@@ -154,6 +156,6 @@ class SimNode:
             num_prompts_accepted=self.num_prompts_accepted,
             num_rooms_given=self.num_rooms_given,
             num_sequences_accepted=self.num_sequences_accepted,
-            step=batch.fit,
-            forecast=self.lengths.forecast([(0, ASKED_NEW_TOKENS)] * num_sequences),
+            step=batch.fitter.fit(),
+            forecast=self.lengths.forecast(batch.outputs_at(now)),
         )

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.baselines import POLICIES
 from benchmarks.simulator.batch import Histogram, Life, step_s
-from benchmarks.simulator.cluster import Cluster
+from benchmarks.simulator.cluster import CONTROL_S, Cluster
 from benchmarks.simulator.kinds import KINDS, NodeKind
 from benchmarks.simulator.node import SimNode
 from benchmarks.simulator.run import Machines, Outcome, figures, simulate
@@ -61,7 +61,7 @@ def run(
 def test_one_request_takes_what_its_steps_and_its_handoff_take() -> None:
     (life,) = run([Request(1500, 11, (), 0.1)]).lives
     chunks = 0.01 + 0.1024 + 1e-8 * 1024 * 1025 / 2 + 0.01 + 0.0476 + 1e-8 * (476 * 1024 + 476 * 477 / 2)
-    assert life.ttft_s == pytest.approx(chunks, rel=1e-9)
+    assert life.ttft_s == pytest.approx(CONTROL_S + chunks, rel=1e-9)
     # At 100 us per token the first chunk is still on its way when the second has been computed.
     first_chunk_s = 0.01 + 0.1024 + 1e-8 * 1024 * 1025 / 2
     sent_s = first_chunk_s + 0.1024 + 0.0476
@@ -73,14 +73,16 @@ def test_on_one_node_nothing_is_sent() -> None:
     machines = Machines(KIND, 1)
     (life,) = simulate(machines, 0, "static", [Request(64, 3)], LOOSE).lives
     # A decode node's cap: one block a step.
-    assert life.ttft_s == pytest.approx(0.01 + 64e-4 + 1e-8 * 64 * 65 / 2, rel=1e-9)
+    assert life.ttft_s == pytest.approx(CONTROL_S + 0.01 + 64e-4 + 1e-8 * 64 * 65 / 2, rel=1e-9)
     assert life.tpot_s == pytest.approx(0.011 + 1e-7 * 65.5, rel=1e-9)
 
 
 def test_a_cached_prefix_is_neither_computed_nor_sent() -> None:
     first, second = run([Request(1100, 2, (1, 2, 3)), Request(1100, 2, (1, 2, 4), 5.0)], num_nodes=2).lives
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 1024)
-    assert second.ttft_s == pytest.approx(step_s(FIT, 76, 76 * 1024 + 76 * 77 // 2, 0, 0), rel=1e-9)
+    assert second.ttft_s == pytest.approx(
+        CONTROL_S + step_s(FIT, 76, 76 * 1024 + 76 * 77 // 2, 0, 0), rel=1e-9
+    )
     assert second.tpot_s == pytest.approx(76e-4 / 76 * 76 + 0.005 + 0.011 + 1e-7 * 1101, rel=1e-9)
 
 
@@ -175,7 +177,10 @@ def test_reports_tell_nothing_of_the_length_of_answers() -> None:
         seen.append([report for at, report in planner.heard if at <= 2.0])
     assert seen[0] == seen[1]
     at_decode = [report for report in seen[0] if report.node.node_id == "node-0001"]
-    assert [report.blocks.leased for report in at_decode] == [0, 9, 10, 10, 11]
+    leased = [report.blocks.leased for report in at_decode]
+    assert leased == sorted(leased)  # as far as the answer has come
+    assert (leased[0], leased[-1]) == (0, 10)
+    assert [report.forecast.tokens_left > 0 for report in at_decode if report.forecast][-1]
 
 
 def test_news_of_blocks_name_what_a_request_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +191,8 @@ def test_news_of_blocks_name_what_a_request_asks_for(monkeypatch: pytest.MonkeyP
     planner = Planner(Goals(), lends=False)
     monkeypatch.setattr(planner.state.prefixes, "apply_change", heard.append)
     Cluster(nodes, planner, lives, LOOSE).run()
-    assert [(news.node, news.seq, news.removed) for news in heard] == [(node.ref, 1, []) for node in nodes]
+    assert {news.node.node_id for news in heard} == {node.ref.node_id for node in nodes}
+    assert [(news.seq, news.removed) for news in heard] == [(1, []), (1, [])]
     full = request.block_hashes(LAYOUT.block_size)[: 1024 // LAYOUT.block_size]
     assert [news.stored for news in heard] == [full, full]
 
@@ -197,3 +203,46 @@ def test_presets_are_nodes_that_can_serve(name: str) -> None:
     assert kind.num_blocks * kind.layout.block_size > 8192
     (life,) = simulate(Machines(kind, 2), 1, "static", [Request(1000, 10)], LOOSE).lives
     assert 0 < life.tpot_s < life.ttft_s < 3
+
+
+def test_nodes_report_twice_a_second_by_their_own_clocks_and_when_they_accept() -> None:
+    planner = Listener(Goals(), lends=False)
+    lives = [Life(0, Request(500, 100, (), 1.1))]
+    Cluster(Machines(KIND, 2).nodes(1, Histogram()), planner, lives, LOOSE).run()
+    times: dict[str, list[float]] = {"node-0000": [], "node-0001": []}
+    for at, report in planner.heard:
+        times[report.node.node_id].append(at)
+    prefill, decode = times.values()
+    # One before all begins, then by the clock; 1 ms after the prompt came, and half a second after that.
+    accepted_s = 1.1 + 2 * CONTROL_S
+    assert prefill[:6] == pytest.approx([0, 0, 0.5, 1.0, accepted_s, accepted_s + 0.5])
+    (landed_s,) = (life.first_token_s for life in lives)
+    assert decode[:4] == pytest.approx([0, 0.25, 0.75, landed_s + 0.0547], abs=0.02)
+    counted = [report.num_sequences_accepted for at, report in planner.heard if at > landed_s + 0.1]
+    assert max(counted) == 1
+
+
+def test_nodes_learn_what_steps_cost() -> None:
+    """A decode node has computed no prompt: it does not know what one costs."""
+    planner = Listener(Goals(), lends=False)
+    lives = [Life(n, Request(500 + 100 * n, 100, (), 0.3 * n)) for n in range(20)]
+    Cluster(Machines(KIND, 2).nodes(1, Histogram()), planner, lives, LOOSE).run()
+    prefill, decode = (
+        [r.step for _, r in planner.heard if r.node.node_id == name] for name in ("node-0000", "node-0001")
+    )
+    assert prefill[0] is None
+    assert prefill[-1] is not None
+    assert decode[-1] is not None
+    assert prefill[-1].prefill_token_s == pytest.approx(FIT.prefill_token_s, rel=0.1)
+    assert prefill[-1].sequence_s == decode[-1].prefill_token_s == 0
+    assert decode[-1].base_s + decode[-1].sequence_s == pytest.approx(0.011, rel=0.05)
+
+
+@pytest.mark.parametrize(("max_tokens", "stop_rate"), [(100, 0.0), (2048, 1 / 100)])
+def test_answers_as_long_as_asked_for_end_by_no_stop(max_tokens: int, stop_rate: float) -> None:
+    planner = Listener(Goals(), lends=False)
+    lives = [Life(n, Request(100, 100, (), 2.0 * n, max_tokens)) for n in range(30)]
+    Cluster(Machines(KIND, 2).nodes(1, Histogram()), planner, lives, LOOSE).run()
+    forecasts = [r.forecast for _, r in planner.heard if r.node.node_id == "node-0001" and r.forecast]
+    assert forecasts[-1].stop_rate == pytest.approx(stop_rate, rel=0.1, abs=1e-3)
+    assert max(forecast.tokens_left for forecast in forecasts) < max_tokens
