@@ -7,8 +7,8 @@ A connector receives into its own pool and opens links that send out of it. The 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from contextlib import AbstractAsyncContextManager
+from typing import NamedTuple, Protocol
 
 from flowkv_engine.kv.segments import Copy
 
@@ -49,7 +49,7 @@ class KVLink(Protocol):
         """Ends the link, after the transfer under way. Idempotent."""
 
 
-class KVConnector(Protocol):
+class KVConnector(AbstractAsyncContextManager["KVConnector"], Protocol):
     """One transport of one node. Serves its peers while its `async with` block lasts."""
 
     @property
@@ -69,12 +69,6 @@ class KVConnector(Protocol):
         `token` is the secret that the peer has given out for links. The link has been probed: raises
         `ConnectorUnavailable` if the peer can't be reached this way or refuses.
         """
-
-    async def __aenter__(self) -> Self: ...
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 def find_stray(copies: Iterable[Copy], num_src_blocks: int, num_dst_blocks: int) -> Copy | None:

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from flowkv_common.errors import Stale
@@ -105,11 +104,9 @@ class NcclConnector(StreamConnector):
     def connect_timeout_s(self) -> float:
         return super().connect_timeout_s + _JOIN_TIMEOUT_S
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         try:
-            await super().__aexit__(kind, error, trace)
+            await super().__aexit__(*error)
         finally:
             for communicator in self._communicators:
                 communicator.abort()

@@ -14,7 +14,6 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from types import TracebackType
 from typing import ClassVar, Self, TypeVar
 
 import msgspec
@@ -216,11 +215,9 @@ class StreamConnector(abc.ABC):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         try:
-            await self._opened.aclose()  # is not told of `error`, which stays what it is
+            await self._opened.aclose()  # is not told of the block's error, which stays what it is
         finally:
             for link in self._links:
                 await link.close()
