@@ -119,15 +119,14 @@ class Blocks:
         self._free(uncached)
         self._evict_ahead(2 * (len(unheld) - len(uncached)))
 
-    def quarantine(self, block_ids: Iterable[int]) -> list[int]:
-        """As `release`, but blocks without holders are set aside until `settle`; returns those.
+    def quarantine(self, block_ids: Iterable[int]) -> None:
+        """As `release`, but blocks without holders are set aside until `settle`.
 
         They lose their hash: something may still write them. Raises `ValueError` as `release` does.
         """
         unheld = self._drop_holders(list(block_ids))
         self.prefix_cache.forget(unheld)
         self._quarantined.update(unheld)
-        return unheld
 
     def settle(self, block_ids: Iterable[int]) -> None:
         """Nothing writes these quarantined blocks any more: they are free. Raises `ValueError` for others."""

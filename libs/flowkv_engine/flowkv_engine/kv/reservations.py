@@ -30,7 +30,6 @@ class Reservation:
     expires_at: float  # on the clock of `Reservations`
     num_copying: int = 0
     revoked: bool = False
-    quarantined: list[int] = field(default_factory=list)  # to be settled when the last copy has stopped
 
     @property
     def cached_block_ids(self) -> list[int]:
@@ -120,7 +119,7 @@ class Reservations:
         finally:
             reservation.num_copying -= 1
             if reservation.revoked and not reservation.num_copying:
-                self._blocks.settle(reservation.quarantined)
+                self._blocks.settle(reservation.empty_block_ids)
 
     def claim(self, transfer_id: str, token: str) -> Reservation:
         """Ends the reservation; its blocks, leased, belong to the caller.
@@ -141,7 +140,7 @@ class Reservations:
         reservation.revoked = True
         self._blocks.release(reservation.cached_block_ids)
         if reservation.num_copying:
-            reservation.quarantined = self._blocks.quarantine(reservation.empty_block_ids)
+            self._blocks.quarantine(reservation.empty_block_ids)
         else:
             self._blocks.release(reservation.empty_block_ids)
 
