@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import functools
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from flowkv_engine.engine.batch import PackedBatch, Sequence, WorkItem, pack
 from flowkv_engine.engine.cpu.forward import CpuLlamaForward
 from flowkv_engine.engine.forward import ModulesForward
 from flowkv_engine.engine.model import LoadedModel
-from flowkv_engine.engine.runner import EngineThread, Runner
+from flowkv_engine.engine.runner import EngineThread, Runner, compiling_alone
 from tests.drive import BLOCK_SIZE, GREEDY, generate, load_tiny, make_pool, make_sequence, step
 from tests.oracle import check_identity
 from tests.tiny_models import ARCHITECTURES, VOCAB_SIZE, make_tiny_model
@@ -215,3 +217,32 @@ async def test_a_wedged_thread_shows_and_does_not_hold_up_the_end(
     assert thread.daemon
     thread.join(5)
     assert engine.busy_since is None
+
+
+def test_one_process_compiles_and_the_others_wait_until_it_has(tmp_path: Path) -> None:
+    def compile_kernels() -> None:
+        with compiling_alone(tmp_path, "model-float32"):
+            compiled.append(len(compiled))
+
+    compiled: list[int] = []
+    with ThreadPoolExecutor() as others:
+        with compiling_alone(tmp_path, "model-float32"):
+            waiting = others.submit(compile_kernels)
+            time.sleep(0.3)
+            assert compiled == []
+        waiting.result(5)
+    assert compiled == [0]
+
+
+def test_what_failed_to_compile_is_compiled_again_and_what_did_not_keeps_nobody_waiting(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ValueError, match="amid"), compiling_alone(tmp_path, "m"):
+        raise ValueError("amid")
+    assert not (tmp_path / "m.kept").exists()
+    with compiling_alone(tmp_path, "m"):
+        pass
+    with (tmp_path / "m.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with compiling_alone(tmp_path, "m"):
+            pass

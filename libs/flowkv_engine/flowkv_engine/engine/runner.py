@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import itertools
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from flowkv_common import __version__
 from flowkv_common.wire.messages import SamplingParams
 from flowkv_engine.engine.attention import make_attention
 from flowkv_engine.engine.batch import PackedBatch, Sequence, WorkItem, pack
@@ -71,8 +75,11 @@ class Runner:
         with _current(self._device):
             check = SelfCheck(model, pool)
         self.forward = make_forward(model.module, self.attention)
+        cache_dir = os.environ.get("NUMBA_CACHE_DIR") if self.attention.name == "cpu" else None
+        kernels = f"{__version__}-{model.card.fingerprint}-{pool.dtype}"
         with torch.inference_mode(), _current(self._device):
-            check.compare(self._logits)
+            with compiling_alone(Path(cache_dir), kernels) if cache_dir else contextlib.nullcontext():
+                check.compare(self._logits)
             if self._device.type == "cuda":
                 # torch's CUDA build brings Triton.
                 from flowkv_engine.engine.gpu.forward import GraphedSteps, TritonLlamaForward, cuda_recorder
@@ -113,6 +120,24 @@ class Runner:
             for array in (batch.token_ids, batch.position_ids, batch.logits_indices)
         )
         return self.forward(token_ids, position_ids, logits_indices)
+
+
+@contextlib.contextmanager
+def compiling_alone(cache_dir: Path, kernels: str) -> Iterator[None]:
+    """The first process compiles these kernels, others wait for it and load what it has kept.
+
+    When several write numba's cache at once, one may replace the code of a kernel by that of another.
+    """
+    with contextlib.suppress(OSError):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    kept = cache_dir / f"{kernels}.kept"
+    if kept.exists() or not os.access(cache_dir, os.W_OK):
+        yield
+        return
+    with (cache_dir / f"{kernels}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # goes with its holder, also when that dies
+        yield
+        kept.touch()
 
 
 @contextlib.contextmanager
