@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowkv_engine.engine.forward import UnsupportedModel
+from flowkv_engine.engine.model import UnsupportedModel
 from tests.drive import load_tiny
 from tests.tiny_models import make_tiny_model
 

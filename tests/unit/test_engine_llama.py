@@ -11,8 +11,7 @@ from torch import nn
 from flowkv_engine.engine.attention import Attention, TorchAttention, make_attention
 from flowkv_engine.engine.batch import PackedBatch, Sequence, WorkItem, pack
 from flowkv_engine.engine.cpu.forward import CpuLlamaForward
-from flowkv_engine.engine.forward import Forward, ModulesForward, make_forward
-from flowkv_engine.engine.llama import LlamaForward, llama_weights
+from flowkv_engine.engine.forward import Forward, LlamaForward, ModulesForward, llama_weights, make_forward
 from flowkv_engine.engine.model import LoadedModel
 from tests.drive import BLOCK_SIZE, load_tiny, make_pool, make_sequence
 from tests.tiny_models import ARCHITECTURES, make_tiny_model

@@ -14,7 +14,7 @@ import torch
 
 from flowkv_engine.engine.attention import TorchAttention
 from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
-from flowkv_engine.engine.forward import ModulesForward, make_forward
+from flowkv_engine.engine.forward import ModulesForward, llama_weights, make_forward
 from flowkv_engine.engine.gpu import attention as attention_triton
 from flowkv_engine.engine.gpu import forward as forward_triton
 from flowkv_engine.engine.gpu.attention import (
@@ -31,7 +31,6 @@ from flowkv_engine.engine.gpu.forward import (
     TritonLlamaForward,
     graph_shapes,
 )
-from flowkv_engine.engine.llama import llama_weights
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import Runner
 from tests.drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence

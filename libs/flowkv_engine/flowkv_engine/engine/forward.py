@@ -1,26 +1,25 @@
-"""The forward pass of any servable model: its own `transformers` modules, with our attention in them."""
+"""The forward pass: of any served model by its own `transformers` modules, of the Llama family in one loop.
+
+`LlamaForward` is in torch; `cpu/forward.py` and `gpu/forward.py` have it in kernels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding, linear, rms_norm, silu
 from transformers import AttentionInterface
 
-from flowkv_common.errors import CannotStart
 from flowkv_engine.engine.attention import Attention
-from flowkv_engine.engine.llama import LlamaForward, llama_weights
 
-# The name of our attention function in `transformers`.
-IMPLEMENTATION = "flowkv"
-# Keyword arguments of attention that some models pass and FlowKV does not compute.
-UNSUPPORTED = {"softcap": "caps on scores", "s_aux": "attention sinks", "position_bias": "a position bias"}
+IMPLEMENTATION = "flowkv"  # the name of our attention function in `transformers`
 
-
-class UnsupportedModel(CannotStart):
-    """The model can't be served; the message says why."""
-
+# The Llama family: Llama, Mistral, Qwen2, Qwen3.
+ARCHITECTURES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # those that rotate a position the same way in any batch
 
 # Token ids [T], position ids [T] and places to sample from [S], all int64 -> logits [S, vocab]. The attention
 # is bound to the step before.
@@ -35,13 +34,12 @@ class ModulesForward:
         self._attention = attention
 
     def __call__(self, token_ids: Tensor, position_ids: Tensor, logits_indices: Tensor) -> Tensor:
-        written: set[int] = set()
         output = self._module(
             token_ids.unsqueeze(0),
             position_ids=position_ids.unsqueeze(0),
             use_cache=False,
             logits_to_keep=logits_indices,
-            flowkv=(self._attention, written),
+            flowkv=self._attention,
         )
         logits: Tensor = output.logits[0]
         return logits
@@ -54,37 +52,18 @@ def paged_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
+    flowkv: Attention,
     scaling: float | None = None,
-    flowkv: tuple[Attention, set[int]] | None = None,
-    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that `transformers` calls. Returns [1, T, num_heads, head_dim].
 
-    `flowkv`: the step's attention, and the layers that it was called for. Raises `UnsupportedModel` if a
-    model asks for anything but causal attention over one cache per layer.
+    `load_model` has refused models that ask for anything but causal attention over one cache per layer.
     """
-    if flowkv is None:
-        raise UnsupportedModel("its attention does not hand on the keyword arguments of the forward pass")
-    for name, wanted in UNSUPPORTED.items():
-        if kwargs.get(name) is not None:
-            raise UnsupportedModel(f"its attention has {wanted}")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise UnsupportedModel("its attention is not causal")
-    if attention_mask is not None:
-        raise UnsupportedModel("its attention has a mask of its own, other than the causal one")
-    if key.shape != value.shape or query.shape[2:] != key.shape[2:] or query.shape[1] % key.shape[1]:
-        sizes = ", ".join(f"{x.shape[1]} x {x.shape[3]}" for x in (query, key, value))
-        raise UnsupportedModel(f"its queries, keys and values don't fit one cache: {sizes}")
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    attention, written = flowkv
-    if layer in written:
-        raise UnsupportedModel(f"its attention of layer {layer} is computed twice in a step")
-    written.add(layer)
-    attention.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    layer: Any = module.layer_idx
+    flowkv.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attention.attend(layer, query[0].transpose(0, 1), scale).unsqueeze(0), None
+    return flowkv.attend(layer, query[0].transpose(0, 1), scale).unsqueeze(0), None
 
 
 AttentionInterface.register(IMPLEMENTATION, paged_attention)
@@ -109,3 +88,129 @@ def make_forward(module: nn.Module, attention: Attention) -> Forward:
         if CpuLlamaForward.fits(weights):
             return CpuLlamaForward(weights, attention)
     return LlamaForward(weights, attention)
+
+
+class Layer(NamedTuple):
+    """One layer's parts, as the model has them."""
+
+    input_norm: Tensor  # [hidden]
+    qkv: list[nn.Linear]
+    qk_norm: Tensor | None  # [heads + kv heads, dim]: Qwen3 normalizes each head
+    output: nn.Linear
+    mlp_norm: Tensor
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+
+
+class LlamaWeights(NamedTuple):
+    """A model's parts; its weights stay where they are."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float  # of the scores
+    eps: float
+    embedding: Tensor  # [vocab, hidden]
+    layers: list[Layer]
+    norm: Tensor
+    head: Tensor  # [vocab, hidden]
+    cos: Tensor  # of all positions, [max positions, dim], as `sin`
+    sin: Tensor
+
+
+@torch.no_grad()
+def llama_weights(model: nn.Module) -> LlamaWeights | None:
+    """The parts of `model`, or `None` if it is not of the Llama family."""
+    causal_lm: Any = model
+    config = causal_lm.config
+    if type(model).__name__ not in ARCHITECTURES or config.hidden_act != "silu":
+        return None
+    if config.rope_parameters["rope_type"] not in ROPE_TYPES:
+        return None
+    inner, layers = causal_lm.model, []
+    for layer in inner.layers:
+        attn, mlp = layer.self_attn, layer.mlp
+        qk_norm = None
+        if hasattr(attn, "q_norm"):
+            norms = [attn.q_norm.weight] * config.num_attention_heads
+            qk_norm = torch.stack(norms + [attn.k_norm.weight] * config.num_key_value_heads)
+        layers.append(
+            Layer(
+                input_norm=layer.input_layernorm.weight,
+                qkv=[attn.q_proj, attn.k_proj, attn.v_proj],
+                qk_norm=qk_norm,
+                output=attn.o_proj,
+                mlp_norm=layer.post_attention_layernorm.weight,
+                gate=mlp.gate_proj,
+                up=mlp.up_proj,
+                down=mlp.down_proj,
+            )
+        )
+    weight = inner.embed_tokens.weight
+    positions = torch.arange(config.max_position_embeddings, device=weight.device)
+    cos, sin = inner.rotary_emb(weight, positions.unsqueeze(0))  # the model's own
+    return LlamaWeights(
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=inner.layers[0].self_attn.head_dim,
+        scale=inner.layers[0].self_attn.scaling,
+        eps=config.rms_norm_eps,
+        embedding=weight,
+        layers=layers,
+        norm=inner.norm.weight,
+        head=causal_lm.lm_head.weight,
+        cos=cos[0],
+        sin=sin[0],
+    )
+
+
+@torch.no_grad()
+def fuse(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight [out, in] and bias [out] of one projection for several of the same input.
+
+    Their own weights become views of it.
+    """
+    sizes = [linear.out_features for linear in linears]
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    for part, view in zip(linears, torch.split(weight, sizes), strict=True):
+        part.weight.data = view
+    if weight.is_cuda:
+        torch.cuda.empty_cache()  # what was fused is free now, and too small for the next
+    return weight, torch.cat(biases) if biases else None
+
+
+class LlamaForward:
+    """Equal to `ModulesForward` up to rounding, by test."""
+
+    def __init__(self, weights: LlamaWeights, attention: Attention) -> None:
+        """The model's projections are fused in place."""
+        self._weights = weights
+        self._attention = attention
+        self._fused = [(fuse(*layer.qkv), fuse(layer.gate, layer.up)) for layer in weights.layers]
+
+    def __call__(self, token_ids: Tensor, position_ids: Tensor, logits_indices: Tensor) -> Tensor:
+        weights = self._weights
+        num_heads, num_kv_heads, head_dim = weights.num_heads, weights.num_kv_heads, weights.head_dim
+        hidden = embedding(token_ids, weights.embedding)  # [T, hidden]
+        cos = weights.cos[position_ids].unsqueeze(1)  # [T, 1, dim]
+        sin = weights.sin[position_ids].unsqueeze(1)
+        for index, (layer, (fused_qkv, gate_up)) in enumerate(zip(weights.layers, self._fused, strict=True)):
+            qkv = linear(self._norm(hidden, layer.input_norm), *fused_qkv)
+            qkv = qkv.view(len(qkv), -1, head_dim)  # [T, heads + 2 kv heads, dim]
+            qk, value = torch.split(qkv, [num_heads + num_kv_heads, num_kv_heads], dim=1)
+            if layer.qk_norm is not None:
+                qk = rms_norm(qk, (head_dim,), eps=weights.eps) * layer.qk_norm
+            first, second = qk.chunk(2, dim=-1)
+            qk = qk * cos + torch.cat((-second, first), dim=-1) * sin
+            query, key = torch.split(qk, [num_heads, num_kv_heads], dim=1)
+            self._attention.write(index, key, value)
+            attended = self._attention.attend(index, query, weights.scale).flatten(1)
+            hidden = hidden + linear(attended, layer.output.weight, layer.output.bias)
+            gate, up = linear(self._norm(hidden, layer.mlp_norm), *gate_up).chunk(2, dim=-1)
+            hidden = hidden + linear(silu(gate) * up, layer.down.weight, layer.down.bias)
+        return linear(self._norm(hidden[logits_indices], weights.norm), weights.head)
+
+    def _norm(self, states: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(states, weight.shape, weight, self._weights.eps)

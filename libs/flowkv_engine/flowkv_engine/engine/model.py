@@ -34,18 +34,18 @@ from flowkv_common.config import DTYPES
 from flowkv_common.errors import CannotStart
 from flowkv_common.fingerprint import fingerprint, model_files, weight_files
 from flowkv_common.wire.messages import ModelCard, PoolLayout
-from flowkv_engine.engine.batch import PackedBatch
-from flowkv_engine.engine.forward import IMPLEMENTATION, ModulesForward, UnsupportedModel, paged_attention
+from flowkv_engine.engine.forward import IMPLEMENTATION
 
 log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 
-DRY_RUN = (
-    "flowkv_dry_run"  # the name in `transformers` of the attention that serves, with the mask a layer wants
-)
+DRY_RUN = "flowkv_dry_run"  # the name in `transformers` of the attention function of the run without weights
 DRY_RUN_TOKENS = 8
 MASK_SAMPLES = 64  # positions at either end of the context, where a mask is looked at
+
+# Keyword arguments of attention that some models pass and FlowKV does not compute.
+UNSUPPORTED = {"softcap": "caps on scores", "s_aux": "attention sinks", "position_bias": "a position bias"}
 
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 # Tensors that no model reads: buffers of older versions of `transformers` (each model computes its own),
@@ -62,6 +62,10 @@ QUANTIZER_FILES = {
     "quantize_config.json": "GPTQ",
     "quant_config.json": "AWQ",
 }
+
+
+class UnsupportedModel(CannotStart):
+    """The model can't be served; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +242,7 @@ def _dry_run(config: PretrainedConfig) -> tuple[int, int, int]:
 
     Raises `UnsupportedModel`, with the reason, if it can't be served.
     """
-    attention = _Witness()
+    written: dict[int, tuple[int, int]] = {}  # KV heads and head dimension of each layer
     try:
         with quiet():
             with torch.device("meta"):
@@ -250,17 +254,24 @@ def _dry_run(config: PretrainedConfig) -> tuple[int, int, int]:
             token_ids = torch.zeros(DRY_RUN_TOKENS, dtype=torch.int64, device="meta")
             indices = torch.zeros(2, dtype=torch.int64, device="meta")
             with torch.inference_mode(), _Values():
-                logits = ModulesForward(module, attention)(token_ids, token_ids, indices)
+                # As `ModulesForward` does.
+                logits = module(
+                    token_ids.unsqueeze(0),
+                    position_ids=token_ids.unsqueeze(0),
+                    use_cache=False,
+                    logits_to_keep=indices,
+                    flowkv=written,
+                ).logits[0]
     except UnsupportedModel:
         raise
     except Exception as error:  # of any model's code
         raise UnsupportedModel(f"transformers can't run it without weights: {_first_line(error)}") from error
     if logits.shape != (len(indices), config.vocab_size):
         raise UnsupportedModel(f"for {len(indices)} tokens it gives logits of shape {tuple(logits.shape)}")
-    num_layers, shapes = len(attention.written), set(attention.written.values())
+    num_layers, shapes = len(written), set(written.values())
     if not shapes:
         raise UnsupportedModel("its layers don't call the attention function they are given")
-    if sorted(attention.written) != list(range(num_layers)):
+    if sorted(written) != list(range(num_layers)):
         raise UnsupportedModel("only some of its layers have attention")
     if len(shapes) > 1:
         sizes = " and ".join(f"{heads} x {dim}" for heads, dim in sorted(shapes))
@@ -268,22 +279,39 @@ def _dry_run(config: PretrainedConfig) -> tuple[int, int, int]:
     return (num_layers, *shapes.pop())
 
 
-class _Witness:
-    """An `Attention` that computes nothing and records what is written."""
+def _dry_run_attention(
+    module: nn.Module,
+    query: Tensor,  # shapes as of `paged_attention`
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    flowkv: dict[int, tuple[int, int]] | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Notes in `flowkv` what a layer writes, and computes nothing.
 
-    name = "witness"
-
-    def __init__(self) -> None:
-        self.written: dict[int, tuple[int, int]] = {}  # KV heads and head dimension of each layer
-
-    def bind(self, batch: PackedBatch) -> None:
-        raise NotImplementedError
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        self.written[layer] = (key.shape[1], key.shape[2])
-
-    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
-        return torch.empty_like(query)
+    Raises `UnsupportedModel` if the layer asks for more than causal attention over one cache.
+    """
+    if flowkv is None:
+        raise UnsupportedModel("its attention does not hand on the keyword arguments of the forward pass")
+    for name, wanted in UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            raise UnsupportedModel(f"its attention has {wanted}")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise UnsupportedModel("its attention is not causal")
+    if attention_mask is not None:
+        raise UnsupportedModel("its attention has a mask of its own, other than the causal one")
+    if key.shape != value.shape or query.shape[2:] != key.shape[2:] or query.shape[1] % key.shape[1]:
+        sizes = ", ".join(f"{x.shape[1]} x {x.shape[3]}" for x in (query, key, value))
+        raise UnsupportedModel(f"its queries, keys and values don't fit one cache: {sizes}")
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    if layer in flowkv:
+        raise UnsupportedModel(f"its attention of layer {layer} is computed twice in a step")
+    flowkv[layer] = (key.shape[1], key.shape[3])
+    return torch.empty_like(query.transpose(1, 2)), None
 
 
 class _Values(TorchFunctionMode):
@@ -312,7 +340,7 @@ def _wanted_mask(
     config: PretrainedConfig,
     **kwargs: Any,
 ) -> Tensor | None:
-    """None if the mask is causal up to `max_model_len`; else some mask, which `paged_attention` refuses."""
+    """None if the mask is causal up to `_max_model_len`; else some mask, which the run refuses."""
     end = _max_model_len(config)
     samples = sorted({*range(min(MASK_SAMPLES, end)), *range(max(0, end - MASK_SAMPLES), end)})
     positions = torch.tensor(samples, device="cpu")
@@ -325,7 +353,7 @@ def _wanted_mask(
     return torch.empty(1, 1, q_length, kv_length, dtype=torch.bool, device="meta")
 
 
-AttentionInterface.register(DRY_RUN, paged_attention)
+AttentionInterface.register(DRY_RUN, _dry_run_attention)
 AttentionMaskInterface.register(DRY_RUN, _wanted_mask)
 
 

@@ -22,8 +22,8 @@ from flowkv_common import __version__
 from flowkv_common.wire.messages import SamplingParams
 from flowkv_engine.engine.attention import make_attention
 from flowkv_engine.engine.batch import PackedBatch, Sequence, WorkItem, pack
-from flowkv_engine.engine.forward import IMPLEMENTATION, UnsupportedModel, make_forward
-from flowkv_engine.engine.model import LoadedModel, quiet
+from flowkv_engine.engine.forward import IMPLEMENTATION, make_forward
+from flowkv_engine.engine.model import LoadedModel, UnsupportedModel, quiet
 from flowkv_engine.engine.sampler import Sampled, sample
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flowkv_engine.engine.cpu.attention import CpuAttention, Scratch, rotate_and_write
 from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack, rms_norm
 from flowkv_engine.engine.cpu.simd import LANES
-from flowkv_engine.engine.llama import Layer, LlamaWeights
+from flowkv_engine.engine.forward import Layer, LlamaWeights
 
 _MAPS = Path("/proc/self/maps")
 _MADV_DONTNEED = 4

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from flowkv_engine.engine.batch import PackedBatch
+from flowkv_engine.engine.forward import LlamaWeights, fuse
 from flowkv_engine.engine.gpu import kernels
 from flowkv_engine.engine.gpu.attention import NUM_ROWS, Step, TritonAttention, query_tiles
-from flowkv_engine.engine.llama import LlamaWeights, fuse
 
 GATE_TILE_LEN = 1024
 LONG_ROW = 4096  # numbers; a longer row takes twice the threads
