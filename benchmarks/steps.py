@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         config = Path(folder) / "config.json"
         config.write_text(options.config.read_text() if options.config else json.dumps(LLAMA_8B_CONFIG))
         work = Work.of(config)
-        model = load_model(folder, name="bench", dtype=dtype, load_format="dummy", device=device)
+        model = load_model(folder, name="bench", dtype=options.dtype, load_format="dummy", device=device)
     machine = measure_machine(torch.get_num_threads(), options.device, dtype)
     most = max(options.batches)
     num_tokens = max(most * options.context, *options.prompts)

@@ -29,7 +29,7 @@ def load_tiny(
     return load_model(
         str(folder),
         name=None,
-        dtype=dtype,
+        dtype=str(dtype).removeprefix("torch."),
         load_format=load_format,
         device=device,
     )

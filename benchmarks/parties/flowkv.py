@@ -26,7 +26,7 @@ class FlowKV:
 
     def __init__(self, model_path: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
-        model = load_model(model_path, name=None, dtype=torch.float32, load_format="auto")
+        model = load_model(model_path, name=None, dtype="float32", load_format="auto")
         layout = model.layout(_BLOCK_SIZE, "float32")
         self._pool = KVPool(layout, num_blocks=16 * 2304 // _BLOCK_SIZE)
         self._runner = Runner(model, self._pool.tensor, attention="auto")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, PretrainedConfig
 
 from flowkv_common.config import NodeSettings
 from flowkv_engine.engine.model import weights_dtype
@@ -24,24 +25,36 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         ({"dtype": "bfloat16"}, torch.bfloat16),
         ({"torch_dtype": "float16"}, torch.float16),
         ({"torch_dtype": "float32"}, torch.float32),
-        ({"text_config": {"dtype": "bfloat16"}, "dtype": "float32"}, torch.bfloat16),
         ({"dtype": None}, torch.float32),
         ({"dtype": "float8_e4m3fn"}, torch.float32),
+        ({}, torch.float32),
     ],
 )
 def test_auto_is_the_stored_dtype_on_a_gpu_alone(
     config: dict[str, object], on_gpu: torch.dtype, tmp_path: Path
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert weights_dtype("auto", str(tmp_path), GPU) == on_gpu
-    assert weights_dtype("auto", str(tmp_path), CPU) == torch.float32
-    assert weights_dtype("float16", str(tmp_path), GPU) == torch.float16
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert weights_dtype("auto", read, GPU) == on_gpu
+    assert weights_dtype("auto", read, CPU) == torch.float32
+    assert weights_dtype("float16", read, GPU) == torch.float16
 
 
-def test_a_folder_without_a_config_is_for_others_to_refuse(tmp_path: Path) -> None:
-    assert weights_dtype("auto", str(tmp_path), GPU) == torch.float32
-    (tmp_path / "config.json").write_text("{")
-    assert weights_dtype("auto", str(tmp_path), GPU) == torch.float32
+def test_the_stored_dtype_is_that_of_the_file_whatever_the_model_is_checked_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_model(tmp_path / "m")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float16"}))
+    stored = []
+
+    def noted(wanted: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+        stored.append(config.dtype)
+        return weights_dtype(wanted, config, device)
+
+    monkeypatch.setattr("flowkv_engine.engine.model.weights_dtype", noted)
+    load_tiny(folder)
+    assert stored == [torch.float16]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def _load_and_serve(settings: NodeSettings, role: str) -> None:
     from flowkv.roles import ROLES
     from flowkv_common.aio import stop_on_signals
     from flowkv_engine.engine.gpu.devices import claimed
-    from flowkv_engine.engine.model import load_model, weights_dtype
+    from flowkv_engine.engine.model import load_model
     from flowkv_node.host import serve_node, served_model
 
     # Its log goes where ours goes, in the same form.
@@ -56,7 +56,7 @@ def _load_and_serve(settings: NodeSettings, role: str) -> None:
         model = load_model(
             settings.model_path,
             name=settings.model_name or None,
-            dtype=weights_dtype(settings.dtype, settings.model_path, device),
+            dtype=settings.dtype,
             device=device,
             load_format=settings.load_format,
         )

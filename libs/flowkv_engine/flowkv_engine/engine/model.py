@@ -7,6 +7,7 @@ headers of the weight files. `Runner` compares logits before the node is ready.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import re
@@ -98,11 +99,13 @@ def load_model(
     path: str,
     *,
     name: str | None,
-    dtype: torch.dtype,
+    dtype: str,
     load_format: str,
     device: torch.device = CPU,
 ) -> LoadedModel:
-    """The model in the folder `path`, in `dtype`, on `device`; random weights if `load_format` is "dummy".
+    """The model in the folder `path`, on `device`; random weights if `load_format` is "dummy".
+
+    `dtype`: such as "float32", or "auto" (see `weights_dtype`).
 
     Raises `UnsupportedModel`, a `ValueError`, before weights are read if the model can't be served.
     """
@@ -111,22 +114,25 @@ def load_model(
     folder, has_weights = Path(path), load_format == "auto"
     config, (num_layers, num_kv_heads, head_dim) = _check_config(folder)
     eos = eos_token_ids(folder, config)
+    torch_dtype = weights_dtype(dtype, config, device)
     if has_weights:
         config = _check_weights(folder, config)
     log.info("loading %s (%s)", path, load_format)
     module: nn.Module
     if has_weights:
         module = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=IMPLEMENTATION
+            folder, config=config, dtype=torch_dtype, attn_implementation=IMPLEMENTATION
         ).to(device)
     else:  # made where they stay: the same in every process on such a device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
             torch.manual_seed(0)
-            module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
+            module = AutoModelForCausalLM.from_config(
+                config, dtype=torch_dtype, attn_implementation=IMPLEMENTATION
+            )
     module.eval().requires_grad_(False)
     card = ModelCard(
         name=name or folder.resolve().name,
-        fingerprint=fingerprint(folder, str(dtype), has_weights=has_weights),
+        fingerprint=fingerprint(folder, str(torch_dtype), has_weights=has_weights),
         max_model_len=_max_model_len(config),
         vocab_size=config.vocab_size,
         eos_token_ids=eos,
@@ -137,22 +143,14 @@ def load_model(
     return LoadedModel(module, weight.device, weight.dtype, card, num_layers, num_kv_heads, head_dim)
 
 
-def weights_dtype(wanted: str, model_path: str, device: torch.device) -> torch.dtype:
+def weights_dtype(wanted: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
     """`wanted`, or for "auto" float32 on a CPU, where others cost speed, and on a GPU the checkpoint's own.
 
-    The checkpoint's own is that of its text where a model has other parts too. One that names none, or one
-    that weights are not served in, counts as float32.
+    A checkpoint that names none, or one that weights are not served in, counts as float32.
     """
     if wanted == "auto":
-        wanted = "float32"
-        if device.type != "cpu":
-            try:
-                config = json.loads(Path(model_path, "config.json").read_text())
-            except (OSError, ValueError):  # `load_model` refuses it in words
-                config = {}
-            parts = (config.get("text_config") or {}, config)
-            stored = [part.get("dtype") or part.get("torch_dtype") for part in parts]
-            wanted = next((each for each in stored if each in DTYPES), "float32")
+        stored = str(config.dtype).removeprefix("torch.")
+        wanted = stored if device.type != "cpu" and stored in DTYPES else "float32"
     dtype: torch.dtype = getattr(torch, wanted)
     return dtype
 
@@ -247,7 +245,7 @@ def _dry_run(config: PretrainedConfig) -> tuple[int, int, int]:
         with quiet():
             with torch.device("meta"):
                 module = AutoModelForCausalLM.from_config(
-                    config, dtype=torch.bfloat16, attn_implementation=DRY_RUN
+                    copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation=DRY_RUN
                 ).eval()
             if any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules()):
                 raise UnsupportedModel("it counts positions on from the id of its padding token")
