@@ -10,7 +10,7 @@ import heapq
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from time import thread_time_ns
@@ -45,12 +45,12 @@ def main(argv: Sequence[str]) -> int:
     caches = CACHES[options.cache] if any(request.hash_ids for request in requests) else (False,)
     for has_cache, level in itertools.product(caches, LEVELS):
         report.say(f"{trace}, {level:.0%} leased, cache {'on' if has_cache else 'off'}")
-        replay = Replay(Conditions(options.blocks, options.block_size, level, has_cache, options.room))
+        replay = Replay(options.blocks, options.block_size, level, has_cache, options.room)
         try:
             replay.run(itertools.islice(itertools.cycle(requests), options.requests))
         except OutOfBlocks:
             raise BenchmarkFailed(f"running sequences outgrow a pool of {options.blocks} blocks") from None
-        report.add_row(**replay.figures())
+        report.add_row(level=level, has_cache=has_cache, **replay.figures())
     return report.finish(shown=[line_of(row) for row in report.rows])
 
 
@@ -197,47 +197,39 @@ class DecodeSide(Side):
 # --- the replay -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """What one replay holds fixed: `level` is the part of all blocks that may be leased, `room` in blocks."""
-
-    num_blocks: int
-    block_size: int
-    level: float
-    has_cache: bool
-    room: int
-
-
 class Replay:
-    """The same requests through all four pools, and the copies that each takes."""
+    """The same requests through all four pools, and the copies that each takes.
 
-    def __init__(self, conditions: Conditions) -> None:
-        size, block_size = conditions.num_blocks, conditions.block_size
-        limit = int(size * conditions.level)
-        self.conditions = conditions
+    `level` is the part of all blocks that may be leased, `room` is in blocks.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, level: float, has_cache: bool, room: int) -> None:
+        limit = int(num_blocks * level)
         self.copies: dict[str, Counter[int]] = defaultdict(Counter)
         self.num_left_out = 0  # of requests that alone are over the level
         self.num_prompt_blocks = 0
         self.num_hit_blocks: Counter[str] = Counter()
-        self.prefill = PrefillSide(Blocks(size), block_size, limit)
-        self.told, self.alone = (DecodeSide(Blocks(size), block_size, limit) for _ in range(2))
-        self.list = DecodeSide(FreeList(size), block_size, limit)
+        self.prefill = PrefillSide(Blocks(num_blocks), block_size, limit)
+        self.told, self.alone = (DecodeSide(Blocks(num_blocks), block_size, limit) for _ in range(2))
+        self.list = DecodeSide(FreeList(num_blocks), block_size, limit)
+        self._most_blocks = num_blocks * level
+        self._block_size = block_size
+        self._has_cache = has_cache
+        self._room = room
 
     def run(self, requests: Iterable[Request]) -> None:
-        conditions = self.conditions
         for request in requests:
-            num_blocks = request.num_prompt_tokens // conditions.block_size + 1
-            if num_blocks > conditions.num_blocks * conditions.level:
+            num_blocks = request.num_prompt_tokens // self._block_size + 1
+            if num_blocks > self._most_blocks:
                 self.num_left_out += 1
                 continue
             self.num_prompt_blocks += num_blocks
-            self._place(request, request.block_hashes(conditions.block_size) if conditions.has_cache else [])
+            self._place(request, request.block_hashes(self._block_size) if self._has_cache else [])
 
     def _place(self, request: Request, hashes: list[str]) -> None:
-        room = self.conditions.room
         source = self.prefill.admit(request, hashes)
-        told = self.told.admit(request, hashes, source.block_ids, room)
-        alone = self.alone.admit(request, hashes, room=room)
+        told = self.told.admit(request, hashes, source.block_ids, self._room)
+        alone = self.alone.admit(request, hashes, room=self._room)
         listed = self.list.admit(request, hashes)
         sent = source.block_ids[told.num_cached :]
         for name, num_copies in {
@@ -254,7 +246,6 @@ class Replay:
     def figures(self) -> dict[str, Any]:
         """Times in microseconds, runs in blocks."""
         return {
-            "conditions": asdict(self.conditions),
             "num_requests": self.copies["aligned"].total(),
             "num_left_out": self.num_left_out,
             "mean_copies": {name: round(fmean(self.copies[name].elements()), 4) for name in COLUMNS},
@@ -270,10 +261,10 @@ class Replay:
 
 def line_of(row: dict[str, Any]) -> dict[str, Any]:
     """Mean / p99 of the copies per request."""
-    conditions, allocate = row["conditions"], row["allocate_cpu_us"]
+    allocate = row["allocate_cpu_us"]
     return {
-        "leased": f"{conditions['level']:.0%}",
-        "cache": conditions["has_cache"],
+        "leased": f"{row['level']:.0%}",
+        "cache": row["has_cache"],
         **{name: f"{row['mean_copies'][name]:.2f} / {row['copies'][name].p99}" for name in COLUMNS},
         "allocate p50 / p99, CPU us": f"{allocate.p50:.0f} / {allocate.p99:.0f}",
         "moved": f"{row['grow_moved_ratio']:.1%}",

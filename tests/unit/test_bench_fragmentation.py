@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import BenchmarkFailed, traces, traffic
-from benchmarks.fragmentation import COLUMNS, Conditions, Replay, main
+from benchmarks.fragmentation import COLUMNS, Replay, main
 from benchmarks.traces import Request
 
 
 def replayed(requests: list[Request], *, num_blocks: int, level: float, has_cache: bool, room: int) -> Replay:
-    replay = Replay(Conditions(num_blocks, 16, level, has_cache, room))
+    replay = Replay(num_blocks, 16, level, has_cache, room)
     replay.run(requests)
     for side in (replay.prefill, replay.told, replay.alone):
         side.pool.check_integrity()
@@ -84,7 +84,7 @@ def test_writes_json_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     file = tmp_path / "out.json"
     assert main(["--json", str(file), "--requests", "20", "--blocks", "3000", "--cache", "off"]) == 0
     report = json.loads(file.read_text())
-    assert [replay["conditions"]["level"] for replay in report["rows"]] == [0.6, 0.75, 0.9]
+    assert [row["level"] for row in report["rows"]] == [0.6, 0.75, 0.9]
     header, *lines, _ = capsys.readouterr().out.splitlines()
     assert all(name in header for name in COLUMNS)
     assert [line.split()[:5] for line in lines] == [
