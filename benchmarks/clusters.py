@@ -41,6 +41,8 @@ NUM_BLOCKS = 4096
 PACED_LIMITS = {"token_budget": CHUNK_TOKENS, "max_num_seqs": MAX_NUM_SEQS}
 # With a larger slip the nodes were not what they are said to be: the host was too slow for so many.
 MAX_SLIP = 0.05
+# No request is refused or delayed for another's target: the engine is measured.
+UNBOUNDED = {"ttft_goal_s": 3600, "itl_goal_s": 3600, "max_wait_s": 36000}
 SAMPLE_PERIOD_S = 1.0
 EVENT_TIMEOUT_S = 10.0
 

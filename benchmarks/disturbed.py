@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import BenchmarkFailed
-from benchmarks.clusters import start_cluster
+from benchmarks.clusters import UNBOUNDED, start_cluster
 from benchmarks.load import Lengths, ask, check_complete, closed_loop, ttfts
 from benchmarks.report import Report, make_parser, quantiles, set_missing
-from benchmarks.serving import UNBOUNDED
 from benchmarks.shapes import LLAMA_8B_CONFIG, require_gpu
 
 COLUMNS = (

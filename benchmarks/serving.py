@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from benchmarks import BenchmarkFailed
-from benchmarks.clusters import cpu_s, event_of, listening, start_cluster
+from benchmarks.clusters import UNBOUNDED, cpu_s, event_of, listening, start_cluster
 from benchmarks.load import Lengths, Outcome, ask, check_complete, closed_loop, summarize
 from benchmarks.report import Quantiles, Report, make_parser, quantiles
 from benchmarks.traces import Targets
@@ -33,8 +33,6 @@ from flowkv_common.wire.messages import RequestFinished
 
 TARGETS = Targets(ttft_s=5.0, tpot_s=0.2)
 KV_CACHE_BYTES = 2 << 30
-# No request is refused or delayed for another's target: the engine is measured.
-UNBOUNDED = {"ttft_goal_s": 3600, "itl_goal_s": 3600, "max_wait_s": 36000}
 VLLM_READY_TIMEOUT_S = 900.0
 SHORT_TOKENS = 10
 SHORT_OUTPUTS = 3
