@@ -82,6 +82,7 @@ class NatsServer:
         """Stopped in its tracks while the context lasts (SIGSTOP): connections stand, nothing comes."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)  # or it still answers what is sent at once
         try:
             yield
         finally:
