@@ -19,7 +19,7 @@ import msgspec
 
 from benchmarks import BenchmarkFailed
 from benchmarks.report import Quantiles, Report, make_parser, quantiles, transposed
-from benchmarks.traces import TOKEN_IDS, Request, Targets, read_trace
+from benchmarks.traces import TOKEN_IDS, Request, Targets, read_trace, tokens_of
 
 MAX_LINE_BYTES = 1 << 20
 
@@ -42,12 +42,16 @@ class Lengths(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """One request, `at_s` seconds after the beginning. `kind` is what the tables call it."""
+    """One request, `at_s` seconds after the beginning. `kind` is what the tables call it.
+
+    Of prompts with `hash_ids` equal ones begin with equal tokens; without, no two do.
+    """
 
     at_s: float
     num_prompt_tokens: int
     num_output_tokens: int
     kind: str = ""
+    hash_ids: Sequence[int] = ()
 
 
 class Phase(NamedTuple):
@@ -73,8 +77,8 @@ def poisson(phases: Sequence[Phase], rng: random.Random) -> Iterator[Arrival]:
 def arrivals_of(requests: Iterable[Request], rate_factor: float = 1.0) -> list[Arrival]:
     """The requests of a trace; `rate_factor` 2 sends the same twice as fast."""
     return [
-        Arrival(each.arrival_s / rate_factor, each.num_prompt_tokens, each.num_output_tokens, "trace")
-        for each in requests
+        Arrival(at / rate_factor, num_prompt, num_output, "trace", hash_ids)
+        for num_prompt, num_output, hash_ids, at, _ in requests
     ]
 
 
@@ -224,16 +228,14 @@ async def read_events(reader: asyncio.StreamReader) -> AsyncIterator[Event]:
 async def drive(
     url: str, arrivals: Iterable[Arrival], *, seed: int = 0, timeout_s: float = 600.0
 ) -> list[Outcome]:
-    """Sends each request when it is due, whatever became of others; the outcomes, in order of arrival.
-
-    Prompts are random: no two have a prefix in common.
-    """
+    """Sends each request when it is due, whatever became of others; the outcomes, in order of arrival."""
     rng = random.Random(seed)
     outcomes: list[Outcome] = []
     began = time.monotonic()
     async with asyncio.TaskGroup() as tasks:
         for arrival in arrivals:
-            prompt_ids = rng.choices(TOKEN_IDS, k=arrival.num_prompt_tokens)
+            num_prompt = arrival.num_prompt_tokens
+            prompt_ids = tokens_of(arrival.hash_ids, num_prompt) or rng.choices(TOKEN_IDS, k=num_prompt)
             await asyncio.sleep(began + arrival.at_s - time.monotonic())
             outcome = Outcome(arrival, time.monotonic() - began)
             outcomes.append(outcome)
@@ -274,7 +276,7 @@ async def closed_loop(
 def check_complete(outcomes: Iterable[Outcome]) -> None:
     """Raises BenchmarkFailed unless all requests got all of their tokens."""
     for outcome in outcomes:
-        _, num_prompt_tokens, num_output_tokens, _ = outcome.arrival
+        _, num_prompt_tokens, num_output_tokens, *_ = outcome.arrival
         if not outcome.is_complete or len(outcome.token_ids) != num_output_tokens:
             raise BenchmarkFailed(
                 f"a prompt of {num_prompt_tokens}: {len(outcome.token_ids)} of {num_output_tokens} tokens, "

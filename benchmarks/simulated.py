@@ -11,7 +11,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import msgspec
 
@@ -28,15 +31,15 @@ from benchmarks.clusters import (
 from benchmarks.load import Outcome, arrivals_of, drive
 from benchmarks.report import Report, make_parser
 from benchmarks.simulator.batch import slowed
-from benchmarks.simulator.kinds import SMOLLM2_CPU, NodeKind
+from benchmarks.simulator.kinds import SMOLLM2_CPU, NodeKind, default_targets
 from benchmarks.simulator.run import WAIT_SHARE, Machines, carried_by, simulate
 from benchmarks.simulator.run import Outcome as SimOutcome
 from benchmarks.traces import Request, Targets, at_rate, cut_to
-from benchmarks.traffic import add_traffic, read_window
+from benchmarks.traffic import read_window
 from tests.paced.nodes import paced_layout
 
-MEANS = ("num_served", "ttft_s", "tpot_s", "tokens_per_s")
-TARGETS = Targets(ttft_s=5.0, tpot_s=0.25)
+MEANS = ("good", "num_served", "ttft_s", "tpot_s", "tokens_per_s")
+COLUMNS = (*(f"{side}_{name}" for name in MEANS for side in ("measured", "simulated")), "simulator_off_by")
 # With real nodes all are served: what is compared is how long things take.
 REAL_TARGETS = Targets(ttft_s=60.0, tpot_s=1.0)
 # The longest prompt and answer together: what the model of the paced nodes allows.
@@ -57,36 +60,74 @@ PACED = NodeKind(
 
 def main(argv: Sequence[str]) -> int:
     options = _options(argv)
-    report = Report(options, fit=ONE_CORE, goals=REAL_TARGETS if options.real else TARGETS)
-    chosen = cut_to(read_window(options.trace, options.requests, options.seed), options.longest)
-    (beside_real_nodes if options.real else beside_paced_nodes)(options, chosen, report)
-    names = [f"{side}_{name}" for name in MEANS for side in ("measured", "simulated")]
-    return report.finish("cluster", "load", "rate_per_s", *names, "simulator_off_by", "pace")
+    report = Report(options, fit=ONE_CORE)
+    if options.real:
+        chosen = cut_to(read_window(options.trace[0], options.requests, options.seed), options.longest)
+        beside_real_nodes(options, [asked_exactly(request) for request in chosen], report)
+        return report.finish("rate_per_s", *COLUMNS)
+    for trace, num_each, load, lending, run in product(
+        options.trace, options.nodes, options.loads, options.lending, range(options.runs)
+    ):
+        lends = lending == "on"
+        cluster = f"{num_each}P{num_each}D"
+        report.say(f"{trace}: {cluster} at {load:.0%}, lending {lending}, run {run + 1} of {options.runs}")
+        row = {"trace": Path(trace).name, "cluster": cluster, "load": load, "lending": lends, "run": run}
+        found = beside_paced_nodes(options, trace, num_each, load, options.seed + run, lends)
+        report.add_row(**row, **found)
+    return report.finish(shown=points_off(report.rows))
 
 
-def beside_paced_nodes(options: argparse.Namespace, chosen: list[Request], report: Report) -> None:
-    """Each size of the cluster at each load."""
-    for num_each in options.nodes:
-        kind = msgspec.structs.replace(PACED, fit=slowed(ONE_CORE, max(1.0, num_each / 4)))
-        machines = Machines(kind, 2 * num_each)
-        carried = carried_by(machines, chosen, TARGETS, options.seed)
-        for load in options.loads:
-            report.say(f"{num_each}P{num_each}D at {load:.0%} of {carried.rate:.2f} requests/s")
-            requests = at_rate(chosen, load * carried.rate, options.seed)
-            with start_cluster(
-                options.model,
-                {"prefill": num_each, "decode": num_each},
-                settings={**PACED_LIMITS, **goals_of(TARGETS, WAIT_SHARE)},
-                fit=kind.fit,
-            ) as started:
-                outcomes = asyncio.run(drive(started.cluster.url, arrivals_of(requests), seed=options.seed))
-            report.add_row(
-                cluster=f"{num_each}P{num_each}D",
-                load=load,  # a share of what its best static split carries
-                rate_per_s=round(len(requests) / requests[-1].arrival_s, 3),
-                **compare(outcomes, simulate(machines, num_each, "flowkv", requests, TARGETS, options.seed)),
-                pace=started.pace,
-            )
+def beside_paced_nodes(
+    options: argparse.Namespace, trace: str, num_each: int, load: float, seed: int, lends: bool
+) -> dict[str, object]:
+    """One run on each. The load is a share of what the best static split carries of the same requests."""
+    kind = msgspec.structs.replace(PACED, fit=slowed(ONE_CORE, max(1.0, num_each / 4)))
+    machines = Machines(kind, 2 * num_each)
+    chosen = cut_to(read_window(trace, options.requests, seed), options.longest)
+    requests = [asked_exactly(request) for request in chosen]
+    targets = default_targets(kind, requests)
+    requests = at_rate(requests, load * carried_by(machines, requests, targets, seed).rate, seed)
+    with start_cluster(
+        options.model,
+        {"prefill": num_each, "decode": num_each},
+        settings={**PACED_LIMITS, **goals_of(targets, WAIT_SHARE), "lending": lends},
+        fit=kind.fit,
+    ) as started:
+        outcomes = asyncio.run(drive(started.cluster.url, arrivals_of(requests), seed=seed))
+    simulated = simulate(machines, num_each, "flowkv" if lends else "static", requests, targets, seed)
+    return {
+        "rate_per_s": round(len(requests) / requests[-1].arrival_s, 3),
+        "targets": targets._asdict(),
+        **compare(outcomes, simulated, targets),
+        "pace": started.pace,
+    }
+
+
+def asked_exactly(request: Request) -> Request:
+    """As clients of `drive` ask: paced nodes end no answer by themselves."""
+    return request._replace(max_tokens=request.num_output_tokens)
+
+
+def points_off(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each cell the share of good requests, the mean of its runs, and how far the simulator is off."""
+    shown = []
+    names = ("trace", "cluster", "load", "lending")
+    for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
+        here = [row for row in rows if tuple(row[name] for name in names) == key]
+        good = {
+            side: [100 * row[f"{side}_good"] / row["num_requests"] for row in here]
+            for side in ("measured", "simulated")
+        }
+        shown.append(
+            {
+                **dict(zip(names, key, strict=True)),
+                **{f"{side} good %": fmean(values) for side, values in good.items()},
+                "points off": f"{fmean(good['simulated']) - fmean(good['measured']):+.1f}",
+                "measured in each run": " ".join(f"{value:.0f}" for value in good["measured"]),
+                "worst pace": max((row["pace"] for row in here), key=lambda pace: pace.slip),
+            }
+        )
+    return shown
 
 
 def beside_real_nodes(options: argparse.Namespace, chosen: list[Request], report: Report) -> None:
@@ -118,9 +159,7 @@ def beside_real_nodes(options: argparse.Namespace, chosen: list[Request], report
             decode = msgspec.structs.replace(kind, fit=observed.fits["decode-0"])
             machines = Machines(prefill, 2, decode_kind=decode)
             outcome = simulate(machines, 1, "flowkv", requests, REAL_TARGETS, options.seed)
-            report.add_row(
-                cluster="1P1D", load=None, rate_per_s=rate, **compare(outcomes, outcome), pace=None
-            )
+            report.add_row(cluster="1P1D", rate_per_s=rate, **compare(outcomes, outcome, REAL_TARGETS))
 
 
 def goals_of(targets: Targets, wait_share: float) -> dict[str, object]:
@@ -132,41 +171,50 @@ def goals_of(targets: Targets, wait_share: float) -> dict[str, object]:
     }
 
 
-def compare(outcomes: Sequence[Outcome], simulated: SimOutcome) -> dict[str, object]:
-    """Means over all requests that were served; `tokens_per_s` from the first arrival to the last token."""
+def compare(outcomes: Sequence[Outcome], simulated: SimOutcome, targets: Targets) -> dict[str, object]:
+    """Good requests, and means over all that were served.
+
+    `tokens_per_s` is from the first arrival to the last token.
+    """
     served = [outcome for outcome in outcomes if outcome.is_complete]
     lives = [life for life in simulated.lives if life.is_done]
     num_tokens = sum(len(outcome.token_ids) for outcome in served)
     ended_s = max(outcome.sent_s + outcome.ended_s for outcome in served)
     real = (
+        sum(targets.are_met(outcome.ttft_s, outcome.tpot_s) for outcome in served),
         len(served),
         fmean(outcome.ttft_s or 0.0 for outcome in served),
         fmean(outcome.tpot_s for outcome in served if len(outcome.token_ids) > 1),
         num_tokens / ended_s,
     )
     imagined = (
+        simulated.num_good,
         len(lives),
         fmean(life.ttft_s for life in lives),
         fmean(life.tpot_s for life in lives if life.request.num_output_tokens > 1),
         sum(life.request.num_output_tokens for life in lives) / max(life.last_token_s for life in lives),
     )
-    found: dict[str, object] = {}
+    found: dict[str, object] = {"num_requests": len(outcomes)}
     for name, one, other in zip(MEANS, real, imagined, strict=True):
         found |= {f"measured_{name}": one, f"simulated_{name}": other}
-    off_by = (f"{other / one - 1:+.1%}" for one, other in zip(real[1:], imagined[1:], strict=True))
+    off_by = (f"{other / one - 1:+.1%}" for one, other in zip(real[2:], imagined[2:], strict=True))
     return {**found, "simulator_off_by": " ".join(off_by)}  # of the last three
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser("simulated", __doc__, model=True)
-    add_traffic(parser, num_requests=100)
+    parser.add_argument("--trace", nargs="+", default=["synthetic"], help="files, or made up")
+    parser.add_argument("--requests", type=int, default=100, help="a window of the trace")
+    parser.add_argument("--seed", type=int, default=0, help="of the first run")
     parser.add_argument("--real", action="store_true", help="1P1D of nodes that compute the model")
     parser.add_argument(
         "--longest", type=int, default=MAX_MODEL_LEN, help="prompt and answer are cut to so many tokens"
     )
     paced = parser.add_argument_group("beside paced nodes")
     paced.add_argument("--nodes", type=int, nargs="+", default=[2, 4], help="of each role")
-    paced.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.7, 0.9])
+    paced.add_argument("--loads", type=float, nargs="+", default=[0.7, 1.0, 1.3])
+    paced.add_argument("--lending", nargs="+", choices=["off", "on"], default=["off", "on"])
+    paced.add_argument("--runs", type=int, default=1, help="of each cell, each with another seed")
     real = parser.add_argument_group("with --real")
     real.add_argument("--rates", type=float, nargs="+", default=[0.15, 0.3], help="requests per second")
     real.add_argument("--blocks", type=int, default=4096, help="of each node's pool, 16 tokens each")

@@ -57,6 +57,13 @@ def hashes_of_id(hash_id: int, block_size: int) -> list[str]:
     return [f"{hash_id:08x}{place:08x}" * 2 for place in range(TOKENS_PER_HASH_ID // block_size)]
 
 
+def tokens_of(hash_ids: Sequence[int], num_tokens: int) -> list[int]:
+    """The tokens of a prompt that begins with these ids: equal ids give equal tokens."""
+    ids = hash_ids[: -(-num_tokens // TOKENS_PER_HASH_ID)]
+    drawn = [token for key in ids for token in random.Random(key).choices(TOKEN_IDS, k=TOKENS_PER_HASH_ID)]
+    return drawn[:num_tokens]
+
+
 def read_trace(path: Path) -> list[Request]:
     """Mooncake's JSON lines or Azure's CSV. Raises BenchmarkFailed for anything else."""
     readers = {".jsonl": _read_mooncake, ".csv": _read_azure}

@@ -64,8 +64,8 @@ def test_a_trace_is_sent_as_fast_as_asked_for(tmp_path: Path) -> None:
     ]
     path.write_text("\n".join(map(json.dumps, records)))
     assert arrivals_of(read_trace(path), rate_factor=2.0) == [
-        Arrival(0.0, 5, 1, "trace"),
-        Arrival(1.5, 5, 7, "trace"),
+        Arrival(0.0, 5, 1, "trace", (1,)),
+        Arrival(1.5, 5, 7, "trace", (1,)),
     ]
 
 

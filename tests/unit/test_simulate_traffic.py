@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from benchmarks.simulator.kinds import KINDS, default_targets, unloaded_prefill_s
-from benchmarks.traces import Request, at_rate, cut_to, own_rate, window
+from benchmarks.traces import Request, at_rate, cut_to, own_rate, tokens_of, window
 from benchmarks.traffic import MADE_UP, shifting
 
 H100 = KINDS["h100"]
@@ -97,6 +97,15 @@ def test_bursts_and_batches_are_still_there_at_another_rate() -> None:
         assert max(sum(at <= other < at + 5 for other in timed) for at in timed) == pytest.approx(
             most, abs=25
         )
+
+
+def test_equal_ids_give_equal_tokens() -> None:
+    one, other = tokens_of((7, 8), 1024), tokens_of((7, 9), 700)
+    assert (len(one), len(other)) == (1024, 700)
+    assert one[:512] == other[:512]
+    assert one[512:700] != other[512:]
+    assert tokens_of((7, 8), 1024) == one
+    assert tokens_of((), 100) == []
 
 
 def test_targets_are_multiples_of_an_idle_node() -> None:
