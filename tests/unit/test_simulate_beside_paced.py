@@ -25,6 +25,7 @@ def test_a_run_is_told_by_good_requests_and_means() -> None:
     found = compare([answer(0.5), answer(2.5), answer(0.0, 429)], simulated, targets)
     assert found["num_requests"] == 3
     assert (found["measured_good"], found["measured_num_served"]) == (1, 2)
+    assert (found["measured_late_first"], found["measured_slow"]) == (1, 0)
     assert (found["simulated_good"], found["simulated_num_served"]) == (3, 3)
     assert found["measured_ttft_s"] == 1.5
     assert found["measured_tpot_s"] == pytest.approx(0.1)
