@@ -28,7 +28,7 @@ from benchmarks.clusters import (
     drive_observed,
     start_cluster,
 )
-from benchmarks.load import Outcome, arrivals_of, drive
+from benchmarks.load import Outcome, arrivals_of
 from benchmarks.report import Report, make_parser
 from benchmarks.simulator.batch import slowed
 from benchmarks.simulator.kinds import SMOLLM2_CPU, NodeKind, default_targets
@@ -93,12 +93,14 @@ def beside_paced_nodes(
         settings={**PACED_LIMITS, **goals_of(targets, WAIT_SHARE), "lending": lends},
         fit=kind.fit,
     ) as started:
-        outcomes = asyncio.run(drive(started.cluster.url, arrivals_of(requests), seed=seed))
+        outcomes, observed = asyncio.run(drive_observed(started.cluster, arrivals_of(requests), seed))
     simulated = simulate(machines, num_each, "flowkv" if lends else "static", requests, targets, seed)
     return {
         "rate_per_s": round(len(requests) / requests[-1].arrival_s, 3),
         "targets": targets._asdict(),
         **compare(outcomes, simulated, targets),
+        "measured_moves": observed.num_cap_moves,
+        "simulated_moves": simulated.num_lendings,
         "pace": started.pace,
     }
 

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import msgspec
-
 from benchmarks import BenchmarkFailed
 from benchmarks.baselines import ONE_NODE, POLICIES, make_planner
+from benchmarks.report import Quantiles, quantiles
 from benchmarks.simulator.batch import Histogram, Life
 from benchmarks.simulator.cluster import Cluster
 from benchmarks.simulator.kinds import NodeKind
@@ -248,17 +247,6 @@ def carrying_split(
     return None
 
 
-class SimQuantiles(msgspec.Struct, frozen=True):
-    """By place in the order, unlike the nearest rank of `report.quantiles`."""
-
-    p50: float
-    p90: float
-    p99: float
-
-    def __str__(self) -> str:
-        return f"{self.p50:.3f} / {self.p90:.3f} / {self.p99:.3f}"
-
-
 def figures(outcome: Outcome) -> dict[str, Any]:
     """One run in numbers.
 
@@ -280,10 +268,10 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         "num_good": outcome.num_good,
         "good_share": outcome.good_share,
         "goodput": outcome.num_good / max(lives[-1].request.arrival_s, 1e-9),
-        "ttft_s": _quantiles([life.ttft_s for life in done]),
-        "tpot_s": _quantiles([life.tpot_s for life in done if life.request.num_output_tokens > 1]),
-        "itl_s": SimQuantiles(*(outcome.itl.quantile(part) for part in (0.5, 0.9, 0.99))),
-        "total_s": _quantiles([life.last_token_s - life.request.arrival_s for life in done]),
+        "ttft_s": quantiles([life.ttft_s for life in done]),
+        "tpot_s": quantiles([life.tpot_s for life in done if life.request.num_output_tokens > 1]),
+        "itl_s": Quantiles(outcome.itl.total(), *map(outcome.itl.quantile, (0.5, 0.9, 0.99, 1.0))),
+        "total_s": quantiles([life.last_token_s - life.request.arrival_s for life in done]),
         "prefill_utilisation": _utilisation(outcome, "prefill"),
         "decode_utilisation": _utilisation(outcome, "decode"),
         "cached_share": sum(life.num_cached_tokens for life in done) / max(1, num_prompt_tokens),
@@ -294,12 +282,6 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         "simulated_s": outcome.span_s,
         "wall_s": outcome.wall_s,
     }
-
-
-def _quantiles(values: Sequence[float]) -> SimQuantiles:
-    ordered = sorted(values)
-    places = (min(len(ordered) - 1, int(part * len(ordered))) for part in (0.5, 0.9, 0.99))
-    return SimQuantiles(*(ordered[place] if ordered else 0.0 for place in places))
 
 
 def _utilisation(outcome: Outcome, role: str) -> float:
