@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.report import Report, make_parser
 from benchmarks.simulator.kinds import KINDS, targets_of, with_fit
-from benchmarks.simulator.run import ALL_POLICIES, Machines, Scene, carried_by, figures
+from benchmarks.simulator.run import ALL_POLICIES, Machines, carried_by, figures, run_policy
 from benchmarks.traces import at_rate, cut_to, own_rate
 from benchmarks.traffic import add_traffic, read_window
 
@@ -30,7 +30,6 @@ def main(argv: Sequence[str]) -> int:
         carried = carried_by(machines, chosen, targets, options.seed)
         rate, likely = options.load * carried.rate, carried.num_prefill
     timed = at_rate(chosen, rate, options.seed)
-    scene = Scene(machines, num_prefill, timed, targets, rate, options.seed, likely)
     print(
         f"{options.trace}: {len(timed)} requests at {rate:.3f}/s, seed {options.seed}\n"
         f"{machines.num_nodes} x {kind.name}{', every second one 3 x slower' if options.slow_half else ''}, "
@@ -41,7 +40,9 @@ def main(argv: Sequence[str]) -> int:
     report.more = {"rate": rate, "targets": targets._asdict()}
     for policy in options.policy or ALL_POLICIES:
         report.say(policy)
-        report.add_row(**figures(scene.outcome(policy)))
+        report.add_row(
+            **figures(run_policy(policy, machines, num_prefill, timed, targets, options.seed, likely))
+        )
     return report.finish(*COLUMNS)
 
 

@@ -33,9 +33,9 @@ from benchmarks.simulator.run import (
     LEAST_RATE,
     MIXED,
     Machines,
-    Scene,
     capacity,
     figures,
+    run_policy,
 )
 from benchmarks.traces import ASKED_NEW_TOKENS, at_rate, cut_to
 from benchmarks.traffic import MADE_UP, read_window
@@ -59,22 +59,20 @@ Cell = dict[str, Any]
 
 
 class Task(NamedTuple):
-    """The cells of one trace, mix of nodes and seed; their loads share one capacity. `known`: `--beside`."""
+    """The cells of one trace, mix of nodes and seed; their loads share one capacity.
+
+    `options` are the command's, `known` the cells of `--beside`.
+    """
 
     trace: str
     mix: str
     seed: int
-    nodes: str | None
-    num_nodes: int
-    num_requests: int
-    loads: Sequence[float] = LOADS
-    policies: Sequence[str] = ALL
-    with_capacity: bool = False
+    options: argparse.Namespace
     known: Sequence[Cell] = ()
 
 
 def main(argv: Sequence[str]) -> int:
-    options = _options(argv)
+    options = parse_options(argv)
     traces = options.trace or (TUNING if options.tuning else REPORTING)
     seeds = options.seeds or (TUNING_SEEDS if options.tuning else REPORTING_SEEDS)
     if missing := [trace for trace in traces if trace not in MADE_UP and not Path(trace).exists()]:
@@ -82,19 +80,7 @@ def main(argv: Sequence[str]) -> int:
     known = json.loads(options.beside.read_text())["rows"] if options.beside else []
     report = Report(options)
     tasks = [
-        Task(
-            trace,
-            mix,
-            seed,
-            options.nodes,
-            options.num_nodes,
-            options.requests,
-            options.loads,
-            options.policy or ALL,
-            options.capacity,
-            known,
-        )
-        for seed, trace, mix in product(seeds, traces, options.mixes)
+        Task(trace, mix, seed, options, known) for seed, trace, mix in product(seeds, traces, options.mixes)
     ]
     began = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(min(options.jobs, len(tasks))) as workers:
@@ -117,33 +103,37 @@ def run_task(task: Task) -> list[Cell]:
     `rate` is the load's; `carried` is the rate that the best static split carries, `lending_carries` the one
     that FlowKV does from half of the nodes on each side.
     """
-    requests = read_window(task.trace, task.num_requests, task.seed)
+    trace, mix, seed, options, known = task
+    requests = read_window(trace, options.requests, seed)
     longest = max(request.num_prompt_tokens for request in requests) + ASKED_NEW_TOKENS
-    kind = KINDS[task.nodes] if task.nodes else slowest_that_holds(longest)
-    machines = Machines(kind, task.num_nodes, task.mix == SLOW_HALF)
+    kind = KINDS[options.nodes] if options.nodes else slowest_that_holds(longest)
+    machines = Machines(kind, options.num_nodes, mix == SLOW_HALF)
     requests = cut_to(requests, kind.max_model_len)
     targets = default_targets(kind, requests)
-    half = task.num_nodes // 2
-    place = Path(task.trace).name, task.mix, task.seed, kind.name, task.num_nodes, task.num_requests
-    known = [cell for cell in task.known if tuple(cell[name] for name in NAMES) == place]
+    half = options.num_nodes // 2
+    place = Path(trace).name, mix, seed, kind.name, options.num_nodes, options.requests
+    known = [cell for cell in known if tuple(cell[name] for name in NAMES) == place]
     shared: Cell = dict(zip(NAMES, place, strict=True))
     if known:
         shared |= {"carried": known[0]["carried"], "best_prefill": known[0]["best_prefill"]}
     else:
-        carried = capacity(machines, requests, targets, task.seed)
+        carried = capacity(machines, requests, targets, seed)
         shared |= {"carried": carried.rate, "best_prefill": carried.num_prefill}
-    if task.with_capacity:
-        lending = capacity(machines, requests, targets, task.seed, "flowkv", splits=[half])
+    if options.capacity:
+        lending = capacity(machines, requests, targets, seed, "flowkv", splits=[half])
         shared["lending_carries"] = lending.rate
     cells: list[Cell] = []
-    for load in task.loads:
-        rate = load * max(shared["carried"], LEAST_RATE * task.num_nodes)
-        timed = at_rate(requests, rate, task.seed)
-        scene = Scene(machines, half, timed, targets, rate, task.seed, shared["best_prefill"])
+    for load in options.loads:
+        rate = load * max(shared["carried"], LEAST_RATE * options.num_nodes)
+        timed = at_rate(requests, rate, seed)
         earlier: Cell = next((cell for cell in known if cell["load"] == load), {"runs": {}})
-        runs = {policy: figures(scene.outcome(policy)) for policy in task.policies if policy != BOUND}
-        if BOUND in task.policies:
-            runs[BOUND] = {"good_share": most_good(machines, timed, targets) / len(timed)}
+        runs: Cell = {}
+        for policy in options.policy:
+            if policy == BOUND:
+                runs[BOUND] = {"good_share": most_good(machines, timed, targets) / len(timed)}
+            else:
+                likely = shared["best_prefill"]
+                runs[policy] = figures(run_policy(policy, machines, half, timed, targets, seed, likely))
         cells.append({**earlier, **shared, "load": load, "rate": rate, "runs": {**earlier["runs"], **runs}})
     return cells
 
@@ -186,7 +176,7 @@ def differences(rows: Sequence[Cell]) -> list[str]:
     return lines
 
 
-def _options(argv: Sequence[str]) -> argparse.Namespace:
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser("simulate-cells", __doc__)
     parser.add_argument(
         "--tuning", action="store_true", help="traffic and seeds for tuning, not for reporting"
@@ -195,7 +185,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--loads", type=float, nargs="+", default=LOADS)
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=MIXES)
-    parser.add_argument("--policy", nargs="+", choices=ALL, help="all without")
+    parser.add_argument("--policy", nargs="+", choices=ALL, default=ALL)
     parser.add_argument(
         "--beside", type=Path, help="JSON of an earlier run: take from it what is not to be run"
     )

@@ -116,25 +116,24 @@ def simulate(
     )
 
 
-class Scene(NamedTuple):
-    """What all policies get. The best static split is searched from `likely` prefill nodes on."""
+def run_policy(
+    policy: str,
+    machines: Machines,
+    num_prefill: int,
+    requests: Sequence[Request],
+    targets: Targets,
+    seed: int,
+    likely: int,
+) -> Outcome:
+    """One of `ALL_POLICIES`, from `num_prefill` prefill nodes on unless it is one with hindsight.
 
-    machines: Machines
-    num_prefill: int
-    requests: list[Request]
-    targets: Targets
-    rate: float
-    seed: int
-    likely: int
-
-    def outcome(self, policy: str) -> Outcome:
-        """One of `ALL_POLICIES`, from `num_prefill` prefill nodes on unless it is one with hindsight."""
-        machines, num_prefill, requests, targets, _, seed, likely = self
-        if policy == BEST_STATIC:
-            return best_static(machines, requests, targets, seed, likely)
-        if policy == MIXED:
-            return best_mixed(machines, num_prefill, requests, targets, seed)
-        return simulate(machines, num_prefill, policy, requests, targets, seed)
+    The best static split is searched from `likely` prefill nodes on.
+    """
+    if policy == BEST_STATIC:
+        return best_static(machines, requests, targets, seed, likely)
+    if policy == MIXED:
+        return best_mixed(machines, num_prefill, requests, targets, seed)
+    return simulate(machines, num_prefill, policy, requests, targets, seed)
 
 
 def splits_around(num_nodes: int, likely: int) -> list[int]:

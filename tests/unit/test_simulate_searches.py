@@ -162,7 +162,8 @@ def test_on_one_node_requests_stay() -> None:
 
 
 def cells_of(mix: str, policies: Sequence[str], known: Sequence[cells.Cell] = ()) -> list[cells.Cell]:
-    return cells.run_task(cells.Task("shifting", mix, 1, None, 4, 12, policies=policies, known=known))
+    options = cells.parse_options(["--num-nodes", "4", "--requests", "12", "--policy", *policies])
+    return cells.run_task(cells.Task("shifting", mix, 1, options, known))
 
 
 def test_advice_names_the_best_way_and_what_the_others_miss() -> None:
@@ -232,3 +233,15 @@ def test_differences_are_told_with_the_worst_row() -> None:
 def test_cells_want_their_traces(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkFailed, match="none.csv"):
         cells.main(["--json", str(tmp_path / "c.json"), "--trace", "none.csv"])
+
+
+def test_the_command_prints_cells_and_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--trace", "shifting", "--seeds", "1", "--mixes", "alike", "--loads", "1", "--num-nodes", "4"]
+    argv += ["--requests", "12", "--jobs", "1"]
+    base, again = tmp_path / "base.json", tmp_path / "again.json"
+    assert cells.main([*argv, "--policy", "flowkv", "best_static", "--json", str(base)]) == 0
+    assert cells.main([*argv, "--policy", "flowkv", "--beside", str(base), "--json", str(again)]) == 0
+    one, other = (json.loads(file.read_text())["rows"] for file in (base, again))
+    assert one[0]["runs"].keys() == other[0]["runs"].keys() == {"flowkv", "best_static"}
+    shown = capsys.readouterr().out
+    assert shown.count("flowkv - best_static: ") == 2
