@@ -50,7 +50,7 @@ REPORTING_SEEDS = range(5)
 
 # A cell is the same as one of an earlier run if these are.
 NAMES = ("trace", "mix", "seed", "nodes", "num_nodes", "num_requests")
-BOUND = "bound"  # no policy, but what none can beat
+BOUND = "bound"  # an upper limit for any policy
 # What is told first.
 SHOWN = ("flowkv", "static", BEST_STATIC, MIXED, BOUND)
 ALL = (*ALL_POLICIES, BOUND)

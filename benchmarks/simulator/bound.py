@@ -1,4 +1,4 @@
-"""What no scheduler can beat: the most good requests, by a linear program over seconds of nodes.
+"""The most requests that any scheduler could serve within both targets: a linear program over node-seconds.
 
 Work is a fluid: a prompt is computed from its arrival until the TTFT target, its answer from then until its
 last token is due, in any parts by any nodes. Each node may do both at any moment. Prefixes that came before
