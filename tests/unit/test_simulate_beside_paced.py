@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from benchmarks.clusters import Pace
+from benchmarks import simulated
+from benchmarks.clusters import Observed, Pace
 from benchmarks.load import Arrival
 from benchmarks.load import Outcome as Answer
 from benchmarks.simulated import PACED, asked_exactly, compare, points_off
@@ -13,29 +21,29 @@ from benchmarks.traces import Request, Targets
 
 
 def answer(ttft_s: float, status: int = 200) -> Answer:
-    times = [ttft_s, ttft_s + 0.1] if status == 200 else []
+    times = [ttft_s, ttft_s + 0.04] if status == 200 else []
     ids, finish = ([1, 2], "length") if times else ([], None)
-    return Answer(Arrival(0.0, 10, 2), 1.0, status, ids, times, finish, ended_s=ttft_s + 0.1)
+    return Answer(Arrival(0.0, 10, 2), 1.0, status, ids, times, finish, ended_s=ttft_s + 0.04)
 
 
 def test_a_run_is_told_by_good_requests_and_means() -> None:
     requests = [asked_exactly(Request(100, 2, (), float(n))) for n in range(3)]
     targets = Targets(1.0, 0.5)
-    simulated = simulate(Machines(PACED, 2), 1, "static", requests, targets)
-    found = compare([answer(0.5), answer(2.5), answer(0.0, 429)], simulated, targets)
+    outcome = simulate(Machines(PACED, 2), 1, "static", requests, targets)
+    found = compare([answer(0.5), answer(2.5), answer(0.0, 429)], outcome, targets)
     assert found["num_requests"] == 3
     assert (found["measured_good"], found["measured_num_served"]) == (1, 2)
     assert (found["measured_late_first"], found["measured_slow"]) == (1, 0)
     assert (found["simulated_good"], found["simulated_num_served"]) == (3, 3)
     assert found["measured_ttft_s"] == 1.5
-    assert found["measured_tpot_s"] == pytest.approx(0.1)
-    assert found["measured_tokens_per_s"] == pytest.approx(4 / 3.6)
+    assert found["measured_tpot_s"] == pytest.approx(0.04)
+    assert found["measured_tokens_per_s"] == pytest.approx(4 / 3.54)
 
 
 def test_cells_are_means_of_their_runs() -> None:
-    def row(lending: bool, run: int, measured: int, simulated: int, slip: float) -> dict[str, object]:
+    def row(lending: bool, run: int, measured: int, imagined: int, slip: float) -> dict[str, object]:
         cell = {"trace": "code", "cluster": "2P2D", "load": 1.0, "lending": lending, "run": run}
-        good = {"num_requests": 50, "measured_good": measured, "simulated_good": simulated}
+        good = {"num_requests": 50, "measured_good": measured, "simulated_good": imagined}
         return {**cell, **good, "pace": Pace(10, slip)}
 
     rows = [row(False, 0, 40, 41, 0.01), row(True, 0, 30, 40, 0.07), row(False, 1, 44, 41, 0.02)]
@@ -46,3 +54,32 @@ def test_cells_are_means_of_their_runs() -> None:
     assert off["worst pace"] == Pace(10, 0.02)
     assert on["points off"] == "+20.0"
     assert "NOT KEPT" in str(on["worst pace"])
+
+
+def test_the_command_runs_each_cell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: list[dict[str, object]] = []
+
+    @contextlib.contextmanager
+    def started(model: str, nodes: dict[str, int], **more: Any) -> Iterator[SimpleNamespace]:
+        settings.append(more["settings"])
+        yield SimpleNamespace(cluster=None, pace=Pace(10, 0.01))
+
+    async def driven(cluster: object, arrivals: list[Arrival], seed: int) -> tuple[list[Answer], Observed]:
+        assert all(arrival.hash_ids for arrival in arrivals)
+        return [answer(0.5)] * len(arrivals), Observed(num_cap_moves=3)
+
+    monkeypatch.setattr(simulated, "start_cluster", started)
+    monkeypatch.setattr(simulated, "drive_observed", driven)
+    file = tmp_path / "out.json"
+    argv = ["--model", "any", "--trace", "agents", "--nodes", "1", "--loads", "0.7", "--runs", "2"]
+    assert simulated.main([*argv, "--requests", "20", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["lending"], row["run"]) for row in rows] == [(False, 0), (False, 1), (True, 0), (True, 1)]
+    assert [given["lending"] for given in settings] == [False, False, True, True]
+    assert {row["measured_good"] for row in rows} == {20}
+    assert {row["measured_moves"] for row in rows} == {3}
+    table = capsys.readouterr().out
+    assert "points off" in table
+    assert table.count("1P1D") == 2
