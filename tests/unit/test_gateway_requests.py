@@ -147,6 +147,18 @@ def test_bad_completion_field_is_named(fields: dict[str, Any], field: str) -> No
     assert named_field(completion, fields) == field
 
 
+def test_to_tokenize_is_either_a_prompt_or_messages() -> None:
+    for fields, field in (
+        ({}, "prompt"),
+        ({"prompt": "a", "messages": USER}, "prompt"),
+        ({"prompt": "a", "messages": []}, "prompt"),
+        ({"messages": []}, "messages"),
+    ):
+        with pytest.raises(BadRequest) as caught:
+            parse_request(json.dumps(fields).encode(), TokenizeRequest)
+        assert caught.value.field == field
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -73,9 +73,6 @@ class ChatMessage(msgspec.Struct):
     reasoning_content: str | None = None
 
 
-Messages = Annotated[list[ChatMessage], Meta(min_length=1)]
-
-
 # --- the bodies ---------------------------------------------------------------------------------------
 
 
@@ -125,7 +122,7 @@ class GenerationRequest(Body, kw_only=True):
 class ChatRequest(GenerationRequest, kw_only=True):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: Messages
+    messages: list[ChatMessage]
     max_completion_tokens: PositiveCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
@@ -168,7 +165,7 @@ class TokenizeRequest(Body, kw_only=True):
     """Body of `POST /tokenize`: a prompt or messages."""
 
     prompt: str | None = None
-    messages: Messages | None = None
+    messages: list[ChatMessage] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     documents: list[dict[str, Any]] | None = None
@@ -195,6 +192,8 @@ def _check_conversation(request: ChatRequest | TokenizeRequest) -> None:
             "A message can't be continued when another one is begun: leave add_generation_prompt out.",
             field="continue_final_message",
         )
+    if request.messages == []:
+        raise BadRequest("messages must not be empty.", field="messages")
     for place, message in enumerate(request.messages or ()):
         field = f"messages[{place}].content"
         if message.content is None and message.role not in ("assistant", "tool", "function"):
