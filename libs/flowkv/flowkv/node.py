@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import gc
 import os
 import sys
 import tempfile
@@ -42,7 +41,7 @@ def _load_and_serve(settings: NodeSettings, role: str) -> None:
         raise CannotStart(f"{error.name} is not installed: pip install 'flowkv[engine]'") from None
 
     from flowkv.roles import ROLES
-    from flowkv_common.aio import stop_on_signals
+    from flowkv_common.aio import freeze_objects, stop_on_signals
     from flowkv_engine.engine.gpu.devices import claimed
     from flowkv_engine.engine.model import load_model
     from flowkv_node.host import serve_node, served_model
@@ -60,9 +59,7 @@ def _load_and_serve(settings: NodeSettings, role: str) -> None:
             device=device,
             load_format=settings.load_format,
         )
-        # Libraries and the model stay: no collection shall walk through them amid a step, nor at exit (1 s).
-        gc.collect()
-        gc.freeze()
+        freeze_objects()  # else the exit walks through the model, too (1 s)
         atexit.register(_end_without_leak_reports)
 
         async def run() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import math
 import signal
@@ -39,6 +40,15 @@ async def group() -> AsyncIterator[asyncio.TaskGroup]:
         if len(errors.exceptions) == 1:
             raise errors.exceptions[0] from None
         raise
+
+
+def freeze_objects() -> None:
+    """Keep garbage collections from walking through what exists now: libraries alone take 20 ms.
+
+    Call it when all that stays has been loaded.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def stop_on_signals() -> asyncio.Event:

@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from flowkv_common.aio import stop_on_signals
+from flowkv_common.aio import freeze_objects, stop_on_signals
 from flowkv_common.config import GatewaySettings, load_settings
 from flowkv_common.fingerprint import model_files
 from flowkv_common.telemetry import process_registry, reason_in_one_line, serve_http, setup_logs
@@ -28,6 +28,7 @@ async def serve(settings: GatewaySettings) -> None:
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
     defaults = load_sampling_defaults(folder, settings.generation_config)
     own = OwnModel(await asyncio.to_thread(model_files, folder), settings.model_name)
+    freeze_objects()
     async with open_dispatch(settings.nats_url, own, stop.set) as dispatch:
         api = Api(settings, tokenizer, dispatch, process_registry(), defaults, stop)
         async with serve_http(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from flowkv_common.aio import stop_on_signals
+from flowkv_common.aio import freeze_objects, stop_on_signals
 from flowkv_common.config import SchedulerSettings, load_settings
 from flowkv_common.telemetry import reason_in_one_line, setup_logs
 from flowkv_scheduler.app import serve
@@ -18,6 +18,7 @@ async def run(settings: SchedulerSettings) -> None:
 def main() -> None:
     settings = load_settings(SchedulerSettings, sys.argv[1:])
     setup_logs("scheduler")
+    freeze_objects()
     with reason_in_one_line("scheduler"):
         asyncio.run(run(settings))
 
