@@ -141,9 +141,9 @@ async def test_each_gateway_gets_the_tokens_of_its_own_model(
             assert await served_by(bus) == {
                 (weights.model.card.name, weights.model.card.fingerprint) for weights in (a, b)
             }
-    # Nor do nodes of one try to reach those of the other.
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert {record.name for record in warnings} <= {"flowkv_gateway.cluster", "flowkv_scheduler.app"}
+    # Nor do nodes of one try to reach those of the other.
+    assert not [record for record in warnings if record.message.startswith("no link to")]
     told = [record.message for record in warnings if record.name == "flowkv_gateway.cluster"]
     assert len(told) == 4, told
     assert all("serves another model" in line for line in told)
