@@ -68,8 +68,11 @@ async def test_a_cancel_waits_until_the_thread_has_left_the_pool() -> None:
         may_end.wait(5)
         return 1
 
+    async def copy_in_thread() -> int:
+        return await finish_thread(loop.run_in_executor(None, copy), abandoned.set)
+
     loop = asyncio.get_running_loop()
-    waiting = asyncio.create_task(finish_thread(loop.run_in_executor(None, copy), abandoned.set))
+    waiting = asyncio.create_task(copy_in_thread())
     await loop.run_in_executor(None, is_copying.wait, 5)
     for _ in range(2):  # an impatient parent cancels twice
         waiting.cancel()
