@@ -22,8 +22,8 @@ INTRODUCTION = """\
 
 Each setting is a variable, `FLOWKV_PORT`, and a flag, `--port`. Flags win. An unknown one is refused.
 `flowkv gateway --help` and the other services' print the same text. What Compose itself reads is in
-[operations.md](operations.md). This page is written from `flowkv_common/config.py` by
-`tests/contract/settings_page.py`.
+[operations.md](operations.md#compose).
+<!-- written by tests/contract/settings_page.py from flowkv_common/config.py -->
 """
 
 FIXED = """
@@ -36,10 +36,20 @@ Of a request:
 - an attempt fails after 3 s without token or keepalive, and 2 s without an answer to `Resume`
 - `priority` counts from -6 to 6
 
+Of a client that reads slowly:
+
+- of its stream 64 KiB and one event lie unsent in the gateway, and 64 KiB in the kernel
+- its tokens wait in the gateway, at most the rest of its answer: 0.5 KB per token, 3 KB with 20 log
+  probabilities
+- a stream is cut off when its buffer is full and loses less than 48 KiB in `FLOWKV_SEND_TIMEOUT_S`; a whole
+  answer, which is written at once, when the client takes nothing for 60 s
+
 Of a node:
 
 - it gets no new work after three load reports are missing, and leaves the registry after 6 s
-- a reservation ends 30 s after its last renewal
+- a handoff waits for a link for 5 s
+- a reservation ends 30 s after its last renewal; a prompt that gets no blocks gives it back, if its own node
+  has reservations of others: after 1 s at first, after 12 s at most
 - a transfer ends after 10 s of silence; a handoff after three minutes without progress, and the time of its
   bytes at 10 MB/s
 - output can be asked for again for 30 s after its end

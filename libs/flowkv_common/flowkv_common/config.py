@@ -57,7 +57,7 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
     ] = "auto"
     request_timeout_s: Annotated[Seconds, "longest time that an answer may take"] = 600.0
     max_body_bytes: Annotated[Bytes, "a longer body of a request gets 413"] = 4 * 1024 * 1024
-    send_timeout_s: Annotated[Seconds, "a client that reads nothing for this long is disconnected"] = 30.0
+    send_timeout_s: Annotated[Seconds, "a stream that is not read for this long is cut off"] = 30.0
     keep_alive_s: Annotated[
         Seconds, "an idle connection is closed after this; keep it longer than your proxy's"
     ] = 75.0
