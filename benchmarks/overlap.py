@@ -34,8 +34,10 @@ class Setup(NamedTuple):
     settings: dict[str, object]
 
 
-# No chunk keeps such an ITL target, so no prompt stays on the idle decode node; nor is that node lent.
-APART = {"token_budget": CHUNK_TOKENS, "itl_goal_s": 0.000001, "lending": False}
+# No chunk keeps such an ITL target, so no prompt stays on the idle decode node; nor is that node lent. With
+# such a TTFT target none waits for the other one, until the decode node has reported that it is idle (0.5 s).
+TINY_S = 0.000001
+APART = {"token_budget": CHUNK_TOKENS, "itl_goal_s": TINY_S, "ttft_goal_s": TINY_S, "lending": False}
 # A mixed node's chunk is half of its token budget: with twice the budget all setups cut prompts alike.
 MIXED = {"token_budget": 2 * CHUNK_TOKENS}
 SPLIT = {"prefill": 1, "decode": 1}
