@@ -317,7 +317,7 @@ async def test_garbage_after_the_greeting_costs_only_its_connection(kind: str) -
 @pytest.mark.parametrize("said", [b"", b"\0\0", framed(b"x" * 20)[:12]])
 async def test_a_peer_that_falls_silent_is_hung_up_on(kind: str, said: bytes) -> None:
     async with network(kind) as net:
-        receiver, sender = await net.node(io_timeout_s=0.05), await net.node()
+        receiver, sender = await net.node(io_timeout_s=0.3), await net.node()
         with await dial(receiver) as channel:
             if said:
                 await channel.write(memoryview(said))
