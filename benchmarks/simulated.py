@@ -32,7 +32,7 @@ from benchmarks.load import Outcome, arrivals_of
 from benchmarks.report import Report, make_parser
 from benchmarks.simulator.batch import slowed
 from benchmarks.simulator.kinds import SMOLLM2_CPU, NodeKind, default_targets
-from benchmarks.simulator.run import WAIT_SHARE, Machines, carried_by, simulate
+from benchmarks.simulator.run import Machines, carried_by, simulate
 from benchmarks.simulator.run import Outcome as SimOutcome
 from benchmarks.traces import Request, Targets, at_rate, cut_to
 from benchmarks.traffic import read_window
@@ -90,7 +90,7 @@ def beside_paced_nodes(
     with start_cluster(
         options.model,
         {"prefill": num_each, "decode": num_each},
-        settings={**PACED_LIMITS, **goals_of(targets, WAIT_SHARE), "lending": lends},
+        settings={**PACED_LIMITS, **goals_of(targets), "lending": lends},
         fit=kind.fit,
     ) as started:
         outcomes, observed = asyncio.run(drive_observed(started.cluster, arrivals_of(requests), seed))
@@ -142,7 +142,7 @@ def beside_real_nodes(options: argparse.Namespace, chosen: list[Request], report
             "token_budget": kind.token_budget,
             "max_num_seqs": kind.max_num_seqs,
             "kv_cache_bytes": kind.num_blocks * kind.layout.block_bytes,
-            **goals_of(REAL_TARGETS, 1.0),
+            **goals_of(REAL_TARGETS),
         },
     ) as started:
         for rate in options.rates:
@@ -164,13 +164,9 @@ def beside_real_nodes(options: argparse.Namespace, chosen: list[Request], report
             report.add_row(cluster="1P1D", rate_per_s=rate, **compare(outcomes, outcome, REAL_TARGETS))
 
 
-def goals_of(targets: Targets, wait_share: float) -> dict[str, object]:
+def goals_of(targets: Targets) -> dict[str, object]:
     """The settings of a scheduler that has these targets."""
-    return {
-        "ttft_goal_s": targets.ttft_s,
-        "itl_goal_s": targets.tpot_s,
-        "max_wait_s": wait_share * targets.ttft_s,
-    }
+    return {"ttft_goal_s": targets.ttft_s, "itl_goal_s": targets.tpot_s}
 
 
 def compare(outcomes: Sequence[Outcome], simulated: SimOutcome, targets: Targets) -> dict[str, object]:

@@ -25,8 +25,9 @@ from flowkv_common.wire.messages import (
     ScheduleRequest,
     Wait,
 )
-from flowkv_common.wire.nodes import BlockCounts, LoadReport, NodeDescriptor
+from flowkv_common.wire.nodes import BlockCounts, LoadReport, NodeDescriptor, OutputForecast
 from flowkv_scheduler import policy
+from flowkv_scheduler.admission import Later
 from flowkv_scheduler.cluster import ClusterState, Goals, NodeView, Work
 from flowkv_scheduler.policy import Choice, RequestCosts
 from flowkv_scheduler.prefixes import Hits, PrefixIndex
@@ -39,6 +40,8 @@ PERIOD_S = 0.5
 QUICK_PERIOD_S = 0.1  # of nodes that report over NATS
 MODEL = ModelCard(name="m", fingerprint="f", max_model_len=4096, vocab_size=64, eos_token_ids=[0])
 NOTHING = Work()
+# Sequences that will produce no more: they keep the blocks that they have, and free ones are free for others.
+GROWN = OutputForecast(tokens_left=0.0, first_ends_in=0.0, stop_rate=1 / 256)
 GOALS = Goals()
 CAPS = {"prefill": TOKEN_BUDGET, "decode": BLOCK_SIZE, "mixed": 128}
 
@@ -149,8 +152,9 @@ def node(
     layout: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Described:
+    """Its sequences are `GROWN`, but for another `forecast`."""
     record = descriptor(node_id, role, num_blocks=num_blocks, memory=memory, model=model, **(layout or {}))
-    return Described(record, report(node_id, role, **changes), age_s, given)
+    return Described(record, report(node_id, role, **({"forecast": GROWN} | changes)), age_s, given)
 
 
 def cluster(*nodes: Described) -> ClusterState:
@@ -183,6 +187,18 @@ def num_hashes(index: PrefixIndex) -> int:
 
 def blocks_by_node(hits: Hits) -> dict[str, int]:
     return {node_id: hits.num_blocks(node_id) for node_id in hits.longest_first()}
+
+
+def later(
+    node_id: str = "d0",
+    need: Work = NOTHING,
+    retry_in_s: float = 0.5,
+    first_token_in_s: float = 0.0,
+    is_late: bool = False,
+) -> Later:
+    """What a request was told that waits for room at the node."""
+    wait = Wait(retry_in_s=retry_in_s, reason="full", first_token_in_s=first_token_in_s)
+    return Later(wait, node_id=node_id, need=need, is_late=is_late)
 
 
 def choose(wanted: ScheduleRequest, nodes: list[Described], goals: Goals = GOALS) -> Choice | None:

@@ -62,7 +62,10 @@ class Life:
     num_waits: int = 0
     num_cached_tokens: int = 0  # that prefill did not compute
     num_moved_tokens: int = 0  # that decode did not have
+    num_produced: int = 0  # tokens, when it last joined a batch or left it
+    joined_at_step: int = 0
     first_token_s: float = 0.0
+    newest_token_s: float = 0.0  # when it last joined a batch or left it
     last_token_s: float = 0.0
     refused_with: int = 0  # the code of the error
     is_bad: bool = False  # it has missed a target
@@ -72,11 +75,10 @@ class Life:
         """Ids that name 512 tokens of the prompt each. Its last token is always computed."""
         return self.request.hash_ids[: (self.request.num_prompt_tokens - 1) // TOKENS_PER_HASH_ID]
 
-    def num_early_blocks(self, block_size: int, num_to_come: int | None = None) -> int:
-        """Blocks for the tokens that are still to come: of the whole answer but its first, or fewer."""
-        num_all = self.request.num_prompt_tokens + self.request.num_output_tokens
-        num_now = num_all - (self.request.num_output_tokens - 1 if num_to_come is None else num_to_come)
-        return -(-num_all // block_size) + (-num_now // block_size)
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt and, as it last joined a batch or left it, of the answer."""
+        return self.request.num_prompt_tokens + self.num_produced
 
     @property
     def is_done(self) -> bool:
@@ -213,8 +215,7 @@ class Batch:
         self.waiting: deque[Life] = deque()  # for a place among the decoding
         self.stretch: Stretch | None = None
         self.num_context = 0  # tokens of the decoding sequences, the newest included
-        # Blocks that sequences on their way here have and don't need yet. Only the simulator knows them.
-        self.num_early_blocks = 0
+        self.num_grown = 0  # of these, those that the sequences have produced
         self.decode_step_s = 0.0  # smoothed, as a node measures them; 0: not yet
         self.prefill_tokens_per_s = 0.0
         self.busy_s = 0.0
@@ -229,8 +230,11 @@ class Batch:
     def num_decoding(self) -> int:
         return len(self._decoding)
 
-    def begin(self, now: float) -> Stretch | None:
-        """The next stretch, with all that is here; None when there is nothing to do."""
+    def begin(self, now: float, num_free_tokens: int) -> Stretch | None:
+        """The next stretch, with all that is here; None when there is nothing to do.
+
+        No longer than the decoding sequences find `num_free_tokens` to grow into.
+        """
         assert self.stretch is None, "one stretch at a time"
         while self.waiting and len(self._decoding) < self.limits.max_num_seqs:
             self._join(self.waiting.popleft())
@@ -240,6 +244,7 @@ class Batch:
         if self._decoding:
             steps_left = self._decoding[0][0] - self._num_steps
             num_steps = min(num_steps, steps_left) if self._chunks else steps_left
+            num_steps = min(num_steps, max(1, num_free_tokens // len(self._decoding)))
         tokens = sum(num for _, num in self._chunks)
         pairs = sum(chunk_pairs(prompt.num_computed, num) for prompt, num in self._chunks)
         num_decoding = len(self._decoding)
@@ -276,6 +281,7 @@ class Batch:
         self._observe(stretch)
         self._num_steps += stretch.num_steps
         self.num_context += stretch.num_steps * stretch.num_decoding
+        self.num_grown += stretch.num_steps * stretch.num_decoding
         for prompt, num in self._chunks:
             prompt.num_computed += num * stretch.num_steps
             prompt.first_chunk_at = prompt.first_chunk_at or stretch.after(1)
@@ -286,9 +292,27 @@ class Batch:
         finished = []
         while self._decoding and self._decoding[0][0] == self._num_steps:
             life = heapq.heappop(self._decoding)[2]
-            self.num_context -= life.request.num_prompt_tokens + life.request.num_output_tokens
+            self._count_out(life)
             finished.append(life)
         return computed, finished
+
+    def preempt_newest(self, now: float) -> Life:
+        """Between two stretches: takes the sequence that joined last out."""
+        newest = max(self._decoding, key=lambda one: (one[2].joined_at_step, one[1]))
+        self._decoding.remove(newest)
+        heapq.heapify(self._decoding)
+        life = newest[2]
+        self._count_out(life)
+        life.newest_token_s = now
+        return life
+
+    def _count_out(self, life: Life) -> None:
+        life.num_produced = self._produced(life, self._num_steps)
+        self.num_context -= life.num_tokens
+        self.num_grown -= life.num_produced
+
+    def _produced(self, life: Life, num_steps: int) -> int:
+        return life.num_produced + num_steps - life.joined_at_step
 
     def num_queued_tokens(self, now: float) -> int:
         """Prompt tokens that are not computed at `now`, as far as whole steps tell."""
@@ -299,29 +323,22 @@ class Batch:
         num_grown = self.stretch.num_ended(now) * self.stretch.num_decoding if self.stretch else 0
         return self.num_context + num_grown
 
-    def outputs_at(self, now: float) -> list[tuple[int, int]]:
-        """Of each sequence the tokens that it has produced, and may produce yet."""
-        num_steps = self._num_steps + (self.stretch.num_ended(now) if self.stretch else 0)
-        produced = [
-            (life, life.request.num_output_tokens - last_step + num_steps)
-            for last_step, _, life in self._decoding
-        ]
-        produced += ((life, 1) for life in self.waiting)
-        return [(num, life.request.max_tokens - num) for life, num in produced]
+    def num_grown_at(self, now: float) -> int:
+        return self.num_grown + self.num_context_at(now) - self.num_context
 
-    def num_early_blocks_at(self, now: float) -> int:
-        """Blocks that all sequences have, and will need only when they have grown."""
+    def outputs_at(self, now: float) -> list[tuple[int, int, int]]:
+        """Of each sequence the tokens of its prompt, those that it has produced, and may produce yet."""
         num_steps = self._num_steps + (self.stretch.num_ended(now) if self.stretch else 0)
-        size = self.limits.block_size
-        return self.num_early_blocks + sum(
-            life.num_early_blocks(size, last_step - num_steps) for last_step, _, life in self._decoding
-        )
+        lives = [(life, self._produced(life, num_steps)) for _, _, life in self._decoding]
+        lives += ((life, life.num_produced) for life in self.waiting)
+        return [(life.request.num_prompt_tokens, num, life.request.max_tokens - num) for life, num in lives]
 
     def _join(self, life: Life) -> None:
-        """A sequence comes with its first token, whose KV the next step computes."""
-        self.num_context += life.request.num_prompt_tokens + 1
-        self.num_early_blocks -= life.num_early_blocks(self.limits.block_size)
-        last_step = self._num_steps + life.request.num_output_tokens - 1
+        """A sequence comes with its newest token, whose KV the next step computes."""
+        self.num_context += life.num_tokens
+        self.num_grown += life.num_produced
+        life.joined_at_step = self._num_steps
+        last_step = self._num_steps + life.request.num_output_tokens - life.num_produced
         heapq.heappush(self._decoding, (last_step, life.number, life))
         self._fresh.append(life)
 
@@ -354,7 +371,7 @@ class Batch:
         fresh, self._fresh = self._fresh, []
         first_s, growth_s, num_decoding = stretch.first_s, stretch.growth_s, stretch.num_decoding
         for life in fresh:
-            self._itl.add_value(stretch.begin_s + first_s - life.first_token_s)
+            self._itl.add_value(stretch.begin_s + first_s - life.newest_token_s)
         self._itl.add_value(first_s, num_decoding - len(fresh))
         if stretch.num_steps > 1:
             self._itl.add_ramp(first_s + growth_s, growth_s, stretch.num_steps - 1, num_decoding)

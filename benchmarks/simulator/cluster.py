@@ -1,8 +1,8 @@
 """The simulated cluster: requests ask the scheduler, go to their nodes, and end.
 
 Order as in docs/architecture.md: schedule, room at decode and prefill, prefill, first token, handoff, decode.
-Two simplifications: a prompt takes its blocks on both sides at one moment, and those of its whole answer at
-decode, so that nothing is ever preempted; it waits for room instead.
+Two simplifications: a prompt takes its blocks on both sides at one moment, and blocks for what sequences
+produce are counted for all of a node together. As on a node, the newest gives way when they find none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import partial
 from benchmarks.simulator.batch import Life, Prompt
 from benchmarks.simulator.node import FINGERPRINT, REPORT_PERIOD_S, SimNode
 from benchmarks.traces import TOKENS_PER_HASH_ID, Targets
-from flowkv_common.errors import FlowKVError
+from flowkv_common.errors import FlowKVError, Full
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import SetPrefillCap
 from flowkv_scheduler.planner import Planner
@@ -52,6 +52,7 @@ class Cluster:
         self._max_bad = max_bad
         self._events: list[tuple[float, int, Callable[[], None]]] = []  # a heap: when, in which order, what
         self._num_events = 0
+        self.num_preempted = 0
         self._by_id = {node.ref.node_id: node for node in nodes}
         self._num_open = len(lives)
 
@@ -179,8 +180,7 @@ class Cluster:
     def _try_start(self, node: SimNode, life: Life, full: set[int]) -> bool:
         """Blocks on both sides, or none, and then the sides that lack room are `full`."""
         decode, ids, request = self.nodes[life.decode], life.cacheable_ids, life.request
-        num_all = request.num_prompt_tokens + request.num_output_tokens
-        if not decode.pool.has_room(num_all, ids):
+        if not decode.pool.has_room(request.num_prompt_tokens + 1, ids):
             full.add(decode.index)
             decode.blocked_senders[node.index] = None
             return False
@@ -188,13 +188,12 @@ class Cluster:
             full.add(node.index)
             node.blocked_senders[node.index] = None
             return False
-        life.at_decode = life.at_prefill = decode.pool.lease(num_all, ids)
+        life.at_decode = life.at_prefill = decode.pool.lease(request.num_prompt_tokens + 1, ids)
         decode.num_rooms_given += 1
         if node is not decode:
             life.at_prefill = node.pool.lease(request.num_prompt_tokens + 1, ids)
             node.num_sending += 1
             node.sending_tokens += request.num_prompt_tokens
-        decode.batch.num_early_blocks += life.num_early_blocks(decode.kind.layout.block_size)
         life.num_cached_tokens = len(life.at_prefill.pinned) * TOKENS_PER_HASH_ID
         life.num_moved_tokens = request.num_prompt_tokens - len(life.at_decode.pinned) * TOKENS_PER_HASH_ID
         node.batch.prompts.append(Prompt(life, request.num_prompt_tokens, life.num_cached_tokens))
@@ -206,8 +205,12 @@ class Cluster:
     def _computed(self, node: SimNode, prompt: Prompt) -> None:
         """The first token. The KV goes to the decode node, if another one, unless that was all."""
         life = prompt.life
+        if life.first_token_s:  # again, after it was preempted
+            node.batch.waiting.append(life)
+            return
         assert life.at_prefill is not None, "it was computed in blocks"
-        life.first_token_s = self.now
+        life.first_token_s = life.newest_token_s = self.now
+        life.num_produced = 1
         self._count_bad(life, life.ttft_s > self._targets.ttft_s)
         node.pool.commit(life.at_prefill, life.cacheable_ids)
         if life.request.num_output_tokens == 1:
@@ -248,7 +251,8 @@ class Cluster:
         assert life.at_decode is not None, "it ran in blocks"
         node.pool.release(life.at_decode)
         num_tokens = life.request.num_output_tokens
-        node.lengths.observe(num_tokens, stopped=num_tokens < life.request.max_tokens)
+        stopped = num_tokens < life.request.max_tokens
+        node.lengths.observe(life.request.num_prompt_tokens, num_tokens, stopped=stopped)
         life.at_decode = None
         life.last_token_s = self.now
         self._count_bad(life, not self._targets.are_met(life.ttft_s, life.tpot_s))
@@ -256,6 +260,8 @@ class Cluster:
         self._freed(node)
 
     def _freed(self, node: SimNode) -> None:
+        if node.preempted:
+            self._changed(node)
         senders, node.blocked_senders = node.blocked_senders, {}
         for index in senders:
             self._start_line(self.nodes[index])
@@ -272,7 +278,28 @@ class Cluster:
             self._wake_at(node, node.batch.stretch.end_s)
 
     def _begin(self, node: SimNode) -> None:
-        stretch = node.batch.begin(self.now)
+        batch, pool = node.batch, node.pool
+        while not pool.grow_to(batch.num_grown):
+            life = batch.preempt_newest(self.now)
+            assert life.at_decode is not None
+            pool.release(life.at_decode)
+            life.at_decode = None
+            self.num_preempted += 1
+            if life.num_tokens + 1 > pool.num_blocks * node.kind.layout.block_size:
+                self._refuse(life, Full.code)  # it has outgrown the node
+            else:
+                node.preempted.appendleft(life)
+        while node.preempted:
+            life = node.preempted[0]
+            num_tokens = life.num_tokens
+            if not pool.has_room(num_tokens + 1, life.cacheable_ids):
+                break
+            life.at_decode = pool.lease(life.request.num_prompt_tokens + 1, life.cacheable_ids)
+            num_cached = len(life.at_decode.pinned) * TOKENS_PER_HASH_ID
+            batch.prompts.append(Prompt(life, num_tokens, num_cached))
+            node.preempted.popleft()
+        num_free = (pool.num_free + pool.num_cached) * node.kind.layout.block_size
+        stretch = batch.begin(self.now, num_free)
         if stretch is not None:
             self._wake_at(node, stretch.end_s)
 

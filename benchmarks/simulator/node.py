@@ -43,6 +43,7 @@ class SimNode:
         self.pool = Pool(kind.num_blocks, kind.layout.block_size)
         self.line: deque[Life] = deque()  # prompts that wait for blocks here and at their decode node
         self.blocked_senders: dict[int, None] = {}  # nodes with a line that waits for blocks here
+        self.preempted: deque[Life] = deque()  # to be computed again
         self.num_sending = 0
         self.sending_tokens = 0
         self.wake_at: float | None = None  # the end of the running stretch
@@ -123,9 +124,9 @@ class SimNode:
 
     def _snapshot(self, now: float) -> LoadReport:
         batch, pool = self.batch, self.pool
-        # A real node takes a block when a sequence grows into it, the simulated one takes all at the start.
-        # So what is still to grow is told as free, or the scheduler would learn how long answers get.
-        num_free = pool.num_free + batch.num_early_blocks_at(now)
+        # The pool knows of growth when a stretch ends.
+        num_growing = (batch.num_grown_at(now) - batch.num_grown) // self.kind.layout.block_size
+        num_free = max(0, pool.num_free - num_growing)
         return LoadReport(
             node=self.ref,
             seq=self._seq,
@@ -135,7 +136,7 @@ class SimNode:
             max_prefill_tokens_per_step=batch.cap,
             queued_prefill_tokens=sum(life.request.num_prompt_tokens for life in self.line)
             + batch.num_queued_tokens(now),
-            num_waiting=len(batch.waiting),
+            num_waiting=len(batch.waiting) + len(self.preempted),
             num_running=batch.num_decoding,
             max_num_seqs=self.kind.max_num_seqs,
             blocks=BlockCounts(

@@ -30,6 +30,7 @@ class Pool:
         self.num_free = num_blocks
         self._stored: set[int] = set()  # since `take_news`
         self._removed: set[int] = set()
+        self._num_grown = 0
         self._block_size = block_size
         self._blocks_per_id = TOKENS_PER_HASH_ID // block_size
         self._pins: dict[int, int] = {}  # of ids that sequences use
@@ -61,12 +62,24 @@ class Pool:
             self._idle.pop(key, None)
             self._pins[key] = self._pins.get(key, 0) + 1
         num_own = -(-num_tokens // self._block_size) - len(pinned) * self._blocks_per_id
-        while self.num_free < num_own:
+        self._take(num_own)
+        return Lease(num_own, pinned)
+
+    def _take(self, num_blocks: int) -> None:
+        while self.num_free < num_blocks:
             victim, _ = self._idle.popitem(last=False)
             self.num_free += self._blocks_per_id
             _note(victim, self._removed, self._stored)
-        self.num_free -= num_own
-        return Lease(num_own, pinned)
+        self.num_free -= num_blocks
+
+    def grow_to(self, num_tokens: int) -> bool:
+        """Blocks for all that sequences have produced, beside their leases. False: there are not so many."""
+        num_more = num_tokens // self._block_size - self._num_grown
+        if num_more > self.num_free + self.num_cached:
+            return False
+        self._take(num_more)
+        self._num_grown += num_more
+        return True
 
     def commit(self, lease: Lease, ids: Sequence[int]) -> None:
         """The KV of `ids` has been computed or has landed: the cache has it, if not from others already."""

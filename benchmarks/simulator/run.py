@@ -20,8 +20,6 @@ from flowkv_common.wire.nodes import SetPrefillCap
 from flowkv_scheduler.cluster import Goals
 
 SLOW_FACTOR = 3.0
-# A longer wait than this part of the TTFT target is refused: with its prefill the request would miss it.
-WAIT_SHARE = 0.6
 # Of all requests, so many have to meet both targets.
 GOOD_SHARE = 0.9
 # Of the search for a capacity: the relative width of the bracket at the end; the requests per second and node
@@ -97,7 +95,7 @@ def simulate(
     began = time.perf_counter()
     itl = Histogram()
     lives = [Life(number, request) for number, request in enumerate(requests)]
-    goals = Goals(ttft_s=targets.ttft_s, itl_s=targets.tpot_s, max_wait_s=WAIT_SHARE * targets.ttft_s)
+    goals = Goals(ttft_s=targets.ttft_s, itl_s=targets.tpot_s)
     planner = make_planner(policy, goals, seed)
     cluster = Cluster(machines.nodes(num_prefill, itl), planner, lives, targets, max_bad)
     cluster.run()

@@ -37,7 +37,7 @@ def structs_in(value: Any) -> Iterator[Message | Part]:
 
 
 # Objects whose keys are values, not fields.
-MAPS = {"logit_bias", "states", "phases_s", "links", "addresses"}
+MAPS = {"logit_bias", "states", "phases_s", "links", "addresses", "by_length"}
 
 
 def with_unknown_fields(value: Any) -> Any:
@@ -117,6 +117,17 @@ def test_the_name_of_an_attempt_ends_in_its_number(example: Message, name: str) 
         assert msgspec.structs.asdict(read)["transfer_id"] == good
     with pytest.raises(msgspec.ValidationError, match=r"\$\.transfer_id"):
         decode(with_field(example, "transfer_id", name), type(example))
+
+
+def test_a_report_of_a_node_that_knows_no_lengths_by_prompt_is_read() -> None:
+    """As before `by_length` was there; and what such a node reads of a report is what it read before."""
+    golden = msgspec.json.decode(golden_file(nodes.LoadReport).read_bytes())
+    del golden["forecast"]["by_length"]
+    read = decode(msgspec.json.encode(golden), nodes.LoadReport)
+    assert read.forecast == nodes.OutputForecast(tokens_left=192.5, first_ends_in=3.5, stop_rate=0.00390625)
+    assert read.forecast is not None
+    assert read.forecast.by_length == {}
+    assert b"by_length" not in encode(read)
 
 
 def test_defaults_are_left_out() -> None:

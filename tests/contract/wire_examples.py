@@ -248,7 +248,9 @@ EXAMPLES: list[Message] = [
             context_token_s=0.0000019073486328125,
         ),
         epoch=3,
-        forecast=OutputForecast(tokens_left=192.5, first_ends_in=3.5, stop_rate=0.00390625),
+        forecast=OutputForecast(
+            tokens_left=192.5, first_ends_in=3.5, stop_rate=0.00390625, by_length={7: (5.0, 960.5)}
+        ),
     ),
     SetPrefillCap(node=DECODE, epoch=3, max_prefill_tokens_per_step=512, reason="prefill is short of nodes"),
     BlocksChanged(

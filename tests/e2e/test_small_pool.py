@@ -41,6 +41,10 @@ async def test_preemption_keeps_the_text(
             httpx.AsyncClient(base_url=cluster.url, timeout=120) as http,
             observe(cluster.nats_url) as observer,
         ):
+            # Outputs that end soon: as short as these the scheduler expects the next ones.
+            ends = {"logit_bias": {"7": 100}, "stop_token_ids": [7], "min_tokens": 3}
+            short = await run_all(http, 6 * prompts, TOKENS, **ends)
+            assert {stream.finish_reason for stream in short} == {"stop"}
             streams = await run_all(http, prompts, TOKENS)
             descriptors = await observer.descriptors()
             assert {node.num_blocks for node in descriptors} == {NUM_BLOCKS}

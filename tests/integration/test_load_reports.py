@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from flowkv_common.errors import BadRequest
+from flowkv_common.wire.nodes import length_class
 from flowkv_engine.engine.model import LoadedModel
 from tests.live_nodes import BLOCK_SIZE, LiveNode, first, one_node
 from tests.nats_server import NatsServer
@@ -52,6 +53,7 @@ async def test_what_is_left_of_outputs_is_told_from_their_max_tokens(node: LiveN
         decoding = await first(node.heard, lambda report: report.num_running > 0)
         assert decoding.forecast is not None
         assert 0 < decoding.forecast.tokens_left < 60
+        assert decoding.forecast.by_length.keys() == {length_class(20)}
         ended = await first(
             node.heard, lambda report: report.num_sequences_accepted > 0 == report.num_running
         )
@@ -59,6 +61,9 @@ async def test_what_is_left_of_outputs_is_told_from_their_max_tokens(node: LiveN
         assert ended.forecast.tokens_left == 0
         # It did not end of itself: so others are taken to go on, too.
         assert ended.forecast.stop_rate < decoding.forecast.stop_rate * 1.01
+        assert (
+            ended.forecast.by_length[length_class(20)][0] > decoding.forecast.by_length[length_class(20)][0]
+        )
     assert len(output.result()) == 60
 
 

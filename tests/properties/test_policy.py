@@ -11,30 +11,59 @@ from hypothesis import strategies as st
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest
-from flowkv_common.wire.nodes import StepFit
+from flowkv_common.wire.nodes import OutputForecast, StepFit, expected_tokens
 from flowkv_scheduler import admission
 from flowkv_scheduler.admission import Later, WaitingQueue
 from flowkv_scheduler.cluster import Goals, Work
 from flowkv_scheduler.policy import RequestCosts
-from tests.described_nodes import CAPS, NUM_BLOCKS, Described, choose, cluster, node, pair, request, view
+from tests.described_nodes import (
+    BLOCK_SIZE,
+    CAPS,
+    GROWN,
+    NUM_BLOCKS,
+    Described,
+    choose,
+    cluster,
+    node,
+    pair,
+    request,
+    view,
+)
 
-FITS = [
+FORECASTS = [
+    GROWN,
+    OutputForecast(tokens_left=400.0, first_ends_in=9.0, stop_rate=0.01, by_length={7: (50.0, 5000.0)}),
+    None,
+]
+FITS: list[StepFit | None] = [
     None,
     StepFit(base_s=0.02, prefill_token_s=1e-3, attended_token_s=0.0, sequence_s=1e-3, context_token_s=1e-6),
     StepFit(base_s=0.01, prefill_token_s=2e-4, attended_token_s=1e-7, sequence_s=5e-3, context_token_s=1e-5),
 ]
 
 
+# What a node does not measure is taken from the one that reported last: no matter where all are alike.
+ANY_FITS = st.just(FITS)
+LIKE_FITS = st.sampled_from([[fit] for fit in FITS])
+
+
 @st.composite
-def clusters(draw: st.DrawFn) -> list[Described]:
+def clusters(draw: st.DrawFn, fits: st.SearchStrategy[list[StepFit | None]] = ANY_FITS) -> list[Described]:
     """Up to six nodes in any state, of few distinct loads so that ties are common."""
     few = st.sampled_from
+    known = draw(fits)
     return [
         node(
             f"n{number}",
             draw(few(sorted(CAPS))),
             age_s=draw(few([0.0, 0.4, 9.0])),
-            given=Work(draw(few([0, 64])), draw(few([0, 1])), draw(few([0, 8])), draw(few([0, 500]))),
+            given=Work(
+                draw(few([0, 64])),
+                draw(few([0, 1])),
+                draw(few([0, 8])),
+                draw(few([0, 500])),
+                draw(few([0.0, 100.0])),
+            ),
             ready=draw(few([True, True, True, False])),
             draining=draw(few([False, False, False, True])),
             queued_prefill_tokens=draw(few([0, 64, 4000])),
@@ -43,7 +72,8 @@ def clusters(draw: st.DrawFn) -> list[Described]:
             free=draw(few([0, 12, NUM_BLOCKS])),
             prefill_tokens_per_s=draw(few([0.0, 500.0, 4000.0])),
             decode_step_s=draw(few([0.0, 0.01, 0.1])),
-            step=draw(few(FITS)),
+            step=draw(few(known)),
+            forecast=draw(few(FORECASTS)),
         )
         for number in range(draw(st.integers(0, 6)))
     ]
@@ -74,13 +104,17 @@ def test_unusable_nodes_are_never_chosen(
         assert taken.report.ready
         assert not taken.report.draining
         assert age_s[taken.node_id] <= 3 * taken.report.period_s
-    num_blocks = -(-(wanted.num_prompt_tokens + 1) // 16)
-    counts = choice.decode.report.blocks
-    assert num_blocks <= counts.free + counts.cached - choice.decode.given.num_blocks
+    # The whole prompt and the expected output find room, beside what is there and will grow.
+    mean = cluster(*nodes).lengths_of(wanted.fingerprint).mean_of(wanted.num_prompt_tokens)
+    num_tokens = wanted.num_prompt_tokens + int(expected_tokens(wanted.max_new_tokens, 1 / mean))
+    decode, counts = choice.decode, choice.decode.report.blocks
+    num_growing = int(decode.tokens_left / BLOCK_SIZE)
+    available = counts.free + counts.cached - decode.given.num_blocks - num_growing
+    assert -(-(num_tokens + 1) // BLOCK_SIZE) <= available
 
 
 @settings(deadline=None)
-@given(clusters(), requests, goals, st.randoms())
+@given(clusters(LIKE_FITS), requests, goals, st.randoms())
 def test_order_of_nodes_changes_nothing(
     nodes: list[Described], wanted: ScheduleRequest, aims: Goals, random: Random
 ) -> None:
@@ -118,7 +152,15 @@ def test_no_pair_of_the_sides_promises_less(
 
 
 loads = st.sampled_from(
-    ["queued_prefill_tokens", "num_running", "num_waiting", "num_context_tokens", "free", "given"]
+    [
+        "queued_prefill_tokens",
+        "num_running",
+        "num_waiting",
+        "num_context_tokens",
+        "free",
+        "given",
+        "tokens_left",
+    ]
 )
 
 
@@ -126,6 +168,12 @@ def loaded(one: Described, load: str, by: int) -> Described:
     """The same node with more to do."""
     if load == "given":
         return one._replace(given=Work(*(have + by for have in msgspec.structs.astuple(one.given))))
+    if load == "tokens_left":
+        forecast = one.report.forecast
+        if forecast is None:
+            return one
+        more_left = msgspec.structs.replace(forecast, tokens_left=forecast.tokens_left + by)
+        return one._replace(report=msgspec.structs.replace(one.report, forecast=more_left))
     if load == "free":
         blocks = one.report.blocks
         less = msgspec.structs.replace(blocks, free=blocks.free // 2, leased=blocks.total - blocks.free // 2)

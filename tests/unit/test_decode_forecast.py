@@ -18,12 +18,14 @@ from flowkv_common.wire.messages import (
     TokenIds,
     transfer_id,
 )
+from flowkv_common.wire.nodes import OutputForecast, length_class
 from flowkv_node.endpoints import watch_cancels
 from flowkv_node.measures import PRIOR_TOKENS
 from tests.engineless import Pair, Side
 from tests.node_messages import decode_run, reserve
 from tests.waiting import until
 
+NUM_PROMPT_TOKENS = 4
 NUM_OUTPUT_TOKENS = 3
 NUM_SEQUENCES = 4
 
@@ -34,7 +36,7 @@ async def begin(side: Side, request_id: str, attempt: int = 0) -> str:
     reserved = await side.decode.reserve(reserve(8, transfer_id=tid))
     await side.decode.accept(
         decode_run(
-            [5] * 4,
+            [5] * NUM_PROMPT_TOKENS,
             reserved.token,
             request_id,
             attempt=attempt,
@@ -45,10 +47,10 @@ async def begin(side: Side, request_id: str, attempt: int = 0) -> str:
     return tid
 
 
-def stop_rate(side: Side) -> float:
+def forecast_of(side: Side) -> OutputForecast:
     forecast = side.decode.load().forecast
     assert forecast is not None
-    return forecast.stop_rate
+    return forecast
 
 
 async def fail_all(side: Side) -> None:
@@ -76,7 +78,16 @@ async def test_outputs_that_were_cut_off_do_not_pass_for_short_ones(
         await begin(side, f"r{number}")
     await cut(side)
     assert len(side.node.attempts) == 0
-    assert stop_rate(side) == pytest.approx(1 / PRIOR_TOKENS, rel=1e-4)
+    assert forecast_of(side).stop_rate == pytest.approx(1 / PRIOR_TOKENS, rel=1e-4)
+    assert forecast_of(side).by_length == {}
+
+
+async def test_what_runs_tells_how_long_outputs_of_its_prompts_length_become(side: Side) -> None:
+    for number in range(NUM_SEQUENCES):
+        await begin(side, f"r{number}")
+    forecast = forecast_of(side)
+    assert forecast.by_length == {length_class(NUM_PROMPT_TOKENS): (1, PRIOR_TOKENS)}
+    assert forecast.tokens_left == NUM_SEQUENCES * (PRIOR_TOKENS - NUM_OUTPUT_TOKENS)
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
@@ -98,5 +109,7 @@ async def test_a_cancel_by_the_gateway_ends_an_output_as_a_stop_does(
             cancel = Cancel(transfer_id=tid, reason="the client has left")
             await pair.bus.publish(subjects.at(subjects.NODE_CANCEL, side.node.ref.node_id), cancel)
             await until(lambda: not len(side.node.attempts))
+    # The mean of this one and of the one that a node assumes before it has seen any.
     expected = 2 / (PRIOR_TOKENS + NUM_OUTPUT_TOKENS)
-    assert stop_rate(side) == pytest.approx(expected, rel=1e-4)
+    assert forecast_of(side).stop_rate == pytest.approx(expected, rel=1e-4)
+    assert forecast_of(side).by_length.keys() == {length_class(NUM_PROMPT_TOKENS)}

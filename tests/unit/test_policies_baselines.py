@@ -29,7 +29,7 @@ class Load(NamedTuple):
 
 
 def baseline(name: str, loads: list[Load], num_prefill: int, seed: int = 0) -> Planner:
-    made = Planner(Goals(), lends=False, choose=BASELINES[name](seed))
+    made = Planner(Goals(ttft_s=1e3), lends=False, choose=BASELINES[name](seed))
     nodes = Machines(KINDS["h100"], len(loads)).nodes(num_prefill, Histogram())
     made.set_descriptors({node.ref.node_id: node.descriptor() for node in nodes})
     for node, load in zip(nodes, loads, strict=True):

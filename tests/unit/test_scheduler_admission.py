@@ -6,16 +6,19 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
-from flowkv_common.wire.nodes import OutputForecast, StepFit
+from flowkv_common.wire.nodes import OutputForecast, StepFit, length_class
 from flowkv_scheduler import admission
-from flowkv_scheduler.admission import WAIT_ERROR, Later, WaitingQueue
+from flowkv_scheduler.admission import IN_TIME, WAIT_ERROR, Later, WaitingQueue
 from flowkv_scheduler.cluster import ClusterState, Goals, Work
-from flowkv_scheduler.policy import Choice
+from flowkv_scheduler.lookahead import IDLE_WAIT
+from flowkv_scheduler.policy import Choice, RequestCosts
 from flowkv_scheduler.prefixes import Hits, Keys, keys_of
-from tests.described_nodes import MODEL, NUM_BLOCKS, Described, cluster, node, request
+from tests.described_nodes import MODEL, NUM_BLOCKS, Described, cluster, later, node, request
 
 GOALS = Goals(max_wait_s=60.0)
 PAIR = [node("p0", "prefill"), node("d0", "decode")]
@@ -27,6 +30,12 @@ def decide(
     wanted: ScheduleRequest, nodes: list[Described], waiting: WaitingQueue | None = None
 ) -> Choice | Wait:
     return told(admission.decide(wanted, cluster(*nodes), GOALS, 0.0, waiting or WaitingQueue()))
+
+
+def choice_of(wanted: ScheduleRequest, nodes: list[Described]) -> Choice:
+    found = decide(wanted, nodes)
+    assert isinstance(found, Choice)
+    return found
 
 
 def told(decision: Choice | Later) -> Choice | Wait:
@@ -101,20 +110,22 @@ def test_long_queue_is_refused_and_the_retry_time_is_true() -> None:
     with pytest.raises(errors.Full) as caught:
         decide(request(), [node("p0", "prefill", queued_prefill_tokens=72_000), D0])  # at 1000 tokens/s
     assert caught.value.retry_after_s == pytest.approx(12.0)
-    later = node("p0", "prefill", queued_prefill_tokens=72_000 - 12_000)
-    assert isinstance(decide(request(), [later, D0]), Choice)
+    soon = node("p0", "prefill", queued_prefill_tokens=72_000 - 12_000)
+    wait = decide(request(), [soon, D0])
+    assert isinstance(wait, Wait)
+    assert wait.first_token_in_s == pytest.approx(60.1)
 
 
 def test_less_urgent_requests_are_refused_first() -> None:
     nodes = [node("p0", "prefill", queued_prefill_tokens=31_000), D0]
-    assert isinstance(decide(request(priority=0), nodes), Choice)
+    assert isinstance(decide(request(priority=0), nodes), Wait)
     with pytest.raises(errors.Full):
         decide(request(priority=1), nodes)
 
 
 def test_request_without_hope_of_its_deadline_is_refused() -> None:
     nodes = [node("p0", "prefill", queued_prefill_tokens=20_000), D0]
-    assert isinstance(decide(request(deadline_in_s=30.0), nodes), Choice)
+    assert isinstance(decide(request(deadline_in_s=30.0), nodes), Wait)
     with pytest.raises(errors.Full, match="left"):
         decide(request(deadline_in_s=10.0), nodes)
 
@@ -159,14 +170,16 @@ def test_idle_prefill_nodes_are_no_room_for_sequences() -> None:
     assert decision.retry_in_s > admission.MIN_RETRY_S
 
 
-def test_nobody_is_held_up_for_ever_for_the_sake_of_others_rhythm() -> None:
-    """It holds a request up until the goal for its first token, not for their lifetimes."""
+def test_the_itl_target_of_others_delays_a_request_for_half_of_the_longest_wait() -> None:
+    """Not for the lifetimes of the others."""
     slow = node("d0", "decode", num_running=2, free=NUM_BLOCKS - 16, decode_step_s=2.0)
     nodes = [node("p0", "prefill"), slow]
     early = decide(request(age_s=1.0), nodes)
     assert isinstance(early, Wait)
-    assert early.first_token_in_s == pytest.approx(GOALS.ttft_s - 1.0, rel=0.1)
-    assert isinstance(decide(request(age_s=GOALS.ttft_s), nodes), Choice)
+    patience_s = GOALS.longest_wait_s / 2
+    assert early.first_token_in_s == pytest.approx(patience_s - 1.0, abs=0.11)
+    assert isinstance(decide(request(age_s=patience_s - 0.1), nodes), Wait)
+    assert isinstance(decide(request(age_s=patience_s), nodes), Choice)
 
 
 def test_a_prompt_that_fits_no_pool_with_its_next_token_is_refused_at_once() -> None:
@@ -182,7 +195,15 @@ def test_a_prompt_that_fits_no_pool_with_its_next_token_is_refused_at_once() -> 
 
 
 def full_node(num_running: int, max_num_seqs: int = 16) -> Described:
-    return node("d0", "decode", num_running=num_running, max_num_seqs=max_num_seqs, free=NUM_BLOCKS - 16)
+    """Each of its sequences has 10 blocks and will produce 20 tokens more."""
+    return node(
+        "d0",
+        "decode",
+        num_running=num_running,
+        max_num_seqs=max_num_seqs,
+        free=NUM_BLOCKS - 10 * num_running,
+        forecast=OutputForecast(tokens_left=20.0 * num_running, first_ends_in=2.0, stop_rate=1 / 256),
+    )
 
 
 def test_a_full_batch_is_no_room() -> None:
@@ -190,12 +211,15 @@ def test_a_full_batch_is_no_room() -> None:
     assert isinstance(decide(request(), [PAIR[0], full_node(16)]), Wait)
 
 
+# Blocks that `request` takes: 100 tokens, and 45 of the 50 that it may produce are expected.
+NUM_NEEDED = 10
+
+
 def waiting_behind(others: list[ScheduleRequest], at: str = "d0") -> WaitingQueue:
     waiting = WaitingQueue()
     for other in others:
-        waiting.add_waiter(
-            other, at, Work(other.num_prompt_tokens, 1, 7, other.num_prompt_tokens, 50.0), 0.5, 0.0
-        )
+        need = Work(other.num_prompt_tokens, 1, NUM_NEEDED, other.num_prompt_tokens, 50.0)
+        waiting.add_waiter(other, later(at, need), now=0.0)
     return waiting
 
 
@@ -222,9 +246,10 @@ def test_who_comes_too_late_is_refused_when_it_comes_not_after_it_has_waited() -
 
 
 def test_short_outputs_make_short_waits() -> None:
-    """The crowd's `max_tokens` say how long it holds its places: 16 tokens are not 128."""
-    few = OutputForecast(tokens_left=16 * 8.0, first_ends_in=1.0, stop_rate=1e-5)
-    many = OutputForecast(tokens_left=16 * 64.0, first_ends_in=1.0, stop_rate=1e-5)
+    """`max_tokens` say how long the others hold their places: 16 tokens are not 128."""
+    unending = {length_class(4): (1000.0, 1e8)}
+    few = OutputForecast(tokens_left=16 * 8.0, first_ends_in=1.0, stop_rate=1e-5, by_length=unending)
+    many = msgspec.structs.replace(few, tokens_left=16 * 64.0)
     waits = []
     for forecast, num_new in ((few, 16), (many, 128)):
         busy = msgspec.structs.replace(full_node(16).report, forecast=forecast)
@@ -258,13 +283,13 @@ def test_who_has_been_let_in_is_not_sent_away_for_what_is_foreseen_later() -> No
 
 
 def test_room_for_those_ahead_is_not_given_away() -> None:
-    """Nine blocks are free: seven for who came first, and not seven more."""
-    tight = node("d0", "decode", num_running=2, free=9)
+    """15 blocks are free: 10 for the first request, and not 10 more."""
+    tight = node("d0", "decode", num_running=2, free=NUM_NEEDED + 5)
     first, second = request(request_id="first", age_s=2.0), request(request_id="second", age_s=1.0)
     waiting = waiting_behind([first])
     assert isinstance(decide(second, [PAIR[0], tight], waiting), Wait)
     assert isinstance(decide(first, [PAIR[0], tight], waiting), Choice)
-    roomy = node("d0", "decode", num_running=2, free=14)
+    roomy = node("d0", "decode", num_running=2, free=2 * NUM_NEEDED)
     assert isinstance(decide(second, [PAIR[0], roomy], waiting), Choice)
 
 
@@ -280,11 +305,11 @@ def test_room_that_those_ahead_cant_use_is_given_away() -> None:
     first = request(3000, 50, request_id="first", age_s=2.0)
     nodes = [
         PAIR[0],
-        node("d0", "decode", num_running=2, free=9),
+        node("d0", "decode", num_running=2, free=NUM_NEEDED),
         node("d1", "decode", free=0, num_running=9),
     ]
     waiting = WaitingQueue()
-    waiting.add_waiter(first, "d1", Work(3000, 1, 188, 3000, 50.0), 0.5, 0.0)
+    waiting.add_waiter(first, later("d1", Work(3000, 1, 191, 3000, 50.0)), now=0.0)
     choice = decide(request(request_id="second"), nodes, waiting)
     assert isinstance(choice, Choice)
     assert choice.decode.node_id == "d0"
@@ -303,7 +328,7 @@ def test_room_is_kept_at_one_node_for_each_request_ahead() -> None:
 
 def test_a_request_that_waits_for_a_first_node_is_served_before_a_later_one() -> None:
     waiting = WaitingQueue()
-    waiting.add_waiter(request(request_id="first", age_s=5.0), "", Work(), 0.5, 0.0)
+    waiting.add_waiter(request(request_id="first", age_s=5.0), later(""), now=0.0)
     nodes = [PAIR[0], full_node(15)]
     assert isinstance(decide(request(request_id="late"), nodes, waiting), Wait)
     assert isinstance(decide(request(request_id="first", age_s=5.0), nodes, waiting), Choice)
@@ -316,7 +341,7 @@ def test_requests_for_another_model_hold_no_room_here() -> None:
 
 
 def test_the_retry_of_a_running_request_stands_before_all_others() -> None:
-    nodes = [PAIR[0], node("d0", "decode", num_running=2, free=9)]
+    nodes = [PAIR[0], node("d0", "decode", num_running=2, free=NUM_NEEDED)]
     waiting = waiting_behind([request(request_id="urgent", age_s=50.0, priority=-6)])
     assert isinstance(decide(request(request_id="retry", num_output_tokens=3), nodes, waiting), Choice)
 
@@ -328,40 +353,237 @@ def test_blocks_of_sequences_on_their_way_are_not_given_twice() -> None:
 
 
 def test_a_prefill_node_that_decodes_besides_keeps_time_for_prompts() -> None:
-    """However long who asks has waited: others wait for the prompts that it would hold up."""
+    """However long the request has waited: others wait for the prompts that it would delay."""
     fit = StepFit(
         base_s=0.02, prefill_token_s=1e-3, attended_token_s=0.0, sequence_s=0.01, context_token_s=0.0
     )
-    lent: dict[str, Any] = {"max_prefill_tokens_per_step": 100, "step": fit, "queued_prefill_tokens": 200}
+    lent: dict[str, Any] = {"max_prefill_tokens_per_step": 100, "step": fit, "queued_prefill_tokens": 100}
     full = full_node(16)
     for num_running, has_room in ((9, True), (10, False)):  # a step of 20 + 10 x 10 ms; half of 250 are 125
         helper = node("p0", "prefill", num_running=num_running, **lent)
-        decision = decide(request(age_s=10.0), [helper, full])
+        decision = decide(request(age_s=GOALS.longest_wait_s / 2 + 1.0), [helper, full])
         assert isinstance(decision, Choice) == has_room
 
 
-def test_a_wait_is_foreseen_to_be_shorter_where_an_idle_prefill_node_will_be_lent() -> None:
-    """If outputs are so long that prompts come slowly while the line drains; not for short ones."""
-    forecast = OutputForecast(tokens_left=16 * 128.0, first_ends_in=128.0, stop_rate=1e-6)
-    busy = msgspec.structs.replace(full_node(16).report, forecast=forecast)
-    state = cluster(PAIR[0], full_node(16)._replace(report=busy))
-    for num_new, is_lent in ((128, True), (2, False)):
-        wanted = request(50, num_new)
-        waits = [
-            told(admission.decide(wanted, state, GOALS, 0.0, WaitingQueue(), lends=lends))
-            for lends in (False, True)
-        ]
-        alone, helped = (wait.first_token_in_s for wait in waits if isinstance(wait, Wait))
-        assert (helped < alone) == is_lent
-    helped_wait = admission.decide(request(50, 128), state, GOALS, 0.0, WaitingQueue(), lends=True)
-    assert isinstance(helped_wait, Later)
-    assert helped_wait.node_id == "p0"  # it stands there, behind nobody
-    assert helped_wait.wait.first_token_in_s == pytest.approx(admission.LENT_IN_S, abs=0.2)
-    # The node that helps already is no other one.
-    helping = node("p0", "prefill", max_prefill_tokens_per_step=100, num_running=15)
-    both = cluster(helping, full_node(16)._replace(report=busy))
-    found = [
-        told(admission.decide(request(50, 128), both, GOALS, 0.0, WaitingQueue(), lends=lends))
-        for lends in (False, True)
+# --- in time, late, overdue ------------------------------------------------------------------------
+
+# Seconds of prompts that may be queued before a prompt of 100 tokens, at 1000 tokens/s.
+IN_TIME_S = IN_TIME * GOALS.ttft_s - 0.1
+IDLE_S = IDLE_WAIT * GOALS.ttft_s
+
+
+def behind(queued_s: float) -> list[Described]:
+    """A pair with room, and so many seconds of prompts that are queued at the prefill node."""
+    return [node("p0", "prefill", queued_prefill_tokens=round(queued_s * 1000)), D0]
+
+
+def test_a_request_in_time_is_served_behind_other_prompts() -> None:
+    assert isinstance(decide(request(), behind(IN_TIME_S)), Choice)
+    late = admission.decide(request(), cluster(*behind(IN_TIME_S + 0.1)), GOALS, 0.0, WaitingQueue())
+    assert isinstance(late, Later)
+    assert late.is_late
+    assert "prefill nodes are busy" in late.wait.reason
+    assert late.wait_s == pytest.approx(IN_TIME_S + 0.1)
+    # Its age counts.
+    assert isinstance(decide(request(age_s=1.0), behind(IN_TIME_S - 0.9)), Wait)
+
+
+def test_a_late_request_is_served_when_a_prefill_node_is_idle() -> None:
+    late = request(age_s=GOALS.ttft_s)
+    assert isinstance(decide(late, behind(IDLE_S)), Choice)
+    assert isinstance(decide(late, behind(IDLE_S + 0.1)), Wait)
+    # One that would be late behind no other is no exception.
+    roomy = [
+        node(name, role, num_blocks=1000, free=1000) for name, role in (("p0", "prefill"), ("d0", "decode"))
     ]
-    assert found[0] == found[1]
+    assert isinstance(decide(request(10_000), roomy), Choice)
+
+
+def test_a_late_request_is_not_sent_to_a_busy_node_because_another_is_idle() -> None:
+    """The busy one has cached its prompt, so its first token would come soonest there."""
+    hashes = [f"{number:016x}" * 2 for number in range(248)]
+    busy, idle = node("p0", "prefill", queued_prefill_tokens=1000), node("p1", "prefill")
+    state = cluster(busy, idle, D0)
+    state.prefixes.expect([busy.descriptor.node], hashes, until=9.0)
+    wanted = request(3969, 50, block_hashes=hashes)
+    prompt = admission.decide(wanted, state, GOALS, 0.0, WaitingQueue())
+    assert isinstance(prompt, Choice)
+    assert prompt.prefill.node_id == "p0"
+    late = msgspec.structs.replace(wanted, age_s=GOALS.ttft_s)
+    waiting = WaitingQueue()
+    waits = admission.decide(late, state, GOALS, 0.0, waiting)
+    assert isinstance(waits, Later)
+    # Meanwhile the idle node is for late requests behind it.
+    waiting.add_waiter(late, waits, now=0.0)
+    plain = request(request_id="plain", age_s=GOALS.ttft_s - 1.0)
+    choice = admission.decide(plain, state, GOALS, 0.0, waiting)
+    assert isinstance(choice, Choice)
+    assert choice.prefill.node_id == "p1"
+
+
+def test_a_wait_for_room_is_late_when_its_first_token_is() -> None:
+    few = OutputForecast(tokens_left=16 * 8.0, first_ends_in=1.0, stop_rate=1 / 256)
+    many = msgspec.structs.replace(few, tokens_left=16 * 300.0, first_ends_in=200.0)
+    for forecast, is_late in ((few, False), (many, True)):
+        full = node("d0", "decode", num_running=16, num_blocks=9000, free=8000, forecast=forecast)
+        found = admission.decide(request(), cluster(PAIR[0], full), GOALS, 0.0, WaitingQueue())
+        assert isinstance(found, Later)
+        assert found.is_late == is_late
+
+
+def test_a_late_request_gets_no_room_before_one_in_time() -> None:
+    """Though it is much older: the last place in the batch is for the one in time."""
+    late, soon = request(request_id="late", age_s=30.0), request(request_id="soon", age_s=1.0)
+    waiting = WaitingQueue()
+    waiting.add_waiter(late, later(is_late=True), now=0.0)
+    waiting.add_waiter(soon, later(), now=0.0)
+    nodes = [PAIR[0], full_node(15)]
+    assert isinstance(decide(late, nodes, waiting), Wait)
+    assert isinstance(decide(soon, nodes, waiting), Choice)
+    # A newcomer that can be in time comes before the late one too, and gets no room of others in time.
+    assert isinstance(decide(request(request_id="new"), nodes, waiting), Wait)
+    waiting.forget("soon")
+    assert isinstance(decide(request(request_id="new"), nodes, waiting), Choice)
+    assert isinstance(decide(late, nodes, waiting), Choice)
+
+
+def test_late_requests_wait_for_the_prompts_of_those_before_them() -> None:
+    """So what they are told is true, and one that would wait for too long is refused at once."""
+    state, waiting = cluster(*behind(10.0)), WaitingQueue()
+    foreseen = []
+    for number in range(51):
+        wanted = request(1000, request_id=f"r{number:02}")
+        found = admission.decide(wanted, state, GOALS, 0.0, waiting)
+        assert isinstance(found, Later)
+        waiting.add_waiter(wanted, found, now=0.0)
+        foreseen.append(found.wait.first_token_in_s)
+    assert foreseen == pytest.approx([11.0 + number for number in range(51)])
+    with pytest.raises(errors.Full) as caught:  # the last prompt begins after 60 s
+        admission.decide(request(1000, request_id="r51"), state, GOALS, 0.0, waiting)
+    assert caught.value.retry_after_s == pytest.approx(1.0)
+
+
+def test_late_requests_are_served_in_order() -> None:
+    """Whichever asks first when the prefill node is idle."""
+    state, waiting = cluster(*behind(10.0)), WaitingQueue()
+    late = [request(1000, request_id=name, age_s=age_s) for name, age_s in (("a", 9.0), ("b", 8.0))]
+    for wanted in late:
+        found = admission.decide(wanted, state, GOALS, 0.0, waiting)
+        assert isinstance(found, Later)
+        waiting.add_waiter(wanted, found, now=0.0)
+    assert isinstance(decide(late[1], PAIR, waiting), Wait)
+    assert isinstance(decide(request(1000, request_id="new", age_s=7.0), PAIR, waiting), Wait)
+    assert isinstance(decide(late[0], PAIR, waiting), Choice)
+    waiting.forget("a")
+    assert isinstance(decide(late[1], PAIR, waiting), Choice)
+
+
+def test_a_late_request_waits_for_none_that_waits_for_room_or_for_another_model() -> None:
+    """They would take long to go, and the prefill node is idle meanwhile."""
+    waiting = WaitingQueue()
+    need = Work(3000, 1, 191, 3000, 50.0)
+    waiting.add_waiter(request(3000, request_id="a", age_s=9.0), later("d1", need, is_late=True), now=0.0)
+    other = request(3000, request_id="b", age_s=9.0, fingerprint="g")
+    found = admission.foresee_idle_prefill(
+        RequestCosts(other, cluster(*PAIR), GOALS, 0.0),
+        waiting,
+        waiting.place_of(other, 0.0),
+        choice_of(request(3000), PAIR),
+    )
+    waiting.add_waiter(other, found._replace(is_late=True), now=0.0)
+    full = node("d1", "decode", free=0, num_running=9)
+    assert isinstance(decide(request(request_id="c", age_s=8.0), [*PAIR, full], waiting), Choice)
+
+
+def test_late_newcomers_are_refused_while_a_late_request_is_overdue() -> None:
+    waiting = WaitingQueue()
+    first = request(request_id="first", age_s=10.0)
+    waiting.add_waiter(first, later(first_token_in_s=2.0, is_late=True), now=-2.0 * WAIT_ERROR)
+    waits = admission.decide(request(), cluster(*behind(10.0)), GOALS, 0.0, waiting)
+    assert isinstance(waits, Later)  # not overdue yet
+    waiting.forget("first")
+    waiting.add_waiter(first, later(first_token_in_s=2.0, is_late=True), now=-2.0 * WAIT_ERROR - 0.1)
+    # To be told again to wait makes it no less overdue.
+    waiting.add_waiter(first, later(first_token_in_s=9.0, is_late=True), now=-0.05)
+    with pytest.raises(errors.Full, match="others that are late") as caught:
+        decide(request(), behind(10.0), waiting)
+    assert caught.value.retry_after_s == pytest.approx(10.0)
+    # Others are not: one in time, with a pair or without; one that is served at once, that waits, that runs.
+    assert isinstance(decide(request(), behind(1.0), waiting), Choice)
+    soon = OutputForecast(tokens_left=16 * 8.0, first_ends_in=1.0, stop_rate=1 / 256)
+    full = node("d0", "decode", num_running=16, forecast=soon)
+    assert isinstance(decide(request(), [PAIR[0], full], waiting), Wait)
+    assert isinstance(decide(request(age_s=10.0), PAIR, waiting), Choice)
+    assert isinstance(decide(first, behind(10.0), waiting), Wait)
+    assert isinstance(decide(request(num_output_tokens=1), behind(10.0), waiting), Choice)
+
+
+def test_a_request_in_time_that_is_overdue_keeps_no_late_one_out() -> None:
+    waiting = WaitingQueue()
+    waiting.add_waiter(request(request_id="first"), later(first_token_in_s=0.1), now=-1.0)
+    assert isinstance(decide(request(), behind(10.0), waiting), Wait)
+
+
+@pytest.mark.parametrize("max_wait_s", [0.0, 20.0])
+def test_no_newcomer_is_refused_that_waits_for_the_longest_wait_at_most(max_wait_s: float) -> None:
+    goals = Goals(ttft_s=2.0, max_wait_s=max_wait_s)
+    longest_s = max_wait_s or 24.0
+    assert goals.longest_wait_s == longest_s
+    for queued_s in (0.0, 1.0, 5.0, longest_s - 0.1):
+        admission.decide(request(), cluster(*behind(queued_s)), goals, 0.0, WaitingQueue())
+        aged = request(age_s=longest_s - queued_s - 0.1)
+        admission.decide(aged, cluster(*behind(queued_s)), goals, 0.0, WaitingQueue())
+    with pytest.raises(errors.Full, match=f"at most {longest_s:.1f} s"):
+        admission.decide(request(), cluster(*behind(longest_s + 0.1)), goals, 0.0, WaitingQueue())
+
+
+# --- room ------------------------------------------------------------------------------------------
+
+
+def lengths_seen(mean: float) -> OutputForecast:
+    """A node's forecast after many outputs of that length, for prompts of any."""
+    return OutputForecast(
+        tokens_left=0.0,
+        first_ends_in=0.0,
+        stop_rate=1 / mean,
+        by_length=dict.fromkeys(range(1, 14), (1000.0, 1000.0 * mean)),
+    )
+
+
+@pytest.mark.parametrize(("mean", "num_blocks"), [(1.0, 7), (200.0, 7 + 12), (1e6, 7 + 62)])
+def test_room_is_for_the_prompt_and_the_output_that_is_expected(mean: float, num_blocks: int) -> None:
+    """100 tokens, and of 1000 at most as many as outputs had lately."""
+    for free, has_room in ((num_blocks, True), (num_blocks - 1, False)):
+        tight = node("d0", "decode", num_running=1, free=free, forecast=lengths_seen(mean))
+        found = admission.decide(request(100, 1000), cluster(PAIR[0], tight), GOALS, 0.0, WaitingQueue())
+        assert isinstance(found, Choice) == has_room
+        if isinstance(found, Later):
+            assert found.need.num_blocks == num_blocks
+
+
+def test_room_is_left_for_what_running_sequences_will_grow() -> None:
+    growing = OutputForecast(tokens_left=16 * 20.0, first_ends_in=5.0, stop_rate=1 / 256)
+    for free, has_room in ((NUM_NEEDED + 20, True), (NUM_NEEDED + 19, False)):
+        tight = node("d0", "decode", num_running=4, free=free, forecast=growing)
+        assert isinstance(decide(request(), [PAIR[0], tight]), Choice) == has_room
+
+
+def test_room_is_left_for_what_given_sequences_will_grow() -> None:
+    """A choice takes its prompt's 7 blocks at once, and the room for its output too."""
+    for free, has_room in ((NUM_NEEDED + 7 + 2, True), (NUM_NEEDED + 7 + 1, False)):
+        one = Work(num_sequences=1, num_blocks=7, context_tokens=100, output_tokens=45.0)
+        tight = node("d0", "decode", free=free, given=one)
+        assert isinstance(decide(request(), [PAIR[0], tight]), Choice) == has_room
+
+
+@given(st.integers(1, 4095), st.integers(1, 4095), st.sampled_from([1.0, 30.0, 1e3, 1e6]))
+def test_what_an_empty_pool_can_hold_always_finds_room_there(
+    num_prompt: int, max_new: int, mean: float
+) -> None:
+    """However long outputs are expected to become."""
+    nodes = [
+        node("p0", "prefill", forecast=lengths_seen(mean)),
+        node("d0", "decode", forecast=lengths_seen(mean)),
+    ]
+    wanted = request(num_prompt, min(max_new, 4096 - num_prompt))
+    assert isinstance(decide(wanted, nodes), Choice)

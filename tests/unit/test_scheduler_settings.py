@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from flowkv_common import errors
 from flowkv_common.config import SchedulerSettings
 from flowkv_common.wire.messages import ScheduleRequest
@@ -30,8 +28,14 @@ def outcome(planner: Planner, wanted: ScheduleRequest) -> str:
 
 
 def test_the_longest_wait_is_set() -> None:
-    assert outcome(planned(SchedulerSettings(max_wait_s=9.0), queued=8000), request()) == Choice.__name__
+    assert outcome(planned(SchedulerSettings(max_wait_s=9.0), queued=8000), request()) == "Wait"
     assert outcome(planned(SchedulerSettings(max_wait_s=7.0), queued=8000), request()) == "Full"
+
+
+def test_the_longest_wait_follows_from_the_time_to_the_first_token_where_none_is_set() -> None:
+    for ttft_goal_s, kind in ((0.7, "Wait"), (0.6, "Full")):
+        settings = SchedulerSettings(ttft_goal_s=ttft_goal_s)
+        assert outcome(planned(settings, queued=8000), request()) == kind
 
 
 def test_the_time_between_tokens_is_set() -> None:
@@ -40,20 +44,29 @@ def test_the_time_between_tokens_is_set() -> None:
 
 
 def test_the_time_to_the_first_token_is_set() -> None:
-    """Beyond it nobody is held up any more for the sake of others' rhythm."""
-    late = msgspec.structs.replace(request(), age_s=3.0)
-    for ttft_goal_s, kind in ((2.0, Choice.__name__), (4.0, "Wait")):
-        settings = SchedulerSettings(itl_goal_s=0.04, ttft_goal_s=ttft_goal_s)
-        assert outcome(planned(settings, 0, running=9), late) == kind
+    """A request that would miss it gives way to others."""
+    for ttft_goal_s, kind in ((4.0, Choice.__name__), (3.0, "Wait")):
+        assert outcome(planned(SchedulerSettings(ttft_goal_s=ttft_goal_s), queued=3000), request()) == kind
+
+
+def test_after_half_of_the_longest_wait_the_time_between_tokens_of_others_does_not_matter() -> None:
+    aged = request(age_s=3.0)
+    for max_wait_s, kind in ((6.0, Choice.__name__), (7.0, "Wait")):
+        settings = SchedulerSettings(itl_goal_s=0.04, max_wait_s=max_wait_s)
+        assert outcome(planned(settings, 0, running=9), aged) == kind
 
 
 def lending(settings: SchedulerSettings) -> Planner:
-    """A planner with a prefill node so slow that it has lent the other one."""
-    planner = planned(settings, 0)
-    planner.add_report(node("p0", "prefill", seq=2, prefill_tokens_per_s=100.0).report, 0.0)
-    planner.schedule(request(400, 1), 0.0)
-    for tick in range(3):
-        planner.tick(0.5 * tick)
+    """A planner with a prefill node so slow that a decode node is lent, for what came in ten seconds."""
+    planner = planner_of(settings)
+    roles = {"p0": "prefill", "d0": "decode", "d1": "decode"}
+    planner.set_descriptors({name: descriptor(name, role) for name, role in roles.items()})
+    for step in range(23):
+        now = 0.5 * step
+        for name, role in roles.items():
+            planner.add_report(node(name, role, seq=step, prefill_tokens_per_s=100.0).report, now)
+        planner.schedule(request(200, 1, request_id=f"r{step}"), now)
+        planner.tick(now)
     return planner
 
 

@@ -6,9 +6,10 @@ import msgspec
 import pytest
 
 from flowkv_common.wire.messages import NodeRef
-from flowkv_common.wire.nodes import StepFit
-from flowkv_scheduler.cluster import ClusterState, NodeView, Work
-from tests.described_nodes import NUM_BLOCKS, PERIOD_S, descriptor, report
+from flowkv_common.wire.nodes import OutputForecast, StepFit
+from flowkv_scheduler.cluster import FORGET_REPORT_AFTER_S, ClusterState, NodeView, Work
+from flowkv_scheduler.demand import PRIOR_TOKENS
+from tests.described_nodes import BLOCK_SIZE, MODEL, NUM_BLOCKS, PERIOD_S, descriptor, report
 
 D0 = NodeRef(node_id="d0", incarnation="i1")
 
@@ -131,7 +132,7 @@ FIT = StepFit(base_s=0.02, prefill_token_s=1e-3, attended_token_s=0.0, sequence_
 
 
 def test_a_node_that_has_not_decoded_yet_is_taken_to_do_it_as_others_do(state: ClusterState) -> None:
-    """Not for nothing: a prefill node that is lent would get a whole batch at once."""
+    """At no cost a prefill node that is lent would get a whole batch at once."""
     state.set_descriptors({"d0": descriptor("d0", "decode"), "p0": descriptor("p0", "prefill")})
     decoding = msgspec.structs.replace(FIT, sequence_s=0.004, context_token_s=1e-6)
     state.add_report(report("d0", "decode", seq=2, step=decoding), now=0.0)
@@ -141,3 +142,119 @@ def test_a_node_that_has_not_decoded_yet_is_taken_to_do_it_as_others_do(state: C
     mine = msgspec.structs.replace(FIT, sequence_s=0.008)
     state.add_report(report("p0", "prefill", seq=2, step=mine), now=0.1)
     assert {view.node_id: view.speed.sequence_s for view in state.views()} == {"d0": 0.004, "p0": 0.008}
+
+
+MEASURED = StepFit(
+    base_s=0.02, prefill_token_s=1e-4, attended_token_s=1e-8, sequence_s=0.004, context_token_s=1e-6
+)
+
+
+def test_a_node_that_has_measured_nothing_is_taken_to_cost_what_another_of_its_model_does() -> None:
+    state, other = ClusterState(), msgspec.structs.replace(MODEL, fingerprint="g")
+    state.set_descriptors(
+        {
+            "d0": descriptor("d0", "decode"),
+            "d1": descriptor("d1", "decode"),
+            "x0": descriptor("x0", "decode", model=other),
+        }
+    )
+    for name, fit in (("d0", MEASURED), ("x0", FIT), ("d1", None)):
+        state.add_report(report(name, "decode", step=fit, decode_step_s=0, prefill_tokens_per_s=0), now=0.0)
+    speeds = {view.node_id: view.speed for view in state.views()}
+    assert speeds["d1"] == speeds["d0"] != speeds["x0"]
+    # What it measures itself counts, one by one.
+    partly = msgspec.structs.replace(
+        MEASURED, base_s=0.05, prefill_token_s=0.0, attended_token_s=0.0, sequence_s=0.0, context_token_s=0.0
+    )
+    new = report("d1", "decode", seq=2, step=partly, decode_step_s=0, prefill_tokens_per_s=0)
+    state.add_report(new, now=0.1)
+    mine = next(view.speed for view in state.views() if view.node_id == "d1")
+    assert mine == msgspec.structs.replace(speeds["d0"], base_s=0.05, chunk_base_s=0.05)
+
+
+def test_rates_that_a_node_reports_are_its_costs(state: ClusterState) -> None:
+    state.set_descriptors({name: descriptor(name, "decode") for name in ("d0", "d1")})
+    state.add_report(report("d0", "decode", seq=2, step=MEASURED), now=0.0)
+    state.add_report(report("d1", "decode", prefill_tokens_per_s=500.0, decode_step_s=0.1), now=0.0)
+    mine = next(view.speed for view in state.views() if view.node_id == "d1")
+    assert (mine.base_s, mine.prefill_token_s, mine.attended_token_s) == (0.1, 1 / 500, 0.0)
+    assert (mine.sequence_s, mine.context_token_s) == (0.004, 1e-6)  # no rate tells these
+
+
+def test_costs_are_forgotten_with_their_model(state: ClusterState) -> None:
+    state.add_report(report("d0", "decode", seq=2, step=MEASURED), now=0.0)
+    state.set_descriptors({})
+    state.set_descriptors({"d1": descriptor("d1", "decode")})
+    state.add_report(report("d1", "decode", step=FIT), now=0.0)
+    assert only(state).speed.sequence_s == 0.0
+
+
+def seen_outputs(mean: float, num: int = 9) -> OutputForecast:
+    """Of a node where so many outputs of prompts of 64 to 127 tokens have ended."""
+    return OutputForecast(
+        tokens_left=0.0, first_ends_in=0.0, stop_rate=0.01, by_length={7: (num, num * mean)}
+    )
+
+
+def test_output_lengths_are_those_of_all_nodes_of_the_model_as_last_reported(state: ClusterState) -> None:
+    assert state.lengths_of("f").mean_of(100) == PRIOR_TOKENS
+    state.set_descriptors(
+        {
+            "d0": descriptor("d0", "decode"),
+            "d1": descriptor("d1", "decode"),
+            "x0": descriptor("x0", "decode", model=msgspec.structs.replace(MODEL, fingerprint="g")),
+        }
+    )
+    state.add_report(report("d0", "decode", seq=2, forecast=seen_outputs(400.0)), now=0.0)
+    state.add_report(report("d0", "decode", seq=3, forecast=seen_outputs(100.0)), now=0.1)
+    state.add_report(report("d1", "decode", forecast=seen_outputs(40.0, num=27)), now=0.1)
+    state.add_report(report("x0", "decode", forecast=seen_outputs(7.0)), now=0.1)
+    assert state.lengths_of("f").mean_of(100) == pytest.approx((9 * 100 + 27 * 40) / 36)
+    assert state.lengths_of("g").mean_of(100) == pytest.approx(7.0)
+
+
+def test_output_lengths_are_forgotten_when_their_node_leaves(state: ClusterState) -> None:
+    nodes = {name: descriptor(name, "decode") for name in ("d0", "d1")}
+    state.set_descriptors(nodes)
+    for name, mean in (("d0", 400.0), ("d1", 100.0)):
+        state.add_report(report(name, "decode", seq=2, forecast=seen_outputs(mean)), now=0.0)
+    assert state.lengths_of("f").mean_of(100) == pytest.approx(250.0)
+    state.set_descriptors({"d1": nodes["d1"]})
+    assert state.lengths_of("f").mean_of(100) == pytest.approx(100.0)
+    state.add_report(report("d0", "decode", seq=3, forecast=seen_outputs(400.0)), now=0.1)  # on its way out
+    assert state.lengths_of("f").mean_of(100) == pytest.approx(100.0)
+    state.set_descriptors({})
+    assert state.lengths_of("f").mean_of(100) == PRIOR_TOKENS
+    assert not state.lengths
+
+
+def test_output_lengths_of_a_restarted_node_are_those_of_its_new_incarnation(state: ClusterState) -> None:
+    state.add_report(report("d0", "decode", seq=2, forecast=seen_outputs(400.0)), now=0.0)
+    state.set_descriptors({"d0": descriptor("d0", "decode", incarnation="i2")})
+    state.add_report(report("d0", "decode", incarnation="i2", forecast=seen_outputs(100.0)), now=0.1)
+    state.add_report(report("d0", "decode", seq=3, forecast=seen_outputs(400.0)), now=0.2)  # late
+    assert state.lengths_of("f").mean_of(100) == pytest.approx(100.0)
+
+
+def test_output_lengths_of_a_long_silent_node_are_forgotten(state: ClusterState) -> None:
+    nodes = {name: descriptor(name, "decode") for name in ("d0", "d1")}
+    state.set_descriptors(nodes)
+    state.add_report(report("d0", "decode", seq=2, forecast=seen_outputs(400.0)), now=0.0)
+    late = FORGET_REPORT_AFTER_S + 1.0
+    state.add_report(report("d1", "decode", forecast=seen_outputs(100.0)), now=late)
+    assert state.lengths_of("f").mean_of(100) == pytest.approx(100.0)
+    # It counts again when it is heard of again.
+    state.add_report(report("d0", "decode", seq=9, forecast=seen_outputs(400.0)), now=late)
+    assert state.lengths_of("f").mean_of(100) == pytest.approx(250.0)
+
+
+def test_blocks_that_sequences_will_grow_into_are_not_available(state: ClusterState) -> None:
+    growing = OutputForecast(tokens_left=5 * BLOCK_SIZE + 3.0, first_ends_in=9.0, stop_rate=0.01)
+    state.add_report(report("d0", "decode", seq=2, free=100, num_running=2, forecast=growing), now=0.0)
+    assert only(state).num_available_blocks == 100 - 5
+    # A sequence that was given: the blocks of its prompt, and of what it will produce.
+    state.add_sequence(D0, Work(num_sequences=1, num_blocks=7, output_tokens=2.0 * BLOCK_SIZE), 0.1, now=0.0)
+    assert only(state).num_available_blocks == 100 - 5 - 7 - 2
+    # Without a forecast each sequence is taken to have as much left as a chat answer has.
+    state.add_report(report("d0", "decode", seq=3, free=100, num_running=1), now=9.0)
+    assert only(state).num_available_blocks == 100 - int(PRIOR_TOKENS) // BLOCK_SIZE

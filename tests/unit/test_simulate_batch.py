@@ -20,12 +20,13 @@ LIMITS = Limits(block_size=4, token_budget=32, max_num_seqs=3)
 
 
 class Event(NamedTuple):
-    """Something happens to the node: a prompt, a sequence, or another cap."""
+    """Something happens to the node: a prompt, a sequence, another cap, or its pool is full."""
 
     at_s: float
     prompt: tuple[int, int] | None = None  # tokens, those of them that are cached
     sequence: tuple[int, int] | None = None  # tokens of the prompt and of the answer
     cap: int | None = None
+    is_full: bool = False  # the newest sequence gives way, and is computed again as a prompt
 
 
 def events() -> st.SearchStrategy[list[Event]]:
@@ -39,6 +40,7 @@ def events() -> st.SearchStrategy[list[Event]]:
         st.tuples(times, prompts).map(lambda drawn: Event(drawn[0], prompt=drawn[1])),
         st.tuples(times, sequences).map(lambda drawn: Event(drawn[0], sequence=drawn[1])),
         st.tuples(times, st.integers(1, 40)).map(lambda drawn: Event(drawn[0], cap=drawn[1])),
+        times.map(lambda at_s: Event(at_s, is_full=True)),
     )
     return st.lists(kinds, max_size=12).map(lambda found: sorted(found, key=lambda event: event.at_s))
 
@@ -55,18 +57,29 @@ def fits() -> st.SearchStrategy[StepFit]:
     )
 
 
-def by_stretches(fit: StepFit, happened: Sequence[Event]) -> tuple[list[tuple[str, int, float]], Batch]:
+def by_stretches(
+    fit: StepFit, happened: Sequence[Event], num_free_tokens: int = 10_000
+) -> tuple[list[tuple[str, int, float]], Batch]:
     """What ended when, as the simulator has it."""
     batch = Batch(fit, LIMITS, cap=32, itl=Histogram())
     ends: list[tuple[str, int, float]] = []
+    num_full = 0
 
     def run_until(now: float) -> None:
+        nonlocal num_full
         while batch.stretch is not None and batch.stretch.end_s < now:
             at = batch.stretch.end_s
             prompts, sequences = batch.end()
             ends.extend(("sequence", life.number, at) for life in sequences)
             ends.extend(("prompt", prompt.life.number, at) for prompt in prompts)
-            batch.begin(at)
+            assert all(life.num_produced == life.request.num_output_tokens for life in sequences)
+            batch.waiting.extend(prompt.life for prompt in prompts if prompt.life.num_produced)
+            for _ in range(min(num_full, batch.num_decoding)):
+                life = batch.preempt_newest(at)
+                num_tokens = life.request.num_prompt_tokens + life.num_produced
+                batch.prompts.append(Prompt(life, num_tokens, 0))
+            num_full = 0
+            batch.begin(at, num_free_tokens)
 
     for number, event in enumerate(happened):
         run_until(event.at_s)
@@ -74,14 +87,15 @@ def by_stretches(fit: StepFit, happened: Sequence[Event]) -> tuple[list[tuple[st
             life = Life(number, Request(event.prompt[0], 1))
             batch.prompts.append(Prompt(life, event.prompt[0], event.prompt[1]))
         elif event.sequence:
-            life = Life(number, Request(*event.sequence), first_token_s=event.at_s)
+            life = Life(number, Request(*event.sequence), num_produced=1, newest_token_s=event.at_s)
             batch.waiting.append(life)
-            batch.num_early_blocks += life.num_early_blocks(LIMITS.block_size)
+        elif event.is_full:
+            num_full += batch.stretch is not None
         else:
             assert event.cap is not None
             batch.cap = event.cap
         if batch.stretch is None:
-            batch.begin(event.at_s)
+            batch.begin(event.at_s, num_free_tokens)
         else:
             batch.cut(event.at_s)
     run_until(math.inf)
@@ -97,6 +111,9 @@ class Steps:
         self.prompts: list[list[int]] = []  # number, tokens, computed
         self.waiting: list[list[int]] = []  # number, context, tokens to come
         self.decoding: list[list[int]] = []
+        self.preempted: dict[int, list[int]] = {}  # by number, while they are prompts again
+        self.num_steps = 0
+        self.joined_at: dict[int, int] = {}
         self.num_intervals = 0
 
     def apply(self, number: int, event: Event) -> None:
@@ -107,10 +124,20 @@ class Steps:
         elif event.cap is not None:
             self.cap = event.cap
 
+    def preempt(self) -> None:
+        """Takes the sequence that joined last out; of those that joined together, the latest request."""
+        if self.decoding:
+            newest = max(self.decoding, key=lambda sequence: (self.joined_at[sequence[0]], sequence[0]))
+            self.decoding.remove(newest)
+            self.preempted[newest[0]] = newest
+            self.prompts.append([newest[0], newest[1], 0])
+
     def step(self, now: float) -> tuple[float, list[tuple[str, int, float]]]:
         """One step that begins now: when it ends, and what ends with it."""
         while self.waiting and len(self.decoding) < LIMITS.max_num_seqs:
             self.decoding.append(self.waiting.pop(0))
+            self.joined_at[self.decoding[-1][0]] = self.num_steps
+        self.num_steps += 1
         duration_s = self.fit.base_s
         for _, context, _ in self.decoding:
             duration_s += self.fit.sequence_s + self.fit.context_token_s * context
@@ -149,19 +176,77 @@ def by_steps(fit: StepFit, happened: Sequence[Event]) -> tuple[list[tuple[str, i
             continue
         now, ended = node.step(now)
         ends += ended
-        while left and left[0][1].at_s <= now:
-            node.apply(*left.pop(0))
+        meanwhile = [(number, event) for number, event in left if event.at_s <= now]
+        left = left[len(meanwhile) :]
+        for number, event in meanwhile:
+            node.apply(number, event)
+        node.waiting += (
+            node.preempted.pop(n) for kind, n, _ in ended if kind == "prompt" and n in node.preempted
+        )
+        for _ in range(sum(event.is_full for _, event in meanwhile)):
+            node.preempt()
     return ends, node
 
 
 @settings(max_examples=100, deadline=None)
-@given(fits(), events())
-def test_stretches_end_when_steps_do(fit: StepFit, happened: list[Event]) -> None:
-    ends, batch = by_stretches(fit, happened)
+@given(fits(), events(), st.integers(0, 100))
+def test_stretches_end_when_steps_do(fit: StepFit, happened: list[Event], num_free_tokens: int) -> None:
+    """Also where they are short, since sequences find little room to grow, and where some lose theirs."""
+    ends, batch = by_stretches(fit, happened, num_free_tokens)
     expected, node = by_steps(fit, happened)
     assert ends == expected
     assert batch._itl.total() == node.num_intervals
-    assert (batch.num_context, batch.num_early_blocks, batch.num_decoding, len(batch.prompts)) == (0, 0, 0, 0)
+    assert (batch.num_context, batch.num_grown, batch.num_decoding, len(batch.prompts)) == (0, 0, 0, 0)
+
+
+STEADY = StepFit(base_s=1.0, prefill_token_s=0.0, attended_token_s=0.0, sequence_s=0.0, context_token_s=0.0)
+
+
+def decoding(*num_output_tokens: int) -> Batch:
+    """A batch whose sequences have waited to join it, all with prompts of ten tokens."""
+    batch = Batch(STEADY, LIMITS, cap=4, itl=Histogram())
+    for number, num_tokens in enumerate(num_output_tokens):
+        request = Request(10, num_tokens, max_tokens=100)
+        batch.waiting.append(Life(number, request, num_produced=1, newest_token_s=-1.0))
+    return batch
+
+
+@pytest.mark.parametrize(("num_free_tokens", "num_steps"), [(0, 1), (2, 1), (11, 5), (200, 29)])
+def test_a_stretch_is_as_long_as_sequences_find_room_to_grow(num_free_tokens: int, num_steps: int) -> None:
+    stretch = decoding(30, 40).begin(0.0, num_free_tokens)
+    assert stretch is not None
+    assert stretch.num_steps == num_steps
+
+
+def test_what_sequences_have_grown_is_told_within_a_stretch_too() -> None:
+    batch = decoding(30, 40)
+    batch.begin(0.0, 1000)
+    assert (batch.num_context, batch.num_grown) == (22, 2)
+    assert (batch.num_context_at(5.5), batch.num_grown_at(5.5)) == (32, 12)
+    assert sorted(batch.outputs_at(5.5)) == [(10, 6, 94)] * 2
+    batch.cut(5.5)
+    batch.end()
+    assert (batch.num_context, batch.num_grown) == (34, 14)
+
+
+def test_one_that_was_preempted_comes_back_with_what_it_has_and_counts_its_pause() -> None:
+    batch = decoding(30, 40)
+    batch.begin(0.0, 10)
+    batch.end()
+    life = batch.preempt_newest(5.0)
+    assert (life.number, life.num_produced, life.newest_token_s) == (1, 6, 5.0)
+    assert (batch.num_context, batch.num_grown, batch.num_decoding) == (16, 6, 1)
+    batch.begin(5.0, 10)
+    batch.end()
+    batch.waiting.append(life)
+    batch.begin(15.0, 10)
+    assert (batch.num_context, batch.num_grown) == (16 + 10 + 16, 16 + 6)
+    batch.end()
+    assert life.num_produced == 6  # when it joined: it is told again when it leaves
+    assert batch.preempt_newest(20.0).num_produced == 11
+    # Between its sixth token at 5 s and its seventh at 16 s: no other interval is as long.
+    assert batch._itl.quantile(1.0) == pytest.approx(11.0, rel=BUCKET_WIDTH)
+    assert batch._itl.total() == 5 + 5 + 10 + 5 + 5
 
 
 @given(
@@ -206,7 +291,6 @@ def test_a_ramp_counts_as_its_values_do(
 
 
 def test_a_prompt_behind_one_that_fills_the_steps_waits_for_its_end() -> None:
-    fit = StepFit(base_s=1.0, prefill_token_s=0.0, attended_token_s=0.0, sequence_s=0.0, context_token_s=0.0)
-    ends, _ = by_stretches(fit, [Event(0.0, prompt=(100, 0)), Event(0.5, prompt=(10, 0))])
+    ends, _ = by_stretches(STEADY, [Event(0.0, prompt=(100, 0)), Event(0.5, prompt=(10, 0))])
     # 32 + 32 + 32, then the last 4 of the first and all of the second in one step.
     assert ends == [("prompt", 0, 4.0), ("prompt", 1, 4.0)]

@@ -9,17 +9,20 @@ import msgspec
 import pytest
 
 from benchmarks.baselines import POLICIES
-from benchmarks.simulator.batch import Histogram, Life, step_s
+from benchmarks.simulator.batch import Batch, Histogram, Life, step_s
 from benchmarks.simulator.cluster import CONTROL_S, Cluster
 from benchmarks.simulator.kinds import KINDS, NodeKind
 from benchmarks.simulator.node import SimNode
+from benchmarks.simulator.pool import Pool
 from benchmarks.simulator.run import Machines, Outcome, figures, simulate
 from benchmarks.traces import Request, Targets
 from benchmarks.traffic import synthetic
-from flowkv_common.wire.messages import PoolLayout
+from flowkv_common.wire.messages import PoolLayout, ScheduleRequest
 from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor, SetPrefillCap, StepFit
+from flowkv_node.measures import PRIOR_TOKENS
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.policy import Choice
 from flowkv_scheduler.rebalance import Order
 
 # A token takes 1 KiB.
@@ -108,7 +111,7 @@ def check_all_is_back(nodes: list[SimNode], lives: list[Life], itl: Histogram) -
         assert not node.line
         assert (node.num_sending, node.sending_tokens) == (0, 0)
         assert (len(batch.prompts), len(batch.waiting), batch.num_decoding) == (0, 0, 0)
-        assert (batch.num_context, batch.num_early_blocks) == (0, 0)
+        assert (batch.num_context, batch.num_grown, len(node.preempted)) == (0, 0, 0)
     assert itl.total() == sum(life.request.num_output_tokens - 1 for life in lives if life.is_done)
 
 
@@ -238,11 +241,145 @@ def test_nodes_learn_what_steps_cost() -> None:
     assert decode[-1].base_s + decode[-1].sequence_s == pytest.approx(0.011, rel=0.05)
 
 
-@pytest.mark.parametrize(("max_tokens", "stop_rate"), [(100, 0.0), (2048, 1 / 100)])
-def test_answers_as_long_as_asked_for_end_by_no_stop(max_tokens: int, stop_rate: float) -> None:
+@pytest.mark.parametrize(("max_tokens", "mean_tokens"), [(100, PRIOR_TOKENS), (2048, 100)])
+def test_answers_that_may_be_no_longer_tell_nothing_of_others(max_tokens: int, mean_tokens: int) -> None:
+    """An answer of 100 tokens of 100 may have been cut short, one of 2048 has ended of itself."""
     planner = Listener(Goals(), lends=False)
     lives = [Life(n, Request(100, 100, (), 2.0 * n, max_tokens)) for n in range(30)]
     Cluster(Machines(KIND, 2).nodes(1, Histogram()), planner, lives, LOOSE).run()
-    forecasts = [r.forecast for _, r in planner.heard if r.node.node_id == "node-0001" and r.forecast]
-    assert forecasts[-1].stop_rate == pytest.approx(stop_rate, rel=0.1, abs=1e-3)
-    assert max(forecast.tokens_left for forecast in forecasts) < max_tokens
+    heard = [r for _, r in planner.heard if r.node.node_id == "node-0001"]
+    forecasts = [report.forecast for report in heard if report.forecast]
+    assert forecasts[-1].stop_rate == pytest.approx(1 / mean_tokens, rel=0.1)
+    # What is expected of one that runs: all that it may have, or what others had.
+    seen = [
+        (r.num_context_tokens - 100, r.forecast.tokens_left) for r in heard if r.num_running and r.forecast
+    ]
+    assert len(seen) > 30
+    for produced, left in seen:
+        assert left == max_tokens - produced if max_tokens == 100 else left < 256
+    produced, left = seen[-1]
+    assert left == pytest.approx(100 - produced, abs=8)
+
+
+# --- full pools -------------------------------------------------------------------------------------
+
+
+class Fixed(Planner):
+    """Prefill on the first node, decode on the last, whatever room they have."""
+
+    def schedule(self, request: ScheduleRequest, now: float) -> Choice:
+        nodes = sorted(self.state.usable(now), key=lambda node: node.node_id)
+        return Choice(
+            prefill=nodes[0],
+            decode=nodes[-1],
+            predicted_s=0.0,
+            wait_s=0.0,
+            first_token_s=0.0,
+            prefill_s=0.0,
+            num_cached_tokens=0,
+            reason="fixed",
+            prefill_candidates=[],
+            decode_candidates=[],
+        )
+
+
+def run_on_small_pools(
+    requests: list[Request], num_blocks: int, *, num_nodes: int = 2, slow_prefill: float = 1.0
+) -> tuple[Cluster, list[Life]]:
+    """All requests by the same nodes. Fails if they have not ended after an hour."""
+    itl = Histogram()
+    lives = [Life(number, request) for number, request in enumerate(requests)]
+    kind = msgspec.structs.replace(KIND, num_blocks=num_blocks)
+    nodes = [
+        SimNode(index, kind, role, itl, slow)
+        for index, (role, slow) in enumerate([("prefill", slow_prefill), ("decode", 1.0)][2 - num_nodes :])
+    ]
+    cluster = Cluster(nodes, Fixed(Goals()), lives, LOOSE)
+
+    def give_up() -> None:
+        pytest.fail("requests wait for ever")
+
+    cluster._at(3600.0, give_up)
+    cluster.run()
+    for node in nodes:
+        assert node.pool.num_free + node.pool.num_cached == node.pool.num_blocks
+        assert (len(node.line), len(node.preempted), node.num_sending) == (0, 0, 0)
+        assert (node.batch.num_context, node.batch.num_grown, len(node.batch.prompts)) == (0, 0, 0)
+    assert itl.total() == sum(life.num_produced - 1 for life in lives)
+    return cluster, lives
+
+
+def test_the_newest_gives_way_and_ends_later_with_all_its_tokens() -> None:
+    """Two of 7 blocks, and one for both to grow into: 64 tokens each, then the new one finds no room."""
+    requests = [Request(400, 300), Request(400, 300, (), 0.1)]
+    _, roomy = run_on_small_pools(requests, 1000)
+    cluster, (old, new) = run_on_small_pools(requests, 15)
+    assert cluster.num_preempted == 1
+    assert [life.num_produced for life in (old, new)] == [300, 300]
+    # The old one has the node to itself from then on. The new one waits for its end, and is computed again:
+    # no token of it comes meanwhile, and its mean time per token says so.
+    assert old.tpot_s < roomy[0].tpot_s
+    assert old.ttft_s == roomy[0].ttft_s
+    assert new.ttft_s == roomy[1].ttft_s
+    alone_s = 0.011 + 1e-7 * 600  # of one step
+    assert new.last_token_s - old.last_token_s > 200 * alone_s
+    assert new.tpot_s * 299 == pytest.approx(new.last_token_s - new.first_token_s)
+    assert new.tpot_s > 1.5 * roomy[1].tpot_s
+    # One interval is the pause: what the old one had still to produce, and the prompt again.
+    pause_s = cluster.nodes[1].batch._itl.quantile(1.0)
+    assert 180 * alone_s < pause_s < old.last_token_s - old.first_token_s + 1.0
+
+
+def test_a_node_with_room_preempts_nothing() -> None:
+    cluster, lives = run_on_small_pools([Request(400, 300), Request(400, 300, (), 0.1)], 24)
+    assert cluster.num_preempted == 0
+    assert all(life.num_produced == 300 for life in lives)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_sequences_give_way_only_in_a_full_pool_and_the_newest_first(
+    seed: int, num_nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(seed)
+    requests = [
+        Request(draw.randint(1, 900), draw.randint(1, 400), (9 * n, 9 * n + 1), 0.2 * n) for n in range(40)
+    ]
+    preempted: list[Life] = []
+    had_room: list[bool] = []
+    grow, preempt = Pool.grow_to, Batch.preempt_newest
+
+    def grow_watched(pool: Pool, num_tokens: int) -> bool:
+        num_missing = num_tokens // LAYOUT.block_size - pool._num_grown
+        had_room.append(grow(pool, num_tokens))
+        assert had_room[-1] or num_missing > pool.num_free + pool.num_cached
+        return had_room[-1]
+
+    def preempt_watched(batch: Batch, now: float) -> Life:
+        assert not had_room[-1]
+        newest = max((life.joined_at_step, life.number) for _, _, life in batch._decoding)
+        preempted.append(preempt(batch, now))
+        assert (preempted[-1].joined_at_step, preempted[-1].number) == newest
+        return preempted[-1]
+
+    monkeypatch.setattr(Pool, "grow_to", grow_watched)
+    monkeypatch.setattr(Batch, "preempt_newest", preempt_watched)
+    cluster, lives = run_on_small_pools(requests, 40, num_nodes=num_nodes)
+    assert len(preempted) == cluster.num_preempted > 3
+    assert all(life.num_produced == life.request.num_output_tokens for life in lives)
+    assert all(life.is_done for life in lives)
+
+
+def test_a_preempted_sequence_comes_back_when_a_prompt_elsewhere_gives_its_room_back() -> None:
+    """The idle node hears of it: nothing else happens there any more."""
+    long, short, prompt = Request(400, 600), Request(10, 3, (), 2.3), Request(500, 1, (), 2.35)
+    cluster, lives = run_on_small_pools([long, short, prompt], 16, slow_prefill=20.0)
+    assert cluster.num_preempted == 1
+    assert [life.num_produced for life in lives] == [600, 3, 1]
+
+
+def test_a_sequence_that_outgrows_its_node_is_refused_as_nodes_do() -> None:
+    cluster, (life, other) = run_on_small_pools([Request(400, 700), Request(400, 300, (), 20.0)], 16)
+    assert cluster.num_preempted == 1
+    assert (life.refused_with, life.is_done) == (429, False)
+    assert (other.refused_with, other.num_produced) == (0, 300)

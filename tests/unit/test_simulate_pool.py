@@ -21,6 +21,7 @@ class NaivePool:
         self.free = num_blocks
         self.idle: list[int] = []
         self.used: list[int] = []
+        self.grown = 0
 
     def take(self, num_blocks: int, ids: tuple[int, ...]) -> Lease | None:
         hits: list[int] = []
@@ -32,13 +33,26 @@ class NaivePool:
         idle = [key for key in self.idle if key not in hits]
         if num_own > self.free + len(idle) * BLOCKS_PER_ID:
             return None
-        while self.free < num_own:
-            idle.pop(0)
-            self.free += BLOCKS_PER_ID
-        self.free -= num_own
         self.idle = idle
+        self.evict_for(num_own)
+        self.free -= num_own
         self.used += hits
         return Lease(num_own, hits)
+
+    def evict_for(self, num_blocks: int) -> None:
+        while self.free < num_blocks:
+            self.idle.pop(0)
+            self.free += BLOCKS_PER_ID
+
+    def grow(self, num_blocks: int) -> bool:
+        """Give back all that has grown, and take it anew; False leaves it as it was."""
+        if num_blocks > self.free + self.grown + len(self.idle) * BLOCKS_PER_ID:
+            return False
+        self.free += self.grown
+        self.evict_for(num_blocks)
+        self.free -= num_blocks
+        self.grown = num_blocks
+        return True
 
     def commit(self, lease: Lease, ids: tuple[int, ...]) -> None:
         for key in ids[len(lease.pinned) :]:
@@ -61,6 +75,7 @@ steps = st.lists(
         st.tuples(st.just("take"), st.sampled_from(CHAINS), st.integers(0, 4), st.integers(1, 20)),
         st.tuples(st.just("commit"), st.integers(0, 9)),
         st.tuples(st.just("release"), st.integers(0, 9)),
+        st.tuples(st.just("grow"), st.integers(0, 60 * 64)),
     ),
     max_size=40,
 )
@@ -82,6 +97,8 @@ def test_blocks_and_prefixes_are_those_of_the_naive_pool(drawn: list[tuple[Any, 
                 lease = pool.lease(num_tokens, ids)
                 assert lease == expected
                 held.append((lease, expected, ids))
+        elif kind == "grow":
+            assert pool.grow_to(args[0]) == naive.grow(args[0] // 64)
         elif held:
             lease, expected, ids = held[args[0] % len(held)]
             if kind == "commit":
@@ -98,7 +115,24 @@ def test_blocks_and_prefixes_are_those_of_the_naive_pool(drawn: list[tuple[Any, 
         assert announced == set(naive.idle) | set(naive.used)
     for lease, _, _ in held:
         pool.release(lease)
+    assert pool.num_free + pool.num_cached + naive.grown == pool.num_blocks
+    assert pool.grow_to(0)
     assert pool.num_free + pool.num_cached == pool.num_blocks
+
+
+def test_sequences_grow_into_what_is_free_and_what_is_cached() -> None:
+    pool = Pool(24, 64)
+    lease = pool.lease(16 * 64, ())
+    pool.commit(lease, (1, 2))
+    pool.release(lease)
+    assert pool.grow_to(8 * 64 + 63)  # a block is taken when it is full: the lease has the one before
+    assert (pool.num_free, pool.num_hits((1, 2))) == (0, 2)
+    assert pool.grow_to(10 * 64)
+    assert (pool.num_free, pool.num_hits((1, 2))) == (6, 1)
+    assert not pool.grow_to(25 * 64)
+    assert (pool.num_free, pool.num_hits((1, 2))) == (6, 1)  # as it was
+    assert pool.grow_to(0)
+    assert (pool.num_free, pool.num_cached) == (16, 8)
 
 
 def test_news_of_what_came_and_went_is_none() -> None:

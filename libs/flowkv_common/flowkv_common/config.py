@@ -77,8 +77,9 @@ class SchedulerSettings(ServiceSettings, frozen=True, kw_only=True):
     itl_goal_s: Annotated[Seconds, "target for the time between two tokens (ITL)"] = 0.25
     max_wait_s: Annotated[
         Seconds,
-        "a request whose first token is predicted later gets 429; a waiting one, after 1.5 times this",
-    ] = 60.0
+        "a request whose first token is predicted later gets 429; a waiting one, after 1.5 times this; "
+        "0: 12 times ttft_goal_s",
+    ] = 0.0
     lending: Annotated[
         bool, "lend nodes to the other side when prefill and decode load are out of balance"
     ] = True

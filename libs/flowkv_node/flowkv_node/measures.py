@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from operator import mul
 from typing import NamedTuple
@@ -10,7 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from flowkv_common.telemetry import process_registry
 from flowkv_common.wire.messages import KVTransferred
-from flowkv_common.wire.nodes import BlockCounts, OutputForecast, StepFit, expected_tokens
+from flowkv_common.wire.nodes import BlockCounts, OutputForecast, StepFit, expected_tokens, length_class
 from flowkv_engine.engine.batch import WorkItem
 
 # Weight of the newest step in the measured rates: about the last ten steps count.
@@ -33,8 +35,8 @@ ROUNDS_PER_STEP = 3
 # One of each is about as much work: 1 step, 64 prompt tokens, each of them with 256 to attend to, ...
 _SCALES = (1.0, 64.0, 64.0 * 256.0, 8.0, 8.0 * 512.0)
 
-# Output lengths: of ended outputs about so many tokens count, the latest ones.
-MEMORY_TOKENS = 20_000
+# Output lengths: so many ended outputs of a class are remembered, the latest ones.
+MEMORY_OUTPUTS = 64
 # Before anything was seen: one output ends by itself in so many tokens, a chat answer's usual length.
 PRIOR_TOKENS = 256
 
@@ -209,27 +211,74 @@ def _features(counts: StepCounts) -> tuple[float, ...]:
 
 
 class OutputLengths:
-    """Learns from outputs that have ended; tells of those that run."""
+    """Learns from outputs that have ended, by the length of their prompts; tells of those that run.
+
+    What runs yet says how long outputs become at least: the estimate is that of Kaplan and Meier (JASA 1958).
+    """
 
     def __init__(self) -> None:
-        self._num_tokens = 0.0
-        self._num_stops = 0.0
-
-    def observe(self, num_tokens: int, *, stopped: bool) -> None:
-        """An output has ended: `stopped` if not by its `max_tokens`. One that was cut off has not ended."""
-        keep = max(0.0, 1.0 - num_tokens / MEMORY_TOKENS)
-        self._num_tokens = keep * self._num_tokens + num_tokens
-        self._num_stops = keep * self._num_stops + stopped
-
-    def forecast(self, running: Iterable[tuple[int, int]]) -> OutputForecast:
-        """Of sequences that have produced so many tokens and may produce so many more."""
-        sequences = list(running)
-        num_tokens = PRIOR_TOKENS + self._num_tokens + sum(produced for produced, _ in sequences)
-        stop_rate = (1.0 + self._num_stops) / num_tokens
-        first = min((left for _, left in sequences), default=0)
-        return OutputForecast(
-            tokens_left=round(sum(expected_tokens(left, stop_rate) for _, left in sequences), 1),
-            # All of them together stop so many times as often.
-            first_ends_in=round(expected_tokens(first, stop_rate * len(sequences)), 1),
-            stop_rate=round(stop_rate, 8),
+        # By class of prompt length the latest outputs: their tokens, and whether they ended by themselves.
+        self._ended: defaultdict[int, deque[tuple[int, bool]]] = defaultdict(
+            lambda: deque(maxlen=MEMORY_OUTPUTS)
         )
+
+    def observe(self, num_prompt_tokens: int, num_tokens: int, *, stopped: bool) -> None:
+        """An output has ended: `stopped` if not by its `max_tokens`. One that was cut off has not ended."""
+        self._ended[length_class(num_prompt_tokens)].append((num_tokens, stopped))
+
+    def forecast(self, running: Iterable[tuple[int, int, int]]) -> OutputForecast:
+        """Of sequences: the tokens of their prompts, those produced, and how many more they may produce."""
+        sequences = list(running)
+        known = {key: list(ended) for key, ended in self._ended.items()}
+        for num_prompt_tokens, produced, _ in sequences:
+            known.setdefault(length_class(num_prompt_tokens), []).append((produced, False))
+        # A class begins with one output as long as the mean of all, all together with one of `PRIOR_TOKENS`.
+        every = Survival([one for outputs in known.values() for one in outputs] + [(PRIOR_TOKENS, True)])
+        prior = round(every.mean), True
+        classes = {key: Survival([*outputs, prior]) for key, outputs in known.items()}
+        first = min((most for _, _, most in sequences), default=0)
+        return OutputForecast(
+            tokens_left=round(
+                sum(min(most, classes[length_class(p)].left_after(done)) for p, done, most in sequences), 1
+            ),
+            # All of them together end so many times as often.
+            first_ends_in=round(expected_tokens(first, len(sequences) / every.mean), 1),
+            stop_rate=round(1.0 / every.mean, 8),
+            by_length={
+                key: (
+                    1 + len(self._ended.get(key, ())),
+                    round(survival.mean * (1 + len(self._ended.get(key, ()))), 1),
+                )
+                for key, survival in classes.items()
+            },
+        )
+
+
+class Survival:
+    """The share of outputs that become longer than so many tokens, from lengths and whether they ended."""
+
+    def __init__(self, outputs: list[tuple[int, bool]]) -> None:
+        # Of those of one length, the ones that go on were still there when the others ended.
+        outputs = sorted(outputs, key=lambda output: (output[0], not output[1]))
+        num_left, share, area, before = len(outputs), 1.0, 0.0, 0
+        self._lengths, self._shares, self._areas = [0], [1.0], [0.0]
+        for length, is_end in outputs:
+            area += share * (length - before)
+            before = length
+            if is_end:
+                share *= 1.0 - 1.0 / num_left
+            num_left -= 1
+            self._lengths.append(length)
+            self._shares.append(share)
+            self._areas.append(area)
+        # Nothing is known of what comes after the longest: half as much again.
+        self.mean = max(1.0, area + share * before / 2)
+
+    def left_after(self, produced: int) -> float:
+        """Tokens that an output still gets that has so many."""
+        place = bisect_right(self._lengths, produced) - 1
+        share = self._shares[place]
+        if share < 1e-9:
+            return max(1.0, produced / 2)
+        done = self._areas[place] + share * (produced - self._lengths[place])
+        return max(1.0, (self.mean - done) / share)

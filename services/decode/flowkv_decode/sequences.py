@@ -209,7 +209,9 @@ class DecodeRole:
         chunk = self._node.add_token(sequence, sampled)
         self._outputs.add_chunk(chunk)
         if chunk.finish_reason:
-            self._lengths.observe(len(sequence.output_ids), stopped=chunk.finish_reason == "stop")
+            self._lengths.observe(
+                len(sequence.prompt_ids), len(sequence.output_ids), stopped=chunk.finish_reason == "stop"
+            )
             self._node.attempts.end(sequence.transfer_id)
             self._drop(sequence)
 
@@ -255,7 +257,7 @@ class DecodeRole:
     def _stop(self, sequence: Sequence, is_cut_off: bool) -> None:
         """Cancelled. Output that was cut off has not ended: it goes on elsewhere."""
         if not is_cut_off:
-            self._lengths.observe(len(sequence.output_ids), stopped=True)
+            self._lengths.observe(len(sequence.prompt_ids), len(sequence.output_ids), stopped=True)
         self._drop(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
@@ -276,7 +278,8 @@ class DecodeRole:
             num_running=len(self._running),
             num_context_tokens=sum(sequence.num_computed_tokens for sequence in self._running),
             forecast=self._lengths.forecast(
-                (len(one.output_ids), one.sampling.max_tokens - len(one.output_ids)) for one in here
+                (len(one.prompt_ids), len(one.output_ids), one.sampling.max_tokens - len(one.output_ids))
+                for one in here
             ),
         )
 

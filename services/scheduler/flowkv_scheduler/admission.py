@@ -10,20 +10,24 @@ Pure: `now` is seconds of any clock.
 from __future__ import annotations
 
 import functools
+import itertools
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import msgspec
 from sortedcontainers import SortedDict, SortedList
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_scheduler import policy
 from flowkv_scheduler.cluster import NOTHING, ClusterState, Goals, NodeView, Work
+from flowkv_scheduler.lookahead import IDLE_WAIT
 from flowkv_scheduler.policy import Choice, Chooser, RequestCosts
-from flowkv_scheduler.prefixes import NO_HITS
-from flowkv_scheduler.rebalance import CALM_PRESSURE, FULL_PREFILL, SHARED, SHARED_ITL
+from flowkv_scheduler.prefixes import NO_HITS, Hits
+from flowkv_scheduler.rebalance import SHARED_ITL
 
+# A first token that is predicted within this part of the TTFT target comes in time: predictions err.
+IN_TIME = 0.9
 # A wait may last so many times longer than was predicted: an admitted request stays for that.
 WAIT_ERROR = 1.5
 # A less urgent request is refused at this part of the longest wait: the rest is for others.
@@ -31,11 +35,13 @@ LESS_URGENT_SHARE = 0.5
 # Without a live node of the model a request asks again after this, and is refused when it is so old.
 NO_NODE_RETRY_S = 0.25
 NO_NODE_AGE_S = 10.0
+# Of many nodes so many are asked when they will have room; room is kept at so many, for so many requests.
+NUM_FORESEEN = 16
+NUM_KEPT_AT = 64
+NUM_KEPT_FOR = 64
 # How soon a request that waits for room asks again.
 MIN_RETRY_S = 0.05
 MAX_RETRY_S = 0.5
-# From when a prefill node is idle, lending it takes so long.
-LENT_IN_S = 3.0
 # A request that is so much too late to ask again is gone, and its gateway perhaps too.
 GRACE_S = 1.0
 # Each step of priority counts as so many seconds of age, up to a minute: no request waits forever.
@@ -44,9 +50,11 @@ MAX_PRIORITY = 6
 
 
 class Place(NamedTuple):
-    """The order of service: requests whose client has output first, then the oldest; priority is age."""
+    """The order of service: requests whose client has output first, those that can't meet the TTFT target any
+    more last; of equals the oldest first, and priority is age."""
 
     is_new: bool
+    is_late: bool
     since: float
     request_id: str
 
@@ -60,13 +68,18 @@ class Waiter(NamedTuple):
     need: Work
     began: float
     until: float
+    due: float  # it was told to get its first token by then
 
 
-class _NodeQueue(NamedTuple):
-    """The requests that stand at one node."""
+class _Line(NamedTuple):
+    """The requests that stand at one node, or wait for one model."""
 
     places: SortedList
     need: Work  # of all of them
+
+    def before(self, place: Place) -> Work:
+        """The need of those before it: as many as there are, of the mean of all."""
+        return self.need.share(self.places.bisect_left(place), len(self.places))
 
 
 class WaitingQueue:
@@ -78,7 +91,8 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._waiters: dict[str, Waiter] = {}
         self._in_order: SortedDict = SortedDict()  # place -> waiter
-        self._at_nodes: dict[str, _NodeQueue] = {}
+        self._at_nodes: dict[str, _Line] = {}
+        self._of_models: dict[str, _Line] = {}
         self._ends: SortedDict = SortedDict()  # (until, request id) -> None
 
     def __contains__(self, request_id: str) -> bool:
@@ -92,7 +106,23 @@ class WaitingQueue:
         known = self._waiters.get(request.request_id)
         began = known.began if known else now - request.age_s
         priority = min(max(request.priority, -MAX_PRIORITY), MAX_PRIORITY)
-        return Place(not request.num_output_tokens, began + PRIORITY_S * priority, request.request_id)
+        is_late = known is not None and known.place.is_late
+        return Place(
+            not request.num_output_tokens, is_late, began + PRIORITY_S * priority, request.request_id
+        )
+
+    def is_late(self, request_id: str) -> bool:
+        """Whether it waits among the late ones."""
+        known = self._waiters.get(request_id)
+        return known is not None and known.place.is_late
+
+    def is_late_overdue(self, now: float) -> bool:
+        """Whether the first of the late requests was to have its first token by now."""
+        place = self._in_order.bisect_left((True, True))
+        if place == len(self._in_order):
+            return False
+        first: Waiter = self._in_order.peekitem(place)[1]
+        return first.due < now
 
     def ahead_of(self, place: Place) -> Iterator[Waiter]:
         """All that come before it, in their order."""
@@ -101,25 +131,40 @@ class WaitingQueue:
                 return
             yield self._in_order[other]
 
-    def work_ahead(self, node_id: str, place: Place) -> Work:
-        """The need of those before it at the node: as many as there are, of the mean of all there."""
-        queue = self._at_nodes.get(node_id)
-        return queue.need.share(queue.places.bisect_left(place), len(queue.places)) if queue else NOTHING
+    def node_of(self, request_id: str) -> str:
+        """Where it stands; "" if it does not wait, or nowhere."""
+        known = self._waiters.get(request_id)
+        return known.node_id if known else ""
 
-    def add_waiter(
-        self, request: ScheduleRequest, node_id: str, need: Work, retry_in_s: float, now: float
-    ) -> None:
+    def work_ahead(self, node_id: str, place: Place) -> Work:
+        """The need of those before it at the node."""
+        line = self._at_nodes.get(node_id)
+        return line.before(place) if line else NOTHING
+
+    def work_ahead_of_model(self, fingerprint: str, place: Place) -> Work:
+        """The need of those before it that wait for the model."""
+        line = self._of_models.get(fingerprint)
+        return line.before(place) if line else NOTHING
+
+    def add_waiter(self, request: ScheduleRequest, later: Later, now: float) -> None:
         """It will ask again, and until then stands at that node."""
         known = self._waiters.get(request.request_id)
         began = known.began if known else now - request.age_s
+        retry_in_s, node_id, need = later.wait.retry_in_s, later.node_id, later.need
         place, until = self.place_of(request, now), now + retry_in_s + GRACE_S
+        due = known.due if known and known.place.is_late else now + later.wait.first_token_in_s * WAIT_ERROR
+        place = place._replace(is_late=place.is_late or later.is_late)
         self.forget(request.request_id)
-        waiter = Waiter(request, place, node_id, need, began, until)
+        waiter = Waiter(request, place, node_id, need, began, until, due)
         self._waiters[request.request_id] = self._in_order[place] = waiter
         self._ends[until, request.request_id] = None
-        queue = self._at_nodes.get(node_id, _NodeQueue(SortedList(), NOTHING))
-        queue.places.add(place)
-        self._at_nodes[node_id] = queue._replace(need=queue.need.plus(need))
+        for lines, key in self._lines_of(waiter):
+            line = lines.get(key, _Line(SortedList(), NOTHING))
+            line.places.add(place)
+            lines[key] = line._replace(need=line.need.plus(need))
+
+    def _lines_of(self, waiter: Waiter) -> tuple[tuple[dict[str, _Line], str], ...]:
+        return (self._at_nodes, waiter.node_id), (self._of_models, waiter.request.fingerprint)
 
     def forget(self, request_id: str) -> None:
         """It has got its pair, or was refused."""
@@ -128,10 +173,11 @@ class WaitingQueue:
             return
         del self._in_order[waiter.place]
         del self._ends[waiter.until, request_id]
-        queue = self._at_nodes.pop(waiter.node_id)
-        queue.places.remove(waiter.place)
-        if queue.places:
-            self._at_nodes[waiter.node_id] = queue._replace(need=queue.need.plus(waiter.need, -1))
+        for lines, key in self._lines_of(waiter):
+            line = lines.pop(key)
+            line.places.remove(waiter.place)
+            if line.places:
+                lines[key] = line._replace(need=line.need.plus(waiter.need, -1))
 
     def forget_gone(self, now: float) -> None:
         """Those that should have asked again and have not."""
@@ -140,11 +186,16 @@ class WaitingQueue:
 
 
 class Later(NamedTuple):
-    """When to ask again. Until then `need` is saved for the request at the node; "" is none."""
+    """When to ask again. Until then `need` is kept for the request at the node; "" is where there is room.
+
+    Its prompt begins in `wait_s`, as predicted. `is_late`: it will miss the TTFT target.
+    """
 
     wait: Wait
+    wait_s: float = 0.0
     node_id: str = ""
     need: Work = NOTHING
+    is_late: bool = False
 
 
 def decide(
@@ -154,54 +205,73 @@ def decide(
     now: float,
     queue: WaitingQueue,
     *,
-    lends: bool = False,
+    hits: Hits | None = None,
     choose: Chooser = policy.choose,
 ) -> Choice | Later:
     """The pair that `choose` takes, or when to ask again, behind the requests of `queue` that come before it.
 
-    `lends`: prefill nodes are lent to decode where that helps.
+    A request that can't meet the TTFT target is served when the prefill node has nothing else to do.
 
     Raises `BadRequest` when no pool could ever hold the request, `Unavailable` when there has been no node
     for too long, `Full` when the wait would be too long or outlast the request's deadline; `retry_after_s` is
     the predicted end of that.
     """
     place = queue.place_of(request, now)
-    costs = RequestCosts(request, state, goals, now, find_kept=functools.partial(room_kept, queue, place))
-    longest_s = goals.max_wait_s * (LESS_URGENT_SHARE if request.priority > 0 else 1.0)
+    find_kept = functools.partial(room_kept, queue, place)
+    costs = RequestCosts(request, state, goals, now, hits=hits, find_kept=find_kept)
     # A running request is never refused: its client has seen half of the answer.
-    is_running, is_waiting = request.num_output_tokens > 0, request.request_id in queue
+    is_running = request.num_output_tokens > 0
+    in_time_s = IN_TIME * goals.ttft_s - request.age_s
     choice = choose(costs)
     if choice is not None:
-        if not is_running:
-            if not is_waiting and request.age_s + choice.wait_s > longest_s:
-                raise _wait_too_long(request, choice.wait_s, longest_s)
-            _check_deadline(request, choice.predicted_s)
-        return choice
-    _check_fits(request, [node for node in state.views() if costs.is_of_model(node)])
-    if not costs.has_nodes():
-        if request.age_s > NO_NODE_AGE_S:
-            raise errors.Unavailable(
-                f"no node of the model has been ready for {request.age_s:.0f} s", retry_after_s=NO_NODE_AGE_S
-            )
-        return Later(Wait(retry_in_s=NO_NODE_RETRY_S, reason="no node of the model is ready"))
-    room = foresee_room(costs, queue, place, lends=lends)
-    if room is None:
-        return Later(Wait(retry_in_s=MAX_RETRY_S, reason="no decode node can take it now"))
-    if is_waiting and not is_running:
-        # Once admitted it is refused for its age alone, not for what is predicted later.
+        if is_running:
+            return choice
+        _check_deadline(request, choice.predicted_s)
+        if choice.first_token_s <= in_time_s:
+            return choice
+        later = foresee_idle_prefill(costs, queue, place, choice)
+        # The first of those that are late, and a prefill node is idle.
+        if later.wait_s <= IDLE_WAIT * goals.ttft_s:
+            # In the way of no other: it is the next prompt of its node.
+            if choice.wait_s <= IDLE_WAIT * goals.ttft_s:
+                return choice
+            later = Later(later.wait, later.wait_s)  # its own is not: the idle one is for those behind it
+    else:
+        _check_fits(costs)
+        if not costs.has_nodes():
+            if request.age_s > NO_NODE_AGE_S:
+                raise errors.Unavailable(
+                    f"no node of the model has been ready for {request.age_s:.0f} s",
+                    retry_after_s=NO_NODE_AGE_S,
+                )
+            return Later(Wait(retry_in_s=NO_NODE_RETRY_S, reason="no node of the model is ready"))
+        room = foresee_room(costs, queue, place)
+        if room is None:
+            return Later(Wait(retry_in_s=MAX_RETRY_S, reason="no decode node can take it now"))
+        later = room
+    if not is_running:
+        longest_s = goals.longest_wait_s * (LESS_URGENT_SHARE if request.priority > 0 else 1.0)
+        later = later._replace(is_late=place.is_late or later.wait.first_token_in_s > in_time_s)
+        _check_wait(request, later, longest_s, queue, now)
+    return later
+
+
+def _check_wait(
+    request: ScheduleRequest, later: Later, longest_s: float, queue: WaitingQueue, now: float
+) -> None:
+    """A newcomer is refused for what is predicted, one that was told to wait for its age alone."""
+    if request.request_id in queue:
         if request.age_s > WAIT_ERROR * longest_s:
-            raise _wait_too_long(request, room.wait_s, longest_s)
-    elif not is_running:
-        if request.age_s + room.wait_s > longest_s:
-            raise _wait_too_long(request, room.wait_s, longest_s)
-        _check_deadline(request, room.first_token_s)
-    wait = Wait(
-        # Half of the wait: so it is there in time, though rarely asked for while it is far back.
-        retry_in_s=min(max(room.room_s / 2, MIN_RETRY_S), MAX_RETRY_S),
-        reason=f"all {room.num_nodes} decode nodes are full",
-        first_token_in_s=room.first_token_s,
-    )
-    return Later(wait, room.node.node_id, room.node.need_of(request))
+            raise _wait_too_long(request, later.wait_s, longest_s)
+        return
+    if request.age_s + later.wait_s > longest_s:
+        raise _wait_too_long(request, later.wait_s, longest_s)
+    if later.is_late and queue.is_late_overdue(now):
+        raise errors.Full(
+            "the first token would be late, and others that are late wait for longer than was predicted",
+            retry_after_s=max(later.wait_s, MAX_RETRY_S),
+        )
+    _check_deadline(request, later.wait.first_token_in_s)
 
 
 def _wait_too_long(request: ScheduleRequest, wait_s: float, longest_s: float) -> errors.Full:
@@ -220,11 +290,13 @@ def _check_deadline(request: ScheduleRequest, predicted_s: float) -> None:
         )
 
 
-def _check_fits(request: ScheduleRequest, nodes: Sequence[NodeView]) -> None:
+def _check_fits(costs: RequestCosts) -> None:
     """Nodes that are not ready now count too: they may be when the request is asked for again."""
-    if not nodes or any(node.can_ever_hold(request) for node in nodes):
+    request, members = costs.request, [group.members.values() for group in costs.groups]
+    nodes: Iterator[NodeView] = itertools.chain.from_iterable(members)
+    if not members or any(node.can_ever_hold(request) for node in nodes):
         return
-    largest = max(node.num_tokens_held for node in nodes)
+    largest = max(node.num_tokens_held for node in itertools.chain.from_iterable(members))
     num_all = request.num_prompt_tokens + request.max_new_tokens
     raise errors.BadRequest(
         f"This model's maximum context length is {largest} tokens here: that is the largest KV cache. "
@@ -242,15 +314,20 @@ def room_kept(queue: WaitingQueue, place: Place, costs: RequestCosts) -> dict[st
 
     Each gets it at one node alone: where it stands, or else another that has enough for it now. If none
     has, room is saved where it stands until there is enough. A node with nothing left is not looked at
-    again, so this takes a step per waiting request and one per free place.
+    again. Only the roomiest nodes are looked at, and the first who wait: with more of both there is enough.
     """
     kept: dict[str, Work] = {}
     if not queue:
         return kept
-    usable = list(filter(costs.is_of_model, costs.state.usable(costs.now)))
-    decode = [node for node in usable if node.may_decode] or usable
-    open_nodes = {node.node_id: node for node in decode if _is_open(node, NOTHING)}
-    for other in queue.ahead_of(place):
+    roomiest = itertools.chain.from_iterable(
+        itertools.islice(group.roomiest.values(), NUM_KEPT_AT)
+        or itertools.islice(group.members.values(), NUM_KEPT_AT)
+        for group in costs.groups
+    )
+    open_nodes = {
+        node.node_id: node for node in roomiest if node.is_usable(costs.now) and _is_open(node, NOTHING)
+    }
+    for other in itertools.islice(queue.ahead_of(place), NUM_KEPT_FOR):
         if not open_nodes:
             break
         if other.request.fingerprint != costs.request.fingerprint:
@@ -262,7 +339,7 @@ def room_kept(queue: WaitingQueue, place: Place, costs: RequestCosts) -> dict[st
                 break
         if node is None:
             continue
-        held = kept.get(node.node_id, NOTHING).plus(node.need_of(other.request))
+        held = kept.get(node.node_id, NOTHING).plus(node.need_of(other.request, costs.lengths))
         kept[node.node_id] = held
         if not _is_open(node, held):
             del open_nodes[node.node_id]
@@ -276,7 +353,7 @@ def _is_open(node: NodeView, held: Work) -> bool:
 
 def _could_take(node: NodeView, other: ScheduleRequest, held: Work, costs: RequestCosts) -> bool:
     """Would a usable node of its model have room for a waiting request, beside `held`, if it asked now?"""
-    num_blocks = node.descriptor.layout.blocks_for_prompt(other.num_prompt_tokens)
+    num_blocks = node.need_of(other, costs.lengths).num_blocks
     if num_blocks + held.num_blocks > node.num_available_blocks or node.node_id in other.avoid:
         return False  # most often, and soon seen
     if not node.can_ever_hold(other):
@@ -289,38 +366,72 @@ def _could_take(node: NodeView, other: ScheduleRequest, held: Work, costs: Reque
 # --- predicted waits -------------------------------------------------------------------------------
 
 
-class Room(NamedTuple):
-    """Where a request that fits nowhere will have room first, and the seconds until then."""
+def foresee_idle_prefill(costs: RequestCosts, queue: WaitingQueue, place: Place, choice: Choice) -> Later:
+    """It has a pair, but waits until the prefill nodes are idle, behind the late requests before it."""
+    line = f"late {costs.request.fingerprint}"  # they stand together, at no node
+    ahead = queue.work_ahead(line, place._replace(is_late=True))
+    prefill = list(filter(costs.takes_prompt, _prefill_nodes(costs))) or [choice.prefill]
+    wait_s = _prompts_in_s(costs, prefill, ahead)
+    wait = Wait(
+        retry_in_s=_retry_in(wait_s),
+        reason="the prefill nodes are busy with requests that can meet the TTFT target",
+        first_token_in_s=wait_s + choice.prefill_s,
+    )
+    num_tokens = costs.request.num_prompt_tokens - choice.num_cached_tokens
+    return Later(wait, wait_s, line, Work(prefill_tokens=num_tokens, num_sequences=1))
 
-    node: NodeView
-    room_s: float
-    wait_s: float  # until its prompt begins: with room, and after all prompts before it
-    first_token_s: float
-    num_nodes: int  # that could have given it room
 
-
-def foresee_room(costs: RequestCosts, queue: WaitingQueue, place: Place, *, lends: bool) -> Room | None:
+def foresee_room(costs: RequestCosts, queue: WaitingQueue, place: Place) -> Later | None:
     """Decode nodes are full, would exceed the ITL target, or have just enough room for requests before it.
 
-    None if no node could ever take it now.
+    Looks at the node where it stands and at some others, spread over all of them. None if none of these
+    could ever take it now.
     """
-    usable = list(costs.state.usable(costs.now))
-    able = [node for node in usable if costs.takes_sequence(node)]
-    nodes = [node for node in able if node.may_decode] or able
+    request, own = costs.request, queue.node_of(costs.request.request_id)
+    nodes: list[NodeView] = []
+    for group in costs.groups:
+        seen = _spread(group.decode, request.request_id)
+        if (view := costs.state.view(own)) is not None and view not in seen and view.group == seen[0].group:
+            seen.append(view)
+        nodes += filter(costs.takes_sequence, seen)
+    if not nodes:
+        everyone = itertools.chain.from_iterable(group.members.values() for group in costs.groups)
+        able = list(filter(costs.takes_sequence, everyone))
+        nodes = [node for node in able if node.may_decode] or able
     if not nodes:
         return None
-    ahead = {node.node_id: queue.work_ahead(node.node_id, place) for node in nodes}
-    prefill = [node for node in usable if node.may_prefill and costs.takes_prompt(node)] or able
-    prompts_s = _prompts_in_s(prefill, functools.reduce(Work.plus, ahead.values()))
-    rooms = [(_room_in_s(node, costs, ahead[node.node_id]), node.node_id, node) for node in nodes]
-    if lends and (helper := _lent_soon(able, costs)):
-        free_s = helper.prefill_wait_s + LENT_IN_S
-        behind_s = _room_in_s(helper, costs, queue.work_ahead(helper.node_id, place))
-        rooms.append((free_s + behind_s, helper.node_id, helper))
-    room_s, _, node = min(rooms, key=lambda room: room[:2])
+    prefill = list(filter(costs.takes_prompt, _prefill_nodes(costs))) or nodes
+    prompts_s = _prompts_in_s(costs, prefill, queue.work_ahead_of_model(request.fingerprint, place))
+    room_s, _, node = min(
+        (_room_in_s(node, costs, queue.work_ahead(node.node_id, place)), node.node_id, node) for node in nodes
+    )
     wait_s = max(room_s, prompts_s)
-    first_token_s = wait_s + min(costs.prefill_cost(node).work_s for node in prefill)
-    return Room(node, room_s, wait_s, first_token_s, len(nodes))
+    wait = Wait(
+        retry_in_s=_retry_in(room_s),
+        reason=f"all {sum(len(group.decode) for group in costs.groups)} decode nodes are full",
+        first_token_in_s=wait_s + min(costs.prefill_cost(node).work_s for node in prefill),
+    )
+    return Later(wait, wait_s, node.node_id, costs.need_on(node))
+
+
+def _spread(nodes: SortedDict, request_id: str) -> list[NodeView]:
+    """Some of them, evenly from a place that the request's id decides: each request asks others."""
+    num = len(nodes)
+    if num <= NUM_FORESEEN:
+        return list(nodes.values())
+    start = zlib.crc32(request_id.encode())
+    return [nodes.peekitem((start + place * num // NUM_FORESEEN) % num)[1] for place in range(NUM_FORESEEN)]
+
+
+def _prefill_nodes(costs: RequestCosts) -> list[NodeView]:
+    """Some that prefill; if there is none, of all."""
+    sides = [group.prefill or group.members for group in costs.groups]
+    return [node for side in sides for node in _spread(side, costs.request.request_id)]
+
+
+def _retry_in(wait_s: float) -> float:
+    """Half of the wait: so it is there in time, though rarely asked for while it is far back."""
+    return min(max(wait_s / 2, MIN_RETRY_S), MAX_RETRY_S)
 
 
 def _room_in_s(node: NodeView, costs: RequestCosts, ahead: Work) -> float:
@@ -339,42 +450,11 @@ def _room_in_s(node: NodeView, costs: RequestCosts, ahead: Work) -> float:
     return max(for_room_s, for_itl_s)
 
 
-def _prompts_in_s(nodes: Sequence[NodeView], ahead: Work) -> float:
-    """Seconds until these nodes have computed what is queued there, and the prompts of `ahead`."""
-    soonest_s = min((node.prefill_wait_s for node in nodes), default=0.0)
-    if not ahead.num_sequences:
-        return soonest_s
-    num_tokens, mean = ahead.prefill_tokens, ahead.prefill_tokens / ahead.num_sequences
-    alone_s = (node.speed.queue_s(num_tokens, mean, node.chunk_tokens, node.chunk_beside_s) for node in nodes)
-    return soonest_s + 1.0 / sum(1.0 / max(seconds, 1e-9) for seconds in alone_s)
-
-
-def _lent_soon(nodes: Sequence[NodeView], costs: RequestCosts) -> NodeView | None:
-    """The prefill node that lending will let decode besides, as it will be then; None if it won't, or has.
-
-    It will if prefill has little to do while the waiting requests get their room one by one. The last node
-    of the side goes on with prompts.
-    """
-    decode = [node for node in nodes if node.may_decode]
-    prefill = [node for node in nodes if node.may_prefill and node.descriptor.role == "prefill"]
-    if not decode or not prefill or any(node.descriptor.role == "prefill" for node in decode):
-        return None
-    idlest, *others = sorted(prefill, key=lambda node: (node.prefill_wait_s, node.node_id))
-    request = costs.request
-    ends_per_s = sum(
-        node.num_sequences / (node.step_s * node.need_of(request).output_tokens) for node in decode
-    )
-    staying = others or prefill
-    capacity = sum(1.0 / node.speed.prefill_token_s for node in staying) * (1.0 if others else SHARED)
-    if ends_per_s * request.num_prompt_tokens > CALM_PRESSURE * FULL_PREFILL * capacity:
-        return None
-    return msgspec.structs.replace(
-        idlest,
-        may_decode=True,
-        may_prefill=not others,
-        chunk_s=0.0,
-        step_s=idlest.step_s - idlest.chunk_s,
-    )
+def _prompts_in_s(costs: RequestCosts, prefill: Sequence[NodeView], ahead: Work) -> float:
+    """Seconds until the prefill side has computed what is queued there, and the prompts of `ahead`."""
+    soonest_s = min(node.prefill_wait_s for node in prefill)
+    tokens_per_s: float = sum(group.prompt_tokens_per_s for group in costs.groups)
+    return soonest_s + (ahead.prefill_tokens / tokens_per_s if tokens_per_s > 0.0 else 0.0)
 
 
 def _itl_in_s(node: NodeView, costs: RequestCosts, ahead: Work) -> float:
@@ -398,7 +478,7 @@ def _ends_in_s(node: NodeView, costs: RequestCosts, ahead: Work, num_ends: float
     """
     if num_ends <= 0.0:
         return 0.0
-    whole = node.need_of(costs.request).output_tokens
+    whole = costs.need_on(node).output_tokens
     # So many run at once: those that do, and those of `ahead` that still find room.
     num = max(1.0, node.num_sequences + ahead.num_sequences + 1 - num_ends)
     mean = (node.tokens_left + max(0.0, num - node.num_sequences) * whole) / num

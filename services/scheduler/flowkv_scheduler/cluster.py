@@ -25,6 +25,7 @@ from flowkv_common.wire.nodes import (
     serves_decode,
     serves_prefill,
 )
+from flowkv_scheduler.demand import OutputLengths
 from flowkv_scheduler.prefixes import PrefixIndex
 
 # Assumed until a node has measured its own: middling figures of a small model on CPU.
@@ -35,6 +36,8 @@ DEFAULT_STOP_RATE = 1 / 256
 # Prompts are taken to be so long at first, and the newest one has this weight in the mean.
 FIRST_MEAN_PROMPT_TOKENS = 512.0
 NEWEST_PROMPT_WEIGHT = 0.05
+# The longest wait in TTFT targets, where no other is set. Who misses the target waits in nobody's way.
+WAIT_FACTOR = 12.0
 # Load reports lag: what we gave a node counts on top of its report for so long, unless one shows it sooner.
 CHOICES_COUNT_FOR_PERIODS = 2.0
 # The report of a silent node is dropped after this.
@@ -48,7 +51,12 @@ class Goals(msgspec.Struct, frozen=True):
 
     ttft_s: float = 5.0
     itl_s: float = 0.25
-    max_wait_s: float = 60.0
+    max_wait_s: float = 0.0
+
+    @property
+    def longest_wait_s(self) -> float:
+        """`max_wait_s`; if that is 0, it follows from the TTFT target."""
+        return self.max_wait_s or WAIT_FACTOR * self.ttft_s
 
 
 class Work(msgspec.Struct, frozen=True, gc=False):
@@ -208,14 +216,15 @@ class NodeView(msgspec.Struct, frozen=True, gc=False):
         """Could the whole pool hold the prompt, and all that it may produce?"""
         return request.num_prompt_tokens + request.max_new_tokens <= self.num_tokens_held
 
-    def need_of(self, request: ScheduleRequest) -> Work:
-        """The room that the request takes here, and the work that it brings."""
+    def need_of(self, request: ScheduleRequest, lengths: OutputLengths) -> Work:
+        """The room that the request takes here, output included, and the work that it brings."""
+        outputs = expected_tokens(request.max_new_tokens, 1.0 / lengths.mean_of(request.num_prompt_tokens))
         return Work(
             prefill_tokens=request.num_prompt_tokens,
             num_sequences=1,
-            num_blocks=self.descriptor.layout.blocks_for_prompt(request.num_prompt_tokens),
+            num_blocks=self.descriptor.layout.blocks_for_prompt(request.num_prompt_tokens + int(outputs)),
             context_tokens=request.num_prompt_tokens,
-            output_tokens=expected_tokens(request.max_new_tokens, self.stop_rate),
+            output_tokens=outputs,
         )
 
     def num_missing_places(self, held: Work) -> int:
@@ -256,6 +265,7 @@ class _Node:
         self.report = report
         self.speed = speed
         self.heard_at = now
+        self.counted: tuple[str, OutputForecast] | None = None  # in the lengths of that model
         self.prompts = _Pending(report.num_prompts_accepted)
         self.rooms = _Pending(report.num_rooms_given)
         self.sequences = _Pending(report.num_sequences_accepted)
@@ -295,6 +305,7 @@ def view_of(
         forecast = OutputForecast(
             tokens_left=num * left, first_ends_in=left / max(1, num), stop_rate=DEFAULT_STOP_RATE
         )
+    num_growing = int((forecast.tokens_left + given.output_tokens) / block_size)
     # What was given last is all still to begin.
     given_ends_in = given.output_tokens / given.num_sequences if given.num_sequences else math.inf
     return NodeView(
@@ -313,7 +324,8 @@ def view_of(
         num_sequences=num_sequences,
         num_context_tokens=num_context_tokens,
         num_queued_tokens=num_queued,
-        num_available_blocks=blocks.free + blocks.cached - given.num_blocks,
+        # What is there now and comes will grow: without that room sequences would be preempted.
+        num_available_blocks=blocks.free + blocks.cached - given.num_blocks - num_growing,
         chunk_beside_s=beside_s,
         prefill_wait_s=wait_s,
         chunk_s=chunk_s,
@@ -321,12 +333,12 @@ def view_of(
         tokens_left=forecast.tokens_left + given.output_tokens,
         first_ends_in=min(forecast.first_ends_in if forecast.tokens_left else math.inf, given_ends_in),
         stop_rate=forecast.stop_rate,
-        prefill_rank=(_speed_class(speed.prefill_token_s), wait_s, node_id) if may_prefill else None,
-        decode_rank=(_speed_class(speed.base_s), step_s, node_id) if may_decode else None,
+        prefill_rank=(speed_class(speed.prefill_token_s), wait_s, node_id) if may_prefill else None,
+        decode_rank=(speed_class(speed.base_s), step_s, node_id) if may_decode else None,
     )
 
 
-def _speed_class(seconds: float) -> int:
+def speed_class(seconds: float) -> int:
     return round(math.log(seconds, SPEED_CLASS_FACTOR))
 
 
@@ -337,6 +349,8 @@ class NodeGroup:
         self.members: SortedDict = SortedDict()  # `id_rank` -> node
         self.prefill: SortedDict = SortedDict()  # `prefill_rank` -> node
         self.decode: SortedDict = SortedDict()  # `decode_rank` -> node
+        self.roomiest: SortedDict = SortedDict()  # `room_rank` -> node
+        self.prompt_tokens_per_s = 0.0  # of the prefill side together
 
     def replace_node(self, before: NodeView | None, after: NodeView | None) -> None:
         """One view of a node by the next; None if it was not here, or leaves."""
@@ -344,16 +358,25 @@ class NodeGroup:
             (self.members, id_rank),
             (self.prefill, prefill_rank),
             (self.decode, decode_rank),
+            (self.roomiest, room_rank),
         ):
             old, new = before and rank(before), after and rank(after)
             if old is not None and old != new:
                 del nodes[old]
             if new is not None:
                 nodes[new] = after
+        for node, sign in ((before, -1), (after, 1)):
+            if node is not None and node.may_prefill:
+                self.prompt_tokens_per_s += sign / node.speed.prefill_token_s
 
 
 def id_rank(node: NodeView) -> tuple[int, str]:
     return 0, node.node_id
+
+
+def room_rank(node: NodeView) -> tuple[int, int, str] | None:
+    """Of a node that decodes: the one with the most blocks comes first."""
+    return (0, -node.num_available_blocks, node.node_id) if node.may_decode else None
 
 
 prefill_rank = attrgetter("prefill_rank")
@@ -371,16 +394,22 @@ class ClusterState:
         self._views: dict[str, NodeView] = {}
         self._groups: SortedDict = SortedDict(repr)  # group -> `NodeGroup`
         self._leaving: dict[str, str] = {}
-        self._decode_costs: dict[str, tuple[float, float]] = {}  # by model: of a sequence, of a context token
+        self.lengths: defaultdict[str, OutputLengths] = defaultdict(OutputLengths)
+        self._costs: defaultdict[str, dict[str, float]] = defaultdict(dict)  # by model, as last measured
 
     def set_descriptors(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         """All nodes of the registry, by id."""
         before, self._descriptors = self._descriptors, dict(descriptors)
         models = {descriptor.model.fingerprint for descriptor in descriptors.values()}
-        self._decode_costs = {model: costs for model, costs in self._decode_costs.items() if model in models}
+        for model in self._costs.keys() - models:
+            del self._costs[model]
         for node_id in before.keys() | descriptors.keys():
             if before.get(node_id) != descriptors.get(node_id):
+                if node_id in before and (known := self._nodes.get(before[node_id].node)):
+                    self._learn_lengths(known)
                 self._refresh(node_id)
+        for model in self.lengths.keys() - models:
+            del self.lengths[model]
 
     def add_report(self, report: LoadReport, now: float) -> None:
         """Take a report; the latest of a life wins, an older one that was overtaken is dropped."""
@@ -390,6 +419,7 @@ class ClusterState:
             self._forget_silent(now)
         elif report.seq >= known.report.seq:
             known.hear(report, self._speed_of(report), now)
+        self._learn_lengths(self._nodes[report.node])
         self._refresh(report.node.node_id)
 
     def add_prompt(self, node: NodeRef, work: Work, now: float) -> None:
@@ -442,16 +472,42 @@ class ClusterState:
         return [nodes for group, nodes in self._groups.items() if group.fingerprint == fingerprint]
 
     def _speed_of(self, report: LoadReport) -> Speed:
-        """A node that has not decoded yet is taken to do it as another of its model does: not for nothing."""
-        speed, descriptor = speed_of(report), self._descriptors.get(report.node.node_id)
-        if report.step is None or descriptor is None:
+        """What a node has not measured yet is taken to cost what it does on another node of its model."""
+        speed, descriptor, fit = speed_of(report), self._descriptors.get(report.node.node_id), report.step
+        if descriptor is None:
             return speed
-        fingerprint = descriptor.model.fingerprint
-        if speed.sequence_s or speed.context_token_s:
-            self._decode_costs[fingerprint] = speed.sequence_s, speed.context_token_s
-        elif costs := self._decode_costs.get(fingerprint):
-            return msgspec.structs.replace(speed, sequence_s=costs[0], context_token_s=costs[1])
-        return speed
+        known, guessed = self._costs[descriptor.model.fingerprint], dict[str, float]()
+        for names, is_measured, has_rate in (
+            (("base_s", "chunk_base_s"), fit and fit.base_s, report.decode_step_s),
+            (
+                ("prefill_token_s", "attended_token_s"),
+                fit and fit.prefill_token_s,
+                report.prefill_tokens_per_s,
+            ),
+            (("sequence_s", "context_token_s"), fit and fit.sequence_s + fit.context_token_s, 0.0),
+        ):
+            if is_measured:
+                known |= {name: getattr(speed, name) for name in names}
+            elif not has_rate:
+                guessed |= {name: known[name] for name in names if name in known}
+        return msgspec.structs.replace(speed, **guessed) if guessed else speed
+
+    def lengths_of(self, fingerprint: str) -> OutputLengths:
+        """How long outputs of a model become."""
+        return self.lengths.get(fingerprint) or OutputLengths()
+
+    def _learn_lengths(self, node: _Node, *, leaves: bool = False) -> None:
+        """Put the node's newest forecast in the place of the one before; none if it leaves, or has left."""
+        ref = node.report.node
+        descriptor = self._descriptors.get(ref.node_id)
+        if node.counted is not None:
+            model, before = node.counted
+            self.lengths[model].replace_forecast(before, None)
+            node.counted = None
+        forecast = None if leaves else node.report.forecast
+        if descriptor is not None and descriptor.node == ref and forecast is not None:
+            node.counted = descriptor.model.fingerprint, forecast
+            self.lengths[descriptor.model.fingerprint].replace_forecast(None, forecast)
 
     def _refresh(self, node_id: str) -> None:
         """Compute the node's view anew."""
@@ -478,6 +534,7 @@ class ClusterState:
         for ref, known in list(self._nodes.items()):
             silent_s = SILENT_AFTER_PERIODS * known.report.period_s
             if now - known.heard_at > max(FORGET_REPORT_AFTER_S, silent_s):
+                self._learn_lengths(known, leaves=True)
                 del self._nodes[ref]
                 self._refresh(ref.node_id)
 

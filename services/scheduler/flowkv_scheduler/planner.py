@@ -13,12 +13,10 @@ from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_scheduler import admission, policy
 from flowkv_scheduler.admission import WaitingQueue
 from flowkv_scheduler.cluster import CHOICES_COUNT_FOR_PERIODS, ClusterState, Goals
+from flowkv_scheduler.demand import Demand
 from flowkv_scheduler.policy import Choice, Chooser, RequestCosts
-from flowkv_scheduler.prefixes import NO_HITS
-from flowkv_scheduler.rebalance import Order, Rate, Rebalancer
-
-# Prompts: enough to see through a burst, few enough to follow the traffic.
-NUM_REMEMBERED = 40
+from flowkv_scheduler.prefixes import NO_HITS, Hits, keys_of
+from flowkv_scheduler.rebalance import Order, Rebalancer
 
 
 class Planner:
@@ -27,8 +25,7 @@ class Planner:
     def __init__(self, goals: Goals, *, lends: bool = True, choose: Chooser = policy.choose) -> None:
         """With another `choose` it is another policy, within the same admission."""
         self.state = ClusterState()
-        self._prefill_tokens = Rate(NUM_REMEMBERED)
-        self._output_tokens = Rate(NUM_REMEMBERED)
+        self._demands: dict[str, Demand] = {}
         self._queue = WaitingQueue()
         self._goals = goals
         self._lends = lends
@@ -42,6 +39,8 @@ class Planner:
 
     def set_descriptors(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         self.state.set_descriptors(descriptors)
+        models = {descriptor.model.fingerprint for descriptor in descriptors.values()}
+        self._demands = {model: demand for model, demand in self._demands.items() if model in models}
         self.rebalancer.set_descriptors(descriptors.values())
 
     def add_report(self, report: LoadReport, now: float) -> None:
@@ -54,18 +53,32 @@ class Planner:
     def schedule(self, request: ScheduleRequest, now: float) -> Choice | Wait:
         """The pair for one attempt, counted at once; or when to ask again. Raises as `admission.decide`."""
         self._queue.forget_gone(now)
+        hits = self.state.prefixes.hits(keys_of(request.block_hashes), now)
+        demand = self._demand_of(request.fingerprint)
+        was_lost = self._queue.is_late(request.request_id)
+        is_new = not (request.request_id in self._queue or request.attempt or request.num_output_tokens)
         try:
             decision = admission.decide(
-                request, self.state, self._goals, now, self._queue, lends=self._lends, choose=self._choose
+                request, self.state, self._goals, now, self._queue, hits=hits, choose=self._choose
             )
-        except errors.FlowKVError:
+        except errors.FlowKVError as error:
             self._queue.forget(request.request_id)
+            if isinstance(error, errors.Full) and not was_lost:
+                demand.add_loss(now)
+            # What no pool could hold is nobody's demand.
+            is_new = is_new and not isinstance(error, errors.BadRequest)
             raise
+        finally:
+            if is_new:
+                num_cached = self._num_cached(request, hits)
+                demand.add_request(request.num_prompt_tokens, num_cached, request.max_new_tokens, now)
         if isinstance(decision, Choice):
             self._queue.forget(request.request_id)
-            self._count(request, decision, now)
+            self._count_choice(request, decision, now)
             return decision
-        self._queue.add_waiter(request, decision.node_id, decision.need, decision.wait.retry_in_s, now)
+        self._queue.add_waiter(request, decision, now)
+        if decision.is_late and not was_lost:
+            demand.add_loss(now)
         return decision.wait
 
     def why_not_ready(self, fingerprint: str, now: float) -> str | None:
@@ -78,21 +91,30 @@ class Planner:
 
     def tick(self, now: float) -> list[Order]:
         """Once per period: regimes, lending, scaling."""
-        orders = self.rebalancer.tick(
-            list(self.state.usable(now)),
-            self._prefill_tokens.per_second(now),
-            now,
-            self._output_tokens.per_second(now),
-        )
+        orders = self.rebalancer.tick(list(self.state.usable(now)), self._demands, self.state.lengths, now)
         self.state.set_leaving(self.rebalancer.leaving)
         return orders
 
-    def _count(self, request: ScheduleRequest, choice: Choice, now: float) -> None:
+    def _demand_of(self, fingerprint: str) -> Demand:
+        """That of a model without nodes is not kept."""
+        if self.state.groups_of(fingerprint):
+            return self._demands.setdefault(fingerprint, Demand())
+        return self._demands.get(fingerprint) or Demand()
+
+    def _num_cached(self, request: ScheduleRequest, hits: Hits) -> int:
+        """Tokens of the prompt that the node has cached which has the most of them."""
+        longest = next(hits.longest_first(), "")
+        node = self.state.view(longest)
+        if node is None:
+            return 0
+        return min(
+            hits.num_blocks(longest) * node.descriptor.layout.block_size, request.num_prompt_tokens - 1
+        )
+
+    def _count_choice(self, request: ScheduleRequest, choice: Choice, now: float) -> None:
         """Load reports lag: what we have just given must not be given twice."""
         self.state.learn_prompt_length(request.num_prompt_tokens)
-        self._prefill_tokens.add_event(choice.prefill_s / choice.prefill.speed.prefill_token_s, now)
-        for_prefill, for_decode = choice.added_work(request)
-        self._output_tokens.add_event(for_decode.output_tokens, now)
+        for_prefill, for_decode = choice.added_work(request, self.state.lengths_of(request.fingerprint))
         prefill, decode = choice.prefill.descriptor.node, choice.decode.descriptor.node
         self.state.add_prompt(prefill, for_prefill, now)
         self.state.add_sequence(decode, for_decode, choice.first_token_s, now)

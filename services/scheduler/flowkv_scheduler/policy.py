@@ -6,7 +6,7 @@ Pure: plain data in, predicted seconds out; no clock, no I/O.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from operator import attrgetter
 from typing import Any
@@ -25,7 +25,9 @@ from flowkv_scheduler.cluster import (
     decode_rank,
     id_rank,
     prefill_rank,
+    room_rank,
 )
+from flowkv_scheduler.demand import OutputLengths
 from flowkv_scheduler.prefixes import Hits, keys_of
 
 # Bytes per second between two nodes, by connector: orders of magnitude, all that a choice needs.
@@ -37,15 +39,18 @@ HANDOFF_S = 0.005
 # A prefill node that decodes besides spends this part of the ITL target on it: the rest is for prompts, which
 # requests that decode elsewhere wait for.
 HELPING_SHARE = 0.5
+# A request that has waited for this part of the longest wait may exceed the ITL target of others.
+PATIENCE = 0.5
 # So many nodes per side and class of speed are compared, and so many more that have cached the most.
 NUM_COMPARED = 4
+NUM_FULL = 16
 NUM_BY_PREFIX = 4
 NUM_LOOKED_AT = 8  # a prefix may lie on all nodes
 MAX_CANDIDATES = 8
 NUM_TOLD = 4  # of the candidates of each side, with the answer
 
 Accepts = Callable[[NodeView], bool]
-Rank = Callable[[NodeView], tuple[Any, ...]]
+Rank = Callable[[NodeView], tuple[Any, ...] | None]
 
 
 class Cost(msgspec.Struct, frozen=True, gc=False):
@@ -80,8 +85,9 @@ class RequestCosts:
         self.now = now
         self.hits = state.prefixes.hits(keys_of(request.block_hashes), now) if hits is None else hits
         self._find_kept = find_kept
+        self.lengths = state.lengths_of(request.fingerprint)
         # How much longer the ITL target of other requests may delay this one.
-        self.patience_s = max(0.0, goals.ttft_s - request.age_s)
+        self.patience_s = max(0.0, PATIENCE * goals.longest_wait_s - request.age_s)
 
     @functools.cached_property
     def kept(self) -> Mapping[str, Work]:
@@ -126,7 +132,7 @@ class RequestCosts:
     def num_missing_blocks(self, node: NodeView) -> int:
         # Cached blocks may be idle, and are then among those available: they are not counted twice.
         num_held = max(0, self.hits.num_blocks(node.node_id) - node.report.blocks.cached)
-        num_wanted = node.descriptor.layout.blocks_for_prompt(self.request.num_prompt_tokens) - num_held
+        num_wanted = self.need_on(node).num_blocks - num_held
         return num_wanted - node.num_available_blocks
 
     def itl_excess_s(self, node: NodeView, held: Work = NOTHING) -> float:
@@ -137,6 +143,10 @@ class RequestCosts:
         if node.helps_decode:
             return max(step_s - self.goals.itl_s, step_s - node.chunk_s - HELPING_SHARE * self.goals.itl_s)
         return step_s - self.goals.itl_s
+
+    def need_on(self, node: NodeView) -> Work:
+        """The room that the request takes there, with its output as long as is expected."""
+        return node.need_of(self.request, self.lengths)
 
     # --- what it costs -----------------------------------------------------------------------------
 
@@ -197,7 +207,7 @@ class RequestCosts:
     def prefill_side(self, group: NodeGroup) -> list[Cost]:
         """The best nodes for the prompt, soonest first."""
         sides = (group.prefill, prefill_rank), (group.members, id_rank)
-        found = self._candidates(sides, self.takes_prompt, self.takes_prompt)
+        found = self._candidates(sides, self.takes_prompt, lambda _: True)
         return sorted(map(self.prefill_cost, found), key=_rank)[:MAX_CANDIDATES]
 
     def decode_side(self, group: NodeGroup) -> list[Cost]:
@@ -205,37 +215,39 @@ class RequestCosts:
 
         Twice as many as of the other side: what is cached here spares a transfer, which this order ignores.
         """
-        sides = (group.decode, decode_rank), (group.members, id_rank)
-        found = self._candidates(
-            sides, self.takes_sequence, lambda node: self.has_room(node) and self.takes_sequence(node)
-        )
+        sides = (group.decode, decode_rank), (group.roomiest, room_rank), (group.members, id_rank)
+        found = self._candidates(sides, self.takes_sequence, self.has_room)
         return sorted(map(self.decode_cost, found), key=_rank)[: 2 * MAX_CANDIDATES]
 
     def _candidates(
-        self, sides: Iterable[tuple[SortedDict, Rank]], is_able: Accepts, fits: Accepts
+        self, sides: Sequence[tuple[SortedDict, Rank]], is_able: Accepts, fits: Accepts
     ) -> list[NodeView]:
         """The soonest nodes of a side that fit, and those that have cached most of the prompt.
 
         A side without able nodes is taken by all of the group: slow is better than not at all. Nodes that
         failed the request before are left out while there are others.
         """
+        (soonest, rank), (everyone, _) = sides[0], sides[-1]
         for avoid in dict.fromkeys([frozenset(self.request.avoid), frozenset[str]()]):
-            for nodes, rank in sides:
-                if found := _first_of_each_class(nodes, _but(avoid, fits)):
-                    return found + self._longest_cached(nodes, rank, found, _but(avoid, fits))
-                if any(map(_but(avoid, is_able), nodes.values())):
-                    return []  # they are full
+            able = _but(avoid, is_able)
+            for nodes, _ in sides[:-1]:
+                if found := _first_of_each_class(nodes, able, fits):
+                    return found + self._longest_cached(soonest, rank, found, able, fits)
+            if any(map(able, soonest.values())):
+                return []  # they are full
+            if found := _first_of_each_class(everyone, able, fits):
+                return found
         return []
 
     def _longest_cached(
-        self, nodes: SortedDict, rank: Rank, known: list[NodeView], fits: Accepts
+        self, nodes: SortedDict, rank: Rank, known: list[NodeView], is_able: Accepts, fits: Accepts
     ) -> list[NodeView]:
         """Further nodes, those that have cached most of the prompt."""
         if not self.hits:
             return []
         seen = {node.node_id for node in known}
         others = (self.state.view(name) for name in self.hits.longest_first() if name not in seen)
-        members = (node for node in others if node is not None and rank(node) in nodes)
+        members = (node for node in others if node is not None and rank(node) in nodes and is_able(node))
         return list(islice(filter(fits, islice(members, NUM_LOOKED_AT)), NUM_BY_PREFIX))
 
 
@@ -244,13 +256,24 @@ def _but(avoid: frozenset[str], accepts: Accepts) -> Accepts:
     return (lambda node: node.node_id not in avoid and accepts(node)) if avoid else accepts
 
 
-def _first_of_each_class(nodes: SortedDict, fits: Accepts) -> list[NodeView]:
-    """The first `NUM_COMPARED` fitting nodes of each class, which a rank begins with."""
+def _first_of_each_class(nodes: SortedDict, is_able: Accepts, fits: Accepts) -> list[NodeView]:
+    """The first `NUM_COMPARED` fitting nodes of each class, which a rank begins with.
+
+    After `NUM_FULL` nodes that are full the others of the class are taken to be full too.
+    """
     found: list[NodeView] = []
     start = 0
     while start < len(nodes):
         end = nodes.bisect_left((nodes.peekitem(start)[0][0] + 1,))
-        found += islice(filter(fits, map(nodes.get, nodes.islice(start, end))), NUM_COMPARED)
+        num_found = num_full = 0
+        for node in filter(is_able, map(nodes.get, nodes.islice(start, end))):
+            if fits(node):
+                found.append(node)
+                num_found += 1
+            else:
+                num_full += 1
+            if num_found == NUM_COMPARED or num_full == NUM_FULL:
+                break
         start = end
     return found
 
@@ -269,11 +292,16 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     prefill_candidates: list[Candidate]
     decode_candidates: list[Candidate]
 
-    def added_work(self, request: ScheduleRequest) -> tuple[Work, Work]:
+    def added_work(self, request: ScheduleRequest, lengths: OutputLengths) -> tuple[Work, Work]:
         """What the choice adds to its prefill node and to its decode node."""
         return (
             Work(prefill_tokens=request.num_prompt_tokens - self.num_cached_tokens),
-            msgspec.structs.replace(self.decode.need_of(request), prefill_tokens=0),
+            # Blocks of the prompt: those that its output will need count as tokens that are left.
+            msgspec.structs.replace(
+                self.decode.need_of(request, lengths),
+                prefill_tokens=0,
+                num_blocks=self.decode.descriptor.layout.blocks_for_prompt(request.num_prompt_tokens),
+            ),
         )
 
 

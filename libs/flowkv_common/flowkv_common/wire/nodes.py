@@ -43,6 +43,13 @@ class OutputForecast(Part, frozen=True):
     tokens_left: float  # of all of them together
     first_ends_in: float  # steps until the first of them ends
     stop_rate: float  # outputs that end by a stop or a cancel, per token
+    # By class of prompt length (`length_class`): outputs and their tokens, so that the ratio is the mean.
+    by_length: dict[int, tuple[float, float]] = {}
+
+
+def length_class(num_prompt_tokens: int) -> int:
+    """Prompts of one class differ in length by at most a factor of two."""
+    return num_prompt_tokens.bit_length()
 
 
 def expected_tokens(max_tokens: float, stop_rate: float) -> float:

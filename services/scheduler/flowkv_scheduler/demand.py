@@ -1,0 +1,143 @@
+"""What clients want: the requests that came lately, admitted or not, and how long their outputs become.
+
+Pure: `now` is seconds of any monotonic clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import NamedTuple
+
+from flowkv_common.wire.nodes import OutputForecast, length_class
+
+# What came longer ago says nothing of what comes next.
+REMEMBERED_S = 300.0
+# Where more come, every second, fourth, ... one is kept, and stands for so many.
+MAX_KEPT = 1024
+# A rate that was seen before, up to this factor, is no news: bursts come again.
+NEWS_FACTOR = 1.2
+# Before any output was seen: one of a chat's usual length, as nodes assume (`flowkv_node/measures.py`).
+PRIOR_TOKENS = 256.0
+
+
+class Wanted(NamedTuple):
+    """A request when it first asked. `num_cached_tokens` of its prompt were in some node's prefix cache."""
+
+    at: float
+    number: int
+    stands_for: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    max_new_tokens: int
+
+
+class Window(NamedTuple):
+    """The requests of the last `span_s`, oldest first, each for `stands_for`, and how often they come again.
+
+    They come again every `period_s`. That is longer than the span where as many came at once before: then
+    what follows is taken to be as much as usual.
+    """
+
+    wanted: list[Wanted]
+    stands_for: int
+    span_s: float
+    period_s: float
+    num_lost: int
+
+
+class Demand:
+    """Of one model. Counts each request once, when it first asks."""
+
+    def __init__(self) -> None:
+        self._kept: deque[Wanted] = deque()
+        self._lost_at: deque[float] = deque(maxlen=MAX_KEPT)
+        self._num_seen = 0
+        self._stands_for = 1
+        self._began = math.inf
+
+    def add_request(self, num_prompt_tokens: int, num_cached: int, max_new_tokens: int, now: float) -> None:
+        self._began = min(self._began, now)
+        self._num_seen += 1
+        while self._kept and self._kept[0].at < now - REMEMBERED_S:
+            self._kept.popleft()
+        if self._num_seen % self._stands_for == 0:
+            self._kept.append(
+                Wanted(now, self._num_seen, self._stands_for, num_prompt_tokens, num_cached, max_new_tokens)
+            )
+        if len(self._kept) > MAX_KEPT:
+            self._stands_for *= 2
+            self._kept = deque(
+                one._replace(stands_for=max(one.stands_for, self._stands_for))
+                for one in self._kept
+                if one.number % self._stands_for == 0
+            )
+        elif len(self._kept) < MAX_KEPT // 4:
+            self._stands_for = max(1, self._stands_for // 2)
+
+    def add_loss(self, now: float) -> None:
+        """A request was refused, or will have its first token too late."""
+        self._lost_at.append(now)
+
+    def window(self, since: float, now: float, stands_for: int, max_num: int) -> Window | None:
+        """The last requests, at most `max_num`, none before `since`; None if demand is not known so long."""
+        wanted: list[Wanted] = []
+        for one in reversed(self._kept):
+            if one.at < since or len(wanted) >= max_num:
+                since = max(since, one.at)
+                break
+            # Itself and those before it that were not kept: every `stands_for`th of them.
+            num = one.number // stands_for - (one.number - one.stands_for) // stands_for
+            wanted += [one] * num
+        if not wanted:
+            return None
+        wanted.reverse()
+        span_s = max(1.0, now - max(since, self._began))
+        rate = len(wanted) * stands_for / span_s
+        period_s = span_s
+        if rate <= NEWS_FACTOR * self._peak_rate(span_s, now - span_s):
+            period_s = max(span_s, span_s * rate / self._usual_rate(now))
+        num_lost = sum(at >= since for at in self._lost_at)
+        return Window(wanted, stands_for, span_s, period_s, num_lost)
+
+    def known_for_s(self, now: float) -> float:
+        """Since the first request."""
+        return now - self._began
+
+    def _usual_rate(self, now: float) -> float:
+        return sum(one.stands_for for one in self._kept) / max(1.0, now - self._kept[0].at)
+
+    def _peak_rate(self, span_s: float, before: float) -> float:
+        """The most requests per second that came within any such span before then."""
+        most = num = first = 0
+        kept = [one for one in self._kept if one.at < before]
+        for one in kept:
+            num += one.stands_for
+            while kept[first].at <= one.at - span_s:
+                num -= kept[first].stands_for
+                first += 1
+            most = max(most, num)
+        return most / span_s
+
+
+class OutputLengths:
+    """Mean lengths of outputs by class of prompt length: what all nodes of a model have seen together."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, tuple[float, float]] = {}  # class -> outputs, tokens
+        self._all = 1.0, PRIOR_TOKENS
+
+    def replace_forecast(self, before: OutputForecast | None, after: OutputForecast | None) -> None:
+        """A node's forecast by its next one. None: it has told none, or has gone."""
+        for forecast, sign in ((before, -1), (after, 1)):
+            for key, (outputs, tokens) in (forecast.by_length if forecast else {}).items():
+                old = self._sums.get(key, (0.0, 0.0))
+                self._sums[key] = old[0] + sign * outputs, old[1] + sign * tokens
+                self._all = self._all[0] + sign * outputs, self._all[1] + sign * tokens
+
+    def mean_of(self, num_prompt_tokens: int) -> float:
+        """In tokens; that of all classes where nothing is known of its own."""
+        outputs, tokens = self._sums.get(length_class(num_prompt_tokens), (0.0, 0.0))
+        if outputs < 0.5:
+            outputs, tokens = self._all
+        return max(1.0, tokens / outputs)

@@ -1,0 +1,267 @@
+"""A short look ahead: how many requests a split of the nodes serves in time, if what came lately comes again.
+
+Requests are played first come first served: each prompt takes the prefill node that is free first; all decode
+nodes are one batch that grows until the ITL target, the places or the blocks are used up. The play begins
+with the work that is there now. A request that would get its first token too late is refused. Pure.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from flowkv_common.wire.nodes import expected_tokens
+from flowkv_scheduler.cluster import Goals, NodeView, Speed
+from flowkv_scheduler.demand import OutputLengths, Window
+
+# How far it looks. A node that leaves a side works off its rest meanwhile.
+HORIZON_S = 40.0
+# A node that serves both sides is worth so much to each.
+SHARED = 0.5
+# A prompt that can't make its TTFT target is taken where it waits for no more than this part of it.
+IDLE_WAIT = 0.05
+
+Side = Literal["prefill", "decode"]
+Duty = Literal["prefill", "decode", "both"]
+Duties = Mapping[str, Duty]  # by node id
+
+
+class Job(NamedTuple):
+    """A request, as the reference node would see it."""
+
+    at: float  # seconds from now
+    prefill_s: float
+    beside_s: float  # what its sequence adds to each step
+    num_blocks: int
+    num_output_tokens: float
+
+
+class Batch(NamedTuple):
+    """All decode nodes together."""
+
+    num_nodes: float
+    num_places: float
+    num_blocks: float
+
+
+class LookAhead:
+    """Plays one window of requests over the nodes of a model, for any duties of theirs."""
+
+    def __init__(
+        self,
+        nodes: Sequence[NodeView],
+        duties: Duties,
+        window: Window,
+        lengths: OutputLengths,
+        goals: Goals,
+        now: float,
+    ) -> None:
+        """`duties` are those of now."""
+        self.nodes = nodes
+        # Each request of the window is played so often.
+        self.num_repeats = max(1, math.ceil(HORIZON_S / window.period_s))
+        self._window, self._lengths, self._goals, self._now = window, lengths, goals, now
+        # Each side is told by nodes that do it. One that only prefills sees few steps that differ.
+        self._reference = _median(
+            nodes,
+            [node for node in nodes if duties[node.node_id] != "decode"],
+            lambda one: one.prefill_token_s,
+        )
+        self._decoding = _median(
+            nodes, [one for one in nodes if duties[one.node_id] != "prefill"], lambda one: one.base_s
+        )
+        self._reference = msgspec.structs.replace(self._reference, chunk_base_s=self._decoding.base_s)
+        # By what a node does now: what it has not done for long it can't tell.
+        self._slowness = {
+            node.node_id: node.speed.base_s / self._decoding.base_s
+            if duties[node.node_id] == "decode"
+            else node.speed.prefill_token_s / self._reference.prefill_token_s
+            for node in nodes
+        }
+        self._block_size = nodes[0].descriptor.layout.block_size
+        self._prefill_now = self._prefill_nodes(duties)
+        self.num_played = self.num_repeats * len(window.wanted)
+        self.span_s = window.span_s
+        self._jobs_by_share: dict[float, list[Job]] = {}
+        self._running = self._running_jobs()
+
+    def served(
+        self,
+        duties: Duties,
+        moved: NodeView | None = None,
+        busy_s: float = 0.0,
+        more: tuple[Side, int] = ("prefill", 0),
+    ) -> list[bool]:
+        """For each request, whether it is served in time. `moved` takes up its new side after `busy_s`.
+
+        `more`: with so many more reference nodes on a side.
+        """
+        side, num_more = more
+        queues = [
+            (
+                busy_s if node is moved else node.prefill_wait_s,
+                self._slowness[node.node_id] * (1.0 if duties[node.node_id] == "prefill" else 1.0 / SHARED),
+            )
+            for node in self.nodes
+            if duties[node.node_id] != "decode"
+        ]
+        if side == "prefill":
+            queues += [(0.0, 1.0)] * num_more
+        later = self._batch(duties, num_more=num_more if side == "decode" else 0)
+        now = self._batch(duties, without=moved) if moved is not None else later
+        # A node that leaves prefill takes its prefix cache with it.
+        share = round(min(1.0, self._prefill_nodes(duties) / max(SHARED, self._prefill_now)), 3)
+        return served_in_time(
+            self._jobs(share),
+            queues[:: self._window.stands_for],
+            (now, later, busy_s),
+            self._running,
+            self._decoding.base_s,
+            self._goals,
+        )
+
+    def without_heaviest(self, duties: Duties) -> LookAhead:
+        """Without the request that takes the most time of nodes. `duties` are those of now."""
+        heaviest = max(
+            zip(self._window.wanted, self._jobs(1.0), strict=False),
+            key=lambda one: one[1].prefill_s + one[1].num_output_tokens * one[1].beside_s,
+        )[0]
+        others = [one for one in self._window.wanted if one is not heaviest]
+        window = self._window._replace(wanted=others)
+        return LookAhead(self.nodes, duties, window, self._lengths, self._goals, self._now)
+
+    def _prefill_nodes(self, duties: Duties) -> float:
+        """In reference nodes."""
+        worth = {"prefill": 1.0, "both": SHARED, "decode": 0.0}
+        return sum(worth[duties[name]] / slowness for name, slowness in self._slowness.items())
+
+    def _batch(self, duties: Duties, without: NodeView | None = None, num_more: int = 0) -> Batch:
+        num_nodes = places = blocks = 0.0
+        if num_more:
+            num_nodes = float(num_more)
+            places = num_nodes * self.nodes[0].report.max_num_seqs
+            blocks = num_nodes * self.nodes[0].descriptor.num_blocks
+        for node in self.nodes:
+            duty = duties[node.node_id]
+            if node is not without and duty != "prefill":
+                worth = 1.0 if duty == "decode" else SHARED
+                num_nodes += worth / self._slowness[node.node_id]
+                places += worth * node.report.max_num_seqs
+                blocks += worth * node.descriptor.num_blocks
+        part = 1.0 / self._window.stands_for
+        return Batch(num_nodes * part, places * part, blocks * part)
+
+    def _jobs(self, share: float) -> list[Job]:
+        """The window, again and again. Of the tokens that were cached `share` still are."""
+        jobs = self._jobs_by_share.get(share)
+        if jobs is None:
+            jobs = self._jobs_by_share[share] = []
+            reference, budget = self._reference, self.nodes[0].descriptor.token_budget
+            period_s = self._window.period_s
+            for number, one in product(range(1, self.num_repeats + 1), self._window.wanted):
+                mean = self._lengths.mean_of(one.num_prompt_tokens)
+                num_outputs = expected_tokens(one.max_new_tokens, 1.0 / mean)
+                num_cached = int(share * one.num_cached_tokens)
+                num_new = one.num_prompt_tokens - num_cached
+                # Prompts that queue share their steps, so each pays for the part of the last that it fills.
+                shared_s = reference.chunk_base_s * (1.0 - num_new / budget % 1.0)
+                jobs.append(
+                    Job(
+                        at=one.at - self._now + number * period_s,
+                        prefill_s=reference.prefill_s(num_new, num_cached, budget, 0.0) - shared_s,
+                        beside_s=self._decoding.beside_s(1, round(one.num_prompt_tokens + num_outputs / 2)),
+                        num_blocks=self._blocks(one.num_prompt_tokens + num_outputs),
+                        num_output_tokens=num_outputs,
+                    )
+                )
+        return jobs
+
+    def _running_jobs(self) -> list[Job]:
+        """The sequences of now; those of a node end evenly."""
+        jobs: list[Job] = []
+        for node in self.nodes:
+            num = node.num_sequences
+            if num:
+                left, context = node.tokens_left / num, node.num_context_tokens / num
+                beside_s = self._decoding.beside_s(1, round(context + left / 2))
+                num_blocks = self._blocks(context + left)
+                jobs += (
+                    Job(0.0, 0.0, beside_s, num_blocks, 2.0 * left * place / (num + 1))
+                    for place in range(1, num + 1)
+                )
+        return jobs[:: self._window.stands_for]
+
+    def _blocks(self, num_tokens: float) -> int:
+        return int(num_tokens / self._block_size) + 1
+
+
+def _median(nodes: Sequence[NodeView], chosen: Sequence[NodeView], cost: Callable[[Speed], float]) -> Speed:
+    """The speed of the middle one of `chosen`, or of all if there is none."""
+    speeds = sorted((node.speed for node in chosen or nodes), key=cost)
+    return speeds[len(speeds) // 2]
+
+
+def served_in_time(
+    jobs: Sequence[Job],
+    queues: Sequence[tuple[float, float]],
+    batches: tuple[Batch, Batch, float],
+    running: Sequence[Job],
+    step_base_s: float,
+    goals: Goals,
+) -> list[bool]:
+    """For each job, whether it gets its first token within the TTFT target, and has its place by then.
+
+    `queues`: of each prefill node the seconds until it is free, and how many times slower it is than the
+    reference. `batches`: decode nodes now, later, and when "later" begins.
+    """
+    batch, later, later_s = batches
+    free_nodes = list(queues)
+    heapq.heapify(free_nodes)
+    # The batch at `at`: each of its sequences has got `tokens` since the play began, and ends at some number.
+    at = tokens = 0.0
+    ends = [(job.num_output_tokens, job.beside_s, job.num_blocks) for job in running]
+    heapq.heapify(ends)
+    beside_s = sum(job.beside_s for job in running)
+    num_blocks = sum(job.num_blocks for job in running)
+    served = []
+    for job in jobs:
+        if job.at >= later_s:
+            batch = later
+        num_nodes = max(batch.num_nodes, 1e-9)
+        longest_s = (goals.itl_s - step_base_s) * num_nodes
+        while True:
+            step_s = step_base_s + beside_s / num_nodes
+            has_room = not ends or (
+                beside_s + job.beside_s <= longest_s
+                and len(ends) < batch.num_places
+                and num_blocks + job.num_blocks <= batch.num_blocks
+            )
+            if not ends:
+                break
+            end_at = at + (ends[0][0] - tokens) * step_s
+            if end_at > job.at and (has_room or end_at > job.at + goals.ttft_s):
+                break
+            at = end_at
+            tokens, ended_beside_s, ended_blocks = heapq.heappop(ends)
+            beside_s -= ended_beside_s
+            num_blocks -= ended_blocks
+        if at < job.at:
+            tokens += (job.at - at) / step_s
+            at = job.at
+        free_at, slowness = free_nodes[0] if free_nodes else (math.inf, 1.0)
+        wait_s, work_s = max(free_at, at) - job.at, job.prefill_s * slowness
+        in_time = has_room and wait_s + work_s <= goals.ttft_s
+        served.append(in_time)
+        is_hopeless = work_s > goals.ttft_s and wait_s < IDLE_WAIT * goals.ttft_s
+        if in_time or (has_room and is_hopeless):
+            heapq.heapreplace(free_nodes, (job.at + wait_s + work_s, slowness))
+            beside_s += job.beside_s
+            num_blocks += job.num_blocks
+            num_steps = job.num_output_tokens + (job.at + wait_s + work_s - at) / step_s
+            heapq.heappush(ends, (tokens + num_steps, job.beside_s, job.num_blocks))
+    return served

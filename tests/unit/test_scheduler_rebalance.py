@@ -1,0 +1,551 @@
+"""Moves of nodes, regimes and scaling, case by case."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import pytest
+
+from benchmarks.simulator.batch import Histogram, Life
+from benchmarks.simulator.cluster import Cluster as SimulatedCluster
+from benchmarks.simulator.kinds import KINDS
+from benchmarks.simulator.run import Machines
+from benchmarks.traces import Request, Targets
+from flowkv_common.wire.nodes import RegimeChanged, ScaleWanted, SetPrefillCap, StepFit
+from flowkv_scheduler.cluster import Goals, Work
+from flowkv_scheduler.demand import Demand, OutputLengths
+from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.rebalance import (
+    IDLE_S,
+    NUM_TICKS,
+    SCALE_EVERY_S,
+    SETTLED_S,
+    SHARED_ITL,
+    WINDOWS_S,
+    Order,
+    Rebalancer,
+)
+from tests.described_nodes import BLOCK_SIZE, CAPS, TOKEN_BUDGET, Described, cluster, node
+from tests.obedient_nodes import (
+    FIT,
+    GOALS,
+    NUM_BLOCKS,
+    OTHER_MODEL,
+    TICK_S,
+    Cluster,
+    Mix,
+    Node,
+    budgets,
+    directions,
+    four_nodes,
+)
+
+LONG_PROMPTS = Mix(2.2, [(1200, 4)])  # 2.8 prefill nodes would serve all
+LONG_OUTPUTS = Mix(2.5, [(32, 120)])  # 4 decode nodes would
+EVEN = Mix(1.5, [(400, 20)])
+IDLE = Mix(0.2, [(100, 4)])
+
+LENGTHS = defaultdict[str, OutputLengths](OutputLengths)
+
+
+def regimes(orders: list[Order]) -> list[str]:
+    return [order.after for order in orders if isinstance(order, RegimeChanged)]
+
+
+def wishes(orders: list[Order]) -> list[tuple[str, int]]:
+    return [(order.role, order.change) for order in orders if isinstance(order, ScaleWanted)]
+
+
+# --- whether to move -------------------------------------------------------------------------------
+
+
+def test_an_idle_cluster_is_left_alone() -> None:
+    assert Cluster(*four_nodes()).play(Mix(0.1, [(16, 1)]), 50.0) == []
+
+
+def test_a_cluster_that_serves_all_in_time_is_left_alone() -> None:
+    run = Cluster(*four_nodes())
+    orders = run.play(EVEN, 100.0)
+    assert run.num_lost == 0
+    assert (directions(orders), regimes(orders)) == ([], [])
+
+
+def test_a_node_moves_to_the_side_that_is_short() -> None:
+    for mix, name, to in ((LONG_PROMPTS, "d", "prefill"), (LONG_OUTPUTS, "p", "decode")):
+        run = Cluster(*four_nodes())
+        (first, *_) = directions(run.play(mix, 15.0))
+        assert (first[0][0], first[1]) == (name, f"lent to {to}")
+        assert run.rebalancer.leaving == {first[0]: name == "d" and "decode" or "prefill"}
+
+
+def test_nothing_moves_before_demand_is_known_for_the_shortest_window() -> None:
+    """However much comes: the first seconds may be a burst."""
+    run = Cluster(*four_nodes())
+    assert directions(run.play(LONG_PROMPTS, WINDOWS_S[0] - TICK_S)) == []
+    assert run.num_lost > 1
+    assert len(directions(run.play(LONG_PROMPTS, 2 * TICK_S))) == 1
+
+
+def test_only_one_node_moves_at_a_time() -> None:
+    """The next when what the first one does has been seen: in what came since its move."""
+    nodes = [Node(f"p{number}", "prefill") for number in range(6)] + [Node("d0", "decode")]
+    run = Cluster(*nodes)
+    orders = run.play(Mix(8.0, [(32, 100)]), 60.0)
+    assert len(directions(orders)) > 1
+    began = [at for at, order in run.orders if isinstance(order, SetPrefillCap)]
+    newest = dict[str, str]()
+    moved_at = []
+    for at, order in run.orders:
+        if isinstance(order, SetPrefillCap) and newest.get(order.node.node_id) != order.reason:
+            newest[order.node.node_id] = order.reason
+            moved_at.append(at)
+    assert len(set(moved_at)) == len(moved_at), "one per tick"
+    assert min(began) >= WINDOWS_S[0]
+
+
+def test_longer_windows_move_nothing_where_nothing_was_lost() -> None:
+    """What came long ago and was served in time proves that it can be."""
+    demand, lengths = Demand(), {"f": OutputLengths()}
+    views = cluster(*(one.described() for one in four_nodes())).views()
+    # Long prompts until 15 s ago, more than two nodes seem to serve, and little since.
+    for number in range(75):
+        demand.add_request(1200, 0, 4, number * 0.4)
+    for number in range(30, 45):
+        demand.add_request(16, 0, 1, float(number))
+
+    def said(rebalancer: Rebalancer) -> list[Order]:
+        """A move is found at two ticks in a row."""
+        return [order for _ in range(2) for order in rebalancer.tick(views, {"f": demand}, lengths, 45.0)]
+
+    assert directions(said(Rebalancer(GOALS))) == []
+    for number in range(20):
+        demand.add_loss(10.0 + number)
+    assert [to for _, to in directions(said(Rebalancer(GOALS)))] == ["lent to prefill"]
+
+
+def test_a_moved_node_stays_while_it_is_needed_and_goes_home_when_it_is_needed_there() -> None:
+    run = Cluster(*four_nodes())
+    run.play(LONG_PROMPTS, 20.0)
+    (moved,) = run.rebalancer.leaving
+    assert [name for name, _ in directions(run.play(LONG_PROMPTS, 80.0))] in ([], [moved])
+    assert run.rebalancer.leaving == {moved: "decode"}
+    # Nothing goes home by itself: little traffic is served as well so.
+    assert directions(run.play(Mix(0.5, [(100, 10)]), 100.0)) == []
+    assert run.rebalancer.leaving == {moved: "decode"}
+    back = directions(run.play(LONG_OUTPUTS, 60.0))
+    assert (moved, "taken back to decode") in back
+
+
+def test_a_node_that_is_home_again_is_as_if_it_had_never_left() -> None:
+    run = Cluster(*four_nodes())
+    run.play(LONG_PROMPTS, 20.0)
+    (moved,) = run.rebalancer.leaving
+    while run.rebalancer.leaving.get(moved) == "decode":
+        run.play(LONG_OUTPUTS, TICK_S)
+        assert run.now < 100.0
+    run.play(LONG_OUTPUTS, SETTLED_S + 2.0)
+    assert moved not in {ref.node_id for ref in run.rebalancer.moved}
+    assert {one.name: one.budget for one in run.nodes}[moved] == CAPS["decode"]
+
+
+@pytest.mark.parametrize("mix", [LONG_PROMPTS, LONG_OUTPUTS])
+def test_without_lending_no_budget_is_moved(mix: Mix) -> None:
+    run = Cluster(*four_nodes(), rebalancer=Rebalancer(GOALS, lends=False))
+    orders = run.play(mix, 60.0)
+    assert budgets(orders) == []
+    assert run.rebalancer.leaving == {}
+    assert "overload" in regimes(orders)
+
+
+# --- what is no reason to move: on simulated nodes, with the whole planner ---------------------------
+
+
+def simulated(kind: str, requests: Sequence[Request], targets: Targets) -> list[tuple[str, str]]:
+    """Where nodes were moved, of two that prefill and two that decode."""
+    lives = [Life(number, one) for number, one in enumerate(requests)]
+    planner = Planner(Goals(targets.ttft_s, targets.tpot_s))
+    nodes = Machines(KINDS[kind], 4).nodes(2, Histogram())
+    run = SimulatedCluster(nodes, planner, lives, targets)
+    run.run()
+    assert all(life.is_done or life.refused_with for life in lives)
+    return directions(order for _, order in run.orders)
+
+
+@pytest.mark.parametrize("ttft_s", [5.0, 10.0, 30.0])
+@pytest.mark.parametrize("kind", ["smollm2-cpu", "a10g"])
+def test_prompts_that_queue_take_no_prefill_node_away(kind: str, ttft_s: float) -> None:
+    """24 prompts at once that become outputs of a few tokens each: they look like work for decode nodes."""
+    moves = simulated(kind, [Request(1500, 8)] * 24, Targets(ttft_s, 0.25))
+    assert not [to for _, to in moves if to != "lent to prefill"]
+
+
+@pytest.mark.parametrize("rate", [1, 2, 4])
+@pytest.mark.parametrize("place", [20, 41, 61])
+def test_one_giant_prompt_among_many_moves_nothing(rate: int, place: int) -> None:
+    """No split serves it in time. Others behind it are late, and will not be again."""
+    requests = [Request(1000, 100, arrival_s=number / rate) for number in range(100)]
+    requests[place] = requests[place]._replace(num_prompt_tokens=100_000)
+    assert simulated("a100", requests, Targets(4.0, 0.15)) == []
+
+
+def test_mixed_nodes_that_serve_all_in_time_are_normal() -> None:
+    run = Cluster(*(Node(f"m{number}", "mixed") for number in range(3)))
+    assert run.play(Mix(1.0, [(100, 20)]), 60.0) == []
+    assert run.rebalancer.regime == "normal"
+
+
+# --- the last node of a side, and sides without a node ---------------------------------------------
+
+
+def played(ticks: int, *nodes: Described, rebalancer: Rebalancer | None = None) -> list[list[Order]]:
+    """What is said in each tick of nodes that nobody asks for anything, and that do not obey."""
+    rebalancer = rebalancer or Rebalancer(GOALS)
+    views = cluster(*nodes).views()
+    return [rebalancer.tick(views, {}, LENGTHS, TICK_S * number) for number in range(ticks)]
+
+
+def prefill(name: str = "p0", queued: int = 0, **changes: Any) -> Described:
+    return node(name, "prefill", queued_prefill_tokens=queued, step=FIT, **changes)
+
+
+def decode(name: str = "d0", running: int = 0, **changes: Any) -> Described:
+    context = {"num_context_tokens": 100 * running}
+    return node(name, "decode", num_running=running, step=FIT, **(context | changes))
+
+
+def test_the_last_node_of_a_side_never_leaves_it() -> None:
+    """It may serve both."""
+    for mix in (LONG_PROMPTS, LONG_OUTPUTS, Mix(6.0, [(1200, 60)])):
+        run = Cluster(Node("p0", "prefill"), Node("d0", "decode"))
+        orders = run.play(mix, 50.0)
+        assert {to for _, to in directions(orders)} <= {"lent to both"}
+        assert run.rebalancer.leaving == {}
+        for _, budget in budgets(orders):
+            assert BLOCK_SIZE < budget < TOKEN_BUDGET
+
+
+@pytest.mark.parametrize(
+    ("nodes", "name", "budget"),
+    [
+        ((decode("d0"), decode("d1")), "d0", TOKEN_BUDGET),
+        ((prefill("p0", queued=100), prefill("p1")), "p1", BLOCK_SIZE),
+    ],
+)
+def test_an_empty_side_gets_the_idlest_node(nodes: tuple[Described, ...], name: str, budget: int) -> None:
+    """But not in the first tick: while nodes start, those of one side are often first."""
+    said = played(NUM_TICKS, *nodes)
+    assert [budgets(orders) for orders in said] == [[]] * (NUM_TICKS - 1) + [[(name, budget)]]
+
+
+def test_a_lone_node_serves_both() -> None:
+    for alone in (prefill(), decode()):
+        *before, last = played(NUM_TICKS, alone)
+        assert before == [[]] * (NUM_TICKS - 1)
+        ((_, budget),) = budgets(last)
+        assert BLOCK_SIZE < budget < TOKEN_BUDGET
+
+
+def test_an_empty_side_is_filled_once() -> None:
+    run = Cluster(Node("d0", "decode"), Node("d1", "decode"))
+    assert directions(run.play(Mix(0.5, [(100, 4)]), 60.0)) == [("d0", "lent to prefill")]
+
+
+def test_while_nodes_start_nobody_moves() -> None:
+    rebalancer = Rebalancer(GOALS)
+    assert played(10, rebalancer=rebalancer) == [[]] * 10
+    assert played(NUM_TICKS - 1, prefill(), rebalancer=rebalancer) == [[]] * (NUM_TICKS - 1)
+    assert played(10, prefill(), decode(), rebalancer=rebalancer) == [[]] * 10
+
+
+# --- budgets of nodes on their way -------------------------------------------------------------------
+
+
+class Directed:
+    """A rebalancer that has moved `d0` from decode to prefill, and its next orders."""
+
+    def __init__(self) -> None:
+        self.rebalancer = Rebalancer(GOALS)
+        self.now = 0.0
+        self.budgets = {"d0": CAPS["decode"]}
+
+    def tick(self, *nodes: Described, obey: bool = True) -> list[tuple[str, int]]:
+        self.now += TICK_S
+        found = [
+            one._replace(
+                report=msgspec.structs.replace(
+                    one.report, max_prefill_tokens_per_step=self.budgets[one.node_id]
+                )
+            )
+            if one.node_id in self.budgets
+            else one
+            for one in nodes
+        ]
+        said = budgets(self.rebalancer.tick(cluster(*found).views(), {}, LENGTHS, self.now))
+        if obey:
+            self.budgets |= dict(said)
+        return said
+
+
+def test_a_node_that_leaves_decode_works_off_its_sequences_within_the_itl_target() -> None:
+    run = Directed()
+    busy = decode("d1", running=20)
+    run.tick(decode(running=3), busy)
+    # 0.65 x 250 ms, less the base of 50 ms and three sequences of 10 ms: 82 tokens of 1 ms.
+    assert run.tick(decode(running=3), busy) == [("d0", 82)]
+    assert run.rebalancer.leaving == {"d0": "decode"}
+    assert run.tick(decode(running=3), busy) == []
+    assert run.tick(decode(running=1), busy) == []  # 102 tokens: not worth an order
+    assert run.tick(decode(running=0), busy) == [("d0", TOKEN_BUDGET)]
+    assert run.tick(decode(running=0), busy) == []
+
+
+def test_a_chunk_is_never_of_less_than_a_block_and_a_token() -> None:
+    """One block would be a decode node's."""
+    run = Directed()
+    busy = decode("d1", running=20)
+    for _ in range(NUM_TICKS):
+        said = run.tick(decode(running=15), busy)
+    assert said == [("d0", BLOCK_SIZE + 1)]
+
+
+def test_sequences_that_are_to_come_do_not_shorten_the_chunks_they_wait_for() -> None:
+    run = Directed()
+    busy = decode("d1", running=20)
+    given = Work(num_sequences=60, num_blocks=180, context_tokens=2400)
+    for _ in range(NUM_TICKS):
+        said = run.tick(decode(running=3, given=given), busy)
+    assert said == [("d0", 82)]
+
+
+def test_a_node_that_leaves_prefill_computes_its_queue_first() -> None:
+    rebalancer = Rebalancer(GOALS)
+    queue = [prefill("p0", queued=3000), prefill("p1", queued=900)]
+    said = [budgets(orders) for orders in played(NUM_TICKS, *queue, rebalancer=rebalancer)][-1]
+    # 0.65 x 250 ms, less the base of 50 ms.
+    assert said == [("p1", 112)]
+    assert rebalancer.leaving == {"p1": "prefill"}
+    done = [queue[0], prefill("p1", max_prefill_tokens_per_step=112)]
+    assert budgets(rebalancer.tick(cluster(*done).views(), {}, LENGTHS, 5.0)) == [("p1", BLOCK_SIZE)]
+
+
+@pytest.mark.parametrize("num_running", [0, 3, 9])
+def test_a_shared_nodes_budget_follows_its_sequences(num_running: int) -> None:
+    run = Directed()
+    for _ in range(NUM_TICKS + 2):
+        run.tick(decode(running=num_running))
+    left_s = SHARED_ITL * GOALS.itl_s - FIT.base_s - num_running * FIT.sequence_s
+    assert run.budgets["d0"] == pytest.approx(left_s / FIT.prefill_token_s, abs=1)
+
+
+def test_an_order_is_repeated_until_the_report_shows_it() -> None:
+    run = Directed()
+    nodes = decode(), decode("d1")
+    run.tick(*nodes, obey=False)
+    assert run.tick(*nodes, obey=False) == run.tick(*nodes, obey=False) == [("d0", TOKEN_BUDGET)]
+    run.budgets["d0"] = TOKEN_BUDGET
+    assert run.tick(*nodes) == []
+
+
+def test_a_moved_node_that_is_silent_for_a_moment_is_not_forgotten() -> None:
+    run = Directed()
+    nodes = decode(running=1), decode("d1", running=2)
+    for _ in range(NUM_TICKS):
+        run.tick(*nodes)
+    assert run.rebalancer.leaving == {"d0": "decode"}
+    for _ in range(3):
+        run.tick(nodes[1])
+    assert run.rebalancer.leaving["d0"] == "decode"
+
+
+# --- a new leader ----------------------------------------------------------------------------------
+
+
+def test_a_new_leader_adopts_what_another_has_lent() -> None:
+    rebalancer = Rebalancer(GOALS)
+    nodes = prefill(), decode("d0", max_prefill_tokens_per_step=TOKEN_BUDGET), decode("d1")
+    assert [order for orders in played(50, *nodes, rebalancer=rebalancer) for order in budgets(orders)] == []
+    assert rebalancer.leaving == {"d0": "decode"}
+
+
+def test_a_new_leader_goes_on_with_nodes_on_their_way() -> None:
+    rebalancer = Rebalancer(GOALS)
+    nodes = prefill(), decode("d0", max_prefill_tokens_per_step=82), decode("d1")
+    assert {
+        budget for orders in played(5, *nodes, rebalancer=rebalancer) for _, budget in budgets(orders)
+    } == {TOKEN_BUDGET}
+    assert rebalancer.leaving == {"d0": "decode"}
+
+
+def test_a_new_leader_leaves_the_last_node_of_a_side_to_both() -> None:
+    rebalancer = Rebalancer(GOALS)
+    played(2, prefill(), decode("d0", max_prefill_tokens_per_step=112), rebalancer=rebalancer)
+    assert rebalancer.leaving == {}
+    rebalancer = Rebalancer(GOALS)
+    lent = [
+        decode(name, max_prefill_tokens_per_step=budget)
+        for name, budget in (("d0", 144), ("d1", TOKEN_BUDGET))
+    ]
+    played(2, prefill(), *lent, rebalancer=rebalancer)
+    assert rebalancer.leaving == {"d1": "decode"}
+
+
+def test_mixed_nodes_are_not_taken_for_lent_ones() -> None:
+    rebalancer = Rebalancer(GOALS)
+    mixed = [node(f"m{number}", "mixed", step=FIT) for number in range(2)]
+    assert played(20, *mixed, rebalancer=rebalancer) == [[]] * 20
+    assert rebalancer.moved == {}
+
+
+# --- regimes and scaling -----------------------------------------------------------------------------
+
+
+def test_overload_is_that_requests_were_lost_lately() -> None:
+    run = Cluster(*four_nodes(), rebalancer=Rebalancer(GOALS, lends=False))
+    assert regimes(run.play(EVEN, 20.0)) == []
+    assert regimes(run.play(Mix(6.0, [(1200, 30)]), 60.0)) == ["overload"]
+    # Until it is as long ago as the shortest window.
+    assert regimes(run.play(EVEN, WINDOWS_S[0] - TICK_S)) == []
+    assert regimes(run.play(EVEN, 30.0)) == ["normal"]
+
+
+def test_a_cluster_that_is_too_small_is_overloaded_between_its_moves() -> None:
+    run = Cluster(*four_nodes())
+    run.play(Mix(6.0, [(1200, 30)]), 60.0)
+    told = [order for _, order in run.orders if isinstance(order, RegimeChanged)]
+    assert {order.after for order in told} == {"overload", "imbalance"}
+    assert run.rebalancer.regime == "overload"
+    assert [order.before for order in told] == ["normal", *(order.after for order in told[:-1])]
+
+
+def test_a_move_is_an_imbalance_until_it_has_settled() -> None:
+    run = Cluster(*four_nodes())
+    run.play(LONG_PROMPTS, WINDOWS_S[0] + TICK_S)
+    moved_at = next(at for at, order in run.orders if isinstance(order, SetPrefillCap))
+    changes = [(at, order.after) for at, order in run.orders if isinstance(order, RegimeChanged)]
+    assert changes[-1] == (moved_at, "imbalance")
+    run.play(Mix(0.1, [(16, 1)]), WINDOWS_S[0] + SETTLED_S)
+    (after, *_) = [
+        order.after for at, order in run.orders if isinstance(order, RegimeChanged) and at > moved_at
+    ]
+    assert after in ("normal", "overload")
+    assert run.rebalancer.regime == "normal"
+
+
+def test_overload_must_last_for_two_ticks() -> None:
+    demand, lengths = Demand(), {"f": OutputLengths()}
+    rebalancer = Rebalancer(GOALS)
+    views = cluster(prefill(), decode()).views()
+    demand.add_request(100, 0, 4, 0.0)
+    demand.add_loss(0.0)
+    said = [regimes(rebalancer.tick(views, {"f": demand}, lengths, TICK_S * tick)) for tick in range(3)]
+    assert said == [[], ["overload"], []]
+
+
+def test_overload_asks_for_nodes_of_the_side_that_serves_more() -> None:
+    for mix, side in ((Mix(6.0, [(1200, 4)]), "prefill"), (Mix(6.0, [(32, 160)]), "decode")):
+        run = Cluster(*four_nodes())
+        orders = run.play(mix, 60.0)
+        assert {role for role, _ in wishes(orders)} == {side}
+        # It holds while a node moves: at most as many again as there are.
+        assert all(0 < change <= len(run.nodes) for _, change in wishes(orders))
+        told = [at for at, order in run.orders if isinstance(order, ScaleWanted)]
+        assert all(later - before >= SCALE_EVERY_S for before, later in zip(told, told[1:], strict=False))
+
+
+def test_the_fewest_nodes_that_serve_nearly_all_are_wanted() -> None:
+    """3.8 prefill nodes would serve all of it, and there are two."""
+    run = Cluster(*four_nodes(), rebalancer=Rebalancer(GOALS, lends=False))
+    wanted = wishes(run.play(Mix(3.0, [(1200, 4)]), 60.0))
+    assert wanted[-1] == ("prefill", 2)
+
+
+def test_a_wish_for_nodes_is_taken_back_when_the_overload_ends() -> None:
+    run = Cluster(*four_nodes())
+    run.play(Mix(6.0, [(1200, 4)]), 60.0)
+    after = wishes(run.play(EVEN, 40.0))
+    assert after[-1] == ("prefill", 0)
+    assert wishes(run.play(EVEN, 20.0)) == []
+
+
+def test_a_wish_for_one_side_gives_way_to_that_for_the_other() -> None:
+    run = Cluster(*four_nodes())
+    run.play(Mix(6.0, [(1200, 4)]), 20.0)
+    told = wishes(run.play(Mix(8.0, [(32, 200)]), 40.0))
+    first_decode = next(place for place, (role, _) in enumerate(told) if role == "decode")
+    assert told[first_decode - 1] == ("prefill", 0)
+    assert told[first_decode][1] > 0
+
+
+def test_a_long_idle_cluster_could_do_with_fewer_nodes() -> None:
+    run = Cluster(*four_nodes())
+    assert run.play(IDLE, IDLE_S - TICK_S) == []
+    assert wishes(run.play(IDLE, 2.0)) == [("decode", -1)]
+
+
+def test_two_nodes_are_never_too_many() -> None:
+    run = Cluster(Node("p0", "prefill"), Node("d0", "decode"))
+    assert run.play(IDLE, 2 * IDLE_S) == []
+
+
+def leave_one(run: Cluster) -> None:
+    del run.nodes[3], run.nodes[1]
+
+
+def ask_for_much(run: Cluster) -> None:
+    run.play(Mix(6.0, [(1200, 4)]), 10.0)
+
+
+@pytest.mark.parametrize("change", [leave_one, ask_for_much])
+def test_a_wish_for_fewer_nodes_is_taken_back_when_they_are_needed(change: Callable[[Cluster], None]) -> None:
+    run = Cluster(*four_nodes())
+    assert wishes(run.play(IDLE, IDLE_S + 2.0)) == [("decode", -1)]
+    num_before = len(run.orders)
+    change(run)
+    run.play(IDLE, 2.0)
+    assert wishes([order for _, order in run.orders[num_before:]])[0] == ("decode", 0)
+
+
+# --- several models ----------------------------------------------------------------------------------
+
+
+def test_models_do_not_disturb_each_other() -> None:
+    """One is short of prefill nodes, the other idle: each is told what it is told alone."""
+    alone = Cluster(*four_nodes())
+    alone.play(LONG_PROMPTS, 60.0)
+    others = [Node(f"o{one.name}", one.role, OTHER_MODEL) for one in four_nodes()]
+    both = Cluster(*four_nodes(), *others)
+    both.play_all({"f": LONG_PROMPTS, OTHER_MODEL.fingerprint: EVEN}, 60.0)
+    moves = [
+        [(at, order) for at, order in run.orders if isinstance(order, SetPrefillCap)] for run in (alone, both)
+    ]
+    assert moves[0] == moves[1]
+    assert not [one for one in both.nodes if one.name[0] == "o" and one.budget != CAPS[one.role]]
+
+
+def test_a_side_of_a_model_that_is_empty_gets_a_node_of_its_own() -> None:
+    other = (
+        node("o0", "decode", model=OTHER_MODEL, step=FIT),
+        node("o1", "decode", model=OTHER_MODEL, step=FIT),
+    )
+    said = played(NUM_TICKS, prefill(), decode(), *other)
+    assert [name for name, _ in budgets(said[-1])] == ["o0"]
+
+
+def test_a_cluster_that_is_slower_than_its_goals_moves_nothing_in_vain() -> None:
+    """No split serves anything in time: no move gains, and more nodes are of no use."""
+    slow = StepFit(1.0, 1e-2, attended_token_s=0.0, sequence_s=0.1, context_token_s=0.0)
+    demand, lengths = Demand(), {"f": OutputLengths()}
+    nodes = [
+        node(name, role, num_blocks=NUM_BLOCKS, step=slow)
+        for name, role in (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"), ("d1", "decode"))
+    ]
+    rebalancer, orders = Rebalancer(Goals(ttft_s=0.5, itl_s=0.25)), list[Order]()
+    for tick in range(60):
+        now = TICK_S * tick
+        demand.add_request(400, 0, 20, now)
+        demand.add_loss(now)
+        orders += rebalancer.tick(cluster(*nodes).views(), {"f": demand}, lengths, now)
+    assert budgets(orders) == []
