@@ -31,13 +31,13 @@ def played(history: list[tuple[Mix, float]]) -> list[tuple[float, Order]]:
     return run.orders
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(histories)
 def test_the_same_history_gives_the_same_orders(history: list[tuple[Mix, float]]) -> None:
     assert played(history) == played(history)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(histories)
 def test_budgets_and_moves_keep_their_bounds(history: list[tuple[Mix, float]]) -> None:
     """Between a block and all of a step; one move per tick, none too early; both sides keep a node."""
@@ -58,14 +58,14 @@ def test_budgets_and_moves_keep_their_bounds(history: list[tuple[Mix, float]]) -
             assert set(duties.values()) & {"decode", "both"}
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(mixes)
 def test_under_a_steady_demand_each_node_moves_at_most_once(mix: Mix) -> None:
     moves = directions(Cluster(*four_nodes()).play(mix, 60.0))
     assert max(Counter(name for name, _ in moves).values(), default=0) <= 1
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=5)
 @given(mixes, mixes)
 @example(Mix(2.2, [(1200, 4)]), Mix(2.5, [(32, 120)]))
 def test_when_the_demand_changes_each_node_moves_at_most_once_each_way(before: Mix, after: Mix) -> None:
@@ -76,7 +76,7 @@ def test_when_the_demand_changes_each_node_moves_at_most_once_each_way(before: M
     assert max(moves.values(), default=0) <= 1
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(st.lists(st.sampled_from([2, 3, 4, 7, 15]), max_size=12))
 def test_an_empty_side_is_filled_whenever_it_stays_empty(alive: list[int]) -> None:
     """Each for four ticks, the nodes of a mask are there: by then both sides have one, and no node is moved

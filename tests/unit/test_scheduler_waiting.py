@@ -124,14 +124,27 @@ def test_a_late_request_is_overdue_by_what_it_was_told_first() -> None:
     # It becomes late at 1 s, and is then told to get its first token at 3 s.
     waiting.add_waiter(asking("a"), later(first_token_in_s=0.5), now=0.0)
     waiting.add_waiter(asking("a"), later(first_token_in_s=2.0, is_late=True), now=1.0)
-    waiting.add_waiter(asking("a"), later(first_token_in_s=9.0, is_late=True), now=2.0)
+    waiting.add_waiter(asking("a"), later(retry_in_s=9.0, first_token_in_s=9.0, is_late=True), now=2.0)
     # One that stands behind it counts only when the first has gone.
-    waiting.add_waiter(asking("b"), later(first_token_in_s=0.0, is_late=True), now=2.0)
+    for now in (2.0, 2.5):
+        waiting.add_waiter(asking("b"), later(retry_in_s=0.5, first_token_in_s=0.0, is_late=True), now=now)
     due = 1.0 + 2.0 * WAIT_ERROR
     assert not waiting.is_late_overdue(due)
     assert waiting.is_late_overdue(due + 0.01)
     waiting.forget("a")
-    assert waiting.is_late_overdue(2.01)
+    assert not waiting.is_late_overdue(2.5)
+    assert waiting.is_late_overdue(2.51)
+
+
+def test_a_late_request_that_does_not_ask_again_is_not_overdue() -> None:
+    """Its client may have left. It must not cost newcomers the door for as long as it is remembered."""
+    waiting = WaitingQueue()
+    waiting.add_waiter(asking("gone"), later(retry_in_s=0.1, first_token_in_s=0.0, is_late=True), now=0.0)
+    assert not any(map(waiting.is_late_overdue, (0.05, 0.1, 0.15, 1.0)))
+    waiting.add_waiter(asking("here"), later(retry_in_s=0.1, first_token_in_s=0.0, is_late=True), now=0.1)
+    waiting.add_waiter(asking("here"), later(retry_in_s=0.1, first_token_in_s=0.0, is_late=True), now=0.2)
+    assert waiting.is_late_overdue(0.25)
+    assert not waiting.is_late_overdue(0.31)
 
 
 class Known(NamedTuple):
@@ -168,13 +181,14 @@ def test_as_a_list(history: list[tuple[str, str, int, bool, float]]) -> None:
         assert ahead(waiting, request, now) == before
         assert waiting.work_ahead("d0", place) == NEED.share(len(before), 1)
         late = [one for _, one in places if model[one].is_late]
-        assert waiting.is_late_overdue(now) == bool(late and model[late[0]].due < now)
+        asks = [model[one] for one in late if model[one].until - GRACE_S >= now]
+        assert waiting.is_late_overdue(now) == bool(asks and asks[0].due < now)
         if what == "forget":
             waiting.forget(name)
             model.pop(name, None)
         else:
             waiting.add_waiter(request, later("d0", NEED, retry_in_s, first_token_in_s, is_late), now)
-            due = mine.due if mine.is_late else now + WAIT_ERROR * first_token_in_s
+            due = mine.due if mine.is_late else now + max(WAIT_ERROR * first_token_in_s, retry_in_s)
             model[name] = Known(mine.came, now + retry_in_s + GRACE_S, mine.is_late or is_late, due)
         assert len(waiting) == len(model)
         assert all(one in waiting and waiting.is_late(one) == model[one].is_late for one in model)

@@ -64,7 +64,9 @@ def test_slow_nodes_that_miss_the_tpot_target_idle_only_prefill() -> None:
     assert half_slow < 0.7 * all_fast
 
 
-@pytest.mark.parametrize("name", ["agents", "shifting", "code"])
+@pytest.mark.parametrize(
+    "name", ["shifting", *(pytest.param(name, marks=pytest.mark.full) for name in ("agents", "code"))]
+)
 def test_no_policy_is_beyond_it(name: str) -> None:
     requests = at_rate(MADE_UP[name](80, 1), 40.0, 1)
     targets = default_targets(KINDS["a10g"], requests)

@@ -191,18 +191,16 @@ def test_advice_names_the_best_way_and_what_the_others_miss() -> None:
     )
 
 
-def test_cells_cover_loads_policies_and_mixes() -> None:
-    found = [cell for mix in cells.MIXES for cell in cells_of(mix, ALL_POLICIES)]
-    assert [(cell["load"], cell["mix"]) for cell in found] == [
-        (load, mix) for mix in ("alike", "slow-half") for load in cells.LOADS
-    ]
+@pytest.mark.parametrize(("mix", "policies"), [("alike", ALL_POLICIES), ("slow-half", ("flowkv", "static"))])
+def test_cells_cover_loads_and_policies(mix: str, policies: Sequence[str]) -> None:
+    found = cells_of(mix, policies)
+    assert [(cell["load"], cell["mix"]) for cell in found] == [(load, mix) for load in cells.LOADS]
     assert {cell["nodes"] for cell in found} == {"a10g"}
-    assert all(list(cell["runs"]) == list(ALL_POLICIES) for cell in found)
+    assert all(list(cell["runs"]) == list(policies) for cell in found)
     assert found[2]["rate"] == pytest.approx(1.3 / 0.7 * found[0]["rate"])
     lines = cells.means_of(found)
     assert len(lines) == len(found)
-    assert lines[-1]["mix"] == "slow-half"
-    assert list(lines[-1])[4:8] == ["flowkv", "static", "best_static", "mixed"]
+    assert all(set(policies) <= line.keys() for line in lines)
 
 
 def test_beside_an_earlier_run_only_what_is_named_runs_again() -> None:

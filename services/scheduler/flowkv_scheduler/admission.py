@@ -117,12 +117,15 @@ class WaitingQueue:
         return known is not None and known.place.is_late
 
     def is_late_overdue(self, now: float) -> bool:
-        """Whether the first of the late requests was to have its first token by now."""
-        place = self._in_order.bisect_left((True, True))
-        if place == len(self._in_order):
-            return False
-        first: Waiter = self._in_order.peekitem(place)[1]
-        return first.due < now
+        """Whether the first of the late requests was to have its first token by now.
+
+        Those that should have asked again by now are passed over: their clients may have left.
+        """
+        for place in self._in_order.irange((True, True)):
+            waiter: Waiter = self._in_order[place]
+            if waiter.until - GRACE_S >= now:
+                return waiter.due < now
+        return False
 
     def ahead_of(self, place: Place) -> Iterator[Waiter]:
         """All that come before it, in their order."""
@@ -152,7 +155,10 @@ class WaitingQueue:
         began = known.began if known else now - request.age_s
         retry_in_s, node_id, need = later.wait.retry_in_s, later.node_id, later.need
         place, until = self.place_of(request, now), now + retry_in_s + GRACE_S
-        due = known.due if known and known.place.is_late else now + later.wait.first_token_in_s * WAIT_ERROR
+        # None is overdue before it has asked again.
+        due = now + max(later.wait.first_token_in_s * WAIT_ERROR, retry_in_s)
+        if known and known.place.is_late:
+            due = known.due
         place = place._replace(is_late=place.is_late or later.is_late)
         self.forget(request.request_id)
         waiter = Waiter(request, place, node_id, need, began, until, due)
