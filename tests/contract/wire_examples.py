@@ -25,6 +25,8 @@ from flowkv_common.wire.messages import (
     ModelCard,
     ModelFiles,
     NodeRef,
+    NodeSeen,
+    NodesSeen,
     Part,
     PoolLayout,
     PrefillRun,
@@ -150,6 +152,7 @@ EXAMPLES: list[Message] = [
         prefill_candidates=[Candidate(node_id="prefill-0", predicted_s=0.125, reason="0 tokens ahead")],
         decode_candidates=[Candidate(node_id="decode-0", predicted_s=0.03125, reason="2 of 64 sequences")],
         first_token_in_s=0.125,
+        promised_first_token_in_s=0.0625,
     ),
     Wait(retry_in_s=0.25, reason="all 1 decode nodes are full", first_token_in_s=2.5),
     ReadyRequest(fingerprint=CARD.fingerprint),
@@ -202,6 +205,21 @@ EXAMPLES: list[Message] = [
     StepTokens(node_id="decode-0", chunks=[CHUNK]),
     Keepalive(node=DECODE, states={TRANSFER_ID: "decode"}),
     KeepaliveReply(unknown=[TRANSFER_ID]),
+    NodesSeen(
+        gateway_id=GATEWAY_ID,
+        nodes=[
+            NodeSeen(
+                node=DECODE,
+                num_prompts=2,
+                promised_s=0.25,
+                taken_s=0.375,
+                num_gaps=40,
+                gaps_s=1.25,
+                prompt_stall_s=0.5,
+                step_stall_s=0.03125,
+            )
+        ],
+    ),
     NodeDescriptor(
         node=DECODE,
         role="decode",

@@ -42,6 +42,8 @@ from flowkv_common.wire.messages import (
     KeepaliveReply,
     ModelFiles,
     NodeRef,
+    NodeSeen,
+    NodesSeen,
     PrefillRun,
     RequestFinished,
     Resume,
@@ -50,6 +52,7 @@ from flowkv_common.wire.messages import (
     ScheduleRequest,
     StepTokens,
     TokenChunk,
+    TokenIds,
     Wait,
     decode,
     transfer_id,
@@ -78,6 +81,7 @@ class Nodes:
         self.finished: list[RequestFinished] = []
         self.waits: list[Wait] = []
         self.needs_hashes = False
+        self.promised_first_token_in_s: float | None = None
         self.decode = D
         self.resumable: dict[str, list[int]] = {}
         self.max_resumed = 100  # tokens in one answer
@@ -105,6 +109,7 @@ class Nodes:
             reason="the only pair",
             prefill_candidates=[],
             decode_candidates=[],
+            promised_first_token_in_s=self.promised_first_token_in_s,
         )
 
     async def prefill(self, run: PrefillRun) -> Accepted:
@@ -366,6 +371,33 @@ async def test_what_was_foreseen_first_is_told_at_the_end(nats_server: NatsServe
                 nodes.news.clear()
                 await nodes.news.wait()
         assert 7.0 <= nodes.finished[0].predicted_ttft_s < 8.0
+
+
+async def test_schedulers_are_told_how_nodes_kept_their_promise(nats_server: NatsServer) -> None:
+    async def keep_silent_for_a_while(nodes: Nodes, run: PrefillRun) -> None:
+        answering.append(asyncio.create_task(answer_when_seen(nodes, run)))
+
+    async def answer_when_seen(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.wait_for(lambda: any(one.prompt_stall_s > 0.0 for one in seen))
+        await nodes.send(run, chunk(tid_of(run), 0, [10]), node_id="p")
+        await answer(nodes, msgspec.structs.replace(run, output_ids=TokenIds.of([10])))
+
+    seen: list[NodeSeen] = []
+    answering: list[asyncio.Task[None]] = []
+    async with cluster(nats_server, keep_silent_for_a_while) as (dispatch, nodes):
+        nodes.promised_first_token_in_s = 0.01
+
+        def note(message: NodesSeen) -> None:
+            for one in message.nodes:
+                nodes.take_note(seen, one)
+
+        async with await nodes.bus.subscribe(subjects.SEEN_ALL, NodesSeen, note):
+            assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+            await nodes.wait_for(lambda: sum(one.num_gaps for one in seen) == 2)
+    came = [one for one in seen if one.num_prompts]
+    assert [(one.node, one.promised_s) for one in came] == [(P, 0.01)]
+    assert came[0].taken_s > 0.01
+    assert {one.node for one in seen if one.num_gaps} == {D}
 
 
 async def test_patience_does_not_begin_anew_with_each_pair_that_fails(nats_server: NatsServer) -> None:

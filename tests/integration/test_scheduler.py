@@ -17,11 +17,12 @@ from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import Lease
 from flowkv_common.config import SchedulerSettings
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Assignment
+from flowkv_common.wire.messages import Assignment, NodeRef, NodeSeen, NodesSeen
 from flowkv_scheduler.app import Scheduler, serve
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
 from tests.described_nodes import (
+    INCARNATION,
     ReportingNode,
     descriptor,
     is_assigned,
@@ -83,6 +84,22 @@ async def test_live_load_moves_requests_to_the_idler_node(nats_server: NatsServe
         async with reporting(p0, p1, busy_with_its_own(bus, "d0")):
             await until_answer(bus, is_assigned("p0", "d0"))
             p0.changes = {"queued_prefill_tokens": 9000}
+            await until_answer(bus, is_assigned("p1", "d0"))
+
+
+async def test_a_node_that_stalls_by_the_word_of_a_gateway_gets_no_more(nats_server: NatsServer) -> None:
+    stalls = NodesSeen(
+        gateway_id="g",
+        nodes=[NodeSeen(node=NodeRef(node_id="p0", incarnation=INCARNATION), prompt_stall_s=30.0)],
+    )
+    async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
+        p0 = ReportingNode(bus, "p0", "prefill")
+        p1 = ReportingNode(bus, "p1", "prefill", queued_prefill_tokens=3000)
+        async with reporting(p0, p1, busy_with_its_own(bus, "d0")):
+            answer = await until_answer(bus, is_assigned("p0", "d0"))
+            assert isinstance(answer, Assignment)
+            assert answer.promised_first_token_in_s == answer.first_token_in_s
+            await bus.publish(subjects.seen("g"), stalls)
             await until_answer(bus, is_assigned("p1", "d0"))
 
 

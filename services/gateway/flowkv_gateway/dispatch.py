@@ -58,6 +58,7 @@ from flowkv_common.wire.messages import (
 from flowkv_common.wire.nodes import LoadReport
 from flowkv_gateway.cluster import Cluster, OwnModel
 from flowkv_gateway.errors import for_client
+from flowkv_gateway.witness import Witness
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ RESUME_TIMEOUT_S = 2.0
 UNSETTLED_PAUSE_S = 1.0
 READY_PERIOD_S = 0.5
 READY_TIMEOUT_S = 1.0
+# A node that stalls must lose work within two seconds, and the scheduler looks twice a second.
+SEEN_PERIOD_S = 0.25
 # A scheduler that dies has a successor within 2.5 s, where one stands by, and requests wait for so long.
 SCHEDULER_SILENT_S = 3.0
 _NO_SCHEDULER = "no scheduler answers"
@@ -303,6 +306,7 @@ class Dispatch:
         self._gateway_id = gateway_id
         self.cluster = Cluster(own)
         self.streams: dict[str, TokenStream] = {}  # transfer id -> the tokens of this attempt
+        self.witness = Witness(gateway_id)
         self._num_open = 0
         self._scheduler_answered_at = 0.0
         self._scheduler_why_not: str | None = _NO_SCHEDULER  # what was missing by its last answer
@@ -415,11 +419,13 @@ class Dispatch:
     async def _attempt(self, request: RequestState, assignment: Assignment) -> AsyncIterator[TokenStream]:
         """One attempt on one pair of nodes; cancelled on both, however it ends but by itself."""
         stream = self.streams[request.transfer_id] = TokenStream(len(request.output_ids))
+        self.witness.begin(request.transfer_id, assignment, time.monotonic())
         try:
             await self._start_prefill(request, assignment)
             yield stream
         finally:
             del self.streams[request.transfer_id]
+            self.witness.end(request.transfer_id, time.monotonic())
             if not request.is_finished:
                 cancel = Cancel(transfer_id=request.transfer_id, reason="not wanted any more")
                 # Other nodes have never heard of the attempt.
@@ -469,7 +475,10 @@ class Dispatch:
                 return chunk
             error = from_wire(chunk.error)
             # Prefill says by this code that it was the decode node that failed.
-            failed = request.decode_node if isinstance(error, TransferFailed) else stream.failed_at
+            failed = stream.failed_at
+            if isinstance(error, TransferFailed):
+                failed = request.decode_node
+                self.witness.excuse_prefill(request.transfer_id)
             request.avoid.add(failed or request.holder())
             raise error
 
@@ -502,7 +511,9 @@ class Dispatch:
     # --- what `open_dispatch` runs -----------------------------------------------------------------
 
     def on_tokens(self, step: StepTokens) -> None:
+        now = time.monotonic()
         for chunk in step.chunks:
+            self.witness.add_tokens(chunk.transfer_id, step.node_id, len(chunk.token_ids), now)
             if stream := self.streams.get(chunk.transfer_id):
                 stream.add_chunk(chunk, step.node_id)
 
@@ -513,6 +524,8 @@ class Dispatch:
             if stream is not None and state != "reserved":
                 stream.heard_at = time.monotonic()
                 stream.is_running = state not in ("queued", "preempted")
+                if state == "preempted":
+                    self.witness.pause(attempt)
         return KeepaliveReply(unknown=[attempt for attempt in message.states if attempt not in self.streams])
 
     async def keep_asking_scheduler(self) -> None:
@@ -526,6 +539,18 @@ class Dispatch:
                 )
                 self._scheduler_answered_at, self._scheduler_why_not = time.monotonic(), reply.why_not
             await asyncio.sleep(READY_PERIOD_S)
+
+    async def keep_telling(self) -> None:
+        """What we see of nodes, until cancelled. While cut off from NATS nothing is said."""
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(SEEN_PERIOD_S)
+            now = time.monotonic()
+            if not self._bus.is_connected or now - began > 2 * SEEN_PERIOD_S:  # it was us
+                self.witness.forget_open()
+            for seen in self.witness.tell(now):
+                with contextlib.suppress(FlowKVError):
+                    await self._bus.publish(subjects.seen(self._gateway_id), seen)
 
 
 @contextlib.asynccontextmanager
@@ -554,6 +579,8 @@ async def open_dispatch(
             await bus.subscribe(subjects.tokens(gateway_id), StepTokens, dispatch.on_tokens),
             await bus.subscribe(subjects.LOAD_ALL, LoadReport, cluster.on_report),
             service,
-            running(watch_nodes(bus, cluster.on_nodes), dispatch.keep_asking_scheduler()),
+            running(
+                watch_nodes(bus, cluster.on_nodes), dispatch.keep_asking_scheduler(), dispatch.keep_telling()
+            ),
         ):
             yield dispatch

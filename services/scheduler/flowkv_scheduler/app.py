@@ -25,6 +25,7 @@ from flowkv_common.wire.messages import (
     Accepted,
     Assignment,
     NodeRef,
+    NodesSeen,
     ReadyReply,
     ReadyRequest,
     ScheduleRequest,
@@ -197,6 +198,9 @@ class Scheduler:
         self._lease.hear(report.epoch)
         self.planner.add_report(report, self._clock())
 
+    def on_seen(self, seen: NodesSeen) -> None:
+        self.planner.add_seen(seen, self._clock())
+
     def on_nodes(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         self.planner.set_descriptors(descriptors)
         apart = why_apart(descriptors.values())
@@ -244,6 +248,7 @@ class Scheduler:
             prefill_candidates=decision.prefill_candidates,
             decode_candidates=decision.decode_candidates,
             first_token_in_s=decision.first_token_s,
+            promised_first_token_in_s=decision.prefill.own_word(decision.first_token_s),
         )
         await self._bus.publish(subjects.assignment(request.request_id), assignment)
         return assignment
@@ -339,6 +344,7 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event, planner: Plann
         async with (
             serve_http(app, settings.host, settings.http_port) as http_port,
             await bus.subscribe(subjects.LOAD_ALL, LoadReport, scheduler.on_report),
+            await bus.subscribe(subjects.SEEN_ALL, NodesSeen, scheduler.on_seen),
             following_prefixes(bus, scheduler.planner.state.prefixes) as follow_prefixes,
             service,
             running(watch_nodes(bus, on_nodes), lease.campaign(lambda: scheduler.lead(service))),

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_right, insort
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from operator import attrgetter
 from typing import NamedTuple
 
 import msgspec
 from sortedcontainers import SortedDict
 
-from flowkv_common.wire.messages import NodeRef, PoolLayout, ScheduleRequest
+from flowkv_common.wire.messages import NodeRef, NodesSeen, PoolLayout, ScheduleRequest
 from flowkv_common.wire.nodes import (
     SILENT_AFTER_PERIODS,
     LoadReport,
@@ -25,6 +25,7 @@ from flowkv_common.wire.nodes import (
     serves_decode,
     serves_prefill,
 )
+from flowkv_scheduler.belief import TRUSTED, Belief, Doubt
 from flowkv_scheduler.demand import OutputLengths
 from flowkv_scheduler.prefixes import PrefixIndex
 
@@ -107,6 +108,10 @@ class Speed(msgspec.Struct, frozen=True, gc=False):
     sequence_s: float
     context_token_s: float
 
+    def times(self, factor: float) -> Speed:
+        """Of a node that is so many times slower."""
+        return Speed(*(factor * seconds for seconds in msgspec.structs.astuple(self)))
+
     def prefill_s(self, num_new: int, num_cached: int, chunk_tokens: int, beside_s: float) -> float:
         """Seconds to compute `num_new` tokens behind `num_cached` in steps of at most `chunk_tokens`.
 
@@ -177,7 +182,8 @@ class NodeView(msgspec.Struct, frozen=True, gc=False):
     report: LoadReport
     usable_until: float  # silent after that, unless it reports again; -inf if it takes nothing new
     given: Work
-    speed: Speed
+    speed: Speed  # as believed
+    doubt: Doubt  # of what the node says
     chunk_budget: int  # prompt tokens per step, the one number that says what the node is
     chunk_tokens: int  # of a prompt, in one step
     may_prefill: bool
@@ -206,6 +212,15 @@ class NodeView(msgspec.Struct, frozen=True, gc=False):
     def is_usable(self, now: float) -> bool:
         """May it get new work?"""
         return now <= self.usable_until
+
+    def own_word(self, first_token_s: float) -> float:
+        """When a first token would come by what the node says. Believed is `first_token_s`."""
+        return max(0.0, first_token_s - self.doubt.first_token_s) / self.doubt.slowness
+
+    @property
+    def own_step_s(self) -> float:
+        """`step_s` by what the node says."""
+        return (self.step_s - self.doubt.step_s) / self.doubt.slowness
 
     def can_ever_compute(self, request: ScheduleRequest) -> bool:
         """Could the whole pool hold the prompt?"""
@@ -264,6 +279,7 @@ class _Node:
     def __init__(self, report: LoadReport, speed: Speed, now: float) -> None:
         self.report = report
         self.speed = speed
+        self.doubt = TRUSTED
         self.heard_at = now
         self.counted: tuple[str, OutputForecast] | None = None  # in the lengths of that model
         self.prompts = _Pending(report.num_prompts_accepted)
@@ -281,7 +297,8 @@ def view_of(
     descriptor: NodeDescriptor, node: _Node, mean_prompt_tokens: float, leaves: str | None
 ) -> NodeView:
     """`mean_prompt_tokens`: a queue is one of such prompts. `leaves`: the side that gets nothing new here."""
-    report, speed = node.report, node.speed
+    report, doubt = node.report, node.doubt
+    speed = node.speed if doubt is TRUSTED else node.speed.times(doubt.slowness)
     node_id, block_size = descriptor.node.node_id, descriptor.layout.block_size
     given = node.prompts.sum.plus(node.rooms.sum).plus(node.sequences.sum)
     silent_at = node.heard_at + SILENT_AFTER_PERIODS * report.period_s
@@ -295,9 +312,10 @@ def view_of(
     # A chunk on a decode node takes a whole step: a block at a time is never as cheap as its rate.
     base_s = 0.0 if may_prefill else speed.base_s - speed.chunk_base_s
     beside_s = base_s + speed.beside_s(report.num_running, report.num_context_tokens)
-    wait_s = speed.queue_s(num_queued, mean_prompt_tokens, chunk_tokens, beside_s)
+    wait_s = speed.queue_s(num_queued, mean_prompt_tokens, chunk_tokens, beside_s) + doubt.first_token_s
     chunk_s = min(num_queued, chunk_tokens) * speed.prefill_token_s
     step_s = speed.decode_step_s(num_sequences + 1, num_context_tokens + int(mean_prompt_tokens)) + chunk_s
+    step_s += doubt.step_s
     forecast = report.forecast
     if forecast is None:  # all that is known is how many there are
         num = report.num_running + report.num_waiting
@@ -316,6 +334,7 @@ def view_of(
         usable_until=silent_at if report.ready and not report.draining else -math.inf,
         given=given,
         speed=speed,
+        doubt=doubt,
         chunk_budget=budget,
         chunk_tokens=chunk_tokens,
         may_prefill=may_prefill,
@@ -388,12 +407,14 @@ class ClusterState:
 
     def __init__(self) -> None:
         self.prefixes = PrefixIndex()
+        self.belief = Belief()
         self.mean_prompt_tokens = FIRST_MEAN_PROMPT_TOKENS
         self._descriptors: dict[str, NodeDescriptor] = {}
         self._nodes: dict[NodeRef, _Node] = {}
         self._views: dict[str, NodeView] = {}
         self._groups: SortedDict = SortedDict(repr)  # group -> `NodeGroup`
         self._leaving: dict[str, str] = {}
+        self._doubted: Set[NodeRef] = frozenset()
         self.lengths: defaultdict[str, OutputLengths] = defaultdict(OutputLengths)
         self._costs: defaultdict[str, dict[str, float]] = defaultdict(dict)  # by model, as last measured
 
@@ -450,6 +471,32 @@ class ClusterState:
         for node_id in before.keys() | leaving.keys():
             if before.get(node_id) != leaving.get(node_id):
                 self._refresh(node_id)
+
+    def add_seen(self, seen: NodesSeen, now: float) -> None:
+        """What a gateway saw of nodes counts from the next `doubt_nodes` on."""
+        for one in seen.nodes:
+            view = self._views.get(one.node.node_id)
+            if view is not None and view.descriptor.node == one.node:
+                self.belief.hear(seen.gateway_id, one, view.own_step_s, now)
+
+    def doubt_nodes(self, now: float) -> None:
+        """Believe each node by what it has done, as against the best of its side."""
+        self.belief.forget_old(now)
+        doubts: dict[NodeRef, Doubt] = {}
+        if self.belief:
+            for group in self._groups.values():
+                members, prefill, decode = (
+                    [node.descriptor.node for node in nodes.values()]
+                    for nodes in (group.members, group.prefill, group.decode)
+                )
+                doubts |= self.belief.doubts(members, prefill, decode, now)
+        for ref in doubts.keys() | self._doubted:
+            doubt = doubts.get(ref, TRUSTED)
+            known = self._nodes.get(ref)
+            if known is not None and known.doubt != doubt:
+                known.doubt = doubt
+                self._refresh(ref.node_id)
+        self._doubted = doubts.keys()
 
     def touch_all(self, now: float) -> None:
         """Start all ages anew: after a reconnect the silence was ours, not the nodes'."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flowkv_common import errors
-from flowkv_common.wire.messages import ScheduleRequest, Wait
+from flowkv_common.wire.messages import NodesSeen, ScheduleRequest, Wait
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_scheduler import admission, policy
 from flowkv_scheduler.admission import WaitingQueue
@@ -45,6 +45,9 @@ class Planner:
 
     def add_report(self, report: LoadReport, now: float) -> None:
         self.state.add_report(report, now)
+
+    def add_seen(self, seen: NodesSeen, now: float) -> None:
+        self.state.add_seen(seen, now)
 
     def touch_all(self, now: float) -> None:
         """After a reconnect: the silence was ours, not the nodes'."""
@@ -90,7 +93,8 @@ class Planner:
         return None if costs.has_nodes() else "no node of the model is ready"
 
     def tick(self, now: float) -> list[Order]:
-        """Once per period: regimes, lending, scaling."""
+        """Once per period: whom to believe, regimes, lending, scaling."""
+        self.state.doubt_nodes(now)
         orders = self.rebalancer.tick(list(self.state.usable(now)), self._demands, self.state.lengths, now)
         self.state.set_leaving(self.rebalancer.leaving)
         return orders

@@ -228,6 +228,7 @@ class Assignment(Message, frozen=True):
     prefill_candidates: list[Candidate]
     decode_candidates: list[Candidate]
     first_token_in_s: float = 0.0  # predicted, from now
+    promised_first_token_in_s: float | None = None  # the same by the node's own word, however it is believed
 
 
 class Wait(Message, frozen=True):
@@ -386,6 +387,26 @@ class KeepaliveReply(Message, frozen=True):
     """Those of the attempts that the gateway does not know: their cancel was lost."""
 
     unknown: list[str]
+
+
+class NodeSeen(Part, frozen=True):
+    """One node, as a gateway saw it since it last said so. The sums are over first tokens, and over gaps."""
+
+    node: NodeRef
+    num_prompts: int = 0  # whose first token has come, or was given up after it was due
+    promised_s: float = 0.0
+    taken_s: float = 0.0
+    num_gaps: int = 0  # between two tokens of a sequence that decodes there
+    gaps_s: float = 0.0
+    prompt_stall_s: float = 0.0  # since the last first token, or since one is due: the later of both
+    step_stall_s: float = 0.0  # since the last token, where sequences decode
+
+
+class NodesSeen(Message, frozen=True):
+    """Gateway to schedulers, four times a second: what it saw of nodes that had work of it."""
+
+    gateway_id: str
+    nodes: list[NodeSeen]
 
 
 # --- events --------------------------------------------------------------------------------------

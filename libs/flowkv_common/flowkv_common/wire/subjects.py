@@ -25,6 +25,7 @@ NODE_CANCEL = "flowkv.v1.node.cancel"
 
 LOAD_ALL = "flowkv.v1.load.*"
 BLOCKS_ALL = "flowkv.v1.blocks.*"
+SEEN_ALL = "flowkv.v1.gateway.seen.*"
 CANCEL_ALL = "flowkv.v1.request.cancel.>"
 
 NODES_BUCKET = "flowkv_nodes"
@@ -63,6 +64,11 @@ def tokens(gateway_id: str) -> str:
 
 def keepalive(gateway_id: str) -> str:
     return f"flowkv.v1.gateway.keepalive.{gateway_id}"
+
+
+def seen(gateway_id: str) -> str:
+    """What a gateway saw of nodes."""
+    return f"flowkv.v1.gateway.seen.{gateway_id}"
 
 
 def event(past_tense: str, subject_id: str) -> str:

@@ -1,0 +1,187 @@
+"""Whether nodes do what they say: what was promised for each, and what came by the word of the gateways.
+
+Pure: `now` is seconds of any monotonic clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
+
+import msgspec
+
+from flowkv_common.wire.messages import NodeRef, NodeSeen
+
+# Evidence counts for about so long, and about so many outcomes: a node that was slow is tried again some ten
+# seconds later, and eight prompts show that it has recovered.
+MEMORY_S = 3.0
+MEMORY_OUTCOMES = 8.0
+# A first token, or a decode step, that is late by no more than this says little: a busy host delays messages.
+PROMPT_SLACK_S = 0.1
+STEP_SLACK_S = 0.01
+# A stall shorter than the gateways' period can't be told from a message on its way.
+SHORTEST_STALL_S = 0.25
+# What a gateway said of a stall holds for so long: it says so four times a second, and may be dead.
+STALL_HOLDS_S = 1.0
+# By then less than a thousandth of any evidence is left.
+FORGET_AFTER_S = 8 * MEMORY_S
+# Slowness is told in steps of this factor: what differs by less does not change a choice.
+SLOWNESS_STEP = 1.25
+
+
+class Doubt(msgspec.Struct, frozen=True, gc=False):
+    """How a node differs from what it says: its steps cost `slowness` times as much, and come later."""
+
+    slowness: float = 1.0
+    first_token_s: float = 0.0  # later
+    step_s: float = 0.0  # later, each step
+
+
+TRUSTED = Doubt()
+
+
+class Record:
+    """Promises of one kind that a node was given, and what came of them, the latest ones."""
+
+    def __init__(self, slack_s: float) -> None:
+        self._slack_s = slack_s
+        self._num = 0.0
+        self._promised_s = 0.0
+        self._taken_s = 0.0
+        self._at = -math.inf
+        # By gateway that waits for something: when it said so, and for how long nothing has come.
+        self._stalls: dict[str, tuple[float, float]] = {}
+
+    def add_outcomes(self, num: int, promised_s: float, taken_s: float, now: float) -> None:
+        """So many more, with the sums of their seconds."""
+        keep = self._share_left(now) * max(0.0, 1.0 - num / MEMORY_OUTCOMES)
+        share = min(1.0, MEMORY_OUTCOMES / num)
+        self._num = keep * self._num + share * num
+        self._promised_s = keep * self._promised_s + share * promised_s
+        self._taken_s = keep * self._taken_s + share * taken_s
+        self._at = now
+
+    def set_stall(self, gateway_id: str, stalled_s: float | None, now: float) -> None:
+        """For how long nothing has come to this gateway that should have; None if it waits for nothing."""
+        if stalled_s is None:
+            self._stalls.pop(gateway_id, None)
+        else:
+            self._stalls[gateway_id] = now, stalled_s
+
+    def slowness(self, now: float) -> float:
+        """By which factor promises, slack included, were exceeded: 1 at least, and without evidence.
+
+        One more outcome that was as promised is all that is left when the others are forgotten.
+        """
+        if not self._num:
+            return 1.0
+        slack_s = self._num * self._slack_s
+        ratio = (self._taken_s + slack_s) / (self._promised_s + slack_s)
+        num = self._share_left(now) * self._num
+        return max(1.0, (num * ratio + 1.0) / (num + 1.0))
+
+    def stall_s(self, now: float) -> float:
+        """For how long nothing has come to any gateway that waits for something."""
+        lately = [stalled_s for said_at, stalled_s in self._stalls.values() if now - said_at <= STALL_HOLDS_S]
+        stalled_s = min(lately, default=0.0)
+        return stalled_s if stalled_s > SHORTEST_STALL_S else 0.0
+
+    def _share_left(self, now: float) -> float:
+        return math.exp((self._at - now) / MEMORY_S)
+
+
+class _Evidence:
+    """On one incarnation of a node."""
+
+    def __init__(self) -> None:
+        self.heard_at = -math.inf
+        self.prompts = Record(PROMPT_SLACK_S)
+        self.steps = Record(STEP_SLACK_S)
+
+
+class Belief:
+    """What gateways have seen of nodes lately, and what follows from it for the two sides of a group."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[NodeRef, _Evidence] = {}
+
+    def __len__(self) -> int:
+        """Nodes with evidence."""
+        return len(self._nodes)
+
+    def hear(self, gateway_id: str, seen: NodeSeen, step_s: float, now: float) -> None:
+        """Take what a gateway saw of a node, whose decode steps should take `step_s` by its own word."""
+        known = self._nodes.setdefault(seen.node, _Evidence())
+        known.heard_at = now
+        if seen.num_prompts:
+            known.prompts.add_outcomes(seen.num_prompts, seen.promised_s, seen.taken_s, now)
+        if seen.num_gaps:  # their mean is one outcome, however many sequences a step had
+            known.steps.add_outcomes(1, step_s, seen.gaps_s / seen.num_gaps, now)
+        waits = seen.num_prompts or seen.prompt_stall_s
+        known.prompts.set_stall(gateway_id, seen.prompt_stall_s if waits else None, now)
+        waits = seen.num_gaps or seen.step_stall_s
+        known.steps.set_stall(gateway_id, max(0.0, seen.step_stall_s - step_s) if waits else None, now)
+
+    def forget_old(self, now: float) -> None:
+        """Drop what has lost its weight, so that memory stays bounded."""
+        for ref, known in list(self._nodes.items()):
+            if now - known.heard_at > FORGET_AFTER_S:
+                del self._nodes[ref]
+
+    def doubts(
+        self,
+        members: Iterable[NodeRef],
+        prefill: Collection[NodeRef],
+        decode: Collection[NodeRef],
+        now: float,
+    ) -> dict[NodeRef, Doubt]:
+        """Of the members of a group, by node that is not trusted. The sides are those that serve them now.
+
+        The best node of each side passes for what it says: predictions that are wrong for all alike are no
+        node's fault, and shut no door.
+        """
+        known = {ref: self._nodes[ref] for ref in members if ref in self._nodes}
+        late = _excesses({ref: one.prompts for ref, one in known.items()}, prefill, now)
+        slow = _excesses({ref: one.steps for ref, one in known.items()}, decode, now)
+        doubts = {}
+        for ref in late.keys() | slow.keys():
+            lateness, stall_s = late.get(ref, NO_EXCESS)
+            slowness, step_stall_s = slow.get(ref, NO_EXCESS)
+            doubts[ref] = Doubt(
+                slowness=max(lateness, slowness),
+                # The slack is part of what takes so many times longer: all of it where a node promises the
+                # impossible.
+                first_token_s=(lateness - 1.0) * PROMPT_SLACK_S + stall_s,
+                step_s=(slowness - 1.0) * STEP_SLACK_S + step_stall_s,
+            )
+        return doubts
+
+
+class _Excess(NamedTuple):
+    slowness: float
+    stall_s: float
+
+
+NO_EXCESS = _Excess(1.0, 0.0)
+
+
+def _excesses(
+    records: Mapping[NodeRef, Record], side: Collection[NodeRef], now: float
+) -> dict[NodeRef, _Excess]:
+    """By how much each node is worse than the best of the side; without those that are as good."""
+    found = {ref: _Excess(record.slowness(now), record.stall_s(now)) for ref, record in records.items()}
+    # Without evidence a node is as good as its word.
+    best = [found.get(ref, NO_EXCESS) for ref in side]
+    least_slowness = min((one.slowness for one in best), default=1.0)
+    least_stall_s = min((one.stall_s for one in best), default=0.0)
+    excesses = {
+        ref: _Excess(_in_steps(one.slowness / least_slowness), max(0.0, one.stall_s - least_stall_s))
+        for ref, one in found.items()
+    }
+    return {ref: one for ref, one in excesses.items() if one != NO_EXCESS}
+
+
+def _in_steps(slowness: float) -> float:
+    steps = max(0, math.floor(math.log(slowness, SLOWNESS_STEP) + 1e-9))
+    return float(SLOWNESS_STEP**steps)
