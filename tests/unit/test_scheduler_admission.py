@@ -282,6 +282,12 @@ def test_who_has_been_let_in_is_not_sent_away_for_what_is_foreseen_later() -> No
     assert isinstance(decide(old, PAIR, waiting_behind([old])), Choice)
 
 
+def test_who_stands_at_a_node_that_is_lent_since_waits_on() -> None:
+    first = request(request_id="r0", age_s=1.0)
+    lent = [node("p0", "prefill", free=0), node("d0", "prefill", free=0)]
+    assert isinstance(decide(first, lent, waiting_behind([first])), Wait)
+
+
 def test_room_for_those_ahead_is_not_given_away() -> None:
     """15 blocks are free: 10 for the first request, and not 10 more."""
     tight = node("d0", "decode", num_running=2, free=NUM_NEEDED + 5)

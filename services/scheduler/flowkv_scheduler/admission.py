@@ -397,7 +397,7 @@ def foresee_room(costs: RequestCosts, queue: WaitingQueue, place: Place) -> Late
     nodes: list[NodeView] = []
     for group in costs.groups:
         seen = _spread(group.decode, request.request_id)
-        if (view := costs.state.view(own)) is not None and view not in seen and view.group == seen[0].group:
+        if seen and (view := costs.state.view(own)) and view.group == seen[0].group and view not in seen:
             seen.append(view)
         nodes += filter(costs.takes_sequence, seen)
     if not nodes:
