@@ -153,6 +153,7 @@ EXAMPLES: list[Message] = [
         decode_candidates=[Candidate(node_id="decode-0", predicted_s=0.03125, reason="2 of 64 sequences")],
         first_token_in_s=0.125,
         promised_first_token_in_s=0.0625,
+        due_in_s=4.5,
     ),
     Wait(retry_in_s=0.25, reason="all 1 decode nodes are full", first_token_in_s=2.5),
     ReadyRequest(fingerprint=CARD.fingerprint),
@@ -169,6 +170,7 @@ EXAMPLES: list[Message] = [
         output_ids=TokenIds.of([504]),
         sampling=SAMPLING,
         deadline_in_s=599.5,
+        due_in_s=3.5,
     ),
     Reserve(
         transfer_id=TRANSFER_ID,

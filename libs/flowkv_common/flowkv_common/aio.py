@@ -120,7 +120,7 @@ class FairQueue:
         self._max_holders = max_holders
         self._max_weight = max_weight
         # (place, arrival) -> weight, and what the task waits for
-        self._waiting: SortedDict[tuple[int, int], tuple[int, asyncio.Future[None]]] = SortedDict()
+        self._waiting: SortedDict[tuple[float, int], tuple[int, asyncio.Future[None]]] = SortedDict()
         self._arrivals = itertools.count()
         self.num_holders = 0
         self.weight_held = 0
@@ -129,8 +129,12 @@ class FairQueue:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    def is_overtaken(self, place: float) -> bool:
+        """Whether a task waits that comes before `place`. A holder that can't go on may give way to it."""
+        return bool(self._waiting) and self._waiting.peekitem(0)[0][0] < place
+
     @contextlib.asynccontextmanager
-    async def hold(self, weight: int = 0, *, place: int | None = None) -> AsyncIterator[None]:
+    async def hold(self, weight: int = 0, *, place: float | None = None) -> AsyncIterator[None]:
         """Wait for room, then hold `weight` of it while the context lasts.
 
         Without a `place` tasks enter in the order in which they come. With one, a task that leaves and comes

@@ -74,7 +74,7 @@ class InFlight:
 
 
 class HandoffBudget:
-    """First come, first served; a handoff larger than the whole budget goes alone.
+    """The handoff that is due first goes first; one larger than the whole budget goes alone.
 
     `node_moved_at` tells when, on `clock`, a step has last ended at this node, blocks have come back or a
     reservation was renewed.
@@ -94,9 +94,11 @@ class HandoffBudget:
         self._clock = clock
 
     @contextlib.asynccontextmanager
-    async def hold(self, transfer_id: str, decode_node_id: str, num_bytes: int) -> AsyncIterator[InFlight]:
+    async def hold(
+        self, transfer_id: str, decode_node_id: str, num_bytes: int, *, due: float = 0.0
+    ) -> AsyncIterator[InFlight]:
         """Waits for room, then holds `num_bytes` of it while the context lasts."""
-        async with self.queue.hold(num_bytes):
+        async with self.queue.hold(num_bytes, place=due):
             patience_s = STUCK_AFTER_S + num_bytes / SLOWEST_LINK_BYTES_PER_S
             mine = InFlight(transfer_id, decode_node_id, patience_s, self._clock, self._clock())
             self._in_flight.add(mine)

@@ -284,10 +284,14 @@ class Node:
     def notice_room(self) -> None:
         """Blocks have come back: prompts that wait for room look again."""
         self.moved_at = time.monotonic()
+        self.look_for_room()
+
+    def look_for_room(self) -> None:
+        """Who waits for room looks again, though no blocks have come back."""
         self._has_room.set()
 
     async def wait_for_room(self, timeout_s: float) -> None:
-        """Until blocks have come back, at most `timeout_s`: some are freed without a word."""
+        """Until it is worth to look again, at most `timeout_s`: some blocks are freed without a word."""
         self._has_room.clear()
         await wait_event(self._has_room, timeout_s)
 

@@ -31,12 +31,15 @@ async def run_steps(node: Node, engine: Engine) -> None:
 
 
 def plan_step(node: Node) -> Work:
-    """One token of each running sequence, then prompt chunks under the prefill chunk budget."""
+    """One token of each running sequence, then prompt chunks under the prefill chunk budget.
+
+    Those of preempted sequences first: their clients have seen output.
+    """
     work: Work = [(node.decode, WorkItem(sequence, 1)) for sequence in node.decode.sequences_to_decode()]
     room = min(node.settings.token_budget - len(work), node.max_prefill_tokens_per_step)
     # At least one block: prompts always proceed, also those of preempted sequences.
     room = max(room, node.settings.block_size)
-    for role in (node.prefill, node.decode):
+    for role in (node.decode, node.prefill):
         for chunk in plan_chunks(role.sequences_to_prefill(), room, node.settings.block_size):
             work.append((role, chunk))
             room -= chunk.num_tokens
@@ -44,7 +47,7 @@ def plan_step(node: Node) -> Work:
 
 
 def plan_chunks(queue: Iterable[Sequence], max_tokens: int, block_size: int) -> list[WorkItem]:
-    """First come, first served, at most `max_tokens` tokens in all.
+    """In the order of `queue`, at most `max_tokens` tokens in all.
 
     A chunk that does not end its prompt ends on a block border, so that only whole blocks are handed off
     while later chunks compute.

@@ -446,6 +446,7 @@ class Dispatch:
             output_ids=TokenIds.of(request.output_ids),
             sampling=request.sampling,
             deadline_in_s=request.remaining_s(),
+            due_in_s=assignment.due_in_s,
         )
         subject = subjects.at(subjects.PREFILL_RUN, request.prefill_node)
         try:

@@ -8,6 +8,7 @@ import logging
 import random
 import time
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from flowkv_common.aio import FairQueue, Phases, running
 from flowkv_common.bus.service import Endpoint
@@ -36,7 +37,7 @@ class Prompt:
     """A prompt and what its task waits for."""
 
     run: PrefillRun
-    number: int  # grows from prompt to prompt: its place among those that wait for blocks
+    due: float  # its first token, on the monotonic clock: its place among the prompts of this node
     sequence: Sequence
     task: asyncio.Task[None] = field(init=False)
     progress: asyncio.Event = field(default_factory=asyncio.Event)  # set after each chunk
@@ -47,15 +48,19 @@ class Prompt:
 
 
 class PrefillRole:
-    """Queues prompts, computes them in chunks, hands their KV cache to a decode node."""
+    """Queues prompts, computes them in chunks, hands their KV cache to a decode node.
+
+    The prompt that is due first comes first, whether it waits for its part of the handoff budget, for blocks
+    or for its next chunk. So a late prompt is interrupted by those in time, until it is due itself.
+    """
 
     def __init__(self, node: Node) -> None:
         self._node = node
         self._num_accepted = 0
         self._tasks = asyncio.TaskGroup()  # open while `run` runs: one task per prompt
         self._prompts: dict[str, Prompt] = {}  # transfer_id -> prompt, in order of arrival
-        self._computing: dict[str, Prompt] = {}  # those with blocks, in the order of their chunks
-        # Blocks are given out to one prompt after the other, in the order of arrival.
+        self._computing: dict[str, Prompt] = {}  # those with blocks
+        # Blocks are given out to one prompt after the other.
         self._block_queue = FairQueue(max_holders=1)
 
     def endpoints(self) -> list[Endpoint]:
@@ -74,7 +79,7 @@ class PrefillRole:
         self._node.refuse_while_unready()
         # Heard, but never refused for being old: the assignment was a promise to a client.
         self._node.hear_epoch(run.epoch)
-        prompt = Prompt(run, self._num_accepted, new_sequence(run))
+        prompt = Prompt(run, time.monotonic() + run.due_in_s, new_sequence(run))
         tid = prompt.sequence.transfer_id
         if tid not in self._prompts:
             self._node.attempts.begin(Attempt(tid, run.gateway_id, "queued", lambda _: self._stop(prompt)))
@@ -125,7 +130,7 @@ class PrefillRole:
         tid, node = prompt.sequence.transfer_id, self._node
         async with contextlib.AsyncExitStack() as held:
             with prompt.phases.phase("queue"):
-                budget = node.handoffs.hold(tid, prompt.run.decode.node_id, num_bytes)
+                budget = node.handoffs.hold(tid, prompt.run.decode.node_id, num_bytes, due=prompt.due)
                 in_flight = await held.enter_async_context(budget)
             result = "failed"  # one of `HANDOFF_RESULTS`, as far as it has come
             try:
@@ -190,12 +195,17 @@ class PrefillRole:
 
     async def _take_blocks(self, prompt: Prompt) -> None:
         """Wait for blocks for the whole prompt and one token more, those of a cached prefix among them."""
-        sequence, node = prompt.sequence, self._node
+        sequence, node, queue = prompt.sequence, self._node, self._block_queue
         num_blocks = node.layout.blocks_for_prompt(sequence.num_tokens)
+        has_blocks = False
         with prompt.phases.phase("queue"):
-            async with self._block_queue.hold(place=prompt.number):
-                while not node.take_blocks(sequence, num_blocks):
-                    await node.wait_for_room(ROOM_RETRY_S)
+            while not has_blocks:
+                node.look_for_room()  # one that waits there gives way if it is due later
+                async with queue.hold(place=prompt.due):
+                    while not queue.is_overtaken(prompt.due):
+                        if has_blocks := node.take_blocks(sequence, num_blocks):
+                            break
+                        await node.wait_for_room(ROOM_RETRY_S)
         sequence.num_cached_tokens = sequence.num_computed_tokens
 
     async def _compute_first_token(self, prompt: Prompt) -> bool:
@@ -244,7 +254,8 @@ class PrefillRole:
     # --- between steps ----------------------------------------------------------------------------
 
     def sequences_to_prefill(self) -> list[Sequence]:
-        return [prompt.sequence for prompt in self._computing.values() if prompt.first is None]
+        waiting = (prompt for prompt in self._computing.values() if prompt.first is None)
+        return [prompt.sequence for prompt in sorted(waiting, key=attrgetter("due"))]
 
     def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
         """One more chunk is computed; the last one comes with a token."""

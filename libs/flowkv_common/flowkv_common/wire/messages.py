@@ -229,6 +229,7 @@ class Assignment(Message, frozen=True):
     decode_candidates: list[Candidate]
     first_token_in_s: float = 0.0  # predicted, from now
     promised_first_token_in_s: float | None = None  # the same by the node's own word, however it is believed
+    due_in_s: float = 0.0  # the first token: later for requests that are late
 
 
 class Wait(Message, frozen=True):
@@ -272,6 +273,7 @@ class PrefillRun(Message, frozen=True):
     output_ids: TokenIds
     sampling: SamplingParams
     deadline_in_s: float
+    due_in_s: float = 0.0  # its first token: a node computes the prompt first that is due first
 
 
 class Reserve(Message, frozen=True):
