@@ -132,3 +132,21 @@ def test_a_report_of_a_node_that_knows_no_lengths_by_prompt_is_read() -> None:
 
 def test_defaults_are_left_out() -> None:
     assert encode(nodes.Drain()) == b'{"type":"Drain"}'
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("queued_prefill_tokens", "-1"),
+        ("max_num_seqs", "0"),
+        ("decode_step_s", "-0.5"),
+        ("prefill_tokens_per_s", "1e999"),
+        ("prefill_tokens_per_s", "NaN"),
+        ("blocks", '{"total":-1,"free":0,"cached":0,"leased":0,"quarantined":0,"longest_free_run":0}'),
+    ],
+)
+def test_a_load_report_has_no_number_out_of_range(field: str, value: str) -> None:
+    fields = msgspec.json.decode(golden_file(nodes.LoadReport).read_bytes(), type=dict[str, msgspec.Raw])
+    decode(msgspec.json.encode(fields), nodes.LoadReport)
+    with pytest.raises(msgspec.DecodeError):
+        decode(msgspec.json.encode(fields | {field: msgspec.Raw(value.encode())}), nodes.LoadReport)

@@ -119,6 +119,24 @@ async def test_a_burst_between_two_reports_is_spread(nats_server: NatsServer) ->
     assert len(chosen) == 10
 
 
+async def test_a_node_whose_reports_cant_be_true_gets_nothing(
+    nats_server: NatsServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By their types, or by what the node is."""
+    async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
+        p0 = ReportingNode(bus, "p0", "prefill")
+        p1 = ReportingNode(bus, "p1", "prefill", queued_prefill_tokens=3000)
+        async with reporting(p0, p1, busy_with_its_own(bus, "d0")):
+            for changes in ({"queued_prefill_tokens": -5}, {"max_prefill_tokens_per_step": 10**6}):
+                await until_answer(bus, is_assigned("p0", "d0"))
+                p0.changes = changes
+                await until_answer(bus, is_assigned("p1", "d0"))
+                p0.changes = {}
+    [told] = [record.message for record in caplog.records if "are dropped" in record.message]
+    assert subjects.load("p0") in told
+    assert "queued_prefill_tokens" in told
+
+
 async def test_silent_and_draining_nodes_get_nothing(nats_server: NatsServer) -> None:
     async with connect(nats_server.url, name="test") as bus, scheduler(nats_server):
         d0, d1 = ReportingNode(bus, "d0", "decode"), ReportingNode(bus, "d1", "decode", num_running=9)

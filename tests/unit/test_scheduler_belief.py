@@ -8,6 +8,7 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv_common.wire.messages import Assignment, NodeRef, NodeSeen, Wait
-from flowkv_common.wire.nodes import StepFit
+from flowkv_common.wire.nodes import BlockCounts, StepFit
 from flowkv_gateway.witness import Witness
-from flowkv_scheduler.belief import MEMORY_OUTCOMES, MEMORY_S, TRUSTED, Belief, Doubt, Record
+from flowkv_scheduler.belief import MEMORY_OUTCOMES, MEMORY_S, TRUSTED, Belief, Doubt, Record, why_untrue
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
-from tests.described_nodes import GROWN, INCARNATION, descriptor, report, request
+from tests.described_nodes import BLOCK_SIZE, GROWN, INCARNATION, TOKEN_BUDGET, descriptor, report, request
 
 REFS = [NodeRef(node_id=f"n{number}", incarnation=INCARNATION) for number in range(3)]
 A, B, C = REFS
@@ -168,6 +169,29 @@ def test_what_a_dead_gateway_waited_for_expires() -> None:
     assert doubts(belief, 1.1) == {}
     belief.forget_old(100.0)
     assert len(belief) == 0
+
+
+# --- what can't be true ---------------------------------------------------------------------------
+
+OTHER_SUM = BlockCounts(total=256, free=9, cached=0, leased=0, quarantined=0, longest_free_run=9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"num_blocks": 1}, "blocks.total"),
+        ({"blocks": OTHER_SUM}, "blocks"),
+        ({"max_prefill_tokens_per_step": BLOCK_SIZE - 1}, "max_prefill_tokens_per_step"),
+        ({"max_prefill_tokens_per_step": TOKEN_BUDGET + 1}, "max_prefill_tokens_per_step"),
+        ({"num_running": 17}, "num_running"),
+    ],
+)
+def test_a_report_that_does_not_fit_its_node(changes: dict[str, Any], field: str) -> None:
+    node = descriptor("p0", "prefill")
+    assert why_untrue(report("p0", "prefill"), node) is None
+    why = why_untrue(report("p0", "prefill", **changes), node)
+    assert why is not None
+    assert why.startswith(field)
 
 
 # --- what the planner does with it ---------------------------------------------------------------

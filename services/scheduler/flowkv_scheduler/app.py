@@ -39,6 +39,7 @@ from flowkv_common.wire.nodes import (
     ScaleWanted,
     SetPrefillCap,
 )
+from flowkv_scheduler.belief import why_untrue
 from flowkv_scheduler.cluster import Goals, num_pairs, why_apart
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.prefixes import following_prefixes
@@ -173,6 +174,7 @@ class Scheduler:
         self._bus = bus
         self._lease = lease
         self._clock = clock
+        self._told_bad: set[str] = set()  # subjects of reports that were dropped
         self._apart: str | None = None  # what was last told of nodes that can't serve together
         self._orders = Orders(bus, lease, registry, self._budget_of)
         self._decisions = Counter(
@@ -182,6 +184,9 @@ class Scheduler:
             self._decisions.labels(outcome)
         self._seconds = Histogram(
             "flowkv_schedule_seconds", "Time to decide", buckets=DECISION_BUCKETS, registry=registry
+        )
+        self._bad_reports = Counter(
+            "flowkv_bad_reports", "Load reports that can't be true, dropped", registry=registry
         )
         usable = Gauge("flowkv_usable_nodes", "Nodes that may get new work", registry=registry)
         usable.set_function(lambda: sum(1 for _ in self.planner.state.usable(clock())))
@@ -195,14 +200,26 @@ class Scheduler:
         epoch.set_function(lambda: lease.highest_epoch)
 
     def on_report(self, report: LoadReport) -> None:
+        descriptor = self.planner.state.descriptor_of(report.node)
+        if descriptor is not None and (why := why_untrue(report, descriptor)):
+            self.on_bad_report(subjects.load(report.node.node_id), why)
+            return
         self._lease.hear(report.epoch)
         self.planner.add_report(report, self._clock())
+
+    def on_bad_report(self, subject: str, why: str) -> None:
+        """One that can't be true is dropped whole: its node falls silent if it sends no better one."""
+        self._bad_reports.inc()
+        if subject not in self._told_bad:
+            self._told_bad.add(subject)
+            log.warning("reports on %s are dropped, look at that node: %s", subject, why)
 
     def on_seen(self, seen: NodesSeen) -> None:
         self.planner.add_seen(seen, self._clock())
 
     def on_nodes(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         self.planner.set_descriptors(descriptors)
+        self._told_bad &= set(map(subjects.load, descriptors))
         apart = why_apart(descriptors.values())
         if apart and apart != self._apart:
             log.warning("%s", apart)
@@ -343,7 +360,9 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event, planner: Plann
 
         async with (
             serve_http(app, settings.host, settings.http_port) as http_port,
-            await bus.subscribe(subjects.LOAD_ALL, LoadReport, scheduler.on_report),
+            await bus.subscribe(
+                subjects.LOAD_ALL, LoadReport, scheduler.on_report, on_bad=scheduler.on_bad_report
+            ),
             await bus.subscribe(subjects.SEEN_ALL, NodesSeen, scheduler.on_seen),
             following_prefixes(bus, scheduler.planner.state.prefixes) as follow_prefixes,
             service,

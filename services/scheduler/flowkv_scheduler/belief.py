@@ -12,6 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from flowkv_common.wire.messages import NodeRef, NodeSeen
+from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 
 # Evidence counts for about so long, and about so many outcomes: a node that was slow is tried again some ten
 # seconds later, and eight prompts show that it has recovered.
@@ -39,6 +40,21 @@ class Doubt(msgspec.Struct, frozen=True, gc=False):
 
 
 TRUSTED = Doubt()
+
+
+def why_untrue(report: LoadReport, node: NodeDescriptor) -> str | None:
+    """What of a report can't be, by what the node is; None if all can. Types have seen to single numbers."""
+    blocks, budget = report.blocks, report.max_prefill_tokens_per_step
+    if blocks.total != node.num_blocks:
+        return f"blocks.total is {blocks.total}, the pool has {node.num_blocks}"
+    if blocks.free + blocks.cached + blocks.leased + blocks.quarantined != blocks.total:
+        return f"blocks are not {blocks.total} in all"
+    if not node.layout.block_size <= budget <= node.token_budget:
+        least, most = node.layout.block_size, node.token_budget
+        return f"max_prefill_tokens_per_step is {budget}, not between {least} and {most}"
+    if report.num_running > report.max_num_seqs:
+        return f"num_running is {report.num_running}, of max_num_seqs {report.max_num_seqs}"
+    return None
 
 
 class Record:

@@ -508,6 +508,11 @@ class ClusterState:
         """The nodes that have both told what they are and reported, by id."""
         return [view for _, view in sorted(self._views.items())]
 
+    def descriptor_of(self, ref: NodeRef) -> NodeDescriptor | None:
+        """None while the registry does not have this incarnation of the node."""
+        descriptor = self._descriptors.get(ref.node_id)
+        return descriptor if descriptor is not None and descriptor.node == ref else None
+
     def view(self, node_id: str) -> NodeView | None:
         return self._views.get(node_id)
 

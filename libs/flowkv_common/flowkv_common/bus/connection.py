@@ -195,20 +195,28 @@ class Bus:
             raise errors.Internal(f"the answer of {subject} is no {reply}: {error}") from None
 
     async def subscribe(
-        self, subject: str, kind: type[M], handler: Callable[[M], Awaitable[None] | None]
+        self,
+        subject: str,
+        kind: type[M],
+        handler: Callable[[M], Awaitable[None] | None],
+        *,
+        on_bad: Callable[[str, str], None] | None = None,
     ) -> Subscription:
         """Hand every `kind` that arrives on `subject` to `handler`, one after the other.
 
-        When this returns the server knows of it. A payload that is no `kind`, and an error of the handler,
-        are logged, and the subscription goes on. Over the pending limits messages are dropped and counted
-        (`num_slow_consumer_drops`). Raises `Unavailable`.
+        When this returns the server knows of it. A payload that is no `kind` is logged, or told to `on_bad`
+        with its subject and what is wrong. An error of the handler is logged. The subscription goes on. Over
+        the pending limits messages are dropped and counted (`num_slow_consumer_drops`). Raises `Unavailable`.
         """
 
         async def on_message(msg: Msg) -> None:
             try:
                 message = decode(msg.data, kind)
             except msgspec.DecodeError as error:
-                log.warning("message on %s is no %s: %s", msg.subject, kind.__name__, error)
+                if on_bad is None:
+                    log.warning("message on %s is no %s: %s", msg.subject, kind.__name__, error)
+                else:
+                    on_bad(msg.subject, str(error))
                 return
             try:
                 pending = handler(message)

@@ -14,6 +14,11 @@ from typing import Annotated, NamedTuple, TypeVar
 import msgspec
 from msgspec import Meta
 
+# JSON has no infinity and no NaN.
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Amount = Annotated[float, Meta(ge=0)]
+
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of all that travels inside a message."""
@@ -32,10 +37,10 @@ class PoolLayout(Part, frozen=True):
     Two pools can exchange blocks only when their layouts are equal.
     """
 
-    num_layers: int
-    block_size: int
-    num_kv_heads: int
-    head_dim: int
+    num_layers: Positive
+    block_size: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
     dtype: str
 
     @property
@@ -395,13 +400,13 @@ class NodeSeen(Part, frozen=True):
     """One node, as a gateway saw it since it last said so. The sums are over first tokens, and over gaps."""
 
     node: NodeRef
-    num_prompts: int = 0  # whose first token has come, or was given up after it was due
-    promised_s: float = 0.0
-    taken_s: float = 0.0
-    num_gaps: int = 0  # between two tokens of a sequence that decodes there
-    gaps_s: float = 0.0
-    prompt_stall_s: float = 0.0  # since the last first token, or since one is due: the later of both
-    step_stall_s: float = 0.0  # since the last token, where sequences decode
+    num_prompts: Count = 0  # whose first token has come, or was given up after it was due
+    promised_s: Amount = 0.0
+    taken_s: Amount = 0.0
+    num_gaps: Count = 0  # between two tokens of a sequence that decodes there
+    gaps_s: Amount = 0.0
+    prompt_stall_s: Amount = 0.0  # since the last first token, or since one is due: the later of both
+    step_stall_s: Amount = 0.0  # since the last token, where sequences decode
 
 
 class NodesSeen(Message, frozen=True):

@@ -9,18 +9,18 @@ import math
 
 import msgspec
 
-from flowkv_common.wire.messages import Message, ModelCard, NodeRef, Part, PoolLayout
+from flowkv_common.wire.messages import Amount, Count, Message, ModelCard, NodeRef, Part, PoolLayout, Positive
 
 
 class BlockCounts(Part, frozen=True):
     """Where a pool's blocks are: `total` is the sum of the next four (docs/architecture.md, rule 5)."""
 
-    total: int
-    free: int
-    cached: int
-    leased: int
-    quarantined: int
-    longest_free_run: int
+    total: Count
+    free: Count
+    cached: Count
+    leased: Count
+    quarantined: Count
+    longest_free_run: Count
 
 
 class StepFit(Part, frozen=True):
@@ -30,21 +30,21 @@ class StepFit(Part, frozen=True):
            + sequence_s x decoding sequences + context_token_s x tokens in their KV caches
     """
 
-    base_s: float
-    prefill_token_s: float
-    attended_token_s: float
-    sequence_s: float
-    context_token_s: float
+    base_s: Amount
+    prefill_token_s: Amount
+    attended_token_s: Amount
+    sequence_s: Amount
+    context_token_s: Amount
 
 
 class OutputForecast(Part, frozen=True):
     """How many more tokens a node expects of the sequences that decode there."""
 
-    tokens_left: float  # of all of them together
-    first_ends_in: float  # steps until the first of them ends
-    stop_rate: float  # outputs that end by a stop or a cancel, per token
+    tokens_left: Amount  # of all of them together
+    first_ends_in: Amount  # steps until the first of them ends
+    stop_rate: Amount  # outputs that end by a stop or a cancel, per token
     # By class of prompt length (`length_class`): outputs and their tokens, so that the ratio is the mean.
-    by_length: dict[int, tuple[float, float]] = {}
+    by_length: dict[int, tuple[Amount, Amount]] = {}
 
 
 def length_class(num_prompt_tokens: int) -> int:
@@ -87,9 +87,9 @@ class NodeDescriptor(Message, frozen=True):
     role: str
     model: ModelCard
     layout: PoolLayout
-    num_blocks: int
-    token_budget: int
-    max_prefill_tokens_per_step: int
+    num_blocks: Positive
+    token_budget: Positive
+    max_prefill_tokens_per_step: Positive
     # Prefill and decode; `role` is what it starts as. Version 0.1.0 has this name on the wire.
     hosted_roles: list[str] = msgspec.field(name="guests")
     connectors: list[str]
@@ -104,30 +104,30 @@ class LoadReport(Message, frozen=True):
     """The state of a node, published every `period_s` and on change; the latest wins."""
 
     node: NodeRef
-    seq: int
-    period_s: float
+    seq: Count
+    period_s: Amount
     ready: bool
     draining: bool
-    max_prefill_tokens_per_step: int
-    queued_prefill_tokens: int
-    num_waiting: int  # sequences that decode here: prompts count apart
-    num_running: int
-    max_num_seqs: int
+    max_prefill_tokens_per_step: Positive
+    queued_prefill_tokens: Count
+    num_waiting: Count  # sequences that decode here: prompts count apart
+    num_running: Count
+    max_num_seqs: Positive
     blocks: BlockCounts
-    prefill_tokens_per_s: float  # 0: nothing measured yet
-    decode_step_s: float
-    num_handoffs: int
-    handoff_bytes: int
+    prefill_tokens_per_s: Amount  # 0: nothing measured yet
+    decode_step_s: Amount
+    num_handoffs: Count
+    handoff_bytes: Count
     links: dict[str, str] = {}  # node_id -> connector in use
-    num_prompts: int = 0  # not computed yet
-    num_context_tokens: int = 0  # in the KV caches of the sequences that decode here
+    num_prompts: Count = 0  # not computed yet
+    num_context_tokens: Count = 0  # in the KV caches of the sequences that decode here
     # Since the node's start. They tell a scheduler which of its choices the report includes. A sequence gets
     # its blocks, counted as leased in `blocks`, when its prompt begins; it is accepted when its KV has come.
-    num_prompts_accepted: int = 0
-    num_rooms_given: int = 0
-    num_sequences_accepted: int = 0
+    num_prompts_accepted: Count = 0
+    num_rooms_given: Count = 0
+    num_sequences_accepted: Count = 0
     step: StepFit | None = None
-    epoch: int = 0  # the highest that this node has heard of
+    epoch: Count = 0  # the highest that this node has heard of
     forecast: OutputForecast | None = None
 
 
