@@ -338,14 +338,16 @@ def room_kept(queue: WaitingQueue, place: Place, costs: RequestCosts) -> dict[st
             break
         if other.request.fingerprint != costs.request.fingerprint:
             continue
+        # It has the blocks without those that it would find cached.
+        others_costs = RequestCosts(other.request, costs.state, costs.goals, costs.now, hits=NO_HITS)
         node = own = open_nodes.get(other.node_id)
         for one in [own, *open_nodes.values()] if own else open_nodes.values():
-            if _could_take(one, other.request, kept.get(one.node_id, NOTHING), costs):
+            if _could_take(one, others_costs, kept.get(one.node_id, NOTHING)):
                 node = one
                 break
         if node is None:
             continue
-        held = kept.get(node.node_id, NOTHING).plus(node.need_of(other.request, costs.lengths))
+        held = kept.get(node.node_id, NOTHING).plus(others_costs.need_on(node))
         kept[node.node_id] = held
         if not _is_open(node, held):
             del open_nodes[node.node_id]
@@ -357,16 +359,13 @@ def _is_open(node: NodeView, held: Work) -> bool:
     return node.num_available_blocks > held.num_blocks and node.num_missing_places(held) <= 0
 
 
-def _could_take(node: NodeView, other: ScheduleRequest, held: Work, costs: RequestCosts) -> bool:
+def _could_take(node: NodeView, costs: RequestCosts, held: Work) -> bool:
     """Would a usable node of its model have room for a waiting request, beside `held`, if it asked now?"""
-    num_blocks = node.need_of(other, costs.lengths).num_blocks
-    if num_blocks + held.num_blocks > node.num_available_blocks or node.node_id in other.avoid:
+    if costs.need_on(node).num_blocks + held.num_blocks > node.num_available_blocks:
         return False  # most often, and soon seen
-    if not node.can_ever_hold(other):
-        return False
-    # It has the blocks without those that it would find cached.
-    others_costs = RequestCosts(other, costs.state, costs.goals, costs.now, hits=NO_HITS)
-    return others_costs.joins_batch(node, held)
+    request = costs.request
+    is_able = node.node_id not in request.avoid and node.can_ever_hold(request)
+    return is_able and costs.joins_batch(node, held)
 
 
 # --- predicted waits -------------------------------------------------------------------------------

@@ -86,6 +86,7 @@ class RequestCosts:
         self.hits = state.prefixes.hits(keys_of(request.block_hashes), now) if hits is None else hits
         self._find_kept = find_kept
         self.lengths = state.lengths_of(request.fingerprint)
+        self._needs: dict[int, Work] = {}  # by block size: all else about it is the request's
         # How much longer the ITL target of other requests may delay this one.
         self.patience_s = max(0.0, PATIENCE * goals.longest_wait_s - request.age_s)
 
@@ -146,7 +147,11 @@ class RequestCosts:
 
     def need_on(self, node: NodeView) -> Work:
         """The room that the request takes there, with its output as long as is expected."""
-        return node.need_of(self.request, self.lengths)
+        need = self._needs.get(node.descriptor.layout.block_size)
+        if need is None:
+            need = node.need_of(self.request, self.lengths)
+            self._needs[node.descriptor.layout.block_size] = need
+        return need
 
     # --- what it costs -----------------------------------------------------------------------------
 
