@@ -72,7 +72,7 @@ async def live_node(
     stop = asyncio.Event()
     async with reports(bus, node_id) as heard, asyncio.TaskGroup() as tasks:
         tasks.create_task(serve_node(own, role, served_model(model, own), ROLES, stop))
-        ready = await first(heard, lambda report: report.ready and len(report.links) >= peers)
+        ready = await first(heard, lambda report: report.ready and report.num_links >= peers)
         try:
             yield ready.node
         finally:

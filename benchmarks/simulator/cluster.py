@@ -61,9 +61,6 @@ class Cluster:
         return self._max_bad is not None and self.num_bad > self._max_bad
 
     def run(self) -> None:
-        links = {node.ref.node_id: node.kind.connector for node in self.nodes}
-        for node in self.nodes:
-            node.links = links
         self._planner.set_descriptors({node.ref.node_id: node.descriptor() for node in self.nodes})
         for place, node in enumerate(self.nodes):
             self._planner.add_report(node.report(0.0), 0.0)

@@ -49,7 +49,6 @@ class SimNode:
         self.wake_at: float | None = None  # the end of the running stretch
         self.is_ending = False  # between two stretches: the next one will see all changes
         self.lengths = OutputLengths()
-        self.links: dict[str, str] = {}  # to the other nodes, by connector
         self.num_prompts_accepted = 0
         self.num_rooms_given = 0
         self.num_sequences_accepted = 0
@@ -151,7 +150,6 @@ class SimNode:
             decode_step_s=batch.decode_step_s,
             num_handoffs=self.num_sending,
             handoff_bytes=int(self.sending_tokens * self.kind.token_bytes),
-            links=self.links,
             num_prompts=len(self.line) + len(batch.prompts),
             num_context_tokens=batch.num_context_at(now),
             num_prompts_accepted=self.num_prompts_accepted,
@@ -159,4 +157,5 @@ class SimNode:
             num_sequences_accepted=self.num_sequences_accepted,
             step=batch.fitter.fit(),
             forecast=self.lengths.forecast(batch.outputs_at(now)),
+            usual_connector=self.kind.connector,
         )

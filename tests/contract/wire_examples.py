@@ -271,6 +271,8 @@ EXAMPLES: list[Message] = [
         forecast=OutputForecast(
             tokens_left=192.5, first_ends_in=3.5, stop_rate=0.00390625, by_length={7: (5.0, 960.5)}
         ),
+        num_links=3,
+        usual_connector="tcp",
     ),
     SetPrefillCap(node=DECODE, epoch=3, max_prefill_tokens_per_step=512, reason="prefill is short of nodes"),
     BlocksChanged(

@@ -59,7 +59,7 @@ class Observer:
         linked = asyncio.Event()
 
         def look(report: LoadReport) -> None:
-            if report.node.node_id == node_id and len(report.links) >= num_peers and report.ready:
+            if report.node.node_id == node_id and report.num_links >= num_peers and report.ready:
                 linked.set()
 
         async with await self.bus.subscribe(subjects.LOAD_ALL, LoadReport, look), asyncio.timeout(timeout_s):

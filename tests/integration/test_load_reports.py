@@ -10,6 +10,8 @@ import pytest
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.nodes import length_class
 from flowkv_engine.engine.model import LoadedModel
+from flowkv_node.reporting import MAX_UNUSUAL_LINKS, load_report
+from tests.engineless import engineless_pair
 from tests.live_nodes import BLOCK_SIZE, LiveNode, first, one_node
 from tests.nats_server import NatsServer
 
@@ -77,3 +79,22 @@ async def test_a_prompt_that_fills_the_pool_to_the_brim_is_refused_at_once(
         async with asyncio.timeout(5):
             with pytest.raises(BadRequest, match="needs 17 blocks"):
                 await node.generate([30] * brim, max_tokens=1)
+
+
+async def test_only_links_by_another_connector_than_most_are_named(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with engineless_pair(nats_server) as pair:
+        node = pair.p.node
+        linked = load_report(node, 1)
+        assert (linked.num_links, linked.usual_connector, linked.links) == (1, "inprocess", {})
+        near = {f"decode-{place:04}": "shm" for place in range(7)}
+        far = {f"prefill-{place:04}": "tcp" for place in range(4000)}
+        monkeypatch.setattr(node.links, "connectors_in_use", lambda: near | far)
+        many = load_report(node, 2)
+        assert (many.num_links, many.usual_connector, many.links) == (4007, "tcp", near)
+        halves = dict.fromkeys(list(far)[:1999], "shm")
+        monkeypatch.setattr(node.links, "connectors_in_use", lambda: near | far | halves)
+        assert len(load_report(node, 3).links) == MAX_UNUSUAL_LINKS
+        monkeypatch.setattr(node.links, "connectors_in_use", dict)
+        assert load_report(node, 4).usual_connector == ""

@@ -86,7 +86,7 @@ async def small() -> AsyncIterator[Small]:
             heard = asyncio.Event()
 
             def hear(report: LoadReport) -> None:
-                if report.ready and len(report.links) == len(nodes) - 1:
+                if report.ready and report.num_links == len(nodes) - 1:
                     linked.add(report.node.node_id)
                 heard.set()
 

@@ -84,7 +84,7 @@ async def wait_linked(nats_url: str, num_nodes: int, timeout_s: float = READY_TI
     all_linked = asyncio.Event()
 
     def look(report: LoadReport) -> None:
-        if report.ready and len(report.links) == num_nodes - 1:
+        if report.ready and report.num_links == num_nodes - 1:
             linked.add(report.node.node_id)
         if len(linked) == num_nodes:
             all_linked.set()

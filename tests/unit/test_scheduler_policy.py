@@ -202,6 +202,13 @@ def test_prediction_is_the_sum_of_its_parts() -> None:
     assert choice.first_token_s == pytest.approx(0.7)
 
 
+def test_a_peer_that_a_report_does_not_name_is_reached_as_most_are() -> None:
+    p = node("p0", "prefill", links={"d0": "shm"}, usual_connector="tcp")
+    d0, d1 = node("d0", "decode"), node("d1", "decode")
+    costs = costs_of(request(), p, d0, d1)
+    assert [costs.link_between(view(p), view(d)) for d in (d0, d1)] == ["shm", "tcp"]
+
+
 def test_transfer_hides_behind_prefill_as_far_as_the_link_keeps_up() -> None:
     tokens, token_s = 5120, BLOCK_BYTES / BLOCK_SIZE / 1e9
     p, d = node("p0", "prefill", links={"d0": "tcp"}, prefill_tokens_per_s=1e9), node("d0", "decode")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
+from itertools import islice
 
 from flowkv_common.aio import wait_event
 from flowkv_common.bus.connection import Bus
@@ -18,6 +20,9 @@ from flowkv_node.node import Node
 # waits for the next period; at 16 tokens per block no node computes more than 100,000 tokens per second.
 MAX_CHANGES = 4096
 PAGE_SIZE = 4096
+# A host has fewer nodes, and only peers on one host are likely to have another connector than most. What is
+# more passes for usual: a report stays short, however many peers there are.
+MAX_UNUSUAL_LINKS = 64
 
 
 async def report_load(node: Node) -> None:
@@ -39,6 +44,9 @@ async def report_load(node: Node) -> None:
 def load_report(node: Node, seq: int) -> LoadReport:
     """The node's load right now."""
     prefill, decode = node.prefill.load(), node.decode.load()
+    connectors = node.links.connectors_in_use()
+    [(usual, _)] = Counter(connectors.values()).most_common(1) or [("", 0)]
+    unusual = ((node_id, name) for node_id, name in connectors.items() if name != usual)
     return LoadReport(
         node=node.ref,
         seq=seq,
@@ -55,7 +63,7 @@ def load_report(node: Node, seq: int) -> LoadReport:
         decode_step_s=node.instruments.decode_step_s,
         num_handoffs=node.handoffs.queue.num_holders,
         handoff_bytes=node.handoffs.queue.weight_held,
-        links=node.links.connectors_in_use(),
+        links=dict(islice(unusual, MAX_UNUSUAL_LINKS)),
         num_prompts=prefill.num_prompts,
         num_prompts_accepted=prefill.num_accepted,
         num_rooms_given=node.num_rooms_given,
@@ -64,6 +72,8 @@ def load_report(node: Node, seq: int) -> LoadReport:
         step=node.instruments.step_fitter.fit(),
         epoch=node.epoch,
         forecast=decode.forecast,
+        num_links=len(connectors),
+        usual_connector=usual,
     )
 
 

@@ -178,10 +178,14 @@ class RequestCosts:
         return Cost(node, step_s, self.num_cached_tokens(node), step_s)
 
     def link_between(self, prefill: NodeView, decode: NodeView) -> str:
-        """The connector; `HERE` if there is nothing to move, "" if that is not known."""
+        """The connector; `HERE` if there is nothing to move, "" if that is not known.
+
+        A peer that is not linked yet passes for one like most: the link is there when the handoff is.
+        """
         if prefill.node_id == decode.node_id:
             return HERE
-        return prefill.report.links.get(decode.node_id, "")
+        report = prefill.report
+        return report.links.get(decode.node_id, report.usual_connector)
 
     def transfer_s(self, prefill: Cost, num_cached_there: int, link: str) -> float:
         """What the second token waits for: handoff and last chunk at least."""

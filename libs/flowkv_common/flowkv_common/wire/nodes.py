@@ -118,7 +118,7 @@ class LoadReport(Message, frozen=True):
     decode_step_s: Amount
     num_handoffs: Count
     handoff_bytes: Count
-    links: dict[str, str] = {}  # node_id -> connector in use
+    links: dict[str, str] = {}  # by another connector than `usual_connector`: node_id -> connector
     num_prompts: Count = 0  # not computed yet
     num_context_tokens: Count = 0  # in the KV caches of the sequences that decode here
     # Since the node's start. They tell a scheduler which of its choices the report includes. A sequence gets
@@ -129,6 +129,8 @@ class LoadReport(Message, frozen=True):
     step: StepFit | None = None
     epoch: Count = 0  # the highest that this node has heard of
     forecast: OutputForecast | None = None
+    num_links: Count = 0
+    usual_connector: str = ""  # in use to most of the linked peers; "": to none yet, or all are in `links`
 
 
 class SetPrefillCap(Message, frozen=True):
