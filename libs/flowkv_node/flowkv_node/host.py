@@ -52,6 +52,10 @@ log = logging.getLogger(__name__)
 
 SUPERVISE_PERIOD_S = 0.5
 CHECK_BLOCKS_PERIOD_S = 10.0
+# A step stalls that takes so many times what it should, and so long: a prompt elsewhere costs a handful of
+# messages. Shorter ones may be a kernel that is compiled, or a host that is busy.
+STALL_FACTOR = 10.0
+SHORTEST_STALL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,16 +215,28 @@ async def _compute(node: Node, engine: Engine) -> None:
 async def supervise(node: Node, engine: Engine) -> None:
     """Until cancelled: see to it that engine and handoffs make progress, and end what is out of time.
 
-    Without progress the node is unready and gives the work back, until there is some again. The blocks of a
-    stuck step stay held until it ends, if it ever does. A handoff that can't be ended, such as a thread that
-    waits for a device for ever, keeps the node unready.
+    A node whose step stalls is unready, and prompts that it has not begun go elsewhere if another node serves
+    prefill. Without progress for longer it gives all of its work back, until there is some again. The blocks
+    of a stuck step stay held until it ends, if it ever does. A handoff that can't be ended, such as a thread
+    that waits for a device for ever, keeps the node unready.
 
     Raises IntegrityError if a block is lost: a node that can't count its blocks must not serve.
     """
     node_id, wedge_timeout_s, checked_at = node.ref.node_id, node.settings.wedge_timeout_s, 0.0
     while True:
+        slept_at = time.monotonic()
         await asyncio.sleep(SUPERVISE_PERIOD_S)
         now, busy_since = time.monotonic(), engine.busy_since
+        was_held_up = now - slept_at > SHORTEST_STALL_S  # the whole process: that is no stall of the engine
+        stalls = node.stalls if was_held_up else _step_stalls(node, busy_since, now)
+        if stalls != node.stalls:
+            node.stalls = stalls
+            node.changed.set()
+            if stalls:
+                log.warning("a step takes far longer than it should: prompts that wait go elsewhere")
+                await node.give_back(Unavailable(f"{node_id} stalls"), node.prompts_not_begun())
+            else:
+                log.warning("steps end again")
         wedged = busy_since is not None and now - busy_since > wedge_timeout_s
         if wedged != node.wedged:
             node.wedged = wedged
@@ -251,6 +267,13 @@ async def supervise(node: Node, engine: Engine) -> None:
         if not len(node.attempts) and now - checked_at > CHECK_BLOCKS_PERIOD_S:
             node.blocks.check_integrity()
             checked_at = now
+
+
+def _step_stalls(node: Node, busy_since: float | None, now: float) -> bool:
+    """Alone for its model a node is as good as it gets, however slow."""
+    if busy_since is None or node.expected_step_s is None or not node.links.has_prefill_peer:
+        return False
+    return now - busy_since > max(SHORTEST_STALL_S, STALL_FACTOR * node.expected_step_s)
 
 
 # --- drain ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import BadRequest, FlowKVError, Unavailable, WrongModel
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import NodeRef, PoolLayout
-from flowkv_common.wire.nodes import LinkOffer, LinkRequest, NodeDescriptor
+from flowkv_common.wire.nodes import LinkOffer, LinkRequest, NodeDescriptor, serves_prefill
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.base import ConnectorUnavailable, KVConnector, KVLink, TransferStats
 
@@ -99,6 +99,7 @@ class Links:
         self._addresses: dict[str, str] = {}
         self._tokens: dict[str, tuple[NodeRef, str]] = {}  # node_id -> a peer, and the secret it was given
         self._peers: dict[str, NodeRef] = {}
+        self.has_prefill_peer = False  # another node of the model that serves prefill, in the registry
         self._missing_since: dict[str, float] = {}
         self._links: dict[NodeRef, SwitchedLink] = {}
         self._changed = asyncio.Event()
@@ -144,11 +145,16 @@ class Links:
     def follow(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         """The registry has changed: link to new nodes of our model, forget missing ones after a while."""
         now = time.monotonic()
-        present = {
-            node_id: descriptor.node
+        others = {
+            node_id: descriptor
             for node_id, descriptor in descriptors.items()
             if node_id != self._node.node_id and descriptor.model.fingerprint == self._fingerprint
         }
+        present = {node_id: descriptor.node for node_id, descriptor in others.items()}
+        self.has_prefill_peer = any(
+            serves_prefill(other.max_prefill_tokens_per_step, other.layout.block_size)
+            for other in others.values()
+        )
         self._missing_since = {
             node_id: self._missing_since.get(node_id, now) for node_id in self._peers.keys() - present.keys()
         }

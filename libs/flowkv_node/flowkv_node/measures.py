@@ -117,6 +117,13 @@ class Instruments:
         elif total >= 16:
             self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, total / duration_s)
 
+    def expected_step_s(self, counts: StepCounts) -> float | None:
+        """What such a step should take; None until there were enough steps like it to tell."""
+        fit = self.step_fitter.fit()
+        if fit is None or (counts.num_prefill_tokens and not fit.prefill_token_s + fit.attended_token_s):
+            return None
+        return self.step_fitter.predict(counts)
+
     def observe_transfer(self, event: KVTransferred) -> None:
         for field, family in self._transfers.items():
             metric = family.labels(connector=event.connector, **self._labels)

@@ -135,11 +135,13 @@ class Node:
         self.wake = asyncio.Event()  # set when there is work for the engine
         self.changed = asyncio.Event()  # set when the next load report should not wait
         self.drains_until: float | None = None  # monotonic; while it is set the node takes nothing new
-        self.wedged = False  # a step takes far too long
+        self.stalls = False  # a step takes far longer than such steps do
+        self.wedged = False  # a step takes longer than any may
         self.stuck: str | None = None  # which handoffs make no progress
         self.epoch = 0  # the highest of a leading scheduler that this node has heard of
         self.num_rooms_given = 0  # to sequences that decode in this incarnation; each counts once
         self.moved_at = time.monotonic()  # when a step last ended or blocks came back
+        self.expected_step_s: float | None = None  # of the step that runs; None: unknown
         self._in_step: set[int] = set()  # ids of `Sequence` objects
         self._freed_in_step: list[list[int]] = []
         self._has_room = asyncio.Event()
@@ -169,6 +171,8 @@ class Node:
             return "draining"
         if self.wedged:
             return "the engine makes no progress"
+        if self.stalls:
+            return "a step takes far longer than it should"
         if self.stuck:
             return self.stuck
         if not self.bus.is_connected:
@@ -200,6 +204,16 @@ class Node:
                 self.outbox.add_failure(attempt.gateway_id, attempt.transfer_id, error)
                 self.attempts.cancel(attempt.transfer_id, is_cut_off=True)
         await self.outbox.flush()
+
+    def prompts_not_begun(self) -> set[str]:
+        """Attempts of which nothing was computed here: another node could begin them as well."""
+        waiting = {
+            sequence.transfer_id
+            for sequence in self.prefill.sequences_to_prefill()
+            if sequence.num_computed_tokens == sequence.num_cached_tokens
+            and id(sequence) not in self._in_step
+        }
+        return waiting | {attempt.transfer_id for attempt in self.attempts if attempt.state == "queued"}
 
     def add_token(
         self,
@@ -270,11 +284,13 @@ class Node:
             self.blocks.release(block_ids)
             self.notice_room()
 
-    def begin_step(self, items: Iterable[WorkItem]) -> None:
+    def begin_step(self, items: Iterable[WorkItem], expected_s: float | None) -> None:
         self._in_step = {id(item.sequence) for item in items}
+        self.expected_step_s = expected_s
 
     def end_step(self) -> None:
         self._in_step = set()
+        self.expected_step_s = None
         self.moved_at = time.monotonic()
         freed, self._freed_in_step = self._freed_in_step, []
         for block_ids in freed:

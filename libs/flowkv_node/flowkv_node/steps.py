@@ -68,7 +68,7 @@ async def _run_step(node: Node, engine: Engine, work: Work) -> None:
     items = [item for _, item in work]
     batch = pack(items, node.settings.block_size)
     counts = StepCounts.of(items)  # before the step: a cancel during it resets the sequence
-    node.begin_step(items)
+    node.begin_step(items, node.instruments.expected_step_s(counts))
     began = time.monotonic()
     result: Result | Exception
     async with asyncio.TaskGroup() as tasks:
