@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 
 from benchmarks.load import Arrival, drive
 from flowkv.local_cluster import Cluster
 from flowkv_common.config import NodeSettings
-from flowkv_common.wire.nodes import StepFit
+from flowkv_common.wire.nodes import LoadReport, StepFit
+from flowkv_node import reporting
+from flowkv_node.node import Node
 from tests.e2e.load import Streamed, run_all, stream_completion, wait_healthy
 from tests.e2e.observer import observe
 from tests.paced.cluster import services, wait_linked
@@ -198,3 +201,36 @@ async def served_again(system: Paced, prompt_ids: list[int]) -> Streamed:
                 return answer
             assert answer.error["type"] == "rate_limit_error"
             await reports.wait_for_all(len(reports.events) + 1)
+
+
+@pytest.mark.full
+async def test_a_liar_loses_its_work_within_two_seconds(
+    tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It becomes ten times slower, and reports that it is idle and quick beyond all others."""
+    honest, is_lying = reporting.load_report, asyncio.Event()
+
+    def load_report(node: Node, seq: int) -> LoadReport:
+        report = honest(node, seq)
+        if node.ref.node_id != "prefill-0" or not is_lying.is_set():
+            return report
+        lie = fit(base_s=1e-6, prefill_token_s=1e-9)
+        return msgspec.structs.replace(report, step=lie, queued_prefill_tokens=0, num_prompts=0)
+
+    monkeypatch.setattr(reporting, "load_report", load_report)
+    rate, num_before, num_after = 10, 20, 60
+    async with paced(tmp_path, model_path, fit(), prefill=3, decode=1) as system:
+        await drive(system.cluster.url, [Arrival(number / rate, 128, 2) for number in range(num_before)])
+        engine = system.nodes["prefill-0"].engine
+        assert engine is not None
+        engine.slowdown = 10.0
+        is_lying.set()
+        async with observe(system.cluster.nats_url) as observer:
+            assignments = await observer.events("flowkv.v1.assignment.>")
+            arrivals = [Arrival(number / rate, 128, 2) for number in range(num_after)]
+            outcomes = await drive(system.cluster.url, arrivals)
+            chosen = await assignments.wait_for_all(num_after)
+        engine.slowdown = 1.0
+    assert all(outcome.is_complete for outcome in outcomes)
+    late = [assignment["prefill"]["node_id"] for assignment in chosen[2 * rate :]]
+    assert late.count("prefill-0") < 0.15 * len(late)

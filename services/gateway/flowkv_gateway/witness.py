@@ -12,8 +12,8 @@ from itertools import islice
 
 from flowkv_common.wire.messages import Assignment, NodeRef, NodeSeen, NodesSeen
 
-# In one message: some 200 kB, where NATS takes 1 MiB by default.
-MAX_NODES_TOLD = 1000
+# In one message: a scheduler takes a millisecond or two for them, between two decisions.
+MAX_NODES_TOLD = 200
 
 
 @dataclass(slots=True)

@@ -90,7 +90,7 @@ class Record:
 
         One more outcome that was as promised is all that is left when the others are forgotten.
         """
-        if not self._num:
+        if self._taken_s <= self._promised_s:
             return 1.0
         slack_s = self._num * self._slack_s
         ratio = (self._taken_s + slack_s) / (self._promised_s + slack_s)
@@ -99,6 +99,8 @@ class Record:
 
     def stall_s(self, now: float) -> float:
         """For how long nothing has come to any gateway that waits for something."""
+        if not self._stalls:
+            return 0.0
         lately = [stalled_s for said_at, stalled_s in self._stalls.values() if now - said_at <= STALL_HOLDS_S]
         stalled_s = min(lately, default=0.0)
         return stalled_s if stalled_s > SHORTEST_STALL_S else 0.0
@@ -186,7 +188,13 @@ def _excesses(
     records: Mapping[NodeRef, Record], side: Collection[NodeRef], now: float
 ) -> dict[NodeRef, _Excess]:
     """By how much each node is worse than the best of the side; without those that are as good."""
-    found = {ref: _Excess(record.slowness(now), record.stall_s(now)) for ref, record in records.items()}
+    found: dict[NodeRef, _Excess] = {}
+    for ref, record in records.items():
+        one = _Excess(record.slowness(now), record.stall_s(now))
+        if one != NO_EXCESS:
+            found[ref] = one
+    if not found:
+        return found
     # Without evidence a node is as good as its word.
     best = [found.get(ref, NO_EXCESS) for ref in side]
     least_slowness = min((one.slowness for one in best), default=1.0)
