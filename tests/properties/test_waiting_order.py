@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest
-from flowkv_common.wire.nodes import BlockCounts, expected_tokens
+from flowkv_common.wire.nodes import PRIOR_TOKENS, BlockCounts, expected_tokens
 from flowkv_scheduler.admission import PRIORITY_S
 from flowkv_scheduler.cluster import Goals
-from flowkv_scheduler.demand import PRIOR_TOKENS
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
 from tests.described_nodes import BLOCK_SIZE, GROWN, descriptor, report, request

@@ -18,9 +18,8 @@ from flowkv_common.wire.messages import (
     TokenIds,
     transfer_id,
 )
-from flowkv_common.wire.nodes import OutputForecast, length_class
+from flowkv_common.wire.nodes import PRIOR_TOKENS, OutputForecast, length_class
 from flowkv_node.endpoints import watch_cancels
-from flowkv_node.measures import PRIOR_TOKENS
 from tests.engineless import Pair, Side
 from tests.node_messages import decode_run, reserve
 from tests.waiting import until

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkv_common.wire.nodes import OutputForecast, expected_tokens, length_class
-from flowkv_node.measures import MEMORY_OUTPUTS, PRIOR_TOKENS, OutputLengths, Survival
+from flowkv_common.wire.nodes import PRIOR_TOKENS, OutputForecast, expected_tokens, length_class
+from flowkv_node.measures import MEMORY_OUTPUTS, OutputLengths, Survival
 
 PROMPT = 100  # tokens of all prompts, where their length is not the matter
 

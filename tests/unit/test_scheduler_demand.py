@@ -6,8 +6,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from flowkv_common.wire.nodes import OutputForecast, length_class
-from flowkv_scheduler.demand import MAX_KEPT, PRIOR_TOKENS, REMEMBERED_S, Demand, OutputLengths, Window
+from flowkv_common.wire.nodes import PRIOR_TOKENS, OutputForecast, length_class
+from flowkv_scheduler.demand import MAX_KEPT, REMEMBERED_S, Demand, OutputLengths, Window
 
 EVER = -1e9
 
@@ -124,6 +124,26 @@ def test_losses_are_those_of_the_window() -> None:
         demand.add_loss(at)
     lost = [demand.window(since, 100.0, 1, 400) for since in (0.0, 90.0, 98.0)]
     assert [window and window.num_lost for window in lost] == [3, 2, 1]
+
+
+def test_losses_are_counted_however_many_there_are() -> None:
+    demand = demand_of(100.0, 100.0)
+    for number in range(10_000):
+        demand.add_loss(number / 100)
+    lost = [demand.num_lost(since) for since in (0.0, 60.0)]
+    assert lost == pytest.approx([10_000, 4000], rel=0.02)
+    demand.add_loss(99.5 + REMEMBERED_S)
+    assert demand.num_lost(EVER) < 200, "what is too long ago is forgotten"
+
+
+def test_one_that_stands_for_others_tells_no_more_than_once() -> None:
+    few, many = (demand_of(rate, 100.0).window(60.0, 100.0, 1, 4000) for rate in (2.0, 40.0))
+    assert few is not None
+    assert many is not None
+    assert few.num_distinct == len(few.wanted) == pytest.approx(80, abs=1)
+    # Of 4,000 requests in these 100 s each fourth is kept, or each eighth.
+    assert len(many.wanted) == pytest.approx(1600, abs=8)
+    assert many.num_distinct in (pytest.approx(400, abs=2), pytest.approx(200, abs=2))
 
 
 forecasts = st.none() | st.builds(

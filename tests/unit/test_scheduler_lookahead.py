@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from flowkv_common.wire.nodes import OutputForecast, StepFit, length_class
 from flowkv_scheduler.cluster import Goals, Work
 from flowkv_scheduler.demand import Demand, OutputLengths
-from flowkv_scheduler.lookahead import IDLE_WAIT, SHARED, Batch, Duties, Job, LookAhead, served_in_time
+from flowkv_scheduler.lookahead import (
+    IDLE_WAIT,
+    SHARED,
+    Batch,
+    Duties,
+    Job,
+    LookAhead,
+    fewer_queues,
+    served_in_time,
+)
 from tests.described_nodes import Described, cluster, node
 
 GOALS = Goals(ttft_s=4.0, itl_s=0.25)
@@ -34,7 +43,7 @@ def in_time(
     batches: tuple[Batch, Batch, float] | None = None,
     running: Sequence[Job] = (),
 ) -> list[bool]:
-    return served_in_time(jobs, queues, batches or (batch, batch, 0.0), running, BASE_S, GOALS)
+    return served_in_time(jobs, (queues, 1.0), batches or (batch, batch, 0.0), running, BASE_S, GOALS)
 
 
 # --- prefill: a queue -----------------------------------------------------------------------------
@@ -343,6 +352,48 @@ def test_of_many_nodes_and_requests_every_so_manyth_gives_the_same_share() -> No
     all_of_them, some = ahead_of(nodes, rate=60.0), ahead_of(nodes, rate=60.0, stands_for=2)
     assert some.num_played == pytest.approx(all_of_them.num_played / 2, abs=2)
     assert share(some, nodes) == pytest.approx(share(all_of_them, nodes), abs=0.03)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(times, st.floats(0.5, 3.0)), unique=True, max_size=40), st.integers(1, 9))
+def test_fewer_prefill_nodes_do_as_much_as_their_part(
+    queues: list[tuple[float, float]], stands_for: int
+) -> None:
+    """So one node more always is more."""
+    assert fewer_queues(queues, 1) == (queues, 1.0 if queues else 0.0)
+    chosen, num_each = fewer_queues(queues, stands_for)
+    assert set(chosen) <= set(queues)
+    assert len(set(chosen)) == len(chosen)
+    if queues:
+        assert len(chosen) / num_each == pytest.approx(len(queues) / stands_for)
+
+
+def test_a_prompt_that_stands_for_others_takes_their_time_too() -> None:
+    """It is computed as fast as it is, and the next one waits for all of them."""
+    jobs = [job(prefill_s=1.0), job(prefill_s=1.0)]
+    for num_each, expected in ((3.0, True), (3.1, False)):
+        batches = ENDLESS, ENDLESS, 0.0
+        served = served_in_time(jobs, ([(0.0, 1.0)], num_each), batches, [], BASE_S, GOALS)
+        assert served == [True, expected]
+
+
+def test_without_its_heaviest_request_a_window_is_as_if_that_had_not_come() -> None:
+    nodes = prefill(), decode(num_running=3, num_context_tokens=300)
+    demand, others = Demand(), Demand()
+    for number in range(40):
+        length = 6000 if number == 17 else 400
+        demand.add_request(length, 0, 10, number / 2)
+        if number != 17:
+            others.add_request(length, 0, 10, number / 2)
+    found = []
+    for one in (demand, others):
+        window = one.window(0.0, 20.0, 1, 400)
+        assert window is not None
+        views = cluster(*nodes).views()
+        found.append(LookAhead(views, duties_of(nodes), window, lengths_of(400, 10), GOALS, 20.0))
+    before = found[0].served(duties_of(nodes))
+    assert found[0].without_heaviest().served(duties_of(nodes)) == found[1].served(duties_of(nodes))
+    assert found[0].served(duties_of(nodes)) == before
 
 
 def test_what_we_gave_and_no_report_shows_counts_as_running() -> None:

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 
 from flowkv_common.wire.messages import ScheduleRequest
-from flowkv_common.wire.nodes import StepFit, expected_tokens
+from flowkv_common.wire.nodes import PRIOR_TOKENS, StepFit, expected_tokens
 from flowkv_scheduler import policy
 from flowkv_scheduler.cluster import Goals, Work
-from flowkv_scheduler.demand import PRIOR_TOKENS, OutputLengths
+from flowkv_scheduler.demand import OutputLengths
 from flowkv_scheduler.policy import HANDOFF_S, RequestCosts
 from tests.described_nodes import (
     BLOCK_SIZE,

@@ -15,11 +15,15 @@ from benchmarks.simulator.kinds import KINDS
 from benchmarks.simulator.run import Machines
 from benchmarks.traces import Request, Targets
 from flowkv_common.wire.nodes import RegimeChanged, ScaleWanted, SetPrefillCap, StepFit
+from flowkv_scheduler import rebalance
 from flowkv_scheduler.cluster import Goals, Work
-from flowkv_scheduler.demand import Demand, OutputLengths
+from flowkv_scheduler.demand import REMEMBERED_S, Demand, OutputLengths
+from flowkv_scheduler.lookahead import HORIZON_S, LookAhead
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.rebalance import (
     IDLE_S,
+    LEAST_NODES,
+    MAX_PLAYED,
     NUM_TICKS,
     SCALE_EVERY_S,
     SETTLED_S,
@@ -137,6 +141,20 @@ def test_a_moved_node_stays_while_it_is_needed_and_goes_home_when_it_is_needed_t
     assert run.rebalancer.leaving == {moved: "decode"}
     back = directions(run.play(LONG_OUTPUTS, 60.0))
     assert (moved, "taken back to decode") in back
+
+
+def test_turns_are_forgotten_after_quiet_minutes() -> None:
+    """Else a cluster that has turned back often long ago would be slow to move for ever."""
+    run = Cluster(*four_nodes())
+    run.play(LONG_PROMPTS, 20.0)
+    run.play(LONG_OUTPUTS, 60.0)
+    past = run.rebalancer._pasts["f"]
+    assert past.num_turns > 0
+    run.now = past.moved_at + REMEMBERED_S - 2 * TICK_S
+    run.play(IDLE, TICK_S)
+    assert past.num_turns > 0
+    run.play(IDLE, 2 * TICK_S)
+    assert past.num_turns == 0
 
 
 def test_a_node_that_is_home_again_is_as_if_it_had_never_left() -> None:
@@ -483,6 +501,43 @@ def test_a_long_idle_cluster_could_do_with_fewer_nodes() -> None:
     run = Cluster(*four_nodes())
     assert run.play(IDLE, IDLE_S - TICK_S) == []
     assert wishes(run.play(IDLE, 2.0)) == [("decode", -1)]
+
+
+def test_whether_fewer_nodes_would_do_is_played_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    plays = []
+
+    class Counted(LookAhead):
+        def __init__(self, *args: Any) -> None:
+            plays.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(rebalance, "LookAhead", Counted)
+    Cluster(*four_nodes(), rebalancer=Rebalancer(GOALS, lends=False)).play(EVEN, 3 * SCALE_EVERY_S)
+    assert 1 <= len(plays) <= 3
+
+
+@pytest.mark.parametrize(("num_nodes", "rate"), [(8, 200.0), (64, 200.0), (1000, 2000.0)])
+def test_a_play_is_short_however_many_requests_and_nodes_there_are(
+    num_nodes: int, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler answers nothing meanwhile."""
+    played = []
+
+    class Counted(LookAhead):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            played.append(self.num_played)
+
+    monkeypatch.setattr(rebalance, "LookAhead", Counted)
+    demand, lengths = Demand(), {"f": OutputLengths()}
+    for number in range(int(20 * rate)):
+        demand.add_request(400, 0, 20, number / rate)
+        demand.add_loss(number / rate)
+    views = cluster(*(prefill(f"p{n}") if n % 2 else decode(f"d{n}") for n in range(num_nodes))).views()
+    Rebalancer(GOALS).tick(views, {"f": demand}, lengths, 20.0)
+    # On at least four nodes, whatever comes.
+    most = max(MAX_PLAYED, HORIZON_S * rate * LEAST_NODES / num_nodes)
+    assert 0.5 * MAX_PLAYED < max(played) <= 1.1 * most
 
 
 def test_two_nodes_are_never_too_many() -> None:

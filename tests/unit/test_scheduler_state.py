@@ -6,9 +6,8 @@ import msgspec
 import pytest
 
 from flowkv_common.wire.messages import NodeRef
-from flowkv_common.wire.nodes import OutputForecast, StepFit
+from flowkv_common.wire.nodes import PRIOR_TOKENS, OutputForecast, StepFit
 from flowkv_scheduler.cluster import FORGET_REPORT_AFTER_S, ClusterState, NodeView, Work
-from flowkv_scheduler.demand import PRIOR_TOKENS
 from tests.described_nodes import BLOCK_SIZE, MODEL, NUM_BLOCKS, PERIOD_S, descriptor, report
 
 D0 = NodeRef(node_id="d0", incarnation="i1")

@@ -18,8 +18,14 @@ from benchmarks.simulator.run import Machines, Outcome, figures, simulate
 from benchmarks.traces import Request, Targets
 from benchmarks.traffic import synthetic
 from flowkv_common.wire.messages import PoolLayout, ScheduleRequest
-from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor, SetPrefillCap, StepFit
-from flowkv_node.measures import PRIOR_TOKENS
+from flowkv_common.wire.nodes import (
+    PRIOR_TOKENS,
+    BlocksChanged,
+    LoadReport,
+    NodeDescriptor,
+    SetPrefillCap,
+    StepFit,
+)
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice

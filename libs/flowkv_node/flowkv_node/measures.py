@@ -12,7 +12,14 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from flowkv_common.telemetry import process_registry
 from flowkv_common.wire.messages import KVTransferred
-from flowkv_common.wire.nodes import BlockCounts, OutputForecast, StepFit, expected_tokens, length_class
+from flowkv_common.wire.nodes import (
+    PRIOR_TOKENS,
+    BlockCounts,
+    OutputForecast,
+    StepFit,
+    expected_tokens,
+    length_class,
+)
 from flowkv_engine.engine.batch import WorkItem
 
 # Weight of the newest step in the measured rates: about the last ten steps count.
@@ -37,8 +44,6 @@ _SCALES = (1.0, 64.0, 64.0 * 256.0, 8.0, 8.0 * 512.0)
 
 # Output lengths: so many ended outputs of a class are remembered, the latest ones.
 MEMORY_OUTPUTS = 64
-# Before anything was seen: one output ends by itself in so many tokens, a chat answer's usual length.
-PRIOR_TOKENS = 256
 
 
 class Instruments:

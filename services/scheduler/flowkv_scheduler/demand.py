@@ -9,7 +9,7 @@ import math
 from collections import deque
 from typing import NamedTuple
 
-from flowkv_common.wire.nodes import OutputForecast, length_class
+from flowkv_common.wire.nodes import PRIOR_TOKENS, OutputForecast, length_class
 
 # What came longer ago says nothing of what comes next.
 REMEMBERED_S = 300.0
@@ -17,8 +17,8 @@ REMEMBERED_S = 300.0
 MAX_KEPT = 1024
 # A rate that was seen before, up to this factor, is no news: bursts come again.
 NEWS_FACTOR = 1.2
-# Before any output was seen: one of a chat's usual length, as nodes assume (`flowkv_node/measures.py`).
-PRIOR_TOKENS = 256.0
+# Losses are counted together that came within so much: far less than any window.
+LOSSES_S = 0.5
 
 
 class Wanted(NamedTuple):
@@ -45,13 +45,18 @@ class Window(NamedTuple):
     period_s: float
     num_lost: int
 
+    @property
+    def num_distinct(self) -> int:
+        """One that was kept for others stands there for each of them, and tells no more than once."""
+        return len({one.number for one in self.wanted})
+
 
 class Demand:
     """Of one model. Counts each request once, when it first asks."""
 
     def __init__(self) -> None:
         self._kept: deque[Wanted] = deque()
-        self._lost_at: deque[float] = deque(maxlen=MAX_KEPT)
+        self._losses: deque[tuple[float, int]] = deque()  # when the first of them came, and how many
         self._num_seen = 0
         self._stands_for = 1
         self._began = math.inf
@@ -77,7 +82,13 @@ class Demand:
 
     def add_loss(self, now: float) -> None:
         """A request was refused, or will have its first token too late."""
-        self._lost_at.append(now)
+        while self._losses and self._losses[0][0] < now - REMEMBERED_S:
+            self._losses.popleft()
+        at, num = self._losses[-1] if self._losses else (-math.inf, 0)
+        if now - at < LOSSES_S:
+            self._losses[-1] = at, num + 1
+        else:
+            self._losses.append((now, 1))
 
     def window(self, since: float, now: float, stands_for: int, max_num: int) -> Window | None:
         """The last requests, at most `max_num`, none before `since`; None if demand is not known so long."""
@@ -97,8 +108,10 @@ class Demand:
         period_s = span_s
         if rate <= NEWS_FACTOR * self._peak_rate(span_s, now - span_s):
             period_s = max(span_s, span_s * rate / self._usual_rate(now))
-        num_lost = sum(at >= since for at in self._lost_at)
-        return Window(wanted, stands_for, span_s, period_s, num_lost)
+        return Window(wanted, stands_for, span_s, period_s, self.num_lost(since))
+
+    def num_lost(self, since: float) -> int:
+        return sum(num for at, num in self._losses if at >= since)
 
     def known_for_s(self, now: float) -> float:
         """Since the first request."""
@@ -125,7 +138,7 @@ class OutputLengths:
 
     def __init__(self) -> None:
         self._sums: dict[int, tuple[float, float]] = {}  # class -> outputs, tokens
-        self._all = 1.0, PRIOR_TOKENS
+        self._all: tuple[float, float] = 1.0, PRIOR_TOKENS
 
     def replace_forecast(self, before: OutputForecast | None, after: OutputForecast | None) -> None:
         """A node's forecast by its next one. None: it has told none, or has gone."""

@@ -7,10 +7,11 @@ with the work that is there now. A request that would get its first token too la
 
 from __future__ import annotations
 
+import copy
 import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from itertools import cycle, product
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -49,6 +50,11 @@ class Batch(NamedTuple):
     num_blocks: float
 
 
+def num_repeats(window: Window) -> int:
+    """How often each request of the window comes within the horizon."""
+    return max(1, math.ceil(HORIZON_S / window.period_s))
+
+
 class LookAhead:
     """Plays one window of requests over the nodes of a model, for any duties of theirs."""
 
@@ -63,8 +69,7 @@ class LookAhead:
     ) -> None:
         """`duties` are those of now."""
         self.nodes = nodes
-        # Each request of the window is played so often.
-        self.num_repeats = max(1, math.ceil(HORIZON_S / window.period_s))
+        self.num_repeats = num_repeats(window)
         self._window, self._lengths, self._goals, self._now = window, lengths, goals, now
         # Each side is told by nodes that do it. One that only prefills sees few steps that differ.
         self._reference = _median(
@@ -85,10 +90,18 @@ class LookAhead:
         }
         self._block_size = nodes[0].descriptor.layout.block_size
         self._prefill_now = self._prefill_nodes(duties)
-        self.num_played = self.num_repeats * len(window.wanted)
         self.span_s = window.span_s
         self._jobs_by_share: dict[float, list[Job]] = {}
         self._running = self._running_jobs()
+
+    @property
+    def num_played(self) -> int:
+        return self.num_repeats * len(self._window.wanted)
+
+    @property
+    def num_distinct(self) -> int:
+        """Requests that came: each of them is played several times."""
+        return self._window.num_distinct
 
     def served(
         self,
@@ -118,22 +131,27 @@ class LookAhead:
         share = round(min(1.0, self._prefill_nodes(duties) / max(SHARED, self._prefill_now)), 3)
         return served_in_time(
             self._jobs(share),
-            queues[:: self._window.stands_for],
+            fewer_queues(queues, self._window.stands_for),
             (now, later, busy_s),
             self._running,
             self._decoding.base_s,
             self._goals,
         )
 
-    def without_heaviest(self, duties: Duties) -> LookAhead:
-        """Without the request that takes the most time of nodes. `duties` are those of now."""
+    def without_heaviest(self) -> LookAhead:
+        """The same without the request that takes the most time of nodes."""
+        wanted = self._window.wanted
         heaviest = max(
-            zip(self._window.wanted, self._jobs(1.0), strict=False),
+            zip(wanted, self._jobs(1.0), strict=False),
             key=lambda one: one[1].prefill_s + one[1].num_output_tokens * one[1].beside_s,
         )[0]
-        others = [one for one in self._window.wanted if one is not heaviest]
-        window = self._window._replace(wanted=others)
-        return LookAhead(self.nodes, duties, window, self._lengths, self._goals, self._now)
+        others = copy.copy(self)
+        others._window = self._window._replace(wanted=[one for one in wanted if one is not heaviest])
+        others._jobs_by_share = {
+            share: [job for job, one in zip(jobs, cycle(wanted), strict=False) if one is not heaviest]
+            for share, jobs in self._jobs_by_share.items()
+        }
+        return others
 
     def _prefill_nodes(self, duties: Duties) -> float:
         """In reference nodes."""
@@ -160,30 +178,33 @@ class LookAhead:
         """The window, again and again. Of the tokens that were cached `share` still are."""
         jobs = self._jobs_by_share.get(share)
         if jobs is None:
-            jobs = self._jobs_by_share[share] = []
+            once = []
             reference, budget = self._reference, self.nodes[0].descriptor.token_budget
-            period_s = self._window.period_s
-            for number, one in product(range(1, self.num_repeats + 1), self._window.wanted):
+            for one in self._window.wanted:
                 mean = self._lengths.mean_of(one.num_prompt_tokens)
                 num_outputs = expected_tokens(one.max_new_tokens, 1.0 / mean)
                 num_cached = int(share * one.num_cached_tokens)
                 num_new = one.num_prompt_tokens - num_cached
                 # Prompts that queue share their steps, so each pays for the part of the last that it fills.
                 shared_s = reference.chunk_base_s * (1.0 - num_new / budget % 1.0)
-                jobs.append(
+                once.append(
                     Job(
-                        at=one.at - self._now + number * period_s,
+                        at=one.at - self._now,
                         prefill_s=reference.prefill_s(num_new, num_cached, budget, 0.0) - shared_s,
                         beside_s=self._decoding.beside_s(1, round(one.num_prompt_tokens + num_outputs / 2)),
                         num_blocks=self._blocks(one.num_prompt_tokens + num_outputs),
                         num_output_tokens=num_outputs,
                     )
                 )
+            periods = [number * self._window.period_s for number in range(1, self.num_repeats + 1)]
+            jobs = [Job(later_s + job.at, *job[1:]) for later_s, job in product(periods, once)]
+            self._jobs_by_share[share] = jobs
         return jobs
 
     def _running_jobs(self) -> list[Job]:
         """The sequences of now; those of a node end evenly."""
         jobs: list[Job] = []
+        stands_for, first = self._window.stands_for, 0
         for node in self.nodes:
             num = node.num_sequences
             if num:
@@ -192,12 +213,25 @@ class LookAhead:
                 num_blocks = self._blocks(context + left)
                 jobs += (
                     Job(0.0, 0.0, beside_s, num_blocks, 2.0 * left * place / (num + 1))
-                    for place in range(1, num + 1)
+                    for place in range(1 + first, num + 1, stands_for)
                 )
-        return jobs[:: self._window.stands_for]
+                first = (first - num) % stands_for
+        return jobs
 
     def _blocks(self, num_tokens: float) -> int:
         return int(num_tokens / self._block_size) + 1
+
+
+def fewer_queues(
+    queues: Sequence[tuple[float, float]], stands_for: int
+) -> tuple[list[tuple[float, float]], float]:
+    """One for so many of the prefill nodes, and how many nodes' time each of their prompts takes.
+
+    So together they do as much as that part of all, were that half a node.
+    """
+    num = min(len(queues), max(1, round(len(queues) / stands_for)))
+    chosen = [queues[(2 * place + 1) * len(queues) // (2 * num)] for place in range(num)]
+    return chosen, num * stands_for / max(1, len(queues))
 
 
 def _median(nodes: Sequence[NodeView], chosen: Sequence[NodeView], cost: Callable[[Speed], float]) -> Speed:
@@ -208,7 +242,7 @@ def _median(nodes: Sequence[NodeView], chosen: Sequence[NodeView], cost: Callabl
 
 def served_in_time(
     jobs: Sequence[Job],
-    queues: Sequence[tuple[float, float]],
+    queues: tuple[Sequence[tuple[float, float]], float],
     batches: tuple[Batch, Batch, float],
     running: Sequence[Job],
     step_base_s: float,
@@ -217,10 +251,11 @@ def served_in_time(
     """For each job, whether it gets its first token within the TTFT target, and has its place by then.
 
     `queues`: of each prefill node the seconds until it is free, and how many times slower it is than the
-    reference. `batches`: decode nodes now, later, and when "later" begins.
+    reference; and the time of how many prompts each one takes there. `batches`: decode nodes now, later, and
+    when "later" begins.
     """
     batch, later, later_s = batches
-    free_nodes = list(queues)
+    free_nodes, num_each = list(queues[0]), queues[1]
     heapq.heapify(free_nodes)
     # The batch at `at`: each of its sequences has got `tokens` since the play began, and ends at some number.
     at = tokens = 0.0
@@ -259,7 +294,7 @@ def served_in_time(
         served.append(in_time)
         is_hopeless = work_s > goals.ttft_s and wait_s < IDLE_WAIT * goals.ttft_s
         if in_time or (has_room and is_hopeless):
-            heapq.heapreplace(free_nodes, (job.at + wait_s + work_s, slowness))
+            heapq.heapreplace(free_nodes, (job.at + wait_s + num_each * work_s, slowness))
             beside_s += job.beside_s
             num_blocks += job.num_blocks
             num_steps = job.num_output_tokens + (job.at + wait_s + work_s - at) / step_s

@@ -9,8 +9,10 @@ give the same orders. Pure: `now` is seconds of any clock.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from flowkv_common.wire.messages import NodeRef
@@ -23,18 +25,21 @@ from flowkv_common.wire.nodes import (
 )
 from flowkv_scheduler.cluster import Goals, NodeView, speed_class
 from flowkv_scheduler.demand import REMEMBERED_S, Demand, OutputLengths, Window
-from flowkv_scheduler.lookahead import Duties, Duty, LookAhead, Side
+from flowkv_scheduler.lookahead import Duties, Duty, LookAhead, Side, num_repeats
 
 # While a node serves both sides, or works off what is left, its steps take this part of the ITL target.
 SHARED_ITL = 0.65
 # Played are the requests of the last so many seconds, the shortest time first: there a change shows first.
 # A move forgets what came before its window, for that was another traffic.
 WINDOWS_S = (10.0, 40.0, 160.0)
-# Fewer requests say nothing; more cost time: 400 are played in about a millisecond.
+# Fewer requests say nothing.
 MIN_REQUESTS = 10
-MAX_REQUESTS = 400
-# From so many nodes on only some of the requests are played, on as few of the nodes.
-NODES_PER_PLAY = 16
+# So many are played in about a millisecond. A tick plays up to ten times, and nothing is answered meanwhile.
+MAX_PLAYED = 400
+# From so many nodes on only some of the requests are played, on as few of the nodes. But on no fewer than so
+# many, however many requests come: a prompt takes the time of all that it stands for, and the next one waits.
+MOST_NODES = 16
+LEAST_NODES = 4
 # A move must serve this share more of the requests in time, and so many times the standard error of that.
 MIN_GAIN = 0.03
 NUM_ERRORS = 2.0
@@ -78,6 +83,20 @@ class Move(NamedTuple):
     reason: str
 
 
+@dataclass(slots=True)
+class Past:
+    """What is remembered of the nodes of one model."""
+
+    since: float = -math.inf  # what came before is forgotten
+    proposed: tuple[Duty, Duty] | None = None  # at the last tick: from, to
+    moved_to: Duty | None = None  # the last move
+    moved_at: float = -math.inf
+    num_turns: int = 0  # how often a move went against the one before
+    empty_ticks: dict[Side, int] = field(default_factory=lambda: dict.fromkeys(SIDES, 0))
+    idle_since: float = math.inf  # one node fewer would do
+    idle_played_at: float = -math.inf
+
+
 class Rebalancer:
     """Remembers the regime, and which nodes it has moved and when."""
 
@@ -87,14 +106,9 @@ class Rebalancer:
         self._roles: dict[NodeRef, str] = {}
         self._goals = goals
         self._lends = lends
-        self._since: dict[str, float] = {}  # by model, what came before is forgotten
-        self._proposed: dict[str, tuple[Duty, Duty] | None] = {}
-        self._last_moves: dict[str, tuple[Duty, float]] = {}
-        self._num_turns: dict[str, int] = {}  # how often a move went against the one before
-        self._empty_ticks: defaultdict[tuple[str, Side], int] = defaultdict(int)
+        self._pasts: defaultdict[str, Past] = defaultdict(Past)
         self._sign = NORMAL
         self._num_ticks = 0  # that the sign has lasted
-        self._idle_since: dict[str, float] = {}
         self._scaled_at = -math.inf
         self._wanted: ScaleWanted | None = None  # as last told, while it stands
 
@@ -124,17 +138,17 @@ class Rebalancer:
         orders: list[Order] = []
         signs, scaling = [NORMAL], list[ScaleWanted]()
         for model, members in by_model.items():
-            demand = demands.get(model)
+            demand, past = demands.get(model), self._pasts[model]
             if self._lends:
                 self._adopt(members, now)
-                self._fill_empty_side(model, members, now)
+                self._fill_empty_side(past, members, now)
                 if demand is not None:
-                    self._move_nodes(model, members, demand, lengths[model], now)
+                    self._move_nodes(past, members, demand, lengths[model], now)
             sign = self._sign_of(members, demand, now)
             signs.append(sign)
             if demand is not None and sign == OVERLOAD:
                 scaling += self._more_nodes(members, demand, lengths[model], now)
-            elif self._could_do_with_fewer(model, members, demand, lengths[model], now):
+            elif self._could_do_with_fewer(past, members, demand, lengths[model], now):
                 scaling += self._fewer_nodes(members)
         orders += self._change_regime(max(signs, key=REGIMES.index))
         if self._lends:
@@ -159,61 +173,69 @@ class Rebalancer:
     # --- moving nodes ------------------------------------------------------------------------------
 
     def _window(self, demand: Demand, nodes: Sequence[NodeView], since: float, now: float) -> Window | None:
-        return demand.window(since, now, max(1, len(nodes) // NODES_PER_PLAY), MAX_REQUESTS)
+        """Of fewer requests, on as much fewer nodes, where there are too many to play."""
+        stands_for = max(1, len(nodes) // MOST_NODES)
+        window = demand.window(since, now, stands_for, MAX_PLAYED)
+        if window is None:
+            return None
+        excess = num_repeats(window) * len(window.wanted) / MAX_PLAYED
+        fewer = min(math.ceil(excess * stands_for), len(nodes) // LEAST_NODES)
+        return demand.window(since, now, fewer, MAX_PLAYED) if fewer > stands_for else window
 
     def _move_nodes(
-        self, model: str, nodes: Sequence[NodeView], demand: Demand, lengths: OutputLengths, now: float
+        self, past: Past, nodes: Sequence[NodeView], demand: Demand, lengths: OutputLengths, now: float
     ) -> None:
         """Move a node if that serves more of what came in some window: one at a time, to see what it does."""
         if demand.known_for_s(now) < WINDOWS_S[0]:
             return
-        proposed = self._propose_move(model, nodes, demand, lengths, now)
+        if now - past.moved_at >= REMEMBERED_S:
+            past.num_turns = 0
+        proposed = self._propose_move(past, nodes, demand, lengths, now)
         kind = None if proposed is None else (self._duty(proposed[0].node), proposed[0].duty)
         # The play depends on the moment: a move must be found at two ticks in a row.
-        is_confirmed = kind is not None and kind == self._proposed.get(model)
-        self._proposed[model] = None if is_confirmed else kind
+        is_confirmed = kind is not None and kind == past.proposed
+        past.proposed = None if is_confirmed else kind
         if proposed is not None and is_confirmed:
-            move, since = proposed
-            before, moved_at = self._last_moves.get(model, (move.duty, now))
-            num_turns = self._num_turns.get(model, 0) if now - moved_at < REMEMBERED_S else 0
-            self._num_turns[model] = num_turns + (move.duty != before)
+            move, past.since = proposed
             self._give(*move, now)
-            self._last_moves[model] = move.duty, now
-            self._since[model] = since
+            past.num_turns += past.moved_to not in (None, move.duty)
+            past.moved_to, past.moved_at = move.duty, now
 
     def _propose_move(
-        self, model: str, nodes: Sequence[NodeView], demand: Demand, lengths: OutputLengths, now: float
+        self, past: Past, nodes: Sequence[NodeView], demand: Demand, lengths: OutputLengths, now: float
     ) -> tuple[Move, float] | None:
         """A move, and since when what came speaks for it."""
-        duties, forgotten = self._duties(nodes), self._since.get(model, -math.inf)
+        duties = self._duties(nodes)
         # Who has turned back often needs better reasons each time.
-        num_errors = NUM_ERRORS + min(MOST_TURNS, self._num_turns.get(model, 0))
+        num_errors = NUM_ERRORS + min(MOST_TURNS, past.num_turns)
         for window_s in WINDOWS_S:
-            window = self._window(demand, nodes, max(now - window_s, forgotten), now)
-            if window is not None and len(window.wanted) >= MIN_REQUESTS:
-                ahead = LookAhead(nodes, duties, window, lengths, self._goals, now)
+            window = self._window(demand, nodes, max(now - window_s, past.since), now)
+            if window is not None and window.num_distinct >= MIN_REQUESTS:
                 # No more can be won back than was lost. The shortest window is asked before anything is lost.
-                most = window.num_lost if window_s > WINDOWS_S[0] else len(window.wanted) * window.stands_for
-                most = most * ahead.num_repeats // window.stands_for
-                move = self._best_move(ahead, duties, most, num_errors)
-                # Many may be late for one that is giant, and that one is no reason.
-                if (
-                    move is not None
-                    and not self._undoes_last(model, move, now)
-                    and self._best_move(ahead.without_heaviest(duties), duties, most, num_errors)
-                ):
-                    return move, now - window.span_s
-            if now - window_s <= forgotten:
+                num = len(window.wanted)
+                most = num if window_s == WINDOWS_S[0] else window.num_lost / window.stands_for
+                if most >= MIN_GAIN * num:
+                    ahead = LookAhead(nodes, duties, window, lengths, self._goals, now)
+                    move = self._best_move(ahead, duties, most * ahead.num_repeats, num_errors)
+                    # Many may be late for one that is giant, and that one is no reason.
+                    if (
+                        move is not None
+                        and not self._undoes_last(past, move, now)
+                        and self._best_move(
+                            ahead.without_heaviest(), duties, most * ahead.num_repeats, num_errors
+                        )
+                    ):
+                        return move, now - window.span_s
+            if now - window_s <= past.since:
                 break  # longer windows see no more
         return None
 
-    def _undoes_last(self, model: str, move: Move, now: float) -> bool:
+    def _undoes_last(self, past: Past, move: Move, now: float) -> bool:
         """It goes against a move whose effect no window has seen yet."""
-        duty, moved_at = self._last_moves.get(model, (move.duty, -math.inf))
-        return move.duty != duty and now - moved_at < WINDOWS_S[0]
+        return move.duty != past.moved_to and now - past.moved_at < WINDOWS_S[0]
 
     def _best_move(
-        self, ahead: LookAhead, duties: dict[str, Duty], most: int, num_errors: float
+        self, ahead: LookAhead, duties: dict[str, Duty], most: float, num_errors: float
     ) -> Move | None:
         """The move that serves the most more in time, `most` at most; None if that may be chance."""
         before = ahead.served(duties)
@@ -229,13 +251,13 @@ class Rebalancer:
                 alike[key] = min(
                     alike.get(key, (math.inf, node)), (_busy_s(node, mine), node), key=lambda one: one[0]
                 )
-        best_gain, best = 0, None
+        best_gain, best = 0.0, None
         for (_, duty, _), (busy_s, node) in alike.items():
             after = ahead.served({**duties, node.node_id: duty}, node, busy_s)
             gain = min(most, sum(after) - sum(before))
             num_changed = sum(one != another for one, another in zip(before, after, strict=True))
-            # Each request is played several times, which makes it no surer.
-            error = math.sqrt(num_changed * ahead.num_repeats)
+            # A request that is played several times makes it no surer.
+            error = math.sqrt(num_changed * ahead.num_played / ahead.num_distinct)
             if gain >= max(MIN_GAIN * num, num_errors * error) and gain > best_gain:
                 role = node.descriptor.role
                 reason = (
@@ -245,13 +267,12 @@ class Rebalancer:
                 best_gain, best = gain, Move(node, duty, reason)
         return best
 
-    def _fill_empty_side(self, model: str, nodes: Sequence[NodeView], now: float) -> None:
+    def _fill_empty_side(self, past: Past, nodes: Sequence[NodeView], now: float) -> None:
         """Lend a node to a side without nodes. Not at once: while nodes start, one side is often first."""
         for side in SIDES:
-            key = model, side
             is_empty = all(self._duty(node) == other(side) for node in nodes)
-            self._empty_ticks[key] = self._empty_ticks[key] + 1 if is_empty else 0
-            if self._empty_ticks[key] >= NUM_TICKS:
+            past.empty_ticks[side] = past.empty_ticks[side] + 1 if is_empty else 0
+            if past.empty_ticks[side] >= NUM_TICKS:
                 idlest = min(nodes, key=lambda node: (_busy_s(node, other(side)), node.node_id))
                 duty: Duty = side if len(nodes) > 1 else "both"
                 self._give(idlest, duty, f"lent to {duty}: no other node is there for {side}", now)
@@ -348,33 +369,32 @@ class Rebalancer:
             for side in SIDES
             for num in (1, len(nodes))
         )
-        fewest = next(
-            num
-            for num in range(1, num_more + 1)
-            if num == num_more or sum(ahead.served(duties, more=(side, num))) >= (1 - MIN_GAIN) * num_served
+        fewest = 1 + bisect_left(
+            range(1, num_more),
+            (1 - MIN_GAIN) * num_served,
+            key=lambda num: sum(ahead.served(duties, more=(side, num))),
         )
         return [_wanted(side, fewest, f"{num_served / ahead.num_played:.0%} would be served in time")]
 
     def _could_do_with_fewer(
-        self, model: str, nodes: Sequence[NodeView], demand: Demand | None, lengths: OutputLengths, now: float
+        self, past: Past, nodes: Sequence[NodeView], demand: Demand | None, lengths: OutputLengths, now: float
     ) -> bool:
-        """For `IDLE_S` by now."""
-        duties = self._duties(nodes)
-        side = _larger_side(duties)
-        fewer = [
-            node
-            for node in nodes
-            if node is not next(one for one in nodes if duties[one.node_id] != other(side))
-        ]
-        is_idle = len(nodes) > 2
-        window = self._window(demand, nodes, now - WINDOWS_S[-1], now) if demand is not None else None
-        if is_idle and window is not None:
-            ahead = LookAhead(fewer, self._duties(fewer), window, lengths, self._goals, now)
-            is_idle = not window.num_lost and all(ahead.served(self._duties(fewer)))
-        if not is_idle:
-            self._idle_since.pop(model, None)
-            return False
-        return now - self._idle_since.setdefault(model, now) >= IDLE_S
+        """For `IDLE_S` by now. Played as seldom as it is told."""
+        if len(nodes) <= 2 or (demand is not None and demand.num_lost(now - WINDOWS_S[-1])):
+            past.idle_since = math.inf
+        elif now - past.idle_played_at >= SCALE_EVERY_S:
+            past.idle_played_at = now
+            window = self._window(demand, nodes, now - WINDOWS_S[-1], now) if demand is not None else None
+            duties = self._duties(nodes)
+            one = next(node for node in nodes if duties[node.node_id] != other(_larger_side(duties)))
+            fewer = [node for node in nodes if node is not one]
+            if window is None or all(
+                LookAhead(fewer, duties, window, lengths, self._goals, now).served(duties)
+            ):
+                past.idle_since = min(past.idle_since, now)
+            else:
+                past.idle_since = math.inf
+        return now - past.idle_since >= IDLE_S
 
     def _fewer_nodes(self, nodes: Sequence[NodeView]) -> list[ScaleWanted]:
         side = _larger_side(self._duties(nodes))

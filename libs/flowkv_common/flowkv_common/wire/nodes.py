@@ -37,6 +37,10 @@ class StepFit(Part, frozen=True):
     context_token_s: Amount
 
 
+# Before any output was seen: one of a chat's usual length, to nodes and schedulers alike. In tokens.
+PRIOR_TOKENS = 256
+
+
 class OutputForecast(Part, frozen=True):
     """How many more tokens a node expects of the sequences that decode there."""
 
