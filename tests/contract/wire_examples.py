@@ -141,6 +141,9 @@ EXAMPLES: list[Message] = [
         avoid=["decode-1"],
         deadline_in_s=599.25,
         block_hashes=["00112233445566778899aabbccddeeff"],
+        ttft_goal_s=1.5,
+        itl_goal_s=0.0625,
+        is_batch=True,
     ),
     Assignment(
         request_id=REQUEST_ID,

@@ -177,3 +177,14 @@ CONTRADICTIONS = [
 ]
 
 BAD_BODIES = [*NO_JSON, *WRONG_TYPES, *OUT_OF_RANGE, *MESSAGES, *PROMPTS, *CONTRADICTIONS]
+
+# Of requests whose bodies are good: (name, value). The error is about the header.
+BAD_HEADERS = [
+    ("x-request-class", "interactive"),
+    ("x-request-class", ""),
+    *(
+        (name, value)
+        for name in ("x-ttft-goal-ms", "x-itl-goal-ms")
+        for value in ("", "0", "0.000", "-5", "soon", "nan", "inf", "1e3", "1_000", "3600001", "9" * 400)
+    ),
+]

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from flowkv.local_cluster import Cluster, Process, free_port
-from tests.e2e.bad_bodies import BAD_BODIES, CHAT, TEXT, USER, BadBody
+from tests.e2e.bad_bodies import BAD_BODIES, BAD_HEADERS, CHAT, TEXT, USER, BadBody
 from tests.e2e.load import stream_completion, wait_healthy
 from tests.e2e.observer import observe
 from tests.e2e.raw_client import connect, post
@@ -66,6 +66,14 @@ async def check_unharmed(cluster: Cluster) -> None:
 @pytest.mark.parametrize("bad", BAD_BODIES, ids=lambda bad: bad.name)
 def test_bad_body_names_the_field(http: httpx.Client, bad: BadBody) -> None:
     check_error(http.post(bad.path, content=bad.body), 400, bad.param)
+
+
+def test_a_bad_header_is_named(http: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 2}
+    for name, value in BAD_HEADERS:
+        check_error(http.post(TEXT, json=body, headers={name: value}), 400, name)
+    good = {"x-ttft-goal-ms": "60000", "x-itl-goal-ms": "500", "x-request-class": "batch"}
+    assert http.post(TEXT, json=body, headers=good).status_code == 200
 
 
 async def test_a_good_stream_does_not_notice(cluster: Cluster) -> None:

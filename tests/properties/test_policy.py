@@ -104,6 +104,9 @@ def test_unusable_nodes_are_never_chosen(
         assert taken.report.ready
         assert not taken.report.draining
         assert age_s[taken.node_id] <= 3 * taken.report.period_s
+    if wanted.max_new_tokens == 1:  # it is never decoded
+        assert choice.decode is choice.prefill
+        return
     # The whole prompt and the expected output find room, beside what is there and will grow.
     mean = cluster(*nodes).lengths_of(wanted.fingerprint).mean_of(wanted.num_prompt_tokens)
     num_tokens = wanted.num_prompt_tokens + int(expected_tokens(wanted.max_new_tokens, 1 / mean))
@@ -130,6 +133,8 @@ def brute_force(wanted: ScheduleRequest, nodes: list[Described], aims: Goals) ->
     usable = [one for one in state.views() if one.is_usable(0.0) and one.node_id not in wanted.avoid]
     prefill = [one for one in usable if one.may_prefill and costs.takes_prompt(one)]
     decode = [one for one in usable if one.may_decode and costs.takes_sequence(one)]
+    if wanted.max_new_tokens == 1:
+        return min((cost.total_s for cost in map(costs.prefill_cost, prefill)), default=math.inf)
     totals = [
         p.total_s + costs.transfer_s(p, d.num_cached_tokens, costs.link_between(p.node, d.node)) + d.total_s
         for p in map(costs.prefill_cost, prefill)

@@ -102,10 +102,13 @@ class World:
         is_late = self.planner._queue.is_late(wanted.request_id)
         return is_late, asking.came + PRIORITY_S * wanted.priority, wanted.request_id
 
+    def ahead_of(self, asking: Asking) -> list[Asking]:
+        mine = self.rank(asking)
+        return sorted((other for other in self.waiting if self.rank(other) < mine), key=self.rank)
+
     def ask(self, asking: Asking) -> None:
         """Served, or told to ask again; and is that just?"""
-        mine = self.rank(asking)
-        ahead = sorted((other for other in self.waiting if self.rank(other) < mine), key=self.rank)
+        ahead = self.ahead_of(asking)
         wanted = msgspec.structs.replace(asking.wanted, age_s=self.now - asking.came)
         try:
             decision = self.planner.schedule(wanted, self.now)
@@ -126,6 +129,7 @@ class World:
                 assert any(self.could_take(at, first) for at in POOLS), "it has overtaken one who had room"
             self.report()
         else:
+            ahead = self.ahead_of(asking)  # it may have become late
             able = [name for name in POOLS if self.could_take(name, asking)]
             assert len(able) <= len(ahead), "room is kept at more nodes than there are requests ahead"
             # What nobody ahead can ever use is not kept for them.

@@ -14,9 +14,15 @@ from hypothesis import strategies as st
 
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import ModelCard, SamplingParams
-from flowkv_gateway.dispatch import RequestState
+from flowkv_gateway.dispatch import RequestState, ServiceGoals
 from flowkv_gateway.errors import ContextLengthExceeded
-from flowkv_gateway.prompts import SamplingDefaults, chat_prompt, load_sampling_defaults, plan
+from flowkv_gateway.prompts import (
+    SamplingDefaults,
+    chat_prompt,
+    load_sampling_defaults,
+    plan,
+    service_goals,
+)
 from flowkv_gateway.schemas import (
     REFUSED,
     Body,
@@ -29,6 +35,7 @@ from flowkv_gateway.schemas import (
 )
 from flowkv_gateway.tokenizer import Tokenizer
 from tests.contract.api_page import CHANGE_NOTHING
+from tests.e2e.bad_bodies import BAD_HEADERS
 from tests.gateway_support import CARD, write_tokenizer
 
 USER = [{"role": "user", "content": "hi"}]
@@ -433,3 +440,23 @@ def test_defaults_are_read_from_the_models_folder_and_told(
         file.write_text(broken)
         with pytest.raises(ValueError, match="FLOWKV_GENERATION_CONFIG=none"):
             load_sampling_defaults(tmp_path, "auto")
+
+
+# --- headers -----------------------------------------------------------------------------------------------
+
+
+def test_goals_and_the_class_come_in_headers() -> None:
+    assert service_goals({}) == ServiceGoals()
+    headers = {"x-ttft-goal-ms": "1500", "x-itl-goal-ms": "62.5", "x-request-class": "batch"}
+    goals = service_goals(headers)
+    assert goals == ServiceGoals(ttft_s=1.5, itl_s=0.0625, is_batch=True)
+    state = RequestState("r", [1], SamplingParams(max_tokens=1), 60.0, "f", goals=goals)
+    asked = state.schedule_request([])
+    assert (asked.ttft_goal_s, asked.itl_goal_s, asked.is_batch) == goals
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_HEADERS)
+def test_a_bad_header_is_named(name: str, value: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        service_goals({name: value})
+    assert caught.value.field == name

@@ -172,7 +172,8 @@ def test_idle_prefill_nodes_are_no_room_for_sequences() -> None:
 
 def test_the_itl_target_of_others_delays_a_request_for_half_of_the_longest_wait() -> None:
     """Not for the lifetimes of the others."""
-    slow = node("d0", "decode", num_running=2, free=NUM_BLOCKS - 16, decode_step_s=2.0)
+    fit = StepFit(base_s=0.02, prefill_token_s=0.0, attended_token_s=0.0, sequence_s=0.1, context_token_s=0.0)
+    slow = node("d0", "decode", num_running=9, free=NUM_BLOCKS - 16, step=fit)
     nodes = [node("p0", "prefill"), slow]
     early = decide(request(age_s=1.0), nodes)
     assert isinstance(early, Wait)
@@ -405,7 +406,7 @@ def test_a_late_request_is_served_when_a_prefill_node_is_idle() -> None:
     assert isinstance(decide(request(10_000), roomy), Choice)
 
 
-def test_a_late_request_is_not_sent_to_a_busy_node_because_another_is_idle() -> None:
+def test_a_late_request_takes_the_idle_node_though_a_busy_one_is_better() -> None:
     """The busy one has cached its prompt, so its first token would come soonest there."""
     hashes = [f"{number:016x}" * 2 for number in range(248)]
     busy, idle = node("p0", "prefill", queued_prefill_tokens=1000), node("p1", "prefill")
@@ -416,15 +417,16 @@ def test_a_late_request_is_not_sent_to_a_busy_node_because_another_is_idle() -> 
     assert isinstance(prompt, Choice)
     assert prompt.prefill.node_id == "p0"
     late = msgspec.structs.replace(wanted, age_s=GOALS.ttft_s)
+    served = admission.decide(late, state, GOALS, 0.0, WaitingQueue())
+    assert isinstance(served, Choice)
+    assert served.prefill.node_id == "p1"
+    # If it can't: the idle node of another kind is for late requests behind it.
+    other = node("p1", "prefill", memory="device")
+    apart = cluster(busy, other, D0, node("d1", "decode", memory="device", free=0, num_running=1))
     waiting = WaitingQueue()
-    waits = admission.decide(late, state, GOALS, 0.0, waiting)
+    waits = admission.decide(late, apart, GOALS, 0.0, waiting)
     assert isinstance(waits, Later)
-    # Meanwhile the idle node is for late requests behind it.
-    waiting.add_waiter(late, waits, now=0.0)
-    plain = request(request_id="plain", age_s=GOALS.ttft_s - 1.0)
-    choice = admission.decide(plain, state, GOALS, 0.0, waiting)
-    assert isinstance(choice, Choice)
-    assert choice.prefill.node_id == "p1"
+    assert waits.node_id == ""
 
 
 def test_a_wait_for_room_is_late_when_its_first_token_is() -> None:
@@ -593,3 +595,163 @@ def test_what_an_empty_pool_can_hold_always_finds_room_there(
     ]
     wanted = request(num_prompt, min(max_new, 4096 - num_prompt))
     assert isinstance(decide(wanted, nodes), Choice)
+
+
+# --- goals of requests, the class batch ------------------------------------------------------------
+
+
+def test_a_requests_own_ttft_goal_decides_whether_it_is_in_time_and_how_long_it_may_wait() -> None:
+    goals, queue = Goals(), WaitingQueue()
+    for goal_s, is_served in ((1.9 / IN_TIME, False), (2.3 / IN_TIME, True)):
+        found = admission.decide(request(ttft_goal_s=goal_s), cluster(*behind(2.0)), goals, 0.0, queue)
+        assert isinstance(found, Choice) == is_served
+    patient = request(ttft_goal_s=60.0)
+    for wanted, is_admitted in ((request(), False), (patient, True)):
+        full = [node("p0", "prefill"), node("d0", "decode", num_running=16)]
+        aged = msgspec.structs.replace(wanted, age_s=WAIT_ERROR * goals.longest_wait_s + 1.0)
+        if is_admitted:
+            assert isinstance(admission.decide(aged, cluster(*full), goals, 0.0, queue), Later)
+        else:
+            with pytest.raises(errors.Full, match="at most 60.0 s"):
+                admission.decide(aged, cluster(*full), goals, 0.0, queue)
+
+
+LOADED_FIT = StepFit(
+    base_s=0.02, prefill_token_s=1e-3, attended_token_s=0.0, sequence_s=0.02, context_token_s=0.0
+)
+
+
+@pytest.mark.parametrize(
+    ("own_s", "num_running", "has_room"),
+    [
+        (0.0, 10, True),  # a step of 240 ms, the cluster's target is 250
+        (0.0, 11, False),
+        (1.0, 11, False),  # a looser goal must not spoil those of others
+        (0.1, 3, True),
+        (0.1, 4, False),
+        (0.03, 10, True),  # not even alone: 40 ms
+        (0.03, 11, False),
+    ],
+)
+def test_the_stricter_itl_goal_counts_if_it_can_be_met(
+    own_s: float, num_running: int, has_room: bool
+) -> None:
+    busy = node("d0", "decode", num_running=num_running, step=LOADED_FIT)
+    found = decide(request(itl_goal_s=own_s), [PAIR[0], busy])
+    assert isinstance(found, Choice) == has_room
+
+
+def test_an_itl_target_that_no_node_can_meet_keeps_none_out() -> None:
+    slow = msgspec.structs.replace(LOADED_FIT, base_s=0.3)
+    busy = node("d0", "decode", num_running=3, step=slow)
+    assert isinstance(decide(request(), [PAIR[0], busy]), Choice)
+    # One node can: then the slow one gets no more than one at a time.
+    full = node("d1", "decode", num_running=16, step=LOADED_FIT)
+    assert isinstance(decide(request(), [PAIR[0], busy, full]), Wait)
+
+
+def test_a_request_for_one_token_needs_no_place_at_a_decode_node() -> None:
+    found = choice_of(request(100, 1), [PAIR[0], node("d0", "decode", free=0, num_running=16)])
+    assert (found.prefill.node_id, found.decode.node_id) == ("p0", "p0")
+    assert found.predicted_s == found.first_token_s
+    _, for_decode = found.added_work(request(100, 1), cluster(*PAIR).lengths_of("f"))
+    assert for_decode == Work()
+
+
+def batch(request_id: str = "batch", **changes: Any) -> ScheduleRequest:
+    return request(request_id=request_id, is_batch=True, **changes)
+
+
+def test_a_batch_request_is_served_when_a_prefill_node_is_idle_and_no_other_waits() -> None:
+    assert isinstance(decide(batch(), behind(IDLE_S)), Choice)
+    assert isinstance(decide(batch(), behind(IDLE_S + 0.1)), Wait)  # though it would be in time
+    waiting = WaitingQueue()
+    late = request(request_id="late", age_s=9.0)
+    waiting.add_waiter(late, later("d1", is_late=True), now=0.0)
+    assert isinstance(decide(batch(age_s=500.0), PAIR, waiting), Wait)
+    waiting.forget("late")
+    waiting.add_waiter(request(request_id="other", fingerprint="g"), later("d1"), now=0.0)
+    assert isinstance(decide(batch(), PAIR, waiting), Choice)
+
+
+def test_batch_requests_are_served_in_order() -> None:
+    state, waiting = cluster(*behind(10.0)), WaitingQueue()
+    for name, age_s in (("a", 2.0), ("b", 1.0)):
+        wanted = batch(name, num_prompt_tokens=1000, age_s=age_s)
+        found = admission.decide(wanted, state, GOALS, 0.0, waiting)
+        assert isinstance(found, Later)
+        assert not found.is_late
+        waiting.add_waiter(wanted, found, now=0.0)
+    assert isinstance(decide(batch("b", num_prompt_tokens=1000, age_s=1.0), PAIR, waiting), Wait)
+    assert isinstance(decide(batch("a", num_prompt_tokens=1000, age_s=2.0), PAIR, waiting), Choice)
+
+
+def test_a_batch_request_never_exceeds_the_itl_target_of_others() -> None:
+    """However long it has waited."""
+    for num_running, has_room in ((10, True), (11, False)):
+        busy = node("d0", "decode", num_running=num_running, step=LOADED_FIT)
+        for wanted in (batch(age_s=500.0), request(age_s=GOALS.longest_wait_s)):
+            found = decide(wanted, [PAIR[0], busy])
+            assert isinstance(found, Choice) == (has_room or not wanted.is_batch)
+
+
+def test_batch_requests_that_wait_are_in_nobodys_way() -> None:
+    """Others predict the same waits, find the same room, and are not refused for a batch that is overdue."""
+    nodes = [PAIR[0], full_node(16)]
+    alone = admission.decide(request(), cluster(*nodes), GOALS, 0.0, WaitingQueue())
+    waiting = WaitingQueue()
+    for number in range(9):
+        wanted = batch(f"b{number}", age_s=100.0)
+        found = admission.decide(wanted, cluster(*nodes), GOALS, -9.0, waiting)
+        assert isinstance(found, Later)
+        waiting.add_waiter(wanted, found, now=0.0)
+    assert admission.decide(request(), cluster(*nodes), GOALS, 0.0, waiting) == alone
+    assert isinstance(decide(request(), [PAIR[0], full_node(15)], waiting), Choice)
+    assert not waiting.is_late_overdue(1e9)
+
+
+def test_a_batch_request_is_refused_for_its_deadline_and_when_too_many_wait() -> None:
+    waiting, nodes = WaitingQueue(), behind(50.0)
+    assert isinstance(decide(batch(age_s=1000.0), nodes), Wait)  # not for its age
+    with pytest.raises(errors.Full, match="left"):
+        decide(batch(deadline_in_s=40.0), nodes)
+    for number in range(admission.MAX_BATCH_WAITING):
+        waiting.add_waiter(batch(f"b{number}"), later("d0"), now=0.0)
+    with pytest.raises(errors.Full, match="256 requests of the class batch wait"):
+        decide(batch(), nodes, waiting)
+    assert isinstance(decide(batch("b0"), nodes, waiting), Wait)
+
+
+def test_what_is_due_at_the_prefill_node_follows_the_order_of_service() -> None:
+    """But late ones are due one day, so that none starves there."""
+    wanted = {
+        "running": request(num_output_tokens=1),
+        "old": request(age_s=1.0),
+        "urgent": request(priority=-1),
+        "new": request(),
+        "strict": request(ttft_goal_s=2.0),
+        "late": request(age_s=6.0),
+        "batch": batch(deadline_in_s=300.0),
+    }
+    due = {name: choice_of(one, PAIR).due_in_s for name, one in wanted.items()}
+    assert due == {
+        "running": 0.0,
+        "old": 4.0,
+        "urgent": -5.0,
+        "new": 5.0,
+        "strict": 2.0,
+        "late": -1.0 + 60.0,
+        "batch": 300.0,
+    }
+
+
+def test_room_for_those_ahead_goes_by_their_own_goals() -> None:
+    """Not by the strict one of the request that asks: the one ahead could take the place now."""
+    busy = node("d0", "decode", num_running=9, max_num_seqs=10, step=LOADED_FIT)
+    waiting = waiting_behind([request(request_id="first", age_s=1.0)])
+    full = node("d1", "decode", num_running=1, max_num_seqs=1, step=LOADED_FIT)
+    idle = node("d2", "decode", max_num_seqs=1, step=LOADED_FIT)
+    strict = request(request_id="second", itl_goal_s=0.1)
+    found = decide(strict, [PAIR[0], busy, full, idle], waiting)
+    assert isinstance(found, Choice)
+    assert found.decode.node_id == "d2"

@@ -244,3 +244,15 @@ def test_a_burst_is_served_in_order_and_none_of_it_is_refused(num_prompt_tokens:
     assert max(burst.first_tokens.values()) == pytest.approx(50 * num_prompt_tokens / 1000, rel=0.02)
     for name, told in burst.told.items():
         assert burst.first_tokens[name] == pytest.approx(told, rel=0.1)
+
+
+def test_a_batch_is_no_demand_and_no_loss() -> None:
+    """It moves no node: neither when it waits, nor when it is refused."""
+    planner = small_cluster(Goals(), PAIR)
+    planner.schedule(request(request_id="served", is_batch=True), 0.0)
+    planner.schedule(request(4000, request_id="waits", is_batch=True), 0.0)
+    with pytest.raises(errors.Full):
+        planner.schedule(request(request_id="refused", is_batch=True, deadline_in_s=0.0), 0.0)
+    assert seen(planner) is None
+    planner.schedule(request(request_id="plain"), 0.0)
+    assert seen(planner) is not None

@@ -25,12 +25,12 @@ from flowkv_common.errors import FlowKVError, Internal, Unavailable
 from flowkv_common.telemetry import service_routes
 from flowkv_common.wire.messages import ModelCard
 from flowkv_gateway.answer import AnswerResponse, StreamResponse, log_refusal
-from flowkv_gateway.dispatch import Dispatch
+from flowkv_gateway.dispatch import Dispatch, ServiceGoals
 from flowkv_gateway.errors import ModelNotFound, error_response, json_error, status_of
 from flowkv_gateway.http import CloseWhileStopping, read_body
 from flowkv_gateway.metrics import GatewayMetrics
 from flowkv_gateway.output import ChatWriter, Choice, Display, ReplyWriter, TextWriter, prepare_stops
-from flowkv_gateway.prompts import SamplingDefaults, chat_prompt, completion_prompts, plan
+from flowkv_gateway.prompts import SamplingDefaults, chat_prompt, completion_prompts, plan, service_goals
 from flowkv_gateway.schemas import (
     Body,
     ChatRequest,
@@ -91,15 +91,17 @@ class Api:
 
     async def chat(self, request: Request) -> ASGIApp:
         body = await self._parse(request, ChatRequest)
+        goals = service_goals(request.headers)
         card = self._card()
         prompt = await chat_prompt(body, self._tokenizer)
-        return self._answer(body, [prompt], card, ChatWriter)
+        return self._answer(body, [prompt], card, goals, ChatWriter)
 
     async def completions(self, request: Request) -> ASGIApp:
         body = await self._parse(request, CompletionRequest)
+        goals = service_goals(request.headers)
         card = self._card()
         prompts = await completion_prompts(body, self._tokenizer)
-        return self._answer(body, prompts, card, TextWriter)
+        return self._answer(body, prompts, card, goals, TextWriter)
 
     async def models(self, _: Request) -> Response:
         return _json({"object": "list", "data": [self._model_entry()]})
@@ -190,6 +192,7 @@ class Api:
         body: ChatRequest | CompletionRequest,
         prompts: list[list[int]],
         card: ModelCard,
+        goals: ServiceGoals,
         writer_kind: type[ReplyWriter],
     ) -> ASGIApp:
         vocabulary = self._tokenizer.vocabulary
@@ -202,6 +205,7 @@ class Api:
             request_id=writer.reply_id,
             seed=random.getrandbits(63),
             deadline_s=self._settings.request_timeout_s,
+            goals=goals,
         )
         stops = (body.stop,) if isinstance(body.stop, str) else body.stop or ()
         display = Display(

@@ -91,6 +91,17 @@ MAX_HASHES = 16_384  # of a longer prompt the beginning will do
 MAX_HASHES_IN_LOOP = 1000  # a few milliseconds: the event loop must not stand still for more
 
 
+class ServiceGoals(NamedTuple):
+    """What a client wants of the service, beside the answer. Seconds; 0: the cluster's."""
+
+    ttft_s: float = 0.0
+    itl_s: float = 0.0
+    is_batch: bool = False
+
+
+NO_GOALS = ServiceGoals()
+
+
 @dataclass
 class RequestState:
     """One prompt to continue once, and how far its answer has come, over all attempts.
@@ -104,6 +115,7 @@ class RequestState:
     deadline_s: float  # from the call of `generate` on
     fingerprint: str  # of the model, on all attempts
     priority: int = 0
+    goals: ServiceGoals = NO_GOALS
 
     attempt: int = 0
     num_attempts: int = 0  # that were given nodes
@@ -179,6 +191,9 @@ class RequestState:
             avoid=sorted(self.avoid),
             deadline_in_s=max(0.0, self.remaining_s()),
             block_hashes=hashes,
+            ttft_goal_s=self.goals.ttft_s,
+            itl_goal_s=self.goals.itl_s,
+            is_batch=self.goals.is_batch,
         )
 
     def begin_next_attempt(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -11,7 +12,7 @@ import msgspec
 
 from flowkv_common.errors import BadRequest, CannotStart
 from flowkv_common.wire.messages import GREEDY_BELOW, ModelCard, SamplingParams
-from flowkv_gateway.dispatch import RequestState
+from flowkv_gateway.dispatch import NO_GOALS, RequestState, ServiceGoals
 from flowkv_gateway.errors import ContextLengthExceeded
 from flowkv_gateway.schemas import (
     MAX_CHOICES,
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 _LEAST_TOP_P = 1e-9  # 0 would leave no token; this leaves the best one
+_MAX_GOAL_MS = 3_600_000  # an hour: what is longer was meant in another unit
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 N = TypeVar("N", int, float)
 
@@ -141,6 +144,27 @@ def _call_for_template(call: ToolCall, field: str) -> dict[str, Any]:
     return fields
 
 
+def service_goals(headers: Mapping[str, str]) -> ServiceGoals:
+    """What the request's headers ask for. Raises BadRequest, which names the header."""
+    wanted = headers.get("x-request-class")
+    if wanted not in (None, "batch"):
+        raise BadRequest("The only class that can be asked for is batch.", field="x-request-class")
+    return ServiceGoals(
+        ttft_s=_goal_s(headers, "x-ttft-goal-ms"),
+        itl_s=_goal_s(headers, "x-itl-goal-ms"),
+        is_batch=wanted == "batch",
+    )
+
+
+def _goal_s(headers: Mapping[str, str], name: str) -> float:
+    """0 without the header."""
+    if (text := headers.get(name)) is None:
+        return 0.0
+    if not _NUMBER.fullmatch(text) or not 0.0 < float(text) <= _MAX_GOAL_MS:
+        raise BadRequest(f"{name} is not a number over 0 and up to {_MAX_GOAL_MS}.", field=name)
+    return float(text) / 1e3
+
+
 # --- generations --------------------------------------------------------------------------------------
 
 
@@ -153,6 +177,7 @@ def plan(
     request_id: str,
     seed: int,
     deadline_s: float,
+    goals: ServiceGoals = NO_GOALS,
 ) -> list[list[RequestState]]:
     """One group per prompt; the `n` of a group differ in their ids and seeds (`seed + i`) alone.
 
@@ -174,6 +199,7 @@ def plan(
                 deadline_s=deadline_s,
                 fingerprint=card.fingerprint,
                 priority=request.priority or 0,
+                goals=goals,
             )
             for i in range(num_samples)
         ]

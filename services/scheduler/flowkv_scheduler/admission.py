@@ -13,14 +13,16 @@ import functools
 import itertools
 import zlib
 from collections.abc import Iterator, Sequence
+from enum import IntEnum
 from typing import NamedTuple
 
+import msgspec
 from sortedcontainers import SortedDict, SortedList
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_scheduler import policy
-from flowkv_scheduler.cluster import NOTHING, ClusterState, Goals, NodeView, Work
+from flowkv_scheduler.cluster import NOTHING, WAIT_FACTOR, ClusterState, Goals, NodeView, Work
 from flowkv_scheduler.lookahead import IDLE_WAIT
 from flowkv_scheduler.policy import Choice, Chooser, RequestCosts
 from flowkv_scheduler.prefixes import NO_HITS, Hits
@@ -47,16 +49,38 @@ GRACE_S = 1.0
 # Each step of priority counts as so many seconds of age, up to a minute: no request waits forever.
 PRIORITY_S = 10.0
 MAX_PRIORITY = 6
+# So many requests of the class `batch` may wait. Each asks twice a second, however long it waits: together
+# they cost a tenth of the decisions that a scheduler can make.
+MAX_BATCH_WAITING = 256
+
+
+class Rank(IntEnum):
+    """The ranks are served one after the other."""
+
+    RUNNING = 0  # its client has output
+    IN_TIME = 1
+    LATE = 2  # it can't meet its TTFT goal any more
+    BATCH = 3
 
 
 class Place(NamedTuple):
-    """The order of service: requests whose client has output first, those that can't meet the TTFT target any
-    more last; of equals the oldest first, and priority is age."""
+    """The order of service: by rank, of equals the one whose first token is due first. Priority is age."""
 
-    is_new: bool
-    is_late: bool
-    since: float
+    rank: Rank
+    due: float
     request_id: str
+
+    def due_in_s(self, request: ScheduleRequest, goals: Goals, now: float) -> float:
+        """When the first token is due, for the order at the prefill node. There it is a time and no rank, so
+        that no prompt starves: a late one is due when newcomers are that came as late as any may wait."""
+        match self.rank:
+            case Rank.RUNNING:
+                return 0.0
+            case Rank.LATE:
+                return self.due - now + WAIT_FACTOR * goals.ttft_s
+            case Rank.BATCH:
+                return request.deadline_in_s
+        return self.due - now
 
 
 class Waiter(NamedTuple):
@@ -72,14 +96,13 @@ class Waiter(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """The requests that stand at one node, or wait for one model."""
+    """The requests that stand at one node or wait for one model, those of the class `batch` or the others."""
 
     places: SortedList
     need: Work  # of all of them
 
-    def before(self, place: Place) -> Work:
-        """The need of those before it: as many as there are, of the mean of all."""
-        return self.need.share(self.places.bisect_left(place), len(self.places))
+
+_Lines = dict[tuple[str, bool], _Line]
 
 
 class WaitingQueue:
@@ -88,11 +111,14 @@ class WaitingQueue:
     All operations take O(log n), but for `ahead_of`, which goes through those ahead.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ttft_goal_s: float = Goals().ttft_s) -> None:
+        """`ttft_goal_s`: of requests that have none of their own."""
+        self._ttft_goal_s = ttft_goal_s
         self._waiters: dict[str, Waiter] = {}
         self._in_order: SortedDict = SortedDict()  # place -> waiter
-        self._at_nodes: dict[str, _Line] = {}
-        self._of_models: dict[str, _Line] = {}
+        # A batch line apart: others are before all of it, whatever it needs.
+        self._at_nodes: _Lines = {}
+        self._of_models: _Lines = {}
         self._ends: SortedDict = SortedDict()  # (until, request id) -> None
 
     def __contains__(self, request_id: str) -> bool:
@@ -102,37 +128,51 @@ class WaitingQueue:
         return len(self._waiters)
 
     def place_of(self, request: ScheduleRequest, now: float) -> Place:
-        """It stays what it was when the request first came."""
+        """It stays what it was when the request first came, but that one in time may become late."""
         known = self._waiters.get(request.request_id)
         began = known.began if known else now - request.age_s
         priority = min(max(request.priority, -MAX_PRIORITY), MAX_PRIORITY)
-        is_late = known is not None and known.place.is_late
-        return Place(
-            not request.num_output_tokens, is_late, began + PRIORITY_S * priority, request.request_id
-        )
+        if request.num_output_tokens:
+            rank = Rank.RUNNING
+        elif request.is_batch:
+            rank = Rank.BATCH
+        else:
+            rank = Rank.LATE if self.is_late(request.request_id) else Rank.IN_TIME
+        due = began + (request.ttft_goal_s or self._ttft_goal_s) + PRIORITY_S * priority
+        return Place(rank, due, request.request_id)
 
     def is_late(self, request_id: str) -> bool:
         """Whether it waits among the late ones."""
         known = self._waiters.get(request_id)
-        return known is not None and known.place.is_late
+        return known is not None and known.place.rank is Rank.LATE
+
+    def num_batch(self, fingerprint: str) -> int:
+        """Requests of the class `batch` that wait for the model."""
+        line = self._of_models.get((fingerprint, True))
+        return len(line.places) if line else 0
+
+    def has_others(self, fingerprint: str) -> bool:
+        """Whether requests of no such class wait for the model."""
+        return (fingerprint, False) in self._of_models
 
     def is_late_overdue(self, now: float) -> bool:
         """Whether the first of the late requests was to have its first token by now.
 
         Those that should have asked again by now are passed over: their clients may have left.
         """
-        for place in self._in_order.irange((True, True)):
+        for place in self._in_order.irange((Rank.LATE,), (Rank.BATCH,)):
             waiter: Waiter = self._in_order[place]
             if waiter.until - GRACE_S >= now:
                 return waiter.due < now
         return False
 
     def ahead_of(self, place: Place) -> Iterator[Waiter]:
-        """All that come before it, in their order."""
+        """All others that come before it, in their order."""
         for other in self._in_order:
             if other >= place:
                 return
-            yield self._in_order[other]
+            if other.request_id != place.request_id:  # it may stand where it was before it was late
+                yield self._in_order[other]
 
     def node_of(self, request_id: str) -> str:
         """Where it stands; "" if it does not wait, or nowhere."""
@@ -141,13 +181,21 @@ class WaitingQueue:
 
     def work_ahead(self, node_id: str, place: Place) -> Work:
         """The need of those before it at the node."""
-        line = self._at_nodes.get(node_id)
-        return line.before(place) if line else NOTHING
+        return self._work_before(self._at_nodes, node_id, place)
 
     def work_ahead_of_model(self, fingerprint: str, place: Place) -> Work:
         """The need of those before it that wait for the model."""
-        line = self._of_models.get(fingerprint)
-        return line.before(place) if line else NOTHING
+        return self._work_before(self._of_models, fingerprint, place)
+
+    def _work_before(self, lines: _Lines, key: str, place: Place) -> Work:
+        """The need of those before it: as many as there are, of the mean of all of their line."""
+        own, work = self._waiters.get(place.request_id), NOTHING
+        for line in filter(None, (lines.get((key, False)), lines.get((key, True)))):
+            num = line.places.bisect_left(place)
+            if own is not None and own.place < place and own.place in line.places:
+                num -= 1
+            work = work.plus(line.need.share(num, len(line.places)))
+        return work
 
     def add_waiter(self, request: ScheduleRequest, later: Later, now: float) -> None:
         """It will ask again, and until then stands at that node."""
@@ -157,9 +205,10 @@ class WaitingQueue:
         place, until = self.place_of(request, now), now + retry_in_s + GRACE_S
         # None is overdue before it has asked again.
         due = now + max(later.wait.first_token_in_s * WAIT_ERROR, retry_in_s)
-        if known and known.place.is_late:
+        if known and known.place.rank is Rank.LATE:
             due = known.due
-        place = place._replace(is_late=place.is_late or later.is_late)
+        if later.is_late:
+            place = place._replace(rank=Rank.LATE)
         self.forget(request.request_id)
         waiter = Waiter(request, place, node_id, need, began, until, due)
         self._waiters[request.request_id] = self._in_order[place] = waiter
@@ -169,8 +218,12 @@ class WaitingQueue:
             line.places.add(place)
             lines[key] = line._replace(need=line.need.plus(need))
 
-    def _lines_of(self, waiter: Waiter) -> tuple[tuple[dict[str, _Line], str], ...]:
-        return (self._at_nodes, waiter.node_id), (self._of_models, waiter.request.fingerprint)
+    def _lines_of(self, waiter: Waiter) -> tuple[tuple[_Lines, tuple[str, bool]], ...]:
+        is_batch = waiter.place.rank is Rank.BATCH
+        return (
+            (self._at_nodes, (waiter.node_id, is_batch)),
+            (self._of_models, (waiter.request.fingerprint, is_batch)),
+        )
 
     def forget(self, request_id: str) -> None:
         """It has got its pair, or was refused."""
@@ -216,68 +269,96 @@ def decide(
 ) -> Choice | Later:
     """The pair that `choose` takes, or when to ask again, behind the requests of `queue` that come before it.
 
-    A request that can't meet the TTFT target is served when the prefill node has nothing else to do.
+    A request that can't meet its TTFT goal is served when a prefill node has nothing else to do.
 
     Raises `BadRequest` when no pool could ever hold the request, `Unavailable` when there has been no node
     for too long, `Full` when the wait would be too long or outlast the request's deadline; `retry_after_s` is
     the predicted end of that.
     """
     place = queue.place_of(request, now)
-    find_kept = functools.partial(room_kept, queue, place)
-    costs = RequestCosts(request, state, goals, now, hits=hits, find_kept=find_kept)
-    # A running request is never refused: its client has seen half of the answer.
-    is_running = request.num_output_tokens > 0
-    in_time_s = IN_TIME * goals.ttft_s - request.age_s
-    choice = choose(costs)
+    in_time_s = IN_TIME * goals.of_request(request).ttft_s - request.age_s
+    while True:
+        find_kept = functools.partial(room_kept, queue, place)
+        costs = RequestCosts(request, state, goals, now, hits=hits, find_kept=find_kept)
+        choice = choose(costs)
+        later = None if choice else foresee_room(costs, queue, place)
+        first_token_s = choice.first_token_s if choice else later.wait.first_token_in_s if later else 0.0
+        if place.rank is not Rank.IN_TIME or first_token_s <= in_time_s:
+            break
+        place = place._replace(rank=Rank.LATE)  # look again, behind those in time
     if choice is not None:
-        if is_running:
-            return choice
-        _check_deadline(request, choice.predicted_s)
-        if choice.first_token_s <= in_time_s:
-            return choice
-        later = foresee_idle_prefill(costs, queue, place, choice)
-        # The first of those that are late, and a prefill node is idle.
-        if later.wait_s <= IDLE_WAIT * goals.ttft_s:
-            # In the way of no other: it is the next prompt of its node.
-            if choice.wait_s <= IDLE_WAIT * goals.ttft_s:
-                return choice
-            later = Later(later.wait, later.wait_s)  # its own is not: the idle one is for those behind it
-    else:
-        _check_fits(costs)
-        if not costs.has_nodes():
-            if request.age_s > NO_NODE_AGE_S:
-                raise errors.Unavailable(
-                    f"no node of the model has been ready for {request.age_s:.0f} s",
-                    retry_after_s=NO_NODE_AGE_S,
-                )
-            return Later(Wait(retry_in_s=NO_NODE_RETRY_S, reason="no node of the model is ready"))
-        room = foresee_room(costs, queue, place)
-        if room is None:
-            return Later(Wait(retry_in_s=MAX_RETRY_S, reason="no decode node can take it now"))
-        later = room
-    if not is_running:
-        longest_s = goals.longest_wait_s * (LESS_URGENT_SHARE if request.priority > 0 else 1.0)
-        later = later._replace(is_late=place.is_late or later.wait.first_token_in_s > in_time_s)
-        _check_wait(request, later, longest_s, queue, now)
+        if place.rank is Rank.BATCH or (place.rank is Rank.LATE and first_token_s > in_time_s):
+            choice, later = _take_idle_prefill(costs, queue, place, choice, choose)
+        if choice is not None:
+            # A running request is never refused: its client has seen half of the answer.
+            if place.rank is not Rank.RUNNING:
+                _check_deadline(request, choice.predicted_s)
+            due_in_s = place.due_in_s(request, costs.goals, now)
+            return msgspec.structs.replace(choice, due_in_s=due_in_s)
+    if later is None:
+        return _without_nodes(costs)
+    if place.rank is not Rank.RUNNING:
+        later = later._replace(is_late=place.rank is Rank.LATE)
+        _check_wait(costs, later, place, queue)
     return later
 
 
-def _check_wait(
-    request: ScheduleRequest, later: Later, longest_s: float, queue: WaitingQueue, now: float
-) -> None:
-    """A newcomer is refused for what is predicted, one that was told to wait for its age alone."""
-    if request.request_id in queue:
-        if request.age_s > WAIT_ERROR * longest_s:
-            raise _wait_too_long(request, later.wait_s, longest_s)
-        return
-    if request.age_s + later.wait_s > longest_s:
-        raise _wait_too_long(request, later.wait_s, longest_s)
-    if later.is_late and queue.is_late_overdue(now):
-        raise errors.Full(
-            "the first token would be late, and others that are late wait for longer than was predicted",
-            retry_after_s=max(later.wait_s, MAX_RETRY_S),
+def _take_idle_prefill(
+    costs: RequestCosts, queue: WaitingQueue, place: Place, choice: Choice, choose: Chooser
+) -> tuple[Choice | None, Later]:
+    """The pair of a request that must be in the way of no other: its prompt is the next one of its node.
+
+    Or when a prefill node will have nothing else to do. One of the class `batch` comes after all others.
+    """
+    idle_s = IDLE_WAIT * costs.goals.ttft_s
+    later = foresee_idle_prefill(costs, queue, place, choice)
+    if later.wait_s > idle_s or (place.rank is Rank.BATCH and queue.has_others(costs.request.fingerprint)):
+        return None, later
+    if choice.wait_s <= idle_s:
+        return choice, later
+    # The best pair's is not idle: another one's may do.
+    costs.longest_prefill_wait_s = idle_s
+    return choose(costs), Later(later.wait, later.wait_s)  # the idle one is for those behind it
+
+
+def _without_nodes(costs: RequestCosts) -> Later:
+    request = costs.request
+    if costs.has_nodes():
+        return Later(Wait(retry_in_s=MAX_RETRY_S, reason="no decode node can take it now"))
+    if request.age_s > NO_NODE_AGE_S:
+        raise errors.Unavailable(
+            f"no node of the model has been ready for {request.age_s:.0f} s", retry_after_s=NO_NODE_AGE_S
         )
-    _check_deadline(request, later.wait.first_token_in_s)
+    return Later(Wait(retry_in_s=NO_NODE_RETRY_S, reason="no node of the model is ready"))
+
+
+def _check_wait(costs: RequestCosts, later: Later, place: Place, queue: WaitingQueue) -> None:
+    """A newcomer is refused for what is predicted, one that was told to wait for its age alone.
+
+    One of the class `batch` waits for as long as its deadline allows.
+    """
+    request, is_known = costs.request, costs.request.request_id in queue
+    if place.rank is Rank.BATCH:
+        if not is_known and queue.num_batch(request.fingerprint) >= MAX_BATCH_WAITING:
+            raise errors.Full(
+                f"{MAX_BATCH_WAITING} requests of the class batch wait already",
+                retry_after_s=max(later.wait_s, MAX_RETRY_S),
+            )
+    else:
+        longest_s = costs.goals.longest_wait_s * (LESS_URGENT_SHARE if request.priority > 0 else 1.0)
+        if is_known:
+            if request.age_s > WAIT_ERROR * longest_s:
+                raise _wait_too_long(request, later.wait_s, longest_s)
+            return
+        if request.age_s + later.wait_s > longest_s:
+            raise _wait_too_long(request, later.wait_s, longest_s)
+        if later.is_late and queue.is_late_overdue(costs.now):
+            raise errors.Full(
+                "the first token would be late, and others that are late wait for longer than was predicted",
+                retry_after_s=max(later.wait_s, MAX_RETRY_S),
+            )
+    if not is_known:
+        _check_deadline(request, later.wait.first_token_in_s)
 
 
 def _wait_too_long(request: ScheduleRequest, wait_s: float, longest_s: float) -> errors.Full:
@@ -336,10 +417,10 @@ def room_kept(queue: WaitingQueue, place: Place, costs: RequestCosts) -> dict[st
     for other in itertools.islice(queue.ahead_of(place), NUM_KEPT_FOR):
         if not open_nodes:
             break
-        if other.request.fingerprint != costs.request.fingerprint:
-            continue
+        if other.request.fingerprint != costs.request.fingerprint or other.node_id == _idle_line(costs):
+            continue  # it waits for other nodes, or takes its room only when its prompt can begin
         # It has the blocks without those that it would find cached.
-        others_costs = RequestCosts(other.request, costs.state, costs.goals, costs.now, hits=NO_HITS)
+        others_costs = RequestCosts(other.request, costs.state, costs.cluster_goals, costs.now, hits=NO_HITS)
         node = own = open_nodes.get(other.node_id)
         for one in [own, *open_nodes.values()] if own else open_nodes.values():
             if _could_take(one, others_costs, kept.get(one.node_id, NOTHING)):
@@ -373,8 +454,8 @@ def _could_take(node: NodeView, costs: RequestCosts, held: Work) -> bool:
 
 def foresee_idle_prefill(costs: RequestCosts, queue: WaitingQueue, place: Place, choice: Choice) -> Later:
     """It has a pair, but waits until the prefill nodes are idle, behind the late requests before it."""
-    line = f"late {costs.request.fingerprint}"  # they stand together, at no node
-    ahead = queue.work_ahead(line, place._replace(is_late=True))
+    line = _idle_line(costs)
+    ahead = queue.work_ahead(line, place)
     prefill = list(filter(costs.takes_prompt, _prefill_nodes(costs))) or [choice.prefill]
     wait_s = _prompts_in_s(costs, prefill, ahead)
     wait = Wait(
@@ -386,12 +467,20 @@ def foresee_idle_prefill(costs: RequestCosts, queue: WaitingQueue, place: Place,
     return Later(wait, wait_s, line, Work(prefill_tokens=num_tokens, num_sequences=1))
 
 
+def _idle_line(costs: RequestCosts) -> str:
+    """Those that wait for idle prefill nodes stand together, at no node."""
+    return f"late {costs.request.fingerprint}"
+
+
 def foresee_room(costs: RequestCosts, queue: WaitingQueue, place: Place) -> Later | None:
     """Decode nodes are full, would exceed the ITL target, or have just enough room for requests before it.
 
-    Looks at the node where it stands and at some others, spread over all of them. None if none of these
-    could ever take it now.
+    Looks at the node where it stands and at some others, spread over all of them. None if no node could ever
+    take it now. Raises `BadRequest` if none ever will.
     """
+    _check_fits(costs)
+    if not costs.has_nodes():
+        return None
     request, own = costs.request, queue.node_of(costs.request.request_id)
     nodes: list[NodeView] = []
     for group in costs.groups:

@@ -265,6 +265,7 @@ class Scheduler:
             prefill_candidates=decision.prefill_candidates,
             decode_candidates=decision.decode_candidates,
             first_token_in_s=decision.first_token_s,
+            due_in_s=decision.due_in_s,
             promised_first_token_in_s=decision.prefill.own_word(decision.first_token_s),
         )
         await self._bus.publish(subjects.assignment(request.request_id), assignment)

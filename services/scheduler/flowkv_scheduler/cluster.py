@@ -59,6 +59,14 @@ class Goals(msgspec.Struct, frozen=True):
         """`max_wait_s`; if that is 0, it follows from the TTFT target."""
         return self.max_wait_s or WAIT_FACTOR * self.ttft_s
 
+    def of_request(self, request: ScheduleRequest) -> Goals:
+        """With its own. Of ITL goals the stricter counts: the batch that it joins has others too."""
+        return Goals(
+            ttft_s=request.ttft_goal_s or self.ttft_s,
+            itl_s=min(request.itl_goal_s or self.itl_s, self.itl_s),
+            max_wait_s=self.max_wait_s,
+        )
+
 
 class Work(msgspec.Struct, frozen=True, gc=False):
     """What requests add to a node."""

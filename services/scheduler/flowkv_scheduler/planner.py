@@ -26,7 +26,7 @@ class Planner:
         """With another `choose` it is another policy, within the same admission."""
         self.state = ClusterState()
         self._demands: dict[str, Demand] = {}
-        self._queue = WaitingQueue()
+        self._queue = WaitingQueue(goals.ttft_s)
         self._goals = goals
         self._lends = lends
         self._choose = choose
@@ -58,15 +58,19 @@ class Planner:
         self._queue.forget_gone(now)
         hits = self.state.prefixes.hits(keys_of(request.block_hashes), now)
         demand = self._demand_of(request.fingerprint)
+        # What fills the gaps is nobody's loss, and no reason to move a node.
+        counts = not request.is_batch
         was_lost = self._queue.is_late(request.request_id)
-        is_new = not (request.request_id in self._queue or request.attempt or request.num_output_tokens)
+        is_new = counts and not (
+            request.request_id in self._queue or request.attempt or request.num_output_tokens
+        )
         try:
             decision = admission.decide(
                 request, self.state, self._goals, now, self._queue, hits=hits, choose=self._choose
             )
         except errors.FlowKVError as error:
             self._queue.forget(request.request_id)
-            if isinstance(error, errors.Full) and not was_lost:
+            if isinstance(error, errors.Full) and counts and not was_lost:
                 demand.add_loss(now)
             # What no pool could hold is nobody's demand.
             is_new = is_new and not isinstance(error, errors.BadRequest)

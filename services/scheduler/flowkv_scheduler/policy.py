@@ -6,6 +6,7 @@ Pure: plain data in, predicted seconds out; no clock, no I/O.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from operator import attrgetter
@@ -81,14 +82,19 @@ class RequestCosts:
         """`hits`: looked up if None. `find_kept`: see `kept`. Raises `BadRequest` for malformed hashes."""
         self.request = request
         self.state = state
-        self.goals = goals
+        self.goals = goals.of_request(request)
         self.now = now
+        self.cluster_goals = goals
         self.hits = state.prefixes.hits(keys_of(request.block_hashes), now) if hits is None else hits
         self._find_kept = find_kept
         self.lengths = state.lengths_of(request.fingerprint)
         self._needs: dict[int, Work] = {}  # by block size: all else about it is the request's
-        # How much longer the ITL target of other requests may delay this one.
-        self.patience_s = max(0.0, PATIENCE * goals.longest_wait_s - request.age_s)
+        # How much longer the ITL target may delay this request.
+        self.patience_s = max(0.0, PATIENCE * self.goals.longest_wait_s - request.age_s)
+        if request.is_batch:
+            self.patience_s = math.inf
+        # A prefill node with more to do is no candidate.
+        self.longest_prefill_wait_s = math.inf
 
     @functools.cached_property
     def kept(self) -> Mapping[str, Work]:
@@ -130,6 +136,19 @@ class RequestCosts:
         """
         return not self.request.num_output_tokens and (node.helps_decode or self.patience_s > 0.0)
 
+    @functools.cached_property
+    def itl_target_s(self) -> float:
+        """The stricter of the request's and the cluster's that the fastest nodes meet, were it there alone.
+
+        Infinite if they meet neither: that would only make requests wait.
+        """
+        fastest = [group.decode.peekitem(0)[1] for group in self.groups if group.decode]
+        num_tokens = self.request.num_prompt_tokens
+        alone_s = min((node.speed.decode_step_s(1, num_tokens) for node in fastest), default=0.0)
+        return min(
+            (s for s in (self.goals.itl_s, self.cluster_goals.itl_s) if s >= alone_s), default=math.inf
+        )
+
     def num_missing_blocks(self, node: NodeView) -> int:
         # Cached blocks may be idle, and are then among those available: they are not counted twice.
         num_held = max(0, self.hits.num_blocks(node.node_id) - node.report.blocks.cached)
@@ -141,9 +160,10 @@ class RequestCosts:
         if node.num_sequences + held.num_sequences == 0:
             return 0.0
         step_s = self.step_s(node) + node.speed.beside_s(held.num_sequences, held.context_tokens)
+        target_s = self.itl_target_s
         if node.helps_decode:
-            return max(step_s - self.goals.itl_s, step_s - node.chunk_s - HELPING_SHARE * self.goals.itl_s)
-        return step_s - self.goals.itl_s
+            return max(step_s - target_s, step_s - node.chunk_s - HELPING_SHARE * target_s)
+        return step_s - target_s
 
     def need_on(self, node: NodeView) -> Work:
         """The room that the request takes there, with its output as long as is expected."""
@@ -217,7 +237,8 @@ class RequestCosts:
         """The best nodes for the prompt, soonest first."""
         sides = (group.prefill, prefill_rank), (group.members, id_rank)
         found = self._candidates(sides, self.takes_prompt, lambda _: True)
-        return sorted(map(self.prefill_cost, found), key=_rank)[:MAX_CANDIDATES]
+        able = (node for node in found if node.prefill_wait_s <= self.longest_prefill_wait_s)
+        return sorted(map(self.prefill_cost, able), key=_rank)[:MAX_CANDIDATES]
 
     def decode_side(self, group: NodeGroup) -> list[Cost]:
         """The best nodes that have room for the sequence now, soonest first.
@@ -300,11 +321,15 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     reason: str
     prefill_candidates: list[Candidate]
     decode_candidates: list[Candidate]
+    due_in_s: float = 0.0  # the first token, for the order of prompts at the node
 
     def added_work(self, request: ScheduleRequest, lengths: OutputLengths) -> tuple[Work, Work]:
         """What the choice adds to its prefill node and to its decode node."""
+        for_prefill = Work(prefill_tokens=request.num_prompt_tokens - self.num_cached_tokens)
+        if request.max_new_tokens == 1:
+            return for_prefill, NOTHING
         return (
-            Work(prefill_tokens=request.num_prompt_tokens - self.num_cached_tokens),
+            for_prefill,
             # Blocks of the prompt: those that its output will need count as tokens that are left.
             msgspec.structs.replace(
                 self.decode.need_of(request, lengths),
@@ -340,10 +365,13 @@ def choose(costs: RequestCosts) -> Choice | None:
 
 
 def _choose_in(costs: RequestCosts, group: NodeGroup) -> Choice | None:
-    decode = costs.decode_side(group)
-    if not decode:
+    ends_at_once = costs.request.max_new_tokens == 1  # its first token is its last
+    decode = [] if ends_at_once else costs.decode_side(group)
+    if not decode and not ends_at_once:
         return None
     prefill = costs.prefill_side(group)
+    if ends_at_once:
+        decode = [Cost(cost.node, 0.0, cost.num_cached_tokens, 0.0) for cost in prefill[:1]]
     best = _best_pair(costs, prefill, decode)
     # A prompt may be computed where it will be decoded, though that is no prefill node.
     staying = [d for d in decode if _may_stay(costs, d.node)]
@@ -399,6 +427,7 @@ def _may_stay(costs: RequestCosts, node: NodeView) -> bool:
     the requests that come next."""
     chunk_s = node.chunk_budget * node.speed.prefill_token_s
     is_idle = not (node.num_sequences or node.report.num_prompts or node.may_prefill)
+    is_idle = is_idle and node.prefill_wait_s <= costs.longest_prefill_wait_s
     return is_idle and costs.step_s(node) + chunk_s <= costs.goals.itl_s
 
 

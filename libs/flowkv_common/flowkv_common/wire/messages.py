@@ -219,6 +219,9 @@ class ScheduleRequest(Message, frozen=True):
     avoid: list[str] = []  # nodes that failed this request before
     deadline_in_s: float = 600.0
     block_hashes: list[str] = []  # of the prompt's full blocks: a node that has them need not compute them
+    ttft_goal_s: float = 0.0  # 0: that of the cluster, as the next one
+    itl_goal_s: float = 0.0
+    is_batch: bool = False  # served with what others leave
 
 
 class Assignment(Message, frozen=True):
