@@ -18,6 +18,7 @@ from flowkv_common.wire.messages import (
     Cancel,
     Candidate,
     DecodeRun,
+    Grammar,
     Keepalive,
     KeepaliveReply,
     KVTransferred,
@@ -108,6 +109,7 @@ SAMPLING = SamplingParams(
     ignore_eos=True,
     stop_token_ids=[42],
     num_logprobs=2,
+    grammar=Grammar(kind="regex", text="yes|no"),
 )
 BLOCKS = BlockCounts(total=1024, free=900, cached=100, leased=20, quarantined=4, longest_free_run=880)
 FULL = Refusal(code=429, message="no room for 5 blocks", field="num_tokens", retry_after_s=0.05)

@@ -28,6 +28,7 @@ from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import NodeIdTaken, claim_node_id, keep_announced, watch_nodes
 from flowkv_common.config import NODE_ID_CHARACTERS, NodeSettings
 from flowkv_common.errors import Unavailable
+from flowkv_common.grammar import Grammars
 from flowkv_common.telemetry import serve_http, service_app
 from flowkv_common.wire.messages import (
     ModelCard,
@@ -66,6 +67,7 @@ class ServedModel:
     layout: PoolLayout
     make_engine: Callable[[Tensor], Engine]
     device: torch.device = CPU
+    grammars: Grammars | None = None  # None: the engine knows none
 
 
 def served_model(model: LoadedModel, settings: NodeSettings) -> ServedModel:
@@ -74,6 +76,7 @@ def served_model(model: LoadedModel, settings: NodeSettings) -> ServedModel:
         card=model.card,
         layout=model.layout(settings.block_size, settings.kv_dtype),
         device=model.device,
+        grammars=model.grammars,
         make_engine=lambda pool: EngineThread(
             Runner(
                 model,
@@ -105,7 +108,7 @@ async def serve_node(
             connect(settings.nats_url, name=f"flowkv-{starts_as}/{node_id}", on_closed=stop.set)
         )
         card = _within_messages(model.card, bus, settings.block_size)
-        node = Node(ref, settings, starts_as, card, pool, roles, bus, stop)
+        node = Node(ref, settings, starts_as, card, pool, roles, bus, stop, model.grammars)
         place = Place(
             host=settings.host,
             port=settings.data_port,

@@ -16,6 +16,7 @@ from flowkv_common.bus.connection import Bus
 from flowkv_common.bus.service import Endpoint
 from flowkv_common.config import NodeSettings
 from flowkv_common.errors import FlowKVError, Stale, Unavailable, WrongModel
+from flowkv_common.grammar import Grammars
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     DecodeRun,
@@ -24,6 +25,7 @@ from flowkv_common.wire.messages import (
     ModelCard,
     NodeRef,
     PrefillRun,
+    SamplingParams,
     TokenChunk,
     transfer_id,
 )
@@ -102,6 +104,7 @@ class Node:
         roles: Roles,
         bus: Bus,
         stop: asyncio.Event,
+        grammars: Grammars | None = None,
     ) -> None:
         """`starts_as`: prefill, decode or mixed. `stop` is set when the node is to drain and leave."""
         self.ref = ref
@@ -111,6 +114,7 @@ class Node:
         self.layout = pool.layout
         self.bus = bus
         self.stop = stop
+        self._grammars = grammars
         # The prefill chunk budget: the one number that makes it a prefill or a decode node.
         self.max_prefill_tokens_per_step = starting_chunk_budget(
             starts_as, settings.token_budget, settings.block_size
@@ -197,6 +201,11 @@ class Node:
         """A scheduler of this epoch has led: an older one is refused when it wants to change this node."""
         self.epoch = max(self.epoch, epoch)
 
+    async def prepare(self, sampling: SamplingParams) -> None:
+        """Compiles its grammar before a step needs it: others are in that step. Raises BadRequest."""
+        if sampling.grammar and self._grammars:
+            await asyncio.to_thread(self._grammars.matcher, sampling.grammar)
+
     async def give_back(self, error: FlowKVError, transfer_ids: Container[str] | None = None) -> None:
         """End these attempts here, all if None; gateways will try elsewhere."""
         for attempt in self.attempts:
@@ -227,14 +236,15 @@ class Node:
 
         The chunk's `finish_reason` says whether it is the last one.
         """
+        finish_reason = sequence.finish_reason_after(
+            sampled.token_id, self.card.eos_token_ids, self.card.max_model_len
+        )
         chunk = TokenChunk(
             transfer_id=sequence.transfer_id,
             index=len(sequence.output_ids),
             token_ids=[sampled.token_id],
             logprobs=[sampled.logprob] if sampled.logprob else [],
-            finish_reason=sequence.finish_reason_after(
-                sampled.token_id, self.card.eos_token_ids, self.card.max_model_len
-            ),
+            finish_reason="stop" if sampled.ends_grammar else finish_reason,
             num_cached_tokens=num_cached_tokens,
             phases_s=phases_s or {},
         )

@@ -92,4 +92,7 @@ async def _run_step(node: Node, engine: Engine, work: Work) -> None:
         if item.sequence.block_table:  # else it was cancelled during the step
             item.sequence.num_computed_tokens += item.num_tokens
             node.commit_computed(item.sequence)
-            role.apply(item.sequence, sampled)
+            if sampled and sampled.error:
+                role.fail(item.sequence, sampled.error)
+            else:
+                role.apply(item.sequence, sampled)

@@ -146,6 +146,7 @@ class DecodeRole:
         node, tid = self._node, transfer_id(run.request_id, run.attempt)
         node.refuse_misdirected(run.node, run.fingerprint)
         node.hear_epoch(run.epoch)
+        await node.prepare(run.sampling)
         node.attempts.refuse_ended(tid)
         reservation = node.reservations.claim(tid, run.token)
         block_ids = reservation.block_ids

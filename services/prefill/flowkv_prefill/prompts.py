@@ -104,6 +104,7 @@ class PrefillRole:
                     field="prompt",
                 )
             async with asyncio.timeout(prompt.run.deadline_in_s):
+                await node.prepare(prompt.run.sampling)
                 if prompt.run.decode == node.ref:
                     await self._serve_here(prompt)
                 else:

@@ -119,6 +119,16 @@ def _little_endian(token_ids: array[int]) -> array[int]:
 GREEDY_BELOW = 1e-5
 
 
+class Grammar(Part, frozen=True):
+    """What an answer must look like. Whoever samples derives its state from the output ids.
+
+    `kind`: "json_schema", "regex" or "lark", which says how `text` is read (`flowkv_common/grammar.py`).
+    """
+
+    kind: str
+    text: str
+
+
 class SamplingParams(Part, frozen=True):
     """How tokens are chosen. These and the prompt determine the text, whichever node samples."""
 
@@ -136,6 +146,7 @@ class SamplingParams(Part, frozen=True):
     ignore_eos: bool = False
     stop_token_ids: list[int] = []  # end the text as EOS does, also where EOS is ignored
     num_logprobs: int | None = None  # None: none; 0: of the chosen token; k: and of the k best
+    grammar: Grammar | None = None
 
 
 class TokenLogprob(Part, frozen=True):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from flowkv_common.fingerprint import chained_hash
 from flowkv_common.wire.messages import SamplingParams
+from flowkv_engine.engine.grammar import Matcher
 from flowkv_engine.engine.sampler import SampleInput, has_penalties
 
 
@@ -30,7 +31,11 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # of the computed ones: found in the prefix cache
     num_committed_blocks: int = 0  # of its full blocks: known to the prefix cache
+    matcher: Matcher | None = field(init=False, repr=False)  # used by the engine's thread alone
     _hashes: list[str] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        self.matcher = Matcher(self.sampling.grammar) if self.sampling.grammar else None
 
     @property
     def num_tokens(self) -> int:
@@ -141,7 +146,8 @@ def pack(items: list[WorkItem], block_size: int) -> PackedBatch:
                 sampling=sampling,
                 output_index=len(sequence.output_ids),
                 prompt_ids=sequence.prompt_ids if penalized else [],
-                output_ids=sequence.output_ids.copy() if penalized else [],
+                output_ids=sequence.output_ids.copy() if penalized or sequence.matcher else [],
+                matcher=sequence.matcher,
             )
         )
     ends = np.cumsum(query_lens, dtype=np.int64)  # of the items in the row

@@ -34,6 +34,7 @@ from transformers.modeling_utils import load_state_dict
 from flowkv_common.config import DTYPES
 from flowkv_common.errors import CannotStart
 from flowkv_common.fingerprint import fingerprint, model_files, weight_files
+from flowkv_common.grammar import Grammars
 from flowkv_common.wire.messages import ModelCard, PoolLayout
 from flowkv_engine.engine.forward import IMPLEMENTATION
 
@@ -80,6 +81,7 @@ class LoadedModel:
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    grammars: Grammars
 
     def layout(self, block_size: int, kv_dtype: str) -> PoolLayout:
         """The layout of this model's pool: `block_size` tokens per block, of `kv_dtype`.
@@ -140,7 +142,10 @@ def load_model(
     )
     log.info("loaded %s: %.1f M parameters", card.name, sum(p.numel() for p in module.parameters()) / 1e6)
     weight = next(module.parameters())
-    return LoadedModel(module, weight.device, weight.dtype, card, num_layers, num_kv_heads, head_dim)
+    grammars = Grammars(folder / "tokenizer.json", eos)
+    return LoadedModel(
+        module, weight.device, weight.dtype, card, num_layers, num_kv_heads, head_dim, grammars
+    )
 
 
 def weights_dtype(wanted: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:

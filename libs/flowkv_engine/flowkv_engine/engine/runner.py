@@ -23,6 +23,7 @@ from flowkv_common.wire.messages import SamplingParams
 from flowkv_engine.engine.attention import make_attention
 from flowkv_engine.engine.batch import PackedBatch, Sequence, WorkItem, pack
 from flowkv_engine.engine.forward import IMPLEMENTATION, make_forward
+from flowkv_engine.engine.grammar import Constraints
 from flowkv_engine.engine.model import LoadedModel, UnsupportedModel, quiet
 from flowkv_engine.engine.sampler import Sampled, sample
 
@@ -70,6 +71,7 @@ class Runner:
             raise ValueError(f"a pool of shape {tuple(pool.shape)} is not for {model.card.name}")
         self.attention = make_attention(attention, pool)
         self._eos_token_ids = model.card.eos_token_ids
+        self._constraints = Constraints(model.grammars, model.card.vocab_size, model.card.eos_token_ids)
         self._device = pool.device
         self._graphs: GraphedSteps | None = None
         with _current(self._device):
@@ -103,12 +105,16 @@ class Runner:
         try:
             with _current(self._device):
                 inputs = [input for input in batch.samples if input is not None]
-                sampled = iter(sample(self._logits(batch), inputs, self._eos_token_ids))
+                masking = self._constraints.begin(inputs)
+                logits = self._logits(batch)
+                masks = masking.result() if masking else None
+                sampled = sample(logits, inputs, self._eos_token_ids, masks)
         except RuntimeError as error:
             if isinstance(error, torch.AcceleratorError) or str(error).startswith("Triton Error [CUDA]"):
                 raise DeviceLost(str(error).partition("\n")[0]) from error
             raise
-        return [None if input is None else next(sampled) for input in batch.samples]
+        results = iter(masks.mark(inputs, sampled) if masks else sampled)
+        return [None if input is None else next(results) for input in batch.samples]
 
     def _logits(self, batch: PackedBatch) -> Tensor:
         """Of the places to sample from, [S, vocab]."""

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import GREEDY_BELOW, SamplingParams, TokenLogprob
+from flowkv_engine.engine.grammar import Masks, Matcher
 
 PREFIX_LEN = 256  # the most likely tokens: nearly always enough, and far cheaper than sorting a vocabulary
 GROUP_SIZE = 16  # tokens of which only the greatest is looked at first
@@ -28,20 +30,26 @@ GROUP_SIZE = 16  # tokens of which only the greatest is looked at first
 class SampleInput:
     """All that the choice of one token depends on, apart from the logits.
 
-    The ids are needed only where `sampling` asks for penalties.
+    The ids are needed only where `sampling` asks for penalties; the output's also where it has a grammar.
     """
 
     sampling: SamplingParams
     output_index: int
     prompt_ids: list[int]
     output_ids: list[int]
+    matcher: Matcher | None = None  # of the sequence's grammar
 
 
 class Sampled(NamedTuple):
-    """One chosen token; with its log probability where the request asked for it."""
+    """One chosen token; with its log probability where the request asked for it.
+
+    `ends_grammar`: nothing may come after it. `error`: why its grammar allows no token, and this one is none.
+    """
 
     token_id: int
     logprob: TokenLogprob | None
+    ends_grammar: bool = False
+    error: BadRequest | None = None
 
 
 def has_penalties(sampling: SamplingParams) -> bool:
@@ -51,8 +59,10 @@ def has_penalties(sampling: SamplingParams) -> bool:
     )
 
 
-def sample(logits: Tensor, inputs: list[SampleInput], eos_token_ids: list[int]) -> list[Sampled]:
-    """One token per row of `logits` [n, vocab], any float dtype.
+def sample(
+    logits: Tensor, inputs: list[SampleInput], eos_token_ids: list[int], masks: Masks | None = None
+) -> list[Sampled]:
+    """One token per row of `logits` [n, vocab], any float dtype; one that `masks` allow.
 
     Until `min_tokens` outputs, `eos_token_ids` and the request's `stop_token_ids` are masked. Raises
     `FloatingPointError` if a row has no finite maximum.
@@ -61,16 +71,20 @@ def sample(logits: Tensor, inputs: list[SampleInput], eos_token_ids: list[int]) 
     rows = [row for row, value in enumerate(top.values.tolist()) if not math.isfinite(value)]
     if rows:
         raise FloatingPointError(f"the logits of rows {rows} are not finite")
+    allowed = logits
+    if masks is not None:
+        allowed = masks.apply(logits)
+        top = allowed.max(dim=-1)
     tokens = top.indices.tolist()
     adjusted: dict[int, Tensor] = {}
     for row, input in enumerate(inputs):
-        if (states := _adjusted(logits[row], input, eos_token_ids)) is not None:
+        if (states := _adjusted(allowed[row], input, eos_token_ids)) is not None:
             adjusted[row] = states
             tokens[row] = int(states.argmax())
 
     drawn = [row for row, input in enumerate(inputs) if input.sampling.temperature >= GREEDY_BELOW]
     if drawn:
-        scaled = logits[drawn].float()
+        scaled = allowed[drawn].float()
         for place, row in enumerate(drawn):
             if row in adjusted:
                 scaled[place] = adjusted[row]
@@ -88,7 +102,8 @@ def sample(logits: Tensor, inputs: list[SampleInput], eos_token_ids: list[int]) 
 def _adjusted(raw: Tensor, input: SampleInput, eos_token_ids: list[int]) -> Tensor | None:
     """The row with penalties and bias applied and stops masked, as a new fp32 tensor; `None` if unchanged."""
     sampling = input.sampling
-    masks_stops = input.output_index < sampling.min_tokens
+    # A mask has left them out already, but where a grammar allows nothing else.
+    masks_stops = input.output_index < sampling.min_tokens and input.matcher is None
     if not (has_penalties(sampling) or sampling.logit_bias or masks_stops):
         return None
     row = raw.float().clone()

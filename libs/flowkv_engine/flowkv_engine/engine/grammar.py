@@ -1,0 +1,150 @@
+"""Keeps output to grammars: which tokens may come next, found beside the step that computes the logits."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from llguidance import LLExecutor, LLMatcher
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowkv_common.errors import BadRequest
+from flowkv_common.grammar import Grammars
+from flowkv_common.wire.messages import Grammar
+
+if TYPE_CHECKING:
+    from flowkv_engine.engine.sampler import Sampled, SampleInput
+
+Bits = NDArray[np.uint8]
+
+
+class Matcher:
+    """Where one sequence stands in its grammar: a function of its output ids, so nothing of it travels.
+
+    Only one thread at a time may use it.
+    """
+
+    def __init__(self, grammar: Grammar) -> None:
+        self._grammar = grammar
+        self._state: LLMatcher | None = None
+        self._num_consumed = 0  # output ids
+
+    def follow(self, output_ids: list[int], grammars: Grammars) -> LLMatcher:
+        """The state after `output_ids`. Raises BadRequest if the grammar can't go on after them."""
+        # A step whose result was dropped has gone further than the sequence.
+        if self._state is None or self._num_consumed > len(output_ids):
+            self._state, self._num_consumed = grammars.matcher(self._grammar), 0
+        self._state.consume_tokens(output_ids[self._num_consumed :])
+        self._num_consumed = len(output_ids)
+        if self._state.is_error():
+            raise BadRequest(f"The grammar can't be followed further: {self._state.get_error()}")
+        return self._state
+
+    def ends_with(self, token_id: int) -> bool:
+        """Takes in the token after those that `follow` has seen: does the grammar allow nothing after it?"""
+        assert self._state is not None
+        self._state.consume_token(token_id)
+        self._num_consumed += 1
+        return self._state.is_stopped()
+
+
+class Masks(NamedTuple):
+    """What may come next in each row of a batch.
+
+    `allowed`: [rows, bytes], a bit per token id, the lowest first. A row without a grammar allows all, and so
+    does one whose grammar can't go on: `errors` says why.
+    """
+
+    allowed: Bits
+    errors: dict[int, BadRequest]
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """A copy of `logits` [rows, vocab] in float32, minus infinity where a token is not allowed."""
+        packed = torch.from_numpy(self.allowed).to(logits.device, non_blocking=True)
+        bit = torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=logits.device)
+        allowed = (packed.unsqueeze(-1) & bit).flatten(1)[:, : logits.shape[1]].bool()
+        return logits.float().masked_fill(~allowed, -torch.inf)
+
+    def mark(self, inputs: list[SampleInput], sampled: list[Sampled]) -> list[Sampled]:
+        """The tokens, with marks on those that end their grammar and on those that have no worth."""
+        return [
+            one._replace(error=self.errors[row])
+            if row in self.errors
+            else one._replace(ends_grammar=input.matcher.ends_with(one.token_id))
+            if input.matcher
+            else one
+            for row, (input, one) in enumerate(zip(inputs, sampled, strict=True))
+        ]
+
+
+class Constraints:
+    """Makes the masks of a node's steps, on a thread of its own."""
+
+    def __init__(self, grammars: Grammars, vocab_size: int, eos_token_ids: list[int]) -> None:
+        """`vocab_size`: of the logits. Tokens that the tokenizer does not have are never allowed."""
+        self._grammars = grammars
+        self._num_bytes = -(-vocab_size // 8)
+        self._eos_token_ids = eos_token_ids
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flowkv-grammar")
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        return LLExecutor()  # has threads from the beginning
+
+    def begin(self, inputs: list[SampleInput]) -> Future[Masks] | None:
+        """Begins with the masks of a step, or `None` if no row has a grammar."""
+        if all(input.matcher is None for input in inputs):
+            return None
+        return self._worker.submit(self._masks, inputs)
+
+    def _masks(self, inputs: list[SampleInput]) -> Masks:
+        states: dict[int, LLMatcher] = {}
+        errors: dict[int, BadRequest] = {}
+        for row, input in enumerate(inputs):
+            if input.matcher is not None:
+                try:
+                    states[row] = input.matcher.follow(input.output_ids, self._grammars)
+                except BadRequest as error:
+                    errors[row] = error
+        allowed = np.full((len(inputs), self._num_bytes), 0xFF, np.uint8)
+        found = self._compute(list(states.values()))
+        for (row, state), bits in zip(states.items(), found, strict=True):
+            width = min(bits.size, self._num_bytes)
+            allowed[row] = 0
+            allowed[row, :width] = bits[:width]
+            if state.is_error():
+                errors[row] = BadRequest(f"The grammar can't be followed further: {state.get_error()}")
+            elif not allowed[row].any():
+                errors[row] = BadRequest("The grammar asks for text that the model has no tokens for.")
+            else:
+                self._leave_out_stops(allowed[row], inputs[row])
+        for row in errors:
+            allowed[row] = 0xFF
+        return Masks(allowed, errors)
+
+    def _compute(self, states: list[LLMatcher]) -> Bits:
+        """[states, bytes] in the order of `states`, all at once on several threads."""
+        if not states:
+            return np.empty((0, 0), np.uint8)
+        num_bytes = self._grammars.num_mask_bytes
+        bits = np.zeros((len(states), num_bytes), np.uint8)
+        rows = [(state, row) for row, state in enumerate(states)]
+        self._executor.unsafe_compute_mask_ptr(rows, bits.ctypes.data, num_bytes, len(states))
+        return bits
+
+    def _leave_out_stops(self, allowed: Bits, input: SampleInput) -> None:
+        """Below `min_tokens` no stop, and no EOS where it is ignored, unless nothing else may come."""
+        sampling = input.sampling
+        stops = list(self._eos_token_ids) if sampling.ignore_eos else []
+        if input.output_index < sampling.min_tokens:
+            stops = [*self._eos_token_ids, *sampling.stop_token_ids]
+        before = allowed.copy() if stops else allowed
+        for token_id in stops:
+            if 0 <= token_id < 8 * len(allowed):
+                allowed[token_id // 8] &= ~(1 << token_id % 8) & 0xFF
+        if stops and not allowed.any():
+            allowed[:] = before
