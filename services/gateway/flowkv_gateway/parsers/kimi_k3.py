@@ -1,0 +1,50 @@
+"""Kimi K3: elements between special tokens, `<|open|>name<|sep|>...<|close|>name<|sep|>`.
+
+A message has the elements `think`, `response` and `tools`; the latter has a `call` for each call, with an
+`argument` of a type and a key for each argument.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+from flowkv_gateway.parsers.reading import Parser, Steps
+from flowkv_gateway.parsers.values import from_text
+
+_THINK, _RESPONSE, _TOOLS = "<|open|>think<|sep|>", "<|open|>response<|sep|>", "<|open|>tools<|sep|>"
+_CALL, _ARGUMENT = "<|open|>call ", "<|open|>argument "
+_CALL_END, _ARGUMENT_END = "<|close|>call<|sep|>", "<|close|>argument<|sep|>"
+_CLOSE = tuple(f"<|close|>{name}<|sep|>" for name in ("think", "response", "tools", "message"))
+_ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
+
+
+class KimiK3(Parser):
+    def read(self) -> Steps[None]:
+        tell = self.tell_reasoning if self.prompt.endswith(_THINK) else self.tell
+        while True:
+            marker = yield from self.pass_on(tell, _THINK, _RESPONSE, _TOOLS, *_CLOSE)
+            if marker == _TOOLS:
+                yield from self._calls()
+            tell = self.tell_reasoning if marker == _THINK else self.tell
+
+    def _calls(self) -> Steps[None]:
+        while (marker := (yield from self.between_calls(_CALL, *_CLOSE))) == _CALL:
+            self.keep(marker)
+            attributes, _ = yield from self.until("<|sep|>")
+            if not self.call(_attributes(attributes).get("tool", ""), (yield from self._arguments())):
+                self.give_back()
+
+    def _arguments(self) -> Steps[dict[str, Any] | None]:
+        arguments: dict[str, Any] = {}
+        while (marker := (yield from self.accept(_ARGUMENT, _CALL_END))) == _ARGUMENT:
+            text, _ = yield from self.until("<|sep|>")
+            attributes = _attributes(text)
+            text, _ = yield from self.value({_ARGUMENT_END: (_ARGUMENT, _CALL_END)})
+            arguments[attributes.get("key", "")] = from_text(text, {"type": attributes.get("type")})
+        return arguments if marker else None
+
+
+def _attributes(text: str) -> dict[str, str]:
+    return {name: html.unescape(value) for name, value in _ATTRIBUTE.findall(text)}

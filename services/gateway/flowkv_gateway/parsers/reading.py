@@ -1,0 +1,318 @@
+"""What all parsers share: they read text that comes in pieces as if all were there, and tell events.
+
+A format is a generator that reads as one writes a parser of whole text by hand: up to a marker, a JSON value,
+white space. It stops (`yield`) where the text so far doesn't decide, and goes on with the next piece. So a
+split can't change what is found, and nothing is read twice: time is linear in the text.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+from flowkv_gateway.parsers.events import Arguments, CallBegins, Content, Event, Leftover, Reasoning
+from flowkv_gateway.parsers.values import json_text
+
+T = TypeVar("T")
+Steps = Generator[None, None, T]
+
+_SPACE = re.compile(r"\s*")
+_IN_STRING = {quote: re.compile(rf"[{quote}\\]") for quote in "\"'"}
+# Outside of strings: brackets, quotes, and all that neither JSON nor a Python literal can have.
+_OUT_OF_STRING = re.compile(r"[\"'()\[\]{}]|[^\s\w:,.+=-]")
+_CLOSING = {"{": "}", "[": "]", "(": ")"}
+
+
+class _TextEnds(Exception):
+    """Raised where a format wants more text than there will be."""
+
+
+class Parser(ABC):
+    """Reads one answer. `push` and `finish` return what each piece of it completed.
+
+    `prompt` is the rendered prompt, or its end: it may have opened the reasoning. `tools` are the request's,
+    as OpenAI writes them; without any, calls are content like all other text.
+
+    A call comes out once it is whole and readable, so no client can run half of one. Text that looks like a
+    call and isn't comes out as content. No text raises an exception.
+    """
+
+    # Does the template put white space between content and calls? Then it is no part of the content.
+    separates_calls = False
+
+    def __init__(self, tools: Sequence[Mapping[str, Any]] = (), prompt: str = "") -> None:
+        functions = [tool.get("function", tool) for tool in tools]
+        self.schemas: dict[str, Any] = {
+            function["name"]: function.get("parameters") for function in functions if "name" in function
+        }
+        self.prompt = prompt.rstrip()
+        self._events: list[Event] = []
+        self._num_calls = 0
+        self._ahead = ""  # text that may not have been read yet
+        self._place = 0  # where in it the next is to be read
+        self._is_last = False
+        self._kept: list[str] | None = None  # what was read since `keep`
+        self._space: list[str] = []  # white space after content; what follows decides whether it is content
+        self._is_after_call = False
+        self._has_reasoned = False
+        self._num_newlines = 0  # after reasoning: they are some of it only if more follows
+        self._skips_newlines = False
+        self._steps = self.read()
+
+    def push(self, text: str) -> list[Event]:
+        """The next piece of the answer, the texts of special tokens included."""
+        self._ahead = self._ahead[self._place :] + text
+        self._place = 0
+        return self._go_on()
+
+    def finish(self) -> list[Event]:
+        """Nothing more comes. To be called once, last."""
+        self._is_last = True
+        return self._go_on()
+
+    @abstractmethod
+    def read(self) -> Steps[None]:
+        """The format. Never returns: it reads until the text ends."""
+
+    def _go_on(self) -> list[Event]:
+        try:
+            next(self._steps)
+        except _TextEnds:
+            unfinished = "".join(self._kept or ()) + self._ahead[self._place :]
+            self._tell_space(before_call=bool(unfinished))
+            if unfinished:
+                self._events.append(Leftover(unfinished))
+        events, self._events = self._events, []
+        return events
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    def pass_on(self, tell: Callable[[str], None], *markers: str) -> Steps[str]:
+        """Tell the text before the next of these markers as it comes; the marker."""
+        search, longest_start = _finder(markers)
+        while not (found := search(self._ahead, self._place)):
+            tell(self._take(len(self._ahead) - longest_start(self._ahead, self._place)))
+            if self._is_last and self._kept is None:
+                tell(self._take(len(self._ahead)))
+            yield from self._wait()
+        tell(self._take(found.start()))
+        return self._take(found.end())
+
+    def until(self, *markers: str) -> Steps[tuple[str, str]]:
+        """The text before the next of these markers, and the marker. Only after `keep`."""
+        pieces: list[str] = []
+        marker = yield from self.pass_on(pieces.append, *markers)
+        return "".join(pieces), marker
+
+    def accept(self, *markers: str) -> Steps[str]:
+        """The one of these markers that comes next, or none, and then nothing was read."""
+        marker = yield from self.next_is(*markers)
+        return self._take(self._place + len(marker))
+
+    def next_is(self, *markers: str) -> Steps[str]:
+        """As `accept`, but reads nothing. Where the text ends within a call, so does the parser's work."""
+        longest = max(map(len, markers))
+        while True:
+            text = self._ahead[self._place : self._place + longest]
+            for marker in markers:
+                if text.startswith(marker):
+                    return marker
+            if not any(marker.startswith(text) for marker in markers):
+                return ""
+            if self._is_last and self._kept is None:
+                return ""
+            yield from self._wait()
+
+    def space(self) -> Steps[str]:
+        """All white space that comes next."""
+        pieces = []
+        while True:
+            found = _SPACE.match(self._ahead, self._place)
+            assert found is not None  # it matches nothing, too
+            pieces.append(self._take(found.end()))
+            if self._place < len(self._ahead) or self._is_last:
+                return "".join(pieces)
+            yield
+
+    def is_at_end(self) -> Steps[bool]:
+        """Does the text end here?"""
+        while self._place == len(self._ahead) and not self._is_last:
+            yield
+        return self._place == len(self._ahead)
+
+    def brackets(self, quotes: str = '"') -> Steps[str]:
+        """A JSON object or array (with `quotes` for Python, a list), as far as brackets and strings tell.
+
+        Nothing if none begins here, or if it breaks: then some of it was read.
+        """
+        if not (yield from self.next_is("{", "[")):
+            return ""
+        pieces, open_brackets, quote = [], [], ""
+        while True:
+            found = (_IN_STRING[quote] if quote else _OUT_OF_STRING).search(self._ahead, self._place)
+            if found is None or (found.group() == "\\" and found.end() == len(self._ahead)):
+                # What a backslash at the end escapes is still to come.
+                pieces.append(self._take(found.start() if found else len(self._ahead)))
+                yield from self._wait()
+                continue
+            char, end = found.group(), found.end()
+            if char == "\\":
+                if not quote:
+                    return ""
+                end += 1
+            elif quote:
+                quote = ""
+            elif char in quotes:
+                quote = char
+            elif char in _CLOSING:
+                open_brackets.append(char)
+            elif not open_brackets or char != _CLOSING[open_brackets.pop()]:
+                return ""
+            pieces.append(self._take(end))
+            if not open_brackets:
+                return "".join(pieces)
+
+    def pass_on_to(self, tell: Callable[[str], None], ends: Mapping[str, tuple[str, ...]]) -> Steps[str]:
+        """Tell text that may have markers in it: it ends at the first with what may follow it; the marker.
+
+        `ends`: what may follow each marker, after white space. `""` is the end of the text; after a marker
+        with nothing given, anything may follow.
+        """
+        while True:
+            marker = yield from self.pass_on(tell, *ends)
+            if not (followers := ends[marker]):
+                return marker
+            space = yield from self.space()
+            if "" in followers and (yield from self.is_at_end()):
+                return marker
+            if (yield from self.next_is(*filter(None, followers))):
+                return marker
+            tell(marker + space)
+
+    def value(self, ends: Mapping[str, tuple[str, ...]]) -> Steps[tuple[str, str]]:
+        """The same as one text, and the marker. Only after `keep`."""
+        pieces: list[str] = []
+        marker = yield from self.pass_on_to(pieces.append, ends)
+        return "".join(pieces), marker
+
+    def between_calls(self, *markers: str) -> Steps[str]:
+        """The next of these markers. Text before it is no part of the answer; white space is nothing."""
+        self.keep("")
+        text, marker = yield from self.until(*markers)
+        self.forget()
+        self.leave(text if text.strip() else "")
+        return marker
+
+    def _wait(self) -> Steps[None]:
+        if self._is_last:
+            raise _TextEnds
+        yield
+
+    def _take(self, end: int) -> str:
+        text = self._ahead[self._place : end]
+        self._place = end
+        if self._kept is not None:
+            self._kept.append(text)
+        return text
+
+    # --- telling ------------------------------------------------------------------------------------
+
+    def reasoning_begins(self, *markers: str) -> Steps[str]:
+        """The marker that opens the reasoning, in the prompt or first in the answer; else nothing."""
+        opened = next((marker for marker in markers if self.prompt.endswith(marker.rstrip())), "")
+        self.tell((yield from self.space()))
+        opened = (yield from self.accept(*markers)) or opened
+        if opened:
+            self._space.clear()
+        return opened
+
+    def reasoning_is_over(self) -> None:
+        self._num_newlines = 0
+        self._skips_newlines = True
+
+    def think(self, begins: str, ends: str) -> Steps[None]:
+        """The reasoning, if the answer begins with some."""
+        if (yield from self.reasoning_begins(begins)):
+            yield from self.pass_on(self.tell_reasoning, ends)
+            self.reasoning_is_over()
+        elif self.prompt.endswith(ends):
+            self._skips_newlines = True
+
+    def tell_reasoning(self, text: str) -> None:
+        """Without the line breaks around it, which templates write."""
+        if not self._has_reasoned:
+            text = text.lstrip("\n")
+        body = text.rstrip("\n")
+        if body:
+            self._events.append(Reasoning("\n" * self._num_newlines + body))
+            self._num_newlines = 0
+            self._has_reasoned = True
+        self._num_newlines += len(text) - len(body)
+
+    def tell(self, text: str) -> None:
+        """Content. The white space that it ends with waits for what follows."""
+        if self._skips_newlines:
+            text = text.lstrip("\n")
+            self._skips_newlines = not text
+        if body := text.rstrip():
+            self._events.append(Content("".join((*self._space, body))))
+            self._space.clear()
+            self._is_after_call = False
+        self._space.append(text[len(body) :])
+
+    def keep(self, marker: str) -> None:
+        """What is read from here on, this marker included, may turn out to be no call."""
+        self._kept = [marker]
+
+    def give_back(self, tell: Callable[[str], None] | None = None) -> None:
+        """What was read since `keep` is no call: it is content, or what `tell` tells."""
+        kept, self._kept = self._kept or [], None
+        (tell or self.tell)("".join(kept))
+
+    def forget(self) -> None:
+        """What was read since `keep` is read for good."""
+        self._kept = None
+
+    def leave(self, text: str) -> None:
+        """Text that is no part of the answer."""
+        if text:
+            self._events.append(Leftover(text))
+
+    def call(self, name: str, arguments: object, id: str | None = None) -> bool:
+        """Tell a call. False if it is none: no name, no object of arguments, or no tools are offered."""
+        text = json_text(arguments) if isinstance(arguments, dict) else None
+        if not (name and self.schemas) or text is None:
+            return False
+        self.forget()
+        self._tell_space(before_call=True)
+        self._events += CallBegins(self._num_calls, name, id), Arguments(self._num_calls, text)
+        self._num_calls += 1
+        self._is_after_call = True
+        return True
+
+    def _tell_space(self, *, before_call: bool) -> None:
+        space = "".join(self._space)
+        self._space.clear()
+        if space and not self._is_after_call and not (before_call and self.separates_calls):
+            self._events.append(Content(space))
+
+
+@cache
+def _finder(
+    markers: tuple[str, ...],
+) -> tuple[Callable[[str, int], re.Match[str] | None], Callable[[str, int], int]]:
+    """Finds the first of these markers, and how much of the text's end may be the beginning of one."""
+    starts = {marker[:length] for marker in markers for length in range(1, len(marker))}
+    longest = max(map(len, markers)) - 1
+    pattern = re.compile("|".join(map(re.escape, markers)))
+
+    def longest_start(text: str, place: int) -> int:
+        for length in range(min(longest, len(text) - place), 0, -1):
+            if text[-length:] in starts:
+                return length
+        return 0
+
+    return pattern.search, longest_start
