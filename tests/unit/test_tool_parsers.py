@@ -1,4 +1,4 @@
-"""Calls and reasoning in text: a split changes nothing, no text is lost, what templates write is read back."""
+"""Calls and reasoning in text: a split changes nothing, no text is lost, what templates write is read."""
 
 from __future__ import annotations
 
