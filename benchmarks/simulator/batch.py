@@ -1,17 +1,19 @@
 """What a simulated node computes: engine steps of unchanging batches in closed form, a stretch at a time.
 
-As `flowkv_node/steps.py` plans a step: one token for each decoding sequence, then prompt tokens, first come
-first served, up to the prefill chunk budget (`cap`). One thing differs: a chunk that does not end its prompt
-is the step's last, while a node may fill the rest, under a block, with the last tokens of another prompt.
+As `flowkv_node/steps.py` plans a step: one token for each decoding sequence, then prompt tokens, in the order
+in which prompts are due, up to the prefill chunk budget (`cap`). One thing differs: a chunk that does not end
+its prompt is the step's last, while a node may fill the rest, under a block, with the last tokens of another.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+from bisect import insort
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 import msgspec
@@ -59,6 +61,7 @@ class Life:
     at_prefill: Lease | None = None
     at_decode: Lease | None = None
     block_hashes: list[str] = field(default_factory=list)  # while it asks for nodes
+    due_s: float = 0.0  # its first token, for the order of prompts at its node
     num_waits: int = 0
     num_cached_tokens: int = 0  # that prefill did not compute
     num_moved_tokens: int = 0  # that decode did not have
@@ -193,6 +196,7 @@ class Prompt:
     life: Life
     num_tokens: int
     num_computed: int
+    due_s: float = 0.0
     first_chunk_at: float = 0.0  # when its first chunk ended
     num_last: int = 0  # tokens of the chunk that ended it
 
@@ -229,6 +233,11 @@ class Batch:
     @property
     def num_decoding(self) -> int:
         return len(self._decoding)
+
+    def add_prompt(self, prompt: Prompt) -> bool:
+        """True if it comes before all others, one that is being computed among them."""
+        insort(self.prompts, prompt, key=attrgetter("due_s"))
+        return self.prompts[0] is prompt
 
     def begin(self, now: float, num_free_tokens: int) -> Stretch | None:
         """The next stretch, with all that is here; None when there is nothing to do.
@@ -286,9 +295,9 @@ class Batch:
             prompt.num_computed += num * stretch.num_steps
             prompt.first_chunk_at = prompt.first_chunk_at or stretch.after(1)
             prompt.num_last = num
-        computed = []
-        while self.prompts and not self.prompts[0].num_left:
-            computed.append(self.prompts.popleft())
+        computed = [prompt for prompt in self.prompts if not prompt.num_left]
+        if computed:
+            self.prompts = deque(prompt for prompt in self.prompts if prompt.num_left)
         finished = []
         while self._decoding and self._decoding[0][0] == self._num_steps:
             life = heapq.heappop(self._decoding)[2]

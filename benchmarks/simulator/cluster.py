@@ -8,8 +8,11 @@ produce are counted for all of a node together. As on a node, the newest gives w
 from __future__ import annotations
 
 import heapq
+import math
+from bisect import insort
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 
 from benchmarks.simulator.batch import Life, Prompt
 from benchmarks.simulator.node import FINGERPRINT, REPORT_PERIOD_S, SimNode
@@ -144,12 +147,13 @@ class Cluster:
             self._count_bad(life, age_s > self._targets.ttft_s)
             return self._at(self.now + decision.retry_in_s, partial(self._ask, life))
         life.block_hashes = []
+        life.due_s = self.now + decision.due_in_s
         node = self._by_id[decision.prefill.node_id]
         life.prefill, life.decode = node.index, self._by_id[decision.decode.node_id].index
         self._at(self.now + CONTROL_S, partial(self._accept, node, life))
 
     def _accept(self, node: SimNode, life: Life) -> None:
-        node.line.append(life)
+        insort(node.line, life, key=attrgetter("due_s"))
         node.num_prompts_accepted += 1
         self._report_soon(node)
         self._start_line(node)
@@ -193,9 +197,9 @@ class Cluster:
             node.sending_tokens += request.num_prompt_tokens
         life.num_cached_tokens = len(life.at_prefill.pinned) * TOKENS_PER_HASH_ID
         life.num_moved_tokens = request.num_prompt_tokens - len(life.at_decode.pinned) * TOKENS_PER_HASH_ID
-        node.batch.prompts.append(Prompt(life, request.num_prompt_tokens, life.num_cached_tokens))
-        stretch = node.batch.stretch
-        if stretch is None or not stretch.prompt_tokens:
+        prompt = Prompt(life, request.num_prompt_tokens, life.num_cached_tokens, life.due_s)
+        is_first, stretch = node.batch.add_prompt(prompt), node.batch.stretch
+        if is_first or stretch is None or not stretch.prompt_tokens:
             self._changed(node)  # else it is behind a prompt that fills each step, and changes none of them
         return True
 
@@ -293,7 +297,7 @@ class Cluster:
                 break
             life.at_decode = pool.lease(life.request.num_prompt_tokens + 1, life.cacheable_ids)
             num_cached = len(life.at_decode.pinned) * TOKENS_PER_HASH_ID
-            batch.prompts.append(Prompt(life, num_tokens, num_cached))
+            batch.add_prompt(Prompt(life, num_tokens, num_cached, -math.inf))  # before all prompts
             node.preempted.popleft()
         num_free = (pool.num_free + pool.num_cached) * node.kind.layout.block_size
         stretch = batch.begin(self.now, num_free)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Mapping
+from functools import partial
 
 import msgspec
 import pytest
@@ -389,3 +391,22 @@ def test_a_sequence_that_outgrows_its_node_is_refused_as_nodes_do() -> None:
     assert cluster.num_preempted == 1
     assert (life.refused_with, life.is_done) == (429, False)
     assert (other.refused_with, other.num_produced) == (0, 300)
+
+
+def test_a_prompt_that_is_due_first_interrupts_one_that_is_due_later() -> None:
+    """At the next border of a step. The other goes on where it was."""
+
+    def life(number: int, num_tokens: int, due_s: float) -> Life:
+        return Life(number, Request(num_tokens, 2, max_tokens=2), due_s=due_s)
+
+    late, soon = life(0, 10_000, 60.0), life(1, 500, 1.0)
+    node = SimNode(0, KIND, "mixed", Histogram(), chunk=1024)
+    cluster = Cluster([node], Planner(Goals(), lends=False), [late, soon], LOOSE)
+    for one in (late, soon):
+        one.prefill = one.decode = 0
+        cluster._at(0.05 * one.number, partial(cluster._accept, node, one))
+    while not late.first_token_s:
+        cluster.now, _, what = heapq.heappop(cluster._events)
+        what()
+    # Behind the step that runs when it comes, and its own; each takes 0.11 s, and the late one ten.
+    assert 0.0 < soon.first_token_s < 0.4 < 1.0 < late.first_token_s

@@ -294,7 +294,8 @@ def decide(
             if place.rank is not Rank.RUNNING:
                 _check_deadline(request, choice.predicted_s)
             due_in_s = place.due_in_s(request, costs.goals, now)
-            return msgspec.structs.replace(choice, due_in_s=due_in_s)
+            is_interruptible = place.rank >= Rank.LATE
+            return msgspec.structs.replace(choice, due_in_s=due_in_s, is_interruptible=is_interruptible)
     if later is None:
         return _without_nodes(costs)
     if place.rank is not Rank.RUNNING:

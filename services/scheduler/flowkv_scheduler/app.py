@@ -255,6 +255,7 @@ class Scheduler:
             self._decisions.labels("wait").inc()
             return decision
         self._decisions.labels("assigned").inc()
+        promised_s = decision.prefill.own_word(decision.first_token_s)
         assignment = Assignment(
             request_id=request.request_id,
             attempt=request.attempt,
@@ -266,7 +267,7 @@ class Scheduler:
             decode_candidates=decision.decode_candidates,
             first_token_in_s=decision.first_token_s,
             due_in_s=decision.due_in_s,
-            promised_first_token_in_s=decision.prefill.own_word(decision.first_token_s),
+            promised_first_token_in_s=None if decision.is_interruptible else promised_s,
         )
         await self._bus.publish(subjects.assignment(request.request_id), assignment)
         return assignment

@@ -322,6 +322,7 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     prefill_candidates: list[Candidate]
     decode_candidates: list[Candidate]
     due_in_s: float = 0.0  # the first token, for the order of prompts at the node
+    is_interruptible: bool = False  # by prompts in time, so that its own may take longer than predicted
 
     def added_work(self, request: ScheduleRequest, lengths: OutputLengths) -> tuple[Work, Work]:
         """What the choice adds to its prefill node and to its decode node."""
