@@ -322,6 +322,7 @@ def test_a_node_that_becomes_slow_loses_its_work_within_two_seconds(node_id: str
     played.slowdown[node_id] = slowdown
     played.play(12.0, requests_per_s=15, began=4.0)
     assert played.share_of(node_id, 6.0, 12.0) < 0.05
+    assert {ref.node_id for ref in played.planner.state.doubted} == {node_id}
 
 
 def test_a_slow_node_gets_its_work_back_when_it_has_recovered() -> None:

@@ -194,6 +194,8 @@ class Scheduler:
             "flowkv_pairs", "Pairs of a prefill and a decode node that can exchange blocks", registry=registry
         )
         pairs.set_function(lambda: num_pairs(self.planner.state.usable(clock())))
+        doubted = Gauge("flowkv_doubted_nodes", "Nodes slower than they say", registry=registry)
+        doubted.set_function(lambda: len(self.planner.state.doubted))
         is_leader = Gauge("flowkv_scheduler_is_leader", "1 if this scheduler leads", registry=registry)
         is_leader.set_function(lambda: float(lease.is_held))
         epoch = Gauge("flowkv_scheduler_epoch", "The highest epoch known here", registry=registry)

@@ -422,7 +422,7 @@ class ClusterState:
         self._views: dict[str, NodeView] = {}
         self._groups: SortedDict = SortedDict(repr)  # group -> `NodeGroup`
         self._leaving: dict[str, str] = {}
-        self._doubted: Set[NodeRef] = frozenset()
+        self.doubted: Set[NodeRef] = frozenset()  # nodes that don't do what they say
         self.lengths: defaultdict[str, OutputLengths] = defaultdict(OutputLengths)
         self._costs: defaultdict[str, dict[str, float]] = defaultdict(dict)  # by model, as last measured
 
@@ -498,13 +498,13 @@ class ClusterState:
                     for nodes in (group.members, group.prefill, group.decode)
                 )
                 doubts |= self.belief.doubts(members, prefill, decode, now)
-        for ref in doubts.keys() | self._doubted:
+        for ref in doubts.keys() | self.doubted:
             doubt = doubts.get(ref, TRUSTED)
             known = self._nodes.get(ref)
             if known is not None and known.doubt != doubt:
                 known.doubt = doubt
                 self._refresh(ref.node_id)
-        self._doubted = doubts.keys()
+        self.doubted = doubts.keys()
 
     def touch_all(self, now: float) -> None:
         """Start all ages anew: after a reconnect the silence was ours, not the nodes'."""
