@@ -24,6 +24,7 @@ from flowkv_scheduler.rebalance import (
     IDLE_S,
     LEAST_NODES,
     MAX_PLAYED,
+    MOST_NODES,
     NUM_TICKS,
     SCALE_EVERY_S,
     SETTLED_S,
@@ -108,6 +109,16 @@ def test_only_one_node_moves_at_a_time() -> None:
             moved_at.append(at)
     assert len(set(moved_at)) == len(moved_at), "one per tick"
     assert min(began) >= WINDOWS_S[0]
+
+
+def test_in_a_large_cluster_several_nodes_move_at_once() -> None:
+    """One of 64 serves too little more to be told from chance."""
+    nodes = [Node(f"p{number:02}", "prefill") for number in range(32)]
+    nodes += [Node(f"d{number:02}", "decode") for number in range(32)]
+    for mix, to in ((LONG_PROMPTS, "prefill"), (LONG_OUTPUTS, "decode")):
+        run = Cluster(*(Node(one.name, one.role) for one in nodes))
+        moved = directions(run.play(mix._replace(rate=16 * mix.rate), WINDOWS_S[0] + TICK_S))
+        assert [where for _, where in moved] == [f"lent to {to}"] * (len(nodes) // MOST_NODES)
 
 
 def test_longer_windows_move_nothing_where_nothing_was_lost() -> None:

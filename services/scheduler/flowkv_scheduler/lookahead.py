@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import cycle, product
 from typing import Literal, NamedTuple
 
@@ -106,18 +106,18 @@ class LookAhead:
     def served(
         self,
         duties: Duties,
-        moved: NodeView | None = None,
+        moved: Collection[str] = (),
         busy_s: float = 0.0,
         more: tuple[Side, int] = ("prefill", 0),
     ) -> list[bool]:
-        """For each request, whether it is served in time. `moved` takes up its new side after `busy_s`.
+        """For each request, whether it is served in time. Those `moved` take up their side after `busy_s`.
 
         `more`: with so many more reference nodes on a side.
         """
         side, num_more = more
         queues = [
             (
-                busy_s if node is moved else node.prefill_wait_s,
+                busy_s if node.node_id in moved else node.prefill_wait_s,
                 self._slowness[node.node_id] * (1.0 if duties[node.node_id] == "prefill" else 1.0 / SHARED),
             )
             for node in self.nodes
@@ -126,7 +126,7 @@ class LookAhead:
         if side == "prefill":
             queues += [(0.0, 1.0)] * num_more
         later = self._batch(duties, num_more=num_more if side == "decode" else 0)
-        now = self._batch(duties, without=moved) if moved is not None else later
+        now = self._batch(duties, without=moved) if moved else later
         # A node that leaves prefill takes its prefix cache with it.
         share = round(min(1.0, self._prefill_nodes(duties) / max(SHARED, self._prefill_now)), 3)
         return served_in_time(
@@ -158,7 +158,7 @@ class LookAhead:
         worth = {"prefill": 1.0, "both": SHARED, "decode": 0.0}
         return sum(worth[duties[name]] / slowness for name, slowness in self._slowness.items())
 
-    def _batch(self, duties: Duties, without: NodeView | None = None, num_more: int = 0) -> Batch:
+    def _batch(self, duties: Duties, without: Collection[str] = (), num_more: int = 0) -> Batch:
         num_nodes = places = blocks = 0.0
         if num_more:
             num_nodes = float(num_more)
@@ -166,7 +166,7 @@ class LookAhead:
             blocks = num_nodes * self.nodes[0].descriptor.num_blocks
         for node in self.nodes:
             duty = duties[node.node_id]
-            if node is not without and duty != "prefill":
+            if node.node_id not in without and duty != "prefill":
                 worth = 1.0 if duty == "decode" else SHARED
                 num_nodes += worth / self._slowness[node.node_id]
                 places += worth * node.report.max_num_seqs

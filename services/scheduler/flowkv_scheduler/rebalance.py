@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -78,7 +78,8 @@ class Moved(NamedTuple):
 
 
 class Move(NamedTuple):
-    node: NodeView
+    node_ids: Sequence[str]
+    before: Duty
     duty: Duty
     reason: str
 
@@ -185,19 +186,25 @@ class Rebalancer:
     def _move_nodes(
         self, past: Past, nodes: Sequence[NodeView], demand: Demand, lengths: OutputLengths, now: float
     ) -> None:
-        """Move a node if that serves more of what came in some window: one at a time, to see what it does."""
+        """Move a node if that serves more of what came in some window: one at a time, to see what it does.
+
+        Of a large cluster a part that is as large.
+        """
         if demand.known_for_s(now) < WINDOWS_S[0]:
             return
         if now - past.moved_at >= REMEMBERED_S:
             past.num_turns = 0
         proposed = self._propose_move(past, nodes, demand, lengths, now)
-        kind = None if proposed is None else (self._duty(proposed[0].node), proposed[0].duty)
+        kind = None if proposed is None else (proposed[0].before, proposed[0].duty)
         # The play depends on the moment: a move must be found at two ticks in a row.
         is_confirmed = kind is not None and kind == past.proposed
         past.proposed = None if is_confirmed else kind
         if proposed is not None and is_confirmed:
             move, past.since = proposed
-            self._give(*move, now)
+            for node in nodes:
+                if node.node_id in move.node_ids:
+                    verb = "taken back" if move.duty == node.descriptor.role else "lent"
+                    self._give(node, move.duty, f"{verb} to {move.duty}: {move.reason}", now)
             past.num_turns += past.moved_to not in (None, move.duty)
             past.moved_to, past.moved_at = move.duty, now
 
@@ -242,29 +249,28 @@ class Rebalancer:
         num = len(before)
         if min(most, num - sum(before)) < MIN_GAIN * num:
             return None
-        # Of nodes that are alike the one that is free first.
-        alike: dict[tuple[Duty, Duty, int], tuple[float, NodeView]] = {}
+        alike: defaultdict[tuple[Duty, int], list[NodeView]] = defaultdict(list)
         for node in ahead.nodes:
-            mine = duties[node.node_id]
-            for duty in _other_duties(duties, node):
-                key = mine, duty, speed_class(node.speed.prefill_token_s)
-                alike[key] = min(
-                    alike.get(key, (math.inf, node)), (_busy_s(node, mine), node), key=lambda one: one[0]
-                )
+            alike[duties[node.node_id], speed_class(node.speed.prefill_token_s)].append(node)
+        counts = Counter(duties.values())
         best_gain, best = 0.0, None
-        for (_, duty, _), (busy_s, node) in alike.items():
-            after = ahead.served({**duties, node.node_id: duty}, node, busy_s)
-            gain = min(most, sum(after) - sum(before))
-            num_changed = sum(one != another for one, another in zip(before, after, strict=True))
-            # A request that is played several times makes it no surer.
-            error = math.sqrt(num_changed * ahead.num_played / ahead.num_distinct)
-            if gain >= max(MIN_GAIN * num, num_errors * error) and gain > best_gain:
-                role = node.descriptor.role
-                reason = (
-                    f"{'taken back' if duty == role else 'lent'} to {duty}: of the requests of the last "
-                    f"{ahead.span_s:.0f} s {sum(after) / num:.0%} instead of {sum(before) / num:.0%} in time"
-                )
-                best_gain, best = gain, Move(node, duty, reason)
+        for (mine, _), members in alike.items():
+            # Those that are free first; as many of a large cluster as a gain can be told of.
+            first = sorted((_busy_s(node, mine), node.node_id) for node in members)
+            first = first[: min(len(duties) // MOST_NODES, counts[mine] - 1) or 1]
+            moved, busy_s = [name for _, name in first], first[-1][0]
+            for duty in _other_duties(counts, mine):
+                after = ahead.served({**duties, **dict.fromkeys(moved, duty)}, moved, busy_s)
+                gain = min(most, sum(after) - sum(before))
+                num_changed = sum(one != another for one, another in zip(before, after, strict=True))
+                # A request that is played several times makes it no surer.
+                error = math.sqrt(num_changed * ahead.num_played / ahead.num_distinct)
+                if gain >= max(MIN_GAIN * num, num_errors * error) and gain > best_gain:
+                    reason = (
+                        f"of the requests of the last {ahead.span_s:.0f} s "
+                        f"{sum(after) / num:.0%} instead of {sum(before) / num:.0%} in time"
+                    )
+                    best_gain, best = gain, Move(moved, mine, duty, reason)
         return best
 
     def _fill_empty_side(self, past: Past, nodes: Sequence[NodeView], now: float) -> None:
@@ -421,15 +427,14 @@ def _whole_budgets(descriptor: NodeDescriptor) -> tuple[int, int]:
     return descriptor.token_budget, descriptor.layout.block_size
 
 
-def _other_duties(duties: Duties, node: NodeView) -> list[Duty]:
-    """What the node could do instead. The last of a side stays there; in a cluster of two it may do both."""
-    mine = duties[node.node_id]
-    others = {duty for name, duty in duties.items() if name != node.node_id}
+def _other_duties(counts: Counter[Duty], mine: Duty) -> list[Duty]:
+    """What a node could do instead. The last of a side stays there; in a cluster of two it may do both."""
+    others = (counts - Counter([mine])).keys()
     if mine == "both":
         return [side for side in SIDES if others & {other(side), "both"}]
     if others & {mine, "both"}:
         return [other(mine)]
-    return ["both"] if len(duties) == 2 else []
+    return ["both"] if counts.total() == 2 else []
 
 
 def _busy_s(node: NodeView, duty: Duty) -> float:
