@@ -3,6 +3,9 @@
 One planner, fed with the reports of many nodes and asked for pairs, as the scheduler's process does it, but
 without NATS. Half of the nodes prefill, half decode; a third of each is three times slower. Requests end
 after a while, so that a steady number of them is in flight. Nodes tell what is in their prefix caches.
+
+With `--waiting` all decode nodes are full, so many requests wait and ask in turn, and one sequence ends per
+ten asks. Who gets its place is replaced by a newcomer.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ import psutil
 from benchmarks.report import Report, make_parser, quantiles, time_s, transposed
 from benchmarks.simulator.batch import slowed
 from flowkv_common.errors import Full
-from flowkv_common.wire.messages import NodeRef, ScheduleRequest
-from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor, StepFit
+from flowkv_common.wire.messages import NodeRef, ScheduleRequest, Wait
+from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor, OutputForecast, StepFit
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
@@ -32,6 +35,10 @@ PERIOD_S = 0.5
 DECISIONS_PER_S = 5000
 NUM_BLOCKS = 20_000
 BLOCKS_PER_SEQUENCE = 70
+MAX_NUM_SEQS = 256
+# Of a full node: half of an answer.
+TOKENS_LEFT = 128
+ASKS_PER_END = 10
 TOKEN_BUDGET = 2048
 PROMPTS_CACHED = 10  # by each node: the last ones
 FIT = StepFit(
@@ -78,12 +85,15 @@ class Node:
             seq=self._seq,
             max_prefill_tokens_per_step=self._cap,
             num_running=self.num_sequences,
-            max_num_seqs=256,
+            max_num_seqs=MAX_NUM_SEQS,
             num_context_tokens=self.num_sequences * 1100,
             num_prompts_accepted=self.num_prompts_accepted,
             num_rooms_given=self.num_handed_over,
             num_sequences_accepted=self.num_handed_over,
             step=self._fit,
+            forecast=OutputForecast(
+                tokens_left=self.num_sequences * TOKENS_LEFT, first_ends_in=1.0, stop_rate=0.5 / TOKENS_LEFT
+            ),
         )
 
     def cache_prompt(self, hashes: list[str]) -> None:
@@ -127,15 +137,21 @@ def requests(seed: int) -> Iterator[ScheduleRequest]:
         )
 
 
-def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> dict[str, Any]:
+def measure(num_nodes: int, num_in_flight: int, num_waiting: int, num_decisions: int) -> dict[str, Any]:
     """Asks `num_decisions` times, 5,000 a second; reports come in between as they would in that time."""
     planner = Planner(Goals(max_wait_s=1e9))
     nodes = [Node(number) for number in range(num_nodes)]
     by_id = {node.node_id: node for node in nodes}
+    running: deque[Node] = deque()  # by its decode node; the scheduler keeps no choices either
+    waiting: deque[tuple[float, ScheduleRequest]] = deque()  # since when
+    if num_waiting:
+        running.extend(node for node in nodes if node.role == "decode" for _ in range(MAX_NUM_SEQS))
+        random.Random(0).shuffle(running)
+        for node in running:
+            node.num_sequences += 1
     planner.set_descriptors({node.node_id: node.descriptor() for node in nodes})
     for node in nodes:
         planner.add_report(node.report(), 0.0)
-    running: deque[Node] = deque()  # by its decode node; the scheduler keeps no choices either
     process = psutil.Process()
     decisions_s: list[float] = []
     reports_s: list[float] = []
@@ -143,7 +159,8 @@ def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> dict[str,
     ticks_s: list[float] = []
     num_others, num_due, now = 0, 0.0, 0.0
     rss_before = 0
-    for place, request in zip(range(num_decisions), requests(0), strict=False):
+    newcomers = requests(0)
+    for place in range(num_decisions):
         if place == num_decisions // 10:
             rss_before = process.memory_info().rss
         now += 1 / DECISIONS_PER_S
@@ -155,12 +172,21 @@ def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> dict[str,
             news_s.append(time_s(partial(planner.state.prefixes.apply_change, node.news())))
         if place % (DECISIONS_PER_S * PERIOD_S) == 0:
             ticks_s.append(time_s(partial(planner.tick, now)))
+        if num_waiting and len(waiting) == num_waiting:
+            since, request = waiting.popleft()
+        else:
+            since, request = now, next(newcomers)
+        request = msgspec.structs.replace(request, age_s=now - since)
         began = time.perf_counter()
         try:
             decision = planner.schedule(request, now)
         except Full:
             decision = None
         decisions_s.append(time.perf_counter() - began)
+        if num_waiting and place % ASKS_PER_END == 0:
+            running.popleft().num_sequences -= 1
+        if isinstance(decision, Wait):
+            waiting.append((since, request))
         if not isinstance(decision, Choice):
             num_others += 1
             continue
@@ -171,10 +197,11 @@ def measure(num_nodes: int, num_in_flight: int, num_decisions: int) -> dict[str,
         decode.num_handed_over += 1
         decode.num_sequences += 1
         running.append(decode)
-        if len(running) > num_in_flight:
+        if not num_waiting and len(running) > num_in_flight:
             running.popleft().num_sequences -= 1
     return {
         "num_nodes": num_nodes,
+        "num_waiting": len(waiting),
         "num_in_flight": len(running),
         "num_decisions": num_decisions,
         "decisions_per_s": num_decisions / sum(decisions_s),
@@ -192,10 +219,13 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser("decisions", __doc__)
     parser.add_argument("--nodes", type=int, nargs="+", default=[8, 100, 1000])
     parser.add_argument("--in-flight", type=int, default=10_000)
+    parser.add_argument(
+        "--waiting", type=int, default=0, help="requests that wait: all decode nodes are full"
+    )
     parser.add_argument("--decisions", type=int, default=100_000)
     options = parser.parse_args(argv)
     report = Report(options)
     for num_nodes in options.nodes:
         report.say(f"{num_nodes} nodes")
-        report.add_row(**measure(num_nodes, options.in_flight, options.decisions))
+        report.add_row(**measure(num_nodes, options.in_flight, options.waiting, options.decisions))
     return report.finish(shown=transposed(report.rows, "num_nodes"))
