@@ -415,22 +415,30 @@ def room_kept(queue: WaitingQueue, place: Place, costs: RequestCosts) -> dict[st
     open_nodes = {
         node.node_id: node for node in roomiest if node.is_usable(costs.now) and _is_open(node, NOTHING)
     }
+    free = {node_id: node.num_available_blocks for node_id, node in open_nodes.items()}
+    idle_line = _idle_line(costs)
     for other in itertools.islice(queue.ahead_of(place), NUM_KEPT_FOR):
         if not open_nodes:
             break
-        if other.request.fingerprint != costs.request.fingerprint or other.node_id == _idle_line(costs):
+        request = other.request
+        if request.fingerprint != costs.request.fingerprint or other.node_id == idle_line:
             continue  # it waits for other nodes, or takes its room only when its prompt can begin
-        # It has the blocks without those that it would find cached.
-        others_costs = RequestCosts(other.request, costs.state, costs.cluster_goals, costs.now, hits=NO_HITS)
         node = own = open_nodes.get(other.node_id)
+        need = other.need
+        if not need.num_sequences:  # none was told to one that found no node
+            need = next(iter(open_nodes.values())).need_of(request, costs.lengths)
         for one in [own, *open_nodes.values()] if own else open_nodes.values():
-            if _could_take(one, others_costs, kept.get(one.node_id, NOTHING)):
+            # Most often there are too few blocks.
+            if need.num_blocks <= free[one.node_id] and _could_take(
+                one, request, kept.get(one.node_id, NOTHING), costs
+            ):
                 node = one
                 break
         if node is None:
             continue
-        held = kept.get(node.node_id, NOTHING).plus(others_costs.need_on(node))
+        held = kept.get(node.node_id, NOTHING).plus(need)
         kept[node.node_id] = held
+        free[node.node_id] -= need.num_blocks
         if not _is_open(node, held):
             del open_nodes[node.node_id]
     return kept
@@ -441,13 +449,13 @@ def _is_open(node: NodeView, held: Work) -> bool:
     return node.num_available_blocks > held.num_blocks and node.num_missing_places(held) <= 0
 
 
-def _could_take(node: NodeView, costs: RequestCosts, held: Work) -> bool:
-    """Would a usable node of its model have room for a waiting request, beside `held`, if it asked now?"""
-    if costs.need_on(node).num_blocks + held.num_blocks > node.num_available_blocks:
-        return False  # most often, and soon seen
-    request = costs.request
-    is_able = node.node_id not in request.avoid and node.can_ever_hold(request)
-    return is_able and costs.joins_batch(node, held)
+def _could_take(node: NodeView, other: ScheduleRequest, held: Work, costs: RequestCosts) -> bool:
+    """Would a node that has the blocks take a waiting request, beside `held`, if it asked now?"""
+    if node.node_id in other.avoid or not node.can_ever_hold(other):
+        return False
+    # It has the blocks without those that it would find cached.
+    others_costs = RequestCosts(other, costs.state, costs.cluster_goals, costs.now, hits=NO_HITS)
+    return others_costs.joins_batch(node, held)
 
 
 # --- predicted waits -------------------------------------------------------------------------------
