@@ -41,9 +41,7 @@ class SimNode:
         cap = chunk or starting_chunk_budget(role, kind.token_budget, kind.layout.block_size)
         self.batch = Batch(slowed(kind.fit, slow), kind.limits, cap, itl)
         self.pool = Pool(kind.num_blocks, kind.layout.block_size)
-        self.line: deque[Life] = (
-            deque()
-        )  # prompts that wait for blocks here and at their decode node, as they are due
+        self.line: deque[Life] = deque()  # prompts that wait for blocks on both sides, as they are due
         self.blocked_senders: dict[int, None] = {}  # nodes with a line that waits for blocks here
         self.preempted: deque[Life] = deque()  # to be computed again
         self.num_sending = 0

@@ -733,7 +733,10 @@ def test_what_is_due_at_the_prefill_node_follows_the_order_of_service() -> None:
         "late": request(age_s=6.0),
         "batch": batch(deadline_in_s=300.0),
     }
-    due = {name: choice_of(one, PAIR).due_in_s for name, one in wanted.items()}
+    choices = {name: choice_of(one, PAIR) for name, one in wanted.items()}
+    due = {name: choice.due_in_s for name, choice in choices.items()}
+    # What nodes promise of these is not held against them.
+    assert [name for name, choice in choices.items() if choice.is_interruptible] == ["late", "batch"]
     assert due == {
         "running": 0.0,
         "old": 4.0,
