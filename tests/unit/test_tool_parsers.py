@@ -535,6 +535,13 @@ def test_a_call_ends_reasoning_without_an_end() -> None:
     assert parse("qwen3_coder", about, "<think>\n") == Found("Yes.", "I write <tool_call> first.", [], "", [])
 
 
+def test_kimi_k3_may_write_all_arguments_as_json() -> None:
+    block = '<|open|>json type="object"<|sep|>{"count": 1}<|close|>json<|sep|>'
+    call = f'<|open|>tools<|sep|><|open|>call tool="search" index="1"<|sep|>{block}<|close|>call<|sep|>'
+    assert parse("kimi_k3", call).calls == [("search", {"count": 1})]
+    assert parse("kimi_k3", call.replace(": 1", ": ")).calls == []
+
+
 # --- which parser -----------------------------------------------------------------------------------
 
 
@@ -551,6 +558,7 @@ def test_a_call_ends_reasoning_without_an_end() -> None:
         ("<|tool_call>call:", "gemma4"),
         ("<minimax:tool_call> ... <tool_call>", "minimax_m2"),
         ("<|python_tag|>", "llama3_json"),
+        ('Respond in the format {"name": function name, "parameters": dictionary of', "llama3_json"),
         ("<|python_start|>", "llama4_pythonic"),
         ("message.content.split('</think>')", "deepseek_r1"),
     ],

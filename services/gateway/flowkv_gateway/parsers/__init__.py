@@ -56,10 +56,10 @@ FORMATS = (
     Format(FunctionGemma, "<start_function_call>", ("functiongemma",)),
     Format(Glm, "<arg_key>", ("glm45", "glm47")),
     Format(QwenCoder, "<function=", ("qwen3_coder", "qwen3_xml")),
-    Format(Hermes, "<tool_call>", ("hermes", "qwen3")),
+    Format(Hermes, "<tool_call>", ("hermes",)),
     Format(Llama, "<|python_", ("llama3_json", "llama4_pythonic", "llama4_json", "pythonic")),
-    Format(Llama, "<|eom_id|>", ("llama3",)),
-    Format(Thinking, "</think>", ("deepseek_r1", "think")),
+    Format(Llama, '{"name": function name, "parameters"', ()),
+    Format(Thinking, "</think>", ("deepseek_r1",)),
 )
 
 

@@ -1,7 +1,7 @@
 """Kimi K3: elements between special tokens, `<|open|>name<|sep|>...<|close|>name<|sep|>`.
 
 A message has the elements `think`, `response` and `tools`; the latter has a `call` for each call, with an
-`argument` of a type and a key for each argument.
+`argument` of a type and a key for each argument, or all of them in one element `json`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import re
 from typing import Any
 
 from flowkv_gateway.parsers.reading import Parser, Steps
-from flowkv_gateway.parsers.values import from_text
+from flowkv_gateway.parsers.values import from_text, or_none
 
 _THINK, _RESPONSE, _TOOLS = "<|open|>think<|sep|>", "<|open|>response<|sep|>", "<|open|>tools<|sep|>"
 _CALL, _ARGUMENT = "<|open|>call ", "<|open|>argument "
 _CALL_END, _ARGUMENT_END = "<|close|>call<|sep|>", "<|close|>argument<|sep|>"
+_JSON, _JSON_END = "<|open|>json ", "<|close|>json<|sep|>"
 _CLOSE = tuple(f"<|close|>{name}<|sep|>" for name in ("think", "response", "tools", "message"))
 _ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 
@@ -36,7 +37,13 @@ class KimiK3(Parser):
             if not self.call(_attributes(attributes).get("tool", ""), (yield from self._arguments())):
                 self.give_back()
 
-    def _arguments(self) -> Steps[dict[str, Any] | None]:
+    def _arguments(self) -> Steps[object]:
+        """All arguments of a call, up to its end; None where there is none."""
+        if (yield from self.accept(_JSON)):
+            yield from self.until("<|sep|>")
+            text, _ = yield from self.value({_JSON_END: (_CALL_END,)})
+            yield from self.accept(_CALL_END)
+            return or_none(text)
         arguments: dict[str, Any] = {}
         while (marker := (yield from self.accept(_ARGUMENT, _CALL_END))) == _ARGUMENT:
             text, _ = yield from self.until("<|sep|>")
