@@ -22,6 +22,7 @@ from flowkv_common.telemetry import serve_http
 from flowkv_common.wire.messages import ModelCard, TokenChunk, TokenLogprob
 from flowkv_gateway.app import Api
 from flowkv_gateway.dispatch import Dispatch, Load, RequestState
+from flowkv_gateway.grammar import GrammarChecker
 from flowkv_gateway.http import ApiConnection
 from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
@@ -126,7 +127,7 @@ class ScriptedDispatch(Dispatch):
             self.was_cancelled.set()
             raise
 
-    def model(self) -> ModelCard | None:
+    def model(self, num_further_bytes: int = 0) -> ModelCard | None:
         return self.card
 
     def load(self) -> Load:
@@ -175,7 +176,8 @@ async def serving(
     dispatch = ScriptedDispatch(text_chunks(tokenizer, text))
     stop, leave = asyncio.Event(), asyncio.Event()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    api = Api(wanted, tokenizer, dispatch, CollectorRegistry(), defaults, stop)
+    checker = GrammarChecker(tokenizer.file)
+    api = Api(wanted, tokenizer, dispatch, checker, CollectorRegistry(), defaults, stop)
 
     async def serve() -> None:
         async with serve_http(
@@ -189,7 +191,7 @@ async def serving(
             port.set_result(bound)
             await leave.wait()
 
-    async with asyncio.TaskGroup() as tasks:
+    async with checker, asyncio.TaskGroup() as tasks:
         tasks.create_task(serve())
         url = f"http://127.0.0.1:{await port}"
         async with (

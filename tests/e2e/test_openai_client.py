@@ -328,9 +328,9 @@ def test_models(client: openai.OpenAI) -> None:
         ({"messages": []}, openai.BadRequestError, "messages", None),
         ({"messages": OVERLONG}, openai.BadRequestError, "messages", "context_length_exceeded"),
         (
-            {"extra_body": {"structured_outputs": {"choice": ["a"]}}},
+            {"extra_body": {"structured_outputs": {"json": {"uniqueItems": True}}}},
             openai.BadRequestError,
-            "structured_outputs",
+            "structured_outputs.json",
             None,
         ),
         ({"messages": [{"role": "user", "content": "a" * 5_000_000}]}, openai.APIStatusError, None, None),

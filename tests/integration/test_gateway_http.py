@@ -24,7 +24,7 @@ from flowkv_common.errors import (
     Stale,
     Unavailable,
 )
-from flowkv_common.wire.messages import TokenChunk, TokenLogprob
+from flowkv_common.wire.messages import Grammar, TokenChunk, TokenLogprob
 from flowkv_gateway.dispatch import Load
 from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
@@ -256,14 +256,12 @@ async def test_an_ordinary_eos_does_not_show(gateway: Gateway, tokenizer: Tokeni
 @pytest.mark.parametrize(
     ("path", "field", "value"),
     [
-        ("/v1/chat/completions", "structured_outputs", {"choice": ["yes", "no"]}),
-        ("/v1/chat/completions", "guided_json", {"type": "object"}),
-        ("/v1/chat/completions", "response_format", {"type": "json_object"}),
+        ("/v1/chat/completions", "json_schema", {"type": "object"}),
         ("/v1/chat/completions", "tool_choice", "required"),
         ("/v1/chat/completions", "reasoning_effort", "low"),
         ("/v1/chat/completions", "documents", [{"title": "a", "text": "b"}]),
         ("/v1/chat/completions", "functions", [{"name": "f", "parameters": {}}]),
-        ("/v1/completions", "response_format", {"type": "json_object"}),
+        ("/v1/completions", "guided_whitespace_pattern", " "),
         ("/v1/completions", "bad_words", [" five"]),
         ("/v1/completions", "prompt_logprobs", 1),
         ("/v1/completions", "use_beam_search", True),
@@ -280,6 +278,20 @@ async def test_no_known_field_is_dropped_without_a_word(
     assert gateway.dispatch.asked == []
     for nothing in ({field: None}, {"never_heard_of": value, "user": "me", "metadata": {"a": "b"}}):
         assert (await gateway.http.post(path, json={**good, **nothing})).status_code == 200
+
+
+async def test_the_grammar_goes_to_the_nodes_once_it_is_checked(gateway: Gateway) -> None:
+    choice = {"structured_outputs": {"choice": ["yes", "no"]}, "n": 2}
+    assert (await gateway.http.post("/v1/chat/completions", json={**CHAT, **choice})).status_code == 200
+    grammars = [asked.sampling.grammar for asked in gateway.dispatch.asked]
+    assert grammars == [Grammar(kind="lark", text='start: "yes" | "no"')] * 2
+    bad = {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}
+    for path, good in (("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "a"})):
+        response = await gateway.http.post(path, json={**good, **bad})
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, "response_format.json_schema.schema")
+        assert '"not"' in error["message"]
+    assert len(gateway.dispatch.asked) == 2
 
 
 async def test_how_a_prompt_begins_and_ends(gateway: Gateway, tokenizer: Tokenizer) -> None:

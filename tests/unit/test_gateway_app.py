@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 
 from flowkv_common.config import GatewaySettings
 from flowkv_gateway.app import Api
+from flowkv_gateway.grammar import GrammarChecker
 from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
 from tests.gateway_support import MODEL, ScriptedDispatch, text_chunks, write_tokenizer
@@ -56,7 +57,15 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Starlette:
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
     dispatch = ScriptedDispatch(text_chunks(tokenizer, "hello"))
     gateway_settings = GatewaySettings(model_path="unused", model_name=MODEL)
-    api = Api(gateway_settings, tokenizer, dispatch, CollectorRegistry(), SamplingDefaults(), asyncio.Event())
+    api = Api(
+        gateway_settings,
+        tokenizer,
+        dispatch,
+        GrammarChecker(tokenizer.file),
+        CollectorRegistry(),
+        SamplingDefaults(),
+        asyncio.Event(),
+    )
     return api.app
 
 

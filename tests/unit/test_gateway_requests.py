@@ -124,7 +124,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"regex": "a|b"}, "regex"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
 ]

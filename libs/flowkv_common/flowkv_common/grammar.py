@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import Grammar
@@ -86,4 +86,9 @@ def _source(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_regex(grammar.text)
         case "lark":
             return LLMatcher.grammar_from_lark(grammar.text)
+        case "ebnf":
+            try:
+                return grammar_from("ebnf", grammar.text)
+            except ValueError as error:
+                raise BadRequest(str(error)) from None
     raise BadRequest(f"There is no kind of grammar {grammar.kind!r}.")

@@ -14,6 +14,7 @@ from flowkv_common.telemetry import process_registry, reason_in_one_line, serve_
 from flowkv_gateway.app import Api
 from flowkv_gateway.cluster import OwnModel
 from flowkv_gateway.dispatch import open_dispatch
+from flowkv_gateway.grammar import GrammarChecker
 from flowkv_gateway.http import ApiConnection
 from flowkv_gateway.prompts import load_sampling_defaults
 from flowkv_gateway.tokenizer import Tokenizer
@@ -29,8 +30,11 @@ async def serve(settings: GatewaySettings) -> None:
     defaults = load_sampling_defaults(folder, settings.generation_config)
     own = OwnModel(await asyncio.to_thread(model_files, folder), settings.model_name)
     freeze_objects()
-    async with open_dispatch(settings.nats_url, own, stop.set) as dispatch:
-        api = Api(settings, tokenizer, dispatch, process_registry(), defaults, stop)
+    async with (
+        open_dispatch(settings.nats_url, own, stop.set) as dispatch,
+        GrammarChecker(tokenizer.file) as checker,
+    ):
+        api = Api(settings, tokenizer, dispatch, checker, process_registry(), defaults, stop)
         async with serve_http(
             api.app,
             settings.host,

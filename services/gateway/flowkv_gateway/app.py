@@ -23,10 +23,11 @@ import flowkv_common
 from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import FlowKVError, Internal, Unavailable
 from flowkv_common.telemetry import service_routes
-from flowkv_common.wire.messages import ModelCard
+from flowkv_common.wire.messages import Grammar, ModelCard
 from flowkv_gateway.answer import AnswerResponse, StreamResponse, log_refusal
 from flowkv_gateway.dispatch import Dispatch, ServiceGoals
 from flowkv_gateway.errors import ModelNotFound, error_response, json_error, status_of
+from flowkv_gateway.grammar import GrammarChecker, wanted_grammar
 from flowkv_gateway.http import CloseWhileStopping, read_body
 from flowkv_gateway.metrics import GatewayMetrics
 from flowkv_gateway.output import ChatWriter, Choice, Display, ReplyWriter, TextWriter, prepare_stops
@@ -36,6 +37,7 @@ from flowkv_gateway.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    GenerationRequest,
     StreamOptions,
     TokenizeRequest,
     parse_request,
@@ -56,6 +58,7 @@ class Api:
         settings: GatewaySettings,
         tokenizer: Tokenizer,
         dispatch: Dispatch,
+        checker: GrammarChecker,
         registry: CollectorRegistry,
         defaults: SamplingDefaults,
         stop: asyncio.Event,
@@ -63,6 +66,7 @@ class Api:
         self._settings = settings
         self._tokenizer = tokenizer
         self._dispatch = dispatch
+        self._checker = checker
         self._defaults = defaults
         self._stop = stop
         folder = Path(settings.model_path)
@@ -92,16 +96,18 @@ class Api:
     async def chat(self, request: Request) -> ASGIApp:
         body = await self._parse(request, ChatRequest)
         goals = service_goals(request.headers)
-        card = self._card()
+        grammar = await self._grammar(body)
+        card = self._card(grammar)
         prompt = await chat_prompt(body, self._tokenizer)
-        return self._answer(body, [prompt], card, goals, ChatWriter)
+        return self._answer(body, [prompt], card, grammar, goals, ChatWriter)
 
     async def completions(self, request: Request) -> ASGIApp:
         body = await self._parse(request, CompletionRequest)
         goals = service_goals(request.headers)
-        card = self._card()
+        grammar = await self._grammar(body)
+        card = self._card(grammar)
         prompts = await completion_prompts(body, self._tokenizer)
-        return self._answer(body, prompts, card, goals, TextWriter)
+        return self._answer(body, prompts, card, grammar, goals, TextWriter)
 
     async def models(self, _: Request) -> Response:
         return _json({"object": "list", "data": [self._model_entry()]})
@@ -168,8 +174,15 @@ class Api:
         if name != self._model_name() and name not in self._folder_names:
             raise ModelNotFound(f"The model {name!r} does not exist.", field="model")
 
-    def _card(self) -> ModelCard:
-        card = self._dispatch.model()
+    async def _grammar(self, body: GenerationRequest) -> Grammar | None:
+        """What the answer must look like, checked. Raises BadRequest, or Full and Unavailable."""
+        if (wanted := wanted_grammar(body)) is None:
+            return None
+        await self._checker.check(wanted)
+        return wanted.grammar
+
+    def _card(self, grammar: Grammar | None) -> ModelCard:
+        card = self._dispatch.model(len(msgspec.json.encode(grammar)) if grammar else 0)
         if card is None:
             raise Unavailable("No node that serves this model has joined yet.", retry_after_s=1.0)
         return card
@@ -192,6 +205,7 @@ class Api:
         body: ChatRequest | CompletionRequest,
         prompts: list[list[int]],
         card: ModelCard,
+        grammar: Grammar | None,
         goals: ServiceGoals,
         writer_kind: type[ReplyWriter],
     ) -> ASGIApp:
@@ -202,6 +216,7 @@ class Api:
             prompts,
             card,
             self._defaults,
+            grammar,
             request_id=writer.reply_id,
             seed=random.getrandbits(63),
             deadline_s=self._settings.request_timeout_s,

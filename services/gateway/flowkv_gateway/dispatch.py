@@ -326,14 +326,14 @@ class Dispatch:
         self._scheduler_answered_at = 0.0
         self._scheduler_why_not: str | None = _NO_SCHEDULER  # what was missing by its last answer
 
-    def model(self) -> ModelCard | None:
+    def model(self, num_further_bytes: int = 0) -> ModelCard | None:
         """The model of new requests; None until a node that serves the gateway's model has joined.
 
-        Its window is one that our messages can carry.
+        Its window is one that our messages can carry, with so many bytes beside the tokens.
         """
         if (card := self.cluster.model) is None:
             return None
-        window = min(card.max_model_len, ids_that_fit(self._bus.max_payload))
+        window = min(card.max_model_len, ids_that_fit(self._bus.max_payload - num_further_bytes))
         return msgspec.structs.replace(card, max_model_len=window)
 
     def metadata(self) -> dict[str, str]:

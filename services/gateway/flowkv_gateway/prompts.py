@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from flowkv_common.errors import BadRequest, CannotStart
-from flowkv_common.wire.messages import GREEDY_BELOW, ModelCard, SamplingParams
+from flowkv_common.wire.messages import GREEDY_BELOW, Grammar, ModelCard, SamplingParams
 from flowkv_gateway.dispatch import NO_GOALS, RequestState, ServiceGoals
 from flowkv_gateway.errors import ContextLengthExceeded
 from flowkv_gateway.schemas import (
@@ -173,6 +173,7 @@ def plan(
     prompts: Sequence[list[int]],
     card: ModelCard,
     defaults: SamplingDefaults,
+    grammar: Grammar | None = None,
     *,
     request_id: str,
     seed: int,
@@ -195,7 +196,7 @@ def plan(
             RequestState(
                 request_id=request_id if is_alone else f"{request_id}-{place * num_samples + i}",
                 prompt_ids=prompt,
-                sampling=_sampling(request, card, defaults, max_tokens, base + i),
+                sampling=_sampling(request, card, defaults, max_tokens, base + i, grammar),
                 deadline_s=deadline_s,
                 fingerprint=card.fingerprint,
                 priority=request.priority or 0,
@@ -233,6 +234,7 @@ def _sampling(
     defaults: SamplingDefaults,
     max_tokens: int,
     seed: int,
+    grammar: Grammar | None,
 ) -> SamplingParams:
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:
@@ -261,6 +263,7 @@ def _sampling(
         ignore_eos=bool(request.ignore_eos),
         stop_token_ids=stop_token_ids,
         num_logprobs=request.num_logprobs,
+        grammar=grammar,
     )
 
 

@@ -87,6 +87,42 @@ class StreamOptions(msgspec.Struct):
     continuous_usage_stats: bool | None = None
 
 
+class JsonSchemaFormat(msgspec.Struct):
+    """`strict` changes nothing: an answer always keeps to the schema."""
+
+    schema: dict[str, Any] | bool | None = None
+
+
+class Structure(msgspec.Struct):
+    begin: str
+    end: str
+    schema: dict[str, Any] | bool = {}
+
+
+class StructuralTag(msgspec.Struct):
+    structures: list[Structure] | None = None
+    triggers: list[str] | None = None
+
+
+class ResponseFormat(StructuralTag):
+    type: Literal["text", "json_object", "json_schema", "structural_tag"] = "text"
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(msgspec.Struct):
+    """vLLM's. Of its settings those are refused that would change the answer."""
+
+    json: Any = None  # a schema, or its text
+    regex: str | None = None
+    choice: Annotated[list[str], Meta(min_length=1)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | None = None  # JSON
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    whitespace_pattern: str | None = None
+
+
 class GenerationRequest(Body, kw_only=True):
     """What both endpoints have in common."""
 
@@ -110,6 +146,12 @@ class GenerationRequest(Body, kw_only=True):
     logit_bias: LogitBias | EmptyList | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Any = None  # the next ones are what `structured_outputs` replaced
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     return_token_ids: bool | None = None  # vLLM's: the ids of the output tokens beside the text
     priority: Annotated[int, Meta(ge=-_MAX_INT, le=_MAX_INT)] | None = None
 
@@ -225,19 +267,16 @@ class Refused(NamedTuple):
     reason: str
 
 
-_CONSTRAINED = "output can't be constrained"
+_CONSTRAINED = "use `response_format` or `structured_outputs`"
 _REASONING = "reasoning is not separated from the answer"
 _TOOLS = "tools are shown to the model, but its calls stay text"
 
 REFUSED = [
-    Refused("response_format", _BOTH, (None, {"type": "text"}), _CONSTRAINED),
     *(
         Refused(name, _BOTH, _UNLESS_FILLED, _CONSTRAINED)
-        for name in (
-            *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-            *("structural_tag", "regex", "ebnf", "grammar", "json_schema"),
-        )
+        for name in ("structural_tag", "regex", "ebnf", "grammar", "json_schema")
     ),
+    Refused("guided_whitespace_pattern", _BOTH, _UNLESS_FILLED, "JSON has the spaces that are usual"),
     Refused("tool_choice", (*_CHAT, *_TOKENIZE), (None, "none", "auto"), f"{_TOOLS}; use `auto` or `none`"),
     Refused("functions", _CHAT, _UNLESS_FILLED, "use `tools`, which replaced it"),
     Refused("function_call", _CHAT, (None, "none", "auto"), _TOOLS),

@@ -53,8 +53,13 @@ class Tokenizer:
     """A model's tokenizer and chat template. Long texts are encoded in a thread, short ones at once."""
 
     def __init__(
-        self, encoder: tokenizers.Tokenizer, vocabulary: Vocabulary, template: ChatTemplate | None
+        self,
+        file: Path,
+        encoder: tokenizers.Tokenizer,
+        vocabulary: Vocabulary,
+        template: ChatTemplate | None,
     ) -> None:
+        self.file = file
         self.vocabulary = vocabulary
         self._encoder = encoder
         self._template = template
@@ -78,7 +83,7 @@ class Tokenizer:
             encoder.no_truncation()
             encoder.no_padding()
             vocabulary = Vocabulary.from_json(json.loads(source), encoder.get_vocab(with_added_tokens=True))
-            return cls(encoder, vocabulary, ChatTemplate.load(folder))
+            return cls(folder / "tokenizer.json", encoder, vocabulary, ChatTemplate.load(folder))
         except Exception as error:  # `tokenizers` has no class of its own for its errors
             raise CannotStart(f"the tokenizer in {folder} can't be used: {error}") from error
 

@@ -122,7 +122,7 @@ GREEDY_BELOW = 1e-5
 class Grammar(Part, frozen=True):
     """What an answer must look like. Whoever samples derives its state from the output ids.
 
-    `kind`: "json_schema", "regex" or "lark", which says how `text` is read (`flowkv_common/grammar.py`).
+    `kind`: "json_schema", "regex", "lark" or "ebnf": how `text` is read (`flowkv_common/grammar.py`).
     """
 
     kind: str
