@@ -535,6 +535,16 @@ def test_a_call_ends_reasoning_without_an_end() -> None:
     assert parse("qwen3_coder", about, "<think>\n") == Found("Yes.", "I write <tool_call> first.", [], "", [])
 
 
+def test_gpt_oss_may_leave_out_the_namespace() -> None:
+    text = (
+        "<|channel|>commentary to=search<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>Yes."
+    )
+    assert parse("openai", text) == Found("Yes.", "", [("search", {})], "", [None])
+    # It was trained with tools of its own, and calls them unasked.
+    own = "<|channel|>analysis to=browser.open<|message|>{}<|call|>"
+    assert parse("openai", own) == Found("", "", [], "{}", [])
+
+
 def test_kimi_k3_may_write_all_arguments_as_json() -> None:
     block = '<|open|>json type="object"<|sep|>{"count": 1}<|close|>json<|sep|>'
     call = f'<|open|>tools<|sep|><|open|>call tool="search" index="1"<|sep|>{block}<|close|>call<|sep|>'

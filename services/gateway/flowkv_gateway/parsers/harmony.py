@@ -42,10 +42,11 @@ class Harmony(Parser):
         """The text after such a header; the marker that ends it."""
         recipients, channels = _RECIPIENT.findall(header), _CHANNELS.findall(header)
         recipient = recipients[-1] if recipients and recipients[-1] != "assistant" else ""
-        if recipient.startswith("functions."):
+        name = recipient.removeprefix("functions.")
+        if name != recipient or name in self.schemas:
             self.keep("")
             yield from self.space()
-            if not self.call(recipient.removeprefix("functions."), or_none((yield from self.brackets()))):
+            if not self.call(name, or_none((yield from self.brackets()))):
                 self.give_back()
             return (yield from self.pass_on_to(self.tell, _ENDS))
         if recipient:  # a tool of OpenAI's own, which nobody offered

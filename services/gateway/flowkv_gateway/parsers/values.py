@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ MAX_DEPTH = 100  # of brackets; far more than calls have, far less than Python's
 
 
 def json_text(value: object) -> str | None:
-    """As JSON; None if JSON can't tell it: NaN, or brackets too deep."""
+    """As JSON; None if its brackets are too deep, or its numbers too long, for a reader."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
@@ -38,7 +39,7 @@ def from_json(text: str) -> Any:
     Raises ValueError if it is no JSON.
     """
     try:
-        return json.loads(text, strict=False, parse_constant=_refuse)
+        return json.loads(text, strict=False, parse_float=_finite, parse_constant=_finite)
     except RecursionError:
         raise ValueError("too deep") from None
 
@@ -95,8 +96,10 @@ def _has_type(value: object, type_: str) -> bool:
     return isinstance(value, _TYPES.get(type_, ()))
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"JSON can't have {number}")
+    return value
 
 
 class Literals:
