@@ -36,6 +36,19 @@ COUNTS = {
     "qwen3-hermes": (50, 0, 0),
     "qwen3-xml": (54, 0, 0),
 }
+# The same where calls are streamed. In each fixture that fails, `max_tokens` cuts a call off or its JSON is
+# broken: the yardstick wants nothing of it told, but its beginning was.
+STREAMED = {
+    "deepseek": (79, 0, 6),
+    "gemma4": (47, 1, 0),
+    "glm": (48, 0, 3),
+    "gpt-oss": (50, 0, 1),
+    "kimi": (47, 0, 2),
+    "llama": (33, 0, 1),
+    "mistral": (46, 0, 1),
+    "qwen3-hermes": (45, 0, 5),
+    "qwen3-xml": (53, 0, 1),
+}
 # The formats of these models; the first that fits counts.
 _NAMES = {
     "deepseek-ai/DeepSeek-V3-0324": "deepseek_v3",
@@ -59,19 +72,28 @@ _CHUNKINGS = (*DEFAULT_STRATEGIES, ChunkStrategy("char", 0), ChunkStrategy("char
 
 @pytest.mark.parametrize("family", COUNTS)
 def test_family(family: str) -> None:
+    assert _judge(family, _CHUNKINGS, streams_calls=False) == COUNTS[family]
+
+
+@pytest.mark.parametrize("family", STREAMED)
+def test_streamed_calls(family: str) -> None:
+    # Which split it is changes nothing, as other tests show: three are enough.
+    assert _judge(family, _CHUNKINGS[:3], streams_calls=True) == STREAMED[family]
+
+
+def _judge(family: str, chunkings: Sequence[ChunkStrategy], *, streams_calls: bool) -> tuple[int, int, int]:
     metadata = Family.from_dict(json.loads((default_fixtures_dir() / family / "family.json").read_text()))
-    adapter = Ours(metadata.markers)
+    adapter = Ours(metadata.markers, streams_calls=streams_calls)
     counts: Counter[Status] = Counter()
-    imperfect = []
     for fixture in load_fixtures(families=[family]):
-        case = evaluate(fixture, metadata, replay(adapter, fixture, metadata, _CHUNKINGS))
+        case = evaluate(fixture, metadata, replay(adapter, fixture, metadata, chunkings))
         # The yardstick leaves splits between any two characters out; here they count.
         status = max((check.status for check in case.checks), key=_BADNESS.index)
         counts[status] += 1
         if status is not Status.PASS:
-            imperfect.append(f"{fixture.id}: {[check for check in case.checks if check.status is status][0]}")
-    assert (counts[Status.PASS], counts[Status.SOFT_PASS], counts[Status.FAIL]) == COUNTS[family], imperfect
+            print(f"{fixture.id}: {[check for check in case.checks if check.status is status][0]}")
     assert counts[Status.ERROR] == 0
+    return counts[Status.PASS], counts[Status.SOFT_PASS], counts[Status.FAIL]
 
 
 def test_no_fixture_is_left_out() -> None:
@@ -89,7 +111,8 @@ class Ours(Adapter):
     pinned_version: ClassVar[str] = "0"
     supports_text_deltas: ClassVar[bool] = True
 
-    def __init__(self, markers: Sequence[str]) -> None:
+    def __init__(self, markers: Sequence[str], *, streams_calls: bool) -> None:
+        self._streams_calls = streams_calls
         self._markers = frozenset(markers)
         any_marker = "|".join(map(re.escape, markers))
         self._token = re.compile(rf"{any_marker}|(?:(?!{any_marker}).){{1,3}}", re.DOTALL)
@@ -111,7 +134,7 @@ class Ours(Adapter):
         return [place for place, text in enumerate(texts) if text in self._markers]
 
     def parse(self, raw: ReplayInput, tools: Sequence[ToolSpec]) -> ParseResult:
-        return self.parse_stream_text(raw, [raw.text], tools)
+        return self._read(raw, [raw.text], tools, streams_calls=False)
 
     def parse_stream(
         self, raw: ReplayInput, chunks: Sequence[Sequence[int]], tools: Sequence[ToolSpec]
@@ -124,10 +147,15 @@ class Ours(Adapter):
     def parse_stream_text(
         self, raw: ReplayInput, deltas: Sequence[str], tools: Sequence[ToolSpec]
     ) -> ParseResult:
+        return self._read(raw, deltas, tools, streams_calls=self._streams_calls)
+
+    def _read(
+        self, raw: ReplayInput, deltas: Sequence[str], tools: Sequence[ToolSpec], *, streams_calls: bool
+    ) -> ParseResult:
         assert "".join(deltas) == raw.text
         make = parser_for("", next(name for model, name in _NAMES.items() if raw.model.startswith(model)))
         assert make is not None
-        parser = make(tools, raw.generation_prompt or "")
+        parser = make(tools, raw.generation_prompt or "", streams_calls=streams_calls)
         return _result([event for delta in deltas for event in parser.push(delta)] + parser.finish())
 
 

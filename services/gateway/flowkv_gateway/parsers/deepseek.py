@@ -7,7 +7,6 @@ V3.1 as `name<｜tool▁sep｜>{...}`.
 from __future__ import annotations
 
 from flowkv_gateway.parsers.reading import Parser, Steps
-from flowkv_gateway.parsers.values import or_none
 
 _BEGIN, _END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL, _SEP, _CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
@@ -32,7 +31,8 @@ class DeepSeek(Parser):
                 name, marker = yield from self.until("\n", _CALL_END)
                 yield from self.accept("```json")
                 yield from self.space()
-            if self.call(name.strip(), or_none((yield from self.brackets()))):
+            self.call_begins(name.strip())
+            if self.call(name.strip(), (yield from self.json_arguments())):
                 yield from self.space()
                 yield from self.accept("```")
                 yield from self.space()

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from flowkv_gateway.parsers.reading import Parser, Steps
-from flowkv_gateway.parsers.values import from_text
 
 _VALUE_ENDS = {"</arg_value>": ("<arg_key>", "</tool_call>"), "</tool_call>": ("<tool_call>", "")}
 
@@ -25,6 +24,7 @@ class Glm(Parser):
             if marker == "\n":
                 yield from self.space()
                 marker = yield from self.accept("<arg_key>", "</tool_call>")
+            self.call_begins(name)
             if not self.call(name, (yield from self._arguments(name, marker))):
                 self.give_back()
 
@@ -34,11 +34,11 @@ class Glm(Parser):
         arguments: dict[str, Any] = {}
         while marker == "<arg_key>":
             key, _ = yield from self.until("</arg_key>")
+            key = key.strip()
             yield from self.space()
             if not (yield from self.accept("<arg_value>")):
                 return None
-            text, marker = yield from self.value(_VALUE_ENDS)
-            arguments[key.strip()] = from_text(text, properties.get(key.strip()))
+            arguments[key], marker = yield from self.argument(key, properties.get(key), _VALUE_ENDS)
             if marker == "</arg_value>":
                 yield from self.space()
                 marker = yield from self.accept("<arg_key>", "</tool_call>")

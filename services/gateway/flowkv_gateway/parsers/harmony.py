@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 
 from flowkv_gateway.parsers.reading import Parser, Steps
-from flowkv_gateway.parsers.values import or_none
 
 _START, _CHANNEL, _MESSAGE, _CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 # A model may write about these tokens, too, so what follows them counts.
@@ -46,7 +45,8 @@ class Harmony(Parser):
         if name != recipient or name in self.schemas:
             self.keep("")
             yield from self.space()
-            if not self.call(name, or_none((yield from self.brackets()))):
+            self.call_begins(name)
+            if not self.call(name, (yield from self.json_arguments())):
                 self.give_back()
             return (yield from self.pass_on_to(self.tell, _ENDS))
         if recipient:  # a tool of OpenAI's own, which nobody offered

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from flowkv_gateway.parsers.reading import Parser, Steps
-from flowkv_gateway.parsers.values import from_text
+
+# What DeepSeek's attribute says of a value; if it is no string, it is JSON of any type.
+_SCHEMAS = {'string="true"': {"type": "string"}, 'string="false"': {}}
 
 
 class Invoke(Parser):
@@ -25,6 +27,7 @@ class Invoke(Parser):
             while (marker := (yield from self.between_calls(invoke, end))) == invoke:
                 self.keep(marker)
                 name, _ = yield from self.until('"')
+                self.call_begins(name)
                 if not self.call(name, (yield from self._parameters(name, tag))):
                     self.give_back()
 
@@ -45,8 +48,9 @@ class Invoke(Parser):
             if marker:
                 key, _ = yield from self.until('"')
                 attributes, _ = yield from self.until(">")
-                text, _ = yield from self.value({parameter_end: (parameter, invoke_end)})
-                arguments[key] = _value(text, attributes, properties.get(key))
+                schema = _SCHEMAS.get(attributes.strip(), properties.get(key))
+                ends = {parameter_end: (parameter, invoke_end)}
+                arguments[key], _ = yield from self.argument(key, schema, ends)
         return None
 
 
@@ -60,11 +64,3 @@ class Dsml(Invoke):
 
 class MiniMax(Invoke):
     sections = {"<minimax:tool_call>": ""}
-
-
-def _value(text: str, attributes: str, schema: object) -> Any:
-    if 'string="true"' in attributes:
-        return text
-    if 'string="false"' in attributes:
-        return from_text(text, None)
-    return from_text(text, schema)

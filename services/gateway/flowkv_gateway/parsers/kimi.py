@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from flowkv_gateway.parsers.reading import Parser, Steps
-from flowkv_gateway.parsers.values import or_none
 
 _BEGIN, _END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 _CALL, _ARGUMENTS, _CALL_END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
@@ -33,7 +32,8 @@ class Kimi(Parser):
         if marker == _ARGUMENTS:
             yield from self.space()
             name = call_id.removeprefix("functions.").rpartition(":")[0] or call_id
-            if self.call(name, or_none((yield from self.brackets())), call_id):
+            self.call_begins(name, call_id)
+            if self.call(name, (yield from self.json_arguments()), call_id):
                 yield from self.space()
                 yield from self.accept(_CALL_END)
                 return

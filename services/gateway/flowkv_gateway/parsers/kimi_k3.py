@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from flowkv_gateway.parsers.reading import Parser, Steps
-from flowkv_gateway.parsers.values import from_text, or_none
+from flowkv_gateway.parsers.values import or_none
 
 _THINK, _RESPONSE, _TOOLS = "<|open|>think<|sep|>", "<|open|>response<|sep|>", "<|open|>tools<|sep|>"
 _CALL, _ARGUMENT = "<|open|>call ", "<|open|>argument "
@@ -34,7 +34,9 @@ class KimiK3(Parser):
         while (marker := (yield from self.between_calls(_CALL, *_CLOSE))) == _CALL:
             self.keep(marker)
             attributes, _ = yield from self.until("<|sep|>")
-            if not self.call(_attributes(attributes).get("tool", ""), (yield from self._arguments())):
+            name = _attributes(attributes).get("tool", "")
+            self.call_begins(name)
+            if not self.call(name, (yield from self._arguments())):
                 self.give_back()
 
     def _arguments(self) -> Steps[object]:
@@ -48,8 +50,9 @@ class KimiK3(Parser):
         while (marker := (yield from self.accept(_ARGUMENT, _CALL_END))) == _ARGUMENT:
             text, _ = yield from self.until("<|sep|>")
             attributes = _attributes(text)
-            text, _ = yield from self.value({_ARGUMENT_END: (_ARGUMENT, _CALL_END)})
-            arguments[attributes.get("key", "")] = from_text(text, {"type": attributes.get("type")})
+            key, schema = attributes.get("key", ""), {"type": attributes.get("type")}
+            ends = {_ARGUMENT_END: (_ARGUMENT, _CALL_END)}
+            arguments[key], _ = yield from self.argument(key, schema, ends)
         return arguments if marker else None
 
 

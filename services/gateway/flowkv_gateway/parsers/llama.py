@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flowkv_gateway.parsers.hermes import of_object
+from flowkv_gateway.parsers.hermes import CallWatch, of_object
 from flowkv_gateway.parsers.reading import Parser, Steps
 from flowkv_gateway.parsers.values import Literals, from_json
 
@@ -27,7 +27,7 @@ class Llama(Parser):
         while separator == ";":
             yield from self.space()
             # Nothing marks a call as one, so text is one only if it names tools that are offered.
-            text = (yield from self.brackets("\"'")) if self.schemas else ""
+            text = (yield from self.brackets(CallWatch(self), quotes="\"'")) if self.schemas else ""
             calls = _parse(text)
             if not calls or not all(name in self.schemas and isinstance(args, dict) for name, args in calls):
                 self.give_back()

@@ -9,7 +9,7 @@ from typing import Any
 
 from flowkv_gateway.parsers.hermes import of_object
 from flowkv_gateway.parsers.reading import Parser, Steps
-from flowkv_gateway.parsers.values import from_json, or_none
+from flowkv_gateway.parsers.values import from_json
 
 
 class Mistral(Parser):
@@ -45,7 +45,8 @@ class Mistral(Parser):
         if marker != "[ARGS]":
             return False
         yield from self.space()
-        return self.call(name.strip(), or_none((yield from self.brackets())), call_id)
+        self.call_begins(name.strip(), call_id)
+        return self.call(name.strip(), (yield from self.json_arguments()), call_id)
 
 
 def _id(call: dict[str, Any]) -> str | None:

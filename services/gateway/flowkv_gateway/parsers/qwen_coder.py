@@ -17,13 +17,16 @@ from collections.abc import Callable
 from typing import Any
 
 from flowkv_gateway.parsers.reading import Parser, Steps
-from flowkv_gateway.parsers.values import from_text
 
-# A value may have any of these tags in it, so what follows them counts, too.
+# A value may have any of these tags in it, so what follows them counts.
+_AFTER_VALUE = ("<parameter=", "</function>", "</tool_call>")
+_AFTER_CALL = ("</tool_call>", "<tool_call>", "")
 _VALUE_ENDS = {
-    "</parameter>": ("<parameter=", "</function>", "</tool_call>"),
+    "\n</parameter>": _AFTER_VALUE,
+    "</parameter>": _AFTER_VALUE,
     "\n<parameter=": (),
-    "</function>": ("</tool_call>", "<tool_call>", ""),
+    "\n</function>": _AFTER_CALL,
+    "</function>": _AFTER_CALL,
 }
 
 
@@ -54,6 +57,8 @@ class QwenCoder(Parser):
         name, end = yield from self.until(">", "\n")
         # Without `<tool_call>`, the name of a tool that is offered tells a call from text about calls.
         is_call = end == ">" and (marker == "<tool_call>" or name in self.schemas)
+        if is_call:
+            self.call_begins(name)
         if not is_call or not self.call(name, (yield from self._parameters(name))):
             self.give_back(tell)
             return False
@@ -66,13 +71,12 @@ class QwenCoder(Parser):
         properties = (self.schemas.get(name) or {}).get("properties") or {}
         arguments: dict[str, Any] = {}
         yield from self.space()
-        marker = yield from self.accept("<parameter=", "</function>", "</tool_call>")
+        marker = yield from self.accept(*_AFTER_VALUE)
         while marker.endswith("<parameter="):
             key, _ = yield from self.until(">")
-            text, marker = yield from self.value(_VALUE_ENDS)
-            text = text.removeprefix("\n").removesuffix("\n" if marker != "\n<parameter=" else "")
-            arguments[key] = from_text(text, properties.get(key))
-            if marker == "</parameter>":
+            yield from self.accept("\n")
+            arguments[key], marker = yield from self.argument(key, properties.get(key), _VALUE_ENDS)
+            if marker.endswith("</parameter>"):
                 yield from self.space()
-                marker = yield from self.accept("<parameter=", "</function>", "</tool_call>")
+                marker = yield from self.accept(*_AFTER_VALUE)
         return arguments if marker else None

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from flowkv_gateway.parsers.events import Arguments, CallBegins, Content, Event, Leftover, Reasoning
-from flowkv_gateway.parsers.values import json_text
+from flowkv_gateway.parsers.values import from_text, json_text, or_none, types_of
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]
@@ -24,6 +24,9 @@ _IN_STRING = {quote: re.compile(rf"[{quote}\\]") for quote in "\"'"}
 # Outside of strings: brackets, quotes, and all that neither JSON nor a Python literal can have.
 _OUT_OF_STRING = re.compile(r"[\"'()\[\]{}]|[^\s\w:,.+=-]")
 _CLOSING = {"{": "}", "[": "]", "(": ")"}
+
+
+def _ignore(piece: str, num_open: int) -> None: ...
 
 
 class _TextEnds(Exception):
@@ -38,18 +41,27 @@ class Parser(ABC):
 
     A call comes out once it is whole and readable, so no client can run half of one. Text that looks like a
     call and isn't comes out as content. No text raises an exception.
+
+    With `streams_calls`, a call's arguments come out as they are written, where the format's order of parts
+    allows it. If it breaks off then, or can't be read, it stays without its end; the rest is left over.
     """
 
     # Does the template put white space between content and calls? Then it is no part of the content.
     separates_calls = False
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]] = (), prompt: str = "") -> None:
+    def __init__(
+        self, tools: Sequence[Mapping[str, Any]] = (), prompt: str = "", *, streams_calls: bool = False
+    ) -> None:
         functions = [tool.get("function", tool) for tool in tools]
         self.schemas: dict[str, Any] = {
             function["name"]: function.get("parameters") for function in functions if "name" in function
         }
         self.prompt = prompt.rstrip()
         self._events: list[Event] = []
+        self._streams_calls = streams_calls
+        self._begun: CallBegins | None = None  # the call that is being read, if it is streamed
+        self._has_begun = False  # was that told?
+        self._arguments_end = ""  # what its arguments end with
         self._num_calls = 0
         self._ahead = ""  # text that may not have been read yet
         self._place = 0  # where in it the next is to be read
@@ -143,19 +155,23 @@ class Parser(ABC):
             yield
         return self._place == len(self._ahead)
 
-    def brackets(self, quotes: str = '"') -> Steps[str]:
+    def brackets(self, tell: Callable[[str, int], None] = _ignore, quotes: str = '"') -> Steps[str]:
         """A JSON object or array (with `quotes` for Python, a list), as far as brackets and strings tell.
 
-        Nothing if none begins here, or if it breaks: then some of it was read.
+        `tell` gets each piece and how many brackets are open after it. Nothing if none begins here, or if it
+        breaks: then some of it was read.
         """
         if not (yield from self.next_is("{", "[")):
             return ""
-        pieces, open_brackets, quote = [], [], ""
+        pieces: list[str] = []
+        open_brackets: list[str] = []
+        quote = ""
         while True:
             found = (_IN_STRING[quote] if quote else _OUT_OF_STRING).search(self._ahead, self._place)
             if found is None or (found.group() == "\\" and found.end() == len(self._ahead)):
                 # What a backslash at the end escapes is still to come.
                 pieces.append(self._take(found.start() if found else len(self._ahead)))
+                tell(pieces[-1], len(open_brackets))
                 yield from self._wait()
                 continue
             char, end = found.group(), found.end()
@@ -172,6 +188,7 @@ class Parser(ABC):
             elif not open_brackets or char != _CLOSING[open_brackets.pop()]:
                 return ""
             pieces.append(self._take(end))
+            tell(pieces[-1], len(open_brackets))
             if not open_brackets:
                 return "".join(pieces)
 
@@ -205,6 +222,31 @@ class Parser(ABC):
         self.forget()
         self.leave(text if text.strip() else "")
         return marker
+
+    def argument(
+        self, key: str, schema: object, ends: Mapping[str, tuple[str, ...]]
+    ) -> Steps[tuple[Any, str]]:
+        """The value of this argument, as plain text to one of the `ends` (see `pass_on_to`); and the end."""
+        opening = (", " if self._arguments_end else "{") + (json_text(key) or "")
+        if self._begun and set(types_of(schema)) == {"string"}:
+            self.tell_arguments(f'{opening}: "', end="}")
+            pieces: list[str] = []
+
+            def tell(text: str) -> None:
+                pieces.append(text)
+                self.tell_arguments((json_text(text) or "")[1:-1], end="}")
+
+            marker = yield from self.pass_on_to(tell, ends)
+            self.tell_arguments('"', end="}")
+            return "".join(pieces), marker
+        text, marker = yield from self.value(ends)
+        value = from_text(text, schema)
+        self.tell_arguments(f"{opening}: {json_text(value)}", end="}")
+        return value, marker
+
+    def json_arguments(self) -> Steps[Any]:
+        """All arguments, as a JSON object; None if there is none."""
+        return or_none((yield from self.brackets(lambda text, _: self.tell_arguments(text))))
 
     def _wait(self) -> Steps[None]:
         if self._is_last:
@@ -270,6 +312,9 @@ class Parser(ABC):
     def give_back(self, tell: Callable[[str], None] | None = None) -> None:
         """What was read since `keep` is no call: it is content, or what `tell` tells."""
         kept, self._kept = self._kept or [], None
+        if self._has_begun:
+            tell = self.leave
+        self._call_is_over()
         (tell or self.tell)("".join(kept))
 
     def forget(self) -> None:
@@ -281,17 +326,40 @@ class Parser(ABC):
         if text:
             self._events.append(Leftover(text))
 
+    def call_begins(self, name: str, id: str | None = None) -> None:
+        """What follows are the arguments of such a call, if it is one."""
+        if self._streams_calls and name and self.schemas:
+            self._begun = CallBegins(self._num_calls, name, id)
+
+    def tell_arguments(self, text: str, end: str = "") -> None:
+        """A piece of the arguments of the call that began, and what they `end` with if it is the last."""
+        if not self._begun or not text:
+            return
+        if not self._has_begun:
+            self._has_begun = True
+            self._tell_space(before_call=True)
+            self._events.append(self._begun)
+        self._events.append(Arguments(self._num_calls, text))
+        self._arguments_end = end
+
     def call(self, name: str, arguments: object, id: str | None = None) -> bool:
-        """Tell a call. False if it is none: no name, no object of arguments, or no tools are offered."""
+        """Tell a call, or its end. False if it is none: no name, no object of arguments, no tools offered."""
         text = json_text(arguments) if isinstance(arguments, dict) else None
         if not (name and self.schemas) or text is None:
             return False
         self.forget()
-        self._tell_space(before_call=True)
-        self._events += CallBegins(self._num_calls, name, id), Arguments(self._num_calls, text)
-        self._num_calls += 1
-        self._is_after_call = True
+        if not self._has_begun:
+            self._begun = CallBegins(self._num_calls, name, id)
+            self.tell_arguments(text)
+        elif self._arguments_end:
+            self.tell_arguments(self._arguments_end)
+        self._call_is_over()
         return True
+
+    def _call_is_over(self) -> None:
+        self._num_calls += self._has_begun
+        self._is_after_call = self._is_after_call or self._has_begun
+        self._begun, self._has_begun, self._arguments_end = None, False, ""
 
     def _tell_space(self, *, before_call: bool) -> None:
         space = "".join(self._space)

@@ -57,7 +57,7 @@ def from_text(text: str, schema: object) -> Any:
 
     Text that is nothing that the schema allows stays text: whoever runs the call tells the model.
     """
-    types = set(_types(schema))
+    types = set(types_of(schema))
     if types == {"string"}:
         return text
     for read in (from_json, _from_python) if types else (from_json,):
@@ -74,7 +74,7 @@ def _from_python(text: str) -> Any:
     return Literals(text).whole()
 
 
-def _types(schema: object) -> Iterator[str]:
+def types_of(schema: object) -> Iterator[str]:
     """The names of all types that the schema allows; none if it doesn't say."""
     if not isinstance(schema, Mapping):
         return
@@ -82,7 +82,7 @@ def _types(schema: object) -> Iterator[str]:
     yield from [named] if isinstance(named, str) else named if isinstance(named, list) else []
     for key in ("anyOf", "oneOf", "allOf"):
         for part in schema.get(key) or ():
-            yield from _types(part)
+            yield from types_of(part)
     if named is None:
         for value in schema.get("enum") or ([schema["const"]] if "const" in schema else []):
             yield next(type_ for type_ in _TYPES if _has_type(value, type_))
