@@ -459,9 +459,9 @@ def test_time_is_linear_in_the_text(name: str) -> None:
         (within_a_call, "word\n <"),
         (within_a_call, '", {"a": ['),
     ):
-        long = min(seconds(1600, opening, piece) for _ in range(2))
-        # Quadratic time would be 256 times as much.
-        assert long < 64 * min(seconds(100, opening, piece) for _ in range(3))
+        long = min(seconds(6400, opening, piece) for _ in range(2))
+        # 64 times the text; quadratic time would be 4096 times as much.
+        assert long < 256 * min(seconds(100, opening, piece) for _ in range(3))
 
 
 # --- single answers ---------------------------------------------------------------------------------

@@ -1,4 +1,12 @@
-"""Tool calls and reasoning in a model's text: a parser per format, found by the model's chat template."""
+"""Tool calls and reasoning in a model's text: a parser per format, found by the model's chat template.
+
+    make = parser_for(template, name)
+    parser = make(tools, prompt, streams_calls=True)
+    events = parser.push(text)  # for each piece of the answer, special tokens included
+    events += parser.finish()
+
+To add a format, write a `Parser` in a file of its own and put it into `FORMATS`.
+"""
 
 from __future__ import annotations
 
