@@ -16,8 +16,6 @@ from flowkv_gateway.schemas import (
 
 # Accepted like any unknown field, since nothing here depends on them.
 CHANGE_NOTHING = {
-    "user": "names the user",
-    "safety_identifier": "names the user",
     "metadata": "for stored answers",
     "store": "nothing is stored",
     "service_tier": "there is one",

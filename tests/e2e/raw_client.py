@@ -58,5 +58,5 @@ async def connect(port: int, *, reads: bool = True) -> AsyncIterator[RawClient]:
 
 def post(path: str, body: dict[str, Any]) -> bytes:
     payload = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {len(payload)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(payload)}\r\n\r\n"
     return head.encode() + payload

@@ -147,7 +147,7 @@ def test_odd_but_good_bodies(http: httpx.Client, extra: bytes) -> None:
 
 # --- below HTTP --------------------------------------------------------------------------------------------
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: test\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
 
 
 @pytest.mark.parametrize(

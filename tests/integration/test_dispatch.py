@@ -61,6 +61,7 @@ from flowkv_gateway import dispatch as dispatch_module
 from flowkv_gateway.cluster import OwnModel
 from flowkv_gateway.dispatch import Dispatch, Load, RequestState, open_dispatch
 from flowkv_gateway.errors import ContextLengthExceeded
+from flowkv_gateway.tenants import Tenant, Tenants
 from tests.described_nodes import BLOCK_SIZE, descriptor
 from tests.nats_server import NatsServer
 
@@ -191,6 +192,12 @@ async def cluster(nats_server: NatsServer, *attempts: Behaviour) -> AsyncIterato
 
 def new_request(deadline_s: float = 10.0) -> RequestState:
     return RequestState("r", [1, 2, 3], SamplingParams(max_tokens=4, seed=1), deadline_s, "f")
+
+
+def of_tenant(name: str, tenant: Tenant) -> RequestState:
+    request = new_request()
+    request.request_id, request.tenant = name, tenant
+    return request
 
 
 async def collect_rest(chunks: AsyncIterator[TokenChunk]) -> list[int]:
@@ -786,3 +793,39 @@ async def test_when_nats_ends_the_connection_for_good_so_do_the_answers(nats_ser
                 await anext(chunks)
             with pytest.raises(Unavailable, match="for good"):
                 await gateway.__aexit__(None, None, None)
+
+
+async def test_another_keys_request_asks_before_the_backlog_of_the_first(nats_server: NatsServer) -> None:
+    async def answer(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.send(run, chunk(tid_of(run), 0, [5, 6], "stop"))
+
+    tenants = Tenants(0, 0)
+    busy, other = tenants.find("busy"), tenants.find("other")
+    async with cluster(nats_server, answer) as (dispatch, nodes):
+        nodes.waits = [Wait(retry_in_s=0.02, reason="full")] * 4
+        async with asyncio.TaskGroup() as tasks:
+            for place in range(3):
+                tasks.create_task(collect(dispatch, of_tenant(f"busy-{place}", busy)))
+            await nodes.wait_for(lambda: len(nodes.asked) == 2)
+            tasks.create_task(collect(dispatch, of_tenant("other-0", other)))
+    asked = [request.request_id for request in nodes.asked]
+    assert asked[:2] == ["busy-0"] * 2, "its others must wait: they would be asked for before a newcomer"
+    assert asked.index("other-0") < asked.index("busy-1") < asked.index("busy-2")
+    assert (busy.served, other.served) == (3 * 3 + 3 * 2, 3 + 2)
+
+
+async def test_waiting_for_a_turn_ends_with_the_time_of_the_request(nats_server: NatsServer) -> None:
+    tenants = Tenants(0, 0)
+    busy, _ = tenants.find("busy"), tenants.find("other")
+    async with cluster(nats_server) as (dispatch, nodes):
+        nodes.waits = [Wait(retry_in_s=0.02, reason="full")] * 1000
+        first = asyncio.create_task(collect(dispatch, of_tenant("busy-0", busy)))
+        await nodes.wait_for(lambda: len(nodes.asked) == 1)
+        second = of_tenant("busy-1", busy)
+        second.deadline_s = 0.05
+        with pytest.raises(DeadlineExceeded):
+            await collect(dispatch, second)
+        first.cancel()
+        await asyncio.wait([first])
+    assert {request.request_id for request in nodes.asked} == {"busy-0"}
+    assert busy.served == 0.0

@@ -37,7 +37,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def post(body: dict[str, Any]) -> bytes:
     payload = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(payload)}\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(payload)}\r\n"
     return head.encode() + b"x-request-id: abc-1\r\n\r\n" + payload
 
 
@@ -61,7 +61,7 @@ async def gateway(tokenizer: Tokenizer) -> AsyncIterator[Gateway]:
 
 
 async def ask_version(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    writer.write(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+    writer.write(b"GET /version HTTP/1.1\r\nhost: localhost\r\n\r\n")
     assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
     await reader.readuntil(b"}")
 
@@ -95,7 +95,7 @@ async def test_only_who_has_begun_to_ask_is_told_that_it_was_late(gateway: Gatew
 # --- what is spoken on it --------------------------------------------------------------------------
 
 CHUNKED = b"transfer-encoding: chunked\r\n"
-HIDDEN = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
+HIDDEN = b"GET /version HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ async def test_a_head_that_can_be_read_in_two_ways_is_refused_and_the_end(
     gateway: Gateway, head: bytes, status_line: bytes
 ) -> None:
     async with gateway.connect() as (reader, writer):
-        writer.write(b"POST /v1/chat/completions " + head + b"host: x\r\n\r\n0\r\n\r\n" + HIDDEN)
+        writer.write(b"POST /v1/chat/completions " + head + b"host: localhost\r\n\r\n0\r\n\r\n" + HIDDEN)
         said = await reader.read()
     first, _, body = said.partition(b"\r\n\r\n")
     assert first.splitlines()[0] == b"HTTP/1.1 " + status_line
@@ -134,7 +134,7 @@ async def test_a_head_that_can_be_read_in_two_ways_is_refused_and_the_end(
 )
 async def test_the_target_may_be_absolute(gateway: Gateway, target: bytes, status: int) -> None:
     async with gateway.connect() as (reader, writer):
-        writer.write(b"GET " + target + b" HTTP/1.1\r\nhost: x\r\n\r\n")
+        writer.write(b"GET " + target + b" HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert f" {status} ".encode() in await reader.readline()
 
 
@@ -325,7 +325,7 @@ async def test_who_is_cut_off_at_the_end_and_does_not_read_is_no_client_that_lef
 
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
     async with asyncio.timeout(10):
-        serving = asyncio.create_task(api.app(scope, receive, send))
+        serving = asyncio.ensure_future(api.app(scope, receive, send))
         await dispatch.was_asked.wait()
         serving.cancel()  # the time to drain is over
         await is_told.wait()

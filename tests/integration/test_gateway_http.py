@@ -536,7 +536,7 @@ async def raw_post(
     await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", gateway.port))
     reader, writer = await asyncio.open_connection(sock=sock, limit=limit)
     payload = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(payload)}\r\n\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(payload)}\r\n\r\n"
     writer.write(head.encode() + payload)
     return reader, writer
 
@@ -565,7 +565,7 @@ async def test_nobody_is_shown_an_error_who_left_before_the_request_was_whole(
     gateway: Gateway, lines: Lines
 ) -> None:
     _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{")
     writer.close()
     assert (await line_of(lines, 1))["status"] == 499
     assert await gateway.metric("flowkv_gateway_errors_total") == 0
@@ -637,7 +637,8 @@ async def test_request_id_is_echoed(gateway: Gateway) -> None:
     for path in ("/health", "/nope"):
         response = await gateway.http.get(path, headers={"x-request-id": "abc-1"})
         assert response.headers["x-request-id"] == "abc-1"
-    assert "x-request-id" not in (await gateway.http.get("/health")).headers
+    made = [(await gateway.http.get("/health")).headers["x-request-id"] for _ in range(2)]
+    assert made[0] != made[1], "where a request has none it gets one"
 
 
 async def test_request_id_is_echoed_on_an_error_that_nobody_foresaw(
@@ -672,7 +673,7 @@ async def test_series_are_there_before_anything_has_happened(gateway: Gateway) -
     ):
         assert f"\n{series} 0.0\n" in text, series
     statuses = re.findall(r'flowkv_gateway_errors_total{status="(\d+)"} 0.0', text)
-    assert statuses == ["400", "404", "405", "408", "413", "429", "500", "503", "504"]
+    assert statuses == ["400", "401", "403", "404", "405", "408", "413", "429", "500", "503", "504"]
 
 
 async def test_times_of_a_request_add_up(gateway: Gateway, tokenizer: Tokenizer) -> None:
@@ -721,7 +722,7 @@ async def line_of(lines: Lines, number: int) -> dict[str, Any]:
 
 
 async def test_a_line_for_each_request(gateway: Gateway, tokenizer: Tokenizer, lines: Lines) -> None:
-    reply = await gateway.http.post("/v1/chat/completions", json={**CHAT, "user": SECRET})
+    reply = await gateway.http.post("/v1/chat/completions", json={**CHAT, "metadata": SECRET})
     line = await line_of(lines, 1)
     expected = {
         "request_id": reply.json()["id"],
@@ -740,8 +741,11 @@ async def test_a_line_for_each_request(gateway: Gateway, tokenizer: Tokenizer, l
 
     secret = {"messages": [{"role": "user", "content": SECRET}], "temperature": 3, SECRET: SECRET}
     await gateway.http.post("/v1/chat/completions", json=secret, headers={"authorization": SECRET})
-    assert await line_of(lines, 3) == {
+    line = await line_of(lines, 3)
+    assert line.pop("x_request_id").startswith("req-")
+    assert line == {
         "path": "/v1/chat/completions",
+        "key": "",
         "status": 400,
         "error": "BadRequest",
         "field": "temperature",

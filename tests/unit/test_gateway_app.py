@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from flowkv_common.config import GatewaySettings
 from flowkv_gateway.app import Api
@@ -53,7 +53,7 @@ BODY = st.fixed_dictionaries(
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Starlette:
+def app(tmp_path_factory: pytest.TempPathFactory) -> ASGIApp:
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
     dispatch = ScriptedDispatch(text_chunks(tokenizer, "hello"))
     gateway_settings = GatewaySettings(model_path="unused", model_name=MODEL)
@@ -72,10 +72,10 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Starlette:
 @settings(deadline=None, max_examples=60)
 @given(body=BODY)
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
-def test_any_json_is_answered_or_refused(app: Starlette, path: str, body: dict[str, Any]) -> None:
+def test_any_json_is_answered_or_refused(app: ASGIApp, path: str, body: dict[str, Any]) -> None:
     async def post() -> httpx.Response:
         transport = httpx.ASGITransport(app)  # raises what the app raises
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.post(path, content=json.dumps(body))
 
     response = asyncio.run(post())

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from flowkv_common.health import problem
+from flowkv_common.health import gateway_entry, problem
 from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES
 
 OLDEST_NATS = (2, 11)  # older servers don't tell watchers of expired keys
@@ -155,7 +155,15 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.has_tls else 'http'}://127.0.0.1:{self.port}"
+
+    @property
+    def has_tls(self) -> bool:
+        return bool(self._env.get("FLOWKV_TLS_CERT"))
+
+    @property
+    def needs_key(self) -> bool:
+        return bool(self._env.get("FLOWKV_API_KEYS_FILE"))
 
     @property
     def nats_url(self) -> str:
@@ -185,9 +193,10 @@ class Cluster:
 
     def metrics_urls(self) -> dict[str, str]:
         """Where each process that runs shows its metrics, by name; of the gateways the first."""
-        ports = {"gateway": self.port, **self._health_ports}
+        others = {name: f"http://127.0.0.1:{port}" for name, port in self._health_ports.items()}
         running = {name for name, process in self.processes.items() if process.is_running}
-        return {name: f"http://127.0.0.1:{port}/metrics" for name, port in ports.items() if name in running}
+        urls = {"gateway": self.url, **others}
+        return {name: f"{url}/metrics" for name, url in urls.items() if name in running}
 
     def start_nats(self) -> Process:
         """On the same port and folder every time: a restarted server is the same one."""
@@ -235,7 +244,9 @@ class Cluster:
     def is_ready(self) -> bool:
         """The gateway is ready as soon as one pair of nodes could serve; here all that run must be ready."""
         ports = [port for name, port in self._health_ports.items() if self.processes[name].is_running]
-        return all(problem(port, "/health/ready") is None for port in (*ports, self.port))
+        if any(problem(port, "/health/ready") for port in ports):
+            return False
+        return problem(self.port, "/health/ready", gateway_entry(self._env)) is None
 
     def stop(self) -> None:
         """Drain and end everything, so that requests finish before what they need goes away."""

@@ -83,6 +83,10 @@ def _welcome(cluster: Cluster) -> str:
     body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], '
     body += '"temperature": 0, "stream": true}'
     header = "-H 'content-type: application/json'"
+    if cluster.needs_key:
+        header += " -H 'authorization: Bearer KEY'"
+    if cluster.has_tls:
+        header += " --cacert CERTIFICATE"
     curl = f"curl -N {cluster.url}/v1/chat/completions {header} -d {shlex.quote(body)}"
     metrics = "\n".join(f"  {url}  {name}" for name, url in cluster.metrics_urls().items())
     return (

@@ -69,6 +69,34 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
     ] = 0.0
     drain_timeout_s: Annotated[Seconds, "after shutdown_delay_s: open answers have this long to end"] = 30.0
     log_requests: Annotated[bool, "a log line per request, without its text"] = True
+    api_keys_file: Annotated[
+        str, "file with a `name key` per line: a client needs one of the keys; empty: none is needed"
+    ] = ""
+    open_health: Annotated[bool, "serve `/health*`, `/ping` and `/metrics` without a key"] = True
+    key_max_requests: Annotated[int, "requests that a key's name may have open; 0: no limit"] = 0
+    key_tokens_per_minute: Annotated[
+        int, "tokens of prompts and answers that a key's name may use; 0: no limit"
+    ] = 0
+    tls_cert: Annotated[str, "PEM file with the certificate and those above it: serve HTTPS"] = ""
+    tls_key: Annotated[str, "PEM file with the certificate's private key"] = ""
+    allowed_origins: Annotated[
+        str, "origins whose web pages may use the API, with commas between; `*`: all; empty: none"
+    ] = ""
+    allowed_hosts: Annotated[
+        str,
+        "names of hosts that requests may be for, beside localhost and addresses, with commas between, also "
+        "`*.example.com`; `*`: all; empty: all, none where `host` is this host's own address",
+    ] = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("FLOWKV_TLS_CERT and FLOWKV_TLS_KEY: one needs the other")
+        for name in ("key_max_requests", "key_tokens_per_minute"):
+            if (limit := getattr(self, name)) < 0:
+                raise ValueError(f"FLOWKV_{name.upper()} is {limit}, it must be 0 or more")
+            if limit and not self.api_keys_file:
+                raise ValueError(f"FLOWKV_{name.upper()} needs FLOWKV_API_KEYS_FILE: it limits keys")
 
 
 class SchedulerSettings(ServiceSettings, frozen=True, kw_only=True):

@@ -1,21 +1,54 @@
 """`python -m flowkv_common.health PORT [PATH]`: whether a service of this host is well, by its exit code.
 
-What a container's health check runs: it needs no curl. Loads nothing but the standard library.
+What a container's health check runs: it needs no curl. Loads nothing but the standard library. With
+FLOWKV_TLS_CERT or FLOWKV_API_KEYS_FILE in the environment the service is the gateway that they are for.
 """
 
 from __future__ import annotations
 
 import http.client
+import os
+import ssl
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 TIMEOUT_S = 3.0
 
 
-def problem(port: int, path: str) -> str | None:
+class Entry(NamedTuple):
+    """What it takes to ask a service: whether by TLS, and a key, if there is one."""
+
+    has_tls: bool = False
+    key: str = ""
+
+
+PLAIN = Entry()
+
+
+def gateway_entry(environ: Mapping[str, str]) -> Entry:
+    """That of the gateway with these variables. Raises OSError if the file of keys can't be read."""
+    key = ""
+    if path := environ.get("FLOWKV_API_KEYS_FILE"):
+        lines = [line.split() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        key = next((words[1] for words in lines if len(words) == 2 and not words[0].startswith("#")), "")
+    return Entry(bool(environ.get("FLOWKV_TLS_CERT")), key)
+
+
+def problem(port: int, path: str, entry: Entry = PLAIN) -> str | None:
     """Why the service is not well, in its own words where it has some; None if it is."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+    if entry.has_tls:
+        # The certificate is for the name that clients use; here the way leads through this host alone.
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            "127.0.0.1", port, timeout=TIMEOUT_S, context=context
+        )
+    else:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers={"x-api-key": entry.key} if entry.key else {})
         response = connection.getresponse()
         if response.status == 200:
             return None
@@ -27,7 +60,7 @@ def problem(port: int, path: str) -> str | None:
 
 
 def main(port: int, path: str = "/health/ready") -> int:
-    found = problem(port, path)
+    found = problem(port, path, gateway_entry(os.environ))
     print(found or "well")
     return 1 if found else 0
 

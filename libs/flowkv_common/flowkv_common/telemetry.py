@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import socket
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -21,6 +22,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flowkv_common.aio import group
@@ -131,13 +133,14 @@ class _QuietServer(uvicorn.Server):
 
 @contextlib.asynccontextmanager
 async def serve_http(
-    app: Starlette,
+    app: ASGIApp,
     host: str,
     port: int,
     *,
     connection: type[asyncio.Protocol] = ServiceConnection,
     keep_alive_s: float = 75.0,
     drain_timeout_s: float = 5.0,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[int]:
     """Serve `app` while the context lasts; gives the bound port (`port` 0 takes any free one).
 
@@ -156,6 +159,8 @@ async def serve_http(
         timeout_keep_alive=keep_alive_s,  # type: ignore[arg-type]
         timeout_graceful_shutdown=drain_timeout_s,  # type: ignore[arg-type]
     )
+    config.load()
+    config.ssl = tls
     server = _QuietServer(config)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     takes_both = host == "::" and socket.has_dualstack_ipv6()

@@ -15,7 +15,7 @@ from flowkv_gateway.app import Api
 from flowkv_gateway.cluster import OwnModel
 from flowkv_gateway.dispatch import open_dispatch
 from flowkv_gateway.grammar import GrammarChecker
-from flowkv_gateway.http import ApiConnection
+from flowkv_gateway.http import ApiConnection, tls_context
 from flowkv_gateway.prompts import load_sampling_defaults
 from flowkv_gateway.tokenizer import Tokenizer
 
@@ -29,6 +29,7 @@ async def serve(settings: GatewaySettings) -> None:
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
     defaults = load_sampling_defaults(folder, settings.generation_config)
     own = OwnModel(await asyncio.to_thread(model_files, folder), settings.model_name)
+    tls = tls_context(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
     freeze_objects()
     async with (
         open_dispatch(settings.nats_url, own, stop.set) as dispatch,
@@ -42,8 +43,9 @@ async def serve(settings: GatewaySettings) -> None:
             connection=ApiConnection,
             keep_alive_s=settings.keep_alive_s,
             drain_timeout_s=settings.drain_timeout_s,
+            tls=tls,
         ) as port:
-            log.info("serving http://%s:%d", settings.host, port)
+            log.info("serving %s://%s:%d", "https" if tls else "http", settings.host, port)
             await stop.wait()
             log.info("stopping: not ready from now on, closed in %g s", settings.shutdown_delay_s)
             await asyncio.sleep(settings.shutdown_delay_s)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -16,9 +16,10 @@ from starlette.types import Message, Receive, Scope, Send
 from flowkv_common.aio import running
 from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import Cancelled, FlowKVError, Internal, Unavailable
+from flowkv_gateway.access import KEY_NAME
 from flowkv_gateway.dispatch import Dispatch
 from flowkv_gateway.errors import STOPPED, ClientTooSlow, error_body, error_response, status_of
-from flowkv_gateway.http import ABORT
+from flowkv_gateway.http import ABORT, REQUEST_ID
 from flowkv_gateway.metrics import GatewayMetrics
 from flowkv_gateway.output import Choice, Delta, Json, ReplyWriter
 from flowkv_gateway.schemas import StreamOptions
@@ -34,6 +35,7 @@ _STREAM_HEADERS = [
 ]
 # Some clients take these for line ends, though the standard has only CR and LF. With their JSON escapes.
 _LINE_BREAKS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
+_MAX_LOGGED_USER = 256  # characters: others are a mistake
 # The text of these errors is ours; that of others may repeat what the client has sent.
 _LOGGED_REASONS = frozenset((429, 500, 503, 504))
 
@@ -51,6 +53,7 @@ class AnswerResponse:
     dispatch: Dispatch
     metrics: GatewayMetrics
     settings: GatewaySettings
+    user: str  # as the client calls the person that it asks for
 
     def __post_init__(self) -> None:
         self._choices = [choice for group in self.groups for choice in group]
@@ -102,7 +105,9 @@ class AnswerResponse:
     async def _make_and_send(self) -> FlowKVError | None:
         """Returns the error that the client got or was cut off for, None if there was none."""
         try:
-            await self._make_choices()
+            tenant = self._choices[0].request.tenant
+            with tenant.open_request(self._usage()["prompt_tokens"]) if tenant else nullcontext():
+                await self._make_choices()
             await self._send_end()
             return None
         except ClientTooSlow as slow:
@@ -172,6 +177,8 @@ class AnswerResponse:
         ttfts_s = [request.ttft_s for request in requests if request.ttft_s is not None]
         fields = {
             "request_id": self.writer.reply_id,
+            **_client_fields(self._scope),
+            "user": self.user[:_MAX_LOGGED_USER],
             "status": 200 if error is None else status_of(error),
             "finish_reason": _each(choice.finish_reason or "" for choice in self._choices),
             "num_prompt_tokens": usage["prompt_tokens"],
@@ -280,8 +287,14 @@ class StreamResponse(AnswerResponse):
 def log_refusal(request: Request, error: FlowKVError) -> None:
     """A line for a generation request that was refused before any node was asked."""
     if request.url.path in ("/v1/chat/completions", "/v1/completions"):
-        fields = {"path": request.url.path, "status": status_of(error)}
+        fields = {"path": request.url.path, "status": status_of(error), **_client_fields(request.scope)}
         log.info("request refused", extra={"fields": {**fields, **_error_fields(error)}})
+
+
+def _client_fields(scope: Scope) -> dict[str, str]:
+    """The name of the request's key and its `x-request-id`."""
+    request_id = scope.get("extensions", {}).get(REQUEST_ID, "")
+    return {"key": scope.get(KEY_NAME, ""), "x_request_id": request_id}
 
 
 def _error_fields(error: FlowKVError | None) -> dict[str, str]:

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -24,6 +25,7 @@ from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import FlowKVError, Internal, Unavailable
 from flowkv_common.telemetry import service_routes
 from flowkv_common.wire.messages import Grammar, ModelCard
+from flowkv_gateway.access import KEY_NAME, Guard
 from flowkv_gateway.answer import AnswerResponse, StreamResponse, log_refusal
 from flowkv_gateway.dispatch import Dispatch, ServiceGoals
 from flowkv_gateway.errors import ModelNotFound, error_response, json_error, status_of
@@ -42,6 +44,7 @@ from flowkv_gateway.schemas import (
     TokenizeRequest,
     parse_request,
 )
+from flowkv_gateway.tenants import Tenants
 from flowkv_gateway.tokenizer import Tokenizer
 
 B = TypeVar("B", bound=Body)
@@ -50,7 +53,8 @@ B = TypeVar("B", bound=Body)
 class Api:
     """The endpoints, and the ASGI application `app` that serves them. While `stop` is set it is not ready.
 
-    Errors leave the endpoints as FlowKVError. Nothing here must be closed.
+    Errors leave the endpoints as FlowKVError. Nothing here must be closed. Making it raises CannotStart
+    if the file of keys can't be used.
     """
 
     def __init__(
@@ -72,8 +76,9 @@ class Api:
         folder = Path(settings.model_path)
         self._folder_names = (folder.name, folder.resolve().name)
         self._metrics = GatewayMetrics(registry, self._known_model_name, dispatch.load)
+        self._tenants = Tenants(settings.key_max_requests, settings.key_tokens_per_minute)
         self._created = int(time.time())
-        self.app = Starlette(
+        app = Starlette(
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.completions, methods=["POST"]),
@@ -84,14 +89,28 @@ class Api:
                 Route("/version", self.version),
                 *service_routes(registry, self.why_not_ready, "/ping"),
             ],
-            middleware=[Middleware(CloseWhileStopping, stop)],
+            middleware=[
+                Middleware(CloseWhileStopping, stop),
+                Middleware(Guard, settings, self.on_error),
+            ],
             exception_handlers={
                 FlowKVError: self.on_error,
                 HTTPException: self.on_http_exception,
                 Exception: self.on_unexpected,
             },
         )
-        self.app.router.redirect_slashes = False  # a path that is not ours gets its 404
+        app.router.redirect_slashes = False  # a path that is not ours gets its 404
+        app.middleware_stack = app.build_middleware_stack()  # or it is made with the first request
+        self.app: ASGIApp = app
+        if origins := [origin.strip() for origin in settings.allowed_origins.split(",") if origin.strip()]:
+            # Around all else: a page may read errors too.
+            self.app = CORSMiddleware(
+                app,
+                allow_origins=origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after"],
+            )
 
     async def chat(self, request: Request) -> ASGIApp:
         body = await self._parse(request, ChatRequest)
@@ -99,7 +118,7 @@ class Api:
         grammar = await self._grammar(body)
         card = self._card(grammar)
         prompt = await chat_prompt(body, self._tokenizer)
-        return self._answer(body, [prompt], card, grammar, goals, ChatWriter)
+        return self._answer(request, body, [prompt], card, grammar, goals, ChatWriter)
 
     async def completions(self, request: Request) -> ASGIApp:
         body = await self._parse(request, CompletionRequest)
@@ -107,7 +126,7 @@ class Api:
         grammar = await self._grammar(body)
         card = self._card(grammar)
         prompts = await completion_prompts(body, self._tokenizer)
-        return self._answer(body, prompts, card, grammar, goals, TextWriter)
+        return self._answer(request, body, prompts, card, grammar, goals, TextWriter)
 
     async def models(self, _: Request) -> Response:
         return _json({"object": "list", "data": [self._model_entry()]})
@@ -202,6 +221,7 @@ class Api:
 
     def _answer(
         self,
+        request: Request,
         body: ChatRequest | CompletionRequest,
         prompts: list[list[int]],
         card: ModelCard,
@@ -221,6 +241,7 @@ class Api:
             seed=random.getrandbits(63),
             deadline_s=self._settings.request_timeout_s,
             goals=goals,
+            tenant=self._tenants.find(key_name) if (key_name := request.scope[KEY_NAME]) else None,
         )
         stops = (body.stop,) if isinstance(body.stop, str) else body.stop or ()
         display = Display(
@@ -231,10 +252,11 @@ class Api:
         )
         numbers = itertools.count()
         choices = [[Choice(next(numbers), one, vocabulary, display) for one in group] for group in groups]
+        user = body.safety_identifier or body.user or ""
         if not body.stream:
-            return AnswerResponse(choices, writer, self._dispatch, self._metrics, self._settings)
+            return AnswerResponse(choices, writer, self._dispatch, self._metrics, self._settings, user)
         options = body.stream_options or StreamOptions()
-        return StreamResponse(choices, writer, self._dispatch, self._metrics, self._settings, options)
+        return StreamResponse(choices, writer, self._dispatch, self._metrics, self._settings, user, options)
 
 
 def _json(content: object) -> Response:

@@ -91,6 +91,10 @@ class Cluster:
         sizes = Counter(node.layout.block_size for node in nodes).most_common(1)
         return sizes[0][0] if sizes else None
 
+    def num_nodes(self) -> int:
+        """Nodes that serve the model."""
+        return len(self._by_fingerprint.get(self.model.fingerprint, ())) if self.model else 0
+
     def has_ready_node(self) -> bool:
         return self.model is not None and self._num_ready(self.model.fingerprint)[1] > 0
 

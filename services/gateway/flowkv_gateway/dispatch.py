@@ -58,6 +58,8 @@ from flowkv_common.wire.messages import (
 from flowkv_common.wire.nodes import LoadReport
 from flowkv_gateway.cluster import Cluster, OwnModel
 from flowkv_gateway.errors import for_client
+from flowkv_gateway.tenants import Tenant
+from flowkv_gateway.turns import Turn, Turns
 from flowkv_gateway.witness import Witness
 
 log = logging.getLogger(__name__)
@@ -115,6 +117,7 @@ class RequestState:
     deadline_s: float  # from the call of `generate` on
     fingerprint: str  # of the model, on all attempts
     priority: int = 0
+    tenant: Tenant | None = None
     goals: ServiceGoals = NO_GOALS
 
     attempt: int = 0
@@ -217,6 +220,8 @@ class RequestState:
         if is_first:
             self.phases.add_seconds({"ttft": self.lived_s()})
         self.output_ids += chunk.token_ids
+        if self.tenant is not None:
+            self.tenant.add_tokens(len(chunk.token_ids))
         # A later attempt finds output of an earlier one cached, too.
         num_cached_tokens = min(chunk.num_cached_tokens, len(self.prompt_ids))
         self.num_cached_tokens = max(self.num_cached_tokens, num_cached_tokens)
@@ -322,6 +327,7 @@ class Dispatch:
         self.cluster = Cluster(own)
         self.streams: dict[str, TokenStream] = {}  # transfer id -> the tokens of this attempt
         self.witness = Witness(gateway_id)
+        self._turns = Turns(self.cluster.num_nodes)
         self._num_open = 0
         self._scheduler_answered_at = 0.0
         self._scheduler_why_not: str | None = _NO_SCHEDULER  # what was missing by its last answer
@@ -399,8 +405,14 @@ class Dispatch:
 
     async def _schedule(self, request: RequestState) -> Assignment:
         """Ask until there is a pair: the gateway does the waiting, so no queue is lost with a scheduler."""
-        with request.phases.phase("schedule"):
+        with request.phases.phase("schedule"), self._turn(request) as turn:
             while True:
+                if turn is not None:
+                    try:
+                        async with asyncio.timeout(request.remaining_s()):
+                            await self._turns.wait(turn)
+                    except TimeoutError:
+                        raise DeadlineExceeded("waited in vain for the turn of its key") from None
                 block_size = self.cluster.block_size(request.fingerprint)
                 hashes = await request.hash_blocks(block_size, hashes_that_fit(self._bus.max_payload))
                 question = request.schedule_request(hashes)
@@ -429,6 +441,12 @@ class Dispatch:
                 if remaining_s <= 0:
                     raise DeadlineExceeded(f"waited in vain: {answer.reason}")
                 await asyncio.sleep(min(answer.retry_in_s, remaining_s))
+
+    def _turn(self, request: RequestState) -> contextlib.AbstractContextManager[Turn | None]:
+        """None for a request that is in no other's way, and for one with output, which comes first."""
+        if request.tenant is None or request.goals.is_batch or request.output_ids:
+            return contextlib.nullcontext()
+        return self._turns.turn(request.tenant, len(request.prompt_ids))
 
     @contextlib.asynccontextmanager
     async def _attempt(self, request: RequestState, assignment: Assignment) -> AsyncIterator[TokenStream]:

@@ -25,6 +25,8 @@ from flowkv_common.errors import (
 CLIENT_HAS_GONE = 499  # as nginx calls it: nobody reads this answer
 ERROR_TYPES = {
     400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     408: "timeout_error",
@@ -44,6 +46,25 @@ class ContextLengthExceeded(BadRequest):
     """Prompt and answer together are longer than the model's context."""
 
     openai_code = "context_length_exceeded"
+
+
+class Unauthorized(FlowKVError):
+    """The request has no key, or one that is unknown."""
+
+    code = 401
+    openai_code = "invalid_api_key"
+
+
+class ForeignHost(FlowKVError):
+    """The request is for a host that this gateway is not."""
+
+    code = 403
+
+
+class KeyLimit(Full):
+    """The request's key is over one of its limits."""
+
+    openai_code = "rate_limit_exceeded"
 
 
 class ModelNotFound(NotFound):
@@ -79,6 +100,8 @@ def error_body(error: FlowKVError) -> bytes:
 def error_response(error: FlowKVError) -> Response:
     """With `Retry-After` in whole seconds, rounded up, where trying again can help."""
     status, headers = status_of(error), {}
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
     if status in (429, 503):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s or 0.0)))
     return Response(error_body(error), status, headers, media_type="application/json")

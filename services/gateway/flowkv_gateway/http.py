@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
+import ssl
 import sys
 from typing import Any
 
@@ -12,16 +14,31 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from flowkv_common.errors import Cancelled, TooLarge, Unavailable
+from flowkv_common.errors import Cancelled, CannotStart, TooLarge, Unavailable
 from flowkv_gateway.errors import STOPPED, RequestTimeout, error_response, json_error
 
 ABORT = "flowkv.abort"
 """The scope's extension that drops the connection with all that its client has not read."""
 
+REQUEST_ID = "flowkv.request_id"
+"""The scope's extension with the `x-request-id` of request and response."""
+
 HEAD_TIMEOUT_S = 10.0
 BODY_TIMEOUT_S = 30.0
 _MAX_REQUEST_ID_BYTES = 256
+_MAX_UNSENT_BYTES = 64 * 1024  # asyncio's bound, but with TLS it has eight times as much
 _ORIGIN = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
+
+
+def tls_context(cert: str, key: str) -> ssl.SSLContext:
+    """For a server with the certificates and the key of these files. Raises CannotStart."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(cert, key, password="")  # or it would ask for one at the terminal
+    except (OSError, ValueError) as error:
+        raise CannotStart(f"FLOWKV_TLS_CERT {cert}, FLOWKV_TLS_KEY {key}: {error}") from None
+    return context
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -92,7 +109,8 @@ class ApiConnection(H11Protocol):
     A client has 10 s for the head of a request, and as long for the rest of a body that was refused. Then the
     connection is closed, with a 408 if anything was sent. Broken HTTP gets an OpenAI-shaped error with status
     400, a head over the limit 431. A request that is cut off because the server stops gets a 503, unless its
-    answer has begun. Every response repeats the request's x-request-id, unless that is very long.
+    answer has begun. Every response repeats the request's x-request-id. Without one, or with a very long one,
+    the request gets one of ours.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -105,10 +123,11 @@ class ApiConnection(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
 
     async def _serve_request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["extensions"] = {ABORT: self.transport.abort}
         request_id = dict(scope["headers"]).get(b"x-request-id", b"")
-        if 0 < len(request_id) <= _MAX_REQUEST_ID_BYTES:
-            send = _with_header(send, b"x-request-id", request_id)
+        if not 0 < len(request_id) <= _MAX_REQUEST_ID_BYTES:
+            request_id = b"req-" + secrets.token_hex(12).encode()
+        send = _with_header(send, b"x-request-id", request_id)
+        scope["extensions"] = {ABORT: self.transport.abort, REQUEST_ID: request_id.decode("latin-1")}
         try:
             await self._inner_app(scope, receive, send)
         except asyncio.CancelledError:  # only uvicorn does this, when its time to stop is over
@@ -121,6 +140,7 @@ class ApiConnection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(_MAX_UNSENT_BYTES)
         self._set_deadline()
 
     def data_received(self, data: bytes) -> None:

@@ -26,6 +26,7 @@ from flowkv_gateway.schemas import (
     ToolCall,
     TopK,
 )
+from flowkv_gateway.tenants import Tenant
 from flowkv_gateway.tokenizer import Conversation, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -179,6 +180,7 @@ def plan(
     seed: int,
     deadline_s: float,
     goals: ServiceGoals = NO_GOALS,
+    tenant: Tenant | None = None,
 ) -> list[list[RequestState]]:
     """One group per prompt; the `n` of a group differ in their ids and seeds (`seed + i`) alone.
 
@@ -201,6 +203,7 @@ def plan(
                 fingerprint=card.fingerprint,
                 priority=request.priority or 0,
                 goals=goals,
+                tenant=tenant,
             )
             for i in range(num_samples)
         ]

@@ -154,6 +154,8 @@ class GenerationRequest(Body, kw_only=True):
     guided_grammar: str | None = None
     return_token_ids: bool | None = None  # vLLM's: the ids of the output tokens beside the text
     priority: Annotated[int, Meta(ge=-_MAX_INT, le=_MAX_INT)] | None = None
+    user: str | None = None  # for the log
+    safety_identifier: str | None = None  # what replaced it
 
     def __post_init__(self) -> None:
         options = self.stream_options or StreamOptions()
