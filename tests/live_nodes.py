@@ -22,6 +22,7 @@ from flowkv_common.errors import FlowKVError, from_wire
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
+    Grammar,
     Keepalive,
     KeepaliveReply,
     Message,
@@ -216,7 +217,14 @@ class Client:
                 output.take(chunk)
 
     async def generate(
-        self, prefill: NodeRef, decode: NodeRef, prompt_ids: list[int], *, max_tokens: int, epoch: int = 1
+        self,
+        prefill: NodeRef,
+        decode: NodeRef,
+        prompt_ids: list[int],
+        *,
+        max_tokens: int,
+        epoch: int = 1,
+        grammar: Grammar | None = None,
     ) -> list[int]:
         """Greedy output, EOS ignored. Raises what a node has failed with, TimeoutError after 20 s."""
         request_id = f"r{next(self._numbers)}"
@@ -228,7 +236,7 @@ class Client:
             node=prefill,
             fingerprint=self.fingerprint,
             decode=decode,
-            sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+            sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, grammar=grammar),
         )
         subject = subjects.at(subjects.PREFILL_RUN, prefill.node_id)
         async with asyncio.timeout(TIMEOUT_S):

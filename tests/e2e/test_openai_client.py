@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from flowkv.local_cluster import Cluster
@@ -251,6 +253,21 @@ def test_penalties_break_a_repetition(client: openai.OpenAI, penalty: dict[str, 
     assert complete(client, chant, **penalty).choices[0].text.count(" ha") < 12
 
 
+class Person(pydantic.BaseModel):
+    """The client makes a strict schema of it, and reads it from the answer."""
+
+    name: Annotated[str, pydantic.Field(max_length=8)]
+    age: Annotated[int, pydantic.Field(ge=0, le=130)]
+    likes: Annotated[list[Literal["tea", "coffee"]], pydantic.Field(max_length=2)]
+
+
+def test_structured_output_is_parsed(client: openai.OpenAI) -> None:
+    fields: Any = {"model": MODEL, "messages": FRANCE, "temperature": 1.5, "seed": 5, "max_tokens": 99}
+    reply = client.chat.completions.parse(**fields, n=4, response_format=Person)
+    assert [choice.finish_reason for choice in reply.choices] == ["stop"] * 4
+    assert all(isinstance(choice.message.parsed, Person) for choice in reply.choices)
+
+
 # --- what comes with the text ------------------------------------------------------------------------------
 
 
@@ -390,11 +407,24 @@ async def test_leaving_amid_the_stream_frees_the_blocks(
     await observer.wait_idle(timeout_s=5)
 
 
+SENTENCES = r"([A-Z][a-z ,]{20,40}\.\n){8}"
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"ignore_eos": True},
+        pytest.param({"structured_outputs": {"regex": SENTENCES}}, marks=pytest.mark.full),
+    ],
+    ids=["free", "constrained"],
+)
 async def test_same_seed_same_text_after_a_forced_retry(
-    cluster: Cluster, async_client: openai.AsyncOpenAI, observer: Observer
+    cluster: Cluster, async_client: openai.AsyncOpenAI, observer: Observer, further: dict[str, Any]
 ) -> None:
     fields: Any = {"model": MODEL, "prompt": STORY, "temperature": 1, "seed": 11, "max_tokens": 24}
-    fields["extra_body"] = {"ignore_eos": True}
+    if "structured_outputs" in further:
+        fields["max_tokens"] = 400
+    fields["extra_body"] = further
     alone = await async_client.completions.create(**fields)
     assignments = await observer.events("flowkv.v1.assignment.>")
     text, victim = "", ""
@@ -405,6 +435,7 @@ async def test_same_seed_same_text_after_a_forced_retry(
                 victim = (await assignments.wait_for("Assignment"))["decode"]["node_id"]
                 cluster.processes[victim].kill()
     assert text == alone.choices[0].text
+    assert "structured_outputs" not in further or re.fullmatch(SENTENCES, text)
     assert len(assignments.events) == 2
     assert assignments.events[1][1]["decode"]["node_id"] != victim
     cluster.start_node("decode", victim)
