@@ -181,7 +181,9 @@ class Cluster:
     def _try_start(self, node: SimNode, life: Life, full: set[int]) -> bool:
         """Blocks on both sides, or none, and then the sides that lack room are `full`."""
         decode, ids, request = self.nodes[life.decode], life.cacheable_ids, life.request
-        if not decode.pool.has_room(request.num_prompt_tokens + 1, ids):
+        # As decode nodes do: else a newcomer would preempt running sequences, and starve preempted ones.
+        num_owed = decode.num_blocks_owed(self.now) * decode.kind.layout.block_size
+        if not decode.pool.has_room(request.num_prompt_tokens + 1 + num_owed, ids):
             full.add(decode.index)
             decode.blocked_senders[node.index] = None
             return False
@@ -192,6 +194,7 @@ class Cluster:
         life.at_decode = life.at_prefill = decode.pool.lease(request.num_prompt_tokens + 1, ids)
         decode.num_rooms_given += 1
         if node is not decode:
+            self._changed(decode)  # its sequences may grow into less
             life.at_prefill = node.pool.lease(request.num_prompt_tokens + 1, ids)
             node.num_sending += 1
             node.sending_tokens += request.num_prompt_tokens
@@ -264,8 +267,8 @@ class Cluster:
         if node.preempted:
             self._changed(node)
         senders, node.blocked_senders = node.blocked_senders, {}
-        for index in senders:
-            self._start_line(self.nodes[index])
+        for index in senders:  # when what had grown is free too: the pool hears of it with the next stretch
+            self._at(self.now, partial(self._start_line, self.nodes[index]))
 
     # --- the engines ------------------------------------------------------------------------------
 
@@ -288,6 +291,7 @@ class Cluster:
             self.num_preempted += 1
             if life.num_tokens + 1 > pool.num_blocks * node.kind.layout.block_size:
                 self._refuse(life, Full.code)  # it has outgrown the node
+                self._at(self.now, partial(self._freed, node))
             else:
                 node.preempted.appendleft(life)
         while node.preempted:

@@ -72,6 +72,16 @@ class SimNode:
         self._link_free_at = max(early_sent_at, now) + num_late * token_s
         return self._link_free_at + self.kind.link_latency_s
 
+    def num_blocks_growing(self, now: float) -> int:
+        """Blocks that sequences have grown into, though the pool will know of it when the stretch ends."""
+        return (self.batch.num_grown_at(now) - self.batch.num_grown) // self.kind.layout.block_size
+
+    def num_blocks_owed(self, now: float) -> int:
+        """Blocks that sequences here need before anyone new: one to grow each, or all of them again."""
+        size = self.kind.layout.block_size
+        again = sum(-(-(life.num_tokens + 1) // size) for life in self.preempted)
+        return self.num_blocks_growing(now) + self.batch.num_decoding + again
+
     def descriptor(self) -> NodeDescriptor:
         return NodeDescriptor(
             node=self.ref,
@@ -123,9 +133,7 @@ class SimNode:
 
     def _snapshot(self, now: float) -> LoadReport:
         batch, pool = self.batch, self.pool
-        # The pool knows of growth when a stretch ends.
-        num_growing = (batch.num_grown_at(now) - batch.num_grown) // self.kind.layout.block_size
-        num_free = max(0, pool.num_free - num_growing)
+        num_free = max(0, pool.num_free - self.num_blocks_growing(now))
         return LoadReport(
             node=self.ref,
             seq=self._seq,

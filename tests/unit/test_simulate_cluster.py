@@ -380,10 +380,10 @@ def test_sequences_give_way_only_in_a_full_pool_and_the_newest_first(
 
 def test_a_preempted_sequence_comes_back_when_a_prompt_elsewhere_gives_its_room_back() -> None:
     """The idle node hears of it: nothing else happens there any more."""
-    long, short, prompt = Request(400, 600), Request(10, 3, (), 2.3), Request(500, 1, (), 2.35)
-    cluster, lives = run_on_small_pools([long, short, prompt], 16, slow_prefill=20.0)
+    long, prompt = Request(400, 600), Request(800, 1, (), 2.35)
+    cluster, lives = run_on_small_pools([long, prompt], 22, slow_prefill=20.0)
     assert cluster.num_preempted == 1
-    assert [life.num_produced for life in lives] == [600, 3, 1]
+    assert [life.num_produced for life in lives] == [600, 1]
 
 
 def test_a_sequence_that_outgrows_its_node_is_refused_as_nodes_do() -> None:
@@ -391,6 +391,21 @@ def test_a_sequence_that_outgrows_its_node_is_refused_as_nodes_do() -> None:
     assert cluster.num_preempted == 1
     assert (life.refused_with, life.is_done) == (429, False)
     assert (other.refused_with, other.num_produced) == (0, 300)
+
+
+def test_who_waits_for_a_node_hears_that_a_sequence_has_outgrown_it() -> None:
+    _, (life, other) = run_on_small_pools([Request(400, 700), Request(900, 3, (), 1.0)], 16)
+    assert (life.refused_with, other.num_produced) == (429, 3)
+
+
+def test_no_newcomer_takes_the_block_into_which_a_sequence_grows() -> None:
+    """The second fits beside the first, but the first would not any more."""
+    cluster, (old, new) = run_on_small_pools([Request(400, 100), Request(500, 3, (), 0.1)], 15)
+    assert cluster.num_preempted == 0
+    assert old.num_produced == 100
+    assert new.first_token_s > old.last_token_s
+    _, (old, new) = run_on_small_pools([Request(400, 100), Request(500, 3, (), 0.1)], 16)
+    assert new.last_token_s < old.last_token_s
 
 
 def test_a_prompt_that_is_due_first_interrupts_one_that_is_due_later() -> None:
