@@ -135,7 +135,7 @@ def one_node(costs: RequestCosts) -> Choice | None:
         prefill=best.node,
         decode=best.node,
         predicted_s=best.total_s + costs.step_s(best.node),
-        wait_s=best.node.prefill_wait_s,
+        wait_s=costs.prefill_wait_s(best.node),
         first_token_s=best.total_s,
         prefill_s=best.work_s,
         num_cached_tokens=best.num_cached_tokens,

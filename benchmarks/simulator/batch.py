@@ -62,6 +62,7 @@ class Life:
     at_decode: Lease | None = None
     block_hashes: list[str] = field(default_factory=list)  # while it asks for nodes
     due_s: float = 0.0  # its first token, for the order of prompts at its node
+    interruptible_until_s: float = 0.0  # by prompts in time
     num_waits: int = 0
     num_cached_tokens: int = 0  # that prefill did not compute
     num_moved_tokens: int = 0  # that decode did not have
@@ -327,6 +328,14 @@ class Batch:
         """Prompt tokens that are not computed at `now`, as far as whole steps tell."""
         num_left = sum(prompt.num_left for prompt in self.prompts)
         return num_left - (self.stretch.num_ended(now) * self.stretch.prompt_tokens if self.stretch else 0)
+
+    def num_interruptible_tokens(self, now: float) -> int:
+        """Those of them that a prompt in time comes before."""
+        num_left = sum(one.num_left for one in self.prompts if now < one.life.interruptible_until_s)
+        num_ended = self.stretch.num_ended(now) if self.stretch else 0
+        return num_left - num_ended * sum(
+            num for one, num in self._chunks if now < one.life.interruptible_until_s
+        )
 
     def num_context_at(self, now: float) -> int:
         num_grown = self.stretch.num_ended(now) * self.stretch.num_decoding if self.stretch else 0

@@ -148,6 +148,7 @@ class Cluster:
             return self._at(self.now + decision.retry_in_s, partial(self._ask, life))
         life.block_hashes = []
         life.due_s = self.now + decision.due_in_s
+        life.interruptible_until_s = self.now + decision.interruptible_for_s
         node = self._by_id[decision.prefill.node_id]
         life.prefill, life.decode = node.index, self._by_id[decision.decode.node_id].index
         self._at(self.now + CONTROL_S, partial(self._accept, node, life))
@@ -214,6 +215,7 @@ class Cluster:
             return
         assert life.at_prefill is not None, "it was computed in blocks"
         life.first_token_s = life.newest_token_s = self.now
+        life.interruptible_until_s = 0.0  # if it is computed again
         life.num_produced = 1
         self._count_bad(life, life.ttft_s > self._targets.ttft_s)
         node.pool.commit(life.at_prefill, life.cacheable_ids)

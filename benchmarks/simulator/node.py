@@ -166,4 +166,8 @@ class SimNode:
             step=batch.fitter.fit(),
             forecast=self.lengths.forecast(batch.outputs_at(now)),
             usual_connector=self.kind.connector,
+            interruptible_prefill_tokens=sum(
+                life.request.num_prompt_tokens for life in self.line if now < life.interruptible_until_s
+            )
+            + batch.num_interruptible_tokens(now),
         )

@@ -159,6 +159,7 @@ EXAMPLES: list[Message] = [
         first_token_in_s=0.125,
         promised_first_token_in_s=0.0625,
         due_in_s=4.5,
+        interruptible_for_s=2.25,
     ),
     Wait(retry_in_s=0.25, reason="all 1 decode nodes are full", first_token_in_s=2.5),
     ReadyRequest(fingerprint=CARD.fingerprint),
@@ -176,6 +177,7 @@ EXAMPLES: list[Message] = [
         sampling=SAMPLING,
         deadline_in_s=599.5,
         due_in_s=3.5,
+        interruptible_for_s=1.25,
     ),
     Reserve(
         transfer_id=TRANSFER_ID,
@@ -278,6 +280,7 @@ EXAMPLES: list[Message] = [
         ),
         num_links=3,
         usual_connector="tcp",
+        interruptible_prefill_tokens=96,
     ),
     SetPrefillCap(node=DECODE, epoch=3, max_prefill_tokens_per_step=512, reason="prefill is short of nodes"),
     BlocksChanged(

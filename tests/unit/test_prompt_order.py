@@ -23,10 +23,13 @@ from tests.waiting import until
 LATE, SOON = 60.0, 1.0
 
 
-async def accept(pair: Pair, num_tokens: int, due_in_s: float) -> list[int]:
+async def accept(pair: Pair, num_tokens: int, due_in_s: float, interruptible_for_s: float = 0.0) -> list[int]:
     """Returns the prompt's token ids."""
     prompt_ids = [100 + int(due_in_s) % 100] * num_tokens
-    await pair.p.prefill.accept(msgspec.structs.replace(pair.run(prompt_ids), due_in_s=due_in_s))
+    run = pair.run(prompt_ids)
+    await pair.p.prefill.accept(
+        msgspec.structs.replace(run, due_in_s=due_in_s, interruptible_for_s=interruptible_for_s)
+    )
     return prompt_ids
 
 
@@ -51,6 +54,22 @@ async def test_a_late_prompt_is_interrupted_and_ends_as_if_it_had_not_been(pair:
     for sequence, prompt_ids in ((first, soon), (second, late)):
         assert pair.d.kv(sequence.block_table, len(prompt_ids)) == kv_of(prompt_ids)
     assert set(pair.link.times_sent().values()) == {1}
+
+
+async def test_its_load_tells_what_prompts_in_time_come_before(pair: Pair) -> None:
+    """A late prompt until it is due as soon as they are, and no longer than it is not computed."""
+    await accept(pair, 10, SOON)
+    await accept(pair, 20, LATE, interruptible_for_s=1e-9)  # over at once
+    await accept(pair, 41, LATE + 1.0, interruptible_for_s=LATE)
+    load = pair.p.prefill.load()
+    assert (load.queued_prefill_tokens, load.interruptible_prefill_tokens) == (71, 41)
+    await until(lambda: len(computing(pair)) == 3)
+    left = 71
+    while num_computed := pair.step(2 * BLOCK_SIZE):
+        left -= num_computed
+        load = pair.p.prefill.load()
+        assert (load.queued_prefill_tokens, load.interruptible_prefill_tokens) == (left, min(left, 41))
+    assert left == 0
 
 
 async def test_a_prompt_that_was_late_for_long_comes_before_newcomers(pair: Pair) -> None:

@@ -15,10 +15,11 @@ from flowkv_common.wire.nodes import OutputForecast, StepFit, length_class
 from flowkv_scheduler import admission
 from flowkv_scheduler.admission import IN_TIME, WAIT_ERROR, Later, WaitingQueue
 from flowkv_scheduler.cluster import ClusterState, Goals, Work
+from flowkv_scheduler.demand import OutputLengths
 from flowkv_scheduler.lookahead import IDLE_WAIT
 from flowkv_scheduler.policy import Choice, RequestCosts
 from flowkv_scheduler.prefixes import Hits, Keys, keys_of
-from tests.described_nodes import MODEL, NUM_BLOCKS, Described, cluster, later, node, request
+from tests.described_nodes import MODEL, NUM_BLOCKS, TOKEN_BUDGET, Described, cluster, later, node, request
 
 GOALS = Goals(max_wait_s=60.0)
 PAIR = [node("p0", "prefill"), node("d0", "decode")]
@@ -429,6 +430,45 @@ def test_a_late_request_takes_the_idle_node_though_a_busy_one_is_better() -> Non
     assert waits.node_id == ""
 
 
+def test_a_request_in_time_does_not_wait_for_late_prompts() -> None:
+    """It interrupts them, between two chunks. Late ones, and the class `batch`, wait for all."""
+    giant: dict[str, Any] = {"queued_prefill_tokens": 30_000, "interruptible_prefill_tokens": 30_000}
+    nodes = [node("p0", "prefill", **giant), D0]
+    rest_s = TOKEN_BUDGET / 2 / 1000
+    served = choice_of(request(), nodes)
+    assert served.wait_s == pytest.approx(rest_s)
+    assert served.first_token_s == pytest.approx(rest_s + 0.1)
+    # Those whose clients have output come first of all.
+    assert choice_of(request(num_output_tokens=1, age_s=90.0), nodes).wait_s == pytest.approx(rest_s)
+    for behind_all in (request(age_s=GOALS.ttft_s), batch()):
+        found = admission.decide(behind_all, cluster(*nodes), GOALS, 0.0, WaitingQueue())
+        assert isinstance(found, Later)
+        assert found.wait_s == pytest.approx(30.0)
+        assert found.wait.first_token_in_s == pytest.approx(30.1)
+
+
+def test_a_wait_for_room_counts_the_prompts_that_come_before() -> None:
+    """Neither late ones that are queued at the node, nor those of late requests that wait."""
+    giant: dict[str, Any] = {"queued_prefill_tokens": 30_000, "interruptible_prefill_tokens": 30_000}
+    nodes = [node("p0", "prefill", **giant), full_node(16)]
+    state, waiting = cluster(*nodes), WaitingQueue()
+    for number in range(9):
+        late = request(3000, request_id=f"late{number}")
+        waiting.add_waiter(late, later("d0", Work(prefill_tokens=3000), is_late=True), now=0.0)
+    waiting.add_waiter(request(request_id="soon", age_s=1.0), later("d0", Work(prefill_tokens=100)), now=0.0)
+    costs = RequestCosts(request(), state, GOALS, 0.0)
+    found = admission.foresee_room(costs, waiting, waiting.place_of(request(), 0.0))
+    assert found is not None
+    assert found.wait_s == pytest.approx(TOKEN_BUDGET / 2 / 1000 + 0.1)
+
+
+@pytest.mark.parametrize(("age_s", "num_interruptible"), [(0.0, 0), (GOALS.ttft_s, 100)])
+def test_a_choice_counts_as_its_report_will(age_s: float, num_interruptible: int) -> None:
+    wanted = request(age_s=age_s)
+    for_prefill, _ = choice_of(wanted, PAIR).added_work(wanted, OutputLengths())
+    assert for_prefill == Work(prefill_tokens=100, interruptible_tokens=num_interruptible)
+
+
 def test_a_wait_for_room_is_late_when_its_first_token_is() -> None:
     few = OutputForecast(tokens_left=16 * 8.0, first_ends_in=1.0, stop_rate=1 / 256)
     many = msgspec.structs.replace(few, tokens_left=16 * 300.0, first_ends_in=200.0)
@@ -736,7 +776,11 @@ def test_what_is_due_at_the_prefill_node_follows_the_order_of_service() -> None:
     choices = {name: choice_of(one, PAIR) for name, one in wanted.items()}
     due = {name: choice.due_in_s for name, choice in choices.items()}
     # What nodes promise of these is not held against them.
-    assert [name for name, choice in choices.items() if choice.is_interruptible] == ["late", "batch"]
+    interruptible = {
+        name: choice.interruptible_for_s for name, choice in choices.items() if choice.interruptible_for_s
+    }
+    # Until a newcomer would be due as late.
+    assert interruptible == {"late": due["late"] - GOALS.ttft_s, "batch": 300.0 - GOALS.ttft_s}
     assert due == {
         "running": 0.0,
         "old": 4.0,

@@ -184,6 +184,7 @@ OTHER_SUM = BlockCounts(total=256, free=9, cached=0, leased=0, quarantined=0, lo
         ({"max_prefill_tokens_per_step": BLOCK_SIZE - 1}, "max_prefill_tokens_per_step"),
         ({"max_prefill_tokens_per_step": TOKEN_BUDGET + 1}, "max_prefill_tokens_per_step"),
         ({"num_running": 17}, "num_running"),
+        ({"interruptible_prefill_tokens": 1}, "interruptible_prefill_tokens"),
     ],
 )
 def test_a_report_that_does_not_fit_its_node(changes: dict[str, Any], field: str) -> None:

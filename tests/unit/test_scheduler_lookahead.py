@@ -345,6 +345,8 @@ def test_prompts_that_wait_now_are_before_those_that_come() -> None:
     served = ahead_of(nodes).served(duties_of(nodes))
     assert not served[0]
     assert served[-1]
+    nodes = prefill(queued_prefill_tokens=20_000, interruptible_prefill_tokens=20_000), decode()
+    assert all(ahead_of(nodes).served(duties_of(nodes)))
 
 
 def test_of_many_nodes_and_requests_every_so_manyth_gives_the_same_share() -> None:

@@ -142,7 +142,8 @@ def test_the_cached_part_of_a_prompt_is_known_as_it_was_when_it_came() -> None:
 def test_a_loss_counts_once_when_a_request_becomes_late_or_is_refused() -> None:
     planner = small_cluster(Goals(max_wait_s=30.0), PAIR)
     planner.schedule(request(20_000, 50), 0.0)
-    assert num_lost(planner) == 0  # late by itself, but served at once
+    planner.schedule(request(4200, 50), 0.0)
+    assert num_lost(planner) == 0  # one late by itself, but served at once, and one that interrupts it
     for now in (0.0, 0.4, 0.8):
         planner.schedule(request(100, 50, request_id="late", age_s=now), now)
         assert num_lost(planner) == 1

@@ -234,7 +234,7 @@ def test_candidates_are_the_best_four_of_each_side_in_order() -> None:
     assert choice is not None
     assert [c.node_id for c in choice.prefill_candidates] == [f"p{n}" for n in range(4)]
     assert [c.node_id for c in choice.decode_candidates] == ["d0"]
-    assert choice.prefill_candidates[1].reason == "100 tokens ahead, 0 of the prompt cached"
+    assert choice.prefill_candidates[1].reason == "100 tokens queued, 0 of the prompt cached"
     assert "best of 4 pairs" in choice.reason
 
 

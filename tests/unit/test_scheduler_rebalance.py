@@ -351,7 +351,8 @@ def test_sequences_that_are_to_come_do_not_shorten_the_chunks_they_wait_for() ->
 
 def test_a_node_that_leaves_prefill_computes_its_queue_first() -> None:
     rebalancer = Rebalancer(GOALS)
-    queue = [prefill("p0", queued=3000), prefill("p1", queued=900)]
+    late: dict[str, Any] = {"interruptible_prefill_tokens": 900}  # it computes these too
+    queue = [prefill("p0", queued=3000), prefill("p1", queued=900, **late)]
     said = [budgets(orders) for orders in played(NUM_TICKS, *queue, rebalancer=rebalancer)][-1]
     # 0.65 x 250 ms, less the base of 50 ms.
     assert said == [("p1", 112)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import PRIOR_TOKENS, OutputForecast, StepFit
 from flowkv_scheduler.cluster import FORGET_REPORT_AFTER_S, ClusterState, NodeView, Work
-from tests.described_nodes import BLOCK_SIZE, MODEL, NUM_BLOCKS, PERIOD_S, descriptor, report
+from tests.described_nodes import BLOCK_SIZE, MODEL, NUM_BLOCKS, PERIOD_S, TOKEN_BUDGET, descriptor, report
 
 D0 = NodeRef(node_id="d0", incarnation="i1")
 
@@ -61,6 +63,25 @@ def test_prompts_count_at_once_and_are_forgotten_after_two_periods(state: Cluste
     assert only(state).given == Work(prefill_tokens=7)
     state.add_report(report("d0", "decode", seq=3), now=3 * PERIOD_S)
     assert only(state).given == Work()
+
+
+def test_each_kind_of_prompt_waits_for_what_comes_before_it(state: ClusterState) -> None:
+    """At 1,000 tokens/s: those in time for others in time, and for the rest of a chunk that has begun."""
+    state.mean_prompt_tokens = 0.0
+    state.set_descriptors({"p0": descriptor("p0", "prefill")})
+    p0 = NodeRef(node_id="p0", incarnation="i1")
+    queued: dict[str, Any] = {"queued_prefill_tokens": 3000, "interruptible_prefill_tokens": 2000}
+    state.add_report(report("p0", "prefill", **queued), now=0.0)
+    assert only(state).idle_wait_s == pytest.approx(3.0)
+    assert only(state).prefill_wait_s == pytest.approx(1.0 + TOKEN_BUDGET / 2 / 1000)
+    state.add_prompt(p0, Work(prefill_tokens=500, interruptible_tokens=500), now=0.1)
+    state.add_prompt(p0, Work(prefill_tokens=200), now=0.1)
+    assert only(state).idle_wait_s == pytest.approx(3.7)
+    assert only(state).prefill_wait_s == pytest.approx(1.2 + TOKEN_BUDGET / 2 / 1000)
+    shown: dict[str, Any] = {"queued_prefill_tokens": 100, "interruptible_prefill_tokens": 100}
+    state.add_report(report("p0", "prefill", seq=2, num_prompts_accepted=2, **shown), now=0.2)
+    assert only(state).idle_wait_s == pytest.approx(0.1)
+    assert only(state).prefill_wait_s == pytest.approx(0.05)
 
 
 def test_a_prompt_that_the_report_shows_is_not_counted_twice(state: ClusterState) -> None:

@@ -47,6 +47,7 @@ class RoleLoad(NamedTuple):
     num_accepted: int  # requests taken on by this incarnation of the node
     queued_prefill_tokens: int
     num_prompts: int = 0  # that are not computed yet
+    interruptible_prefill_tokens: int = 0  # of those queued
     num_waiting: int = 0  # sequences to decode without a place or without blocks
     num_running: int = 0  # sequences in the decode batch
     num_context_tokens: int = 0  # in the KV caches of those

@@ -74,6 +74,7 @@ def load_report(node: Node, seq: int) -> LoadReport:
         forecast=decode.forecast,
         num_links=len(connectors),
         usual_connector=usual,
+        interruptible_prefill_tokens=prefill.interruptible_prefill_tokens,
     )
 
 

@@ -480,6 +480,7 @@ class Dispatch:
             sampling=request.sampling,
             deadline_in_s=request.remaining_s(),
             due_in_s=assignment.due_in_s,
+            interruptible_for_s=assignment.interruptible_for_s,
         )
         subject = subjects.at(subjects.PREFILL_RUN, request.prefill_node)
         try:

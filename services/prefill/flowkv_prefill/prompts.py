@@ -38,6 +38,7 @@ class Prompt:
 
     run: PrefillRun
     due: float  # its first token, on the monotonic clock: its place among the prompts of this node
+    interruptible_until: float  # on the same clock: prompts in time that come by then are due before it
     sequence: Sequence
     task: asyncio.Task[None] = field(init=False)
     progress: asyncio.Event = field(default_factory=asyncio.Event)  # set after each chunk
@@ -79,7 +80,8 @@ class PrefillRole:
         self._node.refuse_while_unready()
         # Heard, but never refused for being old: the assignment was a promise to a client.
         self._node.hear_epoch(run.epoch)
-        prompt = Prompt(run, time.monotonic() + run.due_in_s, new_sequence(run))
+        now = time.monotonic()
+        prompt = Prompt(run, now + run.due_in_s, now + run.interruptible_for_s, new_sequence(run))
         tid = prompt.sequence.transfer_id
         if tid not in self._prompts:
             self._node.attempts.begin(Attempt(tid, run.gateway_id, "queued", lambda _: self._stop(prompt)))
@@ -272,9 +274,13 @@ class PrefillRole:
             self._stop(prompt)
 
     def load(self) -> RoleLoad:
-        waiting = [prompt.sequence for prompt in self._prompts.values() if prompt.first is None]
+        now = time.monotonic()
+        waiting = [prompt for prompt in self._prompts.values() if prompt.first is None]
         return RoleLoad(
             num_accepted=self._num_accepted,
-            queued_prefill_tokens=sum(sequence.num_new_tokens for sequence in waiting),
+            queued_prefill_tokens=sum(prompt.sequence.num_new_tokens for prompt in waiting),
             num_prompts=len(waiting),
+            interruptible_prefill_tokens=sum(
+                prompt.sequence.num_new_tokens for prompt in waiting if now < prompt.interruptible_until
+            ),
         )

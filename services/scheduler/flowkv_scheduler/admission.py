@@ -70,6 +70,10 @@ class Place(NamedTuple):
     due: float
     request_id: str
 
+    @property
+    def is_interruptible(self) -> bool:
+        return self.rank >= Rank.LATE
+
     def due_in_s(self, request: ScheduleRequest, goals: Goals, now: float) -> float:
         """When the first token is due, for the order at the prefill node. There it is a time and no rank, so
         that no prompt starves: a late one is due when newcomers are that came as late as any may wait."""
@@ -96,13 +100,13 @@ class Waiter(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """The requests that stand at one node or wait for one model, those of the class `batch` or the others."""
+    """The requests of one rank that stand at one node or wait for one model."""
 
     places: SortedList
     need: Work  # of all of them
 
 
-_Lines = dict[tuple[str, bool], _Line]
+_Lines = dict[tuple[str, Rank], _Line]
 
 
 class WaitingQueue:
@@ -116,7 +120,7 @@ class WaitingQueue:
         self._ttft_goal_s = ttft_goal_s
         self._waiters: dict[str, Waiter] = {}
         self._in_order: SortedDict = SortedDict()  # place -> waiter
-        # A batch line apart: others are before all of it, whatever it needs.
+        # A line for each rank: all of a later one come behind it, whatever they need.
         self._at_nodes: _Lines = {}
         self._of_models: _Lines = {}
         self._ends: SortedDict = SortedDict()  # (until, request id) -> None
@@ -148,12 +152,12 @@ class WaitingQueue:
 
     def num_batch(self, fingerprint: str) -> int:
         """Requests of the class `batch` that wait for the model."""
-        line = self._of_models.get((fingerprint, True))
+        line = self._of_models.get((fingerprint, Rank.BATCH))
         return len(line.places) if line else 0
 
     def has_others(self, fingerprint: str) -> bool:
         """Whether requests of no such class wait for the model."""
-        return (fingerprint, False) in self._of_models
+        return any((fingerprint, rank) in self._of_models for rank in Rank if rank is not Rank.BATCH)
 
     def is_late_overdue(self, now: float) -> bool:
         """Whether the first of the late requests was to have its first token by now.
@@ -190,7 +194,7 @@ class WaitingQueue:
     def _work_before(self, lines: _Lines, key: str, place: Place) -> Work:
         """The need of those before it: as many as there are, of the mean of all of their line."""
         own, work = self._waiters.get(place.request_id), NOTHING
-        for line in filter(None, (lines.get((key, False)), lines.get((key, True)))):
+        for line in filter(None, (lines.get((key, rank)) for rank in Rank)):
             num = line.places.bisect_left(place)
             if own is not None and own.place < place and own.place in line.places:
                 num -= 1
@@ -218,11 +222,11 @@ class WaitingQueue:
             line.places.add(place)
             lines[key] = line._replace(need=line.need.plus(need))
 
-    def _lines_of(self, waiter: Waiter) -> tuple[tuple[_Lines, tuple[str, bool]], ...]:
-        is_batch = waiter.place.rank is Rank.BATCH
+    def _lines_of(self, waiter: Waiter) -> tuple[tuple[_Lines, tuple[str, Rank]], ...]:
+        rank = waiter.place.rank
         return (
-            (self._at_nodes, (waiter.node_id, is_batch)),
-            (self._of_models, (waiter.request.fingerprint, is_batch)),
+            (self._at_nodes, (waiter.node_id, rank)),
+            (self._of_models, (waiter.request.fingerprint, rank)),
         )
 
     def forget(self, request_id: str) -> None:
@@ -279,7 +283,15 @@ def decide(
     in_time_s = IN_TIME * goals.of_request(request).ttft_s - request.age_s
     while True:
         find_kept = functools.partial(room_kept, queue, place)
-        costs = RequestCosts(request, state, goals, now, hits=hits, find_kept=find_kept)
+        costs = RequestCosts(
+            request,
+            state,
+            goals,
+            now,
+            hits=hits,
+            find_kept=find_kept,
+            is_interruptible=place.is_interruptible,
+        )
         choice = choose(costs)
         later = None if choice else foresee_room(costs, queue, place)
         first_token_s = choice.first_token_s if choice else later.wait.first_token_in_s if later else 0.0
@@ -294,8 +306,9 @@ def decide(
             if place.rank is not Rank.RUNNING:
                 _check_deadline(request, choice.predicted_s)
             due_in_s = place.due_in_s(request, costs.goals, now)
-            is_interruptible = place.rank >= Rank.LATE
-            return msgspec.structs.replace(choice, due_in_s=due_in_s, is_interruptible=is_interruptible)
+            # A newcomer has its whole TTFT goal before it.
+            interruptible_for_s = max(0.0, due_in_s - goals.ttft_s) if place.is_interruptible else 0.0
+            return msgspec.structs.replace(choice, due_in_s=due_in_s, interruptible_for_s=interruptible_for_s)
     if later is None:
         return _without_nodes(costs)
     if place.rank is not Rank.RUNNING:
@@ -554,8 +567,8 @@ def _room_in_s(node: NodeView, costs: RequestCosts, ahead: Work) -> float:
 
 
 def _prompts_in_s(costs: RequestCosts, prefill: Sequence[NodeView], ahead: Work) -> float:
-    """Seconds until the prefill side has computed what is queued there, and the prompts of `ahead`."""
-    soonest_s = min(node.prefill_wait_s for node in prefill)
+    """Seconds until the prefill side has computed what comes before the request there, and `ahead`."""
+    soonest_s = min(map(costs.prefill_wait_s, prefill))
     tokens_per_s: float = sum(group.prompt_tokens_per_s for group in costs.groups)
     return soonest_s + (ahead.prefill_tokens / tokens_per_s if tokens_per_s > 0.0 else 0.0)
 
@@ -563,7 +576,7 @@ def _prompts_in_s(costs: RequestCosts, prefill: Sequence[NodeView], ahead: Work)
 def _itl_in_s(node: NodeView, costs: RequestCosts, ahead: Work) -> float:
     """Seconds until the node meets the ITL target with the request, behind `ahead`."""
     if 0.0 < costs.itl_excess_s(node) <= node.chunk_s and not node.helps_decode:
-        return node.prefill_wait_s  # it will when the prompts that wait there are computed
+        return node.idle_wait_s  # it will when the prompts that wait there are computed
     excess_s = costs.itl_excess_s(node, ahead)
     if excess_s <= 0.0:
         return 0.0

@@ -269,7 +269,9 @@ class Scheduler:
             decode_candidates=decision.decode_candidates,
             first_token_in_s=decision.first_token_s,
             due_in_s=decision.due_in_s,
-            promised_first_token_in_s=None if decision.is_interruptible else promised_s,
+            interruptible_for_s=decision.interruptible_for_s,
+            # What comes before it is not known yet.
+            promised_first_token_in_s=None if decision.interruptible_for_s else promised_s,
         )
         await self._bus.publish(subjects.assignment(request.request_id), assignment)
         return assignment

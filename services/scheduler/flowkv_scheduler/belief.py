@@ -52,6 +52,9 @@ def why_untrue(report: LoadReport, node: NodeDescriptor) -> str | None:
     if not node.layout.block_size <= budget <= node.token_budget:
         least, most = node.layout.block_size, node.token_budget
         return f"max_prefill_tokens_per_step is {budget}, not between {least} and {most}"
+    queued, interruptible = report.queued_prefill_tokens, report.interruptible_prefill_tokens
+    if interruptible > queued:
+        return f"interruptible_prefill_tokens is {interruptible}, of queued_prefill_tokens {queued}"
     if report.num_running > report.max_num_seqs:
         return f"num_running is {report.num_running}, of max_num_seqs {report.max_num_seqs}"
     return None

@@ -76,6 +76,7 @@ class Work(msgspec.Struct, frozen=True, gc=False):
     num_blocks: int = 0
     context_tokens: int = 0
     output_tokens: float = 0.0  # as expected
+    interruptible_tokens: int = 0  # of those of prefill
 
     def plus(self, other: Work, sign: int = 1) -> Work:
         return Work(
@@ -84,6 +85,7 @@ class Work(msgspec.Struct, frozen=True, gc=False):
             self.num_blocks + sign * other.num_blocks,
             self.context_tokens + sign * other.context_tokens,
             self.output_tokens + sign * other.output_tokens,
+            self.interruptible_tokens + sign * other.interruptible_tokens,
         )
 
     def share(self, part: int, whole: int) -> Work:
@@ -96,6 +98,7 @@ class Work(msgspec.Struct, frozen=True, gc=False):
             self.num_blocks * part // whole,
             self.context_tokens * part // whole,
             self.output_tokens * part / whole,
+            self.interruptible_tokens * part // whole,
         )
 
 
@@ -202,14 +205,16 @@ class NodeView(msgspec.Struct, frozen=True, gc=False):
     num_queued_tokens: int
     num_available_blocks: int  # free ones and cached ones, which are evicted on demand
     chunk_beside_s: float  # what a prompt's steps compute for decoding sequences
-    prefill_wait_s: float  # until a prompt that comes now is begun
+    prefill_wait_s: float  # until a prompt in time that comes now is begun: it interrupts others
+    idle_wait_s: float  # until all prompts are computed that are here: until then a late one waits
     chunk_s: float  # what prompts that wait here add to a step
     step_s: float  # of a decode step, were one more sequence of mean length there; with `chunk_s`
     tokens_left: float  # that its sequences are expected to produce yet, together
     first_ends_in: float  # steps, until the first of them has ended
     stop_rate: float  # outputs that end by themselves, per token
-    # On a side the class of speed, the seconds until it could begin, or of a step, and the node id.
-    prefill_rank: tuple[int, float, str] | None
+    # On a side the class of speed, the seconds until it could begin, or of a step, and the node id. A prompt
+    # that would interrupt no other is preferred to one that would as soon.
+    prefill_rank: tuple[int, float, float, str] | None
     decode_rank: tuple[int, float, str] | None
 
     @property
@@ -320,7 +325,13 @@ def view_of(
     # A chunk on a decode node takes a whole step: a block at a time is never as cheap as its rate.
     base_s = 0.0 if may_prefill else speed.base_s - speed.chunk_base_s
     beside_s = base_s + speed.beside_s(report.num_running, report.num_context_tokens)
-    wait_s = speed.queue_s(num_queued, mean_prompt_tokens, chunk_tokens, beside_s) + doubt.first_token_s
+    # A chunk that has begun is not interrupted: on the mean half of it is left.
+    num_interruptible = min(num_queued, report.interruptible_prefill_tokens + given.interruptible_tokens)
+    num_before = num_queued - num_interruptible + min(num_interruptible, chunk_tokens) // 2
+    wait_s, idle_wait_s = (
+        speed.queue_s(num_tokens, mean_prompt_tokens, chunk_tokens, beside_s) + doubt.first_token_s
+        for num_tokens in (num_before, num_queued)
+    )
     chunk_s = min(num_queued, chunk_tokens) * speed.prefill_token_s
     step_s = speed.decode_step_s(num_sequences + 1, num_context_tokens + int(mean_prompt_tokens)) + chunk_s
     step_s += doubt.step_s
@@ -355,12 +366,15 @@ def view_of(
         num_available_blocks=blocks.free + blocks.cached - given.num_blocks - num_growing,
         chunk_beside_s=beside_s,
         prefill_wait_s=wait_s,
+        idle_wait_s=idle_wait_s,
         chunk_s=chunk_s,
         step_s=step_s,
         tokens_left=forecast.tokens_left + given.output_tokens,
         first_ends_in=min(forecast.first_ends_in if forecast.tokens_left else math.inf, given_ends_in),
         stop_rate=forecast.stop_rate,
-        prefill_rank=(speed_class(speed.prefill_token_s), wait_s, node_id) if may_prefill else None,
+        prefill_rank=(
+            (speed_class(speed.prefill_token_s), wait_s, idle_wait_s, node_id) if may_prefill else None
+        ),
         decode_rank=(speed_class(speed.base_s), step_s, node_id) if may_decode else None,
     )
 

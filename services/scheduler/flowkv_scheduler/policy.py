@@ -78,8 +78,11 @@ class RequestCosts:
         *,
         hits: Hits | None = None,
         find_kept: Callable[[RequestCosts], Mapping[str, Work]] | None = None,
+        is_interruptible: bool = False,
     ) -> None:
-        """`hits`: looked up if None. `find_kept`: see `kept`. Raises `BadRequest` for malformed hashes."""
+        """`hits`: looked up if None. `find_kept`: see `kept`. `is_interruptible`: prompts in time come before
+        its own, so that it interrupts none. Raises `BadRequest` for malformed hashes.
+        """
         self.request = request
         self.state = state
         self.goals = goals.of_request(request)
@@ -87,6 +90,7 @@ class RequestCosts:
         self.cluster_goals = goals
         self.hits = state.prefixes.hits(keys_of(request.block_hashes), now) if hits is None else hits
         self._find_kept = find_kept
+        self.is_interruptible = is_interruptible
         self.lengths = state.lengths_of(request.fingerprint)
         self._needs: dict[int, Work] = {}  # by block size: all else about it is the request's
         # How much longer the ITL target may delay this request.
@@ -185,12 +189,16 @@ class RequestCosts:
         cached = self.hits.num_blocks(node.node_id) * node.descriptor.layout.block_size
         return min(cached, self.request.num_prompt_tokens - 1)
 
+    def prefill_wait_s(self, node: NodeView) -> float:
+        """Behind the prompts that come before its own there, those that we have sent since included."""
+        return node.idle_wait_s if self.is_interruptible else node.prefill_wait_s
+
     def prefill_cost(self, node: NodeView) -> Cost:
-        """Wait behind the queued tokens and those we have sent since, then what is not cached here."""
+        """The wait, then what is not cached here."""
         num_cached = self.num_cached_tokens(node)
         num_new = self.request.num_prompt_tokens - num_cached
         work_s = node.speed.prefill_s(num_new, num_cached, node.chunk_tokens, node.chunk_beside_s)
-        return Cost(node, work_s, num_cached, node.prefill_wait_s + work_s)
+        return Cost(node, work_s, num_cached, self.prefill_wait_s(node) + work_s)
 
     def decode_cost(self, node: NodeView) -> Cost:
         """One step: a request that gets the node has its place in the batch."""
@@ -237,7 +245,7 @@ class RequestCosts:
         """The best nodes for the prompt, soonest first."""
         sides = (group.prefill, prefill_rank), (group.members, id_rank)
         found = self._candidates(sides, self.takes_prompt, lambda _: True)
-        able = (node for node in found if node.prefill_wait_s <= self.longest_prefill_wait_s)
+        able = (node for node in found if self.prefill_wait_s(node) <= self.longest_prefill_wait_s)
         return sorted(map(self.prefill_cost, able), key=_rank)[:MAX_CANDIDATES]
 
     def decode_side(self, group: NodeGroup) -> list[Cost]:
@@ -322,11 +330,14 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     prefill_candidates: list[Candidate]
     decode_candidates: list[Candidate]
     due_in_s: float = 0.0  # the first token, for the order of prompts at the node
-    is_interruptible: bool = False  # by prompts in time, so that its own may take longer than predicted
+    interruptible_for_s: float = 0.0  # by prompts in time, so that its own may take longer than predicted
 
     def added_work(self, request: ScheduleRequest, lengths: OutputLengths) -> tuple[Work, Work]:
         """What the choice adds to its prefill node and to its decode node."""
-        for_prefill = Work(prefill_tokens=request.num_prompt_tokens - self.num_cached_tokens)
+        num_new = request.num_prompt_tokens - self.num_cached_tokens
+        for_prefill = Work(
+            prefill_tokens=num_new, interruptible_tokens=num_new if self.interruptible_for_s else 0
+        )
         if request.max_new_tokens == 1:
             return for_prefill, NOTHING
         return (
@@ -384,17 +395,18 @@ def _choose_in(costs: RequestCosts, group: NodeGroup) -> Choice | None:
     if best is None:
         return None
     p, d = best.prefill, best.decode
+    wait_s = costs.prefill_wait_s(p.node)
     return Choice(
         prefill=p.node,
         decode=d.node,
         predicted_s=best.predicted_s,
-        wait_s=p.node.prefill_wait_s,
+        wait_s=wait_s,
         first_token_s=p.total_s,
         prefill_s=p.work_s,
         num_cached_tokens=p.num_cached_tokens,
         reason=(
             f"best of {len(prefill) * len(decode) + len(staying)} pairs, {best.predicted_s:.3f} s to the "
-            f"second token: wait at {p.node.node_id} {p.node.prefill_wait_s:.3f} s, prefill of "
+            f"second token: wait at {p.node.node_id} {wait_s:.3f} s, prefill of "
             f"{costs.request.num_prompt_tokens - p.num_cached_tokens} tokens {p.work_s:.3f} s, transfer "
             f"{best.transfer_s:.3f} s, step at {d.node.node_id} {d.work_s:.3f} s"
         ),
@@ -428,12 +440,12 @@ def _may_stay(costs: RequestCosts, node: NodeView) -> bool:
     the requests that come next."""
     chunk_s = node.chunk_budget * node.speed.prefill_token_s
     is_idle = not (node.num_sequences or node.report.num_prompts or node.may_prefill)
-    is_idle = is_idle and node.prefill_wait_s <= costs.longest_prefill_wait_s
+    is_idle = is_idle and costs.prefill_wait_s(node) <= costs.longest_prefill_wait_s
     return is_idle and costs.step_s(node) + chunk_s <= costs.goals.itl_s
 
 
 def _prefill_candidate(cost: Cost) -> Candidate:
-    reason = f"{cost.node.num_queued_tokens} tokens ahead, {cost.num_cached_tokens} of the prompt cached"
+    reason = f"{cost.node.num_queued_tokens} tokens queued, {cost.num_cached_tokens} of the prompt cached"
     return Candidate(node_id=cost.node.node_id, predicted_s=cost.total_s, reason=reason)
 
 

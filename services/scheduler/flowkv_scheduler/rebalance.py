@@ -440,7 +440,7 @@ def _other_duties(counts: Counter[Duty], mine: Duty) -> list[Duty]:
 def _busy_s(node: NodeView, duty: Duty) -> float:
     """Until what it has of its duty is done."""
     if duty == "prefill":
-        return node.prefill_wait_s
+        return node.idle_wait_s
     return node.tokens_left / max(1, node.num_sequences) * node.step_s
 
 

@@ -249,6 +249,7 @@ class Assignment(Message, frozen=True):
     first_token_in_s: float = 0.0  # predicted, from now
     promised_first_token_in_s: float | None = None  # the same by the node's own word, however it is believed
     due_in_s: float = 0.0  # the first token: later for requests that are late
+    interruptible_for_s: float = 0.0  # by prompts in time, while it is not computed
 
 
 class Wait(Message, frozen=True):
@@ -293,6 +294,7 @@ class PrefillRun(Message, frozen=True):
     sampling: SamplingParams
     deadline_in_s: float
     due_in_s: float = 0.0  # its first token: a node computes the prompt first that is due first
+    interruptible_for_s: float = 0.0  # prompts in time that come by then are due before it
 
 
 class Reserve(Message, frozen=True):

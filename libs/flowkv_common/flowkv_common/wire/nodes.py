@@ -135,6 +135,7 @@ class LoadReport(Message, frozen=True):
     forecast: OutputForecast | None = None
     num_links: Count = 0
     usual_connector: str = ""  # in use to most of the linked peers; "": to none yet, or all are in `links`
+    interruptible_prefill_tokens: Count = 0  # of those queued: a prompt in time that comes now is before them
 
 
 class SetPrefillCap(Message, frozen=True):
