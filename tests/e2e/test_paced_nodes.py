@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import statistics
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from flowkv_node import reporting
 from flowkv_node.node import Node
 from tests.e2e.load import Streamed, run_all, stream_completion, wait_healthy
 from tests.e2e.observer import observe
-from tests.paced.cluster import services, wait_linked
+from tests.paced.cluster import services, variables, wait_linked
 from tests.paced.digest import paced_tokens
 from tests.paced.engine import Kept, Pace
 from tests.paced.nodes import PacedNode, pace_of, paced_layout, paced_nodes
@@ -74,11 +76,13 @@ async def paced(
     *,
     connectors: str = "shm,tcp",
     max_wait_s: int = 60,
+    api_keys_file: Path | None = None,
     **counts: int,
 ) -> AsyncIterator[Paced]:
     """A cluster that is ready; afterwards its nodes hold nothing, and their books balance."""
     pace = pace_of(str(model_path), costs)
-    with services(folder, model_path, {"FLOWKV_MAX_WAIT_S": str(max_wait_s)}) as cluster:
+    wanted = variables(max_wait_s=max_wait_s, api_keys_file=api_keys_file or "")
+    with services(folder, model_path, wanted) as cluster:
         settings = NodeSettings(
             nats_url=cluster.nats_url,
             model_path=str(model_path),
@@ -189,6 +193,45 @@ async def test_an_overload_is_refused_at_once_and_passes(tmp_path: Path, model_p
     assert max(outcome.ended_s for outcome in refused) < 0.05 * num_requests * num_prompt * 0.01
     assert all(outcome.is_complete and len(outcome.token_ids) == num_outputs for outcome in accepted)
     assert after.token_ids == system.expected(after.prompt_ids, 2)
+
+
+@pytest.mark.full
+async def test_one_request_does_not_wait_behind_300_of_another_key(tmp_path: Path, model_path: Path) -> None:
+    """Each computes for 0.14 s: in the order of their age, one would wait for most of 42 s."""
+    keys_file = tmp_path / "keys"
+    keys_file.write_text("many sk-many\none sk-one\n")
+    async with paced(
+        tmp_path / "run", model_path, fit(), api_keys_file=keys_file, prefill=1, decode=1
+    ) as system:
+        limits = httpx.Limits(max_connections=None)
+        many, one = (
+            httpx.AsyncClient(
+                base_url=system.cluster.url, timeout=120, limits=limits, headers={"x-api-key": key}
+            )
+            for key in ("sk-many", "sk-one")
+        )
+        async with many, one:
+            alone_s = [await ttft_s(one, seed) for seed in range(9)]
+            prompts = [prompt_of(100, seed) for seed in range(100, 400)]
+            backlog = asyncio.create_task(run_all(many, prompts, max_tokens=20))
+            async with observe(system.cluster.nats_url) as observer:
+                assignments = await observer.events("flowkv.v1.assignment.>")
+                await assignments.wait_for_all(5)
+            loaded_s = [await ttft_s(one, seed) for seed in range(10, 31)]
+            assert not backlog.done()
+            backlog.cancel()
+            await asyncio.wait([backlog])
+    assert statistics.median(loaded_s) < 2 * statistics.median(alone_s), (alone_s, loaded_s)
+
+
+async def ttft_s(http: httpx.AsyncClient, seed: int) -> float:
+    began = time.monotonic()
+    times_s: list[float] = []
+    done = await stream_completion(
+        http, prompt_of(100, seed), max_tokens=2, on_chunk=lambda _: times_s.append(time.monotonic() - began)
+    )
+    assert done.saw_done, done.error
+    return times_s[0]
 
 
 async def served_again(system: Paced, prompt_ids: list[int]) -> Streamed:

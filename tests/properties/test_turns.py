@@ -15,6 +15,7 @@ from flowkv_gateway.turns import Turns
 NUM_TOKENS = st.integers(1, 50)
 TENANT = st.sampled_from("abc")
 NTH = st.integers(0, 9)
+MAX_TOKENS = 100
 
 
 class Join(NamedTuple):
@@ -24,6 +25,12 @@ class Join(NamedTuple):
 
 class GetPair(NamedTuple):
     """The n-th of those that ask, if there are so many."""
+
+    nth: int
+
+
+class FirstToken(NamedTuple):
+    """The n-th of those with a pair, if there are so many."""
 
     nth: int
 
@@ -41,11 +48,12 @@ class Serve(NamedTuple):
     num_tokens: int
 
 
-Action = Join | GetPair | Cancel | Serve
+Action = Join | GetPair | FirstToken | Cancel | Serve
 ACTIONS = st.lists(
     st.one_of(
         st.builds(Join, TENANT, NUM_TOKENS),
         st.builds(GetPair, NTH),
+        st.builds(FirstToken, NTH),
         st.builds(Cancel, NTH),
         st.builds(Serve, TENANT, NUM_TOKENS),
     ),
@@ -59,6 +67,7 @@ class Asker:
     tenant: str
     num_tokens: int
     has_pair: asyncio.Event = field(default_factory=asyncio.Event)
+    has_token: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Model:
@@ -67,6 +76,7 @@ class Model:
     def __init__(self, max_asking: int) -> None:
         self.max_asking = max_asking
         self.asking: list[Asker] = []
+        self.computed: list[Asker] = []  # with a pair
         self.waiting: list[Asker] = []
         self.served = dict.fromkeys("abc", 0.0)
         self.last_turn = dict.fromkeys("abc", 0)
@@ -75,9 +85,12 @@ class Model:
     def admit(self) -> None:
         while self.waiting:
             key = min({one.tenant for one in self.waiting}, key=lambda t: (self.served[t], self.last_turn[t]))
-            rivals = [one.tenant for one in self.asking]
+            taken = self.asking + self.computed
+            rivals = [one.tenant for one in taken]
             is_behind = key not in rivals and all(self.served[key] <= self.served[one] for one in rivals)
-            if len(self.asking) >= self.max_asking and not is_behind:
+            num_tokens = sum(one.num_tokens for one in taken)
+            has_room = len(self.asking) < self.max_asking and num_tokens < MAX_TOKENS
+            if not (has_room or is_behind):
                 return
             asker = next(one for one in self.waiting if one.tenant == key)
             self.waiting.remove(asker)
@@ -94,7 +107,7 @@ class House:
         # The clock stands: all were here a minute ago at the latest.
         tenants = Tenants(0, 0, clock=lambda: 0.0)
         self.by_name: dict[str, Tenant] = {name: tenants.find(name) for name in "abc"}
-        self.turns = Turns(lambda: max_asking)
+        self.turns = Turns(lambda: max_asking, lambda: MAX_TOKENS)
         self.order: list[int] = []
         self.tasks: dict[Asker, asyncio.Task[None]] = {}
 
@@ -109,13 +122,16 @@ class House:
             self.order.append(asker.number)
             await self.turns.wait(turn)  # a second question needs no second turn
             await asker.has_pair.wait()
+            self.turns.assign(turn)
+            await asker.has_token.wait()
+            self.turns.end(turn)
 
     async def settle(self) -> None:
         for _ in range(6 * len(self.tasks) + 6):
             await asyncio.sleep(0)
 
     def is_empty(self) -> bool:
-        return not self.turns._waiting and not self.turns._asking
+        return not self.turns._waiting and not self.turns._taken
 
 
 @given(ACTIONS, st.integers(1, 3))
@@ -132,7 +148,11 @@ async def _play(actions: list[Action], max_asking: int) -> None:
             case Join(tenant, num_tokens):
                 model.waiting.append(house.join(tenant, num_tokens))
             case GetPair(nth) if nth < len(model.asking):
-                model.asking.pop(nth).has_pair.set()
+                asker = model.asking.pop(nth)
+                model.computed.append(asker)
+                asker.has_pair.set()
+            case FirstToken(nth) if nth < len(model.computed):
+                model.computed.pop(nth).has_token.set()
             case Cancel(nth) if nth < len(model.asking):
                 asker = model.asking.pop(nth)
                 model.served[asker.tenant] -= asker.num_tokens
@@ -174,6 +194,7 @@ async def _cancel_in_one_tick(visits: list[tuple[str, int, bool]], max_asking: i
         if asker in cancelled:
             task.cancel()
         asker.has_pair.set()
+        asker.has_token.set()
     await asyncio.wait(house.tasks.values()) if house.tasks else None
     assert {asker for asker, task in house.tasks.items() if task.cancelled()} == cancelled
     assert house.is_empty()

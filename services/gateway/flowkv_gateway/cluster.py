@@ -95,6 +95,11 @@ class Cluster:
         """Nodes that serve the model."""
         return len(self._by_fingerprint.get(self.model.fingerprint, ())) if self.model else 0
 
+    def prompt_tokens_per_step(self) -> int:
+        """That all nodes of the model compute in one step of each."""
+        reports = self._fresh_reports(self.model.fingerprint) if self.model else ()
+        return sum(report.max_prefill_tokens_per_step for _, report in reports if report.ready)
+
     def has_ready_node(self) -> bool:
         return self.model is not None and self._num_ready(self.model.fingerprint)[1] > 0
 

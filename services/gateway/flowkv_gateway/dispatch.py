@@ -327,7 +327,7 @@ class Dispatch:
         self.cluster = Cluster(own)
         self.streams: dict[str, TokenStream] = {}  # transfer id -> the tokens of this attempt
         self.witness = Witness(gateway_id)
-        self._turns = Turns(self.cluster.num_nodes)
+        self._turns = Turns(self.cluster.num_nodes, self.cluster.prompt_tokens_per_step)
         self._num_open = 0
         self._scheduler_answered_at = 0.0
         self._scheduler_why_not: str | None = _NO_SCHEDULER  # what was missing by its last answer
@@ -373,25 +373,29 @@ class Dispatch:
         request.begin()
         self._num_open += 1
         try:
-            while True:
-                # Waits for as long as it makes sense: its errors are final.
-                assignment = await self._schedule(request)
-                try:
-                    async with self._attempt(request, assignment) as stream:
-                        while not request.is_finished:
-                            chunk = await self._next_chunk(request, stream)
-                            request.add_chunk(chunk)
-                            yield chunk
-                    return
-                except FlowKVError as error:
-                    if isinstance(error, FINAL) or request.attempt + 1 >= MAX_ATTEMPTS:
-                        raise
-                    if request.remaining_s() <= 0:
-                        raise DeadlineExceeded("the request ran out of time") from error
-                    log.warning("attempt %s failed, trying again: %s", request.transfer_id, error.message)
-                    request.begin_next_attempt()
-                    if self._bus.connected_for_s < min(SETTLE_S, request.lived_s()):
-                        await asyncio.sleep(UNSETTLED_PAUSE_S)  # NATS was away just now
+            with self._turn(request) as turn:
+                while True:
+                    # Waits for as long as it makes sense: its errors are final.
+                    assignment = await self._schedule(request, turn)
+                    try:
+                        async with self._attempt(request, assignment) as stream:
+                            while not request.is_finished:
+                                chunk = await self._next_chunk(request, stream)
+                                request.add_chunk(chunk)
+                                if turn is not None:  # with output it comes before all others
+                                    self._turns.end(turn)
+                                    turn = None
+                                yield chunk
+                        return
+                    except FlowKVError as error:
+                        if isinstance(error, FINAL) or request.attempt + 1 >= MAX_ATTEMPTS:
+                            raise
+                        if request.remaining_s() <= 0:
+                            raise DeadlineExceeded("the request ran out of time") from error
+                        log.warning("attempt %s failed, trying again: %s", request.transfer_id, error.message)
+                        request.begin_next_attempt()
+                        if self._bus.connected_for_s < min(SETTLE_S, request.lived_s()):
+                            await asyncio.sleep(UNSETTLED_PAUSE_S)  # NATS was away just now
         except FlowKVError as error:
             request.outcome, request.error = "error", error.message
             if not isinstance(error, Full):
@@ -403,9 +407,9 @@ class Dispatch:
             with contextlib.suppress(FlowKVError):
                 await self._bus.publish(event, request.finished_event())
 
-    async def _schedule(self, request: RequestState) -> Assignment:
+    async def _schedule(self, request: RequestState, turn: Turn | None) -> Assignment:
         """Ask until there is a pair: the gateway does the waiting, so no queue is lost with a scheduler."""
-        with request.phases.phase("schedule"), self._turn(request) as turn:
+        with request.phases.phase("schedule"):
             while True:
                 if turn is not None:
                     try:
@@ -436,6 +440,8 @@ class Dispatch:
                     request.prefill_node = answer.prefill.node_id
                     request.decode_node = answer.decode.node_id
                     request.assigned_at = time.monotonic()
+                    if turn is not None:
+                        self._turns.assign(turn)
                     return answer
                 remaining_s = request.remaining_s()
                 if remaining_s <= 0:
@@ -443,8 +449,8 @@ class Dispatch:
                 await asyncio.sleep(min(answer.retry_in_s, remaining_s))
 
     def _turn(self, request: RequestState) -> contextlib.AbstractContextManager[Turn | None]:
-        """None for a request that is in no other's way, and for one with output, which comes first."""
-        if request.tenant is None or request.goals.is_batch or request.output_ids:
+        """None for a request that is in no other's way."""
+        if request.tenant is None or request.goals.is_batch:
             return contextlib.nullcontext()
         return self._turns.turn(request.tenant, len(request.prompt_ids))
 

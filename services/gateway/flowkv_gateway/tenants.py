@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 from flowkv_gateway.errors import KeyLimit
 
-# A tenant that comes back within this time has not left: agents pause between two calls.
-PRESENT_S = 60.0
+# A tenant that comes back within this time has not left: people read an answer, agents use their tools.
+PRESENT_S = 600.0
 
 
 class Tenants:
@@ -47,7 +47,7 @@ class Tenant:
         self._last_request_s = 0.0  # what the request took that ended last
 
     def is_alone(self) -> bool:
-        """Whether no other has a request, or had one a minute ago."""
+        """Whether no other has a request, or had one lately."""
         since = self._tenants.clock() - PRESENT_S
         others = (other for other in self._tenants.by_name.values() if other is not self)
         return not any(other.num_open or other._seen_at > since for other in others)

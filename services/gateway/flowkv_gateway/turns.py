@@ -1,7 +1,7 @@
-"""Whose request asks the scheduler next: under load tenants share by the tokens that they were served.
+"""Whose request is next: under load tenants share by the tokens that they were served.
 
-The scheduler serves those that wait in the order of their age. So of many requests of one tenant only a few
-may wait there, or another's first one would stand behind them all.
+Scheduler and prefill nodes serve requests in the order of their age. So of many requests of one tenant only
+a few may be there, or another's first one would stand behind them all.
 """
 
 from __future__ import annotations
@@ -17,46 +17,45 @@ from flowkv_gateway.tenants import Tenant
 
 @dataclass(eq=False)
 class Turn:
-    """One request that wants a pair of nodes. `num_tokens`: of its prompt."""
+    """One request, until it has its first token. `num_tokens`: of its prompt."""
 
     tenant: Tenant
     num_tokens: int
-    is_asking: bool = False
+    is_taken: bool = False  # it may ask the scheduler
+    has_pair: bool = False
     admission: asyncio.Future[None] | None = None
 
 
 class Turns:
-    """At most `max_asking` requests ask; the next is always the oldest of the tenant that was served least.
+    """Those that have a turn fill the next step of the nodes: so many prompt tokens, and of those that the
+    scheduler lets wait, one request per node.
 
-    That tenant never waits for those before it: if none of its requests asks, one may beside them. A tenant
-    that is alone is not held back.
+    The next turn is that of the oldest request of the tenant that was served least. This tenant never waits
+    for those before it: if none of its requests has a turn, one gets a turn beside them. A tenant that is
+    alone is not held back.
     """
 
-    def __init__(self, max_asking: Callable[[], int]) -> None:
+    def __init__(self, max_asking: Callable[[], int], max_tokens: Callable[[], int]) -> None:
         self._max_asking = max_asking
-        self._asking: set[Turn] = set()
+        self._max_tokens = max_tokens
+        self._taken: set[Turn] = set()
         self._waiting: dict[Tenant, dict[Turn, None]] = {}  # in the order in which they came
         self._numbers = itertools.count(1)
 
     @contextlib.contextmanager
     def turn(self, tenant: Tenant, num_tokens: int) -> Iterator[Turn]:
-        """Around all questions of a request, until it has a pair: then its prompt counts as served."""
+        """Around all that is done for a request. One that ends without a pair was not served."""
         turn = Turn(tenant, num_tokens)
         try:
             yield turn
-            if not turn.is_asking:
-                tenant.served += num_tokens
-        except BaseException:
-            if turn.is_asking:
-                tenant.served -= num_tokens
-            raise
         finally:
-            self._asking.discard(turn)
-            self._admit()
+            if turn.is_taken and not turn.has_pair:
+                tenant.served -= num_tokens
+            self.end(turn)
 
     async def wait(self, turn: Turn) -> None:
-        """Until `turn` may ask: call it before each question."""
-        if turn.is_asking or (not self._waiting and turn.tenant.is_alone()):
+        """Until `turn` may ask the scheduler: call it before each question."""
+        if turn.is_taken or (not self._waiting and turn.tenant.is_alone()):
             return
         admission = turn.admission = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(turn.tenant, {})[turn] = None
@@ -65,6 +64,18 @@ class Turns:
             await admission
         finally:
             self._forget(turn)
+
+    def assign(self, turn: Turn) -> None:
+        """It has got a pair: another may ask."""
+        if not (turn.has_pair or turn.is_taken):
+            turn.tenant.served += turn.num_tokens
+        turn.has_pair = True
+        self._admit()
+
+    def end(self, turn: Turn) -> None:
+        """It has got its first token, or has ended."""
+        self._taken.discard(turn)
+        self._admit()
 
     def _forget(self, turn: Turn) -> None:
         waiting = self._waiting.get(turn.tenant, {})
@@ -80,14 +91,22 @@ class Turns:
             if turn.admission.cancelled():  # it has not run since
                 self._forget(turn)
                 continue
-            has_room = len(self._asking) < self._max_asking() or tenant.is_alone()
-            if not has_room and any(
-                other.tenant is tenant or other.tenant.served < tenant.served for other in self._asking
-            ):
+            if not (self._has_room() or self._is_least_served(tenant) or tenant.is_alone()):
                 return
             self._forget(turn)
-            self._asking.add(turn)
-            turn.is_asking = True
+            self._taken.add(turn)
+            turn.is_taken = True
             tenant.last_turn = next(self._numbers)
-            tenant.served += turn.num_tokens  # now, or it would be given all turns that there are
+            if not turn.has_pair:
+                tenant.served += turn.num_tokens  # now, or it would be given all turns that there are
             turn.admission.set_result(None)
+
+    def _has_room(self) -> bool:
+        num_asking = sum(not turn.has_pair for turn in self._taken)
+        num_tokens = sum(turn.num_tokens for turn in self._taken)
+        return num_asking < self._max_asking() and num_tokens < self._max_tokens()
+
+    def _is_least_served(self, tenant: Tenant) -> bool:
+        """Also of those that have a turn, with none itself."""
+        others = [turn.tenant for turn in self._taken]
+        return tenant not in others and all(tenant.served <= other.served for other in others)
