@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -25,6 +26,7 @@ from benchmarks.clusters import (
     NUM_BLOCKS,
     ONE_CORE,
     PACED_LIMITS,
+    Pace,
     drive_observed,
     start_cluster,
 )
@@ -40,6 +42,7 @@ from tests.paced.nodes import paced_layout
 
 MEANS = ("good", "num_served", "late_first", "slow", "ttft_s", "tpot_s", "tokens_per_s")
 COLUMNS = (*(f"{side}_{name}" for name in MEANS for side in ("measured", "simulated")), "simulator_off_by")
+CELL = ("trace", "cluster", "load", "lending", "run")
 # With real nodes all are served: what is compared is how long things take.
 REAL_TARGETS = Targets(ttft_s=60.0, tpot_s=1.0)
 # The longest prompt and answer together: what the model of the paced nodes allows.
@@ -65,13 +68,18 @@ def main(argv: Sequence[str]) -> int:
         chosen = cut_to(read_window(options.trace[0], options.requests, options.seed), options.longest)
         beside_real_nodes(options, [asked_exactly(request) for request in chosen], report)
         return report.finish("rate_per_s", *COLUMNS)
+    if options.resume and options.json.exists():
+        report.rows += earlier_rows(options)
+    known = {cell_of(row) for row in report.rows}
     for trace, num_each, load, lending, run in product(
         options.trace, options.nodes, options.loads, options.lending, range(options.runs)
     ):
         lends = lending == "on"
         cluster = f"{num_each}P{num_each}D"
-        report.say(f"{trace}: {cluster} at {load:.0%}, lending {lending}, run {run + 1} of {options.runs}")
         row = {"trace": Path(trace).name, "cluster": cluster, "load": load, "lending": lends, "run": run}
+        if cell_of(row) in known:
+            continue
+        report.say(f"{trace}: {cluster} at {load:.0%}, lending {lending}, run {run + 1} of {options.runs}")
         found = beside_paced_nodes(options, trace, num_each, load, options.seed + run, lends)
         report.add_row(**row, **found)
     return report.finish(shown=points_off(report.rows))
@@ -105,6 +113,20 @@ def beside_paced_nodes(
     }
 
 
+def earlier_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of `--json`. Raises BenchmarkFailed if they are of other requests."""
+    document = json.loads(options.json.read_text())
+    for name in ("requests", "seed", "longest"):
+        before, now = document["conditions"][name], getattr(options, name)
+        if before != now:
+            raise BenchmarkFailed(f"{options.json} was begun with --{name} {before}: give that, not {now}")
+    return [{**row, "pace": Pace(**row["pace"])} for row in document["rows"]]
+
+
+def cell_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in CELL)
+
+
 def asked_exactly(request: Request) -> Request:
     """As clients of `drive` ask: paced nodes end no answer by themselves."""
     return request._replace(max_tokens=request.num_output_tokens)
@@ -113,16 +135,15 @@ def asked_exactly(request: Request) -> Request:
 def points_off(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each cell the share of good requests, the mean of its runs, and how far the simulator is off."""
     shown = []
-    names = ("trace", "cluster", "load", "lending")
-    for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
-        here = [row for row in rows if tuple(row[name] for name in names) == key]
+    for key in dict.fromkeys(cell_of(row)[:-1] for row in rows):
+        here = [row for row in rows if cell_of(row)[:-1] == key]
         good = {
             side: [100 * row[f"{side}_good"] / row["num_requests"] for row in here]
             for side in ("measured", "simulated")
         }
         shown.append(
             {
-                **dict(zip(names, key, strict=True)),
+                **dict(zip(CELL, key, strict=False)),
                 **{f"{side} good %": fmean(values) for side, values in good.items()},
                 "points off": f"{fmean(good['simulated']) - fmean(good['measured']):+.1f}",
                 "measured in each run": " ".join(f"{value:.0f}" for value in good["measured"]),
@@ -172,35 +193,43 @@ def goals_of(targets: Targets) -> dict[str, object]:
 def compare(outcomes: Sequence[Outcome], simulated: SimOutcome, targets: Targets) -> dict[str, object]:
     """Good requests, those that missed the TTFT or the TPOT target, and means over all that were served.
 
-    `tokens_per_s` is from the first arrival to the last token.
+    `tokens_per_s` is from the first arrival to the last token. What is a mean of nothing is None.
     """
     served = [outcome for outcome in outcomes if outcome.is_complete]
     lives = [life for life in simulated.lives if life.is_done]
     num_tokens = sum(len(outcome.token_ids) for outcome in served)
-    ended_s = max(outcome.sent_s + outcome.ended_s for outcome in served)
+    ended_s = max((outcome.sent_s + outcome.ended_s for outcome in served), default=0.0)
+    last_s = max((life.last_token_s for life in lives), default=0.0)
     real = (
         sum(targets.are_met(outcome.ttft_s, outcome.tpot_s) for outcome in served),
         len(served),
         sum((outcome.ttft_s or 0.0) > targets.ttft_s for outcome in served),
         sum(outcome.tpot_s > targets.tpot_s for outcome in served),
-        fmean(outcome.ttft_s or 0.0 for outcome in served),
-        fmean(outcome.tpot_s for outcome in served if len(outcome.token_ids) > 1),
-        num_tokens / ended_s,
+        _mean([outcome.ttft_s or 0.0 for outcome in served]),
+        _mean([outcome.tpot_s for outcome in served if len(outcome.token_ids) > 1]),
+        num_tokens / ended_s if served else None,
     )
     imagined = (
         simulated.num_good,
         len(lives),
         sum(life.ttft_s > targets.ttft_s for life in lives),
         sum(life.tpot_s > targets.tpot_s for life in lives),
-        fmean(life.ttft_s for life in lives),
-        fmean(life.tpot_s for life in lives if life.request.num_output_tokens > 1),
-        sum(life.request.num_output_tokens for life in lives) / max(life.last_token_s for life in lives),
+        _mean([life.ttft_s for life in lives]),
+        _mean([life.tpot_s for life in lives if life.request.num_output_tokens > 1]),
+        sum(life.request.num_output_tokens for life in lives) / last_s if lives else None,
     )
     found: dict[str, object] = {"num_requests": len(outcomes)}
     for name, one, other in zip(MEANS, real, imagined, strict=True):
         found |= {f"measured_{name}": one, f"simulated_{name}": other}
-    off_by = (f"{other / one - 1:+.1%}" for one, other in zip(real[-3:], imagined[-3:], strict=True))
+    off_by = (
+        f"{other / one - 1:+.1%}" if one and other else "unknown"
+        for one, other in zip(real[-3:], imagined[-3:], strict=True)
+    )
     return {**found, "simulator_off_by": " ".join(off_by)}  # of the last three
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
@@ -217,6 +246,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     paced.add_argument("--loads", type=float, nargs="+", default=[0.7, 1.0, 1.3])
     paced.add_argument("--lending", nargs="+", choices=["off", "on"], default=["off", "on"])
     paced.add_argument("--runs", type=int, default=1, help="of each cell, each with another seed")
+    paced.add_argument("--resume", action="store_true", help="run only cells that the file of --json lacks")
     real = parser.add_argument_group("with --real")
     real.add_argument("--rates", type=float, nargs="+", default=[0.15, 0.3], help="requests per second")
     real.add_argument("--blocks", type=int, default=4096, help="of each node's pool, 16 tokens each")

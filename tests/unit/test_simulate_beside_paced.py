@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import simulated
+from benchmarks import BenchmarkFailed, simulated
 from benchmarks.clusters import Observed, Pace
 from benchmarks.load import Arrival
 from benchmarks.load import Outcome as Answer
@@ -38,6 +38,16 @@ def test_a_run_is_told_by_good_requests_and_means() -> None:
     assert found["measured_ttft_s"] == 1.5
     assert found["measured_tpot_s"] == pytest.approx(0.04)
     assert found["measured_tokens_per_s"] == pytest.approx(4 / 3.54)
+
+
+def test_a_run_that_serves_nothing_has_no_means() -> None:
+    requests = [asked_exactly(Request(100, 1))]
+    outcome = simulate(Machines(PACED, 2), 1, "static", requests, Targets(1.0, 0.5))
+    found = compare([answer(0.0, 429)], outcome, Targets(1.0, 0.5))
+    assert (found["measured_num_served"], found["simulated_num_served"]) == (0, 1)
+    assert (found["measured_ttft_s"], found["measured_tokens_per_s"]) == (None, None)
+    assert found["simulated_tpot_s"] is None
+    assert found["simulator_off_by"] == "unknown unknown unknown"
 
 
 def test_cells_are_means_of_their_runs() -> None:
@@ -83,3 +93,12 @@ def test_the_command_runs_each_cell(
     table = capsys.readouterr().out
     assert "points off" in table
     assert table.count("1P1D") == 2
+    # In pieces: only what is missing runs, and all is told.
+    argv = [*argv, "--json", str(file), "--resume"]
+    assert simulated.main([*argv, "--requests", "20", "--loads", "0.7", "1.0", "--lending", "on"]) == 0
+    assert len(settings) == 6
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["load"], row["lending"]) for row in rows[-3:]] == [(0.7, True), (1.0, True), (1.0, True)]
+    assert capsys.readouterr().out.count("1P1D") == 3
+    with pytest.raises(BenchmarkFailed, match="begun with --requests 20"):
+        simulated.main([*argv, "--requests", "21"])
