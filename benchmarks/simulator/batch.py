@@ -250,7 +250,7 @@ class Batch:
             self._join(self.waiting.popleft())
         if not self._decoding and not self.prompts:
             return None
-        num_steps = self._plan_chunks()
+        num_steps = self._plan_chunks(now)
         if self._decoding:
             steps_left = self._decoding[0][0] - self._num_steps
             num_steps = min(num_steps, steps_left) if self._chunks else steps_left
@@ -360,20 +360,22 @@ class Batch:
         heapq.heappush(self._decoding, (last_step, life.number, life))
         self._fresh.append(life)
 
-    def _plan_chunks(self) -> int:
+    def _plan_chunks(self, now: float) -> int:
         """Chooses the chunks of the next steps; how many steps they stay the same (0 without prompts)."""
         self._chunks = []
         if not self.prompts:
             return 0
         block_size = self.limits.block_size
         room = max(min(self.limits.token_budget - len(self._decoding), self.cap), block_size)
-        head = self.prompts[0]
+        # Interruptible ones only while there is no other.
+        prompts = [one for one in self.prompts if now >= one.life.interruptible_until_s] or self.prompts
+        head = prompts[0]
         if head.num_left > room:
             chunk = room - room % block_size
             self._chunks = [(head, chunk)]
             # As long as what is left does not fit into one step.
             return -(-(head.num_left - room) // chunk)
-        for prompt in self.prompts:
+        for prompt in prompts:
             num_tokens = min(prompt.num_left, room)
             if num_tokens < prompt.num_left:
                 num_tokens -= (prompt.num_computed + num_tokens) % block_size

@@ -63,13 +63,27 @@ async def test_its_load_tells_what_prompts_in_time_come_before(pair: Pair) -> No
     await accept(pair, 41, LATE + 1.0, interruptible_for_s=LATE)
     load = pair.p.prefill.load()
     assert (load.queued_prefill_tokens, load.interruptible_prefill_tokens) == (71, 41)
-    await until(lambda: len(computing(pair)) == 3)
+    await until(lambda: len(pair.p.prefill.not_computed()) == 3)
     left = 71
     while num_computed := pair.step(2 * BLOCK_SIZE):
         left -= num_computed
         load = pair.p.prefill.load()
         assert (load.queued_prefill_tokens, load.interruptible_prefill_tokens) == (left, min(left, 41))
     assert left == 0
+
+
+async def test_a_late_prompt_makes_no_step_of_one_in_time_longer(pair: Pair) -> None:
+    late = await accept(pair, 41, LATE, interruptible_for_s=LATE)
+    await pair.compute(2 * BLOCK_SIZE)
+    await accept(pair, 20, LATE + 1.0, interruptible_for_s=LATE)
+    await until(lambda: len(computing(pair)) == 2)
+    soon = await accept(pair, 10, SOON)
+    await until(lambda: computing(pair) == [soon])
+    # Another node could begin the second of the late ones, too.
+    assert len(pair.p.node.prompts_not_begun()) == 2
+    assert pair.step(1000) == 10
+    assert computing(pair)[0] == late
+    assert pair.step(1000) == 41 - 2 * BLOCK_SIZE + 20
 
 
 async def test_a_prompt_that_was_late_for_long_comes_before_newcomers(pair: Pair) -> None:

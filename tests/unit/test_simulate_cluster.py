@@ -408,20 +408,29 @@ def test_no_newcomer_takes_the_block_into_which_a_sequence_grows() -> None:
     assert new.last_token_s < old.last_token_s
 
 
-def test_a_prompt_that_is_due_first_interrupts_one_that_is_due_later() -> None:
-    """At the next border of a step. The other goes on where it was."""
+@pytest.mark.parametrize("interruptible_until_s", [0.0, 60.0])
+def test_a_prompt_that_is_due_first_interrupts_one_that_is_due_later(interruptible_until_s: float) -> None:
+    """At the next border of a step. The other goes on where it was; a late one shares no step with it."""
 
-    def life(number: int, num_tokens: int, due_s: float) -> Life:
-        return Life(number, Request(num_tokens, 2, max_tokens=2), due_s=due_s)
+    def life(number: int, num_tokens: int, due_s: float, until_s: float = 0.0) -> Life:
+        request = Request(num_tokens, 2, max_tokens=2)
+        return Life(number, request, due_s=due_s, interruptible_until_s=until_s)
 
-    late, soon = life(0, 10_000, 60.0), life(1, 500, 1.0)
+    late, soon = life(0, 10_000, 60.0, interruptible_until_s), life(1, 500, 1.0)
     node = SimNode(0, KIND, "mixed", Histogram(), chunk=1024)
     cluster = Cluster([node], Planner(Goals(), lends=False), [late, soon], LOOSE)
     for one in (late, soon):
         one.prefill = one.decode = 0
         cluster._at(0.05 * one.number, partial(cluster._accept, node, one))
+    told = list[tuple[int, int]]()
     while not late.first_token_s:
         cluster.now, _, what = heapq.heappop(cluster._events)
         what()
+        report = node.report(cluster.now)
+        told.append((report.queued_prefill_tokens, report.interruptible_prefill_tokens))
     # Behind the step that runs when it comes, and its own; each takes 0.11 s, and the late one ten.
-    assert 0.0 < soon.first_token_s < 0.4 < 1.0 < late.first_token_s
+    is_late = interruptible_until_s > 0.0
+    assert 0.0 < soon.first_token_s < (0.19 if is_late else 0.4) < 1.0 < late.first_token_s
+    assert told[0] == (10_000, 10_000 * is_late)
+    assert (10_500, 10_000 * is_late) in told
+    assert told[-1] == (0, 0)

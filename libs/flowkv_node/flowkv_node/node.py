@@ -64,7 +64,7 @@ class Role(Protocol):
         """Background work, until cancelled."""
 
     def sequences_to_prefill(self) -> list[Sequence]:
-        """Those of which more than the newest token is to be computed, the next one first."""
+        """Those of which the next step may compute more than the newest token, the next one first."""
 
     def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
         """A step has computed tokens of this role's sequence; `sampled` is its new token."""
@@ -73,6 +73,13 @@ class Role(Protocol):
         """The attempt of this sequence has failed here: free it, tell its gateway."""
 
     def load(self) -> RoleLoad: ...
+
+
+class PrefillingRole(Role, Protocol):
+    """The role that computes prompts."""
+
+    def not_computed(self) -> list[Sequence]:
+        """The prompts that have blocks, those that are interrupted among them, in order of their blocks."""
 
 
 class DecodingRole(Role, Protocol):
@@ -88,7 +95,7 @@ class DecodingRole(Role, Protocol):
 class Roles(NamedTuple):
     """How a node makes its two roles."""
 
-    prefill: Callable[[Node], Role]
+    prefill: Callable[[Node], PrefillingRole]
     decode: Callable[[Node], DecodingRole]
 
 
@@ -219,7 +226,7 @@ class Node:
         """Attempts of which nothing was computed here: another node could begin them as well."""
         waiting = {
             sequence.transfer_id
-            for sequence in self.prefill.sequences_to_prefill()
+            for sequence in self.prefill.not_computed()
             if sequence.num_computed_tokens == sequence.num_cached_tokens
             and id(sequence) not in self._in_step
         }

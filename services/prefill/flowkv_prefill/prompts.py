@@ -52,7 +52,8 @@ class PrefillRole:
     """Queues prompts, computes them in chunks, hands their KV cache to a decode node.
 
     The prompt that is due first comes first, whether it waits for its part of the handoff budget, for blocks
-    or for its next chunk. So a late prompt is interrupted by those in time, until it is due itself.
+    or for its next chunk. So a late prompt is interrupted by those in time, until it is due itself; it shares
+    no step with them.
     """
 
     def __init__(self, node: Node) -> None:
@@ -257,8 +258,15 @@ class PrefillRole:
     # --- between steps ----------------------------------------------------------------------------
 
     def sequences_to_prefill(self) -> list[Sequence]:
-        waiting = (prompt for prompt in self._computing.values() if prompt.first is None)
-        return [prompt.sequence for prompt in sorted(waiting, key=attrgetter("due"))]
+        """As they are due. Interruptible ones only while there is no other: each would make the other's steps
+        longer, for which its first token waits."""
+        waiting = [prompt for prompt in self._computing.values() if prompt.first is None]
+        now = time.monotonic()
+        others = [prompt for prompt in waiting if now >= prompt.interruptible_until]
+        return [prompt.sequence for prompt in sorted(others or waiting, key=attrgetter("due"))]
+
+    def not_computed(self) -> list[Sequence]:
+        return [prompt.sequence for prompt in self._computing.values() if prompt.first is None]
 
     def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
         """One more chunk is computed; the last one comes with a token."""

@@ -325,13 +325,15 @@ def view_of(
     # A chunk on a decode node takes a whole step: a block at a time is never as cheap as its rate.
     base_s = 0.0 if may_prefill else speed.base_s - speed.chunk_base_s
     beside_s = base_s + speed.beside_s(report.num_running, report.num_context_tokens)
-    # A chunk that has begun is not interrupted: on the mean half of it is left.
     num_interruptible = min(num_queued, report.interruptible_prefill_tokens + given.interruptible_tokens)
-    num_before = num_queued - num_interruptible + min(num_interruptible, chunk_tokens) // 2
     wait_s, idle_wait_s = (
         speed.queue_s(num_tokens, mean_prompt_tokens, chunk_tokens, beside_s) + doubt.first_token_s
-        for num_tokens in (num_before, num_queued)
+        for num_tokens in (num_queued - num_interruptible, num_queued)
     )
+    # A chunk that has begun is not interrupted: on the mean half of it is left, and of its prompt as much is
+    # computed as is left.
+    chunk = min(num_interruptible, chunk_tokens)
+    wait_s += speed.prefill_s(chunk, num_interruptible, chunk_tokens, beside_s) / 2
     chunk_s = min(num_queued, chunk_tokens) * speed.prefill_token_s
     step_s = speed.decode_step_s(num_sequences + 1, num_context_tokens + int(mean_prompt_tokens)) + chunk_s
     step_s += doubt.step_s
