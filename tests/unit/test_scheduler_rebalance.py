@@ -16,9 +16,9 @@ from benchmarks.simulator.run import Machines
 from benchmarks.traces import Request, Targets
 from flowkv_common.wire.nodes import RegimeChanged, ScaleWanted, SetPrefillCap, StepFit
 from flowkv_scheduler import rebalance
-from flowkv_scheduler.cluster import Goals, Work
-from flowkv_scheduler.demand import REMEMBERED_S, Demand, OutputLengths
-from flowkv_scheduler.lookahead import HORIZON_S, LookAhead
+from flowkv_scheduler.cluster import Goals, NodeView, Work
+from flowkv_scheduler.demand import REMEMBERED_S, Demand, OutputLengths, Window
+from flowkv_scheduler.lookahead import HORIZON_S, Duties, LookAhead
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.rebalance import (
     IDLE_S,
@@ -29,6 +29,7 @@ from flowkv_scheduler.rebalance import (
     SCALE_EVERY_S,
     SETTLED_S,
     SHARED_ITL,
+    TURNS,
     WINDOWS_S,
     Order,
     Rebalancer,
@@ -121,8 +122,16 @@ def test_in_a_large_cluster_several_nodes_move_at_once() -> None:
         assert [where for _, where in moved] == [f"lent to {to}"] * (len(nodes) // MOST_NODES)
 
 
-def test_longer_windows_move_nothing_where_nothing_was_lost() -> None:
-    """What came long ago and was served in time proves that it can be."""
+def test_longer_windows_move_nothing_where_nothing_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came long ago and was served in time proves that it can be. One window is played per tick."""
+    played: list[float] = []
+
+    class Watched(LookAhead):
+        def __init__(self, nodes: Sequence[NodeView], duties: Duties, window: Window, *rest: Any) -> None:
+            super().__init__(nodes, duties, window, *rest)
+            played.append(window.span_s)
+
+    monkeypatch.setattr(rebalance, "LookAhead", Watched)
     demand, lengths = Demand(), {"f": OutputLengths()}
     views = cluster(*(one.described() for one in four_nodes())).views()
     # Long prompts until 15 s ago, more than two nodes seem to serve, and little since.
@@ -131,14 +140,17 @@ def test_longer_windows_move_nothing_where_nothing_was_lost() -> None:
     for number in range(30, 45):
         demand.add_request(16, 0, 1, float(number))
 
-    def said(rebalancer: Rebalancer) -> list[Order]:
-        """A move is found at two ticks in a row."""
-        return [order for _ in range(2) for order in rebalancer.tick(views, {"f": demand}, lengths, 45.0)]
+    def said(rebalancer: Rebalancer) -> list[str]:
+        """A move is found at two ticks in a row, when its window has the turn."""
+        played.clear()
+        orders = [rebalancer.tick(views, {"f": demand}, lengths, 45.0) for _ in range(len(TURNS))]
+        return [to for _, to in directions([order for each in orders for order in each])]
 
-    assert directions(said(Rebalancer(GOALS))) == []
+    assert said(Rebalancer(GOALS)) == []
     for number in range(20):
         demand.add_loss(10.0 + number)
-    assert [to for _, to in directions(said(Rebalancer(GOALS)))] == ["lent to prefill"]
+    assert said(Rebalancer(GOALS)) == ["lent to prefill"]
+    assert played == [WINDOWS_S[0], WINDOWS_S[1], WINDOWS_S[1], WINDOWS_S[0]]
 
 
 def test_a_moved_node_stays_while_it_is_needed_and_goes_home_when_it_is_needed_there() -> None:

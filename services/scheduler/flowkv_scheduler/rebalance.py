@@ -32,9 +32,11 @@ SHARED_ITL = 0.65
 # Played are the requests of the last so many seconds, the shortest time first: there a change shows first.
 # A move forgets what came before its window, for that was another traffic.
 WINDOWS_S = (10.0, 40.0, 160.0)
+# Played is one per tick, in this order, as places in `WINDOWS_S`: nothing is answered meanwhile.
+TURNS = (0, 1, 0, 2)
 # Fewer requests say nothing.
 MIN_REQUESTS = 10
-# So many are played in about a millisecond. A tick plays up to ten times, and nothing is answered meanwhile.
+# So many are played in about a millisecond. A tick plays them a few times.
 MAX_PLAYED = 400
 # From so many nodes on only some of the requests are played, on as few of the nodes. But on no fewer than so
 # many, however many requests come: a prompt takes the time of all that it stands for, and the next one waits.
@@ -89,6 +91,7 @@ class Past:
     """What is remembered of the nodes of one model."""
 
     since: float = -math.inf  # what came before is forgotten
+    turn: int = 0  # place in `TURNS`
     proposed: tuple[Duty, Duty] | None = None  # at the last tick: from, to
     moved_to: Duty | None = None  # the last move
     moved_at: float = -math.inf
@@ -211,31 +214,46 @@ class Rebalancer:
     def _propose_move(
         self, past: Past, nodes: Sequence[NodeView], demand: Demand, lengths: OutputLengths, now: float
     ) -> tuple[Move, float] | None:
-        """A move, and since when what came speaks for it."""
+        """A move, and since when what came speaks for it: by the next window that may, no more are played."""
+        for turn in (*range(past.turn, len(TURNS)), *range(past.turn)):
+            number = TURNS[turn]
+            if number and now - WINDOWS_S[number - 1] <= past.since:
+                continue  # a shorter one sees as much
+            window = self._window(demand, nodes, max(now - WINDOWS_S[number], past.since), now)
+            if window is None or window.num_distinct < MIN_REQUESTS:
+                continue
+            # No more can be won back than was lost. The shortest window is asked before anything is lost.
+            num = len(window.wanted)
+            most = window.num_lost / window.stands_for if number else num
+            if most < MIN_GAIN * num:
+                continue
+            move = self._move_for(past, nodes, window, most, lengths, now)
+            # What a window has found must be found there again.
+            is_first = move is not None and past.proposed is None
+            past.turn = turn if is_first else (turn + 1) % len(TURNS)
+            return None if move is None else (move, now - window.span_s)
+        return None
+
+    def _move_for(
+        self,
+        past: Past,
+        nodes: Sequence[NodeView],
+        window: Window,
+        most: float,
+        lengths: OutputLengths,
+        now: float,
+    ) -> Move | None:
+        """The best move for the window, if it is the best without its heaviest request too."""
         duties = self._duties(nodes)
         # Who has turned back often needs better reasons each time.
         num_errors = NUM_ERRORS + min(MOST_TURNS, past.num_turns)
-        for window_s in WINDOWS_S:
-            window = self._window(demand, nodes, max(now - window_s, past.since), now)
-            if window is not None and window.num_distinct >= MIN_REQUESTS:
-                # No more can be won back than was lost. The shortest window is asked before anything is lost.
-                num = len(window.wanted)
-                most = num if window_s == WINDOWS_S[0] else window.num_lost / window.stands_for
-                if most >= MIN_GAIN * num:
-                    ahead = LookAhead(nodes, duties, window, lengths, self._goals, now)
-                    move = self._best_move(ahead, duties, most * ahead.num_repeats, num_errors)
-                    # Many may be late for one that is giant, and that one is no reason.
-                    if (
-                        move is not None
-                        and not self._undoes_last(past, move, now)
-                        and self._best_move(
-                            ahead.without_heaviest(), duties, most * ahead.num_repeats, num_errors
-                        )
-                    ):
-                        return move, now - window.span_s
-            if now - window_s <= past.since:
-                break  # longer windows see no more
-        return None
+        ahead = LookAhead(nodes, duties, window, lengths, self._goals, now)
+        most *= ahead.num_repeats
+        move = self._best_move(ahead, duties, most, num_errors)
+        if move is None or self._undoes_last(past, move, now):
+            return None
+        # Many may be late for one that is giant, and that one is no reason.
+        return move if self._best_move(ahead.without_heaviest(), duties, most, num_errors) else None
 
     def _undoes_last(self, past: Past, move: Move, now: float) -> bool:
         """It goes against a move whose effect no window has seen yet."""
