@@ -14,6 +14,7 @@ BENCHMARKS = {
     "One engine, one device": {
         "engine": "the bare engine beside transformers, vLLM and llama.cpp, and the floor under them",
         "steps": "single steps on a GPU, with graphs and without, beside the floor",
+        "grammar": "decode steps that keep to a JSON schema, beside free ones",
     },
     "Moving KV": {
         "transfer": "what each idea is worth, beside gloo, NIXL and Mooncake; --device cuda: on one GPU",

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import grammar
 from benchmarks.engine import row_of
 from benchmarks.floor import Machine, Work
 from benchmarks.parties import Job
 from benchmarks.report import Spread, table
+from tests.gateway_support import write_tokenizer
 from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +71,27 @@ def test_the_gpu_benchmark_runs_wherever_the_engine_does(tmp_path: Path) -> None
         (0, 40, False),
     ]
     assert all(row["ms"]["median"] > row["floor_ms"] > 0 for row in found["rows"])
+
+
+@pytest.mark.full  # kernels compile
+def test_the_benchmark_of_grammars_times_both_kinds_of_steps(tmp_path: Path) -> None:
+    folder, path = write_tokenizer(make_tiny_model(tmp_path / "m", eos_token_id=0)), tmp_path / "grammar.json"
+    options = [
+        "--batches",
+        "2",
+        "--context",
+        "9",
+        "--steps",
+        "3",
+        "--model",
+        str(folder),
+        "--json",
+        str(path),
+    ]
+    assert grammar.main(options) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["batch"], row["temperature"]) for row in rows] == [(2, 0.0), (2, 1.0)]
+    assert all(row["free_ms"]["median"] > 0 < row["times"] for row in rows)
 
 
 def test_jobs_cross_the_pipe_and_prompts_differ_by_seed() -> None:

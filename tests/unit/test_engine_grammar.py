@@ -18,7 +18,7 @@ from flowkv_common.errors import BadRequest
 from flowkv_common.grammar import MAX_COMPILED, Grammars
 from flowkv_common.wire.messages import Grammar, SamplingParams
 from flowkv_engine.engine.batch import WorkItem, pack
-from flowkv_engine.engine.grammar import Constraints, Masks, Matcher
+from flowkv_engine.engine.grammar import MAX_ONE_BY_ONE, Constraints, Masks, Matcher
 from flowkv_engine.engine.runner import Runner
 from flowkv_engine.engine.sampler import Sampled, SampleInput, sample
 from flowkv_gateway.tokenizer import Tokenizer
@@ -133,6 +133,20 @@ def test_only_what_the_grammar_allows_may_come_next(grammars: Grammars, tokenize
     assert allowed_after(grammars, regex("a(b|c)?"), [])[0] == {a}
     assert allowed_after(grammars, regex("a(b|c)?"), [a])[0] == {b, c, EOS}
     assert allowed_after(grammars, regex("a(b|c)?"), [a, b])[0] == {EOS}
+
+
+def test_many_masks_at_once_are_those_of_each_alone(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    wanted = [regex(f"[{''.join(letters)}]x") for letters in itertools.combinations("abcdefgh", 3)]
+    params = [drawn(grammar) for grammar in wanted]
+    inputs = [
+        SampleInput(one, 0, [], [], Matcher(grammar)) for one, grammar in zip(params, wanted, strict=True)
+    ]
+    assert len(inputs) > MAX_ONE_BY_ONE
+    masking = Constraints(grammars, VOCAB_SIZE, [EOS]).begin(inputs)
+    assert masking is not None
+    rows = masking.result(10).apply(torch.zeros(len(inputs), VOCAB_SIZE)).isfinite()
+    for row, grammar in zip(rows, wanted, strict=True):
+        assert set(row.nonzero().flatten().tolist()) == allowed_after(grammars, grammar, [])[0]
 
 
 def test_no_special_token_is_text(grammars: Grammars) -> None:

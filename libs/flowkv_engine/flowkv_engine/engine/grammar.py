@@ -11,6 +11,7 @@ import torch
 from llguidance import LLExecutor, LLMatcher
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from flowkv_common.errors import BadRequest
 from flowkv_common.grammar import Grammars
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
     from flowkv_engine.engine.sampler import Sampled, SampleInput
 
 Bits = NDArray[np.uint8]
+
+# More masks are made on several threads. 16 take 0.14 ms one by one, 0.27 ms on threads that have to wake up.
+MAX_ONE_BY_ONE = 16
+# What a byte of a mask adds to the logits of its eight tokens, the lowest bit first: [256, 8].
+_PENALTIES = torch.tensor(
+    [[0.0 if byte >> place & 1 else -torch.inf for place in range(8)] for byte in range(256)]
+)
 
 
 class Matcher:
@@ -64,10 +72,10 @@ class Masks(NamedTuple):
 
     def apply(self, logits: Tensor) -> Tensor:
         """A copy of `logits` [rows, vocab] in float32, minus infinity where a token is not allowed."""
-        packed = torch.from_numpy(self.allowed).to(logits.device, non_blocking=True)
-        bit = torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=logits.device)
-        allowed = (packed.unsqueeze(-1) & bit).flatten(1)[:, : logits.shape[1]].bool()
-        return logits.float().masked_fill(~allowed, -torch.inf)
+        allowed = torch.from_numpy(self.allowed).to(logits.device)
+        # To look them up and to add is far faster than to fill where a mask says so.
+        penalties = embedding(allowed.int(), _PENALTIES.to(logits.device)).flatten(1)
+        return logits.float() + penalties[:, : logits.shape[1]]
 
     def mark(self, inputs: list[SampleInput], sampled: list[Sampled]) -> list[Sampled]:
         """The tokens, with marks on those that end their grammar and on those that have no worth."""
@@ -127,13 +135,17 @@ class Constraints:
         return Masks(allowed, errors)
 
     def _compute(self, states: list[LLMatcher]) -> Bits:
-        """[states, bytes] in the order of `states`, all at once on several threads."""
+        """[states, bytes] in the order of `states`."""
         if not states:
             return np.empty((0, 0), np.uint8)
         num_bytes = self._grammars.num_mask_bytes
         bits = np.zeros((len(states), num_bytes), np.uint8)
-        rows = [(state, row) for row, state in enumerate(states)]
-        self._executor.unsafe_compute_mask_ptr(rows, bits.ctypes.data, num_bytes, len(states))
+        if len(states) > MAX_ONE_BY_ONE:
+            rows = [(state, row) for row, state in enumerate(states)]
+            self._executor.unsafe_compute_mask_ptr(rows, bits.ctypes.data, num_bytes, len(states))
+        else:
+            for row, state in enumerate(states):
+                state.unsafe_compute_mask_ptr(bits[row].ctypes.data, num_bytes)
         return bits
 
     def _leave_out_stops(self, allowed: Bits, input: SampleInput) -> None:

@@ -67,14 +67,11 @@ def sample(
     Until `min_tokens` outputs, `eos_token_ids` and the request's `stop_token_ids` are masked. Raises
     `FloatingPointError` if a row has no finite maximum.
     """
-    top = logits.max(dim=-1)  # NaN counts as the greatest, so the maximum shows any
+    allowed = masks.apply(logits) if masks else logits
+    top = allowed.max(dim=-1)  # NaN counts as the greatest, so the maximum shows any
     rows = [row for row, value in enumerate(top.values.tolist()) if not math.isfinite(value)]
     if rows:
         raise FloatingPointError(f"the logits of rows {rows} are not finite")
-    allowed = logits
-    if masks is not None:
-        allowed = masks.apply(logits)
-        top = allowed.max(dim=-1)
     tokens = top.indices.tolist()
     adjusted: dict[int, Tensor] = {}
     for row, input in enumerate(inputs):
