@@ -23,7 +23,6 @@ CHANGE_NOTHING = {
     "prompt_cache_options": "the same",
     "prompt_cache_retention": "the same",
     "prediction": "would make an answer faster, not another one",
-    "parallel_tool_calls": "there are no tool calls",
     "length_penalty": "of beam search, which is refused",
     "truncation_side": "of `truncate_prompt_tokens`, which is refused",
     "spaces_between_special_tokens": "there are never any",

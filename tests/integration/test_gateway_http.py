@@ -192,21 +192,22 @@ async def test_logprobs(gateway: Gateway) -> None:
     assert [asked.sampling.num_logprobs for asked in gateway.dispatch.asked] == [2, 1]
 
 
-async def test_messages_reach_the_template(gateway: Gateway, tokenizer: Tokenizer) -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    call = {"type": "function", "id": "c", "function": {"name": "f", "arguments": '{"a":1}'}}
-    messages = [
-        {"role": "developer", "content": "x"},
-        {"role": "user", "content": parts},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-    ]
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    gateway.dispatch.card = msgspec.structs.replace(CARD, max_model_len=1000)
-    await gateway.http.post("/v1/chat/completions", json={"messages": messages, "tools": tools})
-    prompt = await tokenizer.decode(gateway.dispatch.asked[0].prompt_ids)
-    assert prompt.startswith("<|start|>system\nx<|end|>\n<|start|>user\na\nb<|end|>\n")
-    assert '<|start|>assistant\n{"function": {"name": "f", "arguments": {"a": 1}}' in prompt
-    assert prompt.endswith('"function": {"name": "f"}}]<|start|>assistant\n')
+async def test_messages_reach_the_template(tokenizer: Tokenizer) -> None:
+    async with running(tokenizer, tool_parser="hermes") as gateway:
+        parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+        call = {"type": "function", "id": "c", "function": {"name": "f", "arguments": '{"a":1}'}}
+        messages = [
+            {"role": "developer", "content": "x"},
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        tools = [{"type": "function", "function": {"name": "f"}}]
+        gateway.dispatch.card = msgspec.structs.replace(CARD, max_model_len=1000)
+        await gateway.http.post("/v1/chat/completions", json={"messages": messages, "tools": tools})
+        prompt = await tokenizer.decode(gateway.dispatch.asked[0].prompt_ids)
+        assert prompt.startswith("<|start|>system\nx<|end|>\n<|start|>user\na\nb<|end|>\n")
+        assert '<|start|>assistant\n{"function": {"name": "f", "arguments": {"a": 1}}' in prompt
+        assert prompt.endswith('"function": {"name": "f"}}]<|start|>assistant\n')
 
 
 # --- what requests may ask ---------------------------------------------------------------------------
@@ -258,7 +259,6 @@ async def test_an_ordinary_eos_does_not_show(gateway: Gateway, tokenizer: Tokeni
     [
         ("/v1/chat/completions", "json_schema", {"type": "object"}),
         ("/v1/chat/completions", "tool_choice", "required"),
-        ("/v1/chat/completions", "reasoning_effort", "low"),
         ("/v1/chat/completions", "documents", [{"title": "a", "text": "b"}]),
         ("/v1/chat/completions", "functions", [{"name": "f", "parameters": {}}]),
         ("/v1/completions", "guided_whitespace_pattern", " "),

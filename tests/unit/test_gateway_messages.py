@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flowkv_common.errors import BadRequest
-from flowkv_gateway.prompts import for_template
+from flowkv_gateway.chat import for_template
 from flowkv_gateway.schemas import ChatRequest, parse_json
 
 
@@ -35,7 +35,17 @@ def rendered(*messages: dict[str, Any]) -> list[dict[str, Any]]:
         ),
         (
             {"role": "assistant", "content": "ok", "reasoning_content": "hm", "annotations": []},
-            {"role": "assistant", "content": "ok", "reasoning_content": "hm"},
+            {"role": "assistant", "content": "ok", "reasoning_content": "hm", "reasoning": "hm"},
+        ),
+        (
+            {"role": "assistant", "reasoning": "hm"},
+            {
+                "role": "assistant",
+                "content": "",
+                "reasoning_content": "hm",
+                "reasoning": "hm",
+                "thinking": "hm",
+            },
         ),
         (
             {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import ModelCard, SamplingParams
+from flowkv_gateway.chat import ChatFormat
 from flowkv_gateway.dispatch import RequestState, ServiceGoals
 from flowkv_gateway.errors import ContextLengthExceeded
 from flowkv_gateway.prompts import (
     SamplingDefaults,
-    chat_prompt,
     load_sampling_defaults,
     plan,
     service_goals,
@@ -299,6 +299,7 @@ def test_too_many_choices() -> None:
         planned(completion(n=65), [1], [2])
 
 
+TOOL = {"function": {"name": "f"}}
 SHOWS_ALL = "{{ messages[0].content }}|{{ tools is none }}|{{ documents is none }}|{{ tools }}{{ documents }}"
 
 
@@ -307,8 +308,8 @@ SHOWS_ALL = "{{ messages[0].content }}|{{ tools is none }}|{{ documents is none 
     [
         ({}, "hi|True|True|NoneNone"),
         ({"tools": [], "documents": []}, "hi|True|True|NoneNone"),
-        ({"tools": [{"a": 1}], "tool_choice": "none"}, "hi|True|True|NoneNone"),
-        ({"tools": [{"a": 1}], "tool_choice": "auto"}, "hi|False|True|[{'a': 1}]None"),
+        ({"tools": [TOOL], "tool_choice": "none"}, "hi|True|True|NoneNone"),
+        ({"tools": [TOOL], "tool_choice": "auto"}, "hi|False|True|[{'function': {'name': 'f'}}]None"),
         ({"documents": [{"a": 1}]}, "hi|True|False|None[{'a': 1}]"),
     ],
     ids=str,
@@ -320,9 +321,10 @@ async def test_what_is_tokenized_is_what_is_answered(
     tokenizer = Tokenizer.load(tmp_path)
     messages = [{"role": "user", "content": "hi"}]
     counted = parse_request(json.dumps({"messages": messages, **fields}).encode(), TokenizeRequest)
-    assert await tokenizer.decode(await chat_prompt(counted, tokenizer)) == text
-    answered = chat(messages=messages, **fields)
-    assert await tokenizer.decode(await chat_prompt(answered, tokenizer)) == text
+    chats = ChatFormat(tokenizer)
+    for request in (counted, chat(messages=messages, **fields)):
+        prompt = await tokenizer.encode_chat(chats.conversation(request))
+        assert prompt.text == text == await tokenizer.decode(prompt.token_ids)
 
 
 # --- fields that are known and not served ------------------------------------------------------------------
@@ -356,7 +358,7 @@ def test_a_known_field_is_refused_by_its_name_unless_it_asks_for_nothing(row: Re
     "fields",
     [
         *({"echo": off} for off in ("false", "0", 0, "False")),
-        *({"use_beam_search": "false"}, {"return_tokens_as_token_ids": 0}, {"include_reasoning": "true"}),
+        *({"use_beam_search": "false"}, {"return_tokens_as_token_ids": 0}),
         *({"thinking_token_budget": "-1"}, {"thinking_token_budget": -1.0}, {"watermarking": "false"}),
     ],
     ids=str,
@@ -365,7 +367,7 @@ def test_a_flag_or_number_that_asks_for_nothing_may_be_written_as_text(fields: d
     served(ChatRequest, **fields)
     [name] = fields
     with pytest.raises(BadRequest, match=f"{name} is not supported") as caught:
-        served(ChatRequest, **{name: {"include_reasoning": "false"}.get(name, "1")})
+        served(ChatRequest, **{name: "1"})
     assert caught.value.field == name
 
 

@@ -54,7 +54,7 @@ async def test_chat_is_that_of_transformers(
     theirs = reference.apply_chat_template(
         CHAT, tools=tools, add_generation_prompt=add_generation_prompt, return_dict=False
     )
-    assert ours == theirs
+    assert ours.token_ids == theirs
 
 
 async def test_long_texts_are_encoded_like_short_ones_but_off_the_loop(folder: Path, reference: Any) -> None:
@@ -163,7 +163,14 @@ async def test_named_and_missing_templates(folder: Path, tmp_path: Path) -> None
         '{"bos_token": {"content": "<|start|>"}, "chat_template": [{"name": "default", "template": "%s"}]}'
     )
     (tmp_path / "tokenizer_config.json").write_text(config % "{{ bos_token }}")
-    assert await Tokenizer.load(tmp_path).encode_chat(Conversation(CHAT)) == [1]
+    assert await Tokenizer.load(tmp_path).encode_chat(Conversation(CHAT)) == ("<|start|>", [1])
+    tool_use = tmp_path / "additional_chat_templates" / "tool_use.jinja"
+    tool_use.parent.mkdir()
+    tool_use.write_text("{{ tools }}")
+    tokenizer = await asyncio.to_thread(Tokenizer.load, tmp_path)
+    assert (await tokenizer.encode_chat(Conversation(CHAT))).text == "<|start|>"
+    assert (await tokenizer.encode_chat(Conversation(CHAT, [{}]))).text == "[{}]"
+    assert tokenizer.template_takes_tools
 
 
 def test_neither_torch_nor_transformers_is_loaded() -> None:

@@ -55,6 +55,9 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
     generation_config: Annotated[
         Literal["auto", "none"], "none: the model's generation_config.json sets no sampling defaults"
     ] = "auto"
+    tool_parser: Annotated[
+        str, "how the model writes tool calls and reasoning, by vLLM's name; empty: its chat template tells"
+    ] = ""
     request_timeout_s: Annotated[Seconds, "longest time that an answer may take"] = 600.0
     max_body_bytes: Annotated[Bytes, "a longer body of a request gets 413"] = 4 * 1024 * 1024
     send_timeout_s: Annotated[Seconds, "a stream that is not read for this long is cut off"] = 30.0

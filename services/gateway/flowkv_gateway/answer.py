@@ -164,12 +164,16 @@ class AnswerResponse:
         num_prompt_tokens = sum(len(first.prompt_ids) for first in firsts)
         num_tokens = sum(choice.num_tokens for choice in self._choices)
         num_cached = sum(first.num_cached_tokens for first in firsts)
-        return {
+        usage: Json = {
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": num_tokens,
             "total_tokens": num_prompt_tokens + num_tokens,
             "prompt_tokens_details": {"cached_tokens": num_cached},
         }
+        if self._choices[0].num_reasoning_tokens is not None:
+            num_reasoning = sum(choice.num_reasoning_tokens or 0 for choice in self._choices)
+            usage["completion_tokens_details"] = {"reasoning_tokens": num_reasoning}
+        return usage
 
     def _log_end(self, error: FlowKVError | None) -> None:
         requests = [choice.request for choice in self._choices]

@@ -27,13 +27,14 @@ from flowkv_common.telemetry import service_routes
 from flowkv_common.wire.messages import Grammar, ModelCard
 from flowkv_gateway.access import KEY_NAME, Guard
 from flowkv_gateway.answer import AnswerResponse, StreamResponse, log_refusal
+from flowkv_gateway.chat import ChatFormat, MakeReader
 from flowkv_gateway.dispatch import Dispatch, ServiceGoals
 from flowkv_gateway.errors import ModelNotFound, error_response, json_error, status_of
 from flowkv_gateway.grammar import GrammarChecker, wanted_grammar
 from flowkv_gateway.http import CloseWhileStopping, read_body
 from flowkv_gateway.metrics import GatewayMetrics
 from flowkv_gateway.output import ChatWriter, Choice, Display, ReplyWriter, TextWriter, prepare_stops
-from flowkv_gateway.prompts import SamplingDefaults, chat_prompt, completion_prompts, plan, service_goals
+from flowkv_gateway.prompts import SamplingDefaults, completion_prompts, plan, service_goals
 from flowkv_gateway.schemas import (
     Body,
     ChatRequest,
@@ -45,7 +46,7 @@ from flowkv_gateway.schemas import (
     parse_request,
 )
 from flowkv_gateway.tenants import Tenants
-from flowkv_gateway.tokenizer import Tokenizer
+from flowkv_gateway.tokenizer import ChatPrompt, Tokenizer
 
 B = TypeVar("B", bound=Body)
 
@@ -54,7 +55,7 @@ class Api:
     """The endpoints, and the ASGI application `app` that serves them. While `stop` is set it is not ready.
 
     Errors leave the endpoints as FlowKVError. Nothing here must be closed. Making it raises CannotStart
-    if the file of keys can't be used.
+    if the file of keys can't be used, or no tool parser has the name that was set.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Api:
     ) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
+        self._format = ChatFormat(tokenizer, settings.tool_parser)
         self._dispatch = dispatch
         self._checker = checker
         self._defaults = defaults
@@ -117,8 +119,9 @@ class Api:
         goals = service_goals(request.headers)
         grammar = await self._grammar(body)
         card = self._card(grammar)
-        prompt = await chat_prompt(body, self._tokenizer)
-        return self._answer(request, body, [prompt], card, grammar, goals, ChatWriter)
+        prompt = await self._chat_prompt(body)
+        reader = self._format.reader(body, prompt.text, self._tokenizer.vocabulary.special_texts)
+        return self._answer(request, body, [prompt.token_ids], card, grammar, goals, ChatWriter, reader)
 
     async def completions(self, request: Request) -> ASGIApp:
         body = await self._parse(request, CompletionRequest)
@@ -138,7 +141,7 @@ class Api:
     async def tokenize(self, request: Request) -> Response:
         body = await self._parse(request, TokenizeRequest)
         if body.prompt is None:
-            tokens = await chat_prompt(body, self._tokenizer)
+            tokens = (await self._chat_prompt(body)).token_ids
         else:
             adds_special = body.add_special_tokens is not False
             [tokens] = await self._tokenizer.encode([body.prompt], add_special_tokens=adds_special)
@@ -179,6 +182,12 @@ class Api:
         if body.model is not None:
             self._check_model(body.model)
         return body
+
+    async def _chat_prompt(self, body: ChatRequest | TokenizeRequest) -> ChatPrompt:
+        """Raises BadRequest for tools that are none, and if the model's template refuses the messages."""
+        adds_special = bool(body.add_special_tokens)
+        conversation = self._format.conversation(body)
+        return await self._tokenizer.encode_chat(conversation, add_special_tokens=adds_special)
 
     def _known_model_name(self) -> str | None:
         """As it was set, else as the nodes call it; None before any has joined."""
@@ -228,6 +237,7 @@ class Api:
         grammar: Grammar | None,
         goals: ServiceGoals,
         writer_kind: type[ReplyWriter],
+        make_reader: MakeReader | None = None,
     ) -> ASGIApp:
         vocabulary = self._tokenizer.vocabulary
         writer = writer_kind(vocabulary, self._model_name(), shows_token_ids=body.return_token_ids or False)
@@ -251,7 +261,13 @@ class Api:
             shows_special=body.skip_special_tokens is False,
         )
         numbers = itertools.count()
-        choices = [[Choice(next(numbers), one, vocabulary, display) for one in group] for group in groups]
+        choices = [
+            [
+                Choice(next(numbers), one, vocabulary, display, make_reader() if make_reader else None)
+                for one in group
+            ]
+            for group in groups
+        ]
         user = body.safety_identifier or body.user or ""
         if not body.stream:
             return AnswerResponse(choices, writer, self._dispatch, self._metrics, self._settings, user)

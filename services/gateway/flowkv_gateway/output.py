@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from flowkv_common.wire.messages import TokenChunk, TokenLogprob
+from flowkv_gateway.chat import AnswerReader
 from flowkv_gateway.dispatch import RequestState
+from flowkv_gateway.parsers import Arguments, CallBegins, Content, Event, Reasoning
 from flowkv_gateway.tokenizer import Vocabulary
 
 Json = dict[str, Any]
@@ -125,7 +127,7 @@ class Delta(NamedTuple):
 
     `text` is empty for half a character, or while it may be the beginning of a stop string. `text_offset` is
     where the token's own text begins in the answer. `logprob` is None if not asked for, `token_id` only in a
-    last delta without a token.
+    last delta without a token. `events` is what a reader found in the text; None without one: all is content.
     """
 
     choice: int
@@ -135,6 +137,7 @@ class Delta(NamedTuple):
     logprob: TokenLogprob | None
     text_offset: int
     token_id: int | None
+    events: Sequence[Event] | None = None
 
 
 @dataclass(frozen=True)
@@ -152,18 +155,35 @@ class Display:
 
 
 class Choice:
-    """One answer as text. Stop strings count only after `min_tokens` tokens."""
+    """One answer as text. Stop strings count only after `min_tokens` tokens.
 
-    def __init__(self, index: int, request: RequestState, vocabulary: Vocabulary, display: Display) -> None:
+    A `reader` finds calls and reasoning in it. It sees the special tokens, and so do all stop strings then.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        request: RequestState,
+        vocabulary: Vocabulary,
+        display: Display,
+        reader: AnswerReader | None = None,
+    ) -> None:
         self.index = index
         self.request = request
         self.num_tokens = 0
         self.finish_reason: str | None = None
         self._vocabulary = vocabulary
         self._display = display
+        self._reader = reader
+        self._shows_special = display.shows_special or reader is not None
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = StopFinder(display.stops, keeps_stop=display.shows_stop)
         self._num_chars = 0  # decoded so far, held back text included
+
+    @property
+    def num_reasoning_tokens(self) -> int | None:
+        """None if reasoning is not told from the rest."""
+        return self._reader.num_reasoning_tokens if self._reader else None
 
     def push(self, chunk: TokenChunk) -> Iterator[Delta]:
         """One delta per token, none after a stop string; a last chunk without tokens gives one, too."""
@@ -177,7 +197,7 @@ class Choice:
                 self.num_tokens += 1
                 has_ended_it = reason == "stop" and token_id in display.stop_ids
                 is_special = token_id in self._vocabulary.special_ids
-                if (has_ended_it and not display.shows_stop) or (is_special and not display.shows_special):
+                if (has_ended_it and not display.shows_stop) or (is_special and not self._shows_special):
                     hidden = self._vocabulary.token_text(token_id)
                 else:
                     text = self._utf8.decode(self._vocabulary.token_bytes(token_id))
@@ -190,11 +210,35 @@ class Choice:
                 reason = "stop"
             elif reason is not None:
                 text += self._stops.finish()
-            self.finish_reason = reason
             logprob = chunk.logprobs[place - 1] if chunk.logprobs else None
-            yield Delta(self.index, text, is_first, reason, logprob, offset, token_id)
+            if self._reader is None:
+                self.finish_reason = reason
+                yield Delta(self.index, text, is_first, reason, logprob, offset, token_id)
+            else:
+                yield self._read(self._reader, text, is_first, reason, logprob, offset, token_id)
+                reason = self.finish_reason
             if reason is not None:
                 return
+
+    def _read(
+        self,
+        reader: AnswerReader,
+        text: str,
+        is_first: bool,
+        reason: str | None,
+        logprob: TokenLogprob | None,
+        offset: int,
+        token_id: int | None,
+    ) -> Delta:
+        special = ""
+        if token_id in self._vocabulary.special_ids:
+            special = self._vocabulary.token_text(token_id)
+        events = reader.push(text, special=special, is_last=reason is not None)
+        if reader.is_over:
+            reason = "stop"
+        self.finish_reason = reason
+        shown_reason = "tool_calls" if reason == "stop" and reader.has_calls else reason
+        return Delta(self.index, text, is_first, shown_reason, logprob, offset, token_id, events)
 
 
 # --- OpenAI's JSON ----------------------------------------------------------------------------------
@@ -230,7 +274,7 @@ class ReplyWriter(ABC):
         first, last = deltas[0], deltas[-1]
         choice = {
             "index": last.choice,
-            **self._content("".join([delta.text for delta in deltas]), first.is_first, is_chunk),
+            **self._content(deltas, is_chunk),
             "logprobs": self._logprobs(deltas) if first.logprob is not None else None,
             "finish_reason": last.finish_reason,
         }
@@ -239,7 +283,7 @@ class ReplyWriter(ABC):
         return choice
 
     @abstractmethod
-    def _content(self, text: str, is_first: bool, is_chunk: bool) -> Json: ...
+    def _content(self, deltas: Sequence[Delta], is_chunk: bool) -> Json: ...
 
     @abstractmethod
     def _logprobs(self, deltas: Sequence[Delta]) -> Json: ...
@@ -255,10 +299,18 @@ class ChatWriter(ReplyWriter):
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def _content(self, text: str, is_first: bool, is_chunk: bool) -> Json:
+    def _content(self, deltas: Sequence[Delta], is_chunk: bool) -> Json:
+        if deltas[0].events is None:
+            found: Json = {"content": "".join([delta.text for delta in deltas])}
+        else:
+            found = _told(event for delta in deltas for event in delta.events or ())
         if not is_chunk:
-            return {"message": {"role": "assistant", "content": text, "refusal": None}}
-        return {"delta": {"content": text, "role": "assistant"} if is_first else {"content": text}}
+            # A message has a content, if only null, and its calls have no `index`.
+            content = None if "tool_calls" in found else ""
+            for call in found.get("tool_calls", ()):
+                del call["index"]
+            return {"message": {"role": "assistant", "content": content, "refusal": None, **found}}
+        return {"delta": {**found, "role": "assistant"} if deltas[0].is_first else found}
 
     def _logprobs(self, deltas: Sequence[Delta]) -> Json:
         content = []
@@ -275,6 +327,30 @@ class ChatWriter(ReplyWriter):
         }
 
 
+def _told(events: Iterable[Event]) -> Json:
+    """Events put together as OpenAI writes them; reasoning by both names that clients look for."""
+    texts: dict[type[Event], list[str]] = {}
+    calls: dict[int, Json] = {}
+    for event in events:
+        if isinstance(event, CallBegins):
+            call_id = event.id or f"call_{secrets.token_hex(12)}"
+            function = {"name": event.name, "arguments": ""}
+            calls[event.call] = {"id": call_id, "type": "function", "function": function}
+        elif isinstance(event, Arguments):
+            call = calls.setdefault(event.call, {"function": {"arguments": ""}})
+            call["function"]["arguments"] += event.text
+        else:
+            texts.setdefault(type(event), []).append(event.text)
+    told: Json = {}
+    if Reasoning in texts:
+        told["reasoning_content"] = told["reasoning"] = "".join(texts[Reasoning])
+    if Content in texts:
+        told["content"] = "".join(texts[Content])
+    if calls:
+        told["tool_calls"] = [{"index": index, **call} for index, call in calls.items()]
+    return told
+
+
 class TextWriter(ReplyWriter):
     """`/v1/completions`. Whole answers and chunks look the same."""
 
@@ -282,8 +358,8 @@ class TextWriter(ReplyWriter):
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def _content(self, text: str, is_first: bool, is_chunk: bool) -> Json:
-        return {"text": text}
+    def _content(self, deltas: Sequence[Delta], is_chunk: bool) -> Json:
+        return {"text": "".join([delta.text for delta in deltas])}
 
     def _logprobs(self, deltas: Sequence[Delta]) -> Json:
         logprobs = [delta.logprob for delta in deltas if delta.logprob is not None]

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import msgspec
 
@@ -16,18 +16,15 @@ from flowkv_gateway.dispatch import NO_GOALS, RequestState, ServiceGoals
 from flowkv_gateway.errors import ContextLengthExceeded
 from flowkv_gateway.schemas import (
     MAX_CHOICES,
-    ChatMessage,
     ChatRequest,
     CompletionRequest,
     RepetitionPenalty,
     Share,
     Temperature,
-    TokenizeRequest,
-    ToolCall,
     TopK,
 )
 from flowkv_gateway.tenants import Tenant
-from flowkv_gateway.tokenizer import Conversation, Tokenizer
+from flowkv_gateway.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -73,20 +70,6 @@ def load_sampling_defaults(folder: Path, generation_config: str) -> SamplingDefa
 # --- prompts ------------------------------------------------------------------------------------------
 
 
-async def chat_prompt(request: ChatRequest | TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
-    """Raises BadRequest if the model's template refuses the messages."""
-    conversation = Conversation(
-        for_template(request.messages or ()),
-        # Templates ask whether there are any in their own ways: `is not none` is one of them.
-        tools=None if request.tool_choice == "none" else request.tools or None,
-        documents=request.documents or None,
-        template_kwargs=request.chat_template_kwargs or {},
-        add_generation_prompt=request.add_generation_prompt is not False,
-        continue_final_message=bool(request.continue_final_message),
-    )
-    return await tokenizer.encode_chat(conversation, add_special_tokens=bool(request.add_special_tokens))
-
-
 async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
     """One prompt or several: a text, token ids, a list of texts or a list of lists of token ids."""
     items = [request.prompt] if isinstance(request.prompt, str) else request.prompt
@@ -101,48 +84,6 @@ async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer) -
     if kinds == {list}:
         return cast("list[list[int]]", items)
     raise BadRequest("prompt mixes texts, token ids and lists.", field="prompt")
-
-
-def for_template(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Checked messages as templates expect them: plain text, arguments of tool calls as objects."""
-    shown = []
-    for place, message in enumerate(messages):
-        # `developer` and `function` are roles that no template knows.
-        role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
-        if isinstance(message.content, list):
-            parts = [part if isinstance(part, str) else part.shown or "" for part in message.content]
-            text = "\n".join(parts)
-        else:
-            text = message.content or message.refusal or ""
-        fields: dict[str, Any] = {"role": role, "content": text}
-        for name in ("name", "tool_call_id", "reasoning_content"):
-            if (value := getattr(message, name)) is not None:
-                fields[name] = value
-        calls = message.tool_calls or []
-        if not calls and message.function_call is not None:
-            calls = [ToolCall(message.function_call)]
-        if calls:  # templates take an empty list for a turn that only calls tools
-            fields["tool_calls"] = [
-                _call_for_template(call, f"messages[{place}].tool_calls[{i}]") for i, call in enumerate(calls)
-            ]
-        shown.append(fields)
-    return shown
-
-
-def _call_for_template(call: ToolCall, field: str) -> dict[str, Any]:
-    """With the arguments as an object. A model wrote them: were they refused, the chat could never go on."""
-    arguments = call.function.arguments
-    if isinstance(arguments, str):
-        try:
-            arguments = msgspec.json.decode(arguments or "{}")
-        except (msgspec.DecodeError, RecursionError):
-            arguments = None
-    if not isinstance(arguments, dict):
-        log.warning("%s: the arguments are no JSON object, they are left out", field)
-        arguments = {}
-    fields: dict[str, Any] = msgspec.to_builtins(call)
-    fields["function"]["arguments"] = arguments
-    return fields
 
 
 def service_goals(headers: Mapping[str, str]) -> ServiceGoals:

@@ -71,6 +71,7 @@ class ChatMessage(msgspec.Struct):
     function_call: FunctionCall | None = None  # what `tool_calls` replaced
     refusal: str | None = None  # instead of content
     reasoning_content: str | None = None
+    reasoning: str | None = None  # its newer name
 
 
 # --- the bodies ---------------------------------------------------------------------------------------
@@ -172,7 +173,10 @@ class ChatRequest(GenerationRequest, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -213,6 +217,7 @@ class TokenizeRequest(Body, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
@@ -270,8 +275,8 @@ class Refused(NamedTuple):
 
 
 _CONSTRAINED = "use `response_format` or `structured_outputs`"
-_REASONING = "reasoning is not separated from the answer"
-_TOOLS = "tools are shown to the model, but its calls stay text"
+_REASONING = "the model decides how long it thinks"
+_TOOLS = "calls can't be forced"
 
 REFUSED = [
     *(
@@ -279,11 +284,9 @@ REFUSED = [
         for name in ("structural_tag", "regex", "ebnf", "grammar", "json_schema")
     ),
     Refused("guided_whitespace_pattern", _BOTH, _UNLESS_FILLED, "JSON has the spaces that are usual"),
-    Refused("tool_choice", (*_CHAT, *_TOKENIZE), (None, "none", "auto"), f"{_TOOLS}; use `auto` or `none`"),
+    Refused("tool_choice", (*_CHAT, *_TOKENIZE), (None, "none", "auto"), _TOOLS),
     Refused("functions", _CHAT, _UNLESS_FILLED, "use `tools`, which replaced it"),
-    Refused("function_call", _CHAT, (None, "none", "auto"), _TOOLS),
-    Refused("reasoning_effort", _CHAT, _UNLESS_GIVEN, _REASONING),
-    Refused("include_reasoning", _CHAT, (None, True), _REASONING),
+    Refused("function_call", _CHAT, (None, "none", "auto"), "use `tool_choice`, which replaced it"),
     Refused("thinking_token_budget", _BOTH, (None, -1), _REASONING),
     Refused("verbosity", _CHAT, (None, "medium"), "models are not told how long to answer"),
     Refused("modalities", _CHAT, (None, [], ["text"]), "answers are text"),

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import tokenizers
@@ -47,6 +47,13 @@ class Conversation:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+
+
+class ChatPrompt(NamedTuple):
+    """A rendered conversation. Special tokens that were typed in it have stand-ins in `text`."""
+
+    text: str
+    token_ids: list[int]
 
 
 class Tokenizer:
@@ -87,14 +94,25 @@ class Tokenizer:
         except Exception as error:  # `tokenizers` has no class of its own for its errors
             raise CannotStart(f"the tokenizer in {folder} can't be used: {error}") from error
 
+    @property
+    def template_source(self) -> str:
+        """Of all chat templates of the model; empty if it has none."""
+        return self._template.source if self._template else ""
+
+    @property
+    def template_takes_tools(self) -> bool:
+        return self._template is not None and self._template.takes_tools
+
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """The ids of each text."""
         if sum(map(len, texts)) <= _MAX_INLINE_CHARS:
             return self._encode(texts, add_special_tokens)
         return await asyncio.to_thread(self._encode, texts, add_special_tokens)
 
-    async def encode_chat(self, conversation: Conversation, *, add_special_tokens: bool = False) -> list[int]:
-        """The ids of the rendered conversation; special tokens that were typed in it are text.
+    async def encode_chat(
+        self, conversation: Conversation, *, add_special_tokens: bool = False
+    ) -> ChatPrompt:
+        """The rendered conversation and its ids; special tokens that were typed in it are text.
 
         Templates write all special tokens, BOS among them: more are added only if asked for. Raises
         BadRequest if the template refuses the conversation.
@@ -103,10 +121,13 @@ class Tokenizer:
             raise BadRequest("This model has no chat template; use /v1/completions.", field="messages")
         if self._typed.occur_in(conversation):
             text = self._template.render(self._typed.hide(conversation))
-            return await asyncio.to_thread(self._typed.encode, text, add_special_tokens=add_special_tokens)
+            token_ids = await asyncio.to_thread(
+                self._typed.encode, text, add_special_tokens=add_special_tokens
+            )
+            return ChatPrompt(text, token_ids)
         text = self._template.render(conversation)
         [token_ids] = await self.encode([text], add_special_tokens=add_special_tokens)
-        return token_ids
+        return ChatPrompt(text, token_ids)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """The text of the ids, special tokens included; unknown ids add nothing."""
@@ -190,18 +211,28 @@ def _sentencepiece(token: str) -> bytes:
 
 
 class ChatTemplate:
-    """Messages to the text that the model expects. `special_tokens` are names such as `bos_token`."""
+    """Messages to the text that the model expects. `special_tokens` are names such as `bos_token`.
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    `with_tools`: the template for conversations with tools, if it is another one.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], with_tools: str = "") -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.source = source + with_tools
         self._template = environment.from_string(source)
-        self._variables = meta.find_undeclared_variables(environment.parse(source))
+        self._with_tools = environment.from_string(with_tools) if with_tools else self._template
+        self._variables = {
+            variable
+            for one in (source, with_tools)
+            for variable in meta.find_undeclared_variables(environment.parse(one))
+        }
         self._special_tokens = dict(special_tokens)
+        self.takes_tools = "tools" in self._variables
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
@@ -210,16 +241,20 @@ class ChatTemplate:
         if (folder / "tokenizer_config.json").exists():
             config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         source = config.get("chat_template") or ""
-        if (folder / "chat_template.jinja").exists():
-            source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        elif isinstance(source, list):  # of named ones
-            source = next((named["template"] for named in source if named["name"] == "default"), "")
+        named = source if isinstance(source, list) else [{"name": "default", "template": source}]
+        sources = {one["name"]: str(one["template"]) for one in named}
+        further = folder / "additional_chat_templates" / "tool_use.jinja"
+        for name, file in (("default", folder / "chat_template.jinja"), ("tool_use", further)):
+            if file.exists():
+                sources[name] = file.read_text(encoding="utf-8")
         special_tokens = {}
         for name, value in config.items():
             content = value.get("content") if isinstance(value, dict) else value  # older files have objects
             if name.endswith("_token") and isinstance(content, str):
                 special_tokens[name] = content
-        return cls(str(source), special_tokens) if source else None
+        if not (default := sources.get("default")):
+            return None
+        return cls(default, special_tokens, sources.get("tool_use", ""))
 
     def render(self, conversation: Conversation) -> str:
         """Raises BadRequest with what the template says against this conversation."""
@@ -242,7 +277,7 @@ class ChatTemplate:
             "add_generation_prompt": conversation.add_generation_prompt and not is_continued,
         }
         try:
-            text = self._template.render(variables)
+            text = (self._with_tools if conversation.tools else self._template).render(variables)
         except Exception as error:  # whatever it is, the template can't take these messages
             raise BadRequest(f"The chat template refused the messages: {error}", field="messages") from error
         if not is_continued:

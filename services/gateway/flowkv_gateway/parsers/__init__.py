@@ -10,6 +10,7 @@ To add a format, write a `Parser` in a file of its own and put it into `FORMATS`
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from flowkv_gateway.parsers.deepseek import DeepSeek
@@ -36,6 +37,7 @@ __all__ = [
     "Leftover",
     "Parser",
     "Reasoning",
+    "can_reason",
     "parser_for",
 ]
 
@@ -69,6 +71,15 @@ FORMATS = (
     Format(Llama, '{"name": function name, "parameters"', ()),
     Format(Thinking, "</think>", ("deepseek_r1",)),
 )
+
+
+# Every format's beginning or end of reasoning.
+_REASONING = re.compile(r"think>|\[THINK\]|<\|channel|<\|open\|>think")
+
+
+def can_reason(template: str) -> bool:
+    """Whether answers may begin with reasoning, as far as this chat template tells."""
+    return _REASONING.search(template) is not None
 
 
 def parser_for(template: str, name: str | None = None) -> type[Parser] | None:
