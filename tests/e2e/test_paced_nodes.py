@@ -196,8 +196,10 @@ async def test_an_overload_is_refused_at_once_and_passes(tmp_path: Path, model_p
 
 
 @pytest.mark.full
-async def test_one_request_does_not_wait_behind_300_of_another_key(tmp_path: Path, model_path: Path) -> None:
-    """Each computes for 0.14 s: in the order of their age, one would wait for most of 42 s."""
+async def test_one_request_does_not_wait_behind_a_hundred_of_another_key(
+    tmp_path: Path, model_path: Path
+) -> None:
+    """Each computes for 0.14 s, so in the order of their age it would wait for as long as the TTFT target."""
     keys_file = tmp_path / "keys"
     keys_file.write_text("many sk-many\none sk-one\n")
     async with paced(
@@ -211,17 +213,20 @@ async def test_one_request_does_not_wait_behind_300_of_another_key(tmp_path: Pat
             for key in ("sk-many", "sk-one")
         )
         async with many, one:
-            alone_s = [await ttft_s(one, seed) for seed in range(9)]
-            prompts = [prompt_of(100, seed) for seed in range(100, 400)]
-            backlog = asyncio.create_task(run_all(many, prompts, max_tokens=20))
-            async with observe(system.cluster.nats_url) as observer:
-                assignments = await observer.events("flowkv.v1.assignment.>")
-                await assignments.wait_for_all(5)
-            loaded_s = [await ttft_s(one, seed) for seed in range(10, 31)]
-            assert not backlog.done()
-            backlog.cancel()
-            await asyncio.wait([backlog])
-    assert statistics.median(loaded_s) < 2 * statistics.median(alone_s), (alone_s, loaded_s)
+            alone_s = [await ttft_s(one, seed) for seed in range(7)]
+            loaded_s = []
+            for part in range(1, 8):
+                prompts = [prompt_of(100, 100 * part + seed) for seed in range(100)]
+                async with observe(system.cluster.nats_url) as observer:
+                    assignments = await observer.events("flowkv.v1.assignment.>")
+                    backlog = asyncio.create_task(run_all(many, prompts, max_tokens=20))
+                    await assignments.wait_for_all(5)
+                loaded_s.append(await ttft_s(one, 50 + part))
+                assert not backlog.done()
+                backlog.cancel()
+                await asyncio.wait([backlog])
+    # Behind the prompt that is being computed: 2 times, more on a busy host. Without turns it is 50 times.
+    assert statistics.median(loaded_s) < 5 * statistics.median(alone_s), (alone_s, loaded_s)
 
 
 async def ttft_s(http: httpx.AsyncClient, seed: int) -> float:
