@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import functools
+import os
 import random
 import threading
 import time
@@ -19,7 +20,7 @@ from flowkv_engine.engine.batch import PackedBatch, Sequence, WorkItem, pack
 from flowkv_engine.engine.cpu.forward import CpuLlamaForward
 from flowkv_engine.engine.forward import ModulesForward
 from flowkv_engine.engine.model import LoadedModel
-from flowkv_engine.engine.runner import EngineThread, Runner, compiling_alone
+from flowkv_engine.engine.runner import EngineThread, Runner, compiling_alone, source_stamp
 from tests.drive import BLOCK_SIZE, GREEDY, generate, load_tiny, make_pool, make_sequence, step
 from tests.oracle import check_identity
 from tests.tiny_models import ARCHITECTURES, VOCAB_SIZE, make_tiny_model
@@ -232,6 +233,17 @@ def test_one_process_compiles_and_the_others_wait_until_it_has(tmp_path: Path) -
             assert compiled == []
         waiting.result(5)
     assert compiled == [0]
+
+
+def test_kernels_of_another_folder_or_time_are_others(tmp_path: Path) -> None:
+    """Else several processes compile them at once, since some other installation has kept its own."""
+    stamps = set()
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        (folder / "kernels.py").write_text("pass")
+        stamps |= {source_stamp(folder), source_stamp(folder)}
+    os.utime(tmp_path / "b" / "kernels.py", (1, 1))
+    assert len(stamps | {source_stamp(tmp_path / "b")}) == 3
 
 
 def test_what_failed_to_compile_is_compiled_again_and_what_did_not_keeps_nobody_waiting(

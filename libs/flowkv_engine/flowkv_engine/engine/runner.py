@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import os
 import queue
@@ -78,7 +79,8 @@ class Runner:
             check = SelfCheck(model, pool)
         self.forward = make_forward(model.module, self.attention)
         cache_dir = os.environ.get("NUMBA_CACHE_DIR") if self.attention.name == "cpu" else None
-        kernels = f"{__version__}-{model.card.fingerprint}-{pool.dtype}"
+        sources = source_stamp(Path(__file__).with_name("cpu"))
+        kernels = f"{__version__}-{sources}-{model.card.fingerprint}-{pool.dtype}"
         with torch.inference_mode(), _current(self._device):
             with compiling_alone(Path(cache_dir), kernels) if cache_dir else contextlib.nullcontext():
                 check.compare(self._logits)
@@ -126,6 +128,12 @@ class Runner:
             for array in (batch.token_ids, batch.position_ids, batch.logits_indices)
         )
         return self.forward(token_ids, position_ids, logits_indices)
+
+
+def source_stamp(folder: Path) -> str:
+    """Of the kernels' source files, by place and time: numba keeps the code of each of these apart."""
+    files = [(str(file), file.stat().st_mtime_ns) for file in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager
