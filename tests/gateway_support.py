@@ -169,11 +169,12 @@ async def serving(
     *,
     text: str = "hello",
     defaults: SamplingDefaults = NO_DEFAULTS,
+    dispatch: ScriptedDispatch | None = None,
     **settings: Any,
 ) -> AsyncIterator[Gateway]:
-    """A gateway that answers with `text`."""
+    """A gateway that answers with `text`, or as `dispatch` does."""
     wanted = GatewaySettings(**{"model_path": "unused", "model_name": MODEL, **settings})
-    dispatch = ScriptedDispatch(text_chunks(tokenizer, text))
+    dispatch = dispatch or ScriptedDispatch(text_chunks(tokenizer, text))
     stop, leave = asyncio.Event(), asyncio.Event()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     checker = GrammarChecker(tokenizer.file)

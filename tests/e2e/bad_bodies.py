@@ -75,7 +75,10 @@ WRONG_TYPES = [
         "logprobs": (5, "x"),
         "top_logprobs": ("a", True),
         "tools": ("x", {}),
-        "tool_choice": (5,),
+        "tool_choice": (5, "always", {}),
+        "parallel_tool_calls": ("x", []),
+        "include_reasoning": ("x", 2),
+        "reasoning_effort": (5, []),
         "response_format": ("text",),
     }.items()
     for value in values
@@ -167,6 +170,9 @@ CONTRADICTIONS = [
     bad_field(TEXT, "guided_choice", [5], "guided_choice[0]"),
     bad_field(CHAT, "structured_outputs", {"json": {"uniqueItems": True}}, "structured_outputs.json"),
     bad_field(CHAT, "tool_choice", "required"),
+    bad_field(CHAT, "tools", [{}], "tools[0].function"),
+    bad_field(CHAT, "tools", [{"type": "custom"}], "tools[0].type"),
+    bad_field(CHAT, "tools", [{"function": {"name": ""}}], "tools[0].function.name"),
     bad_field(TEXT, "echo", True),
     bad_field(TEXT, "suffix", "the end"),
     bad_field(TEXT, "best_of", 3),

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from canitoolcall.probe import probe
 
 from flowkv_common.errors import CannotStart
+from flowkv_common.wire.messages import TokenChunk
 from flowkv_gateway.chat import ChatFormat
+from flowkv_gateway.dispatch import RequestState
 from flowkv_gateway.tokenizer import Tokenizer
-from tests.gateway_support import CARD, MODEL, Gateway, serving, write_tokenizer
+from tests.gateway_support import (
+    CARD,
+    MODEL,
+    Gateway,
+    ScriptedDispatch,
+    serving,
+    text_chunks,
+    write_tokenizer,
+)
 
 USER: Any = [{"role": "user", "content": "Weather in Paris?"}]
 TOOL: Any = {
@@ -172,3 +185,90 @@ async def test_tools_that_are_none(gateway: Gateway, tools: Any, field: str) -> 
     for path in ("/v1/chat/completions", "/tokenize"):
         reply = await gateway.http.post(path, json={"messages": USER, "tools": tools})
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
+
+
+# --- the yardstick's probe ---------------------------------------------------------------------------------
+
+
+def called(name: str, **arguments: Any) -> str:
+    return (
+        f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n</tool_call>"
+    )
+
+
+EVENT = {
+    "title": "Design review",
+    "start": "2026-10-01T15:00:00Z",
+    "attendees": [{"name": "Ana", "email": "ana@example.com"}, {"name": "Bo", "email": "bo@example.com"}],
+    "location": {"city": "Berlin", "room": "4.12"},
+}
+PARIS = called("get_weather", city="Paris")
+# By words of the prompt, the first that are found: what a model that does as it is told answers.
+ANSWERS = {
+    "<tool_response>": "It is 18 degrees.",
+    "Paris and in Tokyo": f"{PARIS}\n{called('get_weather', city='Tokyo')}",
+    "weather in Paris": PARIS,
+    "17 + 25": "42",
+    "Design review": called("create_event", **EVENT),
+    "Z\u00fcrich": called(
+        "save_note",
+        title="Gr\u00fc\u00dfe aus Z\u00fcrich",
+        body="Caf\u00e9 \u2615 in \u6771\u4eac \u2014 na\u00efve r\u00e9sum\u00e9 \U0001f680",
+    ),
+    "What time": called("get_server_time"),
+    "Lisbon": called("get_weather", city="Lisbon"),
+    "9.11": f"<think>\nBy its digits.\n</think>\n\n{called('record_answer', answer='9.9')}",
+}
+
+
+class ObedientDispatch(ScriptedDispatch):
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(card=msgspec.structs.replace(CARD, max_model_len=5000))
+        self._tokenizer = tokenizer
+
+    async def generate(self, request: RequestState) -> AsyncGenerator[TokenChunk, None]:
+        prompt = await self._tokenizer.decode(request.prompt_ids)
+        self.script = text_chunks(
+            self._tokenizer, next(text for words, text in ANSWERS.items() if words in prompt)
+        )
+        async with aclosing(super().generate(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+
+async def test_the_probe_of_the_yardstick_passes(tmp_path: Path) -> None:
+    template = PLAIN + "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}{# <think> </think> #}"
+    tokenizer = await asyncio.to_thread(tokenizer_with, tmp_path, template)
+    async with serving(tokenizer, dispatch=ObedientDispatch(tokenizer)) as gateway:
+        report = await asyncio.to_thread(probe, f"http://127.0.0.1:{gateway.port}/v1", MODEL)
+    summary = report.summary()
+    assert summary["pass"] == len(report.outcomes) > 20, report.render_text()
+    assert not any(outcome.warnings for outcome in report.outcomes), report.render_text()
+
+
+# --- forced calls ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+async def test_forced_calls_have_one_form_whatever_the_models_own(tmp_path: Path, choice: Any) -> None:
+    tokenizer = await asyncio.to_thread(tokenizer_with, tmp_path, PLAIN + "{{ tools }}[TOOL_CALLS]")
+    async with serving(tokenizer, text=CALL) as gateway:
+        gateway.dispatch.card = msgspec.structs.replace(CARD, max_model_len=2000)
+        create = gateway.client.chat.completions.create
+        reply = await create(model=MODEL, messages=USER, tools=[TOOL], tool_choice=choice)
+        assert reply.choices[0].finish_reason == "tool_calls"
+        assert reply.choices[0].message.content is None
+        grammar = gateway.dispatch.asked[0].sampling.grammar
+        assert grammar is not None
+        assert r"\"name\": \"weather\"" in grammar.text
+        # A model that was not forced writes its own.
+        gateway.dispatch.script = text_chunks(tokenizer, '[TOOL_CALLS]weather[ARGS]{"city": "Rome"}')
+        reply = await create(model=MODEL, messages=USER, tools=[TOOL])
+        assert gateway.dispatch.asked[1].sampling.grammar is None
+        assert reply.choices[0].message.tool_calls is not None
+        bad = function(name="f", parameters={"type": "object", "not": {}})
+        refused = await gateway.http.post(
+            "/v1/chat/completions", json={"messages": USER, "tools": [bad], "tool_choice": "required"}
+        )
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice")
+        assert '"not"' in refused.json()["error"]["message"]

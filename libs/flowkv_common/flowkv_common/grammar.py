@@ -21,7 +21,7 @@ from flowkv_common.wire.messages import Grammar
 MAX_COMPILED = 64
 # Between the tokens of JSON. Bounded: a model that likes spaces would write nothing else.
 WHITESPACE = r"\x20|\x0A{1,2}[\x20\x09]{0,20}"
-_JSON_OPTIONS: Any = {"lenient": False, "whitespace_pattern": WHITESPACE}
+JSON_OPTIONS: Any = {"lenient": False, "whitespace_pattern": WHITESPACE}
 
 
 class Grammars:
@@ -79,7 +79,7 @@ def _source(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema":
             try:
-                return LLMatcher.grammar_from_json_schema(grammar.text, overrides=_JSON_OPTIONS)
+                return LLMatcher.grammar_from_json_schema(grammar.text, overrides=JSON_OPTIONS)
             except ValueError as error:
                 raise BadRequest(str(error)) from None
         case "regex":

@@ -30,7 +30,7 @@ from flowkv_gateway.answer import AnswerResponse, StreamResponse, log_refusal
 from flowkv_gateway.chat import ChatFormat, MakeReader
 from flowkv_gateway.dispatch import Dispatch, ServiceGoals
 from flowkv_gateway.errors import ModelNotFound, error_response, json_error, status_of
-from flowkv_gateway.grammar import GrammarChecker, wanted_grammar
+from flowkv_gateway.grammar import GrammarChecker, Wanted, wanted_grammar
 from flowkv_gateway.http import CloseWhileStopping, read_body
 from flowkv_gateway.metrics import GatewayMetrics
 from flowkv_gateway.output import ChatWriter, Choice, Display, ReplyWriter, TextWriter, prepare_stops
@@ -40,7 +40,6 @@ from flowkv_gateway.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    GenerationRequest,
     StreamOptions,
     TokenizeRequest,
     parse_request,
@@ -117,16 +116,17 @@ class Api:
     async def chat(self, request: Request) -> ASGIApp:
         body = await self._parse(request, ChatRequest)
         goals = service_goals(request.headers)
-        grammar = await self._grammar(body)
-        card = self._card(grammar)
         prompt = await self._chat_prompt(body)
-        reader = self._format.reader(body, prompt.text, self._tokenizer.vocabulary.special_texts)
+        vocabulary = self._tokenizer.vocabulary
+        grammar = await self._grammar(self._format.wanted_grammar(body, prompt.text, vocabulary))
+        card = self._card(grammar)
+        reader = self._format.reader(body, prompt.text, vocabulary.special_texts)
         return self._answer(request, body, [prompt.token_ids], card, grammar, goals, ChatWriter, reader)
 
     async def completions(self, request: Request) -> ASGIApp:
         body = await self._parse(request, CompletionRequest)
         goals = service_goals(request.headers)
-        grammar = await self._grammar(body)
+        grammar = await self._grammar(wanted_grammar(body))
         card = self._card(grammar)
         prompts = await completion_prompts(body, self._tokenizer)
         return self._answer(request, body, prompts, card, grammar, goals, TextWriter)
@@ -202,9 +202,9 @@ class Api:
         if name != self._model_name() and name not in self._folder_names:
             raise ModelNotFound(f"The model {name!r} does not exist.", field="model")
 
-    async def _grammar(self, body: GenerationRequest) -> Grammar | None:
+    async def _grammar(self, wanted: Wanted | None) -> Grammar | None:
         """What the answer must look like, checked. Raises BadRequest, or Full and Unavailable."""
-        if (wanted := wanted_grammar(body)) is None:
+        if wanted is None:
             return None
         await self._checker.check(wanted)
         return wanted.grammar

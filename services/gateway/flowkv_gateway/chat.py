@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from flowkv_common.errors import BadRequest, CannotStart
-from flowkv_gateway.calls import check_tools, tell_of_tools
-from flowkv_gateway.parsers import (
-    Arguments,
-    CallBegins,
-    Content,
-    Event,
-    Leftover,
-    Parser,
-    Reasoning,
-    can_reason,
-    parser_for,
-)
+from flowkv_gateway.calls import answer_grammar, forced_names, offered_tools, tell_of_tools
+from flowkv_gateway.grammar import Wanted, check_size, wanted_grammar
+from flowkv_gateway.parsers import Parser, can_reason, parser_for
 from flowkv_gateway.parsers.hermes import Hermes
 from flowkv_gateway.parsers.mistral import Mistral
 from flowkv_gateway.parsers.thinking import Thinking
+from flowkv_gateway.reader import AnswerReader
 from flowkv_gateway.schemas import ChatMessage, ChatRequest, TokenizeRequest, ToolCall
-from flowkv_gateway.tokenizer import Conversation, Tokenizer
+from flowkv_gateway.tokenizer import Conversation, Tokenizer, Vocabulary
 
 log = logging.getLogger(__name__)
 
+MakeReader = Callable[[], AnswerReader]
+
 # What opens the reasoning is at the end of the prompt, with little behind it.
 _PROMPT_END_CHARS = 256
+_REASONING_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 _MISTRAL_ID_CHARS = 9  # its templates refuse ids of another length
 
 
@@ -54,6 +49,7 @@ class ChatFormat:
         if not self.knows_tools:  # and so reads what `tell_of_tools` asks for
             self._for_calls = Hermes
         self._is_mistral = found is Mistral
+        self._reasoning_marks = [marks for marks in _REASONING_MARKS if marks[1] in template]
 
     def parser(self, *, has_tools: bool) -> type[Parser] | None:
         """What reads the answers; None if there is nothing to find in them. Raises BadRequest."""
@@ -69,8 +65,8 @@ class ChatFormat:
 
     def conversation(self, request: ChatRequest | TokenizeRequest) -> Conversation:
         """Raises BadRequest for tools that are none."""
-        check_tools(request.tools)
         tools = offered_tools(request)
+        forced_names(request)  # or else the template would be rendered for nothing
         messages = for_template(request.messages or (), _MISTRAL_ID_CHARS if self._is_mistral else None)
         if not self.knows_tools:
             messages, tools = tell_of_tools(messages, tools), []
@@ -89,23 +85,59 @@ class ChatFormat:
             continue_final_message=bool(request.continue_final_message),
         )
 
+    def wanted_grammar(self, request: ChatRequest, prompt: str, vocabulary: Vocabulary) -> Wanted | None:
+        """What the answer to this rendered prompt has to keep to. Raises BadRequest."""
+        asked = wanted_grammar(request)
+        tools, forced = offered_tools(request), forced_names(request)
+        if not tools and not self._reasoning_marks:
+            return asked
+        field = "tool_choice" if forced else asked.field if asked else "tools"
+        may_be_strict = self._for_calls is Hermes or forced or asked
+        grammar = answer_grammar(
+            asked.grammar if asked and not forced else None,
+            tools if may_be_strict else (),
+            forced,
+            max_calls=1 if isinstance(request.tool_choice, dict) else _max_calls(request),
+            reasoning=self._reasoning_rule(prompt.rstrip(), vocabulary),
+        )
+        return check_size(Wanted(field, grammar)) if grammar else None
+
+    def _reasoning_rule(self, prompt: str, vocabulary: Vocabulary) -> str:
+        """A grammar's rule for what comes before the answer; empty if this prompt lets nothing come."""
+        for begin, end in self._reasoning_marks:
+            if prompt.endswith(end):
+                return ""
+            ended = f"ended[lazy]: ANY {_in_grammar(end, vocabulary)}"
+            if prompt.endswith(begin):
+                return f"reasoning: ended\n{ended}"
+            return f"reasoning: ({_in_grammar(begin, vocabulary)} ended)?\n{ended}"
+        return ""
+
     def reader(self, request: ChatRequest, prompt: str, special_texts: frozenset[str]) -> MakeReader | None:
         """Makes a reader for each answer to this rendered prompt; None where all of an answer is content."""
-        tools = offered_tools(request)
-        if (parser := self.parser(has_tools=bool(tools))) is None:
+        tools, forced = offered_tools(request), forced_names(request)
+        is_in_grammar = bool(tools) and (bool(forced) or wanted_grammar(request) is not None)
+        parser = Hermes if is_in_grammar else self.parser(has_tools=bool(tools))
+        if parser is None:
             return None
         prompt_end = prompt[-_PROMPT_END_CHARS:]
         return lambda: AnswerReader(
             parser(tools, prompt_end, streams_calls=bool(request.stream)),
             special_texts=frozenset() if request.skip_special_tokens is False else special_texts,
             shows_reasoning=request.include_reasoning is not False,
-            max_calls=1 if request.parallel_tool_calls is False else None,
+            max_calls=_max_calls(request),
         )
 
 
-def offered_tools(request: ChatRequest | TokenizeRequest) -> Sequence[Mapping[str, Any]]:
-    """Those that the model may call."""
-    return () if request.tool_choice == "none" else request.tools or ()
+def _max_calls(request: ChatRequest) -> int | None:
+    return 1 if request.parallel_tool_calls is False else None
+
+
+def _in_grammar(mark: str, vocabulary: Vocabulary) -> str:
+    """A special token is not its text there."""
+    if (token_id := vocabulary.special_id(mark)) is not None:
+        return f"<[{token_id}]>"
+    return f'"{mark}"'
 
 
 # --- the conversation ---------------------------------------------------------------------------------
@@ -164,71 +196,3 @@ def _call_for_template(call: ToolCall, field: str, max_id_chars: int | None) -> 
     if call.id and max_id_chars:
         fields["id"] = call.id[-max_id_chars:]
     return fields
-
-
-# --- the answer ---------------------------------------------------------------------------------------
-
-
-class AnswerReader:
-    """Reads one answer: its text in, what its client is told of it out.
-
-    The text has the special tokens in it that the parser looks for. Those that it passes on as text are not
-    shown, if they are among `special_texts`. Text that is no part of the answer is shown as content.
-    """
-
-    def __init__(
-        self,
-        parser: Parser,
-        *,
-        special_texts: frozenset[str] = frozenset(),
-        shows_reasoning: bool = True,
-        max_calls: int | None = None,
-    ) -> None:
-        self._parser = parser
-        self._special_texts = special_texts
-        self._seen: set[str] = set()  # special tokens in this answer: others' texts were written as text
-        self._shows_reasoning = shows_reasoning
-        self._max_calls = max_calls
-        self._num_calls = 0
-        self._num_undecided_tokens = 0
-        self.num_reasoning_tokens = 0
-        self.is_over = False  # there were as many calls as there may be
-
-    @property
-    def has_calls(self) -> bool:
-        return self._num_calls > 0
-
-    def push(self, text: str, *, special: str = "", is_last: bool = False) -> list[Event]:
-        """What is new with this token. `special`: its own text, if it is a special token."""
-        if special in self._special_texts:
-            self._seen.add(special)
-        events = self._parser.push(text)
-        if is_last:
-            events += self._parser.finish()
-        self._num_undecided_tokens += 1
-        if events:
-            if any(isinstance(event, Reasoning) for event in events):
-                self.num_reasoning_tokens += self._num_undecided_tokens
-            self._num_undecided_tokens = 0
-        return [shown for event in events if (shown := self._shown(event)) is not None]
-
-    def _shown(self, event: Event) -> Event | None:
-        if self.is_over:
-            return None
-        if isinstance(event, CallBegins):
-            if self._num_calls == self._max_calls:
-                self.is_over = True
-                return None
-            self._num_calls += 1
-            return event
-        if isinstance(event, Arguments) or (isinstance(event, Reasoning) and not self._shows_reasoning):
-            return event if isinstance(event, Arguments) else None
-        text = event.text
-        for special in self._seen:
-            text = text.replace(special, "")
-        if not text:
-            return None
-        return Content(text) if isinstance(event, Leftover) else event._replace(text=text)
-
-
-MakeReader = Callable[[], AnswerReader]

@@ -48,11 +48,16 @@ def wanted_grammar(request: GenerationRequest) -> Wanted | None:
     if len(wanted) > 1:
         names = " and ".join(one.field for one in wanted)
         raise BadRequest(f"An answer has one format: {names} can't be given together.", field=wanted[1].field)
-    field, grammar = wanted[0]
+    return check_size(wanted[0])
+
+
+def check_size(wanted: Wanted) -> Wanted:
+    """The same. Raises BadRequest for one that is too large."""
+    field, grammar = wanted
     num_bytes = len(msgspec.json.encode(grammar.text))
     if num_bytes > MAX_GRAMMAR_BYTES:
         raise BadRequest(f"{field} has {num_bytes} bytes, {MAX_GRAMMAR_BYTES} are taken.", field=field)
-    return wanted[0]
+    return wanted
 
 
 def _of_response_format(asked: ResponseFormat | None) -> Iterator[Wanted]:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from flowkv_common.wire.messages import TokenChunk, TokenLogprob
-from flowkv_gateway.chat import AnswerReader
 from flowkv_gateway.dispatch import RequestState
 from flowkv_gateway.parsers import Arguments, CallBegins, Content, Event, Reasoning
+from flowkv_gateway.reader import AnswerReader
 from flowkv_gateway.tokenizer import Vocabulary
 
 Json = dict[str, Any]

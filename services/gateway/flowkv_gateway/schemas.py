@@ -276,7 +276,6 @@ class Refused(NamedTuple):
 
 _CONSTRAINED = "use `response_format` or `structured_outputs`"
 _REASONING = "the model decides how long it thinks"
-_TOOLS = "calls can't be forced"
 
 REFUSED = [
     *(
@@ -284,7 +283,6 @@ REFUSED = [
         for name in ("structural_tag", "regex", "ebnf", "grammar", "json_schema")
     ),
     Refused("guided_whitespace_pattern", _BOTH, _UNLESS_FILLED, "JSON has the spaces that are usual"),
-    Refused("tool_choice", (*_CHAT, *_TOKENIZE), (None, "none", "auto"), _TOOLS),
     Refused("functions", _CHAT, _UNLESS_FILLED, "use `tools`, which replaced it"),
     Refused("function_call", _CHAT, (None, "none", "auto"), "use `tool_choice`, which replaced it"),
     Refused("thinking_token_budget", _BOTH, (None, -1), _REASONING),

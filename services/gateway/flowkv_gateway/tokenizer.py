@@ -168,6 +168,10 @@ class Vocabulary:
     def special_texts(self) -> frozenset[str]:
         return frozenset(map(self.token_text, self.special_ids))
 
+    def special_id(self, text: str) -> int | None:
+        """Of the special token that is written so."""
+        return next((token_id for token_id in self.special_ids if self.token_text(token_id) == text), None)
+
     def token_bytes(self, token_id: int) -> bytes:
         """The token's own bytes, special or not."""
         return self._token_bytes.get(token_id, b"")

@@ -1,0 +1,156 @@
+"""Answers whose calls are forced, or kept to their schemas, by a grammar."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowkv_common.errors import BadRequest
+from flowkv_common.grammar import Grammars
+from flowkv_common.wire.messages import Grammar
+from flowkv_gateway.calls import forced_names
+from flowkv_gateway.chat import ChatFormat
+from flowkv_gateway.schemas import ChatRequest, parse_request
+from flowkv_gateway.tokenizer import Tokenizer
+from tests.gateway_support import write_tokenizer
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+
+
+def tool(name: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": SCHEMA, **fields}}
+
+
+def call(name: str, arguments: str = '{"a": 1}') -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+TOOLS = [tool("f"), tool("g")]
+F, G, WRONG, OTHER = call("f"), call("g"), call("f", '{"a": "x"}'), call("h")
+NAMED_G = {"type": "function", "function": {"name": "g"}}
+JSON_ANSWER = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+
+
+def chat(**fields: Any) -> ChatRequest:
+    body = {"messages": [{"role": "user", "content": "hi"}], **fields}
+    return parse_request(json.dumps(body).encode(), ChatRequest)
+
+
+class Constrained:
+    """What a model with this template may answer."""
+
+    def __init__(self, folder: Path, template: str) -> None:
+        (write_tokenizer(folder) / "chat_template.jinja").write_text(template)
+        self.tokenizer = Tokenizer.load(folder)
+        self.format = ChatFormat(self.tokenizer)
+        self.grammars = Grammars(folder / "tokenizer.json", [0])
+
+    def grammar(self, request: ChatRequest, prompt: str = "") -> Grammar | None:
+        wanted = self.format.wanted_grammar(request, prompt, self.tokenizer.vocabulary)
+        return wanted.grammar if wanted else None
+
+    def allows(self, text: str, request: ChatRequest, prompt: str = "") -> bool:
+        grammar = self.grammar(request, prompt)
+        assert grammar is not None
+        matcher = self.grammars.matcher(grammar)
+        token_ids = self.tokenizer._encode([text], False)[0]
+        return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Constrained:
+    return Constrained(tmp_path_factory.mktemp("plain"), "{{ messages }}")
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Constrained:
+    return Constrained(
+        tmp_path_factory.mktemp("thinking"), "{{ messages }}{{ tools }}<tool_call><think></think>"
+    )
+
+
+def test_required_is_one_call_or_several_and_no_text(plain: Constrained) -> None:
+    required = chat(tools=TOOLS, tool_choice="required")
+    for allowed in (F, G, f"{F}\n{G}"):
+        assert plain.allows(allowed, required)
+    for other in ("", "Well.", WRONG, OTHER, f"Well. {F}", f"{F} Well."):
+        assert not plain.allows(other, required)
+    alone = chat(tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+    assert plain.allows(F, alone)
+    assert not plain.allows(f"{F}\n{G}", alone)
+    assert plain.grammar(chat(tools=TOOLS)) is None
+
+
+def test_a_named_function_is_called_once(plain: Constrained) -> None:
+    named = chat(tools=TOOLS, tool_choice=NAMED_G)
+    assert plain.allows(G, named)
+    assert not plain.allows(F, named)
+    assert not plain.allows(f"{G}\n{G}", named)
+
+
+def test_strict_tools_keep_to_their_schemas(plain: Constrained) -> None:
+    strict = chat(tools=[tool("f", strict=True), tool("g")])
+    for allowed in ("", "Well.", f"Well.\n{F}", f"{F}\n{G}", call("g", '{"any": []}')):
+        assert plain.allows(allowed, strict)
+    for other in (WRONG, f"Well. {WRONG}", OTHER):
+        assert not plain.allows(other, strict)
+
+
+def test_a_format_leaves_room_for_calls(plain: Constrained) -> None:
+    asked = chat(tools=TOOLS, response_format=JSON_ANSWER)
+    for allowed in ('{"a": 1}', F, f"{F}\n{G}"):
+        assert plain.allows(allowed, asked)
+    for other in ("Well.", '{"a": "x"}', OTHER):
+        assert not plain.allows(other, asked)
+    forced = chat(tools=TOOLS, tool_choice="required", response_format=JSON_ANSWER)
+    assert not plain.allows('{"a": 1}', forced)
+
+
+@pytest.mark.parametrize(
+    ("fields", "answer"),
+    [
+        ({"tools": TOOLS, "tool_choice": "required"}, F),
+        ({"response_format": JSON_ANSWER}, '{"a": 1}'),
+        ({"structured_outputs": {"regex": "a/b|\\/c"}}, "a/b"),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "no"),
+    ],
+    ids=["tools", "schema", "regex", "choice"],
+)
+def test_reasoning_comes_before_what_is_constrained(
+    thinking: Constrained, fields: dict[str, Any], answer: str
+) -> None:
+    request = chat(**fields)
+    assert thinking.allows(f"hm\nhm</think>\n\n{answer}", request, "<think>\n")
+    assert not thinking.allows(answer, request, "<think>\n")
+    assert thinking.allows(answer, request)
+    assert thinking.allows(f"<think>hm</think>{answer}", request)
+    assert thinking.allows(answer, request, "<think>\n\n</think>\n\n")
+    assert not thinking.allows(f"hm</think>{answer}", request, "<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [5, "always", {}, NAMED_G["function"], {"type": "function", "function": {"name": "h"}}, "", True],
+    ids=str,
+)
+def test_choices_that_are_none(choice: Any) -> None:
+    with pytest.raises(BadRequest) as caught:
+        forced_names(chat(tools=TOOLS, tool_choice=choice))
+    assert caught.value.field == "tool_choice"
+    with pytest.raises(BadRequest):
+        forced_names(chat(tool_choice="required"))
+
+
+def test_a_grammar_of_the_clients_own_can_not_be_combined(plain: Constrained) -> None:
+    own = {"structured_outputs": {"grammar": 'root ::= "a"'}}
+    assert plain.grammar(chat(**own)) is not None
+    with pytest.raises(BadRequest):
+        plain.grammar(chat(tools=TOOLS, **own))
