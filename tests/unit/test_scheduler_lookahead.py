@@ -14,7 +14,6 @@ from flowkv_common.wire.nodes import OutputForecast, StepFit, length_class
 from flowkv_scheduler.cluster import Goals, Work
 from flowkv_scheduler.demand import Demand, OutputLengths
 from flowkv_scheduler.lookahead import (
-    IDLE_WAIT,
     SHARED,
     Batch,
     Duties,
@@ -55,19 +54,16 @@ times = st.floats(0.0, 20.0)
 @settings(deadline=None)
 @given(st.lists(st.tuples(times, st.floats(0.01, 6.0)), max_size=12), st.floats(0.0, 6.0))
 def test_one_prefill_node_is_a_queue(asked: list[tuple[float, float]], free_at: float) -> None:
-    """First come first served. A prompt that would be late is refused, unless no target could hold for it."""
+    """First come first served. A prompt that would be late delays no other."""
     jobs = [job(at, prefill_s) for at, prefill_s in sorted(asked)]
     expected, free = [], free_at
     for one in jobs:
         begin = max(free, one.at)
         # Not at the edge, where the order of sums decides.
         assume(abs(begin + one.prefill_s - one.at - GOALS.ttft_s) > 1e-6)
-        assume(abs(begin - one.at - IDLE_WAIT * GOALS.ttft_s) > 1e-6)
-        is_served = begin + one.prefill_s - one.at <= GOALS.ttft_s
-        is_idle = begin - one.at < IDLE_WAIT * GOALS.ttft_s
-        if is_served or (one.prefill_s > GOALS.ttft_s and is_idle):
+        expected.append(begin + one.prefill_s - one.at <= GOALS.ttft_s)
+        if expected[-1]:
             free = begin + one.prefill_s
-        expected.append(is_served)
     assert in_time(jobs, [(free_at, 1.0)]) == expected
 
 
@@ -85,9 +81,8 @@ def test_a_prompt_takes_the_prefill_node_that_is_free_first(
         first = min(free)
         begin, work_s = max(first[0], one.at), one.prefill_s * first[1]
         assume(abs(begin + work_s - one.at - GOALS.ttft_s) > 1e-6)
-        assume(abs(begin - one.at - IDLE_WAIT * GOALS.ttft_s) > 1e-6)
         expected.append(begin + work_s - one.at <= GOALS.ttft_s)
-        if expected[-1] or (work_s > GOALS.ttft_s and begin - one.at < IDLE_WAIT * GOALS.ttft_s):
+        if expected[-1]:
             first[0] = begin + work_s
     assert in_time(jobs, queues) == expected
 
@@ -96,11 +91,13 @@ def test_without_a_prefill_node_nothing_is_served() -> None:
     assert in_time([job(), job(1.0)], []) == [False, False]
 
 
-def test_a_prompt_that_no_node_computes_in_time_delays_those_behind_it() -> None:
+def test_a_prompt_that_no_node_computes_in_time_delays_no_prompt_but_is_decoded() -> None:
     """It is served where a node is idle, as admission does, and refused where one is not."""
     giant, small = job(0.0, prefill_s=10.0), job(1.0, prefill_s=0.5)
-    assert in_time([giant, small], [(0.0, 1.0)]) == [False, False]
-    assert in_time([giant, small], [(1.0, 1.0)]) == [False, True]
+    assert in_time([giant, small], [(0.0, 1.0)]) == [False, True]
+    one_place = ONE._replace(num_places=1.0)
+    assert in_time([giant, small], [(0.0, 1.0)], batch=one_place) == [False, False]
+    assert in_time([giant, small], [(1.0, 1.0)], batch=one_place) == [False, True]
 
 
 # --- decode: a shared batch -----------------------------------------------------------------------

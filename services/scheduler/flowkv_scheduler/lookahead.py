@@ -2,7 +2,8 @@
 
 Requests are played first come first served: each prompt takes the prefill node that is free first; all decode
 nodes are one batch that grows until the ITL target, the places or the blocks are used up. The play begins
-with the work that is there now. A request that would get its first token too late is refused. Pure.
+with the work that is there now. A request that would get its first token too late is refused, or if it would
+on any node, delays no prompt. Pure.
 """
 
 from __future__ import annotations
@@ -292,9 +293,11 @@ def served_in_time(
         wait_s, work_s = max(free_at, at) - job.at, job.prefill_s * slowness
         in_time = has_room and wait_s + work_s <= goals.ttft_s
         served.append(in_time)
+        if in_time:
+            heapq.heapreplace(free_nodes, (job.at + wait_s + num_each * work_s, slowness))
+        # Late on any node, it is taken where one is idle. Prompts in time interrupt it.
         is_hopeless = work_s > goals.ttft_s and wait_s < IDLE_WAIT * goals.ttft_s
         if in_time or (has_room and is_hopeless):
-            heapq.heapreplace(free_nodes, (job.at + wait_s + num_each * work_s, slowness))
             beside_s += job.beside_s
             num_blocks += job.num_blocks
             num_steps = job.num_output_tokens + (job.at + wait_s + work_s - at) / step_s
