@@ -110,6 +110,8 @@ SAMPLING = SamplingParams(
     stop_token_ids=[42],
     num_logprobs=2,
     grammar=Grammar(kind="regex", text="yes|no"),
+    allowed_token_ids=[42, 43],
+    bad_words=[[43], [42, 43]],
 )
 BLOCKS = BlockCounts(total=1024, free=900, cached=100, leased=20, quarantined=4, longest_free_run=880)
 FULL = Refusal(code=429, message="no room for 5 blocks", field="num_tokens", retry_after_s=0.05)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from flowkv_common.wire.messages import SamplingParams
@@ -28,8 +30,9 @@ def test_packs_decode_chunk_and_last_chunk() -> None:
     assert [sample is not None for sample in batch.samples] == [True, False, True]
 
 
-def test_is_a_snapshot() -> None:
-    sequence = make_sequence([1, 2], [3], SamplingParams(max_tokens=9, frequency_penalty=1.0))
+@pytest.mark.parametrize("asked", [{"frequency_penalty": 1.0}, {"bad_words": [[7, 8]]}])
+def test_is_a_snapshot(asked: dict[str, Any]) -> None:
+    sequence = make_sequence([1, 2], [3], SamplingParams(max_tokens=9, **asked))
     sequence.output_ids.append(4)
     batch = pack([WorkItem(sequence, 3)], block_size=4)
     sequence.output_ids.append(5)

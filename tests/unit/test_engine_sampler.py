@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flowkv_common.wire.messages import SamplingParams
 from flowkv_engine.engine.sampler import PREFIX_LEN, SampleInput, _most_likely, sample
@@ -138,6 +140,50 @@ def test_min_tokens_holds_the_requests_own_stops_back() -> None:
     logits = torch.tensor([0.0, 1.0, 5.0, 9.0])
     stops: dict[str, Any] = {"stop_token_ids": [3, 77, -1], "min_tokens": 2, "temperature": 0.0}
     assert [choose(logits, index, **stops) for index in (1, 2)] == [1, 3]
+
+
+def test_only_allowed_tokens_are_chosen() -> None:
+    logits = torch.tensor([9.0, 1.0, 5.0, 0.0])
+    assert choose(logits, temperature=0.0, allowed_token_ids=[1, 3, 77, -1]) == 1
+    assert set(frequencies(logits, num_draws=200, temperature=2.0, allowed_token_ids=[1, 3])) == {1, 3}
+    assert choose(logits, temperature=0.0, allowed_token_ids=[3], logit_bias={0: 100.0}) == 3
+
+
+def test_a_bad_word_never_gets_its_last_token() -> None:
+    logits = torch.tensor([9.0, 1.0, 5.0, 0.0])
+    greedy: dict[str, Any] = {"temperature": 0.0, "bad_words": [[3, 1, 0], [2], [77], [-1, 0], []]}
+    assert choose(logits, output_ids=[], **greedy) == 0
+    assert choose(logits, output_ids=[1], **greedy) == 0
+    assert choose(logits, output_ids=[3, 1], **greedy) == 1
+    assert choose(logits, output_ids=[3, 1, 1], **greedy) == 0
+    assert set(frequencies(logits, num_draws=200, temperature=2.0, bad_words=[[0], [2]])) == {1, 3}
+
+
+@given(
+    words=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), max_size=3),
+    seed=st.integers(0, 99),
+    min_tokens=st.integers(0, 4),
+)
+@settings(max_examples=50)
+def test_no_bad_word_stands_in_any_output(words: list[list[int]], seed: int, min_tokens: int) -> None:
+    """Token 4 can always come."""
+    logits, output = torch.tensor([0.5, 2.0, 1.0, 0.0, -1.0]), list[int]()
+    for index in range(12):
+        output.append(
+            choose(logits, index, output_ids=output, seed=seed, bad_words=words, min_tokens=min_tokens)
+        )
+    placed = [output[at : at + len(word)] == word for word in words for at in range(len(output))]
+    assert not any(placed)
+
+
+def test_bans_hold_as_long_as_anything_is_left() -> None:
+    logits = torch.tensor([0.0, 1.0, 9.0])
+    all_bad: dict[str, Any] = {"temperature": 0.0, "bad_words": [[0], [1], [2]]}
+    assert choose(logits, **all_bad) == 2
+    assert choose(logits, **all_bad, allowed_token_ids=[0, 1]) == 1
+    assert choose(logits, temperature=0.0, allowed_token_ids=[2], min_tokens=1) == 2
+    assert choose(logits, temperature=0.0, allowed_token_ids=[1, 2], bad_words=[[1]], min_tokens=1) == 1
+    assert choose(logits, temperature=0.0, allowed_token_ids=[77]) == 2
 
 
 def test_a_row_without_any_token_left_costs_the_batch_nothing() -> None:

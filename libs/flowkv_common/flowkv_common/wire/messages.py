@@ -147,6 +147,8 @@ class SamplingParams(Part, frozen=True):
     stop_token_ids: list[int] = []  # end the text as EOS does, also where EOS is ignored
     num_logprobs: int | None = None  # None: none; 0: of the chosen token; k: and of the k best
     grammar: Grammar | None = None
+    allowed_token_ids: list[int] = []  # empty: all
+    bad_words: list[list[int]] = []  # token sequences that the output may not have in it
 
 
 class TokenLogprob(Part, frozen=True):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from flowkv_common.fingerprint import chained_hash
 from flowkv_common.wire.messages import SamplingParams
 from flowkv_engine.engine.grammar import Matcher
-from flowkv_engine.engine.sampler import SampleInput, has_penalties
+from flowkv_engine.engine.sampler import SampleInput, depends_on_output, has_penalties
 
 
 @dataclass(slots=True, eq=False)
@@ -140,13 +140,13 @@ def pack(items: list[WorkItem], block_size: int) -> PackedBatch:
             samples.append(None)
             continue
         sampling = sequence.sampling
-        penalized = has_penalties(sampling)
+        needs_output = depends_on_output(sampling) or sequence.matcher is not None
         samples.append(
             SampleInput(
                 sampling=sampling,
                 output_index=len(sequence.output_ids),
-                prompt_ids=sequence.prompt_ids if penalized else [],
-                output_ids=sequence.output_ids.copy() if penalized or sequence.matcher else [],
+                prompt_ids=sequence.prompt_ids if has_penalties(sampling) else [],
+                output_ids=sequence.output_ids.copy() if needs_output else [],
                 matcher=sequence.matcher,
             )
         )

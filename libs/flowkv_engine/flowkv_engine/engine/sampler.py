@@ -30,7 +30,8 @@ GROUP_SIZE = 16  # tokens of which only the greatest is looked at first
 class SampleInput:
     """All that the choice of one token depends on, apart from the logits.
 
-    The ids are needed only where `sampling` asks for penalties; the output's also where it has a grammar.
+    The ids are needed only where `sampling` asks for penalties; the output's also where it has a grammar or
+    bad words.
     """
 
     sampling: SamplingParams
@@ -53,10 +54,15 @@ class Sampled(NamedTuple):
 
 
 def has_penalties(sampling: SamplingParams) -> bool:
-    """Whether the choice depends on the tokens so far."""
+    """Whether the choice depends on the tokens of prompt and output."""
     return (
         sampling.repetition_penalty != 1 or sampling.frequency_penalty != 0 or sampling.presence_penalty != 0
     )
+
+
+def depends_on_output(sampling: SamplingParams) -> bool:
+    """Whether the choice depends on the output's tokens so far."""
+    return has_penalties(sampling) or bool(sampling.bad_words)
 
 
 def sample(
@@ -64,8 +70,10 @@ def sample(
 ) -> list[Sampled]:
     """One token per row of `logits` [n, vocab], any float dtype; one that `masks` allow.
 
-    Until `min_tokens` outputs, `eos_token_ids` and the request's `stop_token_ids` are masked. Raises
-    `FloatingPointError` if a row has no finite maximum.
+    Until `min_tokens` outputs, `eos_token_ids` and the request's `stop_token_ids` are masked, and always
+    tokens that are not among its `allowed_token_ids` or would end one of its `bad_words`: in this order of
+    rank, allowed ones first, each as far as anything is left. Raises `FloatingPointError` if a row has no
+    finite maximum.
     """
     allowed = masks.apply(logits) if masks else logits
     top = allowed.max(dim=-1)  # NaN counts as the greatest, so the maximum shows any
@@ -97,11 +105,13 @@ def sample(
 
 
 def _adjusted(raw: Tensor, input: SampleInput, eos_token_ids: list[int]) -> Tensor | None:
-    """The row with penalties and bias applied and stops masked, as a new fp32 tensor; `None` if unchanged."""
+    """The row with penalties, bias and bans applied, as a new fp32 tensor; `None` if unchanged."""
     sampling = input.sampling
     # A mask has left them out already, but where a grammar allows nothing else.
     masks_stops = input.output_index < sampling.min_tokens and input.matcher is None
-    if not (has_penalties(sampling) or sampling.logit_bias or masks_stops):
+    bad = _ends_of_bad_words(sampling.bad_words, input.output_ids)
+    is_bound = bool(bad or sampling.allowed_token_ids)
+    if not (has_penalties(sampling) or sampling.logit_bias or masks_stops or is_bound):
         return None
     row = raw.float().clone()
     if sampling.repetition_penalty != 1:  # makes seen tokens less likely, whatever the sign of their logit
@@ -112,13 +122,35 @@ def _adjusted(raw: Tensor, input: SampleInput, eos_token_ids: list[int]) -> Tens
         counts = Counter(input.output_ids)
         penalties = [sampling.frequency_penalty * n + sampling.presence_penalty for n in counts.values()]
         row[_index(counts, row)] -= torch.tensor(penalties, device=row.device)
-    for token_id, bias in sampling.logit_bias.items():
-        if 0 <= token_id < len(row):  # an unknown token has no logit: it must not cost the batch its step
-            row[token_id] += bias
+    for token_id in _known(sampling.logit_bias, row):
+        row[token_id] += sampling.logit_bias[token_id]
+    if sampling.allowed_token_ids:
+        banned = torch.ones_like(row, dtype=torch.bool)
+        banned[_index(_known(sampling.allowed_token_ids, row), row)] = False
+        row = _without(row, banned)
     if masks_stops:
-        stops = {*eos_token_ids, *sampling.stop_token_ids}
-        row[_index((token_id for token_id in stops if 0 <= token_id < len(row)), row)] = -torch.inf
+        row = _without(row, _index(_known({*eos_token_ids, *sampling.stop_token_ids}, row), row))
+    if bad:
+        row = _without(row, _index(_known(bad, row), row))
     return row
+
+
+def _ends_of_bad_words(bad_words: list[list[int]], output_ids: list[int]) -> set[int]:
+    """The tokens that would complete one of the words after this output."""
+    num_output = len(output_ids)
+    return {word[-1] for word in bad_words if word and output_ids[num_output + 1 - len(word) :] == word[:-1]}
+
+
+def _without(row: Tensor, banned: Tensor) -> Tensor:
+    """The row with the `banned` (ids or a mask) at minus infinity; as it is if that would leave nothing."""
+    rest = row.clone()
+    rest[banned] = -torch.inf
+    return rest if math.isfinite(float(rest.max())) else row
+
+
+def _known(token_ids: Iterable[int], row: Tensor) -> list[int]:
+    """Those that have a logit: an unknown one must not cost the batch its step."""
+    return [token_id for token_id in token_ids if 0 <= token_id < len(row)]
 
 
 def _index(token_ids: Iterable[int], row: Tensor) -> Tensor:
