@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
@@ -259,6 +260,37 @@ class Person(pydantic.BaseModel):
     name: Annotated[str, pydantic.Field(max_length=8)]
     age: Annotated[int, pydantic.Field(ge=0, le=130)]
     likes: Annotated[list[Literal["tea", "coffee"]], pydantic.Field(max_length=2)]
+
+
+def test_calls_that_are_forced_are_valid(client: openai.OpenAI) -> None:
+    """The model knows no tools, and is drawn from at a high temperature."""
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"enum": [1, 2, 3]}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    }
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    fields: Any = {"model": MODEL, "messages": FRANCE, "tools": [tool], "seed": 7, "temperature": 1.5}
+    reply = client.chat.completions.create(
+        tool_choice="required", parallel_tool_calls=False, n=4, max_tokens=60, **fields
+    )
+    for choice in reply.choices:
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.tool_calls is not None
+        [call] = choice.message.tool_calls
+        assert call.type == "function"
+        arguments = json.loads(call.function.arguments)
+        assert (call.function.name, set(arguments)) == ("weather", {"city", "days"})
+        assert arguments["city"] in ("Paris", "Rome")
+    named: Any = {"type": "function", "function": {"name": "weather"}}
+    with client.chat.completions.stream(tool_choice=named, max_tokens=60, **fields) as stream:
+        [*_, last] = stream
+    assert last.type == "chunk"
+    final = stream.get_final_completion().choices[0]
+    assert final.finish_reason == "tool_calls"
+    assert final.message.tool_calls is not None
+    assert json.loads(final.message.tool_calls[0].function.arguments)["days"] in (1, 2, 3)
 
 
 def test_structured_output_is_parsed(client: openai.OpenAI) -> None:

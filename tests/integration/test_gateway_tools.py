@@ -187,6 +187,26 @@ async def test_tools_that_are_none(gateway: Gateway, tools: Any, field: str) -> 
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
 
 
+async def test_a_template_of_the_requests_own(tokenizer: Tokenizer) -> None:
+    own = {"messages": USER, "chat_template": "{{ bos_token }}<think>{{ messages[0].content }}"}
+    async with serving(tokenizer, text="hm</think>Well.", trust_request_chat_template=True) as gateway:
+        reply = await gateway.http.post("/v1/chat/completions", json=own)
+        assert reply.json()["choices"][0]["message"]["content"] == "hm</think>Well."
+        opened = {**own, "chat_template": own["chat_template"] + "<think>{# </think> #}"}
+        reply = await gateway.http.post("/v1/chat/completions", json=opened)
+        assert reply.json()["choices"][0]["message"]["reasoning"] == "hm"
+        counted = (await gateway.http.post("/tokenize", json=opened)).json()
+        assert counted["tokens"] == gateway.dispatch.asked[1].prompt_ids
+        assert await tokenizer.decode(counted["tokens"]) == "<|start|><think>Weather in Paris?<think>"
+        for bad in ("{% if %}", "{{ messages.append(1) }}", "{{ 1 / 0 }}"):
+            reply = await gateway.http.post("/v1/chat/completions", json={**own, "chat_template": bad})
+            assert reply.status_code == 400
+    async with serving(tokenizer) as gateway:
+        for path in ("/v1/chat/completions", "/tokenize"):
+            reply = await gateway.http.post(path, json=own)
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "chat_template")
+
+
 # --- the yardstick's probe ---------------------------------------------------------------------------------
 
 

@@ -54,7 +54,7 @@ class Constrained:
         self.grammars = Grammars(folder / "tokenizer.json", [0])
 
     def grammar(self, request: ChatRequest, prompt: str = "") -> Grammar | None:
-        wanted = self.format.wanted_grammar(request, prompt, self.tokenizer.vocabulary)
+        wanted = self.format.wanted_grammar(request, prompt)
         return wanted.grammar if wanted else None
 
     def allows(self, text: str, request: ChatRequest, prompt: str = "") -> bool:

@@ -58,6 +58,9 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
     tool_parser: Annotated[
         str, "how the model writes tool calls and reasoning, by vLLM's name; empty: its chat template tells"
     ] = ""
+    trust_request_chat_template: Annotated[
+        bool, "take a `chat_template` from requests: a program, which can hold the gateway up"
+    ] = False
     request_timeout_s: Annotated[Seconds, "longest time that an answer may take"] = 600.0
     max_body_bytes: Annotated[Bytes, "a longer body of a request gets 413"] = 4 * 1024 * 1024
     send_timeout_s: Annotated[Seconds, "a stream that is not read for this long is cut off"] = 30.0

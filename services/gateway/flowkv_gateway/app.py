@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 
 import flowkv_common
 from flowkv_common.config import GatewaySettings
-from flowkv_common.errors import FlowKVError, Internal, Unavailable
+from flowkv_common.errors import BadRequest, FlowKVError, Internal, Unavailable
 from flowkv_common.telemetry import service_routes
 from flowkv_common.wire.messages import Grammar, ModelCard
 from flowkv_gateway.access import KEY_NAME, Guard
@@ -45,7 +45,7 @@ from flowkv_gateway.schemas import (
     parse_request,
 )
 from flowkv_gateway.tenants import Tenants
-from flowkv_gateway.tokenizer import ChatPrompt, Tokenizer
+from flowkv_gateway.tokenizer import Tokenizer
 
 B = TypeVar("B", bound=Body)
 
@@ -116,11 +116,11 @@ class Api:
     async def chat(self, request: Request) -> ASGIApp:
         body = await self._parse(request, ChatRequest)
         goals = service_goals(request.headers)
-        prompt = await self._chat_prompt(body)
-        vocabulary = self._tokenizer.vocabulary
-        grammar = await self._grammar(self._format.wanted_grammar(body, prompt.text, vocabulary))
+        chat_format = self._chat_format(body)
+        prompt = await chat_format.prompt(body)
+        grammar = await self._grammar(chat_format.wanted_grammar(body, prompt.text))
         card = self._card(grammar)
-        reader = self._format.reader(body, prompt.text, vocabulary.special_texts)
+        reader = chat_format.reader(body, prompt.text)
         return self._answer(request, body, [prompt.token_ids], card, grammar, goals, ChatWriter, reader)
 
     async def completions(self, request: Request) -> ASGIApp:
@@ -141,7 +141,7 @@ class Api:
     async def tokenize(self, request: Request) -> Response:
         body = await self._parse(request, TokenizeRequest)
         if body.prompt is None:
-            tokens = (await self._chat_prompt(body)).token_ids
+            tokens = (await self._chat_format(body).prompt(body)).token_ids
         else:
             adds_special = body.add_special_tokens is not False
             [tokens] = await self._tokenizer.encode([body.prompt], add_special_tokens=adds_special)
@@ -183,11 +183,16 @@ class Api:
             self._check_model(body.model)
         return body
 
-    async def _chat_prompt(self, body: ChatRequest | TokenizeRequest) -> ChatPrompt:
-        """Raises BadRequest for tools that are none, and if the model's template refuses the messages."""
-        adds_special = bool(body.add_special_tokens)
-        conversation = self._format.conversation(body)
-        return await self._tokenizer.encode_chat(conversation, add_special_tokens=adds_special)
+    def _chat_format(self, body: ChatRequest | TokenizeRequest) -> ChatFormat:
+        """That of the model, or of the request's own template. Raises BadRequest."""
+        if body.chat_template is None:
+            return self._format
+        if not self._settings.trust_request_chat_template:
+            raise BadRequest(
+                "chat_template is not supported: the operator has not allowed requests to have their own.",
+                field="chat_template",
+            )
+        return ChatFormat(self._tokenizer.with_template(body.chat_template), self._settings.tool_parser)
 
     def _known_model_name(self) -> str | None:
         """As it was set, else as the nodes call it; None before any has joined."""

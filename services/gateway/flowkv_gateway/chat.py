@@ -17,7 +17,7 @@ from flowkv_gateway.parsers.mistral import Mistral
 from flowkv_gateway.parsers.thinking import Thinking
 from flowkv_gateway.reader import AnswerReader
 from flowkv_gateway.schemas import ChatMessage, ChatRequest, TokenizeRequest, ToolCall
-from flowkv_gateway.tokenizer import Conversation, Tokenizer, Vocabulary
+from flowkv_gateway.tokenizer import ChatPrompt, Conversation, Tokenizer, Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class ChatFormat:
     """
 
     def __init__(self, tokenizer: Tokenizer, parser_name: str = "") -> None:
+        self._tokenizer = tokenizer
         template = tokenizer.template_source
         try:
             found = parser_for(template, parser_name or None)
@@ -85,7 +86,12 @@ class ChatFormat:
             continue_final_message=bool(request.continue_final_message),
         )
 
-    def wanted_grammar(self, request: ChatRequest, prompt: str, vocabulary: Vocabulary) -> Wanted | None:
+    async def prompt(self, request: ChatRequest | TokenizeRequest) -> ChatPrompt:
+        """Raises BadRequest as `conversation`, and if the template refuses the messages."""
+        adds_special = bool(request.add_special_tokens)
+        return await self._tokenizer.encode_chat(self.conversation(request), add_special_tokens=adds_special)
+
+    def wanted_grammar(self, request: ChatRequest, prompt: str) -> Wanted | None:
         """What the answer to this rendered prompt has to keep to. Raises BadRequest."""
         asked = wanted_grammar(request)
         tools, forced = offered_tools(request), forced_names(request)
@@ -98,12 +104,13 @@ class ChatFormat:
             tools if may_be_strict else (),
             forced,
             max_calls=1 if isinstance(request.tool_choice, dict) else _max_calls(request),
-            reasoning=self._reasoning_rule(prompt.rstrip(), vocabulary),
+            reasoning=self._reasoning_rule(prompt.rstrip()),
         )
         return check_size(Wanted(field, grammar)) if grammar else None
 
-    def _reasoning_rule(self, prompt: str, vocabulary: Vocabulary) -> str:
+    def _reasoning_rule(self, prompt: str) -> str:
         """A grammar's rule for what comes before the answer; empty if this prompt lets nothing come."""
+        vocabulary = self._tokenizer.vocabulary
         for begin, end in self._reasoning_marks:
             if prompt.endswith(end):
                 return ""
@@ -113,7 +120,7 @@ class ChatFormat:
             return f"reasoning: ({_in_grammar(begin, vocabulary)} ended)?\n{ended}"
         return ""
 
-    def reader(self, request: ChatRequest, prompt: str, special_texts: frozenset[str]) -> MakeReader | None:
+    def reader(self, request: ChatRequest, prompt: str) -> MakeReader | None:
         """Makes a reader for each answer to this rendered prompt; None where all of an answer is content."""
         tools, forced = offered_tools(request), forced_names(request)
         is_in_grammar = bool(tools) and (bool(forced) or wanted_grammar(request) is not None)
@@ -121,9 +128,11 @@ class ChatFormat:
         if parser is None:
             return None
         prompt_end = prompt[-_PROMPT_END_CHARS:]
+        shows_special = request.skip_special_tokens is False
+        special_texts = frozenset() if shows_special else self._tokenizer.vocabulary.special_texts
         return lambda: AnswerReader(
             parser(tools, prompt_end, streams_calls=bool(request.stream)),
-            special_texts=frozenset() if request.skip_special_tokens is False else special_texts,
+            special_texts=special_texts,
             shows_reasoning=request.include_reasoning is not False,
             max_calls=_max_calls(request),
         )

@@ -177,6 +177,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
     include_reasoning: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -218,6 +219,7 @@ class TokenizeRequest(Body, kw_only=True):
     tool_choice: Any = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
@@ -291,7 +293,6 @@ REFUSED = [
     Refused("audio", _CHAT, _UNLESS_GIVEN, "answers are text"),
     Refused("web_search_options", _CHAT, _UNLESS_GIVEN, "nothing is looked up"),
     Refused("moderation", _CHAT, _UNLESS_GIVEN, "nothing is moderated"),
-    Refused("chat_template", (*_CHAT, *_TOKENIZE), _UNLESS_GIVEN, "the model's own template is used"),
     Refused("echo", _BOTH, _UNLESS_TRUE, "answers hold what is new"),
     Refused("suffix", _COMPLETIONS, (None, ""), "text is continued at its end only"),
     Refused("prompt_embeds", _COMPLETIONS, _UNLESS_FILLED, "a prompt is text or token ids"),

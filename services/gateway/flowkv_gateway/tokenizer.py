@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -93,6 +94,16 @@ class Tokenizer:
             return cls(folder / "tokenizer.json", encoder, vocabulary, ChatTemplate.load(folder))
         except Exception as error:  # `tokenizers` has no class of its own for its errors
             raise CannotStart(f"the tokenizer in {folder} can't be used: {error}") from error
+
+    def with_template(self, source: str) -> Tokenizer:
+        """The same with another chat template. Raises BadRequest for one that is none."""
+        other = copy(self)
+        special_tokens = self._template.special_tokens if self._template else {}
+        try:
+            other._template = ChatTemplate(source, special_tokens)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise BadRequest(f"chat_template: {error}", field="chat_template") from None
+        return other
 
     @property
     def template_source(self) -> str:
@@ -235,7 +246,7 @@ class ChatTemplate:
             for one in (source, with_tools)
             for variable in meta.find_undeclared_variables(environment.parse(one))
         }
-        self._special_tokens = dict(special_tokens)
+        self.special_tokens = dict(special_tokens)
         self.takes_tools = "tools" in self._variables
 
     @classmethod
@@ -273,7 +284,7 @@ class ChatTemplate:
                 raise _cant_be_continued("it is empty")
             messages = [*before, {**last, "content": last["content"] + mark + _SPACE}]
         variables = {
-            **self._special_tokens,
+            **self.special_tokens,
             **conversation.template_kwargs,
             "messages": messages,
             "tools": conversation.tools,
