@@ -300,17 +300,20 @@ class ChatWriter(ReplyWriter):
     chunk_object = "chat.completion.chunk"
 
     def _content(self, deltas: Sequence[Delta], is_chunk: bool) -> Json:
-        if deltas[0].events is None:
-            found: Json = {"content": "".join([delta.text for delta in deltas])}
-        else:
+        first = deltas[0]
+        if first.events is not None:
             found = _told(event for delta in deltas for event in delta.events or ())
+        elif is_chunk:
+            found = {"content": first.text}
+        else:
+            found = {"content": "".join([delta.text for delta in deltas])}
         if not is_chunk:
             # A message has a content, if only null, and its calls have no `index`.
             content = None if "tool_calls" in found else ""
             for call in found.get("tool_calls", ()):
                 del call["index"]
             return {"message": {"role": "assistant", "content": content, "refusal": None, **found}}
-        return {"delta": {**found, "role": "assistant"} if deltas[0].is_first else found}
+        return {"delta": {**found, "role": "assistant"} if first.is_first else found}
 
     def _logprobs(self, deltas: Sequence[Delta]) -> Json:
         content = []
