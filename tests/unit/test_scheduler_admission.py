@@ -69,7 +69,7 @@ def test_request_for_a_node_that_is_not_ready_is_no_bad_request() -> None:
 def test_without_nodes_it_waits_then_gives_up(nodes: list[Described]) -> None:
     decision = decide(request(), nodes)
     assert isinstance(decision, Wait)
-    assert decision.retry_in_s == admission.NO_NODE_RETRY_S
+    assert decision.retry_in_s == admission.MAX_RETRY_S
     with pytest.raises(errors.Unavailable) as caught:
         decide(request(age_s=admission.NO_NODE_AGE_S + 0.1), nodes)
     assert caught.value.retry_after_s is not None

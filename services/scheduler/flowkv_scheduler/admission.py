@@ -34,8 +34,7 @@ IN_TIME = 0.9
 WAIT_ERROR = 1.5
 # A less urgent request is refused at this part of the longest wait: the rest is for others.
 LESS_URGENT_SHARE = 0.5
-# Without a live node of the model a request asks again after this, and is refused when it is so old.
-NO_NODE_RETRY_S = 0.25
+# Without a live node of the model a request is refused when it is so old: one may be about to start.
 NO_NODE_AGE_S = 10.0
 # Of many nodes so many are asked when they will have room; room is kept at so many, for so many requests.
 NUM_FORESEEN = 16
@@ -343,7 +342,7 @@ def _without_nodes(costs: RequestCosts) -> Later:
         raise errors.Unavailable(
             f"no node of the model has been ready for {request.age_s:.0f} s", retry_after_s=NO_NODE_AGE_S
         )
-    return Later(Wait(retry_in_s=NO_NODE_RETRY_S, reason="no node of the model is ready"))
+    return Later(Wait(retry_in_s=MAX_RETRY_S, reason="no node of the model is ready"))
 
 
 def _check_wait(costs: RequestCosts, later: Later, place: Place, queue: WaitingQueue) -> None:

@@ -31,9 +31,9 @@ from flowkv_scheduler.cluster import (
 from flowkv_scheduler.demand import OutputLengths
 from flowkv_scheduler.prefixes import Hits, keys_of
 
-# Bytes per second between two nodes, by connector: orders of magnitude, all that a choice needs.
+# Bytes per second between two nodes, by connector: orders of magnitude, all that a choice needs. An unknown
+# one passes for TCP.
 LINK_BYTES_PER_S = {"shm": 5e9, "cuda_ipc": 200e9, "nccl": 20e9, "tcp": 1e9}
-UNKNOWN_LINK_BYTES_PER_S = 1e9
 HERE = "here"
 # Reserve, commit and the first token's detour: what a handoff costs however short the prompt is.
 HANDOFF_S = 0.005
@@ -219,7 +219,7 @@ class RequestCosts:
         """What the second token waits for: handoff and last chunk at least."""
         if link == HERE:
             return 0.0
-        layout, rate = prefill.node.descriptor.layout, LINK_BYTES_PER_S.get(link, UNKNOWN_LINK_BYTES_PER_S)
+        layout, rate = prefill.node.descriptor.layout, LINK_BYTES_PER_S.get(link, LINK_BYTES_PER_S["tcp"])
         token_s = layout.block_bytes / layout.block_size / rate
         num_sent = self.request.num_prompt_tokens - num_cached_there
         # Earlier chunks travel while later ones compute, as far as the link keeps up with prefill.
