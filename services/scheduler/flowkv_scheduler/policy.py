@@ -40,7 +40,8 @@ HANDOFF_S = 0.005
 # A prefill node that decodes besides spends this part of the ITL target on it: the rest is for prompts, which
 # requests that decode elsewhere wait for.
 HELPING_SHARE = 0.5
-# A request that has waited for this part of the longest wait may exceed the ITL target of others.
+# A request that has waited for this part of the longest wait may exceed the ITL target of others: a deadline,
+# so that none starves. How many requests are good does not depend on it.
 PATIENCE = 0.5
 # So many nodes per side and class of speed are compared, and so many more that have cached the most.
 NUM_COMPARED = 4

@@ -49,7 +49,7 @@ NUM_ERRORS = 2.0
 MOST_TURNS = 3
 # A sign must last for so many ticks.
 NUM_TICKS = 2
-# A moved node's budget follows its work when it is off by this factor.
+# A moved node's budget follows its work when it is off by this factor: else each tick would bring an order.
 ADJUST_RATIO = 1.25
 # A node that is at home again is followed for so long.
 SETTLED_S = 3.0
