@@ -24,7 +24,6 @@ CHANGE_NOTHING = {
     "prompt_cache_retention": "the same",
     "prediction": "would make an answer faster, not another one",
     "length_penalty": "of beam search, which is refused",
-    "truncation_side": "of `truncate_prompt_tokens`, which is refused",
     "spaces_between_special_tokens": "there are never any",
     "guided_decoding_backend": "grammars have one compiler",
     "media_io_kwargs": "of images and sound, which are refused",

@@ -19,6 +19,7 @@ from flowkv_gateway.dispatch import RequestState, ServiceGoals
 from flowkv_gateway.errors import ContextLengthExceeded
 from flowkv_gateway.prompts import (
     SamplingDefaults,
+    bad_word_ids,
     load_sampling_defaults,
     plan,
     service_goals,
@@ -110,6 +111,19 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"stop_token_ids": [512]}, "stop_token_ids"),
     ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
     ({"stop_token_ids": [1] * 129}, "stop_token_ids"),
+    ({"allowed_token_ids": [512]}, "allowed_token_ids"),
+    ({"allowed_token_ids": [-1]}, "allowed_token_ids[0]"),
+    ({"allowed_token_ids": [1] * 16_385}, "allowed_token_ids"),
+    ({"allowed_token_ids": {"1": 1}}, "allowed_token_ids"),
+    ({"bad_words": "x"}, "bad_words"),
+    ({"bad_words": [""]}, "bad_words[0]"),
+    ({"bad_words": ["x", [5]]}, "bad_words[1]"),
+    ({"bad_words": ["x" * 101]}, "bad_words[0]"),
+    ({"bad_words": ["x"] * 129}, "bad_words"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": "all"}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": 5, "truncation_side": "right"}, "truncation_side"),
 ]
 BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
@@ -133,7 +147,10 @@ BAD_COMPLETION: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 21}, "logprobs"),
     ({"echo": True}, "echo"),
     ({"suffix": "end"}, "suffix"),
-    ({"best_of": 2}, "best_of"),
+    ({"best_of": 0}, "best_of"),
+    ({"best_of": 2, "n": 3}, "best_of"),
+    ({"best_of": 129}, "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of"),
 ]
 
 
@@ -244,6 +261,8 @@ def test_every_parameter_arrives() -> None:
         ({"logit_bias": []}, {"logit_bias": {}}),
         ({"seed": -1}, {"seed": 7}),  # the one that was drawn
         ({"stop_token_ids": [5, 9]}, {"stop_token_ids": [5, 9]}),
+        ({"allowed_token_ids": [5, 9]}, {"allowed_token_ids": [5, 9]}),
+        ({"allowed_token_ids": [], "bad_words": []}, {"allowed_token_ids": [], "bad_words": []}),
         ({"logprobs": True, "top_logprobs": 4}, {"num_logprobs": 4}),
     ],
 )
@@ -290,6 +309,43 @@ def test_min_tokens_over_the_room_that_a_prompt_leaves() -> None:
     assert generation.sampling.min_tokens == generation.sampling.max_tokens == 8
     with pytest.raises(BadRequest, match=r"may have, 8 tokens: .* prompt leaves of the model's 128 tokens"):
         planned(completion(min_tokens=9, max_tokens=200), [1] * 120)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept", "max_tokens"),
+    [
+        ({"truncate_prompt_tokens": 3}, 3, 9),
+        ({"truncate_prompt_tokens": 999, "max_tokens": 8}, 120, 8),
+        ({"truncate_prompt_tokens": -1}, 119, 9),  # of 128 with the answer
+        ({"truncate_prompt_tokens": -1, "max_tokens": 500}, 1, 127),
+    ],
+)
+def test_a_prompt_is_cut_to_its_last_tokens(fields: dict[str, Any], kept: int, max_tokens: int) -> None:
+    prompt = list(range(120))
+    for request in (chat(**{"max_tokens": 9, **fields}), completion(**{"max_tokens": 9, **fields})):
+        [[cut]] = planned(request, prompt)
+        assert (cut.prompt_ids, cut.sampling.max_tokens) == (prompt[-kept:], max_tokens)
+
+
+def test_a_prompt_that_is_too_long_is_cut_to_what_leaves_room() -> None:
+    [[silent]] = planned(chat(truncate_prompt_tokens=-1), [1] * 500)
+    assert (len(silent.prompt_ids), silent.sampling.max_tokens) == (127, 1)
+    [[cut]] = planned(completion(truncate_prompt_tokens=-1), [1] * 500)
+    assert (len(cut.prompt_ids), cut.sampling.max_tokens) == (112, 16)
+
+
+def test_best_of_makes_more_samples_than_are_sent() -> None:
+    [group] = planned(completion(n=2, best_of=3))
+    assert [one.sampling.num_logprobs for one in group] == [0] * 3
+    assert len(planned(completion(n=2, best_of=2))[0]) == 2
+    assert planned(completion(best_of=2, logprobs=4))[0][0].sampling.num_logprobs == 4
+
+
+async def test_a_bad_word_is_bad_with_and_without_a_space_before_it(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path))
+    words = await bad_word_ids([" fox", "fox", "  "], tokenizer)
+    assert [await tokenizer.decode(word) for word in words] == ["fox", " fox", " "]
+    assert await bad_word_ids([], tokenizer) == []
 
 
 def test_too_many_choices() -> None:
@@ -372,7 +428,7 @@ def test_a_flag_or_number_that_asks_for_nothing_may_be_written_as_text(fields: d
 
 def test_a_field_of_another_endpoint_is_unknown() -> None:
     served(ChatRequest, suffix="x", return_token_strs=True)
-    served(TokenizeRequest, bad_words=["x"])
+    served(TokenizeRequest, echo=True)
 
 
 def test_what_can_change_nothing_is_accepted() -> None:

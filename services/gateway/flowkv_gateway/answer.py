@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
+from itertools import chain
+from statistics import fmean
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -89,8 +92,11 @@ class AnswerResponse:
         self._deltas[delta.choice].append(delta)
 
     async def _send_end(self) -> None:
-        body = self.writer.whole(self._deltas, self._usage())
+        body = self.writer.whole(self._sent_choices(), self._usage())
         await Response(body, media_type="application/json")(self._scope, self._receive, self._send)
+
+    def _sent_choices(self) -> Sequence[Sequence[Delta]]:
+        return self._deltas
 
     async def _send_error(self, error: FlowKVError) -> None:
         await error_response(error)(self._scope, self._receive, self._send)
@@ -195,6 +201,30 @@ class AnswerResponse:
             "decode_node": _each(request.decode_node for request in requests),
         }
         log.info("request ended", extra={"fields": {**fields, **_error_fields(error)}})
+
+
+@dataclass(eq=False, kw_only=True)
+class BestResponse(AnswerResponse):
+    """Sends of each group the `num_best` choices with the highest mean log probability, the best first."""
+
+    num_best: int
+    shows_logprobs: bool
+
+    def _sent_choices(self) -> Sequence[Sequence[Delta]]:
+        groups = [[self._deltas[choice.index] for choice in group] for group in self.groups]
+        best = [sorted(group, key=_mean_logprob, reverse=True)[: self.num_best] for group in groups]
+        return [
+            [
+                delta._replace(choice=index, logprob=delta.logprob if self.shows_logprobs else None)
+                for delta in deltas
+            ]
+            for index, deltas in enumerate(chain.from_iterable(best))
+        ]
+
+
+def _mean_logprob(deltas: Iterable[Delta]) -> float:
+    logprobs = [delta.logprob.logprob for delta in deltas if delta.logprob is not None]
+    return fmean(logprobs) if logprobs else -math.inf
 
 
 @dataclass(eq=False)

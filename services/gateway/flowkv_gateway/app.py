@@ -26,7 +26,7 @@ from flowkv_common.errors import BadRequest, FlowKVError, Internal, Unavailable
 from flowkv_common.telemetry import service_routes
 from flowkv_common.wire.messages import Grammar, ModelCard
 from flowkv_gateway.access import KEY_NAME, Guard
-from flowkv_gateway.answer import AnswerResponse, StreamResponse, log_refusal
+from flowkv_gateway.answer import AnswerResponse, BestResponse, StreamResponse, log_refusal
 from flowkv_gateway.chat import ChatFormat, MakeReader
 from flowkv_gateway.dispatch import Dispatch, ServiceGoals
 from flowkv_gateway.errors import ModelNotFound, error_response, json_error, status_of
@@ -34,7 +34,13 @@ from flowkv_gateway.grammar import GrammarChecker, Wanted, wanted_grammar
 from flowkv_gateway.http import CloseWhileStopping, read_body
 from flowkv_gateway.metrics import GatewayMetrics
 from flowkv_gateway.output import ChatWriter, Choice, Display, ReplyWriter, TextWriter, prepare_stops
-from flowkv_gateway.prompts import SamplingDefaults, completion_prompts, plan, service_goals
+from flowkv_gateway.prompts import (
+    SamplingDefaults,
+    bad_word_ids,
+    completion_prompts,
+    plan,
+    service_goals,
+)
 from flowkv_gateway.schemas import (
     Body,
     ChatRequest,
@@ -119,17 +125,15 @@ class Api:
         chat_format = self._chat_format(body)
         prompt = await chat_format.prompt(body)
         grammar = await self._grammar(chat_format.wanted_grammar(body, prompt.text))
-        card = self._card(grammar)
         reader = chat_format.reader(body, prompt.text)
-        return self._answer(request, body, [prompt.token_ids], card, grammar, goals, ChatWriter, reader)
+        return await self._answer(request, body, [prompt.token_ids], grammar, goals, ChatWriter, reader)
 
     async def completions(self, request: Request) -> ASGIApp:
         body = await self._parse(request, CompletionRequest)
         goals = service_goals(request.headers)
         grammar = await self._grammar(wanted_grammar(body))
-        card = self._card(grammar)
         prompts = await completion_prompts(body, self._tokenizer)
-        return self._answer(request, body, prompts, card, grammar, goals, TextWriter)
+        return await self._answer(request, body, prompts, grammar, goals, TextWriter)
 
     async def models(self, _: Request) -> Response:
         return _json({"object": "list", "data": [self._model_entry()]})
@@ -214,8 +218,10 @@ class Api:
         await self._checker.check(wanted)
         return wanted.grammar
 
-    def _card(self, grammar: Grammar | None) -> ModelCard:
-        card = self._dispatch.model(len(msgspec.json.encode(grammar)) if grammar else 0)
+    def _card(self, *further: object) -> ModelCard:
+        """The model of a request that carries `further` things beside its tokens. Raises Unavailable."""
+        carried = [one for one in further if one]
+        card = self._dispatch.model(len(msgspec.json.encode(carried)) if carried else 0)
         if card is None:
             raise Unavailable("No node that serves this model has joined yet.", retry_after_s=1.0)
         return card
@@ -233,18 +239,19 @@ class Api:
             "max_model_len": card.max_model_len if card else None,
         }
 
-    def _answer(
+    async def _answer(
         self,
         request: Request,
         body: ChatRequest | CompletionRequest,
         prompts: list[list[int]],
-        card: ModelCard,
         grammar: Grammar | None,
         goals: ServiceGoals,
         writer_kind: type[ReplyWriter],
         make_reader: MakeReader | None = None,
     ) -> ASGIApp:
         vocabulary = self._tokenizer.vocabulary
+        bad_words = await bad_word_ids(body.bad_words or (), self._tokenizer)
+        card = self._card(grammar, bad_words, body.allowed_token_ids)
         writer = writer_kind(vocabulary, self._model_name(), shows_token_ids=body.return_token_ids or False)
         groups = plan(
             body,
@@ -252,6 +259,7 @@ class Api:
             card,
             self._defaults,
             grammar,
+            bad_words=bad_words,
             request_id=writer.reply_id,
             seed=random.getrandbits(63),
             deadline_s=self._settings.request_timeout_s,
@@ -274,6 +282,18 @@ class Api:
             for group in groups
         ]
         user = body.safety_identifier or body.user or ""
+        if isinstance(body, CompletionRequest) and body.has_spare_samples:
+            shows_logprobs = body.logprobs is not None
+            return BestResponse(
+                choices,
+                writer,
+                self._dispatch,
+                self._metrics,
+                self._settings,
+                user,
+                num_best=body.n or 1,
+                shows_logprobs=shows_logprobs,
+            )
         if not body.stream:
             return AnswerResponse(choices, writer, self._dispatch, self._metrics, self._settings, user)
         options = body.stream_options or StreamOptions()

@@ -86,6 +86,13 @@ async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer) -
     raise BadRequest("prompt mixes texts, token ids and lists.", field="prompt")
 
 
+async def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Each word's tokens, as it stands at the beginning of a text and after a space."""
+    texts = [space + word.lstrip() for word in words for space in ("", " ")]
+    encoded = await tokenizer.encode(texts, add_special_tokens=False) if texts else []
+    return [list(word) for word in dict.fromkeys(map(tuple, encoded)) if word]
+
+
 def service_goals(headers: Mapping[str, str]) -> ServiceGoals:
     """What the request's headers ask for. Raises BadRequest, which names the header."""
     wanted = headers.get("x-request-class")
@@ -117,6 +124,7 @@ def plan(
     defaults: SamplingDefaults,
     grammar: Grammar | None = None,
     *,
+    bad_words: Sequence[list[int]] = (),
     request_id: str,
     seed: int,
     deadline_s: float,
@@ -127,19 +135,21 @@ def plan(
 
     `seed` is used where the request has none, or -1. Raises BadRequest for what does not fit the model.
     """
-    num_samples = request.n or 1
+    num_samples = request.num_samples
     if not 1 <= len(prompts) * num_samples <= MAX_CHOICES:
-        raise BadRequest(f"n times the number of prompts is over {MAX_CHOICES}.", field="n")
+        field = "n" if num_samples == (request.n or 1) else "best_of"
+        raise BadRequest(f"{field} times the number of prompts is over {MAX_CHOICES}.", field=field)
     base = seed if request.seed is None or request.seed == -1 else request.seed
     is_alone = len(prompts) * num_samples == 1
     groups = []
-    for place, prompt in enumerate(prompts):
+    for place, whole_prompt in enumerate(prompts):
+        prompt = _truncated(request, whole_prompt, card)
         max_tokens = _max_tokens(request, prompt, card)
         group = [
             RequestState(
                 request_id=request_id if is_alone else f"{request_id}-{place * num_samples + i}",
                 prompt_ids=prompt,
-                sampling=_sampling(request, card, defaults, max_tokens, base + i, grammar),
+                sampling=_sampling(request, card, defaults, max_tokens, base + i, grammar, bad_words),
                 deadline_s=deadline_s,
                 fingerprint=card.fingerprint,
                 priority=request.priority or 0,
@@ -150,6 +160,23 @@ def plan(
         ]
         groups.append(group)
     return groups
+
+
+def _truncated(request: ChatRequest | CompletionRequest, prompt: list[int], card: ModelCard) -> list[int]:
+    """The last `truncate_prompt_tokens` of the prompt; with -1 as many as leave room for the answer."""
+    num_kept = request.truncate_prompt_tokens
+    if num_kept is None:
+        return prompt
+    if num_kept == -1:
+        num_kept = max(card.max_model_len - (_wanted_tokens(request) or 1), 1)
+    return prompt[-num_kept:]
+
+
+def _wanted_tokens(request: ChatRequest | CompletionRequest) -> int | None:
+    """Of the answer; None for all that there is room for."""
+    if isinstance(request, ChatRequest):
+        return request.max_completion_tokens or request.max_tokens
+    return request.max_tokens or _COMPLETION_MAX_TOKENS
 
 
 def _max_tokens(request: ChatRequest | CompletionRequest, prompt: list[int], card: ModelCard) -> int:
@@ -166,10 +193,7 @@ def _max_tokens(request: ChatRequest | CompletionRequest, prompt: list[int], car
             field=field,
         )
     _check_ids(prompt, card, field)
-    wanted = request.max_tokens
-    if isinstance(request, ChatRequest):
-        wanted = request.max_completion_tokens or wanted or room
-    return min(wanted or _COMPLETION_MAX_TOKENS, room)
+    return min(_wanted_tokens(request) or room, room)
 
 
 def _sampling(
@@ -179,6 +203,7 @@ def _sampling(
     max_tokens: int,
     seed: int,
     grammar: Grammar | None,
+    bad_words: Sequence[list[int]],
 ) -> SamplingParams:
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:
@@ -191,6 +216,8 @@ def _sampling(
     _check_ids(bias, card, "logit_bias")
     stop_token_ids = request.stop_token_ids or []
     _check_ids(stop_token_ids, card, "stop_token_ids")
+    allowed_token_ids = request.allowed_token_ids or []
+    _check_ids(allowed_token_ids, card, "allowed_token_ids")
     temperature = _first(request.temperature, defaults.temperature, 1.0)
     return SamplingParams(
         max_tokens=max_tokens,
@@ -208,6 +235,8 @@ def _sampling(
         stop_token_ids=stop_token_ids,
         num_logprobs=request.num_logprobs,
         grammar=grammar,
+        allowed_token_ids=allowed_token_ids,
+        bad_words=list(bad_words),
     )
 
 

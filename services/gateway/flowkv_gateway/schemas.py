@@ -31,6 +31,8 @@ StopString = Annotated[str, Meta(min_length=1, max_length=1000)]
 # Bounded, since they travel to the nodes with the request.
 LogitBias = Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)]
 StopIds = Annotated[list[Count], Meta(max_length=128)]
+AllowedIds = Annotated[list[Count], Meta(max_length=16_384)]
+BadWord = Annotated[str, Meta(min_length=1, max_length=100)]
 # How PHP and its like write an empty object.
 EmptyList = Annotated[list[Any], Meta(max_length=0)]
 
@@ -145,6 +147,9 @@ class GenerationRequest(Body, kw_only=True):
     presence_penalty: Penalty | None = None
     repetition_penalty: RepetitionPenalty | None = None
     logit_bias: LogitBias | EmptyList | None = None
+    bad_words: Annotated[list[BadWord], Meta(max_length=128)] | None = None
+    allowed_token_ids: AllowedIds | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=_MAX_INT)] | None = None  # -1: to the room there is
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
@@ -162,6 +167,13 @@ class GenerationRequest(Body, kw_only=True):
         options = self.stream_options or StreamOptions()
         if (options.include_usage or options.continuous_usage_stats) and not self.stream:
             raise BadRequest("stream_options is only allowed with stream.", field="stream_options")
+        if self.truncate_prompt_tokens == 0:
+            raise BadRequest("A prompt must keep at least one token.", field="truncate_prompt_tokens")
+
+    @property
+    def num_samples(self) -> int:
+        """Answers that are made for each prompt."""
+        return self.n or 1
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
@@ -201,13 +213,26 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     best_of: PositiveCount | None = None
 
     @property
+    def num_samples(self) -> int:
+        return self.best_of or self.n or 1
+
+    @property
+    def has_spare_samples(self) -> bool:
+        """Whether more answers are made than sent."""
+        return self.num_samples > (self.n or 1)
+
+    @property
     def num_logprobs(self) -> int | None:
-        return self.logprobs
+        return 0 if self.logprobs is None and self.has_spare_samples else self.logprobs
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise BadRequest("best_of other than n is not supported.", field="best_of")
+        if self.num_samples < (self.n or 1):
+            raise BadRequest("best_of is less than n.", field="best_of")
+        if self.stream and self.has_spare_samples:
+            raise BadRequest(
+                "The best answers are known at their end: leave out stream, or best_of.", field="best_of"
+            )
 
 
 class TokenizeRequest(Body, kw_only=True):
@@ -298,12 +323,10 @@ REFUSED = [
     Refused("prompt_embeds", _COMPLETIONS, _UNLESS_FILLED, "a prompt is text or token ids"),
     Refused("max_completion_tokens", _COMPLETIONS, _UNLESS_GIVEN, "it is called `max_tokens` here"),
     Refused("use_beam_search", _BOTH, _UNLESS_TRUE, "answers are sampled one by one"),
-    Refused("truncate_prompt_tokens", _BOTH, _UNLESS_GIVEN, "prompts are taken whole"),
+    Refused("truncation_side", _BOTH, (None, "left"), "the end of a prompt is what is kept"),
     Refused("prompt_logprobs", _BOTH, _UNLESS_GIVEN, "only output tokens have log probabilities"),
     Refused("logprob_token_ids", _BOTH, _UNLESS_FILLED, "log probabilities are of the most likely tokens"),
     Refused("return_tokens_as_token_ids", _BOTH, _UNLESS_TRUE, "use `return_token_ids`"),
-    Refused("allowed_token_ids", _BOTH, _UNLESS_FILLED, "use `logit_bias`"),
-    Refused("bad_words", _BOTH, _UNLESS_FILLED, "use `logit_bias`"),
     Refused("watermarking", _BOTH, _UNLESS_TRUE, "nothing is marked"),
     Refused("repetition_detection", _BOTH, _UNLESS_GIVEN, "use `repetition_penalty`"),
     Refused("return_prompt_text", _CHAT, _UNLESS_TRUE, "use `/tokenize` and `/detokenize`"),
