@@ -18,7 +18,6 @@ from flowkv_gateway.schemas import (
 CHANGE_NOTHING = {
     "metadata": "for stored answers",
     "store": "nothing is stored",
-    "service_tier": "there is one",
     "prompt_cache_key": "the prefix cache finds its blocks by what they hold",
     "prompt_cache_options": "the same",
     "prompt_cache_retention": "the same",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from flowkv_common.wire.messages import TokenChunk, TokenLogprob
 from flowkv_gateway.tokenizer import Tokenizer
-from tests.gateway_support import CARD, Gateway, serving, token_chunk
+from tests.gateway_support import CARD, EOS, Gateway, serving, text_chunks, token_chunk
 
 
 @pytest.fixture
@@ -80,3 +82,53 @@ async def test_bans_and_cuts_reach_the_nodes(
     outside = {**body, "allowed_token_ids": [CARD.vocab_size]}
     refused = await gateway.http.post(path, json=outside)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "allowed_token_ids")
+
+
+CHAT: tuple[str, dict[str, Any]] = ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
+TEXT: tuple[str, dict[str, Any]] = ("/v1/completions", {"prompt": "hi"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "end", "finish_reason", "stop_reason"),
+    [
+        ({}, "stop", "stop", None),
+        ({}, "length", "length", None),
+        ({"stop": ["x", "o w", "lo w"]}, "stop", "stop", "lo w"),
+        ({"stop": "world"}, "length", "stop", "world"),
+        ({"stop_token_ids": [EOS]}, "stop", "stop", EOS),
+        ({"stop_token_ids": [EOS]}, "length", "length", None),
+        ({"stop_token_ids": [7]}, "stop", "stop", None),
+    ],
+)
+@pytest.mark.parametrize(("path", "body"), [CHAT, TEXT])
+async def test_what_stopped_an_answer_is_said_once(
+    gateway: Gateway,
+    tokenizer: Tokenizer,
+    path: str,
+    body: dict[str, Any],
+    fields: dict[str, Any],
+    end: str,
+    finish_reason: str,
+    stop_reason: str | int | None,
+) -> None:
+    tokens = text_chunks(tokenizer, "hello world", finish_reason=None)
+    gateway.dispatch.script = [*tokens, token_chunk(EOS, finish_reason=end)]
+    [choice] = (await gateway.http.post(path, json={**body, **fields})).json()["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == (finish_reason, stop_reason)
+    lines = (await gateway.http.post(path, json={**body, **fields, "stream": True})).text.splitlines()
+    *deltas, last = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    assert (last["finish_reason"], last["stop_reason"]) == (finish_reason, stop_reason)
+    assert not any("stop_reason" in delta for delta in deltas)
+
+
+@pytest.mark.parametrize(("path", "body"), [CHAT, TEXT])
+async def test_an_answer_says_by_what_it_was_made(gateway: Gateway, path: str, body: dict[str, Any]) -> None:
+    plain = (await gateway.http.post(path, json=body)).json()
+    assert plain["system_fingerprint"].startswith("fp_")
+    assert "service_tier" not in plain
+    asked = {**body, "service_tier": "flex", "metadata": {"a": "b"}}
+    tiered = (await gateway.http.post(path, json=asked)).json()
+    assert (tiered["system_fingerprint"], tiered["service_tier"]) == (plain["system_fingerprint"], "default")
+    gateway.dispatch.card = replace(CARD, fingerprint="g")
+    other = (await gateway.http.post(path, json=body)).json()
+    assert other["system_fingerprint"] != plain["system_fingerprint"]

@@ -97,7 +97,7 @@ def test_stop_strings_at_any_split(chunks: list[str], stops: list[str]) -> None:
     shown = [finder.push(chunk) for chunk in chunks]
     whole = "".join(chunks)
     assert "".join(shown) + finder.finish() == naive_stop(whole, stops)
-    assert finder.is_stopped == any(stop in whole for stop in stops)
+    assert (finder.found in stops) == any(stop in whole for stop in stops)
 
 
 SPECIAL = "<a>"
@@ -148,7 +148,7 @@ def test_only_what_may_be_a_stop_string_is_held_back() -> None:
         "",
         "",
     ]
-    assert finder.is_stopped
+    assert finder.found
     assert finder.finish() == ""
     unfinished = StopFinder(prepare_stops(["END"]))
     assert unfinished.push("the EN") + unfinished.finish() == "the EN"
@@ -164,7 +164,7 @@ def test_special_tokens_without_end_take_linear_time(stops: list[str]) -> None:
             assert finder.push(SPECIAL, is_shown=False) == ""
         assert finder.push("\n") == ""
         took = time.process_time() - start
-        assert finder.is_stopped
+        assert finder.found
         return took
 
     assert min(seconds(8_000) for _ in range(3)) < 24 * min(seconds(1_000) for _ in range(3))

@@ -120,6 +120,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"bad_words": ["x", [5]]}, "bad_words[1]"),
     ({"bad_words": ["x" * 101]}, "bad_words[0]"),
     ({"bad_words": ["x"] * 129}, "bad_words"),
+    ({"service_tier": 5}, "service_tier"),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
     ({"truncate_prompt_tokens": "all"}, "truncate_prompt_tokens"),

@@ -33,7 +33,15 @@ from flowkv_gateway.errors import ModelNotFound, error_response, json_error, sta
 from flowkv_gateway.grammar import GrammarChecker, Wanted, wanted_grammar
 from flowkv_gateway.http import CloseWhileStopping, read_body
 from flowkv_gateway.metrics import GatewayMetrics
-from flowkv_gateway.output import ChatWriter, Choice, Display, ReplyWriter, TextWriter, prepare_stops
+from flowkv_gateway.output import (
+    ChatWriter,
+    Choice,
+    Display,
+    ReplyWriter,
+    TextWriter,
+    prepare_stops,
+    system_fingerprint,
+)
 from flowkv_gateway.prompts import (
     SamplingDefaults,
     bad_word_ids,
@@ -252,7 +260,13 @@ class Api:
         vocabulary = self._tokenizer.vocabulary
         bad_words = await bad_word_ids(body.bad_words or (), self._tokenizer)
         card = self._card(grammar, bad_words, body.allowed_token_ids)
-        writer = writer_kind(vocabulary, self._model_name(), shows_token_ids=body.return_token_ids or False)
+        writer = writer_kind(
+            vocabulary,
+            self._model_name(),
+            system_fingerprint=system_fingerprint(card.fingerprint, flowkv_common.__version__),
+            service_tier=None if body.service_tier is None else "default",
+            shows_token_ids=body.return_token_ids or False,
+        )
         groups = plan(
             body,
             prompts,

@@ -6,6 +6,7 @@ Linear in the output, and no character is ever cut in two.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -73,18 +74,18 @@ class StopFinder:
         # back as a stop string can begin that sees these.
         self._longest_seeing = max((len(stop.text) for stop in stops if stop.sees_hidden), default=0)
         self._num_shown = deque([0], maxlen=self._longest_seeing + 1)
-        self.is_stopped = False
+        self.found: str | None = None  # the stop string that it has stopped at
 
     def push(self, text: str, *, is_shown: bool = True) -> str:
         """The text that is now safe to show. After a stop string was found there is none."""
-        if self.is_stopped or not (is_shown or self._longest_seeing):
+        if self.found is not None or not (is_shown or self._longest_seeing):
             return ""
         if not self._stops:
             return text
         for place, char in enumerate(text, start=1):
             self._num_shown.append(self._num_shown[-1] + is_shown)
             if ended := self._advance(char, is_shown):
-                self.is_stopped = True
+                self.found = max((self._stops[which].text for which in ended), key=len)
                 self._held += text[:place] if is_shown else ""
                 return self._take_before(ended)
         self._held += text if is_shown else ""
@@ -92,7 +93,7 @@ class StopFinder:
 
     def finish(self) -> str:
         """The text held back, once nothing more can come."""
-        return "" if self.is_stopped else self._held
+        return self._held if self.found is None else ""
 
     def _advance(self, char: str, is_shown: bool) -> list[int]:
         """Take one character in; the stop strings that end with it."""
@@ -128,6 +129,7 @@ class Delta(NamedTuple):
     `text` is empty for half a character, or while it may be the beginning of a stop string. `text_offset` is
     where the token's own text begins in the answer. `logprob` is None if not asked for, `token_id` only in a
     last delta without a token. `events` is what a reader found in the text; None without one: all is content.
+    `stopped_by` is the stop string, or the one of the request's `stop_token_ids`, that ended the answer.
     """
 
     choice: int
@@ -138,6 +140,7 @@ class Delta(NamedTuple):
     text_offset: int
     token_id: int | None
     events: Sequence[Event] | None = None
+    stopped_by: str | int | None = None
 
 
 @dataclass(frozen=True)
@@ -206,42 +209,39 @@ class Choice:
             self._num_chars += len(text)
             if self.num_tokens > self.request.sampling.min_tokens:
                 text = self._stops.push(hidden, is_shown=False) + self._stops.push(text)
-            if self._stops.is_stopped:
+            stopped_by: str | int | None = self._stops.found
+            if stopped_by is not None:
                 reason = "stop"
             elif reason is not None:
                 text += self._stops.finish()
+                if reason == "stop" and token_id in self.request.sampling.stop_token_ids:
+                    stopped_by = token_id
+            self.finish_reason = reason
             logprob = chunk.logprobs[place - 1] if chunk.logprobs else None
-            if self._reader is None:
-                self.finish_reason = reason
-                yield Delta(self.index, text, is_first, reason, logprob, offset, token_id)
-            else:
-                yield self._read(self._reader, text, is_first, reason, logprob, offset, token_id)
-                reason = self.finish_reason
-            if reason is not None:
+            delta = Delta(self.index, text, is_first, reason, logprob, offset, token_id, None, stopped_by)
+            yield self._read(self._reader, delta) if self._reader else delta
+            if self.finish_reason is not None:
                 return
 
-    def _read(
-        self,
-        reader: AnswerReader,
-        text: str,
-        is_first: bool,
-        reason: str | None,
-        logprob: TokenLogprob | None,
-        offset: int,
-        token_id: int | None,
-    ) -> Delta:
+    def _read(self, reader: AnswerReader, delta: Delta) -> Delta:
+        """The delta with its events, and with what only the reader knows of the end."""
         special = ""
-        if token_id in self._vocabulary.special_ids:
-            special = self._vocabulary.token_text(token_id)
-        events = reader.push(text, special=special, is_last=reason is not None)
+        if delta.token_id is not None and delta.token_id in self._vocabulary.special_ids:
+            special = self._vocabulary.token_text(delta.token_id)
+        events = reader.push(delta.text, special=special, is_last=self.finish_reason is not None)
         if reader.is_over:
-            reason = "stop"
-        self.finish_reason = reason
-        shown_reason = "tool_calls" if reason == "stop" and reader.has_calls else reason
-        return Delta(self.index, text, is_first, shown_reason, logprob, offset, token_id, events)
+            self.finish_reason = "stop"
+        has_called = self.finish_reason == "stop" and reader.has_calls
+        reason = "tool_calls" if has_called else self.finish_reason
+        return delta._replace(finish_reason=reason, events=events)
 
 
 # --- OpenAI's JSON ----------------------------------------------------------------------------------
+
+
+def system_fingerprint(model_fingerprint: str, version: str) -> str:
+    """Changes whenever the same request with the same seed may be answered with another text."""
+    return "fp_" + hashlib.sha256(f"{model_fingerprint} {version}".encode()).hexdigest()[:12]
 
 
 class ReplyWriter(ABC):
@@ -251,10 +251,27 @@ class ReplyWriter(ABC):
     object: str
     chunk_object: str
 
-    def __init__(self, vocabulary: Vocabulary, model: str, *, shows_token_ids: bool = False) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        model: str,
+        *,
+        system_fingerprint: str | None = None,
+        service_tier: str | None = None,
+        shows_token_ids: bool = False,
+    ) -> None:
+        """`service_tier`: what is said of it; None: nothing."""
         self.reply_id = f"{self.id_prefix}-{secrets.token_hex(12)}"
         self._vocabulary = vocabulary
-        self._head = {"id": self.reply_id, "object": "", "created": int(time.time()), "model": model}
+        self._head: Json = {
+            "id": self.reply_id,
+            "object": "",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": system_fingerprint,
+        }
+        if service_tier is not None:
+            self._head["service_tier"] = service_tier
         self._shows_token_ids = shows_token_ids
 
     def whole(self, choices: Iterable[Sequence[Delta]], usage: Json) -> bytes:
@@ -278,6 +295,8 @@ class ReplyWriter(ABC):
             "logprobs": self._logprobs(deltas) if first.logprob is not None else None,
             "finish_reason": last.finish_reason,
         }
+        if last.finish_reason is not None:
+            choice["stop_reason"] = last.stopped_by
         if self._shows_token_ids:
             choice["token_ids"] = [delta.token_id for delta in deltas if delta.token_id is not None]
         return choice

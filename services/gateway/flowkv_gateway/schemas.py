@@ -160,6 +160,7 @@ class GenerationRequest(Body, kw_only=True):
     guided_grammar: str | None = None
     return_token_ids: bool | None = None  # vLLM's: the ids of the output tokens beside the text
     priority: Annotated[int, Meta(ge=-_MAX_INT, le=_MAX_INT)] | None = None
+    service_tier: str | None = None  # there is one: `default`
     user: str | None = None  # for the log
     safety_identifier: str | None = None  # what replaced it
 
