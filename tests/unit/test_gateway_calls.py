@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,20 @@ def test_choices_that_are_none(choice: Any) -> None:
     assert caught.value.field == "tool_choice"
     with pytest.raises(BadRequest):
         forced_names(chat(tool_choice="required"))
+
+
+@pytest.mark.parametrize("depth", [400, 950, 990])
+def test_deep_schemas_are_refused_or_served(plain: Constrained, depth: int) -> None:
+    """JSON that could be read may be too deep to be written where the stack is deeper."""
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    request = chat(tools=TOOLS)
+    request.tools = [tool("f", parameters=schema, strict=True)]
+    with contextlib.suppress(BadRequest):
+        plain.grammar(request)
+    with contextlib.suppress(BadRequest):
+        plain.format.conversation(request)
 
 
 def test_a_grammar_of_the_clients_own_can_not_be_combined(plain: Constrained) -> None:

@@ -11,6 +11,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from flowkv_common.errors import BadRequest
 from flowkv_common.grammar import JSON_OPTIONS
 from flowkv_common.wire.messages import Grammar
@@ -162,7 +164,7 @@ def _call_rule(function: Mapping[str, Any], *, is_enforced: bool) -> str:
 def _content_rule(content: Grammar) -> str:
     match content.kind:
         case "json_schema":
-            schema = json.loads(content.text)
+            schema = msgspec.json.decode(content.text)
             if isinstance(schema, dict):
                 schema["x-guidance"] = JSON_OPTIONS
             return f"content: %json {_json(schema)}"
@@ -177,4 +179,7 @@ def _content_rule(content: Grammar) -> str:
 
 
 def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise BadRequest("Tools or calls are nested too deeply.", field="tools") from None
