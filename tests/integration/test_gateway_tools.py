@@ -270,8 +270,8 @@ async def test_the_probe_of_the_yardstick_passes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-async def test_forced_calls_have_one_form_whatever_the_models_own(tmp_path: Path, choice: Any) -> None:
-    tokenizer = await asyncio.to_thread(tokenizer_with, tmp_path, PLAIN + "{{ tools }}[TOOL_CALLS]")
+async def test_forced_calls_where_the_models_own_are_no_json(tmp_path: Path, choice: Any) -> None:
+    tokenizer = await asyncio.to_thread(tokenizer_with, tmp_path, PLAIN + "{{ tools }}<function=")
     async with serving(tokenizer, text=CALL) as gateway:
         gateway.dispatch.card = msgspec.structs.replace(CARD, max_model_len=2000)
         create = gateway.client.chat.completions.create
@@ -280,9 +280,10 @@ async def test_forced_calls_have_one_form_whatever_the_models_own(tmp_path: Path
         assert reply.choices[0].message.content is None
         grammar = gateway.dispatch.asked[0].sampling.grammar
         assert grammar is not None
-        assert r"\"name\": \"weather\"" in grammar.text
-        # A model that was not forced writes its own.
-        gateway.dispatch.script = text_chunks(tokenizer, '[TOOL_CALLS]weather[ARGS]{"city": "Rome"}')
+        assert '"weather"' in grammar.text
+        # A model that is not forced writes its own.
+        own = "<tool_call><function=weather><parameter=city>Rome</parameter></function></tool_call>"
+        gateway.dispatch.script = text_chunks(tokenizer, own)
         reply = await create(model=MODEL, messages=USER, tools=[TOOL])
         assert gateway.dispatch.asked[1].sampling.grammar is None
         assert reply.choices[0].message.tool_calls is not None

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as RawTokenizer
 
 from flowkv_common.errors import BadRequest
 from flowkv_common.grammar import Grammars
 from flowkv_common.wire.messages import Grammar
 from flowkv_gateway.calls import forced_names
 from flowkv_gateway.chat import ChatFormat
+from flowkv_gateway.parsers import CallBegins, Content
 from flowkv_gateway.schemas import ChatRequest, parse_request
 from flowkv_gateway.tokenizer import Tokenizer
 from tests.gateway_support import write_tokenizer
@@ -48,8 +53,11 @@ def chat(**fields: Any) -> ChatRequest:
 class Constrained:
     """What a model with this template may answer."""
 
-    def __init__(self, folder: Path, template: str) -> None:
-        (write_tokenizer(folder) / "chat_template.jinja").write_text(template)
+    def __init__(self, folder: Path, template: str, special: Collection[str] = ()) -> None:
+        (write_tokenizer(folder) / "chat_template.jinja").write_text(template, encoding="utf-8")
+        raw = RawTokenizer.from_file(str(folder / "tokenizer.json"))
+        raw.add_special_tokens([AddedToken(text, special=True) for text in sorted(special)])
+        raw.save(str(folder / "tokenizer.json"))
         self.tokenizer = Tokenizer.load(folder)
         self.format = ChatFormat(self.tokenizer)
         self.grammars = Grammars(folder / "tokenizer.json", [0])
@@ -78,6 +86,52 @@ def thinking(tmp_path_factory: pytest.TempPathFactory) -> Constrained:
     )
 
 
+FORMS = {
+    "{{ tools }}<|python_": ('{"name": "f", "parameters": {"a": 1}}', "; ", ""),
+    "{{ tools }}[TOOL_CALLS]": ('{"name": "f", "arguments": {"a": 1}}', ", ", "[TOOL_CALLS] [|]"),
+    "{{ tools }}[TOOL_CALLS][ARGS]": ('[TOOL_CALLS]f[ARGS]{"a": 1}', "", ""),
+    "{{ tools }}<｜tool▁calls▁begin｜>": (
+        '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜>',
+        "",
+        "<｜tool▁calls▁begin｜>|<｜tool▁calls▁end｜>",
+    ),
+    "{{ tools }}<｜tool▁calls▁begin｜>```json": (
+        '<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": 1}\n```<｜tool▁call▁end｜>',
+        "\n",
+        "<｜tool▁calls▁begin｜>|<｜tool▁calls▁end｜>",
+    ),
+    "{{ tools }}<function=": (F, "\n", ""),
+    "{{ messages }}": (F, "\n", ""),
+}
+
+
+@pytest.mark.parametrize("template", FORMS)
+@pytest.mark.parametrize("is_special", [False, True])
+def test_forced_calls_have_the_models_own_form(tmp_path: Path, template: str, is_special: bool) -> None:
+    one, between, around = FORMS[template]
+    opening, _, closing = around.partition("|")
+    text = f"{opening}{one}{between}{one}{closing}"
+    marks = set(re.findall(r"<[^ >]+>|\[[A-Z_]+\]", text))
+    model = Constrained(tmp_path, template, special=marks if is_special else ())
+    request = chat(tools=TOOLS, tool_choice="required")
+    assert model.allows(text, request)
+    assert model.allows(f"{opening}{one}{closing}", request)
+    assert not model.allows(text.replace("1", '"x"'), request)
+    make = model.format.reader(request, "")
+    assert make is not None
+    events = make().push(text, is_last=True)
+    assert [event.name for event in events if isinstance(event, CallBegins)] == ["f", "f"]
+    assert not any(isinstance(event, Content) for event in events)
+
+
+def test_reasoning_may_end_with_a_special_token(tmp_path: Path) -> None:
+    model = Constrained(tmp_path, "<think></think>", special=("<think>", "</think>"))
+    request = chat(response_format=JSON_ANSWER)
+    assert model.allows('hm</think>{"a": 1}', request, "<think>")
+    assert model.allows('<think>hm</think>{"a": 1}', request)
+    assert not model.allows('hm</think>{"a": "x"}', request, "<think>")
+
+
 def test_required_is_one_call_or_several_and_no_text(plain: Constrained) -> None:
     required = chat(tools=TOOLS, tool_choice="required")
     for allowed in (F, G, f"{F}\n{G}"):
@@ -101,7 +155,7 @@ def test_strict_tools_keep_to_their_schemas(plain: Constrained) -> None:
     strict = chat(tools=[tool("f", strict=True), tool("g")])
     for allowed in ("", "Well.", f"Well.\n{F}", f"{F}\n{G}", call("g", '{"any": []}')):
         assert plain.allows(allowed, strict)
-    for other in (WRONG, f"Well. {WRONG}", OTHER):
+    for other in (WRONG, f"Well. {WRONG}", WRONG.replace("\n", ""), OTHER):
         assert not plain.allows(other, strict)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from flowkv_common.errors import BadRequest, CannotStart
-from flowkv_gateway.calls import answer_grammar, forced_names, offered_tools, tell_of_tools
+from flowkv_gateway.call_grammar import answer_grammar, form_of, in_grammar, up_to
+from flowkv_gateway.calls import forced_names, offered_tools, tell_of_tools
 from flowkv_gateway.grammar import Wanted, check_size, wanted_grammar
 from flowkv_gateway.parsers import Parser, can_reason, parser_for
 from flowkv_gateway.parsers.hermes import Hermes
@@ -17,7 +18,7 @@ from flowkv_gateway.parsers.mistral import Mistral
 from flowkv_gateway.parsers.thinking import Thinking
 from flowkv_gateway.reader import AnswerReader
 from flowkv_gateway.schemas import ChatMessage, ChatRequest, TokenizeRequest, ToolCall
-from flowkv_gateway.tokenizer import ChatPrompt, Conversation, Tokenizer, Vocabulary
+from flowkv_gateway.tokenizer import ChatPrompt, Conversation, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class ChatFormat:
         self._for_calls = None if found is Thinking else found
         if not self.knows_tools:  # and so reads what `tell_of_tools` asks for
             self._for_calls = Hermes
+        self._form = form_of(self._for_calls, template)
         self._is_mistral = found is Mistral
         self._reasoning_marks = [marks for marks in _REASONING_MARKS if marks[1] in template]
 
@@ -98,11 +100,14 @@ class ChatFormat:
         if not tools and not self._reasoning_marks:
             return asked
         field = "tool_choice" if forced else asked.field if asked else "tools"
-        may_be_strict = self._for_calls is Hermes or forced or asked
+        # The form is not the model's own, which may be anything: it can be forced, not guided.
+        is_own = self._form.parser is self._for_calls
         grammar = answer_grammar(
             asked.grammar if asked and not forced else None,
-            tools if may_be_strict else (),
+            tools if is_own or forced or asked else (),
             forced,
+            self._form,
+            self._tokenizer.vocabulary,
             max_calls=1 if isinstance(request.tool_choice, dict) else _max_calls(request),
             reasoning=self._reasoning_rule(prompt.rstrip()),
         )
@@ -114,17 +119,17 @@ class ChatFormat:
         for begin, end in self._reasoning_marks:
             if prompt.endswith(end):
                 return ""
-            ended = f"ended[lazy]: ANY {_in_grammar(end, vocabulary)}"
+            ended = up_to("ended", end, vocabulary)
             if prompt.endswith(begin):
                 return f"reasoning: ended\n{ended}"
-            return f"reasoning: ({_in_grammar(begin, vocabulary)} ended)?\n{ended}"
+            return f"reasoning: ({in_grammar(begin, vocabulary)} ended)?\n{ended}"
         return ""
 
     def reader(self, request: ChatRequest, prompt: str) -> MakeReader | None:
         """Makes a reader for each answer to this rendered prompt; None where all of an answer is content."""
         tools, forced = offered_tools(request), forced_names(request)
         is_in_grammar = bool(tools) and (bool(forced) or wanted_grammar(request) is not None)
-        parser = Hermes if is_in_grammar else self.parser(has_tools=bool(tools))
+        parser = self._form.parser if is_in_grammar else self.parser(has_tools=bool(tools))
         if parser is None:
             return None
         prompt_end = prompt[-_PROMPT_END_CHARS:]
@@ -140,13 +145,6 @@ class ChatFormat:
 
 def _max_calls(request: ChatRequest) -> int | None:
     return 1 if request.parallel_tool_calls is False else None
-
-
-def _in_grammar(mark: str, vocabulary: Vocabulary) -> str:
-    """A special token is not its text there."""
-    if (token_id := vocabulary.special_id(mark)) is not None:
-        return f"<[{token_id}]>"
-    return f'"{mark}"'
 
 
 # --- the conversation ---------------------------------------------------------------------------------

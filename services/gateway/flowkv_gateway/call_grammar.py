@@ -1,0 +1,163 @@
+"""Grammars of answers with tool calls: in the model's own form where that has JSON, else in Hermes'."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from flowkv_common.errors import BadRequest
+from flowkv_common.grammar import JSON_OPTIONS
+from flowkv_common.wire.messages import Grammar
+from flowkv_gateway.calls import Tool, in_json
+from flowkv_gateway.parsers import Parser
+from flowkv_gateway.parsers.deepseek import DeepSeek
+from flowkv_gateway.parsers.hermes import Hermes
+from flowkv_gateway.parsers.llama import Llama
+from flowkv_gateway.parsers.mistral import Mistral
+from flowkv_gateway.tokenizer import Vocabulary
+
+
+class Form(NamedTuple):
+    """What a model writes around a call's name and arguments, and around and between its calls.
+
+    `parser` reads it.
+    """
+
+    parser: type[Parser]
+    begin: str
+    middle: str
+    end: str
+    opening: str = ""
+    between: str = ""
+    closing: str = ""
+
+
+HERMES = Form(Hermes, '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between="\n")
+_TRIGGER = "<tool_call>"  # what Hermes' parser takes for the beginning of a call
+_LLAMA = Form(Llama, '{"name": "', '", "parameters": ', "}", between="; ")
+_MISTRAL = Form(Mistral, "[TOOL_CALLS]", "[ARGS]", "")
+_OLDER_MISTRAL = Form(
+    Mistral, '{"name": "', '", "arguments": ', "}", opening="[TOOL_CALLS] [", between=", ", closing="]"
+)
+_DEEPSEEK = Form(
+    DeepSeek,
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁sep｜>",
+    "<｜tool▁call▁end｜>",
+    opening="<｜tool▁calls▁begin｜>",
+    closing="<｜tool▁calls▁end｜>",
+)
+_OLDER_DEEPSEEK = _DEEPSEEK._replace(
+    begin="<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
+    middle="\n```json\n",
+    end="\n```<｜tool▁call▁end｜>",
+    between="\n",
+)
+
+
+def form_of(parser: type[Parser] | None, template: str) -> Form:
+    """Of the calls in a model's grammars."""
+    if parser is Llama:
+        return _LLAMA
+    if parser is Mistral:
+        return _MISTRAL if "[ARGS]" in template else _OLDER_MISTRAL
+    if parser is DeepSeek:
+        return _OLDER_DEEPSEEK if "```json" in template else _DEEPSEEK
+    return HERMES
+
+
+def answer_grammar(
+    content: Grammar | None,
+    tools: Sequence[Tool],
+    forced: Collection[str],
+    form: Form,
+    vocabulary: Vocabulary,
+    *,
+    max_calls: int | None,
+    reasoning: str,
+) -> Grammar | None:
+    """Of an answer that has calls of the `forced` functions alone, or else may have some before its content.
+
+    `content` is what the content must be; None: any text. `reasoning` is a rule for what stands before all of
+    it, or empty. None if nothing has to be kept to. Raises BadRequest for a `content` that can't be combined.
+    """
+    # Among other text, only Hermes' calls are looked for.
+    is_strict = form is HERMES and any(tool["function"].get("strict") for tool in tools)
+    if not forced and content is None and not is_strict:
+        return None
+    if not forced and not tools and not reasoning:
+        return content
+    rules = [r"ANY: /(.|\n)*/", r"SPACE: /\n{0,2}/"]
+    calls = [
+        _call(tool["function"], form, vocabulary, is_enforced=bool(forced or tool["function"].get("strict")))
+        for tool in tools
+        if not forced or tool["function"]["name"] in forced
+    ]
+    if calls:
+        rules.append(f"call: {' | '.join(calls)}")
+    opening, begin, between, closing = (
+        in_grammar(text, vocabulary) for text in (form.opening, form.begin, form.between, form.closing)
+    )
+    call = f"{begin} call"
+    several = call if max_calls == 1 else f"{call} ({between} {call})*"
+    answer = f"{opening} {several} {closing}"
+    if not forced and content is None:
+        rules.append(up_to("text", _TRIGGER, vocabulary))
+        answer = f"(text {in_grammar(form.begin.removeprefix(_TRIGGER), vocabulary)} call)* ANY"
+    elif not forced:
+        answer = f"{answer} | content" if calls else "content"
+        rules.append(_content_rule(content))
+    if reasoning:
+        rules.append(reasoning)
+        answer = f"reasoning SPACE ({answer})"
+    return Grammar(kind="lark", text="\n".join([f"start: {answer}", *rules]))
+
+
+def in_grammar(text: str, vocabulary: Vocabulary) -> str:
+    """This text in a rule: special tokens are not their texts there."""
+    parts, place = [], 0
+    while place < len(text):
+        found = [one for one in vocabulary.special_texts if one and text.startswith(one, place)]
+        if special := max(found, key=len, default=""):
+            parts.append(f"<[{vocabulary.special_id(special)}]>")
+            place += len(special)
+        elif parts and parts[-1].startswith('"'):
+            parts[-1] = parts[-1][:-1] + in_json(text[place])[1:]
+            place += 1
+        else:
+            parts.append(in_json(text[place]))
+            place += 1
+    return " ".join(parts)
+
+
+def up_to(name: str, mark: str, vocabulary: Vocabulary) -> str:
+    """A rule of this name for any text up to the first such mark."""
+    # A special token is in no text. Nor may it be in a lazy rule, which is a regular expression.
+    lazy = "" if mark in vocabulary.special_texts else "[lazy]"
+    return f"{name}{lazy}: ANY {in_grammar(mark, vocabulary)}"
+
+
+def _call(function: Mapping[str, Any], form: Form, vocabulary: Vocabulary, *, is_enforced: bool) -> str:
+    """What follows the beginning of a call of this function."""
+    schema = {**(function.get("parameters") or {}), "type": "object"} if is_enforced else {"type": "object"}
+    name = in_json(function["name"])
+    in_call = name[1:-1] if form.begin.endswith('"') else function["name"]
+    middle, end = (in_grammar(text, vocabulary) for text in (form.middle, form.end))
+    return f"{in_json(in_call)} {middle} %json {in_json({**schema, 'x-guidance': JSON_OPTIONS})} {end}"
+
+
+def _content_rule(content: Grammar | None) -> str:
+    match content:
+        case Grammar(kind="json_schema", text=text):
+            schema = msgspec.json.decode(text)
+            if isinstance(schema, dict):
+                schema["x-guidance"] = JSON_OPTIONS
+            return f"content: %json {in_json(schema)}"
+        case Grammar(kind="regex", text=text):
+            return "content: /" + re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", text) + "/"
+        case Grammar(kind="lark", text=text):  # as the gateway writes them
+            return "content: " + text.removeprefix("start: ")
+    raise BadRequest("A grammar can't be kept to beside tools or reasoning.", field="structured_outputs")
