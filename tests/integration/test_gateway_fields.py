@@ -132,3 +132,21 @@ async def test_an_answer_says_by_what_it_was_made(gateway: Gateway, path: str, b
     gateway.dispatch.card = replace(CARD, fingerprint="g")
     other = (await gateway.http.post(path, json=body)).json()
     assert other["system_fingerprint"] != plain["system_fingerprint"]
+
+
+async def test_a_model_has_several_names(tokenizer: Tokenizer) -> None:
+    names: dict[str, Any] = {"model_name": "nodes-name", "model_names": "main, other/name,,third"}
+    async with serving(tokenizer, model_path="/models/folder", **names) as gateway:
+        listed = (await gateway.http.get("/v1/models")).json()["data"]
+        assert [entry["id"] for entry in listed] == ["main", "other/name", "third"]
+        assert {entry["root"] for entry in listed} == {"main"}
+        for name, shown in (("main", "main"), ("other/name", "other/name"), ("folder", "main")):
+            assert (await gateway.http.get(f"/v1/models/{name}")).json()["id"] == shown
+            answer = (await gateway.http.post("/v1/completions", json={"prompt": "a", "model": name})).json()
+            assert answer["model"] == "main"
+        for name in ("nodes-name", "main, other/name", ""):
+            refused = await gateway.http.post("/v1/completions", json={"prompt": "a", "model": name})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+        assert (
+            await gateway.metric('vllm:request_success_total{finished_reason="stop",model_name="main"') == 3
+        )

@@ -34,6 +34,11 @@ Tokens = Annotated[int, "tokens"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+def listed(setting: str) -> list[str]:
+    """The parts of a setting that has commas between them."""
+    return [part.strip() for part in setting.split(",") if part.strip()]
+
+
 class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What all services share."""
 
@@ -52,6 +57,9 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
     model_path: Annotated[str, "folder with tokenizer.json and the chat template"]
     port: Annotated[int, "port of the API"] = 8000
     model_name: Annotated[str, "name that clients use; empty: the nodes' name, until then the folder's"] = ""
+    model_names: Annotated[
+        str, "several such names, with commas between; answers have the first; empty: `model_name`"
+    ] = ""
     generation_config: Annotated[
         Literal["auto", "none"], "none: the model's generation_config.json sets no sampling defaults"
     ] = "auto"

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flowkv_common.config import GatewaySettings
+from flowkv_common.config import GatewaySettings, listed
 from flowkv_common.errors import CannotStart, FlowKVError
 from flowkv_gateway.errors import ForeignHost, Unauthorized
 
@@ -106,7 +106,7 @@ class Guard:
         self._on_error = on_error
         self._keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
         self._keyless_paths = _HEALTH_PATHS if settings.open_health else frozenset()
-        hosts = [host.strip().lower() for host in settings.allowed_hosts.split(",") if host.strip()]
+        hosts = listed(settings.allowed_hosts.lower())
         self._takes_any_host = "*" in hosts or not (hosts or _is_local(settings.host))
         self._hosts = frozenset(hosts)
 

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 import flowkv_common
-from flowkv_common.config import GatewaySettings
+from flowkv_common.config import GatewaySettings, listed
 from flowkv_common.errors import BadRequest, FlowKVError, Internal, Unavailable
 from flowkv_common.telemetry import service_routes
 from flowkv_common.wire.messages import Grammar, ModelCard
@@ -90,6 +90,7 @@ class Api:
         self._stop = stop
         folder = Path(settings.model_path)
         self._folder_names = (folder.name, folder.resolve().name)
+        self._set_names = listed(settings.model_names) or [settings.model_name]
         self._metrics = GatewayMetrics(registry, self._known_model_name, dispatch.load)
         self._tenants = Tenants(settings.key_max_requests, settings.key_tokens_per_minute)
         self._created = int(time.time())
@@ -117,7 +118,7 @@ class Api:
         app.router.redirect_slashes = False  # a path that is not ours gets its 404
         app.middleware_stack = app.build_middleware_stack()  # or it is made with the first request
         self.app: ASGIApp = app
-        if origins := [origin.strip() for origin in settings.allowed_origins.split(",") if origin.strip()]:
+        if origins := listed(settings.allowed_origins):
             # Around all else: a page may read errors too.
             self.app = CORSMiddleware(
                 app,
@@ -144,11 +145,12 @@ class Api:
         return await self._answer(request, body, prompts, grammar, goals, TextWriter)
 
     async def models(self, _: Request) -> Response:
-        return _json({"object": "list", "data": [self._model_entry()]})
+        return _json({"object": "list", "data": [self._model_entry(name) for name in self._names()]})
 
     async def model(self, request: Request) -> Response:
-        self._check_model(request.path_params["model"])
-        return _json(self._model_entry())
+        name = request.path_params["model"]
+        self._check_model(name)
+        return _json(self._model_entry(name if name in self._names() else self._model_name()))
 
     async def tokenize(self, request: Request) -> Response:
         body = await self._parse(request, TokenizeRequest)
@@ -157,7 +159,7 @@ class Api:
         else:
             adds_special = body.add_special_tokens is not False
             [tokens] = await self._tokenizer.encode([body.prompt], add_special_tokens=adds_special)
-        max_model_len = self._model_entry()["max_model_len"]
+        max_model_len = self._model_entry(self._model_name())["max_model_len"]
         return _json({"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens})
 
     async def detokenize(self, request: Request) -> Response:
@@ -209,14 +211,18 @@ class Api:
     def _known_model_name(self) -> str | None:
         """As it was set, else as the nodes call it; None before any has joined."""
         card = self._dispatch.model()
-        return self._settings.model_name or (card.name if card else None)
+        return self._set_names[0] or (card.name if card else None)
 
     def _model_name(self) -> str:
         return self._known_model_name() or self._folder_names[0]
 
+    def _names(self) -> list[str]:
+        """All by which clients find it in the list of models, the one that answers have first."""
+        return [self._model_name(), *self._set_names[1:]]
+
     def _check_model(self, name: str) -> None:
         # The folder's name means the same model, whatever the nodes call it.
-        if name != self._model_name() and name not in self._folder_names:
+        if name not in self._names() and name not in self._folder_names:
             raise ModelNotFound(f"The model {name!r} does not exist.", field="model")
 
     async def _grammar(self, wanted: Wanted | None) -> Grammar | None:
@@ -234,15 +240,15 @@ class Api:
             raise Unavailable("No node that serves this model has joined yet.", retry_after_s=1.0)
         return card
 
-    def _model_entry(self) -> dict[str, Any]:
+    def _model_entry(self, name: str) -> dict[str, Any]:
         """As OpenAI lists it, and `max_model_len`, which is null while no node is known."""
-        card, name = self._dispatch.model(), self._model_name()
+        card = self._dispatch.model()
         return {
             "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "flowkv",
-            "root": name,
+            "root": self._model_name(),
             "parent": None,
             "max_model_len": card.max_model_len if card else None,
         }
