@@ -37,14 +37,20 @@ MESSAGE = st.fixed_dictionaries(
         "name": JSON,
     },
 )
+FUNCTION = st.fixed_dictionaries({"name": st.text(max_size=3)}, optional={"parameters": JSON})
+TOOL = st.fixed_dictionaries({"type": st.just("function"), "function": FUNCTION})
 BODY = st.fixed_dictionaries(
     {},
     optional={
         "messages": st.lists(MESSAGE, max_size=3) | JSON,
         "prompt": JSON | st.lists(st.integers(0, 600), max_size=4),
         "tokens": st.lists(st.integers(-1, 600), max_size=4),
-        "tools": st.lists(JSON, max_size=2),
+        "tools": st.lists(JSON | TOOL, max_size=2),
         "tool_choice": JSON,
+        "parallel_tool_calls": st.booleans(),
+        "include_reasoning": st.booleans(),
+        "reasoning_effort": st.sampled_from(["none", "low"]) | JSON,
+        "chat_template_kwargs": st.dictionaries(st.text(max_size=3), JSON, max_size=2),
         "stream": st.booleans(),
         "logit_bias": st.dictionaries(st.text(max_size=3), JSON, max_size=2),
         "stop": st.lists(st.text(max_size=3), max_size=3),
@@ -56,7 +62,7 @@ BODY = st.fixed_dictionaries(
 def app(tmp_path_factory: pytest.TempPathFactory) -> ASGIApp:
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
     dispatch = ScriptedDispatch(text_chunks(tokenizer, "hello"))
-    gateway_settings = GatewaySettings(model_path="unused", model_name=MODEL)
+    gateway_settings = GatewaySettings(model_path="unused", model_name=MODEL, tool_parser="hermes")
     api = Api(
         gateway_settings,
         tokenizer,

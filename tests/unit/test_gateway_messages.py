@@ -71,6 +71,25 @@ def test_what_was_once_answered_can_be_sent_again(message: dict[str, Any], shown
     assert rendered(message) == [shown]
 
 
+def test_ids_of_calls_reach_the_template() -> None:
+    calls = [
+        {"id": call_id, "function": {"name": "f", "arguments": "{}"}}
+        for call_id in ("call_123456789abc", "x")
+    ]
+    history: list[dict[str, Any]] = [
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "content": "1", "tool_call_id": "call_123456789abc"},
+    ]
+    asked, result = rendered(*history)
+    assert [call["id"] for call in asked["tool_calls"]] == ["call_123456789abc", "x"]
+    assert result["tool_call_id"] == "call_123456789abc"
+    # Mistral's templates refuse longer ones.
+    body = parse_json(json.dumps({"messages": history}).encode(), ChatRequest)
+    asked, result = for_template(body.messages, 9)
+    assert [call["id"] for call in asked["tool_calls"]] == ["456789abc", "x"]
+    assert result["tool_call_id"] == "456789abc"
+
+
 @pytest.mark.parametrize(
     ("arguments", "shown", "is_told"),
     [
