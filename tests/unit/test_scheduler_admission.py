@@ -365,9 +365,9 @@ def test_a_prefill_node_that_decodes_besides_keeps_time_for_prompts() -> None:
     fit = StepFit(
         base_s=0.02, prefill_token_s=1e-3, attended_token_s=0.0, sequence_s=0.01, context_token_s=0.0
     )
-    lent: dict[str, Any] = {"max_prefill_tokens_per_step": 100, "step": fit, "queued_prefill_tokens": 100}
+    lent: dict[str, Any] = {"max_prefill_tokens_per_step": 100, "step": fit, "queued_prefill_tokens": 50}
     full = full_node(16)
-    for num_running, has_room in ((9, True), (10, False)):  # a step of 20 + 10 x 10 ms; half of 250 are 125
+    for num_running, has_room in ((13, True), (14, False)):  # a step of 20 + 14 x 10 ms; 65 % of 250 are 162
         helper = node("p0", "prefill", num_running=num_running, **lent)
         decision = decide(request(age_s=GOALS.longest_wait_s / 2 + 1.0), [helper, full])
         assert isinstance(decision, Choice) == has_room

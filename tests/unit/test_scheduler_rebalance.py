@@ -20,6 +20,7 @@ from flowkv_scheduler.cluster import Goals, NodeView, Work
 from flowkv_scheduler.demand import REMEMBERED_S, Demand, OutputLengths, Window
 from flowkv_scheduler.lookahead import HORIZON_S, Duties, LookAhead
 from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.policy import SHARED_ITL
 from flowkv_scheduler.rebalance import (
     IDLE_S,
     LEAST_NODES,
@@ -28,7 +29,6 @@ from flowkv_scheduler.rebalance import (
     NUM_TICKS,
     SCALE_EVERY_S,
     SETTLED_S,
-    SHARED_ITL,
     TURNS,
     WINDOWS_S,
     Order,

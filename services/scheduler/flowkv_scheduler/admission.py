@@ -24,9 +24,8 @@ from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_scheduler import policy
 from flowkv_scheduler.cluster import NOTHING, WAIT_FACTOR, ClusterState, Goals, NodeView, Work
 from flowkv_scheduler.lookahead import IDLE_WAIT
-from flowkv_scheduler.policy import Choice, Chooser, RequestCosts
+from flowkv_scheduler.policy import SHARED_ITL, Choice, Chooser, RequestCosts
 from flowkv_scheduler.prefixes import NO_HITS, Hits
-from flowkv_scheduler.rebalance import SHARED_ITL
 
 # A first token that is predicted within this part of the TTFT target comes in time: predictions err.
 IN_TIME = 0.9

@@ -37,9 +37,9 @@ LINK_BYTES_PER_S = {"shm": 5e9, "cuda_ipc": 200e9, "nccl": 20e9, "tcp": 1e9}
 HERE = "here"
 # Reserve, commit and the first token's detour: what a handoff costs however short the prompt is.
 HANDOFF_S = 0.005
-# A prefill node that decodes besides spends this part of the ITL target on it: the rest is for prompts, which
-# requests that decode elsewhere wait for.
-HELPING_SHARE = 0.5
+# While a node serves both sides, or works off what is left, its steps take this part of the ITL target. Of a
+# prefill node that is all it spends on decoding: the rest is for prompts, which requests elsewhere wait for.
+SHARED_ITL = 0.65
 # A request that has waited for this part of the longest wait may exceed the ITL target of others: a deadline,
 # so that none starves. How many requests are good does not depend on it.
 PATIENCE = 0.5
@@ -167,7 +167,7 @@ class RequestCosts:
         step_s = self.step_s(node) + node.speed.beside_s(held.num_sequences, held.context_tokens)
         target_s = self.itl_target_s
         if node.helps_decode:
-            return max(step_s - target_s, step_s - node.chunk_s - HELPING_SHARE * target_s)
+            return max(step_s - target_s, step_s - node.chunk_s - SHARED_ITL * target_s)
         return step_s - target_s
 
     def need_on(self, node: NodeView) -> Work:

@@ -26,9 +26,8 @@ from flowkv_common.wire.nodes import (
 from flowkv_scheduler.cluster import Goals, NodeView, speed_class
 from flowkv_scheduler.demand import REMEMBERED_S, Demand, OutputLengths, Window
 from flowkv_scheduler.lookahead import Duties, Duty, LookAhead, Side, num_repeats
+from flowkv_scheduler.policy import SHARED_ITL
 
-# While a node serves both sides, or works off what is left, its steps take this part of the ITL target.
-SHARED_ITL = 0.65
 # Played are the requests of the last so many seconds, the shortest time first: there a change shows first.
 # A move forgets what came before its window, for that was another traffic.
 WINDOWS_S = (10.0, 40.0, 160.0)
