@@ -11,11 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from flowkv_common.config import GatewaySettings
 from flowkv_gateway.app import Api
 from flowkv_gateway.grammar import GrammarChecker
+from flowkv_gateway.openapi import OPERATIONS
 from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
 from tests.gateway_support import MODEL, ScriptedDispatch, text_chunks, write_tokenizer
@@ -88,3 +91,9 @@ def test_any_json_is_answered_or_refused(app: ASGIApp, path: str, body: dict[str
     assert response.status_code in (200, 400)
     if response.status_code == 400:
         assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_every_route_is_described(app: ASGIApp) -> None:
+    assert isinstance(app, Starlette)
+    routes = [route.path.replace(":path}", "}") for route in app.routes if isinstance(route, Route)]
+    assert sorted(routes) == sorted(operation.path for operation in OPERATIONS)

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 KEY_NAME = "flowkv.key_name"
 """The scope's entry with the name of the request's key; "" where none is needed."""
 
+# The same for all gateways of a version: a browser could not open the page with a key.
+_DOCS_PATHS = frozenset(("/docs", "/openapi.json"))
 _HEALTH_PATHS = frozenset(("/health", "/health/live", "/health/ready", "/ping", "/metrics"))
 
 
@@ -105,7 +107,7 @@ class Guard:
         self._app = app
         self._on_error = on_error
         self._keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
-        self._keyless_paths = _HEALTH_PATHS if settings.open_health else frozenset()
+        self._keyless_paths = _DOCS_PATHS | (_HEALTH_PATHS if settings.open_health else frozenset())
         hosts = listed(settings.allowed_hosts.lower())
         self._takes_any_host = "*" in hosts or not (hosts or _is_local(settings.host))
         self._hosts = frozenset(hosts)

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -33,6 +33,7 @@ from flowkv_gateway.errors import ModelNotFound, error_response, json_error, sta
 from flowkv_gateway.grammar import GrammarChecker, Wanted, wanted_grammar
 from flowkv_gateway.http import CloseWhileStopping, read_body
 from flowkv_gateway.metrics import GatewayMetrics
+from flowkv_gateway.openapi import DOCS_PAGE, openapi_document
 from flowkv_gateway.output import (
     ChatWriter,
     Choice,
@@ -94,6 +95,7 @@ class Api:
         self._metrics = GatewayMetrics(registry, self._known_model_name, dispatch.load)
         self._tenants = Tenants(settings.key_max_requests, settings.key_tokens_per_minute)
         self._created = int(time.time())
+        self._description = msgspec.json.encode(openapi_document())  # takes 3 ms to make
         app = Starlette(
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
@@ -102,7 +104,10 @@ class Api:
                 Route("/v1/models/{model:path}", self.model),
                 Route("/tokenize", self.tokenize, methods=["POST"]),
                 Route("/detokenize", self.detokenize, methods=["POST"]),
+                Route("/tokenizer_info", self.tokenizer_info),
                 Route("/version", self.version),
+                Route("/openapi.json", self.openapi),
+                Route("/docs", self.docs),
                 *service_routes(registry, self.why_not_ready, "/ping"),
             ],
             middleware=[
@@ -165,6 +170,15 @@ class Api:
     async def detokenize(self, request: Request) -> Response:
         body = await self._parse(request, DetokenizeRequest)
         return _json({"prompt": await self._tokenizer.decode(body.tokens)})
+
+    async def tokenizer_info(self, _: Request) -> Response:
+        return _json(self._tokenizer.info)
+
+    async def openapi(self, _: Request) -> Response:
+        return Response(self._description, media_type="application/json")
+
+    async def docs(self, _: Request) -> Response:
+        return FileResponse(DOCS_PAGE)
 
     async def version(self, _: Request) -> Response:
         return _json({"version": flowkv_common.__version__})

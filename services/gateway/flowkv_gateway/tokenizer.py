@@ -66,11 +66,13 @@ class Tokenizer:
         encoder: tokenizers.Tokenizer,
         vocabulary: Vocabulary,
         template: ChatTemplate | None,
+        config: Mapping[str, Any],
     ) -> None:
         self.file = file
         self.vocabulary = vocabulary
         self._encoder = encoder
         self._template = template
+        self._config = config
         self._typed = TypedSpecials(encoder)
 
     @classmethod
@@ -91,7 +93,9 @@ class Tokenizer:
             encoder.no_truncation()
             encoder.no_padding()
             vocabulary = Vocabulary.from_json(json.loads(source), encoder.get_vocab(with_added_tokens=True))
-            return cls(folder / "tokenizer.json", encoder, vocabulary, ChatTemplate.load(folder))
+            config = _load_config(folder)
+            template = ChatTemplate.load(folder, config)
+            return cls(folder / "tokenizer.json", encoder, vocabulary, template, config)
         except Exception as error:  # `tokenizers` has no class of its own for its errors
             raise CannotStart(f"the tokenizer in {folder} can't be used: {error}") from error
 
@@ -104,6 +108,15 @@ class Tokenizer:
         except (jinja2.TemplateError, RecursionError) as error:
             raise BadRequest(f"chat_template: {error}", field="chat_template") from None
         return other
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What tokenizer_config.json says, and the chat template, wherever it comes from."""
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # unless the file says it
+            **self._config,
+            "chat_template": self._template.main_source if self._template else None,
+        }
 
     @property
     def template_source(self) -> str:
@@ -152,6 +165,13 @@ class Tokenizer:
         # Of all ways to encode, the batched ones alone let other threads run meanwhile.
         encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
+
+
+def _load_config(folder: Path) -> dict[str, Any]:
+    """What tokenizer_config.json says; nothing if there is none."""
+    file = folder / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return config
 
 
 class Vocabulary:
@@ -238,6 +258,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.main_source = source
         self.source = source + with_tools
         self._template = environment.from_string(source)
         self._with_tools = environment.from_string(with_tools) if with_tools else self._template
@@ -250,11 +271,8 @@ class ChatTemplate:
         self.takes_tools = "tools" in self._variables
 
     @classmethod
-    def load(cls, folder: Path) -> ChatTemplate | None:
-        """The template of the model in `folder`; None if it has none."""
-        config: dict[str, Any] = {}
-        if (folder / "tokenizer_config.json").exists():
-            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    def load(cls, folder: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
+        """The template of the model in `folder`, which has this tokenizer_config.json; None if none."""
         source = config.get("chat_template") or ""
         named = source if isinstance(source, list) else [{"name": "default", "template": source}]
         sources = {one["name"]: str(one["template"]) for one in named}

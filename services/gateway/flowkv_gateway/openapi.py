@@ -1,0 +1,97 @@
+"""The description of the HTTP API in OpenAPI's JSON, made from the structs that parse requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+import flowkv_common
+from flowkv_gateway.schemas import Body, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+
+Json = dict[str, Any]
+
+# Shows the description, which it fetches from beside itself. It loads nothing else.
+DOCS_PAGE = Path(__file__).with_name("docs.html")
+
+
+class Operation(NamedTuple):
+    """What a method of a path does. `body` is what it takes, `answer` the media type of what it gives."""
+
+    path: str
+    summary: str
+    body: type[Body] | None = None
+    answer: str = "application/json"
+
+
+OPERATIONS = (
+    Operation("/v1/chat/completions", "Continues a chat, whole or as a stream.", ChatRequest),
+    Operation("/v1/completions", "Continues texts or token ids, whole or as a stream.", CompletionRequest),
+    Operation("/v1/models", "The model, by each of its names."),
+    Operation("/v1/models/{model}", "The model with this name."),
+    Operation("/tokenize", "A text or messages to token ids.", TokenizeRequest),
+    Operation("/detokenize", "Token ids to their text.", DetokenizeRequest),
+    Operation("/tokenizer_info", "The tokenizer's configuration and chat template."),
+    Operation("/version", "FlowKV's version."),
+    Operation("/openapi.json", "This description."),
+    Operation("/docs", "This description for people.", answer="text/html"),
+    Operation("/health", "Whether requests can be served; 503 with the reason if not.", answer="text/plain"),
+    Operation("/health/ready", "The same.", answer="text/plain"),
+    Operation("/health/live", "Whether the process answers.", answer="text/plain"),
+    Operation("/ping", "As `/health`.", answer="text/plain"),
+    Operation("/metrics", "Metrics in Prometheus' text form.", answer="text/plain"),
+)
+
+_ERROR: Json = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"], "description": "the field that is wrong"},
+                "code": {"type": ["string", "integer", "null"]},
+            },
+        }
+    },
+}
+
+
+def openapi_document() -> Json:
+    """OpenAPI 3.1. It is the same whatever the model: nothing in it is secret."""
+    bodies = [operation.body for operation in OPERATIONS if operation.body]
+    _, schemas = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "FlowKV", "version": flowkv_common.__version__},
+        "paths": {operation.path: _path(operation) for operation in OPERATIONS},
+        "components": {
+            "schemas": {**schemas, "Error": _ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}, {}],  # none is needed where the gateway has no keys
+    }
+
+
+def _path(operation: Operation) -> Json:
+    error = {"$ref": "#/components/schemas/Error"}
+    described: Json = {
+        "summary": operation.summary,
+        "responses": {
+            "200": {"description": "the answer", "content": {operation.answer: {}}},
+            "default": {"description": "an error", "content": {"application/json": {"schema": error}}},
+        },
+    }
+    if name := operation.path.partition("{")[2].rstrip("}"):
+        described["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        ]
+    if operation.body is None:
+        return {"get": described}
+    schema = {"$ref": f"#/components/schemas/{operation.body.__name__}"}
+    described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return {"post": described}
