@@ -273,7 +273,7 @@ def test_calls_that_are_forced_are_valid(client: openai.OpenAI) -> None:
     tool: Any = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
     fields: Any = {"model": MODEL, "messages": FRANCE, "tools": [tool], "seed": 7, "temperature": 1.5}
     reply = client.chat.completions.create(
-        tool_choice="required", parallel_tool_calls=False, n=4, max_tokens=200, **fields
+        tool_choice="required", parallel_tool_calls=False, n=2, max_tokens=200, **fields
     )
     for choice in reply.choices:
         assert choice.finish_reason == "tool_calls"
