@@ -69,8 +69,8 @@ WRONG_TYPES = [
         "repetition_penalty": ("a",),
         "logit_bias": ([1], 5, {"a": 1}, {"5": "a"}),
         "min_tokens": ("a", 1.5),
-        "bad_words": ("a", 5, [5]),
-        "allowed_token_ids": (5, ["a"]),
+        "bad_words": ("a", 5),
+        "allowed_token_ids": (5,),
         "truncate_prompt_tokens": ("a", 1.5),
         "ignore_eos": ("x", 2),
         "return_token_ids": (3,),
@@ -104,8 +104,8 @@ OUT_OF_RANGE = [
         "repetition_penalty": (0, -1, 101),
         "logit_bias": ({"5": 101}, {"-1": 1}, {"49152": 1}, {str(10**30): 1}, dict.fromkeys(range(1025), 1)),
         "min_tokens": (-1, 3),
-        "bad_words": (["a"] * 129, ["a" * 101], [""]),
-        "allowed_token_ids": ([-1], [49152], [5] * 16_385),
+        "bad_words": (["a"] * 129,),
+        "allowed_token_ids": ([49152], [5] * 16_385),
         "truncate_prompt_tokens": (0, -2),
         "top_logprobs": (-1, 21),
         "model": (),
@@ -118,6 +118,8 @@ OUT_OF_RANGE = [
     for value in (b"NaN", b"Infinity", b"-Infinity")
 ]
 OUT_OF_RANGE += [
+    *(bad_field(CHAT, "bad_words", [word], "bad_words[0]") for word in (5, "a" * 101, "")),
+    *(bad_field(CHAT, "allowed_token_ids", [wrong], "allowed_token_ids[0]") for wrong in ("a", -1)),
     raw_field("temperature", b"1e999"),
     raw_field("temperature", HUGE),
     raw_field("seed", HUGE),
