@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
 import httpx
@@ -252,6 +253,32 @@ def test_penalties_break_a_repetition(client: openai.OpenAI, penalty: dict[str, 
     chant = "Repeat after me: ha ha ha"
     assert complete(client, chant).choices[0].text == " ha" * 12
     assert complete(client, chant, **penalty).choices[0].text.count(" ha") < 12
+
+
+def test_bans_hold_for_the_first_token_and_the_later_ones(client: openai.OpenAI, http: httpx.Client) -> None:
+    chant = "Repeat after me: ha ha ha"
+    assert " ha ha" not in complete(client, chant, extra_body={"bad_words": ["ha ha"]}).choices[0].text
+    assert "ha" not in complete(client, chant, extra_body={"bad_words": ["ha"]}).choices[0].text.split()
+    allowed = {"allowed_token_ids": [token_id(http, " blue"), token_id(http, " red")]}
+    words = complete(client, extra_body=allowed).choices[0].text.split()
+    assert len(words) == 12
+    assert set(words) <= {"blue", "red"}
+
+
+def test_the_best_answer_is_the_one_with_the_highest_mean_log_probability(client: openai.OpenAI) -> None:
+    drawn = {"temperature": 1.0, "seed": 3}
+    shown = complete(client, n=4, logprobs=0, **drawn).choices
+    means = [fmean(choice.logprobs.token_logprobs) for choice in shown]
+    [best] = complete(client, best_of=4, **drawn).choices
+    assert best.text == shown[means.index(max(means))].text
+    assert best.logprobs is None
+
+
+def test_a_prompt_is_cut_from_its_beginning(client: openai.OpenAI) -> None:
+    end = " ha ha ha ha"
+    cut = complete(client, "Forget this. " * 9 + end, extra_body={"truncate_prompt_tokens": 4})
+    assert cut.usage.prompt_tokens == 4
+    assert cut.choices[0].text == complete(client, end).choices[0].text
 
 
 class Person(pydantic.BaseModel):
