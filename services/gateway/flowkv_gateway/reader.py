@@ -57,8 +57,10 @@ class AnswerReader:
                 return None
             self._num_calls += 1
             return event
-        if isinstance(event, Arguments) or (isinstance(event, Reasoning) and not self._shows_reasoning):
-            return event if isinstance(event, Arguments) else None
+        if isinstance(event, Arguments):
+            return event
+        if isinstance(event, Reasoning) and not self._shows_reasoning:
+            return None
         text = event.text
         for special in self._seen:
             text = text.replace(special, "")

@@ -15,12 +15,7 @@ _CALL, _SEP, _CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<
 class DeepSeek(Parser):
     def read(self) -> Steps[None]:
         yield from self.think("<think>", "</think>")
-        while True:
-            marker = yield from self.pass_on(self.tell, _BEGIN, _CALL)
-            while marker != _END:
-                if marker == _CALL:
-                    yield from self._call()
-                marker = yield from self.between_calls(_CALL, _END)
+        yield from self.call_sections(_BEGIN, _CALL, _END, self._call)
 
     def _call(self) -> Steps[None]:
         self.keep(_CALL)

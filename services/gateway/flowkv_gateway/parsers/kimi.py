@@ -17,13 +17,7 @@ class Kimi(Parser):
             self.reasoning_is_over()
         elif self.prompt.endswith("</think>"):
             self.reasoning_is_over()
-        while True:
-            if marker not in (_BEGIN, _CALL):
-                marker = yield from self.pass_on(self.tell, _BEGIN, _CALL)
-            while marker != _END:
-                if marker == _CALL:
-                    yield from self._call()
-                marker = yield from self.between_calls(_CALL, _END)
+        yield from self.call_sections(_BEGIN, _CALL, _END, self._call, marker)
 
     def _call(self) -> Steps[None]:
         self.keep(_CALL)

@@ -223,6 +223,18 @@ class Parser(ABC):
         self.leave(text if text.strip() else "")
         return marker
 
+    def call_sections(
+        self, begin: str, call: str, end: str, read_call: Callable[[], Steps[None]], marker: str = ""
+    ) -> Steps[None]:
+        """For ever: text up to `begin` or a first `call`, then calls up to `end`. `marker` was read last."""
+        while True:
+            if marker not in (begin, call):
+                marker = yield from self.pass_on(self.tell, begin, call)
+            while marker != end:
+                if marker == call:
+                    yield from read_call()
+                marker = yield from self.between_calls(call, end)
+
     def argument(
         self, key: str, schema: object, ends: Mapping[str, tuple[str, ...]]
     ) -> Steps[tuple[Any, str]]:
