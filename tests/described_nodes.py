@@ -154,7 +154,9 @@ def node(
 ) -> Described:
     """Its sequences are `GROWN`, but for another `forecast`."""
     record = descriptor(node_id, role, num_blocks=num_blocks, memory=memory, model=model, **(layout or {}))
-    return Described(record, report(node_id, role, **({"forecast": GROWN} | changes)), age_s, given)
+    return Described(
+        record, report(node_id, role, num_blocks=num_blocks, **({"forecast": GROWN} | changes)), age_s, given
+    )
 
 
 def cluster(*nodes: Described) -> ClusterState:

@@ -15,7 +15,6 @@ import msgspec
 
 from flowkv_common.wire.messages import ModelCard
 from flowkv_common.wire.nodes import (
-    BlockCounts,
     OutputForecast,
     SetPrefillCap,
     StepFit,
@@ -122,14 +121,7 @@ class Node:
             num_context_tokens=num_context,
             max_num_seqs=MAX_NUM_SEQS,
             step=FIT,
-            blocks=BlockCounts(
-                total=NUM_BLOCKS,
-                free=free,
-                cached=0,
-                leased=NUM_BLOCKS - free,
-                quarantined=0,
-                longest_free_run=free,
-            ),
+            free=free,
             forecast=OutputForecast(
                 tokens_left=float(num_left),
                 first_ends_in=float(min((one.num_left for one in self.sequences), default=0)),

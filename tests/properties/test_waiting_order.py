@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest
-from flowkv_common.wire.nodes import PRIOR_TOKENS, BlockCounts, expected_tokens
+from flowkv_common.wire.nodes import PRIOR_TOKENS, expected_tokens
 from flowkv_scheduler.admission import PRIORITY_S
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
@@ -73,15 +73,12 @@ class World:
         idle = report("p0", "prefill", seq=self.seq, num_prompts_accepted=num_prompts, forecast=GROWN)
         self.planner.add_report(idle, self.now)
         for name, (total, places) in POOLS.items():
-            free = self.free_blocks(name)
-            counts = BlockCounts(
-                total=total, free=free, cached=0, leased=total - free, quarantined=0, longest_free_run=free
-            )
             load = report(
                 name,
                 "decode",
                 seq=self.seq,
-                blocks=counts,
+                num_blocks=total,
+                free=self.free_blocks(name),
                 num_running=len(self.running[name]),
                 max_num_seqs=places,
                 num_rooms_given=self.num_given[name],
