@@ -115,15 +115,22 @@ class BlocksMachine(RuleBasedStateMachine):
 
     @rule(at_most=st.integers(1, 4))
     def tell(self, at_most: int) -> None:
-        """Never the same twice; when there is no more to tell, all has been told."""
+        """Never the same twice; after enough calls, all has been told."""
+        self.take_changes(at_most)
+
+    @rule()
+    def tell_all(self) -> None:
+        for _ in range(4 * NUM_BLOCKS):
+            self.take_changes(at_most=1)
+        found = {h for h in self.content.values() if self.blocks.prefix_cache.find(h) is not None}
+        assert self.told == found
+
+    def take_changes(self, at_most: int) -> None:
         stored, removed = self.blocks.prefix_cache.take_changes(at_most)
         assert len(stored) + len(removed) <= at_most
         assert not self.told & set(stored)
         assert self.told >= set(removed)
         self.told = self.told - set(removed) | set(stored)
-        if not stored and not removed:
-            found = {h for h in self.content.values() if self.blocks.prefix_cache.find(h) is not None}
-            assert self.told == found
 
     def pop(self, data: st.DataObject) -> Sequence:
         return self.sequences.pop(data.draw(st.integers(0, len(self.sequences) - 1)))

@@ -329,7 +329,8 @@ class PrefixCache:
 
     def take_changes(self, at_most: int) -> tuple[list[str], list[str]]:
         """Hashes that were added and hashes that were removed since the last call, `at_most` in all; the
-        next call returns the others. What was added and removed in between is in neither list."""
+        next calls return the others. What was added and removed in between is in neither list, and a call
+        looks at `at_most` overwritten blocks only: it may return nothing though a next one returns some."""
         block_id = 0
         for _ in range(at_most):  # about a microsecond each
             if (block_id := self._states.find(_OVERWRITTEN, block_id)) < 0:
