@@ -63,7 +63,7 @@ class Constrained:
         self.grammars = Grammars(folder / "tokenizer.json", [0])
 
     def grammar(self, request: ChatRequest, prompt: str = "") -> Grammar | None:
-        wanted = self.format.wanted_grammar(request, prompt)
+        wanted = self.format.answer_format(request, prompt).wanted
         return wanted.grammar if wanted else None
 
     def allows(self, text: str, request: ChatRequest, prompt: str = "") -> bool:
@@ -117,7 +117,7 @@ def test_forced_calls_have_the_models_own_form(tmp_path: Path, template: str, is
     assert model.allows(text, request)
     assert model.allows(f"{opening}{one}{closing}", request)
     assert not model.allows(text.replace("1", '"x"'), request)
-    make = model.format.reader(request, "")
+    make = model.format.answer_format(request, "").make_reader
     assert make is not None
     events = make().push(text, is_last=True)
     assert [event.name for event in events if isinstance(event, CallBegins)] == ["f", "f"]

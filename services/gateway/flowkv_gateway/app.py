@@ -138,9 +138,9 @@ class Api:
         goals = service_goals(request.headers)
         chat_format = self._chat_format(body)
         prompt = await chat_format.prompt(body)
-        grammar = await self._grammar(chat_format.wanted_grammar(body, prompt.text))
-        reader = chat_format.reader(body, prompt.text)
-        return await self._answer(request, body, [prompt.token_ids], grammar, goals, ChatWriter, reader)
+        wanted, make_reader = chat_format.answer_format(body, prompt.text)
+        grammar = await self._grammar(wanted)
+        return await self._answer(request, body, [prompt.token_ids], grammar, goals, ChatWriter, make_reader)
 
     async def completions(self, request: Request) -> ASGIApp:
         body = await self._parse(request, CompletionRequest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -28,6 +28,16 @@ MakeReader = Callable[[], AnswerReader]
 _PROMPT_END_CHARS = 256
 _REASONING_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 _MISTRAL_ID_CHARS = 9  # its templates refuse ids of another length
+
+
+class AnswerFormat(NamedTuple):
+    """What the answers to one prompt have to keep to, and what makes a reader for each of them.
+
+    None: they may be any text, and all of it is content.
+    """
+
+    wanted: Wanted | None
+    make_reader: MakeReader | None
 
 
 class ChatFormat:
@@ -93,25 +103,40 @@ class ChatFormat:
         adds_special = bool(request.add_special_tokens)
         return await self._tokenizer.encode_chat(self.conversation(request), add_special_tokens=adds_special)
 
-    def wanted_grammar(self, request: ChatRequest, prompt: str) -> Wanted | None:
-        """What the answer to this rendered prompt has to keep to. Raises BadRequest."""
-        asked = wanted_grammar(request)
-        tools, forced = offered_tools(request), forced_names(request)
-        if not tools and not self._reasoning_marks:
-            return asked
-        field = "tool_choice" if forced else asked.field if asked else "tools"
-        # The form is not the model's own, which may be anything: it can be forced, not guided.
-        is_own = self._form.parser is self._for_calls
-        grammar = answer_grammar(
-            asked.grammar if asked and not forced else None,
-            tools if is_own or forced or asked else (),
-            forced,
-            self._form,
-            self._tokenizer.vocabulary,
-            max_calls=1 if isinstance(request.tool_choice, dict) else _max_calls(request),
-            reasoning=self._reasoning_rule(prompt.rstrip()),
-        )
-        return check_size(Wanted(field, grammar)) if grammar else None
+    def answer_format(self, request: ChatRequest, prompt: str) -> AnswerFormat:
+        """Of the answers to this rendered prompt. Raises BadRequest."""
+        tools, forced, asked = offered_tools(request), forced_names(request), wanted_grammar(request)
+        is_in_grammar = bool(tools) and bool(forced or asked)
+        parser = self._form.parser if is_in_grammar else self.parser(has_tools=bool(tools))
+        if tools or self._reasoning_marks:
+            field = "tool_choice" if forced else asked.field if asked else "tools"
+            # The form is not the model's own, which may be anything: it can be forced, not guided.
+            is_own = self._form.parser is self._for_calls
+            grammar = answer_grammar(
+                asked.grammar if asked and not forced else None,
+                tools if is_own or is_in_grammar else (),
+                forced,
+                self._form,
+                self._tokenizer.vocabulary,
+                max_calls=1 if isinstance(request.tool_choice, dict) else _max_calls(request),
+                reasoning=self._reasoning_rule(prompt.rstrip()),
+            )
+            asked = check_size(Wanted(field, grammar)) if grammar else None
+        if parser is None:
+            return AnswerFormat(asked, None)
+        prompt_end = prompt[-_PROMPT_END_CHARS:]
+        shows_special = request.skip_special_tokens is False
+        special_texts = frozenset() if shows_special else self._tokenizer.vocabulary.special_texts
+
+        def make_reader() -> AnswerReader:
+            return AnswerReader(
+                parser(tools, prompt_end, streams_calls=bool(request.stream)),
+                special_texts=special_texts,
+                shows_reasoning=request.include_reasoning is not False,
+                max_calls=_max_calls(request),
+            )
+
+        return AnswerFormat(asked, make_reader)
 
     def _reasoning_rule(self, prompt: str) -> str:
         """A grammar's rule for what comes before the answer; empty if this prompt lets nothing come."""
@@ -124,23 +149,6 @@ class ChatFormat:
                 return f"reasoning: ended\n{ended}"
             return f"reasoning: ({in_grammar(begin, vocabulary)} ended)?\n{ended}"
         return ""
-
-    def reader(self, request: ChatRequest, prompt: str) -> MakeReader | None:
-        """Makes a reader for each answer to this rendered prompt; None where all of an answer is content."""
-        tools, forced = offered_tools(request), forced_names(request)
-        is_in_grammar = bool(tools) and (bool(forced) or wanted_grammar(request) is not None)
-        parser = self._form.parser if is_in_grammar else self.parser(has_tools=bool(tools))
-        if parser is None:
-            return None
-        prompt_end = prompt[-_PROMPT_END_CHARS:]
-        shows_special = request.skip_special_tokens is False
-        special_texts = frozenset() if shows_special else self._tokenizer.vocabulary.special_texts
-        return lambda: AnswerReader(
-            parser(tools, prompt_end, streams_calls=bool(request.stream)),
-            special_texts=special_texts,
-            shows_reasoning=request.include_reasoning is not False,
-            max_calls=_max_calls(request),
-        )
 
 
 def _max_calls(request: ChatRequest) -> int | None:
