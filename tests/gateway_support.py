@@ -24,6 +24,7 @@ from flowkv_gateway.app import Api
 from flowkv_gateway.dispatch import Dispatch, Load, RequestState
 from flowkv_gateway.grammar import GrammarChecker
 from flowkv_gateway.http import ApiConnection, tls_context
+from flowkv_gateway.output import Usage
 from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
 
@@ -81,6 +82,10 @@ def token_chunk(
         finish_reason=finish_reason,
         num_cached_tokens=num_cached_tokens,
     )
+
+
+def no_usage() -> Usage:
+    return Usage(num_prompt=0, num_cached=0, num_output=0, num_reasoning=None)
 
 
 def text_chunks(tokenizer: Tokenizer, text: str, finish_reason: str | None = "stop") -> list[TokenChunk]:

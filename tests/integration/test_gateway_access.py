@@ -75,6 +75,16 @@ async def test_a_key_is_needed(tokenizer: Tokenizer, keys_file: Path) -> None:
         assert await gateway.metric('flowkv_gateway_errors_total{status="401"}') == 6
 
 
+async def test_paths_of_anthropics_api_have_its_errors(tokenizer: Tokenizer, keys_file: Path) -> None:
+    async with serving(tokenizer, api_keys_file=str(keys_file)) as gateway:
+        for headers, status, kind in (({}, 401, "authentication_error"), (ALICE, 404, "not_found_error")):
+            refused = await gateway.http.get("/v1/messages/none", headers=headers)
+            assert refused.status_code == status
+            message = refused.json()["error"]["message"]
+            assert message
+            assert refused.json() == {"type": "error", "error": {"type": kind, "message": message}}
+
+
 @pytest.mark.parametrize(("is_open", "status"), [(True, 200), (False, 401)])
 async def test_health_without_a_key(
     tokenizer: Tokenizer, keys_file: Path, is_open: bool, status: int

@@ -18,8 +18,9 @@ from flowkv_gateway.parsers import Parser
 from flowkv_gateway.parsers.hermes import Hermes
 from flowkv_gateway.parsers.kimi import Kimi
 from flowkv_gateway.reader import AnswerReader
+from flowkv_gateway.schemas import GenerationRequest
 from flowkv_gateway.tokenizer import Vocabulary
-from tests.gateway_support import token_chunk
+from tests.gateway_support import no_usage, token_chunk
 
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
 END, MARK = "<|end|>", "<|mark|>"
@@ -70,7 +71,7 @@ def joined(tokens: Sequence[str], **fields: Any) -> dict[str, Any]:
     message: dict[str, Any] = {"content": "", "reasoning": ""}
     calls: list[dict[str, Any]] = []
     for delta in deltas_of(tokens, streams=True, **fields):
-        shown = msgspec.json.decode(writer().chunk(delta, {}))["choices"][0]
+        shown = msgspec.json.decode(writer().delta(delta, no_usage)[len(b"data: ") :])["choices"][0]
         for name in ("content", "reasoning"):
             message[name] += shown["delta"].get(name, "")
         for piece in shown["delta"].get("tool_calls", ()):
@@ -83,7 +84,7 @@ def joined(tokens: Sequence[str], **fields: Any) -> dict[str, Any]:
 
 
 def writer() -> ChatWriter:
-    return ChatWriter(Vocabulary({}, frozenset()), "m")
+    return ChatWriter(Vocabulary({}, frozenset()), "m", GenerationRequest())
 
 
 def test_calls_and_reasoning_of_a_whole_answer() -> None:

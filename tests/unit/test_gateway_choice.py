@@ -10,13 +10,15 @@ import pytest
 
 from flowkv_common.wire.messages import SamplingParams, TokenLogprob
 from flowkv_gateway.dispatch import RequestState
-from flowkv_gateway.output import ChatWriter, Choice, Delta, Display, ReplyWriter, TextWriter, prepare_stops
+from flowkv_gateway.output import ChatWriter, Choice, Delta, Display, OpenAIWriter, TextWriter, prepare_stops
+from flowkv_gateway.schemas import GenerationRequest
 from flowkv_gateway.tokenizer import Vocabulary
-from tests.gateway_support import token_chunk
+from tests.gateway_support import no_usage, token_chunk
 
 VOCABULARY = Vocabulary(
     {0: b"<|end|>", 1: b"one", 2: b" two", 3: b" thr", 4: b"ee", 5: b"\xe2", 6: b"\x82\xac"}, frozenset({0})
 )
+PLAIN = GenerationRequest()
 
 
 def make_choice(stops: tuple[str, ...] = (), min_tokens: int = 0, **display: Any) -> Choice:
@@ -127,7 +129,7 @@ def test_tokens_of_one_text_do_not_hide_each_other() -> None:
     def shown_top(chosen: int, value: float) -> dict[str, float]:
         logprob = TokenLogprob(token_id=chosen, logprob=value, top=top)
         delta = Delta(0, "", True, None, logprob, 0, chosen)
-        logprobs = TextWriter(vocabulary, "m").choice([delta], is_chunk=False)["logprobs"]
+        logprobs = TextWriter(vocabulary, "m", PLAIN).choice([delta], is_chunk=False)["logprobs"]
         shown: dict[str, float] = logprobs["top_logprobs"][0]
         assert shown[logprobs["tokens"][0]] == value
         return shown
@@ -139,7 +141,7 @@ def test_tokens_of_one_text_do_not_hide_each_other() -> None:
 
 
 def test_chat_logprobs() -> None:
-    logprobs = ChatWriter(VOCABULARY, "m").choice([logprob_delta()], is_chunk=True)["logprobs"]
+    logprobs = ChatWriter(VOCABULARY, "m", PLAIN).choice([logprob_delta()], is_chunk=True)["logprobs"]
     [entry] = logprobs["content"]
     assert (entry["token"], entry["logprob"], entry["bytes"]) == ("bytes:\\xe2", -0.5, [0xE2])
     assert [(top["token"], top["logprob"], bytes(top["bytes"])) for top in entry["top_logprobs"]] == [
@@ -150,7 +152,7 @@ def test_chat_logprobs() -> None:
 
 
 def test_completion_logprobs() -> None:
-    logprobs = TextWriter(VOCABULARY, "m").choice([logprob_delta()], is_chunk=False)["logprobs"]
+    logprobs = TextWriter(VOCABULARY, "m", PLAIN).choice([logprob_delta()], is_chunk=False)["logprobs"]
     assert logprobs["tokens"] == ["bytes:\\xe2"]
     assert logprobs["token_logprobs"] == [-0.5]
     assert logprobs["top_logprobs"] == [{"bytes:\\xe2": -0.5, "one": -9999.0, " two": -9999.0}]
@@ -158,16 +160,18 @@ def test_completion_logprobs() -> None:
 
 
 @pytest.mark.parametrize("kind", [ChatWriter, TextWriter])
-def test_no_logprobs_unless_asked_for(kind: type[ReplyWriter]) -> None:
+def test_no_logprobs_unless_asked_for(kind: type[OpenAIWriter]) -> None:
     delta = Delta(0, "one", True, None, None, 0, 7)
     for is_chunk in (True, False):
-        assert kind(VOCABULARY, "m").choice([delta], is_chunk=is_chunk)["logprobs"] is None
+        assert kind(VOCABULARY, "m", PLAIN).choice([delta], is_chunk=is_chunk)["logprobs"] is None
 
 
 @pytest.mark.parametrize("kind", [ChatWriter, TextWriter])
-def test_token_ids_are_shown_only_when_asked_for(kind: type[ReplyWriter]) -> None:
+def test_token_ids_are_shown_only_when_asked_for(kind: type[OpenAIWriter]) -> None:
     delta = Delta(0, "one", True, None, None, 0, 7)
     for is_chunk in (True, False):
-        choice = kind(VOCABULARY, "m", shows_token_ids=True).choice([delta], is_chunk=is_chunk)
+        choice = kind(VOCABULARY, "m", GenerationRequest(return_token_ids=True)).choice(
+            [delta], is_chunk=is_chunk
+        )
         assert choice["token_ids"] == [7]
-    assert b"token_ids" not in kind(VOCABULARY, "m").chunk(delta, {})
+    assert b"token_ids" not in kind(VOCABULARY, "m", PLAIN).delta(delta, no_usage)

@@ -21,11 +21,10 @@ from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import Cancelled, FlowKVError, Internal, Unavailable
 from flowkv_gateway.access import KEY_NAME
 from flowkv_gateway.dispatch import Dispatch
-from flowkv_gateway.errors import STOPPED, ClientTooSlow, error_body, error_response, status_of
+from flowkv_gateway.errors import STOPPED, ClientTooSlow, error_response, status_of
 from flowkv_gateway.http import ABORT, REQUEST_ID
 from flowkv_gateway.metrics import GatewayMetrics
-from flowkv_gateway.output import Choice, Delta, Json, ReplyWriter
-from flowkv_gateway.schemas import StreamOptions
+from flowkv_gateway.output import Choice, Delta, ReplyWriter, Usage
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +40,7 @@ _LINE_BREAKS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe
 _MAX_LOGGED_USER = 256  # characters: others are a mistake
 # The text of these errors is ours; that of others may repeat what the client has sent.
 _LOGGED_REASONS = frozenset((429, 500, 503, 504))
+_GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 
 
 @dataclass(eq=False)
@@ -99,7 +99,8 @@ class AnswerResponse:
         return self._deltas
 
     async def _send_error(self, error: FlowKVError) -> None:
-        await error_response(error)(self._scope, self._receive, self._send)
+        response = error_response(error, self._scope["path"])
+        await response(self._scope, self._receive, self._send)
 
     # --- how it is made --------------------------------------------------------------------------
 
@@ -112,7 +113,7 @@ class AnswerResponse:
         """Returns the error that the client got or was cut off for, None if there was none."""
         try:
             tenant = self._choices[0].request.tenant
-            with tenant.open_request(self._usage()["prompt_tokens"]) if tenant else nullcontext():
+            with tenant.open_request(self._usage().num_prompt) if tenant else nullcontext():
                 await self._make_choices()
             await self._send_end()
             return None
@@ -164,22 +165,16 @@ class AnswerResponse:
                         return
             raise Internal("The answer broke off.")
 
-    def _usage(self) -> Json:
-        """Tokens so far. A prompt counts once, however many choices it has."""
+    def _usage(self) -> Usage:
         firsts = [group[0].request for group in self.groups]
-        num_prompt_tokens = sum(len(first.prompt_ids) for first in firsts)
-        num_tokens = sum(choice.num_tokens for choice in self._choices)
-        num_cached = sum(first.num_cached_tokens for first in firsts)
-        usage: Json = {
-            "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": num_tokens,
-            "total_tokens": num_prompt_tokens + num_tokens,
-            "prompt_tokens_details": {"cached_tokens": num_cached},
-        }
-        if self._choices[0].num_reasoning_tokens is not None:
-            num_reasoning = sum(choice.num_reasoning_tokens or 0 for choice in self._choices)
-            usage["completion_tokens_details"] = {"reasoning_tokens": num_reasoning}
-        return usage
+        tells_reasoning = self._choices[0].num_reasoning_tokens is not None
+        num_reasoning = sum(choice.num_reasoning_tokens or 0 for choice in self._choices)
+        return Usage(
+            num_prompt=sum(len(first.prompt_ids) for first in firsts),
+            num_cached=sum(first.num_cached_tokens for first in firsts),
+            num_output=sum(choice.num_tokens for choice in self._choices),
+            num_reasoning=num_reasoning if tells_reasoning else None,
+        )
 
     def _log_end(self, error: FlowKVError | None) -> None:
         requests = [choice.request for choice in self._choices]
@@ -191,9 +186,9 @@ class AnswerResponse:
             "user": self.user[:_MAX_LOGGED_USER],
             "status": 200 if error is None else status_of(error),
             "finish_reason": _each(choice.finish_reason or "" for choice in self._choices),
-            "num_prompt_tokens": usage["prompt_tokens"],
-            "num_output_tokens": usage["completion_tokens"],
-            "num_cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+            "num_prompt_tokens": usage.num_prompt,
+            "num_output_tokens": usage.num_output,
+            "num_cached_tokens": usage.num_cached,
             "ttft_s": round(min(ttfts_s), 4) if ttfts_s else None,
             "total_s": round(time.monotonic() - self._began, 4),
             "num_attempts": max(request.num_attempts for request in requests),
@@ -229,14 +224,12 @@ def _mean_logprob(deltas: Iterable[Delta]) -> float:
 
 @dataclass(eq=False)
 class StreamResponse(AnswerResponse):
-    """Sends one event per token. An error before the headers is a plain error response, later an event.
+    """Sends the events of each token. An error before the headers is a plain error response, later an event.
 
     Headers go out with the first token, or after a second. A silence of `ping_s` is filled by a comment.
     Every write waits for the client to read, but no longer than `send_timeout_s`: the server's own bounded
     write buffer is all that a client can fill.
     """
-
-    options: StreamOptions
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -249,19 +242,14 @@ class StreamResponse(AnswerResponse):
             await super()._make_choices()
 
     async def _send_delta(self, delta: Delta) -> None:
-        usage: Json = {"usage": None} if self.options.include_usage else {}
-        if self.options.continuous_usage_stats:
-            usage = {"usage": self._usage()}
-        await self._send_event(self.writer.chunk(delta, usage))
+        await self._send_events(self.writer.delta(delta, self._usage))
 
     async def _send_end(self) -> None:
-        if self.options.include_usage:
-            await self._send_event(self.writer.usage_chunk(self._usage()))
-        await self._send_last_event(b"[DONE]")
+        await self._send_last_events(self.writer.closing(self._usage))
 
     async def _send_error(self, error: FlowKVError) -> None:
         if self._is_started:
-            await self._send_last_event(error_body(error))
+            await self._send_last_events(self.writer.failure(error))
         else:
             await super()._send_error(error)
 
@@ -279,17 +267,15 @@ class StreamResponse(AnswerResponse):
                 if time.monotonic() - self._sent_at >= ping_s:
                     await self._send_body(b": ping\n\n")
 
-    async def _send_event(self, payload: bytes) -> None:
-        """The first one goes out with status and headers. `payload` is JSON. Raises ClientTooSlow."""
-        if 0xE2 in payload or 0xC2 in payload:  # their first bytes
-            for line_break, escaped in _LINE_BREAKS:
-                payload = payload.replace(line_break, escaped)
+    async def _send_events(self, events: bytes) -> None:
+        """The first ones go out with status and headers. Raises ClientTooSlow."""
         async with self._sending:
             await self._send_headers()
-            await self._send_body(b"data: " + payload + b"\n\n")
+            if events:
+                await self._send_body(events)
 
-    async def _send_last_event(self, payload: bytes) -> None:
-        await self._send_event(payload)
+    async def _send_last_events(self, events: bytes) -> None:
+        await self._send_events(events)
         await self._send_body(b"", more_body=False)
 
     async def _send_headers(self) -> None:
@@ -298,8 +284,13 @@ class StreamResponse(AnswerResponse):
                 {"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS}
             )
             self._is_started = True
+            if opening := self.writer.opening(self._usage):
+                await self._send_body(opening)
 
     async def _send_body(self, body: bytes, *, more_body: bool = True) -> None:
+        if 0xE2 in body or 0xC2 in body:  # their first bytes
+            for line_break, escaped in _LINE_BREAKS:
+                body = body.replace(line_break, escaped)
         await self._send_message({"type": "http.response.body", "body": body, "more_body": more_body})
         self._sent_at = time.monotonic()
 
@@ -320,7 +311,7 @@ class StreamResponse(AnswerResponse):
 
 def log_refusal(request: Request, error: FlowKVError) -> None:
     """A line for a generation request that was refused before any node was asked."""
-    if request.url.path in ("/v1/chat/completions", "/v1/completions"):
+    if request.url.path in _GENERATION_PATHS:
         fields = {"path": request.url.path, "status": status_of(error), **_client_fields(request.scope)}
         log.info("request refused", extra={"fields": {**fields, **_error_fields(error)}})
 

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,13 +56,15 @@ from flowkv_gateway.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    StreamOptions,
+    GenerationRequest,
     TokenizeRequest,
     parse_request,
 )
 from flowkv_gateway.tenants import Tenants
-from flowkv_gateway.tokenizer import Tokenizer
+from flowkv_gateway.tokenizer import Tokenizer, Vocabulary
 
+# Of a vocabulary, the model's name, the request and the fingerprint of the system.
+MakeWriter = Callable[[Vocabulary, str, GenerationRequest, str], ReplyWriter]
 B = TypeVar("B", bound=Body)
 
 
@@ -191,13 +194,14 @@ class Api:
         self._metrics.count_error(status_of(error))
         if self._settings.log_requests:
             log_refusal(request, error)
-        return error_response(error)
+        return error_response(error, request.url.path)
 
     async def on_http_exception(self, request: Request, error: Exception) -> Response:
         """No such path, or not with this method."""
         assert isinstance(error, HTTPException)
         self._metrics.count_error(error.status_code)
-        body = json_error(error.status_code, f"{error.detail}: {request.method} {request.url.path}")
+        path = request.url.path
+        body = json_error(error.status_code, f"{error.detail}: {request.method} {path}", path=path)
         return Response(body, error.status_code, error.headers, media_type="application/json")
 
     async def on_unexpected(self, request: Request, _: Exception) -> Response:
@@ -274,19 +278,14 @@ class Api:
         prompts: list[list[int]],
         grammar: Grammar | None,
         goals: ServiceGoals,
-        writer_kind: type[ReplyWriter],
+        make_writer: MakeWriter,
         make_reader: MakeReader | None = None,
     ) -> ASGIApp:
         vocabulary = self._tokenizer.vocabulary
         bad_words = await bad_word_ids(body.bad_words or (), self._tokenizer)
         card = self._card(grammar, bad_words, body.allowed_token_ids)
-        writer = writer_kind(
-            vocabulary,
-            self._model_name(),
-            system_fingerprint=system_fingerprint(card.fingerprint, flowkv_common.__version__),
-            service_tier=None if body.service_tier is None else "default",
-            shows_token_ids=body.return_token_ids or False,
-        )
+        fingerprint = system_fingerprint(card.fingerprint, flowkv_common.__version__)
+        writer = make_writer(vocabulary, self._model_name(), body, fingerprint)
         groups = plan(
             body,
             prompts,
@@ -328,10 +327,8 @@ class Api:
                 num_best=body.n or 1,
                 shows_logprobs=shows_logprobs,
             )
-        if not body.stream:
-            return AnswerResponse(choices, writer, self._dispatch, self._metrics, self._settings, user)
-        options = body.stream_options or StreamOptions()
-        return StreamResponse(choices, writer, self._dispatch, self._metrics, self._settings, user, options)
+        kind = StreamResponse if body.stream else AnswerResponse
+        return kind(choices, writer, self._dispatch, self._metrics, self._settings, user)
 
 
 def _json(content: object) -> Response:

@@ -1,4 +1,4 @@
-"""The errors that a client sees: their HTTP status, OpenAI's names for them, and their JSON.
+"""The errors that a client sees: their HTTP status, and their JSON as OpenAI or Anthropic writes it.
 
 Services raise the errors of `flowkv_common.errors`. Those defined here never cross NATS.
 """
@@ -38,6 +38,9 @@ ERROR_TYPES = {
     504: "timeout_error",
 }
 """Each status that a request can end with, and its `type`. Broken HTTP has others, such as 431 and 505."""
+
+_ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {**ERROR_TYPES, 413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
 
 STOPPED = "This server has stopped before the answer was complete."
 
@@ -88,23 +91,30 @@ def status_of(error: FlowKVError) -> int:
     return error.code if error.code in ERROR_TYPES else 500
 
 
-def json_error(status: int, message: str, field: str | None = None, code: str | None = None) -> bytes:
+def json_error(
+    status: int, message: str, field: str | None = None, code: str | None = None, *, path: str = ""
+) -> bytes:
+    """In the form of the API that the request's `path` is of."""
+    if path.startswith(_ANTHROPIC_PATH):
+        kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error")
+        return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message}})
     kind = ERROR_TYPES.get(status, "invalid_request_error")
     return msgspec.json.encode({"error": {"message": message, "type": kind, "param": field, "code": code}})
 
 
-def error_body(error: FlowKVError) -> bytes:
-    return json_error(status_of(error), error.message, error.field, getattr(error, "openai_code", None))
+def error_body(error: FlowKVError, path: str = "") -> bytes:
+    code = getattr(error, "openai_code", None)
+    return json_error(status_of(error), error.message, error.field, code, path=path)
 
 
-def error_response(error: FlowKVError) -> Response:
+def error_response(error: FlowKVError, path: str) -> Response:
     """With `Retry-After` in whole seconds, rounded up, where trying again can help."""
     status, headers = status_of(error), {}
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     if status in (429, 503):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s or 0.0)))
-    return Response(error_body(error), status, headers, media_type="application/json")
+    return Response(error_body(error, path), status, headers, media_type="application/json")
 
 
 def for_client(error: FlowKVError, deadline_s: float) -> FlowKVError:

@@ -134,7 +134,7 @@ class ApiConnection(H11Protocol):
             if self.cycle.response_started:
                 self.transport.close()
             else:
-                await error_response(Unavailable(STOPPED))(scope, receive, send)
+                await error_response(Unavailable(STOPPED), scope["path"])(scope, receive, send)
 
     # --- uvicorn calls these ---------------------------------------------------------------------
 

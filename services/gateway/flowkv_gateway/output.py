@@ -1,4 +1,4 @@
-"""Tokens to what the client reads: text, stop strings, and OpenAI's JSON of an answer or a chunk of one.
+"""Tokens to what the client reads: text, stop strings, and what is sent of an answer, whole or as a stream.
 
 Linear in the output, and no character is ever cut in two.
 """
@@ -11,16 +11,19 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgspec
 
+from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import TokenChunk, TokenLogprob
 from flowkv_gateway.dispatch import RequestState
+from flowkv_gateway.errors import error_body
 from flowkv_gateway.parsers import Arguments, CallBegins, Content, Event, Reasoning
 from flowkv_gateway.reader import AnswerReader
+from flowkv_gateway.schemas import GenerationRequest, StreamOptions
 from flowkv_gateway.tokenizer import Vocabulary
 
 Json = dict[str, Any]
@@ -236,7 +239,7 @@ class Choice:
         return delta._replace(finish_reason=reason, events=events)
 
 
-# --- OpenAI's JSON ----------------------------------------------------------------------------------
+# --- what is sent -----------------------------------------------------------------------------------
 
 
 def system_fingerprint(model_fingerprint: str, version: str) -> str:
@@ -244,10 +247,55 @@ def system_fingerprint(model_fingerprint: str, version: str) -> str:
     return "fp_" + hashlib.sha256(f"{model_fingerprint} {version}".encode()).hexdigest()[:12]
 
 
+class Usage(NamedTuple):
+    """Tokens of a request so far. A prompt counts once, however many choices it has.
+
+    `num_cached` are of the prompts, `num_reasoning` of the output; None if it is not told from the rest.
+    """
+
+    num_prompt: int
+    num_cached: int
+    num_output: int
+    num_reasoning: int | None
+
+
+GetUsage = Callable[[], Usage]
+
+
 class ReplyWriter(ABC):
-    """Encodes all that is sent for one request to one endpoint."""
+    """Encodes all that is sent for one request to one endpoint: one JSON body, or the events of a stream.
+
+    A stream is `opening`, `delta` for each token, and `closing`, or `failure` wherever it breaks off. Each is
+    bytes of any number of events.
+    """
 
     id_prefix: str
+
+    def __init__(self) -> None:
+        self.reply_id = f"{self.id_prefix}{secrets.token_hex(12)}"
+
+    @abstractmethod
+    def whole(self, choices: Iterable[Sequence[Delta]], usage: Usage) -> bytes:
+        """All deltas of each choice as one response."""
+
+    def opening(self, usage: GetUsage) -> bytes:
+        """What goes out with the stream's headers, which may be before the first token."""
+        return b""
+
+    @abstractmethod
+    def delta(self, delta: Delta, usage: GetUsage) -> bytes: ...
+
+    @abstractmethod
+    def closing(self, usage: GetUsage) -> bytes: ...
+
+    @abstractmethod
+    def failure(self, error: FlowKVError) -> bytes:
+        """What ends a stream that has begun. Before, an error is a response of its own."""
+
+
+class OpenAIWriter(ReplyWriter):
+    """What `/v1/chat/completions` and `/v1/completions` have in common."""
+
     object: str
     chunk_object: str
 
@@ -255,13 +303,10 @@ class ReplyWriter(ABC):
         self,
         vocabulary: Vocabulary,
         model: str,
-        *,
+        request: GenerationRequest,
         system_fingerprint: str | None = None,
-        service_tier: str | None = None,
-        shows_token_ids: bool = False,
     ) -> None:
-        """`service_tier`: what is said of it; None: nothing."""
-        self.reply_id = f"{self.id_prefix}-{secrets.token_hex(12)}"
+        super().__init__()
         self._vocabulary = vocabulary
         self._head: Json = {
             "id": self.reply_id,
@@ -270,21 +315,32 @@ class ReplyWriter(ABC):
             "model": model,
             "system_fingerprint": system_fingerprint,
         }
-        if service_tier is not None:
-            self._head["service_tier"] = service_tier
-        self._shows_token_ids = shows_token_ids
+        if request.service_tier is not None:
+            self._head["service_tier"] = "default"
+        self._shows_token_ids = request.return_token_ids or False
+        options = request.stream_options or StreamOptions()
+        self._ends_with_usage = options.include_usage
+        self._has_usage_each = options.continuous_usage_stats
+        self._usage_field: Json = {"usage": None} if options.include_usage else {}
 
-    def whole(self, choices: Iterable[Sequence[Delta]], usage: Json) -> bytes:
-        """All deltas of each choice as one response."""
+    def whole(self, choices: Iterable[Sequence[Delta]], usage: Usage) -> bytes:
         shown = [self.choice(deltas, is_chunk=False) for deltas in choices]
-        return self._encode(self.object, shown, {"usage": usage})
+        return self._encode(self.object, shown, {"usage": _openai_usage(usage)})
 
-    def chunk(self, delta: Delta, usage: Json) -> bytes:
-        """`usage` is the field of that name if the chunk has one, else empty."""
-        return self._encode(self.chunk_object, [self.choice((delta,), is_chunk=True)], usage)
+    def delta(self, delta: Delta, usage: GetUsage) -> bytes:
+        shown = {"usage": _openai_usage(usage())} if self._has_usage_each else self._usage_field
+        choice = self.choice((delta,), is_chunk=True)
+        return b"data: " + self._encode(self.chunk_object, [choice], shown) + b"\n\n"
 
-    def usage_chunk(self, usage: Json) -> bytes:
-        return self._encode(self.chunk_object, [], {"usage": usage})
+    def closing(self, usage: GetUsage) -> bytes:
+        last = b"data: [DONE]\n\n"
+        if not self._ends_with_usage:
+            return last
+        chunk = self._encode(self.chunk_object, [], {"usage": _openai_usage(usage())})
+        return b"data: " + chunk + b"\n\n" + last
+
+    def failure(self, error: FlowKVError) -> bytes:
+        return b"data: " + error_body(error) + b"\n\n"
 
     def choice(self, deltas: Sequence[Delta], *, is_chunk: bool) -> Json:
         """Deltas of one choice, put together: all of them, or one as a chunk."""
@@ -308,13 +364,26 @@ class ReplyWriter(ABC):
     def _logprobs(self, deltas: Sequence[Delta]) -> Json: ...
 
     def _encode(self, kind: str, choices: list[Json], usage: Json) -> bytes:
+        """`usage` is the field of that name if there is one, else empty."""
         return msgspec.json.encode({**self._head, "object": kind, "choices": choices, **usage})
 
 
-class ChatWriter(ReplyWriter):
+def _openai_usage(usage: Usage) -> Json:
+    shown: Json = {
+        "prompt_tokens": usage.num_prompt,
+        "completion_tokens": usage.num_output,
+        "total_tokens": usage.num_prompt + usage.num_output,
+        "prompt_tokens_details": {"cached_tokens": usage.num_cached},
+    }
+    if usage.num_reasoning is not None:
+        shown["completion_tokens_details"] = {"reasoning_tokens": usage.num_reasoning}
+    return shown
+
+
+class ChatWriter(OpenAIWriter):
     """`/v1/chat/completions`. The role goes out with the first token: earlier, it would look like one."""
 
-    id_prefix = "chatcmpl"
+    id_prefix = "chatcmpl-"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
@@ -373,10 +442,10 @@ def _told(events: Iterable[Event]) -> Json:
     return told
 
 
-class TextWriter(ReplyWriter):
+class TextWriter(OpenAIWriter):
     """`/v1/completions`. Whole answers and chunks look the same."""
 
-    id_prefix = "cmpl"
+    id_prefix = "cmpl-"
     object = "text_completion"
     chunk_object = "text_completion"
 
