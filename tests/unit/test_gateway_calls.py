@@ -159,6 +159,13 @@ def test_strict_tools_keep_to_their_schemas(plain: Constrained) -> None:
         assert not plain.allows(other, strict)
 
 
+def test_dates_in_arguments_are_some(plain: Constrained) -> None:
+    schema = {"properties": {"on": {"type": "string", "format": "date"}}, "required": ["on"]}
+    named = chat(tools=[tool("f", parameters=schema)], tool_choice="required")
+    assert plain.allows(call("f", '{"on": "2024-02-29"}'), named)
+    assert not plain.allows(call("f", '{"on": "2023-02-29"}'), named)
+
+
 def test_a_format_leaves_room_for_calls(plain: Constrained) -> None:
     asked = chat(tools=TOOLS, response_format=JSON_ANSWER)
     for allowed in ('{"a": 1}', F, f"{F}\n{G}"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.gateway_support import EOS, write_tokenizer
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "null"}, "a": {"type": "integer"}}}
 JSON_SCHEMA = Grammar(kind="json_schema", text=json.dumps(SCHEMA, separators=(",", ":")))
+ANY_JSON = Grammar(kind="json_schema", text="{}")
 ANY_OBJECT = Grammar(kind="json_schema", text='{"type":"object"}')
 TAG: dict[str, Any] = {
     "type": "structural_tag",
@@ -56,6 +58,7 @@ def with_schema(schema: Any) -> dict[str, Any]:
         ({"response_format": {"type": "json_object"}}, "response_format", ANY_OBJECT),
         ({"structured_outputs": {"json": SCHEMA}}, "structured_outputs.json", JSON_SCHEMA),
         ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, "structured_outputs.json", JSON_SCHEMA),
+        ({"structured_outputs": {"json": True}}, "structured_outputs.json", ANY_JSON),
         ({"structured_outputs": {"json_object": True}}, "structured_outputs.json_object", ANY_OBJECT),
         (
             {"structured_outputs": {"regex": "a|b"}},
@@ -111,6 +114,7 @@ def test_what_asks_for_nothing_is_none(fields: dict[str, Any]) -> None:
         ({"response_format": {**TAG, "triggers": [""]}}, "response_format.structures"),
         ({"structured_outputs": "json"}, "structured_outputs"),
         ({"structured_outputs": {"json": 5}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": False}}, "structured_outputs.json"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
         ({"structured_outputs": {"regex": ["a"]}}, "structured_outputs.regex"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
@@ -178,6 +182,49 @@ def test_a_trigger_begins_one_of_the_structures(tokenizer: Tokenizer, text: str,
         found = wanted(**fields)
         assert found is not None
         assert takes(tokenizer, found.grammar, text) is is_taken
+
+
+def of_json(schema: Any) -> Grammar:
+    found = wanted(structured_outputs={"json": schema})
+    assert found is not None
+    return found.grammar
+
+
+@pytest.mark.parametrize(
+    ("format", "valid", "invalid"),
+    [
+        ("date", "0001-01-01 2024-02-29 2000-02-29", "0000-01-01 2023-02-29 1900-02-29 2023-04-31"),
+        ("time", "00:00:00Z 23:59:59.123456+01:30", "23:59:60Z 24:00:00Z 10:00:00 10:00Z"),
+        ("date-time", "2024-02-29T10:00:00Z 2023-01-01t00:00:00.5-12:00", "2023-02-29T10:00:00Z 2024-02-29"),
+    ],
+)
+def test_dates_are_those_that_clients_can_read(
+    tokenizer: Tokenizer, format: str, valid: str, invalid: str
+) -> None:
+    read = {"date": date.fromisoformat, "time": time.fromisoformat, "date-time": datetime.fromisoformat}
+    in_all_places = [
+        {"type": "string", "format": format},
+        {"type": ["string", "null"], "format": format, "pattern": "^[0-9]", "allOf": [{"maxLength": 99}]},
+        {"$ref": "#/$defs/it", "$defs": {"it": {"anyOf": [{"format": format, "type": "string"}]}}},
+    ]
+    for grammar in map(of_json, in_all_places):
+        for text in valid.split():
+            read[format](text.upper())
+            assert takes(tokenizer, grammar, f'"{text}"')
+        for text in invalid.split():
+            assert not takes(tokenizer, grammar, f'"{text}"')
+
+
+def test_what_only_looks_like_a_format_stays(tokenizer: Tokenizer) -> None:
+    """A property's name, a constant, other formats, and what is no schema at all."""
+    for schema in (
+        {"properties": {"format": {"const": {"format": "date"}}}},
+        {"enum": ["date", {"format": "time"}]},
+        {"type": "string", "format": "uuid"},
+        {"format": ["date"], "items": 5, "properties": ["date"], "anyOf": {"x": 1}},
+        {"format": "date", "allOf": 5},
+    ):
+        assert json.loads(of_json(schema).text) == schema
 
 
 # --- the check ------------------------------------------------------------------------------------------

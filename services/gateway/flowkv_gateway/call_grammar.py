@@ -6,12 +6,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
-
 from flowkv_common.errors import BadRequest
-from flowkv_common.grammar import JSON_OPTIONS
 from flowkv_common.wire.messages import Grammar
 from flowkv_gateway.calls import Tool, in_json
+from flowkv_gateway.grammar import json_rule, json_schema
 from flowkv_gateway.parsers import Parser
 from flowkv_gateway.parsers.deepseek import DeepSeek
 from flowkv_gateway.parsers.hermes import Hermes
@@ -146,16 +144,13 @@ def _call(function: Mapping[str, Any], form: Form, vocabulary: Vocabulary, *, is
     name = in_json(function["name"])
     in_call = name[1:-1] if form.begin.endswith('"') else function["name"]
     middle, end = (in_grammar(text, vocabulary) for text in (form.middle, form.end))
-    return f"{in_json(in_call)} {middle} %json {in_json({**schema, 'x-guidance': JSON_OPTIONS})} {end}"
+    return f"{in_json(in_call)} {middle} {json_rule(json_schema(schema, 'tools'))} {end}"
 
 
 def _content_rule(content: Grammar | None) -> str:
     match content:
-        case Grammar(kind="json_schema", text=text):
-            schema = msgspec.json.decode(text)
-            if isinstance(schema, dict):
-                schema["x-guidance"] = JSON_OPTIONS
-            return f"content: %json {in_json(schema)}"
+        case Grammar(kind="json_schema"):
+            return f"content: {json_rule(content)}"
         case Grammar(kind="regex", text=text):
             return "content: /" + re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", text) + "/"
         case Grammar(kind="lark", text=text):  # as the gateway writes them

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from flowkv_common.errors import BadRequest, Full, Unavailable
+from flowkv_common.grammar import JSON_OPTIONS
 from flowkv_common.wire.messages import Grammar
+from flowkv_gateway.dates import with_exact_dates
 from flowkv_gateway.schemas import GenerationRequest, ResponseFormat, StructuralTag, StructuredOutputs
 
 # In JSON. It travels in a message of 1 MiB with the request; OpenAI takes schemas of 120,000 characters.
@@ -69,7 +71,7 @@ def _of_response_format(asked: ResponseFormat | None) -> Iterator[Wanted]:
         if asked.json_schema is None or asked.json_schema.schema is None:
             raise BadRequest("The schema is missing.", field="response_format.json_schema.schema")
         field = "response_format.json_schema.schema"
-        yield Wanted(field, _json_schema(asked.json_schema.schema, field))
+        yield Wanted(field, json_schema(asked.json_schema.schema, field))
     else:
         yield Wanted("response_format", _structural_tag(asked, "response_format"))
 
@@ -82,7 +84,7 @@ def _of_structured_outputs(asked: StructuredOutputs | None) -> Iterator[Wanted]:
         if getattr(asked, name):
             raise BadRequest(f"{field}.{name} is not supported.", field=f"{field}.{name}")
     if asked.json is not None:
-        yield Wanted(f"{field}.json", _json_schema(asked.json, f"{field}.json"))
+        yield Wanted(f"{field}.json", json_schema(asked.json, f"{field}.json"))
     if asked.regex is not None:
         yield Wanted(f"{field}.regex", Grammar(kind="regex", text=asked.regex))
     if asked.choice is not None:
@@ -103,7 +105,7 @@ def _of_structured_outputs(asked: StructuredOutputs | None) -> Iterator[Wanted]:
 def _of_guided(request: GenerationRequest) -> Iterator[Wanted]:
     """What `structured_outputs` has replaced. Empty values ask for nothing."""
     if request.guided_json not in (None, "", {}):
-        yield Wanted("guided_json", _json_schema(request.guided_json, "guided_json"))
+        yield Wanted("guided_json", json_schema(request.guided_json, "guided_json"))
     if request.guided_regex:
         yield Wanted("guided_regex", Grammar(kind="regex", text=request.guided_regex))
     if request.guided_choice:
@@ -112,19 +114,30 @@ def _of_guided(request: GenerationRequest) -> Iterator[Wanted]:
         yield Wanted("guided_grammar", Grammar(kind="ebnf", text=request.guided_grammar))
 
 
-def _json_schema(schema: Any, field: str) -> Grammar:
+def json_schema(schema: Any, field: str) -> Grammar:
     """Of a schema, or of its text. The order of properties is kept: answers have them in that order."""
     if isinstance(schema, str):
         try:
             schema = msgspec.json.decode(schema)
         except (msgspec.DecodeError, RecursionError) as error:
             raise BadRequest(f"{field} is no JSON: {error}", field=field) from None
-    if not isinstance(schema, dict | bool):
-        raise BadRequest(f"{field} is no JSON schema, which is an object.", field=field)
+    if schema is True:  # any JSON
+        schema = {}
+    if not isinstance(schema, dict):
+        raise BadRequest(f"{field} is no JSON schema that an answer can be of.", field=field)
     try:
-        return Grammar(kind="json_schema", text=msgspec.json.encode(schema).decode())
+        return Grammar(kind="json_schema", text=msgspec.json.encode(with_exact_dates(schema)).decode())
     except RecursionError:
         raise BadRequest(f"{field} is nested too deeply.", field=field) from None
+
+
+def json_rule(grammar: Grammar) -> str:
+    """JSON of the schema of this grammar, in a rule of another. Raises BadRequest."""
+    try:
+        schema = msgspec.json.decode(grammar.text)
+        return "%json " + msgspec.json.encode({**schema, "x-guidance": JSON_OPTIONS}).decode()
+    except RecursionError:
+        raise BadRequest("A JSON schema is nested too deeply.") from None
 
 
 _ANY_OBJECT = Grammar(kind="json_schema", text='{"type":"object"}')
@@ -147,11 +160,11 @@ def _structural_tag(tag: StructuralTag | ResponseFormat, field: str) -> Grammar:
             raise BadRequest(
                 f"{field}: structure {place} begins with none of the triggers.", field=f"{field}.structures"
             )
-        schema = _json_schema(one.schema, f"{field}.structures[{place}].schema").text
+        schema = json_rule(json_schema(one.schema, f"{field}.structures[{place}].schema"))
         begin, end = (_quoted(text) if text else "" for text in (one.begin[len(trigger) :], one.end))
         rules += [
             f"begin_{place}[lazy]: TEXT {_quoted(trigger)}",
-            f"structure_{place}: begin_{place} {begin} %json {schema} {end}",
+            f"structure_{place}: begin_{place} {begin} {schema} {end}",
         ]
         begun.append(f"structure_{place}")
     start = [f"start: ({' | '.join(begun)})* TEXT", r"TEXT: /(.|\n)*/"]
