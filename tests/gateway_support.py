@@ -43,6 +43,23 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 
+# Knows tools and thinks, as Qwen's does.
+THINKS = """\
+{%- if tools %}<|start|>system
+{% for tool in tools %}{{ tool | tojson }}{% endfor %} <tool_call></tool_call><|end|>
+{% endif %}
+{%- for message in messages %}<|start|>{{ message.role }}
+{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}
+{{- message.content }}
+{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}{% endfor %}<|end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|start|>assistant
+{% if reasoning_effort %}{{ reasoning_effort }}{% endif %}
+{%- if enable_thinking is defined and not enable_thinking %}<think></think>{% else %}<think>{% endif %}
+{%- endif %}"""
+# Knows neither.
+PLAIN = "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
+
 
 def write_tokenizer(folder: Path) -> Path:
     """A byte-level BPE of a few hundred tokens with a chat template, as a model folder has them."""
@@ -65,6 +82,11 @@ def write_tokenizer(folder: Path) -> Path:
     )
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
+
+
+def tokenizer_with(folder: Path, template: str) -> Tokenizer:
+    (write_tokenizer(folder) / "chat_template.jinja").write_text(template)
+    return Tokenizer.load(folder)
 
 
 def token_chunk(

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 
+MESSAGES_PATH = "/v1/messages"
+
 USER = [{"role": "user", "content": "hi"}]
 HUGE = b"1" + b"0" * 400
 
@@ -23,7 +25,7 @@ class BadBody(NamedTuple):
 
 def bad_field(path: str, field: str, value: Any, param: str | None = None) -> BadBody:
     """A request that is good but for one field."""
-    good = {"messages": USER} if path == CHAT else {"prompt": "hi"}
+    good = {"prompt": "hi"} if path == TEXT else {"messages": USER}
     body = json.dumps({**good, "max_tokens": 2, field: value}).encode()
     return BadBody(f"{field}={value!r}"[:40], path, body, param or field)
 
@@ -194,7 +196,33 @@ CONTRADICTIONS = [
     BadBody("huge id", "/detokenize", b'{"tokens": [' + HUGE + b"]}", "tokens[0]"),
 ]
 
-BAD_BODIES = [*NO_JSON, *WRONG_TYPES, *OUT_OF_RANGE, *MESSAGES, *PROMPTS, *CONTRADICTIONS]
+# Of Anthropic's API, whose errors have the field in their message.
+ANTHROPIC = [
+    BadBody("no JSON for Anthropic", MESSAGES_PATH, b"{", None),
+    BadBody("no max_tokens", MESSAGES_PATH, b'{"messages": []}', "max_tokens"),
+    *(
+        bad_field(MESSAGES_PATH, field, value, param)
+        for field, value, param in (
+            ("messages", [], "messages"),
+            ("messages", [{"role": "user", "content": [{"type": "image"}]}], "messages[0].content[0].type"),
+            ("messages", [{"role": "user", "content": "a b " * 8192}], "messages"),
+            ("max_tokens", 0, "max_tokens"),
+            ("temperature", 1.5, "temperature"),
+            ("stop_sequences", [""], "stop_sequences[0]"),
+            ("system", [{"type": "text"}], "system[0].text"),
+            ("tools", [{"name": "web_search", "type": "web_search_20250305"}], "tools[0].type"),
+            ("tool_choice", {"type": "any"}, "tool_choice"),
+            ("thinking", {"type": "often"}, "thinking.type"),
+            (
+                "output_config",
+                {"format": {"type": "json_schema", "schema": {"uniqueItems": True}}},
+                "output_config.format.schema",
+            ),
+        )
+    ),
+]
+
+BAD_BODIES = [*NO_JSON, *WRONG_TYPES, *OUT_OF_RANGE, *MESSAGES, *PROMPTS, *CONTRADICTIONS, *ANTHROPIC]
 
 # Of requests whose bodies are good: (name, value). The error is about the header.
 BAD_HEADERS = [

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from flowkv.local_cluster import Cluster, Process, free_port
-from tests.e2e.bad_bodies import BAD_BODIES, BAD_HEADERS, CHAT, TEXT, USER, BadBody
+from tests.e2e.bad_bodies import BAD_BODIES, BAD_HEADERS, CHAT, MESSAGES_PATH, TEXT, USER, BadBody
 from tests.e2e.load import stream_completion, wait_healthy
 from tests.e2e.observer import observe
 from tests.e2e.raw_client import connect, post
@@ -65,7 +65,14 @@ async def check_unharmed(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("bad", BAD_BODIES, ids=lambda bad: bad.name)
 def test_bad_body_names_the_field(http: httpx.Client, bad: BadBody) -> None:
-    check_error(http.post(bad.path, content=bad.body), 400, bad.param)
+    response = http.post(bad.path, content=bad.body)
+    if bad.path != MESSAGES_PATH:
+        check_error(response, 400, bad.param)
+        return
+    shown = response.json()
+    assert (response.status_code, shown["type"]) == (400, "error"), shown
+    assert shown["error"]["type"] == "invalid_request_error"
+    assert (bad.param or "JSON") in shown["error"]["message"]
 
 
 def test_a_bad_header_is_named(http: httpx.Client) -> None:

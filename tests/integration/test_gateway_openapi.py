@@ -40,6 +40,8 @@ async def test_every_path_is_there_with_the_method_and_answer_that_are_told_of(
         assert other.status_code == 405
     refused = await gateway.http.post("/v1/completions", json={"prompt": 5})
     jsonschema.validate(refused.json(), {**document, "$ref": "#/components/schemas/Error"})
+    refused = await gateway.http.post("/v1/messages", json={"messages": 5})
+    jsonschema.validate(refused.json(), {**document, "$ref": "#/components/schemas/MessagesError"})
 
 
 async def test_bodies_are_described_as_they_are_parsed(document: dict[str, Any]) -> None:

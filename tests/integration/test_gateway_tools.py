@@ -21,11 +21,13 @@ from flowkv_gateway.tokenizer import Tokenizer
 from tests.gateway_support import (
     CARD,
     MODEL,
+    PLAIN,
+    THINKS,
     Gateway,
     ScriptedDispatch,
     serving,
     text_chunks,
-    write_tokenizer,
+    tokenizer_with,
 )
 
 USER: Any = [{"role": "user", "content": "Weather in Paris?"}]
@@ -34,26 +36,6 @@ TOOL: Any = {
     "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {}}}},
 }
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
-# Qwen's, as far as it matters here.
-THINKS = """\
-{%- if tools %}<|start|>system
-{% for tool in tools %}{{ tool | tojson }}{% endfor %} <tool_call></tool_call><|end|>
-{% endif %}
-{%- for message in messages %}<|start|>{{ message.role }}
-{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}
-{{- message.content }}
-{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}{% endfor %}<|end|>
-{% endfor %}
-{%- if add_generation_prompt %}<|start|>assistant
-{% if enable_thinking is defined and not enable_thinking %}<think></think>{% else %}<think>{% endif %}
-{%- if reasoning_effort %}{{ reasoning_effort }}{% endif %}
-{%- endif %}"""
-PLAIN = "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
-
-
-def tokenizer_with(folder: Path, template: str) -> Tokenizer:
-    (write_tokenizer(folder) / "chat_template.jinja").write_text(template)
-    return Tokenizer.load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +103,8 @@ async def test_reasoning_without_tools(gateway: Gateway, thinking: Tokenizer) ->
         await message(**fields)
         prompts.append(await thinking.decode(gateway.dispatch.asked[-1].prompt_ids))
     assert prompts[0].endswith("<think></think>")
-    assert prompts[1].endswith("<think></think>none")
-    assert prompts[2].endswith("<think>low")
+    assert prompts[1].endswith("none<think></think>")
+    assert prompts[2].endswith("low<think>")
     history = [*USER, {"role": "assistant", "content": "hi", "reasoning": "I greet."}, *USER]
     await message(messages=history)
     prompt = await thinking.decode(gateway.dispatch.asked[-1].prompt_ids)

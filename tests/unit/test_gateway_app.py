@@ -42,10 +42,31 @@ MESSAGE = st.fixed_dictionaries(
 )
 FUNCTION = st.fixed_dictionaries({"name": st.text(max_size=3)}, optional={"parameters": JSON})
 TOOL = st.fixed_dictionaries({"type": st.just("function"), "function": FUNCTION})
+BLOCK = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "thinking", "tool_use", "tool_result", "image"])},
+    optional={
+        "text": st.text(max_size=5),
+        "thinking": JSON,
+        "name": st.text(max_size=3),
+        "input": JSON,
+        "tool_use_id": st.text(max_size=3),
+        "content": st.lists(PART, max_size=2) | JSON,
+        "is_error": JSON,
+    },
+)
+BLOCKS = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "assistant", "system"]),
+        "content": st.text(max_size=5) | st.lists(BLOCK, max_size=3),
+    }
+)
 BODY = st.fixed_dictionaries(
     {},
     optional={
-        "messages": st.lists(MESSAGE, max_size=3) | JSON,
+        "messages": st.lists(MESSAGE | BLOCKS, max_size=3) | st.lists(BLOCKS, max_size=3) | JSON,
+        "max_tokens": st.integers(0, 9),
+        "system": st.lists(BLOCK, max_size=2) | JSON,
+        "thinking": st.fixed_dictionaries({"type": st.sampled_from(["enabled", "disabled"])}) | JSON,
         "prompt": JSON | st.lists(st.integers(0, 600), max_size=4),
         "tokens": st.lists(st.integers(-1, 600), max_size=4),
         "tools": st.lists(JSON | TOOL, max_size=2),
@@ -78,9 +99,12 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> ASGIApp:
     return api.app
 
 
+PATHS = [operation.path for operation in OPERATIONS if operation.body is not None]
+
+
 @settings(deadline=None, max_examples=60)
 @given(body=BODY)
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("path", PATHS)
 def test_any_json_is_answered_or_refused(app: ASGIApp, path: str, body: dict[str, Any]) -> None:
     async def post() -> httpx.Response:
         transport = httpx.ASGITransport(app)  # raises what the app raises

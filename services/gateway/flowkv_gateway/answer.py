@@ -226,7 +226,7 @@ def _mean_logprob(deltas: Iterable[Delta]) -> float:
 class StreamResponse(AnswerResponse):
     """Sends the events of each token. An error before the headers is a plain error response, later an event.
 
-    Headers go out with the first token, or after a second. A silence of `ping_s` is filled by a comment.
+    Headers go out with the first token, or after a second. A silence of `ping_s` is filled by a ping.
     Every write waits for the client to read, but no longer than `send_timeout_s`: the server's own bounded
     write buffer is all that a client can fill.
     """
@@ -254,7 +254,7 @@ class StreamResponse(AnswerResponse):
             await super()._send_error(error)
 
     async def _keep_open(self) -> None:
-        """Until cancelled: headers after a second, then a comment after each `ping_s` of silence (0: none).
+        """Until cancelled: headers after a second, then a ping after each `ping_s` of silence (0: none).
 
         Else a proxy would cut off a client that waits long for its first token. Raises ClientTooSlow.
         """
@@ -265,7 +265,7 @@ class StreamResponse(AnswerResponse):
             await asyncio.sleep(self._sent_at + ping_s - time.monotonic())
             async with self._sending:
                 if time.monotonic() - self._sent_at >= ping_s:
-                    await self._send_body(b": ping\n\n")
+                    await self._send_body(self.writer.ping)
 
     async def _send_events(self, events: bytes) -> None:
         """The first ones go out with status and headers. Raises ClientTooSlow."""

@@ -30,9 +30,12 @@ from flowkv_gateway.access import KEY_NAME, Guard
 from flowkv_gateway.answer import AnswerResponse, BestResponse, StreamResponse, log_refusal
 from flowkv_gateway.chat import ChatFormat, MakeReader
 from flowkv_gateway.dispatch import Dispatch, ServiceGoals
-from flowkv_gateway.errors import ModelNotFound, error_response, json_error, status_of
+from flowkv_gateway.errors import ModelNotFound, error_response, json_error, naming_fields, status_of
 from flowkv_gateway.grammar import GrammarChecker, Wanted, wanted_grammar
 from flowkv_gateway.http import CloseWhileStopping, read_body
+from flowkv_gateway.message_writer import MessageWriter
+from flowkv_gateway.messages import FIELD_NAMES as MESSAGE_FIELDS
+from flowkv_gateway.messages import CountTokensRequest, MessagesRequest, as_chat
 from flowkv_gateway.metrics import GatewayMetrics
 from flowkv_gateway.openapi import DOCS_PAGE, openapi_document
 from flowkv_gateway.output import (
@@ -103,6 +106,8 @@ class Api:
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.completions, methods=["POST"]),
+                Route("/v1/messages", self.messages, methods=["POST"]),
+                Route("/v1/messages/count_tokens", self.count_tokens, methods=["POST"]),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{model:path}", self.model),
                 Route("/tokenize", self.tokenize, methods=["POST"]),
@@ -137,13 +142,30 @@ class Api:
             )
 
     async def chat(self, request: Request) -> ASGIApp:
-        body = await self._parse(request, ChatRequest)
+        return await self._chat(request, await self._parse(request, ChatRequest), ChatWriter)
+
+    async def messages(self, request: Request) -> ASGIApp:
+        body = await self._parse(request, MessagesRequest)
+
+        def make_writer(_: Vocabulary, model: str, *others: object) -> MessageWriter:
+            return MessageWriter(model, body.max_tokens)
+
+        with naming_fields(MESSAGE_FIELDS):
+            return await self._chat(request, as_chat(body), make_writer)
+
+    async def count_tokens(self, request: Request) -> Response:
+        body = await self._parse(request, CountTokensRequest)
+        with naming_fields(MESSAGE_FIELDS):
+            prompt = await self._format.prompt(as_chat(body))
+        return _json({"input_tokens": len(prompt.token_ids)})
+
+    async def _chat(self, request: Request, body: ChatRequest, make_writer: MakeWriter) -> ASGIApp:
         goals = service_goals(request.headers)
         chat_format = self._chat_format(body)
         prompt = await chat_format.prompt(body)
         wanted, make_reader = chat_format.answer_format(body, prompt.text)
         grammar = await self._grammar(wanted)
-        return await self._answer(request, body, [prompt.token_ids], grammar, goals, ChatWriter, make_reader)
+        return await self._answer(request, body, [prompt.token_ids], grammar, goals, make_writer, make_reader)
 
     async def completions(self, request: Request) -> ASGIApp:
         body = await self._parse(request, CompletionRequest)

@@ -6,6 +6,8 @@ Services raise the errors of `flowkv_common.errors`. Those defined here never cr
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import msgspec
 from starlette.responses import Response
@@ -39,7 +41,9 @@ ERROR_TYPES = {
 }
 """Each status that a request can end with, and its `type`. Broken HTTP has others, such as 431 and 505."""
 
-_ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_PATH = "/v1/messages"
+"""Paths that begin so are of Anthropic's API."""
+
 _ANTHROPIC_TYPES = {**ERROR_TYPES, 413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
 
 STOPPED = "This server has stopped before the answer was complete."
@@ -86,6 +90,20 @@ class ClientTooSlow(Cancelled):
     """The client has not read its stream for too long."""
 
 
+@contextmanager
+def naming_fields(names: Mapping[str, str]) -> Iterator[None]:
+    """Lets errors name fields as the client does: `names` has the names of ours that begin a field's."""
+    try:
+        yield
+    except BadRequest as error:
+        for ours, theirs in names.items():
+            if error.field is not None and error.field.startswith(ours):
+                error.field = theirs + error.field[len(ours) :]
+                error.message = error.message.replace(ours, theirs)
+                break
+        raise
+
+
 def status_of(error: FlowKVError) -> int:
     """The HTTP status. Errors between our own services that no client can act on become 500."""
     return error.code if error.code in ERROR_TYPES else 500
@@ -95,8 +113,10 @@ def json_error(
     status: int, message: str, field: str | None = None, code: str | None = None, *, path: str = ""
 ) -> bytes:
     """In the form of the API that the request's `path` is of."""
-    if path.startswith(_ANTHROPIC_PATH):
+    if path.startswith(ANTHROPIC_PATH):
         kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error")
+        if field and field not in message:
+            message = f"{field}: {message}"
         return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message}})
     kind = ERROR_TYPES.get(status, "invalid_request_error")
     return msgspec.json.encode({"error": {"message": message, "type": kind, "param": field, "code": code}})

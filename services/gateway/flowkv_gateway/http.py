@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from flowkv_common.errors import Cancelled, CannotStart, TooLarge, Unavailable
-from flowkv_gateway.errors import STOPPED, RequestTimeout, error_response, json_error
+from flowkv_gateway.errors import ANTHROPIC_PATH, STOPPED, RequestTimeout, error_response, json_error
 
 ABORT = "flowkv.abort"
 """The scope's extension that drops the connection with all that its client has not read."""
@@ -127,6 +127,8 @@ class ApiConnection(H11Protocol):
         if not 0 < len(request_id) <= _MAX_REQUEST_ID_BYTES:
             request_id = b"req-" + secrets.token_hex(12).encode()
         send = _with_header(send, b"x-request-id", request_id)
+        if scope["path"].startswith(ANTHROPIC_PATH):
+            send = _with_header(send, b"request-id", request_id)
         scope["extensions"] = {ABORT: self.transport.abort, REQUEST_ID: request_id.decode("latin-1")}
         try:
             await self._inner_app(scope, receive, send)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 import flowkv_common
+from flowkv_gateway.errors import ANTHROPIC_PATH
+from flowkv_gateway.messages import CountTokensRequest, MessagesRequest
 from flowkv_gateway.schemas import Body, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 Json = dict[str, Any]
@@ -28,6 +30,10 @@ class Operation(NamedTuple):
 OPERATIONS = (
     Operation("/v1/chat/completions", "Continues a chat, whole or as a stream.", ChatRequest),
     Operation("/v1/completions", "Continues texts or token ids, whole or as a stream.", CompletionRequest),
+    Operation(
+        "/v1/messages", "Continues a chat as Anthropic's API does, whole or as a stream.", MessagesRequest
+    ),
+    Operation("/v1/messages/count_tokens", "How many tokens such a chat has.", CountTokensRequest),
     Operation("/v1/models", "The model, by each of its names."),
     Operation("/v1/models/{model}", "The model with this name."),
     Operation("/tokenize", "A text or messages to token ids.", TokenizeRequest),
@@ -61,6 +67,20 @@ _ERROR: Json = {
 }
 
 
+_ANTHROPIC_ERROR: Json = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
+
+
 def openapi_document() -> Json:
     """OpenAPI 3.1. It is the same whatever the model: nothing in it is secret."""
     bodies = [operation.body for operation in OPERATIONS if operation.body]
@@ -70,7 +90,7 @@ def openapi_document() -> Json:
         "info": {"title": "FlowKV", "version": flowkv_common.__version__},
         "paths": {operation.path: _path(operation) for operation in OPERATIONS},
         "components": {
-            "schemas": {**schemas, "Error": _ERROR},
+            "schemas": {**schemas, "Error": _ERROR, "MessagesError": _ANTHROPIC_ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{"key": []}, {}],  # none is needed where the gateway has no keys
@@ -78,7 +98,8 @@ def openapi_document() -> Json:
 
 
 def _path(operation: Operation) -> Json:
-    error = {"$ref": "#/components/schemas/Error"}
+    is_anthropic = operation.path.startswith(ANTHROPIC_PATH)
+    error = {"$ref": f"#/components/schemas/{'MessagesError' if is_anthropic else 'Error'}"}
     described: Json = {
         "summary": operation.summary,
         "responses": {

@@ -270,6 +270,7 @@ class ReplyWriter(ABC):
     """
 
     id_prefix: str
+    ping = b": ping\n\n"  # a comment: what fills a silence
 
     def __init__(self) -> None:
         self.reply_id = f"{self.id_prefix}{secrets.token_hex(12)}"
