@@ -31,6 +31,7 @@ BENCHMARKS = {
         "shift": "load that shifts between prompts and outputs, lending off and on",
         "overload": "three times what the cluster can do, for a minute",
         "burst": "many requests at once, predicted waits beside real ones",
+        "bad-days": "bursts, giants, a slow, a lying, a joining node, mixed nodes; beside a steady day",
         "decisions": "what a decision costs, by the number of nodes",
         "sustain": "steps per second that one process of paced nodes keeps on this machine",
         "record": "write down what a running scheduler hears and decides",

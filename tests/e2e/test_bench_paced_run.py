@@ -64,6 +64,19 @@ def test_burst(tmp_path: Path, model_path: Path) -> None:
     assert row["off_by"]["p50"] >= 1.0
 
 
+def test_bad_days(tmp_path: Path, model_path: Path) -> None:
+    days = ["lying prefill node", "joining node", "only mixed nodes"]
+    arguments = ["--seconds", "6", "--seeds", "0", "--at-once", "3", "--days", *days]
+    rows = run("bad-days", tmp_path / "bad-days.json", model_path, *arguments)
+    assert [row["day"] for row in rows] == days
+    for row in rows:
+        assert row["num_sent"] == row["num_complete"] + row["num_refused"] > 0
+        assert row["errors"] == {}
+        assert row["pace"]["num_steps"] > 0
+    assert [row["share_at_the_end"] is None for row in rows] == [False, False, True]
+    assert rows[1]["moved_after_s"] > 0  # it can't have work before it has joined
+
+
 def test_simulated(tmp_path: Path, model_path: Path) -> None:
     arguments = ["--nodes", "1", "--loads", "0.7", "--requests", "12", "--seed", "5"]
     [row] = run("simulated", tmp_path / "simulated.json", model_path, *arguments)

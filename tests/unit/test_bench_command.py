@@ -31,7 +31,7 @@ def test_without_a_name_all_are_listed(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_an_unknown_name_gets_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["nonsense"]) == 2
-    assert "unknown benchmark 'nonsense': choose one of burst, decisions" in capsys.readouterr().err
+    assert "unknown benchmark 'nonsense': choose one of bad-days, burst" in capsys.readouterr().err
 
 
 def test_a_benchmark_that_fails_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
