@@ -6,15 +6,21 @@ after a while, so that a steady number of them is in flight. Nodes tell what is 
 
 With `--waiting` all decode nodes are full, so many requests wait and ask in turn, and one sequence ends per
 ten asks. Who gets its place is replaced by a newcomer.
+
+Then what an ask takes over the bus: nats-server, the scheduler, and the nodes that report are processes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import islice
+from multiprocessing import get_context
 from typing import Any
 
 import msgspec
@@ -22,14 +28,20 @@ import psutil
 
 from benchmarks.report import Report, make_parser, quantiles, time_s, transposed
 from benchmarks.simulator.batch import slowed
-from flowkv_common.errors import Full
-from flowkv_common.wire.messages import NodeRef, ScheduleRequest, Wait
+from flowkv_common.aio import running
+from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.registry import keep_announced, watch_nodes
+from flowkv_common.errors import FlowKVError, Full
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import Assignment, NodeRef, ScheduleRequest, Wait
 from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor, OutputForecast, StepFit
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
 from tests import described_nodes
-from tests.described_nodes import BLOCK_SIZE, INCARNATION, MODEL
+from tests.described_nodes import BLOCK_SIZE, INCARNATION, MODEL, schedule, until_answer
+from tests.nats_server import NatsServer
+from tests.scheduler_process import scheduler_process
 
 PERIOD_S = 0.5
 DECISIONS_PER_S = 5000
@@ -41,6 +53,10 @@ TOKENS_LEFT = 128
 ASKS_PER_END = 10
 TOKEN_BUDGET = 2048
 PROMPTS_CACHED = 10  # by each node: the last ones
+# Over the bus.
+ASKS_PER_S = 1000
+REPORTS_PER_S = 4  # of each node: twice a second, and when it accepts something
+READY_TIMEOUT_S = 60.0
 FIT = StepFit(
     base_s=0.008, prefill_token_s=4e-5, attended_token_s=1e-9, sequence_s=2e-5, context_token_s=1e-8
 )
@@ -215,6 +231,79 @@ def measure(num_nodes: int, num_in_flight: int, num_waiting: int, num_decisions:
     }
 
 
+async def ask_over_bus(num_nodes: int, num_asks: int) -> dict[str, Any]:
+    """Asks a scheduler that has its settings' defaults `num_asks` times, 1,000 a second; the first tenth does
+    not count. The nodes report that they are idle: what they are given counts until it should have shown.
+
+    Raises TimeoutError when the scheduler does not get to know the nodes.
+    """
+    asks_ms: list[float] = []
+    answers: Counter[str] = Counter()
+
+    async def ask(bus: Bus, request: ScheduleRequest) -> None:
+        began = time.perf_counter()
+        try:
+            answer = await schedule(bus, request)
+        except FlowKVError as error:
+            answers[type(error).__name__] += 1
+        else:
+            asks_ms.append(1e3 * (time.perf_counter() - began))
+            answers[type(answer).__name__] += 1
+
+    known = asyncio.Event()
+
+    def look(nodes: Mapping[str, NodeDescriptor]) -> None:
+        if len(nodes) == num_nodes:
+            known.set()
+
+    with NatsServer() as server, reporting(server.url, num_nodes):
+        async with scheduler_process(server), connect(server.url, name="bench") as bus:
+            async with running(watch_nodes(bus, look)), asyncio.timeout(READY_TIMEOUT_S):
+                await known.wait()
+            await until_answer(bus, lambda answer: isinstance(answer, Assignment), READY_TIMEOUT_S)
+            began = time.perf_counter()
+            async with asyncio.TaskGroup() as tasks:
+                for number, request in enumerate(islice(requests(0), num_asks)):
+                    await asyncio.sleep(began + number / ASKS_PER_S - time.perf_counter())
+                    tasks.create_task(ask(bus, request))
+            seconds = time.perf_counter() - began
+    return {
+        "bus_ask_ms": quantiles(asks_ms[num_asks // 10 :]),
+        "bus_asks_per_s": num_asks / seconds,
+        "bus_answers": dict(answers),
+    }
+
+
+@contextmanager
+def reporting(url: str, num_nodes: int) -> Iterator[None]:
+    """Nodes that report from another process while the context lasts."""
+    process = get_context("spawn").Process(target=report_nodes, args=(url, num_nodes), daemon=True)
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+def report_nodes(url: str, num_nodes: int) -> None:
+    """Until the process ends."""
+
+    async def report(bus: Bus, node: Node) -> None:
+        await asyncio.sleep(random.random() / REPORTS_PER_S)
+        while True:
+            await bus.publish(subjects.load(node.node_id), node.report())
+            await asyncio.sleep(1 / REPORTS_PER_S)
+
+    async def report_all() -> None:
+        async with connect(url, name="nodes") as bus, asyncio.TaskGroup() as tasks:
+            for node in map(Node, range(num_nodes)):
+                tasks.create_task(keep_announced(bus, node.descriptor))
+                tasks.create_task(report(bus, node))
+
+    asyncio.run(report_all())
+
+
 def main(argv: Sequence[str]) -> int:
     parser = make_parser("decisions", __doc__)
     parser.add_argument("--nodes", type=int, nargs="+", default=[8, 100, 1000])
@@ -223,9 +312,11 @@ def main(argv: Sequence[str]) -> int:
         "--waiting", type=int, default=0, help="requests that wait: all decode nodes are full"
     )
     parser.add_argument("--decisions", type=int, default=100_000)
+    parser.add_argument("--asks", type=int, default=20_000, help="over the bus")
     options = parser.parse_args(argv)
     report = Report(options)
     for num_nodes in options.nodes:
         report.say(f"{num_nodes} nodes")
-        report.add_row(**measure(num_nodes, options.in_flight, options.waiting, options.decisions))
+        row = measure(num_nodes, options.in_flight, options.waiting, options.decisions)
+        report.add_row(**row, **asyncio.run(ask_over_bus(num_nodes, options.asks)))
     return report.finish(shown=transposed(report.rows, "num_nodes"))
