@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from flowkv_engine.engine.batch import WorkItem, pack
 from flowkv_engine.engine.grammar import MAX_ONE_BY_ONE, Constraints, Masks, Matcher
 from flowkv_engine.engine.runner import Runner
 from flowkv_engine.engine.sampler import Sampled, SampleInput, sample
+from flowkv_gateway.grammar import json_schema
 from flowkv_gateway.tokenizer import Tokenizer
 from tests.drive import BLOCK_SIZE, load_tiny, make_pool, make_sequence
 from tests.gateway_support import EOS, START, write_tokenizer
@@ -61,7 +61,7 @@ def grammars(folder: Path) -> Grammars:
 
 
 def of_schema(schema: Schema) -> Grammar:
-    return Grammar(kind="json_schema", text=json.dumps(schema))
+    return json_schema(schema, "schema")
 
 
 def regex(text: str) -> Grammar:

@@ -86,30 +86,39 @@ def thinking(tmp_path_factory: pytest.TempPathFactory) -> Constrained:
     )
 
 
+# One call, and what stands between calls and around them.
 FORMS = {
-    "{{ tools }}<|python_": ('{"name": "f", "parameters": {"a": 1}}', "; ", ""),
-    "{{ tools }}[TOOL_CALLS]": ('{"name": "f", "arguments": {"a": 1}}', ", ", "[TOOL_CALLS] [|]"),
-    "{{ tools }}[TOOL_CALLS][ARGS]": ('[TOOL_CALLS]f[ARGS]{"a": 1}', "", ""),
+    "{{ tools }}<|python_": ('{"name": "f", "parameters": {"a": 1}}', "; ", "", ""),
+    "{{ tools }}[TOOL_CALLS]": ('{"name": "f", "arguments": {"a": 1}}', ", ", "[TOOL_CALLS] [", "]"),
+    "{{ tools }}[TOOL_CALLS][ARGS]": ('[TOOL_CALLS]f[ARGS]{"a": 1}', "", "", ""),
     "{{ tools }}<｜tool▁calls▁begin｜>": (
         '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜>',
         "",
-        "<｜tool▁calls▁begin｜>|<｜tool▁calls▁end｜>",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
     ),
     "{{ tools }}<｜tool▁calls▁begin｜>```json": (
         '<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": 1}\n```<｜tool▁call▁end｜>',
         "\n",
-        "<｜tool▁calls▁begin｜>|<｜tool▁calls▁end｜>",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
     ),
-    "{{ tools }}<function=": (F, "\n", ""),
-    "{{ messages }}": (F, "\n", ""),
+    "{{ tools }}<|tool_calls_section_begin|>": (
+        '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|>',
+        "",
+        "<|tool_calls_section_begin|>",
+        "<|tool_calls_section_end|>",
+    ),
+    "{{ tools }}<tool_call>": (F, "\n", "", ""),
+    "{{ tools }}<function=": (F, "\n", "", ""),
+    "{{ messages }}": (F, "\n", "", ""),
 }
 
 
 @pytest.mark.parametrize("template", FORMS)
 @pytest.mark.parametrize("is_special", [False, True])
 def test_forced_calls_have_the_models_own_form(tmp_path: Path, template: str, is_special: bool) -> None:
-    one, between, around = FORMS[template]
-    opening, _, closing = around.partition("|")
+    one, between, opening, closing = FORMS[template]
     text = f"{opening}{one}{between}{one}{closing}"
     marks = set(re.findall(r"<[^ >]+>|\[[A-Z_]+\]", text))
     model = Constrained(tmp_path, template, special=marks if is_special else ())
@@ -122,6 +131,34 @@ def test_forced_calls_have_the_models_own_form(tmp_path: Path, template: str, is
     events = make().push(text, is_last=True)
     assert [event.name for event in events if isinstance(event, CallBegins)] == ["f", "f"]
     assert not any(isinstance(event, Content) for event in events)
+
+
+OWN_FORMS = [template for template in FORMS if "<function=" not in template]
+
+
+@pytest.mark.parametrize("template", OWN_FORMS)
+@pytest.mark.parametrize("is_special", [False, True])
+def test_strict_tools_keep_to_their_schemas_in_the_models_own_form(
+    tmp_path: Path, template: str, is_special: bool
+) -> None:
+    one, between, opening, closing = FORMS[template]
+    tag = "<|python_tag|>" if "<|python_" in template else ""
+    marks = set(re.findall(r"<[^ >]+>|\[[A-Z_]+\]", opening + one + closing + tag))
+    model = Constrained(tmp_path, template, special=marks if is_special else ())
+    request = chat(tools=[tool("f", strict=True), tool("g")])
+    text = f"{opening}{one}{between}{one}{closing}"
+    wrong = text.replace("1", '"x"')
+    for allowed in ("", "Well.", "Well, [1] {}.\n", text, f"Well. {tag}{text}"):
+        assert model.allows(allowed, request), allowed
+    for other in (wrong, f"Well. {tag}{wrong}", f"{text} Well. {tag}{wrong}"):
+        assert not model.allows(other, request), other
+    if tag:  # all that begins like a call is one
+        for other in (f"\n{wrong}", '{"a": 1}', "[f(a=1)]"):
+            assert not model.allows(other, request), other
+    make = model.format.answer_format(request, "").make_reader
+    assert make is not None
+    events = make().push(text, is_last=True)
+    assert [event.name for event in events if isinstance(event, CallBegins)] == ["f", "f"]
 
 
 def test_reasoning_may_end_with_a_special_token(tmp_path: Path) -> None:

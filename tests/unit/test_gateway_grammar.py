@@ -194,8 +194,8 @@ def of_json(schema: Any) -> Grammar:
     ("format", "valid", "invalid"),
     [
         ("date", "0001-01-01 2024-02-29 2000-02-29", "0000-01-01 2023-02-29 1900-02-29 2023-04-31"),
-        ("time", "00:00:00Z 23:59:59.123456+01:30", "23:59:60Z 24:00:00Z 10:00:00 10:00Z"),
-        ("date-time", "2024-02-29T10:00:00Z 2023-01-01t00:00:00.5-12:00", "2023-02-29T10:00:00Z 2024-02-29"),
+        ("time", "00:00:00Z 23:59:59.123456+01:30", "23:59:60Z 24:00:00Z 10:00:00 10:00:00z"),
+        ("date-time", "2024-02-29T10:00:00Z 2023-01-01T00:00:00.5-12:00", "2023-02-29T10:00:00Z 2024-02-29"),
     ],
 )
 def test_dates_are_those_that_clients_can_read(
@@ -209,7 +209,7 @@ def test_dates_are_those_that_clients_can_read(
     ]
     for grammar in map(of_json, in_all_places):
         for text in valid.split():
-            read[format](text.upper())
+            read[format](text)
             assert takes(tokenizer, grammar, f'"{text}"')
         for text in invalid.split():
             assert not takes(tokenizer, grammar, f'"{text}"')

@@ -13,6 +13,7 @@ from flowkv_gateway.grammar import json_rule, json_schema
 from flowkv_gateway.parsers import Parser
 from flowkv_gateway.parsers.deepseek import DeepSeek
 from flowkv_gateway.parsers.hermes import Hermes
+from flowkv_gateway.parsers.kimi import Kimi
 from flowkv_gateway.parsers.llama import Llama
 from flowkv_gateway.parsers.mistral import Mistral
 from flowkv_gateway.tokenizer import Vocabulary
@@ -21,7 +22,8 @@ from flowkv_gateway.tokenizer import Vocabulary
 class Form(NamedTuple):
     """What a model writes around a call's name and arguments, and around and between its calls.
 
-    `parser` reads it.
+    `parser` reads it: calls begin with one of the `triggers` or, with `begins_text`, also with a bracket at
+    the beginning of the answer. With `is_numbered` a call's name has a number behind it.
     """
 
     parser: type[Parser]
@@ -31,14 +33,38 @@ class Form(NamedTuple):
     opening: str = ""
     between: str = ""
     closing: str = ""
+    triggers: tuple[str, ...] = ()
+    begins_text: bool = False
+    is_numbered: bool = False
 
 
-HERMES = Form(Hermes, '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between="\n")
-_TRIGGER = "<tool_call>"  # what Hermes' parser takes for the beginning of a call
-_LLAMA = Form(Llama, '{"name": "', '", "parameters": ', "}", between="; ")
-_MISTRAL = Form(Mistral, "[TOOL_CALLS]", "[ARGS]", "")
+_HERMES = Form(
+    Hermes,
+    '<tool_call>\n{"name": "',
+    '", "arguments": ',
+    "}\n</tool_call>",
+    between="\n",
+    triggers=("<tool_call>",),
+)
+_LLAMA = Form(
+    Llama,
+    '{"name": "',
+    '", "parameters": ',
+    "}",
+    between="; ",
+    triggers=("<|python_tag|>", "<|python_start|>"),
+    begins_text=True,
+)
+_MISTRAL = Form(Mistral, "[TOOL_CALLS]", "[ARGS]", "", triggers=("[TOOL_CALLS]",))
 _OLDER_MISTRAL = Form(
-    Mistral, '{"name": "', '", "arguments": ', "}", opening="[TOOL_CALLS] [", between=", ", closing="]"
+    Mistral,
+    '{"name": "',
+    '", "arguments": ',
+    "}",
+    opening="[TOOL_CALLS] [",
+    between=", ",
+    closing="]",
+    triggers=("[TOOL_CALLS]",),
 )
 _DEEPSEEK = Form(
     DeepSeek,
@@ -47,12 +73,23 @@ _DEEPSEEK = Form(
     "<｜tool▁call▁end｜>",
     opening="<｜tool▁calls▁begin｜>",
     closing="<｜tool▁calls▁end｜>",
+    triggers=("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
 )
 _OLDER_DEEPSEEK = _DEEPSEEK._replace(
     begin="<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
     middle="\n```json\n",
     end="\n```<｜tool▁call▁end｜>",
     between="\n",
+)
+_KIMI = Form(
+    Kimi,
+    "<|tool_call_begin|>functions.",
+    "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>",
+    opening="<|tool_calls_section_begin|>",
+    closing="<|tool_calls_section_end|>",
+    triggers=("<|tool_calls_section_begin|>", "<|tool_call_begin|>"),
+    is_numbered=True,
 )
 
 
@@ -64,7 +101,7 @@ def form_of(parser: type[Parser] | None, template: str) -> Form:
         return _MISTRAL if "[ARGS]" in template else _OLDER_MISTRAL
     if parser is DeepSeek:
         return _OLDER_DEEPSEEK if "```json" in template else _DEEPSEEK
-    return HERMES
+    return _KIMI if parser is Kimi else _HERMES
 
 
 def answer_grammar(
@@ -82,8 +119,7 @@ def answer_grammar(
     `content` is what the content must be; None: any text. `reasoning` is a rule for what stands before all of
     it, or empty. None if nothing has to be kept to. Raises BadRequest for a `content` that can't be combined.
     """
-    # Among other text, only Hermes' calls are looked for.
-    is_strict = form is HERMES and any(tool["function"].get("strict") for tool in tools)
+    is_strict = any(tool["function"].get("strict") for tool in tools)
     if not forced and content is None and not is_strict:
         return None
     if not forced and not tools and not reasoning:
@@ -96,15 +132,9 @@ def answer_grammar(
     ]
     if calls:
         rules.append(f"call: {' | '.join(calls)}")
-    opening, begin, between, closing = (
-        in_grammar(text, vocabulary) for text in (form.opening, form.begin, form.between, form.closing)
-    )
-    call = f"{begin} call"
-    several = call if max_calls == 1 else f"{call} ({between} {call})*"
-    answer = f"{opening} {several} {closing}"
+    answer = _several(form, max_calls, vocabulary)
     if not forced and content is None:
-        rules.append(up_to("text", _TRIGGER, vocabulary))
-        answer = f"(text {in_grammar(form.begin.removeprefix(_TRIGGER), vocabulary)} call)* ANY"
+        answer = _among_text(form, max_calls, vocabulary, rules)
     elif not forced:
         answer = f"{answer} | content" if calls else "content"
         rules.append(_content_rule(content))
@@ -112,6 +142,31 @@ def answer_grammar(
         rules.append(reasoning)
         answer = f"reasoning SPACE ({answer})"
     return Grammar(kind="lark", text="\n".join([f"start: {answer}", *rules]))
+
+
+def _several(form: Form, max_calls: int | None, vocabulary: Vocabulary, after: str = "") -> str:
+    """One call or several, up to `max_calls`, after a trigger with which they may begin."""
+    first = in_grammar((form.opening + form.begin).removeprefix(after), vocabulary)
+    between, closing = in_grammar(form.between + form.begin, vocabulary), in_grammar(form.closing, vocabulary)
+    more = "" if max_calls == 1 else f"({between} call)*"
+    return f"{first} call {more} {closing}"
+
+
+def _among_text(form: Form, max_calls: int | None, vocabulary: Vocabulary, rules: list[str]) -> str:
+    """Text with calls in it, and none that could be read as another call. Adds the `rules` that it needs."""
+    text = "PLAIN" if form.begins_text else "ANY"
+    options = []
+    for place, trigger in enumerate(form.triggers):
+        rules.append(up_to(f"text_{place}", trigger, vocabulary, text=text))
+        if form.opening and form.begin.startswith(trigger):  # a call without what stands around several
+            calls = f"{in_grammar(form.begin.removeprefix(trigger), vocabulary)} call"
+        else:
+            calls = _several(form, max_calls, vocabulary, after=trigger)
+        options.append(f"text_{place} {calls}")
+    if not form.begins_text:
+        return f"({' | '.join(options)})* ANY"
+    rules += [r"LEAD: /\s*/", r"PLAIN: /([^\s\[{](.|\n)*)?/"]
+    return f"LEAD ({' | '.join([_several(form, max_calls, vocabulary), *options])} | PLAIN)"
 
 
 def in_grammar(text: str, vocabulary: Vocabulary) -> str:
@@ -131,11 +186,11 @@ def in_grammar(text: str, vocabulary: Vocabulary) -> str:
     return " ".join(parts)
 
 
-def up_to(name: str, mark: str, vocabulary: Vocabulary) -> str:
+def up_to(name: str, mark: str, vocabulary: Vocabulary, *, text: str = "ANY") -> str:
     """A rule of this name for any text up to the first such mark."""
     # A special token is in no text. Nor may it be in a lazy rule, which is a regular expression.
     lazy = "" if mark in vocabulary.special_texts else "[lazy]"
-    return f"{name}{lazy}: ANY {in_grammar(mark, vocabulary)}"
+    return f"{name}{lazy}: {text} {in_grammar(mark, vocabulary)}"
 
 
 def _call(function: Mapping[str, Any], form: Form, vocabulary: Vocabulary, *, is_enforced: bool) -> str:
@@ -144,7 +199,8 @@ def _call(function: Mapping[str, Any], form: Form, vocabulary: Vocabulary, *, is
     name = in_json(function["name"])
     in_call = name[1:-1] if form.begin.endswith('"') else function["name"]
     middle, end = (in_grammar(text, vocabulary) for text in (form.middle, form.end))
-    return f"{in_json(in_call)} {middle} {json_rule(json_schema(schema, 'tools'))} {end}"
+    number = "/:[0-9]{1,3}/" if form.is_numbered else ""
+    return f"{in_json(in_call)} {number} {middle} {json_rule(json_schema(schema, 'tools'))} {end}"
 
 
 def _content_rule(content: Grammar | None) -> str:

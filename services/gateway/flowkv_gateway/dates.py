@@ -1,7 +1,7 @@
 """Dates and times in JSON schemas, as patterns of what a client can read.
 
 In the formats `date`, `time` and `date-time` the compiler of grammars takes every year for a leap year, and
-a second of 60 for a leap second. Clients' libraries refuse both.
+a second of 60 for a leap second, and it allows `t` and `z`. Clients' libraries refuse some or all of that.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _DAY = (
 _DATE = f"({_YEAR}-{_DAY}|{_LEAP_YEAR}-02-29)"
 _HOUR, _MINUTE = "([01][0-9]|2[0-3])", "[0-5][0-9]"
 # Longer fractions are read by nobody, and a model may never stop to write them.
-_TIME = f"{_HOUR}:{_MINUTE}:{_MINUTE}([.][0-9]{{1,9}})?([Zz]|[+-]{_HOUR}:{_MINUTE})"
-PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}[Tt]{_TIME}$"}
+_TIME = f"{_HOUR}:{_MINUTE}:{_MINUTE}([.][0-9]{{1,9}})?(Z|[+-]{_HOUR}:{_MINUTE})"
+PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 
 # The keywords with schemas in them: by name, in a list, or one.
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
