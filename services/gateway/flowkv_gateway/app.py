@@ -138,7 +138,7 @@ class Api:
                 allow_origins=origins,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
-                expose_headers=["x-request-id", "retry-after"],
+                expose_headers=["x-request-id", "request-id", "retry-after"],
             )
 
     async def chat(self, request: Request) -> ASGIApp:

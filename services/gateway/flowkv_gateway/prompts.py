@@ -186,10 +186,11 @@ def _max_tokens(request: ChatRequest | CompletionRequest, prompt: list[int], car
         raise BadRequest("The prompt has no tokens.", field=field)
     room = card.max_model_len - len(prompt)
     if room < 1:
-        # Clients find out by these words that they must shorten the history.
+        # By these words clients know that they must shorten the history, Anthropic's by those in brackets.
         raise ContextLengthExceeded(
             f"This model's maximum context length is {card.max_model_len} tokens. However, your {field} "
-            f"resulted in {len(prompt)} tokens, and an answer needs one more. Make the {field} shorter.",
+            f"resulted in {len(prompt)} tokens, and an answer needs one more (prompt is too long: "
+            f"{len(prompt)} tokens > {card.max_model_len - 1} maximum). Make the {field} shorter.",
             field=field,
         )
     _check_ids(prompt, card, field)
