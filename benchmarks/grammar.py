@@ -85,8 +85,8 @@ def measure(
 
 def step(runner: Runner, sequences: Sequence[Tokens]) -> None:
     """One token more for each."""
-    results = runner.run(pack([WorkItem(one, one.num_new_tokens) for one in sequences], BLOCK_SIZE))
-    for sequence, sampled in zip(sequences, results, strict=True):
+    result = runner.run(pack([WorkItem(one, one.num_new_tokens) for one in sequences], BLOCK_SIZE))
+    for sequence, sampled in zip(sequences, result.sampled, strict=True):
         assert sampled is not None
         assert sampled.error is None, sampled.error
         sequence.num_computed_tokens = sequence.num_tokens

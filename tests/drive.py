@@ -57,8 +57,8 @@ def make_sequence(
 
 def step(runner: Runner, items: list[WorkItem]) -> None:
     """Runs one batch and books its outcome."""
-    sampled = runner.run(pack(items, BLOCK_SIZE))
-    for item, token in zip(items, sampled, strict=True):
+    result = runner.run(pack(items, BLOCK_SIZE))
+    for item, token in zip(items, result.sampled, strict=True):
         item.sequence.num_computed_tokens += item.num_tokens
         if token is not None:
             item.sequence.output_ids.append(token.token_id)

@@ -32,6 +32,7 @@ from flowkv_common.wire.messages import (
     SamplingParams,
     StepTokens,
     TokenChunk,
+    TokenLogprob,
     transfer_id,
 )
 from flowkv_common.wire.nodes import (
@@ -206,7 +207,7 @@ class Client:
         self.fingerprint = fingerprint
         self._bus = bus
         self._numbers = itertools.count()
-        self._outputs: dict[str, _Output] = {}
+        self._outputs: dict[str, Output] = {}
 
     async def keepalive(self, message: Keepalive) -> KeepaliveReply:
         return KeepaliveReply(unknown=[])
@@ -227,8 +228,22 @@ class Client:
         grammar: Grammar | None = None,
     ) -> list[int]:
         """Greedy output, EOS ignored. Raises what a node has failed with, TimeoutError after 20 s."""
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, grammar=grammar)
+        output = await self.answer(prefill, decode, prompt_ids, sampling, epoch=epoch)
+        return [output.token_ids[index] for index in sorted(output.token_ids)]
+
+    async def answer(
+        self,
+        prefill: NodeRef,
+        decode: NodeRef,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        epoch: int = 1,
+    ) -> Output:
+        """The whole output. Raises as `generate`."""
         request_id = f"r{next(self._numbers)}"
-        output = self._outputs[transfer_id(request_id, 0)] = _Output()
+        output = self._outputs[transfer_id(request_id, 0)] = Output()
         run = prefill_run(
             prompt_ids,
             request_id=request_id,
@@ -236,7 +251,7 @@ class Client:
             node=prefill,
             fingerprint=self.fingerprint,
             decode=decode,
-            sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, grammar=grammar),
+            sampling=sampling,
         )
         subject = subjects.at(subjects.PREFILL_RUN, prefill.node_id)
         async with asyncio.timeout(TIMEOUT_S):
@@ -244,7 +259,7 @@ class Client:
             await output.is_whole.wait()
         if output.error is not None:
             raise output.error
-        return [output.token_ids[index] for index in sorted(output.token_ids)]
+        return output
 
     async def reserve(
         self, node: NodeRef, num_tokens: int, transfer_id: str = "r.0", token: str = ""
@@ -267,11 +282,13 @@ class Client:
         await self._bus.request(subject, message, Accepted, timeout_s=5)
 
 
-class _Output:
+class Output:
     """Tokens by index: those of two nodes may come in any order."""
 
     def __init__(self) -> None:
         self.token_ids: dict[int, int] = {}
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.num_cached_tokens = 0
         self.error: FlowKVError | None = None
         self.is_whole = asyncio.Event()
         self._num_tokens = math.inf
@@ -280,6 +297,11 @@ class _Output:
         if chunk.error is not None:
             self.error = from_wire(chunk.error)
             self.is_whole.set()
+        if chunk.prompt_logprobs:
+            assert not self.token_ids
+            assert chunk.prompt_index == len(self.prompt_logprobs) + 1
+            self.prompt_logprobs += chunk.prompt_logprobs
+        self.num_cached_tokens = max(self.num_cached_tokens, chunk.num_cached_tokens)
         self.token_ids.update(enumerate(chunk.token_ids, chunk.index))
         if chunk.finish_reason:
             self._num_tokens = chunk.index + len(chunk.token_ids)

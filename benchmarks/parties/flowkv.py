@@ -56,8 +56,8 @@ class FlowKV:
     def _step(self, sequences: list[Sequence]) -> float:
         began = time.perf_counter()
         items = [WorkItem(sequence, min(_CHUNK_TOKENS, sequence.num_new_tokens)) for sequence in sequences]
-        sampled = self._runner.run(pack(items, _BLOCK_SIZE))
-        for item, token in zip(items, sampled, strict=True):
+        result = self._runner.run(pack(items, _BLOCK_SIZE))
+        for item, token in zip(items, result.sampled, strict=True):
             item.sequence.num_computed_tokens += item.num_tokens
             if token is not None:
                 item.sequence.output_ids.append(token.token_id)

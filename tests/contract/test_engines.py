@@ -71,8 +71,8 @@ def whole(*sequences: Sequence) -> PackedBatch:
 
 async def advance(engine: Engine, *items: tuple[Sequence, int]) -> None:
     """One step, booked as the node does it."""
-    sampled = await engine.step(batch_of(*items))
-    for (sequence, num_tokens), token in zip(items, sampled, strict=True):
+    result = await engine.step(batch_of(*items))
+    for (sequence, num_tokens), token in zip(items, result.sampled, strict=True):
         sequence.num_computed_tokens += num_tokens
         if token is not None:
             sequence.output_ids.append(token.token_id)
@@ -86,8 +86,8 @@ async def generate(engine: Engine, sequence: Sequence) -> list[int]:
 
 async def test_an_item_that_does_not_reach_its_last_token_gives_none(engine: Engine) -> None:
     first, second = sequence_of(PROMPT), sequence_of(OTHER, first_block=10)
-    sampled = await engine.step(batch_of((first, 8), (second, second.num_new_tokens)))
-    assert [token is None for token in sampled] == [True, False]
+    result = await engine.step(batch_of((first, 8), (second, second.num_new_tokens)))
+    assert [token is None for token in result.sampled] == [True, False]
 
 
 async def test_tokens_depend_on_the_prompt_alone(engine: Engine) -> None:
@@ -118,7 +118,8 @@ async def test_steps_run_in_the_order_asked_for(engine: Engine) -> None:
     ended: list[object] = []
     for step in steps:
         step.add_done_callback(ended.append)
-    *_, [last] = await asyncio.gather(*steps)
+    *_, result = await asyncio.gather(*steps)
+    [last] = result.sampled
     assert ended == steps
     assert last is not None
     expected = await generate(engine, sequence_of(PROMPT, first_block=20))
@@ -149,7 +150,7 @@ async def test_a_failed_step_raises_and_the_next_one_works(engine: Engine) -> No
     following = asyncio.create_task(engine.step(whole(sequence)))
     with pytest.raises(IndexError):
         await failing
-    assert await following != [None]
+    assert (await following).sampled != [None]
 
 
 async def test_busy_since_is_set_while_there_is_work_and_at_no_other_time(engine: Engine) -> None:

@@ -112,6 +112,7 @@ SAMPLING = SamplingParams(
     grammar=Grammar(kind="regex", text="yes|no"),
     allowed_token_ids=[42, 43],
     bad_words=[[43], [42, 43]],
+    num_prompt_logprobs=1,
 )
 BLOCKS = BlockCounts(total=1024, free=900, cached=100, leased=20, quarantined=4, longest_free_run=880)
 FULL = Refusal(code=429, message="no room for 5 blocks", field="num_tokens", retry_after_s=0.05)
@@ -121,13 +122,15 @@ CHUNK = TokenChunk(
     index=3,
     token_ids=[504, 260],
     logprobs=[
-        TokenLogprob(token_id=504, logprob=-0.25, top=[(504, -0.25), (28, -1.75)]),
-        TokenLogprob(token_id=260, logprob=-0.5, top=[(260, -0.5), (253, -1.25)]),
+        TokenLogprob(token_id=504, logprob=-0.25, top=[(504, -0.25), (28, -1.75)], rank=1),
+        TokenLogprob(token_id=260, logprob=-0.5, top=[(260, -0.5), (253, -1.25)], rank=1),
     ],
     finish_reason="length",
     error=FULL,
     num_cached_tokens=16,
     phases_s=PHASES_S,
+    prompt_logprobs=[TokenLogprob(token_id=28, logprob=-1.5, top=[(260, -0.5)], rank=2)],
+    prompt_index=2,
 )
 
 EXAMPLES: list[Message] = [

@@ -46,7 +46,8 @@ class HeldEngine:
         if error:
             ends.set_exception(error)
         else:
-            ends.set_result([Sampled(FIRST_TOKEN, None) if sample else None for sample in batch.samples])
+            sampled = [Sampled(FIRST_TOKEN, None) if sample else None for sample in batch.samples]
+            ends.set_result(Result(sampled))
 
 
 @dataclass

@@ -36,7 +36,7 @@ class SlowEngine:
         self.busy_since = time.monotonic()
         await self.goes_on.wait()
         self.busy_since = None
-        return [Sampled(FIRST_TOKEN, None) if sample else None for sample in batch.samples]
+        return Result([Sampled(FIRST_TOKEN, None) if sample else None for sample in batch.samples])
 
 
 @pytest.fixture

@@ -156,10 +156,15 @@ class PacedEngine:
         block_size = self._digests.shape[1]
         self._digests[batch.slots // block_size, batch.slots % block_size] = digests
         picks = self._words[mix(digests[ends - 1]) % np.uint64(len(self._words))].tolist()
-        return [
+        sampled = [
             None if sample is None else self._sampled(sample, pick)
             for sample, pick in zip(batch.samples, picks, strict=True)
         ]
+        prompt_logprobs = {
+            rows.item: [TokenLogprob(token_id=token_id, logprob=0.0, rank=1) for token_id in rows.token_ids]
+            for rows in batch.prompt_rows
+        }
+        return Result(sampled, prompt_logprobs)
 
     def _digests_before(self, batch: PackedBatch) -> NDArray[np.uint64]:
         """The digest of what precedes each item, out of the last slot before it: [N], 0 where it begins."""

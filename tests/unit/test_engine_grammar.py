@@ -93,8 +93,8 @@ class Answers:
             for row, sequence in enumerate(self.sequences)
             if row not in self.reasons
         ]:
-            results = self._runner.run(pack([item for _, item in items], BLOCK_SIZE))
-            for (row, (sequence, num_tokens)), one in zip(items, results, strict=True):
+            result = self._runner.run(pack([item for _, item in items], BLOCK_SIZE))
+            for (row, (sequence, num_tokens)), one in zip(items, result.sampled, strict=True):
                 assert one is not None
                 self.sampled.append(one)
                 reason = sequence.finish_reason_after(one.token_id, [EOS], 256)

@@ -139,7 +139,10 @@ def test_the_llama_forward_equals_the_modules(tmp_path: Path, arch: str, config:
             backend.bind(batch)
             rows = (torch.from_numpy(batch.token_ids), torch.from_numpy(batch.position_ids))
             outs.append(forward(*rows, torch.tensor(places, dtype=torch.int64)))
-        torch.testing.assert_close(outs[1], outs[0], atol=1e-4, rtol=0)
+            last, *others = range(num_tokens - 1, -1, -1)
+            pieces = [torch.tensor([last]), torch.tensor(others, dtype=torch.int64)]
+            outs.append(torch.cat([logits.clone() for logits in forward.in_pieces(*rows, pieces)]))
+        torch.testing.assert_close(outs[2:], outs[:2], atol=1e-4, rtol=0)
         torch.testing.assert_close(pools[1], pools[0], atol=1e-4, rtol=0, equal_nan=True)
 
 

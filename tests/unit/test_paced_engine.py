@@ -41,7 +41,7 @@ def sequence_of(prompt_ids: list[int]) -> Sequence:
 async def generate(engine: PacedEngine, sequence: Sequence, num_tokens: int, chunk: int = 512) -> list[int]:
     while len(sequence.output_ids) < num_tokens:
         item = WorkItem(sequence, min(chunk, sequence.num_new_tokens))
-        [token] = await engine.step(pack([item], BLOCK_SIZE))
+        [token] = (await engine.step(pack([item], BLOCK_SIZE))).sampled
         sequence.num_computed_tokens += item.num_tokens
         if token is not None:
             sequence.output_ids.append(token.token_id)

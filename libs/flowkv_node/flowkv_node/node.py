@@ -27,6 +27,7 @@ from flowkv_common.wire.messages import (
     PrefillRun,
     SamplingParams,
     TokenChunk,
+    TokenLogprob,
     transfer_id,
 )
 from flowkv_common.wire.nodes import OutputForecast, starting_chunk_budget
@@ -77,6 +78,9 @@ class Role(Protocol):
 
 class PrefillingRole(Role, Protocol):
     """The role that computes prompts."""
+
+    def add_prompt_logprobs(self, sequence: Sequence, logprobs: list[TokenLogprob]) -> None:
+        """A step has found those of the next tokens of this prompt."""
 
     def not_computed(self) -> list[Sequence]:
         """The prompts that have blocks, those that are interrupted among them, in order of their blocks."""
@@ -266,8 +270,11 @@ class Node:
         """`num_blocks` blocks for a sequence without any, its cached prefix among them; False if full."""
         block_size = self.settings.block_size
         hashes = sequence.full_block_hashes(self.card.fingerprint, block_size)
-        # The last token is always computed: its logits give the next one.
-        cached = self.blocks.match_prefix(hashes[: (sequence.num_tokens - 1) // block_size])
+        # The last token is always computed: its logits give the next one. Those of cached ones are not there.
+        num_reusable = sequence.num_tokens - 1
+        if sequence.lacks_prompt_logprobs:
+            num_reusable = sequence.num_scored_tokens
+        cached = self.blocks.match_prefix(hashes[: num_reusable // block_size])
         try:
             fresh = self.blocks.allocate(num_blocks - len(cached))
         except OutOfBlocks:

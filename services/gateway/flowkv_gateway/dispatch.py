@@ -50,6 +50,7 @@ from flowkv_common.wire.messages import (
     StepTokens,
     TokenChunk,
     TokenIds,
+    TokenLogprob,
     Wait,
     hashes_that_fit,
     ids_that_fit,
@@ -126,6 +127,7 @@ class RequestState:
     decode_node: str = ""
     output_ids: list[int] = field(default_factory=list)
     num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # in order, from the second token on
     queue_s: float = 0.0  # of `ttft_s`: waits for a pair of nodes, and at the nodes
     outcome: str = "closed"  # unless it ends otherwise: a stop string was found, or the client left
     error: str | None = None
@@ -152,6 +154,12 @@ class RequestState:
     def is_finished(self) -> bool:
         return self.outcome in ("stop", "length")
 
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """They are asked for, and have not all come."""
+        is_asked = self.sampling.num_prompt_logprobs is not None
+        return is_asked and len(self.prompt_logprobs) < len(self.prompt_ids) - 1
+
     def begin(self) -> None:
         self.began = self.asked_since = time.monotonic()
 
@@ -162,11 +170,12 @@ class RequestState:
         return self.began + self.deadline_s - time.monotonic()
 
     async def hash_blocks(self, block_size: int | None, max_hashes: int) -> list[str]:
-        """Hashes of the first full blocks, prompt and output together; none if no node's block size is known.
+        """Hashes of the first full blocks, prompt and output together; none if no node's block size is known,
+        or if cached blocks are of no use, since log probabilities of the prompt are wanted.
 
         Tokens are only added, so no block is hashed twice. Many are hashed beside the event loop.
         """
-        if block_size is None:
+        if block_size is None or self.lacks_prompt_logprobs:
             return []
         if block_size != self.hashed_block_size:
             self.hashed_block_size, self.hashes = block_size, []
@@ -210,12 +219,28 @@ class RequestState:
         self.asked_since = now if has_run else self.asked_since + now - self.assigned_at
         self.attempt += 1
         self.first_of_attempt = len(self.output_ids)
+        if self.lacks_prompt_logprobs:
+            self.prompt_logprobs = []
+
+    def sampling_of_attempt(self) -> SamplingParams:
+        """What has come of the prompt is not computed again."""
+        if self.sampling.num_prompt_logprobs is None or self.lacks_prompt_logprobs:
+            return self.sampling
+        return msgspec.structs.replace(self.sampling, num_prompt_logprobs=None)
 
     def holder(self) -> str:
         """The node that has the attempt: decode from the second token of the attempt on."""
         return self.decode_node if len(self.output_ids) > self.first_of_attempt else self.prefill_node
 
+    def add_prompt_logprobs(self, chunk: TokenChunk) -> None:
+        """The next ones of the prompt; those that follow on a lost message are dropped."""
+        if chunk.prompt_index == len(self.prompt_logprobs) + 1:
+            self.prompt_logprobs += chunk.prompt_logprobs
+
     def add_chunk(self, chunk: TokenChunk) -> None:
+        """Output. Raises Unavailable if something is missing of what comes before it."""
+        if self.lacks_prompt_logprobs:
+            raise Unavailable("a message with log probabilities of the prompt was lost")
         is_first = not self.output_ids
         if is_first:
             self.phases.add_seconds({"ttft": self.lived_s()})
@@ -290,7 +315,7 @@ class TokenStream:
                     token_ids=chunk.token_ids[num_known:],
                     logprobs=chunk.logprobs[num_known:],
                 )
-            if not (chunk.token_ids or _is_last(chunk)):
+            if not (chunk.token_ids or chunk.prompt_logprobs or _is_last(chunk)):
                 continue
             self.due.put_nowait(chunk)
             self.expected += len(chunk.token_ids)
@@ -381,6 +406,9 @@ class Dispatch:
                         async with self._attempt(request, assignment) as stream:
                             while not request.is_finished:
                                 chunk = await self._next_chunk(request, stream)
+                                if chunk.prompt_logprobs:
+                                    request.add_prompt_logprobs(chunk)
+                                    continue
                                 request.add_chunk(chunk)
                                 if turn is not None:  # with output it comes before all others
                                     self._turns.end(turn)
@@ -483,7 +511,7 @@ class Dispatch:
             gateway_id=self._gateway_id,
             prompt_ids=TokenIds.of(request.prompt_ids),
             output_ids=TokenIds.of(request.output_ids),
-            sampling=request.sampling,
+            sampling=request.sampling_of_attempt(),
             deadline_in_s=request.remaining_s(),
             due_in_s=assignment.due_in_s,
             interruptible_for_s=assignment.interruptible_for_s,

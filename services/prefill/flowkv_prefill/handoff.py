@@ -156,7 +156,7 @@ class Handoff:
             gateway_id=self._run.gateway_id,
             prompt_ids=self._run.prompt_ids,
             output_ids=TokenIds.of(self._sequence.output_ids),
-            sampling=self._run.sampling,
+            sampling=msgspec.structs.replace(self._run.sampling, num_prompt_logprobs=None),
             deadline_in_s=self._sequence.deadline - time.monotonic(),
         )
         subject = subjects.at(subjects.DECODE_RUN, self._run.decode.node_id)

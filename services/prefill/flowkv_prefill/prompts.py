@@ -14,7 +14,7 @@ from flowkv_common.aio import FairQueue, Phases, running
 from flowkv_common.bus.service import Endpoint
 from flowkv_common.errors import BadRequest, DeadlineExceeded, FlowKVError, Internal, TransferFailed
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, PrefillRun
+from flowkv_common.wire.messages import Accepted, PrefillRun, TokenChunk, TokenLogprob
 from flowkv_engine.engine.batch import Sequence
 from flowkv_engine.engine.sampler import Sampled
 from flowkv_node.attempts import Attempt
@@ -30,6 +30,8 @@ ROOM_RETRY_S = 0.1
 # time, and never as long as a reservation lives.
 FIRST_PATIENCE_S = 1.0
 LONGEST_PATIENCE_S = 8.0
+# Of a prompt's log probabilities, so that a chunk fits into any message: each has up to 800 bytes.
+MAX_LOGPROBS_PER_CHUNK = 32
 
 
 @dataclass(slots=True, eq=False)
@@ -275,6 +277,22 @@ class PrefillRole:
             prompt.first, prompt.computed_at = sampled, time.monotonic()
             prompt.computed.set()
         prompt.progress.set()
+
+    def add_prompt_logprobs(self, sequence: Sequence, logprobs: list[TokenLogprob]) -> None:
+        """To the gateway, before the prompt's first token. Those of a cancelled prompt are dropped."""
+        if sequence.transfer_id not in self._computing:
+            return
+        for at in range(0, len(logprobs), MAX_LOGPROBS_PER_CHUNK):
+            piece = logprobs[at : at + MAX_LOGPROBS_PER_CHUNK]
+            chunk = TokenChunk(
+                transfer_id=sequence.transfer_id,
+                index=len(sequence.output_ids),
+                token_ids=[],
+                prompt_logprobs=piece,
+                prompt_index=sequence.num_scored_tokens + 1,
+            )
+            sequence.num_scored_tokens += len(piece)
+            self._node.outbox.add_chunk(sequence.gateway_id, chunk)
 
     def fail(self, sequence: Sequence, error: FlowKVError) -> None:
         if prompt := self._computing.get(sequence.transfer_id):

@@ -149,14 +149,16 @@ class SamplingParams(Part, frozen=True):
     grammar: Grammar | None = None
     allowed_token_ids: list[int] = []  # empty: all
     bad_words: list[list[int]] = []  # token sequences that the output may not have in it
+    num_prompt_logprobs: int | None = None  # the same as `num_logprobs`, of the prompt's tokens
 
 
 class TokenLogprob(Part, frozen=True):
-    """Log probability of a chosen token, and of the best ones as `(token id, log probability)`."""
+    """Log probability of a token, and of the best ones as `(token id, log probability)`."""
 
     token_id: int
     logprob: float
     top: list[tuple[int, float]] = []
+    rank: int = 0  # of a prompt's token among all, from 1
 
 
 class Candidate(Part, frozen=True):
@@ -386,6 +388,10 @@ class TokenChunk(Part, frozen=True):
     error: Refusal | None = None
     num_cached_tokens: int = 0
     phases_s: dict[str, float] = {}  # seconds per phase on the sending node
+    # Of the prompt's tokens from place `prompt_index` on: the first token of all has none. Such chunks have
+    # no output, and come in order before the first that has some.
+    prompt_logprobs: list[TokenLogprob] = []
+    prompt_index: int = 0
 
 
 class Resumed(Message, frozen=True):

@@ -31,6 +31,7 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # of the computed ones: found in the prefix cache
     num_committed_blocks: int = 0  # of its full blocks: known to the prefix cache
+    num_scored_tokens: int = 0  # of the prompt, after the first: their log probabilities are known
     matcher: Matcher | None = field(init=False, repr=False)  # used by the engine's thread alone
     _hashes: list[str] = field(default_factory=list, repr=False)
 
@@ -49,6 +50,12 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         return self.num_new_tokens > 1
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """They are asked for, and not all known."""
+        is_asked = self.sampling.num_prompt_logprobs is not None
+        return is_asked and self.num_scored_tokens < len(self.prompt_ids) - 1
 
     def tokens_between(self, start: int, stop: int) -> list[int]:
         """`(prompt_ids + output_ids)[start:stop]` without building the whole list."""
@@ -89,6 +96,21 @@ class WorkItem(NamedTuple):
     num_tokens: int
 
 
+class PromptRows(NamedTuple):
+    """Consecutive rows of a batch. Each gives the log probability of the prompt's token after it."""
+
+    item: int  # its place in the batch
+    start: int  # the first row
+    token_ids: list[int]  # one per row: those after them
+    num_top: int  # of the best ones beside each
+
+    def split(self, max_rows: int) -> list[PromptRows]:
+        return [
+            PromptRows(self.item, self.start + at, self.token_ids[at : at + max_rows], self.num_top)
+            for at in range(0, len(self.token_ids), max_rows)
+        ]
+
+
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
     """N items in one row of T tokens, item after item, S of them to be sampled from.
@@ -104,6 +126,7 @@ class PackedBatch:
     block_tables: NDArray[np.int32]  # [N, most blocks of an item], padded with 0
     logits_indices: NDArray[np.int64]  # [S], places in the row
     samples: list[SampleInput | None]  # [N], None: the item does not reach its last token
+    prompt_rows: list[PromptRows] = field(default_factory=list)  # of prompts that ask for log probabilities
 
     @property
     def query_starts(self) -> NDArray[np.int32]:
@@ -126,6 +149,7 @@ def pack(items: list[WorkItem], block_size: int) -> PackedBatch:
     block_tables = np.zeros((len(items), num_blocks.max()), np.int32)
     token_ids: list[int] = []
     samples: list[SampleInput | None] = []
+    prompt_rows: list[PromptRows] = []
     for row, (sequence, num_tokens) in enumerate(items):
         if not 1 <= num_tokens <= sequence.num_new_tokens:
             raise ValueError(
@@ -135,6 +159,8 @@ def pack(items: list[WorkItem], block_size: int) -> PackedBatch:
         if len(sequence.block_table) < length:  # a slot outside its own blocks would spoil another sequence
             raise ValueError(f"{sequence.transfer_id}: {len(sequence.block_table)} blocks for {stop} tokens")
         block_tables[row, :length] = sequence.block_table[:length]
+        if sequence.lacks_prompt_logprobs:
+            prompt_rows += _prompt_rows(row, sequence, len(token_ids), stop)
         token_ids += sequence.tokens_between(sequence.num_computed_tokens, stop)
         if num_tokens < sequence.num_new_tokens:
             samples.append(None)
@@ -164,4 +190,15 @@ def pack(items: list[WorkItem], block_size: int) -> PackedBatch:
         block_tables=block_tables,
         logits_indices=ends[sampled] - 1,
         samples=samples,
+        prompt_rows=prompt_rows,
     )
+
+
+def _prompt_rows(item: int, sequence: Sequence, row: int, stop: int) -> list[PromptRows]:
+    """What is asked of a chunk that begins in `row` of the batch and ends before token `stop`."""
+    begin = sequence.num_computed_tokens
+    first, end = max(begin, sequence.num_scored_tokens), min(stop, len(sequence.prompt_ids) - 1)
+    if first >= end:
+        return []
+    token_ids = sequence.prompt_ids[first + 1 : end + 1]
+    return [PromptRows(item, row + first - begin, token_ids, sequence.sampling.num_prompt_logprobs or 0)]

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,28 +22,44 @@ IMPLEMENTATION = "flowkv"  # the name of our attention function in `transformers
 ARCHITECTURES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # those that rotate a position the same way in any batch
 
-# Token ids [T], position ids [T] and places to sample from [S], all int64 -> logits [S, vocab]. The attention
-# is bound to the step before.
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+class Forward(ABC):
+    """Token ids [T], position ids [T] and rows [S], all int64 -> logits [S, vocab] of these rows.
+
+    The attention is bound to the step before. Logits are valid until the next call.
+    """
+
+    @abstractmethod
+    def __call__(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def in_pieces(self, token_ids: Tensor, position_ids: Tensor, pieces: list[Tensor]) -> Iterator[Tensor]:
+        """Logits of several lots of rows, no row in two of them: those of a long prompt are too large at
+        once."""
 
 
-class ModulesForward:
+class ModulesForward(Forward):
     """Works for every model; the fast paths must equal it."""
 
     def __init__(self, module: nn.Module, attention: Attention) -> None:
         self._module = module
         self._attention = attention
 
-    def __call__(self, token_ids: Tensor, position_ids: Tensor, logits_indices: Tensor) -> Tensor:
+    def __call__(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         output = self._module(
             token_ids.unsqueeze(0),
             position_ids=position_ids.unsqueeze(0),
             use_cache=False,
-            logits_to_keep=logits_indices,
+            logits_to_keep=rows,
             flowkv=self._attention,
         )
         logits: Tensor = output.logits[0]
         return logits
+
+    def in_pieces(self, token_ids: Tensor, position_ids: Tensor, pieces: list[Tensor]) -> Iterator[Tensor]:
+        """Computes all again for each piece: what a model does after its head only the model knows."""
+        for rows in pieces:
+            yield self(token_ids, position_ids, rows)
 
 
 def paged_attention(
@@ -181,7 +198,28 @@ def fuse(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return weight, torch.cat(biases) if biases else None
 
 
-class LlamaForward:
+class LlamaStates(Forward):
+    """A forward pass in two parts: the states of rows, and the logits of those."""
+
+    @abstractmethod
+    def states(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
+        """Of ascending rows, [S, hidden]: what `logits` takes."""
+
+    @abstractmethod
+    def logits(self, states: Tensor) -> Tensor:
+        """[S, vocab]"""
+
+    def __call__(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
+        return self.logits(self.states(token_ids, position_ids, rows))
+
+    def in_pieces(self, token_ids: Tensor, position_ids: Tensor, pieces: list[Tensor]) -> Iterator[Tensor]:
+        rows, order = torch.cat(pieces).sort()
+        states = self.states(token_ids, position_ids, rows)
+        for places in torch.split(order.argsort(), [len(piece) for piece in pieces]):
+            yield self.logits(states[places])
+
+
+class LlamaForward(LlamaStates):
     """Equal to `ModulesForward` up to rounding, by test."""
 
     def __init__(self, weights: LlamaWeights, attention: Attention) -> None:
@@ -190,7 +228,7 @@ class LlamaForward:
         self._attention = attention
         self._fused = [(fuse(*layer.qkv), fuse(layer.gate, layer.up)) for layer in weights.layers]
 
-    def __call__(self, token_ids: Tensor, position_ids: Tensor, logits_indices: Tensor) -> Tensor:
+    def states(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         weights = self._weights
         num_heads, num_kv_heads, head_dim = weights.num_heads, weights.num_kv_heads, weights.head_dim
         hidden = embedding(token_ids, weights.embedding)  # [T, hidden]
@@ -210,7 +248,10 @@ class LlamaForward:
             hidden = hidden + linear(attended, layer.output.weight, layer.output.bias)
             gate, up = linear(self._norm(hidden, layer.mlp_norm), *gate_up).chunk(2, dim=-1)
             hidden = hidden + linear(silu(gate) * up, layer.down.weight, layer.down.bias)
-        return linear(self._norm(hidden[logits_indices], weights.norm), weights.head)
+        return hidden[rows]
+
+    def logits(self, states: Tensor) -> Tensor:
+        return linear(self._norm(states, self._weights.norm), self._weights.head)
 
     def _norm(self, states: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(states, weight.shape, weight, self._weights.eps)

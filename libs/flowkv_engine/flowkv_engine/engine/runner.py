@@ -14,19 +14,21 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowkv_common import __version__
-from flowkv_common.wire.messages import SamplingParams
+from flowkv_common.wire.messages import SamplingParams, TokenLogprob
 from flowkv_engine.engine.attention import make_attention
-from flowkv_engine.engine.batch import PackedBatch, Sequence, WorkItem, pack
+from flowkv_engine.engine.batch import PackedBatch, PromptRows, Sequence, WorkItem, pack
 from flowkv_engine.engine.forward import IMPLEMENTATION, make_forward
 from flowkv_engine.engine.grammar import Constraints
 from flowkv_engine.engine.model import LoadedModel, UnsupportedModel, quiet
-from flowkv_engine.engine.sampler import Sampled, sample
+from flowkv_engine.engine.sampler import Sampled, logprobs, sample
 
 if TYPE_CHECKING:
     from flowkv_engine.engine.gpu.forward import GraphedSteps
@@ -39,8 +41,18 @@ PROMPT_LENS = (9, 6)  # tokens of the prompts that are compared; the last of eac
 TOLERANCE = 64.0
 LEAST_EPS = 5e-4  # a GPU may multiply float32 with 11 bits
 
-# Of each item of a batch the sampled token, or None if its last token was not reached.
-Result = list[Sampled | None]
+# Logits of prompts that are there at a time: 16 MB in float32, as of a large batch that decodes.
+MAX_PROMPT_LOGITS = 2**22
+
+
+class Result(NamedTuple):
+    """What a step gives: per item its new token, or None if its last token was not reached.
+
+    `prompt_logprobs`: by an item's place, of the tokens of its `PromptRows`.
+    """
+
+    sampled: list[Sampled | None]
+    prompt_logprobs: dict[int, list[TokenLogprob]] = {}
 
 
 class DeviceLost(Exception):
@@ -72,6 +84,7 @@ class Runner:
             raise ValueError(f"a pool of shape {tuple(pool.shape)} is not for {model.card.name}")
         self.attention = make_attention(attention, pool)
         self._eos_token_ids = model.card.eos_token_ids
+        self._max_prompt_rows = max(1, MAX_PROMPT_LOGITS // model.card.vocab_size)
         self._constraints = Constraints(model.grammars, model.card.vocab_size, model.card.eos_token_ids)
         self._device = pool.device
         self._graphs: GraphedSteps | None = None
@@ -100,7 +113,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: PackedBatch) -> Result:
-        """Computes the batch and samples: per item a token, or `None` if its last token was not reached.
+        """Computes the batch, samples, and finds the log probabilities that prompts ask for.
 
         Raises `FloatingPointError` if the model gives logits that are not finite, and `DeviceLost`.
         """
@@ -108,26 +121,46 @@ class Runner:
             with _current(self._device):
                 inputs = [input for input in batch.samples if input is not None]
                 masking = self._constraints.begin(inputs)
-                logits = self._logits(batch)
+                pieces = [piece for rows in batch.prompt_rows for piece in rows.split(self._max_prompt_rows)]
+                further = self._logits_in_pieces(batch, pieces) if pieces else None
+                logits = next(further) if further else self._logits(batch)
                 masks = masking.result() if masking else None
                 sampled = sample(logits, inputs, self._eos_token_ids, masks)
+                scored = _score_prompts(pieces, further) if further else {}
         except RuntimeError as error:
             if isinstance(error, torch.AcceleratorError) or str(error).startswith("Triton Error [CUDA]"):
                 raise DeviceLost(str(error).partition("\n")[0]) from error
             raise
         results = iter(masks.mark(inputs, sampled) if masks else sampled)
-        return [None if input is None else next(results) for input in batch.samples]
+        return Result([None if input is None else next(results) for input in batch.samples], scored)
 
     def _logits(self, batch: PackedBatch) -> Tensor:
         """Of the places to sample from, [S, vocab]."""
         if self._graphs and (shape := self._graphs.shape_of(batch)):
             return self._graphs.run(batch, shape)
+        return self.forward(*self._inputs(batch), self._rows(batch.logits_indices))
+
+    def _logits_in_pieces(self, batch: PackedBatch, pieces: list[PromptRows]) -> Iterator[Tensor]:
+        """Of the places to sample from, then of each piece, [rows, vocab]."""
+        rows = [np.arange(piece.start, piece.start + len(piece.token_ids)) for piece in pieces]
+        inputs = self._inputs(batch)
+        return self.forward.in_pieces(*inputs, [self._rows(each) for each in (batch.logits_indices, *rows)])
+
+    def _inputs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         self.attention.bind(batch)
-        token_ids, position_ids, logits_indices = (
-            torch.from_numpy(array).to(self._device)
-            for array in (batch.token_ids, batch.position_ids, batch.logits_indices)
-        )
-        return self.forward(token_ids, position_ids, logits_indices)
+        return self._rows(batch.token_ids), self._rows(batch.position_ids)
+
+    def _rows(self, numbers: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(numbers).to(self._device)
+
+
+def _score_prompts(pieces: list[PromptRows], all_logits: Iterator[Tensor]) -> dict[int, list[TokenLogprob]]:
+    """By item; `all_logits` are those of the pieces."""
+    scored: dict[int, list[TokenLogprob]] = {}
+    for piece, logits in zip(pieces, all_logits, strict=True):
+        nums_top = [piece.num_top] * len(piece.token_ids)
+        scored.setdefault(piece.item, []).extend(logprobs(logits, piece.token_ids, nums_top, ranked=True))
+    return scored
 
 
 def source_stamp(folder: Path) -> str:
@@ -234,7 +267,7 @@ class Engine(contextlib.AbstractAsyncContextManager["Engine"], Protocol):
         """Monotonic seconds; None while there is no work."""
 
     async def step(self, batch: PackedBatch) -> Result:
-        """One result per item of the batch; raises what computing it raises. `DeviceLost` is the end."""
+        """The batch's result; raises what computing it raises. `DeviceLost` is the end."""
 
     def wedge(self, for_s: float) -> None:
         """Holds all later steps up for so long (a test hook: the step that never ends)."""

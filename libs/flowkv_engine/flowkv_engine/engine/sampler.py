@@ -98,9 +98,47 @@ def sample(
         for row, token_id in zip(drawn, _draw(scaled, [inputs[row] for row in drawn]), strict=True):
             tokens[row] = token_id
 
+    asked = {
+        row: num_top
+        for row, input in enumerate(inputs)
+        if (num_top := input.sampling.num_logprobs) is not None
+    }
+    found: dict[int, TokenLogprob] = {}
+    if asked:
+        rows = list(asked)
+        entries = logprobs(logits[rows], [tokens[row] for row in rows], list(asked.values()))
+        found = dict(zip(rows, entries, strict=True))
+    return [Sampled(token_id, found.get(row)) for row, token_id in enumerate(tokens)]
+
+
+def logprobs(
+    logits: Tensor, token_ids: list[int], nums_top: list[int], *, ranked: bool = False
+) -> list[TokenLogprob]:
+    """Of a token per row of `logits` [n, vocab], and of so many of the best; if `ranked` with its rank.
+
+    They are the model's own: before temperature, penalties and cuts. Raises `FloatingPointError` if a row is
+    not finite.
+    """
+    logits, num_top = logits.float(), min(max(nums_top), logits.shape[1])
+    chosen = logits.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))  # [n, 1]
+    totals = logits.logsumexp(-1, keepdim=True)
+    values = (chosen - totals).squeeze(1).tolist()
+    if rows := [row for row, value in enumerate(values) if math.isnan(value)]:
+        raise FloatingPointError(f"the logits of rows {rows} are not finite")
+    ranks = (1 + (logits > chosen).sum(-1)).tolist() if ranked else [0] * len(values)
+    best = _most_likely(logits, num_top) if num_top else None
+    top_ids = best[1].tolist() if best else [[]] * len(values)
+    top_values = (best[0] - totals).tolist() if best else [[]] * len(values)
     return [
-        Sampled(token_id, _logprob(logits[row], token_id, input.sampling.num_logprobs))
-        for row, (token_id, input) in enumerate(zip(tokens, inputs, strict=True))
+        TokenLogprob(
+            token_id=token_id,
+            logprob=value,
+            top=list(zip(top_ids[row][:num], top_values[row][:num], strict=True)),
+            rank=rank,
+        )
+        for row, (token_id, value, num, rank) in enumerate(
+            zip(token_ids, values, nums_top, ranks, strict=True)
+        )
     ]
 
 
@@ -229,16 +267,3 @@ def _place(probabilities: NDArray[np.float64], vocab_size: int, input: SampleInp
     # The last place with any probability, in case rounding has put the target at the very end.
     last = cumulative.searchsorted(cumulative[-1])
     return min(int(cumulative.searchsorted(target, side="right")), int(last))
-
-
-def _logprob(logits: Tensor, token_id: int, num_top: int | None) -> TokenLogprob | None:
-    """Log probabilities under the model itself, if asked for: before temperature, penalties and cuts."""
-    if num_top is None:
-        return None
-    logprobs = logits.float().log_softmax(-1)
-    top = logprobs.topk(min(num_top, len(logprobs)))
-    return TokenLogprob(
-        token_id=token_id,
-        logprob=float(logprobs[token_id]),
-        top=list(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
-    )

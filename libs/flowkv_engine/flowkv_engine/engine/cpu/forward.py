@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flowkv_engine.engine.cpu.attention import CpuAttention, Scratch, rotate_and_write
 from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack, rms_norm
 from flowkv_engine.engine.cpu.simd import LANES
-from flowkv_engine.engine.forward import Layer, LlamaWeights
+from flowkv_engine.engine.forward import Layer, LlamaStates, LlamaWeights
 
 _MAPS = Path("/proc/self/maps")
 _MADV_DONTNEED = 4
@@ -38,7 +38,7 @@ class _Packed(NamedTuple):
     down: tuple[Array, Array]
 
 
-class CpuLlamaForward:
+class CpuLlamaForward(LlamaStates):
     """Equal to `LlamaForward` up to rounding, by test. Its logits are valid until the next call."""
 
     def __init__(self, weights: LlamaWeights, attention: CpuAttention) -> None:
@@ -63,7 +63,7 @@ class CpuLlamaForward:
             size % LANES for size in (weights.head_dim, *inputs)
         )
 
-    def __call__(self, token_ids: Tensor, position_ids: Tensor, logits_indices: Tensor) -> Tensor:
+    def states(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         weights, num_rows, layer = self._weights, len(token_ids), self._weights.layers[0]
         eps, head_dim = np.float32(weights.eps), weights.head_dim
         cos, sin, positions = weights.cos.numpy(), weights.sin.numpy(), position_ids.numpy()
@@ -82,15 +82,20 @@ class CpuLlamaForward:
             attended = self._attention.attend(index, torch.from_numpy(query), weights.scale).numpy()
             attended = attended.reshape(num_rows, -1)
             if index == len(self._layers) - 1:  # the other rows need only keys and values
-                sampled = logits_indices.numpy()
-                hidden, attended = hidden[sampled], attended[sampled]
-                normed, up, gated = (each[: len(sampled)] for each in (normed, up, gated))
+                wanted = rows.numpy()
+                hidden, attended = hidden[wanted], attended[wanted]
+                normed, up, gated = (each[: len(wanted)] for each in (normed, up, gated))
             linear(attended, *packed.output, hidden, True)
             rms_norm(hidden, packed.mlp_norm, eps, normed)
             gated_linear(normed, *packed.gate_up, up, gated)
             linear(gated, *packed.down, hidden, True)
+        return torch.from_numpy(hidden)
+
+    def logits(self, states: Tensor) -> Tensor:
+        weights, hidden = self._weights, states.numpy()
+        normed = self._scratch.array("normed", *hidden.shape)
         logits = self._scratch.array("logits", len(hidden), len(self._head) * LANES)
-        rms_norm(hidden, weights.norm.numpy(), eps, normed)
+        rms_norm(hidden, weights.norm.numpy(), np.float32(weights.eps), normed)
         linear(normed, self._head, _NOTHING, logits, False)
         return torch.from_numpy(logits[:, : len(weights.head)]).contiguous()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from flowkv_engine.engine.batch import PackedBatch
-from flowkv_engine.engine.forward import LlamaWeights, fuse
+from flowkv_engine.engine.forward import LlamaStates, LlamaWeights, fuse
 from flowkv_engine.engine.gpu import kernels
 from flowkv_engine.engine.gpu.attention import NUM_ROWS, Step, TritonAttention, query_tiles
 
@@ -35,7 +35,7 @@ TOKEN_SIZES = (64, 128, 192, 256, 384, 512, 640, 768, 1024)
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 
-class TritonLlamaForward:
+class TritonLlamaForward(LlamaStates):
     """Equal to `LlamaForward` up to rounding, by test. It never reads a number from the device."""
 
     def __init__(self, weights: LlamaWeights, attention: TritonAttention) -> None:
@@ -45,7 +45,7 @@ class TritonLlamaForward:
         self._fused = [(fuse(*layer.qkv), fuse(layer.gate, layer.up)) for layer in weights.layers]
         self._input_norms = [*(layer.input_norm for layer in weights.layers[1:]), weights.norm]
 
-    def __call__(self, token_ids: Tensor, position_ids: Tensor, logits_indices: Tensor) -> Tensor:
+    def states(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         weights, attention = self.weights, self.attention
         hidden = embedding(token_ids, weights.embedding)  # [T, hidden]
         normed = self._add_and_norm(hidden, None, weights.layers[0].input_norm)
@@ -55,14 +55,17 @@ class TritonLlamaForward:
                 index, qkv, position_ids, weights.cos, weights.sin, layer.qk_norm, weights.eps
             )
             attended = attention.attend(index, query, weights.scale).flatten(1)
-            if index == len(weights.layers) - 1 and len(logits_indices) < len(hidden):
+            if index == len(weights.layers) - 1 and len(rows) < len(hidden):
                 # The last layer needs only keys and values of the other rows.
-                hidden, attended = (each.index_select(0, logits_indices) for each in (hidden, attended))
+                hidden, attended = (each.index_select(0, rows) for each in (hidden, attended))
             delta = linear(attended, layer.output.weight, layer.output.bias)
             normed = self._add_and_norm(hidden, delta, layer.mlp_norm)
             delta = linear(_gate(linear(normed, *gate_up)), layer.down.weight, layer.down.bias)
             normed = self._add_and_norm(hidden, delta, self._input_norms[index])
-        return linear(normed, weights.head)
+        return normed
+
+    def logits(self, states: Tensor) -> Tensor:
+        return linear(states, self.weights.head)
 
     def _add_and_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
         """The norm [T, hidden] of the sum, which `hidden` becomes."""
