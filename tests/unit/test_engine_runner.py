@@ -168,7 +168,7 @@ async def test_steps_run_off_the_loop(llama: Path) -> None:
         assert engine.busy_since is not None
         assert engine.busy_since <= time.monotonic()
         runner.go.set()
-        [sampled] = await stepping
+        [sampled] = (await stepping).sampled
     assert engine.busy_since is None
     assert sampled is not None
     assert sampled.token_id == reference(llama, sequence.prompt_ids)[0]
