@@ -147,6 +147,9 @@ class ScriptedDispatch(Dispatch):
                     raise step
                 else:
                     self.log.append(f"chunk {number}")
+                    if step.prompt_logprobs:
+                        request.add_prompt_logprobs(step)
+                        continue
                     request.add_chunk(step)
                     yield step
         except (asyncio.CancelledError, GeneratorExit):

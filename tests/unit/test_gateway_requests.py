@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import ModelCard, SamplingParams
@@ -125,6 +126,9 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
     ({"truncate_prompt_tokens": "all"}, "truncate_prompt_tokens"),
     ({"truncate_prompt_tokens": 5, "truncation_side": "right"}, "truncation_side"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
 ]
 BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
@@ -139,6 +143,8 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
+    ({"echo": True}, "echo"),
+    ({"echo": True, "max_tokens": 0}, "max_tokens"),
     ({"regex": "a|b"}, "regex"),
     ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
 ]
@@ -146,8 +152,9 @@ BAD_COMPLETION: list[tuple[dict[str, Any], str]] = [
     ({"prompt": None}, "prompt"),
     ({"prompt": [[1, "a"]]}, "prompt[0][1]"),
     ({"logprobs": 21}, "logprobs"),
-    ({"echo": True}, "echo"),
     ({"suffix": "end"}, "suffix"),
+    ({"max_tokens": 0, "echo": False}, "max_tokens"),
+    ({"echo": "yes"}, "echo"),
     ({"best_of": 0}, "best_of"),
     ({"best_of": 2, "n": 3}, "best_of"),
     ({"best_of": 129}, "best_of"),
@@ -326,6 +333,26 @@ def test_a_prompt_is_cut_to_its_last_tokens(fields: dict[str, Any], kept: int, m
     for request in (chat(**{"max_tokens": 9, **fields}), completion(**{"max_tokens": 9, **fields})):
         [[cut]] = planned(request, prompt)
         assert (cut.prompt_ids, cut.sampling.max_tokens) == (prompt[-kept:], max_tokens)
+
+
+def test_only_the_first_of_several_answers_asks_for_the_prompts_log_probabilities() -> None:
+    [group] = planned(completion(echo=True, logprobs=2, prompt_logprobs=5, n=3, max_tokens=0))
+    assert [one.sampling.num_prompt_logprobs for one in group] == [5, None, None]
+    assert [one.sampling.max_tokens for one in group] == [1, 1, 1]
+    [[silent]] = planned(completion(echo=True, prompt_logprobs=None))
+    [[plain]] = planned(completion(logprobs=2))
+    assert silent.sampling.num_prompt_logprobs is plain.sampling.num_prompt_logprobs is None
+    [[asked]] = planned(chat(prompt_logprobs=0))
+    assert asked.sampling.num_prompt_logprobs == 0
+
+
+def test_there_is_a_limit_to_what_is_told_of_prompts() -> None:
+    card = replace(CARD, max_model_len=10_000)
+    prompts = [[1] * 8_000] * 15
+    with pytest.raises(BadRequest, match="1000000 log probabilities") as caught:
+        planned(completion(prompt_logprobs=20), *prompts, card=card)
+    assert caught.value.field == "prompt_logprobs"
+    planned(completion(echo=True, logprobs=1), *prompts, card=card)
 
 
 def test_a_prompt_that_is_too_long_is_cut_to_what_leaves_room() -> None:

@@ -30,6 +30,7 @@ from flowkv_gateway.access import KEY_NAME, Guard
 from flowkv_gateway.answer import AnswerResponse, BestResponse, StreamResponse, log_refusal
 from flowkv_gateway.chat import ChatFormat, MakeReader
 from flowkv_gateway.dispatch import Dispatch, ServiceGoals
+from flowkv_gateway.echo import told_prompt
 from flowkv_gateway.errors import ModelNotFound, error_response, json_error, naming_fields, status_of
 from flowkv_gateway.grammar import GrammarChecker, Wanted, wanted_grammar
 from flowkv_gateway.http import CloseWhileStopping, read_body
@@ -327,15 +328,19 @@ class Api:
             stop_ids=frozenset((*card.eos_token_ids, *(body.stop_token_ids or ()))),
             shows_stop=body.include_stop_str_in_output or False,
             shows_special=body.skip_special_tokens is False,
+            shows_output=body.max_tokens != 0,
         )
         numbers = itertools.count()
-        choices = [
-            [
-                Choice(next(numbers), one, vocabulary, display, make_reader() if make_reader else None)
-                for one in group
-            ]
-            for group in groups
-        ]
+        choices = []
+        for place, group in enumerate(groups):
+            told = told_prompt(body, place, prompts[place], group[0], vocabulary)
+            readers = [make_reader() if make_reader else None for _ in group]
+            choices.append(
+                [
+                    Choice(next(numbers), one, vocabulary, display, reader, told)
+                    for one, reader in zip(group, readers, strict=True)
+                ]
+            )
         user = body.safety_identifier or body.user or ""
         if isinstance(body, CompletionRequest) and body.has_spare_samples:
             shows_logprobs = body.logprobs is not None

@@ -20,6 +20,7 @@ import msgspec
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import TokenChunk, TokenLogprob
 from flowkv_gateway.dispatch import RequestState
+from flowkv_gateway.echo import ToldPrompt
 from flowkv_gateway.errors import error_body
 from flowkv_gateway.parsers import Arguments, CallBegins, Content, Event, Reasoning
 from flowkv_gateway.reader import AnswerReader
@@ -144,6 +145,7 @@ class Delta(NamedTuple):
     token_id: int | None
     events: Sequence[Event] | None = None
     stopped_by: str | int | None = None
+    prompt: ToldPrompt | None = None  # of the first delta, if anything is told of it
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class Display:
     stop_ids: frozenset[int] = frozenset()
     shows_stop: bool = False
     shows_special: bool = False
+    shows_output: bool = True
 
 
 class Choice:
@@ -173,6 +176,7 @@ class Choice:
         vocabulary: Vocabulary,
         display: Display,
         reader: AnswerReader | None = None,
+        prompt: ToldPrompt | None = None,
     ) -> None:
         self.index = index
         self.request = request
@@ -184,7 +188,8 @@ class Choice:
         self._shows_special = display.shows_special or reader is not None
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = StopFinder(display.stops, keeps_stop=display.shows_stop)
-        self._num_chars = 0  # decoded so far, held back text included
+        self._prompt = prompt
+        self._num_chars = len(prompt.text) if prompt else 0  # so far, held back text included
 
     @property
     def num_reasoning_tokens(self) -> int | None:
@@ -195,6 +200,10 @@ class Choice:
         """One delta per token, none after a stop string; a last chunk without tokens gives one, too."""
         token_ids: Sequence[int | None] = chunk.token_ids or (None,)
         display = self._display
+        if not display.shows_output:
+            self.finish_reason = "length"
+            yield Delta(self.index, "", True, "length", None, self._num_chars, None, prompt=self._prompt)
+            return
         for place, token_id in enumerate(token_ids, start=1):
             reason = chunk.finish_reason if place == len(token_ids) else None
             offset, is_first = self._num_chars, self.num_tokens == 0
@@ -222,6 +231,8 @@ class Choice:
             self.finish_reason = reason
             logprob = chunk.logprobs[place - 1] if chunk.logprobs else None
             delta = Delta(self.index, text, is_first, reason, logprob, offset, token_id, None, stopped_by)
+            if is_first and self._prompt is not None:
+                delta = delta._replace(prompt=self._prompt)
             yield self._read(self._reader, delta) if self._reader else delta
             if self.finish_reason is not None:
                 return
@@ -325,8 +336,10 @@ class OpenAIWriter(ReplyWriter):
         self._usage_field: Json = {"usage": None} if options.include_usage else {}
 
     def whole(self, choices: Iterable[Sequence[Delta]], usage: Usage) -> bytes:
+        choices = list(choices)
         shown = [self.choice(deltas, is_chunk=False) for deltas in choices]
-        return self._encode(self.object, shown, {"usage": _openai_usage(usage)})
+        about_prompt = self._about_prompt(choices[0][0])
+        return self._encode(self.object, shown, {**about_prompt, "usage": _openai_usage(usage)})
 
     def delta(self, delta: Delta, usage: GetUsage) -> bytes:
         shown = {"usage": _openai_usage(usage())} if self._has_usage_each else self._usage_field
@@ -346,10 +359,11 @@ class OpenAIWriter(ReplyWriter):
     def choice(self, deltas: Sequence[Delta], *, is_chunk: bool) -> Json:
         """Deltas of one choice, put together: all of them, or one as a chunk."""
         first, last = deltas[0], deltas[-1]
+        has_logprobs = first.logprob is not None or (first.prompt and first.prompt.echoes_logprobs)
         choice = {
             "index": last.choice,
             **self._content(deltas, is_chunk),
-            "logprobs": self._logprobs(deltas) if first.logprob is not None else None,
+            "logprobs": self._logprobs(deltas) if has_logprobs else None,
             "finish_reason": last.finish_reason,
         }
         if last.finish_reason is not None:
@@ -363,6 +377,28 @@ class OpenAIWriter(ReplyWriter):
 
     @abstractmethod
     def _logprobs(self, deltas: Sequence[Delta]) -> Json: ...
+
+    def _about_prompt(self, first: Delta) -> Json:
+        """What the whole answer tells of it, beside its choices."""
+        return {}
+
+    def _ranked(self, prompt: ToldPrompt) -> list[Json | None]:
+        """vLLM's form: of each token itself and the best ones, by their ids."""
+        ranked: list[Json | None] = [None]
+        for entry in prompt.ranked():
+            own = (entry.token_id, entry.logprob, entry.rank)
+            best = [(token_id, value, rank) for rank, (token_id, value) in enumerate(entry.top, start=1)]
+            ranked.append(
+                {
+                    str(token_id): {
+                        "logprob": _finite(value),
+                        "rank": rank,
+                        "decoded_token": self._vocabulary.token_text(token_id),
+                    }
+                    for token_id, value, rank in (own, *best)
+                }
+            )
+        return ranked
 
     def _encode(self, kind: str, choices: list[Json], usage: Json) -> bytes:
         """`usage` is the field of that name if there is one, else empty."""
@@ -403,6 +439,9 @@ class ChatWriter(OpenAIWriter):
                 del call["index"]
             return {"message": {"role": "assistant", "content": content, "refusal": None, **found}}
         return {"delta": {**found, "role": "assistant"} if first.is_first else found}
+
+    def _about_prompt(self, first: Delta) -> Json:
+        return {"prompt_logprobs": self._ranked(first.prompt)} if first.prompt else {}
 
     def _logprobs(self, deltas: Sequence[Delta]) -> Json:
         content = []
@@ -451,15 +490,30 @@ class TextWriter(OpenAIWriter):
     chunk_object = "text_completion"
 
     def _content(self, deltas: Sequence[Delta], is_chunk: bool) -> Json:
-        return {"text": "".join([delta.text for delta in deltas])}
+        text = "".join([delta.text for delta in deltas])
+        if (prompt := deltas[0].prompt) is None:
+            return {"text": text}
+        ranked = {} if prompt.num_ranked is None else {"prompt_logprobs": self._ranked(prompt)}
+        return {"text": prompt.text + text, **ranked}
 
     def _logprobs(self, deltas: Sequence[Delta]) -> Json:
+        offsets = [delta.text_offset for delta in deltas if delta.logprob is not None]
         logprobs = [delta.logprob for delta in deltas if delta.logprob is not None]
+        shown = self._columns(logprobs, offsets)
+        if (prompt := deltas[0].prompt) is None or not prompt.echoes_logprobs:
+            return shown
+        first, *offsets = prompt.text_offsets
+        token = self._vocabulary.token_text(prompt.request.prompt_ids[0])
+        begin = {"tokens": token, "token_logprobs": None, "top_logprobs": None, "text_offset": first}
+        echoed = self._columns(prompt.echoed(), offsets)
+        return {name: [begin[name], *echoed[name], *values] for name, values in shown.items()}
+
+    def _columns(self, logprobs: Sequence[TokenLogprob], offsets: list[int]) -> Json:
         return {
             "tokens": [self._vocabulary.token_text(logprob.token_id) for logprob in logprobs],
             "token_logprobs": [_finite(logprob.logprob) for logprob in logprobs],
             "top_logprobs": [self._top(logprob) for logprob in logprobs],
-            "text_offset": [delta.text_offset for delta in deltas if delta.logprob is not None],
+            "text_offset": offsets,
         }
 
     def _top(self, logprob: TokenLogprob) -> dict[str, float]:

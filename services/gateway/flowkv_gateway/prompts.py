@@ -29,6 +29,8 @@ from flowkv_gateway.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default
+# Of all prompts of a request, best tokens included: while it runs they take some 200 MB here.
+_MAX_PROMPT_LOGPROBS = 1_000_000
 _LEAST_TOP_P = 1e-9  # 0 would leave no token; this leaves the best one
 _MAX_GOAL_MS = 3_600_000  # an hour: what is longer was meant in another unit
 _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
@@ -131,7 +133,8 @@ def plan(
     goals: ServiceGoals = NO_GOALS,
     tenant: Tenant | None = None,
 ) -> list[list[RequestState]]:
-    """One group per prompt; the `n` of a group differ in their ids and seeds (`seed + i`) alone.
+    """One group per prompt; the `n` of a group differ in their ids and seeds (`seed + i`) alone, and only
+    the first asks for the log probabilities of the prompt.
 
     `seed` is used where the request has none, or -1. Raises BadRequest for what does not fit the model.
     """
@@ -139,6 +142,7 @@ def plan(
     if not 1 <= len(prompts) * num_samples <= MAX_CHOICES:
         field = "n" if num_samples == (request.n or 1) else "best_of"
         raise BadRequest(f"{field} times the number of prompts is over {MAX_CHOICES}.", field=field)
+    _check_prompt_logprobs(request, prompts)
     base = seed if request.seed is None or request.seed == -1 else request.seed
     is_alone = len(prompts) * num_samples == 1
     groups = []
@@ -149,7 +153,9 @@ def plan(
             RequestState(
                 request_id=request_id if is_alone else f"{request_id}-{place * num_samples + i}",
                 prompt_ids=prompt,
-                sampling=_sampling(request, card, defaults, max_tokens, base + i, grammar, bad_words),
+                sampling=_sampling(
+                    request, card, defaults, max_tokens, base + i, grammar, bad_words, is_first=i == 0
+                ),
                 deadline_s=deadline_s,
                 fingerprint=card.fingerprint,
                 priority=request.priority or 0,
@@ -160,6 +166,16 @@ def plan(
         ]
         groups.append(group)
     return groups
+
+
+def _check_prompt_logprobs(request: ChatRequest | CompletionRequest, prompts: Sequence[list[int]]) -> None:
+    num_top = request.num_prompt_logprobs
+    if num_top is not None and (num_top + 1) * sum(map(len, prompts)) > _MAX_PROMPT_LOGPROBS:
+        raise BadRequest(
+            f"A request may ask for {_MAX_PROMPT_LOGPROBS} log probabilities of prompts: ask for fewer of "
+            "each token, or send several requests.",
+            field="logprobs" if request.prompt_logprobs is None else "prompt_logprobs",
+        )
 
 
 def _truncated(request: ChatRequest | CompletionRequest, prompt: list[int], card: ModelCard) -> list[int]:
@@ -176,6 +192,8 @@ def _wanted_tokens(request: ChatRequest | CompletionRequest) -> int | None:
     """Of the answer; None for all that there is room for."""
     if isinstance(request, ChatRequest):
         return request.max_completion_tokens or request.max_tokens
+    if request.max_tokens == 0:
+        return 1  # nodes make it, but it is not shown
     return request.max_tokens or _COMPLETION_MAX_TOKENS
 
 
@@ -205,6 +223,8 @@ def _sampling(
     seed: int,
     grammar: Grammar | None,
     bad_words: Sequence[list[int]],
+    *,
+    is_first: bool,
 ) -> SamplingParams:
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:
@@ -238,6 +258,7 @@ def _sampling(
         grammar=grammar,
         allowed_token_ids=allowed_token_ids,
         bad_words=list(bad_words),
+        num_prompt_logprobs=request.num_prompt_logprobs if is_first else None,
     )
 
 

@@ -158,6 +158,7 @@ class GenerationRequest(Body, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     return_token_ids: bool | None = None  # vLLM's: the ids of the output tokens beside the text
     priority: Annotated[int, Meta(ge=-_MAX_INT, le=_MAX_INT)] | None = None
     service_tier: str | None = None  # there is one: `default`
@@ -168,6 +169,8 @@ class GenerationRequest(Body, kw_only=True):
         options = self.stream_options or StreamOptions()
         if (options.include_usage or options.continuous_usage_stats) and not self.stream:
             raise BadRequest("stream_options is only allowed with stream.", field="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise BadRequest("prompt_logprobs can't be streamed.", field="prompt_logprobs")
         if self.truncate_prompt_tokens == 0:
             raise BadRequest("A prompt must keep at least one token.", field="truncate_prompt_tokens")
 
@@ -175,6 +178,11 @@ class GenerationRequest(Body, kw_only=True):
     def num_samples(self) -> int:
         """Answers that are made for each prompt."""
         return self.n or 1
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Of the best tokens, for each token of the prompt; None: nothing is asked of them."""
+        return self.prompt_logprobs
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
@@ -210,6 +218,8 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     """Body of `POST /v1/completions`. The prompt is a text, token ids, or a list of either."""
 
     prompt: str | Annotated[list[str | int | list[int]], Meta(min_length=1)]
+    max_tokens: Count | None = None  # 0 with `echo`: the prompt alone is told
+    echo: bool | None = None  # the prompt in front of the answer
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     best_of: PositiveCount | None = None
 
@@ -226,8 +236,15 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     def num_logprobs(self) -> int | None:
         return 0 if self.logprobs is None and self.has_spare_samples else self.logprobs
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((num_top for num_top in asked if num_top is not None), default=None)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_tokens == 0 and not self.echo:
+            raise BadRequest("An answer of no tokens needs echo.", field="max_tokens")
         if self.num_samples < (self.n or 1):
             raise BadRequest("best_of is less than n.", field="best_of")
         if self.stream and self.has_spare_samples:
@@ -319,13 +336,12 @@ REFUSED = [
     Refused("audio", _CHAT, _UNLESS_GIVEN, "answers are text"),
     Refused("web_search_options", _CHAT, _UNLESS_GIVEN, "nothing is looked up"),
     Refused("moderation", _CHAT, _UNLESS_GIVEN, "nothing is moderated"),
-    Refused("echo", _BOTH, _UNLESS_TRUE, "answers hold what is new"),
+    Refused("echo", _CHAT, _UNLESS_TRUE, "answers hold what is new"),
     Refused("suffix", _COMPLETIONS, (None, ""), "text is continued at its end only"),
     Refused("prompt_embeds", _COMPLETIONS, _UNLESS_FILLED, "a prompt is text or token ids"),
     Refused("max_completion_tokens", _COMPLETIONS, _UNLESS_GIVEN, "it is called `max_tokens` here"),
     Refused("use_beam_search", _BOTH, _UNLESS_TRUE, "answers are sampled one by one"),
     Refused("truncation_side", _BOTH, (None, "left"), "the end of a prompt is what is kept"),
-    Refused("prompt_logprobs", _BOTH, _UNLESS_GIVEN, "only output tokens have log probabilities"),
     Refused("logprob_token_ids", _BOTH, _UNLESS_FILLED, "log probabilities are of the most likely tokens"),
     Refused("return_tokens_as_token_ids", _BOTH, _UNLESS_TRUE, "use `return_token_ids`"),
     Refused("watermarking", _BOTH, _UNLESS_TRUE, "nothing is marked"),
