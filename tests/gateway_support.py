@@ -23,7 +23,7 @@ from flowkv_common.wire.messages import ModelCard, TokenChunk, TokenLogprob
 from flowkv_gateway.app import Api
 from flowkv_gateway.dispatch import Dispatch, Load, RequestState
 from flowkv_gateway.grammar import GrammarChecker
-from flowkv_gateway.http import ApiConnection, tls_context
+from flowkv_gateway.http import ApiConnection, TlsContext
 from flowkv_gateway.output import Usage
 from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
@@ -218,7 +218,7 @@ async def serving(
             connection=ApiConnection,
             keep_alive_s=wanted.keep_alive_s,
             drain_timeout_s=wanted.drain_timeout_s,
-            tls=tls_context(wanted.tls_cert, wanted.tls_key) if wanted.tls_cert else None,
+            tls=TlsContext(wanted.tls_cert, wanted.tls_key) if wanted.tls_cert else None,
         ) as bound:
             port.set_result(bound)
             await leave.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import ssl
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import CannotStart
 from flowkv_common.health import Entry, gateway_entry, problem
 from flowkv_gateway.access import KeyFile
-from flowkv_gateway.http import tls_context
+from flowkv_gateway.http import TlsContext
 from flowkv_gateway.tokenizer import Tokenizer
 from tests.gateway_support import MODEL, Gateway, serving, text_chunks
 from tests.waiting import soon
@@ -250,15 +251,18 @@ async def test_no_origin_is_allowed_unless_it_was_set(tokenizer: Tokenizer) -> N
 # --- TLS -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def new_certificate(folder: Path) -> dict[str, Any]:
     """The settings of a gateway with a certificate that it has signed itself."""
-    folder = tmp_path_factory.mktemp("tls")
     cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
     subject = ["-subj", "/CN=gateway", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
     subprocess.run([*command, "-keyout", key, "-out", cert, *subject], check=True, capture_output=True)
     return {"tls_cert": cert, "tls_key": key}
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return new_certificate(tmp_path_factory.mktemp("tls"))
 
 
 async def test_tls(tokenizer: Tokenizer, certificate: dict[str, Any]) -> None:
@@ -284,11 +288,40 @@ async def test_tls(tokenizer: Tokenizer, certificate: dict[str, Any]) -> None:
         assert (await asyncio.to_thread(check)).stdout == "well\n"
 
 
+async def test_a_renewed_certificate_counts_for_new_connections(
+    tokenizer: Tokenizer, certificate: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths: dict[str, Any] = {name: str(tmp_path / name) for name in certificate}
+    for name, path in certificate.items():
+        shutil.copy(path, paths[name])
+    (tmp_path / "new").mkdir()
+    renewed = new_certificate(tmp_path / "new")
+    async with serving(tokenizer, **paths) as gateway:
+
+        def client(settings: dict[str, Any]) -> httpx.AsyncClient:
+            verify = ssl.create_default_context(cafile=settings["tls_cert"])
+            return httpx.AsyncClient(
+                base_url=f"https://127.0.0.1:{gateway.port}", verify=verify, trust_env=False
+            )
+
+        async with client(certificate) as early:
+            assert (await early.get("/health")).status_code == 200
+            shutil.copy(renewed["tls_cert"], paths["tls_cert"])  # its key is not there yet
+            async with client(certificate) as between:
+                assert (await between.get("/health")).status_code == 200
+            shutil.copy(renewed["tls_key"], paths["tls_key"])
+            async with client(renewed) as late:
+                assert (await late.get("/health")).status_code == 200
+            assert (await early.get("/health")).status_code == 200, "open connections stay"
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 1
+
+
 def test_no_start_without_a_key_that_fits(certificate: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(CannotStart, match="FLOWKV_TLS_CERT"):
-        tls_context(certificate["tls_cert"], str(tmp_path / "nowhere"))
+        TlsContext(certificate["tls_cert"], str(tmp_path / "nowhere"))
     with pytest.raises(CannotStart, match="FLOWKV_TLS_KEY"):
-        tls_context(certificate["tls_cert"], certificate["tls_cert"])
+        TlsContext(certificate["tls_cert"], certificate["tls_cert"])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from flowkv_gateway.app import Api
 from flowkv_gateway.cluster import OwnModel
 from flowkv_gateway.dispatch import open_dispatch
 from flowkv_gateway.grammar import GrammarChecker
-from flowkv_gateway.http import ApiConnection, tls_context
+from flowkv_gateway.http import ApiConnection, TlsContext
 from flowkv_gateway.prompts import load_sampling_defaults
 from flowkv_gateway.tokenizer import Tokenizer
 
@@ -29,7 +29,7 @@ async def serve(settings: GatewaySettings) -> None:
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
     defaults = load_sampling_defaults(folder, settings.generation_config)
     own = OwnModel(await asyncio.to_thread(model_files, folder), settings.model_name)
-    tls = tls_context(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
+    tls = TlsContext(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
     freeze_objects()
     async with (
         open_dispatch(settings.nats_url, own, stop.set) as dispatch,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import logging
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -18,8 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from flowkv_common.config import GatewaySettings, listed
 from flowkv_common.errors import CannotStart, FlowKVError
 from flowkv_gateway.errors import ForeignHost, Unauthorized
-
-log = logging.getLogger(__name__)
+from flowkv_gateway.watched import Watched
 
 KEY_NAME = "flowkv.key_name"
 """The scope's entry with the name of the request's key; "" where none is needed."""
@@ -37,41 +34,19 @@ class KeyFile:
 
     def __init__(self, path: str) -> None:
         """Raises CannotStart if the file can't be used."""
-        self._path = Path(path)
-        self._version: object = None
         try:
-            self._version = self._current_version()
-            self._names = _read_keys(self._path)
+            self._names = Watched(lambda: _read_keys(Path(path)), path)
         except (OSError, ValueError) as error:
             raise CannotStart(f"FLOWKV_API_KEYS_FILE {path}: {error}") from None
 
     def name_of(self, key: bytes) -> str | None:
         """The name of a key, None if it is unknown; how long that takes tells nothing of the keys."""
-        self._reload_if_changed()
         digest = hashlib.sha256(key).digest()
         found = None
-        for known, name in self._names.items():
+        for known, name in self._names.content().items():
             if hmac.compare_digest(known, digest):
                 found = name
         return found
-
-    def _current_version(self) -> object:
-        status = os.stat(self._path)
-        return status.st_mtime_ns, status.st_size, status.st_ino
-
-    def _reload_if_changed(self) -> None:
-        try:
-            version = self._current_version()
-        except OSError as error:
-            version = str(error)
-        if version == self._version:
-            return
-        self._version = version
-        try:
-            self._names = _read_keys(self._path)
-            log.info("%s: %d keys", self._path, len(self._names))
-        except (OSError, ValueError) as error:
-            log.error("%s: %s; the keys from before still hold", self._path, error)
 
 
 def _read_keys(path: Path) -> dict[bytes, str]:

@@ -7,7 +7,7 @@ import re
 import secrets
 import ssl
 import sys
-from typing import Any
+from typing import Any, Self
 
 import h11
 from starlette.requests import ClientDisconnect, Request
@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from flowkv_common.errors import Cancelled, CannotStart, TooLarge, Unavailable
 from flowkv_gateway.errors import ANTHROPIC_PATH, STOPPED, RequestTimeout, error_response, json_error
+from flowkv_gateway.watched import Watched
 
 ABORT = "flowkv.abort"
 """The scope's extension that drops the connection with all that its client has not read."""
@@ -30,14 +31,31 @@ _MAX_UNSENT_BYTES = 64 * 1024  # asyncio's bound, but with TLS it has eight time
 _ORIGIN = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 
 
-def tls_context(cert: str, key: str) -> ssl.SSLContext:
-    """For a server with the certificates and the key of these files. Raises CannotStart."""
+class TlsContext(ssl.SSLContext):
+    """For a server with the certificates and the key of these files.
+
+    They are looked at with every connection, so a renewal needs no restart. Broken files change nothing.
+    """
+
+    def __new__(cls, cert: str, key: str) -> Self:
+        return super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
+
+    def __init__(self, cert: str, key: str) -> None:
+        """Raises CannotStart if the files can't be used."""
+        try:
+            self._current = Watched(lambda: _tls_context(cert, key), cert, key)
+        except (OSError, ValueError) as error:
+            raise CannotStart(f"FLOWKV_TLS_CERT {cert}, FLOWKV_TLS_KEY {key}: {error}") from None
+
+    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
+        """asyncio calls this for each connection. Loaded into a context, a broken pair would stay by half."""
+        return self._current.content().wrap_bio(*args, **options)
+
+
+def _tls_context(cert: str, key: str) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(cert, key, password="")  # or it would ask for one at the terminal
-    except (OSError, ValueError) as error:
-        raise CannotStart(f"FLOWKV_TLS_CERT {cert}, FLOWKV_TLS_KEY {key}: {error}") from None
+    context.load_cert_chain(cert, key, password="")  # or it would ask for one at the terminal
     return context
 
 
