@@ -9,8 +9,10 @@ from pathlib import Path
 from flowkv_gateway.schemas import (
     REFUSED,
     ChatRequest,
+    ChoicesRequest,
     CompletionRequest,
     GenerationRequest,
+    ResponseRequest,
     TokenizeRequest,
 )
 
@@ -18,6 +20,10 @@ from flowkv_gateway.schemas import (
 CHANGE_NOTHING = {
     "metadata": "for stored answers",
     "store": "nothing is stored",
+    "max_tool_calls": "of tools that run on a server, which are refused",
+    "background_options": "of background responses, which are refused",
+    "image": "of images, which are refused",
+    "access_programs": "of OpenAI's models",
     "prompt_cache_key": "the prefix cache finds its blocks by what they hold",
     "prompt_cache_options": "the same",
     "prompt_cache_retention": "the same",
@@ -38,6 +44,7 @@ CHANGE_NOTHING = {
 BODIES = {
     ChatRequest: ("chat", "/v1/chat/completions"),
     CompletionRequest: ("completions", "/v1/completions"),
+    ResponseRequest: ("responses", "/v1/responses"),
     TokenizeRequest: ("tokenize", "/tokenize"),
 }
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
@@ -56,9 +63,12 @@ def page_from_code(page: str) -> str:
 
 def _served() -> Iterator[str]:
     common = GenerationRequest.__struct_fields__
-    yield f"- both generation endpoints: {_names(common)}"
+    yield f"- chat, completions and responses: {_names(common)}"
+    choices = [name for name in ChoicesRequest.__struct_fields__ if name not in common]
+    yield f"- chat and completions: {_names(choices)}"
     for kind, (_, path) in BODIES.items():
-        own = [name for name in kind.__struct_fields__ if kind is TokenizeRequest or name not in common]
+        told = () if kind is TokenizeRequest else (*common, *choices)
+        own = [name for name in kind.__struct_fields__ if name not in told]
         yield f"- `{path}`: {_names(own)}"
 
 

@@ -9,6 +9,7 @@ CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 
 MESSAGES_PATH = "/v1/messages"
+RESPONSES_PATH = "/v1/responses"
 
 USER = [{"role": "user", "content": "hi"}]
 HUGE = b"1" + b"0" * 400
@@ -230,7 +231,33 @@ ANTHROPIC = [
     ),
 ]
 
-BAD_BODIES = [*NO_JSON, *WRONG_TYPES, *OUT_OF_RANGE, *MESSAGES, *PROMPTS, *CONTRADICTIONS, *ANTHROPIC]
+WRONG_IN_RESPONSES: dict[str, dict[str, Any]] = {
+    "input": {"input": []},
+    "input[0].content[0].type": {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+    "input[0].type": {"input": [{"type": "computer_call"}]},
+    "max_output_tokens": {"max_output_tokens": 0},
+    "max_tokens": {"max_tokens": 5},
+    "temperature": {"temperature": "hot"},
+    "include[0]": {"include": ["all"]},
+    "top_logprobs": {"top_logprobs": 2},
+    "tools[0].type": {"tools": [{"type": "web_search"}]},
+    "tool_choice": {"tool_choice": "required"},
+    "text.format.schema": {"text": {"format": {"type": "json_schema", "schema": {"not": {}}}}},
+    "text.verbosity": {"text": {"verbosity": "high"}},
+    "previous_response_id": {"previous_response_id": "resp_1"},
+    "background": {"background": True},
+    "stop_token_ids": {"stop_token_ids": [49152]},
+}
+RESPONSES = [
+    BadBody(f"{field} of a response", RESPONSES_PATH, json.dumps({"input": "hi"} | fields).encode(), field)
+    for field, fields in WRONG_IN_RESPONSES.items()
+] + [
+    BadBody("a long input", RESPONSES_PATH, json.dumps({"input": "a b " * 8192}).encode(), "input"),
+    BadBody("no input", RESPONSES_PATH, b"{}", "input"),
+]
+
+BAD_BODIES = [*NO_JSON, *WRONG_TYPES, *OUT_OF_RANGE, *MESSAGES, *PROMPTS, *CONTRADICTIONS]
+BAD_BODIES += [*RESPONSES, *ANTHROPIC]
 
 # Of requests whose bodies are good: (name, value). The error is about the header.
 BAD_HEADERS = [

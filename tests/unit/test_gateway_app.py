@@ -60,6 +60,18 @@ BLOCKS = st.fixed_dictionaries(
         "content": st.text(max_size=5) | st.lists(BLOCK, max_size=3),
     }
 )
+ITEM = st.fixed_dictionaries(
+    {"type": st.sampled_from(["message", "function_call", "function_call_output", "reasoning", "file"])},
+    optional={
+        "role": st.sampled_from(["user", "assistant", "developer"]),
+        "content": st.text(max_size=5) | st.lists(PART, max_size=2),
+        "summary": JSON,
+        "name": st.text(max_size=3),
+        "arguments": JSON | st.just("{}"),
+        "call_id": st.text(max_size=3),
+        "output": st.text(max_size=5) | JSON,
+    },
+)
 BODY = st.fixed_dictionaries(
     {},
     optional={
@@ -67,6 +79,8 @@ BODY = st.fixed_dictionaries(
         "max_tokens": st.integers(0, 9),
         "system": st.lists(BLOCK, max_size=2) | JSON,
         "thinking": st.fixed_dictionaries({"type": st.sampled_from(["enabled", "disabled"])}) | JSON,
+        "input": st.lists(ITEM, max_size=4) | JSON,
+        "text": st.fixed_dictionaries({"format": JSON | st.fixed_dictionaries({"type": JSON})}) | JSON,
         "prompt": JSON | st.lists(st.integers(0, 600), max_size=4),
         "tokens": st.lists(st.integers(-1, 600), max_size=4),
         "tools": st.lists(JSON | TOOL, max_size=2),

@@ -18,7 +18,7 @@ from flowkv_gateway.parsers import Parser
 from flowkv_gateway.parsers.hermes import Hermes
 from flowkv_gateway.parsers.kimi import Kimi
 from flowkv_gateway.reader import AnswerReader
-from flowkv_gateway.schemas import GenerationRequest
+from flowkv_gateway.schemas import ChoicesRequest
 from flowkv_gateway.tokenizer import Vocabulary
 from tests.gateway_support import no_usage, token_chunk
 
@@ -84,7 +84,7 @@ def joined(tokens: Sequence[str], **fields: Any) -> dict[str, Any]:
 
 
 def writer() -> ChatWriter:
-    return ChatWriter(Vocabulary({}, frozenset()), "m", GenerationRequest())
+    return ChatWriter(Vocabulary({}, frozenset()), "m", ChoicesRequest())
 
 
 def test_calls_and_reasoning_of_a_whole_answer() -> None:

@@ -11,14 +11,14 @@ import pytest
 from flowkv_common.wire.messages import SamplingParams, TokenLogprob
 from flowkv_gateway.dispatch import RequestState
 from flowkv_gateway.output import ChatWriter, Choice, Delta, Display, OpenAIWriter, TextWriter, prepare_stops
-from flowkv_gateway.schemas import GenerationRequest
+from flowkv_gateway.schemas import ChoicesRequest
 from flowkv_gateway.tokenizer import Vocabulary
 from tests.gateway_support import no_usage, token_chunk
 
 VOCABULARY = Vocabulary(
     {0: b"<|end|>", 1: b"one", 2: b" two", 3: b" thr", 4: b"ee", 5: b"\xe2", 6: b"\x82\xac"}, frozenset({0})
 )
-PLAIN = GenerationRequest()
+PLAIN = ChoicesRequest()
 
 
 def make_choice(stops: tuple[str, ...] = (), min_tokens: int = 0, **display: Any) -> Choice:
@@ -170,7 +170,7 @@ def test_no_logprobs_unless_asked_for(kind: type[OpenAIWriter]) -> None:
 def test_token_ids_are_shown_only_when_asked_for(kind: type[OpenAIWriter]) -> None:
     delta = Delta(0, "one", True, None, None, 0, 7)
     for is_chunk in (True, False):
-        choice = kind(VOCABULARY, "m", GenerationRequest(return_token_ids=True)).choice(
+        choice = kind(VOCABULARY, "m", ChoicesRequest(return_token_ids=True)).choice(
             [delta], is_chunk=is_chunk
         )
         assert choice["token_ids"] == [7]

@@ -242,6 +242,9 @@ class StreamResponse(AnswerResponse):
             await super()._make_choices()
 
     async def _send_delta(self, delta: Delta) -> None:
+        if not self._is_started:  # the opening is written before
+            async with self._sending:
+                await self._send_headers()
         await self._send_events(self.writer.delta(delta, self._usage))
 
     async def _send_end(self) -> None:
@@ -268,10 +271,9 @@ class StreamResponse(AnswerResponse):
                     await self._send_body(self.writer.ping)
 
     async def _send_events(self, events: bytes) -> None:
-        """The first ones go out with status and headers. Raises ClientTooSlow."""
-        async with self._sending:
-            await self._send_headers()
-            if events:
+        """Once the headers are out. Raises ClientTooSlow."""
+        if events:
+            async with self._sending:
                 await self._send_body(events)
 
     async def _send_last_events(self, events: bytes) -> None:
@@ -279,6 +281,7 @@ class StreamResponse(AnswerResponse):
         await self._send_body(b"", more_body=False)
 
     async def _send_headers(self) -> None:
+        """With them goes what opens the stream."""
         if not self._is_started:
             await self._send_message(
                 {"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS}

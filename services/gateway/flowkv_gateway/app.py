@@ -36,7 +36,8 @@ from flowkv_gateway.grammar import GrammarChecker, Wanted, wanted_grammar
 from flowkv_gateway.http import CloseWhileStopping, read_body
 from flowkv_gateway.message_writer import MessageWriter
 from flowkv_gateway.messages import FIELD_NAMES as MESSAGE_FIELDS
-from flowkv_gateway.messages import CountTokensRequest, MessagesRequest, as_chat
+from flowkv_gateway.messages import CountTokensRequest, MessagesRequest
+from flowkv_gateway.messages import as_chat as messages_as_chat
 from flowkv_gateway.metrics import GatewayMetrics
 from flowkv_gateway.openapi import DOCS_PAGE, openapi_document
 from flowkv_gateway.output import (
@@ -55,12 +56,16 @@ from flowkv_gateway.prompts import (
     plan,
     service_goals,
 )
+from flowkv_gateway.response_writer import ResponseWriter
+from flowkv_gateway.responses import FIELD_NAMES as RESPONSE_FIELDS
+from flowkv_gateway.responses import as_chat as response_as_chat
 from flowkv_gateway.schemas import (
     Body,
     ChatRequest,
+    ChoicesRequest,
     CompletionRequest,
     DetokenizeRequest,
-    GenerationRequest,
+    ResponseRequest,
     TokenizeRequest,
     parse_request,
 )
@@ -68,7 +73,7 @@ from flowkv_gateway.tenants import Tenants
 from flowkv_gateway.tokenizer import Tokenizer, Vocabulary
 
 # Of a vocabulary, the model's name, the request and the fingerprint of the system.
-MakeWriter = Callable[[Vocabulary, str, GenerationRequest, str], ReplyWriter]
+MakeWriter = Callable[[Vocabulary, str, ChoicesRequest, str], ReplyWriter]
 B = TypeVar("B", bound=Body)
 
 
@@ -107,6 +112,7 @@ class Api:
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.completions, methods=["POST"]),
+                Route("/v1/responses", self.responses, methods=["POST"]),
                 Route("/v1/messages", self.messages, methods=["POST"]),
                 Route("/v1/messages/count_tokens", self.count_tokens, methods=["POST"]),
                 Route("/v1/models", self.models),
@@ -145,6 +151,15 @@ class Api:
     async def chat(self, request: Request) -> ASGIApp:
         return await self._chat(request, await self._parse(request, ChatRequest), ChatWriter)
 
+    async def responses(self, request: Request) -> ASGIApp:
+        body = await self._parse(request, ResponseRequest)
+
+        def make_writer(vocabulary: Vocabulary, model: str, *_: object) -> ResponseWriter:
+            return ResponseWriter(body, vocabulary, model)
+
+        with naming_fields(RESPONSE_FIELDS):
+            return await self._chat(request, response_as_chat(body), make_writer)
+
     async def messages(self, request: Request) -> ASGIApp:
         body = await self._parse(request, MessagesRequest)
 
@@ -152,12 +167,12 @@ class Api:
             return MessageWriter(model, body.max_tokens)
 
         with naming_fields(MESSAGE_FIELDS):
-            return await self._chat(request, as_chat(body), make_writer)
+            return await self._chat(request, messages_as_chat(body), make_writer)
 
     async def count_tokens(self, request: Request) -> Response:
         body = await self._parse(request, CountTokensRequest)
         with naming_fields(MESSAGE_FIELDS):
-            prompt = await self._format.prompt(as_chat(body))
+            prompt = await self._format.prompt(messages_as_chat(body))
         return _json({"input_tokens": len(prompt.token_ids)})
 
     async def _chat(self, request: Request, body: ChatRequest, make_writer: MakeWriter) -> ASGIApp:

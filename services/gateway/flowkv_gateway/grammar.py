@@ -19,7 +19,7 @@ from flowkv_common.errors import BadRequest, Full, Unavailable
 from flowkv_common.grammar import JSON_OPTIONS
 from flowkv_common.wire.messages import Grammar
 from flowkv_gateway.dates import with_exact_dates
-from flowkv_gateway.schemas import GenerationRequest, ResponseFormat, StructuralTag, StructuredOutputs
+from flowkv_gateway.schemas import ChoicesRequest, ResponseFormat, StructuralTag, StructuredOutputs
 
 # In JSON. It travels in a message of 1 MiB with the request; OpenAI takes schemas of 120,000 characters.
 MAX_GRAMMAR_BYTES = 128 * 1024
@@ -38,7 +38,7 @@ class Wanted(NamedTuple):
     grammar: Grammar
 
 
-def wanted_grammar(request: GenerationRequest) -> Wanted | None:
+def wanted_grammar(request: ChoicesRequest) -> Wanted | None:
     """Raises BadRequest for more than one, for one that says nothing, and for one that is too large."""
     wanted = [
         *_of_response_format(request.response_format),
@@ -102,7 +102,7 @@ def _of_structured_outputs(asked: StructuredOutputs | None) -> Iterator[Wanted]:
         yield Wanted(field, _structural_tag(tag, field))
 
 
-def _of_guided(request: GenerationRequest) -> Iterator[Wanted]:
+def _of_guided(request: ChoicesRequest) -> Iterator[Wanted]:
     """What `structured_outputs` has replaced. Empty values ask for nothing."""
     if request.guided_json not in (None, "", {}):
         yield Wanted("guided_json", json_schema(request.guided_json, "guided_json"))

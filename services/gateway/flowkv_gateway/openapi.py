@@ -10,7 +10,14 @@ import msgspec
 import flowkv_common
 from flowkv_gateway.errors import ANTHROPIC_PATH
 from flowkv_gateway.messages import CountTokensRequest, MessagesRequest
-from flowkv_gateway.schemas import Body, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from flowkv_gateway.schemas import (
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ResponseRequest,
+    TokenizeRequest,
+)
 
 Json = dict[str, Any]
 
@@ -30,6 +37,11 @@ class Operation(NamedTuple):
 OPERATIONS = (
     Operation("/v1/chat/completions", "Continues a chat, whole or as a stream.", ChatRequest),
     Operation("/v1/completions", "Continues texts or token ids, whole or as a stream.", CompletionRequest),
+    Operation(
+        "/v1/responses",
+        "Continues a chat as OpenAI's Responses do, whole or as a stream of events.",
+        ResponseRequest,
+    ),
     Operation(
         "/v1/messages", "Continues a chat as Anthropic's API does, whole or as a stream.", MessagesRequest
     ),

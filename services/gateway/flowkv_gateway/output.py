@@ -24,7 +24,7 @@ from flowkv_gateway.echo import ToldPrompt
 from flowkv_gateway.errors import error_body
 from flowkv_gateway.parsers import Arguments, CallBegins, Content, Event, Reasoning
 from flowkv_gateway.reader import AnswerReader
-from flowkv_gateway.schemas import GenerationRequest, StreamOptions
+from flowkv_gateway.schemas import ChoicesRequest, StreamOptions
 from flowkv_gateway.tokenizer import Vocabulary
 
 Json = dict[str, Any]
@@ -315,7 +315,7 @@ class OpenAIWriter(ReplyWriter):
         self,
         vocabulary: Vocabulary,
         model: str,
-        request: GenerationRequest,
+        request: ChoicesRequest,
         system_fingerprint: str | None = None,
     ) -> None:
         super().__init__()
@@ -444,18 +444,23 @@ class ChatWriter(OpenAIWriter):
         return {"prompt_logprobs": self._ranked(first.prompt)} if first.prompt else {}
 
     def _logprobs(self, deltas: Sequence[Delta]) -> Json:
-        content = []
-        for logprob in [delta.logprob for delta in deltas if delta.logprob is not None]:
-            top = [self._token(token_id, value) for token_id, value in logprob.top]
-            content.append({**self._token(logprob.token_id, logprob.logprob), "top_logprobs": top})
+        logprobs = [delta.logprob for delta in deltas if delta.logprob is not None]
+        content = [token_logprob(self._vocabulary, logprob) for logprob in logprobs]
         return {"content": content, "refusal": None}
 
-    def _token(self, token_id: int, logprob: float) -> Json:
+
+def token_logprob(vocabulary: Vocabulary, logprob: TokenLogprob) -> Json:
+    """A token and the likeliest ones in its place, as OpenAI's chats and responses show them."""
+
+    def token(token_id: int, value: float) -> Json:
         return {
-            "token": self._vocabulary.token_text(token_id),
-            "logprob": _finite(logprob),
-            "bytes": list(self._vocabulary.token_bytes(token_id)),
+            "token": vocabulary.token_text(token_id),
+            "logprob": _finite(value),
+            "bytes": list(vocabulary.token_bytes(token_id)),
         }
+
+    top = [token(token_id, value) for token_id, value in logprob.top]
+    return {**token(logprob.token_id, logprob.logprob), "top_logprobs": top}
 
 
 def _told(events: Iterable[Event]) -> Json:

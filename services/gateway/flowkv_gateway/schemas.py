@@ -127,12 +127,10 @@ class StructuredOutputs(msgspec.Struct):
 
 
 class GenerationRequest(Body, kw_only=True):
-    """What both endpoints have in common."""
+    """What chats, completions and responses have in common."""
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: PositiveCount | None = None
-    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None
     stop_token_ids: StopIds | None = None
     include_stop_str_in_output: bool | None = None
@@ -152,14 +150,11 @@ class GenerationRequest(Body, kw_only=True):
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=_MAX_INT)] | None = None  # -1: to the room there is
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Any = None  # the next ones are what `structured_outputs` replaced
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
-    prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    return_token_ids: bool | None = None  # vLLM's: the ids of the output tokens beside the text
     priority: Annotated[int, Meta(ge=-_MAX_INT, le=_MAX_INT)] | None = None
     service_tier: str | None = None  # there is one: `default`
     user: str | None = None  # for the log
@@ -169,10 +164,23 @@ class GenerationRequest(Body, kw_only=True):
         options = self.stream_options or StreamOptions()
         if (options.include_usage or options.continuous_usage_stats) and not self.stream:
             raise BadRequest("stream_options is only allowed with stream.", field="stream_options")
-        if self.prompt_logprobs is not None and self.stream:
-            raise BadRequest("prompt_logprobs can't be streamed.", field="prompt_logprobs")
         if self.truncate_prompt_tokens == 0:
             raise BadRequest("A prompt must keep at least one token.", field="truncate_prompt_tokens")
+
+
+class ChoicesRequest(GenerationRequest, kw_only=True):
+    """What chats and completions have in common: an answer may have several choices."""
+
+    max_tokens: PositiveCount | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    response_format: ResponseFormat | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    return_token_ids: bool | None = None  # vLLM's: the ids of the output tokens beside the text
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt_logprobs is not None and self.stream:
+            raise BadRequest("prompt_logprobs can't be streamed.", field="prompt_logprobs")
 
     @property
     def num_samples(self) -> int:
@@ -185,7 +193,7 @@ class GenerationRequest(Body, kw_only=True):
         return self.prompt_logprobs
 
 
-class ChatRequest(GenerationRequest, kw_only=True):
+class ChatRequest(ChoicesRequest, kw_only=True):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[ChatMessage]
@@ -214,7 +222,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
             raise BadRequest("top_logprobs needs logprobs to be true.", field="top_logprobs")
 
 
-class CompletionRequest(GenerationRequest, kw_only=True):
+class CompletionRequest(ChoicesRequest, kw_only=True):
     """Body of `POST /v1/completions`. The prompt is a text, token ids, or a list of either."""
 
     prompt: str | Annotated[list[str | int | list[int]], Meta(min_length=1)]
@@ -251,6 +259,90 @@ class CompletionRequest(GenerationRequest, kw_only=True):
             raise BadRequest(
                 "The best answers are known at their end: leave out stream, or best_of.", field="best_of"
             )
+
+
+class InputItem(msgspec.Struct):
+    """A message, or what its `type` says: that tells which of the other fields it has."""
+
+    type: str | None = None
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: str | list[ContentPart | str] | None = None
+    summary: list[ContentPart] | None = None
+    name: str | None = None
+    arguments: Any = None
+    call_id: str | None = None
+    output: str | list[ContentPart | str] | None = None
+
+
+class FunctionTool(msgspec.Struct):
+    type: str
+    name: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class TextFormat(msgspec.Struct, omit_defaults=True):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | bool | None = None
+    strict: bool | None = None
+
+
+class TextConfig(msgspec.Struct):
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+class ReasoningConfig(msgspec.Struct):
+    """`summary` changes nothing: what a model has thought is shown itself."""
+
+    effort: str | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+# What answers have of these is all there is: no tools run here.
+Included = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+
+
+class ResponseRequest(GenerationRequest, kw_only=True):
+    """Body of `POST /v1/responses`."""
+
+    input: str | list[InputItem]
+    instructions: str | None = None
+    max_output_tokens: PositiveCount | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    include: list[Included] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # vLLM's
+    metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
+    store: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_logprobs and not self.shows_logprobs:
+            raise BadRequest(
+                "top_logprobs needs include to have message.output_text.logprobs.", field="top_logprobs"
+            )
+
+    @property
+    def shows_logprobs(self) -> bool:
+        return "message.output_text.logprobs" in (self.include or ())
 
 
 class TokenizeRequest(Body, kw_only=True):
@@ -304,7 +396,9 @@ def _check_conversation(request: ChatRequest | TokenizeRequest) -> None:
 # --- fields that are known and not served -------------------------------------------------------------
 
 _CHAT, _COMPLETIONS, _TOKENIZE = (ChatRequest,), (CompletionRequest,), (TokenizeRequest,)
+_RESPONSES = (ResponseRequest,)
 _BOTH = (*_CHAT, *_COMPLETIONS)
+_ALL = (*_BOTH, *_RESPONSES)
 _UNLESS_TRUE: Sequence[Any] = (None, False)
 _UNLESS_GIVEN: Sequence[Any] = (None,)
 _UNLESS_FILLED: Sequence[Any] = (None, [], {}, "")
@@ -319,39 +413,50 @@ class Refused(NamedTuple):
     reason: str
 
 
-_CONSTRAINED = "use `response_format` or `structured_outputs`"
 _REASONING = "the model decides how long it thinks"
 
 REFUSED = [
     *(
-        Refused(name, _BOTH, _UNLESS_FILLED, _CONSTRAINED)
+        Refused(name, bodies, _UNLESS_FILLED, f"use `{format}` or `structured_outputs`")
+        for bodies, format in ((_BOTH, "response_format"), (_RESPONSES, "text.format"))
         for name in ("structural_tag", "regex", "ebnf", "grammar", "json_schema")
     ),
-    Refused("guided_whitespace_pattern", _BOTH, _UNLESS_FILLED, "JSON has the spaces that are usual"),
+    Refused("guided_whitespace_pattern", _ALL, _UNLESS_FILLED, "JSON has the spaces that are usual"),
     Refused("functions", _CHAT, _UNLESS_FILLED, "use `tools`, which replaced it"),
     Refused("function_call", _CHAT, (None, "none", "auto"), "use `tool_choice`, which replaced it"),
-    Refused("thinking_token_budget", _BOTH, (None, -1), _REASONING),
+    Refused("thinking_token_budget", _ALL, (None, -1), _REASONING),
     Refused("verbosity", _CHAT, (None, "medium"), "models are not told how long to answer"),
     Refused("modalities", _CHAT, (None, [], ["text"]), "answers are text"),
     Refused("audio", _CHAT, _UNLESS_GIVEN, "answers are text"),
     Refused("web_search_options", _CHAT, _UNLESS_GIVEN, "nothing is looked up"),
-    Refused("moderation", _CHAT, _UNLESS_GIVEN, "nothing is moderated"),
-    Refused("echo", _CHAT, _UNLESS_TRUE, "answers hold what is new"),
+    Refused("moderation", (*_CHAT, *_RESPONSES), _UNLESS_GIVEN, "nothing is moderated"),
+    Refused("echo", (*_CHAT, *_RESPONSES), _UNLESS_TRUE, "answers hold what is new"),
     Refused("suffix", _COMPLETIONS, (None, ""), "text is continued at its end only"),
     Refused("prompt_embeds", _COMPLETIONS, _UNLESS_FILLED, "a prompt is text or token ids"),
     Refused("max_completion_tokens", _COMPLETIONS, _UNLESS_GIVEN, "it is called `max_tokens` here"),
-    Refused("use_beam_search", _BOTH, _UNLESS_TRUE, "answers are sampled one by one"),
-    Refused("truncation_side", _BOTH, (None, "left"), "the end of a prompt is what is kept"),
-    Refused("logprob_token_ids", _BOTH, _UNLESS_FILLED, "log probabilities are of the most likely tokens"),
+    Refused("use_beam_search", _ALL, _UNLESS_TRUE, "answers are sampled one by one"),
+    Refused("truncation_side", _ALL, (None, "left"), "the end of a prompt is what is kept"),
+    Refused("logprob_token_ids", _ALL, _UNLESS_FILLED, "log probabilities are of the most likely tokens"),
     Refused("return_tokens_as_token_ids", _BOTH, _UNLESS_TRUE, "use `return_token_ids`"),
-    Refused("watermarking", _BOTH, _UNLESS_TRUE, "nothing is marked"),
-    Refused("repetition_detection", _BOTH, _UNLESS_GIVEN, "use `repetition_penalty`"),
+    Refused("watermarking", _ALL, _UNLESS_TRUE, "nothing is marked"),
+    Refused("repetition_detection", _ALL, _UNLESS_GIVEN, "use `repetition_penalty`"),
     Refused("return_prompt_text", _CHAT, _UNLESS_TRUE, "use `/tokenize` and `/detokenize`"),
     Refused("return_token_strs", _TOKENIZE, _UNLESS_TRUE, "use `/detokenize`"),
-    Refused("cache_salt", _BOTH, _UNLESS_GIVEN, "all requests share the prefix cache"),
-    Refused("kv_transfer_params", _BOTH, _UNLESS_FILLED, "the scheduler chooses the nodes"),
-    Refused("ec_transfer_params", _BOTH, _UNLESS_FILLED, "the scheduler chooses the nodes"),
-    Refused("vllm_xargs", _BOTH, _UNLESS_FILLED, "there are no extensions"),
+    Refused("cache_salt", _ALL, _UNLESS_GIVEN, "all requests share the prefix cache"),
+    Refused("kv_transfer_params", _ALL, _UNLESS_FILLED, "the scheduler chooses the nodes"),
+    Refused("ec_transfer_params", _ALL, _UNLESS_FILLED, "the scheduler chooses the nodes"),
+    Refused("vllm_xargs", _ALL, _UNLESS_FILLED, "there are no extensions"),
+    Refused("background", _RESPONSES, _UNLESS_TRUE, "an answer is made while its client waits"),
+    Refused("conversation", _RESPONSES, _UNLESS_FILLED, "send what was said before in `input`"),
+    Refused("previous_response_id", _RESPONSES, _UNLESS_GIVEN, "send what was said before in `input`"),
+    Refused("prompt", _RESPONSES, _UNLESS_GIVEN, "no prompts are kept here"),
+    Refused("context_management", _RESPONSES, _UNLESS_FILLED, "a history is shortened by its client"),
+    Refused("n", _RESPONSES, (None, 1), "a response is one answer"),
+    Refused("max_tokens", _RESPONSES, _UNLESS_GIVEN, "it is called `max_output_tokens` here"),
+    Refused("max_completion_tokens", _RESPONSES, _UNLESS_GIVEN, "it is called `max_output_tokens` here"),
+    Refused("response_format", _RESPONSES, _UNLESS_GIVEN, "it is called `text.format` here"),
+    Refused("prompt_logprobs", _RESPONSES, _UNLESS_GIVEN, "responses have no place for them"),
+    Refused("return_token_ids", _RESPONSES, _UNLESS_TRUE, "responses have no place for them"),
 ]
 
 # --- from bytes to a body -----------------------------------------------------------------------------
