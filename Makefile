@@ -8,11 +8,13 @@ MIXED   ?= 0
 SCHEDULER ?= 1
 MODEL   ?=
 PORT    ?= 8000
+# Clients that the suite of clients tries: each folder has an environment of its own.
+CLIENTS := .venv-clients
 # `make compose-test SHORT=1`: only the API, its errors, and what a stranger can do.
 SHORT   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full compose-test lint fmt clean
+.PHONY: help install up test test-full compose-test clients lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -52,6 +54,19 @@ compose-test: $(VENV)/ready-dev ## the composed system on a Docker Engine: built
 	@$(PY) -m flowkv_engine.engine.fetch
 	$(PY) -m pytest -m compose $(if $(SHORT),tests/compose/test_suites.py tests/compose/test_security.py -k "not identity",tests/compose)
 
+$(CLIENTS)/%/ready: tests/clients/%/requirements.txt
+	@echo "[make] installing the clients of $<"
+	$(PYTHON) -m venv $(CLIENTS)/$*
+	$(CLIENTS)/$*/bin/pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
+tests/clients/node/node_modules: tests/clients/node/package-lock.json
+	cd tests/clients/node && npm ci --no-audit --no-fund
+	@touch $@
+
+clients: $(VENV)/ready-dev $(CLIENTS)/current/ready $(CLIENTS)/openai2/ready tests/clients/node/node_modules ## unmodified clients (openai, anthropic, LangChain, AI SDK, ...) against a cluster
+	$(PY) -m tests.clients
+
 lint: $(VENV)/ready-dev ## ruff, mypy --strict, import boundaries
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -64,4 +79,4 @@ fmt: $(VENV)/ready-dev ## format the code
 	$(VENV)/bin/ruff format .
 
 clean: ## remove the virtual environment and all that was built
-	rm -rf $(VENV) .run .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) tests/clients/node/node_modules .run .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -79,6 +79,11 @@ def with_schema(schema: Any) -> dict[str, Any]:
         ({"guided_regex": "a"}, "guided_regex", Grammar(kind="regex", text="a")),
         ({"guided_choice": ["a"]}, "guided_choice", Grammar(kind="lark", text='start: "a"')),
         ({"guided_grammar": "start: /a/"}, "guided_grammar", Grammar(kind="ebnf", text="start: /a/")),
+        (  # as guidance asks servers of any age
+            {"structured_outputs": {"grammar": "start: /a/"}, "guided_grammar": "start: /a/"},
+            "structured_outputs.grammar",
+            Grammar(kind="ebnf", text="start: /a/"),
+        ),
     ],
     ids=str,
 )

@@ -39,7 +39,10 @@ class Wanted(NamedTuple):
 
 
 def wanted_grammar(request: ChoicesRequest) -> Wanted | None:
-    """Raises BadRequest for more than one, for one that says nothing, and for one that is too large."""
+    """Raises BadRequest for two that differ, for one that says nothing, and for one that is too large.
+
+    Clients may ask for the same twice, by vLLM's older and newer field.
+    """
     wanted = [
         *_of_response_format(request.response_format),
         *_of_structured_outputs(request.structured_outputs),
@@ -47,7 +50,7 @@ def wanted_grammar(request: ChoicesRequest) -> Wanted | None:
     ]
     if not wanted:
         return None
-    if len(wanted) > 1:
+    if any(one.grammar != wanted[0].grammar for one in wanted):
         names = " and ".join(one.field for one in wanted)
         raise BadRequest(f"An answer has one format: {names} can't be given together.", field=wanted[1].field)
     return check_size(wanted[0])

@@ -1,0 +1,64 @@
+"""LangChain by its package for OpenAI."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+from langchain.agents import create_agent
+from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
+from langchain_core.tools import tool
+from langchain_openai import ChatOpenAI
+from pydantic import SecretStr
+
+from tests.clients.conftest import Served
+from tests.clients.weather import PARIS, SAID, SAID_AS_JSON, TYPED_WEATHER, WEATHER, Report, get_weather
+
+pytestmark = pytest.mark.client("langchain-openai")
+os.environ["LANGSMITH_TRACING"] = "false"
+
+
+def chat(served: Served, **fields: Any) -> ChatOpenAI:
+    return ChatOpenAI(base_url=served.url, api_key=SecretStr("none"), model=served.model, **fields)
+
+
+def test_stream(scripted: Served) -> None:
+    chunks = list(chat(scripted).stream("Hello"))
+    assert "".join(str(chunk.content) for chunk in chunks) == "Hello! How can I help?"
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+def test_with_structured_output(model: Served, scripted: Served, method: Any) -> None:
+    words = SAID if method == "function_calling" else SAID_AS_JSON
+    assert chat(scripted).with_structured_output(Report, method=method).invoke(words) == PARIS
+    if method != "json_mode":  # there the prompt has to tell the schema, which a small model won't keep to
+        found = chat(model, max_tokens=80).with_structured_output(Report, method=method).invoke(words)
+        assert isinstance(found, Report)
+
+
+def test_bind_tools(model: Served, scripted: Served) -> None:
+    message: Any = chat(scripted).bind_tools([get_weather]).invoke(WEATHER)
+    assert [call["args"] for call in message.tool_calls] == [{"city": "Paris"}]
+    forced: Any = chat(model, max_tokens=80).bind_tools([get_weather], tool_choice="any", strict=True)
+    assert forced.invoke(WEATHER).tool_calls[0]["name"] == "get_weather"
+
+
+def test_agent_of_two_steps(scripted: Served) -> None:
+    agent: Any = create_agent(chat(scripted), [tool(get_weather)])
+    state = agent.invoke({"messages": [("user", WEATHER)]})
+    assert [message.type for message in state["messages"]] == ["human", "ai", "tool", "ai"]
+    assert state["messages"][-1].content == "It is 18 degrees."
+
+
+@pytest.mark.parametrize("strategy", [ToolStrategy, ProviderStrategy])
+def test_typed_agent(scripted: Served, strategy: Any) -> None:
+    words = WEATHER if strategy is ToolStrategy else TYPED_WEATHER
+    agent: Any = create_agent(chat(scripted), [tool(get_weather)], response_format=strategy(Report))
+    assert agent.invoke({"messages": [("user", words)]})["structured_response"] == PARIS
+
+
+def test_responses_agent_of_two_steps(scripted: Served) -> None:
+    agent: Any = create_agent(chat(scripted, use_responses_api=True), [tool(get_weather)])
+    state = agent.invoke({"messages": [("user", WEATHER)]})
+    assert state["messages"][-1].text == "It is 18 degrees."

@@ -1,0 +1,32 @@
+"""OpenAI's Agents SDK, by Chat Completions and by Responses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import agents
+import openai
+import pytest
+
+from tests.clients.conftest import Served
+from tests.clients.weather import PARIS, TYPED_WEATHER, WEATHER, Report, get_weather
+
+pytestmark = pytest.mark.client("openai-agents")
+agents.set_tracing_disabled(True)
+
+
+@pytest.fixture(params=[agents.OpenAIChatCompletionsModel, agents.OpenAIResponsesModel])
+def chat(request: pytest.FixtureRequest, scripted: Served) -> Any:
+    client = openai.AsyncOpenAI(base_url=scripted.url, api_key="none")
+    return request.param(model=scripted.model, openai_client=client)
+
+
+def test_agent_of_two_steps(chat: Any) -> None:
+    agent: Any = agents.Agent(name="a", model=chat, tools=[agents.function_tool(get_weather)])
+    assert agents.Runner.run_sync(agent, WEATHER).final_output == "It is 18 degrees."
+
+
+def test_typed_agent(chat: Any) -> None:
+    tools: Any = [agents.function_tool(get_weather)]
+    agent: Any = agents.Agent(name="a", model=chat, tools=tools, output_type=Report)
+    assert agents.Runner.run_sync(agent, TYPED_WEATHER).final_output == PARIS

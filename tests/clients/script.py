@@ -1,0 +1,44 @@
+"""What the scripted model answers: the first line all of whose words are in the prompt.
+
+The clients' tests ask in these words. A line for a later step has the words of the step before, so it stands
+before that.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+from tests.told_answers import ANSWERS, called
+
+NO_LINE = "The script has no line for this."
+REPORT = {"city": "Paris", "degrees": 18}
+
+
+class Line(NamedTuple):
+    words: tuple[str, ...]
+    answer: str
+
+
+def _call_of(name: str) -> tuple[Line, Line]:
+    """Where the report is asked for as a call of this function, after the weather if that can be had."""
+    named, report = f'"name": "{name}"', called(name, **REPORT)
+    return Line((named, "<tool_response>"), report), Line((named, "18 degrees in Paris"), report)
+
+
+LINES = (
+    # Names by which clients ask for typed output with a call.
+    *_call_of("final_result"),
+    *_call_of("Report"),
+    *_call_of("PartialReport"),
+    Line(("as JSON", "<tool_response>"), json.dumps(REPORT)),
+    Line(("as JSON", "18 degrees in Paris"), json.dumps(REPORT)),
+    Line(("Think first", "17 + 25"), "<think>\nTen and thirty, two more.\n</think>\n\n42"),
+    *(Line((words,), answer) for words, answer in ANSWERS.items()),
+    Line(("Hello",), "Hello! How can I help?"),
+)
+
+
+def answer_to(prompt: str) -> str:
+    """`prompt` is the rendered conversation."""
+    return next((line.answer for line in LINES if all(word in prompt for word in line.words)), NO_LINE)
