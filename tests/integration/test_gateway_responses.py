@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -213,6 +214,66 @@ async def test_what_the_coding_agents_of_this_api_send(gateway: Gateway) -> None
     assert (names[0], names[-1]) == ("response.created", "response.completed")
 
 
-async def test_nothing_is_stored(gateway: Gateway) -> None:
-    refused = await gateway.http.post(PATH, json={"input": "hi", "previous_response_id": "resp_1"})
+# --- stored responses -------------------------------------------------------------------------------------
+
+
+async def test_nothing_is_stored_unless_that_was_set(gateway: Gateway) -> None:
+    response = await gateway.client.responses.create(model=MODEL, input="hi")
+    assert response.model_dump()["store"] is False
+    refused = await gateway.http.post(PATH, json={"input": "hi", "previous_response_id": response.id})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "previous_response_id")
+    for ask in (gateway.client.responses.retrieve, gateway.client.responses.delete):
+        with pytest.raises(openai.NotFoundError):
+            await ask(response.id)
+
+
+async def test_a_stored_response_is_gone_on_from(thinking: Tokenizer) -> None:
+    async with serving(thinking, text="I ask.</think>\n\nWell.", response_store=2) as gateway:
+        gateway.dispatch.card = msgspec.structs.replace(CARD, max_model_len=2000)
+        responses = gateway.client.responses
+        first = await responses.create(model=MODEL, input="Hi.", instructions="You code.")
+        assert first.model_dump()["store"] is True
+        async with responses.stream(model=MODEL, input="And?", previous_response_id=first.id) as stream:
+            second = await stream.get_final_response()
+        assert second.previous_response_id == first.id
+        prompt = await thinking.decode(gateway.dispatch.asked[-1].prompt_ids)
+        said = "user\nHi.<|end|>\n<|start|>assistant\n<think>I ask.</think>Well.<|end|>\n<|start|>user\nAnd?"
+        assert prompt.startswith(f"<|start|>{said}<|end|>")  # without the instructions
+        kept = await responses.retrieve(second.id)
+        assert kept.model_dump()["usage"] == second.model_dump()["usage"]
+        message = kept.output[1]
+        assert message.type == "message"
+        assert message.id == second.output[1].to_dict()["id"]
+        listed = (await responses.input_items.list(second.id, order="asc")).data
+        assert [item.type for item in listed] == ["message", "reasoning", "message", "message"]
+
+        again: Any = [
+            {"role": "user", "content": "Hi."},
+            {"type": "item_reference", "id": message.id},
+        ]
+        third = await responses.create(model=MODEL, input=again, store=False)
+        prompt = await thinking.decode(gateway.dispatch.asked[-1].prompt_ids)
+        assert "assistant\nWell.<|end|>" in prompt
+        with pytest.raises(openai.NotFoundError):
+            await responses.retrieve(third.id)
+        await responses.delete(second.id)
+        for gone in (second.id, "resp_none"):
+            with pytest.raises(openai.BadRequestError) as refused:
+                await responses.create(model=MODEL, input="And?", previous_response_id=gone)
+            assert refused.value.code == "previous_response_not_found"
+        refused_stream = await gateway.http.get(f"{PATH}/{first.id}", params={"stream": "true"})
+        assert (refused_stream.status_code, refused_stream.json()["error"]["param"]) == (400, "stream")
+
+
+async def test_a_key_sees_its_own_responses_alone(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("alice sk-alice\nbob sk-bob\n")
+    settings: dict[str, Any] = {"api_keys_file": str(tmp_path / "keys"), "response_store": 5}
+    async with serving(tokenizer, **settings) as gateway:
+        alice, bob = (
+            gateway.client.with_options(api_key=f"sk-{name}").responses for name in ("alice", "bob")
+        )
+        response = await alice.create(model=MODEL, input="hi")
+        assert (await alice.retrieve(response.id)).id == response.id
+        for ask in (bob.retrieve, bob.delete, bob.input_items.list):
+            with pytest.raises(openai.NotFoundError):
+                await ask(response.id)

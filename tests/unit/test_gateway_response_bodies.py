@@ -9,7 +9,7 @@ import pytest
 
 from flowkv_common.errors import BadRequest
 from flowkv_gateway.chat import for_template
-from flowkv_gateway.responses import as_chat
+from flowkv_gateway.responses import as_chat, input_items
 from flowkv_gateway.schemas import ChatRequest, InputItem, ResponseRequest, parse_request
 
 HI: dict[str, Any] = {"role": "user", "content": "hi"}
@@ -32,7 +32,8 @@ ANSWER = {
 
 
 def chat_of(**fields: Any) -> ChatRequest:
-    return as_chat(parse_request(json.dumps({"input": "hi", **fields}).encode(), ResponseRequest))
+    body = parse_request(json.dumps({"input": "hi", **fields}).encode(), ResponseRequest)
+    return as_chat(body, input_items(body))
 
 
 def rendered(*items: Any, **fields: Any) -> list[dict[str, Any]]:
@@ -91,12 +92,13 @@ def test_forms_of_a_text(content: Any) -> None:
 
 
 def test_history_comes_first() -> None:
+    before = InputItem(role="user", content="before")
     body = parse_request(b'{"input": [{"role": "user"}]}', ResponseRequest)
     with pytest.raises(BadRequest) as refused:
-        as_chat(body, [InputItem(role="user", content="before")])
+        as_chat(body, [before, *input_items(body)], 1)
     assert refused.value.field == "input[0].content"
     body = parse_request(b'{"input": "now", "instructions": "You code."}', ResponseRequest)
-    chat = as_chat(body, [InputItem(role="user", content="before")])
+    chat = as_chat(body, [before, *input_items(body)], 1)
     assert [turn["content"] for turn in for_template(chat.messages)] == ["You code.", "before", "now"]
 
 
@@ -198,7 +200,7 @@ def part(**fields: Any) -> list[Any]:
         ({"store": "maybe"}, "store"),
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"previous_response_id": 5}, "previous_response_id"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),
         ({"context_management": [{"type": "compaction"}]}, "context_management"),
         ({"moderation": {"model": "m"}}, "moderation"),

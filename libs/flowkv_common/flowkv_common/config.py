@@ -69,6 +69,9 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
     trust_request_chat_template: Annotated[
         bool, "take a `chat_template` from requests: a program, which can hold the gateway up"
     ] = False
+    response_store: Annotated[
+        int, "the newest responses of `/v1/responses` that are kept in memory, up to 256 MiB; 0: none"
+    ] = 0
     request_timeout_s: Annotated[Seconds, "longest time that an answer may take"] = 600.0
     max_body_bytes: Annotated[Bytes, "a longer body of a request gets 413"] = 4 * 1024 * 1024
     send_timeout_s: Annotated[Seconds, "a stream that is not read for this long is cut off"] = 30.0
@@ -106,10 +109,10 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
         super().__post_init__()
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ValueError("FLOWKV_TLS_CERT and FLOWKV_TLS_KEY: one needs the other")
-        for name in ("key_max_requests", "key_tokens_per_minute"):
+        for name in ("key_max_requests", "key_tokens_per_minute", "response_store"):
             if (limit := getattr(self, name)) < 0:
                 raise ValueError(f"FLOWKV_{name.upper()} is {limit}, it must be 0 or more")
-            if limit and not self.api_keys_file:
+            if limit and name.startswith("key_") and not self.api_keys_file:
                 raise ValueError(f"FLOWKV_{name.upper()} needs FLOWKV_API_KEYS_FILE: it limits keys")
 
 

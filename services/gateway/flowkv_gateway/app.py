@@ -7,6 +7,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,9 +57,11 @@ from flowkv_gateway.prompts import (
     plan,
     service_goals,
 )
+from flowkv_gateway.response_store import ResponseStore, page_of_items
 from flowkv_gateway.response_writer import ResponseWriter
 from flowkv_gateway.responses import FIELD_NAMES as RESPONSE_FIELDS
 from flowkv_gateway.responses import as_chat as response_as_chat
+from flowkv_gateway.responses import input_items
 from flowkv_gateway.schemas import (
     Body,
     ChatRequest,
@@ -106,6 +109,7 @@ class Api:
         self._set_names = listed(settings.model_names) or [settings.model_name]
         self._metrics = GatewayMetrics(registry, self._known_model_name, dispatch.load)
         self._tenants = Tenants(settings.key_max_requests, settings.key_tokens_per_minute)
+        self._stored_responses = ResponseStore(settings.response_store)
         self._created = int(time.time())
         self._description = msgspec.json.encode(openapi_document())  # takes 3 ms to make
         app = Starlette(
@@ -113,6 +117,9 @@ class Api:
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.completions, methods=["POST"]),
                 Route("/v1/responses", self.responses, methods=["POST"]),
+                Route("/v1/responses/{response_id}", self.stored_response),
+                Route("/v1/responses/{response_id}", self.delete_response, methods=["DELETE"]),
+                Route("/v1/responses/{response_id}/input_items", self.response_input),
                 Route("/v1/messages", self.messages, methods=["POST"]),
                 Route("/v1/messages/count_tokens", self.count_tokens, methods=["POST"]),
                 Route("/v1/models", self.models),
@@ -143,7 +150,7 @@ class Api:
             self.app = CORSMiddleware(
                 app,
                 allow_origins=origins,
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
                 expose_headers=["x-request-id", "request-id", "retry-after"],
             )
@@ -153,12 +160,32 @@ class Api:
 
     async def responses(self, request: Request) -> ASGIApp:
         body = await self._parse(request, ResponseRequest)
+        stored, key_name = self._stored_responses, request.scope[KEY_NAME]
+        history = stored.history(key_name, body.previous_response_id)
+        items = [*history, *stored.resolved(key_name, input_items(body))]
+        is_stored = stored.max_responses > 0 and body.store is not False
 
         def make_writer(vocabulary: Vocabulary, model: str, *_: object) -> ResponseWriter:
-            return ResponseWriter(body, vocabulary, model)
+            store = partial(stored.add, key_name, items) if is_stored else None
+            return ResponseWriter(body, vocabulary, model, store)
 
         with naming_fields(RESPONSE_FIELDS):
-            return await self._chat(request, response_as_chat(body), make_writer)
+            return await self._chat(request, response_as_chat(body, items, len(history)), make_writer)
+
+    async def stored_response(self, request: Request) -> Response:
+        if request.query_params.get("stream") == "true":
+            raise BadRequest("A stored response can't be streamed.", field="stream")
+        stored = self._stored_responses.get(request.scope[KEY_NAME], request.path_params["response_id"])
+        return Response(stored.response, media_type="application/json")
+
+    async def delete_response(self, request: Request) -> Response:
+        response_id = request.path_params["response_id"]
+        self._stored_responses.delete(request.scope[KEY_NAME], response_id)
+        return _json({"id": response_id, "object": "response", "deleted": True})
+
+    async def response_input(self, request: Request) -> Response:
+        stored = self._stored_responses.get(request.scope[KEY_NAME], request.path_params["response_id"])
+        return _json(page_of_items(stored, request.query_params))
 
     async def messages(self, request: Request) -> ASGIApp:
         body = await self._parse(request, MessagesRequest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,11 @@ class Operation(NamedTuple):
     summary: str
     body: type[Body] | None = None
     answer: str = "application/json"
+    deletes: bool = False
+
+    @property
+    def method(self) -> str:
+        return "delete" if self.deletes else "post" if self.body else "get"
 
 
 OPERATIONS = (
@@ -42,6 +48,9 @@ OPERATIONS = (
         "Continues a chat as OpenAI's Responses do, whole or as a stream of events.",
         ResponseRequest,
     ),
+    Operation("/v1/responses/{response_id}", "A response that was stored."),
+    Operation("/v1/responses/{response_id}", "Deletes a response that was stored.", deletes=True),
+    Operation("/v1/responses/{response_id}/input_items", "The items that such a response answers."),
     Operation(
         "/v1/messages", "Continues a chat as Anthropic's API does, whole or as a stream.", MessagesRequest
     ),
@@ -100,7 +109,7 @@ def openapi_document() -> Json:
     return {
         "openapi": "3.1.0",
         "info": {"title": "FlowKV", "version": flowkv_common.__version__},
-        "paths": {operation.path: _path(operation) for operation in OPERATIONS},
+        "paths": _paths(),
         "components": {
             "schemas": {**schemas, "Error": _ERROR, "MessagesError": _ANTHROPIC_ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -109,7 +118,14 @@ def openapi_document() -> Json:
     }
 
 
-def _path(operation: Operation) -> Json:
+def _paths() -> Json:
+    paths: Json = {}
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method] = _described(operation)
+    return paths
+
+
+def _described(operation: Operation) -> Json:
     is_anthropic = operation.path.startswith(ANTHROPIC_PATH)
     error = {"$ref": f"#/components/schemas/{'MessagesError' if is_anthropic else 'Error'}"}
     described: Json = {
@@ -119,12 +135,11 @@ def _path(operation: Operation) -> Json:
             "default": {"description": "an error", "content": {"application/json": {"schema": error}}},
         },
     }
-    if name := operation.path.partition("{")[2].rstrip("}"):
+    if names := re.findall(r"{(\w+)}", operation.path):
         described["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
         ]
-    if operation.body is None:
-        return {"get": described}
-    schema = {"$ref": f"#/components/schemas/{operation.body.__name__}"}
-    described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    return {"post": described}
+    if operation.body is not None:
+        schema = {"$ref": f"#/components/schemas/{operation.body.__name__}"}
+        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return described

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -27,10 +27,18 @@ class ResponseWriter(ReplyWriter):
 
     id_prefix = "resp_"
 
-    def __init__(self, request: ResponseRequest, vocabulary: Vocabulary, model: str) -> None:
+    def __init__(
+        self,
+        request: ResponseRequest,
+        vocabulary: Vocabulary,
+        model: str,
+        store: Callable[[Json], None] | None = None,
+    ) -> None:
+        """`store` gets the response when it has ended."""
         super().__init__()
         self._vocabulary = vocabulary
-        self._asked = _asked(request)
+        self._asked = {**_asked(request), "store": store is not None}
+        self._store = store
         self._model = model
         self._created_at = int(time.time())
         self._num_events = 0
@@ -82,11 +90,14 @@ class ResponseWriter(ReplyWriter):
         }
 
     def _ended(self, usage: Usage) -> Json:
-        used = _usage(usage)
-        if self._finish_reason == "length":
-            details = {"reason": "max_output_tokens"}
-            return self._response("incomplete", incomplete_details=details, usage=used)
-        return self._response("completed", completed_at=int(time.time()), usage=used)
+        ended: Json = {"completed_at": int(time.time())}
+        is_complete = self._finish_reason != "length"
+        if not is_complete:
+            ended = {"incomplete_details": {"reason": "max_output_tokens"}}
+        response = self._response("completed" if is_complete else "incomplete", usage=_usage(usage), **ended)
+        if self._store is not None:
+            self._store(response)
+        return response
 
     # --- its items -------------------------------------------------------------------------------
 
@@ -211,11 +222,10 @@ def _asked(request: ResponseRequest) -> Json:
         "max_tool_calls": None,
         "metadata": request.metadata or {},
         "parallel_tool_calls": request.parallel_tool_calls is not False,
-        "previous_response_id": None,
+        "previous_response_id": request.previous_response_id,
         "reasoning": msgspec.to_builtins(reasoning),
         "safety_identifier": request.safety_identifier,
         "service_tier": "default",
-        "store": False,
         "temperature": request.temperature,
         "text": {
             "format": msgspec.to_builtins(text.format or TextFormat("text")),

@@ -38,12 +38,18 @@ FIELD_NAMES = {
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "reasoning_text", "summary_text")
 
 
-def as_chat(request: ResponseRequest, history: Sequence[InputItem] = ()) -> ChatRequest:
-    """`history` are the items before the request's. Raises BadRequest for what can't be shown to a model."""
-    items = request.input
-    if isinstance(items, str):
-        items = [InputItem(role="user", content=items)]
-    messages = _conversation(request.instructions, [*history, *items], -len(history))
+def input_items(request: ResponseRequest) -> list[InputItem]:
+    if isinstance(request.input, str):
+        return [InputItem(role="user", content=request.input)]
+    return request.input
+
+
+def as_chat(request: ResponseRequest, items: Sequence[InputItem], num_before: int = 0) -> ChatRequest:
+    """Of all `items`, the first `num_before` were not in the request, but in those that it goes on from.
+
+    Raises BadRequest for what can't be shown to a model.
+    """
+    messages = _conversation(request.instructions, items, -num_before)
     if not messages:
         raise BadRequest("input must not be empty.", field="input")
     verbosity = request.text.verbosity if request.text else None

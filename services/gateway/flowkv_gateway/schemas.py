@@ -43,7 +43,7 @@ EmptyList = Annotated[list[Any], Meta(max_length=0)]
 # image), or can't have been an answer, is refused.
 
 
-class ContentPart(msgspec.Struct):
+class ContentPart(msgspec.Struct, omit_defaults=True):
     type: str
     text: str | None = None
     refusal: str | None = None
@@ -265,6 +265,7 @@ class InputItem(msgspec.Struct):
     """A message, or what its `type` says: that tells which of the other fields it has."""
 
     type: str | None = None
+    id: str | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | list[ContentPart | str] | None = None
     summary: list[ContentPart] | None = None
@@ -331,7 +332,8 @@ class ResponseRequest(GenerationRequest, kw_only=True):
     truncation: Literal["auto", "disabled"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # vLLM's
     metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
-    store: bool | None = None
+    store: bool | None = None  # true where responses are stored
+    previous_response_id: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -448,7 +450,6 @@ REFUSED = [
     Refused("vllm_xargs", _ALL, _UNLESS_FILLED, "there are no extensions"),
     Refused("background", _RESPONSES, _UNLESS_TRUE, "an answer is made while its client waits"),
     Refused("conversation", _RESPONSES, _UNLESS_FILLED, "send what was said before in `input`"),
-    Refused("previous_response_id", _RESPONSES, _UNLESS_GIVEN, "send what was said before in `input`"),
     Refused("prompt", _RESPONSES, _UNLESS_GIVEN, "no prompts are kept here"),
     Refused("context_management", _RESPONSES, _UNLESS_FILLED, "a history is shortened by its client"),
     Refused("n", _RESPONSES, (None, 1), "a response is one answer"),
