@@ -188,6 +188,7 @@ async def test_log_probabilities(tokenizer: Tokenizer) -> None:
 
 async def test_what_the_coding_agents_of_this_api_send(gateway: Gateway) -> None:
     text = {"type": "input_text", "text": "<environment>linux</environment>"}
+    tool = {"type": "function", "name": "shell", "strict": False, "parameters": {"type": "object"}}
     body = {
         "model": MODEL,
         "instructions": "You code.",
@@ -196,9 +197,16 @@ async def test_what_the_coding_agents_of_this_api_send(gateway: Gateway) -> None
             {"type": "message", "role": "user", "content": [text]},
             {"type": "reasoning", "summary": [], "content": None, "encrypted_content": "x"},
             {"type": "function_call", "name": "shell", "arguments": "{}", "call_id": "c1"},
+            {
+                "type": "function_call",
+                "name": "wait",
+                "namespace": "agents",
+                "arguments": "{}",
+                "call_id": "c2",
+            },
             {"type": "function_call_output", "call_id": "c1", "output": "ok"},
         ],
-        "tools": [{"type": "function", "name": "shell", "strict": False, "parameters": {"type": "object"}}],
+        "tools": [tool, {"type": "namespace", "name": "agents", "description": "", "tools": [tool]}],
         "tool_choice": "auto",
         "parallel_tool_calls": False,
         "reasoning": {"effort": "medium", "summary": "auto"},

@@ -143,6 +143,16 @@ def test_what_else_is_asked_for() -> None:
     assert json_object.type == "json_object"
 
 
+def test_functions_of_namespaces() -> None:
+    space = {"type": "namespace", "name": "n", "description": "All of it.", "tools": [TOOL]}
+    chat = chat_of(tools=[TOOL, space, {**space, "name": "o", "tools": [{**TOOL, "description": "One."}]}])
+    assert [tool["function"]["name"] for tool in chat.tools or ()] == ["f", "n__f", "o__f"]
+    described = [tool["function"].get("description") for tool in chat.tools or ()]
+    assert described == [None, "All of it.", "All of it.\nOne."]
+    [_, turn] = rendered(HI, {**CALL, "namespace": "n"})
+    assert turn["tool_calls"][0]["function"]["name"] == "n__f"
+
+
 def part(**fields: Any) -> list[Any]:
     return [HI, HI, {"role": "user", "content": [fields]}]
 
@@ -183,6 +193,8 @@ def part(**fields: Any) -> list[Any]:
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].name"),
         ({"tools": [{**TOOL, "parameters": []}]}, "tools[0].parameters"),
         ({"tools": [{**TOOL, "parameters": {"type": "string"}}]}, "tools[0].parameters.type"),
+        ({"tools": [{"type": "namespace", "tools": [TOOL, {"type": "custom"}]}]}, "tools[0].tools[1].type"),
+        ({"tools": [{"type": "namespace", "tools": [{"type": "function"}]}]}, "tools[0].tools[0].name"),
         ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "web_search_preview"}}, "tool_choice"),

@@ -156,6 +156,18 @@ def test_events_add_up_to_what_the_last_one_says(drawn: list[list[Any]], end: st
     assert last["status"] == {"stop": "completed", "length": "incomplete"}[end]
 
 
+def test_a_call_has_the_namespace_of_its_function() -> None:
+    body = b"""{"input": "hi", "tools": [{"type": "function", "name": "f"}, {"type": "namespace", "name": "n",
+    "tools": [{"type": "function", "name": "f"}]}]}"""
+    one = ResponseWriter(msgspec.json.decode(body, type=ResponseRequest), VOCABULARY, "m")
+    called = delta(CallBegins(0, "n__f"), Arguments(0, "{}"))
+    calls = [called, delta(CallBegins(1, "f"), Arguments(1, "{}"), end="tool_calls")]
+    first, second = msgspec.json.decode(one.whole([calls], used()))["output"]
+    assert (first["name"], first["namespace"]) == ("f", "n")
+    assert second["name"] == "f"
+    assert "namespace" not in second
+
+
 def test_an_answer_that_breaks_off() -> None:
     response = whole(plain("We"), plain("ll", end="length"))
     assert (response["status"], response["completed_at"]) == ("incomplete", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -12,6 +12,7 @@ from flowkv_common.errors import FlowKVError
 from flowkv_gateway.errors import status_of
 from flowkv_gateway.output import Delta, GetUsage, Json, ReplyWriter, Usage, token_logprob
 from flowkv_gateway.parsers import Arguments, CallBegins, Content, Event, Reasoning
+from flowkv_gateway.responses import flat_name
 from flowkv_gateway.schemas import ReasoningConfig, ResponseRequest, TextConfig, TextFormat
 from flowkv_gateway.tokenizer import Vocabulary
 
@@ -37,6 +38,11 @@ class ResponseWriter(ReplyWriter):
         """`store` gets the response when it has ended."""
         super().__init__()
         self._vocabulary = vocabulary
+        self._names: dict[str, Json] = {
+            flat_name(tool.name, inner.name or ""): {"namespace": tool.name, "name": inner.name}
+            for tool in request.tools or ()
+            for inner in tool.tools or ()
+        }
         self._asked = {**_asked(request), "store": store is not None}
         self._store = store
         self._model = model
@@ -125,7 +131,7 @@ class ResponseWriter(ReplyWriter):
             yield from self._complete("incomplete" if reason == "length" else "completed")
 
     def _begin(self, event: Event) -> Iterator[Told]:
-        self._item = _Item(len(self._output), event)
+        self._item = _Item(len(self._output), event, self._names)
         yield from self._item.begin()
 
     def _complete(self, status: str = "completed") -> Iterator[Told]:
@@ -146,10 +152,11 @@ class ResponseWriter(ReplyWriter):
 class _Item:
     """An item of the output while it is written. It begins with `event`.
 
-    The text of a message and of reasoning is in its one part, that of a call are its arguments.
+    The text of a message and of reasoning is in its one part, that of a call are its arguments. `names` has
+    the fields that name functions of namespaces.
     """
 
-    def __init__(self, index: int, event: Event) -> None:
+    def __init__(self, index: int, event: Event, names: Mapping[str, Json]) -> None:
         self.type = _type_of(event)
         self._index = index
         self._part = _PARTS.get(self.type, "")
@@ -158,7 +165,8 @@ class _Item:
         self._logprobs: list[Json] = []
         self._head: Json = {"id": f"{_ID_PREFIXES[self.type]}{secrets.token_hex(12)}", "type": self.type}
         if isinstance(event, CallBegins):
-            self._head |= {"call_id": event.id or f"call_{secrets.token_hex(12)}", "name": event.name}
+            self._head["call_id"] = event.id or f"call_{secrets.token_hex(12)}"
+            self._head |= names.get(event.name, {"name": event.name})
         else:
             more: Json = {"role": "assistant"} if self.type == "message" else {"summary": []}
             self._head |= more

@@ -6,11 +6,9 @@ be lost (an image), or belongs to a tool that runs on a server (a web search), i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
-
-import msgspec
 
 from flowkv_common.errors import BadRequest
 from flowkv_gateway.schemas import (
@@ -24,6 +22,7 @@ from flowkv_gateway.schemas import (
     JsonSchemaFormat,
     ResponseFormat,
     ResponseRequest,
+    ResponseTool,
     TextConfig,
     ToolCall,
 )
@@ -68,7 +67,7 @@ def as_chat(request: ResponseRequest, items: Sequence[InputItem], num_before: in
         max_completion_tokens=request.max_output_tokens,
         logprobs=request.shows_logprobs,
         top_logprobs=request.top_logprobs,
-        tools=[_function(tool, f"tools[{place}]") for place, tool in enumerate(request.tools or ())] or None,
+        tools=list(_functions(request.tools or ())) or None,
         tool_choice=_tool_choice(request.tool_choice),
         parallel_tool_calls=request.parallel_tool_calls,
         reasoning_effort=request.reasoning.effort if request.reasoning else None,
@@ -126,7 +125,7 @@ def _turn(item: InputItem, field: str) -> ChatMessage | None:
     if kind == "function_call":
         if not item.name:
             raise BadRequest("A function has a name.", field=f"{field}.name")
-        call = ToolCall(FunctionCall(item.name, item.arguments), item.call_id)
+        call = ToolCall(FunctionCall(flat_name(item.namespace, item.name), item.arguments), item.call_id)
         return ChatMessage("assistant", tool_calls=[call])
     if kind == "function_call_output":
         if item.output is None:
@@ -160,16 +159,34 @@ def _texts(content: str | Sequence[ContentPart | str] | None, field: str) -> lis
 # --- what else is asked for ---------------------------------------------------------------------------
 
 
+def flat_name(namespace: str | None, name: str) -> str:
+    """What a function is called in a chat, which knows no namespaces."""
+    return f"{namespace}__{name}" if namespace else name
+
+
+def _functions(tools: Iterable[ResponseTool]) -> Iterator[dict[str, Any]]:
+    """Of all tools, as templates know them. The description of a namespace is in front of its functions'."""
+    for place, tool in enumerate(tools):
+        field = f"tools[{place}]"
+        if tool.type != "namespace":
+            yield _function(tool, field)
+            continue
+        for at, inner in enumerate(tool.tools or ()):
+            function = _function(inner, f"{field}.tools[{at}]")
+            function["function"]["name"] = flat_name(tool.name, inner.name or "")
+            described = "\n".join(filter(None, (tool.description, inner.description)))
+            yield {**function, "function": {**function["function"], "description": described}}
+
+
 def _function(tool: FunctionTool, field: str) -> dict[str, Any]:
-    """The tool as templates know it."""
     if tool.type != "function":
         raise BadRequest(f"Only functions can be called, not {tool.type!r}.", field=f"{field}.type")
     if not tool.name:
         raise BadRequest("A function has a name.", field=f"{field}.name")
     if tool.parameters and tool.parameters.get("type", "object") != "object":
         raise BadRequest("The parameters are no object.", field=f"{field}.parameters.type")
-    fields = msgspec.structs.asdict(tool).items()
-    function = {name: value for name, value in fields if name != "type" and value is not None}
+    names = ("name", "description", "parameters", "strict")
+    function = {name: value for name in names if (value := getattr(tool, name)) is not None}
     return {"type": "function", "function": function}
 
 

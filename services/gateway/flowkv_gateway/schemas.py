@@ -270,17 +270,24 @@ class InputItem(msgspec.Struct):
     content: str | list[ContentPart | str] | None = None
     summary: list[ContentPart] | None = None
     name: str | None = None
+    namespace: str | None = None  # of the function
     arguments: Any = None
     call_id: str | None = None
     output: str | list[ContentPart | str] | None = None
 
 
-class FunctionTool(msgspec.Struct):
+class FunctionTool(msgspec.Struct, omit_defaults=True):
     type: str
     name: str | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+
+
+class ResponseTool(FunctionTool):
+    """A function, or a `namespace` with functions of its own."""
+
+    tools: list[FunctionTool] | None = None
 
 
 class TextFormat(msgspec.Struct, omit_defaults=True):
@@ -322,7 +329,7 @@ class ResponseRequest(GenerationRequest, kw_only=True):
     input: str | list[InputItem]
     instructions: str | None = None
     max_output_tokens: PositiveCount | None = None
-    tools: list[FunctionTool] | None = None
+    tools: list[ResponseTool] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
