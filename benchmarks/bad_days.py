@@ -177,6 +177,8 @@ def idle(report: LoadReport) -> LoadReport:
         report,
         queued_prefill_tokens=0,
         interruptible_prefill_tokens=0,
+        queued_attended=0,
+        interruptible_attended=0,
         num_prompts=0,
         num_waiting=0,
         num_running=0,

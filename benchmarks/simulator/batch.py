@@ -11,7 +11,7 @@ import heapq
 import math
 from bisect import insort
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
@@ -20,7 +20,7 @@ import msgspec
 
 from benchmarks.simulator.pool import Lease
 from benchmarks.traces import TOKENS_PER_HASH_ID, Request
-from flowkv_common.wire.nodes import StepFit
+from flowkv_common.wire.nodes import StepFit, num_attended
 from flowkv_node.measures import StepCounts, StepFitter
 
 # How much the newest step counts in measured rates: as in `flowkv_node/steps.py`.
@@ -39,11 +39,6 @@ def step_s(fit: StepFit, prompt_tokens: int, pairs: int, num_sequences: int, con
         + fit.sequence_s * num_sequences
         + fit.context_token_s * context_tokens
     )
-
-
-def chunk_pairs(num_computed: int, num_tokens: int) -> int:
-    """Pairs of token and context token in a chunk behind `num_computed` tokens; each sees itself too."""
-    return num_tokens * num_computed + num_tokens * (num_tokens + 1) // 2
 
 
 def slowed(fit: StepFit, factor: float) -> StepFit:
@@ -256,7 +251,7 @@ class Batch:
             num_steps = min(num_steps, steps_left) if self._chunks else steps_left
             num_steps = min(num_steps, max(1, num_free_tokens // len(self._decoding)))
         tokens = sum(num for _, num in self._chunks)
-        pairs = sum(chunk_pairs(prompt.num_computed, num) for prompt, num in self._chunks)
+        pairs = sum(num_attended(num, prompt.num_computed) for prompt, num in self._chunks)
         num_decoding = len(self._decoding)
         self.stretch = Stretch(
             begin_s=now,
@@ -324,18 +319,13 @@ class Batch:
     def _produced(self, life: Life, num_steps: int) -> int:
         return life.num_produced + num_steps - life.joined_at_step
 
-    def num_queued_tokens(self, now: float) -> int:
-        """Prompt tokens that are not computed at `now`, as far as whole steps tell."""
-        num_left = sum(prompt.num_left for prompt in self.prompts)
-        return num_left - (self.stretch.num_ended(now) * self.stretch.prompt_tokens if self.stretch else 0)
-
-    def num_interruptible_tokens(self, now: float) -> int:
-        """Those of them that a prompt in time comes before."""
-        num_left = sum(one.num_left for one in self.prompts if now < one.life.interruptible_until_s)
+    def queued(self, now: float) -> Iterator[tuple[Life, int, int]]:
+        """Of each prompt the tokens computed by `now`, as far as whole steps tell, and those not yet."""
         num_ended = self.stretch.num_ended(now) if self.stretch else 0
-        return num_left - num_ended * sum(
-            num for one, num in self._chunks if now < one.life.interruptible_until_s
-        )
+        chunks = {prompt.life.number: num for prompt, num in self._chunks} if num_ended else {}
+        for prompt in self.prompts:
+            num_more = num_ended * chunks.get(prompt.life.number, 0)
+            yield prompt.life, prompt.num_computed + num_more, prompt.num_left - num_more
 
     def num_context_at(self, now: float) -> int:
         num_grown = self.stretch.num_ended(now) * self.stretch.num_decoding if self.stretch else 0

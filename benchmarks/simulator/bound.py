@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.simulator.batch import chunk_pairs, step_s
+from benchmarks.simulator.batch import step_s
 from benchmarks.simulator.kinds import NodeKind
 from benchmarks.simulator.run import SLOW_FACTOR, Machines
 from benchmarks.traces import TOKENS_PER_HASH_ID, Request, Targets
+from flowkv_common.wire.nodes import num_attended
 
 # Of the time grid: a part of the TTFT target, and no more slots than this.
 SLOTS_PER_TTFT = 4
@@ -114,7 +115,7 @@ def _works(kind: NodeKind, requests: Sequence[Request], targets: Targets) -> lis
         num_cached = num_hits * TOKENS_PER_HASH_ID
         num_new = request.num_prompt_tokens - num_cached
         num_later = request.num_output_tokens - 1
-        marginal_s = step_s(fit, num_new, chunk_pairs(num_cached, num_new), 0, 0) - fit.base_s
+        marginal_s = step_s(fit, num_new, num_attended(num_new, num_cached), 0, 0) - fit.base_s
         # Steps are full of prompts, but one prompt alone does not fill its last one.
         shared_s = marginal_s + fit.base_s * num_new / kind.token_budget
         alone_s = marginal_s + fit.base_s * -(-num_new // kind.token_budget)

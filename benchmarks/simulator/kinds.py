@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from benchmarks.simulator.batch import Limits, chunk_pairs, step_s
+from benchmarks.simulator.batch import Limits, step_s
 from benchmarks.traces import Request, Targets
 from flowkv_common.wire.messages import PoolLayout
-from flowkv_common.wire.nodes import StepFit
+from flowkv_common.wire.nodes import StepFit, num_attended
 
 # Llama-3.1-8B, bf16 (its config.json): 8.03e9 parameters, of which the 0.53e9 of the embedding only look up.
 WEIGHT_BYTES = 2 * 8.03e9
@@ -173,5 +173,5 @@ def targets_of(kind: NodeKind, requests: Sequence[Request], options: argparse.Na
 def unloaded_prefill_s(kind: NodeKind, num_tokens: int) -> float:
     """Seconds of a prompt alone on a node, nothing of it cached."""
     num_steps = -(-num_tokens // kind.token_budget)
-    whole = step_s(kind.fit, num_tokens, chunk_pairs(0, num_tokens), 0, 0)
+    whole = step_s(kind.fit, num_tokens, num_attended(num_tokens), 0, 0)
     return whole + (num_steps - 1) * kind.fit.base_s

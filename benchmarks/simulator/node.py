@@ -14,6 +14,7 @@ from flowkv_common.wire.nodes import (
     BlocksChanged,
     LoadReport,
     NodeDescriptor,
+    num_attended,
     starting_chunk_budget,
 )
 from flowkv_node.measures import OutputLengths
@@ -134,6 +135,8 @@ class SimNode:
     def _snapshot(self, now: float) -> LoadReport:
         batch, pool = self.batch, self.pool
         num_free = max(0, pool.num_free - self.num_blocks_growing(now))
+        queued = [(life, 0, life.request.num_prompt_tokens) for life in self.line] + list(batch.queued(now))
+        late = [one for one in queued if now < one[0].interruptible_until_s]
         return LoadReport(
             node=self.ref,
             seq=self._seq,
@@ -141,8 +144,7 @@ class SimNode:
             ready=True,
             draining=False,
             max_prefill_tokens_per_step=batch.cap,
-            queued_prefill_tokens=sum(life.request.num_prompt_tokens for life in self.line)
-            + batch.num_queued_tokens(now),
+            queued_prefill_tokens=sum(num_left for _, _, num_left in queued),
             num_waiting=len(batch.waiting) + len(self.preempted),
             num_running=batch.num_decoding,
             max_num_seqs=self.kind.max_num_seqs,
@@ -166,8 +168,9 @@ class SimNode:
             step=batch.fitter.fit(),
             forecast=self.lengths.forecast(batch.outputs_at(now)),
             usual_connector=self.kind.connector,
-            interruptible_prefill_tokens=sum(
-                life.request.num_prompt_tokens for life in self.line if now < life.interruptible_until_s
-            )
-            + batch.num_interruptible_tokens(now),
+            interruptible_prefill_tokens=sum(num_left for _, _, num_left in late),
+            queued_attended=sum(num_attended(num_left, num_computed) for _, num_computed, num_left in queued),
+            interruptible_attended=sum(
+                num_attended(num_left, num_computed) for _, num_computed, num_left in late
+            ),
         )

@@ -286,6 +286,8 @@ EXAMPLES: list[Message] = [
         num_links=3,
         usual_connector="tcp",
         interruptible_prefill_tokens=96,
+        queued_attended=10496,
+        interruptible_attended=7728,
     ),
     SetPrefillCap(node=DECODE, epoch=3, max_prefill_tokens_per_step=512, reason="prefill is short of nodes"),
     BlocksChanged(

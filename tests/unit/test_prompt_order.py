@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from flowkv_common.aio import FairQueue
 from flowkv_common.wire.messages import SamplingParams
+from flowkv_common.wire.nodes import num_attended
 from flowkv_engine.engine.batch import Sequence
 from flowkv_node.steps import plan_step
 from flowkv_prefill import prompts
@@ -63,6 +64,8 @@ async def test_its_load_tells_what_prompts_in_time_come_before(pair: Pair) -> No
     await accept(pair, 41, LATE + 1.0, interruptible_for_s=LATE)
     load = pair.p.prefill.load()
     assert (load.queued_prefill_tokens, load.interruptible_prefill_tokens) == (71, 41)
+    attended = [num_attended(num) for num in (10, 20, 41)]
+    assert (load.queued_attended, load.interruptible_attended) == (sum(attended), attended[-1])
     await until(lambda: len(pair.p.prefill.not_computed()) == 3)
     left = 71
     while num_computed := pair.step(2 * BLOCK_SIZE):

@@ -466,7 +466,12 @@ def test_a_wait_for_room_counts_the_prompts_that_come_before() -> None:
 def test_a_choice_counts_as_its_report_will(age_s: float, num_interruptible: int) -> None:
     wanted = request(age_s=age_s)
     for_prefill, _ = choice_of(wanted, PAIR).added_work(wanted, OutputLengths())
-    assert for_prefill == Work(prefill_tokens=100, interruptible_tokens=num_interruptible)
+    assert for_prefill == Work(
+        prefill_tokens=100,
+        prefill_attended=100 * 101 // 2,
+        interruptible_tokens=num_interruptible,
+        interruptible_attended=num_interruptible * 101 // 2,
+    )
 
 
 def test_a_wait_for_room_is_late_when_its_first_token_is() -> None:

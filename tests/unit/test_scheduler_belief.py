@@ -185,6 +185,7 @@ OTHER_SUM = BlockCounts(total=256, free=9, cached=0, leased=0, quarantined=0, lo
         ({"max_prefill_tokens_per_step": TOKEN_BUDGET + 1}, "max_prefill_tokens_per_step"),
         ({"num_running": 17}, "num_running"),
         ({"interruptible_prefill_tokens": 1}, "interruptible_prefill_tokens"),
+        ({"interruptible_attended": 1}, "interruptible_attended"),
     ],
 )
 def test_a_report_that_does_not_fit_its_node(changes: dict[str, Any], field: str) -> None:

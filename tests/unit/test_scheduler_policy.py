@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from flowkv_common.wire.messages import ScheduleRequest
-from flowkv_common.wire.nodes import PRIOR_TOKENS, StepFit, expected_tokens
+from flowkv_common.wire.nodes import PRIOR_TOKENS, StepFit, expected_tokens, num_attended
 from flowkv_scheduler import policy
 from flowkv_scheduler.cluster import Goals, Work
 from flowkv_scheduler.demand import OutputLengths
@@ -126,7 +126,9 @@ def test_node_that_has_cached_the_prefix_is_worth_a_wait() -> None:
     choice = policy.choose(RequestCosts(wanted, state, GOALS, now=0.0))
     assert choice is not None
     assert (choice.prefill.node_id, choice.num_cached_tokens) == ("p0", 128)
-    assert choice.added_work(wanted, OutputLengths())[0] == Work(prefill_tokens=52)
+    assert choice.added_work(wanted, OutputLengths())[0] == Work(
+        prefill_tokens=52, prefill_attended=num_attended(52, num_cached=128)
+    )
 
 
 def test_a_mixed_node_that_has_cached_the_prefix_is_compared_with_many_of_its_side() -> None:
@@ -243,7 +245,7 @@ def test_choice_adds_tokens_to_prefill_and_blocks_to_decode() -> None:
     choice = choose(wanted, [node("p0", "prefill"), node("d0", "decode")])
     assert choice is not None
     for_prefill, for_decode = choice.added_work(wanted, OutputLengths())
-    assert for_prefill == Work(prefill_tokens=96)
+    assert for_prefill == Work(prefill_tokens=96, prefill_attended=num_attended(96))
     expected = expected_tokens(wanted.max_new_tokens, 1 / PRIOR_TOKENS)
     assert for_decode == Work(0, 1, 7, 96, expected)
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from flowkv_common.wire.messages import NodeRef
-from flowkv_common.wire.nodes import PRIOR_TOKENS, OutputForecast, StepFit
+from flowkv_common.wire.nodes import PRIOR_TOKENS, OutputForecast, StepFit, num_attended
 from flowkv_scheduler.cluster import FORGET_REPORT_AFTER_S, ClusterState, NodeView, Work
 from tests.described_nodes import BLOCK_SIZE, MODEL, NUM_BLOCKS, PERIOD_S, TOKEN_BUDGET, descriptor, report
 
@@ -82,6 +82,45 @@ def test_each_kind_of_prompt_waits_for_what_comes_before_it(state: ClusterState)
     state.add_report(report("p0", "prefill", seq=2, num_prompts_accepted=2, **shown), now=0.2)
     assert only(state).idle_wait_s == pytest.approx(0.1)
     assert only(state).prefill_wait_s == pytest.approx(0.05)
+
+
+ATTENDING = StepFit(
+    base_s=0.0, prefill_token_s=1e-3, attended_token_s=1e-6, sequence_s=0.0, context_token_s=0.0
+)
+
+
+def test_a_long_prompt_is_waited_for_as_long_as_it_takes(state: ClusterState) -> None:
+    """Not as if as many tokens came in prompts of mean length: each of its tokens attends to more."""
+    state.mean_prompt_tokens = 1000.0
+    state.set_descriptors({"p0": descriptor("p0", "prefill")})
+    giant: dict[str, Any] = {"queued_prefill_tokens": 8000, "queued_attended": num_attended(8000)}
+    rest: dict[str, Any] = {
+        "queued_prefill_tokens": 2000,
+        "queued_attended": num_attended(2000, num_cached=6000),
+    }
+    untold = {**giant, "queued_attended": 0}  # by an older node
+    for seq, (told, expected_s) in enumerate([(untold, 8.0 + 4.0), (giant, 8.0 + 32.0), (rest, 2.0 + 14.0)]):
+        state.add_report(report("p0", "prefill", seq=seq, step=ATTENDING, **told), now=0.0)
+        assert only(state).idle_wait_s == only(state).prefill_wait_s
+        assert only(state).idle_wait_s == pytest.approx(expected_s, rel=1e-3)
+    more = Work(prefill_tokens=4000, prefill_attended=num_attended(4000))
+    state.add_prompt(NodeRef(node_id="p0", incarnation="i1"), more, now=0.1)
+    assert only(state).idle_wait_s == pytest.approx(2.0 + 14.0 + 4.0 + 8.0, rel=1e-3)
+
+
+def test_late_prompts_are_waited_for_as_long_as_they_take(state: ClusterState) -> None:
+    state.mean_prompt_tokens = 1000.0
+    state.set_descriptors({"p0": descriptor("p0", "prefill")})
+    num_both = num_attended(8000) + num_attended(1000)
+    queued: dict[str, Any] = {"queued_prefill_tokens": 9000, "queued_attended": num_both}
+    late: dict[str, Any] = {
+        "interruptible_prefill_tokens": 8000,
+        "interruptible_attended": num_attended(8000),
+    }
+    state.add_report(report("p0", "prefill", step=ATTENDING, **queued, **late), now=0.0)
+    rest_of_a_chunk_s = only(state).speed.prefill_s(TOKEN_BUDGET, 8000, TOKEN_BUDGET, 0.0) / 2
+    assert only(state).idle_wait_s == pytest.approx(9.0 + 32.0 + 0.5, rel=1e-3)
+    assert only(state).prefill_wait_s == pytest.approx(1.0 + 0.5 + rest_of_a_chunk_s, rel=1e-3)
 
 
 def test_a_prompt_that_the_report_shows_is_not_counted_twice(state: ClusterState) -> None:

@@ -27,6 +27,7 @@ from flowkv_common.wire.nodes import (
     NodeDescriptor,
     SetPrefillCap,
     StepFit,
+    num_attended,
 )
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
@@ -422,15 +423,21 @@ def test_a_prompt_that_is_due_first_interrupts_one_that_is_due_later(interruptib
     for one in (late, soon):
         one.prefill = one.decode = 0
         cluster._at(0.05 * one.number, partial(cluster._accept, node, one))
-    told = list[tuple[int, int]]()
+    told, attended = list[tuple[int, int]](), list[tuple[int, int]]()
     while not late.first_token_s:
         cluster.now, _, what = heapq.heappop(cluster._events)
         what()
         report = node.report(cluster.now)
         told.append((report.queued_prefill_tokens, report.interruptible_prefill_tokens))
+        attended.append((report.queued_attended, report.interruptible_attended))
     # Behind the step that runs when it comes, and its own; each takes 0.11 s, and the late one ten.
     is_late = interruptible_until_s > 0.0
     assert 0.0 < soon.first_token_s < (0.19 if is_late else 0.4) < 1.0 < late.first_token_s
     assert told[0] == (10_000, 10_000 * is_late)
     assert (10_500, 10_000 * is_late) in told
-    assert told[-1] == (0, 0)
+    both = num_attended(10_000) + num_attended(500)
+    assert attended[0] == (num_attended(10_000), num_attended(10_000) * is_late)
+    assert (both, num_attended(10_000) * is_late) in attended
+    left = num_attended(10_000 - 1024, num_cached=1024)
+    assert {(left, left * is_late), (left + num_attended(500), left * is_late)} & set(attended)
+    assert told[-1] == attended[-1] == (0, 0)

@@ -19,6 +19,7 @@ from flowkv_common.wire.nodes import (
     StepFit,
     expected_tokens,
     length_class,
+    num_attended,
 )
 from flowkv_engine.engine.batch import WorkItem
 
@@ -153,7 +154,7 @@ class StepCounts(NamedTuple):
     @classmethod
     def of(cls, items: Iterable[WorkItem]) -> StepCounts:
         """Of a step that is about to run. One token counts as decoded, for either role; more are a prompt."""
-        num_prefill_tokens = num_attended = num_sequences = num_context_tokens = 0
+        num_prefill_tokens = attended = num_sequences = num_context_tokens = 0
         for sequence, num_tokens in items:
             num_before = sequence.num_computed_tokens
             if num_tokens == 1:
@@ -161,8 +162,8 @@ class StepCounts(NamedTuple):
                 num_context_tokens += num_before
             else:
                 num_prefill_tokens += num_tokens
-                num_attended += num_tokens * num_before + num_tokens * (num_tokens + 1) // 2
-        return cls(num_prefill_tokens, num_attended, num_sequences, num_context_tokens)
+                attended += num_attended(num_tokens, num_before)
+        return cls(num_prefill_tokens, attended, num_sequences, num_context_tokens)
 
 
 class StepFitter:

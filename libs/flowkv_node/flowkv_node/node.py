@@ -49,6 +49,8 @@ class RoleLoad(NamedTuple):
     queued_prefill_tokens: int
     num_prompts: int = 0  # that are not computed yet
     interruptible_prefill_tokens: int = 0  # of those queued
+    queued_attended: int = 0  # pairs of such a token and one that it attends to
+    interruptible_attended: int = 0
     num_waiting: int = 0  # sequences to decode without a place or without blocks
     num_running: int = 0  # sequences in the decode batch
     num_context_tokens: int = 0  # in the KV caches of those

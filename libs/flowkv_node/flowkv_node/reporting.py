@@ -75,6 +75,8 @@ def load_report(node: Node, seq: int) -> LoadReport:
         num_links=len(connectors),
         usual_connector=usual,
         interruptible_prefill_tokens=prefill.interruptible_prefill_tokens,
+        queued_attended=prefill.queued_attended + decode.queued_attended,
+        interruptible_attended=prefill.interruptible_attended,
     )
 
 

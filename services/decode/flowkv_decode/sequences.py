@@ -275,6 +275,7 @@ class DecodeRole:
         return RoleLoad(
             num_accepted=self._num_accepted,
             queued_prefill_tokens=sum(one.num_new_tokens for one in here if one.is_prefilling),
+            queued_attended=sum(one.num_new_attended for one in here if one.is_prefilling),
             num_waiting=len(self._waiting),
             num_running=len(self._running),
             num_context_tokens=sum(sequence.num_computed_tokens for sequence in self._running),

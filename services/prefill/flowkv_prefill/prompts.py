@@ -302,11 +302,13 @@ class PrefillRole:
     def load(self) -> RoleLoad:
         now = time.monotonic()
         waiting = [prompt for prompt in self._prompts.values() if prompt.first is None]
+        queued = [prompt.sequence for prompt in waiting]
+        interruptible = [prompt.sequence for prompt in waiting if now < prompt.interruptible_until]
         return RoleLoad(
             num_accepted=self._num_accepted,
-            queued_prefill_tokens=sum(prompt.sequence.num_new_tokens for prompt in waiting),
-            num_prompts=len(waiting),
-            interruptible_prefill_tokens=sum(
-                prompt.sequence.num_new_tokens for prompt in waiting if now < prompt.interruptible_until
-            ),
+            queued_prefill_tokens=sum(one.num_new_tokens for one in queued),
+            num_prompts=len(queued),
+            interruptible_prefill_tokens=sum(one.num_new_tokens for one in interruptible),
+            queued_attended=sum(one.num_new_attended for one in queued),
+            interruptible_attended=sum(one.num_new_attended for one in interruptible),
         )

@@ -55,6 +55,9 @@ def why_untrue(report: LoadReport, node: NodeDescriptor) -> str | None:
     queued, interruptible = report.queued_prefill_tokens, report.interruptible_prefill_tokens
     if interruptible > queued:
         return f"interruptible_prefill_tokens is {interruptible}, of queued_prefill_tokens {queued}"
+    attended, interruptible = report.queued_attended, report.interruptible_attended
+    if interruptible > attended:
+        return f"interruptible_attended is {interruptible}, of queued_attended {attended}"
     if report.num_running > report.max_num_seqs:
         return f"num_running is {report.num_running}, of max_num_seqs {report.max_num_seqs}"
     return None

@@ -77,6 +77,8 @@ class Work(msgspec.Struct, frozen=True, gc=False):
     context_tokens: int = 0
     output_tokens: float = 0.0  # as expected
     interruptible_tokens: int = 0  # of those of prefill
+    prefill_attended: int = 0  # `num_attended` of them
+    interruptible_attended: int = 0
 
     def plus(self, other: Work, sign: int = 1) -> Work:
         return Work(
@@ -86,6 +88,8 @@ class Work(msgspec.Struct, frozen=True, gc=False):
             self.context_tokens + sign * other.context_tokens,
             self.output_tokens + sign * other.output_tokens,
             self.interruptible_tokens + sign * other.interruptible_tokens,
+            self.prefill_attended + sign * other.prefill_attended,
+            self.interruptible_attended + sign * other.interruptible_attended,
         )
 
     def share(self, part: int, whole: int) -> Work:
@@ -99,6 +103,8 @@ class Work(msgspec.Struct, frozen=True, gc=False):
             self.context_tokens * part // whole,
             self.output_tokens * part / whole,
             self.interruptible_tokens * part // whole,
+            self.prefill_attended * part // whole,
+            self.interruptible_attended * part // whole,
         )
 
 
@@ -128,20 +134,18 @@ class Speed(msgspec.Struct, frozen=True, gc=False):
 
         `beside_s` is what each of these steps computes for decoding sequences.
         """
-        if num_new <= 0:
+        return self.queue_s(num_new, num_new * (num_cached + num_new / 2), chunk_tokens, beside_s)
+
+    def queue_s(self, num_tokens: int, attended: float, chunk_tokens: int, beside_s: float) -> float:
+        """Of prompts that share their steps, of so many tokens; `attended`: the sum of `num_attended`."""
+        if num_tokens <= 0:
             return 0.0
-        num_steps = -(-num_new // max(1, chunk_tokens))
-        num_attended = num_new * (num_cached + num_new / 2)
+        num_steps = -(-num_tokens // max(1, chunk_tokens))
         return (
             num_steps * (self.chunk_base_s + beside_s)
-            + num_new * self.prefill_token_s
-            + num_attended * self.attended_token_s
+            + num_tokens * self.prefill_token_s
+            + attended * self.attended_token_s
         )
-
-    def queue_s(self, num_tokens: int, mean_tokens: float, chunk_tokens: int, beside_s: float) -> float:
-        """Of a queue of so many tokens, in prompts of about `mean_tokens` that share their steps."""
-        one_prompt_s = self.prefill_s(num_tokens, 0, chunk_tokens, beside_s)
-        return max(0.0, one_prompt_s + num_tokens * (mean_tokens - num_tokens) / 2 * self.attended_token_s)
 
     def decode_step_s(self, num_sequences: int, num_context_tokens: int) -> float:
         """Of a step that gives each sequence one token."""
@@ -309,7 +313,7 @@ class _Node:
 def view_of(
     descriptor: NodeDescriptor, node: _Node, mean_prompt_tokens: float, leaves: str | None
 ) -> NodeView:
-    """`mean_prompt_tokens`: a queue is one of such prompts. `leaves`: the side that gets nothing new here."""
+    """`mean_prompt_tokens`: where a queue does not tell. `leaves`: the side that gets nothing new here."""
     report, doubt = node.report, node.doubt
     speed = node.speed if doubt is TRUSTED else node.speed.times(doubt.slowness)
     node_id, block_size = descriptor.node.node_id, descriptor.layout.block_size
@@ -326,9 +330,22 @@ def view_of(
     base_s = 0.0 if may_prefill else speed.base_s - speed.chunk_base_s
     beside_s = base_s + speed.beside_s(report.num_running, report.num_context_tokens)
     num_interruptible = min(num_queued, report.interruptible_prefill_tokens + given.interruptible_tokens)
+    # Older nodes don't tell: then prompts are taken to be of mean length.
+    attended, interruptible_attended = (
+        told or num_tokens * mean_prompt_tokens / 2
+        for told, num_tokens in (
+            (report.queued_attended, report.queued_prefill_tokens),
+            (report.interruptible_attended, report.interruptible_prefill_tokens),
+        )
+    )
+    attended += given.prefill_attended
+    interruptible_attended = min(attended, interruptible_attended + given.interruptible_attended)
     wait_s, idle_wait_s = (
-        speed.queue_s(num_tokens, mean_prompt_tokens, chunk_tokens, beside_s) + doubt.first_token_s
-        for num_tokens in (num_queued - num_interruptible, num_queued)
+        speed.queue_s(*ahead, chunk_tokens, beside_s) + doubt.first_token_s
+        for ahead in (
+            (num_queued - num_interruptible, attended - interruptible_attended),
+            (num_queued, attended),
+        )
     )
     # A chunk that has begun is not interrupted: on the mean half of it is left, and of its prompt as much is
     # computed as is left.

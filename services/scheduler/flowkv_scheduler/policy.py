@@ -16,6 +16,7 @@ import msgspec
 from sortedcontainers import SortedDict
 
 from flowkv_common.wire.messages import Candidate, ScheduleRequest
+from flowkv_common.wire.nodes import num_attended
 from flowkv_scheduler.cluster import (
     NOTHING,
     ClusterState,
@@ -336,8 +337,13 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     def added_work(self, request: ScheduleRequest, lengths: OutputLengths) -> tuple[Work, Work]:
         """What the choice adds to its prefill node and to its decode node."""
         num_new = request.num_prompt_tokens - self.num_cached_tokens
+        attended = num_attended(num_new, self.num_cached_tokens)
+        is_interruptible = self.interruptible_for_s > 0
         for_prefill = Work(
-            prefill_tokens=num_new, interruptible_tokens=num_new if self.interruptible_for_s else 0
+            prefill_tokens=num_new,
+            prefill_attended=attended,
+            interruptible_tokens=num_new * is_interruptible,
+            interruptible_attended=attended * is_interruptible,
         )
         if request.max_new_tokens == 1:
             return for_prefill, NOTHING

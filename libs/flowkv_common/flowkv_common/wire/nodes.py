@@ -56,6 +56,11 @@ def length_class(num_prompt_tokens: int) -> int:
     return num_prompt_tokens.bit_length()
 
 
+def num_attended(num_new: int, num_cached: int = 0) -> int:
+    """Pairs of a prompt token that is to be computed and one that it attends to, itself included."""
+    return num_new * num_cached + num_new * (num_new + 1) // 2
+
+
 def expected_tokens(max_tokens: float, stop_rate: float) -> float:
     """Expected length of an output of at most `max_tokens` that ends at `stop_rate` per token."""
     return -math.expm1(-stop_rate * max_tokens) / stop_rate if stop_rate > 0.0 else max_tokens
@@ -136,6 +141,8 @@ class LoadReport(Message, frozen=True):
     num_links: Count = 0
     usual_connector: str = ""  # in use to most of the linked peers; "": to none yet, or all are in `links`
     interruptible_prefill_tokens: Count = 0  # of those queued: a prompt in time that comes now is before them
+    queued_attended: Count = 0  # `num_attended` of those queued; 0: not known
+    interruptible_attended: Count = 0
 
 
 class SetPrefillCap(Message, frozen=True):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from flowkv_common.fingerprint import chained_hash
 from flowkv_common.wire.messages import SamplingParams
+from flowkv_common.wire.nodes import num_attended
 from flowkv_engine.engine.grammar import Matcher
 from flowkv_engine.engine.sampler import SampleInput, depends_on_output, has_penalties
 
@@ -46,6 +47,11 @@ class Sequence:
     def num_new_tokens(self) -> int:
         """Tokens whose KV is still to be computed; 1 while decoding, since the last one always is."""
         return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def num_new_attended(self) -> int:
+        """`num_attended` of the new tokens."""
+        return num_attended(self.num_new_tokens, self.num_computed_tokens)
 
     @property
     def is_prefilling(self) -> bool:
