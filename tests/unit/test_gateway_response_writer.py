@@ -168,6 +168,25 @@ def test_a_call_has_the_namespace_of_its_function() -> None:
     assert "namespace" not in second
 
 
+def test_reasoning_is_shown_as_a_summary_to_those_who_ask_for_one() -> None:
+    body = (
+        b"""{"input": "hi", "reasoning": {"summary": "auto"}, "include": ["reasoning.encrypted_content"]}"""
+    )
+    one = ResponseWriter(msgspec.json.decode(body, type=ResponseRequest), VOCABULARY, "m")
+    events = events_in(one.delta(delta(Reasoning("h"), Reasoning("m"), Content("!"), end="stop"), used))
+    assert types(events)[:7] == [
+        *("output_item.added", "reasoning_summary_part.added"),
+        *("reasoning_summary_text.delta", "reasoning_summary_text.delta", "reasoning_summary_text.done"),
+        *("reasoning_summary_part.done", "output_item.done"),
+    ]
+    assert {event["summary_index"] for event in events[1:6]} == {0}
+    assert "content" not in events[0]["item"]
+    item = events[6]["item"]
+    assert item["summary"] == [{"type": "summary_text", "text": "hm"}]
+    assert item["encrypted_content"]
+    assert "encrypted_content" not in whole(delta(Reasoning("hm"), end="stop"))["output"][0]
+
+
 def test_an_answer_that_breaks_off() -> None:
     response = whole(plain("We"), plain("ll", end="length"))
     assert (response["status"], response["completed_at"]) == ("incomplete", None)

@@ -102,7 +102,8 @@ class ResponseStore:
         response_id = self._places.get((key_name, item_id))
         if response_id is None:
             raise BadRequest(
-                f"There is no stored item {item_id!r}: send the item itself.", field=f"{field}.id"
+                f"There is no stored item {item_id!r}: send it itself, as clients do with `store: false`.",
+                field=f"{field}.id",
             )
         output = _output(self._stored[key_name, response_id])
         return next(item for item in output if item.id == item_id)

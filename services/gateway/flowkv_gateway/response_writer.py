@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -18,9 +19,26 @@ from flowkv_gateway.tokenizer import Vocabulary
 
 Told = tuple[str, Json]  # the type of an event of a stream, and its other fields
 
-_PARTS = {"message": "output_text", "reasoning": "reasoning_text"}  # a call has none
 _ID_PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_"}
 _ERROR_CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
+# Some clients leave reasoning without it out of the history. Here none is looked at.
+_ENCRYPTED = "unencrypted"
+
+
+class _Part(NamedTuple):
+    """What of an item has its text. `field` is its place in the item; the others begin names of events."""
+
+    type: str
+    field: str
+    text_events: str
+    part_events: str = "response.content_part"
+
+
+_OUTPUT = _Part("output_text", "content", "response.output_text")
+_THOUGHT = _Part("reasoning_text", "content", "response.reasoning_text")
+_SUMMARY = _Part(
+    "summary_text", "summary", "response.reasoning_summary_text", "response.reasoning_summary_part"
+)
 
 
 class ResponseWriter(ReplyWriter):
@@ -43,6 +61,11 @@ class ResponseWriter(ReplyWriter):
             for tool in request.tools or ()
             for inner in tool.tools or ()
         }
+        # Clients that ask for a summary show nothing else.
+        self._reasoning_part = _SUMMARY if request.reasoning and request.reasoning.summary else _THOUGHT
+        self._reasoning: Json = {"summary": []}
+        if "reasoning.encrypted_content" in (request.include or ()):
+            self._reasoning["encrypted_content"] = _ENCRYPTED
         self._asked = {**_asked(request), "store": store is not None}
         self._store = store
         self._model = model
@@ -131,7 +154,19 @@ class ResponseWriter(ReplyWriter):
             yield from self._complete("incomplete" if reason == "length" else "completed")
 
     def _begin(self, event: Event) -> Iterator[Told]:
-        self._item = _Item(len(self._output), event, self._names)
+        kind = _type_of(event)
+        head: Json = {"id": f"{_ID_PREFIXES[kind]}{secrets.token_hex(12)}", "type": kind}
+        part = None
+        if isinstance(event, CallBegins):
+            head["call_id"] = event.id or f"call_{secrets.token_hex(12)}"
+            head |= self._names.get(event.name, {"name": event.name})
+        elif kind == "message":
+            head["role"] = "assistant"
+            part = _OUTPUT
+        else:
+            head |= self._reasoning
+            part = self._reasoning_part
+        self._item = _Item(len(self._output), head, part)
         yield from self._item.begin()
 
     def _complete(self, status: str = "completed") -> Iterator[Told]:
@@ -150,36 +185,29 @@ class ResponseWriter(ReplyWriter):
 
 
 class _Item:
-    """An item of the output while it is written. It begins with `event`.
+    """An item of the output while it is written. `head` is what it has besides its text.
 
-    The text of a message and of reasoning is in its one part, that of a call are its arguments. `names` has
-    the fields that name functions of namespaces.
+    The text is in its one part, that of a call, which has no `part`, are its arguments.
     """
 
-    def __init__(self, index: int, event: Event, names: Mapping[str, Json]) -> None:
-        self.type = _type_of(event)
+    def __init__(self, index: int, head: Json, part: _Part | None) -> None:
+        self.type: str = head["type"]
         self._index = index
-        self._part = _PARTS.get(self.type, "")
-        self._events = f"response.{self._part or 'function_call_arguments'}"
+        self._head = head
+        self._part = part
+        self._text_events = part.text_events if part else "response.function_call_arguments"
+        self._place: Json = {"item_id": head["id"], "output_index": index}
+        if part is not None:
+            self._place[f"{part.field}_index"] = 0
         self._texts: list[str] = []
         self._logprobs: list[Json] = []
-        self._head: Json = {"id": f"{_ID_PREFIXES[self.type]}{secrets.token_hex(12)}", "type": self.type}
-        if isinstance(event, CallBegins):
-            self._head["call_id"] = event.id or f"call_{secrets.token_hex(12)}"
-            self._head |= names.get(event.name, {"name": event.name})
-        else:
-            more: Json = {"role": "assistant"} if self.type == "message" else {"summary": []}
-            self._head |= more
-        self._place: Json = {"item_id": self._head["id"], "output_index": index}
-        if self._part:
-            self._place["content_index"] = 0
 
     def begin(self) -> Iterator[Told]:
-        text: Json = {"content": []} if self._part else {"arguments": ""}
+        text: Json = {self._part.field: []} if self._part else {"arguments": ""}
         item = {**self._head, "status": "in_progress", **text}
         yield "response.output_item.added", {"output_index": self._index, "item": item}
-        if self._part:
-            yield "response.content_part.added", {**self._place, "part": self._shown_part()}
+        if self._part is not None:
+            yield f"{self._part.part_events}.added", {**self._place, "part": self._shown_part(self._part)}
 
     def add(self, text: str, logprobs: list[Json]) -> Told:
         """The next piece of its text, and its tokens if they are asked for."""
@@ -188,29 +216,30 @@ class _Item:
         if self.type == "message":
             self._logprobs += logprobs
             told["logprobs"] = logprobs
-        return f"{self._events}.delta", told
+        return f"{self._text_events}.delta", told
 
     def end(self, status: str) -> Iterator[Told]:
         text = "".join(self._texts)
-        if not self._part:
-            yield f"{self._events}.done", {**self._place, "name": self._head["name"], "arguments": text}
+        if self._part is None:
+            yield f"{self._text_events}.done", {**self._place, "name": self._head["name"], "arguments": text}
         else:
             told = {**self._place, "text": text}
             if self.type == "message":
                 told["logprobs"] = self._logprobs
-            yield f"{self._events}.done", told
-            yield "response.content_part.done", {**self._place, "part": self._shown_part()}
+            yield f"{self._text_events}.done", told
+            yield f"{self._part.part_events}.done", {**self._place, "part": self._shown_part(self._part)}
         yield "response.output_item.done", {"output_index": self._index, "item": self.shown(status)}
 
     def shown(self, status: str) -> Json:
-        text: Json = {"content": [self._shown_part()]} if self._part else {"arguments": "".join(self._texts)}
-        return {**self._head, "status": status, **text}
+        if self._part is None:
+            return {**self._head, "status": status, "arguments": "".join(self._texts)}
+        return {**self._head, "status": status, self._part.field: [self._shown_part(self._part)]}
 
-    def _shown_part(self) -> Json:
-        part: Json = {"type": self._part, "text": "".join(self._texts)}
+    def _shown_part(self, part: _Part) -> Json:
+        shown: Json = {"type": part.type, "text": "".join(self._texts)}
         if self.type == "message":
-            part |= {"annotations": [], "logprobs": self._logprobs}
-        return part
+            shown |= {"annotations": [], "logprobs": self._logprobs}
+        return shown
 
 
 def _type_of(event: Event) -> str:

@@ -304,7 +304,7 @@ class TextConfig(msgspec.Struct):
 
 
 class ReasoningConfig(msgspec.Struct):
-    """`summary` changes nothing: what a model has thought is shown itself."""
+    """With any `summary`, what a model has thought is shown as one."""
 
     effort: str | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
