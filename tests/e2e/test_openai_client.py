@@ -17,6 +17,7 @@ import pytest
 from flowkv.local_cluster import Cluster
 from tests.e2e.conftest import StartCluster
 from tests.e2e.observer import Observer, observe
+from tests.message_events import events_of, joined
 
 MODEL = "test-model"
 NODES = ("prefill-0", "decode-0", "decode-1")
@@ -102,6 +103,23 @@ async def test_chat_stream_is_the_same_text(async_client: openai.AsyncOpenAI) ->
     assert [delta.role for delta in deltas] == ["assistant", *[None] * 4]
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [*[None] * 4, "length"]
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+
+
+def test_anthropics_messages_are_the_same_chat(client: openai.OpenAI, http: httpx.Client) -> None:
+    chat = client.chat.completions.create(messages=FRANCE, max_tokens=9, **GREEDY)
+    body = {**GREEDY, "messages": FRANCE, "max_tokens": 9}
+    whole = http.post("/v1/messages", json=body).json()
+    streamed = joined(events_of(http.post("/v1/messages", json={**body, "stream": True}).text))
+    assert (
+        whole["content"] == streamed["content"] == [{"type": "text", "text": chat.choices[0].message.content}]
+    )
+    reasons = {"stop": "end_turn", "length": "max_tokens"}
+    assert whole["stop_reason"] == streamed["stop_reason"] == reasons[chat.choices[0].finish_reason]
+    assert chat.usage is not None
+    counted = http.post("/v1/messages/count_tokens", json={"messages": FRANCE}).json()["input_tokens"]
+    for usage in (whole["usage"], streamed["usage"]):
+        assert usage["output_tokens"] == chat.usage.completion_tokens
+        assert usage["input_tokens"] + usage["cache_read_input_tokens"] == counted == chat.usage.prompt_tokens
 
 
 def test_completion_and_its_stream(client: openai.OpenAI) -> None:
