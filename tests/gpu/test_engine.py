@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -15,9 +16,10 @@ from flowkv_engine.engine.attention import TorchAttention, make_attention
 from flowkv_engine.engine.batch import WorkItem, pack
 from flowkv_engine.engine.forward import ModulesForward, make_forward
 from flowkv_engine.engine.gpu import attention as attention_triton
+from flowkv_engine.engine.model import CPU
 from flowkv_engine.engine.runner import Runner
 from flowkv_node.memory import make_pool
-from tests.drive import BLOCK_SIZE, generate, load_tiny, make_sequence
+from tests.drive import BLOCK_SIZE, GREEDY, generate, load_tiny, make_sequence
 from tests.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -89,6 +91,31 @@ def test_tokens_are_those_of_the_cpu(tmp_path: Path, arch: str) -> None:
     assert outputs(runner) == expected
     runner._graphs = None
     assert outputs(runner) == expected
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_prompts_have_the_log_probabilities_of_the_cpu(tmp_path: Path, arch: str) -> None:
+    """In chunks, beside a sequence that decodes."""
+    folder = make_tiny_model(tmp_path / "m", arch, seed=5)
+    asked = msgspec.structs.replace(GREEDY, num_prompt_logprobs=2)
+    told = []
+    for device in (CPU, CUDA):
+        model = load_tiny(folder, device=device)
+        shape = (54, model.num_layers, 2, BLOCK_SIZE, model.num_kv_heads, model.head_dim)
+        runner = Runner(model, torch.zeros(shape, device=device), attention="auto", max_num_seqs=4)
+        prompt = make_sequence([token * 7 % 512 for token in range(200)], list(range(27)), asked)
+        other = make_sequence([token * 5 % 512 for token in range(30)], list(range(27, 54)))
+        entries = []
+        for num_tokens in (96, 104):
+            items = [WorkItem(other, other.num_new_tokens), WorkItem(prompt, num_tokens)]
+            result = runner.run(pack(items, BLOCK_SIZE))
+            assert result.sampled[0] is not None
+            other.num_computed_tokens, prompt.num_computed_tokens = other.num_tokens, num_tokens
+            other.output_ids.append(result.sampled[0].token_id)
+            entries += result.prompt_logprobs[1]
+        assert [entry.token_id for entry in entries] == prompt.prompt_ids[1:]
+        told.append([(entry.logprob, *(value for _, value in entry.top)) for entry in entries])
+    torch.testing.assert_close(torch.tensor(told[1]), torch.tensor(told[0]), atol=1e-2, rtol=0)
 
 
 def test_a_pool_takes_its_share_of_the_memory() -> None:

@@ -239,10 +239,10 @@ class RequestState:
 
     def add_chunk(self, chunk: TokenChunk) -> None:
         """Output. Raises Unavailable if something is missing of what comes before it."""
-        if self.lacks_prompt_logprobs:
-            raise Unavailable("a message with log probabilities of the prompt was lost")
         is_first = not self.output_ids
         if is_first:
+            if self.lacks_prompt_logprobs:
+                raise Unavailable("a message with log probabilities of the prompt was lost")
             self.phases.add_seconds({"ttft": self.lived_s()})
         self.output_ids += chunk.token_ids
         if self.tenant is not None:
