@@ -133,8 +133,40 @@ async def test_an_answer_without_room(tokenizer: Tokenizer) -> None:
         assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
         assert long.json()["error"]["param"] == "input"
         assert "your input resulted in" in long.json()["error"]["message"]
-        cut = await gateway.http.post(PATH, json={"input": "hello " * 200, "truncation": "auto"})
-        assert cut.json()["truncation"] == "auto"
+
+
+async def test_the_oldest_turns_are_dropped_where_that_is_asked_for(tokenizer: Tokenizer) -> None:
+    async with serving(tokenizer) as gateway:
+
+        async def prompt(*said: str, **fields: Any) -> str:
+            items = [
+                {"role": ("user", "assistant")[place % 2], "content": one} for place, one in enumerate(said)
+            ]
+            body = {"input": items, "instructions": "Code.", "truncation": "auto", **fields}
+            reply = await gateway.http.post(PATH, json=body)
+            assert reply.status_code == 200, reply.text
+            return await tokenizer.decode(gateway.dispatch.asked[-1].prompt_ids)
+
+        system, last = "<|start|>system\nCode.<|end|>\n", "<|start|>user\nlast<|end|>\n<|start|>assistant\n"
+        window, size = CARD.max_model_len, len(tokenizer._encode([system + last], False)[0])
+        for num_turns in (1, 9, 40):
+            turns = [f"{number} hello" for number in range(2 * num_turns)]
+            shown = await prompt(*turns, "last")
+            assert shown.startswith(system)
+            assert shown.endswith(last)
+            num_shown = len(gateway.dispatch.asked[-1].prompt_ids)
+            if num_turns == 1:
+                assert "user\n0 hello" in shown
+                continue
+            assert "user\n0 hello" not in shown
+            assert shown.removeprefix(system).startswith("<|start|>user\n")
+            whole = f"<|start|>user\n{turns[0]}<|end|>\n<|start|>assistant\n{turns[1]}<|end|>\n"
+            turn_size = len(tokenizer._encode([whole], False)[0]) + 2  # numbers grow
+            assert window - window // 8 - turn_size < num_shown <= window - window // 8
+        assert await prompt(*turns, "last", max_output_tokens=window - size) == shown
+        assert len(await prompt(*turns, "last", max_output_tokens=1)) >= len(shown)
+        alone = {"input": "hello " * 200, "truncation": "auto"}
+        assert (await gateway.http.post(PATH, json=alone)).status_code == 400
 
 
 async def test_errors_before_and_in_a_stream(tokenizer: Tokenizer) -> None:

@@ -126,7 +126,7 @@ def test_what_else_is_asked_for() -> None:
         text_unknown=5,
     )
     assert (chat.max_completion_tokens, chat.temperature, chat.seed, chat.stop) == (7, 0.5, 5, ["x"])
-    assert (chat.stream, chat.stream_options, chat.truncate_prompt_tokens) == (True, None, -1)
+    assert (chat.stream, chat.stream_options) == (True, None)
     assert chat.response_format is not None
     assert chat.response_format.json_schema is not None
     assert chat.response_format.json_schema.schema == schema

@@ -78,6 +78,8 @@ from flowkv_gateway.tokenizer import Tokenizer, Vocabulary
 # Of a vocabulary, the model's name, the request and the fingerprint of the system.
 MakeWriter = Callable[[Vocabulary, str, ChoicesRequest, str], ReplyWriter]
 B = TypeVar("B", bound=Body)
+# Of a truncated prompt's window, for its answer: few are longer, and many clients ask for far more.
+_RESERVED_SHARE = 8
 
 
 class Api:
@@ -170,7 +172,12 @@ class Api:
             return ResponseWriter(body, vocabulary, model, store)
 
         with naming_fields(RESPONSE_FIELDS):
-            return await self._chat(request, response_as_chat(body, items, len(history)), make_writer)
+            chat = response_as_chat(body, items, len(history))
+            if body.truncation == "auto":
+                window = self._card().max_model_len
+                num_reserved = min(body.max_output_tokens or window, window // _RESERVED_SHARE)
+                await self._format.drop_oldest(chat, window - num_reserved)
+            return await self._chat(request, chat, make_writer)
 
     async def stored_response(self, request: Request) -> Response:
         if request.query_params.get("stream") == "true":

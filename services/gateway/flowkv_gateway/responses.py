@@ -58,8 +58,6 @@ def as_chat(request: ResponseRequest, items: Sequence[InputItem], num_before: in
         )
     common = {name: getattr(request, name) for name in GenerationRequest.__struct_fields__}
     common["stream_options"] = None  # its streams always have their usage
-    if request.truncation == "auto":
-        common["truncate_prompt_tokens"] = -1
     return ChatRequest(
         **common,
         messages=messages,
