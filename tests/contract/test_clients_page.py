@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterator
 
 from tests.clients.page import BEGIN, END, PAGE, Outcome, table
-from tests.clients.scripted import ROOT
 
-CLIENTS = ROOT / "tests" / "clients"
+CLIENTS = PAGE.parents[1] / "tests" / "clients"
 
 
 def pinned() -> Iterator[tuple[str, str]]:
