@@ -31,9 +31,18 @@ LINES = (
     *_call_of("final_result"),
     *_call_of("Report"),
     *_call_of("PartialReport"),
+    *_call_of("json"),
     Line(("as JSON", "<tool_response>"), json.dumps(REPORT)),
     Line(("as JSON", "18 degrees in Paris"), json.dumps(REPORT)),
     Line(("Think first", "17 + 25"), "<think>\nTen and thirty, two more.\n</think>\n\n42"),
+    # An agent that gives its chat to another one.
+    Line(("hand me over", "<tool_response>"), "Handed over: hello."),
+    Line(("hand me over", "transfer_to_greeter"), called("transfer_to_greeter")),
+    # Two calls at once, and a third step after a tool that asks to be called again.
+    Line(("Paris and in Tokyo", "18 degrees in Paris", "18 degrees in Tokyo"), "It is 18 degrees in both."),
+    Line(("Rome", "Use the full name", "18 degrees in Roma"), "It is 18 degrees."),
+    Line(("Rome", "Use the full name"), called("get_weather", city="Roma")),
+    Line(("weather in Rome",), called("get_weather", city="Rome")),
     *(Line((words,), answer) for words, answer in ANSWERS.items()),
     Line(("Hello",), "Hello! How can I help?"),
 )

@@ -11,6 +11,8 @@ WEATHER = "What is the weather in Paris?"
 TYPED_WEATHER = "What is the weather in Paris? Answer as JSON."
 SAID = "It is 18 degrees in Paris. Report that."
 SAID_AS_JSON = "It is 18 degrees in Paris. Report that as JSON."
+BOTH = "What is the weather in Paris and in Tokyo?"
+ROME = "What is the weather in Rome?"
 SUM = "Think first: what is 17 + 25?"
 
 

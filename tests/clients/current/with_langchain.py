@@ -13,7 +13,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
 from tests.clients.conftest import Served
-from tests.clients.weather import PARIS, SAID, SAID_AS_JSON, TYPED_WEATHER, WEATHER, Report, get_weather
+from tests.clients.weather import BOTH, PARIS, SAID, SAID_AS_JSON, TYPED_WEATHER, WEATHER, Report, get_weather
 
 pytestmark = pytest.mark.client("langchain-openai")
 os.environ["LANGSMITH_TRACING"] = "false"
@@ -62,3 +62,24 @@ def test_responses_agent_of_two_steps(scripted: Served) -> None:
     agent: Any = create_agent(chat(scripted, use_responses_api=True), [tool(get_weather)])
     state = agent.invoke({"messages": [("user", WEATHER)]})
     assert state["messages"][-1].text == "It is 18 degrees."
+
+
+def test_parallel_calls(scripted: Served) -> None:
+    agent: Any = create_agent(chat(scripted), [tool(get_weather)])
+    state = agent.invoke({"messages": [("user", BOTH)]})
+    assert [message.type for message in state["messages"]] == ["human", "ai", "tool", "tool", "ai"]
+    assert state["messages"][-1].content == "It is 18 degrees in both."
+
+
+def test_stream_of_an_agent(scripted: Served) -> None:
+    agent: Any = create_agent(chat(scripted), [tool(get_weather)])
+    parts = list(agent.stream({"messages": [("user", WEATHER)]}, stream_mode="messages"))
+    texts = [part.content for part, _ in parts if part.type == "AIMessageChunk"]
+    assert "".join(texts) == "It is 18 degrees."
+
+
+def test_usage_and_log_probabilities(model: Served) -> None:
+    asked = chat(model, max_tokens=4, logprobs=True, top_logprobs=2, temperature=0)
+    message: Any = asked.invoke("Hello")
+    assert message.usage_metadata["output_tokens"] == 4
+    assert len(message.response_metadata["logprobs"]["content"]) == 4

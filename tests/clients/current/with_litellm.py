@@ -42,3 +42,21 @@ def test_response_format(scripted: Served) -> None:
 def test_context_window_exceeded(scripted: Served) -> None:
     with pytest.raises(litellm.ContextWindowExceededError):
         ask(scripted, "a b " * 4000)
+
+
+def test_messages(scripted: Served) -> None:
+    reply: Any = litellm.completion(
+        model=f"anthropic/{scripted.model}",
+        api_base=scripted.root,
+        api_key="none",
+        messages=[{"role": "user", "content": WEATHER}],
+        tools=[TOOL],
+    )
+    assert reply.choices[0].message.tool_calls[0].function.name == "get_weather"
+
+
+def test_responses(scripted: Served) -> None:
+    reply: Any = litellm.responses(
+        model=f"openai/{scripted.model}", api_base=scripted.url, api_key="none", input="Hello"
+    )
+    assert reply.output[0].content[0].text == "Hello! How can I help?"

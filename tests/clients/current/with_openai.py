@@ -183,3 +183,28 @@ def test_responses_agent_of_two_steps(client: openai.OpenAI, served: Served) -> 
     items += [*reply.output, {"type": "function_call_output", "call_id": call.call_id, "output": result}]
     last = client.responses.create(model=served.model, input=items, tools=[tool])
     assert last.output_text == "It is 18 degrees."
+
+
+@only_scripted
+def test_responses_stream_of_a_call(client: openai.OpenAI, served: Served) -> None:
+    tool: Any = {"type": "function", "name": "get_weather", "parameters": PARAMETERS}
+    with client.responses.stream(model=served.model, input=WEATHER, tools=[tool]) as stream:
+        events = {event.type: event for event in stream}
+    done: Any = events["response.function_call_arguments.done"]
+    assert json.loads(done.arguments) == {"city": "Paris"}
+    assert "response.function_call_arguments.delta" in events
+
+
+@only_scripted
+def test_responses_with_reasoning_in_the_history(client: openai.OpenAI, served: Served) -> None:
+    first = client.responses.create(
+        model=served.model, input=asked(SUM), include=["reasoning.encrypted_content"]
+    )
+    items = [*asked(SUM), *first.output, *asked("Hello")]
+    assert client.responses.create(model=served.model, input=items, store=False).output_text == "42"
+
+
+@only_scripted
+def test_responses_that_are_not_stored(client: openai.OpenAI, served: Served) -> None:
+    with pytest.raises(openai.BadRequestError, match="previous_response_id"):
+        client.responses.create(model=served.model, input="Hello", previous_response_id="resp_1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import agents
@@ -30,3 +31,20 @@ def test_typed_agent(chat: Any) -> None:
     tools: Any = [agents.function_tool(get_weather)]
     agent: Any = agents.Agent(name="a", model=chat, tools=tools, output_type=Report)
     assert agents.Runner.run_sync(agent, TYPED_WEATHER).final_output == PARIS
+
+
+def test_stream_of_an_agent(chat: Any) -> None:
+    async def run() -> list[str]:
+        agent: Any = agents.Agent(name="a", model=chat, tools=[agents.function_tool(get_weather)])
+        result = agents.Runner.run_streamed(agent, WEATHER)
+        return [event.type async for event in result.stream_events()] + [result.final_output]
+
+    *kinds, output = asyncio.run(run())
+    assert output == "It is 18 degrees."
+    assert {"raw_response_event", "run_item_stream_event"} <= set(kinds)
+
+
+def test_handoff_to_another_agent(chat: Any) -> None:
+    other: Any = agents.Agent(name="Greeter", model=chat, instructions="Greet.")
+    agent: Any = agents.Agent(name="a", model=chat, handoffs=[other])
+    assert agents.Runner.run_sync(agent, "Hello, hand me over.").final_output == "Handed over: hello."

@@ -76,3 +76,37 @@ export async function streamText_by_Messages({ scripted }) {
   const reply = streamText(agent(anthropic(scripted)))
   assert.equal(await reply.text, 'It is 18 degrees.')
 }
+
+export async function streamText_with_Output_object({ scripted }) {
+  const output = Output.object({ schema: Report })
+  const reply = streamText({ model: compatible(scripted), output, prompt: SAID_AS_JSON, maxRetries: 0 })
+  assert.deepEqual(await reply.output, PARIS)
+}
+
+export async function toolChoice_required({ model }) {
+  const fields = { ...agent(compatible(model)), toolChoice: 'required', stopWhen: isStepCount(1) }
+  const reply = await generateText({ ...fields, maxOutputTokens: 100 })
+  assert.equal(reply.toolCalls[0].toolName, 'get_weather')
+  assert.equal(typeof reply.toolCalls[0].input.city, 'string')
+}
+
+export async function generateObject_by_Responses({ scripted }) {
+  const fields = { schema: Report, prompt: SAID_AS_JSON, maxRetries: 0 }
+  assert.deepEqual((await generateObject({ model: openai(scripted), ...fields })).object, PARIS)
+}
+
+export async function generateObject_by_Messages({ scripted }) {
+  const fields = { schema: Report, prompt: SAID_AS_JSON, maxRetries: 0 }
+  assert.deepEqual((await generateObject({ model: anthropic(scripted), ...fields })).object, PARIS)
+}
+
+export async function reasoning_by_Messages({ scripted }) {
+  const reply = streamText({ model: anthropic(scripted), prompt: SUM, maxRetries: 0 })
+  assert.equal(await reply.text, '42')
+  assert.equal(await reply.reasoningText, 'Ten and thirty, two more.')
+}
+
+export async function reasoning_by_Responses({ scripted }) {
+  const reply = streamText({ model: openai(scripted), prompt: SUM, maxRetries: 0 })
+  assert.equal(await reply.text, '42')
+}

@@ -56,3 +56,23 @@ def test_agent_of_two_steps(scripted: Served) -> None:
         return str(await agent.run(WEATHER))
 
     assert asyncio.run(run()) == "It is 18 degrees."
+
+
+def test_stream_of_a_call(scripted: Served) -> None:
+    llm = chat(scripted)
+    tools = [FunctionTool.from_defaults(get_weather)]
+    *_, last = llm.stream_chat_with_tools(tools, user_msg=WEATHER)
+    [call] = llm.get_tool_calls_from_response(last)
+    assert call.tool_kwargs == {"city": "Paris"}
+
+
+def test_completion(model: Served) -> None:
+    llm = OpenAILike(
+        model=model.model,
+        api_base=model.url,
+        api_key="none",
+        is_chat_model=False,
+        max_tokens=4,
+        temperature=0,
+    )
+    assert llm.complete("One, two,").text.strip()
