@@ -33,7 +33,10 @@ from tests.clients.script import answer_to
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_NAME = "scripted"
 READY_TIMEOUT_S = 120.0
-SETTINGS = {"FLOWKV_KV_CACHE_BYTES": str(4 << 20)}  # 64 bytes a token
+SETTINGS = {
+    "FLOWKV_KV_CACHE_BYTES": str(4 << 20),  # 64 bytes a token
+    "FLOWKV_RESPONSE_STORE": "100",
+}
 MAX_MODEL_LEN = 2048
 _EOS_TOKEN = "<|im_end|>"
 _MAX_TOKEN_CHARS = 16

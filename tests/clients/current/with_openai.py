@@ -204,7 +204,23 @@ def test_responses_with_reasoning_in_the_history(client: openai.OpenAI, served: 
     assert client.responses.create(model=served.model, input=items, store=False).output_text == "42"
 
 
-@only_scripted
+@only_model
 def test_responses_that_are_not_stored(client: openai.OpenAI, served: Served) -> None:
     with pytest.raises(openai.BadRequestError, match="previous_response_id"):
         client.responses.create(model=served.model, input="Hello", previous_response_id="resp_1")
+
+
+@only_scripted
+def test_responses_that_are_stored(client: openai.OpenAI, served: Served) -> None:
+    tool: Any = {"type": "function", "name": "get_weather", "parameters": PARAMETERS}
+    first = client.responses.create(model=served.model, input=WEATHER, tools=[tool])
+    [call] = [item for item in first.output if item.type == "function_call"]
+    output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "18 degrees in Paris"}
+    last = client.responses.create(
+        model=served.model, input=[output], previous_response_id=first.id, tools=[tool]
+    )
+    assert last.output_text == "It is 18 degrees."
+    assert client.responses.retrieve(last.id).output_text == last.output_text
+    client.responses.delete(last.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(last.id)
