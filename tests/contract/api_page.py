@@ -19,7 +19,7 @@ from flowkv_gateway.schemas import (
 # Accepted like any unknown field, since nothing here depends on them.
 CHANGE_NOTHING = {
     "metadata": "for stored answers",
-    "store": "nothing is stored",
+    "store": "chats and completions are not stored",
     "max_tool_calls": "of tools that run on a server, which are refused",
     "background_options": "of background responses, which are refused",
     "image": "of images, which are refused",

@@ -132,6 +132,21 @@ def test_completion_and_its_stream(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
 
 
+def test_response_and_its_stream_are_the_chats_answer(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(messages=FRANCE, max_tokens=6, **GREEDY)
+    fields: Any = {"input": FRANCE, "max_output_tokens": 6, **GREEDY}
+    response = client.responses.create(**fields)
+    assert response.output_text == chat.choices[0].message.content
+    assert response.status == "incomplete"
+    assert response.usage is not None
+    assert chat.usage is not None
+    assert (response.usage.input_tokens, response.usage.output_tokens) == (chat.usage.prompt_tokens, 6)
+    with client.responses.stream(**fields) as stream:
+        texts = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert "".join(texts) == response.output_text
+    assert len(texts) == 6
+
+
 def test_every_form_of_a_prompt(client: openai.OpenAI, http: httpx.Client) -> None:
     ids = http.post("/tokenize", json={"prompt": STORY}).json()["tokens"]
     forms = (STORY, ids, [STORY], [ids], [STORY, STORY], [ids, ids])
