@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -34,14 +36,18 @@ def cluster(start_cluster: StartCluster) -> Cluster:
 class Load:
     """Streams that run while something breaks. `under_way` is set when every one has given some tokens."""
 
-    def __init__(self, http: httpx.AsyncClient, tasks: asyncio.TaskGroup, *, num: int = NUM_STREAMS) -> None:
+    def __init__(
+        self, http: httpx.AsyncClient, tasks: asyncio.TaskGroup, *, num: int = NUM_STREAMS, **extra: Any
+    ) -> None:
         rng = random.Random(5)
         self.under_way = asyncio.Event()
         self._num_started = 0
         self._num = num
         prompts = [[rng.randrange(20, 49_000) for _ in range(rng.randrange(20, 120))] for _ in range(num)]
         self._tasks = [
-            tasks.create_task(stream_completion(http, prompt, max_tokens=TOKENS, on_chunk=self._count))
+            tasks.create_task(
+                stream_completion(http, prompt, max_tokens=TOKENS, on_chunk=self._count, **extra)
+            )
             for prompt in prompts
         ]
 
@@ -78,12 +84,17 @@ async def test_killed_node_costs_no_stream(cluster: Cluster, model_path: Path, v
     async with client(cluster) as http, observe(cluster.nats_url) as observer:
         async with asyncio.TaskGroup() as tasks:
             load = Load(http, tasks)
+            numbers = Load(http, tasks, num=2, structured_outputs={"regex": "([0-9]{1,3},){40}"})
             await load.wait_under_way()
+            await numbers.wait_under_way()
             # More prompts, so that the victim dies in the middle of prefills and handoffs too.
             more = Load(http, tasks)
             cluster.processes[victim].kill()
             streams = await load.results() + await more.results()
         check_finished(model_path, streams)
+        for stream in await numbers.results():
+            assert (len(stream.token_ids), stream.error) == (TOKENS, None)
+            assert re.fullmatch("([0-9]{1,3},)*[0-9]{0,3}", stream.text), "the retry goes on in the grammar"
         await observer.wait_idle(survivors, timeout_s=10)
         cluster.start_node(victim.split("-")[0], victim)
         await observer.wait_linked(victim, num_peers=3)
