@@ -489,7 +489,7 @@ async def test_body_limit_also_without_a_declared_length(tokenizer: Tokenizer) -
 
 
 async def test_unknown_paths_and_methods(gateway: Gateway) -> None:
-    for path in ("/nope", "/v1/embeddings", "/v1/responses", "/v1/models/", "/v1/models/nope"):
+    for path in ("/nope", "/v1/embeddings", "/v1/rerank", "/v1/models/", "/v1/models/nope"):
         response = await gateway.http.get(path)
         assert (response.status_code, response.json()["error"]["type"]) == (404, "not_found_error")
     response = await gateway.http.get("/v1/chat/completions")
