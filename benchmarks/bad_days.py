@@ -130,7 +130,7 @@ class Seen:
     def moved_after_s(self, day: Day) -> float | None:
         """From the middle until the day's node has lost its work, or has got the first; None: never."""
         later = [(at_s - self.seconds / 2, day.who in nodes) for at_s, nodes in self.chosen]
-        named_s = [at_s for at_s, is_named in later if is_named and at_s >= 0]
+        named_s = [round(at_s, 2) for at_s, is_named in later if is_named and at_s >= 0]
         if day.trouble == "joins":
             return named_s[0] if named_s else None
         for before_s, after_s in pairwise([0.0, *named_s, math.inf]):
@@ -265,9 +265,9 @@ def figures_of(day: Day, outcomes: Sequence[Outcome], seen: Seen) -> dict[str, A
         "chats_ttft_s": ttfts(chats),
         "num_refused": sum(each.status == 429 for each in outcomes),
         "num_chats_refused": sum(each.status == 429 for each in chats),
-        "share_at_the_end": seen.share_at_the_end(day.who) if day.trouble else None,
+        "share_at_the_end": round(seen.share_at_the_end(day.who), 3) if day.trouble else None,
         "moved_after_s": seen.moved_after_s(day) if day.trouble else None,
-        "overload_s": seen.overload_s(),
+        "overload_s": round(seen.overload_s(), 2),
         "num_cap_moves": seen.num_cap_moves,
     }
 
