@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import pytest
@@ -31,6 +32,17 @@ async def test_the_budget_is_held_while_the_context_lasts() -> None:
     async with budget.hold("a.0", "d", 700), budget.hold("b.0", "d", 200):
         assert (budget.queue.num_holders, budget.queue.weight_held) == (2, 900)
     assert (budget.queue.num_holders, budget.queue.weight_held, budget.queue.num_waiting) == (0, 0, 0)
+
+
+async def test_late_prompts_have_a_budget_of_their_own() -> None:
+    budget = Time().budget()
+    async with budget.hold("a.0", "d", 1000, is_late=True), budget.hold("b.0", "d", 1000):
+        assert (budget.num_in_flight, budget.bytes_in_flight) == (2, 2000)
+        for is_late in (True, False):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01), budget.hold("c.0", "d", 1, is_late=is_late):
+                    pass
+    assert (budget.num_in_flight, budget.bytes_in_flight) == (0, 0)
 
 
 Move = Callable[[HandoffBudget, InFlight, Time], None]

@@ -128,6 +128,18 @@ async def test_the_one_that_is_due_first_gets_the_next_place_among_handoffs(nats
         await until(lambda: computing(pair) == [soon])
 
 
+async def test_a_late_prompt_keeps_none_in_time_out_of_the_handoffs(nats_server: NatsServer) -> None:
+    """However long it is: they interrupt it."""
+    async with engineless_pair(nats_server, max_handoff_bytes=1) as pair:  # each goes alone
+        late = await accept(pair, 41, LATE, interruptible_for_s=LATE)
+        await until(lambda: computing(pair) == [late])
+        await accept(pair, 20, LATE, interruptible_for_s=LATE)
+        soon = await accept(pair, 10, SOON)
+        await until(lambda: computing(pair) == [soon])
+        await pair.compute()
+        await until(lambda: computing(pair) == [late])
+
+
 def test_preempted_sequences_are_computed_before_prompts() -> None:
     """Their clients have seen output."""
 

@@ -172,8 +172,8 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     max_handoffs: Annotated[int, "handoffs in flight from a node, and open reservations on it"] = 16
     max_handoff_bytes: Annotated[
         Bytes,
-        "KV in flight from a node; 0: a quarter of its pool, or max_handoffs times the KV of token_budget "
-        "tokens if that is more",
+        "KV in flight from a node, and as much again of late prompts; 0: a quarter of its pool, or "
+        "max_handoffs times the KV of token_budget tokens if that is more",
     ] = 0
     test_hooks: Annotated[bool, "serve the endpoints that tests need"] = False
 

@@ -33,8 +33,8 @@ def handoff_bytes(settings: NodeSettings, layout: PoolLayout, num_blocks: int) -
 
     Handoffs in flight hold blocks at both ends, at the decode node before they are computed. So it is a share
     of the pool: decode nodes have pools of the same kind. A quarter lets a long prompt be sent while the next
-    ones compute, and leaves decode the most. In small pools it is a step's prompt tokens for each handoff in
-    flight: there the count is the bound.
+    ones compute; with as much again of late prompts it leaves decode half. In small pools it is a step's
+    prompt tokens for each handoff in flight: there the count is the bound.
     """
     if settings.max_handoff_bytes:
         return settings.max_handoff_bytes
@@ -76,6 +76,8 @@ class InFlight:
 class HandoffBudget:
     """The handoff that is due first goes first; one larger than the whole budget goes alone.
 
+    Prompts in time interrupt late ones, so these must not keep them out: they have a budget of their own.
+
     `node_moved_at` tells when, on `clock`, a step has last ended at this node, blocks have come back or a
     reservation was renewed.
     """
@@ -89,16 +91,24 @@ class HandoffBudget:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.queue = FairQueue(max_handoffs, max_bytes)  # counts handoffs in flight, their bytes, and waiters
+        self.late_queue = FairQueue(max_handoffs, max_bytes)
         self._in_flight: set[InFlight] = set()
         self._node_moved_at = node_moved_at
         self._clock = clock
 
     @contextlib.asynccontextmanager
     async def hold(
-        self, transfer_id: str, decode_node_id: str, num_bytes: int, *, due: float = 0.0
+        self,
+        transfer_id: str,
+        decode_node_id: str,
+        num_bytes: int,
+        *,
+        due: float = 0.0,
+        is_late: bool = False,
     ) -> AsyncIterator[InFlight]:
         """Waits for room, then holds `num_bytes` of it while the context lasts."""
-        async with self.queue.hold(num_bytes, place=due):
+        queue = self.late_queue if is_late else self.queue
+        async with queue.hold(num_bytes, place=due):
             patience_s = STUCK_AFTER_S + num_bytes / SLOWEST_LINK_BYTES_PER_S
             mine = InFlight(transfer_id, decode_node_id, patience_s, self._clock, self._clock())
             self._in_flight.add(mine)
@@ -106,6 +116,14 @@ class HandoffBudget:
                 yield mine
             finally:
                 self._in_flight.discard(mine)
+
+    @property
+    def num_in_flight(self) -> int:
+        return self.queue.num_holders + self.late_queue.num_holders
+
+    @property
+    def bytes_in_flight(self) -> int:
+        return self.queue.weight_held + self.late_queue.weight_held
 
     def confirm_send(self, decode_node_id: str) -> None:
         """Blocks have landed at that node: all that are handed over to it have made progress."""
@@ -124,7 +142,7 @@ class HandoffBudget:
         if not (stuck := self.find_stuck()):
             return None
         return (
-            f"no progress in {len(stuck)} of {self.queue.num_holders} handoffs: {stuck[0].transfer_id} "
+            f"no progress in {len(stuck)} of {self.num_in_flight} handoffs: {stuck[0].transfer_id} "
             f"{stuck[0].stage} for {self._still_s(stuck[0]):.0f} s"
         )
 

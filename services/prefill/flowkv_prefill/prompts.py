@@ -136,8 +136,11 @@ class PrefillRole:
         tid, node = prompt.sequence.transfer_id, self._node
         async with contextlib.AsyncExitStack() as held:
             with prompt.phases.phase("queue"):
-                budget = node.handoffs.hold(tid, prompt.run.decode.node_id, num_bytes, due=prompt.due)
-                in_flight = await held.enter_async_context(budget)
+                is_late = time.monotonic() < prompt.interruptible_until
+                place = node.handoffs.hold(
+                    tid, prompt.run.decode.node_id, num_bytes, due=prompt.due, is_late=is_late
+                )
+                in_flight = await held.enter_async_context(place)
             result = "failed"  # one of `HANDOFF_RESULTS`, as far as it has come
             try:
                 handoff = Handoff(node, prompt.run, prompt.sequence, in_flight)
