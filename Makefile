@@ -60,11 +60,20 @@ $(CLIENTS)/%/ready: tests/clients/%/requirements.txt
 	$(CLIENTS)/$*/bin/pip install --disable-pip-version-check --quiet -r $<
 	@touch $@
 
+# lm_eval compares with transformers: it sees FlowKV's own, and torch, which takes a gigabyte.
+$(CLIENTS)/lm_eval/ready: tests/clients/lm_eval/requirements.txt $(VENV)/ready-dev
+	@echo "[make] installing the clients of $<"
+	$(PY) -m venv $(CLIENTS)/lm_eval
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(CLIENTS)/lm_eval/flowkv.pth
+	mv $(CLIENTS)/lm_eval/flowkv.pth $(CLIENTS)/lm_eval/lib/python3*/site-packages
+	$(CLIENTS)/lm_eval/bin/pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
 tests/clients/node/node_modules: tests/clients/node/package-lock.json
 	cd tests/clients/node && npm ci --no-audit --no-fund
 	@touch $@
 
-clients: $(VENV)/ready-dev $(CLIENTS)/current/ready $(CLIENTS)/openai2/ready tests/clients/node/node_modules ## unmodified clients (openai, anthropic, LangChain, AI SDK, ...) against a cluster
+clients: $(VENV)/ready-dev $(CLIENTS)/current/ready $(CLIENTS)/openai2/ready $(CLIENTS)/lm_eval/ready tests/clients/node/node_modules ## unmodified clients (openai, anthropic, LangChain, AI SDK, ...) against a cluster
 	$(PY) -m tests.clients
 
 lint: $(VENV)/ready-dev ## ruff, mypy --strict, import boundaries

@@ -21,7 +21,7 @@ from tests.clients.scripted import ROOT, scripted_cluster
 READY_TIMEOUT_S = 300.0
 TESTS_TIMEOUT_S = 1800.0
 # By environment, the folders of tests that run in it.
-FOLDERS = {"current": ("current", "node"), "openai2": ("openai2",)}
+FOLDERS = {"current": ("current", "node"), "openai2": ("openai2",), "lm_eval": ("lm_eval",)}
 
 
 def main(arguments: list[str]) -> int:
@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> int:
             model.wait_ready(READY_TIMEOUT_S)
             for environment, folders in FOLDERS.items():
                 kept = run_dir / f"{environment}.json"
-                run_tests(environment, folders, arguments, model.url, scripted.url, kept)
+                served = {"MODEL": model.url, "MODEL_PATH": model_path, "SCRIPTED": scripted.url}
+                run_tests(environment, folders, arguments, served, kept)
                 outcomes += [Outcome(**each) for each in json.loads(kept.read_text())]
     print("\n".join(table(outcomes)))
     has_failed = any(each.outcome == "failed" for each in outcomes)
@@ -47,14 +48,10 @@ def main(arguments: list[str]) -> int:
 
 
 def run_tests(
-    environment: str, folders: tuple[str, ...], arguments: list[str], model: str, scripted: str, kept: Path
+    environment: str, folders: tuple[str, ...], arguments: list[str], served: dict[str, str], kept: Path
 ) -> None:
     """Writes the outcomes to `kept`. Raises TimeoutExpired when the tests don't end."""
-    own = {
-        "FLOWKV_CLIENTS_MODEL": model,
-        "FLOWKV_CLIENTS_SCRIPTED": scripted,
-        "FLOWKV_CLIENTS_OUTCOMES": str(kept),
-    }
+    own = {f"FLOWKV_CLIENTS_{name}": value for name, value in {**served, "OUTCOMES": str(kept)}.items()}
     # FlowKV's own packages are no part of a client's environment.
     others = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     here = Path(__file__).parent
