@@ -417,6 +417,21 @@ def test_token_ids_round_trip(client: openai.OpenAI, http: httpx.Client) -> None
     assert back["prompt"] == "Bj\u00f6rk \U0001f600"
 
 
+def test_an_answer_is_as_likely_when_it_is_echoed(client: openai.OpenAI, http: httpx.Client) -> None:
+    """Much of the second prompt is cached by then."""
+    [given] = complete(client, logprobs=1, extra_body={"return_token_ids": True}).choices
+    prompt_ids = http.post("/tokenize", json={"prompt": STORY}).json()["tokens"]
+    for max_tokens in (0, 1):
+        fields = {"echo": True, "logprobs": 1, "max_tokens": max_tokens}
+        reply = complete(client, prompt=prompt_ids + given.token_ids, **fields)
+        [echoed] = reply.choices
+        assert echoed.text.startswith(STORY + given.text)
+        assert echoed.logprobs.token_logprobs[0] is None
+        told = echoed.logprobs.token_logprobs[len(prompt_ids) :][: len(given.token_ids)]
+        assert told == pytest.approx(given.logprobs.token_logprobs, abs=1e-3)
+        assert reply.usage.completion_tokens == max_tokens
+
+
 # --- models, errors, metrics -------------------------------------------------------------------------------
 
 
