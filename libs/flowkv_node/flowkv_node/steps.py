@@ -87,8 +87,7 @@ async def _run_step(node: Node, engine: Engine, work: Work) -> None:
         for role, item in work:
             role.fail(item.sequence, Internal(f"the engine step failed: {result}"))
         return
-    if not result.prompt_logprobs:  # they cost more than the counts say
-        node.instruments.observe_step(counts, time.monotonic() - began)
+    node.instruments.observe_step(counts, time.monotonic() - began)
     for place, logprobs in result.prompt_logprobs.items():
         node.prefill.add_prompt_logprobs(items[place].sequence, logprobs)
     for (role, item), sampled in zip(work, result.sampled, strict=True):
