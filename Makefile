@@ -69,11 +69,11 @@ $(CLIENTS)/lm_eval/ready: tests/clients/lm_eval/requirements.txt $(VENV)/ready-d
 	$(CLIENTS)/lm_eval/bin/pip install --disable-pip-version-check --quiet -r $<
 	@touch $@
 
-tests/clients/node/node_modules: tests/clients/node/package-lock.json
-	cd tests/clients/node && npm ci --no-audit --no-fund
+tests/clients/%/node_modules: tests/clients/%/package-lock.json
+	cd $(@D) && npm ci --no-audit --no-fund
 	@touch $@
 
-clients: $(VENV)/ready-dev $(CLIENTS)/current/ready $(CLIENTS)/openai2/ready $(CLIENTS)/lm_eval/ready tests/clients/node/node_modules ## unmodified clients (openai, anthropic, LangChain, AI SDK, ...) against a cluster
+clients: $(VENV)/ready-dev $(CLIENTS)/current/ready $(CLIENTS)/openai2/ready $(CLIENTS)/lm_eval/ready tests/clients/node/node_modules tests/clients/agents/node_modules ## unmodified clients (openai, anthropic, LangChain, AI SDK, ...) against a cluster
 	$(PY) -m tests.clients
 
 lint: $(VENV)/ready-dev ## ruff, mypy --strict, import boundaries
@@ -88,4 +88,4 @@ fmt: $(VENV)/ready-dev ## format the code
 	$(VENV)/bin/ruff format .
 
 clean: ## remove the virtual environment and all that was built
-	rm -rf $(VENV) $(CLIENTS) tests/clients/node/node_modules .run .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) tests/clients/*/node_modules .run .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

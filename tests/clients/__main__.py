@@ -21,7 +21,11 @@ from tests.clients.scripted import ROOT, scripted_cluster
 READY_TIMEOUT_S = 300.0
 TESTS_TIMEOUT_S = 1800.0
 # By environment, the folders of tests that run in it.
-FOLDERS = {"current": ("current", "node"), "openai2": ("openai2",), "lm_eval": ("lm_eval",)}
+FOLDERS = {
+    "current": ("current", "node", "agents"),
+    "openai2": ("openai2",),
+    "lm_eval": ("lm_eval",),
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
-from tests.told_answers import ANSWERS, called
+from tests.told_answers import ANSWERS, PARIS, called
 
 NO_LINE = "The script has no line for this."
 REPORT = {"city": "Paris", "degrees": 18}
@@ -27,6 +27,16 @@ def _call_of(name: str) -> tuple[Line, Line]:
 
 
 LINES = (
+    # Coding agents: their prompts have most words, so theirs come first.
+    Line(("Count the files here", "<tool_response>", "FILES=1"), "There is 1 file."),
+    Line(
+        ("Count the files here", '"name": "exec_command"'),
+        called("exec_command", cmd="echo FILES=$(ls *.txt | wc -l)"),
+    ),
+    Line(
+        ("Count the files here", '"name": "Bash"'),
+        called("Bash", command="echo FILES=$(ls *.txt | wc -l)", description="Counts the files"),
+    ),
     # Names by which clients ask for typed output with a call.
     *_call_of("final_result"),
     *_call_of("Report"),
@@ -35,6 +45,10 @@ LINES = (
     Line(("as JSON", "<tool_response>"), json.dumps(REPORT)),
     Line(("as JSON", "18 degrees in Paris"), json.dumps(REPORT)),
     Line(("Think first", "17 + 25"), "<think>\nTen and thirty, two more.\n</think>\n\n42"),
+    # What the model has thought must come back to it.
+    Line(("Think first. What is the weather in Paris", "<tool_response>", "I ask."), "It is 18 degrees."),
+    Line(("Think first. What is the weather in Paris", "<tool_response>"), "What did I think?"),
+    Line(("Think first. What is the weather in Paris",), f"<think>\nI ask.\n</think>\n\n{PARIS}"),
     # An agent that gives its chat to another one.
     Line(("hand me over", "<tool_response>"), "Handed over: hello."),
     Line(("hand me over", "transfer_to_greeter"), called("transfer_to_greeter")),

@@ -37,7 +37,7 @@ SETTINGS = {
     "FLOWKV_KV_CACHE_BYTES": str(4 << 20),  # 64 bytes a token
     "FLOWKV_RESPONSE_STORE": "100",
 }
-MAX_MODEL_LEN = 2048
+MAX_MODEL_LEN = 32768
 _EOS_TOKEN = "<|im_end|>"
 _MAX_TOKEN_CHARS = 16
 # Over any temperature: what the script says is certain, as far as a grammar allows it.

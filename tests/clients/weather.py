@@ -13,6 +13,7 @@ SAID = "It is 18 degrees in Paris. Report that."
 SAID_AS_JSON = "It is 18 degrees in Paris. Report that as JSON."
 BOTH = "What is the weather in Paris and in Tokyo?"
 ROME = "What is the weather in Rome?"
+THOUGHT = "Think first. What is the weather in Paris?"
 SUM = "Think first: what is 17 + 25?"
 
 

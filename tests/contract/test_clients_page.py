@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from tests.clients.page import BEGIN, END, PAGE, Outcome, table
 
 CLIENTS = PAGE.parents[1] / "tests" / "clients"
+NODE_CLIENTS = {
+    "node": ("openai", "@anthropic-ai/sdk", "ai"),
+    "agents": ("@anthropic-ai/claude-code", "@openai/codex"),
+}
 
 
 def pinned() -> Iterator[tuple[str, str]]:
@@ -18,9 +22,10 @@ def pinned() -> Iterator[tuple[str, str]]:
             pins = file.with_name("requirements.txt").read_text()
             [version] = re.findall(rf"^{re.escape(name)}==(\S+)", pins, re.MULTILINE)
             yield name, version
-    packages = json.loads((CLIENTS / "node" / "package.json").read_text())["dependencies"]
-    for name in ("openai", "@anthropic-ai/sdk", "ai"):
-        yield f"{name} (Node)", packages[name]
+    for folder, names in NODE_CLIENTS.items():
+        packages = json.loads((CLIENTS / folder / "package.json").read_text())["dependencies"]
+        for name in names:
+            yield f"{name} (Node)", packages[name]
 
 
 def test_the_table_has_the_pinned_versions() -> None:

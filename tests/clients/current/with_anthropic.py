@@ -9,7 +9,7 @@ import anthropic
 import pytest
 
 from tests.clients.conftest import Served
-from tests.clients.weather import FRANCE, PARAMETERS, SUM, WEATHER, get_weather
+from tests.clients.weather import FRANCE, PARAMETERS, SUM, THOUGHT, WEATHER, get_weather
 
 pytestmark = pytest.mark.client("anthropic")
 TOOL: Any = {"name": "get_weather", "description": "The weather.", "input_schema": PARAMETERS}
@@ -57,8 +57,9 @@ def test_thinking(client: anthropic.Anthropic) -> None:
     assert final.content[1].text == "42"
 
 
-def test_agent_of_two_steps(client: anthropic.Anthropic) -> None:
-    fields = asked(WEATHER, tools=[TOOL])
+@pytest.mark.parametrize("words", [WEATHER, THOUGHT])
+def test_agent_of_two_steps(client: anthropic.Anthropic, words: str) -> None:
+    fields = asked(words, tools=[TOOL])
     reply = client.messages.create(**fields)
     assert reply.stop_reason == "tool_use"
     [call] = [block for block in reply.content if block.type == "tool_use"]

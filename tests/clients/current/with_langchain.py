@@ -13,7 +13,17 @@ from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
 from tests.clients.conftest import Served
-from tests.clients.weather import BOTH, PARIS, SAID, SAID_AS_JSON, TYPED_WEATHER, WEATHER, Report, get_weather
+from tests.clients.weather import (
+    BOTH,
+    PARIS,
+    SAID,
+    SAID_AS_JSON,
+    THOUGHT,
+    TYPED_WEATHER,
+    WEATHER,
+    Report,
+    get_weather,
+)
 
 pytestmark = pytest.mark.client("langchain-openai")
 os.environ["LANGSMITH_TRACING"] = "false"
@@ -58,9 +68,10 @@ def test_typed_agent(scripted: Served, strategy: Any) -> None:
     assert agent.invoke({"messages": [("user", words)]})["structured_response"] == PARIS
 
 
-def test_responses_agent_of_two_steps(scripted: Served) -> None:
+@pytest.mark.parametrize("words", [WEATHER, THOUGHT])
+def test_responses_agent_of_two_steps(scripted: Served, words: str) -> None:
     agent: Any = create_agent(chat(scripted, use_responses_api=True), [tool(get_weather)])
-    state = agent.invoke({"messages": [("user", WEATHER)]})
+    state = agent.invoke({"messages": [("user", words)]})
     assert state["messages"][-1].text == "It is 18 degrees."
 
 
@@ -83,3 +94,9 @@ def test_usage_and_log_probabilities(model: Served) -> None:
     message: Any = asked.invoke("Hello")
     assert message.usage_metadata["output_tokens"] == 4
     assert len(message.response_metadata["logprobs"]["content"]) == 4
+
+
+def test_agent_that_thinks(scripted: Served) -> None:
+    agent: Any = create_agent(chat(scripted), [tool(get_weather)])
+    if agent.invoke({"messages": [("user", THOUGHT)]})["messages"][-1].content != "It is 18 degrees.":
+        pytest.xfail("by Chat Completions it drops reasoning")

@@ -11,7 +11,7 @@ from langchain_anthropic import ChatAnthropic
 from langchain_core.tools import tool
 
 from tests.clients.conftest import Served
-from tests.clients.weather import PARIS, SAID, WEATHER, Report, get_weather
+from tests.clients.weather import PARIS, SAID, THOUGHT, WEATHER, Report, get_weather
 
 pytestmark = pytest.mark.client("langchain-anthropic")
 os.environ["LANGSMITH_TRACING"] = "false"
@@ -30,7 +30,8 @@ def test_with_structured_output(scripted: Served) -> None:
     assert chat(scripted).with_structured_output(Report).invoke(SAID) == PARIS
 
 
-def test_agent_of_two_steps(scripted: Served) -> None:
+@pytest.mark.parametrize("words", [WEATHER, THOUGHT])
+def test_agent_of_two_steps(scripted: Served, words: str) -> None:
     agent: Any = create_agent(chat(scripted), [tool(get_weather)])
-    state = agent.invoke({"messages": [("user", WEATHER)]})
+    state = agent.invoke({"messages": [("user", words)]})
     assert state["messages"][-1].text == "It is 18 degrees."

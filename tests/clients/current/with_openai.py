@@ -17,6 +17,7 @@ from tests.clients.weather import (
     SAID,
     SAID_AS_JSON,
     SUM,
+    THOUGHT,
     TOOL,
     WEATHER,
     Report,
@@ -124,8 +125,9 @@ def test_parse_of_a_tool(client: openai.OpenAI, served: Served) -> None:
 
 
 @only_scripted
-def test_agent_of_two_steps(client: openai.OpenAI, served: Served) -> None:
-    messages = asked(WEATHER)
+@pytest.mark.parametrize("words", [WEATHER, THOUGHT])
+def test_agent_of_two_steps(client: openai.OpenAI, served: Served, words: str) -> None:
+    messages = asked(words)
     reply = client.chat.completions.create(model=served.model, messages=messages, tools=[TOOL])
     message = reply.choices[0].message
     assert reply.choices[0].finish_reason == "tool_calls"
@@ -174,9 +176,10 @@ def test_responses_parse(client: openai.OpenAI, served: Served) -> None:
 
 
 @only_scripted
-def test_responses_agent_of_two_steps(client: openai.OpenAI, served: Served) -> None:
+@pytest.mark.parametrize("words", [WEATHER, THOUGHT])
+def test_responses_agent_of_two_steps(client: openai.OpenAI, served: Served, words: str) -> None:
     tool: Any = {"type": "function", "name": "get_weather", "parameters": PARAMETERS, "strict": True}
-    items = asked(WEATHER)
+    items = asked(words)
     reply = client.responses.create(model=served.model, input=items, tools=[tool])
     [call] = [item for item in reply.output if item.type == "function_call"]
     result = get_weather(**json.loads(call.arguments))

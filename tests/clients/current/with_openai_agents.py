@@ -10,21 +10,27 @@ import openai
 import pytest
 
 from tests.clients.conftest import Served
-from tests.clients.weather import PARIS, TYPED_WEATHER, WEATHER, Report, get_weather
+from tests.clients.weather import PARIS, THOUGHT, TYPED_WEATHER, WEATHER, Report, get_weather
 
 pytestmark = pytest.mark.client("openai-agents")
 agents.set_tracing_disabled(True)
 
 
-@pytest.fixture(params=[agents.OpenAIChatCompletionsModel, agents.OpenAIResponsesModel])
+@pytest.fixture(params=["chat", "responses"])
 def chat(request: pytest.FixtureRequest, scripted: Served) -> Any:
     client = openai.AsyncOpenAI(base_url=scripted.url, api_key="none")
-    return request.param(model=scripted.model, openai_client=client)
+    if request.param == "responses":
+        return agents.OpenAIResponsesModel(scripted.model, client)
+    # It sends reasoning back to DeepSeek's models alone, unless it is told to.
+    return agents.OpenAIChatCompletionsModel(
+        scripted.model, client, should_replay_reasoning_content=lambda _: True
+    )
 
 
-def test_agent_of_two_steps(chat: Any) -> None:
+@pytest.mark.parametrize("words", [WEATHER, THOUGHT])
+def test_agent_of_two_steps(chat: Any, words: str) -> None:
     agent: Any = agents.Agent(name="a", model=chat, tools=[agents.function_tool(get_weather)])
-    assert agents.Runner.run_sync(agent, WEATHER).final_output == "It is 18 degrees."
+    assert agents.Runner.run_sync(agent, words).final_output == "It is 18 degrees."
 
 
 def test_typed_agent(chat: Any) -> None:

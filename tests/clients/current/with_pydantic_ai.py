@@ -20,6 +20,7 @@ from tests.clients.weather import (
     SAID,
     SAID_AS_JSON,
     SUM,
+    THOUGHT,
     TYPED_WEATHER,
     WEATHER,
     Report,
@@ -33,9 +34,10 @@ def chat(served: Served, kind: Any = OpenAIChatModel) -> Any:
     return kind(served.model, provider=OpenAIProvider(base_url=served.url, api_key="none"))
 
 
-def test_agent_of_two_steps(scripted: Served) -> None:
+@pytest.mark.parametrize("words", [WEATHER, THOUGHT])
+def test_agent_of_two_steps(scripted: Served, words: str) -> None:
     agent = Agent(chat(scripted), tools=[get_weather])
-    assert agent.run_sync(WEATHER).output == "It is 18 degrees."
+    assert agent.run_sync(words).output == "It is 18 degrees."
 
 
 @pytest.mark.parametrize("kind", [ToolOutput, NativeOutput, PromptedOutput])
@@ -60,9 +62,10 @@ def test_stream_of_an_agent(scripted: Served) -> None:
     assert "".join(asyncio.run(_streamed(scripted))) == "It is 18 degrees."
 
 
-def test_responses_agent_of_two_steps(scripted: Served) -> None:
+@pytest.mark.parametrize("words", [WEATHER, THOUGHT])
+def test_responses_agent_of_two_steps(scripted: Served, words: str) -> None:
     agent: Any = Agent(chat(scripted, OpenAIResponsesModel), tools=[get_weather])
-    assert agent.run_sync(WEATHER).output == "It is 18 degrees."
+    assert agent.run_sync(words).output == "It is 18 degrees."
 
 
 def test_parallel_calls(scripted: Served) -> None:
@@ -93,7 +96,8 @@ def test_history(scripted: Served) -> None:
     assert again.output == "It is 18 degrees."
 
 
-def test_messages_agent_of_two_steps(scripted: Served) -> None:
+@pytest.mark.parametrize("words", [WEATHER, THOUGHT])
+def test_messages_agent_of_two_steps(scripted: Served, words: str) -> None:
     provider = AnthropicProvider(base_url=scripted.root, api_key="none")
     agent = Agent(AnthropicModel(scripted.model, provider=provider), tools=[get_weather])
-    assert agent.run_sync(WEATHER).output == "It is 18 degrees."
+    assert agent.run_sync(words).output == "It is 18 degrees."

@@ -4,7 +4,7 @@ import { createAnthropic } from '@ai-sdk/anthropic'
 import { createOpenAI } from '@ai-sdk/openai'
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible'
 import { Output, generateObject, generateText, isStepCount, streamText, tool } from 'ai'
-import { City, PARIS, Report, SAID_AS_JSON, SUM, WEATHER, getWeather } from './weather.mjs'
+import { City, PARIS, Report, SAID_AS_JSON, SUM, THOUGHT, WEATHER, getWeather } from './weather.mjs'
 
 const compatible = (served) =>
   createOpenAICompatible({
@@ -16,9 +16,9 @@ const compatible = (served) =>
 const openai = (served) => createOpenAI({ baseURL: `${served.root}/v1`, apiKey: 'none' })(served.name)
 const anthropic = (served) => createAnthropic({ baseURL: `${served.root}/v1`, apiKey: 'none' })(served.name)
 
-const agent = (model) => ({
+const agent = (model, prompt = WEATHER) => ({
   model,
-  prompt: WEATHER,
+  prompt,
   stopWhen: isStepCount(3),
   maxRetries: 0,
   tools: {
@@ -109,4 +109,12 @@ export async function reasoning_by_Messages({ scripted }) {
 export async function reasoning_by_Responses({ scripted }) {
   const reply = streamText({ model: openai(scripted), prompt: SUM, maxRetries: 0 })
   assert.equal(await reply.text, '42')
+}
+
+export async function agents_that_think({ scripted }) {
+  const stateless = { openai: { store: false, forceReasoning: true, reasoningSummary: 'auto' } }
+  for (const provider of [compatible, anthropic, openai]) {
+    const fields = { ...agent(provider(scripted), THOUGHT), providerOptions: stateless }
+    assert.equal((await generateText(fields)).text, 'It is 18 degrees.', provider.name)
+  }
 }
