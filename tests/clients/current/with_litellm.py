@@ -41,7 +41,7 @@ def test_response_format(scripted: Served) -> None:
 
 def test_context_window_exceeded(scripted: Served) -> None:
     with pytest.raises(litellm.ContextWindowExceededError):
-        ask(scripted, "a b " * 4000)
+        ask(scripted, "a b " * 20_000)
 
 
 def test_messages(scripted: Served) -> None:
