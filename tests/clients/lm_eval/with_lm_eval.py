@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 
 from tests.clients.conftest import Served
 
-pytestmark = pytest.mark.client("lm_eval")
+pytestmark = pytest.mark.client("lm-eval")
 
 HERE = Path(__file__).parent
 TASKS = ["questions", "texts"]  # log likelihoods of choices, and of whole texts
@@ -75,4 +75,4 @@ def test_(case: str, model: Served, model_path: str, expected: Any) -> None:
         for task, metric in METRICS:
             one, other = found["results"][task][metric], expected["results"][task][metric]
             print(f"{metric}: {one}, with transformers {other}")
-            assert one == pytest.approx(other, rel=1e-5)
+            assert one == pytest.approx(other, rel=1e-4)
