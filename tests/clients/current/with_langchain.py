@@ -39,7 +39,7 @@ def test_stream(scripted: Served) -> None:
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
-def test_with_structured_output(model: Served, scripted: Served, method: Any) -> None:
+def test_with_structured_output_in_three_methods(model: Served, scripted: Served, method: Any) -> None:
     words = SAID if method == "function_calling" else SAID_AS_JSON
     assert chat(scripted).with_structured_output(Report, method=method).invoke(words) == PARIS
     if method != "json_mode":  # there the prompt has to tell the schema, which a small model won't keep to
@@ -62,7 +62,7 @@ def test_agent_of_two_steps(scripted: Served) -> None:
 
 
 @pytest.mark.parametrize("strategy", [ToolStrategy, ProviderStrategy])
-def test_typed_agent(scripted: Served, strategy: Any) -> None:
+def test_typed_agent_in_both_strategies(scripted: Served, strategy: Any) -> None:
     words = WEATHER if strategy is ToolStrategy else TYPED_WEATHER
     agent: Any = create_agent(chat(scripted), [tool(get_weather)], response_format=strategy(Report))
     assert agent.invoke({"messages": [("user", words)]})["structured_response"] == PARIS

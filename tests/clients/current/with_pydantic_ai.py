@@ -41,7 +41,7 @@ def test_agent_of_two_steps(scripted: Served, words: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [ToolOutput, NativeOutput, PromptedOutput])
-def test_typed_agent(scripted: Served, kind: Any) -> None:
+def test_typed_agent_in_three_modes(scripted: Served, kind: Any) -> None:
     agent: Any = Agent(chat(scripted), tools=[get_weather], output_type=kind(Report))
     assert agent.run_sync(WEATHER if kind is ToolOutput else TYPED_WEATHER).output == PARIS
 

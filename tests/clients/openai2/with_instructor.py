@@ -15,7 +15,7 @@ pytestmark = pytest.mark.client("instructor")
 
 
 @pytest.mark.parametrize("mode", ["TOOLS", "TOOLS_STRICT", "JSON", "JSON_SCHEMA", "MD_JSON"])
-def test_create(model: Served, scripted: Served, mode: str) -> None:
+def test_create_in_five_modes(model: Served, scripted: Served, mode: str) -> None:
     def create(served: Served, **fields: Any) -> Any:
         client = instructor.from_openai(
             openai.OpenAI(base_url=served.url, api_key="none"), mode=instructor.Mode[mode]
