@@ -85,7 +85,12 @@ def test_forced_tool(model: Served) -> None:
     choice: Any = {"type": "tool", "name": "get_weather"}
     with anthropic.Anthropic(base_url=model.root, api_key="none", max_retries=0) as client:
         reply = client.messages.create(
-            model=model.model, messages=FRANCE, max_tokens=80, tools=[TOOL], tool_choice=choice
+            model=model.model,
+            messages=FRANCE,
+            max_tokens=80,
+            tools=[TOOL],
+            tool_choice=choice,
+            extra_body={"temperature": 0},
         )
     assert [block.type for block in reply.content] == ["tool_use"]
 

@@ -43,14 +43,20 @@ def test_with_structured_output_in_three_methods(model: Served, scripted: Served
     words = SAID if method == "function_calling" else SAID_AS_JSON
     assert chat(scripted).with_structured_output(Report, method=method).invoke(words) == PARIS
     if method != "json_mode":  # there the prompt has to tell the schema, which a small model won't keep to
-        found = chat(model, max_tokens=80).with_structured_output(Report, method=method).invoke(words)
+        found = (
+            chat(model, max_tokens=80, temperature=0)
+            .with_structured_output(Report, method=method)
+            .invoke(words)
+        )
         assert isinstance(found, Report)
 
 
 def test_bind_tools(model: Served, scripted: Served) -> None:
     message: Any = chat(scripted).bind_tools([get_weather]).invoke(WEATHER)
     assert [call["args"] for call in message.tool_calls] == [{"city": "Paris"}]
-    forced: Any = chat(model, max_tokens=80).bind_tools([get_weather], tool_choice="any", strict=True)
+    forced: Any = chat(model, max_tokens=80, temperature=0).bind_tools(
+        [get_weather], tool_choice="any", strict=True
+    )
     assert forced.invoke(WEATHER).tool_calls[0]["name"] == "get_weather"
 
 

@@ -94,7 +94,7 @@ def test_reasoning(client: openai.OpenAI, served: Served) -> None:
 
 def test_parse(client: openai.OpenAI, served: Served) -> None:
     reply = client.chat.completions.parse(
-        model=served.model, messages=asked(SAID_AS_JSON), response_format=Report, max_tokens=60
+        model=served.model, messages=asked(SAID_AS_JSON), response_format=Report, max_tokens=60, temperature=0
     )
     parsed = reply.choices[0].message.parsed
     assert isinstance(parsed, Report)
@@ -104,7 +104,7 @@ def test_parse(client: openai.OpenAI, served: Served) -> None:
 @only_model
 def test_parse_of_a_stream(client: openai.OpenAI, served: Served) -> None:
     with client.chat.completions.stream(
-        model=served.model, messages=asked(SAID), response_format=Report, max_tokens=60
+        model=served.model, messages=asked(SAID), response_format=Report, max_tokens=60, temperature=0
     ) as stream:
         final = stream.get_final_completion()
     assert isinstance(final.choices[0].message.parsed, Report)
@@ -118,6 +118,7 @@ def test_parse_of_a_tool(client: openai.OpenAI, served: Served) -> None:
         tools=[tool],
         tool_choice="required",
         max_tokens=80,
+        temperature=0,
         parallel_tool_calls=False,
     )
     [call, *_] = reply.choices[0].message.tool_calls or []
@@ -170,7 +171,7 @@ def test_responses_stream(client: openai.OpenAI, served: Served) -> None:
 
 def test_responses_parse(client: openai.OpenAI, served: Served) -> None:
     reply = client.responses.parse(
-        model=served.model, input=SAID_AS_JSON, text_format=Report, max_output_tokens=60
+        model=served.model, input=SAID_AS_JSON, text_format=Report, max_output_tokens=60, temperature=0
     )
     assert isinstance(reply.output_parsed, Report)
 

@@ -26,7 +26,9 @@ def connect(served: Served) -> openai.OpenAI:
 def test_json(make: Any, model: Served, scripted: Served) -> None:
     found = make(connect(scripted), scripted.model)(SAID_AS_JSON, Report)
     assert Report.model_validate_json(found) == PARIS
-    Report.model_validate_json(make(connect(model), model.model)(SAID_AS_JSON, Report, max_tokens=60))
+    Report.model_validate_json(
+        make(connect(model), model.model)(SAID_AS_JSON, Report, max_tokens=60, temperature=0)
+    )
 
 
 def test_choice(model: Served) -> None:
@@ -36,5 +38,5 @@ def test_choice(model: Served) -> None:
 
 def test_regex(model: Served) -> None:
     ask = outlines.from_vllm(connect(model), model.model)
-    found = ask("A date?", outlines.types.regex(r"20[0-9]{2}-[01][0-9]"), max_tokens=20)
+    found = ask("A date?", outlines.types.regex(r"20[0-9]{2}-[01][0-9]"), max_tokens=20, temperature=0)
     assert len(str(found)) == 7

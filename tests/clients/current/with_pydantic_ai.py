@@ -49,7 +49,9 @@ def test_typed_agent_in_three_modes(scripted: Served, kind: Any) -> None:
 @pytest.mark.parametrize("kind", [ToolOutput, NativeOutput])
 def test_typed_output(model: Served, kind: Any) -> None:
     words = SAID if kind is ToolOutput else SAID_AS_JSON
-    agent: Any = Agent(chat(model), output_type=kind(Report), model_settings={"max_tokens": 80})
+    agent: Any = Agent(
+        chat(model), output_type=kind(Report), model_settings={"max_tokens": 80, "temperature": 0}
+    )
     assert isinstance(agent.run_sync(words).output, Report)
 
 

@@ -37,6 +37,7 @@ export async function generateObject_({ model, scripted }) {
       schema: Report,
       prompt: SAID_AS_JSON,
       maxOutputTokens: 60,
+      temperature: 0,
       maxRetries: 0,
     })
     if (served === scripted) assert.deepEqual(object, PARIS)
@@ -85,7 +86,7 @@ export async function streamText_with_Output_object({ scripted }) {
 
 export async function toolChoice_required({ model }) {
   const fields = { ...agent(compatible(model)), toolChoice: 'required', stopWhen: isStepCount(1) }
-  const reply = await generateText({ ...fields, maxOutputTokens: 100 })
+  const reply = await generateText({ ...fields, maxOutputTokens: 100, temperature: 0 })
   assert.equal(reply.toolCalls[0].toolName, 'get_weather')
   assert.equal(typeof reply.toolCalls[0].input.city, 'string')
 }

@@ -30,6 +30,7 @@ export async function parse({ model, scripted }) {
       messages: asked(SAID_AS_JSON),
       response_format: zodResponseFormat(Report, 'report'),
       max_tokens: 60,
+      temperature: 0,
     })
     Report.parse(reply.choices[0].message.parsed)
     if (served === scripted) assert.deepEqual(reply.choices[0].message.parsed, PARIS)

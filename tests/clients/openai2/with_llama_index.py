@@ -37,7 +37,7 @@ def test_stream(scripted: Served) -> None:
 def test_structured_output(model: Served, scripted: Served) -> None:
     message = [ChatMessage(role="user", content=SAID)]
     assert chat(scripted).as_structured_llm(Report).chat(message).raw == PARIS
-    found = chat(model, max_tokens=80).as_structured_llm(Report).chat(message).raw
+    found = chat(model, max_tokens=80, temperature=0).as_structured_llm(Report).chat(message).raw
     assert isinstance(found, Report)
 
 
@@ -46,7 +46,9 @@ def test_tools(model: Served, scripted: Served) -> None:
     reply = chat(scripted).chat_with_tools(tools, user_msg=WEATHER)
     [call] = chat(scripted).get_tool_calls_from_response(reply)
     assert call.tool_kwargs == {"city": "Paris"}
-    forced = chat(model, max_tokens=80).chat_with_tools(tools, user_msg=WEATHER, tool_required=True)
+    forced = chat(model, max_tokens=80, temperature=0).chat_with_tools(
+        tools, user_msg=WEATHER, tool_required=True
+    )
     assert forced.message.additional_kwargs["tool_calls"]
 
 
