@@ -15,7 +15,7 @@ from tests.e2e.observer import observe
 from tests.oracle import check_identity
 
 TOKENS = 8
-PREFIX_TOKENS = 2000  # 125 whole blocks
+PREFIX_TOKENS = 800  # 50 whole blocks
 NEW_TOKENS = 77
 VOCAB_SIZE = 49_152
 

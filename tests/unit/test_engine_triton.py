@@ -147,7 +147,7 @@ def test_the_llama_forward_equals_the_modules(tmp_path: Path, arch: str, config:
 
 
 @pytest.mark.usefixtures("few_splits")
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("arch", ["llama", pytest.param("gpt2", marks=pytest.mark.full)])
 def test_tokens_are_those_of_torch(tmp_path: Path, arch: str) -> None:
     """Chunks, mixed batches and decode, through the Llama forward and the modules."""
     model = load_tiny(make_tiny_model(tmp_path / "m", arch, seed=5))
