@@ -515,12 +515,10 @@ async def test_leaving_amid_the_stream_frees_the_blocks(
 SENTENCES = r"([A-Z][a-z ,]{20,40}\.\n){8}"
 
 
+@pytest.mark.full  # in the default run others kill nodes
 @pytest.mark.parametrize(
     "further",
-    [
-        {"ignore_eos": True},
-        pytest.param({"structured_outputs": {"regex": SENTENCES}}, marks=pytest.mark.full),
-    ],
+    [{"ignore_eos": True}, {"structured_outputs": {"regex": SENTENCES}}],
     ids=["free", "constrained"],
 )
 async def test_same_seed_same_text_after_a_forced_retry(
