@@ -57,6 +57,8 @@ THINKS = """\
 {% if reasoning_effort %}{{ reasoning_effort }}{% endif %}
 {%- if enable_thinking is defined and not enable_thinking %}<think></think>{% else %}<think>{% endif %}
 {%- endif %}"""
+# As `THINKS` tells a model to call a function.
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 # Knows neither.
 PLAIN = "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from tests.gateway_support import (
     EOS,
     MODEL,
     PLAIN,
-    THINKS,
     Gateway,
     ScriptedDispatch,
     serving,
@@ -34,19 +32,6 @@ PATH = "/v1/messages"
 COUNT = "/v1/messages/count_tokens"
 USER = [{"role": "user", "content": "Weather in Paris?"}]
 TOOL = {"name": "weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
-
-
-@pytest.fixture(scope="module")
-def thinking(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tokenizer_with(tmp_path_factory.mktemp("thinking"), THINKS)
-
-
-@pytest.fixture
-async def gateway(thinking: Tokenizer) -> AsyncIterator[Gateway]:
-    async with serving(thinking, text=f"I ask.</think>\n\nWell.\n{CALL}") as gateway:
-        gateway.dispatch.card = msgspec.structs.replace(CARD, max_model_len=4000)
-        yield gateway
 
 
 async def create(gateway: Gateway, **fields: Any) -> dict[str, Any]:

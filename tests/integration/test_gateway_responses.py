@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,10 @@ from flowkv_gateway.tokenizer import Tokenizer
 from tests.gateway_support import (
     CARD,
     MODEL,
-    THINKS,
     Gateway,
     serving,
     text_chunks,
     token_chunk,
-    tokenizer_with,
 )
 
 PATH = "/v1/responses"
@@ -35,19 +32,6 @@ WEATHER: Any = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
 ASKED: Any = {"model": MODEL, "input": "Weather in Paris?", "tools": [WEATHER]}
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
-
-
-@pytest.fixture(scope="module")
-def thinking(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tokenizer_with(tmp_path_factory.mktemp("thinking"), THINKS)
-
-
-@pytest.fixture
-async def gateway(thinking: Tokenizer) -> AsyncIterator[Gateway]:
-    async with serving(thinking, text=f"I ask.</think>\n\nWell.\n{CALL}") as gateway:
-        gateway.dispatch.card = msgspec.structs.replace(CARD, max_model_len=2000)
-        yield gateway
 
 
 def without_ids(items: list[Any]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from flowkv_gateway.chat import ChatFormat
 from flowkv_gateway.dispatch import RequestState
 from flowkv_gateway.tokenizer import Tokenizer
 from tests.gateway_support import (
+    CALL,
     CARD,
     MODEL,
     PLAIN,
-    THINKS,
     Gateway,
     ScriptedDispatch,
     serving,
@@ -35,19 +35,6 @@ TOOL: Any = {
     "type": "function",
     "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {}}}},
 }
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
-
-
-@pytest.fixture(scope="module")
-def thinking(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tokenizer_with(tmp_path_factory.mktemp("thinking"), THINKS)
-
-
-@pytest.fixture
-async def gateway(thinking: Tokenizer) -> AsyncIterator[Gateway]:
-    async with serving(thinking, text=f"I ask.</think>\n\nWell.\n{CALL}") as gateway:
-        gateway.dispatch.card = msgspec.structs.replace(CARD, max_model_len=2000)
-        yield gateway
 
 
 async def test_a_call_and_reasoning_whole_and_streamed(gateway: Gateway) -> None:
