@@ -26,10 +26,9 @@ import msgspec
 import torch
 
 from benchmarks.clusters import (
-    CHUNK_TOKENS,
-    MAX_NUM_SEQS,
     NUM_BLOCKS,
     ONE_CORE,
+    PACED_LIMITS,
     Pace,
     capacity,
 )
@@ -45,9 +44,9 @@ from flowkv_common.wire.messages import Assignment
 from flowkv_common.wire.nodes import CapMoved, LoadReport, RegimeChanged
 from flowkv_node import reporting
 from flowkv_node.node import Node
-from tests.paced.cluster import READY_TIMEOUT_S, paced_settings, services, wait_linked
+from tests.paced.cluster import READY_TIMEOUT_S, node_settings, paced_settings, services, wait_linked
 from tests.paced.engine import PacedEngine
-from tests.paced.nodes import PacedNode, pace_of, paced_layout, paced_nodes
+from tests.paced.nodes import PacedNode, pace_of, paced_nodes
 
 CHATS = Lengths(800, 150, spread=0.5)
 # Of what four nodes of each side can do: three of a side can do it, too.
@@ -199,14 +198,7 @@ def run_day(name: str, seed: int, model: str, seconds: float) -> dict[str, Any]:
     arrivals = sorted([*chats, *day.more(seconds)])
     with tempfile.TemporaryDirectory(prefix="flowkv-bench-") as folder:
         with services(Path(folder), model, paced_settings(NUM_BLOCKS)) as cluster:
-            settings = NodeSettings(
-                nats_url=cluster.nats_url,
-                model_path=model,
-                model_name="paced",
-                kv_cache_bytes=NUM_BLOCKS * paced_layout(16).block_bytes,
-                token_budget=CHUNK_TOKENS,
-                max_num_seqs=MAX_NUM_SEQS,
-            )
+            settings = node_settings(cluster, model, NUM_BLOCKS, **PACED_LIMITS)
             outcomes, seen, pace = asyncio.run(live(day, cluster, settings, arrivals, seconds))
     return {"day": name, "seed": seed, "who": day.who, **figures_of(day, outcomes, seen), "pace": pace}
 

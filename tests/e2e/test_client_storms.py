@@ -12,14 +12,13 @@ import pytest
 
 from flowkv.local_cluster import Process, free_port
 from flowkv_common.bus.connection import connect
-from flowkv_common.config import NodeSettings
 from flowkv_common.wire import subjects
 from flowkv_common.wire.nodes import LoadReport
 from tests.e2e.load import stream_completion, wait_healthy
 from tests.e2e.observer import observe
 from tests.e2e.test_paced_nodes import Paced, fit, prompt_of
-from tests.paced.cluster import services, variables, wait_linked
-from tests.paced.nodes import pace_of, paced_layout, paced_nodes
+from tests.paced.cluster import node_settings, services, variables, wait_linked
+from tests.paced.nodes import pace_of, paced_nodes
 
 NUM_PROMPT_TOKENS = 500
 NUM_OUTPUTS = 4
@@ -81,14 +80,7 @@ async def patient(folder: Path, model_path: Path, counts: Mapping[str, int]) -> 
     """
     costs = pace_of(str(model_path), fit(base_s=0.01))
     with services(folder, model_path, variables(max_wait_s=600, lending=False)) as cluster:
-        settings = NodeSettings(
-            nats_url=cluster.nats_url,
-            model_path=str(model_path),
-            model_name="paced",
-            kv_cache_bytes=4096 * paced_layout(16).block_bytes,
-            token_budget=256,
-            connectors="shm,tcp",
-        )
+        settings = node_settings(cluster, model_path, 4096, token_budget=256, connectors="shm,tcp")
         async with (
             paced_nodes(settings, costs, counts) as nodes,
             httpx.AsyncClient(base_url=cluster.url, timeout=60) as http,

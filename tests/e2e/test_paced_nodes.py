@@ -18,16 +18,15 @@ import pytest
 
 from benchmarks.load import Arrival, drive
 from flowkv.local_cluster import Cluster
-from flowkv_common.config import NodeSettings
 from flowkv_common.wire.nodes import LoadReport, StepFit
 from flowkv_node import reporting
 from flowkv_node.node import Node
 from tests.e2e.load import Streamed, run_all, stream_completion, wait_healthy
 from tests.e2e.observer import observe
-from tests.paced.cluster import services, variables, wait_linked
+from tests.paced.cluster import node_settings, services, variables, wait_linked
 from tests.paced.digest import paced_tokens
 from tests.paced.engine import Kept, Pace
-from tests.paced.nodes import PacedNode, pace_of, paced_layout, paced_nodes
+from tests.paced.nodes import PacedNode, pace_of, paced_nodes
 
 NUM_BLOCKS = 2048
 CHUNK_TOKENS = 64
@@ -83,14 +82,8 @@ async def paced(
     pace = pace_of(str(model_path), costs)
     wanted = variables(max_wait_s=max_wait_s, api_keys_file=api_keys_file or "")
     with services(folder, model_path, wanted) as cluster:
-        settings = NodeSettings(
-            nats_url=cluster.nats_url,
-            model_path=str(model_path),
-            model_name="paced",
-            kv_cache_bytes=NUM_BLOCKS * paced_layout(16).block_bytes,
-            token_budget=CHUNK_TOKENS,
-            connectors=connectors,
-        )
+        limits = {"token_budget": CHUNK_TOKENS, "connectors": connectors}
+        settings = node_settings(cluster, model_path, NUM_BLOCKS, **limits)
         async with (
             paced_nodes(settings, pace, counts) as nodes,
             httpx.AsyncClient(base_url=cluster.url, timeout=60) as http,

@@ -9,9 +9,11 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from flowkv.local_cluster import Cluster
 from flowkv_common.bus.connection import connect
+from flowkv_common.config import NodeSettings
 from flowkv_common.wire import subjects
 from flowkv_common.wire.nodes import LoadReport, StepFit
 from tests.paced.engine import Kept
@@ -27,6 +29,17 @@ def paced_settings(num_blocks: int, **settings: object) -> dict[str, str]:
     """Variables for all services: pools of `num_blocks`, and others by the names of their settings."""
     block_bytes = paced_layout(block_size=16).block_bytes
     return variables(kv_cache_bytes=num_blocks * block_bytes, test_hooks=True, **settings)
+
+
+def node_settings(cluster: Cluster, model_path: Path | str, num_blocks: int, **settings: Any) -> NodeSettings:
+    """Of nodes in the caller's process: pools of `num_blocks`, and others by their names."""
+    return NodeSettings(
+        nats_url=cluster.nats_url,
+        model_path=str(model_path),
+        model_name=MODEL_NAME,
+        kv_cache_bytes=num_blocks * paced_layout(block_size=16).block_bytes,
+        **settings,
+    )
 
 
 def variables(**settings: object) -> dict[str, str]:
