@@ -10,7 +10,7 @@ import msgspec
 
 from flowkv_common.errors import FlowKVError
 from flowkv_gateway.errors import ANTHROPIC_PATH, error_body
-from flowkv_gateway.output import Delta, GetUsage, Json, ReplyWriter, Usage
+from flowkv_gateway.output import Delta, GetUsage, Json, ReplyWriter, Usage, named_event
 from flowkv_gateway.parsers import Arguments, CallBegins, Content, Event, Leftover, Reasoning
 
 # Clients want one with each thought, and some leave thoughts without one out of the history. Here none is
@@ -34,7 +34,7 @@ class MessageWriter(ReplyWriter):
 
     def whole(self, choices: Iterable[Sequence[Delta]], usage: Usage) -> bytes:
         [deltas] = choices
-        blocks = _blocks(event for delta in deltas for event in _events(delta))
+        blocks = _blocks(event for delta in deltas for event in delta.told())
         return msgspec.json.encode(self._message(blocks, usage, self._end(deltas[-1], usage)))
 
     def delta(self, delta: Delta, usage: GetUsage) -> bytes:
@@ -42,7 +42,7 @@ class MessageWriter(ReplyWriter):
         if self._last is None:
             message = self._message([], usage(), {"stop_reason": None, "stop_sequence": None})
             events.append({"type": "message_start", "message": message})
-        for event in _events(delta):
+        for event in delta.told():
             events += self._shown(event)
         if delta.finish_reason is not None:
             events += self._closed()
@@ -116,13 +116,6 @@ class MessageWriter(ReplyWriter):
         return {"stop_reason": reason, "stop_sequence": stop_sequence}
 
 
-def _events(delta: Delta) -> Sequence[Event]:
-    """Without a reader all is content."""
-    if delta.events is not None:
-        return delta.events
-    return [Content(delta.text)] if delta.text else []
-
-
 def _begun(event: Event) -> Json:
     """The block that begins with this event, still without its content."""
     if isinstance(event, CallBegins):
@@ -175,7 +168,4 @@ def _usage(usage: Usage) -> Json:
 
 
 def _encoded(events: Iterable[Json]) -> bytes:
-    encoded = []
-    for event in events:
-        encoded += [b"event: ", event["type"].encode(), b"\ndata: ", msgspec.json.encode(event), b"\n\n"]
-    return b"".join(encoded)
+    return b"".join(map(named_event, events))

@@ -147,6 +147,12 @@ class Delta(NamedTuple):
     stopped_by: str | int | None = None
     prompt: ToldPrompt | None = None  # of the first delta, if anything is told of it
 
+    def told(self) -> Sequence[Event]:
+        """Its events; without a reader the text is one, if there is any."""
+        if self.events is not None:
+            return self.events
+        return (Content(self.text),) if self.text else ()
+
 
 @dataclass(frozen=True)
 class Display:
@@ -303,6 +309,12 @@ class ReplyWriter(ABC):
     @abstractmethod
     def failure(self, error: FlowKVError) -> bytes:
         """What ends a stream that has begun. Before, an error is a response of its own."""
+
+
+def named_event(event: Json) -> bytes:
+    """An event of a stream whose name is its type."""
+    name: str = event["type"]
+    return b"event: " + name.encode() + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
 
 
 class OpenAIWriter(ReplyWriter):

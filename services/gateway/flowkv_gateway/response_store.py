@@ -27,6 +27,7 @@ class Stored(NamedTuple):
 
     response: bytes
     input_items: bytes
+    output_ids: Sequence[str] = ()  # of the response's items
 
     @property
     def num_bytes(self) -> int:
@@ -49,11 +50,15 @@ class ResponseStore:
 
     def add(self, key_name: str, items: Sequence[InputItem], response: Json) -> None:
         """`items` are all that were said before it."""
-        stored = Stored(msgspec.json.encode(response), msgspec.json.encode([_listed(one) for one in items]))
+        stored = Stored(
+            msgspec.json.encode(response),
+            msgspec.json.encode([_listed(one) for one in items]),
+            [item["id"] for item in response["output"]],
+        )
         self._stored[key_name, response["id"]] = stored
         self._num_bytes += stored.num_bytes
-        for item in response["output"]:
-            self._places[key_name, item["id"]] = response["id"]
+        for item_id in stored.output_ids:
+            self._places[key_name, item_id] = response["id"]
         while len(self._stored) > self.max_responses or self._num_bytes > self._max_bytes:
             self.delete(*next(iter(self._stored)))
 
@@ -70,8 +75,8 @@ class ResponseStore:
         stored = self.get(key_name, response_id)
         del self._stored[key_name, response_id]
         self._num_bytes -= stored.num_bytes
-        for item in _output(stored):
-            self._places.pop((key_name, item.id or ""), None)
+        for item_id in stored.output_ids:
+            self._places.pop((key_name, item_id), None)
 
     def history(self, key_name: str, response_id: str | None) -> list[InputItem]:
         """All that was said until the end of this response. Raises BadRequest if it is not there."""
@@ -142,7 +147,7 @@ def _output(stored: Stored) -> list[InputItem]:
 
 def _listed(item: InputItem) -> Json:
     """The item as clients are shown it. They tell items apart by their ids."""
-    shown = {name: value for name, value in msgspec.to_builtins(item).items() if value is not None}
+    shown: Json = msgspec.to_builtins(item)
     shown.setdefault("type", "message")
     shown.setdefault("id", f"item_{secrets.token_hex(12)}")
     if shown["type"] == "message" and isinstance(shown.get("content"), str):

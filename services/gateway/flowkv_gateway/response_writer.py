@@ -11,7 +11,7 @@ import msgspec
 
 from flowkv_common.errors import FlowKVError
 from flowkv_gateway.errors import status_of
-from flowkv_gateway.output import Delta, GetUsage, Json, ReplyWriter, Usage, token_logprob
+from flowkv_gateway.output import Delta, GetUsage, Json, ReplyWriter, Usage, named_event, token_logprob
 from flowkv_gateway.parsers import Arguments, CallBegins, Content, Event, Reasoning
 from flowkv_gateway.responses import flat_name
 from flowkv_gateway.schemas import ReasoningConfig, ResponseRequest, TextConfig, TextFormat
@@ -134,10 +134,7 @@ class ResponseWriter(ReplyWriter):
         """What a stream tells of it."""
         if delta.logprob is not None:
             self._logprobs.append(token_logprob(self._vocabulary, delta.logprob))
-        events = delta.events
-        if events is None:
-            events = (Content(delta.text),) if delta.text else ()
-        for event in events:
+        for event in delta.told():
             if self._item is None or self._item.type != _type_of(event) or isinstance(event, CallBegins):
                 yield from self._complete()
                 if self._output:  # tokens before this one stood between the items
@@ -178,8 +175,7 @@ class ResponseWriter(ReplyWriter):
     def _encoded(self, events: Iterable[Told]) -> bytes:
         encoded = []
         for name, fields in events:
-            event = {"type": name, "sequence_number": self._num_events, **fields}
-            encoded += [b"event: ", name.encode(), b"\ndata: ", msgspec.json.encode(event), b"\n\n"]
+            encoded.append(named_event({"type": name, "sequence_number": self._num_events, **fields}))
             self._num_events += 1
         return b"".join(encoded)
 

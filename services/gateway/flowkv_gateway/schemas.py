@@ -261,7 +261,7 @@ class CompletionRequest(ChoicesRequest, kw_only=True):
             )
 
 
-class InputItem(msgspec.Struct):
+class InputItem(msgspec.Struct, omit_defaults=True):
     """A message, or what its `type` says: that tells which of the other fields it has."""
 
     type: str | None = None
