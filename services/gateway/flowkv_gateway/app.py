@@ -73,7 +73,7 @@ from flowkv_gateway.schemas import (
     parse_request,
 )
 from flowkv_gateway.tenants import Tenants
-from flowkv_gateway.tokenizer import Tokenizer, Vocabulary
+from flowkv_gateway.tokenizer import ChatPrompt, Tokenizer, Vocabulary
 
 # Of a vocabulary, the model's name, the request and the fingerprint of the system.
 MakeWriter = Callable[[Vocabulary, str, ChoicesRequest, str], ReplyWriter]
@@ -173,11 +173,12 @@ class Api:
 
         with naming_fields(RESPONSE_FIELDS):
             chat = response_as_chat(body, items, len(history))
+            prompt = None
             if body.truncation == "auto":
                 window = self._card().max_model_len
                 num_reserved = min(body.max_output_tokens or window, window // _RESERVED_SHARE)
-                await self._format.drop_oldest(chat, window - num_reserved)
-            return await self._chat(request, chat, make_writer)
+                prompt = await self._format.drop_oldest(chat, window - num_reserved)
+            return await self._chat(request, chat, make_writer, prompt)
 
     async def stored_response(self, request: Request) -> Response:
         if request.query_params.get("stream") == "true":
@@ -209,10 +210,17 @@ class Api:
             prompt = await self._format.prompt(messages_as_chat(body))
         return _json({"input_tokens": len(prompt.token_ids)})
 
-    async def _chat(self, request: Request, body: ChatRequest, make_writer: MakeWriter) -> ASGIApp:
+    async def _chat(
+        self,
+        request: Request,
+        body: ChatRequest,
+        make_writer: MakeWriter,
+        prompt: ChatPrompt | None = None,
+    ) -> ASGIApp:
+        """`prompt` is that of the body, if it has been rendered."""
         goals = service_goals(request.headers)
         chat_format = self._chat_format(body)
-        prompt = await chat_format.prompt(body)
+        prompt = prompt or await chat_format.prompt(body)
         wanted, make_reader = chat_format.answer_format(body, prompt.text)
         grammar = await self._grammar(wanted)
         return await self._answer(request, body, [prompt.token_ids], grammar, goals, make_writer, make_reader)

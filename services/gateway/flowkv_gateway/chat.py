@@ -103,8 +103,8 @@ class ChatFormat:
         adds_special = bool(request.add_special_tokens)
         return await self._tokenizer.encode_chat(self.conversation(request), add_special_tokens=adds_special)
 
-    async def drop_oldest(self, request: ChatRequest, max_tokens: int) -> None:
-        """Drops so many of the oldest turns that the prompt has up to `max_tokens`.
+    async def drop_oldest(self, request: ChatRequest, max_tokens: int) -> ChatPrompt:
+        """Drops so many of the oldest turns that the prompt, which is returned, has up to `max_tokens`.
 
         A system message stays, and so does all from the user's last message on, however long it is. Raises
         BadRequest as `prompt`.
@@ -114,19 +114,22 @@ class ChatFormat:
         later = [place for place in range(num_kept + 1, len(messages)) if messages[place].role == "user"]
         begins = [num_kept, *later]
 
-        async def fits(which: int) -> bool:
-            request.messages = [*messages[:num_kept], *messages[begins[which] :]]
-            return len((await self.prompt(request)).token_ids) <= max_tokens
+        def turns_from(which: int) -> list[ChatMessage]:
+            return [*messages[:num_kept], *messages[begins[which] :]]
 
+        fitting: ChatPrompt | None = None  # that of `high`, once it was tried
         low, high = 0, len(begins) - 1
         middle = 0  # most prompts fit as they are
         while low < high:
-            if await fits(middle):
-                high = middle
+            request.messages = turns_from(middle)
+            prompt = await self.prompt(request)
+            if len(prompt.token_ids) <= max_tokens:
+                high, fitting = middle, prompt
             else:
                 low = middle + 1
             middle = (low + high) // 2
-        request.messages = [*messages[:num_kept], *messages[begins[low] :]]
+        request.messages = turns_from(low)
+        return fitting or await self.prompt(request)
 
     def answer_format(self, request: ChatRequest, prompt: str) -> AnswerFormat:
         """Of the answers to this rendered prompt. Raises BadRequest."""
