@@ -17,6 +17,7 @@ from benchmarks.load import Arrival, Outcome, drive, errors_of
 from benchmarks.report import Report, make_parser, quantiles
 from flowkv.local_cluster import Cluster
 from flowkv_common.wire.messages import RequestFinished
+from flowkv_scheduler.cluster import Goals
 
 PROMPT_TOKENS = 37
 # Before the first burst: nodes learn what their steps cost, which takes steps that differ.
@@ -57,9 +58,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--requests", type=int, nargs="+", default=[32, 100, 200, 300], help="at once")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 128], help="max_tokens")
     parser.add_argument("--real", action="store_true", help="nodes that compute the model, one thread each")
-    parser.add_argument("--max-wait-s", type=float, default=60.0, help="the longest wait that is admitted")
+    parser.add_argument("--max-wait-s", type=float, default=0.0, help="as FLOWKV_MAX_WAIT_S")
     options = parser.parse_args(argv)
     fit = None if options.real else ONE_CORE
+    longest_wait_s = Goals(max_wait_s=options.max_wait_s).longest_wait_s
     report = Report(options, fit=fit, prompt_tokens=PROMPT_TOKENS, least_s=LEAST_S)
     cells = [(num, tokens) for tokens in options.tokens for num in options.requests]
     for num_each in options.nodes:
@@ -75,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
                 repeated = asyncio.run(send_bursts(patient.cluster, refusing, report))
             again = dict(zip(refusing, repeated, strict=True))
         for burst in bursts:
-            figures = figures_of(burst, again.get(burst.cell), options.max_wait_s)
+            figures = figures_of(burst, again.get(burst.cell), longest_wait_s)
             report.add_row(cluster=f"{num_each}P{num_each}D", **figures, pace=started.pace)
     return report.finish(*COLUMNS)
 

@@ -552,15 +552,18 @@ def test_late_newcomers_are_refused_while_a_late_request_is_overdue() -> None:
     waiting = WaitingQueue()
     first = request(request_id="first", age_s=10.0)
     waiting.add_waiter(first, later(first_token_in_s=2.0, is_late=True), now=-2.0 * WAIT_ERROR)
-    waits = admission.decide(request(), cluster(*behind(10.0)), GOALS, 0.0, waiting)
+    waits = admission.decide(request(), cluster(*behind(10.0)), Goals(), 0.0, waiting)
     assert isinstance(waits, Later)  # not overdue yet
     waiting.forget("first")
     waiting.add_waiter(first, later(first_token_in_s=2.0, is_late=True), now=-2.0 * WAIT_ERROR - 0.1)
     # To be told again to wait makes it no less overdue.
     waiting.add_waiter(first, later(first_token_in_s=9.0, is_late=True), now=-0.05)
     with pytest.raises(errors.Full, match="others that are late") as caught:
-        decide(request(), behind(10.0), waiting)
+        admission.decide(request(), cluster(*behind(10.0)), Goals(), 0.0, waiting)
     assert caught.value.retry_after_s == pytest.approx(10.0)
+    # Who sets a longest wait gets it.
+    patient = Goals(max_wait_s=3600.0)
+    assert isinstance(admission.decide(request(), cluster(*behind(10.0)), patient, 0.0, waiting), Later)
     # Others are not: one in time, with a pair or without; one that is served at once, that waits, that runs.
     assert isinstance(decide(request(), behind(1.0), waiting), Choice)
     soon = OutputForecast(tokens_left=16 * 8.0, first_ends_in=1.0, stop_rate=1 / 256)

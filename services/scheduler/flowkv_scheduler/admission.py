@@ -364,7 +364,8 @@ def _check_wait(costs: RequestCosts, later: Later, place: Place, queue: WaitingQ
             return
         if request.age_s + later.wait_s > longest_s:
             raise _wait_too_long(request, later.wait_s, longest_s)
-        if later.is_late and queue.is_late_overdue(costs.now):
+        # Who sets a longest wait means it.
+        if later.is_late and not costs.goals.max_wait_s and queue.is_late_overdue(costs.now):
             raise errors.Full(
                 "the first token would be late, and others that are late wait for longer than was predicted",
                 retry_after_s=max(later.wait_s, MAX_RETRY_S),
