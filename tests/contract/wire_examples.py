@@ -151,6 +151,9 @@ EXAMPLES: list[Message] = [
         ttft_goal_s=1.5,
         itl_goal_s=0.0625,
         is_batch=True,
+        runs_on="decode-1",
+        overdue_s=0.5,
+        gap_s=0.375,
     ),
     Assignment(
         request_id=REQUEST_ID,
@@ -168,7 +171,7 @@ EXAMPLES: list[Message] = [
     ),
     Wait(retry_in_s=0.25, reason="all 1 decode nodes are full", first_token_in_s=2.5),
     ReadyRequest(fingerprint=CARD.fingerprint),
-    ReadyReply(epoch=1, why_not="no node of the model is ready"),
+    ReadyReply(epoch=1, why_not="no node of the model is ready", doubted=[DECODE]),
     PrefillRun(
         request_id=REQUEST_ID,
         attempt=1,
@@ -215,7 +218,7 @@ EXAMPLES: list[Message] = [
     ),
     Resume(transfer_id=TRANSFER_ID, from_index=3),
     Resumed(chunk=CHUNK),
-    Cancel(transfer_id=TRANSFER_ID, reason="not wanted any more"),
+    Cancel(transfer_id=TRANSFER_ID, reason="not wanted any more", goes_on=True),
     StepTokens(node_id="decode-0", chunks=[CHUNK]),
     Keepalive(node=DECODE, states={TRANSFER_ID: "decode"}),
     KeepaliveReply(unknown=[TRANSFER_ID]),

@@ -45,6 +45,8 @@ from flowkv_common.wire.messages import (
     NodeSeen,
     NodesSeen,
     PrefillRun,
+    ReadyReply,
+    ReadyRequest,
     RequestFinished,
     Resume,
     Resumed,
@@ -66,7 +68,7 @@ from tests.described_nodes import BLOCK_SIZE, descriptor
 from tests.nats_server import NatsServer
 
 OWN = OwnModel(ModelFiles())
-P, D = NodeRef(node_id="p", incarnation="1"), NodeRef(node_id="d", incarnation="1")
+P, D, E, F = (NodeRef(node_id=name, incarnation="1") for name in "pdef")
 Behaviour = Callable[["Nodes", PrefillRun], Awaitable[None]]
 
 
@@ -79,10 +81,13 @@ class Nodes:
         self.runs: list[PrefillRun] = []
         self.cancelled: list[str] = []  # at the prefill node
         self.cancelled_at: list[tuple[str, str]] = []  # subject and attempt, of all cancels there are
+        self.left: list[str] = []  # of these the attempts that go on elsewhere
         self.finished: list[RequestFinished] = []
         self.waits: list[Wait] = []
         self.needs_hashes = False
         self.promised_first_token_in_s: float | None = None
+        self.doubted: list[NodeRef] = []
+        self.num_told = 0  # how often the gateway was told of them
         self.decode = D
         self.resumable: dict[str, list[int]] = {}
         self.max_resumed = 100  # tokens in one answer
@@ -91,10 +96,15 @@ class Nodes:
         self.news = asyncio.Event()
         self.num_hanging = 0  # of the first schedule requests: not answered until `hung` is set
         self.hung = asyncio.Event()
+        self.no_move: Wait | asyncio.Event | None = None  # the answer to what runs, or when it comes
         self._attempts = attempts
 
     async def schedule(self, request: ScheduleRequest) -> Assignment | Wait:
         self.take_note(self.asked, request)
+        if isinstance(self.no_move, asyncio.Event) and request.runs_on:
+            await self.no_move.wait()
+        elif isinstance(self.no_move, Wait) and request.runs_on:
+            return self.no_move
         if len(self.asked) <= self.num_hanging:
             await self.hung.wait()
         if self.needs_hashes and not request.block_hashes:
@@ -112,6 +122,11 @@ class Nodes:
             decode_candidates=[],
             promised_first_token_in_s=self.promised_first_token_in_s,
         )
+
+    async def ready(self, request: ReadyRequest) -> ReadyReply:
+        self.num_told += bool(self.doubted)
+        self.news.set()
+        return ReadyReply(epoch=1, doubted=self.doubted)
 
     async def prefill(self, run: PrefillRun) -> Accepted:
         self.runs.append(run)
@@ -166,12 +181,16 @@ async def cluster(nats_server: NatsServer, *attempts: Behaviour) -> AsyncIterato
         nodes = Nodes(bus, list(attempts))
         endpoints = [
             Endpoint(subjects.SCHEDULE, ScheduleRequest, nodes.schedule),
+            Endpoint(subjects.SCHEDULER_READY, ReadyRequest, nodes.ready),
             Endpoint(subjects.at(subjects.PREFILL_RUN, "p"), PrefillRun, nodes.prefill),
             Endpoint(subjects.at(subjects.DECODE_RESUME, "d"), Resume, nodes.resume),
         ]
 
         async def note_cancel(msg: Msg) -> None:
-            nodes.take_note(nodes.cancelled_at, (msg.subject, decode(msg.data, Cancel).transfer_id))
+            cancel = decode(msg.data, Cancel)
+            if cancel.goes_on:
+                nodes.left.append(cancel.transfer_id)
+            nodes.take_note(nodes.cancelled_at, (msg.subject, cancel.transfer_id))
 
         async with (
             Service(bus, name="nodes", version="0.1.0", service_id="nodes", endpoints=endpoints),
@@ -306,6 +325,96 @@ async def test_failed_attempt_goes_on_with_what_it_has(nats_server: NatsServer) 
         assert nodes.asked[1].num_prompt_tokens == 5
         assert [request.num_output_tokens for request in nodes.asked] == [0, 2]
         await nodes.wait_for(lambda: nodes.cancelled == ["r.0"])
+
+
+@pytest.fixture
+def told_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gateways hear of doubted nodes, and ask, every few milliseconds."""
+    monkeypatch.setattr(dispatch_module, "READY_PERIOD_S", 0.005)
+
+
+def slowly(next_decode: NodeRef) -> Behaviour:
+    """One token comes when the gateway knows which nodes are doubted, then none. `next_decode`: the node that
+    the next attempt gets."""
+
+    async def run_slowly(nodes: Nodes, run: PrefillRun) -> None:
+        num_told = nodes.num_told
+        await nodes.wait_for(lambda: nodes.num_told >= num_told + 2)
+        nodes.decode = next_decode
+        await nodes.send(run, chunk(tid_of(run), len(run.output_ids), [10 + len(run.output_ids)]))
+
+    return run_slowly
+
+
+@pytest.mark.usefixtures("told_often")
+async def test_a_sequence_leaves_a_doubted_node_and_goes_on_with_what_it_has(nats_server: NatsServer) -> None:
+    async with cluster(nats_server, slowly(E), answer) as (dispatch, nodes):
+        nodes.doubted = [D]
+        assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+        asked = [(one.attempt, one.runs_on, one.avoid, one.num_output_tokens) for one in nodes.asked]
+        assert asked == [(0, "", [], 0), (1, "d", ["d"], 1)]
+        assert nodes.asked[1].age_s == 0.0
+        assert nodes.asked[1].overdue_s > 0.0
+        await nodes.wait_for(lambda: len(nodes.cancelled_at) == 2 and bool(nodes.finished))
+        assert {tid for _, tid in nodes.cancelled_at} == {"r.0"}
+        assert nodes.left == ["r.0", "r.0"]
+        assert (nodes.finished[0].attempts, nodes.finished[0].decode_node) == (2, "e")
+
+
+@pytest.mark.usefixtures("told_often")
+@pytest.mark.parametrize("answers", [True, False])
+async def test_a_sequence_goes_on_where_it_is_until_the_scheduler_knows_better(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    monkeypatch.setattr(dispatch_module, "MOVE_TIMEOUT_S", 0.02)
+
+    async def run_on(nodes: Nodes, run: PrefillRun) -> None:
+        await slowly(E)(nodes, run)
+        answering.append(asyncio.create_task(answer_when_asked(nodes, run)))
+
+    async def answer_when_asked(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.wait_for(lambda: len(nodes.asked) == 2)
+        nodes.doubted = []
+        await answer(nodes, msgspec.structs.replace(run, output_ids=TokenIds.of([10])))
+        nodes.hung.set()
+
+    answering: list[asyncio.Task[None]] = []
+    async with cluster(nats_server, run_on) as (dispatch, nodes):
+        nodes.doubted = [D]
+        nodes.no_move = (
+            Wait(retry_in_s=0.5, reason="it would take longer elsewhere") if answers else nodes.hung
+        )
+        assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+        assert [one.runs_on for one in nodes.asked] == ["", "d"]
+        assert (len(nodes.runs), nodes.left) == (1, [])
+
+
+@pytest.mark.usefixtures("told_often")
+async def test_a_request_moves_twice_and_its_failures_count_apart(nats_server: NatsServer) -> None:
+    async def fail(nodes: Nodes, run: PrefillRun) -> None:
+        raise Unavailable("draining")
+
+    async def fail_later(nodes: Nodes, run: PrefillRun) -> None:
+        await slowly(D)(nodes, run)
+        await nodes.send(run, failure(tid_of(run), Unavailable("stuck")))
+
+    async with cluster(nats_server, slowly(E), slowly(F), fail_later, fail, answer) as (dispatch, nodes):
+        nodes.doubted = [D, E, F]
+        assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+        assert [one.runs_on for one in nodes.asked] == ["", "d", "e", "", ""]
+        assert [one.avoid for one in nodes.asked[:3]] == [[], ["d"], ["d", "e"]]
+
+
+@pytest.mark.usefixtures("told_often")
+async def test_a_prompt_without_a_token_leaves_a_doubted_prefill_node(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch_module, "SILENCE_S", 0.4)  # it is looked for four times as often
+    async with cluster(nats_server, accept, answer) as (dispatch, nodes):
+        nodes.doubted = [P]
+        assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+        moves = [(one.attempt, one.runs_on, one.avoid, one.gap_s) for one in nodes.asked if one.runs_on]
+        assert moves == [(1, "d", ["p"], 0.0)]
 
 
 async def test_the_scheduler_is_told_the_hashes_of_all_that_an_attempt_computes(

@@ -99,7 +99,7 @@ class Attempts:
     def cancel(self, transfer_id: str, *, is_cut_off: bool = False) -> None:
         """Stop the attempt if it is here, and refuse it if it comes later. As fast with many tombstones.
 
-        `is_cut_off`: its gateway did not ask for it, so its output has not ended.
+        `is_cut_off`: its output has not ended: its gateway is gone, or lets it go on elsewhere.
         """
         now, tombstones = self._clock(), self._tombstones
         tombstones[transfer_id] = now + TOMBSTONE_S

@@ -138,7 +138,7 @@ async def watch_cancels(node: Node) -> None:
     """Until cancelled: stop the attempts that gateways cancel, wherever they stand."""
 
     def cancel(message: Cancel) -> None:
-        node.attempts.cancel(message.transfer_id)
+        node.attempts.cancel(message.transfer_id, is_cut_off=message.goes_on)
         node.wake.set()
 
     mine = subjects.at(subjects.NODE_CANCEL, node.ref.node_id)

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -66,6 +66,11 @@ from flowkv_gateway.witness import Witness
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
+# Of a request, from doubted nodes, beside those attempts. It never goes back to one that it has left. If its
+# third pair is slow too, so are most.
+MAX_MOVES = 2
+# Meanwhile no token of the request is passed on, and a scheduler decides within milliseconds.
+MOVE_TIMEOUT_S = 0.25
 # Another attempt would not help: the request itself is wrong, refused, or out of time.
 FINAL = (BadRequest, NotFound, TooLarge, Full, DeadlineExceeded)
 # A scheduler decides within milliseconds. One that hangs stays subscribed and its successor comes within
@@ -123,6 +128,7 @@ class RequestState:
 
     attempt: int = 0
     num_attempts: int = 0  # that were given nodes
+    num_moves: int = 0  # of the attempts, those that began elsewhere though the one before still ran
     prefill_node: str = ""  # of the last attempt
     decode_node: str = ""
     output_ids: list[int] = field(default_factory=list)
@@ -190,6 +196,11 @@ class RequestState:
                 self.hashes = await asyncio.to_thread(block_hashes, *wanted)
         return self.hashes
 
+    @property
+    def has_run(self) -> bool:
+        """The attempt has brought output: decode has it, or will in a moment."""
+        return len(self.output_ids) > self.first_of_attempt
+
     def schedule_request(self, hashes: list[str]) -> ScheduleRequest:
         return ScheduleRequest(
             request_id=self.request_id,
@@ -208,15 +219,24 @@ class RequestState:
             is_batch=self.goals.is_batch,
         )
 
-    def begin_next_attempt(self) -> None:
-        """The same request again, going on from the output that it has.
+    def take(self, assignment: Assignment) -> None:
+        """The attempt has its pair."""
+        self.num_attempts = self.attempt + 1
+        self.prefill_node = assignment.prefill.node_id
+        self.decode_node = assignment.decode.node_id
+        self.assigned_at = time.monotonic()
+
+    def age_of_next_attempt(self) -> float:
+        """Seconds of asking.
 
         Patience begins anew only after an attempt that brought output: a request that gets nothing but
         assignments waits no longer than one that gets none.
         """
-        now = time.monotonic()
-        has_run = len(self.output_ids) > self.first_of_attempt
-        self.asked_since = now if has_run else self.asked_since + now - self.assigned_at
+        return 0.0 if self.has_run else self.assigned_at - self.asked_since
+
+    def begin_next_attempt(self) -> None:
+        """The same request again, going on from the output that it has."""
+        self.asked_since = time.monotonic() - self.age_of_next_attempt()
         self.attempt += 1
         self.first_of_attempt = len(self.output_ids)
         if self.lacks_prompt_logprobs:
@@ -230,7 +250,7 @@ class RequestState:
 
     def holder(self) -> str:
         """The node that has the attempt: decode from the second token of the attempt on."""
-        return self.decode_node if len(self.output_ids) > self.first_of_attempt else self.prefill_node
+        return self.decode_node if self.has_run else self.prefill_node
 
     def add_prompt_logprobs(self, chunk: TokenChunk) -> None:
         """The next ones of the prompt; those that follow on a lost message are dropped."""
@@ -284,15 +304,19 @@ class TokenStream:
     tokens that have not come: ask for a resume from `expected`.
     """
 
-    def __init__(self, expected: int = 0) -> None:
+    def __init__(self, expected: int = 0, due_in_s: float = 0.0) -> None:
+        """`due_in_s`: when its first token is expected."""
         self.expected = expected
+        self.due_at = time.monotonic() + due_in_s  # the first token; then when the last one came
+        self.gap_s = 0.0  # between the last two; 0: fewer have come
+        self.may_move_at = 0.0  # not asked for sooner
         self.due: asyncio.Queue[TokenChunk] = asyncio.Queue()  # in order
         self.heard_at = time.monotonic()  # the last sign of life, token or keepalive
         self.gap_since: float | None = None
         self.failed_at: str | None = None  # the node that sent an error
         self.is_running = False  # a node works at it, as far as its keepalives tell: they come once a second
         self._held: list[TokenChunk] = []  # by index, all beyond `expected`
-        self._has_ended = False
+        self._has_token = self._has_ended = False
 
     def add_chunk(self, chunk: TokenChunk, node_id: str) -> None:
         """Take a chunk that `node_id` has sent.
@@ -303,6 +327,9 @@ class TokenStream:
         self.is_running = True
         if chunk.error is not None:
             self.failed_at = node_id
+        if chunk.token_ids:
+            self.gap_s = self.heard_at - self.due_at if self._has_token else 0.0
+            self.due_at, self._has_token = self.heard_at, True
         if not (self._has_ended or chunk in self._held):
             bisect.insort(self._held, chunk, key=lambda held: (held.index, _is_last(held)))
         # Give out what nothing is missing before, without tokens that were given out already.
@@ -332,6 +359,13 @@ def _is_last(chunk: TokenChunk) -> bool:
     return chunk.finish_reason is not None or chunk.error is not None
 
 
+class _Moves(Exception):
+    """Another pair ends the request sooner than the one that works at it."""
+
+    def __init__(self, elsewhere: Assignment) -> None:
+        self.elsewhere = elsewhere
+
+
 class Load(NamedTuple):
     """Open requests of this gateway, by whether a node works at them now, and the nodes' KV blocks in use.
 
@@ -356,6 +390,7 @@ class Dispatch:
         self._num_open = 0
         self._scheduler_answered_at = 0.0
         self._scheduler_why_not: str | None = _NO_SCHEDULER  # what was missing by its last answer
+        self._doubted: Set[str] = frozenset()  # ids of nodes, by the same answer
 
     def model(self, num_further_bytes: int = 0) -> ModelCard | None:
         """The model of new requests; None until a node that serves the gateway's model has joined.
@@ -399,9 +434,12 @@ class Dispatch:
         self._num_open += 1
         try:
             with self._turn(request) as turn:
+                elsewhere: Assignment | None = None
                 while True:
                     # Waits for as long as it makes sense: its errors are final.
-                    assignment = await self._schedule(request, turn)
+                    assignment = elsewhere or await self._schedule(request, turn)
+                    elsewhere = None
+                    request.take(assignment)
                     try:
                         async with self._attempt(request, assignment) as stream:
                             while not request.is_finished:
@@ -415,8 +453,14 @@ class Dispatch:
                                     turn = None
                                 yield chunk
                         return
+                    except _Moves as move:
+                        elsewhere = move.elsewhere
+                        log.info("%s leaves %s: %s", request.transfer_id, request.holder(), elsewhere.reason)
+                        request.num_moves += 1
+                        request.begin_next_attempt()
                     except FlowKVError as error:
-                        if isinstance(error, FINAL) or request.attempt + 1 >= MAX_ATTEMPTS:
+                        num_failed = request.attempt + 1 - request.num_moves
+                        if isinstance(error, FINAL) or num_failed >= MAX_ATTEMPTS:
                             raise
                         if request.remaining_s() <= 0:
                             raise DeadlineExceeded("the request ran out of time") from error
@@ -445,9 +489,7 @@ class Dispatch:
                             await self._turns.wait(turn)
                     except TimeoutError:
                         raise DeadlineExceeded("waited in vain for the turn of its key") from None
-                block_size = self.cluster.block_size(request.fingerprint)
-                hashes = await request.hash_blocks(block_size, hashes_that_fit(self._bus.max_payload))
-                question = request.schedule_request(hashes)
+                question = await self._question(request)
                 try:
                     answer = await self._bus.request(
                         subjects.SCHEDULE, question, Assignment | Wait, timeout_s=SCHEDULE_TIMEOUT_S
@@ -464,10 +506,6 @@ class Dispatch:
                 if answer.first_token_in_s and not request.predicted_ttft_s:
                     request.predicted_ttft_s = request.lived_s() + answer.first_token_in_s
                 if isinstance(answer, Assignment):
-                    request.num_attempts = request.attempt + 1
-                    request.prefill_node = answer.prefill.node_id
-                    request.decode_node = answer.decode.node_id
-                    request.assigned_at = time.monotonic()
                     if turn is not None:
                         self._turns.assign(turn)
                     return answer
@@ -475,6 +513,41 @@ class Dispatch:
                 if remaining_s <= 0:
                     raise DeadlineExceeded(f"waited in vain: {answer.reason}")
                 await asyncio.sleep(min(answer.retry_in_s, remaining_s))
+
+    async def _question(self, request: RequestState) -> ScheduleRequest:
+        block_size = self.cluster.block_size(request.fingerprint)
+        hashes = await request.hash_blocks(block_size, hashes_that_fit(self._bus.max_payload))
+        return request.schedule_request(hashes)
+
+    async def _find_elsewhere(self, request: RequestState, stream: TokenStream) -> Assignment | None:
+        """A pair that would end the request sooner than a doubted node, if the scheduler knows one now.
+
+        Nothing waits for the answer but the request's next token.
+        """
+        nodes = {request.decode_node} if request.has_run else {request.prefill_node, request.decode_node}
+        doubted, now = nodes & self._doubted, time.monotonic()
+        if not doubted or now < stream.may_move_at or request.num_moves == MAX_MOVES:
+            return None
+        stream.may_move_at = now + READY_PERIOD_S
+        question = msgspec.structs.replace(
+            await self._question(request),
+            attempt=request.attempt + 1,
+            age_s=request.age_of_next_attempt(),
+            avoid=sorted(request.avoid | doubted),
+            runs_on=request.decode_node,
+            overdue_s=max(0.0, now - stream.due_at),
+            gap_s=stream.gap_s,
+        )
+        try:
+            answer = await self._bus.request(
+                subjects.SCHEDULE, question, Assignment | Wait, timeout_s=MOVE_TIMEOUT_S
+            )
+        except FlowKVError:
+            return None
+        if not isinstance(answer, Assignment) or not stream.due.empty():
+            return None  # what has come meanwhile may be the end
+        request.avoid |= doubted
+        return answer
 
     def _turn(self, request: RequestState) -> contextlib.AbstractContextManager[Turn | None]:
         """None for a request that is in no other's way."""
@@ -485,16 +558,22 @@ class Dispatch:
     @contextlib.asynccontextmanager
     async def _attempt(self, request: RequestState, assignment: Assignment) -> AsyncIterator[TokenStream]:
         """One attempt on one pair of nodes; cancelled on both, however it ends but by itself."""
-        stream = self.streams[request.transfer_id] = TokenStream(len(request.output_ids))
+        stream = TokenStream(len(request.output_ids), assignment.first_token_in_s)
+        self.streams[request.transfer_id] = stream
+        goes_on = False
         self.witness.begin(request.transfer_id, assignment, time.monotonic())
         try:
             await self._start_prefill(request, assignment)
             yield stream
+        except _Moves:
+            goes_on = True
+            raise
         finally:
             del self.streams[request.transfer_id]
             self.witness.end(request.transfer_id, time.monotonic())
             if not request.is_finished:
-                cancel = Cancel(transfer_id=request.transfer_id, reason="not wanted any more")
+                reason = "it goes on elsewhere" if goes_on else "not wanted any more"
+                cancel = Cancel(transfer_id=request.transfer_id, reason=reason, goes_on=goes_on)
                 # Other nodes have never heard of the attempt.
                 for node_id in {request.prefill_node, request.decode_node}:
                     with contextlib.suppress(FlowKVError):
@@ -528,8 +607,13 @@ class Dispatch:
             raise
 
     async def _next_chunk(self, request: RequestState, stream: TokenStream) -> TokenChunk:
-        """The next chunk, by resume if a message was lost. Raises FlowKVError when the attempt has failed."""
+        """The next chunk, by resume if a message was lost.
+
+        Raises FlowKVError when the attempt has failed, _Moves when another pair is better.
+        """
         while True:
+            if stream.due.empty() and (elsewhere := await self._find_elsewhere(request, stream)):
+                raise _Moves(elsewhere)
             remaining_s = request.remaining_s()
             if remaining_s <= 0:
                 raise DeadlineExceeded("the request ran out of time")
@@ -602,11 +686,14 @@ class Dispatch:
         while True:
             model = self.cluster.model
             request = ReadyRequest(fingerprint=model.fingerprint if model else "")
+            doubted = frozenset[str]()
             with contextlib.suppress(FlowKVError):  # what counts is the last answer
                 reply = await self._bus.request(
                     subjects.SCHEDULER_READY, request, ReadyReply, timeout_s=READY_TIMEOUT_S
                 )
                 self._scheduler_answered_at, self._scheduler_why_not = time.monotonic(), reply.why_not
+                doubted = frozenset(node.node_id for node in reply.doubted)
+            self._doubted = doubted  # without an answer none
             await asyncio.sleep(READY_PERIOD_S)
 
     async def keep_telling(self) -> None:

@@ -280,7 +280,8 @@ class Scheduler:
         """Raises `Unavailable` when we can't be sure to lead."""
         self._check_leads()
         why_not = self.planner.why_not_ready(request.fingerprint, self._clock())
-        return ReadyReply(epoch=self._lease.epoch, why_not=why_not)
+        doubted = self.planner.find_doubted(request.fingerprint)
+        return ReadyReply(epoch=self._lease.epoch, why_not=why_not, doubted=doubted)
 
     def _check_leads(self) -> None:
         if not self._lease.is_held:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flowkv_common import errors
-from flowkv_common.wire.messages import NodesSeen, ScheduleRequest, Wait
+from flowkv_common.wire.messages import NodeRef, NodesSeen, ScheduleRequest, Wait
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
-from flowkv_scheduler import admission, policy
-from flowkv_scheduler.admission import WaitingQueue
+from flowkv_scheduler import admission, moves, policy
+from flowkv_scheduler.admission import MAX_RETRY_S, WaitingQueue
 from flowkv_scheduler.cluster import CHOICES_COUNT_FOR_PERIODS, ClusterState, Goals
 from flowkv_scheduler.demand import Demand
 from flowkv_scheduler.policy import Choice, Chooser, RequestCosts
@@ -57,6 +57,8 @@ class Planner:
         """The pair for one attempt, counted at once; or when to ask again. Raises as `admission.decide`."""
         self._queue.forget_gone(now)
         hits = self.state.prefixes.hits(keys_of(request.block_hashes), now)
+        if request.runs_on:
+            return self._schedule_move(request, hits, now)
         demand = self._demand_of(request.fingerprint)
         # What fills the gaps is nobody's loss, and no reason to move a node.
         counts = not request.is_batch
@@ -87,6 +89,32 @@ class Planner:
         if decision.is_late and not was_lost:
             demand.add_loss(now)
         return decision.wait
+
+    def _schedule_move(self, request: ScheduleRequest, hits: Hits, now: float) -> Choice | Wait:
+        """Of an attempt that runs: it goes on there unless a pair with room now would end it sooner."""
+        try:
+            decision = admission.decide(
+                request, self.state, self._goals, now, self._queue, hits=hits, choose=self._choose
+            )
+        except errors.FlowKVError as error:
+            return Wait(retry_in_s=MAX_RETRY_S, reason=error.message)
+        if not isinstance(decision, Choice):
+            return Wait(retry_in_s=MAX_RETRY_S, reason=decision.wait.reason)
+        lengths = self.state.lengths_of(request.fingerprint)
+        if why := moves.why_stay(request, decision, self.state.view(request.runs_on), lengths):
+            return Wait(retry_in_s=MAX_RETRY_S, reason=why)
+        self._count_choice(request, decision, now)
+        return decision
+
+    def find_doubted(self, fingerprint: str) -> list[NodeRef]:
+        """The nodes of the model that are far slower than they say: what runs there may ask to move."""
+        return [
+            node.descriptor.node
+            for ref in self.state.doubted
+            if (node := self.state.view(ref.node_id))
+            and node.group.fingerprint == fingerprint
+            and moves.is_worth_asking(node.doubt)
+        ]
 
     def why_not_ready(self, fingerprint: str, now: float) -> str | None:
         """Why a request for the model, however short, would be given no nodes; None if it would."""

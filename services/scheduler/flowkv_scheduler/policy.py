@@ -136,11 +136,14 @@ class RequestCosts:
         return self.itl_excess_s(node, held) <= 0.0 or not self.must_meet_itl(node)
 
     def must_meet_itl(self, node: NodeView) -> bool:
-        """Retries of running requests skip the ITL check, and none waits on it for longer than `patience_s`.
+        """Retries of running requests skip the ITL check, but for one that may stay where it runs. None waits
+        on it for longer than `patience_s`.
 
-        A node that helps decode is the exception to the second: its prompts would be delayed in turn.
+        A node that helps decode is the exception to that: its prompts would be delayed in turn.
         """
-        return not self.request.num_output_tokens and (node.helps_decode or self.patience_s > 0.0)
+        if self.request.num_output_tokens and not self.request.runs_on:
+            return False
+        return node.helps_decode or self.patience_s > 0.0
 
     @functools.cached_property
     def itl_target_s(self) -> float:

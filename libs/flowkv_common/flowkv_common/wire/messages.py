@@ -237,6 +237,10 @@ class ScheduleRequest(Message, frozen=True):
     ttft_goal_s: float = 0.0  # 0: that of the cluster, as the next one
     itl_goal_s: float = 0.0
     is_batch: bool = False  # served with what others leave
+    # The decode node of the attempt before, while that still runs: a pair is the answer only if a move pays.
+    runs_on: str = ""
+    overdue_s: Amount = 0.0  # nothing has come of it for so long, from when its next token was due
+    gap_s: Amount = 0.0  # between its last two tokens; 0: not known
 
 
 class Assignment(Message, frozen=True):
@@ -275,6 +279,7 @@ class ReadyReply(Message, frozen=True):
 
     epoch: int
     why_not: str | None = None
+    doubted: list[NodeRef] = []  # that are far slower than they say: what runs there may ask to move
 
 
 # --- the life of a request -----------------------------------------------------------------------
@@ -372,6 +377,7 @@ class Cancel(Message, frozen=True):
 
     transfer_id: TransferId
     reason: str
+    goes_on: bool = False  # elsewhere: its output has not ended
 
 
 class TokenChunk(Part, frozen=True):
