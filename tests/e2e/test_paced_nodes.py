@@ -275,3 +275,39 @@ async def test_a_liar_loses_its_work_within_two_seconds(
     assert all(outcome.is_complete for outcome in outcomes)
     late = [assignment["prefill"]["node_id"] for assignment in chosen[2 * rate :]]
     assert late.count("prefill-0") < 0.15 * len(late)
+
+
+@pytest.mark.full
+async def test_sequences_leave_a_decode_node_that_becomes_slow(tmp_path: Path, model_path: Path) -> None:
+    """On it they would take over a minute. The text goes on, token by token."""
+    prompts, num_outputs = [prompt_of(100, seed) for seed in range(6)], 120
+    running = asyncio.Event()
+
+    def look(stream: Streamed) -> None:
+        if len(stream.token_ids) == 10:
+            running.set()
+
+    async with paced(tmp_path, model_path, fit(), prefill=1, decode=2) as system:
+
+        async def slow_down() -> None:
+            await running.wait()
+            engine = system.nodes["decode-0"].engine
+            assert engine is not None
+            engine.slowdown = 50.0
+
+        async with observe(system.cluster.nats_url) as observer:
+            ends = await observer.events("flowkv.v1.event.request_finished.>")
+            async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+                tasks.create_task(slow_down())
+                streams = [
+                    tasks.create_task(
+                        stream_completion(system.http, ids, max_tokens=num_outputs, on_chunk=look)
+                    )
+                    for ids in prompts
+                ]
+            finished = await ends.wait_for_all(len(prompts))
+    for prompt, stream in zip(prompts, streams, strict=True):
+        assert stream.result().token_ids == system.expected(prompt, num_outputs)
+    assert {event["decode_node"] for event in finished} == {"decode-1"}
+    assert 0 < sum(event["attempts"] == 2 for event in finished) < len(prompts)
+    assert all(event["attempts"] <= 2 for event in finished)

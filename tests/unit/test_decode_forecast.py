@@ -69,7 +69,16 @@ async def begin_anew(side: Side) -> None:
     await fail_all(side)
 
 
-@pytest.mark.parametrize("cut", [fail_all, lose_gateway, begin_anew])
+async def go_elsewhere(side: Side) -> None:
+    """Their gateway has found a better node."""
+    async with running(watch_cancels(side.node)):
+        for attempt in side.node.attempts:
+            cancel = Cancel(transfer_id=attempt.transfer_id, reason="slow", goes_on=True)
+            await side.node.bus.publish(subjects.at(subjects.NODE_CANCEL, side.node.ref.node_id), cancel)
+        await until(lambda: not len(side.node.attempts))
+
+
+@pytest.mark.parametrize("cut", [fail_all, lose_gateway, begin_anew, go_elsewhere])
 async def test_outputs_that_were_cut_off_do_not_pass_for_short_ones(
     side: Side, cut: Callable[[Side], Awaitable[None]]
 ) -> None:
