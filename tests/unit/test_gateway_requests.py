@@ -356,6 +356,15 @@ def test_there_is_a_limit_to_what_is_told_of_prompts() -> None:
     planned(completion(echo=True, logprobs=1), *prompts, card=card)
 
 
+def test_the_limit_counts_what_each_choice_repeats() -> None:
+    prompt, card = [1] * 8_000, replace(CARD, max_model_len=10_000)
+    planned(completion(echo=True, logprobs=0, n=125), prompt, card=card)
+    for fields in ({"echo": True, "logprobs": 0}, {"prompt_logprobs": 0}):
+        with pytest.raises(BadRequest, match="in all its choices"):
+            planned(completion(**fields, n=126), prompt, card=card)
+    planned(chat(prompt_logprobs=20, n=128), prompt, card=card)  # at its top, once
+
+
 def test_a_prompt_that_is_too_long_is_cut_to_what_leaves_room() -> None:
     [[silent]] = planned(chat(truncate_prompt_tokens=-1), [1] * 500)
     assert (len(silent.prompt_ids), silent.sampling.max_tokens) == (127, 1)

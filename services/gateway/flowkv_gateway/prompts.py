@@ -29,7 +29,7 @@ from flowkv_gateway.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default
-# Of all prompts of a request, best tokens included: while it runs they take some 200 MB here.
+# In an answer, best tokens included: while it is made they take some 200 MB here.
 _MAX_PROMPT_LOGPROBS = 1_000_000
 _LEAST_TOP_P = 1e-9  # 0 would leave no token; this leaves the best one
 _MAX_GOAL_MS = 3_600_000  # an hour: what is longer was meant in another unit
@@ -170,10 +170,13 @@ def plan(
 
 def _check_prompt_logprobs(request: ChatRequest | CompletionRequest, prompts: Sequence[list[int]]) -> None:
     num_top = request.num_prompt_logprobs
-    if num_top is not None and (num_top + 1) * sum(map(len, prompts)) > _MAX_PROMPT_LOGPROBS:
+    if num_top is None:
+        return
+    num_told = (request.n or 1) if isinstance(request, CompletionRequest) else 1  # a chat tells them once
+    if (num_top + 1) * sum(map(len, prompts)) * num_told > _MAX_PROMPT_LOGPROBS:
         raise BadRequest(
-            f"A request may ask for {_MAX_PROMPT_LOGPROBS} log probabilities of prompts: ask for fewer of "
-            "each token, or send several requests.",
+            f"A request may ask for {_MAX_PROMPT_LOGPROBS} log probabilities of prompts, in all its choices: "
+            "ask for fewer of each token, or send several requests.",
             field="logprobs" if request.prompt_logprobs is None else "prompt_logprobs",
         )
 
