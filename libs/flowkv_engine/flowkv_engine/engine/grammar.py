@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,10 +24,13 @@ Bits = NDArray[np.uint8]
 
 # More masks are made on several threads. 16 take 0.14 ms one by one, 0.27 ms on threads that have to wake up.
 MAX_ONE_BY_ONE = 16
-# What a byte of a mask adds to the logits of its eight tokens, the lowest bit first: [256, 8].
-_PENALTIES = torch.tensor(
-    [[0.0 if byte >> place & 1 else -torch.inf for place in range(8)] for byte in range(256)]
-)
+
+
+@cache
+def _penalties(device: torch.device) -> Tensor:
+    """What a byte of a mask adds to the logits of its eight tokens, the lowest bit first: [256, 8]."""
+    rows = [[0.0 if byte >> place & 1 else -torch.inf for place in range(8)] for byte in range(256)]
+    return torch.tensor(rows, device=device)
 
 
 class Matcher:
@@ -74,7 +77,7 @@ class Masks(NamedTuple):
         """A copy of `logits` [rows, vocab] in float32, minus infinity where a token is not allowed."""
         allowed = torch.from_numpy(self.allowed).to(logits.device)
         # To look them up and to add is far faster than to fill where a mask says so.
-        penalties = embedding(allowed.int(), _PENALTIES.to(logits.device)).flatten(1)
+        penalties = embedding(allowed.int(), _penalties(logits.device)).flatten(1)
         return logits.float() + penalties[:, : logits.shape[1]]
 
     def mark(self, inputs: list[SampleInput], sampled: list[Sampled]) -> list[Sampled]:
