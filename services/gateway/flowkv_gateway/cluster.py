@@ -95,10 +95,27 @@ class Cluster:
         """Nodes that serve the model."""
         return len(self._by_fingerprint.get(self.model.fingerprint, ())) if self.model else 0
 
-    def prompt_tokens_per_step(self) -> int:
-        """That all nodes of the model compute in one step of each."""
+    def num_prefill_nodes(self) -> int:
+        """Ready nodes that serve prefill of the model."""
+        return len(self._prefill_reports())
+
+    def prompt_tokens_at_once(self) -> int:
+        """That these nodes may compute in one step, and each in at most twice the time of an empty one."""
+        num_tokens = 0
+        for report in self._prefill_reports():
+            most, step = report.max_prefill_tokens_per_step, report.step
+            if step is not None and step.prefill_token_s * most > step.base_s:
+                most = int(step.base_s / step.prefill_token_s)
+            num_tokens += most
+        return num_tokens
+
+    def _prefill_reports(self) -> list[LoadReport]:
         reports = self._fresh_reports(self.model.fingerprint) if self.model else ()
-        return sum(report.max_prefill_tokens_per_step for _, report in reports if report.ready)
+        return [
+            report
+            for node, report in reports
+            if report.ready and serves_prefill(report.max_prefill_tokens_per_step, node.layout.block_size)
+        ]
 
     def has_ready_node(self) -> bool:
         return self.model is not None and self._num_ready(self.model.fingerprint)[1] > 0

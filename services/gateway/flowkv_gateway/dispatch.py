@@ -383,10 +383,10 @@ class Dispatch:
     def __init__(self, bus: Bus, gateway_id: str, own: OwnModel) -> None:
         self._bus = bus
         self._gateway_id = gateway_id
-        self.cluster = Cluster(own)
+        self.cluster = cluster = Cluster(own)
         self.streams: dict[str, TokenStream] = {}  # transfer id -> the tokens of this attempt
         self.witness = Witness(gateway_id)
-        self._turns = Turns(self.cluster.num_nodes, self.cluster.prompt_tokens_per_step)
+        self._turns = Turns(cluster.num_nodes, cluster.num_prefill_nodes, cluster.prompt_tokens_at_once)
         self._num_open = 0
         self._scheduler_answered_at = 0.0
         self._scheduler_why_not: str | None = _NO_SCHEDULER  # what was missing by its last answer

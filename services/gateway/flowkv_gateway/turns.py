@@ -27,16 +27,21 @@ class Turn:
 
 
 class Turns:
-    """Those that have a turn fill the next step of the nodes: so many prompt tokens, and of those that the
-    scheduler lets wait, one request per node.
+    """Those that have a turn fill the next step of the nodes, which is kept short, since a newcomer waits for
+    its end: one prompt for each node that prefills, more of them up to so many tokens. Of those that the
+    scheduler lets wait it is one request per node.
 
     The next turn is that of the oldest request of the tenant that was served least. This tenant never waits
     for those before it: if none of its requests has a turn, one gets a turn beside them. A tenant that is
     alone is not held back.
     """
 
-    def __init__(self, max_asking: Callable[[], int], max_tokens: Callable[[], int]) -> None:
+    def __init__(
+        self, max_asking: Callable[[], int], num_steps: Callable[[], int], max_tokens: Callable[[], int]
+    ) -> None:
+        """`num_steps`: of nodes, at once. `max_tokens`: in all of these."""
         self._max_asking = max_asking
+        self._num_steps = num_steps
         self._max_tokens = max_tokens
         self._taken: set[Turn] = set()
         self._waiting: dict[Tenant, dict[Turn, None]] = {}  # in the order in which they came
@@ -104,7 +109,8 @@ class Turns:
     def _has_room(self) -> bool:
         num_asking = sum(not turn.has_pair for turn in self._taken)
         num_tokens = sum(turn.num_tokens for turn in self._taken)
-        return num_asking < self._max_asking() and num_tokens < self._max_tokens()
+        has_short_step = len(self._taken) < self._num_steps() or num_tokens < self._max_tokens()
+        return num_asking < self._max_asking() and has_short_step
 
     def _is_least_served(self, tenant: Tenant) -> bool:
         """Also of those that have a turn, with none itself."""
