@@ -52,8 +52,12 @@ def step_ends(_: HandoffBudget, __: InFlight, time: Time) -> None:
     time.node_moved_at = time.now
 
 
-def decode_answers(_: HandoffBudget, mine: InFlight, __: Time) -> None:
-    mine.hear_decode_node()
+def decode_answers(budget: HandoffBudget, _: InFlight, __: Time) -> None:
+    budget.hear_decode_node("d")
+
+
+def another_decode_answers(budget: HandoffBudget, _: InFlight, __: Time) -> None:
+    budget.hear_decode_node("another")
 
 
 def send_confirmed(budget: HandoffBudget, _: InFlight, __: Time) -> None:
@@ -81,6 +85,7 @@ PROGRESS: dict[Stage, set[Move]] = {
 MOVES = [
     step_ends,
     decode_answers,
+    another_decode_answers,
     send_confirmed,
     send_to_another_confirmed,
     comes_to_the_same_stage,
@@ -111,9 +116,9 @@ async def test_the_sentence_names_the_one_that_is_stuck_for_longest() -> None:
     async with budget.hold("a.0", "d", 0) as first:
         first.enter(Stage.SENDING)
         time.now += 30
-        async with budget.hold("b.0", "d", 0), budget.hold("c.0", "d", 0) as third:
+        async with budget.hold("b.0", "d", 0), budget.hold("c.0", "other", 0):
             time.now += STUCK_AFTER_S + 1
-            third.hear_decode_node()
+            budget.hear_decode_node("other")
             assert budget.why_stuck() == ("no progress in 2 of 3 handoffs: a.0 is handed over for 211 s")
 
 

@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections import Counter
 
+import msgspec
 import pytest
 
-from flowkv_common.errors import Full
+from flowkv_common.errors import Full, Unavailable
 from flowkv_common.fingerprint import block_hashes
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Reserve
+from flowkv_common.wire.messages import Reserve, Reserved
+from flowkv_decode.sequences import DecodeRole
 from flowkv_engine.kv.blocks import Blocks
 from flowkv_node import links
 from flowkv_prefill import handoff
@@ -165,6 +167,63 @@ async def test_prefill_asks_a_full_decode_node_again_and_takes_no_blocks_before(
     pair.d.node.blocks.release(taken)
     await pair.compute_all()
     await pair.d.wait_accepted(1)
+
+
+async def test_room_at_a_full_decode_node_goes_to_the_prompt_that_is_due_first(pair: Pair) -> None:
+    """However long each has waited. Only the first one asks."""
+    free = pair.d.node.blocks.allocate(pair.d.node.blocks.num_blocks)
+    asked: list[str] = []
+    subject = subjects.at(subjects.DECODE_RESERVE, "d")
+    async with await pair.bus.subscribe(subject, Reserve, lambda one: asked.append(one.transfer_id)):
+
+        async def accept(due_in_s: float) -> None:
+            run = pair.run(prompt_of(10))
+            await pair.p.prefill.accept(msgspec.structs.replace(run, due_in_s=due_in_s))
+
+        async def first_is(transfer_id: str) -> None:
+            """It asks, and then again without another between."""
+            await until(lambda: asked[-2:] == [transfer_id] * 2)
+
+        for due_in_s in (30.0, 10.0, 50.0, 20.0):
+            await accept(due_in_s)
+        await first_is("r1.0")
+        await accept(40.0)
+        await first_is("r1.0")
+        pair.p.node.attempts.cancel("r1.0")
+        await first_is("r3.0")
+        for served in ("r3.0", "r0.0", "r4.0", "r2.0"):
+            await first_is(served)
+            pair.d.node.blocks.release([free.pop() for _ in range(3)])
+        await until(lambda: pair.d.node.reservations.num_open == 4)
+    assert [attempt.transfer_id for attempt in pair.d.node.attempts] == ["r3.0", "r0.0", "r4.0", "r2.0"]
+    assert "r2.0" not in asked[: asked.index("r4.0")]
+    for attempt in pair.p.node.attempts:
+        pair.p.node.attempts.cancel(attempt.transfer_id)
+    await pair.p.wait_idle()
+
+
+async def test_a_decode_node_that_stands_still_costs_each_prompt_one_time_out(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_over = asyncio.Event()
+
+    async def stand_still(_: DecodeRole, __: Reserve) -> Reserved:
+        await is_over.wait()
+        raise Unavailable("too late")
+
+    monkeypatch.setattr(DecodeRole, "reserve", stand_still)
+    monkeypatch.setattr(handoff, "CONTROL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(handoff, "LINE_PATIENCE_S", 0.02)
+    async with engineless_pair(nats_server) as pair:
+        began = time.monotonic()
+        for _ in range(8):
+            await pair.p.prefill.accept(pair.run(prompt_of(10)))
+        await until(lambda: pair.chunks)
+        first_s = time.monotonic() - began
+        await until(lambda: len(pair.chunks) == 8)
+        assert time.monotonic() - began < 3 * first_s
+        is_over.set()
+        await pair.p.wait_idle()
 
 
 async def test_all_who_wait_for_a_link_wait_equally_long(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 | a handoff | has made progress when |
 | --- | --- |
-| asks for room at the decode node | that node answers, even if only that it is full |
+| asks for room at the decode node | that node answers any that asks it, even if only that it is full |
 | waits for blocks here | a step ends at this node, blocks come back, or a reservation here is renewed |
 | is computed | any step ends at this node |
 | is handed over | a send to its decode node is confirmed, also another handoff's |
@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from weakref import WeakValueDictionary
 
 from flowkv_common.aio import FairQueue
 from flowkv_common.config import NodeSettings
@@ -57,6 +58,7 @@ class InFlight:
 
     transfer_id: str
     decode_node_id: str
+    due: float  # the first token, on the monotonic clock
     patience_s: float
     clock: Callable[[], float]
     moved_at: float  # when it last made progress by itself
@@ -67,10 +69,9 @@ class InFlight:
         if stage is not self.stage:
             self.stage, self.moved_at = stage, self.clock()
 
-    def hear_decode_node(self) -> None:
-        """The decode node has answered. That is progress only for a handoff that waits for nothing else."""
-        if self.stage is Stage.RESERVING:
-            self.moved_at = self.clock()
+    def still_s(self) -> float:
+        """Seconds without progress by itself."""
+        return self.clock() - self.moved_at
 
 
 class HandoffBudget:
@@ -93,6 +94,8 @@ class HandoffBudget:
         self.queue = FairQueue(max_handoffs, max_bytes)  # counts handoffs in flight, their bytes, and waiters
         self.late_queue = FairQueue(max_handoffs, max_bytes)
         self._in_flight: set[InFlight] = set()
+        # By decode node, while any handoff stands in it.
+        self._lines: WeakValueDictionary[str, FairQueue] = WeakValueDictionary()
         self._node_moved_at = node_moved_at
         self._clock = clock
 
@@ -110,7 +113,7 @@ class HandoffBudget:
         queue = self.late_queue if is_late else self.queue
         async with queue.hold(num_bytes, place=due):
             patience_s = STUCK_AFTER_S + num_bytes / SLOWEST_LINK_BYTES_PER_S
-            mine = InFlight(transfer_id, decode_node_id, patience_s, self._clock, self._clock())
+            mine = InFlight(transfer_id, decode_node_id, due, patience_s, self._clock, self._clock())
             self._in_flight.add(mine)
             try:
                 yield mine
@@ -125,11 +128,22 @@ class HandoffBudget:
     def bytes_in_flight(self) -> int:
         return self.queue.weight_held + self.late_queue.weight_held
 
+    def line_to(self, decode_node_id: str) -> FairQueue:
+        """Of the handoffs that want room at that node. Its holder asks, so that the one due first gets it."""
+        return self._lines.setdefault(decode_node_id, FairQueue(max_holders=1))
+
+    def hear_decode_node(self, decode_node_id: str) -> None:
+        """That node has answered: all that want room there have made progress."""
+        self._move_all(Stage.RESERVING, decode_node_id)
+
     def confirm_send(self, decode_node_id: str) -> None:
         """Blocks have landed at that node: all that are handed over to it have made progress."""
+        self._move_all(Stage.SENDING, decode_node_id)
+
+    def _move_all(self, stage: Stage, decode_node_id: str) -> None:
         now = self._clock()
         for handoff in self._in_flight:
-            if handoff.stage is Stage.SENDING and handoff.decode_node_id == decode_node_id:
+            if handoff.stage is stage and handoff.decode_node_id == decode_node_id:
                 handoff.moved_at = now
 
     def find_stuck(self) -> list[InFlight]:

@@ -138,6 +138,10 @@ class Links:
             await asyncio.sleep(LINK_POLL_S)
         return link
 
+    def is_current(self, peer: NodeRef, link: KVLink) -> bool:
+        """Whether this is still the link to that peer."""
+        return self._links.get(peer) is link
+
     def connectors_in_use(self) -> dict[str, str]:
         """node_id -> name of the connector."""
         return {peer.node_id: link.name for peer, link in self._links.items()}

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 
 import msgspec
 
-from flowkv_common.aio import Backoff
 from flowkv_common.bus.connection import CONTROL_TIMEOUT_S
 from flowkv_common.errors import FlowKVError, Full
 from flowkv_common.wire import subjects
@@ -39,8 +38,9 @@ from flowkv_node.node import Node
 RESERVATION_S = 30.0
 RENEW_S = 10.0
 RENEW_RETRY_S = 1.0
-FIRST_RETRY_S = 0.02
-LONGEST_RETRY_S = 0.5
+# A handoff asks out of line when the node has answered none for so long: one that stands still must not cost
+# each the time-out of those before it. A full node answers ten times as often.
+LINE_PATIENCE_S = 0.5
 
 
 class Handoff:
@@ -64,7 +64,8 @@ class Handoff:
     async def reserve(self) -> None:
         """Room for the prompt and the token after it at the decode node, or the same room for longer.
 
-        Asks again while that node is full. Raises FlowKVError when it refuses for good: without saying when
+        While that node is full, the handoff that is due first asks again, as often as it is told to, and the
+        others stand in line behind it. Raises FlowKVError when the node refuses for good: without saying when
         to ask again.
         """
         if self._holds_room:
@@ -88,19 +89,36 @@ class Handoff:
             expires_in_s=RESERVATION_S,
             again=self._has_released,
         )
-        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S)
+        line, due = node.handoffs.line_to(self._run.decode.node_id), self.in_flight.due
         while not self._holds_room:
+            # Not in line: each of those that lack a link waits for it as long.
             self._link = await node.links.link_to(self._run.decode)
-            try:
-                self._reserved = await self._ask_room(self._request)
-                self._holds_room = True
-            except FlowKVError as error:
-                if error.retry_after_s is None:
-                    raise
-                if isinstance(error, Full):
-                    self.in_flight.hear_decode_node()
-                await backoff.sleep()
+            async with contextlib.AsyncExitStack() as held:
+                try:
+                    async with asyncio.timeout(LINE_PATIENCE_S):
+                        await held.enter_async_context(line.hold(place=due))
+                except TimeoutError:
+                    if self.in_flight.still_s() > LINE_PATIENCE_S:
+                        await self._take_room()
+                    continue
+                while not self._holds_room and node.links.is_current(self._run.decode, self._link):
+                    if line.is_overtaken(due):
+                        break
+                    await asyncio.sleep(await self._take_room())
         self._num_landed = self._reserved.num_cached_blocks
+
+    async def _take_room(self) -> float:
+        """Ask once. Returns in how many seconds to ask again; 0 if there is room now."""
+        pause_s = 0.0
+        try:
+            self._reserved = await self._ask_room(self._request)
+            self._holds_room = True
+        except Full as error:
+            if error.retry_after_s is None:
+                raise
+            pause_s = error.retry_after_s
+        self._node.handoffs.hear_decode_node(self._run.decode.node_id)
+        return pause_s
 
     async def keep_reserved(self) -> None:
         """Until cancelled: renew the reservation."""
