@@ -38,6 +38,7 @@ from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor, 
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
+from flowkv_scheduler.slices import Sliced
 from tests import described_nodes
 from tests.described_nodes import BLOCK_SIZE, INCARNATION, MODEL, schedule, until_answer
 from tests.nats_server import NatsServer
@@ -173,6 +174,7 @@ def measure(num_nodes: int, num_in_flight: int, num_waiting: int, num_decisions:
     reports_s: list[float] = []
     news_s: list[float] = []
     ticks_s: list[float] = []
+    slices_s: list[float] = []  # of ticks
     num_others, num_due, now = 0, 0.0, 0.0
     rss_before = 0
     newcomers = requests(0)
@@ -187,7 +189,9 @@ def measure(num_nodes: int, num_in_flight: int, num_waiting: int, num_decisions:
             reports_s.append(time_s(partial(planner.add_report, node.report(), now)))
             news_s.append(time_s(partial(planner.state.prefixes.apply_change, node.news())))
         if place % (DECISIONS_PER_S * PERIOD_S) == 0:
-            ticks_s.append(time_s(partial(planner.tick, now)))
+            num_slices = len(slices_s)
+            slices_s += slice_times_s(planner.tick(now))
+            ticks_s.append(sum(slices_s[num_slices:]))
         if num_waiting and len(waiting) == num_waiting:
             since, request = waiting.popleft()
         else:
@@ -225,10 +229,22 @@ def measure(num_nodes: int, num_in_flight: int, num_waiting: int, num_decisions:
         "report_us": quantiles(1e6 * each for each in reports_s),
         "news_us": quantiles(1e6 * each for each in news_s),
         "tick_ms": quantiles(1e3 * each for each in ticks_s),
+        "slice_us": quantiles(1e6 * each for each in slices_s),
+        "longest_slice_us": 1e6 * max(slices_s),
         "rss_mb_before": rss_before / 1e6,
         "rss_mb_after": process.memory_info().rss / 1e6,
         "num_waits_and_refusals": num_others,
     }
+
+
+def slice_times_s(work: Sliced[object]) -> Iterator[float]:
+    """Of each slice, in seconds."""
+    end = object()
+    is_last = False
+    while not is_last:
+        began = time.perf_counter()
+        is_last = next(work, end) is end
+        yield time.perf_counter() - began
 
 
 async def ask_over_bus(num_nodes: int, num_asks: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor
 from flowkv_scheduler.app import TICK_PERIOD_S
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.slices import at_once
 
 VERB_OF_LOAD = subjects.load("*").rpartition(".")[0]
 VERB_OF_BLOCKS = subjects.blocks("*").rpartition(".")[0]
@@ -86,7 +87,7 @@ class Replay:
         """Once per period the planner looks at the cluster; the recorded one did so at other moments."""
         due = now if self._next_tick is None else self._next_tick
         while due <= now:
-            self._planner.tick(due)
+            at_once(self._planner.tick(due))
             due += TICK_PERIOD_S
         self._next_tick = due
 

@@ -25,6 +25,7 @@ from flowkv_common.wire.nodes import (
 from flowkv_scheduler.cluster import Goals, Work
 from flowkv_scheduler.demand import Demand, OutputLengths
 from flowkv_scheduler.rebalance import Order, Rebalancer
+from flowkv_scheduler.slices import at_once
 from tests.described_nodes import BLOCK_SIZE, CAPS, MODEL, TOKEN_BUDGET, Described, cluster, node
 
 TICK_S = 0.5
@@ -165,7 +166,7 @@ class Cluster:
     def tick(self) -> None:
         views = cluster(*(one.described() for one in self.nodes)).views()
         budgets = {one.name: one for one in self.nodes}
-        for order in self.rebalancer.tick(views, self.demands, self.lengths, self.now):
+        for order in at_once(self.rebalancer.tick(views, self.demands, self.lengths, self.now)):
             self.orders.append((self.now, order))
             if isinstance(order, SetPrefillCap):
                 budgets[order.node.node_id].budget = order.max_prefill_tokens_per_step

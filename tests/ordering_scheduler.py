@@ -13,10 +13,12 @@ from flowkv_scheduler.app import serve
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.rebalance import Order
+from flowkv_scheduler.slices import Sliced
 
 
 class OrderingPlanner(Planner):
-    def tick(self, now: float) -> list[Order]:
+    def tick(self, now: float) -> Sliced[list[Order]]:
+        yield
         order = SetPrefillCap(
             node=NodeRef(node_id="d0", incarnation="i1"),
             epoch=0,

@@ -22,6 +22,7 @@ from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import SetPrefillCap
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.rebalance import Order
+from flowkv_scheduler.slices import at_once
 
 # As `max_handoffs` in the settings of a node.
 MAX_HANDOFFS = 16
@@ -92,7 +93,7 @@ class Cluster:
 
     def _tick(self) -> None:
         now = self.now
-        for order in self._planner.tick(now):
+        for order in at_once(self._planner.tick(now)):
             self.orders.append((now, order))
             if isinstance(order, SetPrefillCap):
                 node = self._by_id[order.node.node_id]

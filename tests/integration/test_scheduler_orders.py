@@ -20,10 +20,11 @@ from flowkv_common.config import SchedulerSettings
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, NodeRef, decode
 from flowkv_common.wire.nodes import CapMoved, RegimeChanged, ScaleWanted, SetPrefillCap
-from flowkv_scheduler.app import Orders, serve, serve_and_tick
+from flowkv_scheduler.app import Orders, between_asks, serve, serve_and_tick
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.rebalance import Order
+from flowkv_scheduler.slices import Sliced
 from tests.described_nodes import ReportingNode, is_assigned, reporting, until_answer
 from tests.nats_server import NatsServer
 
@@ -212,6 +213,26 @@ async def test_endpoint_that_could_not_be_opened_is_opened_later(
     assert num_tries == 1 + len(caps.endpoints())  # the one that failed, then all of them
 
 
+async def test_asks_are_answered_between_the_slices_of_a_tick() -> None:
+    seen: list[str] = []
+
+    async def ask() -> None:
+        for _ in range(3):
+            seen.append("ask")
+            await asyncio.sleep(0)
+
+    def tick() -> Sliced[str]:
+        for _ in range(3):
+            seen.append("slice")
+            yield
+        return "orders"
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(ask())
+        assert await between_asks(tick()) == "orders"
+    assert seen == ["slice", "ask"] * 3
+
+
 class FailingOnce(Planner):
     """Its first tick raises; each later one moves the prefill chunk budget of `d0`."""
 
@@ -219,7 +240,8 @@ class FailingOnce(Planner):
         super().__init__(Goals())
         self.num_ticks = 0
 
-    def tick(self, now: float) -> list[Order]:
+    def tick(self, now: float) -> Sliced[list[Order]]:
+        yield
         self.num_ticks += 1
         if self.num_ticks == 1:
             raise ZeroDivisionError

@@ -20,6 +20,7 @@ from flowkv_scheduler.cluster import ClusterState, Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import RequestCosts
 from flowkv_scheduler.rebalance import Order
+from flowkv_scheduler.slices import Sliced
 from tests.described_nodes import descriptor, report, request
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +124,8 @@ def test_planner_ticks_once_per_period_of_recorded_time(tape: Tape) -> None:
     ticks: list[float] = []
 
     class Ticking(Planner):
-        def tick(self, now: float) -> list[Order]:
+        def tick(self, now: float) -> Sliced[list[Order]]:
+            yield
             ticks.append(now)
             return []
 

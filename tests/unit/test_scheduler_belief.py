@@ -21,6 +21,7 @@ from flowkv_gateway.witness import Witness
 from flowkv_scheduler.belief import MEMORY_OUTCOMES, MEMORY_S, TRUSTED, Belief, Doubt, Record, why_untrue
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.slices import at_once
 from tests.described_nodes import BLOCK_SIZE, GROWN, INCARNATION, TOKEN_BUDGET, descriptor, report, request
 
 REFS = [NodeRef(node_id=f"n{number}", incarnation=INCARNATION) for number in range(3)]
@@ -262,7 +263,7 @@ class Played:
                 num_prompts_accepted=self._num_accepted[name],
             )
             self.planner.add_report(load, now)
-        self.planner.tick(now)
+        at_once(self.planner.tick(now))
 
     def _tell(self, now: float) -> None:
         if self.is_watched:

@@ -22,6 +22,7 @@ from flowkv_scheduler.lookahead import (
     fewer_queues,
     served_in_time,
 )
+from flowkv_scheduler.slices import at_once
 from tests.described_nodes import Described, cluster, node
 
 GOALS = Goals(ttft_s=4.0, itl_s=0.25)
@@ -42,7 +43,9 @@ def in_time(
     batches: tuple[Batch, Batch, float] | None = None,
     running: Sequence[Job] = (),
 ) -> list[bool]:
-    return served_in_time(jobs, (queues, 1.0), batches or (batch, batch, 0.0), running, BASE_S, GOALS)
+    return at_once(
+        served_in_time(jobs, (queues, 1.0), batches or (batch, batch, 0.0), running, BASE_S, GOALS)
+    )
 
 
 # --- prefill: a queue -----------------------------------------------------------------------------
@@ -265,7 +268,7 @@ def decode(name: str = "d0", **changes: Any) -> Described:
 
 
 def share(ahead: LookAhead, nodes: Sequence[Described], **changes: str) -> float:
-    served = ahead.served(duties_of(nodes, **changes))
+    served = at_once(ahead.served(duties_of(nodes, **changes)))
     return sum(served) / len(served)
 
 
@@ -291,9 +294,9 @@ def test_the_share_that_is_served_is_that_of_the_nodes_time() -> None:
 def test_more_nodes_serve_more() -> None:
     nodes = prefill(), decode()
     ahead = ahead_of(nodes, rate=4.0)
-    served = [sum(ahead.served(duties_of(nodes), more=("prefill", num))) for num in range(3)]
+    served = [sum(at_once(ahead.served(duties_of(nodes), more=("prefill", num)))) for num in range(3)]
     assert served[0] < served[1] <= served[2] == ahead.num_played
-    assert sum(ahead.served(duties_of(nodes), more=("decode", 2))) == served[0]
+    assert sum(at_once(ahead.served(duties_of(nodes), more=("decode", 2)))) == served[0]
 
 
 def test_a_slow_node_counts_for_as_much_as_it_computes() -> None:
@@ -339,11 +342,11 @@ def test_sequences_that_run_now_hold_their_places() -> None:
 
 def test_prompts_that_wait_now_are_before_those_that_come() -> None:
     nodes = prefill(queued_prefill_tokens=20_000), decode()
-    served = ahead_of(nodes).served(duties_of(nodes))
+    served = at_once(ahead_of(nodes).served(duties_of(nodes)))
     assert not served[0]
     assert served[-1]
     nodes = prefill(queued_prefill_tokens=20_000, interruptible_prefill_tokens=20_000), decode()
-    assert all(ahead_of(nodes).served(duties_of(nodes)))
+    assert all(at_once(ahead_of(nodes).served(duties_of(nodes))))
 
 
 def test_of_many_nodes_and_requests_every_so_manyth_gives_the_same_share() -> None:
@@ -372,7 +375,7 @@ def test_a_prompt_that_stands_for_others_takes_their_time_too() -> None:
     jobs = [job(prefill_s=1.0), job(prefill_s=1.0)]
     for num_each, expected in ((3.0, True), (3.1, False)):
         batches = ENDLESS, ENDLESS, 0.0
-        served = served_in_time(jobs, ([(0.0, 1.0)], num_each), batches, [], BASE_S, GOALS)
+        served = at_once(served_in_time(jobs, ([(0.0, 1.0)], num_each), batches, [], BASE_S, GOALS))
         assert served == [True, expected]
 
 
@@ -390,9 +393,10 @@ def test_without_its_heaviest_request_a_window_is_as_if_that_had_not_come() -> N
         assert window is not None
         views = cluster(*nodes).views()
         found.append(LookAhead(views, duties_of(nodes), window, lengths_of(400, 10), GOALS, 20.0))
-    before = found[0].served(duties_of(nodes))
-    assert found[0].without_heaviest().served(duties_of(nodes)) == found[1].served(duties_of(nodes))
-    assert found[0].served(duties_of(nodes)) == before
+    with_it, lighter = found[0], at_once(found[0].without_heaviest())
+    before = at_once(with_it.served(duties_of(nodes)))
+    assert at_once(lighter.served(duties_of(nodes))) == at_once(found[1].served(duties_of(nodes)))
+    assert at_once(with_it.served(duties_of(nodes))) == before
 
 
 def test_what_we_gave_and_no_report_shows_counts_as_running() -> None:

@@ -16,6 +16,7 @@ from flowkv_scheduler.demand import Window
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
 from flowkv_scheduler.rebalance import Order
+from flowkv_scheduler.slices import at_once
 from tests.described_nodes import CAPS, GROWN, MODEL, TOKEN_BUDGET, descriptor, report, request
 
 
@@ -27,9 +28,9 @@ def test_a_lent_node_is_forgotten_when_it_leaves_the_registry_not_when_it_is_sil
     for name, role in roles.items():
         cap = TOKEN_BUDGET if name == "d0" else CAPS[role]
         planner.add_report(report(name, role, max_prefill_tokens_per_step=cap), 0.0)
-    planner.tick(0.0)
+    at_once(planner.tick(0.0))
     assert planner.rebalancer.leaving == {"d0": "decode"}
-    planner.tick(9.0)  # all are silent
+    at_once(planner.tick(9.0))  # all are silent
     assert planner.rebalancer.leaving == {"d0": "decode"}
     planner.set_descriptors({name: nodes[name] for name in ("p0", "d1")})
     assert planner.rebalancer.leaving == {}
@@ -91,7 +92,7 @@ def test_what_is_wanted_moves_nodes_before_decode_is_full() -> None:
             planner.add_report(report(name, role, step=fit, max_num_seqs=64, seq=number), now)
         with contextlib.suppress(errors.Full):
             planner.schedule(request(16, 2000, request_id=f"r{number}"), now)
-        orders += planner.tick(now)
+        orders += at_once(planner.tick(now))
     told = [(order.node.node_id, order.reason) for order in orders if isinstance(order, SetPrefillCap)]
     assert len({name for name, _ in told}) == 1
     assert told[0][0] in {"p0", "p1"}
@@ -177,7 +178,7 @@ def test_requests_for_unknown_models_take_no_memory() -> None:
     for number in range(1000):
         found = planner.schedule(request(request_id=f"r{number}", fingerprint=f"x{number}"), 0.0)
         assert isinstance(found, Wait)
-        planner.tick(0.0)
+        at_once(planner.tick(0.0))
     assert not planner._demands
     assert planner.state.lengths.keys() <= {MODEL.fingerprint}
     assert len(planner._queue) == 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,10 +16,10 @@ from benchmarks.simulator.kinds import KINDS
 from benchmarks.simulator.run import Machines
 from benchmarks.traces import Request, Targets
 from flowkv_common.wire.nodes import RegimeChanged, ScaleWanted, SetPrefillCap, StepFit
-from flowkv_scheduler import rebalance
+from flowkv_scheduler import lookahead, rebalance
 from flowkv_scheduler.cluster import Goals, NodeView, Work
 from flowkv_scheduler.demand import REMEMBERED_S, Demand, OutputLengths, Window
-from flowkv_scheduler.lookahead import HORIZON_S, Duties, LookAhead
+from flowkv_scheduler.lookahead import EVENTS_PER_SLICE, HORIZON_S, Duties, LookAhead
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import SHARED_ITL
 from flowkv_scheduler.rebalance import (
@@ -34,6 +35,7 @@ from flowkv_scheduler.rebalance import (
     Order,
     Rebalancer,
 )
+from flowkv_scheduler.slices import at_once
 from tests.described_nodes import BLOCK_SIZE, CAPS, TOKEN_BUDGET, Described, cluster, node
 from tests.obedient_nodes import (
     FIT,
@@ -143,7 +145,7 @@ def test_longer_windows_move_nothing_where_nothing_was_lost(monkeypatch: pytest.
     def said(rebalancer: Rebalancer) -> list[str]:
         """A move is found at two ticks in a row, when its window has the turn."""
         played.clear()
-        orders = [rebalancer.tick(views, {"f": demand}, lengths, 45.0) for _ in range(len(TURNS))]
+        orders = [at_once(rebalancer.tick(views, {"f": demand}, lengths, 45.0)) for _ in range(len(TURNS))]
         return [to for _, to in directions([order for each in orders for order in each])]
 
     assert said(Rebalancer(GOALS)) == []
@@ -245,7 +247,7 @@ def played(ticks: int, *nodes: Described, rebalancer: Rebalancer | None = None) 
     """What is said in each tick of nodes that nobody asks for anything, and that do not obey."""
     rebalancer = rebalancer or Rebalancer(GOALS)
     views = cluster(*nodes).views()
-    return [rebalancer.tick(views, {}, LENGTHS, TICK_S * number) for number in range(ticks)]
+    return [at_once(rebalancer.tick(views, {}, LENGTHS, TICK_S * number)) for number in range(ticks)]
 
 
 def prefill(name: str = "p0", queued: int = 0, **changes: Any) -> Described:
@@ -324,7 +326,7 @@ class Directed:
             else one
             for one in nodes
         ]
-        said = budgets(self.rebalancer.tick(cluster(*found).views(), {}, LENGTHS, self.now))
+        said = budgets(at_once(self.rebalancer.tick(cluster(*found).views(), {}, LENGTHS, self.now)))
         if obey:
             self.budgets |= dict(said)
         return said
@@ -370,7 +372,7 @@ def test_a_node_that_leaves_prefill_computes_its_queue_first() -> None:
     assert said == [("p1", 112)]
     assert rebalancer.leaving == {"p1": "prefill"}
     done = [queue[0], prefill("p1", max_prefill_tokens_per_step=112)]
-    assert budgets(rebalancer.tick(cluster(*done).views(), {}, LENGTHS, 5.0)) == [("p1", BLOCK_SIZE)]
+    assert budgets(at_once(rebalancer.tick(cluster(*done).views(), {}, LENGTHS, 5.0))) == [("p1", BLOCK_SIZE)]
 
 
 @pytest.mark.parametrize("num_running", [0, 3, 9])
@@ -482,7 +484,9 @@ def test_overload_must_last_for_two_ticks() -> None:
     views = cluster(prefill(), decode()).views()
     demand.add_request(100, 0, 4, 0.0)
     demand.add_loss(0.0)
-    said = [regimes(rebalancer.tick(views, {"f": demand}, lengths, TICK_S * tick)) for tick in range(3)]
+    said = [
+        regimes(at_once(rebalancer.tick(views, {"f": demand}, lengths, TICK_S * tick))) for tick in range(3)
+    ]
     assert said == [[], ["overload"], []]
 
 
@@ -544,21 +548,37 @@ def test_whether_fewer_nodes_would_do_is_played_seldom(monkeypatch: pytest.Monke
 def test_a_play_is_short_however_many_requests_and_nodes_there_are(
     num_nodes: int, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The scheduler answers nothing meanwhile."""
-    played = []
+    """And each slice of it is shorter: asks wait for that."""
+    played, num_events = [], 0
 
     class Counted(LookAhead):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             played.append(self.num_played)
 
+    def counting(work: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **changes: Any) -> Any:
+            nonlocal num_events
+            num_events += 1
+            return work(*args, **changes)
+
+        return counted
+
     monkeypatch.setattr(rebalance, "LookAhead", Counted)
+    monkeypatch.setattr(lookahead, "Job", counting(lookahead.Job))
+    for name in ("heappush", "heappop"):  # a sequence begins, and ends
+        monkeypatch.setattr(heapq, name, counting(getattr(heapq, name)))
     demand, lengths = Demand(), {"f": OutputLengths()}
     for number in range(int(20 * rate)):
         demand.add_request(400, 0, 20, number / rate)
         demand.add_loss(number / rate)
-    views = cluster(*(prefill(f"p{n}") if n % 2 else decode(f"d{n}") for n in range(num_nodes))).views()
-    Rebalancer(GOALS).tick(views, {"f": demand}, lengths, 20.0)
+    nodes = (prefill(f"p{n}") if n % 2 else decode(f"d{n}", running=100) for n in range(num_nodes))
+    views = cluster(*nodes).views()
+    num_events, most_events = 0, 0
+    for _ in Rebalancer(GOALS).tick(views, {"f": demand}, lengths, 20.0):
+        most_events, num_events = max(most_events, num_events), 0
+    # Two parts of the work may share a slice.
+    assert 0.5 * EVENTS_PER_SLICE < max(most_events, num_events) <= 2 * EVENTS_PER_SLICE
     # On at least four nodes, whatever comes.
     most = max(MAX_PLAYED, HORIZON_S * rate * LEAST_NODES / num_nodes)
     assert 0.5 * MAX_PLAYED < max(played) <= 1.1 * most
@@ -626,5 +646,5 @@ def test_a_cluster_that_is_slower_than_its_goals_moves_nothing_in_vain() -> None
         now = TICK_S * tick
         demand.add_request(400, 0, 20, now)
         demand.add_loss(now)
-        orders += rebalancer.tick(cluster(*nodes).views(), {"f": demand}, lengths, now)
+        orders += at_once(rebalancer.tick(cluster(*nodes).views(), {"f": demand}, lengths, now))
     assert budgets(orders) == []

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from itertools import count
+
 from flowkv_common import errors
 from flowkv_common.config import SchedulerSettings
 from flowkv_common.wire.messages import ScheduleRequest
+from flowkv_common.wire.nodes import SetPrefillCap
 from flowkv_scheduler.app import planner_of
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
+from flowkv_scheduler.rebalance import Order
+from flowkv_scheduler.slices import Sliced, at_once
 from tests.described_nodes import descriptor, node, request
 
 
@@ -56,23 +62,66 @@ def test_after_half_of_the_longest_wait_the_time_between_tokens_of_others_does_n
         assert outcome(planned(settings, 0, running=9), aged) == kind
 
 
-def lending(settings: SchedulerSettings) -> Planner:
+def lending(settings: SchedulerSettings, num_ticks: int = 23) -> Planner:
     """A planner with a prefill node so slow that a decode node is lent, for what came in ten seconds."""
     planner = planner_of(settings)
     roles = {"p0": "prefill", "d0": "decode", "d1": "decode"}
     planner.set_descriptors({name: descriptor(name, role) for name, role in roles.items()})
-    for step in range(23):
+    for step in range(num_ticks):
         now = 0.5 * step
         for name, role in roles.items():
             planner.add_report(node(name, role, seq=step, prefill_tokens_per_s=100.0).report, now)
         planner.schedule(request(200, 1, request_id=f"r{step}"), now)
-        planner.tick(now)
+        at_once(planner.tick(now))
     return planner
 
 
 def test_lending_is_set() -> None:
     assert lending(SchedulerSettings(max_wait_s=1e6)).rebalancer.moved
     assert not lending(SchedulerSettings(max_wait_s=1e6, lending=False)).rebalancer.moved
+
+
+def orders_of(work: Sliced[list[Order]], between: Callable[[], object]) -> list[Order]:
+    """What a tick orders, with something else done between its slices."""
+    next(work)  # whom to believe: what it sees is taken after that
+    orders = list[Order]()
+
+    def keep_orders() -> Iterator[None]:
+        orders.extend((yield from work))
+
+    for _ in keep_orders():
+        between()
+    return orders
+
+
+def test_a_tick_sees_all_as_it_was_when_it_began() -> None:
+    """So what comes between its slices changes nothing."""
+    settings = SchedulerSettings(max_wait_s=1e6)
+    one, another = lending(settings, 21), lending(settings, 21)
+    numbers = count()
+
+    def ask() -> None:
+        load = node("p0", "prefill", seq=100 + next(numbers), prefill_tokens_per_s=1e4).report
+        another.add_report(load, 10.6)
+        for number in range(10):
+            another.schedule(request(20, 500, request_id=f"{load.seq}.{number}"), 10.6)
+
+    orders = at_once(one.tick(10.5))
+    assert [order for order in orders if isinstance(order, SetPrefillCap)]
+    assert orders_of(another.tick(10.5), ask) == orders
+    assert next(numbers) > 5
+
+
+def test_a_node_that_leaves_while_the_tick_goes_on_is_not_moved() -> None:
+    planner = lending(SchedulerSettings(max_wait_s=1e6), 21)
+    changes = iter([{name: descriptor(name, role) for name, role in (("p0", "prefill"), ("d1", "decode"))}])
+
+    def leave_once() -> None:
+        for rest in changes:
+            planner.set_descriptors(rest)
+
+    assert orders_of(planner.tick(10.5), leave_once) == []
+    assert planner.rebalancer.moved == {}
 
 
 def test_a_new_term_begins_without_what_was_lent_in_an_earlier_one() -> None:

@@ -33,6 +33,7 @@ from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
 from flowkv_scheduler.rebalance import Order
+from flowkv_scheduler.slices import Sliced
 
 # A token takes 1 KiB.
 LAYOUT = PoolLayout(num_layers=2, block_size=64, num_kv_heads=4, head_dim=32, dtype="bfloat16")
@@ -137,7 +138,8 @@ class Restless(Planner):
         super().set_descriptors(descriptors)
         self.refs = [descriptor.node for descriptor in descriptors.values()]
 
-    def tick(self, now: float) -> list[Order]:
+    def tick(self, now: float) -> Sliced[list[Order]]:
+        yield
         draw = random.Random(now)
         return [
             SetPrefillCap(

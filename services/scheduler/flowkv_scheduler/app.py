@@ -8,6 +8,7 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
+from typing import TypeVar
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -44,8 +45,11 @@ from flowkv_scheduler.cluster import Goals, num_pairs, why_apart
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.prefixes import following_prefixes
 from flowkv_scheduler.rebalance import NORMAL, REGIMES, SIDES, Order
+from flowkv_scheduler.slices import Sliced
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 TICK_PERIOD_S = 0.5
 # As long as the planner's period: what has failed by then is asked anew by what it orders next.
@@ -299,11 +303,22 @@ class Scheduler:
 
     async def _tick(self) -> None:
         if self._lease.is_held:
-            await self._orders.apply_orders(self.planner.tick(self._clock()))
+            await self._orders.apply_orders(await between_asks(self.planner.tick(self._clock())))
 
     def _budget_of(self, node: NodeRef) -> int | None:
         view = self.planner.state.view(node.node_id)
         return view.chunk_budget if view is not None and view.descriptor.node == node else None
+
+
+async def between_asks(work: Sliced[T]) -> T:
+    """Whatever else is due comes before each slice."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as ended:
+            result: T = ended.value
+            return result
+        await asyncio.sleep(0)
 
 
 async def serve_and_tick(

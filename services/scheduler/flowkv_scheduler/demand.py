@@ -5,6 +5,7 @@ Pure: `now` is seconds of any monotonic clock.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from typing import NamedTuple
@@ -60,6 +61,12 @@ class Demand:
         self._num_seen = 0
         self._stands_for = 1
         self._began = math.inf
+
+    def copy(self) -> Demand:
+        """As it is now."""
+        other = copy.copy(self)
+        other._kept, other._losses = self._kept.copy(), self._losses.copy()
+        return other
 
     def add_request(self, num_prompt_tokens: int, num_cached: int, max_new_tokens: int, now: float) -> None:
         self._began = min(self._began, now)
@@ -139,6 +146,12 @@ class OutputLengths:
     def __init__(self) -> None:
         self._sums: dict[int, tuple[float, float]] = {}  # class -> outputs, tokens
         self._all: tuple[float, float] = 1.0, PRIOR_TOKENS
+
+    def copy(self) -> OutputLengths:
+        """As they are now."""
+        other = copy.copy(self)
+        other._sums = self._sums.copy()
+        return other
 
     def replace_forecast(self, before: OutputForecast | None, after: OutputForecast | None) -> None:
         """A node's forecast by its next one. None: it has told none, or has gone."""

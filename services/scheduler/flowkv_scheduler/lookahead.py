@@ -4,6 +4,8 @@ Requests are played first come first served: each prompt takes the prefill node 
 nodes are one batch that grows until the ITL target, the places or the blocks are used up. The play begins
 with the work that is there now. A request that would get its first token too late is refused, or if it would
 on any node, delays no prompt. Pure.
+
+A play is long work, so it goes in slices.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import copy
 import heapq
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import cycle, product
+from itertools import product
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -20,6 +22,7 @@ import msgspec
 from flowkv_common.wire.nodes import expected_tokens
 from flowkv_scheduler.cluster import Goals, NodeView, Speed
 from flowkv_scheduler.demand import OutputLengths, Window
+from flowkv_scheduler.slices import Sliced
 
 # How far it looks. A node that leaves a side works off its rest meanwhile.
 HORIZON_S = 40.0
@@ -27,6 +30,8 @@ HORIZON_S = 40.0
 SHARED = 0.5
 # A prompt that can't make its TTFT target is taken where it waits for no more than this part of it.
 IDLE_WAIT = 0.05
+# So many requests that come and sequences that end are a slice, a tenth of a millisecond: asks wait for it.
+EVENTS_PER_SLICE = 200
 
 Side = Literal["prefill", "decode"]
 Duty = Literal["prefill", "decode", "both"]
@@ -93,7 +98,7 @@ class LookAhead:
         self._prefill_now = self._prefill_nodes(duties)
         self.span_s = window.span_s
         self._jobs_by_share: dict[float, list[Job]] = {}
-        self._running = self._running_jobs()
+        self._running: list[Job] | None = None
 
     @property
     def num_played(self) -> int:
@@ -110,7 +115,7 @@ class LookAhead:
         moved: Collection[str] = (),
         busy_s: float = 0.0,
         more: tuple[Side, int] = ("prefill", 0),
-    ) -> list[bool]:
+    ) -> Sliced[list[bool]]:
         """For each request, whether it is served in time. Those `moved` take up their side after `busy_s`.
 
         `more`: with so many more reference nodes on a side.
@@ -126,30 +131,40 @@ class LookAhead:
         ]
         if side == "prefill":
             queues += [(0.0, 1.0)] * num_more
+        yield
         later = self._batch(duties, num_more=num_more if side == "decode" else 0)
+        yield
         now = self._batch(duties, without=moved) if moved else later
+        yield
         # A node that leaves prefill takes its prefix cache with it.
         share = round(min(1.0, self._prefill_nodes(duties) / max(SHARED, self._prefill_now)), 3)
-        return served_in_time(
-            self._jobs(share),
-            fewer_queues(queues, self._window.stands_for),
-            (now, later, busy_s),
-            self._running,
-            self._decoding.base_s,
-            self._goals,
+        yield
+        jobs = yield from self._jobs(share)
+        if self._running is None:
+            self._running = yield from self._running_jobs()
+        return (
+            yield from served_in_time(
+                jobs,
+                fewer_queues(queues, self._window.stands_for),
+                (now, later, busy_s),
+                self._running,
+                self._decoding.base_s,
+                self._goals,
+                [number * self._window.period_s for number in range(1, self.num_repeats + 1)],
+            )
         )
 
-    def without_heaviest(self) -> LookAhead:
+    def without_heaviest(self) -> Sliced[LookAhead]:
         """The same without the request that takes the most time of nodes."""
         wanted = self._window.wanted
         heaviest = max(
-            zip(wanted, self._jobs(1.0), strict=False),
+            zip(wanted, (yield from self._jobs(1.0)), strict=True),
             key=lambda one: one[1].prefill_s + one[1].num_output_tokens * one[1].beside_s,
         )[0]
         others = copy.copy(self)
         others._window = self._window._replace(wanted=[one for one in wanted if one is not heaviest])
         others._jobs_by_share = {
-            share: [job for job, one in zip(jobs, cycle(wanted), strict=False) if one is not heaviest]
+            share: [job for job, one in zip(jobs, wanted, strict=True) if one is not heaviest]
             for share, jobs in self._jobs_by_share.items()
         }
         return others
@@ -175,11 +190,11 @@ class LookAhead:
         part = 1.0 / self._window.stands_for
         return Batch(num_nodes * part, places * part, blocks * part)
 
-    def _jobs(self, share: float) -> list[Job]:
-        """The window, again and again. Of the tokens that were cached `share` still are."""
+    def _jobs(self, share: float) -> Sliced[list[Job]]:
+        """The requests of the window. Of the tokens that were cached `share` still are."""
         jobs = self._jobs_by_share.get(share)
         if jobs is None:
-            once = []
+            jobs = []
             reference, budget = self._reference, self.nodes[0].descriptor.token_budget
             for one in self._window.wanted:
                 mean = self._lengths.mean_of(one.num_prompt_tokens)
@@ -188,7 +203,7 @@ class LookAhead:
                 num_new = one.num_prompt_tokens - num_cached
                 # Prompts that queue share their steps, so each pays for the part of the last that it fills.
                 shared_s = reference.chunk_base_s * (1.0 - num_new / budget % 1.0)
-                once.append(
+                jobs.append(
                     Job(
                         at=one.at - self._now,
                         prefill_s=reference.prefill_s(num_new, num_cached, budget, 0.0) - shared_s,
@@ -197,17 +212,21 @@ class LookAhead:
                         num_output_tokens=num_outputs,
                     )
                 )
-            periods = [number * self._window.period_s for number in range(1, self.num_repeats + 1)]
-            jobs = [Job(later_s + job.at, *job[1:]) for later_s, job in product(periods, once)]
+                if len(jobs) % EVENTS_PER_SLICE == 0:
+                    yield
             self._jobs_by_share[share] = jobs
         return jobs
 
-    def _running_jobs(self) -> list[Job]:
+    def _running_jobs(self) -> Sliced[list[Job]]:
         """The sequences of now; those of a node end evenly."""
         jobs: list[Job] = []
-        stands_for, first = self._window.stands_for, 0
+        stands_for, first, num_done = self._window.stands_for, 0, 0
         for node in self.nodes:
+            if num_done >= EVENTS_PER_SLICE:
+                yield
+                num_done = 0
             num = node.num_sequences
+            num_done += 1 + num // stands_for
             if num:
                 left, context = node.tokens_left / num, node.num_context_tokens / num
                 beside_s = self._decoding.beside_s(1, round(context + left / 2))
@@ -248,58 +267,68 @@ def served_in_time(
     running: Sequence[Job],
     step_base_s: float,
     goals: Goals,
-) -> list[bool]:
+    periods: Sequence[float] = (0.0,),
+) -> Sliced[list[bool]]:
     """For each job, whether it gets its first token within the TTFT target, and has its place by then.
 
     `queues`: of each prefill node the seconds until it is free, and how many times slower it is than the
     reference; and the time of how many prompts each one takes there. `batches`: decode nodes now, later, and
-    when "later" begins.
+    when "later" begins. `periods`: all jobs come so much later, once for each.
     """
     batch, later, later_s = batches
     free_nodes, num_each = list(queues[0]), queues[1]
     heapq.heapify(free_nodes)
-    # The batch at `at`: each of its sequences has got `tokens` since the play began, and ends at some number.
-    at = tokens = 0.0
+    # The batch at `now`: each of its sequences has got `tokens` since the play began, and ends at some.
+    now = tokens = 0.0
     ends = [(job.num_output_tokens, job.beside_s, job.num_blocks) for job in running]
     heapq.heapify(ends)
-    beside_s = sum(job.beside_s for job in running)
-    num_blocks = sum(job.num_blocks for job in running)
+    all_beside_s = sum(job.beside_s for job in running)
+    all_blocks = sum(job.num_blocks for job in running)
+    ttft_s, idle_wait_s = goals.ttft_s, IDLE_WAIT * goals.ttft_s
+    num_left = EVENTS_PER_SLICE
     served = []
-    for job in jobs:
-        if job.at >= later_s:
+    for period_s, (at, prefill_s, beside_s, num_blocks, num_output_tokens) in product(periods, jobs):
+        at += period_s
+        if at >= later_s:
             batch = later
-        num_nodes = max(batch.num_nodes, 1e-9)
+        num_nodes, num_places, most_blocks = batch
+        num_nodes = max(num_nodes, 1e-9)
         longest_s = (goals.itl_s - step_base_s) * num_nodes
         while True:
-            step_s = step_base_s + beside_s / num_nodes
-            has_room = not ends or (
-                beside_s + job.beside_s <= longest_s
-                and len(ends) < batch.num_places
-                and num_blocks + job.num_blocks <= batch.num_blocks
-            )
+            num_left -= 1
+            if not num_left:
+                yield
+                num_left = EVENTS_PER_SLICE
+            step_s = step_base_s + all_beside_s / num_nodes
             if not ends:
+                has_room = True
                 break
-            end_at = at + (ends[0][0] - tokens) * step_s
-            if end_at > job.at and (has_room or end_at > job.at + goals.ttft_s):
+            has_room = (
+                all_beside_s + beside_s <= longest_s
+                and len(ends) < num_places
+                and all_blocks + num_blocks <= most_blocks
+            )
+            end_at = now + (ends[0][0] - tokens) * step_s
+            if end_at > at and (has_room or end_at > at + ttft_s):
                 break
-            at = end_at
+            now = end_at
             tokens, ended_beside_s, ended_blocks = heapq.heappop(ends)
-            beside_s -= ended_beside_s
-            num_blocks -= ended_blocks
-        if at < job.at:
-            tokens += (job.at - at) / step_s
-            at = job.at
+            all_beside_s -= ended_beside_s
+            all_blocks -= ended_blocks
+        if now < at:
+            tokens += (at - now) / step_s
+            now = at
         free_at, slowness = free_nodes[0] if free_nodes else (math.inf, 1.0)
-        wait_s, work_s = max(free_at, at) - job.at, job.prefill_s * slowness
-        in_time = has_room and wait_s + work_s <= goals.ttft_s
+        wait_s, work_s = max(free_at, now) - at, prefill_s * slowness
+        in_time = has_room and wait_s + work_s <= ttft_s
         served.append(in_time)
         if in_time:
-            heapq.heapreplace(free_nodes, (job.at + wait_s + num_each * work_s, slowness))
+            heapq.heapreplace(free_nodes, (at + wait_s + num_each * work_s, slowness))
         # Late on any node, it is taken where one is idle. Prompts in time interrupt it.
-        is_hopeless = work_s > goals.ttft_s and wait_s < IDLE_WAIT * goals.ttft_s
-        if in_time or (has_room and is_hopeless):
-            beside_s += job.beside_s
-            num_blocks += job.num_blocks
-            num_steps = job.num_output_tokens + (job.at + wait_s + work_s - at) / step_s
-            heapq.heappush(ends, (tokens + num_steps, job.beside_s, job.num_blocks))
+        elif not (has_room and work_s > ttft_s and wait_s < idle_wait_s):
+            continue
+        all_beside_s += beside_s
+        all_blocks += num_blocks
+        num_steps = num_output_tokens + (at + wait_s + work_s - now) / step_s
+        heapq.heappush(ends, (tokens + num_steps, beside_s, num_blocks))
     return served

@@ -5,6 +5,7 @@ Reads no clock and does no I/O: `now` is seconds of any monotonic clock, decisio
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 from flowkv_common import errors
@@ -13,10 +14,11 @@ from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_scheduler import admission, moves, policy
 from flowkv_scheduler.admission import MAX_RETRY_S, WaitingQueue
 from flowkv_scheduler.cluster import CHOICES_COUNT_FOR_PERIODS, ClusterState, Goals
-from flowkv_scheduler.demand import Demand
+from flowkv_scheduler.demand import Demand, OutputLengths
 from flowkv_scheduler.policy import Choice, Chooser, RequestCosts
 from flowkv_scheduler.prefixes import NO_HITS, Hits, keys_of
 from flowkv_scheduler.rebalance import Order, Rebalancer
+from flowkv_scheduler.slices import Sliced
 
 
 class Planner:
@@ -124,10 +126,17 @@ class Planner:
         costs = RequestCosts(least, self.state, self._goals, now, hits=NO_HITS)
         return None if costs.has_nodes() else "no node of the model is ready"
 
-    def tick(self, now: float) -> list[Order]:
-        """Once per period: whom to believe, regimes, lending, scaling."""
+    def tick(self, now: float) -> Sliced[list[Order]]:
+        """Once per period: whom to believe, regimes, lending, scaling. Between its slices others may ask."""
         self.state.doubt_nodes(now)
-        orders = self.rebalancer.tick(list(self.state.usable(now)), self._demands, self.state.lengths, now)
+        yield
+        # As they are now: what comes meanwhile is for the next tick.
+        nodes = list(self.state.usable(now))
+        demands = {model: demand.copy() for model, demand in self._demands.items()}
+        lengths = defaultdict(
+            OutputLengths, {model: each.copy() for model, each in self.state.lengths.items()}
+        )
+        orders = yield from self.rebalancer.tick(nodes, demands, lengths, now)
         self.state.set_leaving(self.rebalancer.leaving)
         return orders
 

@@ -4,15 +4,18 @@ A node is moved where a look ahead (`lookahead.py`) says that more requests woul
 than a chance. It stays where it is until that is said of another side: going home is a move like any other.
 What moves is the node's prefill chunk budget. Called once per period with all usable nodes; the same calls
 give the same orders. Pure: `now` is seconds of any clock.
+
+A tick goes in slices. It sees all as it was when it began.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
+from operator import attrgetter, ne
 from typing import NamedTuple
 
 from flowkv_common.wire.messages import NodeRef
@@ -27,15 +30,16 @@ from flowkv_scheduler.cluster import Goals, NodeView, speed_class
 from flowkv_scheduler.demand import REMEMBERED_S, Demand, OutputLengths, Window
 from flowkv_scheduler.lookahead import Duties, Duty, LookAhead, Side, num_repeats
 from flowkv_scheduler.policy import SHARED_ITL
+from flowkv_scheduler.slices import Sliced
 
 # Played are the requests of the last so many seconds, the shortest time first: there a change shows first.
 # A move forgets what came before its window, for that was another traffic.
 WINDOWS_S = (10.0, 40.0, 160.0)
-# Played is one per tick, in this order, as places in `WINDOWS_S`: nothing is answered meanwhile.
+# Played is one per tick, in this order, as places in `WINDOWS_S`.
 TURNS = (0, 1, 0, 2)
 # Fewer requests say nothing.
 MIN_REQUESTS = 10
-# So many are played in about a millisecond. A tick plays them a few times.
+# So many are played in less than a millisecond. A tick plays them a few times.
 MAX_PLAYED = 400
 # From so many nodes on only some of the requests are played, on as few of the nodes. But on no fewer than so
 # many, however many requests come: a prompt takes the time of all that it stands for, and the next one waits.
@@ -106,7 +110,7 @@ class Rebalancer:
     def __init__(self, goals: Goals, *, lends: bool = True) -> None:
         self.regime = NORMAL
         self.moved: dict[NodeRef, Moved] = {}
-        self._roles: dict[NodeRef, str] = {}
+        self._known: set[NodeRef] = set()
         self._goals = goals
         self._lends = lends
         self._pasts: defaultdict[str, Past] = defaultdict(Past)
@@ -122,8 +126,8 @@ class Rebalancer:
 
     def set_descriptors(self, registry: Iterable[NodeDescriptor]) -> None:
         """Forget lives that ended. A node that is only silent is still where it was moved to."""
-        self._roles = {descriptor.node: descriptor.role for descriptor in registry}
-        self.moved = {ref: moved for ref, moved in self.moved.items() if ref in self._roles}
+        self._known = {descriptor.node for descriptor in registry}
+        self.moved = {ref: moved for ref, moved in self.moved.items() if ref in self._known}
 
     def tick(
         self,
@@ -131,28 +135,33 @@ class Rebalancer:
         demands: Mapping[str, Demand],
         lengths: Mapping[str, OutputLengths],
         now: float,
-    ) -> list[Order]:
+    ) -> Sliced[list[Order]]:
         """What should change now. Demands and lengths are by the fingerprint of the model."""
-        nodes = sorted(nodes, key=lambda node: node.node_id)
-        self._roles |= {node.descriptor.node: node.descriptor.role for node in nodes}
+        nodes = sorted(nodes, key=attrgetter("node_id"))
+        self._known.update(node.descriptor.node for node in nodes)
         by_model: dict[str, list[NodeView]] = defaultdict(list)
         for node in nodes:
             by_model[node.descriptor.model.fingerprint].append(node)
         orders: list[Order] = []
         signs, scaling = [NORMAL], list[ScaleWanted]()
         for model, members in by_model.items():
-            demand, past = demands.get(model), self._pasts[model]
             if self._lends:
                 self._adopt(members, now)
-                self._fill_empty_side(past, members, now)
-                if demand is not None:
-                    self._move_nodes(past, members, demand, lengths[model], now)
+                self._fill_empty_side(self._pasts[model], members, now)
+        yield
+        for model, members in by_model.items():
+            demand, past = demands.get(model), self._pasts[model]
+            if self._lends and demand is not None:
+                yield from self._move_nodes(past, members, demand, lengths[model], now)
+            yield
             sign = self._sign_of(members, demand, now)
             signs.append(sign)
+            yield
             if demand is not None and sign == OVERLOAD:
-                scaling += self._more_nodes(members, demand, lengths[model], now)
-            elif self._could_do_with_fewer(past, members, demand, lengths[model], now):
+                scaling += yield from self._more_nodes(members, demand, lengths[model], now)
+            elif (yield from self._could_do_with_fewer(past, members, demand, lengths[model], now)):
                 scaling += self._fewer_nodes(members)
+        yield
         orders += self._change_regime(max(signs, key=REGIMES.index))
         if self._lends:
             orders += self._budget_orders(nodes)
@@ -187,7 +196,7 @@ class Rebalancer:
 
     def _move_nodes(
         self, past: Past, nodes: Sequence[NodeView], demand: Demand, lengths: OutputLengths, now: float
-    ) -> None:
+    ) -> Sliced[None]:
         """Move a node if that serves more of what came in some window: one at a time, to see what it does.
 
         Of a large cluster a part that is as large.
@@ -196,7 +205,7 @@ class Rebalancer:
             return
         if now - past.moved_at >= REMEMBERED_S:
             past.num_turns = 0
-        proposed = self._propose_move(past, nodes, demand, lengths, now)
+        proposed = yield from self._propose_move(past, nodes, demand, lengths, now)
         kind = None if proposed is None else (proposed[0].before, proposed[0].duty)
         # The play depends on the moment: a move must be found at two ticks in a row.
         is_confirmed = kind is not None and kind == past.proposed
@@ -204,7 +213,7 @@ class Rebalancer:
         if proposed is not None and is_confirmed:
             move, past.since = proposed
             for node in nodes:
-                if node.node_id in move.node_ids:
+                if node.node_id in move.node_ids and node.descriptor.node in self._known:
                     verb = "taken back" if move.duty == node.descriptor.role else "lent"
                     self._give(node, move.duty, f"{verb} to {move.duty}: {move.reason}", now)
             past.num_turns += past.moved_to not in (None, move.duty)
@@ -212,13 +221,14 @@ class Rebalancer:
 
     def _propose_move(
         self, past: Past, nodes: Sequence[NodeView], demand: Demand, lengths: OutputLengths, now: float
-    ) -> tuple[Move, float] | None:
+    ) -> Sliced[tuple[Move, float] | None]:
         """A move, and since when what came speaks for it: by the next window that may, no more are played."""
         for turn in (*range(past.turn, len(TURNS)), *range(past.turn)):
             number = TURNS[turn]
             if number and now - WINDOWS_S[number - 1] <= past.since:
                 continue  # a shorter one sees as much
             window = self._window(demand, nodes, max(now - WINDOWS_S[number], past.since), now)
+            yield
             if window is None or window.num_distinct < MIN_REQUESTS:
                 continue
             # No more can be won back than was lost. The shortest window is asked before anything is lost.
@@ -226,7 +236,7 @@ class Rebalancer:
             most = window.num_lost / window.stands_for if number else num
             if most < MIN_GAIN * num:
                 continue
-            move = self._move_for(past, nodes, window, most, lengths, now)
+            move = yield from self._move_for(past, nodes, window, most, lengths, now)
             # What a window has found must be found there again.
             is_first = move is not None and past.proposed is None
             past.turn = turn if is_first else (turn + 1) % len(TURNS)
@@ -241,18 +251,20 @@ class Rebalancer:
         most: float,
         lengths: OutputLengths,
         now: float,
-    ) -> Move | None:
+    ) -> Sliced[Move | None]:
         """The best move for the window, if it is the best without its heaviest request too."""
         duties = self._duties(nodes)
         # Who has turned back often needs better reasons each time.
         num_errors = NUM_ERRORS + min(MOST_TURNS, past.num_turns)
         ahead = LookAhead(nodes, duties, window, lengths, self._goals, now)
+        yield
         most *= ahead.num_repeats
-        move = self._best_move(ahead, duties, most, num_errors)
+        move = yield from self._best_move(ahead, duties, most, num_errors)
         if move is None or self._undoes_last(past, move, now):
             return None
         # Many may be late for one that is giant, and that one is no reason.
-        return move if self._best_move(ahead.without_heaviest(), duties, most, num_errors) else None
+        others = yield from ahead.without_heaviest()
+        return move if (yield from self._best_move(others, duties, most, num_errors)) else None
 
     def _undoes_last(self, past: Past, move: Move, now: float) -> bool:
         """It goes against a move whose effect no window has seen yet."""
@@ -260,9 +272,9 @@ class Rebalancer:
 
     def _best_move(
         self, ahead: LookAhead, duties: dict[str, Duty], most: float, num_errors: float
-    ) -> Move | None:
+    ) -> Sliced[Move | None]:
         """The move that serves the most more in time, `most` at most; None if that may be chance."""
-        before = ahead.served(duties)
+        before = yield from ahead.served(duties)
         num = len(before)
         if min(most, num - sum(before)) < MIN_GAIN * num:
             return None
@@ -277,9 +289,9 @@ class Rebalancer:
             first = first[: min(len(duties) // MOST_NODES, counts[mine] - 1) or 1]
             moved, busy_s = [name for _, name in first], first[-1][0]
             for duty in _other_duties(counts, mine):
-                after = ahead.served({**duties, **dict.fromkeys(moved, duty)}, moved, busy_s)
+                after = yield from ahead.served({**duties, **dict.fromkeys(moved, duty)}, moved, busy_s)
                 gain = min(most, sum(after) - sum(before))
-                num_changed = sum(one != another for one, another in zip(before, after, strict=True))
+                num_changed = sum(map(ne, before, after))
                 # A request that is played several times makes it no surer.
                 error = math.sqrt(num_changed * ahead.num_played / ahead.num_distinct)
                 if gain >= max(MIN_GAIN * num, num_errors * error) and gain > best_gain:
@@ -380,28 +392,34 @@ class Rebalancer:
 
     def _more_nodes(
         self, nodes: Sequence[NodeView], demand: Demand, lengths: OutputLengths, now: float
-    ) -> list[ScaleWanted]:
+    ) -> Sliced[list[ScaleWanted]]:
         """The fewest more nodes of one side that serve nearly all in time; twice as many at most."""
         window = self._window(demand, nodes, now - WINDOWS_S[1], now)
         if self.regime != OVERLOAD or window is None or now - self._scaled_at < SCALE_EVERY_S:
             return []
-        duties = self._duties(nodes)
-        ahead = LookAhead(nodes, duties, window, lengths, self._goals, now)
-        num_served, side, num_more = max(
-            (sum(ahead.served(duties, more=(side, num))), side, num)
-            for side in SIDES
-            for num in (1, len(nodes))
-        )
-        fewest = 1 + bisect_left(
-            range(1, num_more),
-            (1 - MIN_GAIN) * num_served,
-            key=lambda num: sum(ahead.served(duties, more=(side, num))),
-        )
-        return [_wanted(side, fewest, f"{num_served / ahead.num_played:.0%} would be served in time")]
+        yield
+        ahead = LookAhead(nodes, self._duties(nodes), window, lengths, self._goals, now)
+        yield
+        num_served, side, num_more = 0, SIDES[0], 0
+        for one in product(SIDES, (1, len(nodes))):
+            served = yield from self._num_served(ahead, nodes, one)
+            num_served, side, num_more = max((num_served, side, num_more), (served, *one))
+        # One node fewer than `low` is too few, `num_more` are enough.
+        low = 1
+        while low < num_more:
+            middle = (low + num_more) // 2
+            if (yield from self._num_served(ahead, nodes, (side, middle))) < (1 - MIN_GAIN) * num_served:
+                low = middle + 1
+            else:
+                num_more = middle
+        return [_wanted(side, low, f"{num_served / ahead.num_played:.0%} would be served in time")]
+
+    def _num_served(self, ahead: LookAhead, nodes: Sequence[NodeView], more: tuple[Side, int]) -> Sliced[int]:
+        return sum((yield from ahead.served(self._duties(nodes), more=more)))
 
     def _could_do_with_fewer(
         self, past: Past, nodes: Sequence[NodeView], demand: Demand | None, lengths: OutputLengths, now: float
-    ) -> bool:
+    ) -> Sliced[bool]:
         """For `IDLE_S` by now. Played as seldom as it is told."""
         if len(nodes) <= 2 or (demand is not None and demand.num_lost(now - WINDOWS_S[-1])):
             past.idle_since = math.inf
@@ -411,12 +429,12 @@ class Rebalancer:
             duties = self._duties(nodes)
             one = next(node for node in nodes if duties[node.node_id] != other(_larger_side(duties)))
             fewer = [node for node in nodes if node is not one]
-            if window is None or all(
-                LookAhead(fewer, duties, window, lengths, self._goals, now).served(duties)
-            ):
-                past.idle_since = min(past.idle_since, now)
-            else:
-                past.idle_since = math.inf
+            served = [True]
+            if window is not None:
+                yield
+                ahead = LookAhead(fewer, duties, window, lengths, self._goals, now)
+                served = yield from ahead.served(duties)
+            past.idle_since = min(past.idle_since, now) if all(served) else math.inf
         return now - past.idle_since >= IDLE_S
 
     def _fewer_nodes(self, nodes: Sequence[NodeView]) -> list[ScaleWanted]:
