@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from gguf import GGMLQuantizationType, dequantize
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
-@functools.cache
-def _reference(model_path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+def load_reference(folder: Path) -> Any:
+    """Plain `transformers` in float32. Blocks of a GGUF file become floats by the `gguf` package."""
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with safe_open(file, framework="np") as tensors:
+        forms = json.loads((tensors.metadata() or {}).get("flowkv_forms", "{}"))
+        if not forms:
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        state = {name: torch.from_numpy(tensors.get_tensor(name)) for name in sorted(tensors.keys())}
+    for name, form in forms.items():
+        state[name] = torch.from_numpy(dequantize(state[name].numpy(), GGMLQuantizationType[form]))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert missing == (["lm_head.weight"] if model.config.tie_word_embeddings else [])
+    model.tie_weights()
+    return model.eval()
+
+
+_reference = functools.cache(load_reference)
 
 
 @torch.inference_mode()

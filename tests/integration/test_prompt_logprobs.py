@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import FlowKVError, Unavailable
@@ -21,6 +20,7 @@ from flowkv_prefill import prompts
 from tests.integration.test_dispatch import Nodes, chunk, cluster, failure, tid_of, tokens
 from tests.live_nodes import TOKEN_BUDGET, client, live_node, one_node
 from tests.nats_server import NatsServer
+from tests.oracle import load_reference
 
 LONG = [(7 * i) % 300 + 20 for i in range(TOKEN_BUDGET + 37)]  # in several chunks
 ASKED = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, num_prompt_logprobs=2)
@@ -28,7 +28,7 @@ ASKED = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, num_promp
 
 @pytest.fixture(scope="module")
 def reference(model_path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    return load_reference(model_path)
 
 
 @torch.inference_mode()

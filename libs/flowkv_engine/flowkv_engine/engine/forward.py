@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, rms_norm, silu
-from transformers import AttentionInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig
 
 from flowkv_engine.engine.attention import Attention
+from flowkv_engine.engine.stored_modules import StoredEmbedding, StoredLinear
 
 IMPLEMENTATION = "flowkv"  # the name of our attention function in `transformers`
 
@@ -104,20 +105,25 @@ def make_forward(module: nn.Module, attention: Attention) -> Forward:
         assert isinstance(attention, CpuAttention)
         if CpuLlamaForward.fits(weights):
             return CpuLlamaForward(weights, attention)
+    if isinstance(weights.head, StoredLinear):
+        return ModulesForward(module, attention)
     return LlamaForward(weights, attention)
+
+
+Projection = nn.Linear | StoredLinear
 
 
 class Layer(NamedTuple):
     """One layer's parts, as the model has them."""
 
     input_norm: Tensor  # [hidden]
-    qkv: list[nn.Linear]
+    qkv: list[Projection]
     qk_norm: Tensor | None  # [heads + kv heads, dim]: Qwen3 normalizes each head
-    output: nn.Linear
+    output: Projection
     mlp_norm: Tensor
-    gate: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
+    gate: Projection
+    up: Projection
+    down: Projection
 
 
 class LlamaWeights(NamedTuple):
@@ -128,12 +134,22 @@ class LlamaWeights(NamedTuple):
     head_dim: int
     scale: float  # of the scores
     eps: float
-    embedding: Tensor  # [vocab, hidden]
+    embedding: nn.Embedding | StoredEmbedding  # [vocab, hidden]
     layers: list[Layer]
     norm: Tensor
-    head: Tensor  # [vocab, hidden]
+    head: Projection  # to [vocab]
     cos: Tensor  # of all positions, [max positions, dim], as `sin`
     sin: Tensor
+
+
+def is_llama(config: PretrainedConfig) -> bool:
+    """Whether a model with this config is of the Llama family."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return (
+        getattr(model_class, "__name__", "") in ARCHITECTURES
+        and config.hidden_act == "silu"
+        and config.rope_parameters["rope_type"] in ROPE_TYPES
+    )
 
 
 @torch.no_grad()
@@ -141,9 +157,7 @@ def llama_weights(model: nn.Module) -> LlamaWeights | None:
     """The parts of `model`, or `None` if it is not of the Llama family."""
     causal_lm: Any = model
     config = causal_lm.config
-    if type(model).__name__ not in ARCHITECTURES or config.hidden_act != "silu":
-        return None
-    if config.rope_parameters["rope_type"] not in ROPE_TYPES:
+    if not is_llama(config):
         return None
     inner, layers = causal_lm.model, []
     for layer in inner.layers:
@@ -164,30 +178,31 @@ def llama_weights(model: nn.Module) -> LlamaWeights | None:
                 down=mlp.down_proj,
             )
         )
-    weight = inner.embed_tokens.weight
-    positions = torch.arange(config.max_position_embeddings, device=weight.device)
-    cos, sin = inner.rotary_emb(weight, positions.unsqueeze(0))  # the model's own
+    norm = inner.norm.weight
+    positions = torch.arange(config.max_position_embeddings, device=norm.device)
+    cos, sin = inner.rotary_emb(norm, positions.unsqueeze(0))  # the model's own
     return LlamaWeights(
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=inner.layers[0].self_attn.head_dim,
         scale=inner.layers[0].self_attn.scaling,
         eps=config.rms_norm_eps,
-        embedding=weight,
+        embedding=inner.embed_tokens,
         layers=layers,
-        norm=inner.norm.weight,
-        head=causal_lm.lm_head.weight,
+        norm=norm,
+        head=causal_lm.lm_head,
         cos=cos[0],
         sin=sin[0],
     )
 
 
 @torch.no_grad()
-def fuse(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def fuse(*projections: Projection) -> tuple[Tensor, Tensor | None]:
     """Weight [out, in] and bias [out] of one projection for several of the same input.
 
     Their own weights become views of it.
     """
+    linears = [each for each in projections if isinstance(each, nn.Linear)]
     sizes = [linear.out_features for linear in linears]
     weight = torch.cat([linear.weight.detach() for linear in linears])
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
@@ -231,7 +246,7 @@ class LlamaForward(LlamaStates):
     def states(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         weights = self._weights
         num_heads, num_kv_heads, head_dim = weights.num_heads, weights.num_kv_heads, weights.head_dim
-        hidden = embedding(token_ids, weights.embedding)  # [T, hidden]
+        hidden = embedding(token_ids, weights.embedding.weight)  # [T, hidden]
         cos = weights.cos[position_ids].unsqueeze(1)  # [T, 1, dim]
         sin = weights.sin[position_ids].unsqueeze(1)
         for index, (layer, (fused_qkv, gate_up)) in enumerate(zip(weights.layers, self._fused, strict=True)):
@@ -251,7 +266,7 @@ class LlamaForward(LlamaStates):
         return hidden[rows]
 
     def logits(self, states: Tensor) -> Tensor:
-        return linear(self._norm(states, self._weights.norm), self._weights.head)
+        return linear(self._norm(states, self._weights.norm), self._weights.head.weight)
 
     def _norm(self, states: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(states, weight.shape, weight, self._weights.eps)

@@ -29,6 +29,7 @@ from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_utils import load_state_dict
 
 from flowkv_common.config import DTYPES
@@ -36,7 +37,14 @@ from flowkv_common.errors import CannotStart
 from flowkv_common.fingerprint import fingerprint, model_files, weight_files
 from flowkv_common.grammar import Grammars
 from flowkv_common.wire.messages import ModelCard, PoolLayout
-from flowkv_engine.engine.forward import IMPLEMENTATION
+from flowkv_engine.engine.forward import IMPLEMENTATION, is_llama
+from flowkv_engine.engine.stored_modules import (
+    BLOCKS,
+    blocks_as_floats,
+    has_blocks,
+    keep_stored,
+    load_blocks,
+)
 
 log = logging.getLogger(__name__)
 
@@ -122,9 +130,7 @@ def load_model(
     log.info("loading %s (%s)", path, load_format)
     module: nn.Module
     if has_weights:
-        module = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch_dtype, attn_implementation=IMPLEMENTATION
-        ).to(device)
+        module = _load_weights(folder, config, torch_dtype, device)
     else:  # made where they stay: the same in every process on such a device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
             torch.manual_seed(0)
@@ -146,6 +152,31 @@ def load_model(
     return LoadedModel(
         module, weight.device, weight.dtype, card, num_layers, num_kv_heads, head_dim, grammars
     )
+
+
+def _load_weights(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The model with its weights, on `device`.
+
+    On a CPU, where all is computed in float32, weights that are stored in fewer bits stay so if the compiled
+    forward takes them.
+    """
+    module: nn.Module
+    computes_float32 = device.type == "cpu" and dtype == torch.float32
+    if has_blocks(folder):
+        with no_init_weights():
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
+        load_blocks(module, folder / BLOCKS, keeps=computes_float32)
+        return module.to(device)
+    stored = getattr(torch, str(config.dtype).removeprefix("torch."), None)
+    keeps = computes_float32 and stored in (torch.float16, torch.bfloat16) and is_llama(config)
+    module = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=stored if keeps else dtype, attn_implementation=IMPLEMENTATION
+    ).to(device)
+    if keeps:
+        keep_stored(module)
+    return module
 
 
 def weights_dtype(wanted: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
@@ -450,7 +481,10 @@ def _headers(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            tensors |= load_state_dict(file, map_location="meta")
+            found = load_state_dict(file, map_location="meta")
+            if has_blocks(folder):
+                found |= blocks_as_floats(file)
+            tensors |= found
         except Exception as error:  # of several libraries: the file is not what its name says
             raise UnsupportedModel(f"{file} can't be read: {error}") from error
     return tensors

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flowkv_engine.engine.cpu.attention import CpuAttention, Scratch, rotate_and_write
-from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack, rms_norm
+from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack, rms_norm, unpack_rows
+from flowkv_engine.engine.cpu.panels import block_len, pack_stored
 from flowkv_engine.engine.cpu.simd import LANES
-from flowkv_engine.engine.forward import Layer, LlamaStates, LlamaWeights
+from flowkv_engine.engine.forward import Layer, LlamaStates, LlamaWeights, Projection
+from flowkv_engine.engine.stored import Form, Stored
+from flowkv_engine.engine.stored_modules import StoredEmbedding, StoredLinear
 
 _MAPS = Path("/proc/self/maps")
 _MADV_DONTNEED = 4
@@ -26,16 +30,25 @@ Array = NDArray[np.float32]
 _NOTHING: Array = np.empty(0, np.float32)
 
 
+class _Part(NamedTuple):
+    """Projections of one input whose weights have one form, side by side."""
+
+    panels: NDArray[Any]
+    bias: Array  # no elements without one
+    num_cols: int
+
+
 class _Packed(NamedTuple):
-    """A layer as the kernels take it: panels and biases. A missing bias or norm has no elements."""
+    """A layer as the kernels take it. A missing norm has no elements."""
 
     input_norm: Array
-    qkv: tuple[Array, Array]
+    qkv: list[_Part]
     qk_norm: Array
-    output: tuple[Array, Array]
+    output: list[_Part]
     mlp_norm: Array
-    gate_up: tuple[Array, Array, Array, Array]
-    down: tuple[Array, Array]
+    gate: list[_Part]
+    up: list[_Part]
+    down: list[_Part]
 
 
 class CpuLlamaForward(LlamaStates):
@@ -44,22 +57,26 @@ class CpuLlamaForward(LlamaStates):
     def __init__(self, weights: LlamaWeights, attention: CpuAttention) -> None:
         """`weights` must fit (see `fits`).
 
-        Packs the weights into new memory. Of the model's own only the embedding is used from then on; the
-        memory of the others is given back where they are mapped from a file.
+        Packs the weights into new memory, in the form that they have. Of the model's own only an embedding
+        in float32 is used from then on; the others' memory is given back where it is mapped from a file.
         """
         self._weights = weights
         self._attention = attention
         self._layers = [_pack(layer) for layer in weights.layers]
-        self._head = pack(weights.head.numpy())
-        give_back([weights.head])
+        stored = weights.embedding.stored if isinstance(weights.embedding, StoredEmbedding) else None
+        is_tied = isinstance(weights.head, StoredLinear) and weights.head.stored is stored
+        self._head = _parts(weights.head)
+        self._embedding: NDArray[Any] | None = None  # packed, if it is stored in fewer bits
+        if stored is not None:
+            self._embedding = self._head[0].panels if is_tied else pack_stored(stored)
         self._scratch = Scratch()
 
     @staticmethod
     def fits(weights: LlamaWeights) -> bool:
-        """Whether the kernels can do this model: float32, and sizes that fill vector registers."""
+        """Whether the kernels can do this model: float32 or stored, and sizes that fill vector registers."""
         layer = weights.layers[0]
         inputs = [each.in_features for each in (layer.qkv[0], layer.output, layer.down)]
-        return weights.head.dtype == torch.float32 and not any(
+        return weights.norm.dtype == torch.float32 and not any(
             size % LANES for size in (weights.head_dim, *inputs)
         )
 
@@ -67,7 +84,7 @@ class CpuLlamaForward(LlamaStates):
         weights, num_rows, layer = self._weights, len(token_ids), self._weights.layers[0]
         eps, head_dim = np.float32(weights.eps), weights.head_dim
         cos, sin, positions = weights.cos.numpy(), weights.sin.numpy(), position_ids.numpy()
-        hidden = weights.embedding[token_ids].numpy()  # [T, hidden]
+        hidden = self._embed(token_ids)  # [T, hidden]
         normed = self._scratch.array("normed", *hidden.shape)
         heads = self._scratch.array("qkv", num_rows, sum(each.out_features for each in layer.qkv))
         states = heads.reshape(num_rows, -1, head_dim)  # [T, heads + 2 kv heads, dim]
@@ -76,7 +93,7 @@ class CpuLlamaForward(LlamaStates):
         gated = self._scratch.array("gated", num_rows, layer.down.in_features)
         for index, packed in enumerate(self._layers):
             rms_norm(hidden, packed.input_norm, eps, normed)
-            linear(normed, *packed.qkv, heads, False)
+            self._project(normed, packed.qkv, heads)
             pool, slots = self._attention.pool_array, self._attention.slots
             rotate_and_write(pool, index, slots, states, positions, cos, sin, packed.qk_norm, eps, query)
             attended = self._attention.attend(index, torch.from_numpy(query), weights.scale).numpy()
@@ -85,40 +102,89 @@ class CpuLlamaForward(LlamaStates):
                 wanted = rows.numpy()
                 hidden, attended = hidden[wanted], attended[wanted]
                 normed, up, gated = (each[: len(wanted)] for each in (normed, up, gated))
-            linear(attended, *packed.output, hidden, True)
+            self._project(attended, packed.output, hidden, adds=True)
             rms_norm(hidden, packed.mlp_norm, eps, normed)
-            gated_linear(normed, *packed.gate_up, up, gated)
-            linear(gated, *packed.down, hidden, True)
+            [gates], [ups] = packed.gate, packed.up
+            gated_linear(normed, gates.panels, gates.bias, ups.panels, ups.bias, up, gated)
+            self._project(gated, packed.down, hidden, adds=True)
         return torch.from_numpy(hidden)
 
     def logits(self, states: Tensor) -> Tensor:
         weights, hidden = self._weights, states.numpy()
         normed = self._scratch.array("normed", *hidden.shape)
-        logits = self._scratch.array("logits", len(hidden), len(self._head) * LANES)
+        [head] = self._head
+        logits = self._scratch.array("logits", len(hidden), len(head.panels) * LANES)
         rms_norm(hidden, weights.norm.numpy(), np.float32(weights.eps), normed)
-        linear(normed, self._head, _NOTHING, logits, False)
-        return torch.from_numpy(logits[:, : len(weights.head)]).contiguous()
+        linear(normed, head.panels, head.bias, logits, False)
+        return torch.from_numpy(logits[:, : head.num_cols]).contiguous()
+
+    def _embed(self, token_ids: Tensor) -> Array:
+        if self._embedding is None:
+            hidden: Array = self._weights.embedding(token_ids).numpy()
+        else:
+            hidden = np.empty((len(token_ids), self._weights.layers[0].qkv[0].in_features), np.float32)
+            unpack_rows(self._embedding, token_ids.numpy(), hidden)
+        return hidden
+
+    def _project(self, states: Array, parts: Sequence[_Part], out: Array, *, adds: bool = False) -> None:
+        """`out [M, N] = states [M, K] @ weight.T + bias`, or `+=` if `adds`, which one part alone can."""
+        if len(parts) == 1:
+            linear(states, parts[0].panels, parts[0].bias, out, adds)
+            return
+        start = 0
+        for part in parts:
+            columns = self._scratch.array("columns", len(states), part.num_cols)
+            linear(states, part.panels, part.bias, columns, False)
+            out[:, start : start + part.num_cols] = columns
+            start += part.num_cols
 
 
 def _pack(layer: Layer) -> _Packed:
-    packed = _Packed(
+    if _packable_form(layer.gate) == _packable_form(layer.up):
+        gate, up = _parts(layer.gate), _parts(layer.up)
+    else:  # the kernel takes two of one form
+        gate, up = ([_part([each.weight.numpy()], [each])] for each in (layer.gate, layer.up))
+    return _Packed(
         input_norm=layer.input_norm.numpy(),
-        qkv=_panels(*layer.qkv),
+        qkv=_parts(*layer.qkv),
         qk_norm=np.empty((0, 0), np.float32) if layer.qk_norm is None else layer.qk_norm.numpy(),
-        output=_panels(layer.output),
+        output=_parts(layer.output),
         mlp_norm=layer.mlp_norm.numpy(),
-        gate_up=(*_panels(layer.gate), *_panels(layer.up)),
-        down=_panels(layer.down),
+        gate=gate,
+        up=up,
+        down=_parts(layer.down),
     )
-    give_back(each.weight for each in (*layer.qkv, layer.output, layer.gate, layer.up, layer.down))
-    return packed
 
 
-def _panels(*linears: nn.Linear) -> tuple[Array, Array]:
-    """Panels and bias of projections of one input, side by side."""
-    panels = pack(*(each.weight.detach().numpy() for each in linears))
-    biases = [each.bias.detach().numpy() for each in linears if each.bias is not None]
-    return panels, np.concatenate(biases) if biases else _NOTHING
+def _parts(*projections: Projection) -> list[_Part]:
+    """Neighbours of one form become one part."""
+    parts = []
+    for form, group in groupby(projections, _packable_form):
+        members = list(group)
+        if form is None:
+            parts.append(_part([each.weight.detach().numpy() for each in members], members))
+            give_back(each.weight for each in members if isinstance(each, nn.Linear))
+        else:
+            kept = [each for each in members if isinstance(each, StoredLinear)]
+            parts.append(_part([each.stored for each in kept], members))
+            give_back(torch.from_numpy(each.stored.blocks) for each in kept)
+            for each in kept:
+                each.release()
+    return parts
+
+
+def _packable_form(projection: Projection) -> Form | None:
+    """That of its weight; None where float32 is packed instead, since no whole number of blocks fits."""
+    if isinstance(projection, nn.Linear) or projection.in_features % block_len(projection.stored.form):
+        return None
+    return projection.stored.form
+
+
+def _part(weights: Sequence[Array] | Sequence[Stored], projections: Sequence[Projection]) -> _Part:
+    packed = pack_stored(*weights) if isinstance(weights[0], Stored) else pack(*weights)
+    biases = [each.bias.detach().numpy() for each in projections if each.bias is not None]
+    num_cols = sum(each.out_features for each in projections)
+    return _Part(packed, np.concatenate(biases) if biases else _NOTHING, num_cols)
 
 
 def give_back(weights: Iterable[Tensor]) -> None:

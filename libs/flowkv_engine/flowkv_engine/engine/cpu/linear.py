@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+from numba.extending import overload
 from numpy.typing import NDArray
 
-from flowkv_engine.engine.cpu.simd import LANES, TILE_PANELS, TILE_ROWS, gate_row, panel_tile
+from flowkv_engine.engine.cpu.panels import form_of, panel_tile, widen_panel
+from flowkv_engine.engine.cpu.simd import LANES, TILE_PANELS, TILE_ROWS, gate_row
 
 _HALF, _QUARTER = TILE_ROWS // 2, TILE_ROWS // 4
 _BLOCK_ROWS = 256  # at most: a block stays in the second cache, and threads share the blocks
@@ -41,11 +43,8 @@ def _pack(weight, first, panels):
 
 def _make_tiles(num_panels):
     @numba.njit(cache=True, nogil=True)
-    def tiles(x, panels, panel, length, out, adds):
-        row, left = 0, x.shape[0]
-        while left >= TILE_ROWS:
-            panel_tile(x, row, panels, panel, length, out, adds, TILE_ROWS, num_panels)
-            row, left = row + TILE_ROWS, left - TILE_ROWS
+    def few(x, row, panels, panel, length, out, adds):
+        left = x.shape[0] - row
         if left >= _HALF:
             panel_tile(x, row, panels, panel, length, out, adds, _HALF, num_panels)
             row, left = row + _HALF, left - _HALF
@@ -55,28 +54,59 @@ def _make_tiles(num_panels):
         if left:
             panel_tile(x, row, panels, panel, length, out, adds, 1, num_panels)
 
-    return tiles
+    return few
 
 
-# All rows of several panels, and of one.
-_tiles, _last_tiles = _make_tiles(TILE_PANELS), _make_tiles(1)
+# Less than `TILE_ROWS` rows, from `row` to the last, of several panels, and of one.
+_few_rows, _few_rows_of_one = _make_tiles(TILE_PANELS), _make_tiles(1)
 
 
 @numba.njit(cache=True, nogil=True)
 def multiply(x, panels, start, stop, length, out, adds):
-    """The columns of panels `start .. stop - 1` of `linear`, by the first `length` of K; on this thread."""
+    """Panels `start .. stop - 1` of `linear`, in float32, by the first `length` of K; on this thread."""
+    full = x.shape[0] // TILE_ROWS * TILE_ROWS
     panel = start
     while panel + TILE_PANELS <= stop:
-        _tiles(x, panels, panel, length, out, adds)
+        for row in range(0, full, TILE_ROWS):
+            panel_tile(x, row, panels, panel, length, out, adds, TILE_ROWS, TILE_PANELS)
+        _few_rows(x, full, panels, panel, length, out, adds)
         panel += TILE_PANELS
     while panel < stop:
-        _last_tiles(x, panels, panel, length, out, adds)
+        for row in range(0, full, TILE_ROWS):
+            panel_tile(x, row, panels, panel, length, out, adds, TILE_ROWS, 1)
+        _few_rows_of_one(x, full, panels, panel, length, out, adds)
         panel += 1
+
+
+def _products(x, panels, start, stop, out, adds):
+    """As `multiply`, by panels of any form: up to `TILE_PANELS` of them."""
+    raise NotImplementedError
+
+
+@overload(_products)
+def _products_of(x, panels, start, stop, out, adds):
+    if form_of(panels) is None:
+        return lambda x, panels, start, stop, out, adds: multiply(
+            x, panels, start, stop, x.shape[1], out, adds
+        )
+
+    def widening(x, panels, start, stop, out, adds):
+        if x.shape[0] < TILE_ROWS and stop - start == TILE_PANELS:
+            _few_rows(x, 0, panels, start, x.shape[1], out, adds)
+            return
+        # Widened once for all rows: they stay in the second cache.
+        wide = np.empty((TILE_PANELS, x.shape[1], LANES), np.float32)
+        for panel in range(start, stop):
+            widen_panel(panels, panel, wide, panel - start)
+        columns = out[:, start * LANES : stop * LANES]
+        multiply(x, wide, 0, stop - start, x.shape[1], columns, adds)
+
+    return widening
 
 
 @numba.njit(cache=True, nogil=True)
 def _columns(x, panels, bias, start, stop, out, adds):
-    multiply(x, panels, start, stop, x.shape[1], out, adds)
+    _products(x, panels, start, stop, out, adds)
     if bias.shape[0]:
         for row in range(x.shape[0]):
             for col in range(start * LANES, stop * LANES):
@@ -95,7 +125,7 @@ def _blocks(num_rows):
 def linear(x, panels, bias, out, adds):
     """`out [M, N] = x [M, K] @ weight.T + bias [N or 0]`, or `+=` if `adds`.
 
-    `panels` [N / LANES, K, LANES]: the weight, packed.
+    `panels`: the weight, packed, in any form.
     """
     num_panels = panels.shape[0]
     num_blocks, length = _blocks(x.shape[0])
@@ -119,6 +149,15 @@ def gated_linear(x, gates, gate_bias, ups, up_bias, scratch, out):
         for each in range(row, min(x.shape[0], row + length)):
             first, last = start * LANES, stop * LANES
             gate_row(out[each, first:last], scratch[each, first:last], stop - start)
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def unpack_rows(panels, rows, out):
+    """`out [T, K] =` those rows of the weight [N, K] that is packed in `panels`, of a stored form."""
+    for i in numba.prange(len(rows)):
+        wide = np.empty((1, out.shape[1], LANES), np.float32)
+        widen_panel(panels, rows[i] // LANES, wide, 0)
+        out[i] = wide[0, :, rows[i] % LANES]
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})

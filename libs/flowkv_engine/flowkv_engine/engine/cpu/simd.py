@@ -1,4 +1,4 @@
-"""Vector code that numba does not generate: tiles of products whose sums stay in registers, and exp.
+"""Vector code that numba does not generate: the parts of tiles whose sums stay in registers, and exp.
 
 Numba intrinsics, written as LLVM's IR, for float32 numbers in vectors of `LANES`.
 """
@@ -24,13 +24,13 @@ LANES = 16 if _HAS_AVX512 else 8  # float32 numbers in a vector register
 TILE_ROWS = 8 if LANES == 16 else 4
 TILE_PANELS = 3
 
-_VECTOR_BYTES = 4 * LANES
-_LINE_BYTES = 64  # of a cache
+VECTOR_BYTES = 4 * LANES
+LINE_BYTES = 64  # of a cache
 _UNROLL = 4
-_AHEAD = 64  # vectors of a panel between the one in use and the one prefetched: 4 KiB with AVX-512
 
 _I32, INTP = ir.IntType(32), ir.IntType(64)
-_VECTOR, _INT_VECTOR = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_I32, LANES)
+_FLOAT, HALF, BFLOAT = ir.FloatType(), ir.HalfType(), ir.IntType(16)
+VECTOR, INT_VECTOR = ir.VectorType(_FLOAT, LANES), ir.VectorType(_I32, LANES)
 
 # exp(r) for |r| <= ln(2) / 2, as the Taylor series with its coefficients 1/7! .. 1/0!: 1e-7 off at most.
 _EXP_SERIES = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
@@ -39,15 +39,15 @@ _LN_2_HIGH, _LN_2_LOW = 0.693359375, -2.12194440e-4  # the first has few bits: i
 _EXP_LOWEST = -87.0  # below, the result is no normal number
 
 
-def _splat(number: float) -> Value:
-    return ir.Constant(_VECTOR, [number] * LANES)
+def splat(number: float) -> Value:
+    return ir.Constant(VECTOR, [number] * LANES)
 
 
-def _splat_int(number: int) -> Value:
-    return ir.Constant(_INT_VECTOR, [number] * LANES)
+def splat_int(number: int) -> Value:
+    return ir.Constant(INT_VECTOR, [number] * LANES)
 
 
-class _Emit:
+class Emit:
     """Writes the IR of one intrinsic. A place is a byte pointer."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any) -> None:
@@ -70,42 +70,51 @@ class _Emit:
     def skip(self, place: Value, num_bytes: int) -> Value:
         return self.b.gep(place, [INTP(num_bytes)])
 
-    def load(self, place: Value, is_bfloat16: bool = False) -> Value:
-        """`LANES` numbers, as float32."""
-        if not is_bfloat16:
-            return self.b.load(self.b.bitcast(place, _VECTOR.as_pointer()), align=4)
-        pointer = self.b.bitcast(place, ir.VectorType(ir.IntType(16), LANES).as_pointer())
-        bits = self.b.shl(self.b.zext(self.b.load(pointer, align=2), _INT_VECTOR), _splat_int(16))
-        return self.b.bitcast(bits, _VECTOR)
+    def load(self, place: Value, kind: Any = _FLOAT) -> Value:
+        """`LANES` numbers of `kind`, as float32. `BFLOAT` is an integer, the bits of one."""
+        size = 4 if kind is _FLOAT else 2
+        numbers = self.b.load(self.b.bitcast(place, ir.VectorType(kind, LANES).as_pointer()), align=size)
+        if kind is BFLOAT:
+            return self.b.bitcast(self.b.shl(self.b.zext(numbers, INT_VECTOR), splat_int(16)), VECTOR)
+        return numbers if kind is _FLOAT else self.b.fpext(numbers, VECTOR)
+
+    def load_ints(self, place: Value) -> Value:
+        """`LANES` integers of 32 bits."""
+        return self.b.load(self.b.bitcast(place, INT_VECTOR.as_pointer()), align=4)
+
+    def load_bytes(self, place: Value, is_signed: bool) -> Value:
+        """`LANES` integers of 8 bits, as 32 bits."""
+        pointer = self.b.bitcast(place, ir.VectorType(ir.IntType(8), LANES).as_pointer())
+        return (self.b.sext if is_signed else self.b.zext)(self.b.load(pointer, align=1), INT_VECTOR)
 
     def store(self, vector: Value, place: Value) -> None:
-        self.b.store(vector, self.b.bitcast(place, _VECTOR.as_pointer()), align=4)
+        self.b.store(vector, self.b.bitcast(place, VECTOR.as_pointer()), align=4)
 
     def broadcast(self, number: Value) -> Value:
-        undefined = ir.Constant(_VECTOR, ir.Undefined)
+        undefined = ir.Constant(VECTOR, ir.Undefined)
         first = self.b.insert_element(undefined, number, _I32(0))
-        return self.b.shuffle_vector(first, undefined, _splat_int(0))
+        return self.b.shuffle_vector(first, undefined, splat_int(0))
 
     def broadcast_at(self, place: Value) -> Value:
         return self.broadcast(self.b.load(self.b.bitcast(place, ir.FloatType().as_pointer())))
 
     def call(self, name: str, *arguments: Value) -> Value:
         """The intrinsic `llvm.<name>` for vectors."""
-        kind = ir.FunctionType(_VECTOR, [_VECTOR] * len(arguments))
+        kind = ir.FunctionType(VECTOR, [VECTOR] * len(arguments))
         function = cgutils.get_or_insert_function(self.b.module, kind, f"llvm.{name}.v{LANES}f32")
         return self.b.call(function, arguments)
 
     def prefetch(self, place: Value, num_bytes: int = 1) -> None:
         kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), _I32, _I32, _I32])
         function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
-        for start in range(0, num_bytes, _LINE_BYTES):  # to read, into the first cache, data
+        for start in range(0, num_bytes, LINE_BYTES):  # to read, into the first cache, data
             self.b.call(function, [self.skip(place, start), _I32(0), _I32(3), _I32(1)])
 
     def registers(self, num: int) -> list[Value]:
         """Variables that become registers, zero at first."""
-        variables = [cgutils.alloca_once(self.b, _VECTOR) for _ in range(num)]
+        variables = [cgutils.alloca_once(self.b, VECTOR) for _ in range(num)]
         for variable in variables:
-            self.b.store(_splat(0.0), variable)
+            self.b.store(splat(0.0), variable)
         return variables
 
     def add_product(self, left: Value, right: Value, variable: Value) -> None:
@@ -131,7 +140,7 @@ class _Emit:
         Done over and over it turns `LANES` vectors into one: lane i is the sum of vector i, all in one order.
         """
         even, odd = (
-            self.b.shuffle_vector(left, right, ir.Constant(_INT_VECTOR, list(range(start, 2 * LANES, 2))))
+            self.b.shuffle_vector(left, right, ir.Constant(INT_VECTOR, list(range(start, 2 * LANES, 2))))
             for start in (0, 1)
         )
         return self.b.fadd(even, odd)
@@ -139,66 +148,19 @@ class _Emit:
     def exp(self, vector: Value) -> Value:
         """exp of numbers <= 0, two units in the last place off at most; NaN stays NaN."""
         b = self.b
-        too_low = b.fcmp_ordered("<", vector, _splat(_EXP_LOWEST))
-        x = b.select(too_low, _splat(_EXP_LOWEST), vector)
-        power = self.call("floor", self.call("fma", x, _splat(_LOG2_E), _splat(0.5)))
-        rest = self.call("fma", power, _splat(-_LN_2_HIGH), x)
-        rest = self.call("fma", power, _splat(-_LN_2_LOW), rest)
-        result = _splat(_EXP_SERIES[0])
+        too_low = b.fcmp_ordered("<", vector, splat(_EXP_LOWEST))
+        x = b.select(too_low, splat(_EXP_LOWEST), vector)
+        power = self.call("floor", self.call("fma", x, splat(_LOG2_E), splat(0.5)))
+        rest = self.call("fma", power, splat(-_LN_2_HIGH), x)
+        rest = self.call("fma", power, splat(-_LN_2_LOW), rest)
+        result = splat(_EXP_SERIES[0])
         for coefficient in _EXP_SERIES[1:]:
-            result = self.call("fma", result, rest, _splat(coefficient))
+            result = self.call("fma", result, rest, splat(coefficient))
         # NaN has no integer, but then `result` is NaN whatever it is multiplied by.
         is_nan = b.fcmp_unordered("uno", power, power)
-        exponent = b.fptosi(b.select(is_nan, _splat(0.0), power), _INT_VECTOR)
-        bits = b.shl(b.add(exponent, _splat_int(127)), _splat_int(23))
-        return b.select(too_low, _splat(0.0), b.fmul(result, b.bitcast(bits, _VECTOR)))
-
-
-@intrinsic(prefer_literal=True)
-def panel_tile(typing_context, x, row, panels, panel, length, out, adds, num_rows, num_panels):
-    """A tile of `out = x @ weight.T` (`+=` where `adds`) over the first `length` of K, a multiple of 4.
-
-    The tile: `num_rows` rows from `row` on, and the columns of `num_panels` panels from `panel` on; both are
-    constants. `x` [M, K], `panels` [P, K, LANES], `out` [M, P * LANES], float32, each row contiguous.
-    """
-    rows, cols = num_rows.literal_value, num_panels.literal_value
-    indices = (types.intp, panels, types.intp, types.intp)
-    signature = types.void(x, *indices, out, types.boolean, num_rows, num_panels)
-
-    def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        emit = _Emit(context, b, signature, arguments)
-        _, first_row, _, first_panel, k_end, _, adds, *_ = arguments
-        x_data, (x_stride, _) = emit.array(0)
-        panel_data, (panel_stride, *_) = emit.array(2)
-        out_data, (out_stride, _) = emit.array(5)
-        row_numbers = [b.add(first_row, INTP(i)) for i in range(rows)]
-        panel_numbers = [b.add(first_panel, INTP(j)) for j in range(cols)]
-        x_rows = [emit.at(x_data, (number, x_stride)) for number in row_numbers]
-        sources = [emit.at(panel_data, (number, panel_stride)) for number in panel_numbers]
-        sums = [emit.registers(cols) for _ in range(rows)]
-        with cgutils.for_range(b, b.udiv(k_end, INTP(_UNROLL))) as loop:
-            for offset in range(_UNROLL):
-                k = b.add(b.mul(loop.index, INTP(_UNROLL)), INTP(offset))
-                places = [emit.at(source, (k, INTP(_VECTOR_BYTES))) for source in sources]
-                weights = [emit.load(place) for place in places]
-                for place in places:  # the processor looks ahead within a page only
-                    emit.prefetch(emit.skip(place, _VECTOR_BYTES * _AHEAD))
-                for x_row, totals in zip(x_rows, sums, strict=True):
-                    number = emit.broadcast_at(emit.at(x_row, (k, INTP(4))))
-                    for weight, total in zip(weights, totals, strict=True):
-                        emit.add_product(number, weight, total)
-        for row_number, totals in zip(row_numbers, sums, strict=True):
-            for panel_number, variable in zip(panel_numbers, totals, strict=True):
-                columns = (panel_number, INTP(_VECTOR_BYTES))
-                place, total = emit.at(out_data, (row_number, out_stride), columns), b.load(variable)
-                with b.if_else(adds) as (add, replace):
-                    with add:
-                        emit.store(b.fadd(emit.load(place), total), place)
-                    with replace:
-                        emit.store(total, place)
-        return context.get_dummy_value()
-
-    return signature, generate
+        exponent = b.fptosi(b.select(is_nan, splat(0.0), power), INT_VECTOR)
+        bits = b.shl(b.add(exponent, splat_int(127)), splat_int(23))
+        return b.select(too_low, splat(0.0), b.fmul(result, b.bitcast(bits, VECTOR)))
 
 
 @intrinsic(prefer_literal=True)
@@ -212,10 +174,10 @@ def score_tile(typing_context, query, keys, ahead, token, head, length, scores, 
     groups, dim = group_size.literal_value, head_dim.literal_value
     indices = (types.intp, types.intp, types.intp)
     signature = types.void(query, keys, ahead, *indices, scores, types.intp, group_size, head_dim)
-    item_bytes, is_bfloat16 = (4, False) if keys.dtype == types.float32 else (2, True)
+    item_bytes, kind = (4, _FLOAT) if keys.dtype == types.float32 else (2, BFLOAT)
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        emit = _Emit(context, b, signature, arguments)
+        emit = Emit(context, b, signature, arguments)
         token, head, length, _, first, *_ = arguments[3:]
         query_data, (query_stride, _) = emit.array(0)
         key_data, (token_stride, head_stride, _) = emit.array(1)
@@ -230,9 +192,9 @@ def score_tile(typing_context, query, keys, ahead, token, head, length, scores, 
             number = b.select(b.icmp_signed("<", INTP(t), last), INTP(t), last)
             place = emit.at(base, (number, token_stride))
             emit.prefetch(emit.at(base_ahead, (number, token_stride)), dim * item_bytes)
-            totals = [_splat(0.0)] * groups
+            totals = [splat(0.0)] * groups
             for start in range(0, dim, LANES):
-                key = emit.load(emit.skip(place, start * item_bytes), is_bfloat16)
+                key = emit.load(emit.skip(place, start * item_bytes), kind)
                 totals = [
                     emit.call("fma", emit.load(emit.skip(query, 4 * start)), key, total)
                     for query, total in zip(queries, totals, strict=True)
@@ -263,10 +225,10 @@ def value_tile(typing_context, weights, first, values, ahead, head, length, out,
     groups, dim = group_size.literal_value, head_dim.literal_value
     indices = (types.intp, types.intp)
     signature = types.void(weights, types.intp, values, ahead, *indices, out, group_size, head_dim)
-    item_bytes, is_bfloat16 = (4, False) if values.dtype == types.float32 else (2, True)
+    item_bytes, kind = (4, _FLOAT) if values.dtype == types.float32 else (2, BFLOAT)
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        emit = _Emit(context, b, signature, arguments)
+        emit = Emit(context, b, signature, arguments)
         _, first, _, _, head, length, *_ = arguments
         weight_data, (weight_stride, _) = emit.array(0)
         value_data, (token_stride, head_stride, _) = emit.array(2)
@@ -287,9 +249,7 @@ def value_tile(typing_context, weights, first, values, ahead, head, length, out,
                 place = emit.at(base, (loop.index, token_stride))
                 if start == 0:
                     emit.prefetch(emit.at(base_ahead, (loop.index, token_stride)), dim * item_bytes)
-                vectors = [
-                    emit.load(emit.skip(place, item_bytes * offset), is_bfloat16) for offset in offsets
-                ]
+                vectors = [emit.load(emit.skip(place, item_bytes * offset), kind) for offset in offsets]
                 for row, totals in zip(rows, sums, strict=True):
                     factor = emit.broadcast_at(emit.at(row, (loop.index, INTP(4))))
                     for vector, total in zip(vectors, totals, strict=True):
@@ -312,7 +272,7 @@ def softmax_row(typing_context, row, num_vectors, least_max):
     signature = types.UniTuple(types.float32, 2)(row, types.intp, types.float32)
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        emit = _Emit(context, b, signature, arguments)
+        emit = Emit(context, b, signature, arguments)
         (_, num_vectors, least_max), data = arguments, emit.array(0)[0]
         total, *maxima = emit.registers(1 + _UNROLL)
         for each in maxima:
@@ -325,17 +285,17 @@ def softmax_row(typing_context, row, num_vectors, least_max):
         # A chain of its own for each of several vectors, or every maximum would wait for the one before.
         num_rounds = b.udiv(num_vectors, INTP(_UNROLL))
         with cgutils.for_range(b, num_rounds) as loop:
-            place = emit.at(data, (loop.index, INTP(_UNROLL * _VECTOR_BYTES)))
+            place = emit.at(data, (loop.index, INTP(_UNROLL * VECTOR_BYTES)))
             for i, each in enumerate(maxima):
-                b.store(greater(emit.load(emit.skip(place, _VECTOR_BYTES * i)), b.load(each)), each)
+                b.store(greater(emit.load(emit.skip(place, VECTOR_BYTES * i)), b.load(each)), each)
         rest = b.mul(num_rounds, INTP(_UNROLL))
         with cgutils.for_range_slice(b, rest, num_vectors, INTP(1)) as (index, _):
-            vector = emit.load(emit.at(data, (index, INTP(_VECTOR_BYTES))))
+            vector = emit.load(emit.at(data, (index, INTP(VECTOR_BYTES))))
             b.store(greater(vector, b.load(maxima[0])), maxima[0])
         maximum = emit.fold(reduce(greater, map(b.load, maxima)), greater)
         maximum_vector = emit.broadcast(maximum)
         with cgutils.for_range(b, num_vectors) as loop:
-            place = emit.at(data, (loop.index, INTP(_VECTOR_BYTES)))
+            place = emit.at(data, (loop.index, INTP(VECTOR_BYTES)))
             vector = emit.exp(b.fsub(emit.load(place), maximum_vector))
             emit.store(vector, place)
             b.store(b.fadd(b.load(total), vector), total)
@@ -350,14 +310,14 @@ def gate_row(typing_context, gates, ups, num_vectors):
     signature = types.void(gates, ups, types.intp)
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        emit = _Emit(context, b, signature, arguments)
+        emit = Emit(context, b, signature, arguments)
         (gate_data, _), (up_data, _) = emit.array(0), emit.array(1)
         with cgutils.for_range(b, arguments[2]) as loop:
-            place = emit.at(gate_data, (loop.index, INTP(_VECTOR_BYTES)))
-            gate, up = emit.load(place), emit.load(emit.at(up_data, (loop.index, INTP(_VECTOR_BYTES))))
+            place = emit.at(gate_data, (loop.index, INTP(VECTOR_BYTES)))
+            gate, up = emit.load(place), emit.load(emit.at(up_data, (loop.index, INTP(VECTOR_BYTES))))
             power = emit.exp(b.fneg(emit.call("fabs", gate)))  # at most 1: nothing overflows
-            is_negative = b.fcmp_ordered("<", gate, _splat(0.0))
-            sigmoid = b.fdiv(b.select(is_negative, power, _splat(1.0)), b.fadd(_splat(1.0), power))
+            is_negative = b.fcmp_ordered("<", gate, splat(0.0))
+            sigmoid = b.fdiv(b.select(is_negative, power, splat(1.0)), b.fadd(splat(1.0), power))
             emit.store(b.fmul(b.fmul(gate, sigmoid), up), place)
         return context.get_dummy_value()
 

@@ -47,7 +47,7 @@ class TritonLlamaForward(LlamaStates):
 
     def states(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         weights, attention = self.weights, self.attention
-        hidden = embedding(token_ids, weights.embedding)  # [T, hidden]
+        hidden = embedding(token_ids, weights.embedding.weight)  # [T, hidden]
         normed = self._add_and_norm(hidden, None, weights.layers[0].input_norm)
         for index, (layer, (fused_qkv, gate_up)) in enumerate(zip(weights.layers, self._fused, strict=True)):
             qkv = linear(normed, *fused_qkv).view(len(normed), -1, weights.head_dim)
@@ -65,7 +65,7 @@ class TritonLlamaForward(LlamaStates):
         return normed
 
     def logits(self, states: Tensor) -> Tensor:
-        return linear(states, self.weights.head)
+        return linear(states, self.weights.head.weight)
 
     def _add_and_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
         """The norm [T, hidden] of the sum, which `hidden` becomes."""
@@ -159,7 +159,7 @@ class GraphedSteps:
             max(numbers)
             for numbers in zip(*((*shape, shape.num_tiles) for shape in self._shapes), strict=True)
         )
-        head = forward.weights.head
+        head = forward.weights.head.weight
         # Token ids, positions, slots (-1: written nowhere), places to sample from.
         tokens = np.zeros((4, num_tokens), np.int64)
         tokens[2] = -1

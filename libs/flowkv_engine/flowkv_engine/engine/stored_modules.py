@@ -1,0 +1,138 @@
+"""Layers of a model whose weights stay as they are stored, and are widened for each use.
+
+They are what every model's own forward pass runs on. The compiled forward takes their weights and packs them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from flowkv_engine.engine.stored import BFLOAT16, FLOAT16, FORMS, Form, Stored, widened
+
+BLOCKS = "model.safetensors"
+FORMS_KEY = "flowkv_forms"  # in the metadata of a file of blocks: which form each of the tensors has
+
+_FLOATS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+
+
+class StoredLinear(nn.Module):
+    """`nn.Linear` in float32 over a stored weight [out features, in features]."""
+
+    def __init__(self, stored: Stored, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.stored = stored
+        self.out_features, self.in_features = stored.shape
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """In float32, made anew."""
+        return torch.from_numpy(widened(self.stored))
+
+    def release(self) -> None:
+        """The weight is not needed any more: it has been packed."""
+        self.stored = self.stored._replace(blocks=self.stored.blocks[:0])
+
+    def forward(self, states: Tensor) -> Tensor:
+        return linear(states, self.weight, self.bias)
+
+
+class StoredEmbedding(nn.Module):
+    """`nn.Embedding` in float32 over a stored weight [vocab, hidden]."""
+
+    def __init__(self, stored: Stored) -> None:
+        super().__init__()
+        self.stored = stored
+        self.num_embeddings, self.embedding_dim = stored.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """In float32, made anew."""
+        return torch.from_numpy(widened(self.stored))
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return torch.from_numpy(widened(self.stored.rows(token_ids.flatten().numpy()))).view(
+            *token_ids.shape, self.embedding_dim
+        )
+
+
+def has_blocks(folder: Path) -> bool:
+    """Whether the folder's weights are blocks, as `convert_gguf` writes them."""
+    file = folder / BLOCKS
+    return file.is_file() and bool(_forms_in(file))
+
+
+def _forms_in(file: Path) -> dict[str, Form]:
+    """Of the tensors that are blocks; none in a file of another making."""
+    with safe_open(file, framework="pt") as tensors:
+        names: dict[str, str] = json.loads((tensors.metadata() or {}).get(FORMS_KEY, "{}"))
+    return {name: next(form for form in FORMS if form.name == has) for name, has in names.items()}
+
+
+def blocks_as_floats(file: Path) -> dict[str, Tensor]:
+    """The tensors of `file` that are blocks, with the shapes of what they hold, as tensors without values."""
+    found = {}
+    with safe_open(file, framework="pt") as tensors:
+        for name, form in _forms_in(file).items():
+            shape = Stored(form, tensors.get_tensor(name).numpy()).shape
+            found[name] = torch.empty(shape, dtype=torch.float32, device="meta")
+    return found
+
+
+def load_blocks(module: nn.Module, file: Path, *, keeps: bool) -> None:
+    """Fills a model with what `file` holds. Blocks stay blocks if `keeps`, mapped from the file; else they
+    become parameters. A head without a tensor shares the embedding's.
+    """
+    forms = _forms_in(file)
+    with safe_open(file, framework="pt") as tensors:
+        for name in sorted(tensors.keys()):
+            parent, _, leaf = name.rpartition(".")
+            owner: Any = module.get_submodule(parent)
+            tensor = tensors.get_tensor(name)
+            if name in forms:
+                stored = Stored(forms[name], tensor.numpy())
+                if keeps:
+                    is_embedding = isinstance(owner, nn.Embedding)
+                    made = StoredEmbedding(stored) if is_embedding else StoredLinear(stored, owner.bias)
+                    module.set_submodule(parent, made)
+                    continue
+                tensor = torch.from_numpy(widened(stored))
+            parameter = getattr(owner, leaf)
+            owner._parameters[leaf] = nn.Parameter(tensor.to(parameter.dtype), requires_grad=False)
+    causal_lm: Any = module
+    embedding_layer, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    if causal_lm.config.tie_word_embeddings:
+        if keeps:
+            causal_lm.set_output_embeddings(StoredLinear(embedding_layer.stored))
+        else:
+            head.weight = embedding_layer.weight
+
+
+def keep_stored(module: nn.Module) -> None:
+    """Turns the projections and the embedding of a model of 16-bit floats into layers that keep them.
+
+    The others, norms and biases, become float32. Computed are then the numbers that a model in float32 has.
+    """
+    made: dict[int, Stored] = {}  # by the weight's memory: a head may share the embedding's
+
+    def stored(weight: Tensor) -> Stored:
+        if weight.data_ptr() not in made:
+            rows = weight.detach().contiguous().view(torch.uint8).numpy()
+            made[weight.data_ptr()] = Stored(_FLOATS[weight.dtype], rows)
+        return made[weight.data_ptr()]
+
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child.weight.dtype in _FLOATS:
+                bias = None if child.bias is None else child.bias.detach().float()
+                setattr(parent, name, StoredLinear(stored(child.weight), bias))
+            elif type(child) is nn.Embedding and child.weight.dtype in _FLOATS:
+                setattr(parent, name, StoredEmbedding(stored(child.weight)))
+    module.float()
