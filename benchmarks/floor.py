@@ -73,11 +73,15 @@ class Work:
             kv_per_token=2 * layers * kv_heads * dim,
         )
 
+    @property
+    def num_weights(self) -> int:
+        return self.layer_weights + self.head_weights
+
     def floor_s(
-        self, job: Job, machine: Machine, kv_item_bytes: int = 4, weight_item_bytes: int = 4
+        self, job: Job, machine: Machine, kv_item_bytes: int = 4, weight_item_bytes: float = 4
     ) -> float:
         """Seconds of a decode step, or of a whole prompt: the longer of reading and computing."""
-        num_bytes = float(weight_item_bytes * (self.layer_weights + self.head_weights))
+        num_bytes = weight_item_bytes * self.num_weights
         if job.is_decode:
             context = job.context + (job.num_steps + 1) / 2
             num_bytes += kv_item_bytes * job.batch * context * self.kv_per_token

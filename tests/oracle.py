@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ def load_reference(folder: Path) -> Any:
     assert missing == (["lm_head.weight"] if model.config.tie_word_embeddings else [])
     model.tie_weights()
     return model.eval()
+
+
+def write_floats(folder: Path, target: Path) -> None:
+    """The model in float32, to the new folder `target`: for programs that read no blocks."""
+    load_reference(folder).save_pretrained(target)
+    for file in (*folder.glob("tokenizer*"), *folder.glob("chat_template*")):
+        shutil.copy(file, target)
 
 
 _reference = functools.cache(load_reference)

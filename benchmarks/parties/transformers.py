@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import Any
+from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from benchmarks.parties import Job, Prompts, serve
+from tests.oracle import load_reference
 
 
 class Transformers:
     def __init__(self, model_path: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+        self._model = load_reference(Path(model_path))
         self._model.generation_config.eos_token_id = None
         self._cache = DynamicCache()
 

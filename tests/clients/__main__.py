@@ -17,6 +17,7 @@ from flowkv.local_cluster import Cluster
 from flowkv_engine.engine.fetch import DEFAULT_MODEL, default_cache_dir, resolve_model
 from tests.clients.page import PAGE, Outcome, page_with, table
 from tests.clients.scripted import ROOT, scripted_cluster
+from tests.oracle import write_floats
 
 READY_TIMEOUT_S = 300.0
 TESTS_TIMEOUT_S = 1800.0
@@ -38,10 +39,11 @@ def main(arguments: list[str]) -> int:
             scripted_cluster(run_dir / "scripted", model_path) as scripted,
             Cluster(run_dir / "model", model_path, nodes=nodes, model_name=DEFAULT_MODEL) as model,
         ):
+            write_floats(Path(model_path), run_dir / "floats")  # what other engines can read
             model.wait_ready(READY_TIMEOUT_S)
             for environment, folders in FOLDERS.items():
                 kept = run_dir / f"{environment}.json"
-                served = {"MODEL": model.url, "MODEL_PATH": model_path, "SCRIPTED": scripted.url}
+                served = {"MODEL": model.url, "MODEL_PATH": str(run_dir / "floats"), "SCRIPTED": scripted.url}
                 run_tests(environment, folders, arguments, served, kept)
                 outcomes += [Outcome(**each) for each in json.loads(kept.read_text())]
     print("\n".join(table(outcomes)))

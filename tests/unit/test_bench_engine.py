@@ -50,8 +50,9 @@ def test_a_prompt_is_bound_by_its_operations() -> None:
 
 def test_rates_and_ratios_are_medians_over_rounds() -> None:
     job = Job(batch=2, context=10, num_steps=5)
-    row = row_of(job, "other", seconds=[2.0, 1.0, 4.0], ours=[1.0, 1.0, 1.0], work=WORK, machine=MACHINE)
+    row = row_of(job, "other", seconds=[2.0, 1.0, 4.0], ours=[1.0, 1.0, 1.0], floor_s=0.1)
     assert (row["tokens_per_s"], row["num_repeats"]) == (Spread(5.0, 2.5, 10.0), 3)
+    assert row["of_floor"] == 5 * 0.1 / 2.0
     assert row["flowkv_is_times"] == Spread(2.0, 1.0, 4.0)
     assert "2 (1-4)" in table([row])
 

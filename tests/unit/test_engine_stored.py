@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
+import numba
 import numpy as np
 import pytest
 import torch
@@ -14,10 +16,10 @@ from safetensors.torch import save_file as save_torch
 
 from flowkv_engine.engine.cpu.forward import CpuLlamaForward
 from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack, unpack_rows
-from flowkv_engine.engine.cpu.panels import pack_stored
+from flowkv_engine.engine.cpu.panels import pack_stored, widen_panel
 from flowkv_engine.engine.cpu.simd import LANES
 from flowkv_engine.engine.runner import Runner
-from flowkv_engine.engine.stored import BFLOAT16, FORMS, Form, Stored, widened
+from flowkv_engine.engine.stored import BFLOAT16, FORMS, Q4_1, Form, Stored, widened
 from flowkv_engine.engine.stored_modules import FORMS_KEY
 from tests.drive import generate, load_tiny, make_pool, make_sequence
 from tests.oracle import check_identity
@@ -28,10 +30,8 @@ FORM_IDS = [form.name for form in FORMS]
 LENGTH = 512  # two blocks of the longest
 PROMPTS = [(0, 50), (8, 7)]  # first block, tokens
 # To compile the kernels of a form takes seconds: the others are tried in the full run.
-DEFAULT = {"BF16", "Q4_1", "Q8_0", "Q6_K"}
 EACH_FORM = [
-    pytest.param(form, id=form.name, marks=() if form.name in DEFAULT else (pytest.mark.full,))
-    for form in FORMS
+    pytest.param(form, id=form.name, marks=() if form is Q4_1 else (pytest.mark.full,)) for form in FORMS
 ]
 
 
@@ -69,6 +69,19 @@ def test_widened_is_what_gguf_gives(form: Form) -> None:
     assert np.array_equal(widened(stored.rows(np.array([3, 0]))), expected[[3, 0]])
 
 
+@pytest.mark.parametrize("form", FORMS, ids=FORM_IDS)
+def test_a_panel_of_any_form_widens_to_its_numbers(form: Form) -> None:
+    @numba.njit  # type: ignore[untyped-decorator]
+    def widen(panels: Any, out: Any) -> None:
+        for panel in range(panels.shape[0]):
+            widen_panel(panels, panel, out, panel)
+
+    stored = Stored(form, random_blocks(form, 2 * LANES))
+    wide = np.empty((2, LENGTH, LANES), np.float32)
+    widen(pack_stored(stored), wide)
+    assert np.array_equal(wide.transpose(0, 2, 1).reshape(2 * LANES, LENGTH), widened(stored))
+
+
 @pytest.mark.parametrize("form", EACH_FORM)
 def test_panels_of_any_form_give_the_bits_of_float32(form: Form) -> None:
     """Also with rows that fill a tile, with a last panel that is not full, and on top of other sums."""
@@ -89,8 +102,7 @@ def test_panels_of_any_form_give_the_bits_of_float32(form: Form) -> None:
 
 
 def test_gates_of_a_stored_form_give_the_bits_of_float32() -> None:
-    form = FORMS[3]
-    gates, ups = (Stored(form, random_blocks(form, 4 * LANES, seed=n)) for n in (1, 2))
+    gates, ups = (Stored(Q4_1, random_blocks(Q4_1, 4 * LANES, seed=n)) for n in (1, 2))
     x = np.random.default_rng(0).standard_normal((9, LENGTH)).astype(np.float32)
     outs = []
     for packed in ((pack_stored(gates), pack_stored(ups)), (pack(widened(gates)), pack(widened(ups)))):
@@ -120,7 +132,11 @@ def make_stored_model(folder: Path, forms: list[Form]) -> None:
     save_torch(tensors, folder / "model.safetensors", metadata={FORMS_KEY: json.dumps(names), "format": "pt"})
 
 
-@pytest.mark.parametrize("names", [["Q4_1"], ["BF16", "Q8_0", "Q4_1"]], ids=", ".join)
+@pytest.mark.parametrize(
+    "names",
+    [["Q4_1"], pytest.param(["BF16", "Q8_0", "Q4_1"], marks=pytest.mark.full)],
+    ids=", ".join,
+)
 def test_a_stored_model_answers_as_its_floats_do(tmp_path: Path, names: list[str]) -> None:
     """Also where neighbours have different forms."""
     make_stored_model(tmp_path, [form for form in FORMS if form.name in names])

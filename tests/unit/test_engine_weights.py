@@ -109,7 +109,7 @@ def test_pickled_weights_are_fetched_from_a_hub_that_has_no_others(
 
 
 def test_a_converted_model_is_found_without_touching_torch(tmp_path: Path) -> None:
-    folder = tmp_path / f"{DEFAULT_MODEL}-{GGUF_SHA256[:12]}"
+    folder = tmp_path / f"{DEFAULT_MODEL}.Q4_1-{GGUF_SHA256[:12]}"
     folder.mkdir()
     code = (
         "import sys; from flowkv_engine.engine.fetch import main; main(); "
