@@ -169,9 +169,11 @@ def test_a_node_refuses_to_serve_other_logits_than_the_models(
     """Whatever the reason: here the model's own answer is that of another prompt."""
     model = random_model(tmp_path / "m", "llama")
     plain = engine_runner._plain_logits
-    monkeypatch.setattr(
-        engine_runner, "_plain_logits", lambda module, ids: plain(module, [ids[0] ^ 1, *ids[1:]])
-    )
+
+    def of_others(module: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
+        return plain(module, [[ids[0] ^ 1, *ids[1:]] for ids in prompts])
+
+    monkeypatch.setattr(engine_runner, "_plain_logits", of_others)
     pool = torch.zeros(20, model.num_layers, 2, block_size, model.num_kv_heads, model.head_dim)
     with pytest.raises(UnsupportedModel, match="gives other logits than the model, by"):
         Runner(model, pool)

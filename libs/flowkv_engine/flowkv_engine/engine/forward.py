@@ -15,7 +15,7 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig
 
 from flowkv_engine.engine.attention import Attention
-from flowkv_engine.engine.stored_modules import StoredEmbedding, StoredLinear
+from flowkv_engine.engine.stored_modules import StoredEmbedding, StoredLinear, StoredWeight
 
 IMPLEMENTATION = "flowkv"  # the name of our attention function in `transformers`
 
@@ -92,12 +92,6 @@ def make_forward(module: nn.Module, attention: Attention) -> Forward:
     weights = llama_weights(module)
     if weights is None:
         return ModulesForward(module, attention)
-    if attention.name == "triton":
-        from flowkv_engine.engine.gpu.attention import TritonAttention
-        from flowkv_engine.engine.gpu.forward import TritonLlamaForward
-
-        assert isinstance(attention, TritonAttention)
-        return TritonLlamaForward(weights, attention)
     if attention.name == "cpu":
         from flowkv_engine.engine.cpu.attention import CpuAttention
         from flowkv_engine.engine.cpu.forward import CpuLlamaForward
@@ -105,8 +99,14 @@ def make_forward(module: nn.Module, attention: Attention) -> Forward:
         assert isinstance(attention, CpuAttention)
         if CpuLlamaForward.fits(weights):
             return CpuLlamaForward(weights, attention)
-    if isinstance(weights.head, StoredLinear):
+    if any(isinstance(each, StoredWeight) for each in module.modules()):  # the others take floats
         return ModulesForward(module, attention)
+    if attention.name == "triton":
+        from flowkv_engine.engine.gpu.attention import TritonAttention
+        from flowkv_engine.engine.gpu.forward import TritonLlamaForward
+
+        assert isinstance(attention, TritonAttention)
+        return TritonLlamaForward(weights, attention)
     return LlamaForward(weights, attention)
 
 

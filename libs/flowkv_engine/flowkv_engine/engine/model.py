@@ -10,6 +10,7 @@ import contextlib
 import copy
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from flowkv_common.wire.messages import ModelCard, PoolLayout
 from flowkv_engine.engine.forward import IMPLEMENTATION, is_llama
 from flowkv_engine.engine.stored_modules import (
     BLOCKS,
+    StoredWeight,
     blocks_as_floats,
     has_blocks,
     keep_stored,
@@ -146,7 +148,10 @@ def load_model(
         eos_token_ids=eos,
         files=model_files(folder, has_weights=has_weights),
     )
-    log.info("loaded %s: %.1f M parameters", card.name, sum(p.numel() for p in module.parameters()) / 1e6)
+    num_parameters = sum(each.numel() for each in module.parameters())
+    kept = (each.stored for each in module.modules() if isinstance(each, StoredWeight))
+    num_parameters += sum(math.prod(each.shape) for each in kept)
+    log.info("loaded %s: %.1f M parameters", card.name, num_parameters / 1e6)
     weight = next(module.parameters())
     grammars = Grammars(folder / "tokenizer.json", eos)
     return LoadedModel(
@@ -163,14 +168,14 @@ def _load_weights(
     forward takes them.
     """
     module: nn.Module
-    computes_float32 = device.type == "cpu" and dtype == torch.float32
+    packs = device.type == "cpu" and dtype == torch.float32 and is_llama(config)
     if has_blocks(folder):
         with no_init_weights():
             module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
-        load_blocks(module, folder / BLOCKS, keeps=computes_float32)
+        load_blocks(module, folder / BLOCKS, keeps=packs)
         return module.to(device)
     stored = getattr(torch, str(config.dtype).removeprefix("torch."), None)
-    keeps = computes_float32 and stored in (torch.float16, torch.bfloat16) and is_llama(config)
+    keeps = packs and stored in (torch.float16, torch.bfloat16)
     module = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=stored if keeps else dtype, attn_implementation=IMPLEMENTATION
     ).to(device)

@@ -218,7 +218,7 @@ class SelfCheck:
                 prompt = torch.randint(model.card.vocab_size, (length,), generator=generator)
                 self._prompts.append(prompt.tolist())
                 num_free_blocks -= -(-length // self._block_size)
-        self._expected = [_plain_logits(model.module, prompt) for prompt in self._prompts]
+        self._expected = _plain_logits(model.module, self._prompts) if self._prompts else []
 
     def compare(self, logits_of: Callable[[PackedBatch], Tensor]) -> None:
         """`logits_of` computes a batch: logits [S, vocab]. Raises `UnsupportedModel` if they differ."""
@@ -244,15 +244,17 @@ class SelfCheck:
 
 
 @torch.inference_mode()
-def _plain_logits(module: Any, token_ids: list[int]) -> Tensor:
-    """[len(token_ids), vocab] in float32, with the model's own attention."""
+def _plain_logits(module: Any, prompts: list[list[int]]) -> list[Tensor]:
+    """Of each prompt [its length, vocab] in float32, with the model's own attention."""
+    longest = max(prompts, key=len)
+    # What stands behind a shorter prompt has no effect on it, and all weights are read once.
+    rows = [prompt + longest[len(prompt) :] for prompt in prompts]
     device = next(module.parameters()).device
     with quiet():
         module.set_attn_implementation("eager")
-        output = module(torch.tensor([token_ids], device=device), use_cache=False)
+        output = module(torch.tensor(rows, device=device), use_cache=False)
         module.set_attn_implementation(IMPLEMENTATION)
-    logits: Tensor = output.logits[0].float()
-    return logits
+    return [logits[: len(prompt)].float() for logits, prompt in zip(output.logits, prompts, strict=True)]
 
 
 class Engine(contextlib.AbstractAsyncContextManager["Engine"], Protocol):

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -22,14 +23,12 @@ FORMS_KEY = "flowkv_forms"  # in the metadata of a file of blocks: which form ea
 _FLOATS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
 
-class StoredLinear(nn.Module):
-    """`nn.Linear` in float32 over a stored weight [out features, in features]."""
+class StoredWeight(nn.Module):
+    """A layer with one matrix."""
 
-    def __init__(self, stored: Stored, bias: Tensor | None = None) -> None:
+    def __init__(self, stored: Stored) -> None:
         super().__init__()
         self.stored = stored
-        self.out_features, self.in_features = stored.shape
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @property
     def weight(self) -> Tensor:
@@ -37,25 +36,28 @@ class StoredLinear(nn.Module):
         return torch.from_numpy(widened(self.stored))
 
     def release(self) -> None:
-        """The weight is not needed any more: it has been packed."""
-        self.stored = self.stored._replace(blocks=self.stored.blocks[:0])
+        """Forgets the weight, which has been packed."""
+        self.stored = self.stored._replace(blocks=np.empty((0, self.stored.blocks.shape[1]), np.uint8))
+
+
+class StoredLinear(StoredWeight):
+    """`nn.Linear` in float32 over a stored weight [out features, in features]."""
+
+    def __init__(self, stored: Stored, bias: Tensor | None = None) -> None:
+        super().__init__(stored)
+        self.out_features, self.in_features = stored.shape
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, states: Tensor) -> Tensor:
         return linear(states, self.weight, self.bias)
 
 
-class StoredEmbedding(nn.Module):
+class StoredEmbedding(StoredWeight):
     """`nn.Embedding` in float32 over a stored weight [vocab, hidden]."""
 
     def __init__(self, stored: Stored) -> None:
-        super().__init__()
-        self.stored = stored
+        super().__init__(stored)
         self.num_embeddings, self.embedding_dim = stored.shape
-
-    @property
-    def weight(self) -> Tensor:
-        """In float32, made anew."""
-        return torch.from_numpy(widened(self.stored))
 
     def forward(self, token_ids: Tensor) -> Tensor:
         return torch.from_numpy(widened(self.stored.rows(token_ids.flatten().numpy()))).view(

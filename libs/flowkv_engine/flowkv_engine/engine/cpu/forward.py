@@ -19,8 +19,8 @@ from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack, rms_norm
 from flowkv_engine.engine.cpu.panels import block_len, pack_stored
 from flowkv_engine.engine.cpu.simd import LANES
 from flowkv_engine.engine.forward import Layer, LlamaStates, LlamaWeights, Projection
-from flowkv_engine.engine.stored import Form, Stored
-from flowkv_engine.engine.stored_modules import StoredEmbedding, StoredLinear
+from flowkv_engine.engine.stored import Form
+from flowkv_engine.engine.stored_modules import StoredEmbedding, StoredLinear, StoredWeight
 
 _MAPS = Path("/proc/self/maps")
 _MADV_DONTNEED = 4
@@ -69,6 +69,7 @@ class CpuLlamaForward(LlamaStates):
         self._embedding: NDArray[Any] | None = None  # packed, if it is stored in fewer bits
         if stored is not None:
             self._embedding = self._head[0].panels if is_tied else pack_stored(stored)
+        _release(weights.head, weights.embedding)
         self._scratch = Scratch()
 
     @staticmethod
@@ -143,8 +144,8 @@ def _pack(layer: Layer) -> _Packed:
     if _packable_form(layer.gate) == _packable_form(layer.up):
         gate, up = _parts(layer.gate), _parts(layer.up)
     else:  # the kernel takes two of one form
-        gate, up = ([_part([each.weight.numpy()], [each])] for each in (layer.gate, layer.up))
-    return _Packed(
+        gate, up = ([_part([each], None)] for each in (layer.gate, layer.up))
+    packed = _Packed(
         input_norm=layer.input_norm.numpy(),
         qkv=_parts(*layer.qkv),
         qk_norm=np.empty((0, 0), np.float32) if layer.qk_norm is None else layer.qk_norm.numpy(),
@@ -154,23 +155,13 @@ def _pack(layer: Layer) -> _Packed:
         up=up,
         down=_parts(layer.down),
     )
+    _release(*layer.qkv, layer.output, layer.gate, layer.up, layer.down)
+    return packed
 
 
 def _parts(*projections: Projection) -> list[_Part]:
     """Neighbours of one form become one part."""
-    parts = []
-    for form, group in groupby(projections, _packable_form):
-        members = list(group)
-        if form is None:
-            parts.append(_part([each.weight.detach().numpy() for each in members], members))
-            give_back(each.weight for each in members if isinstance(each, nn.Linear))
-        else:
-            kept = [each for each in members if isinstance(each, StoredLinear)]
-            parts.append(_part([each.stored for each in kept], members))
-            give_back(torch.from_numpy(each.stored.blocks) for each in kept)
-            for each in kept:
-                each.release()
-    return parts
+    return [_part(list(group), form) for form, group in groupby(projections, _packable_form)]
 
 
 def _packable_form(projection: Projection) -> Form | None:
@@ -180,11 +171,23 @@ def _packable_form(projection: Projection) -> Form | None:
     return projection.stored.form
 
 
-def _part(weights: Sequence[Array] | Sequence[Stored], projections: Sequence[Projection]) -> _Part:
-    packed = pack_stored(*weights) if isinstance(weights[0], Stored) else pack(*weights)
+def _part(projections: Sequence[Projection], form: Form | None) -> _Part:
+    if form is None:
+        packed: NDArray[Any] = pack(*(each.weight.detach().numpy() for each in projections))
+    else:
+        packed = pack_stored(*(each.stored for each in projections if isinstance(each, StoredLinear)))
     biases = [each.bias.detach().numpy() for each in projections if each.bias is not None]
     num_cols = sum(each.out_features for each in projections)
     return _Part(packed, np.concatenate(biases) if biases else _NOTHING, num_cols)
+
+
+def _release(*layers: nn.Module) -> None:
+    """Weights that have been packed. An embedding in float32 has not."""
+    kept = [layer for layer in layers if isinstance(layer, StoredWeight)]
+    plain = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
+    give_back([*plain, *(torch.from_numpy(layer.stored.blocks) for layer in kept)])
+    for layer in kept:
+        layer.release()
 
 
 def give_back(weights: Iterable[Tensor]) -> None:
