@@ -219,6 +219,7 @@ class Played:
         self.witness = Witness("g")
         self.slowdown: defaultdict[str, float] = defaultdict(lambda: 1.0)  # from what each says
         self.liars: set[str] = set()  # say that they are idle, and quick beyond all others
+        self.num_prompt_tokens, self.num_outputs = PROMPT_TOKENS, NUM_OUTPUTS
         self.chosen: list[tuple[float, str, str]] = []
         self._free_at: defaultdict[str, float] = defaultdict(float)
         self._num_accepted: Counter[str] = Counter()
@@ -271,7 +272,7 @@ class Played:
                 self.planner.add_seen(seen, now)
 
     def _request(self, request_id: str, came_at: float, now: float) -> None:
-        wanted = request(PROMPT_TOKENS, NUM_OUTPUTS, request_id=request_id, age_s=now - came_at)
+        wanted = request(self.num_prompt_tokens, NUM_OUTPUTS, request_id=request_id, age_s=now - came_at)
         choice = self.planner.schedule(wanted, now)
         if isinstance(choice, Wait):
             again = functools.partial(self._request, request_id, came_at)
@@ -291,13 +292,13 @@ class Played:
         )
         self.witness.begin(tid, assignment, now)
         self._num_accepted[p] += 1
-        self._free_at[p] = max(now, self._free_at[p]) + PROMPT_TOKENS * TOKEN_S * self.slowdown[p]
+        self._free_at[p] = max(now, self._free_at[p]) + self.num_prompt_tokens * TOKEN_S * self.slowdown[p]
         self._at(self._free_at[p], lambda at: self._token(at, tid, p, d, 0))
 
     def _token(self, now: float, tid: str, p: str, d: str, index: int) -> None:
         self.witness.add_tokens(tid, d if index else p, 1, now)
         self._num_sequences[d] += index == 0
-        if index + 1 < NUM_OUTPUTS:
+        if index + 1 < self.num_outputs:
             self._at(now + STEP_S * self.slowdown[d], lambda at: self._token(at, tid, p, d, index + 1))
         else:
             self._num_sequences[d] -= 1
@@ -336,6 +337,17 @@ def test_a_slow_node_gets_its_work_back_when_it_has_recovered() -> None:
     played.slowdown["p0"] = 1.0
     played.play(40.0, requests_per_s=15, began=6.0)
     assert played.share_of("p0", 30.0, 40.0) > 0.2
+
+
+def test_a_node_that_stays_slow_is_tried_with_one_request_at_a_time() -> None:
+    """Though that has its first token only after others have come."""
+    played = Played(ROLES)
+    played.slowdown["d0"] = 10.0
+    played.num_prompt_tokens, played.num_outputs = 800, 10
+    played.play(120.0, requests_per_s=2)
+    tries = [at for at, _, node_id in played.chosen if node_id == "d0" and at > 10.0]
+    assert len(tries) > 5
+    assert all(after - before > 5.0 for before, after in itertools.pairwise(tries))
 
 
 def test_a_liar_does_not_draw_everything() -> None:

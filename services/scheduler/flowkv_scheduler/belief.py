@@ -91,16 +91,17 @@ class Record:
         else:
             self._stalls[gateway_id] = now, stalled_s
 
-    def slowness(self, now: float) -> float:
+    def slowness(self, now: float, *, is_tried: bool = False) -> float:
         """By which factor promises, slack included, were exceeded: 1 at least, and without evidence.
 
-        One more outcome that was as promised is all that is left when the others are forgotten.
+        One more outcome that was as promised is all that is left when the others are forgotten. While the
+        node `is_tried`, and its next outcome is still to come, none is.
         """
         if self._taken_s <= self._promised_s:
             return 1.0
         slack_s = self._num * self._slack_s
         ratio = (self._taken_s + slack_s) / (self._promised_s + slack_s)
-        num = self._share_left(now) * self._num
+        num = self._num if is_tried else self._share_left(now) * self._num
         return max(1.0, (num * ratio + 1.0) / (num + 1.0))
 
     def stall_s(self, now: float) -> float:
@@ -159,15 +160,21 @@ class Belief:
         prefill: Collection[NodeRef],
         decode: Collection[NodeRef],
         now: float,
+        *,
+        with_prompts: Collection[NodeRef] = (),
+        with_sequences: Collection[NodeRef] = (),
     ) -> dict[NodeRef, Doubt]:
         """Of the members of a group, by node that is not trusted. The sides are those that serve them now.
+
+        A node that was slow, and has lost its work, is tried again when that is forgotten: with what it gets
+        at once. `with_prompts` and `with_sequences` are those that have work.
 
         The best node of each side passes for what it says: predictions that are wrong for all alike are no
         node's fault, and shut no door.
         """
         known = {ref: self._nodes[ref] for ref in members if ref in self._nodes}
-        late = _excesses({ref: one.prompts for ref, one in known.items()}, prefill, now)
-        slow = _excesses({ref: one.steps for ref, one in known.items()}, decode, now)
+        late = _excesses({ref: one.prompts for ref, one in known.items()}, prefill, with_prompts, now)
+        slow = _excesses({ref: one.steps for ref, one in known.items()}, decode, with_sequences, now)
         doubts = {}
         for ref in late.keys() | slow.keys():
             lateness, stall_s = late.get(ref, NO_EXCESS)
@@ -191,12 +198,12 @@ NO_EXCESS = _Excess(1.0, 0.0)
 
 
 def _excesses(
-    records: Mapping[NodeRef, Record], side: Collection[NodeRef], now: float
+    records: Mapping[NodeRef, Record], side: Collection[NodeRef], tried: Collection[NodeRef], now: float
 ) -> dict[NodeRef, _Excess]:
     """By how much each node is worse than the best of the side; without those that are as good."""
     found: dict[NodeRef, _Excess] = {}
     for ref, record in records.items():
-        one = _Excess(record.slowness(now), record.stall_s(now))
+        one = _Excess(record.slowness(now, is_tried=ref in tried), record.stall_s(now))
         if one != NO_EXCESS:
             found[ref] = one
     if not found:

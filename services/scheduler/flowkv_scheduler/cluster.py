@@ -530,7 +530,15 @@ class ClusterState:
                     [node.descriptor.node for node in nodes.values()]
                     for nodes in (group.members, group.prefill, group.decode)
                 )
-                doubts |= self.belief.doubts(members, prefill, decode, now)
+                views = [(node.descriptor.node, node) for node in group.members.values()]
+                doubts |= self.belief.doubts(
+                    members,
+                    prefill,
+                    decode,
+                    now,
+                    with_prompts={ref for ref, node in views if node.num_queued_tokens},
+                    with_sequences={ref for ref, node in views if node.num_sequences},
+                )
         for ref in doubts.keys() | self.doubted:
             doubt = doubts.get(ref, TRUSTED)
             known = self._nodes.get(ref)
