@@ -339,7 +339,7 @@ def slowly(next_decode: NodeRef) -> Behaviour:
 
     async def run_slowly(nodes: Nodes, run: PrefillRun) -> None:
         num_told = nodes.num_told
-        await nodes.wait_for(lambda: nodes.num_told >= num_told + 2)
+        await nodes.wait_for(lambda: nodes.num_told >= num_told + 3)
         nodes.decode = next_decode
         await nodes.send(run, chunk(tid_of(run), len(run.output_ids), [10 + len(run.output_ids)]))
 

@@ -390,7 +390,7 @@ class Dispatch:
         self._num_open = 0
         self._scheduler_answered_at = 0.0
         self._scheduler_why_not: str | None = _NO_SCHEDULER  # what was missing by its last answer
-        self._doubted: Set[str] = frozenset()  # ids of nodes, by the same answer
+        self._doubted: Set[str] = frozenset()  # ids of nodes, by that and the one before
 
     def model(self, num_further_bytes: int = 0) -> ModelCard | None:
         """The model of new requests; None until a node that serves the gateway's model has joined.
@@ -682,7 +682,11 @@ class Dispatch:
         return KeepaliveReply(unknown=[attempt for attempt in message.states if attempt not in self.streams])
 
     async def keep_asking_scheduler(self) -> None:
-        """Whether it would find a pair of nodes, until cancelled."""
+        """Whether it would find a pair of nodes, and which are doubted, until cancelled.
+
+        A node counts as doubted by two answers in a row: a hiccup is no reason to leave it.
+        """
+        doubted_before = frozenset[str]()
         while True:
             model = self.cluster.model
             request = ReadyRequest(fingerprint=model.fingerprint if model else "")
@@ -693,7 +697,7 @@ class Dispatch:
                 )
                 self._scheduler_answered_at, self._scheduler_why_not = time.monotonic(), reply.why_not
                 doubted = frozenset(node.node_id for node in reply.doubted)
-            self._doubted = doubted  # without an answer none
+            self._doubted, doubted_before = doubted & doubted_before, doubted  # without an answer none
             await asyncio.sleep(READY_PERIOD_S)
 
     async def keep_telling(self) -> None:
