@@ -11,6 +11,7 @@ from flowkv_common.wire.nodes import StepFit
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
+from flowkv_scheduler.slices import at_once
 from tests.described_nodes import GROWN, INCARNATION, MODEL, descriptor, pair, report, request
 
 STEP_S = 0.02
@@ -41,7 +42,7 @@ def planner_that_has(*seen: NodeSeen, goals: Goals | None = None, **of_d1: Any) 
         planner.add_report(report(name, role, forecast=GROWN, step=COSTS, **changes), 0.0)
     for number in range(8):
         planner.add_seen(NodesSeen(gateway_id="g", nodes=list(seen)), number / 4)
-    planner.tick(2.0)
+    at_once(planner.tick(2.0))
     for name, role in ROLES.items():
         changes = of_d1 if name == "d1" else {}
         planner.add_report(report(name, role, seq=2, forecast=GROWN, step=COSTS, **changes), 2.0)
