@@ -18,7 +18,7 @@ SHORT   ?=
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
-	@echo "  make up takes PREFILL=n DECODE=n MIXED=n SCHEDULER=n MODEL=folder-or-hub-id PORT=n"
+	@echo "  make up takes PREFILL=n DECODE=n MIXED=n SCHEDULER=n MODEL=folder-file-or-hub-id PORT=n"
 
 install: $(VENV)/ready-dev ## install everything, for development too
 

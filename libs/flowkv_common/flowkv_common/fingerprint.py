@@ -48,10 +48,11 @@ def model_files(folder: Path, *, has_weights: bool = True) -> ModelFiles:
     return ModelFiles(tokenizer=tokenizer, config=config, weights=digest.hexdigest() if weights else "")
 
 
-def sampled_digest(file: Path) -> str:
-    """32 hex digits over the file's size and samples of it."""
+def sampled_digest(*files: Path) -> str:
+    """32 hex digits over the files' sizes and samples of them."""
     digest = blake2b(digest_size=16)
-    _add_samples(digest, file)
+    for file in files:
+        _add_samples(digest, file)
     return digest.hexdigest()
 
 

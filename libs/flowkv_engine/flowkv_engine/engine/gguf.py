@@ -6,10 +6,15 @@ floats of all weights is left out. Rows of the new file's tensors are the GGUF f
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
@@ -29,21 +34,91 @@ from flowkv_engine.engine.stored_modules import FORMS_KEY
 _FORMS = {GGMLQuantizationType[form.name]: form for form in FORMS}
 
 
-def convert_gguf(file: Path, folder: Path) -> None:
-    """Writes the model in `file` to the new `folder`. Raises ValueError for one that can't be read."""
+def convert_gguf(file: Path, folder: Path, tokenizer_files: list[Path]) -> None:
+    """Writes the model in `file` to the new `folder`, with these tokenizer files or else the file's own.
+
+    Raises ValueError, with a sentence that says what to do, for a file that can't be used.
+    """
+    reader = _open(file)
+    arch = str(_field(reader, "general.architecture"))
+    if _field(reader, "split.count", 1) > 1:
+        raise ValueError(
+            f"{file} is one part of several: join them with llama.cpp's llama-gguf-split --merge"
+        )
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    config = AutoConfig.from_pretrained(**source)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    tensors, forms = _tensors(file, config)
+    with _read_once(reader):
+        try:
+            config = AutoConfig.from_pretrained(**source)
+            module = _empty(config)
+            tensors, forms = _tensors(reader, module, arch)
+        except Exception as error:  # of libraries that check little
+            raise ValueError(
+                f"{file} holds a model ({arch}) that can't be read from GGUF ({_first_line(error)}): take "
+                "its folder of transformers"
+            ) from error
+        tokenizer = None
+        if not tokenizer_files:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(**source)
+            except Exception as error:
+                raise ValueError(
+                    f"the tokenizer in {file} can't be read ({_first_line(error)}): put the model's "
+                    "tokenizer.json and tokenizer_config.json beside it"
+                ) from error
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={FORMS_KEY: json.dumps(forms), "format": "pt"})
-    config.architectures = [type(_empty(config)).__name__]
+    config.architectures = [type(module).__name__]
     config.dtype = "float32"  # that of the numbers that weights become
     config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     generation = GenerationConfig.from_model_config(config)
-    generation.eos_token_id = tokenizer.eos_token_id
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        generation.eos_token_id = tokenizer.eos_token_id
+    for each in tokenizer_files:
+        shutil.copy(each, folder)
     generation.save_pretrained(folder)
+
+
+class _Reader(GGUFReader):  # type: ignore[misc]
+    data: NDArray[Any]
+
+    def _get(self, *args: Any, **kwargs: Any) -> Any:
+        self.data = self.data.view(np.ndarray)  # a slice of a memmap takes three times as long
+        return super()._get(*args, **kwargs)
+
+
+def _open(file: Path) -> GGUFReader:
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise ValueError(
+                f"{file} is not a GGUF file: give one that llama.cpp reads, a folder of transformers, or a "
+                "name on a hub"
+            )
+    try:
+        return _Reader(file)
+    except Exception as error:  # of numpy: the reader takes what lengths it finds
+        raise ValueError(
+            f"{file} is damaged or not complete ({_first_line(error)}): fetch it again"
+        ) from error
+
+
+def _field(reader: GGUFReader, name: str, default: Any = "unknown") -> Any:
+    field = reader.get_field(name)
+    return default if field is None else field.contents()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+@contextlib.contextmanager
+def _read_once(reader: GGUFReader) -> Iterator[None]:
+    """`transformers` opens a file for the config and again for the tokenizer: it gets `reader`, at once."""
+    opened_by, gguf.GGUFReader = gguf.GGUFReader, lambda file: reader
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = opened_by
 
 
 def _empty(config: Any) -> Any:
@@ -51,13 +126,12 @@ def _empty(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _tensors(file: Path, config: Any) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+def _tensors(reader: GGUFReader, module: Any, arch: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """The tensors by the model's names, and the forms of those that are blocks."""
-    module = _empty(config)
-    reader = GGUFReader(file)
-    arch = bytes(reader.fields["general.architecture"].parts[-1]).decode()
-    processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=config.to_dict())
-    names = get_gguf_hf_weights_map(module, processor)
+    processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=module.config.to_dict())
+    # Without its parts: each of them would be looked at again, for seconds, under the names that they have.
+    whole = SimpleNamespace(config=module.config, state_dict=module.state_dict, named_children=tuple)
+    names = get_gguf_hf_weights_map(whole, processor)
     tensors: dict[str, NDArray[Any]] = {}
     forms: dict[str, str] = {}
     for tensor in reader.tensors:
