@@ -197,7 +197,7 @@ class Pair:
     def step(self, max_tokens: int = 1000) -> int:
         """One step of `p`, if there is work."""
         items = plan_chunks(self.p.prefill.sequences_to_prefill(), max_tokens, BLOCK_SIZE)
-        for sequence, num_tokens in items:
+        for sequence, num_tokens, _ in items:
             first, end = sequence.num_computed_tokens, sequence.num_computed_tokens + num_tokens
             for position, number in enumerate(
                 kv_of(sequence.prompt_ids + sequence.output_ids)[first:end], first
@@ -210,7 +210,7 @@ class Pair:
             self.p.prefill.apply(sequence, Sampled(FIRST_TOKEN, None) if is_done else None)
         self.p.node.end_step()
         self.p.clock.end_step()
-        return sum(num_tokens for _, num_tokens in items)
+        return sum(item.num_tokens for item in items)
 
     async def compute_all(self, chunk_tokens: int = 1000) -> None:
         """The whole of one prompt, in chunks; all that can be is sent before the next is computed."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flowkv_common.wire.nodes import StepFit
-from flowkv_engine.engine.batch import PackedBatch, Sequence, WorkItem, pack
+from flowkv_engine.engine.batch import PackedBatch, Sequence, WorkItem, pack, tokens_that_count
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import Engine, EngineThread, Runner
 from tests.drive import BLOCK_SIZE, load_tiny, make_pool, make_sequence
@@ -100,6 +100,23 @@ async def test_tokens_depend_on_the_prompt_alone(engine: Engine) -> None:
     while len(chunked.output_ids) < NUM_OUTPUTS:
         await advance(engine, (chunked, chunked.num_new_tokens))
     assert chunked.output_ids == alone
+
+
+@pytest.mark.parametrize("num_right", [0, 2, 4])
+async def test_guesses_change_no_token(engine: Engine, num_right: int) -> None:
+    """What stands in the blocks after a wrong one is written again."""
+    expected = (await generate(engine, sequence_of(PROMPT))).copy()
+    sequence = sequence_of(PROMPT, first_block=20)
+    await advance(engine, (sequence, len(PROMPT)))
+    while (done := len(sequence.output_ids)) < NUM_OUTPUTS:
+        draft = expected[done : done + num_right] + [1, 2] * (num_right < 4)
+        item = WorkItem(sequence, 1, tuple(draft[: NUM_OUTPUTS - 1 - done]))
+        result = await engine.step(pack([item], BLOCK_SIZE))
+        [tokens] = tokens_that_count([item], result.sampled)
+        assert len(tokens) > min(num_right, len(item.draft))
+        sequence.num_computed_tokens += len(tokens)
+        sequence.output_ids += [token.token_id for token in tokens if token]
+    assert sequence.output_ids == expected
 
 
 async def test_another_engine_gives_the_same_tokens(make_engine: MakeEngine) -> None:

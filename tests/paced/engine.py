@@ -153,6 +153,9 @@ class PacedEngine:
         sums = np.cumsum(added, dtype=np.uint64)
         base = self._digests_before(batch) - (sums[starts] - added[starts])  # [N], modulo 2**64
         digests = sums + np.repeat(base, batch.query_lens)
+        for start, sample in zip(starts.tolist(), batch.samples, strict=True):
+            if sample is not None and sample.is_drafted:  # it goes on from the item before it
+                digests[start : start + 1] = digests[start - 1 : start] + added[start : start + 1]
         block_size = self._digests.shape[1]
         self._digests[batch.slots // block_size, batch.slots % block_size] = digests
         picks = self._words[mix(digests[ends - 1]) % np.uint64(len(self._words))].tolist()

@@ -94,7 +94,7 @@ class Answers:
             if row not in self.reasons
         ]:
             result = self._runner.run(pack([item for _, item in items], BLOCK_SIZE))
-            for (row, (sequence, num_tokens)), one in zip(items, result.sampled, strict=True):
+            for (row, (sequence, num_tokens, _)), one in zip(items, result.sampled, strict=True):
                 assert one is not None
                 self.sampled.append(one)
                 reason = sequence.finish_reason_after(one.token_id, [EOS], 256)
@@ -238,9 +238,9 @@ NESTED = of_schema(
 )
 
 
-@given(choices=st.lists(st.integers(0, 10**6), max_size=40), data=st.data())
+@given(choices=st.lists(st.integers(0, 10**6), max_size=40))
 def test_a_replayed_matcher_stands_where_the_one_stands_that_went_along(
-    grammars: Grammars, choices: list[int], data: st.DataObject
+    grammars: Grammars, choices: list[int]
 ) -> None:
     """After a handoff, a preemption or a retry the state is made of the output ids alone."""
     along, output_ids = Matcher(NESTED), list[int]()
@@ -251,15 +251,9 @@ def test_a_replayed_matcher_stands_where_the_one_stands_that_went_along(
         if not options:
             break
         output_ids.append(options[choice % len(options)])
-        if data.draw(st.booleans()):
-            along.ends_with(output_ids[-1])
-    upto = data.draw(st.integers(0, len(output_ids)))
-    # Going back is what a step whose result was dropped asks for.
-    for length in (len(output_ids), upto):
-        went = along.follow(output_ids[:length], grammars)
-        replayed = Matcher(NESTED).follow(output_ids[:length], grammars)
-        assert went.compute_bitmask() == replayed.compute_bitmask()
-        assert (went.is_accepting(), went.is_stopped()) == (replayed.is_accepting(), replayed.is_stopped())
+    went, replayed = along.follow(output_ids, grammars), Matcher(NESTED).follow(output_ids, grammars)
+    assert went.compute_bitmask() == replayed.compute_bitmask()
+    assert (went.is_accepting(), went.is_stopped()) == (replayed.is_accepting(), replayed.is_stopped())
 
 
 def test_the_latest_grammars_stay_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +14,7 @@ from flowkv_common.fingerprint import chained_hash
 from flowkv_common.wire.messages import SamplingParams
 from flowkv_common.wire.nodes import num_attended
 from flowkv_engine.engine.grammar import Matcher
-from flowkv_engine.engine.sampler import SampleInput, depends_on_output, has_penalties
+from flowkv_engine.engine.sampler import Sampled, SampleInput, depends_on_output, has_penalties
 
 
 @dataclass(slots=True, eq=False)
@@ -96,16 +98,31 @@ class Sequence:
 
 
 class WorkItem(NamedTuple):
-    """Compute the next `num_tokens` tokens of `sequence`; if that is all of them, sample one more."""
+    """Compute the next `num_tokens` tokens of `sequence`; if that is all of them, sample one more.
+
+    Then `draft` may follow, guesses of what comes next: each is computed as if it were a token of the
+    sequence, and one more is sampled after it.
+    """
 
     sequence: Sequence
     num_tokens: int
+    draft: tuple[int, ...] = ()
+
+
+class _Row(NamedTuple):
+    """An item of a `PackedBatch`: places `start .. stop - 1` of a sequence."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    token_ids: list[int]
+    drafted: tuple[int, ...]  # those of the draft up to here
 
 
 class PromptRows(NamedTuple):
     """Consecutive rows of a batch. Each gives the log probability of the prompt's token after it."""
 
-    item: int  # its place in the batch
+    item: int  # its place among the work items
     start: int  # the first row
     token_ids: list[int]  # one per row: those after them
     num_top: int  # of the best ones beside each
@@ -121,7 +138,8 @@ class PromptRows(NamedTuple):
 class PackedBatch:
     """N items in one row of T tokens, item after item, S of them to be sampled from.
 
-    The loop takes this snapshot, the engine's thread reads it.
+    Each token of a draft is an item of its own, after that of its sequence: it gets the very logits that a
+    step of one token would give it. The loop takes this snapshot, the engine's thread reads it.
     """
 
     token_ids: NDArray[np.int64]  # [T]
@@ -149,46 +167,33 @@ class PackedBatch:
 
 def pack(items: list[WorkItem], block_size: int) -> PackedBatch:
     """The batch of `items`, in their order. Raises `ValueError` if one has too few tokens or blocks."""
-    query_lens = np.array([item.num_tokens for item in items], np.int32)
-    context_lens = np.array([item.sequence.num_computed_tokens for item in items], np.int32) + query_lens
-    num_blocks = -(-context_lens // block_size)
-    block_tables = np.zeros((len(items), num_blocks.max()), np.int32)
-    token_ids: list[int] = []
-    samples: list[SampleInput | None] = []
+    rows: list[_Row] = []
     prompt_rows: list[PromptRows] = []
-    for row, (sequence, num_tokens) in enumerate(items):
-        if not 1 <= num_tokens <= sequence.num_new_tokens:
-            raise ValueError(
-                f"{sequence.transfer_id}: {num_tokens} tokens asked for, {sequence.num_new_tokens} are new"
-            )
-        stop, length = int(context_lens[row]), int(num_blocks[row])
+    num_packed = 0
+    for place, item in enumerate(items):
+        if item.sequence.lacks_prompt_logprobs:
+            prompt_rows += _prompt_rows(place, item, num_packed)
+        rows += _rows(item)
+        num_packed += item.num_tokens + len(item.draft)
+    query_lens = np.array([row.stop - row.start for row in rows], np.int32)
+    context_lens = np.array([row.stop for row in rows], np.int32)
+    num_blocks = -(-context_lens // block_size)
+    block_tables = np.zeros((len(rows), num_blocks.max()), np.int32)
+    for place, (row, length) in enumerate(zip(rows, num_blocks.tolist(), strict=True)):
+        sequence = row.sequence
         if len(sequence.block_table) < length:  # a slot outside its own blocks would spoil another sequence
-            raise ValueError(f"{sequence.transfer_id}: {len(sequence.block_table)} blocks for {stop} tokens")
-        block_tables[row, :length] = sequence.block_table[:length]
-        if sequence.lacks_prompt_logprobs:
-            prompt_rows += _prompt_rows(row, sequence, len(token_ids), stop)
-        token_ids += sequence.tokens_between(sequence.num_computed_tokens, stop)
-        if num_tokens < sequence.num_new_tokens:
-            samples.append(None)
-            continue
-        sampling = sequence.sampling
-        needs_output = depends_on_output(sampling) or sequence.matcher is not None
-        samples.append(
-            SampleInput(
-                sampling=sampling,
-                output_index=len(sequence.output_ids),
-                prompt_ids=sequence.prompt_ids if has_penalties(sampling) else [],
-                output_ids=sequence.output_ids.copy() if needs_output else [],
-                matcher=sequence.matcher,
+            raise ValueError(
+                f"{sequence.transfer_id}: {len(sequence.block_table)} blocks for {row.stop} tokens"
             )
-        )
+        block_tables[place, :length] = sequence.block_table[:length]
+    samples = [_sample_input(row) for row in rows]
     ends = np.cumsum(query_lens, dtype=np.int64)  # of the items in the row
     position_ids = np.arange(ends[-1]) + np.repeat(context_lens - ends, query_lens)
-    rows = np.repeat(np.arange(len(items)), query_lens)
-    blocks = block_tables[rows, position_ids // block_size].astype(np.int64)
+    places = np.repeat(np.arange(len(rows)), query_lens)
+    blocks = block_tables[places, position_ids // block_size].astype(np.int64)
     sampled = [sample is not None for sample in samples]
     return PackedBatch(
-        token_ids=np.array(token_ids, np.int64),
+        token_ids=np.array([token_id for row in rows for token_id in row.token_ids], np.int64),
         position_ids=position_ids,
         slots=blocks * block_size + position_ids % block_size,
         query_lens=query_lens,
@@ -200,11 +205,58 @@ def pack(items: list[WorkItem], block_size: int) -> PackedBatch:
     )
 
 
-def _prompt_rows(item: int, sequence: Sequence, row: int, stop: int) -> list[PromptRows]:
-    """What is asked of a chunk that begins in `row` of the batch and ends before token `stop`."""
-    begin = sequence.num_computed_tokens
-    first, end = max(begin, sequence.num_scored_tokens), min(stop, len(sequence.prompt_ids) - 1)
+def tokens_that_count(
+    items: Iterable[WorkItem], sampled: Iterable[Sampled | None]
+) -> Iterator[list[Sampled | None]]:
+    """Of each item: what it would get in steps of one token, to the first that its draft has not guessed.
+
+    `sampled`: what the batch of `items` gave.
+    """
+    given = iter(sampled)
+    for item in items:
+        first, *others = islice(given, 1 + len(item.draft))
+        tokens = [first]
+        for guess, drawn in zip(item.draft, others, strict=True):
+            if (before := tokens[-1]) is None or before.token_id != guess:
+                break
+            tokens.append(drawn)
+        yield tokens
+
+
+def _rows(item: WorkItem) -> Iterator[_Row]:
+    sequence, num_tokens, draft = item
+    start, num_new = sequence.num_computed_tokens, sequence.num_new_tokens
+    if not 1 <= num_tokens <= num_new:
+        raise ValueError(f"{sequence.transfer_id}: {num_tokens} tokens asked for, {num_new} are new")
+    if draft and num_tokens < num_new:
+        raise ValueError(f"{sequence.transfer_id}: a draft, but {num_new - num_tokens} tokens before it")
+    stop = start + num_tokens
+    yield _Row(sequence, start, stop, sequence.tokens_between(start, stop), ())
+    for place, token_id in enumerate(draft, 1):
+        yield _Row(sequence, stop + place - 1, stop + place, [token_id], draft[:place])
+
+
+def _sample_input(row: _Row) -> SampleInput | None:
+    sequence, sampling = row.sequence, row.sequence.sampling
+    if row.stop < sequence.num_tokens:
+        return None
+    needs_output = depends_on_output(sampling) or sequence.matcher is not None
+    return SampleInput(
+        sampling=sampling,
+        output_index=len(sequence.output_ids) + len(row.drafted),
+        prompt_ids=sequence.prompt_ids if has_penalties(sampling) else [],
+        output_ids=[*sequence.output_ids, *row.drafted] if needs_output else [],
+        matcher=sequence.matcher,
+        is_drafted=bool(row.drafted),
+    )
+
+
+def _prompt_rows(place: int, item: WorkItem, row: int) -> list[PromptRows]:
+    """What is asked of a chunk that begins in `row` of the batch."""
+    sequence, begin = item.sequence, item.sequence.num_computed_tokens
+    first = max(begin, sequence.num_scored_tokens)
+    end = min(begin + item.num_tokens, len(sequence.prompt_ids) - 1)
     if first >= end:
         return []
     token_ids = sequence.prompt_ids[first + 1 : end + 1]
-    return [PromptRows(item, row + first - begin, token_ids, sequence.sampling.num_prompt_logprobs or 0)]
+    return [PromptRows(place, row + first - begin, token_ids, sequence.sampling.num_prompt_logprobs or 0)]

@@ -46,32 +46,26 @@ class Matcher:
 
     def follow(self, output_ids: list[int], grammars: Grammars) -> LLMatcher:
         """The state after `output_ids`. Raises BadRequest if the grammar can't go on after them."""
-        # A step whose result was dropped has gone further than the sequence.
-        if self._state is None or self._num_consumed > len(output_ids):
-            self._state, self._num_consumed = grammars.matcher(self._grammar), 0
+        if self._state is None:
+            self._state = grammars.matcher(self._grammar)
         self._state.consume_tokens(output_ids[self._num_consumed :])
         self._num_consumed = len(output_ids)
         if self._state.is_error():
             raise BadRequest(f"The grammar can't be followed further: {self._state.get_error()}")
         return self._state
 
-    def ends_with(self, token_id: int) -> bool:
-        """Takes in the token after those that `follow` has seen: does the grammar allow nothing after it?"""
-        assert self._state is not None
-        self._state.consume_token(token_id)
-        self._num_consumed += 1
-        return self._state.is_stopped()
-
 
 class Masks(NamedTuple):
     """What may come next in each row of a batch.
 
     `allowed`: [rows, bytes], a bit per token id, the lowest first. A row without a grammar allows all, and so
-    does one whose grammar can't go on: `errors` says why.
+    does one whose grammar can't go on: `errors` says why. `states`: where the grammars of rows stand before
+    their token; not of rows after a guess that the grammar forbids, which never count.
     """
 
     allowed: Bits
     errors: dict[int, BadRequest]
+    states: dict[int, LLMatcher]
 
     def apply(self, logits: Tensor) -> Tensor:
         """A copy of `logits` [rows, vocab] in float32, minus infinity where a token is not allowed."""
@@ -80,16 +74,23 @@ class Masks(NamedTuple):
         penalties = embedding(allowed.int(), _penalties(logits.device)).flatten(1)
         return logits.float() + penalties[:, : logits.shape[1]]
 
-    def mark(self, inputs: list[SampleInput], sampled: list[Sampled]) -> list[Sampled]:
+    def mark(self, sampled: list[Sampled]) -> list[Sampled]:
         """The tokens, with marks on those that end their grammar and on those that have no worth."""
         return [
             one._replace(error=self.errors[row])
             if row in self.errors
-            else one._replace(ends_grammar=input.matcher.ends_with(one.token_id))
-            if input.matcher
+            else one._replace(ends_grammar=_ends(self.states[row], one.token_id))
+            if row in self.states
             else one
-            for row, (input, one) in enumerate(zip(inputs, sampled, strict=True))
+            for row, one in enumerate(sampled)
         ]
+
+
+def _ends(state: LLMatcher, token_id: int) -> bool:
+    """Whether the grammar allows nothing after the token."""
+    after = state.deep_copy()
+    after.consume_token(token_id)
+    return after.is_stopped()
 
 
 class Constraints:
@@ -116,11 +117,17 @@ class Constraints:
         states: dict[int, LLMatcher] = {}
         errors: dict[int, BadRequest] = {}
         for row, input in enumerate(inputs):
-            if input.matcher is not None:
+            if input.matcher is None:
+                continue
+            if not input.is_drafted:
                 try:
                     states[row] = input.matcher.follow(input.output_ids, self._grammars)
                 except BadRequest as error:
                     errors[row] = error
+            elif before := states.get(row - 1):
+                state = before.deep_copy()
+                if state.try_consume_tokens(input.output_ids[-1:]):
+                    states[row] = state
         allowed = np.full((len(inputs), self._num_bytes), 0xFF, np.uint8)
         found = self._compute(list(states.values()))
         for (row, state), bits in zip(states.items(), found, strict=True):
@@ -135,7 +142,7 @@ class Constraints:
                 self._leave_out_stops(allowed[row], inputs[row])
         for row in errors:
             allowed[row] = 0xFF
-        return Masks(allowed, errors)
+        return Masks(allowed, errors, states)
 
     def _compute(self, states: list[LLMatcher]) -> Bits:
         """[states, bytes] in the order of `states`."""

@@ -46,9 +46,9 @@ MAX_PROMPT_LOGITS = 2**22
 
 
 class Result(NamedTuple):
-    """What a step gives: per item its new token, or None if its last token was not reached.
+    """What a step gives: per item of the batch its new token, or None if its last token was not reached.
 
-    `prompt_logprobs`: by an item's place, of the tokens of its `PromptRows`.
+    `prompt_logprobs`: by a work item's place, of the tokens of its `PromptRows`.
     """
 
     sampled: list[Sampled | None]
@@ -131,7 +131,7 @@ class Runner:
             if isinstance(error, torch.AcceleratorError) or str(error).startswith("Triton Error [CUDA]"):
                 raise DeviceLost(str(error).partition("\n")[0]) from error
             raise
-        results = iter(masks.mark(inputs, sampled) if masks else sampled)
+        results = iter(masks.mark(sampled) if masks else sampled)
         return Result([None if input is None else next(results) for input in batch.samples], scored)
 
     def _logits(self, batch: PackedBatch) -> Tensor:

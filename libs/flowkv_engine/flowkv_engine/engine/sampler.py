@@ -39,6 +39,7 @@ class SampleInput:
     prompt_ids: list[int]
     output_ids: list[int]
     matcher: Matcher | None = None  # of the sequence's grammar
+    is_drafted: bool = False  # the last of `output_ids` is a guess; without it, it is the input before
 
 
 class Sampled(NamedTuple):
