@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from flowkv_common.aio import running
@@ -49,6 +50,26 @@ async def test_a_step_whose_tokens_are_more_than_a_message_takes_is_sent_in_seve
     assert whole == ["r0.0", "r1.0", "r2.0"]
     assert len(parts) == 4
     assert [tid for part in parts for tid in part] == [f"r{number}.0" for number in range(20)]
+
+
+async def test_tokens_of_one_attempt_that_follow_each_other_go_out_as_one_chunk(
+    nats_server: NatsServer,
+) -> None:
+    got: asyncio.Queue[StepTokens] = asyncio.Queue()
+    async with connect(nats_server.url, name="test") as bus:
+        async with await bus.subscribe(subjects.tokens("g"), StepTokens, got.put):
+            outbox = Outbox(bus, NodeRef(node_id="n", incarnation="1"), Attempts())
+            for index, finish_reason in ((4, None), (5, None), (6, "length")):
+                each = msgspec.structs.replace(chunk(0, 1), index=index, finish_reason=finish_reason)
+                outbox.add_chunk("g", each)
+            outbox.add_chunk("g", chunk(1, num_logprobs=0))
+            outbox.add_failure("g", "r1.0", Full("no room"))
+            await outbox.flush()
+            first, second, failure = (await asyncio.wait_for(got.get(), 5)).chunks
+    assert (first.index, first.token_ids, len(first.logprobs)) == (4, [1, 1, 1], 3)
+    assert first.finish_reason == "length"
+    assert second == chunk(1, num_logprobs=0)
+    assert failure.error is not None
 
 
 @pytest.fixture

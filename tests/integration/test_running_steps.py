@@ -59,9 +59,10 @@ class Computing:
     engine: HeldEngine
     steps: asyncio.Task[None]
 
-    async def accept(self) -> str:
+    async def accept(self, max_tokens: int = 8) -> str:
         """Returns the transfer id."""
-        run: PrefillRun = msgspec.structs.replace(self.pair.run(PROMPT), decode=self.side.node.ref)
+        asked = self.pair.run(PROMPT, max_tokens=max_tokens)
+        run: PrefillRun = msgspec.structs.replace(asked, decode=self.side.node.ref)
         await self.side.prefill.accept(run)
         return transfer_id(run.request_id, run.attempt)
 
@@ -107,6 +108,22 @@ async def test_the_others_of_a_step_get_their_tokens(computing: Computing) -> No
     side.node.attempts.cancel(second)
     engine.end_step()
     await until(lambda: {chunk.transfer_id for chunk in computing.pair.chunks} == {first, third})
+
+
+async def test_right_guesses_are_tokens_of_one_chunk(computing: Computing) -> None:
+    engine, pair = computing.engine, computing.pair
+    await computing.accept(max_tokens=64)
+    num_steps = 0
+    while not pair.chunks or len(pair.chunks[-1].token_ids) == 1:  # it learns what steps cost first
+        num_steps += 1
+        await engine.begun(num_steps)
+        engine.end_step()
+    *before, guessed = pair.chunks
+    assert [chunk.index for chunk in pair.chunks] == list(range(len(pair.chunks)))
+    assert all(chunk.token_ids == [FIRST_TOKEN] for chunk in before)
+    drafted = [len(batch.samples) for batch, _ in engine.steps]
+    assert len(guessed.token_ids) == next(number for number in drafted if number > 1)
+    assert set(guessed.token_ids) == {FIRST_TOKEN}
 
 
 async def test_blocks_that_a_lost_device_may_write_are_never_free(computing: Computing) -> None:

@@ -147,7 +147,9 @@ def test_preempted_sequences_are_computed_before_prompts() -> None:
         return Sequence(name, "g", [1] * 32, [], SamplingParams(max_tokens=8), deadline=0.0)
 
     def role(*waiting: Sequence) -> Any:
-        return SimpleNamespace(sequences_to_prefill=lambda: waiting, sequences_to_decode=list)
+        return SimpleNamespace(
+            sequences_to_prefill=lambda: waiting, sequences_to_decode=list, drafts=lambda running: running
+        )
 
     prompt, preempted = sequence("prompt"), sequence("preempted")
     node: Any = SimpleNamespace(

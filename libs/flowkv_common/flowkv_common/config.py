@@ -149,6 +149,9 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     kv_dtype: Annotated[DType, "of the KV cache; auto: that of the weights"] = "auto"
     token_budget: Annotated[Tokens, "tokens per engine step"] = 512
     max_num_seqs: Annotated[int, "sequences that decode at once"] = 64
+    speculation: Annotated[
+        Literal["off", "ngram"], "ngram: steps also guess tokens where text repeats; the answers are the same"
+    ] = "ngram"
     connectors: Annotated[
         str, "how KV moves, in order of preference; empty: shm,tcp, on a GPU cuda_ipc,nccl"
     ] = ""

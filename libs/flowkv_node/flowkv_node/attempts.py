@@ -14,6 +14,8 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import msgspec
+
 from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import DeadlineExceeded, FlowKVError, Stale, TooLarge, Unavailable
 from flowkv_common.wire import subjects
@@ -129,7 +131,17 @@ class Outbox:
         self._misses: defaultdict[str, int] = defaultdict(int)  # keepalives in a row that found nobody
 
     def add_chunk(self, gateway_id: str, chunk: TokenChunk) -> None:
-        self._chunks[gateway_id].append(chunk)
+        """Output that goes on where the last chunk has ended becomes one with it."""
+        chunks = self._chunks[gateway_id]
+        last = chunks[-1] if chunks and chunk.token_ids else None
+        if last and (last.transfer_id, last.index + len(last.token_ids)) == (chunk.transfer_id, chunk.index):
+            chunk = msgspec.structs.replace(
+                chunks.pop(),
+                token_ids=last.token_ids + chunk.token_ids,
+                logprobs=last.logprobs + chunk.logprobs,
+                finish_reason=chunk.finish_reason,
+            )
+        chunks.append(chunk)
 
     def add_failure(self, gateway_id: str, transfer_id: str, error: FlowKVError) -> None:
         """The attempt has failed here; what was sent before stays good."""

@@ -66,6 +66,7 @@ class Instruments:
         self.prefill_tokens_per_s = 0.0
         self.decode_step_s = 0.0
         self.step_fitter = StepFitter()
+        self.step_sizes = StepSizes()
         self._labels = mine = {"model_name": model_name, "node_id": node_id}
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -95,6 +96,9 @@ class Instruments:
         self._step_tokens = steps.labels(**mine)
         self.preemptions = preemptions.labels(**mine)
         self.chunk_budget_changes = changes.labels(**mine)
+        drafted = counter("vllm:spec_decode_num_draft_tokens", "Tokens guessed and computed")
+        accepted = counter("vllm:spec_decode_num_accepted_tokens", "Of those, right ones")
+        self._drafted, self._accepted = drafted.labels(**mine), accepted.labels(**mine)
         self.handoffs = {result: handoffs.labels(result=result, **mine) for result in HANDOFF_RESULTS}
 
         def seconds(name: str, text: str) -> Histogram:
@@ -117,11 +121,20 @@ class Instruments:
         """One engine step: what it computed, and how long it took."""
         total = counts.num_prefill_tokens + counts.num_sequences
         self._step_tokens.observe(total)
+        if not counts.num_prefill_tokens:
+            predicted_s = self.step_fitter.predict(counts)
+            self.step_sizes.observe(counts.num_sequences, duration_s, predicted_s)
         self.step_fitter.observe(counts, duration_s)
         if not counts.num_prefill_tokens:
             self.decode_step_s = _smooth(self.decode_step_s, duration_s)
         elif total >= 16:
             self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, total / duration_s)
+
+    def observe_draft(self, num_drafted: int, num_accepted: int) -> None:
+        """What a step has guessed of a sequence, and how much of it was right."""
+        if num_drafted:
+            self._drafted.inc(num_drafted)
+            self._accepted.inc(num_accepted)
 
     def expected_step_s(self, counts: StepCounts) -> float | None:
         """What such a step should take; None until there were enough steps like it to tell."""
@@ -148,15 +161,21 @@ class StepCounts(NamedTuple):
 
     num_prefill_tokens: int
     num_attended: int  # pairs of a prompt token and a token that it attends to, itself included
-    num_sequences: int  # decoding: one token each
+    num_sequences: int  # decoding: one token each, and guesses
     num_context_tokens: int  # in the KV caches of those
 
     @classmethod
     def of(cls, items: Iterable[WorkItem]) -> StepCounts:
-        """Of a step that is about to run. One token counts as decoded, for either role; more are a prompt."""
+        """Of a step that is about to run. One token counts as decoded, for either role; more are a prompt.
+
+        A guess counts as a sequence: it costs as much.
+        """
         num_prefill_tokens = attended = num_sequences = num_context_tokens = 0
-        for sequence, num_tokens in items:
+        for sequence, num_tokens, draft in items:
             num_before = sequence.num_computed_tokens
+            for place in range(len(draft)):
+                num_sequences += 1
+                num_context_tokens += num_before + num_tokens + place
             if num_tokens == 1:
                 num_sequences += 1
                 num_context_tokens += num_before
@@ -216,6 +235,32 @@ class StepFitter:
             return None
         costs = (cost / scale for cost, scale in zip(self._costs, _SCALES, strict=True))
         return StepFit(**dict(zip(StepFit.__struct_fields__, costs, strict=True)))
+
+
+class StepSizes:
+    """How far decode steps of so many tokens are off the fit: kernels take rows in tiles, a fit has lines.
+
+    Pure. What was not seen for long counts as the fit says, so that one bad time is not for ever.
+    """
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+        self._seen: dict[int, tuple[float, int]] = {}  # by size: times the fit, and at which step
+
+    def observe(self, size: int, duration_s: float, predicted_s: float) -> None:
+        self._num_steps += 1
+        if predicted_s > 0.0:
+            # A step that was held up says little of its size.
+            times = min(duration_s / predicted_s, 2.0)
+            self._seen[size] = _smooth(self._times(size), times), self._num_steps
+
+    def correct(self, size: int, predicted_s: float) -> float:
+        """Seconds of such a step, of which the fit says `predicted_s`."""
+        return predicted_s * self._times(size)
+
+    def _times(self, size: int) -> float:
+        times, seen_at = self._seen.get(size, (1.0, 0))
+        return float(1.0 + (times - 1.0) * (1.0 - 1.0 / MEMORY_STEPS) ** (self._num_steps - seen_at))
 
 
 def _features(counts: StepCounts) -> tuple[float, ...]:

@@ -94,6 +94,9 @@ class DecodingRole(Role, Protocol):
     def sequences_to_decode(self) -> list[Sequence]:
         """Those that get a token in the next step, with a block for it."""
 
+    def drafts(self, sequences: list[Sequence]) -> list[tuple[int, ...]]:
+        """What the next step guesses of each of these, within its blocks."""
+
     def adopt(self, sequence: Sequence) -> None:
         """Run a sequence that comes with its blocks, from the other role of this node."""
 

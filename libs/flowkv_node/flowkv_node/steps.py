@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterable
 
 from flowkv_common.errors import Internal
-from flowkv_engine.engine.batch import Sequence, WorkItem, pack
+from flowkv_engine.engine.batch import Sequence, WorkItem, pack, tokens_that_count
 from flowkv_engine.engine.runner import DeviceLost, Engine, Result
+from flowkv_engine.engine.sampler import Sampled
 from flowkv_node.measures import StepCounts
 from flowkv_node.node import Node, Role
 
@@ -31,12 +32,17 @@ async def run_steps(node: Node, engine: Engine) -> None:
 
 
 def plan_step(node: Node) -> Work:
-    """One token of each running sequence, then prompt chunks under the prefill chunk budget.
+    """One token and the guesses of each running sequence, then prompt chunks under the chunk budget.
 
     Those of preempted sequences first: their clients have seen output.
     """
-    work: Work = [(node.decode, WorkItem(sequence, 1)) for sequence in node.decode.sequences_to_decode()]
-    room = min(node.settings.token_budget - len(work), node.max_prefill_tokens_per_step)
+    running = node.decode.sequences_to_decode()
+    drafts = node.decode.drafts(running)
+    work: Work = [
+        (node.decode, WorkItem(sequence, 1, draft)) for sequence, draft in zip(running, drafts, strict=True)
+    ]
+    num_decoded = len(work) + sum(map(len, drafts))
+    room = min(node.settings.token_budget - num_decoded, node.max_prefill_tokens_per_step)
     # At least one block: prompts always proceed, also those of preempted sequences.
     room = max(room, node.settings.block_size)
     for role in (node.decode, node.prefill):
@@ -90,11 +96,20 @@ async def _run_step(node: Node, engine: Engine, work: Work) -> None:
     node.instruments.observe_step(counts, time.monotonic() - began)
     for place, logprobs in result.prompt_logprobs.items():
         node.prefill.add_prompt_logprobs(items[place].sequence, logprobs)
-    for (role, item), sampled in zip(work, result.sampled, strict=True):
-        if item.sequence.block_table:  # else it was cancelled during the step
-            item.sequence.num_computed_tokens += item.num_tokens
-            node.commit_computed(item.sequence)
-            if sampled and sampled.error:
-                role.fail(item.sequence, sampled.error)
-            else:
-                role.apply(item.sequence, sampled)
+    for (role, item), tokens in zip(work, tokens_that_count(items, result.sampled), strict=True):
+        node.instruments.observe_draft(len(item.draft), len(tokens) - 1)
+        _apply(node, role, item.sequence, item.num_tokens, tokens[0])
+        for sampled in tokens[1:]:
+            _apply(node, role, item.sequence, 1, sampled)
+
+
+def _apply(node: Node, role: Role, sequence: Sequence, num_tokens: int, sampled: Sampled | None) -> None:
+    """The step has computed so many more tokens of `sequence`."""
+    if not sequence.block_table:  # it was cancelled during the step, or has ended with a token before
+        return
+    sequence.num_computed_tokens += num_tokens
+    node.commit_computed(sequence)
+    if sampled and sampled.error:
+        role.fail(sequence, sampled.error)
+    else:
+        role.apply(sequence, sampled)

@@ -27,6 +27,7 @@ from flowkv_common.wire.messages import (
     TokenLogprob,
     transfer_id,
 )
+from flowkv_decode.drafts import Drafts
 from flowkv_engine.engine.batch import Sequence
 from flowkv_engine.engine.sampler import Sampled
 from flowkv_engine.kv.blocks import GROWTH_ROOM, OutOfBlocks
@@ -59,6 +60,7 @@ class DecodeRole:
         self._waiting: deque[Sequence] = deque()
         self._outputs = Outputs()
         self._lengths = OutputLengths()
+        self._drafts = Drafts()
 
     def endpoints(self) -> list[Endpoint]:
         return [
@@ -199,6 +201,34 @@ class DecodeRole:
                     self._preempt(self._running[-1])
         return [sequence for sequence in self._running if not sequence.is_prefilling]
 
+    def drafts(self, sequences: list[Sequence]) -> list[tuple[int, ...]]:
+        """What the next step guesses of each of these: to the end of its last block, so none takes blocks.
+
+        A guess takes a place in the batch: a full one has none.
+        """
+        node, num_sequences = self._node, len(sequences)
+        most, fit = node.settings.max_num_seqs - num_sequences, node.instruments.step_fitter.fit()
+        if node.settings.speculation == "off" or not sequences or most <= 0 or fit is None:
+            return [()] * num_sequences
+        mean_context = sum(sequence.num_tokens for sequence in sequences) / num_sequences
+        each_s = fit.sequence_s + fit.context_token_s * mean_context
+
+        def cost_s(num_guesses: int) -> float:
+            size = num_sequences + num_guesses
+            return node.instruments.step_sizes.correct(size, fit.base_s + size * each_s)
+
+        longest = [self._longest_draft(sequence) for sequence in sequences]
+        return self._drafts.choose(sequences, longest, most, cost_s)
+
+    def _longest_draft(self, sequence: Sequence) -> int:
+        """Tokens that may be guessed: each has a slot, and may still come before the last one."""
+        num_tokens, sampling = sequence.num_tokens, sequence.sampling
+        return min(
+            len(sequence.block_table) * self._block_size - num_tokens,
+            sampling.max_tokens - len(sequence.output_ids) - 1,
+            self._node.card.max_model_len - num_tokens - 1,
+        )
+
     def sequences_to_prefill(self) -> list[Sequence]:
         """Those that lost their KV to a preemption, oldest first."""
         return [sequence for sequence in self._running if sequence.is_prefilling]
@@ -267,6 +297,7 @@ class DecodeRole:
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
         self._outputs.end(sequence.transfer_id)
+        self._drafts.forget(sequence.transfer_id)
         self._node.free_blocks(sequence)
         self._node.wake.set()
 
