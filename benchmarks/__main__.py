@@ -24,6 +24,7 @@ BENCHMARKS = {
     "Over HTTP": {
         "serving": "throughput and latency beside vLLM, and what the services cost",
         "disturbed": "chats beside long prompts: 1P1D, and one node's chunk sizes; --device cuda: on one GPU",
+        "speculation": "guessed tokens on and off, where answers copy and where they don't",
         "disconnects": "how long blocks stay held after a client has left",
         "load": "an open loop of load for any cluster that runs",
     },
