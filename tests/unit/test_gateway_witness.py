@@ -89,6 +89,21 @@ def test_gaps_are_those_between_tokens_of_the_decode_node(witness: Witness) -> N
     assert tell(witness, 3.0) == {}
 
 
+@pytest.mark.parametrize(("left_at", "num_gaps"), [(0.4, 0), (0.6, 1)])
+def test_a_sequence_that_goes_on_elsewhere_has_waited_in_vain(
+    witness: Witness, left_at: float, num_gaps: int
+) -> None:
+    """It counts if that was longer than the gap before."""
+    for node_id, at in (("p", 0.1), ("d", 0.3), ("d", 0.375)):
+        assert witness.last_gap_s(FIRST) == 0.0
+        witness.add_tokens(FIRST, node_id, 1, at)
+    assert witness.last_gap_s(FIRST) == pytest.approx(0.075)
+    tell(witness, 0.375)
+    witness.end(FIRST, left_at, goes_on=True)
+    seen = tell(witness, left_at)
+    assert [one.num_gaps for one in seen.values()] == [1] * num_gaps
+
+
 def test_the_same_node_for_both_halves(witness: Witness) -> None:
     witness.begin(SECOND, assignment(prefill=D), 0.0)
     for at in (0.2, 0.3, 0.4):

@@ -308,7 +308,6 @@ class TokenStream:
         """`due_in_s`: when its first token is expected."""
         self.expected = expected
         self.due_at = time.monotonic() + due_in_s  # the first token; then when the last one came
-        self.gap_s = 0.0  # between the last two; 0: fewer have come
         self.may_move_at = 0.0  # not asked for sooner
         self.due: asyncio.Queue[TokenChunk] = asyncio.Queue()  # in order
         self.heard_at = time.monotonic()  # the last sign of life, token or keepalive
@@ -316,7 +315,7 @@ class TokenStream:
         self.failed_at: str | None = None  # the node that sent an error
         self.is_running = False  # a node works at it, as far as its keepalives tell: they come once a second
         self._held: list[TokenChunk] = []  # by index, all beyond `expected`
-        self._has_token = self._has_ended = False
+        self._has_ended = False
 
     def add_chunk(self, chunk: TokenChunk, node_id: str) -> None:
         """Take a chunk that `node_id` has sent.
@@ -328,8 +327,7 @@ class TokenStream:
         if chunk.error is not None:
             self.failed_at = node_id
         if chunk.token_ids:
-            self.gap_s = self.heard_at - self.due_at if self._has_token else 0.0
-            self.due_at, self._has_token = self.heard_at, True
+            self.due_at = self.heard_at
         if not (self._has_ended or chunk in self._held):
             bisect.insort(self._held, chunk, key=lambda held: (held.index, _is_last(held)))
         # Give out what nothing is missing before, without tokens that were given out already.
@@ -536,7 +534,7 @@ class Dispatch:
             avoid=sorted(request.avoid | doubted),
             runs_on=request.decode_node,
             overdue_s=max(0.0, now - stream.due_at),
-            gap_s=stream.gap_s,
+            gap_s=self.witness.last_gap_s(request.transfer_id),
         )
         try:
             answer = await self._bus.request(
@@ -570,7 +568,7 @@ class Dispatch:
             raise
         finally:
             del self.streams[request.transfer_id]
-            self.witness.end(request.transfer_id, time.monotonic())
+            self.witness.end(request.transfer_id, time.monotonic(), goes_on=goes_on)
             if not request.is_finished:
                 reason = "it goes on elsewhere" if goes_on else "not wanted any more"
                 cancel = Cancel(transfer_id=request.transfer_id, reason=reason, goes_on=goes_on)

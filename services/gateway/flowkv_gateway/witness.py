@@ -23,6 +23,7 @@ class _Attempt:
     began_at: float
     promise_s: float | None  # until its first token; None: nothing more is expected of prefill
     token_at: float | None = None  # the last token from decode; None: none is expected now
+    gap_s: float = 0.0  # before that token
 
 
 @dataclass(slots=True)
@@ -65,9 +66,15 @@ class Witness:
             return
         node = self._nodes[attempt.decode]
         if attempt.token_at is not None:
+            attempt.gap_s = now - attempt.token_at
             node.num_gaps += num_tokens
-            node.gaps_s += now - attempt.token_at
+            node.gaps_s += attempt.gap_s
         attempt.token_at = node.token_at = now
+
+    def last_gap_s(self, transfer_id: str) -> float:
+        """Between the last two tokens from decode; 0 if fewer have come."""
+        attempt = self._attempts.get(transfer_id)
+        return attempt.gap_s if attempt else 0.0
 
     def pause(self, transfer_id: str) -> None:
         """By a keepalive the node does not work at the attempt: it has been preempted."""
@@ -79,10 +86,18 @@ class Witness:
         if attempt := self._attempts.get(transfer_id):
             attempt.promise_s = None
 
-    def end(self, transfer_id: str, now: float) -> None:
-        """The attempt is over. A promise that is overdue counts as kept now, no sooner."""
+    def end(self, transfer_id: str, now: float, *, goes_on: bool = False) -> None:
+        """The attempt is over. A promise that is overdue counts as kept now, no sooner.
+
+        The same for the next token of one that `goes_on` elsewhere, if that was longer than the one before.
+        """
         attempt = self._attempts.pop(transfer_id, None)
-        if attempt is None or attempt.promise_s is None:
+        if attempt is None:
+            return
+        if goes_on and attempt.token_at is not None and now - attempt.token_at > attempt.gap_s > 0.0:
+            self._nodes[attempt.decode].num_gaps += 1
+            self._nodes[attempt.decode].gaps_s += now - attempt.token_at
+        if attempt.promise_s is None:
             return
         if now - attempt.began_at > attempt.promise_s:
             self._settle(attempt, attempt.promise_s, now)

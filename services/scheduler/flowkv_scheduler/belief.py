@@ -18,6 +18,10 @@ from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 # seconds later, and eight prompts show that it has recovered.
 MEMORY_S = 3.0
 MEMORY_OUTCOMES = 8.0
+# A node that is slow again when it is tried is trusted only after twice the time, up to four times: each try
+# costs a request. One that has recovered gets work within half a minute.
+LONGEST_MEMORY_S = 4 * MEMORY_S
+SLOW_AGAIN = 2.0
 # A first token, or a decode step, that is late by no more than this says little: a busy host delays messages.
 PROMPT_SLACK_S = 0.1
 STEP_SLACK_S = 0.01
@@ -26,7 +30,7 @@ SHORTEST_STALL_S = 0.25
 # What a gateway said of a stall holds for so long: it says so four times a second, and may be dead.
 STALL_HOLDS_S = 1.0
 # By then less than a thousandth of any evidence is left.
-FORGET_AFTER_S = 8 * MEMORY_S
+FORGET_AFTER_S = 8 * LONGEST_MEMORY_S
 # Slowness is told in steps of this factor: what differs by less does not change a choice.
 SLOWNESS_STEP = 1.25
 
@@ -72,12 +76,18 @@ class Record:
         self._promised_s = 0.0
         self._taken_s = 0.0
         self._at = -math.inf
+        self._memory_s = MEMORY_S  # until what came by `_at` has lost its weight
         # By gateway that waits for something: when it said so, and for how long nothing has come.
         self._stalls: dict[str, tuple[float, float]] = {}
 
     def add_outcomes(self, num: int, promised_s: float, taken_s: float, now: float) -> None:
         """So many more, with the sums of their seconds."""
-        keep = self._share_left(now) * max(0.0, 1.0 - num / MEMORY_OUTCOMES)
+        slack_s = num * self._slack_s
+        if taken_s + slack_s < SLOW_AGAIN * (promised_s + slack_s):
+            self._memory_s = MEMORY_S
+        elif 0.0 < self._share_left(now, self._memory_s) < 0.5:
+            self._memory_s = min(2 * self._memory_s, LONGEST_MEMORY_S)
+        keep = self._share_left(now, MEMORY_S) * max(0.0, 1.0 - num / MEMORY_OUTCOMES)
         share = min(1.0, MEMORY_OUTCOMES / num)
         self._num = keep * self._num + share * num
         self._promised_s = keep * self._promised_s + share * promised_s
@@ -101,7 +111,7 @@ class Record:
             return 1.0
         slack_s = self._num * self._slack_s
         ratio = (self._taken_s + slack_s) / (self._promised_s + slack_s)
-        num = self._num if is_tried else self._share_left(now) * self._num
+        num = self._num if is_tried else self._share_left(now, self._memory_s) * self._num
         return max(1.0, (num * ratio + 1.0) / (num + 1.0))
 
     def stall_s(self, now: float) -> float:
@@ -112,8 +122,8 @@ class Record:
         stalled_s = min(lately, default=0.0)
         return stalled_s if stalled_s > SHORTEST_STALL_S else 0.0
 
-    def _share_left(self, now: float) -> float:
-        return math.exp((self._at - now) / MEMORY_S)
+    def _share_left(self, now: float, memory_s: float) -> float:
+        return math.exp((self._at - now) / memory_s)
 
 
 class _Evidence:

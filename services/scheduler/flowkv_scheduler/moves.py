@@ -29,8 +29,8 @@ def why_stay(
     """Why the attempt stays on its decode `node`; None if it ends sooner on the pair of `choice`.
 
     A wait that has lasted is taken to last as long again: so a move that turns out to be for nothing costs no
-    more than what was waited for. A step there is as long as the node is slow, but no longer than the request
-    itself has seen: the node may have recovered.
+    more than what was waited for. A step there takes as long as is believed, but no longer than the request's
+    own last gap: the node may have recovered.
     """
     prefill, decode = choice.prefill, choice.decode
     serves = decode.may_decode and (prefill.may_prefill or prefill is decode)
@@ -38,8 +38,7 @@ def why_stay(
         return "there are no others of their sides"
     if node is None:
         return "nothing is known of its node"
-    seen_s = max(node.own_step_s, request.gap_s, request.overdue_s)
-    step_s = min(seen_s, node.own_step_s * node.doubt.slowness)
+    step_s = min(max(node.own_step_s, request.gap_s), node.own_step_s * node.doubt.slowness)
     num_left = expected_tokens(request.max_new_tokens, 1.0 / lengths.mean_of(request.num_prompt_tokens))
     stay_s = request.overdue_s + num_left * step_s
     go_s = choice.predicted_s + num_left * decode.step_s

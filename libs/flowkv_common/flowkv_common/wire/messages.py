@@ -240,7 +240,7 @@ class ScheduleRequest(Message, frozen=True):
     # The decode node of the attempt before, while that still runs: a pair is the answer only if a move pays.
     runs_on: str = ""
     overdue_s: Amount = 0.0  # nothing has come of it for so long, from when its next token was due
-    gap_s: Amount = 0.0  # between its last two tokens; 0: fewer have come
+    gap_s: Amount = 0.0  # between the last two tokens from that node; 0: fewer have come
 
 
 class Assignment(Message, frozen=True):
