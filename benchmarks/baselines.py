@@ -126,7 +126,8 @@ def one_node(costs: RequestCosts) -> Choice | None:
         step_s += node.speed.beside_s(held.num_sequences, held.context_tokens)
         return not node.num_sequences or step_s <= costs.goals.itl_s or not costs.must_meet_itl(node)
 
-    able = [node for node in costs.state.usable(costs.now) if costs.takes_sequence(node)]
+    members = (node for group in costs.groups for node in group.members.values())
+    able = filter(costs.takes_sequence, members)
     roomy = [costs.prefill_cost(node) for node in able if has_room(node)]
     if not roomy:
         return None

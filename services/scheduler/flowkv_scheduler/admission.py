@@ -35,8 +35,10 @@ WAIT_ERROR = 1.5
 LESS_URGENT_SHARE = 0.5
 # Without a live node of the model a request is refused when it is so old: one may be about to start.
 NO_NODE_AGE_S = 10.0
-# Of many nodes so many are asked when they will have room; room is kept at so many, for so many requests.
+# Of many nodes so many are asked when they will have room; so many others for a request that stands at one and
+# asks again. Room is kept at so many, for so many requests.
 NUM_FORESEEN = 16
+NUM_FORESEEN_AGAIN = 4
 NUM_KEPT_AT = 64
 NUM_KEPT_FOR = 64
 # How soon a request that waits for room asks again.
@@ -104,7 +106,7 @@ class _Line(NamedTuple):
     need: Work  # of all of them
 
 
-_Lines = dict[tuple[str, Rank], _Line]
+_Lines = dict[str, dict[Rank, _Line]]  # by node, or by model
 
 
 class WaitingQueue:
@@ -118,7 +120,7 @@ class WaitingQueue:
         self._ttft_goal_s = ttft_goal_s
         self._waiters: dict[str, Waiter] = {}
         self._in_order: SortedDict = SortedDict()  # place -> waiter
-        # A line for each rank: all of a later one come behind it, whatever they need.
+        # Lines by rank: all of a later one come behind it, whatever they need.
         self._at_nodes: _Lines = {}
         self._of_models: _Lines = {}
         self._ends: SortedDict = SortedDict()  # (until, request id) -> None
@@ -150,12 +152,12 @@ class WaitingQueue:
 
     def num_batch(self, fingerprint: str) -> int:
         """Requests of the class `batch` that wait for the model."""
-        line = self._of_models.get((fingerprint, Rank.BATCH))
+        line = self._of_models.get(fingerprint, {}).get(Rank.BATCH)
         return len(line.places) if line else 0
 
     def has_others(self, fingerprint: str) -> bool:
         """Whether requests of no such class wait for the model."""
-        return any((fingerprint, rank) in self._of_models for rank in Rank if rank is not Rank.BATCH)
+        return any(rank is not Rank.BATCH for rank in self._of_models.get(fingerprint, {}))
 
     def is_late_overdue(self, now: float) -> bool:
         """Whether the first of the late requests was to have its first token by now.
@@ -192,11 +194,14 @@ class WaitingQueue:
     def _work_before(self, lines: _Lines, key: str, place: Place) -> Work:
         """The need of those before it: as many as there are, of the mean of all of their line."""
         own, work = self._waiters.get(place.request_id), NOTHING
-        for line in filter(None, (lines.get((key, rank)) for rank in Rank)):
+        for rank, line in lines.get(key, {}).items():
+            if rank > place.rank:
+                continue
             num = line.places.bisect_left(place)
             if own is not None and own.place < place and own.place in line.places:
                 num -= 1
-            work = work.plus(line.need.share(num, len(line.places)))
+            if num:
+                work = work.plus(line.need.share(num, len(line.places)))
         return work
 
     def add_waiter(self, request: ScheduleRequest, later: Later, now: float) -> None:
@@ -216,16 +221,13 @@ class WaitingQueue:
         self._waiters[request.request_id] = self._in_order[place] = waiter
         self._ends[until, request.request_id] = None
         for lines, key in self._lines_of(waiter):
-            line = lines.get(key, _Line(SortedList(), NOTHING))
+            by_rank = lines.setdefault(key, {})
+            line = by_rank.get(place.rank, _Line(SortedList(), NOTHING))
             line.places.add(place)
-            lines[key] = line._replace(need=line.need.plus(need))
+            by_rank[place.rank] = line._replace(need=line.need.plus(need))
 
-    def _lines_of(self, waiter: Waiter) -> tuple[tuple[_Lines, tuple[str, Rank]], ...]:
-        rank = waiter.place.rank
-        return (
-            (self._at_nodes, (waiter.node_id, rank)),
-            (self._of_models, (waiter.request.fingerprint, rank)),
-        )
+    def _lines_of(self, waiter: Waiter) -> tuple[tuple[_Lines, str], ...]:
+        return (self._at_nodes, waiter.node_id), (self._of_models, waiter.request.fingerprint)
 
     def forget(self, request_id: str) -> None:
         """It has got its pair, or was refused."""
@@ -235,10 +237,12 @@ class WaitingQueue:
         del self._in_order[waiter.place]
         del self._ends[waiter.until, request_id]
         for lines, key in self._lines_of(waiter):
-            line = lines.pop(key)
+            line = lines[key].pop(waiter.place.rank)
             line.places.remove(waiter.place)
             if line.places:
-                lines[key] = line._replace(need=line.need.plus(waiter.need, -1))
+                lines[key][waiter.place.rank] = line._replace(need=line.need.plus(waiter.need, -1))
+            elif not lines[key]:
+                del lines[key]
 
     def forget_gone(self, now: float) -> None:
         """Those that should have asked again and have not."""
@@ -420,9 +424,7 @@ def room_kept(queue: WaitingQueue, place: Place, costs: RequestCosts) -> dict[st
     if not queue:
         return kept
     roomiest = itertools.chain.from_iterable(
-        itertools.islice(group.roomiest.values(), NUM_KEPT_AT)
-        or itertools.islice(group.members.values(), NUM_KEPT_AT)
-        for group in costs.groups
+        itertools.islice(group.roomiest.values(), NUM_KEPT_AT) for group in costs.groups
     )
     open_nodes = {
         node.node_id: node for node in roomiest if node.is_usable(costs.now) and _is_open(node, NOTHING)
@@ -439,11 +441,18 @@ def room_kept(queue: WaitingQueue, place: Place, costs: RequestCosts) -> dict[st
         need = other.need
         if not need.num_sequences:  # none was told to one that found no node
             need = next(iter(open_nodes.values())).need_of(request, costs.lengths)
-        for one in [own, *open_nodes.values()] if own else open_nodes.values():
+        others_costs: RequestCosts | None = None
+        for one in itertools.chain((own,) if own else (), open_nodes.values()):
             # Most often there are too few blocks.
-            if need.num_blocks <= free[one.node_id] and _could_take(
-                one, request, kept.get(one.node_id, NOTHING), costs
-            ):
+            if need.num_blocks > free[one.node_id] or one.node_id in request.avoid:
+                continue
+            if not one.can_ever_hold(request):
+                continue
+            # It has the blocks without those that it would find cached.
+            others_costs = others_costs or RequestCosts(
+                request, costs.state, costs.cluster_goals, costs.now, hits=NO_HITS
+            )
+            if others_costs.may_slow(one, kept.get(one.node_id, NOTHING)):
                 node = one
                 break
         if node is None:
@@ -459,15 +468,6 @@ def room_kept(queue: WaitingQueue, place: Place, costs: RequestCosts) -> dict[st
 def _is_open(node: NodeView, held: Work) -> bool:
     """Is there a block and a place left, beside `held`?"""
     return node.num_available_blocks > held.num_blocks and node.num_missing_places(held) <= 0
-
-
-def _could_take(node: NodeView, other: ScheduleRequest, held: Work, costs: RequestCosts) -> bool:
-    """Would a node that has the blocks take a waiting request, beside `held`, if it asked now?"""
-    if node.node_id in other.avoid or not node.can_ever_hold(other):
-        return False
-    # It has the blocks without those that it would find cached.
-    others_costs = RequestCosts(other, costs.state, costs.cluster_goals, costs.now, hits=NO_HITS)
-    return others_costs.joins_batch(node, held)
 
 
 # --- predicted waits -------------------------------------------------------------------------------
@@ -505,7 +505,7 @@ def foresee_room(costs: RequestCosts, queue: WaitingQueue, place: Place) -> Late
     request, own = costs.request, queue.node_of(costs.request.request_id)
     nodes: list[NodeView] = []
     for group in costs.groups:
-        seen = _spread(group.decode, request.request_id)
+        seen = _spread(group.decode, request, NUM_FORESEEN_AGAIN if own else NUM_FORESEEN)
         if seen and (view := costs.state.view(own)) and view.group == seen[0].group and view not in seen:
             seen.append(view)
         nodes += filter(costs.takes_sequence, seen)
@@ -529,19 +529,19 @@ def foresee_room(costs: RequestCosts, queue: WaitingQueue, place: Place) -> Late
     return Later(wait, wait_s, node.node_id, costs.need_on(node))
 
 
-def _spread(nodes: SortedDict, request_id: str) -> list[NodeView]:
-    """Some of them, evenly from a place that the request's id decides: each request asks others."""
+def _spread(nodes: SortedDict, request: ScheduleRequest, most: int) -> list[NodeView]:
+    """Of many `most`, evenly from a place that the request and its age decide: each asks others each time."""
     num = len(nodes)
     if num <= NUM_FORESEEN:
         return list(nodes.values())
-    start = zlib.crc32(request_id.encode())
-    return [nodes.peekitem((start + place * num // NUM_FORESEEN) % num)[1] for place in range(NUM_FORESEEN)]
+    start = zlib.crc32(f"{request.request_id} {request.age_s}".encode())
+    return [nodes.peekitem((start + place * num // most) % num)[1] for place in range(most)]
 
 
 def _prefill_nodes(costs: RequestCosts) -> list[NodeView]:
     """Some that prefill; if there is none, of all."""
     sides = [group.prefill or group.members for group in costs.groups]
-    return [node for side in sides for node in _spread(side, costs.request.request_id)]
+    return [node for side in sides for node in _spread(side, costs.request, NUM_FORESEEN)]
 
 
 def _retry_in(wait_s: float) -> float:
@@ -574,11 +574,11 @@ def _prompts_in_s(costs: RequestCosts, prefill: Sequence[NodeView], ahead: Work)
 
 def _itl_in_s(node: NodeView, costs: RequestCosts, ahead: Work) -> float:
     """Seconds until the node meets the ITL target with the request, behind `ahead`."""
-    if 0.0 < costs.itl_excess_s(node) <= node.chunk_s and not node.helps_decode:
-        return node.idle_wait_s  # it will when the prompts that wait there are computed
     excess_s = costs.itl_excess_s(node, ahead)
     if excess_s <= 0.0:
         return 0.0
+    if 0.0 < costs.itl_excess_s(node) <= node.chunk_s and not node.helps_decode:
+        return node.idle_wait_s  # it will when the prompts that wait there are computed
     num = max(1, node.num_sequences)
     each_s = node.speed.beside_s(1, 0) + node.num_context_tokens / num * node.speed.context_token_s
     num_all = node.num_sequences + ahead.num_sequences  # when all have left it is idle, and good enough

@@ -61,6 +61,8 @@ class Goals(msgspec.Struct, frozen=True):
 
     def of_request(self, request: ScheduleRequest) -> Goals:
         """With its own. Of ITL goals the stricter counts: the batch that it joins has others too."""
+        if not (request.ttft_goal_s or request.itl_goal_s):
+            return self
         return Goals(
             ttft_s=request.ttft_goal_s or self.ttft_s,
             itl_s=min(request.itl_goal_s or self.itl_s, self.itl_s),
@@ -208,6 +210,7 @@ class NodeView(msgspec.Struct, frozen=True, gc=False):
     num_context_tokens: int
     num_queued_tokens: int
     num_available_blocks: int  # free ones and cached ones, which are evicted on demand
+    num_free_places: int  # in the batch
     chunk_beside_s: float  # what a prompt's steps compute for decoding sequences
     prefill_wait_s: float  # until a prompt in time that comes now is begun: it interrupts others
     idle_wait_s: float  # until all prompts are computed that are here: until then a late one waits
@@ -261,7 +264,7 @@ class NodeView(msgspec.Struct, frozen=True, gc=False):
 
     def num_missing_places(self, held: Work) -> int:
         """In the batch, for one more sequence beside those of `held`."""
-        return self.num_sequences + held.num_sequences + 1 - max(1, self.report.max_num_seqs)
+        return held.num_sequences + 1 - self.num_free_places
 
 
 class _Pending:
@@ -383,6 +386,7 @@ def view_of(
         num_queued_tokens=num_queued,
         # What is there now and comes will grow: without that room sequences would be preempted.
         num_available_blocks=blocks.free + blocks.cached - given.num_blocks - num_growing,
+        num_free_places=max(1, report.max_num_seqs) - num_sequences,
         chunk_beside_s=beside_s,
         prefill_wait_s=wait_s,
         idle_wait_s=idle_wait_s,
@@ -409,7 +413,7 @@ class NodeGroup:
         self.members: SortedDict = SortedDict()  # `id_rank` -> node
         self.prefill: SortedDict = SortedDict()  # `prefill_rank` -> node
         self.decode: SortedDict = SortedDict()  # `decode_rank` -> node
-        self.roomiest: SortedDict = SortedDict()  # `room_rank` -> node
+        self.roomiest: SortedDict = SortedDict()  # `room_rank` -> node: those with a place
         self.prompt_tokens_per_s = 0.0  # of the prefill side together
 
     def replace_node(self, before: NodeView | None, after: NodeView | None) -> None:
@@ -435,8 +439,9 @@ def id_rank(node: NodeView) -> tuple[int, str]:
 
 
 def room_rank(node: NodeView) -> tuple[int, int, str] | None:
-    """Of a node that decodes: the one with the most blocks comes first."""
-    return (0, -node.num_available_blocks, node.node_id) if node.may_decode else None
+    """Of a node that decodes and has a place: the one with the most blocks comes first."""
+    has_place = node.may_decode and node.num_free_places > 0
+    return (0, -node.num_available_blocks, node.node_id) if has_place else None
 
 
 prefill_rank = attrgetter("prefill_rank")

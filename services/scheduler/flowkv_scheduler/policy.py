@@ -92,6 +92,7 @@ class RequestCosts:
         self.cluster_goals = goals
         self.hits = state.prefixes.hits(keys_of(request.block_hashes), now) if hits is None else hits
         self._find_kept = find_kept
+        self._kept: Mapping[str, Work] | None = None
         self.is_interruptible = is_interruptible
         self.lengths = state.lengths_of(request.fingerprint)
         self._needs: dict[int, Work] = {}  # by block size: all else about it is the request's
@@ -102,38 +103,46 @@ class RequestCosts:
         # A prefill node with more to do is no candidate.
         self.longest_prefill_wait_s = math.inf
 
-    @functools.cached_property
+    @property
     def kept(self) -> Mapping[str, Work]:
         """Node id -> the room that is kept there for waiting requests that come before this one."""
-        return self._find_kept(self) if self._find_kept else {}
+        if self._kept is None:
+            self._kept = self._find_kept(self) if self._find_kept else {}
+        return self._kept
 
     # --- which nodes may take it -------------------------------------------------------------------
 
-    def is_of_model(self, node: NodeView) -> bool:
-        return node.descriptor.model.fingerprint == self.request.fingerprint
-
     def takes_prompt(self, node: NodeView) -> bool:
-        return self.is_of_model(node) and node.is_usable(self.now) and node.can_ever_compute(self.request)
+        """Of a node of the model."""
+        return node.is_usable(self.now) and node.can_ever_compute(self.request)
 
     def takes_sequence(self, node: NodeView) -> bool:
-        return self.is_of_model(node) and node.is_usable(self.now) and node.can_ever_hold(self.request)
+        """Of a node of the model."""
+        return node.is_usable(self.now) and node.can_ever_hold(self.request)
 
     def has_room(self, node: NodeView) -> bool:
         """Does the request fit on the node now, beside what is kept there?"""
-        if not self._fits(node, NOTHING):
+        # What is kept is found only if there is room at all.
+        if self._kept is None and not self._fits(node, NOTHING):
             return False
-        held = self.kept.get(node.node_id)
-        return held is None or self._fits(node, held)
+        return self._fits(node, self.kept.get(node.node_id, NOTHING))
 
     def _fits(self, node: NodeView, held: Work) -> bool:
         """The whole prompt and a token, a place in the batch, and the ITL target, beside `held`."""
-        return self.num_missing_blocks(node) + held.num_blocks <= 0 and self.joins_batch(node, held)
+        return (
+            node.num_missing_places(held) <= 0
+            and self.num_missing_blocks(node) + held.num_blocks <= 0
+            and self.may_slow(node, held)
+        )
 
-    def joins_batch(self, node: NodeView, held: Work) -> bool:
-        """Is there a place in the batch, and is the ITL target met or of no matter, beside `held`?"""
-        if node.num_missing_places(held) > 0:
-            return False
-        return self.itl_excess_s(node, held) <= 0.0 or not self.must_meet_itl(node)
+    def may_slow(self, node: NodeView, held: Work) -> bool:
+        """Is the ITL target met or of no matter, beside `held`?"""
+        # The target is no less than the goal, which is known at once.
+        return (
+            not self.must_meet_itl(node)
+            or self._excess_s(node, held, self.goals.itl_s) <= 0.0
+            or self.itl_excess_s(node, held) <= 0.0
+        )
 
     def must_meet_itl(self, node: NodeView) -> bool:
         """Retries of running requests skip the ITL check, but for one that may stay where it runs. None waits
@@ -166,10 +175,12 @@ class RequestCosts:
 
     def itl_excess_s(self, node: NodeView, held: Work = NOTHING) -> float:
         """How far a step would exceed the ITL target. An idle node is as good as it gets: 0."""
+        return self._excess_s(node, held, self.itl_target_s)
+
+    def _excess_s(self, node: NodeView, held: Work, target_s: float) -> float:
         if node.num_sequences + held.num_sequences == 0:
             return 0.0
         step_s = self.step_s(node) + node.speed.beside_s(held.num_sequences, held.context_tokens)
-        target_s = self.itl_target_s
         if node.helps_decode:
             return max(step_s - target_s, step_s - node.chunk_s - SHARED_ITL * target_s)
         return step_s - target_s
