@@ -13,8 +13,15 @@ from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import OutputForecast, StepFit, length_class
 from flowkv_scheduler import admission
-from flowkv_scheduler.admission import IN_TIME, WAIT_ERROR, Later, WaitingQueue
-from flowkv_scheduler.cluster import ClusterState, Goals, Work
+from flowkv_scheduler.admission import (
+    IN_TIME,
+    NUM_FORESEEN,
+    NUM_FORESEEN_AGAIN,
+    WAIT_ERROR,
+    Later,
+    WaitingQueue,
+)
+from flowkv_scheduler.cluster import ClusterState, Goals, NodeView, Work
 from flowkv_scheduler.demand import OutputLengths
 from flowkv_scheduler.lookahead import IDLE_WAIT
 from flowkv_scheduler.policy import Choice, RequestCosts
@@ -594,6 +601,35 @@ def test_no_newcomer_is_refused_that_waits_for_the_longest_wait_at_most(max_wait
 
 
 # --- room ------------------------------------------------------------------------------------------
+
+
+def test_of_many_full_nodes_one_that_waits_finds_the_soonest_though_it_asks_few_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, room_in_s = list[str](), admission._room_in_s
+
+    def counted(one: NodeView, costs: RequestCosts, ahead: Work) -> float:
+        asked.append(one.node_id)
+        return room_in_s(one, costs, ahead)
+
+    monkeypatch.setattr(admission, "_room_in_s", counted)
+    ends_in = {f"d{number:02}": 10.0 if number == 37 else 1000.0 + number for number in range(64)}
+    nodes = [
+        node(name, "decode", num_running=16, forecast=OutputForecast(16.0 * steps, steps, 1 / 256))
+        for name, steps in ends_in.items()
+    ]
+    state, waiting = cluster(PAIR[0], *nodes), WaitingQueue()
+    stood_at, nums_asked = list[str](), list[int]()
+    for now in (0.01 * number for number in range(100)):
+        asked.clear()
+        found = admission.decide(request(age_s=now), state, Goals(ttft_s=1e6), now, waiting)
+        assert isinstance(found, Later)
+        waiting.add_waiter(request(age_s=now), found, now)
+        stood_at.append(found.node_id)
+        nums_asked.append(len(asked))
+    assert (nums_asked[0], max(nums_asked[1:])) == (NUM_FORESEEN, NUM_FORESEEN_AGAIN + 1)
+    assert stood_at[0] != "d37" == stood_at[-1]
+    assert [ends_in[name] for name in stood_at] == sorted((ends_in[name] for name in stood_at), reverse=True)
 
 
 def lengths_seen(mean: float) -> OutputForecast:

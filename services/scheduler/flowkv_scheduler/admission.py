@@ -35,8 +35,8 @@ WAIT_ERROR = 1.5
 LESS_URGENT_SHARE = 0.5
 # Without a live node of the model a request is refused when it is so old: one may be about to start.
 NO_NODE_AGE_S = 10.0
-# Of many nodes so many are asked when they will have room; so many others for a request that stands at one and
-# asks again. Room is kept at so many, for so many requests.
+# Of many nodes so many are asked when they will have room; by a request that waits at one, so many others.
+# Room is kept at so many, for so many requests.
 NUM_FORESEEN = 16
 NUM_FORESEEN_AGAIN = 4
 NUM_KEPT_AT = 64

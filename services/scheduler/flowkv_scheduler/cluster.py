@@ -9,7 +9,7 @@ import math
 from bisect import bisect_right, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Set
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 import msgspec
@@ -223,6 +223,9 @@ class NodeView(msgspec.Struct, frozen=True, gc=False):
     # that would interrupt no other is preferred to one that would as soon.
     prefill_rank: tuple[int, float, float, str] | None
     decode_rank: tuple[int, float, str] | None
+    # Of a node that decodes and has a place: the one with the most blocks comes first.
+    room_rank: tuple[int, int, str] | None
+    id_rank: tuple[int, str]
 
     @property
     def helps_decode(self) -> bool:
@@ -289,8 +292,7 @@ class _Pending:
         del self._choices[:num_dropped]
 
 
-def _until(choice: tuple[float, Work]) -> float:
-    return choice[0]
+_until = itemgetter(0)
 
 
 class _Node:
@@ -364,7 +366,10 @@ def view_of(
         forecast = OutputForecast(
             tokens_left=num * left, first_ends_in=left / max(1, num), stop_rate=DEFAULT_STOP_RATE
         )
+    # What is there now and comes will grow: without that room sequences would be preempted.
     num_growing = int((forecast.tokens_left + given.output_tokens) / block_size)
+    num_available = blocks.free + blocks.cached - given.num_blocks - num_growing
+    num_free_places = max(1, report.max_num_seqs) - num_sequences
     # What was given last is all still to begin.
     given_ends_in = given.output_tokens / given.num_sequences if given.num_sequences else math.inf
     return NodeView(
@@ -384,9 +389,8 @@ def view_of(
         num_sequences=num_sequences,
         num_context_tokens=num_context_tokens,
         num_queued_tokens=num_queued,
-        # What is there now and comes will grow: without that room sequences would be preempted.
-        num_available_blocks=blocks.free + blocks.cached - given.num_blocks - num_growing,
-        num_free_places=max(1, report.max_num_seqs) - num_sequences,
+        num_available_blocks=num_available,
+        num_free_places=num_free_places,
         chunk_beside_s=beside_s,
         prefill_wait_s=wait_s,
         idle_wait_s=idle_wait_s,
@@ -399,6 +403,8 @@ def view_of(
             (speed_class(speed.prefill_token_s), wait_s, idle_wait_s, node_id) if may_prefill else None
         ),
         decode_rank=(speed_class(speed.base_s), step_s, node_id) if may_decode else None,
+        room_rank=(0, -num_available, node_id) if may_decode and num_free_places > 0 else None,
+        id_rank=(0, node_id),
     )
 
 
@@ -424,7 +430,8 @@ class NodeGroup:
             (self.decode, decode_rank),
             (self.roomiest, room_rank),
         ):
-            old, new = before and rank(before), after and rank(after)
+            old = None if before is None else rank(before)
+            new = None if after is None else rank(after)
             if old is not None and old != new:
                 del nodes[old]
             if new is not None:
@@ -434,18 +441,10 @@ class NodeGroup:
                 self.prompt_tokens_per_s += sign / node.speed.prefill_token_s
 
 
-def id_rank(node: NodeView) -> tuple[int, str]:
-    return 0, node.node_id
-
-
-def room_rank(node: NodeView) -> tuple[int, int, str] | None:
-    """Of a node that decodes and has a place: the one with the most blocks comes first."""
-    has_place = node.may_decode and node.num_free_places > 0
-    return (0, -node.num_available_blocks, node.node_id) if has_place else None
-
-
+id_rank = attrgetter("id_rank")
 prefill_rank = attrgetter("prefill_rank")
 decode_rank = attrgetter("decode_rank")
+room_rank = attrgetter("room_rank")
 
 
 class ClusterState:
@@ -631,9 +630,10 @@ class ClusterState:
             self._views.pop(node_id, None)
             return
         self._views[node_id] = view
-        if view.group not in self._groups:
-            self._groups[view.group] = NodeGroup()
-        self._groups[view.group].replace_node(before, view)
+        group = self._groups.get(view.group)
+        if group is None:
+            group = self._groups[view.group] = NodeGroup()
+        group.replace_node(before, view)
 
     def _forget_silent(self, now: float) -> None:
         """Drop lives that ended long ago; called when a new one begins, so memory stays bounded."""

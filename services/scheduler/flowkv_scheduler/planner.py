@@ -142,9 +142,12 @@ class Planner:
 
     def _demand_of(self, fingerprint: str) -> Demand:
         """That of a model without nodes is not kept."""
-        if self.state.groups_of(fingerprint):
-            return self._demands.setdefault(fingerprint, Demand())
-        return self._demands.get(fingerprint) or Demand()
+        known = self._demands.get(fingerprint)
+        if known is None:
+            known = Demand()
+            if self.state.groups_of(fingerprint):
+                self._demands[fingerprint] = known
+        return known
 
     def _num_cached(self, request: ScheduleRequest, hits: Hits) -> int:
         """Tokens of the prompt that the node has cached which has the most of them."""

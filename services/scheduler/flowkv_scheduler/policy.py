@@ -168,10 +168,9 @@ class RequestCosts:
         )
 
     def num_missing_blocks(self, node: NodeView) -> int:
+        num_missing = self.need_on(node).num_blocks - node.num_available_blocks
         # Cached blocks may be idle, and are then among those available: they are not counted twice.
-        num_held = max(0, self.hits.num_blocks(node.node_id) - node.report.blocks.cached)
-        num_wanted = self.need_on(node).num_blocks - num_held
-        return num_wanted - node.num_available_blocks
+        return num_missing - max(0, self.hits.num_blocks(node.node_id) - node.report.blocks.cached)
 
     def itl_excess_s(self, node: NodeView, held: Work = NOTHING) -> float:
         """How far a step would exceed the ITL target. An idle node is as good as it gets: 0."""
