@@ -138,7 +138,6 @@ async def ask_all(
 
     async def ask(number: int) -> str:
         body: dict[str, Any] = {
-            "model": "m",
             "prompt": prompt(number),
             "temperature": temperature,
             "seed": seed,

@@ -60,22 +60,26 @@ def test_a_text_goes_on_as_it_did_after_the_same_tokens(prompt: list[int], outpu
 
 
 def test_chances_are_learned_without_a_draft() -> None:
-    copies, invents = make_sequence(COPYING + COPYING[:3]), make_sequence(COPYING * 2)
+    copies, invents = (make_sequence(COPYING + COPYING[:3]) for _ in range(2))
     lookups = Lookup(0.5), Lookup(0.5)
     for place in range(3, 18):
         for lookup, sequence in zip(lookups, (copies, invents), strict=True):
             lookup.follow(sequence)
         copies.output_ids.append(COPYING[place])
         # What stood there before, and something else after it.
-        invents.output_ids += [*COPYING[:3], 100 + place]
-    assert lookups[0].chance > 0.8
-    assert lookups[1].chance < 0.5
+        invents.output_ids += [100 + place, *COPYING[:3]]
+    for lookup, sequence in zip(lookups, (copies, invents), strict=True):
+        lookup.follow(sequence)
+    far, near = (lookup.chances(9) for lookup in lookups)
+    assert far == sorted(far, reverse=True)
+    assert far[-1] > 0.5 > near[0] > near[-1]
+    assert Lookup(0.5).chances(9) == []
 
 
 def lengths(chances: list[float], base_s: float, each_s: float, most: int = 48) -> list[int]:
-    return draft_lengths(
-        chances, [15] * len(chances), most, lambda num: base_s + each_s * (len(chances) + num)
-    )
+    """`chances`: that a guess is right when those before it are; 0: there is none."""
+    given = [[chance**place for place in range(1, 16)] if chance else [] for chance in chances]
+    return draft_lengths(given, most, lambda num: base_s + each_s * (len(chances) + num))
 
 
 def test_as_many_as_give_the_most_tokens_per_second() -> None:
@@ -96,7 +100,6 @@ def test_as_many_as_give_the_most_tokens_per_second() -> None:
 )
 def test_no_other_number_of_guesses_would_be_better(chances: list[float], costs: list[float]) -> None:
     """Whatever steps of a size cost."""
-    longest = [2] * len(chances)
 
     def rate(numbers: list[int]) -> float:
         gains = (
@@ -106,7 +109,7 @@ def test_no_other_number_of_guesses_would_be_better(chances: list[float], costs:
         )
         return (len(chances) + sum(gains)) / costs[sum(numbers)]
 
-    chosen = rate(draft_lengths(chances, longest, 6, costs.__getitem__))
+    chosen = rate(draft_lengths([[one, one**2] for one in chances], 6, costs.__getitem__))
     options = [[]]  # type: list[list[int]]
     for _ in chances:
         options = [[*option, number] for option in options for number in range(3)]

@@ -8,12 +8,14 @@ random number, and what follows a wrong guess is dropped. Pure: no clock, no I/O
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
+from operator import mul
 
 from flowkv_engine.engine.batch import Sequence
 
 # Tokens that must recur: after pairs another token often follows, and more of them come late after a change.
 NUM_SAME = 3
-# Weight of the newest guess in the share of right ones: about the last ten count. Text changes its kind.
+# Weight of the newest first guess in the share of right ones: about the last ten count, as text changes.
 SMOOTHING = 0.1
 
 
@@ -35,31 +37,24 @@ class Drafts:
 
         As many as give the most tokens per second. `cost_s`: seconds of the step with so many guesses.
         """
-        chances: list[float] = []
+        chances: list[list[float]] = []
         lookups: list[Lookup] = []
-        for sequence in sequences:
+        for sequence, length in zip(sequences, longest, strict=True):
             if (lookup := self._lookups.get(sequence.transfer_id)) is None:
                 lookup = self._lookups[sequence.transfer_id] = Lookup(self._chance)
             lookup.follow(sequence)
             lookups.append(lookup)
-            chances.append(lookup.chance if lookup.knows else 0.0)
-        lengths = draft_lengths(chances, longest, most, cost_s)
+            chances.append(lookup.chances(min(length, most)))
+        lengths = draft_lengths(chances, most, cost_s)
         return [lookup.guess(length) for lookup, length in zip(lookups, lengths, strict=True)]
 
 
-def draft_lengths(
-    chances: list[float], longest: list[int], most: int, cost_s: Callable[[int], float]
-) -> list[int]:
-    """By sequence. `chances`: that a guess is right when those before it are."""
+def draft_lengths(chances: list[list[float]], most: int, cost_s: Callable[[int], float]) -> list[int]:
+    """By sequence. `chances`: of each of its guesses, that it counts; each is less than the one before."""
     guesses = sorted(
-        (
-            (chance**place, number)
-            for number, (chance, length) in enumerate(zip(chances, longest, strict=True))
-            if chance > 0.0
-            for place in range(1, min(length, most) + 1)
-        ),
-        reverse=True,
-    )[:most]
+        ((chance, number) for number, mine in enumerate(chances) for chance in mine), reverse=True
+    )
+    guesses = guesses[:most]
     lengths = [0] * len(chances)
     if not guesses or (without_s := cost_s(0)) <= 0.0:
         return lengths
@@ -77,19 +72,25 @@ def draft_lengths(
 class Lookup:
     """A sequence's tokens, and where they stood before. A few microseconds per token, once each.
 
-    Guesses are judged whether a step computes them or not, so `chance` needs no trials that cost.
+    Guesses are judged whether a step computes them or not, so chances need no trials that cost.
     """
 
     def __init__(self, chance: float) -> None:
-        self.chance = chance  # that the next guess is right
+        self.chance = chance  # that the first guess after a new match is right
+        self._num_right = 0  # since then, in a row
         self._token_ids: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # where the text last went on after these tokens
         self._place: int | None = None  # of the next guess in the text
 
-    @property
-    def knows(self) -> bool:
-        """Whether there is a guess."""
-        return self._place is not None
+    def chances(self, num_tokens: int) -> list[float]:
+        """That the first guess is right, the first two are, and so on; none where there is no guess.
+
+        By Laplace's rule of succession: the longer a text has gone on as before, the further it will.
+        """
+        if self._place is None:
+            return []
+        rows = range(self._num_right, self._num_right + num_tokens)
+        return list(accumulate(((right + self.chance) / (right + 1) for right in rows), mul))
 
     def follow(self, sequence: Sequence) -> None:
         """Takes in the tokens that the sequence has got since the last time."""
@@ -98,9 +99,11 @@ class Lookup:
         for token_id in sequence.tokens_between(len(self._token_ids), sequence.num_tokens):
             if self._place is not None:
                 is_right = self._token_ids[self._place] == token_id
-                self.chance += SMOOTHING * (is_right - self.chance)
+                if not self._num_right:
+                    self.chance += SMOOTHING * (is_right - self.chance)
                 # A text that goes on is more alike than one with only the last tokens in common.
                 self._place = self._place + 1 if is_right else None
+                self._num_right = self._num_right + 1 if is_right else 0
             self._token_ids.append(token_id)
             self._look_up()
 
