@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 SUPER_GROUP = 256  # numbers of a row that share a float16 pair, in forms whose scales are integers
@@ -18,7 +19,8 @@ class Form(NamedTuple):
     """How a number is stored. Codes of 16 bits are floats, others mean `scale * (code - zero) + offset`.
 
     Each `group` of a row's numbers has a scale, and an offset if `has_offset`: float16, or `has_supers`:
-    integers of 8 bits times a float16 for each `SUPER_GROUP`; the offset is subtracted then.
+    integers of 8 bits times a float16 for each `SUPER_GROUP`; the offset is subtracted then. With
+    `has_full_scales` the scale is a float32, beside it a zero of the group's own, unless codes are floats.
     """
 
     name: str
@@ -27,6 +29,12 @@ class Form(NamedTuple):
     zero: int = 0
     has_offset: bool = False
     has_supers: bool = False
+    has_full_scales: bool = False
+    is_e4m3: bool = False  # codes are floats of 8 bits: 4 of exponent, 3 of mantissa, no infinity
+
+    @property
+    def has_zeros(self) -> bool:
+        return self.has_full_scales and not self.is_e4m3
 
 
 FLOAT16, BFLOAT16 = Form("F16", 16), Form("BF16", 16)
@@ -39,7 +47,18 @@ Q6_K = Form("Q6_K", 6, group=16, zero=32, has_supers=True)
 
 # Kernels know a form by its name.
 FORMS = (FLOAT16, BFLOAT16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K)
+
+# What the formats of quantized safetensors become (`quantized.py`): the same numbers in rows of groups.
+INT4_32 = Form("INT4_32", 4, 32, has_full_scales=True)
+INT4_128 = Form("INT4_128", 4, 128, has_full_scales=True)
+INT8_32 = Form("INT8_32", 8, 32, has_full_scales=True)
+INT8_128 = Form("INT8_128", 8, 128, has_full_scales=True)
+E4M3_32 = Form("E4M3_32", 8, 32, has_full_scales=True, is_e4m3=True)
+E4M3_128 = Form("E4M3_128", 8, 128, has_full_scales=True, is_e4m3=True)
+GROUPED_FORMS = (INT4_32, INT4_128, INT8_32, INT8_128, E4M3_32, E4M3_128)
+
 _SUPER_BYTES = {Q4_K: 144, Q5_K: 176, Q6_K: 210}  # of a block of 256 in a file
+_E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()  # by code
 
 
 def _file_block(form: Form) -> tuple[int, int]:
@@ -48,13 +67,21 @@ def _file_block(form: Form) -> tuple[int, int]:
         return 1, 2
     if form.has_supers:
         return SUPER_GROUP, _SUPER_BYTES[form]
+    if form.has_full_scales:
+        return form.group, _head_bytes(form) + form.group * form.bits // 8
     return 32, 2 * (1 + form.has_offset) + 4 * form.bits
+
+
+def _head_bytes(form: Form) -> int:
+    """Of a group with a full scale, before its codes."""
+    return 4 + 2 * form.has_zeros
 
 
 class Stored(NamedTuple):
     """A matrix [N, K] as in a file: `blocks` [N, bytes of a row], uint8.
 
-    ggml-common.h says which bit is what. Rows of floats of 16 bits are those floats.
+    ggml-common.h says which bit is what. Rows of floats of 16 bits are those floats. Each group with a full
+    scale is that scale, its zero, its codes; of two codes in a byte the low one is the first.
     """
 
     form: Form
@@ -73,9 +100,10 @@ class Stored(NamedTuple):
 class Parts(NamedTuple):
     """What the blocks of a matrix [N, K] consist of.
 
-    `codes` [N, K]: uint8, int8 for `Q8_0`, the bits as uint16 for floats. `scales` [N, K / group] and
-    `offsets`, of that shape or [N, 0]: float16, or with supers uint8 (int8 for `Q6_K`). `supers`
-    [N, K / 256, 1 or 2] or [N, 0, 0], float16: of the scales, and of the offsets if there are any.
+    `codes` [N, K]: uint8, int8 for integers of 8 bits, the bits as uint16 for floats of 16. `scales`
+    [N, K / group] and `offsets`, of that shape or [N, 0]: float16, or with supers uint8 (int8 for `Q6_K`);
+    full scales are float32, and their groups' zeros stand for the offsets. `supers` [N, K / 256, 1 or 2] or
+    [N, 0, 0], float16: of the scales, and of the offsets if there are any.
     """
 
     codes: NDArray[Any]
@@ -92,6 +120,8 @@ def widened(stored: Stored) -> NDArray[np.float32]:
         return codes.view(np.float16).astype(np.float32)
     if form is BFLOAT16:
         return (codes.astype(np.uint32) << 16).view(np.float32)
+    if form.has_full_scales:
+        return _widened_groups(form, codes, scales, offsets)
     scales, offsets = scales.astype(np.float32), offsets.astype(np.float32)
     if form.has_supers:
         supers = np.repeat(supers.astype(np.float32), SUPER_GROUP // form.group, axis=1)
@@ -107,11 +137,52 @@ def widened(stored: Stored) -> NDArray[np.float32]:
     return numbers.reshape(codes.shape)
 
 
+def _widened_groups(
+    form: Form, codes: NDArray[Any], scales: NDArray[np.float32], zeros: NDArray[np.float16]
+) -> NDArray[np.float32]:
+    groups = codes.reshape(*scales.shape, form.group)
+    numbers = _E4M3[groups] if form.is_e4m3 else groups.astype(np.float32) - zeros[..., None]
+    numbers *= scales[..., None]
+    return numbers.reshape(codes.shape)
+
+
+def stored_groups(
+    form: Form, codes: NDArray[Any], scales: NDArray[np.float32], zeros: NDArray[np.float16] | None
+) -> Stored:
+    """The matrix that consists of these (see `Parts`), of a form with full scales."""
+    num_rows, num_groups = scales.shape
+    head = _head_bytes(form)
+    blocks = np.empty((num_rows, num_groups, _file_block(form)[1]), np.uint8)
+    blocks[..., :4] = scales[..., None].view(np.uint8)
+    if zeros is not None:
+        blocks[..., 4:head] = zeros[..., None].view(np.uint8)
+    codes = codes.view(np.uint8).reshape(num_rows, num_groups, form.group)
+    blocks[..., head:] = codes[..., ::2] | codes[..., 1::2] << 4 if form.bits == 4 else codes
+    return Stored(form, blocks.reshape(num_rows, -1))
+
+
+def _read_groups(form: Form, rows: NDArray[np.uint8]) -> Parts:
+    num_rows, head = len(rows), _head_bytes(form)
+    blocks = rows.reshape(num_rows, -1, _file_block(form)[1])
+    scales = np.ascontiguousarray(blocks[..., :4]).view(np.float32)[..., 0]
+    zeros = np.empty((num_rows, 0), np.float16)
+    if form.has_zeros:
+        zeros = np.ascontiguousarray(blocks[..., 4:head]).view(np.float16)[..., 0]
+    codes: NDArray[Any] = blocks[..., head:]
+    if form.bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1)
+    elif form.has_zeros:
+        codes = codes.view(np.int8)
+    return Parts(codes.reshape(num_rows, -1), scales, zeros, _none(num_rows))
+
+
 def parts_of(stored: Stored) -> Parts:
     form, blocks = stored
     if form.bits == 16:
         none = np.empty((len(blocks), 0), np.float16)
         return Parts(np.ascontiguousarray(blocks).view(np.uint16), none, none, _none(len(blocks)))
+    if form.has_full_scales:
+        return _read_groups(form, blocks)
     return (_read_supers if form.has_supers else _read_plain)(form, blocks)
 
 

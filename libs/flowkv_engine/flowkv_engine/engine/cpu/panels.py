@@ -2,10 +2,10 @@
 
 A panel holds `LANES` columns of the output: one vector of it is one step of K. Panels of float32 are an array
 [P, K, LANES]. Those of a stored form are an array [P, blocks] of records whose one field has the form's name.
-A block is `SUPER_GROUP` numbers of each column if the form has supers, else `UNIT`: the columns' supers, then
-units of `UNIT` numbers. A unit is its scales, its offsets, and its codes: those of four bits eight to a word,
-`LANES` words side by side, so that one vector of words gives the vectors of eight steps of K. Further bits of
-codes stand in words behind.
+A block is `SUPER_GROUP` numbers of each column if the form has supers, a group if it has full scales, else
+`UNIT`: the columns' supers, or their scales and zeros, then units of `UNIT` numbers. A unit is its scales,
+its offsets, and its codes: those of four bits eight to a word, `LANES` words side by side, so that one vector
+of words gives the vectors of eight steps of K. Further bits of codes stand in words behind.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -26,6 +27,7 @@ from flowkv_engine.engine.cpu.simd import (
     INTP,
     LANES,
     LINE_BYTES,
+    SHORT_VECTOR,
     VECTOR,
     VECTOR_BYTES,
     Emit,
@@ -33,7 +35,7 @@ from flowkv_engine.engine.cpu.simd import (
     splat,
     splat_int,
 )
-from flowkv_engine.engine.stored import BFLOAT16, FORMS, SUPER_GROUP, Form, Stored, parts_of
+from flowkv_engine.engine.stored import BFLOAT16, FORMS, GROUPED_FORMS, SUPER_GROUP, Form, Stored, parts_of
 
 UNIT = 32  # numbers of a column; each form's groups fill it
 _UNROLL = 4
@@ -46,19 +48,28 @@ def unit_bytes(form: Form) -> int:
 
 
 def block_bytes(form: Form) -> int:
-    if not form.has_supers:
-        return unit_bytes(form)
-    return 2 * LANES * (1 + form.has_offset) + SUPER_GROUP // UNIT * unit_bytes(form)
+    return sum(num_bytes for _, num_bytes in _head(form)) * LANES + block_len(form) // UNIT * unit_bytes(form)
 
 
 def block_len(form: Form) -> int:
     """Numbers of a column in a block: K is a multiple of it."""
-    return SUPER_GROUP if form.has_supers else UNIT
+    return SUPER_GROUP if form.has_supers else form.group if form.has_full_scales else UNIT
+
+
+def _head(form: Form) -> list[tuple[int, int]]:
+    """Of one column before a block's units: item size and bytes of each kind of number."""
+    if form.has_supers:
+        return [(2, 2 * (1 + form.has_offset))]
+    if form.has_full_scales:
+        return [(4, 4), (2, 2)] if form.has_zeros else [(4, 4)]
+    return []
 
 
 def _scales_bytes(form: Form) -> int:
     """Of one column's scales in a unit; its offsets take as many."""
-    return 0 if form.bits == 16 else UNIT // form.group * (1 if form.has_supers else 2)
+    if form.bits == 16 or form.has_full_scales:
+        return 0
+    return UNIT // form.group * (1 if form.has_supers else 2)
 
 
 # --- packing ------------------------------------------------------------------------------------------
@@ -67,7 +78,7 @@ def _scales_bytes(form: Form) -> int:
 def form_of(panels: Any) -> Form | None:
     """The form of panels, or of an array type of numba; None for float32."""
     fields = getattr(panels.dtype, "fields", None)
-    return next(form for form in FORMS if form.name in fields) if fields else None
+    return next(form for form in (*FORMS, *GROUPED_FORMS) if form.name in fields) if fields else None
 
 
 def pack_stored(*weights: Stored) -> NDArray[np.void]:
@@ -88,13 +99,12 @@ def pack_stored(*weights: Stored) -> NDArray[np.void]:
 
 def _parts(form: Form) -> list[tuple[int, int]]:
     """What a column's bytes in a block consist of: pairs of item size and bytes."""
-    supers = [(2, 2 * (1 + form.has_offset))] if form.has_supers else []
     unit = []
     if scales := _scales_bytes(form) * (1 + form.has_offset):
         unit.append((1 if form.has_supers else 2, scales))
     codes = UNIT * form.bits // 8
     unit.append(({16: 2, 8: 1}.get(form.bits, 4), codes))
-    return supers + unit * (block_len(form) // UNIT)
+    return _head(form) + unit * (block_len(form) // UNIT)
 
 
 def _write_columns(weight: Stored, columns: NDArray[np.uint8]) -> None:
@@ -103,12 +113,13 @@ def _write_columns(weight: Stored, columns: NDArray[np.uint8]) -> None:
     num_cols, num_blocks, _ = columns.shape
     units = num_blocks * block_len(form) // UNIT
     codes, scales, offsets, supers = parts_of(weight)
-    parts = [_bytes(each, num_cols, units) for each in (scales, offsets) if each.size]
+    groups = [each for each in (scales, offsets) if each.size]
+    head = groups if form.has_full_scales else [supers] if form.has_supers else []
+    parts = [_bytes(each, num_cols, units) for each in (() if form.has_full_scales else groups)]
     parts += [_bytes(words, num_cols, units) for words in _words(form, codes)]
     in_units = np.concatenate(parts, axis=-1).reshape(num_cols, num_blocks, -1)
-    if form.has_supers:
-        columns[..., : -in_units.shape[-1]] = _bytes(supers, num_cols, num_blocks)
-    columns[..., -in_units.shape[-1] :] = in_units
+    in_blocks = [_bytes(each, num_cols, num_blocks) for each in head]
+    columns[...] = np.concatenate([*in_blocks, in_units], axis=-1)
 
 
 def _bytes(numbers: NDArray[Any], num_cols: int, num_pieces: int) -> NDArray[np.uint8]:
@@ -156,6 +167,12 @@ class _Block:
     def __init__(self, emit: Emit, form: Form, place: Value) -> None:
         self._emit, self._form = emit, form
         self._supers: list[Value] = []
+        if form.has_full_scales:
+            # Of e4m3, codes become 1/256 of their number.
+            scale = emit.load(place)
+            self._full_scale = emit.b.fmul(scale, splat(256.0)) if form.is_e4m3 else scale
+            self._zero = emit.load(emit.skip(place, 4 * LANES), HALF) if form.has_zeros else None
+            place = emit.skip(place, (4 + 2 * form.has_zeros) * LANES)
         if form.has_supers:
             places = [emit.skip(place, 2 * LANES * i) for i in range(1 + form.has_offset)]
             self._supers = [emit.load(each, HALF) for each in places]
@@ -173,6 +190,9 @@ class _Block:
             if form.bits == 16:
                 kind = BFLOAT if form is BFLOAT16 else HALF
                 yield emit.load(emit.skip(place, 2 * LANES * k), kind)
+                continue
+            if form.has_full_scales:
+                yield emit.b.fmul(self._full(place, k), self._full_scale)
                 continue
             if k % form.group == 0:
                 scale = self._scale(place, k // form.group)
@@ -200,6 +220,18 @@ class _Block:
         return self._emit.b.sitofp(
             self._emit.load_bytes(self._emit.skip(unit, LANES * number), is_signed), VECTOR
         )
+
+    def _full(self, unit: Value, k: int) -> Value:
+        """A vector of codes less their zeros, or of 1/256 of floats."""
+        emit, b = self._emit, self._emit.b
+        if not self._form.is_e4m3:
+            return b.fsub(b.sitofp(self._code(unit, k), VECTOR), self._zero)
+        # Seven bits up, its sign and exponent are those of a float16, whose bias is less by 8: 2 ** 8.
+        codes = emit.load_bytes(emit.skip(unit, LANES * k), True, SHORT_VECTOR)
+        halves = b.and_(
+            b.shl(codes, ir.Constant(SHORT_VECTOR, [7] * LANES)), ir.Constant(SHORT_VECTOR, [0xBFFF] * LANES)
+        )
+        return b.fpext(b.bitcast(halves, ir.VectorType(HALF, LANES)), VECTOR)
 
     def _code(self, unit: Value, k: int) -> Value:
         emit, b, bits = self._emit, self._emit.b, self._form.bits

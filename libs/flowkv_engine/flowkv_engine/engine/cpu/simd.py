@@ -31,6 +31,7 @@ _UNROLL = 4
 _I32, INTP = ir.IntType(32), ir.IntType(64)
 _FLOAT, HALF, BFLOAT = ir.FloatType(), ir.HalfType(), ir.IntType(16)
 VECTOR, INT_VECTOR = ir.VectorType(_FLOAT, LANES), ir.VectorType(_I32, LANES)
+SHORT_VECTOR = ir.VectorType(ir.IntType(16), LANES)
 
 # exp(r) for |r| <= ln(2) / 2, as the Taylor series with its coefficients 1/7! .. 1/0!: 1e-7 off at most.
 _EXP_SERIES = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
@@ -82,10 +83,10 @@ class Emit:
         """`LANES` integers of 32 bits."""
         return self.b.load(self.b.bitcast(place, INT_VECTOR.as_pointer()), align=4)
 
-    def load_bytes(self, place: Value, is_signed: bool) -> Value:
-        """`LANES` integers of 8 bits, as 32 bits."""
+    def load_bytes(self, place: Value, is_signed: bool, kind: Any = INT_VECTOR) -> Value:
+        """`LANES` integers of 8 bits, widened to those of `kind`."""
         pointer = self.b.bitcast(place, ir.VectorType(ir.IntType(8), LANES).as_pointer())
-        return (self.b.sext if is_signed else self.b.zext)(self.b.load(pointer, align=1), INT_VECTOR)
+        return (self.b.sext if is_signed else self.b.zext)(self.b.load(pointer, align=1), kind)
 
     def store(self, vector: Value, place: Value) -> None:
         self.b.store(vector, self.b.bitcast(place, VECTOR.as_pointer()), align=4)
