@@ -36,6 +36,7 @@ from tests.live_nodes import TIMEOUT_S, live_node
 from tests.nats_server import NatsServer
 from tests.node_messages import decode_run, prefill_run, reserve
 from tests.oracle import check_identity
+from tests.quantized_models import FORMATS, make_quantized_model
 from tests.tiny_models import make_tiny_model
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
@@ -43,24 +44,26 @@ NUMBERS = itertools.count()
 
 
 class Weights(NamedTuple):
-    """One of two models that differ in nothing else."""
+    """One of two models; `floats` is a folder of the same model in float32."""
 
     folder: Path
     model: LoadedModel
+    floats: Path
 
 
 @pytest.fixture(scope="module")
 def a(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    return _weights(tmp_path_factory.mktemp("a"), seed=0)
+    """With weights of four bits."""
+    folder = tmp_path_factory.mktemp("a") / "m"
+    form = next(form for form in FORMATS if form.name == "gptq act-order")
+    floats = make_quantized_model(folder, form, hidden_size=128, intermediate_size=128, head_dim=32)
+    return Weights(folder, load_tiny(folder), floats)
 
 
 @pytest.fixture(scope="module")
 def b(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    return _weights(tmp_path_factory.mktemp("b"), seed=7)
-
-
-def _weights(folder: Path, seed: int) -> Weights:
-    return Weights(folder, load_tiny(make_tiny_model(folder, seed=seed)))
+    folder = make_tiny_model(tmp_path_factory.mktemp("b"), seed=7)
+    return Weights(folder, load_tiny(folder), folder)
 
 
 @pytest.fixture
@@ -127,7 +130,7 @@ async def check_answers(dispatch: Dispatch, weights: Weights, num_requests: int 
     prompts = [[30 + number] * (9 + number) for number in range(num_requests)]
     answers = await asyncio.gather(*(ask(dispatch, prompt_ids) for prompt_ids in prompts))
     for prompt_ids, output_ids in zip(prompts, answers, strict=True):
-        check_identity(weights.folder, prompt_ids, output_ids)
+        check_identity(weights.floats, prompt_ids, output_ids)
 
 
 async def test_each_gateway_gets_the_tokens_of_its_own_model(

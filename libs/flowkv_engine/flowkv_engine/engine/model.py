@@ -39,13 +39,18 @@ from flowkv_common.fingerprint import fingerprint, model_files, weight_files
 from flowkv_common.grammar import Grammars
 from flowkv_common.wire.messages import ModelCard, PoolLayout
 from flowkv_engine.engine.forward import IMPLEMENTATION, is_llama
+from flowkv_engine.engine.quantized import Codes, Quantization, quantization_of
 from flowkv_engine.engine.stored_modules import (
     BLOCKS,
+    STORED_FLOATS,
     StoredWeight,
     blocks_as_floats,
     has_blocks,
     keep_stored,
     load_blocks,
+    place,
+    stored_floats,
+    tie_head,
 )
 
 log = logging.getLogger(__name__)
@@ -67,13 +72,6 @@ HARMLESS = (
     r"(^|\.)mtp(\.|_)",
     r"^v_head\.",
 )
-DEQUANTIZED = "fp8"  # the one quantization that is read: its weights become floats while they are loaded
-# Files that quantizers write beside config.json.
-QUANTIZER_FILES = {
-    "hf_quant_config.json": "ModelOpt",
-    "quantize_config.json": "GPTQ",
-    "quant_config.json": "AWQ",
-}
 
 
 class UnsupportedModel(CannotStart):
@@ -127,12 +125,11 @@ def load_model(
     config, (num_layers, num_kv_heads, head_dim) = _check_config(folder)
     eos = eos_token_ids(folder, config)
     torch_dtype = weights_dtype(dtype, config, device)
-    if has_weights:
-        config = _check_weights(folder, config)
+    quantization = _check_weights(folder, config) if has_weights else None
     log.info("loading %s (%s)", path, load_format)
     module: nn.Module
     if has_weights:
-        module = _load_weights(folder, config, torch_dtype, device)
+        module = _load_weights(folder, config, quantization, torch_dtype, device)
     else:  # made where they stay: the same in every process on such a device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
             torch.manual_seed(0)
@@ -160,7 +157,11 @@ def load_model(
 
 
 def _load_weights(
-    folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    config: PretrainedConfig,
+    quantization: Quantization | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> nn.Module:
     """The model with its weights, on `device`.
 
@@ -169,6 +170,13 @@ def _load_weights(
     """
     module: nn.Module
     packs = device.type == "cpu" and dtype == torch.float32 and is_llama(config)
+    if quantization is not None:
+        try:
+            if packs:
+                return _keep_quantized(folder, config, quantization)
+            return _widen_quantized(folder, config, quantization, dtype).to(device)
+        except ValueError as error:
+            raise UnsupportedModel(f"{folder} can't be served: {error}") from error
     if has_blocks(folder):
         with no_init_weights():
             module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
@@ -181,6 +189,48 @@ def _load_weights(
     ).to(device)
     if keeps:
         keep_stored(module)
+    return module
+
+
+def _keep_quantized(folder: Path, config: PretrainedConfig, quantization: Quantization) -> nn.Module:
+    with no_init_weights():
+        module: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=IMPLEMENTATION
+        )
+    left = {name for name, _ in module.named_parameters()}
+    if config.tie_word_embeddings:
+        left.discard("lm_head.weight")
+    for name, weight in quantization.read(folder):
+        if name not in left:  # checked: it is harmless
+            continue
+        left.remove(name)
+        if isinstance(weight, Codes):
+            stored = weight.stored()
+            place(
+                module, name, torch.from_numpy(weight.widened()) if stored is None else stored, weight.order
+            )
+        elif weight.ndim == 2 and weight.dtype in STORED_FLOATS:
+            place(module, name, stored_floats(weight))
+        else:
+            place(module, name, weight)
+    if left:  # `transformers` knows them by other names
+        raise ValueError(f"its quantized weights don't have the model's names, such as {_some(sorted(left))}")
+    tie_head(module)
+    return module
+
+
+def _widen_quantized(
+    folder: Path, config: PretrainedConfig, quantization: Quantization, dtype: torch.dtype
+) -> nn.Module:
+    """Hands floats of all weights to `transformers`."""
+    state = {
+        name: torch.from_numpy(weight.widened()).to(dtype) if isinstance(weight, Codes) else weight
+        for name, weight in quantization.read(folder)
+    }
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    module: nn.Module = model_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, attn_implementation=IMPLEMENTATION
+    )
     return module
 
 
@@ -396,14 +446,24 @@ AttentionInterface.register(DRY_RUN, _dry_run_attention)
 AttentionMaskInterface.register(DRY_RUN, _wanted_mask)
 
 
-def _check_weights(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
-    """`config` such that `transformers` makes plain floats of the weights in `folder`, on any device.
+def _check_weights(folder: Path, config: PretrainedConfig) -> Quantization | None:
+    """How the weights in `folder` are quantized, if they are; `config` speaks of it no more.
 
-    Raises `UnsupportedModel` if it can't, or if a tensor is missing or has no place in the model. Loads the
-    files as `transformers` does, but on torch's meta device: only name, type and shape of each tensor.
+    Raises `UnsupportedModel` if they can't be read, or if a tensor is missing or has no place in the model.
+    Loads the files as `transformers` does, but on torch's meta device: only name, type and shape of each
+    tensor.
     """
-    config = _with_quantization(folder, config)
-    tensors = _headers(folder)
+    _check_adapter(folder)
+    try:
+        quantization = quantization_of(folder, config)
+        tensors = _headers(folder)
+        if quantization is not None:
+            tensors = quantization.as_floats(tensors)
+    except UnsupportedModel:
+        raise
+    except ValueError as error:
+        raise UnsupportedModel(f"{folder} can't be served: {error}") from error
+    config.__dict__.pop("quantization_config", None)  # all are floats for `transformers`
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     ignored = [*HARMLESS, *(model_class._keys_to_ignore_on_load_unexpected or [])]
     for name, tensor in tensors.items():
@@ -420,11 +480,11 @@ def _check_weights(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
 
     # Integers and small floats need scales, and the config must say how to apply them.
     packed = [name for name in used(tensors) if tensors[name].dtype not in FLOATS]
-    if packed and getattr(config, "quantization_config", None) is None:
+    if packed:
         dtypes = sorted({str(tensors[name].dtype).removeprefix("torch.") for name in packed})
         raise UnsupportedModel(
-            f"{folder} can't be served: it holds tensors of {', '.join(dtypes)} ({_some(packed)}), and its "
-            "config.json has no quantization_config"
+            f"{folder} can't be served: it holds tensors of {', '.join(dtypes)} ({_some(packed)}), and "
+            + ("config.json has no quantization_config" if quantization is None else "no scales for them")
         )
     try:
         with quiet():
@@ -448,29 +508,14 @@ def _check_weights(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
     said = [f"{words} {_some(names)}" for words, names in complaints.items() if names]
     if said:
         raise UnsupportedModel(f"the weights in {folder} {', and '.join(said)}")
-    return config
+    return quantization
 
 
-def _with_quantization(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
-    """The config, set to dequantize weights of the one quantization that is read."""
+def _check_adapter(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():  # a merged model may have kept it
         has_adapter = any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin"))
         if has_adapter or not weight_files(folder):
             raise UnsupportedModel(f"{folder} holds an adapter (LoRA), which is not served: merge it first")
-    quantization: dict[str, Any] = getattr(config, "quantization_config", None) or {}
-    method = quantization.get("quant_method") or ("an unnamed method" if quantization else None)
-    for name, tool in QUANTIZER_FILES.items():
-        if method is None and (folder / name).is_file():
-            method = f"{tool} ({name})"
-    if method is None:
-        return config
-    if method != DEQUANTIZED:
-        raise UnsupportedModel(
-            f"{folder} can't be served: its weights are quantized by {method}, and only plain floats and "
-            f"{DEQUANTIZED} of transformers are read"
-        )
-    config.quantization_config = {**quantization, "dequantize": True}
-    return config
 
 
 def _headers(folder: Path) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -20,7 +21,7 @@ from flowkv_engine.engine.stored import BFLOAT16, FLOAT16, FORMS, Form, Stored, 
 BLOCKS = "model.safetensors"
 FORMS_KEY = "flowkv_forms"  # in the metadata of a file of blocks: which form each of the tensors has
 
-_FLOATS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+STORED_FLOATS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
 
 class StoredWeight(nn.Module):
@@ -41,12 +42,24 @@ class StoredWeight(nn.Module):
 
 
 class StoredLinear(StoredWeight):
-    """`nn.Linear` in float32 over a stored weight [out features, in features]."""
+    """`nn.Linear` in float32 over a stored weight [out features, in features].
 
-    def __init__(self, stored: Stored, bias: Tensor | None = None) -> None:
+    `order` [in features]: the input that each stored column is for, if they are not in order.
+    """
+
+    def __init__(
+        self, stored: Stored, bias: Tensor | None = None, order: NDArray[np.int64] | None = None
+    ) -> None:
         super().__init__(stored)
         self.out_features, self.in_features = stored.shape
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.order = order
+
+    @property
+    def weight(self) -> Tensor:
+        """In float32, made anew."""
+        weight = widened(self.stored)
+        return torch.from_numpy(weight if self.order is None else weight[:, np.argsort(self.order)])
 
     def forward(self, states: Tensor) -> Tensor:
         return linear(states, self.weight, self.bias)
@@ -95,26 +108,46 @@ def load_blocks(module: nn.Module, file: Path, *, keeps: bool) -> None:
     forms = _forms_in(file)
     with safe_open(file, framework="pt") as tensors:
         for name in sorted(tensors.keys()):
-            parent, _, leaf = name.rpartition(".")
-            owner: Any = module.get_submodule(parent)
             tensor = tensors.get_tensor(name)
-            if name in forms:
-                stored = Stored(forms[name], tensor.numpy())
-                if keeps:
-                    is_embedding = isinstance(owner, nn.Embedding)
-                    made = StoredEmbedding(stored) if is_embedding else StoredLinear(stored, owner.bias)
-                    module.set_submodule(parent, made)
-                    continue
-                tensor = torch.from_numpy(widened(stored))
-            parameter = getattr(owner, leaf)
-            owner._parameters[leaf] = nn.Parameter(tensor.to(parameter.dtype), requires_grad=False)
+            if name not in forms:
+                place(module, name, tensor)
+            elif keeps:
+                place(module, name, Stored(forms[name], tensor.numpy()))
+            else:
+                place(module, name, torch.from_numpy(widened(Stored(forms[name], tensor.numpy()))))
+    tie_head(module)
+
+
+def place(
+    module: nn.Module, name: str, weight: Tensor | Stored, order: NDArray[np.int64] | None = None
+) -> None:
+    """Makes `weight` the tensor `name` of a model; a layer's bias is there before its stored weight."""
+    parent, _, leaf = name.rpartition(".")
+    owner: Any = module.get_submodule(parent)
+    if isinstance(weight, Tensor):
+        dtype = getattr(owner, leaf).dtype
+        owner._parameters[leaf] = nn.Parameter(weight.to(dtype), requires_grad=False)
+    elif isinstance(owner, nn.Embedding):
+        module.set_submodule(parent, StoredEmbedding(weight))
+    else:
+        module.set_submodule(parent, StoredLinear(weight, owner.bias, order))
+
+
+def tie_head(module: nn.Module) -> None:
+    """A head without a tensor of its own gets the embedding's."""
     causal_lm: Any = module
-    embedding_layer, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     if causal_lm.config.tie_word_embeddings:
-        if keeps:
-            causal_lm.set_output_embeddings(StoredLinear(embedding_layer.stored))
+        if isinstance(embedding, StoredEmbedding):
+            causal_lm.set_output_embeddings(StoredLinear(embedding.stored))
         else:
-            head.weight = embedding_layer.weight
+            head.weight = embedding.weight
+
+
+def stored_floats(weight: Tensor) -> Stored:
+    """A weight of 16-bit floats, as it is."""
+    rows = weight.detach().contiguous().view(torch.uint8).numpy()
+    return Stored(STORED_FLOATS[weight.dtype], rows)
 
 
 def keep_stored(module: nn.Module) -> None:
@@ -126,15 +159,14 @@ def keep_stored(module: nn.Module) -> None:
 
     def stored(weight: Tensor) -> Stored:
         if weight.data_ptr() not in made:
-            rows = weight.detach().contiguous().view(torch.uint8).numpy()
-            made[weight.data_ptr()] = Stored(_FLOATS[weight.dtype], rows)
+            made[weight.data_ptr()] = stored_floats(weight)
         return made[weight.data_ptr()]
 
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child.weight.dtype in _FLOATS:
+            if type(child) is nn.Linear and child.weight.dtype in STORED_FLOATS:
                 bias = None if child.bias is None else child.bias.detach().float()
                 setattr(parent, name, StoredLinear(stored(child.weight), bias))
-            elif type(child) is nn.Embedding and child.weight.dtype in _FLOATS:
+            elif type(child) is nn.Embedding and child.weight.dtype in STORED_FLOATS:
                 setattr(parent, name, StoredEmbedding(stored(child.weight)))
     module.float()

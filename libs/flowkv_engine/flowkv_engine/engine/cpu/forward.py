@@ -31,11 +31,15 @@ _NOTHING: Array = np.empty(0, np.float32)
 
 
 class _Part(NamedTuple):
-    """Projections of one input whose weights have one form, side by side."""
+    """Projections of one input whose weights have one form and one order of inputs, side by side."""
 
     panels: NDArray[Any]
     bias: Array  # no elements without one
     num_cols: int
+    order: NDArray[np.int64] | None  # the input of each step of K, if they are not in order
+
+    def inputs(self, states: Array) -> Array:
+        return states if self.order is None else np.take(states, self.order, axis=1)
 
 
 class _Packed(NamedTuple):
@@ -106,7 +110,7 @@ class CpuLlamaForward(LlamaStates):
             self._project(attended, packed.output, hidden, adds=True)
             rms_norm(hidden, packed.mlp_norm, eps, normed)
             [gates], [ups] = packed.gate, packed.up
-            gated_linear(normed, gates.panels, gates.bias, ups.panels, ups.bias, up, gated)
+            gated_linear(gates.inputs(normed), gates.panels, gates.bias, ups.panels, ups.bias, up, gated)
             self._project(gated, packed.down, hidden, adds=True)
         return torch.from_numpy(hidden)
 
@@ -116,7 +120,7 @@ class CpuLlamaForward(LlamaStates):
         [head] = self._head
         logits = self._scratch.array("logits", len(hidden), len(head.panels) * LANES)
         rms_norm(hidden, weights.norm.numpy(), np.float32(weights.eps), normed)
-        linear(normed, head.panels, head.bias, logits, False)
+        linear(head.inputs(normed), head.panels, head.bias, logits, False)
         return torch.from_numpy(logits[:, : head.num_cols]).contiguous()
 
     def _embed(self, token_ids: Tensor) -> Array:
@@ -130,20 +134,20 @@ class CpuLlamaForward(LlamaStates):
     def _project(self, states: Array, parts: Sequence[_Part], out: Array, *, adds: bool = False) -> None:
         """`out [M, N] = states [M, K] @ weight.T + bias`, or `+=` if `adds`, which one part alone can."""
         if len(parts) == 1:
-            linear(states, parts[0].panels, parts[0].bias, out, adds)
+            linear(parts[0].inputs(states), parts[0].panels, parts[0].bias, out, adds)
             return
         start = 0
         for part in parts:
             columns = self._scratch.array("columns", len(states), part.num_cols)
-            linear(states, part.panels, part.bias, columns, False)
+            linear(part.inputs(states), part.panels, part.bias, columns, False)
             out[:, start : start + part.num_cols] = columns
             start += part.num_cols
 
 
 def _pack(layer: Layer) -> _Packed:
-    if _packable_form(layer.gate) == _packable_form(layer.up):
+    if _kind(layer.gate) == _kind(layer.up):
         gate, up = _parts(layer.gate), _parts(layer.up)
-    else:  # the kernel takes two of one form
+    else:  # the kernel takes two of one kind
         gate, up = ([_part([each], None)] for each in (layer.gate, layer.up))
     packed = _Packed(
         input_norm=layer.input_norm.numpy(),
@@ -160,25 +164,28 @@ def _pack(layer: Layer) -> _Packed:
 
 
 def _parts(*projections: Projection) -> list[_Part]:
-    """Neighbours of one form become one part."""
-    return [_part(list(group), form) for form, group in groupby(projections, _packable_form)]
+    """Neighbours of one kind become one part."""
+    return [_part(list(group), kind) for kind, group in groupby(projections, _kind)]
 
 
-def _packable_form(projection: Projection) -> Form | None:
-    """That of its weight; None where float32 is packed instead, since no whole number of blocks fits."""
+def _kind(projection: Projection) -> tuple[Form, bytes] | None:
+    """The form of its weight, and the order of inputs; None where float32 is packed instead, since no whole
+    number of blocks fits."""
     if isinstance(projection, nn.Linear) or projection.in_features % block_len(projection.stored.form):
         return None
-    return projection.stored.form
+    return projection.stored.form, b"" if projection.order is None else projection.order.tobytes()
 
 
-def _part(projections: Sequence[Projection], form: Form | None) -> _Part:
-    if form is None:
+def _part(projections: Sequence[Projection], kind: tuple[Form, bytes] | None) -> _Part:
+    order = None
+    if kind is None:
         packed: NDArray[Any] = pack(*(each.weight.detach().numpy() for each in projections))
     else:
-        packed = pack_stored(*(each.stored for each in projections if isinstance(each, StoredLinear)))
+        kept = [each for each in projections if isinstance(each, StoredLinear)]
+        packed, order = pack_stored(*(each.stored for each in kept)), kept[0].order
     biases = [each.bias.detach().numpy() for each in projections if each.bias is not None]
     num_cols = sum(each.out_features for each in projections)
-    return _Part(packed, np.concatenate(biases) if biases else _NOTHING, num_cols)
+    return _Part(packed, np.concatenate(biases) if biases else _NOTHING, num_cols, order)
 
 
 def _release(*layers: nn.Module) -> None:
