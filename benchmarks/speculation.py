@@ -1,8 +1,8 @@
 """Guessed tokens: what they gain where an answer copies, and what they cost where it does not.
 
 Two nodes with the same cores, one guesses; the same prompts go to one after the other, in turn, and the other
-one idles. Prompts are plain text that the small default model goes on with as meant: the rest of a text that
-stands above it, code with a name changed, an answer out of a document, and a story.
+one idles. Prompts are plain text, with an example, that the small default model goes on with as meant: a text
+again, code with a name changed, an answer in the words of a document, and a story.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ CENTURIES = ("tenth", "twelfth", "ninth", "eighth", "sixth", "seventh", "fifth",
 
 
 def rewrite(number: int) -> str:
-    text = a_text(number)
-    return f"Original:\n{text}\n\nCorrected copy:\n{text}\n\nSecond corrected copy:\n"
+    before, text = a_text(number + 3), a_text(number)
+    return f"Text: {before}\n\nText, typed again: {before}\n\nText: {text}\n\nText, typed again:"
 
 
 def edit(number: int) -> str:
@@ -61,8 +61,14 @@ def edit(number: int) -> str:
 
 
 def answer(number: int) -> str:
-    text = a_text(number)
-    return f"Document: {text}\n\nQuestion: What does the document say, in its own words?\nAnswer: The"
+    before, text = a_text(number + 3), a_text(number)
+    quotation = ". ".join(before.split(". ")[1:3])
+    return (
+        f"Document: {before}\nQuestion: What did the ships bring, and where was the lighthouse?\n"
+        f"Answer, in the words of the document: {quotation}.\n\n"
+        f"Document: {text}\nQuestion: What happened to the harbour, and what is the lighthouse today?\n"
+        "Answer, in the words of the document:"
+    )
 
 
 def story(number: int) -> str:
