@@ -219,9 +219,13 @@ class _Watch:
                 self._unconfirmed.add(entry.key)
             return
         try:
-            self._nodes[entry.key] = decode(value, NodeDescriptor)
+            descriptor = decode(value, NodeDescriptor)
         except msgspec.DecodeError as error:
             log.warning("record %s in the registry is no node: %s", entry.key, error)
+            return
+        # Most only renew what is known. What is kept is compared with what was told at a glance.
+        if self._nodes.get(entry.key) != descriptor:
+            self._nodes[entry.key] = descriptor
 
     def _tell_changes(self) -> None:
         """Drop what was not confirmed in time, then report if anything is new."""
