@@ -157,7 +157,8 @@ def unpack_rows(panels, rows, out):
     for i in numba.prange(len(rows)):
         wide = np.empty((1, out.shape[1], LANES), np.float32)
         widen_panel(panels, rows[i] // LANES, wide, 0)
-        out[i] = wide[0, :, rows[i] % LANES]
+        for k in range(out.shape[1]):  # a slice takes two seconds more to compile
+            out[i, k] = wide[0, k, rows[i] % LANES]
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
