@@ -93,7 +93,7 @@ class Stored(NamedTuple):
         length, size = _file_block(self.form)
         return num_rows, num_bytes // size * length
 
-    def rows(self, rows: NDArray[np.int64]) -> Stored:
+    def rows(self, rows: NDArray[np.int64] | slice) -> Stored:
         return Stored(self.form, self.blocks[rows])
 
 

@@ -21,6 +21,7 @@ from flowkv_engine.engine.stored import BFLOAT16, FLOAT16, FORMS, Form, Stored, 
 BLOCKS = "model.safetensors"
 FORMS_KEY = "flowkv_forms"  # in the metadata of a file of blocks: which form each of the tensors has
 
+_PIECE = 4096  # rows that are widened at a time, a part of a large head
 STORED_FLOATS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
 
@@ -62,7 +63,11 @@ class StoredLinear(StoredWeight):
         return torch.from_numpy(weight if self.order is None else weight[:, np.argsort(self.order)])
 
     def forward(self, states: Tensor) -> Tensor:
-        return linear(states, self.weight, self.bias)
+        if self.order is not None:
+            states = states[..., torch.from_numpy(self.order)]
+        pieces = (self.stored.rows(slice(n, n + _PIECE)) for n in range(0, self.out_features, _PIECE))
+        out = torch.cat([linear(states, torch.from_numpy(widened(each))) for each in pieces], dim=-1)
+        return out if self.bias is None else out + self.bias
 
 
 class StoredEmbedding(StoredWeight):

@@ -72,6 +72,8 @@ def _scales_bytes(form: Form) -> int:
     return UNIT // form.group * (1 if form.has_supers else 2)
 
 
+_PIECE = 64  # panels that are packed at a time: what lies between is small beside a model's largest matrix
+
 # --- packing ------------------------------------------------------------------------------------------
 
 
@@ -86,15 +88,16 @@ def pack_stored(*weights: Stored) -> NDArray[np.void]:
 
     The last panel is padded with zero bytes: zeros, or with a float that is one.
     """
-    num_cols = sum(weight.shape[0] for weight in weights)
     form, num_blocks = weights[0].form, weights[0].shape[1] // block_len(weights[0].form)
-    panels = np.zeros((-(-num_cols // LANES) * LANES, num_blocks, block_bytes(form) // LANES), np.uint8)
-    first = 0
-    for weight in weights:
-        columns = panels[first : first + weight.shape[0]]
-        _write_columns(weight, columns)
-        first += weight.shape[0]
-    return _interleaved(form, panels)
+    blocks = weights[0].blocks if len(weights) == 1 else np.concatenate([each.blocks for each in weights])
+    panels = np.empty((-(-len(blocks) // LANES), num_blocks, block_bytes(form)), np.uint8)
+    for start in range(0, len(panels), _PIECE):
+        piece = panels[start : start + _PIECE]
+        rows = blocks[start * LANES : (start + _PIECE) * LANES]
+        columns = np.zeros((len(piece) * LANES, num_blocks, block_bytes(form) // LANES), np.uint8)
+        _write_columns(Stored(form, rows), columns[: len(rows)])
+        _interleave(form, columns, piece)
+    return panels.view(np.dtype([(form.name, np.uint8, block_bytes(form))]))[..., 0]
 
 
 def _parts(form: Form) -> list[tuple[int, int]]:
@@ -144,18 +147,16 @@ def _in_words(codes: NDArray[Any], num_bits: int) -> NDArray[np.uint32]:
     return words
 
 
-def _interleaved(form: Form, columns: NDArray[np.uint8]) -> NDArray[np.void]:
-    """`columns` [P * LANES, blocks, bytes] -> panels: each item of `LANES` columns side by side."""
-    num_cols, num_blocks, num_bytes = columns.shape
-    num_panels, start = num_cols // LANES, 0
-    panels = np.empty((num_panels, num_blocks, num_bytes * LANES), np.uint8)
+def _interleave(form: Form, columns: NDArray[np.uint8], panels: NDArray[np.uint8]) -> None:
+    """`columns` [P * LANES, blocks, bytes] to `panels`: each item of `LANES` columns side by side."""
+    num_panels, num_blocks, _ = panels.shape
+    start = 0
     for size, part_bytes in _parts(form):
         part = columns[..., start : start + part_bytes]
         items = part.reshape(num_panels, LANES, num_blocks, part_bytes // size, size)
         place = slice(start * LANES, (start + part_bytes) * LANES)
         panels[..., place] = items.transpose(0, 2, 3, 1, 4).reshape(num_panels, num_blocks, -1)
         start += part_bytes
-    return panels.view(np.dtype([(form.name, np.uint8, block_bytes(form))]))[..., 0]
 
 
 # --- widening -----------------------------------------------------------------------------------------
