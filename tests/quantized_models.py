@@ -164,7 +164,9 @@ def _int8(weight: Floats) -> Packed:
     )
 
 
-def _float8(rows: int, cols: int, name: str, unused: str = "") -> Callable[[Floats], Packed]:
+def _float8(
+    rows: int, cols: int, name: str, unused: str = "", *, four_axes: bool = False
+) -> Callable[[Floats], Packed]:
     """A scale for each block of so many rows and columns; 0: of all."""
 
     def pack(weight: Floats) -> Packed:
@@ -181,6 +183,8 @@ def _float8(rows: int, cols: int, name: str, unused: str = "") -> Callable[[Floa
         parts = {"weight": codes, name: torch.from_numpy(scales)}
         if not rows:
             parts[name] = parts[name].reshape(())
+        if four_axes:  # [a, 1, b, 1]
+            parts[name] = parts[name][:, None, :, None]
         if unused:
             parts[unused] = torch.ones(())
         return parts, stands_for
@@ -244,6 +248,11 @@ FORMATS = (
         },
         _float8(0, 0, "weight_scale", "input_scale"),
         "hf_quant_config.json",
+    ),
+    Format(
+        "modelopt fp8 in blocks",
+        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
+        _float8(128, 128, "weight_scale", four_axes=True),
     ),
     Format("gptq", _gptq_config(), _gptq(4, 128, adds_one=True)),
     Format("gptq v2", _gptq_config(checkpoint_format="gptq_v2"), _gptq(4, 128, adds_one=False)),

@@ -75,6 +75,27 @@ def test_blocks_that_the_sizes_do_not_fill(tmp_path: Path, rows: int, length: in
     assert kept is None or np.array_equal(stored.widened(kept), floats)
 
 
+def test_parts_of_a_weight_may_stand_in_several_files_but_not_in_pickled_ones(tmp_path: Path) -> None:
+    form, weight = BY_NAME["awq"], np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32)
+    parts, floats = form.pack(weight)
+    files = {}
+    for number, (end, part) in enumerate(parts.items()):
+        files[f"x.{end}"] = f"model-{number}.safetensors"
+        save_file({f"x.{end}": part.contiguous()}, tmp_path / files[f"x.{end}"])
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    config = PretrainedConfig(quantization_config=form.config)
+    quantization = quantization_of(tmp_path, config)
+    assert quantization is not None
+    [(_, codes)] = quantization.read(tmp_path)
+    assert isinstance(codes, Codes)
+    assert np.array_equal(codes.widened(), floats)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"quantized and in pytorch_model.bin: only safetensors"):
+        quantization_of(tmp_path, config)
+
+
 def test_groups_of_any_lengths_are_read(tmp_path: Path) -> None:
     """Where an order of columns does not make their groups equally long."""
     form = BY_NAME["gptq"]

@@ -119,7 +119,9 @@ def widened(stored: Stored) -> NDArray[np.float32]:
     if form is FLOAT16:
         return codes.view(np.float16).astype(np.float32)
     if form is BFLOAT16:
-        return (codes.astype(np.uint32) << 16).view(np.float32)
+        bits = codes.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
     if form.has_full_scales:
         return _widened_groups(form, codes, scales, offsets)
     scales, offsets = scales.astype(np.float32), offsets.astype(np.float32)
@@ -141,7 +143,9 @@ def _widened_groups(
     form: Form, codes: NDArray[Any], scales: NDArray[np.float32], zeros: NDArray[np.float16]
 ) -> NDArray[np.float32]:
     groups = codes.reshape(*scales.shape, form.group)
-    numbers = _E4M3[groups] if form.is_e4m3 else groups.astype(np.float32) - zeros[..., None]
+    numbers = _E4M3[groups] if form.is_e4m3 else groups.astype(np.float32)
+    if form.has_zeros:
+        numbers -= zeros.astype(np.float32)[..., None]
     numbers *= scales[..., None]
     return numbers.reshape(codes.shape)
 
