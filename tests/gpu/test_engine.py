@@ -12,7 +12,7 @@ import torch
 
 from flowkv_common.config import NodeSettings
 from flowkv_common.wire.messages import PoolLayout
-from flowkv_engine.engine.attention import TorchAttention, make_attention
+from flowkv_engine.engine.attention import Rule, TorchAttention, make_attention
 from flowkv_engine.engine.batch import WorkItem, pack
 from flowkv_engine.engine.forward import ModulesForward, make_forward
 from flowkv_engine.engine.gpu import attention as attention_triton
@@ -65,7 +65,7 @@ def test_attention_equals_torch(
     for attention in (TorchAttention(pools[0]), make_attention("auto", pools[1])):
         attention.bind(batch)
         attention.write(1, key, value)
-        outs.append(attention.attend(1, query, head_dim**-0.5))
+        outs.append(attention.attend(1, query, Rule(head_dim**-0.5)))
     assert torch.equal(*pools)
     torch.testing.assert_close(outs[1], outs[0], atol=2e-2, rtol=2e-2)
 
@@ -146,10 +146,11 @@ def test_the_flat_forward_equals_the_modules(tmp_path: Path, dtype: torch.dtype)
     places = torch.arange(200, device=CUDA)
     outs = []
     for kind, backend in [(torch.float32, "torch"), (dtype, "torch"), (dtype, "triton")]:
-        model = load_tiny(folder, kind, CUDA).module
+        model = load_tiny(folder, kind, CUDA)
         pool = torch.zeros(25, 3, 2, BLOCK_SIZE, 2, 128, device=CUDA, dtype=kind)
         attention = make_attention(backend, pool)
-        forward = make_forward(model, attention) if backend == "triton" else ModulesForward(model, attention)
+        make = make_forward if backend == "triton" else ModulesForward
+        forward = make(model.module, attention, model.spans)
         attention.bind(batch)
         outs.append(forward(token_ids, position_ids, places).float())
     exact, modules, flat = outs

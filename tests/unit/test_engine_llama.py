@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowkv_engine.engine.attention import Attention, TorchAttention, make_attention
+from flowkv_engine.engine.attention import Attention, Span, TorchAttention, make_attention
 from flowkv_engine.engine.batch import PackedBatch, Sequence, WorkItem, pack
 from flowkv_engine.engine.cpu.forward import CpuLlamaForward
 from flowkv_engine.engine.forward import Forward, LlamaForward, ModulesForward, llama_weights, make_forward
@@ -17,8 +17,8 @@ from tests.drive import BLOCK_SIZE, load_tiny, make_pool, make_sequence
 from tests.tiny_models import ARCHITECTURES, make_tiny_model
 
 
-def make_llama(module: nn.Module, attention: Attention) -> LlamaForward:
-    weights = llama_weights(module)
+def make_llama(module: nn.Module, attention: Attention, spans: list[Span]) -> LlamaForward:
+    weights = llama_weights(module, spans)
     assert weights is not None
     return LlamaForward(weights, attention)
 
@@ -32,10 +32,13 @@ def packed() -> PackedBatch:
 
 @torch.inference_mode()
 def logits(
-    make: Callable[[nn.Module, Attention], Forward], model: LoadedModel, batch: PackedBatch, places: list[int]
+    make: Callable[[nn.Module, Attention, list[Span]], Forward],
+    model: LoadedModel,
+    batch: PackedBatch,
+    places: list[int],
 ) -> torch.Tensor:
     attention = TorchAttention(make_pool(model, num_blocks=8))
-    forward = make(model.module, attention)
+    forward = make(model.module, attention, model.spans)
     attention.bind(batch)
     rows = (torch.from_numpy(batch.token_ids), torch.from_numpy(batch.position_ids))
     return forward(*rows, torch.tensor(places, dtype=torch.int64))
@@ -75,7 +78,7 @@ def test_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, Any]) -
 
 def test_fused_weights_are_shared_with_the_modules(tmp_path: Path) -> None:
     model = load_tiny(make_tiny_model(tmp_path / "m"))
-    make_llama(model.module, TorchAttention(make_pool(model, num_blocks=1)))
+    make_llama(model.module, TorchAttention(make_pool(model, num_blocks=1)), model.spans)
     attention = model.module.get_submodule("model.layers.1.self_attn")
     storages = {getattr(attention, name).weight.untyped_storage().data_ptr() for name in ("q_proj", "v_proj")}
     assert len(storages) == 1
@@ -88,7 +91,8 @@ def test_no_logits_where_none_are_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("arch", "config"), [("gpt2", {}), ("llama", {"hidden_act": "gelu"})])
 def test_other_models_have_none(tmp_path: Path, arch: str, config: dict[str, Any]) -> None:
-    assert llama_weights(load_tiny(make_tiny_model(tmp_path / "m", arch, **config)).module) is None
+    model = load_tiny(make_tiny_model(tmp_path / "m", arch, **config))
+    assert llama_weights(model.module, model.spans) is None
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_compiled_equals_the_modules(tmp_path: Path, arch: str, config: dict[str
     places = list(range(50))
     expected = logits(ModulesForward, model, batch, places)
     attention = make_attention("cpu", make_pool(model, num_blocks=8))
-    forward = make_forward(model.module, attention)
+    forward = make_forward(model.module, attention, model.spans)
     assert isinstance(forward, CpuLlamaForward)
     attention.bind(batch)
     rows = (torch.from_numpy(batch.token_ids), torch.from_numpy(batch.position_ids))
@@ -120,7 +124,7 @@ def test_a_decoding_sequence_has_the_same_logits_alone_and_in_company(tmp_path: 
     """To the bit: what is drawn from them must not depend on who else is in the batch."""
     model = load_tiny(make_tiny_model(tmp_path / "m", seed=3))
     attention = make_attention("cpu", make_pool(model, num_blocks=64).nan_to_num(0.1))
-    forward = make_forward(model.module, attention)
+    forward = make_forward(model.module, attention, model.spans)
     sequences = [make_sequence([token] * (9 * token), [token, 9 + token, 20]) for token in (1, 2)]
     for sequence in sequences:
         sequence.num_computed_tokens = sequence.num_tokens - 1
@@ -142,7 +146,7 @@ def test_a_prompt_has_the_same_logits_however_it_is_cut_and_in_company(tmp_path:
 
     def last_logits(*sizes: int, company: int) -> torch.Tensor:
         attention = make_attention("cpu", make_pool(model, num_blocks=64))
-        forward = make_forward(model.module, attention)
+        forward = make_forward(model.module, attention, model.spans)
         sequence = make_sequence(prompt, list(range(9)))
         other = make_sequence([5] * 200, list(range(9, 40)))
         for size in sizes:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from flowkv_engine.engine.attention import TorchAttention
+from flowkv_engine.engine.attention import Rule, TorchAttention
 from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
 from flowkv_engine.engine.forward import ModulesForward, llama_weights, make_forward
 from flowkv_engine.engine.gpu import attention as attention_triton
@@ -83,7 +83,7 @@ def test_heads_of_any_size(head_dim: int, block_size: int, num_heads: int) -> No
         TritonAttention(filled(head_dim, block_size)),
     ):
         attention.bind(batch)
-        outs.append(attention.attend(1, query, 0.2))
+        outs.append(attention.attend(1, query, Rule(0.2)))
     torch.testing.assert_close(outs[1], outs[0], atol=1e-5, rtol=0)
 
 
@@ -102,7 +102,7 @@ def test_of_an_empty_place_nothing_is_read_or_written() -> None:
     assert torch.equal(pool[3, 1, 0, 5], states[0])
     pool[3, 1, :, 5] = before[3, 1, :, 5]
     assert torch.equal(torch.nan_to_num(pool), torch.nan_to_num(before))
-    assert torch.isfinite(attention.attend(1, torch.randn(2, 4, 16), 0.2)[0]).all()
+    assert torch.isfinite(attention.attend(1, torch.randn(2, 4, 16), Rule(0.2))[0]).all()
 
 
 def test_tiles_cover_every_query_of_prompts_once_the_last_first() -> None:
@@ -128,7 +128,10 @@ def test_the_llama_forward_equals_the_modules(tmp_path: Path, arch: str, config:
     model = load_tiny(make_tiny_model(tmp_path / "m", arch, seed=3, **config))
     pools = make_pool(model, 8), make_pool(model, 8)
     plain, attention = TorchAttention(pools[0]), TritonAttention(pools[1])
-    modules, flat = ModulesForward(model.module, plain), make_forward(model.module, attention)
+    modules, flat = (
+        ModulesForward(model.module, plain, model.spans),
+        make_forward(model.module, attention, model.spans),
+    )
     assert isinstance(flat, TritonLlamaForward)
     sequence = make_sequence([token * 7 % 512 for token in range(20)], [5, 2, 7])
     for num_tokens, places in [(18, [4, 17]), (1, [0]), (1, [])]:
@@ -183,7 +186,7 @@ def batch_of(*items: tuple[int, int]) -> PackedBatch:
 
 
 def record_again(model: LoadedModel, pool: torch.Tensor, max_num_blocks: int) -> GraphedSteps:
-    weights = llama_weights(model.module)
+    weights = llama_weights(model.module, model.spans)
     assert weights is not None
     return GraphedSteps(
         TritonLlamaForward(weights, TritonAttention(pool)),
@@ -207,7 +210,7 @@ def test_a_step_in_a_larger_graph_is_the_same_step(tmp_path: Path) -> None:
     pool = torch.randn(make_pool(model, 32).shape, generator=torch.manual_seed(3))
     plain_pool = pool.clone()
     plain = TorchAttention(plain_pool)
-    modules = ModulesForward(model.module, plain)
+    modules = ModulesForward(model.module, plain, model.spans)
     graphed = record_again(model, pool, 4)
     assert torch.equal(pool, plain_pool)  # recording wrote nothing
     steps = [  # a larger one leaves its numbers behind

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from flowkv_engine.engine import runner as engine_runner
+from flowkv_engine.engine.attention import Span
 from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.model import LoadedModel, UnsupportedModel
 from flowkv_engine.engine.runner import Runner, SelfCheck
@@ -28,6 +29,7 @@ CHUNK = 64
 NUM_OUTPUTS = 8
 FULL = ["full_attention"] * 4
 MIXED = ["sliding_attention", "full_attention"] * 2
+WINDOW = Span(window=24)
 # One of each kind of attention, position, mixture of experts and shape of cache. All others take a minute.
 OFTEN = {"llama", "mixtral", "gpt_bigcode", "gemma3_text", "opt"}
 
@@ -39,9 +41,7 @@ REASONS = {
     "its KV cache is compressed (MLA)": 11,
     "it counts positions on from the id of its padding token": 7,
     "its attention is not causal": 5,
-    "it has layers of type": 5,
-    "its attention has attention sinks": 4,
-    "its attention caps logits": 2,
+    "it has layers of type": 4,
     "is computed twice in a step": 2,
     "its layers' KV caches differ in shape": 2,
     "its attention has a mask of its own": 1,
@@ -107,43 +107,45 @@ def test_every_type_is_served_or_refused_before_weights_are_read(tmp_path: Path)
 )
 def test_a_type_that_is_served_gives_the_tokens_of_transformers(tmp_path: Path, model_type: str) -> None:
     model = random_model(tmp_path / "m", model_type)
-    lens = tuple(n for n in (3, 17, 100, 200) if n + NUM_OUTPUTS <= model.card.max_model_len)
-    assert len(lens) == (2 if model_type == "modernbert-decoder" else 4)  # its window is 64
-    check_tokens(tmp_path / "m", model, lens)
+    assert model.card.max_model_len == 256
+    check_tokens(tmp_path / "m", model, (3, 17, 100, 200))
 
 
 @pytest.mark.parametrize(
-    ("model_type", "further", "limit"),
+    ("model_type", "further", "spans"),
     [
-        ("gemma3_text", {"sliding_window": 32}, 32),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, 32),
-        ("modernbert-decoder", {"local_attention": 32}, 16),
-        ("gemma3_text", {"sliding_window": 32, "layer_types": FULL}, 256),
+        ("gemma3_text", {"layer_types": MIXED}, [WINDOW, Span()] * 2),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, [Span(), *[WINDOW] * 3]),
+        ("llama4_text", {"no_rope_layers": [1, 1, 1, 0]}, [*[Span(chunk=24)] * 3, Span()]),
+        ("gpt_oss", {}, [WINDOW, Span()] * 2),
+        ("mistral", {"sliding_window": 300}, [Span()] * 4),  # longer than the context
         # Their pools follow from what attention writes, not from what the config says of it.
-        ("gpt_bigcode", {"multi_query": False}, 256),
-        ("gpt_neox", {"num_key_value_heads": 2}, 256),
+        ("gpt_bigcode", {"multi_query": False}, [Span()] * 4),
+        ("gpt_neox", {"num_key_value_heads": 2}, [Span()] * 4),
         *(
             pytest.param(*case, marks=pytest.mark.full)
             for case in (
-                ("mixtral", {"sliding_window": 32}, 32),
-                ("phi3", {"sliding_window": 32}, 32),
-                ("olmo3", {"sliding_window": 32}, 32),
-                ("cohere2", {"sliding_window": 32}, 32),
-                ("smollm3", {"use_sliding_window": True, "sliding_window": 32, "layer_types": MIXED}, 32),
-                ("gemma2", {"attn_logit_softcapping": None, "sliding_window": 32}, 32),
-                ("llama4_text", {"layer_types": FULL}, 256),
-                ("lfm2", {"layer_types": FULL}, 256),
-                ("bert", {"is_decoder": True}, 256),
+                ("smollm3", {"use_sliding_window": True, "layer_types": MIXED}, [WINDOW, Span()] * 2),
+                ("gemma2", {"attn_logit_softcapping": 2.0}, [WINDOW, Span()] * 2),
+                ("llama4_text", {"layer_types": FULL}, [Span()] * 4),
+                ("lfm2", {"layer_types": FULL}, [Span()] * 4),
+                ("bert", {"is_decoder": True}, [Span()] * 4),
             )
         ),
     ],
 )
-def test_a_window_cuts_the_context_and_what_fits_is_right(
-    tmp_path: Path, model_type: str, further: dict[str, Any], limit: int
+def test_each_layer_sees_as_far_back_as_its_model_says(
+    tmp_path: Path, model_type: str, further: dict[str, Any], spans: list[Span]
 ) -> None:
     model = random_model(tmp_path / "m", model_type, **further)
-    assert model.card.max_model_len == limit
-    check_tokens(tmp_path / "m", model, (limit - NUM_OUTPUTS, 3))
+    assert model.spans == spans
+    check_tokens(tmp_path / "m", model, (200, 3))
+
+
+def test_queries_that_are_scaled_by_their_place_in_a_step_cut_the_context(tmp_path: Path) -> None:
+    model = random_model(tmp_path / "m", "llama4_text", floor_scale=64, no_rope_layers=[1, 1, 1, 0])
+    assert model.card.max_model_len == 63
+    check_tokens(tmp_path / "m", model, (63 - NUM_OUTPUTS, 3))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,7 @@ def test_the_check_leaves_the_models_attention_as_it_was(tmp_path: Path) -> None
 
 def test_the_page_names_what_is_served_and_counts_what_is_not() -> None:
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    served = page.split("## Served")[1].split("A sliding window")[0]
+    served = page.split("## Served")[1].split("**Each layer")[0]
     assert {name for name in re.findall(r"[\w-]+", served) if name in MODEL_TYPES} == set(SERVED)
     refused = page.split("## Refused")[1].split("**Weights**")[0]
     numbers = [int(number) for number in re.findall(r"\| (\d+) \|$", refused, re.MULTILINE)]

@@ -14,22 +14,24 @@ from flowkv_engine.engine.gpu.attention import num_stages
 
 HEADS = {"block_size": 16, "num_kv_heads": 8, "head_dim": 128, "padded_dim": 128}
 SPLITS = {"num_splits": 32, "min_split_len": 128}
+SPANS = {"window": 0, "chunk": 0}
+PLAIN = {**SPANS, "has_softcap": False, "has_sinks": False}
 NUMBERS = "*i32"
 ITEM_BYTES = {"bf16": 2, "fp32": 4}
 ARGUMENTS: dict[Any, tuple[dict[str, str], dict[str, int]]] = {
     kernels.write_kv: ({"slots": "*i64"}, HEADS),
     kernels.attend_prompts: (
         dict.fromkeys(("tables", "context_lens", "query_starts", "tile_items", "tile_firsts"), NUMBERS),
-        {**HEADS, "group_size": 4, "num_rows": 64},
+        {**HEADS, **PLAIN, "group_size": 4, "num_rows": 64},
     ),
     kernels.attend_splits: (
         {"splits": "*fp32", "log_sums": "*fp32"}
         | dict.fromkeys(("query_starts", "tables", "context_lens"), NUMBERS),
-        {**HEADS, **SPLITS, "group_size": 4, "padded_group": 16},
+        {**HEADS, **SPLITS, **PLAIN, "group_size": 4, "padded_group": 16},
     ),
     kernels.merge_splits: (
         {"splits": "*fp32", "log_sums": "*fp32", "query_starts": NUMBERS, "context_lens": NUMBERS},
-        {**SPLITS, "head_dim": 128, "padded_dim": 128},
+        {**SPLITS, **SPANS, "head_dim": 128, "padded_dim": 128},
     ),
     kernels.add_and_norm: ({}, {"num_dims": 4096, "padded_dims": 4096, "adds": True}),
     kernels.gate: ({}, {"num_dims": 14336, "tile_len": 1024}),
@@ -43,21 +45,29 @@ ARGUMENTS: dict[Any, tuple[dict[str, str], dict[str, int]]] = {
         },
     ),
 }
+# Compiled once more with these: Gemma's and GPT-OSS's layers. Kernels take what they know of.
+OTHER_RULES = {"window": 1024, "has_softcap": True, "has_sinks": True}
 # Multiples of 16, as a model's sizes are: only so tiles are loaded ahead.
 STRIDES = ("stride_", "query_stride", "key_stride", "value_stride")
 ROWS = ("hidden", "delta", "weight", "gate_up", "qkv", "cos", "sin", "norm")
 
 
 def main(capability: int, dtype: str) -> None:
-    names = ("pool", "query", "result", "key", "value", *ROWS)
-    states = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("scale", "eps"), "fp32")
+    names = ("pool", "query", "result", "key", "value", "sinks", *ROWS)
+    states = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("scale", "softcap", "eps"), "fp32")
     launch: dict[Any, dict[str, int]] = {  # as `TritonAttention` and `TritonLlamaForward` ask for
         kernels.attend_prompts: {"num_stages": num_stages(HEADS["head_dim"] * ITEM_BYTES[dtype])},
         kernels.attend_splits: {"num_stages": 2},
         kernels.add_and_norm: {"num_warps": 8},
         kernels.rotate_and_write: {"num_warps": 1},
     }
-    for kernel, (pointers, constants) in ARGUMENTS.items():
+    variants = [(kernel, *arguments) for kernel, arguments in ARGUMENTS.items()]
+    variants += [
+        (kernel, pointers, constants | {name: OTHER_RULES[name] for name in OTHER_RULES if name in constants})
+        for kernel, pointers, constants in variants
+        if "window" in constants
+    ]
+    for kernel, pointers, constants in variants:
         kinds = states | pointers | dict.fromkeys(constants, "constexpr")
         signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
         source = ASTSource(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from importlib.util import find_spec
 from typing import NamedTuple, Protocol
@@ -12,6 +13,34 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flowkv_common.errors import CannotStart
 from flowkv_engine.engine.batch import PackedBatch
+
+
+class Span(NamedTuple):
+    """How far back a layer's queries see; both 0: to the first token.
+
+    `window`: a query sees itself and the `window - 1` tokens before it. `chunk`: it sees, up to itself, the
+    tokens of its own run of `chunk` positions, counted from the first token (Llama 4).
+    """
+
+    window: int = 0
+    chunk: int = 0
+
+    def first_seen(self, positions: Tensor) -> Tensor:
+        """The first position that a query at each of `positions` sees."""
+        if self.chunk:
+            return positions - positions % self.chunk
+        return (positions - self.window + 1).clamp(min=0) if self.window else torch.zeros_like(positions)
+
+
+class Rule(NamedTuple):
+    """How a layer weighs what its queries see: the softmax of `scale` times each product of query and key."""
+
+    scale: float
+    span: Span = Span()
+    # Not 0: a score becomes `softcap * tanh(score / softcap)` before the softmax (Gemma 2).
+    softcap: float = 0.0
+    # [num_heads]: one more score of each head, of a token without a value (GPT-OSS).
+    sinks: Tensor | None = None
 
 
 class Attention(Protocol):
@@ -28,7 +57,7 @@ class Attention(Protocol):
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Stores the step's keys and values, both [T, num_kv_heads, head_dim], at the batch's slots."""
 
-    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, rule: Rule) -> Tensor:
         """`query` [T, num_heads, head_dim] attends to its items' contexts: the same shape and dtype."""
         ...
 
@@ -42,7 +71,7 @@ class Prefill(NamedTuple):
 
 
 class TorchAttention:
-    """Gathers blocks and calls torch's SDPA: slow, on any device, and what the other backends must equal.
+    """Gathers blocks and weighs them in torch: slow, on any device, and what the other backends must equal.
 
     Items of one token run as one padded batch, the others one by one.
     """
@@ -53,7 +82,7 @@ class TorchAttention:
         self._pool = pool
         self._block_size = pool.shape[3]
         self._write_at = (torch.empty(0), torch.empty(0))  # blocks and offsets, [T] each
-        self._decode_rows = self._decode_tables = self._decode_mask = torch.empty(0)
+        self._decode_rows = self._decode_tables = self._decode_lens = torch.empty(0)
         self._prefills: list[Prefill] = []
 
     def bind(self, batch: PackedBatch) -> None:
@@ -62,13 +91,10 @@ class TorchAttention:
         self._write_at = slots // self._block_size, slots % self._block_size
 
         tables = torch.from_numpy(batch.block_tables).to(device)
-        context_lens = torch.from_numpy(batch.context_lens).to(device)
         decode = torch.from_numpy(batch.query_lens == 1).to(device)
         self._decode_rows = torch.from_numpy(batch.query_starts[:-1]).to(device)[decode]
         self._decode_tables = tables[decode]
-        positions = torch.arange(tables.shape[1] * self._block_size, device=device)
-        mask = positions < context_lens[decode, None]
-        self._decode_mask = mask[:, None, None]  # [N, 1, 1, padded context]
+        self._decode_lens = torch.from_numpy(batch.context_lens).to(device)[decode]
 
         self._prefills = []
         edges = batch.query_starts.tolist()
@@ -81,33 +107,32 @@ class TorchAttention:
         self._pool[:, layer, 0][self._write_at] = key.to(self._pool.dtype)
         self._pool[:, layer, 1][self._write_at] = value.to(self._pool.dtype)
 
-    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, rule: Rule) -> Tensor:
         if not self._prefills:
-            return self._decode(layer, query, scale)
+            return self._decode(layer, query, rule)
         out = torch.empty_like(query)
         if len(self._decode_rows):
-            out[self._decode_rows] = self._decode(layer, query[self._decode_rows], scale)
+            out[self._decode_rows] = self._decode(layer, query[self._decode_rows], rule)
         for item in self._prefills:
-            out[item.rows] = self._prefill(layer, query[item.rows], item, scale)
+            out[item.rows] = self._prefill(layer, query[item.rows], item, rule)
         return out
 
-    def _decode(self, layer: int, query: Tensor, scale: float) -> Tensor:
+    def _decode(self, layer: int, query: Tensor, rule: Rule) -> Tensor:
+        positions = torch.arange(self._decode_tables.shape[1] * self._block_size, device=query.device)
+        lens = self._decode_lens[:, None]
+        seen = (positions < lens) & (positions >= rule.span.first_seen(lens - 1))  # [N, padded context]
         # Padding may hold anything, NaN too, which no mask on the scores would keep out.
-        is_padding = ~self._decode_mask.transpose(2, 3)  # [N, 1, padded context, 1]
         keys, values = (
             self._pool[:, layer, side][self._decode_tables]
             .flatten(1, 2)
             .transpose(1, 2)  # [N, kv heads, padded context, dim]
             .to(query.dtype)
-            .masked_fill(is_padding, 0)
+            .masked_fill(~seen[:, None, :, None], 0)
             for side in (0, 1)
         )
-        out = scaled_dot_product_attention(
-            query.unsqueeze(2), keys, values, self._decode_mask, scale=scale, enable_gqa=True
-        )
-        return out.squeeze(2)
+        return _weigh(query.unsqueeze(2), keys, values, seen[:, None, None], rule).squeeze(2)
 
-    def _prefill(self, layer: int, query: Tensor, item: Prefill, scale: float) -> Tensor:
+    def _prefill(self, layer: int, query: Tensor, item: Prefill, rule: Rule) -> Tensor:
         keys, values = (
             self._pool[:, layer, side][item.blocks]
             .flatten(0, 1)[: item.context_len]
@@ -115,20 +140,31 @@ class TorchAttention:
             .to(query.dtype)
             for side in (0, 1)
         )
-        num_cached = item.context_len - len(query)
-        mask = None
-        if num_cached:  # is_causal would line the triangle up with the first key
-            mask = query.new_ones(len(query), item.context_len, dtype=torch.bool).tril(num_cached)
-        out = scaled_dot_product_attention(
-            query.transpose(0, 1)[None],
-            keys[None],
-            values[None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=True,
-        )
+        positions = torch.arange(item.context_len, device=query.device)
+        places = positions[-len(query) :, None]
+        seen = (positions <= places) & (positions >= rule.span.first_seen(places))  # [T, context]
+        out = _weigh(query.transpose(0, 1)[None], keys[None], values[None], seen, rule)
         return out[0].transpose(0, 1)
+
+
+def _weigh(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, rule: Rule) -> Tensor:
+    """`query` [N, heads, T, dim], `keys` and `values` [N, kv heads, context, dim] -> as `query`.
+
+    `seen`: what each query sees, bool, spreads to [N, heads, T, context].
+    """
+    if not rule.softcap and rule.sinks is None:
+        return scaled_dot_product_attention(query, keys, values, seen, scale=rule.scale, enable_gqa=True)
+    group_size = query.shape[1] // keys.shape[1]
+    keys, values = (side.repeat_interleave(group_size, dim=1) for side in (keys, values))
+    scores = (query @ keys.transpose(2, 3)).float() * rule.scale
+    if rule.softcap:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if rule.sinks is not None:
+        sinks = rule.sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = scores.softmax(dim=-1)[..., : keys.shape[2]]
+    return weights.to(query.dtype) @ values
 
 
 def make_attention(name: str, pool: Tensor) -> Attention:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, rms_norm, silu
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig
 
-from flowkv_engine.engine.attention import Attention
+from flowkv_engine.engine.attention import Attention, Rule, Span
 from flowkv_engine.engine.stored_modules import StoredEmbedding, StoredLinear, StoredWeight
 
 IMPLEMENTATION = "flowkv"  # the name of our attention function in `transformers`
@@ -42,9 +42,9 @@ class Forward(ABC):
 class ModulesForward(Forward):
     """Works for every model; the fast paths must equal it."""
 
-    def __init__(self, module: nn.Module, attention: Attention) -> None:
+    def __init__(self, module: nn.Module, attention: Attention, spans: Sequence[Span]) -> None:
         self._module = module
-        self._attention = attention
+        self._attention = attention, spans
 
     def __call__(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         output = self._module(
@@ -70,28 +70,33 @@ def paged_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    flowkv: Attention,
+    flowkv: tuple[Attention, Sequence[Span]],
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that `transformers` calls. Returns [1, T, num_heads, head_dim].
 
-    `load_model` has refused models that ask for anything but causal attention over one cache per layer.
+    `load_model` has refused models that ask for anything but causal attention over one cache per layer, and
+    found how far back each sees.
     """
     layer: Any = module.layer_idx
-    flowkv.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    attention, spans = flowkv
+    attention.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return flowkv.attend(layer, query[0].transpose(0, 1), scale).unsqueeze(0), None
+    rule = Rule(scale, spans[layer], softcap or 0.0, s_aux)
+    return attention.attend(layer, query[0].transpose(0, 1), rule).unsqueeze(0), None
 
 
 AttentionInterface.register(IMPLEMENTATION, paged_attention)
 
 
-def make_forward(module: nn.Module, attention: Attention) -> Forward:
+def make_forward(module: nn.Module, attention: Attention, spans: Sequence[Span]) -> Forward:
     """The fastest forward pass for the model and the backend. It may fuse or pack the model's weights."""
-    weights = llama_weights(module)
+    weights = llama_weights(module, spans)
     if weights is None:
-        return ModulesForward(module, attention)
+        return ModulesForward(module, attention, spans)
     if attention.name == "cpu":
         from flowkv_engine.engine.cpu.attention import CpuAttention
         from flowkv_engine.engine.cpu.forward import CpuLlamaForward
@@ -100,7 +105,7 @@ def make_forward(module: nn.Module, attention: Attention) -> Forward:
         if CpuLlamaForward.fits(weights):
             return CpuLlamaForward(weights, attention)
     if any(isinstance(each, StoredWeight) for each in module.modules()):  # the others take floats
-        return ModulesForward(module, attention)
+        return ModulesForward(module, attention, spans)
     if attention.name == "triton":
         from flowkv_engine.engine.gpu.attention import TritonAttention
         from flowkv_engine.engine.gpu.forward import TritonLlamaForward
@@ -119,6 +124,7 @@ class Layer(NamedTuple):
     input_norm: Tensor  # [hidden]
     qkv: list[Projection]
     qk_norm: Tensor | None  # [heads + kv heads, dim]: Qwen3 normalizes each head
+    rule: Rule  # of its attention
     output: Projection
     mlp_norm: Tensor
     gate: Projection
@@ -132,7 +138,6 @@ class LlamaWeights(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    scale: float  # of the scores
     eps: float
     embedding: nn.Embedding | StoredEmbedding  # [vocab, hidden]
     layers: list[Layer]
@@ -153,14 +158,14 @@ def is_llama(config: PretrainedConfig) -> bool:
 
 
 @torch.no_grad()
-def llama_weights(model: nn.Module) -> LlamaWeights | None:
+def llama_weights(model: nn.Module, spans: Sequence[Span]) -> LlamaWeights | None:
     """The parts of `model`, or `None` if it is not of the Llama family."""
     causal_lm: Any = model
     config = causal_lm.config
     if not is_llama(config):
         return None
     inner, layers = causal_lm.model, []
-    for layer in inner.layers:
+    for layer, span in zip(inner.layers, spans, strict=True):
         attn, mlp = layer.self_attn, layer.mlp
         qk_norm = None
         if hasattr(attn, "q_norm"):
@@ -171,6 +176,7 @@ def llama_weights(model: nn.Module) -> LlamaWeights | None:
                 input_norm=layer.input_layernorm.weight,
                 qkv=[attn.q_proj, attn.k_proj, attn.v_proj],
                 qk_norm=qk_norm,
+                rule=Rule(attn.scaling, span),
                 output=attn.o_proj,
                 mlp_norm=layer.post_attention_layernorm.weight,
                 gate=mlp.gate_proj,
@@ -185,7 +191,6 @@ def llama_weights(model: nn.Module) -> LlamaWeights | None:
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=inner.layers[0].self_attn.head_dim,
-        scale=inner.layers[0].self_attn.scaling,
         eps=config.rms_norm_eps,
         embedding=inner.embed_tokens,
         layers=layers,
@@ -259,7 +264,7 @@ class LlamaForward(LlamaStates):
             qk = qk * cos + torch.cat((-second, first), dim=-1) * sin
             query, key = torch.split(qk, [num_heads, num_kv_heads], dim=1)
             self._attention.write(index, key, value)
-            attended = self._attention.attend(index, query, weights.scale).flatten(1)
+            attended = self._attention.attend(index, query, layer.rule).flatten(1)
             hidden = hidden + linear(attended, layer.output.weight, layer.output.bias)
             gate, up = linear(self._norm(hidden, layer.mlp_norm), *gate_up).chunk(2, dim=-1)
             hidden = hidden + linear(silu(gate) * up, layer.down.weight, layer.down.bias)

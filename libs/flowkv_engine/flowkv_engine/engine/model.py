@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import torch
@@ -38,6 +38,7 @@ from flowkv_common.errors import CannotStart
 from flowkv_common.fingerprint import fingerprint, model_files, weight_files
 from flowkv_common.grammar import Grammars
 from flowkv_common.wire.messages import ModelCard, PoolLayout
+from flowkv_engine.engine.attention import Span
 from flowkv_engine.engine.forward import IMPLEMENTATION, is_llama
 from flowkv_engine.engine.quantized import Codes, Quantization, quantization_of
 from flowkv_engine.engine.stored_modules import (
@@ -61,8 +62,7 @@ DRY_RUN = "flowkv_dry_run"  # the name in `transformers` of the attention functi
 DRY_RUN_TOKENS = 8
 MASK_SAMPLES = 64  # positions at either end of the context, where a mask is looked at
 
-# Keyword arguments of attention that some models pass and FlowKV does not compute.
-UNSUPPORTED = {"softcap": "caps on scores", "s_aux": "attention sinks", "position_bias": "a position bias"}
+LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 # Tensors that no model reads: buffers of older versions of `transformers` (each model computes its own),
@@ -89,6 +89,7 @@ class LoadedModel:
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    spans: list[Span]  # of each layer
     grammars: Grammars
 
     def layout(self, block_size: int, kv_dtype: str) -> PoolLayout:
@@ -122,7 +123,7 @@ def load_model(
     if load_format not in ("auto", "dummy"):
         raise CannotStart(f"FLOWKV_LOAD_FORMAT is {load_format!r}: choose one of auto, dummy")
     folder, has_weights = Path(path), load_format == "auto"
-    config, (num_layers, num_kv_heads, head_dim) = _check_config(folder)
+    config, layers = _check_config(folder)
     eos = eos_token_ids(folder, config)
     torch_dtype = weights_dtype(dtype, config, device)
     quantization = _check_weights(folder, config) if has_weights else None
@@ -152,7 +153,15 @@ def load_model(
     weight = next(module.parameters())
     grammars = Grammars(folder / "tokenizer.json", eos)
     return LoadedModel(
-        module, weight.device, weight.dtype, card, num_layers, num_kv_heads, head_dim, grammars
+        module=module,
+        device=weight.device,
+        dtype=weight.dtype,
+        card=card,
+        num_layers=len(layers),
+        num_kv_heads=layers[0].num_kv_heads,
+        head_dim=layers[0].head_dim,
+        spans=[layer.span for layer in layers],
+        grammars=grammars,
     )
 
 
@@ -264,8 +273,16 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def _check_config(folder: Path) -> tuple[PretrainedConfig, tuple[int, int, int]]:
-    """The folder's config, and the shape of the model's KV: layers, KV heads, head dimension.
+class LayerAttention(NamedTuple):
+    """What a layer writes into its KV cache, and how far back it sees."""
+
+    num_kv_heads: int
+    head_dim: int
+    span: Span
+
+
+def _check_config(folder: Path) -> tuple[PretrainedConfig, list[LayerAttention]]:
+    """The folder's config, and the attention of each of the model's layers.
 
     Raises `UnsupportedModel` if FlowKV can't serve such a model.
     """
@@ -303,9 +320,7 @@ def _why_not(config: PretrainedConfig) -> str | None:
         return f"{model_class.__name__} of transformers does not let its attention be replaced"
     if getattr(config, "kv_lora_rank", None):
         return "its KV cache is compressed (MLA)"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "its attention caps logits"
-    if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+    if unknown := set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES:
         return f"it has layers of type {', '.join(sorted(unknown))}"
     if not getattr(config, "max_position_embeddings", None):
         return "its config has no max_position_embeddings, so its longest context is unknown"
@@ -313,25 +328,24 @@ def _why_not(config: PretrainedConfig) -> str | None:
 
 
 def _max_model_len(config: PretrainedConfig) -> int:
-    """The longest sequence for which full attention with fixed positions equals the model."""
-    limits = [int(config.max_position_embeddings)]
-    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    is_used = "sliding_attention" in types if types else getattr(config, "use_sliding_window", True)
-    if window and is_used:
-        limits.append(int(window))  # up to its length, a window is full attention
+    """The longest sequence for which fixed positions equal the model's."""
+    limit = int(config.max_position_embeddings)
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         # Beyond this length all positions rotate differently, also those whose keys are cached.
-        limits.append(int(rope["original_max_position_embeddings"]))
-    return min(limits)
+        limit = min(limit, int(rope["original_max_position_embeddings"]))
+    if getattr(config, "attn_temperature_tuning", False):
+        # From this length on Llama 4 scales queries by where they stand in the step, not in the sequence.
+        limit = min(limit, int(config.floor_scale) - 1)
+    return limit
 
 
-def _dry_run(config: PretrainedConfig) -> tuple[int, int, int]:
-    """Runs the model on torch's meta device -> layers, KV heads and head dimension of the KV it writes.
+def _dry_run(config: PretrainedConfig) -> list[LayerAttention]:
+    """Runs the model on torch's meta device -> what its layers ask for; all write KV of one shape.
 
     Raises `UnsupportedModel`, with the reason, if it can't be served.
     """
-    written: dict[int, tuple[int, int]] = {}  # KV heads and head dimension of each layer
+    asked: dict[int, LayerAttention] = {}
     try:
         with quiet():
             with torch.device("meta"):
@@ -349,7 +363,7 @@ def _dry_run(config: PretrainedConfig) -> tuple[int, int, int]:
                     position_ids=token_ids.unsqueeze(0),
                     use_cache=False,
                     logits_to_keep=indices,
-                    flowkv=written,
+                    flowkv=asked,
                 ).logits[0]
     except UnsupportedModel:
         raise
@@ -357,15 +371,15 @@ def _dry_run(config: PretrainedConfig) -> tuple[int, int, int]:
         raise UnsupportedModel(f"transformers can't run it without weights: {_first_line(error)}") from error
     if logits.shape != (len(indices), config.vocab_size):
         raise UnsupportedModel(f"for {len(indices)} tokens it gives logits of shape {tuple(logits.shape)}")
-    num_layers, shapes = len(written), set(written.values())
-    if not shapes:
+    if not asked:
         raise UnsupportedModel("its layers don't call the attention function they are given")
-    if sorted(written) != list(range(num_layers)):
+    if sorted(asked) != list(range(len(asked))):
         raise UnsupportedModel("only some of its layers have attention")
+    shapes = {(layer.num_kv_heads, layer.head_dim) for layer in asked.values()}
     if len(shapes) > 1:
         sizes = " and ".join(f"{heads} x {dim}" for heads, dim in sorted(shapes))
         raise UnsupportedModel(f"its layers' KV caches differ in shape ({sizes}), and a pool has one")
-    return (num_layers, *shapes.pop())
+    return [asked[number] for number in range(len(asked))]
 
 
 def _dry_run_attention(
@@ -375,22 +389,23 @@ def _dry_run_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    flowkv: dict[int, tuple[int, int]] | None = None,
+    flowkv: dict[int, LayerAttention] | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Notes in `flowkv` what a layer writes, and computes nothing.
+    """Notes in `flowkv` what a layer asks for, and computes nothing.
 
-    Raises `UnsupportedModel` if the layer asks for more than causal attention over one cache.
+    Raises `UnsupportedModel` if that is more than causal attention over one cache by some `Rule`.
     """
     if flowkv is None:
         raise UnsupportedModel("its attention does not hand on the keyword arguments of the forward pass")
-    for name, wanted in UNSUPPORTED.items():
-        if kwargs.get(name) is not None:
-            raise UnsupportedModel(f"its attention has {wanted}")
+    if position_bias is not None:
+        raise UnsupportedModel("its attention has a position bias")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise UnsupportedModel("its attention is not causal")
-    if attention_mask is not None:
+    span: Span | None = Span() if attention_mask is None else getattr(attention_mask, "span", None)
+    if span is None:
         raise UnsupportedModel("its attention has a mask of its own, other than the causal one")
     if key.shape != value.shape or query.shape[2:] != key.shape[2:] or query.shape[1] % key.shape[1]:
         sizes = ", ".join(f"{x.shape[1]} x {x.shape[3]}" for x in (query, key, value))
@@ -399,7 +414,7 @@ def _dry_run_attention(
     assert isinstance(layer, int)
     if layer in flowkv:
         raise UnsupportedModel(f"its attention of layer {layer} is computed twice in a step")
-    flowkv[layer] = (key.shape[1], key.shape[3])
+    flowkv[layer] = LayerAttention(key.shape[1], key.shape[3], span)
     return torch.empty_like(query.transpose(1, 2)), None
 
 
@@ -421,25 +436,47 @@ class _Values(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _NoPadding(TorchFunctionMode):
+    """A mask of chunks counts from each sequence's first token: here no sequence has padding before it."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__getitem__ and args[0].is_meta and args[0].dim() == 1:  # by sequence
+            return torch.zeros_like(args[1])
+        return func(*args, **(kwargs or {}))
+
+
 def _wanted_mask(
     *,
     q_length: int,
     kv_length: int,
     mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     config: PretrainedConfig,
+    local_size: int | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """None if the mask is causal up to `_max_model_len`; else some mask, which the run refuses."""
+    """None if the mask is causal. Else some mask, with its `span` if it has one; without, the run refuses it.
+
+    `local_size`: of the window or the chunks, if any.
+    """
     end = _max_model_len(config)
-    samples = sorted({*range(min(MASK_SAMPLES, end)), *range(max(0, end - MASK_SAMPLES), end)})
-    positions = torch.tensor(samples, device="cpu")
+    edges = (0, *((local_size, 2 * local_size) if local_size else ()), end)
+    samples = {place for edge in edges for place in range(edge - MASK_SAMPLES, edge + MASK_SAMPLES)}
+    positions = torch.tensor(sorted(place for place in samples if 0 <= place < end), device="cpu")
     query, key = positions.view(1, 1, -1, 1), positions.view(1, 1, 1, -1)
     zero = torch.zeros_like(query[:, :, :1])
+    mask: Any = torch.empty(1, 1, q_length, kv_length, dtype=torch.bool, device="meta")
     with contextlib.suppress(RuntimeError):  # raised if it reads values of the model's inputs
-        allowed = mask_function(zero, zero, query, key)
-        if not allowed.is_meta and bool((allowed == (key <= query)).all()):
-            return None
-    return torch.empty(1, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+        with _NoPadding():
+            allowed = mask_function(zero, zero, query, key)
+        spans = [Span(), *((Span(window=local_size), Span(chunk=local_size)) if local_size else ())]
+        for span in spans:
+            seen = (key <= query) & (key >= span.first_seen(query))
+            if not allowed.is_meta and bool((allowed == seen).all()):
+                mask.span = span
+                return None if span == Span() else mask
+    return mask  # type: ignore[no-any-return]
 
 
 AttentionInterface.register(DRY_RUN, _dry_run_attention)

@@ -90,7 +90,7 @@ class Runner:
         self._graphs: GraphedSteps | None = None
         with _current(self._device):
             check = SelfCheck(model, pool)
-        self.forward = make_forward(model.module, self.attention)
+        self.forward = make_forward(model.module, self.attention, model.spans)
         cache_dir = os.environ.get("NUMBA_CACHE_DIR") if self.attention.name == "cpu" else None
         sources = source_stamp(Path(__file__).with_name("cpu"))
         kernels = f"{__version__}-{sources}-{model.card.fingerprint}-{pool.dtype}"

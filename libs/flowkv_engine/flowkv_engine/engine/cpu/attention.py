@@ -19,7 +19,7 @@ from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowkv_engine.engine.attention import Prefill, TorchAttention
+from flowkv_engine.engine.attention import Prefill, Rule, TorchAttention
 from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.cpu.linear import multiply
 from flowkv_engine.engine.cpu.simd import LANES, score_tile, softmax_row, value_tile
@@ -30,6 +30,7 @@ SPLIT_LEN = 256
 TILE_LEN = 192
 TILE_QUERIES = 32  # tokens of a prompt in one unit of work
 _LOWEST = np.float32(-1e30)
+_NO_SINKS = np.empty(0, np.float32)
 
 
 class Scratch:
@@ -78,7 +79,7 @@ class CpuAttention(TorchAttention):
         keys, values = (_as_numpy(states.to(self._pool.dtype)) for states in (key, value))
         _write(self.pool_array, layer, keys, values, self.slots)
 
-    def _decode(self, layer: int, query: Tensor, scale: float) -> Tensor:
+    def _decode(self, layer: int, query: Tensor, rule: Rule) -> Tensor:
         num_rows, num_heads, head_dim = query.shape
         decode = make_decode(num_heads // self._pool.shape[4], head_dim)
         shape = (num_rows, self._num_splits, num_heads)
@@ -87,9 +88,12 @@ class CpuAttention(TorchAttention):
             self.pool_array,
             layer,
             self._split_len,
-            (query.float() * scale).contiguous().numpy(),
+            (query.float() * rule.scale).contiguous().numpy(),
             self._tables,
             self._context_lens,
+            *rule.span,
+            np.float32(rule.softcap),
+            _sinks(rule),
             self._scratch.array("splits", *shape, head_dim),
             self._scratch.array("maxima", *shape),
             self._scratch.array("sums", *shape),
@@ -97,7 +101,7 @@ class CpuAttention(TorchAttention):
         )
         return torch.from_numpy(out).to(query.dtype)
 
-    def _prefill(self, layer: int, query: Tensor, item: Prefill, scale: float) -> Tensor:
+    def _prefill(self, layer: int, query: Tensor, item: Prefill, rule: Rule) -> Tensor:
         num_kv_heads, head_dim = self._pool.shape[4:]
         num_tiles = -(-item.context_len // TILE_LEN)
         out = torch.empty(query.shape)
@@ -107,12 +111,20 @@ class CpuAttention(TorchAttention):
             item.blocks.numpy(),
             item.context_len,
             query.float().contiguous().numpy(),
-            np.float32(scale),
+            np.float32(rule.scale),
+            *rule.span,
+            np.float32(rule.softcap),
+            _sinks(rule),
             self._scratch.array("keys", num_kv_heads, num_tiles, TILE_LEN // LANES, head_dim, LANES),
             self._scratch.array("values", num_kv_heads, num_tiles, head_dim // LANES, TILE_LEN, LANES),
             out.numpy(),
         )
         return out.to(query.dtype)
+
+
+def _sinks(rule: Rule) -> NDArray[np.float32]:
+    """[num_heads], or [0] without."""
+    return _NO_SINKS if rule.sinks is None else rule.sinks.detach().float().numpy()
 
 
 def _as_numpy(tensor: Tensor) -> NDArray[np.float32] | NDArray[np.uint16]:
@@ -216,16 +228,36 @@ def rotate_and_write(pool, layer, slots, qkv, positions, cos, sin, norm, eps, qu
         )
 
 
+# --- What a query sees, and how a score counts ---
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _first_seen(position, window, chunk):
+    """As `Span.first_seen`."""
+    if chunk:
+        return position - position % chunk
+    return max(0, position - window + 1) if window else 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _cap(scores, softcap):
+    for place in range(scores.shape[0]):
+        scores[place] = softcap * np.tanh(scores[place] / softcap)
+
+
 # --- Decode: flash decoding over the block table, in splits of the context ---
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _attend_split(pool, layer, query, table, start, stop, head, out, maxima, sums, group_size, head_dim):
-    """KV head `head` over tokens `start .. stop - 1`: all scores, their softmax, then the values.
+def _attend_split(
+    pool, layer, query, table, seen, stop, head, softcap, out, maxima, sums, group_size, head_dim
+):
+    """KV head `head` over tokens `seen .. stop - 1`: all scores, their softmax, then the values.
 
     While one block is read the next is prefetched: the processor can't guess its place.
     """
     block_size = pool.shape[3]
+    start = seen // block_size * block_size
     num_vectors = (stop - start + LANES - 1) // LANES
     scores = np.empty((group_size, (num_vectors + 1) * LANES), np.float32)  # a tile may reach beyond
     for first in range(start, stop, block_size):
@@ -238,6 +270,10 @@ def _attend_split(pool, layer, query, table, start, stop, head, out, maxima, sum
         for token in range(0, length, LANES):
             place = first - start + token
             score_tile(query, keys, ahead, token, head, length - token, scores, place, group_size, head_dim)
+    if softcap:
+        for group in range(group_size):
+            _cap(scores[group], softcap)
+    scores[:, : seen - start] = _LOWEST
     scores[:, stop - start :] = _LOWEST
     for group in range(group_size):
         maxima[group], sums[group] = softmax_row(scores[group], num_vectors, _LOWEST)
@@ -250,12 +286,16 @@ def _attend_split(pool, layer, query, table, start, stop, head, out, maxima, sum
 
 
 @numba.njit(cache=True, nogil=True)
-def _merge_splits(splits, maxima, sums, out):
+def _merge_splits(splits, maxima, sums, sinks, out):
     """`splits` [splits, heads, dim] with their maxima and sums [splits, heads] -> `out` [heads, dim]."""
     for head in range(out.shape[0]):
-        highest, total = maxima[0, head], np.float32(0)
+        highest = maxima[0, head]
         for split in range(1, maxima.shape[0]):
             highest = max(highest, maxima[split, head])
+        total = np.float32(0)
+        if sinks.shape[0]:
+            highest = max(highest, sinks[head])
+            total = np.exp(sinks[head] - highest)
         out[head] = 0
         for split in range(maxima.shape[0]):
             weight = np.exp(maxima[split, head] - highest)
@@ -270,30 +310,34 @@ def _merge_splits(splits, maxima, sums, out):
 def make_decode(group_size: int, head_dim: int) -> Callable[..., None]:
     """The decode kernel for `group_size` query heads per KV head; both sizes are compiled in.
 
-    `decode(pool, layer, split_len, query, tables, context_lens, splits, maxima, sums, out)`: `query` (scaled)
-    and `out` [N, heads, dim] float32; scratch: `splits` [N, splits, heads, dim], `maxima` and `sums`
-    [N, splits, heads], float32. `split_len`: tokens per unit of work, a multiple of the block size.
-    `head_dim`: a multiple of `LANES`.
+    Its `query` (scaled) and `out` are [N, heads, dim] float32; scratch: `splits` [N, splits, heads, dim],
+    `maxima` and `sums` [N, splits, heads], float32. `split_len`: tokens per unit of work, a multiple of the
+    block size. `head_dim`: a multiple of `LANES`. `window`, `chunk`, `softcap`: as of `Rule`, `sinks`
+    [0 or heads].
     """
 
     @numba.njit(cache=True, nogil=True, parallel=True)
-    def decode(pool, layer, split_len, query, tables, context_lens, splits, maxima, sums, out):
+    def decode(
+        pool, layer, split_len, query, tables, context_lens, window, chunk, softcap, sinks, splits, maxima,
+        sums, out,
+    ):  # fmt: skip
         num_rows, num_splits, num_kv_heads = query.shape[0], splits.shape[1], pool.shape[4]
         for unit in numba.prange(num_rows * num_splits * num_kv_heads):
             row, rest = unit // (num_splits * num_kv_heads), unit % (num_splits * num_kv_heads)
             split, head = rest // num_kv_heads, rest % num_kv_heads
-            start = split * split_len
-            stop = min(start + split_len, context_lens[row])
+            stop = min((split + 1) * split_len, context_lens[row])
+            seen = max(split * split_len, _first_seen(context_lens[row] - 1, window, chunk))
             first, last = head * group_size, (head + 1) * group_size
-            if start < stop:
+            if seen < stop:
                 _attend_split(
                     pool,
                     layer,
                     query[row, first:last],
                     tables[row],
-                    start,
+                    seen,
                     stop,
                     head,
+                    softcap,
                     splits[row, split, first:last],
                     maxima[row, split, first:last],
                     sums[row, split, first:last],
@@ -301,8 +345,11 @@ def make_decode(group_size: int, head_dim: int) -> Callable[..., None]:
                     head_dim,
                 )
         for row in range(num_rows):
+            least = _first_seen(context_lens[row] - 1, window, chunk) // split_len
             used = (context_lens[row] + split_len - 1) // split_len
-            _merge_splits(splits[row, :used], maxima[row, :used], sums[row, :used], out[row])
+            _merge_splits(
+                splits[row, least:used], maxima[row, least:used], sums[row, least:used], sinks, out[row]
+            )
 
     kernel: Callable[..., None] = decode
     return kernel
@@ -337,8 +384,11 @@ def _scale(row, factor, out):
 
 
 @numba.njit(cache=True, nogil=True)
-def _attend_prompt(query, position, scale, keys, values, out):
-    """`query` [tokens, group, dim], the first at `position`, attends to one KV head's tiles."""
+def _attend_prompt(query, position, scale, window, chunk, softcap, sinks, keys, values, out):
+    """`query` [tokens, group, dim], the first at `position`, attends to one KV head's tiles.
+
+    `sinks`: [0 or group].
+    """
     num_tokens, group_size, head_dim = query.shape
     num_rows = num_tokens * group_size
     queries = np.empty((num_rows, head_dim), np.float32)
@@ -346,15 +396,24 @@ def _attend_prompt(query, position, scale, keys, values, out):
         _scale(query[row // group_size, row % group_size], scale, queries[row])
     weighted = np.zeros((num_rows, head_dim), np.float32)
     maxima, sums = np.full(num_rows, _LOWEST), np.zeros(num_rows, np.float32)
+    if sinks.shape[0]:
+        for row in range(num_rows):
+            maxima[row], sums[row] = sinks[row % group_size], np.float32(1)
     scores = np.empty((num_rows, TILE_LEN), np.float32)
     context_len = position + num_tokens
-    for tile in range((context_len + TILE_LEN - 1) // TILE_LEN):
+    least = _first_seen(position, window, chunk) // TILE_LEN
+    for tile in range(least, (context_len + TILE_LEN - 1) // TILE_LEN):
         first = tile * TILE_LEN
         num_vectors = (min(TILE_LEN, context_len - first) + LANES - 1) // LANES
         multiply(queries, keys[tile], 0, num_vectors, head_dim, scores, False)
         for row in range(num_rows):
-            visible = position + row // group_size + 1 - first
-            for token in range(max(0, visible), num_vectors * LANES):
+            if softcap:
+                _cap(scores[row, : num_vectors * LANES], softcap)
+            place = position + row // group_size
+            for token in range(max(0, place + 1 - first), num_vectors * LANES):
+                scores[row, token] = _LOWEST
+            # A tile of which a row sees nothing counts until it sees something, and then times 0.
+            for token in range(min(_first_seen(place, window, chunk) - first, num_vectors * LANES)):
                 scores[row, token] = _LOWEST
             maximum, total = softmax_row(scores[row], num_vectors, maxima[row])
             if maximum > maxima[row]:
@@ -369,17 +428,19 @@ def _attend_prompt(query, position, scale, keys, values, out):
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def prefill(pool, layer, table, context_len, query, scale, keys, values, out):
+def prefill(pool, layer, table, context_len, query, scale, window, chunk, softcap, sinks, keys, values, out):
     """Attention of the last T of `context_len` tokens -> `out` [T, heads, dim], as `query`, float32.
 
-    `table` [blocks]; `scale` times each score. Scratch, float32, for tiles = ceil(context_len / TILE_LEN):
+    `table` [blocks]; `scale`, `window`, `chunk`, `softcap`: as of `Rule`, `sinks` [0 or heads]. Scratch,
+    float32, for tiles = ceil(context_len / TILE_LEN):
     `keys` [kv heads, tiles, TILE_LEN / LANES, dim, LANES] and
     `values` [kv heads, tiles, dim / LANES, TILE_LEN, LANES].
     """
     num_tokens, num_kv_heads, num_tiles = query.shape[0], pool.shape[4], keys.shape[1]
     group_size = query.shape[1] // num_kv_heads
-    for unit in numba.prange(num_kv_heads * num_tiles):
-        head, tile = unit // num_tiles, unit % num_tiles
+    least = _first_seen(context_len - num_tokens, window, chunk) // TILE_LEN
+    for unit in numba.prange(num_kv_heads * (num_tiles - least)):
+        head, tile = unit // (num_tiles - least), least + unit % (num_tiles - least)
         _pack_tile(
             pool, layer, table, head, tile * TILE_LEN, context_len, keys[head, tile], values[head, tile]
         )
@@ -396,6 +457,10 @@ def prefill(pool, layer, table, context_len, query, scale, keys, values, out):
             query[start:stop, first:last],
             context_len - num_tokens + start,
             scale,
+            window,
+            chunk,
+            softcap,
+            sinks[first:last],
             keys[head],
             values[head],
             out[start:stop, first:last],

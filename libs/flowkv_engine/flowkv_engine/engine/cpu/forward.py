@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flowkv_engine.engine.attention import Rule
 from flowkv_engine.engine.cpu.attention import CpuAttention, Scratch, rotate_and_write
 from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack, rms_norm, unpack_rows
 from flowkv_engine.engine.cpu.panels import block_len, pack_stored
@@ -48,6 +49,7 @@ class _Packed(NamedTuple):
     input_norm: Array
     qkv: list[_Part]
     qk_norm: Array
+    rule: Rule
     output: list[_Part]
     mlp_norm: Array
     gate: list[_Part]
@@ -101,7 +103,7 @@ class CpuLlamaForward(LlamaStates):
             self._project(normed, packed.qkv, heads)
             pool, slots = self._attention.pool_array, self._attention.slots
             rotate_and_write(pool, index, slots, states, positions, cos, sin, packed.qk_norm, eps, query)
-            attended = self._attention.attend(index, torch.from_numpy(query), weights.scale).numpy()
+            attended = self._attention.attend(index, torch.from_numpy(query), packed.rule).numpy()
             attended = attended.reshape(num_rows, -1)
             if index == len(self._layers) - 1:  # the other rows need only keys and values
                 wanted = rows.numpy()
@@ -153,6 +155,7 @@ def _pack(layer: Layer) -> _Packed:
         input_norm=layer.input_norm.numpy(),
         qkv=_parts(*layer.qkv),
         qk_norm=np.empty((0, 0), np.float32) if layer.qk_norm is None else layer.qk_norm.numpy(),
+        rule=layer.rule,
         output=_parts(layer.output),
         mlp_norm=layer.mlp_norm.numpy(),
         gate=gate,

@@ -11,6 +11,7 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowkv_engine.engine.attention import Rule
 from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.gpu import kernels
 
@@ -126,16 +127,15 @@ class TritonAttention:
         )
         return query
 
-    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, rule: Rule) -> Tensor:
         pool, result = self._pool[:, layer], torch.empty_like(query, memory_format=torch.contiguous_format)
-        scale *= math.log2(math.e)
         if self.step.decode_lens is not None:
-            self._decode(pool, query, result, scale, self.step.decode_lens)
+            self._decode(pool, query, result, rule, self.step.decode_lens)
         if self.step.tiles is not None:
-            self._prefill(pool, query, result, scale, *self.step.tiles)
+            self._prefill(pool, query, result, rule, *self.step.tiles)
         return result
 
-    def _decode(self, pool: Tensor, query: Tensor, result: Tensor, scale: float, decode_lens: Tensor) -> None:
+    def _decode(self, pool: Tensor, query: Tensor, result: Tensor, rule: Rule, decode_lens: Tensor) -> None:
         num_items, num_heads = len(decode_lens), query.shape[1]
         group_size = num_heads // self._num_kv_heads
         split_kv = MANY if num_items * self._num_kv_heads >= MANY_PAIRS else FEW
@@ -151,10 +151,11 @@ class TritonAttention:
             self.step.query_starts,
             self.step.tables,
             decode_lens,
-            scale,
+            *_weighing(rule, query),
             self.step.tables.stride(0),
             pool.stride(0),
             *query.stride()[:2],
+            **_variant(rule),
             **split_kv._asdict(),
             group_size=group_size,
             padded_group=max(LEAST_ROWS, triton.next_power_of_2(group_size)),
@@ -167,13 +168,14 @@ class TritonAttention:
             result,
             self.step.query_starts,
             decode_lens,
+            **rule.span._asdict(),
             **split_kv._asdict(),
             head_dim=self._head_dim,
             padded_dim=self._padded_dim,
         )
 
     def _prefill(
-        self, pool: Tensor, query: Tensor, result: Tensor, scale: float, items: Tensor, firsts: Tensor
+        self, pool: Tensor, query: Tensor, result: Tensor, rule: Rule, items: Tensor, firsts: Tensor
     ) -> None:
         num_heads, item_bytes = query.shape[1], max(query.element_size(), pool.element_size())
         kernels.attend_prompts[(len(items), num_heads)](
@@ -185,15 +187,31 @@ class TritonAttention:
             self.step.query_starts,
             items,
             firsts,
-            scale,
+            *_weighing(rule, query),
             self.step.tables.stride(0),
             pool.stride(0),
             *query.stride()[:2],
+            **_variant(rule),
             group_size=num_heads // self._num_kv_heads,
             **self._sizes,
             num_rows=NUM_ROWS,
             num_stages=num_stages(item_bytes * self._padded_dim),
         )
+
+
+def _weighing(rule: Rule, query: Tensor) -> tuple[Tensor, float, float]:
+    """Sinks (any tensor without), scale and softcap as the kernels take them: their powers are of 2."""
+    log2_e = math.log2(math.e)
+    return query if rule.sinks is None else rule.sinks, rule.scale * log2_e, rule.softcap * log2_e
+
+
+def _variant(rule: Rule) -> dict[str, int | bool]:
+    """What a kernel is compiled for."""
+    return {
+        **rule.span._asdict(),
+        "has_softcap": bool(rule.softcap),
+        "has_sinks": rule.sinks is not None,
+    }
 
 
 def num_stages(head_bytes: int) -> int:

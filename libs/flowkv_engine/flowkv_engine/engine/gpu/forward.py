@@ -54,7 +54,7 @@ class TritonLlamaForward(LlamaStates):
             query = attention.rotate_and_write(
                 index, qkv, position_ids, weights.cos, weights.sin, layer.qk_norm, weights.eps
             )
-            attended = attention.attend(index, query, weights.scale).flatten(1)
+            attended = attention.attend(index, query, layer.rule).flatten(1)
             if index == len(weights.layers) - 1 and len(rows) < len(hidden):
                 # The last layer needs only keys and values of the other rows.
                 hidden, attended = (each.index_select(0, rows) for each in (hidden, attended))

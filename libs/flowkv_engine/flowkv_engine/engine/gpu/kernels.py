@@ -11,16 +11,31 @@ Sums are in fp32. Nothing is compiled anew for another width of the block tables
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
 TILE_LEN = tl.constexpr(64)  # keys per step of the online softmax
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def first_seen(position, window: tl.constexpr, chunk: tl.constexpr):
+    """As `Span.first_seen`."""
+    if chunk:
+        return position - position % chunk
+    elif window:
+        return tl.maximum(position - window + 1, 0)
+    else:
+        return position * 0
 
 
 @triton.jit
 def _attend(
     queries,  # [rows, padded_dim]
-    last_seen,  # [rows]: the last position that each row may attend to
+    positions_of_rows,  # [rows]: the last position that each row may attend to
+    row_max,  # [rows]: of the sinks, as exponents of 2, -inf without
     pool,
     table,
     begin,  # position of the first key
@@ -28,7 +43,11 @@ def _attend(
     end,  # no key at or behind this position
     kv_head,
     scale,  # with log2(e) in it
+    softcap,  # with log2(e) in it
     stride_block,
+    window: tl.constexpr,
+    chunk: tl.constexpr,
+    has_softcap: tl.constexpr,
     block_size: tl.constexpr,
     num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
@@ -39,11 +58,12 @@ def _attend(
     Whole tiles that all rows see go without a mask, the others with one. Returns the rows' maxima, as
     exponents of 2, their sums of exponentials, and the weighed values, not yet divided by the sums; all fp32.
     """
-    row_max = tl.full([queries.shape[0]], -float("inf"), tl.float32)
-    sums = tl.zeros([queries.shape[0]], tl.float32)
+    sums = tl.where(row_max == -float("inf"), 0.0, 1.0)
     out = tl.zeros([queries.shape[0], padded_dim], tl.float32)
     dims = tl.arange(0, padded_dim)
     edge = begin + tl.maximum(seen_by_all - begin, 0) // TILE_LEN * TILE_LEN
+    if window or chunk:  # short: all with a mask
+        edge = begin
     for is_masked in tl.static_range(2):
         for first in range(edge if is_masked else begin, end if is_masked else edge, TILE_LEN):
             positions = first + tl.arange(0, TILE_LEN)
@@ -63,8 +83,13 @@ def _attend(
                 keys = tl.load(at)
                 values = tl.load(at + side)
             scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="ieee") * scale
+            if has_softcap:  # softcap * tanh(scores / softcap)
+                scores = softcap * (1 - 2 / (tl.exp2(scores * (2 * LOG2_E / softcap)) + 1))
             if is_masked:
-                sees = is_here[None, :] & (positions[None, :] <= last_seen[:, None])
+                sees = is_here[None, :] & (positions[None, :] <= positions_of_rows[:, None])
+                if window or chunk:
+                    since = first_seen(positions_of_rows, window, chunk)
+                    sees = sees & (positions[None, :] >= since[:, None])
                 scores = tl.where(sees, scores, -float("inf"))  # [rows, TILE_LEN]
             new_max = tl.maximum(row_max, tl.max(scores, 1))
             # A row that has seen nothing yet has a maximum of -inf: its factor must not be NaN.
@@ -88,11 +113,17 @@ def attend_prompts(
     query_starts,  # [N + 1]
     tile_items,  # [tiles]: which item a tile of queries is of; -1: none
     tile_firsts,  # [tiles]: its first query, counted from the item's first
+    sinks,  # [num_heads], if it has some
     scale,
+    softcap,
     stride_table,
     stride_block,
     query_stride_token,
     query_stride_head,
+    window: tl.constexpr,
+    chunk: tl.constexpr,
+    has_softcap: tl.constexpr,
+    has_sinks: tl.constexpr,
     group_size: tl.constexpr,
     block_size: tl.constexpr,
     num_kv_heads: tl.constexpr,
@@ -114,18 +145,26 @@ def attend_prompts(
     tokens = (start + rows).to(tl.int64)
     at = query + tokens[:, None] * query_stride_token + head * query_stride_head + dims[None, :]
     queries = tl.load(at, mask=mask, other=0.0)
-    last_seen = num_before + rows
+    first = num_before + tl.load(tile_firsts + tile)
+    row_max = tl.full([num_rows], -float("inf"), tl.float32)
+    if has_sinks:
+        row_max = tl.zeros([num_rows], tl.float32) + tl.load(sinks + head).to(tl.float32) * LOG2_E
     _, sums, out = _attend(
         queries,
-        last_seen,
+        num_before + tl.minimum(rows, num_queries - 1),  # every row sees something
+        row_max,
         pool,
         tables + item * stride_table,
-        0,
-        num_before + tl.load(tile_firsts + tile) + 1,
-        tl.minimum(num_before + num_queries, tl.max(last_seen, 0) + 1),
+        first_seen(first, window, chunk) // TILE_LEN * TILE_LEN,  # tiles are the same in any chunks
+        first + 1,
+        tl.minimum(num_before + num_queries, first + num_rows),
         head // group_size,
         scale,
+        softcap,
         stride_block,
+        window,
+        chunk,
+        has_softcap,
         block_size,
         num_kv_heads,
         head_dim,
@@ -137,9 +176,9 @@ def attend_prompts(
 
 
 @triton.jit
-def _split_len(context_len, num_splits: tl.constexpr, min_split_len: tl.constexpr):
-    """Splits are of equal length, whole tiles, and depend on the sequence's own length alone."""
-    return tl.cdiv(tl.maximum(tl.cdiv(context_len, num_splits), min_split_len), TILE_LEN) * TILE_LEN
+def _split_len(num_seen, num_splits: tl.constexpr, min_split_len: tl.constexpr):
+    """Splits are of equal length, whole tiles, and depend on what the sequence sees of itself alone."""
+    return tl.cdiv(tl.maximum(tl.cdiv(num_seen, num_splits), min_split_len), TILE_LEN) * TILE_LEN
 
 
 @triton.jit(do_not_specialize=["stride_table"])
@@ -152,11 +191,17 @@ def attend_splits(
     query_starts,  # [N]: each item's row of `query`
     tables,  # [N, stride_table]
     context_lens,  # [N]; 0: no item, an empty place of the batch
+    sinks,  # [num_heads], if it has some
     scale,
+    softcap,
     stride_table,
     stride_block,
     query_stride_token,
     query_stride_head,
+    window: tl.constexpr,
+    chunk: tl.constexpr,
+    has_softcap: tl.constexpr,
+    has_sinks: tl.constexpr,
     num_splits: tl.constexpr,
     min_split_len: tl.constexpr,
     group_size: tl.constexpr,
@@ -166,14 +211,16 @@ def attend_splits(
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
 ):
-    """A sequence's queries of one KV head against one split of its context.
+    """A sequence's queries of one KV head against one split of what they see of its context.
 
-    Grid (N, num_kv_heads, num_splits). A short context has fewer splits: of the others nothing is written.
+    Grid (N, num_kv_heads, num_splits). What is short has fewer splits: of the others nothing is written. The
+    first one counts the sinks.
     """
     item, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     context_len = tl.load(context_lens + item)
-    split_len = _split_len(context_len, num_splits, min_split_len)
-    begin = split * split_len
+    since = first_seen(tl.maximum(context_len - 1, 0), window, chunk)
+    split_len = _split_len(context_len - since, num_splits, min_split_len)
+    begin = since + split * split_len
     if begin >= context_len:
         return
     end = tl.minimum(begin + split_len, context_len)
@@ -186,9 +233,13 @@ def attend_splits(
     row = tl.load(query_starts + item).to(tl.int64)
     at = query + row * query_stride_token + heads[:, None] * query_stride_head + dims[None, :]
     queries = tl.load(at, mask=mask, other=0.0)
+    row_max = tl.full([padded_group], -float("inf"), tl.float32)
+    if has_sinks and split == 0:
+        row_max = tl.load(sinks + heads, mask=is_member, other=-float("inf")).to(tl.float32) * LOG2_E
     row_max, sums, out = _attend(
         queries,
-        tl.zeros([padded_group], tl.int32) + context_len,
+        tl.zeros([padded_group], tl.int32) + context_len - 1,
+        row_max,
         pool,
         tables + item * stride_table,
         begin,
@@ -196,7 +247,11 @@ def attend_splits(
         end,
         kv_head,
         scale,
+        softcap,
         stride_block,
+        window,
+        chunk,
+        has_softcap,
         block_size,
         num_kv_heads,
         head_dim,
@@ -204,7 +259,7 @@ def attend_splits(
     )
     out = out / sums[:, None]
     num_heads: tl.constexpr = num_kv_heads * group_size
-    if split_len >= context_len:
+    if split_len >= context_len - since:
         to = result + (row * num_heads + heads[:, None]) * head_dim + dims[None, :]
         tl.store(to, out.to(result.dtype.element_ty), mask=mask)
     else:
@@ -220,6 +275,8 @@ def merge_splits(
     result,  # [T, num_heads, head_dim], contiguous
     query_starts,  # [N]
     context_lens,  # [N]
+    window: tl.constexpr,
+    chunk: tl.constexpr,
     num_splits: tl.constexpr,
     min_split_len: tl.constexpr,
     head_dim: tl.constexpr,
@@ -237,10 +294,11 @@ def merge_splits(
     is_dim = dims < head_dim
     place = (item * num_heads + head) * num_splits + numbers
     context_len = tl.load(context_lens + item)
-    split_len = _split_len(context_len, num_splits, min_split_len)
-    if split_len >= context_len:
+    num_seen = context_len - first_seen(tl.maximum(context_len - 1, 0), window, chunk)
+    split_len = _split_len(num_seen, num_splits, min_split_len)
+    if split_len >= num_seen:
         return
-    is_split = numbers * split_len < context_len
+    is_split = numbers * split_len < num_seen
     log_sum = tl.load(log_sums + place, mask=is_split, other=-float("inf"))
     shares = tl.exp2(log_sum - tl.max(log_sum, 0))
     mask = is_split[:, None] & is_dim[None, :]
