@@ -15,8 +15,10 @@ from flowkv_engine.engine.batch import Sequence
 
 # Tokens that must recur: after pairs another token often follows, and more of them come late after a change.
 NUM_SAME = 3
-# Weight of the newest first guess in the share of right ones: about the last ten count, as text changes.
+# Least weight of the newest in a share of right guesses: about the last ten count, as text changes.
 SMOOTHING = 0.1
+# What was known before counts as two guesses: Laplace's rule of succession.
+PRIOR = 2
 
 
 class Drafts:
@@ -77,7 +79,8 @@ class Lookup:
 
     def __init__(self, chance: float) -> None:
         self.chance = chance  # that the first guess after a new match is right
-        self._num_right = 0  # since then, in a row
+        self._num_first = 0  # such guesses so far
+        self._num_right = 0  # guesses since the last one, in a row
         self._token_ids: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # where the text last went on after these tokens
         self._place: int | None = None  # of the next guess in the text
@@ -85,12 +88,13 @@ class Lookup:
     def chances(self, num_tokens: int) -> list[float]:
         """That the first guess is right, the first two are, and so on; none where there is no guess.
 
-        By Laplace's rule of succession: the longer a text has gone on as before, the further it will.
+        The longer a text has gone on as before, the further it will.
         """
         if self._place is None:
             return []
-        rows = range(self._num_right, self._num_right + num_tokens)
-        return list(accumulate(((right + self.chance) / (right + 1) for right in rows), mul))
+        in_a_row = range(self._num_right, self._num_right + num_tokens)
+        expected = PRIOR * self.chance
+        return list(accumulate(((right + expected) / (right + PRIOR) for right in in_a_row), mul))
 
     def follow(self, sequence: Sequence) -> None:
         """Takes in the tokens that the sequence has got since the last time."""
@@ -100,7 +104,9 @@ class Lookup:
             if self._place is not None:
                 is_right = self._token_ids[self._place] == token_id
                 if not self._num_right:
-                    self.chance += SMOOTHING * (is_right - self.chance)
+                    self._num_first += 1
+                    weight = max(SMOOTHING, 1 / (PRIOR + self._num_first))
+                    self.chance += weight * (is_right - self.chance)
                 # A text that goes on is more alike than one with only the last tokens in common.
                 self._place = self._place + 1 if is_right else None
                 self._num_right = self._num_right + 1 if is_right else 0
