@@ -140,18 +140,24 @@ class Quantization(NamedTuple):
     def read(self, folder: Path) -> Iterator[tuple[str, Tensor | Codes]]:
         """The checkpoint's tensors in the order of their names, the quantized ones as codes."""
         headers: dict[str, Tensor] = {}
-        files: dict[str, Any] = {}
+        files: dict[str, Path] = {}
         for file in weight_files(folder):
             found = load_state_dict(file, map_location="meta")
             headers |= found
-            files |= dict.fromkeys(found, safe_open(file, framework="pt"))
+            files |= dict.fromkeys(found, file)
+
+        def value(name: str) -> Tensor:
+            # Opened for each: what has been read leaves this process's memory with its tensor.
+            with safe_open(files[name], framework="pt") as opened:
+                tensor: Tensor = opened.get_tensor(name)
+            return tensor
+
         weights = self.weights_in(headers)
         for name in sorted(self.as_floats(headers)):
             if name in weights:
-                parts = {end: files[part].get_tensor(part) for end, part in weights[name].items()}
-                yield name, self._codes(parts)
+                yield name, self._codes({end: value(part) for end, part in weights[name].items()})
             else:
-                yield name, files[name].get_tensor(name)
+                yield name, value(name)
 
     def _shape(self, end: str, codes: Tensor) -> tuple[int, int]:
         """Of the weight whose codes these are."""

@@ -72,10 +72,11 @@ class CpuLlamaForward(LlamaStates):
         stored = weights.embedding.stored if isinstance(weights.embedding, StoredEmbedding) else None
         is_tied = isinstance(weights.head, StoredLinear) and weights.head.stored is stored
         self._head = _parts(weights.head)
+        _release(weights.head)
         self._embedding: NDArray[Any] | None = None  # packed, if it is stored in fewer bits
         if stored is not None:
             self._embedding = self._head[0].panels if is_tied else pack_stored(stored)
-        _release(weights.head, weights.embedding)
+        _release(weights.embedding)
         self._scratch = Scratch()
 
     @staticmethod
