@@ -15,13 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkv_common.wire.messages import Assignment, NodeRef, NodeSeen, Wait
+from flowkv_common.wire.messages import Assignment, NodeRef, NodeSeen, NodesSeen, Wait
 from flowkv_common.wire.nodes import BlockCounts, StepFit
 from flowkv_gateway.witness import Witness
 from flowkv_scheduler.belief import (
     LONGEST_MEMORY_S,
     MEMORY_OUTCOMES,
     MEMORY_S,
+    RECORDS_PER_SLICE,
     SLOW_AGAIN,
     TRUSTED,
     Belief,
@@ -29,7 +30,7 @@ from flowkv_scheduler.belief import (
     Record,
     why_untrue,
 )
-from flowkv_scheduler.cluster import Goals
+from flowkv_scheduler.cluster import VIEWS_PER_SLICE, ClusterState, Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.slices import at_once
 from tests.described_nodes import BLOCK_SIZE, GROWN, INCARNATION, TOKEN_BUDGET, descriptor, report, request
@@ -44,7 +45,7 @@ def prompts_of(node: NodeRef, num: int, promised_s: float, taken_s: float) -> No
 
 
 def doubts(belief: Belief, now: float) -> dict[NodeRef, Doubt]:
-    return belief.doubts(REFS, REFS, REFS, now)
+    return at_once(belief.doubts(REFS, REFS, REFS, now))
 
 
 # --- what a record says --------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def test_the_slow_one_of_several_is_doubted_and_its_new_incarnation_is_not() -> 
     # By the doubt its next prompt takes about what the last ones took.
     assert found[B].slowness * 0.1 + found[B].first_token_s == pytest.approx(1.0, rel=0.3)
     again = msgspec.structs.replace(B, incarnation="i2")
-    assert belief.doubts([A, again, C], [A, again, C], [], 0.0) == {}
+    assert at_once(belief.doubts([A, again, C], [A, again, C], [], 0.0)) == {}
 
 
 def test_what_an_impossible_promise_is_worth() -> None:
@@ -393,3 +394,48 @@ def test_a_liar_does_not_draw_everything() -> None:
         shares[is_watched] = played.share_of("p0", 2.0, 12.0)
     assert shares[False] == 1.0
     assert shares[True] < 0.5
+
+
+def many_slow() -> ClusterState:
+    """All but the first of many nodes are slow."""
+    names = [f"n{number:03}" for number in range(3 * RECORDS_PER_SLICE)]
+    state = ClusterState()
+    state.set_descriptors({name: descriptor(name, "mixed") for name in names})
+    for name in names:
+        state.add_report(report(name, "mixed"), 0.0)
+    slow = [prompts_of(NodeRef(node_id=name, incarnation=INCARNATION), 8, 0.1, 1.0) for name in names[1:]]
+    state.add_seen(NodesSeen(gateway_id="g", nodes=slow), 0.0)
+    return state
+
+
+def test_many_nodes_are_judged_in_short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asks wait for a slice."""
+    state, done, most = many_slow(), Counter[str](), Counter[str]()
+
+    def count(owner: type, name: str) -> None:
+        work = getattr(owner, name)
+
+        def counted(*args: Any, **changes: Any) -> Any:
+            done[name] += 1
+            return work(*args, **changes)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(Record, "slowness")
+    count(ClusterState, "_refresh")
+    for _ in state.doubt_nodes(0.1):
+        most |= done
+        done.clear()
+    assert most == {"slowness": RECORDS_PER_SLICE, "_refresh": VIEWS_PER_SLICE}
+    assert len(state.doubted) == len(state.views()) - 1
+
+
+def test_a_doubt_that_was_half_told_is_taken_back_too() -> None:
+    """A tick ends anywhere when the lead is lost."""
+    state = many_slow()
+    doubting = state.doubt_nodes(0.1)
+    while not any(view.doubt != TRUSTED for view in state.views()):
+        next(doubting)
+    doubting.close()
+    at_once(state.doubt_nodes(1e3))
+    assert all(view.doubt == TRUSTED for view in state.views())

@@ -13,6 +13,7 @@ import msgspec
 
 from flowkv_common.wire.messages import NodeRef, NodeSeen
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
+from flowkv_scheduler.slices import Sliced
 
 # Evidence counts for about so long, and about so many outcomes: a node that was slow is tried again some ten
 # seconds later, and eight prompts show that it has recovered.
@@ -33,6 +34,8 @@ STALL_HOLDS_S = 1.0
 FORGET_AFTER_S = 8 * LONGEST_MEMORY_S
 # Slowness is told in steps of this factor: what differs by less does not change a choice.
 SLOWNESS_STEP = 1.25
+# So many are judged in some 0.2 ms: asks wait for that.
+RECORDS_PER_SLICE = 100
 
 
 class Doubt(msgspec.Struct, frozen=True, gc=False):
@@ -173,7 +176,7 @@ class Belief:
         *,
         with_prompts: Collection[NodeRef] = (),
         with_sequences: Collection[NodeRef] = (),
-    ) -> dict[NodeRef, Doubt]:
+    ) -> Sliced[dict[NodeRef, Doubt]]:
         """Of the members of a group, by node that is not trusted. The sides are those that serve them now.
 
         A node that was slow, and has lost its work, is tried again when that is forgotten: with what it gets
@@ -182,11 +185,16 @@ class Belief:
         The best node of each side passes for what it says: predictions that are wrong for all alike are no
         node's fault, and shut no door.
         """
-        known = {ref: self._nodes[ref] for ref in members if ref in self._nodes}
-        late = _excesses({ref: one.prompts for ref, one in known.items()}, prefill, with_prompts, now)
-        slow = _excesses({ref: one.steps for ref, one in known.items()}, decode, with_sequences, now)
-        doubts = {}
+        known = {ref: one for ref in members if (one := self._nodes.get(ref))}
+        yield
+        prompts = {ref: one.prompts for ref, one in known.items()}
+        late = yield from _excesses(prompts, prefill, with_prompts, now)
+        steps = {ref: one.steps for ref, one in known.items()}
+        slow = yield from _excesses(steps, decode, with_sequences, now)
+        doubts: dict[NodeRef, Doubt] = {}
         for ref in late.keys() | slow.keys():
+            if len(doubts) % RECORDS_PER_SLICE == 0:
+                yield
             lateness, stall_s = late.get(ref, NO_EXCESS)
             slowness, step_stall_s = slow.get(ref, NO_EXCESS)
             doubts[ref] = Doubt(
@@ -209,24 +217,30 @@ NO_EXCESS = _Excess(1.0, 0.0)
 
 def _excesses(
     records: Mapping[NodeRef, Record], side: Collection[NodeRef], tried: Collection[NodeRef], now: float
-) -> dict[NodeRef, _Excess]:
+) -> Sliced[dict[NodeRef, _Excess]]:
     """By how much each node is worse than the best of the side; without those that are as good."""
     found: dict[NodeRef, _Excess] = {}
-    for ref, record in records.items():
+    for number, (ref, record) in enumerate(records.items()):
+        if number % RECORDS_PER_SLICE == 0:
+            yield
         one = _Excess(record.slowness(now, is_tried=ref in tried), record.stall_s(now))
         if one != NO_EXCESS:
             found[ref] = one
     if not found:
         return found
+    yield
     # Without evidence a node is as good as its word.
     best = [found.get(ref, NO_EXCESS) for ref in side]
     least_slowness = min((one.slowness for one in best), default=1.0)
     least_stall_s = min((one.stall_s for one in best), default=0.0)
-    excesses = {
-        ref: _Excess(_in_steps(one.slowness / least_slowness), max(0.0, one.stall_s - least_stall_s))
-        for ref, one in found.items()
-    }
-    return {ref: one for ref, one in excesses.items() if one != NO_EXCESS}
+    excesses: dict[NodeRef, _Excess] = {}
+    for number, (ref, one) in enumerate(found.items()):
+        if number % RECORDS_PER_SLICE == 0:
+            yield
+        excess = _Excess(_in_steps(one.slowness / least_slowness), max(0.0, one.stall_s - least_stall_s))
+        if excess != NO_EXCESS:
+            excesses[ref] = excess
+    return excesses
 
 
 def _in_steps(slowness: float) -> float:

@@ -28,6 +28,7 @@ from flowkv_common.wire.nodes import (
 from flowkv_scheduler.belief import TRUSTED, Belief, Doubt
 from flowkv_scheduler.demand import OutputLengths
 from flowkv_scheduler.prefixes import PrefixIndex
+from flowkv_scheduler.slices import Sliced
 
 # Assumed until a node has measured its own: middling figures of a small model on CPU.
 DEFAULT_PREFILL_TOKENS_PER_S = 1000.0
@@ -45,6 +46,8 @@ CHOICES_COUNT_FOR_PERIODS = 2.0
 FORGET_REPORT_AFTER_S = 60.0
 # Nodes whose speeds differ by less than this factor are compared by their load alone.
 SPEED_CLASS_FACTOR = 1.25
+# So many views of nodes are made in some 0.3 ms: asks wait for that.
+VIEWS_PER_SLICE = 10
 
 
 class Goals(msgspec.Struct, frozen=True):
@@ -524,18 +527,19 @@ class ClusterState:
             if view is not None and view.descriptor.node == one.node:
                 self.belief.hear(seen.gateway_id, one, view.own_step_s, now)
 
-    def doubt_nodes(self, now: float) -> None:
+    def doubt_nodes(self, now: float) -> Sliced[None]:
         """Believe each node by what it has done, as against the best of its side."""
         self.belief.forget_old(now)
         doubts: dict[NodeRef, Doubt] = {}
         if self.belief:
-            for group in self._groups.values():
+            for group in list(self._groups.values()):
                 members, prefill, decode = (
                     [node.descriptor.node for node in nodes.values()]
                     for nodes in (group.members, group.prefill, group.decode)
                 )
+                yield
                 views = [(node.descriptor.node, node) for node in group.members.values()]
-                doubts |= self.belief.doubts(
+                doubts |= yield from self.belief.doubts(
                     members,
                     prefill,
                     decode,
@@ -543,12 +547,18 @@ class ClusterState:
                     with_prompts={ref for ref, node in views if node.num_queued_tokens},
                     with_sequences={ref for ref, node in views if node.num_sequences},
                 )
-        for ref in doubts.keys() | self.doubted:
+        # All of them until the last is through: a tick may be cancelled.
+        self.doubted = doubts.keys() | self.doubted
+        num_changed = 0
+        for ref in self.doubted:
             doubt = doubts.get(ref, TRUSTED)
             known = self._nodes.get(ref)
             if known is not None and known.doubt != doubt:
                 known.doubt = doubt
                 self._refresh(ref.node_id)
+                num_changed += 1
+                if num_changed % VIEWS_PER_SLICE == 0:
+                    yield
         self.doubted = doubts.keys()
 
     def touch_all(self, now: float) -> None:

@@ -128,7 +128,7 @@ class Planner:
 
     def tick(self, now: float) -> Sliced[list[Order]]:
         """Once per period: whom to believe, regimes, lending, scaling. Between its slices others may ask."""
-        self.state.doubt_nodes(now)
+        yield from self.state.doubt_nodes(now)
         yield
         # As they are now: what comes meanwhile is for the next tick.
         nodes = list(self.state.usable(now))
