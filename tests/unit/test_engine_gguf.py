@@ -15,7 +15,7 @@ from flowkv_engine.engine.stored import FORMS, Form
 from tests.drive import load_tiny
 from tests.gateway_support import write_tokenizer
 from tests.oracle import load_reference
-from tests.unit.test_engine_stored import random_blocks
+from tests.stored_models import random_blocks
 
 HIDDEN, INNER, HEADS, KV_HEADS, LAYERS, VOCAB = 256, 512, 8, 2, 2, 64
 NORMS = {"attn_norm", "ffn_norm"}

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,46 +10,27 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
-from safetensors.torch import load_file
-from safetensors.torch import save_file as save_torch
+from torch import nn
 
+from flowkv_engine.engine.batch import WorkItem
+from flowkv_engine.engine.batch import pack as pack_batch
 from flowkv_engine.engine.cpu.forward import CpuLlamaForward
 from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack, unpack_rows
 from flowkv_engine.engine.cpu.panels import pack_stored, widen_panel
 from flowkv_engine.engine.cpu.simd import LANES
 from flowkv_engine.engine.runner import Runner
-from flowkv_engine.engine.stored import BFLOAT16, FORMS, Q4_1, Form, Stored, widened
-from flowkv_engine.engine.stored_modules import FORMS_KEY
-from tests.drive import generate, load_tiny, make_pool, make_sequence
-from tests.oracle import check_identity
-from tests.tiny_models import make_tiny_model
+from flowkv_engine.engine.stored import BFLOAT16, FLOAT16, FORMS, Q4_1, Q8_0, Form, Stored, widened
+from tests.drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence
+from tests.oracle import check_identity, load_reference, write_floats
+from tests.stored_models import LENGTH, make_stored_model, random_blocks
 
 NOTHING = np.empty(0, np.float32)
 FORM_IDS = [form.name for form in FORMS]
-LENGTH = 512  # two blocks of the longest
 PROMPTS = [(0, 50), (8, 7)]  # first block, tokens
 # To compile the kernels of a form takes seconds: the others are tried in the full run.
 EACH_FORM = [
     pytest.param(form, id=form.name, marks=() if form is Q4_1 else (pytest.mark.full,)) for form in FORMS
 ]
-
-
-def random_blocks(form: Form, num_rows: int, length: int = LENGTH, seed: int = 0) -> NDArray[np.uint8]:
-    """Rows of any bytes whose float16 numbers are finite and about as large as a model's."""
-    random = np.random.default_rng(seed)
-    if form.bits == 16:
-        numbers = (random.standard_normal((num_rows, length)) / 16).astype(np.float32)
-        if form is BFLOAT16:
-            return (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-        return numbers.astype(np.float16).view(np.uint8)
-    numbers_each, num_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[form.name]]
-    rows = random.integers(0, 256, (num_rows, length // numbers_each, num_bytes), dtype=np.uint8)
-    halves = [208] if form.name == "Q6_K" else [0, 2] if form.has_offset else [0]
-    largest = 0.5 / 2**form.bits / (64 if form.has_supers else 1)
-    for place in halves:
-        scales = (random.random((*rows.shape[:2], 1)) * largest).astype(np.float16)
-        rows[..., place : place + 2] = scales.view(np.uint8)
-    return rows.reshape(num_rows, -1)
 
 
 def by_gguf(form: Form, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -112,38 +92,48 @@ def test_gates_of_a_stored_form_give_the_bits_of_float32() -> None:
     assert np.array_equal(outs[0], outs[1])
 
 
-def make_stored_model(folder: Path, forms: list[Form]) -> None:
-    """A tiny Llama whose projections and embedding have these forms in turn."""
-    make_tiny_model(
-        folder,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        head_dim=64,
-        tie_word_embeddings=True,
-    )
-    tensors, names = load_file(folder / "model.safetensors"), {}
-    for number, (name, tensor) in enumerate(sorted(tensors.items())):
-        if tensor.ndim == 2:
-            form = forms[number % len(forms)]
-            names[name] = form.name
-            tensors[name] = torch.from_numpy(random_blocks(form, len(tensor), tensor.shape[1], seed=number))
-    save_torch(tensors, folder / "model.safetensors", metadata={FORMS_KEY: json.dumps(names), "format": "pt"})
-
-
 @pytest.mark.parametrize(
-    "names",
-    [["Q4_1"], pytest.param(["BF16", "Q8_0", "Q4_1"], marks=pytest.mark.full)],
-    ids=", ".join,
+    "kept",
+    [
+        [Q4_1],
+        *(
+            pytest.param(each, marks=pytest.mark.full)
+            for each in ([BFLOAT16], [FLOAT16], [Q8_0, Q4_1, BFLOAT16])
+        ),
+    ],
+    ids=lambda kept: ", ".join(form.name for form in kept),
 )
-def test_a_stored_model_answers_as_its_floats_do(tmp_path: Path, names: list[str]) -> None:
-    """Also where neighbours have different forms."""
-    make_stored_model(tmp_path, [form for form in FORMS if form.name in names])
-    model = load_tiny(tmp_path)
-    runner = Runner(model, make_pool(model, 16), attention="auto")
-    assert isinstance(runner.forward, CpuLlamaForward)
-    sequences = [make_sequence(list(range(3, 3 + n)), list(range(start, start + 8))) for start, n in PROMPTS]
-    generate(runner, sequences, 12)
-    for sequence in sequences:
-        check_identity(tmp_path, sequence.prompt_ids, sequence.output_ids)
+def test_a_stored_model_gives_the_bits_of_its_floats(tmp_path: Path, kept: list[Form]) -> None:
+    """Also where neighbours have different forms. Weights of 16 bits come from a folder of `transformers`."""
+    folder, floats = tmp_path / "m", tmp_path / "floats"
+    make_stored_model(folder, kept)
+    write_floats(folder, floats)
+    logits = []
+    for each in (folder, floats):
+        model = load_tiny(each)
+        runner = Runner(model, make_pool(model, 16), attention="auto")
+        assert isinstance(runner.forward, CpuLlamaForward)
+        sequences = [
+            make_sequence(list(range(3, 3 + n)), list(range(start, start + 8))) for start, n in PROMPTS
+        ]
+        generate(runner, sequences, 12)
+        for sequence in sequences:
+            check_identity(floats, sequence.prompt_ids, sequence.output_ids)
+        logits.append(
+            runner._logits(pack_batch([WorkItem(each, 1) for each in sequences], BLOCK_SIZE)).clone()
+        )
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("form", [FLOAT16, BFLOAT16], ids=["F16", "BF16"])
+def test_weights_of_16_bits_stay_so_and_stand_for_what_an_upcast_gives(tmp_path: Path, form: Form) -> None:
+    make_stored_model(tmp_path, [form])
+    kept, floats = load_tiny(tmp_path).module, load_reference(tmp_path)
+    others = dict(floats.named_modules())
+    for name, module in kept.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            raise AssertionError(f"{name} is kept in float32")
+        weight = getattr(module, "weight", None)
+        assert weight is None or torch.equal(weight, others[name].weight), name
+        for buffer, numbers in module.named_buffers(recurse=False):
+            assert torch.equal(numbers, others[name].get_buffer(buffer)), buffer
