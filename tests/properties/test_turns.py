@@ -15,7 +15,7 @@ from flowkv_gateway.turns import Turns
 NUM_TOKENS = st.integers(1, 50)
 TENANT = st.sampled_from("abc")
 NTH = st.integers(0, 9)
-MAX_TOKENS = 60
+SHORT, WHOLE = 60, 120  # tokens
 NUM_STEPS = 3
 
 
@@ -90,8 +90,11 @@ class Model:
             rivals = [one.tenant for one in taken]
             is_behind = key not in rivals and all(self.served[key] <= self.served[one] for one in rivals)
             num_tokens = sum(one.num_tokens for one in taken)
-            has_short_step = len(taken) < NUM_STEPS or num_tokens < MAX_TOKENS
-            has_room = len(self.asking) < self.max_asking and has_short_step
+            # Any tenant that does not wait may ask at any moment.
+            is_expected = len({key, *(one.tenant for one in self.waiting)}) < len("abc")
+            most = SHORT if is_expected else WHOLE
+            has_room_in_step = len(taken) < NUM_STEPS or num_tokens < most
+            has_room = len(self.asking) < self.max_asking and has_room_in_step
             if not (has_room or is_behind):
                 return
             asker = next(one for one in self.waiting if one.tenant == key)
@@ -109,7 +112,7 @@ class House:
         # The clock stands: all were here a minute ago at the latest.
         tenants = Tenants(0, 0, clock=lambda: 0.0)
         self.by_name: dict[str, Tenant] = {name: tenants.find(name) for name in "abc"}
-        self.turns = Turns(lambda: max_asking, lambda: NUM_STEPS, lambda: MAX_TOKENS)
+        self.turns = Turns(lambda: max_asking, lambda: NUM_STEPS, lambda short: SHORT if short else WHOLE)
         self.order: list[int] = []
         self.tasks: dict[Asker, asyncio.Task[None]] = {}
 

@@ -87,7 +87,7 @@ async def test_who_is_alone_needs_no_turn() -> None:
     tenants = Tenants(0, 0, clock)
     alone, other = tenants.find("alone"), tenants.find("other")
     clock.now += PRESENT_S
-    turns = Turns(lambda: 1, lambda: 1, lambda: 100)
+    turns = Turns(lambda: 1, lambda: 1, lambda _: 100)
     with alone.open_request(1), ExitStack() as opened:
         asking = [opened.enter_context(turns.turn(alone, 1)) for _ in range(4)]
         for turn in asking:

@@ -105,17 +105,35 @@ async def test_a_lone_request_beside_three_hundred_has_its_token_in_twice_the_ti
     await asyncio.wait(backlog)
 
 
+async def test_steps_are_whole_where_no_tenant_is_expected() -> None:
+    """All wait already; and those that have asked once have left."""
+    now = 0.0
+    node, tenants = PlayedNode(CPU), Tenants(0, 0, clock=lambda: now)
+    with tenants.find("left").open_request(1):
+        pass
+    now = 11.0
+    askers = [asyncio.create_task(node.ask(tenants.find(name))) for name in "ab" for _ in range(30)]
+    await settle()
+    for _ in range(3):
+        await node.step()
+        assert len(node.batch) + len(node.queue) >= TOKEN_BUDGET // NUM_TOKENS
+    for task in askers:
+        task.cancel()
+    await asyncio.wait(askers)
+
+
 def test_prompts_at_once_are_those_that_make_a_step_twice_as_long() -> None:
     cluster = Cluster(OwnModel(ModelFiles()), clock=lambda: 0.0)
     nodes = [("p0", "prefill"), ("p1", "prefill"), ("m", "mixed"), ("d", "decode")]
     cluster.on_nodes({node_id: descriptor(node_id, role) for node_id, role in nodes})
-    assert (cluster.num_prefill_nodes(), cluster.prompt_tokens_at_once()) == (0, 0)
+    assert (cluster.num_prefill_nodes(), cluster.prompt_tokens_at_once(True)) == (0, 0)
     for node_id, role in nodes:
         cluster.on_report(report(node_id, role, step=CPU))
-    assert (cluster.num_prefill_nodes(), cluster.prompt_tokens_at_once()) == (3, 3 * 16)
+    assert (cluster.num_prefill_nodes(), cluster.prompt_tokens_at_once(True)) == (3, 3 * 16)
+    assert cluster.prompt_tokens_at_once(False) == 128 + 2 * TOKEN_BUDGET
     # Its costs are not known: a whole step.
     cluster.on_report(report("m", "mixed"))
     cluster.on_report(report("p1", "prefill", step=msgspec.structs.replace(CPU, prefill_token_s=0.0)))
-    assert cluster.prompt_tokens_at_once() == 16 + 128 + TOKEN_BUDGET
+    assert cluster.prompt_tokens_at_once(True) == 16 + 128 + TOKEN_BUDGET
     cluster.on_report(report("p0", "prefill", ready=False))
-    assert (cluster.num_prefill_nodes(), cluster.prompt_tokens_at_once()) == (2, 128 + TOKEN_BUDGET)
+    assert (cluster.num_prefill_nodes(), cluster.prompt_tokens_at_once(True)) == (2, 128 + TOKEN_BUDGET)

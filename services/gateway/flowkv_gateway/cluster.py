@@ -99,12 +99,12 @@ class Cluster:
         """Ready nodes that serve prefill of the model."""
         return len(self._prefill_reports())
 
-    def prompt_tokens_at_once(self) -> int:
-        """That these nodes may compute in one step, and each in at most twice the time of an empty one."""
+    def prompt_tokens_at_once(self, are_short: bool) -> int:
+        """That these nodes may compute in one step; in short ones in twice an empty one's time."""
         num_tokens = 0
         for report in self._prefill_reports():
             most, step = report.max_prefill_tokens_per_step, report.step
-            if step is not None and step.prefill_token_s * most > step.base_s:
+            if are_short and step is not None and step.prefill_token_s * most > step.base_s:
                 most = int(step.base_s / step.prefill_token_s)
             num_tokens += most
         return num_tokens

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 from flowkv_gateway.errors import KeyLimit
 
 # A tenant that comes back within this time has not left: people read an answer, agents use their tools.
 PRESENT_S = 600.0
+# One that has just asked is likely to ask again: its next request is waited for.
+EXPECTED_S = 10.0
 
 
 class Tenants:
@@ -52,6 +54,12 @@ class Tenant:
         others = (other for other in self._tenants.by_name.values() if other is not self)
         return not any(other.num_open or other._seen_at > since for other in others)
 
+    def expects_another(self, waiting: Container[Tenant]) -> bool:
+        """Whether another that asked just now may ask at any moment: its requests don't wait already."""
+        since = self._tenants.clock() - EXPECTED_S
+        others = (other for other in self._tenants.by_name.values() if other is not self)
+        return any(other._seen_at >= since and other not in waiting for other in others)
+
     def add_tokens(self, num_tokens: int) -> None:
         """Tokens of an answer."""
         self.served += num_tokens
@@ -73,6 +81,7 @@ class Tenant:
             busy = [other.served for other in self._tenants.by_name.values() if other.num_open]
             self.served = max(self.served, min(busy, default=0.0))
         self.num_open += 1
+        self._seen_at = began
         try:
             yield
         finally:

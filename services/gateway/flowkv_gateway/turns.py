@@ -27,9 +27,9 @@ class Turn:
 
 
 class Turns:
-    """Those that have a turn fill the next step of the nodes, which is kept short, since a newcomer waits for
-    its end: one prompt for each node that prefills, more of them up to so many tokens. Of those that the
-    scheduler lets wait it is one request per node.
+    """Those that have a turn fill the next step of the nodes: one prompt for each node that prefills, more of
+    them up to so many tokens. While a tenant is expected the step is kept short, since a newcomer waits for
+    its end. Of those that the scheduler lets wait it is one request per node.
 
     The next turn is that of the oldest request of the tenant that was served least. This tenant never waits
     for those before it: if none of its requests has a turn, one gets a turn beside them. A tenant that is
@@ -37,9 +37,12 @@ class Turns:
     """
 
     def __init__(
-        self, max_asking: Callable[[], int], num_steps: Callable[[], int], max_tokens: Callable[[], int]
+        self,
+        max_asking: Callable[[], int],
+        num_steps: Callable[[], int],
+        max_tokens: Callable[[bool], int],
     ) -> None:
-        """`num_steps`: of nodes, at once. `max_tokens`: in all of these."""
+        """`num_steps`: of nodes, at once. `max_tokens`: in all of these, if they are to be short or not."""
         self._max_asking = max_asking
         self._num_steps = num_steps
         self._max_tokens = max_tokens
@@ -96,7 +99,7 @@ class Turns:
             if turn.admission.cancelled():  # it has not run since
                 self._forget(turn)
                 continue
-            if not (self._has_room() or self._is_least_served(tenant) or tenant.is_alone()):
+            if not (self._has_room(tenant) or self._is_least_served(tenant) or tenant.is_alone()):
                 return
             self._forget(turn)
             self._taken.add(turn)
@@ -106,11 +109,12 @@ class Turns:
                 tenant.served += turn.num_tokens  # now, or it would be given all turns that there are
             turn.admission.set_result(None)
 
-    def _has_room(self) -> bool:
+    def _has_room(self, tenant: Tenant) -> bool:
         num_asking = sum(not turn.has_pair for turn in self._taken)
         num_tokens = sum(turn.num_tokens for turn in self._taken)
-        has_short_step = len(self._taken) < self._num_steps() or num_tokens < self._max_tokens()
-        return num_asking < self._max_asking() and has_short_step
+        most = self._max_tokens(tenant.expects_another(self._waiting))
+        has_room_in_step = len(self._taken) < self._num_steps() or num_tokens < most
+        return num_asking < self._max_asking() and has_room_in_step
 
     def _is_least_served(self, tenant: Tenant) -> bool:
         """Also of those that have a turn, with none itself."""
