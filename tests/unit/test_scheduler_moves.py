@@ -117,6 +117,18 @@ def test_an_overdue_prompt_leaves_a_node_that_keeps_no_promise(overdue_s: float,
         assert pair(move) == ("p1", "d0")
 
 
+def test_a_prefill_node_that_was_slow_is_tried_with_one_prompt() -> None:
+    """Also of those that come before it can have told of it."""
+    planner = planner_that_has(prompts_of("p0", 10.0), prompts_of("p1", 1.0))
+    at_once(planner.tick(60.0))
+    for name, role in ROLES.items():
+        planner.add_report(report(name, role, seq=3, forecast=GROWN, step=COSTS), 60.0)
+    assert doubted(planner) == []
+    chosen = [planner.schedule(request(request_id=f"r{number}"), 60.0) for number in range(6)]
+    names = [choice.prefill.node_id for choice in chosen if isinstance(choice, Choice)]
+    assert sorted(names) == ["p0"] + 5 * ["p1"]
+
+
 def test_what_may_not_move_stands_in_no_line() -> None:
     planner = planner_that_has(steps_of("d0", 10.0), steps_of("d1", 1.0), num_running=16)
     wanted = running(gap_s=10 * STEP_S)

@@ -463,6 +463,8 @@ class ClusterState:
         self._groups: SortedDict = SortedDict(repr)  # group -> `NodeGroup`
         self._leaving: dict[str, str] = {}
         self.doubted: Set[NodeRef] = frozenset()  # nodes that don't do what they say
+        self._if_tried: dict[NodeRef, Doubt] = {}  # whom to doubt as soon as it has work
+        self._tried: set[NodeRef] = set()  # since the last `doubt_nodes`
         self.lengths: defaultdict[str, OutputLengths] = defaultdict(OutputLengths)
         self._costs: defaultdict[str, dict[str, float]] = defaultdict(dict)  # by model, as last measured
 
@@ -496,6 +498,7 @@ class ClusterState:
         if known := self._nodes.get(node):
             until = now + CHOICES_COUNT_FOR_PERIODS * known.report.period_s
             known.prompts.add_choice(until, work)
+            self._try(node, known)
             self._refresh(node.node_id)
 
     def add_sequence(self, node: NodeRef, work: Work, arrives_in_s: float, now: float) -> None:
@@ -507,6 +510,7 @@ class ClusterState:
             until = now + arrives_in_s + CHOICES_COUNT_FOR_PERIODS * known.report.period_s
             known.rooms.add_choice(until, Work(num_blocks=work.num_blocks))
             known.sequences.add_choice(until, msgspec.structs.replace(work, num_blocks=0))
+            self._try(node, known)
             self._refresh(node.node_id)
 
     def learn_prompt_length(self, num_tokens: int) -> None:
@@ -531,6 +535,8 @@ class ClusterState:
         """Believe each node by what it has done, as against the best of its side."""
         self.belief.forget_old(now)
         doubts: dict[NodeRef, Doubt] = {}
+        if_tried: dict[NodeRef, Doubt] = {}
+        self.doubted, self._tried = self.doubted | self._tried, set()
         if self.belief:
             for group in list(self._groups.values()):
                 members, prefill, decode = (
@@ -547,8 +553,13 @@ class ClusterState:
                     with_prompts={ref for ref, node in views if node.num_queued_tokens},
                     with_sequences={ref for ref, node in views if node.num_sequences},
                 )
+                everyone = set(members)
+                if_tried |= yield from self.belief.doubts(
+                    members, prefill, decode, now, with_prompts=everyone, with_sequences=everyone
+                )
         # All of them until the last is through: a tick may be cancelled.
         self.doubted = doubts.keys() | self.doubted
+        self._if_tried = if_tried
         num_changed = 0
         for ref in self.doubted:
             doubt = doubts.get(ref, TRUSTED)
@@ -560,6 +571,12 @@ class ClusterState:
                 if num_changed % VIEWS_PER_SLICE == 0:
                     yield
         self.doubted = doubts.keys()
+
+    def _try(self, ref: NodeRef, node: _Node) -> None:
+        """It gets work. One that was slow gets no more of it before it has shown what it does."""
+        if doubt := self._if_tried.get(ref):
+            node.doubt = doubt
+            self._tried.add(ref)
 
     def touch_all(self, now: float) -> None:
         """Start all ages anew: after a reconnect the silence was ours, not the nodes'."""
