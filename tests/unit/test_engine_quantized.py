@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from flowkv_engine.engine import stored
 from flowkv_engine.engine.cpu.forward import CpuLlamaForward
@@ -191,6 +192,30 @@ def test_another_architecture_is_served_as_floats(tmp_path: Path) -> None:
     assert all(torch.equal(parameter, expected[name]) for name, parameter in got.items())
 
 
+def test_experts_of_gpt_oss_are_what_transformers_makes_of_them(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4}
+    folder = make_tiny_model(tmp_path / "m", "gpt_oss", num_hidden_layers=2, head_dim=16, **sizes)
+    file = folder / "model.safetensors"
+    tensors: dict[str, torch.Tensor] = {}
+    expected: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(file).items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            num_experts, length, num_rows = tensor.shape
+            blocks = torch.randint(0, 256, (num_experts, num_rows, length // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(118, 124, blocks.shape[:3], dtype=torch.uint8)
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            expected[name] = convert_moe_packed_tensors(blocks, scales)
+        else:
+            tensors[name] = expected[name] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
+    entry = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
+    config = json.loads((folder / "config.json").read_text()) | entry
+    (folder / "config.json").write_text(json.dumps(config))
+    got = dict(load_tiny(folder).module.named_parameters())
+    assert sum("_blocks" in name for name in tensors) == 4
+    assert all(torch.equal(parameter, expected[name].float()) for name, parameter in got.items())
+
+
 GROUP = {"weights": {"num_bits": 4, "type": "int"}, "format": "pack-quantized"}
 PACKED = {"quant_method": "compressed-tensors", "config_groups": {"g": GROUP}, "format": "pack-quantized"}
 
@@ -235,7 +260,7 @@ def test_what_is_not_served_is_named(tmp_path: Path, config: dict[str, Any], say
     said = str(caught.value)
     assert said.startswith(f"{folder} can't be served: its weights are quantized by ")
     assert says in said
-    assert "and served are FP8 of transformers and ModelOpt" in said
+    assert "and served are FP8 of transformers and ModelOpt, " in said
 
 
 def test_parts_that_are_missing_or_have_other_sizes_are_named(tmp_path: Path) -> None:

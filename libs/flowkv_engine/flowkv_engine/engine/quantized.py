@@ -25,7 +25,7 @@ from flowkv_common.fingerprint import weight_files
 from flowkv_engine.engine.stored import GROUPED_FORMS, Stored, stored_groups
 
 _SERVED = (
-    "served are FP8 of transformers and ModelOpt, GPTQ of 4 and 8 bits, AWQ of 4 bits (gemm), "
+    "served are FP8 of transformers and ModelOpt, MXFP4, GPTQ of 4 and 8 bits, AWQ of 4 bits (gemm), "
     "compressed-tensors of 4 and 8 bits, and plain floats"
 )
 # Files that quantizers write beside config.json, or instead of its entry; the method they tell of.
@@ -112,6 +112,11 @@ class Quantization(NamedTuple):
         found: dict[str, dict[str, str]] = {}
         for name, tensor in tensors.items():
             layer, _, end = name.rpartition(".")
+            if end.endswith("_blocks") and tensor.dtype == torch.uint8:
+                experts = name.removesuffix("_blocks")
+                if f"{experts}_scales" not in tensors:
+                    raise ValueError(f"{name} has no {experts}_scales beside it")
+                found[experts] = {"blocks": name, "scales": f"{experts}_scales"}
             if end not in _PARTS or tensor.dtype not in _PARTS[end][0]:
                 continue
             _, needed, others = _PARTS[end]
@@ -154,13 +159,17 @@ class Quantization(NamedTuple):
 
         weights = self.weights_in(headers)
         for name in sorted(self.as_floats(headers)):
-            if name in weights:
-                yield name, self._codes({end: value(part) for end, part in weights[name].items()})
+            parts = {end: value(part) for end, part in weights.get(name, {}).items()}
+            if "blocks" in parts:
+                yield name, _experts(**parts)
             else:
-                yield name, value(name)
+                yield name, self._codes(parts) if parts else value(name)
 
-    def _shape(self, end: str, codes: Tensor) -> tuple[int, int]:
+    def _shape(self, end: str, codes: Tensor) -> tuple[int, ...]:
         """Of the weight whose codes these are."""
+        if end == "blocks":
+            num_experts, num_rows, num_groups, num_bytes = codes.shape
+            return num_experts, num_groups * num_bytes * 2, num_rows
         num_rows, num_cols = codes.shape
         per_item = 2 if codes.dtype == torch.uint8 else 32 // self.bits
         if end == "weight":
@@ -248,6 +257,15 @@ class Quantization(NamedTuple):
         rows = np.arange(num_rows) // rows_each
         zeros = None if zeros is None else zeros[rows][:, cols]
         return Codes(kind, numbers, scales[rows][:, cols], zeros, order)
+
+
+def _experts(blocks: Tensor, scales: Tensor) -> Tensor:
+    """MXFP4 of GPT-OSS [experts, rows, groups, 16 bytes] -> [experts, columns, rows], exact in bfloat16."""
+    packed = blocks.numpy()
+    numbers = _E2M1_DOUBLED[np.stack([packed & 15, packed >> 4], axis=-1)].reshape(*packed.shape[:3], -1)
+    halves = scales.view(torch.float8_e8m0fnu).float() / 2
+    floats = torch.from_numpy(numbers) * halves[..., None]
+    return floats.flatten(2).transpose(1, 2).bfloat16()
 
 
 def _each(size: int, num_parts: int, block: int) -> int:
@@ -360,7 +378,12 @@ def _modelopt(settings: dict[str, Any]) -> Quantization | str:
     return Quantization("modelopt")
 
 
+def _mxfp4(settings: dict[str, Any]) -> Quantization | str:
+    return Quantization("mxfp4")
+
+
 _READERS = {
+    "mxfp4": _mxfp4,
     "fp8": _fp8,
     "gptq": _gptq,
     "awq": _awq,
