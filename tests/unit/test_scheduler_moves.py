@@ -33,19 +33,23 @@ def prompts_of(node_id: str, slowdown: float) -> NodeSeen:
     return NodeSeen(node=ref(node_id), num_prompts=8, promised_s=1.0, taken_s=slowdown)
 
 
-def planner_that_has(*seen: NodeSeen, goals: Goals | None = None, **of_d1: Any) -> Planner:
+def planner_that_has(
+    *seen: NodeSeen, goals: Goals | None = None, costs_of_d0: StepFit = COSTS, **of_d1: Any
+) -> Planner:
     """All nodes say that they are idle; the gateway has seen this of them for two seconds."""
     planner = Planner(goals or Goals(), lends=False)
     planner.set_descriptors({name: descriptor(name, role) for name, role in ROLES.items()})
     for name, role in ROLES.items():
+        costs = costs_of_d0 if name == "d0" else COSTS
         changes = of_d1 if name == "d1" else {}
-        planner.add_report(report(name, role, forecast=GROWN, step=COSTS, **changes), 0.0)
+        planner.add_report(report(name, role, forecast=GROWN, step=costs, **changes), 0.0)
     for number in range(8):
         planner.add_seen(NodesSeen(gateway_id="g", nodes=list(seen)), number / 4)
     at_once(planner.tick(2.0))
     for name, role in ROLES.items():
+        costs = costs_of_d0 if name == "d0" else COSTS
         changes = of_d1 if name == "d1" else {}
-        planner.add_report(report(name, role, seq=2, forecast=GROWN, step=COSTS, **changes), 2.0)
+        planner.add_report(report(name, role, seq=2, forecast=GROWN, step=costs, **changes), 2.0)
     return planner
 
 
@@ -63,6 +67,16 @@ def test_a_sequence_leaves_a_node_that_has_become_slow() -> None:
     planner = planner_that_has(steps_of("d0", 10.0), steps_of("d1", 1.0))
     assert doubted(planner) == ["d0"]
     move = planner.schedule(running(gap_s=10 * STEP_S), 2.0)
+    assert isinstance(move, Choice)
+    assert move.decode.node_id == "d1"
+
+
+def test_a_sequence_leaves_a_node_that_lies_of_its_steps() -> None:
+    lie = StepFit(
+        base_s=STEP_S / 100, prefill_token_s=1e-5, attended_token_s=0.0, sequence_s=0.0, context_token_s=0.0
+    )
+    planner = planner_that_has(steps_of("d0", 10.0), steps_of("d1", 1.0), costs_of_d0=lie)
+    move = planner.schedule(running(max_new_tokens=20, gap_s=10 * STEP_S), 2.0)
     assert isinstance(move, Choice)
     assert move.decode.node_id == "d1"
 

@@ -38,7 +38,7 @@ def why_stay(
         return "there are no others of their sides"
     if node is None:
         return "nothing is known of its node"
-    step_s = min(max(node.own_step_s, request.gap_s), node.own_step_s * node.doubt.slowness)
+    step_s = min(max(node.own_step_s, request.gap_s), node.step_s)
     num_left = expected_tokens(request.max_new_tokens, 1.0 / lengths.mean_of(request.num_prompt_tokens))
     stay_s = request.overdue_s + num_left * step_s
     go_s = choice.predicted_s + num_left * decode.step_s
