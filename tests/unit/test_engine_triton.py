@@ -279,6 +279,10 @@ def test_kernels_compile_for_gpus(tmp_path: Path, capability: int, dtype: str) -
         "add_and_norm",
         "gate",
         "rotate_and_write",
+        # Of a layer with a window, sinks and a cap on scores:
+        "attend_prompts",
+        "attend_splits",
+        "merge_splits",
     ]
     assert all(int(num_bytes) > 0 and int(shared) <= 99 << 10 for _, num_bytes, shared in lines)
 
