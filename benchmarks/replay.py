@@ -73,6 +73,7 @@ class Replay:
         self._planner = planner
         self._descriptors: dict[str, NodeDescriptor] = {}
         self._open: dict[tuple[str, int], int] = {}  # request id, attempt -> place in `questions`
+        self._early: dict[tuple[str, int], Decision] = {}  # each subject is heard for itself
         self._next_tick: float | None = None
 
     def run(self, lines: Iterable[Line]) -> None:
@@ -112,8 +113,11 @@ class Replay:
         # Events are for people. Of prefix caches only what changed meanwhile is known.
 
     def _ask(self, now: float, request: ScheduleRequest) -> None:
-        self._open[request.request_id, request.attempt] = len(self.questions)
-        self.questions.append(Question(now, request, self._decide(request, now)))
+        attempt = request.request_id, request.attempt
+        recorded = self._early.pop(attempt, UNRECORDED)
+        if recorded is UNRECORDED:
+            self._open[attempt] = len(self.questions)
+        self.questions.append(Question(now, request, self._decide(request, now), recorded))
 
     def _decide(self, request: ScheduleRequest, now: float) -> Decision:
         try:
@@ -125,11 +129,13 @@ class Replay:
         return Decision((decision.prefill.node_id, decision.decode.node_id), decision.reason)
 
     def _compare(self, assignment: Assignment) -> None:
-        """Put it to the last question of its attempt; one that was asked before the recording has none."""
-        place = self._open.pop((assignment.request_id, assignment.attempt), None)
-        if place is not None:
-            pair = assignment.prefill.node_id, assignment.decode.node_id
-            recorded = Decision(pair, assignment.reason)
+        """Put it to the last question of its attempt, or to the one that is still to be heard."""
+        attempt = assignment.request_id, assignment.attempt
+        recorded = Decision((assignment.prefill.node_id, assignment.decode.node_id), assignment.reason)
+        place = self._open.pop(attempt, None)
+        if place is None:
+            self._early[attempt] = recorded
+        else:
             self.questions[place] = self.questions[place]._replace(recorded=recorded)
 
 

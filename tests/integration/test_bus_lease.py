@@ -290,7 +290,7 @@ async def test_never_two_and_epochs_grow_whoever_comes_goes_and_dies(nats_server
             await (leader.die() if rng.random() < 0.3 else leader.stop())
             candidates.append(await join(f"d{i}"))
         await seat.until(lambda: len(seat.leading) == 1)
-    epochs = [epoch for _, epoch in seat.terms]
+        epochs = [epoch for _, epoch in seat.terms]  # before they end, one after the other, and others lead
     assert len(epochs) == 7
     assert epochs == sorted(set(epochs))
     assert seat.most_at_once == 1

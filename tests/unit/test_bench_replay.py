@@ -109,6 +109,14 @@ def test_question_that_is_asked_again_is_compared_each_time(tape: Tape) -> None:
     assert [question.recorded.pair for question in done.questions] == [None, ("p0", "d0")]
 
 
+def test_assignment_that_is_heard_before_its_question_is_put_to_it(tape: Tape) -> None:
+    """Each subject is a subscription of its own: two of them come in any order."""
+    tape.nodes(0.1)
+    tape.assign(0.2, "r", "p0", "d0")
+    tape.ask(0.2, "r")
+    assert outcomes(tape.replayed()) == {"r": "alike"}
+
+
 def test_nodes_leave_and_silence_of_our_own_is_not_theirs(tape: Tape) -> None:
     tape.nodes(0.0, p1={"queued_prefill_tokens": 50}, d1={"num_running": 1})
     tape.write(0.1, NODE_PREFIX + "p0", None)

@@ -62,6 +62,7 @@ def test_a_panel_of_any_form_widens_to_its_numbers(form: Form) -> None:
     assert np.array_equal(wide.transpose(0, 2, 1).reshape(2 * LANES, LENGTH), widened(stored))
 
 
+@pytest.mark.full  # the default is held below, over a whole model
 @pytest.mark.parametrize("form", EACH_FORM)
 def test_panels_of_any_form_give_the_bits_of_float32(form: Form) -> None:
     """Also with rows that fill a tile, with a last panel that is not full, and on top of other sums."""
@@ -81,6 +82,7 @@ def test_panels_of_any_form_give_the_bits_of_float32(form: Form) -> None:
     assert np.array_equal(unpacked, np.concatenate([widened(first), widened(second)])[rows])
 
 
+@pytest.mark.full
 def test_gates_of_a_stored_form_give_the_bits_of_float32() -> None:
     gates, ups = (Stored(Q4_1, random_blocks(Q4_1, 4 * LANES, seed=n)) for n in (1, 2))
     x = np.random.default_rng(0).standard_normal((9, LENGTH)).astype(np.float32)

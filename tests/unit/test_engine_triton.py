@@ -65,7 +65,11 @@ def is_many(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 @pytest.mark.parametrize("is_many", [False, True], indirect=True)
 @pytest.mark.parametrize(
     ("head_dim", "block_size", "num_heads"),
-    [(64, 16, 6), (80, 4, 2), (24, 16, 32)],  # one query per KV head; many; dimensions that are no power of 2
+    [  # one query per KV head; dimensions that are no power of 2; many queries per KV head
+        (80, 4, 2),
+        pytest.param(64, 16, 6, marks=pytest.mark.full),
+        pytest.param(24, 16, 32, marks=pytest.mark.full),
+    ],
 )
 def test_heads_of_any_size(head_dim: int, block_size: int, num_heads: int) -> None:
     blocks = iter(torch.randperm(NUM_BLOCKS, generator=torch.manual_seed(1)).tolist())
@@ -120,7 +124,11 @@ def test_tiles_cover_every_query_of_prompts_once_the_last_first() -> None:
 @pytest.mark.usefixtures("few_splits")
 @pytest.mark.parametrize(
     ("arch", "config"),
-    [*((arch, {}) for arch in ("llama", "qwen2", "qwen3", "mistral")), ("llama", {"attention_bias": True})],
+    [
+        ("llama", {"attention_bias": True}),
+        ("qwen3", {}),
+        *(pytest.param(arch, {}, marks=pytest.mark.full) for arch in ("llama", "qwen2", "mistral")),
+    ],
 )
 @torch.inference_mode()
 def test_the_llama_forward_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, Any]) -> None:
@@ -255,10 +263,10 @@ def test_what_no_graph_was_recorded_for_has_no_shape(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "dtype"),
-    [(80, "bf16"), (90, "bf16"), pytest.param(80, "fp32", marks=pytest.mark.full)],  # A100, H100
+    [(80, "bf16"), *(pytest.param(*each, marks=pytest.mark.full) for each in ((90, "bf16"), (80, "fp32")))],
 )
 def test_kernels_compile_for_gpus(tmp_path: Path, capability: int, dtype: str) -> None:
-    """Shared memory stays within the 99 KiB that every GPU since the A10 has."""
+    """A100, H100. Shared memory stays within the 99 KiB that every GPU since the A10 has."""
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name("triton_compiler.py")), str(capability), dtype]
     done = subprocess.run(

@@ -31,7 +31,7 @@ FULL = ["full_attention"] * 4
 MIXED = ["sliding_attention", "full_attention"] * 2
 WINDOW = Span(window=24)
 # One of each kind of attention, position, mixture of experts and shape of cache. All others take a minute.
-OFTEN = {"llama", "mixtral", "gpt_bigcode", "gemma3_text", "opt"}
+OFTEN = {"llama", "mixtral", "gemma3_text", "opt"}
 
 REASONS = {
     "does not let its attention be replaced": 24,
