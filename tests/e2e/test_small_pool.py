@@ -23,7 +23,11 @@ NUM_BLOCKS = 24
 BLOCK_BYTES = 3 * 2 * 8 * 2 * 16 * 4
 
 
-@pytest.mark.parametrize("nodes", [{"mixed": 1}, {"prefill": 1, "decode": 1}], ids=["mixed", "1p1d"])
+@pytest.mark.parametrize(
+    "nodes",
+    [pytest.param({"mixed": 1}, marks=pytest.mark.full), {"prefill": 1, "decode": 1}],
+    ids=["mixed", "1p1d"],
+)
 async def test_preemption_keeps_the_text(
     start_cluster: StartCluster, tmp_path: Path, model_path: Path, nodes: dict[str, int]
 ) -> None:

@@ -158,7 +158,8 @@ def test_the_llama_forward_equals_the_modules(tmp_path: Path, arch: str, config:
 
 
 @pytest.mark.usefixtures("few_splits")
-@pytest.mark.parametrize("arch", ["llama", pytest.param("gpt2", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_tokens_are_those_of_torch(tmp_path: Path, arch: str) -> None:
     """Chunks, mixed batches and decode, through the Llama forward and the modules."""
     model = load_tiny(make_tiny_model(tmp_path / "m", arch, seed=5))
