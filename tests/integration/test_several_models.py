@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 from nats.aio.msg import Msg
@@ -83,6 +83,20 @@ async def pair(server: NatsServer, bus: Bus, weights: Weights, name: str) -> Asy
         live_node(server, bus, weights.model, f"decode-{name}", role="decode", peers=1),
     ):
         yield
+
+
+async def check_topology(
+    server: NatsServer, bus: Bus, weights: Weights, topology: Literal["1P1D", "mixed"]
+) -> None:
+    """Answers of one pair of nodes, or of one mixed node, are those of `weights`."""
+    nodes = (
+        pair(server, bus, weights, "x")
+        if topology == "1P1D"
+        else live_node(server, bus, weights.model, "mixed-x", role="mixed")
+    )
+    async with nodes, gateway(server, weights) as dispatch:
+        await until_ready(dispatch, bus)
+        await check_answers(dispatch, weights)
 
 
 @contextlib.asynccontextmanager

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from flowkv_common.bus.connection import Bus
 from flowkv_engine.engine.stored import FORMS, Form
 from tests.drive import load_tiny
-from tests.integration.test_several_models import Weights, bus, check_answers, gateway, pair, until_ready
-from tests.live_nodes import live_node
+from tests.integration.test_several_models import Weights, bus, check_topology
 from tests.nats_server import NatsServer
 from tests.stored_models import make_stored_model
 
@@ -21,15 +21,8 @@ __all__ = ["bus"]  # a fixture
 @pytest.mark.parametrize("topology", ["1P1D", "mixed"])
 @pytest.mark.parametrize("form", FORMS, ids=[form.name for form in FORMS])
 async def test_answers_are_those_of_the_floats(
-    nats_server: NatsServer, bus: Bus, tmp_path: Path, form: Form, topology: str
+    nats_server: NatsServer, bus: Bus, tmp_path: Path, form: Form, topology: Literal["1P1D", "mixed"]
 ) -> None:
     folder = make_stored_model(tmp_path / "m", [form])
     weights = Weights(folder, load_tiny(folder), folder)
-    nodes = (
-        pair(nats_server, bus, weights, "s")
-        if topology == "1P1D"
-        else live_node(nats_server, bus, weights.model, "mixed-s", role="mixed")
-    )
-    async with nodes, gateway(nats_server, weights) as dispatch:
-        await until_ready(dispatch, bus)
-        await check_answers(dispatch, weights)
+    await check_topology(nats_server, bus, weights, topology)

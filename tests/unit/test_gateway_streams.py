@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv_common.wire.messages import Refusal, TokenChunk, TokenLogprob
-from flowkv_gateway.dispatch import TokenStream
+from flowkv_gateway.token_stream import TokenStream
 
 MAX_TOKENS = 12
 

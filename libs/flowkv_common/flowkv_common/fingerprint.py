@@ -38,14 +38,11 @@ def model_files(folder: Path, *, has_weights: bool = True) -> ModelFiles:
     weights = weight_files(folder) if has_weights else []
     if not all(file.is_file() for file in weights):
         weights = []
-    digest = blake2b(digest_size=16)
-    for file in weights:
-        _add_samples(digest, file)
     tokenizer, config = (
         blake2b(file.read_bytes(), digest_size=16).hexdigest() if file.exists() else ""
         for file in (folder / "tokenizer.json", folder / "config.json")
     )
-    return ModelFiles(tokenizer=tokenizer, config=config, weights=digest.hexdigest() if weights else "")
+    return ModelFiles(tokenizer=tokenizer, config=config, weights=sampled_digest(*weights) if weights else "")
 
 
 def sampled_digest(*files: Path) -> str:

@@ -187,8 +187,7 @@ def _load_weights(
         except ValueError as error:
             raise UnsupportedModel(f"{folder} can't be served: {error}") from error
     if has_blocks(folder):
-        with no_init_weights():
-            module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
+        module = _to_fill(config, dtype)
         load_blocks(module, folder / BLOCKS, keeps=packs)
         return module.to(device)
     stored = getattr(torch, str(config.dtype).removeprefix("torch."), None)
@@ -201,11 +200,17 @@ def _load_weights(
     return module
 
 
-def _keep_quantized(folder: Path, config: PretrainedConfig, quantization: Quantization) -> nn.Module:
+def _to_fill(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """A model whose weights hold anything."""
     with no_init_weights():
         module: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=IMPLEMENTATION
+            config, dtype=dtype, attn_implementation=IMPLEMENTATION
         )
+    return module
+
+
+def _keep_quantized(folder: Path, config: PretrainedConfig, quantization: Quantization) -> nn.Module:
+    module = _to_fill(config, torch.float32)
     left = {name for name, _ in module.named_parameters()}
     if config.tie_word_embeddings:
         left.discard("lm_head.weight")
