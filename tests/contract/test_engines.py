@@ -197,6 +197,6 @@ async def test_a_wedged_engine_does_not_hold_up_the_end(
     monkeypatch.setattr("flowkv_engine.engine.runner.CLOSE_TIMEOUT_S", 0.02)
     monkeypatch.setattr("tests.paced.engine.CLOSE_TIMEOUT_S", 0.02)
     async with asyncio.timeout(20), make_engine() as engine:
-        engine.wedge(for_s=1.0)
+        engine.wedge(for_s=60.0)
         began = time.monotonic()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 30.0

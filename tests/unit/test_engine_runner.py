@@ -211,12 +211,12 @@ async def test_a_wedged_thread_shows_and_does_not_hold_up_the_end(
     before = set(threading.enumerate())
     async with asyncio.timeout(10), EngineThread(Runner(model, make_pool(model, 1))) as engine:
         [thread] = set(threading.enumerate()) - before
-        engine.wedge(for_s=0.5)
+        engine.wedge(for_s=2.0)
         began = time.monotonic()
-    assert time.monotonic() - began < 0.4
+    assert time.monotonic() - began < 2.0
     assert engine.busy_since is not None
     assert thread.daemon
-    thread.join(5)
+    thread.join(20)
     assert engine.busy_since is None
 
 
