@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-from flowkv_engine.engine.model import UnsupportedModel
+from flowkv_engine.engine.dry_run import UnsupportedModel
 from tests.drive import load_tiny
 from tests.tiny_models import make_tiny_model
 

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig
 
 from flowkv_engine.engine.attention import Span
-from flowkv_engine.engine.model import UnsupportedModel, eos_token_ids
+from flowkv_engine.engine.dry_run import UnsupportedModel
+from flowkv_engine.engine.model import eos_token_ids
 from tests.drive import load_tiny
 from tests.tiny_models import make_tiny_model
 

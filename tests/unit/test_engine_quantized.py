@@ -19,7 +19,7 @@ from flowkv_engine.engine.cpu.forward import CpuLlamaForward
 from flowkv_engine.engine.cpu.linear import linear, pack, unpack_rows
 from flowkv_engine.engine.cpu.panels import pack_stored
 from flowkv_engine.engine.cpu.simd import LANES
-from flowkv_engine.engine.model import UnsupportedModel
+from flowkv_engine.engine.dry_run import UnsupportedModel
 from flowkv_engine.engine.quantized import Codes, quantization_of
 from flowkv_engine.engine.runner import Runner
 from flowkv_engine.engine.stored import BFLOAT16, GROUPED_FORMS

@@ -18,7 +18,8 @@ import transformers
 from flowkv_engine.engine import runner as engine_runner
 from flowkv_engine.engine.attention import Span
 from flowkv_engine.engine.batch import PackedBatch
-from flowkv_engine.engine.model import LoadedModel, UnsupportedModel
+from flowkv_engine.engine.dry_run import UnsupportedModel
+from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import Runner, SelfCheck
 from tests.drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence
 from tests.every_model import MODEL_TYPES, SERVED, VOCAB_SIZE, tiny_config

@@ -25,9 +25,10 @@ from flowkv_common import __version__
 from flowkv_common.wire.messages import SamplingParams, TokenLogprob
 from flowkv_engine.engine.attention import make_attention
 from flowkv_engine.engine.batch import PackedBatch, PromptRows, Sequence, WorkItem, pack
+from flowkv_engine.engine.dry_run import UnsupportedModel, quiet
 from flowkv_engine.engine.forward import IMPLEMENTATION, make_forward
 from flowkv_engine.engine.grammar import Constraints
-from flowkv_engine.engine.model import LoadedModel, UnsupportedModel, quiet
+from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.sampler import Sampled, logprobs, sample
 
 if TYPE_CHECKING:

@@ -1,0 +1,207 @@
+"""A run of a model without weights: what its attention asks for, also of an unknown type."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
+
+from flowkv_common.errors import CannotStart
+from flowkv_engine.engine.attention import Span
+
+DRY_RUN = "flowkv_dry_run"  # the name in `transformers` of the attention function of the run without weights
+DRY_RUN_TOKENS = 8
+MASK_SAMPLES = 64  # positions at either end of the context, where a mask is looked at
+
+
+class UnsupportedModel(CannotStart):
+    """The model can't be served; the message says why."""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """`transformers` prints nothing while it builds and loads a model."""
+    verbosity, has_bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if has_bar:
+            transformers.logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+class LayerAttention(NamedTuple):
+    """What a layer writes into its KV cache, and how far back it sees."""
+
+    num_kv_heads: int
+    head_dim: int
+    span: Span
+
+
+def max_model_len(config: PretrainedConfig) -> int:
+    """The longest sequence for which fixed positions equal the model's."""
+    limit = int(config.max_position_embeddings)
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond this length all positions rotate differently, also those whose keys are cached.
+        limit = min(limit, int(rope["original_max_position_embeddings"]))
+    if getattr(config, "attn_temperature_tuning", False):
+        # From this length on Llama 4 scales queries by where they stand in the step, not in the sequence.
+        limit = min(limit, int(config.floor_scale) - 1)
+    return limit
+
+
+def dry_run(config: PretrainedConfig) -> list[LayerAttention]:
+    """Runs the model on torch's meta device -> what its layers ask for; all write KV of one shape.
+
+    Raises `UnsupportedModel`, with the reason, if it can't be served.
+    """
+    asked: dict[int, LayerAttention] = {}
+    try:
+        with quiet():
+            with torch.device("meta"):
+                module = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation=DRY_RUN
+                ).eval()
+            if any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules()):
+                raise UnsupportedModel("it counts positions on from the id of its padding token")
+            token_ids = torch.zeros(DRY_RUN_TOKENS, dtype=torch.int64, device="meta")
+            indices = torch.zeros(2, dtype=torch.int64, device="meta")
+            with torch.inference_mode(), _Values():
+                # As `ModulesForward` does.
+                logits = module(
+                    token_ids.unsqueeze(0),
+                    position_ids=token_ids.unsqueeze(0),
+                    use_cache=False,
+                    logits_to_keep=indices,
+                    flowkv=asked,
+                ).logits[0]
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # of any model's code
+        raise UnsupportedModel(f"transformers can't run it without weights: {first_line(error)}") from error
+    if logits.shape != (len(indices), config.vocab_size):
+        raise UnsupportedModel(f"for {len(indices)} tokens it gives logits of shape {tuple(logits.shape)}")
+    if not asked:
+        raise UnsupportedModel("its layers don't call the attention function they are given")
+    if sorted(asked) != list(range(len(asked))):
+        raise UnsupportedModel("only some of its layers have attention")
+    shapes = {(layer.num_kv_heads, layer.head_dim) for layer in asked.values()}
+    if len(shapes) > 1:
+        sizes = " and ".join(f"{heads} x {dim}" for heads, dim in sorted(shapes))
+        raise UnsupportedModel(f"its layers' KV caches differ in shape ({sizes}), and a pool has one")
+    return [asked[number] for number in range(len(asked))]
+
+
+def _dry_run_attention(
+    module: nn.Module,
+    query: Tensor,  # shapes as of `paged_attention`
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    flowkv: dict[int, LayerAttention] | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Notes in `flowkv` what a layer asks for, and computes nothing.
+
+    Raises `UnsupportedModel` if that is more than causal attention over one cache by some `Rule`.
+    """
+    if flowkv is None:
+        raise UnsupportedModel("its attention does not hand on the keyword arguments of the forward pass")
+    if position_bias is not None:
+        raise UnsupportedModel("its attention has a position bias")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise UnsupportedModel("its attention is not causal")
+    span: Span | None = Span() if attention_mask is None else getattr(attention_mask, "span", None)
+    if span is None:
+        raise UnsupportedModel("its attention has a mask of its own, other than the causal one")
+    if key.shape != value.shape or query.shape[2:] != key.shape[2:] or query.shape[1] % key.shape[1]:
+        sizes = ", ".join(f"{x.shape[1]} x {x.shape[3]}" for x in (query, key, value))
+        raise UnsupportedModel(f"its queries, keys and values don't fit one cache: {sizes}")
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    if layer in flowkv:
+        raise UnsupportedModel(f"its attention of layer {layer} is computed twice in a step")
+    flowkv[layer] = LayerAttention(key.shape[1], key.shape[3], span)
+    return torch.empty_like(query.transpose(1, 2)), None
+
+
+class _Values(TorchFunctionMode):
+    """Answers for tensors without values: each value is 1 or true, and `nonzero` finds none."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if args and isinstance(args[0], Tensor) and args[0].is_meta:
+            if func in (Tensor.item, Tensor.__int__, Tensor.__index__, Tensor.__float__):
+                return 1
+            if func in (Tensor.__bool__, Tensor.__contains__):
+                return True
+            if func is Tensor.tolist:
+                return torch.ones(args[0].shape, dtype=args[0].dtype, device="cpu").tolist()
+            if func in (torch.nonzero, Tensor.nonzero):
+                return torch.empty(0, args[0].dim(), dtype=torch.int64, device="meta")
+        return func(*args, **(kwargs or {}))
+
+
+class _NoPadding(TorchFunctionMode):
+    """A mask of chunks counts from each sequence's first token: here no sequence has padding before it."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__getitem__ and args[0].is_meta and args[0].dim() == 1:  # by sequence
+            return torch.zeros_like(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def _wanted_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    config: PretrainedConfig,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """None if the mask is causal. Else some mask, with its `span` if it has one; without, the run refuses it.
+
+    `local_size`: of the window or the chunks, if any.
+    """
+    end = max_model_len(config)
+    edges = (0, *((local_size, 2 * local_size) if local_size else ()), end)
+    samples = {place for edge in edges for place in range(edge - MASK_SAMPLES, edge + MASK_SAMPLES)}
+    positions = torch.tensor(sorted(place for place in samples if 0 <= place < end), device="cpu")
+    query, key = positions.view(1, 1, -1, 1), positions.view(1, 1, 1, -1)
+    zero = torch.zeros_like(query[:, :, :1])
+    mask: Any = torch.empty(1, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+    with contextlib.suppress(RuntimeError):  # raised if it reads values of the model's inputs
+        with _NoPadding():
+            allowed = mask_function(zero, zero, query, key)
+        spans = [Span(), *((Span(window=local_size), Span(chunk=local_size)) if local_size else ())]
+        for span in spans:
+            seen = (key <= query) & (key >= span.first_seen(query))
+            if not allowed.is_meta and bool((allowed == seen).all()):
+                mask.span = span
+                return None if span == Span() else mask
+    return mask  # type: ignore[no-any-return]
+
+
+AttentionInterface.register(DRY_RUN, _dry_run_attention)
+AttentionMaskInterface.register(DRY_RUN, _wanted_mask)
