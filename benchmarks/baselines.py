@@ -13,7 +13,8 @@ import msgspec
 
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_scheduler import policy
-from flowkv_scheduler.cluster import NOTHING, Goals, NodeView, group_of
+from flowkv_scheduler.cluster import Goals
+from flowkv_scheduler.node_view import NOTHING, NodeView, group_of
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice, Chooser, RequestCosts
 

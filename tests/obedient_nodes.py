@@ -22,8 +22,9 @@ from flowkv_common.wire.nodes import (
     serves_decode,
     serves_prefill,
 )
-from flowkv_scheduler.cluster import Goals, Work
+from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.demand import Demand, OutputLengths
+from flowkv_scheduler.node_view import Work
 from flowkv_scheduler.rebalance import Order, Rebalancer
 from flowkv_scheduler.slices import at_once
 from tests.described_nodes import BLOCK_SIZE, CAPS, MODEL, TOKEN_BUDGET, Described, cluster, node

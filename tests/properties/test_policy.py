@@ -14,7 +14,8 @@ from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import OutputForecast, StepFit, expected_tokens
 from flowkv_scheduler import admission
 from flowkv_scheduler.admission import Later, WaitingQueue
-from flowkv_scheduler.cluster import Goals, Work
+from flowkv_scheduler.cluster import Goals
+from flowkv_scheduler.node_view import Work
 from flowkv_scheduler.policy import RequestCosts
 from tests.described_nodes import (
     BLOCK_SIZE,

@@ -21,9 +21,10 @@ from flowkv_scheduler.admission import (
     Later,
     WaitingQueue,
 )
-from flowkv_scheduler.cluster import ClusterState, Goals, NodeView, Work
+from flowkv_scheduler.cluster import ClusterState, Goals
 from flowkv_scheduler.demand import OutputLengths
 from flowkv_scheduler.lookahead import IDLE_WAIT
+from flowkv_scheduler.node_view import NodeView, Work
 from flowkv_scheduler.policy import Choice, RequestCosts
 from flowkv_scheduler.prefixes import Hits, Keys, keys_of
 from tests.described_nodes import MODEL, NUM_BLOCKS, TOKEN_BUDGET, Described, cluster, later, node, request

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flowkv_common.wire.nodes import OutputForecast, StepFit, length_class
-from flowkv_scheduler.cluster import Goals, Work
+from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.demand import Demand, OutputLengths
 from flowkv_scheduler.lookahead import (
     SHARED,
@@ -22,6 +22,7 @@ from flowkv_scheduler.lookahead import (
     fewer_queues,
     served_in_time,
 )
+from flowkv_scheduler.node_view import Work
 from flowkv_scheduler.slices import at_once
 from tests.described_nodes import Described, cluster, node
 

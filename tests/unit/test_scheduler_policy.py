@@ -10,8 +10,9 @@ import pytest
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import PRIOR_TOKENS, StepFit, expected_tokens, num_attended
 from flowkv_scheduler import policy
-from flowkv_scheduler.cluster import Goals, Work
+from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.demand import OutputLengths
+from flowkv_scheduler.node_view import Work
 from flowkv_scheduler.policy import HANDOFF_S, RequestCosts
 from tests.described_nodes import (
     BLOCK_SIZE,

@@ -17,9 +17,10 @@ from benchmarks.simulator.run import Machines
 from benchmarks.traces import Request, Targets
 from flowkv_common.wire.nodes import RegimeChanged, ScaleWanted, SetPrefillCap, StepFit
 from flowkv_scheduler import lookahead, rebalance
-from flowkv_scheduler.cluster import Goals, NodeView, Work
+from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.demand import REMEMBERED_S, Demand, OutputLengths, Window
 from flowkv_scheduler.lookahead import EVENTS_PER_SLICE, HORIZON_S, Duties, LookAhead
+from flowkv_scheduler.node_view import NodeView, Work
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import SHARED_ITL
 from flowkv_scheduler.rebalance import (

@@ -9,7 +9,8 @@ import pytest
 
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import PRIOR_TOKENS, OutputForecast, StepFit, num_attended
-from flowkv_scheduler.cluster import FORGET_REPORT_AFTER_S, ClusterState, NodeView, Work
+from flowkv_scheduler.cluster import FORGET_REPORT_AFTER_S, ClusterState
+from flowkv_scheduler.node_view import NodeView, Work
 from tests.described_nodes import BLOCK_SIZE, MODEL, NUM_BLOCKS, PERIOD_S, TOKEN_BUDGET, descriptor, report
 
 D0 = NodeRef(node_id="d0", incarnation="i1")

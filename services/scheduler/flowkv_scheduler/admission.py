@@ -22,8 +22,9 @@ from sortedcontainers import SortedDict, SortedList
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_scheduler import policy
-from flowkv_scheduler.cluster import NOTHING, WAIT_FACTOR, ClusterState, Goals, NodeView, Work
+from flowkv_scheduler.cluster import WAIT_FACTOR, ClusterState, Goals
 from flowkv_scheduler.lookahead import IDLE_WAIT
+from flowkv_scheduler.node_view import NOTHING, NodeView, Work
 from flowkv_scheduler.policy import SHARED_ITL, Choice, Chooser, RequestCosts
 from flowkv_scheduler.prefixes import NO_HITS, Hits
 

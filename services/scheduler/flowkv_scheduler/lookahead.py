@@ -20,8 +20,9 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from flowkv_common.wire.nodes import expected_tokens
-from flowkv_scheduler.cluster import Goals, NodeView, Speed
+from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.demand import OutputLengths, Window
+from flowkv_scheduler.node_view import NodeView, Speed
 from flowkv_scheduler.slices import Sliced
 
 # How far it looks. A node that leaves a side works off its rest meanwhile.

@@ -8,8 +8,8 @@ from __future__ import annotations
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import expected_tokens
 from flowkv_scheduler.belief import SHORTEST_STALL_S, Doubt
-from flowkv_scheduler.cluster import NodeView
 from flowkv_scheduler.demand import OutputLengths
+from flowkv_scheduler.node_view import NodeView
 from flowkv_scheduler.policy import Choice
 
 # A node that is slower than it says by less than this factor is left alone: a host that is busy for a second

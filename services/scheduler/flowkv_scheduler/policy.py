@@ -18,18 +18,16 @@ from sortedcontainers import SortedDict
 from flowkv_common.wire.messages import Candidate, ScheduleRequest
 from flowkv_common.wire.nodes import num_attended
 from flowkv_scheduler.cluster import (
-    NOTHING,
     ClusterState,
     Goals,
     NodeGroup,
-    NodeView,
-    Work,
     decode_rank,
     id_rank,
     prefill_rank,
     room_rank,
 )
 from flowkv_scheduler.demand import OutputLengths
+from flowkv_scheduler.node_view import NOTHING, NodeView, Work
 from flowkv_scheduler.prefixes import Hits, keys_of
 
 # Bytes per second between two nodes, by connector: orders of magnitude, all that a choice needs. An unknown

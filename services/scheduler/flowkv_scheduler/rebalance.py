@@ -26,9 +26,10 @@ from flowkv_common.wire.nodes import (
     SetPrefillCap,
     starting_chunk_budget,
 )
-from flowkv_scheduler.cluster import Goals, NodeView, speed_class
+from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.demand import REMEMBERED_S, Demand, OutputLengths, Window
 from flowkv_scheduler.lookahead import Duties, Duty, LookAhead, Side, num_repeats
+from flowkv_scheduler.node_view import NodeView, speed_class
 from flowkv_scheduler.policy import SHARED_ITL
 from flowkv_scheduler.slices import Sliced
 
