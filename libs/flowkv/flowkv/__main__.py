@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import sys
 
-USAGE = """\
-usage: flowkv COMMAND [--setting VALUE ...]
+# Command -> the module with its `main(argv)`, which is imported when it is asked for, and what it does.
+LOOK = {
+    "status": ("flowkv.status", "nodes, roles, links, pools, what runs and waits, who leads"),
+}
+GROUPS = {
+    "Look and try": LOOK,
+}
+SERVICES = {
+    "gateway": "the OpenAI-style HTTP API",
+    "scheduler": "pairs a prefill and a decode node for each request",
+    "prefill": "a node that starts as a prefill node",
+    "decode": "a node that starts as a decode node",
+    "mixed": "a node that starts with both roles",
+}
 
-  up         a whole cluster on this machine: NATS and all services
-  gateway    the OpenAI-style HTTP API
-  scheduler  pairs a prefill and a decode node for each request
-  prefill    a node that starts as a prefill node
-  decode     a node that starts as a decode node
-  mixed      a node that starts with both roles
 
-`flowkv COMMAND --help` lists what a command can be told. Each setting is also read from the environment."""
+def usage() -> str:
+    lines = ["usage: flowkv COMMAND [options]", "", "Run"]
+    lines.append(f"  {'up':<12}a whole cluster on this machine: NATS and all services")
+    lines += [f"  {name:<12}{text}" for name, text in SERVICES.items()]
+    for title, commands in GROUPS.items():
+        lines += ["", title, *(f"  {name:<12}{text}" for name, (_, text) in commands.items())]
+    lines += ["", "`flowkv COMMAND --help` tells more. Begin with: flowkv up"]
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -38,12 +53,32 @@ def main() -> int:
             from flowkv import node
 
             node.main(command)
-        case "-h" | "--help":
-            print(USAGE)
+        case "" | "-h" | "--help" | "help":
+            print(usage())
         case _:
-            print(f"{USAGE}\n\nunknown command {command!r}", file=sys.stderr)
+            for commands in GROUPS.values():
+                if command in commands:
+                    return _run(commands[command][0], arguments)
+            print(f"{usage()}\n\nunknown command {command!r}", file=sys.stderr)
             return 2
     return 0
+
+
+def _run(module: str, arguments: list[str]) -> int:
+    """A command for people: what goes wrong is one line, not a traceback, and no log lines come between."""
+    from flowkv_common.errors import CannotStart, FlowKVError
+
+    logging.basicConfig(handlers=[logging.NullHandler()])
+    try:
+        status: int = importlib.import_module(module).main(arguments)
+        return status
+    except (FlowKVError, CannotStart) as error:
+        print(f"flowkv: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # as in `flowkv nats sub | head`
+        return 0
 
 
 if __name__ == "__main__":

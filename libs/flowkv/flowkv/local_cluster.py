@@ -24,6 +24,7 @@ from typing import Self
 from flowkv_common.health import gateway_entry, problem
 from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES
 
+NATS_URL_FILE = "nats_url"  # in a cluster's folder while it runs
 OLDEST_NATS = (2, 11)  # older servers don't tell watchers of expired keys
 PR_SET_PDEATHSIG = 1
 
@@ -203,6 +204,8 @@ class Cluster:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         config = self.run_dir / "nats.conf"
         config.write_text(f"max_payload: {MAX_PAYLOAD_BYTES}\n")  # long prompts: no flag has it
+        # Where commands in another terminal look (`terminal.find_nats_url`).
+        (self.run_dir / NATS_URL_FILE).write_text(self.nats_url)
         command = [find_nats_server(), "-c", str(config), "-a", "127.0.0.1", "-p", str(self._nats_port)]
         return self.start_process("nats", [*command, "-js", "-sd", str(self.run_dir / "jetstream")])
 
@@ -257,3 +260,4 @@ class Cluster:
             for process in group:
                 process.stop(self._drain_timeout_s)
         shutil.rmtree(self.run_dir / "jetstream", ignore_errors=True)
+        (self.run_dir / NATS_URL_FILE).unlink(missing_ok=True)

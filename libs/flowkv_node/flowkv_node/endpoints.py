@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from itertools import islice
 
 from flowkv_common import __version__
 from flowkv_common.bus.service import Endpoint, Service
@@ -30,6 +31,8 @@ from flowkv_node.reporting import BlockNews
 
 log = logging.getLogger(__name__)
 
+MAX_SLOWER_LINKS = 8  # as an example: what is wrong with one is wrong with all
+
 
 @contextlib.asynccontextmanager
 async def serve_endpoints(node: Node, engine: Engine, news: BlockNews) -> AsyncIterator[None]:
@@ -42,6 +45,7 @@ async def serve_endpoints(node: Node, engine: Engine, news: BlockNews) -> AsyncI
             "model": node.card.name,
             "incarnation": node.ref.incarnation,
             "state": node.why_not_ready() or "ready",
+            "slower_links": "; ".join(islice(node.links.why_slower.values(), MAX_SLOWER_LINKS)),
         }
 
     endpoints = {

@@ -102,6 +102,7 @@ class Links:
         self.has_prefill_peer = False  # another node of the model that serves prefill, in the registry
         self._missing_since: dict[str, float] = {}
         self._links: dict[NodeRef, SwitchedLink] = {}
+        self.why_slower: dict[str, str] = {}  # node_id -> the connector in use, and why not a preferred one
         self._changed = asyncio.Event()
 
     async def listen(self, connector: KVConnector) -> None:
@@ -207,6 +208,7 @@ class Links:
             if pair.link is not None:
                 if self._links.get(peer) is pair.link:
                     del self._links[peer]
+                    self.why_slower.pop(peer.node_id, None)
                 await pair.link.close()
 
     def _better_than(self, pair: _Pair) -> list[str]:
@@ -265,8 +267,11 @@ class Links:
         preferred = list(self._connectors)[: list(self._connectors).index(name)]
         for other in set(pair.tries) - set(preferred):
             pair.tries[other].cancel()
+        self.why_slower.pop(node_id, None)
         if preferred:
-            log.warning("KV goes to %s by %s, not by %s", node_id, name, pair.reasons(preferred))
+            reasons = pair.reasons(preferred)
+            self.why_slower[node_id] = f"to {node_id} by {name}, not by {reasons}"
+            log.warning("KV goes to %s by %s, not by %s", node_id, name, reasons)
         else:
             log.info("linked to %s by %s", node_id, name)
         pair.has_link.set()  # the waiter runs after the link is in place

@@ -45,7 +45,9 @@ async def serve(settings: GatewaySettings) -> None:
             drain_timeout_s=settings.drain_timeout_s,
             tls=tls,
         ) as port:
-            log.info("serving %s://%s:%d", "https" if tls else "http", settings.host, port)
+            host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            dispatch.url = f"{'https' if tls else 'http'}://{host}:{port}"
+            log.info("serving %s", dispatch.url)
             await stop.wait()
             log.info("stopping: not ready from now on, closed in %g s", settings.shutdown_delay_s)
             await asyncio.sleep(settings.shutdown_delay_s)

@@ -321,6 +321,7 @@ class Dispatch:
     def __init__(self, bus: Bus, gateway_id: str, own: OwnModel) -> None:
         self._bus = bus
         self._gateway_id = gateway_id
+        self.url = ""  # of the API, once it is served
         self.cluster = cluster = Cluster(own)
         self.streams: dict[str, TokenStream] = {}  # transfer id -> the tokens of this attempt
         self.witness = Witness(gateway_id)
@@ -341,9 +342,10 @@ class Dispatch:
         return msgspec.structs.replace(card, max_model_len=window)
 
     def metadata(self) -> dict[str, str]:
-        """What `nats micro info` shows of the gateway: whose nodes serve it."""
+        """What `nats micro info` shows of the gateway: where it listens, and whose nodes serve it."""
         model = self.model()
-        return {"model": model.name, "fingerprint": model.fingerprint} if model else {}
+        served = {"model": model.name, "fingerprint": model.fingerprint} if model else {}
+        return {"url": self.url, **served}
 
     def load(self) -> Load:
         num_running = sum(stream.is_running for stream in self.streams.values())

@@ -77,7 +77,7 @@ class Orders:
         self._bus = bus
         self._lease = lease
         self._budget_of = budget_of
-        self._regime = NORMAL
+        self.regime, self.regime_reason = NORMAL, ""  # as last told
         self._wanted: dict[str, int] = {}  # role -> change, as last told
         self._num_moves = Counter("flowkv_cap_moves", "Prefill chunk budgets moved", registry=registry)
         self._regimes = Gauge("flowkv_regime", "1 for what the leader sees", ["regime"], registry=registry)
@@ -103,7 +103,7 @@ class Orders:
 
     def _show_regime(self) -> None:
         for regime in REGIMES:
-            self._regimes.labels(regime).set(regime == self._regime)
+            self._regimes.labels(regime).set(regime == self.regime)
 
     async def apply_orders(self, orders: Iterable[Order]) -> None:
         """All of them at once. Raises nothing of what goes wrong at nodes or on NATS."""
@@ -142,7 +142,7 @@ class Orders:
         await self._publish_event(subjects.event("cap_moved", node_id), moved)
 
     async def _change_regime(self, order: RegimeChanged) -> None:
-        self._regime = order.after
+        self.regime, self.regime_reason = order.after, order.reason
         self._show_regime()
         log.info("the regime is %s, it was %s: %s", order.after, order.before, order.reason)
         await self._publish_event(subjects.event("regime_changed", self._lease.holder_id), order)
@@ -242,8 +242,11 @@ class Scheduler:
 
     def metadata(self) -> dict[str, str]:
         """What the ADR-32 service shows of us."""
-        state = "leader" if self._lease.is_held else "standby"
-        return {"state": state, "epoch": str(self._lease.highest_epoch)}
+        epoch = str(self._lease.highest_epoch)
+        if not self._lease.is_held:
+            return {"state": "standby", "epoch": epoch}
+        regime = {"regime": self._orders.regime, "regime_reason": self._orders.regime_reason}
+        return {"state": "leader", "epoch": epoch, **regime}
 
     def why_not_ready(self) -> str | None:
         """A standby is ready while another leads."""

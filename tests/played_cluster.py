@@ -1,0 +1,49 @@
+"""A cluster that is played: nodes that report, a scheduler that leads, a gateway; and a command beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+
+from flowkv_common.bus.connection import Bus
+from flowkv_common.bus.service import Service
+from tests.described_nodes import ReportingNode, reporting
+
+LEADER = {"state": "leader", "epoch": "7", "regime": "normal", "regime_reason": ""}
+
+
+@contextlib.asynccontextmanager
+async def played_cluster(
+    bus: Bus,
+    *nodes: ReportingNode,
+    leader: Mapping[str, str] | None = LEADER,
+    url: str = "http://127.0.0.1:8000",
+) -> AsyncIterator[None]:
+    """Whoever is not among `nodes` is not there. `leader` None: no scheduler runs; `url` "": no gateway."""
+    services = [("node", node.node_id, {"state": "ready"}) for node in nodes]
+    services += [("scheduler", "scheduler-1", dict(leader))] if leader else []
+    services += [("gateway", "gateway-1", {"url": url})] if url else []
+    async with AsyncExitStack() as stack:
+        for name, service_id, metadata in services:
+            service = Service(
+                bus,
+                name=name,
+                version="1.0.0",
+                service_id=service_id,
+                endpoints=[],
+                metadata=lambda metadata=metadata: metadata,  # type: ignore[misc]
+            )
+            await stack.enter_async_context(service)
+        await stack.enter_async_context(reporting(*nodes))
+        yield
+
+
+async def run(command: str, *arguments: str) -> int:
+    """A command of `flowkv` in this process, beside the test: its exit status."""
+    main = importlib.import_module(f"flowkv.{command}").main
+    async with asyncio.timeout(20):
+        status: int = await asyncio.to_thread(main, list(arguments))
+    return status
