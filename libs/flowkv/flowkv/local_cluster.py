@@ -17,7 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -62,6 +62,7 @@ class Process(subprocess.Popen[bytes]):
         self.name = name
         self.log_path = log_path
         with log_path.open("ab") as log:
+            self.log_begins_at = log.tell()  # before it are those of former lives
             super().__init__(
                 command,
                 env=env,
@@ -229,8 +230,8 @@ class Cluster:
         flags = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
         return self.start_process(name, [sys.executable, "-m", "flowkv", service, *flags])
 
-    def wait_ready(self, timeout_s: float) -> None:
-        """Until all nodes and schedulers are ready and requests can be served.
+    def wait_ready(self, timeout_s: float, look: Callable[[], None] = lambda: None) -> None:
+        """Until all nodes and schedulers are ready and requests can be served; meanwhile `look` is called.
 
         Raises ClusterError when a process ends.
         """
@@ -239,6 +240,7 @@ class Cluster:
             for process in self.processes.values():
                 if not process.is_running:
                     raise ClusterError(process.why_ended())
+            look()
             if time.monotonic() > deadline:
                 logs = "\n".join(f"--- {p.name}\n{p.log_tail(8)}" for p in self.processes.values())
                 raise ClusterError(f"not ready after {timeout_s} s\n{logs}")
@@ -253,11 +255,18 @@ class Cluster:
 
     def stop(self) -> None:
         """Drain and end everything, so that requests finish before what they need goes away."""
+        for _ in self.stopping():
+            pass
+
+    def stopping(self) -> Iterator[str]:
+        """As `stop`; gives the name of each process before it is waited for."""
         for kind in ("gateway", "nodes", "prefill", "decode", "mixed", "scheduler", "nats"):
             group = [p for p in self.processes.values() if p.name.startswith(kind)]
             for process in group:
                 process.send_signal(signal.SIGTERM)
             for process in group:
+                if process.is_running:
+                    yield process.name
                 process.stop(self._drain_timeout_s)
         shutil.rmtree(self.run_dir / "jetstream", ignore_errors=True)
         (self.run_dir / NATS_URL_FILE).unlink(missing_ok=True)

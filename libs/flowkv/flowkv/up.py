@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 from flowkv.local_cluster import Cluster, ClusterError
+from flowkv.progress import Log, StartProgress, request_lines
 from flowkv_engine.engine.fetch import served_name
 
 READY_TIMEOUT_S = 300.0
@@ -28,18 +30,24 @@ def main() -> int:
         nodes = {"prefill": options.prefill, "decode": options.decode, "mixed": options.mixed}
         _say(f"starting {', '.join(f'{count} {role}' for role, count in nodes.items() if count)}")
         began = time.monotonic()
-        with Cluster(
+        cluster = Cluster(
             Path(".run", str(options.port)).resolve(),
             model_path,
             nodes=nodes,
             num_schedulers=options.scheduler,
             port=options.port,
             model_name=served_name(options.model or None),
-        ) as cluster:
-            cluster.wait_ready(READY_TIMEOUT_S)
+        )
+        with cluster:
+            nodes_started = [name for name in cluster.processes if name.startswith(NODES)]
+            with StartProgress(cluster.processes, nodes_started, _say, sys.stderr.isatty()) as progress:
+                cluster.wait_ready(READY_TIMEOUT_S, progress.look)
             _say(f"ready after {time.monotonic() - began:.1f} s, logs in {cluster.run_dir}")
             print(_welcome(cluster), flush=True)
-            watch(cluster)
+            try:
+                watch(cluster)
+            finally:
+                _drain(cluster)
             return 0
     except ClusterError as error:
         print(error, file=sys.stderr)
@@ -92,23 +100,39 @@ def _welcome(cluster: Cluster) -> str:
     metrics = "\n".join(f"  {url}  {name}" for name, url in cluster.metrics_urls().items())
     return (
         f"\nFlowKV is up at {cluster.url}\n\n  {curl}\n\nMetrics:\n{metrics}\n\n"
+        f"Look at it:   flowkv status, flowkv top (in this folder)\n"
         f"Look inside:  nats --server {cluster.nats_url} sub 'flowkv.>'\nStop it:      Ctrl-C\n"
     )
 
 
 def watch(cluster: Cluster) -> None:
-    """Until Ctrl-C. A node may end while another runs, for every node hosts both roles; so may a scheduler.
+    """Until Ctrl-C: a line per request. A node or a scheduler may end while another runs.
 
     Raises ClusterError with the reason when the gateway, NATS, the last node or the last scheduler has ended.
     """
-    while True:
-        time.sleep(0.5)
-        for process in [p for p in cluster.processes.values() if not p.is_running]:
-            del cluster.processes[process.name]
-            kinds = next((kinds for kinds in (NODES, ("scheduler",)) if process.name.startswith(kinds)), ())
-            if not any(name.startswith(kinds) for name in cluster.processes):
-                raise ClusterError(process.why_ended())
-            _say(f"{process.why_ended()}\n[up] the others go on")
+    with contextlib.closing(Log(cluster.processes["gateway"])) as requests:
+        while True:
+            time.sleep(0.5)
+            for line in request_lines(requests):
+                print(line, flush=True)
+            for process in [p for p in cluster.processes.values() if not p.is_running]:
+                del cluster.processes[process.name]
+                kinds = next(
+                    (kinds for kinds in (NODES, ("scheduler",)) if process.name.startswith(kinds)), ()
+                )
+                if not any(name.startswith(kinds) for name in cluster.processes):
+                    raise ClusterError(process.why_ended())
+                _say(f"{process.why_ended()}\n[up] the others go on")
+
+
+def _drain(cluster: Cluster) -> None:
+    _say("draining: open answers may end, Ctrl-C again cuts them off")
+    try:
+        for name in cluster.stopping():
+            _say(f"draining {name}")
+    except KeyboardInterrupt:
+        for process in cluster.processes.values():
+            process.kill()
 
 
 def _say(text: str) -> None:
