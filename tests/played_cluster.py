@@ -8,6 +8,7 @@ import importlib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 
+from flowkv.__main__ import GROUPS
 from flowkv_common.bus.connection import Bus
 from flowkv_common.bus.service import Service
 from tests.described_nodes import ReportingNode, reporting
@@ -42,8 +43,10 @@ async def played_cluster(
 
 
 async def run(command: str, *arguments: str) -> int:
-    """A command of `flowkv` in this process, beside the test: its exit status."""
-    main = importlib.import_module(f"flowkv.{command}").main
+    """A command of `flowkv` in this process, beside the test: its exit status. Raises what it raises."""
+    function = next(commands[command][0] for commands in GROUPS.values() if command in commands)
+    module, _, name = function.partition(":")
+    main = getattr(importlib.import_module(module), name)
     async with asyncio.timeout(20):
         status: int = await asyncio.to_thread(main, list(arguments))
     return status

@@ -6,12 +6,19 @@ import importlib
 import logging
 import sys
 
-# Command -> the module with its `main(argv)`, which is imported when it is asked for, and what it does.
+# Command -> its function, whose module is imported when it is asked for, and what it does.
 LOOK = {
-    "status": ("flowkv.status", "nodes, roles, links, pools, what runs and waits, who leads"),
+    "status": ("flowkv.status:main", "nodes, roles, links, pools, what runs and waits, who leads"),
+    "nats": ("flowkv.nats_commands:main", "messages, services and records on the bus, to be read by people"),
+}
+OPERATE = {
+    "drain": ("flowkv.hands:drain", "a node takes nothing new and finishes what it has"),
+    "resume": ("flowkv.hands:resume", "a drained node takes new work again"),
+    "lend": ("flowkv.hands:lend", "move a node to the other side: to prefill, to decode, to both"),
 }
 GROUPS = {
     "Look and try": LOOK,
+    "Operate": OPERATE,
 }
 SERVICES = {
     "gateway": "the OpenAI-style HTTP API",
@@ -64,13 +71,14 @@ def main() -> int:
     return 0
 
 
-def _run(module: str, arguments: list[str]) -> int:
+def _run(function: str, arguments: list[str]) -> int:
     """A command for people: what goes wrong is one line, not a traceback, and no log lines come between."""
     from flowkv_common.errors import CannotStart, FlowKVError
 
     logging.basicConfig(handlers=[logging.NullHandler()])
     try:
-        status: int = importlib.import_module(module).main(arguments)
+        module, _, name = function.partition(":")
+        status: int = getattr(importlib.import_module(module), name)(arguments)
         return status
     except (FlowKVError, CannotStart) as error:
         print(f"flowkv: {error}", file=sys.stderr)
