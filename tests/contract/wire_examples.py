@@ -15,9 +15,12 @@ from flowkv_common.wire import messages as parts
 from flowkv_common.wire.messages import (
     Accepted,
     Assignment,
+    AttemptTimes,
     Cancel,
     Candidate,
     DecodeRun,
+    FindFinished,
+    FinishedRequests,
     Grammar,
     Keepalive,
     KeepaliveReply,
@@ -28,7 +31,9 @@ from flowkv_common.wire.messages import (
     NodeRef,
     NodeSeen,
     NodesSeen,
+    NodeTimes,
     Part,
+    Phase,
     PoolLayout,
     PrefillRun,
     ReadyReply,
@@ -117,6 +122,16 @@ SAMPLING = SamplingParams(
 BLOCKS = BlockCounts(total=1024, free=900, cached=100, leased=20, quarantined=4, longest_free_run=880)
 FULL = Refusal(code=429, message="no room for 5 blocks", field="num_tokens", retry_after_s=0.05)
 PHASES_S = {"queue": 0.25, "prefill": 0.5}
+SEND = Phase(
+    name="send", at_s=0.25, took_s=0.125, num_tokens=64, num_bytes=1843200, num_copies=2, num_calls=2
+)
+TIMES = NodeTimes(
+    node_id="prefill-0",
+    part="handoff",
+    total_s=0.75,
+    phases=[SEND],
+    connector="shm",
+)
 CHUNK = TokenChunk(
     transfer_id=TRANSFER_ID,
     index=3,
@@ -131,6 +146,53 @@ CHUNK = TokenChunk(
     phases_s=PHASES_S,
     prompt_logprobs=[TokenLogprob(token_id=28, logprob=-1.5, top=[(260, -0.5)], rank=2)],
     prompt_index=2,
+    times=[TIMES],
+)
+ASSIGNMENT = Assignment(
+    request_id=REQUEST_ID,
+    attempt=1,
+    epoch=1,
+    prefill=PREFILL,
+    decode=DECODE,
+    reason="best of 1 pairs",
+    prefill_candidates=[Candidate(node_id="prefill-0", predicted_s=0.125, reason="0 tokens ahead")],
+    decode_candidates=[Candidate(node_id="decode-0", predicted_s=0.03125, reason="2 of 64 sequences")],
+    first_token_in_s=0.125,
+    promised_first_token_in_s=0.0625,
+    due_in_s=4.5,
+    interruptible_for_s=2.25,
+    itl_goal_s=0.25,
+)
+FINISHED = RequestFinished(
+    request_id=REQUEST_ID,
+    attempts=2,
+    outcome="error",
+    num_prompt_tokens=70,
+    num_output_tokens=5,
+    num_cached_tokens=16,
+    prefill_node="prefill-0",
+    decode_node="decode-0",
+    phases_s=PHASES_S,
+    error="the request ran out of time",
+    predicted_ttft_s=2.5,
+    began_at=1767225600.5,
+    attempt_times=[
+        AttemptTimes(
+            began_s=0.125,
+            ended_s=8.5,
+            turn_s=0.0625,
+            num_asks=2,
+            wait_reason="all 1 decode nodes are full",
+            assigned_s=0.25,
+            assignment=ASSIGNMENT,
+            first_token_s=1.25,
+            second_token_s=1.5,
+            last_token_s=8.25,
+            gaps=[SEND],
+            nodes=[TIMES],
+            why_ended="the request ran out of time",
+        )
+    ],
 )
 
 EXAMPLES: list[Message] = [
@@ -155,20 +217,7 @@ EXAMPLES: list[Message] = [
         overdue_s=0.5,
         gap_s=0.375,
     ),
-    Assignment(
-        request_id=REQUEST_ID,
-        attempt=1,
-        epoch=1,
-        prefill=PREFILL,
-        decode=DECODE,
-        reason="best of 1 pairs",
-        prefill_candidates=[Candidate(node_id="prefill-0", predicted_s=0.125, reason="0 tokens ahead")],
-        decode_candidates=[Candidate(node_id="decode-0", predicted_s=0.03125, reason="2 of 64 sequences")],
-        first_token_in_s=0.125,
-        promised_first_token_in_s=0.0625,
-        due_in_s=4.5,
-        interruptible_for_s=2.25,
-    ),
+    ASSIGNMENT,
     Wait(retry_in_s=0.25, reason="all 1 decode nodes are full", first_token_in_s=2.5),
     ReadyRequest(fingerprint=CARD.fingerprint),
     ReadyReply(epoch=1, why_not="no node of the model is ready", doubted=[DECODE]),
@@ -215,6 +264,7 @@ EXAMPLES: list[Message] = [
         output_ids=TokenIds.of([504, 260]),
         sampling=SAMPLING,
         deadline_in_s=599.0,
+        handoff=TIMES,
     ),
     Resume(transfer_id=TRANSFER_ID, from_index=3),
     Resumed(chunk=CHUNK),
@@ -309,19 +359,9 @@ EXAMPLES: list[Message] = [
     Check(),
     Checked(node=DECODE, blocks=BLOCKS, num_requests=2, num_reservations=1),
     Wedge(for_s=10.0),
-    RequestFinished(
-        request_id=REQUEST_ID,
-        attempts=2,
-        outcome="error",
-        num_prompt_tokens=70,
-        num_output_tokens=5,
-        num_cached_tokens=16,
-        prefill_node="prefill-0",
-        decode_node="decode-0",
-        phases_s=PHASES_S,
-        error="the request ran out of time",
-        predicted_ttft_s=2.5,
-    ),
+    FINISHED,
+    FindFinished(request_id=REQUEST_ID, last=20),
+    FinishedRequests(gateway_id=GATEWAY_ID, requests=[FINISHED]),
     KVTransferred(
         transfer_id=TRANSFER_ID,
         prefill_node="prefill-0",

@@ -33,11 +33,14 @@ from flowkv_common.errors import (
     WrongModel,
 )
 from flowkv_common.fingerprint import block_hashes
+from flowkv_common.timeline import timeline
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
     Assignment,
     Cancel,
+    FindFinished,
+    FinishedRequests,
     Keepalive,
     KeepaliveReply,
     ModelFiles,
@@ -325,6 +328,31 @@ async def test_failed_attempt_goes_on_with_what_it_has(nats_server: NatsServer) 
         assert nodes.asked[1].num_prompt_tokens == 5
         assert [request.num_output_tokens for request in nodes.asked] == [0, 2]
         await nodes.wait_for(lambda: nodes.cancelled == ["r.0"])
+        await nodes.wait_for(lambda: bool(nodes.finished))
+        first, second = nodes.finished[0].attempt_times
+        assert (first.why_ended, second.why_ended) == ("stuck", "")
+        assert first.last_token_s is not None
+        assert second.began_s == first.ended_s >= first.last_token_s
+        assert [span.name for span in timeline(nodes.finished[0]) if span.name == "lost"] == ["lost"]
+
+
+async def test_what_has_ended_can_be_asked_for(nats_server: NatsServer) -> None:
+    async def ask(bus: Bus, wanted: FindFinished) -> list[str]:
+        found = await bus.request(subjects.FINISHED, wanted, FinishedRequests, timeout_s=5)
+        return [event.request_id for event in found.requests]
+
+    async with cluster(nats_server, answer) as (dispatch, nodes):
+        assert await ask(nodes.bus, FindFinished()) == []
+        for name in ("one", "two", "three"):
+            request = new_request()
+            request.request_id = name
+            await collect(dispatch, request)
+        assert await ask(nodes.bus, FindFinished(last=2)) == ["three", "two"]
+        assert await ask(nodes.bus, FindFinished(request_id="one")) == ["one"]
+        assert await ask(nodes.bus, FindFinished(request_id="four")) == []
+        await nodes.wait_for(lambda: len(nodes.finished) == 3)
+        found = await nodes.bus.request(subjects.FINISHED, FindFinished(), FinishedRequests, timeout_s=5)
+        assert found.requests == nodes.finished[2:]
 
 
 @pytest.fixture

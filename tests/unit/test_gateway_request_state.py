@@ -23,7 +23,7 @@ def test_no_more_of_a_prompt_is_cached_than_it_has_tokens() -> None:
     request = state([1, 2, 3])
     request.add_chunk(TokenChunk(request.transfer_id, 0, [4, 5, 6, 7], num_cached_tokens=2))
     assert request.num_cached_tokens == 2
-    request.begin_next_attempt()
+    request.begin_next_attempt("the test says so")
     last = TokenChunk(request.transfer_id, 4, [8], finish_reason="stop", num_cached_tokens=6)
     request.add_chunk(last)
     assert request.num_cached_tokens == 3

@@ -52,7 +52,13 @@ RIGHTS: Mapping[str, Rights] = {
             subjects.event("request_finished", "*"),
             *_reading(subjects.NODES_BUCKET),
         ],
-        subscribe=[subjects.LOAD_ALL, subjects.tokens("*"), subjects.keepalive("*"), _FOUND_BY_ALL],
+        subscribe=[
+            subjects.LOAD_ALL,
+            subjects.tokens("*"),
+            subjects.keepalive("*"),
+            subjects.FINISHED,
+            _FOUND_BY_ALL,
+        ],
     ),
     "scheduler": Rights(
         publish=[

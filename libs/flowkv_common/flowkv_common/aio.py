@@ -90,10 +90,11 @@ class Backoff:
 
 
 class Phases:
-    """Seconds per phase; a phase that comes again adds up."""
+    """Seconds per phase; a phase that comes again adds up. `spans`: when each began and ended, monotonic."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.spans: list[tuple[str, float, float]] = []
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -102,7 +103,9 @@ class Phases:
         try:
             yield
         finally:
-            self.add_seconds({name: time.monotonic() - began})
+            ended = time.monotonic()
+            self.spans.append((name, began, ended))
+            self.add_seconds({name: ended - began})
 
     def add_seconds(self, seconds: Mapping[str, float]) -> None:
         for name, spent in seconds.items():

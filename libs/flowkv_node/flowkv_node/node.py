@@ -24,6 +24,7 @@ from flowkv_common.wire.messages import (
     Message,
     ModelCard,
     NodeRef,
+    NodeTimes,
     PrefillRun,
     SamplingParams,
     TokenChunk,
@@ -163,6 +164,7 @@ class Node:
         self.num_rooms_given = 0  # to sequences that decode in this incarnation; each counts once
         self.moved_at = time.monotonic()  # when a step last ended or blocks came back
         self.expected_step_s: float | None = None  # of the step that runs; None: unknown
+        self.step_began_at = 0.0  # monotonic; the latest one
         self._in_step: set[int] = set()  # ids of `Sequence` objects
         self._freed_in_step: list[list[int]] = []
         self._has_room = asyncio.Event()
@@ -248,6 +250,7 @@ class Node:
         *,
         num_cached_tokens: int = 0,
         phases_s: dict[str, float] | None = None,
+        times: list[NodeTimes] | None = None,
     ) -> TokenChunk:
         """Append an output token; its gateway is told with the next flush.
 
@@ -264,6 +267,7 @@ class Node:
             finish_reason="stop" if sampled.ends_grammar else finish_reason,
             num_cached_tokens=num_cached_tokens,
             phases_s=phases_s or {},
+            times=times or [],
         )
         sequence.output_ids.append(sampled.token_id)
         self.outbox.add_chunk(sequence.gateway_id, chunk)
@@ -317,6 +321,7 @@ class Node:
     def begin_step(self, items: Iterable[WorkItem], expected_s: float | None) -> None:
         self._in_step = {id(item.sequence) for item in items}
         self.expected_step_s = expected_s
+        self.step_began_at = time.monotonic()
 
     def end_step(self) -> None:
         self._in_step = set()

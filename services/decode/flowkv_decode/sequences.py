@@ -14,10 +14,12 @@ from functools import partial
 
 from flowkv_common.bus.service import Endpoint
 from flowkv_common.errors import BadRequest, DeadlineExceeded, FlowKVError, Full, NotFound, Stale
+from flowkv_common.timeline import phase_of
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
     DecodeRun,
+    NodeTimes,
     Release,
     Reserve,
     Reserved,
@@ -61,6 +63,8 @@ class DecodeRole:
         self._outputs = Outputs()
         self._lengths = OutputLengths()
         self._drafts = Drafts()
+        # Without a token from here: when the attempt came (monotonic), and what prefill tells of its handoff.
+        self._fresh: dict[str, tuple[float, NodeTimes | None]] = {}
 
     def endpoints(self) -> list[Endpoint]:
         return [
@@ -164,11 +168,12 @@ class DecodeRole:
         sequence.num_committed_blocks = reservation.num_cached_blocks
         sequence.num_computed_tokens = num_tokens - 1
         node.commit_computed(sequence)
-        self.adopt(sequence)
+        self.adopt(sequence, run.handoff)
         return Accepted(node_id=node.ref.node_id)
 
-    def adopt(self, sequence: Sequence) -> None:
-        """Run a sequence that comes with its blocks."""
+    def adopt(self, sequence: Sequence, handoff: NodeTimes | None = None) -> None:
+        """Run a sequence that comes with its blocks, by this handoff if it has one behind it."""
+        self._fresh[sequence.transfer_id] = time.monotonic(), handoff
         stop = partial(self._stop, sequence)
         self._node.attempts.begin(Attempt(sequence.transfer_id, sequence.gateway_id, "decode", stop))
         self._outputs.begin(sequence)
@@ -237,7 +242,8 @@ class DecodeRole:
         """Append the new token, tell the gateway, end the sequence when this was its last."""
         if sampled is None:
             return
-        chunk = self._node.add_token(sequence, sampled)
+        fresh = self._fresh.pop(sequence.transfer_id, None)
+        chunk = self._node.add_token(sequence, sampled, times=self._first_times(*fresh) if fresh else None)
         self._outputs.add_chunk(chunk)
         if chunk.finish_reason:
             self._lengths.observe(
@@ -245,6 +251,17 @@ class DecodeRole:
             )
             self._node.attempts.end(sequence.transfer_id)
             self._drop(sequence)
+
+    def _first_times(self, came_at: float, handoff: NodeTimes | None) -> list[NodeTimes]:
+        """Of an attempt that gets its first token here now."""
+        now = time.monotonic()
+        mine = NodeTimes(
+            node_id=self._node.ref.node_id,
+            part="decode",
+            total_s=round(now - came_at, 6),
+            phases=[phase_of("step", max(came_at, self._node.step_began_at), now, came_at)],
+        )
+        return [handoff, mine] if handoff else [mine]
 
     def fail(self, sequence: Sequence, error: FlowKVError) -> None:
         self._node.outbox.add_failure(sequence.gateway_id, sequence.transfer_id, error)
@@ -298,6 +315,7 @@ class DecodeRole:
             self._waiting.remove(sequence)
         self._outputs.end(sequence.transfer_id)
         self._drafts.forget(sequence.transfer_id)
+        self._fresh.pop(sequence.transfer_id, None)
         self._node.free_blocks(sequence)
         self._node.wake.set()
 

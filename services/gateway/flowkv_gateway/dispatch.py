@@ -34,7 +34,10 @@ from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
     Assignment,
+    AttemptTimes,
     Cancel,
+    FindFinished,
+    FinishedRequests,
     Keepalive,
     KeepaliveReply,
     ModelCard,
@@ -56,8 +59,10 @@ from flowkv_common.wire.messages import (
     transfer_id,
 )
 from flowkv_common.wire.nodes import LoadReport
+from flowkv_gateway.attempt_clock import AttemptClock
 from flowkv_gateway.cluster import Cluster, OwnModel
 from flowkv_gateway.errors import for_client
+from flowkv_gateway.finished import FinishedLog
 from flowkv_gateway.tenants import Tenant
 from flowkv_gateway.token_stream import TokenStream
 from flowkv_gateway.turns import Turn, Turns
@@ -147,6 +152,11 @@ class RequestState:
     first_of_attempt: int = 0  # index of the attempt's first token
     hashes: list[str] = field(default_factory=list)  # of the first full blocks
     hashed_block_size: int | None = None
+    clock: AttemptClock = field(init=False, compare=False)  # of the attempt that runs
+    attempt_times: list[AttemptTimes] = field(default_factory=list)  # of those before it
+
+    def __post_init__(self) -> None:
+        self.begin()
 
     @property
     def transfer_id(self) -> str:
@@ -168,6 +178,7 @@ class RequestState:
 
     def begin(self) -> None:
         self.began = self.asked_since = time.monotonic()
+        self.clock = AttemptClock(self.began, self.began)
 
     def lived_s(self) -> float:
         return time.monotonic() - self.began
@@ -225,6 +236,7 @@ class RequestState:
         self.prefill_node = assignment.prefill.node_id
         self.decode_node = assignment.decode.node_id
         self.assigned_at = time.monotonic()
+        self.clock.answer(assignment, self.assigned_at)
 
     def age_of_next_attempt(self) -> float:
         """Seconds of asking.
@@ -234,8 +246,11 @@ class RequestState:
         """
         return 0.0 if self.has_run else self.assigned_at - self.asked_since
 
-    def begin_next_attempt(self) -> None:
-        """The same request again, going on from the output that it has."""
+    def begin_next_attempt(self, why: str) -> None:
+        """The same request again, going on from the output that it has. `why` the one before has ended."""
+        now = time.monotonic()
+        self.attempt_times.append(self.clock.times(now, why))
+        self.clock = AttemptClock(self.began, now)
         self.asked_since = time.monotonic() - self.age_of_next_attempt()
         self.attempt += 1
         self.first_of_attempt = len(self.output_ids)
@@ -278,7 +293,8 @@ class RequestState:
             self.outcome = chunk.finish_reason
 
     def finished_event(self) -> RequestFinished:
-        total_s = self.lived_s()
+        now = time.monotonic()
+        total_s = now - self.began
         self.phases.add_seconds({"total": total_s})
         if self.ttft_s is not None:
             self.phases.add_seconds({"decode": total_s - self.ttft_s})
@@ -294,7 +310,15 @@ class RequestState:
             phases_s=self.phases.seconds,
             error=self.error,
             predicted_ttft_s=round(self.predicted_ttft_s, 3),
+            began_at=round(time.time() - total_s, 3),
+            attempt_times=[*self.attempt_times, self.clock.times(now, self._why_ended())],
         )
+
+    def _why_ended(self) -> str:
+        """Why the last attempt has ended, if not with the answer's end."""
+        if self.is_finished:
+            return ""
+        return self.error or "closed: a stop string was found, or the client has left"
 
 
 class _Moves(Exception):
@@ -325,6 +349,7 @@ class Dispatch:
         self.cluster = cluster = Cluster(own)
         self.streams: dict[str, TokenStream] = {}  # transfer id -> the tokens of this attempt
         self.witness = Witness(gateway_id)
+        self.finished = FinishedLog(gateway_id)
         self._turns = Turns(cluster.num_nodes, cluster.num_prefill_nodes, cluster.prompt_tokens_at_once)
         self._num_open = 0
         self._scheduler_answered_at = 0.0
@@ -397,7 +422,7 @@ class Dispatch:
                         elsewhere = move.elsewhere
                         log.info("%s leaves %s: %s", request.transfer_id, request.holder(), elsewhere.reason)
                         request.num_moves += 1
-                        request.begin_next_attempt()
+                        request.begin_next_attempt(f"goes on elsewhere: {elsewhere.reason}")
                     except FlowKVError as error:
                         num_failed = request.attempt + 1 - request.num_moves
                         if isinstance(error, FINAL) or num_failed >= MAX_ATTEMPTS:
@@ -405,7 +430,7 @@ class Dispatch:
                         if request.remaining_s() <= 0:
                             raise DeadlineExceeded("the request ran out of time") from error
                         log.warning("attempt %s failed, trying again: %s", request.transfer_id, error.message)
-                        request.begin_next_attempt()
+                        request.begin_next_attempt(error.message)
                         if self._bus.connected_for_s < min(SETTLE_S, request.lived_s()):
                             await asyncio.sleep(UNSETTLED_PAUSE_S)  # NATS was away just now
         except FlowKVError as error:
@@ -415,9 +440,10 @@ class Dispatch:
             raise for_client(error, request.deadline_s) from error
         finally:
             self._num_open -= 1
-            event = subjects.event("request_finished", request.request_id)
+            event = request.finished_event()
+            self.finished.add(event)
             with contextlib.suppress(FlowKVError):
-                await self._bus.publish(event, request.finished_event())
+                await self._bus.publish(subjects.event("request_finished", request.request_id), event)
 
     async def _schedule(self, request: RequestState, turn: Turn | None) -> Assignment:
         """Ask until there is a pair: the gateway does the waiting, so no queue is lost with a scheduler."""
@@ -429,6 +455,7 @@ class Dispatch:
                             await self._turns.wait(turn)
                     except TimeoutError:
                         raise DeadlineExceeded("waited in vain for the turn of its key") from None
+                    request.clock.turn(time.monotonic())
                 question = await self._question(request)
                 try:
                     answer = await self._bus.request(
@@ -449,6 +476,7 @@ class Dispatch:
                     if turn is not None:
                         self._turns.assign(turn)
                     return answer
+                request.clock.answer(answer, time.monotonic())
                 remaining_s = request.remaining_s()
                 if remaining_s <= 0:
                     raise DeadlineExceeded(f"waited in vain: {answer.reason}")
@@ -498,7 +526,7 @@ class Dispatch:
     @contextlib.asynccontextmanager
     async def _attempt(self, request: RequestState, assignment: Assignment) -> AsyncIterator[TokenStream]:
         """One attempt on one pair of nodes; cancelled on both, however it ends but by itself."""
-        stream = TokenStream(len(request.output_ids), assignment.first_token_in_s)
+        stream = TokenStream(len(request.output_ids), assignment.first_token_in_s, request.clock)
         self.streams[request.transfer_id] = stream
         goes_on = False
         self.witness.begin(request.transfer_id, assignment, time.monotonic())
@@ -621,6 +649,9 @@ class Dispatch:
                     self.witness.pause(attempt)
         return KeepaliveReply(unknown=[attempt for attempt in message.states if attempt not in self.streams])
 
+    async def find_finished(self, wanted: FindFinished) -> FinishedRequests:
+        return self.finished.find(wanted, self._bus.max_payload)
+
     async def keep_asking_scheduler(self) -> None:
         """Whether it would find a pair of nodes, and which are doubted, until cancelled.
 
@@ -673,7 +704,10 @@ async def open_dispatch(
             version=__version__,
             service_id=gateway_id,
             metadata=dispatch.metadata,
-            endpoints=[Endpoint(subjects.keepalive(gateway_id), Keepalive, dispatch.on_keepalive)],
+            endpoints=[
+                Endpoint(subjects.keepalive(gateway_id), Keepalive, dispatch.on_keepalive),
+                Endpoint(subjects.FINISHED, FindFinished, dispatch.find_finished),
+            ],
         )
         async with (
             await bus.subscribe(subjects.tokens(gateway_id), StepTokens, dispatch.on_tokens),

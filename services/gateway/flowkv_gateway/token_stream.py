@@ -9,6 +9,7 @@ import time
 import msgspec
 
 from flowkv_common.wire.messages import TokenChunk
+from flowkv_gateway.attempt_clock import AttemptClock
 
 
 class TokenStream:
@@ -18,9 +19,10 @@ class TokenStream:
     tokens that have not come: ask for a resume from `expected`.
     """
 
-    def __init__(self, expected: int = 0, due_in_s: float = 0.0) -> None:
-        """`due_in_s`: when its first token is expected."""
+    def __init__(self, expected: int = 0, due_in_s: float = 0.0, clock: AttemptClock | None = None) -> None:
+        """`due_in_s`: when its first token is expected. `clock` is told of what is given out."""
         self.expected = expected
+        self._clock = clock
         self.due_at = time.monotonic() + due_in_s  # the first token; then when the last one came
         self.may_move_at = 0.0  # not asked for sooner
         self.due: asyncio.Queue[TokenChunk] = asyncio.Queue()  # in order
@@ -57,6 +59,8 @@ class TokenStream:
             if not (chunk.token_ids or chunk.prompt_logprobs or _is_last(chunk)):
                 continue
             self.due.put_nowait(chunk)
+            if self._clock is not None:
+                self._clock.add_chunk(chunk, self.heard_at)
             self.expected += len(chunk.token_ids)
             if _is_last(chunk):
                 self._has_ended = True

@@ -16,11 +16,13 @@ import msgspec
 
 from flowkv_common.bus.connection import CONTROL_TIMEOUT_S
 from flowkv_common.errors import FlowKVError, Full
+from flowkv_common.timeline import at_most, phase_of
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
     DecodeRun,
     KVTransferred,
+    NodeTimes,
     PrefillRun,
     Release,
     Reserve,
@@ -44,14 +46,20 @@ LINE_PATIENCE_S = 0.5
 
 
 class Handoff:
-    """One attempt's way to its decode node. `in_flight` is its place in this node's budget."""
+    """One attempt's way to its decode node. `in_flight` is its place in this node's budget.
+
+    `came_at`: when the attempt came to this node (monotonic).
+    """
 
     _link: KVLink
     _request: Reserve
     _reserved: Reserved
 
-    def __init__(self, node: Node, run: PrefillRun, sequence: Sequence, in_flight: InFlight) -> None:
+    def __init__(
+        self, node: Node, run: PrefillRun, sequence: Sequence, in_flight: InFlight, came_at: float
+    ) -> None:
         self.in_flight = in_flight
+        self._came_at = came_at
         self._node = node
         self._run = run
         self._sequence = sequence
@@ -176,9 +184,29 @@ class Handoff:
             output_ids=TokenIds.of(self._sequence.output_ids),
             sampling=msgspec.structs.replace(self._run.sampling, num_prompt_logprobs=None),
             deadline_in_s=self._sequence.deadline - time.monotonic(),
+            handoff=self._times(),
         )
         subject = subjects.at(subjects.DECODE_RUN, self._run.decode.node_id)
         await self._node.bus.request(subject, run, Accepted, timeout_s=CONTROL_TIMEOUT_S)
+
+    def _times(self) -> NodeTimes:
+        """Of all sends, until the commit, which is now."""
+        sends = [
+            msgspec.structs.replace(
+                phase_of("send", *span, self._came_at),
+                num_bytes=sent.num_bytes,
+                num_copies=sent.num_copies,
+                num_calls=sent.num_calls,
+            )
+            for span, sent in zip(self._spans, self._sent, strict=True)
+        ]
+        return NodeTimes(
+            node_id=self._node.ref.node_id,
+            part="handoff",
+            total_s=round(time.monotonic() - self._came_at, 6),
+            phases=at_most(sends),
+            connector=self._link.name,
+        )
 
     async def release(self) -> None:
         """Give the room back: the request has ended, or begins to reserve again. If lost, it expires."""

@@ -10,11 +10,14 @@ import time
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+import msgspec
+
 from flowkv_common.aio import FairQueue, Phases, running
 from flowkv_common.bus.service import Endpoint
 from flowkv_common.errors import BadRequest, DeadlineExceeded, FlowKVError, Internal, TransferFailed
+from flowkv_common.timeline import at_most, phase_of
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, PrefillRun, TokenChunk, TokenLogprob
+from flowkv_common.wire.messages import Accepted, NodeTimes, Phase, PrefillRun, TokenChunk, TokenLogprob
 from flowkv_engine.engine.batch import Sequence
 from flowkv_engine.engine.sampler import Sampled
 from flowkv_node.attempts import Attempt
@@ -48,6 +51,18 @@ class Prompt:
     computed_at: float = 0.0  # on the monotonic clock
     first: Sampled | None = None  # what the last chunk gives: an output token
     phases: Phases = field(default_factory=Phases)
+    chunks: list[Phase] = field(default_factory=list)
+    came_at: float = field(default_factory=time.monotonic)
+
+    def times(self, node_id: str) -> NodeTimes:
+        """Of all until its first token, which is now."""
+        waits = [phase_of(*span, self.came_at) for span in self.phases.spans if span[0] != "prefill"]
+        return NodeTimes(
+            node_id=node_id,
+            part="prefill",
+            total_s=round(time.monotonic() - self.came_at, 6),
+            phases=at_most([*waits, *self.chunks]),
+        )
 
 
 class PrefillRole:
@@ -143,7 +158,7 @@ class PrefillRole:
                 in_flight = await held.enter_async_context(place)
             result = "failed"  # one of `HANDOFF_RESULTS`, as far as it has come
             try:
-                handoff = Handoff(node, prompt.run, prompt.sequence, in_flight)
+                handoff = Handoff(node, prompt.run, prompt.sequence, in_flight, prompt.came_at)
                 await self._reserve_and_take_blocks(prompt, handoff)
                 async with running(handoff.keep_reserved(), self._send_early(prompt, handoff)):
                     in_flight.enter(Stage.COMPUTING)
@@ -231,6 +246,7 @@ class PrefillRole:
             prompt.first,
             num_cached_tokens=prompt.sequence.num_cached_tokens,
             phases_s=prompt.phases.seconds,
+            times=[prompt.times(self._node.ref.node_id)],
         )
         await self._node.outbox.flush()
         return chunk.finish_reason is not None
@@ -275,9 +291,13 @@ class PrefillRole:
 
     def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
         """One more chunk is computed; the last one comes with a token."""
-        prompt = self._computing[sequence.transfer_id]
+        prompt, now = self._computing[sequence.transfer_id], time.monotonic()
+        num_before = sequence.num_cached_tokens + sum(chunk.num_tokens for chunk in prompt.chunks)
+        chunk = phase_of("chunk", self._node.step_began_at, now, prompt.came_at)
+        num_tokens = sequence.num_computed_tokens - num_before
+        prompt.chunks.append(msgspec.structs.replace(chunk, num_tokens=num_tokens))
         if sampled is not None:
-            prompt.first, prompt.computed_at = sampled, time.monotonic()
+            prompt.first, prompt.computed_at = sampled, now
             prompt.computed.set()
         prompt.progress.set()
 

@@ -285,6 +285,7 @@ class Scheduler:
             interruptible_for_s=decision.interruptible_for_s,
             # What comes before it is not known yet.
             promised_first_token_in_s=None if decision.interruptible_for_s else promised_s,
+            itl_goal_s=self.planner.goals.of_request(request).itl_s,
         )
         await self._bus.publish(subjects.assignment(request.request_id), assignment)
         return assignment

@@ -29,14 +29,14 @@ class Planner:
         self.state = ClusterState()
         self._demands: dict[str, Demand] = {}
         self._queue = WaitingQueue(goals.ttft_s)
-        self._goals = goals
+        self.goals = goals
         self._lends = lends
         self._choose = choose
         self.start_term()
 
     def start_term(self) -> None:
         """Forget what was lent: others may have led since. What they lent shows in the nodes' budgets."""
-        self.rebalancer = Rebalancer(self._goals, lends=self._lends)
+        self.rebalancer = Rebalancer(self.goals, lends=self._lends)
         self.state.set_leaving({})
 
     def set_descriptors(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
@@ -70,7 +70,7 @@ class Planner:
         )
         try:
             decision = admission.decide(
-                request, self.state, self._goals, now, self._queue, hits=hits, choose=self._choose
+                request, self.state, self.goals, now, self._queue, hits=hits, choose=self._choose
             )
         except errors.FlowKVError as error:
             self._queue.forget(request.request_id)
@@ -96,7 +96,7 @@ class Planner:
         """Of an attempt that runs: it goes on there unless a pair with room now would end it sooner."""
         try:
             decision = admission.decide(
-                request, self.state, self._goals, now, self._queue, hits=hits, choose=self._choose
+                request, self.state, self.goals, now, self._queue, hits=hits, choose=self._choose
             )
         except errors.FlowKVError as error:
             return Wait(retry_in_s=MAX_RETRY_S, reason=error.message)
@@ -123,7 +123,7 @@ class Planner:
         least = ScheduleRequest(
             request_id="", attempt=0, fingerprint=fingerprint, num_prompt_tokens=1, max_new_tokens=1
         )
-        costs = RequestCosts(least, self.state, self._goals, now, hits=NO_HITS)
+        costs = RequestCosts(least, self.state, self.goals, now, hits=NO_HITS)
         return None if costs.has_nodes() else "no node of the model is ready"
 
     def tick(self, now: float) -> Sliced[list[Order]]:

@@ -161,6 +161,32 @@ class TokenLogprob(Part, frozen=True):
     rank: int = 0  # of a prompt's token among all, from 1
 
 
+class Phase(Part, frozen=True):
+    """A stretch of an attempt's time. `at_s` counts from when the attempt came to the one who tells it."""
+
+    name: str  # queue | reserve | chunk | send | step | gap
+    at_s: Amount
+    took_s: Amount
+    num_tokens: Count = 0  # of a chunk: computed in it
+    num_bytes: Count = 0  # of a send, as the next two
+    num_copies: Count = 0
+    num_calls: Count = 0
+
+
+class NodeTimes(Part, frozen=True):
+    """What an attempt did on one node, all by that node's clock; told with the first token that follows.
+
+    `part`: prefill (from its arrival to its first token), handoff (from the same arrival to its commit) or
+    decode (from the commit to the node's first token).
+    """
+
+    node_id: str
+    part: str
+    total_s: Amount
+    phases: list[Phase] = []  # in order; what lies between them was a wait
+    connector: str = ""  # of the sends
+
+
 class Candidate(Part, frozen=True):
     """A node that the scheduler considered, and the predicted seconds until it could serve."""
 
@@ -258,6 +284,7 @@ class Assignment(Message, frozen=True):
     promised_first_token_in_s: float | None = None  # the same by the node's own word, however it is believed
     due_in_s: float = 0.0  # the first token: later for requests that are late
     interruptible_for_s: float = 0.0  # by prompts in time, while it is not computed
+    itl_goal_s: Amount = 0.0  # the pair was chosen for this time between tokens; 0: unknown
 
 
 class Wait(Message, frozen=True):
@@ -363,6 +390,7 @@ class DecodeRun(Message, frozen=True):
     output_ids: TokenIds
     sampling: SamplingParams
     deadline_in_s: float
+    handoff: NodeTimes | None = None  # for the gateway, with decode's first token
 
 
 class Resume(Message, frozen=True):
@@ -398,6 +426,7 @@ class TokenChunk(Part, frozen=True):
     # no output, and come in order before the first that has some.
     prompt_logprobs: list[TokenLogprob] = []
     prompt_index: int = 0
+    times: list[NodeTimes] = []  # with the first token that a node sends of an attempt
 
 
 class Resumed(Message, frozen=True):
@@ -449,6 +478,27 @@ class NodesSeen(Message, frozen=True):
 # --- events --------------------------------------------------------------------------------------
 
 
+class AttemptTimes(Part, frozen=True):
+    """One attempt, as its gateway saw it: seconds since the request began; None: that did not happen.
+
+    `flowkv_common/timeline.py` makes one line of it and of what the nodes told.
+    """
+
+    began_s: Amount
+    ended_s: Amount
+    turn_s: Amount = 0.0  # after `began_s`: waited for the turn of its key
+    num_asks: Count = 0  # of a scheduler
+    wait_reason: str = ""  # in its last answer that was no pair
+    assigned_s: Amount | None = None
+    assignment: Assignment | None = None
+    first_token_s: Amount | None = None  # the first one of this attempt
+    second_token_s: Amount | None = None  # the first one from decode
+    last_token_s: Amount | None = None
+    gaps: list[Phase] = []  # between tokens, longer than `itl_goal_s` of the assignment
+    nodes: list[NodeTimes] = []
+    why_ended: str = ""  # before the answer's end
+
+
 class RequestFinished(Message, frozen=True):
     """One per request, at its end: where it ran and where its time went."""
 
@@ -463,6 +513,22 @@ class RequestFinished(Message, frozen=True):
     phases_s: dict[str, float]
     error: str | None = None
     predicted_ttft_s: float = 0.0  # by the scheduler's first answer; 0: none
+    began_at: float = 0.0  # seconds since 1970 by the gateway's clock: for people, nothing is reckoned by it
+    attempt_times: list[AttemptTimes] = []
+
+
+class FindFinished(Message, frozen=True):
+    """To all gateways: which requests have ended? Each answers for its own."""
+
+    request_id: str = ""  # this one alone; empty: the last ones
+    last: Count = 1
+
+
+class FinishedRequests(Message, frozen=True):
+    """What a gateway remembers of them, the newest first, as far as a message holds them."""
+
+    gateway_id: str
+    requests: list[RequestFinished]
 
 
 class KVTransferred(Message, frozen=True):

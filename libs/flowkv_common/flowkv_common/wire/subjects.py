@@ -7,6 +7,7 @@ from __future__ import annotations
 
 SCHEDULE = "flowkv.v1.scheduler.schedule"
 SCHEDULER_READY = "flowkv.v1.scheduler.ready"
+FINISHED = "flowkv.v1.gateway.finished"
 
 # Endpoints of a node: `flowkv.v1.<role or node>.<verb>.<node_id>`, see `at`.
 PREFILL_RUN = "flowkv.v1.prefill.run"
