@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from flowkv.__main__ import GROUPS
 from flowkv_common.bus.connection import Bus
 from flowkv_common.bus.service import Service
-from tests.described_nodes import ReportingNode, reporting
+from tests.described_nodes import MODEL, ReportingNode, reporting
 
 LEADER = {"state": "leader", "epoch": "7", "regime": "normal", "regime_reason": ""}
 
@@ -26,7 +26,8 @@ async def played_cluster(
     """Whoever is not among `nodes` is not there. `leader` None: no scheduler runs; `url` "": no gateway."""
     services = [("node", node.node_id, {"state": "ready"}) for node in nodes]
     services += [("scheduler", "scheduler-1", dict(leader))] if leader else []
-    services += [("gateway", "gateway-1", {"url": url})] if url else []
+    served = {"url": url, "model": MODEL.name, "fingerprint": MODEL.fingerprint}
+    services += [("gateway", "gateway-1", served)] if url else []
     async with AsyncExitStack() as stack:
         for name, service_id, metadata in services:
             service = Service(

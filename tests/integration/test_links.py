@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from flowkv_common.bus.connection import connect
+from flowkv_common.cluster_view import viewing
 from flowkv_engine.engine.model import LoadedModel
 from tests.live_nodes import live_node
 from tests.nats_server import NatsServer
+from tests.waiting import until
 
 
 @pytest.mark.parametrize(
@@ -28,7 +30,10 @@ async def test_a_slower_link_is_warned_about(
     async with connect(nats_server.url, name="test") as bus:
         async with live_node(nats_server, bus, model, "b", connectors=theirs):
             async with live_node(nats_server, bus, model, "a", connectors="shm,tcp", peers=1):
-                pass
+                async with viewing(bus) as view:
+                    await until(lambda: len(view.services("node")) == len(view.nodes()) == 2)
+                    shown = [node.slower_links for node in view.nodes() if node.node_id == "a"]
+    assert shown == [told[0].removeprefix("KV goes ") if told else ""]
     warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert [message for message in warnings if message.startswith("KV goes to b")] == told
 

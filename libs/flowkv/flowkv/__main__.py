@@ -12,6 +12,7 @@ LOOK = {
     "nats": ("flowkv.nats_commands:main", "messages, services and records on the bus, to be read by people"),
 }
 OPERATE = {
+    "doctor": ("flowkv.doctor.command:main", "check what can go wrong, and say what to do"),
     "drain": ("flowkv.hands:drain", "a node takes nothing new and finishes what it has"),
     "resume": ("flowkv.hands:resume", "a drained node takes new work again"),
     "lend": ("flowkv.hands:lend", "move a node to the other side: to prefill, to decode, to both"),

@@ -1,0 +1,137 @@
+"""The cluster as the bus shows it: services, nodes, pairs and the links between them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from flowkv.doctor import Finding, bad, good, look
+from flowkv.doctor.bus import payload_mend
+from flowkv_common.cluster_view import ClusterView, NodeState
+from flowkv_common.wire.messages import window_that_fits
+from flowkv_scheduler.cluster import why_apart
+
+# Connectors that need something of the host, and what.
+MEND_LINK = {
+    "shm": "of one host: let both see one folder FLOWKV_SOCKET_DIR (in Compose the volume `sockets`); "
+    "of two hosts tcp is right",
+    "cuda_ipc": "of one host: let both see one FLOWKV_SOCKET_DIR, and share PID and IPC namespaces "
+    "(in Compose `gpu-anchor`)",
+    "nccl": "install the extra `gpu`, and look whether the hosts reach each other's FLOWKV_DATA_PORT",
+}
+
+
+def check_services(view: ClusterView) -> Iterator[Finding]:
+    schedulers, gateways = view.services("scheduler"), view.services("gateway")
+    leaders = [one.id for one in schedulers if one.metadata.get("state") == "leader"]
+    if len(leaders) == 1:
+        yield good("scheduler", f"{leaders[0]} leads, {len(schedulers) - 1} stand by")
+    elif leaders:
+        yield bad("scheduler", f"{' and '.join(leaders)} both lead", "look again: one must step down in 2 s")
+    elif schedulers:
+        yield bad(
+            "scheduler", "there are schedulers, but none leads", "look at their logs: can they write to NATS?"
+        )
+    else:
+        yield bad("scheduler", "none has answered", "start one: `flowkv scheduler`")
+    if not gateways:
+        yield bad("gateway", "none has answered", "start one: `flowkv gateway`")
+    served = {node.descriptor.model.fingerprint for node in view.nodes()}
+    for gateway in gateways:
+        fingerprint = gateway.metadata.get("fingerprint")
+        if served and fingerprint not in served:
+            said = f"{gateway.id} has found no node of its own model"
+            mend = "give gateway and nodes the same FLOWKV_MODEL_PATH: its log says what differs"
+            yield look("gateway", said, mend)
+        else:
+            yield good("gateway", f"{gateway.id} at {gateway.metadata.get('url') or 'an unknown URL'}")
+
+
+def check_nodes(view: ClusterView, max_payload: int) -> Iterator[Finding]:
+    nodes = view.nodes()
+    for node in nodes:
+        yield _standing(node)
+    yield from _payload(nodes, max_payload)
+    if apart := why_apart(node.descriptor for node in nodes):
+        mend = "give all the same FLOWKV_MODEL_PATH, FLOWKV_BLOCK_SIZE, FLOWKV_DTYPE and FLOWKV_KV_DTYPE"
+        yield (look if view.pairs() else bad)("nodes", apart, mend)
+    versions = sorted({node.descriptor.version for node in nodes})
+    if len(versions) > 1:
+        said = f"they are of the versions {', '.join(versions)}"
+        yield look("nodes", said, "that works for an upgrade: end it soon")
+    if pairs := view.pairs():
+        yield good("nodes", f"{len(pairs)} pairs of a prefill and a decode node")
+    else:
+        yield _no_pair(nodes)
+
+
+def _standing(node: NodeState) -> Finding:
+    what = f"{node.node_id} ({' and '.join(node.serves)})"
+    process = f"process {node.descriptor.pid} on {node.descriptor.host}"
+    match node.state:
+        case "ready":
+            return good("nodes", f"{what} is ready")
+        case "silent" | "unheard":
+            since = f" for {node.heard_s_ago:.0f} s" if node.heard_s_ago else ""
+            mend = f"look at {process}: if it is stopped, `kill -CONT {node.descriptor.pid}`; "
+            mend += "else end it and start it anew"
+            return bad(
+                "nodes", f"{what} is in the registry but says nothing{since}: frozen, or cut off", mend
+            )
+        case "draining":
+            mend = f"take it back with `flowkv resume {node.node_id}`, or stop it"
+            return look("nodes", f"{what} is draining", mend)
+    return bad("nodes", f"{what} is not ready: {node.state}", f"look at the log of {process}")
+
+
+def _payload(nodes: Sequence[NodeState], max_payload: int) -> Iterator[Finding]:
+    """A node cuts its window to what messages can carry."""
+    for node in nodes:
+        window = window_that_fits(max_payload, node.descriptor.layout.block_size)
+        if node.descriptor.model.max_model_len == window:
+            said = f"messages of {max_payload} bytes cut the window of {node.node_id} to {window} tokens"
+            yield bad("NATS", said, payload_mend())
+            return
+
+
+def _no_pair(nodes: Sequence[NodeState]) -> Finding:
+    ready = [node for node in nodes if node.state == "ready"]
+    sides = {side for node in ready for side in node.serves}
+    if missing := [side for side in ("prefill", "decode") if side not in sides]:
+        said = f"no node serves {' or '.join(missing)}: no request can be served"
+        starts = " and ".join(f"`flowkv {side}`" for side in missing)
+        return bad(
+            "nodes",
+            said,
+            f"start {starts}, with FLOWKV_NATS_URL and FLOWKV_MODEL_PATH; or one `flowkv mixed`",
+        )
+    return bad("nodes", "no two nodes fit together", "see what differs, above")
+
+
+def check_links(view: ClusterView) -> Iterator[Finding]:
+    """Each node's connector to its peers, and why not the faster one."""
+    nodes = {node.node_id: node for node in view.nodes()}
+    alike: list[str] = []
+    for node in nodes.values():
+        if node.slower_links:
+            reasons = node.slower_links.partition("not by ")[2]
+            yield look("links", f"{node.node_id}: {node.slower_links}", _mend_of(reasons))
+            continue
+        for peer, connector in node.links.items():
+            theirs = nodes[peer].descriptor.connectors
+            best = next((name for name in node.descriptor.connectors if name in theirs), connector)
+            if not connector:
+                mend = "look again in 10 s; else the logs of both say why: grep 'no link'"
+                yield look("links", f"{node.node_id} has no link to {peer}, as far as its reports tell", mend)
+            elif connector != best:
+                said = f"{node.node_id} sends to {peer} by {connector}, though both have {best}"
+                yield look("links", said, _mend_of(best))
+            else:
+                alike.append(connector)
+    if alike:
+        used = ", ".join(sorted(set(alike)))
+        yield good("links", f"{len(alike)} are by the best connector that both sides have: {used}")
+
+
+def _mend_of(reasons: str) -> str:
+    name = reasons.partition(":")[0].strip()
+    return MEND_LINK.get(name, "the node's log says more: grep 'KV goes to'")

@@ -1,0 +1,96 @@
+"""A real request through the API, to see on the bus where it ran and how its KV moved."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import os
+import secrets
+import ssl
+from urllib.parse import SplitResult, urlsplit
+
+import msgspec
+
+from flowkv.doctor import Finding, bad, good, look
+from flowkv_common.cluster_view import ClusterView
+from flowkv_common.health import gateway_entry
+
+REQUEST_TIMEOUT_S = 60.0
+# Events follow the answer at once.
+EVENTS_TIMEOUT_S = 2.0
+NUM_TOKENS = 4  # the first is prefill's
+ABOUT = "a request"
+
+
+class Answer(msgspec.Struct):
+    id: str
+
+
+async def prove_remote_prefill(view: ClusterView, url: str, key: str) -> list[Finding]:
+    """Asks the API at `url`, else where the gateway says it is."""
+    urls = [url] if url else [one.metadata.get("url", "") for one in view.services("gateway")]
+    if not urls or not urls[0]:
+        return [look(ABOUT, "no gateway says where its API is", "say it: --url http://HOST:PORT")]
+    address = urlsplit(urls[0].replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]"))
+    try:
+        status, body = await asyncio.to_thread(_ask, address, key)
+    except (OSError, http.client.HTTPException) as error:
+        mend = (
+            "in Compose it is on another port, which `docker compose port gateway 8000` prints: --url says it"
+        )
+        return [bad(ABOUT, f"the API at {address.netloc} does not answer: {error}", mend)]
+    if status == 401:
+        return [look(ABOUT, "the API needs a key", "give one: --key")]
+    if status != 200:
+        return [
+            bad(ABOUT, f"it got {status}: {body[:300].decode(errors='replace')}", "see what is bad above")
+        ]
+    request_id = msgspec.json.decode(body, type=Answer).id
+    try:
+        async with asyncio.timeout(EVENTS_TIMEOUT_S):
+            while not (finished := [one for one in view.finished if one.request_id == request_id]):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        said = "it was answered, but its end was not heard on this NATS"
+        return [look(ABOUT, said, "is this the NATS of that gateway?")]
+    where = finished[0]
+    took = f"first token after {where.phases_s.get('ttft', 0.0):.3f} s"
+    if where.prefill_node == where.decode_node:
+        said = f"of {where.num_prompt_tokens} tokens ran on {where.prefill_node} alone, {took}: no KV moved"
+        return [look(ABOUT, said, "as it should with one mixed node, or where all others are busy")]
+    said = (
+        f"of {where.num_prompt_tokens} tokens: prefill on {where.prefill_node}, decode on {where.decode_node}"
+    )
+    moved = [one for one in view.transfers if one.transfer_id.startswith(f"{request_id}.")]
+    if not moved:
+        return [
+            look(ABOUT, f"{said}, {took}; no transfer was heard", "decode may have had all of the prompt")
+        ]
+    how = f"{moved[-1].num_bytes} bytes of KV by {moved[-1].connector} in {moved[-1].num_calls} calls"
+    return [good(ABOUT, f"{said}, {how}, {took}")]
+
+
+def _ask(address: SplitResult, key: str) -> tuple[int, bytes]:
+    """Status and body of a short completion of a prompt that no cache holds."""
+    host, port = address.hostname or "", address.port
+    if address.scheme == "https":
+        # The certificate is for the name that clients use.
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            host, port, timeout=REQUEST_TIMEOUT_S, context=context
+        )
+    else:
+        connection = http.client.HTTPConnection(host, port, timeout=REQUEST_TIMEOUT_S)
+    key = key or gateway_entry(os.environ).key
+    prompt = " ".join(secrets.token_hex(4) for _ in range(12))
+    body = msgspec.json.encode(
+        {"prompt": prompt, "max_tokens": NUM_TOKENS, "ignore_eos": True, "temperature": 0}
+    )
+    headers = {"content-type": "application/json", **({"x-api-key": key} if key else {})}
+    try:
+        connection.request("POST", "/v1/completions", body, headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()

@@ -1,0 +1,147 @@
+"""`flowkv doctor` against real NATS servers: what is wrong with them, and a real request's proof."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import KVTransferred, RequestFinished, encode
+from tests.described_nodes import ReportingNode
+from tests.nats_server import NatsServer
+from tests.played_cluster import played_cluster, run
+
+Captured = pytest.CaptureFixture[str]
+
+
+async def findings(url: str, capsys: Captured, *arguments: str) -> dict[str, str]:
+    """What it says that is not good of all but this host, each with what mends it."""
+    status = await run("doctor", "--nats", url, "--json", *arguments)
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert status == any(one["level"] == "bad" for one in found)
+    ours = [one for one in found if one["about"] in ("NATS", "nodes", "links", "clocks", "a request")]
+    return {one["said"]: one.get("mend", "") for one in ours if one["level"] != "good"}
+
+
+async def test_no_nats_at_all(capsys: Captured) -> None:
+    [(said, mend)] = (await findings("nats://me:secret@127.0.0.1:1", capsys)).items()
+    assert "nobody answers at 127.0.0.1:1" in said
+    assert "flowkv up" in mend
+
+
+async def test_a_wrong_password(capsys: Captured) -> None:
+    with NatsServer("--user", "me", "--pass", "right") as server:
+        [(said, mend)] = (await findings(server.url.replace("//", "//me:wrong@"), capsys)).items()
+    assert "Authorization Violation" in said
+    assert "user and password" in mend
+
+
+async def test_no_jetstream(capsys: Captured) -> None:
+    with NatsServer(jetstream=False) as server:
+        [(said, mend)] = (await findings(server.url, capsys)).items()
+    assert "JetStream is off" in said
+    assert "nats-server -js" in mend
+
+
+async def test_a_payload_that_is_too_small(capsys: Captured) -> None:
+    with NatsServer(max_payload=100_000) as server:
+        async with connect(server.url, name="test") as bus:
+            nodes = (ReportingNode(bus, "p0", "prefill"), ReportingNode(bus, "d0", "decode"))
+            async with played_cluster(bus, *nodes):
+                found = await findings(server.url, capsys, "--no-request")
+    [mend] = [mend for said, mend in found.items() if "messages carry 100000 bytes" in said]
+    assert "max_payload" in mend
+
+
+async def test_a_clock_of_this_host_that_is_a_day_off(
+    bus: Bus, nats_server: NatsServer, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = time.time
+    async with played_cluster(bus, ReportingNode(bus, "p0", "prefill")):
+        monkeypatch.setattr("flowkv.doctor.host.time.time", lambda: right() + 86400.0)
+        found = await findings(nats_server.url, capsys, "--no-request")
+    assert any(said.startswith("that of the NATS server is 86") for said in found)
+
+
+@contextmanager
+def api(bus: Bus, tell: list[tuple[str, bytes]]) -> Iterator[str]:
+    """The URL of an API that answers each request with the id `cmpl-1`, and tells the bus of it."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            body = b'{"id": "cmpl-1"}'
+            for one in tell:
+                loop.call_soon_threadsafe(publish, *one)
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    loop = asyncio.get_running_loop()
+    tasks = set()
+
+    def publish(subject: str, payload: bytes) -> None:
+        tasks.add(loop.create_task(bus.nc.publish(subject, payload)))
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+def finished(decode_node: str) -> tuple[str, bytes]:
+    event = RequestFinished(
+        request_id="cmpl-1",
+        attempts=1,
+        outcome="length",
+        num_prompt_tokens=40,
+        num_output_tokens=4,
+        num_cached_tokens=0,
+        prefill_node="p0",
+        decode_node=decode_node,
+        phases_s={"ttft": 0.25},
+    )
+    return subjects.event("request_finished", "cmpl-1"), encode(event)
+
+
+TRANSFERRED = KVTransferred(
+    transfer_id="cmpl-1.0",
+    prefill_node="p0",
+    decode_node="d0",
+    connector="shm",
+    num_bytes=4096,
+    num_copies=1,
+    num_calls=1,
+    total_s=0.01,
+    exposed_s=0.01,
+)
+
+
+@pytest.mark.parametrize(("decode_node", "said"), [("d0", "4096 bytes of KV by shm"), ("p0", "no KV moved")])
+async def test_a_request_shows_where_it_ran(
+    decode_node: str, said: str, bus: Bus, nats_server: NatsServer, capsys: Captured
+) -> None:
+    linked = {"num_links": 1, "usual_connector": "shm"}
+    nodes = [ReportingNode(bus, "p0", "prefill", **linked), ReportingNode(bus, "d0", "decode", **linked)]
+    moved = (subjects.event("kv_transferred", "cmpl-1.0"), encode(TRANSFERRED))
+    tell = [moved, finished(decode_node)] if decode_node == "d0" else [finished(decode_node)]
+    with api(bus, tell) as url:
+        async with played_cluster(bus, *nodes, url=url):
+            await run("doctor", "--nats", nats_server.url)
+    shown = capsys.readouterr().out
+    [line] = [line for line in shown.splitlines() if "a request:" in line]
+    assert said in line
+    assert line.startswith("ok" if decode_node == "d0" else "look")
