@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from flowkv_engine.engine.stored import BFLOAT16, Form
 from flowkv_engine.engine.stored_modules import FORMS_KEY, STORED_FLOATS
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import FLAT, make_tiny_model
 
 LENGTH = 512  # two blocks of the longest
 
@@ -38,19 +38,21 @@ def random_blocks(form: Form, num_rows: int, length: int = LENGTH, seed: int = 0
     return rows.reshape(num_rows, -1)
 
 
-def make_stored_model(folder: Path, forms: list[Form]) -> Path:
-    """A tiny Llama whose projections and embedding have these forms in turn.
+def make_stored_model(folder: Path, forms: list[Form], arch: str = "llama") -> Path:
+    """A tiny model whose projections and embedding have these forms in turn.
 
     Of one form with 16 bits it is a folder as `transformers` writes it, else one as `convert_gguf` does.
     """
     make_tiny_model(
         folder,
+        arch,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=2,
         num_attention_heads=4,
         head_dim=64,
         tie_word_embeddings=True,
+        **FLAT.get(arch, {}),
     )
     if len(forms) == 1 and forms[0] in STORED_FLOATS.values():
         dtype = next(dtype for dtype, form in STORED_FLOATS.items() if form == forms[0])

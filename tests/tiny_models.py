@@ -10,6 +10,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 VOCAB_SIZE = 512
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
+_SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
+# What further architectures with a flat forward need to show all they have.
+FLAT: dict[str, dict[str, Any]] = {
+    "gemma": {},
+    "gemma2": {"sliding_window": 8, "layer_types": _SLIDING, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {
+        "sliding_window": 8,
+        "layer_types": _SLIDING,
+        "query_pre_attn_scalar": 12,
+        "final_logit_softcapping": 5.0,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        },
+    },
+    "phi3": {"partial_rotary_factor": 0.75, "sliding_window": 8},
+    "glm": {"attention_bias": True, "partial_rotary_factor": 0.5},
+    "glm4": {"attention_bias": True, "partial_rotary_factor": 0.5},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+}
 
 _COMMON = {
     "vocab_size": VOCAB_SIZE,

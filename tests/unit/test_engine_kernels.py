@@ -6,11 +6,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import rms_norm, silu
+from transformers.activations import ACT2FN
 
 from flowkv_engine.engine.cpu.attention import rotate_and_write
 from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack
 from flowkv_engine.engine.cpu.linear import rms_norm as compiled_rms_norm
 from flowkv_engine.engine.cpu.simd import LANES, TILE_PANELS, gate_row, softmax_row
+from flowkv_engine.engine.flat import ACTIVATIONS, SILU, Activation
 
 K = 48
 NUM_ROWS = (0, 1, 2, 3, 4, 7, 8, 21, 70, 271, 530)
@@ -25,9 +27,13 @@ def torch_of(array: NDArray[np.float32]) -> torch.Tensor:
     return torch.from_numpy(array.copy())
 
 
+def float32s(activation: Activation) -> tuple[np.float32, ...]:
+    return tuple(map(np.float32, activation))
+
+
 @numba.njit
-def gate(gates, ups):  # type: ignore[no-untyped-def]
-    gate_row(gates, ups, gates.shape[0] // LANES)
+def gate(gates, ups, activation):  # type: ignore[no-untyped-def]
+    gate_row(gates, ups, gates.shape[0] // LANES, activation)
 
 
 @numba.njit
@@ -93,11 +99,11 @@ def test_a_row_has_the_same_bits_alone_and_in_company(num_rows: int) -> None:
     num_cols = 5 * LANES
     x, panels, weight = random(num_rows, K), pack(random(num_cols, K)), random(K)
     normed, out = np.empty_like(x), np.empty((num_rows, num_cols), np.float32)
-    compiled_rms_norm(x, weight, np.float32(1e-5), normed)
+    compiled_rms_norm(x, weight, np.float32(1e-5), normed, False)
     linear(normed, panels, NOTHING, out, False)
     for row in range(num_rows):
         normed_alone, alone = np.empty((1, K), np.float32), np.empty((1, num_cols), np.float32)
-        compiled_rms_norm(x[row : row + 1], weight, np.float32(1e-5), normed_alone)
+        compiled_rms_norm(x[row : row + 1], weight, np.float32(1e-5), normed_alone, False)
         linear(normed_alone, panels, NOTHING, alone, False)
         assert np.array_equal(alone[0], out[row])
 
@@ -113,52 +119,68 @@ def test_gated_linear_equals_torch(num_rows: int) -> None:
         torch.nn.functional.linear(torch_of(x), torch_of(w), torch_of(bias))
         for w, bias in ((gates, gate_bias), (ups, up_bias))
     )
-    gated_linear(x, pack(gates), gate_bias, pack(ups), up_bias, scratch, out)
+    gated_linear(x, pack(gates), gate_bias, pack(ups), up_bias, float32s(SILU), scratch, out)
     torch.testing.assert_close(torch_of(out), silu(gate) * up, atol=1e-3, rtol=1e-5)
 
 
-def test_silu_at_the_ends() -> None:
-    gates = np.array([-1e30, -200, -88, -1e-30, 0, 1e-30, 88, 1e30] * 2, np.float32)
-    got = gates.copy()
-    gate(got, np.ones_like(gates))
-    torch.testing.assert_close(torch_of(got), silu(torch_of(gates)), atol=1e-30, rtol=1e-6)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_of_transformers_from_end_to_end(name: str) -> None:
+    """Neither side overflows, and what is near 0 keeps its digits."""
+    ends = [-1e30, -200, -88, -1e-30, 0, 1e-30, 88, 1e30]
+    gates = np.array([*ends, *np.linspace(-9, 9, 4 * LANES - len(ends))], np.float32)
+    ups, got = random(len(gates)), gates.copy()
+    gate(got, ups, float32s(ACTIVATIONS[name]))
+    expected = ACT2FN[name](torch_of(gates)) * torch_of(ups)
+    # Where gelu is almost 0, torch subtracts two numbers of about 1.
+    torch.testing.assert_close(torch_of(got), expected, atol=2e-6 if "gelu" in name else 1e-30, rtol=2e-6)
+    of_tensors = ACTIVATIONS[name](torch_of(gates), torch_of(ups))
+    torch.testing.assert_close(torch_of(got), of_tensors, atol=1e-30, rtol=1e-5)
 
 
 def test_nan_comes_out_as_nan() -> None:
     gates = np.ones(16, np.float32)
     gates[3] = np.nan
-    gate(gates, np.ones(16, np.float32))
+    gate(gates, np.ones(16, np.float32), float32s(SILU))
     assert np.isnan(gates).nonzero()[0].tolist() == [3]
 
 
 @pytest.mark.parametrize("num_rows", [5, 40])
 def test_rms_norm_equals_torch(num_rows: int) -> None:
-    x, weight = random(num_rows, K), random(K)
-    out = np.empty_like(x)
-    compiled_rms_norm(x, weight, np.float32(1e-5), out)
+    x, weight, out = random(num_rows, K), random(K), random(num_rows, K, seed=1)
     expected = rms_norm(torch_of(x), (K,), torch_of(weight), 1e-5)
-    torch.testing.assert_close(torch_of(out), expected, atol=1e-6, rtol=1e-6)
+    for adds in (True, False):
+        wanted = torch_of(out) + expected if adds else expected
+        compiled_rms_norm(x, weight, np.float32(1e-5), out, adds)
+        torch.testing.assert_close(torch_of(out), wanted, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_norm", [False, True])
-def test_rotates_and_writes_as_torch_does(dtype: torch.dtype, has_norm: bool) -> None:
+@pytest.mark.parametrize("is_interleaved", [False, True])
+@pytest.mark.parametrize("pairs", [8, 5, 0])
+def test_rotates_and_writes_as_torch_does(
+    dtype: torch.dtype, has_norm: bool, is_interleaved: bool, pairs: int
+) -> None:
     heads, kv_heads, dim, num_rows = 4, 2, 16, 3
     pool = torch.zeros(4, 2, 2, 8, kv_heads, dim, dtype=dtype)
     slots, positions = np.array([9, 3, 30]), np.array([5, 0, 7])
     states, norm = random(num_rows, heads + 2 * kv_heads, dim), random(heads + kv_heads, dim, seed=1)
-    cos, sin = random(10, dim, seed=2), random(10, dim, seed=3)
+    cos, sin = random(10, pairs, seed=2), random(10, pairs, seed=3)
     query = np.empty((num_rows, heads, dim), np.float32)
 
     rotated, value = torch_of(states)[:, : heads + kv_heads], torch_of(states)[:, heads + kv_heads :]
     if has_norm:
         rotated = rms_norm(rotated, (dim,), eps=1e-6) * torch_of(norm)
-    halves = torch.cat((-rotated[..., dim // 2 :], rotated[..., : dim // 2]), dim=-1)
-    rotated = rotated * torch_of(cos)[positions, None] + halves * torch_of(sin)[positions, None]
+    rotated = rotated.clone()
+    for pair in range(pairs):  # a complex number each
+        first, second = (2 * pair, 2 * pair + 1) if is_interleaved else (pair, pair + pairs)
+        number = torch.complex(rotated[..., first], rotated[..., second])
+        number = number * torch.complex(torch_of(cos), torch_of(sin))[positions, pair, None]
+        rotated[..., first], rotated[..., second] = number.real, number.imag
 
     array = pool.view(torch.uint16).numpy() if dtype == torch.bfloat16 else pool.numpy()
-    norms = norm if has_norm else norm[:0]
-    rotate_and_write(array, 1, slots, states, positions, cos, sin, norms, np.float32(1e-6), query)
+    norms, rotary = norm if has_norm else norm[:0], (cos, sin, is_interleaved)
+    rotate_and_write(array, 1, slots, states, positions, rotary, norms, np.float32(1e-6), query)
     torch.testing.assert_close(torch_of(query), rotated[:, :heads], atol=1e-6, rtol=1e-5)
     stored = pool[slots // 8, 1, :, slots % 8]  # [T, 2, kv heads, dim]
     rtol = 1e-5 if dtype == torch.float32 else 2**-8

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from flowkv_engine.engine import stored
-from flowkv_engine.engine.cpu.forward import CpuLlamaForward
+from flowkv_engine.engine.cpu.forward import CpuFlatForward
 from flowkv_engine.engine.cpu.linear import linear, pack, unpack_rows
 from flowkv_engine.engine.cpu.panels import pack_stored
 from flowkv_engine.engine.cpu.simd import LANES
@@ -157,7 +157,7 @@ def test_a_quantized_model_answers_as_its_floats_do(tmp_path: Path, form: Format
     assert len(forms) == 15
     assert {name for name, form_of in forms.items() if form_of is BFLOAT16} == IGNORED
     runner = Runner(model, make_pool(model, 16), attention="auto")
-    assert isinstance(runner.forward, CpuLlamaForward)
+    assert isinstance(runner.forward, CpuFlatForward)
     sequences = [make_sequence(list(range(3, 3 + n)), list(range(start, start + 8))) for start, n in PROMPTS]
     generate(runner, sequences, 12)
     for sequence in sequences:

@@ -17,22 +17,33 @@ from transformers import AutoModelForCausalLM
 
 from flowkv_common.wire.messages import SamplingParams
 from flowkv_engine.engine.batch import PackedBatch, Sequence, WorkItem, pack
-from flowkv_engine.engine.cpu.forward import CpuLlamaForward
+from flowkv_engine.engine.cpu.forward import CpuFlatForward
 from flowkv_engine.engine.forward import ModulesForward
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import EngineThread, Runner, compiling_alone, source_stamp
 from tests.drive import BLOCK_SIZE, GREEDY, generate, load_tiny, make_pool, make_sequence, step
 from tests.oracle import check_identity
-from tests.tiny_models import ARCHITECTURES, VOCAB_SIZE, make_tiny_model
+from tests.tiny_models import ARCHITECTURES, FLAT, VOCAB_SIZE, make_tiny_model
 
 NUM_BLOCKS = 64
 NUM_OUTPUTS = 16
 PROMPT_LENS = (5, 33, 17, 1)
 
 
-@pytest.fixture(scope="module", params=[*ARCHITECTURES, "gpt2"])
+OFTEN = {"gemma3_text"}  # of the further architectures
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        *ARCHITECTURES,
+        *(pytest.param(arch, marks=[pytest.mark.full] * (arch not in OFTEN)) for arch in FLAT),
+        "gpt2",
+    ],
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("models") / request.param, request.param, seed=1)
+    arch = request.param
+    return make_tiny_model(tmp_path_factory.mktemp("models") / arch, arch, seed=1, **FLAT.get(arch, {}))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +128,7 @@ def test_chooses_the_fastest_that_works(folder: Path) -> None:
     model = load_tiny(folder)
     runner = Runner(model, make_pool(model, 2), attention="auto")
     assert runner.attention.name == "cpu"
-    assert isinstance(runner.forward, CpuLlamaForward if folder.name in ARCHITECTURES else ModulesForward)
+    assert isinstance(runner.forward, ModulesForward if folder.name == "gpt2" else CpuFlatForward)
 
 
 def test_refuses_the_pool_of_another_model(llama: Path) -> None:

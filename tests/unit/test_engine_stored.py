@@ -14,10 +14,11 @@ from torch import nn
 
 from flowkv_engine.engine.batch import WorkItem
 from flowkv_engine.engine.batch import pack as pack_batch
-from flowkv_engine.engine.cpu.forward import CpuLlamaForward
+from flowkv_engine.engine.cpu.forward import CpuFlatForward
 from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack, unpack_rows
 from flowkv_engine.engine.cpu.panels import pack_stored, widen_panel
 from flowkv_engine.engine.cpu.simd import LANES
+from flowkv_engine.engine.flat import SILU
 from flowkv_engine.engine.runner import Runner
 from flowkv_engine.engine.stored import BFLOAT16, FLOAT16, FORMS, Q4_1, Q8_0, Form, Stored, widened
 from tests.drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence
@@ -89,32 +90,41 @@ def test_gates_of_a_stored_form_give_the_bits_of_float32() -> None:
     outs = []
     for packed in ((pack_stored(gates), pack_stored(ups)), (pack(widened(gates)), pack(widened(ups)))):
         scratch, out = (np.empty((9, 4 * LANES), np.float32) for _ in range(2))
-        gated_linear(x, packed[0], NOTHING, packed[1], NOTHING, scratch, out)
+        activation = tuple(map(np.float32, SILU))
+        gated_linear(x, packed[0], NOTHING, packed[1], NOTHING, activation, scratch, out)
         outs.append(out)
     assert np.array_equal(outs[0], outs[1])
 
 
 @pytest.mark.parametrize(
-    "kept",
+    ("arch", "kept"),
     [
-        [Q4_1],
+        ("llama", [Q4_1]),
         *(
-            pytest.param(each, marks=pytest.mark.full)
-            for each in ([BFLOAT16], [FLOAT16], [Q8_0, Q4_1, BFLOAT16])
+            pytest.param(*each, marks=pytest.mark.full)
+            for each in [
+                ("llama", [BFLOAT16]),
+                ("llama", [FLOAT16]),
+                ("llama", [Q8_0, Q4_1, BFLOAT16]),
+                ("gemma3_text", [BFLOAT16]),
+                ("gemma3_text", [Q8_0, Q4_1]),
+                ("phi3", [BFLOAT16]),
+                ("glm4", [Q8_0, Q4_1]),
+            ]
         ),
     ],
-    ids=lambda kept: ", ".join(form.name for form in kept),
+    ids=lambda each: each if isinstance(each, str) else ", ".join(form.name for form in each),
 )
-def test_a_stored_model_gives_the_bits_of_its_floats(tmp_path: Path, kept: list[Form]) -> None:
+def test_a_stored_model_gives_the_bits_of_its_floats(tmp_path: Path, arch: str, kept: list[Form]) -> None:
     """Also where neighbours have different forms. Weights of 16 bits come from a folder of `transformers`."""
     folder, floats = tmp_path / "m", tmp_path / "floats"
-    make_stored_model(folder, kept)
+    make_stored_model(folder, kept, arch)
     write_floats(folder, floats)
     logits = []
     for each in (folder, floats):
         model = load_tiny(each)
         runner = Runner(model, make_pool(model, 16), attention="auto")
-        assert isinstance(runner.forward, CpuLlamaForward)
+        assert isinstance(runner.forward, CpuFlatForward)
         sequences = [
             make_sequence(list(range(3, 3 + n)), list(range(start, start + 8))) for start, n in PROMPTS
         ]

@@ -40,6 +40,8 @@ ARGUMENTS: dict[Any, tuple[dict[str, str], dict[str, int]]] = {
         {
             **HEADS,
             "has_norm": True,
+            "num_pairs": 64,
+            "is_interleaved": False,
             "group_size": 4,
             "padded_rows": 8,
         },
@@ -54,8 +56,10 @@ ROWS = ("hidden", "delta", "weight", "gate_up", "qkv", "cos", "sin", "norm")
 
 def main(capability: int, dtype: str) -> None:
     names = ("pool", "query", "result", "key", "value", "sinks", *ROWS)
-    states = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("scale", "softcap", "eps"), "fp32")
-    launch: dict[Any, dict[str, int]] = {  # as `TritonAttention` and `TritonLlamaForward` ask for
+    states = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(
+        ("scale", "softcap", "eps", "slope", "cubic"), "fp32"
+    )
+    launch: dict[Any, dict[str, int]] = {  # as `TritonAttention` and `TritonFlatForward` ask for
         kernels.attend_prompts: {"num_stages": num_stages(HEADS["head_dim"] * ITEM_BYTES[dtype])},
         kernels.attend_splits: {"num_stages": 2},
         kernels.add_and_norm: {"num_warps": 8},

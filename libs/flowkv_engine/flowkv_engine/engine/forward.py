@@ -1,27 +1,24 @@
-"""The forward pass: of any served model by its own `transformers` modules, of the Llama family in one loop.
+"""The forward pass: of any served model by its own `transformers` modules, of many in one flat loop.
 
-`LlamaForward` is in torch; `cpu/forward.py` and `gpu/forward.py` have it in kernels.
+`FlatForward` is in torch; `cpu/forward.py` and `gpu/forward.py` have it in kernels.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, rms_norm, silu
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig
+from torch.nn.functional import embedding, linear, rms_norm
+from transformers import AttentionInterface
 
 from flowkv_engine.engine.attention import Attention, Rule, Span
-from flowkv_engine.engine.stored_modules import StoredEmbedding, StoredLinear, StoredWeight
+from flowkv_engine.engine.flat import FlatWeights, flat_weights, fuse
+from flowkv_engine.engine.stored_modules import StoredWeight
 
 IMPLEMENTATION = "flowkv"  # the name of our attention function in `transformers`
-
-# The Llama family: Llama, Mistral, Qwen2, Qwen3.
-ARCHITECTURES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # those that rotate a position the same way in any batch
 
 
 class Forward(ABC):
@@ -94,131 +91,28 @@ AttentionInterface.register(IMPLEMENTATION, paged_attention)
 
 def make_forward(module: nn.Module, attention: Attention, spans: Sequence[Span]) -> Forward:
     """The fastest forward pass for the model and the backend. It may fuse or pack the model's weights."""
-    weights = llama_weights(module, spans)
+    weights = flat_weights(module, spans)
     if weights is None:
         return ModulesForward(module, attention, spans)
     if attention.name == "cpu":
         from flowkv_engine.engine.cpu.attention import CpuAttention
-        from flowkv_engine.engine.cpu.forward import CpuLlamaForward
+        from flowkv_engine.engine.cpu.forward import CpuFlatForward
 
         assert isinstance(attention, CpuAttention)
-        if CpuLlamaForward.fits(weights):
-            return CpuLlamaForward(weights, attention)
+        if CpuFlatForward.fits(weights):
+            return CpuFlatForward(weights, attention)
     if any(isinstance(each, StoredWeight) for each in module.modules()):  # the others take floats
         return ModulesForward(module, attention, spans)
     if attention.name == "triton":
         from flowkv_engine.engine.gpu.attention import TritonAttention
-        from flowkv_engine.engine.gpu.forward import TritonLlamaForward
+        from flowkv_engine.engine.gpu.forward import TritonFlatForward
 
         assert isinstance(attention, TritonAttention)
-        return TritonLlamaForward(weights, attention)
-    return LlamaForward(weights, attention)
+        return TritonFlatForward(weights, attention)
+    return FlatForward(weights, attention)
 
 
-Projection = nn.Linear | StoredLinear
-
-
-class Layer(NamedTuple):
-    """One layer's parts, as the model has them."""
-
-    input_norm: Tensor  # [hidden]
-    qkv: list[Projection]
-    qk_norm: Tensor | None  # [heads + kv heads, dim]: Qwen3 normalizes each head
-    rule: Rule  # of its attention
-    output: Projection
-    mlp_norm: Tensor
-    gate: Projection
-    up: Projection
-    down: Projection
-
-
-class LlamaWeights(NamedTuple):
-    """A model's parts; its weights stay where they are."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    eps: float
-    embedding: nn.Embedding | StoredEmbedding  # [vocab, hidden]
-    layers: list[Layer]
-    norm: Tensor
-    head: Projection  # to [vocab]
-    cos: Tensor  # of all positions, [max positions, dim], as `sin`
-    sin: Tensor
-
-
-def is_llama(config: PretrainedConfig) -> bool:
-    """Whether a model with this config is of the Llama family."""
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return (
-        getattr(model_class, "__name__", "") in ARCHITECTURES
-        and config.hidden_act == "silu"
-        and config.rope_parameters["rope_type"] in ROPE_TYPES
-    )
-
-
-@torch.no_grad()
-def llama_weights(model: nn.Module, spans: Sequence[Span]) -> LlamaWeights | None:
-    """The parts of `model`, or `None` if it is not of the Llama family."""
-    causal_lm: Any = model
-    config = causal_lm.config
-    if not is_llama(config):
-        return None
-    inner, layers = causal_lm.model, []
-    for layer, span in zip(inner.layers, spans, strict=True):
-        attn, mlp = layer.self_attn, layer.mlp
-        qk_norm = None
-        if hasattr(attn, "q_norm"):
-            norms = [attn.q_norm.weight] * config.num_attention_heads
-            qk_norm = torch.stack(norms + [attn.k_norm.weight] * config.num_key_value_heads)
-        layers.append(
-            Layer(
-                input_norm=layer.input_layernorm.weight,
-                qkv=[attn.q_proj, attn.k_proj, attn.v_proj],
-                qk_norm=qk_norm,
-                rule=Rule(attn.scaling, span),
-                output=attn.o_proj,
-                mlp_norm=layer.post_attention_layernorm.weight,
-                gate=mlp.gate_proj,
-                up=mlp.up_proj,
-                down=mlp.down_proj,
-            )
-        )
-    norm = inner.norm.weight
-    positions = torch.arange(config.max_position_embeddings, device=norm.device)
-    cos, sin = inner.rotary_emb(norm, positions.unsqueeze(0))  # the model's own
-    return LlamaWeights(
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=inner.layers[0].self_attn.head_dim,
-        eps=config.rms_norm_eps,
-        embedding=inner.embed_tokens,
-        layers=layers,
-        norm=norm,
-        head=causal_lm.lm_head,
-        cos=cos[0],
-        sin=sin[0],
-    )
-
-
-@torch.no_grad()
-def fuse(*projections: Projection) -> tuple[Tensor, Tensor | None]:
-    """Weight [out, in] and bias [out] of one projection for several of the same input.
-
-    Their own weights become views of it.
-    """
-    linears = [each for each in projections if isinstance(each, nn.Linear)]
-    sizes = [linear.out_features for linear in linears]
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    for part, view in zip(linears, torch.split(weight, sizes), strict=True):
-        part.weight.data = view
-    if weight.is_cuda:
-        torch.cuda.empty_cache()  # what was fused is free now, and too small for the next
-    return weight, torch.cat(biases) if biases else None
-
-
-class LlamaStates(Forward):
+class FlatStates(Forward):
     """A forward pass in two parts: the states of rows, and the logits of those."""
 
     @abstractmethod
@@ -239,39 +133,41 @@ class LlamaStates(Forward):
             yield self.logits(states[places])
 
 
-class LlamaForward(LlamaStates):
+class FlatForward(FlatStates):
     """Equal to `ModulesForward` up to rounding, by test."""
 
-    def __init__(self, weights: LlamaWeights, attention: Attention) -> None:
+    def __init__(self, weights: FlatWeights, attention: Attention) -> None:
         """The model's projections are fused in place."""
         self._weights = weights
         self._attention = attention
-        self._fused = [(fuse(*layer.qkv), fuse(layer.gate, layer.up)) for layer in weights.layers]
+        self._fused = [(fuse(*layer.qkv), fuse(*layer.mlp.gate_up)) for layer in weights.layers]
 
     def states(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         weights = self._weights
         num_heads, num_kv_heads, head_dim = weights.num_heads, weights.num_kv_heads, weights.head_dim
-        hidden = embedding(token_ids, weights.embedding.weight)  # [T, hidden]
-        cos = weights.cos[position_ids].unsqueeze(1)  # [T, 1, dim]
-        sin = weights.sin[position_ids].unsqueeze(1)
+        hidden = embedding(token_ids, weights.embedding.weight) * weights.embedding_scale  # [T, hidden]
         for index, (layer, (fused_qkv, gate_up)) in enumerate(zip(weights.layers, self._fused, strict=True)):
             qkv = linear(self._norm(hidden, layer.input_norm), *fused_qkv)
             qkv = qkv.view(len(qkv), -1, head_dim)  # [T, heads + 2 kv heads, dim]
             qk, value = torch.split(qkv, [num_heads + num_kv_heads, num_kv_heads], dim=1)
             if layer.qk_norm is not None:
-                qk = rms_norm(qk, (head_dim,), eps=weights.eps) * layer.qk_norm
-            first, second = qk.chunk(2, dim=-1)
-            qk = qk * cos + torch.cat((-second, first), dim=-1) * sin
-            query, key = torch.split(qk, [num_heads, num_kv_heads], dim=1)
+                qk = (rms_norm(qk.float(), (head_dim,), eps=weights.eps) * layer.qk_norm).to(qkv.dtype)
+            query, key = torch.split(layer.rotary(qk, position_ids), [num_heads, num_kv_heads], dim=1)
             self._attention.write(index, key, value)
             attended = self._attention.attend(index, query, layer.rule).flatten(1)
-            hidden = hidden + linear(attended, layer.output.weight, layer.output.bias)
-            gate, up = linear(self._norm(hidden, layer.mlp_norm), *gate_up).chunk(2, dim=-1)
-            hidden = hidden + linear(silu(gate) * up, layer.down.weight, layer.down.bias)
+            added = linear(attended, layer.output.weight, layer.output.bias)
+            hidden = hidden + self._norm(added, layer.attention_out_norm)
+            gates, ups = linear(self._norm(hidden, layer.mlp_norm), *gate_up).chunk(2, dim=-1)
+            down = layer.mlp.down
+            added = linear(layer.mlp.activation(gates, ups), down.weight, down.bias)
+            hidden = hidden + self._norm(added, layer.mlp_out_norm)
         return hidden[rows]
 
     def logits(self, states: Tensor) -> Tensor:
-        return linear(self._norm(states, self._weights.norm), self._weights.head.weight)
+        weights = self._weights
+        return weights.cap(linear(self._norm(states, weights.norm), weights.head.weight))
 
-    def _norm(self, states: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(states, weight.shape, weight, self._weights.eps)
+    def _norm(self, states: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return states
+        return (rms_norm(states.float(), weight.shape, eps=self._weights.eps) * weight).to(states.dtype)

@@ -139,7 +139,8 @@ def _tensors(reader: GGUFReader, module: Any, arch: str) -> tuple[dict[str, NDAr
             continue
         owner = module.get_submodule(name.rpartition(".")[0])
         form = _FORMS.get(tensor.tensor_type)
-        if form is not None and name.endswith(".weight") and type(owner) in (nn.Linear, nn.Embedding):
+        is_matrix = type(owner) is nn.Linear or isinstance(owner, nn.Embedding)
+        if form is not None and name.endswith(".weight") and is_matrix:
             forms[name] = form.name
             data = tensor.data.view(np.uint8)
         else:

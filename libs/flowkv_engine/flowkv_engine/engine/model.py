@@ -41,7 +41,8 @@ from flowkv_engine.engine.dry_run import (
     max_model_len,
     quiet,
 )
-from flowkv_engine.engine.forward import IMPLEMENTATION, is_llama
+from flowkv_engine.engine.flat import is_flat
+from flowkv_engine.engine.forward import IMPLEMENTATION
 from flowkv_engine.engine.quantized import Codes, Quantization, quantization_of
 from flowkv_engine.engine.stored_modules import (
     BLOCKS,
@@ -172,11 +173,11 @@ def _load_weights(
     forward takes them.
     """
     module: nn.Module
-    packs = device.type == "cpu" and dtype == torch.float32 and is_llama(config)
+    packs = device.type == "cpu" and dtype == torch.float32 and is_flat(config)
     if quantization is not None:
         try:
-            if packs:
-                return _keep_quantized(folder, config, quantization)
+            if packs and (kept := _keep_quantized(folder, config, quantization)):
+                return kept
             return _widen_quantized(folder, config, quantization, dtype).to(device)
         except ValueError as error:
             raise UnsupportedModel(f"{folder} can't be served: {error}") from error
@@ -203,7 +204,8 @@ def _to_fill(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def _keep_quantized(folder: Path, config: PretrainedConfig, quantization: Quantization) -> nn.Module:
+def _keep_quantized(folder: Path, config: PretrainedConfig, quantization: Quantization) -> nn.Module | None:
+    """None if the file has other names than the model: only `transformers` knows what they stand for."""
     module = _to_fill(config, torch.float32)
     left = {name for name, _ in module.named_parameters()}
     if config.tie_word_embeddings:
@@ -221,8 +223,8 @@ def _keep_quantized(folder: Path, config: PretrainedConfig, quantization: Quanti
             place(module, name, stored_floats(weight))
         else:
             place(module, name, weight)
-    if left:  # `transformers` knows them by other names
-        raise ValueError(f"its quantized weights don't have the model's names, such as {_some(sorted(left))}")
+    if left:
+        return None
     tie_head(module)
     return module
 

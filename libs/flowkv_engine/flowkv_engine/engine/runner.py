@@ -100,9 +100,9 @@ class Runner:
                 check.compare(self._logits)
             if self._device.type == "cuda":
                 # torch's CUDA build brings Triton.
-                from flowkv_engine.engine.gpu.forward import GraphedSteps, TritonLlamaForward, cuda_recorder
+                from flowkv_engine.engine.gpu.forward import GraphedSteps, TritonFlatForward, cuda_recorder
 
-                if isinstance(self.forward, TritonLlamaForward):
+                if isinstance(self.forward, TritonFlatForward):
                     num_blocks, block_size = pool.shape[0], pool.shape[3]
                     self._graphs = GraphedSteps(
                         self.forward,

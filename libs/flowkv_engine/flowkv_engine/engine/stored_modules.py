@@ -71,16 +71,22 @@ class StoredLinear(StoredWeight):
 
 
 class StoredEmbedding(StoredWeight):
-    """`nn.Embedding` in float32 over a stored weight [vocab, hidden]."""
+    """`nn.Embedding` in float32 over a stored weight [vocab, hidden], times a number."""
 
-    def __init__(self, stored: Stored) -> None:
+    def __init__(self, stored: Stored, scale: float = 1.0) -> None:
         super().__init__(stored)
         self.num_embeddings, self.embedding_dim = stored.shape
+        self.scalar_embed_scale = scale  # its name in `transformers`
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        return torch.from_numpy(widened(self.stored.rows(token_ids.flatten().numpy()))).view(
-            *token_ids.shape, self.embedding_dim
-        )
+        rows = torch.from_numpy(widened(self.stored.rows(token_ids.flatten().numpy())))
+        return rows.view(*token_ids.shape, self.embedding_dim) * self.scalar_embed_scale
+
+
+def scale_of(embedding: nn.Module) -> float:
+    """What it multiplies its rows by (Gemma)."""
+    scale: float = getattr(embedding, "scalar_embed_scale", 1.0)
+    return scale
 
 
 def has_blocks(folder: Path) -> bool:
@@ -133,7 +139,7 @@ def place(
         dtype = getattr(owner, leaf).dtype
         owner._parameters[leaf] = nn.Parameter(weight.to(dtype), requires_grad=False)
     elif isinstance(owner, nn.Embedding):
-        module.set_submodule(parent, StoredEmbedding(weight))
+        module.set_submodule(parent, StoredEmbedding(weight, scale_of(owner)))
     else:
         module.set_submodule(parent, StoredLinear(weight, owner.bias, order))
 
@@ -172,6 +178,6 @@ def keep_stored(module: nn.Module) -> None:
             if type(child) is nn.Linear and child.weight.dtype in STORED_FLOATS:
                 bias = None if child.bias is None else child.bias.detach().float()
                 setattr(parent, name, StoredLinear(stored(child.weight), bias))
-            elif type(child) is nn.Embedding and child.weight.dtype in STORED_FLOATS:
-                setattr(parent, name, StoredEmbedding(stored(child.weight)))
+            elif isinstance(child, nn.Embedding) and child.weight.dtype in STORED_FLOATS:
+                setattr(parent, name, StoredEmbedding(stored(child.weight), scale_of(child)))
     module.float()

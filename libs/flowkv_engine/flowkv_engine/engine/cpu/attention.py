@@ -183,17 +183,25 @@ def _write(pool, layer, keys, values, slots):
 
 
 @numba.njit(cache=True, nogil=True)
-def _rotate(states, cos, sin, out):
-    """One head [dim], rotated by `cos` and `sin` [dim]. `out` may be `states`."""
-    half = states.shape[0] // 2
-    for dim in range(half):
-        first, second = states[dim], states[dim + half]
-        out[dim] = first * cos[dim] - second * sin[dim]
-        out[dim + half] = second * cos[dim + half] + first * sin[dim + half]
+def _rotate(states, cos, sin, is_interleaved, out):
+    """One head [dim], its pairs rotated by `cos` and `sin` [pairs] (see `Rotary`). `out` may be `states`."""
+    pairs = cos.shape[0]
+    if is_interleaved:
+        for pair in range(pairs):
+            first, second = states[2 * pair], states[2 * pair + 1]
+            out[2 * pair] = first * cos[pair] - second * sin[pair]
+            out[2 * pair + 1] = second * cos[pair] + first * sin[pair]
+    else:
+        for pair in range(pairs):
+            first, second = states[pair], states[pair + pairs]
+            out[pair] = first * cos[pair] - second * sin[pair]
+            out[pair + pairs] = second * cos[pair] + first * sin[pair]
+    for dim in range(2 * pairs, states.shape[0]):
+        out[dim] = states[dim]
 
 
 @numba.njit(cache=True, nogil=True)
-def _rotate_and_write_row(pool, layer, slot, states, cos, sin, norm, eps, query):
+def _rotate_and_write_row(pool, layer, slot, states, cos, sin, is_interleaved, norm, eps, query):
     num_heads, num_kv_heads = query.shape[0], pool.shape[4]
     for head in range(norm.shape[0]):  # none, or all heads of queries and keys
         total = np.float32(0)
@@ -203,11 +211,11 @@ def _rotate_and_write_row(pool, layer, slot, states, cos, sin, norm, eps, query)
         for dim in range(states.shape[1]):
             states[head, dim] *= factor * norm[head, dim]
     for head in range(num_heads):
-        _rotate(states[head], cos, sin, query[head])
+        _rotate(states[head], cos, sin, is_interleaved, query[head])
     block, offset = slot // pool.shape[3], slot % pool.shape[3]
     for head in range(num_kv_heads):
         key, value = states[num_heads + head], states[num_heads + num_kv_heads + head]
-        _rotate(key, cos, sin, key)
+        _rotate(key, cos, sin, is_interleaved, key)
         for dim in range(states.shape[1]):
             like = pool[block, layer, 0, offset, head, dim]
             pool[block, layer, 0, offset, head, dim] = _stored(key[dim], like)
@@ -215,16 +223,26 @@ def _rotate_and_write_row(pool, layer, slot, states, cos, sin, norm, eps, query)
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def rotate_and_write(pool, layer, slots, qkv, positions, cos, sin, norm, eps, query):
+def rotate_and_write(pool, layer, slots, qkv, positions, rotary, norm, eps, query):
     """Rotates queries and keys of `qkv` [T, heads + 2 kv heads, dim] (which it spoils) to their positions.
 
     Keys and values go into the pool at `slots` [T], queries into `query` [T, heads, dim].
-    `cos`, `sin`: [max positions, dim]; `norm`: [0 or heads + kv heads, dim], each head's RMS norm before.
+    `rotary`: the parts of a `Rotary`; `norm`: [0 or heads + kv heads, dim], each head's RMS norm before.
     """
+    cos, sin, is_interleaved = rotary
     for row in numba.prange(qkv.shape[0]):
         position = positions[row]
         _rotate_and_write_row(
-            pool, layer, slots[row], qkv[row], cos[position], sin[position], norm, eps, query[row]
+            pool,
+            layer,
+            slots[row],
+            qkv[row],
+            cos[position],
+            sin[position],
+            is_interleaved,
+            norm,
+            eps,
+            query[row],
         )
 
 

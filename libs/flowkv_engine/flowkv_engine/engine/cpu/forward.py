@@ -1,4 +1,4 @@
-"""The Llama forward on the CPU: compiled kernels over packed weights, and memory kept between steps."""
+"""The flat forward on the CPU: compiled kernels over packed weights, and memory kept between steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from flowkv_engine.engine.cpu.attention import CpuAttention, Scratch, rotate_and
 from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack, rms_norm, unpack_rows
 from flowkv_engine.engine.cpu.panels import block_len, pack_stored
 from flowkv_engine.engine.cpu.simd import LANES
-from flowkv_engine.engine.forward import Layer, LlamaStates, LlamaWeights, Projection
+from flowkv_engine.engine.flat import FlatWeights, Layer, Mlp, Projection, Rotary, halves
+from flowkv_engine.engine.forward import FlatStates
 from flowkv_engine.engine.stored import Form
 from flowkv_engine.engine.stored_modules import StoredEmbedding, StoredLinear, StoredWeight
 
@@ -43,24 +44,32 @@ class _Part(NamedTuple):
         return states if self.order is None else np.take(states, self.order, axis=1)
 
 
+class _PackedMlp(NamedTuple):
+    gate: _Part
+    up: _Part
+    down: list[_Part]
+    activation: tuple[np.float32, ...]
+
+
 class _Packed(NamedTuple):
-    """A layer as the kernels take it. A missing norm has no elements."""
+    """A layer as the kernels take it. A missing norm of heads has no elements."""
 
     input_norm: Array
     qkv: list[_Part]
     qk_norm: Array
+    rotary: tuple[Array, Array, bool]
     rule: Rule
     output: list[_Part]
+    attention_out_norm: Array | None
     mlp_norm: Array
-    gate: list[_Part]
-    up: list[_Part]
-    down: list[_Part]
+    mlp: _PackedMlp
+    mlp_out_norm: Array | None
 
 
-class CpuLlamaForward(LlamaStates):
-    """Equal to `LlamaForward` up to rounding, by test. Its logits are valid until the next call."""
+class CpuFlatForward(FlatStates):
+    """Equal to `FlatForward` up to rounding, by test. Its logits are valid until the next call."""
 
-    def __init__(self, weights: LlamaWeights, attention: CpuAttention) -> None:
+    def __init__(self, weights: FlatWeights, attention: CpuAttention) -> None:
         """`weights` must fit (see `fits`).
 
         Packs the weights into new memory, in the form that they have. Of the model's own only an embedding
@@ -80,41 +89,48 @@ class CpuLlamaForward(LlamaStates):
         self._scratch = Scratch()
 
     @staticmethod
-    def fits(weights: LlamaWeights) -> bool:
+    def fits(weights: FlatWeights) -> bool:
         """Whether the kernels can do this model: float32 or stored, and sizes that fill vector registers."""
         layer = weights.layers[0]
-        inputs = [each.in_features for each in (layer.qkv[0], layer.output, layer.down)]
+        inputs = [each.in_features for each in (layer.qkv[0], layer.output, layer.mlp.down)]
         return weights.norm.dtype == torch.float32 and not any(
             size % LANES for size in (weights.head_dim, *inputs)
         )
 
     def states(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         weights, num_rows, layer = self._weights, len(token_ids), self._weights.layers[0]
-        eps, head_dim = np.float32(weights.eps), weights.head_dim
-        cos, sin, positions = weights.cos.numpy(), weights.sin.numpy(), position_ids.numpy()
+        eps, positions = np.float32(weights.eps), position_ids.numpy()
         hidden = self._embed(token_ids)  # [T, hidden]
         normed = self._scratch.array("normed", *hidden.shape)
         heads = self._scratch.array("qkv", num_rows, sum(each.out_features for each in layer.qkv))
-        states = heads.reshape(num_rows, -1, head_dim)  # [T, heads + 2 kv heads, dim]
-        query = self._scratch.array("query", num_rows, weights.num_heads, head_dim)
-        up = self._scratch.array("up", num_rows, layer.down.in_features)
-        gated = self._scratch.array("gated", num_rows, layer.down.in_features)
+        states = heads.reshape(num_rows, -1, weights.head_dim)  # [T, heads + 2 kv heads, dim]
+        query = self._scratch.array("query", num_rows, weights.num_heads, weights.head_dim)
         for index, packed in enumerate(self._layers):
-            rms_norm(hidden, packed.input_norm, eps, normed)
+            rms_norm(hidden, packed.input_norm, eps, normed, False)
             self._project(normed, packed.qkv, heads)
             pool, slots = self._attention.pool_array, self._attention.slots
-            rotate_and_write(pool, index, slots, states, positions, cos, sin, packed.qk_norm, eps, query)
+            rotate_and_write(pool, index, slots, states, positions, packed.rotary, packed.qk_norm, eps, query)
             attended = self._attention.attend(index, torch.from_numpy(query), packed.rule).numpy()
             attended = attended.reshape(num_rows, -1)
             if index == len(self._layers) - 1:  # the other rows need only keys and values
                 wanted = rows.numpy()
-                hidden, attended = hidden[wanted], attended[wanted]
-                normed, up, gated = (each[: len(wanted)] for each in (normed, up, gated))
-            self._project(attended, packed.output, hidden, adds=True)
-            rms_norm(hidden, packed.mlp_norm, eps, normed)
-            [gates], [ups] = packed.gate, packed.up
-            gated_linear(gates.inputs(normed), gates.panels, gates.bias, ups.panels, ups.bias, up, gated)
-            self._project(gated, packed.down, hidden, adds=True)
+                hidden, attended, normed = hidden[wanted], attended[wanted], normed[: len(wanted)]
+            self._add(hidden, attended, packed.output, packed.attention_out_norm)
+            rms_norm(hidden, packed.mlp_norm, eps, normed, False)
+            mlp = packed.mlp
+            up = self._scratch.array("up", len(hidden), mlp.up.num_cols)
+            gated = self._scratch.array("gated", len(hidden), mlp.up.num_cols)
+            gated_linear(
+                mlp.gate.inputs(normed),
+                mlp.gate.panels,
+                mlp.gate.bias,
+                mlp.up.panels,
+                mlp.up.bias,
+                mlp.activation,
+                up,
+                gated,
+            )
+            self._add(hidden, gated, mlp.down, packed.mlp_out_norm)
         return torch.from_numpy(hidden)
 
     def logits(self, states: Tensor) -> Tensor:
@@ -122,9 +138,9 @@ class CpuLlamaForward(LlamaStates):
         normed = self._scratch.array("normed", *hidden.shape)
         [head] = self._head
         logits = self._scratch.array("logits", len(hidden), len(head.panels) * LANES)
-        rms_norm(hidden, weights.norm.numpy(), np.float32(weights.eps), normed)
+        rms_norm(hidden, weights.norm.numpy(), np.float32(weights.eps), normed, False)
         linear(head.inputs(normed), head.panels, head.bias, logits, False)
-        return torch.from_numpy(logits[:, : head.num_cols]).contiguous()
+        return weights.cap(torch.from_numpy(logits[:, : head.num_cols]).contiguous())
 
     def _embed(self, token_ids: Tensor) -> Array:
         if self._embedding is None:
@@ -132,7 +148,18 @@ class CpuLlamaForward(LlamaStates):
         else:
             hidden = np.empty((len(token_ids), self._weights.layers[0].qkv[0].in_features), np.float32)
             unpack_rows(self._embedding, token_ids.numpy(), hidden)
+            if self._weights.embedding_scale != 1:
+                hidden *= np.float32(self._weights.embedding_scale)
         return hidden
+
+    def _add(self, hidden: Array, states: Array, parts: Sequence[_Part], norm: Array | None) -> None:
+        """`hidden += states @ weight.T + bias`, normalized before if there is a norm."""
+        if norm is None:
+            self._project(states, parts, hidden, adds=True)
+            return
+        added = self._scratch.array("added", *hidden.shape)
+        self._project(states, parts, added)
+        rms_norm(added, norm, np.float32(self._weights.eps), hidden, True)
 
     def _project(self, states: Array, parts: Sequence[_Part], out: Array, *, adds: bool = False) -> None:
         """`out [M, N] = states [M, K] @ weight.T + bias`, or `+=` if `adds`, which one part alone can."""
@@ -148,23 +175,37 @@ class CpuLlamaForward(LlamaStates):
 
 
 def _pack(layer: Layer) -> _Packed:
-    if _kind(layer.gate) == _kind(layer.up):
-        gate, up = _parts(layer.gate), _parts(layer.up)
-    else:  # the kernel takes two of one kind
-        gate, up = ([_part([each], None)] for each in (layer.gate, layer.up))
     packed = _Packed(
         input_norm=layer.input_norm.numpy(),
         qkv=_parts(*layer.qkv),
         qk_norm=np.empty((0, 0), np.float32) if layer.qk_norm is None else layer.qk_norm.numpy(),
+        rotary=_arrays(layer.rotary),
         rule=layer.rule,
         output=_parts(layer.output),
+        attention_out_norm=_optional(layer.attention_out_norm),
         mlp_norm=layer.mlp_norm.numpy(),
-        gate=gate,
-        up=up,
-        down=_parts(layer.down),
+        mlp=_pack_mlp(layer.mlp),
+        mlp_out_norm=_optional(layer.mlp_out_norm),
     )
-    _release(*layer.qkv, layer.output, layer.gate, layer.up, layer.down)
+    _release(*layer.qkv, layer.output, *layer.mlp.gate_up, layer.mlp.down)
     return packed
+
+
+def _pack_mlp(mlp: Mlp) -> _PackedMlp:
+    gate, up = halves(mlp.gate_up[0]) if len(mlp.gate_up) == 1 else mlp.gate_up
+    kind = _kind(gate)
+    if kind != _kind(up):  # the kernel takes two of one kind
+        kind = None
+    activation = tuple(map(np.float32, mlp.activation))
+    return _PackedMlp(_part([gate], kind), _part([up], kind), _parts(mlp.down), activation)
+
+
+def _arrays(rotary: Rotary) -> tuple[Array, Array, bool]:
+    return rotary.cos.contiguous().numpy(), rotary.sin.contiguous().numpy(), rotary.is_interleaved
+
+
+def _optional(norm: Tensor | None) -> Array | None:
+    return None if norm is None else norm.numpy()
 
 
 def _parts(*projections: Projection) -> list[_Part]:

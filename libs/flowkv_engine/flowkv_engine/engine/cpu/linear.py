@@ -136,8 +136,11 @@ def linear(x, panels, bias, out, adds):
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def gated_linear(x, gates, gate_bias, ups, up_bias, scratch, out):
-    """`out [M, N] = silu(gate) * up`, each as `linear` gives it; `scratch` [M, N]."""
+def gated_linear(x, gates, gate_bias, ups, up_bias, activation, scratch, out):
+    """`out [M, N] =` the activation of gate and up, each as `linear` gives it; `scratch` [M, N].
+
+    `activation`: the numbers of an `Activation`, in float32.
+    """
     num_panels = gates.shape[0]
     num_blocks, length = _blocks(x.shape[0])
     for unit in numba.prange(num_blocks * ((num_panels + TILE_PANELS - 1) // TILE_PANELS)):
@@ -148,7 +151,7 @@ def gated_linear(x, gates, gate_bias, ups, up_bias, scratch, out):
         _columns(x[rows], ups, up_bias, start, stop, scratch[rows], False)
         for each in range(row, min(x.shape[0], row + length)):
             first, last = start * LANES, stop * LANES
-            gate_row(out[each, first:last], scratch[each, first:last], stop - start)
+            gate_row(out[each, first:last], scratch[each, first:last], stop - start, activation)
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
@@ -162,21 +165,25 @@ def unpack_rows(panels, rows, out):
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
-def _normalize(row, weight, eps, out):
+def _normalize(row, weight, eps, out, adds):
     total = np.float32(0)
     for col in range(row.shape[0]):
         total += row[col] * row[col]
     scale = np.float32(1) / np.sqrt(total / np.float32(row.shape[0]) + eps)
-    for col in range(row.shape[0]):
-        out[col] = row[col] * scale * weight[col]
+    if adds:
+        for col in range(row.shape[0]):
+            out[col] += row[col] * scale * weight[col]
+    else:
+        for col in range(row.shape[0]):
+            out[col] = row[col] * scale * weight[col]
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def rms_norm(x, weight, eps, out):
-    """`out [M, K] = x * weight [K] / root mean square of x`."""
+def rms_norm(x, weight, eps, out, adds):
+    """`out [M, K] = x * weight [K] / root mean square of x`, or `+=` if `adds`."""
     if x.shape[0] <= _SERIAL_ROWS:
         for row in range(x.shape[0]):
-            _normalize(x[row], weight, eps, out[row])
+            _normalize(x[row], weight, eps, out[row], adds)
     else:
         for row in numba.prange(x.shape[0]):
-            _normalize(x[row], weight, eps, out[row])
+            _normalize(x[row], weight, eps, out[row], adds)

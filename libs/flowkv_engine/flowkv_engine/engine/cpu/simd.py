@@ -37,6 +37,7 @@ SHORT_VECTOR = ir.VectorType(ir.IntType(16), LANES)
 _EXP_SERIES = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
 _LOG2_E = 1.4426950408889634
 _LN_2_HIGH, _LN_2_LOW = 0.693359375, -2.12194440e-4  # the first has few bits: its multiples are exact
+_LARGE = 1e30  # finite, so that 0 times it is 0
 _EXP_LOWEST = -87.0  # below, the result is no normal number
 
 
@@ -306,17 +307,24 @@ def softmax_row(typing_context, row, num_vectors, least_max):
 
 
 @intrinsic
-def gate_row(typing_context, gates, ups, num_vectors):
-    """`gates = silu(gates) * ups` in place, over `num_vectors * LANES` numbers, float32 and contiguous."""
-    signature = types.void(gates, ups, types.intp)
+def gate_row(typing_context, gates, ups, num_vectors, activation):
+    """`gates = activation of gates, times ups` in place, over `num_vectors * LANES` numbers.
+
+    `gates` and `ups` are float32 and contiguous, `activation` a tuple of float32 (see `Activation`).
+    """
+    signature = types.void(gates, ups, types.intp, activation)
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         emit = Emit(context, b, signature, arguments)
         (gate_data, _), (up_data, _) = emit.array(0), emit.array(1)
+        slope, cubic = (emit.broadcast(b.extract_value(arguments[3], number)) for number in range(2))
         with cgutils.for_range(b, arguments[2]) as loop:
             place = emit.at(gate_data, (loop.index, INTP(VECTOR_BYTES)))
             gate, up = emit.load(place), emit.load(emit.at(up_data, (loop.index, INTP(VECTOR_BYTES))))
-            power = emit.exp(b.fneg(emit.call("fabs", gate)))  # at most 1: nothing overflows
+            square = b.fmul(gate, gate)
+            square = b.select(b.fcmp_ordered(">", square, splat(_LARGE)), splat(_LARGE), square)
+            exponent = b.fmul(gate, emit.call("fma", cubic, square, slope))
+            power = emit.exp(b.fneg(emit.call("fabs", exponent)))  # at most 1: nothing overflows
             is_negative = b.fcmp_ordered("<", gate, splat(0.0))
             sigmoid = b.fdiv(b.select(is_negative, power, splat(1.0)), b.fadd(splat(1.0), power))
             emit.store(b.fmul(b.fmul(gate, sigmoid), up), place)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowkv_engine.engine.attention import Rule
 from flowkv_engine.engine.batch import PackedBatch
+from flowkv_engine.engine.flat import Rotary
 from flowkv_engine.engine.gpu import kernels
 
 # This many pairs of sequence and KV head fill a GPU without splits.
@@ -94,16 +95,14 @@ class TritonAttention:
         layer: int,
         qkv: Tensor,
         positions: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rotary: Rotary,
         norm: Tensor | None,
         eps: float,
     ) -> Tensor:
         """Instead of `write`: stores keys, rotated by position, and values; returns the rotated queries.
 
-        `qkv` [T, num_heads + 2 * num_kv_heads, head_dim], contiguous, `positions` [T], `cos` and `sin`
-        [max positions, head_dim], `norm` [num_heads + num_kv_heads, head_dim] of a model that normalizes
-        each head. Returns [T, num_heads, head_dim].
+        `qkv` [T, num_heads + 2 * num_kv_heads, head_dim], contiguous, `positions` [T], `norm` [num_heads +
+        num_kv_heads, head_dim] of a model that normalizes each head. Returns [T, num_heads, head_dim].
         """
         num_tokens, num_heads = len(qkv), qkv.shape[1] - 2 * self._num_kv_heads
         group_size = num_heads // self._num_kv_heads
@@ -114,12 +113,14 @@ class TritonAttention:
             self._pool[:, layer],
             self.step.slots,
             positions,
-            cos,
-            sin,
-            cos if norm is None else norm,
+            rotary.cos,
+            rotary.sin,
+            qkv if norm is None else norm,
             eps,
             self._pool.stride(0),
             has_norm=norm is not None,
+            num_pairs=rotary.cos.shape[1],
+            is_interleaved=rotary.is_interleaved,
             group_size=group_size,
             padded_rows=triton.next_power_of_2(group_size + 1),
             **self._sizes,

@@ -1,4 +1,4 @@
-"""The Llama forward on a GPU, and its steps as recorded graphs: one launch instead of some hundred.
+"""The flat forward on a GPU, and its steps as recorded graphs: one launch instead of some hundred.
 
 A graph is recorded for each of a few sizes, over fixed memory. A step takes the next larger one; the places
 left over have an empty context and write nowhere. Some graphs take decode alone, others prompts and decode.
@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from flowkv_engine.engine.batch import PackedBatch
-from flowkv_engine.engine.forward import LlamaStates, LlamaWeights, fuse
+from flowkv_engine.engine.flat import Activation, FlatWeights, fuse
+from flowkv_engine.engine.forward import FlatStates
 from flowkv_engine.engine.gpu import kernels
 from flowkv_engine.engine.gpu.attention import NUM_ROWS, Step, TritonAttention, query_tiles
 
@@ -35,37 +36,46 @@ TOKEN_SIZES = (64, 128, 192, 256, 384, 512, 640, 768, 1024)
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 
-class TritonLlamaForward(LlamaStates):
-    """Equal to `LlamaForward` up to rounding, by test. It never reads a number from the device."""
+class TritonFlatForward(FlatStates):
+    """Equal to `FlatForward` up to rounding, by test. It never reads a number from the device."""
 
-    def __init__(self, weights: LlamaWeights, attention: TritonAttention) -> None:
+    def __init__(self, weights: FlatWeights, attention: TritonAttention) -> None:
         """The model's projections are fused in place."""
         self.weights = weights
         self.attention = attention
-        self._fused = [(fuse(*layer.qkv), fuse(layer.gate, layer.up)) for layer in weights.layers]
+        self._fused = [(fuse(*layer.qkv), fuse(*layer.mlp.gate_up)) for layer in weights.layers]
         self._input_norms = [*(layer.input_norm for layer in weights.layers[1:]), weights.norm]
 
     def states(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         weights, attention = self.weights, self.attention
         hidden = embedding(token_ids, weights.embedding.weight)  # [T, hidden]
+        if weights.embedding_scale != 1:
+            hidden *= weights.embedding_scale
         normed = self._add_and_norm(hidden, None, weights.layers[0].input_norm)
         for index, (layer, (fused_qkv, gate_up)) in enumerate(zip(weights.layers, self._fused, strict=True)):
             qkv = linear(normed, *fused_qkv).view(len(normed), -1, weights.head_dim)
             query = attention.rotate_and_write(
-                index, qkv, position_ids, weights.cos, weights.sin, layer.qk_norm, weights.eps
+                index, qkv, position_ids, layer.rotary, layer.qk_norm, weights.eps
             )
             attended = attention.attend(index, query, layer.rule).flatten(1)
             if index == len(weights.layers) - 1 and len(rows) < len(hidden):
                 # The last layer needs only keys and values of the other rows.
                 hidden, attended = (each.index_select(0, rows) for each in (hidden, attended))
-            delta = linear(attended, layer.output.weight, layer.output.bias)
+            delta = self._norm(
+                linear(attended, layer.output.weight, layer.output.bias), layer.attention_out_norm
+            )
             normed = self._add_and_norm(hidden, delta, layer.mlp_norm)
-            delta = linear(_gate(linear(normed, *gate_up)), layer.down.weight, layer.down.bias)
+            down = layer.mlp.down
+            gated = _gate(linear(normed, *gate_up), layer.mlp.activation)
+            delta = self._norm(linear(gated, down.weight, down.bias), layer.mlp_out_norm)
             normed = self._add_and_norm(hidden, delta, self._input_norms[index])
         return normed
 
     def logits(self, states: Tensor) -> Tensor:
-        return linear(states, self.weights.head.weight)
+        return self.weights.cap(linear(states, self.weights.head.weight))
+
+    def _norm(self, states: Tensor, weight: Tensor | None) -> Tensor:
+        return states if weight is None else self._add_and_norm(states, None, weight)
 
     def _add_and_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
         """The norm [T, hidden] of the sum, which `hidden` becomes."""
@@ -84,11 +94,11 @@ class TritonLlamaForward(LlamaStates):
         return result
 
 
-def _gate(gate_up: Tensor) -> Tensor:
+def _gate(gate_up: Tensor, activation: Activation) -> Tensor:
     num_rows, num_dims = len(gate_up), gate_up.shape[1] // 2
     result = torch.empty(num_rows, num_dims, dtype=gate_up.dtype, device=gate_up.device)
     kernels.gate[(num_rows, triton.cdiv(num_dims, GATE_TILE_LEN))](
-        gate_up, result, num_dims=num_dims, tile_len=GATE_TILE_LEN
+        gate_up, result, *activation, num_dims=num_dims, tile_len=GATE_TILE_LEN
     )
     return result
 
@@ -145,7 +155,7 @@ class GraphedSteps:
 
     def __init__(
         self,
-        forward: TritonLlamaForward,
+        forward: TritonFlatForward,
         *,
         max_num_seqs: int,
         token_budget: int,

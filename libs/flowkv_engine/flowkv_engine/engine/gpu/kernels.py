@@ -315,12 +315,14 @@ def rotate_and_write(
     pool,
     slots,  # [T], block * block_size + offset; below 0: written nowhere
     positions,  # [T]
-    cos,  # [max positions, head_dim], as `sin`
+    cos,  # [max positions, num_pairs], as `sin` (see `Rotary`)
     sin,
     norm,  # [num_heads + num_kv_heads, head_dim], of queries and keys, if `has_norm`
     eps,
     stride_block,
     has_norm: tl.constexpr,
+    num_pairs: tl.constexpr,
+    is_interleaved: tl.constexpr,
     group_size: tl.constexpr,
     padded_rows: tl.constexpr,  # a power of 2 over `group_size`
     block_size: tl.constexpr,
@@ -337,40 +339,45 @@ def rotate_and_write(
     half: tl.constexpr = head_dim // 2
     members = tl.arange(0, padded_rows)  # the group's queries, then the key
     dims = tl.arange(0, padded_dim // 2)
+    is_pair = dims < num_pairs
+    # Where the first and second numbers of pairs are, then those of the halves of the rest.
+    first_dims = tl.where(is_pair, dims * 2 if is_interleaved else dims, dims + num_pairs)
+    second_dims = tl.where(is_pair, dims * 2 + 1 if is_interleaved else dims + num_pairs, dims + half)
     is_query, is_key = members < group_size, members == group_size
     is_dim = dims < half
     mask = (is_query | is_key)[:, None] & is_dim[None, :]
     heads = tl.where(is_query, kv_head * group_size + members, num_heads + kv_head)
     states = qkv + token * (num_heads + 2 * num_kv_heads) * head_dim
-    at = heads[:, None] * head_dim + dims[None, :]
-    first = tl.load(states + at, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(states + at + half, mask=mask, other=0.0).to(tl.float32)
+    at_first = heads[:, None] * head_dim + first_dims[None, :]
+    at_second = heads[:, None] * head_dim + second_dims[None, :]
+    first = tl.load(states + at_first, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(states + at_second, mask=mask, other=0.0).to(tl.float32)
     if has_norm:
         squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
         shrink = tl.rsqrt(squares / head_dim + eps)[:, None]
-        first *= shrink * tl.load(norm + at, mask=mask, other=0.0).to(tl.float32)
-        second *= shrink * tl.load(norm + at + half, mask=mask, other=0.0).to(tl.float32)
-    angle = tl.load(positions + token) * head_dim + dims
-    cos_first = tl.load(cos + angle, mask=is_dim, other=0.0).to(tl.float32)[None, :]
-    cos_second = tl.load(cos + angle + half, mask=is_dim, other=0.0).to(tl.float32)[None, :]
-    sin_first = tl.load(sin + angle, mask=is_dim, other=0.0).to(tl.float32)[None, :]
-    sin_second = tl.load(sin + angle + half, mask=is_dim, other=0.0).to(tl.float32)[None, :]
-    rotated_first = first * cos_first - second * sin_first
-    rotated_second = second * cos_second + first * sin_second
+        first *= shrink * tl.load(norm + at_first, mask=mask, other=0.0).to(tl.float32)
+        second *= shrink * tl.load(norm + at_second, mask=mask, other=0.0).to(tl.float32)
+    angle = tl.load(positions + token) * num_pairs + dims
+    cosine = tl.load(cos + angle, mask=is_pair, other=1.0).to(tl.float32)[None, :]
+    sine = tl.load(sin + angle, mask=is_pair, other=0.0).to(tl.float32)[None, :]
+    rotated_first = first * cosine - second * sine
+    rotated_second = second * cosine + first * sine
 
-    rotated = query + token * num_heads * head_dim + at
+    rotated = query + token * num_heads * head_dim
     mask = is_query[:, None] & is_dim[None, :]
-    tl.store(rotated, rotated_first.to(query.dtype.element_ty), mask=mask)
-    tl.store(rotated + half, rotated_second.to(query.dtype.element_ty), mask=mask)
+    tl.store(rotated + at_first, rotated_first.to(query.dtype.element_ty), mask=mask)
+    tl.store(rotated + at_second, rotated_second.to(query.dtype.element_ty), mask=mask)
 
     slot = tl.load(slots + token)
     if slot >= 0:
         row = (slot % block_size) * num_kv_heads + kv_head
         to = pool + (slot // block_size) * stride_block + row * head_dim
-        keys = to + tl.broadcast_to(dims[None, :], (padded_rows, padded_dim // 2))
         mask = is_key[:, None] & is_dim[None, :]
+        shape: tl.constexpr = (padded_rows, padded_dim // 2)
+        keys = to + tl.broadcast_to(first_dims[None, :], shape)
         tl.store(keys, rotated_first.to(pool.dtype.element_ty), mask=mask)
-        tl.store(keys + half, rotated_second.to(pool.dtype.element_ty), mask=mask)
+        keys = to + tl.broadcast_to(second_dims[None, :], shape)
+        tl.store(keys, rotated_second.to(pool.dtype.element_ty), mask=mask)
         value = states + (num_heads + num_kv_heads + kv_head) * head_dim + dims
         value_first = tl.load(value, mask=is_dim)
         value_second = tl.load(value + half, mask=is_dim)
@@ -438,7 +445,9 @@ def add_and_norm(
 @triton.jit
 def gate(
     gate_up,  # [T, 2 * num_dims]
-    result,  # [T, num_dims]: silu of the first half, times the second
+    result,  # [T, num_dims]: the activation of the first half, times the second
+    slope,  # of the `Activation`, as `cubic`
+    cubic,
     num_dims: tl.constexpr,
     tile_len: tl.constexpr,
 ):
@@ -449,5 +458,6 @@ def gate(
     at = gate_up + row * 2 * num_dims + dims
     gates = tl.load(at, mask=is_dim, other=0.0).to(tl.float32)
     ups = tl.load(at + num_dims, mask=is_dim, other=0.0).to(tl.float32)
-    gated = gates * tl.sigmoid(gates) * ups
+    square = tl.minimum(gates * gates, 1e30)  # finite, so that 0 times it is 0
+    gated = gates * tl.sigmoid(gates * (slope + cubic * square)) * ups
     tl.store(result + row * num_dims + dims, gated.to(result.dtype.element_ty), mask=is_dim)

@@ -10,17 +10,18 @@ from torch import nn
 
 from flowkv_engine.engine.attention import Attention, Span, TorchAttention, make_attention
 from flowkv_engine.engine.batch import PackedBatch, Sequence, WorkItem, pack
-from flowkv_engine.engine.cpu.forward import CpuLlamaForward
-from flowkv_engine.engine.forward import Forward, LlamaForward, ModulesForward, llama_weights, make_forward
+from flowkv_engine.engine.cpu.forward import CpuFlatForward
+from flowkv_engine.engine.flat import flat_weights
+from flowkv_engine.engine.forward import FlatForward, Forward, ModulesForward, make_forward
 from flowkv_engine.engine.model import LoadedModel
 from tests.drive import BLOCK_SIZE, load_tiny, make_pool, make_sequence
-from tests.tiny_models import ARCHITECTURES, make_tiny_model
+from tests.tiny_models import ARCHITECTURES, FLAT, make_tiny_model
 
 
-def make_llama(module: nn.Module, attention: Attention, spans: list[Span]) -> LlamaForward:
-    weights = llama_weights(module, spans)
+def make_flat(module: nn.Module, attention: Attention, spans: list[Span]) -> FlatForward:
+    weights = flat_weights(module, spans)
     assert weights is not None
-    return LlamaForward(weights, attention)
+    return FlatForward(weights, attention)
 
 
 def packed() -> PackedBatch:
@@ -48,6 +49,7 @@ def logits(
     ("arch", "config"),
     [
         *((arch, {}) for arch in ARCHITECTURES),
+        *(pytest.param(*each, marks=pytest.mark.full) for each in FLAT.items()),
         ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
         (
             "llama",
@@ -69,7 +71,7 @@ def test_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, Any]) -
     batch = packed()
     places = list(range(50))
     expected = logits(ModulesForward, model, batch, places)
-    got = logits(make_llama, model, batch, places)
+    got = logits(make_flat, model, batch, places)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
     # The modules go on working on the fused weights, which are not held twice.
@@ -78,7 +80,7 @@ def test_equals_the_modules(tmp_path: Path, arch: str, config: dict[str, Any]) -
 
 def test_fused_weights_are_shared_with_the_modules(tmp_path: Path) -> None:
     model = load_tiny(make_tiny_model(tmp_path / "m"))
-    make_llama(model.module, TorchAttention(make_pool(model, num_blocks=1)), model.spans)
+    make_flat(model.module, TorchAttention(make_pool(model, num_blocks=1)), model.spans)
     attention = model.module.get_submodule("model.layers.1.self_attn")
     storages = {getattr(attention, name).weight.untyped_storage().data_ptr() for name in ("q_proj", "v_proj")}
     assert len(storages) == 1
@@ -86,19 +88,20 @@ def test_fused_weights_are_shared_with_the_modules(tmp_path: Path) -> None:
 
 def test_no_logits_where_none_are_asked_for(tmp_path: Path) -> None:
     model = load_tiny(make_tiny_model(tmp_path / "m"))
-    assert logits(make_llama, model, packed(), []).shape == (0, 512)
+    assert logits(make_flat, model, packed(), []).shape == (0, 512)
 
 
 @pytest.mark.parametrize(("arch", "config"), [("gpt2", {}), ("llama", {"hidden_act": "gelu"})])
 def test_other_models_have_none(tmp_path: Path, arch: str, config: dict[str, Any]) -> None:
     model = load_tiny(make_tiny_model(tmp_path / "m", arch, **config))
-    assert llama_weights(model.module, model.spans) is None
+    assert flat_weights(model.module, model.spans) is None
 
 
 @pytest.mark.parametrize(
     ("arch", "config"),
     [
         *((arch, {}) for arch in ARCHITECTURES),
+        *FLAT.items(),
         ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
         ("llama", {"vocab_size": 509}),  # no whole number of vectors
     ],
@@ -111,7 +114,7 @@ def test_compiled_equals_the_modules(tmp_path: Path, arch: str, config: dict[str
     expected = logits(ModulesForward, model, batch, places)
     attention = make_attention("cpu", make_pool(model, num_blocks=8))
     forward = make_forward(model.module, attention, model.spans)
-    assert isinstance(forward, CpuLlamaForward)
+    assert isinstance(forward, CpuFlatForward)
     attention.bind(batch)
     rows = (torch.from_numpy(batch.token_ids), torch.from_numpy(batch.position_ids))
     got = forward(*rows, torch.tensor(places))
