@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from benchmarks import BenchmarkFailed
-from flowkv.local_cluster import ClusterError
+from flowkv.processes import ClusterError
 from flowkv_common.errors import FlowKVError
 
 BENCHMARKS = {

@@ -28,7 +28,8 @@ from benchmarks.clusters import UNBOUNDED, cpu_s, event_of, listening, start_clu
 from benchmarks.load import Lengths, Outcome, ask, check_complete, closed_loop, summarize
 from benchmarks.report import Quantiles, Report, make_parser, quantiles
 from benchmarks.traces import Targets
-from flowkv.local_cluster import Cluster, Process, free_port
+from flowkv.local_cluster import Cluster, free_port
+from flowkv.processes import Process
 from flowkv_common.wire.messages import RequestFinished
 
 TARGETS = Targets(ttft_s=5.0, tpot_s=0.2)
@@ -172,7 +173,7 @@ def start_vllm(python: Path, log: Path, model: str, cores: Sequence[int]) -> Ite
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_BYTES >> 30),
     }
-    process = Process("vllm", command, environment, log)
+    process = Process.start("vllm", command, environment, log)
     try:
         url = f"http://127.0.0.1:{port}"
         wait_healthy(url, process)

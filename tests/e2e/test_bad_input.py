@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from flowkv.local_cluster import Cluster, Process, free_port
+from flowkv.local_cluster import Cluster, free_port
+from flowkv.processes import Process
 from tests.e2e.bad_bodies import BAD_BODIES, BAD_HEADERS, CHAT, MESSAGES_PATH, TEXT, USER, BadBody
 from tests.e2e.load import stream_completion, wait_healthy
 from tests.e2e.observer import observe

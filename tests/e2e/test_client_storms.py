@@ -10,7 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flowkv.local_cluster import Process, free_port
+from flowkv.local_cluster import free_port
+from flowkv.processes import Process
 from flowkv_common.bus.connection import connect
 from flowkv_common.wire import subjects
 from flowkv_common.wire.nodes import LoadReport

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import httpx
 
-from flowkv.local_cluster import Cluster, Process
+from flowkv.local_cluster import Cluster
+from flowkv.processes import Process
 from flowkv_common.wire import subjects
 from tests.e2e.conftest import StartCluster
 from tests.e2e.load import stream_completion

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flowkv.local_cluster import ClusterError, Process
+from flowkv.processes import ClusterError, Process
 from flowkv_common.config import NodeSettings, load_settings
 from tests.every_model import tiny_config
 from tests.nats_server import NatsServer
@@ -131,7 +131,7 @@ def test_who_started_a_service_shows_its_last_error_and_the_log(
 ) -> None:
     (tmp_path / "written").write_text(log)
     command = [sys.executable, "-c", f"import sys; sys.exit(open({str(tmp_path / 'written')!r}).read())"]
-    process = Process("prefill-0", command, {}, tmp_path / "prefill-0.log")
+    process = Process.start("prefill-0", command, {}, tmp_path / "prefill-0.log")
     process.wait(20)
     expected = f"prefill-0 ended with 1: {reason}\n(all it said is in {tmp_path / 'prefill-0.log'})"
     assert process.why_ended() == expected

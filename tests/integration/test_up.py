@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from flowkv.local_cluster import ClusterError, Process
+from flowkv.processes import ClusterError, Process
 from flowkv.up import watch
 
 FOREVER = ["sleep", "60"]
@@ -21,7 +21,7 @@ def processes(tmp_path: Path) -> Iterator[dict[str, Process]]:
     started: dict[str, Process] = {}
     names = ["nats", "scheduler-0", "scheduler-1", "prefill-0", "decode-0", "gateway"]
     for name in names:
-        started[name] = Process(name, FOREVER, os.environ, tmp_path / f"{name}.log")
+        started[name] = Process.start(name, FOREVER, os.environ, tmp_path / f"{name}.log")
     alive = list(started.values())
     yield started
     for process in alive:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flowkv.local_cluster import Process
+from flowkv.processes import Process
 from flowkv.progress import MAX_LINES_PER_LOOK, Log, NodeProgress, StartProgress, request_line, request_lines
 
 ENDED = {
@@ -27,7 +27,7 @@ ENDED = {
 
 def process(path: Path, name: str = "prefill-0") -> Process:
     """One that has ended: only its log matters."""
-    started = Process(name, ["true"], os.environ, path / f"{name}.log")
+    started = Process.start(name, ["true"], os.environ, path / f"{name}.log")
     started.wait(10)
     return started
 

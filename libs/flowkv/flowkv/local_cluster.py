@@ -6,8 +6,6 @@ Used by `flowkv up` and by the tests. It only starts, watches and stops the proc
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import json
 import os
 import re
 import shutil
@@ -21,16 +19,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
+from flowkv.fork_server import ForkServer
+from flowkv.processes import ClusterError, Process
 from flowkv_common.health import gateway_entry, problem
 from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES
 
 NATS_URL_FILE = "nats_url"  # in a cluster's folder while it runs
 OLDEST_NATS = (2, 11)  # older servers don't tell watchers of expired keys
-PR_SET_PDEATHSIG = 1
-
-
-class ClusterError(Exception):
-    """Something did not start; the message says what and shows the end of its log."""
 
 
 def find_nats_server() -> str:
@@ -55,68 +50,6 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-class Process(subprocess.Popen[bytes]):
-    """One service. It gets a session of its own, so that Ctrl-C reaches only the process that started it."""
-
-    def __init__(self, name: str, command: list[str], env: Mapping[str, str], log_path: Path) -> None:
-        self.name = name
-        self.log_path = log_path
-        with log_path.open("ab") as log:
-            self.log_begins_at = log.tell()  # before it are those of former lives
-            super().__init__(
-                command,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
-
-    @property
-    def is_running(self) -> bool:
-        return self.poll() is None
-
-    def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
-        super().kill()
-        self.wait(10)
-
-    def stop(self, timeout_s: float) -> None:
-        """SIGTERM, and SIGKILL if that does not help in time."""
-        self.terminate()
-        try:
-            self.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.kill()
-
-    def log_tail(self, num_lines: int = 25) -> str:
-        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])
-
-    def why_ended(self) -> str:
-        """How it ended: the last error in its log, else the log's end; and where the log is."""
-        lines = self.log_path.read_text(errors="replace").splitlines()
-        reason = next(filter(None, map(_error_in, reversed(lines))), None) or self.log_tail()
-        return f"{self.name} ended with {self.poll()}: {reason}\n(all it said is in {self.log_path})"
-
-
-def _error_in(line: str) -> str | None:
-    """The message of a line of a service's log, if it tells of an error."""
-    if line.startswith("settings: "):
-        return line
-    try:
-        entry = json.loads(line)
-        return str(entry["message"]) if entry["level"] in ("error", "critical") else None
-    except (ValueError, TypeError, KeyError):
-        return None
-
-
-def _die_with_parent() -> None:
-    """Linux: the kernel ends this process when its parent dies, even by SIGKILL."""
-    with contextlib.suppress(OSError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 class Cluster:
     """Starts in the order NATS, schedulers, gateway, nodes; stops in the order gateway, nodes, the rest."""
 
@@ -131,10 +64,12 @@ class Cluster:
         model_name: str = "",
         settings: Mapping[str, str] | None = None,
         drain_timeout_s: float = 40.0,
+        fork_server: ForkServer | None = None,
     ) -> None:
         """`nodes` counts them per role; `settings` are further `FLOWKV_*` variables for all services.
 
-        Of several schedulers one leads, the others stand by. Logs are written to `run_dir`.
+        Of several schedulers one leads, the others stand by. Logs are written to `run_dir`. Nodes are forked
+        from `fork_server`, or from one that starts and ends with the cluster if it starts with nodes.
         """
         self.run_dir = run_dir
         self.port = port or free_port()
@@ -143,6 +78,8 @@ class Cluster:
         self._nodes = nodes
         self._num_schedulers = num_schedulers
         self._drain_timeout_s = drain_timeout_s
+        self._fork_server = fork_server
+        self._opened = contextlib.ExitStack()
         self._nats_port = free_port()
         num_nodes = max(1, sum(nodes.values()))
         self._env = {
@@ -178,6 +115,10 @@ class Cluster:
             taken = f"port {self.port} can't be had: {error.strerror}; choose another with --port"
             raise ClusterError(taken) from None
         try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            if self._fork_server is None and any(self._nodes.values()):  # it imports while the others start
+                log_path = self.run_dir / "fork-server.log"
+                self._fork_server = self._opened.enter_context(ForkServer(log_path, self._env))
             self.start_nats()
             for i in range(self._num_schedulers):
                 self._start_service(f"scheduler-{i}", "scheduler")
@@ -202,7 +143,6 @@ class Cluster:
 
     def start_nats(self) -> Process:
         """On the same port and folder every time: a restarted server is the same one."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         config = self.run_dir / "nats.conf"
         config.write_text(f"max_payload: {MAX_PAYLOAD_BYTES}\n")  # long prompts: no flag has it
         # Where commands in another terminal look (`terminal.find_nats_url`).
@@ -216,19 +156,31 @@ class Cluster:
 
     def start_node(self, role: str, name: str, **settings: str) -> Process:
         """A node that is called `name` on the bus too; `settings` are flags of its own."""
-        return self._start_service(name, role, node_id=name, **settings)
+        arguments = self._arguments(name, role, node_id=name, **settings)
+        if self._fork_server is None or not self._fork_server.suits(self._env):
+            return self.start_process(name, [sys.executable, "-m", "flowkv", *arguments])
+        process = self._fork_server.fork(name, arguments, self._env, self.run_dir / f"{name}.log")
+        self.processes[name] = process
+        return process
 
     def start_process(self, name: str, command: list[str]) -> Process:
         """Any program, in the environment of all services. `name` says when it is stopped."""
-        self.processes[name] = process = Process(name, command, self._env, self.run_dir / f"{name}.log")
+        process = Process.start(name, command, self._env, self.run_dir / f"{name}.log")
+        self.processes[name] = process
         return process
 
     def _start_service(self, name: str, service: str, **settings: str) -> Process:
+        return self.start_process(
+            name, [sys.executable, "-m", "flowkv", *self._arguments(name, service, **settings)]
+        )
+
+    def _arguments(self, name: str, service: str, **settings: str) -> list[str]:
+        """Those of `flowkv` for this service."""
         if service != "gateway":  # its health is on the API's port
             self._health_ports[name] = port = free_port()
             settings["http_port"] = str(port)
         flags = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
-        return self.start_process(name, [sys.executable, "-m", "flowkv", service, *flags])
+        return [service, *flags]
 
     def wait_ready(self, timeout_s: float, look: Callable[[], None] = lambda: None) -> None:
         """Until all nodes and schedulers are ready and requests can be served; meanwhile `look` is called.
@@ -268,5 +220,6 @@ class Cluster:
                 if process.is_running:
                     yield process.name
                 process.stop(self._drain_timeout_s)
+        self._opened.close()
         shutil.rmtree(self.run_dir / "jetstream", ignore_errors=True)
         (self.run_dir / NATS_URL_FILE).unlink(missing_ok=True)

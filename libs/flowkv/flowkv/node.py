@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import importlib
 import os
 import sys
 import tempfile
@@ -23,14 +24,32 @@ def main(role: str) -> None:
     """
     settings = load_settings(NodeSettings, sys.argv[1:])
     setup_logs(role)
+    set_variables()
+    with reason_in_one_line(role):
+        _load_and_serve(settings, role)
+
+
+def set_variables() -> None:
+    """Those that libraries read when they are imported."""
     # Compute threads spin some 50 us for the next kernel, or each of a step's would wake them anew; not for
-    # milliseconds, the default: nodes may share cores. Before torch is loaded.
+    # milliseconds, the default: nodes may share cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # Compiled kernels are kept where the model is; another version's are not ours.
     os.environ.setdefault("NUMBA_CACHE_DIR", str(default_cache_dir() / f"numba-{__version__}"))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with reason_in_one_line(role):
-        _load_and_serve(settings, role)
+
+
+def import_libraries() -> None:
+    """All that a node on a CPU needs: 4 s of a core."""
+    for module in (
+        "torch",
+        "transformers.models.llama.modeling_llama",
+        "flowkv.roles",
+        "flowkv_node.host",
+        "flowkv_engine.engine.cpu.forward",
+        "flowkv_engine.engine.model",
+    ):
+        importlib.import_module(module)
 
 
 def _load_and_serve(settings: NodeSettings, role: str) -> None:

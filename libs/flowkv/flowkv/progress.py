@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from flowkv.local_cluster import Process
+from flowkv.processes import Process
 
 # What a node says when it has come so far, and what it does next. The last stage ends when it has its links.
 STAGES = {

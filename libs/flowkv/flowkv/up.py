@@ -11,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from flowkv.local_cluster import Cluster, ClusterError
+from flowkv.fork_server import ForkServer
+from flowkv.local_cluster import Cluster
+from flowkv.processes import ClusterError
 from flowkv.progress import Log, StartProgress, request_lines
 from flowkv_engine.engine.fetch import served_name
 
@@ -24,21 +26,26 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # A shell starts what runs in its background with Ctrl-C ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_dir = Path(".run", str(options.port)).resolve()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
     try:
-        _say("preparing the model")
-        model_path = _prepare_model(options.model)
-        nodes = {"prefill": options.prefill, "decode": options.decode, "mixed": options.mixed}
-        _say(f"starting {', '.join(f'{count} {role}' for role, count in nodes.items() if count)}")
-        began = time.monotonic()
-        cluster = Cluster(
-            Path(".run", str(options.port)).resolve(),
-            model_path,
-            nodes=nodes,
-            num_schedulers=options.scheduler,
-            port=options.port,
-            model_name=served_name(options.model or None),
-        )
-        with cluster:
+        with contextlib.ExitStack() as opened:
+            with ForkServer(run_dir / "fork-server.log") as fork_server:  # it imports meanwhile
+                _say("preparing the model")
+                model_path = _prepare_model(options.model)
+                nodes = {"prefill": options.prefill, "decode": options.decode, "mixed": options.mixed}
+                _say(f"starting {', '.join(f'{count} {role}' for role, count in nodes.items() if count)}")
+                cluster = Cluster(
+                    run_dir,
+                    model_path,
+                    nodes=nodes,
+                    num_schedulers=options.scheduler,
+                    port=options.port,
+                    model_name=served_name(options.model or None),
+                    fork_server=fork_server,
+                )
+                opened.enter_context(cluster)
             nodes_started = [name for name in cluster.processes if name.startswith(NODES)]
             with StartProgress(cluster.processes, nodes_started, _say, sys.stderr.isatty()) as progress:
                 cluster.wait_ready(READY_TIMEOUT_S, progress.look)
