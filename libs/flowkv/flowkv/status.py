@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,6 +25,19 @@ if TYPE_CHECKING:
 
 COLOURS = {"ready": "green", "draining": "yellow", "normal": "green", "imbalance": "yellow"}
 POOL_WIDTH = 16
+# As `_figures` gives them; a narrow terminal shows the first ones.
+COLUMNS = (
+    "decoding",
+    "waiting",
+    "prompts",
+    "pool: [red]leased[/] [cyan]cached[/]",
+    "chunk",
+    "longest run",
+    "prefill/s",
+    "decode/s",
+)
+NARROW_COLUMNS = 4
+WIDE = 120
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,16 +114,15 @@ def node_table(nodes: list[NodeState]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("node", "serves", "state"):
         table.add_column(name, no_wrap=name == "node")
-    for name in ("decoding", "waiting", "prompts", "chunk", "prefill/s", "decode/s"):
-        table.add_column(name, justify="right")
-    table.add_column("pool: [red]leased[/] [cyan]cached[/] free", no_wrap=True)
-    table.add_column("longest run", justify="right")
+    shown = COLUMNS if console().width >= WIDE else COLUMNS[:NARROW_COLUMNS]
+    for name in shown:
+        table.add_column(name, justify="left" if name.startswith("pool") else "right", no_wrap=True)
     for node in nodes:
         lent = node.descriptor.role not in (*node.serves, "mixed") or len(node.serves) > 1
         serves = "+".join(node.serves) or "nothing"
         if lent and node.descriptor.role != "mixed":
             serves = f"[yellow]{serves}[/], a {node.descriptor.role} node"
-        table.add_row(node.node_id, serves, _state(node), *_figures(node))
+        table.add_row(node.node_id, serves, _state(node), *islice(_figures(node), len(shown)))
     return table
 
 
@@ -123,16 +136,16 @@ def _figures(node: NodeState) -> Iterator[str]:
         return
     yield f"{report.num_running}/{report.max_num_seqs}"
     yield str(report.num_waiting)
-    queued = f", {report.queued_prefill_tokens} tokens" if report.queued_prefill_tokens else ""
+    queued = f" ({report.queued_prefill_tokens} tokens)" if report.queued_prefill_tokens else ""
     yield f"{report.num_prompts}{queued}"
-    yield f"{report.max_prefill_tokens_per_step}/{node.descriptor.token_budget}"
-    yield f"{report.prefill_tokens_per_s:.0f}"
-    yield f"{decode_tokens_per_s(node):.0f}"
     blocks = report.blocks
     shares = [(blocks.leased + blocks.quarantined, "red"), (blocks.cached, "cyan")]
     drawn = bar([(count / blocks.total, colour) for count, colour in shares], POOL_WIDTH)
     yield f"{drawn} {(blocks.leased + blocks.quarantined) / blocks.total:4.0%} of {blocks.total}"
+    yield f"{report.max_prefill_tokens_per_step}/{node.descriptor.token_budget}"
     yield str(blocks.longest_free_run)
+    yield f"{report.prefill_tokens_per_s:.0f}"
+    yield f"{decode_tokens_per_s(node):.0f}"
 
 
 def decode_tokens_per_s(node: NodeState) -> float:
