@@ -8,6 +8,7 @@ import sys
 
 # Command -> its function, whose module is imported when it is asked for, and what it does.
 LOOK = {
+    "chat": ("flowkv.chat:main", "talk to it, in the terminal"),
     "status": ("flowkv.status:main", "nodes, roles, links, pools, what runs and waits, who leads"),
     "top": ("flowkv.top:main", "the same, live, with the last requests"),
     "trace": ("flowkv.trace:main", "where the time of a request went, moment by moment"),

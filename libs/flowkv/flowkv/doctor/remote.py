@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
-import os
 import secrets
-import ssl
-from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
+from flowkv.api import asked, reachable
 from flowkv.doctor import Finding, bad, good, look
 from flowkv_common.cluster_view import ClusterView
-from flowkv_common.health import gateway_entry
+from flowkv_common.errors import Unavailable
 
 REQUEST_TIMEOUT_S = 60.0
 # Events follow the answer at once.
@@ -31,14 +28,13 @@ async def prove_remote_prefill(view: ClusterView, url: str, key: str) -> list[Fi
     urls = [url] if url else [one.metadata.get("url", "") for one in view.services("gateway")]
     if not urls or not urls[0]:
         return [look(ABOUT, "no gateway says where its API is", "say it: --url http://HOST:PORT")]
-    address = urlsplit(urls[0].replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]"))
     try:
-        status, body = await asyncio.to_thread(_ask, address, key)
-    except (OSError, http.client.HTTPException) as error:
+        status, body = await asyncio.to_thread(_ask, reachable(urls[0]), key)
+    except Unavailable as error:
         mend = (
             "in Compose it is on another port, which `docker compose port gateway 8000` prints: --url says it"
         )
-        return [bad(ABOUT, f"the API at {address.netloc} does not answer: {error}", mend)]
+        return [bad(ABOUT, error.message, mend)]
     if status == 401:
         return [look(ABOUT, "the API needs a key", "give one: --key")]
     if status != 200:
@@ -70,27 +66,9 @@ async def prove_remote_prefill(view: ClusterView, url: str, key: str) -> list[Fi
     return [good(ABOUT, f"{said}, {how}, {took}")]
 
 
-def _ask(address: SplitResult, key: str) -> tuple[int, bytes]:
-    """Status and body of a short completion of a prompt that no cache holds."""
-    host, port = address.hostname or "", address.port
-    if address.scheme == "https":
-        # The certificate is for the name that clients use.
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-            host, port, timeout=REQUEST_TIMEOUT_S, context=context
-        )
-    else:
-        connection = http.client.HTTPConnection(host, port, timeout=REQUEST_TIMEOUT_S)
-    key = key or gateway_entry(os.environ).key
+def _ask(url: str, key: str) -> tuple[int, bytes]:
+    """Status and body of a short completion of a prompt that no cache holds. Raises Unavailable."""
     prompt = " ".join(secrets.token_hex(4) for _ in range(12))
-    body = msgspec.json.encode(
-        {"prompt": prompt, "max_tokens": NUM_TOKENS, "ignore_eos": True, "temperature": 0}
-    )
-    headers = {"content-type": "application/json", **({"x-api-key": key} if key else {})}
-    try:
-        connection.request("POST", "/v1/completions", body, headers)
-        response = connection.getresponse()
+    body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "ignore_eos": True, "temperature": 0}
+    with asked(url, "/v1/completions", body, key=key, timeout_s=REQUEST_TIMEOUT_S) as response:
         return response.status, response.read()
-    finally:
-        connection.close()
