@@ -8,7 +8,7 @@ import sys
 
 from benchmarks import BenchmarkFailed
 from flowkv.processes import ClusterError
-from flowkv_common.errors import FlowKVError
+from flowkv_common.errors import CannotStart, FlowKVError
 
 BENCHMARKS = {
     "One engine, one device": {
@@ -45,6 +45,15 @@ BENCHMARKS = {
         "simulated": "how far the simulator is off, beside paced nodes or --real ones",
     },
 }
+# There is no result: the message is all that its reader needs.
+EXPECTED = (
+    BenchmarkFailed,
+    CannotStart,
+    ClusterError,
+    FlowKVError,
+    TimeoutError,
+    subprocess.CalledProcessError,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -63,7 +72,7 @@ def main(argv: list[str]) -> int:
     try:
         status: int = module.main(argv[1:])
         return status
-    except (BenchmarkFailed, ClusterError, FlowKVError, TimeoutError, subprocess.CalledProcessError) as error:
+    except EXPECTED as error:
         print(error, file=sys.stderr)
         return 1
 

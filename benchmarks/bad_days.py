@@ -32,10 +32,11 @@ from benchmarks.clusters import (
     Pace,
     capacity,
 )
-from benchmarks.load import Arrival, Lengths, Outcome, Phase, drive, poisson, summarize, ttfts
+from benchmarks.load import summarize, ttfts
 from benchmarks.report import Report, cell, make_parser, spread
 from benchmarks.simulator.batch import slowed
-from benchmarks.traces import Targets
+from flowkv.bench.load import Arrival, Lengths, Outcome, Phase, drive, poisson
+from flowkv.bench.traces import Targets
 from flowkv.local_cluster import Cluster
 from flowkv_common.bus.connection import connect
 from flowkv_common.config import NodeSettings

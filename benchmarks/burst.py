@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.clusters import ONE_CORE, event_of, listening, start_cluster
-from benchmarks.load import Arrival, Outcome, drive, errors_of
+from benchmarks.load import errors_of
 from benchmarks.report import Report, make_parser, quantiles
+from flowkv.bench.load import Arrival, Outcome, drive
 from flowkv.local_cluster import Cluster
 from flowkv_common.wire.messages import RequestFinished
 from flowkv_scheduler.cluster import Goals

@@ -20,7 +20,7 @@ import msgspec
 import psutil
 
 from benchmarks import BenchmarkFailed
-from benchmarks.load import Arrival, Lengths, Outcome, drive
+from flowkv.bench.load import Arrival, Lengths, Outcome, drive
 from flowkv.local_cluster import Cluster
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import connect

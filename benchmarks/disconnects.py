@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 
 from benchmarks.clusters import start_cluster
-from benchmarks.load import connection, read_events, request_bytes
 from benchmarks.report import Report, make_parser, quantiles
-from benchmarks.traces import TOKEN_IDS
+from flowkv.bench.load import connection, read_events, request_bytes
+from flowkv.bench.traces import TOKEN_IDS
 from flowkv.local_cluster import Cluster
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.wire import subjects

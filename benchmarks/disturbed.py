@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 from benchmarks import BenchmarkFailed
 from benchmarks.clusters import UNBOUNDED, start_cluster
-from benchmarks.load import Lengths, ask, check_complete, closed_loop, ttfts
+from benchmarks.load import check_complete, ttfts
 from benchmarks.report import Report, make_parser, quantiles, set_missing
 from benchmarks.shapes import LLAMA_8B_CONFIG, require_gpu
+from flowkv.bench.load import Lengths, ask, closed_loop
 
 COLUMNS = (
     "setup", "num_chats", "chat_itl_s", "chat_ttft_s", "chat_tokens_per_s", "long_ttft_s",

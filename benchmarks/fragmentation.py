@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks import BenchmarkFailed
 from benchmarks.report import Report, make_parser, quantiles
-from benchmarks.traces import Request, read_trace
 from benchmarks.traffic import synthetic
+from flowkv.bench.traces import Request, read_trace
 from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.blocks import Blocks, OutOfBlocks
 from flowkv_engine.kv.segments import align, runs_of

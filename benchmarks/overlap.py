@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from benchmarks import BenchmarkFailed
 from benchmarks.clusters import event_of, listening, start_cluster
-from benchmarks.load import ask, check_complete
+from benchmarks.load import check_complete
 from benchmarks.report import Report, make_parser, spread
+from flowkv.bench.load import ask
 from flowkv.local_cluster import Cluster
 from flowkv_common.wire.messages import KVTransferred
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from benchmarks import BenchmarkFailed
 from benchmarks.clusters import ONE_CORE, PACED_LIMITS, capacity, drive_observed, start_cluster
-from benchmarks.load import Arrival, Lengths, Outcome, Phase, add_targets, poisson, summarize, targets_of
+from benchmarks.load import add_targets, summarize, targets_of
 from benchmarks.report import Report, make_parser, quantiles, transposed
+from flowkv.bench.load import Arrival, Lengths, Outcome, Phase, poisson
 
 LENGTHS = Lengths(300, 60, spread=0.5)
 PROBE = Lengths(20, 2)

@@ -25,8 +25,8 @@ from benchmarks.simulator.run import (
     simulate,
     splits_around,
 )
-from benchmarks.traces import Request, Targets, at_rate, cut_to, own_rate
 from benchmarks.traffic import add_traffic, read_window
+from flowkv.bench.traces import Request, Targets, at_rate, cut_to, own_rate
 
 # Relative precision of the margin, and the greatest that is looked for.
 MARGIN_PRECISION = 0.02

@@ -25,9 +25,10 @@ import httpx
 
 from benchmarks import BenchmarkFailed
 from benchmarks.clusters import UNBOUNDED, cpu_s, event_of, listening, start_cluster
-from benchmarks.load import Lengths, Outcome, ask, check_complete, closed_loop, summarize
+from benchmarks.load import check_complete, summarize
 from benchmarks.report import Quantiles, Report, make_parser, quantiles
-from benchmarks.traces import Targets
+from flowkv.bench.load import Lengths, Outcome, ask, closed_loop
+from flowkv.bench.traces import Targets
 from flowkv.local_cluster import Cluster, free_port
 from flowkv.processes import Process
 from flowkv_common.wire.messages import RequestFinished

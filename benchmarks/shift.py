@@ -11,9 +11,10 @@ import random
 from collections.abc import Sequence
 
 from benchmarks.clusters import ONE_CORE, PACED_LIMITS, capacity, drive_observed, start_cluster
-from benchmarks.load import Lengths, Phase, add_targets, poisson, summarize, targets_of
+from benchmarks.load import add_targets, summarize, targets_of
 from benchmarks.report import Report, make_parser
 from benchmarks.simulator.batch import slowed
+from flowkv.bench.load import Lengths, Phase, poisson
 from flowkv_common.wire.nodes import StepFit
 
 PROMPTS = Lengths(1000, 20, spread=0.5)

@@ -9,8 +9,8 @@ from pathlib import Path
 from benchmarks.report import Report, make_parser
 from benchmarks.simulator.kinds import KINDS, targets_of, with_fit
 from benchmarks.simulator.run import ALL_POLICIES, Machines, carried_by, figures, run_policy
-from benchmarks.traces import at_rate, cut_to, own_rate
 from benchmarks.traffic import add_traffic, read_window
+from flowkv.bench.traces import at_rate, cut_to, own_rate
 
 COLUMNS = (
     "policy", "split", "good_share", "goodput", "ttft_s", "tpot_s", "itl_s", "prefill_utilisation",

@@ -37,8 +37,8 @@ from benchmarks.simulator.run import (
     figures,
     run_policy,
 )
-from benchmarks.traces import ASKED_NEW_TOKENS, at_rate, cut_to
 from benchmarks.traffic import MADE_UP, read_window
+from flowkv.bench.traces import ASKED_NEW_TOKENS, at_rate, cut_to
 
 LOADS = (0.7, 1.0, 1.3)
 MIXES = ALIKE, SLOW_HALF = "alike", "slow-half"

@@ -30,14 +30,14 @@ from benchmarks.clusters import (
     drive_observed,
     start_cluster,
 )
-from benchmarks.load import Outcome, arrivals_of
 from benchmarks.report import Report, make_parser
 from benchmarks.simulator.batch import slowed
 from benchmarks.simulator.kinds import SMOLLM2_CPU, NodeKind, default_targets
 from benchmarks.simulator.run import Machines, carried_by, simulate
 from benchmarks.simulator.run import Outcome as SimOutcome
-from benchmarks.traces import Request, Targets, at_rate, cut_to
 from benchmarks.traffic import read_window
+from flowkv.bench.load import Outcome, arrivals_of
+from flowkv.bench.traces import Request, Targets, at_rate, cut_to
 from tests.paced.nodes import paced_layout
 
 MEANS = ("good", "num_served", "late_first", "slow", "ttft_s", "tpot_s", "tokens_per_s")

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import accumulate, count, islice
 from pathlib import Path
 
-from benchmarks.traces import TOKENS_PER_HASH_ID, Request, read_trace, window
+from flowkv.bench.traces import TOKENS_PER_HASH_ID, Request, read_trace, window
 
 # Median prompt and answer tokens and requests per second of two phases, which cost a simulated node about the
 # same time. The spread is of the logarithm of both lengths.

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from benchmarks.traces import TOKEN_IDS
+from flowkv.bench.traces import TOKEN_IDS
 
 Prompts = list[list[int]]
 

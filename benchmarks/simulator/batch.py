@@ -19,7 +19,7 @@ from typing import NamedTuple
 import msgspec
 
 from benchmarks.simulator.pool import Lease
-from benchmarks.traces import TOKENS_PER_HASH_ID, Request
+from flowkv.bench.traces import TOKENS_PER_HASH_ID, Request
 from flowkv_common.wire.nodes import StepFit, num_attended
 from flowkv_node.measures import StepCounts, StepFitter
 

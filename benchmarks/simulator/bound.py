@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.simulator.batch import step_s
 from benchmarks.simulator.kinds import NodeKind
 from benchmarks.simulator.run import SLOW_FACTOR, Machines
-from benchmarks.traces import TOKENS_PER_HASH_ID, Request, Targets
+from flowkv.bench.traces import TOKENS_PER_HASH_ID, Request, Targets
 from flowkv_common.wire.nodes import num_attended
 
 # Of the time grid: a part of the TTFT target, and no more slots than this.

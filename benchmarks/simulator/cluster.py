@@ -16,7 +16,7 @@ from operator import attrgetter
 
 from benchmarks.simulator.batch import Life, Prompt
 from benchmarks.simulator.node import FINGERPRINT, REPORT_PERIOD_S, SimNode
-from benchmarks.traces import TOKENS_PER_HASH_ID, Targets
+from flowkv.bench.traces import TOKENS_PER_HASH_ID, Targets
 from flowkv_common.errors import FlowKVError, Full
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import SetPrefillCap

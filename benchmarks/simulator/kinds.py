@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from benchmarks.simulator.batch import Limits, step_s
-from benchmarks.traces import Request, Targets
+from flowkv.bench.traces import Request, Targets
 from flowkv_common.wire.messages import PoolLayout
 from flowkv_common.wire.nodes import StepFit, num_attended
 

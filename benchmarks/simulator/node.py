@@ -7,7 +7,7 @@ from collections import deque
 from benchmarks.simulator.batch import Batch, Histogram, Life, slowed
 from benchmarks.simulator.kinds import NodeKind
 from benchmarks.simulator.pool import Pool
-from benchmarks.traces import hashes_of_id
+from flowkv.bench.traces import hashes_of_id
 from flowkv_common.wire.messages import ModelCard, NodeRef
 from flowkv_common.wire.nodes import (
     BlockCounts,

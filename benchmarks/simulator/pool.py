@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.traces import TOKENS_PER_HASH_ID
+from flowkv.bench.traces import TOKENS_PER_HASH_ID
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from benchmarks.simulator.batch import Histogram, Life
 from benchmarks.simulator.cluster import Cluster
 from benchmarks.simulator.kinds import NodeKind
 from benchmarks.simulator.node import SimNode
-from benchmarks.traces import Request, Targets, at_rate
+from flowkv.bench.traces import Request, Targets, at_rate
 from flowkv_common.wire.nodes import SetPrefillCap
 from flowkv_scheduler.cluster import Goals
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.load import completion
+from flowkv.bench.load import completion
 
 
 @dataclass

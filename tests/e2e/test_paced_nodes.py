@@ -16,7 +16,7 @@ import httpx
 import msgspec
 import pytest
 
-from benchmarks.load import Arrival, drive
+from flowkv.bench.load import Arrival, drive
 from flowkv.local_cluster import Cluster
 from flowkv_common.wire.nodes import LoadReport, StepFit
 from flowkv_node import reporting

@@ -16,7 +16,7 @@ from benchmarks.bad_days import (
     idle,
 )
 from benchmarks.clusters import ONE_CORE, Pace
-from benchmarks.load import Arrival, Outcome
+from flowkv.bench.load import Arrival, Outcome
 from flowkv_common.wire.nodes import BlockCounts, RegimeChanged
 from flowkv_scheduler.belief import why_untrue
 from tests import described_nodes

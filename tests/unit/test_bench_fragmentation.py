@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import BenchmarkFailed, traces, traffic
+from benchmarks import BenchmarkFailed, traffic
 from benchmarks.fragmentation import COLUMNS, Replay, main
-from benchmarks.traces import Request
+from flowkv.bench import traces
+from flowkv.bench.traces import Request
+from flowkv_common.errors import CannotStart
 
 
 def replayed(requests: list[Request], *, num_blocks: int, level: float, has_cache: bool, room: int) -> Replay:
@@ -76,7 +78,7 @@ def test_reads_both_formats(tmp_path: Path) -> None:
     assert traces.read_trace(mooncake) == [Request(700, 5, (0, 4), 27.5)]
     assert traces.read_trace(azure) == [Request(374, 44), Request(91, 1, (), 1.5)]
     azure.write_text("TIMESTAMP,Tokens\n2023-11-16 18:15:46,1\n")
-    with pytest.raises(BenchmarkFailed, match="ContextTokens"):
+    with pytest.raises(CannotStart, match="ContextTokens"):
         traces.read_trace(azure)
 
 
@@ -90,7 +92,7 @@ def test_writes_json_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [line.split()[:5] for line in lines] == [
         [f"{level}%", "off", "1.00", "/", "1"] for level in (60, 75, 90)
     ]
-    with pytest.raises(BenchmarkFailed, match="none.csv"):
+    with pytest.raises(CannotStart, match="none.csv"):
         main(["--json", str(file), "--trace", str(tmp_path / "none.csv")])
 
 

@@ -13,19 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.load import (
-    Arrival,
-    Lengths,
-    Outcome,
-    Phase,
-    arrivals_of,
-    drive,
-    poisson,
-    stream,
-    summarize,
-)
+from benchmarks.load import summarize
 from benchmarks.report import quantiles
-from benchmarks.traces import Targets, read_trace
+from flowkv.bench.load import Arrival, Lengths, Outcome, Phase, arrivals_of, drive, poisson, stream
+from flowkv.bench.traces import Targets, read_trace
 
 ARRIVAL = Arrival(0.0, 3, 2)
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

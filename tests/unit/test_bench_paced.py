@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks import burst, overload, shift
 from benchmarks.clusters import MAX_NUM_SEQS, ONE_CORE, Pace, capacity
-from benchmarks.load import Arrival, Lengths, Outcome
 from benchmarks.report import Report, make_parser
 from benchmarks.simulator.batch import slowed
+from flowkv.bench.load import Arrival, Lengths, Outcome
 from flowkv_common.wire.nodes import StepFit
 from tests.paced.engine import Kept
 

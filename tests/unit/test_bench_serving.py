@@ -6,9 +6,10 @@ import json
 import pytest
 
 from benchmarks import BenchmarkFailed
-from benchmarks.load import Arrival, Lengths, Outcome, summarize
+from benchmarks.load import summarize
 from benchmarks.serving import Load, medians, run_load
-from benchmarks.traces import Targets
+from flowkv.bench.load import Arrival, Lengths, Outcome
+from flowkv.bench.traces import Targets
 
 
 def outcome(*times_s: float, ended_s: float) -> Outcome:

@@ -14,7 +14,7 @@ from benchmarks.simulator.batch import Histogram, Life
 from benchmarks.simulator.cluster import Cluster as SimulatedCluster
 from benchmarks.simulator.kinds import KINDS
 from benchmarks.simulator.run import Machines
-from benchmarks.traces import Request, Targets
+from flowkv.bench.traces import Request, Targets
 from flowkv_common.wire.nodes import RegimeChanged, ScaleWanted, SetPrefillCap, StepFit
 from flowkv_scheduler import lookahead, rebalance
 from flowkv_scheduler.cluster import Goals

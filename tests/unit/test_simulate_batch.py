@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.simulator.batch import BUCKET_WIDTH, Batch, Histogram, Life, Limits, Prompt, Stretch
-from benchmarks.traces import Request
+from flowkv.bench.traces import Request
 from flowkv_common.wire.nodes import StepFit
 
 # Costs are multiples of it: sums are exact, in whatever order they are made.

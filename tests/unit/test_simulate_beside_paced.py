@@ -13,11 +13,11 @@ import pytest
 
 from benchmarks import BenchmarkFailed, simulated
 from benchmarks.clusters import Observed, Pace
-from benchmarks.load import Arrival
-from benchmarks.load import Outcome as Answer
 from benchmarks.simulated import PACED, asked_exactly, compare, points_off
 from benchmarks.simulator.run import Machines, simulate
-from benchmarks.traces import Request, Targets
+from flowkv.bench.load import Arrival
+from flowkv.bench.load import Outcome as Answer
+from flowkv.bench.traces import Request, Targets
 
 
 def answer(ttft_s: float, status: int = 200) -> Answer:

@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks.simulator.kinds import KINDS, default_targets, unloaded_prefill_s
 from benchmarks.simulator.run import Machines, simulate
-from benchmarks.traces import Request, Targets, at_rate
 from benchmarks.traffic import MADE_UP
+from flowkv.bench.traces import Request, Targets, at_rate
 
 pytest.importorskip("scipy", reason="the bound needs the developers' extra")
 from benchmarks.simulator.bound import most_good

@@ -17,8 +17,8 @@ from benchmarks.simulator.kinds import KINDS, NodeKind
 from benchmarks.simulator.node import SimNode
 from benchmarks.simulator.pool import Pool
 from benchmarks.simulator.run import Machines, Outcome, figures, simulate
-from benchmarks.traces import Request, Targets
 from benchmarks.traffic import synthetic
+from flowkv.bench.traces import Request, Targets
 from flowkv_common.wire.messages import PoolLayout, ScheduleRequest
 from flowkv_common.wire.nodes import (
     PRIOR_TOKENS,

@@ -31,7 +31,8 @@ from benchmarks.simulator.run import (
     simulate,
     splits_around,
 )
-from benchmarks.traces import Request, Targets, at_rate
+from flowkv.bench.traces import Request, Targets, at_rate
+from flowkv_common.errors import CannotStart
 
 L40S = KINDS["l40s"]
 TARGETS = Targets(2.0, 0.06)
@@ -112,7 +113,7 @@ def test_simulate_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.
 
 
 def test_simulate_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(BenchmarkFailed, match="none.csv"):
+    with pytest.raises(CannotStart, match="none.csv"):
         main(["--trace", str(tmp_path / "none.csv")])
     with pytest.raises(SystemExit):
         main(["--split", "8"])

@@ -7,8 +7,8 @@ import itertools
 import pytest
 
 from benchmarks.simulator.kinds import KINDS, default_targets, unloaded_prefill_s
-from benchmarks.traces import Request, at_rate, cut_to, own_rate, tokens_of, window
 from benchmarks.traffic import MADE_UP, shifting
+from flowkv.bench.traces import Request, at_rate, cut_to, own_rate, tokens_of, window
 
 H100 = KINDS["h100"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from benchmarks import BenchmarkFailed
+from flowkv_common.errors import CannotStart
 
 # Mooncake's trace names each 512 tokens of a prompt by one id.
 TOKENS_PER_HASH_ID = 512
@@ -65,17 +65,17 @@ def tokens_of(hash_ids: Sequence[int], num_tokens: int) -> list[int]:
 
 
 def read_trace(path: Path) -> list[Request]:
-    """Mooncake's JSON lines or Azure's CSV. Raises BenchmarkFailed for anything else."""
+    """Mooncake's JSON lines or Azure's CSV. Raises CannotStart for anything else."""
     readers = {".jsonl": _read_mooncake, ".csv": _read_azure}
     if path.suffix not in readers:
-        raise BenchmarkFailed(f"{path}: neither .jsonl (Mooncake) nor .csv (Azure)")
+        raise CannotStart(f"{path}: neither .jsonl (Mooncake) nor .csv (Azure)")
     try:
         with path.open(newline="") as lines:
             requests = list(readers[path.suffix](lines))
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise BenchmarkFailed(f"{path}: {error!r}") from error
+        raise CannotStart(f"{path}: {error!r}") from error
     if not requests:
-        raise BenchmarkFailed(f"{path}: no requests")
+        raise CannotStart(f"{path}: no requests")
     return requests
 
 
@@ -130,12 +130,10 @@ def own_rate(requests: Sequence[Request]) -> float:
 def cut_to(requests: Sequence[Request], max_model_len: int) -> list[Request]:
     """Prompts and answers no longer than the model and `ASKED_NEW_TOKENS` allow; the ends fall away.
 
-    Raises BenchmarkFailed if the room kept for answers leaves nothing for a prompt.
+    Raises CannotStart if the room kept for answers leaves nothing for a prompt.
     """
     if max_model_len <= ASKED_NEW_TOKENS:
-        raise BenchmarkFailed(
-            f"{max_model_len} tokens: {ASKED_NEW_TOKENS} are kept for the answer, none is left"
-        )
+        raise CannotStart(f"{max_model_len} tokens: {ASKED_NEW_TOKENS} are kept for the answer, none is left")
     return [
         request._replace(
             num_prompt_tokens=min(request.num_prompt_tokens, max_model_len - ASKED_NEW_TOKENS),
