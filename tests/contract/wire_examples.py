@@ -341,6 +341,7 @@ EXAMPLES: list[Message] = [
         interruptible_prefill_tokens=96,
         queued_attended=10496,
         interruptible_attended=7728,
+        pool="902700",
     ),
     SetPrefillCap(node=DECODE, epoch=3, max_prefill_tokens_per_step=512, reason="prefill is short of nodes"),
     BlocksChanged(

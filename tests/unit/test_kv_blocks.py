@@ -204,3 +204,16 @@ def test_a_lost_block_is_reported_with_both_sides(blocks: Blocks) -> None:
     with pytest.raises(IntegrityError, match=r"blocks not free.* 0 != 1"):
         blocks.check_integrity()
     blocks._refs[block] = 1
+
+
+def test_the_strip_shows_where_blocks_are() -> None:
+    blocks = Blocks(20)
+    assert blocks.strip(5) == "00" * 5
+    first = blocks.allocate(8)
+    blocks.commit(first[0], "a", None)
+    blocks.release(first[:4])
+    at = dict.fromkeys(first[4:], "l") | {first[0]: "c"}
+    cells = ["".join(at.get(block_id, "f") for block_id in range(cell, cell + 4)) for cell in range(0, 20, 4)]
+    expected = [f"{-(-9 * cell.count('l') // 4)}{-(-9 * cell.count('c') // 4)}" for cell in cells]
+    assert blocks.strip(5) == "".join(expected) != "00" * 5
+    assert len(blocks.strip(64)) == 2 * 20

@@ -50,6 +50,7 @@ RIGHTS: Mapping[str, Rights] = {
             subjects.at(subjects.NODE_CANCEL, _ANY_NODE),
             subjects.seen("*"),
             subjects.event("request_finished", "*"),
+            "$SRV.INFO.*",
             *_reading(subjects.NODES_BUCKET),
         ],
         subscribe=[
@@ -57,6 +58,8 @@ RIGHTS: Mapping[str, Rights] = {
             subjects.tokens("*"),
             subjects.keepalive("*"),
             subjects.FINISHED,
+            subjects.assignment("*"),  # for the live page, as the next one
+            subjects.event("*", ">"),
             _FOUND_BY_ALL,
         ],
     ),

@@ -85,6 +85,10 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
         Seconds, "when told to stop: not ready but serving for this long, so that clients go elsewhere"
     ] = 0.0
     drain_timeout_s: Annotated[Seconds, "after shutdown_delay_s: open answers have this long to end"] = 30.0
+    live_page: Annotated[
+        Literal["auto", "on", "off"],
+        "serve a page at `/` that shows the cluster; auto: where a key is needed, or only this host can ask",
+    ] = "auto"
     log_requests: Annotated[bool, "a log line per request, without its text"] = True
     api_keys_file: Annotated[
         str, "file with a `name key` per line: a client needs one of the keys; empty: none is needed"

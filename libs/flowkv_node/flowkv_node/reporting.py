@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 from itertools import islice
 
@@ -23,26 +24,32 @@ PAGE_SIZE = 4096
 # A host has fewer nodes, and only peers on one host are likely to have another connector than most. What is
 # more passes for usual: a report stays short, however many peers there are.
 MAX_UNUSUAL_LINKS = 64
+POOL_CELLS = 64  # of two characters each
 
 
 async def report_load(node: Node) -> None:
     """Until cancelled. While cut off from NATS nothing is said: an old report is worse than none."""
     seq = 0  # grows by one per report of an incarnation
+    strip_due_at = 0.0  # monotonic: not in every report, since one may follow each prompt
     forget_callback = node.bus.on_reconnect(node.changed.set)
     try:
         while True:
             node.changed.clear()
             if node.bus.is_connected:
                 seq += 1
+                pool, now = "", time.monotonic()
+                if now >= strip_due_at:
+                    pool = node.blocks.strip(POOL_CELLS)
+                    strip_due_at = now + node.settings.load_period_s / 2
                 with contextlib.suppress(FlowKVError):  # the next one says it all again
-                    await node.bus.publish(subjects.load(node.ref.node_id), load_report(node, seq))
+                    await node.bus.publish(subjects.load(node.ref.node_id), load_report(node, seq, pool))
             await wait_event(node.changed, node.settings.load_period_s)
     finally:
         forget_callback()
 
 
-def load_report(node: Node, seq: int) -> LoadReport:
-    """The node's load right now."""
+def load_report(node: Node, seq: int, pool: str = "") -> LoadReport:
+    """The node's load right now, with this picture of its pool."""
     prefill, decode = node.prefill.load(), node.decode.load()
     connectors = node.links.connectors_in_use()
     [(usual, _)] = Counter(connectors.values()).most_common(1) or [("", 0)]
@@ -77,6 +84,7 @@ def load_report(node: Node, seq: int) -> LoadReport:
         interruptible_prefill_tokens=prefill.interruptible_prefill_tokens,
         queued_attended=prefill.queued_attended + decode.queued_attended,
         interruptible_attended=prefill.interruptible_attended,
+        pool=pool,
     )
 
 

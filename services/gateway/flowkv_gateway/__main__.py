@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from flowkv_common.aio import freeze_objects, stop_on_signals
+from flowkv_common.aio import freeze_objects, running, stop_on_signals
 from flowkv_common.config import GatewaySettings, load_settings
 from flowkv_common.fingerprint import model_files
 from flowkv_common.telemetry import process_registry, reason_in_one_line, serve_http, setup_logs
@@ -16,6 +16,7 @@ from flowkv_gateway.cluster import OwnModel
 from flowkv_gateway.dispatch import open_dispatch
 from flowkv_gateway.grammar import GrammarChecker
 from flowkv_gateway.http import ApiConnection, TlsContext
+from flowkv_gateway.live import LivePage, is_wanted
 from flowkv_gateway.prompts import load_sampling_defaults
 from flowkv_gateway.tokenizer import Tokenizer
 
@@ -35,16 +36,20 @@ async def serve(settings: GatewaySettings) -> None:
         open_dispatch(settings.nats_url, own, stop.set) as dispatch,
         GrammarChecker(tokenizer.file) as checker,
     ):
-        api = Api(settings, tokenizer, dispatch, checker, process_registry(), defaults, stop)
-        async with serve_http(
-            api.app,
-            settings.host,
-            settings.port,
-            connection=ApiConnection,
-            keep_alive_s=settings.keep_alive_s,
-            drain_timeout_s=settings.drain_timeout_s,
-            tls=tls,
-        ) as port:
+        live = LivePage(dispatch.view_cluster, dispatch.finished, stop) if is_wanted(settings) else None
+        api = Api(settings, tokenizer, dispatch, checker, process_registry(), defaults, stop, live)
+        async with (
+            running(*([live.run()] if live else [])),
+            serve_http(
+                api.app,
+                settings.host,
+                settings.port,
+                connection=ApiConnection,
+                keep_alive_s=settings.keep_alive_s,
+                drain_timeout_s=settings.drain_timeout_s,
+                tls=tls,
+            ) as port,
+        ):
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             dispatch.url = f"{'https' if tls else 'http'}://{host}:{port}"
             log.info("serving %s", dispatch.url)

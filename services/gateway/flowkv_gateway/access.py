@@ -21,8 +21,8 @@ from flowkv_gateway.watched import Watched
 KEY_NAME = "flowkv.key_name"
 """The scope's entry with the name of the request's key; "" where none is needed."""
 
-# The same for all gateways of a version: a browser could not open the page with a key.
-_DOCS_PATHS = frozenset(("/docs", "/openapi.json"))
+# The same for all gateways of a version: a browser could not open the pages with a key.
+_PAGE_PATHS = frozenset(("/", "/docs", "/openapi.json"))
 _HEALTH_PATHS = frozenset(("/health", "/health/live", "/health/ready", "/ping", "/metrics"))
 
 
@@ -82,9 +82,9 @@ class Guard:
         self._app = app
         self._on_error = on_error
         self._keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
-        self._keyless_paths = _DOCS_PATHS | (_HEALTH_PATHS if settings.open_health else frozenset())
+        self._keyless_paths = _PAGE_PATHS | (_HEALTH_PATHS if settings.open_health else frozenset())
         hosts = listed(settings.allowed_hosts.lower())
-        self._takes_any_host = "*" in hosts or not (hosts or _is_local(settings.host))
+        self._takes_any_host = "*" in hosts or not (hosts or is_local(settings.host))
         self._hosts = frozenset(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -141,5 +141,6 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _is_local(host: str) -> bool:
+def is_local(host: str) -> bool:
+    """Whether only this host can reach what listens there."""
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)

@@ -35,6 +35,7 @@ from flowkv_gateway.echo import told_prompt
 from flowkv_gateway.errors import ModelNotFound, error_response, json_error, naming_fields, status_of
 from flowkv_gateway.grammar import GrammarChecker, Wanted, wanted_grammar
 from flowkv_gateway.http import CloseWhileStopping, read_body
+from flowkv_gateway.live import LivePage
 from flowkv_gateway.message_writer import MessageWriter
 from flowkv_gateway.messages import FIELD_NAMES as MESSAGE_FIELDS
 from flowkv_gateway.messages import CountTokensRequest, MessagesRequest
@@ -98,6 +99,7 @@ class Api:
         registry: CollectorRegistry,
         defaults: SamplingDefaults,
         stop: asyncio.Event,
+        live: LivePage | None = None,
     ) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
@@ -133,6 +135,7 @@ class Api:
                 Route("/openapi.json", self.openapi),
                 Route("/docs", self.docs),
                 *service_routes(registry, self.why_not_ready, "/ping"),
+                *(live.routes() if live else ()),
             ],
             middleware=[
                 Middleware(CloseWhileStopping, stop),

@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Set
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from flowkv_common.aio import Phases, running
 from flowkv_common.bus.connection import CONTROL_TIMEOUT_S, SETTLE_S, Bus, connect
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
+from flowkv_common.cluster_view import ClusterView, viewing
 from flowkv_common.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -388,6 +390,10 @@ class Dispatch:
         if not self.cluster.has_ready_node() and no_node not in missing:
             missing.append(no_node)
         return "; ".join(missing) or None
+
+    def view_cluster(self) -> AbstractAsyncContextManager[ClusterView]:
+        """All that this gateway may hear of the cluster while the context lasts, as `viewing`."""
+        return viewing(self._bus)
 
     async def generate(self, request: RequestState) -> AsyncGenerator[TokenChunk, None]:
         """The answer in chunks, in order and without gaps, over as many attempts as it takes.

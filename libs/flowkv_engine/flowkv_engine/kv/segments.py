@@ -142,6 +142,10 @@ class Segments:
         self._is_free[start:end] = b"\x01" * run.length
         self.num_free += run.length
 
+    def num_free_in(self, start: int, end: int) -> int:
+        """Free blocks among `start ... end - 1`."""
+        return self._is_free.count(1, start, end)
+
     def free_blocks(self) -> list[int]:
         """All free block ids, ascending. O(blocks): for checks."""
         return [block_id for block_id, is_free in enumerate(self._is_free) if is_free]

@@ -1,0 +1,56 @@
+"""A gateway with its live page in the test's own process, on a real NATS."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from prometheus_client import CollectorRegistry
+
+from flowkv_common.aio import running
+from flowkv_common.config import GatewaySettings
+from flowkv_common.telemetry import serve_http
+from flowkv_common.wire.messages import ModelFiles
+from flowkv_gateway.app import Api
+from flowkv_gateway.cluster import OwnModel
+from flowkv_gateway.dispatch import Dispatch, open_dispatch
+from flowkv_gateway.grammar import GrammarChecker
+from flowkv_gateway.http import ApiConnection
+from flowkv_gateway.live import LivePage, is_wanted
+from flowkv_gateway.prompts import SamplingDefaults
+from flowkv_gateway.tokenizer import Tokenizer
+from tests.nats_server import NatsServer
+
+
+@dataclass(frozen=True)
+class Served:
+    url: str
+    dispatch: Dispatch
+    http: httpx.AsyncClient
+    stop: asyncio.Event
+
+
+@contextlib.asynccontextmanager
+async def serving_page(server: NatsServer, tokenizer: Tokenizer, **settings: Any) -> AsyncIterator[Served]:
+    """As `flowkv_gateway.__main__` puts it together."""
+    wanted = GatewaySettings(**{"model_path": "unused", "nats_url": server.url, **settings})
+    stop = asyncio.Event()
+    async with (
+        open_dispatch(server.url, OwnModel(ModelFiles())) as dispatch,
+        GrammarChecker(tokenizer.file) as checker,
+    ):
+        live = LivePage(dispatch.view_cluster, dispatch.finished, stop) if is_wanted(wanted) else None
+        api = Api(wanted, tokenizer, dispatch, checker, CollectorRegistry(), SamplingDefaults(), stop, live)
+        async with (
+            running(*([live.run()] if live else [])),
+            serve_http(api.app, "127.0.0.1", 0, connection=ApiConnection) as port,
+        ):
+            url = f"http://127.0.0.1:{port}"
+            dispatch.url = url
+            async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as http:
+                yield Served(url, dispatch, http, stop)
+            stop.set()
