@@ -19,6 +19,7 @@ from flowkv_engine.engine.batch import Sequence as Tokens
 from flowkv_engine.engine.batch import WorkItem, pack
 from flowkv_engine.engine.model import load_model
 from flowkv_engine.engine.runner import Runner
+from flowkv_engine.kv.pool import layer_views
 
 NUM_WARM = 8  # steps that don't count: a grammar is compiled in the first ones, and its states are new
 # Long enough for all steps: a list and a text, the two that answers mostly are.
@@ -44,9 +45,10 @@ def main(argv: Sequence[str]) -> int:
     model = load_model(options.model, name=None, dtype=options.dtype, load_format="auto", device=device)
     most, num_steps = max(options.batches), NUM_WARM + options.steps
     blocks_each = -(-(options.context + num_steps + 1) // BLOCK_SIZE)
-    shape = (2 * most * blocks_each, model.num_layers, 2, BLOCK_SIZE, model.num_kv_heads, model.head_dim)
+    layout = model.layout(BLOCK_SIZE, "auto")
+    shape = (2 * most * blocks_each, layout.block_bytes // model.dtype.itemsize)
     pool = torch.zeros(shape, dtype=model.dtype, device=device)
-    runner = Runner(model, pool, attention="auto", max_num_seqs=most)
+    runner = Runner(model, layer_views(pool, layout), attention="auto", max_num_seqs=most)
     grammar = Grammar(kind="json_schema", text=json.dumps(SCHEMA))
     report = Report(options)
 

@@ -24,6 +24,7 @@ from flowkv_engine.engine.batch import PackedBatch, WorkItem, pack
 from flowkv_engine.engine.batch import Sequence as Tokens
 from flowkv_engine.engine.model import load_model
 from flowkv_engine.engine.runner import Runner
+from flowkv_engine.kv.pool import layer_views
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,9 +48,13 @@ def main(argv: Sequence[str]) -> int:
     machine = measure_machine(torch.get_num_threads(), options.device, dtype)
     most = max(options.batches)
     num_tokens = max(most * options.context, *options.prompts)
-    shape = (-(-num_tokens // BLOCK_SIZE) + most, model.num_layers, 2, BLOCK_SIZE, model.num_kv_heads)
-    pool = torch.empty((*shape, model.head_dim), dtype=dtype, device=device).normal_()
-    runner = Runner(model, pool, attention="auto", max_num_seqs=most, token_budget=options.chunk)
+    layout = model.layout(BLOCK_SIZE, options.dtype)
+    numbers = layout.block_bytes // dtype.itemsize
+    shape = (-(-num_tokens // BLOCK_SIZE) + most, numbers)
+    pool = torch.empty(shape, dtype=dtype, device=device).normal_()
+    runner = Runner(
+        model, layer_views(pool, layout), attention="auto", max_num_seqs=most, token_budget=options.chunk
+    )
     graphs = runner._graphs
     jobs = [(batch, options.context, [decode_step(batch, options.context)]) for batch in options.batches]
     jobs += [(0, num_tokens, prompt_steps(num_tokens, options.chunk)) for num_tokens in options.prompts]

@@ -12,6 +12,7 @@ from flowkv_common.wire.messages import SamplingParams, transfer_id
 from flowkv_engine.engine.batch import Sequence, WorkItem, pack
 from flowkv_engine.engine.model import CPU, LoadedModel, load_model
 from flowkv_engine.engine.runner import Runner
+from flowkv_engine.kv.pool import layer_views
 
 BLOCK_SIZE = 8
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
@@ -35,10 +36,18 @@ def load_tiny(
     )
 
 
-def make_pool(model: LoadedModel, num_blocks: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A pool full of NaN: what is read without having been written shows."""
-    shape = (num_blocks, model.num_layers, 2, BLOCK_SIZE, model.num_kv_heads, model.head_dim)
-    return torch.full(shape, torch.nan, dtype=dtype)
+def make_pool(
+    model: LoadedModel,
+    num_blocks: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    block_size: int = BLOCK_SIZE,
+    fill: float = torch.nan,
+) -> list[torch.Tensor]:
+    """The layers of a pool full of NaN: what is read without having been written shows."""
+    layout = model.layout(block_size, str(dtype).removeprefix("torch."))
+    numbers = layout.block_bytes // dtype.itemsize
+    return layer_views(torch.full((num_blocks, numbers), fill, dtype=dtype, device=model.device), layout)
 
 
 def make_sequence(

@@ -124,10 +124,15 @@ class Side:
     def num_sequences_accepted(self) -> int:
         return self.decode.load().num_accepted
 
+    @property
+    def slots(self) -> torch.Tensor:
+        """[num_blocks, layers times keys and values, BLOCK_SIZE, head_dim]"""
+        return self.pool.tensor.view(self.pool.num_blocks, -1, BLOCK_SIZE, self.pool.layout.head_dim)
+
     def kv(self, block_table: Sequence[int], num_tokens: int) -> list[float]:
         """What lies in the slots of the first tokens."""
-        slots = self.pool.tensor[list(block_table)]  # [n, num_layers, 2, BLOCK_SIZE, 1, head_dim]
-        per_token = slots.permute(0, 3, 1, 2, 4, 5).reshape(-1, 8)[:num_tokens]
+        slots = self.slots[list(block_table)]
+        per_token = slots.transpose(1, 2).reshape(-1, 8)[:num_tokens]
         assert torch.equal(per_token, per_token[:, :1].expand(-1, 8)), "layers or halves differ"
         return [float(value) for value in per_token[:, 0]]
 
@@ -203,7 +208,7 @@ class Pair:
                 kv_of(sequence.prompt_ids + sequence.output_ids)[first:end], first
             ):
                 block_id = sequence.block_table[position // BLOCK_SIZE]
-                self.p.pool.tensor[block_id, :, :, position % BLOCK_SIZE] = number
+                self.p.slots[block_id, :, position % BLOCK_SIZE] = number
             sequence.num_computed_tokens = end
             self.p.node.commit_computed(sequence)
             is_done = end == sequence.num_tokens

@@ -37,6 +37,13 @@ _SIZES: dict[str, Any] = {
     "moe_k": 2,
 }
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# Its full layers have one KV head of 32 dimensions, those with a window two of 16.
+_GEMMA_4: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "attention_k_eq_v": True,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+}
 # What a type needs beside its sizes, or it can't be built so small.
 _FURTHER: dict[str, dict[str, Any]] = {
     "beam": {"n_group": 2, "topk_group": 1},
@@ -52,6 +59,12 @@ _FURTHER: dict[str, dict[str, Any]] = {
     "dots1": {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+        **_GEMMA_4,
+    },
+    "gemma4_unified_text": _GEMMA_4,
     "gemma4_assistant": {
         "text_config": {
             "model_type": "gemma4_text",
@@ -107,6 +120,8 @@ SERVED = [
     "gemma2",
     "gemma3_text",
     "gemma3n_text",
+    "gemma4_text",
+    "gemma4_unified_text",
     "glm",
     "glm4",
     "glm4_moe",

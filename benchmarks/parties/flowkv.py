@@ -14,7 +14,7 @@ from flowkv_common.wire.messages import SamplingParams
 from flowkv_engine.engine.batch import Sequence, WorkItem, pack
 from flowkv_engine.engine.model import load_model
 from flowkv_engine.engine.runner import Runner
-from flowkv_engine.kv.pool import KVPool
+from flowkv_engine.kv.pool import KVPool, layer_views
 
 _BLOCK_SIZE = 16
 _CHUNK_TOKENS = 512
@@ -29,7 +29,7 @@ class FlowKV:
         model = load_model(model_path, name=None, dtype="float32", load_format="auto")
         layout = model.layout(_BLOCK_SIZE, "float32")
         self._pool = KVPool(layout, num_blocks=16 * 2304 // _BLOCK_SIZE)
-        self._runner = Runner(model, self._pool.tensor, attention="auto")
+        self._runner = Runner(model, layer_views(self._pool.tensor, layout), attention="auto")
         self._sequences: list[Sequence] = []
 
     def compute_prompts(self, job: Job, prompts: Prompts) -> None:

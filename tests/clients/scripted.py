@@ -91,7 +91,8 @@ class ScriptedRunner(Runner):
         self._device = pool.device
         self._speaker = speaker
         self._vocab_size = card.vocab_size
-        self._ids = pool.numpy().view(np.int64)[:, 0, 0, :, 0, 0]  # [num_blocks, block_size]
+        keys = pool.numpy().view(np.int64).reshape(len(pool), 2, -1, 4)[:, 0]
+        self._ids = keys[..., 0]  # [num_blocks, block_size]
 
     def _logits(self, batch: PackedBatch) -> Tensor:
         block_size = self._ids.shape[1]

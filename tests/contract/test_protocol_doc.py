@@ -13,13 +13,14 @@ import pytest
 
 from flowkv_common import errors
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Message, Run
+from flowkv_common.wire.messages import LayerKV, Message, Run
 from tests.contract.wire_examples import MESSAGES, PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS: dict[str, str] = dict(
     re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", (ROOT / "docs/protocol.md").read_text(), re.M | re.S)
 )
+TUPLES: list[type] = [Run, LayerKV]
 MESSAGE_NAMES = {kind.__name__ for kind in MESSAGES}
 
 Row = dict[str, str]
@@ -136,9 +137,11 @@ def common_fields() -> set[str]:
 
 def in_code(kind: Any) -> list[tuple[str, str, str]]:
     """Field, type as it stands in the source, default as JSON (empty: required)."""
-    if kind is Run:
+    if kind in TUPLES:
         types = {field: _source(kind.__annotations__[field]) for field in kind._fields}
-        return [(field, written, "") for field, written in types.items()]
+        return [
+            (field, written, str(kind._field_defaults.get(field, ""))) for field, written in types.items()
+        ]
     return [
         (field.encode_name, _source(kind.__annotations__[field.name]), _default(field))
         for field in msgspec.structs.fields(kind)
@@ -155,12 +158,12 @@ def _default(field: msgspec.structs.FieldInfo) -> str:
     return "" if field.required else msgspec.json.encode(field.default).decode()
 
 
-@pytest.mark.parametrize(("section", "kinds"), [("Messages", MESSAGES), ("Parts", [*PARTS, Run])])
+@pytest.mark.parametrize(("section", "kinds"), [("Messages", MESSAGES), ("Parts", [*PARTS, *TUPLES])])
 def test_every_struct_is_described_and_no_other(section: str, kinds: list[type]) -> None:
     assert described(section).keys() == {kind.__name__ for kind in kinds}
 
 
-@pytest.mark.parametrize("kind", [*MESSAGES, *PARTS, Run], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*MESSAGES, *PARTS, *TUPLES], ids=lambda kind: kind.__name__)
 def test_fields_types_and_defaults_are_those_of_the_code(kind: type) -> None:
     lines = described("Messages" if issubclass(kind, Message) else "Parts")[kind.__name__]
     documented = [declared(field) for line in lines for field in line.fields]

@@ -25,6 +25,7 @@ from flowkv_common.wire.messages import (
     Keepalive,
     KeepaliveReply,
     KVTransferred,
+    LayerKV,
     Message,
     ModelCard,
     ModelFiles,
@@ -90,7 +91,7 @@ TRANSFER_ID = "chatcmpl-5f2a.1"
 GATEWAY_ID = "gateway-0c11"
 PREFILL = NodeRef(node_id="prefill-0", incarnation="a1b2c3d4")
 DECODE = NodeRef(node_id="decode-0", incarnation="99887766")
-LAYOUT = PoolLayout(num_layers=30, block_size=16, num_kv_heads=3, head_dim=64, dtype="float32")
+LAYOUT = PoolLayout.of([LayerKV(4, 256), LayerKV(1, 512)], block_size=16, dtype="float32")
 CARD = ModelCard(
     name="SmolLM2-135M-Instruct",
     fingerprint="3bb4e6a0",

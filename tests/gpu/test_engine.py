@@ -18,8 +18,8 @@ from flowkv_engine.engine.forward import ModulesForward, make_forward
 from flowkv_engine.engine.gpu import attention as attention_triton
 from flowkv_engine.engine.model import CPU
 from flowkv_engine.engine.runner import Runner
-from flowkv_node.memory import make_pool
-from tests.drive import BLOCK_SIZE, GREEDY, generate, load_tiny, make_sequence
+from flowkv_node import memory
+from tests.drive import BLOCK_SIZE, GREEDY, generate, load_tiny, make_pool, make_sequence
 from tests.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -62,7 +62,7 @@ def test_attention_equals_torch(
         for heads in (num_heads, num_kv_heads, num_kv_heads)
     )
     pools, outs = (pool, pool.clone()), []
-    for attention in (TorchAttention(pools[0]), make_attention("auto", pools[1])):
+    for attention in (TorchAttention(pools[0].unbind(1)), make_attention("auto", pools[1].unbind(1))):
         attention.bind(batch)
         attention.write(1, key, value)
         outs.append(attention.attend(1, query, Rule(head_dim**-0.5)))
@@ -83,9 +83,9 @@ def outputs(runner: Runner) -> list[list[int]]:
 def test_tokens_are_those_of_the_cpu(tmp_path: Path, arch: str) -> None:
     folder = make_tiny_model(tmp_path / "m", arch, seed=5)
     model = load_tiny(folder, device=CUDA)
-    shape = (108, model.num_layers, 2, BLOCK_SIZE, model.num_kv_heads, model.head_dim)
-    expected = outputs(Runner(load_tiny(folder), torch.zeros(shape)))
-    runner = Runner(model, torch.zeros(shape, device=CUDA), attention="auto", max_num_seqs=4)
+    on_cpu = load_tiny(folder)
+    expected = outputs(Runner(on_cpu, make_pool(on_cpu, 108)))
+    runner = Runner(model, make_pool(model, 108), attention="auto", max_num_seqs=4)
     assert runner.attention.name == "triton"
     assert (runner._graphs is None) == (arch == "gpt2")  # which goes through its modules
     assert outputs(runner) == expected
@@ -101,8 +101,7 @@ def test_prompts_have_the_log_probabilities_of_the_cpu(tmp_path: Path, arch: str
     told = []
     for device in (CPU, CUDA):
         model = load_tiny(folder, device=device)
-        shape = (54, model.num_layers, 2, BLOCK_SIZE, model.num_kv_heads, model.head_dim)
-        runner = Runner(model, torch.zeros(shape, device=device), attention="auto", max_num_seqs=4)
+        runner = Runner(model, make_pool(model, 54), attention="auto", max_num_seqs=4)
         prompt = make_sequence([token * 7 % 512 for token in range(200)], list(range(27)), asked)
         other = make_sequence([token * 5 % 512 for token in range(30)], list(range(27, 54)))
         entries = []
@@ -122,7 +121,7 @@ def test_a_pool_takes_its_share_of_the_memory() -> None:
     layout = PoolLayout(num_layers=8, block_size=16, num_kv_heads=8, head_dim=128, dtype="bfloat16")
     settings = NodeSettings(model_path="m", device="cuda", gpu_memory_share=0.2)
     _, total = torch.cuda.mem_get_info(CUDA)
-    with make_pool(settings, layout, CUDA) as pool:
+    with memory.make_pool(settings, layout, CUDA) as pool:
         assert pool.tensor.is_cuda
         assert 0 < pool.num_blocks * layout.block_bytes <= 0.2 * total
 
@@ -147,8 +146,7 @@ def test_the_flat_forward_equals_the_modules(tmp_path: Path, dtype: torch.dtype)
     outs = []
     for kind, backend in [(torch.float32, "torch"), (dtype, "torch"), (dtype, "triton")]:
         model = load_tiny(folder, kind, CUDA)
-        pool = torch.zeros(25, 3, 2, BLOCK_SIZE, 2, 128, device=CUDA, dtype=kind)
-        attention = make_attention(backend, pool)
+        attention = make_attention(backend, make_pool(model, 25, kind))
         make = make_forward if backend == "triton" else ModulesForward
         forward = make(model.module, attention, model.spans)
         attention.bind(batch)

@@ -18,6 +18,7 @@ from flowkv_common.errors import Internal, Unavailable
 from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import DeviceLost, EngineThread, Runner
+from flowkv_engine.kv.pool import layer_views
 from flowkv_node.host import serve_node, served_model
 from tests.live_nodes import LiveNode, client, first, node_settings, reports
 from tests.nats_server import NatsServer
@@ -28,7 +29,7 @@ PROMPT = [5] * 20
 class BreakingRunner(Runner):
     """Raises `errors`, one a step, before it computes again."""
 
-    def __init__(self, model: LoadedModel, pool: Tensor, errors: list[Exception]) -> None:
+    def __init__(self, model: LoadedModel, pool: list[Tensor], errors: list[Exception]) -> None:
         self.errors = errors
         super().__init__(model, pool)
 
@@ -53,12 +54,13 @@ async def breaking(nats_server: NatsServer, bus: Bus, model: LoadedModel) -> Asy
     errors: list[Exception] = []
 
     def make_engine(pool: Tensor) -> EngineThread:
-        return EngineThread(BreakingRunner(model, pool, errors))
+        return EngineThread(BreakingRunner(model, layer_views(pool, served.layout), errors))
 
-    served = dataclasses.replace(served_model(model, settings), make_engine=make_engine)
+    served = served_model(model, settings)
+    breaking = dataclasses.replace(served, make_engine=make_engine)
     stop = asyncio.Event()
     async with reports(bus, "n") as heard, client(bus, model.card.fingerprint) as mine:
-        task = asyncio.create_task(serve_node(settings, "mixed", served, ROLES, stop))
+        task = asyncio.create_task(serve_node(settings, "mixed", breaking, ROLES, stop))
         ref = (await first(heard, lambda report: report.ready)).node
         yield Breaking(LiveNode(bus, mine, ref, heard), errors, task)
         stop.set()

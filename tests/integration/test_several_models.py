@@ -76,23 +76,25 @@ async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
 
 
 @contextlib.asynccontextmanager
-async def pair(server: NatsServer, bus: Bus, weights: Weights, name: str) -> AsyncIterator[None]:
+async def pair(
+    server: NatsServer, bus: Bus, weights: Weights, name: str, **settings: Any
+) -> AsyncIterator[None]:
     """A prefill and a decode node, linked to each other."""
     async with (
-        live_node(server, bus, weights.model, f"prefill-{name}", role="prefill"),
-        live_node(server, bus, weights.model, f"decode-{name}", role="decode", peers=1),
+        live_node(server, bus, weights.model, f"prefill-{name}", role="prefill", **settings),
+        live_node(server, bus, weights.model, f"decode-{name}", role="decode", peers=1, **settings),
     ):
         yield
 
 
 async def check_topology(
-    server: NatsServer, bus: Bus, weights: Weights, topology: Literal["1P1D", "mixed"]
+    server: NatsServer, bus: Bus, weights: Weights, topology: Literal["1P1D", "mixed"], **settings: Any
 ) -> None:
     """Answers of one pair of nodes, or of one mixed node, are those of `weights`."""
     nodes = (
-        pair(server, bus, weights, "x")
+        pair(server, bus, weights, "x", **settings)
         if topology == "1P1D"
-        else live_node(server, bus, weights.model, "mixed-x", role="mixed")
+        else live_node(server, bus, weights.model, "mixed-x", role="mixed", **settings)
     )
     async with nodes, gateway(server, weights) as dispatch:
         await until_ready(dispatch, bus)

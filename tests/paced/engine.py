@@ -79,13 +79,14 @@ class PacedEngine:
     """
 
     def __init__(self, pool: Tensor, pace: Pace) -> None:
-        """`pool`: [num_blocks, 1, 2, block_size, 1, 8] float32; two floats of each token hold its digest."""
+        """`pool` is of `paced_layout`; two floats of each token hold its digest."""
         self.busy_since: float | None = None
         self.slowdown = 1.0
         self.kept = Kept()
         self._pace = pace
         self._words = np.array(pace.words, np.int64)
-        self._digests = pool.numpy().view(np.uint64)[:, 0, 0, :, 0, 0]  # [num_blocks, block_size]
+        keys = pool.numpy().view(np.uint64).reshape(len(pool), 2, -1, 4)[:, 0]
+        self._digests = keys[..., 0]  # [num_blocks, block_size]
         self._work: asyncio.Queue[Callable[[], Awaitable[None]] | None] = asyncio.Queue()
         self._free_at = 0.0  # the deadline of the last step
         self._ended_at = 0.0  # when it did end

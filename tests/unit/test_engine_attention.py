@@ -66,7 +66,7 @@ def sees(query: int, key: int, span: Span) -> bool:
 def test_equals_plain_attention_over_the_whole_sequence(name: str, part: tuple[int, int], rule: Rule) -> None:
     pool = filled(torch.float32)
     batch = batch_of([part])
-    out = attended(make_attention(name, pool), batch, rule)
+    out = attended(make_attention(name, pool.unbind(1)), batch, rule)
     num_computed, num_tokens = part
     length = num_computed + num_tokens
     context = pool[batch.block_tables[0], 1].transpose(0, 1).flatten(1, 2)[:, :length]
@@ -85,8 +85,8 @@ def test_equals_plain_attention_over_the_whole_sequence(name: str, part: tuple[i
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_triton_equals_torch_by_every_rule(rule: Rule) -> None:
     batch = batch_of([(75, 1), (0, 5), (66, 7)])
-    expected = attended(TorchAttention(filled(torch.float32)), batch, rule)
-    attention = make_attention("triton", filled(torch.float32))
+    expected = attended(TorchAttention(filled(torch.float32).unbind(1)), batch, rule)
+    attention = make_attention("triton", filled(torch.float32).unbind(1))
     torch.testing.assert_close(attended(attention, batch, rule), expected, atol=1e-5, rtol=0)
 
 
@@ -96,8 +96,8 @@ def test_triton_equals_torch_by_every_rule(rule: Rule) -> None:
 def test_equals_torch(name: str, dtype: torch.dtype, parts: list[tuple[int, int]]) -> None:
     pools = filled(dtype), filled(dtype)
     batch = batch_of(parts)
-    expected = attended(TorchAttention(pools[0]), batch)
-    attention = make_attention(name, pools[1])
+    expected = attended(TorchAttention(pools[0].unbind(1)), batch)
+    attention = make_attention(name, pools[1].unbind(1))
     torch.testing.assert_close(attended(attention, batch), expected, atol=1e-5, rtol=0)
     assert attention.name == name
     assert torch.equal(pools[0], pools[1])
@@ -107,7 +107,7 @@ def test_equals_torch(name: str, dtype: torch.dtype, parts: list[tuple[int, int]
 def test_writes_only_its_slots(name: str) -> None:
     pool, before = filled(torch.float32), filled(torch.float32)
     batch = batch_of([(3, 1), (0, 5)])
-    attention = make_attention(name, pool)
+    attention = make_attention(name, pool.unbind(1))
     attended(attention, batch)
     changed = (pool != before).flatten(4).any(-1).nonzero().tolist()  # [block, layer, side, offset]
     slots = sorted(
@@ -118,7 +118,7 @@ def test_writes_only_its_slots(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["torch", "cpu", "triton"])
 def test_a_sequence_gets_the_same_alone_and_in_company(name: str) -> None:
-    attention = make_attention(name, filled(torch.float32))
+    attention = make_attention(name, filled(torch.float32).unbind(1))
     alone, company = batch_of([(300, 1)]), batch_of([(300, 1), (9, 1), (70, 1)])
     attention.bind(alone)
     query = torch.randn(3, NUM_HEADS, HEAD_DIM, generator=torch.manual_seed(5))
@@ -129,7 +129,7 @@ def test_a_sequence_gets_the_same_alone_and_in_company(name: str) -> None:
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_a_token_gets_the_same_bits_however_its_prompt_is_cut(rule: Rule) -> None:
-    attention = make_attention("cpu", filled(torch.float32))
+    attention = make_attention("cpu", filled(torch.float32).unbind(1))
     query = torch.randn(430, NUM_HEADS, HEAD_DIM, generator=torch.manual_seed(5))
     attention.bind(batch_of([(0, 430)]))
     whole = attention.attend(0, query, rule)
@@ -139,16 +139,16 @@ def test_a_token_gets_the_same_bits_however_its_prompt_is_cut(rule: Rule) -> Non
 
 
 def test_backends_are_chosen_by_name() -> None:
-    assert make_attention("auto", filled(torch.float32)).name == "cpu"
-    assert make_attention("auto", filled(torch.float16)).name == "torch"
+    assert make_attention("auto", filled(torch.float32).unbind(1)).name == "cpu"
+    assert make_attention("auto", filled(torch.float16).unbind(1)).name == "torch"
     with pytest.raises(ValueError, match="float16"):
-        make_attention("cpu", filled(torch.float16))
+        make_attention("cpu", filled(torch.float16).unbind(1))
     with pytest.raises(ValueError, match="unknown attention 'flash': choose one of auto, torch, cpu, triton"):
-        make_attention("flash", filled(torch.float32))
+        make_attention("flash", filled(torch.float32).unbind(1))
 
 
 def test_triton_asks_for_a_gpu_unless_it_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert make_attention("triton", filled(torch.float32)).name == "triton"
+    assert make_attention("triton", filled(torch.float32).unbind(1)).name == "triton"
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="it has to be on a GPU"):
-        make_attention("triton", filled(torch.float32))
+        make_attention("triton", filled(torch.float32).unbind(1))

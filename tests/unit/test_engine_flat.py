@@ -126,7 +126,7 @@ def test_compiled_equals_the_modules(tmp_path: Path, arch: str, config: dict[str
 def test_a_decoding_sequence_has_the_same_logits_alone_and_in_company(tmp_path: Path) -> None:
     """To the bit: what is drawn from them must not depend on who else is in the batch."""
     model = load_tiny(make_tiny_model(tmp_path / "m", seed=3))
-    attention = make_attention("cpu", make_pool(model, num_blocks=64).nan_to_num(0.1))
+    attention = make_attention("cpu", make_pool(model, num_blocks=64, fill=0.1))
     forward = make_forward(model.module, attention, model.spans)
     sequences = [make_sequence([token] * (9 * token), [token, 9 + token, 20]) for token in (1, 2)]
     for sequence in sequences:

@@ -133,7 +133,7 @@ def test_chooses_the_fastest_that_works(folder: Path) -> None:
 
 def test_refuses_the_pool_of_another_model(llama: Path) -> None:
     with pytest.raises(ValueError, match="is not for llama"):
-        Runner(load_tiny(llama), torch.zeros(4, 3, 2, BLOCK_SIZE, 2, 8))
+        Runner(load_tiny(llama), torch.zeros(4, 3, 2, BLOCK_SIZE, 2, 8).unbind(1))
 
 
 def test_logits_that_are_not_finite_raise(llama: Path) -> None:

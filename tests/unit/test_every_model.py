@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+from flowkv_common.wire.messages import LayerKV
 from flowkv_engine.engine import runner as engine_runner
 from flowkv_engine.engine.attention import Span
 from flowkv_engine.engine.batch import PackedBatch
@@ -32,7 +33,7 @@ FULL = ["full_attention"] * 4
 MIXED = ["sliding_attention", "full_attention"] * 2
 WINDOW = Span(window=24)
 # One of each kind of attention, position, mixture of experts and shape of cache. All others take a minute.
-OFTEN = {"llama", "mixtral", "gemma3_text", "opt"}
+OFTEN = {"llama", "mixtral", "gemma4_text", "opt"}
 
 REASONS = {
     "does not let its attention be replaced": 24,
@@ -44,7 +45,6 @@ REASONS = {
     "its attention is not causal": 5,
     "it has layers of type": 4,
     "is computed twice in a step": 2,
-    "its layers' KV caches differ in shape": 2,
     "its attention has a mask of its own": 1,
     "its queries, keys and values don't fit one cache": 1,
     "does not hand on the keyword arguments": 1,
@@ -143,6 +143,22 @@ def test_each_layer_sees_as_far_back_as_its_model_says(
     check_tokens(tmp_path / "m", model, (200, 3))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "full"),
+    [
+        ("gemma4_text", LayerKV(1, 32)),
+        pytest.param("gemma3n_text", LayerKV(2, 16), marks=pytest.mark.full),
+    ],
+)
+def test_layers_that_read_what_others_have_written_keep_nothing(
+    tmp_path: Path, model_type: str, full: LayerKV
+) -> None:
+    model = random_model(tmp_path / "m", model_type, layer_types=MIXED, num_kv_shared_layers=2)
+    assert [layer.writer for layer in model.layers] == [0, 1, 0, 1]
+    assert model.layout(16, "float32").each_layer == (LayerKV(2, 16), full)
+    check_tokens(tmp_path / "m", model, (200, 3))
+
+
 def test_queries_that_are_scaled_by_their_place_in_a_step_cut_the_context(tmp_path: Path) -> None:
     model = random_model(tmp_path / "m", "llama4_text", floor_scale=64, no_rope_layers=[1, 1, 1, 0])
     assert model.card.max_model_len == 63
@@ -177,7 +193,7 @@ def test_a_node_refuses_to_serve_other_logits_than_the_models(
         return plain(module, [[ids[0] ^ 1, *ids[1:]] for ids in prompts])
 
     monkeypatch.setattr(engine_runner, "_plain_logits", of_others)
-    pool = torch.zeros(20, model.num_layers, 2, block_size, model.num_kv_heads, model.head_dim)
+    pool = make_pool(model, 20, block_size=block_size)
     with pytest.raises(UnsupportedModel, match="gives other logits than the model, by"):
         Runner(model, pool)
 
@@ -207,8 +223,7 @@ def test_small_blocks_are_no_reason_to_refuse_and_kernels_run_before_the_first_r
     monkeypatch.setattr(Runner, "_logits", counted)
     model = random_model(tmp_path / "m", "llama")
     for num_blocks, num_prompts in ((20, 2), (2, 1)):
-        pool = torch.zeros(num_blocks, model.num_layers, 2, block_size, model.num_kv_heads, model.head_dim)
-        Runner(model, pool)
+        Runner(model, make_pool(model, num_blocks, block_size=block_size))
         assert num_logits == [num_prompts] * 2  # the prompts, and a step of decode
         num_logits.clear()
 

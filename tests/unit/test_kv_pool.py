@@ -5,11 +5,12 @@ from __future__ import annotations
 import mmap
 import os
 
+import msgspec
 import pytest
 import torch
 
-from flowkv_common.wire.messages import PoolLayout, Run
-from flowkv_engine.kv.pool import KVPool
+from flowkv_common.wire.messages import LayerKV, PoolLayout, Run
+from flowkv_engine.kv.pool import KVPool, layer_views
 
 
 def layout_of(dtype: str) -> PoolLayout:
@@ -19,7 +20,7 @@ def layout_of(dtype: str) -> PoolLayout:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_block_of_all_layers_is_one_stretch_of_bytes(dtype: str) -> None:
     with KVPool(layout_of(dtype), num_blocks=5) as pool:
-        assert pool.tensor.shape == (5, 3, 2, 4, 2, 8)
+        assert pool.tensor.shape == (5, 3 * 2 * 4 * 2 * 8)
         assert pool.tensor.dtype == getattr(torch, dtype)
         assert len(pool.buffer) == pool.num_bytes == 5 * pool.layout.block_bytes
         pool.tensor[2:4] = 1.5
@@ -27,6 +28,33 @@ def test_a_block_of_all_layers_is_one_stretch_of_bytes(dtype: str) -> None:
         assert bytes(pool.bytes_of(Run(2, 2))) == block + block
         assert not any(pool.bytes_of(Run(0, 2)))
         assert not any(pool.bytes_of(Run(4, 1)))
+
+
+def test_layers_of_their_own_sizes_follow_each_other_in_a_block() -> None:
+    layers = [LayerKV(2, 8), LayerKV(1, 16), LayerKV(1, 24, num_sides=1)]
+    layout = PoolLayout.of(layers, block_size=4, dtype="bfloat16")
+    assert layout.block_bytes == 4 * 2 * (2 * 2 * 8 + 2 * 16 + 24)
+    with KVPool(layout, num_blocks=3) as pool:
+        views = layer_views(pool.tensor, layout)
+        assert [view.shape for view in views] == [(3, 2, 4, 2, 8), (3, 2, 4, 1, 16), (3, 1, 4, 1, 24)]
+        for number, view in enumerate(views, 1):
+            view[1] = number
+        assert not any(pool.bytes_of(Run(0, 1)))
+        assert not any(pool.bytes_of(Run(2, 1)))
+        assert pool.tensor[1].tolist() == [1] * 128 + [2] * 128 + [3] * 96
+
+
+def test_plain_layers_are_as_they_were_on_the_wire() -> None:
+    """So that nodes of an older version exchange blocks with those of this one."""
+    layout = PoolLayout.of([LayerKV(2, 8)] * 3, block_size=4, dtype="float32")
+    assert layout == layout_of("float32")
+    written = "PoolLayout(num_layers=3, block_size=4, num_kv_heads=2, head_dim=8, dtype='float32')"
+    assert repr(layout) == written
+    latents = PoolLayout.of([LayerKV(1, 24, 1)] * 3, block_size=4, dtype="float32")
+    assert repr(latents) != repr(msgspec.structs.replace(latents, layers=()))
+    assert msgspec.json.decode(msgspec.json.encode(latents), type=PoolLayout) == latents
+    with pytest.raises(ValueError, match="2 layers are described, of 3"):
+        msgspec.structs.replace(latents, layers=latents.layers[:2])
 
 
 def test_another_mapping_of_the_descriptor_sees_the_same_bytes() -> None:

@@ -41,6 +41,7 @@ from flowkv_common.wire.messages import (
 from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_engine.engine.model import CPU, LoadedModel
 from flowkv_engine.engine.runner import DeviceLost, Engine, EngineThread, Runner
+from flowkv_engine.kv.pool import layer_views
 from flowkv_engine.transport import make_connectors
 from flowkv_engine.transport.sockets import Place, join_host_port
 from flowkv_node.endpoints import serve_endpoints, watch_cancels
@@ -72,15 +73,16 @@ class ServedModel:
 
 def served_model(model: LoadedModel, settings: NodeSettings) -> ServedModel:
     """A loaded model, computed on a separate thread."""
+    layout = model.layout(settings.block_size, settings.kv_dtype)
     return ServedModel(
         card=model.card,
-        layout=model.layout(settings.block_size, settings.kv_dtype),
+        layout=layout,
         device=model.device,
         grammars=model.grammars,
         make_engine=lambda pool: EngineThread(
             Runner(
                 model,
-                pool,
+                layer_views(pool, layout),
                 attention=settings.attention,
                 max_num_seqs=settings.max_num_seqs,
                 token_budget=settings.token_budget,

@@ -367,6 +367,7 @@ def _parts(group: Group) -> dict[str, str | int]:
         "block size": layout.block_size,
         "num kv heads": layout.num_kv_heads,
         "head dim": layout.head_dim,
+        "KV by layer": str([tuple(layer) for layer in layout.layers] or "alike"),
         "KV dtype": layout.dtype,
         "memory of the KV cache": group.memory,
     }

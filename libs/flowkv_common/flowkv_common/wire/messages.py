@@ -6,6 +6,7 @@ Fields are only ever added, with a default, so that versions can run side by sid
 
 from __future__ import annotations
 
+import math
 import sys
 from array import array
 from collections.abc import Sequence
@@ -31,10 +32,19 @@ class Run(NamedTuple):
     length: int
 
 
-class PoolLayout(Part, frozen=True):
-    """Shape of one block: `[num_layers, 2, block_size, num_kv_heads, head_dim]` of `dtype`.
+class LayerKV(NamedTuple):
+    """What one layer keeps of a token: `num_sides` times `num_kv_heads` vectors of `head_dim` numbers."""
 
-    Two pools can exchange blocks only when their layouts are equal.
+    num_kv_heads: Positive
+    head_dim: Positive
+    num_sides: Positive = 2  # keys and values; 1: latents, which are both (MLA)
+
+
+class PoolLayout(Part, frozen=True, repr_omit_defaults=True):
+    """What a block holds: of each layer in turn `[num_sides, block_size, num_kv_heads, head_dim]` of `dtype`.
+
+    Two pools can exchange blocks only when their layouts are equal; connectors compare their `repr`. Raises
+    ValueError where `layers` are not `num_layers`.
     """
 
     num_layers: Positive
@@ -42,11 +52,35 @@ class PoolLayout(Part, frozen=True):
     num_kv_heads: Positive
     head_dim: Positive
     dtype: str
+    # Empty: each keeps keys and values of the sizes above. Else those are of the first layer.
+    layers: tuple[LayerKV, ...] = ()
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerKV], block_size: int, dtype: str) -> PoolLayout:
+        """`layers`: of each layer that keeps something, in order."""
+        first = layers[0]
+        is_plain = all(layer == LayerKV(first.num_kv_heads, first.head_dim) for layer in layers)
+        return cls(
+            num_layers=len(layers),
+            block_size=block_size,
+            num_kv_heads=first.num_kv_heads,
+            head_dim=first.head_dim,
+            dtype=dtype,
+            layers=() if is_plain else tuple(layers),
+        )
+
+    def __post_init__(self) -> None:
+        if self.layers and len(self.layers) != self.num_layers:
+            raise ValueError(f"{len(self.layers)} layers are described, of {self.num_layers}")
+
+    @property
+    def each_layer(self) -> tuple[LayerKV, ...]:
+        return self.layers or (LayerKV(self.num_kv_heads, self.head_dim),) * self.num_layers
 
     @property
     def block_bytes(self) -> int:
         item = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
-        return self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim * item
+        return self.block_size * sum(math.prod(layer) for layer in self.each_layer) * item
 
     def blocks_for_prompt(self, num_tokens: int) -> int:
         """Blocks for a prompt of `num_tokens` tokens and its first output token, on either node."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NamedTuple, Protocol
 
@@ -44,7 +45,7 @@ class Rule(NamedTuple):
 
 
 class Attention(Protocol):
-    """Causal attention over a pool `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`.
+    """Causal attention over the layers of a pool, as `layer_views` has them; each may have its own sizes.
 
     `bind` once per step, then per layer `write` before `attend`. One thread only.
     """
@@ -78,15 +79,15 @@ class TorchAttention:
 
     name = "torch"
 
-    def __init__(self, pool: Tensor) -> None:
-        self._pool = pool
-        self._block_size = pool.shape[3]
+    def __init__(self, layers: Sequence[Tensor]) -> None:
+        self._layers = layers
+        self._block_size = layers[0].shape[2]
         self._write_at = (torch.empty(0), torch.empty(0))  # blocks and offsets, [T] each
         self._decode_rows = self._decode_tables = self._decode_lens = torch.empty(0)
         self._prefills: list[Prefill] = []
 
     def bind(self, batch: PackedBatch) -> None:
-        device = self._pool.device
+        device = self._layers[0].device
         slots = torch.from_numpy(batch.slots).to(device)
         self._write_at = slots // self._block_size, slots % self._block_size
 
@@ -104,8 +105,8 @@ class TorchAttention:
                 self._prefills.append(Prefill(slice(edges[item], edges[item + 1]), blocks, context_len))
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        self._pool[:, layer, 0][self._write_at] = key.to(self._pool.dtype)
-        self._pool[:, layer, 1][self._write_at] = value.to(self._pool.dtype)
+        for side, states in enumerate((key, value)):
+            self._layers[layer][:, side][self._write_at] = states.to(self._layers[layer].dtype)
 
     def attend(self, layer: int, query: Tensor, rule: Rule) -> Tensor:
         if not self._prefills:
@@ -123,7 +124,7 @@ class TorchAttention:
         seen = (positions < lens) & (positions >= rule.span.first_seen(lens - 1))  # [N, padded context]
         # Padding may hold anything, NaN too, which no mask on the scores would keep out.
         keys, values = (
-            self._pool[:, layer, side][self._decode_tables]
+            self._layers[layer][:, side][self._decode_tables]
             .flatten(1, 2)
             .transpose(1, 2)  # [N, kv heads, padded context, dim]
             .to(query.dtype)
@@ -134,7 +135,7 @@ class TorchAttention:
 
     def _prefill(self, layer: int, query: Tensor, item: Prefill, rule: Rule) -> Tensor:
         keys, values = (
-            self._pool[:, layer, side][item.blocks]
+            self._layers[layer][:, side][item.blocks]
             .flatten(0, 1)[: item.context_len]
             .transpose(0, 1)  # [kv heads, context, dim]
             .to(query.dtype)
@@ -167,14 +168,15 @@ def _weigh(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, rule: Rule
     return weights.to(query.dtype) @ values
 
 
-def make_attention(name: str, pool: Tensor) -> Attention:
-    """The backend `name`; for "auto" the fastest that works here.
+def make_attention(name: str, layers: Sequence[Tensor]) -> Attention:
+    """The backend `name` over the `layers` of a pool; for "auto" the fastest that works here.
 
     Raises `CannotStart` if there is none of that name, or it can't run here or on this pool.
     """
-    obstacles = {"torch": None, "cpu": _cpu_obstacle(pool), "triton": _triton_obstacle(pool)}
+    device = layers[0].device
+    obstacles = {"torch": None, "cpu": _cpu_obstacle(layers), "triton": _triton_obstacle(device)}
     if name == "auto":  # on the CPU Triton interprets its kernels, for tests
-        fastest = ("triton", "cpu", "torch") if pool.device.type != "cpu" else ("cpu", "torch")
+        fastest = ("triton", "cpu", "torch") if device.type != "cpu" else ("cpu", "torch")
         name = next(each for each in fastest if not obstacles[each])
     if name not in obstacles:
         raise CannotStart(f"unknown attention {name!r}: choose one of auto, {', '.join(obstacles)}")
@@ -183,31 +185,33 @@ def make_attention(name: str, pool: Tensor) -> Attention:
     if name == "triton":
         from flowkv_engine.engine.gpu.attention import TritonAttention
 
-        return TritonAttention(pool)
+        return TritonAttention(layers)
     if name == "cpu":
         from flowkv_engine.engine.cpu.attention import CpuAttention
 
-        return CpuAttention(pool)
-    return TorchAttention(pool)
+        return CpuAttention(layers)
+    return TorchAttention(layers)
 
 
-def _cpu_obstacle(pool: Tensor) -> str | None:
-    if pool.device.type != "cpu":
-        return f"the pool is on {pool.device}"
-    if pool.dtype not in (torch.float32, torch.bfloat16):
-        return f"its pool is float32 or bfloat16, not {pool.dtype}"
+def _cpu_obstacle(layers: Sequence[Tensor]) -> str | None:
+    device, dtype = layers[0].device, layers[0].dtype
+    if device.type != "cpu":
+        return f"the pool is on {device}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"its pool is float32 or bfloat16, not {dtype}"
     if find_spec("numba") is None:
         return "numba is not installed"
     from flowkv_engine.engine.cpu.simd import LANES
 
-    if pool.shape[5] % LANES:
-        return f"its heads have a multiple of {LANES} dimensions, not {pool.shape[5]}"
+    for layer in layers:
+        if layer.shape[4] % LANES:
+            return f"its heads have a multiple of {LANES} dimensions, not {layer.shape[4]}"
     return None
 
 
-def _triton_obstacle(pool: Tensor) -> str | None:
+def _triton_obstacle(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
-    if pool.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the pool is on {pool.device}, it has to be on a GPU"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the pool is on {device}, it has to be on a GPU"
     return None

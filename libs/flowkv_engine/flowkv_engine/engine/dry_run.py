@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
 
 from flowkv_common.errors import CannotStart
+from flowkv_common.wire.messages import LayerKV
 from flowkv_engine.engine.attention import Span
 
 DRY_RUN = "flowkv_dry_run"  # the name in `transformers` of the attention function of the run without weights
@@ -44,11 +45,19 @@ def first_line(error: Exception) -> str:
 
 
 class LayerAttention(NamedTuple):
-    """What a layer writes into its KV cache, and how far back it sees."""
+    """What a layer attends to."""
 
-    num_kv_heads: int
-    head_dim: int
+    kv: LayerKV
+    writer: int  # the layer whose keys and values these are: itself, or one before it
     span: Span
+
+
+class _Asked(NamedTuple):
+    """What a layer gave the attention function."""
+
+    key: Tensor
+    value: Tensor
+    attention: LayerAttention
 
 
 def max_model_len(config: PretrainedConfig) -> int:
@@ -65,11 +74,11 @@ def max_model_len(config: PretrainedConfig) -> int:
 
 
 def dry_run(config: PretrainedConfig) -> list[LayerAttention]:
-    """Runs the model on torch's meta device -> what its layers ask for; all write KV of one shape.
+    """Runs the model on torch's meta device -> what its layers ask for.
 
     Raises `UnsupportedModel`, with the reason, if it can't be served.
     """
-    asked: dict[int, LayerAttention] = {}
+    asked: dict[int, _Asked] = {}
     try:
         with quiet():
             with torch.device("meta"):
@@ -99,11 +108,7 @@ def dry_run(config: PretrainedConfig) -> list[LayerAttention]:
         raise UnsupportedModel("its layers don't call the attention function they are given")
     if sorted(asked) != list(range(len(asked))):
         raise UnsupportedModel("only some of its layers have attention")
-    shapes = {(layer.num_kv_heads, layer.head_dim) for layer in asked.values()}
-    if len(shapes) > 1:
-        sizes = " and ".join(f"{heads} x {dim}" for heads, dim in sorted(shapes))
-        raise UnsupportedModel(f"its layers' KV caches differ in shape ({sizes}), and a pool has one")
-    return [asked[number] for number in range(len(asked))]
+    return [asked[number].attention for number in range(len(asked))]
 
 
 def _dry_run_attention(
@@ -113,7 +118,7 @@ def _dry_run_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    flowkv: dict[int, LayerAttention] | None = None,
+    flowkv: dict[int, _Asked] | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     **kwargs: Any,
@@ -138,7 +143,9 @@ def _dry_run_attention(
     assert isinstance(layer, int)
     if layer in flowkv:
         raise UnsupportedModel(f"its attention of layer {layer} is computed twice in a step")
-    flowkv[layer] = LayerAttention(key.shape[1], key.shape[3], span)
+    before = (number for number, other in flowkv.items() if other.key is key and other.value is value)
+    kept = LayerAttention(LayerKV(key.shape[1], key.shape[3]), next(before, layer), span)
+    flowkv[layer] = _Asked(key, value, kept)
     return torch.empty_like(query.transpose(1, 2)), None
 
 

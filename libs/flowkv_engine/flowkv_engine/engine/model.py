@@ -81,24 +81,26 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     card: ModelCard
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    spans: list[Span]  # of each layer
+    layers: list[LayerAttention]
     grammars: Grammars
+
+    @property
+    def spans(self) -> list[Span]:
+        """How far back each layer sees."""
+        return [layer.span for layer in self.layers]
+
+    @property
+    def writers(self) -> list[int]:
+        """The layers that write KV: a pool has these, in this order."""
+        return sorted({layer.writer for layer in self.layers})
 
     def layout(self, block_size: int, kv_dtype: str) -> PoolLayout:
         """The layout of this model's pool: `block_size` tokens per block, of `kv_dtype`.
 
         "auto" is that of the weights: what attention computes in is what it should store.
         """
-        return PoolLayout(
-            num_layers=self.num_layers,
-            block_size=block_size,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            dtype=str(self.dtype).removeprefix("torch.") if kv_dtype == "auto" else kv_dtype,
-        )
+        stored = str(self.dtype).removeprefix("torch.") if kv_dtype == "auto" else kv_dtype
+        return PoolLayout.of([self.layers[number].kv for number in self.writers], block_size, stored)
 
 
 def load_model(
@@ -152,10 +154,7 @@ def load_model(
         device=weight.device,
         dtype=weight.dtype,
         card=card,
-        num_layers=len(layers),
-        num_kv_heads=layers[0].num_kv_heads,
-        head_dim=layers[0].head_dim,
-        spans=[layer.span for layer in layers],
+        layers=layers,
         grammars=grammars,
     )
 

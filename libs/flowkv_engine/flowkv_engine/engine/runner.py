@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowkv_common import __version__
-from flowkv_common.wire.messages import SamplingParams, TokenLogprob
+from flowkv_common.wire.messages import LayerKV, SamplingParams, TokenLogprob
 from flowkv_engine.engine.attention import make_attention
 from flowkv_engine.engine.batch import PackedBatch, PromptRows, Sequence, WorkItem, pack
 from flowkv_engine.engine.dry_run import UnsupportedModel, quiet
@@ -66,13 +67,13 @@ class Runner:
     def __init__(
         self,
         model: LoadedModel,
-        pool: Tensor,
+        pool: SequenceOf[Tensor],
         *,
         attention: str = "torch",
         max_num_seqs: int = 64,
         token_budget: int = 512,
     ) -> None:
-        """`pool`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], on the model's device.
+        """`pool`: as `layer_views` has it, on the model's device.
 
         Computes two short prompts, in the first blocks of the pool: kernels are compiled (half a minute, once
         per machine), and the logits are compared. On a GPU records graphs for steps of up to `max_num_seqs`
@@ -80,21 +81,24 @@ class Runner:
         that works here. Raises `ValueError` if the pool is not of this model, or the backend is unknown or
         can't run, and `UnsupportedModel` if logits differ from those of the model's own forward pass.
         """
-        expected = (model.num_layers, 2, model.num_kv_heads, model.head_dim)
-        if (*pool.shape[1:3], *pool.shape[4:]) != expected:
-            raise ValueError(f"a pool of shape {tuple(pool.shape)} is not for {model.card.name}")
-        self.attention = make_attention(attention, pool)
+        writers = model.writers
+        has = [LayerKV(layer.shape[3], layer.shape[4], layer.shape[1]) for layer in pool]
+        if has != (wants := [model.layers[number].kv for number in writers]):
+            raise ValueError(f"a pool of {has} is not for {model.card.name}, which needs {wants}")
+        # A layer that reads what another has written is given the same keys, and writes them once more.
+        layers = [pool[writers.index(layer.writer)] for layer in model.layers]
+        self.attention = make_attention(attention, layers)
         self._eos_token_ids = model.card.eos_token_ids
         self._max_prompt_rows = max(1, MAX_PROMPT_LOGITS // model.card.vocab_size)
         self._constraints = Constraints(model.grammars, model.card.vocab_size, model.card.eos_token_ids)
-        self._device = pool.device
+        self._device = pool[0].device
         self._graphs: GraphedSteps | None = None
         with _current(self._device):
             check = SelfCheck(model, pool)
         self.forward = make_forward(model.module, self.attention, model.spans)
         cache_dir = os.environ.get("NUMBA_CACHE_DIR") if self.attention.name == "cpu" else None
         sources = source_stamp(Path(__file__).with_name("cpu"))
-        kernels = f"{__version__}-{sources}-{model.card.fingerprint}-{pool.dtype}"
+        kernels = f"{__version__}-{sources}-{model.card.fingerprint}-{pool[0].dtype}"
         with torch.inference_mode(), _current(self._device):
             with compiling_alone(Path(cache_dir), kernels) if cache_dir else contextlib.nullcontext():
                 check.compare(self._logits)
@@ -103,7 +107,7 @@ class Runner:
                 from flowkv_engine.engine.gpu.forward import GraphedSteps, TritonFlatForward, cuda_recorder
 
                 if isinstance(self.forward, TritonFlatForward):
-                    num_blocks, block_size = pool.shape[0], pool.shape[3]
+                    num_blocks, block_size = len(pool[0]), pool[0].shape[2]
                     self._graphs = GraphedSteps(
                         self.forward,
                         max_num_seqs=max_num_seqs,
@@ -207,10 +211,10 @@ def _current(device: torch.device) -> Iterator[None]:
 class SelfCheck:
     """Compares logits of two short prompts with those of the model's own modules."""
 
-    def __init__(self, model: LoadedModel, pool: Tensor) -> None:
+    def __init__(self, model: LoadedModel, pool: SequenceOf[Tensor]) -> None:
         """Runs the modules: make it before weights are packed. A pool with room for one prompt gets one."""
-        num_free_blocks, self._block_size = pool.shape[0], pool.shape[3]
-        self._tolerance = TOLERANCE * max(LEAST_EPS, *(torch.finfo(x.dtype).eps for x in (model, pool)))
+        num_free_blocks, self._block_size = len(pool[0]), pool[0].shape[2]
+        self._tolerance = TOLERANCE * max(LEAST_EPS, *(torch.finfo(x.dtype).eps for x in (model, pool[0])))
         self._prompts: list[list[int]] = []
         generator = torch.Generator().manual_seed(0)
         for wanted in PROMPT_LENS:

@@ -26,10 +26,9 @@ class CudaPool:
         self._device = cupy.cuda.Device(device)
         with self._device:
             self._address = runtime.malloc(self.num_bytes)
-        shape = (num_blocks, layout.num_layers, 2, layout.block_size, layout.num_kv_heads, layout.head_dim)
         try:
             memory = torch.as_tensor(_Bytes(self._address, self.num_bytes), device=f"cuda:{device}")
-            self.tensor = memory.view(getattr(torch, layout.dtype)).view(shape)
+            self.tensor = memory.view(getattr(torch, layout.dtype)).view(num_blocks, -1)
             self.tensor.zero_()
             with self._device:
                 runtime.deviceSynchronize()  # connectors write on streams of their own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import mmap
 import os
 from typing import Protocol, Self
@@ -17,13 +18,22 @@ from flowkv_common.wire.messages import PoolLayout, Run
 class Pool(Protocol):
     """A pool wherever its bytes lie; those of a block, over all layers, are contiguous.
 
-    `tensor`: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim] of the layout's dtype, from the
-    first byte of the pool on.
+    `tensor`: [num_blocks, numbers of a block] of the layout's dtype, from the first byte of the pool on.
     """
 
     layout: PoolLayout
     num_blocks: int
     tensor: torch.Tensor
+
+
+def layer_views(tensor: torch.Tensor, layout: PoolLayout) -> list[torch.Tensor]:
+    """Of each layer its part of a pool's `tensor`: [num_blocks, sides, block_size, num_kv_heads, head_dim].
+
+    Sides are keys and values, or latents alone. From a block to the next it is a whole block's numbers.
+    """
+    shapes = [(kv.num_sides, layout.block_size, kv.num_kv_heads, kv.head_dim) for kv in layout.each_layer]
+    parts = torch.split(tensor, [math.prod(shape) for shape in shapes], dim=1)
+    return [part.view(len(part), *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class KVPool:
@@ -52,7 +62,7 @@ class KVPool:
         self.tensor = (
             torch.from_numpy(np.frombuffer(self._mapping, dtype=np.uint8))
             .view(getattr(torch, layout.dtype))
-            .view(num_blocks, layout.num_layers, 2, layout.block_size, layout.num_kv_heads, layout.head_dim)
+            .view(num_blocks, -1)
         )
         self.tensor.zero_()  # touches every page now, or else the first transfer pays for it
 

@@ -31,8 +31,8 @@ from flowkv_engine.transport.sockets import LOOPBACK, Place
 log = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 1 << 20
-# A `Hello` takes a few hundred bytes, and any process may send one.
-MAX_HELLO_BYTES = 4096
+# A `Hello` takes a few hundred bytes, 50 more for each layer where they differ, and any process may send one.
+MAX_HELLO_BYTES = 16384
 _LENGTH_BYTES = 4
 _PIECE_BYTES = 64 << 10
 # What one `Transfer` asks for: little enough that its confirmation comes well within the deadline of a step,

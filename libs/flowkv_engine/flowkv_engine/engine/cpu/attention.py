@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -50,15 +51,15 @@ class Scratch:
 class CpuAttention(TorchAttention):
     """Equal to `TorchAttention` up to rounding, by test. For float32 and bfloat16 pools on the CPU.
 
-    The result of `attend` is valid until the next call. `pool_array` and `slots` are for kernels that write
-    into the pool themselves.
+    The result of `attend` is valid until the next call. `layers` and `slots` are for kernels that write into
+    the pool themselves.
     """
 
     name = "cpu"
 
-    def __init__(self, pool: Tensor) -> None:
-        super().__init__(pool)
-        self.pool_array = _as_numpy(pool)
+    def __init__(self, layers: Sequence[Tensor]) -> None:
+        super().__init__(layers)
+        self.layers = [_numbers_of(layer) for layer in layers]
         self.slots = np.empty(0, np.int64)
         self._tables = np.empty((0, 0), np.int32)
         self._context_lens = np.empty(0, np.int32)
@@ -76,17 +77,16 @@ class CpuAttention(TorchAttention):
         self._num_splits = -(-int(self._context_lens.max(initial=0)) // self._split_len)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        keys, values = (_as_numpy(states.to(self._pool.dtype)) for states in (key, value))
-        _write(self.pool_array, layer, keys, values, self.slots)
+        keys, values = (_as_numpy(states.to(self._layers[layer].dtype)) for states in (key, value))
+        _write(*self.layers[layer], keys, values, self.slots)
 
     def _decode(self, layer: int, query: Tensor, rule: Rule) -> Tensor:
         num_rows, num_heads, head_dim = query.shape
-        decode = make_decode(num_heads // self._pool.shape[4], head_dim)
+        decode = make_decode(num_heads // self._layers[layer].shape[3], head_dim)
         shape = (num_rows, self._num_splits, num_heads)
         out = self._scratch.array("out", num_rows, num_heads, head_dim)
         decode(
-            self.pool_array,
-            layer,
+            *self.layers[layer],
             self._split_len,
             (query.float() * rule.scale).contiguous().numpy(),
             self._tables,
@@ -102,12 +102,11 @@ class CpuAttention(TorchAttention):
         return torch.from_numpy(out).to(query.dtype)
 
     def _prefill(self, layer: int, query: Tensor, item: Prefill, rule: Rule) -> Tensor:
-        num_kv_heads, head_dim = self._pool.shape[4:]
+        num_kv_heads, head_dim = self._layers[layer].shape[3:]
         num_tiles = -(-item.context_len // TILE_LEN)
         out = torch.empty(query.shape)
         prefill(
-            self.pool_array,
-            layer,
+            *self.layers[layer],
             item.blocks.numpy(),
             item.context_len,
             query.float().contiguous().numpy(),
@@ -125,6 +124,23 @@ class CpuAttention(TorchAttention):
 def _sinks(rule: Rule) -> NDArray[np.float32]:
     """[num_heads], or [0] without."""
     return _NO_SINKS if rule.sinks is None else rule.sinks.detach().float().numpy()
+
+
+class Numbers(NamedTuple):
+    """A layer of the pool as kernels take it: the key of slot 0 is at number 0.
+
+    A block has all keys of a token, [num_kv_heads, head_dim], then those of its next token, then the values.
+    """
+
+    pool: NDArray[np.float32] | NDArray[np.uint16]  # one-dimensional, to the layer's last number
+    block_len: int  # numbers from a block to the next
+    block_size: int
+
+
+def _numbers_of(layer: Tensor) -> Numbers:
+    num_blocks, block_len = len(layer), layer.stride(0)
+    flat = layer.as_strided(((num_blocks - 1) * block_len + layer[0].numel(),), (1,))
+    return Numbers(_as_numpy(flat), block_len, layer.shape[2])
 
 
 def _as_numpy(tensor: Tensor) -> NDArray[np.float32] | NDArray[np.uint16]:
@@ -171,15 +187,16 @@ def _overload_stored(number, like):
 
 
 @numba.njit(cache=True, nogil=True)
-def _write(pool, layer, keys, values, slots):
+def _write(pool, block_len, block_size, keys, values, slots):
     """`keys`, `values` [T, kv heads, dim] of the pool's dtype -> the pool, at `slots` [T]."""
-    block_size = pool.shape[3]
+    _, num_kv_heads, head_dim = keys.shape
+    row_len = num_kv_heads * head_dim
     for token in range(slots.shape[0]):
-        block, offset = slots[token] // block_size, slots[token] % block_size
-        for head in range(pool.shape[4]):
-            for dim in range(pool.shape[5]):
-                pool[block, layer, 0, offset, head, dim] = keys[token, head, dim]
-                pool[block, layer, 1, offset, head, dim] = values[token, head, dim]
+        at = slots[token] // block_size * block_len + slots[token] % block_size * row_len
+        for head in range(num_kv_heads):
+            for dim in range(head_dim):
+                pool[at + head * head_dim + dim] = keys[token, head, dim]
+                pool[at + block_size * row_len + head * head_dim + dim] = values[token, head, dim]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -201,8 +218,11 @@ def _rotate(states, cos, sin, is_interleaved, out):
 
 
 @numba.njit(cache=True, nogil=True)
-def _rotate_and_write_row(pool, layer, slot, states, cos, sin, is_interleaved, norm, eps, query):
-    num_heads, num_kv_heads = query.shape[0], pool.shape[4]
+def _rotate_and_write_row(
+    pool, block_len, block_size, slot, states, cos, sin, is_interleaved, norm, eps, query
+):  # fmt: skip
+    num_heads, head_dim = query.shape
+    num_kv_heads = (states.shape[0] - num_heads) // 2
     for head in range(norm.shape[0]):  # none, or all heads of queries and keys
         total = np.float32(0)
         for dim in range(states.shape[1]):
@@ -212,21 +232,22 @@ def _rotate_and_write_row(pool, layer, slot, states, cos, sin, is_interleaved, n
             states[head, dim] *= factor * norm[head, dim]
     for head in range(num_heads):
         _rotate(states[head], cos, sin, is_interleaved, query[head])
-    block, offset = slot // pool.shape[3], slot % pool.shape[3]
+    row_len = num_kv_heads * head_dim
     for head in range(num_kv_heads):
         key, value = states[num_heads + head], states[num_heads + num_kv_heads + head]
         _rotate(key, cos, sin, is_interleaved, key)
-        for dim in range(states.shape[1]):
-            like = pool[block, layer, 0, offset, head, dim]
-            pool[block, layer, 0, offset, head, dim] = _stored(key[dim], like)
-            pool[block, layer, 1, offset, head, dim] = _stored(value[dim], like)
+        at = slot // block_size * block_len + slot % block_size * row_len + head * head_dim
+        for dim in range(head_dim):
+            like = pool[at + dim]
+            pool[at + dim] = _stored(key[dim], like)
+            pool[at + block_size * row_len + dim] = _stored(value[dim], like)
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def rotate_and_write(pool, layer, slots, qkv, positions, rotary, norm, eps, query):
+def rotate_and_write(pool, block_len, block_size, slots, qkv, positions, rotary, norm, eps, query):
     """Rotates queries and keys of `qkv` [T, heads + 2 kv heads, dim] (which it spoils) to their positions.
 
-    Keys and values go into the pool at `slots` [T], queries into `query` [T, heads, dim].
+    Keys and values go into the pool (see `Numbers`) at `slots` [T], queries into `query` [T, heads, dim].
     `rotary`: the parts of a `Rotary`; `norm`: [0 or heads + kv heads, dim], each head's RMS norm before.
     """
     cos, sin, is_interleaved = rotary
@@ -234,7 +255,8 @@ def rotate_and_write(pool, layer, slots, qkv, positions, rotary, norm, eps, quer
         position = positions[row]
         _rotate_and_write_row(
             pool,
-            layer,
+            block_len,
+            block_size,
             slots[row],
             qkv[row],
             cos[position],
@@ -268,26 +290,30 @@ def _cap(scores, softcap):
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def _attend_split(
-    pool, layer, query, table, seen, stop, head, softcap, out, maxima, sums, group_size, head_dim
-):
+    pool, block_len, block_size, row_len, query, table, seen, stop, head, softcap, out, maxima, sums,
+    group_size, head_dim,
+):  # fmt: skip
     """KV head `head` over tokens `seen .. stop - 1`: all scores, their softmax, then the values.
 
     While one block is read the next is prefetched: the processor can't guess its place.
     """
-    block_size = pool.shape[3]
+    values = block_size * row_len + head * head_dim  # behind the beginning of a block
     start = seen // block_size * block_size
     num_vectors = (stop - start + LANES - 1) // LANES
     scores = np.empty((group_size, (num_vectors + 1) * LANES), np.float32)  # a tile may reach beyond
     for first in range(start, stop, block_size):
-        keys = pool[table[first // block_size], layer, 0]
+        at = table[first // block_size] * block_len + head * head_dim
         if first + block_size < stop:
-            ahead = pool[table[first // block_size + 1], layer, 0]
+            ahead = table[first // block_size + 1] * block_len + head * head_dim
         else:
-            ahead = pool[table[start // block_size], layer, 1]
+            ahead = table[start // block_size] * block_len + values
         length = min(block_size, stop - first)
         for token in range(0, length, LANES):
-            place = first - start + token
-            score_tile(query, keys, ahead, token, head, length - token, scores, place, group_size, head_dim)
+            row, place = token * row_len, first - start + token
+            score_tile(
+                query, pool, at + row, ahead + row, row_len, length - token, scores, place,
+                group_size, head_dim,
+            )  # fmt: skip
     if softcap:
         for group in range(group_size):
             _cap(scores[group], softcap)
@@ -297,10 +323,10 @@ def _attend_split(
         maxima[group], sums[group] = softmax_row(scores[group], num_vectors, _LOWEST)
     out[:] = 0
     for first in range(start, stop, block_size):
-        values = pool[table[first // block_size], layer, 1]
-        ahead = pool[table[min(first + block_size, stop - 1) // block_size], layer, 1]
+        at = table[first // block_size] * block_len + values
+        ahead = table[min(first + block_size, stop - 1) // block_size] * block_len + values
         length = min(block_size, stop - first)
-        value_tile(scores, first - start, values, ahead, head, length, out, group_size, head_dim)
+        value_tile(scores, first - start, pool, at, ahead, row_len, length, out, group_size, head_dim)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -328,18 +354,18 @@ def _merge_splits(splits, maxima, sums, sinks, out):
 def make_decode(group_size: int, head_dim: int) -> Callable[..., None]:
     """The decode kernel for `group_size` query heads per KV head; both sizes are compiled in.
 
-    Its `query` (scaled) and `out` are [N, heads, dim] float32; scratch: `splits` [N, splits, heads, dim],
-    `maxima` and `sums` [N, splits, heads], float32. `split_len`: tokens per unit of work, a multiple of the
-    block size. `head_dim`: a multiple of `LANES`. `window`, `chunk`, `softcap`: as of `Rule`, `sinks`
-    [0 or heads].
+    Its `pool`, `block_len`, `block_size` are `Numbers`; `query` (scaled) and `out` [N, heads, dim] float32;
+    scratch: `splits` [N, splits, heads, dim], `maxima` and `sums` [N, splits, heads], float32. `split_len`:
+    tokens per unit of work, a multiple of the block size. `head_dim`: a multiple of `LANES`. `window`,
+    `chunk`, `softcap`: as of `Rule`, `sinks` [0 or heads].
     """
 
     @numba.njit(cache=True, nogil=True, parallel=True)
     def decode(
-        pool, layer, split_len, query, tables, context_lens, window, chunk, softcap, sinks, splits, maxima,
-        sums, out,
+        pool, block_len, block_size, split_len, query, tables, context_lens, window, chunk, softcap, sinks,
+        splits, maxima, sums, out,
     ):  # fmt: skip
-        num_rows, num_splits, num_kv_heads = query.shape[0], splits.shape[1], pool.shape[4]
+        num_rows, num_splits, num_kv_heads = query.shape[0], splits.shape[1], query.shape[1] // group_size
         for unit in numba.prange(num_rows * num_splits * num_kv_heads):
             row, rest = unit // (num_splits * num_kv_heads), unit % (num_splits * num_kv_heads)
             split, head = rest // num_kv_heads, rest % num_kv_heads
@@ -349,7 +375,9 @@ def make_decode(group_size: int, head_dim: int) -> Callable[..., None]:
             if seen < stop:
                 _attend_split(
                     pool,
-                    layer,
+                    block_len,
+                    block_size,
+                    num_kv_heads * head_dim,
                     query[row, first:last],
                     tables[row],
                     seen,
@@ -377,19 +405,20 @@ def make_decode(group_size: int, head_dim: int) -> Callable[..., None]:
 
 
 @numba.njit(cache=True, nogil=True)
-def _pack_tile(pool, layer, table, head, first, context_len, keys, values):
+def _pack_tile(pool, block_len, block_size, row_len, table, head, first, context_len, keys, values):
     """The context's tile at `first`: keys [tokens / LANES, dim, LANES], values [dim / LANES, tokens, LANES].
 
     Padded to whole vectors with 0; the scores of padding are masked.
     """
-    block_size = pool.shape[3]
+    head_dim = keys.shape[1]
     count = min(TILE_LEN, context_len - first)
     for token in range(count):
         block, offset = table[(first + token) // block_size], (first + token) % block_size
+        at = block * block_len + offset * row_len + head * head_dim
         panel, lane = token // LANES, token % LANES
-        for dim in range(pool.shape[5]):
-            keys[panel, dim, lane] = _widened(pool[block, layer, 0, offset, head, dim])
-            values[dim // LANES, token, dim % LANES] = _widened(pool[block, layer, 1, offset, head, dim])
+        for dim in range(head_dim):
+            keys[panel, dim, lane] = _widened(pool[at + dim])
+            values[dim // LANES, token, dim % LANES] = _widened(pool[at + block_size * row_len + dim])
     for token in range(count, (count + LANES - 1) // LANES * LANES):
         keys[token // LANES, :, token % LANES] = 0
         values[:, token] = 0
@@ -446,22 +475,26 @@ def _attend_prompt(query, position, scale, window, chunk, softcap, sinks, keys, 
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def prefill(pool, layer, table, context_len, query, scale, window, chunk, softcap, sinks, keys, values, out):
+def prefill(
+    pool, block_len, block_size, table, context_len, query, scale, window, chunk, softcap, sinks, keys,
+    values, out,
+):  # fmt: skip
     """Attention of the last T of `context_len` tokens -> `out` [T, heads, dim], as `query`, float32.
 
-    `table` [blocks]; `scale`, `window`, `chunk`, `softcap`: as of `Rule`, `sinks` [0 or heads]. Scratch,
-    float32, for tiles = ceil(context_len / TILE_LEN):
+    `pool`, `block_len`, `block_size`: `Numbers`; `table` [blocks]; `scale`, `window`, `chunk`, `softcap`: as
+    of `Rule`, `sinks` [0 or heads]. Scratch, float32, for tiles = ceil(context_len / TILE_LEN):
     `keys` [kv heads, tiles, TILE_LEN / LANES, dim, LANES] and
     `values` [kv heads, tiles, dim / LANES, TILE_LEN, LANES].
     """
-    num_tokens, num_kv_heads, num_tiles = query.shape[0], pool.shape[4], keys.shape[1]
-    group_size = query.shape[1] // num_kv_heads
+    (num_tokens, num_heads, head_dim), (num_kv_heads, num_tiles) = query.shape, keys.shape[:2]
+    group_size, row_len = num_heads // num_kv_heads, num_kv_heads * head_dim
     least = _first_seen(context_len - num_tokens, window, chunk) // TILE_LEN
     for unit in numba.prange(num_kv_heads * (num_tiles - least)):
         head, tile = unit // (num_tiles - least), least + unit % (num_tiles - least)
         _pack_tile(
-            pool, layer, table, head, tile * TILE_LEN, context_len, keys[head, tile], values[head, tile]
-        )
+            pool, block_len, block_size, row_len, table, head, tile * TILE_LEN, context_len,
+            keys[head, tile], values[head, tile],
+        )  # fmt: skip
     num_units = (num_tokens + TILE_QUERIES - 1) // TILE_QUERIES
     for unit in numba.prange(num_units * num_kv_heads):
         # Each thread gets a run of units. One head after the other: its keys and values stay in the second

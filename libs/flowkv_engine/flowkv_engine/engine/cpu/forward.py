@@ -108,8 +108,8 @@ class CpuFlatForward(FlatStates):
         for index, packed in enumerate(self._layers):
             rms_norm(hidden, packed.input_norm, eps, normed, False)
             self._project(normed, packed.qkv, heads)
-            pool, slots = self._attention.pool_array, self._attention.slots
-            rotate_and_write(pool, index, slots, states, positions, packed.rotary, packed.qk_norm, eps, query)
+            pool, slots = self._attention.layers[index], self._attention.slots
+            rotate_and_write(*pool, slots, states, positions, packed.rotary, packed.qk_norm, eps, query)
             attended = self._attention.attend(index, torch.from_numpy(query), packed.rule).numpy()
             attended = attended.reshape(num_rows, -1)
             if index == len(self._layers) - 1:  # the other rows need only keys and values

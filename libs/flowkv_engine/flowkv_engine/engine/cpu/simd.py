@@ -166,28 +166,26 @@ class Emit:
 
 
 @intrinsic(prefer_literal=True)
-def score_tile(typing_context, query, keys, ahead, token, head, length, scores, first, group_size, head_dim):
-    """`scores[g, first + t] = query[g] . keys[token + t, head]` for all `g` and `LANES` tokens `t`.
+def score_tile(typing_context, query, pool, at, ahead, row_len, length, scores, first, group_size, head_dim):
+    """`scores[g, first + t] = query[g] . key[t]` for all `g` and `LANES` tokens `t`.
 
-    Those from `length` on repeat the last one before. The same tokens of `ahead`, as `keys`, are prefetched.
-    `query` [group size, head dim] and `scores` [group size, any] float32, `keys` [tokens, kv heads, head dim]
-    float32 or bfloat16 (as uint16).
+    `pool` is one-dimensional, float32 or bfloat16 (as uint16): keys begin at number `at`, and each lies
+    `row_len` numbers behind the one before. Those from `length` on repeat the last one before. As many are
+    prefetched at `ahead`. `query` [group size, head dim] and `scores` [group size, any] float32.
     """
     groups, dim = group_size.literal_value, head_dim.literal_value
-    indices = (types.intp, types.intp, types.intp)
-    signature = types.void(query, keys, ahead, *indices, scores, types.intp, group_size, head_dim)
-    item_bytes, kind = (4, _FLOAT) if keys.dtype == types.float32 else (2, BFLOAT)
+    indices = (types.intp, types.intp, types.intp, types.intp)
+    signature = types.void(query, pool, *indices, scores, types.intp, group_size, head_dim)
+    item_bytes, kind = (4, _FLOAT) if pool.dtype == types.float32 else (2, BFLOAT)
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         emit = Emit(context, b, signature, arguments)
-        token, head, length, _, first, *_ = arguments[3:]
+        at, ahead, row_len, length, _, first, *_ = arguments[2:]
         query_data, (query_stride, _) = emit.array(0)
-        key_data, (token_stride, head_stride, _) = emit.array(1)
         score_data, (score_stride, _) = emit.array(6)
         queries = [emit.at(query_data, (INTP(g), query_stride)) for g in range(groups)]
-        base = emit.at(key_data, (token, token_stride), (head, head_stride))
-        base_ahead = emit.at(emit.array(2)[0], (token, token_stride), (head, head_stride))
-        last = b.sub(length, INTP(1))
+        base, base_ahead = (emit.at(emit.array(1)[0], (each, INTP(item_bytes))) for each in (at, ahead))
+        token_stride, last = b.mul(row_len, INTP(item_bytes)), b.sub(length, INTP(1))
 
         def products(t: int) -> list[Value]:
             """Of token `t` with each query, not yet summed over the lanes."""
@@ -219,26 +217,26 @@ def score_tile(typing_context, query, keys, ahead, token, head, length, scores, 
 
 
 @intrinsic(prefer_literal=True)
-def value_tile(typing_context, weights, first, values, ahead, head, length, out, group_size, head_dim):
-    """`out[g] += sum of weights[g, first + t] * values[t, head]` over the first `length` tokens `t`.
+def value_tile(typing_context, weights, first, pool, at, ahead, row_len, length, out, group_size, head_dim):
+    """`out[g] += sum of weights[g, first + t] * value[t]` over the first `length` tokens `t`.
 
-    Shapes, dtypes and `ahead` are as of `score_tile`; `out` [group size, head dim] float32.
+    `weights` are as `scores` of `score_tile`, values lie in `pool` as its keys; `out` [group size, head dim]
+    float32.
     """
     groups, dim = group_size.literal_value, head_dim.literal_value
-    indices = (types.intp, types.intp)
-    signature = types.void(weights, types.intp, values, ahead, *indices, out, group_size, head_dim)
-    item_bytes, kind = (4, _FLOAT) if values.dtype == types.float32 else (2, BFLOAT)
+    indices = (types.intp, types.intp, types.intp, types.intp)
+    signature = types.void(weights, types.intp, pool, *indices, out, group_size, head_dim)
+    item_bytes, kind = (4, _FLOAT) if pool.dtype == types.float32 else (2, BFLOAT)
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         emit = Emit(context, b, signature, arguments)
-        _, first, _, _, head, length, *_ = arguments
+        _, first, _, at, ahead, row_len, length, *_ = arguments
         weight_data, (weight_stride, _) = emit.array(0)
-        value_data, (token_stride, head_stride, _) = emit.array(2)
-        out_data, (out_stride, _) = emit.array(6)
+        out_data, (out_stride, _) = emit.array(7)
         rows = [emit.at(weight_data, (INTP(g), weight_stride), (first, INTP(4))) for g in range(groups)]
         outs = [emit.at(out_data, (INTP(g), out_stride)) for g in range(groups)]
-        base = emit.at(value_data, (head, head_stride))
-        base_ahead = emit.at(emit.array(3)[0], (head, head_stride))
+        base, base_ahead = (emit.at(emit.array(2)[0], (each, INTP(item_bytes))) for each in (at, ahead))
+        token_stride = b.mul(row_len, INTP(item_bytes))
         # Of the dims at once: so that all sums are in registers.
         width = LANES * max(1, TILE_ROWS * TILE_PANELS // groups)
         for start in range(0, dim, width):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,23 +56,16 @@ class TritonAttention:
 
     name = "triton"
 
-    def __init__(self, pool: Tensor) -> None:
-        assert pool.is_contiguous()
-        self._pool = pool
-        _, _, _, block_size, self._num_kv_heads, self._head_dim = pool.shape
-        self._padded_dim = max(16, triton.next_power_of_2(self._head_dim))
-        self._sizes = {  # constants of all kernels that read or write the pool
-            "block_size": block_size,
-            "num_kv_heads": self._num_kv_heads,
-            "head_dim": self._head_dim,
-            "padded_dim": self._padded_dim,
-        }
-        none = torch.empty(0, dtype=torch.int64, device=pool.device)
+    def __init__(self, layers: Sequence[Tensor]) -> None:
+        assert all(layer[0].is_contiguous() for layer in layers)
+        self._layers = layers
+        self._device = layers[0].device
+        none = torch.empty(0, dtype=torch.int64, device=self._device)
         self.step = Step(none, none, none, none, None, None)
 
     def bind(self, batch: PackedBatch) -> None:
         def to_device(array: NDArray[np.integer]) -> Tensor:
-            return torch.from_numpy(array).to(self._pool.device)
+            return torch.from_numpy(array).to(self._device)
 
         decodes = batch.query_lens == 1
         self.step = Step(
@@ -84,10 +78,10 @@ class TritonAttention:
         )
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        pool, slots = self._pool[:, layer], self.step.slots
+        pool, slots = self._layers[layer], self.step.slots
         key, value = key.to(pool.dtype), value.to(pool.dtype)
-        kernels.write_kv[(len(slots), self._num_kv_heads)](
-            pool, key, value, slots, pool.stride(0), *key.stride()[:2], *value.stride()[:2], **self._sizes
+        kernels.write_kv[(len(slots), key.shape[1])](
+            pool, key, value, slots, pool.stride(0), *key.stride()[:2], *value.stride()[:2], **_sizes(pool)
         )
 
     def rotate_and_write(
@@ -104,32 +98,34 @@ class TritonAttention:
         `qkv` [T, num_heads + 2 * num_kv_heads, head_dim], contiguous, `positions` [T], `norm` [num_heads +
         num_kv_heads, head_dim] of a model that normalizes each head. Returns [T, num_heads, head_dim].
         """
-        num_tokens, num_heads = len(qkv), qkv.shape[1] - 2 * self._num_kv_heads
-        group_size = num_heads // self._num_kv_heads
-        query = torch.empty(num_tokens, num_heads, self._head_dim, dtype=qkv.dtype, device=qkv.device)
-        kernels.rotate_and_write[(num_tokens, self._num_kv_heads)](
+        pool, num_tokens = self._layers[layer], len(qkv)
+        num_kv_heads, head_dim = pool.shape[3:]
+        num_heads = qkv.shape[1] - 2 * num_kv_heads
+        group_size = num_heads // num_kv_heads
+        query = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+        kernels.rotate_and_write[(num_tokens, num_kv_heads)](
             qkv,
             query,
-            self._pool[:, layer],
+            pool,
             self.step.slots,
             positions,
             rotary.cos,
             rotary.sin,
             qkv if norm is None else norm,
             eps,
-            self._pool.stride(0),
+            pool.stride(0),
             has_norm=norm is not None,
             num_pairs=rotary.cos.shape[1],
             is_interleaved=rotary.is_interleaved,
             group_size=group_size,
             padded_rows=triton.next_power_of_2(group_size + 1),
-            **self._sizes,
+            **_sizes(pool),
             num_warps=1,
         )
         return query
 
     def attend(self, layer: int, query: Tensor, rule: Rule) -> Tensor:
-        pool, result = self._pool[:, layer], torch.empty_like(query, memory_format=torch.contiguous_format)
+        pool, result = self._layers[layer], torch.empty_like(query, memory_format=torch.contiguous_format)
         if self.step.decode_lens is not None:
             self._decode(pool, query, result, rule, self.step.decode_lens)
         if self.step.tiles is not None:
@@ -137,13 +133,13 @@ class TritonAttention:
         return result
 
     def _decode(self, pool: Tensor, query: Tensor, result: Tensor, rule: Rule, decode_lens: Tensor) -> None:
-        num_items, num_heads = len(decode_lens), query.shape[1]
-        group_size = num_heads // self._num_kv_heads
-        split_kv = MANY if num_items * self._num_kv_heads >= MANY_PAIRS else FEW
+        num_items, (num_heads, head_dim), num_kv_heads = len(decode_lens), query.shape[1:], pool.shape[3]
+        group_size = num_heads // num_kv_heads
+        split_kv = MANY if num_items * num_kv_heads >= MANY_PAIRS else FEW
         shape = (num_items, num_heads, split_kv.num_splits)
-        splits = torch.empty((*shape, self._head_dim), dtype=torch.float32, device=query.device)
+        splits = torch.empty((*shape, head_dim), dtype=torch.float32, device=query.device)
         log_sums = torch.empty(shape, dtype=torch.float32, device=query.device)
-        kernels.attend_splits[(num_items, self._num_kv_heads, split_kv.num_splits)](
+        kernels.attend_splits[(num_items, num_kv_heads, split_kv.num_splits)](
             pool,
             query,
             result,
@@ -160,7 +156,7 @@ class TritonAttention:
             **split_kv._asdict(),
             group_size=group_size,
             padded_group=max(LEAST_ROWS, triton.next_power_of_2(group_size)),
-            **self._sizes,
+            **_sizes(pool),
             num_stages=2,
         )
         kernels.merge_splits[(num_items, num_heads)](
@@ -171,14 +167,15 @@ class TritonAttention:
             decode_lens,
             **rule.span._asdict(),
             **split_kv._asdict(),
-            head_dim=self._head_dim,
-            padded_dim=self._padded_dim,
+            head_dim=head_dim,
+            padded_dim=_padded(head_dim),
         )
 
     def _prefill(
         self, pool: Tensor, query: Tensor, result: Tensor, rule: Rule, items: Tensor, firsts: Tensor
     ) -> None:
-        num_heads, item_bytes = query.shape[1], max(query.element_size(), pool.element_size())
+        (num_heads, head_dim), num_kv_heads = query.shape[1:], pool.shape[3]
+        item_bytes = max(query.element_size(), pool.element_size())
         kernels.attend_prompts[(len(items), num_heads)](
             pool,
             query,
@@ -193,11 +190,26 @@ class TritonAttention:
             pool.stride(0),
             *query.stride()[:2],
             **_variant(rule),
-            group_size=num_heads // self._num_kv_heads,
-            **self._sizes,
+            group_size=num_heads // num_kv_heads,
+            **_sizes(pool),
             num_rows=NUM_ROWS,
-            num_stages=num_stages(item_bytes * self._padded_dim),
+            num_stages=num_stages(item_bytes * _padded(head_dim)),
         )
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, int(triton.next_power_of_2(head_dim)))
+
+
+def _sizes(pool: Tensor) -> dict[str, int]:
+    """Constants of all kernels that read or write a layer of the pool."""
+    block_size, num_kv_heads, head_dim = pool.shape[2:]
+    return {
+        "block_size": block_size,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "padded_dim": _padded(head_dim),
+    }
 
 
 def _weighing(rule: Rule, query: Tensor) -> tuple[Tensor, float, float]:

@@ -1,9 +1,8 @@
 """The Triton kernels of the GPU path: attention over the pool, and what lies between two matmuls of a layer.
 
-The pool is `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`, contiguous. A kernel gets it
-already at its layer, so the key of token `n` of a sequence lies in block `table[n // block_size]`, blocks lie
-`stride_block` apart, and the value lies a side of a block behind its key. No kernel needs blocks that follow
-each other.
+A kernel gets the pool at its layer, of which a block holds `[2, block_size, num_kv_heads, head_dim]`: the key
+of token `n` of a sequence lies in block `table[n // block_size]`, blocks lie `stride_block` apart, and the
+value lies a side of a block behind its key. No kernel needs blocks that follow each other.
 
 Sums are in fp32. Nothing is compiled anew for another width of the block tables. The interpreter of Triton
 (`TRITON_INTERPRET=1`) runs all of this on the CPU.
