@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import json
 import os
 import select
@@ -144,14 +143,11 @@ class Forked:
 def main() -> int:
     """Forks a node for each order, until the starter has closed the connection."""
     connection = socket.socket(fileno=int(sys.argv[1]))
-    gc.disable()  # a tenth of the imports
     from flowkv import node
 
     node.set_variables()
     with contextlib.suppress(Exception):  # what is missing the nodes say, in their logs
         node.import_libraries()
-    gc.freeze()  # no node writes into what is shared when it collects garbage
-    gc.enable()
     with connection, connection.makefile("rb") as orders:
         for line in orders:
             order = json.loads(line)
