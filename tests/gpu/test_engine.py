@@ -36,18 +36,20 @@ MANY = [*MIXED, *((20 * number, 1) for number in range(1, 65))]
 @pytest.mark.parametrize(("head_dim", "num_heads"), [(128, 32), (64, 9), (80, 12)])
 @pytest.mark.parametrize("work", [MIXED, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn], ids=["kv as weights", "kv of e4m3"])
 def test_attention_equals_torch(
     monkeypatch: pytest.MonkeyPatch,
     head_dim: int,
     num_heads: int,
     dtype: torch.dtype,
+    kv_dtype: torch.dtype | None,
     work: list[tuple[int, int]],
 ) -> None:
     if work is MANY:
         monkeypatch.setattr(attention_triton, "MANY_PAIRS", 200)  # also of models with few KV heads
     num_kv_heads = num_heads // 4 if num_heads % 4 == 0 else num_heads // 3
     shape = (4096, 2, 2, 16, num_kv_heads, head_dim)
-    pool = torch.randn(shape, generator=torch.manual_seed(0)).to(CUDA, dtype)
+    pool = torch.randn(shape, generator=torch.manual_seed(0)).to(CUDA, kv_dtype or dtype)
     free = iter(torch.randperm(4096, generator=torch.manual_seed(1)).tolist())
     items = []
     for num_computed, num_tokens in work:
@@ -66,7 +68,7 @@ def test_attention_equals_torch(
         attention.bind(batch)
         attention.write(1, key, value)
         outs.append(attention.attend(1, query, Rule(head_dim**-0.5)))
-    assert torch.equal(*pools)
+    assert torch.equal(*(each.view(torch.uint8) for each in pools))
     torch.testing.assert_close(outs[1], outs[0], atol=2e-2, rtol=2e-2)
 
 

@@ -90,7 +90,10 @@ def test_triton_equals_torch_by_every_rule(rule: Rule) -> None:
     torch.testing.assert_close(attended(attention, batch, rule), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float8_e4m3fn, marks=pytest.mark.full)],
+)
 @pytest.mark.parametrize("parts", [MIXED, [(300, 1), (7, 1), (0, 1), (256, 1)], [(0, 9), (30, 2)]])
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_equals_torch(name: str, dtype: torch.dtype, parts: list[tuple[int, int]]) -> None:

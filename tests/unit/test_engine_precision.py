@@ -59,7 +59,12 @@ def test_the_stored_dtype_is_that_of_the_file_whatever_the_model_is_checked_in(
 
 @pytest.mark.parametrize(
     ("set_to", "weights", "stored"),
-    [("auto", "float32", "float32"), ("auto", "bfloat16", "bfloat16"), ("bfloat16", "float32", "bfloat16")],
+    [
+        ("auto", "float32", "float32"),
+        ("auto", "bfloat16", "bfloat16"),
+        ("bfloat16", "float32", "bfloat16"),
+        ("float8_e4m3fn", "float32", "float8_e4m3fn"),
+    ],
 )
 def test_kv_is_stored_as_the_weights_are_unless_it_is_set(
     set_to: Any, weights: str, stored: str, tmp_path: Path

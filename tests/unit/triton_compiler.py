@@ -54,11 +54,10 @@ STRIDES = ("stride_", "query_stride", "key_stride", "value_stride")
 ROWS = ("hidden", "delta", "weight", "gate_up", "qkv", "cos", "sin", "norm")
 
 
-def main(capability: int, dtype: str) -> None:
+def main(capability: int, dtype: str, kv_dtype: str) -> None:
     names = ("pool", "query", "result", "key", "value", "sinks", *ROWS)
-    states = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(
-        ("scale", "softcap", "eps", "slope", "cubic"), "fp32"
-    )
+    states = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("pool", "key", "value"), f"*{kv_dtype}")
+    states |= dict.fromkeys(("scale", "softcap", "eps", "slope", "cubic"), "fp32")
     launch: dict[Any, dict[str, int]] = {  # as `TritonAttention` and `TritonFlatForward` ask for
         kernels.attend_prompts: {"num_stages": num_stages(HEADS["head_dim"] * ITEM_BYTES[dtype])},
         kernels.attend_splits: {"num_stages": 2},
@@ -90,4 +89,4 @@ def main(capability: int, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), *sys.argv[2:])

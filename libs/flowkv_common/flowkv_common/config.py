@@ -32,6 +32,7 @@ Seconds = Annotated[float, "s"]
 Bytes = Annotated[int, "bytes"]
 Tokens = Annotated[int, "tokens"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+KVDType = Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"]
 
 
 def listed(setting: str) -> list[str]:
@@ -150,7 +151,9 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     kv_cache_bytes: Annotated[Bytes, "KV pool; 0: 1 GiB, on a GPU what gpu_memory_share leaves"] = 0
     gpu_memory_share: Annotated[float, "share of the GPU's memory for all that this node needs"] = 0.9
     block_size: Annotated[Tokens, "tokens of a KV block"] = 16
-    kv_dtype: Annotated[DType, "of the KV cache; auto: that of the weights"] = "auto"
+    kv_dtype: Annotated[
+        KVDType, "of the KV cache; auto: that of the weights; float8_e4m3fn: a quarter of float32, not exact"
+    ] = "auto"
     token_budget: Annotated[Tokens, "tokens per engine step"] = 512
     max_num_seqs: Annotated[int, "sequences that decode at once"] = 64
     speculation: Annotated[

@@ -79,7 +79,7 @@ class PoolLayout(Part, frozen=True, repr_omit_defaults=True):
 
     @property
     def block_bytes(self) -> int:
-        item = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+        item = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}[self.dtype]
         return self.block_size * sum(math.prod(layer) for layer in self.each_layer) * item
 
     def blocks_for_prompt(self, num_tokens: int) -> int:

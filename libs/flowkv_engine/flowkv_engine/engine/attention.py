@@ -44,6 +44,14 @@ class Rule(NamedTuple):
     sinks: Tensor | None = None
 
 
+def narrowed(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """As a pool of `dtype` stores them. What is too large for 8 bits becomes the largest, not NaN."""
+    if dtype == torch.float8_e4m3fn:
+        largest = torch.finfo(dtype).max
+        states = states.clamp(-largest, largest)
+    return states.to(dtype)
+
+
 class Attention(Protocol):
     """Causal attention over the layers of a pool, as `layer_views` has them; each may have its own sizes.
 
@@ -106,7 +114,7 @@ class TorchAttention:
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         for side, states in enumerate((key, value)):
-            self._layers[layer][:, side][self._write_at] = states.to(self._layers[layer].dtype)
+            self._layers[layer][:, side][self._write_at] = narrowed(states, self._layers[layer].dtype)
 
     def attend(self, layer: int, query: Tensor, rule: Rule) -> Tensor:
         if not self._prefills:
@@ -197,8 +205,8 @@ def _cpu_obstacle(layers: Sequence[Tensor]) -> str | None:
     device, dtype = layers[0].device, layers[0].dtype
     if device.type != "cpu":
         return f"the pool is on {device}"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"its pool is float32 or bfloat16, not {dtype}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
+        return f"its pool is float32, bfloat16 or float8_e4m3fn, not {dtype}"
     if find_spec("numba") is None:
         return "numba is not installed"
     from flowkv_engine.engine.cpu.simd import LANES

@@ -1,7 +1,8 @@
 """Attention on the CPU, in compiled kernels that walk the block table.
 
 Decode reads KV once, in the pool; a prefill computes enough per byte to pack KV for its tiles first. bfloat16
-becomes float32 while it is read. Kernels are compiled at first use and cached on disk (`NUMBA_CACHE_DIR`).
+and e4m3 become float32 while they are read. Kernels are compiled at first use and cached on disk
+(`NUMBA_CACHE_DIR`).
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -20,7 +21,7 @@ from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowkv_engine.engine.attention import Prefill, Rule, TorchAttention
+from flowkv_engine.engine.attention import Prefill, Rule, TorchAttention, narrowed
 from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.cpu.linear import multiply
 from flowkv_engine.engine.cpu.simd import LANES, score_tile, softmax_row, value_tile
@@ -32,6 +33,8 @@ TILE_LEN = 192
 TILE_QUERIES = 32  # tokens of a prompt in one unit of work
 _LOWEST = np.float32(-1e30)
 _NO_SINKS = np.empty(0, np.float32)
+_BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
+_E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()  # by their bits
 
 
 class Scratch:
@@ -49,7 +52,7 @@ class Scratch:
 
 
 class CpuAttention(TorchAttention):
-    """Equal to `TorchAttention` up to rounding, by test. For float32 and bfloat16 pools on the CPU.
+    """Equal to `TorchAttention` up to rounding, by test. For pools of float32, bfloat16 and e4m3.
 
     The result of `attend` is valid until the next call. `layers` and `slots` are for kernels that write into
     the pool themselves.
@@ -77,7 +80,7 @@ class CpuAttention(TorchAttention):
         self._num_splits = -(-int(self._context_lens.max(initial=0)) // self._split_len)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        keys, values = (_as_numpy(states.to(self._layers[layer].dtype)) for states in (key, value))
+        keys, values = (_as_numpy(narrowed(states, self._layers[layer].dtype)) for states in (key, value))
         _write(*self.layers[layer], keys, values, self.slots)
 
     def _decode(self, layer: int, query: Tensor, rule: Rule) -> Tensor:
@@ -132,7 +135,7 @@ class Numbers(NamedTuple):
     A block has all keys of a token, [num_kv_heads, head_dim], then those of its next token, then the values.
     """
 
-    pool: NDArray[np.float32] | NDArray[np.uint16]  # one-dimensional, to the layer's last number
+    pool: NDArray[Any]  # one-dimensional, to the layer's last number
     block_len: int  # numbers from a block to the next
     block_size: int
 
@@ -143,14 +146,13 @@ def _numbers_of(layer: Tensor) -> Numbers:
     return Numbers(_as_numpy(flat), block_len, layer.shape[2])
 
 
-def _as_numpy(tensor: Tensor) -> NDArray[np.float32] | NDArray[np.uint16]:
-    """The same memory; bfloat16, which numpy does not know, as its bits."""
-    array: NDArray[np.float32] | NDArray[np.uint16]
-    array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+def _as_numpy(tensor: Tensor) -> NDArray[Any]:
+    """The same memory; as their bits floats that numpy does not know."""
+    array: NDArray[Any] = tensor.view(_BITS.get(tensor.dtype, tensor.dtype)).numpy()
     return array
 
 
-# --- Numbers of the pool: float32, or the bits of a bfloat16 ---
+# --- Numbers of the pool: float32, or the bits of a bfloat16 or e4m3 ---
 
 
 def _widened(number):
@@ -162,11 +164,13 @@ def _widened(number):
 def _overload_widened(number):
     if number == types.float32:
         return lambda number: number
+    if number == types.uint8:
+        return lambda number: _E4M3[number]
     return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
 
 
 def _stored(number, like):
-    """As a pool that holds `like` stores it: rounded to the nearest, ties to even."""
+    """As a pool that holds `like` stores it: rounded to the nearest, ties to even (see `narrowed`)."""
     raise NotImplementedError
 
 
@@ -180,7 +184,21 @@ def _overload_stored(number, like):
         nearest_even = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         return np.uint16(0x7FC0) if np.isnan(number) else np.uint16(nearest_even)
 
-    return narrow
+    def narrow_to_e4m3(number, like):
+        bits = np.float32(number).view(np.uint32)
+        sign, size = (bits >> np.uint32(24)) & np.uint32(0x80), bits & np.uint32(0x7FFFFFFF)
+        if size > np.uint32(0x7F800000):  # NaN
+            return np.uint8(sign | np.uint32(0x7F))
+        least = np.uint32(min(size, np.uint32(0x43E00000)))  # 448, the largest
+        if least < np.uint32(0x3C800000):  # 2 ** -6: multiples of 2 ** -9, as floats from 2 ** 14 on are
+            moved = np.float32(least.view(np.float32) + np.float32(2**14))
+            code = moved.view(np.uint32) - np.uint32(0x46800000)
+        else:  # 20 bits of the fraction go, and the exponent's bias is less by 120
+            nearest_even = least + np.uint32(0x7FFFF) + ((least >> np.uint32(20)) & np.uint32(1))
+            code = (nearest_even >> np.uint32(20)) - np.uint32(120 << 3)
+        return np.uint8(sign | code)
+
+    return narrow_to_e4m3 if like == types.uint8 else narrow
 
 
 # --- Writing ---

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -27,7 +26,6 @@ from flowkv_engine.engine.cpu.simd import (
     INTP,
     LANES,
     LINE_BYTES,
-    SHORT_VECTOR,
     VECTOR,
     VECTOR_BYTES,
     Emit,
@@ -227,12 +225,7 @@ class _Block:
         emit, b = self._emit, self._emit.b
         if not self._form.is_e4m3:
             return b.fsub(b.sitofp(self._code(unit, k), VECTOR), self._zero)
-        # Seven bits up, its sign and exponent are those of a float16, whose bias is less by 8: 2 ** 8.
-        codes = emit.load_bytes(emit.skip(unit, LANES * k), True, SHORT_VECTOR)
-        halves = b.and_(
-            b.shl(codes, ir.Constant(SHORT_VECTOR, [7] * LANES)), ir.Constant(SHORT_VECTOR, [0xBFFF] * LANES)
-        )
-        return b.fpext(b.bitcast(halves, ir.VectorType(HALF, LANES)), VECTOR)
+        return emit.load_e4m3_parts(emit.skip(unit, LANES * k))
 
     def _code(self, unit: Value, k: int) -> Value:
         emit, b, bits = self._emit, self._emit.b, self._form.bits

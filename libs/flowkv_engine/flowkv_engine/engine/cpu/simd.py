@@ -6,6 +6,7 @@ Numba intrinsics, written as LLVM's IR, for float32 numbers in vectors of `LANES
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
@@ -29,9 +30,12 @@ LINE_BYTES = 64  # of a cache
 _UNROLL = 4
 
 _I32, INTP = ir.IntType(32), ir.IntType(64)
-_FLOAT, HALF, BFLOAT = ir.FloatType(), ir.HalfType(), ir.IntType(16)
+_FLOAT, HALF, BFLOAT, E4M3 = ir.FloatType(), ir.HalfType(), ir.IntType(16), ir.IntType(8)
 VECTOR, INT_VECTOR = ir.VectorType(_FLOAT, LANES), ir.VectorType(_I32, LANES)
 SHORT_VECTOR = ir.VectorType(ir.IntType(16), LANES)
+
+# Bytes and kind of a number in memory, by the array's type.
+_KINDS = {types.float32: (4, _FLOAT), types.uint16: (2, BFLOAT), types.uint8: (1, E4M3)}
 
 # exp(r) for |r| <= ln(2) / 2, as the Taylor series with its coefficients 1/7! .. 1/0!: 1e-7 off at most.
 _EXP_SERIES = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
@@ -73,7 +77,12 @@ class Emit:
         return self.b.gep(place, [INTP(num_bytes)])
 
     def load(self, place: Value, kind: Any = _FLOAT) -> Value:
-        """`LANES` numbers of `kind`, as float32. `BFLOAT` is an integer, the bits of one."""
+        """`LANES` numbers of `kind`, as float32. `BFLOAT` and `E4M3` are integers, the bits of one."""
+        if kind is E4M3:
+            codes = self.b.and_(self.load_bytes(place, False), splat_int(0x7F))
+            is_nan = self.b.icmp_unsigned("==", codes, splat_int(0x7F))
+            number = self.b.fmul(self.load_e4m3_parts(place), splat(256.0))
+            return self.b.select(is_nan, splat(math.nan), number)
         size = 4 if kind is _FLOAT else 2
         numbers = self.b.load(self.b.bitcast(place, ir.VectorType(kind, LANES).as_pointer()), align=size)
         if kind is BFLOAT:
@@ -88,6 +97,14 @@ class Emit:
         """`LANES` integers of 8 bits, widened to those of `kind`."""
         pointer = self.b.bitcast(place, ir.VectorType(ir.IntType(8), LANES).as_pointer())
         return (self.b.sext if is_signed else self.b.zext)(self.b.load(pointer, align=1), kind)
+
+    def load_e4m3_parts(self, place: Value) -> Value:
+        """1/256 of `LANES` floats of 8 bits, as float32; NaN is taken for a number."""
+        # Seven bits up, its sign and exponent are those of a float16, whose bias is less by 8: 2 ** 8.
+        codes = self.load_bytes(place, True, SHORT_VECTOR)
+        halves = self.b.shl(codes, ir.Constant(SHORT_VECTOR, [7] * LANES))
+        halves = self.b.and_(halves, ir.Constant(SHORT_VECTOR, [0xBFFF] * LANES))
+        return self.b.fpext(self.b.bitcast(halves, ir.VectorType(HALF, LANES)), VECTOR)
 
     def store(self, vector: Value, place: Value) -> None:
         self.b.store(vector, self.b.bitcast(place, VECTOR.as_pointer()), align=4)
@@ -169,14 +186,15 @@ class Emit:
 def score_tile(typing_context, query, pool, at, ahead, row_len, length, scores, first, group_size, head_dim):
     """`scores[g, first + t] = query[g] . key[t]` for all `g` and `LANES` tokens `t`.
 
-    `pool` is one-dimensional, float32 or bfloat16 (as uint16): keys begin at number `at`, and each lies
-    `row_len` numbers behind the one before. Those from `length` on repeat the last one before. As many are
-    prefetched at `ahead`. `query` [group size, head dim] and `scores` [group size, any] float32.
+    `pool` is one-dimensional, float32 or the bits of bfloat16 (uint16) or e4m3 (uint8): keys begin at number
+    `at`, and each lies `row_len` numbers behind the one before. Those from `length` on repeat the last one
+    before. As many are prefetched at `ahead`. `query` [group size, head dim] and `scores` [group size, any]
+    float32.
     """
     groups, dim = group_size.literal_value, head_dim.literal_value
     indices = (types.intp, types.intp, types.intp, types.intp)
     signature = types.void(query, pool, *indices, scores, types.intp, group_size, head_dim)
-    item_bytes, kind = (4, _FLOAT) if pool.dtype == types.float32 else (2, BFLOAT)
+    item_bytes, kind = _KINDS[pool.dtype]
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         emit = Emit(context, b, signature, arguments)
@@ -226,7 +244,7 @@ def value_tile(typing_context, weights, first, pool, at, ahead, row_len, length,
     groups, dim = group_size.literal_value, head_dim.literal_value
     indices = (types.intp, types.intp, types.intp, types.intp)
     signature = types.void(weights, types.intp, pool, *indices, out, group_size, head_dim)
-    item_bytes, kind = (4, _FLOAT) if pool.dtype == types.float32 else (2, BFLOAT)
+    item_bytes, kind = _KINDS[pool.dtype]
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         emit = Emit(context, b, signature, arguments)

@@ -12,7 +12,7 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowkv_engine.engine.attention import Rule
+from flowkv_engine.engine.attention import Rule, narrowed
 from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.flat import Rotary
 from flowkv_engine.engine.gpu import kernels
@@ -58,8 +58,9 @@ class TritonAttention:
 
     def __init__(self, layers: Sequence[Tensor]) -> None:
         assert all(layer[0].is_contiguous() for layer in layers)
-        self._layers = layers
-        self._device = layers[0].device
+        self._dtype, self._device = layers[0].dtype, layers[0].device
+        is_e4m3 = self._dtype == torch.float8_e4m3fn
+        self._layers = [layer.view(torch.uint8) for layer in layers] if is_e4m3 else layers
         none = torch.empty(0, dtype=torch.int64, device=self._device)
         self.step = Step(none, none, none, none, None, None)
 
@@ -79,7 +80,7 @@ class TritonAttention:
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         pool, slots = self._layers[layer], self.step.slots
-        key, value = key.to(pool.dtype), value.to(pool.dtype)
+        key, value = (narrowed(each, self._dtype).view(pool.dtype) for each in (key, value))
         kernels.write_kv[(len(slots), key.shape[1])](
             pool, key, value, slots, pool.stride(0), *key.stride()[:2], *value.stride()[:2], **_sizes(pool)
         )

@@ -2,7 +2,8 @@
 
 A kernel gets the pool at its layer, of which a block holds `[2, block_size, num_kv_heads, head_dim]`: the key
 of token `n` of a sequence lies in block `table[n // block_size]`, blocks lie `stride_block` apart, and the
-value lies a side of a block behind its key. No kernel needs blocks that follow each other.
+value lies a side of a block behind its key. No kernel needs blocks that follow each other. A pool of e4m3 is
+given as its codes (`e4m3.py`).
 
 Sums are in fp32. Nothing is compiled anew for another width of the block tables. The interpreter of Triton
 (`TRITON_INTERPRET=1`) runs all of this on the CPU.
@@ -14,6 +15,8 @@ import math
 
 import triton
 import triton.language as tl
+
+from flowkv_engine.engine.gpu.e4m3 import narrowed, widened
 
 TILE_LEN = tl.constexpr(64)  # keys per step of the online softmax
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -81,7 +84,7 @@ def _attend(
             else:
                 keys = tl.load(at)
                 values = tl.load(at + side)
-            scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="ieee") * scale
+            scores = tl.dot(queries, tl.trans(widened(keys, queries.dtype)), input_precision="ieee") * scale
             if has_softcap:  # softcap * tanh(scores / softcap)
                 scores = softcap * (1 - 2 / (tl.exp2(scores * (2 * LOG2_E / softcap)) + 1))
             if is_masked:
@@ -96,7 +99,7 @@ def _attend(
             weights = tl.exp2(scores - pivots[:, None])
             rescale = tl.exp2(row_max - pivots)
             sums = sums * rescale + tl.sum(weights, 1)
-            values = values.to(queries.dtype)
+            values = widened(values, queries.dtype)
             out = out * rescale[:, None] + tl.dot(weights.to(queries.dtype), values, input_precision="ieee")
             row_max = new_max
     return row_max, sums, out
@@ -374,15 +377,15 @@ def rotate_and_write(
         mask = is_key[:, None] & is_dim[None, :]
         shape: tl.constexpr = (padded_rows, padded_dim // 2)
         keys = to + tl.broadcast_to(first_dims[None, :], shape)
-        tl.store(keys, rotated_first.to(pool.dtype.element_ty), mask=mask)
+        tl.store(keys, narrowed(rotated_first, pool.dtype.element_ty), mask=mask)
         keys = to + tl.broadcast_to(second_dims[None, :], shape)
-        tl.store(keys, rotated_second.to(pool.dtype.element_ty), mask=mask)
+        tl.store(keys, narrowed(rotated_second, pool.dtype.element_ty), mask=mask)
         value = states + (num_heads + num_kv_heads + kv_head) * head_dim + dims
         value_first = tl.load(value, mask=is_dim)
         value_second = tl.load(value + half, mask=is_dim)
         values = to + block_size * num_kv_heads * head_dim + dims
-        tl.store(values, value_first.to(pool.dtype.element_ty), mask=is_dim)
-        tl.store(values + half, value_second.to(pool.dtype.element_ty), mask=is_dim)
+        tl.store(values, narrowed(value_first, pool.dtype.element_ty), mask=is_dim)
+        tl.store(values + half, narrowed(value_second, pool.dtype.element_ty), mask=is_dim)
 
 
 @triton.jit
