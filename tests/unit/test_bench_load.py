@@ -170,6 +170,28 @@ async def test_events_are_found_however_they_are_cut(chunk_bytes: int) -> None:
     assert result.ttft_s == result.event_times_s[0] <= result.ended_s
 
 
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("is_chunked", [True, False])
+async def test_a_server_that_gives_no_ids(newline: bytes, is_chunked: bool) -> None:
+    """Tokens are what the server counts; a body may have no length but end with the connection."""
+    body = events(
+        '{"choices": [{"delta": {"role": "assistant"}}]}',
+        '{"choices": [{"delta": {"reasoning_content": "Hm"}}]}',
+        '{"choices": [{"delta": {"content": "so it is"}, "finish_reason": "stop"}]}',
+        '{"choices": [], "usage": {"prompt_tokens": 11, "completion_tokens": 4}}',
+        "[DONE]",
+    ).replace(b"\n", newline)
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD + chunked(body, 7) if is_chunked else b"HTTP/1.1 200 OK\r\n\r\n" + body)
+
+    result = await ask(answer)
+    assert (result.error, result.is_complete, len(result.event_times_s)) == (None, True, 2)
+    assert result.num_output_tokens == 4
+    assert result.usage is not None
+    assert result.usage.prompt_tokens == 11
+
+
 async def test_comments_that_keep_a_connection_open_are_no_events() -> None:
     async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(HEAD + chunked(b": ping\n\n" + STREAMED, 64))

@@ -58,7 +58,8 @@ async def test_a_closed_loop_never_has_more_requests_than_clients() -> None:
         event = {"choices": [{"token_ids": [1] * body["max_tokens"], "finish_reason": "length"}]}
         data = f"data: {json.dumps(event)}\n\n".encode()
         running -= 1
-        writer.write(b"HTTP/1.1 200 OK\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(data), data))
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        writer.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data))
         await writer.drain()
         writer.close()
 

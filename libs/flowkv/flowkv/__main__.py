@@ -14,6 +14,12 @@ LOOK = {
     "trace": ("flowkv.trace:main", "where the time of a request went, moment by moment"),
     "nats": ("flowkv.nats_commands:main", "messages, services and records on the bus, to be read by people"),
 }
+MEASURE = {
+    "bench": ("flowkv.bench.command:main", "load for any OpenAI server; TTFT, TPOT, ITL, goodput"),
+    "plan": ("flowkv.clone:plan", "the smallest cluster for a trace, split or not"),
+    "record": ("flowkv.clone:record", "write down what a running scheduler hears and decides"),
+    "replay": ("flowkv.clone:replay", "decide a recording's requests again, by another policy too"),
+}
 OPERATE = {
     "doctor": ("flowkv.doctor.command:main", "check what can go wrong, and say what to do"),
     "drain": ("flowkv.hands:drain", "a node takes nothing new and finishes what it has"),
@@ -22,6 +28,7 @@ OPERATE = {
 }
 GROUPS = {
     "Look and try": LOOK,
+    "Measure": MEASURE,
     "Operate": OPERATE,
 }
 SERVICES = {

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import random
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -80,9 +80,28 @@ def arrivals_of(requests: Iterable[Request], rate_factor: float = 1.0) -> list[A
 # --- the client -------------------------------------------------------------------------------------
 
 
+class Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
 class Choice(msgspec.Struct):
-    token_ids: list[int] = []
+    """`token_ids` where the server gives them, else a text tells that there is a token or more."""
+
+    token_ids: list[int] | None = None
+    text: str | None = None
+    delta: Delta | None = None
     finish_reason: str | None = None
+
+    @property
+    def brings_tokens(self) -> bool:
+        delta = self.delta
+        return bool(self.token_ids or self.text or (delta and (delta.content or delta.reasoning_content)))
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
 
 class Event(msgspec.Struct):
@@ -90,7 +109,14 @@ class Event(msgspec.Struct):
 
     id: str = ""
     choices: list[Choice] = []
-    error: dict[str, Any] | None = None
+    usage: Usage | None = None
+    error: dict[str, Any] | str | None = None
+
+    @property
+    def error_message(self) -> str | None:
+        if isinstance(self.error, dict):
+            return str(self.error.get("message", "no message"))
+        return self.error
 
 
 decode_event = msgspec.json.Decoder(Event).decode
@@ -110,10 +136,18 @@ class Outcome:
     retry_after_s: float | None = None
     ended_s: float = 0.0
     request_id: str = ""  # as the gateway calls it, once it has answered
+    usage: Usage | None = None  # where the server tells
 
     @property
     def is_complete(self) -> bool:
         return self.status == 200 and self.error is None and self.finish_reason is not None
+
+    @property
+    def num_output_tokens(self) -> int:
+        """As ids came; else as the server counts them; else each event is taken for one."""
+        if self.token_ids or self.usage is None:
+            return len(self.token_ids) or len(self.event_times_s)
+        return self.usage.completion_tokens
 
     @property
     def late_s(self) -> float:
@@ -132,35 +166,8 @@ class Outcome:
     @property
     def tpot_s(self) -> float:
         """Mean seconds per token after the first; 0 where there is only one."""
-        times, num_tokens = self.event_times_s, len(self.token_ids)
+        times, num_tokens = self.event_times_s, self.num_output_tokens
         return (times[-1] - times[0]) / (num_tokens - 1) if num_tokens > 1 else 0.0
-
-
-async def stream(url: str, prompt_ids: Sequence[int], outcome: Outcome, *, timeout_s: float) -> None:
-    """Asks for `outcome.arrival`, fills `outcome` in. Raises nothing: what went wrong is in its `error`.
-
-    On a bare socket: an HTTP library costs several times as much per event, and then the client is measured.
-    """
-    began = time.monotonic()
-    try:
-        async with asyncio.timeout(timeout_s), connection(url) as (reader, writer):
-            writer.write(request_bytes(url, prompt_ids, outcome.arrival.num_output_tokens))
-            await read_answer(reader, outcome, began)
-    except TimeoutError:
-        outcome.error = f"no end after {timeout_s:g} s"
-    except (OSError, EOFError, ValueError, msgspec.MsgspecError) as error:
-        outcome.error = f"{type(error).__name__}: {error}"
-    outcome.ended_s = time.monotonic() - began
-
-
-@contextlib.asynccontextmanager
-async def connection(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    address = urlsplit(url)
-    reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=MAX_LINE_BYTES)
-    try:
-        yield reader, writer
-    finally:
-        writer.transport.abort()
 
 
 def completion(prompt_ids: Sequence[int], max_tokens: int) -> dict[str, Any]:
@@ -175,53 +182,121 @@ def completion(prompt_ids: Sequence[int], max_tokens: int) -> dict[str, Any]:
     }
 
 
-def request_bytes(url: str, prompt_ids: Sequence[int], max_tokens: int) -> bytes:
-    body = msgspec.json.encode(completion(prompt_ids, max_tokens))
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nhost: {urlsplit(url).netloc}\r\n"
-        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+class Dialect(NamedTuple):
+    """How a server is asked: where, with which further headers, and by which body for prompt and length."""
+
+    path: str = "/v1/completions"
+    headers: Mapping[str, str] = {}
+    body: Callable[[Sequence[int], int], dict[str, Any]] = completion
+
+
+OURS = Dialect()
+
+
+async def stream(
+    url: str, prompt_ids: Sequence[int], outcome: Outcome, *, timeout_s: float, dialect: Dialect = OURS
+) -> None:
+    """Asks for `outcome.arrival`, fills `outcome` in. Raises nothing: what went wrong is in its `error`.
+
+    On a bare socket: an HTTP library costs several times as much per event, and then the client is measured.
+    """
+    began = time.monotonic()
+    try:
+        async with asyncio.timeout(timeout_s), connection(url) as (reader, writer):
+            writer.write(request_bytes(url, prompt_ids, outcome.arrival.num_output_tokens, dialect))
+            await read_answer(reader, outcome, began)
+    except TimeoutError:
+        outcome.error = f"no end after {timeout_s:g} s"
+    except (OSError, EOFError, ValueError, LookupError, msgspec.MsgspecError) as error:
+        outcome.error = f"{type(error).__name__}: {error}"
+    outcome.ended_s = time.monotonic() - began
+
+
+@contextlib.asynccontextmanager
+async def connection(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    address = urlsplit(url)
+    has_tls = address.scheme == "https"
+    port = address.port or (443 if has_tls else 80)
+    reader, writer = await asyncio.open_connection(
+        address.hostname, port, limit=MAX_LINE_BYTES, ssl=has_tls or None
     )
-    return head.encode() + body
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+def request_bytes(url: str, prompt_ids: Sequence[int], max_tokens: int, dialect: Dialect = OURS) -> bytes:
+    body = msgspec.json.encode(dialect.body(prompt_ids, max_tokens))
+    address = urlsplit(url)
+    headers = {
+        "host": address.netloc,
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        **dialect.headers,
+    }
+    head = f"POST {address.path.rstrip('/')}{dialect.path} HTTP/1.1\r\n"
+    return (
+        head + "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
+    ).encode() + body
 
 
 async def read_answer(reader: asyncio.StreamReader, outcome: Outcome, began: float) -> None:
     """Reads the answer to its end, whatever it is, into `outcome`."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
     status_line, *lines = head.split("\r\n")
-    headers = dict(line.split(": ", 1) for line in lines if line)
+    headers = {name: value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
     outcome.status = int(status_line.split()[1])
     if outcome.status != 200:
-        body = await reader.readexactly(int(headers["content-length"]))
-        outcome.error = (decode_event(body).error or {}).get("message", "no message")
+        body = b"".join([piece async for piece in pieces(reader, headers)])
         if "retry-after" in headers:
             outcome.retry_after_s = float(headers["retry-after"])
+        outcome.error = f"status {outcome.status}"  # in case that the body is no JSON
+        outcome.error = decode_event(body).error_message or "no message"
         return
-    async for event in read_events(reader):
+    async for event in read_events(pieces(reader, headers)):
         at_s = time.monotonic() - began
         outcome.request_id = outcome.request_id or event.id
+        outcome.usage = event.usage or outcome.usage
         if event.error:
-            outcome.error = event.error.get("message", "no message")
+            outcome.error = event.error_message
         for choice in event.choices:
             outcome.finish_reason = choice.finish_reason or outcome.finish_reason
-            if choice.token_ids:
-                outcome.token_ids += choice.token_ids
+            if choice.brings_tokens:
+                outcome.token_ids += choice.token_ids or ()
                 outcome.event_times_s.append(at_s)
 
 
-async def read_events(reader: asyncio.StreamReader) -> AsyncIterator[Event]:
-    """The server-sent events of a chunked body, to its end."""
+async def pieces(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> AsyncIterator[bytes]:
+    """The body as it comes, to its end: chunked, of a known length, or until the server hangs up."""
+    if "chunked" in headers.get("transfer-encoding", ""):
+        while num_bytes := int(await reader.readline(), 16):
+            yield (await reader.readexactly(num_bytes + 2))[:-2]
+    elif "content-length" in headers:
+        yield await reader.readexactly(int(headers["content-length"]))
+    else:
+        while piece := await reader.read(MAX_LINE_BYTES):
+            yield piece
+
+
+async def read_events(body: AsyncIterator[bytes]) -> AsyncIterator[Event]:
+    """The server-sent events of a body, to its end."""
     rest = b""
-    while num_bytes := int(await reader.readline(), 16):
-        chunk = await reader.readexactly(num_bytes + 2)
-        *payloads, rest = (rest + chunk[:-2]).split(b"\n\n")
+    async for piece in body:
+        *payloads, rest = (rest + piece).replace(b"\r\n", b"\n").split(b"\n\n")
         for payload in payloads:
             # Anything else is a comment, which says only that the answer is on its way.
-            if payload.startswith(b"data: ") and payload != b"data: [DONE]":
-                yield decode_event(payload.removeprefix(b"data: "))
+            if payload.startswith(b"data:") and not payload.endswith(b"[DONE]"):
+                yield decode_event(payload.removeprefix(b"data:"))
 
 
 async def drive(
-    url: str, arrivals: Iterable[Arrival], *, seed: int = 0, timeout_s: float = 600.0
+    url: str,
+    arrivals: Iterable[Arrival],
+    *,
+    seed: int = 0,
+    timeout_s: float = 600.0,
+    dialect: Dialect = OURS,
 ) -> list[Outcome]:
     """Sends each request when it is due, whatever became of others; the outcomes, in order of arrival."""
     rng = random.Random(seed)
@@ -234,20 +309,34 @@ async def drive(
             await asyncio.sleep(began + arrival.at_s - time.monotonic())
             outcome = Outcome(arrival, time.monotonic() - began)
             outcomes.append(outcome)
-            tasks.create_task(stream(url, prompt_ids, outcome, timeout_s=timeout_s))
+            tasks.create_task(stream(url, prompt_ids, outcome, timeout_s=timeout_s, dialect=dialect))
     return outcomes
 
 
-async def ask(url: str, rng: random.Random, num_prompt_tokens: int, num_output_tokens: int) -> Outcome:
+async def ask(
+    url: str,
+    rng: random.Random,
+    num_prompt_tokens: int,
+    num_output_tokens: int,
+    *,
+    sent_s: float = 0.0,
+    dialect: Dialect = OURS,
+) -> Outcome:
     """One request now, with a random prompt, to its end."""
-    outcome = Outcome(Arrival(0.0, num_prompt_tokens, num_output_tokens), 0.0)
+    outcome = Outcome(Arrival(sent_s, num_prompt_tokens, num_output_tokens), sent_s)
     prompt_ids = rng.choices(TOKEN_IDS, k=num_prompt_tokens)
-    await stream(url, prompt_ids, outcome, timeout_s=300.0)
+    await stream(url, prompt_ids, outcome, timeout_s=300.0, dialect=dialect)
     return outcome
 
 
 async def closed_loop(
-    url: str, rng: random.Random, lengths: Lengths, num_clients: int, turns: Iterable[object]
+    url: str,
+    rng: random.Random,
+    lengths: Lengths,
+    num_clients: int,
+    turns: Iterable[object],
+    *,
+    dialect: Dialect = OURS,
 ) -> list[Outcome]:
     """Clients with one request after the other; each request takes one of `turns`.
 
@@ -255,10 +344,12 @@ async def closed_loop(
     """
     outcomes: list[Outcome] = []
     shared = iter(turns)
+    began = time.monotonic()
 
     async def client() -> None:
         for _ in shared:  # whichever client is done takes the next
-            outcomes.append(await ask(url, rng, *lengths[:2]))
+            sent_s = time.monotonic() - began
+            outcomes.append(await ask(url, rng, *lengths.draw(rng), sent_s=sent_s, dialect=dialect))
             if not outcomes[-1].is_complete:
                 return
 
