@@ -60,7 +60,9 @@ def convert_gguf(file: Path, folder: Path, tokenizer_files: list[Path]) -> None:
         if not tokenizer_files:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(**source)
-            except Exception as error:
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # a panic of `tokenizers` is no Exception
                 raise ValueError(
                     f"the tokenizer in {file} can't be read ({_first_line(error)}): put the model's "
                     "tokenizer.json and tokenizer_config.json beside it"
@@ -107,7 +109,7 @@ def _field(reader: GGUFReader, name: str, default: Any = "unknown") -> Any:
     return default if field is None else field.contents()
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
