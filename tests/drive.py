@@ -26,6 +26,8 @@ def load_tiny(
     device: torch.device = CPU,
     *,
     load_format: str = "auto",
+    overrides: str = "",
+    longest: int = 0,
 ) -> LoadedModel:
     return load_model(
         str(folder),
@@ -33,6 +35,8 @@ def load_tiny(
         dtype=str(dtype).removeprefix("torch."),
         load_format=load_format,
         device=device,
+        overrides=overrides,
+        longest=longest,
     )
 
 

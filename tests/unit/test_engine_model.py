@@ -8,10 +8,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from flowkv_common.errors import CannotStart
 from flowkv_engine.engine.attention import Span
 from flowkv_engine.engine.dry_run import UnsupportedModel
-from flowkv_engine.engine.model import eos_token_ids
-from tests.drive import load_tiny
+from flowkv_engine.engine.model import LoadedModel, eos_token_ids
+from flowkv_engine.engine.runner import Runner
+from tests.drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence
+from tests.oracle import check_identity
 from tests.tiny_models import make_tiny_model
 
 
@@ -158,17 +161,86 @@ def test_a_layer_has_the_window_that_its_config_says(
     assert model.card.max_model_len == 256
 
 
-def test_rope_that_changes_with_the_batch_limits_the_length(tmp_path: Path) -> None:
-    rope = {
+def check_tokens(model: LoadedModel, same: Path, num_tokens: int) -> None:
+    """The answer to a prompt in chunks is what `transformers` makes of the folder `same`."""
+    num_blocks = -(-num_tokens // BLOCK_SIZE) + 1
+    sequence = make_sequence([token * 7 % 500 + 3 for token in range(num_tokens)], list(range(num_blocks)))
+    generate(Runner(model, make_pool(model, num_blocks), attention="torch"), [sequence], 8, chunk_tokens=32)
+    check_identity(same, sequence.prompt_ids, sequence.output_ids)
+
+
+@pytest.mark.parametrize("arch", ["phi3", pytest.param("llama", marks=pytest.mark.full)])
+def test_longrope_has_the_factors_of_the_longest_sequence_that_is_served(tmp_path: Path, arch: str) -> None:
+    rope: dict[str, Any] = {
         "rope_type": "longrope",
         "rope_theta": 1e4,
         "factor": 4.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [2.0] * 4,
+        "short_factor": [1.0, 1.5, 2.0, 2.5],
+        "long_factor": [2.0, 3.0, 5.0, 8.0],
+        "original_max_position_embeddings": 64,
     }
     config: dict[str, Any] = {"head_dim": 8, "rope_parameters": rope, "original_max_position_embeddings": 64}
-    folder = make_tiny_model(tmp_path / "m", "phi3", **config)
-    assert load_tiny(folder).card.max_model_len == 64
+    folder = make_tiny_model(tmp_path / "m", arch, **config)
+    both = {**config, "rope_parameters": {**rope, "short_factor": rope["long_factor"]}}
+    with_long = make_tiny_model(tmp_path / "long", arch, **both)
+    model = load_tiny(folder)
+    assert model.card.max_model_len == 256
+    check_tokens(model, folder, 90)  # as `transformers`, which counts by the longest position
+    check_tokens(model, with_long, 40)
+    short = load_tiny(folder, longest=64)
+    assert short.card.max_model_len == 64
+    assert short.card.fingerprint != model.card.fingerprint
+    check_tokens(short, folder, 40)
+
+
+@pytest.mark.full
+def test_dynamic_rope_is_served_up_to_the_length_where_it_begins_to_change(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    folder = make_tiny_model(tmp_path / "m", rope_parameters=rope)
+    model = load_tiny(folder)
+    assert model.card.max_model_len == 256
+    check_tokens(model, folder, 248)
+    with pytest.raises(CannotStart, match="serves 256 tokens at most"):
+        load_tiny(folder, longest=257)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", pytest.param("rope_parameters", marks=pytest.mark.full)])
+def test_positions_that_the_user_gives_count_instead_of_the_configs(tmp_path: Path, field: str) -> None:
+    """As model cards tell people to do: YaRN over the length that the model was trained with."""
+    short = make_tiny_model(tmp_path / "short", "qwen3", max_position_embeddings=40)
+    same = make_tiny_model(tmp_path / "same", "qwen3", max_position_embeddings=40, rope_parameters=YARN)
+    overrides = json.dumps({field: YARN})
+    model = load_tiny(short, overrides=overrides)
+    assert model.card.max_model_len == load_tiny(same).card.max_model_len == 128
+    assert model.card.fingerprint != load_tiny(short).card.fingerprint
+    check_tokens(model, same, 100)
+
+
+def test_a_length_that_the_user_gives_is_at_most_the_models(llama: Path) -> None:
+    assert load_tiny(llama, longest=100).card.max_model_len == 100
+    with pytest.raises(CannotStart, match="FLOWKV_MAX_MODEL_LEN is 257, but .* serves 256 tokens at most"):
+        load_tiny(llama, longest=257)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        ("{", "is no JSON object"),
+        ("[1]", "is no JSON object"),
+        ("yarn", "is no JSON object"),
+        (
+            '{"max_len": 9, "rope_scale": {}}',
+            "sets max_len, rope_scale, which .* llama don't have",
+        ),
+        ('{"rope_parameters": {"rope_type": "warp"}}', "RoPE of type warp, which transformers doesn't know"),
+    ],
+)
+def test_overrides_without_effect_are_refused(llama: Path, overrides: str, why: str) -> None:
+    with pytest.raises(CannotStart, match=why):
+        load_tiny(llama, overrides=overrides)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,8 @@ def _load_and_serve(settings: NodeSettings, role: str) -> None:
             dtype=settings.dtype,
             device=device,
             load_format=settings.load_format,
+            overrides=settings.hf_overrides,
+            longest=settings.max_model_len,
         )
         freeze_objects()  # else the exit walks through the model, too (1 s)
         atexit.register(_end_without_leak_reports)

@@ -141,6 +141,8 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     model_path: Annotated[str, "folder of the model"]
     model_name: Annotated[str, "name that clients use; empty: the folder's"] = ""
     node_id: Annotated[str, "unique name; empty: `<role>-<host>-<4 random>`"] = ""
+    max_model_len: Annotated[Tokens, "longest prompt and answer together; 0: the model's own"] = 0
+    hf_overrides: Annotated[str, "JSON object: what counts instead of fields of config.json"] = ""
     load_format: Annotated[Literal["auto", "dummy"], "dummy: random weights, from config.json alone"] = "auto"
     device: Annotated[str, "cpu, cuda (a GPU that no other node of this host has) or cuda:1"] = "cpu"
     dtype: Annotated[DType, "of the weights; auto: float32 on a CPU, the checkpoint's on a GPU"] = "auto"

@@ -19,10 +19,17 @@ NUM_SAMPLES = 64  # places per file, evenly spread
 SAMPLE_BYTES = 4096
 
 
-def fingerprint(folder: Path, dtype: str, *, has_weights: bool) -> str:
-    """32 hex digits over config, dtype and, if `has_weights`, the weight files (no names, no dates)."""
+def fingerprint(
+    folder: Path, dtype: str, *, has_weights: bool, overrides: str = "", max_model_len: int = 0
+) -> str:
+    """32 hex digits over config, dtype and, if `has_weights`, the weight files (no names, no dates).
+
+    `overrides` and `max_model_len`: what counts instead of the config, if anything.
+    """
     digest = blake2b((folder / "config.json").read_bytes(), digest_size=16)
     digest.update(f"\0{dtype}\0{has_weights}".encode())
+    if overrides or max_model_len:
+        digest.update(f"\0{overrides}\0{max_model_len}".encode())
     if has_weights:
         for file in weight_files(folder):
             _add_samples(digest, file)

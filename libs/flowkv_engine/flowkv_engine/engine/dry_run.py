@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from flowkv_common.errors import CannotStart
 from flowkv_common.wire.messages import LayerKV
 from flowkv_engine.engine.attention import Span
+from flowkv_engine.engine.positions import max_model_len
 
 DRY_RUN = "flowkv_dry_run"  # the name in `transformers` of the attention function of the run without weights
 DRY_RUN_TOKENS = 8
@@ -58,19 +59,6 @@ class _Asked(NamedTuple):
     key: Tensor
     value: Tensor
     attention: LayerAttention
-
-
-def max_model_len(config: PretrainedConfig) -> int:
-    """The longest sequence for which fixed positions equal the model's."""
-    limit = int(config.max_position_embeddings)
-    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        # Beyond this length all positions rotate differently, also those whose keys are cached.
-        limit = min(limit, int(rope["original_max_position_embeddings"]))
-    if getattr(config, "attn_temperature_tuning", False):
-        # From this length on Llama 4 scales queries by where they stand in the step, not in the sequence.
-        limit = min(limit, int(config.floor_scale) - 1)
-    return limit
 
 
 def dry_run(config: PretrainedConfig) -> list[LayerAttention]:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from flowkv_engine.engine.attention import Rule, Span
+from flowkv_engine.engine.positions import max_model_len
 from flowkv_engine.engine.stored_modules import StoredEmbedding, StoredLinear, scale_of
 
 Projection = nn.Linear | StoredLinear
 
-ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # those that rotate a position the same way in any batch
+# All of them rotate a position the same way in any batch, as `load_model` sets them.
+ROPE_TYPES = {"default", "linear", "llama3", "yarn", "longrope", "dynamic"}
 
 
 class Architecture(NamedTuple):
@@ -233,7 +235,7 @@ def _norm(module: Any, architecture: Architecture) -> Tensor:
 def _rotaries(inner: Any, config: Any, is_interleaved: bool) -> list[Rotary]:
     """Of each layer; layers of one type share theirs, which the model itself computes."""
     norm: Tensor = inner.norm.weight
-    positions = torch.arange(config.max_position_embeddings, device=norm.device).unsqueeze(0)
+    positions = torch.arange(max_model_len(config), device=norm.device).unsqueeze(0)
     layer_types = getattr(config, "layer_types", None)
     if not layer_types or layer_types[0] not in config.rope_parameters:
         layer_types = [None] * len(inner.layers)

@@ -6,11 +6,12 @@ headers of the weight files. `Runner` compares logits before the node is ready.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,11 +39,11 @@ from flowkv_engine.engine.dry_run import (
     UnsupportedModel,
     dry_run,
     first_line,
-    max_model_len,
     quiet,
 )
 from flowkv_engine.engine.flat import is_flat
 from flowkv_engine.engine.forward import IMPLEMENTATION
+from flowkv_engine.engine.positions import fix_positions, max_model_len, unknown_rope_types
 from flowkv_engine.engine.quantized import Codes, Quantization, quantization_of
 from flowkv_engine.engine.stored_modules import (
     BLOCKS,
@@ -56,6 +57,7 @@ from flowkv_engine.engine.stored_modules import (
     stored_floats,
     tie_head,
 )
+from flowkv_engine.engine.text_part import RENAMED, of_text, text_part
 
 log = logging.getLogger(__name__)
 
@@ -110,24 +112,35 @@ def load_model(
     dtype: str,
     load_format: str,
     device: torch.device = CPU,
+    overrides: str = "",
+    longest: int = 0,
 ) -> LoadedModel:
     """The model in the folder `path`, on `device`; random weights if `load_format` is "dummy".
 
-    `dtype`: such as "float32", or "auto" (see `weights_dtype`).
+    `dtype`: such as "float32", or "auto" (see `weights_dtype`). `overrides`: a JSON object whose fields count
+    instead of those of config.json, objects field by field. `longest`: of a sequence, in tokens; 0: the
+    model's own. Raises `CannotStart` for a bad one of these.
 
     Raises `UnsupportedModel`, a `ValueError`, before weights are read if the model can't be served.
     """
     if load_format not in ("auto", "dummy"):
         raise CannotStart(f"FLOWKV_LOAD_FORMAT is {load_format!r}: choose one of auto, dummy")
     folder, has_weights = Path(path), load_format == "auto"
-    config, layers = _check_config(folder)
+    config, layers, is_part = _check_config(folder, _parse(overrides))
+    if longest > (limit := max_model_len(config)):
+        raise CannotStart(
+            f"FLOWKV_MAX_MODEL_LEN is {longest}, but {folder} serves {limit} tokens at most: for more, set "
+            "rope_parameters or max_position_embeddings by FLOWKV_HF_OVERRIDES"
+        )
+    max_len = longest or limit
+    fix_positions(config, max_len)
     eos = eos_token_ids(folder, config)
     torch_dtype = weights_dtype(dtype, config, device)
-    quantization = _check_weights(folder, config) if has_weights else None
+    quantization = _check_weights(folder, config, is_part) if has_weights else None
     log.info("loading %s (%s)", path, load_format)
     module: nn.Module
     if has_weights:
-        module = _load_weights(folder, config, quantization, torch_dtype, device)
+        module = _load_weights(folder, config, is_part, quantization, torch_dtype, device)
     else:  # made where they stay: the same in every process on such a device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
             torch.manual_seed(0)
@@ -137,8 +150,10 @@ def load_model(
     module.eval().requires_grad_(False)
     card = ModelCard(
         name=name or folder.resolve().name,
-        fingerprint=fingerprint(folder, str(torch_dtype), has_weights=has_weights),
-        max_model_len=max_model_len(config),
+        fingerprint=fingerprint(
+            folder, str(torch_dtype), has_weights=has_weights, overrides=overrides, max_model_len=longest
+        ),
+        max_model_len=max_len,
         vocab_size=config.vocab_size,
         eos_token_ids=eos,
         files=model_files(folder, has_weights=has_weights),
@@ -162,11 +177,12 @@ def load_model(
 def _load_weights(
     folder: Path,
     config: PretrainedConfig,
+    is_part: bool,
     quantization: Quantization | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> nn.Module:
-    """The model with its weights, on `device`.
+    """The model with its weights, on `device`. `is_part`: the folder holds other parts beside it.
 
     On a CPU, where all is computed in float32, weights that are stored in fewer bits stay so if the compiled
     forward takes them.
@@ -175,9 +191,9 @@ def _load_weights(
     packs = device.type == "cpu" and dtype == torch.float32 and is_flat(config)
     if quantization is not None:
         try:
-            if packs and (kept := _keep_quantized(folder, config, quantization)):
+            if packs and (kept := _keep_quantized(config, _read_quantized(folder, quantization, is_part))):
                 return kept
-            return _widen_quantized(folder, config, quantization, dtype).to(device)
+            return _widen_quantized(config, _read_quantized(folder, quantization, is_part), dtype).to(device)
         except ValueError as error:
             raise UnsupportedModel(f"{folder} can't be served: {error}") from error
     if has_blocks(folder):
@@ -186,9 +202,14 @@ def _load_weights(
         return module.to(device)
     stored = getattr(torch, str(config.dtype).removeprefix("torch."), None)
     keeps = packs and stored in (torch.float16, torch.bfloat16)
-    module = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=stored if keeps else dtype, attn_implementation=IMPLEMENTATION
-    ).to(device)
+    with quiet() if is_part else contextlib.nullcontext():  # else it lists all tensors of the other parts
+        module = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=stored if keeps else dtype,
+            attn_implementation=IMPLEMENTATION,
+            key_mapping=RENAMED if is_part else None,
+        ).to(device)
     if keeps:
         keep_stored(module)
     return module
@@ -203,13 +224,22 @@ def _to_fill(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def _keep_quantized(folder: Path, config: PretrainedConfig, quantization: Quantization) -> nn.Module | None:
+def _read_quantized(
+    folder: Path, quantization: Quantization, is_part: bool
+) -> Iterator[tuple[str, Tensor | Codes]]:
+    weights = quantization.read(folder)
+    return of_text(weights) if is_part else weights
+
+
+def _keep_quantized(
+    config: PretrainedConfig, weights: Iterator[tuple[str, Tensor | Codes]]
+) -> nn.Module | None:
     """None if the file has other names than the model: only `transformers` knows what they stand for."""
     module = _to_fill(config, torch.float32)
     left = {name for name, _ in module.named_parameters()}
     if config.tie_word_embeddings:
         left.discard("lm_head.weight")
-    for name, weight in quantization.read(folder):
+    for name, weight in weights:
         if name not in left:  # checked: it is harmless
             continue
         left.remove(name)
@@ -229,12 +259,12 @@ def _keep_quantized(folder: Path, config: PretrainedConfig, quantization: Quanti
 
 
 def _widen_quantized(
-    folder: Path, config: PretrainedConfig, quantization: Quantization, dtype: torch.dtype
+    config: PretrainedConfig, weights: Iterator[tuple[str, Tensor | Codes]], dtype: torch.dtype
 ) -> nn.Module:
     """Hands floats of all weights to `transformers`."""
     state = {
         name: torch.from_numpy(weight.widened()).to(dtype) if isinstance(weight, Codes) else weight
-        for name, weight in quantization.read(folder)
+        for name, weight in weights
     }
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     module: nn.Module = model_class.from_pretrained(
@@ -255,8 +285,39 @@ def weights_dtype(wanted: str, config: PretrainedConfig, device: torch.device) -
     return dtype
 
 
-def _check_config(folder: Path) -> tuple[PretrainedConfig, list[LayerAttention]]:
-    """The folder's config, and the attention of each of the model's layers.
+def _parse(overrides: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(overrides or "{}", type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise CannotStart(f"FLOWKV_HF_OVERRIDES is no JSON object: {error}") from error
+
+
+def _overridden(config: PretrainedConfig, overrides: dict[str, Any]) -> PretrainedConfig:
+    """`config` with other values; "rope_scaling", as older files say, counts as "rope_parameters"."""
+    fields = config.to_dict()
+    if "rope_scaling" in overrides:
+        overrides = {**overrides, "rope_parameters": overrides["rope_scaling"]}
+        del overrides["rope_scaling"]
+    if unknown := sorted(overrides.keys() - fields.keys()):
+        raise CannotStart(
+            f"FLOWKV_HF_OVERRIDES sets {_some(unknown)}, which configs of type {config.model_type} don't have"
+        )
+    return type(config).from_dict(_merged(fields, overrides))
+
+
+def _merged(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`overrides` over `fields`, objects field by field."""
+    merged = fields | overrides
+    for name, value in overrides.items():
+        if isinstance(value, dict) and isinstance(fields.get(name), dict):
+            merged[name] = _merged(fields[name], value)
+    return merged
+
+
+def _check_config(
+    folder: Path, overrides: dict[str, Any]
+) -> tuple[PretrainedConfig, list[LayerAttention], bool]:
+    """The folder's config, the attention of each of the model's layers, and whether it is but the text part.
 
     Raises `UnsupportedModel` if FlowKV can't serve such a model.
     """
@@ -266,13 +327,18 @@ def _check_config(folder: Path) -> tuple[PretrainedConfig, list[LayerAttention]]
         raise UnsupportedModel(f"{folder} has no config.json, so it is no model of transformers")
     try:
         config = AutoConfig.from_pretrained(folder)
+        if overrides:
+            config = _overridden(config, overrides)
+    except CannotStart:
+        raise
     except Exception as error:  # of any model's code, which checks its config in its own way
         raise UnsupportedModel(
             f"{folder} has no config that transformers knows: {first_line(error)}"
         ) from error
     try:
-        if (reason := _why_not(config)) is None:
-            return config, dry_run(config)
+        part = text_part(config)
+        if (reason := _why_not(part)) is None:
+            return part, dry_run(part), part is not config
     except UnsupportedModel as error:
         reason = str(error)
     except Exception as error:  # a config that lacks a field may raise anything
@@ -284,7 +350,7 @@ def _why_not(config: PretrainedConfig) -> str | None:
     if config.is_encoder_decoder:
         return "it is an encoder-decoder, only decoder-only models are"
     if config.get_text_config() is not config:
-        return "it takes more than text"
+        return "it takes more than text, and is none of the types whose text part is served"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "it is not a causal language model"
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -296,12 +362,14 @@ def _why_not(config: PretrainedConfig) -> str | None:
         return "its KV cache is compressed (MLA)"
     if unknown := set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES:
         return f"it has layers of type {', '.join(sorted(unknown))}"
+    if unknown_ropes := unknown_rope_types(config):
+        return f"it has RoPE of type {', '.join(unknown_ropes)}, which transformers doesn't know"
     if not getattr(config, "max_position_embeddings", None):
         return "its config has no max_position_embeddings, so its longest context is unknown"
     return None
 
 
-def _check_weights(folder: Path, config: PretrainedConfig) -> Quantization | None:
+def _check_weights(folder: Path, config: PretrainedConfig, is_part: bool) -> Quantization | None:
     """How the weights in `folder` are quantized, if they are; `config` speaks of it no more.
 
     Raises `UnsupportedModel` if they can't be read, or if a tensor is missing or has no place in the model.
@@ -314,6 +382,8 @@ def _check_weights(folder: Path, config: PretrainedConfig) -> Quantization | Non
         tensors = _headers(folder)
         if quantization is not None:
             tensors = quantization.as_floats(tensors)
+        if is_part:
+            tensors = dict(of_text(tensors.items()))
     except UnsupportedModel:
         raise
     except ValueError as error:
