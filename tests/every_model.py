@@ -177,3 +177,6 @@ SERVED = [
     "starcoder2",
     "vaultgemma",
 ]
+
+# Those of which the text part is served, which must answer as the whole (test_engine_text_part.py).
+SERVED_PARTS = ["gemma3", "gemma3n", "llama4"]

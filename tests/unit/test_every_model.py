@@ -23,7 +23,7 @@ from flowkv_engine.engine.dry_run import UnsupportedModel
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_engine.engine.runner import Runner, SelfCheck
 from tests.drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence
-from tests.every_model import MODEL_TYPES, SERVED, VOCAB_SIZE, tiny_config
+from tests.every_model import MODEL_TYPES, SERVED, SERVED_PARTS, VOCAB_SIZE, tiny_config
 from tests.oracle import check_identity
 from tests.tiny_models import save_random
 
@@ -37,8 +37,8 @@ OFTEN = {"llama", "mixtral", "gemma4_text", "opt"}
 
 REASONS = {
     "does not let its attention be replaced": 24,
-    "it keeps a recurrent state beside its KV cache": 22,
-    "it takes more than text": 16,
+    "it keeps a recurrent state beside its KV cache": 24,
+    "it takes more than text": 10,
     "only decoder-only models are": 13,
     "its KV cache is compressed (MLA)": 11,
     "it counts positions on from the id of its padding token": 7,
@@ -95,12 +95,11 @@ def check_tokens(folder: Path, model: LoadedModel, lens: tuple[int, ...]) -> Non
 def test_every_type_is_served_or_refused_before_weights_are_read(tmp_path: Path) -> None:
     said = {name: refusal(tmp_path / name, name) for name in MODEL_TYPES}
     assert len(said) == 189
-    assert sorted(name for name, why in said.items() if why is None) == sorted(SERVED)
+    assert sorted(name for name, why in said.items() if why is None) == sorted(SERVED + SERVED_PARTS)
     counts: collections.Counter[str] = collections.Counter()
     for why in filter(None, said.values()):
         counts[next((reason for reason in REASONS if reason in why), why)] += 1
     assert counts == REASONS
-    assert len(SERVED) + counts.total() == 189
 
 
 @pytest.mark.parametrize(
@@ -238,7 +237,7 @@ def test_the_check_leaves_the_models_attention_as_it_was(tmp_path: Path) -> None
 def test_the_page_names_what_is_served_and_counts_what_is_not() -> None:
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
     served = page.split("## Served")[1].split("**Each layer")[0]
-    assert {name for name in re.findall(r"[\w-]+", served) if name in MODEL_TYPES} == set(SERVED)
+    assert {name for name in re.findall(r"[\w-]+", served) if name in MODEL_TYPES} == {*SERVED, *SERVED_PARTS}
     refused = page.split("## Refused")[1].split("**Weights**")[0]
     numbers = [int(number) for number in re.findall(r"\| (\d+) \|$", refused, re.MULTILINE)]
     assert sorted(numbers) == sorted(REASONS.values())
