@@ -1,13 +1,25 @@
-"""A tiny config of every type of causal language model that `transformers` knows."""
+"""A walk over every type of causal language model that `transformers` knows: a tiny config of each.
+
+`python -m tests.every_model` writes the tables of docs/models.md from it.
+"""
 
 from __future__ import annotations
 
 import inspect
+import re
+import tempfile
+from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from flowkv_engine.engine.dry_run import UnsupportedModel
+from flowkv_engine.engine.text_part import WHOLES
+from tests.drive import load_tiny
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 MODEL_TYPES: list[str] = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCAB_SIZE = 512
 
@@ -95,88 +107,89 @@ def tiny_config(model_type: str, **further: Any) -> PretrainedConfig:
 
 
 # Those that are served in this form, by the tests; all others are refused, with a reason.
-SERVED = [
-    "afmoe",
-    "apertus",
-    "arcee",
-    "aria_text",
-    "beam",
-    "bitnet",
-    "cohere",
-    "cohere2",
-    "cohere2_moe",
-    "cohere_compass_text",
-    "ctrl",
-    "cwm",
-    "dbrx",
-    "dots1",
-    "ernie4_5",
-    "ernie4_5_moe",
-    "exaone4",
-    "exaone_moe",
-    "flex_olmo",
-    "flint",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gemma3n_text",
-    "gemma4_text",
-    "gemma4_unified_text",
-    "glm",
-    "glm4",
-    "glm4_moe",
-    "gpt-sw3",
-    "gpt2",
-    "gpt_bigcode",
-    "gpt_neox",
-    "gpt_oss",
-    "granite",
-    "granite_swa",
-    "granitemoe",
-    "granitemoe_swa",
-    "granitemoeshared",
-    "helium",
-    "hunyuan_v1_dense",
-    "hunyuan_v1_moe",
-    "hy_v3",
-    "hyperclovax",
-    "internlm3",
-    "iquestcoder",
-    "jais2",
-    "kolibri1",
-    "laguna",
-    "llama",
-    "llama4_text",
-    "mellum",
-    "minimax_m2",
-    "minimax_m3_vl_text",
-    "ministral",
-    "ministral3",
-    "mistral",
-    "mixtral",
-    "modernbert-decoder",
-    "moshi",
-    "nanochat",
-    "olmo",
-    "olmo2",
-    "olmo3",
-    "olmoe",
-    "opt",
-    "persimmon",
-    "phi",
-    "phi3",
-    "phi4_multimodal",
-    "phimoe",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "seed_oss",
-    "smollm3",
-    "solar_open",
-    "starcoder2",
-    "vaultgemma",
-]
+FAMILIES = {
+    "Llama and its like": (
+        "llama mistral ministral ministral3 qwen2 qwen3 smollm3 granite granite_swa helium arcee seed_oss "
+        "hyperclovax internlm3 iquestcoder apertus bitnet hunyuan_v1_dense jais2 nanochat ernie4_5 mellum cwm"
+    ),
+    "Gemma, Cohere, OLMo, Phi, GLM": (
+        "gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text vaultgemma cohere cohere2 cohere_compass_text olmo olmo2 "
+        "olmo3 phi phi3 phi4_multimodal glm glm4"
+    ),
+    "mixtures of experts": (
+        "mixtral gpt_oss llama4_text qwen2_moe qwen3_moe glm4_moe minimax_m2 minimax_m3_vl_text ernie4_5_moe "
+        "granitemoe granitemoeshared granitemoe_swa olmoe flex_olmo phimoe dbrx dots1 hunyuan_v1_moe hy_v3 "
+        "solar_open cohere2_moe exaone_moe aria_text afmoe beam kolibri1 laguna"
+    ),
+    "others": (
+        "gpt2 gpt-sw3 gpt_bigcode gpt_neox opt starcoder2 exaone4 persimmon ctrl modernbert-decoder moshi "
+        "flint"
+    ),
+}
+SERVED = [name for names in FAMILIES.values() for name in names.split()]
+# Those of the walk whose text part is served: it must answer as the whole (test_engine_text_part.py).
+SERVED_PARTS = ["gemma3", "gemma3n", "gemma4", "llama4"]
 
-# Those of which the text part is served, which must answer as the whole (test_engine_text_part.py).
-SERVED_PARTS = ["gemma3", "gemma3n", "llama4"]
+# Of a refusal what is not the mechanism: its beginning, and what only one type or config has.
+_NOT_THE_MECHANISM = re.compile(
+    r"^.* can't be served: |\w+ of (?=transformers does not let)"
+    r"|(?<=does not say what is needed).*|(?<=fit one cache).*|(?<=run it without weights).*"
+    r"|(?<=differ in shape).*"
+)
+
+
+def why_refused(config: PretrainedConfig, folder: Path) -> str | None:
+    """The one sentence, as said of a folder that holds the config and no weights; None if it is served."""
+    config.save_pretrained(folder)
+    try:
+        load_tiny(folder)
+    except UnsupportedModel as error:
+        return None if "holds no weights" in str(error) else str(error)
+    raise AssertionError(f"{folder} was served without weights")
+
+
+def walk(folder: Path) -> dict[str, str | None]:
+    """Each type -> why it is refused, or None."""
+    return {name: why_refused(tiny_config(name), folder / name) for name in MODEL_TYPES}
+
+
+def mechanism(sentence: str) -> str:
+    """What all types say that are refused for one reason."""
+    return _NOT_THE_MECHANISM.sub("", sentence)
+
+
+def tables(said: dict[str, str | None]) -> str:
+    """What docs/models.md tells of the walk."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name, why in said.items():
+        if why is not None:
+            reasons[mechanism(why)].append(name)
+    num_refused = sum(map(len, reasons.values()))
+    lines = [
+        f"Of the {len(said)} types of causal language model in transformers 5.23, {len(said) - num_refused} "
+        f"are served and {num_refused} are refused.",
+        "",
+        "| served | types |",
+        "|---|---|",
+        *(f"| {family} | {', '.join(names.split())} |" for family, names in FAMILIES.items()),
+        f"| the text part of | {', '.join(sorted(WHOLES))}, unless its own type is refused |",
+        "",
+        "| refused, since | types | number |",
+        "|---|---|---|",
+    ]
+    for reason, names in sorted(reasons.items(), key=lambda entry: -len(entry[1])):
+        lines.append(f"| {reason} | {', '.join(names)} | {len(names)} |")
+    return "\n".join(lines)
+
+
+def page_with(said: dict[str, str | None]) -> str:
+    """docs/models.md with these tables."""
+    begin, end = "<!-- begin: written by python -m tests.every_model -->\n", "\n<!-- end -->"
+    page = PAGE.read_text()
+    head, tail = page.split(begin)[0], page.split(end)[1]
+    return f"{head}{begin}{tables(said)}{end}{tail}"
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        PAGE.write_text(page_with(walk(Path(folder))))

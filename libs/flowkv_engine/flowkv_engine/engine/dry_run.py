@@ -130,7 +130,7 @@ def _dry_run_attention(
     layer = module.layer_idx
     assert isinstance(layer, int)
     if layer in flowkv:
-        raise UnsupportedModel(f"its attention of layer {layer} is computed twice in a step")
+        raise UnsupportedModel("it computes the attention of a layer twice in a step")
     before = (number for number, other in flowkv.items() if other.key is key and other.value is value)
     kept = LayerAttention(LayerKV(key.shape[1], key.shape[3]), next(before, layer), span)
     flowkv[layer] = _Asked(key, value, kept)

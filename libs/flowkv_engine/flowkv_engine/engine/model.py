@@ -354,13 +354,18 @@ def _why_not(config: PretrainedConfig) -> str | None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "it is not a causal language model"
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if model_class._is_stateful:
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if model_class._is_stateful or layer_types & {"linear_attention", "mamba"}:
         return "it keeps a recurrent state beside its KV cache"
+    if "conv" in layer_types:
+        return "it keeps a convolutional state beside its KV cache"
+    if getattr(config, "index_topk", None):
+        return "an indexer picks the tokens that its attention sees (sparse attention)"
     if not model_class._supports_attention_backend:
         return f"{model_class.__name__} of transformers does not let its attention be replaced"
     if getattr(config, "kv_lora_rank", None):
         return "its KV cache is compressed (MLA)"
-    if unknown := set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES:
+    if unknown := layer_types - LAYER_TYPES:
         return f"it has layers of type {', '.join(sorted(unknown))}"
     if unknown_ropes := unknown_rope_types(config):
         return f"it has RoPE of type {', '.join(unknown_ropes)}, which transformers doesn't know"
