@@ -113,8 +113,8 @@ FAMILIES = {
         "hyperclovax internlm3 iquestcoder apertus bitnet hunyuan_v1_dense jais2 nanochat ernie4_5 mellum cwm"
     ),
     "Gemma, Cohere, OLMo, Phi, GLM": (
-        "gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text vaultgemma cohere cohere2 cohere_compass_text olmo olmo2 "
-        "olmo3 phi phi3 phi4_multimodal glm glm4"
+        "gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text vaultgemma cohere cohere2 "
+        "cohere_compass_text olmo olmo2 olmo3 phi phi3 phi4_multimodal glm glm4"
     ),
     "mixtures of experts": (
         "mixtral gpt_oss llama4_text qwen2_moe qwen3_moe glm4_moe minimax_m2 minimax_m3_vl_text ernie4_5_moe "

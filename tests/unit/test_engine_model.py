@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, Phi3Config
 
 from flowkv_common.errors import CannotStart
 from flowkv_engine.engine.attention import Span
 from flowkv_engine.engine.dry_run import UnsupportedModel
 from flowkv_engine.engine.model import LoadedModel, eos_token_ids
+from flowkv_engine.engine.positions import fix_positions
 from flowkv_engine.engine.runner import Runner
 from tests.drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence
 from tests.oracle import check_identity
@@ -169,7 +170,8 @@ def check_tokens(model: LoadedModel, same: Path, num_tokens: int) -> None:
     check_identity(same, sequence.prompt_ids, sequence.output_ids)
 
 
-@pytest.mark.parametrize("arch", ["phi3", pytest.param("llama", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("arch", ["phi3", "llama"])
 def test_longrope_has_the_factors_of_the_longest_sequence_that_is_served(tmp_path: Path, arch: str) -> None:
     rope: dict[str, Any] = {
         "rope_type": "longrope",
@@ -207,7 +209,8 @@ def test_dynamic_rope_is_served_up_to_the_length_where_it_begins_to_change(tmp_p
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 
 
-@pytest.mark.parametrize("field", ["rope_scaling", pytest.param("rope_parameters", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
 def test_positions_that_the_user_gives_count_instead_of_the_configs(tmp_path: Path, field: str) -> None:
     """As model cards tell people to do: YaRN over the length that the model was trained with."""
     short = make_tiny_model(tmp_path / "short", "qwen3", max_position_embeddings=40)
@@ -219,7 +222,20 @@ def test_positions_that_the_user_gives_count_instead_of_the_configs(tmp_path: Pa
     check_tokens(model, same, 100)
 
 
+def test_longrope_has_one_set_of_factors() -> None:
+    for max_len, factor in ((4096, 1.0), (4097, 2.0)):
+        rope: dict[str, Any] = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}
+        rope |= {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+        config = Phi3Config(rope_parameters=rope)
+        fix_positions(config, max_len)
+        fixed = config.rope_parameters
+        assert fixed["short_factor"] == fixed["long_factor"] == [factor] * 48
+
+
 def test_a_length_that_the_user_gives_is_at_most_the_models(llama: Path) -> None:
+    assert load_tiny(llama, overrides=json.dumps({"rope_scaling": YARN})).card.max_model_len == 256
+    longer = json.dumps({"rope_scaling": {**YARN, "factor": 16.0}})
+    assert load_tiny(llama, overrides=longer).card.max_model_len == 512
     assert load_tiny(llama, longest=100).card.max_model_len == 100
     with pytest.raises(CannotStart, match="FLOWKV_MAX_MODEL_LEN is 257, but .* serves 256 tokens at most"):
         load_tiny(llama, longest=257)

@@ -50,11 +50,20 @@ CHUNKS = {
     "intermediate_size_mlp": 96,
 }
 PROJECTED = {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
+GEMMA_4 = {
+    "sliding_window": 24,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 512,
+}
+GEMMA_4_VISION = {**VISION, "head_dim": 16, "global_head_dim": 16, "num_key_value_heads": 2}
 # Type of the whole -> what its text part has beside `TEXT`, its vision part, what else the whole has.
 WHOLES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "aya_vision": ({"model_type": "cohere2", "sliding_window": 24}, SIGLIP, {}),
     "cohere2_vision": ({"model_type": "cohere2", "sliding_window": 24}, SIGLIP, {}),
     "gemma3": ({"model_type": "gemma3_text", "sliding_window": 24}, VISION, {"mm_tokens_per_image": 4}),
+    "gemma4": ({"model_type": "gemma4_text", **GEMMA_4}, GEMMA_4_VISION, {"audio_config": None}),
     "idefics3": ({"model_type": "llama"}, VISION, {}),
     "internvl": ({"model_type": "qwen2"}, {**VISION, "image_size": [28, 28], "patch_size": [14, 14]}, {}),
     "lfm2_vl": ({"model_type": "lfm2"}, VISION, {}),

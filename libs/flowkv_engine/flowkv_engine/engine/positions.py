@@ -17,7 +17,7 @@ def max_model_len(config: PretrainedConfig) -> int:
     limit = int(config.max_position_embeddings)
     for rope in _ropes(config):
         original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
-        if rope["rope_type"] == "yarn" and original and factor:
+        if rope["rope_type"] == "yarn" and original and factor and original <= limit:
             limit = max(limit, int(original * factor))
     if getattr(config, "attn_temperature_tuning", False):
         # From this length on Llama 4 scales queries by where they stand in the step, not in the sequence.
