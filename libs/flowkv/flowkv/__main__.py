@@ -25,6 +25,7 @@ OPERATE = {
     "drain": ("flowkv.hands:drain", "a node takes nothing new and finishes what it has"),
     "resume": ("flowkv.hands:resume", "a drained node takes new work again"),
     "lend": ("flowkv.hands:lend", "move a node to the other side: to prefill, to decode, to both"),
+    "completion": ("flowkv.completion:main", "the Tab key for bash, zsh and fish"),
 }
 GROUPS = {
     "Look and try": LOOK,
@@ -38,6 +39,11 @@ SERVICES = {
     "decode": "a node that starts as a decode node",
     "mixed": "a node that starts with both roles",
 }
+
+
+def names() -> list[str]:
+    """Of all commands."""
+    return ["up", *SERVICES, *(name for commands in GROUPS.values() for name in commands)]
 
 
 def usage() -> str:
