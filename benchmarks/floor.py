@@ -57,6 +57,10 @@ class Work:
     num_layers: int
     hidden: int  # heads * dim
     kv_per_token: int  # numbers, of all layers
+    # Of a mixture: of all layers' experts with one number, and which share of these a token goes to.
+    expert_weights: int = 0
+    num_experts: int = 1
+    top_k: int = 0
 
     @classmethod
     def of(cls, config_file: Path) -> Work:
@@ -65,29 +69,41 @@ class Work:
         dim = config.get("head_dim") or hidden // heads
         kv_heads, layers = config["num_key_value_heads"], config["num_hidden_layers"]
         projections = 2 * hidden * heads * dim + 2 * hidden * kv_heads * dim
+        num_experts = config.get("num_experts", 1)
+        mlp = 3 * hidden * config["moe_intermediate_size" if num_experts > 1 else "intermediate_size"]
+        is_dense = num_experts == 1
         return cls(
-            layer_weights=layers * (projections + 3 * hidden * config["intermediate_size"]),
+            layer_weights=layers * (projections + (mlp if is_dense else hidden * num_experts)),
             head_weights=hidden * config["vocab_size"],
             num_layers=layers,
             hidden=heads * dim,
             kv_per_token=2 * layers * kv_heads * dim,
+            expert_weights=0 if is_dense else layers * mlp,
+            num_experts=num_experts,
+            top_k=config.get("num_experts_per_tok", 0),
         )
 
     @property
     def num_weights(self) -> int:
-        return self.layer_weights + self.head_weights
+        return self.layer_weights + self.head_weights + self.num_experts * self.expert_weights
 
     def floor_s(
         self, job: Job, machine: Machine, kv_item_bytes: int = 4, weight_item_bytes: float = 4
     ) -> float:
-        """Seconds of a decode step, or of a whole prompt: the longer of reading and computing."""
-        num_bytes = weight_item_bytes * self.num_weights
+        """Seconds of a decode step, or of a whole prompt: the longer of reading and computing.
+
+        Of experts, those that tokens go to which choose at random.
+        """
+        missed = (1 - self.top_k / self.num_experts) ** (job.batch if job.is_decode else job.context)
+        read = self.num_weights - missed * self.num_experts * self.expert_weights
+        num_bytes = weight_item_bytes * read
         if job.is_decode:
             context = job.context + (job.num_steps + 1) / 2
             num_bytes += kv_item_bytes * job.batch * context * self.kv_per_token
             pairs, rows, sampled = job.batch * context, job.batch, job.batch
         else:
             pairs, rows, sampled = job.context * (job.context + 1) / 2, job.context, 1
-        flop = 2.0 * rows * self.layer_weights + 2 * sampled * self.head_weights
+        flop = 2.0 * rows * (self.layer_weights + self.top_k * self.expert_weights)
+        flop += 2 * sampled * self.head_weights
         flop += 4 * pairs * self.num_layers * self.hidden
         return max(num_bytes / machine.read_bytes_per_s, flop / machine.flop_per_s)

@@ -48,7 +48,7 @@ def make_stored_model(folder: Path, forms: list[Form], arch: str = "llama") -> P
         arch,
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=2,
+        num_hidden_layers=3 if arch in FLAT else 2,
         num_attention_heads=4,
         head_dim=64,
         tie_word_embeddings=True,

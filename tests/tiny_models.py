@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 VOCAB_SIZE = 512
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
 _SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
-# What further architectures with a flat forward need to show all they have.
+# What further architectures with a flat forward need to show all they have, and those that most tests try.
+FLAT_OFTEN = {"gemma3_text", "glm4", "gpt_oss", "glm4_moe"}
 FLAT: dict[str, dict[str, Any]] = {
     "gemma": {},
     "gemma2": {"sliding_window": 8, "layer_types": _SLIDING, "attn_logit_softcapping": 2.0},
@@ -29,6 +30,40 @@ FLAT: dict[str, dict[str, Any]] = {
     "glm": {"attention_bias": True, "partial_rotary_factor": 0.5},
     "glm4": {"attention_bias": True, "partial_rotary_factor": 0.5},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    },
+    "gpt_oss": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "layer_types": _SLIDING,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "truncate": False,
+        },
+    },
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_group": 4,
+        "topk_group": 2,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    },
+    "minimax_m2": {"num_local_experts": 6, "num_experts_per_tok": 2, "rotary_dim": 8},
 }
 
 _COMMON = {
@@ -71,4 +106,7 @@ def save_random(config: PretrainedConfig, folder: Path, seed: int = 0) -> None:
             if name.endswith(("bias", "norm.weight", "layernorm.weight")):
                 # As initialized they change nothing, and a test could not see them forgotten.
                 torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                torch.nn.init.normal_(buffer, std=0.2)
     model.save_pretrained(folder)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -34,6 +35,15 @@ def test_work_counts_the_weights_of_a_model(tmp_path: Path) -> None:
     assert Work.of(tmp_path / "config.json") == Work(
         3 * per_layer, 56, num_layers=3, hidden=8, kv_per_token=2 * 3 * 2 * 2
     )
+
+
+def test_of_a_mixture_a_step_reads_the_experts_that_its_tokens_go_to() -> None:
+    work = dataclasses.replace(WORK, expert_weights=10, num_experts=4, top_k=1)
+    assert work.num_weights == 160
+    one, two = (Job(batch=batch, context=0, num_steps=0) for batch in (1, 2))
+    for job, num_experts in ((one, 1.0), (two, 4 - 4 * 0.75**2)):
+        kv = 4 * job.batch * 0.5 * 16
+        assert work.floor_s(job, MACHINE) == pytest.approx((4 * (120 + num_experts * 10) + kv) / 1e9)
 
 
 def test_a_decode_step_reads_weights_once_and_every_context() -> None:

@@ -15,7 +15,7 @@ from flowkv_engine.engine.flat import flat_weights
 from flowkv_engine.engine.forward import FlatForward, Forward, ModulesForward, make_forward
 from flowkv_engine.engine.model import LoadedModel
 from tests.drive import BLOCK_SIZE, load_tiny, make_pool, make_sequence
-from tests.tiny_models import ARCHITECTURES, FLAT, make_tiny_model
+from tests.tiny_models import ARCHITECTURES, FLAT, FLAT_OFTEN, make_tiny_model
 
 
 def make_flat(module: nn.Module, attention: Attention, spans: list[Span]) -> FlatForward:
@@ -101,7 +101,10 @@ def test_other_models_have_none(tmp_path: Path, arch: str, config: dict[str, Any
     ("arch", "config"),
     [
         *((arch, {}) for arch in ARCHITECTURES),
-        *FLAT.items(),
+        *(
+            pytest.param(*each, marks=[pytest.mark.full] * (each[0] not in FLAT_OFTEN))
+            for each in FLAT.items()
+        ),
         ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
         ("llama", {"vocab_size": 509}),  # no whole number of vectors
     ],
@@ -122,10 +125,14 @@ def test_compiled_equals_the_modules(tmp_path: Path, arch: str, config: dict[str
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
 
 
+ONE_OF_EACH = ["llama", "glm4_moe", pytest.param("gpt_oss", marks=pytest.mark.full)]
+
+
+@pytest.mark.parametrize("arch", ONE_OF_EACH)
 @torch.inference_mode()
-def test_a_decoding_sequence_has_the_same_logits_alone_and_in_company(tmp_path: Path) -> None:
+def test_a_decoding_sequence_has_the_same_logits_alone_and_in_company(tmp_path: Path, arch: str) -> None:
     """To the bit: what is drawn from them must not depend on who else is in the batch."""
-    model = load_tiny(make_tiny_model(tmp_path / "m", seed=3))
+    model = load_tiny(make_tiny_model(tmp_path / "m", arch, seed=3, **FLAT.get(arch, {})))
     attention = make_attention("cpu", make_pool(model, num_blocks=64, fill=0.1))
     forward = make_forward(model.module, attention, model.spans)
     sequences = [make_sequence([token] * (9 * token), [token, 9 + token, 20]) for token in (1, 2)]
@@ -141,10 +148,11 @@ def test_a_decoding_sequence_has_the_same_logits_alone_and_in_company(tmp_path: 
     assert torch.equal(last_logits(sequences[0]), last_logits(sequences[1], sequences[0]))
 
 
+@pytest.mark.parametrize("arch", ONE_OF_EACH)
 @torch.inference_mode()
-def test_a_prompt_has_the_same_logits_however_it_is_cut_and_in_company(tmp_path: Path) -> None:
+def test_a_prompt_has_the_same_logits_however_it_is_cut_and_in_company(tmp_path: Path, arch: str) -> None:
     """To the bit: the layers know no difference between many rows and few."""
-    model = load_tiny(make_tiny_model(tmp_path / "m", seed=3))
+    model = load_tiny(make_tiny_model(tmp_path / "m", arch, seed=3, **FLAT.get(arch, {})))
     prompt = [token * 7 % 512 for token in range(70)]
 
     def last_logits(*sizes: int, company: int) -> torch.Tensor:

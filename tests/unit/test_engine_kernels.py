@@ -9,10 +9,12 @@ from torch.nn.functional import rms_norm, silu
 from transformers.activations import ACT2FN
 
 from flowkv_engine.engine.cpu.attention import _numbers_of, rotate_and_write
+from flowkv_engine.engine.cpu.experts import route, sort_by_expert
 from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack
 from flowkv_engine.engine.cpu.linear import rms_norm as compiled_rms_norm
 from flowkv_engine.engine.cpu.simd import LANES, TILE_PANELS, gate_row, softmax_row
-from flowkv_engine.engine.flat import ACTIVATIONS, SILU, Activation
+from flowkv_engine.engine.experts import Activation, Router
+from flowkv_engine.engine.flat import ACTIVATIONS, SILU
 
 K = 48
 NUM_ROWS = (0, 1, 2, 3, 4, 7, 8, 21, 70, 271, 530)
@@ -154,6 +156,47 @@ def test_rms_norm_equals_torch(num_rows: int) -> None:
         torch.testing.assert_close(torch_of(out), wanted, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("is_sigmoid", [False, True])
+@pytest.mark.parametrize(("num_groups", "num_kept_groups"), [(1, 1), (4, 2)])
+@pytest.mark.parametrize("num_rows", [3, 40])
+def test_routes_as_torch_does(num_rows: int, is_sigmoid: bool, num_groups: int, num_kept_groups: int) -> None:
+    num_experts, top_k = 12, 3
+    correction = random(num_experts, seed=1) if is_sigmoid else NOTHING
+    router = Router(
+        weight=torch.eye(num_experts),  # states are the logits
+        bias=None,
+        top_k=top_k,
+        is_sigmoid=is_sigmoid,
+        correction=torch_of(correction) if is_sigmoid else None,
+        num_groups=num_groups,
+        num_kept_groups=num_kept_groups,
+        normalizes=is_sigmoid,
+        scale=1.5,
+    )
+    logits = random(num_rows, LANES * 2)
+    expected = router(torch_of(logits)[:, :num_experts])
+    ids, weights = np.empty((num_rows, top_k), np.int64), np.empty((num_rows, top_k), np.float32)
+    groups = num_groups, num_kept_groups
+    route(logits, num_experts, is_sigmoid, correction, *groups, is_sigmoid, 1.5, ids, weights)
+    assert ids.tolist() == expected[0].tolist()
+    torch.testing.assert_close(torch_of(weights), expected[1], atol=1e-6, rtol=1e-6)
+
+
+def test_sorted_by_expert_each_pair_of_row_and_expert_has_a_place() -> None:
+    """Blocks cover the places of their experts, also of one with many rows and of one with none."""
+    ids = np.stack([np.arange(600) % 2, np.full(600, 3)], axis=1)
+    rows, places, blocks = sort_by_expert(ids, 5)
+    assert sorted(places.flat) == list(range(1200))
+    assert np.array_equal(rows[places], np.repeat(np.arange(600), 2).reshape(600, 2))
+    of_places = np.empty(1200, np.int64)
+    of_places[places] = ids
+    covered: list[int] = []
+    for expert, first, last in blocks.tolist():
+        assert set(of_places[first:last]) == {expert}
+        covered += range(first, last)
+    assert covered == list(range(1200))
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float8_e4m3fn, marks=pytest.mark.full)]
 )
@@ -182,7 +225,7 @@ def test_rotates_and_writes_as_torch_does(
 
     layer = _numbers_of(pool[:, 1])
     norms, rotary = norm if has_norm else norm[:0], (cos, sin, is_interleaved)
-    rotate_and_write(*layer, slots, states, positions, rotary, norms, np.float32(1e-6), query)
+    rotate_and_write(*layer, slots, states, positions, rotary, norms, False, np.float32(1e-6), query)
     torch.testing.assert_close(torch_of(query), rotated[:, :heads], atol=1e-6, rtol=1e-5)
     stored = pool[slots // 8, 1, :, slots % 8]  # [T, 2, kv heads, dim]
     off = max(1e-5, torch.finfo(dtype).eps)

@@ -110,6 +110,8 @@ def test_gates_of_a_stored_form_give_the_bits_of_float32() -> None:
                 ("gemma3_text", [Q8_0, Q4_1]),
                 ("phi3", [BFLOAT16]),
                 ("glm4", [Q8_0, Q4_1]),
+                ("qwen3_moe", [BFLOAT16]),
+                ("gpt_oss", [FLOAT16]),
             ]
         ),
     ],

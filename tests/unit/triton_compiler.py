@@ -57,7 +57,7 @@ ROWS = ("hidden", "delta", "weight", "gate_up", "qkv", "cos", "sin", "norm")
 def main(capability: int, dtype: str, kv_dtype: str) -> None:
     names = ("pool", "query", "result", "key", "value", "sinks", *ROWS)
     states = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("pool", "key", "value"), f"*{kv_dtype}")
-    states |= dict.fromkeys(("scale", "softcap", "eps", "slope", "cubic"), "fp32")
+    states |= dict.fromkeys(("scale", "softcap", "eps", "slope", "cubic", "limit", "shift"), "fp32")
     launch: dict[Any, dict[str, int]] = {  # as `TritonAttention` and `TritonFlatForward` ask for
         kernels.attend_prompts: {"num_stages": num_stages(HEADS["head_dim"] * ITEM_BYTES[dtype])},
         kernels.attend_splits: {"num_stages": 2},

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from flowkv_engine.engine.attention import Rule, Span
+from flowkv_engine.engine.experts import Activation, Experts, Router
 from flowkv_engine.engine.positions import max_model_len
-from flowkv_engine.engine.stored_modules import StoredEmbedding, StoredLinear, scale_of
+from flowkv_engine.engine.stored_modules import StoredEmbedding, StoredExperts, StoredLinear, scale_of
 
 Projection = nn.Linear | StoredLinear
 
@@ -33,6 +34,7 @@ class Architecture(NamedTuple):
     adds_one: bool = False  # to the weights of norms
     is_interleaved: bool = False  # see `Rotary`
     caps_scores: bool = False  # where its config says so
+    routes_by_sigmoid: bool = False  # see `Router`
 
 
 _GEMMA = Architecture(
@@ -58,23 +60,15 @@ ARCHITECTURES = {
     "Gemma3ForCausalLM": _GEMMA,
     "GlmForCausalLM": Architecture(is_interleaved=True),
     "Glm4ForCausalLM": _GLM4,
+    "MixtralForCausalLM": Architecture(),
+    "Qwen3MoeForCausalLM": Architecture(),
+    "GptOssForCausalLM": Architecture(),
+    "Glm4MoeForCausalLM": Architecture(routes_by_sigmoid=True),
+    "MiniMaxM2ForCausalLM": Architecture(routes_by_sigmoid=True),
 }
 
 
-class Activation(NamedTuple):
-    """`gate * sigmoid(gate * (slope + cubic * gate ** 2)) * up`."""
-
-    slope: float
-    cubic: float
-
-    def __call__(self, gates: Tensor, ups: Tensor) -> Tensor:
-        floats = gates.float()
-        square = floats.square().clamp(max=1e30)  # finite, so that 0 times it is 0
-        gated = floats * torch.sigmoid(floats * (self.slope + self.cubic * square))
-        return gated.to(gates.dtype) * ups
-
-
-SILU = Activation(1.0, 0.0)
+SILU = Activation(1.0)
 _TWICE = 2 * math.sqrt(2 / math.pi)  # (1 + tanh(x)) / 2 is sigmoid(2 x)
 ACTIVATIONS = {"silu": SILU, "gelu_pytorch_tanh": Activation(_TWICE, 0.044715 * _TWICE)}
 
@@ -116,13 +110,15 @@ class Layer(NamedTuple):
     input_norm: Tensor  # [hidden], as all norms but that of heads
     qkv: list[Projection]  # three, or one that is all
     qk_norm: Tensor | None  # [heads + kv heads, dim], of each head
+    norms_together: bool  # all heads of a query, and all of a key, by one mean
     rotary: Rotary
     rule: Rule  # of its attention
     output: Projection
     attention_out_norm: Tensor | None
     mlp_norm: Tensor
-    mlp: Mlp
-    mlp_out_norm: Tensor | None
+    mlp: Mlp | None  # beside experts: what all rows go to
+    experts: Experts | None
+    mlp_out_norm: Tensor | None  # not beside experts
 
 
 class FlatWeights(NamedTuple):
@@ -183,30 +179,27 @@ def flat_weights(model: nn.Module, spans: Sequence[Span]) -> FlatWeights | None:
     layers = []
     for number, (layer, span) in enumerate(zip(inner.layers, spans, strict=True)):
         attn, mlp = layer.self_attn, layer.mlp
-        qk_norm = None
-        if hasattr(attn, "q_norm"):
-            norms = [_norm(attn.q_norm, architecture)] * config.num_attention_heads
-            norms += [_norm(attn.k_norm, architecture)] * config.num_key_value_heads
-            qk_norm = torch.stack(norms)
+        experts = None
+        if hasattr(mlp, "experts"):
+            experts = _experts(mlp, architecture, activation)
+            mlp = getattr(mlp, "shared_experts", None)
         rotary = rotaries[number]
         if not getattr(attn, "use_rope", True):
             rotary = rotary._replace(cos=rotary.cos[:, :0], sin=rotary.sin[:, :0])
-        is_fused = hasattr(attn, "qkv_proj"), hasattr(mlp, "gate_up_proj")
+        qk_norm = _qk_norm(attn, config, architecture)
         layers.append(
             Layer(
                 input_norm=_norm(layer.input_layernorm, architecture),
-                qkv=[attn.qkv_proj] if is_fused[0] else [attn.q_proj, attn.k_proj, attn.v_proj],
+                qkv=[attn.qkv_proj] if hasattr(attn, "qkv_proj") else [attn.q_proj, attn.k_proj, attn.v_proj],
                 qk_norm=qk_norm,
+                norms_together=qk_norm is not None and attn.q_norm.weight.numel() > attn.head_dim,
                 rotary=rotary,
-                rule=Rule(attn.scaling, span, softcap or 0.0),
+                rule=Rule(attn.scaling, span, softcap or 0.0, getattr(attn, "sinks", None)),
                 output=attn.o_proj,
                 attention_out_norm=norm_of(layer, architecture.attention_out_norm),
                 mlp_norm=_norm(getattr(layer, architecture.mlp_norm), architecture),
-                mlp=Mlp(
-                    [mlp.gate_up_proj] if is_fused[1] else [mlp.gate_proj, mlp.up_proj],
-                    mlp.down_proj,
-                    activation,
-                ),
+                mlp=None if mlp is None else _mlp(mlp, activation),
+                experts=experts,
                 mlp_out_norm=norm_of(layer, architecture.mlp_out_norm),
             )
         )
@@ -224,6 +217,50 @@ def flat_weights(model: nn.Module, spans: Sequence[Span]) -> FlatWeights | None:
         head=causal_lm.lm_head,
         logit_cap=getattr(config, "final_logit_softcapping", None) or 0.0,
     )
+
+
+def _mlp(mlp: Any, activation: Activation) -> Mlp:
+    gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+    return Mlp(gate_up, mlp.down_proj, activation)
+
+
+def _experts(mlp: Any, architecture: Architecture, activation: Activation) -> Experts:
+    router = mlp.router if hasattr(mlp, "router") else mlp.gate
+    correction = getattr(mlp, "e_score_correction_bias", None)
+    experts = mlp.experts.plain if isinstance(mlp.experts, StoredExperts) else mlp.experts
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    if experts.is_transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    if hasattr(experts, "alpha"):  # GPT-OSS
+        activation = Activation(experts.alpha, limit=experts.limit, shift=1.0)
+    return Experts(
+        router=Router(
+            weight=router.weight,
+            bias=getattr(router, "bias", None),
+            top_k=router.top_k,
+            is_sigmoid=architecture.routes_by_sigmoid,
+            correction=getattr(router, "e_score_correction_bias", correction),
+            num_groups=getattr(router, "num_group", 1),
+            num_kept_groups=getattr(router, "topk_group", 1),
+            normalizes=getattr(router, "norm_topk_prob", True),
+            scale=getattr(router, "routed_scaling_factor", 1.0),
+        ),
+        gate_up=gate_up,
+        gate_up_bias=getattr(experts, "gate_up_proj_bias", None),
+        is_interleaved=not experts.is_concatenated,
+        down=down,
+        down_bias=getattr(experts, "down_proj_bias", None),
+        activation=activation,
+    )
+
+
+def _qk_norm(attn: Any, config: Any, architecture: Architecture) -> Tensor | None:
+    """[heads + kv heads, dim], of weights for each head or for all of them."""
+    if not hasattr(attn, "q_norm"):
+        return None
+    sizes = config.num_attention_heads, config.num_key_value_heads
+    norms = (_norm(norm, architecture).view(-1, attn.head_dim) for norm in (attn.q_norm, attn.k_norm))
+    return torch.cat([norm.expand(size, -1) for norm, size in zip(norms, sizes, strict=True)])
 
 
 def _norm(module: Any, architecture: Architecture) -> Tensor:

@@ -15,8 +15,8 @@ from torch.nn.functional import embedding, linear, rms_norm
 from transformers import AttentionInterface
 
 from flowkv_engine.engine.attention import Attention, Rule, Span
-from flowkv_engine.engine.flat import FlatWeights, flat_weights, fuse
-from flowkv_engine.engine.stored_modules import StoredWeight
+from flowkv_engine.engine.flat import FlatWeights, Layer, flat_weights, fuse
+from flowkv_engine.engine.stored_modules import StoredExperts, StoredWeight
 
 IMPLEMENTATION = "flowkv"  # the name of our attention function in `transformers`
 
@@ -101,7 +101,8 @@ def make_forward(module: nn.Module, attention: Attention, spans: Sequence[Span])
         assert isinstance(attention, CpuAttention)
         if CpuFlatForward.fits(weights):
             return CpuFlatForward(weights, attention)
-    if any(isinstance(each, StoredWeight) for each in module.modules()):  # the others take floats
+    if any(isinstance(each, StoredWeight | StoredExperts) for each in module.modules()):
+        # The others take floats.
         return ModulesForward(module, attention, spans)
     if attention.name == "triton":
         from flowkv_engine.engine.gpu.attention import TritonAttention
@@ -133,6 +134,18 @@ class FlatStates(Forward):
             yield self.logits(states[places])
 
 
+def norm_heads(qk: Tensor, layer: Layer, num_heads: int, eps: float) -> Tensor:
+    """The RMS norm of heads [T, heads + kv heads, dim], each by itself or all of a side together."""
+    assert layer.qk_norm is not None
+    floats = qk.float()
+    if layer.norms_together:
+        sides = floats.tensor_split([num_heads], dim=1)
+        normed = torch.cat([rms_norm(side, side.shape[1:], eps=eps) for side in sides], dim=1)
+    else:
+        normed = rms_norm(floats, floats.shape[2:], eps=eps)
+    return (normed * layer.qk_norm).to(qk.dtype)
+
+
 class FlatForward(FlatStates):
     """Equal to `ModulesForward` up to rounding, by test."""
 
@@ -140,7 +153,9 @@ class FlatForward(FlatStates):
         """The model's projections are fused in place."""
         self._weights = weights
         self._attention = attention
-        self._fused = [(fuse(*layer.qkv), fuse(*layer.mlp.gate_up)) for layer in weights.layers]
+        self._fused = [
+            (fuse(*layer.qkv), fuse(*layer.mlp.gate_up) if layer.mlp else None) for layer in weights.layers
+        ]
 
     def states(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         weights = self._weights
@@ -151,16 +166,20 @@ class FlatForward(FlatStates):
             qkv = qkv.view(len(qkv), -1, head_dim)  # [T, heads + 2 kv heads, dim]
             qk, value = torch.split(qkv, [num_heads + num_kv_heads, num_kv_heads], dim=1)
             if layer.qk_norm is not None:
-                qk = (rms_norm(qk.float(), (head_dim,), eps=weights.eps) * layer.qk_norm).to(qkv.dtype)
+                qk = norm_heads(qk, layer, num_heads, weights.eps)
             query, key = torch.split(layer.rotary(qk, position_ids), [num_heads, num_kv_heads], dim=1)
             self._attention.write(index, key, value)
             attended = self._attention.attend(index, query, layer.rule).flatten(1)
             added = linear(attended, layer.output.weight, layer.output.bias)
             hidden = hidden + self._norm(added, layer.attention_out_norm)
-            gates, ups = linear(self._norm(hidden, layer.mlp_norm), *gate_up).chunk(2, dim=-1)
-            down = layer.mlp.down
-            added = linear(layer.mlp.activation(gates, ups), down.weight, down.bias)
-            hidden = hidden + self._norm(added, layer.mlp_out_norm)
+            normed = self._norm(hidden, layer.mlp_norm)
+            if layer.mlp is not None and gate_up is not None:
+                gates, ups = linear(normed, *gate_up).chunk(2, dim=-1)
+                down = layer.mlp.down
+                added = linear(layer.mlp.activation(gates, ups), down.weight, down.bias)
+                hidden = hidden + self._norm(added, layer.mlp_out_norm)
+            if layer.experts is not None:
+                hidden = hidden + layer.experts(normed)
         return hidden[rows]
 
     def logits(self, states: Tensor) -> Tensor:

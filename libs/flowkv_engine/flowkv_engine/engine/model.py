@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -48,11 +47,12 @@ from flowkv_engine.engine.quantized import Codes, Quantization, quantization_of
 from flowkv_engine.engine.stored_modules import (
     BLOCKS,
     STORED_FLOATS,
-    StoredWeight,
     blocks_as_floats,
     has_blocks,
+    is_matrix,
     keep_stored,
     load_blocks,
+    num_weights,
     place,
     stored_floats,
     tie_head,
@@ -158,10 +158,7 @@ def load_model(
         eos_token_ids=eos,
         files=model_files(folder, has_weights=has_weights),
     )
-    num_parameters = sum(each.numel() for each in module.parameters())
-    kept = (each.stored for each in module.modules() if isinstance(each, StoredWeight))
-    num_parameters += sum(math.prod(each.shape) for each in kept)
-    log.info("loaded %s: %.1f M parameters", card.name, num_parameters / 1e6)
+    log.info("loaded %s: %.1f M parameters", card.name, num_weights(module) / 1e6)
     weight = next(module.parameters())
     grammars = Grammars(folder / "tokenizer.json", eos)
     return LoadedModel(
@@ -248,7 +245,7 @@ def _keep_quantized(
             place(
                 module, name, torch.from_numpy(weight.widened()) if stored is None else stored, weight.order
             )
-        elif weight.ndim == 2 and weight.dtype in STORED_FLOATS:
+        elif weight.dtype in STORED_FLOATS and is_matrix(module, name):
             place(module, name, stored_floats(weight))
         else:
             place(module, name, weight)

@@ -107,7 +107,7 @@ class Runner:
                 # torch's CUDA build brings Triton.
                 from flowkv_engine.engine.gpu.forward import GraphedSteps, TritonFlatForward, cuda_recorder
 
-                if isinstance(self.forward, TritonFlatForward):
+                if isinstance(self.forward, TritonFlatForward) and self.forward.can_be_recorded:
                     num_blocks, block_size = len(pool[0]), pool[0].shape[2]
                     self._graphs = GraphedSteps(
                         self.forward,

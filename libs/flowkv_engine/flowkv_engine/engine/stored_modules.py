@@ -6,6 +6,7 @@ They are what every model's own forward pass runs on. The compiled forward takes
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,47 @@ class StoredEmbedding(StoredWeight):
         return rows.view(*token_ids.shape, self.embedding_dim) * self.scalar_embed_scale
 
 
+class StoredExperts(nn.Module):
+    """The experts of `transformers` in float32 over weights of 16 bits."""
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        # From `nn.Module`, which would widen it with the rest.
+        self._hidden = (experts.requires_grad_(False),)
+
+    @property
+    def plain(self) -> Any:
+        """The experts as they were."""
+        return self._hidden[0]
+
+    def forward(self, states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Experts `ids` and their `weights` [T, top k] of the rows of `states` [T, hidden]."""
+        experts, out = self.plain, torch.zeros_like(states)
+
+        def product(rows: Tensor, name: str, number: int) -> Tensor:
+            weight = getattr(experts, name)[number].float()
+            bias = getattr(experts, f"{name}_bias")[number].float() if experts.has_bias else None
+            return linear(rows, weight.T if experts.is_transposed else weight, bias)
+
+        for number in sorted(set(ids.flatten().tolist())):
+            rows, places = torch.where(ids == number)
+            gated = experts._apply_gate(product(states[rows], "gate_up_proj", number))
+            made = product(gated, "down_proj", number)
+            out.index_add_(0, rows, made * weights[rows, places, None])
+        return out
+
+
+def num_weights(module: nn.Module) -> int:
+    """Of a model, those that are stored included."""
+    total = sum(each.numel() for each in module.parameters())
+    for each in module.modules():
+        if isinstance(each, StoredWeight):
+            total += math.prod(each.stored.shape)
+        elif isinstance(each, StoredExperts):
+            total += num_weights(each.plain)
+    return total
+
+
 def scale_of(embedding: nn.Module) -> float:
     """What it multiplies its rows by (Gemma)."""
     scale: float = getattr(embedding, "scalar_embed_scale", 1.0)
@@ -129,6 +171,12 @@ def load_blocks(module: nn.Module, file: Path, *, keeps: bool) -> None:
     tie_head(module)
 
 
+def is_matrix(module: nn.Module, name: str) -> bool:
+    """Whether a model's tensor `name` is the weight of a layer that can be a `StoredWeight`."""
+    parent, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(module.get_submodule(parent), nn.Linear | nn.Embedding)
+
+
 def place(
     module: nn.Module, name: str, weight: Tensor | Stored, order: NDArray[np.int64] | None = None
 ) -> None:
@@ -161,6 +209,10 @@ def stored_floats(weight: Tensor) -> Stored:
     return Stored(STORED_FLOATS[weight.dtype], rows)
 
 
+def _is_experts(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
+
+
 def keep_stored(module: nn.Module) -> None:
     """Turns the projections and the embedding of a model of 16-bit floats into layers that keep them.
 
@@ -180,4 +232,6 @@ def keep_stored(module: nn.Module) -> None:
                 setattr(parent, name, StoredLinear(stored(child.weight), bias))
             elif isinstance(child, nn.Embedding) and child.weight.dtype in STORED_FLOATS:
                 setattr(parent, name, StoredEmbedding(stored(child.weight), scale_of(child)))
+            elif _is_experts(child) and child.gate_up_proj.dtype in STORED_FLOATS:
+                setattr(parent, name, StoredExperts(child))
     module.float()

@@ -237,17 +237,24 @@ def _rotate(states, cos, sin, is_interleaved, out):
 
 @numba.njit(cache=True, nogil=True)
 def _rotate_and_write_row(
-    pool, block_len, block_size, slot, states, cos, sin, is_interleaved, norm, eps, query
+    pool, block_len, block_size, slot, states, cos, sin, is_interleaved, norm, norms_together, eps, query
 ):  # fmt: skip
     num_heads, head_dim = query.shape
     num_kv_heads = (states.shape[0] - num_heads) // 2
-    for head in range(norm.shape[0]):  # none, or all heads of queries and keys
+    first = 0
+    while first < norm.shape[0]:  # none, or all heads of queries and keys
+        last = first + 1
+        if norms_together:
+            last = num_heads if first < num_heads else norm.shape[0]
         total = np.float32(0)
-        for dim in range(states.shape[1]):
-            total += states[head, dim] * states[head, dim]
-        factor = np.float32(1) / np.sqrt(total / np.float32(states.shape[1]) + eps)
-        for dim in range(states.shape[1]):
-            states[head, dim] *= factor * norm[head, dim]
+        for head in range(first, last):
+            for dim in range(states.shape[1]):
+                total += states[head, dim] * states[head, dim]
+        factor = np.float32(1) / np.sqrt(total / np.float32((last - first) * states.shape[1]) + eps)
+        for head in range(first, last):
+            for dim in range(states.shape[1]):
+                states[head, dim] *= factor * norm[head, dim]
+        first = last
     for head in range(num_heads):
         _rotate(states[head], cos, sin, is_interleaved, query[head])
     row_len = num_kv_heads * head_dim
@@ -262,11 +269,14 @@ def _rotate_and_write_row(
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def rotate_and_write(pool, block_len, block_size, slots, qkv, positions, rotary, norm, eps, query):
+def rotate_and_write(
+    pool, block_len, block_size, slots, qkv, positions, rotary, norm, norms_together, eps, query
+):
     """Rotates queries and keys of `qkv` [T, heads + 2 kv heads, dim] (which it spoils) to their positions.
 
     Keys and values go into the pool (see `Numbers`) at `slots` [T], queries into `query` [T, heads, dim].
-    `rotary`: the parts of a `Rotary`; `norm`: [0 or heads + kv heads, dim], each head's RMS norm before.
+    `rotary`: the parts of a `Rotary`; `norm`: [0 or heads + kv heads, dim], the RMS norm of heads before,
+    each by itself or, if `norms_together`, all of the query, and all of the key.
     """
     cos, sin, is_interleaved = rotary
     for row in numba.prange(qkv.shape[0]):
@@ -281,6 +291,7 @@ def rotate_and_write(pool, block_len, block_size, slots, qkv, positions, rotary,
             sin[position],
             is_interleaved,
             norm,
+            norms_together,
             eps,
             query[row],
         )

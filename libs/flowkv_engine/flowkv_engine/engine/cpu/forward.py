@@ -16,13 +16,28 @@ from torch import Tensor, nn
 
 from flowkv_engine.engine.attention import Rule
 from flowkv_engine.engine.cpu.attention import CpuAttention, Scratch, rotate_and_write
+from flowkv_engine.engine.cpu.experts import (
+    add_weighted,
+    experts_gated_linear,
+    experts_linear,
+    route,
+    sort_by_expert,
+    take_rows,
+)
 from flowkv_engine.engine.cpu.linear import gated_linear, linear, pack, rms_norm, unpack_rows
 from flowkv_engine.engine.cpu.panels import block_len, pack_stored
 from flowkv_engine.engine.cpu.simd import LANES
+from flowkv_engine.engine.experts import Activation, Experts
 from flowkv_engine.engine.flat import FlatWeights, Layer, Mlp, Projection, Rotary, halves
 from flowkv_engine.engine.forward import FlatStates
 from flowkv_engine.engine.stored import Form
-from flowkv_engine.engine.stored_modules import StoredEmbedding, StoredLinear, StoredWeight
+from flowkv_engine.engine.stored_modules import (
+    STORED_FLOATS,
+    StoredEmbedding,
+    StoredLinear,
+    StoredWeight,
+    stored_floats,
+)
 
 _MAPS = Path("/proc/self/maps")
 _MADV_DONTNEED = 4
@@ -51,18 +66,35 @@ class _PackedMlp(NamedTuple):
     activation: tuple[np.float32, ...]
 
 
+class _PackedExperts(NamedTuple):
+    """Weights [experts, ...] in panels; what is missing has no elements."""
+
+    router: _Part
+    routing: tuple[Any, ...]  # arguments of `route`
+    top_k: int
+    gate: NDArray[Any]
+    gate_bias: Array
+    up: NDArray[Any]
+    up_bias: Array
+    down: NDArray[Any]
+    down_bias: Array
+    activation: tuple[np.float32, ...]
+
+
 class _Packed(NamedTuple):
     """A layer as the kernels take it. A missing norm of heads has no elements."""
 
     input_norm: Array
     qkv: list[_Part]
     qk_norm: Array
+    norms_together: bool
     rotary: tuple[Array, Array, bool]
     rule: Rule
     output: list[_Part]
     attention_out_norm: Array | None
     mlp_norm: Array
-    mlp: _PackedMlp
+    mlp: _PackedMlp | None
+    experts: _PackedExperts | None
     mlp_out_norm: Array | None
 
 
@@ -91,11 +123,14 @@ class CpuFlatForward(FlatStates):
     @staticmethod
     def fits(weights: FlatWeights) -> bool:
         """Whether the kernels can do this model: float32 or stored, and sizes that fill vector registers."""
-        layer = weights.layers[0]
-        inputs = [each.in_features for each in (layer.qkv[0], layer.output, layer.mlp.down)]
-        return weights.norm.dtype == torch.float32 and not any(
-            size % LANES for size in (weights.head_dim, *inputs)
-        )
+        sizes = {weights.head_dim}
+        for layer in weights.layers:
+            sizes |= {layer.qkv[0].in_features, layer.output.in_features}
+            if layer.mlp is not None:
+                sizes.add(layer.mlp.down.in_features)
+            if layer.experts is not None:
+                sizes.add(layer.experts.down.shape[2])
+        return weights.norm.dtype == torch.float32 and not any(size % LANES for size in sizes)
 
     def states(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         weights, num_rows, layer = self._weights, len(token_ids), self._weights.layers[0]
@@ -109,7 +144,8 @@ class CpuFlatForward(FlatStates):
             rms_norm(hidden, packed.input_norm, eps, normed, False)
             self._project(normed, packed.qkv, heads)
             pool, slots = self._attention.layers[index], self._attention.slots
-            rotate_and_write(*pool, slots, states, positions, packed.rotary, packed.qk_norm, eps, query)
+            norms = packed.qk_norm, packed.norms_together, eps
+            rotate_and_write(*pool, slots, states, positions, packed.rotary, *norms, query)
             attended = self._attention.attend(index, torch.from_numpy(query), packed.rule).numpy()
             attended = attended.reshape(num_rows, -1)
             if index == len(self._layers) - 1:  # the other rows need only keys and values
@@ -117,20 +153,10 @@ class CpuFlatForward(FlatStates):
                 hidden, attended, normed = hidden[wanted], attended[wanted], normed[: len(wanted)]
             self._add(hidden, attended, packed.output, packed.attention_out_norm)
             rms_norm(hidden, packed.mlp_norm, eps, normed, False)
-            mlp = packed.mlp
-            up = self._scratch.array("up", len(hidden), mlp.up.num_cols)
-            gated = self._scratch.array("gated", len(hidden), mlp.up.num_cols)
-            gated_linear(
-                mlp.gate.inputs(normed),
-                mlp.gate.panels,
-                mlp.gate.bias,
-                mlp.up.panels,
-                mlp.up.bias,
-                mlp.activation,
-                up,
-                gated,
-            )
-            self._add(hidden, gated, mlp.down, packed.mlp_out_norm)
+            if packed.mlp is not None:
+                self._add(hidden, self._gated(normed, packed.mlp), packed.mlp.down, packed.mlp_out_norm)
+            if packed.experts is not None:
+                self._mix(hidden, normed, packed.experts)
         return torch.from_numpy(hidden)
 
     def logits(self, states: Tensor) -> Tensor:
@@ -151,6 +177,49 @@ class CpuFlatForward(FlatStates):
             if self._weights.embedding_scale != 1:
                 hidden *= np.float32(self._weights.embedding_scale)
         return hidden
+
+    def _gated(self, states: Array, mlp: _PackedMlp) -> Array:
+        up, gated = (self._scratch.array(name, len(states), mlp.up.num_cols) for name in ("up", "gated"))
+        gated_linear(
+            mlp.gate.inputs(states),
+            mlp.gate.panels,
+            mlp.gate.bias,
+            mlp.up.panels,
+            mlp.up.bias,
+            mlp.activation,
+            up,
+            gated,
+        )
+        return gated
+
+    def _mix(self, hidden: Array, states: Array, experts: _PackedExperts) -> None:
+        """`hidden +=` what the experts make of `states`."""
+        num_experts, num_rows = len(experts.gate), len(states)
+        logits = self._scratch.array("logits", num_rows, len(experts.router.panels) * LANES)
+        linear(states, experts.router.panels, experts.router.bias, logits, False)
+        ids, weights = (
+            np.empty((num_rows, experts.top_k), np.int64),
+            np.empty((num_rows, experts.top_k), np.float32),
+        )
+        route(logits, num_experts, *experts.routing, ids, weights)
+        rows, places, blocks = sort_by_expert(ids, num_experts)
+        taken = self._scratch.array("taken", len(rows), states.shape[1])
+        take_rows(states, rows, taken)
+        size = experts.gate.shape[1] * LANES
+        up, gated = (self._scratch.array(name, len(rows), size) for name in ("up", "gated"))
+        experts_gated_linear(
+            taken,
+            blocks,
+            experts.gate,
+            experts.gate_bias,
+            experts.up,
+            experts.up_bias,
+            experts.activation,
+            up,
+            gated,
+        )
+        experts_linear(gated, blocks, experts.down, experts.down_bias, taken)
+        add_weighted(taken, places, weights, hidden)
 
     def _add(self, hidden: Array, states: Array, parts: Sequence[_Part], norm: Array | None) -> None:
         """`hidden += states @ weight.T + bias`, normalized before if there is a norm."""
@@ -179,15 +248,19 @@ def _pack(layer: Layer) -> _Packed:
         input_norm=layer.input_norm.numpy(),
         qkv=_parts(*layer.qkv),
         qk_norm=np.empty((0, 0), np.float32) if layer.qk_norm is None else layer.qk_norm.numpy(),
+        norms_together=layer.norms_together,
         rotary=_arrays(layer.rotary),
         rule=layer.rule,
         output=_parts(layer.output),
         attention_out_norm=_optional(layer.attention_out_norm),
         mlp_norm=layer.mlp_norm.numpy(),
-        mlp=_pack_mlp(layer.mlp),
+        mlp=None if layer.mlp is None else _pack_mlp(layer.mlp),
+        experts=None if layer.experts is None else _pack_experts(layer.experts),
         mlp_out_norm=_optional(layer.mlp_out_norm),
     )
-    _release(*layer.qkv, layer.output, *layer.mlp.gate_up, layer.mlp.down)
+    _release(*layer.qkv, layer.output, *((*layer.mlp.gate_up, layer.mlp.down) if layer.mlp else ()))
+    if layer.experts is not None:
+        give_back([layer.experts.gate_up, layer.experts.down])
     return packed
 
 
@@ -196,8 +269,59 @@ def _pack_mlp(mlp: Mlp) -> _PackedMlp:
     kind = _kind(gate)
     if kind != _kind(up):  # the kernel takes two of one kind
         kind = None
-    activation = tuple(map(np.float32, mlp.activation))
-    return _PackedMlp(_part([gate], kind), _part([up], kind), _parts(mlp.down), activation)
+    return _PackedMlp(_part([gate], kind), _part([up], kind), _parts(mlp.down), _float32s(mlp.activation))
+
+
+def _float32s(activation: Activation) -> tuple[np.float32, ...]:
+    return tuple(map(np.float32, activation))
+
+
+def _pack_experts(experts: Experts) -> _PackedExperts:
+    router, num_experts = experts.router, len(experts.gate_up)
+    gate, up = experts.halves(experts.gate_up, 1)
+    gate_bias, up_bias = None, None
+    if experts.gate_up_bias is not None:
+        gate_bias, up_bias = experts.halves(experts.gate_up_bias, 1)
+    bias = np.zeros(-(-num_experts // LANES) * LANES, np.float32)  # of whole panels
+    if router.bias is not None:
+        bias[:num_experts] = router.bias.numpy()
+    return _PackedExperts(
+        router=_Part(pack(router.weight.numpy()), bias, num_experts, None),
+        routing=(
+            router.is_sigmoid,
+            _NOTHING if router.correction is None else router.correction.numpy(),
+            router.num_groups,
+            router.num_kept_groups,
+            router.normalizes,
+            router.scale,
+        ),
+        top_k=router.top_k,
+        gate=_pack_each(gate),
+        gate_bias=_biases(gate_bias, num_experts),
+        up=_pack_each(up),
+        up_bias=_biases(up_bias, num_experts),
+        down=_pack_each(experts.down),
+        down_bias=_biases(experts.down_bias, num_experts),
+        activation=_float32s(experts.activation),
+    )
+
+
+def _pack_each(weights: Tensor) -> NDArray[Any]:
+    """Weights [experts, N, K] -> panels [experts, ...], of the form that they have."""
+    form = STORED_FLOATS.get(weights.dtype)
+    is_kept = form is not None and weights.shape[2] % block_len(form) == 0
+    panels: NDArray[Any] | None = None
+    for number, weight in enumerate(weights):
+        packed = pack_stored(stored_floats(weight)) if is_kept else pack(weight.float().numpy())
+        if panels is None:
+            panels = np.empty((len(weights), *packed.shape), packed.dtype)
+        panels[number] = packed
+    assert panels is not None
+    return panels
+
+
+def _biases(biases: Tensor | None, num_experts: int) -> Array:
+    return np.empty((num_experts, 0), np.float32) if biases is None else biases.float().contiguous().numpy()
 
 
 def _arrays(rotary: Rotary) -> tuple[Array, Array, bool]:

@@ -105,7 +105,8 @@ def _products_of(x, panels, start, stop, out, adds):
 
 
 @numba.njit(cache=True, nogil=True)
-def _columns(x, panels, bias, start, stop, out, adds):
+def linear_columns(x, panels, bias, start, stop, out, adds):
+    """Panels `start .. stop - 1` of `linear`, up to `TILE_PANELS`; on this thread."""
     _products(x, panels, start, stop, out, adds)
     if bias.shape[0]:
         for row in range(x.shape[0]):
@@ -114,8 +115,8 @@ def _columns(x, panels, bias, start, stop, out, adds):
 
 
 @numba.njit(cache=True, nogil=True)
-def _blocks(num_rows):
-    """The number of blocks of rows, and their length: about equal, so that threads get equal work."""
+def row_blocks(num_rows):
+    """The number of blocks of so many rows, and their length: about equal, so threads get equal work."""
     num_blocks = (num_rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS
     length = (num_rows + num_blocks - 1) // num_blocks if num_blocks else 0
     return num_blocks, (length + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
@@ -128,11 +129,11 @@ def linear(x, panels, bias, out, adds):
     `panels`: the weight, packed, in any form.
     """
     num_panels = panels.shape[0]
-    num_blocks, length = _blocks(x.shape[0])
+    num_blocks, length = row_blocks(x.shape[0])
     for unit in numba.prange(num_blocks * ((num_panels + TILE_PANELS - 1) // TILE_PANELS)):
         row, start = unit % num_blocks * length, unit // num_blocks * TILE_PANELS
         rows = slice(row, row + length)
-        _columns(x[rows], panels, bias, start, min(num_panels, start + TILE_PANELS), out[rows], adds)
+        linear_columns(x[rows], panels, bias, start, min(num_panels, start + TILE_PANELS), out[rows], adds)
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
@@ -142,13 +143,13 @@ def gated_linear(x, gates, gate_bias, ups, up_bias, activation, scratch, out):
     `activation`: the numbers of an `Activation`, in float32.
     """
     num_panels = gates.shape[0]
-    num_blocks, length = _blocks(x.shape[0])
+    num_blocks, length = row_blocks(x.shape[0])
     for unit in numba.prange(num_blocks * ((num_panels + TILE_PANELS - 1) // TILE_PANELS)):
         row, start = unit % num_blocks * length, unit // num_blocks * TILE_PANELS
         stop = min(num_panels, start + TILE_PANELS)
         rows = slice(row, row + length)
-        _columns(x[rows], gates, gate_bias, start, stop, out[rows], False)
-        _columns(x[rows], ups, up_bias, start, stop, scratch[rows], False)
+        linear_columns(x[rows], gates, gate_bias, start, stop, out[rows], False)
+        linear_columns(x[rows], ups, up_bias, start, stop, scratch[rows], False)
         for each in range(row, min(x.shape[0], row + length)):
             first, last = start * LANES, stop * LANES
             gate_row(out[each, first:last], scratch[each, first:last], stop - start, activation)

@@ -333,12 +333,19 @@ def gate_row(typing_context, gates, ups, num_vectors, activation):
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         emit = Emit(context, b, signature, arguments)
         (gate_data, _), (up_data, _) = emit.array(0), emit.array(1)
-        slope, cubic = (emit.broadcast(b.extract_value(arguments[3], number)) for number in range(2))
+        numbers = [emit.broadcast(b.extract_value(arguments[3], number)) for number in range(4)]
+        slope, cubic, limit, shift = numbers
+
+        def least(left: Value, right: Value) -> Value:
+            """`left` where it is NaN."""
+            return b.select(b.fcmp_ordered(">", left, right), right, left)
+
         with cgutils.for_range(b, arguments[2]) as loop:
             place = emit.at(gate_data, (loop.index, INTP(VECTOR_BYTES)))
-            gate, up = emit.load(place), emit.load(emit.at(up_data, (loop.index, INTP(VECTOR_BYTES))))
-            square = b.fmul(gate, gate)
-            square = b.select(b.fcmp_ordered(">", square, splat(_LARGE)), splat(_LARGE), square)
+            gate = least(emit.load(place), limit)
+            up = least(emit.load(emit.at(up_data, (loop.index, INTP(VECTOR_BYTES)))), limit)
+            up = b.fadd(b.fneg(least(b.fneg(up), limit)), shift)
+            square = least(b.fmul(gate, gate), splat(_LARGE))
             exponent = b.fmul(gate, emit.call("fma", cubic, square, slope))
             power = emit.exp(b.fneg(emit.call("fabs", exponent)))  # at most 1: nothing overflows
             is_negative = b.fcmp_ordered("<", gate, splat(0.0))

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from flowkv_engine.engine.batch import PackedBatch
-from flowkv_engine.engine.flat import Activation, FlatWeights, fuse
-from flowkv_engine.engine.forward import FlatStates
+from flowkv_engine.engine.experts import Activation
+from flowkv_engine.engine.flat import FlatWeights, fuse
+from flowkv_engine.engine.forward import FlatStates, norm_heads
 from flowkv_engine.engine.gpu import kernels
 from flowkv_engine.engine.gpu.attention import NUM_ROWS, Step, TritonAttention, query_tiles
 
@@ -43,8 +44,20 @@ class TritonFlatForward(FlatStates):
         """The model's projections are fused in place."""
         self.weights = weights
         self.attention = attention
-        self._fused = [(fuse(*layer.qkv), fuse(*layer.mlp.gate_up)) for layer in weights.layers]
+        self._fused = [
+            (fuse(*layer.qkv), fuse(*layer.mlp.gate_up) if layer.mlp else None) for layer in weights.layers
+        ]
         self._input_norms = [*(layer.input_norm for layer in weights.layers[1:]), weights.norm]
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether graphs can hold it: torch has grouped products without a look at the host for bfloat16 on
+        Hopper and Blackwell alone."""
+        head = self.weights.head.weight
+        if all(layer.experts is None for layer in self.weights.layers):
+            return True
+        is_new = head.is_cuda and torch.cuda.get_device_capability(head.device)[0] in (9, 10)
+        return is_new and head.dtype == torch.bfloat16
 
     def states(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         weights, attention = self.weights, self.attention
@@ -54,20 +67,23 @@ class TritonFlatForward(FlatStates):
         normed = self._add_and_norm(hidden, None, weights.layers[0].input_norm)
         for index, (layer, (fused_qkv, gate_up)) in enumerate(zip(weights.layers, self._fused, strict=True)):
             qkv = linear(normed, *fused_qkv).view(len(normed), -1, weights.head_dim)
-            query = attention.rotate_and_write(
-                index, qkv, position_ids, layer.rotary, layer.qk_norm, weights.eps
-            )
+            norm = layer.qk_norm
+            if layer.norms_together:
+                qk, value = qkv.tensor_split([-weights.num_kv_heads], dim=1)
+                qkv = torch.cat((norm_heads(qk, layer, weights.num_heads, weights.eps), value), dim=1)
+                norm = None
+            query = attention.rotate_and_write(index, qkv, position_ids, layer.rotary, norm, weights.eps)
             attended = attention.attend(index, query, layer.rule).flatten(1)
             if index == len(weights.layers) - 1 and len(rows) < len(hidden):
                 # The last layer needs only keys and values of the other rows.
                 hidden, attended = (each.index_select(0, rows) for each in (hidden, attended))
-            delta = self._norm(
-                linear(attended, layer.output.weight, layer.output.bias), layer.attention_out_norm
-            )
-            normed = self._add_and_norm(hidden, delta, layer.mlp_norm)
-            down = layer.mlp.down
-            gated = _gate(linear(normed, *gate_up), layer.mlp.activation)
-            delta = self._norm(linear(gated, down.weight, down.bias), layer.mlp_out_norm)
+            added = linear(attended, layer.output.weight, layer.output.bias)
+            normed = self._add_and_norm(hidden, self._norm(added, layer.attention_out_norm), layer.mlp_norm)
+            delta = None if layer.experts is None else layer.experts(normed)
+            if layer.mlp is not None and gate_up is not None:
+                gated, down = _gate(linear(normed, *gate_up), layer.mlp.activation), layer.mlp.down
+                added = self._norm(linear(gated, down.weight, down.bias), layer.mlp_out_norm)
+                delta = added if delta is None else delta + added
             normed = self._add_and_norm(hidden, delta, self._input_norms[index])
         return normed
 

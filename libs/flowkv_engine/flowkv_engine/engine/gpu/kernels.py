@@ -447,9 +447,11 @@ def add_and_norm(
 @triton.jit
 def gate(
     gate_up,  # [T, 2 * num_dims]
-    result,  # [T, num_dims]: the activation of the first half, times the second
-    slope,  # of the `Activation`, as `cubic`
+    result,  # [T, num_dims]: the activation of the first half and the second
+    slope,  # the numbers of the `Activation`
     cubic,
+    limit,
+    shift,
     num_dims: tl.constexpr,
     tile_len: tl.constexpr,
 ):
@@ -460,6 +462,8 @@ def gate(
     at = gate_up + row * 2 * num_dims + dims
     gates = tl.load(at, mask=is_dim, other=0.0).to(tl.float32)
     ups = tl.load(at + num_dims, mask=is_dim, other=0.0).to(tl.float32)
+    gates = tl.minimum(gates, limit)
     square = tl.minimum(gates * gates, 1e30)  # finite, so that 0 times it is 0
+    ups = tl.maximum(tl.minimum(ups, limit), -limit) + shift
     gated = gates * tl.sigmoid(gates * (slope + cubic * square)) * ups
     tl.store(result + row * num_dims + dims, gated.to(result.dtype.element_ty), mask=is_dim)
