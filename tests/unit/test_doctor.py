@@ -19,6 +19,7 @@ import msgspec
 import pytest
 
 from flowkv.doctor import Finding
+from flowkv.doctor.bus import check_rights
 from flowkv.doctor.cluster import check_links, check_nodes, check_services
 from flowkv.doctor.host import check_clocks, check_disks, check_model, check_stopped, describe_host
 from flowkv_common.cluster_view import ClusterView, ServiceInfo
@@ -101,6 +102,12 @@ def test_a_gateway_of_another_model() -> None:
     view.on_service(ServiceInfo("gateway", "g", "1.0.0", {"fingerprint": "another"}))
     said = [one.said for one in wrong(check_services(view)) if one.about == "gateway"]
     assert said == ["g has found no node of its own model"]
+
+
+def test_a_user_without_rights() -> None:
+    [found] = wrong(check_rights("scheduler", "nats: Permissions Violation for Subscription to $SRV.INFO"))
+    assert "scheduler may not hear" in found.said
+    assert wrong(check_rights("operator", None)) == []
 
 
 # --- this host ---------------------------------------------------------------------------------------

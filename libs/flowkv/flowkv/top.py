@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from flowkv.status import decode_tokens_per_s, heading, node_table, status_of
 from flowkv.terminal import bar, connected, console, make_parser
-from flowkv_common.cluster_view import ClusterView, until_complete, viewing
+from flowkv.trace import find_finished
+from flowkv_common.cluster_view import MAX_KEPT, ClusterView, until_complete, viewing
 from flowkv_common.errors import CannotStart
-from flowkv_common.wire.messages import RequestFinished
+from flowkv_common.wire.messages import FindFinished, RequestFinished
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -44,6 +45,8 @@ async def _draw_until_cancelled(options: argparse.Namespace) -> None:
 
     async with connected(options) as bus, viewing(bus) as view:
         await until_complete(view)
+        for ended in reversed(await find_finished(bus, FindFinished(last=MAX_KEPT))):
+            view.on_event(ended)
         with Live(screen(view), console=console(), screen=True, auto_refresh=False) as live:
             while True:
                 live.update(screen(view), refresh=True)
