@@ -93,8 +93,15 @@ def test_a_volume_for_sockets_that_is_missing() -> None:
     view.on_service(ServiceInfo("node", "p0", "1.0.0", {"state": "ready", "slower_links": reason}))
     told, seen = wrong(check_links(view))
     assert "No such file" in told.said
-    assert seen.said == "d0 sends to p0 by tcp, though both have shm"  # by its report alone
+    # By its report alone.
+    assert seen.said == "1 links (d0 to p0) are by tcp, though both sides have shm"
     assert {"FLOWKV_SOCKET_DIR" in one.mend for one in (told, seen)} == {True}
+
+
+def test_many_links_are_one_line() -> None:
+    nodes = [P0, *(descriptor(f"d{number}", "decode") for number in range(64))]
+    slow = wrong(check_links(view_of(*nodes, num_links=64, usual_connector="tcp")))
+    assert [one.said[:10] for one in slow] == ["4160 links"]
 
 
 def test_a_gateway_of_another_model() -> None:

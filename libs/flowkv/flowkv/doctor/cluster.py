@@ -10,6 +10,7 @@ from flowkv_common.cluster_view import ClusterView, NodeState
 from flowkv_common.wire.messages import window_that_fits
 from flowkv_scheduler.cluster import why_apart
 
+SHOWN_LINKS = 3
 # Connectors that need something of the host, and what.
 MEND_LINK = {
     "shm": "of one host: let both see one folder FLOWKV_SOCKET_DIR (in Compose the volume `sockets`); "
@@ -108,9 +109,9 @@ def _no_pair(nodes: Sequence[NodeState]) -> Finding:
 
 
 def check_links(view: ClusterView) -> Iterator[Finding]:
-    """Each node's connector to its peers, and why not the faster one."""
+    """By which connector nodes send to each other, and why not by the faster one."""
     nodes = {node.node_id: node for node in view.nodes()}
-    alike: list[str] = []
+    alike: dict[tuple[str, str], list[str]] = {}  # connector in use and best one -> links
     for node in nodes.values():
         if node.slower_links:
             reasons = node.slower_links.partition("not by ")[2]
@@ -119,17 +120,17 @@ def check_links(view: ClusterView) -> Iterator[Finding]:
         for peer, connector in node.links.items():
             theirs = nodes[peer].descriptor.connectors
             best = next((name for name in node.descriptor.connectors if name in theirs), connector)
-            if not connector:
-                mend = "look again in 10 s; else the logs of both say why: grep 'no link'"
-                yield look("links", f"{node.node_id} has no link to {peer}, as far as its reports tell", mend)
-            elif connector != best:
-                said = f"{node.node_id} sends to {peer} by {connector}, though both have {best}"
-                yield look("links", said, _mend_of(best))
-            else:
-                alike.append(connector)
-    if alike:
-        used = ", ".join(sorted(set(alike)))
-        yield good("links", f"{len(alike)} are by the best connector that both sides have: {used}")
+            alike.setdefault((connector, best), []).append(f"{node.node_id} to {peer}")
+    for (connector, best), links in alike.items():
+        shown = ", ".join(links[:SHOWN_LINKS]) + (", ..." if len(links) > SHOWN_LINKS else "")
+        which = f"{len(links)} links ({shown})"
+        if not connector:
+            mend = "look again in 10 s; else the logs of both say why: grep 'no link'"
+            yield look("links", f"{which} are not there, as far as reports tell", mend)
+        elif connector != best:
+            yield look("links", f"{which} are by {connector}, though both sides have {best}", _mend_of(best))
+        else:
+            yield good("links", f"{which} are by {connector}, the best that both sides have")
 
 
 def _mend_of(reasons: str) -> str:
