@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from flowkv_engine.engine.stored import BFLOAT16, Form
+from flowkv_engine.engine.stored import BFLOAT16, Form, Stored, stored_groups
 from flowkv_engine.engine.stored_modules import FORMS_KEY, STORED_FLOATS
 from tests.tiny_models import FLAT, make_tiny_model
 
@@ -36,6 +36,21 @@ def random_blocks(form: Form, num_rows: int, length: int = LENGTH, seed: int = 0
         scales = (random.random((*rows.shape[:2], 1)) * largest).astype(np.float16)
         rows[..., place : place + 2] = scales.view(np.uint8)
     return rows.reshape(num_rows, -1)
+
+
+def random_weight(form: Form, num_cols: int, num_blocks: int, seed: int = 0) -> Stored:
+    """Of a form without floats of 16 bits, so many blocks long, without NaN."""
+    if not form.has_full_scales:
+        length = num_blocks * (256 if form.has_supers else 32)
+        return Stored(form, random_blocks(form, num_cols, length, seed))
+    random = np.random.default_rng(seed)
+    shape = (num_cols, num_blocks * form.group)
+    codes = random.integers(0, 16 if form.bits == 4 else 256, shape, dtype=np.uint8)
+    if form.is_e4m3:
+        codes[codes & 127 == 127] = 1  # NaN
+    scales = (random.random((num_cols, num_blocks)) / 64).astype(np.float32)
+    zeros = random.integers(0, 16, scales.shape).astype(np.float16) if form.has_zeros else None
+    return stored_groups(form, codes.view(np.int8) if form.bits == 8 else codes, scales, zeros)
 
 
 def make_stored_model(folder: Path, forms: list[Form], arch: str = "llama") -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from torch.nn.functional import linear
 
 from flowkv_common.config import NodeSettings
 from flowkv_common.wire.messages import PoolLayout
@@ -16,10 +17,13 @@ from flowkv_engine.engine.attention import Rule, TorchAttention, make_attention
 from flowkv_engine.engine.batch import WorkItem, pack
 from flowkv_engine.engine.forward import ModulesForward, make_forward
 from flowkv_engine.engine.gpu import attention as attention_triton
+from flowkv_engine.engine.gpu.linear import grouped
 from flowkv_engine.engine.model import CPU
 from flowkv_engine.engine.runner import Runner
+from flowkv_engine.engine.stored import FORMS, GROUPED_FORMS, Q4_0, Q6_K, Form, widened
 from flowkv_node import memory
 from tests.drive import BLOCK_SIZE, GREEDY, generate, load_tiny, make_pool, make_sequence
+from tests.stored_models import make_stored_model, random_weight
 from tests.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -27,6 +31,7 @@ if torch.cuda.is_available():
     assert os.environ.get("TRITON_INTERPRET") != "1", "run `pytest -m gpu tests/gpu`"
 
 CUDA = torch.device("cuda", 0)
+CODES = [form for form in (*FORMS, *GROUPED_FORMS) if form.bits < 16]
 # (tokens computed before, tokens of this step)
 MIXED = [(12, 1), (0, 5), (11, 70), (0, 1), (1300, 1), (40, 24), (180, 230), (4000, 1)]
 # So many that contexts of up to 1,024 tokens are not split.
@@ -117,6 +122,32 @@ def test_prompts_have_the_log_probabilities_of_the_cpu(tmp_path: Path, arch: str
         assert [entry.token_id for entry in entries] == prompt.prompt_ids[1:]
         told.append([(entry.logprob, *(value for _, value in entry.top)) for entry in entries])
     torch.testing.assert_close(torch.tensor(told[1]), torch.tensor(told[0]), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("form", CODES, ids=[form.name for form in CODES])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 500])
+def test_a_product_with_stored_weights_is_that_of_their_floats(
+    form: Form, dtype: torch.dtype, num_rows: int
+) -> None:
+    weight = random_weight(form, 333, 5)
+    states = torch.randn(num_rows, weight.shape[1], generator=torch.manual_seed(0)).to(CUDA, dtype)
+    floats = torch.from_numpy(widened(weight)).to(CUDA, dtype)
+    expected = linear(states.double(), floats.double())
+    got = grouped(weight, CUDA).multiply(states, None)
+    atol = 2 * torch.finfo(dtype).eps * expected.abs().max().item()
+    torch.testing.assert_close(got.double(), expected, atol=max(atol, 1e-5), rtol=0)
+
+
+@pytest.mark.parametrize("form", [Q4_0, Q6_K], ids=["Q4_0", "Q6_K"])
+def test_tokens_of_stored_weights_are_those_of_the_cpu(tmp_path: Path, form: Form) -> None:
+    folder = make_stored_model(tmp_path / "m", [form])
+    model = load_tiny(folder, device=CUDA)
+    on_cpu = load_tiny(folder)
+    expected = outputs(Runner(on_cpu, make_pool(on_cpu, 108)))
+    runner = Runner(model, make_pool(model, 108), attention="auto", max_num_seqs=4)
+    assert runner._graphs is not None
+    assert outputs(runner) == expected
 
 
 def test_a_pool_takes_its_share_of_the_memory() -> None:

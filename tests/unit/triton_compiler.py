@@ -9,8 +9,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flowkv_engine.engine.gpu import kernels
-from flowkv_engine.engine.gpu.attention import num_stages
+from flowkv_engine.engine.gpu import attention, kernels, linear
+from flowkv_engine.engine.stored import FORMS, GROUPED_FORMS
 
 HEADS = {"block_size": 16, "num_kv_heads": 8, "head_dim": 128, "padded_dim": 128}
 SPLITS = {"num_splits": 32, "min_split_len": 128}
@@ -50,17 +50,39 @@ ARGUMENTS: dict[Any, tuple[dict[str, str], dict[str, int]]] = {
 # Compiled once more with these: Gemma's and GPT-OSS's layers. Kernels take what they know of.
 OTHER_RULES = {"window": 1024, "has_softcap": True, "has_sinks": True}
 # Multiples of 16, as a model's sizes are: only so tiles are loaded ahead.
-STRIDES = ("stride_", "query_stride", "key_stride", "value_stride")
-ROWS = ("hidden", "delta", "weight", "gate_up", "qkv", "cos", "sin", "norm")
+STRIDES = ("stride_", "query_stride", "key_stride", "value_stride", "num_cols")
+ROWS = ("hidden", "delta", "weight", "gate_up", "qkv", "cos", "sin", "norm", "states", "bias")
 
 
-def main(capability: int, dtype: str, kv_dtype: str) -> None:
+Variant = tuple[Any, dict[str, str], dict[str, int]]
+
+
+def products() -> list[Variant]:
+    """Of each form of weights, with few rows and with many."""
+    variants: list[Variant] = []
+    for form in (form for form in (*FORMS, *GROUPED_FORMS) if form.bits < 16):
+        scales = "*fp32" if form.has_full_scales or form.has_supers else "*fp16"
+        pointers = {
+            "codes": "*i8" if form.bits == 8 and not form.is_e4m3 else "*u8",
+            "scales": scales,
+            "shifts": "*fp16" if form.has_zeros else scales,
+        }
+        for tile_rows in (linear.FEW_ROWS, linear.MANY_ROWS):
+            constants = {**linear.constants_of(form, 4096, tile_rows), "has_bias": True}
+            variants.append((kernels.multiply_groups, pointers, constants))
+    return variants
+
+
+def main(capability: int, dtype: str, stores: str) -> None:
+    """`stores`: floats, or codes, of which KV and weights are then."""
+    kv_dtype = dtype if stores == "floats" else "u8"
     names = ("pool", "query", "result", "key", "value", "sinks", *ROWS)
     states = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("pool", "key", "value"), f"*{kv_dtype}")
     states |= dict.fromkeys(("scale", "softcap", "eps", "slope", "cubic", "limit", "shift"), "fp32")
     launch: dict[Any, dict[str, int]] = {  # as `TritonAttention` and `TritonFlatForward` ask for
-        kernels.attend_prompts: {"num_stages": num_stages(HEADS["head_dim"] * ITEM_BYTES[dtype])},
+        kernels.attend_prompts: {"num_stages": attention.num_stages(HEADS["head_dim"] * ITEM_BYTES[dtype])},
         kernels.attend_splits: {"num_stages": 2},
+        kernels.multiply_groups: {"num_stages": linear.num_stages(ITEM_BYTES[dtype])},
         kernels.add_and_norm: {"num_warps": 8},
         kernels.rotate_and_write: {"num_warps": 1},
     }
@@ -70,6 +92,8 @@ def main(capability: int, dtype: str, kv_dtype: str) -> None:
         for kernel, pointers, constants in variants
         if "window" in constants
     ]
+    if stores == "codes":
+        variants += products()
     for kernel, pointers, constants in variants:
         kinds = states | pointers | dict.fromkeys(constants, "constexpr")
         signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}

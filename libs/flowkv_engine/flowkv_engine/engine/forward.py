@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 
 from flowkv_engine.engine.attention import Attention, Rule, Span
 from flowkv_engine.engine.flat import FlatWeights, Layer, flat_weights, fuse
-from flowkv_engine.engine.stored_modules import StoredExperts, StoredWeight
+from flowkv_engine.engine.stored_modules import StoredExperts, StoredLinear, StoredWeight
 
 IMPLEMENTATION = "flowkv"  # the name of our attention function in `transformers`
 
@@ -101,15 +101,17 @@ def make_forward(module: nn.Module, attention: Attention, spans: Sequence[Span])
         assert isinstance(attention, CpuAttention)
         if CpuFlatForward.fits(weights):
             return CpuFlatForward(weights, attention)
-    if any(isinstance(each, StoredWeight | StoredExperts) for each in module.modules()):
-        # The others take floats.
-        return ModulesForward(module, attention, spans)
-    if attention.name == "triton":
+    kept = [each for each in module.modules() if isinstance(each, StoredWeight | StoredExperts)]
+    if attention.name == "triton" and all(
+        isinstance(each, StoredLinear) and each.stored.form.bits < 16 for each in kept
+    ):
         from flowkv_engine.engine.gpu.attention import TritonAttention
         from flowkv_engine.engine.gpu.forward import TritonFlatForward
 
         assert isinstance(attention, TritonAttention)
         return TritonFlatForward(weights, attention)
+    if kept:  # the others take floats
+        return ModulesForward(module, attention, spans)
     return FlatForward(weights, attention)
 
 

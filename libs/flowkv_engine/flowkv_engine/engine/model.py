@@ -44,6 +44,7 @@ from flowkv_engine.engine.flat import is_flat
 from flowkv_engine.engine.forward import IMPLEMENTATION
 from flowkv_engine.engine.positions import fix_positions, max_model_len, unknown_rope_types
 from flowkv_engine.engine.quantized import Codes, Quantization, quantization_of
+from flowkv_engine.engine.stored import FORMS
 from flowkv_engine.engine.stored_modules import (
     BLOCKS,
     STORED_FLOATS,
@@ -56,6 +57,7 @@ from flowkv_engine.engine.stored_modules import (
     place,
     stored_floats,
     tie_head,
+    widen_embedding,
 )
 from flowkv_engine.engine.text_part import RENAMED, of_text, text_part
 
@@ -181,24 +183,28 @@ def _load_weights(
 ) -> nn.Module:
     """The model with its weights, on `device`. `is_part`: the folder holds other parts beside it.
 
-    On a CPU, where all is computed in float32, weights that are stored in fewer bits stay so if the compiled
-    forward takes them.
+    Weights that are stored in fewer bits stay so if the kernels take them: on a CPU where all is computed in
+    float32, on a GPU those of 8 bits or less, but for the embedding.
     """
     module: nn.Module
-    packs = device.type == "cpu" and dtype == torch.float32 and is_flat(config)
+    on_cpu = device.type == "cpu"
+    packs = is_flat(config) and (dtype == torch.float32 or not on_cpu)
     if quantization is not None:
         try:
-            if packs and (kept := _keep_quantized(config, _read_quantized(folder, quantization, is_part))):
-                return kept
+            read = _read_quantized(folder, quantization, is_part)
+            if packs and (kept := _keep_quantized(config, read, dtype, keeps_floats=on_cpu)):
+                return kept.to(device)
             return _widen_quantized(config, _read_quantized(folder, quantization, is_part), dtype).to(device)
         except ValueError as error:
             raise UnsupportedModel(f"{folder} can't be served: {error}") from error
     if has_blocks(folder):
         module = _to_fill(config, dtype)
-        load_blocks(module, folder / BLOCKS, keeps=packs)
+        load_blocks(module, folder / BLOCKS, [each for each in FORMS if packs and (on_cpu or each.bits < 16)])
+        if not on_cpu:
+            widen_embedding(module, dtype)
         return module.to(device)
     stored = getattr(torch, str(config.dtype).removeprefix("torch."), None)
-    keeps = packs and stored in (torch.float16, torch.bfloat16)
+    keeps = packs and on_cpu and stored in (torch.float16, torch.bfloat16)
     with quiet() if is_part else contextlib.nullcontext():  # else it lists all tensors of the other parts
         module = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -229,10 +235,17 @@ def _read_quantized(
 
 
 def _keep_quantized(
-    config: PretrainedConfig, weights: Iterator[tuple[str, Tensor | Codes]]
+    config: PretrainedConfig,
+    weights: Iterator[tuple[str, Tensor | Codes]],
+    dtype: torch.dtype,
+    *,
+    keeps_floats: bool,
 ) -> nn.Module | None:
-    """None if the file has other names than the model: only `transformers` knows what they stand for."""
-    module = _to_fill(config, torch.float32)
+    """None if the file has other names than the model: only `transformers` knows what they stand for.
+
+    `keeps_floats`: also those of 16 bits, and an embedding, stay as they are.
+    """
+    module = _to_fill(config, dtype)
     left = {name for name, _ in module.named_parameters()}
     if config.tie_word_embeddings:
         left.discard("lm_head.weight")
@@ -245,13 +258,15 @@ def _keep_quantized(
             place(
                 module, name, torch.from_numpy(weight.widened()) if stored is None else stored, weight.order
             )
-        elif weight.dtype in STORED_FLOATS and is_matrix(module, name):
+        elif keeps_floats and weight.dtype in STORED_FLOATS and is_matrix(module, name):
             place(module, name, stored_floats(weight))
         else:
             place(module, name, weight)
     if left:
         return None
     tie_head(module)
+    if not keeps_floats:
+        widen_embedding(module, dtype)
     return module
 
 

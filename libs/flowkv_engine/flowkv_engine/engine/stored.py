@@ -115,7 +115,7 @@ class Parts(NamedTuple):
 def widened(stored: Stored) -> NDArray[np.float32]:
     """All numbers as float32 [N, K]: what GGUF's own reader gives for them, bit for bit."""
     form = stored.form
-    codes, scales, offsets, supers = parts_of(stored)
+    codes, scales, offsets, _ = groups_of(stored)
     if form is FLOAT16:
         return codes.view(np.float16).astype(np.float32)
     if form is BFLOAT16:
@@ -124,18 +124,12 @@ def widened(stored: Stored) -> NDArray[np.float32]:
         return bits.view(np.float32)
     if form.has_full_scales:
         return _widened_groups(form, codes, scales, offsets)
-    scales, offsets = scales.astype(np.float32), offsets.astype(np.float32)
-    if form.has_supers:
-        supers = np.repeat(supers.astype(np.float32), SUPER_GROUP // form.group, axis=1)
-        scales = scales * supers[..., 0]
-        if form.has_offset:
-            offsets = -offsets * supers[..., 1]
     numbers = codes.reshape(*scales.shape, form.group).astype(np.float32)
     if form.zero:
         numbers -= form.zero
-    numbers *= scales[..., None]
+    numbers *= scales.astype(np.float32)[..., None]
     if form.has_offset:
-        numbers += offsets[..., None]
+        numbers += offsets.astype(np.float32)[..., None]
     return numbers.reshape(codes.shape)
 
 
@@ -188,6 +182,16 @@ def parts_of(stored: Stored) -> Parts:
     if form.has_full_scales:
         return _read_groups(form, blocks)
     return (_read_supers if form.has_supers else _read_plain)(form, blocks)
+
+
+def groups_of(stored: Stored) -> Parts:
+    """As `parts_of`, without supers: they are in scales and in offsets to be added, both float32 then."""
+    form, (codes, scales, offsets, supers) = stored.form, parts_of(stored)
+    if form.has_supers:
+        wide = np.repeat(supers.astype(np.float32), SUPER_GROUP // form.group, axis=1)
+        scales = scales.astype(np.float32) * wide[..., 0]
+        offsets = -offsets.astype(np.float32) * wide[..., 1] if form.has_offset else offsets
+    return Parts(codes, scales, offsets, _none(len(codes)))
 
 
 def _none(num_rows: int) -> NDArray[np.float16]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class StoredWeight(nn.Module):
 
 
 class StoredLinear(StoredWeight):
-    """`nn.Linear` in float32 over a stored weight [out features, in features].
+    """`nn.Linear` over a stored weight [out features, in features], in the type of the states.
 
     `order` [in features]: the input that each stored column is for, if they are not in order.
     """
@@ -65,9 +66,11 @@ class StoredLinear(StoredWeight):
 
     def forward(self, states: Tensor) -> Tensor:
         if self.order is not None:
-            states = states[..., torch.from_numpy(self.order)]
+            states = states[..., torch.from_numpy(self.order).to(states.device)]
         pieces = (self.stored.rows(slice(n, n + _PIECE)) for n in range(0, self.out_features, _PIECE))
-        out = torch.cat([linear(states, torch.from_numpy(widened(each))) for each in pieces], dim=-1)
+        out = torch.cat(
+            [linear(states, torch.from_numpy(widened(each)).to(states)) for each in pieces], dim=-1
+        )
         return out if self.bias is None else out + self.bias
 
 
@@ -154,8 +157,8 @@ def blocks_as_floats(file: Path) -> dict[str, Tensor]:
     return found
 
 
-def load_blocks(module: nn.Module, file: Path, *, keeps: bool) -> None:
-    """Fills a model with what `file` holds. Blocks stay blocks if `keeps`, mapped from the file; else they
+def load_blocks(module: nn.Module, file: Path, kept: Collection[Form]) -> None:
+    """Fills a model with what `file` holds. Blocks of `kept` forms stay so, mapped from the file; others
     become parameters. A head without a tensor shares the embedding's.
     """
     forms = _forms_in(file)
@@ -164,7 +167,7 @@ def load_blocks(module: nn.Module, file: Path, *, keeps: bool) -> None:
             tensor = tensors.get_tensor(name)
             if name not in forms:
                 place(module, name, tensor)
-            elif keeps:
+            elif forms[name] in kept:
                 place(module, name, Stored(forms[name], tensor.numpy()))
             else:
                 place(module, name, torch.from_numpy(widened(Stored(forms[name], tensor.numpy()))))
@@ -201,6 +204,17 @@ def tie_head(module: nn.Module) -> None:
             causal_lm.set_output_embeddings(StoredLinear(embedding.stored))
         else:
             head.weight = embedding.weight
+
+
+def widen_embedding(module: nn.Module, dtype: torch.dtype) -> None:
+    """Makes floats of a stored embedding; the head keeps what it shares with it."""
+    owner: Any = module
+    embedding = owner.get_input_embeddings()
+    if isinstance(embedding, StoredEmbedding):
+        weight = embedding.weight.to(dtype)
+        floats: Any = nn.Embedding(len(weight), weight.shape[1], _weight=weight)
+        floats.scalar_embed_scale = embedding.scalar_embed_scale
+        owner.set_input_embeddings(floats)
 
 
 def stored_floats(weight: Tensor) -> Stored:

@@ -15,14 +15,15 @@ import torch
 import triton
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.experts import Activation
-from flowkv_engine.engine.flat import FlatWeights, fuse
+from flowkv_engine.engine.flat import FlatWeights, Layer, Mlp
 from flowkv_engine.engine.forward import FlatStates, norm_heads
 from flowkv_engine.engine.gpu import kernels
 from flowkv_engine.engine.gpu.attention import NUM_ROWS, Step, TritonAttention, query_tiles
+from flowkv_engine.engine.gpu.linear import FusedLinear
 
 GATE_TILE_LEN = 1024
 LONG_ROW = 4096  # numbers; a longer row takes twice the threads
@@ -37,27 +38,44 @@ TOKEN_SIZES = (64, 128, 192, 256, 384, 512, 640, 768, 1024)
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 
+class _Mlp:
+    def __init__(self, mlp: Mlp, device: torch.device) -> None:
+        self._gate_up, self._down = FusedLinear(mlp.gate_up, device), FusedLinear([mlp.down], device)
+        self._activation = mlp.activation
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return self._down(_gate(self._gate_up(states), self._activation))
+
+
+class _Linears:
+    """Those of a layer."""
+
+    def __init__(self, layer: Layer, device: torch.device) -> None:
+        self.qkv, self.output = FusedLinear(layer.qkv, device), FusedLinear([layer.output], device)
+        self.mlp = None if layer.mlp is None else _Mlp(layer.mlp, device)
+
+
 class TritonFlatForward(FlatStates):
     """Equal to `FlatForward` up to rounding, by test. It never reads a number from the device."""
 
     def __init__(self, weights: FlatWeights, attention: TritonAttention) -> None:
-        """The model's projections are fused in place."""
+        """The model's projections are fused in place; those that are stored go to the device."""
         self.weights = weights
         self.attention = attention
-        self._fused = [
-            (fuse(*layer.qkv), fuse(*layer.mlp.gate_up) if layer.mlp else None) for layer in weights.layers
-        ]
+        device = weights.norm.device
+        self._linears = [_Linears(layer, device) for layer in weights.layers]
+        self._head = FusedLinear([weights.head], device)
         self._input_norms = [*(layer.input_norm for layer in weights.layers[1:]), weights.norm]
 
     @property
     def can_be_recorded(self) -> bool:
         """Whether graphs can hold it: torch has grouped products without a look at the host for bfloat16 on
         Hopper and Blackwell alone."""
-        head = self.weights.head.weight
+        table = self.weights.embedding.weight
         if all(layer.experts is None for layer in self.weights.layers):
             return True
-        is_new = head.is_cuda and torch.cuda.get_device_capability(head.device)[0] in (9, 10)
-        return is_new and head.dtype == torch.bfloat16
+        is_new = table.is_cuda and torch.cuda.get_device_capability(table.device)[0] in (9, 10)
+        return is_new and table.dtype == torch.bfloat16
 
     def states(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         weights, attention = self.weights, self.attention
@@ -65,8 +83,8 @@ class TritonFlatForward(FlatStates):
         if weights.embedding_scale != 1:
             hidden *= weights.embedding_scale
         normed = self._add_and_norm(hidden, None, weights.layers[0].input_norm)
-        for index, (layer, (fused_qkv, gate_up)) in enumerate(zip(weights.layers, self._fused, strict=True)):
-            qkv = linear(normed, *fused_qkv).view(len(normed), -1, weights.head_dim)
+        for index, (layer, linears) in enumerate(zip(weights.layers, self._linears, strict=True)):
+            qkv = linears.qkv(normed).view(len(normed), -1, weights.head_dim)
             norm = layer.qk_norm
             if layer.norms_together:
                 qk, value = qkv.tensor_split([-weights.num_kv_heads], dim=1)
@@ -77,18 +95,17 @@ class TritonFlatForward(FlatStates):
             if index == len(weights.layers) - 1 and len(rows) < len(hidden):
                 # The last layer needs only keys and values of the other rows.
                 hidden, attended = (each.index_select(0, rows) for each in (hidden, attended))
-            added = linear(attended, layer.output.weight, layer.output.bias)
-            normed = self._add_and_norm(hidden, self._norm(added, layer.attention_out_norm), layer.mlp_norm)
+            added = self._norm(linears.output(attended), layer.attention_out_norm)
+            normed = self._add_and_norm(hidden, added, layer.mlp_norm)
             delta = None if layer.experts is None else layer.experts(normed)
-            if layer.mlp is not None and gate_up is not None:
-                gated, down = _gate(linear(normed, *gate_up), layer.mlp.activation), layer.mlp.down
-                added = self._norm(linear(gated, down.weight, down.bias), layer.mlp_out_norm)
+            if linears.mlp is not None:
+                added = self._norm(linears.mlp(normed), layer.mlp_out_norm)
                 delta = added if delta is None else delta + added
             normed = self._add_and_norm(hidden, delta, self._input_norms[index])
         return normed
 
     def logits(self, states: Tensor) -> Tensor:
-        return self.weights.cap(linear(states, self.weights.head.weight))
+        return self.weights.cap(self._head(states))
 
     def _norm(self, states: Tensor, weight: Tensor | None) -> Tensor:
         return states if weight is None else self._add_and_norm(states, None, weight)
@@ -185,18 +202,18 @@ class GraphedSteps:
             max(numbers)
             for numbers in zip(*((*shape, shape.num_tiles) for shape in self._shapes), strict=True)
         )
-        head = forward.weights.head.weight
+        num_logits, table = forward.weights.head.out_features, forward.weights.embedding.weight
         # Token ids, positions, slots (-1: written nowhere), places to sample from.
         tokens = np.zeros((4, num_tokens), np.int64)
         tokens[2] = -1
-        self._tokens = _Numbers(tokens, head.device)
+        self._tokens = _Numbers(tokens, table.device)
         # Context lengths, those of items of one token alone, where an item begins. 0: an empty place.
-        self._items = _Numbers(np.zeros((3, num_items + 1), np.int32), head.device)
+        self._items = _Numbers(np.zeros((3, num_items + 1), np.int32), table.device)
         # Of the tiles of prompts: the item, the first query. -1: an empty place.
-        self._tiles = _Numbers(np.full((2, num_tiles), -1, np.int32), head.device)
-        self._tables = torch.zeros((num_items, max_num_blocks), dtype=torch.int32, device=head.device)
+        self._tiles = _Numbers(np.full((2, num_tiles), -1, np.int32), table.device)
+        self._tables = torch.zeros((num_items, max_num_blocks), dtype=torch.int32, device=table.device)
         # One for all graphs, or each would keep its own.
-        self._logits = torch.empty(num_items, len(head), dtype=head.dtype, device=head.device)
+        self._logits = torch.empty(num_items, num_logits, dtype=table.dtype, device=table.device)
         self._replays = {shape: record(self._launches(shape)) for shape in sorted(self._shapes, reverse=True)}
 
     def shape_of(self, batch: PackedBatch) -> Shape | None:

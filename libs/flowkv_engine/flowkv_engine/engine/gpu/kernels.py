@@ -467,3 +467,79 @@ def gate(
     ups = tl.maximum(tl.minimum(ups, limit), -limit) + shift
     gated = gates * tl.sigmoid(gates * (slope + cubic * square)) * ups
     tl.store(result + row * num_dims + dims, gated.to(result.dtype.element_ty), mask=is_dim)
+
+
+@triton.jit
+def _per_number(of_groups, tile_cols: tl.constexpr, num_groups: tl.constexpr, length: tl.constexpr):
+    """[tile_cols, num_groups] -> [tile_cols, length]: each group's for its numbers."""
+    shape: tl.constexpr = (tile_cols, num_groups, length // num_groups)
+    return tl.reshape(tl.broadcast_to(of_groups[:, :, None], shape), (tile_cols, length))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def multiply_groups(
+    states,  # [num_rows, length]
+    codes,  # [num_cols, length], of 4 bits as `GroupedWeight` says
+    scales,  # [num_cols, length / group]
+    shifts,  # the same shape: offsets, or zeros
+    bias,  # [num_cols]
+    result,  # [num_rows, num_cols]
+    num_rows,
+    num_cols,
+    length: tl.constexpr,
+    bits: tl.constexpr,
+    group: tl.constexpr,
+    zero: tl.constexpr,
+    has_zeros: tl.constexpr,
+    has_offsets: tl.constexpr,
+    is_e4m3: tl.constexpr,
+    has_bias: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_cols: tl.constexpr,
+    tile_len: tl.constexpr,  # numbers of a row of the weight per step, whole groups
+):
+    """`states` times the transpose of a weight, which becomes numbers of their type in registers.
+
+    Grid (num_cols / tile_cols, num_rows / tile_rows), both rounded up.
+    """
+    rows = tl.program_id(1) * tile_rows + tl.arange(0, tile_rows)
+    cols = (tl.program_id(0) * tile_cols + tl.arange(0, tile_cols)).to(tl.int64)
+    is_row, is_col = (rows < num_rows)[:, None], (cols < num_cols)[:, None]
+    num_groups: tl.constexpr = tile_len // group
+    num_parts: tl.constexpr = 8 // bits  # numbers in a byte
+    tile_bytes: tl.constexpr = tile_len // num_parts
+    sums = tl.zeros([tile_rows, tile_cols], tl.float32)
+    for first in range(0, length, tile_len):
+        groups = first // group + tl.arange(0, num_groups)
+        here = is_col & (groups < length // group)[None, :]
+        at = cols[:, None] * (length // group) + groups[None, :]
+        factor = tl.load(scales + at, mask=here, other=0.0).to(tl.float32)
+        factor = _per_number(factor, tile_cols, num_groups, tile_bytes)
+        if has_zeros or has_offsets:
+            shift = tl.load(shifts + at, mask=here, other=0.0).to(tl.float32)
+            shift = _per_number(shift, tile_cols, num_groups, tile_bytes)
+        places = first // num_parts + tl.arange(0, tile_bytes)
+        is_place = (places < length // num_parts)[None, :]
+        at = codes + cols[:, None] * (length // num_parts) + places[None, :]
+        packed = tl.load(at, mask=is_col & is_place, other=0)
+        for part in tl.static_range(num_parts):
+            if bits == 4:
+                numbers = ((packed >> (4 * part)) & 15).to(tl.float32)
+                steps = places // 16 * 32 + places % 16 + 16 * part
+            else:
+                numbers = widened(packed, tl.float32) if is_e4m3 else packed.to(tl.float32)
+                steps = places
+            if has_zeros:
+                numbers -= shift
+            elif zero:
+                numbers -= zero
+            numbers *= factor
+            if has_offsets:
+                numbers += shift
+            at = states + rows.to(tl.int64)[:, None] * length + steps[None, :]
+            inputs = tl.load(at, mask=is_row & is_place, other=0.0)
+            sums += tl.dot(inputs, tl.trans(numbers.to(inputs.dtype)), input_precision="ieee")
+    if has_bias:
+        sums += tl.load(bias + cols, mask=cols < num_cols, other=0.0).to(tl.float32)[None, :]
+    to = result + rows.to(tl.int64)[:, None] * num_cols + cols[None, :]
+    tl.store(to, sums.to(result.dtype.element_ty), mask=is_row & (cols < num_cols)[None, :])
