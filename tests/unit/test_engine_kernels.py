@@ -65,6 +65,16 @@ def test_softmax_keeps_a_higher_maximum_and_hides_what_is_far_below() -> None:
     assert total == pytest.approx(expected.sum(), rel=1e-6)
 
 
+def test_exp_is_near_over_its_whole_range_and_0_below() -> None:
+    far = np.linspace(-100, 0, 1 << 16, dtype=np.float32)
+    row = far.copy()
+    softmax(row, np.float32(0))
+    is_normal = far > -87.3
+    np.testing.assert_allclose(row[is_normal], np.exp(far[is_normal].astype(np.float64)), rtol=4e-7, atol=0)
+    assert not row[far < -88.1].any()
+    assert row[-1] == 1
+
+
 def test_softmax_of_nan_is_nan_there() -> None:
     for place in range(5 * LANES):
         row = random(5 * LANES)

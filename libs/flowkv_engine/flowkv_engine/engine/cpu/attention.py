@@ -460,6 +460,20 @@ def _scale(row, factor, out):
 
 
 @numba.njit(cache=True, nogil=True)
+def _mask(scores, first, length, position, group_size, window, chunk):
+    """Hides of `scores` [rows, length or more], of keys from `first` on, what a row's token doesn't see.
+
+    A tile of which a row sees nothing counts until it sees something, and then times 0.
+    """
+    for row in range(scores.shape[0]):
+        place = position + row // group_size
+        for token in range(max(0, place + 1 - first), length):
+            scores[row, token] = _LOWEST
+        for token in range(min(_first_seen(place, window, chunk) - first, length)):
+            scores[row, token] = _LOWEST
+
+
+@numba.njit(cache=True, nogil=True)
 def _attend_prompt(query, position, scale, window, chunk, softcap, sinks, keys, values, out):
     """`query` [tokens, group, dim], the first at `position`, attends to one KV head's tiles.
 
@@ -482,15 +496,13 @@ def _attend_prompt(query, position, scale, window, chunk, softcap, sinks, keys, 
         first = tile * TILE_LEN
         num_vectors = (min(TILE_LEN, context_len - first) + LANES - 1) // LANES
         multiply(queries, keys[tile], 0, num_vectors, head_dim, scores, False)
-        for row in range(num_rows):
-            if softcap:
+        if softcap:
+            for row in range(num_rows):
                 _cap(scores[row, : num_vectors * LANES], softcap)
-            place = position + row // group_size
-            for token in range(max(0, place + 1 - first), num_vectors * LANES):
-                scores[row, token] = _LOWEST
-            # A tile of which a row sees nothing counts until it sees something, and then times 0.
-            for token in range(min(_first_seen(place, window, chunk) - first, num_vectors * LANES)):
-                scores[row, token] = _LOWEST
+        last = context_len - 1
+        if first + num_vectors * LANES > position + 1 or first < _first_seen(last, window, chunk):
+            _mask(scores, first, num_vectors * LANES, position, group_size, window, chunk)
+        for row in range(num_rows):
             maximum, total = softmax_row(scores[row], num_vectors, maxima[row])
             if maximum > maxima[row]:
                 rescale = np.exp(maxima[row] - maximum)

@@ -57,25 +57,32 @@ def _make_tiles(num_panels):
     return few
 
 
-# Less than `TILE_ROWS` rows, from `row` to the last, of several panels, and of one.
-_few_rows, _few_rows_of_one = _make_tiles(TILE_PANELS), _make_tiles(1)
+# Less than `TILE_ROWS` rows, from `row` to the last, of several panels, of two, and of one.
+_few_rows, _few_rows_of_two, _few_rows_of_one = _make_tiles(TILE_PANELS), _make_tiles(2), _make_tiles(1)
 
 
 @numba.njit(cache=True, nogil=True)
 def multiply(x, panels, start, stop, length, out, adds):
-    """Panels `start .. stop - 1` of `linear`, in float32, by the first `length` of K; on this thread."""
+    """Panels `start .. stop - 1` of `linear`, in float32, by the first `length` of K; on this thread.
+
+    Of four that are left two and two: one alone waits for its sums, not for the processor.
+    """
     full = x.shape[0] // TILE_ROWS * TILE_ROWS
     panel = start
-    while panel + TILE_PANELS <= stop:
+    while stop - panel == TILE_PANELS or stop - panel > TILE_PANELS + 1:
         for row in range(0, full, TILE_ROWS):
             panel_tile(x, row, panels, panel, length, out, adds, TILE_ROWS, TILE_PANELS)
         _few_rows(x, full, panels, panel, length, out, adds)
         panel += TILE_PANELS
-    while panel < stop:
+    while stop - panel >= 2:
+        for row in range(0, full, TILE_ROWS):
+            panel_tile(x, row, panels, panel, length, out, adds, TILE_ROWS, 2)
+        _few_rows_of_two(x, full, panels, panel, length, out, adds)
+        panel += 2
+    if stop - panel:
         for row in range(0, full, TILE_ROWS):
             panel_tile(x, row, panels, panel, length, out, adds, TILE_ROWS, 1)
         _few_rows_of_one(x, full, panels, panel, length, out, adds)
-        panel += 1
 
 
 def _products(x, panels, start, stop, out, adds):
