@@ -242,4 +242,4 @@ def test_rotates_and_writes_as_torch_does(
     keys = rotated[:, heads:].to(dtype).float()
     torch.testing.assert_close(stored[:, 0].float(), keys, atol=max(1e-6, off / 64), rtol=off)
     assert torch.equal(stored[:, 1], value.to(dtype))
-    assert np.count_nonzero(layer.pool) == stored.float().count_nonzero()
+    assert pool.float().count_nonzero() == stored.float().count_nonzero()
