@@ -18,10 +18,10 @@ import pytest
 from flowkv.local_cluster import free_port
 from tests.e2e.conftest import READY_TIMEOUT_S
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-m", "flowkv")
 TIMEOUT_S = 120.0
-ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])}
+# Roles stay as they are told: a request is to be prefilled on one node and decoded on the other.
+ENV = {**os.environ, "FLOWKV_LENDING": "false"}
 
 pytestmark = pytest.mark.full
 
@@ -57,10 +57,8 @@ def test_a_persons_steps(tmp_path: Path) -> None:
         return done.stdout
 
     def found(*arguments: str, status: int = 0) -> list[dict[str, Any]]:
-        findings: list[dict[str, Any]] = json.loads(flowkv("doctor", "--json", *arguments, status=status))[
-            "findings"
-        ]
-        return findings
+        report: dict[str, Any] = json.loads(flowkv("doctor", "--json", *arguments, status=status))
+        return list(report["findings"])
 
     with up(tmp_path) as process:
         seen = json.loads(flowkv("status", "--json"))
