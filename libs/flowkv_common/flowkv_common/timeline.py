@@ -14,6 +14,8 @@ from flowkv_common.wire.messages import AttemptTimes, NodeTimes, Phase, RequestF
 
 # Of one attempt in one message: some 100 bytes each. What is more is told in fewer, longer ones.
 MAX_PHASES = 32
+# On a node, between two phases: a shorter one belongs to what follows. An event loop takes as long.
+SHORTEST_WAIT_S = 0.0005
 
 
 def phase_of(name: str, began: float, ended: float, since: float) -> Phase:
@@ -91,7 +93,8 @@ class _Line:
         """Of a node whose clock has its 0 at `begins_s`. What lies between them was a wait there."""
         for phase in phases:
             began_s = min(begins_s + phase.at_s, until_s)
-            self.add("wait", began_s, node_id)
+            if began_s - self.ends_s >= SHORTEST_WAIT_S:
+                self.add("wait", began_s, node_id)
             self.add(phase.name, min(began_s + phase.took_s, until_s), node_id, _detail(phase))
         self.add("wait", until_s, node_id)
 
