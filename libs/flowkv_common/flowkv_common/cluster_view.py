@@ -209,18 +209,28 @@ async def viewing(bus: Bus) -> AsyncIterator[ClusterView]:
     What its user may not hear stays empty: in Compose only the operator hears all. Raises `Unavailable`.
     """
     view = ClusterView()
+    async with (
+        await bus.subscribe(subjects.LOAD_ALL, LoadReport, view.on_report, on_bad=_ignore),
+        running(watch_nodes(bus, view.on_nodes)),
+        hearing_events(bus, view),
+    ):
+        yield view
+
+
+@contextlib.asynccontextmanager
+async def hearing_events(bus: Bus, view: ClusterView) -> AsyncIterator[None]:
+    """Feeds `view` all but nodes and their reports, which some hear anyway. Raises `Unavailable`."""
 
     async def take_event(msg: Msg) -> None:
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):  # of another version
             view.on_event(msgspec.json.decode(msg.data, type=EVENTS))
 
     async with (
-        await bus.subscribe(subjects.LOAD_ALL, LoadReport, view.on_report, on_bad=_ignore),
         await bus.subscribe(subjects.assignment("*"), Assignment, view.on_assignment, on_bad=_ignore),
         await bus.subscribe_raw(subjects.event("*", ">"), take_event),
-        running(watch_nodes(bus, view.on_nodes), _ask_services(bus, view)),
+        running(_ask_services(bus, view)),
     ):
-        yield view
+        yield
 
 
 async def until_complete(view: ClusterView, patience_s: float = 2.0) -> None:

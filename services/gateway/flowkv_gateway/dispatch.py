@@ -7,8 +7,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Set
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from flowkv_common.aio import Phases, running
 from flowkv_common.bus.connection import CONTROL_TIMEOUT_S, SETTLE_S, Bus, connect
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
-from flowkv_common.cluster_view import ClusterView, viewing
+from flowkv_common.cluster_view import ClusterView, hearing_events
 from flowkv_common.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -60,7 +59,7 @@ from flowkv_common.wire.messages import (
     ids_that_fit,
     transfer_id,
 )
-from flowkv_common.wire.nodes import LoadReport
+from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_gateway.attempt_clock import AttemptClock
 from flowkv_gateway.cluster import Cluster, OwnModel
 from flowkv_gateway.errors import for_client
@@ -352,6 +351,8 @@ class Dispatch:
         self.streams: dict[str, TokenStream] = {}  # transfer id -> the tokens of this attempt
         self.witness = Witness(gateway_id)
         self.finished = FinishedLog(gateway_id)
+        self._views: list[ClusterView] = []  # of those who look at the cluster now
+        self._descriptors: Mapping[str, NodeDescriptor] = {}
         self._turns = Turns(cluster.num_nodes, cluster.num_prefill_nodes, cluster.prompt_tokens_at_once)
         self._num_open = 0
         self._scheduler_answered_at = 0.0
@@ -391,9 +392,17 @@ class Dispatch:
             missing.append(no_node)
         return "; ".join(missing) or None
 
-    def view_cluster(self) -> AbstractAsyncContextManager[ClusterView]:
-        """All that this gateway may hear of the cluster while the context lasts, as `viewing`."""
-        return viewing(self._bus)
+    @contextlib.asynccontextmanager
+    async def view_cluster(self) -> AsyncIterator[ClusterView]:
+        """All that this gateway may hear of the cluster while the context lasts, nothing of it twice."""
+        view = ClusterView()
+        view.on_nodes(self._descriptors)
+        self._views.append(view)
+        try:
+            async with hearing_events(self._bus, view):
+                yield view
+        finally:
+            self._views.remove(view)
 
     async def generate(self, request: RequestState) -> AsyncGenerator[TokenChunk, None]:
         """The answer in chunks, in order and without gaps, over as many attempts as it takes.
@@ -637,6 +646,17 @@ class Dispatch:
 
     # --- what `open_dispatch` runs -----------------------------------------------------------------
 
+    def on_nodes(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
+        self._descriptors = dict(descriptors)
+        self.cluster.on_nodes(descriptors)
+        for view in self._views:
+            view.on_nodes(descriptors)
+
+    def on_report(self, report: LoadReport) -> None:
+        self.cluster.on_report(report)
+        for view in self._views:
+            view.on_report(report)
+
     def on_tokens(self, step: StepTokens) -> None:
         now = time.monotonic()
         for chunk in step.chunks:
@@ -702,8 +722,7 @@ async def open_dispatch(
     gateway_id = f"gateway-{secrets.token_hex(4)}"
     async with connect(nats_url, name=f"flowkv-gateway/{gateway_id}", on_closed=on_closed) as bus:
         dispatch = Dispatch(bus, gateway_id, own)
-        cluster = dispatch.cluster
-        bus.on_reconnect(cluster.touch_all)
+        bus.on_reconnect(dispatch.cluster.touch_all)
         service = Service(
             bus,
             name="gateway",
@@ -717,10 +736,10 @@ async def open_dispatch(
         )
         async with (
             await bus.subscribe(subjects.tokens(gateway_id), StepTokens, dispatch.on_tokens),
-            await bus.subscribe(subjects.LOAD_ALL, LoadReport, cluster.on_report),
+            await bus.subscribe(subjects.LOAD_ALL, LoadReport, dispatch.on_report),
             service,
             running(
-                watch_nodes(bus, cluster.on_nodes), dispatch.keep_asking_scheduler(), dispatch.keep_telling()
+                watch_nodes(bus, dispatch.on_nodes), dispatch.keep_asking_scheduler(), dispatch.keep_telling()
             ),
         ):
             yield dispatch
