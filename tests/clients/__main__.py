@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 from flowkv.local_cluster import Cluster
-from flowkv_engine.engine.fetch import DEFAULT_MODEL, default_cache_dir, resolve_model
+from flowkv_engine.engine.fetch import default_cache_dir, resolve_model
+from flowkv_engine.engine.packaged import DEFAULT_MODEL
 from tests.clients.page import PAGE, Outcome, page_with, table
 from tests.clients.scripted import ROOT, scripted_cluster
 from tests.oracle import write_floats
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
         nodes = {"prefill": 1, "decode": 1}
         with (
             scripted_cluster(run_dir / "scripted", model_path) as scripted,
-            Cluster(run_dir / "model", model_path, nodes=nodes, model_name=DEFAULT_MODEL) as model,
+            Cluster(run_dir / "model", model_path, nodes=nodes, model_name=DEFAULT_MODEL.name) as model,
         ):
             write_floats(Path(model_path), run_dir / "floats")  # what other engines can read
             model.wait_ready(READY_TIMEOUT_S)

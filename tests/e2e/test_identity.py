@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from flowkv.local_cluster import Cluster
+from flowkv_engine.engine.fetch import default_cache_dir, resolve_model
 from tests.e2e.conftest import StartCluster
 from tests.e2e.load import Streamed, run_all
 from tests.e2e.observer import observe
@@ -88,6 +89,26 @@ async def test_tiny_model_matrix(
     try:
         prompts = make_prompts(vocab_size=VOCAB_SIZE, longest=220)
         check_all(model, await generate_all(cluster.url, prompts))
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def gemma_path() -> Path:
+    """Gemma 3 270M: fifteen of its layers see 512 tokens back, three see all."""
+    return resolve_model("gemma-3-270m", default_cache_dir())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("nodes", [{"prefill": 1, "decode": 1}, {"mixed": 1}], ids=str)
+async def test_gemma_3_within_and_beyond_its_window(
+    start_cluster: StartCluster, gemma_path: Path, nodes: dict[str, int]
+) -> None:
+    cluster = start_cluster(model=gemma_path, **nodes)
+    try:
+        prompts = [prompt for prompt in make_prompts(vocab_size=49_152, longest=1025) if len(prompt) > 500]
+        assert len(prompts) == 6
+        check_all(gemma_path, await generate_all(cluster.url, [*prompts, prompts[-1][:600], prompts[0][:3]]))
     finally:
         cluster.stop()
 

@@ -69,6 +69,9 @@ def test_a_model_is_fetched_where_only_the_control_plane_is_installed(tmp_path: 
 def test_a_gateway_without_a_tokenizer(tmp_path: Path) -> None:
     said = last_words("flowkv_gateway", "--model-path", str(tmp_path))
     assert said.startswith(f"gateway ended: {tmp_path} has no tokenizer.json")
+    (tmp_path / "tokenizer.model").touch()
+    said = last_words("flowkv_gateway", "--model-path", str(tmp_path))
+    assert "reads; make it of tokenizer.model: pip install sentencepiece" in said
     said = last_words("flowkv_gateway", "--model-path", str(tmp_path / "none"))
     assert said == f"gateway ended: there is no model folder at {tmp_path / 'none'}"
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -206,6 +206,7 @@ def test_dynamic_rope_is_served_up_to_the_length_where_it_begins_to_change(tmp_p
         load_tiny(folder, longest=257)
 
 
+CONV = ["conv", "full_attention"]
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 
 
@@ -267,9 +268,10 @@ def test_overrides_without_effect_are_refused(llama: Path, overrides: str, why: 
         ({"model_type": "vit"}, "not a causal language model"),
         ({"model_type": "deepseek_v3", "num_hidden_layers": 2}, "MLA"),
         ({"model_type": "qwen3_next", "num_hidden_layers": 4}, "recurrent state"),
+        ({"model_type": "lfm2", "num_hidden_layers": 2, "layer_types": CONV}, "convolutional state"),
+        ({"model_type": "deepseek_v32", "num_hidden_layers": 2}, "an indexer picks the tokens"),
         ({"model_type": "falcon", "num_hidden_layers": 2}, "FalconForCausalLM .* its attention be replaced"),
         ({"model_type": "nemotron", "num_key_value_heads": 8}, "does not hand on"),
-        ({"model_type": "no-such-model"}, "no config that transformers knows"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_weights_are_read(
@@ -277,6 +279,22 @@ def test_what_cannot_be_served_is_refused_before_weights_are_read(
 ) -> None:
     with pytest.raises(UnsupportedModel, match=why):
         load_tiny(config_only(tmp_path / "model", **config))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("{", "not a valid JSON file"),
+        ('{"model_type": "no-such-model"}', "has model type `no-such-model`"),
+        ('{"model_type": "llama", "rope_parameters": {"rope_type": "warp"}}', "RoPE of type warp, which"),
+        ('{"model_type": "llama", "num_attention_heads": "many"}', "no config that transformers knows"),
+    ],
+)
+def test_a_wrong_config_is_told_in_one_sentence(tmp_path: Path, content: str, why: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UnsupportedModel, match=f"^{tmp_path} .*{why}") as caught:
+        load_tiny(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_without_config_or_weights_is_refused(tmp_path: Path) -> None:

