@@ -76,7 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--decode", type=int, default=1, help="number of decode nodes")
     parser.add_argument("--mixed", type=int, default=0, help="number of nodes with both roles")
     parser.add_argument("--scheduler", type=int, default=1, help="one leads, the others stand by")
-    help = "a folder, a GGUF file or a hub id; empty: SmolLM2-135M-Instruct"
+    help = "a folder, a GGUF file, gemma-3-270m or a hub id; empty: SmolLM2-135M-Instruct"
     parser.add_argument("--model", default="", help=help)
     parser.add_argument("--port", type=int, default=8000, help="port of the API")
     options = parser.parse_args()
