@@ -48,6 +48,18 @@ _SIZES: dict[str, Any] = {
     "shared_expert_intermediate_size": 32,
     "moe_k": 2,
 }
+# As the compressed KV of all heads is 32 and 16 numbers of a token (MLA).
+_LATENTS = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # Its full layers have one KV head of 32 dimensions, those with a window two of 16.
 _GEMMA_4: dict[str, Any] = {
@@ -87,6 +99,7 @@ _FURTHER: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32},
     "mamba2": {"num_heads": 8},
     "xlnet": {"d_head": 16},
     "xmod": {"default_language": "en_XX"},
@@ -100,6 +113,8 @@ def tiny_config(model_type: str, **further: Any) -> PretrainedConfig:
     kind = CONFIG_MAPPING[model_type]
     known = {*kind.__dataclass_fields__, *inspect.signature(kind).parameters, *kind.attribute_map}
     sizes = {name: size for name, size in _SIZES.items() if name in known}
+    if "kv_lora_rank" in known:
+        sizes |= {name: size for name, size in _LATENTS.items() if name in known}
     config: PretrainedConfig = AutoConfig.for_model(
         model_type, **{**sizes, **_FURTHER.get(model_type, {}), **further}
     )
@@ -121,6 +136,7 @@ FAMILIES = {
         "granitemoe granitemoeshared granitemoe_swa olmoe flex_olmo phimoe dbrx dots1 hunyuan_v1_moe hy_v3 "
         "solar_open cohere2_moe exaone_moe aria_text afmoe beam kolibri1 laguna"
     ),
+    "latents (MLA)": "deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3 longcat_flash youtu axk1",
     "others": (
         "gpt2 gpt-sw3 gpt_bigcode gpt_neox opt starcoder2 exaone4 persimmon ctrl modernbert-decoder moshi "
         "flint"

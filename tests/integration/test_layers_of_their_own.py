@@ -16,7 +16,7 @@ from tests.tiny_models import save_random
 
 __all__ = ["bus"]  # a fixture
 
-KINDS: dict[str, dict[str, Any]] = {"gemma4_text": {"num_kv_shared_layers": 2}}
+KINDS: dict[str, dict[str, Any]] = {"gemma4_text": {"num_kv_shared_layers": 2}, "deepseek_v3": {}}
 
 
 @pytest.mark.full

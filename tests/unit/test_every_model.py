@@ -40,7 +40,7 @@ FULL = ["full_attention"] * 4
 MIXED = ["sliding_attention", "full_attention"] * 2
 WINDOW = Span(window=24)
 # One of each kind of attention, position, mixture of experts and shape of cache. All others take a minute.
-OFTEN = {"llama", "mixtral", "gemma4_text", "opt"}
+OFTEN = {"llama", "deepseek_v3", "gemma4_text", "opt"}
 
 
 def random_model(folder: Path, model_type: str, **further: Any) -> LoadedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -55,6 +56,25 @@ def test_plain_layers_are_as_they_were_on_the_wire() -> None:
     assert msgspec.json.decode(msgspec.json.encode(latents), type=PoolLayout) == latents
     with pytest.raises(ValueError, match="2 layers are described, of 3"):
         msgspec.structs.replace(latents, layers=latents.layers[:2])
+
+
+def test_bytes_of_a_token_are_as_the_pages_tell() -> None:
+    def num_bytes(layers: list[LayerKV], num_tokens: int = 1) -> int:
+        return PoolLayout.of(layers, block_size=1, dtype="bfloat16").block_bytes * num_tokens
+
+    transfer, models = (
+        (Path(__file__).parents[2] / "docs" / name).read_text() for name in ("kv-transfer.md", "models.md")
+    )
+    deepseek_v3, llama_70b = [LayerKV(1, 512 + 64, 1)] * 61, [LayerKV(8, 128)] * 80
+    told = (
+        f"DeepSeek-V3 has {num_bytes(deepseek_v3):,} bytes a token, Llama-3.1-70B {num_bytes(llama_70b):,}."
+    )
+    assert told in transfer
+    gemma_3_27b = LayerKV(16, 128)  # 10 of 62 layers see all, the others 1,024 tokens
+    kept = num_bytes([gemma_3_27b] * 62, 32768)
+    read = num_bytes([gemma_3_27b] * 10, 32768) + num_bytes([gemma_3_27b] * 52, 1024)
+    assert f"Gemma 3 27B's {kept / 1e9:.1f} GB for 32,768 tokens" in models
+    assert f"no layer reads {(kept - read) / 1e9:.1f} again" in models
 
 
 def test_another_mapping_of_the_descriptor_sees_the_same_bytes() -> None:

@@ -9,17 +9,31 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flowkv_engine.engine.gpu import attention, kernels, linear
+from flowkv_engine.engine.gpu import attention, kernels, latents, linear
 from flowkv_engine.engine.stored import FORMS, GROUPED_FORMS
 
 HEADS = {"block_size": 16, "num_kv_heads": 8, "head_dim": 128, "padded_dim": 128}
+LATENTS = {  # of DeepSeek V3
+    "num_heads": 128,
+    "num_rows": latents.NUM_ROWS,
+    "block_size": 16,
+    "head_dim": 576,
+    "main_dim": 512,
+    "rest_dim": 64,
+    "tile_len": 32,
+}
 SPLITS = {"num_splits": 32, "min_split_len": 128}
 SPANS = {"window": 0, "chunk": 0}
 PLAIN = {**SPANS, "has_softcap": False, "has_sinks": False}
 NUMBERS = "*i32"
 ITEM_BYTES = {"bf16": 2, "fp32": 4}
 ARGUMENTS: dict[Any, tuple[dict[str, str], dict[str, int]]] = {
-    kernels.write_kv: ({"slots": "*i64"}, HEADS),
+    kernels.write_kv: ({"slots": "*i64"}, {**HEADS, "has_values": True}),
+    latents.attend_latents: (
+        {"splits": "*fp32", "log_sums": "*fp32"}
+        | dict.fromkeys(("tables", "items", "context_lens"), NUMBERS),
+        {**SPLITS, **SPANS, **LATENTS},
+    ),
     kernels.attend_prompts: (
         dict.fromkeys(("tables", "context_lens", "query_starts", "tile_items", "tile_firsts"), NUMBERS),
         {**HEADS, **PLAIN, "group_size": 4, "num_rows": 64},
@@ -83,6 +97,7 @@ def main(capability: int, dtype: str, stores: str) -> None:
         kernels.attend_prompts: {"num_stages": attention.num_stages(HEADS["head_dim"] * ITEM_BYTES[dtype])},
         kernels.attend_splits: {"num_stages": 2},
         kernels.multiply_groups: {"num_stages": linear.num_stages(ITEM_BYTES[dtype])},
+        latents.attend_latents: {"num_stages": latents.NUM_STAGES},
         kernels.add_and_norm: {"num_warps": 8},
         kernels.rotate_and_write: {"num_warps": 1},
     }
@@ -96,6 +111,8 @@ def main(capability: int, dtype: str, stores: str) -> None:
         variants += products()
     for kernel, pointers, constants in variants:
         kinds = states | pointers | dict.fromkeys(constants, "constexpr")
+        if "tile_len" in constants and kernel is latents.attend_latents:
+            constants = constants | {"tile_len": latents.tile_len(ITEM_BYTES[dtype])}
         signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
         source = ASTSource(
             fn=kernel,

@@ -63,8 +63,11 @@ class Attention(Protocol):
     def bind(self, batch: PackedBatch) -> None:
         """Prepares for the step of `batch`."""
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Stores the step's keys and values, both [T, num_kv_heads, head_dim], at the batch's slots."""
+    def write(self, layer: int, key: Tensor, value: Tensor | None) -> None:
+        """Stores the step's keys and values, both [T, num_kv_heads, head_dim], at the batch's slots.
+
+        Of a layer with one side only keys, which are its values.
+        """
 
     def attend(self, layer: int, query: Tensor, rule: Rule) -> Tensor:
         """`query` [T, num_heads, head_dim] attends to its items' contexts: the same shape and dtype."""
@@ -112,8 +115,8 @@ class TorchAttention:
                 blocks = tables[item, : -(-context_len // self._block_size)]
                 self._prefills.append(Prefill(slice(edges[item], edges[item + 1]), blocks, context_len))
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        for side, states in enumerate((key, value)):
+    def write(self, layer: int, key: Tensor, value: Tensor | None) -> None:
+        for side, states in enumerate((key,) if value is None else (key, value)):
             self._layers[layer][:, side][self._write_at] = narrowed(states, self._layers[layer].dtype)
 
     def attend(self, layer: int, query: Tensor, rule: Rule) -> Tensor:
@@ -137,7 +140,7 @@ class TorchAttention:
             .transpose(1, 2)  # [N, kv heads, padded context, dim]
             .to(query.dtype)
             .masked_fill(~seen[:, None, :, None], 0)
-            for side in (0, 1)
+            for side in (0, -1)  # the same, of latents
         )
         return _weigh(query.unsqueeze(2), keys, values, seen[:, None, None], rule).squeeze(2)
 
@@ -147,7 +150,7 @@ class TorchAttention:
             .flatten(0, 1)[: item.context_len]
             .transpose(0, 1)  # [kv heads, context, dim]
             .to(query.dtype)
-            for side in (0, 1)
+            for side in (0, -1)
         )
         positions = torch.arange(item.context_len, device=query.device)
         places = positions[-len(query) :, None]
@@ -161,6 +164,13 @@ def _weigh(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, rule: Rule
 
     `seen`: what each query sees, bool, spreads to [N, heads, T, context].
     """
+    num_heads, length = query.shape[1:3]
+    if keys.shape[1] == 1 < num_heads and not rule.softcap and rule.sinks is None:
+        # One row for each head and query: else torch copies the keys for each head.
+        rows = query.flatten(1, 2).unsqueeze(1)
+        seen = seen.expand(*seen.shape[:-2], length, -1).repeat(*[1] * (seen.dim() - 2), num_heads, 1)
+        out = scaled_dot_product_attention(rows, keys, values, seen, scale=rule.scale)
+        return out.view(query.shape)
     if not rule.softcap and rule.sinks is None:
         return scaled_dot_product_attention(query, keys, values, seen, scale=rule.scale, enable_gqa=True)
     group_size = query.shape[1] // keys.shape[1]
@@ -212,7 +222,7 @@ def _cpu_obstacle(layers: Sequence[Tensor]) -> str | None:
     from flowkv_engine.engine.cpu.simd import LANES
 
     for layer in layers:
-        if layer.shape[4] % LANES:
+        if layer.shape[1] == 2 and layer.shape[4] % LANES:
             return f"its heads have a multiple of {LANES} dimensions, not {layer.shape[4]}"
     return None
 

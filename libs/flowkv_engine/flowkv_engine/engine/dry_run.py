@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from flowkv_common.errors import CannotStart
 from flowkv_common.wire.messages import LayerKV
 from flowkv_engine.engine.attention import Span
+from flowkv_engine.engine.latents import keep_latents
 from flowkv_engine.engine.positions import max_model_len
 
 DRY_RUN = "flowkv_dry_run"  # the name in `transformers` of the attention function of the run without weights
@@ -57,7 +58,7 @@ class _Asked(NamedTuple):
     """What a layer gave the attention function."""
 
     key: Tensor
-    value: Tensor
+    value: Tensor | None
     attention: LayerAttention
 
 
@@ -73,6 +74,7 @@ def dry_run(config: PretrainedConfig) -> list[LayerAttention]:
                 module = AutoModelForCausalLM.from_config(
                     copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation=DRY_RUN
                 ).eval()
+            keep_latents(module)
             if any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules()):
                 raise UnsupportedModel("it counts positions on from the id of its padding token")
             token_ids = torch.zeros(DRY_RUN_TOKENS, dtype=torch.int64, device="meta")
@@ -103,7 +105,7 @@ def _dry_run_attention(
     module: nn.Module,
     query: Tensor,  # shapes as of `paged_attention`
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     attention_mask: Tensor | None,
     *,
     flowkv: dict[int, _Asked] | None = None,
@@ -124,7 +126,9 @@ def _dry_run_attention(
     span: Span | None = Span() if attention_mask is None else getattr(attention_mask, "span", None)
     if span is None:
         raise UnsupportedModel("its attention has a mask of its own, other than the causal one")
-    if key.shape != value.shape or query.shape[2:] != key.shape[2:] or query.shape[1] % key.shape[1]:
+    if value is not None and (
+        key.shape != value.shape or query.shape[2:] != key.shape[2:] or query.shape[1] % key.shape[1]
+    ):
         sizes = ", ".join(f"{x.shape[1]} x {x.shape[3]}" for x in (query, key, value))
         raise UnsupportedModel(f"its queries, keys and values don't fit one cache: {sizes}")
     layer = module.layer_idx
@@ -132,9 +136,10 @@ def _dry_run_attention(
     if layer in flowkv:
         raise UnsupportedModel("it computes the attention of a layer twice in a step")
     before = (number for number, other in flowkv.items() if other.key is key and other.value is value)
-    kept = LayerAttention(LayerKV(key.shape[1], key.shape[3]), next(before, layer), span)
-    flowkv[layer] = _Asked(key, value, kept)
-    return torch.empty_like(query.transpose(1, 2)), None
+    kv = LayerKV(key.shape[1], key.shape[3], 1 if value is None else 2)
+    flowkv[layer] = _Asked(key, value, LayerAttention(kv, next(before, layer), span))
+    attended = query if value is not None else query[..., : module.v_head_dim]
+    return torch.empty_like(attended.transpose(1, 2)), None
 
 
 class _Values(TorchFunctionMode):

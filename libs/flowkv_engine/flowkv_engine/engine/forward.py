@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 
 from flowkv_engine.engine.attention import Attention, Rule, Span
 from flowkv_engine.engine.flat import FlatWeights, Layer, flat_weights, fuse
+from flowkv_engine.engine.latents import absorb, expand, keep_latents
 from flowkv_engine.engine.stored_modules import StoredExperts, StoredLinear, StoredWeight
 
 IMPLEMENTATION = "flowkv"  # the name of our attention function in `transformers`
@@ -40,6 +41,7 @@ class ModulesForward(Forward):
     """Works for every model; the fast paths must equal it."""
 
     def __init__(self, module: nn.Module, attention: Attention, spans: Sequence[Span]) -> None:
+        keep_latents(module)
         self._module = module
         self._attention = attention, spans
 
@@ -64,7 +66,7 @@ def paged_attention(
     module: nn.Module,
     query: Tensor,  # [1, num_heads, T, head_dim]
     key: Tensor,  # [1, num_kv_heads, T, head_dim]
-    value: Tensor,
+    value: Tensor | None,  # None: `key` is latents
     attention_mask: Tensor | None,
     *,
     flowkv: tuple[Attention, Sequence[Span]],
@@ -80,10 +82,15 @@ def paged_attention(
     """
     layer: Any = module.layer_idx
     attention, spans = flowkv
-    attention.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    attention.write(layer, key[0].transpose(0, 1), None if value is None else value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rule = Rule(scale, spans[layer], softcap or 0.0, s_aux)
-    return attention.attend(layer, query[0].transpose(0, 1), rule).unsqueeze(0), None
+    queries = query[0].transpose(0, 1)
+    if value is None:
+        attended = expand(module, attention.attend(layer, absorb(module, queries), rule))
+    else:
+        attended = attention.attend(layer, queries, rule)
+    return attended.unsqueeze(0), None
 
 
 AttentionInterface.register(IMPLEMENTATION, paged_attention)

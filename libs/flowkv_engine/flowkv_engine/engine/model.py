@@ -375,8 +375,6 @@ def _why_not(config: PretrainedConfig) -> str | None:
         return "an indexer picks the tokens that its attention sees (sparse attention)"
     if not model_class._supports_attention_backend:
         return f"{model_class.__name__} of transformers does not let its attention be replaced"
-    if getattr(config, "kv_lora_rank", None):
-        return "its KV cache is compressed (MLA)"
     if unknown := layer_types - LAYER_TYPES:
         return f"it has layers of type {', '.join(sorted(unknown))}"
     if unknown_ropes := unknown_rope_types(config):

@@ -54,6 +54,7 @@ class Scratch:
 class CpuAttention(TorchAttention):
     """Equal to `TorchAttention` up to rounding, by test. For pools of float32, bfloat16 and e4m3.
 
+    Latents are left to torch: with all heads for one key, its products are those of large matrices.
     The result of `attend` is valid until the next call. `layers` and `slots` are for kernels that write into
     the pool themselves.
     """
@@ -79,11 +80,15 @@ class CpuAttention(TorchAttention):
         self._context_lens = batch.context_lens[decode]
         self._num_splits = -(-int(self._context_lens.max(initial=0)) // self._split_len)
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+    def write(self, layer: int, key: Tensor, value: Tensor | None) -> None:
+        if value is None:
+            return super().write(layer, key, value)
         keys, values = (_as_numpy(narrowed(states, self._layers[layer].dtype)) for states in (key, value))
         _write(*self.layers[layer], keys, values, self.slots)
 
     def _decode(self, layer: int, query: Tensor, rule: Rule) -> Tensor:
+        if self._layers[layer].shape[1] == 1:
+            return super()._decode(layer, query, rule)
         num_rows, num_heads, head_dim = query.shape
         decode = make_decode(num_heads // self._layers[layer].shape[3], head_dim)
         shape = (num_rows, self._num_splits, num_heads)
@@ -105,6 +110,8 @@ class CpuAttention(TorchAttention):
         return torch.from_numpy(out).to(query.dtype)
 
     def _prefill(self, layer: int, query: Tensor, item: Prefill, rule: Rule) -> Tensor:
+        if self._layers[layer].shape[1] == 1:
+            return super()._prefill(layer, query, item, rule)
         num_kv_heads, head_dim = self._layers[layer].shape[3:]
         num_tiles = -(-item.context_len // TILE_LEN)
         out = torch.empty(query.shape)

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowkv_engine.engine.attention import Rule, narrowed
 from flowkv_engine.engine.batch import PackedBatch
 from flowkv_engine.engine.flat import Rotary
-from flowkv_engine.engine.gpu import kernels
+from flowkv_engine.engine.gpu import kernels, latents
 
 # This many pairs of sequence and KV head fill a GPU without splits.
 MANY_PAIRS = 512
@@ -51,6 +51,14 @@ class Step(NamedTuple):
     tiles: Tensor | None  # [2, tiles] of the queries of longer items, as `query_tiles` says; item -1: none
 
 
+class LatentQueries(NamedTuple):
+    """Of each query of a step, on the device, int32 [T]. Its heads fill the matrix units: it is no tile's."""
+
+    rows: Tensor  # 0, 1, 2 ...
+    items: Tensor  # whose it is
+    context_lens: Tensor  # what it sees, up to itself
+
+
 class TritonAttention:
     """Equal to `TorchAttention` up to rounding, by test. On a GPU; on the CPU by interpretation."""
 
@@ -63,6 +71,7 @@ class TritonAttention:
         self._layers = [layer.view(torch.uint8) for layer in layers] if is_e4m3 else layers
         none = torch.empty(0, dtype=torch.int64, device=self._device)
         self.step = Step(none, none, none, none, None, None)
+        self._latent_queries: LatentQueries | None = None
 
     def bind(self, batch: PackedBatch) -> None:
         def to_device(array: NDArray[np.integer]) -> Tensor:
@@ -77,12 +86,28 @@ class TritonAttention:
             decode_lens=to_device(batch.decode_lens) if decodes.any() else None,
             tiles=None if decodes.all() else to_device(query_tiles(batch.query_lens)),
         )
+        if any(layer.shape[1] == 1 for layer in self._layers):
+            num_queries = len(batch.token_ids)
+            items = np.repeat(np.arange(len(batch.query_lens), dtype=np.int32), batch.query_lens)
+            lens = batch.position_ids.astype(np.int32) + np.int32(1)
+            rows = np.arange(num_queries, dtype=np.int32)
+            self._latent_queries = LatentQueries(*map(to_device, (rows, items, lens)))
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+    def write(self, layer: int, key: Tensor, value: Tensor | None) -> None:
         pool, slots = self._layers[layer], self.step.slots
-        key, value = (narrowed(each, self._dtype).view(pool.dtype) for each in (key, value))
+        has_values = value is not None
+        key = narrowed(key, self._dtype).view(pool.dtype)
+        value = key if value is None else narrowed(value, self._dtype).view(pool.dtype)
         kernels.write_kv[(len(slots), key.shape[1])](
-            pool, key, value, slots, pool.stride(0), *key.stride()[:2], *value.stride()[:2], **_sizes(pool)
+            pool,
+            key,
+            value,
+            slots,
+            pool.stride(0),
+            *key.stride()[:2],
+            *value.stride()[:2],
+            **_sizes(pool),
+            has_values=has_values,
         )
 
     def rotate_and_write(
@@ -127,6 +152,10 @@ class TritonAttention:
 
     def attend(self, layer: int, query: Tensor, rule: Rule) -> Tensor:
         pool, result = self._layers[layer], torch.empty_like(query, memory_format=torch.contiguous_format)
+        if pool.shape[1] == 1:
+            assert self._latent_queries is not None
+            self._attend_latents(pool, query, result, rule, self._latent_queries)
+            return result
         if self.step.decode_lens is not None:
             self._decode(pool, query, result, rule, self.step.decode_lens)
         if self.step.tiles is not None:
@@ -166,6 +195,52 @@ class TritonAttention:
             result,
             self.step.query_starts,
             decode_lens,
+            **rule.span._asdict(),
+            **split_kv._asdict(),
+            head_dim=head_dim,
+            padded_dim=_padded(head_dim),
+        )
+
+    def _attend_latents(
+        self, pool: Tensor, query: Tensor, result: Tensor, rule: Rule, queries: LatentQueries
+    ) -> None:
+        num_queries, num_heads, head_dim = query.shape
+        num_tiles = triton.cdiv(num_heads, latents.NUM_ROWS)
+        split_kv = MANY if num_queries * num_tiles >= MANY_PAIRS else FEW
+        shape = (num_queries, num_heads, split_kv.num_splits)
+        splits = torch.empty((*shape, head_dim), dtype=torch.float32, device=query.device)
+        log_sums = torch.empty(shape, dtype=torch.float32, device=query.device)
+        main_dim = max(16, int(triton.next_power_of_2(head_dim // 2 + 1)))
+        latents.attend_latents[(num_queries, num_tiles, split_kv.num_splits)](
+            pool,
+            query,
+            result,
+            splits,
+            log_sums,
+            self.step.tables,
+            queries.items,
+            queries.context_lens,
+            rule.scale * math.log2(math.e),
+            self.step.tables.stride(0),
+            pool.stride(0),
+            *query.stride()[:2],
+            **rule.span._asdict(),
+            **split_kv._asdict(),
+            num_heads=num_heads,
+            num_rows=latents.NUM_ROWS,
+            block_size=pool.shape[2],
+            head_dim=head_dim,
+            main_dim=main_dim,
+            rest_dim=_padded(head_dim - main_dim),
+            tile_len=latents.tile_len(max(query.element_size(), pool.element_size())),
+            num_stages=latents.NUM_STAGES,
+        )
+        kernels.merge_splits[(num_queries, num_heads)](
+            splits,
+            log_sums,
+            result,
+            queries.rows,
+            queries.context_lens,
             **rule.span._asdict(),
             **split_kv._asdict(),
             head_dim=head_dim,

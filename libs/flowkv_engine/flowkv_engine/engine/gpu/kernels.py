@@ -178,7 +178,7 @@ def attend_prompts(
 
 
 @triton.jit
-def _split_len(num_seen, num_splits: tl.constexpr, min_split_len: tl.constexpr):
+def length_of_split(num_seen, num_splits: tl.constexpr, min_split_len: tl.constexpr):
     """Splits are of equal length, whole tiles, and depend on what the sequence sees of itself alone."""
     return tl.cdiv(tl.maximum(tl.cdiv(num_seen, num_splits), min_split_len), TILE_LEN) * TILE_LEN
 
@@ -221,7 +221,7 @@ def attend_splits(
     item, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     context_len = tl.load(context_lens + item)
     since = first_seen(tl.maximum(context_len - 1, 0), window, chunk)
-    split_len = _split_len(context_len - since, num_splits, min_split_len)
+    split_len = length_of_split(context_len - since, num_splits, min_split_len)
     begin = since + split * split_len
     if begin >= context_len:
         return
@@ -297,7 +297,7 @@ def merge_splits(
     place = (item * num_heads + head) * num_splits + numbers
     context_len = tl.load(context_lens + item)
     num_seen = context_len - first_seen(tl.maximum(context_len - 1, 0), window, chunk)
-    split_len = _split_len(num_seen, num_splits, min_split_len)
+    split_len = length_of_split(num_seen, num_splits, min_split_len)
     if split_len >= num_seen:
         return
     is_split = numbers * split_len < num_seen
@@ -403,6 +403,7 @@ def write_kv(
     num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
+    has_values: tl.constexpr,
 ):
     """Stores the keys and values of one token and head. Grid (T, num_kv_heads)."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -413,9 +414,10 @@ def write_kv(
         row = (slot % block_size) * num_kv_heads + head
         at = pool + (slot // block_size) * stride_block + row * head_dim + dims
         k = tl.load(key + token * key_stride_token + head * key_stride_head + dims, mask=is_dim)
-        v = tl.load(value + token * value_stride_token + head * value_stride_head + dims, mask=is_dim)
         tl.store(at, k, mask=is_dim)
-        tl.store(at + block_size * num_kv_heads * head_dim, v, mask=is_dim)
+        if has_values:
+            v = tl.load(value + token * value_stride_token + head * value_stride_head + dims, mask=is_dim)
+            tl.store(at + block_size * num_kv_heads * head_dim, v, mask=is_dim)
 
 
 @triton.jit
