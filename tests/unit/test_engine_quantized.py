@@ -23,7 +23,7 @@ from flowkv_engine.engine.dry_run import UnsupportedModel
 from flowkv_engine.engine.quantized import Codes, quantization_of
 from flowkv_engine.engine.runner import Runner
 from flowkv_engine.engine.stored import BFLOAT16, GROUPED_FORMS
-from flowkv_engine.engine.stored_modules import StoredLinear
+from flowkv_engine.engine.stored_modules import StoredExperts, StoredLinear
 from tests.drive import generate, load_tiny, make_pool, make_sequence
 from tests.oracle import check_identity
 from tests.quantized_models import FORMATS, Format, make_quantized_model
@@ -211,9 +211,15 @@ def test_experts_of_gpt_oss_are_what_transformers_makes_of_them(tmp_path: Path) 
     entry = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
     config = json.loads((folder / "config.json").read_text()) | entry
     (folder / "config.json").write_text(json.dumps(config))
-    got = dict(load_tiny(folder).module.named_parameters())
+    module = load_tiny(folder).module
+    got = dict(module.named_parameters())
+    for parent, each in module.named_modules():
+        if isinstance(each, StoredExperts):
+            got |= {f"{parent}.{name}": parameter for name, parameter in each.plain.named_parameters()}
     assert sum("_blocks" in name for name in tensors) == 4
-    assert all(torch.equal(parameter, expected[name].float()) for name, parameter in got.items())
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in got.items())
+    assert sum(parameter.dtype == torch.bfloat16 for parameter in got.values()) == 4
 
 
 GROUP = {"weights": {"num_bits": 4, "type": "int"}, "format": "pack-quantized"}

@@ -129,9 +129,8 @@ MIXTURES = {"mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "minimax_m2"}
 @pytest.mark.parametrize(
     ("arch", "config"),
     [
-        ("llama", {"attention_bias": True}),
         ("qwen3", {}),
-        ("glm4", FLAT["glm4"]),
+        ("glm4", FLAT["glm4"]),  # with biases
         *(pytest.param(arch, {}, marks=pytest.mark.full) for arch in ("llama", "qwen2", "mistral")),
         *(pytest.param(*each, marks=pytest.mark.full) for each in FLAT.items() if each[0] != "glm4"),
     ],

@@ -261,11 +261,14 @@ def _keep_quantized(
         elif keeps_floats and weight.dtype in STORED_FLOATS and is_matrix(module, name):
             place(module, name, stored_floats(weight))
         else:
-            place(module, name, weight)
+            # Experts have no layers of their own.
+            place(module, name, weight, keeps_type=keeps_floats and weight.ndim == 3)
     if left:
         return None
     tie_head(module)
-    if not keeps_floats:
+    if keeps_floats:
+        keep_stored(module)
+    else:
         widen_embedding(module, dtype)
     return module
 

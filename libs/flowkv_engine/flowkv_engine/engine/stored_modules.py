@@ -181,13 +181,18 @@ def is_matrix(module: nn.Module, name: str) -> bool:
 
 
 def place(
-    module: nn.Module, name: str, weight: Tensor | Stored, order: NDArray[np.int64] | None = None
+    module: nn.Module,
+    name: str,
+    weight: Tensor | Stored,
+    order: NDArray[np.int64] | None = None,
+    *,
+    keeps_type: bool = False,
 ) -> None:
     """Makes `weight` the tensor `name` of a model; a layer's bias is there before its stored weight."""
     parent, _, leaf = name.rpartition(".")
     owner: Any = module.get_submodule(parent)
     if isinstance(weight, Tensor):
-        dtype = getattr(owner, leaf).dtype
+        dtype = weight.dtype if keeps_type else getattr(owner, leaf).dtype
         owner._parameters[leaf] = nn.Parameter(weight.to(dtype), requires_grad=False)
     elif isinstance(owner, nn.Embedding):
         module.set_submodule(parent, StoredEmbedding(weight, scale_of(owner)))
