@@ -301,6 +301,7 @@ def test_kernels_compile_for_gpus(tmp_path: Path, capability: int, dtype: str, s
     assert (len(products) > 10) == (stores == "codes")
     assert [line[0] for line in lines[: len(lines) - len(products)]] == [
         "write_kv",
+        "attend_latents",
         "attend_prompts",
         "attend_splits",
         "merge_splits",
@@ -308,6 +309,7 @@ def test_kernels_compile_for_gpus(tmp_path: Path, capability: int, dtype: str, s
         "gate",
         "rotate_and_write",
         # Of a layer with a window, sinks and a cap on scores:
+        "attend_latents",
         "attend_prompts",
         "attend_splits",
         "merge_splits",
