@@ -82,7 +82,7 @@ _FURTHER: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCAB_SIZE},
     "gemma4_text": {
         "hidden_size_per_layer_input": 16,
         "vocab_size_per_layer_input": VOCAB_SIZE,
