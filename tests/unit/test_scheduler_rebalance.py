@@ -297,6 +297,22 @@ def test_an_empty_side_is_filled_once() -> None:
     assert directions(run.play(Mix(0.5, [(100, 4)]), 60.0)) == [("d0", "lent to prefill")]
 
 
+@pytest.mark.parametrize("nodes", [(prefill(),), (prefill("p0"), prefill("p1"))])
+def test_who_fills_an_empty_side_goes_home_when_it_has_its_own(nodes: tuple[Described, ...]) -> None:
+    rebalancer = Rebalancer(GOALS)
+    ((lent, budget),) = budgets(played(NUM_TICKS, *nodes, rebalancer=rebalancer)[-1])
+    there = [
+        one._replace(report=msgspec.structs.replace(one.report, max_prefill_tokens_per_step=budget))
+        if one.node_id == lent
+        else one
+        for one in nodes
+    ]
+    said = played(3, *there, decode(), rebalancer=rebalancer)
+    assert budgets(said[0]) == [(lent, TOKEN_BUDGET)]
+    said = played(10, *nodes, decode(), rebalancer=rebalancer)
+    assert [budgets(orders) for orders in said] == [[]] * 10
+
+
 def test_while_nodes_start_nobody_moves() -> None:
     rebalancer = Rebalancer(GOALS)
     assert played(10, rebalancer=rebalancer) == [[]] * 10

@@ -81,6 +81,7 @@ class Moved(NamedTuple):
     since: float
     reason: str
     chunk_budget: int
+    fills: Side | None = None  # the side that had no other node
 
 
 class Move(NamedTuple):
@@ -304,17 +305,31 @@ class Rebalancer:
         return best
 
     def _fill_empty_side(self, past: Past, nodes: Sequence[NodeView], now: float) -> None:
-        """Lend a node to a side without nodes. Not at once: while nodes start, one side is often first."""
+        """Lend a node to a side without nodes, until there is another one.
+
+        Not at once: while nodes start, one side is often first.
+        """
         for side in SIDES:
+            serving = [node for node in nodes if self._duty(node) != other(side)]
+            filling = [node for node in serving if self._fills(node) == side]
+            if len(filling) < len(serving):
+                for node in filling:
+                    role = node.descriptor.role
+                    home: Duty = role if role in SIDES else "both"
+                    self._give(node, home, f"taken back to {home}: another node is there for {side}", now)
             is_empty = all(self._duty(node) == other(side) for node in nodes)
             past.empty_ticks[side] = past.empty_ticks[side] + 1 if is_empty else 0
             if past.empty_ticks[side] >= NUM_TICKS:
                 idlest = min(nodes, key=lambda node: (_busy_s(node, other(side)), node.node_id))
                 duty: Duty = side if len(nodes) > 1 else "both"
-                self._give(idlest, duty, f"lent to {duty}: no other node is there for {side}", now)
+                self._give(idlest, duty, f"lent to {duty}: no other node is there for {side}", now, side)
 
-    def _give(self, node: NodeView, duty: Duty, reason: str, now: float) -> None:
-        self.moved[node.descriptor.node] = Moved(duty, now, reason, self._budget_for(node, duty))
+    def _fills(self, node: NodeView) -> Side | None:
+        moved = self.moved.get(node.descriptor.node)
+        return moved.fills if moved else None
+
+    def _give(self, node: NodeView, duty: Duty, reason: str, now: float, fills: Side | None = None) -> None:
+        self.moved[node.descriptor.node] = Moved(duty, now, reason, self._budget_for(node, duty), fills)
 
     def _adopt(self, nodes: Sequence[NodeView], now: float) -> None:
         """Take over what a leader before us has lent; let budgets follow the work."""
