@@ -114,12 +114,13 @@ async def test_right_guesses_are_tokens_of_one_chunk(computing: Computing) -> No
     engine, pair = computing.engine, computing.pair
     await computing.accept(max_tokens=64)
     num_steps = 0
-    while not pair.chunks or len(pair.chunks[-1].token_ids) == 1:  # it learns what steps cost first
+    while all(len(chunk.token_ids) == 1 for chunk in pair.chunks):  # it learns what steps cost first
         num_steps += 1
         await engine.begun(num_steps)
         engine.end_step()
-    *before, guessed = pair.chunks
-    assert [chunk.index for chunk in pair.chunks] == list(range(len(pair.chunks)))
+    place = next(place for place, chunk in enumerate(pair.chunks) if len(chunk.token_ids) > 1)
+    *before, guessed = pair.chunks[: place + 1]
+    assert [chunk.index for chunk in (*before, guessed)] == list(range(place + 1))
     assert all(chunk.token_ids == [FIRST_TOKEN] for chunk in before)
     drafted = [len(batch.samples) for batch, _ in engine.steps]
     assert len(guessed.token_ids) == next(number for number in drafted if number > 1)

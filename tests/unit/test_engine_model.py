@@ -266,7 +266,6 @@ def test_overrides_without_effect_are_refused(llama: Path, overrides: str, why: 
         ({"model_type": "t5"}, "encoder-decoder"),
         ({"model_type": "mamba"}, "recurrent state"),
         ({"model_type": "vit"}, "not a causal language model"),
-        ({"model_type": "deepseek_v3", "num_hidden_layers": 2}, "MLA"),
         ({"model_type": "qwen3_next", "num_hidden_layers": 4}, "recurrent state"),
         ({"model_type": "lfm2", "num_hidden_layers": 2, "layer_types": CONV}, "convolutional state"),
         ({"model_type": "deepseek_v32", "num_hidden_layers": 2}, "an indexer picks the tokens"),

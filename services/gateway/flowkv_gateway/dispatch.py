@@ -147,8 +147,8 @@ class RequestState:
     phases: Phases = field(default_factory=Phases, compare=False)
     predicted_ttft_s: float = 0.0  # by the scheduler's first answer: what the request was let in for
 
-    began: float = 0.0  # monotonic, as the next two
-    asked_since: float = 0.0  # `began`, moved on by the time that was spent at nodes
+    began: float = field(default=0.0, compare=False)  # monotonic, as the next two
+    asked_since: float = field(default=0.0, compare=False)  # `began`, moved on by the time that was spent at nodes
     assigned_at: float = 0.0
     first_of_attempt: int = 0  # index of the attempt's first token
     hashes: list[str] = field(default_factory=list)  # of the first full blocks
