@@ -123,7 +123,7 @@ def test_unknown_model(http: httpx.Client, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1/nope", "/v1/models/another", "/v1/models/%ff", "/v1/completions/", "//"]
+    "path", ["/v1", "/v1/nope", "/v1/models/another", "/v1/models/%ff", "/v1/completions/", "/live/"]
 )
 def test_unknown_path(http: httpx.Client, path: str) -> None:
     check_error(http.get(path), 404, "model" if "models" in path else None)
