@@ -148,7 +148,7 @@ class RequestState:
     predicted_ttft_s: float = 0.0  # by the scheduler's first answer: what the request was let in for
 
     began: float = field(default=0.0, compare=False)  # monotonic, as the next two
-    asked_since: float = field(default=0.0, compare=False)  # `began`, moved on by the time that was spent at nodes
+    asked_since: float = field(default=0.0, compare=False)  # `began`, later by the time spent at nodes
     assigned_at: float = 0.0
     first_of_attempt: int = 0  # index of the attempt's first token
     hashes: list[str] = field(default_factory=list)  # of the first full blocks
