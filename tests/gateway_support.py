@@ -21,11 +21,12 @@ from flowkv_common.errors import FlowKVError
 from flowkv_common.telemetry import serve_http
 from flowkv_common.wire.messages import ModelCard, TokenChunk, TokenLogprob
 from flowkv_gateway.app import Api
-from flowkv_gateway.dispatch import Dispatch, Load, RequestState
+from flowkv_gateway.dispatch import Dispatch, Load
 from flowkv_gateway.grammar import GrammarChecker
 from flowkv_gateway.http import ApiConnection, TlsContext
 from flowkv_gateway.output import Usage
 from flowkv_gateway.prompts import SamplingDefaults
+from flowkv_gateway.request_state import RequestState
 from flowkv_gateway.tokenizer import Tokenizer
 
 MODEL = "tiny/model"

@@ -64,8 +64,9 @@ from flowkv_common.wire.messages import (
 )
 from flowkv_gateway import dispatch as dispatch_module
 from flowkv_gateway.cluster import OwnModel
-from flowkv_gateway.dispatch import Dispatch, Load, RequestState, open_dispatch
+from flowkv_gateway.dispatch import Dispatch, Load, open_dispatch
 from flowkv_gateway.errors import ContextLengthExceeded
+from flowkv_gateway.request_state import RequestState
 from flowkv_gateway.tenants import Tenant, Tenants
 from tests.described_nodes import BLOCK_SIZE, descriptor
 from tests.nats_server import NatsServer

@@ -15,7 +15,7 @@ from canitoolcall.probe import probe
 from flowkv_common.errors import CannotStart
 from flowkv_common.wire.messages import TokenChunk
 from flowkv_gateway.chat import ChatFormat
-from flowkv_gateway.dispatch import RequestState
+from flowkv_gateway.request_state import RequestState
 from flowkv_gateway.tokenizer import Tokenizer
 from tests.gateway_support import (
     CALL,

@@ -15,7 +15,7 @@ from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import FlowKVError, Unavailable
 from flowkv_common.wire.messages import PrefillRun, SamplingParams, TokenChunk, TokenLogprob
 from flowkv_engine.engine.model import LoadedModel
-from flowkv_gateway.dispatch import RequestState
+from flowkv_gateway.request_state import RequestState
 from flowkv_prefill import prompts
 from tests.integration.test_dispatch import Nodes, chunk, cluster, failure, tid_of, tokens
 from tests.live_nodes import TOKEN_BUDGET, client, live_node, one_node

@@ -25,7 +25,8 @@ from flowkv_common.wire.messages import (
 )
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_gateway.cluster import OwnModel
-from flowkv_gateway.dispatch import Dispatch, RequestState, open_dispatch
+from flowkv_gateway.dispatch import Dispatch, open_dispatch
+from flowkv_gateway.request_state import RequestState
 from flowkv_scheduler.app import serve as serve_scheduler
 from tests.live_nodes import BLOCK_SIZE, TIMEOUT_S, TOKEN_BUDGET, live_node
 from tests.nats_server import NatsServer

@@ -29,7 +29,8 @@ from flowkv_common.wire.messages import (
 from flowkv_common.wire.nodes import LoadReport
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_gateway.cluster import OwnModel
-from flowkv_gateway.dispatch import Dispatch, RequestState, open_dispatch
+from flowkv_gateway.dispatch import Dispatch, open_dispatch
+from flowkv_gateway.request_state import RequestState
 from flowkv_scheduler.app import serve as serve_scheduler
 from tests.drive import load_tiny
 from tests.live_nodes import TIMEOUT_S, live_node

@@ -17,7 +17,8 @@ from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import ModelFiles, SamplingParams, TokenChunk, payload_for, window_that_fits
 from flowkv_common.wire.nodes import LoadReport, StepFit
 from flowkv_gateway.cluster import OwnModel
-from flowkv_gateway.dispatch import Dispatch, RequestState, open_dispatch
+from flowkv_gateway.dispatch import Dispatch, open_dispatch
+from flowkv_gateway.request_state import RequestState
 from flowkv_scheduler.app import serve as serve_scheduler
 from tests.live_nodes import TIMEOUT_S
 from tests.nats_server import NatsServer

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from flowkv_common.wire.messages import SamplingParams
 from flowkv_gateway.calls import tell_of_tools
-from flowkv_gateway.dispatch import RequestState
 from flowkv_gateway.output import ChatWriter, Choice, Delta, Display, prepare_stops
 from flowkv_gateway.parsers import Parser
 from flowkv_gateway.parsers.hermes import Hermes
 from flowkv_gateway.parsers.kimi import Kimi
 from flowkv_gateway.reader import AnswerReader
+from flowkv_gateway.request_state import RequestState
 from flowkv_gateway.schemas import ChoicesRequest
 from flowkv_gateway.tokenizer import Vocabulary
 from tests.gateway_support import no_usage, token_chunk

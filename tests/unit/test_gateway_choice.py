@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from flowkv_common.wire.messages import SamplingParams, TokenLogprob
-from flowkv_gateway.dispatch import RequestState
 from flowkv_gateway.output import ChatWriter, Choice, Delta, Display, OpenAIWriter, TextWriter, prepare_stops
+from flowkv_gateway.request_state import RequestState
 from flowkv_gateway.schemas import ChoicesRequest
 from flowkv_gateway.tokenizer import Vocabulary
 from tests.gateway_support import no_usage, token_chunk

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
 
 from flowkv_common.wire.messages import SamplingParams
-from flowkv_gateway.dispatch import RequestState
 from flowkv_gateway.output import Choice, Display, StopFinder, prepare_stops
+from flowkv_gateway.request_state import RequestState
 from flowkv_gateway.tokenizer import Vocabulary
 from tests.gateway_support import token_chunk, write_tokenizer
 

@@ -10,8 +10,8 @@ import pytest
 from flowkv_common import fingerprint as fingerprint_module
 from flowkv_common.fingerprint import block_hashes
 from flowkv_common.wire.messages import SamplingParams, TokenChunk, encode
-from flowkv_gateway import dispatch
-from flowkv_gateway.dispatch import MAX_HASHES, MAX_HASHES_IN_LOOP, RequestState
+from flowkv_gateway import request_state
+from flowkv_gateway.request_state import MAX_HASHES, MAX_HASHES_IN_LOOP, RequestState
 
 
 def state(prompt_ids: Sequence[int], fingerprint: str = "f") -> RequestState:
@@ -40,7 +40,7 @@ def num_hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(hashes) - len(known))
         return hashes
 
-    monkeypatch.setattr(dispatch, "block_hashes", counted)
+    monkeypatch.setattr(request_state, "block_hashes", counted)
     return calls
 
 
@@ -74,7 +74,7 @@ async def test_long_prompts_are_hashed_beside_the_event_loop(
         threads.append(threading.get_ident())
         return ["0" * 32] * num_blocks
 
-    monkeypatch.setattr(dispatch, "block_hashes", noted)
+    monkeypatch.setattr(request_state, "block_hashes", noted)
     await state([0] * num_blocks).hash_blocks(1, MAX_HASHES)
     assert (threads == [threading.get_ident()]) == is_in_loop
 

@@ -16,7 +16,6 @@ from msgspec.structs import replace
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import ModelCard, SamplingParams
 from flowkv_gateway.chat import ChatFormat
-from flowkv_gateway.dispatch import RequestState, ServiceGoals
 from flowkv_gateway.errors import ContextLengthExceeded
 from flowkv_gateway.prompts import (
     SamplingDefaults,
@@ -25,6 +24,7 @@ from flowkv_gateway.prompts import (
     plan,
     service_goals,
 )
+from flowkv_gateway.request_state import RequestState, ServiceGoals
 from flowkv_gateway.schemas import (
     REFUSED,
     Body,

@@ -30,7 +30,7 @@ from flowkv_common.wire.messages import Grammar, ModelCard
 from flowkv_gateway.access import KEY_NAME, Guard
 from flowkv_gateway.answer import AnswerResponse, BestResponse, StreamResponse, log_refusal
 from flowkv_gateway.chat import ChatFormat, MakeReader
-from flowkv_gateway.dispatch import Dispatch, ServiceGoals
+from flowkv_gateway.dispatch import Dispatch
 from flowkv_gateway.echo import told_prompt
 from flowkv_gateway.errors import ModelNotFound, error_response, json_error, naming_fields, status_of
 from flowkv_gateway.grammar import GrammarChecker, Wanted, wanted_grammar
@@ -58,6 +58,7 @@ from flowkv_gateway.prompts import (
     plan,
     service_goals,
 )
+from flowkv_gateway.request_state import ServiceGoals
 from flowkv_gateway.response_store import ResponseStore, page_of_items
 from flowkv_gateway.response_writer import ResponseWriter
 from flowkv_gateway.responses import FIELD_NAMES as RESPONSE_FIELDS

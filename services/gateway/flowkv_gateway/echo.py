@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from flowkv_common.wire.messages import TokenLogprob
-from flowkv_gateway.dispatch import RequestState
+from flowkv_gateway.request_state import RequestState
 from flowkv_gateway.schemas import ChatRequest, CompletionRequest
 from flowkv_gateway.tokenizer import Vocabulary
 

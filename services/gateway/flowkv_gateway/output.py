@@ -19,11 +19,11 @@ import msgspec
 
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import TokenChunk, TokenLogprob
-from flowkv_gateway.dispatch import RequestState
 from flowkv_gateway.echo import ToldPrompt
 from flowkv_gateway.errors import error_body
 from flowkv_gateway.parsers import Arguments, CallBegins, Content, Event, Reasoning
 from flowkv_gateway.reader import AnswerReader
+from flowkv_gateway.request_state import RequestState
 from flowkv_gateway.schemas import ChoicesRequest, StreamOptions
 from flowkv_gateway.tokenizer import Vocabulary
 

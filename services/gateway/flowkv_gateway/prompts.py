@@ -12,8 +12,8 @@ import msgspec
 
 from flowkv_common.errors import BadRequest, CannotStart
 from flowkv_common.wire.messages import GREEDY_BELOW, Grammar, ModelCard, SamplingParams
-from flowkv_gateway.dispatch import NO_GOALS, RequestState, ServiceGoals
 from flowkv_gateway.errors import ContextLengthExceeded
+from flowkv_gateway.request_state import NO_GOALS, RequestState, ServiceGoals
 from flowkv_gateway.schemas import (
     MAX_CHOICES,
     ChatRequest,
