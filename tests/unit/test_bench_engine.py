@@ -21,6 +21,12 @@ MACHINE = Machine(read_bytes_per_s=1e9, flop_per_s=1e12)
 WORK = Work(layer_weights=100, head_weights=20, num_layers=2, hidden=8, kv_per_token=16)
 
 
+def test_an_engine_needs_only_the_standard_library_of_us() -> None:
+    """Each runs in an environment of its own."""
+    command = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import benchmarks.parties"
+    subprocess.run([sys.executable, "-I", "-S", "-c", command], check=True)
+
+
 def test_work_counts_the_weights_of_a_model(tmp_path: Path) -> None:
     config = {
         "hidden_size": 8,
