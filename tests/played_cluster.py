@@ -7,10 +7,14 @@ import contextlib
 import importlib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
+from typing import Any
+
+import msgspec
 
 from flowkv.__main__ import GROUPS
 from flowkv_common.bus.connection import Bus
 from flowkv_common.bus.service import Service
+from flowkv_common.wire.messages import KVTransferred
 from tests.described_nodes import MODEL, ReportingNode, reporting
 
 LEADER = {"state": "leader", "epoch": "7", "regime": "normal", "regime_reason": ""}
@@ -51,3 +55,19 @@ async def run(command: str, *arguments: str) -> int:
     async with asyncio.timeout(20):
         status: int = await asyncio.to_thread(main, list(arguments))
     return status
+
+
+def transferred(**changes: Any) -> KVTransferred:
+    """KV that has gone from `p0` to `d0`."""
+    moved = KVTransferred(
+        transfer_id="cmpl-1.0",
+        prefill_node="p0",
+        decode_node="d0",
+        connector="shm",
+        num_bytes=4096,
+        num_copies=1,
+        num_calls=1,
+        total_s=0.01,
+        exposed_s=0.01,
+    )
+    return msgspec.structs.replace(moved, **changes)

@@ -14,10 +14,10 @@ import pytest
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import KVTransferred, RequestFinished, encode
+from flowkv_common.wire.messages import RequestFinished, encode
 from tests.described_nodes import ReportingNode
 from tests.nats_server import NatsServer
-from tests.played_cluster import played_cluster, run
+from tests.played_cluster import played_cluster, run, transferred
 
 Captured = pytest.CaptureFixture[str]
 
@@ -117,17 +117,7 @@ def finished(decode_node: str) -> tuple[str, bytes]:
     return subjects.event("request_finished", "cmpl-1"), encode(event)
 
 
-TRANSFERRED = KVTransferred(
-    transfer_id="cmpl-1.0",
-    prefill_node="p0",
-    decode_node="d0",
-    connector="shm",
-    num_bytes=4096,
-    num_copies=1,
-    num_calls=1,
-    total_s=0.01,
-    exposed_s=0.01,
-)
+TRANSFERRED = transferred()
 
 
 @pytest.mark.parametrize(("decode_node", "said"), [("d0", "4096 bytes of KV by shm"), ("p0", "no KV moved")])

@@ -15,7 +15,6 @@ import pytest
 from flowkv_common.bus.connection import Bus
 from flowkv_common.config import GatewaySettings
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import KVTransferred
 from flowkv_gateway.dispatch import Dispatch
 from flowkv_gateway.live import is_wanted
 from flowkv_gateway.tokenizer import Tokenizer
@@ -23,7 +22,7 @@ from tests.described_nodes import NUM_BLOCKS, TOKEN_BUDGET, ReportingNode
 from tests.integration.test_command_trace import EVENT
 from tests.live_page import serving_page
 from tests.nats_server import NatsServer
-from tests.played_cluster import played_cluster
+from tests.played_cluster import played_cluster, transferred
 from tests.waiting import soon, until
 
 Pictures = AsyncIterator[dict[str, Any]]
@@ -69,17 +68,7 @@ async def test_a_picture_is_what_the_bus_says(
 ) -> None:
     p0 = ReportingNode(bus, "p0", "prefill", num_links=1, usual_connector="shm", pool="0000", num_prompts=2)
     d0 = ReportingNode(bus, "d0", "decode", num_running=3, free=64)
-    moved = KVTransferred(
-        transfer_id="r0.0",
-        prefill_node="p0",
-        decode_node="d0",
-        connector="shm",
-        num_bytes=4096,
-        num_copies=1,
-        num_calls=1,
-        total_s=0.5,
-        exposed_s=0.25,
-    )
+    moved = transferred(transfer_id="r0.0", total_s=0.5, exposed_s=0.25)
     async with played_cluster(bus, p0, d0), serving_page(nats_server, tokenizer) as served:
         assert not hears_events(served.dispatch)
         served.dispatch.finished.add(EVENT)

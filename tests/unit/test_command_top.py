@@ -10,9 +10,10 @@ from rich.console import Console
 
 from flowkv.top import BAR_WIDTH, phase_bar, screen
 from flowkv_common.cluster_view import ClusterView
-from flowkv_common.wire.messages import KVTransferred, RequestFinished
+from flowkv_common.wire.messages import RequestFinished
 from flowkv_common.wire.nodes import CapMoved
 from tests.described_nodes import descriptor, report
+from tests.played_cluster import transferred
 
 
 def finished(number: int, **phases_s: float) -> RequestFinished:
@@ -40,19 +41,7 @@ def view() -> ClusterView:
         view.on_event(finished(number, ttft=0.25, queue=0.1, prefill=0.1, decode=0.8, total=1.0))
     node = nodes[1].node
     view.on_event(CapMoved(node=node, epoch=1, before=16, after=512, reason="prompts wait"))
-    view.on_event(
-        KVTransferred(
-            transfer_id="cmpl-29.0",
-            prefill_node="p0",
-            decode_node="d0",
-            connector="shm",
-            num_bytes=5_000_000,
-            num_copies=1,
-            num_calls=1,
-            total_s=0.1,
-            exposed_s=0.1,
-        )
-    )
+    view.on_event(transferred(transfer_id="cmpl-29.0", num_bytes=5_000_000, total_s=0.1, exposed_s=0.1))
     return view
 
 
