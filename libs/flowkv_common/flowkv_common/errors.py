@@ -102,3 +102,8 @@ def invalid_input(complaint: str) -> BadRequest:
     if missing := re.search(r"missing required field `([^`]+)`", reason):
         path = f"{path}.{missing[1]}".lstrip(".")
     return BadRequest(f"{path}: {reason}" if path else reason, field=path or None)
+
+
+def first_line(error: BaseException) -> str:
+    """An error of a library, to be part of a sentence: its kind and how its message begins."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
 
-from flowkv_common.errors import CannotStart
+from flowkv_common.errors import CannotStart, first_line
 from flowkv_common.wire.messages import LayerKV
 from flowkv_engine.engine.attention import Span
 from flowkv_engine.engine.latents import keep_latents
@@ -40,10 +40,6 @@ def quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
         if has_bar:
             transformers.logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 class LayerAttention(NamedTuple):

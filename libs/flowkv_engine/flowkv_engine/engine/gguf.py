@@ -28,6 +28,7 @@ from transformers.modeling_gguf_pytorch_utils import (
     get_gguf_hf_weights_map,
 )
 
+from flowkv_common.errors import first_line
 from flowkv_engine.engine.stored import FORMS
 from flowkv_engine.engine.stored_modules import FORMS_KEY
 
@@ -53,7 +54,7 @@ def convert_gguf(file: Path, folder: Path, tokenizer_files: list[Path]) -> None:
             tensors, forms = _tensors(reader, module, arch)
         except Exception as error:  # of libraries that check little
             raise ValueError(
-                f"{file} holds a model ({arch}) that can't be read from GGUF ({_first_line(error)}): take "
+                f"{file} holds a model ({arch}) that can't be read from GGUF ({first_line(error)}): take "
                 "its folder of transformers"
             ) from error
         tokenizer = None
@@ -64,7 +65,7 @@ def convert_gguf(file: Path, folder: Path, tokenizer_files: list[Path]) -> None:
                 raise
             except BaseException as error:  # a panic of `tokenizers` is no Exception
                 raise ValueError(
-                    f"the tokenizer in {file} can't be read ({_first_line(error)}): put the model's "
+                    f"the tokenizer in {file} can't be read ({first_line(error)}): put the model's "
                     "tokenizer.json and tokenizer_config.json beside it"
                 ) from error
     folder.mkdir()
@@ -100,17 +101,13 @@ def _open(file: Path) -> GGUFReader:
         return _Reader(file)
     except Exception as error:  # of numpy: the reader takes what lengths it finds
         raise ValueError(
-            f"{file} is damaged or not complete ({_first_line(error)}): fetch it again"
+            f"{file} is damaged or not complete ({first_line(error)}): fetch it again"
         ) from error
 
 
 def _field(reader: GGUFReader, name: str, default: Any = "unknown") -> Any:
     field = reader.get_field(name)
     return default if field is None else field.contents()
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import load_state_dict
 
 from flowkv_common.config import DTYPES
-from flowkv_common.errors import CannotStart
+from flowkv_common.errors import CannotStart, first_line
 from flowkv_common.fingerprint import fingerprint, model_files, weight_files
 from flowkv_common.grammar import Grammars
 from flowkv_common.wire.messages import ModelCard, PoolLayout
@@ -37,7 +37,6 @@ from flowkv_engine.engine.dry_run import (
     LayerAttention,
     UnsupportedModel,
     dry_run,
-    first_line,
     quiet,
 )
 from flowkv_engine.engine.flat import is_flat
