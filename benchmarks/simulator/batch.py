@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from benchmarks.simulator.pool import Lease
-from flowkv.bench.traces import TOKENS_PER_HASH_ID, Request
+from benchmarks.simulator.pool import Lease, Piece
+from flowkv.bench.traces import Request
 from flowkv_common.wire.nodes import StepFit, num_attended
 from flowkv_node.measures import StepCounts, StepFitter
 
@@ -55,6 +55,7 @@ class Life:
     decode: int = -1
     at_prefill: Lease | None = None
     at_decode: Lease | None = None
+    pieces: Sequence[Piece] = ()  # of its prompt, for the prefix cache
     block_hashes: list[str] = field(default_factory=list)  # while it asks for nodes
     due_s: float = 0.0  # its first token, for the order of prompts at its node
     interruptible_until_s: float = 0.0  # by prompts in time
@@ -69,10 +70,9 @@ class Life:
     refused_with: int = 0  # the code of the error
     is_bad: bool = False  # it has missed a target
 
-    @property
-    def cacheable_ids(self) -> Sequence[int]:
-        """Ids that name 512 tokens of the prompt each. Its last token is always computed."""
-        return self.request.hash_ids[: (self.request.num_prompt_tokens - 1) // TOKENS_PER_HASH_ID]
+    def num_cached_in(self, lease: Lease, block_size: int) -> int:
+        """Tokens of the prompt that the lease found cached. The last one is always computed."""
+        return min(lease.num_cached, (self.request.num_prompt_tokens - 1) // block_size) * block_size
 
     @property
     def num_tokens(self) -> int:

@@ -9,14 +9,16 @@ done.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks.simulator.batch import step_s
 from benchmarks.simulator.kinds import NodeKind
+from benchmarks.simulator.pool import pieces_of
 from benchmarks.simulator.run import SLOW_FACTOR, Machines
-from flowkv.bench.traces import TOKENS_PER_HASH_ID, Request, Targets
+from flowkv.bench.traces import Request, Targets
 from flowkv_common.wire.nodes import num_attended
 
 # Of the time grid: a part of the TTFT target, and no more slots than this.
@@ -106,13 +108,15 @@ def _works(kind: NodeKind, requests: Sequence[Request], targets: Targets) -> lis
     fit = kind.fit
     num_tokens_held = kind.num_blocks * kind.layout.block_size
     useful_share = max(1e-9, 1.0 - fit.base_s / targets.tpot_s)
-    seen: set[int] = set()
+    block_size = kind.layout.block_size
+    seen: dict[int, int] = {}  # blocks of each id
     works = []
     for request in requests:
-        ids = request.hash_ids[: (request.num_prompt_tokens - 1) // TOKENS_PER_HASH_ID]
-        num_hits = next((place for place, key in enumerate(ids) if key not in seen), len(ids))
-        seen.update(ids)
-        num_cached = num_hits * TOKENS_PER_HASH_ID
+        pieces = pieces_of(request, block_size)
+        hits = takewhile(lambda piece: seen.get(piece[0], 0) >= piece[1], pieces)
+        num_hits = min(sum(num for _, num in hits), (request.num_prompt_tokens - 1) // block_size)
+        seen.update((key, max(num, seen.get(key, 0))) for key, num in pieces)
+        num_cached = num_hits * block_size
         num_new = request.num_prompt_tokens - num_cached
         num_later = request.num_output_tokens - 1
         marginal_s = step_s(fit, num_new, num_attended(num_new, num_cached), 0, 0) - fit.base_s

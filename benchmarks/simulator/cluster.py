@@ -16,7 +16,8 @@ from operator import attrgetter
 
 from benchmarks.simulator.batch import Life, Prompt
 from benchmarks.simulator.node import FINGERPRINT, REPORT_PERIOD_S, SimNode
-from flowkv.bench.traces import TOKENS_PER_HASH_ID, Targets
+from benchmarks.simulator.pool import pieces_of
+from flowkv.bench.traces import Targets
 from flowkv_common.errors import FlowKVError, Full
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import SetPrefillCap
@@ -122,7 +123,9 @@ class Cluster:
         self._at(self.now + REPORT_PERIOD_S, partial(self._tell_blocks, node))
 
     def _arrive(self, life: Life) -> None:
-        life.block_hashes = life.request.block_hashes(self.nodes[0].kind.layout.block_size)
+        block_size = self.nodes[0].kind.layout.block_size
+        life.pieces = pieces_of(life.request, block_size)
+        life.block_hashes = life.request.block_hashes(block_size)
         self._ask(life)
 
     def _ask(self, life: Life) -> None:
@@ -182,26 +185,27 @@ class Cluster:
 
     def _try_start(self, node: SimNode, life: Life, full: set[int]) -> bool:
         """Blocks on both sides, or none, and then the sides that lack room are `full`."""
-        decode, ids, request = self.nodes[life.decode], life.cacheable_ids, life.request
+        decode, pieces, request = self.nodes[life.decode], life.pieces, life.request
         # As decode nodes do: else a newcomer would preempt running sequences, and starve preempted ones.
-        num_owed = decode.num_blocks_owed(self.now) * decode.kind.layout.block_size
-        if not decode.pool.has_room(request.num_prompt_tokens + 1 + num_owed, ids):
+        block_size = decode.kind.layout.block_size
+        num_owed = decode.num_blocks_owed(self.now) * block_size
+        if not decode.pool.has_room(request.num_prompt_tokens + 1 + num_owed, pieces):
             full.add(decode.index)
             decode.blocked_senders[node.index] = None
             return False
-        if node is not decode and not node.pool.has_room(request.num_prompt_tokens + 1, ids):
+        if node is not decode and not node.pool.has_room(request.num_prompt_tokens + 1, pieces):
             full.add(node.index)
             node.blocked_senders[node.index] = None
             return False
-        life.at_decode = life.at_prefill = decode.pool.lease(request.num_prompt_tokens + 1, ids)
+        life.at_decode = life.at_prefill = decode.pool.lease(request.num_prompt_tokens + 1, pieces)
         decode.num_rooms_given += 1
         if node is not decode:
             self._changed(decode)  # its sequences may grow into less
-            life.at_prefill = node.pool.lease(request.num_prompt_tokens + 1, ids)
+            life.at_prefill = node.pool.lease(request.num_prompt_tokens + 1, pieces)
             node.num_sending += 1
             node.sending_tokens += request.num_prompt_tokens
-        life.num_cached_tokens = len(life.at_prefill.pinned) * TOKENS_PER_HASH_ID
-        life.num_moved_tokens = request.num_prompt_tokens - len(life.at_decode.pinned) * TOKENS_PER_HASH_ID
+        life.num_cached_tokens = life.num_cached_in(life.at_prefill, block_size)
+        life.num_moved_tokens = request.num_prompt_tokens - life.num_cached_in(life.at_decode, block_size)
         prompt = Prompt(life, request.num_prompt_tokens, life.num_cached_tokens, life.due_s)
         is_first, stretch = node.batch.add_prompt(prompt), node.batch.stretch
         if is_first or stretch is None or not stretch.prompt_tokens:
@@ -219,7 +223,7 @@ class Cluster:
         life.interruptible_until_s = 0.0  # if it is computed again
         life.num_produced = 1
         self._count_bad(life, life.ttft_s > self._targets.ttft_s)
-        node.pool.commit(life.at_prefill, life.cacheable_ids)
+        node.pool.commit(life.at_prefill, life.pieces)
         if life.request.num_output_tokens == 1:
             self._left_prefill(life)
             self._finish(life)
@@ -232,7 +236,7 @@ class Cluster:
     def _landed(self, life: Life) -> None:
         node = self.nodes[life.decode]
         assert life.at_decode is not None, "it has landed in blocks"
-        node.pool.commit(life.at_decode, life.cacheable_ids)
+        node.pool.commit(life.at_decode, life.pieces)
         self._decode(node, life)
         self._left_prefill(life)
 
@@ -300,10 +304,10 @@ class Cluster:
         while node.preempted:
             life = node.preempted[0]
             num_tokens = life.num_tokens
-            if not pool.has_room(num_tokens + 1, life.cacheable_ids):
+            if not pool.has_room(num_tokens + 1, life.pieces):
                 break
-            life.at_decode = pool.lease(life.request.num_prompt_tokens + 1, life.cacheable_ids)
-            num_cached = len(life.at_decode.pinned) * TOKENS_PER_HASH_ID
+            life.at_decode = pool.lease(life.request.num_prompt_tokens + 1, life.pieces)
+            num_cached = life.num_cached_in(life.at_decode, node.kind.layout.block_size)
             batch.add_prompt(Prompt(life, num_tokens, num_cached, -math.inf))  # before all prompts
             node.preempted.popleft()
         num_free = (pool.num_free + pool.num_cached) * node.kind.layout.block_size

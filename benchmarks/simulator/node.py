@@ -113,11 +113,14 @@ class SimNode:
             return None
         self._blocks_seq += 1
         size = self.kind.layout.block_size
+        names = {name: None for key, num in stored for name in hashes_of_id(key, size)[:num]}
+        gone = (name for key, num in removed for name in hashes_of_id(key, size)[:num])
         return BlocksChanged(
             node=self.ref,
             seq=self._blocks_seq,
-            stored=[name for key in stored for name in hashes_of_id(key, size)],
-            removed=[name for key in removed for name in hashes_of_id(key, size)],
+            stored=list(names),
+            # Another end of the same id may have come.
+            removed=[name for name in gone if name not in names],
         )
 
     def report(self, now: float) -> LoadReport:

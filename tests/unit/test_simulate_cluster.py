@@ -99,6 +99,14 @@ def test_a_cached_prefix_is_neither_computed_nor_sent() -> None:
     assert second.tpot_s == pytest.approx(76e-4 / 76 * 76 + 0.005 + 0.011 + 1e-7 * 1101, rel=1e-9)
 
 
+@pytest.mark.parametrize(("num_tokens", "num_cached"), [(1024, 960), (1100, 1088)])
+def test_of_a_prompt_that_comes_again_only_the_end_is_computed(num_tokens: int, num_cached: int) -> None:
+    prompt = Request(num_tokens, 2, (1, 2, 3))
+    first, second = run([prompt, prompt._replace(arrival_s=5.0)], num_nodes=2).lives
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, num_cached)
+    assert second.num_moved_tokens == num_tokens - num_cached
+
+
 def busy_traffic(seed: int) -> list[Request]:
     """More than the nodes can hold, with prompts that only just fit, and answers of one token."""
     draw = random.Random(seed)
@@ -207,7 +215,8 @@ def test_news_of_blocks_name_what_a_request_asks_for(monkeypatch: pytest.MonkeyP
     Cluster(nodes, planner, lives, LOOSE).run()
     assert {news.node.node_id for news in heard} == {node.ref.node_id for node in nodes}
     assert [(news.seq, news.removed) for news in heard] == [(1, []), (1, [])]
-    full = request.block_hashes(LAYOUT.block_size)[: 1024 // LAYOUT.block_size]
+    full = request.block_hashes(LAYOUT.block_size)
+    assert len(full) == 1100 // LAYOUT.block_size
     assert [news.stored for news in heard] == [full, full]
 
 
