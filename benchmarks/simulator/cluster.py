@@ -17,7 +17,7 @@ from operator import attrgetter
 from benchmarks.simulator.batch import Life, Prompt
 from benchmarks.simulator.node import FINGERPRINT, REPORT_PERIOD_S, SimNode
 from benchmarks.simulator.pool import pieces_of
-from flowkv.bench.traces import Targets
+from flowkv.bench.traces import TOKENS_PER_HASH_ID, Targets
 from flowkv_common.errors import FlowKVError, Full
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import SetPrefillCap
@@ -118,6 +118,7 @@ class Cluster:
         self._at(self.now + CONTROL_S, partial(self._report, node, node.num_reports))
 
     def _tell_blocks(self, node: SimNode) -> None:
+        self._commit_computed(node)
         if (news := node.block_news()) is not None:
             self._planner.state.prefixes.apply_change(news)
         self._at(self.now + REPORT_PERIOD_S, partial(self._tell_blocks, node))
@@ -186,6 +187,8 @@ class Cluster:
     def _try_start(self, node: SimNode, life: Life, full: set[int]) -> bool:
         """Blocks on both sides, or none, and then the sides that lack room are `full`."""
         decode, pieces, request = self.nodes[life.decode], life.pieces, life.request
+        if pieces:
+            self._commit_computed(node)
         # As decode nodes do: else a newcomer would preempt running sequences, and starve preempted ones.
         block_size = decode.kind.layout.block_size
         num_owed = decode.num_blocks_owed(self.now) * block_size
@@ -211,6 +214,12 @@ class Cluster:
         if is_first or stretch is None or not stretch.prompt_tokens:
             self._changed(node)  # else it is behind a prompt that fills each step, and changes none of them
         return True
+
+    def _commit_computed(self, node: SimNode) -> None:
+        """Cached are also prompts that are being computed, as far as they are."""
+        for life, num_computed, _ in node.batch.queued(self.now):
+            if life.at_prefill is not None:
+                node.pool.commit(life.at_prefill, life.pieces[: num_computed // TOKENS_PER_HASH_ID])
 
     def _computed(self, node: SimNode, prompt: Prompt) -> None:
         """The first token. The KV goes to the decode node, if another one, unless that was all."""

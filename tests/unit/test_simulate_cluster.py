@@ -107,6 +107,14 @@ def test_of_a_prompt_that_comes_again_only_the_end_is_computed(num_tokens: int, 
     assert second.num_moved_tokens == num_tokens - num_cached
 
 
+def test_a_prompt_that_is_being_computed_is_cached_as_far_as_it_is() -> None:
+    prompt = Request(4096, 2, tuple(range(8)))
+    first, second = run([prompt, prompt._replace(arrival_s=0.3)], num_nodes=2).lives
+    two_chunks_s = sum(step_s(FIT, 1024, 1024 * done + 1024 * 1025 // 2, 0, 0) for done in (0, 1024))
+    assert CONTROL_S + two_chunks_s < 0.3 < first.first_token_s
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 2048)
+
+
 def busy_traffic(seed: int) -> list[Request]:
     """More than the nodes can hold, with prompts that only just fit, and answers of one token."""
     draw = random.Random(seed)
