@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import BenchmarkFailed, simulated
 from benchmarks.clusters import Observed, Pace
-from benchmarks.simulated import PACED, asked_exactly, compare, points_off
+from benchmarks.simulated import PACED, asked_exactly, compare, delayed, points_off
 from benchmarks.simulator.run import Machines, simulate
 from flowkv.bench.load import Arrival
 from flowkv.bench.load import Outcome as Answer
@@ -30,11 +30,13 @@ def test_a_run_is_told_by_good_requests_and_means() -> None:
     requests = [asked_exactly(Request(100, 2, (), float(n))) for n in range(3)]
     targets = Targets(1.0, 0.5)
     outcome = simulate(Machines(PACED, 2), 1, "static", requests, targets)
-    found = compare([answer(0.5), answer(2.5), answer(0.0, 429)], outcome, targets)
+    refused = simulate(Machines(PACED, 2), 1, "static", requests, Targets(0.0, 0.5), max_bad=0)
+    found = compare([answer(0.5), answer(2.5), answer(0.0, 429)], [outcome, refused], targets)
     assert found["num_requests"] == 3
     assert (found["measured_good"], found["measured_num_served"]) == (1, 2)
     assert (found["measured_late_first"], found["measured_slow"]) == (1, 0)
-    assert (found["simulated_good"], found["simulated_num_served"]) == (3, 3)
+    assert refused.num_good == 2  # it ended with the first one that was late
+    assert (found["simulated_good"], found["simulated_num_served"]) == (2.5, 1.5)
     assert found["measured_ttft_s"] == 1.5
     assert found["measured_tpot_s"] == pytest.approx(0.04)
     assert found["measured_tokens_per_s"] == pytest.approx(4 / 3.54)
@@ -43,7 +45,7 @@ def test_a_run_is_told_by_good_requests_and_means() -> None:
 def test_a_run_that_serves_nothing_has_no_means() -> None:
     requests = [asked_exactly(Request(100, 1))]
     outcome = simulate(Machines(PACED, 2), 1, "static", requests, Targets(1.0, 0.5))
-    found = compare([answer(0.0, 429)], outcome, Targets(1.0, 0.5))
+    found = compare([answer(0.0, 429)], [outcome], Targets(1.0, 0.5))
     assert (found["measured_num_served"], found["simulated_num_served"]) == (0, 1)
     assert (found["measured_ttft_s"], found["measured_tokens_per_s"]) == (None, None)
     assert found["simulated_tpot_s"] is None
@@ -102,3 +104,13 @@ def test_the_command_runs_each_cell(
     assert capsys.readouterr().out.count("1P1D") == 3
     with pytest.raises(BenchmarkFailed, match="begun with --requests 20"):
         simulated.main([*argv, "--requests", "21"])
+
+
+def test_delays_are_short_and_keep_all_requests() -> None:
+    requests = [Request(n, 1, (), 0.01 * n) for n in range(1, 100)]
+    late = delayed(requests, 1)
+    assert late == delayed(requests, 1) != delayed(requests, 2)
+    assert [one.arrival_s for one in late] == sorted(one.arrival_s for one in late)
+    delays = [one.arrival_s - 0.01 * one.num_prompt_tokens for one in late]
+    assert 0.0 <= min(delays) < max(delays) <= 0.02
+    assert {one.num_prompt_tokens for one in late} == set(range(1, 100))
