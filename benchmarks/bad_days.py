@@ -157,8 +157,8 @@ class Claims:
         """Nodes of this process report so while the context lasts."""
         true_report = reporting.load_report
 
-        def load_report(node: Node, seq: int) -> LoadReport:
-            report, name = true_report(node, seq), node.ref.node_id
+        def load_report(node: Node, seq: int, pool: str = "") -> LoadReport:
+            report, name = true_report(node, seq, pool), node.ref.node_id
             self.latest[name] = report
             if said := self.stuck.get(name):
                 costs = {cost: getattr(said, cost) for cost in COSTS}

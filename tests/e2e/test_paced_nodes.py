@@ -251,8 +251,8 @@ async def test_a_liar_loses_its_work_within_two_seconds(
     """It becomes ten times slower, and reports that it is idle and quick beyond all others."""
     honest, is_lying = reporting.load_report, asyncio.Event()
 
-    def load_report(node: Node, seq: int) -> LoadReport:
-        report = honest(node, seq)
+    def load_report(node: Node, seq: int, pool: str = "") -> LoadReport:
+        report = honest(node, seq, pool)
         if node.ref.node_id != "prefill-0" or not is_lying.is_set():
             return report
         lie = fit(base_s=1e-6, prefill_token_s=1e-9)

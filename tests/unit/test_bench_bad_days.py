@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 
 from benchmarks.bad_days import (
     DAYS,
     NUM_ELSEWHERE,
+    Claims,
     Day,
     Seen,
     burst,
@@ -18,6 +21,7 @@ from benchmarks.bad_days import (
 from benchmarks.clusters import ONE_CORE, Pace
 from flowkv.bench.load import Arrival, Outcome
 from flowkv_common.wire.nodes import BlockCounts, RegimeChanged
+from flowkv_node import reporting
 from flowkv_scheduler.belief import why_untrue
 from tests import described_nodes
 
@@ -67,6 +71,12 @@ def test_overload_lasts_until_it_is_over_or_nothing_comes_any_more() -> None:
     assert watched.overload_s() == 2.0 + 3.0
     watched.hear(RegimeChanged(epoch=1, before="normal", after="overload", reason="many wait"))
     assert watched.regimes[-1][1] == "overload"
+
+
+def test_lies_are_told_where_nodes_ask_for_their_reports() -> None:
+    asked = signature(reporting.load_report)
+    with Claims().told():
+        assert signature(reporting.load_report) == asked
 
 
 def test_a_lie_is_one_that_the_scheduler_can_not_see_through() -> None:

@@ -84,6 +84,7 @@ def test_the_command_runs_each_cell(
 
     monkeypatch.setattr(simulated, "start_cluster", started)
     monkeypatch.setattr(simulated, "drive_observed", driven)
+    monkeypatch.setattr(simulated, "NUM_SIMULATED", 2)
     file = tmp_path / "out.json"
     argv = ["--model", "any", "--trace", "agents", "--nodes", "1", "--loads", "0.7", "--runs", "2"]
     assert simulated.main([*argv, "--requests", "20", "--json", str(file)]) == 0
