@@ -38,7 +38,7 @@ HERE = "here"
 HANDOFF_S = 0.005
 # While a node serves both sides, or works off what is left, its steps take this part of the ITL target. Of a
 # prefill node that is all it spends on decoding: the rest is for prompts, which requests elsewhere wait for.
-SHARED_ITL = 0.65
+SHARED_ITL = 0.33
 # A request that has waited for this part of the longest wait may exceed the ITL target of others: a deadline,
 # so that none starves. How many requests are good does not depend on it.
 PATIENCE = 0.5
