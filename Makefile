@@ -14,7 +14,7 @@ CLIENTS := .venv-clients
 SHORT   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-full compose-test clients lint fmt clean
+.PHONY: help install up test test-full coverage compose-test clients lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -44,11 +44,14 @@ up: $(VENV)/ready ## start NATS and all services as processes; Ctrl-C drains and
 
 test: $(VENV)/ready-dev ## the tests: real NATS, real model, real processes
 	@$(PY) -m flowkv_engine.engine.fetch
-	$(PY) -m pytest -m "not full and not gpu and not compose" --ignore tests/e2e --numprocesses 3 --dist loadfile --cov --cov-report=
+	$(PY) -m pytest -m "not full and not gpu and not compose" --ignore tests/e2e --numprocesses 3 --dist loadfile
 	$(PY) -m pytest -m "not full and not gpu and not compose" tests/e2e
 
 test-full: $(VENV)/ready-dev ## the tests and the long matrices
 	$(PY) -m pytest -m "not gpu and not compose"
+
+coverage: $(VENV)/ready-dev ## the tests but for whole clusters; fails when they run less than 93 % of the lines
+	$(PY) -m pytest -m "not full and not gpu and not compose" --ignore tests/e2e --numprocesses 3 --dist loadfile --cov
 
 compose-test: $(VENV)/ready-dev ## the composed system on a Docker Engine: built, scaled, broken, taken down
 	@$(PY) -m flowkv_engine.engine.fetch
