@@ -3,9 +3,9 @@
 Paced nodes and the simulator have steps of the same stated time, the same scheduler and the same requests.
 What differs is what the simulator leaves out: messages, handoffs, HTTP. A cluster under load is chaotic: that
 requests come some milliseconds later makes up to a twentieth of them good or bad, so the simulator's figures
-are means of several runs with such delays. With `--real` one prefill and one
-decode node compute the model on one thread each. What they have measured of their own steps when the load has
-ended is all that the simulator knows of them; nothing is refused.
+are means of several runs with such delays. With `--real` one prefill and one decode node compute the model on
+one thread each. What they have measured of their own steps when the load has ended is all that the simulator
+knows of them; nothing is refused.
 """
 
 from __future__ import annotations

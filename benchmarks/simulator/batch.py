@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from benchmarks.simulator.pool import Lease, Piece
-from flowkv.bench.traces import Request
+from benchmarks.simulator.pool import Lease
+from flowkv.bench.traces import Piece, Request
 from flowkv_common.wire.nodes import StepFit, num_attended
 from flowkv_node.measures import StepCounts, StepFitter
 

@@ -16,7 +16,6 @@ import numpy as np
 
 from benchmarks.simulator.batch import step_s
 from benchmarks.simulator.kinds import NodeKind
-from benchmarks.simulator.pool import pieces_of
 from benchmarks.simulator.run import SLOW_FACTOR, Machines
 from flowkv.bench.traces import Request, Targets
 from flowkv_common.wire.nodes import num_attended
@@ -112,7 +111,7 @@ def _works(kind: NodeKind, requests: Sequence[Request], targets: Targets) -> lis
     seen: dict[int, int] = {}  # blocks of each id
     works = []
     for request in requests:
-        pieces = pieces_of(request, block_size)
+        pieces = request.pieces(block_size)
         hits = takewhile(lambda piece: seen.get(piece[0], 0) >= piece[1], pieces)
         num_hits = min(sum(num for _, num in hits), (request.num_prompt_tokens - 1) // block_size)
         seen.update((key, max(num, seen.get(key, 0))) for key, num in pieces)

@@ -16,8 +16,7 @@ from operator import attrgetter
 
 from benchmarks.simulator.batch import Life, Prompt
 from benchmarks.simulator.node import FINGERPRINT, REPORT_PERIOD_S, SimNode
-from benchmarks.simulator.pool import pieces_of
-from flowkv.bench.traces import TOKENS_PER_HASH_ID, Targets
+from flowkv.bench.traces import TOKENS_PER_HASH_ID, Targets, hashes_of
 from flowkv_common.errors import FlowKVError, Full
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import SetPrefillCap
@@ -124,9 +123,8 @@ class Cluster:
         self._at(self.now + REPORT_PERIOD_S, partial(self._tell_blocks, node))
 
     def _arrive(self, life: Life) -> None:
-        block_size = self.nodes[0].kind.layout.block_size
-        life.pieces = pieces_of(life.request, block_size)
-        life.block_hashes = life.request.block_hashes(block_size)
+        life.pieces = life.request.pieces(self.nodes[0].kind.layout.block_size)
+        life.block_hashes = hashes_of(life.pieces)
         self._ask(life)
 
     def _ask(self, life: Life) -> None:
@@ -174,6 +172,8 @@ class Cluster:
 
     def _start_line(self, node: SimNode) -> None:
         """Start the line's first requests that find room on both sides; none overtakes for the same room."""
+        if node.line:
+            self._commit_computed(node)
         full: set[int] = set()
         waiting: list[Life] = []
         while node.line and len(waiting) + node.num_sending < MAX_HANDOFFS:
@@ -187,8 +187,6 @@ class Cluster:
     def _try_start(self, node: SimNode, life: Life, full: set[int]) -> bool:
         """Blocks on both sides, or none, and then the sides that lack room are `full`."""
         decode, pieces, request = self.nodes[life.decode], life.pieces, life.request
-        if pieces:
-            self._commit_computed(node)
         # As decode nodes do: else a newcomer would preempt running sequences, and starve preempted ones.
         block_size = decode.kind.layout.block_size
         num_owed = decode.num_blocks_owed(self.now) * block_size

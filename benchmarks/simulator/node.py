@@ -7,7 +7,7 @@ from collections import deque
 from benchmarks.simulator.batch import Batch, Histogram, Life, slowed
 from benchmarks.simulator.kinds import NodeKind
 from benchmarks.simulator.pool import Pool
-from flowkv.bench.traces import hashes_of_id
+from flowkv.bench.traces import hashes_of
 from flowkv_common.wire.messages import ModelCard, NodeRef
 from flowkv_common.wire.nodes import (
     BlockCounts,
@@ -112,15 +112,13 @@ class SimNode:
         if not stored and not removed:
             return None
         self._blocks_seq += 1
-        size = self.kind.layout.block_size
-        names = {name: None for key, num in stored for name in hashes_of_id(key, size)[:num]}
-        gone = (name for key, num in removed for name in hashes_of_id(key, size)[:num])
+        names = dict.fromkeys(hashes_of(stored))
         return BlocksChanged(
             node=self.ref,
             seq=self._blocks_seq,
             stored=list(names),
             # Another end of the same id may have come.
-            removed=[name for name in gone if name not in names],
+            removed=[name for name in hashes_of(removed) if name not in names],
         )
 
     def report(self, now: float) -> LoadReport:

@@ -6,18 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from flowkv.bench.traces import TOKENS_PER_HASH_ID, Request
-
-# An id of a trace, and how many full blocks of its 512 tokens a prompt has: all but for the prompt's end.
-Piece = tuple[int, int]
-
-
-def pieces_of(request: Request, block_size: int) -> tuple[Piece, ...]:
-    """The full blocks of the prompt that ids name, in order."""
-    per_id = TOKENS_PER_HASH_ID // block_size
-    num_blocks = min(request.num_prompt_tokens // block_size, len(request.hash_ids) * per_id)
-    ids = request.hash_ids[: -(-num_blocks // per_id)]
-    return tuple((key, min(per_id, num_blocks - per_id * place)) for place, key in enumerate(ids))
+from flowkv.bench.traces import TOKENS_PER_HASH_ID, Piece
 
 
 @dataclass(slots=True)

@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.simulator.pool import Lease, Piece, Pool, pieces_of
-from flowkv.bench.traces import Request
+from benchmarks.simulator.pool import Lease, Pool
+from flowkv.bench.traces import Piece, Request
 
 BLOCKS_PER_ID = 512 // 64
 # Each names all before it, as in a trace: two chains of one root, and one of their own.
@@ -173,7 +173,7 @@ def test_the_end_of_a_chain_goes_first() -> None:
 
 
 def test_pieces_are_the_full_blocks_that_ids_name() -> None:
-    assert pieces_of(Request(1100, 1, (1, 2, 3)), 64) == ((1, 8), (2, 8), (3, 1))
-    assert pieces_of(Request(1087, 1, (1, 2, 3)), 64) == whole(1, 2)
-    assert pieces_of(Request(1100, 1, (1,)), 64) == whole(1)
-    assert pieces_of(Request(63, 1, (1,)), 64) == ()
+    assert Request(1100, 1, (1, 2, 3)).pieces(64) == [(1, 8), (2, 8), (3, 1)]
+    assert Request(1087, 1, (1, 2, 3)).pieces(64) == list(whole(1, 2))
+    assert Request(1100, 1, (1,)).pieces(64) == list(whole(1))
+    assert Request(63, 1, (1,)).pieces(64) == []

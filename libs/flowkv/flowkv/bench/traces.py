@@ -20,6 +20,8 @@ TOKENS_PER_HASH_ID = 512
 ASKED_NEW_TOKENS = 2048
 # Token ids that stand for text in every tokenizer used here.
 TOKEN_IDS = range(1000, 30_000)
+# An id of a trace, and how many full blocks of its 512 tokens a prompt has: all but for the prompt's end.
+Piece = tuple[int, int]
 
 
 class Request(NamedTuple):
@@ -34,12 +36,16 @@ class Request(NamedTuple):
     arrival_s: float = 0.0
     max_tokens: int = ASKED_NEW_TOKENS
 
+    def pieces(self, block_size: int) -> list[Piece]:
+        """The full blocks of the prompt that `hash_ids` name, in order."""
+        per_id = TOKENS_PER_HASH_ID // block_size
+        num_blocks = min(self.num_prompt_tokens // block_size, len(self.hash_ids) * per_id)
+        ids = self.hash_ids[: -(-num_blocks // per_id)]
+        return [(key, min(per_id, num_blocks - per_id * place)) for place, key in enumerate(ids)]
+
     def block_hashes(self, block_size: int) -> list[str]:
-        """One hash for each full block of the prompt that `hash_ids` name."""
-        num_blocks = min(self.num_prompt_tokens, len(self.hash_ids) * TOKENS_PER_HASH_ID) // block_size
-        num_ids = -(-num_blocks * block_size // TOKENS_PER_HASH_ID)
-        hashes = [name for key in self.hash_ids[:num_ids] for name in hashes_of_id(key, block_size)]
-        return hashes[:num_blocks]
+        """One hash for each block of `pieces`."""
+        return hashes_of(self.pieces(block_size))
 
 
 class Targets(NamedTuple):
@@ -52,9 +58,9 @@ class Targets(NamedTuple):
         return ttft_s is not None and ttft_s <= self.ttft_s and tpot_s <= self.tpot_s
 
 
-def hashes_of_id(hash_id: int, block_size: int) -> list[str]:
-    """One hash for each block of the 512 tokens that an id names, of 32 hex digits as on the wire."""
-    return [f"{hash_id:08x}{place:08x}" * 2 for place in range(TOKENS_PER_HASH_ID // block_size)]
+def hashes_of(pieces: Sequence[Piece]) -> list[str]:
+    """One hash for each block, of 32 hex digits as on the wire."""
+    return [f"{key:08x}{place:08x}" * 2 for key, num_blocks in pieces for place in range(num_blocks)]
 
 
 def tokens_of(hash_ids: Sequence[int], num_tokens: int) -> list[int]:
