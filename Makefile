@@ -13,6 +13,9 @@ CLIENTS := .venv-clients
 # `make compose-test SHORT=1`: only the API, its errors, and what a stranger can do.
 SHORT   ?=
 
+DEFAULT := -m "not full and not gpu and not compose"
+PARTS   := $(DEFAULT) --ignore tests/e2e --numprocesses 3 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help install up test test-full coverage compose-test clients lint fmt clean
 
@@ -44,14 +47,15 @@ up: $(VENV)/ready ## start NATS and all services as processes; Ctrl-C drains and
 
 test: $(VENV)/ready-dev ## the tests: real NATS, real model, real processes
 	@$(PY) -m flowkv_engine.engine.fetch
-	$(PY) -m pytest -m "not full and not gpu and not compose" --ignore tests/e2e --numprocesses 3 --dist loadfile
-	$(PY) -m pytest -m "not full and not gpu and not compose" tests/e2e
+	$(PY) -m pytest $(PARTS)
+	$(PY) -m pytest $(DEFAULT) tests/e2e
 
 test-full: $(VENV)/ready-dev ## the tests and the long matrices
 	$(PY) -m pytest -m "not gpu and not compose"
 
 coverage: $(VENV)/ready-dev ## the tests but for whole clusters; fails when they run less than 93 % of the lines
-	$(PY) -m pytest -m "not full and not gpu and not compose" --ignore tests/e2e --numprocesses 3 --dist loadfile --cov
+	@$(PY) -m flowkv_engine.engine.fetch
+	$(PY) -m pytest $(PARTS) --cov
 
 compose-test: $(VENV)/ready-dev ## the composed system on a Docker Engine: built, scaled, broken, taken down
 	@$(PY) -m flowkv_engine.engine.fetch
