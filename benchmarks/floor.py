@@ -69,7 +69,8 @@ class Work:
         dim = config.get("head_dim") or hidden // heads
         kv_heads, layers = config["num_key_value_heads"], config["num_hidden_layers"]
         projections = 2 * hidden * heads * dim + 2 * hidden * kv_heads * dim
-        num_experts = config.get("num_experts", 1)
+        # transformers writes the latter name, whatever it has read.
+        num_experts = config.get("num_experts") or config.get("num_local_experts", 1)
         mlp = 3 * hidden * config["moe_intermediate_size" if num_experts > 1 else "intermediate_size"]
         is_dense = num_experts == 1
         return cls(

@@ -43,6 +43,23 @@ def test_work_counts_the_weights_of_a_model(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
+def test_work_counts_the_experts_of_a_mixture(tmp_path: Path, name: str) -> None:
+    config = {
+        "hidden_size": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 3,
+        "moe_intermediate_size": 10,
+        "vocab_size": 7,
+        name: 32,
+        "num_experts_per_tok": 4,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    work = Work.of(tmp_path / "config.json")
+    assert (work.num_experts, work.top_k, work.expert_weights) == (32, 4, 3 * 3 * 8 * 10)
+
+
 def test_of_a_mixture_a_step_reads_the_experts_that_its_tokens_go_to() -> None:
     work = dataclasses.replace(WORK, expert_weights=10, num_experts=4, top_k=1)
     assert work.num_weights == 160
