@@ -25,6 +25,7 @@ OPERATE = {
     "drain": ("flowkv.hands:drain", "a node takes nothing new and finishes what it has"),
     "resume": ("flowkv.hands:resume", "a drained node takes new work again"),
     "lend": ("flowkv.hands:lend", "move a node to the other side: to prefill, to decode, to both"),
+    "certs": ("flowkv.certs:main", "a private authority and certificates, to try TLS with"),
     "completion": ("flowkv.completion:main", "the Tab key for bash, zsh and fish"),
 }
 GROUPS = {

@@ -1,0 +1,38 @@
+"""A private authority and a certificate for each service, to try TLS with.
+
+  flowkv certs FOLDER --host 10.0.0.1 --host kv.example
+
+FOLDER then holds ca.pem, and NAME.pem and NAME.key of gateway, scheduler, node, nats and operator. Each
+certificate is for its service's name, for localhost, and for the hosts named here. Run it again before they
+expire: the authority stays, so services trust old and new ones alike.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flowkv.terminal import console, make_parser
+from flowkv_common.errors import CannotStart
+
+DAYS = 365
+
+
+def main(argv: list[str]) -> int:
+    parser = make_parser("certs", __doc__, needs_nats=False)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "--host", action="append", default=[], metavar="NAME", help="a name or address that services have"
+    )
+    parser.add_argument("--days", type=int, default=DAYS, help=f"how long they are valid (default {DAYS})")
+    options = parser.parse_args(argv)
+    if options.days < 1:
+        raise CannotStart(f"--days is {options.days}, it must be 1 or more")
+    try:
+        from flowkv.authority import NAMES, make_certificates
+    except ModuleNotFoundError as error:
+        raise CannotStart(f"{error.name} is not installed: pip install 'flowkv[certs]'") from None
+
+    make_certificates(options.folder, options.host, options.days)
+    console().print(f"{options.folder}: ca.pem; {', '.join(f'{name}.pem and .key' for name in NAMES)}")
+    console().print("A service needs ca.pem and its own two files. Keep ca.key to yourself.")
+    return 0
