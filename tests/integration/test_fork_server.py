@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections import Counter
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flowkv import fork_server
 from flowkv.fork_server import ForkServer
 from flowkv.processes import ClusterError
 
@@ -88,6 +90,32 @@ def test_the_end_of_the_fork_server_ends_no_node(env: dict[str, str], tmp_path: 
     assert child.poll() is None
     child.send_signal(signal.SIGKILL)
     child.wait(TIMEOUT_S)
+
+
+def test_a_fork_that_is_not_given_to_its_starter_says_so_at_once(
+    server: ForkServer, env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(fork_server, "_adopts_orphans", contextlib.nullcontext)
+        with pytest.raises(ClusterError, match=f"decode-0 can't be forked: .* not to {os.getpid()}"):
+            server.fork("decode-0", SCHEDULER, env, tmp_path / "log")
+    child = server.fork("decode-0", SCHEDULER, env, tmp_path / "log")  # the fork server is as good as before
+    child.send_signal(signal.SIGKILL)
+    child.wait(TIMEOUT_S)
+
+
+def test_only_the_imports_may_take_long(
+    env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = set(psutil.Process().children())
+    with ForkServer(tmp_path / "server", env) as server:
+        (process,) = set(psutil.Process().children()) - others
+        server.fork("decode-0", ["no-such"], env, tmp_path / "log").wait(TIMEOUT_S)
+        assert fork_server.FORK_TIMEOUT_S < fork_server.IMPORT_TIMEOUT_S / 10
+        monkeypatch.setattr(fork_server, "FORK_TIMEOUT_S", 0.1)
+        process.suspend()
+        with pytest.raises(ClusterError, match=r"decode-1 can't be forked \(timed out\)"):
+            server.fork("decode-1", ["no-such"], env, tmp_path / "log")
 
 
 def test_what_libraries_read_at_import_is_not_changed(env: dict[str, str], tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from typing import Any, Self
 from flowkv.processes import ClusterError, Process, die_with_parent
 
 PR_SET_CHILD_SUBREAPER = 36
-FORK_TIMEOUT_S = 300.0  # as long as a cluster may take to be ready: a starved host imports for minutes
+IMPORT_TIMEOUT_S = 300.0  # as long as a cluster may take to be ready: a starved host imports for minutes
+FORK_TIMEOUT_S = 5.0  # it takes some 10 ms
 ROOM_FOR_ARGUMENTS = 512  # bytes: a node's command line is written over the fork server's
 
 
@@ -40,7 +41,8 @@ class ForkServer:
 
     def __enter__(self) -> Self:
         self._connection, theirs = socket.socketpair()
-        self._connection.settimeout(FORK_TIMEOUT_S)
+        self._answers = self._connection.makefile("rb")
+        self._has_imported = False
         fd = theirs.fileno()
         command = [sys.executable, "-m", "flowkv.fork_server", str(fd), " " * ROOM_FOR_ARGUMENTS]
         with theirs:
@@ -50,6 +52,7 @@ class ForkServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._answers.close()
         self._connection.close()
         self._process.kill()
 
@@ -60,7 +63,7 @@ class ForkServer:
     def fork(self, name: str, arguments: list[str], env: Mapping[str, str], log_path: Path) -> Process:
         """Starts `flowkv ARGUMENTS...`, which `ps` and `top` call `name`. Waits for the imports.
 
-        Raises `ClusterError` if the fork server has ended or does not answer.
+        Raises `ClusterError` if the fork server has ended or is silent, or the fork is no child of ours.
         """
         with log_path.open("ab") as log:
             log_begins_at = log.tell()
@@ -73,19 +76,33 @@ class ForkServer:
             "parent": os.getpid(),
         }
         try:
+            if not self._has_imported:
+                self._next_answer(IMPORT_TIMEOUT_S)
+                self._has_imported = True
             with _adopts_orphans():
-                self._connection.sendall(json.dumps(order).encode() + b"\n")
-                answer = self._connection.recv(32)
-        except OSError as error:
-            answer, why = b"", str(error)
-        else:
-            why = "it has ended"
-        if not answer:
+                self._connection.sendall(_line(order))
+                answer = self._next_answer(FORK_TIMEOUT_S)
+        except (OSError, EOFError) as error:
             self._process.kill()
             raise ClusterError(
-                f"{name} can't be forked ({why}): start the cluster again\n{self._process.why_ended()}"
-            )
-        return Process(name, Forked(int(answer)), log_path, log_begins_at)
+                f"{name} can't be forked ({error}): start the cluster again\n{self._process.why_ended()}"
+            ) from None
+        if "error" in answer:
+            raise ClusterError(f"{name} can't be forked: {answer['error']}")
+        return Process(name, Forked(answer["pid"]), log_path, log_begins_at)
+
+    def _next_answer(self, timeout_s: float) -> dict[str, Any]:
+        """Raises OSError, EOFError if the fork server has ended."""
+        self._connection.settimeout(timeout_s)
+        line = self._answers.readline()
+        if not line:
+            raise EOFError("it has ended")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def _line(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
 
 
 def _read_at_import(env: Mapping[str, str]) -> dict[str, str]:
@@ -148,24 +165,28 @@ def main() -> int:
     node.set_variables()
     with contextlib.suppress(Exception):  # what is missing the nodes say, in their logs
         node.import_libraries()
+    connection.sendall(_line({}))
     with connection, connection.makefile("rb") as orders:
         for line in orders:
             order = json.loads(line)
-            if _is_fork(order["parent"]):
+            if _is_fork(order["parent"], connection):
                 break
         else:
             return 0
         try:
             _become(**order)
         finally:  # the starter sees the exit code
-            connection.sendall(str(os.getpid()).encode())
+            connection.sendall(_line({"pid": os.getpid()}))
     from flowkv.__main__ import main as flowkv
 
     return flowkv()
 
 
-def _is_fork(parent: int) -> bool:
-    """True in the fork, whose parent is `parent`. False in the fork server, which then waits for nothing."""
+def _is_fork(parent: int, connection: socket.socket) -> bool:
+    """True in the fork, whose parent is `parent`. False in the fork server, which then waits for nothing.
+
+    A fork that the kernel has given to another parent says so to the starter, and ends.
+    """
     assert threading.active_count() == 1, threading.enumerate()  # they and their locks would be lost
     go_on, may_go_on = os.pipe()
     between = os.fork()
@@ -177,6 +198,11 @@ def _is_fork(parent: int) -> bool:
         os.close(go_on)
         die_with_parent()
         if os.getppid() != parent:
+            error = (
+                f"the kernel gave it to process {os.getppid()}, not to {parent}, which starts it; "
+                "start the services one by one: flowkv scheduler, gateway, prefill, decode"
+            )
+            connection.sendall(_line({"error": error}))
             os._exit(1)
         os.setsid()
         return True
