@@ -14,6 +14,7 @@ from flowkv_common.wire.messages import (
     TokenIds,
 )
 from flowkv_engine.engine.sampler import Sampled
+from flowkv_node.node import new_sequence
 from tests.engineless import BLOCK_SIZE, NUM_BLOCKS, Pair, Side, engineless_pair
 from tests.nats_server import NatsServer
 from tests.node_messages import FINGERPRINT, decode_run, reserve
@@ -123,6 +124,14 @@ async def test_a_cancel_that_comes_first_keeps_the_reservation_out(side: Side) -
     with pytest.raises(Stale):
         await side.decode.reserve(reserve(10))
     assert not any(side.idle_counts().values())
+
+
+async def test_a_sequence_of_a_cancelled_attempt_is_not_adopted_and_leaves_nothing(side: Side) -> None:
+    side.node.attempts.cancel("r.0")
+    with pytest.raises(Stale):
+        side.decode.adopt(new_sequence(decode_run([5] * 9, "")))
+    assert not any(side.idle_counts().values())
+    assert side.decode._fresh == {}
 
 
 async def test_a_cancel_after_the_reservation_keeps_the_commit_out(side: Side) -> None:

@@ -172,10 +172,13 @@ class DecodeRole:
         return Accepted(node_id=node.ref.node_id)
 
     def adopt(self, sequence: Sequence, handoff: NodeTimes | None = None) -> None:
-        """Run a sequence that comes with its blocks, by this handoff if it has one behind it."""
-        self._fresh[sequence.transfer_id] = time.monotonic(), handoff
+        """Run a sequence that comes with its blocks, by this handoff if it has one behind it.
+
+        Raises Stale for an attempt that has ended; then the blocks are still the caller's.
+        """
         stop = partial(self._stop, sequence)
         self._node.attempts.begin(Attempt(sequence.transfer_id, sequence.gateway_id, "decode", stop))
+        self._fresh[sequence.transfer_id] = time.monotonic(), handoff
         self._outputs.begin(sequence)
         self._waiting.append(sequence)
         self._num_accepted += 1
