@@ -23,9 +23,8 @@ from flowkv_common.errors import FlowKVError
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, ScheduleRequest, Wait, decode
 from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor
-from flowkv_scheduler.app import TICK_PERIOD_S
 from flowkv_scheduler.cluster import Goals
-from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.planner import TICK_PERIOD_S, Planner
 from flowkv_scheduler.slices import at_once
 
 VERB_OF_LOAD = subjects.load("*").rpartition(".")[0]

@@ -20,7 +20,7 @@ from flowkv.bench.traces import TOKENS_PER_HASH_ID, Targets, hashes_of
 from flowkv_common.errors import FlowKVError, Full
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import SetPrefillCap
-from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.planner import TICK_PERIOD_S, Planner
 from flowkv_scheduler.rebalance import Order
 from flowkv_scheduler.slices import at_once
 
@@ -28,8 +28,6 @@ from flowkv_scheduler.slices import at_once
 MAX_HANDOFFS = 16
 # A message's way: to a node, or from it.
 CONTROL_S = 0.001
-# As in `flowkv_scheduler/app.py`.
-TICK_PERIOD_S = 0.5
 # As `request_timeout_s` in the settings of the gateway.
 REQUEST_TIMEOUT_S = 600.0
 TIMEOUT_CODE = 504

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from flowkv_common.errors import TransferFailed
-from flowkv_node.measures import HANDOFF_RESULTS
+from flowkv_node.instruments import HANDOFF_RESULTS
 from tests.engineless import Pair
 from tests.waiting import soon, until
 

@@ -11,13 +11,28 @@ import pytest
 
 from flowkv.__main__ import GROUPS, names, usage
 
-HEAVY = ("torch", "numpy", "transformers", "tokenizers", "uvicorn", "benchmarks")
+HEAVY = ("torch", "numpy", "transformers", "tokenizers", "uvicorn")
 # Imports what the commands import, then says which of the heavy modules that has loaded.
 PROBE = (
     "import importlib, sys\n"
     "for name in sys.argv[1].split(','): importlib.import_module(name)\n"
     "print(*(name for name in sys.argv[2].split(',') if name in sys.modules))"
 )
+
+# Asks each command for its help, then says after which one a heavy module was there.
+HELP_PROBE = """
+import contextlib, io, sys
+from flowkv.__main__ import main
+for command in sys.argv[1].split(","):
+    words, sys.argv = sys.argv, ["flowkv", command, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        main()
+    sys.argv = words
+    assert "usage: " in said.getvalue(), command
+    if loaded := [name for name in words[2].split(",") if name in sys.modules]:
+        print(command, *loaded)
+        break
+"""
 
 
 def python(*arguments: str) -> str:
@@ -31,7 +46,13 @@ def test_commands_load_nothing_heavy() -> None:
     modules = {
         function.partition(":")[0] for commands in GROUPS.values() for function, _ in commands.values()
     }
-    assert python("-c", PROBE, ",".join(modules), ",".join(HEAVY)) == ""
+    assert python("-c", PROBE, ",".join(modules), ",".join((*HEAVY, "benchmarks"))) == ""
+
+
+def test_no_help_loads_anything_heavy() -> None:
+    """It is there in a moment, and the Tab key asks for it."""
+    commands = [name for group in GROUPS.values() for name in group]
+    assert python("-c", HELP_PROBE, ",".join(["up", *commands]), ",".join(HEAVY)) == ""
 
 
 def test_the_usage_names_each_command_once() -> None:

@@ -39,8 +39,8 @@ from flowkv_engine.kv.pool import Pool
 from flowkv_engine.kv.reservations import Reservations
 from flowkv_node.attempts import Attempts, Outbox
 from flowkv_node.handoffs import HandoffBudget, handoff_bytes
+from flowkv_node.instruments import Instruments
 from flowkv_node.links import Links
-from flowkv_node.measures import Instruments
 
 
 class RoleLoad(NamedTuple):

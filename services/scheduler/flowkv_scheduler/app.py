@@ -42,7 +42,7 @@ from flowkv_common.wire.nodes import (
 )
 from flowkv_scheduler.belief import why_untrue
 from flowkv_scheduler.cluster import Goals, num_pairs, why_apart
-from flowkv_scheduler.planner import Planner
+from flowkv_scheduler.planner import TICK_PERIOD_S, Planner
 from flowkv_scheduler.prefixes import following_prefixes
 from flowkv_scheduler.rebalance import NORMAL, REGIMES, SIDES, Order
 from flowkv_scheduler.slices import Sliced
@@ -51,7 +51,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-TICK_PERIOD_S = 0.5
 # As long as the planner's period: what has failed by then is asked anew by what it orders next.
 ORDER_TIMEOUT_S = 0.5
 # Of a gateway's word on nodes so much is taken at once, some 0.3 ms.

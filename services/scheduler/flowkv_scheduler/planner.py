@@ -20,6 +20,8 @@ from flowkv_scheduler.prefixes import NO_HITS, Hits, keys_of
 from flowkv_scheduler.rebalance import Order, Rebalancer
 from flowkv_scheduler.slices import Sliced
 
+TICK_PERIOD_S = 0.5  # of `tick`
+
 
 class Planner:
     """Fed with descriptors and reports; answers requests, and once per period says what should change."""
