@@ -33,6 +33,7 @@ BENCHMARKS = {
         "overload": "three times what the cluster can do, for a minute",
         "burst": "many requests at once, predicted waits beside real ones",
         "bad-days": "bursts, giants, a slow, a lying, a joining node, mixed nodes; beside a steady day",
+        "many-hosts": "16 nodes on 4 hosts, which are killed and cut off; each token is checked; needs root",
         "decisions": "what a decision costs, by the number of nodes",
         "sustain": "steps per second that one process of paced nodes keeps on this machine",
         "record": "write down what a running scheduler hears and decides",

@@ -86,13 +86,18 @@ def pace_of(model_path: str, fit: StepFit, eos_after: int | None = None) -> Pace
 
 @contextlib.asynccontextmanager
 async def paced_nodes(
-    settings: NodeSettings, pace: Pace, counts: Mapping[str, int], *, link_byte_s: float = 0.0
+    settings: NodeSettings,
+    pace: Pace,
+    counts: Mapping[str, int],
+    *,
+    link_byte_s: float = 0.0,
+    prefix: str = "",
 ) -> AsyncIterator[dict[str, PacedNode]]:
-    """`counts` nodes of each role, called `<role>-<number>`, while the context lasts; then they drain.
+    """`counts` nodes of each role, `<prefix><role>-<number>`, while the context lasts; then they drain.
 
     Links take `link_byte_s` seconds per byte on top of their own time.
     """
-    nodes = [PacedNode(f"{role}-{i}", role) for role, count in counts.items() for i in range(count)]
+    nodes = [PacedNode(f"{prefix}{role}-{i}", role) for role, count in counts.items() for i in range(count)]
     slow = patch.object(host, "make_connectors", slowed(make_connectors, link_byte_s))
     with slow if link_byte_s else contextlib.nullcontext():
         async with asyncio.TaskGroup() as tasks:
@@ -111,7 +116,9 @@ async def serve(options: argparse.Namespace, settings: NodeSettings) -> None:
     counts = {role: getattr(options, role) for role in ("prefill", "decode", "mixed")}
     fit = StepFit(**{name: getattr(options, name) for name in StepFit.__struct_fields__})
     pace = pace_of(settings.model_path, fit)
-    async with paced_nodes(settings, pace, counts, link_byte_s=options.link_byte_s) as nodes:
+    async with paced_nodes(
+        settings, pace, counts, link_byte_s=options.link_byte_s, prefix=options.prefix
+    ) as nodes:
         await stop.wait()
     if options.kept:
         kept = {node_id: asdict(node.engine.kept) for node_id, node in nodes.items() if node.engine}
@@ -125,6 +132,7 @@ def main(argv: list[str]) -> None:
     for name in StepFit.__struct_fields__:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=0.0, help="seconds of a step")
     parser.add_argument("--link-byte-s", type=float, default=0.0, help="seconds per byte of a transfer")
+    parser.add_argument("--prefix", default="", help="of their names")
     parser.add_argument("--kept", type=Path, help="where to write, at the end, how the pace was kept")
     options, others = parser.parse_known_args(argv)
     settings = load_settings(NodeSettings, others)

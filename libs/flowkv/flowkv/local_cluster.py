@@ -65,11 +65,13 @@ class Cluster:
         settings: Mapping[str, str] | None = None,
         drain_timeout_s: float = 40.0,
         fork_server: ForkServer | None = None,
+        nats_host: str = "127.0.0.1",
     ) -> None:
         """`nodes` counts them per role; `settings` are further `FLOWKV_*` variables for all services.
 
         Of several schedulers one leads, the others stand by. Logs are written to `run_dir`. Nodes are forked
-        from `fork_server`, or from one that starts and ends with the cluster if it starts with nodes.
+        from `fork_server`, or from one that starts and ends with the cluster if it starts with nodes. NATS
+        listens on `nats_host`, an address that its clients reach.
         """
         self.run_dir = run_dir
         self.port = port or free_port()
@@ -80,6 +82,7 @@ class Cluster:
         self._drain_timeout_s = drain_timeout_s
         self._fork_server = fork_server
         self._opened = contextlib.ExitStack()
+        self._nats_host = nats_host
         self._nats_port = free_port()
         num_nodes = max(1, sum(nodes.values()))
         self._env = {
@@ -106,7 +109,7 @@ class Cluster:
 
     @property
     def nats_url(self) -> str:
-        return f"nats://127.0.0.1:{self._nats_port}"
+        return f"nats://{self._nats_host}:{self._nats_port}"
 
     def __enter__(self) -> Self:
         try:
@@ -147,7 +150,7 @@ class Cluster:
         config.write_text(f"max_payload: {MAX_PAYLOAD_BYTES}\n")  # long prompts: no flag has it
         # Where commands in another terminal look (`terminal.find_nats_url`).
         (self.run_dir / NATS_URL_FILE).write_text(self.nats_url)
-        command = [find_nats_server(), "-c", str(config), "-a", "127.0.0.1", "-p", str(self._nats_port)]
+        command = [find_nats_server(), "-c", str(config), "-a", self._nats_host, "-p", str(self._nats_port)]
         return self.start_process("nats", [*command, "-js", "-sd", str(self.run_dir / "jetstream")])
 
     def start_gateway(self, name: str = "gateway", port: int = 0, **settings: str) -> Process:

@@ -1,0 +1,87 @@
+"""Hosts that are network namespaces of this one: an address each on one bridge, and a link that can be cut.
+
+They share this host's kernel, cores, clock and disks. What a process of one can't reach of another is its
+loopback, its ports but by the network, and its folder of Unix sockets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import secrets
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from benchmarks import BenchmarkFailed
+
+COMMAND_TIMEOUT_S = 10.0
+# Makes `$1` a folder of this process alone, then becomes the command.
+_WITH_OWN_FOLDER = 'mount -t tmpfs none "$1" && shift && exec "$@"'
+
+
+class Hosts:
+    """A context manager. `address` is this host's on the bridge, where the others reach it."""
+
+    def __init__(self, num_hosts: int) -> None:
+        mark = secrets.token_hex(2)  # of others that run beside us
+        self._names = [f"flowkv-{mark}-{number}" for number in range(num_hosts)]
+        self._links = [f"fkv{mark}h{number}" for number in range(num_hosts)]
+        self._bridge = f"fkv{mark}"
+        self._network = f"198.18.{random.randrange(256)}"  # kept free for benchmarks (RFC 2544)
+        self._made = contextlib.ExitStack()
+
+    @property
+    def address(self) -> str:
+        return f"{self._network}.1"
+
+    def address_of(self, number: int) -> str:
+        return f"{self._network}.{10 + number}"
+
+    def __enter__(self) -> Self:
+        """Raises BenchmarkFailed where this user may not, or the program `ip` is missing."""
+        with contextlib.ExitStack() as made:
+            _ip("link", "add", self._bridge, "type", "bridge")
+            made.callback(_ip, "link", "del", self._bridge)
+            _ip("addr", "add", f"{self.address}/24", "dev", self._bridge)
+            _ip("link", "set", self._bridge, "up")
+            for number, (name, link) in enumerate(zip(self._names, self._links, strict=True)):
+                _ip("netns", "add", name)
+                made.callback(_ip, "netns", "del", name)
+                _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+                made.callback(_ip, "link", "del", link)
+                _ip("link", "set", link, "master", self._bridge, "up")
+                _ip("-n", name, "addr", "add", f"{self.address_of(number)}/24", "dev", "eth0")
+                for device in ("eth0", "lo"):
+                    _ip("-n", name, "link", "set", device, "up")
+            self._made = made.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._made.close()
+
+    def command(self, number: int, own_folder: Path, command: list[str]) -> list[str]:
+        """The command, as it is run on a host. `own_folder` is an empty one there, whatever it has here."""
+        inside = ["sh", "-c", _WITH_OWN_FOLDER, "sh", str(own_folder), *command]
+        return ["ip", "netns", "exec", self._names[number], *inside]
+
+    def cut(self, number: int) -> None:
+        """Nothing passes to or from it any more, and nobody is told."""
+        _ip("link", "set", self._links[number], "down")
+
+    def mend(self, number: int) -> None:
+        _ip("link", "set", self._links[number], "up")
+
+
+def _ip(*arguments: str) -> None:
+    command = ["ip", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
+    except OSError as error:
+        raise BenchmarkFailed(f"hosts need the program `ip` (package iproute2): {error}") from None
+    if done.returncode:
+        said = done.stderr.strip()
+        raise BenchmarkFailed(f"hosts need root, and network namespaces: `{' '.join(command)}`: {said}")
