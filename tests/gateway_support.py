@@ -19,7 +19,8 @@ from tokenizers import Tokenizer as RawTokenizer
 from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import FlowKVError
 from flowkv_common.telemetry import serve_http
-from flowkv_common.wire.messages import ModelCard, TokenChunk, TokenLogprob
+from flowkv_common.wire.messages import ModelCard, NodeRef, TokenChunk, TokenLogprob
+from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_gateway.app import Api
 from flowkv_gateway.dispatch import Dispatch, Load
 from flowkv_gateway.grammar import GrammarChecker
@@ -28,6 +29,7 @@ from flowkv_gateway.output import Usage
 from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.request_state import RequestState
 from flowkv_gateway.tokenizer import Tokenizer
+from tests.described_nodes import descriptor
 
 MODEL = "tiny/model"
 NO_DEFAULTS = SamplingDefaults()
@@ -130,6 +132,9 @@ class ScriptedDispatch(Dispatch):
     card: ModelCard | None = CARD
     problem: str | None = None
     open: Load = Load(0, 0, 0.0)
+    # What is live, each with the error by which it fails.
+    pairs: dict[tuple[str, str], FlowKVError | None] = field(default_factory=lambda: {("p0", "d0"): None})
+    tried: list[tuple[str, str]] = field(default_factory=list)  # of those
     asked: list[RequestState] = field(default_factory=list)
     log: list[str] = field(default_factory=list)  # "ask <n>", "chunk <n>" in the order they happened
     cancelled: list[str] = field(default_factory=list)
@@ -168,6 +173,16 @@ class ScriptedDispatch(Dispatch):
 
     def why_not_ready(self) -> str | None:
         return self.problem
+
+    def live_pairs(self) -> list[tuple[NodeDescriptor, NodeDescriptor]]:
+        return [
+            (descriptor(prefill, "prefill"), descriptor(decode, "decode")) for prefill, decode in self.pairs
+        ]
+
+    async def run_on(self, request: RequestState, prefill: NodeRef, decode: NodeRef) -> None:
+        self.tried.append((prefill.node_id, decode.node_id))
+        if error := self.pairs[prefill.node_id, decode.node_id]:
+            raise error
 
 
 @dataclass

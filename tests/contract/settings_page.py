@@ -22,7 +22,7 @@ INTRODUCTION = """\
 
 Each setting is a variable, `FLOWKV_PORT`, and a flag, `--port`. Flags win. An unknown one is refused.
 `flowkv gateway --help` and the other services' print the same text. What Compose itself reads is in
-[operations.md](operations.md#compose).
+[compose.md](compose.md).
 <!-- written by tests/contract/settings_page.py from flowkv_common/config.py -->
 """
 

@@ -122,6 +122,24 @@ async def test_the_openai_api_over_paced_nodes(tmp_path: Path, model_path: Path,
     assert len(answer["choices"][0]["message"]["content"].split()) == 7
 
 
+async def test_deep_health_sends_kv_through_every_pair(tmp_path: Path, model_path: Path) -> None:
+    async with paced(tmp_path, model_path, fit(base_s=0.002), prefill=2, decode=2) as system:
+        async with observe(system.cluster.nats_url) as observer:
+            transfers = await observer.events("flowkv.v1.event.kv_transferred.>")
+            reply = await system.http.get("/health/deep")
+            moved = await transfers.wait_for_all(4)
+        again = (await system.http.get("/health/deep")).json()
+    assert reply.status_code == 200
+    found = reply.json()
+    expected = sorted((f"prefill-{p}", f"decode-{d}") for p in range(2) for d in range(2))
+    assert sorted((pair["prefill"], pair["decode"]) for pair in found["pairs"]) == expected
+    assert all(pair["ok"] and pair["ms"] > 0 for pair in found["pairs"])
+    assert sorted((event["prefill_node"], event["decode_node"]) for event in moved) == expected
+    assert all(event["num_bytes"] > 0 for event in moved)
+    assert (again["pairs"], len(transfers.events)) == (found["pairs"], 4)
+    assert again["age_s"] > 0
+
+
 async def test_steps_take_as_long_as_stated(tmp_path: Path, model_path: Path) -> None:
     num_outputs = 25
     async with paced(tmp_path, model_path, fit(), prefill=1, decode=1) as system:

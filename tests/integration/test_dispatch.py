@@ -68,7 +68,7 @@ from flowkv_gateway.dispatch import Dispatch, Load, open_dispatch
 from flowkv_gateway.errors import ContextLengthExceeded
 from flowkv_gateway.request_state import RequestState
 from flowkv_gateway.tenants import Tenant, Tenants
-from tests.described_nodes import BLOCK_SIZE, descriptor
+from tests.described_nodes import BLOCK_SIZE, MODEL, descriptor, report
 from tests.nats_server import NatsServer
 
 OWN = OwnModel(ModelFiles())
@@ -276,6 +276,42 @@ async def test_a_cancel_goes_to_the_pair_alone(
         await nodes.bus.nc.flush()
         expected = [(subjects.at(subjects.NODE_CANCEL, node_id), "r.0") for node_id in told]
         assert sorted(nodes.cancelled_at) == expected
+
+
+async def test_a_request_runs_on_the_pair_that_is_named(nats_server: NatsServer) -> None:
+    async def fail(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.send(run, failure(tid_of(run), TransferFailed("d: no link")), node_id="p")
+
+    async with cluster(nats_server, answer) as (dispatch, nodes):
+        nodes.doubted = [P, D]  # by no scheduler's choice
+        request = new_request()
+        await dispatch.run_on(request, P, D)
+        assert (request.output_ids, request.outcome) == ([10, 11, 12, 13], "length")
+        assert (nodes.asked, len(nodes.runs), dispatch.load().num_waiting) == ([], 1, 0)
+    async with cluster(nats_server, fail, answer) as (dispatch, nodes):
+        with pytest.raises(TransferFailed, match="no link"):
+            await dispatch.run_on(new_request(), P, D)
+        await nodes.wait_for(lambda: len(nodes.cancelled_at) == 2)
+        assert (len(nodes.runs), dispatch.streams, dispatch.load()) == (1, {}, Load(0, 0, 0.0))
+
+
+async def test_live_pairs_are_those_of_ready_nodes(nats_server: NatsServer) -> None:
+    """Of any model: a node of another one is no pair with these."""
+    other = descriptor("x", "mixed", model=msgspec.structs.replace(MODEL, fingerprint="other"))
+    async with cluster(nats_server) as (dispatch, nodes):
+        dispatch.on_nodes(
+            {
+                node.node.node_id: node
+                for node in (descriptor("p", "prefill"), descriptor("d", "decode"), other)
+            }
+        )
+        assert dispatch.live_pairs() == []
+        for load in (report("p", "prefill"), report("d", "decode"), report("x", "mixed")):
+            dispatch.on_report(load)
+        found = [(prefill.node.node_id, decode.node.node_id) for prefill, decode in dispatch.live_pairs()]
+        assert found == [("p", "d"), ("x", "x")]
+        dispatch.on_report(report("d", "decode", ready=False, is_cordoned=True))
+        assert [decode.node.node_id for _, decode in dispatch.live_pairs()] == ["x"]
 
 
 async def test_wait_is_obeyed_and_asked_again_with_age(nats_server: NatsServer) -> None:

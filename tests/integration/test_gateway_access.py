@@ -94,6 +94,7 @@ async def test_health_without_a_key(
         for path in ("/health", "/health/live", "/health/ready", "/ping", "/metrics"):
             assert (await gateway.http.get(path)).status_code == status
             assert (await gateway.http.get(path, headers=ALICE)).status_code == 200
+        assert (await gateway.http.get("/health/deep")).status_code == 401
         entry = gateway_entry({"FLOWKV_API_KEYS_FILE": str(keys_file)})
         assert await asyncio.to_thread(problem, gateway.port, "/health", entry) is None
 

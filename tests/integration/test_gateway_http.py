@@ -22,6 +22,7 @@ from flowkv_common.errors import (
     Full,
     Internal,
     Stale,
+    TransferFailed,
     Unavailable,
 )
 from flowkv_common.wire.messages import Grammar, TokenChunk, TokenLogprob
@@ -616,6 +617,19 @@ async def test_health(gateway: Gateway) -> None:
     assert (await gateway.http.get("/health/live")).status_code == 200
     response = await gateway.http.post("/v1/chat/completions", json=CHAT)
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+
+
+async def test_deep_health(gateway: Gateway) -> None:
+    gateway.dispatch.pairs = {("p0", "d0"): None, ("p0", "d1"): TransferFailed("d1: no link")}
+    response = await gateway.http.get("/health/deep")
+    assert response.status_code == 503
+    found = response.json()
+    assert (found["ok"], found["why_not"], found["num_pairs"]) == (False, "1 of 2 pairs failed", 2)
+    good, bad = found["pairs"]
+    assert good == {"prefill": "p0", "decode": "d0", "ok": True, "ms": good["ms"], "error": None}
+    assert (bad["decode"], bad["error"]) == ("d1", "d1: no link")
+    gateway.dispatch.pairs = {("p0", "d0"): None}
+    assert (await gateway.http.get("/health/deep")).json()["num_pairs"] == 2, "too soon: as found before"
 
 
 async def test_tokenize_and_back(gateway: Gateway) -> None:

@@ -94,7 +94,9 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
     api_keys_file: Annotated[
         str, "file with a `name key` per line: a client needs one of the keys; empty: none is needed"
     ] = ""
-    open_health: Annotated[bool, "serve `/health*`, `/ping` and `/metrics` without a key"] = True
+    open_health: Annotated[
+        bool, "serve `/health*` (not `/health/deep`), `/ping` and `/metrics` without a key"
+    ] = True
     key_max_requests: Annotated[int, "requests that a key's name may have open; 0: no limit"] = 0
     key_tokens_per_minute: Annotated[
         int, "tokens of prompts and answers that a key's name may use; 0: no limit"

@@ -29,6 +29,7 @@ from flowkv_common.telemetry import service_routes
 from flowkv_common.wire.messages import Grammar, ModelCard
 from flowkv_gateway.access import KEY_NAME, Guard
 from flowkv_gateway.answer import AnswerResponse, BestResponse, StreamResponse, log_refusal
+from flowkv_gateway.canary import Canary
 from flowkv_gateway.chat import ChatFormat, MakeReader
 from flowkv_gateway.dispatch import Dispatch
 from flowkv_gateway.echo import told_prompt
@@ -107,6 +108,7 @@ class Api:
         self._format = ChatFormat(tokenizer, settings.tool_parser)
         self._dispatch = dispatch
         self._checker = checker
+        self._canary = Canary(dispatch)
         self._defaults = defaults
         self._stop = stop
         folder = Path(settings.model_path)
@@ -135,6 +137,7 @@ class Api:
                 Route("/version", self.version),
                 Route("/openapi.json", self.openapi),
                 Route("/docs", self.docs),
+                Route("/health/deep", self.deep_health),
                 *service_routes(registry, self.why_not_ready, "/ping"),
                 *(live.routes() if live else ()),
             ],
@@ -269,6 +272,10 @@ class Api:
 
     async def version(self, _: Request) -> Response:
         return _json({"version": flowkv_common.__version__})
+
+    async def deep_health(self, _: Request) -> Response:
+        health = await self._canary.health()
+        return _json(health, 200 if health.ok else 503)
 
     def why_not_ready(self) -> str | None:
         return "about to stop" if self._stop.is_set() else self._dispatch.why_not_ready()
@@ -419,5 +426,5 @@ class Api:
         return kind(choices, writer, self._dispatch, self._metrics, self._settings, user)
 
 
-def _json(content: object) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")
+def _json(content: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")

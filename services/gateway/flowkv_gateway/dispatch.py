@@ -39,6 +39,7 @@ from flowkv_common.wire.messages import (
     Keepalive,
     KeepaliveReply,
     ModelCard,
+    NodeRef,
     PrefillRun,
     ReadyReply,
     ReadyRequest,
@@ -121,7 +122,8 @@ class Dispatch:
         self.streams: dict[str, TokenStream] = {}  # transfer id -> the tokens of this attempt
         self.witness = Witness(gateway_id)
         self.finished = FinishedLog(gateway_id)
-        self._views: list[ClusterView] = []  # of those who look at the cluster now
+        self._nodes = ClusterView()  # and their reports, of all models
+        self._views: list[ClusterView] = [self._nodes]  # with those of whoever looks at the cluster now
         self._descriptors: Mapping[str, NodeDescriptor] = {}
         self._turns = Turns(cluster.num_nodes, cluster.num_prefill_nodes, cluster.prompt_tokens_at_once)
         self._num_open = 0
@@ -161,6 +163,11 @@ class Dispatch:
         if not self.cluster.has_ready_node() and no_node not in missing:
             missing.append(no_node)
         return "; ".join(missing) or None
+
+    def live_pairs(self) -> list[tuple[NodeDescriptor, NodeDescriptor]]:
+        """Ready nodes, of any model, that could serve a request together: the one for prefill first."""
+        nodes = {node.node_id: node.descriptor for node in self._nodes.nodes()}
+        return [(nodes[prefill], nodes[decode]) for prefill, decode in self._nodes.pairs()]
 
     @contextlib.asynccontextmanager
     async def view_cluster(self) -> AsyncIterator[ClusterView]:
@@ -229,6 +236,32 @@ class Dispatch:
             self.finished.add(event)
             with contextlib.suppress(FlowKVError):
                 await self._bus.publish(subjects.event("request_finished", request.request_id), event)
+
+    async def run_on(self, request: RequestState, prefill: NodeRef, decode: NodeRef) -> None:
+        """The request, to its end, in one attempt on these nodes, whatever a scheduler thinks of them.
+
+        Raises FlowKVError as they have failed it.
+        """
+        assignment = Assignment(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            epoch=0,
+            prefill=prefill,
+            decode=decode,
+            reason="this pair is tried",
+            prefill_candidates=[],
+            decode_candidates=[],
+        )
+        request.begin()
+        request.take(assignment)
+        request.num_moves = MAX_MOVES  # it stays, though they are doubted
+        self._num_open += 1
+        try:
+            async with self._attempt(request, assignment) as stream:
+                while not request.is_finished:
+                    request.add_chunk(await self._next_chunk(request, stream))
+        finally:
+            self._num_open -= 1
 
     async def _schedule(self, request: RequestState, turn: Turn | None) -> Assignment:
         """Ask until there is a pair: the gateway does the waiting, so no queue is lost with a scheduler."""

@@ -66,6 +66,7 @@ OPERATIONS = (
     Operation("/health", "Whether requests can be served; 503 with the reason if not.", answer="text/plain"),
     Operation("/health/ready", "The same.", answer="text/plain"),
     Operation("/health/live", "Whether the process answers.", answer="text/plain"),
+    Operation("/health/deep", "A request of two tokens through every pair of nodes, at most twice a minute."),
     Operation("/ping", "As `/health`.", answer="text/plain"),
     Operation("/metrics", "Metrics in Prometheus' text form.", answer="text/plain"),
 )

@@ -1,6 +1,6 @@
 """Check what can go wrong, and say what to do: NATS, nodes and their pairs, links, clocks, this host.
 
-  flowkv doctor                          of the `flowkv up` in this folder; ends with a real request
+  flowkv doctor                          of the `flowkv up` in this folder; ends with real requests
   flowkv doctor --model /path/to/folder  also the files of a model (else FLOWKV_MODEL_PATH)
   flowkv doctor --json >report.json      to paste into a bug report: no passwords and no keys are in it
 
@@ -24,7 +24,7 @@ from flowkv.doctor import Finding, bad
 from flowkv.doctor.bus import START_IT, ask_server, check_rights, check_server
 from flowkv.doctor.cluster import check_links, check_nodes, check_services
 from flowkv.doctor.host import check_clocks, check_host, describe_host, seconds_ahead_of
-from flowkv.doctor.remote import prove_remote_prefill
+from flowkv.doctor.remote import prove_remote_prefill, try_pairs
 from flowkv.terminal import connected, console, find_nats_url, make_parser, write_json
 from flowkv_common.bus.connection import Bus
 from flowkv_common.cluster_view import ClusterView, until_complete, viewing
@@ -84,6 +84,7 @@ async def _check_cluster(options: argparse.Namespace) -> list[Finding]:
             findings += await _check_clocks(bus, view)
             if not options.no_request and view.pairs() and view.leader:
                 findings += await prove_remote_prefill(view, options.url, options.key)
+                findings += await try_pairs(view, options.url, options.key)
     except FlowKVError as error:
         findings.append(bad("NATS", error.message, START_IT))
     return findings

@@ -1,4 +1,4 @@
-"""A real request through the API, to see on the bus where it ran and how its KV moved."""
+"""Real requests through the API: one, to see on the bus where it ran and how its KV moved; one per pair."""
 
 from __future__ import annotations
 
@@ -17,19 +17,35 @@ REQUEST_TIMEOUT_S = 60.0
 EVENTS_TIMEOUT_S = 2.0
 NUM_TOKENS = 4  # the first is prefill's
 ABOUT = "a request"
+PAIRS = "pairs"
 
 
 class Answer(msgspec.Struct):
     id: str
 
 
+class TriedPair(msgspec.Struct):
+    prefill: str
+    decode: str
+    ok: bool
+    ms: float
+    error: str | None = None
+
+
+class DeepHealth(msgspec.Struct):
+    """What is read of the answer of `/health/deep`."""
+
+    num_pairs: int
+    pairs: list[TriedPair]
+
+
 async def prove_remote_prefill(view: ClusterView, url: str, key: str) -> list[Finding]:
     """Asks the API at `url`, else where the gateway says it is."""
-    urls = [url] if url else [one.metadata.get("url", "") for one in view.services("gateway")]
-    if not urls or not urls[0]:
+    url = url or _url_told(view)
+    if not url:
         return [look(ABOUT, "no gateway says where its API is", "say it: --url http://HOST:PORT")]
     try:
-        status, body = await asyncio.to_thread(_ask, reachable(urls[0]), key)
+        status, body = await asyncio.to_thread(_ask, url, key)
     except Unavailable as error:
         mend = (
             "in Compose it is on another port, which `docker compose port gateway 8000` prints: --url says it"
@@ -64,6 +80,36 @@ async def prove_remote_prefill(view: ClusterView, url: str, key: str) -> list[Fi
         ]
     how = f"{moved[-1].num_bytes} bytes of KV by {moved[-1].connector} in {moved[-1].num_calls} calls"
     return [good(ABOUT, f"{said}, {how}, {took}")]
+
+
+async def try_pairs(view: ClusterView, url: str, key: str) -> list[Finding]:
+    """By the gateway's `/health/deep`; nothing where it can't be asked, as the request before has shown."""
+    url = url or _url_told(view)
+    if not url:
+        return []
+    try:
+        health = await asyncio.to_thread(_ask_deep_health, url, key)
+    except (Unavailable, msgspec.DecodeError):  # or an older gateway's
+        return []
+    failed = [pair for pair in health.pairs if not pair.ok]
+    mend = "look at the logs of both; if a node is in all of these, take it out: flowkv cordon NODE"
+    findings = [bad(PAIRS, f"{pair.prefill} to {pair.decode}: {pair.error}", mend) for pair in failed]
+    if not failed and health.pairs:
+        slowest = max(health.pairs, key=lambda pair: pair.ms)
+        said = f"{len(health.pairs)} of {health.num_pairs} answer, the slowest in {slowest.ms:.0f} ms"
+        findings.append(good(PAIRS, f"{said} ({slowest.prefill} to {slowest.decode})"))
+    return findings
+
+
+def _url_told(view: ClusterView) -> str:
+    """Where the first gateway says that its API is; empty if none does."""
+    return next((reachable(one.metadata.get("url", "")) for one in view.services("gateway")), "")
+
+
+def _ask_deep_health(url: str, key: str) -> DeepHealth:
+    """Raises Unavailable, or DecodeError for any other answer."""
+    with asked(url, "/health/deep", key=key, timeout_s=REQUEST_TIMEOUT_S) as response:
+        return msgspec.json.decode(response.read(), type=DeepHealth)
 
 
 def _ask(url: str, key: str) -> tuple[int, bytes]:
