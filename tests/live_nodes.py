@@ -38,6 +38,7 @@ from flowkv_common.wire.messages import (
 from flowkv_common.wire.nodes import (
     Check,
     Checked,
+    Cordon,
     Drain,
     LoadReport,
     NodeDescriptor,
@@ -136,6 +137,9 @@ class LiveNode:
 
     async def drain(self) -> None:
         await self._ask(subjects.NODE_DRAIN, Drain(reason="new fan"))
+
+    async def cordon(self) -> None:
+        await self._ask(subjects.NODE_CORDON, Cordon(reason="odd noise"))
 
     async def resume(self) -> None:
         await self._ask(subjects.NODE_RESUME, ResumeNode())

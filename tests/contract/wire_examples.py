@@ -63,6 +63,7 @@ from flowkv_common.wire.nodes import (
     CapMoved,
     Check,
     Checked,
+    Cordon,
     Drain,
     Leader,
     LinkOffer,
@@ -343,6 +344,7 @@ EXAMPLES: list[Message] = [
         queued_attended=10496,
         interruptible_attended=7728,
         pool="902700",
+        is_cordoned=True,
     ),
     SetPrefillCap(node=DECODE, epoch=3, max_prefill_tokens_per_step=512, reason="prefill is short of nodes"),
     BlocksChanged(
@@ -357,6 +359,7 @@ EXAMPLES: list[Message] = [
     LinkRequest(node=DECODE, peer=PREFILL, layout=LAYOUT, fingerprint="3bb4e6a0"),
     LinkOffer(node=DECODE, num_blocks=1024, token="secret", addresses={"tcp": "10.0.0.7:40123"}),
     Drain(reason="maintenance"),
+    Cordon(reason="maintenance"),
     ResumeNode(),
     Check(),
     Checked(node=DECODE, blocks=BLOCKS, num_requests=2, num_reservations=1),

@@ -1,4 +1,4 @@
-"""`flowkv drain`, `resume` and `lend` end when the node has done what it was told."""
+"""`flowkv cordon`, `drain`, `resume` and `lend` end when the node has done what it was told."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import BadRequest, DeadlineExceeded, NotFound
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted
-from flowkv_common.wire.nodes import Drain, ResumeNode, SetPrefillCap
+from flowkv_common.wire.nodes import Cordon, Drain, ResumeNode, SetPrefillCap
 from tests.described_nodes import BLOCK_SIZE, TOKEN_BUDGET, ReportingNode
 from tests.nats_server import NatsServer
 from tests.played_cluster import LEADER, played_cluster, run
@@ -24,8 +24,13 @@ class ToldNode(ReportingNode):
 
     def __init__(self, bus: Bus) -> None:
         super().__init__(bus, "d0", "decode", num_running=2)
-        self.told: list[Drain | ResumeNode | SetPrefillCap] = []
+        self.told: list[Cordon | Drain | ResumeNode | SetPrefillCap] = []
         self.never_empties = False
+
+    async def cordon(self, message: Cordon) -> Accepted:
+        self.told.append(message)
+        self.changes |= {"is_cordoned": True, "ready": False}
+        return ACCEPTED
 
     async def drain(self, message: Drain) -> Accepted:
         self.told.append(message)
@@ -35,7 +40,7 @@ class ToldNode(ReportingNode):
 
     async def resume(self, message: ResumeNode) -> Accepted:
         self.told.append(message)
-        self.changes |= {"draining": False, "ready": True}
+        self.changes |= {"draining": False, "is_cordoned": False, "ready": True}
         return ACCEPTED
 
     async def move(self, message: SetPrefillCap) -> Accepted:
@@ -45,6 +50,7 @@ class ToldNode(ReportingNode):
 
     def endpoints(self) -> list[Endpoint]:
         return [
+            Endpoint(subjects.at(subjects.NODE_CORDON, "d0"), Cordon, self.cordon),
             Endpoint(subjects.at(subjects.NODE_DRAIN, "d0"), Drain, self.drain),
             Endpoint(subjects.at(subjects.NODE_RESUME, "d0"), ResumeNode, self.resume),
             Endpoint(subjects.at(subjects.NODE_CAP, "d0"), SetPrefillCap, self.move),
@@ -74,6 +80,19 @@ async def test_drain_ends_when_the_node_is_empty_and_resume_takes_it_back(
     node.changes["num_running"] = 2
     with pytest.raises(DeadlineExceeded, match="draining with 2 in hand"):
         await run("drain", *at, "--timeout", "0.3")
+
+
+async def test_cordon_ends_while_the_node_still_works(
+    node: ToldNode, nats_server: NatsServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = ("d0", "--nats", nats_server.url)
+    assert await run("cordon", *at, "--reason", "odd noise") == 0
+    assert node.told == [Cordon(reason="odd noise")]
+    assert "goes on with the 2 that it has" in capsys.readouterr().out
+    await run("status", "--nats", nats_server.url)
+    assert "cordoned" in capsys.readouterr().out
+    assert await run("resume", *at) == 0
+    assert node.changes["ready"]
 
 
 @pytest.mark.parametrize(

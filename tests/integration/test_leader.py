@@ -164,6 +164,19 @@ async def test_killed_leader_is_replaced_under_load(nats_server: NatsServer) -> 
     assert listeners.most == 1
 
 
+async def test_a_cordoned_node_gets_nothing_of_the_next_leader_either(nats_server: NatsServer) -> None:
+    async with connect(nats_server.url, name="test") as bus, two_schedulers(nats_server, bus) as (leader, _):
+        async with reporting(ReportingNode(bus, "p1", "prefill", ready=False, is_cordoned=True)):
+            asker = Asker(bus)
+            async with running(asker.run()):
+                await asker.until(lambda answer: answer.epoch == 1)
+                leader.kill()
+                await asker.until(lambda answer: answer.epoch == 2)
+                num_before = len(asker.answers)
+                await asker.until(lambda _: len(asker.answers) >= num_before + 20)
+        assert {answer.prefill.node_id for _, answer in asker.answers} == {"p0"}
+
+
 async def test_leader_that_is_told_to_stop_hands_over_at_once(nats_server: NatsServer) -> None:
     listeners = Listeners(nats_server)
     async with connect(nats_server.url, name="test") as bus, two_schedulers(nats_server, bus) as (leader, _):

@@ -1,4 +1,4 @@
-"""A node that is drained over NATS takes nothing new, stays, and comes back when it is told to."""
+"""A node that is drained or cordoned over NATS takes nothing new, stays, and comes back when told to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Cancel, Reserved
 from flowkv_engine.engine.model import LoadedModel
 from flowkv_node.host import serve_node, served_model
-from tests.live_nodes import LiveNode, client, first, node_settings, one_node, reports
+from tests.live_nodes import TOKEN_BUDGET, LiveNode, client, first, node_settings, one_node, reports
 from tests.nats_server import NatsServer
 
 PROMPT = [30] * 20
@@ -99,6 +99,34 @@ async def test_what_a_drain_has_not_finished_in_time_goes_back_to_its_gateway(no
     assert (report.draining, report.num_running) == (True, 0)
     await node.resume()
     assert len(await generate(node)) == NUM_TOKENS
+
+
+@pytest.mark.parametrize("drain_timeout_s", [0.2])
+async def test_a_cordoned_node_keeps_what_it_has_for_longer_than_a_drain(node: LiveNode) -> None:
+    await node.wedge(for_s=1.5)
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(generate(node))
+        await first(node.heard, lambda report: report.num_prompts == 1)
+        await node.cordon()
+        report = await first(node.heard, lambda report: report.is_cordoned)
+        assert (report.ready, report.draining) == (False, False)
+        with pytest.raises(Unavailable, match="n0: cordoned"):
+            await generate(node)
+        with pytest.raises(Unavailable, match="n0: cordoned"):
+            await reserve(node, "new.0")
+        await node.set_cap(TOKEN_BUDGET, epoch=7)  # the word of another leader
+        report = await first(node.heard, lambda report: report.epoch == 7)
+        assert report.is_cordoned
+        assert not running.done()
+    assert len(running.result()) == NUM_TOKENS
+    assert await health(node) == (503, "cordoned")
+    assert await states(node) == {"cordoned"}
+    await node.drain()  # the stronger word counts, and one word ends both
+    assert await health(node) == (503, "draining")
+    await node.resume()
+    report = await first(node.heard, lambda report: report.ready)
+    assert not report.is_cordoned
+    assert await generate(node) == running.result()
 
 
 async def test_a_node_that_leaves_does_not_come_back(nats_server: NatsServer, model: LoadedModel) -> None:

@@ -22,8 +22,9 @@ MEASURE = {
 }
 OPERATE = {
     "doctor": ("flowkv.doctor.command:main", "check what can go wrong, and say what to do"),
+    "cordon": ("flowkv.hands:cordon", "a node takes nothing new and keeps what it has"),
     "drain": ("flowkv.hands:drain", "a node takes nothing new and finishes what it has"),
-    "resume": ("flowkv.hands:resume", "a drained node takes new work again"),
+    "resume": ("flowkv.hands:resume", "a drained or cordoned node takes new work again"),
     "lend": ("flowkv.hands:lend", "move a node to the other side: to prefill, to decode, to both"),
     "certs": ("flowkv.certs:main", "a private authority and certificates, to try TLS with"),
     "completion": ("flowkv.completion:main", "the Tab key for bash, zsh and fish"),

@@ -1,4 +1,4 @@
-"""The operator's hands: `flowkv drain`, `resume` and `lend` tell one node what to do.
+"""The operator's hands: `flowkv cordon`, `drain`, `resume` and `lend` tell one node what to do.
 
 Each waits until the node's own reports show it. In Compose only the operator may, with the operator's URL.
 """
@@ -16,9 +16,40 @@ from flowkv_common.cluster_view import ClusterView, NodeState, until_complete, v
 from flowkv_common.errors import BadRequest, DeadlineExceeded, NotFound
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, Message
-from flowkv_common.wire.nodes import Drain, LoadReport, ResumeNode, SetPrefillCap, starting_chunk_budget
+from flowkv_common.wire.nodes import (
+    Cordon,
+    Drain,
+    LoadReport,
+    ResumeNode,
+    SetPrefillCap,
+    starting_chunk_budget,
+)
 
 LOOK_EVERY_S = 0.1
+
+
+def cordon(argv: list[str]) -> int:
+    """A node takes nothing new and keeps what it has, however long; another scheduler changes nothing of it.
+
+    flowkv cordon decode-0 --reason 'odd noise'     and later: flowkv resume decode-0
+    """
+    parser = _parser("cordon", cordon.__doc__)
+    parser.add_argument("--reason", default="", help="for people: in the node's log")
+    options = parser.parse_args(argv)
+
+    async def go() -> None:
+        async with _node_of(options) as (bus, view, node):
+            await _order(bus, subjects.NODE_CORDON, node, Cordon(reason=options.reason))
+            await _until(view, node.node_id, lambda report: report.is_cordoned)
+            report = _now(view, node.node_id).report
+            left = num_in_hand(report) if report else 0
+            console().print(
+                f"{node.node_id} takes nothing new and goes on with the {left} that it has; "
+                f"take it back: flowkv resume {node.node_id}"
+            )
+
+    asyncio.run(go())
+    return 0
 
 
 def drain(argv: list[str]) -> int:
@@ -56,7 +87,7 @@ def drain(argv: list[str]) -> int:
 
 
 def resume(argv: list[str]) -> int:
-    """A drained node takes new work again."""
+    """A drained or cordoned node takes new work again."""
     options = _parser("resume", resume.__doc__).parse_args(argv)
 
     async def go() -> None:
@@ -72,7 +103,7 @@ def resume(argv: list[str]) -> int:
 def lend(argv: list[str]) -> int:
     """Move a node's prefill chunk budget: to prefill, to decode, to both, or to so many tokens per step.
 
-    The scheduler moves it again where more requests are served in time; with FLOWKV_LENDING=off it does not.
+    The scheduler moves it again where more requests are served in time, unless FLOWKV_LENDING=false.
 
     flowkv lend decode-1 prefill
     """

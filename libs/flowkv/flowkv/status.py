@@ -23,7 +23,13 @@ from flowkv_common.wire.nodes import ScaleWanted
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLOURS = {"ready": "green", "draining": "yellow", "normal": "green", "imbalance": "yellow"}
+COLOURS = {
+    "ready": "green",
+    "draining": "yellow",
+    "cordoned": "yellow",
+    "normal": "green",
+    "imbalance": "yellow",
+}
 POOL_WIDTH = 16
 # As `_figures` gives them; a narrow terminal shows the first ones.
 COLUMNS = (

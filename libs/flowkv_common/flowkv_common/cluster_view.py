@@ -54,7 +54,8 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     """A node as it can be seen now. `report` is None until this life of it was heard."""
 
     node_id: str
-    state: str  # ready; draining; silent; unheard: no report yet; or why it is not ready, in its own words
+    # ready; draining; cordoned; silent; unheard: no report yet; or why it is not ready, in its own words
+    state: str
     serves: list[str]  # prefill, decode, as its chunk budget is now
     links: dict[str, str]  # peer -> connector; "": none, or which one can't be told
     slower_links: str  # which links could be faster, and why they are not, in the node's words
@@ -197,6 +198,8 @@ def _state(report: LoadReport | None, heard_s_ago: float | None, own_word: str) 
         return "silent"
     if report.draining:
         return "draining"
+    if report.is_cordoned:
+        return "cordoned"
     if not report.ready:
         return own_word if own_word not in ("", "ready") else "not ready"
     return "ready"

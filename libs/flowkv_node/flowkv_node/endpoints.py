@@ -17,6 +17,7 @@ from flowkv_common.wire.nodes import (
     BlockList,
     Check,
     Checked,
+    Cordon,
     Drain,
     LinkOffer,
     LinkRequest,
@@ -80,6 +81,11 @@ def node_endpoints(node: Node, engine: Engine, news: BlockNews) -> list[Endpoint
         log.info("draining %s: %s", node.ref.node_id, request.reason or "asked to")
         return accepted
 
+    async def cordon(request: Cordon) -> Accepted:
+        node.cordon()
+        log.info("cordoned %s: %s", node.ref.node_id, request.reason or "asked to")
+        return accepted
+
     async def resume(_: ResumeNode) -> Accepted:
         node.resume()
         log.info("%s takes new work again", node.ref.node_id)
@@ -128,6 +134,7 @@ def node_endpoints(node: Node, engine: Engine, news: BlockNews) -> list[Endpoint
     endpoints = [
         node.endpoint(subjects.NODE_LINK, LinkRequest, link),
         node.endpoint(subjects.NODE_DRAIN, Drain, drain),
+        node.endpoint(subjects.NODE_CORDON, Cordon, cordon),
         node.endpoint(subjects.NODE_RESUME, ResumeNode, resume),
         node.endpoint(subjects.NODE_CHECK, Check, check),
         node.endpoint(subjects.NODE_CAP, SetPrefillCap, set_cap),

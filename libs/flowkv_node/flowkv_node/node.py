@@ -157,6 +157,7 @@ class Node:
         self.wake = asyncio.Event()  # set when there is work for the engine
         self.changed = asyncio.Event()  # set when the next load report should not wait
         self.drains_until: float | None = None  # monotonic; while it is set the node takes nothing new
+        self.is_cordoned = False  # nor then, but what is here has all the time it needs
         self.stalls = False  # a step takes far longer than such steps do
         self.wedged = False  # a step takes longer than any may
         self.stuck: str | None = None  # which handoffs make no progress
@@ -182,16 +183,24 @@ class Node:
             self.drains_until = time.monotonic() + self.settings.drain_timeout_s
             self.changed.set()
 
+    def cordon(self) -> None:
+        """Take nothing new, until `resume`. What is here is kept, however long it takes."""
+        self.is_cordoned = True
+        self.changed.set()
+
     def resume(self) -> None:
         """Take new work again. Raises Unavailable when the node is leaving for good."""
         if self.stop.is_set():
             raise Unavailable(f"{self.ref.node_id} leaves")
         self.drains_until = None
+        self.is_cordoned = False
         self.changed.set()
 
     def why_not_ready(self) -> str | None:
         if self.drains_until is not None:
             return "draining"
+        if self.is_cordoned:
+            return "cordoned"
         if self.wedged:
             return "the engine makes no progress"
         if self.stalls:

@@ -85,6 +85,7 @@ def load_report(node: Node, seq: int, pool: str = "") -> LoadReport:
         queued_attended=prefill.queued_attended + decode.queued_attended,
         interruptible_attended=prefill.interruptible_attended,
         pool=pool,
+        is_cordoned=node.is_cordoned,
     )
 
 

@@ -78,9 +78,9 @@ def _standing(node: NodeState) -> Finding:
             return bad(
                 "nodes", f"{what} is in the registry but says nothing{since}: frozen, or cut off", mend
             )
-        case "draining":
+        case "draining" | "cordoned":
             mend = f"take it back with `flowkv resume {node.node_id}`, or stop it"
-            return look("nodes", f"{what} is draining", mend)
+            return look("nodes", f"{what} is {node.state}", mend)
     return bad("nodes", f"{what} is not ready: {node.state}", f"look at the log of {process}")
 
 

@@ -146,6 +146,7 @@ class LoadReport(Message, frozen=True):
     # From the first block to the last in at most 64 cells: ninths of each that are leased, then cached. Empty
     # in a report that did not wait for its period: the one before holds.
     pool: str = ""
+    is_cordoned: bool = False  # an operator has said so: it takes nothing new
 
 
 class SetPrefillCap(Message, frozen=True):
@@ -212,8 +213,14 @@ class Drain(Message, frozen=True):
     reason: str = ""
 
 
+class Cordon(Message, frozen=True):
+    """Operator to node: accept nothing new and keep what is here, however long, until `ResumeNode`."""
+
+    reason: str = ""
+
+
 class ResumeNode(Message, frozen=True):
-    """Operator to node: the drain is over, accept new work again."""
+    """Operator to node: drain or cordon is over, accept new work again."""
 
 
 class Check(Message, frozen=True):
