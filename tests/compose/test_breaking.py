@@ -224,7 +224,7 @@ async def test_scaling_under_load(composed: Composed, model_path: Path, observer
 
 
 async def test_a_rolling_upgrade(composed: Composed, model_path: Path, observer: Observer) -> None:
-    """The commands of docs/operations.md, for one service; the new image is the old one here."""
+    """The commands of docs/compose.md, for one service; the new image is the old one here."""
     await run(composed.up)
     [old] = composed.containers("decode")
     up = ["up", "--detach", "--wait", "--no-recreate"]

@@ -172,7 +172,7 @@ async def test_each_gateway_gets_the_tokens_of_its_own_model(
 async def test_a_rolling_change_of_model_gives_no_wrong_answer(
     nats_server: NatsServer, bus: Bus, a: Weights, b: Weights
 ) -> None:
-    """As in docs/operations.md: the new nodes, then the new gateway, then the old nodes go."""
+    """As in docs/compose.md: the new nodes, then the new gateway, then the old nodes go."""
     is_over = asyncio.Event()
 
     async def keep_asking(of_a: Dispatch) -> int:

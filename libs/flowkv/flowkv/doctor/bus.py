@@ -22,7 +22,7 @@ TIMEOUT_S = 2.0
 DEFAULT_PORT = 4222
 NATS_DEFAULT_PAYLOAD = 1 << 20
 START_IT = "start one (`flowkv up`, or `nats-server -js`), or say where it is: --nats URL or FLOWKV_NATS_URL"
-OPERATOR_URL = "in Compose the operator's: docs/operations.md#drain says how to print it"
+OPERATOR_URL = "in Compose the operator's: docs/compose.md#as-operator says how to print it"
 
 
 class Server(NamedTuple):
