@@ -20,6 +20,7 @@ from tests.nats_server import NatsServer
 from tests.played_cluster import played_cluster, run, transferred
 
 Captured = pytest.CaptureFixture[str]
+OURS = ("NATS", "nodes", "links", "clocks", "a request", "pairs")  # not this host
 
 
 async def findings(url: str, capsys: Captured, *arguments: str) -> dict[str, str]:
@@ -27,7 +28,7 @@ async def findings(url: str, capsys: Captured, *arguments: str) -> dict[str, str
     status = await run("doctor", "--nats", url, "--json", *arguments)
     found = json.loads(capsys.readouterr().out)["findings"]
     assert status == any(one["level"] == "bad" for one in found)
-    ours = [one for one in found if one["about"] in ("NATS", "nodes", "links", "clocks", "a request")]
+    ours = [one for one in found if one["about"] in OURS]
     return {one["said"]: one.get("mend", "") for one in ours if one["level"] != "good"}
 
 
@@ -72,16 +73,29 @@ async def test_a_clock_of_this_host_that_is_a_day_off(
 
 
 @contextmanager
-def api(bus: Bus, tell: list[tuple[str, bytes]]) -> Iterator[str]:
-    """The URL of an API that answers each request with the id `cmpl-1`, and tells the bus of it."""
+def api(
+    bus: Bus, tell: list[tuple[str, bytes]], pairs: list[dict[str, object]] | None = None
+) -> Iterator[str]:
+    """The URL of an API that answers each request with the id `cmpl-1`, and tells the bus of it.
+
+    `pairs` are those of its deep health; None: it is older, and has none.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["content-length"]))
-            body = b'{"id": "cmpl-1"}'
             for one in tell:
                 loop.call_soon_threadsafe(publish, *one)
-            self.send_response(200)
+            self._answer(200, b'{"id": "cmpl-1"}')
+
+        def do_GET(self) -> None:
+            if self.path != "/health/deep" or pairs is None:
+                self._answer(404, b'{"error": {"message": "Not Found"}}')
+            else:
+                self._answer(503, json.dumps({"ok": False, "num_pairs": len(pairs), "pairs": pairs}).encode())
+
+        def _answer(self, status: int, body: bytes) -> None:
+            self.send_response(status)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -135,3 +149,22 @@ async def test_a_request_shows_where_it_ran(
     [line] = [line for line in shown.splitlines() if "a request:" in line]
     assert said in line
     assert line.startswith("ok" if decode_node == "d0" else "look")
+
+
+@pytest.mark.parametrize("has_failed", [True, False])
+async def test_pairs_are_tried(has_failed: bool, bus: Bus, nats_server: NatsServer, capsys: Captured) -> None:
+    linked = {"num_links": 1, "usual_connector": "shm"}
+    nodes = [ReportingNode(bus, "p0", "prefill", **linked), ReportingNode(bus, "d0", "decode", **linked)]
+    moved = (subjects.event("kv_transferred", "cmpl-1.0"), encode(TRANSFERRED))
+    good = {"prefill": "p0", "decode": "d0", "ok": True, "ms": 61.2, "error": None}
+    bad = {"prefill": "p0", "decode": "d1", "ok": False, "ms": 3.0, "error": "d1: no link"}
+    with api(bus, [moved, finished("d0")], [good, bad] if has_failed else [good]) as url:
+        async with played_cluster(bus, *nodes, url=url):
+            status = await run("doctor", "--nats", nats_server.url, "--json")
+    found = [one for one in json.loads(capsys.readouterr().out)["findings"] if one["about"] == "pairs"]
+    if has_failed:
+        assert status == 1
+        assert [(one["level"], one["said"]) for one in found] == [("bad", "p0 to d1: d1: no link")]
+        assert "flowkv cordon" in found[0]["mend"]
+    else:
+        assert [one["said"] for one in found] == ["1 of 1 answer, the slowest in 61 ms (p0 to d0)"]
