@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
@@ -39,6 +40,7 @@ class NatsServer:
         self._arguments = [*arguments, "-js"] if jetstream else list(arguments)
         self.url = ""
         self.monitor_url = ""
+        self.cluster_url = ""  # where other servers reach it, if it is one of several; new with each start
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="flowkv-nats-")
         if max_payload is not None:
@@ -68,6 +70,7 @@ class NatsServer:
         ports = self._wait_for_ports(Path(folder) / f"nats-server_{self._process.pid}.ports")
         self.url = ports["nats"][0]
         self.monitor_url = ports["monitoring"][0]
+        self.cluster_url = ports.get("cluster", [""])[0]
 
     def stop(self) -> None:
         """End it as an operator would (SIGTERM)."""
@@ -87,6 +90,28 @@ class NatsServer:
             yield
         finally:
             self._process.send_signal(signal.SIGCONT)
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None
+
+    def reload(self) -> None:
+        """Have it read its configuration again, as `nats-server --signal reload`; returns when it has."""
+        assert self._process is not None
+        before = self._config_load_time()
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        self._process.send_signal(signal.SIGHUP)
+        while self._config_load_time() == before:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"nats-server did not reload, see its log:\n{self.log()}")
+            time.sleep(0.01)
+
+    def log(self) -> str:
+        return (Path(self._folder.name) / "nats-server.log").read_text()
+
+    def _config_load_time(self) -> str:
+        with urllib.request.urlopen(f"{self.monitor_url}/varz", timeout=_START_TIMEOUT_S) as answer:
+            return str(json.load(answer)["config_load_time"])
 
     def restart(self) -> None:
         """Stop it if it runs, then start it on the same ports and store."""

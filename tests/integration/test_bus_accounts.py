@@ -17,10 +17,13 @@ from nats.aio.msg import Msg
 
 from flowkv.accounts import RIGHTS, write_accounts
 from flowkv_common.aio import running
-from flowkv_common.bus.connection import BarrierClient, connect
+from flowkv_common.bus.access import Access
+from flowkv_common.bus.client import BarrierClient
+from flowkv_common.bus.connection import connect
 from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Service
+from flowkv_common.config import NatsSettings
 from flowkv_common.wire import subjects
 from tests.nats_server import NatsServer
 
@@ -57,9 +60,10 @@ async def raw(url: str, prefix: str = "_INBOX") -> AsyncIterator[tuple[BarrierCl
     async def on_error(error: Exception) -> None:
         denials.append(str(error))
 
-    client = BarrierClient(lambda: None)  # its flush ends after all denials have come
+    # Its flush ends after all denials have come.
+    client = BarrierClient(lambda: None, Access(NatsSettings(nats_url=url)))
     try:
-        await client.connect(url, error_cb=on_error, allow_reconnect=False, inbox_prefix=prefix)
+        await client.open(error_cb=on_error, allow_reconnect=False, inbox_prefix=prefix)
         yield client, denials
     finally:
         await client.close()
@@ -138,7 +142,7 @@ async def test_a_question_is_answered_and_heard_by_who_asked(server: NatsServer,
         await question.respond(b"yes")
 
     answering = raw(url_of(server, folder, "scheduler"), "_INBOX.scheduler")
-    asking = connect(url_of(server, folder, "gateway"), name="gateway")
+    asking = connect(url_of(server, folder, "gateway"), name="gateway", user="gateway")
     async with answering as (scheduler, denials), asking as bus:
         await scheduler.subscribe(subjects.SCHEDULE, cb=answer)
         await scheduler.flush()
@@ -152,7 +156,7 @@ async def test_all_services_of_one_process_are_discovered(server: NatsServer, fo
     async def on_reply(reply: Msg) -> None:
         await names.put(json.loads(reply.data)["name"])
 
-    node = connect(url_of(server, folder, "node"), name="node")
+    node = connect(url_of(server, folder, "node"), name="node", user="node")
     looking = raw(url_of(server, folder, "operator"), "_INBOX.operator")
     async with node as bus, contextlib.AsyncExitStack() as services, looking as (operator, _):
         for name in ("prefill", "decode", "node"):
@@ -172,7 +176,7 @@ async def test_buckets_work_for_those_who_use_them(server: NatsServer, folder: P
         led.set()
         await asyncio.Event().wait()
 
-    async with connect(url_of(server, folder, "scheduler"), name="scheduler") as bus:
+    async with connect(url_of(server, folder, "scheduler"), name="scheduler", user="scheduler") as bus:
         async with (
             asyncio.timeout(10),
             running(Lease(bus, "s").campaign(lead), watch_nodes(bus, lambda _: watched.set())),

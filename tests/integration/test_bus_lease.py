@@ -8,7 +8,9 @@ import random
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import nats.errors
 import pytest
+from nats.js.kv import KeyValue
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import KEY, Lease
@@ -294,3 +296,26 @@ async def test_never_two_and_epochs_grow_whoever_comes_goes_and_dies(nats_server
     assert len(epochs) == 7
     assert epochs == sorted(set(epochs))
     assert seat.most_at_once == 1
+
+
+async def test_a_renewal_whose_answer_is_lost_costs_no_term(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the connection goes between a write and its answer."""
+    seat, is_lost = Seat(), asyncio.Event()
+    write = KeyValue.update
+
+    async def lose_one_answer(bucket: KeyValue, *arguments: Any, **named: Any) -> int:
+        revision = await write(bucket, *arguments, **named)
+        if seat.leading and not is_lost.is_set():
+            is_lost.set()
+            raise nats.errors.TimeoutError
+        return revision
+
+    monkeypatch.setattr(KeyValue, "update", lose_one_answer)
+    async with candidate(nats_server, seat, "a") as a:
+        async with asyncio.timeout(5):
+            await is_lost.wait()
+        await seat.stays_for(2 * TTL_S)
+        assert a.lease.is_held
+    assert seat.terms == [("a", 1)]

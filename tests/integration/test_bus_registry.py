@@ -140,6 +140,21 @@ async def test_dead_node_expires_while_others_live(nats_server: NatsServer) -> N
             await nodes.until("d0")
 
 
+async def test_nodes_that_stop_renewing_all_at_once_get_time(nats_server: NatsServer) -> None:
+    """It may be the servers that keep the bucket: while they choose a leader nobody can renew."""
+    nodes, clock = Nodes(), asyncio.get_running_loop().time
+    async with connect(nats_server.url, name="watcher") as bus, contextlib.AsyncExitStack() as dying:
+        buses = [await dying.enter_async_context(connect(nats_server.url, name=name)) for name in "pd"]
+        async with running(watch(bus, nodes)):
+            async with running(announce(buses[0], "p0"), announce(buses[1], "d0")):
+                await nodes.until("d0", "p0")
+                await dying.aclose()
+            died_at = clock()
+            await nodes.until(timeout_s=6 * TTL_S)
+            assert clock() - died_at > 1.5 * TTL_S
+            assert len(nodes.history[-2]) == 2  # both at once
+
+
 async def test_new_descriptor_is_told(nats_server: NatsServer) -> None:
     nodes = Nodes()
     cap = 512

@@ -13,11 +13,12 @@ import pytest
 from nats.aio.msg import Msg
 
 from flowkv_common.aio import running
+from flowkv_common.bus import client as client_module
 from flowkv_common.bus import connection
-from flowkv_common.bus import connection as client_module
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import keep_announced
 from flowkv_common.bus.service import Endpoint, Service
+from flowkv_common.config import NatsSettings
 from flowkv_common.errors import (
     BadRequest,
     Cancelled,
@@ -70,6 +71,7 @@ from flowkv_gateway.request_state import RequestState
 from flowkv_gateway.tenants import Tenant, Tenants
 from tests.described_nodes import BLOCK_SIZE, MODEL, descriptor, report
 from tests.nats_server import NatsServer
+from tests.nats_users import server_with_users
 
 OWN = OwnModel(ModelFiles())
 P, D, E, F = (NodeRef(node_id=name, incarnation="1") for name in "pdef")
@@ -942,13 +944,14 @@ async def test_a_stream_that_needs_another_pair_waits_for_nats(
         assert [run.attempt for run in nodes.runs] == [0, 1, 2]
 
 
-async def test_when_nats_ends_the_connection_for_good_so_do_the_answers(nats_server: NatsServer) -> None:
+async def test_when_nats_refuses_the_gateway_for_good_the_answers_end() -> None:
     async def begin(nodes: Nodes, run: PrefillRun) -> None:
         await nodes.send(run, chunk(tid_of(run), 0, [10]))
 
     closed = asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
-        bus = await stack.enter_async_context(connect(nats_server.url, name="nodes"))
+        users = stack.enter_context(server_with_users("nodes", "gateway"))
+        bus = await stack.enter_async_context(connect(users.url("nodes"), name="nodes"))
         nodes = Nodes(bus, [begin])
         endpoints = [
             Endpoint(subjects.SCHEDULE, ScheduleRequest, nodes.schedule),
@@ -956,11 +959,12 @@ async def test_when_nats_ends_the_connection_for_good_so_do_the_answers(nats_ser
         ]
         service = Service(bus, name="nodes", version="0.1.0", service_id="n", endpoints=endpoints)
         await stack.enter_async_context(service)
-        gateway = open_dispatch(nats_server.url, OWN, closed.set)
+        settings = NatsSettings(nats_url=users.url("gateway"), nats_give_up_s=0.1)
+        gateway = open_dispatch(settings, OWN, closed.set)
         dispatch = await gateway.__aenter__()
         chunks = dispatch.generate(new_request())
         assert (await anext(chunks)).token_ids == [10]
-        await dispatch._bus.nc._process_err("'Authorization Violation'")
+        users.refuse("gateway")
         async with asyncio.timeout(5):
             await closed.wait()
             with pytest.raises(Unavailable):

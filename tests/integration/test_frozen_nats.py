@@ -13,14 +13,16 @@ import pytest
 from nats.aio.msg import Msg
 
 from flowkv_common import errors
-from flowkv_common.bus import connection as client
+from flowkv_common.bus import client
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.registry import keep_announced, watch_nodes
+from flowkv_common.config import NatsSettings
 from flowkv_common.wire.messages import Accepted, Cancel, encode
 from flowkv_common.wire.nodes import Drain, NodeDescriptor
 from tests.described_nodes import descriptor
 from tests.nats_server import NatsServer
+from tests.nats_users import Users, server_with_users
 from tests.waiting import reconnected, until
 
 SUBJECT = "flowkv.v1.test.frozen.x"
@@ -179,16 +181,19 @@ async def test_a_process_that_was_held_up_does_not_take_its_own_pause_for_silenc
         assert not back.is_set()
 
 
-async def test_the_watch_on_nodes_ends_when_it_is_cancelled_also_without_a_connection(
-    nats_server: NatsServer,
-) -> None:
+async def test_the_watch_on_nodes_ends_when_it_is_cancelled_also_without_a_connection() -> None:
+    with server_with_users("test") as users:
+        await _watch_until_refused(users)
+
+
+async def _watch_until_refused(users: Users) -> None:
     shown = asyncio.Event()
-    connection = connect(nats_server.url, name="test")
+    connection = connect(NatsSettings(nats_url=users.url("test"), nats_give_up_s=0.1), name="test")
     bus = await connection.__aenter__()
     watch = asyncio.create_task(watch_nodes(bus, lambda _: shown.set()))
     async with asyncio.timeout(5.0):
         await shown.wait()
-    await bus.nc._process_err("'Authorization Violation'")
+    users.refuse("test")
     await until(lambda: bus.is_closed)
     watch.cancel()
     done, _ = await asyncio.wait([watch], timeout=1.0)

@@ -49,9 +49,9 @@ def variables(**settings: object) -> dict[str, str]:
 
 @contextlib.contextmanager
 def services(
-    run_dir: Path, model_path: Path | str, settings: Mapping[str, str] | None = None
+    run_dir: Path, model_path: Path | str, settings: Mapping[str, str] | None = None, **options: Any
 ) -> Iterator[Cluster]:
-    """NATS, scheduler and gateway, without nodes."""
+    """NATS, scheduler and gateway, without nodes. `options` are further ones of `Cluster`."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with Cluster(
         run_dir,
@@ -60,6 +60,7 @@ def services(
         model_name=MODEL_NAME,
         settings={"PYTHONPATH": path, **(settings or {})},
         drain_timeout_s=15,
+        **options,
     ) as cluster:
         yield cluster
 

@@ -40,7 +40,7 @@ async def test_a_renewed_record_is_not_compared_with_all_others(monkeypatch: pyt
     monkeypatch.setattr(registry, "decode", lambda value, _: Compared(value))
     told: list[dict[str, Any]] = []
     bus: Any = SimpleNamespace(is_connected=True, connected_for_s=1e9)
-    watch = registry._Watch(bus, told.append, 6.0)
+    watch = registry._Watch(bus, told.append, 6.0, own_id="")
     nodes = [described_nodes.descriptor(f"n{number}", "prefill") for number in range(50)]
     for node in nodes:
         watch._hear_entry(entry(node))

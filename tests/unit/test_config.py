@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from flowkv_common.bus.access import Access, Login
 from flowkv_common.config import (
     KINDS,
     GatewaySettings,
@@ -13,6 +14,7 @@ from flowkv_common.config import (
     load_settings,
     settings_of,
 )
+from flowkv_common.errors import CannotStart
 
 
 def test_flags_win_over_environment_over_defaults() -> None:
@@ -42,12 +44,13 @@ def test_lending_is_on_unless_switched_off() -> None:
 def test_what_holds_a_password_can_come_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "url").write_text("nats://u:p@host:4222\n")
     environ = {"FLOWKV_NATS_URL_FILE": str(tmp_path / "url")}
-    assert load_settings(SchedulerSettings, [], environ).nats_url == "nats://u:p@host:4222"
-    assert (
-        load_settings(SchedulerSettings, ["--nats-url", "nats://other"], environ).nats_url == "nats://other"
-    )
-    with pytest.raises(SystemExit, match="No such file"):
-        load_settings(SchedulerSettings, [], {"FLOWKV_NATS_URL_FILE": str(tmp_path / "none")})
+    read = Access(load_settings(SchedulerSettings, [], environ)).read_servers()
+    assert (read.urls, read.logins) == (("nats://host:4222",), (Login("u", "p"),))
+    flagged = load_settings(SchedulerSettings, ["--nats-url", "nats://other"], environ)
+    assert Access(flagged).read_servers().urls == ("nats://other:4222",)
+    none = load_settings(SchedulerSettings, [], {"FLOWKV_NATS_URL_FILE": str(tmp_path / "none")})
+    with pytest.raises(CannotStart, match="No such file"):
+        Access(none)
     with pytest.raises(SystemExit, match="unknown variable FLOWKV_HOST_FILE"):
         load_settings(SchedulerSettings, [], {"FLOWKV_HOST_FILE": "x"})
 

@@ -3,6 +3,10 @@
 `python -m flowkv.accounts FOLDER` writes `FOLDER/nats/nats.conf` and, per user, `FOLDER/<user>/nats_url`,
 which only that user's services need. Passwords are made once and kept; permissions are written each time, so
 that they follow the code.
+
+New passwords come in two steps (docs/operations.md#new-passwords): `--rotate` writes new ones and lets the
+former stand beside them, and without it only the newest stand. With `--certificates` there are no passwords:
+a user is whom its certificate names.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from flowkv_common.wire import subjects
@@ -30,7 +34,7 @@ class Rights(NamedTuple):
 def _reading(bucket: str) -> list[str]:
     """What a watch on a bucket asks of JetStream; the first service to come makes the bucket."""
     api, stream = "$JS.API", f"KV_{bucket}"
-    verbs = ["STREAM.CREATE", "STREAM.INFO", "STREAM.MSG.GET", "CONSUMER.CREATE"]
+    verbs = ["STREAM.CREATE", "STREAM.UPDATE", "STREAM.INFO", "STREAM.MSG.GET", "CONSUMER.CREATE"]
     nested = ["DIRECT.GET", "CONSUMER.CREATE", "CONSUMER.INFO", "CONSUMER.DELETE"]
     asked = [f"{api}.{verb}.{stream}" for verb in verbs] + [f"{api}.{verb}.{stream}.>" for verb in nested]
     return [f"{api}.INFO", *asked, f"$JS.ACK.{stream}.>", f"$JS.FC.{stream}.>"]
@@ -50,6 +54,7 @@ RIGHTS: Mapping[str, Rights] = {
             subjects.at(subjects.NODE_CANCEL, _ANY_NODE),
             subjects.seen("*"),
             subjects.event("request_finished", "*"),
+            subjects.at(subjects.NODE_CHECK, _ANY_NODE),  # does it hear us?
             "$SRV.INFO.*",
             *_reading(subjects.NODES_BUCKET),
         ],
@@ -68,6 +73,7 @@ RIGHTS: Mapping[str, Rights] = {
             subjects.assignment("*"),
             subjects.at(subjects.NODE_CAP, _ANY_NODE),
             subjects.at(subjects.NODE_BLOCKS, _ANY_NODE),
+            subjects.at(subjects.NODE_CHECK, _ANY_NODE),  # does it hear us?
             subjects.event("regime_changed", "*"),
             subjects.event("cap_moved", "*"),
             subjects.event("scale_wanted", "*"),
@@ -92,7 +98,7 @@ RIGHTS: Mapping[str, Rights] = {
             subjects.at(subjects.DECODE_RELEASE, _ANY_NODE),
             subjects.at(subjects.DECODE_RUN, _ANY_NODE),
             subjects.at(subjects.NODE_LINK, _ANY_NODE),
-            subjects.at(subjects.NODE_CHECK, _ANY_NODE),  # is another of its id alive?
+            subjects.at(subjects.NODE_CHECK, _ANY_NODE),  # is another of its id alive? does it hear us?
             subjects.tokens("*"),
             subjects.keepalive("*"),
             subjects.event("kv_transferred", ">"),
@@ -115,21 +121,40 @@ RIGHTS: Mapping[str, Rights] = {
 }
 
 
-def write_accounts(folder: Path, address: str) -> None:
-    """Write the server's configuration, and each service's URL of the server at `address` (host:port)."""
-    users = []
-    for name, rights in RIGHTS.items():
-        url_file = folder / name / "nats_url"
-        known = urlsplit(url_file.read_text().strip()).password if url_file.exists() else None
-        password = known or secrets.token_hex(32)
-        _replace_file(url_file, f"nats://{name}:{password}@{address}\n")
+class _Account(NamedTuple):
+    """A user of the server by the name and the password that it shows, none where it shows a certificate."""
+
+    name: str
+    password: str
+
+
+def write_accounts(
+    folder: Path, address: str, *, is_rotation: bool = False, certificates: Path | None = None
+) -> None:
+    """Write the server's configuration, and each service's URL of the server at `address` (host:port).
+
+    In a rotation each service gets a new password, and those before it stay valid until the next call.
+    `certificates` is the folder with ca.pem, nats.pem and nats.key, as the server sees it.
+    """
+    users: list[dict[str, Any]] = []
+    for service, rights in RIGHTS.items():
         permissions = {
             "publish": {"allow": rights.publish},
-            "subscribe": {"allow": [f"_INBOX.{name}.>", *rights.subscribe]},
+            "subscribe": {"allow": [f"_INBOX.{service}.>", *rights.subscribe]},
             "allow_responses": {"max": _ANSWERS, "expires": "2m"},
         }
-        users.append({"user": name, "password": password, "permissions": permissions})
-    config = {
+        url_file = folder / service / "nats_url"
+        if certificates is not None:
+            _replace_file(url_file, f"tls://{address}\n")
+            users.append({"user": service, "permissions": permissions})
+            continue
+        newest = _account_in(url_file) or _Account(service, secrets.token_hex(32))
+        valid = [newest]
+        if is_rotation:
+            valid = [newest, _Account(_next_name(service, newest.name), secrets.token_hex(32))]
+        _replace_file(url_file, f"nats://{valid[-1].name}:{valid[-1].password}@{address}\n")
+        users += [{"user": name, "password": word, "permissions": permissions} for name, word in valid]
+    config: dict[str, Any] = {
         "host": "0.0.0.0",
         "port": 4222,
         "http": "127.0.0.1:8222",  # monitoring shows who is connected from where
@@ -137,8 +162,27 @@ def write_accounts(folder: Path, address: str) -> None:
         "jetstream": {"max_memory_store": 256 << 20, "max_file_store": 0},
         "authorization": {"users": users},  # others can't even connect
     }
+    if certificates is not None:
+        config["tls"] = {
+            "ca_file": str(certificates / "ca.pem"),
+            "cert_file": str(certificates / "nats.pem"),
+            "key_file": str(certificates / "nats.key"),
+            "verify_and_map": True,  # who has no certificate of the authority can't connect
+        }
     # The server's own format includes JSON.
     _replace_file(folder / "nats" / "nats.conf", json.dumps(config, indent=2) + "\n")
+
+
+def _account_in(url_file: Path) -> _Account | None:
+    """The one that the file shows, if there is one with a password."""
+    url = urlsplit(url_file.read_text().strip()) if url_file.exists() else None
+    return _Account(url.username, url.password) if url and url.username and url.password else None
+
+
+def _next_name(service: str, name: str) -> str:
+    """gateway, gateway-2, gateway-3: the server wants one password per user."""
+    number = name.removeprefix(f"{service}-")
+    return f"{service}-{int(number) + 1 if number.isdecimal() else 2}"
 
 
 def _replace_file(path: Path, content: str) -> None:
@@ -155,8 +199,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the users of the NATS server.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--address", default="nats:4222", help="host:port at which services reach the server")
+    parser.add_argument("--rotate", action="store_true", help="new passwords; the former stay valid, too")
+    parser.add_argument(
+        "--certificates",
+        type=Path,
+        metavar="FOLDER",
+        help="no passwords but certificates; the server finds ca.pem, nats.pem and nats.key there",
+    )
     options = parser.parse_args()
-    write_accounts(options.folder, options.address)
+    if options.rotate and options.certificates:
+        parser.error("--rotate is for passwords: renew certificates with `flowkv certs`")
+    write_accounts(
+        options.folder, options.address, is_rotation=options.rotate, certificates=options.certificates
+    )
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ class Cluster:
         nodes: Mapping[str, int],
         num_schedulers: int = 1,
         port: int = 0,
+        nats_url: str = "",
         model_name: str = "",
         settings: Mapping[str, str] | None = None,
         drain_timeout_s: float = 40.0,
@@ -71,7 +72,8 @@ class Cluster:
 
         Of several schedulers one leads, the others stand by. Logs are written to `run_dir`. Nodes are forked
         from `fork_server`, or from one that starts and ends with the cluster if it starts with nodes. NATS
-        listens on `nats_host`, an address that its clients reach.
+        listens on `nats_host`, an address that its clients reach; none is started if `nats_url` names some
+        servers that run.
         """
         self.run_dir = run_dir
         self.port = port or free_port()
@@ -84,6 +86,8 @@ class Cluster:
         self._opened = contextlib.ExitStack()
         self._nats_host = nats_host
         self._nats_port = free_port()
+        self._starts_nats = not nats_url
+        self.nats_url = nats_url or f"nats://{nats_host}:{self._nats_port}"
         num_nodes = max(1, sum(nodes.values()))
         self._env = {
             **os.environ,
@@ -107,10 +111,6 @@ class Cluster:
     def needs_key(self) -> bool:
         return bool(self._env.get("FLOWKV_API_KEYS_FILE"))
 
-    @property
-    def nats_url(self) -> str:
-        return f"nats://{self._nats_host}:{self._nats_port}"
-
     def __enter__(self) -> Self:
         try:
             socket.create_server(("127.0.0.1", self.port)).close()
@@ -122,7 +122,8 @@ class Cluster:
             if self._fork_server is None and any(self._nodes.values()):  # it imports while the others start
                 log_path = self.run_dir / "fork-server.log"
                 self._fork_server = self._opened.enter_context(ForkServer(log_path, self._env))
-            self.start_nats()
+            if self._starts_nats:
+                self.start_nats()
             for i in range(self._num_schedulers):
                 self._start_service(f"scheduler-{i}", "scheduler")
             self.start_gateway()
@@ -148,7 +149,7 @@ class Cluster:
         """On the same port and folder every time: a restarted server is the same one."""
         config = self.run_dir / "nats.conf"
         config.write_text(f"max_payload: {MAX_PAYLOAD_BYTES}\n")  # long prompts: no flag has it
-        # Where commands in another terminal look (`terminal.find_nats_url`).
+        # Where commands in another terminal look (`terminal.find_nats`).
         (self.run_dir / NATS_URL_FILE).write_text(self.nats_url)
         command = [find_nats_server(), "-c", str(config), "-a", self._nats_host, "-p", str(self._nats_port)]
         return self.start_process("nats", [*command, "-js", "-sd", str(self.run_dir / "jetstream")])

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowkv.local_cluster import NATS_URL_FILE
-from flowkv_common.config import SchedulerSettings
-from flowkv_common.errors import CannotStart
+from flowkv_common.config import NatsSettings, load_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,28 +36,23 @@ def make_parser(command: str, doc: str, *, needs_nats: bool = True) -> argparse.
     return parser
 
 
-def find_nats_url(given: str | None) -> str:
-    """Raises CannotStart if the file that should hold it can't be read."""
-    if given:
-        return given
-    if path := os.environ.get("FLOWKV_NATS_URL_FILE"):
-        try:
-            return Path(path).read_text().strip()
-        except OSError as error:
-            raise CannotStart(f"FLOWKV_NATS_URL_FILE: {error}") from None
-    if url := os.environ.get("FLOWKV_NATS_URL"):
-        return url
-    local = sorted(Path(".run").glob(f"*/{NATS_URL_FILE}"), key=lambda path: path.stat().st_mtime)
-    return local[-1].read_text().strip() if local else SchedulerSettings().nats_url
+def find_nats(given: str | None) -> NatsSettings:
+    """How to reach NATS at the URL that was given, or where the environment or this folder says."""
+    flags = ["--nats-url", given] if given else []
+    if not given and not any(os.environ.get(f"FLOWKV_NATS_{name}") for name in ("URL", "URL_FILE")):
+        local = sorted(Path(".run").glob(f"*/{NATS_URL_FILE}"), key=lambda path: path.stat().st_mtime)
+        flags = ["--nats-url-file", str(local[-1])] if local else []
+    return load_settings(NatsSettings, flags)
 
 
 @asynccontextmanager
 async def connected(options: argparse.Namespace) -> AsyncIterator[Bus]:
-    """The bus that the options name. Raises Unavailable when no NATS answers within 3 s."""
+    """The bus that the options name. Raises CannotStart and Unavailable, when no NATS answers within 3 s."""
     from flowkv_common.bus.connection import connect
 
-    url = find_nats_url(options.nats)
-    async with connect(url, name="flowkv-command", connect_timeout_s=CONNECT_TIMEOUT_S) as bus:
+    found = find_nats(options.nats)
+    name, user = "flowkv-command", "operator"
+    async with connect(found, name=name, user=user, connect_timeout_s=CONNECT_TIMEOUT_S) as bus:
         yield bus
 
 

@@ -11,7 +11,6 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import msgspec
@@ -22,7 +21,6 @@ NODE_ID_CHARACTERS = "A-Za-z0-9_-"
 DTYPES = ("float32", "bfloat16", "float16")
 # Those that no struct holds, with what they mean.
 OTHER_VARIABLES = {
-    "FLOWKV_NATS_URL_FILE": "file with the URL of NATS, a secret if it holds a password; wins over the URL",
     "FLOWKV_CACHE": "folder for downloaded models and compiled kernels; default `~/.cache/flowkv`",
     "FLOWKV_NATS_SERVER": "the `nats-server` that `flowkv up` starts; default the one on `PATH`",
 }
@@ -40,18 +38,48 @@ def listed(setting: str) -> list[str]:
     return [part.strip() for part in setting.split(",") if part.strip()]
 
 
-class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What all services share."""
+class NatsSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How a process reaches NATS, and how its buckets are kept there.
+
+    Files are read anew for each attempt to connect: what they hold may change (`bus/access.py`).
+    """
 
     nats_url: Annotated[str, "NATS, or several servers of one cluster with commas between"] = (
         "nats://127.0.0.1:4222"
     )
-    host: Annotated[str, "address that the service listens on"] = "127.0.0.1"
+    nats_url_file: Annotated[str, "file with that URL, a secret if it holds a password; wins over it"] = ""
+    nats_credentials: Annotated[
+        str, "file that says who we are: a `.creds` file, or the seed of an nkey; needs the extra `nkeys`"
+    ] = ""
+    nats_ca: Annotated[
+        str, "PEM file with the authority that the servers' certificates come from; empty: the system's"
+    ] = ""
+    nats_cert: Annotated[str, "PEM file with the certificate that we show NATS, and those above it"] = ""
+    nats_key: Annotated[str, "PEM file with that certificate's private key"] = ""
+    nats_replicas: Annotated[
+        int, "servers that keep each bucket: 3 or 5 in a cluster of at least as many, so that one may die"
+    ] = 1
+    nats_storage: Annotated[
+        Literal["memory", "file"], "where they keep it; file: it also outlives the end of all servers"
+    ] = "memory"
+    nats_give_up_s: Annotated[
+        Seconds, "NATS has refused us for so long: the service ends with an error, for another to start"
+    ] = 60.0
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             if name.endswith("_s") and not (seconds := getattr(self, name)) >= 0:  # NaN neither
                 raise ValueError(f"FLOWKV_{name.upper()} is {seconds} seconds, it must be 0 or more")
+        if bool(self.nats_cert) != bool(self.nats_key):
+            raise ValueError("FLOWKV_NATS_CERT and FLOWKV_NATS_KEY: one needs the other")
+        if self.nats_replicas not in (1, 3, 5):
+            raise ValueError(f"FLOWKV_NATS_REPLICAS is {self.nats_replicas}: choose 1, 3 or 5")
+
+
+class ServiceSettings(NatsSettings, frozen=True, kw_only=True):
+    """What all services share."""
+
+    host: Annotated[str, "address that the service listens on"] = "127.0.0.1"
 
 
 class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
@@ -224,7 +252,7 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
             )
 
 
-KINDS: tuple[type[ServiceSettings], ...] = (GatewaySettings, SchedulerSettings, NodeSettings)
+KINDS: tuple[type[NatsSettings], ...] = (GatewaySettings, SchedulerSettings, NodeSettings)
 
 
 class Setting(NamedTuple):
@@ -245,7 +273,7 @@ class Setting(NamedTuple):
         return f"--{self.name.replace('_', '-')}"
 
 
-def settings_of(kind: type[ServiceSettings]) -> list[Setting]:
+def settings_of(kind: type[NatsSettings]) -> list[Setting]:
     """The settings of `kind`, in the order of the struct."""
     settings = []
     for field in msgspec.structs.fields(kind):
@@ -259,7 +287,7 @@ def settings_of(kind: type[ServiceSettings]) -> list[Setting]:
     return settings
 
 
-S = TypeVar("S", bound=ServiceSettings)
+S = TypeVar("S", bound=NatsSettings)
 
 
 def load_settings(kind: type[S], argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> S:
@@ -284,12 +312,10 @@ def load_settings(kind: type[S], argv: Sequence[str], environ: Mapping[str, str]
             metavar="|".join(setting.choices) or setting.unit.upper() or "VALUE",
             help=f"{setting.text} ({default}, {setting.variable})".replace("%", "%%"),
         )
-    if path := environ.get("FLOWKV_NATS_URL_FILE"):
-        try:
-            values["nats_url"] = Path(path).read_text().strip()
-        except OSError as error:
-            raise SystemExit(f"settings: {error}") from None
-    values.update(vars(parser.parse_args(argv)))
+    flags = vars(parser.parse_args(argv))
+    if "nats_url" in flags:  # a flag wins over a variable, also over that of the file
+        values.pop("nats_url_file", None)
+    values.update(flags)
     for setting in settings.values():
         if setting.default is None and not values.get(setting.name):
             raise SystemExit(f"settings: {setting.variable} (or {setting.flag}) is not set")

@@ -107,7 +107,7 @@ async def serve_node(
         pool = opened.enter_context(make_pool(settings, model.layout, model.device))
         engine = await opened.enter_async_context(model.make_engine(pool.tensor))
         bus = await opened.enter_async_context(
-            connect(settings.nats_url, name=f"flowkv-{starts_as}/{node_id}", on_closed=stop.set)
+            connect(settings, name=f"flowkv-{starts_as}/{node_id}", user="node", on_closed=stop.set)
         )
         card = _within_messages(model.card, bus, settings.block_size)
         node = Node(ref, settings, starts_as, card, pool, roles, bus, stop, model.grammars)
@@ -134,7 +134,7 @@ async def serve_node(
                 _compute(node, engine),
                 node.prefill.run(),
                 node.decode.run(),
-                watch_nodes(bus, node.links.follow),
+                watch_nodes(bus, node.links.follow, own_id=node_id),
                 node.links.run(),
                 watch_cancels(node),
                 supervise(node, engine),

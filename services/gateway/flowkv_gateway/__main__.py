@@ -33,7 +33,7 @@ async def serve(settings: GatewaySettings) -> None:
     tls = TlsContext(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
     freeze_objects()
     async with (
-        open_dispatch(settings.nats_url, own, stop.set) as dispatch,
+        open_dispatch(settings, own, stop.set) as dispatch,
         GrammarChecker(tokenizer.file) as checker,
     ):
         live = LivePage(dispatch.view_cluster, dispatch.finished, stop) if is_wanted(settings) else None

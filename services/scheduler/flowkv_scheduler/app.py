@@ -370,7 +370,8 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event, planner: Plann
     """
     registry = process_registry()
     scheduler_id = f"scheduler-{secrets.token_hex(4)}"
-    async with connect(settings.nats_url, name=f"flowkv-scheduler/{scheduler_id}", on_closed=stop.set) as bus:
+    name = f"flowkv-scheduler/{scheduler_id}"
+    async with connect(settings, name=name, user="scheduler", on_closed=stop.set) as bus:
         lease = Lease(bus, scheduler_id)
         clock = asyncio.get_running_loop().time
         scheduler = Scheduler(bus, lease, planner or planner_of(settings), registry, clock)

@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 import re
 import socket
+import ssl
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 import msgspec
 
 from flowkv.doctor import Finding, bad, good, look
 from flowkv.local_cluster import OLDEST_NATS
+from flowkv_common.bus.access import Access, Login
 from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES, window_that_fits
 
 TIMEOUT_S = 2.0
-DEFAULT_PORT = 4222
 NATS_DEFAULT_PAYLOAD = 1 << 20
 START_IT = "start one (`flowkv up`, or `nats-server -js`), or say where it is: --nats URL or FLOWKV_NATS_URL"
 OPERATOR_URL = "in Compose the operator's: docs/compose.md#as-operator says how to print it"
@@ -37,32 +38,53 @@ class Server(NamedTuple):
         return int(self.info.get("max_payload", NATS_DEFAULT_PAYLOAD))
 
 
-def ask_server(url: str) -> Server:
-    """Of several with commas between, the first that answers. Raises OSError if none does."""
-    *others, last = (urlsplit(one if "//" in one else f"nats://{one}") for one in url.split(","))
-    for each in others:
+def ask_server(access: Access) -> Server:
+    """Of several, the first that answers. Raises OSError if none does."""
+    *others, last = zip(*access.read_servers(), strict=True)
+    for url, login in others:
         try:
-            return _ask(each)
+            return _ask(url, login, access)
         except OSError:
             continue
-    return _ask(last)
+    return _ask(*last, access)
 
 
-def _ask(url: SplitResult) -> Server:
-    where = f"{url.hostname}:{url.port or DEFAULT_PORT}"
-    with socket.create_connection((url.hostname, url.port or DEFAULT_PORT), TIMEOUT_S) as connection:
-        lines = connection.makefile("rb")
-        first = lines.readline().decode(errors="replace")
+def _ask(url: str, login: Login, access: Access) -> Server:
+    address = urlsplit(url)
+    where, tls = address.netloc, access.read_tls()
+    with socket.create_connection((address.hostname, address.port), TIMEOUT_S) as connection:
+        first = _read_line(connection)
         if not first.startswith("INFO "):
             raise OSError(f"what listens at {where} is no NATS server")
         info: dict[str, Any] = json.loads(first.removeprefix("INFO "))
-        if info.get("tls_required"):
+        if access.nats.nats_credentials:  # they sign what the server says: left to the client
             return Server(where, info)
-        who = {"user": url.username, "pass": url.password} if url.password else {"auth_token": url.username}
-        hello = {"verbose": False, "pedantic": False, "name": "flowkv-doctor", **who}
-        connection.sendall(b"CONNECT " + msgspec.json.encode(hello) + b"\r\nPING\r\n")
-        answer = lines.readline().decode(errors="replace").strip()
-        return Server(where, info, "" if answer == "PONG" else answer.removeprefix("-ERR "))
+        if not (info.get("tls_required") or tls):
+            return Server(where, info, _introduce(connection, login))
+        try:
+            tls = tls or ssl.create_default_context()
+            with tls.wrap_socket(connection, server_hostname=address.hostname) as encrypted:
+                return Server(where, info, _introduce(encrypted, login))
+        except ssl.SSLError as error:
+            return Server(where, info, str(error))
+
+
+def _introduce(connection: socket.socket, login: Login) -> str:
+    """Why it does not let us in; empty if it does."""
+    who = {"user": login.user, "pass": login.password, "auth_token": login.token}
+    hello = {"verbose": False, "pedantic": False, "name": "flowkv-doctor"}
+    hello |= {name: value for name, value in who.items() if value is not None}
+    connection.sendall(b"CONNECT " + msgspec.json.encode(hello) + b"\r\nPING\r\n")
+    answer = _read_line(connection).strip()
+    return "" if answer == "PONG" else answer.removeprefix("-ERR ")
+
+
+def _read_line(connection: socket.socket) -> str:
+    """Not a byte more: what follows may be TLS."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := connection.recv(1)):
+        line += byte
+    return line.decode(errors="replace")
 
 
 def check_server(server: Server) -> Iterator[Finding]:
@@ -75,6 +97,8 @@ def check_server(server: Server) -> Iterator[Finding]:
     if server.refusal:
         has_user = "these credentials" if server.info.get("auth_required") else "this connection"
         mend = f"give the right user and password: nats://USER:PASSWORD@{server.where}; {OPERATOR_URL}"
+        if server.info.get("tls_required"):
+            mend = "look at FLOWKV_NATS_CA, FLOWKV_NATS_CERT and FLOWKV_NATS_KEY: docs/operations.md#encrypt"
         yield bad("NATS", f"it refuses {has_user}: {server.refusal}", mend)
     if not server.info.get("jetstream"):
         mend = "start it as `nats-server -js`, or put `jetstream: {}` into its configuration"

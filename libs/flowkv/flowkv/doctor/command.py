@@ -16,7 +16,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from rich.markup import escape
 
@@ -25,7 +24,8 @@ from flowkv.doctor.bus import START_IT, ask_server, check_rights, check_server
 from flowkv.doctor.cluster import check_links, check_nodes, check_services
 from flowkv.doctor.host import check_clocks, check_host, describe_host, seconds_ahead_of
 from flowkv.doctor.remote import prove_remote_prefill, try_pairs
-from flowkv.terminal import connected, console, find_nats_url, make_parser, write_json
+from flowkv.terminal import connected, console, find_nats, make_parser, write_json
+from flowkv_common.bus.access import Access
 from flowkv_common.bus.connection import Bus
 from flowkv_common.cluster_view import ClusterView, until_complete, viewing
 from flowkv_common.config import OTHER_VARIABLES
@@ -65,19 +65,19 @@ def _cache() -> Path:
 
 
 async def _check_cluster(options: argparse.Namespace) -> list[Finding]:
-    url = find_nats_url(options.nats)
+    access = Access(find_nats(options.nats))
+    servers = access.read_servers()
     try:
-        server = await asyncio.to_thread(ask_server, url)
+        server = await asyncio.to_thread(ask_server, access)
     except (OSError, ValueError) as error:
-        where = url.rpartition("@")[2]
-        return [bad("NATS", f"nobody answers at {where}: {error}", START_IT)]
+        return [bad("NATS", f"nobody answers at {servers.where}: {error}", START_IT)]
     findings = list(check_server(server))
     if server.refusal or not server.info.get("jetstream"):
         return findings  # there is nothing to be seen
     try:
         async with connected(options) as bus, viewing(bus) as view:
             await until_complete(view, PATIENCE_S)
-            findings += check_rights(urlsplit(url).username, bus.nc.last_error)
+            findings += check_rights(servers.logins[0].user, bus.nc.last_error)
             findings += check_services(view)
             findings += check_nodes(view, server.max_payload)
             findings += check_links(view)

@@ -1,7 +1,4 @@
-"""A NATS connection with typed messages, that knows when it hears nothing.
-
-`connect` gives a `Bus`. `BarrierClient` at the end mends nats-py's client.
-"""
+"""A NATS connection with typed messages, that knows when it hears nothing. `connect` gives a `Bus`."""
 
 from __future__ import annotations
 
@@ -11,28 +8,21 @@ import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from types import UnionType
-from typing import Any, Self, TypeVar, overload
-from urllib.parse import urlsplit
+from typing import Any, Self, overload
 
 import msgspec
 import nats.errors
-from nats.aio.client import DEFAULT_FLUSH_TIMEOUT, PING_PROTO, Client, Srv
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
-from nats.aio.transport import TcpTransport
 from nats.js import JetStreamContext
 
 from flowkv_common import errors
+from flowkv_common.bus.access import Access
+from flowkv_common.bus.client import BarrierClient
+from flowkv_common.config import NatsSettings
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import M, Message, Refusal, decode, encode
 
-# The server is asked for a sign of life this often. Every wait that ends in a verdict on others is longer
-# than DEAF_AFTER_PINGS of these, so that a process that is cut off knows it first (docs/architecture.md,
-# rule 8).
-PING_EVERY_S = 0.25
-DEAF_AFTER_PINGS = 4
-# Then another connection is tried, to another server if there is one.
-HANG_UP_AFTER_PINGS = 20
 # After NATS itself was away, others get this long to be heard again before anyone is called dead: two report
 # periods, and the time that a client takes to connect.
 SETTLE_S = 4.0
@@ -46,36 +36,42 @@ _FLUSH_TIMEOUT_S = 5.0
 _DRAIN_TIMEOUT_S = 5.0
 _CLOSE_TIMEOUT_S = 2.0
 
-T = TypeVar("T")
-
 log = logging.getLogger(__name__)
 
 
 @contextlib.asynccontextmanager
 async def connect(
-    url: str,
+    nats_settings: NatsSettings | str,
     *,
     name: str,
+    user: str = "",
     on_closed: Callable[[], None] | None = None,
     connect_timeout_s: float = 30.0,
 ) -> AsyncIterator[Bus]:
     """A connection for as long as the context lasts; on exit it is drained, then closed.
 
-    `url` may name several servers of one cluster, with commas between. `name` is what the server's connection
-    reports show. A user in the first URL gets the answers to its requests under `_INBOX.<user>`, so that the
-    server can keep them from others. `on_closed` is called when NATS ends the connection for good, as when
-    its credentials are revoked: the body should then end too. Raises `Unavailable` when no server answers
-    within `connect_timeout_s`, and at the end when NATS has closed the connection for good.
+    A string is the URL of a server, or of several of one cluster with commas between. `name` is what the
+    server's connection reports show. With a `user` answers to our requests come under `_INBOX.<user>`, so
+    that the server can keep them from others; it is no secret, and the same whatever the server calls us.
+    `on_closed` is called when the connection ends for good, since NATS has refused us for `nats_give_up_s`:
+    the body should then end too.
+
+    Raises `CannotStart` when a file that the settings name can't be read, `Unavailable` when no server takes
+    us within `connect_timeout_s`, and at the end when the connection has ended for good.
     """
-    bus = Bus(on_closed)
+    if isinstance(nats_settings, str):
+        nats_settings = NatsSettings(nats_url=nats_settings)
+    access = Access(nats_settings)
+    bus = Bus(access, on_closed)
     try:
         async with asyncio.timeout(connect_timeout_s):
-            await bus._open(url.split(","), name)
+            await bus._open(name, user)
     except BaseException as error:
+        bus._is_closing = True
         await bus.nc.close()
         if not isinstance(error, TimeoutError):
             raise
-        where = ", ".join(one.rpartition("@")[2] for one in url.split(","))  # without passwords
+        where = bus.nc.known_servers.where
         raise errors.Unavailable(
             f"no NATS at {where} in {connect_timeout_s} s: {bus.nc.last_error}"
         ) from None
@@ -91,13 +87,19 @@ async def connect(
 class Bus:
     """Typed access to one NATS connection, made by `connect`. `nc` is nats-py's client underneath."""
 
-    def __init__(self, on_closed: Callable[[], None] | None) -> None:
-        self.nc = BarrierClient(self._begin_anew)
+    def __init__(self, access: Access, on_closed: Callable[[], None] | None) -> None:
+        self.nc = BarrierClient(self._begin_anew, access)
         self.num_slow_consumer_drops = 0
+        self._access = access
         self._on_closed = on_closed
         self._reconnect_callbacks: list[Callable[[], None]] = []
         self._connected_at: float | None = None
         self._is_closing = False
+
+    @property
+    def settings(self) -> NatsSettings:
+        """How NATS is reached, and how buckets are kept there."""
+        return self._access.nats
 
     @property
     def is_connected(self) -> bool:
@@ -136,6 +138,15 @@ class Bus:
         """
         self._reconnect_callbacks.append(callback)
         return lambda: self._reconnect_callbacks.remove(callback)
+
+    async def change_server(self, why: str) -> None:
+        """Go to another server of the cluster, if there is one: ours is heard, but hears nobody itself."""
+        if not self.nc.has_other_servers or not self.is_connected:
+            return
+        log.warning("leaving NATS at %s for another server: %s", self.nc.server, why)
+        with contextlib.suppress(nats.errors.Error):
+            await self.nc.flush(CONTROL_TIMEOUT_S)
+        await self.nc.force_reconnect()
 
     def jetstream(self) -> JetStreamContext:
         """JetStream on this connection. Its calls wait for ever: put each under `asyncio.timeout`.
@@ -252,11 +263,10 @@ class Bus:
         if size > self.max_payload:
             raise errors.TooLarge(f"a message of {size} bytes, NATS takes {self.max_payload}")
 
-    async def _open(self, urls: list[str], name: str) -> None:
-        await self.nc.connect(
-            urls,
+    async def _open(self, name: str, user: str) -> None:
+        await self.nc.open(
             name=name,
-            inbox_prefix=f"_INBOX.{user}" if (user := urlsplit(urls[0]).username) else "_INBOX",
+            inbox_prefix=f"_INBOX.{user}" if user else "_INBOX",
             error_cb=self._on_error,
             disconnected_cb=self._on_disconnected,
             reconnected_cb=self._on_reconnected,
@@ -264,9 +274,9 @@ class Bus:
             lame_duck_mode_cb=self._on_lame_duck,
             max_reconnect_attempts=-1,
             # Drawn once per process: many clients don't come back in one wave.
-            reconnect_time_wait=random.uniform(0.2, 0.5),  # type: ignore[arg-type]
+            reconnect_time_wait=random.uniform(0.2, 0.5),
             flush_timeout=_FLUSH_TIMEOUT_S,
-            drain_timeout=_DRAIN_TIMEOUT_S,  # type: ignore[arg-type]
+            drain_timeout=_DRAIN_TIMEOUT_S,
         )
         self._connected_at = asyncio.get_running_loop().time()
         log.info("connected to NATS at %s", self.nc.server)
@@ -361,127 +371,3 @@ def _error_in(payload: bytes, headers: Mapping[str, str]) -> errors.FlowKVError:
         code = headers[subjects.ERROR_CODE_HEADER]
         text = headers.get(subjects.ERROR_HEADER, "error without a text")
         return errors.from_wire(Refusal(code=int(code) if code.isdecimal() else 500, message=text))
-
-
-class BarrierClient(Client):
-    """nats-py's client, where a PING is a barrier, silence is noticed and what is cancelled ends.
-
-    What nats-py 2.16 does otherwise:
-
-    - It writes a PING straight to the socket, while SUB, UNSUB and PUB may still wait in its buffer. The PONG
-      then proves nothing: `flush` returns before the server knows of a subscription, and `drain` before the
-      last messages have come, which are then dropped.
-    - It notices after half a minute that a server is stopped, or that a network drops packets.
-    - An error in its read loop ends the loop and is only logged; the PONG of a cancelled flush is one.
-    - It drops a cancel that comes while it flushes.
-    """
-
-    def __init__(self, on_heard_again: Callable[[], None]) -> None:
-        """`on_heard_again` is called when a connection that stands is not silent any more."""
-        super().__init__()
-        self._on_heard_again = on_heard_again
-        self._num_silent_pings = 0
-
-    @property
-    def is_hearing(self) -> bool:
-        """Connected, and the server has said something lately."""
-        return bool(self.is_connected) and self._num_silent_pings < DEAF_AFTER_PINGS
-
-    @property
-    def server(self) -> str:
-        """For log lines: the URL may hold a password."""
-        url = self.connected_url
-        return f"{url.hostname}:{url.port}" if url else "?"
-
-    def forget(self, subscription: NatsSubscription) -> None:
-        """Drop a subscription without a word to the server, which may be gone.
-
-        One that could not be drained stays in nats-py's books, and the next reconnect brings it back to life.
-        """
-        subscription._stop_processing()
-        self._remove_sub(subscription._id)
-
-    # --- in the place of nats-py's own ------------------------------------------------------------
-
-    async def close(self) -> None:
-        if not self.is_connected:
-            # What is buffered has nowhere to go, and Python 3.13.0 can't write to a transport that is closed.
-            self._pending.clear()
-            self._pending_data_size = 0
-        await super().close()
-
-    async def flush(self, timeout: float = DEFAULT_FLUSH_TIMEOUT) -> None:
-        await _cancellable(super().flush(timeout))  # type: ignore[arg-type]
-
-    async def _flush_pending(self, force_flush: bool = False) -> Any:
-        return await _cancellable(super()._flush_pending(force_flush))
-
-    async def _send_ping(self, future: asyncio.Future[Any] | None = None) -> None:
-        await self._flush_pending(force_flush=True)
-        await super()._send_ping(future)
-
-    async def _process_pong(self) -> None:
-        if self._pongs and self._pongs[0].done():
-            self._pongs[0] = asyncio.get_running_loop().create_future()  # its flush was cancelled
-        await super()._process_pong()
-        self._hear()
-
-    async def _read_loop(self) -> None:
-        await super()._read_loop()
-        if self.is_connected:  # it has failed: the connection stands, and nobody reads it
-            await self._process_op_err(nats.errors.StaleConnectionError())
-
-    async def _ping_interval(self) -> None:
-        """Until cancelled: one beat after the other, each with a ping on its way.
-
-        Silence is counted in beats, not on the clock: a process that was held up itself has missed one.
-        """
-        self._num_silent_pings = 0
-        while True:
-            num_heard = self._num_heard()
-            if not self._pongs and self._transport is not None:
-                # Straight to the socket, where it waits for nobody; what waits outlives the connection.
-                self._pongs.append(asyncio.get_running_loop().create_future())
-                self._transport.write(PING_PROTO)
-            await asyncio.sleep(PING_EVERY_S)
-            if self._num_heard() != num_heard:
-                self._hear()
-                continue
-            self._num_silent_pings += 1
-            if self._num_silent_pings == DEAF_AFTER_PINGS:
-                log.warning("NATS at %s says nothing any more", self.server)
-            if self._num_silent_pings == HANG_UP_AFTER_PINGS:
-                self._drop_socket()
-                await self._process_op_err(nats.errors.StaleConnectionError())
-                return
-
-    async def _connect_to_server(self, s: Srv) -> None:
-        self._drop_socket()  # of the attempt before, if that has failed
-        await super()._connect_to_server(s)
-
-    def _drop_socket(self) -> None:
-        """At once: a close would wait until all is sent, which a silent server does not take."""
-        writer = self._transport._io_writer if isinstance(self._transport, TcpTransport) else None
-        if writer is not None:
-            writer.transport.abort()
-
-    def _num_heard(self) -> int:
-        return int(self.stats["in_msgs"]) + int(self._pongs_received)
-
-    def _hear(self) -> None:
-        was_deaf = self._num_silent_pings >= DEAF_AFTER_PINGS
-        self._num_silent_pings = 0
-        if was_deaf:
-            log.info("NATS at %s is heard again", self.server)
-            self._on_heard_again()
-
-
-async def _cancellable(wait: Awaitable[T]) -> T:
-    """`wait`, but a cancel that it swallows is raised all the same."""
-    task = asyncio.current_task()
-    assert task is not None
-    num_cancels = task.cancelling()
-    result = await wait
-    if task.cancelling() > num_cancels:
-        raise asyncio.CancelledError
-    return result

@@ -21,7 +21,6 @@ from nats.js.kv import KeyValue
 from flowkv_common.aio import running, wait_event
 from flowkv_common.bus.connection import Bus
 from flowkv_common.bus.registry import (
-    CALL_TIMEOUT_S,
     TROUBLE,
     describe,
     log_once,
@@ -36,6 +35,7 @@ from flowkv_common.wire.subjects import LEADER_BUCKET
 log = logging.getLogger(__name__)
 
 KEY = "leader"
+_STREAM = f"KV_{LEADER_BUCKET}"
 NOBODY = ""  # the holder has left: the lease is free
 
 # Shares of the TTL: when the holder renews, when it steps down unless that has worked, how often others look.
@@ -45,8 +45,8 @@ _LOOK_EVERY = 1 / 8
 
 _NOTHING_SEEN = (-1, 0.0)  # the last revision that was new to us, and when
 
-# Our record was overwritten, or its bucket is gone.
-_LOST = (nats.js.errors.KeyWrongLastSequenceError, nats.js.errors.NoStreamResponseError)
+# One look, or one try. While a cluster of NATS servers chooses who keeps the bucket, questions are lost.
+_TRY_TIMEOUT_S = 1.0
 
 
 class Lease:
@@ -128,12 +128,13 @@ class Lease:
         while True:
             try:
                 if self._bus.is_connected:
-                    async with until_reconnect(self._bus), asyncio.timeout(CALL_TIMEOUT_S):
+                    async with until_reconnect(self._bus), asyncio.timeout(_TRY_TIMEOUT_S):
                         if await self._try_to_win():
                             return
                     trouble = ""
             except TROUBLE as error:
-                self._bucket = None
+                if not isinstance(error, TimeoutError):  # as when the bucket is gone
+                    self._bucket = None
                 trouble = log_once("can't look who leads", error, trouble)
             await self._pause(_LOOK_EVERY * self._ttl_s)
 
@@ -169,9 +170,9 @@ class Lease:
         """Renew until the lease is lost; returns why."""
         loop = asyncio.get_running_loop()
         assert self._bucket is not None
-        trouble = "the process was held up"
+        trouble, pause = "the process was held up", _RENEW_AFTER
         while True:
-            await self._pause(min(_RENEW_AFTER * self._ttl_s, self._held_until - loop.time()))
+            await self._pause(min(pause * self._ttl_s, self._held_until - loop.time()))
             if loop.time() >= self._held_until:
                 return f"not renewed in time, {trouble}"
             if not self._bus.is_connected:
@@ -181,11 +182,21 @@ class Lease:
             epoch = self.epoch if self.highest_epoch <= self.epoch else self.highest_epoch + 1
             try:
                 async with until_reconnect(self._bus), asyncio.timeout_at(self._held_until):
-                    await self._write(self._bucket, epoch, self._revision)
-            except _LOST as error:
-                return f"the record is not ours any more: {describe(error)}"
+                    try:
+                        await self._write(self._bucket, epoch, self._revision)
+                    except nats.js.errors.NoStreamResponseError:
+                        # Gone, or nobody keeps it just now: a cluster of NATS servers chooses who shall.
+                        await self._bucket.status()
+                        raise
+                pause = _RENEW_AFTER
+            except nats.js.errors.KeyWrongLastSequenceError:
+                if not await self._take_unanswered_write():
+                    return "the record is not ours any more"
+                pause = 0.0
+            except nats.js.errors.NotFoundError:
+                return "its bucket is gone"
             except TROUBLE as error:
-                trouble = describe(error)
+                trouble, pause = describe(error), _LOOK_EVERY
 
     async def _write(self, bucket: KeyValue, epoch: int, last: int) -> None:
         """Write our record over revision `last`, and only that; we lead from then on."""
@@ -196,6 +207,22 @@ class Lease:
         self.highest_epoch = max(epoch, self.highest_epoch)
         self._held_until = asked_at + _STEP_DOWN_AFTER * self._ttl_s
         self._is_confirmed = True
+
+    async def _take_unanswered_write(self) -> bool:
+        """Whether what stands over our last revision is our own: a write whose answer we have not got."""
+        try:
+            async with until_reconnect(self._bus), asyncio.timeout_at(self._held_until):
+                # Of the server that leads the bucket: another's copy may be old.
+                found = await self._bus.jetstream().get_last_msg(_STREAM, f"$KV.{LEADER_BUCKET}.{KEY}")
+        except TROUBLE:
+            return False
+        if not found.data:
+            return False  # someone has deleted it
+        record = _leader(found.data)
+        if (record.scheduler_id, record.epoch) != (self.holder_id, self.epoch):
+            return False
+        self._revision = found.seq or 0
+        return True
 
     async def _give_up(self) -> None:
         """Free the lease, unless another has it already."""

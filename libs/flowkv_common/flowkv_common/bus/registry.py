@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
@@ -32,6 +34,9 @@ _FIRST_RETRY_S = 0.1
 # A registry that can't be read for so long is none.
 _CLAIM_TIMEOUT_S = 30.0
 _STREAM_NAME_IN_USE = 10058
+# Of the nodes that are asked whether they hear us.
+_MOST_ASKED = 8
+_ANSWER_TIMEOUT_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -144,17 +149,24 @@ async def _write(bucket: KeyValue, record: NodeDescriptor, revision: int) -> int
 
 
 async def watch_nodes(
-    bus: Bus, on_change: Callable[[dict[str, NodeDescriptor]], None], ttl_s: float = 6.0
+    bus: Bus,
+    on_change: Callable[[dict[str, NodeDescriptor]], None],
+    ttl_s: float = 6.0,
+    *,
+    own_id: str = "",
 ) -> None:
     """Call `on_change` with all nodes, by id, once they are known and at each change, until cancelled.
 
-    After a reconnect, an error or `ttl_s` of silence the watch is opened anew. What was known and is not in
-    the new watch stays for another `ttl_s`: nodes come back a moment after the server did.
+    After a reconnect, an error or `ttl_s / 2` of silence the watch is opened anew: living nodes renew more
+    often. What was known and is not in the new watch stays for another `ttl_s`: nodes come back a moment
+    after the server did. In a cluster of NATS servers we change ours when it seems to be cut off from the
+    others. `own_id` is of the node that watches.
     """
-    watch = _Watch(bus, on_change, ttl_s)
+    watch = _Watch(bus, on_change, ttl_s, own_id)
     backoff = Backoff(_FIRST_RETRY_S, ttl_s / 3)
     trouble = ""
     while True:
+        await watch.leave_server_if_cut_off()
         try:
             async with until_reconnect(bus):
                 await watch.follow()
@@ -171,28 +183,32 @@ class _Watch:
     """The nodes as last told, and until when those count that the present watch has not shown."""
 
     def __init__(
-        self, bus: Bus, on_change: Callable[[dict[str, NodeDescriptor]], None], ttl_s: float
+        self, bus: Bus, on_change: Callable[[dict[str, NodeDescriptor]], None], ttl_s: float, own_id: str
     ) -> None:
         self._bus = bus
         self._on_change = on_change
         self._ttl_s = ttl_s
+        self._own_id = own_id
         self._nodes: dict[str, NodeDescriptor] = {}
-        self._unconfirmed: set[str] = set()
-        self._confirm_by = 0.0
+        self._revisions: dict[str, int] = {}  # of their records
+        self._unconfirmed: dict[str, float] = {}  # until when they count all the same
         self._told: dict[str, NodeDescriptor] | None = None
+        self._renewed_at = -math.inf  # when any record last changed
+        self._opened_at = -math.inf  # when a watch was last opened
 
     async def follow(self) -> None:
-        """One watch, until `ttl_s` of silence: living nodes renew more often, so it may be dead."""
+        """One watch, until `ttl_s / 2` of silence: living nodes renew more often, so it may be dead."""
         async with asyncio.timeout(CALL_TIMEOUT_S):
             bucket = await open_bucket(self._bus, NODES_BUCKET, self._ttl_s)
             entries = await bucket.watchall()
         try:
-            self._unconfirmed = set(self._nodes)
-            self._confirm_by = asyncio.get_running_loop().time() + self._ttl_s
+            self._opened_at = _now()
+            for node_id in self._nodes:
+                self._unconfirmed.setdefault(node_id, self._opened_at + self._ttl_s)
             has_all = False
             with suppress(TimeoutError):
                 while True:
-                    async with asyncio.timeout(self._ttl_s):
+                    async with asyncio.timeout(self._ttl_s / 2):
                         entry = await anext(entries)
                     if entry is None:
                         has_all = True
@@ -207,17 +223,50 @@ class _Watch:
             with suppress(*TROUBLE):
                 await entries.stop()  # type: ignore[no-untyped-call]
 
+    async def leave_server_if_cut_off(self) -> None:
+        """Whether nobody renews, or our server has lost the others of its cluster, shows by asking nodes.
+
+        While the cluster chooses who keeps the bucket, which may take 10 s, nobody renews either.
+        """
+        last_sign = max(self._renewed_at, self._opened_at, _now() - self._bus.connected_for_s)
+        silent_s = _now() - last_sign
+        if silent_s < 0.9 * self._ttl_s / 2 or not self._bus.nc.has_other_servers:
+            return
+        if silent_s > 2 * self._ttl_s:
+            await self._bus.change_server(f"JetStream has been silent for {silent_s:.0f} s")
+            return
+        others = [node_id for node_id in self._nodes if node_id != self._own_id]
+        others = random.sample(others, min(_MOST_ASKED, len(others)))
+        num_alive = sum(await asyncio.gather(*map(self._answers, others)))
+        if num_alive < len(others) / 2:
+            await self._bus.change_server(f"{len(others) - num_alive} of {len(others)} nodes don't answer")
+
+    async def _answers(self, node_id: str) -> bool:
+        try:
+            await self._bus.request(at(NODE_CHECK, node_id), Check(), Checked, timeout_s=_ANSWER_TIMEOUT_S)
+        except (errors.Unavailable, errors.DeadlineExceeded):
+            return False
+        except errors.FlowKVError:
+            pass  # an answer all the same
+        return True
+
     def _hear_entry(self, entry: KeyValue.Entry) -> None:
-        """A record, or that it is gone. One that has expired while NATS was away stays, unconfirmed."""
-        self._unconfirmed.discard(entry.key)
+        """A record, or that it is gone. One that expired when nobody could renew stays, unconfirmed."""
         value = _value_of(entry)
         if value is None:
+            # Others renew: so this one could have done so, too.
             could_renew = self._bus.connected_for_s > self._ttl_s
+            could_renew = could_renew and _now() - self._renewed_at < self._ttl_s / 2
             if entry.operation == KV_DEL or could_renew:
                 self._nodes.pop(entry.key, None)
+                self._unconfirmed.pop(entry.key, None)
             elif entry.key in self._nodes:
-                self._unconfirmed.add(entry.key)
+                self._unconfirmed.setdefault(entry.key, _now() + self._ttl_s)
             return
+        self._unconfirmed.pop(entry.key, None)
+        if self._revisions.get(entry.key) != entry.revision:
+            self._revisions[entry.key] = entry.revision or 0
+            self._renewed_at = _now()
         try:
             descriptor = decode(value, NodeDescriptor)
         except msgspec.DecodeError as error:
@@ -231,13 +280,17 @@ class _Watch:
         """Drop what was not confirmed in time, then report if anything is new."""
         if not self._bus.is_connected:
             return
-        if asyncio.get_running_loop().time() >= self._confirm_by:
-            for node_id in self._unconfirmed:
-                self._nodes.pop(node_id, None)
-            self._unconfirmed.clear()
+        for node_id in [node_id for node_id, until in self._unconfirmed.items() if _now() >= until]:
+            del self._unconfirmed[node_id]
+            self._nodes.pop(node_id, None)
+            self._revisions.pop(node_id, None)
         if self._nodes != self._told:
             self._told = dict(self._nodes)
             self._on_change(dict(self._nodes))
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def log_once(what: str, error: BaseException, told: str) -> str:
@@ -259,21 +312,32 @@ class Found(NamedTuple):
 
 
 async def open_bucket(bus: Bus, name: str, ttl_s: float | None = None) -> KeyValue:
-    """The bucket in the server's memory, made if need be. Its first maker sets the TTL; None: values stay."""
-    config = KeyValueConfig(
-        bucket=name,
-        ttl=ttl_s,
-        # Without markers a watch never hears of an expiry.
-        limit_marker_ttl=max(1.0, ttl_s) if ttl_s else None,
-        storage=StorageType.MEMORY,
-    )
-    jetstream = bus.jetstream()
+    """The bucket, made if need be as the settings say. Its first maker sets the TTL; None: values stay.
+
+    One that fewer servers keep than the settings say is given to more.
+    """
+    jetstream, num_replicas = bus.jetstream(), bus.settings.nats_replicas
     try:
-        return await jetstream.create_key_value(config)
-    except nats.js.errors.BadRequestError as error:
-        if error.err_code != _STREAM_NAME_IN_USE:
-            raise
-        return await jetstream.key_value(name)
+        # Not `create_key_value` at once: it needs a leader of the whole cluster, this only the bucket's.
+        found = await jetstream.stream_info(f"KV_{name}")
+    except nats.js.errors.NotFoundError:
+        config = KeyValueConfig(
+            bucket=name,
+            ttl=ttl_s,
+            # Without markers a watch never hears of an expiry.
+            limit_marker_ttl=max(1.0, ttl_s) if ttl_s else None,
+            storage=StorageType(bus.settings.nats_storage),
+            replicas=num_replicas,
+        )
+        try:
+            return await jetstream.create_key_value(config)
+        except nats.js.errors.BadRequestError as error:
+            if error.err_code != _STREAM_NAME_IN_USE:  # another was faster
+                raise
+    else:
+        if (found.config.num_replicas or 1) < num_replicas:
+            await jetstream.update_stream(found.config, num_replicas=num_replicas)
+    return await jetstream.key_value(name)
 
 
 async def read_key(bucket: KeyValue, key: str) -> Found:

@@ -1,0 +1,128 @@
+"""What a connection shows NATS: where the servers are, who we are, and our certificate.
+
+All of it is read from its files anew for each attempt to connect. So a secret changes without a restart: the
+server refuses the old one, the next attempt shows the new one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import ssl
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from flowkv_common.config import NatsSettings, listed
+from flowkv_common.errors import CannotStart
+
+DEFAULT_PORT = 4222
+
+
+class Login(NamedTuple):
+    """A user and a password, or a token, or nothing."""
+
+    user: str | None = None
+    password: str | None = None
+    token: str | None = None
+
+
+class Servers(NamedTuple):
+    """The servers of one cluster. `urls` hold no secrets; `logins` has one per URL, at the same place."""
+
+    urls: tuple[str, ...]
+    logins: tuple[Login, ...]
+
+    @property
+    def where(self) -> str:
+        """For log lines and errors."""
+        return ", ".join(urlsplit(url).netloc for url in self.urls)
+
+    def login_at(self, host: str | None, port: int | None) -> Login:
+        """For a server of this cluster: its own, for one that we only know from another server the first."""
+        for url, login in zip(self.urls, self.logins, strict=True):
+            if (urlsplit(url).hostname, urlsplit(url).port) == (host, port):
+                return login
+        return self.logins[0]
+
+
+class Access:
+    """How one process reaches NATS, by its settings."""
+
+    def __init__(self, nats: NatsSettings) -> None:
+        """Raises CannotStart when a file is missing now, or what would read it: later that may pass."""
+        self.nats = nats
+        self.has_certificates = bool(nats.nats_ca or nats.nats_cert)
+        try:
+            servers = self.read_servers()
+            self._is_nkey = bool(nats.nats_credentials) and _is_nkey(nats.nats_credentials)
+            self.read_tls()
+        except OSError as error:  # an SSLError is one
+            raise CannotStart(f"can't show NATS who we are: {error}") from None
+        if nats.nats_credentials and importlib.util.find_spec("nkeys") is None:
+            raise CannotStart("FLOWKV_NATS_CREDENTIALS needs a package: pip install 'flowkv[nkeys]'")
+        # Not all services go to the first server.
+        self._order = list(range(len(servers.urls)))
+        random.shuffle(self._order)
+
+    def read_servers(self) -> Servers:
+        """As the settings or their file say now. Raises OSError, CannotStart where there is none."""
+        text = self.nats.nats_url
+        if self.nats.nats_url_file:
+            text = Path(self.nats.nats_url_file).read_text()
+        urls = [_parse(one) for one in listed(text)]
+        if not urls:
+            raise CannotStart(f"{self.nats.nats_url_file or 'FLOWKV_NATS_URL'} names no NATS server")
+        return Servers(tuple(map(_bare, urls)), tuple(map(_login, urls)))
+
+    def in_our_order(self, servers: Servers) -> list[str]:
+        """The URLs, shuffled once per process."""
+        if len(servers.urls) != len(self._order):
+            self._order = random.sample(range(len(servers.urls)), len(servers.urls))
+        return [servers.urls[place] for place in self._order]
+
+    def read_tls(self) -> ssl.SSLContext | None:
+        """The authority that we believe, and our certificate; None where no file says. Raises OSError."""
+        if not self.has_certificates:
+            return None
+        context = ssl.create_default_context(cafile=self.nats.nats_ca or None)
+        if self.nats.nats_cert:
+            context.load_cert_chain(self.nats.nats_cert, self.nats.nats_key)
+        return context
+
+    def nkey_options(self) -> dict[str, Any]:
+        """nats-py's own for credentials, whose files it reads again itself."""
+        if not self.nats.nats_credentials:
+            return {}
+        return {"nkeys_seed" if self._is_nkey else "user_credentials": self.nats.nats_credentials}
+
+
+def _parse(url: str) -> SplitResult:
+    """Raises CannotStart for what is no address of a server."""
+    try:
+        parsed = urlsplit(url if "://" in url else f"nats://{url}")
+        parsed.port  # noqa: B018 (it raises)
+        host = parsed.hostname
+    except ValueError:
+        host = None
+    if not host:
+        raise CannotStart(f"{url.rpartition('@')[2]!r} is no address of NATS: say nats://host:4222")
+    return parsed
+
+
+def _bare(url: SplitResult) -> str:
+    host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
+    return f"{url.scheme}://{host}:{url.port or DEFAULT_PORT}"
+
+
+def _login(url: SplitResult) -> Login:
+    if not url.username:
+        return Login()
+    if url.password is None:
+        return Login(token=unquote(url.username))
+    return Login(user=unquote(url.username), password=unquote(url.password))
+
+
+def _is_nkey(path: str) -> bool:
+    """Whether the file holds a bare seed. A `.creds` file has a signed JWT before it. Raises OSError."""
+    return "BEGIN NATS USER JWT" not in Path(path).read_text()
