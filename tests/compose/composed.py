@@ -54,7 +54,7 @@ class Composed:
         if user not in self._urls:
             mount = f"{self.project}_keys-{user}:/keys:ro"
             reading = ["run", "--rm", "--network", "none", "--volume", mount, "--entrypoint", "cat"]
-            url = docker(*reading, "flowkv-control", "/keys/nats_url").strip()
+            url, *_ = docker(*reading, "flowkv-control", "/keys/nats_url").strip().split(",")
             self._urls[user] = url.replace("nats:4222", f"127.0.0.1:{self._nats_port}")
         return self._urls[user]
 

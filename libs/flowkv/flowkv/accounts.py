@@ -7,6 +7,9 @@ that they follow the code.
 New passwords come in two steps (docs/operations.md#new-passwords): `--rotate` writes new ones and lets the
 former stand beside them, and without it only the newest stand. With `--certificates` there are no passwords:
 a user is whom its certificate names.
+
+With several addresses the servers are one cluster. All start with this configuration, each with a name of its
+own (`nats-server --name`).
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ import argparse
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from flowkv_common.config import listed
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES
 
@@ -43,6 +47,7 @@ def _reading(bucket: str) -> list[str]:
 _FOUND_BY_ALL = "$SRV.>"
 _ANSWERS = 8  # to one question, of one process: a node is three services, each of which answers a ping
 _ANY_NODE = "*"
+CLUSTER_PORT = 6222
 
 RIGHTS: Mapping[str, Rights] = {
     "gateway": Rights(
@@ -131,11 +136,13 @@ class _Account(NamedTuple):
 def write_accounts(
     folder: Path, address: str, *, is_rotation: bool = False, certificates: Path | None = None
 ) -> None:
-    """Write the server's configuration, and each service's URL of the server at `address` (host:port).
+    """Write the servers' configuration, and each service's URL of the servers.
 
-    In a rotation each service gets a new password, and those before it stay valid until the next call.
-    `certificates` is the folder with ca.pem, nats.pem and nats.key, as the server sees it.
+    `address` is host:port of the server, or of several with commas between. In a rotation each service gets a
+    new password, and those before it stay valid until the next call. `certificates` is the folder with
+    ca.pem, nats.pem and nats.key, as the server sees it.
     """
+    servers = listed(address)
     users: list[dict[str, Any]] = []
     for service, rights in RIGHTS.items():
         permissions = {
@@ -145,14 +152,15 @@ def write_accounts(
         }
         url_file = folder / service / "nats_url"
         if certificates is not None:
-            _replace_file(url_file, f"tls://{address}\n")
+            _replace_file(url_file, ",".join(f"tls://{each}" for each in servers) + "\n")
             users.append({"user": service, "permissions": permissions})
             continue
         newest = _account_in(url_file) or _Account(service, secrets.token_hex(32))
         valid = [newest]
         if is_rotation:
             valid = [newest, _Account(_next_name(service, newest.name), secrets.token_hex(32))]
-        _replace_file(url_file, f"nats://{valid[-1].name}:{valid[-1].password}@{address}\n")
+        urls = (f"nats://{valid[-1].name}:{valid[-1].password}@{each}" for each in servers)
+        _replace_file(url_file, ",".join(urls) + "\n")
         users += [{"user": name, "password": word, "permissions": permissions} for name, word in valid]
     config: dict[str, Any] = {
         "host": "0.0.0.0",
@@ -162,15 +170,36 @@ def write_accounts(
         "jetstream": {"max_memory_store": 256 << 20, "max_file_store": 0},
         "authorization": {"users": users},  # others can't even connect
     }
+    files: dict[str, Any] = {}
     if certificates is not None:
-        config["tls"] = {
+        files = {
             "ca_file": str(certificates / "ca.pem"),
             "cert_file": str(certificates / "nats.pem"),
             "key_file": str(certificates / "nats.key"),
-            "verify_and_map": True,  # who has no certificate of the authority can't connect
         }
+        config["tls"] = files | {"verify_and_map": True}  # who has none of the authority can't connect
+    config_file = folder / "nats" / "nats.conf"
+    if len(hosts := [urlsplit(f"//{each}").hostname for each in servers]) > 1:
+        config |= {"ping_interval": "1s", "ping_max": 2}  # a network that drops packets is noticed soon
+        config["cluster"] = _cluster(hosts, config_file)
+        if files:
+            config["cluster"]["tls"] = files | {"verify": True}
     # The server's own format includes JSON.
-    _replace_file(folder / "nats" / "nats.conf", json.dumps(config, indent=2) + "\n")
+    _replace_file(config_file, json.dumps(config, indent=2) + "\n")
+
+
+def _cluster(hosts: Sequence[str | None], config_file: Path) -> dict[str, Any]:
+    """How the servers find each other; a stranger who took part would hear everything."""
+    old = json.loads(config_file.read_text()) if config_file.exists() else {}
+    known = old["cluster"]["authorization"]["password"] if "cluster" in old else None
+    password = known or secrets.token_hex(32)
+    return {
+        "name": "flowkv",
+        "port": CLUSTER_PORT,
+        "no_advertise": True,  # services know all servers, and servers do not know how they are reached
+        "authorization": {"user": "server", "password": password},
+        "routes": [f"nats://server:{password}@{host}:{CLUSTER_PORT}" for host in hosts],
+    }
 
 
 def _account_in(url_file: Path) -> _Account | None:
@@ -198,7 +227,11 @@ def _replace_file(path: Path, content: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the users of the NATS server.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--address", default="nats:4222", help="host:port at which services reach the server")
+    parser.add_argument(
+        "--address",
+        default="nats:4222",
+        help="host:port at which services reach the server, or the servers of a cluster, with commas between",
+    )
     parser.add_argument("--rotate", action="store_true", help="new passwords; the former stay valid, too")
     parser.add_argument(
         "--certificates",
