@@ -1,4 +1,7 @@
-"""Two projects that share nothing but NATS and the ports for KV: what two hosts are to each other."""
+"""Two projects that share nothing but NATS and the ports for KV: what two hosts are to each other.
+
+Each has several nodes of its role, on one network.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +31,14 @@ def address() -> Iterator[str]:
 
 async def test_prompts_here_answers_there(images: None, model_path: Path, address: str) -> None:
     here = Composed("flowkv-here", FILES, ADVERTISE_HOST=address)
-    there = Composed("flowkv-there", FILES, ADVERTISE_HOST=address, DECODE_DATA_PORT="9212")
+    there = Composed("flowkv-there", FILES, ADVERTISE_HOST=address, NATS_HOST=address)
     with here, there:
         here.compose("up", "--detach", "--scale", "decode=0")
         there.compose("run", "--rm", "model")
-        url = here.nats_url_of("node").rpartition("@")[0] + f"@{address}:4222"
         writing = ["run", "--rm", "-T", "--no-deps", "--entrypoint", "tee", "keys", "/keys/node/nats_url"]
-        there.compose(*writing, stdin=url)
-        there.compose("up", "--detach", "--wait", "--no-deps", "decode")
-        here.up(decode=0)
+        there.compose(*writing, stdin=here.nats_url_of("node"))
+        there.compose("up", "--detach", "--wait", "--no-deps", "--scale", "decode=2", "decode")
+        here.up(decode=0, prefill=2)
         prompts = [list(range(100 + n, 160 + 40 * n)) for n in range(6)]
         async with observe(here.nats_url) as observer:
             transfers = await observer.events("flowkv.v1.event.kv_transferred.>")

@@ -18,7 +18,9 @@ from flowkv_engine.kv.segments import Copy, align
 from flowkv_engine.transport.base import KVConnector
 from flowkv_engine.transport.mapped import CudaIpcConnector, ShmConnector
 from flowkv_engine.transport.nccl import NcclConnector
+from flowkv_engine.transport.sockets import Place
 from flowkv_engine.transport.tcp import TcpConnector
+from tests.certificates import trial_tls
 from tests.contract.gloo_pair import GlooPair
 from tests.contract.memfd_device import MemfdDevice
 from tests.inprocess_connector import InProcessConnector, Switchboard
@@ -94,9 +96,15 @@ def connector_on_host(
     *,
     io_timeout_s: float = 5.0,
 ) -> KVConnector:
-    """The connector of this name; those for GPUs move host memory by stand-ins for the CUDA libraries."""
+    """The connector of this name; those for GPUs move host memory by stand-ins for the CUDA libraries.
+
+    `tls` is `tcp` with TLS.
+    """
     if kind == "shm":
         return ShmConnector(pool, reservations, admits, io_timeout_s=io_timeout_s)
+    if kind == "tls":
+        place = Place(tls=trial_tls())
+        return TcpConnector(pool, reservations, admits, place=place, io_timeout_s=io_timeout_s)
     if kind == "tcp":
         return TcpConnector(pool, reservations, admits, io_timeout_s=io_timeout_s)
     if kind == "cuda_ipc":

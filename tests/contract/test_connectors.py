@@ -20,8 +20,8 @@ from flowkv_engine.kv.reservations import Reservation
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.base import ConnectorUnavailable, KVLink
 from flowkv_engine.transport.mapped import ShownPool
-from flowkv_engine.transport.nccl import RECEIVER, Communicator, Invitation
-from flowkv_engine.transport.sockets import dial_tcp, dial_unix
+from flowkv_engine.transport.nccl import Invitation
+from flowkv_engine.transport.sockets import dial_tcp, dial_unix, split_address
 from flowkv_engine.transport.stream import (
     MAX_FRAME_BYTES,
     MAX_HELLO_BYTES,
@@ -33,15 +33,16 @@ from flowkv_engine.transport.stream import (
     StreamLink,
     Transfer,
 )
+from flowkv_engine.transport.tls import shake_hands
 from flowkv_node.links import SwitchedLink
-from tests.contract.gloo_pair import GlooPair
+from tests.certificates import trial_tls
 from tests.contract.kv_nodes import LARGE, LINK_TOKEN, SMALL, Network, Node, copies_between, network
 from tests.contract.kv_sender import Job
 from tests.inprocess_connector import InProcessLink
 from tests.waiting import until
 
-every_connector = pytest.mark.parametrize("kind", ["inprocess", "shm", "tcp", "cuda_ipc", "nccl"])
-on_sockets = pytest.mark.parametrize("kind", ["shm", "tcp", "cuda_ipc", "nccl"])
+every_connector = pytest.mark.parametrize("kind", ["inprocess", "shm", "tcp", "tls", "cuda_ipc", "nccl"])
+on_sockets = pytest.mark.parametrize("kind", ["shm", "tcp", "tls", "cuda_ipc", "nccl"])
 
 BFLOAT16 = PoolLayout(num_layers=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="bfloat16")
 
@@ -85,7 +86,7 @@ async def test_the_right_bytes_arrive_and_nothing_else_changes(kind: str) -> Non
         assert [receiver.block(block) for block in range(30)] == list(expected.values())
         assert (stats.num_bytes, stats.num_copies) == (9 * SMALL.block_bytes, len(copies))
         assert stats.num_calls == len(copies)
-        assert (link.name, is_closed(link)) == (kind, False)
+        assert (link.name, is_closed(link)) == (kind.replace("tls", "tcp"), False)
         assert receiver.reservations.claim("r.1", reserved.token) is reserved
 
 
@@ -99,7 +100,7 @@ async def test_large_copies_arrive_whole(kind: str) -> None:
         size = LARGE.block_bytes
         start = reserved.block_ids[0] * size
         assert receiver.pool.buffer[start : start + 70 * size] == sender.pool.buffer[size : 71 * size]
-        assert stats.num_calls == {"inprocess": 1, "shm": 1, "tcp": 70, "cuda_ipc": 1, "nccl": 1}[kind]
+        assert stats.num_calls == {"tcp": 70, "tls": 70}.get(kind, 1)
 
 
 @every_connector
@@ -263,8 +264,11 @@ async def test_a_link_is_replaced_under_those_who_send(kind: str) -> None:
 
 async def dial(receiver: Node, io_timeout_s: float = 5.0) -> Channel:
     """A raw connection to the receiver, as anybody could open one."""
-    dial_it = dial_unix if receiver.address.startswith("/") else dial_tcp
-    return Channel(await dial_it(receiver.address), io_timeout_s)
+    if receiver.address.startswith("/"):
+        return Channel(await dial_unix(receiver.address), io_timeout_s)
+    [way], has_tls = split_address(receiver.address)
+    sock = await dial_tcp(way)
+    return Channel(await shake_hands(sock, trial_tls(), is_server=False) if has_tls else sock, io_timeout_s)
 
 
 async def assert_hangs_up(channel: Channel) -> None:
@@ -359,7 +363,7 @@ async def test_a_stranger_may_not_say_more_than_hello(kind: str) -> None:
         await assert_serves(receiver, sender)
 
 
-@on_sockets
+@pytest.mark.parametrize("kind", ["shm", "tcp", "cuda_ipc", "nccl"])  # TLS needs some for its files
 async def test_without_a_descriptor_left_the_oldest_stranger_gives_its_own(kind: str) -> None:
     async with network(kind) as net:
         receiver = await net.node(io_timeout_s=60.0)
@@ -404,7 +408,7 @@ async def test_what_is_announced_and_never_comes_takes_no_memory() -> None:
 async def greet_and_hang(listener: socket.socket, kind: str) -> Channel:
     """A receiver that says yes to one peer and then nothing any more."""
     sock, _ = await asyncio.get_running_loop().sock_accept(listener)
-    channel = Channel(sock, 5.0)
+    channel = Channel(await shake_hands(sock, trial_tls(), is_server=True) if kind == "tls" else sock, 5.0)
     await channel.receive_frame(Hello)
     await channel.send_frame(Reply())
     if kind == "shm":
@@ -415,19 +419,9 @@ async def greet_and_hang(listener: socket.socket, kind: str) -> Channel:
         await channel.receive_frame(ShownPool)
         await channel.send_frame(Reply())
     if kind == "nccl":
-        await join(channel)
+        await channel.receive_frame(Invitation)  # to nothing yet
         await channel.send_frame(Reply())
     return channel
-
-
-async def join(channel: Channel) -> Communicator:
-    """The receiver's part in making a communicator, which ends with the channel."""
-    invitation = await channel.receive_frame(Invitation)
-    await channel.send_frame(Reply())
-    communicator = Communicator(GlooPair(), RECEIVER)
-    channel.lifetime.callback(communicator.abort)
-    await communicator.join(invitation.unique_id, 5.0)
-    return communicator
 
 
 @on_sockets
@@ -440,6 +434,7 @@ async def test_a_receiver_that_hangs_fails_the_transfer_in_time(kind: str, tmp_p
             listener.bind(str(tmp_path / "s") if is_path else ("127.0.0.1", 0))
             listener.listen()
             address = listener.getsockname() if is_path else f"127.0.0.1:{listener.getsockname()[1]}"
+            address = f"tls://{address}" if kind == "tls" else address
             async with asyncio.TaskGroup() as tasks:
                 hanging = tasks.create_task(greet_and_hang(listener, kind))
                 link = await sender.connector.connect(address, LINK_TOKEN, 24)
@@ -456,7 +451,7 @@ async def test_a_link_outlives_a_connection(kind: str) -> None:
         link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
         assert isinstance(link, StreamLink)
         assert link._channel is not None
-        link._channel.sock.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(link._channel.sock, socket.SHUT_RDWR)
         reserved = receiver.reserve(1)
         await link.send_blocks("r.1", reserved.token, [Copy(5, reserved.block_ids[0], 1)])
         assert receiver.block(reserved.block_ids[0]) == sender.block(5)

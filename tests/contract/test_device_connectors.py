@@ -16,9 +16,9 @@ from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport import make_connectors
-from flowkv_engine.transport.base import ConnectorUnavailable
+from flowkv_engine.transport.base import ConnectorUnavailable, KVLink
 from flowkv_engine.transport.mapped import ShownPool
-from flowkv_engine.transport.nccl import NcclConnector, Span
+from flowkv_engine.transport.nccl import NcclConnector, NcclFailed, Span
 from tests.contract.gloo_pair import GlooPair
 from tests.contract.kv_nodes import LARGE, LINK_TOKEN, SMALL, Node, network
 from tests.contract.test_communicator import SlowToAbort
@@ -47,9 +47,19 @@ def nccl(node: Node) -> NcclConnector:
     return node.connector
 
 
+async def send_block(link: KVLink, receiver: Node, transfer_id: str) -> None:
+    reserved = receiver.reserve(1, transfer_id)
+    try:
+        await link.send_blocks(transfer_id, reserved.token, [Copy(0, reserved.block_ids[0], 1)])
+    finally:
+        receiver.reservations.cancel(transfer_id)
+
+
 async def half_sent(receiver: Node, sender: Node) -> asyncio.Task[object]:
     """A transfer whose receives are posted while its sender keeps the bytes to itself."""
     link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
+    await send_block(link, receiver, "first.1")
+    receiver.reservations.ended.clear()
     communicator: Any = next(iter(nccl(sender)._communicators))
 
     async def withhold(*_: object) -> None:
@@ -142,16 +152,58 @@ async def test_nccl_versions_that_differ_get_no_link() -> None:
         await assert_serves(receiver, sender)
 
 
-async def test_nccl_each_connection_has_a_communicator_and_ends_it() -> None:
+async def test_nccl_a_link_has_a_communicator_from_its_first_transfer_on_and_ends_it() -> None:
     async with network("nccl") as net:
         receiver, sender = await net.node(SMALL), await net.node(SMALL)
-        links = [await sender.connector.connect(receiver.address, LINK_TOKEN, 24) for _ in range(2)]
+        links = [await sender.connector.connect(receiver.address, LINK_TOKEN, 24) for _ in range(3)]
+        assert not nccl(sender)._communicators
+        assert not nccl(receiver)._communicators
+        for number, link in enumerate([links[0], links[1], links[0]]):
+            await send_block(link, receiver, f"r{number}.1")
         made = set(nccl(sender)._communicators)
-        assert len(made) == 2
+        assert len(made) == len(nccl(receiver)._communicators) == 2
         for link in links:
             await link.close()
         for communicator in made:
             assert await communicator.ended(5.0)
+
+
+class Unable(GlooPair):
+    """No communicator can be made: as where a firewall lets the port for KV through, and no other."""
+
+    def init(self, unique_id: bytes, rank: int) -> None:
+        raise NcclFailed("nobody answers")
+
+
+@pytest.mark.parametrize("whose", ["sender", "receiver"])
+async def test_nccl_a_pair_that_can_not_join_is_lost_until_it_has_shown_that_it_can(whose: str) -> None:
+    async with network("nccl") as net:
+        receiver, sender = await net.node(io_timeout_s=1.0), await net.node(io_timeout_s=1.0)
+        unable = nccl(sender if whose == "sender" else receiver)
+        unable.new_backend = Unable
+        link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
+        assert not link.is_lost
+        with pytest.raises(TransferFailed):
+            await send_block(link, receiver, "r.1")
+        assert link.is_lost
+        with pytest.raises(ConnectorUnavailable):
+            await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
+        unable.new_backend = GlooPair
+        before = set(nccl(sender)._communicators)  # threads that still wait for the other end
+        await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
+        assert len(nccl(sender)._communicators - before) == 1, "it was joined with the link"
+        await assert_serves(receiver, sender)
+
+
+async def test_nccl_one_that_invites_at_once_is_joined_at_once() -> None:
+    """As a node of the release before does."""
+    async with network("nccl") as net:
+        receiver, sender = await net.node(), await net.node()
+        nccl(sender)._failed_ways.add(receiver.address)
+        link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
+        assert len(nccl(receiver)._communicators) == 1
+        await send_block(link, receiver, "r.1")
+        assert len(nccl(receiver)._communicators) == 1
 
 
 @pytest.mark.parametrize("name", ["cuda_ipc", "nccl"])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.certificates import trial_certificates
 from tests.contract.fault_node import IO_TIMEOUT_S, NUM_USED
 from tests.contract.fault_pair import (
     GRACE_S,
@@ -59,6 +60,7 @@ class Pairs:
 
 @pytest.fixture(scope="module")
 def pairs() -> Iterator[Pairs]:
+    trial_certificates()  # for all processes
     start_fork_server()
     made = Pairs()
     yield made
@@ -313,7 +315,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", ["shm", "tcp", pytest.param("tls", marks=pytest.mark.full)])
 @pytest.mark.parametrize(("phase", "fault"), CASES)
 def test_the_survivor_loses_no_block(pair: Pair, rows: list[Row], kind: str, phase: str, fault: str) -> None:
     transfer = bring_to(phase, pair)

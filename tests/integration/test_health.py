@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from flowkv.local_cluster import free_port
 from flowkv_common import telemetry as service_connection
-from flowkv_common.health import problem
+from flowkv_common.health import own_port, problem
 from flowkv_common.telemetry import MAX_CONNECTIONS, serve_http, service_app
 
 
@@ -28,6 +28,42 @@ async def test_health_is_what_the_service_says(reason: str | None, expected: tup
     async with serve_http(service_app(CollectorRegistry(), lambda: reason), "127.0.0.1", 0) as port:
         assert await run_health(str(port)) == expected
         assert await run_health(str(port), "/health/live") == (0, "well")
+
+
+SERVICE = """
+import asyncio, sys
+from prometheus_client import CollectorRegistry
+from flowkv_common.telemetry import serve_http, service_app
+
+async def serve():
+    async with serve_http(service_app(CollectorRegistry(), lambda: None), "127.0.0.1", range(*PORTS)) as port:
+        print(port, flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+
+asyncio.run(serve())
+"""
+
+
+async def test_of_a_range_each_service_takes_a_port_and_its_own_health_command_finds_it() -> None:
+    """Containers that share the host's network are told apart by their mount namespaces."""
+    first = free_port()
+    ports = range(first, first + 40)
+    program = SERVICE.replace("PORTS", f"({ports.start}, {ports.stop})")
+    taken = []
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(3):
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", program, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+            )
+            stack.push_async_callback(process.wait)
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            taken.append(int(await asyncio.wait_for(process.stdout.readline(), 20)))
+        assert taken == sorted(set(taken)), "each has the first that was free"
+        assert own_port(range(taken[1], taken[1] + 1)) == taken[1]
+        assert await run_health(f"{taken[0]}-{ports.stop}") == (0, "well")
+    code, said = await run_health(f"{taken[0]}-{taken[0] + 1}")
+    assert (code, said) == (1, f"nothing of this container listens on a port of {taken[0]}-{taken[0] + 1}")
 
 
 async def test_idle_connections_are_bounded_and_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:

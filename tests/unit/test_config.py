@@ -79,6 +79,34 @@ def test_a_name_that_no_host_can_have_is_refused(flag: str, name: str) -> None:
         load_settings(NodeSettings, [*flags, good], {})
 
 
+@pytest.mark.parametrize(
+    ("data_port", "ports"), [("0", range(1)), ("9201", range(9201, 9202)), ("9201-9299", range(9201, 9300))]
+)
+def test_a_data_port_may_be_a_range(data_port: str, ports: range) -> None:
+    settings = load_settings(NodeSettings, ["--model-path", "/m", "--data-port", data_port], {})
+    assert settings.data_ports == ports
+
+
+@pytest.mark.parametrize("data_port", ["", "-1", "9201-", "9299-9201", "0-9", "1-70000", "many", "1,2"])
+def test_a_data_port_that_is_neither_port_nor_range_is_refused(data_port: str) -> None:
+    with pytest.raises(SystemExit, match="FLOWKV_DATA_PORT is"):
+        load_settings(NodeSettings, ["--model-path", "/m", f"--data-port={data_port}"], {})
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data-port", "9201-9299", "--advertise-port", "9301"],
+        ["--data-tls-cert", "node.pem"],
+        ["--data-tls-cert", "node.pem", "--data-tls-key", "node.key"],
+        ["--advertise-host", "10.0.0.1,decode..internal"],
+    ],
+)
+def test_settings_of_the_data_port_that_do_not_go_together_are_refused(flags: list[str]) -> None:
+    with pytest.raises(SystemExit, match="FLOWKV_(ADVERTISE|DATA)_"):
+        load_settings(NodeSettings, ["--model-path", "/m", *flags], {})
+
+
 def test_a_token_budget_of_two_blocks_is_refused_by_its_name() -> None:
     flags = ["--model-path", "/m", "--block-size", "32"]
     with pytest.raises(SystemExit, match="FLOWKV_TOKEN_BUDGET is 64, it must be more than two blocks"):

@@ -40,6 +40,8 @@ def set_variables() -> None:
     # Compiled kernels are kept where the model is; another version's are not ours.
     os.environ.setdefault("NUMBA_CACHE_DIR", str(default_cache_dir() / f"numba-{__version__}"))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Each block of a copy takes a multiprocessor from the engine's kernels, of which an H100 has 132.
+    os.environ.setdefault("NCCL_MAX_CTAS", "8")
 
 
 def import_libraries() -> None:

@@ -198,14 +198,25 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
         bool, "send blocks while later chunks compute; off: all of them after the last chunk"
     ] = True
     advertise_host: Annotated[
-        str, "where other nodes reach this one; empty: `host`, or this host's name if that is 0.0.0.0"
+        str,
+        "where other nodes reach this one, or several such names with commas between, the best first; empty: "
+        "`host`, or this host's name if that is 0.0.0.0",
     ] = ""
-    data_port: Annotated[int, "TCP port for KV; 0: any free one"] = 0
+    data_port: Annotated[
+        str, "TCP port for KV, or a range, as 9201-9299, of which each node takes a free one; 0: any free one"
+    ] = "0"
     advertise_port: Annotated[int, "where other nodes reach data_port, as behind NAT; 0: the same port"] = 0
+    data_tls_cert: Annotated[
+        str, "PEM file with a certificate for `node`: KV goes by TLS, to nodes of the same authority only"
+    ] = ""
+    data_tls_key: Annotated[str, "PEM file with the private key of data_tls_cert"] = ""
+    data_tls_ca: Annotated[str, "PEM file with the authority that signs the nodes' certificates"] = ""
     socket_dir: Annotated[
         str, "folder shared by the nodes of one host, for shared memory; empty: the temporary folder"
     ] = ""
-    http_port: Annotated[int, "port of health and metrics; 0: any free one"] = 0
+    http_port: Annotated[
+        str, "port of health and metrics, or a range of which each node takes a free one; 0: any free one"
+    ] = "0"
     load_period_s: Annotated[Seconds, "between two load reports"] = 0.5
     wedge_timeout_s: Annotated[
         Seconds, "an engine step longer than this makes the node unready, and its requests go elsewhere"
@@ -227,6 +238,14 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     def is_on_gpu(self) -> bool:
         return self.device.startswith("cuda")
 
+    @property
+    def data_ports(self) -> range:
+        return _ports("data_port", self.data_port)
+
+    @property
+    def http_ports(self) -> range:
+        return _ports("http_port", self.http_port)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if re.search(f"[^{NODE_ID_CHARACTERS}]", self.node_id):
@@ -234,14 +253,21 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
                 f"FLOWKV_NODE_ID is {self.node_id!r}: it is part of NATS subjects, only letters, digits, "
                 "- and _ may stand in it"
             )
-        for name in ("host", "advertise_host"):
-            try:
-                getattr(self, name).encode("idna")
-            except UnicodeError as error:
-                raise ValueError(
-                    f"FLOWKV_{name.upper()} is {getattr(self, name)!r}, no name of a host: between the dots "
-                    "there must be 1 to 63 characters"
-                ) from error
+        for name, hosts in (("host", [self.host]), ("advertise_host", listed(self.advertise_host))):
+            for host in hosts:
+                try:
+                    host.encode("idna")
+                except UnicodeError as error:
+                    raise ValueError(
+                        f"FLOWKV_{name.upper()} is {host!r}, no name of a host: between the dots "
+                        "there must be 1 to 63 characters"
+                    ) from error
+        for name in ("data_port", "http_port"):
+            _ports(name, getattr(self, name))
+        if len(self.data_ports) > 1 and self.advertise_port:
+            raise ValueError("FLOWKV_ADVERTISE_PORT is for one FLOWKV_DATA_PORT, not for a range")
+        if len({bool(self.data_tls_cert), bool(self.data_tls_key), bool(self.data_tls_ca)}) > 1:
+            raise ValueError("FLOWKV_DATA_TLS_CERT, FLOWKV_DATA_TLS_KEY, FLOWKV_DATA_TLS_CA: all or none")
         if not 0.0 < self.gpu_memory_share <= 1.0:
             raise ValueError(f"FLOWKV_GPU_MEMORY_SHARE is {self.gpu_memory_share}: over 0, at most 1")
         # A node with both roles has a prefill chunk budget of over one block, and less than all.
@@ -250,6 +276,15 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
                 f"FLOWKV_TOKEN_BUDGET is {self.token_budget}, it must be more than two blocks: "
                 f"FLOWKV_BLOCK_SIZE is {self.block_size}"
             )
+
+
+def _ports(name: str, setting: str) -> range:
+    """Those that a node may take one of. Raises ValueError for what is neither a port nor a range of them."""
+    found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", setting, re.ASCII)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if not first <= last <= 65535 or (first == 0 < last):
+        raise ValueError(f"FLOWKV_{name.upper()} is {setting!r}, it must be a port, or a range as 9201-9299")
+    return range(first, last + 1)
 
 
 KINDS: tuple[type[NatsSettings], ...] = (GatewaySettings, SchedulerSettings, NodeSettings)

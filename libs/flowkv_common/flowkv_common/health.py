@@ -1,11 +1,13 @@
 """`python -m flowkv_common.health PORT [PATH]`: whether a service of this host is well, by its exit code.
 
 What a container's health check runs: it needs no curl. Loads nothing but the standard library. With
-FLOWKV_TLS_CERT or FLOWKV_API_KEYS_FILE in the environment the service is the gateway that they are for.
+FLOWKV_TLS_CERT or FLOWKV_API_KEYS_FILE in the environment the service is the gateway that they are for. Of a
+range, as 9100-9199, it asks at the port that this container's own service listens on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import ssl
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TIMEOUT_S = 3.0
+_LISTENS = "0A"  # the state in /proc/net/tcp
 
 
 class Entry(NamedTuple):
@@ -36,17 +39,17 @@ def gateway_entry(environ: Mapping[str, str]) -> Entry:
     return Entry(bool(environ.get("FLOWKV_TLS_CERT")), key)
 
 
-def problem(port: int, path: str, entry: Entry = PLAIN) -> str | None:
+def problem(port: int, path: str, entry: Entry = PLAIN, host: str = "127.0.0.1") -> str | None:
     """Why the service is not well, in its own words where it has some; None if it is."""
     if entry.has_tls:
         # The certificate is for the name that clients use; here the way leads through this host alone.
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-            "127.0.0.1", port, timeout=TIMEOUT_S, context=context
+            host, port, timeout=TIMEOUT_S, context=context
         )
     else:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+        connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
     try:
         connection.request("GET", path, headers={"x-api-key": entry.key} if entry.key else {})
         response = connection.getresponse()
@@ -59,11 +62,39 @@ def problem(port: int, path: str, entry: Entry = PLAIN) -> str | None:
         connection.close()
 
 
-def main(port: int, path: str = "/health/ready") -> int:
-    found = problem(port, path, gateway_entry(os.environ))
+def own_port(ports: range) -> int | None:
+    """The port of these that a process of this container listens on; other containers may have their own.
+
+    Where containers share the host's network, nothing else tells whose a port is.
+    """
+    here = os.readlink("/proc/self/ns/mnt")
+    sockets = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if os.readlink(process / "ns/mnt") == here:
+                sockets |= {os.readlink(file) for file in (process / "fd").iterdir()}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(FileNotFoundError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                port = int(fields[1].rpartition(":")[2], 16)
+                if fields[3] == _LISTENS and port in ports and f"socket:[{fields[9]}]" in sockets:
+                    return port
+    return None
+
+
+def main(port: str, path: str = "/health/ready") -> int:
+    first, _, last = port.partition("-")
+    number = own_port(range(int(first), int(last) + 1)) if last else int(first)
+    host = os.environ.get("FLOWKV_HOST", "")
+    if number is None:
+        found: str | None = f"nothing of this container listens on a port of {port}"
+    else:
+        own = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+        found = problem(number, path, gateway_entry(os.environ), own)
     print(found or "well")
     return 1 if found else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), *sys.argv[2:3]))
+    sys.exit(main(*sys.argv[1:3]))

@@ -135,14 +135,14 @@ class _QuietServer(uvicorn.Server):
 async def serve_http(
     app: ASGIApp,
     host: str,
-    port: int,
+    port: int | range,
     *,
     connection: type[asyncio.Protocol] = ServiceConnection,
     keep_alive_s: float = 75.0,
     drain_timeout_s: float = 5.0,
     tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[int]:
-    """Serve `app` while the context lasts; gives the bound port (`port` 0 takes any free one).
+    """Serve `app` while the context lasts; gives the bound port: of a range the first free one, for 0 any.
 
     An idle connection is closed after `keep_alive_s`. On exit no new connection is taken, and open responses
     have `drain_timeout_s` to end; those left are cancelled, and have 2 s to tell their clients.
@@ -162,11 +162,7 @@ async def serve_http(
     config.load()
     config.ssl = tls
     server = _QuietServer(config)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    takes_both = host == "::" and socket.has_dualstack_ipv6()
-    with socket.create_server(
-        (host, port), family=family, backlog=2048, dualstack_ipv6=takes_both
-    ) as listener:
+    with _listening(host, range(port, port + 1) if isinstance(port, int) else port) as listener:
         # Accepted connections inherit these options; some systems lack the last two. asyncio sets the first
         # only for sockets made with an explicit protocol; without it, the second write of each response waits
         # for the client's delayed acknowledgement of the first: 40 ms.
@@ -183,6 +179,19 @@ async def serve_http(
                 yield int(listener.getsockname()[1])
             finally:
                 server.should_exit = True
+
+
+def _listening(host: str, ports: range) -> socket.socket:
+    """On the first of the ports that is free. Raises OSError when the address can't be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    takes_both = host == "::" and socket.has_dualstack_ipv6()
+    for port in ports:
+        try:
+            return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=takes_both)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or port == ports[-1]:
+                raise
+    raise ValueError("no port is named")
 
 
 def setup_logs(service: str) -> None:

@@ -26,7 +26,7 @@ from flowkv_common import __version__
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import NodeIdTaken, claim_node_id, keep_announced, watch_nodes
-from flowkv_common.config import NODE_ID_CHARACTERS, NodeSettings
+from flowkv_common.config import NODE_ID_CHARACTERS, NodeSettings, listed
 from flowkv_common.errors import Unavailable
 from flowkv_common.grammar import Grammars
 from flowkv_common.telemetry import serve_http, service_app
@@ -44,6 +44,7 @@ from flowkv_engine.engine.runner import DeviceLost, Engine, EngineThread, Runner
 from flowkv_engine.kv.pool import layer_views
 from flowkv_engine.transport import make_connectors
 from flowkv_engine.transport.sockets import Place, join_host_port
+from flowkv_engine.transport.tls import Tls
 from flowkv_node.endpoints import serve_endpoints, watch_cancels
 from flowkv_node.memory import make_pool
 from flowkv_node.node import Node, Roles
@@ -103,6 +104,7 @@ async def serve_node(
     own_id = f"{starts_as}-{socket.gethostname().lower()}-{secrets.token_hex(2)}"
     node_id = settings.node_id or re.sub(f"[^{NODE_ID_CHARACTERS}]", "-", own_id)
     ref = NodeRef(node_id=node_id, incarnation=secrets.token_hex(4))
+    tls = _data_tls(settings)
     async with contextlib.AsyncExitStack() as opened:
         pool = opened.enter_context(make_pool(settings, model.layout, model.device))
         engine = await opened.enter_async_context(model.make_engine(pool.tensor))
@@ -113,10 +115,11 @@ async def serve_node(
         node = Node(ref, settings, starts_as, card, pool, roles, bus, stop, model.grammars)
         place = Place(
             host=settings.host,
-            port=settings.data_port,
+            ports=settings.data_ports,
             reached_at=_reached_at(settings),
             reached_on=settings.advertise_port,
             socket_dir=settings.socket_dir or None,
+            tls=tls,
         )
         for connector in make_connectors(
             settings.connector_names, pool, node.reservations, node.links.admits, place=place
@@ -124,7 +127,7 @@ async def serve_node(
             await node.links.listen(await opened.enter_async_context(connector))
         await claim_node_id(bus, node_id)
         app = service_app(node.instruments.registry, node.why_not_ready)
-        http_port = await opened.enter_async_context(serve_http(app, settings.host, settings.http_port))
+        http_port = await opened.enter_async_context(serve_http(app, settings.host, settings.http_ports))
 
         # They end in reverse order: endpoints answer until the node is withdrawn, tokens and keepalives go
         # out until the last endpoint has answered.
@@ -167,10 +170,19 @@ def _within_messages(card: ModelCard, bus: Bus, block_size: int) -> ModelCard:
     return msgspec.structs.replace(card, max_model_len=window)
 
 
-def _reached_at(settings: NodeSettings) -> str:
-    """The name under which others reach this node: its host's, where it is bound to all addresses."""
+def _reached_at(settings: NodeSettings) -> list[str]:
+    """The names under which others reach this node: its host's, where it is bound to all addresses."""
     own = socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
-    return settings.advertise_host or own
+    return listed(settings.advertise_host) or [own]
+
+
+def _data_tls(settings: NodeSettings) -> Tls | None:
+    """Raises CannotStart if the files can't be used."""
+    if not settings.data_tls_cert:
+        return None
+    tls = Tls(settings.data_tls_cert, settings.data_tls_key, settings.data_tls_ca)
+    tls.check()
+    return tls
 
 
 async def _stay_announced(node: Node, http_port: int) -> None:
@@ -184,7 +196,7 @@ async def _stay_announced(node: Node, http_port: int) -> None:
 
 
 def _describe(node: Node, http_port: int) -> NodeDescriptor:
-    host = _reached_at(node.settings)
+    host = _reached_at(node.settings)[0]
     return NodeDescriptor(
         node=node.ref,
         role=node.starts_as,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -13,6 +14,11 @@ from flowkv_engine.transport.mapped import CudaIpcConnector, ShmConnector
 from flowkv_engine.transport.nccl import NcclConnector
 from flowkv_engine.transport.sockets import LOOPBACK, Place
 from flowkv_engine.transport.tcp import TcpConnector
+
+log = logging.getLogger(__name__)
+
+# Their libraries open connections of their own, unencrypted.
+_UNENCRYPTED = ("nccl",)
 
 
 def make_connectors(
@@ -26,7 +32,7 @@ def make_connectors(
     """The connectors called `names`, in that order; `place` is where they listen.
 
     `admits` says whether a peer that presents this link token may send. Raises `CannotStart` for a name
-    that is unknown, or not one for memory where `pool` lies.
+    that is unknown, not one for memory where `pool` lies, or whose library is not installed.
     """
     makers: dict[str, Callable[..., KVConnector]]
     if isinstance(pool, KVPool):
@@ -45,4 +51,6 @@ def make_connectors(
             raise CannotStart(
                 f"unknown connector {name!r}: choose of {', '.join(makers)} for a KV cache in {memory} memory"
             )
+        if place.tls is not None and name in _UNENCRYPTED:
+            log.warning("%s moves KV unencrypted: FLOWKV_DATA_TLS_CERT protects its secrets alone", name)
     return [makers[name](pool, reservations, admits, place=place) for name in names]

@@ -1,5 +1,9 @@
 """KV blocks over NCCL, between GPUs on any hosts: each link has a communicator of two ranks.
 
+It is made with the link's first transfer: among n nodes most of the n x n links never carry one, and each
+communicator holds buffers on both GPUs. A pair whose communicator could not be made has to show that it can,
+when it links the next time.
+
 A thread per communicator touches its end. No wait in that thread is bare: it polls, and aborts when it is
 told to stop, when the backend reports an error, and when its time is up.
 """
@@ -21,6 +25,7 @@ from flowkv_common.errors import Stale
 from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.reservations import Reservation
 from flowkv_engine.kv.segments import Copy
+from flowkv_engine.transport.base import ConnectorUnavailable
 from flowkv_engine.transport.stream import (
     Channel,
     Frame,
@@ -28,6 +33,7 @@ from flowkv_engine.transport.stream import (
     Hello,
     Land,
     Push,
+    Refused,
     Reply,
     StreamConnector,
     finish_thread,
@@ -86,7 +92,10 @@ class NcclBackend(Protocol):
 
 
 class Invitation(Frame, frozen=True, kw_only=True):
-    """What the receiver is to join. A process that knows the id could join in its place: it is a secret."""
+    """What the receiver is to join, at once; without an id nothing yet: another one follows a `Transfer`.
+
+    A process that knows the id could join in its place: it is a secret.
+    """
 
     unique_id: bytes
     version: str
@@ -99,6 +108,7 @@ class NcclConnector(StreamConnector):
 
     new_backend: Callable[[], NcclBackend] = field(kw_only=True)  # makes one end of a communicator
     _communicators: set[Communicator] = field(default_factory=set, init=False)
+    _failed_ways: set[str] = field(default_factory=set, init=False)  # where no communicator could be made
 
     @property
     def connect_timeout_s(self) -> float:
@@ -114,21 +124,58 @@ class NcclConnector(StreamConnector):
                     log.error("nccl: a communicator does not end; the pool's memory is not safe to free")
 
     async def introduce(self, channel: Channel) -> Push:
-        backend = self.new_backend()
-        unique_id = backend.get_unique_id()
-        await channel.send_frame(Invitation(unique_id=unique_id, version=backend.version))
-        await channel.expect_yes()
-        move = await self._join(backend, SENDER, unique_id, channel)
-        await channel.expect_yes()
+        if channel.way in self._failed_ways:
+            move = await self._invite(channel)
+            self._failed_ways.discard(channel.way)
+        else:
+            move = None
+            await self._send_invitation(channel, self.new_backend(), b"")
 
         async def push(copies: list[Copy]) -> int:
+            nonlocal move
             await channel.expect_yes()  # asked first, so that a refusal costs no bytes
+            if move is None:
+                try:
+                    move = await self._invite(channel)
+                except (OSError, Refused) as error:
+                    self._failed_ways.add(channel.way)
+                    raise ConnectorUnavailable(str(error)) from error
             await move([Run(copy.src, copy.length) for copy in copies], lambda: False)
             return len(copies)
 
         return push
 
     async def welcome(self, channel: Channel, hello: Hello) -> Land:
+        move = await self._accept_invitation(channel)
+
+        async def land(copies: list[Copy], reservation: Reservation) -> int:
+            """The receives have ended, or the abort has returned, when this returns or raises."""
+            nonlocal move
+            if reservation.revoked:
+                raise Stale("the reservation has ended")
+            await channel.send_frame(Reply())
+            while move is None:
+                move = await self._accept_invitation(channel)
+            await move([Run(copy.dst, copy.length) for copy in copies], lambda: reservation.revoked)
+            return 0
+
+        return land
+
+    async def _invite(self, channel: Channel) -> Move:
+        """The sender's part in making a communicator."""
+        backend = self.new_backend()
+        unique_id = backend.get_unique_id()
+        await self._send_invitation(channel, backend, unique_id)
+        move = await self._join(backend, SENDER, unique_id, channel)
+        await channel.expect_yes()
+        return move
+
+    async def _send_invitation(self, channel: Channel, backend: NcclBackend, unique_id: bytes) -> None:
+        await channel.send_frame(Invitation(unique_id=unique_id, version=backend.version))
+        await channel.expect_yes()
+
+    async def _accept_invitation(self, channel: Channel) -> Move | None:
+        """The receiver's part in making a communicator; None if it is not to be made yet."""
         invitation = await channel.receive_frame(Invitation)
         backend = self.new_backend()
         if invitation.version != backend.version:
@@ -136,18 +183,11 @@ class NcclConnector(StreamConnector):
             await channel.send_frame(Reply(error=reason))
             raise FrameError(reason)
         await channel.send_frame(Reply())
+        if not invitation.unique_id:
+            return None
         move = await self._join(backend, RECEIVER, invitation.unique_id, channel)
         await channel.send_frame(Reply())
-
-        async def land(copies: list[Copy], reservation: Reservation) -> int:
-            """The receives have ended, or the abort has returned, when this returns or raises."""
-            if reservation.revoked:
-                raise Stale("the reservation has ended")
-            await channel.send_frame(Reply())
-            await move([Run(copy.dst, copy.length) for copy in copies], lambda: reservation.revoked)
-            return 0
-
-        return land
+        return move
 
     async def _join(self, backend: NcclBackend, rank: int, unique_id: bytes, channel: Channel) -> Move:
         """Makes a communicator that ends with the channel. Returns what moves runs of blocks by it."""
@@ -158,7 +198,7 @@ class NcclConnector(StreamConnector):
 
         def arrived() -> None:
             # A sender has nothing to say meanwhile. A receiver's reply may come early: only its end counts.
-            if rank == RECEIVER or channel.peek() == b"":
+            if rank == RECEIVER or channel.has_ended():
                 communicator.abort()
 
         async def move(runs: list[Run], should_stop: Callable[[], bool]) -> None:

@@ -8,11 +8,16 @@ import errno
 import select
 import socket
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from flowkv_engine.transport.tls import Tls
+
 # A host that died without a word is noticed after about a minute.
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 3}
+_BACKLOG = 128
+_TLS_SCHEME = "tls://"
 # If an address of a name has not answered for so long, the next one is tried beside it (RFC 8305).
 _NEXT_ADDRESS_S = 0.25
 # A Unix socket with a full queue refuses at once instead of letting wait.
@@ -23,22 +28,23 @@ class Place(NamedTuple):
     """Where a node's sockets are, and how its peers reach them."""
 
     host: str = "127.0.0.1"  # what TCP binds to, a name or an address
-    port: int = 0  # 0: any free one
-    reached_at: str = ""  # the name or address that peers dial; `host` if empty
+    ports: Sequence[int] = (0,)  # the first of them that is free; 0: any free one
+    reached_at: Sequence[str] = ()  # names or addresses that peers dial, in this order; `host` if none
     reached_on: int = 0  # the port that peers dial; the bound one if 0
     socket_dir: str | None = None  # holds the folders of Unix sockets; the system's temporary one if None
+    tls: Tls | None = None  # for TCP
 
 
 LOOPBACK = Place()
 
 
-def bind_unix(
+def listen_unix(
     place: Place, lifetime: contextlib.ExitStack | contextlib.AsyncExitStack
 ) -> tuple[socket.socket, str]:
-    """A socket bound in a folder that only this user can enter, which `lifetime` removes; and its path."""
+    """A socket that listens in a folder that only this user can enter, which `lifetime` removes; its path."""
     folder = lifetime.enter_context(tempfile.TemporaryDirectory(prefix="flowkv-", dir=place.socket_dir))
     address = str(Path(folder, "pool.sock"))
-    return _bind(socket.AF_UNIX, address), address
+    return _listen(socket.AF_UNIX, address), address
 
 
 async def dial_unix(address: str) -> socket.socket:
@@ -58,23 +64,36 @@ async def dial_unix(address: str) -> socket.socket:
         raise
 
 
-async def bind_tcp(place: Place) -> tuple[socket.socket, str]:
-    """A bound socket, and the `host:port` that leads to it. Raises `OSError`.
+async def listen_tcp(place: Place) -> tuple[socket.socket, str]:
+    """A socket that listens, and the address that leads to it. Raises `OSError`.
 
     Of a name's addresses it is the first that this host has: a name may have one of IPv6 where there is none.
     """
-    found = await asyncio.get_running_loop().getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
-    failed = OSError(f"{place.host} has no address")
+    in_use = None
+    for port in place.ports:
+        try:
+            listener = await _listen_on(place.host, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            in_use = error
+        else:
+            return listener, join_address(place, listener.getsockname()[1])
+    names = f"port {place.ports[0]}" if len(place.ports) == 1 else f"ports {place.ports[0]}-{place.ports[-1]}"
+    advice = "each node of a host needs one for each connector over TCP: name a range, as 9201-9299"
+    raise OSError(errno.EADDRINUSE, f"{names} of {place.host} in use: {advice}") from in_use
+
+
+async def _listen_on(host: str, port: int) -> socket.socket:
+    failed = OSError(f"{host} has no address")
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for family, _, _, _, address in found:
         try:
-            listener = _bind(family, address)
+            return _listen(family, address)
         except OSError as error:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 raise
             failed = error
-            continue
-        port = place.reached_on or listener.getsockname()[1]
-        return listener, join_host_port(place.reached_at or place.host, port)
     raise failed
 
 
@@ -111,6 +130,18 @@ class _Unread(asyncio.Protocol):
         transport.pause_reading()
 
 
+def join_address(place: Place, port: int) -> str:
+    """What a peer is told: `host:port` of each way here, with commas between, after `tls://` if it is TLS."""
+    hosts = place.reached_at or [place.host]
+    ways = ",".join(join_host_port(host, place.reached_on or port) for host in hosts)
+    return f"{_TLS_SCHEME}{ways}" if place.tls else ways
+
+
+def split_address(address: str) -> tuple[list[str], bool]:
+    """`host:port` of each way to a peer, and whether it wants TLS: what `join_address` has joined."""
+    return address.removeprefix(_TLS_SCHEME).split(","), address.startswith(_TLS_SCHEME)
+
+
 def join_host_port(host: str, port: int) -> str:
     """`host:port`, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -141,13 +172,14 @@ def is_readable(sock: socket.socket) -> bool:
     return bool(poller.poll(0))
 
 
-def _bind(family: int, address: str | tuple[object, ...]) -> socket.socket:
+def _listen(family: int, address: str | tuple[object, ...]) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         if family != socket.AF_UNIX:
             # The kernel keeps a port for a minute after its connections have ended, also from a restart.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(_BACKLOG)  # the kernel lets two bind one port, but not listen on it
     except BaseException:
         listener.close()
         raise

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Self, TypeVar
@@ -24,7 +25,7 @@ from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.pool import Pool
 from flowkv_engine.kv.reservations import Reservation, Reservations
 from flowkv_engine.kv.segments import Copy, ids_of
-from flowkv_engine.transport import sockets
+from flowkv_engine.transport import sockets, tls
 from flowkv_engine.transport.base import ConnectorUnavailable, KVLink, TransferStats, find_stray
 from flowkv_engine.transport.sockets import LOOPBACK, Place
 
@@ -40,15 +41,17 @@ _PIECE_BYTES = 64 << 10
 _MAX_TRANSFER_BYTES = 1 << 30
 _MAX_TRANSFER_BLOCKS = 8192
 
-_BACKLOG = 128
 _ACCEPT_RETRY_S = 0.1
 # Connections of one listener that have not shown the secret. One more costs the oldest its place: a peer that
 # has the secret shows it at once.
 MAX_UNAUTHENTICATED = 64
+# Of several ways to a peer one that has not greeted for so long is left for the next.
+_NEXT_WAY_S = 2.0
 
 T = TypeVar("T")
 F = TypeVar("F", bound="Frame")
-# Moves the bytes of one `Transfer`, from its sender and into its receiver; returns the calls made.
+# Moves the bytes of one `Transfer`, from its sender and into its receiver; returns the calls made. A push
+# raises `ConnectorUnavailable` where the transport turns out not to work between the two.
 Push = Callable[[list[Copy]], Awaitable[int]]
 Land = Callable[[list[Copy], Reservation], Awaitable[int]]
 
@@ -88,16 +91,27 @@ class Refused(Exception):
     """The peer understood and said no. The connection is good for more."""
 
 
+@contextlib.asynccontextmanager
+async def within(timeout_s: float | None) -> AsyncIterator[None]:
+    """Raises `TimeoutError`, with words, when what happens in it takes longer."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        raise TimeoutError(str(error) or f"nothing came or went for {timeout_s} s") from None
+
+
 class Channel:
     """A connected socket that speaks frames. It belongs to one task at a time.
 
-    What enters `lifetime` ends when the channel is closed. Raises `OSError` for all that ends a connection:
-    closed, out of time, garbage.
+    `way`: where it was dialled. What enters `lifetime` ends when the channel is closed. Raises `OSError` for
+    all that ends a connection: closed, out of time, garbage.
     """
 
-    def __init__(self, sock: socket.socket, io_timeout_s: float) -> None:
+    def __init__(self, sock: socket.socket, io_timeout_s: float, way: str = "") -> None:
         sock.setblocking(False)
         self.sock = sock
+        self.way = way
         self.lifetime = contextlib.ExitStack()
         self.lifetime.enter_context(sock)
         self._io_timeout_s = io_timeout_s
@@ -129,10 +143,15 @@ class Channel:
     async def write(self, view: memoryview) -> None:
         """Hands all of `view` to the kernel, in one step."""
         async with self.deadline():
-            await self._loop.sock_sendall(self.sock, view)
+            if isinstance(self.sock, ssl.SSLSocket):
+                await tls.send_all(self.sock, view)
+            else:
+                await self._loop.sock_sendall(self.sock, view)
 
     async def wait_readable(self) -> None:
         """Returns when there is something to read, be it the end. The only wait without a deadline."""
+        if self._num_decrypted():
+            return
         arrived = asyncio.Event()
         with self.watching(arrived.set):
             await arrived.wait()
@@ -154,24 +173,16 @@ class Channel:
     @contextlib.asynccontextmanager
     async def deadline(self) -> AsyncIterator[None]:
         """Raises `TimeoutError`, with words, when a step takes longer than its time."""
-        try:
-            async with asyncio.timeout(self._io_timeout_s):
-                yield
-        except TimeoutError:
-            raise TimeoutError(f"nothing came or went for {self._io_timeout_s} s") from None
+        async with within(self._io_timeout_s):
+            yield
 
-    def peek(self) -> bytes | None:
-        """The next byte, left where it is: empty at the end of the connection, None if nothing has come."""
-        try:
-            return self.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return None
-        except OSError:
-            return b""
+    def has_ended(self) -> bool:
+        """Whether the connection has, and nothing is left to read."""
+        return not self._num_decrypted() and self._peek() == b""
 
     def is_quiet(self) -> bool:
         """Whether the connection stands and no unasked byte waits, so that a request may go out."""
-        return self.peek() is None
+        return not self._num_decrypted() and self._peek() is None
 
     def close(self) -> None:
         self.lifetime.close()
@@ -187,11 +198,28 @@ class Channel:
         data = bytearray()
         async with self.deadline():
             while missing := num_bytes - len(data):
-                piece = await self._loop.sock_recv(self.sock, min(missing, _PIECE_BYTES))
+                size = min(missing, _PIECE_BYTES)
+                if isinstance(self.sock, ssl.SSLSocket):
+                    piece = await tls.receive(self.sock, size)
+                else:
+                    piece = await self._loop.sock_recv(self.sock, size)
                 if not piece:
                     raise ConnectionResetError("closed by the peer")
                 data += piece
         return data
+
+    def _peek(self) -> bytes | None:
+        """The next byte as it is on the wire, left there: empty at the end, None if nothing has come."""
+        try:
+            return socket.socket.recv(self.sock, 1, socket.MSG_PEEK)  # with TLS, beneath it
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def _num_decrypted(self) -> int:
+        """Bytes of a record of TLS that is read in part: the socket tells nothing of them."""
+        return self.sock.pending() if isinstance(self.sock, ssl.SSLSocket) else 0
 
 
 @dataclass(eq=False)
@@ -230,12 +258,11 @@ class StreamConnector(abc.ABC):
     async def listen(self) -> str:
         """See `KVConnector.listen`."""
         if self.is_local:
-            listener, address = sockets.bind_unix(self.place, self._opened)
+            listener, address = sockets.listen_unix(self.place, self._opened)
         else:
-            listener, address = await sockets.bind_tcp(self.place)
+            listener, address = await sockets.listen_tcp(self.place)
         self._opened.enter_context(listener)
         listener.setblocking(False)
-        listener.listen(_BACKLOG)
         await self._opened.enter_async_context(running(self._accept(listener)))
         return address
 
@@ -298,22 +325,20 @@ class StreamConnector(abc.ABC):
 
     async def _serve(self, sock: socket.socket) -> None:
         """One connection. Whatever a peer does costs only this."""
+        accepted = sock
         try:
+            if not self.is_local:
+                sockets.tune_tcp(sock)
+                async with within(self.io_timeout_s):
+                    sock = await self._encrypted(sock, is_server=True)
             with Channel(sock, self.io_timeout_s) as channel:
-                if not self.is_local:
-                    sockets.tune_tcp(sock)
                 async with channel.deadline():
                     hello = await channel.receive_frame(Hello, MAX_HELLO_BYTES)
-                objection = None
-                if not self.admits(hello.token):
-                    objection = "wrong link token"
-                elif hello.layout != repr(self.pool.layout):
-                    objection = f"layouts differ: receiver {self.pool.layout!r}, sender {hello.layout}"
-                if objection is not None:
+                if (objection := self._why_refused(sock, hello)) is not None:
                     await channel.send_frame(Reply(error=objection))
                     log.warning("%s: refused a peer: %s", self.name, objection)
                     return
-                self._unauthenticated.pop(sock, None)
+                self._unauthenticated.pop(accepted, None)
                 await channel.send_frame(Reply())
                 land = await self.welcome(channel, hello)
                 while True:
@@ -325,9 +350,20 @@ class StreamConnector(abc.ABC):
                         reply = Reply(error=refusal.message)
                     await channel.send_frame(reply)
         except OSError as error:
-            log.info("%s: a connection ended: %s", self.name, error)
+            is_stranger = isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError)
+            level = logging.WARNING if is_stranger else logging.INFO
+            log.log(level, "%s: a connection ended: %s", self.name, error)
         except Exception:
             log.exception("%s: a connection failed", self.name)
+
+    def _why_refused(self, sock: socket.socket, hello: Hello) -> str | None:
+        if isinstance(sock, ssl.SSLSocket) and (objection := tls.why_not_a_node(sock)):
+            return objection
+        if not self.admits(hello.token):
+            return "wrong link token"
+        if hello.layout != repr(self.pool.layout):
+            return f"layouts differ: receiver {self.pool.layout!r}, sender {hello.layout}"
+        return None
 
     async def _land_transfer(self, transfer: Transfer, hello: Hello, land: Land) -> int:
         stray = find_stray(transfer.copies, hello.num_blocks, self.pool.num_blocks)
@@ -343,21 +379,58 @@ class StreamConnector(abc.ABC):
     # --- sending -----------------------------------------------------------------------------------
 
     async def dial(self, address: str, token: str) -> tuple[Channel, Push | None]:
-        """A connection that is greeted and introduced. Raises `ConnectorUnavailable`."""
-        with contextlib.ExitStack() as undo:
+        """A connection that is greeted and introduced, on the first way of `address` that leads to the peer.
+
+        Raises `ConnectorUnavailable` with what is wrong with each.
+        """
+        ways = [address] if self.is_local else self._ways_to(address)
+        reasons = []
+        for way in ways:
             try:
-                async with asyncio.timeout(self.io_timeout_s):
-                    dial_socket = sockets.dial_unix if self.is_local else sockets.dial_tcp
-                    sock = await dial_socket(address)
-                channel = undo.enter_context(Channel(sock, self.io_timeout_s))
-                layout = repr(self.pool.layout)
-                await channel.send_frame(Hello(token=token, layout=layout, num_blocks=self.pool.num_blocks))
-                await channel.expect_yes()
-                push = await self.introduce(channel)
+                async with within(None if way is ways[-1] else _NEXT_WAY_S):
+                    channel = await self._greet(way, token)
             except (OSError, Refused) as error:
-                raise ConnectorUnavailable(f"{self.name} to {address}: {error or 'out of time'}") from error
+                reasons.append(f"{self.name} to {way}: {error}")
+                continue
+            with contextlib.ExitStack() as undo:
+                undo.enter_context(channel)
+                try:
+                    push = await self.introduce(channel)
+                except (OSError, Refused) as error:
+                    raise ConnectorUnavailable(f"{self.name} to {way}: {error}") from error
+                undo.pop_all()
+                return channel, push
+        raise ConnectorUnavailable("; ".join(reasons))
+
+    def _ways_to(self, address: str) -> list[str]:
+        """`host:port` of each. Raises `ConnectorUnavailable` if one end has TLS and the other not."""
+        ways, wants_tls = sockets.split_address(address)
+        if wants_tls and self.place.tls is None:
+            raise ConnectorUnavailable("the peer wants TLS: set FLOWKV_DATA_TLS_CERT here, too")
+        if not wants_tls and self.place.tls is not None:
+            raise ConnectorUnavailable("the peer has no TLS: set FLOWKV_DATA_TLS_CERT there, too")
+        return ways
+
+    async def _greet(self, way: str, token: str) -> Channel:
+        """A connection whose other end has let us in. Raises `OSError`, `Refused`."""
+        dial_socket = sockets.dial_unix if self.is_local else sockets.dial_tcp
+        layout = repr(self.pool.layout)
+        with contextlib.ExitStack() as undo:
+            async with within(self.io_timeout_s):
+                sock = undo.enter_context(await dial_socket(way))
+                if not self.is_local:
+                    sock = undo.enter_context(await self._encrypted(sock, is_server=False))
+            channel = undo.enter_context(Channel(sock, self.io_timeout_s, way))
+            await channel.send_frame(Hello(token=token, layout=layout, num_blocks=self.pool.num_blocks))
+            await channel.expect_yes()
             undo.pop_all()
-            return channel, push
+            return channel
+
+    async def _encrypted(self, sock: socket.socket, *, is_server: bool) -> socket.socket:
+        """The socket with TLS on it, where this node has that. Raises `OSError`."""
+        if self.place.tls is None:
+            return sock
+        return await tls.shake_hands(sock, self.place.tls, is_server=is_server)
 
 
 class StreamLink:
@@ -374,10 +447,12 @@ class StreamLink:
         self._turn = asyncio.Lock()
         self._channel: Channel | None = None
         self._push: Push | None = None
+        self._num_sent_bytes = 0  # on this connection
 
     async def probe(self) -> None:
         """Dials now. Raises `ConnectorUnavailable`."""
         self._channel, self._push = await self._connector.dial(self._address, self._token)
+        self._num_sent_bytes = 0
 
     async def send_blocks(self, transfer_id: str, token: str, copies: Sequence[Copy]) -> TransferStats:
         """See `KVLink.send_blocks`."""
@@ -406,12 +481,16 @@ class StreamLink:
         """Sends one frame and its bytes, and waits for the confirmation; returns calls made on both sides."""
         try:
             channel = await self._connected()
+            self._num_sent_bytes += self._connector.pool.layout.block_bytes * sum(
+                copy.length for copy in transfer.copies
+            )
             await channel.send_frame(transfer)
             num_pushed = await self._push(transfer.copies) if self._push is not None else 0
             return num_pushed + (await channel.expect_yes()).num_calls
         except Refused as refusal:
             raise TransferFailed(f"{self.name}: refused: {refusal}") from refusal
         except (OSError, ConnectorUnavailable) as error:
+            self.is_lost = isinstance(error, ConnectorUnavailable)
             self._hang_up()
             raise TransferFailed(f"{self.name}: {error}") from error
         except BaseException:  # cancelled, maybe with half a frame on the wire
@@ -421,17 +500,19 @@ class StreamLink:
     async def _connected(self) -> Channel:
         if self.closed:
             raise TransferFailed(f"{self.name}: the link is closed")
-        if self._channel is not None and not self._channel.is_quiet():
+        if self._channel is not None and not (self._channel.is_quiet() and self._has_good_keys()):
             self._hang_up()
         if self._channel is None:
-            try:
-                await self.probe()
-            except ConnectorUnavailable:
-                self.is_lost = True
-                raise
+            await self.probe()
             self.is_lost = False
         assert self._channel is not None
         return self._channel
+
+    def _has_good_keys(self) -> bool:
+        """Whether the connection's keys may encrypt more, where it has keys."""
+        assert self._channel is not None
+        is_encrypted = isinstance(self._channel.sock, ssl.SSLSocket)
+        return not is_encrypted or self._num_sent_bytes < tls.MAX_BYTES_PER_CONNECTION
 
     def _hang_up(self) -> None:
         if self._channel is not None:

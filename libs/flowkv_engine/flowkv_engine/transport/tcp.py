@@ -1,7 +1,7 @@
 """KV blocks over TCP, between any two hosts: out of one pool's memory, straight into the other's.
 
 The sender lends the kernel its pages instead of copying them. Blocks that it frees before the confirmation
-may arrive with other bytes, and are not committed then.
+may arrive with other bytes, and are not committed then. With TLS it encrypts them into the socket instead.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import socket
+import ssl
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from flowkv_engine.transport.stream import Channel, Hello, Land, Push, Reply, St
 _STEP_BYTES = 1 << 20
 # A receiver that is woken for every packet spends its time on waking up.
 _WAKE_BYTES = 512 << 10
+# So much of what is still to come OpenSSL may have taken off the socket: a record.
+_RECORD_BYTES = 17 << 10
 
 
 @dataclass(eq=False)
@@ -42,7 +45,10 @@ class TcpConnector(StreamConnector):
             for copy in copies:
                 begin, end = copy.src * block_bytes, (copy.src + copy.length) * block_bytes
                 steps += [(at, min(at + _STEP_BYTES, end)) for at in range(begin, end, _STEP_BYTES)]
-            await _in_thread(channel.sock, _send, self.pool.fd, steps, self.io_timeout_s)
+            if isinstance(channel.sock, ssl.SSLSocket):
+                await _in_thread(channel.sock, _send_encrypted, self.pool.buffer, steps, self.io_timeout_s)
+            else:
+                await _in_thread(channel.sock, _send, self.pool.fd, steps, self.io_timeout_s)
             return len(steps)
 
         return push
@@ -67,7 +73,8 @@ async def _in_thread(sock: socket.socket, work: Callable[..., None], *args: obje
 
     def shut_down() -> None:
         with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)  # wakes the thread, which then fails
+            # Wakes the thread, which then fails. The method of `SSLSocket` would take TLS off before.
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flowkv-tcp")
     try:
@@ -88,24 +95,53 @@ def _send(sock: socket.socket, pool_fd: int, steps: list[tuple[int, int]], io_ti
                 offset += os.sendfile(sock.fileno(), pool_fd, offset, end - offset)
 
 
+def _send_encrypted(
+    sock: ssl.SSLSocket, pool: memoryview, steps: list[tuple[int, int]], io_timeout_s: float
+) -> None:
+    """Encrypts one step after the other. Raises `OSError`."""
+    poller = select.poll()
+    for offset, end in steps:
+        while offset < end:
+            try:
+                offset += sock.send(pool[offset:end])
+            except ssl.SSLWantReadError:
+                poller.register(sock, select.POLLIN)
+                _await_event(poller, io_timeout_s)
+            except ssl.SSLWantWriteError:
+                poller.register(sock, select.POLLOUT)
+                _await_event(poller, io_timeout_s)
+
+
 def _receive(
     sock: socket.socket, views: list[memoryview], is_revoked: Callable[[], bool], io_timeout_s: float
 ) -> None:
     """Fills `views`, and asks before each read whether it still may. Raises `OSError`."""
     poller = select.poll()
     poller.register(sock, select.POLLIN)
+    is_encrypted = isinstance(sock, ssl.SSLSocket)
     for view in views:
         while view:
-            _wake_at(sock, min(_WAKE_BYTES, len(view)))
-            _await_event(poller, io_timeout_s)
+            if not is_encrypted:  # where it is, OpenSSL may have more than the socket
+                _await_bytes(sock, poller, len(view), io_timeout_s)
             if is_revoked():
                 raise ConnectionAbortedError("the reservation ended during the copy")
-            with contextlib.suppress(BlockingIOError):
+            try:
                 num_received = sock.recv_into(view[:_STEP_BYTES])
-                if not num_received:
-                    raise ConnectionResetError("closed by the peer")
-                view = view[num_received:]
+            except BlockingIOError:
+                continue
+            except ssl.SSLWantReadError:
+                _await_bytes(sock, poller, len(view) - _RECORD_BYTES, io_timeout_s)
+                continue
+            if not num_received:
+                raise ConnectionResetError("closed by the peer")
+            view = view[num_received:]
     _wake_at(sock, 1)
+
+
+def _await_bytes(sock: socket.socket, poller: select.poll, num_bytes: int, io_timeout_s: float) -> None:
+    """Returns when many bytes can be read at once, at most `num_bytes`. Raises `TimeoutError`."""
+    _wake_at(sock, max(1, min(_WAKE_BYTES, num_bytes)))
+    _await_event(poller, io_timeout_s)
 
 
 def _await_event(poller: select.poll, io_timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""The worker thread of the connectors that map: it stops when told, and is never left behind."""
+"""The worker thread of the connectors that pull: it stops when told, and is never left behind."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import threading
 import pytest
 
 from flowkv_engine.kv.segments import Copy
-from flowkv_engine.transport.mapped import copy_all
+from flowkv_engine.transport.pull import copy_all
 from flowkv_engine.transport.stream import finish_thread
 
 MIB = 1 << 20
+STEP_BYTES = 256 * MIB
 
 
 class ToldPool:
@@ -30,9 +31,9 @@ class ToldPool:
         raise NotImplementedError
 
 
-def test_copies_are_cut_into_even_steps_of_at_least_256_mib_that_end_one_by_one() -> None:
+def test_copies_are_cut_into_even_steps_that_end_one_by_one() -> None:
     peer = ToldPool()
-    assert copy_all(peer, [Copy(1, 2, 3), Copy(7, 9, 1)], 300 * MIB, lambda: False) == 4
+    assert copy_all(peer, [Copy(1, 2, 3), Copy(7, 9, 1)], 300 * MIB, STEP_BYTES, lambda: False) == 4
     assert peer.told == [
         (300 * MIB, 600 * MIB, 300 * MIB),
         None,
@@ -44,19 +45,19 @@ def test_copies_are_cut_into_even_steps_of_at_least_256_mib_that_end_one_by_one(
         None,
     ]
     peer = ToldPool()
-    assert copy_all(peer, [Copy(0, 0, 1)], 300 * MIB + 1, lambda: False) == 1
+    assert copy_all(peer, [Copy(0, 0, 1)], 300 * MIB + 1, STEP_BYTES, lambda: False) == 1
     assert peer.told == [(0, 0, 300 * MIB + 1), None]
 
 
 def test_short_copies_are_queued_up_to_256_mib() -> None:
     peer = ToldPool()
-    assert copy_all(peer, [Copy(i, i, 1) for i in (0, 2, 4)], 128 * MIB, lambda: False) == 3
+    assert copy_all(peer, [Copy(i, i, 1) for i in (0, 2, 4)], 128 * MIB, STEP_BYTES, lambda: False) == 3
     assert [step is None for step in peer.told] == [False, False, True, False, True]
 
 
 def test_stops_between_two_steps_and_waits_for_what_is_queued() -> None:
     peer, answers = ToldPool(), iter([False, False, True])
-    assert copy_all(peer, [Copy(i, i, 1) for i in (0, 2, 4)], 2, lambda: next(answers)) == 2
+    assert copy_all(peer, [Copy(i, i, 1) for i in (0, 2, 4)], 2, STEP_BYTES, lambda: next(answers)) == 2
     assert peer.told == [(0, 0, 2), (4, 4, 2), None]
 
 
