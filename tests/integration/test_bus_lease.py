@@ -15,10 +15,12 @@ from nats.js.kv import KeyValue
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import KEY, Lease
 from flowkv_common.bus.registry import Found, open_bucket, read_key
+from flowkv_common.config import NatsSettings
 from flowkv_common.wire.messages import decode, encode
 from flowkv_common.wire.nodes import Leader
 from flowkv_common.wire.subjects import LEADER_BUCKET
 from tests.nats_server import NatsServer
+from tests.waiting import reconnected
 
 TTL_S = 0.8
 
@@ -319,3 +321,15 @@ async def test_a_renewal_whose_answer_is_lost_costs_no_term(
         await seat.stays_for(2 * TTL_S)
         assert a.lease.is_held
     assert seat.terms == [("a", 1)]
+
+
+async def test_a_bucket_on_disk_outlives_the_server(nats_server: NatsServer) -> None:
+    on_disk = NatsSettings(nats_url=nats_server.url, nats_storage="file")
+    async with connect(on_disk, name="test") as bus:
+        back = reconnected(bus)
+        await (await open_bucket(bus, LEADER_BUCKET)).put(KEY, b"kept")
+        nats_server.kill()
+        nats_server.start()
+        async with asyncio.timeout(5):
+            await back.wait()
+        assert (await seat_record(bus)).value == b"kept"

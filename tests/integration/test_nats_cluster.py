@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 from nats.aio.msg import Msg
 
@@ -14,7 +15,7 @@ from flowkv_common import errors
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.lease import Lease
-from flowkv_common.bus.registry import keep_announced, watch_nodes
+from flowkv_common.bus.registry import keep_announced, open_bucket, read_key, watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import NatsSettings
 from flowkv_common.wire import subjects
@@ -178,6 +179,17 @@ async def test_a_server_that_keeps_a_copy_dies_and_nobody_minds(servers: NatsClu
         assert await ask(all_there.buses["watcher"]) == Accepted(node_id="echo")
         await until(lambda: any(lease.is_held for lease in all_there.leases), ELECTED_S)
         assert all_there.terms.newest() <= before + 1
+
+
+async def test_a_bucket_of_one_server_is_given_to_three(servers: NatsCluster) -> None:
+    alone = msgspec.structs.replace(settings(servers), nats_replicas=1)
+    async with connect(alone, name="before") as before, connect(settings(servers), name="after") as after:
+        bucket = await open_bucket(before, subjects.LEADER_BUCKET)
+        async with asyncio.timeout(10):
+            await bucket.put("kept", b"as it was")
+            bucket = await open_bucket(after, subjects.LEADER_BUCKET)
+        await asyncio.to_thread(servers.wait_kept_by_all, subjects.LEADER_BUCKET)
+        assert (await read_key(bucket, "kept")).value == b"as it was"
 
 
 @pytest.mark.full
