@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +29,7 @@ import msgspec
 from nats.aio.msg import Msg
 
 from benchmarks import BenchmarkFailed
+from flowkv.terminal import find_nats
 from flowkv_common.aio import running, stop_on_signals
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import watch_nodes
@@ -74,18 +75,22 @@ def write_line(out: BinaryIO, t: float, subject: str, message: Any) -> None:
 
 
 class Recorder:
-    """Writes all it is given to `out`, with the seconds since it was made."""
+    """Writes all it is given to `out`, with the seconds since it was made.
 
-    def __init__(self, out: BinaryIO) -> None:
+    `plain_name` is that of the bus: recordings of all namespaces have the same subjects.
+    """
+
+    def __init__(self, out: BinaryIO, plain_name: Callable[[str], str] = str) -> None:
         self.num_lines = 0
         self.num_unreadable = 0
         self._out = out
+        self._plain_name = plain_name
         self._began = time.monotonic()
         self._nodes: dict[str, NodeDescriptor] = {}
 
     async def on_message(self, msg: Msg) -> None:
         try:
-            self._write(msg.subject, msgspec.json.decode(msg.data))
+            self._write(self._plain_name(msg.subject), msgspec.json.decode(msg.data))
         except (msgspec.DecodeError, UnicodeDecodeError):
             self.num_unreadable += 1
 
@@ -119,8 +124,8 @@ async def recording(bus: Bus, recorder: Recorder) -> AsyncIterator[None]:
 async def record(options: argparse.Namespace) -> None:
     stop = stop_on_signals()
     with options.out.open("wb") as out:
-        async with connect(options.nats, name="flowkv-record", on_closed=stop.set) as bus:
-            recorder = Recorder(out)
+        async with connect(find_nats(options.nats), name="flowkv-record", on_closed=stop.set) as bus:
+            recorder = Recorder(out, bus.plain_name)
             with contextlib.suppress(TimeoutError):
                 async with recording(bus, recorder), asyncio.timeout(options.seconds):
                     await stop.wait()

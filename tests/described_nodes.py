@@ -25,7 +25,7 @@ from flowkv_common.wire.messages import (
     ScheduleRequest,
     Wait,
 )
-from flowkv_common.wire.nodes import BlockCounts, LoadReport, NodeDescriptor, OutputForecast
+from flowkv_common.wire.nodes import PROTOCOL, BlockCounts, LoadReport, NodeDescriptor, OutputForecast
 from flowkv_scheduler import policy
 from flowkv_scheduler.admission import Later
 from flowkv_scheduler.cluster import ClusterState, Goals
@@ -55,6 +55,7 @@ def descriptor(
     num_blocks: int = NUM_BLOCKS,
     memory: str = "host",
     model: ModelCard = MODEL,
+    protocol: int = PROTOCOL,
     **layout: Any,
 ) -> NodeDescriptor:
     return NodeDescriptor(
@@ -76,6 +77,7 @@ def descriptor(
         metrics_url="",
         version="0.1.0",
         memory=memory,
+        protocol=protocol,
     )
 
 
@@ -150,11 +152,20 @@ def node(
     num_blocks: int = NUM_BLOCKS,
     memory: str = "host",
     model: ModelCard = MODEL,
+    protocol: int = PROTOCOL,
     layout: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Described:
     """Its sequences are `GROWN`, but for another `forecast`."""
-    record = descriptor(node_id, role, num_blocks=num_blocks, memory=memory, model=model, **(layout or {}))
+    record = descriptor(
+        node_id,
+        role,
+        num_blocks=num_blocks,
+        memory=memory,
+        model=model,
+        protocol=protocol,
+        **(layout or {}),
+    )
     return Described(
         record, report(node_id, role, num_blocks=num_blocks, **({"forecast": GROWN} | changes)), age_s, given
     )

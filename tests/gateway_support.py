@@ -13,18 +13,22 @@ from typing import Any
 import httpx
 import openai
 from prometheus_client import CollectorRegistry
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import models as tokenizer_models
 
-from flowkv_common.config import GatewaySettings
+from flowkv_common.config import GatewaySettings, listed
 from flowkv_common.errors import FlowKVError
 from flowkv_common.telemetry import serve_http
-from flowkv_common.wire.messages import ModelCard, NodeRef, TokenChunk, TokenLogprob
+from flowkv_common.wire.messages import ModelCard, ModelFiles, NodeRef, TokenChunk, TokenLogprob
 from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_gateway.app import Api
+from flowkv_gateway.chat import ChatFormat
+from flowkv_gateway.cluster import ModelNodes, OwnModel
 from flowkv_gateway.dispatch import Dispatch, Load
 from flowkv_gateway.grammar import GrammarChecker
 from flowkv_gateway.http import ApiConnection, TlsContext
+from flowkv_gateway.models import Model, Models
 from flowkv_gateway.output import Usage
 from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.request_state import RequestState
@@ -68,7 +72,7 @@ PLAIN = "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.co
 
 def write_tokenizer(folder: Path) -> Path:
     """A byte-level BPE of a few hundred tokens with a chat template, as a model folder has them."""
-    raw = RawTokenizer(models.BPE())
+    raw = RawTokenizer(tokenizer_models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -165,10 +169,10 @@ class ScriptedDispatch(Dispatch):
             self.was_cancelled.set()
             raise
 
-    def model(self, num_further_bytes: int = 0) -> ModelCard | None:
+    def card_of(self, nodes: ModelNodes, num_further_bytes: int = 0) -> ModelCard | None:
         return self.card
 
-    def load(self) -> Load:
+    def load(self, nodes: ModelNodes) -> Load:
         return self.open
 
     def why_not_ready(self) -> str | None:
@@ -183,6 +187,41 @@ class ScriptedDispatch(Dispatch):
         self.tried.append((prefill.node_id, decode.node_id))
         if error := self.pairs[prefill.node_id, decode.node_id]:
             raise error
+
+
+class ScriptedNodes(ModelNodes):
+    """They serve what a scripted dispatch says."""
+
+    def __init__(self, dispatch: ScriptedDispatch) -> None:
+        self._dispatch = dispatch
+        super().__init__(OwnModel(ModelFiles()))
+
+    @property
+    def model(self) -> ModelCard | None:
+        return self._dispatch.card
+
+    @model.setter
+    def model(self, _: ModelCard | None) -> None:
+        """Not before the dispatch has one."""
+
+
+def model_in_memory(
+    settings: GatewaySettings,
+    tokenizer: Tokenizer,
+    nodes: ModelNodes,
+    defaults: SamplingDefaults = NO_DEFAULTS,
+) -> Model:
+    """As `Model.load` makes it, of a folder that is not there."""
+    return Model(
+        tokenizer=tokenizer,
+        format=ChatFormat(tokenizer, settings.tool_parser),
+        defaults=defaults,
+        checker=GrammarChecker(tokenizer.file),
+        nodes=nodes,
+        folder_names=(Path(settings.model_path).name,),
+        set_names=listed(settings.model_names) or [settings.model_name],
+        parser_name=settings.tool_parser,
+    )
 
 
 @dataclass
@@ -225,8 +264,8 @@ async def serving(
     dispatch = dispatch or ScriptedDispatch(text_chunks(tokenizer, text))
     stop, leave = asyncio.Event(), asyncio.Event()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    checker = GrammarChecker(tokenizer.file)
-    api = Api(wanted, tokenizer, dispatch, checker, CollectorRegistry(), defaults, stop)
+    models = Models([model_in_memory(wanted, tokenizer, ScriptedNodes(dispatch), defaults)])
+    api = Api(wanted, models, dispatch, CollectorRegistry(), stop)
 
     async def serve() -> None:
         async with serve_http(
@@ -241,7 +280,7 @@ async def serving(
             port.set_result(bound)
             await leave.wait()
 
-    async with checker, asyncio.TaskGroup() as tasks:
+    async with models, asyncio.TaskGroup() as tasks:
         tasks.create_task(serve())
         url = f"{'https' if wanted.tls_cert else 'http'}://127.0.0.1:{await port}"
         async with (

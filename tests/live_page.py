@@ -16,13 +16,13 @@ from flowkv_common.config import GatewaySettings
 from flowkv_common.telemetry import serve_http
 from flowkv_common.wire.messages import ModelFiles
 from flowkv_gateway.app import Api
-from flowkv_gateway.cluster import OwnModel
+from flowkv_gateway.cluster import ModelNodes, OwnModel
 from flowkv_gateway.dispatch import Dispatch, open_dispatch
-from flowkv_gateway.grammar import GrammarChecker
 from flowkv_gateway.http import ApiConnection
 from flowkv_gateway.live import LivePage, is_wanted
-from flowkv_gateway.prompts import SamplingDefaults
+from flowkv_gateway.models import Models
 from flowkv_gateway.tokenizer import Tokenizer
+from tests.gateway_support import model_in_memory
 from tests.nats_server import NatsServer
 
 
@@ -39,12 +39,13 @@ async def serving_page(server: NatsServer, tokenizer: Tokenizer, **settings: Any
     """As `flowkv_gateway.__main__` puts it together."""
     wanted = GatewaySettings(**{"model_path": "unused", "nats_url": server.url, **settings})
     stop = asyncio.Event()
+    model = model_in_memory(wanted, tokenizer, ModelNodes(OwnModel(ModelFiles())))
     async with (
-        open_dispatch(server.url, OwnModel(ModelFiles())) as dispatch,
-        GrammarChecker(tokenizer.file) as checker,
+        Models([model]) as models,
+        open_dispatch(server.url, [model.nodes]) as dispatch,
     ):
         live = LivePage(dispatch.view_cluster, dispatch.finished, stop) if is_wanted(wanted) else None
-        api = Api(wanted, tokenizer, dispatch, checker, CollectorRegistry(), SamplingDefaults(), stop, live)
+        api = Api(wanted, models, dispatch, CollectorRegistry(), stop, live)
         async with (
             running(*([live.run()] if live else [])),
             serve_http(api.app, "127.0.0.1", 0, connection=ApiConnection) as port,

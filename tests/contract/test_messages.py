@@ -130,6 +130,18 @@ def test_a_report_of_a_node_that_knows_no_lengths_by_prompt_is_read() -> None:
     assert b"by_length" not in encode(read)
 
 
+def test_who_tells_no_protocol_speaks_the_first() -> None:
+    """As version 0.1.0 does, which knows no such field, nor the others that came with it."""
+    golden = msgspec.json.decode(golden_file(nodes.NodeDescriptor).read_bytes())
+    del golden["protocol"], golden["model"]["folder"]
+    read = decode(msgspec.json.encode(golden), nodes.NodeDescriptor)
+    assert (read.protocol, read.model.folder) == (1, "")
+    for kind in (nodes.RegimeChanged, nodes.ScaleWanted):
+        golden = msgspec.json.decode(golden_file(kind).read_bytes())
+        del golden["model"]
+        assert msgspec.structs.asdict(decode(msgspec.json.encode(golden), kind))["model"] == ""
+
+
 def test_defaults_are_left_out() -> None:
     assert encode(nodes.Drain()) == b'{"type":"Drain"}'
 

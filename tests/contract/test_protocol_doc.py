@@ -51,12 +51,13 @@ def only_named(cell: str) -> str:
 
 
 def names_in_code() -> set[str]:
-    """Constants and functions of `wire/subjects.py`; `at` only puts a node id behind a constant."""
+    """Constants and functions of `wire/subjects.py` but for those that only change others of them."""
+    changes = ("at", "in_namespace", "service_in_namespace", "DEFAULT_NAMESPACE")
     return {
         name
         for name, value in vars(subjects).items()
         if not name.startswith("_")
-        and name not in ("annotations", "at")
+        and name not in ("annotations", *changes)
         and (callable(value) or name.isupper())
     }
 

@@ -100,6 +100,7 @@ CARD = ModelCard(
     vocab_size=49152,
     eos_token_ids=[2],
     files=ModelFiles(tokenizer="9f0c2d51", config="61e7a8b2", weights="c4d3b0aa"),
+    folder="/models/smollm2",
 )
 SAMPLING = SamplingParams(
     max_tokens=32,
@@ -304,6 +305,7 @@ EXAMPLES: list[Message] = [
         pid=4711,
         metrics_url="http://10.0.0.7:9102/metrics",
         version="0.1.0",
+        protocol=2,
     ),
     LoadReport(
         node=DECODE,
@@ -356,7 +358,7 @@ EXAMPLES: list[Message] = [
     ListBlocks(node=DECODE, page=1),
     BlockList(node=DECODE, seq=7, num_pages=2, block_hashes=["00112233445566778899aabbccddeeff"]),
     Leader(scheduler_id="scheduler-0c11", epoch=3),
-    LinkRequest(node=DECODE, peer=PREFILL, layout=LAYOUT, fingerprint="3bb4e6a0"),
+    LinkRequest(node=DECODE, peer=PREFILL, layout=LAYOUT, fingerprint="3bb4e6a0", protocol=2),
     LinkOffer(node=DECODE, num_blocks=1024, token="secret", addresses={"tcp": "10.0.0.7:40123"}),
     Drain(reason="maintenance"),
     Cordon(reason="maintenance"),
@@ -379,9 +381,11 @@ EXAMPLES: list[Message] = [
         exposed_s=0.03125,
         hidden_s=0.03125,
     ),
-    RegimeChanged(epoch=3, before="normal", after="overload", reason="all prefill nodes are over 0.9"),
+    RegimeChanged(
+        epoch=3, before="normal", after="overload", reason="all prefill nodes are over 0.9", model=CARD.name
+    ),
     CapMoved(node=DECODE, epoch=3, after=512, reason="prefill is short of nodes", before=16),
-    ScaleWanted(epoch=3, role="prefill", change=2, reason="all prefill nodes are over 0.9"),
+    ScaleWanted(epoch=3, role="prefill", change=2, reason="all prefill nodes are over 0.9", model=CARD.name),
 ]
 
 

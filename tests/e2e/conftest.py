@@ -30,6 +30,7 @@ def clusters(folder: Path, model_path: Path, fork_server: ForkServer) -> Iterato
             model: Path | None = None,
             settings: dict[str, str] | None = None,
             num_schedulers: int = 1,
+            other_models: dict[str, str] | None = None,
             **nodes: int,
         ) -> Cluster:
             cluster = Cluster(
@@ -38,6 +39,7 @@ def clusters(folder: Path, model_path: Path, fork_server: ForkServer) -> Iterato
                 nodes=nodes,
                 num_schedulers=num_schedulers,
                 model_name="test-model",
+                other_models=other_models,
                 settings={**SETTINGS, **(settings or {})},
                 drain_timeout_s=15,
                 fork_server=fork_server,

@@ -16,6 +16,7 @@ import pytest
 from nats.aio.msg import Msg
 
 from flowkv.accounts import RIGHTS, write_accounts
+from flowkv.nats_commands import answers
 from flowkv_common.aio import running
 from flowkv_common.bus.access import Access
 from flowkv_common.bus.client import BarrierClient
@@ -25,6 +26,7 @@ from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Service
 from flowkv_common.config import NatsSettings
 from flowkv_common.wire import subjects
+from flowkv_common.wire.subjects import in_namespace
 from tests.nats_server import NatsServer
 
 SERVICES = ("gateway", "scheduler", "node")
@@ -183,3 +185,63 @@ async def test_buckets_work_for_those_who_use_them(server: NatsServer, folder: P
         ):
             await led.wait()
             await watched.wait()
+
+
+@pytest.mark.parametrize("user", SERVICES)
+async def test_users_of_two_namespaces_are_held_apart(tmp_path: Path, user: str) -> None:
+    """Each can do in its own what its service needs, and nothing in the other."""
+    write_accounts(tmp_path, "nats:4222", namespaces=["flowkv", "team-a"])
+    wanted = {  # what each would hear and say, by namespace
+        namespace: {
+            "heard": {in_namespace(name, namespace) for _, name in CAN_HEAR},
+            "said": {
+                in_namespace(name.replace("$KV.flowkv", f"$KV.{namespace}"), namespace) for _, name in CAN_SAY
+            },
+        }
+        for namespace in ("flowkv", "team-a")
+    }
+    with NatsServer("-c", str(tmp_path / "nats" / "nats.conf")) as server:
+        for namespace, name in (("flowkv", user), ("team-a", f"team-a-{user}")):
+            async with raw(url_of(server, tmp_path, name)) as (client, denials):
+                for whose, subjects_of in wanted.items():
+                    num_heard = num_said = 0
+                    for subject in subjects_of["heard"]:
+                        await client.subscribe(subject)
+                        await client.flush()
+                        num_heard += not denials
+                        denials.clear()
+                    for subject in subjects_of["said"]:
+                        await client.publish(subject, b"{}")
+                        await client.flush()
+                        num_said += not denials
+                        denials.clear()
+                    own = whose == namespace
+                    assert num_heard == own * sum(each == user for each, _ in CAN_HEAR)
+                    assert num_said == own * sum(each == user for each, _ in CAN_SAY)
+
+
+async def test_a_cluster_works_with_the_users_of_its_namespace(tmp_path: Path) -> None:
+    """Lease, registry and services: the operator sees those of its own namespace alone."""
+    write_accounts(tmp_path, "nats:4222", namespaces=["flowkv", "team-a"])
+    with NatsServer("-c", str(tmp_path / "nats" / "nats.conf")) as server:
+        for namespace, prefix in (("flowkv", ""), ("team-a", "team-a-")):
+            led, watched = asyncio.Event(), asyncio.Queue[object]()
+
+            def settings_of(user: str, prefix: str = prefix, namespace: str = namespace) -> NatsSettings:
+                return NatsSettings(nats_url=url_of(server, tmp_path, f"{prefix}{user}"), namespace=namespace)
+
+            async def lead(led: asyncio.Event = led) -> None:
+                led.set()
+                await asyncio.Event().wait()
+
+            async with (
+                connect(settings_of("scheduler"), name="scheduler", user="scheduler") as bus,
+                connect(settings_of("operator"), name="operator", user="operator") as operator,
+                Service(bus, name="scheduler", version="1.0.0", service_id="s", endpoints=[]),
+                asyncio.timeout(10),
+            ):
+                async with running(Lease(bus, "s").campaign(lead), watch_nodes(bus, watched.put_nowait)):
+                    await led.wait()
+                    await watched.get()
+                    assert [one["id"] for one in await answers(operator, "INFO")] == ["s"]
+                    assert operator.nc.last_error is None

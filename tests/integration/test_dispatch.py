@@ -64,7 +64,7 @@ from flowkv_common.wire.messages import (
     transfer_id,
 )
 from flowkv_gateway import dispatch as dispatch_module
-from flowkv_gateway.cluster import OwnModel
+from flowkv_gateway.cluster import ModelNodes, OwnModel
 from flowkv_gateway.dispatch import Dispatch, Load, open_dispatch
 from flowkv_gateway.errors import ContextLengthExceeded
 from flowkv_gateway.request_state import RequestState
@@ -183,7 +183,10 @@ def tid_of(run: PrefillRun) -> str:
 
 @contextlib.asynccontextmanager
 async def cluster(nats_server: NatsServer, *attempts: Behaviour) -> AsyncIterator[tuple[Dispatch, Nodes]]:
-    async with connect(nats_server.url, name="nodes") as bus, open_dispatch(nats_server.url, OWN) as dispatch:
+    async with (
+        connect(nats_server.url, name="nodes") as bus,
+        open_dispatch(nats_server.url, [ModelNodes(OWN)]) as dispatch,
+    ):
         nodes = Nodes(bus, list(attempts))
         endpoints = [
             Endpoint(subjects.SCHEDULE, ScheduleRequest, nodes.schedule),
@@ -289,12 +292,20 @@ async def test_a_request_runs_on_the_pair_that_is_named(nats_server: NatsServer)
         request = new_request()
         await dispatch.run_on(request, P, D)
         assert (request.output_ids, request.outcome) == ([10, 11, 12, 13], "length")
-        assert (nodes.asked, len(nodes.runs), dispatch.load().num_waiting) == ([], 1, 0)
+        assert (nodes.asked, len(nodes.runs), dispatch.load(dispatch.cluster.models[0]).num_waiting) == (
+            [],
+            1,
+            0,
+        )
     async with cluster(nats_server, fail, answer) as (dispatch, nodes):
         with pytest.raises(TransferFailed, match="no link"):
             await dispatch.run_on(new_request(), P, D)
         await nodes.wait_for(lambda: len(nodes.cancelled_at) == 2)
-        assert (len(nodes.runs), dispatch.streams, dispatch.load()) == (1, {}, Load(0, 0, 0.0))
+        assert (len(nodes.runs), dispatch.streams, dispatch.load(dispatch.cluster.models[0])) == (
+            1,
+            {},
+            Load(0, 0, 0.0),
+        )
 
 
 async def test_live_pairs_are_those_of_ready_nodes(nats_server: NatsServer) -> None:
@@ -531,7 +542,10 @@ async def test_who_gets_no_pair_is_not_tried_again(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch_module, "SCHEDULER_PATIENCE_S", 0.5)
-    async with connect(nats_server.url, name="test") as bus, open_dispatch(nats_server.url, OWN) as dispatch:
+    async with (
+        connect(nats_server.url, name="test") as bus,
+        open_dispatch(nats_server.url, [ModelNodes(OWN)]) as dispatch,
+    ):
         told: asyncio.Queue[RequestFinished] = asyncio.Queue()
         finished = subjects.event("request_finished", "*")
         async with await bus.subscribe(finished, RequestFinished, told.put):
@@ -793,7 +807,7 @@ async def test_a_cancel_reaches_the_pair_whatever_the_request_waits_for(
         assert len(nodes.cancelled_at) == 2 * len(attempts), "each attempt is cancelled once at each node"
         assert [(event.outcome, event.attempts) for event in nodes.finished] == [("closed", len(attempts))]
         assert dispatch.streams == {}
-        assert dispatch.load() == Load(0, 0, 0.0)
+        assert dispatch.load(dispatch.cluster.models[0]) == Load(0, 0, 0.0)
         nodes.hung.set()
 
 
@@ -828,7 +842,8 @@ async def test_what_is_open_is_waiting_or_running(nats_server: NatsServer) -> No
     dispatches: list[Dispatch] = []
 
     def look(where: str) -> None:
-        seen.append((where, dispatches[0].load()))
+        [nodes] = dispatches[0].cluster.models
+        seen.append((where, dispatches[0].load(nodes)))
 
     async def live(nodes: Nodes, run: PrefillRun) -> None:
         look("accepted")
@@ -960,7 +975,7 @@ async def test_when_nats_refuses_the_gateway_for_good_the_answers_end() -> None:
         service = Service(bus, name="nodes", version="0.1.0", service_id="n", endpoints=endpoints)
         await stack.enter_async_context(service)
         settings = NatsSettings(nats_url=users.url("gateway"), nats_give_up_s=0.1)
-        gateway = open_dispatch(settings, OWN, closed.set)
+        gateway = open_dispatch(settings, [ModelNodes(OWN)], closed.set)
         dispatch = await gateway.__aenter__()
         chunks = dispatch.generate(new_request())
         assert (await anext(chunks)).token_ids == [10]

@@ -18,10 +18,17 @@ from flowkv_common.errors import Full
 from flowkv_gateway import answer, http
 from flowkv_gateway.app import Api
 from flowkv_gateway.errors import STOPPED
-from flowkv_gateway.grammar import GrammarChecker
-from flowkv_gateway.prompts import SamplingDefaults
+from flowkv_gateway.models import Models
 from flowkv_gateway.tokenizer import Tokenizer
-from tests.gateway_support import MODEL, Gateway, ScriptedDispatch, serving, text_chunks
+from tests.gateway_support import (
+    MODEL,
+    Gateway,
+    ScriptedDispatch,
+    ScriptedNodes,
+    model_in_memory,
+    serving,
+    text_chunks,
+)
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "say hello"}]}
 SOON_S = 0.05
@@ -301,15 +308,8 @@ async def test_who_is_cut_off_at_the_end_and_does_not_read_is_no_client_that_lef
     caplog.set_level(logging.INFO)
     settings = GatewaySettings(model_path="unused", model_name=MODEL)
     dispatch, registry = ScriptedDispatch([asyncio.Event()]), CollectorRegistry()
-    api = Api(
-        settings,
-        tokenizer,
-        dispatch,
-        GrammarChecker(tokenizer.file),
-        registry,
-        SamplingDefaults(),
-        asyncio.Event(),
-    )
+    models = Models([model_in_memory(settings, tokenizer, ScriptedNodes(dispatch))])
+    api = Api(settings, models, dispatch, registry, asyncio.Event())
     body = [json.dumps(CHAT).encode()]
     is_told = asyncio.Event()
 

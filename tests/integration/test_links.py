@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from flowkv_common.aio import running
 from flowkv_common.bus.connection import connect
+from flowkv_common.bus.registry import keep_announced
 from flowkv_common.cluster_view import viewing
+from flowkv_common.errors import BadRequest
+from flowkv_common.wire import subjects
+from flowkv_common.wire.messages import NodeRef
+from flowkv_common.wire.nodes import PROTOCOL, LinkOffer, LinkRequest
 from flowkv_engine.engine.model import LoadedModel
-from tests.live_nodes import live_node
+from tests.live_nodes import Client, LiveNode, live_node
 from tests.nats_server import NatsServer
 from tests.waiting import until
 
@@ -59,3 +67,27 @@ async def test_a_node_bound_to_all_addresses_is_reached_by_its_hosts_name(
         async with live_node(nats_server, bus, model, "b", **wildcard):
             async with live_node(nats_server, bus, model, "a", **wildcard, peers=1):
                 pass
+
+
+async def test_nodes_of_another_protocol_are_not_linked(
+    nats_server: NatsServer, model: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither side tries; and one that asks all the same is refused."""
+    async with connect(nats_server.url, name="test") as bus:
+        async with live_node(nats_server, bus, model, "b") as old:
+            record = await LiveNode(bus, Client(bus, ""), old, asyncio.Queue()).descriptor()
+            assert record.protocol == PROTOCOL
+            node = NodeRef(node_id="newer", incarnation="1")
+            newer = msgspec.structs.replace(record, node=node, protocol=PROTOCOL + 1)
+            ask = LinkRequest(node=old, peer=node, layout=record.layout, fingerprint=record.model.fingerprint)
+            subject = subjects.at(subjects.NODE_LINK, "b")
+            async with running(keep_announced(bus, lambda: newer)), viewing(bus) as view:
+                await until(lambda: len(view.nodes()) == 2)
+                # By then node b has been told of it too, for it links to the next one.
+                async with live_node(nats_server, bus, model, "a", peers=1):
+                    assert await bus.request(subject, ask, LinkOffer, timeout_s=5)
+                    ask = msgspec.structs.replace(ask, protocol=PROTOCOL + 1)
+                    with pytest.raises(BadRequest, match=f"newer speaks protocol {PROTOCOL + 1}") as refused:
+                        await bus.request(subject, ask, LinkOffer, timeout_s=5)
+    assert refused.value.field == "protocol"
+    assert not [record for record in caplog.records if "no link to newer" in record.getMessage()]

@@ -15,7 +15,7 @@ from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import ModelFiles
 from flowkv_gateway import dispatch
-from flowkv_gateway.cluster import OwnModel
+from flowkv_gateway.cluster import ModelNodes, OwnModel
 from flowkv_gateway.dispatch import READY_PERIOD_S, SCHEDULER_SILENT_S, Dispatch, open_dispatch
 from tests.described_nodes import ReportingNode, reporting, schedule
 from tests.nats_server import NatsServer
@@ -28,7 +28,7 @@ LOOK_EVERY_S = 0.02
 
 @pytest.fixture
 async def gateway(nats_server: NatsServer) -> AsyncIterator[Dispatch]:
-    async with open_dispatch(nats_server.url, OwnModel(ModelFiles())) as dispatch:
+    async with open_dispatch(nats_server.url, [ModelNodes(OwnModel(ModelFiles()))]) as dispatch:
         yield dispatch
 
 

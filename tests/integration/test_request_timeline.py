@@ -24,7 +24,7 @@ from flowkv_common.wire.messages import (
     SamplingParams,
 )
 from flowkv_engine.engine.model import LoadedModel
-from flowkv_gateway.cluster import OwnModel
+from flowkv_gateway.cluster import ModelNodes, OwnModel
 from flowkv_gateway.dispatch import Dispatch, open_dispatch
 from flowkv_gateway.request_state import RequestState
 from flowkv_scheduler.app import serve as serve_scheduler
@@ -97,7 +97,7 @@ async def test_the_sums_are_the_wall_time(
     async with (
         running(serve_scheduler(settings, asyncio.Event())),
         contextlib.AsyncExitStack() as nodes,
-        open_dispatch(nats_server.url, OwnModel(ModelFiles())) as dispatch,
+        open_dispatch(nats_server.url, [ModelNodes(OwnModel(ModelFiles()))]) as dispatch,
         await bus.subscribe(
             subjects.event("kv_transferred", ">"),
             KVTransferred,

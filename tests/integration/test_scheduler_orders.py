@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 from nats.aio.msg import Msg
 from prometheus_client import CollectorRegistry
@@ -37,7 +38,7 @@ def move(node: NodeRef, budget: int) -> SetPrefillCap:
 
 
 def scale(change: int) -> ScaleWanted:
-    return ScaleWanted(epoch=0, role="prefill", change=change, reason=WHY)
+    return ScaleWanted(epoch=0, role="prefill", change=change, reason=WHY, model="m")
 
 
 class Caps:
@@ -154,26 +155,36 @@ async def test_refused_cap_is_not_told(nats_server: NatsServer) -> None:
 
 
 async def test_regime_and_wish_for_nodes_are_told_and_shown(nats_server: NatsServer) -> None:
+    regime_changed = RegimeChanged(epoch=0, before="normal", after="overload", reason=WHY, model="m")
     async with office(nats_server, Caps()) as at:
-        assert at.metric("flowkv_regime", regime="normal") == 1
-        await at.orders.apply_orders([RegimeChanged(epoch=0, before="normal", after="overload", reason=WHY)])
+        at.orders.set_models({"m", "n"})
+        for model in ("m", "n"):
+            assert at.metric("flowkv_regime", model_name=model, regime="normal") == 1
+            assert at.metric("flowkv_scale_wanted", model_name=model, role="prefill") == 0
+        await at.orders.apply_orders([regime_changed])
         await at.orders.apply_orders([scale(2)])
         await at.orders.apply_orders([scale(2)])  # the same again: nothing new to tell
         await at.orders.apply_orders([scale(0)])
-        assert at.metric("flowkv_regime", regime="normal") == 0
-        assert at.metric("flowkv_regime", regime="overload") == 1
+        assert at.metric("flowkv_regime", model_name="m", regime="normal") == 0
+        assert at.metric("flowkv_regime", model_name="m", regime="overload") == 1
+        assert at.metric("flowkv_regime", model_name="n", regime="normal") == 1
+        assert at.orders.regime == ("overload", f"m: {WHY}")
         assert await at.events.next(RegimeChanged) == (
             "regime_changed.s",
-            RegimeChanged(epoch=1, before="normal", after="overload", reason=WHY),
+            msgspec.structs.replace(regime_changed, epoch=1),
         )
         for change in (2, 0):
             assert await at.events.next(ScaleWanted) == (
                 "scale_wanted.prefill",
-                ScaleWanted(epoch=1, role="prefill", change=change, reason=WHY),
+                msgspec.structs.replace(scale(change), epoch=1),
             )
-        assert at.metric("flowkv_scale_wanted", role="prefill") == 0
-    assert at.metric("flowkv_scale_wanted", role="prefill") is None
-    assert at.metric("flowkv_regime", regime="overload") is None
+        assert at.metric("flowkv_scale_wanted", model_name="m", role="prefill") == 0
+        at.orders.set_models({"n"})  # the nodes of the other have gone
+        assert at.metric("flowkv_regime", model_name="m", regime="overload") is None
+        assert at.metric("flowkv_scale_wanted", model_name="m", role="prefill") is None
+        assert at.orders.regime == ("normal", "")
+    assert at.metric("flowkv_scale_wanted", model_name="m", role="prefill") is None
+    assert at.metric("flowkv_regime", model_name="m", regime="overload") is None
 
 
 async def test_who_does_not_lead_orders_nothing_of_nodes(nats_server: NatsServer) -> None:

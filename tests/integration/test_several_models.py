@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
-import logging
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +16,8 @@ from nats.aio.msg import Msg
 
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
-from flowkv_common.config import SchedulerSettings
+from flowkv_common.cluster_view import until_complete, viewing
+from flowkv_common.config import NatsSettings, SchedulerSettings
 from flowkv_common.errors import DeadlineExceeded, WrongModel
 from flowkv_common.fingerprint import model_files
 from flowkv_common.wire import subjects
@@ -27,8 +28,9 @@ from flowkv_common.wire.messages import (
     SamplingParams,
 )
 from flowkv_common.wire.nodes import LoadReport
+from flowkv_common.wire.subjects import DEFAULT_NAMESPACE
 from flowkv_engine.engine.model import LoadedModel
-from flowkv_gateway.cluster import OwnModel
+from flowkv_gateway.cluster import ModelNodes, OwnModel
 from flowkv_gateway.dispatch import Dispatch, open_dispatch
 from flowkv_gateway.request_state import RequestState
 from flowkv_scheduler.app import serve as serve_scheduler
@@ -70,10 +72,16 @@ def b(tmp_path_factory: pytest.TempPathFactory) -> Weights:
 @pytest.fixture
 async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
     """Beside a scheduler."""
-    async with connect(nats_server.url, name="test") as mine:
-        settings = SchedulerSettings(nats_url=nats_server.url)
+    async with beside_scheduler(nats_server) as mine:
+        yield mine
+
+
+@contextlib.asynccontextmanager
+async def beside_scheduler(server: NatsServer, namespace: str = DEFAULT_NAMESPACE) -> AsyncIterator[Bus]:
+    settings = SchedulerSettings(nats_url=server.url, namespace=namespace)
+    async with connect(settings, name="test") as bus:
         async with running(serve_scheduler(settings, asyncio.Event())):
-            yield mine
+            yield bus
 
 
 @contextlib.asynccontextmanager
@@ -103,8 +111,12 @@ async def check_topology(
 
 
 @contextlib.asynccontextmanager
-async def gateway(server: NatsServer, weights: Weights, name: str = "") -> AsyncIterator[Dispatch]:
-    async with open_dispatch(server.url, OwnModel(model_files(weights.folder), name)) as dispatch:
+async def gateway(
+    server: NatsServer, weights: Weights, name: str = "", namespace: str = DEFAULT_NAMESPACE
+) -> AsyncIterator[Dispatch]:
+    nodes = ModelNodes(OwnModel(model_files(weights.folder), name))
+    settings = NatsSettings(nats_url=server.url, namespace=namespace)
+    async with open_dispatch(settings, [nodes]) as dispatch:
         yield dispatch
 
 
@@ -121,7 +133,7 @@ async def until_ready(dispatch: Dispatch, bus: Bus) -> None:
 
 
 async def ask(dispatch: Dispatch, prompt_ids: list[int]) -> list[int]:
-    card = dispatch.model()
+    card = dispatch.card_of(dispatch.cluster.models[0])
     assert card is not None
     wanted = RequestState(
         f"r{next(NUMBERS)}", prompt_ids, GREEDY, deadline_s=TIMEOUT_S, fingerprint=card.fingerprint
@@ -153,6 +165,7 @@ async def check_answers(dispatch: Dispatch, weights: Weights, num_requests: int 
 async def test_each_gateway_gets_the_tokens_of_its_own_model(
     nats_server: NatsServer, bus: Bus, a: Weights, b: Weights, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Each of them has one folder, and finds no others."""
     async with pair(nats_server, bus, a, "a"), pair(nats_server, bus, b, "b"):
         async with gateway(nats_server, a) as of_a, gateway(nats_server, b, "another name") as of_b:
             await until_ready(of_a, bus)
@@ -161,12 +174,10 @@ async def test_each_gateway_gets_the_tokens_of_its_own_model(
             assert await served_by(bus) == {
                 (weights.model.card.name, weights.model.card.fingerprint) for weights in (a, b)
             }
-    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+            for dispatch in (of_a, of_b):
+                assert [why for _, why in dispatch.cluster.others.values()] == 2 * ["its weights differ"]
     # Nor do nodes of one try to reach those of the other.
-    assert not [record for record in warnings if record.message.startswith("no link to")]
-    told = [record.message for record in warnings if record.name == "flowkv_gateway.cluster"]
-    assert len(told) == 4, told
-    assert all("serves another model" in line for line in told)
+    assert not [record for record in caplog.records if record.message.startswith("no link to")]
 
 
 async def test_a_rolling_change_of_model_gives_no_wrong_answer(
@@ -201,6 +212,44 @@ async def test_a_rolling_change_of_model_gives_no_wrong_answer(
         assert "no node of the model is ready" in str(late.value.__cause__)
         assert of_a.why_not_ready() == "no node of the model is ready"
         await check_answers(of_b, b)
+
+
+async def test_two_clusters_at_one_nats_never_hear_each_other(
+    nats_server: NatsServer, a: Weights, b: Weights
+) -> None:
+    """Their nodes even have the same names."""
+    roots: Counter[str] = Counter()
+
+    async def count(msg: Msg) -> None:
+        roots[msg.subject.partition(".")[0]] += 1
+
+    clusters = [(a, DEFAULT_NAMESPACE), (b, "team-b")]
+    async with contextlib.AsyncExitStack() as opened:
+        gateways, buses = [], []
+        for weights, namespace in clusters:
+            bus = await opened.enter_async_context(beside_scheduler(nats_server, namespace))
+            await opened.enter_async_context(pair(nats_server, bus, weights, "x", namespace=namespace))
+            mine = gateway(nats_server, weights, namespace=namespace)
+            gateways.append(await opened.enter_async_context(mine))
+            buses.append(bus)
+        for dispatch, bus in zip(gateways, buses, strict=True):
+            await until_ready(dispatch, bus)
+        # Not sooner: a node that asks whether its name is free would wait for whoever listens.
+        listener = await opened.enter_async_context(connect(nats_server.url, name="listener"))
+        await opened.enter_async_context(await listener.subscribe_raw(">", count))
+        await asyncio.gather(
+            *(check_answers(each, weights) for each, (weights, _) in zip(gateways, clusters, strict=True))
+        )
+        for dispatch, bus in zip(gateways, buses, strict=True):
+            assert dispatch.cluster.others == {}  # nor does it see their nodes
+            view = await opened.enter_async_context(viewing(bus))
+            await until_complete(view)
+            assert {node.node_id for node in view.nodes()} == {"prefill-x", "decode-x"}
+            assert {one.name for one in view.services("scheduler")} == {"scheduler"}
+            # Each scheduler leads its own.
+            assert (len(view.services("gateway")), len(view.services("scheduler"))) == (1, 1)
+            assert view.leader is not None
+    assert {root for root in roots if root[0] not in "_$"} == {"flowkv", "team-b"}
 
 
 async def test_a_node_refuses_work_of_another_model(nats_server: NatsServer, bus: Bus, a: Weights) -> None:

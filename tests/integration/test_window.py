@@ -16,7 +16,7 @@ from flowkv_common.errors import Unavailable
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import ModelFiles, SamplingParams, TokenChunk, payload_for, window_that_fits
 from flowkv_common.wire.nodes import LoadReport, StepFit
-from flowkv_gateway.cluster import OwnModel
+from flowkv_gateway.cluster import ModelNodes, OwnModel
 from flowkv_gateway.dispatch import Dispatch, open_dispatch
 from flowkv_gateway.request_state import RequestState
 from flowkv_scheduler.app import serve as serve_scheduler
@@ -52,7 +52,7 @@ class Small(NamedTuple):
         return {name: node.engine.kept.num_steps for name, node in self.nodes.items() if node.engine}
 
     async def answer(self, prompt_ids: list[int], max_tokens: int) -> AsyncIterator[TokenChunk]:
-        card = self.dispatch.model()
+        card = self.dispatch.card_of(self.dispatch.cluster.models[0])
         assert card is not None
         sampling = SamplingParams(
             max_tokens=max_tokens, temperature=0.0, ignore_eos=True, logit_bias=BIAS, num_logprobs=1
@@ -94,7 +94,7 @@ async def small() -> AsyncIterator[Small]:
             async with (
                 await bus.subscribe(subjects.LOAD_ALL, LoadReport, hear),
                 running(serve_scheduler(scheduler, asyncio.Event())),
-                open_dispatch(server.url, OwnModel(ModelFiles())) as dispatch,
+                open_dispatch(server.url, [ModelNodes(OwnModel(ModelFiles()))]) as dispatch,
             ):
                 running_nodes = {
                     name: tasks.create_task(node.run(settings(server), PACE)) for name, node in nodes.items()
@@ -112,7 +112,7 @@ async def test_the_announced_window_works_to_its_last_token_also_when_another_no
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with small() as cluster:
-        card = cluster.dispatch.model()
+        card = cluster.dispatch.card_of(cluster.dispatch.cluster.models[0])
         assert card is not None
         assert (card.max_model_len, WINDOW) == (WINDOW, 1536)
         wanted = payload_for(MAX_MODEL_LEN, BLOCK_SIZE)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from flowkv_common.cluster_view import GONE_AFTER_S, ClusterView, ServiceInfo
-from flowkv_common.wire.nodes import RegimeChanged
-from tests.described_nodes import BLOCK_SIZE, PERIOD_S, TOKEN_BUDGET, descriptor, report
+from flowkv_common.wire.nodes import PROTOCOL, RegimeChanged, ScaleWanted
+from tests.described_nodes import BLOCK_SIZE, MODEL, PERIOD_S, TOKEN_BUDGET, descriptor, report
 
 
 class Clock:
@@ -67,6 +68,14 @@ def test_pairs_are_ready_and_alike_and_follow_the_chunk_budget(view: ClusterView
     assert view.pairs() == [("d0", "d0")]
 
 
+def test_a_pair_speaks_one_protocol(view: ClusterView) -> None:
+    for node_id in ("p0", "d0", "d1"):
+        hear(view, node_id)
+    nodes = (descriptor("p0", "prefill"), descriptor("d0", "decode", protocol=PROTOCOL + 1))
+    view.on_nodes({node.node.node_id: node for node in nodes})
+    assert view.pairs() == []
+
+
 def test_links_by_the_usual_connector_and_by_others(view: ClusterView) -> None:
     hear(view, "p0", num_links=2, usual_connector="shm", links={"d1": "tcp"})
     hear(view, "d0", num_links=1, usual_connector="shm")
@@ -88,6 +97,28 @@ def test_the_regime_is_the_leaders_and_then_what_it_announces(view: ClusterView,
     clock.now += GONE_AFTER_S
     assert view.leader is None
     assert view.services("scheduler") == []
+
+
+def test_of_several_models_the_worst_regime_is_shown(
+    view: ClusterView,
+) -> None:
+    other = msgspec.structs.replace(MODEL, name="other", fingerprint="g")
+    view.on_nodes({"d0": descriptor("d0", "decode"), "o0": descriptor("o0", "decode", model=other)})
+    view.on_event(RegimeChanged(epoch=3, before="normal", after="overload", reason="much", model="m"))
+    view.on_event(RegimeChanged(epoch=3, before="imbalance", after="normal", reason="", model="other"))
+    assert view.regime == "overload"
+    metadata = {"state": "leader", "regime": "normal", "regime_reason": ""}
+    view.on_service(ServiceInfo("scheduler", "s0", "1.0.0", metadata))
+    assert view.regime == "normal"
+
+
+def test_nodes_that_are_wanted_are_told_by_model(view: ClusterView) -> None:
+    view.on_event(ScaleWanted(epoch=3, role="prefill", change=2, reason="much", model="m"))
+    view.on_event(ScaleWanted(epoch=3, role="prefill", change=0, reason="", model="other"))
+    assert view.wishes() == ["+2 prefill: much"]
+    other = msgspec.structs.replace(MODEL, name="other", fingerprint="g")
+    view.on_nodes({"d0": descriptor("d0", "decode"), "o0": descriptor("o0", "decode", model=other)})
+    assert view.wishes() == ["+2 prefill of m: much"]
 
 
 def test_it_is_complete_when_all_that_runs_was_heard(view: ClusterView) -> None:

@@ -104,11 +104,16 @@ def test_many_links_are_one_line() -> None:
     assert [one.said[:10] for one in slow] == ["4160 links"]
 
 
-def test_a_gateway_of_another_model() -> None:
-    view = view_of(P0)
-    view.on_service(ServiceInfo("gateway", "g", "1.0.0", {"fingerprint": "another"}))
-    said = [one.said for one in wrong(check_services(view)) if one.about == "gateway"]
-    assert said == ["g has found no node of its own model"]
+def test_a_gateway_that_does_not_serve_a_model_of_the_nodes() -> None:
+    other = descriptor("o0", "prefill", model=msgspec.structs.replace(MODEL, name="n", fingerprint="g"))
+    view = view_of(P0, other)
+    for fingerprints, told in (
+        ("another", ["g does not serve m, n, which nodes have"]),
+        ("f", ["g does not serve n, which nodes have"]),
+        ("f, g", []),
+    ):
+        view.on_service(ServiceInfo("gateway", "g", "1.0.0", {"fingerprint": fingerprints}))
+        assert [one.said for one in wrong(check_services(view)) if one.about == "gateway"] == told
 
 
 def test_a_user_without_rights() -> None:

@@ -17,11 +17,17 @@ from starlette.types import ASGIApp
 
 from flowkv_common.config import GatewaySettings
 from flowkv_gateway.app import Api
-from flowkv_gateway.grammar import GrammarChecker
+from flowkv_gateway.models import Models
 from flowkv_gateway.openapi import OPERATIONS
-from flowkv_gateway.prompts import SamplingDefaults
 from flowkv_gateway.tokenizer import Tokenizer
-from tests.gateway_support import MODEL, ScriptedDispatch, text_chunks, write_tokenizer
+from tests.gateway_support import (
+    MODEL,
+    ScriptedDispatch,
+    ScriptedNodes,
+    model_in_memory,
+    text_chunks,
+    write_tokenizer,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -101,15 +107,8 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> ASGIApp:
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
     dispatch = ScriptedDispatch(text_chunks(tokenizer, "hello"))
     gateway_settings = GatewaySettings(model_path="unused", model_name=MODEL, tool_parser="hermes")
-    api = Api(
-        gateway_settings,
-        tokenizer,
-        dispatch,
-        GrammarChecker(tokenizer.file),
-        CollectorRegistry(),
-        SamplingDefaults(),
-        asyncio.Event(),
-    )
+    models = Models([model_in_memory(gateway_settings, tokenizer, ScriptedNodes(dispatch))])
+    api = Api(gateway_settings, models, dispatch, CollectorRegistry(), asyncio.Event())
     return api.app
 
 

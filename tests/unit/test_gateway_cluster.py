@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import msgspec
-import pytest
 
 from flowkv_common.wire.messages import ModelCard, ModelFiles
-from flowkv_gateway.cluster import Cluster, OwnModel
+from flowkv_common.wire.nodes import NodeDescriptor
+from flowkv_gateway.cluster import Cluster, ModelNodes, OwnModel
 from tests.described_nodes import BLOCK_SIZE, MODEL, descriptor, report
 
 OWN = OwnModel(ModelFiles())
@@ -14,7 +14,7 @@ OWN = OwnModel(ModelFiles())
 
 def test_the_context_is_no_longer_than_the_largest_kv_cache() -> None:
     """Or a chat without max_tokens would ask for more than any node can ever hold."""
-    cluster = Cluster(OWN)
+    cluster = ModelNodes(OWN)
     assert cluster.model is None
     nodes = [descriptor("p", "prefill", num_blocks=20), descriptor("d", "decode", num_blocks=30)]
     cluster.on_nodes({node.node.node_id: node for node in nodes})
@@ -30,7 +30,7 @@ def test_the_context_is_no_longer_than_the_largest_kv_cache() -> None:
 
 
 def test_a_node_that_leaves_the_registry_leaves_no_report_behind() -> None:
-    cluster = Cluster(OWN, clock=lambda: 0.0)
+    cluster = ModelNodes(OWN, clock=lambda: 0.0)
     nodes = {"p": descriptor("p", "prefill")}
     cluster.on_nodes(nodes)
     cluster.on_report(report("p", "prefill"))
@@ -44,7 +44,7 @@ def test_a_node_that_leaves_the_registry_leaves_no_report_behind() -> None:
 
 def test_a_ready_node_says_so_and_has_reported_lately() -> None:
     now = 0.0
-    cluster = Cluster(OWN, clock=lambda: now)
+    cluster = ModelNodes(OWN, clock=lambda: now)
     cluster.on_nodes({"d": descriptor("d", "decode")})
     assert not cluster.has_ready_node()
     cluster.on_report(report("d", "decode", ready=False))
@@ -57,7 +57,7 @@ def test_a_ready_node_says_so_and_has_reported_lately() -> None:
 
 def test_usage_is_of_the_blocks_of_all_nodes_that_report() -> None:
     now = 0.0
-    cluster = Cluster(OWN, clock=lambda: now)
+    cluster = ModelNodes(OWN, clock=lambda: now)
     assert cluster.kv_cache_usage() == 0.0
     cluster.on_nodes({"p": descriptor("p", "prefill"), "d": descriptor("d", "decode")})
     blocks = report("p", "prefill").blocks
@@ -74,42 +74,84 @@ def of_model(fingerprint: str, name: str = "m", **files: str) -> ModelCard:
     return msgspec.structs.replace(MODEL, name=name, fingerprint=fingerprint, files=ModelFiles(**files))
 
 
-def join(cluster: Cluster, *nodes: tuple[str, str, ModelCard], ready: bool = True) -> None:
+def join(cluster: ModelNodes, *nodes: tuple[str, str, ModelCard], ready: bool = True) -> None:
     """All that the registry has: id, role and model."""
     cluster.on_nodes({node_id: descriptor(node_id, role, model=model) for node_id, role, model in nodes})
     for node_id, role, _ in nodes:
         cluster.on_report(report(node_id, role, ready=ready))
 
 
-def fingerprint_of(cluster: Cluster) -> str | None:
+def fingerprint_of(cluster: ModelNodes) -> str | None:
     model = cluster.model
     return model.fingerprint if model else None
 
 
-def test_nodes_of_another_model_are_as_if_they_were_not_there(caplog: pytest.LogCaptureFixture) -> None:
-    cluster = Cluster(OwnModel(ModelFiles(weights="a")))
+def everyone(*nodes: tuple[str, str, ModelCard]) -> dict[str, NodeDescriptor]:
+    """What the registry has: id, role and model."""
+    return {node_id: descriptor(node_id, role, model=model) for node_id, role, model in nodes}
+
+
+def test_nodes_of_another_model_are_as_if_they_were_not_there() -> None:
+    mine = ModelNodes(OwnModel(ModelFiles(weights="a")))
+    cluster = Cluster([mine])
     other = of_model("fb", "other", weights="b")
-    join(cluster, ("p", "prefill", other), ("d", "decode", other))
-    assert (cluster.model, cluster.block_size("fb"), cluster.has_ready_node()) == (None, None, False)
-    assert [record.getMessage() for record in caplog.records] == [
-        "p serves another model, other: its weights differ",
-        "d serves another model, other: its weights differ",
-    ]
-    mine = of_model("fa", "mine", weights="a")
-    join(cluster, ("p", "prefill", other), ("d", "decode", other), ("p0", "prefill", mine))
-    assert fingerprint_of(cluster) == "fa"
-    assert cluster.has_ready_node()
-    join(cluster, ("d", "decode", other), ("p0", "prefill", mine), ("d0", "decode", mine))
-    assert cluster.has_ready_node()
-    assert cluster.block_size("fa") == BLOCK_SIZE
-    assert len(caplog.records) == 2  # each is told once
-    join(cluster, ("p", "prefill", other), ("d", "decode", other))
-    assert fingerprint_of(cluster) == "fa"  # clients may still ask what it is
-    assert not cluster.has_ready_node()
+    cluster.on_nodes(everyone(("p", "prefill", other), ("d", "decode", other)))
+    for node_id, role in (("p", "prefill"), ("d", "decode")):
+        cluster.on_report(report(node_id, role))
+    assert (mine.model, mine.block_size("fb"), mine.has_ready_node()) == (None, None, False)
+    assert {name: why for name, (_, why) in cluster.others.items()} == dict.fromkeys(
+        "pd", "its weights differ"
+    )
+    own = of_model("fa", "mine", weights="a")
+    cluster.on_nodes(everyone(("d", "decode", other), ("d0", "decode", own)))
+    cluster.on_report(report("d0", "decode"))
+    assert (fingerprint_of(mine), mine.has_ready_node(), list(cluster.others)) == ("fa", True, ["d"])
+    cluster.on_nodes(everyone(("d", "decode", other)))
+    assert fingerprint_of(mine) == "fa"  # clients may still ask what it is
+    assert not mine.has_ready_node()
+    assert cluster.of("fa") is mine
+
+
+def test_each_node_serves_the_model_that_it_fits() -> None:
+    """If it fits several, as folders without weights, the one whose files it has."""
+    loose = ModelNodes(OwnModel(ModelFiles(tokenizer="t")))
+    exact = ModelNodes(OwnModel(ModelFiles(tokenizer="t", weights="b")))
+    cluster = Cluster([loose, exact])
+    one, two = of_model("fa", tokenizer="t", weights="a"), of_model("fb", tokenizer="t", weights="b")
+    cluster.on_nodes(everyone(("p", "mixed", one), ("q", "mixed", two)))
+    cluster.on_report(report("q", "mixed"))
+    assert (fingerprint_of(loose), fingerprint_of(exact)) == ("fa", "fb")
+    assert (loose.has_ready_node(), exact.has_ready_node()) == (False, True)
+    assert (cluster.of("fa"), cluster.of("fb"), cluster.others) == (loose, exact, {})
+
+
+def test_a_model_that_is_added_gets_its_nodes_and_one_that_is_removed_loses_them() -> None:
+    cluster = Cluster([])
+    card = of_model("fa", weights="a")
+    cluster.on_nodes(everyone(("m", "mixed", card)))
+    assert list(cluster.others) == ["m"]
+    nodes = ModelNodes(OwnModel(ModelFiles(weights="a")))
+    cluster.add(nodes)
+    assert (fingerprint_of(nodes), cluster.others, cluster.of("fa")) == ("fa", {}, nodes)
+    cluster.on_report(report("m", "mixed"))
+    assert nodes.has_ready_node()
+    cluster.remove(nodes)
+    assert list(cluster.others) == ["m"]
+    cluster.add(ModelNodes(OwnModel(ModelFiles(weights="b"))))
+    cluster.add(ModelNodes(OwnModel(ModelFiles(weights="c"))))
+    assert cluster.of("fa") is None
+
+
+def test_a_report_may_come_before_its_node_is_in_the_registry() -> None:
+    nodes = ModelNodes(OWN)
+    cluster = Cluster([nodes])
+    cluster.on_report(report("m", "mixed"))
+    cluster.on_nodes(everyone(("m", "mixed", MODEL)))
+    assert nodes.has_ready_node()
 
 
 def test_while_the_weights_change_most_pairs_decide_and_a_tie_changes_nothing() -> None:
-    cluster = Cluster(OwnModel(ModelFiles(tokenizer="t")))
+    cluster = ModelNodes(OwnModel(ModelFiles(tokenizer="t")))
     old, new = of_model("z-old", tokenizer="t"), of_model("a-new", tokenizer="t")
     old_pair = [("p", "prefill", old), ("d", "decode", old)]
     join(cluster, *old_pair)
@@ -128,7 +170,7 @@ def test_while_the_weights_change_most_pairs_decide_and_a_tie_changes_nothing() 
 
 def test_other_weights_that_fit_too_wait_until_the_nodes_of_the_first_are_gone() -> None:
     """Neither weights nor a name here tell them apart: a tuned model with more nodes must not take over."""
-    cluster = Cluster(OwnModel(ModelFiles(tokenizer="t")))
+    cluster = ModelNodes(OwnModel(ModelFiles(tokenizer="t")))
     mine = of_model("a", "mine", tokenizer="t", weights="1")
     tuned = of_model("z", "tuned", tokenizer="t", weights="2")
     join(cluster, ("d", "decode", mine))
@@ -140,7 +182,7 @@ def test_other_weights_that_fit_too_wait_until_the_nodes_of_the_first_are_gone()
 
 
 def test_the_model_is_called_as_most_of_its_nodes_say() -> None:
-    cluster = Cluster(OWN)
+    cluster = ModelNodes(OWN)
     join(
         cluster,
         ("p", "prefill", of_model("f", "folder")),
@@ -153,7 +195,7 @@ def test_the_model_is_called_as_most_of_its_nodes_say() -> None:
 
 
 def test_a_report_of_a_former_life_makes_nobody_ready() -> None:
-    cluster = Cluster(OWN)
+    cluster = ModelNodes(OWN)
     cluster.on_nodes({"m": descriptor("m", "mixed", incarnation="i2")})
     cluster.on_report(report("m", "mixed", incarnation="i1"))
     assert not cluster.has_ready_node()

@@ -10,7 +10,7 @@ import pytest
 
 from flowkv_common.wire.messages import ModelFiles
 from flowkv_common.wire.nodes import StepFit
-from flowkv_gateway.cluster import Cluster, OwnModel
+from flowkv_gateway.cluster import ModelNodes, OwnModel
 from flowkv_gateway.tenants import Tenant, Tenants
 from flowkv_gateway.turns import Turns
 from tests.described_nodes import TOKEN_BUDGET, descriptor, report
@@ -30,7 +30,7 @@ class PlayedNode:
     def __init__(self, costs: StepFit) -> None:
         self.costs = costs
         self.now = 0.0
-        cluster = Cluster(OwnModel(ModelFiles()), clock=lambda: 0.0)
+        cluster = ModelNodes(OwnModel(ModelFiles()), clock=lambda: 0.0)
         nodes = {"p": descriptor("p", "prefill"), "d": descriptor("d", "decode")}
         cluster.on_nodes(nodes)
         for node_id, node in nodes.items():
@@ -123,7 +123,7 @@ async def test_steps_are_whole_where_no_tenant_is_expected() -> None:
 
 
 def test_prompts_at_once_are_those_that_make_a_step_twice_as_long() -> None:
-    cluster = Cluster(OwnModel(ModelFiles()), clock=lambda: 0.0)
+    cluster = ModelNodes(OwnModel(ModelFiles()), clock=lambda: 0.0)
     nodes = [("p0", "prefill"), ("p1", "prefill"), ("m", "mixed"), ("d", "decode")]
     cluster.on_nodes({node_id: descriptor(node_id, role) for node_id, role in nodes})
     assert (cluster.num_prefill_nodes(), cluster.prompt_tokens_at_once(True)) == (0, 0)

@@ -356,6 +356,16 @@ def test_requests_for_another_model_hold_no_room_here() -> None:
     assert isinstance(decide(request(request_id="second", age_s=1.0), nodes, waiting), Choice)
 
 
+def test_a_crowd_for_another_model_hides_no_request_that_waits_here() -> None:
+    """Only the first who wait are looked at, to keep room for them: the first of their own model."""
+    crowd = [
+        request(request_id=f"o{number}", age_s=9.0, fingerprint="another")
+        for number in range(admission.NUM_KEPT_FOR)
+    ]
+    waiting = waiting_behind([*crowd, request(request_id="first", age_s=5.0)])
+    assert isinstance(decide(request(request_id="late"), [PAIR[0], full_node(15)], waiting), Wait)
+
+
 def test_the_retry_of_a_running_request_stands_before_all_others() -> None:
     nodes = [PAIR[0], node("d0", "decode", num_running=2, free=NUM_NEEDED)]
     waiting = waiting_behind([request(request_id="urgent", age_s=50.0, priority=-6)])
@@ -582,6 +592,15 @@ def test_late_newcomers_are_refused_while_a_late_request_is_overdue() -> None:
     assert isinstance(decide(request(num_output_tokens=1), behind(10.0), waiting), Choice)
 
 
+def test_late_newcomers_are_not_refused_for_those_of_another_model() -> None:
+    waiting = WaitingQueue()
+    other = request(request_id="o", age_s=10.0, fingerprint="another")
+    for now in (-1.0, -0.05):
+        waiting.add_waiter(other, later(first_token_in_s=0.0, is_late=True), now=now)
+    assert waiting.is_late_overdue("another", 0.0)
+    assert isinstance(admission.decide(request(), cluster(*behind(10.0)), Goals(), 0.0, waiting), Later)
+
+
 def test_a_request_in_time_that_is_overdue_keeps_no_late_one_out() -> None:
     waiting = WaitingQueue()
     waiting.add_waiter(request(request_id="first"), later(first_token_in_s=0.1), now=-1.0)
@@ -792,7 +811,7 @@ def test_batch_requests_that_wait_are_in_nobodys_way() -> None:
         waiting.add_waiter(wanted, found, now=0.0)
     assert admission.decide(request(), cluster(*nodes), GOALS, 0.0, waiting) == alone
     assert isinstance(decide(request(), [PAIR[0], full_node(15)], waiting), Choice)
-    assert not waiting.is_late_overdue(1e9)
+    assert not waiting.is_late_overdue("f", 1e9)
 
 
 def test_a_batch_request_is_refused_for_its_deadline_and_when_too_many_wait() -> None:

@@ -37,7 +37,7 @@ from flowkv_scheduler.rebalance import (
     Rebalancer,
 )
 from flowkv_scheduler.slices import at_once
-from tests.described_nodes import BLOCK_SIZE, CAPS, TOKEN_BUDGET, Described, cluster, node
+from tests.described_nodes import BLOCK_SIZE, CAPS, MODEL, TOKEN_BUDGET, Described, cluster, node
 from tests.obedient_nodes import (
     FIT,
     GOALS,
@@ -667,3 +667,35 @@ def test_a_cluster_that_is_slower_than_its_goals_moves_nothing_in_vain() -> None
         demand.add_loss(now)
         orders += at_once(rebalancer.tick(cluster(*nodes).views(), {"f": demand}, lengths, now))
     assert budgets(orders) == []
+
+
+def test_each_model_has_a_regime_and_wishes_of_its_own() -> None:
+    others = [Node(f"o{one.name}", one.role, OTHER_MODEL) for one in four_nodes()]
+    run = Cluster(*four_nodes(), *others)
+    run.play_all({"f": Mix(6.0, [(1200, 4)]), OTHER_MODEL.fingerprint: EVEN}, 60.0)
+    told = [order for _, order in run.orders if isinstance(order, RegimeChanged | ScaleWanted)]
+    assert {type(order) for order in told} == {RegimeChanged, ScaleWanted}
+    assert {order.model for order in told} == {MODEL.name}
+    assert run.rebalancer.regime == "overload"
+
+
+def test_what_was_told_of_a_model_ends_with_its_nodes_and_it_is_forgotten() -> None:
+    """Else a cluster whose models change would remember each of them for ever."""
+    views = cluster(prefill(), decode()).views()
+    demand, lengths = Demand(), {"f": OutputLengths()}
+    rebalancer = Rebalancer(GOALS)
+    rebalancer.set_descriptors(view.descriptor for view in views)
+    for number in range(60):
+        demand.add_request(1200, 0, 4, number / 6)
+        demand.add_loss(number / 6)
+    orders = list[Order]()
+    for tick in range(2 * NUM_TICKS):
+        orders += at_once(rebalancer.tick(views, {"f": demand}, lengths, 10.0 + TICK_S * tick))
+    assert regimes(orders)[-1] == "overload"
+    assert wishes(orders)
+    rebalancer.set_descriptors([])
+    last = [at_once(rebalancer.tick([], {}, {}, 20.0 + TICK_S * tick)) for tick in range(2 * NUM_TICKS)]
+    ended = [order for orders in last for order in orders]
+    assert (regimes(ended), wishes(ended)) == (["normal"], [(wishes(orders)[-1][0], 0)])
+    assert {order.model for order in ended if isinstance(order, RegimeChanged | ScaleWanted)} == {MODEL.name}
+    assert not rebalancer._pasts

@@ -30,7 +30,10 @@ def asking(request_id: str, age_s: float = 0.0, priority: int = 0, num_output: i
 
 
 def ahead(waiting: WaitingQueue, request: ScheduleRequest, now: float) -> list[str]:
-    return [other.request.request_id for other in waiting.ahead_of(waiting.place_of(request, now))]
+    return [
+        other.request.request_id
+        for other in waiting.ahead_of(waiting.place_of(request, now), request.fingerprint)
+    ]
 
 
 def test_the_old_and_the_urgent_are_ahead() -> None:
@@ -118,9 +121,9 @@ def test_a_request_that_was_late_once_stays_late() -> None:
 
 def test_a_late_request_is_overdue_by_what_it_was_told_first() -> None:
     waiting = WaitingQueue()
-    assert not waiting.is_late_overdue(1e9)
+    assert not waiting.is_late_overdue("f", 1e9)
     waiting.add_waiter(asking("soon"), later(first_token_in_s=0.0), now=0.0)
-    assert not waiting.is_late_overdue(1e9)
+    assert not waiting.is_late_overdue("f", 1e9)
     # It becomes late at 1 s, and is then told to get its first token at 3 s.
     waiting.add_waiter(asking("a"), later(first_token_in_s=0.5), now=0.0)
     waiting.add_waiter(asking("a"), later(first_token_in_s=2.0, is_late=True), now=1.0)
@@ -129,22 +132,22 @@ def test_a_late_request_is_overdue_by_what_it_was_told_first() -> None:
     for now in (2.0, 2.5):
         waiting.add_waiter(asking("b"), later(retry_in_s=0.5, first_token_in_s=0.0, is_late=True), now=now)
     due = 1.0 + 2.0 * WAIT_ERROR
-    assert not waiting.is_late_overdue(due)
-    assert waiting.is_late_overdue(due + 0.01)
+    assert not waiting.is_late_overdue("f", due)
+    assert waiting.is_late_overdue("f", due + 0.01)
     waiting.forget("a")
-    assert not waiting.is_late_overdue(2.5)
-    assert waiting.is_late_overdue(2.51)
+    assert not waiting.is_late_overdue("f", 2.5)
+    assert waiting.is_late_overdue("f", 2.51)
 
 
 def test_a_late_request_that_does_not_ask_again_is_not_overdue() -> None:
     """Its client may have left. It must not cost newcomers the door for as long as it is remembered."""
     waiting = WaitingQueue()
     waiting.add_waiter(asking("gone"), later(retry_in_s=0.1, first_token_in_s=0.0, is_late=True), now=0.0)
-    assert not any(map(waiting.is_late_overdue, (0.05, 0.1, 0.15, 1.0)))
+    assert not any(waiting.is_late_overdue("f", now) for now in (0.05, 0.1, 0.15, 1.0))
     waiting.add_waiter(asking("here"), later(retry_in_s=0.1, first_token_in_s=0.0, is_late=True), now=0.1)
     waiting.add_waiter(asking("here"), later(retry_in_s=0.1, first_token_in_s=0.0, is_late=True), now=0.2)
-    assert waiting.is_late_overdue(0.25)
-    assert not waiting.is_late_overdue(0.31)
+    assert waiting.is_late_overdue("f", 0.25)
+    assert not waiting.is_late_overdue("f", 0.31)
 
 
 class Known(NamedTuple):
@@ -182,7 +185,7 @@ def test_as_a_list(history: list[tuple[str, str, int, bool, float]]) -> None:
         assert waiting.work_ahead("d0", place) == NEED.share(len(before), 1)
         late = [one for _, one in places if model[one].is_late]
         asks = [model[one] for one in late if model[one].until - GRACE_S >= now]
-        assert waiting.is_late_overdue(now) == bool(asks and asks[0].due < now)
+        assert waiting.is_late_overdue("f", now) == bool(asks and asks[0].due < now)
         if what == "forget":
             waiting.forget(name)
             model.pop(name, None)

@@ -10,6 +10,9 @@ a user is whom its certificate names.
 
 With several addresses the servers are one cluster. All start with this configuration, each with a name of its
 own (`nats-server --name`).
+
+With `--namespace A --namespace B` there are users for each, such as `A-gateway`, who can't hear or say
+anything in the other.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from flowkv_common.cluster_view import ASKED_SERVICES
 from flowkv_common.config import listed
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES
@@ -44,10 +49,16 @@ def _reading(bucket: str) -> list[str]:
     return [f"{api}.INFO", *asked, f"$JS.ACK.{stream}.>", f"$JS.FC.{stream}.>"]
 
 
-_FOUND_BY_ALL = "$SRV.>"
+def _found_as(*services: str) -> list[str]:
+    """What services listen to that `nats micro` asks: all of them, all of one name, one of them."""
+    return ["$SRV.*", *(f"$SRV.*.{each}" for each in services), *(f"$SRV.*.{each}.*" for each in services)]
+
+
 _ANSWERS = 8  # to one question, of one process: a node is three services, each of which answers a ping
 _ANY_NODE = "*"
 CLUSTER_PORT = 6222
+# Where a right names the default namespace: at the beginning of a subject, or of a bucket's name.
+_DEFAULT_ROOT = re.compile(rf"(?:(?<=^)|(?<=KV_)|(?<=KV\.)){subjects.DEFAULT_NAMESPACE}(?=[._])")
 
 RIGHTS: Mapping[str, Rights] = {
     "gateway": Rights(
@@ -60,7 +71,7 @@ RIGHTS: Mapping[str, Rights] = {
             subjects.seen("*"),
             subjects.event("request_finished", "*"),
             subjects.at(subjects.NODE_CHECK, _ANY_NODE),  # does it hear us?
-            "$SRV.INFO.*",
+            *(f"$SRV.INFO.{each}" for each in ASKED_SERVICES),
             *_reading(subjects.NODES_BUCKET),
         ],
         subscribe=[
@@ -70,7 +81,7 @@ RIGHTS: Mapping[str, Rights] = {
             subjects.FINISHED,
             subjects.assignment("*"),  # for the live page, as the next one
             subjects.event("*", ">"),
-            _FOUND_BY_ALL,
+            *_found_as("gateway"),
         ],
     ),
     "scheduler": Rights(
@@ -92,7 +103,7 @@ RIGHTS: Mapping[str, Rights] = {
             subjects.LOAD_ALL,
             subjects.BLOCKS_ALL,
             subjects.SEEN_ALL,
-            _FOUND_BY_ALL,
+            *_found_as("scheduler"),
         ],
     ),
     "node": Rights(
@@ -118,7 +129,7 @@ RIGHTS: Mapping[str, Rights] = {
             subjects.at(subjects.DECODE_RESUME, _ANY_NODE),
             "flowkv.v1.node.*.*",
             subjects.CANCEL_ALL,
-            _FOUND_BY_ALL,
+            *_found_as("prefill", "decode", "node"),
         ],
     ),
     # A person who looks and mends: all of it.
@@ -133,8 +144,37 @@ class _Account(NamedTuple):
     password: str
 
 
+def rights_in(namespace: str) -> dict[str, Rights]:
+    """By user: `RIGHTS` for the subjects, buckets and services of one namespace, and for no others'.
+
+    Nothing is kept from the operator of the default one.
+    """
+    if namespace == subjects.DEFAULT_NAMESPACE:
+        return dict(RIGHTS)
+
+    def moved(rights: Sequence[str]) -> list[str]:
+        return [
+            re.sub(r"^(\$SRV\.[^.]+\.)", rf"\1{namespace}-", _DEFAULT_ROOT.sub(namespace, one))
+            for one in rights
+        ]
+
+    users = {name: Rights(moved(one.publish), moved(one.subscribe)) for name, one in RIGHTS.items()}
+    services = [one for name, one in users.items() if name != "operator"]
+    publish = {subject for one in services for subject in (*one.publish, *one.subscribe)}
+    users["operator"] = Rights(
+        publish=[f"{namespace}.>", *sorted(publish - {"$SRV.*"})],
+        subscribe=[f"{namespace}.>"],
+    )
+    return {subjects.service_in_namespace(name, namespace): rights for name, rights in users.items()}
+
+
 def write_accounts(
-    folder: Path, address: str, *, is_rotation: bool = False, certificates: Path | None = None
+    folder: Path,
+    address: str,
+    *,
+    namespaces: Sequence[str] = (subjects.DEFAULT_NAMESPACE,),
+    is_rotation: bool = False,
+    certificates: Path | None = None,
 ) -> None:
     """Write the servers' configuration, and each service's URL of the servers.
 
@@ -144,7 +184,8 @@ def write_accounts(
     """
     servers = listed(address)
     users: list[dict[str, Any]] = []
-    for service, rights in RIGHTS.items():
+    rights_of = {name: rights for each in namespaces for name, rights in rights_in(each).items()}
+    for service, rights in rights_of.items():
         permissions = {
             "publish": {"allow": rights.publish},
             "subscribe": {"allow": [f"_INBOX.{service}.>", *rights.subscribe]},
@@ -239,11 +280,20 @@ def main() -> None:
         metavar="FOLDER",
         help="no passwords but certificates; the server finds ca.pem, nats.pem and nats.key there",
     )
+    parser.add_argument(
+        "--namespace",
+        action="append",
+        help="users for this one, as in FLOWKV_NAMESPACE; name all that the server has, each time",
+    )
     options = parser.parse_args()
     if options.rotate and options.certificates:
         parser.error("--rotate is for passwords: renew certificates with `flowkv certs`")
     write_accounts(
-        options.folder, options.address, is_rotation=options.rotate, certificates=options.certificates
+        options.folder,
+        options.address,
+        namespaces=options.namespace or [subjects.DEFAULT_NAMESPACE],
+        is_rotation=options.rotate,
+        certificates=options.certificates,
     )
 
 

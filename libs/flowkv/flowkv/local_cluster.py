@@ -63,12 +63,14 @@ class Cluster:
         port: int = 0,
         nats_url: str = "",
         model_name: str = "",
+        other_models: Mapping[str, str] | None = None,
         settings: Mapping[str, str] | None = None,
         drain_timeout_s: float = 40.0,
         fork_server: ForkServer | None = None,
         nats_host: str = "127.0.0.1",
     ) -> None:
         """`nodes` counts them per role; `settings` are further `FLOWKV_*` variables for all services.
+        `other_models`: name to folder; there are as many nodes of each.
 
         Of several schedulers one leads, the others stand by. Logs are written to `run_dir`. Nodes are forked
         from `fork_server`, or from one that starts and ends with the cluster if it starts with nodes. NATS
@@ -81,6 +83,7 @@ class Cluster:
         self._health_ports: dict[str, int] = {}  # of nodes and schedulers
         self._nodes = nodes
         self._num_schedulers = num_schedulers
+        self._other_models = dict(other_models or {})
         self._drain_timeout_s = drain_timeout_s
         self._fork_server = fork_server
         self._opened = contextlib.ExitStack()
@@ -88,7 +91,7 @@ class Cluster:
         self._nats_port = free_port()
         self._starts_nats = not nats_url
         self.nats_url = nats_url or f"nats://{nats_host}:{self._nats_port}"
-        num_nodes = max(1, sum(nodes.values()))
+        num_nodes = max(1, sum(nodes.values())) * (1 + len(self._other_models))
         self._env = {
             **os.environ,
             "FLOWKV_NATS_URL": self.nats_url,
@@ -127,9 +130,13 @@ class Cluster:
             for i in range(self._num_schedulers):
                 self._start_service(f"scheduler-{i}", "scheduler")
             self.start_gateway()
+            models: list[dict[str, str]] = [
+                {},
+                *({"model_name": name, "model_path": path} for name, path in self._other_models.items()),
+            ]
             for role, count in self._nodes.items():
-                for i in range(count):
-                    self.start_node(role, f"{role}-{i}")
+                for i, model in enumerate(model for model in models for _ in range(count)):
+                    self.start_node(role, f"{role}-{i}", **model)
         except BaseException:
             self.stop()
             raise
@@ -156,6 +163,9 @@ class Cluster:
 
     def start_gateway(self, name: str = "gateway", port: int = 0, **settings: str) -> Process:
         """One more gateway, or the first one; `settings` are flags of its own."""
+        if self._other_models:
+            folders = [self._env["FLOWKV_MODEL_PATH"], *self._other_models.values()]
+            settings = {"model_path": ",".join(folders), **settings}
         return self._start_service(name, "gateway", port=str(port or self.port), **settings)
 
     def start_node(self, role: str, name: str, **settings: str) -> Process:

@@ -30,7 +30,8 @@ from flowkv_common.bus.registry import CALL_TIMEOUT_S, TROUBLE, describe
 from flowkv_common.errors import NotFound, Unavailable
 from flowkv_common.wire import subjects
 
-EVERYTHING = "flowkv.>"
+EVERYTHING = f"{subjects.DEFAULT_NAMESPACE}.>"
+SERVICES = ("gateway", "scheduler", "prefill", "decode", "node")
 # They come several times a second, whatever happens, and would hide the rest.
 CONSTANT = tuple(
     pattern.removesuffix("*")
@@ -95,7 +96,7 @@ async def _sub(bus: Bus, options: argparse.Namespace) -> None:
         num_shown = 0
         while not options.count or num_shown < options.count:
             msg = await arrived.get()
-            is_constant = options.subject == EVERYTHING and msg.subject.startswith(CONSTANT)
+            is_constant = options.subject == EVERYTHING and bus.plain_name(msg.subject).startswith(CONSTANT)
             if (
                 is_constant and not options.all
             ) or options.grep.encode() not in msg.subject.encode() + msg.data:
@@ -152,7 +153,7 @@ async def _ls(bus: Bus, _: argparse.Namespace) -> None:
     for column in ("requests", "errors"):
         table.add_column(column, justify="right")
     table.add_column("last error")
-    for stats in sorted(await answers(bus, "$SRV.STATS"), key=lambda one: (one["name"], one["id"])):
+    for stats in sorted(await answers(bus, "STATS"), key=lambda one: (one["name"], one["id"])):
         endpoints, metadata = stats["endpoints"], stats["metadata"]
         last_error = next((each["last_error"] for each in endpoints if each.get("last_error")), "")
         table.add_row(
@@ -168,30 +169,33 @@ async def _ls(bus: Bus, _: argparse.Namespace) -> None:
 
 
 async def _info(bus: Bus, options: argparse.Namespace) -> None:
-    found = [one for one in await answers(bus, "$SRV.INFO") if options.name in (one["name"], one["id"])]
+    found = [one for one in await answers(bus, "INFO") if options.name in (one["name"], one["id"])]
     if not found:
         raise NotFound(f"no service {options.name!r} has answered: `flowkv nats ls` lists those that do")
     for one in found:
         console().print_json(data=one)
 
 
-async def answers(bus: Bus, subject: str) -> list[dict[str, Any]]:
-    """What all services answer. Raises Unavailable if none does."""
+async def answers(bus: Bus, verb: str) -> list[dict[str, Any]]:
+    """What all services of the namespace answer to a verb of ADR-32. Raises Unavailable if none does."""
     arrived: asyncio.Queue[Msg] = asyncio.Queue()
     found = []
     inbox = bus.nc.new_inbox()
     async with await bus.subscribe_raw(inbox, arrived.put):
-        await bus.nc.publish(subject, b"", reply=inbox)
+        for name in SERVICES:
+            subject = f"$SRV.{verb}.{subjects.service_in_namespace(name, bus.namespace)}"
+            await bus.nc.publish(subject, b"", reply=inbox)
         try:
             while True:
                 async with asyncio.timeout(SILENCE_S):
                     msg = await arrived.get()
-                if not msg.data:  # NATS itself: nobody listens
-                    raise TimeoutError
-                found.append(json.loads(msg.data))
+                if msg.data:  # else it is NATS itself: nobody listens
+                    found.append(json.loads(msg.data))
         except TimeoutError:
             if not found:
-                raise Unavailable("no service of FlowKV has answered at this NATS") from None
+                raise Unavailable(
+                    f"no service of FlowKV has answered at this NATS in the namespace {bus.namespace!r}"
+                ) from None
     return found
 
 
@@ -199,7 +203,8 @@ async def answers(bus: Bus, subject: str) -> list[dict[str, Any]]:
 
 
 async def _kv(bus: Bus, options: argparse.Namespace) -> None:
-    for bucket in [options.bucket] if options.bucket else [subjects.NODES_BUCKET, subjects.LEADER_BUCKET]:
+    buckets = [options.bucket] if options.bucket else [subjects.NODES_BUCKET, subjects.LEADER_BUCKET]
+    for bucket in map(bus.full_name, buckets):
         is_found = False
         async for key, value in records(bus, bucket, options.key or ">", goes_on=options.watch):
             is_found = True

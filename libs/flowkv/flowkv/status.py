@@ -110,7 +110,8 @@ def heading(status: Status) -> Iterator[str]:
         why = f": {status.regime_reason}" if status.regime_reason else ""
         yield f"regime:     [{COLOURS.get(status.regime, 'red')}]{status.regime}[/]{why}"
     for one in status.wanted:
-        yield f"wanted:     [yellow]{one.change:+d} {one.role}[/]: {one.reason}"
+        whose = f" of {one.model}" if len(models) > 1 else ""
+        yield f"wanted:     [yellow]{one.change:+d} {one.role}{whose}[/]: {one.reason}"
 
 
 def node_table(nodes: list[NodeState]) -> Table:

@@ -23,7 +23,7 @@ from flowkv.terminal import connected, console, make_parser, write_json
 from flowkv_common.errors import NotFound
 from flowkv_common.timeline import Span, timeline
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import FindFinished, FinishedRequests, RequestFinished, encode
+from flowkv_common.wire.messages import FindFinished, FinishedRequests, RequestFinished
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,7 +97,7 @@ async def find_finished(bus: Bus, wanted: FindFinished) -> list[RequestFinished]
 
     inbox = bus.nc.new_inbox()
     async with await bus.subscribe(inbox, FinishedRequests, take):
-        await bus.nc.publish(subjects.FINISHED, encode(wanted), reply=inbox)
+        await bus.publish(subjects.FINISHED, wanted, reply=inbox)
         with suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_S):
                 await has_found.wait()

@@ -32,8 +32,9 @@ def main() -> int:
     try:
         with contextlib.ExitStack() as opened:
             with ForkServer(run_dir / "fork-server.log") as fork_server:  # it imports meanwhile
-                _say("preparing the model")
-                model_path = _prepare_model(options.model)
+                _say(f"preparing {'the model' if len(options.model) == 1 else 'the models'}")
+                models = {served_name(spec or None): _prepare_model(spec) for spec in options.model}
+                (model_name, model_path), *others = models.items()
                 nodes = {"prefill": options.prefill, "decode": options.decode, "mixed": options.mixed}
                 _say(f"starting {', '.join(f'{count} {role}' for role, count in nodes.items() if count)}")
                 cluster = Cluster(
@@ -42,7 +43,8 @@ def main() -> int:
                     nodes=nodes,
                     num_schedulers=options.scheduler,
                     port=options.port,
-                    model_name=served_name(options.model or None),
+                    model_name=model_name,
+                    other_models=dict(others),
                     fork_server=fork_server,
                 )
                 opened.enter_context(cluster)
@@ -50,7 +52,7 @@ def main() -> int:
             with StartProgress(cluster.processes, nodes_started, _say, sys.stderr.isatty()) as progress:
                 cluster.wait_ready(READY_TIMEOUT_S, progress.look)
             _say(f"ready after {time.monotonic() - began:.1f} s, logs in {cluster.run_dir}")
-            print(_welcome(cluster), flush=True)
+            print(_welcome(cluster, list(models)), flush=True)
             try:
                 watch(cluster)
             finally:
@@ -76,10 +78,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--decode", type=int, default=1, help="number of decode nodes")
     parser.add_argument("--mixed", type=int, default=0, help="number of nodes with both roles")
     parser.add_argument("--scheduler", type=int, default=1, help="one leads, the others stand by")
-    help = "a folder, a GGUF file, gemma-3-270m or a hub id; empty: SmolLM2-135M-Instruct"
-    parser.add_argument("--model", default="", help=help)
+    help = "a folder, a GGUF file, gemma-3-270m or a hub id; empty: SmolLM2-135M-Instruct. Several times: "
+    help += "several models, with so many nodes of each"
+    parser.add_argument("--model", action="append", help=help)
     parser.add_argument("--port", type=int, default=8000, help="port of the API")
     options = parser.parse_args()
+    options.model = options.model or [""]
     if options.mixed == 0 and (options.prefill == 0 or options.decode == 0):
         parser.error("one prefill and one decode node are needed, or one mixed node")
     if options.scheduler < 1:
@@ -95,8 +99,9 @@ def _prepare_model(spec: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def _welcome(cluster: Cluster) -> str:
-    body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], '
+def _welcome(cluster: Cluster, models: list[str]) -> str:
+    which = f'"model": "{models[-1]}", ' if len(models) > 1 else ""
+    body = f'{{{which}"messages": [{{"role": "user", "content": "What is the capital of France?"}}], '
     body += '"temperature": 0, "stream": true}'
     header = "-H 'content-type: application/json'"
     if cluster.needs_key:

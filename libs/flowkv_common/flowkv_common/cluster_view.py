@@ -21,6 +21,7 @@ from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, KVTransferred, RequestFinished
 from flowkv_common.wire.nodes import (
+    REGIMES,
     SILENT_AFTER_PERIODS,
     CapMoved,
     LoadReport,
@@ -74,7 +75,7 @@ class ClusterView:
         self._services: dict[tuple[str, str], tuple[float, ServiceInfo]] = {}
         self.regime = ""  # empty: nobody has said
         self.regime_reason = ""
-        self.wanted: dict[str, ScaleWanted] = {}  # by role; a change of 0 is none
+        self.wanted: dict[tuple[str, str], ScaleWanted] = {}  # by model and role; a change of 0 is none
         self.finished: deque[RequestFinished] = deque(maxlen=MAX_KEPT)
         self.transfers: deque[KVTransferred] = deque(maxlen=MAX_KEPT)
         self.moves: deque[CapMoved] = deque(maxlen=MAX_KEPT)
@@ -101,9 +102,12 @@ class ClusterView:
             case CapMoved():
                 self.moves.append(event)
             case RegimeChanged():
-                self.regime, self.regime_reason = event.after, event.reason
+                # Of several models the worst counts: the leader says within a second which one that is.
+                is_worse = not self.regime or REGIMES.index(event.after) > REGIMES.index(self.regime)
+                if is_worse or len(self.models) < 2:
+                    self.regime, self.regime_reason = event.after, event.reason
             case ScaleWanted():
-                self.wanted[event.role] = event
+                self.wanted[event.model, event.role] = event
 
     def on_service(self, info: ServiceInfo) -> None:
         self._services[info.name, info.id] = self._clock(), info
@@ -129,6 +133,19 @@ class ClusterView:
         return sorted((info for info in fresh if info.name == name), key=lambda info: info.id)
 
     @property
+    def models(self) -> list[str]:
+        """The names of all models that have nodes."""
+        return sorted({node.model.name for node in (self._descriptors or {}).values()})
+
+    def wishes(self) -> list[str]:
+        """Nodes that are wanted or could be spared, each in a line for people."""
+        return [
+            f"{one.change:+d} {one.role}{f' of {one.model}' if len(self.models) > 1 else ''}: {one.reason}"
+            for one in self.wanted.values()
+            if one.change
+        ]
+
+    @property
     def leader(self) -> ServiceInfo | None:
         leaders = (info for info in self.services("scheduler") if info.metadata.get("state") == "leader")
         return next(leaders, None)
@@ -145,7 +162,7 @@ class ClusterView:
 
         def group(node: NodeState) -> tuple[object, ...]:
             what = node.descriptor
-            return what.model.fingerprint, what.layout, what.memory
+            return what.model.fingerprint, what.layout, what.memory, what.protocol
 
         ready = [node for node in self.nodes() if node.state == "ready"]
         return [
@@ -182,10 +199,11 @@ class ClusterView:
         """A report names the links by another connector than most, and says how many there are in all."""
         if report is None:
             return {}
+        mine = descriptor.model.fingerprint, descriptor.protocol
         peers = [
             peer
             for peer, other in (self._descriptors or {}).items()
-            if peer != descriptor.node.node_id and other.model.fingerprint == descriptor.model.fingerprint
+            if peer != descriptor.node.node_id and (other.model.fingerprint, other.protocol) == mine
         ]
         has_all = report.num_links >= len(peers)
         return {peer: report.links.get(peer, report.usual_connector if has_all else "") for peer in peers}
@@ -249,14 +267,18 @@ def _ignore(subject: str, what: str) -> None:
 
 
 async def _ask_services(bus: Bus, view: ClusterView) -> None:
+    names = {subjects.service_in_namespace(name, bus.namespace): name for name in ASKED_SERVICES}
+
     async def take(msg: Msg) -> None:
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
-            view.on_service(msgspec.json.decode(msg.data, type=ServiceInfo))
+            info = msgspec.json.decode(msg.data, type=ServiceInfo)
+            if info.name in names:
+                view.on_service(msgspec.structs.replace(info, name=names[info.name]))
 
     inbox = bus.nc.new_inbox()
     async with await bus.subscribe_raw(inbox, take):
         while True:
             if bus.is_connected:
-                for name in ASKED_SERVICES:
+                for name in names:
                     await bus.nc.publish(f"$SRV.INFO.{name}", b"", reply=inbox)
             await asyncio.sleep(ASK_PERIOD_S)

@@ -16,8 +16,9 @@ from typing import Annotated, Literal, NamedTuple, TypeVar, get_args, get_origin
 import msgspec
 
 from flowkv_common.errors import invalid_input
+from flowkv_common.wire.subjects import DEFAULT_NAMESPACE
 
-NODE_ID_CHARACTERS = "A-Za-z0-9_-"
+SUBJECT_CHARACTERS = "A-Za-z0-9_-"  # of one part of a subject
 DTYPES = ("float32", "bfloat16", "float16")
 # Those that no struct holds, with what they mean.
 OTHER_VARIABLES = {
@@ -47,6 +48,9 @@ class NatsSettings(msgspec.Struct, frozen=True, kw_only=True):
     nats_url: Annotated[str, "NATS, or several servers of one cluster with commas between"] = (
         "nats://127.0.0.1:4222"
     )
+    namespace: Annotated[
+        str, "first part of all subjects and buckets: clusters of other namespaces at the same NATS are apart"
+    ] = DEFAULT_NAMESPACE
     nats_url_file: Annotated[str, "file with that URL, a secret if it holds a password; wins over it"] = ""
     nats_credentials: Annotated[
         str, "file that says who we are: a `.creds` file, or the seed of an nkey; needs the extra `nkeys`"
@@ -67,6 +71,11 @@ class NatsSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 60.0
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(f"[{SUBJECT_CHARACTERS}]+", self.namespace):
+            raise ValueError(
+                f"FLOWKV_NAMESPACE is {self.namespace!r}: it is part of NATS subjects, only letters, digits, "
+                "- and _ may stand in it"
+            )
         for name in self.__struct_fields__:
             if name.endswith("_s") and not (seconds := getattr(self, name)) >= 0:  # NaN neither
                 raise ValueError(f"FLOWKV_{name.upper()} is {seconds} seconds, it must be 0 or more")
@@ -83,9 +92,13 @@ class ServiceSettings(NatsSettings, frozen=True, kw_only=True):
 
 
 class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
-    model_path: Annotated[str, "folder with tokenizer.json and the chat template"]
+    model_path: Annotated[
+        str, "folder with tokenizer.json and the chat template; of several models with commas between"
+    ]
     port: Annotated[int, "port of the API"] = 8000
-    model_name: Annotated[str, "name that clients use; empty: the nodes' name, until then the folder's"] = ""
+    model_name: Annotated[
+        str, "name that clients use for the first model; empty: the nodes' name, until then the folder's"
+    ] = ""
     model_names: Annotated[
         str, "several such names, with commas between; answers have the first; empty: `model_name`"
     ] = ""
@@ -93,7 +106,8 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
         Literal["auto", "none"], "none: the model's generation_config.json sets no sampling defaults"
     ] = "auto"
     tool_parser: Annotated[
-        str, "how the model writes tool calls and reasoning, by vLLM's name; empty: its chat template tells"
+        str,
+        "how the first model writes tool calls and reasoning, by vLLM's name; empty: its chat template tells",
     ] = ""
     trust_request_chat_template: Annotated[
         bool, "take a `chat_template` from requests: a program, which can hold the gateway up"
@@ -248,7 +262,7 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if re.search(f"[^{NODE_ID_CHARACTERS}]", self.node_id):
+        if re.search(f"[^{SUBJECT_CHARACTERS}]", self.node_id):
             raise ValueError(
                 f"FLOWKV_NODE_ID is {self.node_id!r}: it is part of NATS subjects, only letters, digits, "
                 "- and _ may stand in it"

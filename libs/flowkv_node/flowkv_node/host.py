@@ -26,7 +26,7 @@ from flowkv_common import __version__
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import NodeIdTaken, claim_node_id, keep_announced, watch_nodes
-from flowkv_common.config import NODE_ID_CHARACTERS, NodeSettings, listed
+from flowkv_common.config import SUBJECT_CHARACTERS, NodeSettings, listed
 from flowkv_common.errors import Unavailable
 from flowkv_common.grammar import Grammars
 from flowkv_common.telemetry import serve_http, service_app
@@ -38,7 +38,7 @@ from flowkv_common.wire.messages import (
     payload_for,
     window_that_fits,
 )
-from flowkv_common.wire.nodes import NodeDescriptor
+from flowkv_common.wire.nodes import PROTOCOL, NodeDescriptor
 from flowkv_engine.engine.model import CPU, LoadedModel
 from flowkv_engine.engine.runner import DeviceLost, Engine, EngineThread, Runner
 from flowkv_engine.kv.pool import layer_views
@@ -102,7 +102,7 @@ async def serve_node(
     Raises `Unavailable` when NATS can't be reached or has closed the connection for good.
     """
     own_id = f"{starts_as}-{socket.gethostname().lower()}-{secrets.token_hex(2)}"
-    node_id = settings.node_id or re.sub(f"[^{NODE_ID_CHARACTERS}]", "-", own_id)
+    node_id = settings.node_id or re.sub(f"[^{SUBJECT_CHARACTERS}]", "-", own_id)
     ref = NodeRef(node_id=node_id, incarnation=secrets.token_hex(4))
     tls = _data_tls(settings)
     async with contextlib.AsyncExitStack() as opened:
@@ -212,6 +212,7 @@ def _describe(node: Node, http_port: int) -> NodeDescriptor:
         pid=os.getpid(),
         metrics_url=f"http://{join_host_port(host, http_port)}/metrics",
         version=__version__,
+        protocol=PROTOCOL,
     )
 
 

@@ -17,7 +17,7 @@ from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import BadRequest, FlowKVError, Unavailable, WrongModel
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import NodeRef, PoolLayout
-from flowkv_common.wire.nodes import LinkOffer, LinkRequest, NodeDescriptor, serves_prefill
+from flowkv_common.wire.nodes import PROTOCOL, LinkOffer, LinkRequest, NodeDescriptor, serves_prefill
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.base import ConnectorUnavailable, KVConnector, KVLink, TransferStats
 
@@ -115,7 +115,16 @@ class Links:
         return any(token == given for _, given in self._tokens.values())
 
     def offer(self, request: LinkRequest) -> LinkOffer:
-        """Answer a peer that wants to send here. Raises BadRequest for another layout, WrongModel."""
+        """Answer a peer that wants to send here.
+
+        Raises BadRequest for another protocol or layout, WrongModel.
+        """
+        if request.protocol != PROTOCOL:
+            raise BadRequest(
+                f"{request.peer.node_id} speaks protocol {request.protocol}, {self._node.node_id} speaks "
+                f"{PROTOCOL}: run one version of FlowKV on both",
+                field="protocol",
+            )
         if request.layout != self._layout:
             raise BadRequest(f"KV layouts differ: {request.layout} and {self._layout}", field="layout")
         if request.fingerprint != self._fingerprint:
@@ -153,7 +162,8 @@ class Links:
         others = {
             node_id: descriptor
             for node_id, descriptor in descriptors.items()
-            if node_id != self._node.node_id and descriptor.model.fingerprint == self._fingerprint
+            if node_id != self._node.node_id
+            and (descriptor.model.fingerprint, descriptor.protocol) == (self._fingerprint, PROTOCOL)
         }
         present = {node_id: descriptor.node for node_id, descriptor in others.items()}
         self.has_prefill_peer = any(
@@ -225,7 +235,13 @@ class Links:
             pair.has_link.clear()
         else:
             pair.has_link.set()
-        request = LinkRequest(node=peer, peer=self._node, layout=self._layout, fingerprint=self._fingerprint)
+        request = LinkRequest(
+            node=peer,
+            peer=self._node,
+            layout=self._layout,
+            fingerprint=self._fingerprint,
+            protocol=PROTOCOL,
+        )
         subject = subjects.at(subjects.NODE_LINK, peer.node_id)
         try:
             offer = await self._bus.request(subject, request, LinkOffer, timeout_s=OFFER_TIMEOUT_S)

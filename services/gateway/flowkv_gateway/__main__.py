@@ -8,17 +8,13 @@ import sys
 from pathlib import Path
 
 from flowkv_common.aio import freeze_objects, running, stop_on_signals
-from flowkv_common.config import GatewaySettings, load_settings
-from flowkv_common.fingerprint import model_files
+from flowkv_common.config import GatewaySettings, listed, load_settings
 from flowkv_common.telemetry import process_registry, reason_in_one_line, serve_http, setup_logs
 from flowkv_gateway.app import Api
-from flowkv_gateway.cluster import OwnModel
 from flowkv_gateway.dispatch import open_dispatch
-from flowkv_gateway.grammar import GrammarChecker
 from flowkv_gateway.http import ApiConnection, TlsContext
 from flowkv_gateway.live import LivePage, is_wanted
-from flowkv_gateway.prompts import load_sampling_defaults
-from flowkv_gateway.tokenizer import Tokenizer
+from flowkv_gateway.models import Model, Models
 
 log = logging.getLogger(__name__)
 
@@ -26,20 +22,20 @@ log = logging.getLogger(__name__)
 async def serve(settings: GatewaySettings) -> None:
     """Open the bus, serve the API on it, drain when told to stop. Raises Unavailable as `connect`."""
     stop = stop_on_signals()
-    folder = Path(settings.model_path)
-    tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
-    defaults = load_sampling_defaults(folder, settings.generation_config)
-    own = OwnModel(await asyncio.to_thread(model_files, folder), settings.model_name)
+    own = [
+        await asyncio.to_thread(Model.load, Path(folder), settings, is_first=number == 0)
+        for number, folder in enumerate(listed(settings.model_path))
+    ]
     tls = TlsContext(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
     freeze_objects()
     async with (
-        open_dispatch(settings, own, stop.set) as dispatch,
-        GrammarChecker(tokenizer.file) as checker,
+        Models(own) as models,
+        open_dispatch(settings, [model.nodes for model in own], stop.set) as dispatch,
     ):
         live = LivePage(dispatch.view_cluster, dispatch.finished, stop) if is_wanted(settings) else None
-        api = Api(settings, tokenizer, dispatch, checker, process_registry(), defaults, stop, live)
+        api = Api(settings, models, dispatch, process_registry(), stop, live)
         async with (
-            running(*([live.run()] if live else [])),
+            running(models.follow(dispatch.cluster, settings), *([live.run()] if live else [])),
             serve_http(
                 api.app,
                 settings.host,

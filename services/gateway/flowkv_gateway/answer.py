@@ -144,7 +144,7 @@ class AnswerResponse:
 
     async def _make_group(self, group: Sequence[Choice], tasks: asyncio.TaskGroup) -> None:
         """The first choice goes ahead, so that the others find its prompt in the prefix cache."""
-        self.metrics.count_group(len(group))
+        self.metrics.count_group(group[0].request.model_name, len(group))
         first, *others = group
         has_tokens = asyncio.Event()
         tasks.create_task(self._make_choice(first, has_tokens))

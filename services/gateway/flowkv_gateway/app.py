@@ -8,7 +8,6 @@ import random
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -31,10 +30,10 @@ from flowkv_gateway.access import KEY_NAME, Guard
 from flowkv_gateway.answer import AnswerResponse, BestResponse, StreamResponse, log_refusal
 from flowkv_gateway.canary import Canary
 from flowkv_gateway.chat import ChatFormat, MakeReader
-from flowkv_gateway.dispatch import Dispatch
+from flowkv_gateway.dispatch import Dispatch, Load
 from flowkv_gateway.echo import told_prompt
-from flowkv_gateway.errors import ModelNotFound, error_response, json_error, naming_fields, status_of
-from flowkv_gateway.grammar import GrammarChecker, Wanted, wanted_grammar
+from flowkv_gateway.errors import error_response, json_error, naming_fields, status_of
+from flowkv_gateway.grammar import Wanted, wanted_grammar
 from flowkv_gateway.http import CloseWhileStopping, read_body
 from flowkv_gateway.live import LivePage
 from flowkv_gateway.message_writer import MessageWriter
@@ -42,6 +41,7 @@ from flowkv_gateway.messages import FIELD_NAMES as MESSAGE_FIELDS
 from flowkv_gateway.messages import CountTokensRequest, MessagesRequest
 from flowkv_gateway.messages import as_chat as messages_as_chat
 from flowkv_gateway.metrics import GatewayMetrics
+from flowkv_gateway.models import Model, Models
 from flowkv_gateway.openapi import DOCS_PAGE, openapi_document
 from flowkv_gateway.output import (
     ChatWriter,
@@ -53,7 +53,6 @@ from flowkv_gateway.output import (
     system_fingerprint,
 )
 from flowkv_gateway.prompts import (
-    SamplingDefaults,
     bad_word_ids,
     completion_prompts,
     plan,
@@ -76,7 +75,7 @@ from flowkv_gateway.schemas import (
     parse_request,
 )
 from flowkv_gateway.tenants import Tenants
-from flowkv_gateway.tokenizer import ChatPrompt, Tokenizer, Vocabulary
+from flowkv_gateway.tokenizer import ChatPrompt, Vocabulary
 
 # Of a vocabulary, the model's name, the request and the fingerprint of the system.
 MakeWriter = Callable[[Vocabulary, str, ChoicesRequest, str], ReplyWriter]
@@ -89,32 +88,24 @@ class Api:
     """The endpoints, and the ASGI application `app` that serves them. While `stop` is set it is not ready.
 
     Errors leave the endpoints as FlowKVError. Nothing here must be closed. Making it raises CannotStart
-    if the file of keys can't be used, or no tool parser has the name that was set.
+    if the file of keys can't be used.
     """
 
     def __init__(
         self,
         settings: GatewaySettings,
-        tokenizer: Tokenizer,
+        models: Models,
         dispatch: Dispatch,
-        checker: GrammarChecker,
         registry: CollectorRegistry,
-        defaults: SamplingDefaults,
         stop: asyncio.Event,
         live: LivePage | None = None,
     ) -> None:
         self._settings = settings
-        self._tokenizer = tokenizer
-        self._format = ChatFormat(tokenizer, settings.tool_parser)
+        self._models = models
         self._dispatch = dispatch
-        self._checker = checker
         self._canary = Canary(dispatch)
-        self._defaults = defaults
         self._stop = stop
-        folder = Path(settings.model_path)
-        self._folder_names = (folder.name, folder.resolve().name)
-        self._set_names = listed(settings.model_names) or [settings.model_name]
-        self._metrics = GatewayMetrics(registry, self._known_model_name, dispatch.load)
+        self._metrics = GatewayMetrics(registry, self._loads)
         self._tenants = Tenants(settings.key_max_requests, settings.key_tokens_per_minute)
         self._stored_responses = ResponseStore(settings.response_store)
         self._created = int(time.time())
@@ -165,27 +156,28 @@ class Api:
             )
 
     async def chat(self, request: Request) -> ASGIApp:
-        return await self._chat(request, await self._parse(request, ChatRequest), ChatWriter)
+        model, body = await self._parse(request, ChatRequest)
+        return await self._chat(request, model, body, ChatWriter)
 
     async def responses(self, request: Request) -> ASGIApp:
-        body = await self._parse(request, ResponseRequest)
+        model, body = await self._parse(request, ResponseRequest)
         stored, key_name = self._stored_responses, request.scope[KEY_NAME]
         history = stored.history(key_name, body.previous_response_id)
         items = [*history, *stored.resolved(key_name, input_items(body))]
         is_stored = stored.max_responses > 0 and body.store is not False
 
-        def make_writer(vocabulary: Vocabulary, model: str, *_: object) -> ResponseWriter:
+        def make_writer(vocabulary: Vocabulary, model_name: str, *_: object) -> ResponseWriter:
             store = partial(stored.add, key_name, items) if is_stored else None
-            return ResponseWriter(body, vocabulary, model, store)
+            return ResponseWriter(body, vocabulary, model_name, store)
 
         with naming_fields(RESPONSE_FIELDS):
             chat = response_as_chat(body, items, len(history))
             prompt = None
             if body.truncation == "auto":
-                window = self._card().max_model_len
+                window = self._card(model).max_model_len
                 num_reserved = min(body.max_output_tokens or window, window // _RESERVED_SHARE)
-                prompt = await self._format.drop_oldest(chat, window - num_reserved)
-            return await self._chat(request, chat, make_writer, prompt)
+                prompt = await model.format.drop_oldest(chat, window - num_reserved)
+            return await self._chat(request, model, chat, make_writer, prompt)
 
     async def stored_response(self, request: Request) -> Response:
         if request.query_params.get("stream") == "true":
@@ -203,66 +195,69 @@ class Api:
         return _json(page_of_items(stored, request.query_params))
 
     async def messages(self, request: Request) -> ASGIApp:
-        body = await self._parse(request, MessagesRequest)
+        model, body = await self._parse(request, MessagesRequest)
 
-        def make_writer(_: Vocabulary, model: str, *others: object) -> MessageWriter:
-            return MessageWriter(model, body.max_tokens)
+        def make_writer(_: Vocabulary, model_name: str, *others: object) -> MessageWriter:
+            return MessageWriter(model_name, body.max_tokens)
 
         with naming_fields(MESSAGE_FIELDS):
-            return await self._chat(request, messages_as_chat(body), make_writer)
+            return await self._chat(request, model, messages_as_chat(body), make_writer)
 
     async def count_tokens(self, request: Request) -> Response:
-        body = await self._parse(request, CountTokensRequest)
+        model, body = await self._parse(request, CountTokensRequest)
         with naming_fields(MESSAGE_FIELDS):
-            prompt = await self._format.prompt(messages_as_chat(body))
+            prompt = await model.format.prompt(messages_as_chat(body))
         return _json({"input_tokens": len(prompt.token_ids)})
 
     async def _chat(
         self,
         request: Request,
+        model: Model,
         body: ChatRequest,
         make_writer: MakeWriter,
         prompt: ChatPrompt | None = None,
     ) -> ASGIApp:
         """`prompt` is that of the body, if it has been rendered."""
         goals = service_goals(request.headers)
-        chat_format = self._chat_format(body)
+        chat_format = self._chat_format(model, body)
         prompt = prompt or await chat_format.prompt(body)
         wanted, make_reader = chat_format.answer_format(body, prompt.text)
-        grammar = await self._grammar(wanted)
-        return await self._answer(request, body, [prompt.token_ids], grammar, goals, make_writer, make_reader)
+        grammar = await checked_grammar(model, wanted)
+        prompts = [prompt.token_ids]
+        return await self._answer(request, model, body, prompts, grammar, goals, make_writer, make_reader)
 
     async def completions(self, request: Request) -> ASGIApp:
-        body = await self._parse(request, CompletionRequest)
+        model, body = await self._parse(request, CompletionRequest)
         goals = service_goals(request.headers)
-        grammar = await self._grammar(wanted_grammar(body))
-        prompts = await completion_prompts(body, self._tokenizer)
-        return await self._answer(request, body, prompts, grammar, goals, TextWriter)
+        grammar = await checked_grammar(model, wanted_grammar(body))
+        prompts = await completion_prompts(body, model.tokenizer)
+        return await self._answer(request, model, body, prompts, grammar, goals, TextWriter)
 
     async def models(self, _: Request) -> Response:
-        return _json({"object": "list", "data": [self._model_entry(name) for name in self._names()]})
+        entries = [self._model_entry(model, name) for name, model in self._models.by_name().items()]
+        return _json({"object": "list", "data": entries})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["model"]
-        self._check_model(name)
-        return _json(self._model_entry(name if name in self._names() else self._model_name()))
+        model = self._models.find(name)
+        return _json(self._model_entry(model, name if name in model.names else model.name))
 
     async def tokenize(self, request: Request) -> Response:
-        body = await self._parse(request, TokenizeRequest)
+        model, body = await self._parse(request, TokenizeRequest)
         if body.prompt is None:
-            tokens = (await self._chat_format(body).prompt(body)).token_ids
+            tokens = (await self._chat_format(model, body).prompt(body)).token_ids
         else:
             adds_special = body.add_special_tokens is not False
-            [tokens] = await self._tokenizer.encode([body.prompt], add_special_tokens=adds_special)
-        max_model_len = self._model_entry(self._model_name())["max_model_len"]
+            [tokens] = await model.tokenizer.encode([body.prompt], add_special_tokens=adds_special)
+        max_model_len = self._model_entry(model, model.name)["max_model_len"]
         return _json({"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens})
 
     async def detokenize(self, request: Request) -> Response:
-        body = await self._parse(request, DetokenizeRequest)
-        return _json({"prompt": await self._tokenizer.decode(body.tokens)})
+        model, body = await self._parse(request, DetokenizeRequest)
+        return _json({"prompt": await model.tokenizer.decode(body.tokens)})
 
-    async def tokenizer_info(self, _: Request) -> Response:
-        return _json(self._tokenizer.info)
+    async def tokenizer_info(self, request: Request) -> Response:
+        return _json(self._models.find(request.query_params.get("model")).tokenizer.info)
 
     async def openapi(self, _: Request) -> Response:
         return Response(self._description, media_type="application/json")
@@ -299,65 +294,49 @@ class Api:
         """Our own fault. What exactly is for the log: starlette raises the error again."""
         return await self.on_error(request, Internal("Internal error."))
 
-    async def _parse(self, request: Request, kind: type[B]) -> B:
-        """The checked body. Raises BadRequest, TooLarge or ModelNotFound."""
+    async def _parse(self, request: Request, kind: type[B]) -> tuple[Model, B]:
+        """The model that is asked, and the checked body. Raises BadRequest, TooLarge or ModelNotFound."""
         body = parse_request(await read_body(request, self._settings.max_body_bytes), kind)
-        if body.model is not None:
-            self._check_model(body.model)
-        return body
+        return self._models.find(body.model), body
 
-    def _chat_format(self, body: ChatRequest | TokenizeRequest) -> ChatFormat:
+    def _chat_format(self, model: Model, body: ChatRequest | TokenizeRequest) -> ChatFormat:
         """That of the model, or of the request's own template. Raises BadRequest."""
         if body.chat_template is None:
-            return self._format
+            return model.format
         if not self._settings.trust_request_chat_template:
             raise BadRequest(
                 "chat_template is not supported: the operator has not allowed requests to have their own.",
                 field="chat_template",
             )
-        return ChatFormat(self._tokenizer.with_template(body.chat_template), self._settings.tool_parser)
+        return ChatFormat(model.tokenizer.with_template(body.chat_template), model.parser_name)
 
-    def _known_model_name(self) -> str | None:
-        """As it was set, else as the nodes call it; None before any has joined."""
-        card = self._dispatch.model()
-        return self._set_names[0] or (card.name if card else None)
+    def _loads(self) -> dict[str, Load]:
+        """By name, of each model whose name is known."""
+        loads: dict[str, Load] = {}
+        for model in self._models.all:
+            if name := model.known_name:
+                load = self._dispatch.load(model.nodes)
+                before = loads.get(name)
+                loads[name] = load.plus(before) if before else load
+        return loads
 
-    def _model_name(self) -> str:
-        return self._known_model_name() or self._folder_names[0]
-
-    def _names(self) -> list[str]:
-        """All by which clients find it in the list of models, the one that answers have first."""
-        return [self._model_name(), *self._set_names[1:]]
-
-    def _check_model(self, name: str) -> None:
-        # The folder's name means the same model, whatever the nodes call it.
-        if name not in self._names() and name not in self._folder_names:
-            raise ModelNotFound(f"The model {name!r} does not exist.", field="model")
-
-    async def _grammar(self, wanted: Wanted | None) -> Grammar | None:
-        """What the answer must look like, checked. Raises BadRequest, or Full and Unavailable."""
-        if wanted is None:
-            return None
-        await self._checker.check(wanted)
-        return wanted.grammar
-
-    def _card(self, *further: object) -> ModelCard:
-        """The model of a request that carries `further` things beside its tokens. Raises Unavailable."""
+    def _card(self, model: Model, *further: object) -> ModelCard:
+        """The card, for a request that carries `further` things beside its tokens. Raises Unavailable."""
         carried = [one for one in further if one]
-        card = self._dispatch.model(len(msgspec.json.encode(carried)) if carried else 0)
+        card = self._dispatch.card_of(model.nodes, len(msgspec.json.encode(carried)) if carried else 0)
         if card is None:
             raise Unavailable("No node that serves this model has joined yet.", retry_after_s=1.0)
-        return card
+        return msgspec.structs.replace(card, name=model.name)
 
-    def _model_entry(self, name: str) -> dict[str, Any]:
+    def _model_entry(self, model: Model, name: str) -> dict[str, Any]:
         """As OpenAI lists it, and `max_model_len`, which is null while no node is known."""
-        card = self._dispatch.model()
+        card = self._dispatch.card_of(model.nodes)
         return {
             "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "flowkv",
-            "root": self._model_name(),
+            "root": model.name,
             "parent": None,
             "max_model_len": card.max_model_len if card else None,
         }
@@ -365,6 +344,7 @@ class Api:
     async def _answer(
         self,
         request: Request,
+        model: Model,
         body: ChatRequest | CompletionRequest,
         prompts: list[list[int]],
         grammar: Grammar | None,
@@ -372,16 +352,16 @@ class Api:
         make_writer: MakeWriter,
         make_reader: MakeReader | None = None,
     ) -> ASGIApp:
-        vocabulary = self._tokenizer.vocabulary
-        bad_words = await bad_word_ids(body.bad_words or (), self._tokenizer)
-        card = self._card(grammar, bad_words, body.allowed_token_ids)
+        vocabulary = model.tokenizer.vocabulary
+        bad_words = await bad_word_ids(body.bad_words or (), model.tokenizer)
+        card = self._card(model, grammar, bad_words, body.allowed_token_ids)
         fingerprint = system_fingerprint(card.fingerprint, flowkv_common.__version__)
-        writer = make_writer(vocabulary, self._model_name(), body, fingerprint)
+        writer = make_writer(vocabulary, card.name, body, fingerprint)
         groups = plan(
             body,
             prompts,
             card,
-            self._defaults,
+            model.defaults,
             grammar,
             bad_words=bad_words,
             request_id=writer.reply_id,
@@ -424,6 +404,14 @@ class Api:
             )
         kind = StreamResponse if body.stream else AnswerResponse
         return kind(choices, writer, self._dispatch, self._metrics, self._settings, user)
+
+
+async def checked_grammar(model: Model, wanted: Wanted | None) -> Grammar | None:
+    """What the answer must look like, checked. Raises BadRequest, or Full and Unavailable."""
+    if wanted is None:
+        return None
+    await model.checker.check(wanted)
+    return wanted.grammar
 
 
 def _json(content: object, status: int = 200) -> Response:

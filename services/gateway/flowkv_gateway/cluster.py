@@ -1,11 +1,12 @@
-"""The gateway's view of its cluster: which nodes serve its model, and which of them are ready."""
+"""The gateway's view of its cluster: which nodes serve which of its models, and which of them are ready."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -17,12 +18,13 @@ from flowkv_common.wire.nodes import (
     serves_decode,
     serves_prefill,
 )
+from flowkv_gateway.turns import Turns
 
 log = logging.getLogger(__name__)
 
 
 class OwnModel(msgspec.Struct, frozen=True):
-    """The files in the gateway's model folder, and the name that clients use; empty: the nodes' name."""
+    """The files in a model folder of the gateway, and the name that clients use; empty: the nodes' name."""
 
     files: ModelFiles
     name: str = ""
@@ -45,35 +47,34 @@ class OwnModel(msgspec.Struct, frozen=True):
         return None
 
 
-class Cluster:
-    """The nodes of the gateway's own model, from their descriptors and load reports.
+class ModelNodes:
+    """The nodes of one model of the gateway, from their descriptors and load reports.
 
     Two sets of weights can fit while they are exchanged: then nodes stand under two fingerprints, and new
     requests go to one of them. Which nodes work together is the scheduler's business.
     """
 
     def __init__(self, own: OwnModel, clock: Callable[[], float] = time.monotonic) -> None:
-        self._own = own
+        self.own = own
         self._clock = clock
         self._by_fingerprint: dict[str, dict[str, NodeDescriptor]] = {}
+        self._fingerprints: set[str] = set()  # also of weights that were exchanged
         self._reports: dict[str, tuple[float, LoadReport]] = {}  # node id -> when it came, and the report
         self.model: ModelCard | None = None  # of new requests; None until a node of ours has joined
-        self._others: dict[str, str] = {}  # node id -> why it serves another model
+        self.turns = Turns(self.num_nodes, self.num_prefill_nodes, self.prompt_tokens_at_once)
 
     def on_nodes(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
-        """The registry has changed. The model outlives its nodes: clients may ask for it at any time."""
+        """Those that serve it have changed. It outlives them: clients may ask for it at any time."""
         self._reports = {name: heard for name, heard in self._reports.items() if name in descriptors}
         self._by_fingerprint = {}
-        others = {}
         for node_id, node in descriptors.items():
-            if reason := self._own.why_not(node.model):
-                others[node_id] = reason
-                if node_id not in self._others:
-                    log.warning("%s serves another model, %s: %s", node_id, node.model.name, reason)
-            else:
-                self._by_fingerprint.setdefault(node.model.fingerprint, {})[node_id] = node
-        self._others = others
+            self._by_fingerprint.setdefault(node.model.fingerprint, {})[node_id] = node
+        self._fingerprints |= self._by_fingerprint.keys()
         self._choose_model()
+
+    def has_served(self, fingerprint: str) -> bool:
+        """Whether requests for this fingerprint are, or were, requests for this model."""
+        return fingerprint in self._fingerprints
 
     def on_report(self, report: LoadReport) -> None:
         _, before = self._reports.get(report.node.node_id, (0.0, None))
@@ -90,6 +91,11 @@ class Cluster:
         nodes = self._by_fingerprint.get(fingerprint, {}).values()
         sizes = Counter(node.layout.block_size for node in nodes).most_common(1)
         return sizes[0][0] if sizes else None
+
+    @property
+    def has_nodes(self) -> bool:
+        """Whether the registry has any, ready or not."""
+        return bool(self._by_fingerprint)
 
     def num_nodes(self) -> int:
         """Nodes that serve the model."""
@@ -170,6 +176,65 @@ class Cluster:
                 num_prefill += serves_prefill(chunk_budget, node.layout.block_size)
                 num_decode += serves_decode(chunk_budget, node.token_budget)
         return min(num_prefill, num_decode), num_prefill + num_decode
+
+
+class Cluster:
+    """All nodes: each under the model that it serves, if that is one of the gateway's."""
+
+    def __init__(self, models: Iterable[ModelNodes]) -> None:
+        self.models = list(models)
+        self.changed = asyncio.Event()  # set with each change of the registry
+        self.others: dict[str, tuple[NodeDescriptor, str]] = {}  # by id: of no model here, and why
+        self._descriptors: dict[str, NodeDescriptor] = {}
+        self._served: dict[str, ModelNodes] = {}  # by id of the node
+
+    def add(self, nodes: ModelNodes) -> None:
+        """One more model. Those that serve it are ready with their next reports."""
+        self.models.append(nodes)
+        self.on_nodes(self._descriptors)
+
+    def remove(self, nodes: ModelNodes) -> None:
+        """Forget a model. Nodes that still serve it count as others."""
+        self.models.remove(nodes)
+        self.on_nodes(self._descriptors)
+
+    def of(self, fingerprint: str) -> ModelNodes | None:
+        """The nodes of the model that a request is for, by the fingerprint that it began with.
+
+        None for a model that has been removed.
+        """
+        if len(self.models) == 1:
+            return self.models[0]
+        return next((nodes for nodes in self.models if nodes.has_served(fingerprint)), None)
+
+    def on_nodes(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
+        """The registry has changed."""
+        self._descriptors = dict(descriptors)
+        self._served, self.others = {}, {}
+        for node_id, node in descriptors.items():
+            reasons = {nodes: nodes.own.why_not(node.model) for nodes in self.models}
+            fitting = [nodes for nodes, reason in reasons.items() if reason is None]
+            if fitting:
+                # A folder without weights may fit nodes that another folder has the weights of.
+                exact = (nodes for nodes in fitting if nodes.own.files == node.model.files)
+                self._served[node_id] = next(exact, fitting[0])
+            else:
+                self.others[node_id] = node, "; ".join(filter(None, reasons.values()))
+        for nodes in self.models:
+            mine = (node_id for node_id, served in self._served.items() if served is nodes)
+            nodes.on_nodes({node_id: descriptors[node_id] for node_id in mine})
+        self.changed.set()
+
+    def on_report(self, report: LoadReport) -> None:
+        served = self._served.get(report.node.node_id)
+        # A report may come before its node is in the registry.
+        for nodes in self.models if served is None else (served,):
+            nodes.on_report(report)
+
+    def touch_all(self) -> None:
+        """After a reconnect: the silence was ours, not the nodes'."""
+        for nodes in self.models:
+            nodes.touch_all()
 
 
 def _standing(report: LoadReport) -> tuple[str, bool, int]:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Set
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Set
 from typing import NamedTuple
 
 import msgspec
@@ -55,12 +55,12 @@ from flowkv_common.wire.messages import (
     ids_that_fit,
 )
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
-from flowkv_gateway.cluster import Cluster, OwnModel
+from flowkv_gateway.cluster import Cluster, ModelNodes
 from flowkv_gateway.errors import for_client
 from flowkv_gateway.finished import FinishedLog
 from flowkv_gateway.request_state import RequestState
 from flowkv_gateway.token_stream import TokenStream
-from flowkv_gateway.turns import Turn, Turns
+from flowkv_gateway.turns import Turn
 from flowkv_gateway.witness import Witness
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class _Moves(Exception):
 
 
 class Load(NamedTuple):
-    """Open requests of this gateway, by whether a node works at them now, and the nodes' KV blocks in use.
+    """Open requests for a model, by whether a node works at them now, and its nodes' KV blocks in use.
 
     The sum of requests over gateways counts each once. The blocks are those of all nodes of the model.
     """
@@ -113,57 +113,74 @@ class Load(NamedTuple):
     num_waiting: int
     kv_cache_usage: float  # 0 to 1
 
+    def plus(self, other: Load) -> Load:
+        """Of two models of one name, while one is exchanged for the other."""
+        return Load(
+            self.num_running + other.num_running,
+            self.num_waiting + other.num_waiting,
+            max(self.kv_cache_usage, other.kv_cache_usage),
+        )
+
 
 class Dispatch:
     """Runs requests on the cluster. Made by `open_dispatch`."""
 
-    def __init__(self, bus: Bus, gateway_id: str, own: OwnModel) -> None:
+    def __init__(self, bus: Bus, gateway_id: str, models: Iterable[ModelNodes]) -> None:
         self._bus = bus
         self._gateway_id = gateway_id
         self.url = ""  # of the API, once it is served
-        self.cluster = cluster = Cluster(own)
+        self.cluster = Cluster(models)
         self.streams: dict[str, TokenStream] = {}  # transfer id -> the tokens of this attempt
         self.witness = Witness(gateway_id)
         self.finished = FinishedLog(gateway_id)
         self._nodes = ClusterView()  # and their reports, of all models
         self._views: list[ClusterView] = [self._nodes]  # with those of whoever looks at the cluster now
         self._descriptors: Mapping[str, NodeDescriptor] = {}
-        self._turns = Turns(cluster.num_nodes, cluster.num_prefill_nodes, cluster.prompt_tokens_at_once)
-        self._num_open = 0
+        self._open: dict[str, RequestState] = {}  # by request id
         self._scheduler_answered_at = 0.0
-        self._scheduler_why_not: str | None = _NO_SCHEDULER  # what was missing by its last answer
+        self._scheduler_why_not: dict[ModelNodes, str | None] = {}  # what was missing by its last answer
         self._doubted: Set[str] = frozenset()  # ids of nodes, by that and the one before
 
-    def model(self, num_further_bytes: int = 0) -> ModelCard | None:
-        """The model of new requests; None until a node that serves the gateway's model has joined.
+    def card_of(self, nodes: ModelNodes, num_further_bytes: int = 0) -> ModelCard | None:
+        """The model of new requests to these nodes; None until one of them has joined.
 
         Its window is one that our messages can carry, with so many bytes beside the tokens.
         """
-        if (card := self.cluster.model) is None:
+        if (card := nodes.model) is None:
             return None
         window = min(card.max_model_len, ids_that_fit(self._bus.max_payload - num_further_bytes))
         return msgspec.structs.replace(card, max_model_len=window)
 
     def metadata(self) -> dict[str, str]:
-        """What `nats micro info` shows of the gateway: where it listens, and whose nodes serve it."""
-        model = self.model()
-        served = {"model": model.name, "fingerprint": model.fingerprint} if model else {}
-        return {"url": self.url, **served}
+        """What `nats micro info` shows of the gateway: where it listens, and which models it serves."""
+        cards = [nodes.model for nodes in self.cluster.models if nodes.model]
+        if not cards:
+            return {"url": self.url}
+        names, fingerprints = (card.name for card in cards), (card.fingerprint for card in cards)
+        return {"url": self.url, "model": ", ".join(names), "fingerprint": ", ".join(fingerprints)}
 
-    def load(self) -> Load:
-        num_running = sum(stream.is_running for stream in self.streams.values())
-        return Load(num_running, self._num_open - num_running, self.cluster.kv_cache_usage())
+    def load(self, nodes: ModelNodes) -> Load:
+        mine = [one for one in self._open.values() if self.cluster.of(one.fingerprint) is nodes]
+        streams = (self.streams.get(request.transfer_id) for request in mine)
+        num_running = sum(stream is not None and stream.is_running for stream in streams)
+        return Load(num_running, len(mine) - num_running, nodes.kv_cache_usage())
 
     def why_not_ready(self) -> str | None:
-        """What is missing for a request sent now to be served; None if nothing is."""
+        """What is missing for a request sent now to be served, by any model; None if nothing is."""
         if not self._bus.is_connected:
             return "not connected to NATS"
+        reasons = [self._why_not(nodes) for nodes in self.cluster.models]
+        return None if None in reasons else next(iter(reasons), "no model is known yet")
+
+    def _why_not(self, nodes: ModelNodes) -> str | None:
+        """What is missing for a request for this model."""
         # Just after NATS was away, the silence may have been ours.
         silent_s = min(time.monotonic() - self._scheduler_answered_at, self._bus.connected_for_s)
-        why_not = _NO_SCHEDULER if silent_s > SCHEDULER_SILENT_S else self._scheduler_why_not
+        answer = self._scheduler_why_not.get(nodes, _NO_SCHEDULER)
+        why_not = _NO_SCHEDULER if silent_s > SCHEDULER_SILENT_S else answer
         missing = [why_not] if why_not else []
         no_node = "no node of the model is ready"  # also in the scheduler's words
-        if not self.cluster.has_ready_node() and no_node not in missing:
+        if not nodes.has_ready_node() and no_node not in missing:
             missing.append(no_node)
         return "; ".join(missing) or None
 
@@ -191,7 +208,7 @@ class Dispatch:
         client. Closing the generator cancels the request.
         """
         request.begin()
-        self._num_open += 1
+        self._open[request.request_id] = request
         try:
             with self._turn(request) as turn:
                 elsewhere: Assignment | None = None
@@ -209,7 +226,7 @@ class Dispatch:
                                     continue
                                 request.add_chunk(chunk)
                                 if turn is not None:  # with output it comes before all others
-                                    self._turns.end(turn)
+                                    turn.turns.end(turn)
                                     turn = None
                                 yield chunk
                         return
@@ -234,7 +251,7 @@ class Dispatch:
                 log.warning("request %s failed: %s: %s", request.request_id, error.code, error.message)
             raise for_client(error, request.deadline_s) from error
         finally:
-            self._num_open -= 1
+            self._open.pop(request.request_id, None)
             event = request.finished_event()
             self.finished.add(event)
             with contextlib.suppress(FlowKVError):
@@ -258,13 +275,13 @@ class Dispatch:
         request.begin()
         request.take(assignment)
         request.num_moves = MAX_MOVES  # it stays, though they are doubted
-        self._num_open += 1
+        self._open[request.request_id] = request
         try:
             async with self._attempt(request, assignment) as stream:
                 while not request.is_finished:
                     request.add_chunk(await self._next_chunk(request, stream))
         finally:
-            self._num_open -= 1
+            self._open.pop(request.request_id, None)
 
     async def _schedule(self, request: RequestState, turn: Turn | None) -> Assignment:
         """Ask until there is a pair: the gateway does the waiting, so no queue is lost with a scheduler."""
@@ -273,7 +290,7 @@ class Dispatch:
                 if turn is not None:
                     try:
                         async with asyncio.timeout(request.remaining_s()):
-                            await self._turns.wait(turn)
+                            await turn.turns.wait(turn)
                     except TimeoutError:
                         raise DeadlineExceeded("waited in vain for the turn of its key") from None
                     request.clock.turn(time.monotonic())
@@ -295,7 +312,7 @@ class Dispatch:
                     request.predicted_ttft_s = request.lived_s() + answer.first_token_in_s
                 if isinstance(answer, Assignment):
                     if turn is not None:
-                        self._turns.assign(turn)
+                        turn.turns.assign(turn)
                     return answer
                 request.clock.answer(answer, time.monotonic())
                 remaining_s = request.remaining_s()
@@ -304,7 +321,8 @@ class Dispatch:
                 await asyncio.sleep(min(answer.retry_in_s, remaining_s))
 
     async def _question(self, request: RequestState) -> ScheduleRequest:
-        block_size = self.cluster.block_size(request.fingerprint)
+        nodes = self.cluster.of(request.fingerprint)
+        block_size = nodes.block_size(request.fingerprint) if nodes else None
         hashes = await request.hash_blocks(block_size, hashes_that_fit(self._bus.max_payload))
         return request.schedule_request(hashes)
 
@@ -340,9 +358,10 @@ class Dispatch:
 
     def _turn(self, request: RequestState) -> contextlib.AbstractContextManager[Turn | None]:
         """None for a request that is in no other's way."""
-        if request.tenant is None or request.goals.is_batch:
+        nodes = self.cluster.of(request.fingerprint)
+        if nodes is None or request.tenant is None or request.goals.is_batch:
             return contextlib.nullcontext()
-        return self._turns.turn(request.tenant, len(request.prompt_ids))
+        return nodes.turns.turn(request.tenant, len(request.prompt_ids))
 
     @contextlib.asynccontextmanager
     async def _attempt(self, request: RequestState, assignment: Assignment) -> AsyncIterator[TokenStream]:
@@ -493,17 +512,27 @@ class Dispatch:
         """
         doubted_before = frozenset[str]()
         while True:
-            model = self.cluster.model
-            request = ReadyRequest(fingerprint=model.fingerprint if model else "")
-            doubted = frozenset[str]()
-            with contextlib.suppress(FlowKVError):  # what counts is the last answer
-                reply = await self._bus.request(
-                    subjects.SCHEDULER_READY, request, ReadyReply, timeout_s=READY_TIMEOUT_S
-                )
-                self._scheduler_answered_at, self._scheduler_why_not = time.monotonic(), reply.why_not
-                doubted = frozenset(node.node_id for node in reply.doubted)
+            models = list(self.cluster.models)
+            for gone in self._scheduler_why_not.keys() - models:
+                del self._scheduler_why_not[gone]
+            async with asyncio.TaskGroup() as tasks:
+                asking = [tasks.create_task(self._ask_if_ready(nodes)) for nodes in models]
+            doubted = frozenset[str]().union(*(task.result() for task in asking))
             self._doubted, doubted_before = doubted & doubted_before, doubted  # without an answer none
             await asyncio.sleep(READY_PERIOD_S)
+
+    async def _ask_if_ready(self, nodes: ModelNodes) -> Set[str]:
+        """Take the scheduler's word on a model. Returns the nodes that it doubts, by id."""
+        request = ReadyRequest(fingerprint=nodes.model.fingerprint if nodes.model else "")
+        try:
+            reply = await self._bus.request(
+                subjects.SCHEDULER_READY, request, ReadyReply, timeout_s=READY_TIMEOUT_S
+            )
+        except FlowKVError:
+            return frozenset()  # what counts is the last answer
+        self._scheduler_answered_at = time.monotonic()
+        self._scheduler_why_not[nodes] = reply.why_not
+        return frozenset(node.node_id for node in reply.doubted)
 
     async def keep_telling(self) -> None:
         """What we see of nodes, until cancelled. While cut off from NATS nothing is said."""
@@ -520,17 +549,19 @@ class Dispatch:
 
 @contextlib.asynccontextmanager
 async def open_dispatch(
-    nats_settings: NatsSettings | str, own: OwnModel, on_closed: Callable[[], None] | None = None
+    nats_settings: NatsSettings | str,
+    models: Iterable[ModelNodes],
+    on_closed: Callable[[], None] | None = None,
 ) -> AsyncIterator[Dispatch]:
     """A gateway's connection to the cluster, listening for tokens, keepalives, nodes and their load.
 
-    Of the nodes only those that serve its `own` model are its cluster. `on_closed` and what is raised are as
-    of `connect`.
+    Requests go to the nodes of its `models`, to no others. `on_closed` and what is raised are as of
+    `connect`.
     """
     gateway_id = f"gateway-{secrets.token_hex(4)}"
     name = f"flowkv-gateway/{gateway_id}"
     async with connect(nats_settings, name=name, user="gateway", on_closed=on_closed) as bus:
-        dispatch = Dispatch(bus, gateway_id, own)
+        dispatch = Dispatch(bus, gateway_id, models)
         bus.on_reconnect(dispatch.cluster.touch_all)
         service = Service(
             bus,

@@ -185,7 +185,7 @@ class GrammarChecker:
     """Tells whether nodes can keep to a grammar, in a process that starts with the first one.
 
     It compiles them as nodes will. A process, since a grammar can be written that takes any time or memory to
-    compile, or that aborts its compiler. An async context manager.
+    compile, or that aborts its compiler. An async context manager, or `close` it.
     """
 
     def __init__(self, tokenizer_file: Path) -> None:
@@ -200,6 +200,10 @@ class GrammarChecker:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the process. It starts again with the next grammar."""
         await self._end()
 
     async def check(self, wanted: Wanted) -> None:

@@ -142,9 +142,7 @@ class Sight:
             "leader": view.leader.id if view.leader else "",
             "regime": view.regime,
             "regime_reason": view.regime_reason,
-            "wanted": [
-                f"{one.change:+d} {one.role}: {one.reason}" for one in view.wanted.values() if one.change
-            ],
+            "wanted": view.wishes(),
             "nodes": [self._node(node) for node in view.nodes()],
             "requests": [_request(event) for event in new_finished[-MAX_NEW:]],
             "num_requests": len(new_finished),

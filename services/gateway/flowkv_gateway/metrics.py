@@ -6,7 +6,7 @@ One choice counts as one request, as in vLLM. Times are taken where the client f
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from time import perf_counter
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -42,16 +42,10 @@ class GatewayMetrics(Collector):
     first increase.
     """
 
-    def __init__(
-        self,
-        registry: CollectorRegistry,
-        model_name: Callable[[], str | None],
-        load: Callable[[], Load],
-    ) -> None:
-        """`model_name` is None until it is known, which is before the first choice is made."""
+    def __init__(self, registry: CollectorRegistry, loads: Callable[[], Mapping[str, Load]]) -> None:
+        """`loads`: by the name of the model, which is there before the first choice of it is made."""
         registry.register(self)  # the first to be asked at a scrape
-        self._model_name = model_name
-        self._load = load
+        self._loads = loads
         self._families: list[Counter | Histogram] = []  # of one label, the model's name
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -94,20 +88,32 @@ class GatewayMetrics(Collector):
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """What is read at a scrape."""
-        if (name := self._model_name()) is None:
-            return
-        for family in self._families:
-            family.labels(name)
-        for reason in ("stop", "length", "abort", "error"):
-            self._finished.labels(name, reason)
-        load = self._load()
-        for metric, text, value in (
-            ("vllm:num_requests_running", "Answers that a node works at", load.num_running),
-            ("vllm:num_requests_waiting", "Answers that wait, here or at a node", load.num_waiting),
-            ("vllm:kv_cache_usage_perc", "Share of all nodes' KV blocks in use, 0 to 1", load.kv_cache_usage),
+        loads = self._loads()
+        for name in loads:
+            for family in self._families:
+                family.labels(name)
+            for reason in ("stop", "length", "abort", "error"):
+                self._finished.labels(name, reason)
+        for metric, text, values in (
+            (
+                "vllm:num_requests_running",
+                "Answers that a node works at",
+                {name: load.num_running for name, load in loads.items()},
+            ),
+            (
+                "vllm:num_requests_waiting",
+                "Answers that wait, here or at a node",
+                {name: load.num_waiting for name, load in loads.items()},
+            ),
+            (
+                "vllm:kv_cache_usage_perc",
+                "Share of all nodes' KV blocks in use, 0 to 1",
+                {name: load.kv_cache_usage for name, load in loads.items()},
+            ),
         ):
             gauge = GaugeMetricFamily(metric, text, labels=["model_name"])
-            gauge.add_metric([name], value)
+            for name, value in values.items():
+                gauge.add_metric([name], value)
             yield gauge
 
     def count_error(self, status: int) -> None:
@@ -115,9 +121,9 @@ class GatewayMetrics(Collector):
         if status != CLIENT_HAS_GONE:
             self._errors.labels(str(status)).inc()
 
-    def count_group(self, num_choices: int) -> None:
+    def count_group(self, model_name: str, num_choices: int) -> None:
         """Count a prompt that so many choices were asked for."""
-        self.num_choices.labels(self._model_name()).observe(num_choices)
+        self.num_choices.labels(model_name).observe(num_choices)
 
     @contextlib.contextmanager
     def observe(self, choice: Choice) -> Iterator[Callable[[int], None]]:
@@ -125,7 +131,7 @@ class GatewayMetrics(Collector):
 
         One that is not finished at the end is for `count_unfinished`.
         """
-        name, request = self._model_name(), choice.request
+        name, request = choice.request.model_name, choice.request
         itl, answer_tokens = self.itl.labels(name), self.answer_tokens.labels(name)  # once: each token counts
         began = perf_counter()
         first_at = last_at = 0.0
@@ -180,4 +186,4 @@ class GatewayMetrics(Collector):
         reason = "abort" if isinstance(error, Cancelled) else "error"
         for choice in choices:
             if choice.finish_reason is None:
-                self._finished.labels(self._model_name(), reason).inc()
+                self._finished.labels(choice.request.model_name, reason).inc()

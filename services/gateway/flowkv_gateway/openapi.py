@@ -55,7 +55,7 @@ OPERATIONS = (
         "/v1/messages", "Continues a chat as Anthropic's API does, whole or as a stream.", MessagesRequest
     ),
     Operation("/v1/messages/count_tokens", "How many tokens such a chat has.", CountTokensRequest),
-    Operation("/v1/models", "The model, by each of its names."),
+    Operation("/v1/models", "The models, each by each of its names."),
     Operation("/v1/models/{model}", "The model with this name."),
     Operation("/tokenize", "A text or messages to token ids.", TokenizeRequest),
     Operation("/detokenize", "Token ids to their text.", DetokenizeRequest),

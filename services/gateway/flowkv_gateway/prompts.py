@@ -158,6 +158,7 @@ def plan(
                 ),
                 deadline_s=deadline_s,
                 fingerprint=card.fingerprint,
+                model_name=card.name,
                 priority=request.priority or 0,
                 goals=goals,
                 tenant=tenant,

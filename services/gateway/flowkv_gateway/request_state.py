@@ -54,6 +54,7 @@ class RequestState:
     sampling: SamplingParams
     deadline_s: float  # from the call of `generate` on
     fingerprint: str  # of the model, on all attempts
+    model_name: str = ""  # as clients call it
     priority: int = 0
     tenant: Tenant | None = None
     goals: ServiceGoals = NO_GOALS

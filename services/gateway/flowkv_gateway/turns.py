@@ -19,6 +19,7 @@ from flowkv_gateway.tenants import Tenant
 class Turn:
     """One request, until it has its first token. `num_tokens`: of its prompt."""
 
+    turns: Turns  # that gave it
     tenant: Tenant
     num_tokens: int
     is_taken: bool = False  # it may ask the scheduler
@@ -27,7 +28,9 @@ class Turn:
 
 
 class Turns:
-    """Those that have a turn fill the next step of the nodes: one prompt for each node that prefills, more of
+    """Of the requests for one model.
+
+    Those that have a turn fill the next step of the nodes: one prompt for each node that prefills, more of
     them up to so many tokens. While a tenant is expected the step is kept short, since a newcomer waits for
     its end. Of those that the scheduler lets wait it is one request per node.
 
@@ -53,7 +56,7 @@ class Turns:
     @contextlib.contextmanager
     def turn(self, tenant: Tenant, num_tokens: int) -> Iterator[Turn]:
         """Around all that is done for a request. One that ends without a pair was not served."""
-        turn = Turn(tenant, num_tokens)
+        turn = Turn(self, tenant, num_tokens)
         try:
             yield turn
         finally:

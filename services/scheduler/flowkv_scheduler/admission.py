@@ -120,7 +120,7 @@ class WaitingQueue:
         """`ttft_goal_s`: of requests that have none of their own."""
         self._ttft_goal_s = ttft_goal_s
         self._waiters: dict[str, Waiter] = {}
-        self._in_order: SortedDict = SortedDict()  # place -> waiter
+        self._by_place: dict[Place, Waiter] = {}
         # Lines by rank: all of a later one come behind it, whatever they need.
         self._at_nodes: _Lines = {}
         self._of_models: _Lines = {}
@@ -160,24 +160,27 @@ class WaitingQueue:
         """Whether requests of no such class wait for the model."""
         return any(rank is not Rank.BATCH for rank in self._of_models.get(fingerprint, {}))
 
-    def is_late_overdue(self, now: float) -> bool:
-        """Whether the first of the late requests was to have its first token by now.
+    def is_late_overdue(self, fingerprint: str, now: float) -> bool:
+        """Whether the first of the model's late requests was to have its first token by now.
 
         Those that should have asked again by now are passed over: their clients may have left.
         """
-        for place in self._in_order.irange((Rank.LATE,), (Rank.BATCH,)):
-            waiter: Waiter = self._in_order[place]
+        line = self._of_models.get(fingerprint, {}).get(Rank.LATE)
+        for place in line.places if line else ():
+            waiter = self._by_place[place]
             if waiter.until - GRACE_S >= now:
                 return waiter.due < now
         return False
 
-    def ahead_of(self, place: Place) -> Iterator[Waiter]:
-        """All others that come before it, in their order."""
-        for other in self._in_order:
-            if other >= place:
-                return
-            if other.request_id != place.request_id:  # it may stand where it was before it was late
-                yield self._in_order[other]
+    def ahead_of(self, place: Place, fingerprint: str) -> Iterator[Waiter]:
+        """All others that wait for the model and come before it, in their order."""
+        lines = self._of_models.get(fingerprint, {})
+        for rank in sorted(lines):
+            for other in lines[rank].places:
+                if other >= place:
+                    return
+                if other.request_id != place.request_id:  # it may stand where it was before it was late
+                    yield self._by_place[other]
 
     def node_of(self, request_id: str) -> str:
         """Where it stands; "" if it does not wait, or nowhere."""
@@ -219,7 +222,7 @@ class WaitingQueue:
             place = place._replace(rank=Rank.LATE)
         self.forget(request.request_id)
         waiter = Waiter(request, place, node_id, need, began, until, due)
-        self._waiters[request.request_id] = self._in_order[place] = waiter
+        self._waiters[request.request_id] = self._by_place[place] = waiter
         self._ends[until, request.request_id] = None
         for lines, key in self._lines_of(waiter):
             by_rank = lines.setdefault(key, {})
@@ -235,7 +238,7 @@ class WaitingQueue:
         waiter = self._waiters.pop(request_id, None)
         if waiter is None:
             return
-        del self._in_order[waiter.place]
+        del self._by_place[waiter.place]
         del self._ends[waiter.until, request_id]
         for lines, key in self._lines_of(waiter):
             line = lines[key].pop(waiter.place.rank)
@@ -370,7 +373,11 @@ def _check_wait(costs: RequestCosts, later: Later, place: Place, queue: WaitingQ
         if request.age_s + later.wait_s > longest_s:
             raise _wait_too_long(request, later.wait_s, longest_s)
         # Who sets a longest wait means it.
-        if later.is_late and not costs.goals.max_wait_s and queue.is_late_overdue(costs.now):
+        if (
+            later.is_late
+            and not costs.goals.max_wait_s
+            and queue.is_late_overdue(request.fingerprint, costs.now)
+        ):
             raise errors.Full(
                 "the first token would be late, and others that are late wait for longer than was predicted",
                 retry_after_s=max(later.wait_s, MAX_RETRY_S),
@@ -432,12 +439,12 @@ def room_kept(queue: WaitingQueue, place: Place, costs: RequestCosts) -> dict[st
     }
     free = {node_id: node.num_available_blocks for node_id, node in open_nodes.items()}
     idle_line = _idle_line(costs)
-    for other in itertools.islice(queue.ahead_of(place), NUM_KEPT_FOR):
+    for other in itertools.islice(queue.ahead_of(place, costs.request.fingerprint), NUM_KEPT_FOR):
         if not open_nodes:
             break
         request = other.request
-        if request.fingerprint != costs.request.fingerprint or other.node_id == idle_line:
-            continue  # it waits for other nodes, or takes its room only when its prompt can begin
+        if other.node_id == idle_line:
+            continue  # it takes its room only when its prompt can begin
         node = own = open_nodes.get(other.node_id)
         need = other.need
         if not need.num_sequences:  # none was told to one that found no node

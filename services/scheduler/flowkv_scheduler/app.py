@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AsyncExitStack
 from typing import TypeVar
 
@@ -33,6 +33,7 @@ from flowkv_common.wire.messages import (
     Wait,
 )
 from flowkv_common.wire.nodes import (
+    REGIMES,
     CapMoved,
     LoadReport,
     NodeDescriptor,
@@ -44,7 +45,7 @@ from flowkv_scheduler.belief import why_untrue
 from flowkv_scheduler.cluster import Goals, num_pairs, why_apart
 from flowkv_scheduler.planner import TICK_PERIOD_S, Planner
 from flowkv_scheduler.prefixes import following_prefixes
-from flowkv_scheduler.rebalance import NORMAL, REGIMES, SIDES, Order
+from flowkv_scheduler.rebalance import NORMAL, SIDES, Order
 from flowkv_scheduler.slices import Sliced
 
 log = logging.getLogger(__name__)
@@ -76,33 +77,72 @@ class Orders:
         self._bus = bus
         self._lease = lease
         self._budget_of = budget_of
-        self.regime, self.regime_reason = NORMAL, ""  # as last told
-        self._wanted: dict[str, int] = {}  # role -> change, as last told
+        self._regimes_told: dict[str, RegimeChanged] = {}  # by model, the last ones
+        self._wanted: dict[tuple[str, str], int] = {}  # model, role -> change, as last told
+        self._models: Set[str] = frozenset()
+        self._shows_metrics = False
         self._num_moves = Counter("flowkv_cap_moves", "Prefill chunk budgets moved", registry=registry)
-        self._regimes = Gauge("flowkv_regime", "1 for what the leader sees", ["regime"], registry=registry)
+        self._regimes = Gauge(
+            "flowkv_regime", "1 for what the leader sees", ["model_name", "regime"], registry=registry
+        )
         self._scale = Gauge(
             "flowkv_scale_wanted",
             "Nodes to add, or take away, to meet the goals",
-            ["role"],
+            ["model_name", "role"],
             registry=registry,
         )
 
+    @property
+    def regime(self) -> tuple[str, str]:
+        """The worst of all models, and why, as last told."""
+        worst = max(self._regimes_told.values(), key=lambda told: REGIMES.index(told.after), default=None)
+        if worst is None:
+            return NORMAL, ""
+        whose = f"{worst.model}: " if len(self._models) > 1 else ""
+        return worst.after, whose + worst.reason
+
+    def set_models(self, names: Set[str]) -> None:
+        """The models that have nodes: no other's metrics are shown."""
+        for name in self._models - names:
+            self._regimes_told.pop(name, None)
+            if self._shows_metrics:
+                self._forget_metrics(name)
+        new, self._models = names - self._models, names
+        if self._shows_metrics:
+            for name in new:
+                self._show_metrics(name)
+
     @contextlib.contextmanager
     def showing_metrics(self) -> Iterator[None]:
-        """While we lead, show what our planner found last; else that is another's to show."""
-        self._show_regime()
-        for role in SIDES:
-            self._scale.labels(role).set(0)
+        """While we lead, show what our planner finds; else that is another's to show."""
+        self._shows_metrics = True
+        for name in self._models:
+            self._show_metrics(name)
         try:
             yield
         finally:
+            self._shows_metrics = False
             self._regimes.clear()
             self._scale.clear()
             self._wanted.clear()
+            self._regimes_told.clear()
 
-    def _show_regime(self) -> None:
+    def _show_metrics(self, model: str) -> None:
+        self._show_regime(model)
+        for role in SIDES:
+            self._scale.labels(model, role).set(self._wanted.get((model, role), 0))
+
+    def _forget_metrics(self, model: str) -> None:
         for regime in REGIMES:
-            self._regimes.labels(regime).set(regime == self.regime)
+            self._regimes.remove(model, regime)
+        for role in SIDES:
+            self._scale.remove(model, role)
+            self._wanted.pop((model, role), None)
+
+    def _show_regime(self, model: str) -> None:
+        told = self._regimes_told.get(model)
+        for regime in REGIMES:
+            self._regimes.labels(model, regime).set(regime == (told.after if told else NORMAL))
 
     async def apply_orders(self, orders: Iterable[Order]) -> None:
         """All of them at once. Raises nothing of what goes wrong at nodes or on NATS."""
@@ -141,17 +181,21 @@ class Orders:
         await self._publish_event(subjects.event("cap_moved", node_id), moved)
 
     async def _change_regime(self, order: RegimeChanged) -> None:
-        self.regime, self.regime_reason = order.after, order.reason
-        self._show_regime()
-        log.info("the regime is %s, it was %s: %s", order.after, order.before, order.reason)
+        if order.model in self._models:
+            self._regimes_told[order.model] = order
+            self._show_regime(order.model)
+        log.info(
+            "the regime of %s is %s, it was %s: %s", order.model, order.after, order.before, order.reason
+        )
         await self._publish_event(subjects.event("regime_changed", self._lease.holder_id), order)
 
     async def _want_scale(self, order: ScaleWanted) -> None:
-        self._scale.labels(order.role).set(order.change)
-        if self._wanted.get(order.role, 0) == order.change:
+        if self._wanted.get((order.model, order.role), 0) == order.change:
             return  # told before
-        self._wanted[order.role] = order.change
-        log.info("%+d %s nodes are wanted: %s", order.change, order.role, order.reason)
+        if order.model in self._models:
+            self._wanted[order.model, order.role] = order.change
+            self._scale.labels(order.model, order.role).set(order.change)
+        log.info("%+d %s nodes are wanted of %s: %s", order.change, order.role, order.model, order.reason)
         await self._publish_event(subjects.event("scale_wanted", order.role), order)
 
     async def _publish_event(self, subject: str, event: msgspec.Struct) -> None:
@@ -230,6 +274,7 @@ class Scheduler:
 
     def on_nodes(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         self.planner.set_descriptors(descriptors)
+        self._orders.set_models({descriptor.model.name for descriptor in descriptors.values()})
         self._told_bad &= set(map(subjects.load, descriptors))
         apart = why_apart(descriptors.values())
         if apart and apart != self._apart:
@@ -244,8 +289,8 @@ class Scheduler:
         epoch = str(self._lease.highest_epoch)
         if not self._lease.is_held:
             return {"state": "standby", "epoch": epoch}
-        regime = {"regime": self._orders.regime, "regime_reason": self._orders.regime_reason}
-        return {"state": "leader", "epoch": epoch, **regime}
+        regime, reason = self._orders.regime
+        return {"state": "leader", "epoch": epoch, "regime": regime, "regime_reason": reason}
 
     def why_not_ready(self) -> str | None:
         """A standby is ready while another leads."""

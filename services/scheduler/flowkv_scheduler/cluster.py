@@ -110,7 +110,8 @@ class ClusterState:
     def __init__(self) -> None:
         self.prefixes = PrefixIndex()
         self.belief = Belief()
-        self.mean_prompt_tokens = FIRST_MEAN_PROMPT_TOKENS
+        self.mean_prompt_tokens = FIRST_MEAN_PROMPT_TOKENS  # of a model whose prompts are not known yet
+        self._mean_prompt_tokens: dict[str, float] = {}  # by model
         self._descriptors: dict[str, NodeDescriptor] = {}
         self._nodes: dict[NodeRef, NodeLife] = {}
         self._views: dict[str, NodeView] = {}
@@ -128,6 +129,8 @@ class ClusterState:
         models = {descriptor.model.fingerprint for descriptor in descriptors.values()}
         for model in self._costs.keys() - models:
             del self._costs[model]
+        for model in self._mean_prompt_tokens.keys() - models:
+            del self._mean_prompt_tokens[model]
         for node_id in before.keys() | descriptors.keys():
             if before.get(node_id) != descriptors.get(node_id):
                 if node_id in before and (known := self._nodes.get(before[node_id].node)):
@@ -167,9 +170,14 @@ class ClusterState:
             self._try(node, known)
             self._refresh(node.node_id)
 
-    def learn_prompt_length(self, num_tokens: int) -> None:
+    def mean_prompt_tokens_of(self, fingerprint: str) -> float:
+        """The mean length of a model's prompts lately."""
+        return self._mean_prompt_tokens.get(fingerprint, self.mean_prompt_tokens)
+
+    def learn_prompt_length(self, fingerprint: str, num_tokens: int) -> None:
         """The mean length of prompts tells what a queue of so many tokens costs."""
-        self.mean_prompt_tokens += NEWEST_PROMPT_WEIGHT * (num_tokens - self.mean_prompt_tokens)
+        mean = self.mean_prompt_tokens_of(fingerprint)
+        self._mean_prompt_tokens[fingerprint] = mean + NEWEST_PROMPT_WEIGHT * (num_tokens - mean)
 
     def set_leaving(self, leaving: Mapping[str, str]) -> None:
         """Which side each of these nodes gets nothing new on, by id."""
@@ -301,7 +309,8 @@ class ClusterState:
         known = self._nodes.get(descriptor.node) if descriptor else None
         view = None
         if descriptor is not None and known is not None:
-            view = view_of(descriptor, known, self.mean_prompt_tokens, self._leaving.get(node_id))
+            mean_prompt_tokens = self.mean_prompt_tokens_of(descriptor.model.fingerprint)
+            view = view_of(descriptor, known, mean_prompt_tokens, self._leaving.get(node_id))
         if before is not None and (view is None or view.group != before.group):
             self._groups[before.group].replace_node(before, None)
             if not self._groups[before.group].members:
@@ -336,12 +345,20 @@ def num_pairs(nodes: Iterable[NodeView]) -> int:
 
 
 def why_apart(nodes: Iterable[NodeDescriptor]) -> str | None:
-    """Which nodes can't exchange blocks with most of the nodes, and what differs; None if all can."""
-    groups: dict[Group, list[str]] = defaultdict(list)
+    """Which nodes can't exchange blocks with most nodes of their model, and what differs; None if all can.
+
+    Here a model is what has one name: nodes of other names are not meant to work together.
+    """
+    by_name: dict[str, list[NodeDescriptor]] = defaultdict(list)
     for node in sorted(nodes, key=lambda node: node.node.node_id):
+        by_name[node.model.name].append(node)
+    return "; ".join(filter(None, map(_why_apart, by_name.values()))) or None
+
+
+def _why_apart(nodes: Iterable[NodeDescriptor]) -> str:
+    groups: dict[Group, list[str]] = defaultdict(list)
+    for node in nodes:
         groups[group_of(node)].append(node.node.node_id)
-    if len(groups) < 2:
-        return None
     most = max(groups, key=lambda group: len(groups[group]))  # of equals, that with the first node
     lines = []
     for group, names in groups.items():
@@ -370,4 +387,5 @@ def _parts(group: Group) -> dict[str, str | int]:
         "KV by layer": str([tuple(layer) for layer in layout.layers] or "alike"),
         "KV dtype": layout.dtype,
         "memory of the KV cache": group.memory,
+        "protocol": group.protocol,
     }

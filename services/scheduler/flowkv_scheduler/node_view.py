@@ -140,15 +140,16 @@ def speed_of(report: LoadReport) -> Speed:
 
 
 class Group(NamedTuple):
-    """What nodes that can exchange blocks have in common: weights, shape of a block, kind of memory."""
+    """What nodes that can work together share: weights, shape of a block, kind of memory, protocol."""
 
     fingerprint: str
     layout: PoolLayout
     memory: str
+    protocol: int
 
 
 def group_of(node: NodeDescriptor) -> Group:
-    return Group(node.model.fingerprint, node.layout, node.memory)
+    return Group(node.model.fingerprint, node.layout, node.memory, node.protocol)
 
 
 class NodeView(msgspec.Struct, frozen=True, gc=False):

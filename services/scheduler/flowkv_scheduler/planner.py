@@ -163,7 +163,7 @@ class Planner:
 
     def _count_choice(self, request: ScheduleRequest, choice: Choice, now: float) -> None:
         """Load reports lag: what we have just given must not be given twice."""
-        self.state.learn_prompt_length(request.num_prompt_tokens)
+        self.state.learn_prompt_length(request.fingerprint, request.num_prompt_tokens)
         for_prefill, for_decode = choice.added_work(request, self.state.lengths_of(request.fingerprint))
         prefill, decode = choice.prefill.descriptor.node, choice.decode.descriptor.node
         self.state.add_prompt(prefill, for_prefill, now)

@@ -194,7 +194,7 @@ class RequestCosts:
 
     def step_s(self, node: NodeView) -> float:
         """Of a decode step with this request in it."""
-        longer = self.request.num_prompt_tokens - self.state.mean_prompt_tokens
+        longer = self.request.num_prompt_tokens - self.state.mean_prompt_tokens_of(self.request.fingerprint)
         return node.step_s + longer * node.speed.context_token_s
 
     def num_cached_tokens(self, node: NodeView) -> int:

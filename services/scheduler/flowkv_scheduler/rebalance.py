@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from operator import attrgetter, ne
 from typing import NamedTuple
 
+import msgspec
+
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import (
+    REGIMES,
     NodeDescriptor,
     RegimeChanged,
     ScaleWanted,
@@ -62,7 +65,7 @@ IDLE_S = 60.0
 # Between two requests for more or fewer nodes.
 SCALE_EVERY_S = 10.0
 
-NORMAL, IMBALANCE, OVERLOAD = REGIMES = "normal", "imbalance", "overload"
+NORMAL, IMBALANCE, OVERLOAD = REGIMES
 SIDES: tuple[Side, Side] = ("prefill", "decode")
 
 # Orders are wire messages with epoch 0: the leader puts in its own.
@@ -93,7 +96,14 @@ class Move(NamedTuple):
 
 @dataclass(slots=True)
 class Past:
-    """What is remembered of the nodes of one model."""
+    """What is remembered of one model and its nodes."""
+
+    name: str = ""  # of the model
+    regime: str = NORMAL
+    sign: str = NORMAL
+    num_ticks: int = 0  # that the sign has lasted
+    scaled_at: float = -math.inf
+    wanted: ScaleWanted | None = None  # as last told, while it stands
 
     since: float = -math.inf  # what came before is forgotten
     turn: int = 0  # place in `TURNS`
@@ -107,19 +117,20 @@ class Past:
 
 
 class Rebalancer:
-    """Remembers the regime, and which nodes it has moved and when."""
+    """Remembers the regime of each model, and which nodes it has moved and when."""
 
     def __init__(self, goals: Goals, *, lends: bool = True) -> None:
-        self.regime = NORMAL
         self.moved: dict[NodeRef, Moved] = {}
         self._known: set[NodeRef] = set()
+        self._models: set[str] = set()  # that have nodes, by fingerprint
         self._goals = goals
         self._lends = lends
         self._pasts: defaultdict[str, Past] = defaultdict(Past)
-        self._sign = NORMAL
-        self._num_ticks = 0  # that the sign has lasted
-        self._scaled_at = -math.inf
-        self._wanted: ScaleWanted | None = None  # as last told, while it stands
+
+    @property
+    def regime(self) -> str:
+        """The worst of all models."""
+        return max((past.regime for past in self._pasts.values()), key=REGIMES.index, default=NORMAL)
 
     @property
     def leaving(self) -> Mapping[str, Side]:
@@ -128,7 +139,9 @@ class Rebalancer:
 
     def set_descriptors(self, registry: Iterable[NodeDescriptor]) -> None:
         """Forget lives that ended. A node that is only silent is still where it was moved to."""
+        registry = list(registry)
         self._known = {descriptor.node for descriptor in registry}
+        self._models = {descriptor.model.fingerprint for descriptor in registry}
         self.moved = {ref: moved for ref, moved in self.moved.items() if ref in self._known}
 
     def tick(
@@ -141,33 +154,45 @@ class Rebalancer:
         """What should change now. Demands and lengths are by the fingerprint of the model."""
         nodes = sorted(nodes, key=attrgetter("node_id"))
         self._known.update(node.descriptor.node for node in nodes)
-        by_model: dict[str, list[NodeView]] = defaultdict(list)
+        # Models whose nodes have gone, too: what was told of them has ended.
+        by_model: dict[str, list[NodeView]] = {model: [] for model in self._pasts}
         for node in nodes:
-            by_model[node.descriptor.model.fingerprint].append(node)
-        orders: list[Order] = []
-        signs, scaling = [NORMAL], list[ScaleWanted]()
-        for model, members in by_model.items():
-            if self._lends:
-                self._adopt(members, now)
-                self._fill_empty_side(self._pasts[model], members, now)
-        yield
-        for model, members in by_model.items():
-            demand, past = demands.get(model), self._pasts[model]
-            if self._lends and demand is not None:
-                yield from self._move_nodes(past, members, demand, lengths[model], now)
-            yield
-            sign = self._sign_of(members, demand, now)
-            signs.append(sign)
-            yield
-            if demand is not None and sign == OVERLOAD:
-                scaling += yield from self._more_nodes(members, demand, lengths[model], now)
-            elif (yield from self._could_do_with_fewer(past, members, demand, lengths[model], now)):
-                scaling += self._fewer_nodes(members)
-        yield
-        orders += self._change_regime(max(signs, key=REGIMES.index))
+            card = node.descriptor.model
+            by_model.setdefault(card.fingerprint, []).append(node)
+            self._pasts[card.fingerprint].name = card.name
         if self._lends:
-            orders += self._budget_orders(nodes)
-        return orders + self._tell_scaling(scaling, now)
+            for model, members in by_model.items():
+                if members:
+                    self._adopt(members, now)
+                    self._fill_empty_side(self._pasts[model], members, now)
+        yield
+        regimes, scaling = list[Order](), list[Order]()
+        for model, members in by_model.items():
+            past, sign, wanted = self._pasts[model], NORMAL, list[ScaleWanted]()
+            if members:
+                demand = demands.get(model)
+                sign, wanted = yield from self._look_after(past, members, demand, lengths[model], now)
+            yield
+            regimes += _of_model(past.name, self._change_regime(past, sign))
+            scaling += _of_model(past.name, self._tell_scaling(past, wanted, now))
+            if not members and model not in self._models and past.regime == NORMAL and past.wanted is None:
+                del self._pasts[model]
+        return [*regimes, *(self._budget_orders(nodes) if self._lends else ()), *scaling]
+
+    def _look_after(
+        self, past: Past, nodes: Sequence[NodeView], demand: Demand | None, lengths: OutputLengths, now: float
+    ) -> Sliced[tuple[str, list[ScaleWanted]]]:
+        """Move nodes of one model. Returns the sign for its regime, and nodes that are wanted or spare."""
+        if self._lends and demand is not None:
+            yield from self._move_nodes(past, nodes, demand, lengths, now)
+        yield
+        sign = self._sign_of(nodes, demand, now)
+        yield
+        if demand is not None and sign == OVERLOAD:
+            return sign, (yield from self._more_nodes(past, nodes, demand, lengths, now))
+        if (yield from self._could_do_with_fewer(past, nodes, demand, lengths, now)):
+            return sign, self._fewer_nodes(nodes)
+        return sign, []
 
     def _duty(self, node: NodeView) -> Duty:
         moved = self.moved.get(node.descriptor.node)
@@ -393,25 +418,25 @@ class Rebalancer:
             return NORMAL
         return OVERLOAD
 
-    def _change_regime(self, sign: str) -> list[Order]:
-        self._num_ticks = self._num_ticks + 1 if sign == self._sign else 1
-        self._sign = sign
-        if sign == self.regime or (sign != IMBALANCE and self._num_ticks < NUM_TICKS):
+    def _change_regime(self, past: Past, sign: str) -> list[RegimeChanged]:
+        past.num_ticks = past.num_ticks + 1 if sign == past.sign else 1
+        past.sign = sign
+        if sign == past.regime or (sign != IMBALANCE and past.num_ticks < NUM_TICKS):
             return []
         reasons = {
             NORMAL: "requests are served in time",
             IMBALANCE: "nodes move to the other side, more requests are served in time there",
             OVERLOAD: f"over {MIN_GAIN:.0%} of the last {WINDOWS_S[0]:.0f} s came too late or were refused",
         }
-        before, self.regime = self.regime, sign
+        before, past.regime = past.regime, sign
         return [RegimeChanged(epoch=NO_EPOCH, before=before, after=sign, reason=reasons[sign])]
 
     def _more_nodes(
-        self, nodes: Sequence[NodeView], demand: Demand, lengths: OutputLengths, now: float
+        self, past: Past, nodes: Sequence[NodeView], demand: Demand, lengths: OutputLengths, now: float
     ) -> Sliced[list[ScaleWanted]]:
         """The fewest more nodes of one side that serve nearly all in time; twice as many at most."""
         window = self._window(demand, nodes, now - WINDOWS_S[1], now)
-        if self.regime != OVERLOAD or window is None or now - self._scaled_at < SCALE_EVERY_S:
+        if past.regime != OVERLOAD or window is None or now - past.scaled_at < SCALE_EVERY_S:
             return []
         yield
         ahead = LookAhead(nodes, self._duties(nodes), window, lengths, self._goals, now)
@@ -457,20 +482,24 @@ class Rebalancer:
         side = _larger_side(self._duties(nodes))
         return [_wanted(side, -1, f"for {IDLE_S:.0f} s one fewer would have served all in time")]
 
-    def _tell_scaling(self, scaling: list[ScaleWanted], now: float) -> list[Order]:
+    def _tell_scaling(self, past: Past, scaling: list[ScaleWanted], now: float) -> list[ScaleWanted]:
         """At most every `SCALE_EVERY_S`; and once that nodes are not wanted any more."""
-        order = scaling[0] if scaling and now - self._scaled_at >= SCALE_EVERY_S else None
-        orders: list[Order] = []
-        if before := self._wanted:
+        order = scaling[0] if scaling and now - past.scaled_at >= SCALE_EVERY_S else None
+        orders = list[ScaleWanted]()
+        if before := past.wanted:
             # While a node moves it is open whether that is enough.
-            has_ended = self.regime == NORMAL if before.change > 0 else not scaling
+            has_ended = past.regime == NORMAL if before.change > 0 else not scaling
             if order.role != before.role if order else has_ended:
                 orders.append(_wanted(before.role, 0, "the need has ended"))
-                self._wanted = None
+                past.wanted = None
         if order is not None:
             orders.append(order)
-            self._wanted, self._scaled_at = order, now
+            past.wanted, past.scaled_at = order, now
         return orders
+
+
+def _of_model(name: str, orders: Iterable[RegimeChanged | ScaleWanted]) -> Iterator[Order]:
+    return (msgspec.structs.replace(order, model=name) for order in orders)
 
 
 def _whole_budgets(descriptor: NodeDescriptor) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from flowkv.doctor import Finding, bad, good, look
 from flowkv.doctor.bus import payload_mend
 from flowkv_common.cluster_view import ClusterView, NodeState
+from flowkv_common.config import listed
 from flowkv_common.wire.messages import window_that_fits
 from flowkv_scheduler.cluster import why_apart
 
@@ -36,12 +37,12 @@ def check_services(view: ClusterView) -> Iterator[Finding]:
         yield bad("scheduler", "none has answered", "start one: `flowkv scheduler`")
     if not gateways:
         yield bad("gateway", "none has answered", "start one: `flowkv gateway`")
-    served = {node.descriptor.model.fingerprint for node in view.nodes()}
+    names = {node.descriptor.model.fingerprint: node.descriptor.model.name for node in view.nodes()}
     for gateway in gateways:
-        fingerprint = gateway.metadata.get("fingerprint")
-        if served and fingerprint not in served:
-            said = f"{gateway.id} has found no node of its own model"
-            mend = "give gateway and nodes the same FLOWKV_MODEL_PATH: its log says what differs"
+        served = listed(gateway.metadata.get("fingerprint", ""))
+        if missing := sorted({name for fingerprint, name in names.items() if fingerprint not in served}):
+            said = f"{gateway.id} does not serve {', '.join(missing)}, which nodes have"
+            mend = "name a folder of each model in its FLOWKV_MODEL_PATH: its log says what differs"
             yield look("gateway", said, mend)
         else:
             yield good("gateway", f"{gateway.id} at {gateway.metadata.get('url') or 'an unknown URL'}")

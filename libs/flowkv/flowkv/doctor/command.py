@@ -95,7 +95,7 @@ async def _check_clocks(bus: Bus, view: ClusterView) -> list[Finding]:
     others = {}
     with contextlib.suppress(TimeoutError, ValueError, LookupError):
         async with asyncio.timeout(PATIENCE_S):
-            subject = f"$JS.API.STREAM.INFO.KV_{subjects.NODES_BUCKET}"
+            subject = f"$JS.API.STREAM.INFO.KV_{bus.full_name(subjects.NODES_BUCKET)}"
             answer = await bus.nc.request(subject, b"", timeout=None)  # type: ignore[arg-type]
             others["the NATS server"] = seconds_ahead_of(json.loads(answer.data)["ts"])
     return await asyncio.to_thread(lambda: list(check_clocks(urls, others)))

@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from flowkv.doctor import Finding, bad, good, look
+from flowkv_common.config import listed
 from flowkv_common.errors import CannotStart
 from flowkv_common.fingerprint import weight_files
 
@@ -38,13 +39,16 @@ GGUF_MAGIC = b"GGUF"
 def check_host(
     model: str, cache: Path, usage: Callable[[Path], tuple[int, int, int]] = shutil.disk_usage
 ) -> Iterator[Finding]:
-    """`model`: a folder or a file, empty for none; `usage`: total, used and free bytes of a path's disk."""
+    """`model`: a folder or a file, or several with commas between; empty for none.
+
+    `usage`: total, used and free bytes of a path's disk.
+    """
     yield from check_stopped(Path("/proc"))
     yield from check_disks([cache, Path.cwd(), Path(tempfile.gettempdir())], usage)
     yield from check_memory(Path("/proc/meminfo"))
     yield from check_limits()
-    if model:
-        yield from check_model(Path(model).expanduser())
+    for one in listed(model):
+        yield from check_model(Path(one).expanduser())
     yield from check_gpu()
 
 

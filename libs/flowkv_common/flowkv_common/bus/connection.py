@@ -50,9 +50,11 @@ async def connect(
 ) -> AsyncIterator[Bus]:
     """A connection for as long as the context lasts; on exit it is drained, then closed.
 
-    A string is the URL of a server, or of several of one cluster with commas between. `name` is what the
-    server's connection reports show. With a `user` answers to our requests come under `_INBOX.<user>`, so
-    that the server can keep them from others; it is no secret, and the same whatever the server calls us.
+    All that is said and heard by `wire/subjects.py` is under the settings' namespace: clusters of others hear
+    none of it. A string is the URL of a server, or of several of one cluster with commas between. `name` is
+    what the server's connection reports show. With a `user` answers to our requests come under
+    `_INBOX.<user>`, beside the default namespace `_INBOX.<namespace>-<user>`, so that the server can keep
+    them from others; it is no secret, and the same whatever the server calls us.
     `on_closed` is called when the connection ends for good, since NATS has refused us for `nats_give_up_s`:
     the body should then end too.
 
@@ -85,7 +87,11 @@ async def connect(
 
 
 class Bus:
-    """Typed access to one NATS connection, made by `connect`. `nc` is nats-py's client underneath."""
+    """Typed access to one NATS connection, made by `connect`. `nc` is nats-py's client underneath.
+
+
+    Subjects are those of `wire/subjects.py`, or any that belong to no namespace.
+    """
 
     def __init__(self, access: Access, on_closed: Callable[[], None] | None) -> None:
         self.nc = BarrierClient(self._begin_anew, access)
@@ -100,6 +106,11 @@ class Bus:
     def settings(self) -> NatsSettings:
         """How NATS is reached, and how buckets are kept there."""
         return self._access.nats
+
+    @property
+    def namespace(self) -> str:
+        """Under which all is said and heard."""
+        return self.settings.namespace
 
     @property
     def is_connected(self) -> bool:
@@ -131,6 +142,16 @@ class Bus:
         """Bytes that this server takes in one message."""
         return int(self.nc.max_payload)
 
+    def full_name(self, name: str) -> str:
+        """What a subject or bucket of `wire/subjects.py` is called on the server."""
+        return subjects.in_namespace(name, self.namespace)
+
+    def plain_name(self, name: str) -> str:
+        """The reverse of `full_name`: as `wire/subjects.py` has it."""
+        if not name.startswith((f"{self.namespace}.", f"{self.namespace}_")):
+            return name
+        return subjects.DEFAULT_NAMESPACE + name.removeprefix(self.namespace)
+
     def on_reconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call `callback` each time NATS is heard again after it was not, subscriptions restored.
 
@@ -156,16 +177,22 @@ class Bus:
         return self.nc.jetstream(timeout=None)
 
     async def publish(
-        self, subject: str, message: msgspec.Struct, *, headers: dict[str, str] | None = None
+        self,
+        subject: str,
+        message: msgspec.Struct,
+        *,
+        headers: dict[str, str] | None = None,
+        reply: str = "",
     ) -> None:
-        """Send without an answer. While cut off, up to 2 MiB are kept and sent after the reconnect.
+        """Send; answers, if any, go to the subject `reply`.
 
+        While cut off, up to 2 MiB are kept and sent after the reconnect.
         Raises `TooLarge` over the server's `max_payload`, `Unavailable` when closed or the buffer is full.
         """
         payload = encode(message)
         self._check_size(payload, headers or {})
         try:
-            await self.nc.publish(subject, payload, headers=headers)
+            await self.nc.publish(self.full_name(subject), payload, reply=reply, headers=headers)
         except nats.errors.Error as error:
             raise errors.Unavailable(f"can't publish on {subject}: {error}") from error
 
@@ -191,7 +218,7 @@ class Bus:
         try:
             # The timer is ours, see `jetstream`.
             async with asyncio.timeout(timeout_s):
-                answer = await self.nc.request(subject, payload, timeout=None)  # type: ignore[arg-type]
+                answer = await self.nc.request(self.full_name(subject), payload, timeout=None)  # type: ignore[arg-type]
         except TimeoutError:
             raise errors.DeadlineExceeded(f"no answer from {subject} within {timeout_s} s") from None
         except nats.errors.NoRespondersError:
@@ -216,8 +243,9 @@ class Bus:
         """Hand every `kind` that arrives on `subject` to `handler`, one after the other.
 
         When this returns the server knows of it. A payload that is no `kind` is logged, or told to `on_bad`
-        with its subject and what is wrong. An error of the handler is logged. The subscription goes on. Over
-        the pending limits messages are dropped and counted (`num_slow_consumer_drops`). Raises `Unavailable`.
+        with its subject's plain name and what is wrong. An error of the handler is logged. The subscription
+        goes on. Over the pending limits messages are dropped and counted (`num_slow_consumer_drops`). Raises
+        `Unavailable`.
         """
 
         async def on_message(msg: Msg) -> None:
@@ -227,7 +255,7 @@ class Bus:
                 if on_bad is None:
                     log.warning("message on %s is no %s: %s", msg.subject, kind.__name__, error)
                 else:
-                    on_bad(msg.subject, str(error))
+                    on_bad(self.plain_name(msg.subject), str(error))
                 return
             try:
                 pending = handler(message)
@@ -239,10 +267,10 @@ class Bus:
         return await self.subscribe_raw(subject, on_message)
 
     async def subscribe_raw(self, subject: str, on_message: Callable[[Msg], Awaitable[None]]) -> Subscription:
-        """`subscribe` without decoding; `on_message` must not raise."""
+        """`subscribe` without decoding: `on_message` gets full names of subjects, and must not raise."""
         try:
             inner = await self.nc.subscribe(
-                subject,
+                self.full_name(subject),
                 cb=on_message,
                 pending_msgs_limit=MAX_PENDING_MESSAGES,
                 pending_bytes_limit=_MAX_PENDING_BYTES,
@@ -263,10 +291,13 @@ class Bus:
         if size > self.max_payload:
             raise errors.TooLarge(f"a message of {size} bytes, NATS takes {self.max_payload}")
 
+    def _inbox_of(self, user: str) -> str:
+        return f"_INBOX.{subjects.service_in_namespace(user, self.namespace)}" if user else "_INBOX"
+
     async def _open(self, name: str, user: str) -> None:
         await self.nc.open(
             name=name,
-            inbox_prefix=f"_INBOX.{user}" if user else "_INBOX",
+            inbox_prefix=self._inbox_of(user),
             error_cb=self._on_error,
             disconnected_cb=self._on_disconnected,
             reconnected_cb=self._on_reconnected,

@@ -314,8 +314,9 @@ class Found(NamedTuple):
 async def open_bucket(bus: Bus, name: str, ttl_s: float | None = None) -> KeyValue:
     """The bucket, made if need be as the settings say. Its first maker sets the TTL; None: values stay.
 
-    One that fewer servers keep than the settings say is given to more.
+    It is that of the bus's namespace. One that fewer servers keep than the settings say is given to more.
     """
+    name = bus.full_name(name)
     jetstream, num_replicas = bus.jetstream(), bus.settings.nats_replicas
     try:
         # Not `create_key_value` at once: it needs a leader of the whole cluster, this only the bucket's.

@@ -51,12 +51,12 @@ class Endpoint(NamedTuple):
 class _Served:
     """An endpoint at work, and its figures. Its name is the verb: `run` of flowkv.v1.decode.run.<node>."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, bus: Bus) -> None:
         self.endpoint = endpoint
         self.num_running = 0
         self.stats = EndpointStats(
             name=endpoint.subject.split(".")[3],
-            subject=endpoint.subject,
+            subject=bus.full_name(endpoint.subject),
             queue_group="",
             num_requests=0,
             num_errors=0,
@@ -88,10 +88,10 @@ class Service:
             raise ValueError(f"version {version!r} is not semver")
         self._service_id = service_id
         self._bus = bus
-        self._name = name
+        self._name = subjects.service_in_namespace(name, bus.namespace)
         self._version = version
         self._metadata = metadata
-        self._served = [_Served(endpoint) for endpoint in endpoints]
+        self._served = [_Served(endpoint, bus) for endpoint in endpoints]
         self._drain_timeout_s = drain_timeout_s
         self._started = datetime.now(UTC)
         self._handlers = asyncio.TaskGroup()
@@ -129,7 +129,7 @@ class Service:
 
         On exit what has arrived is still taken, and answered like all that the service has in hand.
         """
-        served = _Served(endpoint)
+        served = _Served(endpoint, self._bus)
         async with await self._listen(served):
             self._served.append(served)
             try:

@@ -114,6 +114,7 @@ class ModelCard(Part, frozen=True):
     vocab_size: int
     eos_token_ids: list[int]
     files: ModelFiles = ModelFiles()
+    folder: str = ""  # where the node has it: a gateway that finds the same there reads its tokenizer
 
 
 class TokenIds(Part, frozen=True):

@@ -85,6 +85,10 @@ def serves_decode(chunk_budget: int, token_budget: int) -> bool:
     return chunk_budget < token_budget
 
 
+# What nodes say to each other, links and KV included. Only nodes of one number work together. It grows when
+# those before could not live with a change; all others are fields with defaults (docs/protocol.md).
+PROTOCOL = 1
+
 # A node is silent when this many load reports in a row are missing: two may be lost by chance.
 SILENT_AFTER_PERIODS = 3.0
 
@@ -107,6 +111,7 @@ class NodeDescriptor(Message, frozen=True):
     metrics_url: str
     version: str
     memory: str = "host"  # of its KV cache, host or gpu: blocks move within one kind
+    protocol: Positive = 1  # that of version 0.1.0, which does not tell
 
 
 class LoadReport(Message, frozen=True):
@@ -190,12 +195,16 @@ class BlockList(Message, frozen=True):
 
 
 class LinkRequest(Message, frozen=True):
-    """Node to node, at discovery: let me send KV to you. Refused unless layout and model are equal."""
+    """Node to node, at discovery: let me send KV to you.
+
+    Refused unless layout, model and protocol are equal.
+    """
 
     node: NodeRef
     peer: NodeRef
     layout: PoolLayout
     fingerprint: str
+    protocol: Positive = 1
 
 
 class LinkOffer(Message, frozen=True):
@@ -252,13 +261,17 @@ class Leader(Message, frozen=True):
     epoch: int
 
 
+REGIMES = "normal", "imbalance", "overload"  # the worst last
+
+
 class RegimeChanged(Message, frozen=True):
-    """The leading scheduler sees the cluster in another state: normal, imbalance or overload."""
+    """The leading scheduler sees a model's nodes in another state: normal, imbalance or overload."""
 
     epoch: int
     before: str
     after: str
     reason: str
+    model: str = ""  # its name; version 0.1.0 has one state for all
 
 
 class CapMoved(Message, frozen=True):
@@ -274,10 +287,12 @@ class CapMoved(Message, frozen=True):
 class ScaleWanted(Message, frozen=True):
     """`change` more nodes of a role (fewer if negative) would meet the goals.
 
-    Holds until the next one for that role (0: the need has ended), or until another scheduler leads.
+    Holds until the next one for that role and model (0: the need has ended), or until another scheduler
+    leads.
     """
 
     epoch: int
     role: str
     change: int
     reason: str
+    model: str = ""  # its name; version 0.1.0 does not tell

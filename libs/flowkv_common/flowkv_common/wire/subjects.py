@@ -1,9 +1,12 @@
 """Every subject, bucket and header name. Nothing else spells one.
 
-General to specific, the version second, the verb before the id, the id last: `*` selects over nodes.
+General to specific, the version second, the verb before the id, the id last: `*` selects over nodes. The
+first part is the namespace. Names here are those of the default one; `Bus` puts its own in (`in_namespace`).
 """
 
 from __future__ import annotations
+
+DEFAULT_NAMESPACE = "flowkv"
 
 SCHEDULE = "flowkv.v1.scheduler.schedule"
 SCHEDULER_READY = "flowkv.v1.scheduler.ready"
@@ -35,6 +38,21 @@ LEADER_BUCKET = "flowkv_leader"
 
 ERROR_HEADER = "Nats-Service-Error"  # ADR-32
 ERROR_CODE_HEADER = "Nats-Service-Error-Code"
+
+
+def in_namespace(name: str, namespace: str) -> str:
+    """What a subject or bucket of this file is called in a namespace.
+
+    What does not begin with the default namespace belongs to none: inboxes, and what NATS itself serves.
+    """
+    if not name.startswith((f"{DEFAULT_NAMESPACE}.", f"{DEFAULT_NAMESPACE}_")):
+        return name
+    return namespace + name.removeprefix(DEFAULT_NAMESPACE)
+
+
+def service_in_namespace(name: str, namespace: str) -> str:
+    """What `nats micro ls` calls a service: beside the default namespace with its own before the name."""
+    return name if namespace == DEFAULT_NAMESPACE else f"{namespace}-{name}"
 
 
 def at(endpoint: str, node_id: str) -> str:

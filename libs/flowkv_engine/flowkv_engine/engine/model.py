@@ -158,6 +158,7 @@ def load_model(
         vocab_size=config.vocab_size,
         eos_token_ids=eos,
         files=model_files(folder, has_weights=has_weights),
+        folder=str(folder.resolve()),
     )
     log.info("loaded %s: %.1f M parameters", card.name, num_weights(module) / 1e6)
     weight = next(module.parameters())
