@@ -17,12 +17,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from flowkv_common.errors import CannotStart
 from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.reservations import Reservation, Reservations
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport import make_connectors
-from flowkv_engine.transport.base import KVLink
+from flowkv_engine.transport.base import KVConnector, KVLink
+from flowkv_engine.transport.sockets import LOOPBACK, Place
+from flowkv_engine.transport.tls import Tls
 
 TIMEOUT_S = 120.0
 
@@ -59,22 +62,43 @@ class Unguarded(Reservations):
 
 
 class Connector:
-    """FlowKV's own: a `send` is one `KVLink.send_blocks`, or one per copy."""
+    """FlowKV's own: a `send` is one `KVLink.send_blocks`, or one per copy.
+
+    `tls` is `tcp` with TLS.
+    """
 
     _link: KVLink
 
     def __init__(self, name: str, pool: KVPool) -> None:
-        self._num_blocks = pool.num_blocks
+        self._name = name
+        self._pool = pool
         self._lifetime = contextlib.AsyncExitStack()
-        (self._connector,) = make_connectors([name], pool, Unguarded(Blocks(0)), lambda _: True)
 
-    async def listen(self) -> str:
-        await self._lifetime.enter_async_context(self._connector)
-        return await self._connector.listen()
+    async def listen(self) -> tuple[str, str]:
+        folder = Path(self._lifetime.enter_context(tempfile.TemporaryDirectory(prefix="flowkv-bench-")))
+        if self._name == "tls":
+            from flowkv.authority import make_certificates
 
-    async def connect(self, address: str) -> None:
-        await self._lifetime.enter_async_context(self._connector)
-        self._link = await self._connector.connect(address, "", self._num_blocks)
+            make_certificates(folder)
+        return await (await self._open(folder)).listen(), str(folder)
+
+    async def connect(self, address: tuple[str, str]) -> None:
+        listener, folder = address
+        connector = await self._open(Path(folder))
+        self._link = await connector.connect(listener, "", self._pool.num_blocks)
+
+    async def _open(self, certificates: Path) -> KVConnector:
+        name, place = self._name, LOOPBACK
+        if name == "tls":
+            files = [str(certificates / file) for file in ("node.pem", "node.key", "ca.pem")]
+            name, place = "tcp", Place(tls=Tls(*files))
+        try:
+            [connector] = make_connectors(
+                [name], self._pool, Unguarded(Blocks(0)), lambda _: True, place=place
+            )
+        except CannotStart as error:
+            raise Unavailable(str(error)) from error
+        return await self._lifetime.enter_async_context(connector)
 
     async def send(self, copies: Sequence[Copy], one_by_one: bool) -> int:
         parts = [[copy] for copy in copies] if one_by_one else [copies]
@@ -142,19 +166,24 @@ class Gloo:
                 work.wait()
 
 
-class Nixl:
-    """NIXL over UCX: writes with one descriptor list per batch. `nixl` lets UCX choose, `nixl-tcp` does not.
+def set_ucx_transports(name: str) -> None:
+    """For what begins to use UCX from now on."""
+    if name.endswith("-tcp"):
+        os.environ["UCX_TLS"] = "tcp"
+    else:
+        os.environ.pop("UCX_TLS", None)
 
-    Its progress threads are off: they spin, and two cores are few.
+
+class Nixl:
+    """NIXL without FlowKV's connector: writes with one descriptor list per batch.
+
+    `nixl-alone` lets UCX choose its way, `nixl-alone-tcp` does not. No progress threads: two cores are few.
     """
 
     DONE = b"done"
 
     def __init__(self, name: str, pool: KVPool) -> None:
-        if name == "nixl-tcp":
-            os.environ["UCX_TLS"] = "tcp"
-        else:
-            os.environ.pop("UCX_TLS", None)
+        set_ucx_transports(name)
         from nixl_cu12._api import nixl_agent, nixl_agent_config
 
         self._block_bytes = pool.layout.block_bytes
@@ -264,8 +293,10 @@ class Mooncake:
 TRANSPORTS: dict[str, type[Transport]] = {
     "shm": Connector,
     "tcp": Connector,
+    "tls": Connector,
+    "nixl": Connector,
     "gloo": Gloo,
-    "nixl": Nixl,
-    "nixl-tcp": Nixl,
+    "nixl-alone": Nixl,
+    "nixl-alone-tcp": Nixl,
     "mooncake": Mooncake,
 }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from flowkv_common.wire.messages import NodeRef, PoolLayout
@@ -18,6 +20,7 @@ from flowkv_engine.kv.segments import Copy, align
 from flowkv_engine.transport.base import KVConnector
 from flowkv_engine.transport.mapped import CudaIpcConnector, ShmConnector
 from flowkv_engine.transport.nccl import NcclConnector
+from flowkv_engine.transport.nixl import NixlConnector
 from flowkv_engine.transport.sockets import Place
 from flowkv_engine.transport.tcp import TcpConnector
 from tests.certificates import trial_tls
@@ -25,6 +28,14 @@ from tests.contract.gloo_pair import GlooPair
 from tests.contract.memfd_device import MemfdDevice
 from tests.inprocess_connector import InProcessConnector, Switchboard
 
+# NIXL's library is an extra that comes for some platforms only.
+NIXL = pytest.param(
+    "nixl",
+    marks=pytest.mark.skipif(
+        not any(importlib.util.find_spec(name) for name in ("nixl_cu12", "nixl_cu13")),
+        reason="NIXL is not installed: pip install -c constraints.txt '.[nixl]'",
+    ),
+)
 LINK_TOKEN = "open sesame"
 SMALL = PoolLayout(num_layers=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="float32")  # 1 KiB blocks
 LARGE = PoolLayout(num_layers=8, block_size=16, num_kv_heads=8, head_dim=128, dtype="float32")  # 1 MiB
@@ -107,6 +118,8 @@ def connector_on_host(
         return TcpConnector(pool, reservations, admits, place=place, io_timeout_s=io_timeout_s)
     if kind == "tcp":
         return TcpConnector(pool, reservations, admits, io_timeout_s=io_timeout_s)
+    if kind == "nixl":
+        return NixlConnector(pool, reservations, admits, io_timeout_s=io_timeout_s)
     if kind == "cuda_ipc":
         device = MemfdDevice(pool)
         return CudaIpcConnector(pool, reservations, admits, device=device, io_timeout_s=io_timeout_s)

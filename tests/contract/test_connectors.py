@@ -21,6 +21,7 @@ from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.base import ConnectorUnavailable, KVLink
 from flowkv_engine.transport.mapped import ShownPool
 from flowkv_engine.transport.nccl import Invitation
+from flowkv_engine.transport.nixl import ShownAgent
 from flowkv_engine.transport.sockets import dial_tcp, dial_unix, split_address
 from flowkv_engine.transport.stream import (
     MAX_FRAME_BYTES,
@@ -36,13 +37,15 @@ from flowkv_engine.transport.stream import (
 from flowkv_engine.transport.tls import shake_hands
 from flowkv_node.links import SwitchedLink
 from tests.certificates import trial_tls
-from tests.contract.kv_nodes import LARGE, LINK_TOKEN, SMALL, Network, Node, copies_between, network
+from tests.contract.kv_nodes import LARGE, LINK_TOKEN, NIXL, SMALL, Network, Node, copies_between, network
 from tests.contract.kv_sender import Job
 from tests.inprocess_connector import InProcessLink
 from tests.waiting import until
 
-every_connector = pytest.mark.parametrize("kind", ["inprocess", "shm", "tcp", "tls", "cuda_ipc", "nccl"])
-on_sockets = pytest.mark.parametrize("kind", ["shm", "tcp", "tls", "cuda_ipc", "nccl"])
+every_connector = pytest.mark.parametrize(
+    "kind", ["inprocess", "shm", "tcp", "tls", "cuda_ipc", "nccl", NIXL]
+)
+on_sockets = pytest.mark.parametrize("kind", ["shm", "tcp", "tls", "cuda_ipc", "nccl", NIXL])
 
 BFLOAT16 = PoolLayout(num_layers=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="bfloat16")
 
@@ -100,7 +103,7 @@ async def test_large_copies_arrive_whole(kind: str) -> None:
         size = LARGE.block_bytes
         start = reserved.block_ids[0] * size
         assert receiver.pool.buffer[start : start + 70 * size] == sender.pool.buffer[size : 71 * size]
-        assert stats.num_calls == {"tcp": 70, "tls": 70}.get(kind, 1)
+        assert stats.num_calls == {"tcp": 70, "tls": 70, "nixl": 8}.get(kind, 1)
 
 
 @every_connector
@@ -417,6 +420,9 @@ async def greet_and_hang(listener: socket.socket, kind: str) -> Channel:
         await channel.send_frame(Reply())
     if kind == "cuda_ipc":
         await channel.receive_frame(ShownPool)
+        await channel.send_frame(Reply())
+    if kind == "nixl":
+        await channel.receive_frame(ShownAgent)
         await channel.send_frame(Reply())
     if kind == "nccl":
         await channel.receive_frame(Invitation)  # to nothing yet

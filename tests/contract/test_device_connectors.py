@@ -209,5 +209,8 @@ async def test_nccl_one_that_invites_at_once_is_joined_at_once() -> None:
 @pytest.mark.parametrize("name", ["cuda_ipc", "nccl"])
 def test_connectors_for_gpus_are_not_made_for_host_memory(name: str) -> None:
     reservations = Reservations(Blocks(1))
-    with KVPool(SMALL, 1) as pool, pytest.raises(CannotStart, match=f"'{name}': .*shm, tcp .*host memory"):
+    with (
+        KVPool(SMALL, 1) as pool,
+        pytest.raises(CannotStart, match=f"'{name}': .*, nixl .*host memory"),
+    ):
         make_connectors(["tcp", name], pool, reservations, LINK_TOKEN.__eq__)

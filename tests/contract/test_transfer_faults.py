@@ -23,6 +23,7 @@ from tests.contract.fault_pair import (
     start_fork_server,
 )
 from tests.contract.fault_table import Row, write_table
+from tests.contract.kv_nodes import NIXL
 
 EXPIRY_S = 0.05
 # Blocks of 1 MiB; and those of another transfer that is to be sent next.
@@ -305,6 +306,10 @@ LONG = [
     *((IDLE, fault) for fault in FAULTS),
     *((COPYING, fault) for fault in FAULTS if "slow" in fault),
 ]
+LATER = [
+    pytest.param("tls", marks=pytest.mark.full),
+    pytest.param("nixl", marks=[*NIXL.marks, pytest.mark.full]),
+]
 CASES = [
     pytest.param(
         phase, fault, id=f"{fault}, {phase}", marks=[pytest.mark.full] if (phase, fault) in LONG else []
@@ -315,7 +320,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp", pytest.param("tls", marks=pytest.mark.full)])
+@pytest.mark.parametrize("kind", ["shm", "tcp", *LATER])
 @pytest.mark.parametrize(("phase", "fault"), CASES)
 def test_the_survivor_loses_no_block(pair: Pair, rows: list[Row], kind: str, phase: str, fault: str) -> None:
     transfer = bring_to(phase, pair)

@@ -32,7 +32,7 @@ from flowkv_scheduler.prefixes import Hits, keys_of
 
 # Bytes per second between two nodes, by connector: orders of magnitude, all that a choice needs. An unknown
 # one passes for TCP.
-LINK_BYTES_PER_S = {"shm": 5e9, "cuda_ipc": 200e9, "nccl": 20e9, "tcp": 1e9}
+LINK_BYTES_PER_S = {"shm": 5e9, "nixl": 5e9, "cuda_ipc": 200e9, "nccl": 20e9, "tcp": 1e9}
 HERE = "here"
 # Reserve, commit and the first token's detour: what a handoff costs however short the prompt is.
 HANDOFF_S = 0.005

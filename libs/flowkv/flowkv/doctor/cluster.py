@@ -19,6 +19,7 @@ MEND_LINK = {
     "cuda_ipc": "of one host: let both see one FLOWKV_SOCKET_DIR, and share PID and IPC namespaces "
     "(in Compose `gpu-anchor`)",
     "nccl": "install the extra `gpu`, and look whether the hosts reach each other's FLOWKV_DATA_PORT",
+    "nixl": "install one version of the extra `nixl` on both, and look whether the hosts reach each other",
 }
 
 

@@ -12,13 +12,14 @@ from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.transport.base import KVConnector
 from flowkv_engine.transport.mapped import CudaIpcConnector, ShmConnector
 from flowkv_engine.transport.nccl import NcclConnector
+from flowkv_engine.transport.nixl import NixlConnector
 from flowkv_engine.transport.sockets import LOOPBACK, Place
 from flowkv_engine.transport.tcp import TcpConnector
 
 log = logging.getLogger(__name__)
 
-# Their libraries open connections of their own, unencrypted.
-_UNENCRYPTED = ("nccl",)
+# Their libraries open connections of their own, which they do not encrypt.
+_UNENCRYPTED = ("nccl", "nixl")
 
 
 def make_connectors(
@@ -36,7 +37,7 @@ def make_connectors(
     """
     makers: dict[str, Callable[..., KVConnector]]
     if isinstance(pool, KVPool):
-        memory, makers = "host", {"shm": ShmConnector, "tcp": TcpConnector}
+        memory, makers = "host", {"shm": ShmConnector, "tcp": TcpConnector, "nixl": NixlConnector}
     else:
         # CuPy is an extra, and there is nothing to import it for on a host without a GPU.
         from flowkv_engine.transport.cuda import CudaDevice, CupyNccl
@@ -45,6 +46,7 @@ def make_connectors(
         makers = {
             "cuda_ipc": partial(CudaIpcConnector, device=CudaDevice(index)),
             "nccl": partial(NcclConnector, new_backend=partial(CupyNccl, index)),
+            "nixl": NixlConnector,
         }
     for name in names:
         if name not in makers:
