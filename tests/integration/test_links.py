@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from flowkv.local_cluster import free_port
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import connect
 from flowkv_common.bus.registry import keep_announced
@@ -19,6 +20,8 @@ from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import NodeRef
 from flowkv_common.wire.nodes import PROTOCOL, LinkOffer, LinkRequest
 from flowkv_engine.engine.model import LoadedModel
+from tests.certificates import trial_tls
+from tests.contract.kv_nodes import NIXL
 from tests.live_nodes import Client, LiveNode, live_node
 from tests.nats_server import NatsServer
 from tests.waiting import until
@@ -44,6 +47,45 @@ async def test_a_slower_link_is_warned_about(
     assert shown == [told[0].removeprefix("KV goes ") if told else ""]
     warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert [message for message in warnings if message.startswith("KV goes to b")] == told
+
+
+async def test_nodes_with_tls_link_to_each_other_and_tell_one_without_what_to_set(
+    nats_server: NatsServer, model: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = trial_tls()
+    first = free_port()
+    common: dict[str, Any] = {
+        "connectors": "tcp",
+        "data_port": f"{first}-{first + 40}",
+        "http_port": f"{first}-{first + 40}",
+        "advertise_host": "127.0.0.1,127.0.0.2",
+    }
+    with_tls: dict[str, Any] = {
+        "data_tls_cert": files.cert,
+        "data_tls_key": files.key,
+        "data_tls_ca": files.ca,
+    }
+    caplog.set_level(logging.INFO)
+    async with connect(nats_server.url, name="test") as bus:
+        async with live_node(nats_server, bus, model, "b", **common, **with_tls):
+            async with live_node(nats_server, bus, model, "a", **common, **with_tls, peers=1):
+                async with live_node(nats_server, bus, model, "c", **common):
+                    await until(lambda: sum("has no TLS" in line for line in caplog.messages) == 2)
+                    await until(lambda: sum("wants TLS" in line for line in caplog.messages) == 2)
+    assert {"linked to a by tcp", "linked to b by tcp"} <= set(caplog.messages)
+    assert not any(line.startswith("linked to c") for line in caplog.messages)
+
+
+@pytest.mark.parametrize("kind", [NIXL])
+async def test_a_link_by_nixl_is_used_where_it_comes_first(
+    nats_server: NatsServer, model: LoadedModel, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with connect(nats_server.url, name="test") as bus:
+        async with live_node(nats_server, bus, model, "b", connectors=f"{kind},shm"):
+            async with live_node(nats_server, bus, model, "a", connectors=f"{kind},shm", peers=1):
+                await until(lambda: "linked to b by nixl" in caplog.messages)
+                await until(lambda: "linked to a by nixl" in caplog.messages)
 
 
 has_ipv6 = Path("/proc/net/if_inet6").exists() and "lo" in Path("/proc/net/if_inet6").read_text().split()
