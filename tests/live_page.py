@@ -45,7 +45,8 @@ async def serving_page(server: NatsServer, tokenizer: Tokenizer, **settings: Any
         open_dispatch(server.url, [model.nodes]) as dispatch,
     ):
         live = LivePage(dispatch.view_cluster, dispatch.finished, stop) if is_wanted(wanted) else None
-        api = Api(wanted, models, dispatch, CollectorRegistry(), stop, live)
+        registry = CollectorRegistry()
+        api = Api(wanted, models, dispatch, registry, stop, live, dispatch.tracing)
         async with (
             running(*([live.run()] if live else [])),
             serve_http(api.app, "127.0.0.1", 0, connection=ApiConnection) as port,

@@ -34,6 +34,17 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 KVDType = Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"]
 
 
+def wants_traces(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether OpenTelemetry's own variables name a collector for traces. Its SDK reads all others."""
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return False
+    if environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+        return False
+    return any(
+        environ.get(name) for name in ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    )
+
+
 def listed(setting: str) -> list[str]:
     """The parts of a setting that has commas between them."""
     return [part.strip() for part in setting.split(",") if part.strip()]

@@ -30,6 +30,7 @@ from flowkv_common.config import SUBJECT_CHARACTERS, NodeSettings, listed
 from flowkv_common.errors import Unavailable
 from flowkv_common.grammar import Grammars
 from flowkv_common.telemetry import serve_http, service_app
+from flowkv_common.tracing import open_tracing
 from flowkv_common.wire.messages import (
     ModelCard,
     NodeRef,
@@ -108,8 +109,10 @@ async def serve_node(
     async with contextlib.AsyncExitStack() as opened:
         pool = opened.enter_context(make_pool(settings, model.layout, model.device))
         engine = await opened.enter_async_context(model.make_engine(pool.tensor))
+        service = f"flowkv-{starts_as}"
+        tracing = await opened.enter_async_context(open_tracing(service, node_id))
         bus = await opened.enter_async_context(
-            connect(settings, name=f"flowkv-{starts_as}/{node_id}", user="node", on_closed=stop.set)
+            connect(settings, name=f"{service}/{node_id}", user="node", on_closed=stop.set, tracing=tracing)
         )
         card = _within_messages(model.card, bus, settings.block_size)
         node = Node(ref, settings, starts_as, card, pool, roles, bus, stop, model.grammars)

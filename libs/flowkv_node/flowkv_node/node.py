@@ -17,6 +17,7 @@ from flowkv_common.bus.service import Endpoint
 from flowkv_common.config import NodeSettings
 from flowkv_common.errors import FlowKVError, Stale, Unavailable, WrongModel
 from flowkv_common.grammar import Grammars
+from flowkv_common.tracing import Attributes, Span
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     DecodeRun,
@@ -251,6 +252,15 @@ class Node:
             and id(sequence) not in self._in_step
         }
         return waiting | {attempt.transfer_id for attempt in self.attempts if attempt.state == "queued"}
+
+    def begin_span(self, name: str, sequence: Sequence, came_at: float) -> Span:
+        """What a role does for an attempt that came at `came_at` (monotonic), below its gateway's span."""
+        about: Attributes = {
+            "flowkv.transfer_id": sequence.transfer_id,
+            "flowkv.node_id": self.ref.node_id,
+            "flowkv.num_prompt_tokens": len(sequence.prompt_ids),
+        }
+        return self.bus.tracing.begin(name, about, kind="server", began=came_at)
 
     def add_token(
         self,

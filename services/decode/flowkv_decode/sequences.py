@@ -15,6 +15,7 @@ from functools import partial
 from flowkv_common.bus.service import Endpoint
 from flowkv_common.errors import BadRequest, DeadlineExceeded, FlowKVError, Full, NotFound, Stale
 from flowkv_common.timeline import phase_of
+from flowkv_common.tracing import NO_SPAN, Span
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
@@ -65,6 +66,7 @@ class DecodeRole:
         self._drafts = Drafts()
         # Without a token from here: when the attempt came (monotonic), and what prefill tells of its handoff.
         self._fresh: dict[str, tuple[float, NodeTimes | None]] = {}
+        self._spans: dict[str, Span] = {}  # transfer id -> from its arrival until it leaves
 
     def endpoints(self) -> list[Endpoint]:
         return [
@@ -176,9 +178,11 @@ class DecodeRole:
 
         Raises Stale for an attempt that has ended; then the blocks are still the caller's.
         """
+        tid, came_at = sequence.transfer_id, time.monotonic()
         stop = partial(self._stop, sequence)
-        self._node.attempts.begin(Attempt(sequence.transfer_id, sequence.gateway_id, "decode", stop))
-        self._fresh[sequence.transfer_id] = time.monotonic(), handoff
+        self._node.attempts.begin(Attempt(tid, sequence.gateway_id, "decode", stop))
+        self._fresh[tid] = came_at, handoff
+        self._spans[tid] = self._node.begin_span("decode", sequence, came_at)
         self._outputs.begin(sequence)
         self._waiting.append(sequence)
         self._num_accepted += 1
@@ -246,7 +250,8 @@ class DecodeRole:
         if sampled is None:
             return
         fresh = self._fresh.pop(sequence.transfer_id, None)
-        chunk = self._node.add_token(sequence, sampled, times=self._first_times(*fresh) if fresh else None)
+        times = self._first_times(sequence.transfer_id, *fresh) if fresh else None
+        chunk = self._node.add_token(sequence, sampled, times=times)
         self._outputs.add_chunk(chunk)
         if chunk.finish_reason:
             self._lengths.observe(
@@ -255,7 +260,7 @@ class DecodeRole:
             self._node.attempts.end(sequence.transfer_id)
             self._drop(sequence)
 
-    def _first_times(self, came_at: float, handoff: NodeTimes | None) -> list[NodeTimes]:
+    def _first_times(self, tid: str, came_at: float, handoff: NodeTimes | None) -> list[NodeTimes]:
         """Of an attempt that gets its first token here now."""
         now = time.monotonic()
         mine = NodeTimes(
@@ -264,9 +269,11 @@ class DecodeRole:
             total_s=round(now - came_at, 6),
             phases=[phase_of("step", max(came_at, self._node.step_began_at), now, came_at)],
         )
+        self._spans[tid].add_phases(mine, came_at)
         return [handoff, mine] if handoff else [mine]
 
     def fail(self, sequence: Sequence, error: FlowKVError) -> None:
+        self._spans.get(sequence.transfer_id, NO_SPAN).fail(error)
         self._node.outbox.add_failure(sequence.gateway_id, sequence.transfer_id, error)
         self._node.attempts.end(sequence.transfer_id)
         self._drop(sequence)
@@ -303,6 +310,7 @@ class DecodeRole:
             return
         self._waiting.appendleft(sequence)
         self._node.attempts.set_state(sequence.transfer_id, "preempted")
+        self._spans[sequence.transfer_id].add_event("preempted")
         log.info("preempted %s at %d tokens", sequence.transfer_id, sequence.num_tokens)
 
     def _stop(self, sequence: Sequence, is_cut_off: bool) -> None:
@@ -319,6 +327,9 @@ class DecodeRole:
         self._outputs.end(sequence.transfer_id)
         self._drafts.forget(sequence.transfer_id)
         self._fresh.pop(sequence.transfer_id, None)
+        span = self._spans.pop(sequence.transfer_id, NO_SPAN)
+        span.describe({"flowkv.num_output_tokens": len(sequence.output_ids)})
+        span.end()
         self._node.free_blocks(sequence)
         self._node.wake.set()
 

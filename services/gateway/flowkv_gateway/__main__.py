@@ -33,7 +33,7 @@ async def serve(settings: GatewaySettings) -> None:
         open_dispatch(settings, [model.nodes for model in own], stop.set) as dispatch,
     ):
         live = LivePage(dispatch.view_cluster, dispatch.finished, stop) if is_wanted(settings) else None
-        api = Api(settings, models, dispatch, process_registry(), stop, live)
+        api = Api(settings, models, dispatch, process_registry(), stop, live, dispatch.tracing)
         async with (
             running(models.follow(dispatch.cluster, settings), *([live.run()] if live else [])),
             serve_http(

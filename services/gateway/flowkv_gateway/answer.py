@@ -11,6 +11,7 @@ from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
+from typing import ClassVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,12 +20,14 @@ from starlette.types import Message, Receive, Scope, Send
 from flowkv_common.aio import running
 from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import Cancelled, FlowKVError, Internal, Unavailable
+from flowkv_common.tracing import NO_SPAN, Span
 from flowkv_gateway.access import KEY_NAME
 from flowkv_gateway.dispatch import Dispatch
 from flowkv_gateway.errors import STOPPED, ClientTooSlow, error_response, status_of
 from flowkv_gateway.http import ABORT, REQUEST_ID
 from flowkv_gateway.metrics import GatewayMetrics
 from flowkv_gateway.output import Choice, Delta, ReplyWriter, Usage
+from flowkv_gateway.traces import GENERATION_PATHS, describe_answer
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,6 @@ _LINE_BREAKS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe
 _MAX_LOGGED_USER = 256  # characters: others are a mistake
 # The text of these errors is ours; that of others may repeat what the client has sent.
 _LOGGED_REASONS = frozenset((429, 500, 503, 504))
-_GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 
 
 @dataclass(eq=False)
@@ -51,12 +53,15 @@ class AnswerResponse:
     slows only its own request: nothing piles up here.
     """
 
+    is_stream: ClassVar[bool] = False
+
     groups: Sequence[Sequence[Choice]]
     writer: ReplyWriter
     dispatch: Dispatch
     metrics: GatewayMetrics
     settings: GatewaySettings
     user: str  # as the client calls the person that it asks for
+    span: Span = NO_SPAN  # ends with the answer
 
     def __post_init__(self) -> None:
         self._choices = [choice for group in self.groups for choice in group]
@@ -68,7 +73,8 @@ class AnswerResponse:
         error: FlowKVError | None = Cancelled("The client has gone.")  # unless it ends otherwise
         try:
             async with asyncio.TaskGroup() as tasks:
-                working = tasks.create_task(self._make_and_send())
+                with self.span.current():
+                    working = tasks.create_task(self._make_and_send())
                 watching = tasks.create_task(self._disconnected())
                 await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
                 working.cancel()
@@ -85,6 +91,7 @@ class AnswerResponse:
             self.metrics.count_unfinished(self._choices, error)
             if self.settings.log_requests:
                 self._log_end(error)
+            self._end_span(error)
 
     # --- how the answer is sent ------------------------------------------------------------------
 
@@ -178,8 +185,7 @@ class AnswerResponse:
 
     def _log_end(self, error: FlowKVError | None) -> None:
         requests = [choice.request for choice in self._choices]
-        usage = self._usage()
-        ttfts_s = [request.ttft_s for request in requests if request.ttft_s is not None]
+        usage, ttft_s = self._usage(), self._ttft_s()
         fields = {
             "request_id": self.writer.reply_id,
             **_client_fields(self._scope),
@@ -189,13 +195,33 @@ class AnswerResponse:
             "num_prompt_tokens": usage.num_prompt,
             "num_output_tokens": usage.num_output,
             "num_cached_tokens": usage.num_cached,
-            "ttft_s": round(min(ttfts_s), 4) if ttfts_s else None,
+            "ttft_s": None if ttft_s is None else round(ttft_s, 4),
             "total_s": round(time.monotonic() - self._began, 4),
             "num_attempts": max(request.num_attempts for request in requests),
             "prefill_node": _each(request.prefill_node for request in requests),
             "decode_node": _each(request.decode_node for request in requests),
         }
         log.info("request ended", extra={"fields": {**fields, **_error_fields(error)}})
+
+    def _ttft_s(self) -> float | None:
+        """Of the choice that began first; None if none has."""
+        return min((s for one in self._choices if (s := one.request.ttft_s) is not None), default=None)
+
+    def _end_span(self, error: FlowKVError | None) -> None:
+        if self.span.is_recorded:
+            usage = self._usage()
+            describe_answer(
+                self.span,
+                num_prompt=usage.num_prompt,
+                num_cached=usage.num_cached,
+                num_output=usage.num_output,
+                num_reasoning=usage.num_reasoning,
+                finish_reasons=[choice.finish_reason or "error" for choice in self._choices],
+                ttft_s=self._ttft_s() if self.is_stream else None,
+            )
+        if error is not None and not isinstance(error, Cancelled):  # a client that leaves is no failure
+            self.span.fail(error)
+        self.span.end()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -230,6 +256,8 @@ class StreamResponse(AnswerResponse):
     Every write waits for the client to read, but no longer than `send_timeout_s`: the server's own bounded
     write buffer is all that a client can fill.
     """
+
+    is_stream: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -314,7 +342,7 @@ class StreamResponse(AnswerResponse):
 
 def log_refusal(request: Request, error: FlowKVError) -> None:
     """A line for a generation request that was refused before any node was asked."""
-    if request.url.path in _GENERATION_PATHS:
+    if request.url.path in GENERATION_PATHS:
         fields = {"path": request.url.path, "status": status_of(error), **_client_fields(request.scope)}
         log.info("request refused", extra={"fields": {**fields, **_error_fields(error)}})
 

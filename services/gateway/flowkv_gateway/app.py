@@ -25,6 +25,7 @@ import flowkv_common
 from flowkv_common.config import GatewaySettings, listed
 from flowkv_common.errors import BadRequest, FlowKVError, Internal, Unavailable
 from flowkv_common.telemetry import service_routes
+from flowkv_common.tracing import NO_TRACING, Tracing
 from flowkv_common.wire.messages import Grammar, ModelCard
 from flowkv_gateway.access import KEY_NAME, Guard
 from flowkv_gateway.answer import AnswerResponse, BestResponse, StreamResponse, log_refusal
@@ -76,6 +77,7 @@ from flowkv_gateway.schemas import (
 )
 from flowkv_gateway.tenants import Tenants
 from flowkv_gateway.tokenizer import ChatPrompt, Vocabulary
+from flowkv_gateway.traces import TraceRequests, begin_answer
 
 # Of a vocabulary, the model's name, the request and the fingerprint of the system.
 MakeWriter = Callable[[Vocabulary, str, ChoicesRequest, str], ReplyWriter]
@@ -99,9 +101,11 @@ class Api:
         registry: CollectorRegistry,
         stop: asyncio.Event,
         live: LivePage | None = None,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self._settings = settings
         self._models = models
+        self._tracing = tracing
         self._dispatch = dispatch
         self._canary = Canary(dispatch)
         self._stop = stop
@@ -133,6 +137,7 @@ class Api:
                 *(live.routes() if live else ()),
             ],
             middleware=[
+                *([Middleware(TraceRequests, tracing)] if tracing.is_on else ()),
                 Middleware(CloseWhileStopping, stop),
                 Middleware(Guard, settings, self.on_error),
             ],
@@ -390,6 +395,15 @@ class Api:
                 ]
             )
         user = body.safety_identifier or body.user or ""
+        span = begin_answer(
+            self._tracing,
+            is_chat=not isinstance(body, CompletionRequest),
+            model=card.name,
+            reply_id=writer.reply_id,
+            is_stream=bool(body.stream),
+            num_choices=body.n or 1,
+            sampling=groups[0][0].sampling,
+        )
         if isinstance(body, CompletionRequest) and body.has_spare_samples:
             shows_logprobs = body.logprobs is not None
             return BestResponse(
@@ -399,11 +413,12 @@ class Api:
                 self._metrics,
                 self._settings,
                 user,
+                span,
                 num_best=body.n or 1,
                 shows_logprobs=shows_logprobs,
             )
         kind = StreamResponse if body.stream else AnswerResponse
-        return kind(choices, writer, self._dispatch, self._metrics, self._settings, user)
+        return kind(choices, writer, self._dispatch, self._metrics, self._settings, user, span)
 
 
 async def checked_grammar(model: Model, wanted: Wanted | None) -> Grammar | None:

@@ -30,6 +30,7 @@ from flowkv_common.errors import (
     Unavailable,
     from_wire,
 )
+from flowkv_common.tracing import Attributes, open_tracing
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
@@ -60,6 +61,7 @@ from flowkv_gateway.errors import for_client
 from flowkv_gateway.finished import FinishedLog
 from flowkv_gateway.request_state import RequestState
 from flowkv_gateway.token_stream import TokenStream
+from flowkv_gateway.traces import add_attempt
 from flowkv_gateway.turns import Turn
 from flowkv_gateway.witness import Witness
 
@@ -128,6 +130,7 @@ class Dispatch:
     def __init__(self, bus: Bus, gateway_id: str, models: Iterable[ModelNodes]) -> None:
         self._bus = bus
         self._gateway_id = gateway_id
+        self.tracing = bus.tracing
         self.url = ""  # of the API, once it is served
         self.cluster = Cluster(models)
         self.streams: dict[str, TokenStream] = {}  # transfer id -> the tokens of this attempt
@@ -285,15 +288,22 @@ class Dispatch:
 
     async def _schedule(self, request: RequestState, turn: Turn | None) -> Assignment:
         """Ask until there is a pair: the gateway does the waiting, so no queue is lost with a scheduler."""
-        with request.phases.phase("schedule"):
+        about: Attributes = {"flowkv.request_id": request.request_id, "flowkv.attempt": request.attempt}
+        with (
+            request.phases.phase("schedule"),
+            self.tracing.begin("schedule", about, kind="client") as span,
+            span.current(),
+        ):
             while True:
                 if turn is not None:
+                    waited_since = time.monotonic()
                     try:
                         async with asyncio.timeout(request.remaining_s()):
                             await turn.turns.wait(turn)
                     except TimeoutError:
                         raise DeadlineExceeded("waited in vain for the turn of its key") from None
-                    request.clock.turn(time.monotonic())
+                    request.clock.turn(now := time.monotonic())
+                    span.add_part("turn", waited_since, now - waited_since)
                 question = await self._question(request)
                 try:
                     answer = await self._bus.request(
@@ -313,7 +323,9 @@ class Dispatch:
                 if isinstance(answer, Assignment):
                     if turn is not None:
                         turn.turns.assign(turn)
+                    span.describe({"flowkv.reason": answer.reason})
                     return answer
+                span.add_event("wait", attributes={"flowkv.reason": answer.reason})
                 request.clock.answer(answer, time.monotonic())
                 remaining_s = request.remaining_s()
                 if remaining_s <= 0:
@@ -368,15 +380,30 @@ class Dispatch:
         """One attempt on one pair of nodes; cancelled on both, however it ends but by itself."""
         stream = TokenStream(len(request.output_ids), assignment.first_token_in_s, request.clock)
         self.streams[request.transfer_id] = stream
-        goes_on = False
+        goes_on, why_ended = False, ""
         self.witness.begin(request.transfer_id, assignment, time.monotonic())
+        about: Attributes = {
+            "flowkv.transfer_id": request.transfer_id,
+            "flowkv.prefill_node": request.prefill_node,
+            "flowkv.decode_node": request.decode_node,
+            "flowkv.reason": assignment.reason,
+        }
+        span = self.tracing.begin("attempt", about, kind="client", began=request.assigned_at)
         try:
-            await self._start_prefill(request, assignment)
+            with span.current():
+                await self._start_prefill(request, assignment)
             yield stream
-        except _Moves:
-            goes_on = True
+        except _Moves as move:
+            goes_on, why_ended = True, f"goes on elsewhere: {move.elsewhere.reason}"
+            raise
+        except FlowKVError as error:
+            why_ended = error.message
+            span.fail(error)
             raise
         finally:
+            if span.is_recorded:
+                add_attempt(span, request.clock.times(time.monotonic(), why_ended), request.began)
+            span.end()
             del self.streams[request.transfer_id]
             self.witness.end(request.transfer_id, time.monotonic(), goes_on=goes_on)
             if not request.is_finished:
@@ -560,7 +587,10 @@ async def open_dispatch(
     """
     gateway_id = f"gateway-{secrets.token_hex(4)}"
     name = f"flowkv-gateway/{gateway_id}"
-    async with connect(nats_settings, name=name, user="gateway", on_closed=on_closed) as bus:
+    async with (
+        open_tracing("flowkv-gateway", gateway_id) as tracing,
+        connect(nats_settings, name=name, user="gateway", on_closed=on_closed, tracing=tracing) as bus,
+    ):
         dispatch = Dispatch(bus, gateway_id, models)
         bus.on_reconnect(dispatch.cluster.touch_all)
         service = Service(

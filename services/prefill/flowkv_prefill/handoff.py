@@ -169,8 +169,12 @@ class Handoff:
             self._node.handoffs.confirm_send(self._run.decode.node_id)
             self._num_landed = num_ready
 
-    async def commit(self) -> None:
-        """From here on the decode node answers for the request. Raises FlowKVError if it refuses."""
+    async def commit(self) -> NodeTimes:
+        """From here on the decode node answers for the request. Returns what it was told of the sends.
+
+        Raises FlowKVError if it refuses.
+        """
+        times = self._times()
         run = DecodeRun(
             request_id=self._run.request_id,
             attempt=self._run.attempt,
@@ -184,10 +188,11 @@ class Handoff:
             output_ids=TokenIds.of(self._sequence.output_ids),
             sampling=msgspec.structs.replace(self._run.sampling, num_prompt_logprobs=None),
             deadline_in_s=self._sequence.deadline - time.monotonic(),
-            handoff=self._times(),
+            handoff=times,
         )
         subject = subjects.at(subjects.DECODE_RUN, self._run.decode.node_id)
         await self._node.bus.request(subject, run, Accepted, timeout_s=CONTROL_TIMEOUT_S)
+        return times
 
     def _times(self) -> NodeTimes:
         """Of all sends, until the commit, which is now."""

@@ -16,6 +16,7 @@ from flowkv_common.aio import FairQueue, Phases, running
 from flowkv_common.bus.service import Endpoint
 from flowkv_common.errors import BadRequest, DeadlineExceeded, FlowKVError, Internal, TransferFailed
 from flowkv_common.timeline import at_most, phase_of
+from flowkv_common.tracing import NO_SPAN, Span
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, NodeTimes, Phase, PrefillRun, TokenChunk, TokenLogprob
 from flowkv_engine.engine.batch import Sequence
@@ -53,6 +54,7 @@ class Prompt:
     phases: Phases = field(default_factory=Phases)
     chunks: list[Phase] = field(default_factory=list)
     came_at: float = field(default_factory=time.monotonic)
+    span: Span = NO_SPAN  # from its arrival to the end of its handoff
 
     def times(self, node_id: str) -> NodeTimes:
         """Of all until its first token, which is now."""
@@ -105,6 +107,7 @@ class PrefillRole:
             self._node.attempts.begin(Attempt(tid, run.gateway_id, "queued", lambda _: self._stop(prompt)))
             self._prompts[tid] = prompt
             self._num_accepted += 1
+            prompt.span = self._node.begin_span("prefill", prompt.sequence, prompt.came_at)
             prompt.task = self._tasks.create_task(self._serve(prompt))
             self._node.changed.set()
         return Accepted(node_id=self._node.ref.node_id)
@@ -144,6 +147,7 @@ class PrefillRole:
             self._computing.pop(tid, None)
             node.free_blocks(prompt.sequence)
             node.wake.set()
+            prompt.span.end()
             await node.outbox.flush()
 
     async def _hand_off(self, prompt: Prompt, num_bytes: int) -> None:
@@ -172,7 +176,7 @@ class PrefillRole:
                     node.attempts.set_state(tid, "handoff")
                     with prompt.phases.phase("handoff"):
                         await handoff.send_computed(prompt_done=True)
-                    await handoff.commit()
+                    prompt.span.add_phases(await handoff.commit(), prompt.came_at)
                     node.attempts.end(tid)  # the decode node has it now
                     await handoff.report(prompt.computed_at)
                     result = "done"
@@ -241,12 +245,15 @@ class PrefillRole:
         with prompt.phases.phase("prefill"):
             await prompt.computed.wait()
         assert prompt.first is not None
+        times = prompt.times(self._node.ref.node_id)
+        prompt.span.add_phases(times, prompt.came_at)
+        prompt.span.add_event("first token", prompt.came_at + times.total_s)
         chunk = self._node.add_token(
             prompt.sequence,
             prompt.first,
             num_cached_tokens=prompt.sequence.num_cached_tokens,
             phases_s=prompt.phases.seconds,
-            times=[prompt.times(self._node.ref.node_id)],
+            times=[times],
         )
         await self._node.outbox.flush()
         return chunk.finish_reason is not None
@@ -268,10 +275,12 @@ class PrefillRole:
     def _stop(self, prompt: Prompt) -> None:
         """Cancelled from outside. A task that has not begun would end without cleaning up."""
         self._prompts.pop(prompt.sequence.transfer_id, None)
+        prompt.span.end()
         prompt.task.cancel()
 
     def _give_up(self, prompt: Prompt, error: FlowKVError) -> None:
         tid = prompt.sequence.transfer_id
+        prompt.span.fail(error)
         self._node.outbox.add_failure(prompt.run.gateway_id, tid, error)
         self._node.attempts.end(tid)
         log.warning("gave up %s: %s", tid, error.message)

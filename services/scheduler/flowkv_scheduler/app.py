@@ -21,6 +21,7 @@ from flowkv_common.bus.registry import watch_nodes
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import SchedulerSettings
 from flowkv_common.telemetry import process_registry, serve_http, service_app
+from flowkv_common.tracing import Attributes, open_tracing
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import (
     Accepted,
@@ -303,6 +304,14 @@ class Scheduler:
 
         Raises as `admission.decide`, and `Unavailable` when we can't be sure to lead.
         """
+        about: Attributes = {"flowkv.request_id": request.request_id, "flowkv.attempt": request.attempt}
+        with self._bus.tracing.begin("schedule", about, kind="server") as span:
+            answer = await self._answer(request)
+            is_assigned = isinstance(answer, Assignment)
+            span.describe({"flowkv.reason": answer.reason, "flowkv.is_assigned": is_assigned})
+            return answer
+
+    async def _answer(self, request: ScheduleRequest) -> Assignment | Wait:
         self._check_leads()
         try:
             with self._seconds.time():
@@ -416,7 +425,10 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event, planner: Plann
     registry = process_registry()
     scheduler_id = f"scheduler-{secrets.token_hex(4)}"
     name = f"flowkv-scheduler/{scheduler_id}"
-    async with connect(settings, name=name, user="scheduler", on_closed=stop.set) as bus:
+    async with (
+        open_tracing("flowkv-scheduler", scheduler_id) as tracing,
+        connect(settings, name=name, user="scheduler", on_closed=stop.set, tracing=tracing) as bus,
+    ):
         lease = Lease(bus, scheduler_id)
         clock = asyncio.get_running_loop().time
         scheduler = Scheduler(bus, lease, planner or planner_of(settings), registry, clock)

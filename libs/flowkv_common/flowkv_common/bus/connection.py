@@ -20,6 +20,7 @@ from flowkv_common import errors
 from flowkv_common.bus.access import Access
 from flowkv_common.bus.client import BarrierClient
 from flowkv_common.config import NatsSettings
+from flowkv_common.tracing import NO_TRACING, Tracing
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import M, Message, Refusal, decode, encode
 
@@ -47,6 +48,7 @@ async def connect(
     user: str = "",
     on_closed: Callable[[], None] | None = None,
     connect_timeout_s: float = 30.0,
+    tracing: Tracing = NO_TRACING,
 ) -> AsyncIterator[Bus]:
     """A connection for as long as the context lasts; on exit it is drained, then closed.
 
@@ -56,7 +58,7 @@ async def connect(
     `_INBOX.<user>`, beside the default namespace `_INBOX.<namespace>-<user>`, so that the server can keep
     them from others; it is no secret, and the same whatever the server calls us.
     `on_closed` is called when the connection ends for good, since NATS has refused us for `nats_give_up_s`:
-    the body should then end too.
+    the body should then end too. Requests carry the current span of `tracing`.
 
     Raises `CannotStart` when a file that the settings name can't be read, `Unavailable` when no server takes
     us within `connect_timeout_s`, and at the end when the connection has ended for good.
@@ -64,7 +66,7 @@ async def connect(
     if isinstance(nats_settings, str):
         nats_settings = NatsSettings(nats_url=nats_settings)
     access = Access(nats_settings)
-    bus = Bus(access, on_closed)
+    bus = Bus(access, on_closed, tracing)
     try:
         async with asyncio.timeout(connect_timeout_s):
             await bus._open(name, user)
@@ -89,12 +91,12 @@ async def connect(
 class Bus:
     """Typed access to one NATS connection, made by `connect`. `nc` is nats-py's client underneath.
 
-
     Subjects are those of `wire/subjects.py`, or any that belong to no namespace.
     """
 
-    def __init__(self, access: Access, on_closed: Callable[[], None] | None) -> None:
+    def __init__(self, access: Access, on_closed: Callable[[], None] | None, tracing: Tracing) -> None:
         self.nc = BarrierClient(self._begin_anew, access)
+        self.tracing = tracing
         self.num_slow_consumer_drops = 0
         self._access = access
         self._on_closed = on_closed
@@ -211,14 +213,19 @@ class Bus:
         `timeout_s`, `TooLarge` like `publish`, `Internal` when the answer is no `reply`, and any
         `FlowKVError` that the other side raised.
         """
-        payload = encode(message)
-        self._check_size(payload, {})
+        payload, headers = encode(message), self.tracing.headers()
+        self._check_size(payload, headers)
         if not self.is_connected:
             raise errors.Unavailable(f"not connected to NATS, can't ask {subject}")
         try:
             # The timer is ours, see `jetstream`.
             async with asyncio.timeout(timeout_s):
-                answer = await self.nc.request(self.full_name(subject), payload, timeout=None)  # type: ignore[arg-type]
+                answer = await self.nc.request(
+                    self.full_name(subject),
+                    payload,
+                    timeout=None,  # type: ignore[arg-type]
+                    headers=headers or None,
+                )
         except TimeoutError:
             raise errors.DeadlineExceeded(f"no answer from {subject} within {timeout_s} s") from None
         except nats.errors.NoRespondersError:

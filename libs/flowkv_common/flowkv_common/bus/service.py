@@ -156,7 +156,8 @@ class Service:
                 request = decode(msg.data, served.endpoint.kind)
             except msgspec.DecodeError as error:
                 raise errors.invalid_input(str(error)) from None
-            reply = await served.endpoint.handler(request)
+            with self._bus.tracing.continuing(msg.headers):
+                reply = await served.endpoint.handler(request)
             if msg.reply:
                 await self._bus.publish(msg.reply, reply)
         except errors.FlowKVError as error:
