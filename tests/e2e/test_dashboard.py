@@ -77,6 +77,13 @@ def test_what_was_served_is_counted_where_it_belongs(samples: list[Sample]) -> N
         samples, "vllm:request_inference_time_seconds_sum"
     )
     assert whole_s == pytest.approx(value(samples, "vllm:e2e_request_latency_seconds_sum"), rel=0.05)
+    phases_s = {
+        phase: value(samples, "flowkv_request_phase_seconds_total", phase=phase)
+        for phase in ("schedule", "queue", "reserve", "prefill", "decode")
+    }
+    assert min(phases_s.values()) > 0
+    # The rest of an answer's time is the bus's.
+    assert sum(phases_s.values()) <= value(samples, "vllm:e2e_request_latency_seconds_sum") * 1.01
     assert value(samples, "flowkv_regime", regime="normal") == 1
     assert value(samples, "flowkv_schedule_seconds_bucket", le="0.0001") <= value(
         samples, "flowkv_schedule_seconds_bucket", le="0.0002"

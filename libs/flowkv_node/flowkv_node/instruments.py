@@ -45,19 +45,18 @@ class Instruments:
         def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
             return Histogram(name, text, [*labels, *mine], buckets=buckets, registry=self.registry)
 
-        def gauge(name: str, text: str, read: Callable[[], float]) -> None:
-            Gauge(name, text, list(mine), registry=self.registry).labels(**mine).set_function(read)
-
         def usage() -> float:
             now = blocks()
             return (now.leased + now.quarantined) / now.total
 
-        gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", usage)
-        gauge("flowkv_pool_free_blocks", "Blocks free or evictable", lambda: blocks().free + blocks().cached)
+        self.add_gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", usage)
+        self.add_gauge(
+            "flowkv_pool_free_blocks", "Blocks free or evictable", lambda: blocks().free + blocks().cached
+        )
         longest = "Blocks of the longest free run"
-        gauge("flowkv_pool_longest_free_run", longest, lambda: blocks().longest_free_run)
+        self.add_gauge("flowkv_pool_longest_free_run", longest, lambda: blocks().longest_free_run)
         per_step = "Prompt tokens per step, at most: what makes a node prefill or decode"
-        gauge("flowkv_max_prefill_tokens_per_step", per_step, chunk_budget)
+        self.add_gauge("flowkv_max_prefill_tokens_per_step", per_step, chunk_budget)
 
         steps = histogram("vllm:iteration_tokens_total", "Tokens per step", STEP_BUCKETS)
         preemptions = counter("vllm:num_preemptions", "Sequences preempted, to be recomputed")
@@ -86,6 +85,11 @@ class Instruments:
         for connector in connectors:
             for family in self._transfers.values():
                 family.labels(connector=connector, **mine)
+
+    def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """`read` is asked at each scrape."""
+        gauge = Gauge(name, text, list(self._labels), registry=self.registry)
+        gauge.labels(**self._labels).set_function(read)
 
     def observe_step(self, counts: StepCounts, duration_s: float) -> None:
         """One engine step: what it computed, and how long it took."""

@@ -170,7 +170,17 @@ class Node:
         self._in_step: set[int] = set()  # ids of `Sequence` objects
         self._freed_in_step: list[list[int]] = []
         self._has_room = asyncio.Event()
-        self.prefill, self.decode = roles.prefill(self), roles.decode(self)
+        self.prefill, self.decode = prefill, decode = roles.prefill(self), roles.decode(self)
+        for name, text, read in (
+            (
+                "flowkv_queued_prefill_tokens",
+                "Not computed yet",
+                lambda: prefill.load().queued_prefill_tokens,
+            ),
+            ("flowkv_running_sequences", "In the decode batch", lambda: decode.load().num_running),
+            ("flowkv_waiting_sequences", "Without a place or blocks", lambda: decode.load().num_waiting),
+        ):
+            self.instruments.add_gauge(name, text, read)
 
     def endpoint(self, subject: str, kind: type[M], handler: Callable[[M], Awaitable[Message]]) -> Endpoint:
         """An endpoint of this node alone: its id ends the subject."""

@@ -33,6 +33,8 @@ _REQUEST_S = (
 )
 _TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 _NUM_CHOICES = (1.0, 2.0, 5.0, 10.0, 20.0)
+# Of `RequestState.phases`, those that follow each other; what lies between them is the bus.
+_PHASES = ("schedule", "queue", "reserve", "prefill", "decode")
 
 
 class GatewayMetrics(Collector):
@@ -77,6 +79,12 @@ class GatewayMetrics(Collector):
         self._finished = Counter(
             "vllm:request_success", "Ended", ["model_name", "finished_reason"], registry=registry
         )
+        self._phases = Counter(
+            "flowkv_request_phase_seconds",
+            "Seconds that answers spent in a phase",
+            ["model_name", "phase"],
+            registry=registry,
+        )
         self._open = Gauge("flowkv_gateway_open_choices", "Answers in the making", registry=registry)
         self.slow_clients = Counter(
             "flowkv_gateway_slow_clients", "Streams cut since nobody read them", registry=registry
@@ -94,6 +102,8 @@ class GatewayMetrics(Collector):
                 family.labels(name)
             for reason in ("stop", "length", "abort", "error"):
                 self._finished.labels(name, reason)
+            for phase in _PHASES:
+                self._phases.labels(name, phase)
         for metric, text, values in (
             (
                 "vllm:num_requests_running",
@@ -176,6 +186,8 @@ class GatewayMetrics(Collector):
                     observed.append((self.tpot, (last_at - first_at) / (choice.num_tokens - 1)))
                 for family, value in observed:
                     family.labels(name).observe(value)
+                for phase in _PHASES:
+                    self._phases.labels(name, phase).inc(request.phases.seconds.get(phase, 0.0))
 
     def count_unfinished(self, choices: Iterable[Choice], error: FlowKVError | None) -> None:
         """Count those of `choices` that were cut off when their request ended with `error`.
