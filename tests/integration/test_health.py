@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -13,6 +14,7 @@ from flowkv.local_cluster import free_port
 from flowkv_common import telemetry as service_connection
 from flowkv_common.health import own_port, problem
 from flowkv_common.telemetry import MAX_CONNECTIONS, serve_http, service_app
+from tests.waiting import until
 
 
 async def run_health(*arguments: str) -> tuple[int | None, str]:
@@ -122,3 +124,18 @@ async def test_one_that_ends_while_it_answers_is_not_well(answer: bytes) -> None
     async with await asyncio.start_server(answer_half, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         assert await asyncio.to_thread(problem, port, "/health/ready") is not None
+
+
+async def test_a_server_that_is_cut_off_leaves_nothing_in_the_loop() -> None:
+    """What gets the number of its socket next would never be heard."""
+    polled: Any = asyncio.get_running_loop()._selector  # type: ignore[attr-defined]
+    before = set(polled.get_map())
+
+    async def serve_and_fail() -> None:
+        async with serve_http(service_app(CollectorRegistry(), lambda: None), "127.0.0.1", 0) as port:
+            assert await asyncio.to_thread(problem, port, "/health/live") is None
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await serve_and_fail()
+    await until(lambda: set(polled.get_map()) == before)

@@ -172,13 +172,19 @@ async def serve_http(
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_TIMEOUT_S * 1000)
-        async with group() as tasks:
-            tasks.create_task(server.serve(sockets=[listener]))
-            try:
-                # The kernel queues connections from here on: nobody has to wait for the server.
-                yield int(listener.getsockname()[1])
-            finally:
-                server.should_exit = True
+        try:
+            async with group() as tasks:
+                tasks.create_task(server.serve(sockets=[listener]))
+                try:
+                    # The kernel queues connections from here on: nobody has to wait for the server.
+                    yield int(listener.getsockname()[1])
+                finally:
+                    server.should_exit = True
+        finally:
+            # uvicorn does not, if it is cancelled. The loop would go on to poll the socket's number, and be
+            # deaf to the next one that gets it.
+            for listening in getattr(server, "servers", ()):
+                listening.close()
 
 
 def _listening(host: str, ports: range) -> socket.socket:
