@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowkv_common.cluster_view import GONE_AFTER_S, ClusterView, ServiceInfo
+from flowkv_common.cluster_view import ASK_PERIOD_S, GONE_AFTER_QUESTIONS, ClusterView, ServiceInfo
 from flowkv_common.wire.nodes import PROTOCOL, RegimeChanged, ScaleWanted
 from tests.described_nodes import BLOCK_SIZE, MODEL, PERIOD_S, TOKEN_BUDGET, descriptor, report
 
@@ -94,7 +94,7 @@ def test_the_regime_is_the_leaders_and_then_what_it_announces(view: ClusterView,
     assert (view.regime, view.regime_reason) == ("overload", "too much")
     assert view.leader is not None
     assert view.leader.id == "s0"
-    clock.now += GONE_AFTER_S
+    clock.now += GONE_AFTER_QUESTIONS * ASK_PERIOD_S
     assert view.leader is None
     assert view.services("scheduler") == []
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from flowkv_common.cluster_view import ASKED_SERVICES
+from flowkv_common.cluster_view import ASKED_EVERY
 from flowkv_common.config import listed
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES
@@ -71,7 +71,7 @@ RIGHTS: Mapping[str, Rights] = {
             subjects.seen("*"),
             subjects.event("request_finished", "*"),
             subjects.at(subjects.NODE_CHECK, _ANY_NODE),  # does it hear us?
-            *(f"$SRV.INFO.{each}" for each in ASKED_SERVICES),
+            *(f"$SRV.INFO.{each}" for each in ASKED_EVERY),
             *_reading(subjects.NODES_BUCKET),
         ],
         subscribe=[

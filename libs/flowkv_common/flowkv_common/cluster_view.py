@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -35,10 +36,11 @@ from flowkv_common.wire.nodes import (
 # Of requests, transfers and moves the last ones: a screen shows fewer.
 MAX_KEPT = 100
 ASK_PERIOD_S = 1.0
+# Services that tell some of their state only when they are asked (`$SRV.INFO`), and after how many periods
+# they are. There may be many nodes, and their load reports say most.
+ASKED_EVERY = {"gateway": 1, "scheduler": 1, "node": 4}
 # Two questions in a row without an answer: the process has gone.
-GONE_AFTER_S = 3 * ASK_PERIOD_S
-# Services whose state is only in what they answer to `$SRV.INFO`.
-ASKED_SERVICES = ("gateway", "scheduler", "node")
+GONE_AFTER_QUESTIONS = 3
 EVENTS = RequestFinished | KVTransferred | RegimeChanged | CapMoved | ScaleWanted
 
 
@@ -71,6 +73,7 @@ class ClusterView:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._descriptors: dict[str, NodeDescriptor] | None = None  # None: not known yet
+        self._nodes_of: dict[tuple[str, int], list[str]] = {}  # (fingerprint, protocol) -> ids of its nodes
         self._reports: dict[str, tuple[float, LoadReport]] = {}
         self._services: dict[tuple[str, str], tuple[float, ServiceInfo]] = {}
         self.regime = ""  # empty: nobody has said
@@ -85,6 +88,10 @@ class ClusterView:
 
     def on_nodes(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         self._descriptors = dict(descriptors)
+        self._nodes_of = {}
+        for node_id, descriptor in descriptors.items():
+            group = descriptor.model.fingerprint, descriptor.protocol
+            self._nodes_of.setdefault(group, []).append(node_id)
         self._reports = {name: heard for name, heard in self._reports.items() if name in descriptors}
 
     def on_report(self, report: LoadReport) -> None:
@@ -128,9 +135,9 @@ class ClusterView:
 
     def services(self, name: str) -> list[ServiceInfo]:
         """The gateways, schedulers or nodes that have answered lately, by id."""
-        now = self._clock()
-        fresh = (info for at, info in self._services.values() if now - at < GONE_AFTER_S)
-        return sorted((info for info in fresh if info.name == name), key=lambda info: info.id)
+        since = self._clock() - GONE_AFTER_QUESTIONS * ASKED_EVERY[name] * ASK_PERIOD_S
+        fresh = (info for at, info in self._services.values() if info.name == name and at > since)
+        return sorted(fresh, key=lambda info: info.id)
 
     @property
     def models(self) -> list[str]:
@@ -199,14 +206,12 @@ class ClusterView:
         """A report names the links by another connector than most, and says how many there are in all."""
         if report is None:
             return {}
-        mine = descriptor.model.fingerprint, descriptor.protocol
-        peers = [
-            peer
-            for peer, other in (self._descriptors or {}).items()
-            if peer != descriptor.node.node_id and (other.model.fingerprint, other.protocol) == mine
-        ]
-        has_all = report.num_links >= len(peers)
-        return {peer: report.links.get(peer, report.usual_connector if has_all else "") for peer in peers}
+        mine = self._nodes_of[descriptor.model.fingerprint, descriptor.protocol]
+        has_all = report.num_links >= len(mine) - 1
+        links = dict.fromkeys(mine, report.usual_connector if has_all else "")
+        del links[descriptor.node.node_id]
+        links.update({peer: connector for peer, connector in report.links.items() if peer in links})
+        return links
 
 
 def _state(report: LoadReport | None, heard_s_ago: float | None, own_word: str) -> str:
@@ -267,7 +272,7 @@ def _ignore(subject: str, what: str) -> None:
 
 
 async def _ask_services(bus: Bus, view: ClusterView) -> None:
-    names = {subjects.service_in_namespace(name, bus.namespace): name for name in ASKED_SERVICES}
+    names = {subjects.service_in_namespace(name, bus.namespace): name for name in ASKED_EVERY}
 
     async def take(msg: Msg) -> None:
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
@@ -277,8 +282,8 @@ async def _ask_services(bus: Bus, view: ClusterView) -> None:
 
     inbox = bus.nc.new_inbox()
     async with await bus.subscribe_raw(inbox, take):
-        while True:
-            if bus.is_connected:
-                for name in names:
-                    await bus.nc.publish(f"$SRV.INFO.{name}", b"", reply=inbox)
+        for number in itertools.count():
+            for asked, name in names.items():
+                if bus.is_connected and number % ASKED_EVERY[name] == 0:
+                    await bus.nc.publish(f"$SRV.INFO.{asked}", b"", reply=inbox)
             await asyncio.sleep(ASK_PERIOD_S)
