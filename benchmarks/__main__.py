@@ -25,6 +25,7 @@ BENCHMARKS = {
         "serving": "throughput and latency beside vLLM, and what the services cost",
         "disturbed": "chats beside long prompts: 1P1D, and one node's chunk sizes; --device cuda: on one GPU",
         "speculation": "guessed tokens on and off, where answers copy and where they don't",
+        "looking": "what the live page, traces and request lines cost",
         "disconnects": "how long blocks stay held after a client has left",
         "load": "an open loop of load for any cluster that runs",
     },
