@@ -42,6 +42,16 @@ class Pod(NamedTuple):
         return {port["name"]: port["containerPort"] for port in listed}
 
     @property
+    def ranges(self) -> list[range]:
+        """All that it listens on: of some ports it takes one, which is not declared."""
+        environ = variables(self.spec["containers"][0])
+        settings = [environ[name] for name in ("FLOWKV_HTTP_PORT", "FLOWKV_DATA_PORT") if name in environ]
+        return [
+            *(range(port, port + 1) for port in self.ports.values()),
+            *(ports(setting) for setting in settings),
+        ]
+
+    @property
     def secrets(self) -> set[str]:
         """Names of the Secrets that it mounts or has in its environment."""
         volumes = [one["secret"]["secretName"] for one in self.spec.get("volumes", []) if "secret" in one]
@@ -96,6 +106,12 @@ def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
         if is_in != {"In": True, "NotIn": False}[rule["operator"]]:
             return False
     return True
+
+
+def ports(setting: str) -> range:
+    """Of 9201, or of 9201-9299."""
+    first, _, last = setting.partition("-")
+    return range(int(first), int(last or first) + 1)
 
 
 def variables(container: Mapping[str, Any]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import yaml
 from tests.deploy.chart import Manifest, Values, render, with_nats_chart
 from tests.deploy.chart_files import CHART
 
-OWN_NATS: Values = {"nats": {"enabled": False}, "bus": {"replicas": 1}}
+OWN_NATS: Values = {"nats": {"enabled": False}, "bus": {"replicas": 1, "namespace": "team-a"}}
 GPU: Values = {
     "enabled": True,
     "ncclSocketIfname": "eth0",
@@ -24,6 +24,7 @@ CASES: dict[str, Values] = {
         "nodes": {
             "gpu": GPU,
             "hostNetwork": True,
+            "decode": {"httpPort": "9150-9199", "dataPort": "9250-9299"},
             "resources": {"requests": {"cpu": "8"}, "limits": {"cpu": "8", "memory": "64Gi"}},
             "nodeSelector": {"nvidia.com/gpu.present": "true"},
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
@@ -40,7 +41,11 @@ CASES: dict[str, Values] = {
         "modelVolume": {"accessMode": "ReadWriteMany"},
     },
     "shared memory": {
-        "nodes": {"socketsHostPath": "/run/flowkv", "settings": {"connectors": "shm,tcp"}},
+        "nodes": {
+            "socketsHostPath": "/run/flowkv",
+            "settings": {"connectors": "shm,tcp"},
+            "decode": {"dataPort": "9201-9299"},
+        },
         "gateway": {"settings": {"max_body_bytes": 8388608, "live_page": "off", "ping_s": 2.5}},
     },
     "ingress and TLS": {

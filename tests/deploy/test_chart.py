@@ -19,7 +19,7 @@ from flowkv_common.config import (
     ServiceSettings,
     load_settings,
 )
-from tests.deploy.chart import RELEASE, Manifest, Pod, named, of_kind, pods, selects, variables
+from tests.deploy.chart import RELEASE, Manifest, Pod, named, of_kind, pods, ports, selects, variables
 
 # Kinds that a cluster has only with an operator: Kubernetes' own schemas don't tell of them.
 OF_OPERATORS = ("ServiceMonitor", "ScaledObject", "HTTPRoute")
@@ -116,9 +116,13 @@ def test_volumes_and_mounts_belong_together(manifests: list[Manifest]) -> None:
 def test_probes_ask_ports_that_the_pod_has(manifests: list[Manifest]) -> None:
     for pod, container, _ in services(manifests):
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            environ = variables(container)
+            if "exec" in container[probe]:
+                assert environ["FLOWKV_HTTP_PORT"] in container[probe]["exec"]["command"]
+                continue
             asked = container[probe]["httpGet"]
             assert asked["port"] in pod.ports, (pod.owner, probe)
-            is_tls = "FLOWKV_TLS_CERT" in variables(container)
+            is_tls = "FLOWKV_TLS_CERT" in environ
             assert asked["scheme"] == ("HTTPS" if is_tls else "HTTP"), (pod.owner, probe)
 
 
@@ -135,10 +139,12 @@ def test_services_take_the_settings_and_have_time_to_drain(manifests: list[Manif
         drain_s = getattr(settings, "drain_timeout_s", 0.0) + getattr(settings, "shutdown_delay_s", 0.0)
         assert pod.spec["terminationGracePeriodSeconds"] >= max(drain_s + 5, 40), pod.owner
         assert not pod.spec["enableServiceLinks"], pod.owner  # else variables FLOWKV_... that it refuses
-        ports = (getattr(settings, name, None) for name in ("port", "http_port"))
-        assert pod.ports["http"] in ports, pod.owner
+        port = getattr(settings, "port" if kind is GatewaySettings else "http_port")
+        assert ports(str(port)) in pod.ranges, pod.owner
+        assert pod.ports.get("http") in (None, *ports(str(port))), pod.owner
         if isinstance(settings, NodeSettings):
             assert settings.num_threads <= int(container["resources"]["limits"]["cpu"])
+            assert bool(settings.data_tls_cert) == bool(settings.nats_cert)
             assert settings.host == "0.0.0.0"
             assert settings.advertise_host
 
@@ -149,12 +155,10 @@ def test_nodes_read_what_the_job_of_their_model_links(manifests: list[Manifest])
     assert len(links) == len(jobs) >= 1
     for pod, container, kind in services(manifests):
         if kind is not SchedulerSettings:
-            path = variables(container)["FLOWKV_MODEL_PATH"]
-            assert path in links, pod.owner
-            waits = [
-                one["args"][-1] for one in pod.spec["initContainers"] if one["name"].startswith("await-")
-            ]
-            assert path in waits, pod.owner
+            paths = set(variables(container)["FLOWKV_MODEL_PATH"].split(","))
+            assert paths == links if kind is GatewaySettings else paths <= links, pod.owner
+            waits = [one["args"][-1] for one in pod.spec["initContainers"] if "args" in one]
+            assert set(waits) == paths, pod.owner
 
 
 def test_selectors_find_pods(manifests: list[Manifest]) -> None:
@@ -190,11 +194,17 @@ def test_network_policies_name_pods_and_ports_that_exist(manifests: list[Manifes
                     assert any(selects(peer["podSelector"], pod.labels) for pod in found), name
             for port in rule.get("ports", []):
                 for pod in targets:
-                    assert port["port"] in (*pod.ports, *pod.ports.values()), (name, port)
+                    assert numbers(port, pod) in pod.ranges, (name, port)
     assert guarded == {pod.owner for pod in found}
 
 
-def who_reaches(manifests: list[Manifest], owner: str, port: str) -> set[str]:
+def numbers(port: dict[str, Any], pod: Pod) -> range:
+    """The ports of a pod that a rule is for."""
+    first = pod.ports[port["port"]] if isinstance(port["port"], str) else port["port"]
+    return range(first, port.get("endPort", first) + 1)
+
+
+def who_reaches(manifests: list[Manifest], owner: str, number: int) -> set[str]:
     """Pods that the policies let through to a port of a pod; "*" if all may."""
     found = {pod.owner: pod for pod in pods(manifests)}
     target = found[owner]
@@ -203,8 +213,7 @@ def who_reaches(manifests: list[Manifest], owner: str, port: str) -> set[str]:
         if not selects(policy["spec"]["podSelector"], target.labels):
             continue
         for rule in policy["spec"]["ingress"]:
-            named_ports = [one["port"] for one in rule.get("ports", [{"port": port}])]
-            if port in named_ports or target.ports[port] in named_ports:
+            if any(number in numbers(one, target) for one in rule.get("ports", [{"port": number}])):
                 peers = rule.get("from", [{"podSelector": {}}])
                 reach |= {
                     pod.owner
@@ -220,13 +229,16 @@ def who_reaches(manifests: list[Manifest], owner: str, port: str) -> set[str]:
 def test_only_who_needs_it_reaches_nats_and_kv(manifests: list[Manifest]) -> None:
     deployments = {pod.owner for pod in pods(manifests) if pod.owner.startswith("Deployment/")}
     nodes = {pod.owner for pod in pods(manifests) if "flowkv/role" in pod.labels}
-    for node in nodes:
-        assert who_reaches(manifests, node, "kv") == nodes
+    for pod in pods(manifests):
+        if pod.owner in nodes:
+            data_ports = ports(variables(pod.spec["containers"][0])["FLOWKV_DATA_PORT"])
+            assert who_reaches(manifests, pod.owner, data_ports[0]) == nodes
+            assert who_reaches(manifests, pod.owner, data_ports[-1]) == nodes
     if of_kind(manifests, "StatefulSet"):
         server = f"StatefulSet/{RELEASE}-nats"
-        assert who_reaches(manifests, server, "nats") == deployments
-        assert who_reaches(manifests, server, "cluster") == {server}
-        assert who_reaches(manifests, server, "monitor") == set()
+        assert who_reaches(manifests, server, 4222) == deployments
+        assert who_reaches(manifests, server, 6222) == {server}
+        assert who_reaches(manifests, server, 8222) == set()
 
 
 def test_routes_lead_to_the_gateway(manifests: list[Manifest]) -> None:

@@ -58,7 +58,7 @@ securityContext:
 
 {{/* What all services are told, as JSON. Takes the root. */}}
 {{- define "flowkv.commonSettings" -}}
-{{- $settings := dict "host" "0.0.0.0" "nats_url_file" "/keys/nats_url" "nats_replicas" .Values.bus.replicas "nats_storage" .Values.bus.storage }}
+{{- $settings := dict "host" "0.0.0.0" "nats_url_file" "/keys/nats_url" "nats_replicas" .Values.bus.replicas "nats_storage" .Values.bus.storage "namespace" .Values.bus.namespace }}
 {{- if .Values.tls.enabled }}
 {{- $settings = merge $settings (dict "nats_ca" "/tls/ca.crt" "nats_cert" "/tls/tls.crt" "nats_key" "/tls/tls.key") }}
 {{- end }}
@@ -107,23 +107,31 @@ securityContext:
     - {name: models, mountPath: /models, readOnly: true}
 {{- end }}
 
-{{/* Takes (dict "port" NAME "scheme" "HTTP" "startSeconds" SECONDS). */}}
+{{/* Takes (dict "ports" NUMBERS "scheme" "HTTP" "startSeconds" SECONDS): of a range the container knows its port. */}}
 {{- define "flowkv.probes" -}}
 startupProbe:
-  httpGet: {path: /health/live, port: {{ .port }}, scheme: {{ .scheme }}}
+  {{- include "flowkv.probe" (merge (dict "path" "/health/live") .) | nindent 2 }}
   periodSeconds: 2
   timeoutSeconds: 5
   failureThreshold: {{ div .startSeconds 2 }}
 livenessProbe:
-  httpGet: {path: /health/live, port: {{ .port }}, scheme: {{ .scheme }}}
+  {{- include "flowkv.probe" (merge (dict "path" "/health/live") .) | nindent 2 }}
   periodSeconds: 5
   timeoutSeconds: 5
   failureThreshold: 6
 readinessProbe:
-  httpGet: {path: /health/ready, port: {{ .port }}, scheme: {{ .scheme }}}
+  {{- include "flowkv.probe" (merge (dict "path" "/health/ready") .) | nindent 2 }}
   periodSeconds: 2
   timeoutSeconds: 5
   failureThreshold: 2
+{{- end }}
+
+{{- define "flowkv.probe" -}}
+{{- if contains "-" (toString .ports) -}}
+exec: {command: [python, -m, flowkv_common.health, {{ .ports | quote }}, {{ .path }}]}
+{{- else -}}
+httpGet: {path: {{ .path }}, port: http, scheme: {{ .scheme }}}
+{{- end }}
 {{- end }}
 
 {{/* Drains of a host take one pod of a component at a time. Takes (dict "root" $ "component" NAME). */}}
