@@ -17,6 +17,7 @@ import httpx
 import openai
 import pytest
 
+from flowkv.authority import make_certificates
 from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import CannotStart
 from flowkv_common.health import Entry, gateway_entry, problem
@@ -252,13 +253,15 @@ async def test_no_origin_is_allowed_unless_it_was_set(tokenizer: Tokenizer) -> N
 # --- TLS -------------------------------------------------------------------------------------------
 
 
-def new_certificate(folder: Path) -> dict[str, Any]:
-    """The settings of a gateway with a certificate that it has signed itself."""
-    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    subject = ["-subj", "/CN=gateway", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
-    subprocess.run([*command, "-keyout", key, "-out", cert, *subject], check=True, capture_output=True)
-    return {"tls_cert": cert, "tls_key": key}
+def new_certificate(folder: Path, name: str = "gateway") -> dict[str, Any]:
+    """The settings of a gateway with a certificate of an authority of its own."""
+    make_certificates(folder)
+    return {"tls_cert": str(folder / f"{name}.pem"), "tls_key": str(folder / f"{name}.key")}
+
+
+def trusting(settings: dict[str, Any]) -> ssl.SSLContext:
+    """What a client has that trusts the authority of this certificate."""
+    return ssl.create_default_context(cafile=str(Path(settings["tls_cert"]).with_name("ca.pem")))
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +272,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 async def test_tls(tokenizer: Tokenizer, certificate: dict[str, Any]) -> None:
     async with serving(tokenizer, **certificate) as gateway:
         url = f"https://127.0.0.1:{gateway.port}"
-        ours = ssl.create_default_context(cafile=certificate["tls_cert"])
+        ours = trusting(certificate)
         async with httpx.AsyncClient(base_url=url, verify=ours, trust_env=False) as client:
             assert (await client.post(PATH, json=CHAT)).status_code == 200
             events = (await client.post(PATH, json={**CHAT, "stream": True})).text
@@ -289,6 +292,21 @@ async def test_tls(tokenizer: Tokenizer, certificate: dict[str, Any]) -> None:
         assert (await asyncio.to_thread(check)).stdout == "well\n"
 
 
+@pytest.mark.parametrize("intruder", ["another authority's", "another service's"])
+async def test_clients_trust_no_server_that_is_not_the_gateway(
+    tokenizer: Tokenizer, certificate: dict[str, Any], tmp_path: Path, intruder: str
+) -> None:
+    if intruder == "another authority's":
+        shown = new_certificate(tmp_path)
+    else:
+        shown = {name: path.replace("gateway.", "node.") for name, path in certificate.items()}
+    async with serving(tokenizer, **shown) as gateway:
+        url = f"https://127.0.0.1:{gateway.port}"
+        async with httpx.AsyncClient(base_url=url, verify=trusting(certificate), trust_env=False) as client:
+            with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+                await client.get("/health")
+
+
 async def test_a_renewed_certificate_counts_for_new_connections(
     tokenizer: Tokenizer, certificate: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -300,10 +318,8 @@ async def test_a_renewed_certificate_counts_for_new_connections(
     async with serving(tokenizer, **paths) as gateway:
 
         def client(settings: dict[str, Any]) -> httpx.AsyncClient:
-            verify = ssl.create_default_context(cafile=settings["tls_cert"])
-            return httpx.AsyncClient(
-                base_url=f"https://127.0.0.1:{gateway.port}", verify=verify, trust_env=False
-            )
+            url = f"https://127.0.0.1:{gateway.port}"
+            return httpx.AsyncClient(base_url=url, verify=trusting(settings), trust_env=False)
 
         async with client(certificate) as early:
             assert (await early.get("/health")).status_code == 200

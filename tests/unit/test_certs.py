@@ -51,6 +51,16 @@ def test_each_service_trusts_the_others_by_all_their_names(tmp_path: Path, hostn
         shaken_hands(server, context(tmp_path, "node", is_server=False), "elsewhere.example")
 
 
+@pytest.mark.parametrize("name", ["scheduler", "node", "operator"])
+def test_only_gateway_and_nats_are_known_by_the_names_of_hosts(name: str, tmp_path: Path) -> None:
+    make_certificates(tmp_path, ["10.0.0.1"])
+    server, client = (context(tmp_path, name, is_server=is_server) for is_server in (True, False))
+    shaken_hands(server, client, name)
+    for hostname in ("localhost", "127.0.0.1", "10.0.0.1", "gateway"):
+        with pytest.raises(ssl.SSLCertVerificationError):
+            shaken_hands(server, client, hostname)
+
+
 def test_another_authority_is_not_trusted(tmp_path: Path) -> None:
     ours, others = tmp_path / "ours", tmp_path / "others"
     make_certificates(ours)

@@ -18,6 +18,8 @@ from flowkv_common.errors import CannotStart
 
 # Those who show a certificate; `operator` is a person's, for the command line.
 NAMES = ("gateway", "scheduler", "node", "nats", "operator")
+# Those who are called by the name of their host. No other may pass for them there.
+SERVERS = ("gateway", "nats")
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 CA_NAME = "FlowKV trial authority"
 # Longer than a trial: for a new authority all services would need a new ca.pem.
@@ -41,7 +43,8 @@ def make_certificates(folder: Path, hosts: Sequence[str] = (), days: int = 365) 
     authority = _read_authority(folder) if (folder / "ca.pem").exists() else _make_authority(folder)
     for name in NAMES:
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = _sign(name, key.public_key(), [name, *LOCAL_HOSTS, *hosts], days, authority)
+        names = [name, *LOCAL_HOSTS, *hosts] if name in SERVERS else [name]
+        certificate = _sign(name, key.public_key(), names, days, authority)
         _write_key(folder / f"{name}.key", key)
         _write(folder / f"{name}.pem", certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
 

@@ -3,8 +3,8 @@
   flowkv certs FOLDER --host 10.0.0.1 --host kv.example
 
 FOLDER then holds ca.pem, and NAME.pem and NAME.key of gateway, scheduler, node, nats and operator. Each
-certificate is for its service's name, for localhost, and for the hosts named here. Run it again before they
-expire: the authority stays, so services trust old and new ones alike.
+certificate is for its service's name, those of gateway and nats also for localhost and the hosts named here.
+Run it again before they expire: the authority stays, so services trust old and new ones alike.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     parser = make_parser("certs", __doc__, needs_nats=False)
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--host", action="append", default=[], metavar="NAME", help="a name or address that services have"
+        "--host", action="append", default=[], metavar="NAME", help="a name or address of gateway or NATS"
     )
     parser.add_argument("--days", type=int, default=DAYS, help=f"how long they are valid (default {DAYS})")
     options = parser.parse_args(argv)
