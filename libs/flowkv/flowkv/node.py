@@ -42,6 +42,8 @@ def set_variables() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Each block of a copy takes a multiprocessor from the engine's kernels, of which an H100 has 132.
     os.environ.setdefault("NCCL_MAX_CTAS", "8")
+    # UCX, below NIXL, would warn of each connection that ends under a read.
+    os.environ.setdefault("UCX_LOG_LEVEL", "error")
 
 
 def import_libraries() -> None:
