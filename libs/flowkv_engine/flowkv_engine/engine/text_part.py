@@ -47,6 +47,7 @@ _SAME_OF_TEXT: dict[str, tuple[str, dict[str, Any]]] = {
 RENAMED = {
     r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
     r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?": "model.",
+    r"^model\.blocks\.": "model.layers.",  # in a Kimi that transformers has written
 }
 _OTHER_PARTS = re.compile(
     r"^(?:model\.)?(?:visual|vision_\w+|audio_\w+|\w+_projector|connector|embed_vision|embed_audio|image_newline)\b"
