@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from nats.aio.msg import Msg
 
+from flowkv.doctor.bus import check_buckets
 from flowkv_common import errors
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import Bus, connect
@@ -161,6 +162,11 @@ async def ask(bus: Bus) -> Accepted:
                 await asyncio.sleep(0.05)
 
 
+async def findings(bus: Bus) -> list[tuple[str, str]]:
+    """What the doctor says of the buckets."""
+    return [(one.level, one.said) for one in await check_buckets(bus)]
+
+
 async def leader_of(servers: NatsCluster, bucket: str) -> int:
     leader = await asyncio.to_thread(servers.bucket_leader, bucket)
     assert leader is not None
@@ -182,25 +188,37 @@ async def test_a_server_that_keeps_a_copy_dies_and_nobody_minds(servers: NatsClu
 
 
 async def test_a_bucket_of_one_server_is_given_to_three(servers: NatsCluster) -> None:
+    """And the doctor says how many keep it."""
+    name = subjects.LEADER_BUCKET
     alone = msgspec.structs.replace(settings(servers), nats_replicas=1)
     async with connect(alone, name="before") as before, connect(settings(servers), name="after") as after:
-        bucket = await open_bucket(before, subjects.LEADER_BUCKET)
+        assert await findings(after) == []
+        bucket = await open_bucket(before, name)
         async with asyncio.timeout(10):
             await bucket.put("kept", b"as it was")
-            bucket = await open_bucket(after, subjects.LEADER_BUCKET)
-        await asyncio.to_thread(servers.wait_kept_by_all, subjects.LEADER_BUCKET)
+            said = f"{name} is kept by one of several servers, and dies with it"
+            assert await findings(after) == [("look", said)]
+            bucket = await open_bucket(after, name)
+        await asyncio.to_thread(servers.wait_kept_by_all, name)
         assert (await read_key(bucket, "kept")).value == b"as it was"
+        assert await findings(after) == [("good", f"{name} is kept by 3 servers")]
 
 
 @pytest.mark.full
 async def test_the_server_that_leads_the_buckets_dies(servers: NatsCluster) -> None:
     async with party(servers) as all_there:
         before = all_there.terms.newest()
-        servers.servers[await leader_of(servers, subjects.LEADER_BUCKET)].kill()
+        victim = await leader_of(servers, subjects.LEADER_BUCKET)
+        servers.servers[victim].kill()
         await until(lambda: not any(lease.is_held for lease in all_there.leases), ELECTED_S)
         await all_there.until_led(before)
         await until(lambda: all_there.buses["watcher"].is_connected)
         await asyncio.sleep(8.0)  # longer than records live: nobody could renew them meanwhile
+        said = f"n{victim} of the servers that keep it is away, or not up to date"
+        expected = [("look", f"{name}: {said}") for name in (subjects.NODES_BUCKET, subjects.LEADER_BUCKET)]
+        async with asyncio.timeout(ELECTED_S):
+            while await findings(all_there.buses["watcher"]) != expected:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
 
 
 @pytest.mark.full

@@ -5,6 +5,7 @@ A client library tries again until it is let in; here the server's first refusal
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -14,10 +15,14 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
+import nats.errors
+from nats.js.errors import NotFoundError
 
 from flowkv.doctor import Finding, bad, good, look
 from flowkv.local_cluster import OLDEST_NATS
 from flowkv_common.bus.access import Access, Login
+from flowkv_common.bus.connection import Bus
+from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES, window_that_fits
 
 TIMEOUT_S = 2.0
@@ -114,6 +119,33 @@ def check_rights(user: str | None, last_error: object) -> Iterator[Finding]:
     if "permissions violation" in str(last_error).lower():
         said = f"the user {user} may not hear or say all that is looked at here: {last_error}"
         yield look("NATS", said, f"use a user that may: {OPERATOR_URL}")
+
+
+async def check_buckets(bus: Bus) -> list[Finding]:
+    """Whether the death of one server of several would take what services keep there."""
+    findings = []
+    for bucket in (subjects.NODES_BUCKET, subjects.LEADER_BUCKET):
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                info = await bus.jetstream().stream_info(f"KV_{bucket}")
+        except NotFoundError:
+            continue  # no service has made it
+        except (TimeoutError, nats.errors.Error) as error:
+            said = f"{bucket}: no server that keeps it leads the others: {str(error) or 'no answer'}"
+            mend = "most of those that keep it must run: wait 10 s, then look at each server's /healthz"
+            findings.append(bad("NATS", said, mend))
+            continue
+        others = (info.cluster.replicas if info.cluster else None) or []
+        late = [str(one.name) for one in others if one.offline or not one.current]
+        if late:
+            said = f"{bucket}: {', '.join(late)} of the servers that keep it is away, or not up to date"
+            findings.append(look("NATS", said, "stop no other server before its /healthz says ok"))
+        elif others:
+            findings.append(good("NATS", f"{bucket} is kept by {1 + len(others)} servers"))
+        elif bus.nc.has_other_servers:
+            said = f"{bucket} is kept by one of several servers, and dies with it"
+            findings.append(look("NATS", said, "start all services with FLOWKV_NATS_REPLICAS=3"))
+    return findings
 
 
 def payload_mend() -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from flowkv.doctor import Finding, bad
-from flowkv.doctor.bus import START_IT, ask_server, check_rights, check_server
+from flowkv.doctor.bus import START_IT, ask_server, check_buckets, check_rights, check_server
 from flowkv.doctor.cluster import check_links, check_nodes, check_services
 from flowkv.doctor.host import check_clocks, check_host, describe_host, seconds_ahead_of
 from flowkv.doctor.remote import prove_remote_prefill, try_pairs
@@ -78,6 +78,7 @@ async def _check_cluster(options: argparse.Namespace) -> list[Finding]:
         async with connected(options) as bus, viewing(bus) as view:
             await until_complete(view, PATIENCE_S)
             findings += check_rights(servers.logins[0].user, bus.nc.last_error)
+            findings += await check_buckets(bus)
             findings += check_services(view)
             findings += check_nodes(view, server.max_payload)
             findings += check_links(view)
