@@ -300,8 +300,9 @@ async def test_never_two_and_epochs_grow_whoever_comes_goes_and_dies(nats_server
     assert seat.most_at_once == 1
 
 
+@pytest.mark.parametrize("namespace", ["flowkv", "another"])
 async def test_a_renewal_whose_answer_is_lost_costs_no_term(
-    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch, namespace: str
 ) -> None:
     """As when the connection goes between a write and its answer."""
     seat, is_lost = Seat(), asyncio.Event()
@@ -315,11 +316,14 @@ async def test_a_renewal_whose_answer_is_lost_costs_no_term(
         return revision
 
     monkeypatch.setattr(KeyValue, "update", lose_one_answer)
-    async with candidate(nats_server, seat, "a") as a:
+    settings = NatsSettings(nats_url=nats_server.url, namespace=namespace)
+    async with connect(settings, name="a") as bus:
+        a = Candidate("a", seat, bus)
         async with asyncio.timeout(5):
             await is_lost.wait()
         await seat.stays_for(2 * TTL_S)
         assert a.lease.is_held
+        await a.stop()
     assert seat.terms == [("a", 1)]
 
 

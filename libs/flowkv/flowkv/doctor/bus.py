@@ -124,7 +124,7 @@ def check_rights(user: str | None, last_error: object) -> Iterator[Finding]:
 async def check_buckets(bus: Bus) -> list[Finding]:
     """Whether the death of one server of several would take what services keep there."""
     findings = []
-    for bucket in (subjects.NODES_BUCKET, subjects.LEADER_BUCKET):
+    for bucket in map(bus.full_name, (subjects.NODES_BUCKET, subjects.LEADER_BUCKET)):
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 info = await bus.jetstream().stream_info(f"KV_{bucket}")

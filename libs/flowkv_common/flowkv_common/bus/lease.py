@@ -35,7 +35,6 @@ from flowkv_common.wire.subjects import LEADER_BUCKET
 log = logging.getLogger(__name__)
 
 KEY = "leader"
-_STREAM = f"KV_{LEADER_BUCKET}"
 NOBODY = ""  # the holder has left: the lease is free
 
 # Shares of the TTL: when the holder renews, when it steps down unless that has worked, how often others look.
@@ -213,7 +212,8 @@ class Lease:
         try:
             async with until_reconnect(self._bus), asyncio.timeout_at(self._held_until):
                 # Of the server that leads the bucket: another's copy may be old.
-                found = await self._bus.jetstream().get_last_msg(_STREAM, f"$KV.{LEADER_BUCKET}.{KEY}")
+                bucket = self._bus.full_name(LEADER_BUCKET)
+                found = await self._bus.jetstream().get_last_msg(f"KV_{bucket}", f"$KV.{bucket}.{KEY}")
         except TROUBLE:
             return False
         if not found.data:
