@@ -18,7 +18,7 @@ from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, Cancel, Wait, encode
 from flowkv_common.wire.nodes import Drain
 from tests.nats_server import NatsServer
-from tests.waiting import reconnected, soon
+from tests.waiting import reconnected, soon, until
 
 SUBJECT = "flowkv.v1.test.cancel.x"
 
@@ -180,6 +180,34 @@ async def test_cut_off_requests_fail_at_once_and_the_exit_is_quick(
         await bus.publish(SUBJECT, Cancel(transfer_id="r.1", reason="buffered"))
         started = asyncio.get_running_loop().time()
     assert asyncio.get_running_loop().time() - started < 5.0
+
+
+async def test_a_question_that_nobody_waits_for_is_not_asked_after_a_reconnect(
+    nats_server: NatsServer,
+) -> None:
+    """What is only said comes late, and so does what is still waited for."""
+    heard: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def answer(msg: Msg) -> None:
+        heard.put_nowait(msg.data)
+        if msg.reply:
+            await msg.respond(b"answer")
+
+    async with connect(nats_server.url, name="test") as bus:
+        async with await bus.subscribe_raw(SUBJECT, answer):
+            await bus.nc.request(SUBJECT, b"before", timeout=5)
+            nats_server.kill()
+            await until(lambda: not bus.nc.is_connected)
+            given_up = asyncio.create_task(bus.nc.request(SUBJECT, b"given up", timeout=5))
+            waiting = asyncio.create_task(bus.nc.request(SUBJECT, b"waiting", timeout=5))
+            await until(lambda: len(bus.nc._pending) == 2)
+            given_up.cancel()
+            await asyncio.wait([given_up])
+            await bus.nc.publish(SUBJECT, b"said")
+            nats_server.start()
+            assert (await waiting).data == b"answer"
+            assert [await soon(heard.get()) for _ in range(3)] == [b"before", b"waiting", b"said"]
+            assert heard.empty()
 
 
 async def test_no_server_is_unavailable_after_the_timeout(nats_server: NatsServer) -> None:

@@ -62,6 +62,8 @@ class BarrierClient(Client):
     - It drops a cancel that comes while it flushes.
     - A server that ends a connection, as when a password changes, ends the client for good. A password, the
       public half of an nkey and a certificate are read once.
+    - What is published while it is cut off it keeps, and says after the reconnect: also questions for whose
+      answers nobody waits any more.
     - To a server that offers no TLS it says its password in the clear, whatever TLS it was told to use.
     """
 
@@ -210,6 +212,7 @@ class BarrierClient(Client):
             self._note_refusal(error)
             raise
         self._refused_since = None
+        self._drop_old_questions()
         if (writer := self._writer()) and writer.get_extra_info("ssl_object"):
             # Else asyncio logs a warning at the end of each such connection.
             writer.transport.get_protocol()._over_ssl = True  # type: ignore[attr-defined]
@@ -256,6 +259,20 @@ class BarrierClient(Client):
         refused_for_s = asyncio.get_running_loop().time() - self._refused_since
         if refused_for_s >= self._access.nats.nats_give_up_s and _is_refusal(self._err):
             raise Refused(self._err, refused_for_s)
+
+    def _drop_old_questions(self) -> None:
+        """Of what waited for a server: who asked has given up, and perhaps asked another."""
+        own_answers = bytes(self._resp_sub_prefix or b"")
+        if not own_answers:
+            return  # nothing was ever asked
+
+        def is_wanted(command: bytes) -> bool:
+            operation, _, *reply = command.partition(b"\r\n")[0].split(b" ")[:3]
+            is_question = operation in (b"PUB", b"HPUB") and reply[0].startswith(own_answers)
+            return not is_question or reply[0].removeprefix(own_answers).decode() in self._resp_map
+
+        self._pending = list(filter(is_wanted, self._pending))
+        self._pending_data_size = sum(map(len, self._pending))
 
     def _wants_tls(self) -> bool:
         is_said = self._current_server is not None and self._current_server.uri.scheme == "tls"
