@@ -6,7 +6,8 @@
   flowkv bench --url http://host:8000 --chat --html run.html    another server, with texts as prompts
 
 Prompts are random token ids, or with --chat random words, as many. All answers have the full length where
-the server knows `ignore_eos`.
+the server knows `ignore_eos`. One that refuses it gets OpenAI's fields alone by --plain; then answers may end
+sooner.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from flowkv.bench.traces import Targets, read_trace
 from flowkv.terminal import console, make_parser
 from flowkv_common.errors import CannotStart
 
+# Fields of `completion` that vLLM and we know. A strict server refuses what it does not know.
+NOT_OPENAIS = ("ignore_eos", "return_token_ids")
 # About one token each in every tokenizer; equal ids give equal words, so that prefixes stay equal.
 WORDS = (
     "the",
@@ -89,6 +92,9 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add_api_options(parser)
     parser.add_argument("--model", default="", help="the first that the API lists without")
     parser.add_argument("--chat", action="store_true", help="by /v1/chat/completions, with texts")
+    parser.add_argument(
+        "--plain", action="store_true", help="OpenAI's fields alone, for a server that is strict"
+    )
     load = parser.add_mutually_exclusive_group()
     load.add_argument("--rate", type=float, default=1.0, help="requests per second, on average; default 1")
     load.add_argument("--clients", type=int, default=0, help="a closed loop of so many clients")
@@ -114,7 +120,8 @@ def _dialect(options: argparse.Namespace) -> Dialect:
     shared = {"model": options.model, "stream_options": {"include_usage": True}}
 
     def complete(prompt_ids: Sequence[int], max_tokens: int) -> dict[str, Any]:
-        return {**completion(prompt_ids, max_tokens), **shared}
+        body = {**completion(prompt_ids, max_tokens), **shared}
+        return {name: value for name, value in body.items() if not (options.plain and name in NOT_OPENAIS)}
 
     def chat(prompt_ids: Sequence[int], max_tokens: int) -> dict[str, Any]:
         body = complete((), max_tokens)
@@ -156,6 +163,7 @@ def _json(conditions: dict[str, Any], figures: Figures, outcomes: Sequence[Outco
 
 def _table(figures: Figures, targets: Targets) -> list[Any]:
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -174,7 +182,9 @@ def _table(figures: Figures, targets: Targets) -> list[Any]:
         f"{figures.input_tokens_per_s:.1f} input tokens/s",
         table,
     ]
-    lines += [f"[red]{count} x[/] {error}" for error, count in figures.errors.items()]
+    lines += [f"[red]{count} x[/] {escape(error)}" for error, count in figures.errors.items()]
+    if any(name in error for error in figures.errors for name in NOT_OPENAIS):
+        lines.append("[yellow]this server is strict: try --plain[/]")
     if figures.client_late_ms.p99 > figures.ttft_ms.median / 10:
         lines.append(
             f"[yellow]this client was late itself, by {figures.client_late_ms.p99:.1f} ms in the p99[/]"

@@ -17,6 +17,7 @@ import msgspec
 from flowkv.bench.traces import TOKEN_IDS, Request, tokens_of
 
 MAX_LINE_BYTES = 1 << 20
+MAX_ERROR_BYTES = 300  # that are shown
 
 
 # --- when requests come, and how long they are ------------------------------------------------------
@@ -251,8 +252,10 @@ async def read_answer(reader: asyncio.StreamReader, outcome: Outcome, began: flo
         body = b"".join([piece async for piece in pieces(reader, headers)])
         if "retry-after" in headers:
             outcome.retry_after_s = float(headers["retry-after"])
-        outcome.error = f"status {outcome.status}"  # in case that the body is no JSON
-        outcome.error = decode_event(body).error_message or "no message"
+        # Not every server gives an error OpenAI's shape.
+        outcome.error = f"status {outcome.status}: {body[:MAX_ERROR_BYTES].decode(errors='replace')}"
+        with contextlib.suppress(msgspec.MsgspecError):
+            outcome.error = decode_event(body).error_message or outcome.error
         return
     async for event in read_events(pieces(reader, headers)):
         at_s = time.monotonic() - began
