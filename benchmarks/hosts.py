@@ -22,13 +22,16 @@ _WITH_OWN_FOLDER = 'mount -t tmpfs none "$1" && shift && exec "$@"'
 
 
 class Hosts:
-    """A context manager. `address` is this host's on the bridge, where the others reach it."""
+    """A context manager. `address` is this host's on the bridge, where the others reach it.
+
+    The bridge has a namespace too: this host's firewall, such as Docker's, would drop what passes through it.
+    """
 
     def __init__(self, num_hosts: int) -> None:
         mark = secrets.token_hex(2)  # of others that run beside us
+        self._switch = f"flowkv-{mark}"
         self._names = [f"flowkv-{mark}-{number}" for number in range(num_hosts)]
-        self._links = [f"fkv{mark}h{number}" for number in range(num_hosts)]
-        self._bridge = f"fkv{mark}"
+        self._link = f"flowkv-{mark}"
         self._network = f"198.18.{random.randrange(256)}"  # kept free for benchmarks (RFC 2544)
         self._made = contextlib.ExitStack()
 
@@ -42,21 +45,41 @@ class Hosts:
     def __enter__(self) -> Self:
         """Raises BenchmarkFailed where this user may not, or the program `ip` is missing."""
         with contextlib.ExitStack() as made:
-            _ip("link", "add", self._bridge, "type", "bridge")
-            made.callback(_ip, "link", "del", self._bridge)
-            _ip("addr", "add", f"{self.address}/24", "dev", self._bridge)
-            _ip("link", "set", self._bridge, "up")
-            for number, (name, link) in enumerate(zip(self._names, self._links, strict=True)):
+            for name in (self._switch, *self._names):
                 _ip("netns", "add", name)
                 made.callback(_ip, "netns", "del", name)
-                _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
-                made.callback(_ip, "link", "del", link)
-                _ip("link", "set", link, "master", self._bridge, "up")
+            _ip("-n", self._switch, "link", "add", "bridge", "type", "bridge")
+            _ip("-n", self._switch, "link", "set", "bridge", "up")
+            _ip("link", "add", self._link, "type", "veth", "peer", "name", "uplink", "netns", self._switch)
+            made.callback(_ip, "link", "del", self._link)
+            _ip("addr", "add", f"{self.address}/24", "dev", self._link)
+            _ip("link", "set", self._link, "up")
+            self._plug_in("uplink")
+            for number, name in enumerate(self._names):
+                port = _port(number)
+                _ip(
+                    "-n",
+                    name,
+                    "link",
+                    "add",
+                    "eth0",
+                    "type",
+                    "veth",
+                    "peer",
+                    "name",
+                    port,
+                    "netns",
+                    self._switch,
+                )
                 _ip("-n", name, "addr", "add", f"{self.address_of(number)}/24", "dev", "eth0")
                 for device in ("eth0", "lo"):
                     _ip("-n", name, "link", "set", device, "up")
+                self._plug_in(port)
             self._made = made.pop_all()
         return self
+
+    def _plug_in(self, port: str) -> None:
+        _ip("-n", self._switch, "link", "set", port, "master", "bridge", "up")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -70,10 +93,15 @@ class Hosts:
 
     def cut(self, number: int) -> None:
         """Nothing passes to or from it any more, and nobody is told."""
-        _ip("link", "set", self._links[number], "down")
+        _ip("-n", self._switch, "link", "set", _port(number), "down")
 
     def mend(self, number: int) -> None:
-        _ip("link", "set", self._links[number], "up")
+        _ip("-n", self._switch, "link", "set", _port(number), "up")
+
+
+def _port(number: int) -> str:
+    """Of the bridge, where a host is plugged in."""
+    return f"host-{number}"
 
 
 def _ip(*arguments: str) -> None:
