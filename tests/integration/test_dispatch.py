@@ -78,6 +78,12 @@ P, D, E, F = (NodeRef(node_id=name, incarnation="1") for name in "pdef")
 Behaviour = Callable[["Nodes", PrefillRun], Awaitable[None]]
 
 
+@pytest.fixture(autouse=True)
+def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a request's last attempt."""
+    monkeypatch.setattr(dispatch_module, "LAST_ATTEMPT_PAUSE_S", 0.02)
+
+
 class Nodes:
     """Scheduler, prefill and decode in one: does with each attempt what the test says, and takes notes."""
 
@@ -384,6 +390,27 @@ async def test_failed_attempt_goes_on_with_what_it_has(nats_server: NatsServer) 
         assert first.last_token_s is not None
         assert second.began_s == first.ended_s >= first.last_token_s
         assert [span.name for span in timeline(nodes.finished[0]) if span.name == "lost"] == ["lost"]
+
+
+async def test_the_last_attempt_waits_until_a_scheduler_knows_who_died(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host with several nodes dies: two of them are chosen one after the other before any is missed."""
+    monkeypatch.setattr(dispatch_module, "LAST_ATTEMPT_PAUSE_S", 0.3)
+    began: list[float] = []
+
+    async def fail(nodes: Nodes, run: PrefillRun) -> None:
+        began.append(asyncio.get_running_loop().time())
+        await nodes.send(run, failure(tid_of(run), Unavailable("it has died")))
+
+    async def answer_later(nodes: Nodes, run: PrefillRun) -> None:
+        began.append(asyncio.get_running_loop().time())
+        await answer(nodes, run)
+
+    async with cluster(nats_server, fail, fail, answer_later) as (dispatch, nodes):
+        assert tokens(await collect(dispatch)) == [10, 11, 12, 13]
+        assert [request.attempt for request in nodes.asked] == [0, 1, 2]
+    assert began[2] - began[1] >= 0.3
 
 
 async def test_what_has_ended_can_be_asked_for(nats_server: NatsServer) -> None:

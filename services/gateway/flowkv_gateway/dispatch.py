@@ -68,6 +68,9 @@ from flowkv_gateway.witness import Witness
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
+# Of a host that has died several nodes may be chosen one after the other, until their reports are missed
+# (1.5 s): the last attempt is no longer one of those.
+LAST_ATTEMPT_PAUSE_S = 2.0
 # Of a request, from doubted nodes, beside those attempts. It never goes back to one that it has left. If its
 # third pair is slow too, so are most.
 MAX_MOVES = 2
@@ -246,6 +249,8 @@ class Dispatch:
                             raise DeadlineExceeded("the request ran out of time") from error
                         log.warning("attempt %s failed, trying again: %s", request.transfer_id, error.message)
                         request.begin_next_attempt(error.message)
+                        if num_failed == MAX_ATTEMPTS - 1:
+                            await asyncio.sleep(min(LAST_ATTEMPT_PAUSE_S, request.remaining_s()))
                         if self._bus.connected_for_s < min(SETTLE_S, request.lived_s()):
                             await asyncio.sleep(UNSETTLED_PAUSE_S)  # NATS was away just now
         except FlowKVError as error:
