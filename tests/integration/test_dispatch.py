@@ -289,12 +289,24 @@ async def test_a_cancel_goes_to_the_pair_alone(
         assert sorted(nodes.cancelled_at) == expected
 
 
+@pytest.mark.usefixtures("told_often")
 async def test_a_request_runs_on_the_pair_that_is_named(nats_server: NatsServer) -> None:
+    async def answer_when_doubted(nodes: Nodes, run: PrefillRun) -> None:
+        await nodes.wait_for(lambda: nodes.num_told >= 3)
+        answering.append(asyncio.create_task(answer_late(nodes, run)))
+
+    async def answer_late(nodes: Nodes, run: PrefillRun) -> None:
+        num_told = nodes.num_told
+        await nodes.wait_for(lambda: nodes.num_told >= num_told + 3)  # it could leave them by now
+        await answer(nodes, run)
+
+    answering: list[asyncio.Task[None]] = []
+
     async def fail(nodes: Nodes, run: PrefillRun) -> None:
         await nodes.send(run, failure(tid_of(run), TransferFailed("d: no link")), node_id="p")
 
-    async with cluster(nats_server, answer) as (dispatch, nodes):
-        nodes.doubted = [P, D]  # by no scheduler's choice
+    async with cluster(nats_server, answer_when_doubted) as (dispatch, nodes):
+        nodes.doubted = [P, D]
         request = new_request()
         await dispatch.run_on(request, P, D)
         assert (request.output_ids, request.outcome) == ([10, 11, 12, 13], "length")
