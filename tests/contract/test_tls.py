@@ -190,6 +190,22 @@ async def test_renewed_certificates_count_for_new_connections(tmp_path: Path) ->
         await assert_serves(receiver, sender, "check.3")
 
 
+async def test_an_expired_certificate_costs_the_next_connection_and_not_the_one_that_stands(
+    tmp_path: Path,
+) -> None:
+    make_certificates(tmp_path)
+    async with network("tls") as net:
+        receiver, sender = await net.node(), await net.node()
+        for node in (receiver, sender):
+            show(node, tls_of(tmp_path))
+        link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
+        make_certificates(tmp_path, days=0)
+        reserved = receiver.reserve(1)
+        await link.send_blocks("r.1", reserved.token, [Copy(3, reserved.block_ids[0], 1)])
+        with pytest.raises(ConnectorUnavailable, match="certificate has expired"):
+            await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
+
+
 async def test_a_connection_whose_keys_have_encrypted_enough_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
