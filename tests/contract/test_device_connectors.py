@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport import make_connectors
+from flowkv_engine.transport import nccl as nccl_module
 from flowkv_engine.transport.base import ConnectorUnavailable, KVLink
 from flowkv_engine.transport.mapped import ShownPool
 from flowkv_engine.transport.nccl import NcclConnector, NcclFailed, Span
@@ -193,6 +195,32 @@ async def test_nccl_a_pair_that_can_not_join_is_lost_until_it_has_shown_that_it_
         await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
         assert len(nccl(sender)._communicators - before) == 1, "it was joined with the link"
         await assert_serves(receiver, sender)
+
+
+class Deaf(GlooPair):
+    """Its join waits until `may_end` is set: as where a firewall drops what NCCL sends."""
+
+    may_end = threading.Event()
+
+    def init(self, unique_id: bytes, rank: int) -> None:
+        assert self.may_end.wait(20)
+        raise NcclFailed("nobody answers")
+
+
+async def test_nccl_a_request_does_not_wait_as_long_for_a_communicator_as_a_link_may(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nccl_module, "_JOIN_FOR_REQUEST_S", 0.1)
+    async with network("nccl") as net:
+        receiver, sender = await net.node(), await net.node()
+        for node in (receiver, sender):
+            nccl(node).new_backend = Deaf
+        link = await sender.connector.connect(receiver.address, LINK_TOKEN, 24)
+        with pytest.raises(TransferFailed, match=r"not joined within 0\.1 s"):
+            await send_block(link, receiver, "r.1")
+        assert link.is_lost
+        await asyncio.wait_for(receiver.reservations.ended.wait(), 5)
+        Deaf.may_end.set()
 
 
 async def test_nccl_one_that_invites_at_once_is_joined_at_once() -> None:

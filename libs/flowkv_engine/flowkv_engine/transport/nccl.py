@@ -45,6 +45,8 @@ SENDER, RECEIVER = 0, 1
 
 # Making a communicator took 55 s on a host of eight B200, most of it to load kernels (NVIDIA/nccl#1646).
 _JOIN_TIMEOUT_S = 120.0
+# A request waits so long for it. If that is too short, the pair is joined without a request.
+_JOIN_FOR_REQUEST_S = 30.0
 # A link below a quarter of 1 Gbit/s counts as broken: so much longer than a step may a copy take.
 _SLOWEST_BYTES_PER_S = 32 << 20
 _FIRST_POLL_S = 20e-6
@@ -125,7 +127,7 @@ class NcclConnector(StreamConnector):
 
     async def introduce(self, channel: Channel) -> Push:
         if channel.way in self._failed_ways:
-            move = await self._invite(channel)
+            move = await self._invite(channel, _JOIN_TIMEOUT_S)
             self._failed_ways.discard(channel.way)
         else:
             move = None
@@ -136,7 +138,7 @@ class NcclConnector(StreamConnector):
             await channel.expect_yes()  # asked first, so that a refusal costs no bytes
             if move is None:
                 try:
-                    move = await self._invite(channel)
+                    move = await self._invite(channel, _JOIN_FOR_REQUEST_S)
                 except (OSError, Refused) as error:
                     self._failed_ways.add(channel.way)
                     raise ConnectorUnavailable(str(error)) from error
@@ -161,12 +163,12 @@ class NcclConnector(StreamConnector):
 
         return land
 
-    async def _invite(self, channel: Channel) -> Move:
+    async def _invite(self, channel: Channel, timeout_s: float) -> Move:
         """The sender's part in making a communicator."""
         backend = self.new_backend()
         unique_id = backend.get_unique_id()
         await self._send_invitation(channel, backend, unique_id)
-        move = await self._join(backend, SENDER, unique_id, channel)
+        move = await self._join(backend, SENDER, unique_id, channel, timeout_s)
         await channel.expect_yes()
         return move
 
@@ -185,11 +187,13 @@ class NcclConnector(StreamConnector):
         await channel.send_frame(Reply())
         if not invitation.unique_id:
             return None
-        move = await self._join(backend, RECEIVER, invitation.unique_id, channel)
+        move = await self._join(backend, RECEIVER, invitation.unique_id, channel, _JOIN_TIMEOUT_S)
         await channel.send_frame(Reply())
         return move
 
-    async def _join(self, backend: NcclBackend, rank: int, unique_id: bytes, channel: Channel) -> Move:
+    async def _join(
+        self, backend: NcclBackend, rank: int, unique_id: bytes, channel: Channel, timeout_s: float
+    ) -> Move:
         """Makes a communicator that ends with the channel. Returns what moves runs of blocks by it."""
         communicator = Communicator(backend, rank)
         self._communicators = {other for other in self._communicators if other.thread.is_alive()}
@@ -209,7 +213,7 @@ class NcclConnector(StreamConnector):
                 await communicator.exchange(spans, timeout_s, should_stop)
 
         with channel.watching(arrived):
-            await communicator.join(unique_id, _JOIN_TIMEOUT_S)
+            await communicator.join(unique_id, timeout_s)
         return move
 
 
