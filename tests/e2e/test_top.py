@@ -51,7 +51,7 @@ async def test_top_shows_what_runs_and_what_has_run(cluster: Cluster) -> None:
                 return any(node.report and node.report.num_running for node in view.nodes())
 
             await until(lambda: len(view.finished) >= NUM_ENDED and decodes(), TIMEOUT_S)
-            paper = Console(width=WIDTH, record=True, file=io.StringIO())
+            paper = Console(width=WIDTH, record=True, file=io.StringIO(), highlight=False)
             paper.print(screen(view, HEIGHT))
         ended = [one.request_id for one in view.finished]
     text = paper.export_text(clear=False)
