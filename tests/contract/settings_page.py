@@ -31,7 +31,7 @@ FIXED = """
 
 Of a request:
 
-- it has three attempts, and waits for 15 s where no scheduler answers, for 10 s where no node is ready
+- it has three attempts, and waits for 20 s where no scheduler answers, for 10 s where no node is ready
 - a stream has its headers after 1 s
 - an attempt fails after 3 s without token or keepalive, and 2 s without an answer to `Resume`
 - `priority` counts from -6 to 6

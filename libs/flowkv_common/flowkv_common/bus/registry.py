@@ -226,13 +226,13 @@ class _Watch:
     async def leave_server_if_cut_off(self) -> None:
         """Whether nobody renews, or our server has lost the others of its cluster, shows by asking nodes.
 
-        While the cluster chooses who keeps the bucket, which may take 10 s, nobody renews either.
+        While the cluster chooses who keeps the bucket, which takes up to 9 s, nobody renews either.
         """
         last_sign = max(self._renewed_at, self._opened_at, _now() - self._bus.connected_for_s)
         silent_s = _now() - last_sign
         if silent_s < 0.9 * self._ttl_s / 2 or not self._bus.nc.has_other_servers:
             return
-        if silent_s > 2 * self._ttl_s:
+        if silent_s > 1.5 * self._ttl_s:
             await self._bus.change_server(f"JetStream has been silent for {silent_s:.0f} s")
             return
         others = [node_id for node_id in self._nodes if node_id != self._own_id]
