@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -12,7 +13,7 @@ from flowkv.top import BAR_WIDTH, phase_bar, screen
 from flowkv_common.cluster_view import ClusterView
 from flowkv_common.wire.messages import RequestFinished
 from flowkv_common.wire.nodes import CapMoved
-from tests.described_nodes import descriptor, report
+from tests.described_nodes import MODEL, descriptor, report
 from tests.played_cluster import transferred
 
 
@@ -72,3 +73,14 @@ def test_a_bar_has_a_scale_for_all_requests() -> None:
         ("dim", BAR_WIDTH // 2),
     ]
     assert phase_bar(finished(0), longest_s=0.0) == ""
+
+
+def test_of_several_models_each_node_has_its_own(view: ClusterView) -> None:
+    assert not any("other-model" in line for line in drawn(view, 160, 40))
+    other = descriptor("o0", "decode", model=msgspec.structs.replace(MODEL, name="other-model"))
+    view.on_nodes({"p0": descriptor("p0", "prefill"), "o0": other})
+    shown = drawn(view, 160, 40)
+    assert [line.split()[:2] for line in shown if line.strip().startswith(("p0 ", "o0 "))][:2] == [
+        ["p0", MODEL.name],
+        ["o0", "other-model"],
+    ]

@@ -119,7 +119,8 @@ def node_table(nodes: list[NodeState]) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("node", "serves", "state"):
+    has_several = len({node.descriptor.model.name for node in nodes}) > 1
+    for name in ("node", *(("model",) if has_several else ()), "serves", "state"):
         table.add_column(name, no_wrap=name == "node")
     shown = COLUMNS if console().width >= WIDE else COLUMNS[:NARROW_COLUMNS]
     for name in shown:
@@ -129,7 +130,8 @@ def node_table(nodes: list[NodeState]) -> Table:
         serves = "+".join(node.serves) or "nothing"
         if lent and node.descriptor.role != "mixed":
             serves = f"[yellow]{serves}[/], a {node.descriptor.role} node"
-        table.add_row(node.node_id, serves, _state(node), *islice(_figures(node), len(shown)))
+        model = (node.descriptor.model.name,) if has_several else ()
+        table.add_row(node.node_id, *model, serves, _state(node), *islice(_figures(node), len(shown)))
     return table
 
 
