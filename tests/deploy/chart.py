@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import shutil
 from collections.abc import Iterator, Mapping
@@ -89,6 +90,14 @@ def pods(manifests: list[Manifest]) -> Iterator[Pod]:
 
 def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
     return [one for one in manifests if one["kind"] == kind]
+
+
+def secrets_of(manifests: list[Manifest]) -> dict[str, dict[str, str]]:
+    """What the Secrets hold, by their names."""
+    return {
+        one["metadata"]["name"]: {key: base64.b64decode(text).decode() for key, text in one["data"].items()}
+        for one in of_kind(manifests, "Secret")
+    }
 
 
 def named(manifests: list[Manifest], kind: str, name: str) -> Manifest:

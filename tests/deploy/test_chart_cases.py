@@ -16,7 +16,7 @@ from nats.aio.client import Client
 from flowkv.accounts import RIGHTS
 from flowkv_common import __version__
 from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES
-from tests.deploy.chart import RELEASE, named, of_kind, pods, render, variables
+from tests.deploy.chart import RELEASE, named, of_kind, pods, render, secrets_of, variables
 from tests.deploy.chart_files import (
     ACCOUNTS,
     CHART,
@@ -169,7 +169,7 @@ def test_scaling_follows_what_the_scheduler_wants(chart: Path) -> None:
 @pytest.fixture(scope="module")
 def accounts(chart: Path) -> dict[str, dict[str, str]]:
     """What the chart's Secrets hold, by their names."""
-    return {one["metadata"]["name"]: one["stringData"] for one in of_kind(render({}, chart), "Secret")}
+    return secrets_of(render({}, chart))
 
 
 def test_each_user_has_a_password_of_its_own(accounts: dict[str, dict[str, str]]) -> None:
@@ -185,7 +185,7 @@ def test_each_user_has_a_password_of_its_own(accounts: dict[str, dict[str, str]]
 
 
 def test_a_certificate_stands_in_for_the_password(chart: Path) -> None:
-    secrets = {one["metadata"]["name"]: one["stringData"] for one in of_kind(render(TLS, chart), "Secret")}
+    secrets = secrets_of(render(TLS, chart))
     for user in RIGHTS:
         [url, *_] = secrets[f"{RELEASE}-nats-{user}"]["nats_url"].split(",")
         assert url == f"tls://{RELEASE}-nats-0.{RELEASE}-nats-headless:4222"

@@ -19,7 +19,7 @@ import helm_python
 import pytest
 import yaml
 
-from tests.deploy.chart import NAMESPACE, RELEASE, Manifest, Values
+from tests.deploy.chart import NAMESPACE, RELEASE, Values, secrets_of
 
 Secrets = dict[str, dict[str, str]]  # by name, what they hold
 
@@ -98,8 +98,8 @@ class Upgrade:
             helm_python.Chart.load(str(self._chart)) as chart,
         ):
             files = config.render(chart, values, name=RELEASE, namespace=NAMESPACE)
-        manifests: list[Manifest] = list(yaml.safe_load_all(files["flowkv/templates/accounts.yaml"]))
-        secrets = {one["metadata"]["name"]: one["stringData"] for one in manifests if one}
+        rendered = yaml.safe_load_all(files["flowkv/templates/accounts.yaml"])
+        secrets = secrets_of([one for one in rendered if one])
         self._cluster.secrets = secrets
         return secrets
 
