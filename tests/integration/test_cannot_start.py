@@ -43,7 +43,8 @@ def test_a_node_with_a_connector_that_there_is_not(nats_server: NatsServer, tmp_
     folder = make_tiny_model(tmp_path / "m")
     flags = ["--model-path", str(folder), "--nats-url", nats_server.url, "--kv-cache-bytes", str(16 << 20)]
     said = last_words("flowkv_prefill", *flags, "--connectors", "shm,rdma")
-    assert said == "prefill ended: unknown connector 'rdma': choose of shm, tcp for a KV cache in host memory"
+    choice = "choose of shm, tcp, nixl for a KV cache in host memory"
+    assert said == f"prefill ended: unknown connector 'rdma': {choice}"
 
 
 def without(module: str, folder: Path) -> dict[str, str]:
