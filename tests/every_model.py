@@ -49,7 +49,7 @@ _SIZES: dict[str, Any] = {
     "moe_k": 2,
 }
 # As the compressed KV of all heads is 32 and 16 numbers of a token (MLA).
-_LATENTS = {
+LATENTS = {
     "kv_lora_rank": 32,
     "q_lora_rank": 24,
     "qk_nope_head_dim": 16,
@@ -114,7 +114,7 @@ def tiny_config(model_type: str, **further: Any) -> PretrainedConfig:
     known = {*kind.__dataclass_fields__, *inspect.signature(kind).parameters, *kind.attribute_map}
     sizes = {name: size for name, size in _SIZES.items() if name in known}
     if "kv_lora_rank" in known:
-        sizes |= {name: size for name, size in _LATENTS.items() if name in known}
+        sizes |= {name: size for name, size in LATENTS.items() if name in known}
     config: PretrainedConfig = AutoConfig.for_model(
         model_type, **{**sizes, **_FURTHER.get(model_type, {}), **further}
     )

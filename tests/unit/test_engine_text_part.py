@@ -13,6 +13,7 @@ from flowkv_engine.engine.dry_run import UnsupportedModel
 from flowkv_engine.engine.runner import Runner
 from flowkv_engine.engine.text_part import text_name
 from tests.drive import BLOCK_SIZE, generate, load_tiny, make_pool, make_sequence
+from tests.every_model import LATENTS
 
 NUM_OUTPUTS = 8
 TEXT: dict[str, Any] = {
@@ -57,27 +58,12 @@ GEMMA_4 = {
     "hidden_size_per_layer_input": 16,
     "vocab_size_per_layer_input": 512,
 }
-LATENTS = {
+KIMI = {
     "model_type": "deepseek_v3",
-    "kv_lora_rank": 32,
-    "q_lora_rank": 24,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 8,
-    "num_key_value_heads": 4,
+    **LATENTS,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
     "moe_intermediate_size": 48,
-    "first_k_dense_replace": 1,
-}
-KIMI_VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "patch_size": 14,
 }
 GEMMA_4_VISION = {**VISION, "head_dim": 16, "global_head_dim": 16, "num_key_value_heads": 2}
 GEMMA_3N = {
@@ -99,7 +85,7 @@ WHOLES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma4": ({"model_type": "gemma4_text", **GEMMA_4}, GEMMA_4_VISION, {"audio_config": None}),
     "idefics3": ({"model_type": "llama"}, VISION, {}),
     "internvl": ({"model_type": "qwen2"}, {**VISION, "image_size": [28, 28], "patch_size": [14, 14]}, {}),
-    "kimi_k25": (LATENTS, KIMI_VISION, {}),
+    "kimi_k25": (KIMI, VISION, {}),
     "lfm2_vl": ({"model_type": "lfm2"}, VISION, {}),
     "llama4": ({"model_type": "llama4_text", **CHUNKS}, {**VISION, **PROJECTED}, {}),
     "llava": ({"model_type": "llama"}, CLIP, {}),
