@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.wire import subjects
+from flowkv_common.wire.deep_health import DeepHealth, TriedPair
 from flowkv_common.wire.messages import RequestFinished, encode
 from tests.described_nodes import ReportingNode
 from tests.nats_server import NatsServer
@@ -73,9 +75,7 @@ async def test_a_clock_of_this_host_that_is_a_day_off(
 
 
 @contextmanager
-def api(
-    bus: Bus, tell: list[tuple[str, bytes]], pairs: list[dict[str, object]] | None = None
-) -> Iterator[str]:
+def api(bus: Bus, tell: list[tuple[str, bytes]], pairs: list[TriedPair] | None = None) -> Iterator[str]:
     """The URL of an API that answers each request with the id `cmpl-1`, and tells the bus of it.
 
     `pairs` are those of its deep health; None: it is older, and has none.
@@ -92,7 +92,8 @@ def api(
             if self.path != "/health/deep" or pairs is None:
                 self._answer(404, b'{"error": {"message": "Not Found"}}')
             else:
-                self._answer(503, json.dumps({"ok": False, "num_pairs": len(pairs), "pairs": pairs}).encode())
+                health = DeepHealth(ok=False, why_not=None, age_s=0.0, num_pairs=len(pairs), pairs=pairs)
+                self._answer(503, msgspec.json.encode(health))
 
         def _answer(self, status: int, body: bytes) -> None:
             self.send_response(status)
@@ -156,8 +157,8 @@ async def test_pairs_are_tried(has_failed: bool, bus: Bus, nats_server: NatsServ
     linked = {"num_links": 1, "usual_connector": "shm"}
     nodes = [ReportingNode(bus, "p0", "prefill", **linked), ReportingNode(bus, "d0", "decode", **linked)]
     moved = (subjects.event("kv_transferred", "cmpl-1.0"), encode(TRANSFERRED))
-    good = {"prefill": "p0", "decode": "d0", "ok": True, "ms": 61.2, "error": None}
-    bad = {"prefill": "p0", "decode": "d1", "ok": False, "ms": 3.0, "error": "d1: no link"}
+    good = TriedPair(prefill="p0", decode="d0", ok=True, ms=61.2)
+    bad = TriedPair(prefill="p0", decode="d1", ok=False, ms=3.0, error="d1: no link")
     with api(bus, [moved, finished("d0")], [good, bad] if has_failed else [good]) as url:
         async with played_cluster(bus, *nodes, url=url):
             status = await run("doctor", "--nats", nats_server.url, "--json")

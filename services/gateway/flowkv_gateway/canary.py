@@ -12,9 +12,8 @@ import secrets
 import time
 from collections.abc import Callable
 
-import msgspec
-
 from flowkv_common.errors import FlowKVError
+from flowkv_common.wire.deep_health import DeepHealth, TriedPair
 from flowkv_common.wire.messages import SamplingParams
 from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_gateway.dispatch import Dispatch
@@ -30,26 +29,6 @@ MAX_PAIRS = 256
 PROMPT_IDS = (1, 2, 3)
 # The first comes from prefill, the second from decode.
 NUM_TOKENS = 2
-
-
-class TriedPair(msgspec.Struct, frozen=True):
-    """`ms`: until the second token, or until it failed."""
-
-    prefill: str
-    decode: str
-    ok: bool
-    ms: float
-    error: str | None = None
-
-
-class DeepHealth(msgspec.Struct, frozen=True):
-    """`num_pairs`: of ready nodes; those tried are in `pairs`. `age_s`: since they were."""
-
-    ok: bool
-    why_not: str | None
-    age_s: float
-    num_pairs: int
-    pairs: list[TriedPair]
 
 
 class Canary:

@@ -11,6 +11,7 @@ from flowkv.api import asked, reachable
 from flowkv.doctor import Finding, bad, good, look
 from flowkv_common.cluster_view import ClusterView
 from flowkv_common.errors import Unavailable
+from flowkv_common.wire.deep_health import DeepHealth
 
 REQUEST_TIMEOUT_S = 60.0
 # Events follow the answer at once.
@@ -22,21 +23,6 @@ PAIRS = "pairs"
 
 class Answer(msgspec.Struct):
     id: str
-
-
-class TriedPair(msgspec.Struct):
-    prefill: str
-    decode: str
-    ok: bool
-    ms: float
-    error: str | None = None
-
-
-class DeepHealth(msgspec.Struct):
-    """What is read of the answer of `/health/deep`."""
-
-    num_pairs: int
-    pairs: list[TriedPair]
 
 
 async def prove_remote_prefill(view: ClusterView, url: str, key: str) -> list[Finding]:
