@@ -8,9 +8,7 @@ schedulers, gateway and clients are on this host, which nothing happens to. It n
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -30,7 +28,7 @@ from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import RequestFinished
 from flowkv_common.wire.nodes import Check, Checked, LoadReport, StepFit
-from tests.paced.cluster import MODEL_NAME, READY_TIMEOUT_S, ROOT, paced_settings, wait_linked
+from tests.paced.cluster import READY_TIMEOUT_S, nodes_command, paced_settings, services, wait_linked
 from tests.paced.digest import paced_tokens
 from tests.paced.nodes import pace_of
 
@@ -176,12 +174,8 @@ class System:
         folder = self.cluster.run_dir / f"host-{host}"
         folder.mkdir(exist_ok=True)
         address = self.hosts.address_of(host)
-        command = [sys.executable, "-m", "tests.paced.nodes", "--prefix", f"host-{host}-"]
-        for role, count in NODES_PER_HOST.items():
-            command += [f"--{role}", str(count)]
-        for name in FIT.__struct_fields__:
-            command += [f"--{name.replace('_', '-')}", str(getattr(FIT, name))]
-        command += ["--host", "0.0.0.0", "--advertise-host", address, "--socket-dir", str(folder)]
+        where = ["--host", "0.0.0.0", "--advertise-host", address, "--socket-dir", str(folder)]
+        command = nodes_command(NODES_PER_HOST, FIT, "--prefix", f"host-{host}-", *where)
         self.cluster.start_process(f"nodes-{host}", self.hosts.command(host, folder, command))
 
     def kill_host(self, host: int) -> None:
@@ -191,18 +185,8 @@ class System:
 @contextmanager
 def started(folder: Path, model: str, hosts: Hosts, num_hosts: int) -> Iterator[System]:
     """A cluster that is ready, its nodes linked with each other."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    settings = {"PYTHONPATH": path, **paced_settings(NUM_BLOCKS, **PACED_LIMITS)}
-    with Cluster(
-        folder,
-        model,
-        nodes={},
-        num_schedulers=2,
-        nats_host=hosts.address,
-        model_name=MODEL_NAME,
-        settings=settings,
-        drain_timeout_s=15,
-    ) as cluster:
+    settings = paced_settings(NUM_BLOCKS, **PACED_LIMITS)
+    with services(folder, model, settings, num_schedulers=2, nats_host=hosts.address) as cluster:
         system = System(cluster, hosts, num_hosts, pace_of(model, FIT).words)
         for host in range(num_hosts):
             system.start_host(host)

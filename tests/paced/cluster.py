@@ -79,17 +79,23 @@ def paced_cluster(
 
     Raises ClusterError or TimeoutError when it does not get ready.
     """
-    command = [sys.executable, "-m", "tests.paced.nodes", "--kept", str(_kept_path(run_dir))]
-    for role, count in counts.items():
-        command += [f"--{role}", str(count)]
-    for name in fit.__struct_fields__:
-        command += [f"--{name.replace('_', '-')}", str(getattr(fit, name))]
-    command += ["--link-byte-s", str(link_byte_s)]
+    further = ["--kept", str(_kept_path(run_dir)), "--link-byte-s", str(link_byte_s)]
+    command = nodes_command(counts, fit, *further)
     with services(run_dir, model_path, settings) as cluster:
         cluster.start_process(NODES, command)
         cluster.wait_ready(READY_TIMEOUT_S)
         asyncio.run(wait_linked(cluster.nats_url, sum(counts.values())))
         yield cluster
+
+
+def nodes_command(counts: Mapping[str, int], fit: StepFit, *further: str) -> list[str]:
+    """Of a process with `counts` paced nodes per role, and `further` options of it."""
+    command = [sys.executable, "-m", "tests.paced.nodes"]
+    for role, count in counts.items():
+        command += [f"--{role}", str(count)]
+    for name in fit.__struct_fields__:
+        command += [f"--{name.replace('_', '-')}", str(getattr(fit, name))]
+    return [*command, *further]
 
 
 async def wait_linked(nats_url: str, num_nodes: int, timeout_s: float = READY_TIMEOUT_S) -> None:
