@@ -216,9 +216,20 @@ def test_no_logprobs_and_only_the_chosen_ones() -> None:
     assert logprob.top == []
 
 
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_of_equal_logits_the_first_is_chosen(dtype: torch.dtype) -> None:
+    logits = torch.zeros(100, dtype=dtype)
+    logits[[70, 30, 99]] = 2.0
+    assert choose(logits, temperature=0.0) == 30
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_raise(bad: float) -> None:
-    logits = torch.zeros(2, 5)
+def test_logits_that_are_not_finite_raise(bad: float, dtype: torch.dtype) -> None:
+    logits = torch.zeros(2, 5, dtype=dtype)
     logits[1, 3] = bad
     greedy = SampleInput(SamplingParams(max_tokens=9, temperature=0.0), 0, [], [])
     with pytest.raises(FloatingPointError, match=r"rows \[1\]"):

@@ -77,11 +77,9 @@ def sample(
     finite maximum.
     """
     allowed = masks.apply(logits) if masks else logits
-    top = allowed.max(dim=-1)  # NaN counts as the greatest, so the maximum shows any
-    rows = [row for row, value in enumerate(top.values.tolist()) if not math.isfinite(value)]
-    if rows:
+    tokens, maxima = _greatest(allowed)
+    if rows := [row for row, value in enumerate(maxima) if not math.isfinite(value)]:
         raise FloatingPointError(f"the logits of rows {rows} are not finite")
-    tokens = top.indices.tolist()
     adjusted: dict[int, Tensor] = {}
     for row, input in enumerate(inputs):
         if (states := _adjusted(allowed[row], input, eos_token_ids)) is not None:
@@ -194,6 +192,19 @@ def _known(token_ids: Iterable[int], row: Tensor) -> list[int]:
 
 def _index(token_ids: Iterable[int], row: Tensor) -> Tensor:
     return torch.tensor(list(token_ids), dtype=torch.int64, device=row.device)
+
+
+def _greatest(logits: Tensor) -> tuple[list[int], list[float]]:
+    """The greatest of each row of `logits` [n, vocab], the first of equals, and its logit.
+
+    NaN counts as the greatest, so the maximum shows any.
+    """
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        rows = logits.numpy()  # over ten times as fast as torch
+        token_ids = rows.argmax(axis=-1)
+        return token_ids.tolist(), rows[np.arange(len(rows)), token_ids].tolist()
+    top = logits.max(dim=-1)
+    return top.indices.tolist(), top.values.tolist()
 
 
 def _draw(logits: Tensor, inputs: list[SampleInput]) -> list[int]:
