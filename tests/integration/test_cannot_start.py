@@ -122,17 +122,44 @@ def test_a_node_that_is_stopped_ends_without_a_report_of_leaks(
     assert [json.loads(line)["level"] for line in rest.splitlines()] == ["info"] * len(rest.splitlines())
 
 
+NO_ROOM = '{"level": "error", "message": "no room"}\n{"level": "info", "message": "bye"}\n'
+TRACEBACK = """Traceback (most recent call last):
+  File "a.py", line 1, in <module>
+KeyError: 1
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+  File "a.py", line 3, in <module>
+ValueError: a sentence
+that goes on
+"""
+IN_A_GROUP = """  + Exception Group Traceback (most recent call last):
+  |   File "a.py", line 1, in <module>
+  | ExceptionGroup: unhandled errors in a TaskGroup (1 sub-exception)
+  +-+---------------- 1 ----------------
+    | Traceback (most recent call last):
+    |   File "a.py", line 2, in task
+    | KeyError: 2
+    +------------------------------------
+"""
+
+
 @pytest.mark.parametrize(
     ("log", "reason"),
     [
-        ('{"level": "error", "message": "no room"}\n{"level": "info", "message": "bye"}', "no room"),
+        (NO_ROOM, "no room"),
         ("settings: unknown variable FLOWKV_X", "settings: unknown variable FLOWKV_X"),
-        ("Traceback\nKeyError: 1", "Traceback\nKeyError: 1"),
+        (NO_ROOM + TRACEBACK, "ValueError: a sentence"),
+        (NO_ROOM + IN_A_GROUP, "KeyError: 2"),
+        ('[7] [FTL] no such file\n{"level": "info", "message": "bye"}\n', "[7] [FTL] no such file"),
+        ('{"level": "info", "message": "bye"}\n', "its log does not say why"),
     ],
 )
 def test_who_started_a_service_shows_its_last_error_and_the_log(
     tmp_path: Path, log: str, reason: str
 ) -> None:
+    (tmp_path / "prefill-0.log").write_text('{"level": "error", "message": "of a former life"}\n')
     (tmp_path / "written").write_text(log)
     command = [sys.executable, "-c", f"import sys; sys.exit(open({str(tmp_path / 'written')!r}).read())"]
     process = Process.start("prefill-0", command, {}, tmp_path / "prefill-0.log")
@@ -140,3 +167,22 @@ def test_who_started_a_service_shows_its_last_error_and_the_log(
     expected = f"prefill-0 ended with 1: {reason}\n(all it said is in {tmp_path / 'prefill-0.log'})"
     assert process.why_ended() == expected
     assert str(ClusterError(process.why_ended())) == expected
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (signal.SIGKILL, "someone killed it, or the kernel did for want of memory, which `dmesg` tells"),
+        (signal.SIGSEGV, "a fault in compiled code"),
+        (signal.SIGUSR1, "someone sent it"),
+    ],
+)
+def test_who_was_ended_by_a_signal_has_not_said_why(
+    tmp_path: Path, sent: signal.Signals, reason: str
+) -> None:
+    """An error that it lived through, or lines about its work, are not the reason."""
+    program = f"import os; print({NO_ROOM!r}, flush=True); os.kill(os.getpid(), {sent.value})"
+    process = Process.start("decode-0", [sys.executable, "-c", program], {}, tmp_path / "decode-0.log")
+    process.wait(20)
+    expected = f"decode-0 was ended by {sent.name}: {reason}\n(all it said is in {tmp_path / 'decode-0.log'})"
+    assert process.why_ended() == expected

@@ -7,11 +7,20 @@ import ctypes
 import json
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 PR_SET_PDEATHSIG = 1
+TRACEBACK = "Traceback (most recent call last):"
+# What has most likely sent a signal.
+SENT_BY = {
+    signal.SIGKILL: "someone killed it, or the kernel did for want of memory, which `dmesg` tells",
+    signal.SIGABRT: "compiled code gave up, and its log ends with what it said",
+    signal.SIGBUS: "a file that it had mapped became shorter, or its disk is full",
+    signal.SIGILL: "compiled code that this CPU can't run",
+    signal.SIGSEGV: "a fault in compiled code",
+}
 
 
 class ClusterError(Exception):
@@ -90,21 +99,44 @@ class Process:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])
 
     def why_ended(self) -> str:
-        """How it ended: the last error in its log, else the log's end; and where the log is."""
-        lines = self.log_path.read_text(errors="replace").splitlines()
-        reason = next(filter(None, map(_error_in, reversed(lines))), None) or self.log_tail()
-        return f"{self.name} ended with {self.poll()}: {reason}\n(all it said is in {self.log_path})"
+        """How it ended and why, in a sentence, and where the log of all it said is."""
+        status = self.poll()
+        if status is not None and status < 0:  # what it said before is not the reason
+            sent = signal.Signals(-status)
+            how = f"was ended by {sent.name}: {SENT_BY.get(sent, 'someone sent it')}"
+        else:
+            with self.log_path.open("rb") as log:
+                log.seek(self.log_begins_at)
+                lines = log.read().decode(errors="replace").splitlines()
+            how = f"ended with {status}: {_last_error(lines) or 'its log does not say why'}"
+        return f"{self.name} {how}\n(all it said is in {self.log_path})"
 
 
-def _error_in(line: str) -> str | None:
-    """The message of a line of a service's log, if it tells of an error."""
-    if line.startswith("settings: "):
-        return line
-    try:
+def _last_error(lines: Sequence[str]) -> str:
+    """The last of a log's lines of errors and of its tracebacks; else the last line of what is no service."""
+    plain = ""
+    for i, line in reversed(list(enumerate(lines))):
+        entry = _log_entry(line)
+        if entry is None:
+            if line.startswith("settings: "):
+                return line
+            frame, is_traceback, _ = line.partition(TRACEBACK)  # in a group of exceptions a frame is drawn
+            if is_traceback:
+                said = (one.removeprefix(frame) for one in lines[i + 1 :] if one.startswith(frame))
+                return next((one for one in said if one and not one.startswith(" ")), plain)
+            plain = plain or line.strip()
+        elif entry.get("level") in ("error", "critical"):
+            return str(entry.get("message"))
+    return plain
+
+
+def _log_entry(line: str) -> dict[str, Any] | None:
+    """Of a line of a service's log; None for another line."""
+    with contextlib.suppress(ValueError):
         entry = json.loads(line)
-        return str(entry["message"]) if entry["level"] in ("error", "critical") else None
-    except (ValueError, TypeError, KeyError):
-        return None
+        if isinstance(entry, dict):
+            return entry
+    return None
 
 
 def die_with_parent() -> None:
