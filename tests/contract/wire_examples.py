@@ -306,6 +306,7 @@ EXAMPLES: list[Message] = [
         metrics_url="http://10.0.0.7:9102/metrics",
         version="0.1.0",
         protocol=2,
+        has_data_tls=True,
     ),
     LoadReport(
         node=DECODE,

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from flowkv.local_cluster import free_port
+from flowkv.status import links
 from flowkv_common.aio import running
 from flowkv_common.bus.connection import connect
 from flowkv_common.bus.registry import keep_announced
@@ -69,6 +70,8 @@ async def test_nodes_with_tls_link_to_each_other_and_tell_one_without_what_to_se
     async with connect(nats_server.url, name="test") as bus:
         async with live_node(nats_server, bus, model, "b", **common, **with_tls):
             async with live_node(nats_server, bus, model, "a", **common, **with_tls, peers=1):
+                async with viewing(bus) as view:
+                    await until(lambda: "KV by [bold]tcp with TLS[/]: a to b, b to a" in links(view.nodes()))
                 async with live_node(nats_server, bus, model, "c", **common):
                     await until(lambda: sum("has no TLS" in line for line in caplog.messages) == 2)
                     await until(lambda: sum("wants TLS" in line for line in caplog.messages) == 2)

@@ -98,6 +98,14 @@ def test_a_volume_for_sockets_that_is_missing() -> None:
     assert {"FLOWKV_SOCKET_DIR" in one.mend for one in (told, seen)} == {True}
 
 
+def test_links_that_encrypt_are_told_apart() -> None:
+    """Those by shared memory have nothing to encrypt."""
+    nodes = [msgspec.structs.replace(one, connectors=["shm", "tcp"], has_data_tls=True) for one in (P0, D0)]
+    for connector, told in (("tcp", "tcp with TLS, though both sides have shm"), ("shm", "shm, the best")):
+        [found] = check_links(view_of(*nodes, num_links=1, usual_connector=connector))
+        assert f"are by {told}" in found.said
+
+
 def test_many_links_are_one_line() -> None:
     nodes = [P0, *(descriptor(f"d{number}", "decode") for number in range(64))]
     slow = wrong(check_links(view_of(*nodes, num_links=64, usual_connector="tcp")))

@@ -167,8 +167,8 @@ def links(nodes: list[NodeState]) -> Iterator[str]:
     """How KV moves between nodes, most of them in one line; then what could be faster, or is missing."""
     by_connector: dict[str, list[str]] = {}
     for node in nodes:
-        for peer, connector in node.links.items():
-            by_connector.setdefault(connector, []).append(f"{node.node_id} to {peer}")
+        for peer in node.links:
+            by_connector.setdefault(node.named_link(peer), []).append(f"{node.node_id} to {peer}")
     for connector, pairs in sorted(by_connector.items(), key=lambda item: -len(item[1])):
         shown = ", ".join(pairs[:4]) + (f" and {len(pairs) - 4} more" if len(pairs) > 4 else "")
         how = f"KV by [bold]{connector}[/]" if connector else "[red]KV by nothing (yet)[/]"

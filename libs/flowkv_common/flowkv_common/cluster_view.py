@@ -66,6 +66,11 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     descriptor: NodeDescriptor
     report: LoadReport | None
 
+    def named_link(self, peer: str) -> str:
+        """How KV goes to the peer, for people; empty if that can't be told."""
+        connector = self.links[peer]
+        return f"{connector} with TLS" if connector == "tcp" and self.descriptor.has_data_tls else connector
+
 
 class ClusterView:
     """What was heard of nodes, services and requests. `clock` gives monotonic seconds."""

@@ -216,6 +216,7 @@ def _describe(node: Node, http_port: int) -> NodeDescriptor:
         metrics_url=f"http://{join_host_port(host, http_port)}/metrics",
         version=__version__,
         protocol=PROTOCOL,
+        has_data_tls=bool(node.settings.data_tls_cert),
     )
 
 

@@ -113,7 +113,7 @@ def _no_pair(nodes: Sequence[NodeState]) -> Finding:
 def check_links(view: ClusterView) -> Iterator[Finding]:
     """By which connector nodes send to each other, and why not by the faster one."""
     nodes = {node.node_id: node for node in view.nodes()}
-    alike: dict[tuple[str, str], list[str]] = {}  # connector in use and best one -> links
+    alike: dict[tuple[str, str], list[str]] = {}  # how KV goes, and a connector that would be better -> links
     for node in nodes.values():
         if node.slower_links:
             reasons = node.slower_links.partition("not by ")[2]
@@ -122,17 +122,18 @@ def check_links(view: ClusterView) -> Iterator[Finding]:
         for peer, connector in node.links.items():
             theirs = nodes[peer].descriptor.connectors
             best = next((name for name in node.descriptor.connectors if name in theirs), connector)
-            alike.setdefault((connector, best), []).append(f"{node.node_id} to {peer}")
-    for (connector, best), links in alike.items():
+            better = "" if best == connector else best
+            alike.setdefault((node.named_link(peer), better), []).append(f"{node.node_id} to {peer}")
+    for (how, better), links in alike.items():
         shown = ", ".join(links[:SHOWN_LINKS]) + (", ..." if len(links) > SHOWN_LINKS else "")
         which = f"{len(links)} links ({shown})"
-        if not connector:
+        if not how:
             mend = "look again in 10 s; else the logs of both say why: grep 'no link'"
             yield look("links", f"{which} are not there, as far as reports tell", mend)
-        elif connector != best:
-            yield look("links", f"{which} are by {connector}, though both sides have {best}", _mend_of(best))
+        elif better:
+            yield look("links", f"{which} are by {how}, though both sides have {better}", _mend_of(better))
         else:
-            yield good("links", f"{which} are by {connector}, the best that both sides have")
+            yield good("links", f"{which} are by {how}, the best that both sides have")
 
 
 def _mend_of(reasons: str) -> str:

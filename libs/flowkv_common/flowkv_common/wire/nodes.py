@@ -112,6 +112,7 @@ class NodeDescriptor(Message, frozen=True):
     version: str
     memory: str = "host"  # of its KV cache, host or gpu: blocks move within one kind
     protocol: Positive = 1  # that of version 0.1.0, which does not tell
+    has_data_tls: bool = False  # KV over TCP is encrypted
 
 
 class LoadReport(Message, frozen=True):
