@@ -307,6 +307,7 @@ EXAMPLES: list[Message] = [
         version="0.1.0",
         protocol=2,
         has_data_tls=True,
+        boot_id="945ac35a-b79c-4359-95f0-22261494e0e7",
     ),
     LoadReport(
         node=DECODE,

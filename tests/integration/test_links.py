@@ -45,6 +45,7 @@ async def test_a_slower_link_is_warned_about(
                 async with viewing(bus) as view:
                     await until(lambda: len(view.services("node")) == len(view.nodes()) == 2)
                     shown = [node.slower_links for node in view.nodes() if node.node_id == "a"]
+                    assert len({node.descriptor.boot_id for node in view.nodes()} - {""}) == 1
     assert shown == [told[0].removeprefix("KV goes ") if told else ""]
     warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert [message for message in warnings if message.startswith("KV goes to b")] == told

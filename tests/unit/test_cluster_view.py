@@ -7,8 +7,18 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowkv_common.cluster_view import ASK_PERIOD_S, GONE_AFTER_QUESTIONS, ClusterView, ServiceInfo
+from flowkv_common.cluster_view import (
+    ASK_PERIOD_S,
+    GONE_AFTER_QUESTIONS,
+    LOCAL_CONNECTORS,
+    ClusterView,
+    ServiceInfo,
+)
 from flowkv_common.wire.nodes import PROTOCOL, RegimeChanged, ScaleWanted
+from flowkv_engine.transport.mapped import CudaIpcConnector, ShmConnector
+from flowkv_engine.transport.nccl import NcclConnector
+from flowkv_engine.transport.nixl import NixlConnector
+from flowkv_engine.transport.tcp import TcpConnector
 from tests.described_nodes import BLOCK_SIZE, MODEL, PERIOD_S, TOKEN_BUDGET, descriptor, report
 
 
@@ -83,6 +93,11 @@ def test_links_by_the_usual_connector_and_by_others(view: ClusterView) -> None:
     assert links["p0"] == {"d0": "shm", "d1": "tcp"}
     assert links["d0"] == {"d1": "", "p0": ""}  # one of them, and nobody says which
     assert links["d1"] == {}  # not heard
+
+
+def test_which_connectors_reach_no_other_host() -> None:
+    connectors = (ShmConnector, TcpConnector, NixlConnector, CudaIpcConnector, NcclConnector)
+    assert [one.name for one in connectors if one.is_local] == list(LOCAL_CONNECTORS)
 
 
 def test_the_regime_is_the_leaders_and_then_what_it_announces(view: ClusterView, clock: Clock) -> None:

@@ -22,6 +22,7 @@ from flowkv.doctor import Finding
 from flowkv.doctor.bus import check_rights
 from flowkv.doctor.cluster import check_links, check_nodes, check_services
 from flowkv.doctor.host import check_clocks, check_disks, check_model, check_stopped, describe_host
+from flowkv.status import links
 from flowkv_common.cluster_view import ClusterView, ServiceInfo
 from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES, payload_for
 from flowkv_common.wire.nodes import NodeDescriptor
@@ -96,6 +97,22 @@ def test_a_volume_for_sockets_that_is_missing() -> None:
     # By its report alone.
     assert seen.said == "1 links (d0 to p0) are by tcp, though both sides have shm"
     assert {"FLOWKV_SOCKET_DIR" in one.mend for one in (told, seen)} == {True}
+
+
+def test_between_two_hosts_tcp_is_right() -> None:
+    """Whether two nodes are on one host is said by their kernels, not by the names that containers have."""
+    both = ["shm", "tcp"]
+    p0 = msgspec.structs.replace(P0, connectors=both, boot_id="1")
+    reason = "to d0 by tcp, not by shm: shm to /sockets/x: [Errno 2] No such file or directory"
+    for boot_id, num_wrong in (("1", 2), ("2", 0), ("", 2)):  # an older node does not tell
+        d0 = msgspec.structs.replace(D0, connectors=both, boot_id=boot_id)
+        view = view_of(p0, d0, num_links=1, usual_connector="tcp")
+        view.on_service(ServiceInfo("node", "p0", "1.0.0", {"state": "ready", "slower_links": reason}))
+        assert len(wrong(check_links(view))) == num_wrong
+        if boot_id == "2":
+            [found] = check_links(view)
+            assert found.said == "2 links (p0 to d0, d0 to p0) are by tcp, the best between two hosts"
+            assert not any("slower" in line for line in links(view.nodes()))
 
 
 def test_links_that_encrypt_are_told_apart() -> None:

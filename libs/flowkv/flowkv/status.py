@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from flowkv.terminal import bar, connected, console, make_parser, write_json
-from flowkv_common.cluster_view import ClusterView, NodeState, ServiceInfo, until_complete, viewing
+from flowkv_common.cluster_view import (
+    ClusterView,
+    NodeState,
+    ServiceInfo,
+    could_be_faster,
+    until_complete,
+    viewing,
+)
 from flowkv_common.wire.nodes import ScaleWanted
 
 if TYPE_CHECKING:
@@ -165,6 +172,7 @@ def decode_tokens_per_s(node: NodeState) -> float:
 
 def links(nodes: list[NodeState]) -> Iterator[str]:
     """How KV moves between nodes, most of them in one line; then what could be faster, or is missing."""
+    by_id = {node.node_id: node for node in nodes}
     by_connector: dict[str, list[str]] = {}
     for node in nodes:
         for peer in node.links:
@@ -174,5 +182,5 @@ def links(nodes: list[NodeState]) -> Iterator[str]:
         how = f"KV by [bold]{connector}[/]" if connector else "[red]KV by nothing (yet)[/]"
         yield f"{how}: {shown}"
     for node in nodes:
-        if node.slower_links:
+        if node.slower_links and could_be_faster(node, by_id):
             yield f"[yellow]slower than it could be:[/] {node.node_id} {node.slower_links}"

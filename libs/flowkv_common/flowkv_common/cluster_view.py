@@ -41,6 +41,8 @@ ASK_PERIOD_S = 1.0
 ASKED_EVERY = {"gateway": 1, "scheduler": 1, "node": 4}
 # Two questions in a row without an answer: the process has gone.
 GONE_AFTER_QUESTIONS = 3
+# Those that reach no other host.
+LOCAL_CONNECTORS = ("shm", "cuda_ipc")
 EVENTS = RequestFinished | KVTransferred | RegimeChanged | CapMoved | ScaleWanted
 
 
@@ -217,6 +219,26 @@ class ClusterView:
         del links[descriptor.node.node_id]
         links.update({peer: connector for peer, connector in report.links.items() if peer in links})
         return links
+
+
+def best_connector(sender: NodeDescriptor, receiver: NodeDescriptor) -> str:
+    """The first of the sender's by which it could reach the receiver; empty if there is none."""
+    is_far = are_on_two_hosts(sender, receiver)
+    both = (name for name in sender.connectors if name in receiver.connectors)
+    return next((name for name in both if not (is_far and name in LOCAL_CONNECTORS)), "")
+
+
+def could_be_faster(node: NodeState, nodes: Mapping[str, NodeState]) -> bool:
+    """Whether one of its links could be: a node does not know which of its peers are on its host."""
+    return any(
+        connector != best_connector(node.descriptor, nodes[peer].descriptor)
+        for peer, connector in node.links.items()
+    )
+
+
+def are_on_two_hosts(one: NodeDescriptor, other: NodeDescriptor) -> bool:
+    """By their kernels, since each container has a name of its own. False if one does not tell its own."""
+    return one.boot_id != other.boot_id and "" not in (one.boot_id, other.boot_id)
 
 
 def _state(report: LoadReport | None, heard_s_ago: float | None, own_word: str) -> str:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import msgspec
 import torch
@@ -60,6 +61,7 @@ CHECK_BLOCKS_PERIOD_S = 10.0
 # messages. Shorter ones may be a kernel that is compiled, or a host that is busy.
 STALL_FACTOR = 10.0
 SHORTEST_STALL_S = 1.0
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +219,15 @@ def _describe(node: Node, http_port: int) -> NodeDescriptor:
         version=__version__,
         protocol=PROTOCOL,
         has_data_tls=bool(node.settings.data_tls_cert),
+        boot_id=_boot_id(),
     )
+
+
+def _boot_id() -> str:
+    """Empty where the kernel does not tell it, as in some sandboxes."""
+    with contextlib.suppress(OSError):
+        return BOOT_ID.read_text().strip()
+    return ""
 
 
 # --- serve ---------------------------------------------------------------------------------------

@@ -6,7 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from flowkv.doctor import Finding, bad, good, look
 from flowkv.doctor.bus import payload_mend
-from flowkv_common.cluster_view import ClusterView, NodeState
+from flowkv_common.cluster_view import (
+    ClusterView,
+    NodeState,
+    are_on_two_hosts,
+    best_connector,
+    could_be_faster,
+)
 from flowkv_common.config import listed
 from flowkv_common.wire.messages import window_that_fits
 from flowkv_scheduler.cluster import why_apart
@@ -113,18 +119,20 @@ def _no_pair(nodes: Sequence[NodeState]) -> Finding:
 def check_links(view: ClusterView) -> Iterator[Finding]:
     """By which connector nodes send to each other, and why not by the faster one."""
     nodes = {node.node_id: node for node in view.nodes()}
-    alike: dict[tuple[str, str], list[str]] = {}  # how KV goes, and a connector that would be better -> links
+    # How KV goes, a connector that would be better, and whether between two hosts -> links
+    alike: dict[tuple[str, str, bool], list[str]] = {}
     for node in nodes.values():
-        if node.slower_links:
+        if node.slower_links and could_be_faster(node, nodes):
             reasons = node.slower_links.partition("not by ")[2]
             yield look("links", f"{node.node_id}: {node.slower_links}", _mend_of(reasons))
             continue
         for peer, connector in node.links.items():
-            theirs = nodes[peer].descriptor.connectors
-            best = next((name for name in node.descriptor.connectors if name in theirs), connector)
+            best = best_connector(node.descriptor, nodes[peer].descriptor)
             better = "" if best == connector else best
-            alike.setdefault((node.named_link(peer), better), []).append(f"{node.node_id} to {peer}")
-    for (how, better), links in alike.items():
+            is_far = are_on_two_hosts(node.descriptor, nodes[peer].descriptor)
+            kind = (node.named_link(peer), better, is_far)
+            alike.setdefault(kind, []).append(f"{node.node_id} to {peer}")
+    for (how, better, is_far), links in alike.items():
         shown = ", ".join(links[:SHOWN_LINKS]) + (", ..." if len(links) > SHOWN_LINKS else "")
         which = f"{len(links)} links ({shown})"
         if not how:
@@ -133,7 +141,8 @@ def check_links(view: ClusterView) -> Iterator[Finding]:
         elif better:
             yield look("links", f"{which} are by {how}, though both sides have {better}", _mend_of(better))
         else:
-            yield good("links", f"{which} are by {how}, the best that both sides have")
+            where = "between two hosts" if is_far else "that both sides have"
+            yield good("links", f"{which} are by {how}, the best {where}")
 
 
 def _mend_of(reasons: str) -> str:

@@ -113,6 +113,7 @@ class NodeDescriptor(Message, frozen=True):
     memory: str = "host"  # of its KV cache, host or gpu: blocks move within one kind
     protocol: Positive = 1  # that of version 0.1.0, which does not tell
     has_data_tls: bool = False  # KV over TCP is encrypted
+    boot_id: str = ""  # of the host's kernel: alike in all containers of one host
 
 
 class LoadReport(Message, frozen=True):
