@@ -25,6 +25,7 @@ from nats.aio.msg import Msg
 
 from flowkv.accounts import write_accounts
 from flowkv.authority import make_certificates
+from flowkv_common.bus.client import NothingToShow
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.config import NatsSettings
 from flowkv_common.errors import CannotStart, Unavailable
@@ -119,6 +120,19 @@ async def test_a_file_that_is_gone_for_a_moment_ends_nobody(accounts: Accounts) 
         await until(lambda: not gateway.is_connected)
         url_file.unlink()
         accounts.write()
+        await soon(back.wait())
+
+
+async def test_a_file_that_is_no_text_for_a_moment_ends_nobody(accounts: Accounts) -> None:
+    url_file = accounts.folder / "gateway" / "nats_url"
+    url = url_file.read_bytes()
+    async with connect(accounts.settings("gateway"), name="g", user="gateway") as gateway:
+        back = reconnected(gateway)
+        url_file.write_bytes(b"\xff\xfe")
+        accounts.server.kill()
+        await until(lambda: "Connect call failed" in str(gateway.nc.last_error))
+        url_file.write_bytes(url)
+        accounts.server.start()
         await soon(back.wait())
 
 
@@ -274,6 +288,26 @@ async def test_credentials_that_expire_are_read_again(tmp_path: Path) -> None:
         with pytest.raises(Unavailable, match="Authorization"):
             async with connect(server.url, name="stranger", connect_timeout_s=0.5):
                 pass
+
+
+@pytest.mark.parametrize("written", [0, 40, 0.5, 0.9])
+async def test_credentials_that_are_half_written_cost_one_attempt(tmp_path: Path, written: float) -> None:
+    """`written`: characters of the file, or a share of them."""
+    authority = Authority()
+    config, creds = tmp_path / "nats.conf", tmp_path / "user.creds"
+    config.write_text(json.dumps(authority.server_config()))
+    authority.write_user(creds, lives_s=3600)
+    whole = creds.read_text()
+    with NatsServer("-c", str(config), jetstream=False) as server:
+        settings = NatsSettings(nats_url=server.url, nats_credentials=str(creds))
+        async with connect(settings, name="test", user="gateway") as bus, answering(bus):
+            back = reconnected(bus)
+            creds.write_text(whole[: int(written * len(whole)) if written < 1 else int(written)])
+            server.restart()
+            await until(lambda: isinstance(bus.nc.last_error, NothingToShow))
+            creds.write_text(whole)
+            await soon(back.wait())
+            assert await ask(bus) == Accepted(node_id="me")
 
 
 async def test_the_seed_of_an_nkey_is_read_again(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
+from flowkv.authority import make_certificates
 from flowkv_common.bus.access import Access, Login, Servers
 from flowkv_common.config import NatsSettings, load_settings
 from flowkv_common.errors import CannotStart
@@ -64,3 +66,14 @@ def test_a_certificate_needs_its_key() -> None:
 def test_an_even_number_of_replicas_is_refused() -> None:
     with pytest.raises(SystemExit, match="FLOWKV_NATS_REPLICAS is 2: choose 1, 3 or 5"):
         load_settings(NatsSettings, ["--nats-replicas", "2"], {})
+
+
+def test_a_key_with_a_password_is_refused_and_not_asked_for(tmp_path: Path) -> None:
+    key, cert = tmp_path / "node.key", tmp_path / "node.pem"
+    make_certificates(tmp_path)
+    plain = serialization.load_pem_private_key(key.read_bytes(), password=None)
+    form = serialization.PrivateFormat.PKCS8
+    locked = serialization.BestAvailableEncryption(b"secret")
+    key.write_bytes(plain.private_bytes(serialization.Encoding.PEM, form, locked))
+    with pytest.raises(CannotStart, match="can't show NATS who we are: .SSL. PEM lib"):
+        Access(NatsSettings(nats_cert=str(cert), nats_key=str(key)))

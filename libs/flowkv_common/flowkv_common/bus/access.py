@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import re
 import ssl
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit
+
+from nats.aio.client import RawCredentials
 
 from flowkv_common.config import NatsSettings, listed
 from flowkv_common.errors import CannotStart
 
 DEFAULT_PORT = 4222
+# The parts of a `.creds` file, each on a line of its own.
+_JWT = re.compile(r"BEGIN NATS USER JWT-+\n(\S+)\n")
+_SEED = re.compile(r"BEGIN USER NKEY SEED-+\n(\S+)\n")
+_BARE_SEED = re.compile(r"\s*(\S+)\s*")
 
 
 class Login(NamedTuple):
@@ -53,20 +60,20 @@ class Access:
         """Raises CannotStart when a file is missing now, or what would read it: later that may pass."""
         self.nats = nats
         self.has_certificates = bool(nats.nats_ca or nats.nats_cert)
-        try:
-            servers = self.read_servers()
-            self._is_nkey = bool(nats.nats_credentials) and _is_nkey(nats.nats_credentials)
-            self.read_tls()
-        except OSError as error:  # an SSLError is one
-            raise CannotStart(f"can't show NATS who we are: {error}") from None
         if nats.nats_credentials and importlib.util.find_spec("nkeys") is None:
             raise CannotStart("FLOWKV_NATS_CREDENTIALS needs a package: pip install 'flowkv[nkeys]'")
+        try:
+            servers = self.read_servers()
+            self.read_credentials()
+            self.read_tls()
+        except (OSError, ValueError) as error:  # an SSLError is one
+            raise CannotStart(f"can't show NATS who we are: {error}") from None
         # Not all services go to the first server.
         self._order = list(range(len(servers.urls)))
         random.shuffle(self._order)
 
     def read_servers(self) -> Servers:
-        """As the settings or their file say now. Raises OSError, CannotStart where there is none."""
+        """As the settings or their file say now. Raises OSError, ValueError, CannotStart if they say none."""
         text = self.nats.nats_url
         if self.nats.nats_url_file:
             text = Path(self.nats.nats_url_file).read_text()
@@ -87,14 +94,24 @@ class Access:
             return None
         context = ssl.create_default_context(cafile=self.nats.nats_ca or None)
         if self.nats.nats_cert:
-            context.load_cert_chain(self.nats.nats_cert, self.nats.nats_key)
+            # Without a password OpenSSL would ask for one at the terminal, and hold the process up.
+            context.load_cert_chain(self.nats.nats_cert, self.nats.nats_key, password="")
         return context
 
-    def nkey_options(self) -> dict[str, Any]:
-        """nats-py's own for credentials, whose files it reads again itself."""
-        if not self.nats.nats_credentials:
-            return {}
-        return {"nkeys_seed" if self._is_nkey else "user_credentials": self.nats.nats_credentials}
+    def read_credentials(self) -> tuple[RawCredentials | None, str | None]:
+        """What a `.creds` file holds, or the seed of an nkey, as nats-py takes it; None where no file says.
+
+        Raises OSError, and ValueError for a file that is only half written.
+        """
+        path = self.nats.nats_credentials
+        if not path:
+            return None, None
+        text = Path(path).read_text()
+        jwt = _JWT.search(text)
+        seed = _SEED.search(text) if jwt else _BARE_SEED.fullmatch(text)
+        if seed is None or not _is_seed(seed[1]):
+            raise ValueError(f"{path} holds no credentials of a user, nor the seed of an nkey")
+        return (RawCredentials(text), None) if jwt else (None, seed[1])
 
 
 def _parse(url: str) -> SplitResult:
@@ -123,6 +140,10 @@ def _login(url: SplitResult) -> Login:
     return Login(user=unquote(url.username), password=unquote(url.password))
 
 
-def _is_nkey(path: str) -> bool:
-    """Whether the file holds a bare seed. A `.creds` file has a signed JWT before it. Raises OSError."""
-    return "BEGIN NATS USER JWT" not in Path(path).read_text()
+def _is_seed(text: str) -> bool:
+    nkeys = importlib.import_module("nkeys")
+    try:
+        nkeys.from_seed(bytearray(text, "ascii")).wipe()
+    except (nkeys.NkeysError, ValueError):
+        return False
+    return True

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 import nats.errors
@@ -62,6 +63,8 @@ class BarrierClient(Client):
     - It drops a cancel that comes while it flushes.
     - A server that ends a connection, as when a password changes, ends the client for good. A password, the
       public half of an nkey and a certificate are read once.
+    - An attempt to reconnect that fails in a way that it does not foresee is its last one: so does one with a
+      `.creds` file that is half written.
     - What is published while it is cut off it keeps, and says after the reconnect: also questions for whose
       answers nobody waits any more.
     - To a server that offers no TLS it says its password in the clear, whatever TLS it was told to use.
@@ -97,7 +100,7 @@ class BarrierClient(Client):
         self.known_servers = self._access.read_servers()
         urls = self._access.in_our_order(self.known_servers)
         # The order is ours: a server that was left comes last.
-        await self.connect(urls, dont_randomize=True, **self._access.nkey_options(), **options)
+        await self.connect(urls, dont_randomize=True, **options)
 
     def forget(self, subscription: NatsSubscription) -> None:
         """Drop a subscription without a word to the server, which may be gone.
@@ -187,15 +190,13 @@ class BarrierClient(Client):
         if server.last_attempt is not None and time.monotonic() < server.last_attempt + wait_s:
             await asyncio.sleep(wait_s)
         self._current_server = server
-        try:
-            await self._connect_to_server(server)
-        except UnicodeError as error:
-            raise OSError(f"{server.uri.hostname!r} is no name of a host") from error
+        await self._connect_to_server(server)
 
     async def _connect_to_server(self, s: Srv) -> None:
         self._drop_socket()  # of the attempt before, if that has failed
         self._show_access(s)
-        await super()._connect_to_server(s)
+        with _costing_one_attempt():
+            await super()._connect_to_server(s)
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         """Before TLS, and before a password is said: a server without TLS is not the one that we look for."""
@@ -207,7 +208,8 @@ class BarrierClient(Client):
 
     async def _process_connect_init(self) -> None:
         try:
-            await super()._process_connect_init()
+            with _costing_one_attempt():
+                await super()._process_connect_init()
         except (OSError, nats.errors.Error) as error:
             self._note_refusal(error)
             raise
@@ -223,7 +225,7 @@ class BarrierClient(Client):
         """The pool is what the settings say now, and what those servers tell of others."""
         try:
             servers = self._access.read_servers()
-        except (OSError, CannotStart) as error:  # half written, or taken away for a moment
+        except (OSError, ValueError, CannotStart) as error:  # half written, or taken away for a moment
             await self._error_cb(error)
             return
         if servers.urls != self.known_servers.urls:
@@ -236,16 +238,18 @@ class BarrierClient(Client):
         """Put what the files hold now where nats-py looks for it. Raises NothingToShow."""
         login = self.known_servers.login_at(s.uri.hostname, s.uri.port)
         self.options["user"], self.options["password"], self.options["token"] = login
-        self._auth_configured = any(login) or bool(self._access.nats.nats_credentials)
         try:
             if (tls := self._access.read_tls()) is not None:
                 self.options["tls"] = tls
-            if self._nkeys_seed is not None:
-                self._setup_nkeys_seed_connect()
+            credentials = self._access.read_credentials()
         except (OSError, ValueError) as error:
             nothing = NothingToShow(f"can't read what NATS is to be shown: {error}")
             self._note_refusal(nothing)
             raise nothing from error
+        self._auth_configured = any(login) or any(credentials)
+        if any(credentials):
+            self._user_credentials, self._nkeys_seed_str = credentials
+            self._setup_nkeys_connect()
 
     def _note_refusal(self, error: Exception) -> None:
         if _is_refusal(error) and self._refused_since is None:
@@ -267,9 +271,10 @@ class BarrierClient(Client):
             return  # nothing was ever asked
 
         def is_wanted(command: bytes) -> bool:
-            operation, _, *reply = command.partition(b"\r\n")[0].split(b" ")[:3]
-            is_question = operation in (b"PUB", b"HPUB") and reply[0].startswith(own_answers)
-            return not is_question or reply[0].removeprefix(own_answers).decode() in self._resp_map
+            operation, *words = command.partition(b"\r\n")[0].split(b" ")
+            if operation not in (b"PUB", b"HPUB") or not words[1].startswith(own_answers):
+                return True
+            return words[1].removeprefix(own_answers).decode() in self._resp_map
 
         self._pending = list(filter(is_wanted, self._pending))
         self._pending_data_size = sum(map(len, self._pending))
@@ -304,6 +309,17 @@ class BarrierClient(Client):
 def _is_refusal(error: Exception | None) -> bool:
     """Whether a server has answered, and does not want us or is not whom we want; else it is out of reach."""
     return isinstance(error, ssl.SSLError | NothingToShow | NoTls) or "auth" in str(error).lower()
+
+
+@contextlib.contextmanager
+def _costing_one_attempt() -> Iterator[None]:
+    """Any error in the block is an OSError or one of nats-py's: after others it would not try again."""
+    try:
+        yield
+    except (OSError, nats.errors.Error):
+        raise
+    except Exception as error:  # as of a name that is no host's
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 async def _cancellable(wait: Awaitable[T]) -> T:
