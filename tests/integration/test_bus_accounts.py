@@ -15,7 +15,7 @@ import nats.errors
 import pytest
 from nats.aio.msg import Msg
 
-from flowkv.accounts import RIGHTS, write_accounts
+from flowkv.accounts import RIGHTS, main, write_accounts
 from flowkv.nats_commands import answers
 from flowkv_common.aio import running
 from flowkv_common.bus.access import Access
@@ -222,9 +222,9 @@ async def test_users_of_two_namespaces_are_held_apart(tmp_path: Path, user: str)
 
 async def test_a_cluster_works_with_the_users_of_its_namespace(tmp_path: Path) -> None:
     """Lease, registry and services: the operator sees those of its own namespace alone."""
-    write_accounts(tmp_path, "nats:4222", namespaces=["flowkv", "team-a"])
+    write_accounts(tmp_path, "nats:4222", namespaces=["flowkv", "2nd-team"])
     with NatsServer("-c", str(tmp_path / "nats" / "nats.conf")) as server:
-        for namespace, prefix in (("flowkv", ""), ("team-a", "team-a-")):
+        for namespace, prefix in (("flowkv", ""), ("2nd-team", "2nd-team-")):
             led, watched = asyncio.Event(), asyncio.Queue[object]()
 
             def settings_of(user: str, prefix: str = prefix, namespace: str = namespace) -> NatsSettings:
@@ -245,3 +245,14 @@ async def test_a_cluster_works_with_the_users_of_its_namespace(tmp_path: Path) -
                     await watched.get()
                     assert [one["id"] for one in await answers(operator, "INFO")] == ["s"]
                     assert operator.nc.last_error is None
+
+
+@pytest.mark.parametrize("namespace", ["*", "a.b", ""])
+def test_users_of_what_is_no_namespace_are_refused(
+    namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["accounts", str(tmp_path / "users"), "--namespace", namespace])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"FLOWKV_NAMESPACE is {namespace!r}" in capsys.readouterr().err
+    assert not (tmp_path / "users").exists()

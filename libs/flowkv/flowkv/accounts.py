@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from flowkv_common.cluster_view import ASKED_EVERY
-from flowkv_common.config import listed
+from flowkv_common.config import NatsSettings, listed
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES
 
@@ -154,7 +154,7 @@ def rights_in(namespace: str) -> dict[str, Rights]:
 
     def moved(rights: Sequence[str]) -> list[str]:
         return [
-            re.sub(r"^(\$SRV\.[^.]+\.)", rf"\1{namespace}-", _DEFAULT_ROOT.sub(namespace, one))
+            re.sub(r"^(\$SRV\.[^.]+\.)", rf"\g<1>{namespace}-", _DEFAULT_ROOT.sub(namespace, one))
             for one in rights
         ]
 
@@ -288,10 +288,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.rotate and options.certificates:
         parser.error("--rotate is for passwords: renew certificates with `flowkv certs`")
+    namespaces = options.namespace or [subjects.DEFAULT_NAMESPACE]
+    for namespace in namespaces:
+        try:
+            NatsSettings(namespace=namespace)
+        except ValueError as error:  # users of `*` could hear all namespaces
+            parser.error(str(error))
     write_accounts(
         options.folder,
         options.address,
-        namespaces=options.namespace or [subjects.DEFAULT_NAMESPACE],
+        namespaces=namespaces,
         is_rotation=options.rotate,
         certificates=options.certificates,
     )
