@@ -72,6 +72,20 @@ async def test_tokens_of_one_attempt_that_follow_each_other_go_out_as_one_chunk(
     assert failure.error is not None
 
 
+async def test_the_first_token_is_no_part_of_what_was_told_of_its_prompt(nats_server: NatsServer) -> None:
+    """A gateway takes no output from a chunk with log probabilities of the prompt."""
+    got: asyncio.Queue[StepTokens] = asyncio.Queue()
+    token = chunk(0, num_logprobs=1)
+    of_prompt = TokenChunk(transfer_id="r0.0", index=0, token_ids=[], prompt_logprobs=token.logprobs)
+    async with connect(nats_server.url, name="test") as bus:
+        async with await bus.subscribe(subjects.tokens("g"), StepTokens, got.put):
+            outbox = Outbox(bus, NodeRef(node_id="n", incarnation="1"), Attempts())
+            outbox.add_chunk("g", of_prompt)
+            outbox.add_chunk("g", token)
+            await outbox.flush()
+            assert (await asyncio.wait_for(got.get(), 5)).chunks == [of_prompt, token]
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keepalives at once, and verdicts from the first moment on."""

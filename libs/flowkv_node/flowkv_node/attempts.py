@@ -133,7 +133,7 @@ class Outbox:
     def add_chunk(self, gateway_id: str, chunk: TokenChunk) -> None:
         """Output that goes on where the last chunk has ended becomes one with it."""
         chunks = self._chunks[gateway_id]
-        last = chunks[-1] if chunks and chunk.token_ids else None
+        last = chunks[-1] if chunks and chunks[-1].token_ids and chunk.token_ids else None
         if last and (last.transfer_id, last.index + len(last.token_ids)) == (chunk.transfer_id, chunk.index):
             chunk = msgspec.structs.replace(
                 chunks.pop(),
