@@ -227,3 +227,4 @@ async def test_a_model_whose_folder_is_not_here_is_told_of_once(
         f"changed of nodes is not served here: {a.folder} holds another model here, its w"
     )
     assert told[1].startswith("far of nodes is not served here: its folder, /nowhere, is not here: give this")
+    assert told[1].endswith(". Nor is it of the gateway's own folders: its weights differ")

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from flowkv_engine.engine.fetch import resolve_model
+from flowkv_engine.engine.fetch import resolve_model, served_name
 from flowkv_engine.engine.stored import FORMS, Form
 from tests.drive import load_tiny
 from tests.gateway_support import write_tokenizer
@@ -89,7 +89,8 @@ def test_a_file_becomes_a_folder_with_its_blocks_and_the_numbers_of_transformers
     with safe_open(folder / "model.safetensors", framework="np") as tensors:
         assert tensors.get_tensor("model.embed_tokens.weight").dtype == np.uint8
     assert (folder / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
-    assert load_tiny(folder).card.eos_token_ids == [3]
+    card = load_tiny(folder).card
+    assert (card.eos_token_ids, card.name) == ([3], served_name(str(file)))
 
 
 def test_a_tokenizer_beside_the_file_counts_more_than_its_own(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from flowkv_engine.engine.fetch import (
     default_cache_dir,
+    name_of_folder,
     resolve_model,
     served_name,
 )
@@ -104,7 +105,9 @@ def test_pickled_weights_are_fetched_from_a_hub_that_has_no_others(
             timeout=30,
         )
     assert found.returncode == 0, found.stderr
-    assert {path.name: path.read_text() for path in Path(found.stdout.strip()).iterdir()} == fetched
+    folder = Path(found.stdout.strip())
+    assert {path.name: path.read_text() for path in folder.iterdir()} == fetched
+    assert name_of_folder(folder) == served_name("org/m")
 
 
 def test_a_converted_model_is_found_without_touching_torch(tmp_path: Path) -> None:
@@ -145,6 +148,10 @@ def test_served_names(tmp_path: Path) -> None:
     assert served_name(None) == "SmolLM2-135M-Instruct"
     assert served_name(str(tmp_path)) == tmp_path.name
     assert served_name("org/model") == "org/model"
+    assert name_of_folder(tmp_path / DEFAULT_MODEL.folder_name) == served_name(None)
+    mine = tmp_path / "m-0123456789ab"  # as folders are called that were made of files
+    mine.mkdir()
+    assert name_of_folder(mine) == served_name(str(mine)) == mine.name
 
 
 def test_a_link_leads_to_the_folder_wherever_both_are_mounted(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_nodes_of_the_own_model(own: OwnModel, theirs: ModelCard) -> None:
         pytest.param(
             OwnModel(NO_WEIGHTS), card(files=ModelFiles("t", "other", "w")), "config.json", id="size"
         ),
-        pytest.param(OwnModel(NO_WEIGHTS, "m"), card("tuned"), "called 'm'", id="by name alone"),
+        pytest.param(OwnModel(NO_WEIGHTS, "m"), card("tuned"), "FLOWKV_MODEL_NAME='m'", id="by name alone"),
         pytest.param(
             OwnModel(ALL, "m"), card("n", NO_WEIGHTS), "called 'm'", id="random ones of another name"
         ),

@@ -194,7 +194,7 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
     """A prefill, decode or mixed node."""
 
     model_path: Annotated[str, "folder of the model"]
-    model_name: Annotated[str, "name that clients use; empty: the folder's"] = ""
+    model_name: Annotated[str, "name that clients use; empty: as `flowkv up` calls the folder"] = ""
     node_id: Annotated[str, "unique name; empty: `<role>-<host>-<4 random>`"] = ""
     max_model_len: Annotated[Tokens, "longest prompt and answer together; 0: the model's own"] = 0
     hf_overrides: Annotated[str, "JSON object: what counts instead of fields of config.json"] = ""

@@ -43,7 +43,8 @@ class OwnModel(msgspec.Struct, frozen=True):
         if ours.config and theirs.config and ours.config != theirs.config:
             return "its config.json differs"
         if self.name and self.name != card.name:
-            return f"it is not called {self.name!r}, and there are no weights here to compare"
+            mend = f"if it is the same model, start its nodes with FLOWKV_MODEL_NAME={self.name!r}"
+            return f"it is not called {self.name!r}, and there are no weights here to compare: {mend}"
         return None
 
 

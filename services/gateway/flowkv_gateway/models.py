@@ -130,10 +130,12 @@ class Models:
         while True:
             cluster.changed.clear()
             await self._forget_gone(cluster)
-            others = (node.model for node, _ in cluster.others.values())
-            cards = {(card.fingerprint, card.folder): card for card in others}
-            self._refused &= cards.keys()
-            for which, card in cards.items():
+            others = {
+                (node.model.fingerprint, node.model.folder): (node.model, why_not_own)
+                for node, why_not_own in cluster.others.values()
+            }
+            self._refused &= others.keys()
+            for which, (card, why_not_own) in others.items():
                 if which in self._refused:
                     continue
                 try:
@@ -141,7 +143,8 @@ class Models:
                     model = await asyncio.to_thread(_load_as_described, card, settings)
                 except Exception as error:  # whatever nodes name costs only their model
                     self._refused.add(which)
-                    log.warning("%s of nodes is not served here: %s", card.name, error)
+                    said = "%s of nodes is not served here: %s. Nor is it of the gateway's own folders: %s"
+                    log.warning(said, card.name, error, why_not_own)
                 else:
                     log.info("%s of nodes is served, too, from %s", card.name, card.folder)
                     self._found.append(model)

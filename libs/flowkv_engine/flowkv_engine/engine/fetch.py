@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import fcntl
 import os
+import re
 import sys
 import tempfile
 import time
@@ -41,7 +42,20 @@ def served_name(spec: str | None) -> str:
     path = Path(spec).expanduser()
     if path.is_file():
         return path.stem
-    return path.resolve().name if path.is_dir() else spec
+    return name_of_folder(path) if path.is_dir() else spec
+
+
+def name_of_folder(folder: Path) -> str:
+    """What clients call the model in a folder that `resolve_model` has given, if nothing else is set."""
+    folder = folder.resolve()
+    repo = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repo.startswith("models--"):  # the layout of a hub's cache
+        return repo.removeprefix("models--").replace("--", "/")
+    for model in PACKAGED.values():
+        if folder.name == model.folder_name:
+            return model.name
+    made_of_file = re.fullmatch("(.+)-[0-9a-f]{12}", folder.name) if _lock_of(folder).exists() else None
+    return made_of_file[1] if made_of_file else folder.name
 
 
 def resolve_model(spec: str | None, cache_dir: Path) -> Path:
@@ -111,7 +125,7 @@ def _kept(folder: Path, make: Callable[[Path, Path], None]) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / f"{folder.name}.lock"):
+    with _locked(_lock_of(folder)):
         if folder.is_dir():
             return folder
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as work:
@@ -119,6 +133,11 @@ def _kept(folder: Path, make: Callable[[Path, Path], None]) -> Path:
             make(converted, Path(work))
             converted.rename(folder)  # atomic: other processes see all of the folder or nothing
     return folder
+
+
+def _lock_of(folder: Path) -> Path:
+    """It stays beside what was made."""
+    return folder.with_name(f"{folder.name}.lock")
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from flowkv_engine.engine.dry_run import (
     dry_run,
     quiet,
 )
+from flowkv_engine.engine.fetch import name_of_folder
 from flowkv_engine.engine.flat import is_flat
 from flowkv_engine.engine.forward import IMPLEMENTATION
 from flowkv_engine.engine.positions import fix_positions, max_model_len, unknown_rope_types
@@ -150,7 +151,7 @@ def load_model(
             )
     module.eval().requires_grad_(False)
     card = ModelCard(
-        name=name or folder.resolve().name,
+        name=name or name_of_folder(folder),
         fingerprint=fingerprint(
             folder, str(torch_dtype), has_weights=has_weights, overrides=overrides, max_model_len=longest
         ),
