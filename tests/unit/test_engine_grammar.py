@@ -153,6 +153,22 @@ def test_no_special_token_is_text(grammars: Grammars) -> None:
     assert START not in allowed_after(grammars, regex("(.|\n)+"), [])[0]
 
 
+@pytest.mark.parametrize("text", ["a<|start|>b", "<|start|>", "<tool call>"])
+def test_text_like_that_of_a_special_token_is_made_of_others(
+    grammars: Grammars, tokenizer: Tokenizer, text: str
+) -> None:
+    output_ids: list[int] = []
+    while EOS not in (allowed := allowed_after(grammars, of_schema({"const": text}), output_ids)[0]):
+        output_ids.append(min(allowed))
+    assert text_of(tokenizer, output_ids) == f'"{text}"'
+
+
+def test_a_grammar_may_name_tokens(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    [a], [less] = (ids_of(tokenizer, text) for text in "a<")
+    grammar = Grammar(kind="ebnf", text='start: "a" (<|start|> | "<|start|>")')
+    assert allowed_after(grammars, grammar, [a])[0] == {START, less}
+
+
 def test_stops_wait_for_min_tokens_unless_nothing_else_may_come(
     grammars: Grammars, tokenizer: Tokenizer
 ) -> None:
@@ -259,7 +275,7 @@ def test_a_replayed_matcher_stands_where_the_one_stands_that_went_along(
 def test_the_latest_grammars_stay_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grammars, compiled = Grammars(folder / "tokenizer.json", [EOS]), list[str]()
 
-    def source(grammar: Grammar) -> str:
+    def source(grammar: Grammar, _: object) -> str:
         compiled.append(grammar.text)
         return "start: /a/"
 

@@ -170,13 +170,13 @@ def _among_text(form: Form, max_calls: int | None, vocabulary: Vocabulary, rules
 
 
 def in_grammar(text: str, vocabulary: Vocabulary) -> str:
-    """This text in a rule: special tokens are not their texts there."""
+    """This text in a rule: marks are not their texts there."""
     parts, place = [], 0
     while place < len(text):
-        found = [one for one in vocabulary.special_texts if one and text.startswith(one, place)]
-        if special := max(found, key=len, default=""):
-            parts.append(f"<[{vocabulary.special_id(special)}]>")
-            place += len(special)
+        found = [one for one in vocabulary.marks if one and text.startswith(one, place)]
+        if mark := max(found, key=len, default=""):
+            parts.append(f"<[{vocabulary.marks[mark]}]>")
+            place += len(mark)
         elif parts and parts[-1].startswith('"'):
             parts[-1] = parts[-1][:-1] + in_json(text[place])[1:]
             place += 1
@@ -188,8 +188,8 @@ def in_grammar(text: str, vocabulary: Vocabulary) -> str:
 
 def up_to(name: str, mark: str, vocabulary: Vocabulary, *, text: str = "ANY") -> str:
     """A rule of this name for any text up to the first such mark."""
-    # A special token is in no text. Nor may it be in a lazy rule, which is a regular expression.
-    lazy = "" if mark in vocabulary.special_texts else "[lazy]"
+    # If it is a token, it is in no text. Nor may it be in a lazy rule, which is a regular expression.
+    lazy = "" if mark in vocabulary.marks else "[lazy]"
     return f"{name}{lazy}: {text} {in_grammar(mark, vocabulary)}"
 
 

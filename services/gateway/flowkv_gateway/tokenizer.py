@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jinja2
@@ -24,6 +25,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from flowkv_common.added_tokens import marks_of, rename
 from flowkv_common.errors import BadRequest, CannotStart
 
 # Encoding runs at about one million characters a second: this many take less than 5 ms.
@@ -182,10 +184,19 @@ def _load_config(folder: Path) -> dict[str, Any]:
 
 
 class Vocabulary:
-    """Token ids to bytes. Ids that the tokenizer lacks (padding of the embedding) have no bytes."""
+    """Token ids to bytes. Ids that the tokenizer lacks (padding of the embedding) have no bytes.
 
-    def __init__(self, token_bytes: Mapping[int, bytes], special_ids: frozenset[int]) -> None:
+    `marks`: the ids of tokens that are no text to a grammar, by their texts.
+    """
+
+    def __init__(
+        self,
+        token_bytes: Mapping[int, bytes],
+        special_ids: frozenset[int],
+        marks: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         self.special_ids = special_ids
+        self.marks = marks
         self._token_bytes = token_bytes
 
     @classmethod
@@ -200,15 +211,12 @@ class Vocabulary:
         to_bytes = _byte_level if "ByteLevel" in kinds else _sentencepiece
         added = tokenizer_json.get("added_tokens") or []
         special = frozenset(token["id"] for token in added if token["special"])
-        return cls({token_id: to_bytes(token) for token, token_id in vocab.items()}, special)
+        token_bytes = {token_id: to_bytes(token) for token, token_id in vocab.items()}
+        return cls(token_bytes, special, marks_of(tokenizer_json))
 
     @cached_property
     def special_texts(self) -> frozenset[str]:
         return frozenset(map(self.token_text, self.special_ids))
-
-    def special_id(self, text: str) -> int | None:
-        """Of the special token that is written so."""
-        return next((token_id for token_id in self.special_ids if self.token_text(token_id) == text), None)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The token's own bytes, special or not."""
@@ -383,7 +391,9 @@ class TypedSpecials:
         self._special = re.compile(_any_of(sorted(texts)))
         self._stand_in = re.compile(f"typed{nonce}n[0-9]+n")
         # Now, not with the first request that needs it: a large vocabulary would hold up all others.
-        self._renamed = self._rename(encoder)
+        source = json.loads(encoder.to_str())
+        rename(source, self._names)
+        self._renamed = tokenizers.Tokenizer.from_str(json.dumps(source))
 
     def occur_in(self, conversation: Conversation) -> bool:
         """Whether a special token's text was typed anywhere in it, keys of objects included."""
@@ -419,22 +429,6 @@ class TypedSpecials:
         text = self._stand_in.sub(lambda found: typed[found[0]], named)
         [encoding] = self._renamed.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding.ids
-
-    def _rename(self, encoder: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-        """The tokenizer with its special tokens under their other names: same ids, same flags."""
-        source = json.loads(encoder.to_str())
-        for token in source["added_tokens"]:
-            if token["special"]:
-                token["content"] = self._names[token["content"]]
-        model = source["model"]
-        vocab = model["vocab"]
-        if isinstance(vocab, list):  # pieces with their scores
-            model["vocab"] = [[self._names.get(piece, piece), score] for piece, score in vocab]
-        else:
-            model["vocab"] = {self._names.get(piece, piece): token_id for piece, token_id in vocab.items()}
-        if model.get("unk_token") in self._names:
-            model["unk_token"] = self._names[model["unk_token"]]
-        return tokenizers.Tokenizer.from_str(json.dumps(source))
 
     def _hide(self, value: Any) -> Any:
         if isinstance(value, str):
