@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from flowkv_common import health
 from flowkv_common.config import (
     GatewaySettings,
     NodeSettings,
@@ -31,6 +33,7 @@ SECRETS = {
     "decode": {f"{RELEASE}-nats-node", f"{RELEASE}-tls-node"},
     "models": {"hub"},
     "nats": {f"{RELEASE}-nats-server", f"{RELEASE}-tls-nats"},
+    "test": {"keys"},
 }
 SETTINGS: dict[str, type[ServiceSettings]] = {
     "flowkv_gateway": GatewaySettings,
@@ -239,6 +242,31 @@ def test_only_who_needs_it_reaches_nats_and_kv(manifests: list[Manifest]) -> Non
         assert who_reaches(manifests, server, 4222) == deployments
         assert who_reaches(manifests, server, 6222) == {server}
         assert who_reaches(manifests, server, 8222) == set()
+
+
+def test_helm_test_asks_the_gateway_for_a_request_through_each_pair(manifests: list[Manifest]) -> None:
+    name = f"{RELEASE}-test"
+    pod = named(manifests, "Pod", name)
+    assert pod["metadata"]["annotations"] == {"helm.sh/hook": "test"}
+    assert pod["spec"]["restartPolicy"] == "Never"
+    service = named(manifests, "Service", f"{RELEASE}-gateway")
+    gateway = named(manifests, "Deployment", f"{RELEASE}-gateway")["spec"]["template"]["spec"]
+    [container], [serving] = pod["spec"]["containers"], gateway["containers"]
+    assert container["image"] == serving["image"]
+    module, port, path, timeout_s = container["args"]
+    assert (module, path) == ("flowkv_common.health", "/health/deep")
+    inspect.signature(health.main).bind(port, path, timeout_s)
+    environ = variables(container)
+    assert (environ["FLOWKV_HOST"], int(port)) == (
+        service["metadata"]["name"],
+        service["spec"]["ports"][0]["port"],
+    )
+    assert float(timeout_s) < pod["spec"]["activeDeadlineSeconds"]
+    for setting in ("FLOWKV_TLS_CERT", "FLOWKV_API_KEYS_FILE"):
+        assert environ.get(setting) == variables(serving).get(setting)
+    reach = who_reaches(manifests, f"Deployment/{RELEASE}-gateway", 8000)
+    assert reach & {"*", f"Pod/{name}"}
+    assert "Pod/" not in str(who_reaches(manifests, f"Pod/{name}", 8000))
 
 
 def test_routes_lead_to_the_gateway(manifests: list[Manifest]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -17,9 +19,9 @@ from flowkv_common.telemetry import MAX_CONNECTIONS, serve_http, service_app
 from tests.waiting import until
 
 
-async def run_health(*arguments: str) -> tuple[int | None, str]:
+async def run_health(*arguments: str, env: Mapping[str, str] = os.environ) -> tuple[int | None, str]:
     command = [sys.executable, "-m", "flowkv_common.health", *arguments]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=env)
     async with asyncio.timeout(20):
         said, _ = await process.communicate()
     return process.returncode, said.decode().strip()
@@ -30,6 +32,24 @@ async def test_health_is_what_the_service_says(reason: str | None, expected: tup
     async with serve_http(service_app(CollectorRegistry(), lambda: reason), "127.0.0.1", 0) as port:
         assert await run_health(str(port)) == expected
         assert await run_health(str(port), "/health/live") == (0, "well")
+
+
+async def test_another_host_may_take_its_time() -> None:
+    """A question that reaches all nodes takes longer than one of a probe."""
+    answer = asyncio.Event()
+
+    async def answer_late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await answer.wait()
+        writer.write(b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 7\r\n\r\nno pair")
+        writer.close()
+
+    async with await asyncio.start_server(answer_late, "127.0.0.2", 0) as server:
+        port = str(server.sockets[0].getsockname()[1])
+        elsewhere = {**os.environ, "FLOWKV_HOST": "127.0.0.2"}
+        assert await run_health(port, "/health/deep", "0.1", env=elsewhere) == (1, "timed out")
+        answer.set()
+        assert await run_health(port, "/health/deep", "20", env=elsewhere) == (1, "503: no pair")
 
 
 SERVICE = """

@@ -1,8 +1,9 @@
-"""`python -m flowkv_common.health PORT [PATH]`: whether a service of this host is well, by its exit code.
+"""`python -m flowkv_common.health PORT [PATH [SECONDS]]`: whether a service is well, by its exit code.
 
-What a container's health check runs: it needs no curl. Loads nothing but the standard library. With
-FLOWKV_TLS_CERT or FLOWKV_API_KEYS_FILE in the environment the service is the gateway that they are for. Of a
-range, as 9100-9199, it asks at the port that this container's own service listens on.
+What a container's health check runs: it needs no curl. It asks this host, or FLOWKV_HOST. Loads nothing
+but the standard library. With FLOWKV_TLS_CERT or FLOWKV_API_KEYS_FILE in the environment the service is the
+gateway that they are for. Of a range, as 9100-9199, it asks at the port that this container's own service
+listens on.
 """
 
 from __future__ import annotations
@@ -39,17 +40,19 @@ def gateway_entry(environ: Mapping[str, str]) -> Entry:
     return Entry(bool(environ.get("FLOWKV_TLS_CERT")), key)
 
 
-def problem(port: int, path: str, entry: Entry = PLAIN, host: str = "127.0.0.1") -> str | None:
+def problem(
+    port: int, path: str, entry: Entry = PLAIN, host: str = "127.0.0.1", timeout_s: float = TIMEOUT_S
+) -> str | None:
     """Why the service is not well, in its own words where it has some; None if it is."""
     if entry.has_tls:
-        # The certificate is for the name that clients use; here the way leads through this host alone.
+        # The certificate is for the name that clients use; the way leads through this host or cluster alone.
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-            host, port, timeout=TIMEOUT_S, context=context
+            host, port, timeout=timeout_s, context=context
         )
     else:
-        connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+        connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
         connection.request("GET", path, headers={"x-api-key": entry.key} if entry.key else {})
         response = connection.getresponse()
@@ -83,7 +86,7 @@ def own_port(ports: range) -> int | None:
     return None
 
 
-def main(port: str, path: str = "/health/ready") -> int:
+def main(port: str, path: str = "/health/ready", timeout_s: str = str(TIMEOUT_S)) -> int:
     first, _, last = port.partition("-")
     number = own_port(range(int(first), int(last) + 1)) if last else int(first)
     host = os.environ.get("FLOWKV_HOST", "")
@@ -91,10 +94,10 @@ def main(port: str, path: str = "/health/ready") -> int:
         found: str | None = f"nothing of this container listens on a port of {port}"
     else:
         own = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
-        found = problem(number, path, gateway_entry(os.environ), own)
+        found = problem(number, path, gateway_entry(os.environ), own, float(timeout_s))
     print(found or "well")
     return 1 if found else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:3]))
+    sys.exit(main(*sys.argv[1:4]))
