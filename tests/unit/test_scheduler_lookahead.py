@@ -310,6 +310,42 @@ def test_a_slow_node_counts_for_as_much_as_it_computes() -> None:
     assert share(ahead, nodes) > with_fast
 
 
+def slowed(factor: float) -> StepFit:
+    return StepFit(factor * BASE_S, factor * 1e-3, 0.0, sequence_s=factor * 0.0102, context_token_s=0.0)
+
+
+def quick_decode() -> Described:
+    return node("d0", "decode", num_blocks=4096, step=slowed(1.0), max_num_seqs=64)
+
+
+def test_a_decode_node_that_can_not_keep_to_the_itl_target_counts_for_nothing() -> None:
+    """Its empty step takes 0.3 s. Beside two such a quick one serves as much as alone."""
+    slow = [node(name, "decode", num_blocks=4096, step=slowed(6.0), num_running=5) for name in ("d1", "d2")]
+    alone, beside = (prefill(), decode()), (prefill(), decode(), *slow)
+    shares = [share(ahead_of(nodes, rate=2.0, num_outputs=300), nodes) for nodes in (alone, beside)]
+    assert 0.2 < shares[0] == shares[1] < 0.5
+
+
+def test_a_slow_decode_node_counts_for_what_its_steps_have_room_for() -> None:
+    """An empty step takes 0.15 s of 0.25: a sequence adds three times as much there, and half as much may be.
+
+    So it takes a sixth of what a quick one does: 0.2 s hold 19.6 sequences of 10.2 ms, 0.1 s 3.3 of 30.6.
+    """
+    slow = node("d1", "decode", num_blocks=4096, step=slowed(3.0))
+    alone, beside = (prefill(), quick_decode()), (prefill(), quick_decode(), slow)
+    # Nothing that is accepted ends within the play.
+    shares = [share(ahead_of(nodes, rate=2.0, num_outputs=3000), nodes) for nodes in (alone, beside)]
+    assert [round(80 * each) for each in shares] == [19, 22]
+
+
+def test_a_quick_prefill_node_among_slow_ones_is_one_quick_decode_node() -> None:
+    """The middle one of three prefill nodes is slow, and that of the decode nodes quick."""
+    slow = [node(name, "prefill", num_blocks=4096, step=slowed(2.0)) for name in ("p1", "p2")]
+    nodes = prefill(), *slow, quick_decode()
+    ahead = ahead_of(nodes, rate=2.0, num_outputs=3000)
+    assert [round(80 * share(ahead, nodes, **moved)) for moved in ({}, {"p0": "decode"})] == [19, 39]
+
+
 def test_what_prefill_nodes_take_for_a_steps_base_does_not_count_for_decode() -> None:
     """Their chunks are all alike, so what an empty step costs them is a guess."""
     guessed = StepFit(0.4, 1e-4, attended_token_s=0.0, sequence_s=0.0, context_token_s=0.0)

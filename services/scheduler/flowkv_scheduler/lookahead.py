@@ -1,9 +1,9 @@
 """A short look ahead: how many requests a split of the nodes serves in time, if what came lately comes again.
 
 Requests are played first come first served: each prompt takes the prefill node that is free first; all decode
-nodes are one batch that grows until the ITL target, the places or the blocks are used up. The play begins
-with the work that is there now. A request that would get its first token too late is refused, or if it would
-on any node, delays no prompt. Pure.
+nodes that can keep to the ITL target are one batch, which grows until that, the places or the blocks are used
+up. The play begins with the work that is there now. A request that would get its first token too late is
+refused, or if it would on any node, delays no prompt. Pure.
 
 A play is long work, so it goes in slices.
 """
@@ -79,12 +79,12 @@ class LookAhead:
         self.num_repeats = num_repeats(window)
         self._window, self._lengths, self._goals, self._now = window, lengths, goals, now
         # Each side is told by nodes that do it. One that only prefills sees few steps that differ.
-        self._reference = _median(
+        self._reference = _fast_one(
             nodes,
             [node for node in nodes if duties[node.node_id] != "decode"],
             lambda one: one.prefill_token_s,
         )
-        self._decoding = _median(
+        self._decoding = _fast_one(
             nodes, [one for one in nodes if duties[one.node_id] != "prefill"], lambda one: one.base_s
         )
         self._reference = msgspec.structs.replace(self._reference, chunk_base_s=self._decoding.base_s)
@@ -95,6 +95,7 @@ class LookAhead:
             else node.speed.prefill_token_s / self._reference.prefill_token_s
             for node in nodes
         }
+        self._decode_worth = {name: self._worth_within_itl(each) for name, each in self._slowness.items()}
         self._block_size = nodes[0].descriptor.layout.block_size
         self._prefill_now = self._prefill_nodes(duties)
         self.span_s = window.span_s
@@ -175,6 +176,16 @@ class LookAhead:
         worth = {"prefill": 1.0, "both": SHARED, "decode": 0.0}
         return sum(worth[duties[name]] / slowness for name, slowness in self._slowness.items())
 
+    def _worth_within_itl(self, slowness: float) -> float:
+        """Of a decode node, in reference nodes: what its sequences may add to a step that is in time.
+
+        It is 0 where an empty step takes too long already.
+        """
+        base_s, itl_s = self._decoding.base_s, self._goals.itl_s
+        if itl_s <= base_s:  # on no node is a step in time
+            return 1.0 / slowness
+        return max(0.0, itl_s / slowness - base_s) / (itl_s - base_s)
+
     def _batch(self, duties: Duties, without: Collection[str] = (), num_more: int = 0) -> Batch:
         num_nodes = places = blocks = 0.0
         if num_more:
@@ -183,9 +194,10 @@ class LookAhead:
             blocks = num_nodes * self.nodes[0].descriptor.num_blocks
         for node in self.nodes:
             duty = duties[node.node_id]
-            if node.node_id not in without and duty != "prefill":
+            within_itl = self._decode_worth[node.node_id]
+            if node.node_id not in without and duty != "prefill" and within_itl:
                 worth = 1.0 if duty == "decode" else SHARED
-                num_nodes += worth / self._slowness[node.node_id]
+                num_nodes += worth * within_itl
                 places += worth * node.report.max_num_seqs
                 blocks += worth * node.descriptor.num_blocks
         part = 1.0 / self._window.stands_for
@@ -228,7 +240,7 @@ class LookAhead:
                 num_done = 0
             num = node.num_sequences
             num_done += 1 + num // stands_for
-            if num:
+            if num and self._decode_worth[node.node_id]:
                 left, context = node.tokens_left / num, node.num_context_tokens / num
                 beside_s = self._decoding.beside_s(1, round(context + left / 2))
                 num_blocks = self._blocks(context + left)
@@ -255,10 +267,13 @@ def fewer_queues(
     return chosen, num * stands_for / max(1, len(queues))
 
 
-def _median(nodes: Sequence[NodeView], chosen: Sequence[NodeView], cost: Callable[[Speed], float]) -> Speed:
-    """The speed of the middle one of `chosen`, or of all if there is none."""
+def _fast_one(nodes: Sequence[NodeView], chosen: Sequence[NodeView], cost: Callable[[Speed], float]) -> Speed:
+    """The speed of the last in the fastest quarter of `chosen`, or of all if there is none.
+
+    The middle one may be fast on one side and slow on the other, and a node that moves is compared with both.
+    """
     speeds = sorted((node.speed for node in chosen or nodes), key=cost)
-    return speeds[len(speeds) // 2]
+    return speeds[(len(speeds) - 1) // 4]
 
 
 def served_in_time(
