@@ -85,6 +85,7 @@ WRONG_TYPES = [
         "parallel_tool_calls": ("x", []),
         "include_reasoning": ("x", 2),
         "reasoning_effort": (5, []),
+        "enable_thinking": ("maybe", 2),
         "response_format": ("text",),
     }.items()
     for value in values

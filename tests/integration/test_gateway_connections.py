@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import logging
 from collections.abc import AsyncIterator, Iterator
@@ -126,6 +127,7 @@ async def test_a_head_that_can_be_read_in_two_ways_is_refused_and_the_end(
     first, _, body = said.partition(b"\r\n\r\n")
     assert first.splitlines()[0] == b"HTTP/1.1 " + status_line
     assert b"connection: close" in first.lower()
+    assert b"\r\nx-request-id: req-" in first
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
     assert gateway.dispatch.asked == []
 
@@ -143,6 +145,18 @@ async def test_the_target_may_be_absolute(gateway: Gateway, target: bytes, statu
     async with gateway.connect() as (reader, writer):
         writer.write(b"GET " + target + b" HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert f" {status} ".encode() in await reader.readline()
+
+
+async def test_a_compressed_body_is_refused_as_such(gateway: Gateway) -> None:
+    body = gzip.compress(json.dumps(CHAT).encode())
+    response = await gateway.http.post(
+        "/v1/chat/completions", content=body, headers={"content-encoding": "gzip"}
+    )
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "content-encoding")
+    assert "gzip" in error["message"]
+    plain = await gateway.http.post("/tokenize", json=CHAT, headers={"content-encoding": "identity"})
+    assert plain.status_code == 200
 
 
 # --- a stream that is silent -----------------------------------------------------------------------

@@ -307,7 +307,9 @@ async def test_how_a_prompt_begins_and_ends(gateway: Gateway, tokenizer: Tokeniz
     assert (await prompt()).endswith("hello w<|end|>\n<|start|>assistant\n")
     assert (await prompt(add_generation_prompt=False)).endswith("hello w<|end|>\n")
     assert (await prompt(continue_final_message=True)).endswith("assistant\nhello w")
-    assert (await prompt(chat_template_kwargs={"tools": [1]})) == await prompt()
+    own = {"messages": prefix, "chat_template_kwargs": {"tools": [1]}}
+    refused = await gateway.http.post("/v1/chat/completions", json=own)
+    assert refused.json()["error"]["param"] == "chat_template_kwargs.tools"
 
 
 async def test_special_tokens_that_were_typed_are_text(gateway: Gateway, tokenizer: Tokenizer) -> None:

@@ -86,12 +86,16 @@ async def test_reasoning_without_tools(gateway: Gateway, thinking: Tokenizer) ->
         {"chat_template_kwargs": {"enable_thinking": False}},
         {"reasoning_effort": "none"},
         {"reasoning_effort": "low"},
+        {"enable_thinking": False},
+        {"enable_thinking": False, "chat_template_kwargs": {"enable_thinking": True}},
     ):
         await message(**fields)
         prompts.append(await thinking.decode(gateway.dispatch.asked[-1].prompt_ids))
     assert prompts[0].endswith("<think></think>")
     assert prompts[1].endswith("none<think></think>")
     assert prompts[2].endswith("low<think>")
+    assert prompts[3] == prompts[0]
+    assert prompts[4].endswith("<think>")
     history = [*USER, {"role": "assistant", "content": "hi", "reasoning": "I greet."}, *USER]
     await message(messages=history)
     prompt = await thinking.decode(gateway.dispatch.asked[-1].prompt_ids)

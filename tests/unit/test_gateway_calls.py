@@ -280,7 +280,12 @@ def test_deep_schemas_are_refused_or_served(plain: Constrained, depth: int) -> N
 
 
 def test_a_grammar_of_the_clients_own_can_not_be_combined(plain: Constrained) -> None:
-    own = {"structured_outputs": {"grammar": 'root ::= "a"'}}
-    assert plain.grammar(chat(**own)) is not None
-    with pytest.raises(BadRequest):
-        plain.grammar(chat(tools=TOOLS, **own))
+    text = 'root ::= "a"'
+    for field, own in (
+        ("structured_outputs.grammar", {"structured_outputs": {"grammar": text}}),
+        ("guided_grammar", {"guided_grammar": text}),
+    ):
+        assert plain.grammar(chat(**own)) is not None
+        with pytest.raises(BadRequest) as caught:
+            plain.grammar(chat(tools=TOOLS, **own))
+        assert caught.value.field == field

@@ -175,6 +175,13 @@ def test_a_stop_string_ends_an_answer_with_its_calls_so_far() -> None:
     assert len(answer["tool_calls"]) == 1
 
 
+def test_a_call_that_a_stop_string_cuts_is_no_reason_to_call() -> None:
+    tokens = ["<tool_call>", '{"name": "f", "arguments": {"a": ', "Human", ":", " 1}"]
+    for make in (whole, joined):
+        assert make(tokens, stop="Human:")["finish_reason"] == "stop"
+        assert make([F, "\n", *tokens], stop="Human:")["finish_reason"] == "tool_calls"
+
+
 @pytest.mark.parametrize("streams", [False, True])
 def test_only_one_call_where_only_one_is_wanted(streams: bool) -> None:
     tokens = [F, "\n", "<tool_call>", '{"name": "g", "arguments": {', "}", "}</tool_call>", "more", END]

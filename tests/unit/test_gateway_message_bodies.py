@@ -154,24 +154,20 @@ def test_tool_choice(choice: Any, shown: Any, is_parallel: bool | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("thinking", "kwargs", "is_shown"),
+    ("thinking", "is_enabled", "is_shown"),
     [
-        (None, {}, None),
-        ({"type": "disabled"}, {"enable_thinking": False, "thinking": False}, None),
-        ({"type": "enabled", "budget_tokens": 1024}, {"enable_thinking": True, "thinking": True}, None),
-        ({"type": "adaptive"}, {"enable_thinking": True, "thinking": True}, None),
-        (
-            {"type": "adaptive", "display": "omitted"},
-            {"enable_thinking": True, "thinking": True},
-            False,
-        ),
+        (None, None, None),
+        ({"type": "disabled"}, False, None),
+        ({"type": "enabled", "budget_tokens": 1024}, True, None),
+        ({"type": "adaptive"}, True, None),
+        ({"type": "adaptive", "display": "omitted"}, True, False),
     ],
 )
-def test_thinking(thinking: Any, kwargs: dict[str, Any], is_shown: bool | None) -> None:
-    chat = chat_of(thinking=thinking)
-    assert (chat.chat_template_kwargs, chat.include_reasoning) == (kwargs, is_shown)
-    own = chat_of(thinking=thinking, chat_template_kwargs={"thinking": "much"})
-    assert own.chat_template_kwargs == {**kwargs, "thinking": "much"}
+def test_thinking(thinking: Any, is_enabled: bool | None, is_shown: bool | None) -> None:
+    own = {"thinking": "much"}
+    chat = chat_of(thinking=thinking, chat_template_kwargs=own)
+    assert (chat.enable_thinking, chat.include_reasoning) == (is_enabled, is_shown)
+    assert chat.chat_template_kwargs == own
 
 
 def test_what_else_reaches_the_chat() -> None:

@@ -383,6 +383,8 @@ async def test_a_bad_word_is_bad_with_and_without_a_space_before_it(tmp_path: Pa
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path))
     words = await bad_word_ids([" fox", "fox", "  "], tokenizer)
     assert [await tokenizer.decode(word) for word in words] == ["fox", " fox", " "]
+    words = await bad_word_ids(["\n"], tokenizer)
+    assert [await tokenizer.decode(word) for word in words] == ["\n", " \n"]
     assert await bad_word_ids([], tokenizer) == []
 
 

@@ -195,6 +195,14 @@ def test_an_answer_that_breaks_off() -> None:
     assert types(streamed(plain("We", end="length")))[-1] == "incomplete"
 
 
+def test_a_call_that_breaks_off_is_incomplete() -> None:
+    for reason in ("stop", "length"):
+        call = delta(CallBegins(0, "f"), Arguments(0, '{"a": '))
+        broken, rest = whole(call, delta(Content("<tool_call>"), end=reason))["output"]
+        assert (broken["type"], broken["status"]) == ("function_call", "incomplete")
+        assert rest["status"] == ("completed" if reason == "stop" else "incomplete")
+
+
 def test_an_answer_without_a_word_is_a_message() -> None:
     [message] = whole(plain("", end="stop"))["output"]
     assert message["content"] == [{"type": "output_text", "text": "", "annotations": [], "logprobs": []}]

@@ -97,8 +97,12 @@ def test_a_request_may_set_what_its_template_reads() -> None:
     )
     assert render(source, CHAT) == "<s>be brief"
     assert render(source, CHAT, template_kwargs={"think": False}) == "<s>quick be brief"
-    taken = {"messages": [], "tools": "x", "add_generation_prompt": False}
-    assert render(TEMPLATE, CHAT, template_kwargs=taken) == render(TEMPLATE, CHAT)
+    assert render(TEMPLATE, CHAT, template_kwargs={"add_generation_prompt": True}) == render(TEMPLATE, CHAT)
+    own: dict[str, Any] = {"messages": [], "tools": "x", "documents": [], "add_generation_prompt": False}
+    for name, value in own.items():
+        with pytest.raises(BadRequest, match=f"`{name}`") as caught:
+            render(TEMPLATE, CHAT, template_kwargs={name: value})
+        assert caught.value.field == f"chat_template_kwargs.{name}"
 
 
 def test_documents_are_refused_by_a_template_without_a_place_for_them() -> None:

@@ -150,6 +150,13 @@ def test_a_conversation_has_only_the_turns_of_its_template(tmp_path: Path, place
     assert TYPED in shown or json.dumps(TYPED)[1:-1] in shown
 
 
+def test_an_operator_may_trust_what_was_typed(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path), trusts_typed_special_tokens=True)
+    conversation = Conversation([{"role": "user", "content": TYPED}])
+    token_ids = asyncio.run(tokenizer.encode_chat(conversation)).token_ids
+    assert [token_id for token_id in token_ids if token_id < 2] == [1, 0, 1, 0, 1]
+
+
 def test_stand_ins_survive_what_templates_do() -> None:
     _, typed = BUILT["byte_level"]
     source = (

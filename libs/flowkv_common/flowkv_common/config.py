@@ -123,6 +123,9 @@ class GatewaySettings(ServiceSettings, frozen=True, kw_only=True):
     trust_request_chat_template: Annotated[
         bool, "take a `chat_template` from requests: a program, which can hold the gateway up"
     ] = False
+    trust_typed_special_tokens: Annotated[
+        bool, "take special tokens that are typed in a chat for the tokens: a text can then begin other turns"
+    ] = False
     response_store: Annotated[
         int, "the newest responses of `/v1/responses` that are kept in memory, up to 256 MiB; 0: none"
     ] = 0

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import Grammar
 from flowkv_gateway.calls import Tool, in_json
-from flowkv_gateway.grammar import json_rule, json_schema
+from flowkv_gateway.grammar import Wanted, json_rule, json_schema
 from flowkv_gateway.parsers import Parser
 from flowkv_gateway.parsers.deepseek import DeepSeek
 from flowkv_gateway.parsers.hermes import Hermes
@@ -105,7 +105,7 @@ def form_of(parser: type[Parser] | None, template: str) -> Form:
 
 
 def answer_grammar(
-    content: Grammar | None,
+    content: Wanted | None,
     tools: Sequence[Tool],
     forced: Collection[str],
     form: Form,
@@ -123,7 +123,7 @@ def answer_grammar(
     if not forced and content is None and not is_strict:
         return None
     if not forced and not tools and not reasoning:
-        return content
+        return content and content.grammar
     rules = [r"ANY: /(.|\n)*/", r"SPACE: /\n{0,2}/"]
     calls = [
         _call(tool["function"], form, vocabulary, is_enforced=bool(forced or tool["function"].get("strict")))
@@ -135,7 +135,7 @@ def answer_grammar(
     answer = _several(form, max_calls, vocabulary)
     if not forced and content is None:
         answer = _among_text(form, max_calls, vocabulary, rules)
-    elif not forced:
+    elif not forced and content is not None:
         answer = f"{answer} | content" if calls else "content"
         rules.append(_content_rule(content))
     if reasoning:
@@ -203,12 +203,12 @@ def _call(function: Mapping[str, Any], form: Form, vocabulary: Vocabulary, *, is
     return f"{in_json(in_call)} {number} {middle} {json_rule(json_schema(schema, 'tools'))} {end}"
 
 
-def _content_rule(content: Grammar | None) -> str:
-    match content:
-        case Grammar(kind="json_schema"):
-            return f"content: {json_rule(content)}"
+def _content_rule(content: Wanted) -> str:
+    match content.grammar:
+        case Grammar(kind="json_schema") as grammar:
+            return f"content: {json_rule(grammar)}"
         case Grammar(kind="regex", text=text):
             return "content: /" + re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", text) + "/"
         case Grammar(kind="lark", text=text):  # as the gateway writes them
             return "content: " + text.removeprefix("start: ")
-    raise BadRequest("A grammar can't be kept to beside tools or reasoning.", field="structured_outputs")
+    raise BadRequest("A grammar can't be kept to beside tools or reasoning.", field=content.field)

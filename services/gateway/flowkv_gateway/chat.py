@@ -84,10 +84,12 @@ class ChatFormat:
         if not self.knows_tools:
             messages, tools = tell_of_tools(messages, tools), []
         kwargs = request.chat_template_kwargs or {}
+        if request.enable_thinking is not None:
+            kwargs = {**_thinking_kwargs(request.enable_thinking), **kwargs}
         if (effort := request.reasoning_effort) is not None:
             kwargs = {"reasoning_effort": effort, **kwargs}
-            if effort == "none":  # the names of Qwen and DeepSeek
-                kwargs = {"enable_thinking": False, "thinking": False, **kwargs}
+            if effort == "none":
+                kwargs = {**_thinking_kwargs(False), **kwargs}
         return Conversation(
             messages,
             # Templates ask whether there are any in their own ways: `is not none` is one of them.
@@ -141,7 +143,7 @@ class ChatFormat:
             # The form is not the model's own, which may be anything: it can be forced, not guided.
             is_own = self._form.parser is self._for_calls
             grammar = answer_grammar(
-                asked.grammar if asked and not forced else None,
+                asked if not forced else None,
                 tools if is_own or is_in_grammar else (),
                 forced,
                 self._form,
@@ -181,6 +183,11 @@ class ChatFormat:
 
 def _max_calls(request: ChatRequest) -> int | None:
     return 1 if request.parallel_tool_calls is False else None
+
+
+def _thinking_kwargs(is_wanted: bool) -> dict[str, Any]:
+    """For templates, by the names of Qwen and DeepSeek."""
+    return {"enable_thinking": is_wanted, "thinking": is_wanted}
 
 
 # --- the conversation ---------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from flowkv_common.errors import Cancelled, CannotStart, TooLarge, Unavailable
+from flowkv_common.errors import BadRequest, Cancelled, CannotStart, TooLarge, Unavailable
 from flowkv_gateway.errors import ANTHROPIC_PATH, STOPPED, RequestTimeout, error_response, json_error
 from flowkv_gateway.watched import Watched
 
@@ -60,7 +60,12 @@ def _tls_context(cert: str, key: str) -> ssl.SSLContext:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Raises TooLarge as soon as more than `max_bytes` have come, RequestTimeout, or Cancelled."""
+    """Raises BadRequest for a compressed one, TooLarge as soon as more than `max_bytes` have come,
+    RequestTimeout, or Cancelled.
+    """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise BadRequest(f"A body in {encoding} can't be read: send it as it is.", field="content-encoding")
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -73,6 +78,10 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     except ClientDisconnect:
         raise Cancelled("The client has gone.") from None
     return bytes(body)
+
+
+def _new_request_id() -> bytes:
+    return b"req-" + secrets.token_hex(12).encode()
 
 
 def _with_header(send: Send, name: bytes, value: bytes) -> Send:
@@ -128,7 +137,7 @@ class ApiConnection(H11Protocol):
     connection is closed, with a 408 if anything was sent. Broken HTTP gets an OpenAI-shaped error with status
     400, a head over the limit 431. A request that is cut off because the server stops gets a 503, unless its
     answer has begun. Every response repeats the request's x-request-id. Without one, or with a very long one,
-    the request gets one of ours.
+    or if it could not be read, the request gets one of ours.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -143,7 +152,7 @@ class ApiConnection(H11Protocol):
     async def _serve_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = dict(scope["headers"]).get(b"x-request-id", b"")
         if not 0 < len(request_id) <= _MAX_REQUEST_ID_BYTES:
-            request_id = b"req-" + secrets.token_hex(12).encode()
+            request_id = _new_request_id()
         send = _with_header(send, b"x-request-id", request_id)
         if scope["path"].startswith(ANTHROPIC_PATH):
             send = _with_header(send, b"request-id", request_id)
@@ -222,6 +231,7 @@ class ApiConnection(H11Protocol):
                 (b"content-type", b"application/json"),
                 (b"content-length", b"%d" % len(body)),
                 (b"connection", b"close"),
+                (b"x-request-id", _new_request_id()),
             ]
             for event in (
                 h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]),

@@ -156,7 +156,8 @@ def as_chat(request: CountTokensRequest) -> ChatRequest:
         response_format=_response_format(request),
         reasoning_effort=config.effort if config else None,
         include_reasoning=False if thinking and thinking.display == "omitted" else None,
-        chat_template_kwargs={**_template_kwargs(thinking), **(request.chat_template_kwargs or {})},
+        enable_thinking=thinking.type != "disabled" if thinking else None,
+        chat_template_kwargs=request.chat_template_kwargs,
         continue_final_message=is_continued,
         add_generation_prompt=not is_continued,
     )
@@ -299,14 +300,6 @@ def _tool_choice(choice: MessageToolChoice | None) -> Any:
     if not choice.name:
         raise BadRequest("tool_choice.name is missing.", field="tool_choice.name")
     return {"type": "function", "function": {"name": choice.name}}
-
-
-def _template_kwargs(thinking: Thinking | None) -> dict[str, Any]:
-    """By the names of Qwen and DeepSeek. Without a wish the template decides."""
-    if thinking is None:
-        return {}
-    is_wanted = thinking.type != "disabled"
-    return {"enable_thinking": is_wanted, "thinking": is_wanted}
 
 
 def _response_format(request: CountTokensRequest) -> ResponseFormat | None:

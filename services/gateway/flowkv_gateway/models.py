@@ -48,7 +48,8 @@ class Model:
 
         Raises CannotStart for files that can't be used, or a tool parser that there is not.
         """
-        tokenizer = Tokenizer.load(folder)
+        trusts_typed = settings.trust_typed_special_tokens
+        tokenizer = Tokenizer.load(folder, trusts_typed_special_tokens=trusts_typed)
         names = [settings.model_name] if is_first else [""]
         parser_name = settings.tool_parser if is_first else ""
         return cls(

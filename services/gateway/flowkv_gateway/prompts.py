@@ -90,7 +90,7 @@ async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer) -
 
 async def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Each word's tokens, as it stands at the beginning of a text and after a space."""
-    texts = [space + word.lstrip() for word in words for space in ("", " ")]
+    texts = [space + word.lstrip(" ") for word in words for space in ("", " ")]
     encoded = await tokenizer.encode(texts, add_special_tokens=False) if texts else []
     return [list(word) for word in dict.fromkeys(map(tuple, encoded)) if word]
 

@@ -32,7 +32,8 @@ class AnswerReader:
 
     @property
     def has_calls(self) -> bool:
-        return self._num_calls > 0
+        """Whole ones: a stream may have told the beginning of one that has broken off."""
+        return self._parser.has_called
 
     def push(self, text: str, *, special: str = "", is_last: bool = False) -> list[Event]:
         """What is new with this token. `special`: its own text, if it is a special token."""

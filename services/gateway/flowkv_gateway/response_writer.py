@@ -168,6 +168,8 @@ class ResponseWriter(ReplyWriter):
 
     def _complete(self, status: str = "completed") -> Iterator[Told]:
         if self._item is not None:
+            if self._item.has_broken_off:
+                status = "incomplete"
             yield from self._item.end(status)
             self._output.append(self._item.shown(status))
             self._item = None
@@ -213,6 +215,16 @@ class _Item:
             self._logprobs += logprobs
             told["logprobs"] = logprobs
         return f"{self._text_events}.delta", told
+
+    @property
+    def has_broken_off(self) -> bool:
+        """Whether it is a call without the end of its arguments."""
+        try:
+            if self._part is None:
+                msgspec.json.decode("".join(self._texts))
+        except (msgspec.DecodeError, RecursionError):
+            return True
+        return False
 
     def end(self, status: str) -> Iterator[Told]:
         text = "".join(self._texts)

@@ -73,16 +73,18 @@ class Tokenizer:
         vocabulary: Vocabulary,
         template: ChatTemplate | None,
         config: Mapping[str, Any],
+        *,
+        trusts_typed_special_tokens: bool = False,
     ) -> None:
         self.file = file
         self.vocabulary = vocabulary
         self._encoder = encoder
         self._template = template
         self._config = config
-        self._typed = TypedSpecials(encoder)
+        self._typed = None if trusts_typed_special_tokens else TypedSpecials(encoder)
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path, *, trusts_typed_special_tokens: bool = False) -> Tokenizer:
         """From tokenizer.json and, where they exist, tokenizer_config.json and a chat template's file.
 
         Raises CannotStart if one of them can't be used, or the first is missing.
@@ -102,7 +104,14 @@ class Tokenizer:
             vocabulary = Vocabulary.from_json(json.loads(source), encoder.get_vocab(with_added_tokens=True))
             config = _load_config(folder)
             template = ChatTemplate.load(folder, config)
-            return cls(folder / "tokenizer.json", encoder, vocabulary, template, config)
+            return cls(
+                folder / "tokenizer.json",
+                encoder,
+                vocabulary,
+                template,
+                config,
+                trusts_typed_special_tokens=trusts_typed_special_tokens,
+            )
         except Exception as error:  # `tokenizers` has no class of its own for its errors
             raise CannotStart(f"the tokenizer in {folder} can't be used: {error}") from error
 
@@ -143,14 +152,14 @@ class Tokenizer:
     async def encode_chat(
         self, conversation: Conversation, *, add_special_tokens: bool = False
     ) -> ChatPrompt:
-        """The rendered conversation and its ids; special tokens that were typed in it are text.
+        """The rendered conversation and its ids. Special tokens that were typed in it are text, or trusted.
 
         Templates write all special tokens, BOS among them: more are added only if asked for. Raises
         BadRequest if the template refuses the conversation.
         """
         if self._template is None:
             raise BadRequest("This model has no chat template; use /v1/completions.", field="messages")
-        if self._typed.occur_in(conversation):
+        if self._typed is not None and self._typed.occur_in(conversation):
             text = self._template.render(self._typed.hide(conversation))
             token_ids = await asyncio.to_thread(
                 self._typed.encode, text, add_special_tokens=add_special_tokens
@@ -316,14 +325,17 @@ class ChatTemplate:
             if not last["content"].strip():
                 raise _cant_be_continued("it is empty")
             messages = [*before, {**last, "content": last["content"] + mark + _SPACE}]
-        variables = {
-            **self.special_tokens,
-            **conversation.template_kwargs,
+        own = {
             "messages": messages,
             "tools": conversation.tools,
             "documents": conversation.documents,
             "add_generation_prompt": conversation.add_generation_prompt and not is_continued,
         }
+        for name, value in conversation.template_kwargs.items():
+            if value != own.get(name, value):
+                field = f"chat_template_kwargs.{name}"
+                raise BadRequest(f"{field} is not supported: `{name}` is a field itself.", field=field)
+        variables = {**self.special_tokens, **conversation.template_kwargs, **own}
         try:
             text = (self._with_tools if conversation.tools else self._template).render(variables)
         except Exception as error:  # whatever it is, the template can't take these messages

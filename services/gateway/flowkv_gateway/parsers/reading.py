@@ -63,6 +63,7 @@ class Parser(ABC):
         self._has_begun = False  # was that told?
         self._arguments_end = ""  # what its arguments end with
         self._num_calls = 0
+        self.has_called = False  # a whole call was told
         self._ahead = ""  # text that may not have been read yet
         self._place = 0  # where in it the next is to be read
         self._is_last = False
@@ -366,6 +367,7 @@ class Parser(ABC):
         elif self._arguments_end:
             self.tell_arguments(self._arguments_end)
         self._call_is_over()
+        self.has_called = True
         return True
 
     def _call_is_over(self) -> None:
