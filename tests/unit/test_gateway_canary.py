@@ -44,8 +44,12 @@ async def test_one_pair_that_fails_makes_the_whole_unwell() -> None:
 
 
 async def test_without_a_pair_it_is_unwell() -> None:
-    found = await Canary(ScriptedDispatch(pairs={})).health()
+    dispatch = ScriptedDispatch(pairs={})
+    asked = Canary(dispatch)
+    found = await asked.health()
     assert (found.ok, found.why_not, found.pairs) == (False, "no pair of nodes could serve a request", [])
+    dispatch.pairs["p0", "d0"] = None  # the nodes have come: nothing was tried that could not be again
+    assert (await asked.health()).ok
 
 
 async def test_of_many_pairs_some_are_drawn() -> None:

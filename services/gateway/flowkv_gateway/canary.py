@@ -46,7 +46,8 @@ class Canary:
         """It is well if there are pairs, and all that were tried have answered."""
         async with self._trying:
             now = self._clock()
-            if self._tried_at is None or now - self._tried_at >= PERIOD_S:
+            # That there is no pair costs nothing to find out again.
+            if self._tried_at is None or not self._pairs or now - self._tried_at >= PERIOD_S:
                 self._tried_at = now
                 await self._try_pairs()
             num_failed = sum(not pair.ok for pair in self._pairs)
