@@ -131,6 +131,11 @@ async def check_answers(http: httpx.AsyncClient, weights: Weights, num_requests:
         check_identity(weights.folder, answer.prompt_ids, answer.token_ids)
 
 
+def told_of_models(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """By the gateway; the scheduler's log is here, too."""
+    return [record.getMessage() for record in caplog.records if record.name == models_module.__name__]
+
+
 async def test_one_gateway_serves_the_models_of_all_nodes(
     nats_server: NatsServer, bus: Bus, a: Weights, b: Weights
 ) -> None:
@@ -217,11 +222,11 @@ async def test_a_model_whose_folder_is_not_here_is_told_of_once(
         gateway(nats_server, a.folder) as http,
         running(*(keep_announced(bus, partial(copy, node), 0.5) for node in nodes)),
     ):
-        await until(lambda: len(caplog.records) == 2)
+        await until(lambda: len(told_of_models(caplog)) == 2)
         async with pair(nats_server, bus, a):  # the registry changes, and nothing new is told
             await until_listed(http, a.name)
             await check_answers(http, a)
-    told = sorted(record.getMessage() for record in caplog.records)
+    told = sorted(told_of_models(caplog))
     assert len(told) == 2
     assert told[0].startswith(
         f"changed of nodes is not served here: {a.folder} holds another model here, its w"

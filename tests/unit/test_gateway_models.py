@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 import msgspec
 import pytest
 
+from flowkv_common.aio import running
 from flowkv_common.config import GatewaySettings
 from flowkv_common.errors import BadRequest
+from flowkv_common.fingerprint import model_files
 from flowkv_common.wire.messages import ModelFiles
-from flowkv_gateway.cluster import ModelNodes, OwnModel
+from flowkv_gateway import models as models_module
+from flowkv_gateway.cluster import Cluster, ModelNodes, OwnModel
 from flowkv_gateway.errors import ModelNotFound
 from flowkv_gateway.models import Model, Models
 from flowkv_gateway.tokenizer import Tokenizer
 from tests.described_nodes import MODEL, descriptor, report
 from tests.gateway_support import model_in_memory, write_tokenizer
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +75,27 @@ def test_of_two_models_of_one_name_the_first_with_a_ready_node_has_it(tokenizer:
     assert (models.find("m"), models.find(None)) == (new, new)
     old.nodes.on_report(report("old", "mixed"))
     assert models.find("m") is old
+
+
+async def test_a_model_of_nodes_is_read_in_one_of_its_folders(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where they have it on several hosts. Of those that are not here none is missed."""
+    (tmp_path / "here").mkdir()
+    write_tokenizer(tmp_path / "here")
+    (tmp_path / "same").symlink_to(tmp_path / "here")
+    cluster, models = Cluster([]), Models([])
+    card = msgspec.structs.replace(MODEL, files=model_files(tmp_path / "here"))
+    folders = ["/nowhere", *map(str, (tmp_path / "here", tmp_path / "same")), "/neither"]
+    cluster.on_nodes(
+        {
+            folder: descriptor(folder, "mixed", model=msgspec.structs.replace(card, folder=folder))
+            for folder in folders
+        }
+    )
+    caplog.set_level(logging.INFO, models_module.__name__)
+    async with models, running(models.follow(cluster, GatewaySettings(model_path=""))):
+        await until(lambda: models.all and not cluster.changed.is_set())
+        assert list(models.by_name()) == [MODEL.name]
+    told = [record.getMessage() for record in caplog.records if record.name == models_module.__name__]
+    assert told == [f"m of nodes is served, too, from {tmp_path / 'here'}"]

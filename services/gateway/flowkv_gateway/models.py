@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from flowkv_common.config import GatewaySettings, listed
 from flowkv_common.errors import BadRequest, CannotStart
 from flowkv_common.fingerprint import model_files
 from flowkv_common.wire.messages import ModelCard
+from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_gateway.chat import ChatFormat
 from flowkv_gateway.cluster import Cluster, ModelNodes, OwnModel
 from flowkv_gateway.errors import ModelNotFound
@@ -131,26 +132,26 @@ class Models:
         while True:
             cluster.changed.clear()
             await self._forget_gone(cluster)
-            others = {
-                (node.model.fingerprint, node.model.folder): (node.model, why_not_own)
-                for node, why_not_own in cluster.others.values()
-            }
+            others = _models_of(cluster.others.values())
             self._refused &= others.keys()
+            why_not: dict[tuple[str, str], str] = {}
             for which, (card, why_not_own) in others.items():
-                if which in self._refused:
+                # A model has several folders where its nodes are on several hosts: one is enough.
+                if which in self._refused or which not in _models_of(cluster.others.values()):
                     continue
                 try:
                     # Large tokenizers take a second of a core.
                     model = await asyncio.to_thread(_load_as_described, card, settings)
                 except Exception as error:  # whatever nodes name costs only their model
                     self._refused.add(which)
-                    said = "%s of nodes is not served here: %s. Nor is it of the gateway's own folders: %s"
-                    log.warning(said, card.name, error, why_not_own)
+                    why_not[which] = f"{error}. Nor is it of the gateway's own folders: {why_not_own}"
                 else:
                     log.info("%s of nodes is served, too, from %s", card.name, card.folder)
                     self._found.append(model)
                     self._served_at[model] = time.monotonic()
                     cluster.add(model.nodes)
+            for which in why_not.keys() & _models_of(cluster.others.values()).keys():
+                log.warning("%s of nodes is not served here: %s", others[which][0].name, why_not[which])
             await wait_event(cluster.changed, FORGET_AFTER_S / 4)
 
     async def _forget_gone(self, cluster: Cluster) -> None:
@@ -163,6 +164,11 @@ class Models:
                 del self._served_at[model]
                 cluster.remove(model.nodes)
                 await model.checker.close()
+
+
+def _models_of(others: Iterable[tuple[NodeDescriptor, str]]) -> dict[tuple[str, str], tuple[ModelCard, str]]:
+    """By fingerprint and folder: what nodes serve, and why it is none of the gateway's own."""
+    return {(node.model.fingerprint, node.model.folder): (node.model, why_not) for node, why_not in others}
 
 
 def _load_as_described(card: ModelCard, settings: GatewaySettings) -> Model:
