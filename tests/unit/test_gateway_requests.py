@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import ModelCard, SamplingParams
 from flowkv_gateway.chat import ChatFormat
 from flowkv_gateway.errors import ContextLengthExceeded
+from flowkv_gateway.messages import MessagesRequest
 from flowkv_gateway.prompts import (
     SamplingDefaults,
     bad_word_ids,
@@ -38,7 +40,7 @@ from flowkv_gateway.schemas import (
 )
 from flowkv_gateway.tokenizer import Tokenizer
 from tests.contract.api_page import CHANGE_NOTHING
-from tests.e2e.bad_bodies import BAD_HEADERS
+from tests.e2e.bad_bodies import BAD_BODIES, BAD_HEADERS
 from tests.gateway_support import CARD, write_tokenizer
 
 USER = [{"role": "user", "content": "hi"}]
@@ -491,6 +493,12 @@ def test_every_field_of_openai_is_known() -> None:
     for params, kind in kinds:
         refused = {row.name for row in REFUSED if kind in row.bodies}
         assert set(params.__annotations__) - set(kind.__struct_fields__) - refused <= set(CHANGE_NOTHING)
+
+
+def test_a_cluster_is_sent_a_bad_value_of_every_field() -> None:
+    named = {re.split(r"[.\[]", body.param)[0] for body in BAD_BODIES if body.param}
+    for kind in (ChatRequest, CompletionRequest, ResponseRequest, MessagesRequest):
+        assert set(kind.__struct_fields__) <= named
 
 
 def test_no_field_is_told_of_twice() -> None:
