@@ -3,48 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from nats.aio.msg import Msg
 
 from flowkv_common import errors
 from flowkv_common.bus import client
-from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.connection import connect
 from flowkv_common.bus.lease import Lease
 from flowkv_common.bus.registry import keep_announced, watch_nodes
 from flowkv_common.config import NatsSettings
-from flowkv_common.wire.messages import Accepted, Cancel, encode
+from flowkv_common.wire.messages import Accepted, Cancel
 from flowkv_common.wire.nodes import Drain, NodeDescriptor
 from tests.described_nodes import descriptor
+from tests.echo import ANSWER, SUBJECT, ask, echo
 from tests.nats_server import NatsServer
 from tests.nats_users import Users, server_with_users
 from tests.waiting import reconnected, until
-
-SUBJECT = "flowkv.v1.test.frozen.x"
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """All times of a connection a tenth of what they are."""
     monkeypatch.setattr(client, "PING_EVERY_S", 0.025)
-
-
-@contextlib.asynccontextmanager
-async def echo(bus: Bus) -> AsyncIterator[None]:
-    async def answer(msg: Msg) -> None:
-        await msg.respond(encode(Accepted(node_id="echo")))
-
-    async with await bus.subscribe_raw(SUBJECT, answer):
-        yield
-
-
-async def ask(bus: Bus) -> Accepted:
-    return await bus.request(SUBJECT, Drain(), Accepted, timeout_s=2.0)
 
 
 async def test_who_hears_nothing_is_cut_off_and_is_back_as_soon_as_the_server_is(
@@ -63,7 +47,7 @@ async def test_who_hears_nothing_is_cut_off_and_is_back_as_soon_as_the_server_is
             await back.wait()
         assert bus.is_connected
         assert 0.0 < bus.connected_for_s < 1.0
-        assert await ask(bus) == Accepted(node_id="echo")
+        assert await ask(bus) == ANSWER
         assert bus.nc.stats["reconnects"] == 0  # the same connection: nothing is lost
     assert [text for text in caplog.messages if "says nothing" in text or "heard again" in text] == [
         f"NATS at {nats_server.url.removeprefix('nats://')} says nothing any more",
@@ -94,7 +78,7 @@ async def test_a_silent_server_is_left_after_a_while_and_its_return_is_noticed_a
         async with asyncio.timeout(1.0):
             await back.wait()
         assert bus.nc.stats["reconnects"] == 1
-        assert await ask(bus) == Accepted(node_id="echo")
+        assert await ask(bus) == ANSWER
 
 
 async def test_a_connection_that_can_send_no_more_is_left_too(nats_server: NatsServer) -> None:
@@ -112,7 +96,7 @@ async def test_a_connection_that_can_send_no_more_is_left_too(nats_server: NatsS
             await asyncio.wait([flooding])
         async with asyncio.timeout(1.0):
             await back.wait()
-        assert await ask(bus) == Accepted(node_id="echo")
+        assert await ask(bus) == ANSWER
 
 
 async def test_the_pong_of_a_flush_that_was_cancelled_makes_nobody_deaf(nats_server: NatsServer) -> None:
@@ -128,7 +112,7 @@ async def test_the_pong_of_a_flush_that_was_cancelled_makes_nobody_deaf(nats_ser
             assert flush.cancelled()
         async with asyncio.timeout(1.0):
             await back.wait()
-        assert await ask(bus) == Accepted(node_id="echo")
+        assert await ask(bus) == ANSWER
         assert bus.nc.stats["reconnects"] == 0
 
 
@@ -145,7 +129,7 @@ async def test_a_read_loop_that_fails_is_replaced_at_once(
         monkeypatch.setattr(bus.nc._ps, "parse", fail)
         async with asyncio.timeout(1.0):
             await back.wait()
-        assert await ask(bus) == Accepted(node_id="echo")
+        assert await ask(bus) == ANSWER
     assert "on purpose" in caplog.text
 
 

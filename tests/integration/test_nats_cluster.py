@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
-from nats.aio.msg import Msg
 
 from flowkv.doctor.bus import check_buckets
 from flowkv_common import errors
@@ -20,13 +19,13 @@ from flowkv_common.bus.registry import keep_announced, open_bucket, read_key, wa
 from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.config import NatsSettings
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, encode
-from flowkv_common.wire.nodes import BlockCounts, Check, Checked, Drain, NodeDescriptor
+from flowkv_common.wire.messages import Accepted
+from flowkv_common.wire.nodes import BlockCounts, Check, Checked, NodeDescriptor
 from tests.described_nodes import descriptor
+from tests.echo import ANSWER, ask, echo
 from tests.nats_cluster import NUM_SERVERS, NatsCluster
 from tests.waiting import until
 
-SUBJECT = "flowkv.v1.test.echo.x"
 # A server that is gone without a word leaves an election of 4 to 9 s behind.
 ELECTED_S = 15.0
 
@@ -125,9 +124,6 @@ async def party(servers: NatsCluster) -> AsyncIterator[Party]:
     def on_nodes(nodes: dict[str, NodeDescriptor]) -> None:
         told.append(set(nodes))
 
-    async def answer(msg: Msg) -> None:
-        await msg.respond(encode(Accepted(node_id="echo")))
-
     async with contextlib.AsyncExitStack() as opened:
         buses = {
             name: await opened.enter_async_context(connect(settings(servers), name=name))
@@ -137,7 +133,7 @@ async def party(servers: NatsCluster) -> AsyncIterator[Party]:
             await opened.enter_async_context(node(buses[node_id], node_id))
         for name in ("a", "b", "p", "d"):
             await opened.enter_async_context(running(watch_nodes(buses[name], lambda _: None, own_id=name)))
-        await opened.enter_async_context(await buses["p"].subscribe_raw(SUBJECT, answer))
+        await opened.enter_async_context(echo(buses["p"]))
         await opened.enter_async_context(running(watch_nodes(buses["watcher"], on_nodes)))
         leases = [Lease(buses[name], name) for name in ("a", "b")]
         terms = await opened.enter_async_context(campaigning(*leases))
@@ -152,12 +148,12 @@ async def party(servers: NatsCluster) -> AsyncIterator[Party]:
         assert all(nodes == {"p", "d"} for nodes in told), told
 
 
-async def ask(bus: Bus) -> Accepted:
+async def ask_until_answered(bus: Bus) -> Accepted:
     """Again and again, as a gateway does."""
     async with asyncio.timeout(10):
         while True:
             try:
-                return await bus.request(SUBJECT, Drain(), Accepted, timeout_s=0.5)
+                return await ask(bus, timeout_s=0.5)
             except errors.FlowKVError:
                 await asyncio.sleep(0.05)
 
@@ -182,7 +178,7 @@ async def test_a_server_that_keeps_a_copy_dies_and_nobody_minds(servers: NatsClu
         await all_there.until_led(0)
         before = all_there.terms.newest()
         servers.servers[victim].kill()
-        assert await ask(all_there.buses["watcher"]) == Accepted(node_id="echo")
+        assert await ask_until_answered(all_there.buses["watcher"]) == ANSWER
         await until(lambda: any(lease.is_held for lease in all_there.leases), ELECTED_S)
         assert all_there.terms.newest() <= before + 1
 
@@ -253,7 +249,7 @@ async def test_a_server_that_is_cut_off_is_left_and_two_never_lead(
                 await move(all_there.buses[name], servers, (victim + 1) % NUM_SERVERS)
         with servers.cut_off(victim):
             await until(lambda: server_of(all_there.buses["watcher"], servers) not in (victim, None), 8.0)
-            assert await ask(all_there.buses["watcher"]) == Accepted(node_id="echo")
+            assert await ask_until_answered(all_there.buses["watcher"]) == ANSWER
             await all_there.until_led(before)
         await asyncio.to_thread(servers.wait_healthy)
         await asyncio.sleep(3.0)  # what the lost server believed would show now

@@ -26,16 +26,12 @@ from nats.aio.msg import Msg
 from flowkv.accounts import write_accounts
 from flowkv.authority import make_certificates
 from flowkv_common.bus.client import NothingToShow
-from flowkv_common.bus.connection import Bus, connect
+from flowkv_common.bus.connection import connect
 from flowkv_common.config import NatsSettings
 from flowkv_common.errors import CannotStart, Unavailable
-from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import Accepted, encode
-from flowkv_common.wire.nodes import Drain
+from tests.echo import ANSWER, SUBJECT, ask, echo
 from tests.nats_server import NatsServer
 from tests.waiting import reconnected, soon, until
-
-SUBJECT = subjects.SCHEDULE
 
 
 class Accounts:
@@ -72,33 +68,20 @@ def accounts(tmp_path: Path) -> Iterator[Accounts]:
         yield accounts
 
 
-@asynccontextmanager
-async def answering(bus: Bus) -> AsyncIterator[None]:
-    async def answer(msg: Msg) -> None:
-        await msg.respond(encode(Accepted(node_id="me")))
-
-    async with await bus.subscribe_raw(SUBJECT, answer):
-        yield
-
-
-async def ask(bus: Bus) -> Accepted:
-    return await bus.request(SUBJECT, Drain(), Accepted, timeout_s=5)
-
-
 async def test_a_rotation_is_two_reloads_and_one_reconnect(accounts: Accounts) -> None:
     async with (
         connect(accounts.settings("scheduler"), name="s", user="scheduler") as scheduler,
         connect(accounts.settings("gateway"), name="g", user="gateway") as gateway,
-        answering(scheduler),
+        echo(scheduler),
     ):
         back = [reconnected(scheduler), reconnected(gateway)]
         accounts.write(is_rotation=True)
-        assert await ask(gateway) == Accepted(node_id="me")
+        assert await ask(gateway) == ANSWER
         assert [bus.nc.stats["reconnects"] for bus in (scheduler, gateway)] == [0, 0]
         accounts.write()
         for each in back:
             await soon(each.wait())
-        assert await ask(gateway) == Accepted(node_id="me")  # also the answer's way is open to the new user
+        assert await ask(gateway) == ANSWER  # also the answer's way is open to the new user
         assert [bus.nc.stats["reconnects"] for bus in (scheduler, gateway)] == [1, 1]
 
 
@@ -206,7 +189,7 @@ async def test_a_scheduler_that_is_refused_for_good_ends_with_an_error(accounts:
 async def test_a_token_is_in_no_subject() -> None:
     with NatsServer("--auth", "t0ken") as server:
         async with connect(server.url.replace("//", "//t0ken@"), name="test", user="gateway") as bus:
-            async with answering(bus):
+            async with echo(bus):
                 await ask(bus)
             assert bus.nc.new_inbox().startswith("_INBOX.gateway.")
 
@@ -279,12 +262,12 @@ async def test_credentials_that_expire_are_read_again(tmp_path: Path) -> None:
     authority.write_user(creds, lives_s=2)
     with NatsServer("-c", str(config), jetstream=False) as server:
         settings = NatsSettings(nats_url=server.url, nats_credentials=str(creds))
-        async with connect(settings, name="test", user="gateway") as bus, answering(bus):
+        async with connect(settings, name="test", user="gateway") as bus, echo(bus):
             back = reconnected(bus)
-            assert await ask(bus) == Accepted(node_id="me")
+            assert await ask(bus) == ANSWER
             authority.write_user(creds, lives_s=3600)
             await soon(back.wait(), 10)
-            assert await ask(bus) == Accepted(node_id="me")
+            assert await ask(bus) == ANSWER
         with pytest.raises(Unavailable, match="Authorization"):
             async with connect(server.url, name="stranger", connect_timeout_s=0.5):
                 pass
@@ -300,14 +283,14 @@ async def test_credentials_that_are_half_written_cost_one_attempt(tmp_path: Path
     whole = creds.read_text()
     with NatsServer("-c", str(config), jetstream=False) as server:
         settings = NatsSettings(nats_url=server.url, nats_credentials=str(creds))
-        async with connect(settings, name="test", user="gateway") as bus, answering(bus):
+        async with connect(settings, name="test", user="gateway") as bus, echo(bus):
             back = reconnected(bus)
             creds.write_text(whole[: int(written * len(whole)) if written < 1 else int(written)])
             server.restart()
             await until(lambda: isinstance(bus.nc.last_error, NothingToShow))
             creds.write_text(whole)
             await soon(back.wait())
-            assert await ask(bus) == Accepted(node_id="me")
+            assert await ask(bus) == ANSWER
 
 
 async def test_the_seed_of_an_nkey_is_read_again(tmp_path: Path) -> None:
@@ -324,12 +307,12 @@ async def test_the_seed_of_an_nkey_is_read_again(tmp_path: Path) -> None:
         change_seed()
         server = running.enter_context(NatsServer("-c", str(config), jetstream=False))
         settings = NatsSettings(nats_url=server.url, nats_credentials=str(seed_file))
-        async with connect(settings, name="test", user="gateway") as bus, answering(bus):
+        async with connect(settings, name="test", user="gateway") as bus, echo(bus):
             back = reconnected(bus)
             change_seed()
             server.reload()
             await soon(back.wait(), 10)
-            assert await ask(bus) == Accepted(node_id="me")
+            assert await ask(bus) == ANSWER
 
 
 # --- certificates -----------------------------------------------------------------------------------
@@ -368,9 +351,9 @@ async def test_services_are_known_by_their_certificates(certified: Certified) ->
     async with (
         connect(certified.settings("scheduler"), name="s", user="scheduler") as scheduler,
         connect(certified.settings("gateway"), name="g", user="gateway") as gateway,
-        answering(scheduler),
+        echo(scheduler),
     ):
-        assert await ask(gateway) == Accepted(node_id="me")
+        assert await ask(gateway) == ANSWER
         assert gateway.nc._transport is not None
 
 
@@ -433,7 +416,7 @@ async def test_a_renewed_certificate_counts_with_the_next_connection(certified: 
     async with (
         connect(certified.settings("scheduler"), name="s", user="scheduler") as scheduler,
         connect(certified.settings("gateway"), name="g", user="gateway") as gateway,
-        answering(scheduler),
+        echo(scheduler),
     ):
         back = [reconnected(scheduler), reconnected(gateway)]
         (certified.certificates / "ca.pem").unlink()  # another authority, so that old ones are worth nothing
@@ -441,7 +424,7 @@ async def test_a_renewed_certificate_counts_with_the_next_connection(certified: 
         certified.server.restart()
         for each in back:
             await soon(each.wait())
-        assert await ask(gateway) == Accepted(node_id="me")
+        assert await ask(gateway) == ANSWER
 
 
 async def test_a_certificate_file_that_is_missing_is_said_at_once(certified: Certified) -> None:
