@@ -96,18 +96,15 @@ async def _when_ready(sock: ssl.SSLSocket, operation: Callable[[], T]) -> T:
     """The result of a non-blocking operation, tried again whenever the network is ready for more of it."""
     loop = asyncio.get_running_loop()
     while True:
-        is_ready = asyncio.Event()
         try:
             return operation()
         except ssl.SSLWantReadError:
-            loop.add_reader(sock, is_ready.set)
-            try:
-                await is_ready.wait()
-            finally:
-                loop.remove_reader(sock)
+            add, remove = loop.add_reader, loop.remove_reader
         except ssl.SSLWantWriteError:
-            loop.add_writer(sock, is_ready.set)
-            try:
-                await is_ready.wait()
-            finally:
-                loop.remove_writer(sock)
+            add, remove = loop.add_writer, loop.remove_writer
+        is_ready = asyncio.Event()
+        add(sock, is_ready.set)
+        try:
+            await is_ready.wait()
+        finally:
+            remove(sock)
