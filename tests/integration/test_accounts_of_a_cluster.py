@@ -16,7 +16,7 @@ from nats.js.api import StreamConfig
 
 from flowkv.accounts import RIGHTS, write_accounts
 from flowkv.local_cluster import free_port
-from tests.nats_server import NatsServer
+from tests.nats_server import NatsServer, log_in
 
 NAMES = ("nats", "nats-2", "nats-3")
 ADDRESS = ",".join(f"{name}:4222" for name in NAMES)
@@ -33,24 +33,49 @@ def read_config(folder: Path) -> dict[str, dict[str, object]]:
     return config
 
 
-@contextlib.contextmanager
-def three_servers(folder: Path) -> Iterator[dict[int, NatsServer]]:
-    """By the ports of their routes. What is changed is where they are: they have one host and no names."""
-    ports = {f"{name}:6222": free_port() for name in NAMES}
-    config = read_config(folder)
-    routes = str(config["cluster"]["routes"])
-    for address, port in ports.items():
-        routes = routes.replace(address, f"127.0.0.1:{port}")
-    config["cluster"]["routes"] = json.loads(routes.replace("'", '"'))
-    with contextlib.ExitStack() as opened:
-        servers = {}
-        for name, port in zip(NAMES, ports.values(), strict=True):
+class ThreeServers:
+    """What is changed of their configuration is where they are: they have one host."""
+
+    def __init__(self, folder: Path, opened: contextlib.ExitStack) -> None:
+        self._folder = folder
+        self._ports = {name: free_port() for name in NAMES}
+        self._write_configs()
+        self.by_port = {  # of their routes
+            port: opened.enter_context(NatsServer("-c", str(self._file_of(name)), "-m", "-1"))
+            for name, port in self._ports.items()
+        }
+
+    def reload(self) -> None:
+        self._write_configs()
+        for server in self.by_port.values():
+            server.reload()
+
+    def url(self, server: NatsServer) -> str:
+        """The operator's."""
+        password = (self._folder / "operator" / "nats_url").read_text().split("@")[0]
+        return server.url.replace("nats://", f"{password}@")
+
+    def _file_of(self, name: str) -> Path:
+        return self._folder / name / f"server-{name}.conf"
+
+    def _write_configs(self) -> None:
+        config = read_config(self._folder)
+        routes = str(config["cluster"]["routes"])
+        for name, port in self._ports.items():
+            routes = routes.replace(f"{name}:6222", f"127.0.0.1:{port}")
+        config["cluster"]["routes"] = json.loads(routes.replace("'", '"'))
+        for name, port in self._ports.items():
+            file = self._file_of(name)
+            file.parent.mkdir(exist_ok=True)
             config["cluster"] |= {"host": "127.0.0.1", "port": port}
-            file = folder / f"{name}.conf"
-            file.write_text(json.dumps(config))
-            server = NatsServer("-c", str(file), "--name", name, "-m", "-1")
-            servers[port] = opened.enter_context(server)
-        yield servers
+            file.with_name("nats.conf").write_text(json.dumps(config))
+            file.write_text((self._folder / "nats" / file.name).read_text())
+
+
+@pytest.fixture
+def servers(folder: Path) -> Iterator[ThreeServers]:
+    with contextlib.ExitStack() as opened:
+        yield ThreeServers(folder, opened)
 
 
 def test_passwords_are_kept(folder: Path) -> None:
@@ -77,26 +102,38 @@ async def make_stream(jetstream: JetStreamContext) -> None:
             await asyncio.sleep(0.05)
 
 
-async def test_they_keep_what_each_is_told_and_let_no_stranger_in(folder: Path) -> None:
-    password = (folder / "operator" / "nats_url").read_text().split("@")[0].rpartition(":")[2]
-    with three_servers(folder) as servers:
-        first, *others = servers.values()
-        client = await nats.connect(
-            first.url.replace("nats://", f"nats://operator:{password}@"), allow_reconnect=False
-        )
-        await make_stream(client.jetstream(timeout=1))
-        await client.close()
-        for other in others:
-            url = other.url.replace("nats://", f"nats://operator:{password}@")
-            seen = await nats.connect(url, allow_reconnect=False)
-            assert (await seen.jetstream().stream_info("kept")).config.num_replicas == 3
-            await seen.close()
-        for port in servers:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b'CONNECT {"user":"server","pass":"guess","name":"stranger"}\r\nPING\r\n')
-            said: list[bytes] = []
-            async with asyncio.timeout(5):
-                while line := await reader.readline():
-                    said.append(line)
-            assert any(b"Authorization Violation" in line for line in said), said
-            writer.close()
+async def test_they_keep_what_each_is_told_and_let_no_stranger_in(servers: ThreeServers) -> None:
+    first, *others = servers.by_port.values()
+    client = await nats.connect(servers.url(first), allow_reconnect=False)
+    await make_stream(client.jetstream(timeout=1))
+    await client.close()
+    for other in others:
+        seen = await nats.connect(servers.url(other), allow_reconnect=False)
+        assert (await seen.jetstream().stream_info("kept")).config.num_replicas == 3
+        await seen.close()
+    for port in servers.by_port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b'CONNECT {"user":"server","pass":"guess","name":"stranger"}\r\nPING\r\n')
+        said: list[bytes] = []
+        async with asyncio.timeout(5):
+            while line := await reader.readline():
+                said.append(line)
+        assert any(b"Authorization Violation" in line for line in said), said
+        writer.close()
+
+
+async def test_each_of_them_takes_new_passwords_while_it_runs(folder: Path, servers: ThreeServers) -> None:
+    """A name of the command line is forgotten then, and without one a server refuses its configuration."""
+    former = [servers.url(server) for server in servers.by_port.values()]
+    write_accounts(folder, ADDRESS, is_rotation=True)
+    servers.reload()
+    newest = [servers.url(server) for server in servers.by_port.values()]
+    for url in former + newest:
+        await log_in(url)
+    write_accounts(folder, ADDRESS)
+    servers.reload()
+    for url in newest:
+        await log_in(url)
+    for url in former:
+        with pytest.raises(nats.errors.Error, match="Authorization"):
+            await log_in(url)

@@ -8,8 +8,9 @@ New passwords come in two steps (docs/operations.md#new-passwords): `--rotate` w
 former stand beside them, and without it only the newest stand. With `--certificates` there are no passwords:
 a user is whom its certificate names.
 
-With several addresses the servers are one cluster. All start with this configuration, each with a name of its
-own (`nats-server --name`).
+With several addresses the servers are one cluster. Each starts with `FOLDER/nats/server-HOST.conf`, which
+adds its name to what all have. One of the command line would be forgotten when the server reads its
+configuration again.
 
 With `--namespace A --namespace B` there are users for each, such as `A-gateway`, who can't hear or say
 anything in the other.
@@ -221,6 +222,9 @@ def write_accounts(
         config["tls"] = files | {"verify_and_map": True}  # who has none of the authority can't connect
     config_file = folder / "nats" / "nats.conf"
     if len(hosts := [urlsplit(f"//{each}").hostname for each in servers]) > 1:
+        for host in hosts:
+            own_file = config_file.with_name(f"server-{host}.conf")
+            _replace_file(own_file, f'server_name: "{host}"\ninclude {config_file.name}\n')
         config |= {"ping_interval": "1s", "ping_max": 2}  # a network that drops packets is noticed soon
         config["cluster"] = _cluster(hosts, config_file)
         if files:
