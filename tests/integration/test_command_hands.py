@@ -11,8 +11,8 @@ from flowkv_common.bus.service import Endpoint, Service
 from flowkv_common.errors import BadRequest, DeadlineExceeded, NotFound
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted
-from flowkv_common.wire.nodes import Cordon, Drain, ResumeNode, SetPrefillCap
-from tests.described_nodes import BLOCK_SIZE, TOKEN_BUDGET, ReportingNode
+from flowkv_common.wire.nodes import Check, Checked, Cordon, Drain, ResumeNode, SetPrefillCap
+from tests.described_nodes import BLOCK_SIZE, TOKEN_BUDGET, ReportingNode, report
 from tests.nats_server import NatsServer
 from tests.played_cluster import LEADER, played_cluster, run
 
@@ -26,6 +26,7 @@ class ToldNode(ReportingNode):
         super().__init__(bus, "d0", "decode", num_running=2)
         self.told: list[Cordon | Drain | ResumeNode | SetPrefillCap] = []
         self.never_empties = False
+        self.num_to_come = 0
 
     async def cordon(self, message: Cordon) -> Accepted:
         self.told.append(message)
@@ -48,8 +49,15 @@ class ToldNode(ReportingNode):
         self.changes |= {"max_prefill_tokens_per_step": message.max_prefill_tokens_per_step}
         return ACCEPTED
 
+    async def check(self, _: Check) -> Checked:
+        """With each look one less is to come."""
+        left, self.num_to_come = self.num_to_come, max(0, self.num_to_come - 1)
+        described = report("d0", "decode")
+        return Checked(node=described.node, blocks=described.blocks, num_requests=left, num_reservations=left)
+
     def endpoints(self) -> list[Endpoint]:
         return [
+            Endpoint(subjects.at(subjects.NODE_CHECK, "d0"), Check, self.check),
             Endpoint(subjects.at(subjects.NODE_CORDON, "d0"), Cordon, self.cordon),
             Endpoint(subjects.at(subjects.NODE_DRAIN, "d0"), Drain, self.drain),
             Endpoint(subjects.at(subjects.NODE_RESUME, "d0"), ResumeNode, self.resume),
@@ -93,6 +101,20 @@ async def test_cordon_ends_while_the_node_still_works(
     assert "cordoned" in capsys.readouterr().out
     assert await run("resume", *at) == 0
     assert node.changes["ready"]
+
+
+async def test_drain_ends_when_nothing_comes_any_more(
+    node: ToldNode, nats_server: NatsServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It keeps room for prompts that other nodes compute: in no report, and lost if the node were stopped."""
+    at = ("d0", "--nats", nats_server.url)
+    node.num_to_come = 2
+    assert await run("drain", *at) == 0
+    assert node.num_to_come == 0
+    assert "d0 is still needed by 2: their KV is yet to come" in capsys.readouterr().out
+    node.num_to_come = 1_000_000
+    with pytest.raises(DeadlineExceeded, match=r"not done within 0.3 s: d0 is still needed by \d+"):
+        await run("drain", *at, "--timeout", "0.3")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -17,6 +18,8 @@ from flowkv_common.errors import BadRequest, DeadlineExceeded, NotFound
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Accepted, Message
 from flowkv_common.wire.nodes import (
+    Check,
+    Checked,
     Cordon,
     Drain,
     LoadReport,
@@ -26,6 +29,7 @@ from flowkv_common.wire.nodes import (
 )
 
 LOOK_EVERY_S = 0.1
+ASK_EVERY_S = 0.3  # a node counts its blocks for each answer
 
 
 def cordon(argv: list[str]) -> int:
@@ -77,7 +81,9 @@ def drain(argv: list[str]) -> int:
                     told = left
                 return report.draining and not left
 
+            gives_up_at = time.monotonic() + options.timeout
             await _until(view, node.node_id, is_empty, options.timeout)
+            await _until_let_go(bus, node.node_id, options.timeout, gives_up_at)
             console().print(
                 f"{node.node_id} is empty: stop it, or take it back: flowkv resume {node.node_id}"
             )
@@ -189,3 +195,23 @@ async def _until(
         left = num_in_hand(state.report) if state.report else 0
         what = f"{node_id} is {state.state} with {left} in hand"
         raise DeadlineExceeded(f"not done within {timeout_s:g} s: {what}") from None
+
+
+async def _until_let_go(bus: Bus, node_id: str, timeout_s: float, gives_up_at: float) -> None:
+    """Until no request needs the node. Reports don't tell of those whose KV is still to come.
+
+    Raises DeadlineExceeded.
+    """
+    told = 0
+    while True:
+        subject = subjects.at(subjects.NODE_CHECK, node_id)
+        checked = await bus.request(subject, Check(), Checked, timeout_s=CONTROL_TIMEOUT_S)
+        if not (left := checked.num_requests):
+            return
+        waits_for = f"{node_id} is still needed by {left}: their KV is yet to come or to go"
+        if time.monotonic() > gives_up_at:
+            raise DeadlineExceeded(f"not done within {timeout_s:g} s: {waits_for}")
+        if left != told:
+            console().print(waits_for)
+            told = left
+        await asyncio.sleep(ASK_EVERY_S)
