@@ -30,6 +30,13 @@ def test_what_belongs_to_no_namespace_keeps_its_name(name: str) -> None:
     assert in_namespace(name, "team-a") == name
 
 
+@pytest.mark.parametrize("namespace", ["team-a", "flowkv_b", "flowkv-b"])
+def test_a_full_name_of_a_subject_stays_one(namespace: str) -> None:
+    """People copy it from what `flowkv nats sub` prints."""
+    full = in_namespace(subjects.LOAD_ALL, namespace)
+    assert in_namespace(full, namespace) == full
+
+
 def test_services_of_another_namespace_have_it_before_their_names() -> None:
     assert service_in_namespace("gateway", "flowkv") == "gateway"
     assert service_in_namespace("gateway", "team-a") == "team-a-gateway"

@@ -45,7 +45,9 @@ def in_namespace(name: str, namespace: str) -> str:
 
     What does not begin with the default namespace belongs to none: inboxes, and what NATS itself serves.
     """
-    if not name.startswith((f"{DEFAULT_NAMESPACE}.", f"{DEFAULT_NAMESPACE}_")):
+    is_subject = name.startswith(f"{DEFAULT_NAMESPACE}.")
+    is_bucket = name.startswith(f"{DEFAULT_NAMESPACE}_") and "." not in name
+    if not (is_subject or is_bucket):
         return name
     return namespace + name.removeprefix(DEFAULT_NAMESPACE)
 
