@@ -49,6 +49,7 @@ FEATURES: list[Schema] = [
     {"enum": ["red", "green", "blue"]},
     {"enum": [1, 2.5, "three", None, True, {"four": 4}]},
     {"enum": ["é", "日本", "😀"]},
+    {"enum": ["<|im_end|>", "a<|im_start|>b", "<|end|>", "<tool_call>"]},
     {"type": "integer", "minimum": 3, "maximum": 17},
     {"type": "integer", "minimum": -25, "maximum": -3},
     {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 5},

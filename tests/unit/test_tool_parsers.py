@@ -535,6 +535,17 @@ def test_arguments_may_be_a_string_of_json() -> None:
     assert parse("hermes", text).calls == [("search", {"count": 1})]
 
 
+@pytest.mark.parametrize("name", ["hermes", "llama3_json", "deepseek_v3", "kimi_k2", "mistral"])
+def test_line_breaks_within_strings_are_no_less_json_in_a_stream(name: str) -> None:
+    make = parser_for("", name)
+    assert make is not None
+    text = RENDERERS[name][-1]([("search", {"text": "@"})])
+    parser = make(TOOLS, streams_calls=True)
+    events = [event for char in text.replace("@", "a\n\tb") for event in parser.push(char)]
+    told = "".join([event.text for event in events if isinstance(event, Arguments)])
+    assert json.loads(told) == {"text": "a\n\tb"}
+
+
 def test_ids_of_the_model() -> None:
     assert parse("kimi_k2", _kimi([("get_time", {}), ("search", {})])).ids == [
         "functions.get_time:0",

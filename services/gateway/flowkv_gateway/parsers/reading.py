@@ -23,7 +23,12 @@ _SPACE = re.compile(r"\s*")
 _IN_STRING = {quote: re.compile(rf"[{quote}\\]") for quote in "\"'"}
 # Outside of strings: brackets, quotes, and all that neither JSON nor a Python literal can have.
 _OUT_OF_STRING = re.compile(r"[\"'()\[\]{}]|[^\s\w:,.+=-]")
+_CONTROL = re.compile(r"[\x00-\x1f]")
 _CLOSING = {"{": "}", "[": "]", "(": ")"}
+
+
+def _escaped(text: str) -> str:
+    return _CONTROL.sub(lambda found: (json_text(found[0]) or "")[1:-1], text)
 
 
 def _ignore(piece: str, num_open: int) -> None: ...
@@ -159,8 +164,8 @@ class Parser(ABC):
     def brackets(self, tell: Callable[[str, int], None] = _ignore, quotes: str = '"') -> Steps[str]:
         """A JSON object or array (with `quotes` for Python, a list), as far as brackets and strings tell.
 
-        `tell` gets each piece and how many brackets are open after it. Nothing if none begins here, or if it
-        breaks: then some of it was read.
+        `tell` gets each piece and how many brackets are open after it. Line breaks in strings, which models
+        write, are escaped for it. Nothing if none begins here, or if it breaks: then some of it was read.
         """
         if not (yield from self.next_is("{", "[")):
             return ""
@@ -172,10 +177,10 @@ class Parser(ABC):
             if found is None or (found.group() == "\\" and found.end() == len(self._ahead)):
                 # What a backslash at the end escapes is still to come.
                 pieces.append(self._take(found.start() if found else len(self._ahead)))
-                tell(pieces[-1], len(open_brackets))
+                tell(_escaped(pieces[-1]) if quote else pieces[-1], len(open_brackets))
                 yield from self._wait()
                 continue
-            char, end = found.group(), found.end()
+            char, end, is_in_string = found.group(), found.end(), bool(quote)
             if char == "\\":
                 if not quote:
                     return ""
@@ -189,7 +194,7 @@ class Parser(ABC):
             elif not open_brackets or char != _CLOSING[open_brackets.pop()]:
                 return ""
             pieces.append(self._take(end))
-            tell(pieces[-1], len(open_brackets))
+            tell(_escaped(pieces[-1]) if is_in_string else pieces[-1], len(open_brackets))
             if not open_brackets:
                 return "".join(pieces)
 
