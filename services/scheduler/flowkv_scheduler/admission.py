@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -426,7 +426,8 @@ def room_kept(queue: WaitingQueue, place: Place, costs: RequestCosts) -> dict[st
 
     Each gets it at one node alone: where it stands, or else another that has enough for it now. If none
     has, room is saved where it stands until there is enough. A node with nothing left is not looked at
-    again. Only the roomiest nodes are looked at, and the first who wait: with more of both there is enough.
+    again, and none is when no node is left with enough for the request itself. Only the roomiest nodes are
+    looked at, and the first who wait: with more of both there is enough.
     """
     kept: dict[str, Work] = {}
     if not queue:
@@ -435,47 +436,53 @@ def room_kept(queue: WaitingQueue, place: Place, costs: RequestCosts) -> dict[st
         itertools.islice(group.roomiest.values(), NUM_KEPT_AT) for group in costs.groups
     )
     open_nodes = {
-        node.node_id: node for node in roomiest if node.is_usable(costs.now) and _is_open(node, NOTHING)
+        node.node_id: node for node in roomiest if node.num_available_blocks > 0 and node.is_usable(costs.now)
     }
     free = {node_id: node.num_available_blocks for node_id, node in open_nodes.items()}
-    idle_line = _idle_line(costs)
+    most_free = max(free.values(), default=0)
+    least_blocks, idle_line = costs.least_blocks(), _idle_line(costs)
     for other in itertools.islice(queue.ahead_of(place, costs.request.fingerprint), NUM_KEPT_FOR):
-        if not open_nodes:
-            break
-        request = other.request
+        if most_free < least_blocks:
+            break  # there is no room for the request: who else waits makes it no less
         if other.node_id == idle_line:
             continue  # it takes its room only when its prompt can begin
-        node = own = open_nodes.get(other.node_id)
-        need = other.need
+        node, need = open_nodes.get(other.node_id), other.need
         if not need.num_sequences:  # none was told to one that found no node
-            need = next(iter(open_nodes.values())).need_of(request, costs.lengths)
-        others_costs: RequestCosts | None = None
-        for one in itertools.chain((own,) if own else (), open_nodes.values()):
-            # Most often there are too few blocks.
-            if need.num_blocks > free[one.node_id] or one.node_id in request.avoid:
-                continue
-            if not one.can_ever_hold(request):
-                continue
-            # It has the blocks without those that it would find cached.
-            others_costs = others_costs or RequestCosts(
-                request, costs.state, costs.cluster_goals, costs.now, hits=NO_HITS
+            need = next(iter(open_nodes.values())).need_of(other.request, costs.lengths)
+        if need.num_blocks <= most_free:
+            own = (node,) if node else ()
+            roomy = (
+                one
+                for one in itertools.chain(own, open_nodes.values())
+                if need.num_blocks <= free[one.node_id]
             )
-            if others_costs.may_slow(one, kept.get(one.node_id, NOTHING)):
-                node = one
-                break
+            node = _first_able(other.request, roomy, kept, costs) or node
         if node is None:
             continue
-        held = kept.get(node.node_id, NOTHING).plus(need)
-        kept[node.node_id] = held
+        held = kept[node.node_id] = kept[node.node_id].plus(need) if node.node_id in kept else need
+        had_free = free[node.node_id]
         free[node.node_id] -= need.num_blocks
-        if not _is_open(node, held):
-            del open_nodes[node.node_id]
+        if free[node.node_id] <= 0 or held.num_sequences >= node.num_free_places:
+            del open_nodes[node.node_id], free[node.node_id]
+        if had_free == most_free:
+            most_free = max(free.values(), default=0)
     return kept
 
 
-def _is_open(node: NodeView, held: Work) -> bool:
-    """Is there a block and a place left, beside `held`?"""
-    return node.num_available_blocks > held.num_blocks and node.num_missing_places(held) <= 0
+def _first_able(
+    request: ScheduleRequest, nodes: Iterable[NodeView], kept: Mapping[str, Work], costs: RequestCosts
+) -> NodeView | None:
+    """The first of the nodes, which have the blocks, that may take the request beside what is kept there.
+
+    They have them without those that it would find cached.
+    """
+    others_costs = RequestCosts(request, costs.state, costs.cluster_goals, costs.now, hits=NO_HITS)
+    for node in nodes:
+        if node.node_id in request.avoid or not node.can_ever_hold(request):
+            continue
+        if others_costs.may_slow(node, kept.get(node.node_id, NOTHING)):
+            return node
+    return None
 
 
 # --- predicted waits -------------------------------------------------------------------------------
@@ -532,7 +539,7 @@ def foresee_room(costs: RequestCosts, queue: WaitingQueue, place: Place) -> Late
     wait = Wait(
         retry_in_s=_retry_in(room_s),
         reason=f"all {sum(len(group.decode) for group in costs.groups)} decode nodes are full",
-        first_token_in_s=wait_s + min(costs.prefill_cost(node).work_s for node in prefill),
+        first_token_in_s=wait_s + min(map(costs.prefill_work_s, prefill)),
     )
     return Later(wait, wait_s, node.node_id, costs.need_on(node))
 

@@ -42,6 +42,10 @@ WAIT_FACTOR = 12.0
 CHOICES_COUNT_FOR_PERIODS = 2.0
 # The report of a silent node is dropped after this.
 FORGET_REPORT_AFTER_S = 60.0
+# What a node measures together: fields of `Speed`.
+STEP_COSTS = "base_s", "chunk_base_s"
+PROMPT_COSTS = "prefill_token_s", "attended_token_s"
+SEQUENCE_COSTS = "sequence_s", "context_token_s"
 # So many views of nodes are made in some 0.3 ms: asks wait for that.
 VIEWS_PER_SLICE = 10
 
@@ -121,14 +125,15 @@ class ClusterState:
         self._if_tried: dict[NodeRef, Doubt] = {}  # whom to doubt as soon as it has work
         self._tried: set[NodeRef] = set()  # since the last `doubt_nodes`
         self.lengths: defaultdict[str, OutputLengths] = defaultdict(OutputLengths)
-        self._costs: defaultdict[str, dict[str, float]] = defaultdict(dict)  # by model, as last measured
+        # By model and what was measured: the speed of the node that has done so last.
+        self._measured: defaultdict[str, dict[tuple[str, str], Speed]] = defaultdict(dict)
 
     def set_descriptors(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         """All nodes of the registry, by id."""
         before, self._descriptors = self._descriptors, dict(descriptors)
         models = {descriptor.model.fingerprint for descriptor in descriptors.values()}
-        for model in self._costs.keys() - models:
-            del self._costs[model]
+        for model in self._measured.keys() - models:
+            del self._measured[model]
         for model in self._mean_prompt_tokens.keys() - models:
             del self._mean_prompt_tokens[model]
         for node_id in before.keys() | descriptors.keys():
@@ -270,20 +275,16 @@ class ClusterState:
         speed, descriptor, fit = speed_of(report), self._descriptors.get(report.node.node_id), report.step
         if descriptor is None:
             return speed
-        known, guessed = self._costs[descriptor.model.fingerprint], dict[str, float]()
-        for names, is_measured, has_rate in (
-            (("base_s", "chunk_base_s"), fit and fit.base_s, report.decode_step_s),
-            (
-                ("prefill_token_s", "attended_token_s"),
-                fit and fit.prefill_token_s,
-                report.prefill_tokens_per_s,
-            ),
-            (("sequence_s", "context_token_s"), fit and fit.sequence_s + fit.context_token_s, 0.0),
+        measured, guessed = self._measured[descriptor.model.fingerprint], dict[str, float]()
+        for costs, is_measured, has_rate in (
+            (STEP_COSTS, fit and fit.base_s, report.decode_step_s),
+            (PROMPT_COSTS, fit and fit.prefill_token_s, report.prefill_tokens_per_s),
+            (SEQUENCE_COSTS, fit and fit.sequence_s + fit.context_token_s, 0.0),
         ):
             if is_measured:
-                known |= {name: getattr(speed, name) for name in names}
-            elif not has_rate:
-                guessed |= {name: known[name] for name in names if name in known}
+                measured[costs] = speed
+            elif not has_rate and (other := measured.get(costs)):
+                guessed |= {name: getattr(other, name) for name in costs}
         return msgspec.structs.replace(speed, **guessed) if guessed else speed
 
     def lengths_of(self, fingerprint: str) -> OutputLengths:

@@ -103,10 +103,13 @@ class Speed(msgspec.Struct, frozen=True, gc=False):
         return self.queue_s(num_new, num_new * (num_cached + num_new / 2), chunk_tokens, beside_s)
 
     def queue_s(self, num_tokens: int, attended: float, chunk_tokens: int, beside_s: float) -> float:
-        """Of prompts that share their steps, of so many tokens; `attended`: the sum of `num_attended`."""
+        """Of prompts that share their steps, of so many tokens; `attended`: the sum of `num_attended`.
+
+        `chunk_tokens`: at least one.
+        """
         if num_tokens <= 0:
             return 0.0
-        num_steps = -(-num_tokens // max(1, chunk_tokens))
+        num_steps = -(-num_tokens // chunk_tokens)
         return (
             num_steps * (self.chunk_base_s + beside_s)
             + num_tokens * self.prefill_token_s
@@ -170,6 +173,7 @@ class NodeView(msgspec.Struct, frozen=True, gc=False):
     chunk_tokens: int  # of a prompt, in one step
     may_prefill: bool
     may_decode: bool
+    helps_decode: bool  # a prefill node besides: a delay of its prompts delays all requests behind them
     num_tokens_held: int  # at most, by the whole pool
     num_sequences: int
     num_context_tokens: int
@@ -192,11 +196,6 @@ class NodeView(msgspec.Struct, frozen=True, gc=False):
     room_rank: tuple[int, int, str] | None
     id_rank: tuple[int, str]
 
-    @property
-    def helps_decode(self) -> bool:
-        """A prefill node that decodes besides: a delay of its prompts delays all requests behind them."""
-        return self.descriptor.role == "prefill" and self.may_prefill and self.may_decode
-
     def is_usable(self, now: float) -> bool:
         """May it get new work?"""
         return now <= self.usable_until
@@ -209,11 +208,6 @@ class NodeView(msgspec.Struct, frozen=True, gc=False):
     def own_step_s(self) -> float:
         """`step_s` by what the node says."""
         return (self.step_s - self.doubt.step_s) / self.doubt.slowness
-
-    def can_ever_compute(self, request: ScheduleRequest) -> bool:
-        """Could the whole pool hold the prompt?"""
-        num_blocks = self.descriptor.layout.blocks_for_prompt(request.num_prompt_tokens)
-        return num_blocks <= self.descriptor.num_blocks
 
     def can_ever_hold(self, request: ScheduleRequest) -> bool:
         """Could the whole pool hold the prompt, and all that it may produce?"""
@@ -251,6 +245,8 @@ class Pending:
         """Drop as many as the node has accepted since, oldest first, and those whose time is over."""
         num_shown = max(0, num_accepted - self._num_accepted)
         self._num_accepted = num_accepted
+        if not self._choices:
+            return
         num_dropped = max(num_shown, bisect_right(self._choices, now, key=_until))
         for _, work in self._choices[:num_dropped]:
             self.sum = self.sum.plus(work, -1)
@@ -301,22 +297,15 @@ def view_of(
     beside_s = base_s + speed.beside_s(report.num_running, report.num_context_tokens)
     num_interruptible = min(num_queued, report.interruptible_prefill_tokens + given.interruptible_tokens)
     # Older nodes don't tell: then prompts are taken to be of mean length.
-    attended, interruptible_attended = (
-        told or num_tokens * mean_prompt_tokens / 2
-        for told, num_tokens in (
-            (report.queued_attended, report.queued_prefill_tokens),
-            (report.interruptible_attended, report.interruptible_prefill_tokens),
-        )
-    )
+    attended = report.queued_attended or report.queued_prefill_tokens * mean_prompt_tokens / 2
     attended += given.prefill_attended
-    interruptible_attended = min(attended, interruptible_attended + given.interruptible_attended)
-    wait_s, idle_wait_s = (
-        speed.queue_s(*ahead, chunk_tokens, beside_s) + doubt.first_token_s
-        for ahead in (
-            (num_queued - num_interruptible, attended - interruptible_attended),
-            (num_queued, attended),
-        )
+    interruptible_attended = (
+        report.interruptible_attended or report.interruptible_prefill_tokens * mean_prompt_tokens / 2
     )
+    interruptible_attended = min(attended, interruptible_attended + given.interruptible_attended)
+    idle_wait_s = speed.queue_s(num_queued, attended, chunk_tokens, beside_s) + doubt.first_token_s
+    num_first, first_attended = num_queued - num_interruptible, attended - interruptible_attended
+    wait_s = speed.queue_s(num_first, first_attended, chunk_tokens, beside_s) + doubt.first_token_s
     # A chunk that has begun is not interrupted: on the mean half of it is left, and of its prompt as much is
     # computed as is left.
     chunk = min(num_interruptible, chunk_tokens)
@@ -350,6 +339,7 @@ def view_of(
         chunk_tokens=chunk_tokens,
         may_prefill=may_prefill,
         may_decode=may_decode,
+        helps_decode=descriptor.role == "prefill" and may_prefill and may_decode,
         num_tokens_held=descriptor.num_blocks * block_size,
         num_sequences=num_sequences,
         num_context_tokens=num_context_tokens,

@@ -92,12 +92,10 @@ class RequestCosts:
         self._find_kept = find_kept
         self._kept: Mapping[str, Work] | None = None
         self.is_interruptible = is_interruptible
-        self.lengths = state.lengths_of(request.fingerprint)
+        # Tokens that the prompt has more than the mean one, or fewer.
+        self._excess_tokens = request.num_prompt_tokens - state.mean_prompt_tokens_of(request.fingerprint)
+        self._most_tokens = request.num_prompt_tokens + request.max_new_tokens
         self._needs: dict[int, Work] = {}  # by block size: all else about it is the request's
-        # How much longer the ITL target may delay this request.
-        self.patience_s = max(0.0, PATIENCE * self.goals.longest_wait_s - request.age_s)
-        if request.is_batch:
-            self.patience_s = math.inf
         # A prefill node with more to do is no candidate.
         self.longest_prefill_wait_s = math.inf
 
@@ -108,15 +106,27 @@ class RequestCosts:
             self._kept = self._find_kept(self) if self._find_kept else {}
         return self._kept
 
+    @functools.cached_property
+    def lengths(self) -> OutputLengths:
+        """How long outputs of the model become."""
+        return self.state.lengths_of(self.request.fingerprint)
+
+    @functools.cached_property
+    def patience_s(self) -> float:
+        """How much longer the ITL target may delay this request."""
+        if self.request.is_batch:
+            return math.inf
+        return max(0.0, PATIENCE * self.goals.longest_wait_s - self.request.age_s)
+
     # --- which nodes may take it -------------------------------------------------------------------
 
     def takes_prompt(self, node: NodeView) -> bool:
-        """Of a node of the model."""
-        return node.is_usable(self.now) and node.can_ever_compute(self.request)
+        """Of a node of the model: one that may get work, and whose whole pool could hold the prompt."""
+        return self.now <= node.usable_until and self.request.num_prompt_tokens < node.num_tokens_held
 
     def takes_sequence(self, node: NodeView) -> bool:
-        """Of a node of the model."""
-        return node.is_usable(self.now) and node.can_ever_hold(self.request)
+        """Of a node of the model: one that may get work, and whose whole pool could hold the request."""
+        return self.now <= node.usable_until and self._most_tokens <= node.num_tokens_held
 
     def has_room(self, node: NodeView) -> bool:
         """Does the request fit on the node now, beside what is kept there?"""
@@ -128,7 +138,7 @@ class RequestCosts:
     def _fits(self, node: NodeView, held: Work) -> bool:
         """The whole prompt and a token, a place in the batch, and the ITL target, beside `held`."""
         return (
-            node.num_missing_places(held) <= 0
+            held.num_sequences < node.num_free_places
             and self.num_missing_blocks(node) + held.num_blocks <= 0
             and self.may_slow(node, held)
         )
@@ -137,8 +147,8 @@ class RequestCosts:
         """Is the ITL target met or of no matter, beside `held`?"""
         # The target is no less than the goal, which is known at once.
         return (
-            not self.must_meet_itl(node)
-            or self._excess_s(node, held, self.goals.itl_s) <= 0.0
+            self._excess_s(node, held, self.goals.itl_s) <= 0.0
+            or not self.must_meet_itl(node)
             or self.itl_excess_s(node, held) <= 0.0
         )
 
@@ -168,7 +178,8 @@ class RequestCosts:
     def num_missing_blocks(self, node: NodeView) -> int:
         num_missing = self.need_on(node).num_blocks - node.num_available_blocks
         # Cached blocks may be idle, and are then among those available: they are not counted twice.
-        return num_missing - max(0, self.hits.num_blocks(node.node_id) - node.report.blocks.cached)
+        num_more = self.hits.num_blocks(node.node_id) - node.report.blocks.cached
+        return num_missing - num_more if num_more > 0 else num_missing
 
     def itl_excess_s(self, node: NodeView, held: Work = NOTHING) -> float:
         """How far a step would exceed the ITL target. An idle node is as good as it gets: 0."""
@@ -177,7 +188,9 @@ class RequestCosts:
     def _excess_s(self, node: NodeView, held: Work, target_s: float) -> float:
         if node.num_sequences + held.num_sequences == 0:
             return 0.0
-        step_s = self.step_s(node) + node.speed.beside_s(held.num_sequences, held.context_tokens)
+        step_s = self.step_s(node)
+        if held is not NOTHING:
+            step_s += node.speed.beside_s(held.num_sequences, held.context_tokens)
         if node.helps_decode:
             return max(step_s - target_s, step_s - node.chunk_s - SHARED_ITL * target_s)
         return step_s - target_s
@@ -190,12 +203,16 @@ class RequestCosts:
             self._needs[node.descriptor.layout.block_size] = need
         return need
 
+    def least_blocks(self) -> int:
+        """Blocks that the request takes anew on any node, whatever that has cached; at least one."""
+        needs = (self.need_on(group.members.peekitem(0)[1]).num_blocks for group in self.groups)
+        return max(1, min(needs, default=0) - self.hits.longest)
+
     # --- what it costs -----------------------------------------------------------------------------
 
     def step_s(self, node: NodeView) -> float:
         """Of a decode step with this request in it."""
-        longer = self.request.num_prompt_tokens - self.state.mean_prompt_tokens_of(self.request.fingerprint)
-        return node.step_s + longer * node.speed.context_token_s
+        return node.step_s + self._excess_tokens * node.speed.context_token_s
 
     def num_cached_tokens(self, node: NodeView) -> int:
         """Of the prompt, in the node's prefix cache; the last token is always computed."""
@@ -208,10 +225,14 @@ class RequestCosts:
 
     def prefill_cost(self, node: NodeView) -> Cost:
         """The wait, then what is not cached here."""
+        work_s = self.prefill_work_s(node)
+        return Cost(node, work_s, self.num_cached_tokens(node), self.prefill_wait_s(node) + work_s)
+
+    def prefill_work_s(self, node: NodeView) -> float:
+        """Of what is not cached here."""
         num_cached = self.num_cached_tokens(node)
         num_new = self.request.num_prompt_tokens - num_cached
-        work_s = node.speed.prefill_s(num_new, num_cached, node.chunk_tokens, node.chunk_beside_s)
-        return Cost(node, work_s, num_cached, self.prefill_wait_s(node) + work_s)
+        return node.speed.prefill_s(num_new, num_cached, node.chunk_tokens, node.chunk_beside_s)
 
     def decode_cost(self, node: NodeView) -> Cost:
         """One step: a request that gets the node has its place in the batch."""

@@ -67,6 +67,11 @@ class Hits:
     def __bool__(self) -> bool:
         return bool(self._ends)
 
+    @property
+    def longest(self) -> int:
+        """Blocks that the node has which has the most."""
+        return self._ends[-1][0] if self._ends else 0
+
     def num_blocks(self, node_id: str) -> int:
         if self._ends:
             bit = self._bit_of.get(node_id, 0)

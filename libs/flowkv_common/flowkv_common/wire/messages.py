@@ -6,6 +6,7 @@ Fields are only ever added, with a default, so that versions can run side by sid
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from array import array
@@ -40,7 +41,7 @@ class LayerKV(NamedTuple):
     num_sides: Positive = 2  # keys and values; 1: latents, which are both (MLA)
 
 
-class PoolLayout(Part, frozen=True, repr_omit_defaults=True):
+class PoolLayout(Part, frozen=True, repr_omit_defaults=True, dict=True):
     """What a block holds: of each layer in turn `[num_sides, block_size, num_kv_heads, head_dim]` of `dtype`.
 
     Two pools can exchange blocks only when their layouts are equal; connectors compare their `repr`. Raises
@@ -77,7 +78,7 @@ class PoolLayout(Part, frozen=True, repr_omit_defaults=True):
     def each_layer(self) -> tuple[LayerKV, ...]:
         return self.layers or (LayerKV(self.num_kv_heads, self.head_dim),) * self.num_layers
 
-    @property
+    @functools.cached_property
     def block_bytes(self) -> int:
         item = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}[self.dtype]
         return self.block_size * sum(math.prod(layer) for layer in self.each_layer) * item
