@@ -7,24 +7,27 @@ after a while, so that a steady number of them is in flight. Nodes tell what is 
 With `--waiting` all decode nodes are full, so many requests wait and ask in turn, and one sequence ends per
 ten asks. Who gets its place is replaced by a newcomer.
 
-Then what an ask takes over the bus: nats-server, the scheduler, and the nodes that report are processes.
+Then what an ask takes over the bus: nats-server, the scheduler, and the nodes that report are processes. Each
+node reports and renews its record on a clock of its own, as real ones do: seldom two at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from multiprocessing import get_context
 from typing import Any
 
 import msgspec
 import psutil
+from nats.aio.msg import Msg
 
 from benchmarks.report import Report, make_parser, quantiles, time_s, transposed
 from benchmarks.simulator.batch import slowed
@@ -34,7 +37,14 @@ from flowkv_common.bus.registry import keep_announced, watch_nodes
 from flowkv_common.errors import FlowKVError, Full
 from flowkv_common.wire import subjects
 from flowkv_common.wire.messages import Assignment, NodeRef, ScheduleRequest, Wait
-from flowkv_common.wire.nodes import BlocksChanged, LoadReport, NodeDescriptor, OutputForecast, StepFit
+from flowkv_common.wire.nodes import (
+    BlockList,
+    BlocksChanged,
+    LoadReport,
+    NodeDescriptor,
+    OutputForecast,
+    StepFit,
+)
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
@@ -57,6 +67,8 @@ PROMPTS_CACHED = 10  # by each node: the last ones
 # Over the bus.
 ASKS_PER_S = 1000
 REPORTS_PER_S = 4  # of each node: twice a second, and when it accepts something
+RENEWAL_S = 2.0  # of each node's record in the registry
+IDLE_S = 3.0  # that the processes are watched before the first ask
 READY_TIMEOUT_S = 60.0
 FIT = StepFit(
     base_s=0.008, prefill_token_s=4e-5, attended_token_s=1e-9, sequence_s=2e-5, context_token_s=1e-8
@@ -272,31 +284,56 @@ async def ask_over_bus(num_nodes: int, num_asks: int) -> dict[str, Any]:
         if len(nodes) == num_nodes:
             known.set()
 
-    with NatsServer() as server, reporting(server.url, num_nodes):
-        async with scheduler_process(server), connect(server.url, name="bench") as bus:
+    with NatsServer() as server, reporting(server.url, num_nodes) as nodes_pid:
+        async with scheduler_process(server) as scheduler, connect(server.url, name="bench") as bus:
             async with running(watch_nodes(bus, look)), asyncio.timeout(READY_TIMEOUT_S):
                 await known.wait()
             await until_answer(bus, lambda answer: isinstance(answer, Assignment), READY_TIMEOUT_S)
+            shares = CpuShares(nats=server.pid, scheduler=scheduler.pid, nodes=nodes_pid, client=os.getpid())
+            await asyncio.sleep(IDLE_S)
+            idle_shares = shares.since_last()
             began = time.perf_counter()
             async with asyncio.TaskGroup() as tasks:
                 for number, request in enumerate(islice(requests(0), num_asks)):
                     await asyncio.sleep(began + number / ASKS_PER_S - time.perf_counter())
                     tasks.create_task(ask(bus, request))
             seconds = time.perf_counter() - began
+            asking_shares = shares.since_last()
     return {
         "bus_ask_ms": quantiles(asks_ms[num_asks // 10 :]),
         "bus_asks_per_s": num_asks / seconds,
         "bus_answers": dict(answers),
+        "bus_idle_cores": idle_shares,
+        "bus_cores": asking_shares,
     }
 
 
+class CpuShares:
+    """How many cores each of some processes keeps busy, by name."""
+
+    def __init__(self, **pids: int) -> None:
+        self._processes = {name: psutil.Process(pid) for name, pid in pids.items()}
+        self._last = self._read()
+
+    def since_last(self) -> dict[str, float]:
+        """Since the last call, or since it was made."""
+        (before_at, before), (now, after) = self._last, self._read()
+        self._last = now, after
+        return {name: (after[name] - before[name]) / (now - before_at) for name in after}
+
+    def _read(self) -> tuple[float, dict[str, float]]:
+        times = {name: process.cpu_times() for name, process in self._processes.items()}
+        return time.perf_counter(), {name: each.user + each.system for name, each in times.items()}
+
+
 @contextmanager
-def reporting(url: str, num_nodes: int) -> Iterator[None]:
-    """Nodes that report from another process while the context lasts."""
+def reporting(url: str, num_nodes: int) -> Iterator[int]:
+    """Nodes that report from another process while the context lasts; yields its id."""
     process = get_context("spawn").Process(target=report_nodes, args=(url, num_nodes), daemon=True)
     process.start()
+    assert process.pid is not None
     try:
-        yield
+        yield process.pid
     finally:
         process.kill()
         process.join()
@@ -305,17 +342,30 @@ def reporting(url: str, num_nodes: int) -> Iterator[None]:
 def report_nodes(url: str, num_nodes: int) -> None:
     """Until the process ends."""
 
-    async def report(bus: Bus, node: Node) -> None:
-        await asyncio.sleep(random.random() / REPORTS_PER_S)
-        while True:
-            await bus.publish(subjects.load(node.node_id), node.report())
-            await asyncio.sleep(1 / REPORTS_PER_S)
+    async def announce(bus: Bus, node: Node) -> None:
+        await asyncio.sleep(random.random() * RENEWAL_S)
+        await keep_announced(bus, node.descriptor, 3 * RENEWAL_S)
+
+    async def report(bus: Bus, nodes: Sequence[Node]) -> None:
+        began = time.perf_counter()
+        phases = sorted(random.random() for _ in nodes)
+        for turn in count():
+            for phase, node in zip(phases, nodes, strict=True):
+                await asyncio.sleep(began + (turn + phase) / REPORTS_PER_S - time.perf_counter())
+                await bus.publish(subjects.load(node.node_id), node.report())
 
     async def report_all() -> None:
         async with connect(url, name="nodes") as bus, asyncio.TaskGroup() as tasks:
-            for node in map(Node, range(num_nodes)):
-                tasks.create_task(keep_announced(bus, node.descriptor))
-                tasks.create_task(report(bus, node))
+
+            async def list_blocks(msg: Msg) -> None:
+                ref = NodeRef(node_id=msg.subject.rpartition(".")[2], incarnation=INCARNATION)
+                await bus.publish(msg.reply, BlockList(node=ref, seq=0, num_pages=1, block_hashes=[]))
+
+            nodes = list(map(Node, range(num_nodes)))
+            async with await bus.subscribe_raw(subjects.at(subjects.NODE_BLOCKS, "*"), list_blocks):
+                for node in nodes:
+                    tasks.create_task(announce(bus, node))
+                await report(bus, nodes)
 
     asyncio.run(report_all())
 

@@ -59,6 +59,12 @@ class NatsServer:
             config.write_text(f"max_payload: {max_payload}\n")
             self._arguments += ["-c", str(config)]
 
+    @property
+    def pid(self) -> int:
+        """Of the process that runs."""
+        assert self._process is not None
+        return self._process.pid
+
     def __enter__(self) -> Self:
         self.start()
         return self

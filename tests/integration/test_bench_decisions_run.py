@@ -20,6 +20,7 @@ def test_asks_are_measured_here_and_over_the_bus(tmp_path: Path) -> None:
     [row] = json.loads(path.read_text())["rows"]
     assert row["decision_us"]["num"] == 100
     assert sum(row["bus_answers"].values()) == 200
+    assert all(0 <= row["bus_cores"][name] < 1.1 for name in ("nats", "scheduler", "nodes", "client"))
     assert 0 < row["bus_ask_ms"]["p50"] <= row["bus_ask_ms"]["p99"]
     assert (
         0 < row["bus_asks_per_s"] <= 1010
