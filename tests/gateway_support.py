@@ -31,6 +31,7 @@ from flowkv_gateway.http import ApiConnection, TlsContext
 from flowkv_gateway.models import Model, Models
 from flowkv_gateway.output import Usage
 from flowkv_gateway.prompts import SamplingDefaults
+from flowkv_gateway.readiness import Readiness
 from flowkv_gateway.request_state import RequestState
 from flowkv_gateway.tokenizer import Tokenizer
 from tests.described_nodes import descriptor
@@ -126,6 +127,14 @@ def text_chunks(tokenizer: Tokenizer, text: str, finish_reason: str | None = "st
 
 
 @dataclass
+class ScriptedReadiness(Readiness):
+    problem: str | None = None
+
+    def why_not_ready(self) -> str | None:
+        return self.problem
+
+
+@dataclass
 class ScriptedDispatch(Dispatch):
     """Gives every request the same steps: a chunk is yielded, an error raised, an event waited for.
 
@@ -134,7 +143,7 @@ class ScriptedDispatch(Dispatch):
 
     script: Iterable[TokenChunk | FlowKVError | Exception | asyncio.Event] = ()
     card: ModelCard | None = CARD
-    problem: str | None = None
+    readiness: ScriptedReadiness = field(default_factory=ScriptedReadiness)
     open: Load = Load(0, 0, 0.0)
     # What is live, each with the error by which it fails.
     pairs: dict[tuple[str, str], FlowKVError | None] = field(default_factory=lambda: {("p0", "d0"): None})
@@ -174,9 +183,6 @@ class ScriptedDispatch(Dispatch):
 
     def load(self, nodes: ModelNodes) -> Load:
         return self.open
-
-    def why_not_ready(self) -> str | None:
-        return self.problem
 
     def live_pairs(self) -> list[tuple[NodeDescriptor, NodeDescriptor]]:
         return [

@@ -64,6 +64,7 @@ from flowkv_common.wire.messages import (
     transfer_id,
 )
 from flowkv_gateway import dispatch as dispatch_module
+from flowkv_gateway import readiness
 from flowkv_gateway.cluster import ModelNodes, OwnModel
 from flowkv_gateway.dispatch import Dispatch, Load, open_dispatch
 from flowkv_gateway.errors import ContextLengthExceeded
@@ -447,7 +448,8 @@ async def test_what_has_ended_can_be_asked_for(nats_server: NatsServer) -> None:
 @pytest.fixture
 def told_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gateways hear of doubted nodes, and ask, every few milliseconds."""
-    monkeypatch.setattr(dispatch_module, "READY_PERIOD_S", 0.005)
+    for module in (dispatch_module, readiness):
+        monkeypatch.setattr(module, "READY_PERIOD_S", 0.005)
 
 
 def slowly(next_decode: NodeRef) -> Behaviour:

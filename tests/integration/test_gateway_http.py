@@ -611,7 +611,7 @@ async def test_models(gateway: Gateway) -> None:
 async def test_health(gateway: Gateway) -> None:
     for path in ("/health", "/health/ready", "/ping", "/health/live", "/version"):
         assert (await gateway.http.get(path)).status_code == 200
-    gateway.dispatch.problem = "no scheduler answers"
+    gateway.dispatch.readiness.problem = "no scheduler answers"
     gateway.dispatch.card = None
     for path in ("/health", "/health/ready", "/ping"):
         response = await gateway.http.get(path)
@@ -658,7 +658,7 @@ async def test_request_id_is_echoed(gateway: Gateway) -> None:
 async def test_request_id_is_echoed_on_an_error_that_nobody_foresaw(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway.dispatch, "why_not_ready", None)
+    monkeypatch.setattr(gateway.dispatch.readiness, "why_not_ready", None)
     response = await gateway.http.get("/health", headers={"x-request-id": "abc-1"})
     assert (response.status_code, response.headers["x-request-id"]) == (500, "abc-1")
 

@@ -14,9 +14,10 @@ import pytest
 from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import FlowKVError
 from flowkv_common.wire.messages import ModelFiles
-from flowkv_gateway import dispatch
+from flowkv_gateway import readiness
 from flowkv_gateway.cluster import ModelNodes, OwnModel
-from flowkv_gateway.dispatch import READY_PERIOD_S, SCHEDULER_SILENT_S, Dispatch, open_dispatch
+from flowkv_gateway.dispatch import Dispatch, open_dispatch
+from flowkv_gateway.readiness import READY_PERIOD_S, SCHEDULER_SILENT_S
 from tests.described_nodes import ReportingNode, reporting, schedule
 from tests.nats_server import NatsServer
 from tests.scheduler_process import metrics_url, scheduler_process
@@ -35,11 +36,11 @@ async def gateway(nats_server: NatsServer) -> AsyncIterator[Dispatch]:
 async def until(gateway: Dispatch, expected: str | None, timeout_s: float = 10.0) -> float:
     """Until this is what the gateway misses; the seconds that it took."""
     began = time.monotonic()
-    missing = gateway.why_not_ready()
+    missing = gateway.readiness.why_not_ready()
     while missing != expected:
         assert time.monotonic() - began < timeout_s, f"still {missing!r}, not {expected!r}"
         await asyncio.sleep(LOOK_EVERY_S)
-        missing = gateway.why_not_ready()
+        missing = gateway.readiness.why_not_ready()
     return time.monotonic() - began
 
 
@@ -71,7 +72,7 @@ async def until_scheduled(bus: Bus) -> None:
 
 
 async def test_what_is_missing_is_named(nats_server: NatsServer, bus: Bus, gateway: Dispatch) -> None:
-    assert gateway.why_not_ready() == f"{NO_SCHEDULER}; {NO_NODE}"
+    assert gateway.readiness.why_not_ready() == f"{NO_SCHEDULER}; {NO_NODE}"
     prefill, decode = pair(bus)
     async with scheduler_process(nats_server):
         await until(gateway, NO_NODE)
@@ -89,9 +90,9 @@ async def test_a_gateway_is_ready_as_soon_as_it_hears_nats_again(
     nats_server: NatsServer, bus: Bus, gateway: Dispatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it could not hear meanwhile is no sign that others are gone."""
-    monkeypatch.setattr(dispatch, "SCHEDULER_SILENT_S", 1.0)
+    monkeypatch.setattr(readiness, "SCHEDULER_SILENT_S", 1.0)
     seen: list[str | None] = []
-    gateway._bus.on_reconnect(lambda: seen.append(gateway.why_not_ready()))
+    gateway._bus.on_reconnect(lambda: seen.append(gateway.readiness.why_not_ready()))
     async with reporting(*pair(bus)), scheduler_process(nats_server):
         await until(gateway, None)
         with nats_server.frozen():
@@ -114,7 +115,7 @@ async def test_a_successor_that_stands_by_keeps_gateways_ready(
                 seen = set()
                 async with asyncio.timeout(10):
                     while "flowkv_scheduler_is_leader 1.0" not in (await http.get("/metrics")).text:
-                        seen.add(gateway.why_not_ready())
+                        seen.add(gateway.readiness.why_not_ready())
                         await asyncio.sleep(LOOK_EVERY_S)
                 assert seen == {None}
                 await leader.wait()

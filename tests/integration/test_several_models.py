@@ -127,7 +127,7 @@ async def until_ready(dispatch: Dispatch, bus: Bus) -> None:
         asyncio.timeout(TIMEOUT_S),
         await bus.subscribe(subjects.LOAD_ALL, LoadReport, lambda *_: heard.set()),
     ):
-        while dispatch.why_not_ready():
+        while dispatch.readiness.why_not_ready():
             heard.clear()
             await heard.wait()
 
@@ -210,7 +210,7 @@ async def test_a_rolling_change_of_model_gives_no_wrong_answer(
         with pytest.raises(DeadlineExceeded) as late:
             await anext(of_a.generate(wanted))
         assert "no node of the model is ready" in str(late.value.__cause__)
-        assert of_a.why_not_ready() == "no node of the model is ready"
+        assert of_a.readiness.why_not_ready() == "no node of the model is ready"
         await check_answers(of_b, b)
 
 

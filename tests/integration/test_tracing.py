@@ -54,7 +54,7 @@ async def cluster(
         live_node(nats_server, bus, model, "d0", role="decode", peers=1),
         serving_page(nats_server, tokenizer) as served,
     ):
-        await until(lambda: served.dispatch.why_not_ready() is None)
+        await until(lambda: served.dispatch.readiness.why_not_ready() is None)
         yield served.http
 
 

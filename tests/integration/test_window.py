@@ -100,7 +100,7 @@ async def small() -> AsyncIterator[Small]:
                     name: tasks.create_task(node.run(settings(server), PACE)) for name, node in nodes.items()
                 }
                 async with asyncio.timeout(TIMEOUT_S):
-                    while len(linked) < len(nodes) or dispatch.why_not_ready():
+                    while len(linked) < len(nodes) or dispatch.readiness.why_not_ready():
                         heard.clear()
                         await heard.wait()
                 yield Small(dispatch, nodes, lambda name: running_nodes[name].cancel())

@@ -278,7 +278,7 @@ class Api:
         return _json(health, 200 if health.ok else 503)
 
     def why_not_ready(self) -> str | None:
-        return "about to stop" if self._stop.is_set() else self._dispatch.why_not_ready()
+        return "about to stop" if self._stop.is_set() else self._dispatch.readiness.why_not_ready()
 
     async def on_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, FlowKVError)

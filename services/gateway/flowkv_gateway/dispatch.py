@@ -7,7 +7,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Set
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -43,8 +43,6 @@ from flowkv_common.wire.messages import (
     ModelCard,
     NodeRef,
     PrefillRun,
-    ReadyReply,
-    ReadyRequest,
     Resume,
     Resumed,
     ScheduleRequest,
@@ -59,6 +57,7 @@ from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_gateway.cluster import Cluster, ModelNodes
 from flowkv_gateway.errors import for_client
 from flowkv_gateway.finished import FinishedLog
+from flowkv_gateway.readiness import READY_PERIOD_S, Readiness
 from flowkv_gateway.request_state import RequestState
 from flowkv_gateway.token_stream import TokenStream
 from flowkv_gateway.traces import add_attempt
@@ -93,13 +92,8 @@ GAP_S = 0.1
 RESUME_TIMEOUT_S = 2.0
 # Just after NATS was away, nodes may not be back yet: attempts must not fail one after the other.
 UNSETTLED_PAUSE_S = 1.0
-READY_PERIOD_S = 0.5
-READY_TIMEOUT_S = 1.0
 # A node that stalls must lose work within two seconds, and the scheduler looks twice a second.
 SEEN_PERIOD_S = 0.25
-# A scheduler that dies has a successor within 2.5 s, where one stands by, and requests wait for so long.
-SCHEDULER_SILENT_S = 3.0
-_NO_SCHEDULER = "no scheduler answers"
 
 
 class _Moves(Exception):
@@ -137,6 +131,7 @@ class Dispatch:
         self.tracing = bus.tracing
         self.url = ""  # of the API, once it is served
         self.cluster = Cluster(models)
+        self.readiness = Readiness(bus, self.cluster)
         self.streams: dict[str, TokenStream] = {}  # transfer id -> the tokens of this attempt
         self.witness = Witness(gateway_id)
         self.finished = FinishedLog(gateway_id)
@@ -144,9 +139,6 @@ class Dispatch:
         self._views: list[ClusterView] = [self._nodes]  # with those of whoever looks at the cluster now
         self._descriptors: Mapping[str, NodeDescriptor] = {}
         self._open: dict[str, RequestState] = {}  # by request id
-        self._scheduler_answered_at = 0.0
-        self._scheduler_why_not: dict[ModelNodes, str | None] = {}  # what was missing by its last answer
-        self._doubted: Set[str] = frozenset()  # ids of nodes, by that and the one before
 
     def card_of(self, nodes: ModelNodes, num_further_bytes: int = 0) -> ModelCard | None:
         """The model of new requests to these nodes; None until one of them has joined.
@@ -171,25 +163,6 @@ class Dispatch:
         streams = (self.streams.get(request.transfer_id) for request in mine)
         num_running = sum(stream is not None and stream.is_running for stream in streams)
         return Load(num_running, len(mine) - num_running, nodes.kv_cache_usage())
-
-    def why_not_ready(self) -> str | None:
-        """What is missing for a request sent now to be served, by any model; None if nothing is."""
-        if not self._bus.is_connected:
-            return "not connected to NATS"
-        reasons = [self._why_not(nodes) for nodes in self.cluster.models]
-        return None if None in reasons else next(iter(reasons), "no model is known yet")
-
-    def _why_not(self, nodes: ModelNodes) -> str | None:
-        """What is missing for a request for this model."""
-        # Just after NATS was away, the silence may have been ours.
-        silent_s = min(time.monotonic() - self._scheduler_answered_at, self._bus.connected_for_s)
-        answer = self._scheduler_why_not.get(nodes, _NO_SCHEDULER)
-        why_not = _NO_SCHEDULER if silent_s > SCHEDULER_SILENT_S else answer
-        missing = [why_not] if why_not else []
-        no_node = "no node of the model is ready"  # also in the scheduler's words
-        if not nodes.has_ready_node() and no_node not in missing:
-            missing.append(no_node)
-        return "; ".join(missing) or None
 
     def live_pairs(self) -> list[tuple[NodeDescriptor, NodeDescriptor]]:
         """Ready nodes, of any model, that could serve a request together: the one for prefill first."""
@@ -350,7 +323,7 @@ class Dispatch:
         Nothing waits for the answer but the request's next token.
         """
         nodes = {request.decode_node} if request.has_run else {request.prefill_node, request.decode_node}
-        doubted, now = nodes & self._doubted, time.monotonic()
+        doubted, now = nodes & self.readiness.doubted, time.monotonic()
         if not doubted or now < stream.may_move_at or request.num_moves == MAX_MOVES:
             return None
         stream.may_move_at = now + READY_PERIOD_S
@@ -538,35 +511,6 @@ class Dispatch:
     async def find_finished(self, wanted: FindFinished) -> FinishedRequests:
         return self.finished.find(wanted, self._bus.max_payload)
 
-    async def keep_asking_scheduler(self) -> None:
-        """Whether it would find a pair of nodes, and which are doubted, until cancelled.
-
-        A node counts as doubted by two answers in a row: a hiccup is no reason to leave it.
-        """
-        doubted_before = frozenset[str]()
-        while True:
-            models = list(self.cluster.models)
-            for gone in self._scheduler_why_not.keys() - models:
-                del self._scheduler_why_not[gone]
-            async with asyncio.TaskGroup() as tasks:
-                asking = [tasks.create_task(self._ask_if_ready(nodes)) for nodes in models]
-            doubted = frozenset[str]().union(*(task.result() for task in asking))
-            self._doubted, doubted_before = doubted & doubted_before, doubted  # without an answer none
-            await asyncio.sleep(READY_PERIOD_S)
-
-    async def _ask_if_ready(self, nodes: ModelNodes) -> Set[str]:
-        """Take the scheduler's word on a model. Returns the nodes that it doubts, by id."""
-        request = ReadyRequest(fingerprint=nodes.model.fingerprint if nodes.model else "")
-        try:
-            reply = await self._bus.request(
-                subjects.SCHEDULER_READY, request, ReadyReply, timeout_s=READY_TIMEOUT_S
-            )
-        except FlowKVError:
-            return frozenset()  # what counts is the last answer
-        self._scheduler_answered_at = time.monotonic()
-        self._scheduler_why_not[nodes] = reply.why_not
-        return frozenset(node.node_id for node in reply.doubted)
-
     async def keep_telling(self) -> None:
         """What we see of nodes, until cancelled. While cut off from NATS nothing is said."""
         while True:
@@ -615,7 +559,9 @@ async def open_dispatch(
             await bus.subscribe(subjects.LOAD_ALL, LoadReport, dispatch.on_report),
             service,
             running(
-                watch_nodes(bus, dispatch.on_nodes), dispatch.keep_asking_scheduler(), dispatch.keep_telling()
+                watch_nodes(bus, dispatch.on_nodes),
+                dispatch.readiness.keep_asking_scheduler(),
+                dispatch.keep_telling(),
             ),
         ):
             yield dispatch
