@@ -255,12 +255,18 @@ class Bus:
         `Unavailable`.
         """
 
+        num_bad = 0
+
         async def on_message(msg: Msg) -> None:
+            nonlocal num_bad
             try:
                 message = decode(msg.data, kind)
             except msgspec.DecodeError as error:
+                num_bad += 1
                 if on_bad is None:
-                    log.warning("message on %s is no %s: %s", msg.subject, kind.__name__, error)
+                    if _is_worth_a_line(num_bad):
+                        text = "message on %s is no %s: %s (%d such so far)"
+                        log.warning(text, msg.subject, kind.__name__, error, num_bad)
                 else:
                     on_bad(self.plain_name(msg.subject), str(error))
                 return
@@ -337,8 +343,7 @@ class Bus:
     async def _on_error(self, error: Exception) -> None:
         if isinstance(error, nats.errors.SlowConsumerError):
             self.num_slow_consumer_drops += 1
-            # One line for the first and then for each power of two: a flood must not cause another.
-            if self.num_slow_consumer_drops & (self.num_slow_consumer_drops - 1) == 0:
+            if _is_worth_a_line(self.num_slow_consumer_drops):
                 log.warning("dropped %d messages, last on %s", self.num_slow_consumer_drops, error.subject)
         elif self.is_connected:
             log.warning("NATS error: %s", error)
@@ -399,6 +404,11 @@ class Subscription:
 
     async def __aexit__(self, *_: object) -> None:
         await self.drain()
+
+
+def _is_worth_a_line(number: int) -> bool:
+    """The first, and then each power of two: a flood must not cause another."""
+    return number & (number - 1) == 0
 
 
 def _error_in(payload: bytes, headers: Mapping[str, str]) -> errors.FlowKVError:
