@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from flowkv.authority import NAMES, make_certificates
+from flowkv.authority import LOCAL_HOSTS, NAMES, make_certificates
 from flowkv.certs import main
 from flowkv_common.errors import CannotStart
 
@@ -84,6 +84,32 @@ def test_the_second_run_renews_certificates_and_keeps_the_authority(tmp_path: Pa
     assert (node.not_valid_after_utc - node.not_valid_before_utc).days == 30
 
 
+def test_a_renewed_certificate_is_for_the_same_hosts_until_others_are_named(tmp_path: Path) -> None:
+    def hosts() -> set[str]:
+        certificate = x509.load_pem_x509_certificate((tmp_path / "nats.pem").read_bytes())
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return {str(name.value) for name in names} - {"nats", *LOCAL_HOSTS}
+
+    main([str(tmp_path), "--host", "10.0.0.1", "--host", "*.kv.example"])
+    main([str(tmp_path)])
+    assert hosts() == {"10.0.0.1", "*.kv.example"}
+    main([str(tmp_path), "--host", "fd00::1"])
+    assert hosts() == {"fd00::1"}
+
+
+@pytest.mark.parametrize("host", ["", "10.0.0.1:4222", "nats://a", "a b", "a..b", "a" * 64, "bücher.example"])
+def test_what_is_no_name_of_a_host_is_refused(tmp_path: Path, host: str) -> None:
+    with pytest.raises(CannotStart, match="--host"):
+        main([str(tmp_path / "certs"), "--host", host])
+    assert not (tmp_path / "certs").exists()
+
+
+def test_a_folder_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CannotStart, match=f"{tmp_path}/file: File exists"):
+        main([str(tmp_path / "file")])
+
+
 def test_only_the_owner_can_read_a_key(tmp_path: Path) -> None:
     make_certificates(tmp_path)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
@@ -103,6 +129,7 @@ def test_an_authority_that_can_not_be_used_is_named(tmp_path: Path, harm: str) -
         make_certificates(tmp_path)
 
 
-def test_days_that_are_none_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CannotStart, match="--days is 0"):
-        main([str(tmp_path), "--days", "0"])
+@pytest.mark.parametrize("days", ["0", "3651", "10000000"])
+def test_days_that_are_none_are_refused(tmp_path: Path, days: str) -> None:
+    with pytest.raises(CannotStart, match=f"--days is {days}, it must be from 1 to 3650"):
+        main([str(tmp_path), "--days", days])

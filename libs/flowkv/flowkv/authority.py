@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ NAMES = ("gateway", "scheduler", "node", "nats", "operator")
 # Those who are called by the name of their host. No other may pass for them there.
 SERVERS = ("gateway", "nats")
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+_LABEL = re.compile("[A-Za-z0-9_-]{1,63}")  # between the dots of a name
 CA_NAME = "FlowKV trial authority"
 # Longer than a trial: for a new authority all services would need a new ca.pem.
 CA_DAYS = 3650
@@ -36,14 +38,19 @@ class Authority(NamedTuple):
 def make_certificates(folder: Path, hosts: Sequence[str] = (), days: int = 365) -> None:
     """Writes a certificate and a key for each of `NAMES`, signed by the authority in `folder`.
 
-    Makes the authority if there is none. Raises CannotStart if the one that is there can't be used, or if
-    `hosts` has one that is neither a name nor an address.
+    Without `hosts` they are for those that they were for before. Makes the authority if there is none. Raises
+    CannotStart if the one that is there can't be used, or if `hosts` has one that is neither a name nor an
+    address.
     """
+    for host in hosts:
+        _alternative_name(host)
     folder.mkdir(parents=True, exist_ok=True)
     authority = _read_authority(folder) if (folder / "ca.pem").exists() else _make_authority(folder)
     for name in NAMES:
         key = ec.generate_private_key(ec.SECP256R1())
-        names = [name, *LOCAL_HOSTS, *hosts] if name in SERVERS else [name]
+        names = [name]
+        if name in SERVERS:
+            names += [*LOCAL_HOSTS, *(hosts or _hosts_before(folder / f"{name}.pem"))]
         certificate = _sign(name, key.public_key(), names, days, authority)
         _write_key(folder / f"{name}.key", key)
         _write(folder / f"{name}.pem", certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
@@ -110,12 +117,24 @@ def _common_name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
+def _hosts_before(path: Path) -> list[str]:
+    """What the certificate there is for, beside its service and this host; none if there is none."""
+    if not path.exists():
+        return []
+    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [str(name.value) for name in names if str(name.value) not in (path.stem, *LOCAL_HOSTS)]
+
+
 def _alternative_name(host: str) -> x509.GeneralName:
+    """Raises CannotStart for what is neither a name nor an address."""
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
-        if not host.isascii():
-            raise CannotStart(f"{host!r} has letters that DNS has not: write it as xn--...") from None
+        labels = host.removeprefix("*.").split(".")
+        if not all(_LABEL.fullmatch(label) for label in labels):
+            what = "neither a name nor an address of a host: say no port, and ü as xn--..."
+            raise CannotStart(f"--host is {host!r}: {what}") from None
         return x509.DNSName(host)
 
 

@@ -4,7 +4,8 @@
 
 FOLDER then holds ca.pem, and NAME.pem and NAME.key of gateway, scheduler, node, nats and operator. Each
 certificate is for its service's name, those of gateway and nats also for localhost and the hosts named here.
-Run it again before they expire: the authority stays, so services trust old and new ones alike.
+Run it again before they expire. The authority stays, so services trust old and new ones alike. So do the
+hosts, unless you name others.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--days", type=int, default=DAYS, help=f"how long they are valid (default {DAYS})")
     options = parser.parse_args(argv)
-    if options.days < 1:
-        raise CannotStart(f"--days is {options.days}, it must be 1 or more")
     try:
-        from flowkv.authority import NAMES, make_certificates
+        from flowkv.authority import CA_DAYS, NAMES, make_certificates
     except ModuleNotFoundError as error:
         raise CannotStart(f"{error.name} is not installed: pip install 'flowkv[certs]'") from None
 
-    make_certificates(options.folder, options.host, options.days)
+    if not 1 <= options.days <= CA_DAYS:
+        raise CannotStart(f"--days is {options.days}, it must be from 1 to {CA_DAYS}, as the authority's own")
+    try:
+        make_certificates(options.folder, options.host, options.days)
+    except OSError as error:
+        raise CannotStart(f"{options.folder}: {error.strerror}") from None
     console().print(f"{options.folder}: ca.pem; {', '.join(f'{name}.pem and .key' for name in NAMES)}")
     console().print("A service needs ca.pem and its own two files. Keep ca.key to yourself.")
     return 0
