@@ -1,7 +1,8 @@
 """The part of CuPy that the connectors use, on host memory of one process, with CUDA's order of streams.
 
-Copies are made at once; when they *count* as done follows from what stood before them on their stream. The
-legacy default stream, where an engine computes, is busy for as long as a test wants.
+A copy of memory is made when something waits for it, so that one that nobody waits for never happens. When
+something *counts* as done follows from what stood before it on its stream. The legacy default stream, where
+an engine computes, is busy for as long as a test wants.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from typing import ClassVar, Self
 
 import pytest
 
+from flowkv_engine.transport.staging import StagingDevice
+
 _OURS = "flowkv_engine.transport.cuda"  # imports CuPy
 
 
 class Work:
-    """Something on a stream."""
+    """Something on a stream, asked in the order of the stream whether it is done."""
 
     def __init__(self) -> None:
         self.has_ended = threading.Event()
@@ -32,6 +35,21 @@ class Work:
         return self.has_ended.is_set()
 
 
+class MemoryCopy(Work):
+    """Made when it is asked for."""
+
+    def __init__(self, target: int, source: int, num_bytes: int) -> None:
+        super().__init__()
+        self._ends = target, source, num_bytes
+
+    @property
+    def done(self) -> bool:
+        if not self.has_ended.is_set():
+            ctypes.memmove(*self._ends)
+            self.has_ended.set()
+        return True
+
+
 class Event:
     """Done when all has ended that stood on its stream when it was recorded."""
 
@@ -39,6 +57,9 @@ class Event:
         self._behind: list[Work | Event] = []
 
     def record(self, stream: Stream) -> None:
+        stream.queued = [
+            work for work in stream.queued if isinstance(work, Event) or not work.has_ended.is_set()
+        ]
         self._behind = list(stream.queued)
 
     @property
@@ -105,9 +126,23 @@ def _ipc_handle(address: int) -> bytes:
 
 
 def _memcpy_async(target: int, source: int, num_bytes: int, kind: int, stream_ptr: int) -> None:
-    assert kind == 3
-    assert stream_ptr in Stream._by_ptr
-    ctypes.memmove(target, source, num_bytes)
+    assert kind == 4
+    Stream.at(stream_ptr).queued.append(MemoryCopy(target, source, num_bytes))
+
+
+pinned: dict[int, int] = {}  # address -> number of bytes
+
+
+def _host_register(address: int, num_bytes: int, flags: int) -> None:
+    assert flags == 0
+    if address in pinned:
+        raise CUDARuntimeError("pinned already")
+    pinned[address] = num_bytes
+
+
+def _host_unregister(address: int) -> None:
+    if pinned.pop(address, None) is None:
+        raise CUDARuntimeError("not pinned")
 
 
 class _Meeting:
@@ -191,7 +226,9 @@ _runtime = {
     "ipcOpenMemHandle": lambda handle: int.from_bytes(handle, "little"),
     "ipcCloseMemHandle": lambda address: None,
     "memcpyAsync": _memcpy_async,
-    "memcpyDeviceToDevice": 3,
+    "memcpyDefault": 4,
+    "hostRegister": _host_register,
+    "hostUnregister": _host_unregister,
     "malloc": _malloc,
     "free": lambda address: None,
 }
@@ -219,9 +256,23 @@ def busy_legacy_stream() -> Iterator[None]:
         Stream.null.queued.remove(step)
 
 
+def host_device() -> StagingDevice:
+    """A GPU whose memory is this process's."""
+    with _installed():
+        from flowkv_engine.transport.cuda import CudaDevice
+
+        return CudaDevice()
+
+
 @pytest.fixture
-def cupy_on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def cupy_on_host() -> Iterator[None]:
     """`import cupy` finds this one, and our module that imports it is imported anew, also afterwards."""
+    with _installed():
+        yield
+
+
+@contextlib.contextmanager
+def _installed() -> Iterator[None]:
     cuda = ModuleType("cupy.cuda")
     runtime, nccl = ModuleType("cupy.cuda.runtime"), ModuleType("cupy.cuda.nccl")
     runtime.__dict__.update(_runtime)
@@ -229,8 +280,9 @@ def cupy_on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cuda.__dict__.update(Device=Device, Stream=Stream, Event=Event, runtime=runtime, nccl=nccl)
     cupy = ModuleType("cupy")
     cupy.__dict__.update(cuda=cuda)
-    for module in (cupy, cuda, runtime, nccl):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delitem(sys.modules, _OURS, raising=False)
-    yield
-    sys.modules.pop(_OURS, None)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (cupy, cuda, runtime, nccl):
+            patch.setitem(sys.modules, module.__name__, module)
+        patch.delitem(sys.modules, _OURS, raising=False)
+        yield
+        sys.modules.pop(_OURS, None)

@@ -24,8 +24,10 @@ from flowkv_engine.transport.nixl import NixlConnector
 from flowkv_engine.transport.sockets import Place
 from flowkv_engine.transport.tcp import TcpConnector
 from tests.certificates import trial_tls
+from tests.contract.cupy_on_host import host_device
 from tests.contract.gloo_pair import GlooPair
 from tests.contract.memfd_device import MemfdDevice
+from tests.contract.unreachable_pool import library_without
 from tests.inprocess_connector import InProcessConnector, Switchboard
 
 # NIXL's library is an extra that comes for some platforms only.
@@ -36,6 +38,12 @@ NIXL = pytest.param(
         reason="NIXL is not installed: pip install -c constraints.txt '.[nixl]'",
     ),
 )
+# Pools that NIXL can't reach.
+STAGED = ["nixl, sender stages", "nixl, receiver stages", "nixl, both stage"]
+NIXL_STAGED = [
+    *(pytest.param(kind, marks=[*NIXL.marks, pytest.mark.full]) for kind in STAGED[:2]),
+    pytest.param(STAGED[2], marks=NIXL.marks),
+]
 LINK_TOKEN = "open sesame"
 SMALL = PoolLayout(num_layers=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="float32")  # 1 KiB blocks
 LARGE = PoolLayout(num_layers=8, block_size=16, num_kv_heads=8, head_dim=128, dtype="float32")  # 1 MiB
@@ -120,6 +128,12 @@ def connector_on_host(
         return TcpConnector(pool, reservations, admits, io_timeout_s=io_timeout_s)
     if kind == "nixl":
         return NixlConnector(pool, reservations, admits, io_timeout_s=io_timeout_s)
+    if kind in STAGED:
+        sender_stages, receiver_stages = kind != STAGED[1], kind != STAGED[0]
+        library = library_without(pool.tensor, can_show=not sender_stages, can_read_into=not receiver_stages)
+        return NixlConnector(
+            pool, reservations, admits, library=library, device=host_device(), io_timeout_s=io_timeout_s
+        )
     if kind == "cuda_ipc":
         device = MemfdDevice(pool)
         return CudaIpcConnector(pool, reservations, admits, device=device, io_timeout_s=io_timeout_s)

@@ -21,7 +21,8 @@ from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.base import ConnectorUnavailable, KVLink
 from flowkv_engine.transport.mapped import ShownPool
 from flowkv_engine.transport.nccl import Invitation
-from flowkv_engine.transport.nixl import ShownAgent
+from flowkv_engine.transport.nixl import ShownBuffers
+from flowkv_engine.transport.nixl_memory import ShownAgent
 from flowkv_engine.transport.sockets import dial_tcp, dial_unix, split_address
 from flowkv_engine.transport.stream import (
     MAX_FRAME_BYTES,
@@ -37,15 +38,26 @@ from flowkv_engine.transport.stream import (
 from flowkv_engine.transport.tls import shake_hands
 from flowkv_node.links import SwitchedLink
 from tests.certificates import trial_tls
-from tests.contract.kv_nodes import LARGE, LINK_TOKEN, NIXL, SMALL, Network, Node, copies_between, network
+from tests.contract.kv_nodes import (
+    LARGE,
+    LINK_TOKEN,
+    NIXL,
+    NIXL_STAGED,
+    SMALL,
+    STAGED,
+    Network,
+    Node,
+    copies_between,
+    network,
+)
 from tests.contract.kv_sender import Job
 from tests.inprocess_connector import InProcessLink
 from tests.waiting import until
 
 every_connector = pytest.mark.parametrize(
-    "kind", ["inprocess", "shm", "tcp", "tls", "cuda_ipc", "nccl", NIXL]
+    "kind", ["inprocess", "shm", "tcp", "tls", "cuda_ipc", "nccl", NIXL, *NIXL_STAGED]
 )
-on_sockets = pytest.mark.parametrize("kind", ["shm", "tcp", "tls", "cuda_ipc", "nccl", NIXL])
+on_sockets = pytest.mark.parametrize("kind", ["shm", "tcp", "tls", "cuda_ipc", "nccl", NIXL, *NIXL_STAGED])
 
 BFLOAT16 = PoolLayout(num_layers=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="bfloat16")
 
@@ -59,6 +71,11 @@ async def assert_serves(receiver: Node, sender: Node, transfer_id: str = "check.
     reserved = receiver.reservations.claim(transfer_id, reserved.token)
     receiver.blocks.release(reserved.block_ids)
     await link.close()
+
+
+def calls_per_copy(kind: str) -> int:
+    """What is staged is copied once more at each end that stages."""
+    return 3 if "both" in kind else 2 if kind in STAGED else 1
 
 
 def is_closed(link: KVLink) -> bool:
@@ -88,8 +105,8 @@ async def test_the_right_bytes_arrive_and_nothing_else_changes(kind: str) -> Non
             expected.update({dst + i: sender.block(src + i) for i in range(length)})
         assert [receiver.block(block) for block in range(30)] == list(expected.values())
         assert (stats.num_bytes, stats.num_copies) == (9 * SMALL.block_bytes, len(copies))
-        assert stats.num_calls == len(copies)
-        assert (link.name, is_closed(link)) == (kind.replace("tls", "tcp"), False)
+        assert stats.num_calls == len(copies) * calls_per_copy(kind)
+        assert (link.name, is_closed(link)) == (kind.partition(",")[0].replace("tls", "tcp"), False)
         assert receiver.reservations.claim("r.1", reserved.token) is reserved
 
 
@@ -103,7 +120,8 @@ async def test_large_copies_arrive_whole(kind: str) -> None:
         size = LARGE.block_bytes
         start = reserved.block_ids[0] * size
         assert receiver.pool.buffer[start : start + 70 * size] == sender.pool.buffer[size : 71 * size]
-        assert stats.num_calls == {"tcp": 70, "tls": 70, "nixl": 8}.get(kind, 1)
+        num_steps = {"tcp": 70, "tls": 70, "nixl": 8}.get(kind, 9 if kind in STAGED else 1)
+        assert stats.num_calls == num_steps * calls_per_copy(kind)
 
 
 @every_connector
@@ -324,7 +342,8 @@ async def test_garbage_after_the_greeting_costs_only_its_connection(kind: str) -
 @pytest.mark.parametrize("said", [b"", b"\0\0", framed(b"x" * 20)[:12]])
 async def test_a_peer_that_falls_silent_is_hung_up_on(kind: str, said: bytes) -> None:
     async with network(kind) as net:
-        receiver, sender = await net.node(io_timeout_s=0.3), await net.node()
+        # Before a link is staged, NIXL registers memory.
+        receiver, sender = await net.node(io_timeout_s=1.5 if kind in STAGED else 0.3), await net.node()
         with await dial(receiver) as channel:
             if said:
                 await channel.write(memoryview(said))
@@ -421,8 +440,11 @@ async def greet_and_hang(listener: socket.socket, kind: str) -> Channel:
     if kind == "cuda_ipc":
         await channel.receive_frame(ShownPool)
         await channel.send_frame(Reply())
-    if kind == "nixl":
-        await channel.receive_frame(ShownAgent)
+    if kind.startswith("nixl"):
+        shown = await channel.receive_frame(ShownAgent)
+        if not shown.metadata:
+            await channel.send_frame(Reply(error="there is nothing to read"))
+            await channel.receive_frame(ShownBuffers)
         await channel.send_frame(Reply())
     if kind == "nccl":
         await channel.receive_frame(Invitation)  # to nothing yet

@@ -17,7 +17,8 @@ from flowkv_engine.kv.pool import KVPool
 from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.transport import make_connectors
 from flowkv_engine.transport.base import ConnectorUnavailable
-from flowkv_engine.transport.nixl import NixlConnector, ShownAgent, can_read
+from flowkv_engine.transport.nixl import NixlConnector
+from flowkv_engine.transport.nixl_memory import ShownAgent, can_read
 from flowkv_engine.transport.sockets import Place
 from flowkv_engine.transport.stream import Refused
 from tests.certificates import trial_tls

@@ -49,6 +49,22 @@ def _pieces(src: Sequence[int], dst: Sequence[int]) -> Iterator[Copy]:
         yield Copy(first_src, first_dst, length)
 
 
+def cut(copies: Iterable[Copy], max_length: int) -> Iterator[list[Copy]]:
+    """Cuts `copies` into lists of which each moves `max_length`, the last one maybe less."""
+    part: list[Copy] = []
+    space = max_length
+    for src, dst, length in copies:
+        while length:
+            step = min(space, length)
+            part.append(Copy(src, dst, step))
+            src, dst, length, space = src + step, dst + step, length - step, space - step
+            if not space:
+                yield part
+                part, space = [], max_length
+    if part:
+        yield part
+
+
 def runs_of(block_ids: Iterable[int]) -> list[Run]:
     """The runs of a block table, in its order: `[7, 8, 3]` is `[Run(7, 2), Run(3, 1)]`."""
     runs: list[Run] = []

@@ -46,7 +46,7 @@ def make_connectors(
         makers = {
             "cuda_ipc": partial(CudaIpcConnector, device=CudaDevice(index)),
             "nccl": partial(NcclConnector, new_backend=partial(CupyNccl, index)),
-            "nixl": NixlConnector,
+            "nixl": partial(NixlConnector, device=CudaDevice(index)),
         }
     for name in names:
         if name not in makers:

@@ -13,6 +13,7 @@ from cupy.cuda import nccl, runtime
 from flowkv_engine.transport.nccl import SENDER, NcclFailed, Span
 
 _HANDLE_BYTES = 64
+_NO_FLAGS = 0
 _NUM_RANKS = 2
 # Aborts of older ones were seen to hang.
 _OLDEST_NCCL = 21900
@@ -23,7 +24,7 @@ class DeviceError(OSError):
 
 
 class CudaDevice:
-    """An `IpcDevice`: the GPU with this index among those that the process sees."""
+    """An `IpcDevice` and a `StagingDevice`: the GPU with this index among those that the process sees."""
 
     def __init__(self, index: int = 0) -> None:
         self._index = index
@@ -38,6 +39,17 @@ class CudaDevice:
         with self.current():
             return CudaPeerPool(self, runtime.ipcOpenMemHandle(handle), num_bytes, target)
 
+    def pin(self, address: int, num_bytes: int) -> None:
+        with self.current():
+            runtime.hostRegister(address, num_bytes, _NO_FLAGS)
+
+    def unpin(self, address: int) -> None:
+        with self.current():
+            runtime.hostUnregister(address)
+
+    def new_queue(self) -> CudaQueue:
+        return CudaQueue(self)
+
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """Each thread has a current device of its own."""
@@ -48,33 +60,44 @@ class CudaDevice:
             raise DeviceError(str(error)) from error
 
 
+class CudaQueue:
+    """A `CopyQueue`, with a stream of its own, so that copies run beside compute."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        with device.current():
+            self._stream = cupy.cuda.Stream(non_blocking=True)
+            # Waits without spinning on a core.
+            self._done = cupy.cuda.Event(block=True, disable_timing=True)
+
+    def copy(self, source: int, target: int, num_bytes: int) -> None:
+        with self._device.current():
+            # Of which kind it is, the runtime sees by the addresses.
+            runtime.memcpyAsync(target, source, num_bytes, runtime.memcpyDefault, self._stream.ptr)
+
+    def settle(self) -> None:
+        with self._device.current():
+            self._done.record(self._stream)
+            self._done.synchronize()
+
+
 class CudaPeerPool:
-    """A `PeerPool` behind an IPC handle, with a stream of its own, so that copies run beside compute."""
+    """A `PeerPool` behind an IPC handle."""
 
     def __init__(self, device: CudaDevice, source: int, num_bytes: int, target: int) -> None:
         self._device = device
         self._source = source
         self._num_bytes = num_bytes
         self._target = target
-        self._stream = cupy.cuda.Stream(non_blocking=True)
-        self._done = cupy.cuda.Event(block=True, disable_timing=True)  # waits without spinning on a core
+        self._queue = CudaQueue(device)
 
     def copy(self, src: int, dst: int, num_bytes: int) -> None:
         if not 0 <= src <= self._num_bytes - num_bytes:
             raise DeviceError(f"{num_bytes} bytes from {src} on are outside a pool of {self._num_bytes}")
-        with self._device.current():
-            runtime.memcpyAsync(
-                self._target + dst,
-                self._source + src,
-                num_bytes,
-                runtime.memcpyDeviceToDevice,
-                self._stream.ptr,
-            )
+        self._queue.copy(self._source + src, self._target + dst, num_bytes)
 
     def settle(self) -> None:
-        with self._device.current():
-            self._done.record(self._stream)
-            self._done.synchronize()
+        self._queue.settle()
 
     def close(self) -> None:
         with self._device.current():

@@ -14,7 +14,15 @@ from typing import ClassVar, Protocol
 
 from flowkv_engine.kv.reservations import Reservation
 from flowkv_engine.kv.segments import Copy
-from flowkv_engine.transport.stream import Channel, Hello, Land, Reply, StreamConnector, finish_thread
+from flowkv_engine.transport.stream import (
+    Channel,
+    Hello,
+    Land,
+    Reply,
+    StreamConnector,
+    finish_thread,
+    open_thread,
+)
 
 
 class PeerPool(Protocol):
@@ -50,29 +58,33 @@ class PullConnector(StreamConnector):
         block_bytes = self.pool.layout.block_bytes
         peer = await self.open_pool(channel, hello.num_blocks * block_bytes)
         channel.lifetime.callback(peer.close)
-        # One each: where a copy waits for its peer, it must not hold up those of others.
-        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"flowkv-{self.name}")
-        channel.lifetime.callback(thread.shutdown, wait=False)
         await channel.send_frame(Reply())
+        return pulling(channel, open_thread(channel, self.name), peer, block_bytes, self.step_bytes)
 
-        async def land(copies: list[Copy], reservation: Reservation) -> int:
-            """The thread has left the pool when this returns or raises."""
-            abandoned = threading.Event()
 
-            def should_stop() -> bool:
-                return reservation.revoked or abandoned.is_set()
+def pulling(
+    channel: Channel, thread: ThreadPoolExecutor, peer: PeerPool, block_bytes: int, step_bytes: int
+) -> Land:
+    """What lands blocks by copies out of a peer's pool."""
 
-            with channel.watching(abandoned.set):
-                loop = asyncio.get_running_loop()
-                copied = loop.run_in_executor(
-                    thread, copy_all, peer, copies, block_bytes, self.step_bytes, should_stop
-                )
-                num_calls = await finish_thread(copied, abandoned.set)
-            if abandoned.is_set():
-                raise ConnectionAbortedError("the sender hung up during the copy")
-            return num_calls
+    async def land(copies: list[Copy], reservation: Reservation) -> int:
+        """The thread has left the pool when this returns or raises."""
+        abandoned = threading.Event()
 
-        return land
+        def should_stop() -> bool:
+            return reservation.revoked or abandoned.is_set()
+
+        with channel.watching(abandoned.set):
+            loop = asyncio.get_running_loop()
+            copied = loop.run_in_executor(
+                thread, copy_all, peer, copies, block_bytes, step_bytes, should_stop
+            )
+            num_calls = await finish_thread(copied, abandoned.set)
+        if abandoned.is_set():
+            raise ConnectionAbortedError("the sender hung up during the copy")
+        return num_calls
+
+    return land
 
 
 def copy_all(

@@ -14,6 +14,7 @@ import logging
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Self, TypeVar
 
@@ -24,7 +25,7 @@ from flowkv_common.errors import BadRequest, FlowKVError, Stale, TransferFailed
 from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.pool import Pool
 from flowkv_engine.kv.reservations import Reservation, Reservations
-from flowkv_engine.kv.segments import Copy, ids_of
+from flowkv_engine.kv.segments import Copy, cut, ids_of
 from flowkv_engine.transport import sockets, tls
 from flowkv_engine.transport.base import ConnectorUnavailable, KVLink, TransferStats, find_stray
 from flowkv_engine.transport.sockets import LOOPBACK, Place
@@ -463,7 +464,7 @@ class StreamLink:
         max_blocks = min(_MAX_TRANSFER_BLOCKS, max(1, _MAX_TRANSFER_BYTES // block_bytes))
         num_calls = 0
         async with self._turn:
-            for part in _parts(copies, max_blocks):
+            for part in cut(copies, max_blocks):
                 num_calls += await self._exchange(Transfer(transfer_id=transfer_id, token=token, copies=part))
         return TransferStats(
             num_bytes=sum(copy.length for copy in copies) * block_bytes,
@@ -520,20 +521,11 @@ class StreamLink:
             self._channel = self._push = None
 
 
-def _parts(copies: Sequence[Copy], max_blocks: int) -> Iterator[list[Copy]]:
-    """Cuts `copies` into lists of at most `max_blocks` blocks each."""
-    part: list[Copy] = []
-    space = max_blocks
-    for src, dst, length in copies:
-        while length:
-            step = min(space, length)
-            part.append(Copy(src, dst, step))
-            src, dst, length, space = src + step, dst + step, length - step, space - step
-            if not space:
-                yield part
-                part, space = [], max_blocks
-    if part:
-        yield part
+def open_thread(channel: Channel, name: str) -> ThreadPoolExecutor:
+    """A thread that ends with the channel. One each: where work waits for a peer, it holds up no other's."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"flowkv-{name}")
+    channel.lifetime.callback(thread.shutdown, wait=False)
+    return thread
 
 
 async def finish_thread(working: asyncio.Future[T], abandon: Callable[[], object]) -> T:
