@@ -1,7 +1,8 @@
-"""What a watch on the registry costs."""
+"""What the registry costs those who watch it."""
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,3 +55,22 @@ async def test_a_renewed_record_is_not_compared_with_all_others(monkeypatch: pyt
     watch._hear_entry(entry(msgspec.structs.replace(nodes[7], max_prefill_tokens_per_step=77)))
     watch._tell_changes()
     assert len(told) == 2
+
+
+async def test_nodes_that_were_woken_together_renew_at_different_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a thousand records come in one go every two seconds, and asks wait for that."""
+    pauses: list[float] = []
+
+    async def note_pause(_: asyncio.Event, pause_s: float) -> None:
+        pauses.append(pause_s)
+        if len(pauses) == 20:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(registry, "wait_event", note_pause)
+    bus: Any = SimpleNamespace(is_connected=False, on_reconnect=lambda _: lambda: None)
+    with pytest.raises(asyncio.CancelledError):
+        await registry.keep_announced(bus, lambda: described_nodes.descriptor("n", "prefill"), 6.0)
+    assert len(set(pauses)) > 1
+    assert 1.8 <= min(pauses) <= max(pauses) <= 2.0

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from flowkv_common.aio import Backoff, running, wait_event
+from flowkv_common.aio import Backoff, jittered, running, wait_event
 from flowkv_common.errors import Full
 
 
@@ -55,6 +55,12 @@ def test_backoff_doubles_up_to_its_longest_pause_and_begins_anew() -> None:
     assert [backoff.advance() for _ in range(4)] == [0.1, 0.2, 0.35, 0.35]
     backoff.reset()
     assert backoff.next_s == backoff.advance() == 0.1
+
+
+def test_jittered_periods_differ_by_a_tenth_at_most() -> None:
+    periods = {jittered(2.0) for _ in range(100)}
+    assert len(periods) > 1
+    assert 1.8 <= min(periods) <= max(periods) <= 2.0
 
 
 async def test_a_wait_for_an_event_ends_with_the_event_or_the_time() -> None:

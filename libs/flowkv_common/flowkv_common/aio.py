@@ -7,6 +7,7 @@ import contextlib
 import gc
 import itertools
 import math
+import random
 import signal
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
@@ -65,6 +66,11 @@ async def wait_event(event: asyncio.Event, timeout_s: float | None) -> bool:
         async with asyncio.timeout(timeout_s):
             await event.wait()
     return event.is_set()
+
+
+def jittered(period_s: float) -> float:
+    """Up to a tenth less, at random: so those that were woken at one moment drift apart."""
+    return period_s * random.uniform(0.9, 1.0)
 
 
 class Backoff:

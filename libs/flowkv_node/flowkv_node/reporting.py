@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from itertools import islice
 
-from flowkv_common.aio import wait_event
+from flowkv_common.aio import jittered, wait_event
 from flowkv_common.bus.connection import Bus
 from flowkv_common.errors import BadRequest, FlowKVError
 from flowkv_common.wire import subjects
@@ -43,7 +43,8 @@ async def report_load(node: Node) -> None:
                     strip_due_at = now + node.settings.load_period_s / 2
                 with contextlib.suppress(FlowKVError):  # the next one says it all again
                     await node.bus.publish(subjects.load(node.ref.node_id), load_report(node, seq, pool))
-            await wait_event(node.changed, node.settings.load_period_s)
+            # A reconnect wakes all nodes at once: a thousand reports in one go delay a scheduler's answers.
+            await wait_event(node.changed, jittered(node.settings.load_period_s))
     finally:
         forget_callback()
 

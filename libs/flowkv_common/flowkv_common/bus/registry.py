@@ -20,7 +20,7 @@ from nats.js.api import KeyValueConfig, StorageType
 from nats.js.kv import KV_DEL, KV_PURGE, KeyValue
 
 from flowkv_common import errors
-from flowkv_common.aio import Backoff, wait_event
+from flowkv_common.aio import Backoff, jittered, wait_event
 from flowkv_common.bus.connection import Bus
 from flowkv_common.wire.messages import decode, encode
 from flowkv_common.wire.nodes import Check, Checked, NodeDescriptor
@@ -110,7 +110,7 @@ async def keep_announced(bus: Bus, descriptor: Callable[[], NodeDescriptor], ttl
     try:
         while True:
             woken.clear()
-            pause_s = ttl_s / 3
+            pause_s = jittered(ttl_s / 3)  # a reconnect wakes all nodes at once
             try:
                 if bus.is_connected:  # else the reconnect wakes us
                     async with until_reconnect(bus), asyncio.timeout(CALL_TIMEOUT_S):
