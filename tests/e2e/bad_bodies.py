@@ -197,6 +197,7 @@ CONTRADICTIONS = [
     bad_field(CHAT, "tools", [{}], "tools[0].function"),
     bad_field(CHAT, "tools", [{"type": "custom"}], "tools[0].type"),
     bad_field(CHAT, "tools", [{"function": {"name": ""}}], "tools[0].function.name"),
+    bad_field(CHAT, "tools", [{"function": {"name": "f", "strict": 1}}], "tools[0].function.strict"),
     bad_field(CHAT, "echo", True),
     bad_field(TEXT, "max_tokens", 0),
     bad_field(TEXT, "prompt_logprobs", 21),

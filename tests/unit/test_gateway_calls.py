@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from flowkv_common.errors import BadRequest
 from flowkv_common.grammar import Grammars
 from flowkv_common.wire.messages import Grammar
-from flowkv_gateway.calls import forced_names
+from flowkv_gateway.calls import forced_names, offered_tools
 from flowkv_gateway.chat import ChatFormat
 from flowkv_gateway.parsers import CallBegins, Content
 from flowkv_gateway.schemas import ChatRequest, parse_request
@@ -263,6 +263,14 @@ def test_choices_that_are_none(choice: Any) -> None:
     assert caught.value.field == "tool_choice"
     with pytest.raises(BadRequest):
         forced_names(chat(tool_choice="required"))
+
+
+@pytest.mark.parametrize("wrong", [{"name": ""}, {"name": 5}, {"parameters": []}, {"strict": "yes"}], ids=str)
+def test_functions_that_are_none(wrong: dict[str, Any]) -> None:
+    [field] = wrong
+    with pytest.raises(BadRequest) as caught:
+        offered_tools(chat(tools=[{"type": "function", "function": {"name": "f", **wrong}}]))
+    assert caught.value.field == f"tools[0].function.{field}"
 
 
 @pytest.mark.parametrize("depth", [400, 950, 990])

@@ -44,6 +44,8 @@ def offered_tools(request: ChatRequest | TokenizeRequest) -> Sequence[Tool]:
             raise BadRequest("The parameters are no JSON schema.", field=f"{field}.function.parameters")
         if schema and schema.get("type", "object") != "object":
             raise BadRequest("The parameters are no object.", field=f"{field}.function.parameters.type")
+        if not isinstance(function.get("strict"), bool | None):
+            raise BadRequest("strict is true or false.", field=f"{field}.function.strict")
     return () if request.tool_choice == "none" else request.tools or ()
 
 
