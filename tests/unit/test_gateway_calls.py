@@ -18,7 +18,7 @@ from flowkv_common.grammar import Grammars
 from flowkv_common.wire.messages import Grammar
 from flowkv_gateway.calls import forced_names, offered_tools
 from flowkv_gateway.chat import ChatFormat
-from flowkv_gateway.parsers import CallBegins, Content
+from flowkv_gateway.parsers import CallBegins, Content, Reasoning
 from flowkv_gateway.schemas import ChatRequest, parse_request
 from flowkv_gateway.tokenizer import Tokenizer
 from tests.gateway_support import write_tokenizer
@@ -184,6 +184,41 @@ def test_reasoning_may_end_with_a_token_of_its_own(tmp_path: Path, is_special: b
     assert model.allows('hm</think>{"a": 1}', request, "<think>")
     assert model.allows('<think>hm</think>{"a": 1}', request)
     assert not model.allows('hm</think>{"a": "x"}', request, "<think>")
+
+
+FINAL = "<|channel|>final<|message|>"
+ANALYSIS = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+
+
+@pytest.mark.parametrize("marks", MARKS)
+@pytest.mark.parametrize(
+    ("template", "prompt", "thought", "begin"),
+    [
+        ("<|channel|>", "<|start|>assistant", ANALYSIS, FINAL),
+        ("<|channel|>", "<|start|>assistant", ANALYSIS, "<|channel|>final <|constrain|>json<|message|>"),
+        ("<|tool_call><|channel><channel|>", "<|turn>model\n", "<|channel>thought\nhm<channel|>", ""),
+        ("<|tool_call><|channel><channel|>", "<|turn>model\n<|channel>thought\n", "hm<channel|>", ""),
+        ("<|open|>think", "", "<|open|>think<|sep|>hm<|close|>think<|sep|>", "<|open|>response<|sep|>"),
+        ("<|open|>think", "<|open|>think<|sep|>", "hm<|close|>think<|sep|>", "<|open|>response<|sep|>"),
+    ],
+)
+def test_reasoning_of_other_forms(
+    tmp_path: Path, template: str, prompt: str, thought: str, begin: str, marks: str
+) -> None:
+    model = with_marks(tmp_path, template, f"{thought}{begin}<|channel>", marks)
+    request = chat(response_format=JSON_ANSWER)
+    make = model.format.answer_format(request, prompt).make_reader
+    assert make is not None
+    for text in (f'{thought}{begin}{{"a": 1}}', f'{begin}{{"a": 1}}'):
+        if text.startswith(thought) or not prompt.endswith(("thought\n", "think<|sep|>")):
+            assert model.allows(text, request, prompt)
+            events = make().push(text, is_last=True)
+            assert "".join([one.text for one in events if isinstance(one, Content)]) == '{"a": 1}'
+            told = "".join([one.text for one in events if isinstance(one, Reasoning)])
+            assert told == ("hm" if text.startswith(thought) else "")
+    assert not model.allows(f'{thought}{begin}{{"a": "x"}}', request, prompt)
+    tools = chat(tools=TOOLS, tool_choice="required")
+    assert model.allows(F, tools, prompt)
 
 
 def test_required_is_one_call_or_several_and_no_text(plain: Constrained) -> None:

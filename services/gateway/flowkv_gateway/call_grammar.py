@@ -193,6 +193,30 @@ def up_to(name: str, mark: str, vocabulary: Vocabulary, *, text: str = "ANY") ->
     return f"{name}{lazy}: {text} {in_grammar(mark, vocabulary)}"
 
 
+def harmony_rule(vocabulary: Vocabulary) -> str:
+    """The rule `reasoning` of GPT-OSS: messages of their own, and the header of the one with the answer."""
+
+    def marked(text: str) -> str:
+        return in_grammar(text, vocabulary)
+
+    message = f"{marked('<|channel|>analysis<|message|>')} thought {marked('<|start|>assistant')}"
+    header = f"{marked('<|channel|>final')} ({marked(' <|constrain|>json')})? {marked('<|message|>')}"
+    thought = up_to("thought", "<|end|>", vocabulary)
+    return f"reasoning: ({message})* {header}\n{thought}"
+
+
+def kimi_k3_rule(prompt: str, vocabulary: Vocabulary) -> str:
+    """The rule `reasoning` of Kimi K3: an element of its own, and the beginning of that of the answer."""
+    think, response = "<|open|>think<|sep|>", "<|open|>response<|sep|>"
+    if prompt.endswith(response):
+        return ""
+    thought = f"thought {in_grammar('think<|sep|>', vocabulary)}"
+    if not prompt.endswith(think):
+        thought = f"({in_grammar(think, vocabulary)} {thought})?"
+    closed = up_to("thought", "<|close|>", vocabulary)
+    return f"reasoning: {thought} {in_grammar(response, vocabulary)}\n{closed}"
+
+
 def _call(function: Mapping[str, Any], form: Form, vocabulary: Vocabulary, *, is_enforced: bool) -> str:
     """What follows the beginning of a call of this function."""
     schema = {**(function.get("parameters") or {}), "type": "object"} if is_enforced else {"type": "object"}

@@ -9,11 +9,21 @@ from typing import Any, NamedTuple
 import msgspec
 
 from flowkv_common.errors import BadRequest, CannotStart
-from flowkv_gateway.call_grammar import answer_grammar, form_of, in_grammar, up_to
+from flowkv_gateway.call_grammar import (
+    answer_grammar,
+    form_of,
+    harmony_rule,
+    in_grammar,
+    kimi_k3_rule,
+    up_to,
+)
 from flowkv_gateway.calls import forced_names, offered_tools, tell_of_tools
 from flowkv_gateway.grammar import Wanted, check_size, wanted_grammar
 from flowkv_gateway.parsers import Parser, can_reason, parser_for
+from flowkv_gateway.parsers.gemma import Gemma
+from flowkv_gateway.parsers.harmony import Harmony
 from flowkv_gateway.parsers.hermes import Hermes
+from flowkv_gateway.parsers.kimi_k3 import KimiK3
 from flowkv_gateway.parsers.mistral import Mistral
 from flowkv_gateway.parsers.thinking import Thinking
 from flowkv_gateway.reader import AnswerReader
@@ -27,6 +37,7 @@ MakeReader = Callable[[], AnswerReader]
 # What opens the reasoning is at the end of the prompt, with little behind it.
 _PROMPT_END_CHARS = 256
 _REASONING_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+_GEMMA_MARKS = (("<|channel>thought\n", "<channel|>"),)
 _MISTRAL_ID_CHARS = 9  # its templates refuse ids of another length
 
 
@@ -138,7 +149,8 @@ class ChatFormat:
         tools, forced, asked = offered_tools(request), forced_names(request), wanted_grammar(request)
         is_in_grammar = bool(tools) and bool(forced or asked)
         parser = self._form.parser if is_in_grammar else self.parser(has_tools=bool(tools))
-        if tools or self._reasoning_marks:
+        reasoning = self._reasoning_rule(prompt.rstrip(), parser)
+        if tools or reasoning:
             field = "tool_choice" if forced else asked.field if asked else "tools"
             # The form is not the model's own, which may be anything: it can be forced, not guided.
             is_own = self._form.parser is self._for_calls
@@ -149,7 +161,7 @@ class ChatFormat:
                 self._form,
                 self._tokenizer.vocabulary,
                 max_calls=1 if isinstance(request.tool_choice, dict) else _max_calls(request),
-                reasoning=self._reasoning_rule(prompt.rstrip()),
+                reasoning=reasoning,
             )
             asked = check_size(Wanted(field, grammar)) if grammar else None
         if parser is None:
@@ -168,14 +180,21 @@ class ChatFormat:
 
         return AnswerFormat(asked, make_reader)
 
-    def _reasoning_rule(self, prompt: str) -> str:
-        """A grammar's rule for what comes before the answer; empty if this prompt lets nothing come."""
+    def _reasoning_rule(self, prompt: str, parser: type[Parser] | None) -> str:
+        """A grammar's rule for what comes before the answer; empty if this prompt lets nothing come.
+
+        It lets come what `parser` reads.
+        """
         vocabulary = self._tokenizer.vocabulary
-        for begin, end in self._reasoning_marks:
+        if parser is Harmony:
+            return harmony_rule(vocabulary) if prompt.endswith("<|start|>assistant") else ""
+        if parser is KimiK3:
+            return kimi_k3_rule(prompt, vocabulary)
+        for begin, end in _GEMMA_MARKS if parser is Gemma else self._reasoning_marks:
             if prompt.endswith(end):
                 return ""
             ended = up_to("ended", end, vocabulary)
-            if prompt.endswith(begin):
+            if prompt.endswith(begin.rstrip()):
                 return f"reasoning: ended\n{ended}"
             return f"reasoning: ({in_grammar(begin, vocabulary)} ended)?\n{ended}"
         return ""
