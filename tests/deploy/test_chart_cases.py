@@ -14,7 +14,7 @@ import pytest
 
 from flowkv.accounts import RIGHTS
 from flowkv_common import __version__
-from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES
+from flowkv_common.wire.limits import MAX_PAYLOAD_BYTES
 from tests.deploy.chart import RELEASE, named, of_kind, pods, render, secrets_of, variables
 from tests.deploy.chart_files import (
     ACCOUNTS,

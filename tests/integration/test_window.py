@@ -14,7 +14,8 @@ from flowkv_common.bus.connection import connect
 from flowkv_common.config import NodeSettings, SchedulerSettings
 from flowkv_common.errors import Unavailable
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import ModelFiles, SamplingParams, TokenChunk, payload_for, window_that_fits
+from flowkv_common.wire.limits import payload_for, window_that_fits
+from flowkv_common.wire.messages import ModelFiles, SamplingParams, TokenChunk
 from flowkv_common.wire.nodes import LoadReport, StepFit
 from flowkv_gateway.cluster import ModelNodes, OwnModel
 from flowkv_gateway.dispatch import Dispatch, open_dispatch

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from flowkv_common.wire.messages import _OTHER_BYTES, Resumed, TokenChunk, TokenLogprob, encode
+from flowkv_common.wire.limits import _OTHER_BYTES
+from flowkv_common.wire.messages import Resumed, TokenChunk, TokenLogprob, encode
 from flowkv_decode.sequences import KEEP_S, MAX_TOKENS, MAX_TOKENS_WITH_LOGPROBS, Outputs
 from tests.drive import make_sequence
 

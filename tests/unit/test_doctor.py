@@ -24,7 +24,7 @@ from flowkv.doctor.cluster import check_links, check_nodes, check_services
 from flowkv.doctor.host import check_clocks, check_disks, check_model, check_stopped, describe_host
 from flowkv.status import links
 from flowkv_common.cluster_view import ClusterView, ServiceInfo
-from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES, payload_for
+from flowkv_common.wire.limits import MAX_PAYLOAD_BYTES, payload_for
 from flowkv_common.wire.nodes import NodeDescriptor
 from tests.described_nodes import BLOCK_SIZE, MODEL, descriptor, report
 

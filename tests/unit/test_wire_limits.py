@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkv_common.wire.messages import (
+from flowkv_common.wire.limits import (
     MAX_PAYLOAD_BYTES,
+    hashes_that_fit,
+    ids_that_fit,
+    payload_for,
+    window_that_fits,
+)
+from flowkv_common.wire.messages import (
     DecodeRun,
     Message,
     NodeRef,
@@ -23,10 +29,6 @@ from flowkv_common.wire.messages import (
     TokenIds,
     decode,
     encode,
-    hashes_that_fit,
-    ids_that_fit,
-    payload_for,
-    window_that_fits,
 )
 
 KIB = 1024

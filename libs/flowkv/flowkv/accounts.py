@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 from flowkv_common.cluster_view import ASKED_EVERY
 from flowkv_common.config import NatsSettings, listed
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES
+from flowkv_common.wire.limits import MAX_PAYLOAD_BYTES
 
 
 class Rights(NamedTuple):

@@ -22,7 +22,7 @@ from typing import Self
 from flowkv.fork_server import ForkServer
 from flowkv.processes import ClusterError, Process
 from flowkv_common.health import gateway_entry, problem
-from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES
+from flowkv_common.wire.limits import MAX_PAYLOAD_BYTES
 
 NATS_URL_FILE = "nats_url"  # in a cluster's folder while it runs
 OLDEST_NATS = (2, 11)  # older servers don't tell watchers of expired keys

@@ -32,14 +32,8 @@ from flowkv_common.errors import Unavailable
 from flowkv_common.grammar import Grammars
 from flowkv_common.telemetry import serve_http, service_app
 from flowkv_common.tracing import open_tracing
-from flowkv_common.wire.messages import (
-    ModelCard,
-    NodeRef,
-    PoolLayout,
-    hashes_that_fit,
-    payload_for,
-    window_that_fits,
-)
+from flowkv_common.wire.limits import hashes_that_fit, payload_for, window_that_fits
+from flowkv_common.wire.messages import ModelCard, NodeRef, PoolLayout
 from flowkv_common.wire.nodes import PROTOCOL, NodeDescriptor
 from flowkv_engine.engine.model import CPU, LoadedModel
 from flowkv_engine.engine.runner import DeviceLost, Engine, EngineThread, Runner

@@ -32,6 +32,7 @@ from flowkv_common.errors import (
 )
 from flowkv_common.tracing import Attributes, open_tracing
 from flowkv_common.wire import subjects
+from flowkv_common.wire.limits import hashes_that_fit, ids_that_fit
 from flowkv_common.wire.messages import (
     Accepted,
     Assignment,
@@ -50,8 +51,6 @@ from flowkv_common.wire.messages import (
     TokenChunk,
     TokenIds,
     Wait,
-    hashes_that_fit,
-    ids_that_fit,
 )
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_gateway.cluster import Cluster, ModelNodes

@@ -23,7 +23,7 @@ from flowkv.local_cluster import OLDEST_NATS
 from flowkv_common.bus.access import Access, Login
 from flowkv_common.bus.connection import Bus
 from flowkv_common.wire import subjects
-from flowkv_common.wire.messages import MAX_PAYLOAD_BYTES, window_that_fits
+from flowkv_common.wire.limits import MAX_PAYLOAD_BYTES, window_that_fits
 
 TIMEOUT_S = 2.0
 NATS_DEFAULT_PAYLOAD = 1 << 20

@@ -14,7 +14,7 @@ from flowkv_common.cluster_view import (
     could_be_faster,
 )
 from flowkv_common.config import listed
-from flowkv_common.wire.messages import window_that_fits
+from flowkv_common.wire.limits import window_that_fits
 from flowkv_scheduler.cluster import why_apart
 
 SHOWN_LINKS = 3
