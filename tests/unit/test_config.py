@@ -107,6 +107,14 @@ def test_settings_of_the_data_port_that_do_not_go_together_are_refused(flags: li
         load_settings(NodeSettings, ["--model-path", "/m", *flags], {})
 
 
+@pytest.mark.parametrize(
+    ("said", "names"), [("nixl, shm ,tcp,", ["nixl", "shm", "tcp"]), ("", ["shm", "tcp"])]
+)
+def test_connectors_are_a_list_as_all_others(said: str, names: list[str]) -> None:
+    flags = ["--model-path", "m", "--connectors", said]
+    assert load_settings(NodeSettings, flags, {}).connector_names == names
+
+
 def test_a_token_budget_of_two_blocks_is_refused_by_its_name() -> None:
     flags = ["--model-path", "/m", "--block-size", "32"]
     with pytest.raises(SystemExit, match="FLOWKV_TOKEN_BUDGET is 64, it must be more than two blocks"):

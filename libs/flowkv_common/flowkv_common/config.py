@@ -260,7 +260,7 @@ class NodeSettings(ServiceSettings, frozen=True, kw_only=True):
 
     @property
     def connector_names(self) -> list[str]:
-        return (self.connectors or ("cuda_ipc,nccl" if self.is_on_gpu else "shm,tcp")).split(",")
+        return listed(self.connectors) or listed("cuda_ipc,nccl" if self.is_on_gpu else "shm,tcp")
 
     @property
     def is_on_gpu(self) -> bool:
