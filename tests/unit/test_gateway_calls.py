@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,12 @@ class Constrained:
         wanted = self.format.answer_format(request, prompt).wanted
         return wanted.grammar if wanted else None
 
-    def allows(self, text: str, request: ChatRequest, prompt: str = "") -> bool:
+    def allows(self, text: str, request: ChatRequest, prompt: str = "", *, spelled: str = "") -> bool:
+        """`spelled` comes first, in tokens that are no marks, whatever their text is together."""
         grammar = self.grammar(request, prompt)
         assert grammar is not None
         matcher = self.grammars.matcher(grammar)
-        for token_id in self.tokenizer._encode([text], False)[0]:
+        for token_id in chain.from_iterable(self.tokenizer._encode([*spelled, text], False)):
             if not matcher.compute_bitmask()[token_id // 8] >> token_id % 8 & 1:
                 return False
             matcher.consume_token(token_id)
@@ -184,6 +186,21 @@ def test_reasoning_may_end_with_a_token_of_its_own(tmp_path: Path, is_special: b
     assert model.allows('hm</think>{"a": 1}', request, "<think>")
     assert model.allows('<think>hm</think>{"a": 1}', request)
     assert not model.allows('hm</think>{"a": "x"}', request, "<think>")
+
+
+@pytest.mark.parametrize("is_special", [False, True])
+def test_a_mark_is_not_spelled_out_where_it_is_a_token(tmp_path: Path, is_special: bool) -> None:
+    """The parser reads text, so it would take it for the mark."""
+    template = "{{ tools }}<tool_call><think></think>"
+    marks = {"<tool_call>", "</tool_call>", "<think>", "</think>"}
+    model = Constrained(tmp_path, template, marks, is_special=is_special)
+    strict = chat(tools=[tool("f", strict=True)])
+    for spelled in ("hm", "a </ b", "<tool"):
+        assert model.allows("</think>Well.", strict, "<think>", spelled=spelled)
+        assert model.allows(f"{spelled}{F} <tool", strict)
+    assert not model.allows("</think>Well.", strict, "<think>", spelled="hm</think>")
+    assert not model.allows("", strict, spelled=WRONG)
+    assert not model.allows("", strict, spelled=f"Well. {F}")
 
 
 FINAL = "<|channel|>final<|message|>"

@@ -38,6 +38,8 @@ class Form(NamedTuple):
     is_numbered: bool = False
 
 
+_ANY = r"/(.|\n)*/"
+
 _HERMES = Form(
     Hermes,
     '<tool_call>\n{"name": "',
@@ -124,7 +126,7 @@ def answer_grammar(
         return None
     if not forced and not tools and not reasoning:
         return content and content.grammar
-    rules = [r"ANY: /(.|\n)*/", r"SPACE: /\n{0,2}/"]
+    rules = [r"SPACE: /\n{0,2}/"]
     calls = [
         _call(tool["function"], form, vocabulary, is_enforced=bool(forced or tool["function"].get("strict")))
         for tool in tools
@@ -154,19 +156,20 @@ def _several(form: Form, max_calls: int | None, vocabulary: Vocabulary, after: s
 
 def _among_text(form: Form, max_calls: int | None, vocabulary: Vocabulary, rules: list[str]) -> str:
     """Text with calls in it, and none that could be read as another call. Adds the `rules` that it needs."""
-    text = "PLAIN" if form.begins_text else "ANY"
+    text = _without(form.triggers, vocabulary, r"/([^\s\[{](.|\n)*)?/" if form.begins_text else _ANY)
+    rules.append(f"TEXT: {text}")
     options = []
     for place, trigger in enumerate(form.triggers):
-        rules.append(up_to(f"text_{place}", trigger, vocabulary, text=text))
+        rules.append(up_to(f"text_{place}", trigger, vocabulary, text="TEXT"))
         if form.opening and form.begin.startswith(trigger):  # a call without what stands around several
             calls = f"{in_grammar(form.begin.removeprefix(trigger), vocabulary)} call"
         else:
             calls = _several(form, max_calls, vocabulary, after=trigger)
         options.append(f"text_{place} {calls}")
     if not form.begins_text:
-        return f"({' | '.join(options)})* ANY"
-    rules += [r"LEAD: /\s*/", r"PLAIN: /([^\s\[{](.|\n)*)?/"]
-    return f"LEAD ({' | '.join([_several(form, max_calls, vocabulary), *options])} | PLAIN)"
+        return f"({' | '.join(options)})* TEXT"
+    rules.append(r"LEAD: /\s*/")
+    return f"LEAD ({' | '.join([_several(form, max_calls, vocabulary), *options])} | TEXT)"
 
 
 def in_grammar(text: str, vocabulary: Vocabulary) -> str:
@@ -186,11 +189,20 @@ def in_grammar(text: str, vocabulary: Vocabulary) -> str:
     return " ".join(parts)
 
 
-def up_to(name: str, mark: str, vocabulary: Vocabulary, *, text: str = "ANY") -> str:
-    """A rule of this name for any text up to the first such mark."""
+def _without(texts: Sequence[str], vocabulary: Vocabulary, text: str = _ANY) -> str:
+    """The `text` in which none of these is spelled out, as far as they are tokens: parsers would take it for
+    the token."""
+    spelled = [re.escape(one).replace("/", r"\/") for one in texts if one in vocabulary.marks]
+    return f"{text} & ~/(.|\\n)*({'|'.join(spelled)})(.|\\n)*/" if spelled else text
+
+
+def up_to(name: str, mark: str, vocabulary: Vocabulary, *, text: str = "") -> str:
+    """A rule of this name for any text, or `text`, up to the first such mark."""
     # If it is a token, it is in no text. Nor may it be in a lazy rule, which is a regular expression.
     lazy = "" if mark in vocabulary.marks else "[lazy]"
-    return f"{name}{lazy}: {text} {in_grammar(mark, vocabulary)}"
+    terminal = text or name.upper()
+    rule = f"{name}{lazy}: {terminal} {in_grammar(mark, vocabulary)}"
+    return rule if text else f"{rule}\n{terminal}: {_without([mark], vocabulary)}"
 
 
 def harmony_rule(vocabulary: Vocabulary) -> str:
