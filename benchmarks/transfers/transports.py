@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.transfers.staged import make_staged
 from flowkv_common.errors import CannotStart
 from flowkv_engine.kv.blocks import Blocks
 from flowkv_engine.kv.pool import KVPool
@@ -64,7 +65,7 @@ class Unguarded(Reservations):
 class Connector:
     """FlowKV's own: a `send` is one `KVLink.send_blocks`, or one per copy.
 
-    `tls` is `tcp` with TLS.
+    `tls` is `tcp` with TLS; `tcp-staged` and `nixl-staged` go by way of host memory, as for pools on GPUs.
     """
 
     _link: KVLink
@@ -93,9 +94,11 @@ class Connector:
             files = [str(certificates / file) for file in ("node.pem", "node.key", "ca.pem")]
             name, place = "tcp", Place(tls=Tls(*files))
         try:
-            [connector] = make_connectors(
-                [name], self._pool, Unguarded(Blocks(0)), lambda _: True, place=place
-            )
+            reservations = Unguarded(Blocks(0))
+            if name.endswith("-staged"):
+                connector = make_staged(name.removesuffix("-staged"), self._pool, reservations)
+            else:
+                [connector] = make_connectors([name], self._pool, reservations, lambda _: True, place=place)
         except CannotStart as error:
             raise Unavailable(str(error)) from error
         return await self._lifetime.enter_async_context(connector)
@@ -294,7 +297,9 @@ TRANSPORTS: dict[str, type[Transport]] = {
     "shm": Connector,
     "tcp": Connector,
     "tls": Connector,
+    "tcp-staged": Connector,
     "nixl": Connector,
+    "nixl-staged": Connector,
     "gloo": Gloo,
     "nixl-alone": Nixl,
     "nixl-alone-tcp": Nixl,

@@ -8,6 +8,7 @@ import importlib.util
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ from flowkv_engine.transport.base import KVConnector
 from flowkv_engine.transport.mapped import CudaIpcConnector, ShmConnector
 from flowkv_engine.transport.nccl import NcclConnector
 from flowkv_engine.transport.nixl import NixlConnector
-from flowkv_engine.transport.sockets import Place
-from flowkv_engine.transport.tcp import TcpConnector
+from flowkv_engine.transport.sockets import LOOPBACK, Place
+from flowkv_engine.transport.tcp import StagedTcpConnector, TcpConnector
 from tests.certificates import trial_tls
 from tests.contract.cupy_on_host import host_device
 from tests.contract.gloo_pair import GlooPair
@@ -38,7 +39,8 @@ NIXL = pytest.param(
         reason="NIXL is not installed: pip install -c constraints.txt '.[nixl]'",
     ),
 )
-# Pools that NIXL can't reach.
+# Over TCP for pools on GPUs, with TLS too; over NIXL for those that it can't reach.
+STAGED_TCP = ["tcp, staged", "tls, staged"]
 STAGED = ["nixl, sender stages", "nixl, receiver stages", "nixl, both stage"]
 NIXL_STAGED = [
     *(pytest.param(kind, marks=[*NIXL.marks, pytest.mark.full]) for kind in STAGED[:2]),
@@ -121,11 +123,10 @@ def connector_on_host(
     """
     if kind == "shm":
         return ShmConnector(pool, reservations, admits, io_timeout_s=io_timeout_s)
-    if kind == "tls":
-        place = Place(tls=trial_tls())
-        return TcpConnector(pool, reservations, admits, place=place, io_timeout_s=io_timeout_s)
-    if kind == "tcp":
-        return TcpConnector(pool, reservations, admits, io_timeout_s=io_timeout_s)
+    if kind in ("tcp", "tls", *STAGED_TCP):
+        connector = partial(StagedTcpConnector, device=host_device()) if kind in STAGED_TCP else TcpConnector
+        place = Place(tls=trial_tls()) if kind.startswith("tls") else LOOPBACK
+        return connector(pool, reservations, admits, place=place, io_timeout_s=io_timeout_s)
     if kind == "nixl":
         return NixlConnector(pool, reservations, admits, io_timeout_s=io_timeout_s)
     if kind in STAGED:

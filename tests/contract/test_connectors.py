@@ -45,6 +45,7 @@ from tests.contract.kv_nodes import (
     NIXL_STAGED,
     SMALL,
     STAGED,
+    STAGED_TCP,
     Network,
     Node,
     copies_between,
@@ -54,10 +55,14 @@ from tests.contract.kv_sender import Job
 from tests.inprocess_connector import InProcessLink
 from tests.waiting import until
 
+TLS_STAGED = pytest.param("tls, staged", marks=pytest.mark.full)
 every_connector = pytest.mark.parametrize(
-    "kind", ["inprocess", "shm", "tcp", "tls", "cuda_ipc", "nccl", NIXL, *NIXL_STAGED]
+    "kind",
+    ["inprocess", "shm", "tcp", "tls", "tcp, staged", TLS_STAGED, "cuda_ipc", "nccl", NIXL, *NIXL_STAGED],
 )
-on_sockets = pytest.mark.parametrize("kind", ["shm", "tcp", "tls", "cuda_ipc", "nccl", NIXL, *NIXL_STAGED])
+on_sockets = pytest.mark.parametrize(
+    "kind", ["shm", "tcp", "tls", "tcp, staged", TLS_STAGED, "cuda_ipc", "nccl", NIXL, *NIXL_STAGED]
+)
 
 BFLOAT16 = PoolLayout(num_layers=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="bfloat16")
 
@@ -73,9 +78,9 @@ async def assert_serves(receiver: Node, sender: Node, transfer_id: str = "check.
     await link.close()
 
 
-def calls_per_copy(kind: str) -> int:
-    """What is staged is copied once more at each end that stages."""
-    return 3 if "both" in kind else 2 if kind in STAGED else 1
+def num_staged(kind: str) -> int:
+    """Ends that stage: each copies once more."""
+    return 2 if "both" in kind or kind in STAGED_TCP else 1 if kind in STAGED else 0
 
 
 def is_closed(link: KVLink) -> bool:
@@ -105,7 +110,8 @@ async def test_the_right_bytes_arrive_and_nothing_else_changes(kind: str) -> Non
             expected.update({dst + i: sender.block(src + i) for i in range(length)})
         assert [receiver.block(block) for block in range(30)] == list(expected.values())
         assert (stats.num_bytes, stats.num_copies) == (9 * SMALL.block_bytes, len(copies))
-        assert stats.num_calls == len(copies) * calls_per_copy(kind)
+        num_sends = 1 if kind in STAGED_TCP else len(copies)
+        assert stats.num_calls == num_sends + num_staged(kind) * len(copies)
         assert (link.name, is_closed(link)) == (kind.partition(",")[0].replace("tls", "tcp"), False)
         assert receiver.reservations.claim("r.1", reserved.token) is reserved
 
@@ -120,8 +126,9 @@ async def test_large_copies_arrive_whole(kind: str) -> None:
         size = LARGE.block_bytes
         start = reserved.block_ids[0] * size
         assert receiver.pool.buffer[start : start + 70 * size] == sender.pool.buffer[size : 71 * size]
-        num_steps = {"tcp": 70, "tls": 70, "nixl": 8}.get(kind, 9 if kind in STAGED else 1)
-        assert stats.num_calls == num_steps * calls_per_copy(kind)
+        num_sends = {"tcp": 70, "tls": 70, "nixl": 8}.get(kind, 1)
+        num_sends = 70 if kind in STAGED_TCP else 9 if kind in STAGED else num_sends
+        assert stats.num_calls == num_sends + 9 * num_staged(kind)
 
 
 @every_connector
@@ -333,6 +340,8 @@ async def test_garbage_after_the_greeting_costs_only_its_connection(kind: str) -
         with await dial(receiver) as channel:
             await channel.send_frame(hello())
             await channel.expect_yes()
+            if kind in STAGED_TCP:
+                await channel.expect_yes()
             await channel.write(memoryview(GARBAGE["noise"]))
             await assert_hangs_up(channel)
         await assert_serves(receiver, sender)
@@ -430,9 +439,13 @@ async def test_what_is_announced_and_never_comes_takes_no_memory() -> None:
 async def greet_and_hang(listener: socket.socket, kind: str) -> Channel:
     """A receiver that says yes to one peer and then nothing any more."""
     sock, _ = await asyncio.get_running_loop().sock_accept(listener)
-    channel = Channel(await shake_hands(sock, trial_tls(), is_server=True) if kind == "tls" else sock, 5.0)
+    channel = Channel(
+        await shake_hands(sock, trial_tls(), is_server=True) if kind.startswith("tls") else sock, 5.0
+    )
     await channel.receive_frame(Hello)
     await channel.send_frame(Reply())
+    if kind in STAGED_TCP:
+        await channel.send_frame(Reply())
     if kind == "shm":
         await channel.wait_readable()
         channel.sock.recv(1)  # with the descriptor of the pool, which is closed unseen
@@ -462,7 +475,7 @@ async def test_a_receiver_that_hangs_fails_the_transfer_in_time(kind: str, tmp_p
             listener.bind(str(tmp_path / "s") if is_path else ("127.0.0.1", 0))
             listener.listen()
             address = listener.getsockname() if is_path else f"127.0.0.1:{listener.getsockname()[1]}"
-            address = f"tls://{address}" if kind == "tls" else address
+            address = f"tls://{address}" if kind.startswith("tls") else address
             async with asyncio.TaskGroup() as tasks:
                 hanging = tasks.create_task(greet_and_hang(listener, kind))
                 link = await sender.connector.connect(address, LINK_TOKEN, 24)

@@ -6,88 +6,28 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator
-from types import SimpleNamespace
-from typing import cast
 
 import msgspec
 import pytest
 
-from flowkv_common.wire.messages import PoolLayout
-from flowkv_engine.kv.blocks import Blocks
-from flowkv_engine.kv.pool import KVPool, Pool
-from flowkv_engine.kv.reservations import Reservations
 from flowkv_engine.kv.segments import Copy
-from flowkv_engine.transport import make_connectors
 from flowkv_engine.transport.base import ConnectorUnavailable
-from flowkv_engine.transport.nixl import NixlConnector, ShownBuffers
+from flowkv_engine.transport.nixl import ShownBuffers
 from flowkv_engine.transport.nixl_memory import ShownAgent, ShownMemory, find_library
-from flowkv_engine.transport.staging import CopyQueue
 from flowkv_engine.transport.stream import Channel, Frame, Hello, Refused, Reply, Transfer
-from tests.contract.cupy_on_host import cupy_on_host, host_device, pinned
-from tests.contract.kv_nodes import (
-    LINK_TOKEN,
-    NIXL,
-    SMALL,
-    STAGED,
-    Network,
-    copies_between,
-    network,
-)
+from tests.contract.cupy_on_host import host_device
+from tests.contract.kv_nodes import LINK_TOKEN, NIXL, STAGED
 from tests.contract.test_connectors import assert_hangs_up, assert_serves, dial, hello
 from tests.contract.test_nixl import nixl
+from tests.contract.test_staging import Unpinnable, staged_network
 from tests.contract.unreachable_pool import library_that_fails
-from tests.waiting import until
-
-__all__ = ["cupy_on_host"]
 
 SENDER, RECEIVER, BOTH = STAGED
 pytestmark = list(NIXL.marks)
 
-# Blocks of 640 KiB, so that a buffer ends within one.
-ODD = PoolLayout(num_layers=5, block_size=16, num_kv_heads=8, head_dim=128, dtype="float32")
-
-
-@contextlib.asynccontextmanager
-async def staged_network(kind: str) -> AsyncIterator[Network]:
-    """Afterwards no memory is pinned any more."""
-    async with network(kind) as net:
-        yield net
-    await until(lambda: not pinned)
-
 
 def staging(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if "is staged here" in record.message]
-
-
-@pytest.mark.parametrize("kind", STAGED)
-async def test_pieces_of_many_runs_arrive_in_their_places(kind: str) -> None:
-    async with staged_network(kind) as net:
-        receiver, sender = await net.node(ODD, 75), await net.node(ODD, 75)
-        receiver.scatter()
-        sender.scatter()
-        link = await sender.connector.connect(receiver.address, LINK_TOKEN, 75)
-        expected = [receiver.block(block) for block in range(75)]
-        reserved = receiver.reserve(47)  # 29 MiB, of buffers of 8
-        copies = copies_between(sender, 47, reserved)
-        assert len(copies) > 20
-        for seed in (8, 9):
-            sender.fill(seed)
-            await link.send_blocks("r.1", reserved.token, copies)
-        for src, dst, length in copies:
-            expected[dst : dst + length] = [sender.block(src + i) for i in range(length)]
-        assert [receiver.block(block) for block in range(75)] == expected
-
-
-@pytest.mark.usefixtures("cupy_on_host")
-def test_a_node_on_a_gpu_can_stage() -> None:
-    with KVPool(SMALL, 1) as memory:
-        pool = cast(Pool, SimpleNamespace(layout=SMALL, num_blocks=1, tensor=memory.tensor))
-        [connector] = make_connectors(["nixl"], pool, Reservations(Blocks(1)), LINK_TOKEN.__eq__)
-        assert isinstance(connector, NixlConnector)
-        from flowkv_engine.transport.cuda import CudaDevice
-
-        assert isinstance(connector.device, CudaDevice)
 
 
 @pytest.mark.parametrize("kind", STAGED)
@@ -118,19 +58,6 @@ async def test_reads_that_fail_tell_who_has_to_stage(
         await assert_serves(receiver, sender)
     words = [text.removeprefix("nixl: KV ").partition(" is staged")[0] for text in staging(caplog)]
     assert [word.replace(f" {receiver.address}", "") for word in words] == staged
-
-
-class Unpinnable:
-    """A device at its limit."""
-
-    def pin(self, address: int, num_bytes: int) -> None:
-        raise OSError("no memory can be pinned")
-
-    def unpin(self, address: int) -> None:
-        raise AssertionError("nothing was pinned")
-
-    def new_queue(self) -> CopyQueue:
-        return host_device().new_queue()
 
 
 @pytest.mark.parametrize("whose", [SENDER, RECEIVER])

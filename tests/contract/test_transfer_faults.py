@@ -23,7 +23,7 @@ from tests.contract.fault_pair import (
     start_fork_server,
 )
 from tests.contract.fault_table import Row, write_table
-from tests.contract.kv_nodes import NIXL, STAGED
+from tests.contract.kv_nodes import NIXL, STAGED, STAGED_TCP
 
 EXPIRY_S = 0.05
 # Blocks of 1 MiB; and those of another transfer that is to be sent next.
@@ -307,7 +307,7 @@ LONG = [
     *((COPYING, fault) for fault in FAULTS if "slow" in fault),
 ]
 LATER = [
-    pytest.param("tls", marks=pytest.mark.full),
+    *(pytest.param(kind, marks=pytest.mark.full) for kind in ("tls", *STAGED_TCP)),
     *(pytest.param(kind, marks=[*NIXL.marks, pytest.mark.full]) for kind in ("nixl", *STAGED)),
 ]
 CASES = [

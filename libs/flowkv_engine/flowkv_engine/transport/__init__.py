@@ -14,7 +14,7 @@ from flowkv_engine.transport.mapped import CudaIpcConnector, ShmConnector
 from flowkv_engine.transport.nccl import NcclConnector
 from flowkv_engine.transport.nixl import NixlConnector
 from flowkv_engine.transport.sockets import LOOPBACK, Place
-from flowkv_engine.transport.tcp import TcpConnector
+from flowkv_engine.transport.tcp import StagedTcpConnector, TcpConnector
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def make_connectors(
             "cuda_ipc": partial(CudaIpcConnector, device=CudaDevice(index)),
             "nccl": partial(NcclConnector, new_backend=partial(CupyNccl, index)),
             "nixl": partial(NixlConnector, device=CudaDevice(index)),
+            "tcp": partial(StagedTcpConnector, device=CudaDevice(index)),
         }
     for name in names:
         if name not in makers:

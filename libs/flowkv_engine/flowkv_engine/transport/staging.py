@@ -46,8 +46,8 @@ class CopyQueue(Protocol):
 class StagingBuffers:
     """Pinned host memory for the pieces of what goes out of `pool`, or into it. Raises `OSError`.
 
-    `memory`: the buffers, [NUM_BUFFERS * buffer_bytes] uint8. The pieces of a transfer take them in turn. The
-    copies of a piece are in bytes of the pools. Used by one worker thread at a time.
+    `memory`: the buffers, [NUM_BUFFERS * buffer_bytes] uint8, which are `view`, too. The pieces of a transfer
+    take them in turn. The copies of a piece are in bytes of the pools. Used by one worker thread at a time.
     """
 
     def __init__(self, device: StagingDevice, pool: torch.Tensor, buffer_bytes: int = BUFFER_BYTES) -> None:
@@ -57,6 +57,7 @@ class StagingBuffers:
         self._queue = device.new_queue()
         # Shared memory: a fork leaves its pages where the device and the transport know them.
         pages = mmap.mmap(-1, NUM_BUFFERS * buffer_bytes)
+        self.view = memoryview(pages)
         self.memory = torch.from_numpy(np.frombuffer(pages, dtype=np.uint8))
         device.pin(self.memory.data_ptr(), self.memory.nbytes)
 
