@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from flowkv_scheduler import policy
 from flowkv_scheduler.cluster import WAIT_FACTOR, ClusterState, Goals
 from flowkv_scheduler.lookahead import IDLE_WAIT
 from flowkv_scheduler.node_view import NOTHING, NodeView, Work
-from flowkv_scheduler.policy import SHARED_ITL, Choice, Chooser, RequestCosts
+from flowkv_scheduler.policy import SHARED_ITL, Choice, Chooser, RequestCosts, excess_s
 from flowkv_scheduler.prefixes import NO_HITS, Hits
 
 # A first token that is predicted within this part of the TTFT target comes in time: predictions err.
@@ -100,14 +101,19 @@ class Waiter(NamedTuple):
     due: float  # it was told to get its first token by then
 
 
-class _Line(NamedTuple):
+class _Line:
     """The requests of one rank that stand at one node or wait for one model."""
 
-    places: SortedList
-    need: Work  # of all of them
+    def __init__(self) -> None:
+        self.places: SortedList = SortedList()
+        self.need = NOTHING  # of all of them
 
 
 _Lines = dict[str, dict[Rank, _Line]]  # by node, or by model
+
+
+def _no_lines() -> _Lines:
+    return defaultdict(lambda: defaultdict(_Line))
 
 
 class WaitingQueue:
@@ -122,8 +128,8 @@ class WaitingQueue:
         self._waiters: dict[str, Waiter] = {}
         self._by_place: dict[Place, Waiter] = {}
         # Lines by rank: all of a later one come behind it, whatever they need.
-        self._at_nodes: _Lines = {}
-        self._of_models: _Lines = {}
+        self._at_nodes = _no_lines()
+        self._of_models = _no_lines()
         self._ends: SortedDict = SortedDict()  # (until, request id) -> None
 
     def __contains__(self, request_id: str) -> bool:
@@ -225,10 +231,9 @@ class WaitingQueue:
         self._waiters[request.request_id] = self._by_place[place] = waiter
         self._ends[until, request.request_id] = None
         for lines, key in self._lines_of(waiter):
-            by_rank = lines.setdefault(key, {})
-            line = by_rank.get(place.rank, _Line(SortedList(), NOTHING))
+            line = lines[key][place.rank]
             line.places.add(place)
-            by_rank[place.rank] = line._replace(need=line.need.plus(need))
+            line.need = line.need.plus(need)
 
     def _lines_of(self, waiter: Waiter) -> tuple[tuple[_Lines, str], ...]:
         return (self._at_nodes, waiter.node_id), (self._of_models, waiter.request.fingerprint)
@@ -241,12 +246,13 @@ class WaitingQueue:
         del self._by_place[waiter.place]
         del self._ends[waiter.until, request_id]
         for lines, key in self._lines_of(waiter):
-            line = lines[key].pop(waiter.place.rank)
+            line = lines[key][waiter.place.rank]
             line.places.remove(waiter.place)
-            if line.places:
-                lines[key][waiter.place.rank] = line._replace(need=line.need.plus(waiter.need, -1))
-            elif not lines[key]:
-                del lines[key]
+            line.need = line.need.plus(waiter.need, -1)
+            if not line.places:
+                del lines[key][waiter.place.rank]
+                if not lines[key]:
+                    del lines[key]
 
     def forget_gone(self, now: float) -> None:
         """Those that should have asked again and have not."""
@@ -472,15 +478,24 @@ def room_kept(queue: WaitingQueue, place: Place, costs: RequestCosts) -> dict[st
 def _first_able(
     request: ScheduleRequest, nodes: Iterable[NodeView], kept: Mapping[str, Work], costs: RequestCosts
 ) -> NodeView | None:
-    """The first of the nodes, which have the blocks, that may take the request beside what is kept there.
+    """The first of the nodes that may take the request beside what is kept there.
 
-    They have them without those that it would find cached.
+    All have enough blocks, without those that it would find cached.
     """
-    others_costs = RequestCosts(request, costs.state, costs.cluster_goals, costs.now, hits=NO_HITS)
+    goal_s = costs.cluster_goals.of_request(request).itl_s
+    excess_tokens = request.num_prompt_tokens - costs.mean_prompt_tokens
+    others_costs: RequestCosts | None = None
     for node in nodes:
         if node.node_id in request.avoid or not node.can_ever_hold(request):
             continue
-        if others_costs.may_slow(node, kept.get(node.node_id, NOTHING)):
+        held = kept.get(node.node_id, NOTHING)
+        # Most often its steps stay within the goal. Then no more need be known of the request.
+        if excess_s(node, excess_tokens, held, goal_s) <= 0.0:
+            return node
+        others_costs = others_costs or RequestCosts(
+            request, costs.state, costs.cluster_goals, costs.now, hits=NO_HITS
+        )
+        if others_costs.may_slow(node, held):
             return node
     return None
 
@@ -539,7 +554,8 @@ def foresee_room(costs: RequestCosts, queue: WaitingQueue, place: Place) -> Late
     wait = Wait(
         retry_in_s=_retry_in(room_s),
         reason=f"all {sum(len(group.decode) for group in costs.groups)} decode nodes are full",
-        first_token_in_s=wait_s + min(map(costs.prefill_work_s, prefill)),
+        first_token_in_s=wait_s
+        + min(costs.prefill_work_s(node, costs.num_cached_tokens(node)) for node in prefill),
     )
     return Later(wait, wait_s, node.node_id, costs.need_on(node))
 

@@ -66,6 +66,21 @@ class Cost(msgspec.Struct, frozen=True, gc=False):
 _rank = attrgetter("total_s", "node.node_id")
 
 
+def excess_s(node: NodeView, excess_tokens: float, held: Work, target_s: float) -> float:
+    """How far a decode step with one more sequence exceeds the target, beside `held`. Of an idle node 0.
+
+    `excess_tokens`: what its prompt has more than the mean one.
+    """
+    if node.num_sequences + held.num_sequences == 0:
+        return 0.0
+    step_s = node.step_s + excess_tokens * node.speed.context_token_s
+    if held is not NOTHING:
+        step_s += node.speed.beside_s(held.num_sequences, held.context_tokens)
+    if node.helps_decode:
+        return max(step_s - target_s, step_s - node.chunk_s - SHARED_ITL * target_s)
+    return step_s - target_s
+
+
 class RequestCosts:
     """One request against the cluster at `now`: which nodes may take which half, and at what cost."""
 
@@ -93,7 +108,8 @@ class RequestCosts:
         self._kept: Mapping[str, Work] | None = None
         self.is_interruptible = is_interruptible
         # Tokens that the prompt has more than the mean one, or fewer.
-        self._excess_tokens = request.num_prompt_tokens - state.mean_prompt_tokens_of(request.fingerprint)
+        self.mean_prompt_tokens = state.mean_prompt_tokens_of(request.fingerprint)
+        self._excess_tokens = request.num_prompt_tokens - self.mean_prompt_tokens
         self._most_tokens = request.num_prompt_tokens + request.max_new_tokens
         self._needs: dict[int, Work] = {}  # by block size: all else about it is the request's
         # A prefill node with more to do is no candidate.
@@ -130,10 +146,13 @@ class RequestCosts:
 
     def has_room(self, node: NodeView) -> bool:
         """Does the request fit on the node now, beside what is kept there?"""
-        # What is kept is found only if there is room at all.
-        if self._kept is None and not self._fits(node, NOTHING):
-            return False
-        return self._fits(node, self.kept.get(node.node_id, NOTHING))
+        kept = self._kept
+        if kept is None:
+            # It is found only if there is room at all.
+            if not self._fits(node, NOTHING):
+                return False
+            kept = self.kept
+        return self._fits(node, kept.get(node.node_id, NOTHING))
 
     def _fits(self, node: NodeView, held: Work) -> bool:
         """The whole prompt and a token, a place in the batch, and the ITL target, beside `held`."""
@@ -186,14 +205,7 @@ class RequestCosts:
         return self._excess_s(node, held, self.itl_target_s)
 
     def _excess_s(self, node: NodeView, held: Work, target_s: float) -> float:
-        if node.num_sequences + held.num_sequences == 0:
-            return 0.0
-        step_s = self.step_s(node)
-        if held is not NOTHING:
-            step_s += node.speed.beside_s(held.num_sequences, held.context_tokens)
-        if node.helps_decode:
-            return max(step_s - target_s, step_s - node.chunk_s - SHARED_ITL * target_s)
-        return step_s - target_s
+        return excess_s(node, self._excess_tokens, held, target_s)
 
     def need_on(self, node: NodeView) -> Work:
         """The room that the request takes there, with its output as long as is expected."""
@@ -225,12 +237,12 @@ class RequestCosts:
 
     def prefill_cost(self, node: NodeView) -> Cost:
         """The wait, then what is not cached here."""
-        work_s = self.prefill_work_s(node)
-        return Cost(node, work_s, self.num_cached_tokens(node), self.prefill_wait_s(node) + work_s)
-
-    def prefill_work_s(self, node: NodeView) -> float:
-        """Of what is not cached here."""
         num_cached = self.num_cached_tokens(node)
+        work_s = self.prefill_work_s(node, num_cached)
+        return Cost(node, work_s, num_cached, self.prefill_wait_s(node) + work_s)
+
+    def prefill_work_s(self, node: NodeView, num_cached: int) -> float:
+        """Of all but so many tokens of the prompt."""
         num_new = self.request.num_prompt_tokens - num_cached
         return node.speed.prefill_s(num_new, num_cached, node.chunk_tokens, node.chunk_beside_s)
 
