@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as RawTokenizer
 
 from flowkv_common.errors import BadRequest, Full
 from flowkv_common.grammar import Grammars
@@ -16,7 +17,7 @@ from flowkv_common.wire.messages import Grammar
 from flowkv_gateway import grammar as gateway_grammar
 from flowkv_gateway.grammar import MAX_GRAMMAR_BYTES, GrammarChecker, Wanted, wanted_grammar
 from flowkv_gateway.schemas import ChatRequest, CompletionRequest, parse_request
-from flowkv_gateway.tokenizer import Tokenizer
+from flowkv_gateway.tokenizer import Tokenizer, Vocabulary
 from tests.gateway_support import EOS, write_tokenizer
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "null"}, "a": {"type": "integer"}}}
@@ -32,18 +33,20 @@ TAG: dict[str, Any] = {
     "triggers": ["<call="],
 }
 
+NO_VOCABULARY = Vocabulary({}, frozenset())
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
-def wanted(**fields: Any) -> Wanted | None:
+def wanted(vocabulary: Vocabulary = NO_VOCABULARY, **fields: Any) -> Wanted | None:
     """The same of both endpoints."""
     of_chat = json.dumps({"messages": [{"role": "user", "content": "hi"}], **fields}).encode()
-    found = wanted_grammar(parse_request(of_chat, ChatRequest))
+    found = wanted_grammar(parse_request(of_chat, ChatRequest), vocabulary)
     of_completion = json.dumps({"prompt": "hi", **fields}).encode()
-    assert wanted_grammar(parse_request(of_completion, CompletionRequest)) == found
+    assert wanted_grammar(parse_request(of_completion, CompletionRequest), vocabulary) == found
     return found
 
 
@@ -187,6 +190,22 @@ def test_a_trigger_begins_one_of_the_structures(tokenizer: Tokenizer, text: str,
         found = wanted(**fields)
         assert found is not None
         assert takes(tokenizer, found.grammar, text) is is_taken
+
+
+@pytest.mark.parametrize("trigger", ["<call>", "<call>a", "= <call>"])
+def test_a_trigger_may_be_a_token(tmp_path: Path, trigger: str) -> None:
+    folder = write_tokenizer(tmp_path)
+    raw = RawTokenizer.from_file(str(folder / "tokenizer.json"))
+    raw.add_tokens(["<call>", "</call>"])
+    raw.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.load(folder)
+    structure = {"begin": f"{trigger}add:", "schema": {"enum": [1, 2]}, "end": "</call>"}
+    tag = {"type": "structural_tag", "structures": [structure], "triggers": [trigger]}
+    found = wanted(tokenizer.vocabulary, response_format=tag)
+    assert found is not None
+    for text in ("no call", f"first {trigger}add:1</call> then {trigger}add:2</call>."):
+        assert takes(tokenizer, found.grammar, text)
+    assert not takes(tokenizer, found.grammar, f"{trigger}add:3</call>")
 
 
 def of_json(schema: Any) -> Grammar:

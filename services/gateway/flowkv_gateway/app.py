@@ -234,7 +234,7 @@ class Api:
     async def completions(self, request: Request) -> ASGIApp:
         model, body = await self._parse(request, CompletionRequest)
         goals = service_goals(request.headers)
-        grammar = await checked_grammar(model, wanted_grammar(body))
+        grammar = await checked_grammar(model, wanted_grammar(body, model.tokenizer.vocabulary))
         prompts = await completion_prompts(body, model.tokenizer)
         return await self._answer(request, model, body, prompts, grammar, goals, TextWriter)
 

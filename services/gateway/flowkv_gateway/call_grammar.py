@@ -10,6 +10,7 @@ from flowkv_common.errors import BadRequest
 from flowkv_common.wire.messages import Grammar
 from flowkv_gateway.calls import Tool, in_json
 from flowkv_gateway.grammar import Wanted, json_rule, json_schema
+from flowkv_gateway.grammar_text import ANY, in_grammar, up_to, without
 from flowkv_gateway.parsers import Parser
 from flowkv_gateway.parsers.deepseek import DeepSeek
 from flowkv_gateway.parsers.hermes import Hermes
@@ -37,8 +38,6 @@ class Form(NamedTuple):
     begins_text: bool = False
     is_numbered: bool = False
 
-
-_ANY = r"/(.|\n)*/"
 
 _HERMES = Form(
     Hermes,
@@ -156,7 +155,7 @@ def _several(form: Form, max_calls: int | None, vocabulary: Vocabulary, after: s
 
 def _among_text(form: Form, max_calls: int | None, vocabulary: Vocabulary, rules: list[str]) -> str:
     """Text with calls in it, and none that could be read as another call. Adds the `rules` that it needs."""
-    text = _without(form.triggers, vocabulary, r"/([^\s\[{](.|\n)*)?/" if form.begins_text else _ANY)
+    text = without(form.triggers, vocabulary, r"/([^\s\[{](.|\n)*)?/" if form.begins_text else ANY)
     rules.append(f"TEXT: {text}")
     options = []
     for place, trigger in enumerate(form.triggers):
@@ -170,39 +169,6 @@ def _among_text(form: Form, max_calls: int | None, vocabulary: Vocabulary, rules
         return f"({' | '.join(options)})* TEXT"
     rules.append(r"LEAD: /\s*/")
     return f"LEAD ({' | '.join([_several(form, max_calls, vocabulary), *options])} | TEXT)"
-
-
-def in_grammar(text: str, vocabulary: Vocabulary) -> str:
-    """This text in a rule: marks are not their texts there."""
-    parts, place = [], 0
-    while place < len(text):
-        found = [one for one in vocabulary.marks if one and text.startswith(one, place)]
-        if mark := max(found, key=len, default=""):
-            parts.append(f"<[{vocabulary.marks[mark]}]>")
-            place += len(mark)
-        elif parts and parts[-1].startswith('"'):
-            parts[-1] = parts[-1][:-1] + in_json(text[place])[1:]
-            place += 1
-        else:
-            parts.append(in_json(text[place]))
-            place += 1
-    return " ".join(parts)
-
-
-def _without(texts: Sequence[str], vocabulary: Vocabulary, text: str = _ANY) -> str:
-    """The `text` in which none of these is spelled out, as far as they are tokens: parsers would take it for
-    the token."""
-    spelled = [re.escape(one).replace("/", r"\/") for one in texts if one in vocabulary.marks]
-    return f"{text} & ~/(.|\\n)*({'|'.join(spelled)})(.|\\n)*/" if spelled else text
-
-
-def up_to(name: str, mark: str, vocabulary: Vocabulary, *, text: str = "") -> str:
-    """A rule of this name for any text, or `text`, up to the first such mark."""
-    # If it is a token, it is in no text. Nor may it be in a lazy rule, which is a regular expression.
-    lazy = "" if mark in vocabulary.marks else "[lazy]"
-    terminal = text or name.upper()
-    rule = f"{name}{lazy}: {terminal} {in_grammar(mark, vocabulary)}"
-    return rule if text else f"{rule}\n{terminal}: {_without([mark], vocabulary)}"
 
 
 def harmony_rule(vocabulary: Vocabulary) -> str:

@@ -13,12 +13,11 @@ from flowkv_gateway.call_grammar import (
     answer_grammar,
     form_of,
     harmony_rule,
-    in_grammar,
     kimi_k3_rule,
-    up_to,
 )
 from flowkv_gateway.calls import forced_names, offered_tools, tell_of_tools
 from flowkv_gateway.grammar import Wanted, check_size, wanted_grammar
+from flowkv_gateway.grammar_text import in_grammar, up_to
 from flowkv_gateway.parsers import Parser, can_reason, parser_for
 from flowkv_gateway.parsers.gemma import Gemma
 from flowkv_gateway.parsers.harmony import Harmony
@@ -146,7 +145,8 @@ class ChatFormat:
 
     def answer_format(self, request: ChatRequest, prompt: str) -> AnswerFormat:
         """Of the answers to this rendered prompt. Raises BadRequest."""
-        tools, forced, asked = offered_tools(request), forced_names(request), wanted_grammar(request)
+        tools, forced = offered_tools(request), forced_names(request)
+        asked = wanted_grammar(request, self._tokenizer.vocabulary)
         is_in_grammar = bool(tools) and bool(forced or asked)
         parser = self._form.parser if is_in_grammar else self.parser(has_tools=bool(tools))
         reasoning = self._reasoning_rule(prompt.rstrip(), parser)

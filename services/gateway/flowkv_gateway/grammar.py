@@ -19,7 +19,9 @@ from flowkv_common.errors import BadRequest, Full, Unavailable
 from flowkv_common.grammar import JSON_OPTIONS
 from flowkv_common.wire.messages import Grammar
 from flowkv_gateway.dates import with_exact_dates
+from flowkv_gateway.grammar_text import first_part, in_grammar, up_to, without
 from flowkv_gateway.schemas import ChoicesRequest, ResponseFormat, StructuralTag, StructuredOutputs
+from flowkv_gateway.tokenizer import Vocabulary
 
 # In JSON. It travels in a message of 1 MiB with the request; OpenAI takes schemas of 120,000 characters.
 MAX_GRAMMAR_BYTES = 128 * 1024
@@ -38,14 +40,14 @@ class Wanted(NamedTuple):
     grammar: Grammar
 
 
-def wanted_grammar(request: ChoicesRequest) -> Wanted | None:
+def wanted_grammar(request: ChoicesRequest, vocabulary: Vocabulary) -> Wanted | None:
     """Raises BadRequest for two that differ, for one that says nothing, and for one that is too large.
 
     Clients may ask for the same twice, by vLLM's older and newer field.
     """
     wanted = [
-        *_of_response_format(request.response_format),
-        *_of_structured_outputs(request.structured_outputs),
+        *_of_response_format(request.response_format, vocabulary),
+        *_of_structured_outputs(request.structured_outputs, vocabulary),
         *_of_guided(request),
     ]
     if not wanted:
@@ -65,7 +67,7 @@ def check_size(wanted: Wanted) -> Wanted:
     return wanted
 
 
-def _of_response_format(asked: ResponseFormat | None) -> Iterator[Wanted]:
+def _of_response_format(asked: ResponseFormat | None, vocabulary: Vocabulary) -> Iterator[Wanted]:
     if asked is None or asked.type == "text":
         return
     if asked.type == "json_object":
@@ -76,10 +78,10 @@ def _of_response_format(asked: ResponseFormat | None) -> Iterator[Wanted]:
         field = "response_format.json_schema.schema"
         yield Wanted(field, json_schema(asked.json_schema.schema, field))
     else:
-        yield Wanted("response_format", _structural_tag(asked, "response_format"))
+        yield Wanted("response_format", _structural_tag(asked, "response_format", vocabulary))
 
 
-def _of_structured_outputs(asked: StructuredOutputs | None) -> Iterator[Wanted]:
+def _of_structured_outputs(asked: StructuredOutputs | None, vocabulary: Vocabulary) -> Iterator[Wanted]:
     if asked is None:
         return
     field = "structured_outputs"
@@ -102,7 +104,7 @@ def _of_structured_outputs(asked: StructuredOutputs | None) -> Iterator[Wanted]:
             tag = msgspec.json.decode(asked.structural_tag, type=StructuralTag)
         except (msgspec.DecodeError, RecursionError) as error:
             raise BadRequest(f"{field}: {error}", field=field) from None
-        yield Wanted(field, _structural_tag(tag, field))
+        yield Wanted(field, _structural_tag(tag, field, vocabulary))
 
 
 def _of_guided(request: ChoicesRequest) -> Iterator[Wanted]:
@@ -150,13 +152,14 @@ def _choice(texts: list[str]) -> Grammar:
     return Grammar(kind="lark", text="start: " + " | ".join(map(_quoted, texts)))
 
 
-def _structural_tag(tag: StructuralTag | ResponseFormat, field: str) -> Grammar:
+def _structural_tag(tag: StructuralTag | ResponseFormat, field: str, vocabulary: Vocabulary) -> Grammar:
     """Free text; where a trigger stands, a structure that begins with it, its JSON, its end."""
     if not tag.structures or not tag.triggers:
         raise BadRequest(
             f"{field} needs structures and triggers, other forms are not supported.", field=field
         )
-    rules, begun = [], []
+    triggers = [first_part(trigger, vocabulary) for trigger in tag.triggers if trigger]
+    rules, begun = [f"TEXT: {without(triggers, vocabulary)}"], []
     for place, one in enumerate(tag.structures):
         trigger = next((trigger for trigger in tag.triggers if trigger and one.begin.startswith(trigger)), "")
         if not trigger:
@@ -164,14 +167,14 @@ def _structural_tag(tag: StructuralTag | ResponseFormat, field: str) -> Grammar:
                 f"{field}: structure {place} begins with none of the triggers.", field=f"{field}.structures"
             )
         schema = json_rule(json_schema(one.schema, f"{field}.structures[{place}].schema"))
-        begin, end = (_quoted(text) if text else "" for text in (one.begin[len(trigger) :], one.end))
+        trigger = first_part(trigger, vocabulary)
+        begin, end = (in_grammar(text, vocabulary) for text in (one.begin[len(trigger) :], one.end))
         rules += [
-            f"begin_{place}[lazy]: TEXT {_quoted(trigger)}",
+            up_to(f"begin_{place}", trigger, vocabulary, text="TEXT"),
             f"structure_{place}: begin_{place} {begin} {schema} {end}",
         ]
         begun.append(f"structure_{place}")
-    start = [f"start: ({' | '.join(begun)})* TEXT", r"TEXT: /(.|\n)*/"]
-    return Grammar(kind="lark", text="\n".join([*start, *rules]))
+    return Grammar(kind="lark", text="\n".join([f"start: ({' | '.join(begun)})* TEXT", *rules]))
 
 
 def _quoted(text: str) -> str:

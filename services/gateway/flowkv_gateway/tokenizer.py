@@ -195,7 +195,8 @@ def _load_config(folder: Path) -> dict[str, Any]:
 class Vocabulary:
     """Token ids to bytes. Ids that the tokenizer lacks (padding of the embedding) have no bytes.
 
-    `marks`: the ids of tokens that are no text to a grammar, by their texts.
+    `marks`: the ids of tokens that are no text to a grammar, by their texts. `mark_pattern` finds them, the
+    longest where several begin alike.
     """
 
     def __init__(
@@ -206,6 +207,8 @@ class Vocabulary:
     ) -> None:
         self.special_ids = special_ids
         self.marks = marks
+        # Now, not with the first request that needs it: some models have thousands.
+        self.mark_pattern = re.compile(_any_of(sorted(filter(None, marks))))
         self._token_bytes = token_bytes
 
     @classmethod
