@@ -342,6 +342,19 @@ def test_room_is_kept_at_one_node_for_each_request_ahead() -> None:
     assert isinstance(decide(request(request_id="fourth", age_s=1.0), nodes, three), Wait)
 
 
+def test_room_is_kept_from_a_request_that_needs_less_of_it_where_its_prefix_is_cached() -> None:
+    """It needs more blocks than the 40 that are free, but not beside 8 that are cached."""
+    nodes, wanted = [PAIR[0], node("d0", "decode", free=40)], request(640, request_id="second", age_s=1.0)
+    hits = Hits([(8, 1)], ["d0"], {"d0": 1})
+
+    def decide_behind(*ahead: ScheduleRequest) -> Choice | Wait:
+        waiting = waiting_behind([*ahead])
+        return told(admission.decide(wanted, cluster(*nodes), GOALS, 0.0, waiting, hits=hits))
+
+    assert isinstance(decide_behind(), Choice)
+    assert isinstance(decide_behind(request(request_id="first", age_s=2.0)), Wait)
+
+
 def test_a_request_that_waits_for_a_first_node_is_served_before_a_later_one() -> None:
     waiting = WaitingQueue()
     waiting.add_waiter(request(request_id="first", age_s=5.0), later(""), now=0.0)
