@@ -51,11 +51,29 @@ def test_the_order_is_the_same_each_time_until_other_servers_are_named(tmp_path:
     assert access.in_our_order(access.read_servers()) == ["nats://other:4222"]
 
 
-@pytest.mark.parametrize("url", ["", " , ", "nats://:1", "nats://u:secret@host:port", "nats://[::1"])
-def test_no_address_of_a_server(url: str) -> None:
-    with pytest.raises(CannotStart) as caught:
+@pytest.mark.parametrize("url", ["", " , "])
+def test_no_server_at_all(url: str) -> None:
+    with pytest.raises(CannotStart, match="names no NATS server"):
         read(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["nats://:1", "nats://u:secret@host:port", "nats://[::1", "http://u:secret@a:4222", "nats:a", "ws://a"],
+)
+def test_no_address_of_a_server(url: str) -> None:
+    with pytest.raises(CannotStart, match="^'[^']*' is no address of NATS: say nats://host:4222") as caught:
+        read(f"nats://good,{url}")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("password", ["sec/ret", "1/secret", "sec#ret", "sec?ret", "1#", "sec@r/et"])
+def test_a_password_that_a_url_can_not_hold_is_told_how_to_be_written(password: str) -> None:
+    with pytest.raises(
+        CannotStart, match="before 'host:4222' can't stand in a URL: write / as %2F"
+    ) as caught:
+        read(f"nats://me:{password}@host:4222")
+    assert password not in str(caught.value)
 
 
 def test_a_certificate_needs_its_key() -> None:

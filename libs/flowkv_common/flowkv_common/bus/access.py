@@ -66,14 +66,16 @@ class Access:
             servers = self.read_servers()
             self.read_credentials()
             self.read_tls()
-        except (OSError, ValueError) as error:  # an SSLError is one
+        except CannotStart:
+            raise
+        except (OSError, ValueError) as error:  # an SSLError is an OSError
             raise CannotStart(f"can't show NATS who we are: {error}") from None
         # Not all services go to the first server.
         self._order = list(range(len(servers.urls)))
         random.shuffle(self._order)
 
     def read_servers(self) -> Servers:
-        """As the settings or their file say now. Raises OSError, ValueError, CannotStart if they say none."""
+        """As the settings or their file say now. Raises OSError, ValueError, CannotStart if there is none."""
         text = self.nats.nats_url
         if self.nats.nats_url_file:
             text = Path(self.nats.nats_url_file).read_text()
@@ -115,15 +117,19 @@ class Access:
 
 
 def _parse(url: str) -> SplitResult:
-    """Raises CannotStart for what is no address of a server."""
+    """Raises CannotStart for what is no address of a server. It never repeats a password."""
+    where = url.rpartition("@")[2]
     try:
         parsed = urlsplit(url if "://" in url else f"nats://{url}")
-        parsed.port  # noqa: B018 (it raises)
-        host = parsed.hostname
+        is_cut = "@" in parsed.path + parsed.query + parsed.fragment
+        host = parsed.hostname if is_cut or parsed.port != 0 else None
     except ValueError:
-        host = None
-    if not host:
-        raise CannotStart(f"{url.rpartition('@')[2]!r} is no address of NATS: say nats://host:4222")
+        is_cut, host = False, None
+    if is_cut:
+        escapes = "write / as %2F, ? as %3F and # as %23"
+        raise CannotStart(f"the user or password before {where!r} can't stand in a URL: {escapes}")
+    if not host or parsed.scheme not in ("nats", "tls"):
+        raise CannotStart(f"{where!r} is no address of NATS: say nats://host:4222, or tls://host:4222")
     return parsed
 
 

@@ -16,7 +16,6 @@ from nats.aio.subscription import Subscription as NatsSubscription
 from nats.aio.transport import TcpTransport
 
 from flowkv_common.bus.access import Access, Servers
-from flowkv_common.errors import CannotStart
 
 # The server is asked for a sign of life this often. Every wait that ends in a verdict on others is longer
 # than DEAF_AFTER_PINGS of these, so that a process that is cut off knows it first (docs/architecture.md,
@@ -225,7 +224,7 @@ class BarrierClient(Client):
         """The pool is what the settings say now, and what those servers tell of others."""
         try:
             servers = self._access.read_servers()
-        except (OSError, ValueError, CannotStart) as error:  # half written, or taken away for a moment
+        except (OSError, ValueError) as error:  # half written, or taken away for a moment
             await self._error_cb(error)
             return
         if servers.urls != self.known_servers.urls:
