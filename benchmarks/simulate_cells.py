@@ -1,7 +1,7 @@
 """Policies on traces, loads and mixes of nodes: how good is FlowKV beside what hindsight would have chosen?
 
 A cell is a trace, a load, and nodes that are alike or half of them slow; it is run with several seeds. The
-load is a share of what the best static split carries of the same requests, found first.
+load is a share of what the best static split carries of the first seed's requests, found first.
 
 With `--beside FILE` only the policies that are named are run: the load and the others are those of FILE, an
 earlier run with the same cells.
@@ -48,8 +48,8 @@ TUNING_SEEDS = range(100, 105)
 REPORTING = (*TUNING, "hot", "batchy", "bimodal", "synthetic")  # and the trace files
 REPORTING_SEEDS = range(5)
 
-# A cell is the same as one of an earlier run if these are.
-NAMES = ("trace", "mix", "seed", "nodes", "num_nodes", "num_requests")
+# A cell is the same as another one, but for load and seed, if these are.
+NAMES = ("trace", "mix", "nodes", "num_nodes", "num_requests")
 BOUND = "bound"  # an upper limit for any policy
 # What is told first.
 SHOWN = ("flowkv", "static", BEST_STATIC, MIXED, BOUND)
@@ -61,7 +61,7 @@ Cell = dict[str, Any]
 class Task(NamedTuple):
     """The cells of one trace, mix of nodes and seed; their loads share one capacity.
 
-    `options` are the command's, `known` the cells of `--beside`.
+    `options` are the command's, `known` the cells of `--beside` and of the first seed.
     """
 
     trace: str
@@ -79,15 +79,18 @@ def main(argv: Sequence[str]) -> int:
         raise BenchmarkFailed(f"no such trace: {', '.join(missing)}")
     known = json.loads(options.beside.read_text())["rows"] if options.beside else []
     report = Report(options)
-    tasks = [
-        Task(trace, mix, seed, options, known) for seed, trace, mix in product(seeds, traces, options.mixes)
-    ]
+    places = list(product(traces, options.mixes))
     began = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(min(options.jobs, len(tasks))) as workers:
-        for number, cells in enumerate(workers.imap_unordered(run_task, tasks), 1):
-            report.say(f"{number} of {len(tasks)}: {cells[0]['trace']}, seed {cells[0]['seed']}")
-            report.rows += cells
-            report.write()
+    with multiprocessing.get_context("spawn").Pool(min(options.jobs, len(seeds) * len(places))) as workers:
+        for these in (seeds[:1], seeds[1:]):
+            tasks = [
+                Task(trace, mix, seed, options, [*known, *report.rows])
+                for seed, (trace, mix) in product(these, places)
+            ]
+            for cells in workers.imap_unordered(run_task, tasks):
+                report.say(f"{cells[0]['trace']}, {cells[0]['mix']}, seed {cells[0]['seed']}")
+                report.rows += cells
+                report.write()
     order = [Path(trace).name for trace in traces]
     report.rows.sort(key=lambda cell: (order.index(cell["trace"]), cell["mix"], cell["load"], cell["seed"]))
     report.more["wall_s"] = time.monotonic() - began
@@ -111,11 +114,13 @@ def run_task(task: Task) -> list[Cell]:
     requests = cut_to(requests, kind.max_model_len)
     targets = default_targets(kind, requests)
     half = options.num_nodes // 2
-    place = Path(trace).name, mix, seed, kind.name, options.num_nodes, options.requests
-    known = [cell for cell in known if tuple(cell[name] for name in NAMES) == place]
-    shared: Cell = dict(zip(NAMES, place, strict=True))
-    if known:
-        shared |= {"carried": known[0]["carried"], "best_prefill": known[0]["best_prefill"]}
+    place = Path(trace).name, mix, kind.name, options.num_nodes, options.requests
+    of_any_seed = [cell for cell in known if tuple(cell[name] for name in NAMES) == place]
+    known = [cell for cell in of_any_seed if cell["seed"] == seed]
+    shared: Cell = {**dict(zip(NAMES, place, strict=True)), "seed": seed}
+    if of_any_seed:
+        first = (known or of_any_seed)[0]
+        shared |= {"carried": first["carried"], "best_prefill": first["best_prefill"]}
     else:
         carried = capacity(machines, requests, targets, seed)
         shared |= {"carried": carried.rate, "best_prefill": carried.num_prefill}

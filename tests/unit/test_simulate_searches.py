@@ -162,9 +162,11 @@ def test_on_one_node_requests_stay() -> None:
     assert {life.prefill for life in lives} == {0, 1, 2}
 
 
-def cells_of(mix: str, policies: Sequence[str], known: Sequence[cells.Cell] = ()) -> list[cells.Cell]:
+def cells_of(
+    mix: str, policies: Sequence[str], known: Sequence[cells.Cell] = (), seed: int = 1
+) -> list[cells.Cell]:
     options = cells.parse_options(["--num-nodes", "4", "--requests", "12", "--policy", *policies])
-    return cells.run_task(cells.Task("shifting", mix, 1, options, known))
+    return cells.run_task(cells.Task("shifting", mix, seed, options, known))
 
 
 def test_advice_names_the_best_way_and_what_the_others_miss() -> None:
@@ -216,6 +218,17 @@ def test_beside_an_earlier_run_only_what_is_named_runs_again() -> None:
     assert {cell["runs"]["best_static"]["good_share"] for cell in again} == {-2.0}
     others = cells_of("slow-half", ["flowkv"], known=earlier)  # not those of `earlier`
     assert {tuple(cell["runs"]) for cell in others} == {("flowkv",)}
+
+
+def test_another_seed_has_the_loads_of_the_first_and_runs_of_its_own() -> None:
+    first = cells_of("alike", ["static"])
+    for cell in first:
+        cell["carried"] *= 2  # as it was found
+        cell["runs"]["static"]["good_share"] = -1.0
+    other = cells_of("alike", ["static"], known=first, seed=2)
+    assert [cell["rate"] for cell in other] == [2 * cell["rate"] for cell in first]
+    assert {cell["seed"] for cell in other} == {2}
+    assert all(cell["runs"]["static"]["good_share"] >= 0 for cell in other)
 
 
 def test_differences_are_told_with_the_worst_row() -> None:
