@@ -84,7 +84,7 @@ def test_the_end_of_the_fork_server_ends_no_node(env: dict[str, str], tmp_path: 
         (process,) = set(psutil.Process().children()) - others
         child = server.fork("decode-0", SCHEDULER, env, tmp_path / "log")
         process.kill()
-        said = "decode-1 can't be forked .*: start the cluster again\nfork-server ended with -9"
+        said = "decode-1 can't be forked .*: start the cluster again\nfork-server was ended by SIGKILL"
         with pytest.raises(ClusterError, match=said):
             server.fork("decode-1", SCHEDULER, env, tmp_path / "none")
     assert child.poll() is None

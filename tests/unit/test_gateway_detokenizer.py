@@ -74,7 +74,7 @@ def test_sentencepiece_vocabulary() -> None:
         "decoders": [{"type": "Replace"}, {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip"}],
     }
     vocab = {"<s>": 0, "\u2581hi": 1, "<0xE2>": 2, "<0x82>": 3, "<0xAC>": 4}
-    tokenizer_json = {"decoder": decoder, "added_tokens": [{"id": 0, "special": True}]}
+    tokenizer_json = {"decoder": decoder, "added_tokens": [{"id": 0, "content": "<s>", "special": True}]}
     vocabulary = Vocabulary.from_json(tokenizer_json, vocab)
     assert decode(vocabulary, [0, 1, 2, 3, 4]) == ["<s>", " hi", "", "", "\u20ac", ""]
     assert vocabulary.token_text(0) == "<s>"
