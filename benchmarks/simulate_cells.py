@@ -117,7 +117,7 @@ def run_task(task: Task) -> list[Cell]:
     place = Path(trace).name, mix, kind.name, options.num_nodes, options.requests
     of_any_seed = [cell for cell in known if tuple(cell[name] for name in NAMES) == place]
     known = [cell for cell in of_any_seed if cell["seed"] == seed]
-    shared: Cell = {**dict(zip(NAMES, place, strict=True)), "seed": seed}
+    shared: Cell = dict(zip(NAMES, place, strict=True)) | {"seed": seed}
     if of_any_seed:
         first = (known or of_any_seed)[0]
         shared |= {"carried": first["carried"], "best_prefill": first["best_prefill"]}

@@ -13,7 +13,7 @@ import pytest
 from flowkv_engine.kv.segments import Copy
 from flowkv_engine.transport.base import ConnectorUnavailable
 from flowkv_engine.transport.nixl import ShownBuffers
-from flowkv_engine.transport.nixl_memory import ShownAgent, ShownMemory, find_library
+from flowkv_engine.transport.nixl_memory import ShownMemory, find_library, show_nothing
 from flowkv_engine.transport.stream import Channel, Frame, Hello, Refused, Reply, Transfer
 from tests.contract.cupy_on_host import host_device
 from tests.contract.kv_nodes import LINK_TOKEN, NIXL, STAGED
@@ -72,34 +72,21 @@ async def test_an_end_that_can_not_stage_says_why(whose: str) -> None:
         await assert_serves(receiver, sender)
 
 
-def nothing() -> ShownAgent:
-    """What a sender shows whose pool can't be registered."""
-    return ShownAgent(
-        metadata=b"",
-        address=0,
-        device=0,
-        pid=0,
-        nonce_address=0,
-        nonce=b"",
-        version=find_library().version,
-        can_stage=True,
-    )
-
-
 @pytest.mark.parametrize(
     "lie", [{"num_buffers": 0}, {"buffer_bytes": 0}, {"buffer_bytes": 1 << 40}, {}], ids=str
 )
 async def test_buffers_that_are_not_what_a_sender_says_cost_only_its_connection(lie: dict[str, int]) -> None:
+    nothing = show_nothing(find_library().version)
     async with staged_network(BOTH) as net:
         receiver, sender = await net.node(), await net.node()
         with await dial(receiver) as channel:
             await channel.send_frame(hello())
             await channel.expect_yes()
-            await channel.send_frame(nothing())
+            await channel.send_frame(nothing)
             with pytest.raises(Refused, match="can't register the sender's pool"):
                 await channel.expect_yes()
             sizes = {"num_buffers": 2, "buffer_bytes": 64} | lie
-            await channel.send_frame(ShownBuffers(shown=nothing(), **sizes))
+            await channel.send_frame(ShownBuffers(shown=nothing, **sizes))
             if not lie:
                 with pytest.raises(Refused, match="can't register"):
                     await channel.expect_yes()

@@ -33,6 +33,7 @@ from flowkv_engine.transport.nixl_memory import (
     ShownMemory,
     Source,
     find_library,
+    show_nothing,
 )
 from flowkv_engine.transport.pull import pulling
 from flowkv_engine.transport.staging import (
@@ -127,20 +128,11 @@ class NixlConnector(StreamConnector):
             try:
                 if self._own is None:
                     self._own = await asyncio.to_thread(ShownMemory, self.library, self.pool.tensor)
-                shown = self._own.shown
             except NixlFailed:
                 if self.device is None:
                     raise
-                shown = ShownAgent(
-                    metadata=b"",
-                    address=0,
-                    device=0,
-                    pid=0,
-                    nonce_address=0,
-                    nonce=b"",
-                    version=self.library.version,
-                )
-        return msgspec.structs.replace(shown, can_stage=self.device is not None)
+                return show_nothing(self.library.version)
+        return msgspec.structs.replace(self._own.shown, can_stage=self.device is not None)
 
     async def _offer_buffers(self, channel: Channel, device: StagingDevice) -> Push:
         """Raises `OSError`, `Refused`."""

@@ -81,6 +81,20 @@ class ShownAgent(Frame, frozen=True, kw_only=True):
     can_stage: bool = False
 
 
+def show_nothing(version: str) -> ShownAgent:
+    """What a sender that stages shows, if its pool can't be registered."""
+    return ShownAgent(
+        metadata=b"",
+        address=0,
+        device=0,
+        pid=0,
+        nonce_address=0,
+        nonce=b"",
+        version=version,
+        can_stage=True,
+    )
+
+
 class Source(NamedTuple):
     """What a peer shows, with what is known of it besides."""
 
