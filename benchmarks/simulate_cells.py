@@ -43,7 +43,7 @@ from flowkv.bench.traces import ASKED_NEW_TOKENS, at_rate, cut_to
 LOADS = (0.7, 1.0, 1.3)
 MIXES = ALIKE, SLOW_HALF = "alike", "slow-half"
 # What the scheduler's constants may be tuned on, and what its figures are reported on (docs/simulator.md).
-TUNING = ("code", "agents", "bursts", "giants", "turns", "alternating", "ramp", "shifting")
+TUNING = ("code", "agents", "bursts", "giants", "documents", "turns", "alternating", "ramp", "shifting")
 TUNING_SEEDS = range(100, 105)
 REPORTING = (*TUNING, "hot", "batchy", "bimodal", "synthetic")  # and the trace files
 REPORTING_SEEDS = range(5)

@@ -134,6 +134,19 @@ def giants(num_requests: int, seed: int = 0) -> list[Request]:
     return _timed(lengths, _poisson(draw))
 
 
+def documents(num_requests: int, seed: int = 0) -> list[Request]:
+    """Three questions on each document of about 10,000 tokens, answers of 300: few fill a decode node."""
+    draw, ids = random.Random(seed), count()
+    return _sessions(
+        num_requests,
+        draw,
+        ids,
+        first=lambda: tuple(islice(ids, -(-_lognormal(draw, 10_000, 0.9, 60_000) // TOKENS_PER_HASH_ID))),
+        lengths=lambda: (draw.randint(20, 200), _lognormal(draw, 300, 0.6, 1000)),
+        num_calls=3,
+    )
+
+
 def ramp(num_requests: int, seed: int = 0) -> list[Request]:
     """A compressed day of chats: the rate climbs to twice the first one, and falls again."""
     draw = random.Random(seed)
@@ -159,7 +172,8 @@ def bimodal(num_requests: int, seed: int = 0) -> list[Request]:
 MADE_UP: dict[str, Callable[[int, int], list[Request]]] = {
     make.__name__: make
     for make in (
-        synthetic, shifting, alternating, code, agents, turns, hot, bursts, giants, ramp, batchy, bimodal,
+        synthetic, shifting, alternating, code, agents, turns, hot, bursts, giants,
+        documents, ramp, batchy, bimodal,
     )
 }  # fmt: skip
 
