@@ -125,7 +125,7 @@ def one_node(costs: RequestCosts) -> Choice | None:
         # Prompts delay some of its steps in any case: without them its steps are to meet the target.
         step_s = costs.step_s(node) - node.chunk_s
         step_s += node.speed.beside_s(held.num_sequences, held.context_tokens)
-        return not node.num_sequences or step_s <= costs.goals.itl_s or not costs.must_meet_itl(node)
+        return not node.num_sequences or step_s <= costs.goals.itl_s or not costs.must_meet_itl
 
     members = (node for group in costs.groups for node in group.members.values())
     able = filter(costs.takes_sequence, members)

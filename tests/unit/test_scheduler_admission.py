@@ -179,17 +179,20 @@ def test_idle_prefill_nodes_are_no_room_for_sequences() -> None:
     assert decision.retry_in_s > admission.MIN_RETRY_S
 
 
-def test_the_itl_target_of_others_delays_a_request_for_half_of_the_longest_wait() -> None:
-    """Not for the lifetimes of the others."""
+def test_the_wait_for_the_itl_target_of_others_is_told_as_it_is() -> None:
+    """Beside a new sequence the step has room for one of nine."""
     fit = StepFit(base_s=0.02, prefill_token_s=0.0, attended_token_s=0.0, sequence_s=0.1, context_token_s=0.0)
     slow = node("d0", "decode", num_running=9, free=NUM_BLOCKS - 16, step=fit)
-    nodes = [node("p0", "prefill"), slow]
-    early = decide(request(age_s=1.0), nodes)
-    assert isinstance(early, Wait)
-    patience_s = GOALS.longest_wait_s / 2
-    assert early.first_token_in_s == pytest.approx(patience_s - 1.0, abs=0.11)
-    assert isinstance(decide(request(age_s=patience_s - 0.1), nodes), Wait)
-    assert isinstance(decide(request(age_s=patience_s), nodes), Choice)
+    state = cluster(node("p0", "prefill"), slow)
+    patient = msgspec.structs.replace(GOALS, max_wait_s=1e9)
+    waits = []
+    for age_s in (1.0, GOALS.longest_wait_s):
+        decision = told(admission.decide(request(age_s=age_s), state, patient, 0.0, WaitingQueue()))
+        assert isinstance(decision, Wait)
+        waits.append(decision.first_token_in_s)
+    assert waits[0] == waits[1] > GOALS.longest_wait_s
+    with pytest.raises(errors.Full, match="would wait for about"):
+        admission.decide(request(), state, GOALS, 0.0, WaitingQueue())
 
 
 def test_a_prompt_that_fits_no_pool_with_its_next_token_is_refused_at_once() -> None:
@@ -803,13 +806,14 @@ def test_batch_requests_are_served_in_order() -> None:
     assert isinstance(decide(batch("a", num_prompt_tokens=1000, age_s=2.0), PAIR, waiting), Choice)
 
 
-def test_a_batch_request_never_exceeds_the_itl_target_of_others() -> None:
-    """However long it has waited."""
+def test_no_request_exceeds_the_itl_target_of_others() -> None:
+    """However long it has waited. But one whose client has seen half of the answer."""
     for num_running, has_room in ((10, True), (11, False)):
         busy = node("d0", "decode", num_running=num_running, step=LOADED_FIT)
-        for wanted in (batch(age_s=500.0), request(age_s=GOALS.longest_wait_s)):
+        retry = request(num_output_tokens=1)
+        for wanted in (batch(age_s=500.0), request(age_s=GOALS.longest_wait_s - 2.0), retry):
             found = decide(wanted, [PAIR[0], busy])
-            assert isinstance(found, Choice) == (has_room or not wanted.is_batch)
+            assert isinstance(found, Choice) == (has_room or wanted is retry)
 
 
 def test_batch_requests_that_wait_are_in_nobodys_way() -> None:

@@ -251,14 +251,13 @@ def test_choice_adds_tokens_to_prefill_and_blocks_to_decode() -> None:
     assert for_decode == Work(0, 1, 7, 96, expected)
 
 
-def test_the_itl_target_of_others_delays_a_request_for_half_of_the_longest_wait() -> None:
-    patience_s = GOALS.longest_wait_s / 2
+def test_however_long_a_request_has_waited_it_keeps_to_the_itl_target_of_others() -> None:
     fit = StepFit(
         base_s=0.02, prefill_token_s=0.0, attended_token_s=0.0, sequence_s=0.04, context_token_s=0.0
     )
     nodes = [node("p0", "prefill"), node("d0", "decode", num_running=9, step=fit)]
-    assert choose(request(age_s=patience_s - 0.1), nodes) is None
-    assert pair(choose(request(age_s=patience_s), nodes)) == ("p0", "d0")
+    assert choose(request(age_s=2 * GOALS.longest_wait_s), nodes) is None
+    assert pair(choose(request(num_output_tokens=1), nodes)) == ("p0", "d0")
 
 
 OTHER = msgspec.structs.replace(MODEL, name="other", fingerprint="g")

@@ -55,13 +55,6 @@ def test_the_time_to_the_first_token_is_set() -> None:
         assert outcome(planned(SchedulerSettings(ttft_goal_s=ttft_goal_s), queued=3000), request()) == kind
 
 
-def test_after_half_of_the_longest_wait_the_time_between_tokens_of_others_does_not_matter() -> None:
-    aged = request(age_s=3.0)
-    for max_wait_s, kind in ((6.0, Choice.__name__), (7.0, "Wait")):
-        settings = SchedulerSettings(itl_goal_s=0.04, max_wait_s=max_wait_s)
-        assert outcome(planned(settings, 0, running=9), aged) == kind
-
-
 def lending(settings: SchedulerSettings, num_ticks: int = 23) -> Planner:
     """A planner with a prefill node so slow that a decode node is lent, for what came in ten seconds."""
     planner = planner_of(settings)

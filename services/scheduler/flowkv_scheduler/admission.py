@@ -587,13 +587,7 @@ def _room_in_s(node: NodeView, costs: RequestCosts, ahead: Work) -> float:
     num_taken = max(1, node.descriptor.num_blocks - node.num_available_blocks)
     for_blocks = num_missing_blocks * max(1, node.num_sequences) / num_taken
     for_room_s = _ends_in_s(node, costs, ahead, max(for_blocks, node.num_missing_places(ahead)))
-    if not costs.must_meet_itl(node):
-        return for_room_s
-    for_itl_s = _itl_in_s(node, costs, ahead)
-    # The ITL target delays no request for longer, unless prompts would be delayed.
-    if not node.helps_decode:
-        for_itl_s = min(for_itl_s, costs.patience_s)
-    return max(for_room_s, for_itl_s)
+    return max(for_room_s, _itl_in_s(node, costs, ahead)) if costs.must_meet_itl else for_room_s
 
 
 def _prompts_in_s(costs: RequestCosts, prefill: Sequence[NodeView], ahead: Work) -> float:

@@ -39,9 +39,6 @@ HANDOFF_S = 0.005
 # While a node serves both sides, or works off what is left, its steps take this part of the ITL target. Of a
 # prefill node that is all it spends on decoding: the rest is for prompts, which requests elsewhere wait for.
 SHARED_ITL = 0.33
-# A request that has waited for this part of the longest wait may exceed the ITL target of others: a deadline,
-# so that none starves. How many requests are good does not depend on it.
-PATIENCE = 0.5
 # So many nodes per side and class of speed are compared, and so many more that have cached the most.
 NUM_COMPARED = 4
 NUM_FULL = 16
@@ -127,13 +124,6 @@ class RequestCosts:
         """How long outputs of the model become."""
         return self.state.lengths_of(self.request.fingerprint)
 
-    @functools.cached_property
-    def patience_s(self) -> float:
-        """How much longer the ITL target may delay this request."""
-        if self.request.is_batch:
-            return math.inf
-        return max(0.0, PATIENCE * self.goals.longest_wait_s - self.request.age_s)
-
     # --- which nodes may take it -------------------------------------------------------------------
 
     def takes_prompt(self, node: NodeView) -> bool:
@@ -167,19 +157,14 @@ class RequestCosts:
         # The target is no less than the goal, which is known at once.
         return (
             self._excess_s(node, held, self.goals.itl_s) <= 0.0
-            or not self.must_meet_itl(node)
+            or not self.must_meet_itl
             or self.itl_excess_s(node, held) <= 0.0
         )
 
-    def must_meet_itl(self, node: NodeView) -> bool:
-        """Retries of running requests skip the ITL check, but for one that may stay where it runs. None waits
-        on it for longer than `patience_s`.
-
-        A node that helps decode is the exception to that: its prompts would be delayed in turn.
-        """
-        if self.request.num_output_tokens and not self.request.runs_on:
-            return False
-        return node.helps_decode or self.patience_s > 0.0
+    @property
+    def must_meet_itl(self) -> bool:
+        """Retries of running requests skip the ITL check, but for one that may stay where it runs."""
+        return not self.request.num_output_tokens or bool(self.request.runs_on)
 
     @functools.cached_property
     def itl_target_s(self) -> float:
