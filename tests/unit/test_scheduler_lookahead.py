@@ -15,11 +15,11 @@ from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.demand import Demand, OutputLengths
 from flowkv_scheduler.lookahead import (
     SHARED,
-    Batch,
+    Decoder,
     Duties,
     Job,
     LookAhead,
-    fewer_queues,
+    fewer_decoders,
     served_in_time,
 )
 from flowkv_scheduler.node_view import Work
@@ -29,24 +29,16 @@ from tests.described_nodes import Described, cluster, node
 GOALS = Goals(ttft_s=4.0, itl_s=0.25)
 BASE_S = 0.05
 FIT = StepFit(BASE_S, prefill_token_s=1e-3, attended_token_s=0.0, sequence_s=0.01, context_token_s=0.0)
-ENDLESS = Batch(num_nodes=1e9, num_places=1e9, num_blocks=1e9)
-ONE = Batch(num_nodes=1.0, num_places=3.0, num_blocks=10.0)
+ENDLESS = Decoder(BASE_S, 1e-9, num_places=1e9, num_blocks=1e9)
+ONE = Decoder(BASE_S, 1.0, num_places=3.0, num_blocks=10.0)
 
 
 def job(at: float = 0.0, prefill_s: float = 0.0, outputs: float = 10.0, **changes: Any) -> Job:
     return Job(at, prefill_s, 0.01, 1, outputs)._replace(**changes)
 
 
-def in_time(
-    jobs: Sequence[Job],
-    queues: Sequence[tuple[float, float]],
-    batch: Batch = ENDLESS,
-    batches: tuple[Batch, Batch, float] | None = None,
-    running: Sequence[Job] = (),
-) -> list[bool]:
-    return at_once(
-        served_in_time(jobs, (queues, 1.0), batches or (batch, batch, 0.0), running, BASE_S, GOALS)
-    )
+def in_time(jobs: Sequence[Job], queues: Sequence[tuple[float, float]], *decoders: Decoder) -> list[bool]:
+    return at_once(served_in_time(jobs, queues, decoders or (ENDLESS,), GOALS))
 
 
 # --- prefill: a queue -----------------------------------------------------------------------------
@@ -100,11 +92,11 @@ def test_a_prompt_that_no_node_computes_in_time_delays_no_prompt_but_is_decoded(
     giant, small = job(0.0, prefill_s=10.0), job(1.0, prefill_s=0.5)
     assert in_time([giant, small], [(0.0, 1.0)]) == [False, True]
     one_place = ONE._replace(num_places=1.0)
-    assert in_time([giant, small], [(0.0, 1.0)], batch=one_place) == [False, False]
-    assert in_time([giant, small], [(1.0, 1.0)], batch=one_place) == [False, True]
+    assert in_time([giant, small], [(0.0, 1.0)], one_place) == [False, False]
+    assert in_time([giant, small], [(1.0, 1.0)], one_place) == [False, True]
 
 
-# --- decode: a shared batch -----------------------------------------------------------------------
+# --- decode: a batch on each node -----------------------------------------------------------------
 
 
 class Running:
@@ -113,62 +105,84 @@ class Running:
         self.left = job.num_output_tokens
 
 
-class NaiveBatch:
+class NaiveNode:
     """Each step gives each sequence a token and takes longer for each of them.
 
-    Between two ends all steps take as long, so they are passed at once. `nearest`: how near two figures have
-    come whose order decides.
+    Between two ends all steps take as long, so they are passed at once.
     """
 
-    def __init__(self, batch: Batch, running: Sequence[Job]) -> None:
-        self.batch = batch
-        self.now = 0.0
-        self.running = [Running(one) for one in running]
-        self.nearest = math.inf
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.running = [Running(one) for one in decoder.running]
 
     def step_s(self) -> float:
-        return BASE_S + sum(one.job.beside_s for one in self.running) / self.batch.num_nodes
+        return self.decoder.base_s + self.decoder.times * sum(one.job.beside_s for one in self.running)
+
+    def end_in(self) -> float:
+        return min((one.left for one in self.running), default=math.inf) * self.step_s()
+
+    def pass_s(self, seconds: float) -> None:
+        num_steps = seconds / self.step_s()
+        for one in self.running:
+            one.left -= num_steps
+
+
+class NaiveNodes:
+    """`nearest`: how near two figures have come whose order decides."""
+
+    def __init__(self, decoders: Sequence[Decoder]) -> None:
+        able = [one for one in decoders if one.base_s <= GOALS.itl_s]
+        self.itl_s = GOALS.itl_s if able else math.inf
+        self.now = 0.0
+        self.nodes = [NaiveNode(one) for one in able or decoders]
+        self.nearest = math.inf
 
     def next_end(self) -> float:
-        return self.now + min((one.left for one in self.running), default=math.inf) * self.step_s()
+        return self.now + min((one.end_in() for one in self.nodes), default=math.inf)
 
     def pass_until(self, when: float) -> None:
         while self.is_before(self.next_end(), when):
             self.pass_to_end()
-        num_steps = (when - self.now) / self.step_s()
-        for one in self.running:
-            one.left -= num_steps
+        for each in self.nodes:
+            each.pass_s(when - self.now)
         self.now = when
 
     def pass_to_end(self) -> None:
-        first = min(self.running, key=lambda one: one.left)
-        self.now += first.left * self.step_s()
-        self.running.remove(first)
-        for one in self.running:
-            one.left -= first.left
+        first = min(self.nodes, key=NaiveNode.end_in)
+        ends_in, ended = first.end_in(), min(first.running, key=lambda one: one.left)
+        for each in self.nodes:
+            each.pass_s(ends_in)
+        first.running.remove(ended)
+        self.now += ends_in
 
     def is_before(self, one: float, another: float) -> bool:
         self.nearest = min(self.nearest, abs(one - another))
         return one <= another
 
-    def has_room(self, job: Job) -> bool:
-        together = [job, *(one.job for one in self.running)]
-        longest_s = (GOALS.itl_s - BASE_S) * self.batch.num_nodes
-        return not self.running or (
-            self.is_before(sum(one.beside_s for one in together), longest_s)
-            and len(together) <= self.batch.num_places
-            and sum(one.num_blocks for one in together) <= self.batch.num_blocks
+    def has_room(self, node: NaiveNode, job: Job) -> bool:
+        together = [job, *(one.job for one in node.running)]
+        step_s = node.decoder.base_s + node.decoder.times * sum(one.beside_s for one in together)
+        return self.now >= node.decoder.from_s and (
+            not node.running
+            or (
+                self.is_before(step_s, self.itl_s)
+                and len(together) <= node.decoder.num_places
+                and sum(one.num_blocks for one in together) <= node.decoder.num_blocks
+            )
         )
 
     def serve(self, job: Job) -> bool:
         self.pass_until(max(self.now, job.at))
-        while not self.has_room(job):
+        while not (able := [node for node in self.nodes if self.has_room(node, job)]):
             if not self.is_before(self.next_end(), job.at + GOALS.ttft_s):
                 return False
             self.pass_to_end()
         if not self.is_before(self.now, job.at + GOALS.ttft_s):
             return False
-        self.running.append(Running(job))
+        steps = sorted(node.step_s() for node in able)
+        if len(steps) > 1 and steps[0] != steps[1]:
+            self.is_before(*steps[:2])
+        min(able, key=NaiveNode.step_s).running.append(Running(job))
         return True
 
 
@@ -185,46 +199,58 @@ sequences = st.builds(
 @settings(deadline=None)
 @given(
     st.lists(sequences, max_size=12),
-    st.lists(sequences, max_size=3),
-    st.builds(
-        Batch,
-        num_nodes=st.floats(0.5, 3.0),
-        num_places=st.sampled_from([2.0, 4.0, 100.0]),
-        num_blocks=st.sampled_from([8.0, 20.0, 1000.0]),
+    st.lists(
+        st.builds(
+            Decoder,
+            base_s=st.floats(0.01, 0.3),
+            times=st.floats(0.3, 2.0),
+            num_places=st.sampled_from([2.0, 4.0, 100.0]),
+            num_blocks=st.sampled_from([8.0, 20.0, 1000.0]),
+            running=st.lists(sequences, max_size=3),
+            from_s=st.sampled_from([0.0, 0.0, 5.0]),
+        ),
+        min_size=1,
+        max_size=3,
     ),
 )
-def test_decode_nodes_are_one_batch_whose_sequences_share_its_steps(
-    asked: list[Job], running: list[Job], batch: Batch
+def test_each_sequence_takes_the_decode_node_with_the_shortest_steps_that_has_room(
+    asked: list[Job], decoders: list[Decoder]
 ) -> None:
     jobs = sorted(asked, key=lambda one: one.at)
-    naive = NaiveBatch(batch, running)
+    naive = NaiveNodes(decoders)
     expected = [naive.serve(one) for one in jobs]
     assume(naive.nearest > 1e-6)
-    assert in_time(jobs, [(0.0, 1.0)], batch=batch, running=running) == expected
+    assert in_time(jobs, [(0.0, 1.0)], *decoders) == expected
+
+
+def test_the_room_of_a_part_of_a_sequence_is_left_on_each_node() -> None:
+    """Each sequence adds 0.12 s of the 0.2 that a step has left: three nodes hold three, not five."""
+    jobs = [job(beside_s=0.12, outputs=1000.0)] * 5
+    assert in_time(jobs, [(0.0, 1.0)], ONE, ONE, ONE) == [True] * 3 + [False] * 2
 
 
 def test_a_sequence_holds_its_place_from_when_it_is_chosen_until_its_last_token() -> None:
     """Its prompt waits and is computed meanwhile: the room is given before that begins."""
-    batch = ONE._replace(num_places=1.0)
+    one_place = ONE._replace(num_places=1.0)
     # 2 s of prompt are 40 steps of now, 50 ms each; with the 10 of its output they take 60 ms each.
     first = job(prefill_s=2.0, beside_s=0.01)
     jobs = [first, job(0.1, beside_s=0.01, prefill_s=1.5)]
-    assert in_time(jobs, [(0.0, 1.0), (0.0, 1.0)], batch=batch) == [True, False]
+    assert in_time(jobs, [(0.0, 1.0), (0.0, 1.0)], one_place) == [True, False]
     jobs[1] = jobs[1]._replace(prefill_s=1.0)  # 3.0 - 0.1 + 1.0 <= 4
-    assert in_time(jobs, [(0.0, 1.0), (0.0, 1.0)], batch=batch) == [True, True]
+    assert in_time(jobs, [(0.0, 1.0), (0.0, 1.0)], one_place) == [True, True]
 
 
-def test_an_empty_batch_takes_any_sequence() -> None:
+def test_an_idle_node_takes_any_sequence() -> None:
     """A request that is too much for the targets is served alone rather than never."""
-    assert in_time([job(beside_s=1.0, num_blocks=99)], [(0.0, 1.0)], batch=ONE) == [True]
+    assert in_time([job(beside_s=1.0, num_blocks=99)], [(0.0, 1.0)], ONE) == [True]
 
 
 def test_a_node_that_moves_takes_up_its_side_when_its_old_work_is_done() -> None:
     """One place more from 5 s on: what comes before that does not find it."""
     jobs = [job(float(at), outputs=1000.0) for at in (0, 1, 6, 7)]
-    now, later = ONE._replace(num_places=1.0), ONE._replace(num_places=2.0)
-    assert in_time(jobs, [(0.0, 1.0)], batches=(now, later, 5.0)) == [True, False, True, False]
-    assert in_time(jobs, [(0.0, 1.0)], batches=(later, later, 0.0)) == [True, True, False, False]
+    one, later = ONE._replace(num_places=1.0), ONE._replace(num_places=1.0, from_s=5.0)
+    assert in_time(jobs, [(0.0, 1.0)], one, later) == [True, False, True, False]
+    assert in_time(jobs, [(0.0, 1.0)], one, one) == [True, True, False, False]
 
 
 # --- nodes and windows ----------------------------------------------------------------------------
@@ -339,11 +365,11 @@ def test_a_slow_decode_node_counts_for_what_its_steps_have_room_for() -> None:
 
 
 def test_a_quick_prefill_node_among_slow_ones_is_one_quick_decode_node() -> None:
-    """The middle one of three prefill nodes is slow, and that of the decode nodes quick."""
+    """The middle one of three prefill nodes is slow, and that of the decode nodes quick. It has 16 places."""
     slow = [node(name, "prefill", num_blocks=4096, step=slowed(2.0)) for name in ("p1", "p2")]
     nodes = prefill(), *slow, quick_decode()
     ahead = ahead_of(nodes, rate=2.0, num_outputs=3000)
-    assert [round(80 * share(ahead, nodes, **moved)) for moved in ({}, {"p0": "decode"})] == [19, 39]
+    assert [round(80 * share(ahead, nodes, **moved)) for moved in ({}, {"p0": "decode"})] == [19, 35]
 
 
 def test_what_prefill_nodes_take_for_a_steps_base_does_not_count_for_decode() -> None:
@@ -394,26 +420,41 @@ def test_of_many_nodes_and_requests_every_so_manyth_gives_the_same_share() -> No
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(times, st.floats(0.5, 3.0)), unique=True, max_size=40), st.integers(1, 9))
-def test_fewer_prefill_nodes_do_as_much_as_their_part(
-    queues: list[tuple[float, float]], stands_for: int
+@given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([0.0, 5.0])), max_size=20), st.integers(1, 9))
+def test_fewer_decode_nodes_hold_as_much_as_their_part(
+    nodes: list[tuple[int, float]], stands_for: int
 ) -> None:
-    """So one node more always is more."""
-    assert fewer_queues(queues, 1) == (queues, 1.0 if queues else 0.0)
-    chosen, num_each = fewer_queues(queues, stands_for)
-    assert set(chosen) <= set(queues)
-    assert len(set(chosen)) == len(chosen)
-    if queues:
-        assert len(chosen) / num_each == pytest.approx(len(queues) / stands_for)
+    """Those that come later stay apart, so one node more always is more."""
+    decoders = [ONE._replace(num_blocks=num, running=[job()] * int(num), from_s=at) for num, at in nodes]
+    fewer = fewer_decoders(decoders, stands_for)
+    for at in {decoder.from_s for decoder in decoders}:
+        some, whole = ([one for one in each if one.from_s == at] for each in (fewer, decoders))
+        for part, all_of in (
+            (sum(one.num_blocks for one in some), sum(one.num_blocks for one in whole)),
+            (sum(1 / one.times for one in some), len(whole)),
+            (sum(one.num_places for one in some), 3.0 * len(whole)),
+        ):
+            assert part == pytest.approx(all_of / stands_for)
+        running = sum(len(one.running) for one in some)
+        assert abs(running - sum(len(one.running) for one in whole) / stands_for) <= len(some)
 
 
 def test_a_prompt_that_stands_for_others_takes_their_time_too() -> None:
     """It is computed as fast as it is, and the next one waits for all of them."""
     jobs = [job(prefill_s=1.0), job(prefill_s=1.0)]
-    for num_each, expected in ((3.0, True), (3.1, False)):
-        batches = ENDLESS, ENDLESS, 0.0
-        served = at_once(served_in_time(jobs, ([(0.0, 1.0)], num_each), batches, [], BASE_S, GOALS))
-        assert served == [True, expected]
+    for stands_for, expected in ((3, True), (4, False)):
+        assert at_once(served_in_time(jobs, [(0.0, 1.0)], [ENDLESS], GOALS, stands_for)) == [True, expected]
+
+
+def test_prompts_that_stand_for_others_find_each_prefill_node_as_it_is() -> None:
+    """Two of four are busy for long. The two others serve what they serve, whichever these are."""
+    busy = {"queued_prefill_tokens": 30_000}
+    shares = []
+    for places in ((0, 1), (1, 3), (2, 3)):
+        nodes = [prefill(f"p{number}", **busy if number in places else {}) for number in range(4)]
+        nodes += [decode(f"d{number}") for number in range(4)]
+        shares.append(share(ahead_of(nodes, rate=3.0, stands_for=2), nodes))
+    assert shares == [1.0, 1.0, 1.0]
 
 
 def test_without_its_heaviest_request_a_window_is_as_if_that_had_not_come() -> None:

@@ -1,20 +1,21 @@
 """A short look ahead: how many requests a split of the nodes serves in time, if what came lately comes again.
 
-Requests are played first come first served: each prompt takes the prefill node that is free first; all decode
-nodes that can keep to the ITL target are one batch, which grows until that, the places or the blocks are used
-up. The play begins with the work that is there now. A request that would get its first token too late is
-refused, or if it would on any node, delays no prompt. Pure.
+Requests are played first come first served: each prompt takes the prefill node that is free first, each
+sequence the decode node with the shortest steps of those that have room: in a step within the ITL target, a
+place, and blocks. The play begins with the work that is there now. A request that would get its first token
+too late is refused, or if it would on any node, delays no prompt. Pure.
 
 A play is long work, so it goes in slices.
 """
 
 from __future__ import annotations
 
-import copy
 import heapq
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import product
+from itertools import groupby, product
+from operator import attrgetter
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -49,12 +50,15 @@ class Job(NamedTuple):
     num_output_tokens: float
 
 
-class Batch(NamedTuple):
-    """All decode nodes together."""
+class Decoder(NamedTuple):
+    """A decode node, or several as one. A step takes `base_s`, and `times` what its sequences add."""
 
-    num_nodes: float
+    base_s: float
+    times: float
     num_places: float
     num_blocks: float
+    running: Sequence[Job] = ()
+    from_s: float = 0.0  # it takes sequences from then on
 
 
 def num_repeats(window: Window) -> int:
@@ -77,7 +81,13 @@ class LookAhead:
         """`duties` are those of now."""
         self.nodes = nodes
         self.num_repeats = num_repeats(window)
-        self._window, self._lengths, self._goals, self._now = window, lengths, goals, now
+        self._duties, self._window, self._lengths, self._goals, self._now = (
+            duties,
+            window,
+            lengths,
+            goals,
+            now,
+        )
         # Each side is told by nodes that do it. One that only prefills sees few steps that differ.
         self._reference = _fast_one(
             nodes,
@@ -95,12 +105,11 @@ class LookAhead:
             else node.speed.prefill_token_s / self._reference.prefill_token_s
             for node in nodes
         }
-        self._decode_worth = {name: self._worth_within_itl(each) for name, each in self._slowness.items()}
         self._block_size = nodes[0].descriptor.layout.block_size
         self._prefill_now = self._prefill_nodes(duties)
         self.span_s = window.span_s
         self._jobs_by_share: dict[float, list[Job]] = {}
-        self._running: list[Job] | None = None
+        self._running: dict[str, list[Job]] = {}
 
     @property
     def num_played(self) -> int:
@@ -134,24 +143,21 @@ class LookAhead:
         if side == "prefill":
             queues += [(0.0, 1.0)] * num_more
         yield
-        later = self._batch(duties, num_more=num_more if side == "decode" else 0)
-        yield
-        now = self._batch(duties, without=moved) if moved else later
+        decoders = yield from self._decoders(duties, moved, busy_s)
+        if side == "decode":
+            decoders += [self._decoder(self.nodes[0], 1.0, "decode")] * num_more
+        decoders = fewer_decoders(decoders, self._window.stands_for)
         yield
         # A node that leaves prefill takes its prefix cache with it.
         share = round(min(1.0, self._prefill_nodes(duties) / max(SHARED, self._prefill_now)), 3)
         yield
-        jobs = yield from self._jobs(share)
-        if self._running is None:
-            self._running = yield from self._running_jobs()
         return (
             yield from served_in_time(
-                jobs,
-                fewer_queues(queues, self._window.stands_for),
-                (now, later, busy_s),
-                self._running,
-                self._decoding.base_s,
+                (yield from self._jobs(share)),
+                queues,
+                decoders,
                 self._goals,
+                self._window.stands_for,
                 [number * self._window.period_s for number in range(1, self.num_repeats + 1)],
             )
         )
@@ -163,45 +169,39 @@ class LookAhead:
             zip(wanted, (yield from self._jobs(1.0)), strict=True),
             key=lambda one: one[1].prefill_s + one[1].num_output_tokens * one[1].beside_s,
         )[0]
-        others = copy.copy(self)
-        others._window = self._window._replace(wanted=[one for one in wanted if one is not heaviest])
-        others._jobs_by_share = {
-            share: [job for job, one in zip(jobs, wanted, strict=True) if one is not heaviest]
-            for share, jobs in self._jobs_by_share.items()
-        }
-        return others
+        window = self._window._replace(wanted=[one for one in wanted if one is not heaviest])
+        return LookAhead(self.nodes, self._duties, window, self._lengths, self._goals, self._now)
 
     def _prefill_nodes(self, duties: Duties) -> float:
         """In reference nodes."""
         worth = {"prefill": 1.0, "both": SHARED, "decode": 0.0}
         return sum(worth[duties[name]] / slowness for name, slowness in self._slowness.items())
 
-    def _worth_within_itl(self, slowness: float) -> float:
-        """Of a decode node, in reference nodes: what its sequences may add to a step that is in time.
-
-        It is 0 where an empty step takes too long already.
-        """
-        base_s, itl_s = self._decoding.base_s, self._goals.itl_s
-        if itl_s <= base_s:  # on no node is a step in time
-            return 1.0 / slowness
-        return max(0.0, itl_s / slowness - base_s) / (itl_s - base_s)
-
-    def _batch(self, duties: Duties, without: Collection[str] = (), num_more: int = 0) -> Batch:
-        num_nodes = places = blocks = 0.0
-        if num_more:
-            num_nodes = float(num_more)
-            places = num_nodes * self.nodes[0].report.max_num_seqs
-            blocks = num_nodes * self.nodes[0].descriptor.num_blocks
+    def _decoders(self, duties: Duties, moved: Collection[str], busy_s: float) -> Sliced[list[Decoder]]:
+        """Those that shall decode. What runs on a node that leaves is in nobody's way."""
+        decoders, num_done = [], 0
         for node in self.nodes:
-            duty = duties[node.node_id]
-            within_itl = self._decode_worth[node.node_id]
-            if node.node_id not in without and duty != "prefill" and within_itl:
-                worth = 1.0 if duty == "decode" else SHARED
-                num_nodes += worth * within_itl
-                places += worth * node.report.max_num_seqs
-                blocks += worth * node.descriptor.num_blocks
-        part = 1.0 / self._window.stands_for
-        return Batch(num_nodes * part, places * part, blocks * part)
+            duty, name = duties[node.node_id], node.node_id
+            if duty != "prefill":
+                decoder = self._decoder(node, self._slowness[name], duty)
+                running = self._running.get(name)
+                if running is None:
+                    running = self._running[name] = self._running_on(node)
+                decoders.append(decoder._replace(running=running, from_s=busy_s if name in moved else 0.0))
+                num_done += 1 + len(running)
+            if num_done >= EVENTS_PER_SLICE:
+                yield
+                num_done = 0
+        return decoders
+
+    def _decoder(self, node: NodeView, slowness: float, duty: Duty) -> Decoder:
+        worth = SHARED if duty == "both" else 1.0
+        return Decoder(
+            base_s=slowness * self._decoding.base_s,
+            times=slowness / worth,
+            num_places=worth * node.report.max_num_seqs,
+            num_blocks=worth * node.descriptor.num_blocks,
+        )
 
     def _jobs(self, share: float) -> Sliced[list[Job]]:
         """The requests of the window. Of the tokens that were cached `share` still are."""
@@ -230,41 +230,51 @@ class LookAhead:
             self._jobs_by_share[share] = jobs
         return jobs
 
-    def _running_jobs(self) -> Sliced[list[Job]]:
-        """The sequences of now; those of a node end evenly."""
-        jobs: list[Job] = []
-        stands_for, first, num_done = self._window.stands_for, 0, 0
-        for node in self.nodes:
-            if num_done >= EVENTS_PER_SLICE:
-                yield
-                num_done = 0
-            num = node.num_sequences
-            num_done += 1 + num // stands_for
-            if num and self._decode_worth[node.node_id]:
-                left, context = node.tokens_left / num, node.num_context_tokens / num
-                beside_s = self._decoding.beside_s(1, round(context + left / 2))
-                num_blocks = self._blocks(context + left)
-                jobs += (
-                    Job(0.0, 0.0, beside_s, num_blocks, 2.0 * left * place / (num + 1))
-                    for place in range(1 + first, num + 1, stands_for)
-                )
-                first = (first - num) % stands_for
-        return jobs
+    def _running_on(self, node: NodeView) -> list[Job]:
+        """Its sequences of now, which end evenly."""
+        num = node.num_sequences
+        if not num:
+            return []
+        left, context = node.tokens_left / num, node.num_context_tokens / num
+        beside_s = self._decoding.beside_s(1, round(context + left / 2))
+        num_blocks = self._blocks(context + left)
+        return [
+            Job(0.0, 0.0, beside_s, num_blocks, 2.0 * left * place / (num + 1)) for place in range(1, num + 1)
+        ]
 
     def _blocks(self, num_tokens: float) -> int:
         return int(num_tokens / self._block_size) + 1
 
 
-def fewer_queues(
-    queues: Sequence[tuple[float, float]], stands_for: int
-) -> tuple[list[tuple[float, float]], float]:
-    """One for so many of the prefill nodes, and how many nodes' time each of their prompts takes.
+def fewer_decoders(decoders: Sequence[Decoder], stands_for: int) -> list[Decoder]:
+    """One for so many of the decode nodes, with the mean of what they are and every so manyth sequence.
 
-    So together they do as much as that part of all, were that half a node.
+    So together they do as much as that part of all. Nodes that come later are not put together with others.
     """
-    num = min(len(queues), max(1, round(len(queues) / stands_for)))
-    chosen = [queues[(2 * place + 1) * len(queues) // (2 * num)] for place in range(num)]
-    return chosen, num * stands_for / max(1, len(queues))
+    if stands_for == 1:
+        return list(decoders)
+    chosen: list[Decoder] = []
+    for _, alike in groupby(sorted(decoders, key=_from), key=_from):
+        nodes = list(alike)
+        num = max(1, round(len(nodes) / stands_for))
+        for place in range(num):
+            group = nodes[place * len(nodes) // num : (place + 1) * len(nodes) // num]
+            part = len(group) / stands_for
+            running = [job for decoder in group for job in decoder.running]
+            chosen.append(
+                Decoder(
+                    base_s=fmean(decoder.base_s for decoder in group),
+                    times=fmean(decoder.times for decoder in group) / part,
+                    num_places=fmean(decoder.num_places for decoder in group) * part,
+                    num_blocks=fmean(decoder.num_blocks for decoder in group) * part,
+                    running=running[stands_for // 2 :: stands_for],
+                    from_s=group[0].from_s,
+                )
+            )
+    return chosen
+
+
+_from = attrgetter("from_s")
 
 
 def _fast_one(nodes: Sequence[NodeView], chosen: Sequence[NodeView], cost: Callable[[Speed], float]) -> Speed:
@@ -276,75 +286,110 @@ def _fast_one(nodes: Sequence[NodeView], chosen: Sequence[NodeView], cost: Calla
     return speeds[(len(speeds) - 1) // 4]
 
 
+class _Batch:
+    """The sequences of one decode node: each step gives each of them a token."""
+
+    __slots__ = ("beside_s", "ends", "next_end", "node", "num_blocks", "now", "step_s", "tokens")
+
+    def __init__(self, node: Decoder) -> None:
+        self.node = node
+        # At `now` each sequence has got `tokens` since the play began. It ends at some.
+        self.now = self.tokens = 0.0
+        self.ends = [(job.num_output_tokens, job.beside_s, job.num_blocks) for job in node.running]
+        heapq.heapify(self.ends)
+        self.beside_s = sum(job.beside_s for job in node.running)
+        self.num_blocks = sum(job.num_blocks for job in node.running)
+        self.step_s = self.next_end = 0.0
+        self._go_on()
+
+    def has_room(self, job: Job, now: float, itl_s: float) -> bool:
+        """For one more sequence. A node without any takes it always."""
+        node = self.node
+        return now >= node.from_s and (
+            not self.ends
+            or (
+                node.base_s + node.times * (self.beside_s + job.beside_s) <= itl_s
+                and len(self.ends) < node.num_places
+                and self.num_blocks + job.num_blocks <= node.num_blocks
+            )
+        )
+
+    def add_sequence(self, job: Job, now: float, after_s: float) -> None:
+        """It has its place from now on, and gets its first token after so long."""
+        self.tokens += (now - self.now) / self.step_s
+        self.now = now
+        end = self.tokens + after_s / self.step_s + job.num_output_tokens
+        heapq.heappush(self.ends, (end, job.beside_s, job.num_blocks))
+        self.beside_s += job.beside_s
+        self.num_blocks += job.num_blocks
+        self._go_on()
+
+    def end_first(self) -> None:
+        """Pass to the end of the next sequence."""
+        self.now = self.next_end
+        self.tokens, beside_s, num_blocks = heapq.heappop(self.ends)
+        self.beside_s -= beside_s
+        self.num_blocks -= num_blocks
+        self._go_on()
+
+    def _go_on(self) -> None:
+        self.step_s = self.node.base_s + self.node.times * self.beside_s
+        self.next_end = self.now + (self.ends[0][0] - self.tokens) * self.step_s if self.ends else math.inf
+
+
+_next_end, _step_s = attrgetter("next_end"), attrgetter("step_s")
+
+
 def served_in_time(
     jobs: Sequence[Job],
-    queues: tuple[Sequence[tuple[float, float]], float],
-    batches: tuple[Batch, Batch, float],
-    running: Sequence[Job],
-    step_base_s: float,
+    queues: Sequence[tuple[float, float]],
+    decoders: Sequence[Decoder],
     goals: Goals,
+    stands_for: int = 1,
     periods: Sequence[float] = (0.0,),
 ) -> Sliced[list[bool]]:
     """For each job, whether it gets its first token within the TTFT target, and has its place by then.
 
     `queues`: of each prefill node the seconds until it is free, and how many times slower it is than the
-    reference; and the time of how many prompts each one takes there. `batches`: decode nodes now, later, and
-    when "later" begins. `periods`: all jobs come so much later, once for each.
+    reference. A prompt takes it for the time of all that it stands for. `decoders` are as many fewer.
+    `periods`: all jobs come so much later, once for each.
     """
-    batch, later, later_s = batches
-    free_nodes, num_each = list(queues[0]), queues[1]
-    heapq.heapify(free_nodes)
-    # The batch at `now`: each of its sequences has got `tokens` since the play began, and ends at some.
-    now = tokens = 0.0
-    ends = [(job.num_output_tokens, job.beside_s, job.num_blocks) for job in running]
-    heapq.heapify(ends)
-    all_beside_s = sum(job.beside_s for job in running)
-    all_blocks = sum(job.num_blocks for job in running)
     ttft_s, idle_wait_s = goals.ttft_s, IDLE_WAIT * goals.ttft_s
-    num_left = EVENTS_PER_SLICE
+    free_nodes = list(queues)
+    heapq.heapify(free_nodes)
+    # Nodes that can't keep to the ITL target are full, unless none can.
+    able = [node for node in decoders if node.base_s <= goals.itl_s]
+    itl_s = goals.itl_s if able else math.inf
+    batches = [_Batch(node) for node in able or decoders]
+    now, num_left = 0.0, EVENTS_PER_SLICE
     served = []
-    for period_s, (at, prefill_s, beside_s, num_blocks, num_output_tokens) in product(periods, jobs):
-        at += period_s
-        if at >= later_s:
-            batch = later
-        num_nodes, num_places, most_blocks = batch
-        num_nodes = max(num_nodes, 1e-9)
-        longest_s = (goals.itl_s - step_base_s) * num_nodes
-        while True:
+    for period_s, job in product(periods, jobs):
+        at = job.at + period_s
+        now = max(now, at)
+        num_left -= 1
+        if num_left <= 0:
+            yield
+            num_left = EVENTS_PER_SLICE
+        while batches and (first := min(batches, key=_next_end)).next_end <= now:
+            first.end_first()
             num_left -= 1
-            if not num_left:
-                yield
-                num_left = EVENTS_PER_SLICE
-            step_s = step_base_s + all_beside_s / num_nodes
-            if not ends:
-                has_room = True
-                break
-            has_room = (
-                all_beside_s + beside_s <= longest_s
-                and len(ends) < num_places
-                and all_blocks + num_blocks <= most_blocks
-            )
-            end_at = now + (ends[0][0] - tokens) * step_s
-            if end_at > at and (has_room or end_at > at + ttft_s):
-                break
-            now = end_at
-            tokens, ended_beside_s, ended_blocks = heapq.heappop(ends)
-            all_beside_s -= ended_beside_s
-            all_blocks -= ended_blocks
-        if now < at:
-            tokens += (at - now) / step_s
-            now = at
+        able_now = [one for one in batches if one.has_room(job, now, itl_s)]
+        place = min(able_now, key=_step_s) if able_now else None
+        while place is None and batches and (first := min(batches, key=_next_end)).next_end <= at + ttft_s:
+            now = first.next_end
+            first.end_first()
+            num_left -= 1
+            if first.has_room(job, now, itl_s):
+                place = first
         free_at, slowness = free_nodes[0] if free_nodes else (math.inf, 1.0)
-        wait_s, work_s = max(free_at, now) - at, prefill_s * slowness
-        in_time = has_room and wait_s + work_s <= ttft_s
+        wait_s, work_s = max(free_at, now) - at, job.prefill_s * slowness
+        in_time = place is not None and wait_s + work_s <= ttft_s
         served.append(in_time)
         if in_time:
-            heapq.heapreplace(free_nodes, (at + wait_s + num_each * work_s, slowness))
+            heapq.heapreplace(free_nodes, (at + wait_s + stands_for * work_s, slowness))
         # Late on any node, it is taken where one is idle. Prompts in time interrupt it.
-        elif not (has_room and work_s > ttft_s and wait_s < idle_wait_s):
+        elif work_s <= ttft_s or wait_s >= idle_wait_s:
             continue
-        all_beside_s += beside_s
-        all_blocks += num_blocks
-        num_steps = num_output_tokens + (at + wait_s + work_s - now) / step_s
-        heapq.heappush(ends, (tokens + num_steps, beside_s, num_blocks))
+        if place is not None:
+            place.add_sequence(job, now, at + wait_s + work_s - now)
     return served
