@@ -29,6 +29,7 @@ from flowkv_scheduler.rebalance import (
     MAX_PLAYED,
     MOST_NODES,
     NUM_TICKS,
+    RECENT_S,
     SCALE_EVERY_S,
     SETTLED_S,
     TURNS,
@@ -95,9 +96,19 @@ def test_a_node_moves_to_the_side_that_is_short() -> None:
 def test_nothing_moves_before_demand_is_known_for_the_shortest_window() -> None:
     """However much comes: the first seconds may be a burst."""
     run = Cluster(*four_nodes())
-    assert directions(run.play(LONG_PROMPTS, WINDOWS_S[0] - TICK_S)) == []
+    assert directions(run.play(LONG_PROMPTS, RECENT_S - TICK_S)) == []
     assert run.num_lost > 1
     assert len(directions(run.play(LONG_PROMPTS, 2 * TICK_S))) == 1
+
+
+def test_where_requests_come_fast_two_seconds_and_a_half_are_enough() -> None:
+    """A hundred of them say as much as they do in ten seconds elsewhere."""
+    fast = Mix(45.0, [(60, 1)])
+    run = Cluster(*four_nodes())
+    assert directions(run.play(fast, WINDOWS_S[0] - TICK_S)) == []
+    assert len(directions(run.play(fast, 4 * TICK_S))) == 1
+    slow = Cluster(*four_nodes())
+    assert directions(slow.play(fast._replace(rate=35.0), RECENT_S - TICK_S)) == []
 
 
 def test_only_one_node_moves_at_a_time() -> None:
@@ -114,7 +125,7 @@ def test_only_one_node_moves_at_a_time() -> None:
             newest[order.node.node_id] = order.reason
             moved_at.append(at)
     assert len(set(moved_at)) == len(moved_at), "one per tick"
-    assert min(began) >= WINDOWS_S[0]
+    assert min(began) >= RECENT_S
 
 
 def test_in_a_large_cluster_several_nodes_move_at_once() -> None:
@@ -123,7 +134,7 @@ def test_in_a_large_cluster_several_nodes_move_at_once() -> None:
     nodes += [Node(f"d{number:02}", "decode") for number in range(32)]
     for mix, to in ((LONG_PROMPTS, "prefill"), (LONG_OUTPUTS, "decode")):
         run = Cluster(*(Node(one.name, one.role) for one in nodes))
-        moved = directions(run.play(mix._replace(rate=16 * mix.rate), WINDOWS_S[0] + TICK_S))
+        moved = directions(run.play(mix._replace(rate=16 * mix.rate), RECENT_S + TICK_S))
         assert [where for _, where in moved] == [f"lent to {to}"] * (len(nodes) // MOST_NODES)
 
 
@@ -146,16 +157,18 @@ def test_longer_windows_move_nothing_where_nothing_was_lost(monkeypatch: pytest.
         demand.add_request(16, 0, 1, float(number))
 
     def said(rebalancer: Rebalancer) -> list[str]:
-        """A move is found at two ticks in a row, when its window has the turn."""
+        """A move is found at two ticks in a row, when its window has the turn. For the shortest few came."""
         played.clear()
-        orders = [at_once(rebalancer.tick(views, {"f": demand}, lengths, 45.0)) for _ in range(len(TURNS))]
+        orders = [
+            at_once(rebalancer.tick(views, {"f": demand}, lengths, 45.0)) for _ in range(len(TURNS) // 2)
+        ]
         return [to for _, to in directions([order for each in orders for order in each])]
 
     assert said(Rebalancer(GOALS)) == []
     for number in range(20):
         demand.add_loss(10.0 + number)
     assert said(Rebalancer(GOALS)) == ["lent to prefill"]
-    assert played == [WINDOWS_S[0], WINDOWS_S[1], WINDOWS_S[1], WINDOWS_S[0]]
+    assert played == [RECENT_S, WINDOWS_S[2], WINDOWS_S[2], RECENT_S]
 
 
 def test_a_moved_node_stays_while_it_is_needed_and_goes_home_when_it_is_needed_there() -> None:
@@ -470,7 +483,7 @@ def test_overload_is_that_requests_were_lost_lately() -> None:
     assert regimes(run.play(EVEN, 20.0)) == []
     assert regimes(run.play(Mix(6.0, [(1200, 30)]), 60.0)) == ["overload"]
     # Until it is as long ago as the shortest window.
-    assert regimes(run.play(EVEN, WINDOWS_S[0] - TICK_S)) == []
+    assert regimes(run.play(EVEN, RECENT_S - TICK_S)) == []
     assert regimes(run.play(EVEN, 30.0)) == ["normal"]
 
 
@@ -485,11 +498,11 @@ def test_a_cluster_that_is_too_small_is_overloaded_between_its_moves() -> None:
 
 def test_a_move_is_an_imbalance_until_it_has_settled() -> None:
     run = Cluster(*four_nodes())
-    run.play(LONG_PROMPTS, WINDOWS_S[0] + TICK_S)
+    run.play(LONG_PROMPTS, RECENT_S + TICK_S)
     moved_at = next(at for at, order in run.orders if isinstance(order, SetPrefillCap))
     changes = [(at, order.after) for at, order in run.orders if isinstance(order, RegimeChanged)]
     assert changes[-1] == (moved_at, "imbalance")
-    run.play(Mix(0.1, [(16, 1)]), WINDOWS_S[0] + SETTLED_S)
+    run.play(Mix(0.1, [(16, 1)]), RECENT_S + SETTLED_S)
     (after, *_) = [
         order.after for at, order in run.orders if isinstance(order, RegimeChanged) and at > moved_at
     ]

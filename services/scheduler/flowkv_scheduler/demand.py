@@ -8,13 +8,15 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
+from collections.abc import Iterator
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from flowkv_common.wire.nodes import PRIOR_TOKENS, OutputForecast, length_class
 
 # What came longer ago says nothing of what comes next.
 REMEMBERED_S = 300.0
-# Where more come, every second, fourth, ... one is kept, and stands for so many.
+# So many of these are kept: where more come, every second, fourth, ... one. And so many of the newest, each.
 MAX_KEPT = 1024
 # A rate that was seen before, up to this factor, is no news: bursts come again.
 NEWS_FACTOR = 1.2
@@ -57,6 +59,7 @@ class Demand:
 
     def __init__(self) -> None:
         self._kept: deque[Wanted] = deque()
+        self._newest: deque[Wanted] = deque(maxlen=MAX_KEPT)
         self._losses: deque[tuple[float, int]] = deque()  # when the first of them came, and how many
         self._num_seen = 0
         self._stands_for = 1
@@ -65,7 +68,8 @@ class Demand:
     def copy(self) -> Demand:
         """As it is now."""
         other = copy.copy(self)
-        other._kept, other._losses = self._kept.copy(), self._losses.copy()
+        other._kept, other._newest = self._kept.copy(), self._newest.copy()
+        other._losses = self._losses.copy()
         return other
 
     def add_request(self, num_prompt_tokens: int, num_cached: int, max_new_tokens: int, now: float) -> None:
@@ -73,10 +77,10 @@ class Demand:
         self._num_seen += 1
         while self._kept and self._kept[0].at < now - REMEMBERED_S:
             self._kept.popleft()
+        one = Wanted(now, self._num_seen, self._stands_for, num_prompt_tokens, num_cached, max_new_tokens)
+        self._newest.append(one)
         if self._num_seen % self._stands_for == 0:
-            self._kept.append(
-                Wanted(now, self._num_seen, self._stands_for, num_prompt_tokens, num_cached, max_new_tokens)
-            )
+            self._kept.append(one)
         if len(self._kept) > MAX_KEPT:
             self._stands_for *= 2
             self._kept = deque(
@@ -100,13 +104,14 @@ class Demand:
     def window(self, since: float, now: float, stands_for: int, max_num: int) -> Window | None:
         """The last requests, at most `max_num`, none before `since`; None if demand is not known so long."""
         wanted: list[Wanted] = []
-        for one in reversed(self._kept):
+        for one, before in pairwise(chain(self._newest_first(), [None])):
+            assert one is not None
             if one.at < since or len(wanted) >= max_num:
                 since = max(since, one.at)
                 break
             # Itself and those before it that were not kept: every `stands_for`th of them.
-            num = one.number // stands_for - (one.number - one.stands_for) // stands_for
-            wanted += [one] * num
+            first = before.number if before else one.number - one.stands_for
+            wanted += [one] * (one.number // stands_for - first // stands_for)
         if not wanted:
             return None
         wanted.reverse()
@@ -116,6 +121,11 @@ class Demand:
         if rate <= NEWS_FACTOR * self._peak_rate(span_s, now - span_s):
             period_s = max(span_s, span_s * rate / self._usual_rate(now))
         return Window(wanted, stands_for, span_s, period_s, self.num_lost(since))
+
+    def _newest_first(self) -> Iterator[Wanted]:
+        yield from reversed(self._newest)
+        first = self._newest[0].number if self._newest else 0
+        yield from (one for one in reversed(self._kept) if one.number < first)
 
     def num_lost(self, since: float) -> int:
         return sum(num for at, num in self._losses if at >= since)

@@ -38,11 +38,13 @@ from flowkv_scheduler.slices import Sliced
 
 # Played are the requests of the last so many seconds, the shortest time first: there a change shows first.
 # A move forgets what came before its window, for that was another traffic.
-WINDOWS_S = (10.0, 40.0, 160.0)
+WINDOWS_S = (2.5, 10.0, 40.0, 160.0)
+# Fewer requests say nothing. So the shortest is only for those that come fast.
+FEWEST_REQUESTS = (100, 10, 10, 10)
 # Played is one per tick, in this order, as places in `WINDOWS_S`.
-TURNS = (0, 1, 0, 2)
-# Fewer requests say nothing.
-MIN_REQUESTS = 10
+TURNS = (0, 1, 0, 2, 0, 1, 0, 3)
+# By what came in so many seconds nodes are moved before anything is lost, and the regime is told.
+RECENT_S = 10.0
 # So many are played in less than a millisecond. A tick plays them a few times.
 MAX_PLAYED = 400
 # From so many nodes on only some of the requests are played, on as few of the nodes. But on no fewer than so
@@ -228,8 +230,6 @@ class Rebalancer:
 
         Of a large cluster a part that is as large.
         """
-        if demand.known_for_s(now) < WINDOWS_S[0]:
-            return
         if now - past.moved_at >= REMEMBERED_S:
             past.num_turns = 0
         proposed = yield from self._propose_move(past, nodes, demand, lengths, now)
@@ -250,17 +250,21 @@ class Rebalancer:
         self, past: Past, nodes: Sequence[NodeView], demand: Demand, lengths: OutputLengths, now: float
     ) -> Sliced[tuple[Move, float] | None]:
         """A move, and since when what came speaks for it: by the next window that may, no more are played."""
+        known_s = demand.known_for_s(now)
         for turn in (*range(past.turn, len(TURNS)), *range(past.turn)):
             number = TURNS[turn]
+            window_s = WINDOWS_S[number]
+            if known_s < min(window_s, RECENT_S):
+                continue
             if number and now - WINDOWS_S[number - 1] <= past.since:
                 continue  # a shorter one sees as much
-            window = self._window(demand, nodes, max(now - WINDOWS_S[number], past.since), now)
+            window = self._window(demand, nodes, max(now - window_s, past.since), now)
             yield
-            if window is None or window.num_distinct < MIN_REQUESTS:
+            if window is None or window.num_distinct < FEWEST_REQUESTS[number]:
                 continue
-            # No more can be won back than was lost. The shortest window is asked before anything is lost.
+            # No more can be won back than was lost, but what is lost soon.
             num = len(window.wanted)
-            most = window.num_lost / window.stands_for if number else num
+            most = num if window_s <= RECENT_S else window.num_lost / window.stands_for
             if most < MIN_GAIN * num:
                 continue
             move = yield from self._move_for(past, nodes, window, most, lengths, now)
@@ -287,15 +291,14 @@ class Rebalancer:
         yield
         most *= ahead.num_repeats
         move = yield from self._best_move(ahead, duties, most, num_errors)
-        if move is None or self._undoes_last(past, move, now):
+        if move is None:
+            return None
+        # It goes against a move whose effect the window has not seen yet.
+        if move.duty != past.moved_to and now - past.moved_at < min(window.span_s, RECENT_S):
             return None
         # Many may be late for one that is giant, and that one is no reason.
         others = yield from ahead.without_heaviest()
         return move if (yield from self._best_move(others, duties, most, num_errors)) else None
-
-    def _undoes_last(self, past: Past, move: Move, now: float) -> bool:
-        """It goes against a move whose effect no window has seen yet."""
-        return move.duty != past.moved_to and now - past.moved_at < WINDOWS_S[0]
 
     def _best_move(
         self, ahead: LookAhead, duties: dict[str, Duty], most: float, num_errors: float
@@ -413,7 +416,7 @@ class Rebalancer:
         moved = (self.moved.get(node.descriptor.node) for node in nodes)
         if any(one is not None and now - one.since < SETTLED_S for one in moved):
             return IMBALANCE
-        window = self._window(demand, nodes, now - WINDOWS_S[0], now) if demand is not None else None
+        window = self._window(demand, nodes, now - RECENT_S, now) if demand is not None else None
         if window is None or window.num_lost <= MIN_GAIN * len(window.wanted) * window.stands_for:
             return NORMAL
         return OVERLOAD
@@ -426,7 +429,7 @@ class Rebalancer:
         reasons = {
             NORMAL: "requests are served in time",
             IMBALANCE: "nodes move to the other side, more requests are served in time there",
-            OVERLOAD: f"over {MIN_GAIN:.0%} of the last {WINDOWS_S[0]:.0f} s came too late or were refused",
+            OVERLOAD: f"over {MIN_GAIN:.0%} of the last {RECENT_S:.0f} s came too late or were refused",
         }
         before, past.regime = past.regime, sign
         return [RegimeChanged(epoch=NO_EPOCH, before=before, after=sign, reason=reasons[sign])]
@@ -435,7 +438,7 @@ class Rebalancer:
         self, past: Past, nodes: Sequence[NodeView], demand: Demand, lengths: OutputLengths, now: float
     ) -> Sliced[list[ScaleWanted]]:
         """The fewest more nodes of one side that serve nearly all in time; twice as many at most."""
-        window = self._window(demand, nodes, now - WINDOWS_S[1], now)
+        window = self._window(demand, nodes, now - WINDOWS_S[2], now)
         if past.regime != OVERLOAD or window is None or now - past.scaled_at < SCALE_EVERY_S:
             return []
         yield
