@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import groupby, product
 from operator import attrgetter
-from statistics import fmean
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -32,8 +31,8 @@ HORIZON_S = 40.0
 SHARED = 0.5
 # A prompt that can't make its TTFT target is taken where it waits for no more than this part of it.
 IDLE_WAIT = 0.05
-# So many requests that come and sequences that end are a slice, a tenth of a millisecond: asks wait for it.
-EVENTS_PER_SLICE = 200
+# So many requests that come and sequences that end are a slice, half a millisecond: asks wait for it.
+EVENTS_PER_SLICE = 100
 
 Side = Literal["prefill", "decode"]
 Duty = Literal["prefill", "decode", "both"]
@@ -81,13 +80,8 @@ class LookAhead:
         """`duties` are those of now."""
         self.nodes = nodes
         self.num_repeats = num_repeats(window)
-        self._duties, self._window, self._lengths, self._goals, self._now = (
-            duties,
-            window,
-            lengths,
-            goals,
-            now,
-        )
+        self._duties, self._window, self._lengths = duties, window, lengths
+        self._goals, self._now = goals, now
         # Each side is told by nodes that do it. One that only prefills sees few steps that differ.
         self._reference = _fast_one(
             nodes,
@@ -109,7 +103,7 @@ class LookAhead:
         self._prefill_now = self._prefill_nodes(duties)
         self.span_s = window.span_s
         self._jobs_by_share: dict[float, list[Job]] = {}
-        self._running: dict[str, list[Job]] = {}
+        self._running: dict[str, list[Job]] | None = None
 
     @property
     def num_played(self) -> int:
@@ -145,7 +139,7 @@ class LookAhead:
         yield
         decoders = yield from self._decoders(duties, moved, busy_s)
         if side == "decode":
-            decoders += [self._decoder(self.nodes[0], 1.0, "decode")] * num_more
+            decoders += [self._decoder(self.nodes[0], 1.0)] * num_more
         decoders = fewer_decoders(decoders, self._window.stands_for)
         yield
         # A node that leaves prefill takes its prefix cache with it.
@@ -179,28 +173,34 @@ class LookAhead:
 
     def _decoders(self, duties: Duties, moved: Collection[str], busy_s: float) -> Sliced[list[Decoder]]:
         """Those that shall decode. What runs on a node that leaves is in nobody's way."""
-        decoders, num_done = [], 0
+        if self._running is None:
+            self._running = yield from self._running_jobs()
+        decoders = []
         for node in self.nodes:
             duty, name = duties[node.node_id], node.node_id
             if duty != "prefill":
-                decoder = self._decoder(node, self._slowness[name], duty)
-                running = self._running.get(name)
-                if running is None:
-                    running = self._running[name] = self._running_on(node)
-                decoders.append(decoder._replace(running=running, from_s=busy_s if name in moved else 0.0))
-                num_done += 1 + len(running)
-            if num_done >= EVENTS_PER_SLICE:
-                yield
-                num_done = 0
+                from_s = busy_s if name in moved else 0.0
+                decoders.append(self._decoder(node, self._slowness[name], duty, self._running[name], from_s))
+                if len(decoders) % EVENTS_PER_SLICE == 0:
+                    yield
         return decoders
 
-    def _decoder(self, node: NodeView, slowness: float, duty: Duty) -> Decoder:
+    def _decoder(
+        self,
+        node: NodeView,
+        slowness: float,
+        duty: Duty = "decode",
+        running: Sequence[Job] = (),
+        from_s: float = 0.0,
+    ) -> Decoder:
         worth = SHARED if duty == "both" else 1.0
         return Decoder(
             base_s=slowness * self._decoding.base_s,
             times=slowness / worth,
             num_places=worth * node.report.max_num_seqs,
             num_blocks=worth * node.descriptor.num_blocks,
+            running=running,
+            from_s=from_s,
         )
 
     def _jobs(self, share: float) -> Sliced[list[Job]]:
@@ -230,45 +230,53 @@ class LookAhead:
             self._jobs_by_share[share] = jobs
         return jobs
 
-    def _running_on(self, node: NodeView) -> list[Job]:
-        """Its sequences of now, which end evenly."""
-        num = node.num_sequences
-        if not num:
-            return []
-        left, context = node.tokens_left / num, node.num_context_tokens / num
-        beside_s = self._decoding.beside_s(1, round(context + left / 2))
-        num_blocks = self._blocks(context + left)
-        return [
-            Job(0.0, 0.0, beside_s, num_blocks, 2.0 * left * place / (num + 1)) for place in range(1, num + 1)
-        ]
+    def _running_jobs(self) -> Sliced[dict[str, list[Job]]]:
+        """By node its sequences of now, which end evenly: of those of all nodes every so manyth."""
+        jobs: dict[str, list[Job]] = {}
+        stands_for, first, num_done = self._window.stands_for, 0, 0
+        for node in self.nodes:
+            if num_done >= EVENTS_PER_SLICE:
+                yield
+                num_done = 0
+            num, some = node.num_sequences, list[Job]()
+            if num:
+                left, context = node.tokens_left / num, node.num_context_tokens / num
+                beside_s = self._decoding.beside_s(1, round(context + left / 2))
+                num_blocks = self._blocks(context + left)
+                some = [
+                    Job(0.0, 0.0, beside_s, num_blocks, 2.0 * left * place / (num + 1))
+                    for place in range(1 + first, num + 1, stands_for)
+                ]
+                first = (first - num) % stands_for
+            jobs[node.node_id] = some
+            num_done += 1 + len(some)
+        return jobs
 
     def _blocks(self, num_tokens: float) -> int:
         return int(num_tokens / self._block_size) + 1
 
 
 def fewer_decoders(decoders: Sequence[Decoder], stands_for: int) -> list[Decoder]:
-    """One for so many of the decode nodes, with the mean of what they are and every so manyth sequence.
+    """One for so many of the decode nodes, with the mean of what they are and all that runs on them.
 
     So together they do as much as that part of all. Nodes that come later are not put together with others.
     """
     if stands_for == 1:
         return list(decoders)
     chosen: list[Decoder] = []
-    for _, alike in groupby(sorted(decoders, key=_from), key=_from):
+    for from_s, alike in groupby(sorted(decoders, key=_from), key=_from):
         nodes = list(alike)
         num = max(1, round(len(nodes) / stands_for))
         for place in range(num):
             group = nodes[place * len(nodes) // num : (place + 1) * len(nodes) // num]
-            part = len(group) / stands_for
-            running = [job for decoder in group for job in decoder.running]
             chosen.append(
                 Decoder(
-                    base_s=fmean(decoder.base_s for decoder in group),
-                    times=fmean(decoder.times for decoder in group) / part,
-                    num_places=fmean(decoder.num_places for decoder in group) * part,
-                    num_blocks=fmean(decoder.num_blocks for decoder in group) * part,
-                    running=running[stands_for // 2 :: stands_for],
-                    from_s=group[0].from_s,
+                    base_s=sum(one.base_s for one in group) / len(group),
+                    times=sum(one.times for one in group) / len(group) ** 2 * stands_for,
+                    num_places=sum(one.num_places for one in group) / stands_for,
+                    num_blocks=sum(one.num_blocks for one in group) / stands_for,
+                    running=[job for one in group for job in one.running],
+                    from_s=from_s,
                 )
             )
     return chosen
@@ -337,7 +345,7 @@ class _Batch:
         self.next_end = self.now + (self.ends[0][0] - self.tokens) * self.step_s if self.ends else math.inf
 
 
-_next_end, _step_s = attrgetter("next_end"), attrgetter("step_s")
+_next_end = attrgetter("next_end")
 
 
 def served_in_time(
@@ -364,23 +372,24 @@ def served_in_time(
     now, num_left = 0.0, EVENTS_PER_SLICE
     served = []
     for period_s, job in product(periods, jobs):
-        at = job.at + period_s
+        at, place = job.at + period_s, None
         now = max(now, at)
-        num_left -= 1
-        if num_left <= 0:
-            yield
-            num_left = EVENTS_PER_SLICE
-        while batches and (first := min(batches, key=_next_end)).next_end <= now:
-            first.end_first()
+        while batches:
             num_left -= 1
-        able_now = [one for one in batches if one.has_room(job, now, itl_s)]
-        place = min(able_now, key=_step_s) if able_now else None
-        while place is None and batches and (first := min(batches, key=_next_end)).next_end <= at + ttft_s:
+            if not num_left:
+                yield
+                num_left = EVENTS_PER_SLICE
+            first = min(batches, key=_next_end)
+            if first.next_end <= now:
+                first.end_first()
+                continue
+            step_s = math.inf
+            for one in batches:
+                if one.step_s < step_s and one.has_room(job, now, itl_s):
+                    place, step_s = one, one.step_s
+            if place is not None or first.next_end > at + ttft_s:
+                break
             now = first.next_end
-            first.end_first()
-            num_left -= 1
-            if first.has_room(job, now, itl_s):
-                place = first
         free_at, slowness = free_nodes[0] if free_nodes else (math.inf, 1.0)
         wait_s, work_s = max(free_at, now) - at, job.prefill_s * slowness
         in_time = place is not None and wait_s + work_s <= ttft_s
