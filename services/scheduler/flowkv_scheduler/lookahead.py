@@ -103,7 +103,9 @@ class LookAhead:
         self._prefill_now = self._prefill_nodes(duties)
         self.span_s = window.span_s
         self._jobs_by_share: dict[float, list[Job]] = {}
+        # Made once: garbage of a thousand nodes would be collected in the middle of a slice.
         self._running: dict[str, list[Job]] | None = None
+        self._known_decoders: dict[tuple[str, Duty], Decoder] = {}
 
     @property
     def num_played(self) -> int:
@@ -175,23 +177,21 @@ class LookAhead:
         """Those that shall decode. What runs on a node that leaves is in nobody's way."""
         if self._running is None:
             self._running = yield from self._running_jobs()
-        decoders = []
+        decoders: list[Decoder] = []
         for node in self.nodes:
-            duty, name = duties[node.node_id], node.node_id
+            name, duty = node.node_id, duties[node.node_id]
             if duty != "prefill":
-                from_s = busy_s if name in moved else 0.0
-                decoders.append(self._decoder(node, self._slowness[name], duty, self._running[name], from_s))
+                decoder = self._known_decoders.get((name, duty))
+                if decoder is None:
+                    decoder = self._decoder(node, self._slowness[name], duty, self._running.get(name, ()))
+                    self._known_decoders[name, duty] = decoder
+                decoders.append(decoder._replace(from_s=busy_s) if name in moved else decoder)
                 if len(decoders) % EVENTS_PER_SLICE == 0:
                     yield
         return decoders
 
     def _decoder(
-        self,
-        node: NodeView,
-        slowness: float,
-        duty: Duty = "decode",
-        running: Sequence[Job] = (),
-        from_s: float = 0.0,
+        self, node: NodeView, slowness: float, duty: Duty = "decode", running: Sequence[Job] = ()
     ) -> Decoder:
         worth = SHARED if duty == "both" else 1.0
         return Decoder(
@@ -200,7 +200,6 @@ class LookAhead:
             num_places=worth * node.report.max_num_seqs,
             num_blocks=worth * node.descriptor.num_blocks,
             running=running,
-            from_s=from_s,
         )
 
     def _jobs(self, share: float) -> Sliced[list[Job]]:
@@ -231,25 +230,25 @@ class LookAhead:
         return jobs
 
     def _running_jobs(self) -> Sliced[dict[str, list[Job]]]:
-        """By node its sequences of now, which end evenly: of those of all nodes every so manyth."""
+        """Of nodes that have some, their sequences of now, which end evenly: every so manyth of all nodes."""
         jobs: dict[str, list[Job]] = {}
         stands_for, first, num_done = self._window.stands_for, 0, 0
         for node in self.nodes:
             if num_done >= EVENTS_PER_SLICE:
                 yield
                 num_done = 0
-            num, some = node.num_sequences, list[Job]()
-            if num:
+            num = node.num_sequences
+            num_done += 1
+            places = range(1 + first, num + 1, stands_for)
+            if places:
                 left, context = node.tokens_left / num, node.num_context_tokens / num
                 beside_s = self._decoding.beside_s(1, round(context + left / 2))
                 num_blocks = self._blocks(context + left)
-                some = [
-                    Job(0.0, 0.0, beside_s, num_blocks, 2.0 * left * place / (num + 1))
-                    for place in range(1 + first, num + 1, stands_for)
+                jobs[node.node_id] = [
+                    Job(0.0, 0.0, beside_s, num_blocks, 2.0 * left * place / (num + 1)) for place in places
                 ]
-                first = (first - num) % stands_for
-            jobs[node.node_id] = some
-            num_done += 1 + len(some)
+                num_done += len(places)
+            first = (first - num) % stands_for
         return jobs
 
     def _blocks(self, num_tokens: float) -> int:
