@@ -45,7 +45,7 @@ FEWEST_REQUESTS = (100, 10, 10, 10)
 TURNS = (0, 1, 0, 2, 0, 1, 0, 3)
 # By what came in so many seconds nodes are moved before anything is lost, and the regime is told.
 RECENT_S = 10.0
-# So many are played in less than a millisecond. A tick plays them a few times.
+# So many are played in some milliseconds. A tick plays them a few times.
 MAX_PLAYED = 400
 # From so many nodes on only some of the requests are played, on as few of the nodes. But on no fewer than so
 # many, however many requests come: a prompt takes the time of all that it stands for, and the next one waits.
