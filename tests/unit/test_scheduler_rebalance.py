@@ -93,7 +93,7 @@ def test_a_node_moves_to_the_side_that_is_short() -> None:
         assert run.rebalancer.leaving == {first[0]: name == "d" and "decode" or "prefill"}
 
 
-def test_nothing_moves_before_demand_is_known_for_the_shortest_window() -> None:
+def test_nothing_moves_before_demand_is_known_for_ten_seconds() -> None:
     """However much comes: the first seconds may be a burst."""
     run = Cluster(*four_nodes())
     assert directions(run.play(LONG_PROMPTS, RECENT_S - TICK_S)) == []
@@ -482,7 +482,7 @@ def test_overload_is_that_requests_were_lost_lately() -> None:
     run = Cluster(*four_nodes(), rebalancer=Rebalancer(GOALS, lends=False))
     assert regimes(run.play(EVEN, 20.0)) == []
     assert regimes(run.play(Mix(6.0, [(1200, 30)]), 60.0)) == ["overload"]
-    # Until it is as long ago as the shortest window.
+    # Until that is no longer recent.
     assert regimes(run.play(EVEN, RECENT_S - TICK_S)) == []
     assert regimes(run.play(EVEN, 30.0)) == ["normal"]
 

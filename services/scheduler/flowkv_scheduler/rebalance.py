@@ -44,10 +44,10 @@ FEWEST_REQUESTS = (100, 10, 10, 10)
 # Played is one per tick, in this order, as places in `WINDOWS_S`.
 TURNS = (0, 1, 0, 2, 0, 1, 0, 3)
 # By what came in so many seconds nodes are moved before anything is lost, and the regime is told.
-RECENT_S = 10.0
+RECENT_S = WINDOWS_S[1]
 # So many are played in some milliseconds. A tick plays them a few times.
 MAX_PLAYED = 400
-# From so many nodes on only some of the requests are played, on as few of the nodes. But on no fewer than so
+# From so many nodes on only some of the requests are played, on as few decode nodes. But on no fewer than so
 # many, however many requests come: a prompt takes the time of all that it stands for, and the next one waits.
 MOST_NODES = 16
 LEAST_NODES = 4
