@@ -42,7 +42,7 @@ def baseline(pick_prefill: Pick, pick_decode: Pick) -> Chooser:
         nodes = [node for node in usable if group_of(node.descriptor) == group]
         prefill = [node for node in nodes if node.may_prefill and costs.takes_prompt(node)]
         decode = [node for node in nodes if node.may_decode and costs.takes_sequence(node)]
-        roomy = [node for node in decode if costs.num_missing_blocks(node) <= 0]
+        roomy = [node for node in decode if not costs.num_missing_blocks(node)]
         p = pick_prefill(costs.request, prefill or [choice.prefill], lambda node: node.num_queued_tokens)
         d = pick_decode(costs.request, roomy or [choice.decode], lambda node: node.num_sequences)
         return msgspec.structs.replace(
@@ -120,7 +120,7 @@ def one_node(costs: RequestCosts) -> Choice | None:
 
     def has_room(node: NodeView) -> bool:
         held = costs.kept.get(node.node_id, NOTHING)
-        if costs.num_missing_blocks(node) + held.num_blocks > 0 or node.num_missing_places(held) > 0:
+        if costs.num_missing_blocks(node, held) or node.num_missing_places(held) > 0:
             return False
         # Prompts delay some of its steps in any case: without them its steps are to meet the target.
         step_s = costs.step_s(node) - node.chunk_s

@@ -31,7 +31,7 @@ from nats.aio.msg import Msg
 
 from benchmarks.report import Report, make_parser, quantiles, time_s, transposed
 from benchmarks.simulator.batch import slowed
-from flowkv_common.aio import running
+from flowkv_common.aio import freeze_objects, running
 from flowkv_common.bus.connection import Bus, connect
 from flowkv_common.bus.registry import keep_announced, watch_nodes
 from flowkv_common.errors import FlowKVError, Full
@@ -168,6 +168,7 @@ def requests(seed: int) -> Iterator[ScheduleRequest]:
 
 def measure(num_nodes: int, num_in_flight: int, num_waiting: int, num_decisions: int) -> dict[str, Any]:
     """Asks `num_decisions` times, 5,000 a second; reports come in between as they would in that time."""
+    freeze_objects()  # as the scheduler does when it starts
     planner = Planner(Goals(max_wait_s=1e9))
     nodes = [Node(number) for number in range(num_nodes)]
     by_id = {node.node_id: node for node in nodes}

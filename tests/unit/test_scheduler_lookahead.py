@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from flowkv_common.wire.nodes import OutputForecast, StepFit, length_class
 from flowkv_scheduler.cluster import Goals
@@ -34,7 +35,7 @@ ONE = Decoder(BASE_S, 1.0, num_places=3.0, num_blocks=10.0)
 
 
 def job(at: float = 0.0, prefill_s: float = 0.0, outputs: float = 10.0, **changes: Any) -> Job:
-    return Job(at, prefill_s, 0.01, 1, outputs)._replace(**changes)
+    return replace(Job(at, prefill_s, 0.01, 1, outputs), **changes)
 
 
 def in_time(jobs: Sequence[Job], queues: Sequence[tuple[float, float]], *decoders: Decoder) -> list[bool]:
@@ -91,7 +92,7 @@ def test_a_prompt_that_no_node_computes_in_time_delays_no_prompt_but_is_decoded(
     """It is served where a node is idle, as admission does, and refused where one is not."""
     giant, small = job(0.0, prefill_s=10.0), job(1.0, prefill_s=0.5)
     assert in_time([giant, small], [(0.0, 1.0)]) == [False, True]
-    one_place = ONE._replace(num_places=1.0)
+    one_place = replace(ONE, num_places=1.0)
     assert in_time([giant, small], [(0.0, 1.0)], one_place) == [False, False]
     assert in_time([giant, small], [(1.0, 1.0)], one_place) == [False, True]
 
@@ -231,12 +232,12 @@ def test_the_room_of_a_part_of_a_sequence_is_left_on_each_node() -> None:
 
 def test_a_sequence_holds_its_place_from_when_it_is_chosen_until_its_last_token() -> None:
     """Its prompt waits and is computed meanwhile: the room is given before that begins."""
-    one_place = ONE._replace(num_places=1.0)
+    one_place = replace(ONE, num_places=1.0)
     # 2 s of prompt are 40 steps of now, 50 ms each; with the 10 of its output they take 60 ms each.
     first = job(prefill_s=2.0, beside_s=0.01)
     jobs = [first, job(0.1, beside_s=0.01, prefill_s=1.5)]
     assert in_time(jobs, [(0.0, 1.0), (0.0, 1.0)], one_place) == [True, False]
-    jobs[1] = jobs[1]._replace(prefill_s=1.0)  # 3.0 - 0.1 + 1.0 <= 4
+    jobs[1] = replace(jobs[1], prefill_s=1.0)  # 3.0 - 0.1 + 1.0 <= 4
     assert in_time(jobs, [(0.0, 1.0), (0.0, 1.0)], one_place) == [True, True]
 
 
@@ -248,7 +249,7 @@ def test_an_idle_node_takes_any_sequence() -> None:
 def test_a_node_that_moves_takes_up_its_side_when_its_old_work_is_done() -> None:
     """One place more from 5 s on: what comes before that does not find it."""
     jobs = [job(float(at), outputs=1000.0) for at in (0, 1, 6, 7)]
-    one, later = ONE._replace(num_places=1.0), ONE._replace(num_places=1.0, from_s=5.0)
+    one, later = replace(ONE, num_places=1.0), replace(ONE, num_places=1.0, from_s=5.0)
     assert in_time(jobs, [(0.0, 1.0)], one, later) == [True, False, True, False]
     assert in_time(jobs, [(0.0, 1.0)], one, one) == [True, True, False, False]
 
@@ -425,7 +426,7 @@ def test_fewer_decode_nodes_hold_as_much_as_their_part(
     nodes: list[tuple[int, float]], stands_for: int
 ) -> None:
     """Those that come later stay apart, so one node more always is more."""
-    decoders = [ONE._replace(num_blocks=num, running=[job()] * int(num), from_s=at) for num, at in nodes]
+    decoders = [replace(ONE, num_blocks=num, running=[job()] * int(num), from_s=at) for num, at in nodes]
     fewer = fewer_decoders(decoders, stands_for)
     for at in {decoder.from_s for decoder in decoders}:
         some, whole = ([one for one in each if one.from_s == at] for each in (fewer, decoders))

@@ -583,7 +583,7 @@ def _retry_in(wait_s: float) -> float:
 def _room_in_s(node: NodeView, costs: RequestCosts, ahead: Work) -> float:
     """Seconds until the request fits there, behind `ahead`, which waits for room on the node too."""
     # Each sequence that ends frees an equal share of the blocks.
-    num_missing_blocks = max(0, costs.num_missing_blocks(node) + ahead.num_blocks)
+    num_missing_blocks = costs.num_missing_blocks(node, ahead)
     num_taken = max(1, node.descriptor.num_blocks - node.num_available_blocks)
     for_blocks = num_missing_blocks * max(1, node.num_sequences) / num_taken
     for_room_s = _ends_in_s(node, costs, ahead, max(for_blocks, node.num_missing_places(ahead)))

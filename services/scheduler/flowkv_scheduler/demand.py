@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from itertools import chain, pairwise
 from typing import NamedTuple
 
+import msgspec
+
 from flowkv_common.wire.nodes import PRIOR_TOKENS, OutputForecast, length_class
 
 # What came longer ago says nothing of what comes next.
@@ -24,7 +26,7 @@ NEWS_FACTOR = 1.2
 LOSSES_S = 0.5
 
 
-class Wanted(NamedTuple):
+class Wanted(msgspec.Struct, frozen=True, gc=False):
     """A request when it first asked. `num_cached_tokens` of its prompt were in some node's prefix cache."""
 
     at: float
@@ -84,7 +86,7 @@ class Demand:
         if len(self._kept) > MAX_KEPT:
             self._stands_for *= 2
             self._kept = deque(
-                one._replace(stands_for=max(one.stands_for, self._stands_for))
+                msgspec.structs.replace(one, stands_for=max(one.stands_for, self._stands_for))
                 for one in self._kept
                 if one.number % self._stands_for == 0
             )

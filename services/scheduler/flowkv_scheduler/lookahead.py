@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import groupby, product
 from operator import attrgetter
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 
@@ -39,7 +39,7 @@ Duty = Literal["prefill", "decode", "both"]
 Duties = Mapping[str, Duty]  # by node id
 
 
-class Job(NamedTuple):
+class Job(msgspec.Struct, frozen=True, gc=False):
     """A request, as the reference node would see it."""
 
     at: float  # seconds from now
@@ -49,7 +49,7 @@ class Job(NamedTuple):
     num_output_tokens: float
 
 
-class Decoder(NamedTuple):
+class Decoder(msgspec.Struct, frozen=True, gc=False):
     """A decode node, or several as one. A step takes `base_s`, and `times` what its sequences add."""
 
     base_s: float
@@ -185,7 +185,9 @@ class LookAhead:
                 if decoder is None:
                     decoder = self._decoder(node, self._slowness[name], duty, self._running.get(name, ()))
                     self._known_decoders[name, duty] = decoder
-                decoders.append(decoder._replace(from_s=busy_s) if name in moved else decoder)
+                if name in moved:
+                    decoder = msgspec.structs.replace(decoder, from_s=busy_s)
+                decoders.append(decoder)
                 if len(decoders) % EVENTS_PER_SLICE == 0:
                     yield
         return decoders

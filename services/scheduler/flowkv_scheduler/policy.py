@@ -60,7 +60,8 @@ class Cost(msgspec.Struct, frozen=True, gc=False):
     total_s: float
 
 
-_rank = attrgetter("total_s", "node.node_id")
+# Equals stay in the order of their side: by node id.
+_rank = attrgetter("total_s")
 
 
 def excess_s(node: NodeView, excess_tokens: float, held: Work, target_s: float) -> float:
@@ -148,7 +149,7 @@ class RequestCosts:
         """The whole prompt and a token, a place in the batch, and the ITL target, beside `held`."""
         return (
             held.num_sequences < node.num_free_places
-            and self.num_missing_blocks(node) + held.num_blocks <= 0
+            and not self.num_missing_blocks(node, held)
             and self.may_slow(node, held)
         )
 
@@ -156,7 +157,7 @@ class RequestCosts:
         """Is the ITL target met or of no matter, beside `held`?"""
         # The target is no less than the goal, which is known at once.
         return (
-            self._excess_s(node, held, self.goals.itl_s) <= 0.0
+            excess_s(node, self._excess_tokens, held, self.goals.itl_s) <= 0.0
             or not self.must_meet_itl
             or self.itl_excess_s(node, held) <= 0.0
         )
@@ -179,18 +180,18 @@ class RequestCosts:
             (s for s in (self.goals.itl_s, self.cluster_goals.itl_s) if s >= alone_s), default=math.inf
         )
 
-    def num_missing_blocks(self, node: NodeView) -> int:
-        num_missing = self.need_on(node).num_blocks - node.num_available_blocks
+    def num_missing_blocks(self, node: NodeView, held: Work = NOTHING) -> int:
+        """Beside `held`; 0 if there are enough."""
+        num_missing = self.need_on(node).num_blocks + held.num_blocks - node.num_available_blocks
+        if num_missing <= 0:
+            return 0
         # Cached blocks may be idle, and are then among those available: they are not counted twice.
-        num_more = self.hits.num_blocks(node.node_id) - node.report.blocks.cached
-        return num_missing - num_more if num_more > 0 else num_missing
+        num_more = max(0, self.hits.num_blocks(node.node_id) - node.report.blocks.cached)
+        return max(0, num_missing - num_more)
 
     def itl_excess_s(self, node: NodeView, held: Work = NOTHING) -> float:
         """How far a step would exceed the ITL target. An idle node is as good as it gets: 0."""
-        return self._excess_s(node, held, self.itl_target_s)
-
-    def _excess_s(self, node: NodeView, held: Work, target_s: float) -> float:
-        return excess_s(node, self._excess_tokens, held, target_s)
+        return excess_s(node, self._excess_tokens, held, self.itl_target_s)
 
     def need_on(self, node: NodeView) -> Work:
         """The room that the request takes there, with its output as long as is expected."""
@@ -454,11 +455,11 @@ def _choose_in(costs: RequestCosts, group: NodeGroup) -> Choice | None:
 def _best_pair(costs: RequestCosts, prefill: list[Cost], decode: list[Cost]) -> _Pair | None:
     """Both sides come soonest first. So of equal pairs the first is kept, and of the decode nodes that are
     reached alike only the first is looked at."""
-    best: _Pair | None = None
+    best, best_s = None, math.inf
     for p in prefill:
         reached = set()
         for d in decode:
-            if best is not None and p.total_s + d.total_s >= best.predicted_s:
+            if p.total_s + d.total_s >= best_s:
                 break
             how = d.num_cached_tokens, costs.link_between(p.node, d.node)
             if how in reached:
@@ -466,8 +467,8 @@ def _best_pair(costs: RequestCosts, prefill: list[Cost], decode: list[Cost]) -> 
             reached.add(how)
             moved_s = costs.transfer_s(p, *how)
             predicted_s = p.total_s + moved_s + d.total_s
-            if best is None or predicted_s < best.predicted_s:
-                best = _Pair(predicted_s, p, d, moved_s)
+            if predicted_s < best_s:
+                best, best_s = _Pair(predicted_s, p, d, moved_s), predicted_s
     return best
 
 
