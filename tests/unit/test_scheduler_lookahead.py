@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from flowkv_common.wire.nodes import OutputForecast, StepFit, length_class
-from flowkv_scheduler.cluster import Goals
+from flowkv_scheduler.cluster import WAIT_FACTOR, Goals
 from flowkv_scheduler.demand import Demand, OutputLengths
 from flowkv_scheduler.lookahead import (
     SHARED,
@@ -20,6 +20,7 @@ from flowkv_scheduler.lookahead import (
     Duties,
     Job,
     LookAhead,
+    Queue,
     fewer_decoders,
     served_in_time,
 )
@@ -38,8 +39,8 @@ def job(at: float = 0.0, prefill_s: float = 0.0, outputs: float = 10.0, **change
     return replace(Job(at, prefill_s, 0.01, 1, outputs), **changes)
 
 
-def in_time(jobs: Sequence[Job], queues: Sequence[tuple[float, float]], *decoders: Decoder) -> list[bool]:
-    return at_once(served_in_time(jobs, queues, decoders or (ENDLESS,), GOALS))
+def in_time(jobs: Sequence[Job], queues: Sequence[tuple[float, ...]], *decoders: Decoder) -> list[bool]:
+    return at_once(served_in_time(jobs, [Queue(*one) for one in queues], decoders or (ENDLESS,), GOALS))
 
 
 # --- prefill: a queue -----------------------------------------------------------------------------
@@ -49,7 +50,7 @@ times = st.floats(0.0, 20.0)
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(times, st.floats(0.01, 6.0)), max_size=12), st.floats(0.0, 6.0))
+@given(st.lists(st.tuples(times, st.floats(0.01, 4.0)), max_size=12), st.floats(0.0, 6.0))
 def test_one_prefill_node_is_a_queue(asked: list[tuple[float, float]], free_at: float) -> None:
     """First come first served. A prompt that would be late delays no other."""
     jobs = [job(at, prefill_s) for at, prefill_s in sorted(asked)]
@@ -88,13 +89,58 @@ def test_without_a_prefill_node_nothing_is_served() -> None:
     assert in_time([job(), job(1.0)], []) == [False, False]
 
 
-def test_a_prompt_that_no_node_computes_in_time_delays_no_prompt_but_is_decoded() -> None:
-    """It is served where a node is idle, as admission does, and refused where one is not."""
+def test_a_prompt_that_no_node_computes_in_time_is_taken_by_an_idle_one() -> None:
+    """As at the door. Where none is idle, or none has room to decode it, it is refused."""
     giant, small = job(0.0, prefill_s=10.0), job(1.0, prefill_s=0.5)
     assert in_time([giant, small], [(0.0, 1.0)]) == [False, True]
     one_place = replace(ONE, num_places=1.0)
     assert in_time([giant, small], [(0.0, 1.0)], one_place) == [False, False]
     assert in_time([giant, small], [(1.0, 1.0)], one_place) == [False, True]
+
+
+def test_a_late_prompt_is_interrupted_by_others_until_it_is_due() -> None:
+    """Half of each second is left for it. From 48 s on the rest of its 40 s is computed without a pause."""
+    giant = job(0.0, prefill_s=40.0)
+    small = [job(float(at), prefill_s=0.5) for at in range(1, 70)]
+    served = in_time([giant, *small], [(0.0, 1.0)])[1:]
+    late = [one.at for one, is_served in zip(small, served, strict=True) if not is_served]
+    assert WAIT_FACTOR * GOALS.ttft_s == 48.0
+    # 1 s before the first of them, and 47 half seconds: of 15.5 s that are left 3.5 may be waited for.
+    assert late == [float(at) for at in range(48, 60)]
+    # Two nodes: the other one does all there is.
+    assert all(in_time([giant, *small], [(0.0, 1.0), (0.0, 1.0)])[1:])
+
+
+quarters = st.integers(0, 400).map(lambda number: number / 4)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(quarters, st.sampled_from([0.5, 1.5, 3.75, 6.0, 30.0])), max_size=40),
+    st.sampled_from([(0.0, 0.0), (2.0, 0.0), (0.0, 12.0), (2.5, 40.0)]),
+)
+def test_late_prompts_take_what_is_left_of_a_node(
+    asked: list[tuple[float, float]], at_first: tuple[float, float]
+) -> None:
+    """Beside a node that works for a quarter of a second at a time, on what is in time if there is any."""
+    backlog, late = at_first
+    due, now, expected = 24.0, 0.0, list[bool]()
+    jobs = [job(at, prefill_s) for at, prefill_s in sorted(asked)]
+    for one in jobs:
+        while now < one.at:
+            if backlog:
+                backlog -= 0.25
+            else:
+                late = max(0.0, late - 0.25)
+            now += 0.25
+        if late and now + backlog >= due:
+            backlog, late = backlog + late, 0.0
+        expected.append(backlog + one.prefill_s <= GOALS.ttft_s)
+        if expected[-1]:
+            backlog += one.prefill_s
+        elif one.prefill_s > GOALS.ttft_s and not backlog and not late:
+            late, due = one.prefill_s, now + 48.0
+    assert in_time(jobs, [(at_first[0], 1.0, at_first[1], 24.0)]) == expected
 
 
 # --- decode: a batch on each node -----------------------------------------------------------------
@@ -405,11 +451,11 @@ def test_sequences_that_run_now_hold_their_places() -> None:
 
 
 def test_prompts_that_wait_now_are_before_those_that_come() -> None:
-    nodes = prefill(queued_prefill_tokens=20_000), decode()
+    nodes = prefill(queued_prefill_tokens=10_000), decode()
     served = at_once(ahead_of(nodes).served(duties_of(nodes)))
     assert not served[0]
     assert served[-1]
-    nodes = prefill(queued_prefill_tokens=20_000, interruptible_prefill_tokens=20_000), decode()
+    nodes = prefill(queued_prefill_tokens=10_000, interruptible_prefill_tokens=10_000), decode()
     assert all(at_once(ahead_of(nodes).served(duties_of(nodes))))
 
 
@@ -443,7 +489,10 @@ def test_a_prompt_that_stands_for_others_takes_their_time_too() -> None:
     """It is computed as fast as it is, and the next one waits for all of them."""
     jobs = [job(prefill_s=1.0), job(prefill_s=1.0)]
     for stands_for, expected in ((3, True), (4, False)):
-        assert at_once(served_in_time(jobs, [(0.0, 1.0)], [ENDLESS], GOALS, stands_for)) == [True, expected]
+        assert at_once(served_in_time(jobs, [Queue(0.0, 1.0)], [ENDLESS], GOALS, stands_for)) == [
+            True,
+            expected,
+        ]
 
 
 def test_prompts_that_stand_for_others_find_each_prefill_node_as_it_is() -> None:

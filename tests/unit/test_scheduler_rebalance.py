@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import heapq
+import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 import msgspec
@@ -15,7 +17,7 @@ from benchmarks.simulator.cluster import Cluster as SimulatedCluster
 from benchmarks.simulator.kinds import KINDS
 from benchmarks.simulator.run import Machines
 from flowkv.bench.traces import Request, Targets
-from flowkv_common.wire.nodes import RegimeChanged, ScaleWanted, SetPrefillCap, StepFit
+from flowkv_common.wire.nodes import OutputForecast, RegimeChanged, ScaleWanted, SetPrefillCap, StepFit
 from flowkv_scheduler import lookahead, rebalance
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.demand import REMEMBERED_S, Demand, OutputLengths, Window
@@ -25,6 +27,7 @@ from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import SHARED_ITL
 from flowkv_scheduler.rebalance import (
     IDLE_S,
+    LAST_ENDS_LATER,
     LEAST_NODES,
     MAX_PLAYED,
     MOST_NODES,
@@ -36,6 +39,7 @@ from flowkv_scheduler.rebalance import (
     WINDOWS_S,
     Order,
     Rebalancer,
+    _busy_s,
 )
 from flowkv_scheduler.slices import at_once
 from tests.described_nodes import BLOCK_SIZE, CAPS, MODEL, TOKEN_BUDGET, Described, cluster, node
@@ -217,6 +221,20 @@ def test_without_lending_no_budget_is_moved(mix: Mix) -> None:
     assert budgets(orders) == []
     assert run.rebalancer.leaving == {}
     assert "overload" in regimes(orders)
+
+
+@pytest.mark.parametrize("num_sequences", [1, 4, 16, 64])
+def test_a_decode_node_that_leaves_is_busy_for_twice_as_long_as_outputs_at_random(num_sequences: int) -> None:
+    """If each token is as likely the last, the longest is far longer than the mean."""
+    draw, mean = random.Random(0), 100.0
+    drained_s = []
+    for _ in range(500):
+        lengths = [draw.expovariate(1 / mean) for _ in range(num_sequences)]
+        drained_s.append(max(lengths) * FIT.base_s + sum(lengths) * FIT.sequence_s)
+    forecast = OutputForecast(tokens_left=mean * num_sequences, first_ends_in=1.0, stop_rate=1 / mean)
+    leaving = decode(running=num_sequences, forecast=forecast, num_context_tokens=0)
+    (view,) = cluster(leaving).views()
+    assert _busy_s(view, "decode") == pytest.approx(LAST_ENDS_LATER * fmean(drained_s), rel=0.2)
 
 
 # --- what is no reason to move: on simulated nodes, with the whole planner ---------------------------

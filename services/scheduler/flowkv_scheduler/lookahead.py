@@ -3,7 +3,8 @@
 Requests are played first come first served: each prompt takes the prefill node that is free first, each
 sequence the decode node with the shortest steps of those that have room: in a step within the ITL target, a
 place, and blocks. The play begins with the work that is there now. A request that would get its first token
-too late is refused, or if it would on any node, delays no prompt. Pure.
+too late is refused. If it would on any node, an idle one takes it, and works on it when nothing else is to be
+done, and from some time on before all else: as at the door, and at the nodes. Pure.
 
 A play is long work, so it goes in slices.
 """
@@ -15,12 +16,12 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import groupby, product
 from operator import attrgetter
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from flowkv_common.wire.nodes import expected_tokens
-from flowkv_scheduler.cluster import Goals
+from flowkv_scheduler.cluster import WAIT_FACTOR, Goals
 from flowkv_scheduler.demand import OutputLengths, Window
 from flowkv_scheduler.node_view import NodeView, Speed
 from flowkv_scheduler.slices import Sliced
@@ -47,6 +48,18 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     beside_s: float  # what its sequence adds to each step
     num_blocks: int
     num_output_tokens: float
+
+
+class Queue(NamedTuple):
+    """A prefill node, so many times slower than the reference. It is free of prompts in time at `free_at`.
+
+    These interrupt the `late_s` of others that it has then. From `due_at` on they do no more.
+    """
+
+    free_at: float
+    slowness: float
+    late_s: float = 0.0
+    due_at: float = math.inf
 
 
 class Decoder(msgspec.Struct, frozen=True, gc=False):
@@ -128,16 +141,21 @@ class LookAhead:
         `more`: with so many more reference nodes on a side.
         """
         side, num_more = more
+        # When late prompts of now are due is not known: on the mean half of their time is over.
+        due_at = _late_wait_s(self._goals) / 2
         queues = [
-            (
-                busy_s if node.node_id in moved else node.prefill_wait_s,
-                self._slowness[node.node_id] * (1.0 if duties[node.node_id] == "prefill" else 1.0 / SHARED),
+            Queue(
+                free_at=busy_s if node.node_id in moved else node.prefill_wait_s,
+                slowness=self._slowness[node.node_id]
+                * (1.0 if duties[node.node_id] == "prefill" else 1.0 / SHARED),
+                late_s=0.0 if node.node_id in moved else max(0.0, node.idle_wait_s - node.prefill_wait_s),
+                due_at=due_at,
             )
             for node in self.nodes
             if duties[node.node_id] != "decode"
         ]
         if side == "prefill":
-            queues += [(0.0, 1.0)] * num_more
+            queues += [Queue(0.0, 1.0)] * num_more
         yield
         decoders = yield from self._decoders(duties, moved, busy_s)
         if side == "decode":
@@ -349,9 +367,41 @@ class _Batch:
 _next_end = attrgetter("next_end")
 
 
+def _late_wait_s(goals: Goals) -> float:
+    """So long after it has come a late prompt is due before newcomers, at its node."""
+    return WAIT_FACTOR * goals.ttft_s
+
+
+def _first_free(queues: list[Queue], now: float) -> Queue:
+    """The node that is free first, with what it has late then; `queues` is a heap."""
+    while queues:
+        first = queues[0]
+        if not first.late_s:
+            return first
+        begin = max(first.free_at, now)
+        late_s = first.late_s - (begin - first.free_at)
+        if late_s <= 0.0:
+            return Queue(first.free_at, first.slowness)
+        if begin < first.due_at:
+            return first._replace(late_s=late_s)
+        heapq.heapreplace(queues, Queue(begin + late_s, first.slowness))
+    return Queue(math.inf, 1.0)
+
+
+def _take_late(queues: list[Queue], now: float, idle_until: float, work_s: float, due_at: float) -> bool:
+    """Give so much work of a late prompt to a node that is idle, or will be by then; False if none is."""
+    for place, (free_at, slowness, late_s, _) in enumerate(queues):
+        begin = max(free_at, now)
+        if begin < idle_until and late_s <= begin - free_at:
+            queues[place] = Queue(begin, slowness, work_s * slowness, due_at)
+            heapq.heapify(queues)
+            return True
+    return False
+
+
 def served_in_time(
     jobs: Sequence[Job],
-    queues: Sequence[tuple[float, float]],
+    queues: Sequence[Queue],
     decoders: Sequence[Decoder],
     goals: Goals,
     stands_for: int = 1,
@@ -359,13 +409,12 @@ def served_in_time(
 ) -> Sliced[list[bool]]:
     """For each job, whether it gets its first token within the TTFT target, and has its place by then.
 
-    `queues`: of each prefill node the seconds until it is free, and how many times slower it is than the
-    reference. A prompt takes it for the time of all that it stands for. `decoders` are as many fewer.
+    A prompt takes its prefill node for the time of all that it stands for. `decoders` are as many fewer.
     `periods`: all jobs come so much later, once for each.
     """
-    ttft_s, idle_wait_s = goals.ttft_s, IDLE_WAIT * goals.ttft_s
-    free_nodes = list(queues)
-    heapq.heapify(free_nodes)
+    ttft_s, idle_wait_s, late_wait_s = goals.ttft_s, IDLE_WAIT * goals.ttft_s, _late_wait_s(goals)
+    waiting = list(queues)
+    heapq.heapify(waiting)
     # Nodes that can't keep to the ITL target are full, unless none can.
     able = [node for node in decoders if node.base_s <= goals.itl_s]
     itl_s = goals.itl_s if able else math.inf
@@ -391,15 +440,18 @@ def served_in_time(
             if place is not None or first.next_end > at + ttft_s:
                 break
             now = first.next_end
-        free_at, slowness = free_nodes[0] if free_nodes else (math.inf, 1.0)
+        free_at, slowness, late_s, due_at = _first_free(waiting, now)
         wait_s, work_s = max(free_at, now) - at, job.prefill_s * slowness
         in_time = place is not None and wait_s + work_s <= ttft_s
         served.append(in_time)
-        if in_time:
-            heapq.heapreplace(free_nodes, (at + wait_s + stands_for * work_s, slowness))
-        # Late on any node, it is taken where one is idle. Prompts in time interrupt it.
-        elif work_s <= ttft_s or wait_s >= idle_wait_s:
+        if place is None:
             continue
-        if place is not None:
-            place.add_sequence(job, now, at + wait_s + work_s - now)
+        if in_time:
+            heapq.heapreplace(waiting, Queue(at + wait_s + stands_for * work_s, slowness, late_s, due_at))
+        # Late on any node, it is taken where one is idle.
+        elif job.prefill_s <= ttft_s or not _take_late(
+            waiting, now, at + idle_wait_s, stands_for * job.prefill_s, at + late_wait_s
+        ):
+            continue
+        place.add_sequence(job, now, at + wait_s + work_s - now)
     return served
