@@ -390,6 +390,8 @@ def _first_free(queues: list[Queue], now: float) -> Queue:
 
 def _take_late(queues: list[Queue], now: float, idle_until: float, work_s: float, due_at: float) -> bool:
     """Give so much work of a late prompt to a node that is idle, or will be by then; False if none is."""
+    if not queues or max(queues[0].free_at, now) >= idle_until:
+        return False
     for place, (free_at, slowness, late_s, _) in enumerate(queues):
         begin = max(free_at, now)
         if begin < idle_until and late_s <= begin - free_at:
