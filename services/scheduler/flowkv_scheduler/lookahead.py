@@ -415,8 +415,8 @@ def served_in_time(
     `periods`: all jobs come so much later, once for each.
     """
     ttft_s, idle_wait_s, late_wait_s = goals.ttft_s, IDLE_WAIT * goals.ttft_s, _late_wait_s(goals)
-    waiting = list(queues)
-    heapq.heapify(waiting)
+    free_nodes = list(queues)
+    heapq.heapify(free_nodes)
     # Nodes that can't keep to the ITL target are full, unless none can.
     able = [node for node in decoders if node.base_s <= goals.itl_s]
     itl_s = goals.itl_s if able else math.inf
@@ -442,17 +442,17 @@ def served_in_time(
             if place is not None or first.next_end > at + ttft_s:
                 break
             now = first.next_end
-        free_at, slowness, late_s, due_at = _first_free(waiting, now)
+        free_at, slowness, late_s, due_at = _first_free(free_nodes, now)
         wait_s, work_s = max(free_at, now) - at, job.prefill_s * slowness
         in_time = place is not None and wait_s + work_s <= ttft_s
         served.append(in_time)
         if place is None:
             continue
         if in_time:
-            heapq.heapreplace(waiting, Queue(at + wait_s + stands_for * work_s, slowness, late_s, due_at))
+            heapq.heapreplace(free_nodes, Queue(at + wait_s + stands_for * work_s, slowness, late_s, due_at))
         # Late on any node, it is taken where one is idle.
         elif job.prefill_s <= ttft_s or not _take_late(
-            waiting, now, at + idle_wait_s, stands_for * job.prefill_s, at + late_wait_s
+            free_nodes, now, at + idle_wait_s, stands_for * job.prefill_s, at + late_wait_s
         ):
             continue
         place.add_sequence(job, now, at + wait_s + work_s - now)

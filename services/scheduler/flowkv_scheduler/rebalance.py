@@ -530,7 +530,7 @@ def _busy_s(node: NodeView, duty: Duty) -> float:
     if not node.num_sequences:
         return 0.0
     mean, base_s = node.tokens_left / node.num_sequences, node.speed.base_s
-    # Each token of each adds its part to a step, and so many steps have to be made for the last of them.
+    # Each token adds its part to a step. Of outputs that end at random the last has so many steps to go.
     num_steps = mean * (1.0 + math.log(node.num_sequences))
     return LAST_ENDS_LATER * (mean * max(0.0, node.step_s - base_s) + num_steps * base_s)
 
