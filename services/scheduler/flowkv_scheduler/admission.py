@@ -23,7 +23,7 @@ from sortedcontainers import SortedDict, SortedList
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_scheduler import policy
-from flowkv_scheduler.cluster import WAIT_FACTOR, ClusterState, Goals
+from flowkv_scheduler.cluster import ClusterState, Goals
 from flowkv_scheduler.lookahead import IDLE_WAIT
 from flowkv_scheduler.node_view import NOTHING, NodeView, Work
 from flowkv_scheduler.policy import SHARED_ITL, Choice, Chooser, RequestCosts, excess_s
@@ -83,7 +83,7 @@ class Place(NamedTuple):
             case Rank.RUNNING:
                 return 0.0
             case Rank.LATE:
-                return self.due - now + WAIT_FACTOR * goals.ttft_s
+                return self.due - now + goals.late_wait_s
             case Rank.BATCH:
                 return request.deadline_in_s
         return self.due - now

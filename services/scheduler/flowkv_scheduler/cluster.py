@@ -60,7 +60,12 @@ class Goals(msgspec.Struct, frozen=True):
     @property
     def longest_wait_s(self) -> float:
         """`max_wait_s`; if that is 0, it follows from the TTFT target."""
-        return self.max_wait_s or WAIT_FACTOR * self.ttft_s
+        return self.max_wait_s or self.late_wait_s
+
+    @property
+    def late_wait_s(self) -> float:
+        """So long after it has come a late prompt is due before newcomers, at its node."""
+        return WAIT_FACTOR * self.ttft_s
 
     def of_request(self, request: ScheduleRequest) -> Goals:
         """With its own. Of ITL goals the stricter counts: the batch that it joins has others too."""

@@ -26,7 +26,7 @@ NEWS_FACTOR = 1.2
 LOSSES_S = 0.5
 
 
-# Without garbage collection, as all of which thousands are made in a look ahead: asks would wait for it.
+# Garbage collections pass over these, as over all of which a look ahead makes thousands: asks would wait.
 class Wanted(msgspec.Struct, frozen=True, gc=False):
     """A request when it first asked. `num_cached_tokens` of its prompt were in some node's prefix cache."""
 

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from flowkv_common.wire.nodes import expected_tokens
-from flowkv_scheduler.cluster import WAIT_FACTOR, Goals
+from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.demand import OutputLengths, Window
 from flowkv_scheduler.node_view import NodeView, Speed
 from flowkv_scheduler.slices import Sliced
@@ -142,7 +142,7 @@ class LookAhead:
         """
         side, num_more = more
         # When late prompts of now are due is not known: on the mean half of their time is over.
-        due_at = _late_wait_s(self._goals) / 2
+        due_at = self._goals.late_wait_s / 2
         queues = [
             Queue(
                 free_at=busy_s if node.node_id in moved else node.prefill_wait_s,
@@ -367,11 +367,6 @@ class _Batch:
 _next_end = attrgetter("next_end")
 
 
-def _late_wait_s(goals: Goals) -> float:
-    """So long after it has come a late prompt is due before newcomers, at its node."""
-    return WAIT_FACTOR * goals.ttft_s
-
-
 def _first_free(queues: list[Queue], now: float) -> Queue:
     """The node that is free first, with what it has late then; `queues` is a heap."""
     while queues:
@@ -414,7 +409,7 @@ def served_in_time(
     A prompt takes its prefill node for the time of all that it stands for. `decoders` are as many fewer.
     `periods`: all jobs come so much later, once for each.
     """
-    ttft_s, idle_wait_s, late_wait_s = goals.ttft_s, IDLE_WAIT * goals.ttft_s, _late_wait_s(goals)
+    ttft_s, idle_wait_s = goals.ttft_s, IDLE_WAIT * goals.ttft_s
     free_nodes = list(queues)
     heapq.heapify(free_nodes)
     # Nodes that can't keep to the ITL target are full, unless none can.
@@ -452,7 +447,7 @@ def served_in_time(
             heapq.heapreplace(free_nodes, Queue(at + wait_s + stands_for * work_s, slowness, late_s, due_at))
         # Late on any node, it is taken where one is idle.
         elif job.prefill_s <= ttft_s or not _take_late(
-            free_nodes, now, at + idle_wait_s, stands_for * job.prefill_s, at + late_wait_s
+            free_nodes, now, at + idle_wait_s, stands_for * job.prefill_s, at + goals.late_wait_s
         ):
             continue
         place.add_sequence(job, now, at + wait_s + work_s - now)
