@@ -18,7 +18,7 @@ from flowkv_common.wire.nodes import LoadReport
 from tests.e2e.load import stream_completion, wait_healthy
 from tests.e2e.observer import observe
 from tests.e2e.test_paced_nodes import Paced, fit, prompt_of
-from tests.paced.cluster import node_settings, services, variables, wait_linked
+from tests.paced.cluster import READY_TIMEOUT_S, node_settings, services, variables, wait_linked
 from tests.paced.nodes import pace_of, paced_nodes
 
 NUM_PROMPT_TOKENS = 500
@@ -87,7 +87,7 @@ async def patient(folder: Path, model_path: Path, counts: Mapping[str, int]) -> 
             httpx.AsyncClient(base_url=cluster.url, timeout=60) as http,
         ):
             await wait_linked(cluster.nats_url, len(nodes))
-            await wait_healthy(http)
+            await asyncio.to_thread(cluster.wait_ready, READY_TIMEOUT_S)
             yield Paced(cluster, nodes, costs, http)
 
 

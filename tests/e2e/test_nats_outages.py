@@ -20,12 +20,11 @@ from flowkv.local_cluster import Cluster
 from flowkv_common.config import NodeSettings
 from flowkv_common.wire import subjects
 from flowkv_common.wire.nodes import StepFit
-from tests.e2e.load import wait_healthy
 from tests.e2e.observer import observe
 from tests.e2e.steady_load import SteadyLoad, steady_load
 from tests.nats_cluster import NUM_SERVERS, NatsCluster
 from tests.nats_server import NatsServer
-from tests.paced.cluster import MODEL_NAME, services, variables, wait_linked
+from tests.paced.cluster import MODEL_NAME, READY_TIMEOUT_S, services, variables, wait_linked
 from tests.paced.digest import paced_tokens
 from tests.paced.engine import Pace
 from tests.paced.nodes import pace_of, paced_layout, paced_nodes
@@ -70,7 +69,7 @@ async def serving(
             httpx.AsyncClient(base_url=cluster.url, timeout=60) as http,
         ):
             await wait_linked(nats_url, sum(counts.values()))
-            await wait_healthy(http)
+            await asyncio.to_thread(cluster.wait_ready, READY_TIMEOUT_S)
             yield System(cluster, pace, http)
 
 

@@ -21,9 +21,9 @@ from flowkv.local_cluster import Cluster
 from flowkv_common.wire.nodes import LoadReport, StepFit
 from flowkv_node import reporting
 from flowkv_node.node import Node
-from tests.e2e.load import Streamed, run_all, stream_completion, wait_healthy
+from tests.e2e.load import Streamed, run_all, stream_completion
 from tests.e2e.observer import observe
-from tests.paced.cluster import node_settings, services, variables, wait_linked
+from tests.paced.cluster import READY_TIMEOUT_S, node_settings, services, variables, wait_linked
 from tests.paced.digest import paced_tokens
 from tests.paced.engine import Kept, Pace
 from tests.paced.nodes import PacedNode, pace_of, paced_nodes
@@ -89,7 +89,7 @@ async def paced(
             httpx.AsyncClient(base_url=cluster.url, timeout=60) as http,
         ):
             await wait_linked(cluster.nats_url, len(nodes))
-            await wait_healthy(http)
+            await asyncio.to_thread(cluster.wait_ready, READY_TIMEOUT_S)
             yield Paced(cluster, nodes, pace, http)
             async with observe(cluster.nats_url) as observer:
                 await observer.wait_idle(nodes)

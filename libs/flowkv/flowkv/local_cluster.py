@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -25,6 +26,7 @@ from flowkv_common.health import gateway_entry, problem
 from flowkv_common.wire.limits import MAX_PAYLOAD_BYTES
 
 NATS_URL_FILE = "nats_url"  # in a cluster's folder while it runs
+_EPHEMERAL = range(32_768, 65_536)  # ports that kernels give, where they don't tell which
 OLDEST_NATS = (2, 11)  # older servers don't tell watchers of expired keys
 
 
@@ -45,9 +47,28 @@ def find_nats_server() -> str:
     return found
 
 
+def free_ports() -> Iterator[int]:
+    """Ports that nobody listens on, in random order, each once.
+
+    None of those that the kernel gives to connections and to whoever asks for any port: another process
+    would get it before the one that it is for has started, or while that is started again.
+    """
+    given_by_kernel = _EPHEMERAL
+    with contextlib.suppress(OSError):  # only Linux tells
+        first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+        given_by_kernel = range(first, last + 1)
+    every = range(10_000, 65_536)
+    ports = [port for port in every if port not in given_by_kernel] or every
+    for port in random.sample(ports, len(ports)):
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        yield port
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    return next(free_ports())
 
 
 class Cluster:
@@ -78,7 +99,8 @@ class Cluster:
         servers that run.
         """
         self.run_dir = run_dir
-        self.port = port or free_port()
+        self._free_ports = free_ports()
+        self.port = port or next(self._free_ports)
         self.processes: dict[str, Process] = {}
         self._health_ports: dict[str, int] = {}  # of nodes and schedulers
         self._nodes = nodes
@@ -88,7 +110,7 @@ class Cluster:
         self._fork_server = fork_server
         self._opened = contextlib.ExitStack()
         self._nats_host = nats_host
-        self._nats_port = free_port()
+        self._nats_port = next(self._free_ports)
         self._starts_nats = not nats_url
         self.nats_url = nats_url or f"nats://{nats_host}:{self._nats_port}"
         num_nodes = max(1, sum(nodes.values())) * (1 + len(self._other_models))
@@ -191,7 +213,7 @@ class Cluster:
     def _arguments(self, name: str, service: str, **settings: str) -> list[str]:
         """Those of `flowkv` for this service."""
         if service != "gateway":  # its health is on the API's port
-            self._health_ports[name] = port = free_port()
+            self._health_ports[name] = port = next(self._free_ports)
             settings["http_port"] = str(port)
         flags = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
         return [service, *flags]
