@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import statistics
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -224,24 +226,38 @@ async def test_endpoint_that_could_not_be_opened_is_opened_later(
     assert num_tries == 1 + len(caps.endpoints())  # the one that failed, then all of them
 
 
-async def test_asks_are_answered_between_the_slices_of_a_tick() -> None:
-    seen: list[str] = []
-
-    async def ask() -> None:
-        for _ in range(3):
-            seen.append("ask")
-            await asyncio.sleep(0)
+async def test_an_ask_waits_for_one_slice_of_a_tick(nats_server: NatsServer) -> None:
+    """The clients are in a thread: what they do takes no turns of the scheduler's loop."""
+    num_slices, is_over = 0, False
 
     def tick() -> Sliced[str]:
-        for _ in range(3):
-            seen.append("slice")
+        nonlocal num_slices
+        while not is_over:
+            num_slices += 1
+            time.sleep(0.005)
             yield
         return "orders"
 
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(ask())
-        assert await between_asks(tick()) == "orders"
-    assert seen == ["slice", "ask"] * 3
+    async def ask() -> list[int]:
+        async with connect(nats_server.url, name="client") as bus:
+            waited = []
+            for _ in range(21):
+                before = num_slices
+                order = move(D0, 512)
+                await bus.request(subjects.at(subjects.NODE_CAP, "d0"), order, Accepted, timeout_s=5)
+                waited.append(num_slices - before)
+            return waited
+
+    async with connect(nats_server.url, name="test") as bus, asyncio.timeout(20):
+        endpoints = Caps().endpoints()
+        async with Service(bus, name="scheduler", version="0.1.0", service_id="s", endpoints=endpoints):
+            async with asyncio.TaskGroup() as tasks:
+                ticking = tasks.create_task(between_asks(tick()))
+                waited = await asyncio.to_thread(asyncio.run, ask())
+                is_over = True
+    assert ticking.result() == "orders"
+    # The one that runs; now and then one more begins while the answer is on its way.
+    assert statistics.median(waited) == 1, waited
 
 
 class FailingOnce(Planner):

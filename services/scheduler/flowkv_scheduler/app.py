@@ -55,6 +55,8 @@ T = TypeVar("T")
 
 # As long as the planner's period: what has failed by then is asked anew by what it orders next.
 ORDER_TIMEOUT_S = 0.5
+# Turns of the loop from the bytes of an ask to those of its answer: six, and what the request's event takes.
+TURNS_PER_ASK = 8
 # Of a gateway's word on nodes so much is taken at once, some 0.3 ms.
 SEEN_PER_SLICE = 100
 # A decision takes some 0.1 ms.
@@ -271,7 +273,7 @@ class Scheduler:
         for first in range(0, len(seen.nodes), SEEN_PER_SLICE):
             part = seen.nodes[first : first + SEEN_PER_SLICE]
             self.planner.add_seen(msgspec.structs.replace(seen, nodes=part), self._clock())
-            await asyncio.sleep(0)
+            await answer_asks()
 
     def on_nodes(self, descriptors: Mapping[str, NodeDescriptor]) -> None:
         self.planner.set_descriptors(descriptors)
@@ -374,13 +376,19 @@ class Scheduler:
 
 
 async def between_asks(work: Sliced[T]) -> T:
-    """Whatever else is due comes before each slice."""
+    """Whatever else is due comes before the next slice."""
     while True:
         try:
             next(work)
         except StopIteration as ended:
             result: T = ended.value
             return result
+        await answer_asks()
+
+
+async def answer_asks() -> None:
+    """Until those that have come are answered, and all else is done that was due."""
+    for _ in range(TURNS_PER_ASK):
         await asyncio.sleep(0)
 
 
