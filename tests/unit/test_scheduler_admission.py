@@ -668,6 +668,31 @@ def test_of_many_full_nodes_one_that_waits_finds_the_soonest_though_it_asks_few_
     assert [ends_in[name] for name in stood_at] == sorted((ends_in[name] for name in stood_at), reverse=True)
 
 
+@pytest.mark.parametrize("idle", ["p07", "p49"])
+def test_of_many_prefill_nodes_the_soonest_of_each_speed_is_foreseen(idle: str) -> None:
+    """As when there are few. The first ten compute a prompt in a tenth of the time."""
+    fit = StepFit(
+        base_s=0.02, prefill_token_s=1e-4, attended_token_s=0.0, sequence_s=0.0, context_token_s=0.0
+    )
+    nodes = [
+        node(
+            name := f"p{number:02}",
+            "prefill",
+            queued_prefill_tokens=0 if name == idle else 40_000,
+            step=msgspec.structs.replace(fit, prefill_token_s=1e-4 if number < 10 else 1e-3),
+        )
+        for number in range(50)
+    ]
+    full = node("d0", "decode", free=0)
+    alone, among = (
+        decide(request(), [*prefill, full])
+        for prefill in ([one for one in nodes if one.node_id == idle], nodes)
+    )
+    assert isinstance(alone, Wait)
+    assert isinstance(among, Wait)
+    assert 0.0 < among.first_token_in_s <= alone.first_token_in_s < 4.0  # a queue takes 4 s at least
+
+
 def lengths_seen(mean: float) -> OutputForecast:
     """A node's forecast after many outputs of that length, for prompts of any."""
     return OutputForecast(

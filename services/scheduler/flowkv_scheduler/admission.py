@@ -26,7 +26,7 @@ from flowkv_scheduler import policy
 from flowkv_scheduler.cluster import ClusterState, Goals
 from flowkv_scheduler.lookahead import IDLE_WAIT
 from flowkv_scheduler.node_view import NOTHING, NodeView, Work
-from flowkv_scheduler.policy import SHARED_ITL, Choice, Chooser, RequestCosts, excess_s
+from flowkv_scheduler.policy import SHARED_ITL, Choice, Chooser, RequestCosts, excess_s, first_of_each_class
 from flowkv_scheduler.prefixes import NO_HITS, Hits
 
 # A first token that is predicted within this part of the TTFT target comes in time: predictions err.
@@ -39,10 +39,10 @@ LESS_URGENT_SHARE = 0.5
 NO_NODE_AGE_S = 10.0
 # Of many nodes so many are asked when they will have room; by a request that waits at one, so many others.
 # Room is kept at so many, for so many requests.
-NUM_FORESEEN = 16
+NUM_FORESEEN = 8
 NUM_FORESEEN_AGAIN = 4
-NUM_KEPT_AT = 64
-NUM_KEPT_FOR = 64
+NUM_KEPT_AT = 32
+NUM_KEPT_FOR = 32
 # How soon a request that waits for room asks again.
 MIN_RETRY_S = 0.05
 MAX_RETRY_S = 0.5
@@ -507,7 +507,7 @@ def foresee_idle_prefill(costs: RequestCosts, queue: WaitingQueue, place: Place,
     """It has a pair, but waits until the prefill nodes are idle, behind the late requests before it."""
     line = _idle_line(costs)
     ahead = queue.work_ahead(line, place)
-    prefill = list(filter(costs.takes_prompt, _prefill_nodes(costs))) or [choice.prefill]
+    prefill = _prefill_nodes(costs) or [choice.prefill]
     wait_s = _prompts_in_s(costs, prefill, ahead)
     wait = Wait(
         retry_in_s=_retry_in(wait_s),
@@ -545,7 +545,7 @@ def foresee_room(costs: RequestCosts, queue: WaitingQueue, place: Place) -> Late
         nodes = [node for node in able if node.may_decode] or able
     if not nodes:
         return None
-    prefill = list(filter(costs.takes_prompt, _prefill_nodes(costs))) or nodes
+    prefill = _prefill_nodes(costs) or nodes
     prompts_s = _prompts_in_s(costs, prefill, queue.work_ahead_of_model(request.fingerprint, place))
     room_s, _, node = min(
         (_room_in_s(node, costs, queue.work_ahead(node.node_id, place)), node.node_id, node) for node in nodes
@@ -570,9 +570,10 @@ def _spread(nodes: SortedDict, request: ScheduleRequest, most: int) -> list[Node
 
 
 def _prefill_nodes(costs: RequestCosts) -> list[NodeView]:
-    """Some that prefill; if there is none, of all."""
+    """The soonest of those that prefill and take the prompt; if none prefills, some of all."""
     sides = [group.prefill or group.members for group in costs.groups]
-    return [node for side in sides for node in _spread(side, costs.request, NUM_FORESEEN)]
+    able = costs.takes_prompt
+    return [node for side in sides for node in first_of_each_class(side, able, most=NUM_FORESEEN)]
 
 
 def _retry_in(wait_s: float) -> float:

@@ -276,7 +276,7 @@ class RequestCosts:
     def prefill_side(self, group: NodeGroup) -> list[Cost]:
         """The best nodes for the prompt, soonest first."""
         sides = (group.prefill, prefill_rank), (group.members, id_rank)
-        found = self._candidates(sides, self.takes_prompt, lambda _: True)
+        found = self._candidates(sides, self.takes_prompt)
         able = (node for node in found if self.prefill_wait_s(node) <= self.longest_prefill_wait_s)
         return sorted(map(self.prefill_cost, able), key=_rank)[:MAX_CANDIDATES]
 
@@ -290,7 +290,7 @@ class RequestCosts:
         return sorted(map(self.decode_cost, found), key=_rank)[: 2 * MAX_CANDIDATES]
 
     def _candidates(
-        self, sides: Sequence[tuple[SortedDict, Rank]], is_able: Accepts, fits: Accepts
+        self, sides: Sequence[tuple[SortedDict, Rank]], is_able: Accepts, fits: Accepts | None = None
     ) -> list[NodeView]:
         """The soonest nodes of a side that fit, and those that have cached most of the prompt.
 
@@ -301,16 +301,16 @@ class RequestCosts:
         for avoid in dict.fromkeys([frozenset(self.request.avoid), frozenset[str]()]):
             able = _but(avoid, is_able)
             for nodes, _ in sides[:-1]:
-                if found := _first_of_each_class(nodes, able, fits):
+                if found := first_of_each_class(nodes, able, fits):
                     return found + self._longest_cached(soonest, rank, found, able, fits)
             if any(map(able, soonest.values())):
                 return []  # they are full
-            if found := _first_of_each_class(everyone, able, fits):
+            if found := first_of_each_class(everyone, able, fits):
                 return found
         return []
 
     def _longest_cached(
-        self, nodes: SortedDict, rank: Rank, known: list[NodeView], is_able: Accepts, fits: Accepts
+        self, nodes: SortedDict, rank: Rank, known: list[NodeView], is_able: Accepts, fits: Accepts | None
     ) -> list[NodeView]:
         """Further nodes, those that have cached most of the prompt."""
         if not self.hits:
@@ -326,8 +326,10 @@ def _but(avoid: frozenset[str], accepts: Accepts) -> Accepts:
     return (lambda node: node.node_id not in avoid and accepts(node)) if avoid else accepts
 
 
-def _first_of_each_class(nodes: SortedDict, is_able: Accepts, fits: Accepts) -> list[NodeView]:
-    """The first `NUM_COMPARED` fitting nodes of each class, which a rank begins with.
+def first_of_each_class(
+    nodes: SortedDict, is_able: Accepts, fits: Accepts | None = None, most: int = NUM_COMPARED
+) -> list[NodeView]:
+    """The first `most` fitting nodes of each class, which a rank begins with.
 
     After `NUM_FULL` nodes that are full the others of the class are taken to be full too.
     """
@@ -337,12 +339,12 @@ def _first_of_each_class(nodes: SortedDict, is_able: Accepts, fits: Accepts) -> 
         end = nodes.bisect_left((nodes.peekitem(start)[0][0] + 1,))
         num_found = num_full = 0
         for node in filter(is_able, map(nodes.get, nodes.islice(start, end))):
-            if fits(node):
+            if fits is None or fits(node):
                 found.append(node)
                 num_found += 1
             else:
                 num_full += 1
-            if num_found == NUM_COMPARED or num_full == NUM_FULL:
+            if num_found == most or num_full == NUM_FULL:
                 break
         start = end
     return found
