@@ -77,6 +77,19 @@ def test_evicts_tails_first_and_the_least_recently_used_chain_first(blocks: Bloc
     assert blocks.match_prefix(["a", "b", "c"]) == old
 
 
+def test_prompts_overwrite_the_least_recently_used_chain_and_no_other() -> None:
+    """Each finds a run where that chain lay, though little is evicted ahead of need."""
+    blocks = Blocks(num_blocks=80)
+    chains = [[f"{name}{place}" for place in range(8)] for name in "abcdefghijklmnopqrst"]
+    for number, chain in enumerate(chains):
+        cache_chain(blocks, *chain)
+        for lately in chains[max(0, number - 8) : number + 1]:
+            found = blocks.match_prefix(lately)
+            assert len(found) == 8
+            blocks.release(found)
+    blocks.check_integrity()
+
+
 def full_pool_with_chain(*released: int) -> tuple[Blocks, list[int]]:
     """Ten blocks: five leased, of which `released` are free again, then a cached chain of five."""
     blocks = Blocks(num_blocks=10)
