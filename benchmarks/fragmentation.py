@@ -1,7 +1,9 @@
-"""How many copies a request's cache takes in pools long in use: a trace through the allocators.
+"""How many copies a request's cache takes in pools long in use, and what prefix caches find: a trace through
+the allocators.
 
 Each request goes through a prefill pool with segments, and beside it decode pools that are told its runs,
-that are not, and that have a free list. At three levels of use, with the prefix cache off and on.
+that are not, and that have a free list. At some levels of use, with the prefix cache off and on. What a
+prefill pool finds is held against one with a free list, which forgets only the least recently used.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 
 from benchmarks import BenchmarkFailed
 from benchmarks.report import Report, make_parser, quantiles
-from benchmarks.traffic import synthetic
+from benchmarks.traffic import MADE_UP
 from flowkv.bench.traces import Request, read_trace
 from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.blocks import Blocks, OutOfBlocks
@@ -26,24 +28,30 @@ from flowkv_engine.kv.segments import align, runs_of
 
 LEVELS = (0.6, 0.75, 0.9)
 CACHES = {"off": (False,), "on": (True,), "both": (False, True)}
-NUM_SYNTHETIC = 20_000
+NUM_MADE_UP = 20_000
 COLUMNS = ("prefill alone", "decode alone", "one-sided", "aligned", "larger side", "free list")
 
 
 def main(argv: Sequence[str]) -> int:
     parser = make_parser("fragmentation", __doc__)
-    parser.add_argument("--trace", type=Path, help="Mooncake .jsonl or Azure .csv; a synthetic one without")
+    parser.add_argument(
+        "--trace", default="synthetic", help=f"Mooncake .jsonl, Azure .csv, or one of {', '.join(MADE_UP)}"
+    )
     parser.add_argument("--requests", type=int, default=100_000, help="the trace is repeated up to as many")
     parser.add_argument("--blocks", type=int, default=100_000, help="in each pool")
     parser.add_argument("--block-size", type=int, default=16, choices=(8, 16, 32, 64), help="tokens")
     parser.add_argument("--room", type=int, default=8, help="blocks left free behind a growing sequence")
     parser.add_argument("--cache", choices=CACHES, default="both", help="prefix cache")
+    parser.add_argument("--levels", type=float, nargs="+", default=LEVELS, help="of all blocks, leased ones")
     options = parser.parse_args(argv)
-    requests = read_trace(options.trace) if options.trace else synthetic(NUM_SYNTHETIC)
-    trace = options.trace.name if options.trace else "synthetic"
+    if options.trace in MADE_UP:
+        requests = MADE_UP[options.trace](NUM_MADE_UP, 0)
+    else:
+        requests = read_trace(Path(options.trace))
+    trace = Path(options.trace).name
     report = Report(options)
     caches = CACHES[options.cache] if any(request.hash_ids for request in requests) else (False,)
-    for has_cache, level in itertools.product(caches, LEVELS):
+    for has_cache, level in itertools.product(caches, options.levels):
         report.say(f"{trace}, {level:.0%} leased, cache {'on' if has_cache else 'off'}")
         replay = Replay(options.blocks, options.block_size, level, has_cache, options.room)
         try:
@@ -198,7 +206,7 @@ class DecodeSide(Side):
 
 
 class Replay:
-    """The same requests through all four pools, and the copies that each takes.
+    """The same requests through all pools, and the copies that each takes.
 
     `level` is the part of all blocks that may be leased, `room` is in blocks.
     """
@@ -212,6 +220,7 @@ class Replay:
         self.prefill = PrefillSide(Blocks(num_blocks), block_size, limit)
         self.told, self.alone = (DecodeSide(Blocks(num_blocks), block_size, limit) for _ in range(2))
         self.list = DecodeSide(FreeList(num_blocks), block_size, limit)
+        self.prefill_list = PrefillSide(FreeList(num_blocks), block_size, limit)
         self._most_blocks = num_blocks * level
         self._block_size = block_size
         self._has_cache = has_cache
@@ -231,6 +240,7 @@ class Replay:
         told = self.told.admit(request, hashes, source.block_ids, self._room)
         alone = self.alone.admit(request, hashes, room=self._room)
         listed = self.list.admit(request, hashes)
+        prefill_listed = self.prefill_list.admit(request, hashes)
         sent = source.block_ids[told.num_cached :]
         for name, num_copies in {
             "prefill alone": len(runs_of(source.fresh)),
@@ -241,7 +251,14 @@ class Replay:
             "free list": len(runs_of(listed.fresh)),
         }.items():
             self.copies[name][num_copies] += 1
-        self.num_hit_blocks.update({"segments": alone.num_cached, "free list": listed.num_cached})
+        self.num_hit_blocks.update(
+            {
+                "prefill": source.num_cached,
+                "prefill, free list": prefill_listed.num_cached,
+                "decode": alone.num_cached,
+                "decode, free list": listed.num_cached,
+            }
+        )
 
     def figures(self) -> dict[str, Any]:
         """Times in microseconds, runs in blocks."""
@@ -268,5 +285,7 @@ def line_of(row: dict[str, Any]) -> dict[str, Any]:
         **{name: f"{row['mean_copies'][name]:.2f} / {row['copies'][name].p99}" for name in COLUMNS},
         "allocate p50 / p99, CPU us": f"{allocate.p50:.0f} / {allocate.p99:.0f}",
         "moved": f"{row['grow_moved_ratio']:.1%}",
-        "hits": f"{row['hit_ratio'].get('segments', 0):.1%}",
+        "found / by a free list": (
+            f"{row['hit_ratio'].get('prefill', 0):.1%} / {row['hit_ratio'].get('prefill, free list', 0):.1%}"
+        ),
     }
