@@ -14,7 +14,7 @@ from flowkv_engine.kv.segments import Segments, expect_equal, runs_of
 GROWTH_ROOM = 8
 # This part of the blocks without a holder is evicted ahead of need: evicted one by one, they would lie
 # scattered. A sequence that grows needs some behind it. A prompt needs one run, and what it overwrites is
-# somebody's prefix: with half of them its node computed up to 1.9 times the tokens of one that evicts none.
+# somebody's prefix: with half of them its node computed 1.7 times the tokens of one that evicts none.
 FREE_TO_GROW = 1 / 2
 FREE_FOR_PROMPTS = 1 / 8
 
