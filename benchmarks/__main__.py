@@ -18,7 +18,7 @@ BENCHMARKS = {
     },
     "Moving KV": {
         "transfer": "what each idea is worth, beside gloo, NIXL and Mooncake; --device cuda: on one GPU",
-        "fragmentation": "copies per request in pools long in use, by replaying a trace",
+        "fragmentation": "pools long in use: copies per request, and what prefix caches find, by a trace",
         "overlap": "time to the second token, transfer overlapped or not, beside one node",
     },
     "Over HTTP": {

@@ -234,7 +234,7 @@ async def test_an_ask_waits_for_one_slice_of_a_tick(nats_server: NatsServer) -> 
         nonlocal num_slices
         while not is_over:
             num_slices += 1
-            time.sleep(0.005)
+            time.sleep(0.02)  # far more than a message takes
             yield
         return "orders"
 

@@ -572,8 +572,8 @@ def _spread(nodes: SortedDict, request: ScheduleRequest, most: int) -> list[Node
 def _prefill_nodes(costs: RequestCosts) -> list[NodeView]:
     """The soonest of those that prefill and take the prompt; if none prefills, some of all."""
     sides = [group.prefill or group.members for group in costs.groups]
-    able = costs.takes_prompt
-    return [node for side in sides for node in first_of_each_class(side, able, most=NUM_FORESEEN)]
+    soonest = (first_of_each_class(side, costs.takes_prompt, lambda _: True, NUM_FORESEEN) for side in sides)
+    return list(itertools.chain.from_iterable(soonest))
 
 
 def _retry_in(wait_s: float) -> float:

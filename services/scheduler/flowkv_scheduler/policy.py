@@ -276,7 +276,7 @@ class RequestCosts:
     def prefill_side(self, group: NodeGroup) -> list[Cost]:
         """The best nodes for the prompt, soonest first."""
         sides = (group.prefill, prefill_rank), (group.members, id_rank)
-        found = self._candidates(sides, self.takes_prompt)
+        found = self._candidates(sides, self.takes_prompt, lambda _: True)
         able = (node for node in found if self.prefill_wait_s(node) <= self.longest_prefill_wait_s)
         return sorted(map(self.prefill_cost, able), key=_rank)[:MAX_CANDIDATES]
 
@@ -290,7 +290,7 @@ class RequestCosts:
         return sorted(map(self.decode_cost, found), key=_rank)[: 2 * MAX_CANDIDATES]
 
     def _candidates(
-        self, sides: Sequence[tuple[SortedDict, Rank]], is_able: Accepts, fits: Accepts | None = None
+        self, sides: Sequence[tuple[SortedDict, Rank]], is_able: Accepts, fits: Accepts
     ) -> list[NodeView]:
         """The soonest nodes of a side that fit, and those that have cached most of the prompt.
 
@@ -310,7 +310,7 @@ class RequestCosts:
         return []
 
     def _longest_cached(
-        self, nodes: SortedDict, rank: Rank, known: list[NodeView], is_able: Accepts, fits: Accepts | None
+        self, nodes: SortedDict, rank: Rank, known: list[NodeView], is_able: Accepts, fits: Accepts
     ) -> list[NodeView]:
         """Further nodes, those that have cached most of the prompt."""
         if not self.hits:
@@ -327,7 +327,7 @@ def _but(avoid: frozenset[str], accepts: Accepts) -> Accepts:
 
 
 def first_of_each_class(
-    nodes: SortedDict, is_able: Accepts, fits: Accepts | None = None, most: int = NUM_COMPARED
+    nodes: SortedDict, is_able: Accepts, fits: Accepts, most: int = NUM_COMPARED
 ) -> list[NodeView]:
     """The first `most` fitting nodes of each class, which a rank begins with.
 
@@ -339,7 +339,7 @@ def first_of_each_class(
         end = nodes.bisect_left((nodes.peekitem(start)[0][0] + 1,))
         num_found = num_full = 0
         for node in filter(is_able, map(nodes.get, nodes.islice(start, end))):
-            if fits is None or fits(node):
+            if fits(node):
                 found.append(node)
                 num_found += 1
             else:
