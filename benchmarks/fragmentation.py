@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import BenchmarkFailed
 from benchmarks.report import Report, make_parser, quantiles
-from benchmarks.traffic import MADE_UP
+from benchmarks.traffic import MADE_UP, TRACE_HELP
 from flowkv.bench.traces import Request, read_trace
 from flowkv_common.wire.messages import Run
 from flowkv_engine.kv.blocks import Blocks, OutOfBlocks
@@ -34,9 +34,7 @@ COLUMNS = ("prefill alone", "decode alone", "one-sided", "aligned", "larger side
 
 def main(argv: Sequence[str]) -> int:
     parser = make_parser("fragmentation", __doc__)
-    parser.add_argument(
-        "--trace", default="synthetic", help=f"Mooncake .jsonl, Azure .csv, or one of {', '.join(MADE_UP)}"
-    )
+    parser.add_argument("--trace", default="synthetic", help=TRACE_HELP)
     parser.add_argument("--requests", type=int, default=100_000, help="the trace is repeated up to as many")
     parser.add_argument("--blocks", type=int, default=100_000, help="in each pool")
     parser.add_argument("--block-size", type=int, default=16, choices=(8, 16, 32, 64), help="tokens")

@@ -176,13 +176,12 @@ MADE_UP: dict[str, Callable[[int, int], list[Request]]] = {
         documents, ramp, batchy, bimodal,
     )
 }  # fmt: skip
+TRACE_HELP = f"Mooncake .jsonl, Azure .csv, or one of {', '.join(MADE_UP)}"
 
 
 def add_traffic(parser: argparse.ArgumentParser, num_requests: int) -> None:
     """The options of a benchmark that sends requests of a trace."""
-    parser.add_argument(
-        "--trace", default="synthetic", help=f"Mooncake .jsonl, Azure .csv, or one of {', '.join(MADE_UP)}"
-    )
+    parser.add_argument("--trace", default="synthetic", help=TRACE_HELP)
     parser.add_argument("--requests", type=int, default=num_requests, help="a window of the trace")
     parser.add_argument("--seed", type=int, default=0)
 
