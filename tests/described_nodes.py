@@ -27,11 +27,11 @@ from flowkv_common.wire.messages import (
 )
 from flowkv_common.wire.nodes import PROTOCOL, BlockCounts, LoadReport, NodeDescriptor, OutputForecast
 from flowkv_scheduler import policy
-from flowkv_scheduler.admission import Later
 from flowkv_scheduler.cluster import ClusterState, Goals
 from flowkv_scheduler.node_view import NodeView, Work
 from flowkv_scheduler.policy import Choice, RequestCosts
 from flowkv_scheduler.prefixes import Hits, PrefixIndex
+from flowkv_scheduler.waiting import Later
 
 BLOCK_SIZE = 16
 TOKEN_BUDGET = 512

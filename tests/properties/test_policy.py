@@ -13,10 +13,10 @@ from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import OutputForecast, StepFit, expected_tokens
 from flowkv_scheduler import admission
-from flowkv_scheduler.admission import Later, WaitingQueue
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.node_view import Work
 from flowkv_scheduler.policy import RequestCosts
+from flowkv_scheduler.waiting import Later, WaitingQueue
 from tests.described_nodes import (
     BLOCK_SIZE,
     CAPS,

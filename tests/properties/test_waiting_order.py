@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest
 from flowkv_common.wire.nodes import PRIOR_TOKENS, expected_tokens
-from flowkv_scheduler.admission import PRIORITY_S
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.planner import Planner
 from flowkv_scheduler.policy import Choice
+from flowkv_scheduler.waiting import PRIORITY_S
 from tests.described_nodes import BLOCK_SIZE, GROWN, descriptor, report, request
 
 # Blocks and places of each decode node. The second one can't hold the longest requests.

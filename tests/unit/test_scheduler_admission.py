@@ -12,14 +12,11 @@ from hypothesis import strategies as st
 from flowkv_common import errors
 from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_common.wire.nodes import OutputForecast, StepFit, length_class
-from flowkv_scheduler import admission
+from flowkv_scheduler import admission, policy
 from flowkv_scheduler.admission import (
     IN_TIME,
     NUM_FORESEEN,
     NUM_FORESEEN_AGAIN,
-    WAIT_ERROR,
-    Later,
-    WaitingQueue,
 )
 from flowkv_scheduler.cluster import ClusterState, Goals
 from flowkv_scheduler.demand import OutputLengths
@@ -27,6 +24,7 @@ from flowkv_scheduler.lookahead import IDLE_WAIT
 from flowkv_scheduler.node_view import NodeView, Work
 from flowkv_scheduler.policy import Choice, RequestCosts
 from flowkv_scheduler.prefixes import Hits, Keys, keys_of
+from flowkv_scheduler.waiting import WAIT_ERROR, Later, WaitingQueue
 from tests.described_nodes import MODEL, NUM_BLOCKS, TOKEN_BUDGET, Described, cluster, later, node, request
 
 GOALS = Goals(max_wait_s=60.0)
@@ -317,6 +315,27 @@ def test_the_last_place_in_the_batch_is_for_who_came_first() -> None:
     nodes, waiting = [PAIR[0], full_node(15)], waiting_behind([first])
     assert isinstance(decide(second, nodes, waiting), Wait)
     assert isinstance(decide(first, nodes, waiting), Choice)
+
+
+@pytest.mark.parametrize(("num_ahead", "num_looks"), [(39, 1), (40, 0)])
+def test_who_has_as_many_before_it_as_places_are_free_waits(num_ahead: int, num_looks: int) -> None:
+    """No node is looked at for it then, however many there are."""
+    nodes = [PAIR[0], *(node(f"d{i:02}", "decode", num_running=15 + i % 2) for i in range(80))]
+    waiting, looks = waiting_behind(others(num_ahead)), list[RequestCosts]()
+
+    def choose(costs: RequestCosts) -> Choice | None:
+        looks.append(costs)
+        return policy.choose(costs)
+
+    found = admission.decide(request(), cluster(*nodes), GOALS, 0.0, waiting, choose=choose)
+    assert (isinstance(found, Later), len(looks)) == (True, num_looks)
+
+
+def test_those_that_wait_for_an_idle_prefill_node_take_no_place_before_others() -> None:
+    nodes, waiting = [PAIR[0], full_node(15)], WaitingQueue()
+    for late in others(40, age_s=9.0):
+        waiting.add_waiter(late, later(f"late {MODEL.fingerprint}", Work(100, 1)), now=0.0)
+    assert isinstance(decide(request(request_id="second"), nodes, waiting), Choice)
 
 
 def test_room_that_those_ahead_cant_use_is_given_away() -> None:

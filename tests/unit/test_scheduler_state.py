@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flowkv_common.wire.messages import NodeRef
-from flowkv_common.wire.nodes import PRIOR_TOKENS, OutputForecast, StepFit, num_attended
+from flowkv_common.wire.nodes import PRIOR_TOKENS, NodeDescriptor, OutputForecast, StepFit, num_attended
 from flowkv_scheduler.cluster import FORGET_REPORT_AFTER_S, ClusterState
 from flowkv_scheduler.node_view import NodeView, Work
 from tests.described_nodes import BLOCK_SIZE, MODEL, NUM_BLOCKS, PERIOD_S, TOKEN_BUDGET, descriptor, report
@@ -318,3 +320,45 @@ def test_blocks_that_sequences_will_grow_into_are_not_available(state: ClusterSt
     # Without a forecast each sequence is taken to have as much left as a chat answer has.
     state.add_report(report("d0", "decode", seq=3, free=100, num_running=1), now=9.0)
     assert only(state).num_available_blocks == 100 - int(PRIOR_TOKENS) // BLOCK_SIZE
+
+
+class _Told(NamedTuple):
+    node_id: str
+    num_running: int | None  # None: it leaves
+    chunk_budget: int
+    leaving: str | None
+
+
+@given(
+    st.lists(
+        st.builds(
+            _Told,
+            st.sampled_from("abc"),
+            st.none() | st.integers(0, 20),
+            st.sampled_from([BLOCK_SIZE, 128, TOKEN_BUDGET]),
+            st.none() | st.sampled_from(["prefill", "decode"]),
+        ),
+        max_size=20,
+    )
+)
+def test_what_a_group_has_is_what_its_nodes_have(told: list[_Told]) -> None:
+    state, here = ClusterState(), dict[str, NodeDescriptor]()
+    for seq, one in enumerate(told):
+        here.pop(one.node_id, None)
+        if one.num_running is not None:
+            here[one.node_id] = descriptor(one.node_id, "mixed")
+            running: dict[str, Any] = {
+                "num_running": one.num_running,
+                "max_prefill_tokens_per_step": one.chunk_budget,
+            }
+            state.add_report(report(one.node_id, "mixed", seq=seq, **running), now=0.0)
+        state.set_leaving({one.node_id: one.leaving} if one.leaving else {})
+        state.set_descriptors(dict(here))
+        views = state.views()
+        assert len(views) == len(here)
+        assert sum(group.num_free_places for group in state.groups_of("f")) == sum(
+            max(0, view.num_free_places) for view in views if view.may_decode
+        )
+        assert sum(group.prompt_tokens_per_s for group in state.groups_of("f")) == pytest.approx(
+            sum(1 / view.speed.prefill_token_s for view in views if view.may_prefill)
+        )

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkv_common.wire.messages import ScheduleRequest
-from flowkv_scheduler.admission import GRACE_S, MAX_PRIORITY, PRIORITY_S, WAIT_ERROR, WaitingQueue
 from flowkv_scheduler.node_view import NOTHING, Work
+from flowkv_scheduler.waiting import GRACE_S, MAX_PRIORITY, PRIORITY_S, WAIT_ERROR, WaitingQueue
 from tests.described_nodes import later
 
 NEED = Work(prefill_tokens=10, num_sequences=1, num_blocks=1, context_tokens=10, output_tokens=10.0)

@@ -87,6 +87,7 @@ class NodeGroup:
         self.decode: SortedDict = SortedDict()  # `decode_rank` -> node
         self.roomiest: SortedDict = SortedDict()  # `room_rank` -> node: those with a place
         self.prompt_tokens_per_s = 0.0  # of the prefill side together
+        self.num_free_places = 0  # in the batches of the decode side
 
     def replace_node(self, before: NodeView | None, after: NodeView | None) -> None:
         """One view of a node by the next; None if it was not here, or leaves."""
@@ -105,6 +106,8 @@ class NodeGroup:
         for node, sign in ((before, -1), (after, 1)):
             if node is not None and node.may_prefill:
                 self.prompt_tokens_per_s += sign / node.speed.prefill_token_s
+            if node is not None and node.room_rank is not None:
+                self.num_free_places += sign * node.num_free_places
 
 
 id_rank = attrgetter("id_rank")

@@ -12,13 +12,14 @@ from flowkv_common import errors
 from flowkv_common.wire.messages import NodeRef, NodesSeen, ScheduleRequest, Wait
 from flowkv_common.wire.nodes import LoadReport, NodeDescriptor
 from flowkv_scheduler import admission, moves, policy
-from flowkv_scheduler.admission import MAX_RETRY_S, WaitingQueue
+from flowkv_scheduler.admission import MAX_RETRY_S
 from flowkv_scheduler.cluster import CHOICES_COUNT_FOR_PERIODS, ClusterState, Goals
 from flowkv_scheduler.demand import Demand, OutputLengths
 from flowkv_scheduler.policy import Choice, Chooser, RequestCosts
 from flowkv_scheduler.prefixes import NO_HITS, Hits, keys_of
 from flowkv_scheduler.rebalance import Order, Rebalancer
 from flowkv_scheduler.slices import Sliced
+from flowkv_scheduler.waiting import WaitingQueue
 
 TICK_PERIOD_S = 0.5  # of `tick`
 
