@@ -15,7 +15,7 @@ from flowkv_common.wire.nodes import OutputForecast, StepFit, length_class
 from flowkv_scheduler.cluster import WAIT_FACTOR, Goals
 from flowkv_scheduler.demand import Demand, OutputLengths
 from flowkv_scheduler.lookahead import (
-    SHARED,
+    CHUNK_ITL,
     Decoder,
     Duties,
     Job,
@@ -40,7 +40,9 @@ def job(at: float = 0.0, prefill_s: float = 0.0, outputs: float = 10.0, **change
 
 
 def in_time(jobs: Sequence[Job], queues: Sequence[tuple[float, ...]], *decoders: Decoder) -> list[bool]:
-    return at_once(served_in_time(jobs, [Queue(*one) for one in queues], decoders or (ENDLESS,), GOALS))
+    """Each of `queues`: the first fields of a `Queue`."""
+    prefill_nodes = [Queue._make([*one, *Queue(0.0, 1.0)[len(one) :]]) for one in queues]
+    return at_once(served_in_time(jobs, prefill_nodes, decoders or (ENDLESS,), GOALS))
 
 
 # --- prefill: a queue -----------------------------------------------------------------------------
@@ -147,60 +149,98 @@ def test_late_prompts_take_what_is_left_of_a_node(
 
 
 class Running:
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, waits_steps: float = 0.0, number: int = -1, first_at: float = 0.0) -> None:
         self.job = job
-        self.left = job.num_output_tokens
+        self.left = waits_steps + job.num_output_tokens
+        self.number, self.first_at = number, first_at
 
 
 class NaiveNode:
-    """Each step gives each sequence a token and takes longer for each of them.
+    """Each step gives each sequence a token. It takes longer for each, and for a chunk while it is busy.
 
-    Between two ends all steps take as long, so they are passed at once.
+    Between two ends all steps of a kind take as long, so they are passed at once.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.running = [Running(one) for one in decoder.running]
+        self.busy_s = decoder.busy_s  # from now on
 
-    def step_s(self) -> float:
+    def decode_s(self) -> float:
         return self.decoder.base_s + self.decoder.times * sum(one.job.beside_s for one in self.running)
 
+    def step_s(self) -> float:
+        return self.decode_s() + (self.decoder.chunk_s if self.busy_s > 0 else 0.0)
+
+    def steps_within(self, seconds: float) -> float:
+        busy_s = min(seconds, self.busy_s)
+        return busy_s / (self.decode_s() + self.decoder.chunk_s) + (seconds - busy_s) / self.decode_s()
+
     def end_in(self) -> float:
-        return min((one.left for one in self.running), default=math.inf) * self.step_s()
+        left = min((one.left for one in self.running), default=math.inf)
+        if left <= self.steps_within(self.busy_s):
+            return left * (self.decode_s() + self.decoder.chunk_s)
+        return self.busy_s + (left - self.steps_within(self.busy_s)) * self.decode_s()
 
     def pass_s(self, seconds: float) -> None:
-        num_steps = seconds / self.step_s()
+        num_steps = self.steps_within(seconds)
         for one in self.running:
             one.left -= num_steps
+        self.busy_s = max(0.0, self.busy_s - seconds)
+
+
+class NaivePrefill:
+    def __init__(self, queue: Queue, shared: NaiveNode | None) -> None:
+        self.free_at, self.slowness, self.shared = queue.free_at, queue.slowness, shared
+
+    def work_s(self, job: Job) -> float:
+        work_s = job.prefill_s * self.slowness
+        if self.shared is None:
+            return work_s
+        alone_s = self.shared.decoder.base_s + self.shared.decoder.chunk_s
+        return work_s * (self.shared.decode_s() + self.shared.decoder.chunk_s) / alone_s
 
 
 class NaiveNodes:
     """`nearest`: how near two figures have come whose order decides."""
 
-    def __init__(self, decoders: Sequence[Decoder]) -> None:
+    def __init__(self, decoders: Sequence[Decoder], queues: Sequence[Queue] = (Queue(0.0, 1.0),)) -> None:
         able = [one for one in decoders if one.base_s <= GOALS.itl_s]
         self.itl_s = GOALS.itl_s if able else math.inf
         self.now = 0.0
         self.nodes = [NaiveNode(one) for one in able or decoders]
+        by_id = {node_id: node for node in self.nodes for node_id in node.decoder.node_ids}
+        self.prefill = [NaivePrefill(queue, by_id.get(queue.node_id)) for queue in queues]
         self.nearest = math.inf
+        self.in_time: list[bool] = []
 
-    def next_end(self) -> float:
-        return self.now + min((one.end_in() for one in self.nodes), default=math.inf)
+    def change_in(self) -> float:
+        """Until the next end of a sequence, or of chunks."""
+        ends = [node.end_in() for node in self.nodes]
+        chunks = [node.busy_s for node in self.nodes if node.busy_s > 0]
+        return min([*ends, *chunks], default=math.inf)
 
     def pass_until(self, when: float) -> None:
-        while self.is_before(self.next_end(), when):
-            self.pass_to_end()
-        for each in self.nodes:
-            each.pass_s(when - self.now)
-        self.now = when
+        while self.is_before(self.now + self.change_in(), when):
+            self.pass_to_change()
+        self._pass_s(when - self.now)
 
-    def pass_to_end(self) -> None:
-        first = min(self.nodes, key=NaiveNode.end_in)
-        ends_in, ended = first.end_in(), min(first.running, key=lambda one: one.left)
+    def pass_to_change(self) -> None:
+        self._pass_s(self.change_in())
         for each in self.nodes:
-            each.pass_s(ends_in)
-        first.running.remove(ended)
-        self.now += ends_in
+            for one in each.running:
+                if one.left <= 1e-9 and one.number >= 0 and each.decoder.chunk_s:
+                    in_time_until = one.first_at + one.job.num_output_tokens * GOALS.itl_s
+                    if not self.is_before(self.now, in_time_until):
+                        self.in_time[one.number] = False
+            each.running = [one for one in each.running if one.left > 1e-9]
+
+    def _pass_s(self, seconds: float) -> None:
+        for each in self.nodes:
+            each.pass_s(seconds)
+            if each.busy_s < 1e-9:
+                each.busy_s = 0.0
+        self.now += seconds
 
     def is_before(self, one: float, another: float) -> bool:
         self.nearest = min(self.nearest, abs(one - another))
@@ -208,28 +248,47 @@ class NaiveNodes:
 
     def has_room(self, node: NaiveNode, job: Job) -> bool:
         together = [job, *(one.job for one in node.running)]
-        step_s = node.decoder.base_s + node.decoder.times * sum(one.beside_s for one in together)
+        decode_s = node.decoder.base_s + node.decoder.times * sum(one.beside_s for one in together)
+        fits = (
+            self.is_before(decode_s + node.decoder.chunk_s, CHUNK_ITL * self.itl_s)
+            if node.busy_s > 0
+            else self.is_before(decode_s, self.itl_s)
+        )
         return self.now >= node.decoder.from_s and (
             not node.running
             or (
-                self.is_before(step_s, self.itl_s)
+                fits
+                and self.is_before(decode_s, node.decoder.most_s)
                 and len(together) <= node.decoder.num_places
                 and sum(one.num_blocks for one in together) <= node.decoder.num_blocks
             )
         )
 
+    def serve_all(self, jobs: Sequence[Job]) -> list[bool]:
+        for job in jobs:
+            self.in_time.append(self.serve(job))
+        return self.in_time
+
     def serve(self, job: Job) -> bool:
         self.pass_until(max(self.now, job.at))
         while not (able := [node for node in self.nodes if self.has_room(node, job)]):
-            if not self.is_before(self.next_end(), job.at + GOALS.ttft_s):
+            if not self.is_before(self.now + self.change_in(), job.at + GOALS.ttft_s):
                 return False
-            self.pass_to_end()
-        if not self.is_before(self.now, job.at + GOALS.ttft_s):
-            return False
+            self.pass_to_change()
         steps = sorted(node.step_s() for node in able)
         if len(steps) > 1 and steps[0] != steps[1]:
             self.is_before(*steps[:2])
-        min(able, key=NaiveNode.step_s).running.append(Running(job))
+        place = min(able, key=NaiveNode.step_s)
+        first = min(self.prefill, key=lambda one: (one.free_at, one.slowness))
+        begin = max(first.free_at, self.now)
+        first_token_at = begin + first.work_s(job)
+        if not self.is_before(first_token_at, job.at + GOALS.ttft_s):
+            return False
+        first.free_at = first_token_at
+        if first.shared is not None:
+            first.shared.busy_s = max(first.shared.busy_s, begin - self.now) + first_token_at - begin
+        waits_steps = (first_token_at - self.now) / place.step_s()
+        place.running.append(Running(job, waits_steps, len(self.in_time), first_token_at))
         return True
 
 
@@ -265,9 +324,57 @@ def test_each_sequence_takes_the_decode_node_with_the_shortest_steps_that_has_ro
 ) -> None:
     jobs = sorted(asked, key=lambda one: one.at)
     naive = NaiveNodes(decoders)
-    expected = [naive.serve(one) for one in jobs]
+    expected = naive.serve_all(jobs)
     assume(naive.nearest > 1e-6)
     assert in_time(jobs, [(0.0, 1.0)], *decoders) == expected
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.builds(
+            Job,
+            at=times,
+            prefill_s=st.floats(0.01, 1.5),
+            beside_s=st.floats(0.001, 0.1),
+            num_blocks=st.integers(1, 8),
+            num_output_tokens=st.floats(1.0, 100.0),
+        ),
+        max_size=12,
+    ),
+    st.builds(
+        Decoder,
+        base_s=st.sampled_from([0.02, 0.1, 0.3]),
+        times=st.floats(0.3, 2.0),
+        num_places=st.sampled_from([2.0, 100.0]),
+        num_blocks=st.just(1000.0),
+        running=st.lists(sequences, max_size=3),
+        chunk_s=st.sampled_from([0.01, 0.05, 0.2]),
+        busy_s=st.sampled_from([0.0, 1.0]),
+        most_s=st.sampled_from([math.inf, 0.12]),
+        node_ids=st.just(["both"]),
+    ),
+    st.sampled_from([(), (Decoder(0.06, 0.5, 3.0, 1000.0),)]),
+    st.sampled_from([(), (Queue(0.0, 1.0),)]),
+    st.sampled_from([1.5, 3.0]),
+)
+def test_while_a_node_of_both_sides_has_prompts_its_steps_have_a_chunk_each(
+    asked: list[Job],
+    both: Decoder,
+    others: Sequence[Decoder],
+    prefill_only: Sequence[Queue],
+    slowness: float,
+) -> None:
+    """Beside sequences a prompt takes longer there. With the last chunk the steps are short again.
+
+    A sequence that has met many chunks may miss the ITL target.
+    """
+    jobs = sorted(asked, key=lambda one: one.at)
+    queues = [Queue(both.busy_s, slowness, node_id="both"), *prefill_only]
+    naive = NaiveNodes([both, *others], queues)
+    expected = naive.serve_all(jobs)
+    assume(naive.nearest > 1e-6)
+    assert at_once(served_in_time(jobs, queues, [both, *others], GOALS)) == expected
 
 
 def test_the_room_of_a_part_of_a_sequence_is_left_on_each_node() -> None:
@@ -317,6 +424,7 @@ def ahead_of(
     num_outputs: int = 10,
     num_cached: int = 0,
     stands_for: int = 1,
+    goals: Goals = GOALS,
 ) -> LookAhead:
     """After 20 s of such requests."""
     demand = Demand()
@@ -325,7 +433,7 @@ def ahead_of(
     window = demand.window(0.0, 20.0, stands_for, 10_000)
     assert window is not None
     views = cluster(*nodes).views()
-    return LookAhead(views, duties_of(nodes), window, lengths_of(num_prompt, num_outputs), GOALS, 20.0)
+    return LookAhead(views, duties_of(nodes), window, lengths_of(num_prompt, num_outputs), goals, 20.0)
 
 
 def duties_of(nodes: Sequence[Described], **changes: str) -> Duties:
@@ -361,8 +469,25 @@ def test_the_share_that_is_served_is_that_of_the_nodes_time() -> None:
     ahead = ahead_of(nodes, rate=4.6)
     assert share(ahead, nodes) == pytest.approx(1 / (4.6 * 0.439), abs=0.1)
     assert share(ahead, nodes, d1="prefill") == pytest.approx(2 / (4.6 * 0.439), abs=0.1)
-    assert share(ahead, nodes, d1="both") == pytest.approx((1 + SHARED) / (4.6 * 0.439), abs=0.1)
+    # A third of 250 ms are left for a step of both: 50 ms, and 32 tokens.
+    assert share(ahead, nodes, d1="both") == pytest.approx((1 + 32 / 82) / (4.6 * 0.439), abs=0.1)
     assert share(ahead, nodes, p0="decode") == 0.0
+
+
+@pytest.mark.parametrize(("itl_s", "is_better"), [(0.08, False), (1.0, True)])
+def test_a_node_of_both_sides_is_worth_what_the_itl_target_leaves(itl_s: float, is_better: bool) -> None:
+    """The only decode node helps with prompts. 67 ms, or 330, are too much of 80, not of 1,000."""
+    nodes = prefill(), decode()
+    ahead = ahead_of(nodes, rate=3.0, goals=replace(GOALS, itl_s=itl_s))
+    assert (share(ahead, nodes, d0="both") > share(ahead, nodes) + 0.1) is is_better
+
+
+def test_a_node_of_both_sides_decodes_as_a_decode_node_does_while_no_prompts_come() -> None:
+    """One prompt per second, of 16 tokens, and long outputs: what limits it are the places."""
+    nodes = prefill(), decode()
+    ahead = ahead_of(nodes, num_prompt=16, num_outputs=3000)
+    shares = [share(ahead, nodes, d0=duty) for duty in ("decode", "both")]
+    assert 0.0 < shares[0] == shares[1] < 1.0
 
 
 def test_more_nodes_serve_more() -> None:

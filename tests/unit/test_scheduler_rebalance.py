@@ -22,9 +22,8 @@ from flowkv_scheduler import lookahead, rebalance
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.demand import REMEMBERED_S, Demand, OutputLengths, Window
 from flowkv_scheduler.lookahead import EVENTS_PER_SLICE, HORIZON_S, Duties, LookAhead
-from flowkv_scheduler.node_view import NodeView, Work
+from flowkv_scheduler.node_view import SHARED_ITL, NodeView, Work
 from flowkv_scheduler.planner import Planner
-from flowkv_scheduler.policy import SHARED_ITL
 from flowkv_scheduler.rebalance import (
     IDLE_S,
     LAST_ENDS_LATER,

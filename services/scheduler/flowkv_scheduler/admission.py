@@ -21,8 +21,8 @@ from flowkv_common.wire.messages import ScheduleRequest, Wait
 from flowkv_scheduler import policy
 from flowkv_scheduler.cluster import ClusterState, Goals
 from flowkv_scheduler.lookahead import IDLE_WAIT
-from flowkv_scheduler.node_view import NOTHING, NodeView, Work
-from flowkv_scheduler.policy import SHARED_ITL, Choice, Chooser, RequestCosts, excess_s, first_of_each_class
+from flowkv_scheduler.node_view import NOTHING, SHARED_ITL, NodeView, Work
+from flowkv_scheduler.policy import Choice, Chooser, RequestCosts, excess_s, first_of_each_class
 from flowkv_scheduler.prefixes import NO_HITS, Hits
 from flowkv_scheduler.waiting import WAIT_ERROR, Later, Place, Rank, WaitingQueue
 

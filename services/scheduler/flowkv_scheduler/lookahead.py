@@ -4,7 +4,8 @@ Requests are played first come first served: each prompt takes the prefill node 
 sequence the decode node with the shortest steps of those that have room: in a step within the ITL target, a
 place, and blocks. The play begins with the work that is there now. A request that would get its first token
 too late is refused. If it would on any node, an idle one takes it, and works on it when nothing else is to be
-done, and from some time on before all else: as at the door, and at the nodes. Pure.
+done, and from some time on before all else: as at the door, and at the nodes. While a node that serves both
+sides has prompts, its steps have a chunk of them each: a sequence may miss the ITL target for that. Pure.
 
 A play is long work, so it goes in slices.
 """
@@ -23,15 +24,16 @@ import msgspec
 from flowkv_common.wire.nodes import expected_tokens
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.demand import OutputLengths, Window
-from flowkv_scheduler.node_view import NodeView, Speed
+from flowkv_scheduler.node_view import SHARED_ITL, NodeView, Speed, shared_chunk
 from flowkv_scheduler.slices import Sliced
 
 # How far it looks. A node that leaves a side works off its rest meanwhile.
 HORIZON_S = 40.0
-# A node that serves both sides is worth so much to each.
-SHARED = 0.5
 # A prompt that can't make its TTFT target is taken where it waits for no more than this part of it.
 IDLE_WAIT = 0.05
+# A sequence finds room beside chunks in steps of so much of the ITL target: it waits for a whole one of them
+# before its second token, and short outputs don't make up for that.
+CHUNK_ITL = 0.75
 # So many requests that come and sequences that end are a slice, half a millisecond: asks wait for it.
 EVENTS_PER_SLICE = 100
 
@@ -53,13 +55,15 @@ class Job(msgspec.Struct, frozen=True, gc=False):
 class Queue(NamedTuple):
     """A prefill node, so many times slower than the reference. It is free of prompts in time at `free_at`.
 
-    These interrupt the `late_s` of others that it has then. From `due_at` on they do no more.
+    These interrupt the `late_s` of others that it has then. From `due_at` on they do no more. `node_id` is
+    given if it decodes, too.
     """
 
     free_at: float
     slowness: float
     late_s: float = 0.0
     due_at: float = math.inf
+    node_id: str = ""
 
 
 class Decoder(msgspec.Struct, frozen=True, gc=False):
@@ -71,6 +75,10 @@ class Decoder(msgspec.Struct, frozen=True, gc=False):
     num_blocks: float
     running: Sequence[Job] = ()
     from_s: float = 0.0  # it takes sequences from then on
+    chunk_s: float = 0.0  # that a step takes longer while prompts wait: they do for `busy_s`
+    busy_s: float = 0.0
+    most_s: float = math.inf  # of a step without chunks: some leave time for prompts
+    node_ids: Sequence[str] = ()  # that prefill, too
 
 
 def num_repeats(window: Window) -> int:
@@ -146,10 +154,10 @@ class LookAhead:
         queues = [
             Queue(
                 free_at=busy_s if node.node_id in moved else node.prefill_wait_s,
-                slowness=self._slowness[node.node_id]
-                * (1.0 if duties[node.node_id] == "prefill" else 1.0 / SHARED),
+                slowness=self._slowness[node.node_id] * self._longer(node, duties[node.node_id]),
                 late_s=0.0 if node.node_id in moved else max(0.0, node.idle_wait_s - node.prefill_wait_s),
                 due_at=due_at,
+                node_id=node.node_id if duties[node.node_id] == "both" else "",
             )
             for node in self.nodes
             if duties[node.node_id] != "decode"
@@ -163,7 +171,8 @@ class LookAhead:
         decoders = fewer_decoders(decoders, self._window.stands_for)
         yield
         # A node that leaves prefill takes its prefix cache with it.
-        share = round(min(1.0, self._prefill_nodes(duties) / max(SHARED, self._prefill_now)), 3)
+        num_now = self._prefill_now
+        share = round(min(1.0, self._prefill_nodes(duties) / num_now), 3) if num_now else 1.0
         yield
         return (
             yield from served_in_time(
@@ -188,8 +197,19 @@ class LookAhead:
 
     def _prefill_nodes(self, duties: Duties) -> float:
         """In reference nodes."""
-        worth = {"prefill": 1.0, "both": SHARED, "decode": 0.0}
-        return sum(worth[duties[name]] / slowness for name, slowness in self._slowness.items())
+        return sum(1 / slowness for name, slowness in self._slowness.items() if duties[name] != "decode")
+
+    def _chunk_s(self, node: NodeView) -> float:
+        """Of prompts, in a step of a node that serves both sides."""
+        does_both = self._duties[node.node_id] == "both"
+        num_tokens = node.chunk_tokens if does_both else shared_chunk(node, self._goals.itl_s)
+        return num_tokens * self._reference.prefill_token_s * self._slowness[node.node_id]
+
+    def _longer(self, node: NodeView, duty: Duty) -> float:
+        """How many times longer than with whole steps prompts take, were there no sequences."""
+        if duty == "prefill":
+            return 1.0
+        return 1.0 + self._decoding.base_s * self._slowness[node.node_id] / self._chunk_s(node)
 
     def _decoders(self, duties: Duties, moved: Collection[str], busy_s: float) -> Sliced[list[Decoder]]:
         """Those that shall decode. What runs on a node that leaves is in nobody's way."""
@@ -204,7 +224,7 @@ class LookAhead:
                     decoder = self._decoder(node, self._slowness[name], duty, self._running.get(name, ()))
                     self._known_decoders[name, duty] = decoder
                 if name in moved:
-                    decoder = msgspec.structs.replace(decoder, from_s=busy_s)
+                    decoder = msgspec.structs.replace(decoder, from_s=busy_s, busy_s=0.0)
                 decoders.append(decoder)
                 if len(decoders) % EVENTS_PER_SLICE == 0:
                     yield
@@ -213,13 +233,21 @@ class LookAhead:
     def _decoder(
         self, node: NodeView, slowness: float, duty: Duty = "decode", running: Sequence[Job] = ()
     ) -> Decoder:
-        worth = SHARED if duty == "both" else 1.0
-        return Decoder(
+        decoder = Decoder(
             base_s=slowness * self._decoding.base_s,
-            times=slowness / worth,
-            num_places=worth * node.report.max_num_seqs,
-            num_blocks=worth * node.descriptor.num_blocks,
+            times=slowness,
+            num_places=node.report.max_num_seqs,
+            num_blocks=node.descriptor.num_blocks,
             running=running,
+        )
+        if duty != "both":
+            return decoder
+        return msgspec.structs.replace(
+            decoder,
+            chunk_s=self._chunk_s(node),
+            busy_s=node.prefill_wait_s,
+            most_s=SHARED_ITL * self._goals.itl_s if node.descriptor.role == "prefill" else math.inf,
+            node_ids=(node.node_id,),
         )
 
     def _jobs(self, share: float) -> Sliced[list[Job]]:
@@ -296,6 +324,10 @@ def fewer_decoders(decoders: Sequence[Decoder], stands_for: int) -> list[Decoder
                     num_blocks=sum(one.num_blocks for one in group) / stands_for,
                     running=[job for one in group for job in one.running],
                     from_s=from_s,
+                    chunk_s=sum(one.chunk_s for one in group) / len(group),
+                    busy_s=sum(one.busy_s for one in group) / len(group),
+                    most_s=min(one.most_s for one in group),
+                    node_ids=[node_id for one in group for node_id in one.node_ids],
                 )
             )
     return chosen
@@ -314,54 +346,97 @@ def _fast_one(nodes: Sequence[NodeView], chosen: Sequence[NodeView], cost: Calla
 
 
 class _Batch:
-    """The sequences of one decode node: each step gives each of them a token."""
+    """The sequences of one decode node: each step gives each of them a token.
 
-    __slots__ = ("beside_s", "ends", "next_end", "node", "num_blocks", "now", "step_s", "tokens")
+    `too_slow`: the numbers of those that have ended, and were too slow for chunks of prompts beside them.
+    """
+
+    __slots__ = (
+        "beside_s",
+        "busy_until",
+        "ends",
+        "next_end",
+        "node",
+        "num_blocks",
+        "now",
+        "step_s",
+        "tokens",
+        "too_slow",
+    )
 
     def __init__(self, node: Decoder) -> None:
         self.node = node
         # At `now` each sequence has got `tokens` since the play began. It ends at some.
         self.now = self.tokens = 0.0
-        self.ends = [(job.num_output_tokens, job.beside_s, job.num_blocks) for job in node.running]
+        self.ends = [
+            (job.num_output_tokens, job.beside_s, job.num_blocks, -1, -math.inf) for job in node.running
+        ]
         heapq.heapify(self.ends)
+        self.too_slow: list[int] = []
         self.beside_s = sum(job.beside_s for job in node.running)
         self.num_blocks = sum(job.num_blocks for job in node.running)
+        self.busy_until = node.busy_s
         self.step_s = self.next_end = 0.0
         self._go_on()
 
     def has_room(self, job: Job, now: float, itl_s: float) -> bool:
         """For one more sequence. A node without any takes it always."""
         node = self.node
-        return now >= node.from_s and (
-            not self.ends
-            or (
-                node.base_s + node.times * (self.beside_s + job.beside_s) <= itl_s
-                and len(self.ends) < node.num_places
-                and self.num_blocks + job.num_blocks <= node.num_blocks
-            )
+        if not self.ends or now < node.from_s:
+            return now >= node.from_s
+        step_s = node.base_s + node.times * (self.beside_s + job.beside_s)
+        return (
+            (step_s <= itl_s if now >= self.busy_until else step_s + node.chunk_s <= CHUNK_ITL * itl_s)
+            and step_s <= node.most_s
+            and len(self.ends) < node.num_places
+            and self.num_blocks + job.num_blocks <= node.num_blocks
         )
 
-    def add_sequence(self, job: Job, now: float, after_s: float) -> None:
+    def add_sequence(self, number: int, job: Job, now: float, after_s: float, itl_s: float) -> None:
         """It has its place from now on, and gets its first token after so long."""
-        self.tokens += (now - self.now) / self.step_s
-        self.now = now
+        self._pass_to(now)
         end = self.tokens + after_s / self.step_s + job.num_output_tokens
-        heapq.heappush(self.ends, (end, job.beside_s, job.num_blocks))
+        in_time_until = now + after_s + job.num_output_tokens * itl_s
+        heapq.heappush(self.ends, (end, job.beside_s, job.num_blocks, number, in_time_until))
         self.beside_s += job.beside_s
         self.num_blocks += job.num_blocks
         self._go_on()
 
-    def end_first(self) -> None:
-        """Pass to the end of the next sequence."""
-        self.now = self.next_end
-        self.tokens, beside_s, num_blocks = heapq.heappop(self.ends)
-        self.beside_s -= beside_s
-        self.num_blocks -= num_blocks
+    def longer(self) -> float:
+        """How many times longer a prompt takes beside the sequences of now than beside none."""
+        return 1.0 + self.node.times * self.beside_s / (self.node.base_s + self.node.chunk_s)
+
+    def add_prompts(self, now: float, begin: float, work_s: float) -> None:
+        """For so long from `begin` on a chunk is in each step, on one of the nodes that this stands for."""
+        self._pass_to(now)
+        self.busy_until = max(self.busy_until, begin) + work_s / len(self.node.node_ids)
         self._go_on()
+
+    def pass_next(self) -> None:
+        """To the end of the next sequence, or of the chunks in its steps."""
+        if self.now < self.busy_until == self.next_end:
+            self._pass_to(self.busy_until)
+        else:
+            self.now = self.next_end
+            self.tokens, beside_s, num_blocks, number, in_time_until = heapq.heappop(self.ends)
+            self.beside_s -= beside_s
+            self.num_blocks -= num_blocks
+            if self.node.chunk_s and number >= 0 and self.now > in_time_until:
+                self.too_slow.append(number)
+        self._go_on()
+
+    def _pass_to(self, now: float) -> None:
+        self.tokens += (now - self.now) / self.step_s
+        self.now = now
 
     def _go_on(self) -> None:
         self.step_s = self.node.base_s + self.node.times * self.beside_s
-        self.next_end = self.now + (self.ends[0][0] - self.tokens) * self.step_s if self.ends else math.inf
+        self.next_end = math.inf
+        if self.now < self.busy_until:
+            self.step_s += self.node.chunk_s
+            self.next_end = self.busy_until
+        if self.ends:
+            self.next_end = min(self.next_end, self.now + (self.ends[0][0] - self.tokens) * self.step_s)
 
 
 _next_end = attrgetter("next_end")
@@ -376,10 +451,10 @@ def _first_free(queues: list[Queue], now: float) -> Queue:
         begin = max(first.free_at, now)
         late_s = first.late_s - (begin - first.free_at)
         if late_s <= 0.0:
-            return Queue(first.free_at, first.slowness)
+            return first._replace(late_s=0.0, due_at=math.inf)
         if begin < first.due_at:
             return first._replace(late_s=late_s)
-        heapq.heapreplace(queues, Queue(begin + late_s, first.slowness))
+        heapq.heapreplace(queues, first._replace(free_at=begin + late_s, late_s=0.0, due_at=math.inf))
     return Queue(math.inf, 1.0)
 
 
@@ -387,10 +462,10 @@ def _take_late(queues: list[Queue], now: float, idle_until: float, work_s: float
     """Give so much work of a late prompt to a node that is idle, or will be by then; False if none is."""
     if not queues or max(queues[0].free_at, now) >= idle_until:
         return False
-    for place, (free_at, slowness, late_s, _) in enumerate(queues):
-        begin = max(free_at, now)
-        if begin < idle_until and late_s <= begin - free_at:
-            queues[place] = Queue(begin, slowness, work_s * slowness, due_at)
+    for place, one in enumerate(queues):
+        begin = max(one.free_at, now)
+        if begin < idle_until and one.late_s <= begin - one.free_at:
+            queues[place] = one._replace(free_at=begin, late_s=work_s * one.slowness, due_at=due_at)
             heapq.heapify(queues)
             return True
     return False
@@ -404,7 +479,8 @@ def served_in_time(
     stands_for: int = 1,
     periods: Sequence[float] = (0.0,),
 ) -> Sliced[list[bool]]:
-    """For each job, whether it gets its first token within the TTFT target, and has its place by then.
+    """For each job, whether it gets its first token within the TTFT target, has its place by then, and is not
+    slowed over the ITL target.
 
     A prompt takes its prefill node for the time of all that it stands for. `decoders` are as many fewer.
     `periods`: all jobs come so much later, once for each.
@@ -416,6 +492,7 @@ def served_in_time(
     able = [node for node in decoders if node.base_s <= goals.itl_s]
     itl_s = goals.itl_s if able else math.inf
     batches = [_Batch(node) for node in able or decoders]
+    sharing = {node_id: batch for batch in batches for node_id in batch.node.node_ids}
     now, num_left = 0.0, EVENTS_PER_SLICE
     served = []
     for period_s, job in product(periods, jobs):
@@ -428,7 +505,7 @@ def served_in_time(
                 num_left = EVENTS_PER_SLICE
             first = min(batches, key=_next_end)
             if first.next_end <= now:
-                first.end_first()
+                first.pass_next()
                 continue
             step_s = math.inf
             for one in batches:
@@ -437,18 +514,26 @@ def served_in_time(
             if place is not None or first.next_end > at + ttft_s:
                 break
             now = first.next_end
-        free_at, slowness, late_s, due_at = _first_free(free_nodes, now)
-        wait_s, work_s = max(free_at, now) - at, job.prefill_s * slowness
+        queue = _first_free(free_nodes, now)
+        beside = sharing.get(queue.node_id)
+        wait_s, work_s = max(queue.free_at, now) - at, job.prefill_s * queue.slowness
+        if beside is not None:
+            work_s *= beside.longer()
         in_time = place is not None and wait_s + work_s <= ttft_s
         served.append(in_time)
         if place is None:
             continue
         if in_time:
-            heapq.heapreplace(free_nodes, Queue(at + wait_s + stands_for * work_s, slowness, late_s, due_at))
+            heapq.heapreplace(free_nodes, queue._replace(free_at=at + wait_s + stands_for * work_s))
+            if beside is not None:
+                beside.add_prompts(now, at + wait_s, stands_for * work_s)
         # Late on any node, it is taken where one is idle.
         elif job.prefill_s <= ttft_s or not _take_late(
             free_nodes, now, at + idle_wait_s, stands_for * job.prefill_s, at + goals.late_wait_s
         ):
             continue
-        place.add_sequence(job, now, at + wait_s + work_s - now)
+        place.add_sequence(len(served) - 1, job, now, at + wait_s + work_s - now, goals.itl_s)
+    for batch in batches:
+        for number in batch.too_slow:
+            served[number] = False
     return served

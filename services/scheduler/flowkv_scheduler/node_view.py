@@ -32,6 +32,9 @@ DEFAULT_DECODE_STEP_S = 0.03
 DEFAULT_STOP_RATE = 1 / 256
 # Nodes whose speeds differ by less than this factor are compared by their load alone.
 SPEED_CLASS_FACTOR = 1.25
+# While a node serves both sides, or works off what is left, its steps take this part of the ITL target. Of a
+# prefill node that is all it spends on decoding: the rest is for prompts, which requests elsewhere wait for.
+SHARED_ITL = 0.33
 
 
 class Work(msgspec.Struct, frozen=True, gc=False):
@@ -365,3 +368,13 @@ def view_of(
 
 def speed_class(seconds: float) -> int:
     return round(math.log(seconds, SPEED_CLASS_FACTOR))
+
+
+def shared_chunk(node: NodeView, itl_s: float) -> int:
+    """Prompt tokens per step of a node that serves both sides, beside what it decodes now."""
+    # Sequences to come from prompts that wait here must not delay those of now.
+    num_sequences = node.report.num_running + node.report.num_waiting
+    decode_s = node.speed.decode_step_s(num_sequences, node.report.num_context_tokens)
+    chunk = max(0, int((SHARED_ITL * itl_s - decode_s) / node.speed.prefill_token_s))
+    # Over a block, since a budget of one block is a decode node's; no more if even this is too much.
+    return max(node.descriptor.layout.block_size + 1, min(chunk, node.descriptor.token_budget - 1))

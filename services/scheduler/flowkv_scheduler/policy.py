@@ -27,7 +27,7 @@ from flowkv_scheduler.cluster import (
     room_rank,
 )
 from flowkv_scheduler.demand import OutputLengths
-from flowkv_scheduler.node_view import NOTHING, NodeView, Work
+from flowkv_scheduler.node_view import NOTHING, SHARED_ITL, NodeView, Work
 from flowkv_scheduler.prefixes import Hits, keys_of
 
 # Bytes per second between two nodes, by connector: orders of magnitude, all that a choice needs. An unknown
@@ -36,9 +36,6 @@ LINK_BYTES_PER_S = {"shm": 5e9, "nixl": 5e9, "cuda_ipc": 200e9, "nccl": 20e9, "t
 HERE = "here"
 # Reserve, commit and the first token's detour: what a handoff costs however short the prompt is.
 HANDOFF_S = 0.005
-# While a node serves both sides, or works off what is left, its steps take this part of the ITL target. Of a
-# prefill node that is all it spends on decoding: the rest is for prompts, which requests elsewhere wait for.
-SHARED_ITL = 0.33
 # So many nodes per side and class of speed are compared, and so many more that have cached the most.
 NUM_COMPARED = 4
 NUM_FULL = 16

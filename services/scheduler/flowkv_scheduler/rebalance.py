@@ -32,8 +32,7 @@ from flowkv_common.wire.nodes import (
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.demand import REMEMBERED_S, Demand, OutputLengths, Window
 from flowkv_scheduler.lookahead import Duties, Duty, LookAhead, Side, num_repeats
-from flowkv_scheduler.node_view import NodeView, speed_class
-from flowkv_scheduler.policy import SHARED_ITL
+from flowkv_scheduler.node_view import NodeView, shared_chunk, speed_class
 from flowkv_scheduler.slices import Sliced
 
 # Played are the requests of the last so many seconds, the shortest time first: there a change shows first.
@@ -392,12 +391,7 @@ class Rebalancer:
             return token_budget
         if duty == "decode" and not node.num_queued_tokens:
             return block_size
-        # Sequences that decode there now. Those to come from prompts that wait here must not delay these.
-        num_sequences = node.report.num_running + node.report.num_waiting
-        decode_s = node.speed.decode_step_s(num_sequences, node.report.num_context_tokens)
-        chunk = max(0, int((self._goals.itl_s * SHARED_ITL - decode_s) / node.speed.prefill_token_s))
-        # Over a block, since a budget of one block is a decode node's; no more if even this is too much.
-        return max(block_size + 1, min(chunk, token_budget - 1))
+        return shared_chunk(node, self._goals.itl_s)
 
     def _budget_orders(self, nodes: Sequence[NodeView]) -> list[Order]:
         """For each node whose report does not show its budget yet; repeated until it does."""
@@ -518,9 +512,8 @@ def _other_duties(counts: Counter[Duty], mine: Duty) -> list[Duty]:
     others = (counts - Counter([mine])).keys()
     if mine == "both":
         return [side for side in SIDES if others & {other(side), "both"}]
-    if others & {mine, "both"}:
-        return [other(mine)]
-    return ["both"] if counts.total() == 2 else []
+    to_other: list[Duty] = [other(mine)] if others & {mine, "both"} else []
+    return [*to_other, "both"] if counts.total() == 2 else to_other
 
 
 def _busy_s(node: NodeView, duty: Duty) -> float:
