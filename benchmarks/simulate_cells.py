@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from benchmarks import BenchmarkFailed
 from benchmarks.report import Report, make_parser
 from benchmarks.simulator.bound import most_good
-from benchmarks.simulator.kinds import KINDS, default_targets, slowest_that_holds
+from benchmarks.simulator.kinds import KINDS, TPOT_FACTOR, default_targets, slowest_that_holds
 from benchmarks.simulator.run import (
     ALL_POLICIES,
     BEST_STATIC,
@@ -112,12 +112,18 @@ def run_task(task: Task) -> list[Cell]:
     kind = KINDS[options.nodes] if options.nodes else slowest_that_holds(longest)
     machines = Machines(kind, options.num_nodes, mix == SLOW_HALF)
     requests = cut_to(requests, kind.max_model_len)
-    targets = default_targets(kind, requests)
+    targets = default_targets(kind, requests, options.tpot_factor)
     half = options.num_nodes // 2
     place = Path(trace).name, mix, kind.name, options.num_nodes, options.requests
-    of_any_seed = [cell for cell in known if tuple(cell[name] for name in NAMES) == place]
+    of_any_seed = [
+        cell
+        for cell in known
+        if tuple(cell[name] for name in NAMES) == place
+        and cell.get("tpot_factor", TPOT_FACTOR) == options.tpot_factor
+    ]
     known = [cell for cell in of_any_seed if cell["seed"] == seed]
-    shared: Cell = dict(zip(NAMES, place, strict=True)) | {"seed": seed}
+    shared: Cell = dict(zip(NAMES, place, strict=True))
+    shared |= {"seed": seed, "tpot_factor": options.tpot_factor}
     if of_any_seed:
         first = (known or of_any_seed)[0]
         shared |= {"carried": first["carried"], "best_prefill": first["best_prefill"]}
@@ -199,6 +205,9 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         "--nodes", choices=KINDS, help="of one kind; without, the slowest that hold the longest prompt"
     )
     parser.add_argument("--num-nodes", type=int, default=8, help="half of them start on each side")
+    parser.add_argument(
+        "--tpot-factor", type=float, default=TPOT_FACTOR, help="the TPOT target, in steps of one sequence"
+    )
     parser.add_argument("--requests", type=int, default=1200, help="in each run")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     return parser.parse_args(argv)

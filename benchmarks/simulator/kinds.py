@@ -153,14 +153,14 @@ def with_fit(kind: NodeKind, file: Path) -> NodeKind:
     return msgspec.structs.replace(kind, fit=msgspec.convert(found.get("step", found), StepFit))
 
 
-def default_targets(kind: NodeKind, requests: Sequence[Request]) -> Targets:
+def default_targets(kind: NodeKind, requests: Sequence[Request], tpot_factor: float = TPOT_FACTOR) -> Targets:
     """TTFT: 3 x that of the p90 prompt on an idle node, and 0.25 s. TPOT: 2 x a step of one mean sequence."""
     prompts = sorted(request.num_prompt_tokens for request in requests)
     long_prompt = prompts[min(len(prompts) - 1, int(TTFT_QUANTILE * len(prompts)))]
     mean_context = sum(r.num_prompt_tokens + r.num_output_tokens / 2 for r in requests) / len(requests)
     return Targets(
         TTFT_FACTOR * unloaded_prefill_s(kind, long_prompt) + TTFT_EXTRA_S,
-        TPOT_FACTOR * step_s(kind.fit, 0, 0, 1, round(mean_context)),
+        tpot_factor * step_s(kind.fit, 0, 0, 1, round(mean_context)),
     )
 
 

@@ -420,7 +420,7 @@ def test_a_prefill_node_that_decodes_besides_keeps_time_for_prompts() -> None:
     )
     lent: dict[str, Any] = {"max_prefill_tokens_per_step": 100, "step": fit, "queued_prefill_tokens": 50}
     full = full_node(16)
-    for num_running, has_room in ((5, True), (6, False)):  # a step of 20 + 6 x 10 ms; a third of 250 are 82
+    for num_running, has_room in ((2, True), (3, False)):  # a step of 20 + 3 x 10 ms; a fifth of 250 are 50
         helper = node("p0", "prefill", num_running=num_running, **lent)
         decision = decide(request(age_s=GOALS.longest_wait_s / 2 + 1.0), [helper, full])
         assert isinstance(decision, Choice) == has_room

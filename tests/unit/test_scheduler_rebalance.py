@@ -60,8 +60,8 @@ LONG_PROMPTS = Mix(2.2, [(1200, 4)])  # 2.8 prefill nodes would serve all
 LONG_OUTPUTS = Mix(2.5, [(32, 120)])  # 4 decode nodes would
 EVEN = Mix(1.5, [(400, 20)])
 IDLE = Mix(0.2, [(100, 4)])
-# A third of its ITL target has room for a chunk beside sequences.
-SLOW_GOALS = Goals(ttft_s=GOALS.ttft_s, itl_s=0.5)
+# A fifth of its ITL target has room for a chunk beside sequences.
+SLOW_GOALS = Goals(ttft_s=GOALS.ttft_s, itl_s=0.825)
 
 LENGTHS = defaultdict[str, OutputLengths](OutputLengths)
 
@@ -385,7 +385,7 @@ def test_a_node_that_leaves_decode_works_off_its_sequences_within_the_itl_target
     run = Directed()
     busy = decode("d1", running=20)
     run.tick(decode(running=3), busy)
-    # 0.33 x 500 ms, less the base of 50 ms and three sequences of 10 ms: 85 tokens of 1 ms.
+    # 0.2 x 825 ms, less the base of 50 ms and three sequences of 10 ms: 85 tokens of 1 ms.
     assert run.tick(decode(running=3), busy) == [("d0", 85)]
     assert run.rebalancer.leaving == {"d0": "decode"}
     assert run.tick(decode(running=3), busy) == []
@@ -417,7 +417,7 @@ def test_a_node_that_leaves_prefill_computes_its_queue_first() -> None:
     late: dict[str, Any] = {"interruptible_prefill_tokens": 900}  # it computes these too
     queue = [prefill("p0", queued=3000), prefill("p1", queued=900, **late)]
     said = [budgets(orders) for orders in played(NUM_TICKS, *queue, rebalancer=rebalancer)][-1]
-    # 0.33 x 500 ms, less the base of 50 ms.
+    # 0.2 x 825 ms, less the base of 50 ms.
     assert said == [("p1", 115)]
     assert rebalancer.leaving == {"p1": "prefill"}
     done = [queue[0], prefill("p1", max_prefill_tokens_per_step=115)]

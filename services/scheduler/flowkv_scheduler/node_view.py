@@ -34,7 +34,7 @@ DEFAULT_STOP_RATE = 1 / 256
 SPEED_CLASS_FACTOR = 1.25
 # While a node serves both sides, or works off what is left, its steps take this part of the ITL target. Of a
 # prefill node that is all it spends on decoding: the rest is for prompts, which requests elsewhere wait for.
-SHARED_ITL = 0.33
+SHARED_ITL = 0.2
 
 
 class Work(msgspec.Struct, frozen=True, gc=False):
