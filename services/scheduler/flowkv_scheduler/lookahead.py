@@ -369,7 +369,7 @@ class _Batch:
         # At `now` each sequence has got `tokens` since the play began. It ends at some.
         self.now = self.tokens = 0.0
         self.ends = [
-            (job.num_output_tokens, job.beside_s, job.num_blocks, -1, -math.inf) for job in node.running
+            (job.num_output_tokens, job.beside_s, job.num_blocks, -1, math.inf) for job in node.running
         ]
         heapq.heapify(self.ends)
         self.too_slow: list[int] = []
@@ -421,7 +421,7 @@ class _Batch:
             self.tokens, beside_s, num_blocks, number, in_time_until = heapq.heappop(self.ends)
             self.beside_s -= beside_s
             self.num_blocks -= num_blocks
-            if self.node.chunk_s and number >= 0 and self.now > in_time_until:
+            if self.node.chunk_s and self.now > in_time_until:
                 self.too_slow.append(number)
         self._go_on()
 

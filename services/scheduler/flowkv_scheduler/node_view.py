@@ -375,6 +375,6 @@ def shared_chunk(node: NodeView, itl_s: float) -> int:
     # Sequences to come from prompts that wait here must not delay those of now.
     num_sequences = node.report.num_running + node.report.num_waiting
     decode_s = node.speed.decode_step_s(num_sequences, node.report.num_context_tokens)
-    chunk = max(0, int((SHARED_ITL * itl_s - decode_s) / node.speed.prefill_token_s))
+    chunk = int((SHARED_ITL * itl_s - decode_s) / node.speed.prefill_token_s)
     # Over a block, since a budget of one block is a decode node's; no more if even this is too much.
     return max(node.descriptor.layout.block_size + 1, min(chunk, node.descriptor.token_budget - 1))
