@@ -156,7 +156,7 @@ class Running:
 
 
 class NaiveNode:
-    """Each step gives each sequence a token. It takes longer for each, and for a chunk while it is busy.
+    """Each step gives each sequence a token. It takes longer for each, and while it is busy for a chunk.
 
     Between two ends all steps of a kind take as long, so they are passed at once.
     """
@@ -169,17 +169,24 @@ class NaiveNode:
     def decode_s(self) -> float:
         return self.decoder.base_s + self.decoder.times * sum(one.job.beside_s for one in self.running)
 
+    def chunk_s(self, decode_s: float) -> float:
+        """What the sequences leave of a full step, but never too little."""
+        return max(self.decoder.fill_s - decode_s, self.decoder.chunk_s)
+
+    def busy_step_s(self) -> float:
+        return self.decode_s() + self.chunk_s(self.decode_s())
+
     def step_s(self) -> float:
-        return self.decode_s() + (self.decoder.chunk_s if self.busy_s > 0 else 0.0)
+        return self.busy_step_s() if self.busy_s > 0 else self.decode_s()
 
     def steps_within(self, seconds: float) -> float:
         busy_s = min(seconds, self.busy_s)
-        return busy_s / (self.decode_s() + self.decoder.chunk_s) + (seconds - busy_s) / self.decode_s()
+        return busy_s / self.busy_step_s() + (seconds - busy_s) / self.decode_s()
 
     def end_in(self) -> float:
         left = min((one.left for one in self.running), default=math.inf)
         if left <= self.steps_within(self.busy_s):
-            return left * (self.decode_s() + self.decoder.chunk_s)
+            return left * self.busy_step_s()
         return self.busy_s + (left - self.steps_within(self.busy_s)) * self.decode_s()
 
     def pass_s(self, seconds: float) -> None:
@@ -197,8 +204,10 @@ class NaivePrefill:
         work_s = job.prefill_s * self.slowness
         if self.shared is None:
             return work_s
-        alone_s = self.shared.decoder.base_s + self.shared.decoder.chunk_s
-        return work_s * (self.shared.decode_s() + self.shared.decoder.chunk_s) / alone_s
+        # `slowness` has what its steps cost beside none: there are as many more as a chunk is smaller.
+        base_s, decode_s = self.shared.decoder.base_s, self.shared.decode_s()
+        alone, beside = self.shared.chunk_s(base_s), self.shared.chunk_s(decode_s)
+        return work_s * (alone / beside) * (decode_s + beside) / (base_s + alone)
 
 
 class NaiveNodes:
@@ -250,7 +259,7 @@ class NaiveNodes:
         together = [job, *(one.job for one in node.running)]
         decode_s = node.decoder.base_s + node.decoder.times * sum(one.beside_s for one in together)
         fits = (
-            self.is_before(decode_s + node.decoder.chunk_s, CHUNK_ITL * self.itl_s)
+            self.is_before(decode_s + node.chunk_s(decode_s), CHUNK_ITL * self.itl_s)
             if node.busy_s > 0
             else self.is_before(decode_s, self.itl_s)
         )
@@ -350,6 +359,7 @@ def test_each_sequence_takes_the_decode_node_with_the_shortest_steps_that_has_ro
         num_blocks=st.just(1000.0),
         running=st.lists(sequences, max_size=3),
         chunk_s=st.sampled_from([0.01, 0.05, 0.2]),
+        fill_s=st.sampled_from([0.0, 0.15, 0.31]),
         busy_s=st.sampled_from([0.0, 1.0]),
         most_s=st.sampled_from([math.inf, 0.12]),
         node_ids=st.just(["both"]),
@@ -488,6 +498,18 @@ def test_a_node_of_both_sides_decodes_as_a_decode_node_does_while_no_prompts_com
     ahead = ahead_of(nodes, num_prompt=16, num_outputs=3000)
     shares = [share(ahead, nodes, d0=duty) for duty in ("decode", "both")]
     assert 0.0 < shares[0] == shares[1] < 1.0
+
+
+def test_chunks_are_what_the_sequences_of_the_moment_leave_not_those_of_now() -> None:
+    """A fifth of 1 s has 150 ms beside the base. Twelve sequences leave 30 of them, but end soon."""
+    goals = replace(GOALS, itl_s=1.0)
+    forecast = OutputForecast(tokens_left=24.0, first_ends_in=1.0, stop_rate=0.0)
+    busy = prefill(), decode(num_running=12, num_context_tokens=1200, forecast=forecast)
+    idle = prefill(), decode()
+    with_busy, with_idle = (
+        share(ahead_of(nodes, rate=4.0, goals=goals), nodes, d0="both") for nodes in (busy, idle)
+    )
+    assert with_busy == pytest.approx(with_idle, abs=0.02)
 
 
 def test_more_nodes_serve_more() -> None:

@@ -24,7 +24,7 @@ import msgspec
 from flowkv_common.wire.nodes import expected_tokens
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.demand import OutputLengths, Window
-from flowkv_scheduler.node_view import SHARED_ITL, NodeView, Speed, shared_chunk
+from flowkv_scheduler.node_view import SHARED_ITL, NodeView, Speed
 from flowkv_scheduler.slices import Sliced
 
 # How far it looks. A node that leaves a side works off its rest meanwhile.
@@ -75,10 +75,21 @@ class Decoder(msgspec.Struct, frozen=True, gc=False):
     num_blocks: float
     running: Sequence[Job] = ()
     from_s: float = 0.0  # it takes sequences from then on
-    chunk_s: float = 0.0  # that a step takes longer while prompts wait: they do for `busy_s`
+    # While prompts wait, for `busy_s` from now on, a step takes `chunk_s` longer, and no less than `fill_s`.
+    chunk_s: float = 0.0
+    fill_s: float = 0.0
     busy_s: float = 0.0
     most_s: float = math.inf  # of a step without chunks: some leave time for prompts
     node_ids: Sequence[str] = ()  # that prefill, too
+
+    def busy_step_s(self, decode_s: float) -> float:
+        """A step with prompts in it that takes `decode_s` without."""
+        return max(decode_s + self.chunk_s, self.fill_s)
+
+    def longer(self, decode_s: float) -> float:
+        """How many times longer than in whole steps prompts take in those that have so much of decoding."""
+        step_s = self.busy_step_s(decode_s)
+        return step_s / (step_s - decode_s)
 
 
 def num_repeats(window: Window) -> int:
@@ -154,7 +165,7 @@ class LookAhead:
         queues = [
             Queue(
                 free_at=busy_s if node.node_id in moved else node.prefill_wait_s,
-                slowness=self._slowness[node.node_id] * self._longer(node, duties[node.node_id]),
+                slowness=self._prompt_slowness(node, duties[node.node_id]),
                 late_s=0.0 if node.node_id in moved else max(0.0, node.idle_wait_s - node.prefill_wait_s),
                 due_at=due_at,
                 node_id=node.node_id if duties[node.node_id] == "both" else "",
@@ -199,17 +210,13 @@ class LookAhead:
         """In reference nodes."""
         return sum(1 / slowness for name, slowness in self._slowness.items() if duties[name] != "decode")
 
-    def _chunk_s(self, node: NodeView) -> float:
-        """Of prompts, in a step of a node that serves both sides."""
-        does_both = self._duties[node.node_id] == "both"
-        num_tokens = node.chunk_tokens if does_both else shared_chunk(node, self._goals.itl_s)
-        return num_tokens * self._reference.prefill_token_s * self._slowness[node.node_id]
-
-    def _longer(self, node: NodeView, duty: Duty) -> float:
-        """How many times longer than with whole steps prompts take, were there no sequences."""
-        if duty == "prefill":
-            return 1.0
-        return 1.0 + self._decoding.base_s * self._slowness[node.node_id] / self._chunk_s(node)
+    def _prompt_slowness(self, node: NodeView, duty: Duty) -> float:
+        """Were there no sequences beside prompts."""
+        slowness = self._slowness[node.node_id]
+        if duty != "both":
+            return slowness
+        shared = self._decoder(node, slowness, duty)
+        return slowness * shared.longer(shared.base_s)
 
     def _decoders(self, duties: Duties, moved: Collection[str], busy_s: float) -> Sliced[list[Decoder]]:
         """Those that shall decode. What runs on a node that leaves is in nobody's way."""
@@ -242,12 +249,16 @@ class LookAhead:
         )
         if duty != "both":
             return decoder
+        token_s = slowness * self._reference.prefill_token_s
+        shared = msgspec.structs.replace(decoder, busy_s=node.prefill_wait_s, node_ids=(node.node_id,))
+        if self._duties[node.node_id] == "both" and node.descriptor.role == "mixed":
+            return msgspec.structs.replace(shared, chunk_s=node.chunk_tokens * token_s)
+        shared_s = SHARED_ITL * self._goals.itl_s
         return msgspec.structs.replace(
-            decoder,
-            chunk_s=self._chunk_s(node),
-            busy_s=node.prefill_wait_s,
-            most_s=SHARED_ITL * self._goals.itl_s if node.descriptor.role == "prefill" else math.inf,
-            node_ids=(node.node_id,),
+            shared,
+            chunk_s=(self._block_size + 1) * token_s,  # see `shared_chunk`
+            fill_s=shared_s,
+            most_s=shared_s if node.descriptor.role == "prefill" else math.inf,
         )
 
     def _jobs(self, share: float) -> Sliced[list[Job]]:
@@ -325,6 +336,7 @@ def fewer_decoders(decoders: Sequence[Decoder], stands_for: int) -> list[Decoder
                     running=[job for one in group for job in one.running],
                     from_s=from_s,
                     chunk_s=sum(one.chunk_s for one in group) / len(group),
+                    fill_s=sum(one.fill_s for one in group) / len(group),
                     busy_s=sum(one.busy_s for one in group) / len(group),
                     most_s=min(one.most_s for one in group),
                     node_ids=[node_id for one in group for node_id in one.node_ids],
@@ -385,8 +397,9 @@ class _Batch:
         if not self.ends or now < node.from_s:
             return now >= node.from_s
         step_s = node.base_s + node.times * (self.beside_s + job.beside_s)
+        fits = step_s <= itl_s if now >= self.busy_until else node.busy_step_s(step_s) <= CHUNK_ITL * itl_s
         return (
-            (step_s <= itl_s if now >= self.busy_until else step_s + node.chunk_s <= CHUNK_ITL * itl_s)
+            fits
             and step_s <= node.most_s
             and len(self.ends) < node.num_places
             and self.num_blocks + job.num_blocks <= node.num_blocks
@@ -404,7 +417,7 @@ class _Batch:
 
     def longer(self) -> float:
         """How many times longer a prompt takes beside the sequences of now than beside none."""
-        return 1.0 + self.node.times * self.beside_s / (self.node.base_s + self.node.chunk_s)
+        return self.node.longer(self._decode_s()) / self.node.longer(self.node.base_s)
 
     def add_prompts(self, now: float, begin: float, work_s: float) -> None:
         """For so long from `begin` on a chunk is in each step, on one of the nodes that this stands for."""
@@ -425,15 +438,19 @@ class _Batch:
                 self.too_slow.append(number)
         self._go_on()
 
+    def _decode_s(self) -> float:
+        """A step without chunks."""
+        return self.node.base_s + self.node.times * self.beside_s
+
     def _pass_to(self, now: float) -> None:
         self.tokens += (now - self.now) / self.step_s
         self.now = now
 
     def _go_on(self) -> None:
-        self.step_s = self.node.base_s + self.node.times * self.beside_s
+        self.step_s = self._decode_s()
         self.next_end = math.inf
         if self.now < self.busy_until:
-            self.step_s += self.node.chunk_s
+            self.step_s = self.node.busy_step_s(self.step_s)
             self.next_end = self.busy_until
         if self.ends:
             self.next_end = min(self.next_end, self.now + (self.ends[0][0] - self.tokens) * self.step_s)
