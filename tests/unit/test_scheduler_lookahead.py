@@ -447,8 +447,9 @@ def ahead_of(
 
 
 def duties_of(nodes: Sequence[Described], **changes: str) -> Duties:
-    duties: dict[str, Any] = {one.node_id: one.descriptor.role for one in nodes} | changes
-    return duties
+    roles = {one.node_id: one.descriptor.role for one in nodes}
+    duties: dict[str, Any] = {name: "both" if role == "mixed" else role for name, role in roles.items()}
+    return duties | changes
 
 
 def prefill(name: str = "p0", **changes: Any) -> Described:
@@ -630,6 +631,19 @@ def test_fewer_decode_nodes_hold_as_much_as_their_part(
         ):
             assert part == pytest.approx(all_of / stands_for)
         assert sum(len(one.running) for one in some) == sum(len(one.running) for one in whole)
+
+
+@pytest.mark.parametrize(("rate", "num_outputs"), [(3.0, 20), (3.0, 50), (3.0, 100), (2.0, 200)])
+def test_mixed_nodes_as_one_serve_what_as_many_do(rate: float, num_outputs: int) -> None:
+    """Eight for four times the requests of two, each for four: limited by prompts, then by sequences."""
+    goals = replace(GOALS, itl_s=0.5)
+    two, eight = (
+        [node(f"m{number}", "mixed", num_blocks=4096, step=FIT) for number in range(num)] for num in (2, 8)
+    )
+    each = share(ahead_of(two, rate=rate, num_outputs=num_outputs, goals=goals), two)
+    as_one = ahead_of(eight, rate=4 * rate, num_outputs=num_outputs, stands_for=4, goals=goals)
+    assert 0.4 < each < 0.9
+    assert share(as_one, eight) == pytest.approx(each, abs=0.03)
 
 
 def test_a_prompt_that_stands_for_others_takes_their_time_too() -> None:
