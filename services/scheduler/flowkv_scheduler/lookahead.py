@@ -160,6 +160,8 @@ class LookAhead:
         `more`: with so many more reference nodes on a side.
         """
         side, num_more = more
+        decoders = yield from self._decoders(duties, moved, busy_s)
+        yield
         # When late prompts of now are due is not known: on the mean half of their time is over.
         due_at = self._goals.late_wait_s / 2
         queues = [
@@ -176,7 +178,6 @@ class LookAhead:
         if side == "prefill":
             queues += [Queue(0.0, 1.0)] * num_more
         yield
-        decoders = yield from self._decoders(duties, moved, busy_s)
         if side == "decode":
             decoders += [self._decoder(self.nodes[0], 1.0)] * num_more
         decoders = fewer_decoders(decoders, self._window.stands_for)
@@ -211,11 +212,11 @@ class LookAhead:
         return sum(1 / slowness for name, slowness in self._slowness.items() if duties[name] != "decode")
 
     def _prompt_slowness(self, node: NodeView, duty: Duty) -> float:
-        """Were there no sequences beside prompts."""
+        """Were there no sequences beside prompts. The node's decoder is known."""
         slowness = self._slowness[node.node_id]
         if duty != "both":
             return slowness
-        shared = self._decoder(node, slowness, duty)
+        shared = self._known_decoders[node.node_id, duty]
         return slowness * shared.longer(shared.base_s)
 
     def _decoders(self, duties: Duties, moved: Collection[str], busy_s: float) -> Sliced[list[Decoder]]:
