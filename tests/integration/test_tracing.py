@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 
 import httpx
@@ -197,13 +198,21 @@ async def test_a_refused_request_is_told_as_an_error(
     assert post.parent_id == ""
 
 
-async def test_a_collector_that_is_away_holds_up_no_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_collector_that_is_away_holds_up_no_exit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1.5")  # it tries again after about 1 s, and no more
     monkeypatch.setattr("flowkv_common.otel.LAST_SPANS_S", 0.05)
     async with asyncio.timeout(TIMEOUT_S):
         async with open_tracing("flowkv-test", "t0") as tracing:
             with tracing.begin("lost"):
                 pass
+    assert "the last spans are not sent" in caplog.text
+    # It draws random numbers between two tries, and must not in the middle of other tests.
+    for thread in [one for one in threading.enumerate() if one.name == "last-spans"]:
+        await asyncio.to_thread(thread.join, TIMEOUT_S)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(
