@@ -154,7 +154,9 @@ def with_fit(kind: NodeKind, file: Path) -> NodeKind:
 
 
 def default_targets(kind: NodeKind, requests: Sequence[Request], tpot_factor: float = TPOT_FACTOR) -> Targets:
-    """TTFT: 3 x that of the p90 prompt on an idle node, and 0.25 s. TPOT: 2 x a step of one mean sequence."""
+    """TTFT: 3 x that of the p90 prompt on an idle node, and 0.25 s. TPOT: `tpot_factor` x a step of one
+    mean sequence.
+    """
     prompts = sorted(request.num_prompt_tokens for request in requests)
     long_prompt = prompts[min(len(prompts) - 1, int(TTFT_QUANTILE * len(prompts)))]
     mean_context = sum(r.num_prompt_tokens + r.num_output_tokens / 2 for r in requests) / len(requests)

@@ -24,7 +24,7 @@ import msgspec
 from flowkv_common.wire.nodes import expected_tokens
 from flowkv_scheduler.cluster import Goals
 from flowkv_scheduler.demand import OutputLengths, Window
-from flowkv_scheduler.node_view import SHARED_ITL, NodeView, Speed
+from flowkv_scheduler.node_view import SHARED_ITL, NodeView, Speed, least_shared_chunk
 from flowkv_scheduler.slices import Sliced
 
 # How far it looks. A node that leaves a side works off its rest meanwhile.
@@ -257,7 +257,7 @@ class LookAhead:
         shared_s = SHARED_ITL * self._goals.itl_s
         return msgspec.structs.replace(
             shared,
-            chunk_s=(self._block_size + 1) * token_s,  # see `shared_chunk`
+            chunk_s=least_shared_chunk(node.descriptor) * token_s,
             fill_s=shared_s,
             most_s=shared_s if node.descriptor.role == "prefill" else math.inf,
         )

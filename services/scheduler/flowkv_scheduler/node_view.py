@@ -376,5 +376,10 @@ def shared_chunk(node: NodeView, itl_s: float) -> int:
     num_sequences = node.report.num_running + node.report.num_waiting
     decode_s = node.speed.decode_step_s(num_sequences, node.report.num_context_tokens)
     chunk = int((SHARED_ITL * itl_s - decode_s) / node.speed.prefill_token_s)
-    # Over a block, since a budget of one block is a decode node's; no more if even this is too much.
-    return max(node.descriptor.layout.block_size + 1, min(chunk, node.descriptor.token_budget - 1))
+    # No more than the least if even this is too much.
+    return max(least_shared_chunk(node.descriptor), min(chunk, node.descriptor.token_budget - 1))
+
+
+def least_shared_chunk(descriptor: NodeDescriptor) -> int:
+    """In tokens: over a block, since a budget of one block is a decode node's."""
+    return descriptor.layout.block_size + 1
