@@ -20,6 +20,7 @@ import msgspec
 import psutil
 
 from benchmarks import BenchmarkFailed
+from benchmarks.core_shares import core_shares
 from flowkv.bench.load import Arrival, Lengths, Outcome, drive
 from flowkv.local_cluster import Cluster
 from flowkv_common.aio import running
@@ -91,13 +92,15 @@ def start_cluster(
     settings: Mapping[str, object] | None = None,
     fit: StepFit | None = None,
     cores: Mapping[str, set[int]] | None = None,
+    core_share: float | None = None,
     num_blocks: int = NUM_BLOCKS,
 ) -> Iterator[Started]:
     """A cluster that is ready, with so many nodes per role; `settings` are those of all services.
 
     With `fit` the nodes are paced by it and have pools of `num_blocks`. Without it they compute the model, on
-    one thread each unless said otherwise; `cores` may then pin the one node of each role. All else runs where
-    the kernel puts it. Raises ClusterError when it does not start, BenchmarkFailed when a thread has strayed.
+    one thread each unless said otherwise; `cores` may then pin the one node of each role, and `core_share`
+    lets each node have so much of a core once it is ready. All else runs where the kernel puts it. Raises
+    ClusterError when it does not start, BenchmarkFailed when a thread has strayed.
     """
     with tempfile.TemporaryDirectory(prefix="flowkv-bench-") as folder:
         if fit is not None:
@@ -108,7 +111,10 @@ def start_cluster(
             started.kept = kept(Path(folder))
             return
         own = variables(**{"num_threads": 1, **(settings or {})})
-        with Cluster(Path(folder), model, nodes={} if cores else nodes, settings=own) as cluster:
+        with (
+            core_shares(core_share) if core_share else contextlib.nullcontext() as limit,
+            Cluster(Path(folder), model, nodes={} if cores else nodes, settings=own) as cluster,
+        ):
             pinned = {}
             for role, mine in (cores or {}).items():
                 pid = cluster.start_node(role, f"{role}-0").pid
@@ -117,6 +123,10 @@ def start_cluster(
             cluster.wait_ready(READY_TIMEOUT_S)
             for pid, mine in pinned.items():
                 check_pinned(pid, mine)
+            if limit is not None:
+                for name, process in cluster.processes.items():
+                    if name.startswith(tuple(nodes)):
+                        limit(process.pid)
             yield Started(cluster)
 
 

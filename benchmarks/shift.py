@@ -31,12 +31,14 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser("shift", __doc__, model=True)
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 8], help="of each role")
     parser.add_argument("--real", action="store_true", help="nodes that compute the model, one thread each")
+    parser.add_argument("--core-share", type=float, help="of a core for each real node; needs root")
     parser.add_argument("--seconds", type=float, default=40.0, help="of each phase")
     parser.add_argument("--stretch", type=float, help="so many times slower nodes; without, --nodes / 4")
     parser.add_argument("--seed", type=int, default=0)
-    add_targets(parser, tpot_s=0.4)
+    add_targets(parser, tpot_s=0.25)
     options = parser.parse_args(argv)
     targets = targets_of(options)
+    goals = {"ttft_goal_s": targets.ttft_s, "itl_goal_s": targets.tpot_s}
     report = Report(
         options, fit=ONE_CORE, prompts=PROMPTS._asdict(), outputs=OUTPUTS._asdict(), overload=OVERLOAD
     )
@@ -50,8 +52,9 @@ def main(argv: Sequence[str]) -> int:
             with start_cluster(
                 options.model,
                 {"prefill": num_each, "decode": num_each},
-                settings={**PACED_LIMITS, "lending": lending},
+                settings={**PACED_LIMITS, **goals, "lending": lending},
                 fit=None if options.real else fit,
+                core_share=options.core_share,
             ) as started:
                 outcomes, observed = asyncio.run(drive_observed(started.cluster, arrivals))
             for phase in [*(phase.kind for phase in phases), "all"]:

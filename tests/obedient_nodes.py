@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -60,6 +60,7 @@ class Life:
 class Node:
     def __init__(self, name: str, role: str, model: ModelCard = MODEL) -> None:
         self.name, self.role, self.model = name, role, model
+        self.host: dict[str, Any] = {}  # what the descriptor says of it
         self.budget = CAPS[role]
         self.prompts: list[Life] = []
         self.sequences: list[Life] = []
@@ -110,7 +111,7 @@ class Node:
             context_tokens=sum(one.num_context for one in self.coming),
             output_tokens=float(sum(one.num_left for one in self.coming)),
         )
-        return node(
+        described = node(
             self.name,
             self.role,
             num_blocks=NUM_BLOCKS,
@@ -130,6 +131,7 @@ class Node:
                 stop_rate=1 / 256,
             ),
         )
+        return described._replace(descriptor=msgspec.structs.replace(described.descriptor, **self.host))
 
 
 class Cluster:

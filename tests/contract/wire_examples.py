@@ -308,6 +308,8 @@ EXAMPLES: list[Message] = [
         protocol=2,
         has_data_tls=True,
         boot_id="945ac35a-b79c-4359-95f0-22261494e0e7",
+        num_cores=2.5,
+        num_host_cores=8,
     ),
     LoadReport(
         node=DECODE,

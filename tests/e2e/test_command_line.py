@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from flowkv.local_cluster import free_port
+from flowkv_node.cores import busy_cores
 from tests.e2e.conftest import READY_TIMEOUT_S
 
 COMMAND = (sys.executable, "-m", "flowkv")
@@ -64,6 +65,12 @@ def test_a_persons_steps(tmp_path: Path) -> None:
         seen = json.loads(flowkv("status", "--json"))
         assert seen["pairs"] == [["prefill-0", "decode-0"]]
         assert [node["links"] for node in seen["nodes"]] == [{"decode-0": "shm"}, {"prefill-0": "shm"}]
+
+        num_cores = os.cpu_count() or 1
+        told = [
+            (one["descriptor"]["num_cores"], one["descriptor"]["num_host_cores"]) for one in seen["nodes"]
+        ]
+        assert told == [(busy_cores(max(1, num_cores // 2)), num_cores)] * 2
 
         [proof] = [one for one in found() if one["about"] == "a request"]
         assert proof["level"] == "good"

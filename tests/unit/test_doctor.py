@@ -79,6 +79,30 @@ def test_a_frozen_node() -> None:
     assert "kill -CONT 1`" in frozen.mend
 
 
+@pytest.mark.parametrize(
+    ("num_host_cores", "num_cores", "other_boot_id", "is_told"),
+    [
+        (3, 2.0, "1", True),
+        (4, 2.0, "1", False),
+        (1, 0.5, "1", False),  # a container's limit keeps them apart
+        (3, 2.0, "2", False),
+        (3, 2.0, "", False),
+        (1, 0.0, "1", False),  # on GPUs
+    ],
+)
+def test_nodes_that_share_cores(
+    num_host_cores: int, num_cores: float, other_boot_id: str, is_told: bool
+) -> None:
+    p0, d0 = (
+        msgspec.structs.replace(one, boot_id=boot_id, num_cores=num_cores, num_host_cores=num_host_cores)
+        for one, boot_id in ((P0, "1"), (D0, other_boot_id))
+    )
+    found = wrong(check_nodes(view_of(p0, d0), MAX_PAYLOAD_BYTES))
+    said = "p0, d0 compute on 4 cores of a host that has 3: they share them"
+    assert [one.said for one in found] == [said] * is_told
+    assert all("FLOWKV_NUM_THREADS" in one.mend for one in found)
+
+
 def test_a_payload_that_cuts_windows() -> None:
     window = 4 * BLOCK_SIZE
     cut = msgspec.structs.replace(MODEL, max_model_len=window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import heapq
 import random
 from collections import defaultdict
@@ -139,6 +140,57 @@ def test_in_a_large_cluster_several_nodes_move_at_once() -> None:
         run = Cluster(*(Node(one.name, one.role) for one in nodes))
         moved = directions(run.play(mix._replace(rate=16 * mix.rate), RECENT_S + TICK_S))
         assert [where for _, where in moved] == [f"lent to {to}"] * (len(nodes) // MOST_NODES)
+
+
+def on_host(
+    nodes: list[Node], num_host_cores: int, num_cores: float = 1.0, boot_id: str = "one"
+) -> list[Node]:
+    for one in nodes:
+        one.host = {"num_host_cores": num_host_cores, "num_cores": num_cores, "boot_id": boot_id}
+    return nodes
+
+
+def two_hosts(num_cores_each: int) -> list[Node]:
+    nodes = four_nodes()
+    return on_host(nodes[:2], num_cores_each) + on_host(nodes[2:], num_cores_each, boot_id="other")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "is_lent"),
+    [
+        pytest.param(on_host(four_nodes(), 2), False, id="two cores for the three that one side would have"),
+        pytest.param(on_host(four_nodes(), 3), True, id="three cores"),
+        pytest.param(on_host(four_nodes(), 2, num_cores=0.5), True, id="two cores, half a core each"),
+        pytest.param(on_host(four_nodes(), 2, num_cores=0.7), False, id="two cores, more than half each"),
+        pytest.param(on_host(four_nodes(), 2, num_cores=0.0), True, id="nodes on GPUs"),
+        pytest.param(on_host(four_nodes(), 2, boot_id=""), True, id="hosts that are not known"),
+        pytest.param(two_hosts(1), True, id="one core for the node of a host that would join"),
+    ],
+)
+@pytest.mark.parametrize("mix", [LONG_PROMPTS, LONG_OUTPUTS])
+def test_nodes_are_lent_only_where_there_are_cores_for_them(
+    nodes: list[Node], is_lent: bool, mix: Mix
+) -> None:
+    """On cores that the other side keeps busy already, one node more takes from it what it computes."""
+    run = Cluster(*copy.deepcopy(nodes))
+    assert bool(directions(run.play(mix, 60.0))) == is_lent
+
+
+def test_no_more_nodes_move_at_once_than_there_are_cores_for() -> None:
+    nodes = [Node(f"p{number:02}", "prefill") for number in range(32)]
+    nodes += [Node(f"d{number:02}", "decode") for number in range(32)]
+    run = Cluster(*on_host(nodes, 35))
+    moved = directions(run.play(LONG_PROMPTS._replace(rate=16 * LONG_PROMPTS.rate), 60.0))
+    assert [where for _, where in moved] == ["lent to prefill"] * 3
+
+
+def test_a_node_goes_home_though_there_are_no_cores_for_it_there() -> None:
+    """That is where it was put."""
+    run = Cluster(*four_nodes())
+    run.play(LONG_PROMPTS, 20.0)
+    (moved,) = run.rebalancer.leaving
+    on_host(run.nodes, 1)
+    assert (moved, "taken back to decode") in directions(run.play(LONG_OUTPUTS, 60.0))
 
 
 def test_longer_windows_move_nothing_where_nothing_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:

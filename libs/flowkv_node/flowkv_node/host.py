@@ -41,6 +41,7 @@ from flowkv_engine.kv.pool import layer_views
 from flowkv_engine.transport import make_connectors
 from flowkv_engine.transport.sockets import Place, join_host_port
 from flowkv_engine.transport.tls import Tls
+from flowkv_node.cores import busy_cores
 from flowkv_node.endpoints import serve_endpoints, watch_cancels
 from flowkv_node.memory import make_pool
 from flowkv_node.node import Node, Roles
@@ -67,6 +68,7 @@ class ServedModel:
     make_engine: Callable[[Tensor], Engine]
     device: torch.device = CPU
     grammars: Grammars | None = None  # None: the engine knows none
+    num_threads: int = 0  # that compute; 0: the host's cores don't
 
 
 def served_model(model: LoadedModel, settings: NodeSettings) -> ServedModel:
@@ -77,6 +79,7 @@ def served_model(model: LoadedModel, settings: NodeSettings) -> ServedModel:
         layout=layout,
         device=model.device,
         grammars=model.grammars,
+        num_threads=0 if settings.is_on_gpu else torch.get_num_threads(),
         make_engine=lambda pool: EngineThread(
             Runner(
                 model,
@@ -144,7 +147,7 @@ async def serve_node(
             running(node.outbox.keep_alive()),
             serve_endpoints(node, engine, news),
             running(
-                _stay_announced(node, http_port),
+                _stay_announced(node, http_port, model.num_threads),
                 report_load(node),
                 news.publish(bus, settings.load_period_s),
             ),
@@ -184,17 +187,17 @@ def _data_tls(settings: NodeSettings) -> Tls | None:
     return tls
 
 
-async def _stay_announced(node: Node, http_port: int) -> None:
+async def _stay_announced(node: Node, http_port: int, num_threads: int) -> None:
     """Until cancelled. A node whose id another incarnation has taken gives its work back and ends."""
     try:
-        await keep_announced(node.bus, partial(_describe, node, http_port))
+        await keep_announced(node.bus, partial(_describe, node, http_port, num_threads))
     except NodeIdTaken as error:
         node.drain()
         await node.give_back(Unavailable(f"{node.ref.node_id} leaves: {error}"))
         raise
 
 
-def _describe(node: Node, http_port: int) -> NodeDescriptor:
+def _describe(node: Node, http_port: int, num_threads: int) -> NodeDescriptor:
     host = _reached_at(node.settings)[0]
     return NodeDescriptor(
         node=node.ref,
@@ -214,6 +217,8 @@ def _describe(node: Node, http_port: int) -> NodeDescriptor:
         protocol=PROTOCOL,
         has_data_tls=bool(node.settings.data_tls_cert),
         boot_id=_boot_id(),
+        num_cores=busy_cores(num_threads),
+        num_host_cores=os.cpu_count() or 0,
     )
 
 

@@ -18,15 +18,18 @@ from flowkv_common.config import NodeSettings
 from flowkv_common.errors import CannotStart
 from flowkv_common.wire.messages import PoolLayout
 from flowkv_engine.kv.pool import KVPool, Pool
+from flowkv_node.cgroups import cgroups, first_line, lines
 
 DEFAULT_BYTES = 1 << 30
 # What a node on a GPU needs besides weights and pool: activations of a step, graphs, tables, libraries. An
 # estimate for 8 billion parameters, not measured.
 WORKING_BYTES = 3 << 30
 
-# Of a cgroup's folder: the files with limit and use, and the counts in `memory.stat` that can be dropped.
-_V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")
-_V2 = "memory.max", "memory.current", ("active_file", "inactive_file")
+# By a cgroup's version: the files with limit and use, and the counts in `memory.stat` that can be dropped.
+_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
+    2: ("memory.max", "memory.current", ("active_file", "inactive_file")),
+}
 
 
 class NoRoomForPool(CannotStart):
@@ -82,34 +85,17 @@ def free_memory(root: Path = Path("/")) -> Free | None:
 
 
 def _of_host(root: Path) -> Iterator[Free]:
-    for line in _lines(root / "proc/meminfo"):
+    for line in lines(root / "proc/meminfo"):
         if line.startswith("MemAvailable:"):
             yield Free(int(line.split()[1]) * 1024, "the host's memory")
 
 
 def _of_cgroups(root: Path) -> Iterator[Free]:
-    """Of this process's cgroup and all around it; a container sees its own alone, as the root."""
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            top, (limit_file, usage_file, droppable) = root / "sys/fs/cgroup", _V2
-        elif "memory" in controllers.split(","):
-            top, (limit_file, usage_file, droppable) = root / "sys/fs/cgroup/memory", _V1
-        else:
-            continue
-        own = top / path.lstrip("/")
-        for folder in (own, *own.parents[: len(own.parts) - len(top.parts)]):
-            limit, usage = (next(iter(_lines(folder / name)), "") for name in (limit_file, usage_file))
-            if not limit.isdigit() or not usage.isdigit():
-                continue  # no limit ("max"), or not a cgroup that we can see
-            counts = dict(line.split() for line in _lines(folder / "memory.stat"))
-            dropped = sum(int(counts.get(name, 0)) for name in droppable)
-            yield Free(int(limit) - int(usage) + dropped, f"the limit of {folder}")
-
-
-def _lines(file: Path) -> list[str]:
-    """Empty where there is no such file."""
-    try:
-        return file.read_text().splitlines()
-    except OSError:
-        return []
+    for folder, version in cgroups("memory", root):
+        limit_file, usage_file, droppable = _FILES[version]
+        limit, usage = first_line(folder / limit_file), first_line(folder / usage_file)
+        if not limit.isdigit() or not usage.isdigit():
+            continue  # no limit ("max"), or not a cgroup that we can see
+        counts = dict(line.split() for line in lines(folder / "memory.stat"))
+        dropped = sum(int(counts.get(name, 0)) for name in droppable)
+        yield Free(int(limit) - int(usage) + dropped, f"the limit of {folder}")

@@ -317,10 +317,13 @@ class Rebalancer:
         best_gain, best = 0.0, None
         for (mine, _), members in alike.items():
             # Those that are free first; as many of a large cluster as a gain can be told of.
-            first = sorted((_busy_s(node, mine), node.node_id) for node in members)
-            first = first[: min(len(duties) // MOST_NODES, counts[mine] - 1) or 1]
-            moved, busy_s = [name for _, name in first], first[-1][0]
+            in_order = sorted(members, key=lambda node: (_busy_s(node, mine), node.node_id))
+            most_at_once = min(len(duties) // MOST_NODES, counts[mine] - 1) or 1
             for duty in _other_duties(counts, mine):
+                first = _with_cores(in_order, mine, duty, ahead.nodes, duties)[:most_at_once]
+                if not first:
+                    continue
+                moved, busy_s = [node.node_id for node in first], _busy_s(first[-1], mine)
                 after = yield from ahead.served({**duties, **dict.fromkeys(moved, duty)}, moved, busy_s)
                 gain = min(most, sum(after) - sum(before))
                 num_changed = sum(map(ne, before, after))
@@ -514,6 +517,32 @@ def _other_duties(counts: Counter[Duty], mine: Duty) -> list[Duty]:
         return [side for side in SIDES if others & {other(side), "both"}]
     to_other: list[Duty] = [other(mine)] if others & {mine, "both"} else []
     return [*to_other, "both"] if counts.total() == 2 else to_other
+
+
+def _with_cores(
+    candidates: Iterable[NodeView], mine: Duty, duty: Duty, nodes: Iterable[NodeView], duties: Duties
+) -> list[NodeView]:
+    """Those whose hosts have cores for all nodes of the side that they would join; or that would be at home.
+
+    A look ahead takes each node for as fast as it is. On cores that the side keeps busy already, one node
+    more takes from the others what it computes, in smaller steps. On two cores four real nodes of a thread
+    each lost 5 to 12 of 222 requests by lending, in each of three runs; with 0.4 of a core each they won 10
+    of 206.
+    """
+    if mine == "both":
+        return list(candidates)  # it leaves a side, and joins none
+    taken = defaultdict[str, float](float)  # by those who serve the other side
+    for node in nodes:
+        if duties[node.node_id] != mine:
+            taken[node.descriptor.boot_id] += node.descriptor.num_cores
+    chosen = []
+    for node in candidates:
+        one = node.descriptor
+        needed = taken[one.boot_id] + one.num_cores
+        if not one.num_cores or not one.boot_id or duty == one.role or needed <= one.num_host_cores:
+            chosen.append(node)
+            taken[one.boot_id] += one.num_cores
+    return chosen
 
 
 def _busy_s(node: NodeView, duty: Duty) -> float:

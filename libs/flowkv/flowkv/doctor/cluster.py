@@ -15,6 +15,7 @@ from flowkv_common.cluster_view import (
 )
 from flowkv_common.config import listed
 from flowkv_common.wire.limits import window_that_fits
+from flowkv_common.wire.nodes import NodeDescriptor
 from flowkv_scheduler.cluster import why_apart
 
 SHOWN_LINKS = 3
@@ -67,6 +68,7 @@ def check_nodes(view: ClusterView, max_payload: int) -> Iterator[Finding]:
     if len(versions) > 1:
         said = f"they are of the versions {', '.join(versions)}"
         yield look("nodes", said, "that works for an upgrade: end it soon")
+    yield from _shared_cores(nodes)
     if pairs := view.pairs():
         yield good("nodes", f"{len(pairs)} pairs of a prefill and a decode node")
     else:
@@ -100,6 +102,21 @@ def _payload(nodes: Sequence[NodeState], max_payload: int) -> Iterator[Finding]:
             said = f"messages of {max_payload} bytes cut the window of {node.node_id} to {window} tokens"
             yield bad("NATS", said, payload_mend())
             return
+
+
+def _shared_cores(nodes: Sequence[NodeState]) -> Iterator[Finding]:
+    """Nodes that compute on the same cores slow each other, and have none to lend."""
+    by_host: dict[str, list[NodeDescriptor]] = {}
+    for node in nodes:
+        if node.descriptor.boot_id and node.descriptor.num_cores:
+            by_host.setdefault(node.descriptor.boot_id, []).append(node.descriptor)
+    for members in by_host.values():
+        num_wanted, num_cores = sum(one.num_cores for one in members), members[0].num_host_cores
+        if len(members) > 1 and num_wanted > num_cores:
+            names = ", ".join(one.node.node_id for one in members)
+            said = f"{names} compute on {num_wanted:g} cores of a host that has {num_cores}: they share them"
+            mend = "they slow each other, and few are lent: lower FLOWKV_NUM_THREADS, or start fewer"
+            yield look("nodes", said, mend)
 
 
 def _no_pair(nodes: Sequence[NodeState]) -> Finding:

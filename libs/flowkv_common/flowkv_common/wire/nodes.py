@@ -114,6 +114,8 @@ class NodeDescriptor(Message, frozen=True):
     protocol: Positive = 1  # that of version 0.1.0, which does not tell
     has_data_tls: bool = False  # KV over TCP is encrypted
     boot_id: str = ""  # of the host's kernel: alike in all containers of one host
+    num_cores: Amount = 0.0  # that its engine keeps busy; 0: it computes on a GPU, or does not tell
+    num_host_cores: Count = 0
 
 
 class LoadReport(Message, frozen=True):
