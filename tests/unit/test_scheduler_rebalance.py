@@ -446,6 +446,27 @@ def test_a_node_that_leaves_decode_works_off_its_sequences_within_the_itl_target
     assert run.tick(decode(running=0), busy) == []
 
 
+def test_a_sequence_that_comes_late_to_a_node_that_has_left_is_not_slowed_by_whole_chunks() -> None:
+    """Its prompt waited elsewhere for longer than it was told, while the node worked off all others."""
+    run = Directed()
+    busy = decode("d1", running=20)
+    for _ in range(NUM_TICKS):
+        said = run.tick(decode(running=0), busy)
+    assert said == [("d0", TOKEN_BUDGET)]
+    assert run.tick(decode(running=1), busy) == [("d0", 105)]
+    assert run.tick(decode(running=1), busy) == []
+    assert run.tick(decode(running=0), busy) == [("d0", TOKEN_BUDGET)]
+
+
+def test_a_prompt_that_comes_late_to_a_node_that_has_left_is_not_computed_by_the_block() -> None:
+    rebalancer = Rebalancer(SLOW_GOALS)
+    nodes = [prefill("p0", queued=3000), prefill("p1")]
+    said = [budgets(orders) for orders in played(NUM_TICKS, *nodes, rebalancer=rebalancer)][-1]
+    assert said == [("p1", BLOCK_SIZE)]
+    late = [nodes[0], prefill("p1", queued=900, max_prefill_tokens_per_step=BLOCK_SIZE)]
+    assert budgets(at_once(rebalancer.tick(cluster(*late).views(), {}, LENGTHS, 5.0))) == [("p1", 115)]
+
+
 def test_a_chunk_is_never_of_less_than_a_block_and_a_token() -> None:
     """One block would be a decode node's."""
     run = Directed()

@@ -379,11 +379,11 @@ class Rebalancer:
                     duty: Duty = "both" if is_last else to
                     self.moved[ref] = Moved(duty, now, f"lent to {duty} by another leader", node.chunk_budget)
                 continue
-            if moved.duty == "both" or moved.chunk_budget not in whole:  # else it has arrived
-                budget = self._budget_for(node, moved.duty)
-                low, high = sorted((budget, moved.chunk_budget))
-                if (budget in whole and moved.duty != "both") or high > ADJUST_RATIO * low:
-                    self.moved[ref] = moved._replace(chunk_budget=budget)
+            # Also of one that has arrived: a request that was late may come there yet.
+            budget = self._budget_for(node, moved.duty)
+            low, high = sorted((budget, moved.chunk_budget))
+            if (budget in whole and moved.duty != "both") or high > ADJUST_RATIO * low:
+                self.moved[ref] = moved._replace(chunk_budget=budget)
             if moved.duty == role and node.chunk_budget == home and now - moved.since >= SETTLED_S:
                 del self.moved[ref]
 
